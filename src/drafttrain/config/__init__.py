@@ -1,0 +1,1 @@
+"""The recipe: gathers the settings of all rooms, and reads them from YAML."""

@@ -1,0 +1,1 @@
+"""What every room shares: errors, the registry, records that travel, roles, probability, sums, files."""

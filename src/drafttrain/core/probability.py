@@ -1,0 +1,61 @@
+"""The arithmetic of speculative decoding: sampling rules, acceptance rate, residual.
+
+N = rows, V = vocabulary
+"""
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.records import Sampling
+
+
+def sampling_probs(logits_NV: Tensor, sampling: Sampling) -> Tensor:
+    """Return the law that a token is drawn from: temperature, then top-k, then top-p.
+
+    Temperature 0 gives one-hot rows (the first of equal maxima), so greedy decoding is the same code.
+    At least float32; float64 stays float64. `-inf` logits carry no mass.
+    """
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    if sampling.temperature == 0:
+        return torch.zeros_like(logits_NV).scatter_(-1, logits_NV.argmax(-1, keepdim=True), 1.0)
+    probs_NV = torch.softmax(logits_NV / sampling.temperature, dim=-1)
+    if sampling.top_k and sampling.top_k < probs_NV.shape[-1]:
+        kept = torch.zeros_like(probs_NV, dtype=torch.bool)
+        kept.scatter_(-1, probs_NV.topk(sampling.top_k, dim=-1).indices, True)
+        probs_NV = normalised(probs_NV.masked_fill(~kept, 0.0))
+    if sampling.top_p < 1.0:
+        sorted_NV, order_NV = probs_NV.sort(dim=-1, descending=True, stable=True)
+        before_NV = sorted_NV.cumsum(dim=-1) - sorted_NV
+        sorted_NV = sorted_NV.masked_fill(before_NV >= sampling.top_p, 0.0)
+        probs_NV = normalised(torch.zeros_like(probs_NV).scatter_(-1, order_NV, sorted_NV))
+    return probs_NV
+
+
+def normalised(mass_NV: Tensor) -> Tensor:
+    """Return rows divided by their sums."""
+    return mass_NV / mass_NV.sum(dim=-1, keepdim=True)
+
+
+def acceptance_rate(target_probs_NV: Tensor, drafter_probs_NV: Tensor) -> Tensor:
+    """Return the chance that a token drawn from the drafter survives verification, by row: 1 - TVD.
+
+    Source: Leviathan et al. 2022, Fast Inference from Transformers via Speculative Decoding, arXiv 2211.17192, 3.2.
+    """
+    return torch.minimum(target_probs_NV, drafter_probs_NV).sum(dim=-1)
+
+
+def residual(target_probs_V: Tensor, drafter_probs_V: Tensor) -> Tensor:
+    """Return the law of the token after a rejection: the normalised positive part of p - q.
+
+    Where the two laws are equal a rejection has no probability, and the target's own law is returned.
+    """
+    excess_V = (target_probs_V - drafter_probs_V).clamp_min(0.0)
+    total = excess_V.sum()
+    if float(total) <= torch.finfo(excess_V.dtype).tiny:
+        return target_probs_V
+    return excess_V / total
+
+
+def draw(probs_V: Tensor, generator: torch.Generator | None) -> int:
+    """Return one token drawn from a law; a one-hot law consumes no randomness' worth of choice but one draw."""
+    return int(torch.multinomial(probs_V, 1, generator=generator))

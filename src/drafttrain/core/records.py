@@ -1,0 +1,277 @@
+"""The dataclasses that travel between rooms.
+
+B = sequences, T = positions, V = vocabulary, D = hidden, K = draft depth, N = rows (trained positions, or nodes of a tree)
+
+Indices. `hidden_BTD[i]`, i = 0..n, is the residual stream ENTERING block i (0 the embedding, n after the last block, BEFORE
+the final norm); `final_BTD` is the state after the final norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from logits; the same rule is used on target and drafter rows."""
+
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps the whole vocabulary."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One text with what is to be learned of it."""
+
+    id: str
+    tokens: Sequence[int]
+    loss_mask: Sequence[bool]
+    """True where the token is a training label."""
+    domain: str = ""
+    sampling: Sampling | None = None
+    """How the target drew the labelled tokens; None: it did not."""
+    drawn_by: str = ""
+    """Fingerprint or version of the model that drew them."""
+    refused: Sequence[int] = ()
+    """Positions where the target refused the drafter's token (serving logs)."""
+    cache: str = ""
+    """Where what the target knows of this record is stored; empty: nowhere."""
+
+
+# ---------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class TargetNeeds:
+    """What is asked of the target; nothing else is computed or stored."""
+
+    logits: bool = False
+    hidden: tuple[int, ...] = ()
+    final: bool = False
+
+    def __or__(self, other: TargetNeeds) -> TargetNeeds:
+        hidden = tuple(sorted({*self.hidden, *other.hidden}))
+        return TargetNeeds(self.logits or other.logits, hidden, self.final or other.final)
+
+
+@dataclass(frozen=True)
+class TargetOutput:
+    """What the frozen target knows about a batch: only what was asked for."""
+
+    logits_BTV: Tensor | None = None
+    hidden_BTD: Mapping[int, Tensor] = field(default_factory=dict)
+    final_BTD: Tensor | None = None
+
+
+class TargetRows(Protocol):
+    """The target's law at chosen positions of a batch, from a live model or from a cache."""
+
+    def at(self, index_N: Tensor) -> Tensor:
+        """Return logits_NV (or log-probabilities) of the token AFTER each flat position b * T + t."""
+        ...
+
+
+@dataclass(frozen=True)
+class DraftBatch:
+    """A micro-batch of packed records.
+
+    A row holds several documents; `positions_BT` restarts at 0 with each, and attention must not cross them.
+    """
+
+    tokens_BT: Tensor
+    loss_mask_BT: Tensor
+    positions_BT: Tensor
+    documents_BT: Tensor
+    """Number of the record within the optimiser step, equal for all its tokens; -1 is padding."""
+    weight_of_step: float
+    """Trained positions of all micro-batches of this optimiser step on all ranks."""
+    step: int = 0
+    """Optimiser step, from 0."""
+    record_ids: Sequence[str] = ()
+    """Ids of the records, by their number in `documents_BT` less the smallest one."""
+    target: TargetOutput | None = None
+    target_rows: TargetRows | None = None
+
+    def to(self, device: Any) -> DraftBatch:
+        """Return the batch with its own tensors on `device`."""
+        from dataclasses import replace
+
+        names = ("tokens_BT", "loss_mask_BT", "positions_BT", "documents_BT")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+
+class Head(Protocol):
+    """Turns a drafter's states into logits: `head(states_ND, depth) -> logits_NV`."""
+
+    def __call__(self, states_ND: Tensor, depth: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class DraftOutput:
+    """What a drafter says of a batch: by depth d = 1..K, states whose row t is the law of token t + d + lag.
+
+    States, not logits: a pointwise loss runs the head in chunks, so that no logits tensor need exist.
+    """
+
+    states_BTD: Mapping[int, Tensor]
+    head: Head
+    lag: int
+
+    def logits_BTV(self, depth: int) -> Tensor:
+        """Return the whole logits of one depth."""
+        return self.head(self.states_BTD[depth], depth)
+
+
+@dataclass(frozen=True)
+class LossRows:
+    """What a loss may look at: N rows of drafter and target logits over one vocabulary."""
+
+    drafter_logits_NV: Tensor
+    target_logits_NV: Tensor | None
+    """None when the loss asked for no target."""
+    tokens_N: Tensor
+    """The label: the token that the data has there."""
+
+
+@dataclass(frozen=True)
+class RowIndex:
+    """Where loss rows come from; the same order as the rows."""
+
+    sequence_N: Tensor
+    depth_N: Tensor
+    block_N: Tensor
+    """Rows of one block are the successive depths of one draft: of one root, or of one window of a chain."""
+    step: int = 0
+
+
+# ---------------------------------------------------------------- decoding
+
+
+class Exactness(Enum):
+    """What an acceptance rule keeps of the target's output."""
+
+    DISTRIBUTION = "distribution"
+    GREEDY = "greedy"
+    LOSSY = "lossy"
+
+
+class NodeKind(Enum):
+    """How a draft token came about; values are stored in `Proposal.kinds_N`."""
+
+    ROOT = 0
+    SAMPLED = 1
+    FIXED = 2
+
+
+class DrawLaw(Enum):
+    """How the SAMPLED children of one parent were drawn."""
+
+    IID = "iid"
+    WITHOUT_REPLACEMENT = "without_replacement"
+
+
+@dataclass
+class Context:
+    """One sequence being decoded. The engine appends to `tokens`; proposers and policies only read."""
+
+    id: str
+    tokens: list[int]
+    num_prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much may be drafted in one round, the root not counted."""
+
+    nodes: int
+    depth: int
+    width: int = 1
+
+
+@dataclass(frozen=True)
+class DraftStep:
+    """What a stopping rule may look at. The token is there only if it is already in the tree (the filtration rule)."""
+
+    sequence: int
+    depth: int
+    q_row_V: Tensor
+    hidden_D: Tensor | None = None
+    token: int | None = None
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """The target continues from block `layer` with these rows instead of running its first blocks again."""
+
+    layer: int
+    hidden_ND: Tensor
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A tree of draft tokens; node 0 is the root, the last committed token. parents_N[i] < i, parents_N[0] = -1.
+
+    Siblings are listed in the order in which they were drawn.
+    """
+
+    tokens_N: Tensor
+    parents_N: Tensor
+    depths_N: Tensor
+    kinds_N: Tensor
+    """NodeKind values. SAMPLED: drawn from a row of q; FIXED: deterministic given the committed text."""
+    q_rows_RV: Tensor | None = None
+    """Laws over the TARGET's vocabulary that SAMPLED children were drawn from."""
+    q_row_N: Tensor | None = None
+    """By node, the row of q_rows_RV its CHILDREN were drawn from; -1: no sampled children."""
+    draw: DrawLaw = DrawLaw.IID
+    resume: LayerState | None = None
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Draft tokens: all nodes but the root."""
+        return len(self.tokens_N) - 1
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one proposal."""
+
+    path: Sequence[int]
+    """Accepted nodes from the root (always 0) down."""
+    tokens: Sequence[int]
+    """Tokens emitted: the accepted draft tokens, then the target's own (absent when cut by EOS or length)."""
+    num_draft_tokens: int
+    max_depth: int
+    """Depth of the deepest node that was drafted."""
+    reason: str
+    """reject, leaf, eos or length."""
+
+    @property
+    def num_accepted(self) -> int:
+        """Draft tokens kept."""
+        return len(self.path) - 1
+
+
+@dataclass(frozen=True)
+class ForwardEvent:
+    """One forward of one model: an entry of the evaluator's ledger."""
+
+    model: str
+    num_tokens: int
+    """Query tokens over all sequences."""
+    context: int
+    """Cached tokens over all sequences before the call."""
+    num_sequences: int
+    num_layers: int
+    bytes_read: int
+    """Weights, shared ones each time they are read, and cache."""
+    seconds: float

@@ -1,0 +1,88 @@
+"""The roles of decoding, as Protocols: what a component must offer, and nothing of how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from drafttrain.core.records import (
+    Budget,
+    Context,
+    DraftStep,
+    Exactness,
+    ForwardEvent,
+    Proposal,
+    Sampling,
+    TargetNeeds,
+    TargetOutput,
+    Verdict,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class Proposer(Protocol):
+    """A drafter, or a training-free method, at inference. Owns its cache; serves a list of sequences."""
+
+    needs: TargetNeeds
+    """What it wants to see of the target for committed tokens."""
+
+    def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
+        """Start on new sequences whose prompts the target has read up to, not including, the last token."""
+        ...
+
+    def propose(
+        self,
+        budgets: Sequence[Budget],
+        sampling: Sampling,
+        generators: Sequence[torch.Generator],
+        more: Callable[[DraftStep], bool],
+    ) -> list[Proposal]:
+        """Return one tree a sequence; budget 0 gives the root alone. `more` is asked before each further draft token."""
+        ...
+
+    def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
+        """Keep or roll back the cache. The contexts already hold the emitted tokens."""
+        ...
+
+    def drop(self, keep: Sequence[int]) -> None:
+        """Keep only these sequences, in this order: the others are finished."""
+        ...
+
+
+class AcceptanceRule(Protocol):
+    """Which draft tokens are kept. A pure function; may own frozen head weights, never a language model."""
+
+    exactness: ClassVar[Exactness]
+    needs: TargetNeeds
+
+    def __call__(
+        self,
+        proposal: Proposal,
+        target_probs_NV: Tensor,
+        node_hidden_ND: Tensor | None,
+        generator: torch.Generator,
+    ) -> tuple[list[int], int]:
+        """Return (accepted path from the root, the token after it)."""
+        ...
+
+
+class LengthPolicy(Protocol):
+    """How many tokens to draft, and when to stop drafting."""
+
+    def budget(self, context: Context) -> Budget:
+        """Return the most that the next round may draft."""
+        ...
+
+    def more(self, step: DraftStep) -> bool:
+        """Tell whether to draft another token."""
+        ...
+
+    def observe(self, verdict: Verdict) -> None:
+        """Learn from a round."""
+        ...
+
+
+ForwardListener = Callable[[ForwardEvent], None]

@@ -1,0 +1,34 @@
+"""How a settings dataclass declares a field: default, meaning, unit and range, in one line."""
+
+import copy
+from dataclasses import MISSING, field
+from typing import Any
+
+from drafttrain.core.registry import Registry
+
+
+def setting(
+    default: Any = MISSING,
+    *,
+    help: str,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    registry: Registry | None = None,
+) -> Any:
+    """Return a dataclass field whose metadata a recipe is checked against and `recipe show` prints.
+
+    Args:
+        default: The value when the recipe is silent; left out, the recipe must give one.
+        help: What the field means, with its unit.
+        ge, gt, le, lt: The range of a number (of every number of a list).
+        registry: The value is a component: a mapping with `kind` and that kind's own settings.
+            A list type means a list of such mappings.
+    """
+    metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt, "registry": registry}
+    if default is MISSING:
+        return field(metadata=metadata)
+    if isinstance(default, list | dict) or registry is not None:
+        return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)

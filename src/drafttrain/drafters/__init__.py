@@ -1,0 +1,47 @@
+"""Drafters, one file a kind: the trainable module and its proposer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+
+from drafttrain.core.records import DraftBatch, DraftOutput, TargetNeeds
+from drafttrain.core.registry import Registry
+from drafttrain.core.roles import ForwardListener, Proposer
+
+if TYPE_CHECKING:
+    from drafttrain.target import Target
+
+drafters = Registry("drafter", "drafttrain.drafters")
+
+
+class Drafter(nn.Module, ABC):
+    """A module that proposes the target's next tokens; built as `Drafter(settings, target)` or read by `load`."""
+
+    kind: ClassVar[str]
+    lag: ClassVar[int]
+    """Row t of depth d is the law of token t + d + lag: 0 when the drafter sees the root, 1 when it sees features before it."""
+
+    def needs(self) -> TargetNeeds:
+        """Return what this drafter reads of the target at training time (the loss adds its own)."""
+        return TargetNeeds()
+
+    @abstractmethod
+    def forward(self, batch: DraftBatch) -> DraftOutput:
+        """Return the states of every depth."""
+
+    @abstractmethod
+    def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
+        """Return the drafter at inference, for this target."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write config.json and model.safetensors."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: Path, target: Target, dtype: Any = None) -> Drafter:
+        """Read what `save` wrote."""

@@ -1,0 +1,1 @@
+"""The evaluator: engine, verification, metrics, replay, statistics, report."""

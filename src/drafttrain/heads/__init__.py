@@ -1,0 +1,1 @@
+"""Heads that predict acceptance or judge tokens: not written yet."""

@@ -1,0 +1,34 @@
+"""Losses, one file each. A loss returns one value a row, float32, unreduced; the caller sums, counts and divides once."""
+
+from abc import ABC
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from drafttrain.core.records import LossRows, RowIndex
+from drafttrain.core.registry import Registry
+
+losses = Registry("loss", "drafttrain.losses")
+
+
+class Loss(nn.Module, ABC):
+    """A loss in two moves, so that no loss ever needs a logits tensor of all rows at once.
+
+    `per_row` looks at one row at a time and runs in chunks straight from hidden states; `combine` sees the few numbers
+    that `per_row` left of every row. A pointwise loss is one whose `combine` only picks `loss`. State that is carried
+    from step to step is a buffer, so it travels in checkpoints.
+    """
+
+    needs_target: ClassVar[bool] = True
+
+    def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
+        """Return named values, each float32 of shape N, differentiable in the drafter's logits."""
+        raise NotImplementedError
+
+    def combine(self, values: Mapping[str, Tensor], index: RowIndex) -> Tensor:
+        """Return loss_N of all rows of a micro-batch."""
+        return values["loss"]
+
+    def end_of_step(self) -> None:
+        """Move what was gathered over the micro-batches of an optimiser step into the carried state."""
