@@ -9,7 +9,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("drafttrain", "torch", "transformers", "lightning", "deepspeed", "peft", "datasets", "omegaconf", "safetensors")
+PACKAGES = (
+    "drafttrain",
+    "torch",
+    "transformers",
+    "lightning",
+    "deepspeed",
+    "peft",
+    "datasets",
+    "omegaconf",
+    "safetensors",
+)
 
 
 def provenance() -> dict[str, Any]:

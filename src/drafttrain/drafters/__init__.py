@@ -19,11 +19,16 @@ drafters = Registry("drafter", "drafttrain.drafters")
 
 
 class Drafter(nn.Module, ABC):
-    """A module that proposes the target's next tokens; built as `Drafter(settings, target)` or read by `load`."""
+    """A module that proposes the target's next tokens; made by `create` or read by `load`."""
 
     kind: ClassVar[str]
     lag: ClassVar[int]
     """Row t of depth d is the law of token t + d + lag: 0 when the drafter sees the root, 1 when it sees features before it."""
+
+    @classmethod
+    @abstractmethod
+    def create(cls, settings: Any, *, target: Target | None, tokenizer: Any) -> Drafter:
+        """Return the drafter at its start, as its settings say."""
 
     def needs(self) -> TargetNeeds:
         """Return what this drafter reads of the target at training time (the loss adds its own)."""

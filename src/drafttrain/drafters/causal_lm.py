@@ -1,0 +1,204 @@
+"""The independent drafter: a separate, smaller causal LM with the target's tokenizer.
+
+B = sequences, T = positions, V = vocabulary, D = hidden, F = feed-forward width
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.records import DraftBatch, DraftOutput
+from drafttrain.core.roles import ForwardListener, Proposer
+from drafttrain.core.settings import setting
+from drafttrain.drafters import Drafter, drafters
+from drafttrain.drafters.chain_proposer import ChainProposer
+from drafttrain.target import Target
+from drafttrain.target.anatomy import blocks, head_logits, trunk
+from drafttrain.target.frozen import check_same_tokenizer, load_causal_lm, load_tokenizer, resolve_folder
+
+
+@dataclass
+class CausalLMSettings:
+    """A separate small causal LM."""
+
+    init: Literal["scratch", "checkpoint", "target"] = setting(
+        "scratch",
+        help="scratch: random Llama of the size below; checkpoint: trained weights; target: every n-th layer of the target.",
+    )
+    checkpoint: str | None = setting(None, help="checkpoint: folder or hub id, with the target's tokenizer.")
+    num_layers: int = setting(2, help="scratch, target: decoder layers.", ge=1)
+    hidden_size: int = setting(96, help="scratch: width.", ge=8)
+    intermediate_size: int | None = setting(
+        None,
+        help="Feed-forward width; target: the strongest neurons are kept. null: 8/3 hidden, or the target's.",
+        ge=1,
+    )
+    num_heads: int = setting(3, help="scratch: attention heads; serving engines want hidden/heads of 32 or more.", ge=1)
+    num_kv_heads: int | None = setting(None, help="scratch: key-value heads; null: as many as heads.", ge=1)
+    draft: Literal["sampled", "greedy"] = setting(
+        "sampled", help="At temperature > 0: draft by sampling, or by argmax as vLLM does (then the node is FIXED)."
+    )
+
+    def check(self) -> list[str]:
+        """Return what is wrong across fields."""
+        problems = []
+        if self.init == "checkpoint" and not self.checkpoint:
+            problems.append("checkpoint: init 'checkpoint' needs a folder or hub id")
+        if self.init != "checkpoint" and self.checkpoint:
+            problems.append(f"checkpoint: is not used with init {self.init!r}; set init: checkpoint")
+        if self.init == "scratch" and self.hidden_size % self.num_heads:
+            problems.append(f"num_heads: {self.num_heads} does not divide hidden_size {self.hidden_size}")
+        if self.num_kv_heads and self.num_heads % self.num_kv_heads:
+            problems.append(f"num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}")
+        return problems
+
+
+@drafters.register("causal_lm", CausalLMSettings)
+class CausalLMDrafter(Drafter):
+    """An independent drafter; lag 0, depth 1: its row t is the law of token t + 1.
+
+    Source: Leviathan et al. 2022, arXiv 2211.17192; distilled as in Goel et al. 2024, arXiv 2403.00858.
+    """
+
+    kind = "causal_lm"
+    lag = 0
+
+    def __init__(self, model: Any, *, draft: str = "sampled") -> None:
+        super().__init__()
+        self.model = model
+        self.draft = draft
+
+    @classmethod
+    def create(cls, settings: CausalLMSettings, *, target: Target | None, tokenizer: Any) -> CausalLMDrafter:
+        """Return the drafter at its start."""
+        if settings.init == "scratch":
+            model = from_scratch(
+                settings, vocab_size=target.vocab_size if target else len(tokenizer), tokenizer=tokenizer
+            )
+        elif settings.init == "target":
+            if target is None:
+                raise CheckpointError(
+                    "drafter.init is 'target' but target.model is null: nothing to cut the drafter from"
+                )
+            model = cut_from(target.model, num_layers=settings.num_layers, width=settings.intermediate_size)
+        else:
+            assert settings.checkpoint is not None
+            folder = resolve_folder(settings.checkpoint)
+            check_same_tokenizer(tokenizer, load_tokenizer(folder), drafter=settings.checkpoint)
+            model = load_causal_lm(folder)
+        return cls(model, draft=settings.draft)
+
+    def forward(self, batch: DraftBatch) -> DraftOutput:
+        """Return the states of depth 1; documents are told apart by positions that restart."""
+        states_BTD = trunk(self.model)(
+            input_ids=batch.tokens_BT, position_ids=batch.positions_BT, attention_mask=None, use_cache=False
+        ).last_hidden_state
+        return DraftOutput({1: states_BTD}, self._head, self.lag)
+
+    def _head(self, states_ND: Tensor, depth: int) -> Tensor:
+        return head_logits(self.model, states_ND)
+
+    def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
+        """Return the chain proposer over this model."""
+        return ChainProposer(self.model, target_vocab_size=target.vocab_size, listener=listener, draft=self.draft)
+
+    def save(self, folder: Path) -> None:
+        """Write a plain Hugging Face folder."""
+        self.model.save_pretrained(folder)
+
+    @classmethod
+    def load(cls, folder: Path, target: Target, dtype: Any = None) -> CausalLMDrafter:
+        """Read a plain Hugging Face folder, refusing another tokenizer than the target's."""
+        check_same_tokenizer(target.tokenizer, load_tokenizer(folder), drafter=str(folder))
+        model = load_causal_lm(folder, dtype=dtype or "float32").eval().to(target.device)
+        return cls(model)
+
+
+def from_scratch(settings: CausalLMSettings, *, vocab_size: int, tokenizer: Any) -> Any:
+    """Return a random Llama of the size that the settings give."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    width = settings.intermediate_size or 8 * round(settings.hidden_size / 3)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=settings.hidden_size,
+        intermediate_size=width,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_heads,
+        num_key_value_heads=settings.num_kv_heads or settings.num_heads,
+        head_dim=settings.hidden_size // settings.num_heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def cut_from(model: Any, *, num_layers: int, width: int | None) -> Any:
+    """Return a drafter made of the target's embedding, head, evenly spread layers and strongest feed-forward neurons.
+
+    Raises:
+        CheckpointError: The target has fewer layers, or a feed-forward block of another shape than gate, up, down.
+    """
+    total = len(blocks(model))
+    if num_layers > total:
+        raise CheckpointError(f"drafter.num_layers must be 1..{total} for this target, got {num_layers}")
+    kept = spread(total, num_layers)
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in kept]
+    small = copy.deepcopy(model).float().requires_grad_(True)
+    stack = blocks(small)
+    chosen = [stack[i] for i in kept]
+    for new_index, layer in enumerate(chosen):
+        if hasattr(layer, "self_attn") and hasattr(layer.self_attn, "layer_idx"):
+            layer.self_attn.layer_idx = new_index
+        if width is not None:
+            _narrow(layer, width)
+    del stack[:]
+    stack.extend(chosen)
+    if width is not None:
+        config.intermediate_size = width
+    small.config = config
+    trunk(small).config = config
+    # Rebuilt from the configuration, so that what is trained is what a loader of the folder will build.
+    fresh = type(model)(config)
+    fresh.load_state_dict(small.state_dict())
+    return fresh
+
+
+def spread(total: int, count: int) -> list[int]:
+    """Return `count` layer numbers spread evenly over 0..total-1, first and last among them where count allows."""
+    if count == 1:
+        return [0]
+    return [round(i * (total - 1) / (count - 1)) for i in range(count)]
+
+
+def _narrow(layer: Any, width: int) -> None:
+    """Keep the feed-forward neurons with the largest product of weight norms."""
+    mlp = getattr(layer, "mlp", None)
+    if mlp is None or not all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")):
+        raise CheckpointError("drafter.intermediate_size: this target has no gate/up/down feed-forward block to narrow")
+    full = mlp.gate_proj.weight.shape[0]
+    if width > full:
+        raise CheckpointError(f"drafter.intermediate_size must be 1..{full} for this target, got {width}")
+    with torch.no_grad():
+        strength_F = (
+            mlp.gate_proj.weight.norm(dim=1) * mlp.up_proj.weight.norm(dim=1) * mlp.down_proj.weight.norm(dim=0)
+        )
+        kept = strength_F.topk(width).indices.sort().values
+        for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+            linear = getattr(mlp, name)
+            linear.weight = torch.nn.Parameter(linear.weight.index_select(dim, kept).clone())
+            if linear.bias is not None and dim == 0:
+                linear.bias = torch.nn.Parameter(linear.bias[kept].clone())

@@ -1,0 +1,83 @@
+"""Where a Hugging Face causal LM keeps its parts: trunk, blocks, final norm, head; and taps on them by hooks.
+
+B = sequences, T = positions, V = vocabulary, D = hidden, N = rows
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.records import TargetNeeds
+
+BLOCK_PATHS = ("layers", "h", "blocks", "decoder.layers")
+NORM_PATHS = ("norm", "ln_f", "final_layer_norm", "decoder.final_layer_norm")
+
+
+def trunk(model: Any) -> nn.Module:
+    """Return the model below the head; its `last_hidden_state` is the state after the final norm."""
+    base: nn.Module = model.base_model
+    return base
+
+
+def blocks(model: Any) -> nn.ModuleList:
+    """Return the decoder blocks in order."""
+    return _first(trunk(model), BLOCK_PATHS, model, "decoder blocks")
+
+
+def final_norm(model: Any) -> nn.Module:
+    """Return the norm between the last block and the head."""
+    return _first(trunk(model), NORM_PATHS, model, "a final norm")
+
+
+def head_logits(model: Any, states_ND: Tensor) -> Tensor:
+    """Return the logits of states after the final norm, with the scale or soft cap that the architecture adds."""
+    logits = model.get_output_embeddings()(states_ND)
+    config = model.config.get_text_config()
+    if scaling := getattr(config, "logits_scaling", None):
+        logits = logits / scaling
+    if scale := getattr(config, "logit_scale", None):
+        logits = logits * scale
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+@contextlib.contextmanager
+def taps(model: Any, needs: TargetNeeds) -> Iterator[dict[int | str, Tensor]]:
+    """Yield a dict that a forward fills: i -> state entering block i, and 'final' -> state after the final norm.
+
+    Hooks, because in transformers 5 the last of `hidden_states` is already normed.
+    """
+    seen: dict[int | str, Tensor] = {}
+    handles = []
+    stack = blocks(model) if needs.hidden else ()
+
+    def entering(index: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen[index] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    for index in needs.hidden:
+        if not 0 <= index <= len(stack):
+            raise CheckpointError(f"hidden state {index} does not exist: 0..{len(stack)} are allowed")
+        module = stack[index] if index < len(stack) else final_norm(model)
+        handles.append(module.register_forward_pre_hook(entering(index), with_kwargs=True))
+    if needs.final:
+        handles.append(final_norm(model).register_forward_hook(lambda *hooked: seen.__setitem__("final", hooked[2])))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first(module: nn.Module, paths: tuple[str, ...], model: Any, what: str) -> Any:
+    for path in paths:
+        with contextlib.suppress(AttributeError):
+            return module.get_submodule(path)
+    raise CheckpointError(f"{type(model).__name__}: {what} not found under any of {', '.join(paths)}")

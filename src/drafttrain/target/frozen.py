@@ -1,0 +1,269 @@
+"""The target: one frozen Hugging Face causal LM behind one small interface.
+
+B = sequences, T = positions, V = vocabulary, D = hidden, N = rows
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.files import sha256_of
+from drafttrain.core.records import TargetNeeds, TargetOutput, TargetRows
+from drafttrain.core.settings import setting
+from drafttrain.target.anatomy import head_logits, taps, trunk
+
+BUILTIN = "builtin:"
+
+
+@dataclass
+class TargetSettings:
+    """The frozen model whose output must be kept."""
+
+    model: str | None = setting(
+        "builtin:target", help="A local folder, a hub id, or builtin:target; null: no target, only a tokenizer."
+    )
+    tokenizer: str | None = setting(None, help="Folder or hub id of the tokenizer; null: the model's own.")
+    revision: str | None = setting(None, help="Branch, tag or commit of a hub id.")
+    dtype: Literal["float32", "bfloat16", "float16", "float64", "auto"] = setting(
+        "float32", help="Type of the target's weights in memory; auto: as stored."
+    )
+    device: str = setting("auto", help="cpu, cuda, cuda:1 ...; auto: cuda where there is one.")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = setting("sdpa", help="Attention of transformers.")
+    trust_remote_code: bool = setting(False, help="Run code that comes with the model.")
+
+    def check(self) -> list[str]:
+        """Return what is wrong across fields."""
+        if self.model is None and self.tokenizer is None:
+            return ["model: null needs a tokenizer: set target.tokenizer"]
+        return []
+
+
+def resolve_folder(name: str, *, revision: str | None = None) -> Path:
+    """Return the local folder of a builtin name, a path or a hub id (which is fetched).
+
+    Raises:
+        CheckpointError: There is no such folder, and no such id in the hub or its cache.
+    """
+    if name.startswith(BUILTIN):
+        folder = Path(str(resources.files("drafttrain") / "builtin" / name.removeprefix(BUILTIN)))
+        if folder.is_dir():
+            return folder
+        known = sorted(f"{BUILTIN}{path.name}" for path in folder.parent.glob("*") if path.is_dir())
+        raise CheckpointError(f"{name}: no such builtin. Available: {', '.join(known) or 'none'}")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise CheckpointError(f"{name}: no such folder (a hub id has the form owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise CheckpointError(
+            f"{name}: neither a local folder nor a hub id that could be fetched ({type(error).__name__})"
+        ) from error
+
+
+def fingerprint_of(folder: Path) -> str:
+    """Return a short digest of a model folder: its configuration and the bytes of its weights."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder}: no *.safetensors here (pickled weights are not read)")
+    digest = hashlib.sha256()
+    for path in [folder / "config.json", *files]:
+        digest.update(f"{path.name}:{sha256_of(path)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Return a short digest of the map from tokens to ids."""
+    pairs = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
+
+
+def check_same_tokenizer(target_tokenizer: Any, drafter_tokenizer: Any, *, drafter: str) -> None:
+    """Refuse a drafter whose tokenizer differs from the target's in one token, naming it.
+
+    Raises:
+        CheckpointError: With the first tokens that differ.
+    """
+    ours, theirs = target_tokenizer.get_vocab(), drafter_tokenizer.get_vocab()
+    different = sorted(
+        (token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)),
+        key=lambda token: ours.get(token, theirs.get(token)),
+    )
+    if different:
+        shown = ", ".join(
+            f"{t!r} (target {ours.get(t, 'none')}, drafter {theirs.get(t, 'none')})" for t in different[:5]
+        )
+        raise CheckpointError(
+            f"{drafter}: its tokenizer differs from the target's in {len(different)} of {len(ours)} tokens: {shown}. "
+            "Use a drafter with the target's own tokenizer."
+        )
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer of a folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: no tokenizer could be read here: {error}") from error
+
+
+def load_causal_lm(
+    folder: Path, *, dtype: str = "float32", attention: str = "sdpa", trust_remote_code: bool = False
+) -> Any:
+    """Return the causal LM of a folder, from safetensors only."""
+    from transformers import AutoModelForCausalLM
+
+    if not list(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{folder}: no *.safetensors here (pickled weights are not read)")
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: no causal LM could be read here: {error}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CheckpointError(f"{folder}: {len(missing)} weights are missing from the file: {', '.join(missing[:5])}")
+    return model
+
+
+def pick_device(device: str) -> torch.device:
+    """Return the device that a setting names; auto is cuda where there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+class LiveRows:
+    """The target's law from its final states: the head runs only on the rows that are asked for."""
+
+    def __init__(self, model: Any, final_BTD: Tensor) -> None:
+        self._model = model
+        self._final_RD = final_BTD.flatten(0, 1)
+
+    def at(self, index_N: Tensor) -> Tensor:
+        """Return logits_NV of the token after each flat position."""
+        with torch.no_grad():
+            return head_logits(self._model, self._final_RD[index_N])
+
+
+class Target:
+    """A frozen causal LM, its tokenizer, and their fingerprints."""
+
+    def __init__(self, model: Any, tokenizer: Any, *, name: str, fingerprint: str) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.fingerprint = fingerprint
+
+    @classmethod
+    def load(cls, settings: TargetSettings) -> Target:
+        """Read a target from its folder or hub id."""
+        if settings.model is None:
+            raise CheckpointError("target.model is null: this step needs a target")
+        folder = resolve_folder(settings.model, revision=settings.revision)
+        model = load_causal_lm(
+            folder,
+            dtype=settings.dtype,
+            attention=settings.attention,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        model.to(pick_device(settings.device))
+        return cls(model, load_target_tokenizer(settings), name=settings.model, fingerprint=fingerprint_of(folder))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the target runs."""
+        return next(self.model.parameters()).device
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the target's head, padding included."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def num_tokens(self) -> int:
+        """Ids that the tokenizer can produce; ids from here to `vocab_size` are padding."""
+        return min(self.vocab_size, max(self.tokenizer.get_vocab().values()) + 1)
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """Digest of the tokenizer's map."""
+        return tokenizer_fingerprint(self.tokenizer)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text, as the generation config and the tokenizer say."""
+        given = getattr(self.model.generation_config, "eos_token_id", None)
+        ids = [] if given is None else [given] if isinstance(given, int) else list(given)
+        if not ids and self.tokenizer.eos_token_id is not None:
+            ids = [self.tokenizer.eos_token_id]
+        return tuple(int(i) for i in ids)
+
+    @torch.no_grad()
+    def read(self, tokens_BT: Tensor, positions_BT: Tensor, needs: TargetNeeds) -> TargetOutput:
+        """Return what the target knows of packed rows: documents are told apart by positions that restart.
+
+        No attention mask and no cache: with either, transformers attends across documents.
+        """
+        with taps(self.model, TargetNeeds(hidden=needs.hidden)) as seen:
+            final_BTD = trunk(self.model)(
+                input_ids=tokens_BT.to(self.device),
+                position_ids=positions_BT.to(self.device),
+                attention_mask=None,
+                use_cache=False,
+            ).last_hidden_state
+        return TargetOutput(
+            logits_BTV=head_logits(self.model, final_BTD) if needs.logits else None,
+            hidden_BTD={int(index): state for index, state in seen.items()},
+            final_BTD=final_BTD if needs.final else None,
+        )
+
+    def rows_of(self, seen: TargetOutput) -> TargetRows:
+        """Return the law over a batch whose final states were read."""
+        assert seen.final_BTD is not None, "read the batch with TargetNeeds(final=True)"
+        return LiveRows(self.model, seen.final_BTD)
+
+    def weights_sha256(self) -> str:
+        """Return the digest of the weights in memory, to prove that they stayed frozen."""
+        return weights_sha256(self.model)
+
+
+def weights_sha256(module: torch.nn.Module) -> str:
+    """Return the digest of all parameters and buffers in memory."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_target_tokenizer(settings: TargetSettings) -> Any:
+    """Return the tokenizer that the settings name, without reading any weights."""
+    name = settings.tokenizer or settings.model
+    assert name is not None, "TargetSettings.check asks for one of them"
+    folder = resolve_folder(name, revision=settings.revision if settings.tokenizer is None else None)
+    return load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)

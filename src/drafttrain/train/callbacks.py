@@ -1,0 +1,282 @@
+"""What happens around steps: logs, progress, validation by replay, checkpoints, stop on request, the frozen target."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from drafttrain.core.console import progress, say
+from drafttrain.core.errors import DrafttrainError, Interrupted
+from drafttrain.core.files import folder_beside, write_json, written_beside
+from drafttrain.target import Target
+from drafttrain.train.module import DistillModule
+from drafttrain.train.settings import TrainSettings
+
+COLUMNS = (
+    "step",
+    "loss",
+    "acceptance_rate",
+    "one_minus_acceptance_rate",
+    "lr",
+    "grad_norm",
+    "tokens",
+    "seconds",
+    "validation_alpha",
+    "validation_block_efficiency",
+)
+
+
+class StepEnd(Callback):
+    """A callback that acts once an optimizer step, after its last micro-batch."""
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        """Find the ends of optimizer steps."""
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        assert isinstance(module, DistillModule)
+        self.on_step_end(trainer, module, trainer.global_step)
+
+    def on_step_end(self, trainer: Trainer, module: DistillModule, step: int) -> None:
+        """Act after `step` optimizer steps."""
+
+
+class Validation(StepEnd):
+    """Every N steps: block efficiency on held-out prompts by replay; the best weights are kept as a drafter folder."""
+
+    def __init__(
+        self,
+        estimate: Callable[[Any], Mapping[str, Any]],
+        *,
+        settings: TrainSettings,
+        folder: Path,
+    ) -> None:
+        self.estimate = estimate
+        self.settings = settings
+        self.folder = folder
+        self.latest: Mapping[str, Any] = {}
+        self.best: dict[str, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Measure the start, so that a run that made it worse exports the start."""
+        if trainer.global_step == 0:
+            assert isinstance(module, DistillModule)
+            self.on_step_end(trainer, module, 0)
+
+    def on_step_end(self, trainer: Trainer, module: DistillModule, step: int) -> None:
+        """Estimate, and keep the weights if they are the best so far."""
+        self.latest = {}
+        every = self.settings.eval_every_steps
+        if not every or (step % every and step != self.settings.max_steps):
+            return
+        module.drafter.eval()
+        with torch.no_grad():
+            self.latest = dict(self.estimate(module.drafter), step=step)
+        module.drafter.train()
+        value = self.latest["block_efficiency"]
+        if trainer.is_global_zero and value > self.best.get("block_efficiency", -1.0):
+            self.best = {"step": step, "block_efficiency": value, "alpha": self.latest["alpha"]}
+            save_drafter(module, self.folder / "best")
+            write_json(self.folder / "best.json", self.best)
+        by_length = "  ".join(f"K={k}: {v:.2f}" for k, v in self.latest["by_length"].items())
+        say(f"step {step}: block efficiency by replay {by_length}  alpha {self.latest['alpha']:.3f}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Carry what is best through a resume."""
+        return dict(self.best)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what was best."""
+        self.best = dict(state_dict)
+
+
+class MetricsLog(StepEnd):
+    """Writes metrics.csv (flushed row by row, cut back to the step of a resume) and passes the same rows to loggers."""
+
+    def __init__(self, path: Path, *, settings: TrainSettings, validation: Validation | None) -> None:
+        self.path = path
+        self.settings = settings
+        self.validation = validation
+        self._tokens = 0
+        self._seconds_before = 0.0
+        self._began = 0.0
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Open the file; after a resume, forget rows of steps that are taken again."""
+        self._began = time.perf_counter()
+        rows = []
+        if self.path.exists():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= trainer.global_step]
+        with written_beside(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        if rows:
+            self._tokens, self._seconds_before = int(rows[-1]["tokens"]), float(rows[-1]["seconds"])
+        elif self.validation is not None and self.validation.latest:
+            self._write(trainer, 0, {})
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Count tokens read."""
+        self._tokens += int((batch.documents_BT >= 0).sum()) * trainer.world_size
+
+    def on_step_end(self, trainer: Trainer, module: DistillModule, step: int) -> None:
+        """Write a row every N steps, at validations and at the end."""
+        validated = self.validation is not None and bool(self.validation.latest)
+        if step % self.settings.log_every_steps and step != self.settings.max_steps and not validated:
+            return
+        sums_3 = trainer.strategy.reduce(module.sums_3, reduce_op="sum")
+        loss, acceptance, count = (float(x) for x in sums_3)
+        module.sums_3.zero_()
+        rate = acceptance / count
+        self._write(
+            trainer,
+            step,
+            {
+                "loss": repr(loss / count),
+                "acceptance_rate": "" if rate != rate else repr(rate),
+                "one_minus_acceptance_rate": "" if rate != rate else repr(1 - rate),
+                "lr": repr(trainer.optimizers[0].param_groups[0]["lr"]),
+                "grad_norm": repr(module.grad_norm),
+            },
+        )
+
+    def _write(self, trainer: Trainer, step: int, values: dict[str, str]) -> None:
+        row: dict[str, Any] = {
+            "step": step,
+            "tokens": self._tokens,
+            "seconds": round(self._seconds_before + time.perf_counter() - self._began, 3),
+            **values,
+        }
+        if self.validation is not None and self.validation.latest:
+            row["validation_alpha"] = repr(self.validation.latest["alpha"])
+            row["validation_block_efficiency"] = repr(self.validation.latest["block_efficiency"])
+        if not trainer.is_global_zero:
+            return
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, COLUMNS).writerow(row)
+        numbers = {name: float(value) for name, value in row.items() if name != "step" and value != ""}
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step)
+
+
+class Checkpoints(StepEnd):
+    """Saves what a resume needs every N steps, keeps the last two, and stops with a checkpoint when asked to by a signal."""
+
+    KEPT = 2
+
+    def __init__(self, folder: Path, *, settings: TrainSettings) -> None:
+        self.folder = folder
+        self.settings = settings
+        self._asked_to_stop = False
+        self._handlers: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Take over SIGTERM and SIGINT for the length of the training."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._handlers[number] = signal.signal(number, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        self._asked_to_stop = True
+        say("asked to stop: finishing this step and saving")
+
+    def on_step_end(self, trainer: Trainer, module: DistillModule, step: int) -> None:
+        """Save, and stop if that was asked."""
+        if step % self.settings.checkpoint_every_steps == 0 or self._asked_to_stop:
+            self.save(trainer, step)
+        if self._asked_to_stop:
+            self.restore_handlers()
+            raise Interrupted(f"stopped at step {step} of {self.settings.max_steps}: run the same command to continue")
+
+    def save(self, trainer: Trainer, step: int) -> None:
+        """Write one checkpoint beside and rename it; then drop the ones that are no longer needed."""
+        path = self.folder / f"step-{step:08d}.ckpt"
+        temporary = path.with_suffix(".part")
+        trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            os.replace(temporary, path)
+            for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.KEPT]:
+                old.unlink()
+
+    def restore_handlers(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+
+    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        """Give the signals back however the training ended."""
+        self.restore_handlers()
+
+
+class Progress(StepEnd):
+    """A bar with steps, loss, tokens a second and the time left; log lines where the output is no terminal."""
+
+    def __init__(self, settings: TrainSettings) -> None:
+        self.settings = settings
+        self._stack = ExitStack()
+        self._bar: Any = None
+        self._tokens = 0
+        self._began = 0.0
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Open the bar at the step that the run continues from."""
+        self._bar = self._stack.enter_context(progress("training", total=self.settings.max_steps, unit="steps"))
+        self._bar.advance(trainer.global_step)
+        self._began = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Count tokens."""
+        self._tokens += int((batch.documents_BT >= 0).sum()) * trainer.world_size
+
+    def on_step_end(self, trainer: Trainer, module: DistillModule, step: int) -> None:
+        """Move the bar."""
+        per_second = self._tokens / max(1e-9, time.perf_counter() - self._began)
+        self._bar.note(f"{per_second:,.0f} tokens/s")
+        self._bar.advance(1)
+
+    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        """Close the bar however the training ended."""
+        self._stack.close()
+
+
+class FrozenTarget(Callback):
+    """Proves that the target did not change: its weights have the same digest before and after."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.before = target.weights_sha256()
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Compare."""
+        if self.target.weights_sha256() != self.before:
+            raise DrafttrainError("the target's weights changed during training: they must stay frozen")
+
+
+def save_drafter(module: DistillModule, folder: Path) -> None:
+    """Write the drafter's weights as a folder, whole or not at all."""
+    with folder_beside(folder) as temporary:
+        module.drafter.save(temporary)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint that can be read whole; damaged ones are set aside and named."""
+    for path in sorted(folder.glob("step-*.ckpt"), reverse=True):
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+            say(f"{path} is damaged ({type(error).__name__}): falling back to the checkpoint before it")
+            path.rename(path.with_suffix(".damaged"))
+            continue
+        return path
+    return None

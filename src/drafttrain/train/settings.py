@@ -1,0 +1,74 @@
+"""Settings of training; imports neither lightning nor deepspeed."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from drafttrain.core.settings import setting
+
+
+@dataclass
+class TrainSettings:
+    """How the drafter is trained."""
+
+    max_steps: int = setting(1000, help="Optimizer steps.", ge=1)
+    batch_size: int = setting(32, help="Records an optimizer step, over all devices and micro-batches.", ge=1)
+    accumulation: int = setting(1, help="Micro-batches an optimizer step; the result does not depend on it.", ge=1)
+    optimizer: Literal["adamw", "muon"] = setting(
+        "adamw", help="adamw, or muon: Muon on hidden matrices, AdamW on embeddings, head and vectors."
+    )
+    lr: float = setting(1e-3, help="Peak learning rate.", gt=0)
+    betas: list[float] = setting([0.9, 0.95], help="AdamW's two decay rates.", ge=0, lt=1)
+    weight_decay: float = setting(0.0, help="Decoupled weight decay of matrices.", ge=0)
+    schedule: Literal["cosine", "wsd", "constant"] = setting(
+        "cosine", help="cosine, wsd (warm-up, stable, decay) or constant; all after the warm-up."
+    )
+    warmup_steps: int = setting(20, help="Steps of linear warm-up.", ge=0)
+    decay_fraction: float = setting(0.2, help="wsd: share of the steps over which the rate falls.", gt=0, le=1)
+    min_lr_ratio: float = setting(0.05, help="Final learning rate as a share of the peak.", ge=0, le=1)
+    clip_norm: float = setting(1.0, help="Gradients are clipped to this norm; 0: not clipped.", ge=0)
+    precision: Literal["fp32", "bf16-mixed"] = setting("fp32", help="fp32, or bf16-mixed: autocast, fp32 weights.")
+    loss_chunk_rows: int | None = setting(
+        None, help="Rows of logits that exist at once; null: chunk only above 256 MiB.", ge=1
+    )
+    log_every_steps: int = setting(10, help="Steps between two rows of metrics.csv.", ge=1)
+    eval_every_steps: int = setting(
+        100, help="Steps between two estimates of block efficiency on held-out prompts; 0: never.", ge=0
+    )
+    eval_prompts: int = setting(32, help="Held-out prompts of these estimates.", ge=1)
+    checkpoint_every_steps: int = setting(200, help="Steps between two checkpoints to resume from.", ge=1)
+    loggers: list[str] = setting(
+        ["csv", "tensorboard"], help="Any of csv, tensorboard, wandb, mlflow (the last two must be installed)."
+    )
+    num_threads: int | None = setting(None, help="CPU threads of torch; null: torch's own choice.", ge=1)
+
+    LOGGERS: ClassVar[tuple[str, ...]] = ("csv", "tensorboard", "wandb", "mlflow")
+
+    def check(self) -> list[str]:
+        """Return what is wrong across fields."""
+        problems = []
+        if self.batch_size % self.accumulation:
+            problems.append(f"batch_size: {self.batch_size} is not a multiple of accumulation {self.accumulation}")
+        if self.warmup_steps > self.max_steps:
+            problems.append(f"warmup_steps: {self.warmup_steps} is more than max_steps {self.max_steps}")
+        if len(self.betas) != 2:
+            problems.append(f"betas: two numbers are needed, got {self.betas}")
+        for name in self.loggers:
+            if name not in self.LOGGERS:
+                problems.append(f"loggers: unknown logger {name!r}. Available: {', '.join(self.LOGGERS)}")
+        return problems
+
+    def smoke(self) -> "TrainSettings":
+        """Return a copy that takes some 20 steps and passes through everything."""
+        batch = min(self.batch_size, 8)
+        accumulation = self.accumulation if batch % self.accumulation == 0 else 1
+        return replace(
+            self,
+            max_steps=min(self.max_steps, 20),
+            batch_size=batch,
+            accumulation=accumulation,
+            warmup_steps=min(self.warmup_steps, 5),
+            eval_every_steps=10 if self.eval_every_steps else 0,
+            eval_prompts=min(self.eval_prompts, 4),
+            checkpoint_every_steps=10,
+            log_every_steps=5,
+        )
