@@ -134,7 +134,7 @@ def load_causal_lm(
     if not list(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder}: no *.safetensors here (pickled weights are not read)")
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder),
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             attn_implementation=attention,
@@ -144,6 +144,7 @@ def load_causal_lm(
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: no causal LM could be read here: {error}") from error
+    model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} weights are missing from the file: {', '.join(missing[:5])}")

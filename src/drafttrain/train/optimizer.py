@@ -105,6 +105,7 @@ def build_optimizer(module: nn.Module, settings: TrainSettings) -> torch.optim.O
     edges = [p for _, p in named if p.ndim >= 2 and not any(p is matrix for matrix in matrices)]
     vectors = [p for _, p in named if p.ndim < 2]
     betas = (settings.betas[0], settings.betas[1])
+    groups: list[dict[str, Any]]
     if settings.optimizer == "muon":
         groups = [
             {"params": matrices, "muon": True},
