@@ -1,0 +1,74 @@
+"""The drafter folder: what a serving stack loads, with one file of ours that says what it is and which target it was made for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from drafttrain.core.console import say
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.files import write_json
+from drafttrain.drafters import Drafter, drafters
+from drafttrain.target import Target
+
+ABOUT = "drafttrain.json"
+
+
+@dataclass(frozen=True)
+class About:
+    """What a drafter folder says of itself."""
+
+    kind: str
+    target: str
+    target_fingerprint: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    trained_steps: int
+
+
+def write_about(folder: Path, about: About) -> None:
+    """Write our file into a drafter folder; loaders of other projects pass over it."""
+    write_json(folder / ABOUT, asdict(about))
+
+
+def read_about(folder: Path) -> About | None:
+    """Return what the folder says of itself; None for a plain Hugging Face model that somebody else made."""
+    path = folder / ABOUT
+    if not path.exists():
+        return None
+    try:
+        return About(**json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a description of a drafter: {error}") from error
+
+
+def read_drafter(folder: Path, target: Target, *, dtype: str | None = None) -> Drafter:
+    """Return the drafter of a folder, ready to propose for `target`.
+
+    Raises:
+        CheckpointError: The folder is missing, damaged, of an unknown kind, or made for another tokenizer.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: no config.json here: not a drafter folder")
+    about = read_about(folder)
+    if about is not None:
+        _check_target(folder, about, target)
+    kind = about.kind if about else "causal_lm"
+    if kind not in drafters.names():
+        raise CheckpointError(f"{folder}: {drafters.unknown(kind)}")
+    component: Any = drafters.entry(kind).component
+    drafter: Drafter = component.load(folder, target, dtype)
+    return drafter
+
+
+def _check_target(folder: Path, about: About, target: Target) -> None:
+    if about.tokenizer_fingerprint != target.tokenizer_fingerprint:
+        raise CheckpointError(
+            f"{folder} was trained for {about.target} (vocabulary {about.vocab_size}), this target, {target.name}, has "
+            f"another tokenizer (vocabulary {target.vocab_size}). Train a drafter for this target, or pass the target it "
+            "was made for."
+        )
+    if about.target_fingerprint not in ("", target.fingerprint):
+        say(f"note: {folder} was trained for {about.target} with other weights than {target.name}")

@@ -1,0 +1,220 @@
+"""What a person sees of a run: status lines and progress on stderr, final tables on stdout.
+
+A terminal gets bars; a file or a pipe gets a plain line every few seconds and one at the end. With several processes only
+the first one speaks.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+PLAIN_LINE_SECONDS = 10.0
+
+stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """Print one status line."""
+    if _first_process():
+        stderr.print(text, markup=False)
+
+
+class Progress:
+    """One long stage: how much is done, how fast, how long it still takes."""
+
+    def __init__(self, description: str, total: int | None, unit: str) -> None:
+        self.description = description
+        self.total = total
+        self.unit = unit
+        self.done = 0
+        self._note = ""
+        self._began = time.monotonic()
+        # The first report starts the clock: it holds the warm-up, or what an earlier run had done.
+        self._first: tuple[int, float] | None = None
+
+    def advance(self, count: int = 1) -> None:
+        """Count `count` more units as done."""
+        self.done += count
+        if self._first is None:
+            self._first = (self.done, time.monotonic())
+        self._show()
+
+    def note(self, text: str) -> None:
+        """Show a few words beside the numbers until the next note."""
+        self._note = text
+        self._show()
+
+    def close(self, *, failed: bool) -> None:
+        """Say how it ended."""
+
+    def _show(self) -> None:
+        """Bring what is shown up to date."""
+
+    @property
+    def rate(self) -> float | None:
+        """Units a second since the first report."""
+        if self._first is None or self.done == self._first[0]:
+            return None
+        return (self.done - self._first[0]) / max(1e-9, time.monotonic() - self._first[1])
+
+    def status(self) -> str:
+        """Return what a line or a bar says: count, share, rate, time left, note."""
+        parts = [f"{self.done:,} {self.unit}"]
+        if self.total is not None:
+            parts = [f"{self.done:,}/{self.total:,} {self.unit} ({self.done / max(1, self.total):.0%})"]
+        if self.rate is not None:
+            parts.append(f"{_number(self.rate)} {self.unit}/s")
+            if self.total is not None and self.done < self.total:
+                parts.append(f"{duration((self.total - self.done) / self.rate)} left")
+        return "  ".join([*parts, self._note]).rstrip()
+
+
+class _PlainProgress(Progress):
+    """Log lines for an output that is no terminal."""
+
+    def __init__(self, description: str, total: int | None, unit: str) -> None:
+        super().__init__(description, total, unit)
+        self._last_line = time.monotonic()
+
+    def _show(self) -> None:
+        if time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:
+            self._last_line = time.monotonic()
+            say(f"{self.description}: {self.status()}")
+
+    def close(self, *, failed: bool) -> None:
+        took = duration(time.monotonic() - self._began)
+        say(f"{self.description}: {'stopped' if failed else 'done'} after {took}  {self.status()}")
+
+
+class _BarProgress(Progress):
+    """A bar on a terminal; bars that are open at the same time share one display."""
+
+    display: "RichProgress | None" = None
+    """The display that all open bars share; None while no bar is open."""
+    open_bars = 0
+
+    def __init__(self, description: str, total: int | None, unit: str) -> None:
+        super().__init__(description, total, unit)
+        if _BarProgress.display is None:
+            _BarProgress.display = _display()
+            _BarProgress.display.start()
+        _BarProgress.open_bars += 1
+        self._task: TaskID = _BarProgress.display.add_task(description, total=total, status=self.status())
+
+    def _show(self) -> None:
+        assert _BarProgress.display is not None
+        _BarProgress.display.update(self._task, completed=self.done, status=self.status())
+
+    def close(self, *, failed: bool) -> None:
+        assert _BarProgress.display is not None
+        _BarProgress.display.remove_task(self._task)
+        _BarProgress.open_bars -= 1
+        if _BarProgress.open_bars == 0:
+            _BarProgress.display.stop()
+            _BarProgress.display = None
+        took = duration(time.monotonic() - self._began)
+        say(f"{self.description}: {'stopped' if failed else 'done'} after {took}  {self.status()}")
+
+
+@contextmanager
+def progress(description: str, total: int | None, unit: str) -> Iterator[Progress]:
+    """Show how a stage of `total` units (None: unknown) goes on, with rate and time left, until the block ends."""
+    shown: Progress
+    if not _first_process():
+        shown = Progress(description, total, unit)
+    elif stderr.is_terminal:
+        shown = _BarProgress(description, total, unit)
+    else:
+        shown = _PlainProgress(description, total, unit)
+    failed = True
+    try:
+        yield shown
+        failed = False
+    finally:
+        shown.close(failed=failed)
+
+
+def table(rows: Sequence[Sequence[object]], *, columns: Sequence[str], title: str = "") -> None:
+    """Print a final table on stdout: drawn on a terminal, aligned plain text elsewhere. Numbers stand to the right."""
+    if not _first_process():
+        return
+    cells = [[str(cell) for cell in row] for row in rows]
+    right = [bool(cells) and all(_numeric(row[i]) for row in cells) for i in range(len(columns))]
+    out = Console(highlight=False)
+    if out.is_terminal:
+        out.print(_drawn(cells, columns=columns, right=right, title=title))
+    else:
+        sys.stdout.write(_plain(cells, columns=columns, right=right, title=title))
+        sys.stdout.flush()
+
+
+def duration(seconds: float) -> str:
+    """Return minutes and seconds, or hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _first_process() -> bool:
+    """Tell whether this process is the one that speaks; launchers number the others."""
+    numbers = ("RANK",) if "RANK" in os.environ else ("NODE_RANK", "LOCAL_RANK")
+    return all(os.environ.get(name, "0") == "0" for name in numbers)
+
+
+def _display() -> "RichProgress":
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(24),
+        TextColumn("{task.fields[status]}", markup=False),
+    )
+    return RichProgress(*columns, console=stderr)
+
+
+def _drawn(cells: list[list[str]], *, columns: Sequence[str], right: Sequence[bool], title: str) -> object:
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(title=Text(title) if title else None, title_justify="left", box=SIMPLE, pad_edge=False)
+    for name, is_right in zip(columns, right, strict=True):
+        drawn.add_column(Text(name), justify="right" if is_right else "left", overflow="fold")
+    for row in cells:
+        drawn.add_row(*map(Text, row))
+    return drawn
+
+
+def _plain(cells: list[list[str]], *, columns: Sequence[str], right: Sequence[bool], title: str) -> str:
+    lines = [list(columns), *cells]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+
+    def aligned(line: Sequence[str]) -> str:
+        padded = [
+            cell.rjust(width) if is_right else cell.ljust(width)
+            for cell, width, is_right in zip(line, widths, right, strict=True)
+        ]
+        return "  ".join(padded).rstrip()
+
+    text = [aligned(columns), aligned(["-" * width for width in widths]), *map(aligned, cells)]
+    return "\n".join([title, *text] if title else text) + "\n"
+
+
+def _numeric(cell: str) -> bool:
+    """Tell whether a cell begins as a number does; an empty one may stand among numbers."""
+    return not cell or cell.lstrip("+-<>=~ ")[:1].isdigit() or cell in ("-", "nan")
+
+
+def _number(value: float) -> str:
+    """Return a rate with three digits that tell something."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,0 +1,49 @@
+"""Export as a plain Hugging Face folder: config.json, model.safetensors, the target's tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from drafttrain.checkpoint import About, write_about
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.files import folder_beside
+
+
+def export_hf(trained: Path, folder: Path, *, tokenizer: Any, about: About, dtype: str) -> None:
+    """Write the drafter folder from the weights that training kept, and read the files back.
+
+    Args:
+        trained: Folder that `Drafter.save` wrote.
+        dtype: Type of the weights in the file.
+
+    Raises:
+        CheckpointError: The file read back differs from what was written.
+    """
+    with folder_beside(folder) as temporary:
+        tensors = {
+            name: tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
+            for name, tensor in load_file(trained / "model.safetensors").items()
+        }
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((trained / "config.json").read_text(encoding="utf-8"))
+        config["dtype"] = dtype
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        generation = trained / "generation_config.json"
+        if generation.exists():
+            (temporary / generation.name).write_bytes(generation.read_bytes())
+        tokenizer.save_pretrained(temporary)
+        write_about(temporary, about)
+        _read_back(temporary / "model.safetensors", tensors)
+
+
+def _read_back(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    with safe_open(path, framework="pt") as file:
+        wrong = [name for name in tensors if not torch.equal(file.get_tensor(name), tensors[name])]
+        if wrong or set(file.keys()) != set(tensors):
+            raise CheckpointError(f"{path}: {len(wrong)} tensors read back differ from what was written: {wrong[:5]}")

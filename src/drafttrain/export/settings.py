@@ -1,0 +1,35 @@
+"""Settings of the export and its gate."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from drafttrain.core.settings import setting
+
+
+@dataclass
+class ExportSettings:
+    """What is written, and what it must reach."""
+
+    format: Literal["hf"] = setting(
+        "hf", help="hf: a plain Hugging Face folder, which vLLM, SGLang and transformers read."
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = setting(
+        "float32", help="Type of the exported weights; the evaluation reads these files."
+    )
+    require: dict[str, float] = setting(
+        {}, help="The gate: lowest block_efficiency (greedy, at eval.num_draft_tokens), alpha, mbsu; parity: true."
+    )
+
+    KEYS: ClassVar[tuple[str, ...]] = ("block_efficiency", "alpha", "mbsu", "speedup", "gain_over_start", "parity")
+
+    def check(self) -> list[str]:
+        """Return what is wrong across fields."""
+        return [
+            f"require.{key}: unknown figure. Available: {', '.join(self.KEYS)}"
+            for key in self.require
+            if key not in self.KEYS
+        ]
+
+    def smoke(self) -> "ExportSettings":
+        """Return a copy without a floor: twenty steps prove the path, not the figure. Parity is kept."""
+        return ExportSettings(self.format, self.dtype, {k: v for k, v in self.require.items() if k == "parity"})
