@@ -275,3 +275,44 @@ class ForwardEvent:
     bytes_read: int
     """Weights, shared ones each time they are read, and cache."""
     seconds: float
+
+
+# ---------------------------------------------------------------- what decoding leaves behind
+
+
+@dataclass(frozen=True)
+class Round:
+    """One proposal, one target call, one verdict, in counts."""
+
+    start: int
+    """Tokens of the generation before this round: the round's first emitted token is `tokens[start]`."""
+    num_draft_tokens: int
+    """Nodes drafted, the root not counted."""
+    max_depth: int
+    """Depth of the deepest node that was drafted; for a chain, the same number."""
+    num_accepted: int
+    """Draft tokens kept, counted after the cut by EOS or length."""
+    num_emitted: int
+    """Tokens committed: `num_accepted + 1`, or `num_accepted` when an accepted EOS ended the text."""
+    reason: str
+    """reject, leaf, eos or length."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One prompt's output and how it came about."""
+
+    id: str
+    domain: str
+    prompt_tokens: Sequence[int]
+    tokens: Sequence[int]
+    """The new tokens, an ending EOS included; the same as all rounds' emitted tokens in order."""
+    rounds: Sequence[Round]
+    prefill_seconds: float
+    """Reading the prompt, target and drafter; this sequence's share when several are decoded together."""
+    draft_seconds: float
+    """Proposing and keeping the proposer's cache; this sequence's share."""
+    verify_seconds: float
+    """Target calls of the rounds; this sequence's share."""
+    seconds: float
+    """From before the prefill to the end, everything; this sequence's share. Decoding alone: less `prefill_seconds`."""

@@ -1,7 +1,7 @@
 """How a settings dataclass declares a field: default, meaning, unit and range, in one line."""
 
 import copy
-from dataclasses import MISSING, field
+from dataclasses import MISSING, field, is_dataclass
 from typing import Any
 
 from drafttrain.core.registry import Registry
@@ -29,6 +29,6 @@ def setting(
     metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt, "registry": registry}
     if default is MISSING:
         return field(metadata=metadata)
-    if isinstance(default, list | dict) or registry is not None:
+    if isinstance(default, list | dict) or is_dataclass(default) or registry is not None:
         return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)

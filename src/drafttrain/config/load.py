@@ -1,0 +1,104 @@
+"""From a YAML file and overrides to a Recipe, or to every problem at once."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from drafttrain.config.bundled import find_recipe
+from drafttrain.config.check import Checker
+from drafttrain.config.fields import fields_of
+from drafttrain.config.nodes import Node, Problem, apply_override, read_yaml
+from drafttrain.config.recipe import NOT_DONE_YET, Recipe
+from drafttrain.config.smoke import shrink
+from drafttrain.core.errors import RecipeError
+
+T = TypeVar("T")
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, smoke: bool = False) -> Recipe:
+    """Return the recipe of a file, a run folder or a bundled name.
+
+    Args:
+        path: A YAML file, a run folder with its recipe.yaml, or the name of a bundled recipe (`demo`).
+        overrides: `section.key=value`, applied before anything is checked; items of lists by number.
+        smoke: Shrink it to some 20 steps through every stage.
+
+    Raises:
+        RecipeError: With every problem, each with its line or override.
+    """
+    file = find_recipe(path)
+    recipe = read_recipe(file.read_text(encoding="utf-8"), overrides, source=str(path))
+    return shrink(recipe) if smoke else recipe
+
+
+def read_recipe(text: str, overrides: Sequence[str] = (), *, source: str) -> Recipe:
+    """Return the recipe of a YAML text."""
+    root, problems = read_yaml(text, source=source)
+    for override in overrides:
+        problems += apply_override(root, override)
+    if not isinstance(root.value, dict):
+        raise RecipeError(source, ["line 1: a recipe is made of sections: name, target, drafter, ..."])
+    problems += _not_done_yet(root)
+    problems += _import_plugins(root)
+    return _checked(Recipe, root, problems, source=source)
+
+
+def load_section(section: str, overrides: Sequence[str], *, source: str = "arguments") -> object:
+    """Return one section made of its defaults and of overrides (`eval.temperature=1`), without a recipe.
+
+    Raises:
+        RecipeError: With every problem of the overrides.
+    """
+    root = Node({}, "")
+    problems = [problem for override in overrides for problem in apply_override(root, override)]
+    for name, child in root.value.items():
+        if name != section:
+            problems.append(Problem(child.where, f"{name}: only {section}.key=value can be given here"))
+    wanted = fields_of(Recipe)[section].hint
+    return _checked(wanted, root.value.get(section, root), problems, source=source, path=section)
+
+
+def _checked(settings: type[T], root: Node, problems: list[Problem], *, source: str, path: str = "") -> T:
+    checker = Checker()
+    made: T = checker.settings(settings, root, path=path)
+    problems += checker.problems
+    if not problems:
+        problems += _no_structured_config(made)
+    if problems:
+        told = dict.fromkeys(map(str, sorted(problems, key=lambda problem: problem.order)))
+        raise RecipeError(source, list(told))
+    return made
+
+
+def _no_structured_config(made: object) -> list[Problem]:
+    """Ask OmegaConf too, whose structured configs the settings are: whatever it refuses, no room should see."""
+    try:
+        OmegaConf.structured(made)
+    except OmegaConfBaseException as error:
+        return [Problem("", str(error).replace("\n", " "))]
+    return []
+
+
+def _not_done_yet(root: Node) -> list[Problem]:
+    """Take sections of later versions out, saying so."""
+    found = [(name, root.value.pop(name)) for name in NOT_DONE_YET if name in root.value]
+    return [Problem(node.where, f"{name}: not done yet: this version has no such section") for name, node in found]
+
+
+def _import_plugins(root: Node) -> list[Problem]:
+    """Import modules from outside, so that the kinds they register are known."""
+    node = root.value.get("plugins")
+    problems = []
+    for item in node.value if node and isinstance(node.value, list) else []:
+        try:
+            importlib.import_module(str(item.value))
+        except ImportError as error:
+            text = f"plugins: cannot import {item.value!r} ({error}). Install it, or put its folder on PYTHONPATH"
+            problems.append(Problem(item.where, text))
+    return problems

@@ -1,0 +1,189 @@
+"""YAML text as a tree of values that know where they were written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from drafttrain.core.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong, and where."""
+
+    where: str
+    """`line 5`, `override train.lr=2`, or empty."""
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.text}" if self.where else self.text
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """The order in which problems are told: by line, then what has none."""
+        word, _, number = self.where.partition(" ")
+        return (0, int(number)) if word == "line" else (1, 0)
+
+
+@dataclass
+class Node:
+    """A value of a recipe: a scalar, a mapping of nodes or a list of nodes."""
+
+    value: Any
+    where: str
+    """The line of its key (of the item itself in a list), or the override that gave it."""
+    text: str | None = None
+    """A scalar as it was written."""
+    refused: bool = False
+    """A problem was told already: its value means nothing."""
+
+    def plain(self) -> Any:
+        """Return the value without places."""
+        if isinstance(self.value, dict):
+            return {key: child.plain() for key, child in self.value.items()}
+        if isinstance(self.value, list):
+            return [child.plain() for child in self.value]
+        return self.value
+
+
+def read_yaml(text: str, *, source: str) -> tuple[Node, list[Problem]]:
+    """Return the tree of a YAML text, and what a recipe must not contain: keys twice, anchors, aliases, merge keys.
+
+    Raises:
+        RecipeError: The text is no YAML; nothing more can be said of it.
+    """
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return Node({}, "line 1"), [Problem("line 1", "the recipe is empty")]
+        return loader.node_of(root, where="line 1"), loader.problems
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f"line {mark.line + 1}: " if mark else ""
+        said = ", ".join(part for part in (error.context, error.problem) if part)
+        raise RecipeError(source, [f"{line}not YAML: {said}"]) from error
+    except yaml.YAMLError as error:
+        raise RecipeError(source, [f"not YAML: {error}"]) from error
+    finally:
+        loader.dispose()
+
+
+def apply_override(root: Node, override: str) -> Iterator[Problem]:
+    """Set one value of the tree from `section.key=value`; an integer in the path is an item of a list."""
+    where = f"override {override}"
+    path, equals, text = override.partition("=")
+    if not equals or not all(path.split(".")):
+        yield Problem(where, "an override has the form section.key=value")
+        return
+    parent, keys = root, path.split(".")
+    for depth, key in enumerate(keys[:-1]):
+        child, problem = _step(parent, key, path=".".join(keys[: depth + 1]))
+        if problem:
+            yield Problem(where, problem)
+            return
+        if child is None or child.value is None:
+            child = Node({}, where)
+            _put(parent, key, child)
+        parent = child
+    _, problem = _step(parent, keys[-1], path=path)
+    if problem:
+        yield Problem(where, problem)
+        return
+    _put(parent, keys[-1], _value_of(text, where=where))
+
+
+def _step(parent: Node, key: str, *, path: str) -> tuple[Node | None, str | None]:
+    """Return the child called `key` (None: not there yet), or what forbids to go there."""
+    above = path.rpartition(".")[0]
+    if isinstance(parent.value, dict):
+        return parent.value.get(key), None
+    if isinstance(parent.value, list):
+        count = len(parent.value)
+        if key.isdigit() and int(key) < count:
+            return parent.value[int(key)], None
+        return None, f"{above} has items 0..{count - 1}, got {key!r}" if count else f"{above} is an empty list"
+    return None, f"{above} is a single value, it has no {key!r}"
+
+
+def _put(parent: Node, key: str, child: Node) -> None:
+    parent.value[int(key) if isinstance(parent.value, list) else key] = child
+
+
+def _value_of(text: str, *, where: str) -> Node:
+    """Return what stands right of `=`: YAML where it is some, else the text itself."""
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+        node = loader.node_of(root, where=where) if root is not None else Node("", where, text="")
+    except yaml.YAMLError:
+        return Node(text, where, text=text)
+    finally:
+        loader.dispose()
+    if loader.problems:
+        return Node(text, where, text=text)
+    _relocate(node, where)
+    return node
+
+
+def _relocate(node: Node, where: str) -> None:
+    node.where = where
+    children = node.value.values() if isinstance(node.value, dict) else node.value
+    if isinstance(node.value, dict | list):
+        for child in children:
+            _relocate(child, where)
+
+
+class _Loader(yaml.SafeLoader):
+    """A loader that stops at the tree, keeps lines and refuses what would hide the truth of a file."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.problems: list[Problem] = []
+        self._aliases: set[int] = set()
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()
+        if self.check_event(yaml.AliasEvent):
+            self._refuse(event, f"alias *{event.anchor}: write the value out, a recipe has no anchors")
+            self.get_event()
+            node = yaml.ScalarNode("tag:yaml.org,2002:null", "", event.start_mark, event.end_mark)
+            self._aliases.add(id(node))
+            return node
+        if event.anchor is not None:
+            self._refuse(event, f"anchor &{event.anchor}: write the value out, a recipe has no anchors")
+        return super().compose_node(parent, index)
+
+    def node_of(self, raw: Any, *, where: str) -> Node:
+        """Return the tree under a raw YAML node."""
+        if isinstance(raw, yaml.MappingNode):
+            return Node(self._mapping_of(raw), where)
+        if isinstance(raw, yaml.SequenceNode):
+            return Node([self.node_of(item, where=_line(item)) for item in raw.value], where)
+        dated = raw.tag == "tag:yaml.org,2002:timestamp"
+        value = raw.value if dated else self.construct_object(raw)
+        return Node(value, where, text=raw.value, refused=id(raw) in self._aliases)
+
+    def _mapping_of(self, raw: yaml.MappingNode) -> dict[str, Node]:
+        children: dict[str, Node] = {}
+        for key, value in raw.value:
+            if not isinstance(key, yaml.ScalarNode):
+                self._refuse(key, "a key must be a word")
+            elif key.tag == "tag:yaml.org,2002:merge":
+                self._refuse(key, "merge key <<: write the keys out, a recipe has no anchors")
+            elif key.value in children:
+                self._refuse(key, f"{key.value}: given twice, first in {children[key.value].where}")
+            else:
+                children[key.value] = self.node_of(value, where=_line(key))
+        return children
+
+    def _refuse(self, at: Any, text: str) -> None:
+        self.problems.append(Problem(_line(at), text))
+
+
+def _line(at: Any) -> str:
+    return f"line {at.start_mark.line + 1}"

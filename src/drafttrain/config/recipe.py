@@ -1,0 +1,67 @@
+"""The recipe: the settings of all rooms, gathered in one dataclass whose sections have one order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from drafttrain.core.settings import setting
+from drafttrain.data_gen.settings import DataSettings
+from drafttrain.drafters import drafters
+from drafttrain.eval.settings import EvalSettings
+from drafttrain.export.settings import ExportSettings
+from drafttrain.losses import losses
+from drafttrain.target.frozen import TargetSettings
+from drafttrain.train.settings import TrainSettings
+
+NOT_DONE_YET = ("head", "online")
+"""Sections that a later version will have."""
+
+
+@dataclass
+class Recipe:
+    """One run, whole: from the data to the exported drafter and its proof."""
+
+    name: str = setting(help="Name of the run and of its folder.")
+    seed: int = setting(0, help="Every random stream of the run is named by it.", ge=0)
+    plugins: list[str] = setting([], help="Modules from outside to import first; they register their own kinds.")
+    target: TargetSettings = field(
+        default_factory=TargetSettings, metadata={"help": "The frozen model whose output must be kept."}
+    )
+    drafter: Any = setting(help="The model or module that is trained, by kind.", registry=drafters)
+    loss: Any = setting(help="What training minimises, by kind.", registry=losses)
+    data: DataSettings = setting(help="Where text comes from, and what the target writes of it.")
+    train: TrainSettings = field(default_factory=TrainSettings, metadata={"help": "How the drafter is trained."})
+    eval: EvalSettings = field(default_factory=EvalSettings, metadata={"help": "How the exported files are proven."})
+    export: ExportSettings = field(default_factory=ExportSettings, metadata={"help": "What is written, and the gate."})
+
+    def check(self) -> list[str]:
+        """Return what is wrong across sections."""
+        problems = []
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            problems.append(f"name: must be usable as the name of a folder, got {self.name!r}")
+        if self.target.model is None:
+            problems += self._without_target()
+        return problems
+
+    def _without_target(self) -> Iterator[str]:
+        """Tell what needs the target that this recipe has not."""
+        for settings in components_of(self.loss):
+            component: Any = losses.entry(settings.kind).component if settings.kind in losses.names() else None
+            if component is not None and component.needs_target:
+                yield f"loss: {settings.kind} compares with the target, but target.model is null"
+        if getattr(self.drafter, "init", None) == "target":
+            yield "drafter.init: nothing to cut the drafter from: target.model is null"
+
+
+def components_of(value: Any) -> Iterator[Any]:
+    """Yield the settings of a component and of all components inside it."""
+    if isinstance(value, list):
+        for item in value:
+            yield from components_of(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        if hasattr(value, "kind"):
+            yield value
+        for part in fields(value):
+            yield from components_of(getattr(value, part.name))
