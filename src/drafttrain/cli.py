@@ -2,7 +2,6 @@
 
 import re
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -242,4 +241,4 @@ def _check_folders(named: list[str], *, smoke: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -24,7 +24,7 @@ def bundled_folder() -> Path:
     """Return the folder of the bundled recipes: in the installed package, or at the root of a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "recipes"
-    return installed if installed.is_dir() else package.parents[1] / "recipes"
+    return installed.resolve() if installed.is_dir() else package.parents[1] / "recipes"
 
 
 def bundled_recipes() -> list[BundledRecipe]:

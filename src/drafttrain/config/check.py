@@ -65,21 +65,19 @@ class Checker:
         return self._value(field.hint, node, path=path, bounds=field.metadata, base=base)
 
     def _default(self, field: Field, value: Any, node: Node, *, path: str) -> Any:
-        """Return a default; where it is written as a mapping with `kind`, the component's settings."""
-        if field.registry is None or value is None or is_dataclass(value):
+        """Return a default in the form that a recipe's own value would get: numbers of their type, components as settings."""
+        if value is None or is_dataclass(value):
             return value
-        if isinstance(value, list) and all(map(is_dataclass, value)):
+        if isinstance(value, list) and value and all(map(is_dataclass, value)):
             return value
-        return self._components(field, _as_node(value, node.where), path=path)
+        return self.field(field, _as_node(value, node.where), path=path)
 
     def _components(self, field: Field, node: Node, *, path: str) -> Any:
         assert field.registry is not None
         if not field.is_list:
             return self._component(field.registry, node, path=path, default=field.default)
         if not isinstance(node.value, list):
-            return self._wrong(node, path, f"a list of mappings, each with the kind of a {field.registry.kind}")
-        if field.metadata.get("min_items", 0) > len(node.value):
-            return self._wrong(node, path, f"a list of {field.metadata['min_items']} or more")
+            return self._wrong(node, path, "a list of mappings, each of which names its kind")
         return [
             self._component(field.registry, item, path=f"{path}.{i}", default=MISSING)
             for i, item in enumerate(node.value)
@@ -90,7 +88,7 @@ class Checker:
         """Return the settings of the component that `kind` names; the default's kind where none is given."""
         if not isinstance(node.value, dict):
             name = node.value if node.value in registry.names() else registry.names()[0] if registry.names() else "..."
-            return self._wrong(node, path, f"a mapping with the kind of a {registry.kind}, as in {{kind: {name}}}")
+            return self._wrong(node, path, f"a mapping that names its kind, as in {{kind: {name}}}")
         kind_node = node.value.get("kind")
         default_kind = default.get("kind") if isinstance(default, Mapping) else kind_of(default)
         if kind_node is None and default_kind is None:

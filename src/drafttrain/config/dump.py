@@ -66,16 +66,17 @@ def _entry_lines(name: str, value: Any, *, comment: str, comments: bool) -> Iter
         yield f"{line}  {note}".rstrip()
 
 
-def _flow(value: Any) -> str:
-    """Return a scalar, or a list or mapping of scalars, on one line."""
+def _flow(value: Any, *, inside: bool = False) -> str:
+    """Return a scalar, or a list or mapping of scalars, on one line; `inside` brackets more has to be quoted."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_flow(str(key))}: {_flow(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{_flow(str(k), inside=True)}: {_flow(v, inside=True)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
-        return "[" + ", ".join(map(_flow, value)) + "]"
+        return "[" + ", ".join(_flow(item, inside=True) for item in value) + "]"
     if isinstance(value, str) and (not value.isprintable() or value != value.strip()):
         return json.dumps(value)
-    # Inside a list, as here, YAML quotes what would end the item; outside it does no harm.
-    return yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=1 << 20).strip()[1:-1]
+    if inside:
+        return yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=1 << 20).strip()[1:-1]
+    return yaml.safe_dump(value, allow_unicode=True, width=1 << 20).removesuffix("...\n").strip()
 
 
 def _with_gaps(lines: list[str]) -> Iterator[str]:

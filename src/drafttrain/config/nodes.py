@@ -10,6 +10,8 @@ import yaml
 
 from drafttrain.core.errors import RecipeError
 
+PLAIN_TAGS = ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -160,6 +162,9 @@ class _Loader(yaml.SafeLoader):
 
     def node_of(self, raw: Any, *, where: str) -> Node:
         """Return the tree under a raw YAML node."""
+        if raw.tag.rpartition(":")[2] not in PLAIN_TAGS:
+            self._refuse(raw, f"tag {raw.tag}: only plain values are read")
+            return Node(None, where, refused=True)
         if isinstance(raw, yaml.MappingNode):
             return Node(self._mapping_of(raw), where)
         if isinstance(raw, yaml.SequenceNode):

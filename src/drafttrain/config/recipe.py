@@ -19,7 +19,7 @@ NOT_DONE_YET = ("head", "online")
 """Sections that a later version will have."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Recipe:
     """One run, whole: from the data to the exported drafter and its proof."""
 

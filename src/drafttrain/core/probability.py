@@ -57,5 +57,12 @@ def residual(target_probs_V: Tensor, drafter_probs_V: Tensor) -> Tensor:
 
 
 def draw(probs_V: Tensor, generator: torch.Generator | None) -> int:
-    """Return one token drawn from a law; a one-hot law consumes no randomness' worth of choice but one draw."""
-    return int(torch.multinomial(probs_V, 1, generator=generator))
+    """Return one token drawn from a law by inverting its distribution function at one uniform number.
+
+    One number of the stream a draw, whatever the law: so two decoders that settle every token by one draw emit the same text.
+    """
+    below_V = probs_V.cumsum(dim=-1, dtype=torch.float64)
+    uniform = torch.rand(1, dtype=torch.float64, generator=generator).to(probs_V.device)
+    # `right`: a token without mass is never the first whose sum is above the number.
+    index = torch.searchsorted(below_V, uniform * below_V[-1:], right=True)
+    return min(int(index), probs_V.shape[-1] - 1)

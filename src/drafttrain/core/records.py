@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -140,6 +141,8 @@ class LossRows:
     """None when the loss asked for no target."""
     tokens_N: Tensor
     """The label: the token that the data has there."""
+    seed_N: Tensor | None = None
+    """A number of the row, the same whatever micro-batch it is in, for losses that draw."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,15 @@ class RowIndex:
 
 
 # ---------------------------------------------------------------- decoding
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to continue."""
+
+    id: str
+    tokens: Sequence[int]
+    domain: str = ""
 
 
 class Exactness(Enum):
@@ -203,9 +215,15 @@ class DraftStep:
 
     sequence: int
     depth: int
-    q_row_V: Tensor
+    logits_V: Tensor
+    """The drafter's logits of the draft token that would be next."""
     hidden_D: Tensor | None = None
     token: int | None = None
+
+    @cached_property
+    def q_row_V(self) -> Tensor:
+        """The drafter's law at temperature 1, whatever the sampling: at temperature 0 a one-hot law would say nothing."""
+        return self.logits_V.float().softmax(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -239,6 +257,32 @@ class Proposal:
     def num_draft_tokens(self) -> int:
         """Draft tokens: all nodes but the root."""
         return len(self.tokens_N) - 1
+
+
+def chain(tokens: Sequence[int], *, kind: NodeKind, q_rows_RV: Tensor | None = None) -> Proposal:
+    """Return the chain proposal of a root and the draft tokens behind it.
+
+    Args:
+        tokens: The root, then the draft tokens.
+        q_rows_RV: SAMPLED: the law of each draft token, in order.
+    """
+    import torch
+
+    count = len(tokens)
+    sampled = kind is NodeKind.SAMPLED
+    return Proposal(
+        tokens_N=torch.tensor(tokens),
+        parents_N=torch.arange(-1, count - 1),
+        depths_N=torch.arange(count),
+        kinds_N=torch.tensor([NodeKind.ROOT.value] + [kind.value] * (count - 1)),
+        q_rows_RV=q_rows_RV if sampled else None,
+        q_row_N=torch.tensor([*range(count - 1), -1]) if sampled else None,
+    )
+
+
+def fixed_chain(root: int, drafted: Sequence[int]) -> Proposal:
+    """Return a FIXED chain behind the root."""
+    return chain([root, *drafted], kind=NodeKind.FIXED)
 
 
 @dataclass(frozen=True)
@@ -275,6 +319,10 @@ class ForwardEvent:
     bytes_read: int
     """Weights, shared ones each time they are read, and cache."""
     seconds: float
+    prefill: bool = False
+    """Reads a prompt, before the first round."""
+    plain_bytes: int = 0
+    """What a plain call would have read here: one token a sequence, after the same cached tokens."""
 
 
 # ---------------------------------------------------------------- what decoding leaves behind
@@ -313,6 +361,6 @@ class Generation:
     draft_seconds: float
     """Proposing and keeping the proposer's cache; this sequence's share."""
     verify_seconds: float
-    """Target calls of the rounds; this sequence's share."""
+    """Target calls of the rounds, their verdicts, keeping the target's cache; this sequence's share."""
     seconds: float
     """From before the prefill to the end, everything; this sequence's share. Decoding alone: less `prefill_seconds`."""

@@ -107,7 +107,13 @@ class CausalLMDrafter(Drafter):
 
     def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
         """Return the chain proposer over this model."""
-        return ChainProposer(self.model, target_vocab_size=target.vocab_size, listener=listener, draft=self.draft)
+        return ChainProposer(
+            self.model,
+            target_vocab_size=target.vocab_size,
+            num_tokens=target.num_tokens,
+            listener=listener,
+            draft=self.draft,
+        )
 
     def save(self, folder: Path) -> None:
         """Write a plain Hugging Face folder."""

@@ -1,0 +1,123 @@
+"""A causal LM that drafts chains, one token after the other: the inference side of the independent drafter.
+
+V = vocabulary, R = rows of q
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from drafttrain.core.probability import draw, sampling_probs
+from drafttrain.core.records import (
+    Budget,
+    Context,
+    DraftStep,
+    NodeKind,
+    Proposal,
+    Sampling,
+    TargetNeeds,
+    TargetOutput,
+    Verdict,
+    chain,
+)
+from drafttrain.core.roles import ForwardListener
+from drafttrain.target.cached_lm import CachedLM
+
+
+class ChainProposer:
+    """Drafts by sampling from its own law, or by argmax; at temperature 0 the two are the same.
+
+    Args:
+        target_vocab_size: Width of the rows of q.
+        num_tokens: Ids that the tokenizer can produce; the drafter's other rows are padding and carry no mass.
+        draft: `sampled`, or `greedy`: a FIXED node at every temperature, as vLLM drafts.
+    """
+
+    needs = TargetNeeds()
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        target_vocab_size: int,
+        num_tokens: int | None = None,
+        listener: ForwardListener | None = None,
+        draft: str = "sampled",
+    ) -> None:
+        self._lm = CachedLM(model, name="drafter", listener=listener)
+        self._width = target_vocab_size
+        rows = int(model.get_output_embeddings().weight.shape[0])
+        self._shared = min(rows, target_vocab_size, num_tokens or target_vocab_size)
+        self._greedy = draft == "greedy"
+        self._contexts: list[Context] = []
+        self._pending: list[int] = []
+        """Committed tokens that the last `propose` read, by sequence; what it read after them are draft tokens."""
+
+    def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
+        """Read the prompts, all but their last tokens."""
+        self._contexts = list(contexts)
+        self._lm.begin([context.tokens[:-1] for context in contexts])
+
+    def propose(
+        self,
+        budgets: Sequence[Budget],
+        sampling: Sampling,
+        generators: Sequence[torch.Generator],
+        more: Callable[[DraftStep], bool],
+    ) -> list[Proposal]:
+        """Return one chain a sequence."""
+        fixed = self._greedy or sampling.temperature == 0
+        drafted = [[context.tokens[-1]] for context in self._contexts]
+        laws: list[list[Tensor]] = [[] for _ in self._contexts]
+        # What the cache lacks of the committed text: the root, and after a whole block was accepted its last token too.
+        inputs = [
+            context.tokens[length:] if budget.nodes else []
+            for context, length, budget in zip(self._contexts, self._lm.lengths, budgets, strict=True)
+        ]
+        self._pending = [len(tokens) for tokens in inputs]
+        for depth in range(1, max((budget.nodes for budget in budgets), default=0) + 1):
+            seen = self._lm.forward(inputs) if any(inputs) else []
+            inputs = [[] for _ in inputs]
+            for sequence, output in enumerate(seen):
+                if output.logits_BTV is None or not output.logits_BTV.shape[1]:
+                    continue
+                logits_V = output.logits_BTV[0, -1, : self._shared]
+                if not more(DraftStep(sequence, depth, logits_V)):
+                    continue
+                if fixed:
+                    token = int(logits_V.argmax())
+                else:
+                    laws[sequence].append(sampling_probs(logits_V, sampling))
+                    token = draw(laws[sequence][-1], generators[sequence])
+                drafted[sequence].append(token)
+                if depth < budgets[sequence].nodes:
+                    inputs[sequence] = [token]
+        return [self._proposal(tokens, rows, fixed) for tokens, rows in zip(drafted, laws, strict=True)]
+
+    def _proposal(self, tokens: list[int], laws: list[Tensor], fixed: bool) -> Proposal:
+        if fixed or not laws:
+            return chain(tokens, kind=NodeKind.FIXED)
+        q_rows_RV = pad(torch.stack(laws), (0, self._width - self._shared))
+        return chain(tokens, kind=NodeKind.SAMPLED, q_rows_RV=q_rows_RV)
+
+    def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
+        """Keep what was committed: the tokens read before drafting and the accepted draft tokens among those read."""
+        cache = self._lm.cache
+        read = [length - kept for length, kept in zip(cache.lengths, cache.kept, strict=True)]
+        if any(read):
+            self._lm.keep(
+                [
+                    range(min(count, pending + verdict.num_accepted))
+                    for count, pending, verdict in zip(read, self._pending, verdicts, strict=True)
+                ]
+            )
+
+    def drop(self, keep: Sequence[int]) -> None:
+        """Keep only these sequences."""
+        self._contexts = [self._contexts[i] for i in keep]
+        self._lm.drop(keep)

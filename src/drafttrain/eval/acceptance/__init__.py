@@ -1,0 +1,5 @@
+"""Acceptance rules, one file each: which draft tokens are kept."""
+
+from drafttrain.core.registry import Registry
+
+acceptance_rules = Registry("acceptance rule", "drafttrain.eval.acceptance")

@@ -1,0 +1,56 @@
+"""Lenience: accept draft tokens that the target finds less likely than the drafter does. LOSSY: the output's law changes.
+
+N = nodes, V = vocabulary, D = hidden
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.records import Exactness, Proposal, TargetNeeds
+from drafttrain.core.settings import setting
+from drafttrain.eval.acceptance import acceptance_rules
+from drafttrain.eval.verify import Dice, walk
+
+
+@dataclass
+class LenienceSettings:
+    """Accept with chance min(1, f(p) / q). Lossy below epsilon 1."""
+
+    form: Literal["linear", "square", "exponent"] = setting(
+        "linear", help="f(p): linear p / epsilon, square p / epsilon^2, exponent p^epsilon."
+    )
+    epsilon: float = setting(0.5, help="1 is lossless; the smaller, the more is accepted.", gt=0, le=1)
+
+
+@acceptance_rules.register("lenience", LenienceSettings)
+class Lenience:
+    """Lossy acceptance; a rejection is followed by a draw from norm(max(p - q, 0)), the residual of the lossless rule.
+
+    Source: Zhou et al. 2023, DistillSpec, arXiv 2310.08461; the residual is this project's choice.
+    """
+
+    exactness: ClassVar[Exactness] = Exactness.LOSSY
+    needs = TargetNeeds()
+
+    def __init__(self, settings: LenienceSettings | None = None) -> None:
+        self.settings = settings or LenienceSettings()
+
+    def __call__(
+        self, proposal: Proposal, target_probs_NV: Tensor, node_hidden_ND: Tensor | None, generator: torch.Generator
+    ) -> tuple[list[int], int]:
+        credit = None if self.settings.epsilon == 1 else lenient(self.settings.form, self.settings.epsilon)
+        return walk(proposal, target_probs_NV, Dice(generator), credit=credit)
+
+
+def lenient(form: str, epsilon: float) -> Callable[[float], float]:
+    """Return f: what a target probability counts for."""
+    forms: dict[str, Callable[[float], float]] = {
+        "linear": lambda p: p / epsilon,
+        "square": lambda p: p / epsilon**2,
+        "exponent": lambda p: p**epsilon,
+    }
+    return forms[form]

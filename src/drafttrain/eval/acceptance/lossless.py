@@ -1,0 +1,35 @@
+"""The lossless rule: the output has exactly the target's law; at temperature 0, exactly its greedy text.
+
+N = nodes, V = vocabulary, D = hidden
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.records import Exactness, Proposal, TargetNeeds
+from drafttrain.eval.acceptance import acceptance_rules
+from drafttrain.eval.verify import Dice, walk
+
+
+@dataclass
+class LosslessSettings:
+    """Keep exactly the target's law."""
+
+
+@acceptance_rules.register("lossless", LosslessSettings)
+class Lossless:
+    """Speculative sampling, by the one walk."""
+
+    exactness: ClassVar[Exactness] = Exactness.DISTRIBUTION
+    needs = TargetNeeds()
+
+    def __init__(self, settings: LosslessSettings | None = None) -> None:
+        self.settings = settings or LosslessSettings()
+
+    def __call__(
+        self, proposal: Proposal, target_probs_NV: Tensor, node_hidden_ND: Tensor | None, generator: torch.Generator
+    ) -> tuple[list[int], int]:
+        return walk(proposal, target_probs_NV, Dice(generator))

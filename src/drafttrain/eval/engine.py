@@ -1,0 +1,219 @@
+"""The loop: propose, one target call over all nodes of all sequences, verify, commit, observe.
+
+N = nodes, V = vocabulary, D = hidden
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from drafttrain.core.probability import sampling_probs
+from drafttrain.core.random import stream
+from drafttrain.core.records import (
+    Budget,
+    Context,
+    Generation,
+    Prompt,
+    Proposal,
+    Round,
+    Sampling,
+    TargetNeeds,
+    TargetOutput,
+    Verdict,
+)
+from drafttrain.core.roles import AcceptanceRule, ForwardListener, LengthPolicy, Proposer
+from drafttrain.target import Target
+from drafttrain.target.cached_lm import CachedLM
+
+
+@dataclass
+class _Sequence:
+    """One prompt on its way."""
+
+    prompt: Prompt
+    context: Context
+    draft_stream: torch.Generator
+    verdict_stream: torch.Generator
+    rounds: list[Round] = field(default_factory=list)
+    prefill_seconds: float = 0.0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def num_new(self) -> int:
+        return len(self.context.tokens) - self.context.num_prompt_tokens
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.rounds) and self.rounds[-1].reason in ("eos", "length")
+
+
+class Engine:
+    """Decodes prompts with a proposer; with `NoDraft` it is plain autoregressive decoding.
+
+    Args:
+        max_new_tokens: New tokens a prompt at most; no round drafts past it.
+        seed: Every prompt has its own streams, for drafting and for verdicts, named by (seed, prompt id).
+        stop_tokens: Tokens that end a text; None: the target's own.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        proposer: Proposer,
+        *,
+        rule: AcceptanceRule,
+        policy: LengthPolicy,
+        sampling: Sampling,
+        max_new_tokens: int,
+        seed: int = 0,
+        listener: ForwardListener | None = None,
+        stop_tokens: Sequence[int] | None = None,
+    ) -> None:
+        self.proposer = proposer
+        self.rule = rule
+        self.policy = policy
+        self.sampling = sampling
+        self.max_new_tokens = max_new_tokens
+        self.seed = seed
+        self._lm = CachedLM(target.model, name="target", listener=listener)
+        self._stop_tokens = frozenset(target.eos_token_ids if stop_tokens is None else stop_tokens)
+        self._needs = replace(proposer.needs | rule.needs, logits=True)
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
+        """Decode these prompts together and return their outputs in order."""
+        sequences = [self._sequence(prompt) for prompt in prompts]
+        with _Clock(sequences, "prefill_seconds"):
+            seen = self._lm.begin([prompt.tokens[:-1] for prompt in prompts], needs=self.proposer.needs)
+            self.proposer.begin([sequence.context for sequence in sequences], seen)
+        live = sequences
+        while live:
+            self._round(live)
+            ongoing = [row for row, sequence in enumerate(live) if not sequence.ended]
+            if len(ongoing) < len(live):
+                live = [live[row] for row in ongoing]
+                self._lm.drop(ongoing)
+                self.proposer.drop(ongoing)
+        return [_generation(sequence) for sequence in sequences]
+
+    def _round(self, live: list[_Sequence]) -> None:
+        with _Clock(live, "draft_seconds"):
+            proposals = self.proposer.propose(
+                [self._budget(sequence) for sequence in live],
+                self.sampling,
+                [sequence.draft_stream for sequence in live],
+                self.policy.more,
+            )
+        with _Clock(live, "verify_seconds"):
+            nodes = [proposal.tokens_N.tolist() for proposal in proposals]
+            trees = [proposal.parents_N.tolist() for proposal in proposals]
+            seen = self._lm.forward(nodes, parents=trees, needs=self._needs)
+            verdicts = [
+                self._verdict(sequence, proposal, output)
+                for sequence, proposal, output in zip(live, proposals, seen, strict=True)
+            ]
+            self._lm.keep([verdict.path for verdict in verdicts])
+            for sequence, verdict in zip(live, verdicts, strict=True):
+                _commit(sequence, verdict)
+                self.policy.observe(verdict)
+        with _Clock(live, "draft_seconds"):
+            self.proposer.observe(verdicts, [_at(output, v.path) for output, v in zip(seen, verdicts, strict=True)])
+
+    def _budget(self, sequence: _Sequence) -> Budget:
+        """The target's own token always fits: one token less than is left may be drafted."""
+        wanted = self.policy.budget(sequence.context)
+        left = self.max_new_tokens - sequence.num_new - 1
+        return replace(wanted, nodes=min(wanted.nodes, left), depth=min(wanted.depth, left)) if left < wanted.nodes else wanted
+
+    def _verdict(self, sequence: _Sequence, proposal: Proposal, output: TargetOutput) -> Verdict:
+        assert output.logits_BTV is not None
+        target_probs_NV = sampling_probs(output.logits_BTV[0], self.sampling)
+        hidden_ND = None if output.final_BTD is None else output.final_BTD[0]
+        path, token = self.rule(proposal, target_probs_NV, hidden_ND, sequence.verdict_stream)
+        drafted = proposal.tokens_N.tolist()
+        tokens = [*(drafted[node] for node in path[1:]), token]
+        reason = "leaf" if path[-1] not in proposal.parents_N.tolist() else "reject"
+        end = next((place for place, emitted in enumerate(tokens) if emitted in self._stop_tokens), None)
+        if end is not None:
+            # An accepted end of text cuts the block: what stood behind it was neither kept nor emitted.
+            tokens, path, reason = tokens[: end + 1], path[: end + 2], "eos"
+        elif sequence.num_new + len(tokens) >= self.max_new_tokens:
+            reason = "length"
+        return Verdict(path, tokens, proposal.num_draft_tokens, int(proposal.depths_N.max()), reason)
+
+    def _sequence(self, prompt: Prompt) -> _Sequence:
+        if not prompt.tokens:
+            raise ValueError(f"prompt {prompt.id!r} is empty: at least one token is needed")
+        return _Sequence(
+            prompt,
+            Context(prompt.id, list(prompt.tokens), len(prompt.tokens)),
+            draft_stream=stream(self.seed, "draft", prompt.id),
+            verdict_stream=stream(self.seed, "verdict", prompt.id),
+        )
+
+
+def _commit(sequence: _Sequence, verdict: Verdict) -> None:
+    start = sequence.num_new
+    sequence.context.tokens.extend(verdict.tokens)
+    sequence.rounds.append(
+        Round(
+            start=start,
+            num_draft_tokens=verdict.num_draft_tokens,
+            max_depth=verdict.max_depth,
+            num_accepted=verdict.num_accepted,
+            num_emitted=len(verdict.tokens),
+            reason=verdict.reason,
+        )
+    )
+
+
+def _at(output: TargetOutput, path: Sequence[int]) -> TargetOutput:
+    """Return what the target said of the nodes of a path; logits are left out."""
+    if not output.hidden_BTD and output.final_BTD is None:
+        return output
+    nodes = list(path)
+    return TargetOutput(
+        hidden_BTD={index: state[:, nodes] for index, state in output.hidden_BTD.items()},
+        final_BTD=None if output.final_BTD is None else output.final_BTD[:, nodes],
+    )
+
+
+def _generation(sequence: _Sequence) -> Generation:
+    return Generation(
+        id=sequence.prompt.id,
+        domain=sequence.prompt.domain,
+        prompt_tokens=sequence.prompt.tokens,
+        tokens=sequence.context.tokens[sequence.context.num_prompt_tokens :],
+        rounds=sequence.rounds,
+        prefill_seconds=sequence.prefill_seconds,
+        draft_seconds=sequence.draft_seconds,
+        verify_seconds=sequence.verify_seconds,
+        seconds=sequence.seconds,
+    )
+
+
+class _Clock:
+    """Adds the time of a block, shared out equally, to one kind of seconds of every sequence, and to the whole."""
+
+    def __init__(self, sequences: Sequence[_Sequence], kind: str) -> None:
+        self._sequences = sequences
+        self._kind = kind
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        share = (time.perf_counter() - self._began) / max(1, len(self._sequences))
+        for sequence in self._sequences:
+            setattr(sequence, self._kind, getattr(sequence, self._kind) + share)
+            sequence.seconds += share
+
+
+MakeProposer = Callable[[ForwardListener | None], Proposer]
+"""Builds a proposer whose forwards are told to a listener."""

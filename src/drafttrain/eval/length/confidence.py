@@ -1,0 +1,42 @@
+"""Stop drafting when the drafter is not sure of the next token.
+
+V = vocabulary
+"""
+
+from dataclasses import dataclass
+
+from drafttrain.core.records import Budget, Context, DraftStep, Verdict
+from drafttrain.core.settings import setting
+from drafttrain.eval.length import length_policies
+
+
+@dataclass
+class ConfidenceSettings:
+    """Draft on while the next draft law has a likely token."""
+
+    threshold: float = setting(0.4, help="Stop where the next draft law's largest probability is below.", ge=0, le=1)
+    min_tokens: int = setting(1, help="Draft tokens a round at least.", ge=0)
+    max_tokens: int = setting(12, help="Draft tokens a round at most.", ge=1)
+
+    def check(self) -> list[str]:
+        """Return what is wrong across fields."""
+        if self.min_tokens > self.max_tokens:
+            return [f"min_tokens: must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}"]
+        return []
+
+
+@length_policies.register("confidence", ConfidenceSettings)
+class Confidence:
+    """Stops on a statistic of the law before a token is drawn from it, so the output stays lossless."""
+
+    def __init__(self, settings: ConfidenceSettings | None = None) -> None:
+        self.settings = settings or ConfidenceSettings()
+
+    def budget(self, context: Context) -> Budget:
+        return Budget(nodes=self.settings.max_tokens, depth=self.settings.max_tokens)
+
+    def more(self, step: DraftStep) -> bool:
+        return step.depth <= self.settings.min_tokens or float(step.q_row_V.max()) >= self.settings.threshold
+
+    def observe(self, verdict: Verdict) -> None:
+        pass

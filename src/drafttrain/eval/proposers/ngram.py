@@ -1,0 +1,89 @@
+"""Prompt lookup: draft what followed the last tokens where they stood before."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from drafttrain.core.records import (
+    Budget,
+    Context,
+    DraftStep,
+    Proposal,
+    Sampling,
+    TargetNeeds,
+    TargetOutput,
+    Verdict,
+    fixed_chain,
+)
+from drafttrain.core.settings import setting
+from drafttrain.eval.proposers import proposers
+
+
+@dataclass
+class NgramSettings:
+    """Draft what followed the same n-gram earlier in the text."""
+
+    max_ngram: int = setting(3, help="Longest n-gram looked up, in tokens; shorter ones follow.", ge=1)
+    min_ngram: int = setting(1, help="Shortest n-gram looked up, in tokens.", ge=1)
+
+    def check(self) -> list[str]:
+        """Return what is wrong across fields."""
+        if self.min_ngram > self.max_ngram:
+            return [f"min_ngram: must be at most max_ngram ({self.max_ngram}), got {self.min_ngram}"]
+        return []
+
+
+class NgramIndex:
+    """Where every n-gram of a growing text last ended, the text's own end left out."""
+
+    def __init__(self, settings: NgramSettings) -> None:
+        self._sizes = range(settings.max_ngram, settings.min_ngram - 1, -1)
+        self._ends: dict[tuple[int, ...], int] = {}
+        self._read = 0
+
+    def continuation(self, tokens: Sequence[int], count: int) -> Sequence[int]:
+        """Return up to `count` tokens that followed the latest earlier place of the longest known n-gram."""
+        for end in range(self._read, len(tokens)):
+            for size in self._sizes:
+                if end >= size:
+                    self._ends[tuple(tokens[end - size : end])] = end
+        self._read = len(tokens)
+        for size in self._sizes:
+            if size <= len(tokens) and (end := self._ends.get(tuple(tokens[-size:]))):
+                return tokens[end : end + count]
+        return []
+
+
+@proposers.register("ngram", NgramSettings)
+class Ngram:
+    """A FIXED chain copied from the text so far. It has no law, so a length policy's stop is not asked.
+
+    Source: Saxena 2023, Prompt Lookup Decoding.
+    """
+
+    needs = TargetNeeds()
+
+    def __init__(self, settings: NgramSettings | None = None) -> None:
+        self.settings = settings or NgramSettings()
+
+    def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
+        self._texts = [(context, NgramIndex(self.settings)) for context in contexts]
+
+    def propose(
+        self,
+        budgets: Sequence[Budget],
+        sampling: Sampling,
+        generators: Sequence[torch.Generator],
+        more: Callable[[DraftStep], bool],
+    ) -> list[Proposal]:
+        return [
+            fixed_chain(context.tokens[-1], index.continuation(context.tokens, budget.nodes))
+            for (context, index), budget in zip(self._texts, budgets, strict=True)
+        ]
+
+    def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
+        pass
+
+    def drop(self, keep: Sequence[int]) -> None:
+        self._texts = [self._texts[i] for i in keep]

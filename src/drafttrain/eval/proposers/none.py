@@ -1,0 +1,52 @@
+"""No draft at all: plain autoregressive decoding by the same engine, the baseline of every speed-up."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from drafttrain.core.records import (
+    Budget,
+    Context,
+    DraftStep,
+    Proposal,
+    Sampling,
+    TargetNeeds,
+    TargetOutput,
+    Verdict,
+    fixed_chain,
+)
+from drafttrain.eval.proposers import proposers
+
+
+@dataclass
+class NoDraftSettings:
+    """Draft nothing."""
+
+
+@proposers.register("none", NoDraftSettings)
+class NoDraft:
+    """Proposes the root alone."""
+
+    needs = TargetNeeds()
+
+    def __init__(self, settings: NoDraftSettings | None = None) -> None:
+        self.settings = settings or NoDraftSettings()
+
+    def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
+        self._contexts = list(contexts)
+
+    def propose(
+        self,
+        budgets: Sequence[Budget],
+        sampling: Sampling,
+        generators: Sequence[torch.Generator],
+        more: Callable[[DraftStep], bool],
+    ) -> list[Proposal]:
+        return [fixed_chain(context.tokens[-1], []) for context in self._contexts]
+
+    def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
+        pass
+
+    def drop(self, keep: Sequence[int]) -> None:
+        self._contexts = [self._contexts[i] for i in keep]

@@ -1,0 +1,30 @@
+"""Cross-entropy with the token that the data has: hard labels, no target needed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from drafttrain.core.records import LossRows
+from drafttrain.losses import Loss, losses
+
+
+@dataclass
+class CrossEntropyConfig:
+    """Cross-entropy with the data's own token; asks for no target."""
+
+
+@losses.register("ce", CrossEntropyConfig)
+class CrossEntropy(Loss):
+    """-log q(label), nats."""
+
+    needs_target: ClassVar[bool] = False
+
+    def __init__(self, settings: CrossEntropyConfig | None = None) -> None:
+        super().__init__()
+
+    def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
+        """Return the negative log-probability of each label."""
+        return {"loss": cross_entropy(rows.drafter_logits_NV.float(), rows.tokens_N, reduction="none")}

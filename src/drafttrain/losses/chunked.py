@@ -1,0 +1,96 @@
+"""From aligned rows to loss_N: in one piece, or in chunks straight from hidden states so that no logits tensor exists.
+
+N = rows, V = vocabulary, D = hidden
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from drafttrain.core.probability import acceptance_rate
+from drafttrain.core.records import DraftBatch, DraftOutput, LossRows
+from drafttrain.losses import Loss
+from drafttrain.losses.align import AlignedRows
+from drafttrain.losses.laws import log_laws
+
+WHOLE_BYTES = 256 * 2**20
+"""Logits up to this size are computed in one piece."""
+
+ACCEPTANCE = "acceptance rate"
+
+
+def row_losses(
+    loss: Loss,
+    drafted: DraftOutput,
+    rows: AlignedRows,
+    batch: DraftBatch,
+    *,
+    vocab_size: int,
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return (loss_N float32, acceptance_N without gradient, None when there is no target).
+
+    Args:
+        vocab_size: Ids that target, drafter and tokenizer share; logits are cut to these, so padding has no mass.
+        chunk_rows: Rows whose logits exist at once; None: all of them unless they exceed 256 MiB. A chunk's logits are
+            computed again in the backward pass.
+    """
+    count = len(rows.tokens_N)
+    chunk = chunk_rows or (count if count * vocab_size * 4 <= WHOLE_BYTES else max(1, WHOLE_BYTES // (vocab_size * 4)))
+    parts: list[Mapping[str, Tensor]] = []
+    first = 0
+    for depth, size in rows.counts.items():
+        states_RD = drafted.states_BTD[depth].flatten(0, 1)
+        for start in range(first, first + size, max(1, chunk)):
+            chosen = slice(start, min(start + chunk, first + size))
+            arguments = (states_RD[rows.drafter_N[chosen]], depth, chosen, loss, drafted, rows, batch, vocab_size)
+            again = count > chunk and torch.is_grad_enabled()
+            parts.append(checkpoint(_values, *arguments, use_reentrant=False) if again else _values(*arguments))
+        first += size
+    if not parts:
+        # Nothing is trained here, yet every rank must take the same backward pass.
+        return 0.0 * torch.cat([states.sum()[None] for states in drafted.states_BTD.values()])[:0], None
+    values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    acceptance_N = values.pop(ACCEPTANCE, None)
+    return loss.combine(values, rows.index).float(), acceptance_N
+
+
+def _values(
+    states_ND: Tensor,
+    depth: int,
+    chosen: slice,
+    loss: Loss,
+    drafted: DraftOutput,
+    rows: AlignedRows,
+    batch: DraftBatch,
+    vocab_size: int,
+) -> dict[str, Tensor]:
+    """Return the named values of some rows of one depth; inside, and only here, their logits exist."""
+    target_logits_NV = None
+    if loss.needs_target:
+        assert batch.target_rows is not None, "the module reads the target before the loss"
+        target_logits_NV = batch.target_rows.at(rows.target_N[chosen])[:, :vocab_size]
+    loss_rows = LossRows(
+        drafter_logits_NV=drafted.head(states_ND, depth)[:, :vocab_size],
+        target_logits_NV=target_logits_NV,
+        tokens_N=rows.tokens_N[chosen],
+        seed_N=rows.seed_N[chosen],
+    )
+    values = dict(loss.per_row(loss_rows))
+    if loss.needs_target:
+        with torch.no_grad():
+            log_p_NV, log_q_NV = log_laws(loss_rows)
+            values[ACCEPTANCE] = acceptance_rate(log_p_NV.exp(), log_q_NV.exp())
+    return values
+
+
+def normalised(loss_N: Tensor, batch: DraftBatch, *, world_size: int, accumulation: int) -> Tensor:
+    """Return the micro-batch's part of the mean over all trained positions of an optimiser step.
+
+    Ranks and micro-batches are averaged by those who add gradients up, hence the two factors.
+    """
+    return loss_N.sum() * (world_size * accumulation / batch.weight_of_step)

@@ -1,0 +1,28 @@
+"""KL(target || drafter): covers all that the target may say."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from drafttrain.core.records import LossRows
+from drafttrain.losses import Loss, losses
+from drafttrain.losses.laws import kl_divergence, log_laws
+
+
+@dataclass
+class ForwardKLConfig:
+    """KL(p || q): the drafter covers all that the target may say. A good first choice for greedy decoding."""
+
+
+@losses.register("forward_kl", ForwardKLConfig)
+class ForwardKL(Loss):
+    """sum_x p(x) log(p(x) / q(x)), nats. Source: Hinton et al. 2015; Zhou et al. 2023, DistillSpec, arXiv 2310.08461."""
+
+    def __init__(self, settings: ForwardKLConfig | None = None) -> None:
+        super().__init__()
+
+    def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
+        """Return the divergence of each row."""
+        log_p_NV, log_q_NV = log_laws(rows)
+        return {"loss": kl_divergence(log_p_NV, log_q_NV)}

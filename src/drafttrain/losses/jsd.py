@@ -1,0 +1,39 @@
+"""Generalised Jensen-Shannon divergence: between the two KL directions."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.records import LossRows
+from drafttrain.core.settings import setting
+from drafttrain.losses import Loss, losses
+from drafttrain.losses.laws import kl_divergence, log_laws
+
+
+@dataclass
+class JSDConfig:
+    """Generalised Jensen-Shannon divergence, bounded."""
+
+    beta: float = setting(0.5, help="Towards 0 it turns to beta x forward KL, towards 1 to (1 - beta) x reverse KL.", gt=0, lt=1)
+
+
+@losses.register("jsd", JSDConfig)
+class JSD(Loss):
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
+
+    Source: Agarwal et al. 2023, arXiv 2306.13649; Zhou et al. 2023, DistillSpec, arXiv 2310.08461.
+    """
+
+    def __init__(self, settings: JSDConfig | None = None) -> None:
+        super().__init__()
+        self.beta = (settings or JSDConfig()).beta
+
+    def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
+        """Return the divergence of each row."""
+        log_p_NV, log_q_NV = log_laws(rows)
+        log_m_NV = torch.logaddexp(log_p_NV + math.log(self.beta), log_q_NV + math.log1p(-self.beta))
+        forward_N = kl_divergence(log_p_NV, log_m_NV)
+        return {"loss": self.beta * forward_N + (1 - self.beta) * kl_divergence(log_q_NV, log_m_NV)}

@@ -1,0 +1,36 @@
+"""Forward KL while acceptance is low, total variation distance once it is high."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.probability import acceptance_rate
+from drafttrain.core.records import LossRows
+from drafttrain.core.settings import setting
+from drafttrain.losses import Loss, losses
+from drafttrain.losses.laws import kl_divergence, log_laws
+
+
+@dataclass
+class LKHybridConfig:
+    """Forward KL that turns into TVD as the acceptance rate grows."""
+
+    rate: float = setting(3.0, help="The KL's share of a row is exp(-rate x acceptance rate).", gt=0)
+
+
+@losses.register("lk_hybrid", LKHybridConfig)
+class LKHybrid(Loss):
+    """w KL(p || q) + (1 - w) TVD(p, q), w = exp(-rate sg[acceptance rate]) by row."""
+
+    def __init__(self, settings: LKHybridConfig | None = None) -> None:
+        super().__init__()
+        self.rate = (settings or LKHybridConfig()).rate
+
+    def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
+        """Return the loss of each row."""
+        log_p_NV, log_q_NV = log_laws(rows)
+        acceptance_N = acceptance_rate(log_p_NV.exp(), log_q_NV.exp())
+        share_N = torch.exp(-self.rate * acceptance_N.detach())
+        return {"loss": share_N * kl_divergence(log_p_NV, log_q_NV) + (1 - share_N) * (1 - acceptance_N)}

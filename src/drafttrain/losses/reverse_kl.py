@@ -1,0 +1,28 @@
+"""KL(drafter || target): seeks what the target is sure of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from drafttrain.core.records import LossRows
+from drafttrain.losses import Loss, losses
+from drafttrain.losses.laws import kl_divergence, log_laws
+
+
+@dataclass
+class ReverseKLConfig:
+    """KL(q || p): the drafter avoids what the target would not say."""
+
+
+@losses.register("reverse_kl", ReverseKLConfig)
+class ReverseKL(Loss):
+    """sum_x q(x) log(q(x) / p(x)), nats. Source: Zhou et al. 2023, DistillSpec, arXiv 2310.08461."""
+
+    def __init__(self, settings: ReverseKLConfig | None = None) -> None:
+        super().__init__()
+
+    def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
+        """Return the divergence of each row."""
+        log_p_NV, log_q_NV = log_laws(rows)
+        return {"loss": kl_divergence(log_q_NV, log_p_NV)}

@@ -1,0 +1,29 @@
+"""Total variation distance: one minus the acceptance rate at temperature 1, itself."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from drafttrain.core.probability import acceptance_rate
+from drafttrain.core.records import LossRows
+from drafttrain.losses import Loss, losses
+from drafttrain.losses.laws import log_laws
+
+
+@dataclass
+class TVDConfig:
+    """1 - acceptance rate: what sampling at temperature 1 pays for a rejected draft."""
+
+
+@losses.register("tvd", TVDConfig)
+class TVD(Loss):
+    """0.5 sum_x |p - q| = 1 - sum_x min(p, q). Source: Leviathan et al. 2022, arXiv 2211.17192, 3.2."""
+
+    def __init__(self, settings: TVDConfig | None = None) -> None:
+        super().__init__()
+
+    def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
+        """Return the distance of each row."""
+        log_p_NV, log_q_NV = log_laws(rows)
+        return {"loss": 1 - acceptance_rate(log_p_NV.exp(), log_q_NV.exp())}

@@ -1,0 +1,87 @@
+"""A weighted sum of losses, whose weights may change over the steps."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.records import LossRows, RowIndex
+from drafttrain.core.settings import setting
+from drafttrain.losses import Loss, losses
+
+
+@dataclass
+class Term:
+    """One loss of a sum."""
+
+    loss: Any = setting(help="A loss, by kind.", registry=losses)
+    weight: float = setting(1.0, help="Factor on it, until `until_step` where the weight changes.")
+    final_weight: float | None = setting(None, help="Factor at `until_step` and after; null: it does not change.")
+    until_step: int = setting(0, help="Optimizer steps over which the weight moves in a line to final_weight.", ge=0)
+
+    def check(self) -> list[str]:
+        """Return what is wrong across fields."""
+        if self.until_step and self.final_weight is None:
+            return ["until_step: is not used without final_weight"]
+        return []
+
+    def at(self, step: int) -> float:
+        """Return the weight at an optimizer step, from 0."""
+        if self.final_weight is None:
+            return self.weight
+        share = min(1.0, step / self.until_step) if self.until_step else 1.0
+        return self.weight + share * (self.final_weight - self.weight)
+
+
+@dataclass
+class WeightedSumConfig:
+    """A weighted sum of losses with schedules."""
+
+    terms: list[Term] = setting(help="The losses with their weights.")
+
+    def check(self) -> list[str]:
+        """Return what is wrong across fields."""
+        return [] if self.terms else ["terms: at least one is needed"]
+
+
+@losses.register("sum", WeightedSumConfig)
+class WeightedSum(Loss):
+    """sum_i w_i(step) loss_i."""
+
+    def __init__(self, settings: WeightedSumConfig) -> None:
+        super().__init__()
+        self.weights = settings.terms
+        self.parts = torch.nn.ModuleList(losses.build(term.loss) for term in settings.terms)
+
+    @property
+    def needs_target(self) -> bool:  # type: ignore[override]
+        """Tell whether any part does."""
+        return any(part.needs_target for part in self.parts)
+
+    @property
+    def block_length(self) -> int:
+        """The longest block that a part reads."""
+        return max(int(getattr(part, "block_length", 1)) for part in self.parts)
+
+    def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
+        """Return every part's values under its number."""
+        return {
+            f"{number}.{name}": value
+            for number, part in enumerate(self.parts)
+            for name, value in part.per_row(rows).items()  # type: ignore[operator]
+        }
+
+    def combine(self, values: Mapping[str, Tensor], index: RowIndex) -> Tensor:
+        """Return the weighted sum of the parts."""
+        total = torch.zeros(())
+        for number, (part, term) in enumerate(zip(self.parts, self.weights, strict=True)):
+            own = {name.split(".", 1)[1]: value for name, value in values.items() if name.split(".", 1)[0] == str(number)}
+            total = total + term.at(index.step) * part.combine(own, index)  # type: ignore[operator]
+        return total
+
+    def end_of_step(self) -> None:
+        """Let every part roll what it carries."""
+        for part in self.parts:
+            part.end_of_step()  # type: ignore[operator]

@@ -1,0 +1,217 @@
+"""The real recipe: every bundled file loads, dumps to an equal one, shrinks, and fits its schema."""
+
+import copy
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from drafttrain.config.bundled import bundled_recipes, find_recipe, is_recipe, title_of
+from drafttrain.config.dump import dump_recipe
+from drafttrain.config.fields import fields_of
+from drafttrain.config.load import load_recipe, load_section, read_recipe
+from drafttrain.config.recipe import Recipe, components_of
+from drafttrain.config.schema import recipe_schema
+from drafttrain.core.errors import RecipeError
+from drafttrain.drafters import drafters
+from drafttrain.losses import losses
+
+BUNDLED = [recipe.path for recipe in bundled_recipes()]
+DEMO = find_recipe("demo")
+
+
+@pytest.fixture(scope="module")
+def schema() -> dict[str, Any]:
+    return recipe_schema()
+
+
+def problems(text: str, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(text, overrides, source="recipe.yaml")
+    return list(caught.value.problems)
+
+
+def test_sections_have_one_order():
+    names = ["name", "seed", "plugins", "target", "drafter", "loss", "data", "train", "eval", "export"]
+    assert list(fields_of(Recipe)) == names
+
+
+@pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
+def test_a_dumped_recipe_loads_to_an_equal_one(path):
+    recipe = load_recipe(path)
+    for comments in (False, True):
+        text = dump_recipe(recipe, comments=comments)
+        again = read_recipe(text, source="dumped")
+        assert again == recipe
+        assert [one.kind for one in components_of(again)] == [one.kind for one in components_of(recipe)]
+        assert dump_recipe(again, comments=comments) == text
+
+
+@pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
+def test_a_bundled_recipe_keeps_the_order_of_sections_and_opens_with_what_it_trains(path):
+    text = path.read_text(encoding="utf-8")
+    order = list(fields_of(Recipe))
+    given = list(yaml.safe_load(text))
+    assert given == sorted(given, key=order.index)
+    assert title_of(text)
+
+
+@pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
+def test_smoke_shrinks_any_recipe_and_leaves_a_valid_one(path):
+    whole, small = load_recipe(path), load_recipe(path, smoke=True)
+    assert small.train.max_steps <= 20
+    assert small.name == f"{whole.name}-smoke"
+    assert (small.target, small.seed) == (whole.target, whole.seed)
+    again = read_recipe(dump_recipe(small), source="smoke")
+    assert again == small
+    assert dump_recipe(again) == dump_recipe(small)
+
+
+@pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
+def test_a_bundled_recipe_and_its_dump_fit_the_schema(path, schema):
+    jsonschema.Draft202012Validator(schema).validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    jsonschema.Draft202012Validator(schema).validate(yaml.safe_load(dump_recipe(load_recipe(path))))
+
+
+def test_the_schema_is_one():
+    jsonschema.Draft202012Validator.check_schema(recipe_schema())
+
+
+def broken(demo: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield recipes with one thing wrong each."""
+    for what, path, value in [
+        ("unknown key", ("train", "learning_rate"), 1),
+        ("unknown section", ("trian",), {}),
+        ("out of range", ("train", "lr"), -1),
+        ("wrong type", ("train", "max_steps"), "many"),
+        ("wrong choice", ("train", "schedule"), "cosin"),
+        ("unknown kind", ("loss", "kind"), "tvdp"),
+    ]:
+        wrong = copy.deepcopy(demo)
+        place = wrong
+        for key in path[:-1]:
+            place = place.setdefault(key, {})
+        place[path[-1]] = value
+        yield what, wrong
+    yield "no drafter", {key: value for key, value in demo.items() if key != "drafter"}
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_what_the_schema_refuses_the_loader_refuses(number, schema):
+    what, wrong = list(broken(yaml.safe_load(DEMO.read_text(encoding="utf-8"))))[number]
+    assert list(jsonschema.Draft202012Validator(schema).iter_errors(wrong)), what
+    assert problems(yaml.safe_dump(wrong)), what
+
+
+def test_problems_have_the_form_of_the_design():
+    text = (
+        "name: bad\n\ndrafter:\n  kind: causal_lm\n  num_layer: 3\n\nloss:\n  kind: tvdp\ntrain:\n  learning_rate: 1\n"
+    )
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(text, ["data={}"], source="recipes/bad.yaml")
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("recipes/bad.yaml: ")
+    assert "  line 5: drafter.num_layer: unknown key. Did you mean 'num_layers'?" in lines
+    available = ", ".join(losses.names())
+    assert f"  line 8: loss.kind: unknown loss 'tvdp'. Did you mean 'tvdpp'? Available: {available}" in lines
+    assert any(line.startswith("  line 10: train.learning_rate: unknown key. Keys here: max_steps, ") for line in lines)
+
+
+def test_sections_of_later_versions_say_so():
+    told = problems(DEMO.read_text(encoding="utf-8") + "\nonline: {}\nhead: {}\n")
+    assert [problem.partition(": ")[2] for problem in told] == [
+        "online: not done yet: this version has no such section",
+        "head: not done yet: this version has no such section",
+    ]
+
+
+def test_a_loss_that_compares_with_the_target_needs_one():
+    text = DEMO.read_text(encoding="utf-8")
+    told = problems(text, "target.model=null", "target.tokenizer=builtin:target", "loss={kind: tvdpp}")
+    assert "override loss={kind: tvdpp}: loss: tvdpp compares with the target, but target.model is null" in told
+
+
+def test_a_drafter_cut_out_of_the_target_needs_one():
+    told = problems(
+        DEMO.read_text(encoding="utf-8"),
+        "target={model: null, tokenizer: 'builtin:target'}",
+        "drafter={kind: causal_lm, init: target}",
+    )
+    assert any("nothing to cut the drafter from" in problem for problem in told)
+
+
+def test_a_run_folder_is_a_recipe_and_a_drafter_folder_is_none(tmp_path):
+    (tmp_path / "drafter").mkdir()
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(load_recipe("demo")))
+    assert load_recipe(tmp_path) == load_recipe("demo")
+    assert is_recipe(tmp_path)
+    assert is_recipe("demo")
+    assert is_recipe("missing.yaml")
+    assert not is_recipe(tmp_path / "drafter")
+    with pytest.raises(RecipeError, match=r"no recipe\.yaml in this folder"):
+        load_recipe(tmp_path / "drafter")
+    with pytest.raises(RecipeError, match="Did you mean 'demo'"):
+        load_recipe("demoo")
+
+
+def test_one_section_can_be_made_of_overrides_alone():
+    settings = load_section("train", ["train.lr=1e-4", "train.max_steps=30"])
+    assert (settings.lr, settings.max_steps) == (1e-4, 30)
+    with pytest.raises(RecipeError, match=r"seed: only train\.key=value"):
+        load_section("train", ["seed=3"])
+
+
+def test_plugins_register_kinds_before_they_are_looked_up(tmp_path, monkeypatch):
+    (tmp_path / "plugin_of_a_test.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from drafttrain.core.settings import setting\n"
+        "from drafttrain.drafters import drafters\n"
+        "@dataclass\n"
+        "class Settings:\n"
+        "    arms: int = setting(2, help='Arms.', ge=1)\n"
+        "@drafters.register('hydra', Settings)\n"
+        "class Hydra: pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    overrides = ["plugins=[plugin_of_a_test]", "drafter={kind: hydra, arms: 9}"]
+    try:
+        recipe = load_recipe("demo", overrides)
+        assert (recipe.drafter.kind, recipe.drafter.arms) == ("hydra", 9)
+    finally:
+        drafters._entries.pop("hydra", None)
+        sys.modules.pop("plugin_of_a_test", None)
+    told = problems(DEMO.read_text(encoding="utf-8"), "plugins=[no_such_module]")
+    assert "plugins: cannot import 'no_such_module'" in told[0]
+
+
+def test_every_field_of_every_section_says_what_it_means():
+    def silent(settings: type, path: str) -> Iterator[str]:
+        for name, field in fields_of(settings).items():
+            if not field.help:
+                yield f"{path}.{name}"
+            if field.registry is not None:
+                for kind in field.registry.names():
+                    entry = field.registry.entry(kind).settings
+                    if entry not in seen:
+                        seen.add(entry)
+                        yield from silent(entry, f"{path}.{name}({kind})")
+            elif isinstance(field.hint, type) and hasattr(field.hint, "__dataclass_fields__"):
+                yield from silent(field.hint, f"{path}.{name}")
+
+    seen: set[type] = set()
+    assert not list(silent(Recipe, "recipe"))
+
+
+@pytest.mark.parametrize(
+    "text", ["builtin:x", "a: b # c", "yes", "null", "1e-4", "", " x ", "two\nlines", "[a]", "ü", "- x", "'", '"', "@x"]
+)
+def test_any_text_survives_being_dumped(text):
+    recipe = load_recipe("demo")
+    recipe.target.model = text
+    recipe.plugins = [text, text]
+    again = yaml.safe_load(dump_recipe(recipe, comments=True))
+    assert again["target"]["model"] == text
+    assert again["plugins"] == [text, text]

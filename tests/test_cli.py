@@ -1,0 +1,236 @@
+"""The command line: exit codes, messages without tracebacks, quick help, and output that fits where it goes."""
+
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from drafttrain.cli import OVERRIDE, app, exit_codes
+from drafttrain.config.bundled import bundled_folder, bundled_recipes
+from drafttrain.core import console
+from drafttrain.core.errors import GateError, RecipeError
+
+BAD = "name: bad\nloss: {kind: tvdp}\ntrain:\n  learning_rate: 1\n"
+
+
+def call(*arguments: str, code: int = 0) -> tuple[str, str]:
+    """Run a command in this process; return stdout and stderr with the lines that rich wrapped."""
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == code, (result.stdout, result.stderr, result.exception)
+    return result.stdout, result.stderr
+
+
+@pytest.fixture
+def bad_recipe(tmp_path: Path) -> str:
+    path = tmp_path / "bad.yaml"
+    path.write_text(BAD)
+    return str(path)
+
+
+def test_help_is_there_within_a_second():
+    took = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "drafttrain.cli", "--help"], capture_output=True, check=True)
+        took.append(time.perf_counter() - began)
+    assert min(took) < 1.0
+    assert b"fit" in done.stdout
+    assert b"Exit codes" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["fit", "gen", "export", "eval", "recipe"])
+def test_every_command_explains_itself(command):
+    assert "Usage" in call(command, "--help")[0]
+
+
+def test_list_shows_every_bundled_recipe_with_its_first_line():
+    stdout, _ = call("recipe", "list")
+    for recipe in bundled_recipes():
+        assert recipe.name in stdout
+        assert recipe.title
+        assert recipe.title in stdout
+
+
+def test_every_bundled_recipe_passes_its_check():
+    paths = [str(recipe.path) for recipe in bundled_recipes()]
+    assert paths
+    stdout, _ = call("recipe", "check", *paths)
+    assert stdout.count(": ok") == len(paths)
+
+
+def test_check_tells_the_problems_of_every_file(bad_recipe):
+    good = str(bundled_recipes()[0].path)
+    stdout, stderr = call("recipe", "check", bad_recipe, good, "no_such_recipe", code=2)
+    assert f"{good}: ok" in stdout
+    assert f"{bad_recipe}: 4 problems\n  line 1: drafter: missing." in stderr
+    assert "line 4: train.learning_rate: unknown key. Keys here: max_steps" in stderr
+    assert "neither a file nor a bundled recipe" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_a_wrong_recipe_ends_every_command_before_anything_is_loaded(bad_recipe, tmp_path):
+    for command in ("fit", "gen", "export", "eval"):
+        _, stderr = call(command, bad_recipe, "--runs", str(tmp_path / "runs"), code=2)
+        assert "Did you mean 'tvdpp'?" in stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_debug_shows_the_traceback(bad_recipe):
+    assert "RecipeError" not in call("fit", bad_recipe, code=2)[1]
+    assert "RecipeError" in call("fit", bad_recipe, "--debug", code=2)[1]
+
+
+def test_wrong_arguments_exit_with_2(tmp_path):
+    assert "No such option" in call("fit", "demo", "--lr", "3", code=2)[1]
+    assert "no such folder" in call("eval", str(tmp_path / "a"), str(tmp_path / "b"), "--target", "x", code=2)[1]
+    assert "one drafter folder or two" in call("eval", "a", "b", "c", code=2)[1]
+
+
+def test_show_prints_what_loads_again(tmp_path):
+    name = bundled_recipes()[0].name
+    stdout, _ = call("recipe", "show", name, "seed=7", "train.lr=1e-4")
+    assert "# Peak learning rate." in stdout
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(stdout)
+    again, _ = call("recipe", "show", str(shown))
+    assert again == stdout
+    assert "seed: 7" in stdout
+
+
+def test_copy_writes_the_file_and_never_over_another(tmp_path):
+    recipe = bundled_recipes()[0]
+    to = tmp_path / "mine.yaml"
+    call("recipe", "copy", recipe.name, str(to))
+    assert to.read_text() == recipe.path.read_text()
+    assert "is there already" in call("recipe", "copy", recipe.name, str(to), code=2)[1]
+
+
+def test_schema_is_json():
+    stdout, _ = call("recipe", "schema")
+    assert json.loads(stdout)["title"] == "drafttrain recipe"
+
+
+def test_overrides_are_told_from_paths():
+    assert all(map(OVERRIDE.match, ["eval.max_new_tokens=3", "seed=1", "data.sources.0.path=/a/b=c"]))
+    assert not any(map(OVERRIDE.match, ["runs/demo/drafter", "./a=b", "/x/y=z", "demo"]))
+
+
+def test_errors_become_their_exit_codes(capsys):
+    def code_of(error: BaseException) -> int:
+        with pytest.raises(typer.Exit) as caught, exit_codes(debug=False):
+            raise error
+        return caught.value.exit_code
+
+    assert code_of(GateError("block_efficiency 1.9 is below 2.0 by 0.1")) == 3
+    assert "below 2.0 by 0.1" in capsys.readouterr().err
+    assert code_of(RecipeError("x.yaml", ["line 1: [odd] text"])) == 2
+    assert "line 1: [odd] text" in capsys.readouterr().err
+    assert code_of(KeyboardInterrupt()) == 75
+    assert "run the same command to continue" in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError), exit_codes(debug=False):
+        raise ZeroDivisionError
+
+
+def test_the_handler_of_sigterm_is_given_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with exit_codes(debug=False):
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_to_stop_exits_with_75(number):
+    code = """
+        import time
+        from drafttrain.cli import app, exit_codes
+
+        @app.command()
+        def wait() -> None:
+            with exit_codes(debug=False):
+                print("ready", flush=True)
+                time.sleep(60)
+
+        app(["wait"])
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert "run the same command to continue" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(console, "PLAIN_LINE_SECONDS", 0.0)
+    with console.progress("generating", 300, "tokens") as bar:
+        bar.advance(100)
+        time.sleep(0.01)
+        bar.note("[3 prompts]")
+        bar.advance(200)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "generating: 100/300 tokens (33%)" in err
+    assert "generating: done after 0:00  300/300 tokens (100%)" in err
+    assert "tokens/s" in err
+    assert err.rstrip().endswith("[3 prompts]")
+    assert "\x1b" not in err
+
+
+def test_progress_tells_when_it_was_stopped(capsys):
+    def one_step() -> None:
+        with console.progress("training", None, "steps") as bar:
+            bar.advance()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        one_step()
+    assert "training: stopped after 0:00  1 steps" in capsys.readouterr().err
+
+
+def test_what_an_earlier_run_did_does_not_count_in_the_rate():
+    bar = console.Progress("training", 1000, "steps")
+    bar.advance(900)
+    time.sleep(0.02)
+    bar.advance(1)
+    assert bar.rate is not None
+    assert bar.rate < 100
+
+
+def test_only_the_first_process_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    console.say("hello")
+    with console.progress("training", 2, "steps") as bar:
+        bar.advance()
+    console.table([["a", 1]], columns=["name", "value"])
+    assert capsys.readouterr() == ("", "")
+
+
+def test_tables_go_to_stdout_with_numbers_to_the_right(capsys):
+    console.table([["tvdpp", 2.5], ["ce", "12.25 [12, 13]"]], columns=["loss", "block efficiency"], title="Demo")
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [
+        "Demo",
+        "loss   block efficiency",
+        "-----  ----------------",
+        "tvdpp               2.5",
+        "ce       12.25 [12, 13]",
+    ]
+    assert err == ""
+
+
+def test_the_recipes_are_where_the_checkout_has_them():
+    assert (bundled_folder() / "demo.yaml").is_file()
