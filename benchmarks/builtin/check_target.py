@@ -28,7 +28,9 @@ def main() -> None:
     lengths = [tokens_before_repetition(row) for row in new]
     reached = sum(length >= 64 for length in lengths)
     print(f"held-out cross-entropy {held_out_cross_entropy(target):.4f} nats a token")
-    print(f"{reached} of {len(lengths)} greedy outputs reach 64 tokens before a 12-gram repeats; lengths {sorted(lengths)}")
+    print(
+        f"{reached} of {len(lengths)} greedy outputs reach 64 tokens before a 12-gram repeats; lengths {sorted(lengths)}"
+    )
     for row, length in list(zip(new, lengths, strict=True))[: arguments.show]:
         print("----", length)
         print(tokenizer.decode(row))

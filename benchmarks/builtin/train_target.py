@@ -29,7 +29,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--lr", type=float, default=6e-3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--bf16", action="store_true", help="autocast: faster where the processor has bf16, far slower elsewhere")
+    parser.add_argument(
+        "--bf16", action="store_true", help="autocast: faster where the processor has bf16, far slower elsewhere"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)

@@ -67,7 +67,9 @@ def main() -> None:
             written = model.generate(
                 picked[:ROWS, :PROMPT], max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0
             )
-            marks = torch.tensor([[False] * PROMPT + repeats(row[PROMPT:].tolist(), arguments.ngram) for row in written])
+            marks = torch.tensor(
+                [[False] * PROMPT + repeats(row[PROMPT:].tolist(), arguments.ngram) for row in written]
+            )
             logits = model(input_ids=written, use_cache=False).logits[:, :-1].float()
             chance = torch.softmax(logits, -1).gather(-1, written[:, 1:, None])[..., 0]
             unlikely = -torch.log1p(-chance.clamp(max=1 - 1e-4))

@@ -107,9 +107,7 @@ def _law_of_children(proposal: Proposal, node: int) -> Tensor | None:
     return proposal.q_rows_RV[row] if row >= 0 else None
 
 
-def _ratio(
-    target_V: Tensor, drafter_V: Tensor | None, token: int, credit: Callable[[float], float] | None
-) -> float:
+def _ratio(target_V: Tensor, drafter_V: Tensor | None, token: int, credit: Callable[[float], float] | None) -> float:
     """Return p(x) / q(x), not cut at 1."""
     target = float(target_V[token])
     drafter = 1.0 if drafter_V is None else float(drafter_V[token])

@@ -17,7 +17,9 @@ from drafttrain.losses.laws import kl_divergence, log_laws
 class JSDConfig:
     """Generalised Jensen-Shannon divergence, bounded."""
 
-    beta: float = setting(0.5, help="Towards 0 it turns to beta x forward KL, towards 1 to (1 - beta) x reverse KL.", gt=0, lt=1)
+    beta: float = setting(
+        0.5, help="Towards 0 it turns to beta x forward KL, towards 1 to (1 - beta) x reverse KL.", gt=0, lt=1
+    )
 
 
 @losses.register("jsd", JSDConfig)

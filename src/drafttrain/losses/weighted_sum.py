@@ -77,7 +77,9 @@ class WeightedSum(Loss):
         """Return the weighted sum of the parts."""
         total = torch.zeros(())
         for number, (part, term) in enumerate(zip(self.parts, self.weights, strict=True)):
-            own = {name.split(".", 1)[1]: value for name, value in values.items() if name.split(".", 1)[0] == str(number)}
+            own = {
+                name.split(".", 1)[1]: value for name, value in values.items() if name.split(".", 1)[0] == str(number)
+            }
             total = total + term.at(index.step) * part.combine(own, index)  # type: ignore[operator]
         return total
 

@@ -150,9 +150,7 @@ class CachedLM:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def _event(
-        self, sizes: Sequence[int], *, context: int, head: bool, prefill: bool, began: float
-    ) -> ForwardEvent:
+    def _event(self, sizes: Sequence[int], *, context: int, head: bool, prefill: bool, began: float) -> ForwardEvent:
         num_tokens, num_sequences = sum(sizes), sum(size > 0 for size in sizes)
         return ForwardEvent(
             model=self.name,

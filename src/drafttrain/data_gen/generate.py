@@ -1,0 +1,189 @@
+"""Text that the target writes: shards that are byte for byte the same however often the run was killed.
+
+B = sequences, V = vocabulary
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.console import progress, say
+from drafttrain.core.errors import DataError
+from drafttrain.core.files import sha256_of, write_json, write_text
+from drafttrain.core.probability import sampling_probs
+from drafttrain.core.random import stream, stream_seed
+from drafttrain.core.records import Sampling
+from drafttrain.data_gen.formats import BadItem, Encoder
+from drafttrain.data_gen.settings import GenerateSettings
+from drafttrain.data_gen.sources import Source, sources
+from drafttrain.target import Target
+from drafttrain.target.cached_lm import CachedLM
+
+
+@dataclass(frozen=True)
+class Task:
+    """One text to write."""
+
+    id: str
+    prompt: Sequence[int]
+    sampling: Sampling
+
+
+def generate(settings: GenerateSettings, target: Target, folder: Path, *, seed: int, max_length: int) -> Path:
+    """Write the shards that are missing, then the manifest; return the folder.
+
+    Which texts are decoded together is part of the plan, because padding moves logits by rounding: a shard depends on the
+    recipe, never on where an earlier run was killed.
+
+    Raises:
+        DataError: The folder holds shards of another plan, target or tokenizer.
+    """
+    about = {
+        "target": target.name,
+        "target_fingerprint": target.fingerprint,
+        "tokenizer_fingerprint": target.tokenizer_fingerprint,
+        "seed": seed,
+        "max_length": max_length,
+        "dtype": str(target.model.dtype).removeprefix("torch."),
+        "settings": asdict(settings) | {"prompts": asdict(settings.prompts) | {"kind": settings.prompts.kind}},
+    }
+    manifest = folder / "manifest.json"
+    plan_file = folder / "plan.json"
+    if plan_file.exists() and json.loads(plan_file.read_text(encoding="utf-8")) != json.loads(json.dumps(about)):
+        raise DataError(f"{folder}: holds shards of another plan; remove the folder or give the run another name")
+    if manifest.exists():
+        return folder
+    write_json(plan_file, about)
+    tasks = _tasks(settings, target, seed=seed, max_length=max_length)
+    size = settings.records_per_shard
+    shards = [tasks[start : start + size] for start in range(0, len(tasks), size)]
+    with progress("generating", total=len(tasks), unit="texts") as bar:
+        for number, shard in enumerate(shards):
+            path = folder / f"shard-{number:05d}.jsonl"
+            if not path.exists():
+                write_text(path, "".join(_lines(shard, target, settings, seed=seed, bar=bar)))
+            else:
+                bar.advance(len(shard))
+    write_json(manifest, _manifest(about, folder, shards))
+    return folder
+
+
+def _tasks(settings: GenerateSettings, target: Target, *, seed: int, max_length: int) -> list[Task]:
+    """Return the texts to write: prompts in a shuffled order, temperatures in turn."""
+    encoder = Encoder(target.tokenizer, max_length)
+    source: Source = sources.build(settings.prompts)
+    prompts: list[tuple[str, list[int]]] = []
+    refused = 0
+    for item in source.items():
+        try:
+            if item.problem:
+                raise BadItem(item.problem)
+            found = encoder.prompts(item.value, id=item.where, prompt_tokens=settings.prompt_tokens)
+            prompts += [(id, tokens) for id, tokens in found if 0 < len(tokens) < max_length]
+        except BadItem as reason:
+            refused += 1
+            say(f"{item.where}: set aside: {reason}") if refused <= 3 else None
+    if refused:
+        say(f"prompts: {refused:,} items set aside")
+    if not prompts:
+        raise DataError(f"data.generate.prompts: no prompt shorter than data.max_length {max_length} tokens was found")
+    prompts.sort(key=lambda prompt: stream_seed(seed, "prompt order", prompt[0]))
+    if len(prompts) < settings.num_records:
+        say(f"{len(prompts):,} prompts for {settings.num_records:,} texts: prompts are used again, with other draws")
+    tasks = []
+    for number in range(settings.num_records):
+        again, place = divmod(number, len(prompts))
+        id, tokens = prompts[place]
+        temperature = settings.temperatures[number % len(settings.temperatures)]
+        sampling = Sampling(temperature, top_p=1.0 if temperature == 0 else settings.top_p)
+        tasks.append(Task(f"{id}#{again}" if again else id, tokens, sampling))
+    return tasks
+
+
+def _lines(shard: Sequence[Task], target: Target, settings: GenerateSettings, *, seed: int, bar: Any) -> list[str]:
+    """Return the shard's lines, in the order of its tasks."""
+    written: dict[int, list[int]] = {}
+    # Texts of one sampling rule and of like prompt lengths are decoded together.
+    order = sorted(range(len(shard)), key=lambda i: (shard[i].sampling.temperature, len(shard[i].prompt), i))
+    for temperature in dict.fromkeys(task.sampling.temperature for task in shard):
+        members = iter([i for i in order if shard[i].sampling.temperature == temperature])
+        while batch := list(islice(members, settings.batch_size)):
+            texts = continuations([shard[i] for i in batch], target, max_new_tokens=settings.max_new_tokens, seed=seed)
+            written |= dict(zip(batch, texts, strict=True))
+            bar.advance(len(batch))
+    return [_line(task, written[i], target) for i, task in enumerate(shard)]
+
+
+def _line(task: Task, new: Sequence[int], target: Target) -> str:
+    record = {
+        "id": task.id,
+        "tokens": [*task.prompt, *new],
+        "loss_mask": [0] * len(task.prompt) + [1] * len(new),
+        "sampling": asdict(task.sampling),
+        "drawn_by": target.fingerprint,
+    }
+    return json.dumps(record, separators=(",", ":")) + "\n"
+
+
+@torch.no_grad()
+def continuations(tasks: Sequence[Task], target: Target, *, max_new_tokens: int, seed: int) -> list[list[int]]:
+    """Return what the target writes after each prompt; all tasks share one sampling rule.
+
+    Every record has its own stream of random numbers, named by (seed, record id): one number a token.
+    """
+    sampling = tasks[0].sampling
+    lm = CachedLM(target.model, name="target")
+    ends = set(target.eos_token_ids)
+    new: list[list[int]] = [[] for _ in tasks]
+    numbers_BT = torch.stack(
+        [torch.rand(max_new_tokens, dtype=torch.float64, generator=stream(seed, "text", task.id)) for task in tasks]
+    )
+    lm.begin([list(task.prompt[:-1]) for task in tasks])
+    live = list(range(len(tasks)))
+    inputs = [[task.prompt[-1]] for task in tasks]
+    for step in range(max_new_tokens):
+        seen = lm.forward(inputs)
+        lm.cache.commit()
+        logits_BV = torch.cat([output.logits_BTV[0, -1:] for output in seen if output.logits_BTV is not None])
+        chosen = _choose(logits_BV[:, : target.num_tokens], sampling, numbers_BT[live, step].to(logits_BV.device))
+        for row, token in zip(live, chosen, strict=True):
+            new[row].append(token)
+        going = [place for place, token in enumerate(chosen) if token not in ends]
+        if not going:
+            break
+        if len(going) < len(live):
+            lm.drop(going)
+            live = [live[place] for place in going]
+        inputs = [[new[row][-1]] for row in live]
+    return new
+
+
+def _choose(logits_BV: Tensor, sampling: Sampling, numbers_B: Tensor) -> list[int]:
+    """Draw one token a row by inverting its distribution function at the row's number."""
+    if sampling.temperature == 0:
+        return [int(token) for token in logits_BV.argmax(-1)]
+    below_BV = sampling_probs(logits_BV, sampling).double().cumsum(-1)
+    drawn_B1 = torch.searchsorted(below_BV, numbers_B[:, None] * below_BV[:, -1:], right=True)
+    return [int(token) for token in drawn_B1[:, 0].clamp(max=logits_BV.shape[-1] - 1)]
+
+
+def _manifest(about: dict[str, Any], folder: Path, shards: Sequence[Sequence[Task]]) -> dict[str, Any]:
+    def entry(number: int, shard: Sequence[Task]) -> dict[str, Any]:
+        path = folder / f"shard-{number:05d}.jsonl"
+        return {"file": path.name, "records": len(shard), "sha256": sha256_of(path)}
+
+    return about | {"shards": [entry(number, shard) for number, shard in enumerate(shards)]}
+
+
+def read_manifest(folder: Path) -> Iterator[tuple[str, int]]:
+    """Yield (file, records) of a folder of shards."""
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    yield from ((shard["file"], shard["records"]) for shard in manifest["shards"])

@@ -1,0 +1,145 @@
+"""From the data section to micro-batches: shards, stores, cache, order, packing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from drafttrain.core.console import say
+from drafttrain.core.files import write_json
+from drafttrain.core.records import DraftBatch
+from drafttrain.data_gen.cache import RowCache, build_cache, cached_rows
+from drafttrain.data_gen.formats import Encoder
+from drafttrain.data_gen.generate import generate
+from drafttrain.data_gen.overlap import contaminated
+from drafttrain.data_gen.packing import pack
+from drafttrain.data_gen.sampler import Sampler
+from drafttrain.data_gen.settings import DataSettings
+from drafttrain.data_gen.sources import Source, sources
+from drafttrain.data_gen.store import Store, open_store
+from drafttrain.target import Target
+
+
+class TrainingData:
+    """The records of a run and the order in which training reads them."""
+
+    def __init__(self, stores: Sequence[Store], settings: DataSettings, *, seed: int) -> None:
+        self.stores = list(stores)
+        self.settings = settings
+        self.sampler = Sampler([len(store) for store in stores], [s.weight for s in settings.sources], seed=seed)
+        self.caches: list[RowCache | None] = [None] * len(self.stores)
+
+    def of_step(
+        self, step: int, *, batch_size: int, accumulation: int = 1, rank: int = 0, world_size: int = 1
+    ) -> list[DraftBatch]:
+        """Return the micro-batches of one optimizer step on one rank: a pure function of its arguments.
+
+        `weight_of_step` counts the trained positions of all micro-batches on all ranks.
+        """
+        places = [self.sampler.at(step * batch_size + i) for i in range(batch_size)]
+        weight = float(sum(int(self.stores[source].num_labels[record]) for source, record in places))
+        own = list(range(rank, batch_size, world_size))
+        size = -(-len(own) // accumulation)
+        return [
+            self._micro_batch([(n, *places[n]) for n in own[start : start + size]], weight=weight, step=step)
+            for start in range(0, len(own), size)
+        ]
+
+    def _micro_batch(self, members: list[tuple[int, int, int]], *, weight: float, step: int) -> DraftBatch:
+        from dataclasses import replace
+
+        records = [self.stores[source][record] for _, source, record in members]
+        batch, at = pack(records, width=self.settings.max_length, weight_of_step=weight, step=step)
+        number = np.array([n for n, _, _ in members] + [-1])
+        batch.documents_BT[:] = batch.documents_BT.new_tensor(number[batch.documents_BT.numpy()])
+        cached = []
+        for record, (_, source, index) in zip(records, members, strict=True):
+            cache = self.caches[source]
+            if cache is None or not cache.has(index):
+                return batch
+            cached.append((cache, index, len(record.tokens) - 1))
+        return replace(batch, target_rows=cached_rows(batch, at, cached))
+
+    def visited(self, *, num_records: int) -> list[list[int]]:
+        """Return by source the records that the first `num_records` positions read, in the order of their numbers."""
+        found: list[set[int]] = [set() for _ in self.stores]
+        for position in range(num_records):
+            source, record = self.sampler.at(position)
+            found[source].add(record)
+        return [sorted(records) for records in found]
+
+    def contaminated(self, prompts: Mapping[str, Sequence[int]]) -> list[str]:
+        """Return the ids of prompts that share an n-gram with any record."""
+        texts = (
+            store.tokens[store.starts[i] : store.starts[i + 1]] for store in self.stores for i in range(len(store))
+        )
+        return contaminated(prompts, texts, ngram=self.settings.overlap_ngram)
+
+
+def generate_texts(settings: DataSettings, target: Callable[[], Target], folder: Path, *, seed: int) -> None:
+    """Write what the target is to write, where it is not written yet."""
+    if settings.generate is not None:
+        generate(settings.generate, target(), folder / "generated", seed=seed, max_length=settings.max_length)
+
+
+def prepare(
+    settings: DataSettings,
+    folder: Path,
+    *,
+    tokenizer: Any,
+    tokenizer_fingerprint: str,
+    seed: int,
+) -> TrainingData:
+    """Encode every source, or take up what an earlier run encoded."""
+    encoder = Encoder(tokenizer, settings.max_length)
+    stores = []
+    for number, chosen in enumerate(settings.sources):
+        content = asdict(chosen) | {"kind": chosen.kind}
+        content.pop("weight")
+        about = {"source": content, "max_length": settings.max_length, "tokenizer": tokenizer_fingerprint}
+        if chosen.kind == "generated" and chosen.path is None:
+            from dataclasses import replace
+
+            shards = folder / "generated"
+            chosen = replace(chosen, path=str(shards))
+            about["manifest"] = json.loads((shards / "manifest.json").read_text(encoding="utf-8"))["shards"]
+        source: Source = sources.build(chosen)
+        store = open_store(folder / f"{number}-{chosen.kind}", source, encoder, about=json.loads(json.dumps(about)))
+        say(f"source {chosen.kind}: {len(store):,} records, {len(store.tokens):,} tokens, weight {chosen.weight:g}")
+        stores.append(store)
+    return TrainingData(stores, settings, seed=seed)
+
+
+def attach_cache(data: TrainingData, folder: Path, target: Target, *, num_records: int) -> None:
+    """Store what the target knows of the records that training will read, and let batches bring it."""
+    settings = data.settings
+    if settings.cache == "none":
+        return
+    for number, records in enumerate(data.visited(num_records=num_records)):
+        if records:
+            data.caches[number] = build_cache(
+                folder / f"{number}-cache",
+                data.stores[number],
+                records,
+                target,
+                kind=settings.cache,
+                top_k=settings.cache_top_k,
+                max_gb=settings.max_cache_gb,
+            )
+
+
+def drop_contaminated(data: TrainingData, prompts: Mapping[str, Sequence[int]], path: Path) -> list[str]:
+    """Note and return the ids of contaminated prompts."""
+    found = data.contaminated(prompts)
+    if found:
+        say(
+            f"{len(found)} of {len(prompts)} evaluation prompts share {data.settings.overlap_ngram} tokens in a row with the "
+            "training text: they are dropped"
+        )
+    write_json(path, {"ngram": data.settings.overlap_ngram, "prompts": len(prompts), "dropped": found})
+    return found

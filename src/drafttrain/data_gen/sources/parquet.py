@@ -1,0 +1,40 @@
+"""Parquet files whose columns are named like the keys of JSON lines."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from drafttrain.core.errors import DataError
+from drafttrain.core.settings import setting
+from drafttrain.data_gen.sources import Item, WeightedSettings, sources
+from drafttrain.data_gen.sources.jsonl import matching
+
+
+@dataclass(kw_only=True)
+class ParquetSettings(WeightedSettings):
+    """Rows with columns messages, conversations, prompt + completion, text, or tokens."""
+
+    path: str = setting(help="A file, or a pattern such as data/*.parquet.")
+
+
+@sources.register("parquet", ParquetSettings)
+class Parquet:
+    """Rows of one or more files, in the order of their names."""
+
+    def __init__(self, settings: ParquetSettings) -> None:
+        self.path = settings.path
+
+    def items(self) -> Iterator[Item]:
+        """Yield every row."""
+        import pyarrow
+        import pyarrow.parquet
+
+        for path in matching(self.path):
+            try:
+                file = pyarrow.parquet.ParquetFile(path)
+            except (pyarrow.ArrowInvalid, OSError) as error:
+                raise DataError(f"{path}: not a Parquet file: {error}") from error
+            number = 0
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    yield Item(f"{path}:{number}", {name: value for name, value in row.items() if value is not None})
+                    number += 1

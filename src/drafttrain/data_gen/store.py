@@ -1,0 +1,119 @@
+"""Encoded records on disk, read by number without loading the rest.
+
+The arrays of a store are plain .npy files: tokens and masks of all records one after the other, and where each begins.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from drafttrain.core.console import progress, say
+from drafttrain.core.errors import DataError
+from drafttrain.core.files import folder_beside
+from drafttrain.core.records import Record
+from drafttrain.data_gen.formats import BadItem, Encoder
+from drafttrain.data_gen.sources import Source
+
+SHOWN = 3
+"""Quarantined items whose reasons are printed; all are in the file."""
+
+
+class Store:
+    """The records of one source, by number."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self._tokens = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
+        self._mask = np.load(folder / "mask.npy", mmap_mode="r", allow_pickle=False)
+        self._starts = np.load(folder / "starts.npy", allow_pickle=False)
+        self._ids = (folder / "ids.txt").read_text(encoding="utf-8").split("\n")
+        labels = np.concatenate([[0], np.cumsum(self._mask, dtype=np.int64)])
+        first = np.asarray(self._mask)[self._starts[:-1]].astype(np.int64)
+        self.num_labels = labels[self._starts[1:]] - labels[self._starts[:-1]] - first
+        """Trained positions by record; a first token has nothing before it and is none."""
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, index: int) -> Record:
+        start, stop = self._starts[index], self._starts[index + 1]
+        return Record(self._ids[index], self._tokens[start:stop].tolist(), self._mask[start:stop].tolist())
+
+    @property
+    def tokens(self) -> np.ndarray[Any, Any]:
+        """All records' tokens, one after the other."""
+        return self._tokens
+
+    @property
+    def starts(self) -> np.ndarray[Any, Any]:
+        """Where each record begins in `tokens`, and the end."""
+        return self._starts
+
+
+def open_store(folder: Path, source: Source, encoder: Encoder, *, about: dict[str, Any]) -> Store:
+    """Return the store of a source, encoding it first if it was not encoded from the same things before.
+
+    Args:
+        about: What the content depends on (settings, tokenizer); another one makes the store anew.
+    """
+    if (folder / "meta.json").exists():
+        store = Store(folder)
+        if store.meta["about"] == about:
+            return store
+    with folder_beside(folder) as temporary:
+        _encode(temporary, source, encoder, about=about)
+    return Store(folder)
+
+
+def _encode(folder: Path, source: Source, encoder: Encoder, *, about: dict[str, Any]) -> None:
+    records: list[tuple[str, int]] = []
+    tokens, masks, refused = _Growing(np.uint32), _Growing(np.bool_), 0
+    name = about["source"].get("kind", "source")
+    with (
+        progress(f"reading {name}", total=None, unit="items") as bar,
+        (folder / "quarantine.jsonl").open("w", encoding="utf-8") as quarantine,
+    ):
+        for item in source.items():
+            try:
+                if item.problem:
+                    raise BadItem(item.problem)
+                for record in encoder.records(item.value, id=item.where):
+                    records.append((record.id.replace("\n", " "), len(record.tokens)))
+                    tokens.extend(record.tokens)
+                    masks.extend(record.loss_mask)
+            except BadItem as reason:
+                refused += 1
+                quarantine.write(json.dumps({"where": item.where, "reason": str(reason), "item": item.value}, default=str) + "\n")
+                if refused <= SHOWN:
+                    say(f"{item.where}: set aside: {reason}")
+            bar.advance(1)
+    if refused:
+        say(f"{name}: {refused:,} of {bar.done:,} items set aside with their reasons in quarantine.jsonl")
+    if not records:
+        raise DataError(f"source {name}: no record is left of {bar.done:,} items ({refused:,} set aside)")
+    np.save(folder / "tokens.npy", tokens.array())
+    np.save(folder / "mask.npy", masks.array())
+    np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum([size for _, size in records])]).astype(np.int64))
+    (folder / "ids.txt").write_text("\n".join(id for id, _ in records), encoding="utf-8")
+    meta = {"about": about, "records": len(records), "tokens": len(tokens.array()), "set_aside": refused}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+class _Growing:
+    """An array that grows by pieces."""
+
+    def __init__(self, dtype: Any) -> None:
+        self._dtype = dtype
+        self._pieces: list[np.ndarray[Any, Any]] = []
+
+    def extend(self, values: Sequence[Any] | Iterable[Any]) -> None:
+        self._pieces.append(np.asarray(values, dtype=self._dtype))
+
+    def array(self) -> np.ndarray[Any, Any]:
+        return np.concatenate(self._pieces) if self._pieces else np.zeros(0, dtype=self._dtype)

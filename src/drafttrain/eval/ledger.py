@@ -1,0 +1,34 @@
+"""Every forward of every model, as it happened: call counts and bytes come from here and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from drafttrain.core.records import ForwardEvent
+
+
+@dataclass
+class Ledger:
+    """The forwards of one decoding. `ledger.append` is a listener."""
+
+    events: list[ForwardEvent] = field(default_factory=list)
+
+    def append(self, event: ForwardEvent) -> None:
+        """Note one forward."""
+        self.events.append(event)
+
+    def rounds(self, model: str | None = None) -> list[ForwardEvent]:
+        """Return the forwards of the rounds, prompts left out."""
+        return [event for event in self.events if not event.prefill and model in (None, event.model)]
+
+    def calls(self, model: str) -> int:
+        """Return how often a model was called in the rounds."""
+        return len(self.rounds(model))
+
+    def bytes_read(self) -> int:
+        """Return the bytes that all forwards of the rounds read, shared weights each time."""
+        return sum(event.bytes_read for event in self.rounds())
+
+    def plain_bytes(self) -> int:
+        """Return the bytes that plain target calls would have read, one in place of each target call."""
+        return sum(event.plain_bytes for event in self.rounds("target"))

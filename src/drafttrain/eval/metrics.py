@@ -1,0 +1,118 @@
+"""From generations to figures: counts by prompt, added up, divided once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from drafttrain.core.records import Generation, Round
+from drafttrain.eval.repetition import tokens_before_repetition
+
+
+@dataclass(frozen=True)
+class PromptCounts:
+    """What one prompt adds to the sums."""
+
+    id: str
+    domain: str
+    num_tokens: int
+    num_rounds: int
+    num_draft_tokens: int
+    num_accepted: int
+    accepted_at: tuple[int, ...]
+    """Rounds that kept at least i draft tokens, i = 1, 2, ..."""
+    drafted_at: tuple[int, ...]
+    """Rounds that drafted at least i deep."""
+
+
+def counted_rounds(generation: Generation, *, repetition_ngram: int) -> Sequence[Round]:
+    """Return the rounds that begin before the output repeats an n-gram of its own; 0: all."""
+    if repetition_ngram == 0:
+        return generation.rounds
+    end = tokens_before_repetition(list(generation.tokens), ngram=repetition_ngram)
+    return [one for one in generation.rounds if one.start < end]
+
+
+def counts_of(generation: Generation, *, repetition_ngram: int = 0) -> PromptCounts:
+    """Return the counts of one prompt."""
+    rounds = counted_rounds(generation, repetition_ngram=repetition_ngram)
+    depth = max((one.max_depth for one in rounds), default=0)
+    return PromptCounts(
+        id=generation.id,
+        domain=generation.domain,
+        num_tokens=sum(one.num_emitted for one in rounds),
+        num_rounds=len(rounds),
+        num_draft_tokens=sum(one.num_draft_tokens for one in rounds),
+        num_accepted=sum(one.num_accepted for one in rounds),
+        accepted_at=tuple(sum(one.num_accepted >= i for one in rounds) for i in range(1, depth + 1)),
+        drafted_at=tuple(sum(one.max_depth >= i for one in rounds) for i in range(1, depth + 1)),
+    )
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over prompts, and the rates that they give."""
+
+    num_tokens: int
+    num_rounds: int
+    num_draft_tokens: int
+    num_accepted: int
+    accepted_at: tuple[int, ...]
+    drafted_at: tuple[int, ...]
+
+    @property
+    def block_efficiency(self) -> float:
+        """Tokens a target call, the target's own included."""
+        return self.num_tokens / self.num_rounds
+
+    @property
+    def draft_acceptance_rate(self) -> float:
+        """Accepted / drafted; nan where nothing was drafted."""
+        return self.num_accepted / self.num_draft_tokens if self.num_draft_tokens else float("nan")
+
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        """Share of all rounds that kept the i-th draft token. 1 + their sum is the block efficiency, truncation apart."""
+        return [count / self.num_rounds for count in self.accepted_at]
+
+    @property
+    def conditional_acceptance(self) -> list[float]:
+        """Share of the rounds that drafted the i-th token and kept the one before it that kept the i-th."""
+        before = [self.num_rounds, *self.accepted_at]
+        reached = [min(b, d) for b, d in zip(before, self.drafted_at, strict=False)]
+        return [a / b if b else float("nan") for a, b in zip(self.accepted_at, reached, strict=True)]
+
+
+def totals_of(counts: Sequence[PromptCounts]) -> Totals:
+    """Return the sums over prompts."""
+    depth = max((len(one.accepted_at) for one in counts), default=0)
+
+    def at(name: str) -> tuple[int, ...]:
+        return tuple(sum(getattr(c, name)[i] for c in counts if i < len(getattr(c, name))) for i in range(depth))
+
+    return Totals(
+        num_tokens=sum(c.num_tokens for c in counts),
+        num_rounds=sum(c.num_rounds for c in counts),
+        num_draft_tokens=sum(c.num_draft_tokens for c in counts),
+        num_accepted=sum(c.num_accepted for c in counts),
+        accepted_at=at("accepted_at"),
+        drafted_at=at("drafted_at"),
+    )
+
+
+def histogram(generations: Sequence[Generation]) -> dict[str, int]:
+    """Return how many rounds kept 0, 1, ... draft tokens."""
+    counted = Counter(one.num_accepted for generation in generations for one in generation.rounds)
+    return {str(number): counted[number] for number in sorted(counted)}
+
+
+def mbsu(*, num_tokens: int, num_rounds: int, plain_bytes: float, bytes_read: float) -> float:
+    """Return the memory-bound speed-up: block efficiency x bytes of a plain call / bytes of a mean round.
+
+    Args:
+        num_tokens, num_rounds: Block efficiency is their ratio.
+        plain_bytes: Bytes that plain calls would have read, one in place of each target call.
+        bytes_read: Bytes that all forwards of the same rounds read.
+    """
+    return num_tokens / num_rounds * plain_bytes / bytes_read

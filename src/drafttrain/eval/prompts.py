@@ -1,0 +1,77 @@
+"""The prompts of an evaluation: a file of JSON lines, or a built-in set cut from held-out text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from drafttrain.core.errors import DataError
+from drafttrain.core.records import Prompt
+from drafttrain.data_gen.formats import BadItem, Encoder
+
+BUILTIN = "builtin:"
+
+
+def prompt_file(name: str) -> Path:
+    """Return the file of a built-in set or a path."""
+    if name.startswith(BUILTIN):
+        folder = Path(str(resources.files("drafttrain") / "eval" / "prompts_data"))
+        path = folder / f"{name.removeprefix(BUILTIN)}.jsonl"
+        if not path.exists():
+            known = ", ".join(sorted(f"{BUILTIN}{file.stem}" for file in folder.glob("*.jsonl")))
+            raise DataError(f"{name}: no such built-in prompts. Available: {known}")
+        return path
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise DataError(f"{name}: no such file of prompts (JSON lines)")
+    return path
+
+
+def read_prompts(
+    name: str,
+    tokenizer: Any,
+    *,
+    prompt_tokens: int | None,
+    max_length: int = 1 << 20,
+    dropped: Collection[str] = (),
+    limit: int | None = None,
+) -> list[Prompt]:
+    """Return the prompts of a file.
+
+    Args:
+        prompt_tokens: Plain text is cut to its first tokens.
+        dropped: Ids that are left out (contaminated ones).
+        limit: The first so many of what is left.
+
+    Raises:
+        DataError: With every line that is no prompt.
+    """
+    path = prompt_file(name)
+    encoder = Encoder(tokenizer, max_length)
+    problems, found, seen = [], [], set[str]()
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+            if not isinstance(value, dict):
+                raise BadItem(f"a JSON object is needed, got {type(value).__name__}")
+            id = str(value.get("id", number))
+            if id in seen:
+                raise BadItem(f"id {id!r} is there twice")
+            seen.add(id)
+            ((_, tokens),) = encoder.prompts(value, id=id, prompt_tokens=None)
+            if "text" in value and prompt_tokens is not None:
+                tokens = tokens[:prompt_tokens]
+            found.append(Prompt(id, tokens, domain=str(value.get("domain", ""))))
+        except (BadItem, ValueError) as reason:
+            problems.append(f"  line {number}: {reason}")
+    if problems:
+        raise DataError(f"{path}: {len(problems)} lines are no prompts\n" + "\n".join(problems[:20]))
+    kept = [prompt for prompt in found if prompt.id not in dropped]
+    if not kept:
+        raise DataError(f"{path}: no prompt is left of {len(found)} ({len(dropped)} overlap with the training text)")
+    return kept[:limit]

@@ -1,0 +1,138 @@
+"""Block efficiency for all draft lengths at once, from one parallel forward of each model over text of the target.
+
+A committed token is an accepted draft with chance min(p, q)(y) / p(y); so the law of rounds follows from the rows alone.
+
+T = new tokens of a text, K = draft tokens, N = rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from drafttrain.core.probability import acceptance_rate, sampling_probs
+from drafttrain.core.records import Record, Sampling, TargetNeeds
+from drafttrain.data_gen.packing import pack
+from drafttrain.drafters import Drafter
+from drafttrain.losses.align import align
+from drafttrain.target import Target
+
+ROWS_AT_ONCE = 2048
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt and what the target wrote after it, by the same sampling rule that is replayed."""
+
+    id: str
+    prompt: Sequence[int]
+    new: Sequence[int]
+
+
+@dataclass(frozen=True)
+class ReplayRows:
+    """What replay needs of one text."""
+
+    id: str
+    kept_TK: np.ndarray[tuple[int, int], np.dtype[np.float64]]
+    """[t, i]: chance that the (i + 1)-th draft token of a round that starts at new token t is the text's and is kept."""
+    acceptance_T: np.ndarray[tuple[int], np.dtype[np.float64]]
+    """Acceptance rate of the first draft token, sum_x min(p, q), by position."""
+
+
+@torch.no_grad()
+def replay_rows(
+    target: Target, drafter: Drafter, texts: Sequence[Text], sampling: Sampling, *, texts_at_once: int = 16
+) -> list[ReplayRows]:
+    """Return the rows of texts: a few forwards of each model, no decoding."""
+    found: list[ReplayRows] = []
+    for start in range(0, len(texts), texts_at_once):
+        found += _replay_batch(target, drafter, texts[start : start + texts_at_once], sampling)
+    return found
+
+
+def _replay_batch(target: Target, drafter: Drafter, texts: Sequence[Text], sampling: Sampling) -> list[ReplayRows]:
+    from dataclasses import replace
+
+    records = [
+        Record(text.id, [*text.prompt, *text.new], [False] * len(text.prompt) + [True] * len(text.new)) for text in texts
+    ]
+    width = max(len(record.tokens) for record in records)
+    batch, _ = pack(records, width=width, weight_of_step=1.0)
+    batch = batch.to(target.device)
+    seen = target.read(batch.tokens_BT, batch.positions_BT, drafter.needs() | TargetNeeds(final=True))
+    target_rows = target.rows_of(seen)
+    drafted = drafter(replace(batch, target=seen))
+    rows = align(drafted, batch)
+    by_depth: dict[int, list[np.ndarray]] = {}  # type: ignore[type-arg]
+    first = 0
+    for depth, count in rows.counts.items():
+        kept, accepted = np.zeros(count), np.zeros(count)
+        states_RD = drafted.states_BTD[depth].flatten(0, 1)
+        for begin in range(first, first + count, ROWS_AT_ONCE):
+            chosen = slice(begin, min(begin + ROWS_AT_ONCE, first + count))
+            here = slice(chosen.start - first, chosen.stop - first)
+            kept[here], accepted[here] = _chances(
+                target_rows.at(rows.target_N[chosen]),
+                drafted.head(states_RD[rows.drafter_N[chosen]], depth),
+                rows.tokens_N[chosen],
+                sampling,
+                num_tokens=target.num_tokens,
+            )
+        place_N = rows.index.sequence_N[first : first + count].cpu().numpy()
+        for number in range(len(texts)):
+            by_depth.setdefault(number, []).append(np.stack([kept[place_N == number], accepted[place_N == number]]))
+        first += count
+    return [_rows_of(text, by_depth[number]) for number, text in enumerate(texts)]
+
+
+def _chances(
+    target_logits_NV: torch.Tensor,
+    drafter_logits_NV: torch.Tensor,
+    tokens_N: torch.Tensor,
+    sampling: Sampling,
+    *,
+    num_tokens: int,
+) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+    """Return (chance that the text's token is an accepted draft token, acceptance rate) by row."""
+    shared = min(num_tokens, drafter_logits_NV.shape[-1], target_logits_NV.shape[-1])
+    target_NV = sampling_probs(target_logits_NV, sampling)[:, :shared]
+    drafter_NV = sampling_probs(drafter_logits_NV[:, :shared], sampling)
+    target_N = target_NV.gather(1, tokens_N[:, None])[:, 0].double()
+    drafter_N = drafter_NV.gather(1, tokens_N[:, None])[:, 0].double()
+    kept_N = (drafter_N / target_N.clamp_min(1e-300)).clamp(max=1.0)
+    return kept_N.cpu().numpy(), acceptance_rate(target_NV, drafter_NV).double().cpu().numpy()
+
+
+def _rows_of(text: Text, depths: Sequence[np.ndarray]) -> ReplayRows:  # type: ignore[type-arg]
+    """Lay the rows out by round start: a drafter of depth 1 drafts its next token by itself, one place further on."""
+    kept_T, acceptance_T = depths[0]
+    if len(depths) == 1:
+        return ReplayRows(text.id, kept_T[:, None], acceptance_T)
+    kept_TK = np.zeros((len(kept_T), len(depths)))
+    for i, (kept, _) in enumerate(depths):
+        kept_TK[: len(kept_T) - i, i] = kept[len(kept) - (len(kept_T) - i) :]
+    return ReplayRows(text.id, kept_TK, acceptance_T)
+
+
+def expected_rounds(rows: ReplayRows, num_draft_tokens: int) -> float:
+    """Return how many rounds of this draft length the text is expected to have taken.
+
+    start[t] is the chance that a round starts at new token t: a round that keeps exactly i draft tokens ends i + 1 further on.
+    """
+    count = len(rows.acceptance_T)
+    start_T = np.zeros(count + num_draft_tokens + 2)
+    start_T[0] = 1.0
+    for t in range(count):
+        alive = start_T[t]
+        for i in range(num_draft_tokens):
+            if t + i >= count:
+                break
+            kept = rows.kept_TK[t + i, 0] if rows.kept_TK.shape[1] == 1 else rows.kept_TK[t, i]
+            start_T[t + i + 1] += alive * (1 - kept)
+            alive *= kept
+        start_T[t + num_draft_tokens + 1] += alive
+    return float(start_T[:count].sum())

@@ -1,0 +1,51 @@
+"""Settings of the evaluation."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from drafttrain.core.settings import setting
+from drafttrain.eval.acceptance import acceptance_rules
+from drafttrain.eval.length import length_policies
+
+
+@dataclass
+class EvalSettings:
+    """How the exported files are proven."""
+
+    prompts: str = setting(
+        "builtin:test", help="JSON lines with text, messages, prompt or tokens (id and domain if there are); or builtin:test."
+    )
+    validation_prompts: str = setting(
+        "builtin:validation", help="Prompts that training picks the best step on; never those of the test."
+    )
+    prompt_tokens: int | None = setting(48, help="Plain text is cut to its first tokens; null: the whole text.", ge=1)
+    num_prompts: int | None = setting(None, help="The first so many; null: all.", ge=1)
+    max_new_tokens: int = setting(128, help="New tokens a prompt at most.", ge=1)
+    temperatures: list[float] = setting([0.0, 1.0], help="Each is evaluated on its own; 0 is greedy.", ge=0)
+    top_p: float = setting(1.0, help="Nucleus of target and drafter at temperature > 0.", gt=0, le=1)
+    top_k: int = setting(0, help="Tokens kept at temperature > 0; 0: all.", ge=0)
+    length: Any = setting({"kind": "fixed"}, help="How many tokens to draft, by kind.", registry=length_policies)
+    rule: Any = setting({"kind": "lossless"}, help="Which draft tokens are kept, by kind.", registry=acceptance_rules)
+    batch_size: int = setting(1, help="Prompts decoded together.", ge=1)
+    replay_lengths: list[int] = setting([1, 2, 3, 4, 5, 6, 8], help="Draft lengths whose block efficiency replay gives.", ge=1)
+    repetition_ngram: int = setting(
+        12, help="An output counts up to where it repeats an n-gram of its own: loops flatter a drafter. 0: counts whole.", ge=0
+    )
+    speed_prompts: int = setting(16, help="Prompts on which Hugging Face's generate is timed too; 0: none.", ge=0)
+    resamples: int = setting(10_000, help="Bootstrap resamples of an interval.", ge=100)
+    seed: int = setting(0, help="Names the random streams of the evaluation.", ge=0)
+
+    def check(self) -> list[str]:
+        """Return what is wrong across fields."""
+        return [] if self.temperatures else ["temperatures: at least one is needed"]
+
+    def smoke(self) -> "EvalSettings":
+        """Return a copy with a handful of short outputs."""
+        return replace(
+            self,
+            num_prompts=min(self.num_prompts or 4, 4),
+            max_new_tokens=min(self.max_new_tokens, 24),
+            prompt_tokens=min(self.prompt_tokens or 24, 24),
+            speed_prompts=min(self.speed_prompts, 2),
+            resamples=min(self.resamples, 500),
+        )
