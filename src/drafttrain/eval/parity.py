@@ -1,0 +1,90 @@
+"""Is greedy output token for token the target's own? If not: where it first differs, and how close the choice was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from drafttrain.core.records import Generation
+from drafttrain.target import Target
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Logit gaps, relative to the largest logit, below which two tokens are equally good to a sum of this precision."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first token that differs in one output."""
+
+    id: str
+    position: int
+    """New tokens before it."""
+    plain_token: int
+    drafted_token: int
+    logit_gap: float
+    """The target's logit of the plain token less that of the other one, after the same text."""
+    near_tie: bool
+    """The gap is within rounding of the target's precision."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Of all prompts: how many outputs are equal, and where the others part."""
+
+    num_prompts: int
+    divergences: tuple[Divergence, ...]
+
+    @property
+    def exact(self) -> bool:
+        """All outputs are equal, token for token."""
+        return not self.divergences
+
+    def __str__(self) -> str:
+        equal = self.num_prompts - len(self.divergences)
+        if self.exact:
+            return f"exact: {equal} of {self.num_prompts} outputs equal, token for token"
+        worst = max(self.divergences, key=lambda one: abs(one.logit_gap))
+        kind = "near ties" if all(one.near_tie for one in self.divergences) else "NOT LOSSLESS"
+        return (
+            f"{equal} of {self.num_prompts} outputs equal; {kind}: largest logit gap {worst.logit_gap:.2g} "
+            f"at token {worst.position} of {worst.id}"
+        )
+
+    def json(self) -> dict[str, Any]:
+        """Return what eval.json holds."""
+        return {
+            "exact": self.exact,
+            "num_prompts": self.num_prompts,
+            "num_equal": self.num_prompts - len(self.divergences),
+            "divergences": [asdict(one) for one in self.divergences],
+        }
+
+
+def parity(plain: Sequence[Generation], drafted: Sequence[Generation], target: Target) -> Parity:
+    """Compare greedy outputs with the target's own, prompt by prompt."""
+    found = [
+        divergence
+        for ours, theirs in zip(drafted, plain, strict=True)
+        if (divergence := _first_difference(theirs, ours, target)) is not None
+    ]
+    return Parity(len(plain), tuple(found))
+
+
+@torch.no_grad()
+def _first_difference(plain: Generation, drafted: Generation, target: Target) -> Divergence | None:
+    assert plain.id == drafted.id
+    if list(plain.tokens) == list(drafted.tokens):
+        return None
+    pairs = zip(plain.tokens, drafted.tokens, strict=False)
+    position = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(plain.tokens), len(drafted.tokens)))
+    if position >= len(plain.tokens) or position >= len(drafted.tokens):
+        return Divergence(plain.id, position, -1, -1, float("inf"), False)
+    text = [*plain.prompt_tokens, *plain.tokens[:position]]
+    logits_V = target.model(torch.tensor([text], device=target.device)).logits[0, -1]
+    ours, theirs = plain.tokens[position], drafted.tokens[position]
+    gap = float(logits_V[ours] - logits_V[theirs])
+    tolerance = TOLERANCE[target.model.dtype] * float(logits_V.abs().max())
+    return Divergence(plain.id, position, ours, theirs, gap, abs(gap) <= tolerance)

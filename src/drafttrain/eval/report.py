@@ -1,0 +1,105 @@
+"""The report: one HTML file with everything in it that people look for first."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from drafttrain.core.files import write_text
+
+
+def write_report(path: Path, result: Mapping[str, Any], *, title: str, metrics: Path | None, command: str) -> None:
+    """Write the report of an evaluation.
+
+    Args:
+        result: What `evaluate` returned.
+        metrics: metrics.csv of the training; None when a folder is evaluated without its run.
+    """
+    import jinja2
+
+    template = (resources.files("drafttrain") / "eval" / "report.html").read_text(encoding="utf-8")
+    plots = []
+    if metrics is not None and metrics.exists():
+        rows = _read(metrics)
+        plots.append(("Training", "Loss and acceptance over steps.", _picture(lambda axes: _training(axes, rows), columns=2)))
+    text = "Share of rounds that keep the i-th draft token; dashed: of those that kept the one before it."
+    plots.append(("Acceptance by position", text, _picture(lambda axes: _positions(axes, result), columns=1)))
+    text = "By replay on the emitted text, bands are 95 % intervals over prompts; points: the loop itself."
+    plots.append(("Block efficiency against draft length", text, _picture(lambda axes: _lengths(axes, result), columns=1)))
+    page = jinja2.Environment(autoescape=True).from_string(template)
+    html = page.render(title=title, result=result, plots=plots, command=command)
+    write_text(path, html)
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _picture(draw: Callable[[Any], None], *, columns: int) -> str:
+    """Return a drawing as a data URL."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * columns + 0.4, 3.2), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25)
+    draw(axes)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _training(axes: Sequence[Any], rows: Sequence[Mapping[str, str]]) -> None:
+    def series(name: str) -> tuple[list[int], list[float]]:
+        chosen = [row for row in rows if row.get(name)]
+        return [int(row["step"]) for row in chosen], [float(row[name]) for row in chosen]
+
+    axes[0].plot(*series("loss"), color="#1f6f8b")
+    axes[0].set(xlabel="step", ylabel="loss", title="loss")
+    axes[1].plot(*series("acceptance_rate"), color="#1f6f8b", label="acceptance rate, training text")
+    axes[1].plot(*series("validation_alpha"), "o-", color="#c8553d", label="alpha, validation prompts")
+    axes[1].set(xlabel="step", title="acceptance rate")
+    axes[1].legend(fontsize=8, frameon=False)
+
+
+def _arms(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    return [
+        (f"{name}, temperature {part['temperature']:g}", figures)
+        for part in result["temperatures"]
+        for name, figures in part["drafters"].items()
+    ]
+
+
+def _positions(axes: Sequence[Any], result: Mapping[str, Any]) -> None:
+    for name, figures in _arms(result):
+        places = range(1, len(figures["acceptance_by_position"]) + 1)
+        (line,) = axes[0].plot(places, figures["acceptance_by_position"], "o-", label=name)
+        axes[0].plot(places, figures["conditional_acceptance"], "--", color=line.get_color(), alpha=0.6)
+    axes[0].set(xlabel="draft position", ylabel="share kept", ylim=(0, 1))
+    axes[0].xaxis.get_major_locator().set_params(integer=True)
+    axes[0].legend(fontsize=8, frameon=False)
+
+
+def _lengths(axes: Sequence[Any], result: Mapping[str, Any]) -> None:
+    length = result["settings"]["length"]
+    for name, figures in _arms(result):
+        lengths = [int(k) for k in figures["replay"]]
+        values = list(figures["replay"].values())
+        (line,) = axes[0].plot(lengths, [v["value"] for v in values], label=name)
+        axes[0].fill_between(
+            lengths, [v["low"] for v in values], [v["high"] for v in values], color=line.get_color(), alpha=0.15, lw=0
+        )
+        if length["kind"] == "fixed":
+            axes[0].plot(length["num_draft_tokens"], figures["block_efficiency"]["value"], "o", color=line.get_color())
+    axes[0].set(xlabel="draft tokens a round", ylabel="block efficiency")
+    axes[0].xaxis.get_major_locator().set_params(integer=True)
+    axes[0].legend(fontsize=8, frameon=False)

@@ -1,0 +1,53 @@
+"""What a person reads of an evaluation on stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from drafttrain.core.console import say, table
+
+
+def interval(value: Mapping[str, float], digits: int = 2) -> str:
+    """Return `2.71 [2.60, 2.82]`."""
+    return f"{value['value']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """Print the figures of every drafter at every temperature, then comparisons and parity."""
+    lossy = " (LOSSY)" if result["exactness"] == "lossy" else ""
+    rows = []
+    for part in result["temperatures"]:
+        for name, figures in part["drafters"].items():
+            rows.append(
+                [
+                    f"{part['temperature']:g}",
+                    name,
+                    interval(figures["block_efficiency"]) + lossy,
+                    interval(figures["alpha"]),
+                    f"{figures['draft_acceptance_rate']:.2f}",
+                    f"{figures['mbsu']:.2f}",
+                    f"{figures['tokens_per_second']['value']:.0f}",
+                    interval(figures["speedup"]),
+                ]
+            )
+    columns = ["temperature", "drafter", "block efficiency", "alpha", "draft acc. rate", "MBSU", "tokens/s", "speed-up"]
+    length = result["settings"]["length"]
+    draft = ", ".join(f"{key} {value}" for key, value in length.items())
+    title = f"{result['num_prompts']} prompts, target {result['target']['name']}; {draft}; 95 % intervals over prompts"
+    table(rows, columns=columns, title=title)
+    for part in result["temperatures"]:
+        for name, figures in part["drafters"].items():
+            if "parity" in figures:
+                say(f"greedy parity of {name}: {figures['parity']['text']}")
+        for name, found in part["comparisons"].items():
+            say(
+                f"temperature {part['temperature']:g}: {name}: block efficiency {interval(found['block_efficiency'], 3)}, "
+                f"paired over prompts (p = {found['p_value']:.3g})"
+            )
+        if "same_prompts" in part["plain"]:
+            same = part["plain"]["same_prompts"]
+            say(
+                f"baselines on {same['num_prompts']} prompts: plain decoding {same['plain_tokens_per_second']:.0f} tokens/s, "
+                f"transformers' generate {same['transformers_generate_tokens_per_second']:.0f} tokens/s"
+            )

@@ -1,0 +1,62 @@
+"""The model card: what the drafter yields, how to use it, where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from drafttrain.eval.table import interval
+
+
+def model_card(name: str, result: Mapping[str, Any], *, drafter: str, recipe: str, command: str) -> str:
+    """Return README.md of a drafter folder.
+
+    Args:
+        result: What `evaluate` returned.
+        drafter: Name of the judged drafter in it.
+        recipe: The resolved recipe.
+    """
+    rows = []
+    for part in result["temperatures"]:
+        figures = part["drafters"][drafter]
+        rows.append(
+            f"| {part['temperature']:g} | {interval(figures['block_efficiency'])} | {interval(figures['alpha'])} "
+            f"| {figures['draft_acceptance_rate']:.2f} | {figures['mbsu']:.2f} |"
+        )
+    parities = [p["drafters"][drafter]["parity"]["text"] for p in result["temperatures"] if "parity" in p["drafters"][drafter]]
+    target, made = result["target"], result["provenance"]
+    length = ", ".join(f"{key} {value}" for key, value in result["settings"]["length"].items())
+    parity_line = f"Greedy parity with the target: {parities[0]}." if parities else "Greedy parity was not measured."
+    nl = "\n"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [speculative-decoding, draft-model]
+---
+# {name}
+
+A drafter for speculative decoding with the target `{target['name']}` (fingerprint `{target['fingerprint']}`). It proposes
+tokens; the target decides. It is no model to talk to by itself.
+
+| temperature | block efficiency | alpha | draft acceptance rate | MBSU |
+|---|---|---|---|---|
+{nl.join(rows)}
+
+{result['num_prompts']} prompts, {length}, 95 % intervals over prompts; measured on these files with the embedded evaluator.
+{parity_line}
+
+## Use
+
+    vllm serve TARGET --speculative-config '{{"method": "draft_model", "model": "THIS_FOLDER", "num_speculative_tokens": 5}}'
+
+    assistant = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
+    target.generate(**inputs, assistant_model=assistant)
+
+## Where it comes from
+
+`{command}`, commit `{made['commit'] or 'unknown'}`, {made['date']}, {made['machine']['processor']}.
+
+```yaml
+{recipe.rstrip()}
+```
+"""
