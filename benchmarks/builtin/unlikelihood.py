@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--ngram", type=int, default=8)
     parser.add_argument("--weight", type=float, default=1.0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--bf16", action="store_true", help="autocast: faster where the processor has bf16, far slower elsewhere")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     model = load_causal_lm(arguments.start).requires_grad_(True)
@@ -62,7 +63,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = arguments.lr * min(1.0, (step + 1) / 10, (arguments.steps - step) / (0.5 * arguments.steps))
         picked = rows[torch.randperm(len(rows), generator=stream(0, "unlikelihood", step))[: 2 * ROWS]]
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
             model.eval()
             written = model.generate(
                 picked[:ROWS, :PROMPT], max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0

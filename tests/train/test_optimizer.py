@@ -78,7 +78,7 @@ def test_schedules_begin_warm_peak_and_end_low() -> None:
         assert scale[0] == pytest.approx(1 / 11)
         assert max(scale) == pytest.approx(1.0)
         assert scale[100] == pytest.approx(0.1)
-        assert all(a >= b - 1e-12 for a, b in itertools.pairwise(scale))
+        assert all(a >= b - 1e-12 for a, b in itertools.pairwise(scale[10:]))
     wsd = TrainSettings(max_steps=100, warmup_steps=10, schedule="wsd", decay_fraction=0.2)
     assert learning_rate_scale(79, wsd) == 1.0
     assert learning_rate_scale(90, wsd) < 0.6

@@ -1,0 +1,297 @@
+"""The loop on real (tiny, float64) models: greedy identity, output law, caches, ends of text, the ledger."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+
+from drafttrain.core.records import Prompt, Sampling
+from drafttrain.drafters.causal_lm import CausalLMDrafter
+from drafttrain.drafters.chain_proposer import ChainProposer
+from drafttrain.eval.acceptance.lenience import Lenience, LenienceSettings
+from drafttrain.eval.acceptance.lossless import Lossless
+from drafttrain.eval.engine import Engine
+from drafttrain.eval.ledger import Ledger
+from drafttrain.eval.length.confidence import Confidence
+from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
+from drafttrain.eval.metrics import counts_of, totals_of
+from drafttrain.eval.proposers.ngram import Ngram
+from drafttrain.eval.proposers.none import NoDraft
+from drafttrain.eval.replay import Text, expected_rounds, replay_rows
+from drafttrain.target import Target
+from tests.conftest import byte_tokenizer, random_llama
+
+V = 257
+PROMPTS = [Prompt(str(i), list(range(1 + i, 4 + 5 * i))) for i in range(3)]
+
+
+def noisy(model: Any, scale: float) -> Any:
+    torch.manual_seed(1)
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.add_(torch.randn_like(parameter) * scale)
+    return changed
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return Target(random_llama().double(), byte_tokenizer(), name="tiny", fingerprint="")
+
+
+@pytest.fixture(scope="module")
+def proposers(target) -> dict[str, Any]:
+    chain = lambda model, **k: ChainProposer(model, target_vocab_size=V, **k)  # noqa: E731
+    return {
+        "none": NoDraft(),
+        "always right": chain(target.model),
+        "nearly right": chain(noisy(target.model, 0.02)),
+        "always wrong": chain(random_llama(seed=9, num_layers=1).double()),
+        "greedy draft": chain(noisy(target.model, 0.02), draft="greedy"),
+        "ngram": Ngram(),
+    }
+
+
+def decode(target: Target, proposer: Any, *, prompts=PROMPTS, temperature=0.0, policy=None, new=40, **options: Any) -> Any:
+    engine = Engine(
+        target,
+        proposer,
+        rule=options.pop("rule", Lossless()),
+        policy=policy or FixedLength(),
+        sampling=Sampling(temperature),
+        max_new_tokens=new,
+        **options,
+    )
+    return engine.generate(prompts)
+
+
+def greedy(target: Target, prompt: Prompt, new: int, stop: int | None = None) -> list[int]:
+    tokens = torch.tensor([list(prompt.tokens)])
+    out = target.model.generate(tokens, max_new_tokens=new, do_sample=False, eos_token_id=stop, pad_token_id=0)
+    return out[0, len(prompt.tokens) :].tolist()
+
+
+@pytest.mark.parametrize("name", ["none", "always right", "nearly right", "always wrong", "greedy draft", "ngram"])
+@pytest.mark.parametrize("policy", [FixedLength(), Confidence(), FixedLength(FixedLengthSettings(50))])
+@pytest.mark.parametrize("together", [True, False])
+def test_greedy_output_is_the_targets_own(target, proposers, name, policy, together):
+    groups = [PROMPTS] if together else [[prompt] for prompt in PROMPTS]
+    found = [g for group in groups for g in decode(target, proposers[name], prompts=group, policy=policy, new=24)]
+    assert [g.tokens for g in found] == [greedy(target, prompt, 24) for prompt in PROMPTS]
+
+
+def test_a_perfect_drafter_is_kept_whole_and_nothing_is_drafted_past_the_end(target, proposers):
+    for new in (1, 2, 6, 7, 12, 13):
+        for generation in decode(target, proposers["always right"], new=new):
+            assert len(generation.tokens) == new
+            assert all(one.num_accepted == one.num_draft_tokens for one in generation.rounds)
+            assert [one.num_emitted for one in generation.rounds][:-1] == [6] * (len(generation.rounds) - 1)
+            assert all(one.start + one.num_draft_tokens + 1 <= new for one in generation.rounds)
+
+
+@pytest.mark.parametrize("name", ["always right", "nearly right", "none"])
+def test_an_end_of_text_inside_an_accepted_block_ends_the_text_there(target, proposers, name):
+    for prompt, place in itertools.product(PROMPTS, (0, 3, 7)):
+        plain = greedy(target, prompt, 24)
+        stop = plain[place]
+        (generation,) = decode(target, proposers[name], prompts=[prompt], stop_tokens=[stop], new=24)
+        assert generation.tokens == plain[: plain.index(stop) + 1]
+        last = generation.rounds[-1]
+        assert last.reason == "eos"
+        assert sum(one.num_emitted for one in generation.rounds) == len(generation.tokens)
+        assert last.num_accepted <= last.num_emitted
+
+
+def test_caches_hold_the_committed_text_after_every_round(target):
+    """T5: what the target says next from its cache equals a fresh reading of the committed text, and so for the drafter."""
+    drafter = noisy(target.model, 0.03)
+    proposer = ChainProposer(drafter, target_vocab_size=V)
+    engine = Engine(
+        target, proposer, rule=Lossless(), policy=FixedLength(), sampling=Sampling(1.0), max_new_tokens=30, seed=3
+    )
+    checked = 0
+    original = engine._round
+
+    def check(lm: Any, model: Any, live: Any) -> int:
+        for row, sequence in enumerate(live):
+            length = lm.lengths[row]
+            text = torch.tensor([sequence.context.tokens[:length]])
+            fresh = model(text, use_cache=True).past_key_values
+            for ours, theirs in zip(lm.cache.hf.layers, fresh.layers, strict=True):
+                torch.testing.assert_close(ours.keys[row : row + 1, :, :length], theirs.keys, rtol=0, atol=1e-12)
+                torch.testing.assert_close(ours.values[row : row + 1, :, :length], theirs.values, rtol=0, atol=1e-12)
+        return len(live)
+
+    def watched(live: Any) -> None:
+        nonlocal checked
+        original(live)
+        checked += check(engine._lm, target.model, live)
+        check(proposer._lm, drafter, live)
+
+    engine._round = watched  # type: ignore[method-assign]
+    engine.generate(PROMPTS)
+    assert checked > 10
+
+
+def small_target() -> Target:
+    model = random_llama(num_layers=1, vocab_size=8, hidden_size=16).double()
+    return Target(model, byte_tokenizer(), name="small", fingerprint="")
+
+
+def chi_square(model: Any, proposer: Any, temperature: float, *, samples: int = 2500, spoil: Any = None) -> float:
+    """T2: return the p-value of the law of the first two new tokens against the target's, enumerated."""
+    target = small_target()
+    target.model.load_state_dict(model.state_dict())
+    engine = Engine(
+        target,
+        proposer,
+        rule=Lossless(),
+        policy=FixedLength(FixedLengthSettings(2)),
+        sampling=Sampling(temperature),
+        max_new_tokens=4,
+        stop_tokens=(),
+    )
+    if spoil:
+        spoil(engine)
+    prompts = [Prompt(str(i), [1, 2, 3]) for i in range(samples)]
+    found = [tuple(g.tokens[1:3]) for start in range(0, samples, 500) for g in engine.generate(prompts[start : start + 500])]
+    law = torch.zeros(8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        first = (model(torch.tensor([[1, 2, 3]])).logits[0, -1] / temperature).softmax(-1)
+        after = model(torch.tensor([[1, 2, 3, a] for a in range(8)])).logits[:, -1].div(temperature).softmax(-1)
+        pairs = [[1, 2, 3, a, b] for a in range(8) for b in range(8)]
+        third = model(torch.tensor(pairs)).logits[:, -1].div(temperature).softmax(-1).view(8, 8, 8)
+    law = torch.einsum("a,ab,abc->bc", first, after, third).flatten()
+    counts = torch.zeros(64, dtype=torch.float64)
+    for b, c in found:
+        counts[8 * b + c] += 1
+    order = law.argsort(descending=True)
+    large = [int(i) for i in order if law[i] * samples >= 5]
+    observed = [float(counts[i]) for i in large] + [samples - sum(float(counts[i]) for i in large)]
+    expected = [float(law[i]) * samples for i in large] + [samples * (1 - sum(float(law[i]) for i in large))]
+    if expected[-1] < 5:
+        observed[-2:], expected[-2:] = [sum(observed[-2:])], [sum(expected[-2:])]
+    return float(stats.chisquare(observed, expected, sum_check=False).pvalue)
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[Any, Any]:
+    model = small_target().model
+    return model, noisy(model, 0.15)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+@pytest.mark.parametrize("draft", ["sampled", "greedy"])
+def test_the_output_has_the_targets_law(small, temperature, draft):
+    model, drafter = small
+    assert chi_square(model, ChainProposer(drafter, target_vocab_size=8, draft=draft), temperature) > 1e-3
+
+
+def test_control_a_cache_rolled_back_by_one_too_few_changes_the_law(small):
+    """The target keeps the first rejected token in its cache: the very same test must see it."""
+
+    def spoil(engine: Engine) -> None:
+        keep = engine._lm.keep
+
+        def too_much(paths: Any) -> None:
+            read = [a - b for a, b in zip(engine._lm.cache.lengths, engine._lm.cache.kept, strict=True)]
+            keep([[*path, len(path)] if len(path) < n else path for path, n in zip(paths, read, strict=True)])
+
+        engine._lm.keep = too_much  # type: ignore[method-assign]
+
+    model, drafter = small
+    assert chi_square(model, ChainProposer(drafter, target_vocab_size=8), 1.0, spoil=spoil) < 1e-3
+
+
+def test_control_a_greedy_draft_treated_as_sampled_changes_the_law(small, monkeypatch):
+    from drafttrain.drafters import chain_proposer
+
+    monkeypatch.setattr(chain_proposer, "draw", lambda law_V, generator: int(law_V.argmax()))
+    model, drafter = small
+    assert chi_square(model, ChainProposer(drafter, target_vocab_size=8), 1.0) < 1e-3
+
+
+def test_replay_agrees_with_the_loop(target):
+    """T7: on the text that the loop emitted, for K = 1, 3, 5, 8: mean per-prompt difference within 4 standard errors."""
+    drafter = CausalLMDrafter(noisy(target.model, 0.03))
+    prompts = [Prompt(str(i), [1 + i, 2, 3 + i % 7, 5]) for i in range(40)]
+    for temperature in (0.0, 1.0):
+        for k in (1, 3, 5, 8):
+            policy = FixedLength(FixedLengthSettings(k))
+            found = decode(
+                target, drafter.proposer(target), prompts=prompts, temperature=temperature, policy=policy, new=32, stop_tokens=()
+            )
+            texts = [Text(g.id, list(g.prompt_tokens), list(g.tokens)) for g in found]
+            rows = replay_rows(target, drafter, texts, Sampling(temperature))
+            differences = torch.tensor([len(g.rounds) - expected_rounds(r, k) for g, r in zip(found, rows, strict=True)])
+            if temperature == 0:
+                assert differences.abs().max() < 1e-9
+            else:
+                error = differences.std() / len(differences) ** 0.5
+                assert differences.mean().abs() < 4 * error
+                shifted = [len(g.rounds) - expected_rounds(r, k + 1) for g, r in zip(found, rows, strict=True)]
+                if k == 1:  # the control: another draft length does not agree
+                    assert abs(sum(shifted) / len(shifted)) > 4 * error
+
+
+def test_block_efficiency_is_one_plus_acceptance_by_position(target, proposers):
+    counts = [counts_of(g) for g in decode(target, proposers["nearly right"], temperature=1.0, stop_tokens=())]
+    totals = totals_of(counts)
+    assert totals.block_efficiency == pytest.approx(1 + sum(totals.acceptance_by_position))
+    assert totals.num_accepted == sum(totals.accepted_at)
+
+
+def test_every_forward_is_in_the_ledger(target):
+    """T8: calls and tokens as counted by hooks; a sequence of one, so every round is one target call."""
+    ledger = Ledger()
+    drafter = noisy(target.model, 0.03)
+    seen: list[tuple[str, int]] = []
+    handles = [
+        model.register_forward_pre_hook(
+            lambda module, a, k, name=name: seen.append((name, k["input_ids"].shape[1])), with_kwargs=True
+        )
+        for name, model in (("target", target.model), ("drafter", drafter))
+    ]
+    proposer = ChainProposer(drafter, target_vocab_size=V, listener=ledger.append)
+    (generation,) = decode(target, proposer, prompts=PROMPTS[1:2], temperature=1.0, listener=ledger.append)
+    for handle in handles:
+        handle.remove()
+    told = [(event.model, event.num_tokens) for event in ledger.events]
+    # The prompts are read without the head, through the trunk, so their calls are not among the hooks'.
+    assert [(e.model, e.num_tokens) for e in ledger.rounds()] == seen
+    assert told[:2] == [("target", len(PROMPTS[1].tokens) - 1), ("drafter", len(PROMPTS[1].tokens) - 1)]
+    assert ledger.calls("target") == len(generation.rounds)
+    assert sum(one.num_emitted for one in generation.rounds) == len(generation.tokens)
+    assert ledger.calls("drafter") == sum(one.num_draft_tokens for one in generation.rounds)
+    weights = sum(p.numel() * p.element_size() for p in target.model.parameters())
+    assert all(e.bytes_read > weights * 0.9 for e in ledger.rounds("target"))
+
+
+def test_records_of_a_batch_have_their_own_streams(target, proposers):
+    together = decode(target, proposers["nearly right"], temperature=1.0)
+    alone = [decode(target, proposers["nearly right"], prompts=[p], temperature=1.0)[0] for p in PROMPTS]
+    assert [g.tokens for g in together] == [g.tokens for g in alone]
+
+
+def test_lenience_keeps_more(target, proposers):
+    def kept(rule: Any) -> int:
+        found = decode(target, proposers["nearly right"], temperature=1.0, rule=rule, stop_tokens=())
+        return -sum(len(g.rounds) for g in found)
+
+    assert kept(Lenience(LenienceSettings(epsilon=0.05))) > kept(Lossless())
+    assert kept(Lenience(LenienceSettings(epsilon=1.0))) == kept(Lossless())
+
+
+def test_a_drafter_with_a_padded_or_a_smaller_vocabulary_stays_lossless(target):
+    for size in (300, 200):
+        drafter = random_llama(seed=2, num_layers=1, vocab_size=size).double()
+        proposer = ChainProposer(drafter, target_vocab_size=V, num_tokens=V)
+        found = decode(target, proposer, temperature=0.0, new=16)
+        assert [g.tokens for g in found] == [greedy(target, prompt, 16) for prompt in PROMPTS]
+        for generation in decode(target, proposer, temperature=1.0, new=16):
+            assert max(generation.tokens) < V

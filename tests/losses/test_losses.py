@@ -1,0 +1,334 @@
+"""What each loss is, as identities; and what holds for every loss in the registry."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from drafttrain.core.probability import acceptance_rate
+from drafttrain.core.records import DraftBatch, DraftOutput, LossRows, Record, RowIndex
+from drafttrain.data_gen.packing import pack
+from drafttrain.losses import Loss, losses
+from drafttrain.losses.align import align
+from drafttrain.losses.ce import CrossEntropyConfig
+from drafttrain.losses.chunked import normalised, row_losses
+from drafttrain.losses.jsd import JSDConfig
+from drafttrain.losses.tvdpp import TVDPPConfig
+from drafttrain.losses.weighted_sum import Term, WeightedSumConfig
+
+V = 7
+
+
+def settings_of(name: str) -> Any:
+    """Return settings of a loss as a recipe would make them; a sum gets two parts."""
+    if name == "sum":
+        parts = [Term(loss=TVDPPConfig()), Term(loss=CrossEntropyConfig(), weight=0.5, final_weight=0.1, until_step=4)]
+        return WeightedSumConfig(terms=parts)
+    return losses.entry(name).settings()
+
+
+VARIANTS = [(name, settings_of(name)) for name in losses.names()] + [
+    (f"tvdpp-{estimator}-{scope}", TVDPPConfig(estimator=estimator, scope=scope, num_samples=4))
+    for estimator in ("exact", "sampled")
+    for scope in ("position", "sequence", "batch")
+]
+EVERY = pytest.mark.parametrize("settings", [s for _, s in VARIANTS], ids=[name for name, _ in VARIANTS])
+
+
+def rows(*, count: int = 5, seed: int = 0, dtype: torch.dtype = torch.float64) -> LossRows:
+    generator = torch.Generator().manual_seed(seed)
+    drafter = torch.randn(count, V, generator=generator, dtype=dtype, requires_grad=True)
+    target = 2 * torch.randn(count, V, generator=generator, dtype=dtype)
+    return LossRows(drafter, target, torch.arange(count) % V, seed_N=torch.arange(count) * 64 + 1)
+
+
+def index(count: int = 5, step: int = 0) -> RowIndex:
+    zeros = torch.zeros(count, dtype=torch.long)
+    return RowIndex(zeros, zeros + 1, torch.arange(count), step=step)
+
+
+def value(name: str, given: LossRows, **settings: Any) -> Tensor:
+    loss: Loss = losses.build(losses.entry(name).settings(**settings))
+    return loss.combine(loss.per_row(given), index(len(given.tokens_N)))
+
+
+def gradient(loss_N: Tensor, given: LossRows) -> Tensor:
+    return torch.autograd.grad(loss_N.sum(), given.drafter_logits_NV, retain_graph=True)[0]
+
+
+def test_tvd_is_one_minus_acceptance():
+    given = rows()
+    p, q = (logits.softmax(-1) for logits in (given.target_logits_NV, given.drafter_logits_NV))
+    torch.testing.assert_close(value("tvd", given), 0.5 * (p - q).abs().sum(-1))
+    torch.testing.assert_close(1 - acceptance_rate(p, q), 0.5 * (p - q).abs().sum(-1), rtol=0, atol=1e-12)
+
+
+def test_gradient_of_tvd_is_a_policy_gradient():
+    given = rows()
+    loss = losses.build(losses.entry("tvd").settings())
+    grad_tvd = gradient(loss.per_row(given)["loss"], given)
+    p, q = (logits.softmax(-1) for logits in (given.target_logits_NV, given.drafter_logits_NV))
+    reward = (p > q).to(q.dtype)
+    policy = -(q.detach() * reward * q.log()).sum(-1)
+    torch.testing.assert_close(grad_tvd, gradient(policy, given), rtol=0, atol=1e-12)
+    wrong = -(q.detach() * (1 - reward) * q.log()).sum(-1)
+    assert not torch.allclose(grad_tvd, gradient(wrong, given), atol=1e-3)
+
+
+@pytest.mark.parametrize("scope", ["position", "sequence", "batch"])
+def test_gradient_of_exact_tvdpp_is_that_of_tvd_over_sigma(scope):
+    given = rows()
+    loss = losses.build(TVDPPConfig(scope=scope, eps=1e-300))
+    with torch.no_grad():
+        loss.previous_mean.fill_(0.3)
+    p, q = (logits.softmax(-1) for logits in (given.target_logits_NV, given.drafter_logits_NV))
+    reward_N = (q * (p > q)).sum(-1).detach()
+    mean_N = {"position": reward_N, "sequence": reward_N.mean().expand(5), "batch": torch.tensor(0.3).double().expand(5)}[scope]
+    sigma_N1 = (mean_N * (1 - mean_N)).sqrt()[:, None]
+    ours = gradient(loss.combine(loss.per_row(given), index()), given)
+    tvd = losses.build(losses.entry("tvd").settings())
+    tolerance = 1e-7 if scope == "batch" else 1e-12  # the carried mean is float32
+    torch.testing.assert_close(ours, gradient(tvd.per_row(given)["loss"], given) / sigma_N1, rtol=tolerance, atol=tolerance)
+
+
+def test_sampled_tvdpp_is_unbiased_and_less_noisy_than_the_raw_reward():
+    given = rows(count=1)
+    exact = losses.build(TVDPPConfig(scope="batch", eps=1e-12))
+    wanted = gradient(exact.combine(exact.per_row(given), index(1)), given)
+    many = 40_000
+    drafter = given.drafter_logits_NV.detach().repeat(many, 1).requires_grad_(True)
+    wide = LossRows(drafter, given.target_logits_NV.repeat(many, 1), torch.zeros(many, dtype=torch.long), torch.arange(many))
+    sampled = losses.build(TVDPPConfig(estimator="sampled", scope="batch", eps=1e-12))
+    per_sample = torch.autograd.grad(sampled.combine(sampled.per_row(wide), index(many)).sum(), drafter, retain_graph=True)[0]
+    error = per_sample.std(0) / math.sqrt(many)
+    assert ((per_sample.mean(0) - wanted[0]).abs() < 4.5 * error + 1e-12).all()
+    raw = torch.autograd.grad(2 * sampled.per_row(wide)["rewarded"].sum(), drafter)[0]  # sigma = 0.5, mu = 0
+    assert per_sample.var(0).sum() < raw.var(0).sum()
+
+
+def test_pinsker_bounds_tvd_by_both_directions_of_kl():
+    given = rows(count=50)
+    tvd = value("tvd", given)
+    for name in ("forward_kl", "reverse_kl"):
+        assert (tvd <= (value(name, given) / 2).sqrt() + 1e-6).all()
+
+
+def test_jsd_ends_in_the_two_kls_and_is_at_most_log_two():
+    given = rows()
+    small = losses.build(JSDConfig(beta=1e-5)).per_row(given)["loss"] / 1e-5
+    torch.testing.assert_close(small, value("forward_kl", given), rtol=1e-3, atol=1e-6)
+    large = losses.build(JSDConfig(beta=1 - 1e-5)).per_row(given)["loss"] / 1e-5
+    torch.testing.assert_close(large, value("reverse_kl", given), rtol=1e-3, atol=1e-6)
+    assert (value("jsd", given) <= math.log(2) + 1e-6).all()
+
+
+def test_class_weighting_moves_the_optimum_away_from_the_probability():
+    """A head trained with weight w on rejections answers a / (a + w (1 - a)), not a."""
+    a, w = 0.5, 6.0
+    x = torch.linspace(0.001, 0.999, 9999, dtype=torch.float64)
+    best = x[(-(a * x.log() + w * (1 - a) * (1 - x).log())).argmin()]
+    assert float(best) == pytest.approx(a / (a + w * (1 - a)), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "tvd", "neg_log_acceptance", "lk_hybrid"])
+def test_equal_laws_cost_nothing(name):
+    given = rows()
+    same = LossRows(given.target_logits_NV.clone().requires_grad_(True), given.target_logits_NV, given.tokens_N, given.seed_N)
+    loss_N = value(name, same)
+    assert loss_N.abs().max() < 1e-6
+    if name not in ("tvd", "neg_log_acceptance", "lk_hybrid"):
+        assert gradient(loss_N, same).abs().max() < 1e-6
+
+
+def test_losses_stay_finite_where_laws_do_not_overlap():
+    given = rows(dtype=torch.float32)
+    far = torch.full((5, V), -60.0)
+    far[:, 0] = 60
+    other = torch.full((5, V), -60.0)
+    other[:, 1] = 60
+    apart = LossRows(far.requires_grad_(True), other, given.tokens_N, given.seed_N)
+    for name in ("forward_kl", "reverse_kl", "jsd", "tvd", "tvdpp", "neg_log_acceptance", "lk_hybrid", "ce"):
+        loss_N = value(name, apart)
+        assert torch.isfinite(loss_N).all(), name
+        assert torch.isfinite(gradient(loss_N, apart)).all(), name
+
+
+def test_block_acceptance_is_the_expected_length_and_its_gradient_the_products():
+    given = rows(count=3)
+    loss = losses.build(losses.entry("block_acceptance").settings(block_length=3))
+    block = RowIndex(torch.zeros(3, dtype=torch.long), torch.arange(1, 4), torch.zeros(3, dtype=torch.long))
+    a = loss.per_row(given)["acceptance"]
+    expected = 1 - (a[0] + a[0] * a[1] + a[0] * a[1] * a[2]) / 3
+    torch.testing.assert_close(loss.combine({"acceptance": a}, block), expected.expand(3))
+    order = torch.tensor([2, 0, 1])
+    shuffled = RowIndex(block.sequence_N, block.depth_N[order], block.block_N)
+    torch.testing.assert_close(loss.combine({"acceptance": a[order]}, shuffled), expected.expand(3))
+
+
+def test_weights_of_a_sum_follow_their_schedule():
+    given = rows()
+    loss = losses.build(settings_of("sum"))
+    tvdpp, ce = value("tvdpp", given), value("ce", given)
+    for step, weight in ((0, 0.5), (2, 0.3), (4, 0.1), (9, 0.1)):
+        torch.testing.assert_close(loss.combine(loss.per_row(given), index(step=step)), tvdpp + weight * ce)
+
+
+# ---------------------------------------------------------------- every loss: independent of how a step is laid out
+
+
+class Toy(torch.nn.Module):
+    """A drafter of one table, so that its rows do not depend on how records are packed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.table_VD = torch.nn.Parameter(torch.randn(V, 4, generator=generator, dtype=torch.float64))
+        self.head_DV = torch.nn.Parameter(torch.randn(4, V, generator=generator, dtype=torch.float64))
+
+    def forward(self, batch: DraftBatch) -> DraftOutput:
+        return DraftOutput({1: self.table_VD[batch.tokens_BT]}, lambda states_ND, depth: states_ND @ self.head_DV, lag=0)
+
+
+class ToyTarget:
+    """The target's law by the token before."""
+
+    def __init__(self, batch: DraftBatch) -> None:
+        generator = torch.Generator().manual_seed(4)
+        self.rows_NV = 2 * torch.randn(V, V, generator=generator, dtype=torch.float64)[batch.tokens_BT.flatten()]
+
+    def at(self, index_N: Tensor) -> Tensor:
+        return self.rows_NV[index_N]
+
+
+def records() -> list[Record]:
+    generator = torch.Generator().manual_seed(5)
+    made = []
+    for i, length in enumerate((9, 4, 12, 7, 5, 3)):
+        tokens = torch.randint(V, (length,), generator=generator).tolist()
+        made.append(Record(str(i), tokens, [False] * (i % 3) + [True] * (length - i % 3)))
+    return made
+
+
+def step_gradient(
+    settings: Any, *, sizes: list[int], width: int = 12, extra: int = 0, chunk: int | None = None, roll: int = 2
+) -> Tensor:
+    """Return the gradient of the last of `roll` optimizer steps that are laid out in micro-batches of these sizes."""
+    from dataclasses import replace
+
+    drafter, loss = Toy(), losses.build(settings)
+    weight = float(sum(sum(record.loss_mask[1:]) for record in records()))
+    for step in range(roll):
+        drafter.zero_grad()
+        first = 0
+        for size in sizes:
+            members = records()[first : first + size]
+            batch, _ = pack(members, width=width, weight_of_step=weight, step=step, first_document=first)
+            if extra:
+                grown = {
+                    name: torch.nn.functional.pad(getattr(batch, name), (0, extra), value=fill)
+                    for name, fill in (("tokens_BT", 1), ("loss_mask_BT", 0), ("positions_BT", 0), ("documents_BT", -1))
+                }
+                batch = replace(batch, **grown)
+            batch = replace(batch, target_rows=ToyTarget(batch))
+            drafted = drafter(batch)
+            aligned = align(drafted, batch, block_length=getattr(loss, "block_length", 1))
+            loss_N, _ = row_losses(loss, drafted, aligned, batch, vocab_size=V, chunk_rows=chunk)
+            normalised(loss_N, batch, world_size=1, accumulation=1).backward()
+            first += size
+        loss.end_of_step()
+    assert drafter.table_VD.grad is not None
+    return drafter.table_VD.grad
+
+
+@EVERY
+def test_a_step_does_not_depend_on_padding_packing_micro_batches_or_chunks(settings):
+    whole = step_gradient(settings, sizes=[6])
+    assert whole.abs().max() > 0
+    close = {"rtol": 1e-5, "atol": 1e-7}
+    torch.testing.assert_close(step_gradient(settings, sizes=[6], extra=9), whole, **close)
+    torch.testing.assert_close(step_gradient(settings, sizes=[6], width=40), whole, **close)
+    torch.testing.assert_close(step_gradient(settings, sizes=[2, 4]), whole, **close)
+    torch.testing.assert_close(step_gradient(settings, sizes=[1] * 6), whole, **close)
+    torch.testing.assert_close(step_gradient(settings, sizes=[6], chunk=3), whole, **close)
+
+
+def test_control_a_sigma_of_the_micro_batch_depends_on_the_layout():
+    """The same test must fail for a loss that normalises by what happens to be in its micro-batch."""
+    from drafttrain.losses.tvdpp import TVDPP
+
+    class PerMicroBatch(TVDPP):
+        def _mean(self, reward_N: Tensor, index: RowIndex) -> Tensor:
+            return reward_N.mean().expand_as(reward_N)
+
+    def gradient_of(sizes: list[int]) -> Tensor:
+        original = losses.entry("tvdpp").component
+        losses._entries["tvdpp"] = type(losses.entry("tvdpp"))("tvdpp", PerMicroBatch, TVDPPConfig)
+        try:
+            return step_gradient(TVDPPConfig(), sizes=sizes)
+        finally:
+            losses._entries["tvdpp"] = type(losses.entry("tvdpp"))("tvdpp", original, TVDPPConfig)
+
+    assert not torch.allclose(gradient_of([6]), gradient_of([2, 4]), rtol=1e-3)
+
+
+def test_no_logits_tensor_of_all_rows_exists_when_chunked():
+    largest = 0
+    drafter = Toy()
+    batch, _ = pack(records(), width=12, weight_of_step=1.0)
+    from dataclasses import replace
+
+    batch = replace(batch, target_rows=ToyTarget(batch))
+    drafted = drafter(batch)
+
+    def head(states_ND: Tensor, depth: int) -> Tensor:
+        nonlocal largest
+        largest = max(largest, len(states_ND))
+        return states_ND @ drafter.head_DV
+
+    watched = DraftOutput(drafted.states_BTD, head, lag=0)
+    loss = losses.build(losses.entry("forward_kl").settings())
+    row_losses(loss, watched, align(watched, batch), batch, vocab_size=V, chunk_rows=4)[0].sum().backward()
+    assert largest == 4
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("depths", [[1], [1, 2, 3]])
+def test_align_is_a_copy_task(lag, depths):
+    """A drafter whose row t already says token t + d + lag is right everywhere; shifted by one it is not."""
+    batch, _ = pack(records(), width=16, weight_of_step=1.0)
+    for error in (0, 1, -1):
+        states = {
+            d: torch.nn.functional.one_hot(batch.tokens_BT.roll(-(d + lag + error), dims=1), V).double() * 50 for d in depths
+        }
+        drafted = DraftOutput(states, lambda states_ND, depth: states_ND, lag=lag)
+        aligned = align(drafted, batch)
+        loss_N, _ = row_losses(losses.build(CrossEntropyConfig()), drafted, aligned, batch, vocab_size=V)
+        expected = sum(sum(r.loss_mask[d + lag :]) for r in records() for d in depths)
+        assert len(loss_N) == expected
+        assert (loss_N.max() < 1e-6) == (error == 0)
+    same = batch.documents_BT.flatten()[aligned.drafter_N] == batch.documents_BT.flatten()[aligned.target_N + 1]
+    assert same.all()
+
+
+def test_padding_ids_have_no_mass():
+    """A drafter head with more rows than the tokenizer has ids loses nothing to them."""
+    drafter = Toy()
+    batch, _ = pack(records(), width=12, weight_of_step=1.0)
+    from dataclasses import replace
+
+    batch = replace(batch, target_rows=ToyTarget(batch))
+    drafted = drafter(batch)
+    padded = DraftOutput(
+        drafted.states_BTD,
+        lambda s, d: torch.cat([s @ drafter.head_DV, torch.full((len(s), 5), 30.0, dtype=s.dtype)], dim=1),
+        lag=0,
+    )
+    for name in ("tvdpp", "forward_kl", "ce"):
+        loss = losses.build(losses.entry(name).settings())
+        first, _ = row_losses(loss, drafted, align(drafted, batch), batch, vocab_size=V)
+        second, _ = row_losses(loss, padded, align(padded, batch), batch, vocab_size=V)
+        torch.testing.assert_close(first, second)
