@@ -47,7 +47,9 @@ def main() -> None:
     parser.add_argument("--ngram", type=int, default=8)
     parser.add_argument("--weight", type=float, default=1.0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--bf16", action="store_true", help="autocast: faster where the processor has bf16, far slower elsewhere")
+    parser.add_argument(
+        "--bf16", action="store_true", help="autocast: faster where the processor has bf16, far slower elsewhere"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     model = load_causal_lm(arguments.start).requires_grad_(True)

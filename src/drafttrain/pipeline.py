@@ -119,7 +119,9 @@ def evaluate_folders(folders: Sequence[Path], target: str | None, overrides: Seq
     names = ["A", "B"] if len(folders) == 2 else ["drafter"]
     for letter, folder in zip(names, folders, strict=True):
         say(f"{letter}: {folder}")
-    result = _evaluated(dict(zip(names, folders, strict=True)), Target.load(TargetSettings(model=name)), settings, dropped=())
+    result = _evaluated(
+        dict(zip(names, folders, strict=True)), Target.load(TargetSettings(model=name)), settings, dropped=()
+    )
     write_json(folders[0] / "eval.json", result)
     write_report(folders[0] / "report.html", result, title=folders[0].name, metrics=None, command=_command())
     show(result)
@@ -151,7 +153,9 @@ def _data(run: Run) -> TrainingData:
     overlap = run.folder.data / "overlap.json"
     if not overlap.exists():
         names = dict.fromkeys([recipe.eval.prompts, recipe.eval.validation_prompts])
-        prompts = [p for name in names for p in read_prompts(name, run.tokenizer, prompt_tokens=recipe.eval.prompt_tokens)]
+        prompts = [
+            p for name in names for p in read_prompts(name, run.tokenizer, prompt_tokens=recipe.eval.prompt_tokens)
+        ]
         drop_contaminated(data, {prompt.id: prompt.tokens for prompt in prompts}, overlap)
     return data
 
@@ -213,8 +217,8 @@ def _estimator(run: Run, target: Target) -> Callable[[Any], Mapping[str, Any]]:
     from drafttrain.core.records import Sampling
     from drafttrain.data_gen.generate import Task, continuations
     from drafttrain.eval.prompts import read_prompts
-    from drafttrain.eval.replay import Text, expected_rounds, replay_rows
     from drafttrain.eval.repetition import tokens_before_repetition
+    from drafttrain.eval.replay import Text, expected_rounds, replay_rows
 
     recipe = run.recipe
     wanted = recipe.eval
@@ -297,7 +301,9 @@ def _export(run: Run) -> None:
     resolved, command = run.resolved, _command()
     best, last = done["best_block_efficiency"], done["last_block_efficiency"]
     if best is not None:
-        say(f"exported: step {done['best_step']} ({best:.3f} by replay on validation prompts); last step {done['last_step']} ({last:.3f})")
+        say(
+            f"exported: step {done['best_step']} ({best:.3f} by replay on validation prompts); last step {done['last_step']} ({last:.3f})"
+        )
     write_report(folder.report, result, title=recipe.name, metrics=folder.train / "metrics.csv", command=command)
     short = shortfalls(result, recipe.export.require, drafter="drafter")
     kept = folder.rejected if short else folder.drafter

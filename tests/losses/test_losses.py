@@ -87,12 +87,18 @@ def test_gradient_of_exact_tvdpp_is_that_of_tvd_over_sigma(scope):
         loss.previous_mean.fill_(0.3)
     p, q = (logits.softmax(-1) for logits in (given.target_logits_NV, given.drafter_logits_NV))
     reward_N = (q * (p > q)).sum(-1).detach()
-    mean_N = {"position": reward_N, "sequence": reward_N.mean().expand(5), "batch": torch.tensor(0.3).double().expand(5)}[scope]
+    mean_N = {
+        "position": reward_N,
+        "sequence": reward_N.mean().expand(5),
+        "batch": torch.tensor(0.3).double().expand(5),
+    }[scope]
     sigma_N1 = (mean_N * (1 - mean_N)).sqrt()[:, None]
     ours = gradient(loss.combine(loss.per_row(given), index()), given)
     tvd = losses.build(losses.entry("tvd").settings())
     tolerance = 1e-7 if scope == "batch" else 1e-12  # the carried mean is float32
-    torch.testing.assert_close(ours, gradient(tvd.per_row(given)["loss"], given) / sigma_N1, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        ours, gradient(tvd.per_row(given)["loss"], given) / sigma_N1, rtol=tolerance, atol=tolerance
+    )
 
 
 def test_sampled_tvdpp_is_unbiased_and_less_noisy_than_the_raw_reward():
@@ -101,9 +107,13 @@ def test_sampled_tvdpp_is_unbiased_and_less_noisy_than_the_raw_reward():
     wanted = gradient(exact.combine(exact.per_row(given), index(1)), given)
     many = 40_000
     drafter = given.drafter_logits_NV.detach().repeat(many, 1).requires_grad_(True)
-    wide = LossRows(drafter, given.target_logits_NV.repeat(many, 1), torch.zeros(many, dtype=torch.long), torch.arange(many))
+    wide = LossRows(
+        drafter, given.target_logits_NV.repeat(many, 1), torch.zeros(many, dtype=torch.long), torch.arange(many)
+    )
     sampled = losses.build(TVDPPConfig(estimator="sampled", scope="batch", eps=1e-12))
-    per_sample = torch.autograd.grad(sampled.combine(sampled.per_row(wide), index(many)).sum(), drafter, retain_graph=True)[0]
+    per_sample = torch.autograd.grad(
+        sampled.combine(sampled.per_row(wide), index(many)).sum(), drafter, retain_graph=True
+    )[0]
     error = per_sample.std(0) / math.sqrt(many)
     assert ((per_sample.mean(0) - wanted[0]).abs() < 4.5 * error + 1e-12).all()
     raw = torch.autograd.grad(2 * sampled.per_row(wide)["rewarded"].sum(), drafter)[0]  # sigma = 0.5, mu = 0
@@ -137,7 +147,9 @@ def test_class_weighting_moves_the_optimum_away_from_the_probability():
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "tvd", "neg_log_acceptance", "lk_hybrid"])
 def test_equal_laws_cost_nothing(name):
     given = rows()
-    same = LossRows(given.target_logits_NV.clone().requires_grad_(True), given.target_logits_NV, given.tokens_N, given.seed_N)
+    same = LossRows(
+        given.target_logits_NV.clone().requires_grad_(True), given.target_logits_NV, given.tokens_N, given.seed_N
+    )
     loss_N = value(name, same)
     assert loss_N.abs().max() < 1e-6
     if name not in ("tvd", "neg_log_acceptance", "lk_hybrid"):
@@ -190,7 +202,9 @@ class Toy(torch.nn.Module):
         self.head_DV = torch.nn.Parameter(torch.randn(4, V, generator=generator, dtype=torch.float64))
 
     def forward(self, batch: DraftBatch) -> DraftOutput:
-        return DraftOutput({1: self.table_VD[batch.tokens_BT]}, lambda states_ND, depth: states_ND @ self.head_DV, lag=0)
+        return DraftOutput(
+            {1: self.table_VD[batch.tokens_BT]}, lambda states_ND, depth: states_ND @ self.head_DV, lag=0
+        )
 
 
 class ToyTarget:
@@ -302,7 +316,8 @@ def test_align_is_a_copy_task(lag, depths):
     batch, _ = pack(records(), width=16, weight_of_step=1.0)
     for error in (0, 1, -1):
         states = {
-            d: torch.nn.functional.one_hot(batch.tokens_BT.roll(-(d + lag + error), dims=1), V).double() * 50 for d in depths
+            d: torch.nn.functional.one_hot(batch.tokens_BT.roll(-(d + lag + error), dims=1), V).double() * 50
+            for d in depths
         }
         drafted = DraftOutput(states, lambda states_ND, depth: states_ND, lag=lag)
         aligned = align(drafted, batch)

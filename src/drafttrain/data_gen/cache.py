@@ -42,7 +42,10 @@ class RowCache:
         self._starts: dict[int, int] = {int(record): start for record, start in about["starts"].items()}
         self._shard_starts = [int(start) for start in about["shard_starts"]]
         self._shards = [
-            {name: np.load(folder / f"{name}-{i:05d}.npy", mmap_mode="r", allow_pickle=False) for name in about["arrays"]}
+            {
+                name: np.load(folder / f"{name}-{i:05d}.npy", mmap_mode="r", allow_pickle=False)
+                for name in about["arrays"]
+            }
             for i in range(len(self._shard_starts))
         ]
 
@@ -56,7 +59,8 @@ class RowCache:
         shard = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
         begin = start - self._shard_starts[shard]
         return {
-            name: torch.from_numpy(np.array(array[begin : begin + count])) for name, array in self._shards[shard].items()
+            name: torch.from_numpy(np.array(array[begin : begin + count]))
+            for name, array in self._shards[shard].items()
         }
 
     def logits(self, stored: Mapping[str, Tensor]) -> Tensor:

@@ -8,7 +8,14 @@ from typing import Any
 
 from drafttrain.core.records import Record
 
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system", "tool": "tool"}
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "user": "user",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
 FORMATS = "messages, conversations, prompt and completion, text, or tokens"
 
 
@@ -56,7 +63,9 @@ class Encoder:
                 messages = [{"role": "user", "content": _text(value["prompt"], "prompt")}]
             return [(id, self._chat_prompt(messages) if messages else self.text(value["prompt"]))]
         if "text" not in value and "tokens" not in value:
-            raise BadItem(f"no prompt: none of messages, conversations, prompt, text or tokens; keys: {', '.join(map(str, value))}")
+            raise BadItem(
+                f"no prompt: none of messages, conversations, prompt, text or tokens; keys: {', '.join(map(str, value))}"
+            )
         tokens = list(value["tokens"]) if "tokens" in value else self.text(value["text"])
         if prompt_tokens is None:
             return [(id, tokens)]
@@ -121,7 +130,9 @@ class Encoder:
             if message["role"] == "assistant":
                 before = self._ids(messages[: count - 1], add_generation_prompt=True)
                 if until[: len(before)] != before:
-                    raise BadItem("the chat template rewrites earlier turns: the assistant's tokens cannot be told apart")
+                    raise BadItem(
+                        "the chat template rewrites earlier turns: the assistant's tokens cannot be told apart"
+                    )
                 tokens, mask_T = before, mask_T + [False] * (len(before) - len(mask_T))
             elif until[: len(tokens)] != tokens:
                 raise BadItem("the chat template rewrites earlier turns: the assistant's tokens cannot be told apart")
@@ -173,5 +184,7 @@ def _messages(turns: Any, key: str) -> list[dict[str, str]]:
 
 def _text(value: Any, key: str) -> str:
     if not isinstance(value, str) or not value:
-        raise BadItem(f"{key}: text is needed, got {type(value).__name__ if not isinstance(value, str) else 'an empty one'}")
+        raise BadItem(
+            f"{key}: text is needed, got {type(value).__name__ if not isinstance(value, str) else 'an empty one'}"
+        )
     return value

@@ -44,7 +44,9 @@ class GenerateSettings:
 class DataSettings:
     """Where text comes from, and what the target writes of it."""
 
-    sources: list[Any] = setting(help="Sources with weights; each trained record is drawn from one of them.", registry=sources)
+    sources: list[Any] = setting(
+        help="Sources with weights; each trained record is drawn from one of them.", registry=sources
+    )
     max_length: int = setting(256, help="Tokens a record; longer plain text is cut into several.", ge=2)
     generate: GenerateSettings | None = setting(
         None, help="What the target writes for sources of kind generated; null: nothing."
@@ -54,10 +56,14 @@ class DataSettings:
         help="What is stored of the target's law for the records that training will read: states (final hidden states, the "
         "whole law by the target's own head), full (logits), top_k (approximate), or none: the target runs in every step.",
     )
-    cache_top_k: int = setting(64, help="cache top_k: tokens whose probability is stored; the rest share the tail evenly.", ge=1)
+    cache_top_k: int = setting(
+        64, help="cache top_k: tokens whose probability is stored; the rest share the tail evenly.", ge=1
+    )
     max_cache_gb: float = setting(8.0, help="A cache that would be larger is refused before it is begun.", gt=0)
     overlap_ngram: int = setting(
-        13, help="A prompt of an evaluation that shares this many tokens in a row with training text is dropped; 0: none is.", ge=0
+        13,
+        help="A prompt of an evaluation that shares this many tokens in a row with training text is dropped; 0: none is.",
+        ge=0,
     )
 
     def check(self) -> list[str]:

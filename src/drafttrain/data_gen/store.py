@@ -89,7 +89,9 @@ def _encode(folder: Path, source: Source, encoder: Encoder, *, about: dict[str, 
                     masks.extend(record.loss_mask)
             except BadItem as reason:
                 refused += 1
-                quarantine.write(json.dumps({"where": item.where, "reason": str(reason), "item": item.value}, default=str) + "\n")
+                quarantine.write(
+                    json.dumps({"where": item.where, "reason": str(reason), "item": item.value}, default=str) + "\n"
+                )
                 if refused <= SHOWN:
                     say(f"{item.where}: set aside: {reason}")
             bar.advance(1)

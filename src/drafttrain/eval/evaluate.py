@@ -58,8 +58,7 @@ def evaluate(
         "format": FORMAT,
         "target": {"name": target.name, "fingerprint": target.fingerprint},
         "drafters": {name: _about(folder, drafters[name]) for name, folder in folders.items()},
-        "settings": asdict(settings)
-        | {"rule": _component(settings.rule), "length": _component(settings.length)},
+        "settings": asdict(settings) | {"rule": _component(settings.rule), "length": _component(settings.length)},
         "num_prompts": len(prompts),
         "exactness": acceptance_rules.build(settings.rule).exactness.value,
         "temperatures": [_at_temperature(t, drafters, target, prompts, settings) for t in settings.temperatures],
@@ -108,7 +107,9 @@ def compare(
     """Return the difference in block efficiency of two drafters on the same prompts, first less second."""
     assert [c.id for c in first] == [c.id for c in second]
     parts = [([c.num_tokens for c in counts], [c.num_rounds for c in counts]) for counts in (first, second)]
-    differences = [a.num_tokens / a.num_rounds - b.num_tokens / b.num_rounds for a, b in zip(first, second, strict=True)]
+    differences = [
+        a.num_tokens / a.num_rounds - b.num_tokens / b.num_rounds for a, b in zip(first, second, strict=True)
+    ]
     return {
         "block_efficiency": ratio_difference(parts[0], parts[1], resamples=resamples, seed=seed).json(),
         "p_value": sign_flip_p_value(differences, resamples=resamples, seed=seed),
@@ -170,9 +171,7 @@ def _counts(arm: Arm, settings: EvalSettings) -> list[PromptCounts]:
     return [counts_of(one, repetition_ngram=settings.repetition_ngram) for one in arm.generations]
 
 
-def _figures(
-    arm: Arm, plain: Arm, target: Target, sampling: Sampling, settings: EvalSettings
-) -> dict[str, Any]:
+def _figures(arm: Arm, plain: Arm, target: Target, sampling: Sampling, settings: EvalSettings) -> dict[str, Any]:
     """Return all figures of one drafter at one temperature."""
     assert arm.drafter is not None
     resamples = {"resamples": settings.resamples, "seed": settings.seed}
@@ -199,7 +198,8 @@ def _figures(
         "target_calls_per_token": target_calls / whole.num_tokens,
         "discarded_draft_tokens_per_token": (whole.num_draft_tokens - whole.num_accepted) / whole.num_tokens,
         "tokens_per_second": ratio_interval(*speed[0], **resamples).json(),
-        "speedup": ratio_of_ratios(speed[0], speed[1], **resamples).json() | {"baseline": "plain decoding, same engine"},
+        "speedup": ratio_of_ratios(speed[0], speed[1], **resamples).json()
+        | {"baseline": "plain decoding, same engine"},
         "seconds": {
             name: sum(getattr(g, name) for g in arm.generations)
             for name in ("prefill_seconds", "draft_seconds", "verify_seconds", "seconds")

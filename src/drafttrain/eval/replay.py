@@ -58,7 +58,8 @@ def _replay_batch(target: Target, drafter: Drafter, texts: Sequence[Text], sampl
     from dataclasses import replace
 
     records = [
-        Record(text.id, [*text.prompt, *text.new], [False] * len(text.prompt) + [True] * len(text.new)) for text in texts
+        Record(text.id, [*text.prompt, *text.new], [False] * len(text.prompt) + [True] * len(text.new))
+        for text in texts
     ]
     width = max(len(record.tokens) for record in records)
     batch, _ = pack(records, width=width, weight_of_step=1.0)

@@ -26,11 +26,15 @@ def write_report(path: Path, result: Mapping[str, Any], *, title: str, metrics: 
     plots = []
     if metrics is not None and metrics.exists():
         rows = _read(metrics)
-        plots.append(("Training", "Loss and acceptance over steps.", _picture(lambda axes: _training(axes, rows), columns=2)))
+        plots.append(
+            ("Training", "Loss and acceptance over steps.", _picture(lambda axes: _training(axes, rows), columns=2))
+        )
     text = "Share of rounds that keep the i-th draft token; dashed: of those that kept the one before it."
     plots.append(("Acceptance by position", text, _picture(lambda axes: _positions(axes, result), columns=1)))
     text = "By replay on the emitted text, bands are 95 % intervals over prompts; points: the loop itself."
-    plots.append(("Block efficiency against draft length", text, _picture(lambda axes: _lengths(axes, result), columns=1)))
+    plots.append(
+        ("Block efficiency against draft length", text, _picture(lambda axes: _lengths(axes, result), columns=1))
+    )
     page = jinja2.Environment(autoescape=True).from_string(template)
     html = page.render(title=title, result=result, plots=plots, command=command)
     write_text(path, html)

@@ -13,7 +13,8 @@ class EvalSettings:
     """How the exported files are proven."""
 
     prompts: str = setting(
-        "builtin:test", help="JSON lines with text, messages, prompt or tokens (id and domain if there are); or builtin:test."
+        "builtin:test",
+        help="JSON lines with text, messages, prompt or tokens (id and domain if there are); or builtin:test.",
     )
     validation_prompts: str = setting(
         "builtin:validation", help="Prompts that training picks the best step on; never those of the test."
@@ -27,9 +28,13 @@ class EvalSettings:
     length: Any = setting({"kind": "fixed"}, help="How many tokens to draft, by kind.", registry=length_policies)
     rule: Any = setting({"kind": "lossless"}, help="Which draft tokens are kept, by kind.", registry=acceptance_rules)
     batch_size: int = setting(1, help="Prompts decoded together.", ge=1)
-    replay_lengths: list[int] = setting([1, 2, 3, 4, 5, 6, 8], help="Draft lengths whose block efficiency replay gives.", ge=1)
+    replay_lengths: list[int] = setting(
+        [1, 2, 3, 4, 5, 6, 8], help="Draft lengths whose block efficiency replay gives.", ge=1
+    )
     repetition_ngram: int = setting(
-        12, help="An output counts up to where it repeats an n-gram of its own: loops flatter a drafter. 0: counts whole.", ge=0
+        12,
+        help="An output counts up to where it repeats an n-gram of its own: loops flatter a drafter. 0: counts whole.",
+        ge=0,
     )
     speed_prompts: int = setting(16, help="Prompts on which Hugging Face's generate is timed too; 0: none.", ge=0)
     resamples: int = setting(10_000, help="Bootstrap resamples of an interval.", ge=100)

@@ -23,7 +23,9 @@ def model_card(name: str, result: Mapping[str, Any], *, drafter: str, recipe: st
             f"| {part['temperature']:g} | {interval(figures['block_efficiency'])} | {interval(figures['alpha'])} "
             f"| {figures['draft_acceptance_rate']:.2f} | {figures['mbsu']:.2f} |"
         )
-    parities = [p["drafters"][drafter]["parity"]["text"] for p in result["temperatures"] if "parity" in p["drafters"][drafter]]
+    parities = [
+        p["drafters"][drafter]["parity"]["text"] for p in result["temperatures"] if "parity" in p["drafters"][drafter]
+    ]
     target, made = result["target"], result["provenance"]
     length = ", ".join(f"{key} {value}" for key, value in result["settings"]["length"].items())
     parity_line = f"Greedy parity with the target: {parities[0]}." if parities else "Greedy parity was not measured."
@@ -35,14 +37,14 @@ tags: [speculative-decoding, draft-model]
 ---
 # {name}
 
-A drafter for speculative decoding with the target `{target['name']}` (fingerprint `{target['fingerprint']}`). It proposes
+A drafter for speculative decoding with the target `{target["name"]}` (fingerprint `{target["fingerprint"]}`). It proposes
 tokens; the target decides. It is no model to talk to by itself.
 
 | temperature | block efficiency | alpha | draft acceptance rate | MBSU |
 |---|---|---|---|---|
 {nl.join(rows)}
 
-{result['num_prompts']} prompts, {length}, 95 % intervals over prompts; measured on these files with the embedded evaluator.
+{result["num_prompts"]} prompts, {length}, 95 % intervals over prompts; measured on these files with the embedded evaluator.
 {parity_line}
 
 ## Use
@@ -54,7 +56,7 @@ tokens; the target decides. It is no model to talk to by itself.
 
 ## Where it comes from
 
-`{command}`, commit `{made['commit'] or 'unknown'}`, {made['date']}, {made['machine']['processor']}.
+`{command}`, commit `{made["commit"] or "unknown"}`, {made["date"]}, {made["machine"]["processor"]}.
 
 ```yaml
 {recipe.rstrip()}

@@ -29,7 +29,9 @@ class ExportSettings:
             if key not in self.KEYS:
                 problems.append(f"require.{key}: unknown figure. Available: {', '.join(self.KEYS)}")
             elif (key == "parity") != isinstance(value, bool) or not isinstance(value, bool | int | float):
-                problems.append(f"require.{key}: must be {'true or false' if key == 'parity' else 'a number'}, got {value!r}")
+                problems.append(
+                    f"require.{key}: must be {'true or false' if key == 'parity' else 'a number'}, got {value!r}"
+                )
         return problems
 
     def smoke(self) -> "ExportSettings":

@@ -34,7 +34,11 @@ class Hub:
         try:
             rows = datasets.load_dataset(wanted.path, wanted.name, split=wanted.split, revision=wanted.revision)
         except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-            raise DataError(f"{wanted.path}: no data set could be read here (split {wanted.split!r}): {error}") from error
+            raise DataError(
+                f"{wanted.path}: no data set could be read here (split {wanted.split!r}): {error}"
+            ) from error
         for number, row in enumerate(rows):
             value = dict(row) | {new: row[old] for new, old in wanted.rename.items() if old in row}
-            yield Item(f"{wanted.path}:{number}", {name: content for name, content in value.items() if content is not None})
+            yield Item(
+                f"{wanted.path}:{number}", {name: content for name, content in value.items() if content is not None}
+            )

@@ -13,7 +13,9 @@ from drafttrain.data_gen.stdlib_text import documents
 class StdlibSettings(WeightedSettings):
     """Source and documentation of Python's standard library, split by module."""
 
-    split: Literal["train", "held_out"] = setting("train", help="Side of the split; evaluation prompts are cut from held_out.")
+    split: Literal["train", "held_out"] = setting(
+        "train", help="Side of the split; evaluation prompts are cut from held_out."
+    )
 
 
 @sources.register("stdlib", StdlibSettings)

@@ -27,7 +27,9 @@ class Text:
     def items(self) -> Iterator[Item]:
         """Yield every file that is UTF-8."""
         root = Path(self.settings.path).expanduser()
-        paths = [root] if root.is_file() else sorted(path for path in root.glob(self.settings.pattern) if path.is_file())
+        paths = (
+            [root] if root.is_file() else sorted(path for path in root.glob(self.settings.pattern) if path.is_file())
+        )
         if not paths:
             raise DataError(f"{root}: no file here matches {self.settings.pattern!r}")
         for path in paths:

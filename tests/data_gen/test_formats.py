@@ -1,0 +1,139 @@
+"""Formats, masks, quarantine: what becomes a label, and what is set aside with its reason."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from drafttrain.core.errors import DataError
+from drafttrain.data_gen.formats import BadItem, Encoder
+from drafttrain.data_gen.sources import sources
+from drafttrain.data_gen.sources.hub import HubSettings
+from drafttrain.data_gen.sources.jsonl import JSONL, JSONLSettings
+from drafttrain.data_gen.sources.parquet import Parquet, ParquetSettings
+from drafttrain.data_gen.sources.text import Text, TextSettings
+from drafttrain.data_gen.store import open_store
+from tests.conftest import byte_tokenizer
+
+MARKED = "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}|{% endgeneration %}{% else %}{{ m['content'] }}|{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+PLAIN = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}|{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CHAT = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "hello"},
+    {"role": "user", "content": "ok"},
+    {"role": "assistant", "content": "bye"},
+]
+
+
+def encoder(template: str | None = None, max_length: int = 200) -> Encoder:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    return Encoder(tokenizer, max_length)
+
+
+def labels(coder: Encoder, value: dict) -> str:  # type: ignore[type-arg]
+    (record,) = coder.records(value, id="x")
+    chosen = [token for token, flag in zip(record.tokens, record.loss_mask, strict=True) if flag]
+    return coder.tokenizer.decode(chosen)
+
+
+@pytest.mark.parametrize("template", [MARKED, PLAIN])
+def test_only_what_the_assistant_says_is_a_label(template):
+    assert labels(encoder(template), {"messages": CHAT}) == "hello|bye|"
+    names = {"user": "human", "assistant": "gpt"}
+    shared = [{"from": names[m["role"]], "value": m["content"]} for m in CHAT]
+    assert labels(encoder(template), {"conversations": shared}) == "hello|bye|"
+
+
+def test_only_the_completion_is_a_label_and_text_is_one_whole():
+    assert labels(encoder(), {"prompt": "a b", "completion": "c d"}) == "c d<|end|>"
+    assert labels(encoder(), {"text": "a b"}) == "a b<|end|>"
+    assert labels(encoder(), {"tokens": [66, 67, 68], "loss_mask": [0, 1, 1]}) == encoder().tokenizer.decode([67, 68])
+
+
+def test_long_text_is_cut_without_losing_a_token():
+    text = "abcdefghij" * 5
+    found = encoder(max_length=16).records({"text": text}, id="doc")
+    assert encoder().tokenizer.decode([t for r in found for t in r.tokens]) == text + "<|end|>"
+    assert [r.id for r in found] == ["doc@0", "doc@16", "doc@32", "doc@48"]
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ({}, "none of messages"),
+        ({"messages": []}, "a list of turns"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "unknown role 'wizard'"),
+        ({"messages": CHAT[:1]}, "no token of the first"),
+        ({"prompt": "x" * 500, "completion": "y"}, "no token of the first"),
+        ({"text": ""}, "text is needed"),
+        ({"text": 5}, "text is needed"),
+        ({"tokens": [1, 999]}, "999 is no id"),
+        ({"tokens": [1, 2], "loss_mask": [1]}, "loss_mask"),
+    ],
+)
+def test_a_bad_item_says_why(value, reason):
+    with pytest.raises(BadItem, match=reason):
+        encoder(MARKED).records(value, id="x")
+
+
+def test_a_chat_without_a_template_is_refused():
+    with pytest.raises(BadItem, match="no chat template"):
+        encoder().records({"messages": CHAT}, id="x")
+
+
+def test_bad_lines_never_stop_a_run_and_are_kept_with_their_reasons(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"text": "good one"}\nnot json\n[1]\n{"txet": 1}\n\n{"text": "good two"}\n')
+    store = open_store(
+        tmp_path / "s", JSONL(JSONLSettings(path=str(path))), encoder(), about={"source": {"kind": "jsonl"}}
+    )
+    assert len(store) == 2
+    assert store.meta["set_aside"] == 3
+    kept = [json.loads(line) for line in (tmp_path / "s" / "quarantine.jsonl").read_text().splitlines()]
+    assert [one["where"].rsplit(":", 1)[1] for one in kept] == ["2", "3", "4"]
+    assert kept[0]["item"] == "not json"
+    assert [store[0], store[1]] == encoder().records({"text": "good one"}, id=store[0].id[:-2]) + encoder().records(
+        {"text": "good two"}, id=store[1].id[:-2]
+    )
+
+
+def test_nothing_left_is_an_error(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("broken\n")
+    with pytest.raises(DataError, match="no record is left"):
+        open_store(tmp_path / "s", JSONL(JSONLSettings(path=str(path))), encoder(), about={"source": {"kind": "jsonl"}})
+
+
+def test_the_same_text_comes_out_of_every_kind_of_source(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = ["first text", "second text"]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number, text in enumerate(texts):
+        (folder / f"{number}.txt").write_text(text)
+    found = [
+        Parquet(ParquetSettings(path=str(tmp_path / "a.parquet"))),
+        JSONL(JSONLSettings(path=str(tmp_path / "*.jsonl"))),
+        Text(TextSettings(path=str(folder))),
+    ]
+    for source in found:
+        assert [item.value["text"] for item in source.items()] == texts
+
+
+def test_a_local_folder_is_read_through_datasets(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"content": "one"}\n{"content": "two"}\n')
+    source = sources.build(HubSettings(path=str(folder), rename={"text": "content"}))
+    assert [item.value["text"] for item in source.items()] == ["one", "two"]
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"nothing\.jsonl"):
+        list(JSONL(JSONLSettings(path=str(Path(tmp_path) / "nothing.jsonl"))).items())

@@ -1,0 +1,137 @@
+"""What the target writes: byte-identical however often it was killed; the cache: bit for bit, and the live target's law."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from drafttrain.core.errors import DataError
+from drafttrain.core.records import Sampling, TargetNeeds
+from drafttrain.data_gen import generate as generation
+from drafttrain.data_gen.cache import RowCache
+from drafttrain.data_gen.generate import Task, continuations, generate
+from drafttrain.data_gen.prepare import attach_cache, generate_texts, prepare
+from drafttrain.data_gen.settings import DataSettings, GenerateSettings
+from drafttrain.data_gen.sources.generated import GeneratedSettings
+from drafttrain.data_gen.sources.text import TextSettings
+
+
+@pytest.fixture
+def settings(tmp_path):
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog, again and again. " * 8)
+    return GenerateSettings(
+        prompts=TextSettings(path=str(tmp_path / "text.txt")),
+        prompt_tokens=10,
+        num_records=20,
+        max_new_tokens=8,
+        batch_size=4,
+        records_per_shard=8,
+    )
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("shard-*"))}
+
+
+@pytest.mark.parametrize("killed_at", [0, 1, 4])
+def test_a_killed_run_ends_with_the_same_bytes(settings, tiny_target, tmp_path, monkeypatch, killed_at):
+    whole = contents(generate(settings, tiny_target, tmp_path / "whole", seed=0, max_length=64))
+    assert len(whole) == 3
+    calls = 0
+
+    def dies(*a, **k):
+        nonlocal calls
+        calls += 1
+        if calls > killed_at:
+            raise KeyboardInterrupt
+        return continuations(*a, **k)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "continuations", dies)
+        with pytest.raises(KeyboardInterrupt):
+            generate(settings, tiny_target, tmp_path / "killed", seed=0, max_length=64)
+    assert not (tmp_path / "killed" / "manifest.json").exists()
+    assert contents(generate(settings, tiny_target, tmp_path / "killed", seed=0, max_length=64)) == whole
+
+
+def test_every_record_says_how_it_was_drawn(settings, tiny_target, tmp_path):
+    folder = generate(settings, tiny_target, tmp_path / "g", seed=0, max_length=64)
+    records = [json.loads(line) for _, text in contents(folder).items() for line in text.decode().splitlines()]
+    assert [r["sampling"]["temperature"] for r in records[:4]] == [0.0, 0.3, 0.7, 1.0]
+    assert {r["sampling"]["top_p"] for r in records} == {1.0, 0.95}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["target_fingerprint"] == tiny_target.fingerprint
+    assert manifest["seed"] == 0
+    assert sum(shard["records"] for shard in manifest["shards"]) == 20
+    with pytest.raises(DataError, match="another plan"):
+        generate(settings, tiny_target, folder, seed=1, max_length=64)
+
+
+def test_a_record_is_drawn_by_its_own_stream(tiny_target):
+    tasks = [Task(str(i), [5 + i, 6, 7][: 2 + i % 2], Sampling(1.0, top_p=0.95)) for i in range(5)]
+    together = continuations(tasks, tiny_target, max_new_tokens=6, seed=0)
+    assert [continuations([task], tiny_target, max_new_tokens=6, seed=0)[0] for task in tasks] == together
+    assert continuations(tasks, tiny_target, max_new_tokens=6, seed=1) != together
+    greedy = continuations([Task("a", [5, 6, 7], Sampling())], tiny_target, max_new_tokens=6, seed=0)[0]
+    out = tiny_target.model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert greedy == out[0, 3:].tolist()
+
+
+@pytest.mark.parametrize("kind", ["states", "full", "top_k"])
+def test_the_cache_reads_what_was_written_and_agrees_with_the_live_target(settings, tiny_target, tmp_path, kind):
+    data_settings = DataSettings(
+        sources=[GeneratedSettings(), TextSettings(path=str(tmp_path / "text.txt"))],
+        max_length=32,
+        generate=settings,
+        cache=kind,
+        cache_top_k=257,
+    )
+    generate_texts(data_settings, lambda: tiny_target, tmp_path / "d", seed=0)
+    arguments = {"tokenizer": tiny_target.tokenizer, "tokenizer_fingerprint": "x", "seed": 0}
+    data = prepare(data_settings, tmp_path / "d", **arguments)
+    attach_cache(data, tmp_path / "d", tiny_target, num_records=40)
+    for step in range(3):
+        (batch,) = data.of_step(step, batch_size=8)
+        assert batch.target_rows is not None
+        trained = (batch.loss_mask_BT & (batch.positions_BT > 0)).flatten().nonzero()[:, 0] - 1
+        assert float(len(trained)) == batch.weight_of_step
+        live = tiny_target.rows_of(tiny_target.read(batch.tokens_BT, batch.positions_BT, TargetNeeds(final=True)))
+        ours, theirs = batch.target_rows.at(trained).log_softmax(-1), live.at(trained).log_softmax(-1)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    cache = data.caches[0]
+    assert isinstance(cache, RowCache)
+    first = {
+        name: np.load(path) for path in (tmp_path / "d" / "0-cache").glob("*-00000.npy") for name in [path.name[:-10]]
+    }
+    record = min(cache._starts, key=cache._starts.__getitem__)
+    for name, array in cache.stored(record, 5).items():
+        assert array.numpy().tobytes() == first[name][:5].tobytes()
+
+
+def test_a_cache_over_its_bound_is_refused_before_it_is_begun(settings, tiny_target, tmp_path):
+    chosen = DataSettings(
+        sources=[TextSettings(path=str(tmp_path / "text.txt"))], max_length=32, cache="full", max_cache_gb=1e-6
+    )
+    data = prepare(chosen, tmp_path / "d", tokenizer=tiny_target.tokenizer, tokenizer_fingerprint="x", seed=0)
+    with pytest.raises(DataError, match="max_cache_gb"):
+        attach_cache(data, tmp_path / "d", tiny_target, num_records=10)
+    assert not list((tmp_path / "d").rglob("*logits*"))
+
+
+def test_a_step_is_the_same_however_it_is_divided(settings, tiny_target, tmp_path):
+    chosen = DataSettings(sources=[TextSettings(path=str(tmp_path / "text.txt"))], max_length=32)
+    data = prepare(chosen, tmp_path / "d", tokenizer=tiny_target.tokenizer, tokenizer_fingerprint="x", seed=0)
+
+    def ids(batches):
+        return sorted(id for batch in batches for id in batch.record_ids)
+
+    whole = data.of_step(2, batch_size=8)
+    for accumulation, world_size in ((2, 1), (4, 2), (3, 2)):
+        parts = [
+            batch
+            for rank in range(world_size)
+            for batch in data.of_step(2, batch_size=8, accumulation=accumulation, rank=rank, world_size=world_size)
+        ]
+        assert ids(parts) == ids(whole)
+        assert {batch.weight_of_step for batch in parts} == {whole[0].weight_of_step}

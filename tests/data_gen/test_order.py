@@ -1,0 +1,89 @@
+"""The order of training: a pure function of (seed, position), exact mixtures, weights that do not depend on the layout."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from drafttrain.core.records import Record
+from drafttrain.data_gen.overlap import contaminated
+from drafttrain.data_gen.packing import pack, plan
+from drafttrain.data_gen.sampler import Sampler
+
+
+def test_nine_to_one_is_counted_in_every_ten():
+    sampler = Sampler([100, 30], [9, 1], seed=0)
+    for start in range(0, 500, 10):
+        assert Counter(sampler.at(n)[0] for n in range(start, start + 10)) == {0: 9, 1: 1}
+
+
+@pytest.mark.parametrize("weights", [[1.0], [0.5, 0.25, 0.25], [3, 2], [0.7, 0.3]])
+def test_every_epoch_of_a_source_reads_each_record_once(weights):
+    sizes = [7, 5, 3][: len(weights)]
+    sampler = Sampler(sizes, weights, seed=1)
+    seen: dict[int, list[int]] = {}
+    for n in range(400):
+        source, record = sampler.at(n)
+        seen.setdefault(source, []).append(record)
+    for source, records in seen.items():
+        size = sizes[source]
+        epochs = [records[i : i + size] for i in range(0, len(records) - size + 1, size)]
+        assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+        assert len(epochs) < 2 or any(epoch != epochs[0] for epoch in epochs)
+
+
+def test_the_order_needs_no_history():
+    fresh = [Sampler([50, 20], [2, 1], seed=3).at(n) for n in (400, 3, 77)]
+    one = Sampler([50, 20], [2, 1], seed=3)
+    assert [one.at(n) for n in (400, 3, 77)] == fresh
+    assert [Sampler([50, 20], [2, 1], seed=4).at(n) for n in range(30)] != [one.at(n) for n in range(30)]
+
+
+def test_a_source_without_weight_is_never_read():
+    sampler = Sampler([5, 5], [1, 0], seed=0)
+    assert {sampler.at(n)[0] for n in range(50)} == {0}
+
+
+def test_packing_keeps_every_token_and_starts_every_document_at_zero():
+    records = [Record(str(i), list(range(1, n + 1)), [True] * n) for i, n in enumerate((5, 9, 2, 4, 8))]
+    batch, places = pack(records, width=10, weight_of_step=1.0)
+    for record, (row, column) in zip(records, places, strict=True):
+        span = slice(column, column + len(record.tokens))
+        assert batch.tokens_BT[row, span].tolist() == record.tokens
+        assert batch.positions_BT[row, span].tolist() == list(range(len(record.tokens)))
+        assert batch.documents_BT[row, span].unique().tolist() == [int(record.id)]
+    assert int((batch.documents_BT >= 0).sum()) == 28
+    assert batch.tokens_BT.shape[0] == 3
+    assert sorted(i for row in plan([5, 9, 2, 4, 8], width=10) for i in row) == list(range(5))
+
+
+def test_packed_rows_equal_rows_alone(tiny_target):
+    """The target says of a packed document what it says of it alone: attention does not cross documents."""
+    from drafttrain.core.records import TargetNeeds
+
+    generator = torch.Generator().manual_seed(0)
+    records = [
+        Record(str(i), torch.randint(1, 250, (n,), generator=generator).tolist(), [True] * n)
+        for i, n in enumerate((6, 9, 4))
+    ]
+    batch, places = pack(records, width=20, weight_of_step=1.0)
+    whole = tiny_target.read(batch.tokens_BT, batch.positions_BT, TargetNeeds(logits=True)).logits_BTV
+    for record, (row, column) in zip(records, places, strict=True):
+        alone = tiny_target.model(torch.tensor([record.tokens])).logits[0]
+        torch.testing.assert_close(whole[row, column : column + len(record.tokens)], alone, rtol=1e-4, atol=2e-5)
+
+
+def test_a_prompt_that_shares_thirteen_tokens_is_found_and_one_that_shares_twelve_is_not():
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    text = generator.integers(0, 500, 1000).astype(np.uint32)
+    prompts = {
+        "inside": [*text[100:113].tolist(), 1, 2],
+        "almost": [*text[100:112].tolist(), 501, 502],
+        "elsewhere": generator.integers(0, 500, 40).tolist(),
+        "across": text[495:510].tolist(),
+    }
+    assert contaminated(prompts, [text[:500], text[500:]], ngram=13) == ["inside"]
+    assert contaminated(prompts, [text], ngram=13) == ["inside", "across"]
+    assert contaminated(prompts, [text], ngram=0) == []
