@@ -245,7 +245,7 @@ def _replayed(arm: Arm, target: Target, sampling: Sampling, settings: EvalSettin
 
 def _plain_figures(plain: Arm, hf_seconds: Sequence[float]) -> dict[str, Any]:
     generations = plain.generations
-    found = {
+    found: dict[str, Any] = {
         "num_tokens": sum(len(g.tokens) for g in generations),
         "target_calls": plain.ledger.calls("target"),
         "tokens_per_second": sum(len(g.tokens) for g in generations) / sum(g.seconds for g in generations),

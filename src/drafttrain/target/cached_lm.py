@@ -89,7 +89,8 @@ class CachedLM:
         }
         if self._takes_positions:
             arguments["position_ids"] = self.cache.positions(sizes, trees, width=width).to(self.device)
-        with taps(self.model, needs) if needs.hidden or needs.final else nullcontext({}) as seen:
+        tapped: Any = taps(self.model, needs) if needs.hidden or needs.final else nullcontext({})
+        with tapped as seen:
             output = (self.model if needs.logits else self._trunk)(**arguments)
         context = sum(length for length, size in zip(self.lengths, sizes, strict=True) if size)
         self.cache.appended(sizes, width=width)

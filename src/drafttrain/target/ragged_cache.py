@@ -150,7 +150,8 @@ class RaggedCache:
 
     def _layers(self) -> list[Any]:
         """Return the layers that hold states; a layer that shares another's has none."""
-        return [layer for layer in self.hf.layers if layer.is_initialized]
+        layers: list[Any] = list(self.hf.layers)
+        return [layer for layer in layers if layer.is_initialized]
 
     def _check_layers(self, width: int) -> None:
         if self._columns:

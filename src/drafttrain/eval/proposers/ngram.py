@@ -50,8 +50,9 @@ class NgramIndex:
                     self._ends[tuple(tokens[end - size : end])] = end
         self._read = len(tokens)
         for size in self._sizes:
-            if size <= len(tokens) and (end := self._ends.get(tuple(tokens[-size:]))):
-                return tokens[end : end + count]
+            found = self._ends.get(tuple(tokens[-size:])) if size <= len(tokens) else None
+            if found:
+                return tokens[found : found + count]
         return []
 
 

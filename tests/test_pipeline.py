@@ -1,0 +1,155 @@
+"""A whole recipe on the path: gen, train, export, eval; resumed, gated, and without the trainer where it is not needed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from drafttrain import pipeline
+from drafttrain.config.bundled import bundled_recipes
+from drafttrain.config.load import load_recipe
+from drafttrain.core.errors import GateError, RecipeError
+
+RECIPE = """
+name: tiny
+target: {{model: {target}}}
+drafter: {{kind: causal_lm, num_layers: 1, hidden_size: 32, num_heads: 1}}
+loss: {{kind: tvdpp, scope: {scope}}}
+data:
+  max_length: 40
+  sources: [{{kind: text, path: {text}}}]
+train:
+  {{max_steps: 12, batch_size: 4, accumulation: 2, warmup_steps: 2, log_every_steps: 1, checkpoint_every_steps: 3, eval_every_steps: 6,
+   eval_prompts: 2, loggers: [csv], optimizer: {optimizer}}}
+eval: {{num_prompts: 2, max_new_tokens: 8, prompt_tokens: 6, speed_prompts: 1, resamples: 200, prompts: {prompts},
+       validation_prompts: {prompts}, overlap_ngram: 0}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_folder) -> Path:
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 40)
+    lines = [json.dumps({"id": str(i), "text": f"prompt number {i} is here"}) for i in range(4)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    text = RECIPE.replace(", overlap_ngram: 0", "").format(
+        target=tiny_folder,
+        text=tmp_path / "text.txt",
+        prompts=tmp_path / "prompts.jsonl",
+        scope="batch",
+        optimizer="muon",
+    )
+    path = tmp_path / "tiny.yaml"
+    path.write_text(text)
+    return path
+
+
+def curve(folder: Path) -> list[tuple[str, ...]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [tuple(v for k, v in row.items() if k != "seconds") for row in csv.DictReader(file)]
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "drafttrain.cli", *map(str, words)]
+
+
+def test_fit_goes_all_the_way_and_a_second_time_does_nothing(recipe, tmp_path, capfd):
+    loaded = load_recipe(recipe)
+    pipeline.fit(loaded, tmp_path / "run")
+    folder = tmp_path / "run"
+    for name in ("recipe.yaml", "provenance.json", "metrics.csv", "eval.json", "report.html", "drafter/README.md"):
+        assert (folder / name).stat().st_size > 0, name
+    result = json.loads((folder / "eval.json").read_text())
+    assert result["trainer_loaded"] is False
+    greedy = result["temperatures"][0]["drafters"]["drafter"]
+    assert greedy["parity"]["exact"]
+    assert greedy["target_calls"] == greedy["vllm"]["num_drafts"]
+    assert "drafter - start" in result["temperatures"][0]["comparisons"]
+    model = AutoModelForCausalLM.from_pretrained(folder / "drafter")
+    assert sum(p.numel() for p in model.parameters()) == result["drafters"]["drafter"]["parameters"]
+    before = (folder / "drafter" / "model.safetensors").stat().st_mtime
+    capfd.readouterr()
+    pipeline.fit(loaded, folder)
+    assert (folder / "drafter" / "model.safetensors").stat().st_mtime == before
+    assert capfd.readouterr().err.count("done before, skipped") == 2
+    with pytest.raises(RecipeError, match="another recipe"):
+        pipeline.fit(load_recipe(recipe, ["seed=1"]), folder)
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/svg+xml") == 3
+    assert "src=\"http" not in page
+
+
+def test_a_gate_that_is_not_met_rejects_the_drafter_and_says_by_how_much(recipe, tmp_path):
+    loaded = load_recipe(recipe, ["export.require.block_efficiency=5.5"])
+    with pytest.raises(GateError, match="required 5.5") as caught:
+        pipeline.fit(loaded, tmp_path / "run")
+    assert caught.value.exit_code == 3
+    assert (tmp_path / "run" / "drafter.rejected" / "model.safetensors").exists()
+    assert not (tmp_path / "run" / "drafter").exists()
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_training_continues_bit_for_bit(recipe, tmp_path, kill):
+    """SIGKILL at an arbitrary moment, SIGTERM (exit code 75): the same command again gives the uninterrupted curve and weights."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    slow = ["train.max_steps=60", "train.eval_every_steps=30"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run(command("fit", recipe, *slow, "--runs", whole), check=True, env=environment, capture_output=True)
+    process = subprocess.Popen(command("fit", recipe, *slow, "--runs", broken), env=environment, stderr=subprocess.PIPE)
+    checkpoints = broken / "tiny" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("step-*.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(kill)
+    process.communicate()
+    assert process.returncode == (75 if kill is signal.SIGTERM else -signal.SIGKILL)
+    assert not (broken / "tiny" / "train.json").exists()
+    subprocess.run(command("fit", recipe, *slow, "--runs", broken), check=True, env=environment, capture_output=True)
+    assert curve(broken / "tiny") == curve(whole / "tiny")
+    for name in ("best", "last"):
+        ours, theirs = (load_file(folder / "tiny" / name / "model.safetensors") for folder in (broken, whole))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_eval_runs_where_lightning_and_deepspeed_are_not_installed(recipe, tmp_path):
+    pipeline.fit(load_recipe(recipe), tmp_path / "run")
+    blocked = (
+        "import sys\n"
+        "for name in ('lightning', 'pytorch_lightning', 'deepspeed'): sys.modules[name] = None\n"
+        "from drafttrain.cli import main\n"
+        f"sys.argv = ['drafttrain', 'eval', {str(tmp_path / 'run' / 'drafter')!r}, {str(tmp_path / 'run' / 'start')!r},"
+        f" 'eval.num_prompts=2', 'eval.max_new_tokens=4', 'eval.resamples=200', 'eval.speed_prompts=0',"
+        f" 'eval.prompts={tmp_path / 'prompts.jsonl'}']\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "A - B" in done.stderr
+    assert "block efficiency" in done.stdout
+
+
+@pytest.mark.parametrize("name", [one.name for one in bundled_recipes()])
+def test_every_recipe_runs_with_smoke(name, tmp_path):
+    """The path of every bundled recipe, shrunk; models that are not here are overridden by builtin ones."""
+    overrides = {
+        "kd_qwen3_8b_0.6b": [
+            "target.model=builtin:target",
+            "target.dtype=float32",
+            "drafter.checkpoint=builtin:drafter",
+            "data.generate.prompts={kind: stdlib}",
+            "train.precision=fp32",
+        ]
+    }
+    recipe = load_recipe(name, overrides.get(name, []), smoke=True)
+    pipeline.fit(recipe, tmp_path / "run")
+    assert (tmp_path / "run" / "drafter" / "model.safetensors").exists()
