@@ -86,7 +86,7 @@ def test_fit_goes_all_the_way_and_a_second_time_does_nothing(recipe, tmp_path, c
         pipeline.fit(load_recipe(recipe, ["seed=1"]), folder)
     page = (folder / "report.html").read_text()
     assert page.count("data:image/svg+xml") == 3
-    assert "src=\"http" not in page
+    assert 'src="http' not in page
 
 
 def test_a_gate_that_is_not_met_rejects_the_drafter_and_says_by_how_much(recipe, tmp_path):
@@ -142,13 +142,14 @@ def test_eval_runs_where_lightning_and_deepspeed_are_not_installed(recipe, tmp_p
 def test_every_recipe_runs_with_smoke(name, tmp_path):
     """The path of every bundled recipe, shrunk; models that are not here are overridden by builtin ones."""
     overrides = {
+        "direct_alignment": ["drafter.checkpoint=builtin:drafter"],
         "kd_qwen3_8b_0.6b": [
             "target.model=builtin:target",
             "target.dtype=float32",
             "drafter.checkpoint=builtin:drafter",
             "data.generate.prompts={kind: stdlib}",
             "train.precision=fp32",
-        ]
+        ],
     }
     recipe = load_recipe(name, overrides.get(name, []), smoke=True)
     pipeline.fit(recipe, tmp_path / "run")
