@@ -138,6 +138,7 @@ def test_recipes_evaluation_and_export_need_neither_lightning_nor_deepspeed():
         class Without:
             "A finder that does not see what is not installed here."
             def __init__(self, finder): self.finder = finder
+            def __getattr__(self, name): return getattr(self.finder, name)
             def find_spec(self, name, path=None, target=None):
                 hidden = name.split(".")[0] in {TRAIN_ONLY!r}
                 return None if hidden else self.finder.find_spec(name, path, target)

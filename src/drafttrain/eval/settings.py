@@ -5,7 +5,9 @@ from typing import Any
 
 from drafttrain.core.settings import setting
 from drafttrain.eval.acceptance import acceptance_rules
+from drafttrain.eval.acceptance.lossless import LosslessSettings
 from drafttrain.eval.length import length_policies
+from drafttrain.eval.length.fixed import FixedLengthSettings
 
 
 @dataclass
@@ -25,8 +27,8 @@ class EvalSettings:
     temperatures: list[float] = setting([0.0, 1.0], help="Each is evaluated on its own; 0 is greedy.", ge=0)
     top_p: float = setting(1.0, help="Nucleus of target and drafter at temperature > 0.", gt=0, le=1)
     top_k: int = setting(0, help="Tokens kept at temperature > 0; 0: all.", ge=0)
-    length: Any = setting({"kind": "fixed"}, help="How many tokens to draft, by kind.", registry=length_policies)
-    rule: Any = setting({"kind": "lossless"}, help="Which draft tokens are kept, by kind.", registry=acceptance_rules)
+    length: Any = setting(FixedLengthSettings(), help="How many tokens to draft, by kind.", registry=length_policies)
+    rule: Any = setting(LosslessSettings(), help="Which draft tokens are kept, by kind.", registry=acceptance_rules)
     batch_size: int = setting(1, help="Prompts decoded together.", ge=1)
     replay_lengths: list[int] = setting(
         [1, 2, 3, 4, 5, 6, 8], help="Draft lengths whose block efficiency replay gives.", ge=1
