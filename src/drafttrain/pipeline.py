@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 class Run:
     """A recipe at work in its folder; what is loaded once is shared by the stages."""
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, *, quiet: bool = False) -> None:
         _quiet_libraries()
         self.recipe = recipe
         self.resolved = dump_recipe(recipe)
         self.folder = RunFolder(folder)
-        self.folder.open(self.resolved)
+        self.folder.open(self.resolved, quiet=quiet)
         if recipe.train.num_threads:
             import torch
 
@@ -89,7 +89,7 @@ def evaluate_recipe(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Evaluate the exported files of a run, beside its own start, and write eval.json."""
     from drafttrain.eval.table import show
 
-    run = Run(recipe, folder)
+    run = Run(recipe, folder, quiet=True)
     drafter = run.folder.drafter if run.folder.drafter.exists() else run.folder.rejected
     if not drafter.exists():
         raise CheckpointError(f"{folder}: no drafter was exported here yet: drafttrain fit does all stages")

@@ -30,7 +30,7 @@ class RunFolder:
         self.eval = path / "eval.json"
         self.report = path / "report.html"
 
-    def open(self, resolved: str) -> None:
+    def open(self, resolved: str, *, quiet: bool = False) -> None:
         """Take the folder for a recipe, or continue in it.
 
         Raises:
@@ -48,7 +48,8 @@ class RunFolder:
                         *shown,
                     ],
                 )
-            say(f"{self.path}: continuing")
+            if not quiet:
+                say(f"{self.path}: continuing")
         else:
             write_text(self.recipe, resolved)
         self._note_provenance()
