@@ -171,6 +171,8 @@ def _train(run: Run) -> None:
         return
     import torch
 
+    # DeepSpeed, which Lightning imports, would otherwise warn that it had to look for a device.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     from drafttrain.drafters import drafters
     from drafttrain.train.run import train
 

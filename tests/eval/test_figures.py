@@ -1,0 +1,105 @@
+"""Figures from counts, by hand; intervals that know what was paired; prompts and gate that say what is wrong."""
+
+import json
+
+import numpy as np
+import pytest
+
+from drafttrain.core.errors import DataError
+from drafttrain.core.records import Generation, Round
+from drafttrain.eval.gate import shortfalls
+from drafttrain.eval.metrics import counts_of, mbsu, totals_of
+from drafttrain.eval.prompts import read_prompts
+from drafttrain.eval.replay import ReplayRows, expected_rounds
+from drafttrain.eval.statistics import ratio_difference, ratio_interval, sign_flip_p_value
+from tests.conftest import byte_tokenizer
+
+
+def generation(accepted: list[int], drafted: int = 5) -> Generation:
+    rounds, start = [], 0
+    for count in accepted:
+        rounds.append(Round(start, drafted, drafted, count, count + 1, "reject"))
+        start += count + 1
+    return Generation("a", "", [1], list(range(start)), rounds, 0, 0, 0, 1.0)
+
+
+def test_rates_by_hand():
+    totals = totals_of([counts_of(generation([5, 0, 2])), counts_of(generation([1]))])
+    assert totals.block_efficiency == (6 + 1 + 3 + 2) / 4
+    assert totals.draft_acceptance_rate == 8 / 20
+    assert totals.acceptance_by_position == [3 / 4, 2 / 4, 1 / 4, 1 / 4, 1 / 4]
+    assert totals.conditional_acceptance == [3 / 4, 2 / 3, 1 / 2, 1, 1]
+
+
+def test_an_output_counts_up_to_where_it_repeats_itself():
+    looping = generation([5] * 10)
+    looping = Generation("a", "", [1], [1, 2, 3] * 20, looping.rounds, 0, 0, 0, 1.0)
+    assert counts_of(looping, repetition_ngram=12).num_rounds == 3
+    assert counts_of(looping).num_rounds == 10
+
+
+def test_mbsu_is_tau_over_one_plus_c_gamma_for_an_independent_drafter():
+    target, drafter, rounds, tokens, gamma = 1000, 50, 10, 27, 5
+    bytes_read = rounds * (target + gamma * drafter)
+    found = mbsu(num_tokens=tokens, num_rounds=rounds, plain_bytes=rounds * target, bytes_read=bytes_read)
+    assert found == pytest.approx(2.7 / (0.05 * gamma + 1))
+    assert mbsu(num_tokens=27, num_rounds=10, plain_bytes=10.0, bytes_read=10.0) == 2.7
+    assert mbsu(num_tokens=10, num_rounds=10, plain_bytes=10.0, bytes_read=10.0) == 1
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_replay_of_independent_flags_is_the_geometric_series(k):
+    a, count = 0.7, 4000
+    rows = ReplayRows("x", np.full((count, 1), a), np.full(count, a))
+    assert count / expected_rounds(rows, k) == pytest.approx((1 - a ** (k + 1)) / (1 - a), rel=2e-3)
+
+
+def test_replay_by_start_is_not_replay_by_place():
+    """Flags that fall with depth: reading a multi-depth drafter as if every place had one flag gives another number."""
+    flags = np.array([0.8, 0.6, 0.5, 0.3, 0.2])
+    by_depth = ReplayRows("x", np.tile(flags, (4000, 1)), np.full(4000, 0.8))
+    expected = 1 + np.cumprod(flags).sum()
+    # kept_TK[t, i] belongs to the round that starts at t.
+    assert 4000 / expected_rounds(by_depth, 5) == pytest.approx(expected, rel=5e-3)
+
+
+def test_a_paired_interval_is_narrower_than_what_the_prompts_vary():
+    generator = np.random.default_rng(0)
+    rounds = generator.integers(20, 40, 60)
+    tokens = rounds * generator.uniform(1.2, 3.5, 60)
+    paired = ratio_difference((tokens * 1.05, rounds), (tokens, rounds), resamples=2000, seed=0)
+    alone = ratio_interval(tokens, rounds, resamples=2000, seed=0)
+    assert paired.low > 0
+    assert paired.high - paired.low < 0.3 * (alone.high - alone.low)
+    assert alone.low < alone.value < alone.high
+    assert sign_flip_p_value(tokens * 0.05 / rounds, resamples=2000, seed=0) < 0.01
+    assert sign_flip_p_value(np.zeros(10), resamples=2000, seed=0) == 1
+
+
+def test_the_gate_says_by_how_much():
+    figures = {
+        "block_efficiency": {"value": 1.9, "low": 1.8, "high": 2.0},
+        "mbsu": 1.1,
+        "parity": {"exact": False, "text": "63 of 64 outputs equal"},
+    }
+    result = {"temperatures": [{"temperature": 0, "drafters": {"d": figures}, "comparisons": {}}]}
+    require = {"block_efficiency": 2.0, "mbsu": 1.0, "parity": True, "gain_over_start": 0.1}
+    assert shortfalls(result, require, drafter="d") == [
+        "block_efficiency: 1.900, required 2: 0.100 short",
+        "parity: 63 of 64 outputs equal",
+        "gain_over_start: was not measured",
+    ]
+
+
+def test_all_bad_prompts_are_told_at_once(tmp_path):
+    path = tmp_path / "p.jsonl"
+    lines = ['{"text": "ok"}', "no json", '{"id": "1", "text": "again"}', '{"id": "x"}', "[]"]
+    path.write_text("\n".join(lines))
+    with pytest.raises(DataError) as caught:
+        read_prompts(str(path), byte_tokenizer(), prompt_tokens=4)
+    assert [f"  line {n}:" in str(caught.value) for n in (1, 2, 3, 4, 5)] == [False, True, True, True, True]
+    path.write_text(json.dumps({"id": "a", "text": "abcdefgh"}))
+    (prompt,) = read_prompts(str(path), byte_tokenizer(), prompt_tokens=4)
+    assert byte_tokenizer().decode(list(prompt.tokens)) == "abcd"
+    with pytest.raises(DataError, match="no prompt is left"):
+        read_prompts(str(path), byte_tokenizer(), prompt_tokens=4, dropped=["a"])
