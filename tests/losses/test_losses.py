@@ -251,7 +251,7 @@ def step_gradient(
             drafted = drafter(batch)
             aligned = align(drafted, batch, block_length=getattr(loss, "block_length", 1))
             loss_N, _ = row_losses(loss, drafted, aligned, batch, vocab_size=V, chunk_rows=chunk)
-            normalised(loss_N, batch, world_size=1, accumulation=1).backward()
+            normalised(loss_N.sum(), batch, world_size=1, accumulation=1).backward()
             first += size
         loss.end_of_step()
     assert drafter.table_VD.grad is not None

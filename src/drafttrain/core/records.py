@@ -126,6 +126,10 @@ class DraftOutput:
     states_BTD: Mapping[int, Tensor]
     head: Head
     lag: int
+    depth_weights: Mapping[int, float] = field(default_factory=dict)
+    """Factor on the loss of a depth; 1 where it is not named."""
+    extra_loss: Tensor | None = None
+    """What the drafter adds to the loss of the step by itself: a sum over trained positions, like the sum of loss_N."""
 
     def logits_BTV(self, depth: int) -> Tensor:
         """Return the whole logits of one depth."""
@@ -143,6 +147,30 @@ class LossRows:
     """The label: the token that the data has there."""
     seed_N: Tensor | None = None
     """A number of the row, the same whatever micro-batch it is in, for losses that draw."""
+
+    @cached_property
+    def log_p_NV(self) -> Tensor:
+        """The target's log-law, float32 or wider, without gradient; computed once for all who ask."""
+        assert self.target_logits_NV is not None, "the loss says needs_target, so its rows have the target's"
+        return _log_law(self.target_logits_NV.detach())
+
+    @cached_property
+    def log_q_NV(self) -> Tensor:
+        """The drafter's log-law, float32 or wider; computed once for all who ask."""
+        return _log_law(self.drafter_logits_NV)
+
+    @cached_property
+    def acceptance_N(self) -> Tensor:
+        """The acceptance rate of each row, sum_x min(p, q) = 1 - TVD; differentiable in the drafter's logits."""
+        import torch
+
+        return torch.minimum(self.log_p_NV, self.log_q_NV).exp().sum(dim=-1)
+
+
+def _log_law(logits_NV: Tensor) -> Tensor:
+    import torch
+
+    return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)).log_softmax(dim=-1)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T", bound=type)
@@ -79,3 +79,8 @@ class Registry:
         package = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{self.package}.{module.name}")
+
+
+def component_mapping(settings: Any) -> dict[str, Any]:
+    """Return the settings of a component as a recipe writes them: its kind and its own keys."""
+    return {"kind": settings.kind} | asdict(settings)

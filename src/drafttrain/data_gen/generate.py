@@ -6,7 +6,7 @@ B = sequences, V = vocabulary
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,9 +21,11 @@ from drafttrain.core.files import sha256_of, write_json, write_text
 from drafttrain.core.probability import sampling_probs
 from drafttrain.core.random import stream, stream_seed
 from drafttrain.core.records import Sampling
+from drafttrain.core.registry import component_mapping
 from drafttrain.data_gen.formats import BadItem, Encoder
 from drafttrain.data_gen.settings import GenerateSettings
 from drafttrain.data_gen.sources import Source, sources
+from drafttrain.data_gen.store import SHOWN
 from drafttrain.target import Target
 from drafttrain.target.cached_lm import CachedLM
 
@@ -53,7 +55,7 @@ def generate(settings: GenerateSettings, target: Target, folder: Path, *, seed: 
         "seed": seed,
         "max_length": max_length,
         "dtype": str(target.model.dtype).removeprefix("torch."),
-        "settings": asdict(settings) | {"prompts": asdict(settings.prompts) | {"kind": settings.prompts.kind}},
+        "settings": asdict(settings) | {"prompts": component_mapping(settings.prompts)},
     }
     manifest = folder / "manifest.json"
     plan_file = folder / "plan.json"
@@ -90,7 +92,8 @@ def _tasks(settings: GenerateSettings, target: Target, *, seed: int, max_length:
             prompts += [(id, tokens) for id, tokens in found if 0 < len(tokens) < max_length]
         except BadItem as reason:
             refused += 1
-            say(f"{item.where}: set aside: {reason}") if refused <= 3 else None
+            if refused <= SHOWN:
+                say(f"{item.where}: set aside: {reason}")
     if refused:
         say(f"prompts: {refused:,} items set aside")
     if not prompts:
@@ -181,9 +184,3 @@ def _manifest(about: dict[str, Any], folder: Path, shards: Sequence[Sequence[Tas
         return {"file": path.name, "records": len(shard), "sha256": sha256_of(path)}
 
     return about | {"shards": [entry(number, shard) for number, shard in enumerate(shards)]}
-
-
-def read_manifest(folder: Path) -> Iterator[tuple[str, int]]:
-    """Yield (file, records) of a folder of shards."""
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    yield from ((shard["file"], shard["records"]) for shard in manifest["shards"])

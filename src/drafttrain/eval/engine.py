@@ -6,7 +6,7 @@ N = nodes, V = vocabulary, D = hidden
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -216,7 +216,3 @@ class _Clock:
         for sequence in self._sequences:
             setattr(sequence, self._kind, getattr(sequence, self._kind) + share)
             sequence.seconds += share
-
-
-MakeProposer = Callable[[ForwardListener | None], Proposer]
-"""Builds a proposer whose forwards are told to a listener."""

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drafttrain.core.probability import acceptance_rate
 from drafttrain.core.records import LossRows, RowIndex
 from drafttrain.core.settings import setting
 from drafttrain.losses import Loss, losses
-from drafttrain.losses.laws import log_laws
 
 
 @dataclass
@@ -33,8 +31,7 @@ class BlockAcceptance(Loss):
 
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
         """Return the acceptance rate of each row."""
-        log_p_NV, log_q_NV = log_laws(rows)
-        return {"acceptance": acceptance_rate(log_p_NV.exp(), log_q_NV.exp())}
+        return {"acceptance": rows.acceptance_N}
 
     def combine(self, values: Mapping[str, Tensor], index: RowIndex) -> Tensor:
         """Return, for each row, the lost share of its block."""

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from drafttrain.core.probability import acceptance_rate
 from drafttrain.core.records import DraftBatch, DraftOutput, LossRows
 from drafttrain.losses import Loss
 from drafttrain.losses.align import AlignedRows
-from drafttrain.losses.laws import log_laws
 
 WHOLE_BYTES = 256 * 2**20
-"""Logits up to this size are computed in one piece."""
+"""Logits up to this size are kept for the backward pass; larger ones are computed again, piece by piece."""
+
+CPU_PIECE_BYTES = 8 * 2**20
+"""On a CPU larger tensors leave its caches and are mapped anew each time: a step takes twice as long."""
 
 ACCEPTANCE = "acceptance rate"
 
@@ -36,11 +37,12 @@ def row_losses(
 
     Args:
         vocab_size: Ids that target, drafter and tokenizer share; logits are cut to these, so padding has no mass.
-        chunk_rows: Rows whose logits exist at once; None: all of them unless they exceed 256 MiB. A chunk's logits are
-            computed again in the backward pass.
+        chunk_rows: Rows whose logits exist at once; they are computed again in the backward pass. None: all logits are
+            kept unless they exceed 256 MiB.
     """
-    count = len(rows.tokens_N)
-    chunk = chunk_rows or (count if count * vocab_size * 4 <= WHOLE_BYTES else max(1, WHOLE_BYTES // (vocab_size * 4)))
+    count, row_bytes = len(rows.tokens_N), vocab_size * 4
+    again = (count > chunk_rows if chunk_rows else count * row_bytes > WHOLE_BYTES) and torch.is_grad_enabled()
+    chunk = chunk_rows or (CPU_PIECE_BYTES if rows.tokens_N.device.type == "cpu" else WHOLE_BYTES) // row_bytes
     parts: list[Mapping[str, Tensor]] = []
     first = 0
     for depth, size in rows.counts.items():
@@ -48,7 +50,6 @@ def row_losses(
         for start in range(first, first + size, max(1, chunk)):
             chosen = slice(start, min(start + chunk, first + size))
             arguments = (states_RD[rows.drafter_N[chosen]], depth, chosen, loss, drafted, rows, batch, vocab_size)
-            again = count > chunk and torch.is_grad_enabled()
             parts.append(checkpoint(_values, *arguments, use_reentrant=False) if again else _values(*arguments))
         first += size
     if not parts:
@@ -56,7 +57,13 @@ def row_losses(
         return 0.0 * torch.cat([states.sum()[None] for states in drafted.states_BTD.values()])[:0], None
     values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     acceptance_N = values.pop(ACCEPTANCE, None)
-    return loss.combine(values, rows.index).float(), acceptance_N
+    loss_N = loss.combine(values, rows.index).float()
+    if drafted.depth_weights:
+        factors = [
+            loss_N.new_full((size,), drafted.depth_weights.get(depth, 1.0)) for depth, size in rows.counts.items()
+        ]
+        loss_N = loss_N * torch.cat(factors)
+    return loss_N, acceptance_N
 
 
 def _values(
@@ -83,14 +90,13 @@ def _values(
     values = dict(loss.per_row(loss_rows))
     if loss.needs_target:
         with torch.no_grad():
-            log_p_NV, log_q_NV = log_laws(loss_rows)
-            values[ACCEPTANCE] = acceptance_rate(log_p_NV.exp(), log_q_NV.exp())
+            values[ACCEPTANCE] = loss_rows.acceptance_N.detach()
     return values
 
 
-def normalised(loss_N: Tensor, batch: DraftBatch, *, world_size: int, accumulation: int) -> Tensor:
-    """Return the micro-batch's part of the mean over all trained positions of an optimiser step.
+def normalised(total: Tensor, batch: DraftBatch, *, world_size: int, accumulation: int) -> Tensor:
+    """Return the micro-batch's part of the mean over all trained positions of an optimiser step, from its sum.
 
     Ranks and micro-batches are averaged by those who add gradients up, hence the two factors.
     """
-    return loss_N.sum() * (world_size * accumulation / batch.weight_of_step)
+    return total * (world_size * accumulation / batch.weight_of_step)

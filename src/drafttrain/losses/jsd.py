@@ -10,7 +10,7 @@ from torch import Tensor
 from drafttrain.core.records import LossRows
 from drafttrain.core.settings import setting
 from drafttrain.losses import Loss, losses
-from drafttrain.losses.laws import kl_divergence, log_laws
+from drafttrain.losses.laws import kl_divergence
 
 
 @dataclass
@@ -35,7 +35,7 @@ class JSD(Loss):
 
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
         """Return the divergence of each row."""
-        log_p_NV, log_q_NV = log_laws(rows)
+        log_p_NV, log_q_NV = rows.log_p_NV, rows.log_q_NV
         log_m_NV = torch.logaddexp(log_p_NV + math.log(self.beta), log_q_NV + math.log1p(-self.beta))
         forward_N = kl_divergence(log_p_NV, log_m_NV)
         return {"loss": self.beta * forward_N + (1 - self.beta) * kl_divergence(log_q_NV, log_m_NV)}

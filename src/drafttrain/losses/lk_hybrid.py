@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drafttrain.core.probability import acceptance_rate
 from drafttrain.core.records import LossRows
 from drafttrain.core.settings import setting
 from drafttrain.losses import Loss, losses
-from drafttrain.losses.laws import kl_divergence, log_laws
+from drafttrain.losses.laws import kl_divergence
 
 
 @dataclass
@@ -30,7 +29,6 @@ class LKHybrid(Loss):
 
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
         """Return the loss of each row."""
-        log_p_NV, log_q_NV = log_laws(rows)
-        acceptance_N = acceptance_rate(log_p_NV.exp(), log_q_NV.exp())
-        share_N = torch.exp(-self.rate * acceptance_N.detach())
-        return {"loss": share_N * kl_divergence(log_p_NV, log_q_NV) + (1 - share_N) * (1 - acceptance_N)}
+        share_N = torch.exp(-self.rate * rows.acceptance_N.detach())
+        divergence_N = kl_divergence(rows.log_p_NV, rows.log_q_NV)
+        return {"loss": share_N * divergence_N + (1 - share_N) * (1 - rows.acceptance_N)}

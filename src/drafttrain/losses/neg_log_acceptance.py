@@ -8,7 +8,6 @@ from torch import Tensor
 
 from drafttrain.core.records import LossRows
 from drafttrain.losses import Loss, losses
-from drafttrain.losses.laws import log_laws
 
 
 @dataclass
@@ -25,5 +24,4 @@ class NegLogAcceptance(Loss):
 
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
         """Return the loss of each row, finite also where the laws do not overlap in float32."""
-        log_p_NV, log_q_NV = log_laws(rows)
-        return {"loss": -torch.logsumexp(torch.minimum(log_p_NV, log_q_NV), dim=-1)}
+        return {"loss": -torch.logsumexp(torch.minimum(rows.log_p_NV, rows.log_q_NV), dim=-1)}

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from drafttrain.core.records import LossRows
 from drafttrain.losses import Loss, losses
-from drafttrain.losses.laws import kl_divergence, log_laws
+from drafttrain.losses.laws import kl_divergence
 
 
 @dataclass
@@ -24,5 +24,5 @@ class ReverseKL(Loss):
 
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
         """Return the divergence of each row."""
-        log_p_NV, log_q_NV = log_laws(rows)
+        log_p_NV, log_q_NV = rows.log_p_NV, rows.log_q_NV
         return {"loss": kl_divergence(log_q_NV, log_p_NV)}

@@ -5,10 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from drafttrain.core.probability import acceptance_rate
 from drafttrain.core.records import LossRows
 from drafttrain.losses import Loss, losses
-from drafttrain.losses.laws import log_laws
 
 
 @dataclass
@@ -25,5 +23,4 @@ class TVD(Loss):
 
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
         """Return the distance of each row."""
-        log_p_NV, log_q_NV = log_laws(rows)
-        return {"loss": 1 - acceptance_rate(log_p_NV.exp(), log_q_NV.exp())}
+        return {"loss": 1 - rows.acceptance_N}

@@ -13,7 +13,6 @@ from torch import Tensor
 from drafttrain.core.records import LossRows, RowIndex
 from drafttrain.core.settings import setting
 from drafttrain.losses import Loss, losses
-from drafttrain.losses.laws import log_laws
 from drafttrain.losses.random_rows import uniform
 
 
@@ -59,20 +58,18 @@ class TVDPP(Loss):
 
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
         """Return of each row the rewarded sum, the unrewarded sum, and the mean reward."""
-        log_p_NV, log_q_NV = log_laws(rows)
+        log_p_NV, log_q_NV = rows.log_p_NV, rows.log_q_NV
         if self.settings.estimator == "exact":
             weight_NV = log_q_NV.detach().exp()
-            reward_NV = (log_p_NV > log_q_NV.detach()).to(weight_NV.dtype)
-            surprise_NV = -log_q_NV
         else:
             tokens_NS = _drawn(log_q_NV.detach(), rows, self.settings.num_samples)
-            surprise_NV = -log_q_NV.gather(-1, tokens_NS)
-            reward_NV = (log_p_NV.gather(-1, tokens_NS) > -surprise_NV.detach()).to(surprise_NV.dtype)
-            weight_NV = torch.full_like(reward_NV, 1 / self.settings.num_samples)
+            log_p_NV, log_q_NV = log_p_NV.gather(-1, tokens_NS), log_q_NV.gather(-1, tokens_NS)
+            weight_NV = torch.full_like(log_q_NV, 1 / self.settings.num_samples).detach()
+        rewarded_NV = weight_NV * (log_p_NV > log_q_NV.detach())
         return {
-            "rewarded": (weight_NV * reward_NV * surprise_NV).sum(dim=-1),
-            "all": (weight_NV * surprise_NV).sum(dim=-1),
-            "mean_reward": (weight_NV * reward_NV).sum(dim=-1),
+            "rewarded": -_dot(rewarded_NV, log_q_NV),
+            "all": -_dot(weight_NV, log_q_NV),
+            "mean_reward": rewarded_NV.sum(dim=-1),
         }
 
     def combine(self, values: Mapping[str, Tensor], index: RowIndex) -> Tensor:
@@ -102,6 +99,11 @@ class TVDPP(Loss):
         if self.sums_2[1] > 0:
             self.previous_mean.copy_(self.sums_2[0] / self.sums_2[1])
         self.sums_2.zero_()
+
+
+def _dot(a_NV: Tensor, b_NV: Tensor) -> Tensor:
+    """Return the products of two rows, without a tensor of all terms."""
+    return torch.einsum("nv,nv->n", a_NV, b_NV)
 
 
 def _drawn(log_q_NV: Tensor, rows: LossRows, count: int) -> Tensor:

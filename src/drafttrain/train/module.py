@@ -52,8 +52,9 @@ class DistillModule(LightningModule):
             self.loss, drafted, rows, batch, vocab_size=self.vocab_size, chunk_rows=self.settings.loss_chunk_rows
         )
         self._count(loss_N, acceptance_N)
+        total = loss_N.sum() if drafted.extra_loss is None else loss_N.sum() + drafted.extra_loss
         return normalised(
-            loss_N, batch, world_size=self.trainer.world_size, accumulation=self.trainer.accumulate_grad_batches
+            total, batch, world_size=self.trainer.world_size, accumulation=self.trainer.accumulate_grad_batches
         )
 
     def _with_target(self, batch: DraftBatch) -> DraftBatch:
