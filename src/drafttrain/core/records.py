@@ -102,6 +102,11 @@ class DraftBatch:
     target: TargetOutput | None = None
     target_rows: TargetRows | None = None
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are read, padding left out."""
+        return int((self.documents_BT >= 0).sum())
+
     def to(self, device: Any) -> DraftBatch:
         """Return the batch with its own tensors on `device`."""
         from dataclasses import replace
@@ -237,6 +242,13 @@ class Budget:
     width: int = 1
 
 
+class More(Enum):
+    """An answer of a stopping rule between yes and no."""
+
+    LAST = "last"
+    """Draft this token, whose law is there already, and stop without reading it: the next law costs a forward, this one none."""
+
+
 @dataclass(frozen=True)
 class DraftStep:
     """What a stopping rule may look at. The token is there only if it is already in the tree (the filtration rule)."""
@@ -246,7 +258,9 @@ class DraftStep:
     logits_V: Tensor
     """The drafter's logits of the draft token that would be next."""
     hidden_D: Tensor | None = None
+    """The drafter's last hidden state where it read the newest token of the branch."""
     token: int | None = None
+    """That newest token: at depth 1 the root, then a draft token that is in the tree."""
 
     @cached_property
     def q_row_V(self) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from drafttrain.core.records import (
     Budget,
@@ -11,6 +11,7 @@ from drafttrain.core.records import (
     DraftStep,
     Exactness,
     ForwardEvent,
+    More,
     Proposal,
     Sampling,
     TargetNeeds,
@@ -38,7 +39,7 @@ class Proposer(Protocol):
         budgets: Sequence[Budget],
         sampling: Sampling,
         generators: Sequence[torch.Generator],
-        more: Callable[[DraftStep], bool],
+        more: Callable[[DraftStep], bool | More],
     ) -> list[Proposal]:
         """Return one tree a sequence; budget 0 gives the root alone. `more` is asked before each further draft token."""
         ...
@@ -76,12 +77,21 @@ class LengthPolicy(Protocol):
         """Return the most that the next round may draft."""
         ...
 
-    def more(self, step: DraftStep) -> bool:
-        """Tell whether to draft another token."""
+    def more(self, step: DraftStep) -> bool | More:
+        """Tell whether to draft another token; LAST: this one, and none after it."""
         ...
 
     def observe(self, verdict: Verdict) -> None:
         """Learn from a round."""
+        ...
+
+
+@runtime_checkable
+class CostAware(Protocol):
+    """A length policy that weighs tokens against time: it is shown the forwards of a few rounds before the first that counts."""
+
+    def calibrate(self, events: Sequence[ForwardEvent]) -> None:
+        """Learn what a forward of each model costs."""
         ...
 
 

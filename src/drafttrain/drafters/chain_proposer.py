@@ -17,6 +17,7 @@ from drafttrain.core.records import (
     Budget,
     Context,
     DraftStep,
+    More,
     NodeKind,
     Proposal,
     Sampling,
@@ -27,6 +28,8 @@ from drafttrain.core.records import (
 )
 from drafttrain.core.roles import ForwardListener
 from drafttrain.target.cached_lm import CachedLM
+
+READ = TargetNeeds(logits=True, final=True)
 
 
 class ChainProposer:
@@ -68,7 +71,7 @@ class ChainProposer:
         budgets: Sequence[Budget],
         sampling: Sampling,
         generators: Sequence[torch.Generator],
-        more: Callable[[DraftStep], bool],
+        more: Callable[[DraftStep], bool | More],
     ) -> list[Proposal]:
         """Return one chain a sequence."""
         fixed = self._greedy or sampling.temperature == 0
@@ -81,13 +84,15 @@ class ChainProposer:
         ]
         self._pending = [len(tokens) for tokens in inputs]
         for depth in range(1, max((budget.nodes for budget in budgets), default=0) + 1):
-            seen = self._lm.forward(inputs) if any(inputs) else []
+            seen = self._lm.forward(inputs, needs=READ) if any(inputs) else []
             inputs = [[] for _ in inputs]
             for sequence, output in enumerate(seen):
                 if output.logits_BTV is None or not output.logits_BTV.shape[1]:
                     continue
                 logits_V = output.logits_BTV[0, -1, : self._shared]
-                if not more(DraftStep(sequence, depth, logits_V)):
+                assert output.final_BTD is not None
+                answer = more(DraftStep(sequence, depth, logits_V, output.final_BTD[0, -1], drafted[sequence][-1]))
+                if not answer:
                     continue
                 if fixed:
                     token = int(logits_V.argmax())
@@ -95,7 +100,7 @@ class ChainProposer:
                     laws[sequence].append(sampling_probs(logits_V, sampling))
                     token = draw(laws[sequence][-1], generators[sequence])
                 drafted[sequence].append(token)
-                if depth < budgets[sequence].nodes:
+                if depth < budgets[sequence].nodes and answer is not More.LAST:
                     inputs[sequence] = [token]
         return [self._proposal(tokens, rows, fixed) for tokens, rows in zip(drafted, laws, strict=True)]
 

@@ -6,6 +6,7 @@ N = rows, V = vocabulary, D = hidden
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +23,13 @@ CPU_PIECE_BYTES = 8 * 2**20
 """On a CPU larger tensors leave its caches and are mapped anew each time: a step takes twice as long."""
 
 ACCEPTANCE = "acceptance rate"
+
+
+class Weighted(Protocol):
+    """A micro-batch that knows what the whole optimizer step weighs."""
+
+    @property
+    def weight_of_step(self) -> float: ...
 
 
 def row_losses(
@@ -94,7 +102,7 @@ def _values(
     return values
 
 
-def normalised(total: Tensor, batch: DraftBatch, *, world_size: int, accumulation: int) -> Tensor:
+def normalised(total: Tensor, batch: Weighted, *, world_size: int, accumulation: int) -> Tensor:
     """Return the micro-batch's part of the mean over all trained positions of an optimiser step, from its sum.
 
     Ranks and micro-batches are averaged by those who add gradients up, hence the two factors.
