@@ -20,6 +20,9 @@ from drafttrain.train.settings import TrainSettings
 NOT_DONE_YET = ("online",)
 """Sections that a later version will have."""
 
+TRAINED = (("drafter", "loss"), ("head",))
+"""What says what is trained: one of these groups of sections."""
+
 
 @dataclass(kw_only=True)
 class Recipe:
@@ -52,9 +55,9 @@ class Recipe:
             problems += self._of_head()
         else:
             problems += [
-                f"{section}: missing. {what} is trained, by kind."
-                for section, what in (("drafter", "What"), ("loss", "On what it"))
-                if getattr(self, section) is None
+                f"{part.name}: missing. {part.metadata['help']}"
+                for part in fields(self)
+                if part.name in TRAINED[0] and getattr(self, part.name) is None
             ]
             if self.data.annotate is not None:
                 problems.append("data.annotate: labels are for a head, and this recipe trains none")

@@ -110,7 +110,21 @@ def _at_temperature(
         for first, *others in by_length
         for other in others
     }
+    judged, *at_other_lengths = [group[0] for group in by_length]
+    found["comparisons"] |= {
+        f"{judged.name} - {other.name}": compare(
+            _counts(judged, settings), _counts(other, settings), resamples=settings.resamples, seed=settings.seed
+        )
+        | {"speed": _speed(judged, other, settings)}
+        for other in at_other_lengths
+    }
     return found
+
+
+def _speed(arm: Arm, other: Arm, settings: EvalSettings) -> dict[str, float]:
+    """Return how many times as many tokens a second an arm makes as another, on the same prompts, in turns."""
+    parts = [([len(g.tokens) for g in a.generations], [g.seconds for g in a.generations]) for a in (arm, other)]
+    return ratio_of_ratios(*parts, resamples=settings.resamples, seed=settings.seed).json()
 
 
 def compare(
@@ -196,7 +210,7 @@ def _figures(arm: Arm, plain: Arm, target: Target, sampling: Sampling, settings:
     rounds = [c.num_rounds for c in counts]
     ledger = arm.ledger
     target_calls = ledger.calls("target")
-    speed = [([len(g.tokens) for g in a.generations], [g.seconds for g in a.generations]) for a in (arm, plain)]
+    seconds = [g.seconds for g in arm.generations]
     figures: dict[str, Any] = {
         "length": _component(arm.length),
         "block_efficiency": ratio_interval([c.num_tokens for c in counts], rounds, **resamples).json(),
@@ -214,9 +228,8 @@ def _figures(arm: Arm, plain: Arm, target: Target, sampling: Sampling, settings:
         "drafter_calls": ledger.calls("drafter"),
         "target_calls_per_token": target_calls / whole.num_tokens,
         "discarded_draft_tokens_per_token": (whole.num_draft_tokens - whole.num_accepted) / whole.num_tokens,
-        "tokens_per_second": ratio_interval(*speed[0], **resamples).json(),
-        "speedup": ratio_of_ratios(speed[0], speed[1], **resamples).json()
-        | {"baseline": "plain decoding, same engine"},
+        "tokens_per_second": ratio_interval([len(g.tokens) for g in arm.generations], seconds, **resamples).json(),
+        "speedup": _speed(arm, plain, settings) | {"baseline": "plain decoding, same engine"},
         "seconds": {
             name: sum(getattr(g, name) for g in arm.generations)
             for name in ("prefill_seconds", "draft_seconds", "verify_seconds", "seconds")

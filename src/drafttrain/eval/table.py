@@ -44,6 +44,7 @@ def show(result: Mapping[str, Any]) -> None:
             say(
                 f"temperature {part['temperature']:g}: {name}: block efficiency {interval(found['block_efficiency'], 3)}, "
                 f"paired over prompts (p = {found['p_value']:.3g})"
+                + (f"; speed {interval(found['speed'])} of the other's" if "speed" in found else "")
             )
         if "same_prompts" in part["plain"]:
             same = part["plain"]["same_prompts"]
@@ -51,3 +52,8 @@ def show(result: Mapping[str, Any]) -> None:
                 f"baselines on {same['num_prompts']} prompts: plain decoding {same['plain_tokens_per_second']:.0f} tokens/s, "
                 f"transformers' generate {same['transformers_generate_tokens_per_second']:.0f} tokens/s"
             )
+    for name, figures in result["head"]["held_out"].items() if "head" in result else ():
+        say(
+            f"head {result['head']['kind']}, {name}: log-likelihood {figures['log_likelihood']:.4f}, AUC {figures['auc']:.3f}, "
+            f"ECE {figures['ece']:.4f} on {figures['count']:,} held-out draft tokens"
+        )
