@@ -28,7 +28,7 @@ def labelled_tokens(recipe: Recipe, folder: RunFolder, target: Target, data: Tra
     from drafttrain.target.frozen import resolve_folder
 
     drafter = read_drafter(resolve_folder(recipe.head.drafter), target).eval().requires_grad_(False)
-    frozen = Frozen(target, drafter, recipe.seed)
+    frozen = Frozen(target, drafter, recipe.seed, layer=getattr(recipe.head, "layer", -1))
     return annotate(recipe.data.annotate, data, frozen, folder.data / "labelled")
 
 
@@ -63,10 +63,16 @@ def fit_head(recipe: Recipe, folder: RunFolder, labelled: LabelledTokens) -> Non
 
 def export_trained_head(recipe: Recipe, folder: RunFolder, target: Target, *, trained: Path) -> None:
     """Write the folder of the head."""
+    from drafttrain.data_gen.labelled import LabelledTokens
     from drafttrain.export.head import export_head
 
     export_head(
-        trained, folder.head, kind=recipe.head.kind, made_for=_made_for(recipe, target), dtype=recipe.export.dtype
+        trained,
+        folder.head,
+        kind=recipe.head.kind,
+        held_out=LabelledTokens(folder.data / "labelled").held_out,
+        made_for=_made_for(recipe, target),
+        dtype=recipe.export.dtype,
     )
 
 

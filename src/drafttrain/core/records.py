@@ -57,6 +57,7 @@ class TargetNeeds:
 
     logits: bool = False
     hidden: tuple[int, ...] = ()
+    """States by the block that they enter; n or -1: after the last block, before the final norm."""
     final: bool = False
 
     def __or__(self, other: TargetNeeds) -> TargetNeeds:
@@ -199,6 +200,8 @@ class Prompt:
     id: str
     tokens: Sequence[int]
     domain: str = ""
+    answer: str = ""
+    """The right answer, where a checker compares with one."""
 
 
 class Exactness(Enum):

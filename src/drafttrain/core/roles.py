@@ -57,7 +57,11 @@ class AcceptanceRule(Protocol):
     """Which draft tokens are kept. A pure function; may own frozen head weights, never a language model."""
 
     exactness: ClassVar[Exactness]
-    needs: TargetNeeds
+
+    @property
+    def needs(self) -> TargetNeeds:
+        """The state of the nodes that it is handed: one layer, or the final state, or none."""
+        ...
 
     def __call__(
         self,

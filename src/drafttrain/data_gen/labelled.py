@@ -105,11 +105,21 @@ def annotate(settings: Any, data: TrainingData, frozen: Frozen, folder: Path) ->
         assert weights_sha256(frozen.drafter) == about["drafter_sha256"], "labelling changed the drafter"
         write_json(done, about | {"shards": len(shards)})
     labelled = LabelledTokens(folder)
+    _check_shares(labelled.train.labels_N, least=getattr(settings, "min_share", 0.0))
     say(
         f"labelled tokens: {len(labelled.train):,} to train on, mean label {float(labelled.train.labels_N.mean()):.3f}; "
         f"{len(labelled.held_out):,} held out"
     )
     return labelled
+
+
+def _check_shares(labels_N: torch.Tensor, *, least: float) -> None:
+    share = float(labels_N.mean())
+    if min(share, 1 - share) < least:
+        raise DataError(
+            f"{share:.1%} of the draft tokens are good enough to keep and {1 - share:.1%} are not; data.annotate.min_share asks "
+            f"for {least:.0%} of both: take another drafter, or other texts"
+        )
 
 
 class _Rows:

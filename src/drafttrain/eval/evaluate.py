@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,17 @@ from drafttrain.core.console import progress
 from drafttrain.core.provenance import provenance
 from drafttrain.core.records import Exactness, Generation, Prompt, Sampling
 from drafttrain.core.roles import CostAware
+from drafttrain.data_gen.checkers import checkers
 from drafttrain.drafters import Drafter
 from drafttrain.eval.acceptance import acceptance_rules
+from drafttrain.eval.acceptance.lossless import LosslessSettings
 from drafttrain.eval.engine import Engine
 from drafttrain.eval.ledger import Ledger
 from drafttrain.eval.length import length_policies
 from drafttrain.eval.metrics import PromptCounts, counts_of, histogram, mbsu, totals_of
 from drafttrain.eval.parity import parity
 from drafttrain.eval.proposers.none import NoDraft
+from drafttrain.eval.quality import agreement, solved, task_score
 from drafttrain.eval.replay import Text, expected_rounds, replay_rows
 from drafttrain.eval.settings import EvalSettings, length_label
 from drafttrain.eval.statistics import ratio_difference, ratio_interval, ratio_of_ratios, sign_flip_p_value
@@ -66,6 +69,7 @@ def evaluate(
             "rule": _component(settings.rule),
             "length": _component(settings.length),
             "also": [_component(length) for length in settings.also],
+            "checker": _component(settings.checker) if settings.checker else None,
         },
         "num_prompts": len(prompts),
         "exactness": acceptance_rules.build(settings.rule).exactness.value,
@@ -90,9 +94,14 @@ def _at_temperature(
         [_arm(name + suffix, drafter, target, sampling, settings, length=length) for name, drafter in drafters.items()]
         for length, suffix in [(settings.length, ""), *((one, f" ({length_label(one)})") for one in settings.also)]
     ]
+    if acceptance_rules.build(settings.rule).exactness is Exactness.LOSSY:
+        # A lossy figure stands beside that of the lossless rule, on the same prompts at the same length.
+        kept = replace(settings, rule=LosslessSettings())
+        name, drafter = next(iter(drafters.items()))
+        by_length.append([_arm(f"{name} (lossless)", drafter, target, sampling, kept, length=settings.length)])
     arms = [arm for group in by_length for arm in group]
     hf_seconds = _decode([plain, *arms], prompts, target, settings, hf=settings.speed_prompts if greedy else 0)
-    rates = [_figures(arm, plain, target, sampling, settings) for arm in arms]
+    rates = [_figures(arm, plain, target, prompts, sampling, settings) for arm in arms]
     found: dict[str, Any] = {
         "temperature": temperature,
         "plain": _plain_figures(plain, hf_seconds),
@@ -201,7 +210,9 @@ def _counts(arm: Arm, settings: EvalSettings) -> list[PromptCounts]:
     return [counts_of(one, repetition_ngram=settings.repetition_ngram) for one in arm.generations]
 
 
-def _figures(arm: Arm, plain: Arm, target: Target, sampling: Sampling, settings: EvalSettings) -> dict[str, Any]:
+def _figures(
+    arm: Arm, plain: Arm, target: Target, prompts: Sequence[Prompt], sampling: Sampling, settings: EvalSettings
+) -> dict[str, Any]:
     """Return all figures of one drafter at one temperature."""
     assert arm.drafter is not None
     resamples = {"resamples": settings.resamples, "seed": settings.seed}
@@ -247,7 +258,15 @@ def _figures(arm: Arm, plain: Arm, target: Target, sampling: Sampling, settings:
         "samples": [_sample(one, target) for one in arm.generations[:4]],
     }
     figures |= _replayed(arm, target, sampling, settings)
-    if sampling.temperature == 0 and arm.engine.rule.exactness is not Exactness.LOSSY:
+    lossy = arm.engine.rule.exactness is Exactness.LOSSY
+    figures["exactness"] = arm.engine.rule.exactness.value
+    if settings.checker is not None:
+        checker = checkers.build(settings.checker)
+        scores = [solved(checker, target.tokenizer, prompts, one.generations) for one in (arm, plain)]
+        figures["task"] = task_score(*scores, **resamples)
+    if sampling.temperature == 0 and lossy:
+        figures["agreement"] = agreement(plain.generations, arm.generations, **resamples)
+    if sampling.temperature == 0 and not lossy:
         found = parity(plain.generations, arm.generations, target)
         figures["parity"] = found.json() | {"text": str(found)}
     return figures

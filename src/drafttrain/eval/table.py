@@ -15,10 +15,10 @@ def interval(value: Mapping[str, float], digits: int = 2) -> str:
 
 def show(result: Mapping[str, Any]) -> None:
     """Print the figures of every drafter at every temperature, then comparisons and parity."""
-    lossy = " (LOSSY)" if result["exactness"] == "lossy" else ""
     rows = []
     for part in result["temperatures"]:
         for name, figures in part["drafters"].items():
+            lossy = " (LOSSY)" if figures.get("exactness", result["exactness"]) == "lossy" else ""
             rows.append(
                 [
                     f"{part['temperature']:g}",
@@ -40,6 +40,17 @@ def show(result: Mapping[str, Any]) -> None:
         for name, figures in part["drafters"].items():
             if "parity" in figures:
                 say(f"greedy parity of {name}: {figures['parity']['text']}")
+            if "agreement" in figures:
+                say(
+                    f"LOSSY {name}: {figures['agreement']['equal_outputs']['value']:.1%} of the outputs are the target's own, "
+                    f"{figures['agreement']['tokens_before_difference']['value']:.1%} of their tokens stand before a difference"
+                )
+            if "task" in figures:
+                task = figures["task"]
+                say(
+                    f"temperature {part['temperature']:g}: {name}: {task['score']['value']:.1%} of the prompts solved; less the "
+                    f"target's own: {interval(task['less_the_targets'], 3)}, paired"
+                )
         for name, found in part["comparisons"].items():
             say(
                 f"temperature {part['temperature']:g}: {name}: block efficiency {interval(found['block_efficiency'], 3)}, "

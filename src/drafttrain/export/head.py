@@ -11,20 +11,23 @@ import torch
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import folder_beside
 from drafttrain.eval.table import interval
-from drafttrain.heads import MadeFor, load_head
+from drafttrain.heads import HeadRows, MadeFor, load_head
 
 
-def export_head(trained: Path, folder: Path, *, kind: str, made_for: MadeFor, dtype: str) -> None:
+def export_head(trained: Path, folder: Path, *, kind: str, held_out: HeadRows, made_for: MadeFor, dtype: str) -> None:
     """Write the folder of a head from the weights that training kept, and read the files back.
 
     Args:
         trained: Folder that `TokenHead.save` wrote.
+        held_out: Tokens that a threshold is chosen on.
         dtype: Type of the weights in the file.
 
     Raises:
         CheckpointError: The file read back differs from what was written.
     """
-    head = load_head(trained, kind=kind).head.to(getattr(torch, dtype))
+    head = load_head(trained, kind=kind).head
+    head.finish(held_out)
+    head.to(getattr(torch, dtype))
     with folder_beside(folder) as temporary:
         head.save(temporary, made_for)
         back = load_head(temporary, kind=kind).head.state_dict()

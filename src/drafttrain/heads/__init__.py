@@ -81,6 +81,9 @@ class TokenHead(nn.Module, ABC):
         """Return the calibrated chance of each row."""
         return self(features_ND).sigmoid()
 
+    def finish(self, held_out: HeadRows) -> None:
+        """Set what is chosen on held-out tokens once the weights are trained."""
+
     def save(self, folder: Path, made_for: MadeFor | None = None) -> None:
         """Write config.json and model.safetensors."""
         config = {"kind": self.kind, "hidden_size": self.hidden_size, "settings": asdict(self.settings)}

@@ -26,6 +26,15 @@ class AnnotateSettings:
     )
 
 
+@dataclass(kw_only=True)
+class JudgeLabelSettings(AnnotateSettings):
+    """What annotators for a judge share."""
+
+    min_share: float = setting(
+        0.1, help="Both labels must have this share of the tokens: a judge of one class learns nothing.", ge=0, lt=0.5
+    )
+
+
 @dataclass(frozen=True)
 class Frozen:
     """The models that an annotator reads; neither is changed."""
@@ -33,6 +42,8 @@ class Frozen:
     target: Target
     drafter: Drafter
     seed: int
+    layer: int = -1
+    """Which state of the target a judge reads."""
 
 
 class Annotator(Protocol):
