@@ -263,7 +263,7 @@ def _figures(
     if settings.checker is not None:
         checker = checkers.build(settings.checker)
         scores = [solved(checker, target.tokenizer, prompts, one.generations) for one in (arm, plain)]
-        figures["task"] = task_score(*scores, **resamples)
+        figures["task"] = task_score(scores[0], scores[1], **resamples)
     if sampling.temperature == 0 and lossy:
         figures["agreement"] = agreement(plain.generations, arm.generations, **resamples)
     if sampling.temperature == 0 and not lossy:
