@@ -16,7 +16,7 @@ from drafttrain.eval.acceptance.judge import Judge, JudgeRuleSettings
 from drafttrain.eval.acceptance.lossless import Lossless
 from drafttrain.heads.judge import JudgeHead, JudgeSettings
 from tests.eval.test_engine import PROMPTS, V, decode, noisy
-from tests.eval.test_engine import target as target  # noqa: PLC0414
+from tests.eval.test_engine import target as target
 
 
 @pytest.fixture

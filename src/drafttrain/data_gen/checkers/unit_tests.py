@@ -68,7 +68,9 @@ class UnitTests:
             raise DataError("checker unit_tests: allow_code_execution is false, so nothing is run")
         self.settings = settings
         if not self._passes("import json, math, re, collections"):
-            raise DataError("checker unit_tests: a program that only imports from the standard library does not run here")
+            raise DataError(
+                "checker unit_tests: a program that only imports from the standard library does not run here"
+            )
 
     @cached_property
     def tests(self) -> dict[str, str]:
