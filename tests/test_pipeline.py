@@ -20,6 +20,7 @@ from drafttrain import pipeline
 from drafttrain.config.bundled import bundled_recipes
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import GateError, RecipeError
+from drafttrain.train.callbacks import COLUMNS
 
 RECIPE = """
 name: tiny
@@ -121,6 +122,23 @@ def test_a_killed_training_continues_bit_for_bit(recipe, tmp_path, kill):
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+def test_pretraining_comes_first_reads_plain_text_only_and_its_end_is_the_start(recipe, tmp_path):
+    text = f"{{kind: text, path: {tmp_path / 'text.txt'}}}"
+    wanted = ["train.pretrain={max_steps: 6, batch_size: 4, warmup_steps: 1}", "export.dtype=float32"]
+    generated = f"data.generate={{num_records: 4, max_new_tokens: 4, prompt_tokens: 6, prompts: {text}}}"
+    more = [generated, f"data.sources=[{{kind: generated, weight: 9}}, {text}]"]
+    pipeline.fit(load_recipe(recipe, wanted + more), tmp_path / "run")
+    folder = tmp_path / "run"
+    ours, kept = (load_file(folder / name / "model.safetensors") for name in ("start", "pretrain/last"))
+    assert all(torch.equal(ours[key], kept[key]) for key in kept)
+    last = curve(folder / "pretrain")[-1]
+    assert last[0] == "6"
+    # One record is a window of 40 tokens of plain text, all but its first a label; a generated one is shorter.
+    assert int(last[COLUMNS.index("tokens")]) == 6 * 4 * 40
+    with pytest.raises(RecipeError, match="needs plain text"):
+        load_recipe(recipe, [*wanted, generated, "data.sources=[{kind: generated}]"])
+
+
 def test_eval_runs_where_lightning_and_deepspeed_are_not_installed(recipe, tmp_path):
     pipeline.fit(load_recipe(recipe), tmp_path / "run")
     blocked = (
@@ -142,7 +160,6 @@ def test_eval_runs_where_lightning_and_deepspeed_are_not_installed(recipe, tmp_p
 def test_every_recipe_runs_with_smoke(name, tmp_path):
     """The path of every bundled recipe, shrunk; models that are not here are overridden by builtin ones."""
     overrides = {
-        "direct_alignment": ["drafter.checkpoint=builtin:drafter"],
         "kd_qwen3_8b_0.6b": [
             "target.model=builtin:target",
             "target.dtype=float32",

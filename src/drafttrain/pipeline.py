@@ -55,6 +55,11 @@ class Run:
 
         return load_target_tokenizer(self.recipe.target)
 
+    @property
+    def num_tokens(self) -> int:
+        """Ids that target, drafter and tokenizer share."""
+        return self.target.num_tokens if self.has_target() else len(self.tokenizer)
+
     def has_target(self) -> bool:
         """Tell whether the recipe names a target."""
         return self.recipe.target.model is not None
@@ -72,7 +77,7 @@ def gen(recipe: Recipe, folder: Path) -> None:
     """Generate, encode and cache the data of a recipe."""
     run = Run(recipe, folder)
     _gen(run)
-    _data(run)
+    training_data(run)
 
 
 def export(recipe: Recipe, folder: Path) -> None:
@@ -134,7 +139,7 @@ def _gen(run: Run) -> None:
     generate_texts(run.recipe.data, lambda: run.target, run.folder.data, seed=run.recipe.seed)
 
 
-def _data(run: Run) -> TrainingData:
+def training_data(run: Run) -> TrainingData:
     """Return the training data, its rows cached where the recipe says so; note which evaluation prompts it spoils."""
     from drafttrain.data_gen.prepare import attach_cache, drop_contaminated, prepare
     from drafttrain.eval.prompts import read_prompts
@@ -169,26 +174,15 @@ def _train(run: Run) -> None:
     if run.folder.train_done.exists():
         say("training: done before, skipped")
         return
-    import torch
-
-    # DeepSpeed, which Lightning imports, would otherwise warn that it had to look for a device.
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    from drafttrain.drafters import drafters
     from drafttrain.train.run import train
 
     recipe = run.recipe
-    data = _data(run)
-    torch.manual_seed(recipe.seed)
-    entry = cast(Any, drafters.entry(recipe.drafter.kind).component)
+    data = training_data(run)
     target = run.target if run.has_target() else None
-    drafter: Drafter = entry.create(recipe.drafter, target=target, tokenizer=run.tokenizer)
+    drafter = _start(run, data)
     loss = _loss(recipe)
-    _write_drafter(run, drafter, run.folder.start, steps=0)
-    count = sum(p.numel() for p in drafter.parameters() if p.requires_grad)
-    say(f"training {count:,} parameters for {recipe.train.max_steps:,} steps")
-    if target is not None:
-        drafter.to(target.device)
     settings = recipe.train
+    say(f"training {_trained(drafter):,} parameters for {settings.max_steps:,} steps")
     train(
         drafter,
         loss,
@@ -196,9 +190,59 @@ def _train(run: Run) -> None:
         of_step=lambda step: data.of_step(step, batch_size=settings.batch_size, accumulation=settings.accumulation),
         estimate=_estimator(run, target) if target is not None else None,
         settings=settings,
-        vocab_size=target.num_tokens if target is not None else len(run.tokenizer),
+        vocab_size=run.num_tokens,
         folder=run.folder.train,
     )
+
+
+def _start(run: Run, data: TrainingData) -> Drafter:
+    """Return the drafter as distillation finds it, and keep it as a folder: made as its settings say, then pretrained or not."""
+    recipe, start = run.recipe, run.folder.start
+    if recipe.train.pretrain is None:
+        drafter = _created(run, recipe.drafter)
+        _write_drafter(run, drafter, start, steps=0)
+        return drafter
+    if not start.exists():
+        _pretrain(run, data.plain())
+    return _created(run, replace(recipe.drafter, init="checkpoint", checkpoint=str(start)))
+
+
+def _pretrain(run: Run, plain: TrainingData) -> None:
+    """Train on plain text with cross-entropy, and export that as the start."""
+    from drafttrain.losses.ce import CrossEntropy
+    from drafttrain.train.run import train
+
+    settings, folder = run.recipe.train.of_pretraining(), run.folder.pretrain
+    drafter = _created(run, run.recipe.drafter)
+    say(f"pretraining {_trained(drafter):,} parameters for {settings.max_steps:,} steps")
+    done = train(
+        drafter,
+        CrossEntropy(),
+        target=None,
+        of_step=lambda step: plain.of_step(step, batch_size=settings.batch_size),
+        estimate=None,
+        settings=settings,
+        vocab_size=run.num_tokens,
+        folder=folder,
+    )
+    _export_weights(run, folder / done.drafter, run.folder.start, steps=done.last_step)
+
+
+def _created(run: Run, settings: Any) -> Drafter:
+    """Return the drafter of these settings on the target's device."""
+    import torch
+
+    from drafttrain.drafters import drafters
+
+    torch.manual_seed(run.recipe.seed)
+    target = run.target if run.has_target() else None
+    entry = cast(Any, drafters.entry(settings.kind).component)
+    drafter: Drafter = entry.create(settings, target=target, tokenizer=run.tokenizer)
+    return drafter.to(target.device) if target is not None else drafter
+
+
+def _trained(drafter: Drafter) -> int:
+    return sum(p.numel() for p in drafter.parameters() if p.requires_grad)
 
 
 def _nothing() -> Any:
@@ -364,7 +408,11 @@ def _command() -> str:
 
 def _quiet_libraries() -> None:
     """Silence bars and hints of transformers; our own lines say what a user needs."""
+    import torch
     import transformers
+
+    # DeepSpeed, which Lightning imports, would otherwise warn that it had to look for a device.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -22,6 +22,7 @@ class RunFolder:
         self.provenance = path / "provenance.json"
         self.data = path / "data"
         self.validation = path / "validation"
+        self.pretrain = path / "pretrain"
         self.train = path
         self.train_done = path / "train.json"
         self.start = path / "start"

@@ -43,7 +43,16 @@ class Recipe:
             problems.append(f"name: must be usable as the name of a folder, got {self.name!r}")
         if self.target.model is None:
             problems += self._without_target()
+        if self.train.pretrain is not None:
+            problems += self._pretraining()
         return problems
+
+    def _pretraining(self) -> Iterator[str]:
+        """Tell what phase 1 needs that is not here."""
+        if getattr(self.drafter, "kind", "") != "causal_lm":
+            yield "train.pretrain: only drafter.kind causal_lm is pretrained on plain text"
+        if all(getattr(source, "kind", "") == "generated" for source in self.data.sources):
+            yield "train.pretrain: needs plain text: a source in data.sources besides kind generated"
 
     def _without_target(self) -> Iterator[str]:
         """Tell what needs the target that this recipe has not."""

@@ -34,6 +34,14 @@ class TrainingData:
         self.sampler = Sampler([len(store) for store in stores], [s.weight for s in settings.sources], seed=seed)
         self.caches: list[RowCache | None] = [None] * len(self.stores)
 
+    def plain(self) -> TrainingData:
+        """Return the data without what the target writes."""
+        from dataclasses import replace
+
+        kept = [i for i, source in enumerate(self.settings.sources) if source.kind != "generated"]
+        settings = replace(self.settings, sources=[self.settings.sources[i] for i in kept])
+        return TrainingData([self.stores[i] for i in kept], settings, seed=self.sampler.seed)
+
     def of_step(
         self, step: int, *, batch_size: int, accumulation: int = 1, rank: int = 0, world_size: int = 1
     ) -> list[DraftBatch]:
