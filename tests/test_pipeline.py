@@ -85,6 +85,10 @@ def test_fit_goes_all_the_way_and_a_second_time_does_nothing(recipe, tmp_path, c
     assert capfd.readouterr().err.count("done before, skipped") == 2
     with pytest.raises(RecipeError, match="another recipe"):
         pipeline.fit(load_recipe(recipe, ["seed=1"]), folder)
+    # A folder that an earlier version made, before a key existed, goes on.
+    held = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(held.replace("  pretrain: null\n", ""))
+    pipeline.fit(loaded, folder)
     page = (folder / "report.html").read_text()
     assert page.count("data:image/svg+xml") == 3
     assert 'src="http' not in page

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from drafttrain.config.dump import dump_recipe
-from drafttrain.config.load import load_section
+from drafttrain.config.load import load_recipe, load_section
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say
-from drafttrain.core.errors import CheckpointError, DrafttrainError, GateError, Interrupted
+from drafttrain.core.errors import CheckpointError, DrafttrainError, GateError, Interrupted, RecipeError
 from drafttrain.core.files import folder_beside, write_json, write_text
 from drafttrain.run_folder import RunFolder
 
@@ -35,7 +35,7 @@ class Run:
         self.recipe = recipe
         self.resolved = dump_recipe(recipe)
         self.folder = RunFolder(folder)
-        self.folder.open(self.resolved, quiet=quiet)
+        self.folder.open(self.resolved, held=_held(self.folder.recipe), quiet=quiet)
         if recipe.train.num_threads:
             import torch
 
@@ -69,7 +69,7 @@ def fit(recipe: Recipe, folder: Path) -> None:
     """Do all stages of a recipe; the finished ones are skipped."""
     run = Run(recipe, folder)
     _gen(run)
-    _train(run)
+    train_drafter(run)
     _export(run)
 
 
@@ -170,7 +170,8 @@ def _dropped(run: Run) -> list[str]:
     return list(json.loads(path.read_text(encoding="utf-8"))["dropped"]) if path.exists() else []
 
 
-def _train(run: Run) -> None:
+def train_drafter(run: Run) -> None:
+    """Train from the start to the best step, or continue where an earlier run stopped; skipped when it is done."""
     if run.folder.train_done.exists():
         say("training: done before, skipped")
         return
@@ -325,6 +326,13 @@ def _export_weights(run: Run, weights: Path, folder: Path, *, steps: int) -> Non
     export_hf(weights, folder, tokenizer=run.tokenizer, about=about, dtype=recipe.export.dtype)
 
 
+def export_best(run: Run) -> dict[str, Any]:
+    """Write the drafter folder from the best weights of the training; return what train.json holds."""
+    done: dict[str, Any] = json.loads(run.folder.train_done.read_text(encoding="utf-8"))
+    _export_weights(run, run.folder.train / done["drafter"], run.folder.drafter, steps=done["best_step"])
+    return done
+
+
 def _export(run: Run) -> None:
     """Export the best weights, evaluate the files in a process of their own, write card and report, hold the gate."""
     from drafttrain.eval.gate import shortfalls
@@ -339,7 +347,7 @@ def _export(run: Run) -> None:
         result = json.loads(folder.eval.read_text(encoding="utf-8"))
         show(result)
     else:
-        _export_weights(run, folder.train / done["drafter"], folder.drafter, steps=done["best_step"])
+        export_best(run)
         if not run.has_target():
             say(f"exported: {folder.drafter} (no target in this recipe, so nothing to evaluate it against)")
             return
@@ -400,6 +408,16 @@ def _evaluated(folders: Mapping[str, Path], target: Target, settings: Any, *, dr
     )
     result = evaluate(folders, target, prompts, replace(settings, num_prompts=None))
     return result | {"prompts_dropped_for_overlap": len(dropped)}
+
+
+def _held(path: Path) -> str | None:
+    """Return the recipe of the run that a folder holds, with the defaults of keys that are newer than it."""
+    if not path.exists():
+        return None
+    try:
+        return dump_recipe(load_recipe(str(path)))
+    except RecipeError:
+        return path.read_text(encoding="utf-8")
 
 
 def _command() -> str:

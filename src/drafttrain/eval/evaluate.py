@@ -80,17 +80,13 @@ def _at_temperature(
     plain = _arm("plain", None, target, sampling, settings)
     arms = [_arm(name, drafter, target, sampling, settings) for name, drafter in drafters.items()]
     hf_seconds = _decode([plain, *arms], prompts, target, settings, hf=settings.speed_prompts if greedy else 0)
-    rates = [_figures(arm, plain, target, sampling, settings) for arm in arms]
+    baseline = _baseline(plain, hf_seconds)
+    rates = [_figures(arm, baseline, plain, target, sampling, settings) for arm in arms]
     found: dict[str, Any] = {
         "temperature": temperature,
         "plain": _plain_figures(plain, hf_seconds),
         "drafters": {arm.name: figures for arm, figures in zip(arms, rates, strict=True)},
     }
-    if hf_seconds:
-        for arm in arms:
-            own = sum(g.seconds for g in plain.generations[: len(hf_seconds)])
-            faster = "plain" if own <= sum(hf_seconds) else "transformers.generate"
-            found["drafters"][arm.name]["speedup"]["faster_baseline"] = faster
     first = arms[0]
     found["comparisons"] = {
         f"{first.name} - {other.name}": compare(
@@ -171,7 +167,28 @@ def _counts(arm: Arm, settings: EvalSettings) -> list[PromptCounts]:
     return [counts_of(one, repetition_ngram=settings.repetition_ngram) for one in arm.generations]
 
 
-def _figures(arm: Arm, plain: Arm, target: Target, sampling: Sampling, settings: EvalSettings) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Baseline:
+    """The target alone, decoded in turns with the drafters: tokens and seconds of the first prompts."""
+
+    name: str
+    tokens: Sequence[int]
+    seconds: Sequence[float]
+
+
+def _baseline(plain: Arm, hf_seconds: Sequence[float]) -> Baseline:
+    """Return the faster of plain decoding and transformers' generate on the prompts that both had."""
+    seconds = [g.seconds for g in plain.generations]
+    tokens = [len(g.tokens) for g in plain.generations]
+    count = len(hf_seconds)
+    if hf_seconds and sum(hf_seconds) < sum(seconds[:count]):
+        return Baseline("transformers' generate", tokens[:count], hf_seconds)
+    return Baseline("plain decoding, same engine", tokens, seconds)
+
+
+def _figures(
+    arm: Arm, baseline: Baseline, plain: Arm, target: Target, sampling: Sampling, settings: EvalSettings
+) -> dict[str, Any]:
     """Return all figures of one drafter at one temperature."""
     assert arm.drafter is not None
     resamples = {"resamples": settings.resamples, "seed": settings.seed}
@@ -180,7 +197,8 @@ def _figures(arm: Arm, plain: Arm, target: Target, sampling: Sampling, settings:
     rounds = [c.num_rounds for c in counts]
     ledger = arm.ledger
     target_calls = ledger.calls("target")
-    speed = [([len(g.tokens) for g in a.generations], [g.seconds for g in a.generations]) for a in (arm, plain)]
+    tokens, seconds = [len(g.tokens) for g in arm.generations], [g.seconds for g in arm.generations]
+    same = len(baseline.tokens)
     figures: dict[str, Any] = {
         "block_efficiency": ratio_interval([c.num_tokens for c in counts], rounds, **resamples).json(),
         "draft_acceptance_rate": totals.draft_acceptance_rate,
@@ -197,9 +215,11 @@ def _figures(arm: Arm, plain: Arm, target: Target, sampling: Sampling, settings:
         "drafter_calls": ledger.calls("drafter"),
         "target_calls_per_token": target_calls / whole.num_tokens,
         "discarded_draft_tokens_per_token": (whole.num_draft_tokens - whole.num_accepted) / whole.num_tokens,
-        "tokens_per_second": ratio_interval(*speed[0], **resamples).json(),
-        "speedup": ratio_of_ratios(speed[0], speed[1], **resamples).json()
-        | {"baseline": "plain decoding, same engine"},
+        "tokens_per_second": ratio_interval(tokens, seconds, **resamples).json(),
+        "speedup": ratio_of_ratios(
+            (tokens[:same], seconds[:same]), (baseline.tokens, baseline.seconds), **resamples
+        ).json()
+        | {"baseline": baseline.name, "num_prompts": same},
         "seconds": {
             name: sum(getattr(g, name) for g in arm.generations)
             for name in ("prefill_seconds", "draft_seconds", "verify_seconds", "seconds")
