@@ -239,7 +239,7 @@ def _estimator(run: Run, target: Target) -> Callable[[Any], Mapping[str, Any]]:
         written = [new[: max(1, tokens_before_repetition(new, ngram=wanted.repetition_ngram))] for new in written]
     texts = [Text(task.id, task.prompt, new) for task, new in zip(tasks, written, strict=True)]
     tokens = sum(len(text.new) for text in texts)
-    length = getattr(wanted.length, "num_draft_tokens", 5)
+    length = getattr(wanted.length, "depth", getattr(wanted.length, "num_draft_tokens", 5))
     lengths = sorted({*wanted.replay_lengths, length})
 
     def estimate(drafter: Any) -> dict[str, Any]:

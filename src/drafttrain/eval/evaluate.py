@@ -24,7 +24,7 @@ from drafttrain.eval.metrics import PromptCounts, counts_of, histogram, mbsu, to
 from drafttrain.eval.parity import parity
 from drafttrain.eval.proposers.none import NoDraft
 from drafttrain.eval.replay import Text, expected_rounds, replay_rows
-from drafttrain.eval.settings import EvalSettings
+from drafttrain.eval.settings import EvalSettings, length_label
 from drafttrain.eval.statistics import ratio_difference, ratio_interval, ratio_of_ratios, sign_flip_p_value
 from drafttrain.target import Target
 
@@ -39,6 +39,8 @@ class Arm:
     name: str
     engine: Engine
     ledger: Ledger
+    length: Any
+    """Settings of its length policy."""
     drafter: Drafter | None = None
     generations: list[Generation] = field(default_factory=list)
 
@@ -58,7 +60,12 @@ def evaluate(
         "format": FORMAT,
         "target": {"name": target.name, "fingerprint": target.fingerprint},
         "drafters": {name: _about(folder, drafters[name]) for name, folder in folders.items()},
-        "settings": asdict(settings) | {"rule": _component(settings.rule), "length": _component(settings.length)},
+        "settings": asdict(settings)
+        | {
+            "rule": _component(settings.rule),
+            "length": _component(settings.length),
+            "also": [_component(length) for length in settings.also],
+        },
         "num_prompts": len(prompts),
         "exactness": acceptance_rules.build(settings.rule).exactness.value,
         "temperatures": [_at_temperature(t, drafters, target, prompts, settings) for t in settings.temperatures],
@@ -77,8 +84,12 @@ def _at_temperature(
 ) -> dict[str, Any]:
     greedy = temperature == 0
     sampling = Sampling() if greedy else Sampling(temperature, settings.top_p, settings.top_k)
-    plain = _arm("plain", None, target, sampling, settings)
-    arms = [_arm(name, drafter, target, sampling, settings) for name, drafter in drafters.items()]
+    plain = _arm("plain", None, target, sampling, settings, length=settings.length)
+    by_length = [
+        [_arm(name + suffix, drafter, target, sampling, settings, length=length) for name, drafter in drafters.items()]
+        for length, suffix in [(settings.length, ""), *((one, f" ({length_label(one)})") for one in settings.also)]
+    ]
+    arms = [arm for group in by_length for arm in group]
     hf_seconds = _decode([plain, *arms], prompts, target, settings, hf=settings.speed_prompts if greedy else 0)
     rates = [_figures(arm, plain, target, sampling, settings) for arm in arms]
     found: dict[str, Any] = {
@@ -91,12 +102,12 @@ def _at_temperature(
             own = sum(g.seconds for g in plain.generations[: len(hf_seconds)])
             faster = "plain" if own <= sum(hf_seconds) else "transformers.generate"
             found["drafters"][arm.name]["speedup"]["faster_baseline"] = faster
-    first = arms[0]
     found["comparisons"] = {
         f"{first.name} - {other.name}": compare(
             _counts(first, settings), _counts(other, settings), resamples=settings.resamples, seed=settings.seed
         )
-        for other in arms[1:]
+        for first, *others in by_length
+        for other in others
     }
     return found
 
@@ -116,20 +127,22 @@ def compare(
     }
 
 
-def _arm(name: str, drafter: Drafter | None, target: Target, sampling: Sampling, settings: EvalSettings) -> Arm:
+def _arm(
+    name: str, drafter: Drafter | None, target: Target, sampling: Sampling, settings: EvalSettings, *, length: Any
+) -> Arm:
     ledger = Ledger()
     proposer = NoDraft() if drafter is None else drafter.proposer(target, ledger.append)
     engine = Engine(
         target,
         proposer,
         rule=acceptance_rules.build(settings.rule),
-        policy=length_policies.build(settings.length),
+        policy=length_policies.build(length),
         sampling=sampling,
         max_new_tokens=settings.max_new_tokens,
         seed=settings.seed,
         listener=ledger.append,
     )
-    return Arm(name, engine, ledger, drafter)
+    return Arm(name, engine, ledger, length, drafter)
 
 
 def _decode(
@@ -182,6 +195,7 @@ def _figures(arm: Arm, plain: Arm, target: Target, sampling: Sampling, settings:
     target_calls = ledger.calls("target")
     speed = [([len(g.tokens) for g in a.generations], [g.seconds for g in a.generations]) for a in (arm, plain)]
     figures: dict[str, Any] = {
+        "length": _component(arm.length),
         "block_efficiency": ratio_interval([c.num_tokens for c in counts], rounds, **resamples).json(),
         "draft_acceptance_rate": totals.draft_acceptance_rate,
         "acceptance_by_position": totals.acceptance_by_position,
