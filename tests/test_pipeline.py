@@ -154,6 +154,12 @@ def test_every_recipe_runs_with_smoke(name, tmp_path):
             "data.generate.prompts={kind: stdlib}",
             "train.precision=fp32",
         ],
+        "medusa_llama3.1_8b": [
+            "target.model=builtin:target",
+            "target.dtype=float32",
+            "data.generate.prompts={kind: stdlib}",
+            "train.precision=fp32",
+        ],
     }
     recipe = load_recipe(name, overrides.get(name, []), smoke=True)
     pipeline.fit(recipe, tmp_path / "run")

@@ -218,12 +218,13 @@ class Medusa(Drafter):
             target_config=target.model.config.get_text_config(),
             paths=_paths(folder),
         )
+        kind = dtype or target.model.dtype
+        made.to(target.device, getattr(torch, kind) if isinstance(kind, str) else kind)
         try:
             made.load_state_dict(load_file(folder / "model.safetensors"))
         except (RuntimeError, OSError) as error:
             raise CheckpointError(f"{folder}: not the weights that its config.json describes: {error}") from error
-        kind = dtype or target.model.dtype
-        return made.to(target.device, getattr(torch, kind) if isinstance(kind, str) else kind).eval()
+        return made.eval()
 
 
 class _Blocks(nn.Module):
