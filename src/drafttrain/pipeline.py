@@ -256,7 +256,8 @@ def _estimator(run: Run, target: Target) -> Callable[[Any], Mapping[str, Any]]:
     lengths = sorted({*wanted.replay_lengths, length})
 
     def estimate(drafter: Any) -> dict[str, Any]:
-        rows = replay_rows(target, drafter, texts, sampling)
+        with drafter.standing_on(target):
+            rows = replay_rows(target, drafter, texts, sampling)
         by_length = {k: tokens / sum(expected_rounds(r, k) for r in rows) for k in lengths}
         alpha = sum(float(r.acceptance_T.sum()) for r in rows) / tokens
         return {"block_efficiency": by_length[length], "alpha": alpha, "by_length": by_length}
@@ -293,7 +294,7 @@ def _calibrate(run: Run, drafter: Drafter, folder: Path) -> None:
         ]
         batch, _ = pack(records, width=max(len(record.tokens) for record in records), weight_of_step=1.0)
         batches.append(batch.to(run.target.device))
-    for name, content in drafter.to(run.target.device).calibrate(run.target, batches).items():
+    for name, content in drafter.to(run.target.device).calibrate(drafter.adapted(run.target), batches).items():
         write_json(folder / name, content)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -319,9 +318,9 @@ def test_the_folder_has_the_official_names_and_reads_back(target: Target, traine
 
 
 @pytest.fixture
-def folder(trained: Medusa, tmp_path: Path) -> Iterator[Path]:
+def folder(trained: Medusa, tmp_path: Path) -> Path:
     trained.save(tmp_path)
-    yield tmp_path
+    return tmp_path
 
 
 def test_a_folder_without_a_tree_drafts_chains_and_says_why_not_trees(target: Target, folder: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -49,6 +50,18 @@ class Drafter(nn.Module, ABC):
     @abstractmethod
     def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
         """Return the drafter at inference, for this target."""
+
+    def lr_factor(self, name: str) -> float:
+        """Return what the learning rate is multiplied by for the parameter of this name."""
+        return 1.0
+
+    def adapted(self, target: Target) -> Target:
+        """Return the target that the exported drafter stands on: the given one, or a copy with what was trained on top of it."""
+        return target
+
+    def standing_on(self, target: Target) -> AbstractContextManager[None]:
+        """Make `target` the one that the drafter in training stands on, for the calls inside."""
+        return nullcontext()
 
     def calibrate(self, target: Target, batches: Iterable[DraftBatch]) -> Mapping[str, Any]:
         """Return what is fitted on held-out text of the target after training: JSON files of the drafter folder, by name."""

@@ -5,8 +5,10 @@ B = sequences, T = positions, V = vocabulary, D = hidden, K = heads, R = ranks, 
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -22,15 +24,21 @@ from drafttrain.core.records import DraftBatch, DraftOutput, TargetNeeds
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
 from drafttrain.drafters import Drafter, drafters
+from drafttrain.drafters.lora import LoraAdapter, LoraSettings, merged
 from drafttrain.drafters.medusa_proposer import MedusaProposer
 from drafttrain.drafters.static_tree import Path as TreePath
 from drafttrain.drafters.static_tree import best_paths, non_increasing
 from drafttrain.losses.align import align
+from drafttrain.losses.chunked import row_losses
+from drafttrain.losses.forward_kl import ForwardKL, ForwardKLConfig
 from drafttrain.target import Target
-from drafttrain.target.anatomy import finished_logits
+from drafttrain.target.anatomy import finished_logits, head_logits, trunk
 
 TREE = "medusa_tree.json"
 """Beside config.json: the tree, and the table of accuracies that it was built from. Serving engines pass over it."""
+
+ADAPTER = "adapter"
+"""Medusa-2: the folder of the adapters, in peft's format. The target needs them to be the one that the heads stand on."""
 
 TREE_NODES = 256
 CALIBRATED_RANKS = 10
@@ -38,14 +46,40 @@ ROWS_AT_ONCE = 2048
 
 
 @dataclass
+class JointSettings:
+    """Medusa-2: low-rank adapters on the target are trained together with the heads.
+
+    The target's own law is kept by KL against the same network without adapters.
+    """
+
+    lora: LoraSettings = setting(LoraSettings(), help="The adapters.")
+    head_coefficient: float = setting(0.2, help="Factor on the heads' loss beside the KL of the target.", gt=0)
+    head_warmup_steps: int = setting(
+        0, help="Steps over which that factor rises from 0 as sin(pi/2 step/steps); 0: constant.", ge=0
+    )
+    head_lr_multiplier: float = setting(
+        4.0, help="The heads learn at train.lr times this, the adapters at train.lr.", gt=0
+    )
+
+    def coefficient(self, step: int) -> float:
+        """Return the factor on the heads' loss at an optimizer step, from 0."""
+        if step >= self.head_warmup_steps:
+            return self.head_coefficient
+        return self.head_coefficient * math.sin(math.pi / 2 * step / self.head_warmup_steps)
+
+
+@dataclass
 class MedusaSettings:
-    """Heads on the frozen target's last hidden state (Medusa-1)."""
+    """Heads on the target's last hidden state."""
 
     num_heads: int = setting(4, help="Heads; head k guesses the token k places after the root.", ge=1)
     num_layers: int = setting(1, help="Residual blocks of a head.", ge=1)
     decay: float = setting(0.8, help="The loss of head k counts decay^k.", gt=0, le=1)
     draft: Literal["sampled", "greedy"] = setting(
         "sampled", help="Chains at temperature > 0: sampled by head, or each head's best guess as vLLM drafts."
+    )
+    joint: JointSettings | None = setting(
+        None, help="Medusa-2: adapters on the target, trained with the heads; null: Medusa-1, the target as it is."
     )
 
 
@@ -88,9 +122,15 @@ class Medusa(Drafter):
         self.vocab_size = vocab_size
         self.decay = decay
         self.draft = draft
+        self.joint: JointSettings | None = None
+        self.adapter: LoraAdapter | None = None
+        """Adapters in training."""
+        self.adapter_folder: Path | None = None
+        """Adapters that were read: the heads stand on the target with these."""
         self.paths = paths
         """The calibrated tree, best nodes first; None: chains only."""
         self._target_config = target_config
+        self._target: Target | None = None
 
     @classmethod
     def create(cls, settings: MedusaSettings, *, target: Target | None, tokenizer: Any) -> Medusa:
@@ -112,6 +152,10 @@ class Medusa(Drafter):
             decay=settings.decay,
             draft=settings.draft,
         )
+        if settings.joint is not None:
+            made.joint = settings.joint
+            made.adapter = LoraAdapter(settings.joint.lora, target.model)
+            made._target = target
         with torch.no_grad():
             for parameter in made.lm_heads.parameters():
                 parameter.copy_(head.weight)
@@ -130,13 +174,40 @@ class Medusa(Drafter):
         """Return the states of every head before its output matrix."""
         final_BTD = batch.target.final_BTD if batch.target is not None else None
         assert final_BTD is not None, "the module reads the target first"
-        depths = range(1, self.num_heads + 1)
-        return DraftOutput(
-            {depth: self.states(final_BTD, depth) for depth in depths},
-            self.head,
-            self.lag,
-            depth_weights={depth: self.decay**depth for depth in depths},
-        )
+        factor, extra_loss = 1.0, None
+        if self.adapter is not None and not self.adapter.on:
+            final_BTD = self._adapted(batch)
+        if self.joint is not None and self.training:
+            factor = self.joint.coefficient(batch.step)
+            extra_loss = self._target_loss(final_BTD, batch)
+        weights = {depth: factor * self.decay**depth for depth in range(1, self.num_heads + 1)}
+        return replace(self._drafted(final_BTD), depth_weights=weights, extra_loss=extra_loss)
+
+    def _drafted(self, final_BTD: Tensor) -> DraftOutput:
+        states_BTD = {depth: self.states(final_BTD, depth) for depth in range(1, self.num_heads + 1)}
+        return DraftOutput(states_BTD, self.head, self.lag)
+
+    def _adapted(self, batch: DraftBatch) -> Tensor:
+        """Return the final states of the target with its adapters on; gradients reach the adapters."""
+        assert self.adapter is not None
+        assert self._target is not None
+        model = self._target.model
+        with self.adapter.applied(model):
+            final_BTD: Tensor = trunk(model)(
+                input_ids=batch.tokens_BT, position_ids=batch.positions_BT, attention_mask=None, use_cache=False
+            ).last_hidden_state
+        return final_BTD
+
+    def _target_loss(self, final_BTD: Tensor, batch: DraftBatch) -> Tensor:
+        """Return the sum over trained positions of KL(target without adapters, target with them)."""
+        target = self._target
+        assert target is not None
+        assert batch.target is not None
+        states = DraftOutput({1: final_BTD}, lambda states_ND, _: head_logits(target.model, states_ND), lag=0)
+        rows = align(states, batch)
+        batch = replace(batch, target_rows=target.rows_of(batch.target))
+        kl_N, _ = row_losses(ForwardKL(ForwardKLConfig()), states, rows, batch, vocab_size=target.num_tokens)
+        return kl_N.sum()
 
     def states(self, final_ND: Tensor, depth: int) -> Tensor:
         """Return what the residual blocks of a head make of the target's states."""
@@ -146,6 +217,20 @@ class Medusa(Drafter):
     def head(self, states_ND: Tensor, depth: int) -> Tensor:
         """Return the logits of a head, with the scale or soft cap of the target."""
         return finished_logits(self._target_config, self.lm_heads[depth - 1](states_ND))
+
+    def lr_factor(self, name: str) -> float:
+        """Return what train.lr is multiplied by for a parameter."""
+        return 1.0 if self.joint is None or name.startswith("adapter.") else self.joint.head_lr_multiplier
+
+    def adapted(self, target: Target) -> Target:
+        """Return the target with the adapters that were exported with the heads."""
+        return target if self.adapter_folder is None else merged(target, self.adapter_folder)
+
+    @contextlib.contextmanager
+    def standing_on(self, target: Target) -> Iterator[None]:
+        """Put the adapters in training on the target for the calls inside."""
+        with self.adapter.applied(target.model) if self.adapter is not None else contextlib.nullcontext():
+            yield
 
     def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
         """Return the heads at inference."""
@@ -158,7 +243,8 @@ class Medusa(Drafter):
         counts_K = torch.zeros(self.num_heads, dtype=torch.long)
         for batch in batches:
             seen = target.read(batch.tokens_BT, batch.positions_BT, self.needs())
-            drafted = self(replace(batch, target=seen))
+            assert seen.final_BTD is not None
+            drafted = self._drafted(seen.final_BTD)
             rows = align(drafted, batch)
             first = 0
             for depth, count in rows.counts.items():
@@ -192,8 +278,14 @@ class Medusa(Drafter):
             "medusa_fc_bias": True,
         }
         write_json(folder / "config.json", config)
-        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self.state_dict().items()}
+        tensors = {
+            name: tensor.detach().contiguous().cpu()
+            for name, tensor in self.state_dict().items()
+            if not name.startswith("adapter.")
+        }
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        if self.adapter is not None and self._target is not None and self.adapter.changes_something:
+            self.adapter.save(folder / ADAPTER, target=self._target.name)
 
     @classmethod
     def load(cls, folder: Path, target: Target, dtype: Any = None) -> Medusa:
@@ -218,6 +310,8 @@ class Medusa(Drafter):
             target_config=target.model.config.get_text_config(),
             paths=_paths(folder),
         )
+        if (folder / ADAPTER).is_dir():
+            made.adapter_folder = folder / ADAPTER
         kind = dtype or target.model.dtype
         made.to(target.device, getattr(torch, kind) if isinstance(kind, str) else kind)
         try:

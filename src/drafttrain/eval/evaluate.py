@@ -41,6 +41,8 @@ class Arm:
     ledger: Ledger
     length: Any
     """Settings of its length policy."""
+    target: Target
+    """The one given, or a drafter's own: with the adapters that it was exported with."""
     drafter: Drafter | None = None
     generations: list[Generation] = field(default_factory=list)
 
@@ -55,11 +57,14 @@ def evaluate(
     """
     prompts = list(prompts)[: settings.num_prompts]
     drafters = {name: read_drafter(folder, target) for name, folder in folders.items()}
+    targets = {name: drafter.adapted(target) for name, drafter in drafters.items()}
     began = time.perf_counter()
     result: dict[str, Any] = {
         "format": FORMAT,
         "target": {"name": target.name, "fingerprint": target.fingerprint},
-        "drafters": {name: _about(folder, drafters[name]) for name, folder in folders.items()},
+        "drafters": {
+            name: _about(folder, drafters[name]) | {"target": targets[name].name} for name, folder in folders.items()
+        },
         "settings": asdict(settings)
         | {
             "rule": _component(settings.rule),
@@ -68,7 +73,7 @@ def evaluate(
         },
         "num_prompts": len(prompts),
         "exactness": acceptance_rules.build(settings.rule).exactness.value,
-        "temperatures": [_at_temperature(t, drafters, target, prompts, settings) for t in settings.temperatures],
+        "temperatures": [_at_temperature(t, drafters, targets, prompts, settings) for t in settings.temperatures],
         "provenance": provenance(),
         "trainer_loaded": any(name in sys.modules for name in ("lightning", "deepspeed")),
     }
@@ -78,20 +83,25 @@ def evaluate(
 def _at_temperature(
     temperature: float,
     drafters: Mapping[str, Drafter],
-    target: Target,
+    targets: Mapping[str, Target],
     prompts: Sequence[Prompt],
     settings: EvalSettings,
 ) -> dict[str, Any]:
     greedy = temperature == 0
     sampling = Sampling() if greedy else Sampling(temperature, settings.top_p, settings.top_k)
-    plain = _arm("plain", None, target, sampling, settings, length=settings.length)
+    # One plain arm a target: each drafter is held against the plain decoding of its own.
+    plains = {id(one): _arm("plain", None, one, sampling, settings, length=settings.length) for one in targets.values()}
     by_length = [
-        [_arm(name + suffix, drafter, target, sampling, settings, length=length) for name, drafter in drafters.items()]
+        [
+            _arm(name + suffix, drafter, targets[name], sampling, settings, length=length)
+            for name, drafter in drafters.items()
+        ]
         for length, suffix in [(settings.length, ""), *((one, f" ({length_label(one)})") for one in settings.also)]
     ]
     arms = [arm for group in by_length for arm in group]
-    hf_seconds = _decode([plain, *arms], prompts, target, settings, hf=settings.speed_prompts if greedy else 0)
-    rates = [_figures(arm, plain, target, sampling, settings) for arm in arms]
+    plain = plains[id(arms[0].target)]
+    hf_seconds = _decode([*plains.values(), *arms], prompts, settings, hf=settings.speed_prompts if greedy else 0)
+    rates = [_figures(arm, plains[id(arm.target)], sampling, settings) for arm in arms]
     found: dict[str, Any] = {
         "temperature": temperature,
         "plain": _plain_figures(plain, hf_seconds),
@@ -99,6 +109,8 @@ def _at_temperature(
     }
     if hf_seconds:
         for arm in arms:
+            if arm.target is not plain.target:
+                continue
             own = sum(g.seconds for g in plain.generations[: len(hf_seconds)])
             faster = "plain" if own <= sum(hf_seconds) else "transformers.generate"
             found["drafters"][arm.name]["speedup"]["faster_baseline"] = faster
@@ -142,12 +154,10 @@ def _arm(
         seed=settings.seed,
         listener=ledger.append,
     )
-    return Arm(name, engine, ledger, length, drafter)
+    return Arm(name, engine, ledger, length, target, drafter)
 
 
-def _decode(
-    arms: Sequence[Arm], prompts: Sequence[Prompt], target: Target, settings: EvalSettings, *, hf: int
-) -> list[float]:
+def _decode(arms: Sequence[Arm], prompts: Sequence[Prompt], settings: EvalSettings, *, hf: int) -> list[float]:
     """Decode every prompt with every arm, in turns whose order alternates; return the seconds of transformers' generate."""
     for arm in arms:
         arm.engine.generate(prompts[:1])
@@ -160,7 +170,7 @@ def _decode(
             for arm in arms if number % 2 == 0 else reversed(arms):
                 arm.generations += arm.engine.generate(group)
             if settings.batch_size == 1 and number < hf:
-                hf_seconds.append(_hf_seconds(group[0], target, settings))
+                hf_seconds.append(_hf_seconds(group[0], arms[0].target, settings))
             bar.advance(len(group))
     return hf_seconds
 
@@ -184,7 +194,7 @@ def _counts(arm: Arm, settings: EvalSettings) -> list[PromptCounts]:
     return [counts_of(one, repetition_ngram=settings.repetition_ngram) for one in arm.generations]
 
 
-def _figures(arm: Arm, plain: Arm, target: Target, sampling: Sampling, settings: EvalSettings) -> dict[str, Any]:
+def _figures(arm: Arm, plain: Arm, sampling: Sampling, settings: EvalSettings) -> dict[str, Any]:
     """Return all figures of one drafter at one temperature."""
     assert arm.drafter is not None
     resamples = {"resamples": settings.resamples, "seed": settings.seed}
@@ -228,16 +238,16 @@ def _figures(arm: Arm, plain: Arm, target: Target, sampling: Sampling, settings:
         },
         "domains": _domains(counts),
         "prompts": [asdict(c) for c in counts],
-        "samples": [_sample(one, target) for one in arm.generations[:4]],
+        "samples": [_sample(one, arm.target) for one in arm.generations[:4]],
     }
-    figures |= _replayed(arm, target, sampling, settings)
+    figures |= _replayed(arm, sampling, settings)
     if sampling.temperature == 0 and arm.engine.rule.exactness is not Exactness.LOSSY:
-        found = parity(plain.generations, arm.generations, target)
+        found = parity(plain.generations, arm.generations, arm.target)
         figures["parity"] = found.json() | {"text": str(found)}
     return figures
 
 
-def _replayed(arm: Arm, target: Target, sampling: Sampling, settings: EvalSettings) -> dict[str, Any]:
+def _replayed(arm: Arm, sampling: Sampling, settings: EvalSettings) -> dict[str, Any]:
     """Return acceptance rate and block efficiency by draft length, by replay on the text that the loop emitted."""
     assert arm.drafter is not None
     counted = _counts(arm, settings)
@@ -245,7 +255,7 @@ def _replayed(arm: Arm, target: Target, sampling: Sampling, settings: EvalSettin
         Text(one.id, list(one.prompt_tokens), list(one.tokens[: count.num_tokens]))
         for one, count in zip(arm.generations, counted, strict=True)
     ]
-    rows = replay_rows(target, arm.drafter, texts, sampling)
+    rows = replay_rows(arm.target, arm.drafter, texts, sampling)
     tokens = [len(text.new) for text in texts]
     resamples = {"resamples": settings.resamples, "seed": settings.seed}
     return {
