@@ -65,7 +65,7 @@ def command(*words: object) -> list[str]:
 
 
 def test_fit_goes_all_the_way_and_a_second_time_does_nothing(recipe, tmp_path, capfd):
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, ["eval.also=[{kind: tree, num_draft_tokens: 8, depth: 3, width: 2}]"])
     pipeline.fit(loaded, tmp_path / "run")
     folder = tmp_path / "run"
     for name in ("recipe.yaml", "provenance.json", "metrics.csv", "eval.json", "report.html", "drafter/README.md"):
@@ -75,7 +75,11 @@ def test_fit_goes_all_the_way_and_a_second_time_does_nothing(recipe, tmp_path, c
     greedy = result["temperatures"][0]["drafters"]["drafter"]
     assert greedy["parity"]["exact"]
     assert greedy["target_calls"] == greedy["vllm"]["num_drafts"]
-    assert "drafter - start" in result["temperatures"][0]["comparisons"]
+    arms = ["drafter", "start", "drafter (tree 8, depth 3, width 2)", "start (tree 8, depth 3, width 2)"]
+    for part in result["temperatures"]:
+        assert list(part["drafters"]) == arms
+        assert list(part["comparisons"]) == ["drafter - start", f"{arms[2]} - {arms[3]}"]
+    assert result["temperatures"][0]["drafters"][arms[2]]["parity"]["exact"]
     model = AutoModelForCausalLM.from_pretrained(folder / "drafter")
     assert sum(p.numel() for p in model.parameters()) == result["drafters"]["drafter"]["parameters"]
     before = (folder / "drafter" / "model.safetensors").stat().st_mtime
@@ -168,6 +172,12 @@ def test_every_recipe_runs_with_smoke(name, tmp_path):
             "target.model=builtin:target",
             "target.dtype=float32",
             "drafter.checkpoint=builtin:drafter",
+            "data.generate.prompts={kind: stdlib}",
+            "train.precision=fp32",
+        ],
+        "medusa_llama3.1_8b": [
+            "target.model=builtin:target",
+            "target.dtype=float32",
             "data.generate.prompts={kind: stdlib}",
             "train.precision=fp32",
         ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,10 +22,14 @@ from drafttrain.core.files import folder_beside, write_json, write_text
 from drafttrain.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from drafttrain.core.records import Sampling
     from drafttrain.data_gen.prepare import TrainingData
     from drafttrain.drafters import Drafter
+    from drafttrain.eval.replay import Text
     from drafttrain.losses import Loss
     from drafttrain.target import Target
+
+TEXTS_AT_ONCE = 16
 
 
 class Run:
@@ -59,6 +64,32 @@ class Run:
     def num_tokens(self) -> int:
         """Ids that target, drafter and tokenizer share."""
         return self.target.num_tokens if self.has_target() else len(self.tokenizer)
+
+    @functools.cached_property
+    def validation_texts(self) -> tuple[list[Text], Sampling]:
+        """What the target writes after the validation prompts, and how it is drawn."""
+        from drafttrain.core.records import Sampling
+        from drafttrain.data_gen.generate import Task, continuations
+        from drafttrain.eval.prompts import read_prompts
+        from drafttrain.eval.repetition import tokens_before_repetition
+        from drafttrain.eval.replay import Text
+
+        recipe, wanted = self.recipe, self.recipe.eval
+        temperature = wanted.temperatures[0]
+        sampling = Sampling() if temperature == 0 else Sampling(temperature, wanted.top_p, wanted.top_k)
+        prompts = read_prompts(
+            wanted.validation_prompts,
+            self.tokenizer,
+            prompt_tokens=wanted.prompt_tokens,
+            dropped=_dropped(self),
+            limit=recipe.train.eval_prompts,
+        )
+        tasks = [Task(prompt.id, list(prompt.tokens), sampling) for prompt in prompts]
+        written = continuations(tasks, self.target, max_new_tokens=wanted.max_new_tokens, seed=recipe.seed)
+        if wanted.repetition_ngram:
+            written = [new[: max(1, tokens_before_repetition(new, ngram=wanted.repetition_ngram))] for new in written]
+        texts = [Text(task.id, task.prompt, new) for task, new in zip(tasks, written, strict=True)]
+        return texts, sampling
 
     def has_target(self) -> bool:
         """Tell whether the recipe names a target."""
@@ -261,34 +292,17 @@ def _loss(recipe: Recipe) -> Loss:
 
 def _estimator(run: Run, target: Target) -> Callable[[Any], Mapping[str, Any]]:
     """Return the estimate of a drafter on the validation prompts: replay on what the target writes, written once."""
-    from drafttrain.core.records import Sampling
-    from drafttrain.data_gen.generate import Task, continuations
-    from drafttrain.eval.prompts import read_prompts
-    from drafttrain.eval.repetition import tokens_before_repetition
-    from drafttrain.eval.replay import Text, expected_rounds, replay_rows
+    from drafttrain.eval.replay import expected_rounds, replay_rows
 
-    recipe = run.recipe
-    wanted = recipe.eval
-    temperature = wanted.temperatures[0]
-    sampling = Sampling() if temperature == 0 else Sampling(temperature, wanted.top_p, wanted.top_k)
-    prompts = read_prompts(
-        wanted.validation_prompts,
-        run.tokenizer,
-        prompt_tokens=wanted.prompt_tokens,
-        dropped=_dropped(run),
-        limit=recipe.train.eval_prompts,
-    )
-    tasks = [Task(prompt.id, list(prompt.tokens), sampling) for prompt in prompts]
-    written = continuations(tasks, target, max_new_tokens=wanted.max_new_tokens, seed=recipe.seed)
-    if wanted.repetition_ngram:
-        written = [new[: max(1, tokens_before_repetition(new, ngram=wanted.repetition_ngram))] for new in written]
-    texts = [Text(task.id, task.prompt, new) for task, new in zip(tasks, written, strict=True)]
+    wanted = run.recipe.eval
+    texts, sampling = run.validation_texts
     tokens = sum(len(text.new) for text in texts)
-    length = getattr(wanted.length, "num_draft_tokens", 5)
+    length = getattr(wanted.length, "depth", getattr(wanted.length, "num_draft_tokens", 5))
     lengths = sorted({*wanted.replay_lengths, length})
 
     def estimate(drafter: Any) -> dict[str, Any]:
-        rows = replay_rows(target, drafter, texts, sampling)
+        with drafter.standing_on(target):
+            rows = replay_rows(target, drafter, texts, sampling)
         by_length = {k: tokens / sum(expected_rounds(r, k) for r in rows) for k in lengths}
         alpha = sum(float(r.acceptance_T.sum()) for r in rows) / tokens
         return {"block_efficiency": by_length[length], "alpha": alpha, "by_length": by_length}
@@ -300,13 +314,33 @@ def _write_drafter(run: Run, drafter: Drafter, folder: Path, *, steps: int) -> N
     """Write a drafter in memory as an exported folder."""
     if folder.exists():
         return
-    with folder_beside(folder.with_name(f"{folder.name}.weights")) as temporary:
-        drafter.save(temporary)
     weights = folder.with_name(f"{folder.name}.weights")
+    with folder_beside(weights) as temporary:
+        drafter.save(temporary)
+    _calibrate(run, drafter, weights)
     _export_weights(run, weights, folder, steps=steps)
-    for file in weights.iterdir():
-        file.unlink()
-    weights.rmdir()
+    shutil.rmtree(weights)
+
+
+def _calibrate(run: Run, drafter: Drafter, folder: Path) -> None:
+    """Write what the drafter fits on the validation texts into the folder of its weights."""
+    from drafttrain.core.records import Record
+    from drafttrain.data_gen.packing import pack
+    from drafttrain.drafters import Drafter
+
+    if type(drafter).calibrate is Drafter.calibrate:
+        return
+    texts, _ = run.validation_texts
+    batches = []
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        records = [
+            Record(text.id, [*text.prompt, *text.new], [False] * len(text.prompt) + [True] * len(text.new))
+            for text in texts[start : start + TEXTS_AT_ONCE]
+        ]
+        batch, _ = pack(records, width=max(len(record.tokens) for record in records), weight_of_step=1.0)
+        batches.append(batch.to(run.target.device))
+    for name, content in drafter.to(run.target.device).calibrate(drafter.adapted(run.target), batches).items():
+        write_json(folder / name, content)
 
 
 def _export_weights(run: Run, weights: Path, folder: Path, *, steps: int) -> None:
@@ -328,8 +362,14 @@ def _export_weights(run: Run, weights: Path, folder: Path, *, steps: int) -> Non
 
 def export_best(run: Run) -> dict[str, Any]:
     """Write the drafter folder from the best weights of the training; return what train.json holds."""
+    from drafttrain.drafters import Drafter, drafters
+
     done: dict[str, Any] = json.loads(run.folder.train_done.read_text(encoding="utf-8"))
-    _export_weights(run, run.folder.train / done["drafter"], run.folder.drafter, steps=done["best_step"])
+    trained = run.folder.train / done["drafter"]
+    component = cast(Any, drafters.entry(run.recipe.drafter.kind).component)
+    if component.calibrate is not Drafter.calibrate:
+        _calibrate(run, component.load(trained, run.target), trained)
+    _export_weights(run, trained, run.folder.drafter, steps=done["best_step"])
     return done
 
 

@@ -126,13 +126,8 @@ class Engine:
 
     def _budget(self, sequence: _Sequence) -> Budget:
         """The target's own token always fits: one token less than is left may be drafted."""
-        wanted = self.policy.budget(sequence.context)
         left = self.max_new_tokens - sequence.num_new - 1
-        return (
-            replace(wanted, nodes=min(wanted.nodes, left), depth=min(wanted.depth, left))
-            if left < wanted.nodes
-            else wanted
-        )
+        return self.policy.budget(sequence.context).within(left)
 
     def _verdict(self, sequence: _Sequence, proposal: Proposal, output: TargetOutput) -> Verdict:
         assert output.logits_BTV is not None

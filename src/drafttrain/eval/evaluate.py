@@ -24,7 +24,7 @@ from drafttrain.eval.metrics import PromptCounts, counts_of, histogram, mbsu, to
 from drafttrain.eval.parity import parity
 from drafttrain.eval.proposers.none import NoDraft
 from drafttrain.eval.replay import Text, expected_rounds, replay_rows
-from drafttrain.eval.settings import EvalSettings
+from drafttrain.eval.settings import EvalSettings, length_label
 from drafttrain.eval.statistics import ratio_difference, ratio_interval, ratio_of_ratios, sign_flip_p_value
 from drafttrain.target import Target
 
@@ -39,6 +39,10 @@ class Arm:
     name: str
     engine: Engine
     ledger: Ledger
+    length: Any
+    """Settings of its length policy."""
+    target: Target
+    """The one given, or a drafter's own: with the adapters that it was exported with."""
     drafter: Drafter | None = None
     generations: list[Generation] = field(default_factory=list)
 
@@ -53,15 +57,23 @@ def evaluate(
     """
     prompts = list(prompts)[: settings.num_prompts]
     drafters = {name: read_drafter(folder, target) for name, folder in folders.items()}
+    targets = {name: drafter.adapted(target) for name, drafter in drafters.items()}
     began = time.perf_counter()
     result: dict[str, Any] = {
         "format": FORMAT,
         "target": {"name": target.name, "fingerprint": target.fingerprint},
-        "drafters": {name: _about(folder, drafters[name]) for name, folder in folders.items()},
-        "settings": asdict(settings) | {"rule": _component(settings.rule), "length": _component(settings.length)},
+        "drafters": {
+            name: _about(folder, drafters[name]) | {"target": targets[name].name} for name, folder in folders.items()
+        },
+        "settings": asdict(settings)
+        | {
+            "rule": _component(settings.rule),
+            "length": _component(settings.length),
+            "also": [_component(length) for length in settings.also],
+        },
         "num_prompts": len(prompts),
         "exactness": acceptance_rules.build(settings.rule).exactness.value,
-        "temperatures": [_at_temperature(t, drafters, target, prompts, settings) for t in settings.temperatures],
+        "temperatures": [_at_temperature(t, drafters, targets, prompts, settings) for t in settings.temperatures],
         "provenance": provenance(),
         "trainer_loaded": any(name in sys.modules for name in ("lightning", "deepspeed")),
     }
@@ -71,28 +83,38 @@ def evaluate(
 def _at_temperature(
     temperature: float,
     drafters: Mapping[str, Drafter],
-    target: Target,
+    targets: Mapping[str, Target],
     prompts: Sequence[Prompt],
     settings: EvalSettings,
 ) -> dict[str, Any]:
     greedy = temperature == 0
     sampling = Sampling() if greedy else Sampling(temperature, settings.top_p, settings.top_k)
-    plain = _arm("plain", None, target, sampling, settings)
-    arms = [_arm(name, drafter, target, sampling, settings) for name, drafter in drafters.items()]
-    hf_seconds = _decode([plain, *arms], prompts, target, settings, hf=settings.speed_prompts if greedy else 0)
-    baseline = _baseline(plain, hf_seconds)
-    rates = [_figures(arm, baseline, plain, target, sampling, settings) for arm in arms]
+    # One plain arm a target: each drafter is held against the plain decoding of its own.
+    plains = {id(one): _arm("plain", None, one, sampling, settings, length=settings.length) for one in targets.values()}
+    by_length = [
+        [
+            _arm(name + suffix, drafter, targets[name], sampling, settings, length=length)
+            for name, drafter in drafters.items()
+        ]
+        for length, suffix in [(settings.length, ""), *((one, f" ({length_label(one)})") for one in settings.also)]
+    ]
+    arms = [arm for group in by_length for arm in group]
+    plain = plains[id(arms[0].target)]
+    hf_seconds = _decode([*plains.values(), *arms], prompts, settings, hf=settings.speed_prompts if greedy else 0)
+    # transformers' generate decodes with the first drafter's target.
+    baselines = {key: _baseline(one, hf_seconds if one is plain else []) for key, one in plains.items()}
+    rates = [_figures(arm, baselines[id(arm.target)], plains[id(arm.target)], sampling, settings) for arm in arms]
     found: dict[str, Any] = {
         "temperature": temperature,
         "plain": _plain_figures(plain, hf_seconds),
         "drafters": {arm.name: figures for arm, figures in zip(arms, rates, strict=True)},
     }
-    first = arms[0]
     found["comparisons"] = {
         f"{first.name} - {other.name}": compare(
             _counts(first, settings), _counts(other, settings), resamples=settings.resamples, seed=settings.seed
         )
-        for other in arms[1:]
+        for first, *others in by_length
+        for other in others
     }
     return found
 
@@ -112,25 +134,25 @@ def compare(
     }
 
 
-def _arm(name: str, drafter: Drafter | None, target: Target, sampling: Sampling, settings: EvalSettings) -> Arm:
+def _arm(
+    name: str, drafter: Drafter | None, target: Target, sampling: Sampling, settings: EvalSettings, *, length: Any
+) -> Arm:
     ledger = Ledger()
     proposer = NoDraft() if drafter is None else drafter.proposer(target, ledger.append)
     engine = Engine(
         target,
         proposer,
         rule=acceptance_rules.build(settings.rule),
-        policy=length_policies.build(settings.length),
+        policy=length_policies.build(length),
         sampling=sampling,
         max_new_tokens=settings.max_new_tokens,
         seed=settings.seed,
         listener=ledger.append,
     )
-    return Arm(name, engine, ledger, drafter)
+    return Arm(name, engine, ledger, length, target, drafter)
 
 
-def _decode(
-    arms: Sequence[Arm], prompts: Sequence[Prompt], target: Target, settings: EvalSettings, *, hf: int
-) -> list[float]:
+def _decode(arms: Sequence[Arm], prompts: Sequence[Prompt], settings: EvalSettings, *, hf: int) -> list[float]:
     """Decode every prompt with every arm, in turns whose order alternates; return the seconds of transformers' generate."""
     for arm in arms:
         arm.engine.generate(prompts[:1])
@@ -143,7 +165,7 @@ def _decode(
             for arm in arms if number % 2 == 0 else reversed(arms):
                 arm.generations += arm.engine.generate(group)
             if settings.batch_size == 1 and number < hf:
-                hf_seconds.append(_hf_seconds(group[0], target, settings))
+                hf_seconds.append(_hf_seconds(group[0], arms[0].target, settings))
             bar.advance(len(group))
     return hf_seconds
 
@@ -186,9 +208,7 @@ def _baseline(plain: Arm, hf_seconds: Sequence[float]) -> Baseline:
     return Baseline("plain decoding, same engine", tokens, seconds)
 
 
-def _figures(
-    arm: Arm, baseline: Baseline, plain: Arm, target: Target, sampling: Sampling, settings: EvalSettings
-) -> dict[str, Any]:
+def _figures(arm: Arm, baseline: Baseline, plain: Arm, sampling: Sampling, settings: EvalSettings) -> dict[str, Any]:
     """Return all figures of one drafter at one temperature."""
     assert arm.drafter is not None
     resamples = {"resamples": settings.resamples, "seed": settings.seed}
@@ -200,6 +220,7 @@ def _figures(
     tokens, seconds = [len(g.tokens) for g in arm.generations], [g.seconds for g in arm.generations]
     same = len(baseline.tokens)
     figures: dict[str, Any] = {
+        "length": _component(arm.length),
         "block_efficiency": ratio_interval([c.num_tokens for c in counts], rounds, **resamples).json(),
         "draft_acceptance_rate": totals.draft_acceptance_rate,
         "acceptance_by_position": totals.acceptance_by_position,
@@ -234,16 +255,16 @@ def _figures(
         },
         "domains": _domains(counts),
         "prompts": [asdict(c) for c in counts],
-        "samples": [_sample(one, target) for one in arm.generations[:4]],
+        "samples": [_sample(one, arm.target) for one in arm.generations[:4]],
     }
-    figures |= _replayed(arm, target, sampling, settings)
+    figures |= _replayed(arm, sampling, settings)
     if sampling.temperature == 0 and arm.engine.rule.exactness is not Exactness.LOSSY:
-        found = parity(plain.generations, arm.generations, target)
+        found = parity(plain.generations, arm.generations, arm.target)
         figures["parity"] = found.json() | {"text": str(found)}
     return figures
 
 
-def _replayed(arm: Arm, target: Target, sampling: Sampling, settings: EvalSettings) -> dict[str, Any]:
+def _replayed(arm: Arm, sampling: Sampling, settings: EvalSettings) -> dict[str, Any]:
     """Return acceptance rate and block efficiency by draft length, by replay on the text that the loop emitted."""
     assert arm.drafter is not None
     counted = _counts(arm, settings)
@@ -251,7 +272,7 @@ def _replayed(arm: Arm, target: Target, sampling: Sampling, settings: EvalSettin
         Text(one.id, list(one.prompt_tokens), list(one.tokens[: count.num_tokens]))
         for one, count in zip(arm.generations, counted, strict=True)
     ]
-    rows = replay_rows(target, arm.drafter, texts, sampling)
+    rows = replay_rows(arm.target, arm.drafter, texts, sampling)
     tokens = [len(text.new) for text in texts]
     resamples = {"resamples": settings.resamples, "seed": settings.seed}
     return {

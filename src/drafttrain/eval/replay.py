@@ -41,6 +41,8 @@ class ReplayRows:
     """[t, i]: chance that the (i + 1)-th draft token of a round that starts at new token t is the text's and is kept."""
     acceptance_T: np.ndarray[tuple[int], np.dtype[np.float64]]
     """Acceptance rate of the first draft token, sum_x min(p, q), by position."""
+    deepest: int | None = None
+    """Draft tokens of a round at most; None: the drafter goes on from its own tokens."""
 
 
 @torch.no_grad()
@@ -87,7 +89,8 @@ def _replay_batch(target: Target, drafter: Drafter, texts: Sequence[Text], sampl
         for number in range(len(texts)):
             by_depth.setdefault(number, []).append(np.stack([kept[place_N == number], accepted[place_N == number]]))
         first += count
-    return [_rows_of(text, by_depth[number]) for number, text in enumerate(texts)]
+    deepest = len(rows.counts) if len(rows.counts) > 1 else drafter.deepest
+    return [_rows_of(text, by_depth[number], deepest) for number, text in enumerate(texts)]
 
 
 def _chances(
@@ -108,15 +111,19 @@ def _chances(
     return kept_N.cpu().numpy(), acceptance_rate(target_NV, drafter_NV).double().cpu().numpy()
 
 
-def _rows_of(text: Text, depths: Sequence[np.ndarray]) -> ReplayRows:  # type: ignore[type-arg]
+def _rows_of(text: Text, depths: Sequence[np.ndarray], deepest: int | None) -> ReplayRows:  # type: ignore[type-arg]
     """Lay the rows out by round start: a drafter of depth 1 drafts its next token by itself, one place further on."""
-    kept_T, acceptance_T = depths[0]
-    if len(depths) == 1:
-        return ReplayRows(text.id, kept_T[:, None], acceptance_T)
-    kept_TK = np.zeros((len(kept_T), len(depths)))
-    for i, (kept, _) in enumerate(depths):
-        kept_TK[: len(kept_T) - i, i] = kept[len(kept) - (len(kept_T) - i) :]
-    return ReplayRows(text.id, kept_TK, acceptance_T)
+    count = len(text.new)
+    kept_TK = np.zeros((count, len(depths)))
+    acceptance_T = np.zeros(count)
+    for i, (kept, accepted) in enumerate(depths):
+        # Depth i + 1 of a round that starts at t speaks of new token t + i. A drafter that looks at the token before the root
+        # has no row at the start of a prompt of one token, and drafts nothing there.
+        rows = kept[-(count - i) :] if i < count else kept[:0]
+        kept_TK[count - i - len(rows) : count - i, i] = rows
+        if i == 0:
+            acceptance_T[count - len(accepted) :] = accepted
+    return ReplayRows(text.id, kept_TK, acceptance_T, deepest)
 
 
 def expected_rounds(rows: ReplayRows, num_draft_tokens: int) -> float:
@@ -125,6 +132,7 @@ def expected_rounds(rows: ReplayRows, num_draft_tokens: int) -> float:
     start[t] is the chance that a round starts at new token t: a round that keeps exactly i draft tokens ends i + 1 further on.
     """
     count = len(rows.acceptance_T)
+    num_draft_tokens = min(num_draft_tokens, rows.deepest or num_draft_tokens)
     start_T = np.zeros(count + num_draft_tokens + 2)
     start_T[0] = 1.0
     for t in range(count):

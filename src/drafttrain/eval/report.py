@@ -94,8 +94,11 @@ def _positions(axes: Sequence[Any], result: Mapping[str, Any]) -> None:
 
 
 def _lengths(axes: Sequence[Any], result: Mapping[str, Any]) -> None:
-    length = result["settings"]["length"]
+    main = result["settings"]["length"]
     for name, figures in _arms(result):
+        length = figures.get("length", main)
+        if length != main:
+            continue  # replay is of chains: the further lengths of a drafter would draw its line once more
         lengths = [int(k) for k in figures["replay"]]
         values = list(figures["replay"].values())
         (line,) = axes[0].plot(lengths, [v["value"] for v in values], label=name)

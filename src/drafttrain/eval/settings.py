@@ -1,6 +1,6 @@
 """Settings of the evaluation."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from drafttrain.core.settings import setting
@@ -28,6 +28,11 @@ class EvalSettings:
     top_p: float = setting(1.0, help="Nucleus of target and drafter at temperature > 0.", gt=0, le=1)
     top_k: int = setting(0, help="Tokens kept at temperature > 0; 0: all.", ge=0)
     length: Any = setting(FixedLengthSettings(), help="How many tokens to draft, by kind.", registry=length_policies)
+    also: list[Any] = setting(
+        [],
+        help="Further lengths; each is one more arm of every drafter, as `drafter (tree 24)`.",
+        registry=length_policies,
+    )
     rule: Any = setting(LosslessSettings(), help="Which draft tokens are kept, by kind.", registry=acceptance_rules)
     batch_size: int = setting(1, help="Prompts decoded together.", ge=1)
     replay_lengths: list[int] = setting(
@@ -44,7 +49,11 @@ class EvalSettings:
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
-        return [] if self.temperatures else ["temperatures: at least one is needed"]
+        problems = [] if self.temperatures else ["temperatures: at least one is needed"]
+        labels = [length_label(length) for length in (self.length, *self.also)]
+        for label in dict.fromkeys(label for label in labels if labels.count(label) > 1):
+            problems.append(f"also: {label} is there twice (eval.length counts)")
+        return problems
 
     def smoke(self) -> "EvalSettings":
         """Return a copy with a handful of short outputs."""
@@ -56,3 +65,11 @@ class EvalSettings:
             speed_prompts=min(self.speed_prompts, 2),
             resamples=min(self.resamples, 500),
         )
+
+
+def length_label(length: Any) -> str:
+    """Return how an arm of this length policy is called: its kind, its first setting, and others that are not the default."""
+    first, *others = fields(length)
+    words = [length.kind, f"{getattr(length, first.name):g}"]
+    changed = [other.name for other in others if getattr(length, other.name) != other.default]
+    return ", ".join([" ".join(words), *(f"{name} {getattr(length, name)}" for name in changed)])

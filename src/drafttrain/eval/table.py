@@ -36,6 +36,9 @@ def show(result: Mapping[str, Any]) -> None:
     draft = ", ".join(f"{key} {value}" for key, value in length.items())
     title = f"{result['num_prompts']} prompts, target {result['target']['name']}; {draft}; 95 % intervals over prompts"
     table(rows, columns=columns, title=title)
+    for name, about in result["drafters"].items():
+        if about["target"] != result["target"]["name"]:
+            say(f"note: {name} decodes with {about['target']}: its parity and its speed-up are against that target")
     for part in result["temperatures"]:
         for name, figures in part["drafters"].items():
             if "parity" in figures:

@@ -98,6 +98,6 @@ class DistillModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer and its schedule."""
-        optimizer = build_optimizer(self.drafter, self.settings)
+        optimizer = build_optimizer(self.drafter, self.settings, lr_factor=self.drafter.lr_factor)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_scale(step, self.settings))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
