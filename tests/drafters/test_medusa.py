@@ -301,6 +301,7 @@ def test_the_folder_has_the_official_names_and_reads_back(target: Target, traine
         "num_heads": 3,
         "num_hidden_layers": 1,
         "medusa_fc_bias": True,
+        "drafttrain_draft": "sampled",
     }
     # An engine takes any key with both words for the number of heads.
     assert [key for key in config if "num" in key and "heads" in key] == ["num_heads"]

@@ -5,10 +5,10 @@ B = sequences, T = positions, V = vocabulary, D = hidden, K = heads, R = ranks, 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -98,7 +98,8 @@ class Medusa(Drafter):
     serving: ClassVar[str] = (
         "    vllm serve TARGET --speculative-config "
         '\'{"method": "medusa", "model": "THIS_FOLDER", "num_speculative_tokens": 3}\'\n\n'
-        "vLLM drafts chains of each head's best guess; the tree beside the weights is read by the embedded evaluator only."
+        "vLLM drafts chains of each head's best guess; the tree beside the weights is read by the embedded evaluator only.\n"
+        "Where there is a folder adapter/, TARGET is the target with that adapter."
     )
 
     def __init__(
@@ -226,11 +227,9 @@ class Medusa(Drafter):
         """Return the target with the adapters that were exported with the heads."""
         return target if self.adapter_folder is None else merged(target, self.adapter_folder)
 
-    @contextlib.contextmanager
-    def standing_on(self, target: Target) -> Iterator[None]:
+    def standing_on(self, target: Target) -> AbstractContextManager[None]:
         """Put the adapters in training on the target for the calls inside."""
-        with self.adapter.applied(target.model) if self.adapter is not None else contextlib.nullcontext():
-            yield
+        return nullcontext() if self.adapter is None else self.adapter.applied(target.model)
 
     def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
         """Return the heads at inference."""
@@ -276,6 +275,7 @@ class Medusa(Drafter):
             "num_heads": self.num_heads,
             "num_hidden_layers": self.num_layers,
             "medusa_fc_bias": True,
+            "drafttrain_draft": self.draft,
         }
         write_json(folder / "config.json", config)
         tensors = {
@@ -308,6 +308,7 @@ class Medusa(Drafter):
             hidden_size=config["hidden_size"],
             vocab_size=config["vocab_size"],
             target_config=target.model.config.get_text_config(),
+            draft=config.get("drafttrain_draft", "sampled"),
             paths=_paths(folder),
         )
         if (folder / ADAPTER).is_dir():
