@@ -24,6 +24,10 @@ class Drafter(nn.Module, ABC):
     kind: ClassVar[str]
     lag: ClassVar[int]
     """Row t of depth d is the law of token t + d + lag: 0 when the drafter sees the root, 1 when it sees features before it."""
+    needs_target: ClassVar[bool] = False
+    """It is made from its target and cannot be trained without one."""
+    usage: ClassVar[str] = ""
+    """How the exported folder is used, as the model card tells it (Markdown)."""
 
     @classmethod
     @abstractmethod
@@ -33,6 +37,10 @@ class Drafter(nn.Module, ABC):
     def needs(self) -> TargetNeeds:
         """Return what this drafter reads of the target at training time (the loss adds its own)."""
         return TargetNeeds()
+
+    def why_not_cached(self) -> str | None:
+        """Return why what this drafter reads of the target cannot be stored before training; None: it can."""
+        return "it reads the target's logits of every token" if self.needs().logits else None
 
     @abstractmethod
     def forward(self, batch: DraftBatch) -> DraftOutput:

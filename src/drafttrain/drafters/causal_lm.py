@@ -69,6 +69,11 @@ class CausalLMDrafter(Drafter):
 
     kind = "causal_lm"
     lag = 0
+    usage = """\
+    vllm serve TARGET --speculative-config '{"method": "draft_model", "model": "THIS_FOLDER", "num_speculative_tokens": 5}'
+
+    assistant = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
+    target.generate(**inputs, assistant_model=assistant)"""
 
     def __init__(self, model: Any, *, draft: str = "sampled") -> None:
         super().__init__()
