@@ -16,7 +16,7 @@ from drafttrain.config.dump import dump_recipe
 from drafttrain.config.load import load_section
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say
-from drafttrain.core.errors import CheckpointError, DrafttrainError, GateError, Interrupted
+from drafttrain.core.errors import CheckpointError, DataError, DrafttrainError, GateError, Interrupted
 from drafttrain.core.files import folder_beside, write_json, write_text
 from drafttrain.run_folder import RunFolder
 
@@ -54,6 +54,19 @@ class Run:
         from drafttrain.target.frozen import load_target_tokenizer
 
         return load_target_tokenizer(self.recipe.target)
+
+    @functools.cached_property
+    def drafter(self) -> Drafter:
+        """The drafter at its start."""
+        import torch
+
+        from drafttrain.drafters import drafters
+
+        torch.manual_seed(self.recipe.seed)
+        component = cast(Any, drafters.entry(self.recipe.drafter.kind).component)
+        target = self.target if self.has_target() else None
+        drafter: Drafter = component.create(self.recipe.drafter, target=target, tokenizer=self.tokenizer)
+        return drafter
 
     def has_target(self) -> bool:
         """Tell whether the recipe names a target."""
@@ -135,7 +148,7 @@ def _gen(run: Run) -> None:
 
 
 def _data(run: Run) -> TrainingData:
-    """Return the training data, its rows cached where the recipe says so; note which evaluation prompts it spoils."""
+    """Return the training data, what the target knows of it cached where the recipe says so; note which prompts it spoils."""
     from drafttrain.data_gen.prepare import attach_cache, drop_contaminated, prepare
     from drafttrain.eval.prompts import read_prompts
     from drafttrain.target.frozen import tokenizer_fingerprint
@@ -148,8 +161,17 @@ def _data(run: Run) -> TrainingData:
         tokenizer_fingerprint=tokenizer_fingerprint(run.tokenizer),
         seed=recipe.seed,
     )
-    if _loss(recipe).needs_target:
-        attach_cache(data, run.folder.data, run.target, num_records=recipe.train.max_steps * recipe.train.batch_size)
+    if recipe.data.cache != "none" and run.has_target():
+        if reason := run.drafter.why_not_cached():
+            raise DataError(f"data.cache: {recipe.drafter.kind}: {reason}; set data.cache: none")
+        attach_cache(
+            data,
+            run.folder.data,
+            run.target,
+            num_records=recipe.train.max_steps * recipe.train.batch_size,
+            law=_loss(recipe).needs_target,
+            needs=run.drafter.needs(),
+        )
     overlap = run.folder.data / "overlap.json"
     if not overlap.exists():
         names = dict.fromkeys([recipe.eval.prompts, recipe.eval.validation_prompts])
@@ -173,15 +195,12 @@ def _train(run: Run) -> None:
 
     # DeepSpeed, which Lightning imports, would otherwise warn that it had to look for a device.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    from drafttrain.drafters import drafters
     from drafttrain.train.run import train
 
     recipe = run.recipe
     data = _data(run)
-    torch.manual_seed(recipe.seed)
-    entry = cast(Any, drafters.entry(recipe.drafter.kind).component)
     target = run.target if run.has_target() else None
-    drafter: Drafter = entry.create(recipe.drafter, target=target, tokenizer=run.tokenizer)
+    drafter = run.drafter
     loss = _loss(recipe)
     _write_drafter(run, drafter, run.folder.start, steps=0)
     count = sum(p.numel() for p in drafter.parameters() if p.requires_grad)

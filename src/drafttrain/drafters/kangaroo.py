@@ -217,12 +217,13 @@ class _Attention(nn.Module):
         super().__init__()
         self.head_size = width // num_heads
         self.rope_theta = rope_theta
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            projection = nn.Linear(width, width, bias=False)
-            nn.init.zeros_(projection.weight) if name == "o_proj" else nn.init.normal_(
-                projection.weight, std=width**-0.5
-            )
-            self.add_module(name, projection)
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+        for projection in (self.q_proj, self.k_proj, self.v_proj):
+            nn.init.normal_(projection.weight, std=width**-0.5)
+        nn.init.zeros_(self.o_proj.weight)
 
     def forward(
         self, normed_BTD: Tensor, positions_BT: Tensor, allowed_BTS: Tensor, cache: KeysAndValues | None
