@@ -145,15 +145,16 @@ def small_target() -> Target:
     return Target(model, byte_tokenizer(), name="small", fingerprint="")
 
 
-def chi_square(model: Any, proposer: Any, temperature: float, *, samples: int = 2500, spoil: Any = None) -> float:
+def chi_square(
+    model: Any, proposer: Any, temperature: float, *, samples: int = 2500, spoil: Any = None, policy: Any = None
+) -> float:
     """T2: return the p-value of the law of the first two new tokens against the target's, enumerated."""
-    target = small_target()
-    target.model.load_state_dict(model.state_dict())
+    target = Target(model, byte_tokenizer(), name="small", fingerprint="")
     engine = Engine(
         target,
         proposer,
         rule=Lossless(),
-        policy=FixedLength(FixedLengthSettings(2)),
+        policy=policy or FixedLength(FixedLengthSettings(2)),
         sampling=Sampling(temperature),
         max_new_tokens=4,
         stop_tokens=(),

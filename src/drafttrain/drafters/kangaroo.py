@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -152,11 +153,12 @@ No serving engine loads an adapter behind a target's first layers yet; these fig
             rope_theta=config["rope_theta"],
             draft=config["draft"],
         )
+        drafter.to(target.device, getattr(torch, dtype) if dtype else target.model.dtype)
         try:
             drafter.adapter.load_state_dict(load_file(folder / "model.safetensors"))
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, SafetensorError) as error:
             raise CheckpointError(f"{folder}: not the weights of a Kangaroo adapter: {error}") from error
-        return drafter.to(target.device, getattr(torch, dtype) if dtype else target.model.dtype).eval()
+        return drafter.eval()
 
 
 class Adapter(nn.Module):

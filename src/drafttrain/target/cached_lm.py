@@ -120,10 +120,16 @@ class CachedLM:
             raise CheckpointError(
                 f"{self.name}: a call continues all of its sequences from block {self.split}, or none of them"
             )
+        needs = needs or TargetNeeds(logits=True)
+        passed = [index for index in needs.hidden if states and index < states[0].layer]
+        if passed:
+            raise CheckpointError(
+                f"{self.name}: hidden state {passed[0]} is gone when a call continues from block {self.split}"
+            )
         return self._read(
             tokens,
             parents=parents,
-            needs=needs or TargetNeeds(logits=True),
+            needs=needs,
             running=range(self.split if states and self.split else 0, self._num_layers),
             entering=[one.hidden_ND for one in states] or None,
             prefill=prefill,
