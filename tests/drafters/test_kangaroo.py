@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from drafttrain.core.errors import CheckpointError
+from drafttrain.config.load import load_recipe
+from drafttrain.core.errors import CheckpointError, RecipeError
 from drafttrain.core.records import Budget, Context, DraftBatch, Prompt, Record, Sampling, TargetNeeds
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters.kangaroo import KangarooDrafter, KangarooSettings
@@ -203,6 +204,50 @@ def test_what_cannot_be_made_is_refused(target):
         made(target, num_heads=5)
     with pytest.raises(CheckpointError, match=r"target\.model is null"):
         KangarooDrafter.create(KangarooSettings(), target=None, tokenizer=None)
+
+
+def test_a_recipe_without_a_target_is_refused(tmp_path):
+    recipe = tmp_path / "none.yaml"
+    recipe.write_text(
+        "name: none\ntarget: {model: null, tokenizer: x}\ndrafter: {kind: kangaroo}\nloss: {kind: ce}\n"
+        "data: {sources: [{kind: stdlib}]}\n"
+    )
+    with pytest.raises(RecipeError, match="drafter: kangaroo is made from its target"):
+        load_recipe(recipe)
+
+
+def test_a_training_that_broke_off_continues_bit_for_bit(target, tmp_path):
+    from drafttrain.losses import losses
+    from drafttrain.losses.forward_kl import ForwardKLConfig
+    from drafttrain.train.run import train
+    from drafttrain.train.settings import TrainSettings
+
+    target = wrapped(copy.deepcopy(target.model).float())
+    settings = TrainSettings(
+        max_steps=6, warmup_steps=1, checkpoint_every_steps=2, eval_every_steps=0, optimizer="muon"
+    )
+    settings.loggers = ["csv"]
+
+    def run(folder: Any, *, breaks_at: int | None = None) -> dict[str, Tensor]:
+        def of_step(step: int) -> list[DraftBatch]:
+            if step == breaks_at:
+                raise OSError("the power went")
+            return [replace(batch_of([[step + 1, 2, 3, 4, 5 + step]]), weight_of_step=4.0, step=step)]
+
+        loss = losses.build(ForwardKLConfig())
+        drafter = made(target)
+        arguments = {"target": target, "of_step": of_step, "estimate": None, "settings": settings}
+        train(drafter.train(), loss, **arguments, vocab_size=257, folder=folder)
+        return load_file(folder / "last" / "model.safetensors")
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(OSError, match="the power went"):
+        run(tmp_path / "broken", breaks_at=4)
+    continued = run(tmp_path / "broken")
+    start = made(target).adapter.state_dict()
+    for name, tensor in whole.items():
+        assert torch.equal(continued[name], tensor)
+        assert not torch.equal(start[name], tensor)
 
 
 # ---------------------------------------------------------------- decoding

@@ -26,6 +26,8 @@ from drafttrain.drafters.early_exit_proposer import EarlyExitProposer, KeysAndVa
 from drafttrain.target import Target
 from drafttrain.target.anatomy import blocks, final_norm, head_logits
 
+CONFIG_KEYS = ("exit_layer", "hidden_size", "num_attention_heads", "rope_theta", "draft", "target_fingerprint")
+
 
 @dataclass
 class KangarooSettings:
@@ -70,7 +72,7 @@ No serving engine loads an adapter behind a target's first layers yet; these fig
         self.draft = draft
         self.adapter = Adapter(final_norm(target.model), _width(target), num_heads=num_heads, rope_theta=rope_theta)
         self._model = (target.model,)
-        self._target_fingerprint = target.fingerprint
+        self._fingerprint = target.fingerprint
 
     @classmethod
     def create(cls, settings: KangarooSettings, *, target: Target | None, tokenizer: Any) -> KangarooDrafter:
@@ -116,15 +118,9 @@ No serving engine loads an adapter behind a target's first layers yet; these fig
 
     def save(self, folder: Path) -> None:
         """Write the adapter alone."""
-        config = {
-            "model_type": "kangaroo",
-            "exit_layer": self.exit_layer,
-            "hidden_size": self.adapter.width,
-            "num_attention_heads": self.adapter.num_heads,
-            "rope_theta": self.adapter.rope_theta,
-            "draft": self.draft,
-            "target_fingerprint": self._target_fingerprint,
-        }
+        adapter = self.adapter
+        values = (self.exit_layer, adapter.width, adapter.num_heads, adapter.rope_theta, self.draft, self._fingerprint)
+        config = {"model_type": self.kind} | dict(zip(CONFIG_KEYS, values, strict=True))
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tensors = {name: tensor.contiguous() for name, tensor in self.adapter.state_dict().items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -137,6 +133,9 @@ No serving engine loads an adapter behind a target's first layers yet; these fig
             CheckpointError: The files are damaged, or belong to another target.
         """
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        missing = [key for key in CONFIG_KEYS if key not in config]
+        if missing:
+            raise CheckpointError(f"{folder / 'config.json'}: {', '.join(missing)} missing: not a Kangaroo adapter's")
         if config["hidden_size"] != _width(target):
             raise CheckpointError(
                 f"{folder}: made for a target of width {config['hidden_size']}, {target.name} has {_width(target)}"

@@ -9,6 +9,7 @@ import inspect
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -80,7 +81,8 @@ class CachedLM:
             raise CheckpointError(
                 f"{self.name}: {type(self.model).__name__} cannot be run in two parts at block {layer}: {error}"
             ) from error
-        self.listener = listener
+        finally:
+            self.listener = listener
         if not same:
             raise CheckpointError(
                 f"{self.name}: {type(self.model).__name__} says something else when it is run in two parts at block {layer}"
@@ -316,8 +318,11 @@ class _WeightBytes:
 
     def of_blocks(self, running: range, *, rest: bool) -> int:
         """Return the bytes of these blocks; with `rest` also of what is no block, embedding or head: the final norm."""
-        sizes = [sum(w.numel() * w.element_size() for w in set(block.parameters())) for block in blocks(self._model)]
-        return sum(sizes[index] for index in running) + (self.body - sum(sizes) if rest else 0)
+        return sum(self._by_block[index] for index in running) + (self.body - sum(self._by_block) if rest else 0)
+
+    @cached_property
+    def _by_block(self) -> list[int]:
+        return [sum(w.numel() * w.element_size() for w in set(block.parameters())) for block in blocks(self._model)]
 
 
 def _window(config: Any, *, name: str) -> int | None:
