@@ -83,6 +83,7 @@ class EarlyExitProposer:
         self._width = int(model.get_output_embeddings().weight.shape[0])
         self._shared = min(self._width, num_tokens)
         self._greedy = draft == "greedy"
+        self._fixed = self._greedy
         self._blocks: FirstBlocks | None = None
         self._contexts: list[Context] = []
         self._chains: list[_Chain] = []
@@ -111,41 +112,53 @@ class EarlyExitProposer:
         """Return one chain a sequence, with the states of its nodes."""
         if any(budget.width > 1 for budget in budgets):
             raise CheckpointError("a drafter of kind kangaroo drafts chains: choose a length policy of width 1")
-        fixed = self._greedy or sampling.temperature == 0
+        longest = [min(budget.nodes, budget.depth) for budget in budgets]
+        self._fixed = self._greedy or sampling.temperature == 0
         roots = [context.tokens[-1:] for context in self._contexts]
         self._chains = [_Chain(root, [state]) for root, state in zip(roots, self._first_blocks(roots), strict=True)]
         inputs = [
-            [*unread, *one.states] if budget.nodes else []
-            for unread, one, budget in zip(self._unread, self._chains, budgets, strict=True)
+            [*unread, *one.states] if most else []
+            for unread, one, most in zip(self._unread, self._chains, longest, strict=True)
         ]
-        depth = 0
-        while any(inputs):
-            depth += 1
-            drafted: list[list[int]] = [[] for _ in inputs]
-            for sequence, found in enumerate(self._adapter.read(inputs)):
-                if found is None:
-                    continue
-                state_D, logits_V = found[0], found[1][: self._shared]
-                if not more(DraftStep(sequence, depth, logits_V, state_D)):
-                    continue
-                if fixed:
-                    token = int(logits_V.argmax())
-                else:
-                    law_V = sampling_probs(logits_V, sampling)
-                    self._chains[sequence].laws.append(law_V)
-                    token = draw(law_V, generators[sequence])
-                drafted[sequence] = [token]
-            inputs = [[] for _ in inputs]
-            if not any(drafted):
+        for depth in range(1, max(longest, default=0) + 1):
+            tokens = self._next_tokens(inputs, depth, sampling, generators, more)
+            if not any(tokens):
                 break
-            for sequence, state_D in enumerate(self._first_blocks(drafted)):
+            inputs = [[] for _ in inputs]
+            for sequence, state_D in enumerate(self._first_blocks(tokens)):
                 if state_D is None:
                     continue
-                self._chains[sequence].tokens += drafted[sequence]
+                self._chains[sequence].tokens += tokens[sequence]
                 self._chains[sequence].states.append(state_D)
-                if depth < budgets[sequence].nodes:
+                if depth < longest[sequence]:
                     inputs[sequence] = [state_D]
-        return [self._proposal(one, fixed) for one in self._chains]
+        return [self._proposal(one) for one in self._chains]
+
+    def _next_tokens(
+        self,
+        inputs: Sequence[Sequence[Tensor]],
+        depth: int,
+        sampling: Sampling,
+        generators: Sequence[torch.Generator],
+        more: Callable[[DraftStep], bool],
+    ) -> list[list[int]]:
+        """Return the next draft token of every sequence that has one."""
+        tokens: list[list[int]] = [[] for _ in inputs]
+        if not any(inputs):
+            return tokens
+        for sequence, found in enumerate(self._adapter.read(inputs)):
+            if found is None:
+                continue
+            state_D, logits_V = found[0], found[1][: self._shared]
+            if not more(DraftStep(sequence, depth, logits_V, state_D)):
+                continue
+            if self._fixed:
+                tokens[sequence] = [int(logits_V.argmax())]
+            else:
+                law_V = sampling_probs(logits_V, sampling)
+                self._chains[sequence].laws.append(law_V)
+                tokens[sequence] = [draw(law_V, generators[sequence])]
+        return tokens
 
     def _first_blocks(self, tokens: Sequence[Sequence[int]]) -> list[Any]:
         """Return the state of the one new token of every sequence; None where there is none."""
@@ -153,8 +166,8 @@ class EarlyExitProposer:
         states = self._blocks.run_first_blocks(tokens)
         return [one.hidden_ND[0] if len(one.hidden_ND) else None for one in states]
 
-    def _proposal(self, one: _Chain, fixed: bool) -> Proposal:
-        if fixed or not one.laws:
+    def _proposal(self, one: _Chain) -> Proposal:
+        if self._fixed or not one.laws:
             proposal = chain(one.tokens, kind=NodeKind.FIXED)
         else:
             q_rows_RV = pad(torch.stack(one.laws), (0, self._width - self._shared))
