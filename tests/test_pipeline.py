@@ -175,6 +175,15 @@ def test_every_recipe_runs_with_smoke(name, tmp_path):
             "data.generate.prompts={kind: stdlib}",
             "train.precision=fp32",
         ],
+        "kangaroo_llama3.1_8b": [
+            "target.model=builtin:target",
+            "target.dtype=float32",
+            "data.generate.prompts={kind: stdlib}",
+            "train.precision=fp32",
+            "export.dtype=float32",
+            "eval.temperatures=[0]",
+        ],
+        "tiny_kangaroo": ["eval.temperatures=[0]"],
         "medusa_llama3.1_8b": [
             "target.model=builtin:target",
             "target.dtype=float32",

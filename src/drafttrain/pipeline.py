@@ -17,7 +17,14 @@ from drafttrain.config.dump import dump_recipe
 from drafttrain.config.load import load_recipe, load_section
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say
-from drafttrain.core.errors import CheckpointError, DrafttrainError, GateError, Interrupted, RecipeError
+from drafttrain.core.errors import (
+    CheckpointError,
+    DataError,
+    DrafttrainError,
+    GateError,
+    Interrupted,
+    RecipeError,
+)
 from drafttrain.core.files import folder_beside, write_json, write_text
 from drafttrain.run_folder import RunFolder
 
@@ -90,6 +97,11 @@ class Run:
             written = [new[: max(1, tokens_before_repetition(new, ngram=wanted.repetition_ngram))] for new in written]
         texts = [Text(task.id, task.prompt, new) for task, new in zip(tasks, written, strict=True)]
         return texts, sampling
+
+    @functools.cached_property
+    def drafter(self) -> Drafter:
+        """The drafter as its settings make it, before anything is trained."""
+        return _created(self, self.recipe.drafter)
 
     def has_target(self) -> bool:
         """Tell whether the recipe names a target."""
@@ -171,7 +183,7 @@ def _gen(run: Run) -> None:
 
 
 def training_data(run: Run) -> TrainingData:
-    """Return the training data, its rows cached where the recipe says so; note which evaluation prompts it spoils."""
+    """Return the training data, what the target knows of it cached where the recipe says so; note which prompts it spoils."""
     from drafttrain.data_gen.prepare import attach_cache, drop_contaminated, prepare
     from drafttrain.eval.prompts import read_prompts
     from drafttrain.target.frozen import tokenizer_fingerprint
@@ -184,8 +196,17 @@ def training_data(run: Run) -> TrainingData:
         tokenizer_fingerprint=tokenizer_fingerprint(run.tokenizer),
         seed=recipe.seed,
     )
-    if _loss(recipe).needs_target:
-        attach_cache(data, run.folder.data, run.target, num_records=recipe.train.max_steps * recipe.train.batch_size)
+    if recipe.data.cache != "none" and run.has_target():
+        if reason := run.drafter.why_not_cached():
+            raise DataError(f"data.cache: {recipe.drafter.kind}: {reason}; set data.cache: none")
+        attach_cache(
+            data,
+            run.folder.data,
+            run.target,
+            num_records=recipe.train.max_steps * recipe.train.batch_size,
+            law=_loss(recipe).needs_target,
+            needs=run.drafter.needs(),
+        )
     overlap = run.folder.data / "overlap.json"
     if not overlap.exists():
         names = dict.fromkeys([recipe.eval.prompts, recipe.eval.validation_prompts])
@@ -231,9 +252,8 @@ def _start(run: Run, data: TrainingData) -> Drafter:
     """Return the drafter as distillation finds it, and keep it as a folder: made as its settings say, then pretrained or not."""
     recipe, start = run.recipe, run.folder.start
     if recipe.train.pretrain is None:
-        drafter = _created(run, recipe.drafter)
-        _write_drafter(run, drafter, start, steps=0)
-        return drafter
+        _write_drafter(run, run.drafter, start, steps=0)
+        return run.drafter
     if not start.exists():
         _pretrain(run, data.plain())
     return _created(run, replace(recipe.drafter, init="checkpoint", checkpoint=str(start)))
@@ -245,7 +265,7 @@ def _pretrain(run: Run, plain: TrainingData) -> None:
     from drafttrain.train.run import train
 
     settings, folder = run.recipe.train.of_pretraining(), run.folder.pretrain
-    drafter = _created(run, run.recipe.drafter)
+    drafter = run.drafter
     say(f"pretraining {_trained(drafter):,} parameters for {settings.max_steps:,} steps")
     done = train(
         drafter,

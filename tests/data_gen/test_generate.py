@@ -90,7 +90,7 @@ def test_the_cache_reads_what_was_written_and_agrees_with_the_live_target(settin
     generate_texts(data_settings, lambda: tiny_target, tmp_path / "d", seed=0)
     arguments = {"tokenizer": tiny_target.tokenizer, "tokenizer_fingerprint": "x", "seed": 0}
     data = prepare(data_settings, tmp_path / "d", **arguments)
-    attach_cache(data, tmp_path / "d", tiny_target, num_records=40)
+    attach_cache(data, tmp_path / "d", tiny_target, num_records=40, needs=TargetNeeds())
     for step in range(3):
         (batch,) = data.of_step(step, batch_size=8)
         assert batch.target_rows is not None
@@ -115,7 +115,7 @@ def test_a_cache_over_its_bound_is_refused_before_it_is_begun(settings, tiny_tar
     )
     data = prepare(chosen, tmp_path / "d", tokenizer=tiny_target.tokenizer, tokenizer_fingerprint="x", seed=0)
     with pytest.raises(DataError, match="max_cache_gb"):
-        attach_cache(data, tmp_path / "d", tiny_target, num_records=10)
+        attach_cache(data, tmp_path / "d", tiny_target, num_records=10, needs=TargetNeeds())
     assert not list((tmp_path / "d").rglob("*logits*"))
 
 

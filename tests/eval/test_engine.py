@@ -149,8 +149,7 @@ def chi_square(
     model: Any, proposer: Any, temperature: float, *, samples: int = 2500, spoil: Any = None, policy: Any = None
 ) -> float:
     """T2: return the p-value of the law of the first two new tokens against the target's, enumerated."""
-    target = small_target()
-    target.model.load_state_dict(model.state_dict())
+    target = Target(model, byte_tokenizer(), name="small", fingerprint="")
     engine = Engine(
         target,
         proposer,

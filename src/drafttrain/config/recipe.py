@@ -60,6 +60,10 @@ class Recipe:
             component: Any = losses.entry(settings.kind).component if settings.kind in losses.names() else None
             if component is not None and component.needs_target:
                 yield f"loss: {settings.kind} compares with the target, but target.model is null"
+        kind = getattr(self.drafter, "kind", "")
+        made_of: Any = drafters.entry(kind).component if kind in drafters.names() else None
+        if made_of is not None and made_of.needs_target:
+            yield f"drafter: {kind} is made from its target, but target.model is null"
         if getattr(self.drafter, "init", None) == "target":
             yield "drafter.init: nothing to cut the drafter from: target.model is null"
 

@@ -72,6 +72,22 @@ class TargetOutput:
     hidden_BTD: Mapping[int, Tensor] = field(default_factory=dict)
     final_BTD: Tensor | None = None
 
+    def has(self, needs: TargetNeeds) -> bool:
+        """Tell whether everything that is needed is here."""
+        return (
+            (self.logits_BTV is not None or not needs.logits)
+            and (self.final_BTD is not None or not needs.final)
+            and set(needs.hidden) <= set(self.hidden_BTD)
+        )
+
+    def to(self, device: Any) -> TargetOutput:
+        """Return the same on `device`."""
+        return TargetOutput(
+            logits_BTV=None if self.logits_BTV is None else self.logits_BTV.to(device),
+            hidden_BTD={index: state.to(device) for index, state in self.hidden_BTD.items()},
+            final_BTD=None if self.final_BTD is None else self.final_BTD.to(device),
+        )
+
 
 class TargetRows(Protocol):
     """The target's law at chosen positions of a batch, from a live model or from a cache."""
@@ -103,11 +119,12 @@ class DraftBatch:
     target_rows: TargetRows | None = None
 
     def to(self, device: Any) -> DraftBatch:
-        """Return the batch with its own tensors on `device`."""
+        """Return the batch with its own tensors, and what it holds of the target, on `device`."""
         from dataclasses import replace
 
         names = ("tokens_BT", "loss_mask_BT", "positions_BT", "documents_BT")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        target = None if self.target is None else self.target.to(device)
+        return replace(self, target=target, **{name: getattr(self, name).to(device) for name in names})
 
 
 class Head(Protocol):

@@ -12,8 +12,8 @@ import numpy as np
 
 from drafttrain.core.console import say
 from drafttrain.core.files import write_json
-from drafttrain.core.records import DraftBatch
-from drafttrain.data_gen.cache import RowCache, build_cache, cached_rows
+from drafttrain.core.records import DraftBatch, TargetNeeds
+from drafttrain.data_gen.cache import RowCache, Wanted, build_cache, with_stored
 from drafttrain.data_gen.formats import Encoder
 from drafttrain.data_gen.generate import generate
 from drafttrain.data_gen.overlap import contaminated
@@ -59,8 +59,6 @@ class TrainingData:
         ]
 
     def _micro_batch(self, members: list[tuple[int, int, int]], *, weight: float, step: int) -> DraftBatch:
-        from dataclasses import replace
-
         records = [self.stores[source][record] for _, source, record in members]
         batch, at = pack(records, width=self.settings.max_length, weight_of_step=weight, step=step)
         number = np.array([n for n, _, _ in members] + [-1])
@@ -70,8 +68,8 @@ class TrainingData:
             cache = self.caches[source]
             if cache is None or not cache.has(index):
                 return batch
-            cached.append((cache, index, len(record.tokens) - 1))
-        return replace(batch, target_rows=cached_rows(batch, at, cached))
+            cached.append((cache, index, len(record.tokens)))
+        return with_stored(batch, at, cached)
 
     def visited(self, *, num_records: int) -> list[list[int]]:
         """Return by source the records that the first `num_records` positions read, in the order of their numbers."""
@@ -123,11 +121,19 @@ def prepare(
     return TrainingData(stores, settings, seed=seed)
 
 
-def attach_cache(data: TrainingData, folder: Path, target: Target, *, num_records: int) -> None:
-    """Store what the target knows of the records that training will read, and let batches bring it."""
+def attach_cache(
+    data: TrainingData, folder: Path, target: Target, *, num_records: int, law: bool = True, needs: TargetNeeds
+) -> None:
+    """Store what the target knows of the records that training will read, and let batches bring it.
+
+    Args:
+        law: The loss compares with the target's law.
+        needs: What the drafter reads of the target; nothing else is stored.
+    """
     settings = data.settings
-    if settings.cache == "none":
+    if settings.cache == "none" or (not law and needs == TargetNeeds()):
         return
+    wanted = Wanted(settings.cache if law else None, needs, settings.cache_top_k, settings.cache_dtype)
     for number, records in enumerate(data.visited(num_records=num_records)):
         if records:
             data.caches[number] = build_cache(
@@ -135,8 +141,7 @@ def attach_cache(data: TrainingData, folder: Path, target: Target, *, num_record
                 data.stores[number],
                 records,
                 target,
-                kind=settings.cache,
-                top_k=settings.cache_top_k,
+                wanted=wanted,
                 max_gb=settings.max_cache_gb,
             )
 

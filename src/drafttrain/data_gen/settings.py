@@ -54,7 +54,11 @@ class DataSettings:
     cache: Literal["none", "states", "full", "top_k"] = setting(
         "none",
         help="What is stored of the target's law for the records that training will read: states (final hidden states, the "
-        "whole law by the target's own head), full (logits), top_k (approximate), or none: the target runs in every step.",
+        "whole law by the target's own head), full (logits), top_k (approximate), or none: the target runs in every step. "
+        "The hidden states that the drafter reads are stored beside it.",
+    )
+    cache_dtype: Literal["float32", "bfloat16", "float16"] = setting(
+        "float32", help="Type of stored hidden states; bfloat16 loses nothing of a target that runs in bfloat16."
     )
     cache_top_k: int = setting(
         64, help="cache top_k: tokens whose probability is stored; the rest share the tail evenly.", ge=1

@@ -26,6 +26,8 @@ class Drafter(nn.Module, ABC):
     kind: ClassVar[str]
     lag: ClassVar[int]
     """Row t of depth d is the law of token t + d + lag: 0 when the drafter sees the root, 1 when it sees features before it."""
+    needs_target: ClassVar[bool] = False
+    """It is made from its target and cannot be trained without one."""
     serving: ClassVar[str] = "No serving engine loads this kind: decode with `drafttrain eval THIS_FOLDER`."
     """How an engine loads the exported folder, for its card."""
 
@@ -42,6 +44,10 @@ class Drafter(nn.Module, ABC):
     def needs(self) -> TargetNeeds:
         """Return what this drafter reads of the target at training time (the loss adds its own)."""
         return TargetNeeds()
+
+    def why_not_cached(self) -> str | None:
+        """Return why what this drafter reads of the target cannot be stored before training; None: it can."""
+        return "it reads the target's logits of every token" if self.needs().logits else None
 
     @abstractmethod
     def forward(self, batch: DraftBatch) -> DraftOutput:

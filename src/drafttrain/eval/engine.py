@@ -24,7 +24,7 @@ from drafttrain.core.records import (
     TargetOutput,
     Verdict,
 )
-from drafttrain.core.roles import AcceptanceRule, ForwardListener, LengthPolicy, Proposer
+from drafttrain.core.roles import AcceptanceRule, DraftsInTarget, ForwardListener, LengthPolicy, Proposer
 from drafttrain.target import Target
 from drafttrain.target.cached_lm import CachedLM
 
@@ -81,6 +81,8 @@ class Engine:
         self.max_new_tokens = max_new_tokens
         self.seed = seed
         self._lm = CachedLM(target.model, name="target", listener=listener)
+        if isinstance(proposer, DraftsInTarget):
+            proposer.share(self._lm)
         self._stop_tokens = frozenset(target.eos_token_ids if stop_tokens is None else stop_tokens)
         self._needs = replace(proposer.needs | rule.needs, logits=True)
 
@@ -112,7 +114,8 @@ class Engine:
         with _Clock(live, "verify_seconds"):
             nodes = [proposal.tokens_N.tolist() for proposal in proposals]
             trees = [proposal.parents_N.tolist() for proposal in proposals]
-            seen = self._lm.forward(nodes, parents=trees, needs=self._needs)
+            states = [proposal.resume for proposal in proposals]
+            seen = self._lm.forward(nodes, parents=trees, needs=self._needs, resume=states)
             verdicts = [
                 self._verdict(sequence, proposal, output)
                 for sequence, proposal, output in zip(live, proposals, seen, strict=True)

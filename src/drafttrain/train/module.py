@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from drafttrain.core.errors import DrafttrainError
-from drafttrain.core.records import DraftBatch, TargetNeeds
+from drafttrain.core.records import DraftBatch, TargetNeeds, TargetOutput
 from drafttrain.drafters import Drafter
 from drafttrain.losses import Loss
 from drafttrain.losses.align import align
@@ -62,7 +62,7 @@ class DistillModule(LightningModule):
 
         needs = self.drafter.needs()
         rows_needed = self.loss.needs_target and batch.target_rows is None
-        if needs == TargetNeeds() and not rows_needed:
+        if (batch.target or TargetOutput()).has(needs) and not rows_needed:
             return batch
         assert self._target is not None, "the pipeline loads a target when the drafter or the loss needs one"
         seen = self._target.read(batch.tokens_BT, batch.positions_BT, needs | TargetNeeds(final=rows_needed))
