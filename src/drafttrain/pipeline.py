@@ -182,6 +182,7 @@ def _train(run: Run) -> None:
     entry = cast(Any, drafters.entry(recipe.drafter.kind).component)
     target = run.target if run.has_target() else None
     drafter: Drafter = entry.create(recipe.drafter, target=target, tokenizer=run.tokenizer)
+    drafter.fit_vocabulary(data.label_counts)
     loss = _loss(recipe)
     _write_drafter(run, drafter, run.folder.start, steps=0)
     count = sum(p.numel() for p in drafter.parameters() if p.requires_grad)
@@ -243,7 +244,7 @@ def _estimator(run: Run, target: Target) -> Callable[[Any], Mapping[str, Any]]:
     lengths = sorted({*wanted.replay_lengths, length})
 
     def estimate(drafter: Any) -> dict[str, Any]:
-        rows = replay_rows(target, drafter, texts, sampling)
+        rows = replay_rows(target, drafter, texts, sampling, num_depths=max(lengths))
         by_length = {k: tokens / sum(expected_rounds(r, k) for r in rows) for k in lengths}
         alpha = sum(float(r.acceptance_T.sum()) for r in rows) / tokens
         return {"block_efficiency": by_length[length], "alpha": alpha, "by_length": by_length}

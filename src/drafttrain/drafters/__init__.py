@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -33,6 +34,13 @@ class Drafter(nn.Module, ABC):
     def needs(self) -> TargetNeeds:
         """Return what this drafter reads of the target at training time (the loss adds its own)."""
         return TargetNeeds()
+
+    def fit_vocabulary(self, label_counts: Callable[[], Any]) -> None:
+        """Choose the tokens that this drafter can say, before its start is written; most kinds have the target's own.
+
+        Args:
+            label_counts: Computes how often each token id is a label in training.
+        """
 
     @abstractmethod
     def forward(self, batch: DraftBatch) -> DraftOutput:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from drafttrain.core.probability import acceptance_rate, sampling_probs
+from drafttrain.core.probability import acceptance_rate, over_target_vocabulary, sampling_probs
 from drafttrain.core.records import Record, Sampling, TargetNeeds
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import Drafter
@@ -45,16 +45,29 @@ class ReplayRows:
 
 @torch.no_grad()
 def replay_rows(
-    target: Target, drafter: Drafter, texts: Sequence[Text], sampling: Sampling, *, texts_at_once: int = 16
+    target: Target,
+    drafter: Drafter,
+    texts: Sequence[Text],
+    sampling: Sampling,
+    *,
+    num_depths: int = 0,
+    texts_at_once: int = 16,
 ) -> list[ReplayRows]:
-    """Return the rows of texts: a few forwards of each model, no decoding."""
+    """Return the rows of texts: a few forwards of each model, no decoding.
+
+    Args:
+        num_depths: Draft tokens of the longest round that will be asked for; a drafter that feeds on its own states rolls
+            out so many. 0: as many as it trains.
+    """
     found: list[ReplayRows] = []
     for start in range(0, len(texts), texts_at_once):
-        found += _replay_batch(target, drafter, texts[start : start + texts_at_once], sampling)
+        found += _replay_batch(target, drafter, texts[start : start + texts_at_once], sampling, num_depths)
     return found
 
 
-def _replay_batch(target: Target, drafter: Drafter, texts: Sequence[Text], sampling: Sampling) -> list[ReplayRows]:
+def _replay_batch(
+    target: Target, drafter: Drafter, texts: Sequence[Text], sampling: Sampling, num_depths: int
+) -> list[ReplayRows]:
     from dataclasses import replace
 
     records = [
@@ -66,7 +79,7 @@ def _replay_batch(target: Target, drafter: Drafter, texts: Sequence[Text], sampl
     batch = batch.to(target.device)
     seen = target.read(batch.tokens_BT, batch.positions_BT, drafter.needs() | TargetNeeds(final=True))
     target_rows = target.rows_of(seen)
-    drafted = drafter(replace(batch, target=seen))
+    drafted = drafter(replace(batch, target=seen, num_depths=num_depths))
     rows = align(drafted, batch)
     by_depth: dict[int, list[np.ndarray]] = {}  # type: ignore[type-arg]
     first = 0
@@ -82,6 +95,7 @@ def _replay_batch(target: Target, drafter: Drafter, texts: Sequence[Text], sampl
                 rows.tokens_N[chosen],
                 sampling,
                 num_tokens=target.num_tokens,
+                vocabulary=drafted.vocabulary,
             )
         place_N = rows.index.sequence_N[first : first + count].cpu().numpy()
         for number in range(len(texts)):
@@ -97,11 +111,15 @@ def _chances(
     sampling: Sampling,
     *,
     num_tokens: int,
+    vocabulary: torch.Tensor | None,
 ) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
     """Return (chance that the text's token is an accepted draft token, acceptance rate) by row."""
-    shared = min(num_tokens, drafter_logits_NV.shape[-1], target_logits_NV.shape[-1])
-    target_NV = sampling_probs(target_logits_NV, sampling)[:, :shared]
-    drafter_NV = sampling_probs(drafter_logits_NV[:, :shared], sampling)
+    target_NV = sampling_probs(target_logits_NV, sampling)
+    if vocabulary is None:
+        shared = min(num_tokens, drafter_logits_NV.shape[-1], target_logits_NV.shape[-1])
+        vocabulary = torch.arange(shared, device=target_NV.device)
+    drafter_NV = sampling_probs(drafter_logits_NV[:, : len(vocabulary)], sampling)
+    drafter_NV = over_target_vocabulary(drafter_NV, vocabulary, size=target_NV.shape[-1])
     target_N = target_NV.gather(1, tokens_N[:, None])[:, 0].double()
     drafter_N = drafter_NV.gather(1, tokens_N[:, None])[:, 0].double()
     kept_N = (drafter_N / target_N.clamp_min(1e-300)).clamp(max=1.0)
@@ -109,13 +127,19 @@ def _chances(
 
 
 def _rows_of(text: Text, depths: Sequence[np.ndarray]) -> ReplayRows:  # type: ignore[type-arg]
-    """Lay the rows out by round start: a drafter of depth 1 drafts its next token by itself, one place further on."""
-    kept_T, acceptance_T = depths[0]
-    if len(depths) == 1:
-        return ReplayRows(text.id, kept_T[:, None], acceptance_T)
-    kept_TK = np.zeros((len(kept_T), len(depths)))
-    for i, (kept, _) in enumerate(depths):
-        kept_TK[: len(kept_T) - i, i] = kept[len(kept) - (len(kept_T) - i) :]
+    """Lay the rows out by round start: a drafter of depth 1 drafts its next token by itself, one place further on.
+
+    After a prompt shorter than what the drafter must have seen the first tokens have no row: no draft of them is kept.
+    """
+    count = len(text.new)
+    kept_KT = np.zeros((len(depths), count))
+    acceptance_T = np.zeros(count)
+    for i, (kept, accepted) in enumerate(depths):
+        kept_KT[i, count - len(kept) :] = kept
+        if i == 0:
+            acceptance_T[count - len(accepted) :] = accepted
+    # Depth i + 1 of a round that starts at t is a row of token t + i.
+    kept_TK = np.stack([np.concatenate([kept_T[i:], np.zeros(i)]) for i, kept_T in enumerate(kept_KT)], axis=1)
     return ReplayRows(text.id, kept_TK, acceptance_T)
 
 
@@ -123,8 +147,12 @@ def expected_rounds(rows: ReplayRows, num_draft_tokens: int) -> float:
     """Return how many rounds of this draft length the text is expected to have taken.
 
     start[t] is the chance that a round starts at new token t: a round that keeps exactly i draft tokens ends i + 1 further on.
+    A drafter of several depths, each with its own rows, drafts no more tokens than it has depths.
     """
     count = len(rows.acceptance_T)
+    num_depths = rows.kept_TK.shape[1]
+    if num_depths > 1:
+        num_draft_tokens = min(num_draft_tokens, num_depths)
     start_T = np.zeros(count + num_draft_tokens + 2)
     start_T[0] = 1.0
     for t in range(count):
@@ -132,7 +160,7 @@ def expected_rounds(rows: ReplayRows, num_draft_tokens: int) -> float:
         for i in range(num_draft_tokens):
             if t + i >= count:
                 break
-            kept = rows.kept_TK[t + i, 0] if rows.kept_TK.shape[1] == 1 else rows.kept_TK[t, i]
+            kept = rows.kept_TK[t + i, 0] if num_depths == 1 else rows.kept_TK[t, i]
             start_T[t + i + 1] += alive * (1 - kept)
             alive *= kept
         start_T[t + num_draft_tokens + 1] += alive
