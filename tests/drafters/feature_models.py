@@ -30,11 +30,17 @@ def feature_drafter(kind: str, target: Target, *, seed: int = 1, scale: float = 
     with torch.no_grad():
         for name, parameter in drafter.named_parameters():
             if name != "lm_head.weight":
-                parameter.copy_(scale * torch.randn_like(parameter) if parameter.ndim == 2 else 1 + 0.2 * torch.randn_like(parameter))
+                parameter.copy_(
+                    scale * torch.randn_like(parameter)
+                    if parameter.ndim == 2
+                    else 1 + 0.2 * torch.randn_like(parameter)
+                )
     return drafter.eval()
 
 
-def packed(target: Target, drafter: Any, lengths: tuple[int, ...], *, width: int, seed: int = 2) -> tuple[DraftBatch, list[Any]]:
+def packed(
+    target: Target, drafter: Any, lengths: tuple[int, ...], *, width: int, seed: int = 2
+) -> tuple[DraftBatch, list[Any]]:
     """Return random documents laid side by side, read by the target; and where each begins."""
     generator = torch.Generator().manual_seed(seed)
     texts = [torch.randint(1, target.vocab_size, (n,), generator=generator).tolist() for n in lengths]

@@ -145,10 +145,19 @@ def small_target() -> Target:
     return Target(model, byte_tokenizer(), name="small", fingerprint="")
 
 
-def chi_square(model: Any, proposer: Any, temperature: float, *, samples: int = 2500, spoil: Any = None) -> float:
+def chi_square(
+    model: Any,
+    proposer: Any,
+    temperature: float,
+    *,
+    samples: int = 2500,
+    spoil: Any = None,
+    target: Target | None = None,
+) -> float:
     """T2: return the p-value of the law of the first two new tokens against the target's, enumerated."""
-    target = small_target()
-    target.model.load_state_dict(model.state_dict())
+    if target is None:
+        target = small_target()
+        target.model.load_state_dict(model.state_dict())
     engine = Engine(
         target,
         proposer,

@@ -169,8 +169,8 @@ def load_weights(folder: Path, module: nn.Module, *, dtype: Any) -> None:
     ]
     if problems:
         raise CheckpointError(f"{path}: {len(problems)} tensors are wrong: {'; '.join(problems[:5])}")
-    module.load_state_dict(stored)
     module.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    module.load_state_dict(stored)
 
 
 def _rope_parameters(config: Any) -> dict[str, Any]:

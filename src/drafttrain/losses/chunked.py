@@ -130,11 +130,11 @@ def in_draft_vocabulary(loss: Loss, rows: LossRows, vocabulary_R: Tensor, *, voc
         return dict(loss.per_row(restricted)) | {LEARNABLE: labels_N >= 0}
     log_p_NR = rows.log_p_NV[:, vocabulary_R]
     restricted = LossRows(rows.drafter_logits_NV, log_p_NR, labels_N, rows.seed_N)
-    with torch.no_grad():
-        # Not renormalised: what the target would say outside the drafter's vocabulary is never accepted.
-        acceptance_N = torch.minimum(log_p_NR, restricted.log_q_NV).exp().sum(dim=-1)
-    learnable_N = draft_id_V[rows.target_logits_NV.argmax(dim=-1)] >= 0
-    return dict(loss.per_row(restricted)) | {ACCEPTANCE: acceptance_N.detach(), LEARNABLE: learnable_N}
+    values = dict(loss.per_row(restricted))
+    # Not renormalised: what the target would say outside the drafter's vocabulary is never accepted.
+    values[ACCEPTANCE] = torch.minimum(log_p_NR, restricted.log_q_NV.detach()).exp().sum(dim=-1)
+    values[LEARNABLE] = draft_id_V[rows.target_logits_NV.argmax(dim=-1)] >= 0
+    return values
 
 
 def normalised(total: Tensor, batch: DraftBatch, *, world_size: int, accumulation: int) -> Tensor:
