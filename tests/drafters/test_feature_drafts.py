@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 
 import pytest
 import torch
 
 from drafttrain.core.records import Budget, DraftStep
-from drafttrain.drafters.feature_drafts import DynamicTree, likeliest
+from drafttrain.drafters.feature_drafts import DraftTree
 
 R = 5
 
@@ -23,7 +22,7 @@ def law(path: tuple[int, ...]) -> torch.Tensor:
 
 def grown(budget: Budget, *, more: Any = lambda step: True) -> Any:
     """Return the tree that the laws above give; the states carry the paths, so a wrong parent would be noticed."""
-    tree = DynamicTree(99, budget, sequence=0, vocabulary_R=torch.arange(10, 10 + R), more=more)
+    tree = DraftTree(99, budget, sequence=0, vocabulary_R=torch.arange(10, 10 + R), more=more)
     read: list[tuple[int, ...]] = []
     tree.grow(law(())[None], torch.zeros(1, 1))
     while tree.frontier:
@@ -74,10 +73,15 @@ def test_every_node_stands_after_its_parent_and_equal_scores_lose_no_parent():
     proposal = grown(Budget(12, 4, width=3))
     assert all(parent < node for node, parent in enumerate(proposal.parents_N.tolist()))
     # A child that is certain is as likely as its parent: the parent is kept first.
-    assert likeliest(torch.tensor([math.log(0.5), math.log(0.5), -3.0, math.log(0.5)]), count=2) == [0, 1]
+    tree = DraftTree(99, Budget(2, 3, 2), sequence=0, vocabulary_R=torch.arange(R), more=lambda step: True)
+    tree.grow(torch.tensor([[0.0, 0.0, -9.0, -9.0, -9.0]]), torch.zeros(1, 1))
+    while tree.frontier:
+        certain = torch.tensor([[200.0, 0.0, 0.0, 0.0, 0.0]]).expand(len(tree.frontier), -1)
+        tree.grow(certain, torch.zeros(len(tree.frontier), 1))
+    assert tree.proposal().parents_N.tolist() == [-1, 0, 0]
 
 
-def test_the_length_policy_is_asked_once_a_level_of_the_likeliest_node():
+def test_the_length_policy_is_asked_of_every_node_of_the_frontier():
     asked: list[DraftStep] = []
 
     def more(step: DraftStep) -> bool:
@@ -85,7 +89,9 @@ def test_the_length_policy_is_asked_once_a_level_of_the_likeliest_node():
         return step.depth < 3
 
     proposal = grown(Budget(20, 5, width=2), more=more)
-    assert [step.depth for step in asked] == [1, 2, 3]
+    assert [step.depth for step in asked] == [1, 2, 2, 3, 3]
     assert int(proposal.depths_N.max()) == 2
-    best = max(range(R), key=lambda token: score((token,)))
-    assert torch.equal(asked[1].logits_V, law((best,)))
+    assert asked[0].token == 99
+    for step in asked[1:3]:
+        assert step.token is not None
+        assert torch.equal(step.logits_V, law((step.token - 10,)))

@@ -234,11 +234,18 @@ class Context:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much may be drafted in one round, the root not counted."""
+    """How much may be drafted in one round, the root not counted: a chain where `width` is 1, else a tree."""
 
     nodes: int
     depth: int
     width: int = 1
+    """Children of a node at most."""
+
+    def within(self, depth: int) -> Budget:
+        """Return the budget cut to a depth; the nodes to what a tree of this depth and width can hold."""
+        depth = min(self.depth, depth)
+        full = sum(self.width**level for level in range(1, depth + 1))
+        return Budget(min(self.nodes, full), depth, self.width)
 
 
 @dataclass(frozen=True)
@@ -315,6 +322,26 @@ def chain(tokens: Sequence[int], *, kind: NodeKind, q_rows_RV: Tensor | None = N
 def fixed_chain(root: int, drafted: Sequence[int]) -> Proposal:
     """Return a FIXED chain behind the root."""
     return chain([root, *drafted], kind=NodeKind.FIXED)
+
+
+def fixed_tree(root: int, nodes: Sequence[tuple[int, int]]) -> Proposal:
+    """Return a FIXED tree under the root.
+
+    Args:
+        nodes: (token, parent) of node 1, 2, ...; the parent is a smaller node number, 0 the root. Siblings in draft order.
+    """
+    import torch
+
+    depths = [0]
+    for number, (_, parent) in enumerate(nodes, start=1):
+        assert 0 <= parent < number, "a node comes after its parent"
+        depths.append(depths[parent] + 1)
+    return Proposal(
+        tokens_N=torch.tensor([root, *(token for token, _ in nodes)]),
+        parents_N=torch.tensor([-1, *(parent for _, parent in nodes)]),
+        depths_N=torch.tensor(depths),
+        kinds_N=torch.tensor([NodeKind.ROOT.value] + [NodeKind.FIXED.value] * len(nodes)),
+    )
 
 
 @dataclass(frozen=True)

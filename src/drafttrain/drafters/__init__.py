@@ -25,11 +25,18 @@ class Drafter(nn.Module, ABC):
     kind: ClassVar[str]
     lag: ClassVar[int]
     """Row t of depth d is the law of token t + d + lag: 0 when the drafter sees the root, 1 when it sees features before it."""
+    serving: ClassVar[str] = "No serving engine loads this kind: decode with `drafttrain eval THIS_FOLDER`."
+    """How an engine loads the exported folder, for its card."""
 
     @classmethod
     @abstractmethod
     def create(cls, settings: Any, *, target: Target | None, tokenizer: Any) -> Drafter:
         """Return the drafter at its start, as its settings say."""
+
+    @property
+    def deepest(self) -> int | None:
+        """Draft tokens of a round at most; None: it goes on from its own tokens for as long as it is asked."""
+        return None
 
     def needs(self) -> TargetNeeds:
         """Return what this drafter reads of the target at training time (the loss adds its own)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -69,6 +69,12 @@ class CausalLMDrafter(Drafter):
 
     kind = "causal_lm"
     lag = 0
+    serving: ClassVar[str] = (
+        "    vllm serve TARGET --speculative-config "
+        '\'{"method": "draft_model", "model": "THIS_FOLDER", "num_speculative_tokens": 5}\'\n\n'
+        '    assistant = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")\n'
+        "    target.generate(**inputs, assistant_model=assistant)"
+    )
 
     def __init__(self, model: Any, *, draft: str = "sampled") -> None:
         super().__init__()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,10 @@ class EagleDrafter(Drafter):
 
     kind = "eagle"
     lag = 1
+    serving: ClassVar[str] = (
+        "    vllm serve TARGET --speculative-config "
+        '\'{"method": "eagle", "model": "THIS_FOLDER", "num_speculative_tokens": 5}\''
+    )
 
     def __init__(self, config: dict[str, Any], parts: TargetParts) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +102,10 @@ class Eagle3Drafter(Drafter):
 
     kind = "eagle3"
     lag = 1
+    serving: ClassVar[str] = (
+        "    vllm serve TARGET --speculative-config "
+        '\'{"method": "eagle3", "model": "THIS_FOLDER", "num_speculative_tokens": 5}\''
+    )
 
     def __init__(self, config: dict[str, Any], parts: TargetParts) -> None:
         super().__init__()

@@ -2,12 +2,12 @@
 
 Both are told the drafter's law after each node of the frontier, and say which nodes are to be read next.
 
-R = the drafter's vocabulary, F = nodes of the frontier, W = children a node, D = hidden, N = scored nodes
+R = the drafter's vocabulary, F = nodes of the frontier, D = hidden
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from drafttrain.core.probability import draw, over_target_vocabulary, sampling_probs
 from drafttrain.core.records import Budget, DraftStep, NodeKind, Proposal, Sampling, chain
+from drafttrain.drafters.dynamic_tree import DynamicTree
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,8 @@ class DraftChain:
         return chain(self._tokens, kind=NodeKind.SAMPLED, q_rows_RV=q_rows_RV)
 
 
-class DynamicTree:
-    """The likeliest draft tokens by the product of the drafter's probabilities along their path.
-
-    Level by level the `width` likeliest nodes are expanded by their `width` likeliest children; in the end the likeliest of all
-    nodes that were scored are kept. No node is likelier than its parent, so what is kept is a tree. The nodes are FIXED: which
-    they are depends on the committed text alone.
+class DraftTree:
+    """EAGLE-2's dynamic tree: level by level the drafter's likeliest nodes are read; FIXED, whatever the temperature.
 
     Source: Li et al. 2024, EAGLE-2, arXiv 2406.16858, 4.
     """
@@ -118,63 +115,38 @@ class DynamicTree:
         more: Callable[[DraftStep], bool],
     ) -> None:
         self.frontier: list[DraftNode] = []
-        self._root = root
-        self._budget = budget
+        self._tree = DynamicTree(root, budget)
         self._sequence = sequence
         self._vocabulary_R = vocabulary_R
         self._more = more
-        self._tokens: list[int] = []
-        self._parents: list[int] = []
-        self._depths: list[int] = []
-        self._scores_N = torch.zeros(0)
-        self._expanded: list[int] = [-1]
-        """Scored nodes of the frontier, likeliest first; -1 is the root."""
-        self._read_before = 0
-        """Nodes of earlier frontiers, in the order in which they were read."""
+        self._read = {0: -1}
+        """By node of the tree, its number in the order of reading; the root is committed text."""
 
     def grow(self, logits_FR: Tensor, states_FD: Tensor) -> None:
-        """Score the children of the frontier and choose the next one; the length policy is asked of its likeliest node."""
-        level = self._depths[self._expanded[0]] + 1 if self._tokens else 1
+        """Add the children of the frontier, where the length policy says so, and choose the next frontier."""
+        tree, row_of = self._tree, {node: row for row, node in enumerate(self._tree.frontier)}
         logits_FR = logits_FR[:, : len(self._vocabulary_R)]
-        if not self._more(DraftStep(self._sequence, level, logits_FR[0], states_FD[0])):
-            self.frontier = []
-            return
-        width = min(self._budget.width, logits_FR.shape[1])
-        log_q = (
-            logits_FR.to(torch.promote_types(logits_FR.dtype, torch.float32)).log_softmax(dim=-1).topk(width, dim=-1)
-        )
-        scores_F = self._scores_N.to(log_q.values.device)[self._expanded] if self._tokens else log_q.values.new_zeros(1)
-        scores_FW = scores_F[:, None] + log_q.values
-        first = len(self._tokens)
-        self._tokens += self._vocabulary_R[log_q.indices.flatten()].tolist()
-        self._parents += [parent for parent in self._expanded for _ in range(width)]
-        self._depths += [level] * scores_FW.numel()
-        self._scores_N = torch.cat([self._scores_N.to(scores_FW), scores_FW.flatten()])
-        if level == self._budget.depth:
-            self.frontier = []
-            return
-        best = scores_FW.flatten().sort(descending=True, stable=True).indices[: self._budget.width].tolist()
-        read = [self._read_before + place for place in range(len(self._expanded))] if first else [-1]
-        self.frontier = [
-            DraftNode(self._tokens[first + i], level, read[i // width], states_FD[i // width]) for i in best
+        expand = [
+            self._more(DraftStep(self._sequence, tree.depth + 1, logits_FR[row], states_FD[row], self._token(node)))
+            for node, row in row_of.items()
         ]
-        self._read_before += len(read) if first else 0
-        self._expanded = [first + i for i in best]
+        wide = torch.promote_types(logits_FR.dtype, torch.float32)
+        tree.grow(logits_FR.log_softmax(dim=-1, dtype=wide), expand)
+        self.frontier = [
+            DraftNode(
+                self._token(node), tree.depth, self._read[tree.parents[node]], states_FD[row_of[tree.parents[node]]]
+            )
+            for node in tree.frontier
+        ]
+        self._read |= {node: len(self._read) - 1 + place for place, node in enumerate(tree.frontier)}
 
     def proposal(self) -> Proposal:
         """Return the likeliest nodes as a tree under the root."""
-        kept = likeliest(self._scores_N, count=self._budget.nodes)
-        place = {-1: 0} | {node: number for number, node in enumerate(kept, start=1)}
-        fixed = NodeKind.FIXED.value
-        return Proposal(
-            tokens_N=torch.tensor([self._root, *(self._tokens[node] for node in kept)]),
-            parents_N=torch.tensor([-1, *(place[self._parents[node]] for node in kept)]),
-            depths_N=torch.tensor([0, *(self._depths[node] for node in kept)]),
-            kinds_N=torch.tensor([NodeKind.ROOT.value] + [fixed] * len(kept)),
-        )
+        kept = self._tree.proposal()
+        kept.tokens_N[1:] = self._vocabulary_R.cpu()[kept.tokens_N[1:]]
+        return kept
 
-
-def likeliest(scores_N: Tensor, *, count: int) -> Sequence[int]:
-    """Return the nodes of the highest scores in their order; of equal ones the earlier, so that no node loses its parent."""
-    kept: list[int] = scores_N.sort(descending=True, stable=True).indices[:count].sort().values.tolist()
-    return kept
+    def _token(self, node: int) -> int:
+        """Return the target's id of a node's token."""
+        token = self._tree.tokens[node]
+        return token if node == 0 else int(self._vocabulary_R[token])

@@ -25,7 +25,7 @@ from drafttrain.core.records import (
 )
 from drafttrain.core.roles import ForwardListener
 from drafttrain.drafters.feature_cache import FeatureCache
-from drafttrain.drafters.feature_drafts import Draft, DraftChain, DraftNode, DynamicTree
+from drafttrain.drafters.feature_drafts import Draft, DraftChain, DraftNode, DraftTree
 from drafttrain.drafters.feature_layer import attend
 from drafttrain.drafters.feature_rollout import FeatureModel
 
@@ -125,7 +125,7 @@ class FeatureProposer:
     ) -> Draft:
         root = self._contexts[number].tokens[-1]
         if budget.width > 1:
-            return DynamicTree(root, budget, sequence=number, vocabulary_R=self._vocabulary_R, more=more)
+            return DraftTree(root, budget, sequence=number, vocabulary_R=self._vocabulary_R, more=more)
         return DraftChain(
             root,
             budget,

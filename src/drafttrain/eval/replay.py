@@ -41,6 +41,8 @@ class ReplayRows:
     """[t, i]: chance that the (i + 1)-th draft token of a round that starts at new token t is the text's and is kept."""
     acceptance_T: np.ndarray[tuple[int], np.dtype[np.float64]]
     """Acceptance rate of the first draft token, sum_x min(p, q), by position."""
+    deepest: int | None = None
+    """Draft tokens of a round at most; None: the drafter goes on from its own tokens."""
 
 
 @torch.no_grad()
@@ -101,7 +103,8 @@ def _replay_batch(
         for number in range(len(texts)):
             by_depth.setdefault(number, []).append(np.stack([kept[place_N == number], accepted[place_N == number]]))
         first += count
-    return [_rows_of(text, by_depth[number]) for number, text in enumerate(texts)]
+    deepest = len(rows.counts) if len(rows.counts) > 1 else drafter.deepest
+    return [_rows_of(text, by_depth[number], deepest) for number, text in enumerate(texts)]
 
 
 def _chances(
@@ -126,33 +129,28 @@ def _chances(
     return kept_N.cpu().numpy(), acceptance_rate(target_NV, drafter_NV).double().cpu().numpy()
 
 
-def _rows_of(text: Text, depths: Sequence[np.ndarray]) -> ReplayRows:  # type: ignore[type-arg]
-    """Lay the rows out by round start: a drafter of depth 1 drafts its next token by itself, one place further on.
-
-    After a prompt shorter than what the drafter must have seen the first tokens have no row: no draft of them is kept.
-    """
+def _rows_of(text: Text, depths: Sequence[np.ndarray], deepest: int | None) -> ReplayRows:  # type: ignore[type-arg]
+    """Lay the rows out by round start: a drafter of depth 1 drafts its next token by itself, one place further on."""
     count = len(text.new)
-    kept_KT = np.zeros((len(depths), count))
+    kept_TK = np.zeros((count, len(depths)))
     acceptance_T = np.zeros(count)
     for i, (kept, accepted) in enumerate(depths):
-        kept_KT[i, count - len(kept) :] = kept
+        # Depth i + 1 of a round that starts at t speaks of new token t + i. A drafter that looks at the token before the root
+        # has no row at the start of a prompt of one token, and drafts nothing there.
+        rows = kept[-(count - i) :] if i < count else kept[:0]
+        kept_TK[count - i - len(rows) : count - i, i] = rows
         if i == 0:
             acceptance_T[count - len(accepted) :] = accepted
-    # Depth i + 1 of a round that starts at t is a row of token t + i.
-    kept_TK = np.stack([np.concatenate([kept_T[i:], np.zeros(i)]) for i, kept_T in enumerate(kept_KT)], axis=1)
-    return ReplayRows(text.id, kept_TK, acceptance_T)
+    return ReplayRows(text.id, kept_TK, acceptance_T, deepest)
 
 
 def expected_rounds(rows: ReplayRows, num_draft_tokens: int) -> float:
     """Return how many rounds of this draft length the text is expected to have taken.
 
     start[t] is the chance that a round starts at new token t: a round that keeps exactly i draft tokens ends i + 1 further on.
-    A drafter of several depths, each with its own rows, drafts no more tokens than it has depths.
     """
     count = len(rows.acceptance_T)
-    num_depths = rows.kept_TK.shape[1]
-    if num_depths > 1:
-        num_draft_tokens = min(num_draft_tokens, num_depths)
+    num_draft_tokens = min(num_draft_tokens, rows.deepest or num_draft_tokens)
     start_T = np.zeros(count + num_draft_tokens + 2)
     start_T[0] = 1.0
     for t in range(count):
@@ -160,7 +158,7 @@ def expected_rounds(rows: ReplayRows, num_draft_tokens: int) -> float:
         for i in range(num_draft_tokens):
             if t + i >= count:
                 break
-            kept = rows.kept_TK[t + i, 0] if num_depths == 1 else rows.kept_TK[t, i]
+            kept = rows.kept_TK[t + i, 0] if rows.kept_TK.shape[1] == 1 else rows.kept_TK[t, i]
             start_T[t + i + 1] += alive * (1 - kept)
             alive *= kept
         start_T[t + num_draft_tokens + 1] += alive

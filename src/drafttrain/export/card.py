@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from drafttrain.drafters import drafters
 from drafttrain.eval.table import interval
 
 
@@ -30,6 +31,8 @@ def model_card(name: str, result: Mapping[str, Any], *, drafter: str, recipe: st
     length = ", ".join(f"{key} {value}" for key, value in result["settings"]["length"].items())
     parity_line = f"Greedy parity with the target: {parities[0]}." if parities else "Greedy parity was not measured."
     nl = "\n"
+    component: Any = drafters.entry(result["drafters"][drafter]["kind"]).component
+    serving: str = component.serving
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -49,10 +52,7 @@ tokens; the target decides. It is no model to talk to by itself.
 
 ## Use
 
-    vllm serve TARGET --speculative-config '{{"method": "draft_model", "model": "THIS_FOLDER", "num_speculative_tokens": 5}}'
-
-    assistant = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
-    target.generate(**inputs, assistant_model=assistant)
+{serving}
 
 ## Where it comes from
 
