@@ -164,6 +164,15 @@ def test_eval_runs_where_lightning_and_deepspeed_are_not_installed(recipe, tmp_p
     assert "block efficiency" in done.stdout
 
 
+EMBEDDED = [
+    "target.model=builtin:target",
+    "target.dtype=float32",
+    "data.generate.prompts={kind: stdlib}",
+    "train.precision=fp32",
+]
+"""A recipe for a real target, on the embedded one."""
+
+
 @pytest.mark.parametrize("name", [one.name for one in bundled_recipes()])
 def test_every_recipe_runs_with_smoke(name, tmp_path):
     """The path of every bundled recipe, shrunk; models that are not here are overridden by builtin ones."""
@@ -175,21 +184,11 @@ def test_every_recipe_runs_with_smoke(name, tmp_path):
             "data.generate.prompts={kind: stdlib}",
             "train.precision=fp32",
         ],
-        "kangaroo_llama3.1_8b": [
-            "target.model=builtin:target",
-            "target.dtype=float32",
-            "data.generate.prompts={kind: stdlib}",
-            "train.precision=fp32",
-            "export.dtype=float32",
-            "eval.temperatures=[0]",
-        ],
+        "kangaroo_llama3.1_8b": [*EMBEDDED, "export.dtype=float32", "eval.temperatures=[0]"],
         "tiny_kangaroo": ["eval.temperatures=[0]"],
-        "medusa_llama3.1_8b": [
-            "target.model=builtin:target",
-            "target.dtype=float32",
-            "data.generate.prompts={kind: stdlib}",
-            "train.precision=fp32",
-        ],
+        "medusa_llama3.1_8b": EMBEDDED,
+        "eagle3_llama3.1_8b": [*EMBEDDED, "drafter.draft_vocab_size=512"],
+        "eagle3_qwen3_8b": [*EMBEDDED, "drafter.draft_vocab_size=512"],
     }
     recipe = load_recipe(name, overrides.get(name, []), smoke=True)
     pipeline.fit(recipe, tmp_path / "run")

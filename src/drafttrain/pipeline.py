@@ -252,6 +252,7 @@ def _start(run: Run, data: TrainingData) -> Drafter:
     """Return the drafter as distillation finds it, and keep it as a folder: made as its settings say, then pretrained or not."""
     recipe, start = run.recipe, run.folder.start
     if recipe.train.pretrain is None:
+        run.drafter.fit_vocabulary(data.label_counts)
         _write_drafter(run, run.drafter, start, steps=0)
         return run.drafter
     if not start.exists():
@@ -322,7 +323,7 @@ def _estimator(run: Run, target: Target) -> Callable[[Any], Mapping[str, Any]]:
 
     def estimate(drafter: Any) -> dict[str, Any]:
         with drafter.standing_on(target):
-            rows = replay_rows(target, drafter, texts, sampling)
+            rows = replay_rows(target, drafter, texts, sampling, num_depths=max(lengths))
         by_length = {k: tokens / sum(expected_rounds(r, k) for r in rows) for k in lengths}
         alpha = sum(float(r.acceptance_T.sum()) for r in rows) / tokens
         return {"block_efficiency": by_length[length], "alpha": alpha, "by_length": by_length}

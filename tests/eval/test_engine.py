@@ -146,10 +146,18 @@ def small_target() -> Target:
 
 
 def chi_square(
-    model: Any, proposer: Any, temperature: float, *, samples: int = 2500, spoil: Any = None, policy: Any = None
+    model: Any,
+    proposer: Any,
+    temperature: float,
+    *,
+    samples: int = 2500,
+    spoil: Any = None,
+    policy: Any = None,
+    target: Target | None = None,
 ) -> float:
     """T2: return the p-value of the law of the first two new tokens against the target's, enumerated."""
-    target = Target(model, byte_tokenizer(), name="small", fingerprint="")
+    if target is None:
+        target = Target(model, byte_tokenizer(), name="small", fingerprint="")
     engine = Engine(
         target,
         proposer,

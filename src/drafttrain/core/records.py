@@ -117,6 +117,8 @@ class DraftBatch:
     """Ids of the records, by their number in `documents_BT` less the smallest one."""
     target: TargetOutput | None = None
     target_rows: TargetRows | None = None
+    num_depths: int = 0
+    """Depths that are asked of a drafter that can roll out any number; 0: as many as it trains."""
 
     def to(self, device: Any) -> DraftBatch:
         """Return the batch with its own tensors, and what it holds of the target, on `device`."""
@@ -147,6 +149,8 @@ class DraftOutput:
     """Factor on the loss of a depth; 1 where it is not named."""
     extra_loss: Tensor | None = None
     """What the drafter adds to the loss of the step by itself: a sum over trained positions, like the sum of loss_N."""
+    vocabulary: Tensor | None = None
+    """The target's id of each of the drafter's tokens, ascending; None: the vocabularies are the same."""
 
     def logits_BTV(self, depth: int) -> Tensor:
         """Return the whole logits of one depth."""
@@ -161,7 +165,7 @@ class LossRows:
     target_logits_NV: Tensor | None
     """None when the loss asked for no target."""
     tokens_N: Tensor
-    """The label: the token that the data has there."""
+    """The label: the token that the data has there; -1 where the drafter's vocabulary lacks it."""
     seed_N: Tensor | None = None
     """A number of the row, the same whatever micro-batch it is in, for losses that draw."""
 

@@ -79,6 +79,14 @@ class TrainingData:
             found[source].add(record)
         return [sorted(records) for records in found]
 
+    def label_counts(self) -> np.ndarray[Any, Any]:
+        """Return how often each token id is a label in a record as training draws them: sources by their weights."""
+        sizes = [int(store.tokens.max()) + 1 for store in self.stores]
+        counts_V = np.zeros(max(sizes))
+        for store, source, size in zip(self.stores, self.settings.sources, sizes, strict=True):
+            counts_V[:size] += source.weight / len(store) * np.bincount(store.labels, minlength=size)
+        return counts_V
+
     def contaminated(self, prompts: Mapping[str, Sequence[int]]) -> list[str]:
         """Return the ids of prompts that share an n-gram with any record."""
         texts = (

@@ -51,6 +51,11 @@ class Store:
         return self._tokens
 
     @property
+    def labels(self) -> np.ndarray[Any, Any]:
+        """All tokens that are trained, one after the other."""
+        return np.asarray(self._tokens[self._mask])
+
+    @property
     def starts(self) -> np.ndarray[Any, Any]:
         """Where each record begins in `tokens`, and the end."""
         return self._starts

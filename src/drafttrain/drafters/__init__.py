@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -48,6 +48,13 @@ class Drafter(nn.Module, ABC):
     def why_not_cached(self) -> str | None:
         """Return why what this drafter reads of the target cannot be stored before training; None: it can."""
         return "it reads the target's logits of every token" if self.needs().logits else None
+
+    def fit_vocabulary(self, label_counts: Callable[[], Any]) -> None:
+        """Choose the tokens that this drafter can say, before its start is written; most kinds have the target's own.
+
+        Args:
+            label_counts: Computes how often each token id is a label in training.
+        """
 
     @abstractmethod
     def forward(self, batch: DraftBatch) -> DraftOutput:

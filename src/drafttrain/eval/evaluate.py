@@ -272,7 +272,7 @@ def _replayed(arm: Arm, sampling: Sampling, settings: EvalSettings) -> dict[str,
         Text(one.id, list(one.prompt_tokens), list(one.tokens[: count.num_tokens]))
         for one, count in zip(arm.generations, counted, strict=True)
     ]
-    rows = replay_rows(arm.target, arm.drafter, texts, sampling)
+    rows = replay_rows(arm.target, arm.drafter, texts, sampling, num_depths=max(settings.replay_lengths, default=0))
     tokens = [len(text.new) for text in texts]
     resamples = {"resamples": settings.resamples, "seed": settings.seed}
     return {

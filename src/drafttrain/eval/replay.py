@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from drafttrain.core.probability import acceptance_rate, sampling_probs
+from drafttrain.core.probability import acceptance_rate, over_target_vocabulary, sampling_probs
 from drafttrain.core.records import Record, Sampling, TargetNeeds
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import Drafter
@@ -47,16 +47,29 @@ class ReplayRows:
 
 @torch.no_grad()
 def replay_rows(
-    target: Target, drafter: Drafter, texts: Sequence[Text], sampling: Sampling, *, texts_at_once: int = 16
+    target: Target,
+    drafter: Drafter,
+    texts: Sequence[Text],
+    sampling: Sampling,
+    *,
+    num_depths: int = 0,
+    texts_at_once: int = 16,
 ) -> list[ReplayRows]:
-    """Return the rows of texts: a few forwards of each model, no decoding."""
+    """Return the rows of texts: a few forwards of each model, no decoding.
+
+    Args:
+        num_depths: Draft tokens of the longest round that will be asked for; a drafter that feeds on its own states rolls
+            out so many. 0: as many as it trains.
+    """
     found: list[ReplayRows] = []
     for start in range(0, len(texts), texts_at_once):
-        found += _replay_batch(target, drafter, texts[start : start + texts_at_once], sampling)
+        found += _replay_batch(target, drafter, texts[start : start + texts_at_once], sampling, num_depths)
     return found
 
 
-def _replay_batch(target: Target, drafter: Drafter, texts: Sequence[Text], sampling: Sampling) -> list[ReplayRows]:
+def _replay_batch(
+    target: Target, drafter: Drafter, texts: Sequence[Text], sampling: Sampling, num_depths: int
+) -> list[ReplayRows]:
     from dataclasses import replace
 
     records = [
@@ -68,7 +81,7 @@ def _replay_batch(target: Target, drafter: Drafter, texts: Sequence[Text], sampl
     batch = batch.to(target.device)
     seen = target.read(batch.tokens_BT, batch.positions_BT, drafter.needs() | TargetNeeds(final=True))
     target_rows = target.rows_of(seen)
-    drafted = drafter(replace(batch, target=seen))
+    drafted = drafter(replace(batch, target=seen, num_depths=num_depths))
     rows = align(drafted, batch)
     by_depth: dict[int, list[np.ndarray]] = {}  # type: ignore[type-arg]
     first = 0
@@ -84,6 +97,7 @@ def _replay_batch(target: Target, drafter: Drafter, texts: Sequence[Text], sampl
                 rows.tokens_N[chosen],
                 sampling,
                 num_tokens=target.num_tokens,
+                vocabulary=drafted.vocabulary,
             )
         place_N = rows.index.sequence_N[first : first + count].cpu().numpy()
         for number in range(len(texts)):
@@ -100,11 +114,15 @@ def _chances(
     sampling: Sampling,
     *,
     num_tokens: int,
+    vocabulary: torch.Tensor | None,
 ) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
     """Return (chance that the text's token is an accepted draft token, acceptance rate) by row."""
-    shared = min(num_tokens, drafter_logits_NV.shape[-1], target_logits_NV.shape[-1])
-    target_NV = sampling_probs(target_logits_NV, sampling)[:, :shared]
-    drafter_NV = sampling_probs(drafter_logits_NV[:, :shared], sampling)
+    target_NV = sampling_probs(target_logits_NV, sampling)
+    if vocabulary is None:
+        shared = min(num_tokens, drafter_logits_NV.shape[-1], target_logits_NV.shape[-1])
+        vocabulary = torch.arange(shared, device=target_NV.device)
+    drafter_NV = sampling_probs(drafter_logits_NV[:, : len(vocabulary)], sampling)
+    drafter_NV = over_target_vocabulary(drafter_NV, vocabulary, size=target_NV.shape[-1])
     target_N = target_NV.gather(1, tokens_N[:, None])[:, 0].double()
     drafter_N = drafter_NV.gather(1, tokens_N[:, None])[:, 0].double()
     kept_N = (drafter_N / target_N.clamp_min(1e-300)).clamp(max=1.0)
