@@ -157,6 +157,9 @@ def test_every_recipe_runs_with_smoke(name, tmp_path):
             "train.precision=fp32",
             "export.dtype=float32",
             "eval.temperatures=[0]",
+            "eval.max_new_tokens=8",
+            "data.generate.num_records=16",
+            "train.max_steps=10",
         ],
         "tiny_kangaroo": ["eval.temperatures=[0]"],
     }
