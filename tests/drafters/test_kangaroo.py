@@ -421,7 +421,7 @@ def test_the_output_has_the_targets_law_when_drafting_stops_early(small, draft):
         return proposals
 
     proposer.propose = noted  # type: ignore[method-assign]
-    assert chi_square(small.model, proposer, 1.0, policy=STOP) > 1e-3
+    assert chi_square(small.model, proposer, 1.0, policy=STOP, samples=1500) > 1e-3
     assert lengths == {0, 1, 2}, "the rule must have stopped at every length"
 
 
@@ -447,7 +447,7 @@ def test_control_a_stop_that_looks_at_a_hidden_token_changes_the_law(small):
 
     proposer.propose = shortened  # type: ignore[method-assign]
     policy = FixedLength(FixedLengthSettings(2))
-    assert chi_square(small.model, proposer, 1.0, policy=policy) < 1e-3
+    assert chi_square(small.model, proposer, 1.0, policy=policy, samples=1500) < 1e-3
 
 
 def test_trees_are_refused(target):

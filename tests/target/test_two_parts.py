@@ -45,7 +45,7 @@ def one_by_one(lm: CachedLM, nodes: list[list[int]]) -> list[LayerState]:
 def test_verifying_from_stored_states_gives_the_logits_of_a_whole_call(name, layer):
     """Ragged and alone, and again after a partial acceptance; hidden states that pass by are the same too."""
     model = random_model(name)
-    for prompts, nodes in [(PROMPTS, NODES)] + [([p], [n]) for p, n in zip(PROMPTS, NODES, strict=True)]:
+    for prompts, nodes in [(PROMPTS, NODES), (PROMPTS[:1], NODES[:1])]:
         parts, whole = CachedLM(model, name="target"), CachedLM(model, name="target")
         parts.split_at(layer)
         needs = TargetNeeds(logits=True, hidden=(layer, 3), final=True)
