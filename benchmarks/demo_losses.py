@@ -7,7 +7,6 @@ efficiency by replay on the validation prompts at temperature 1; the two are com
 """
 
 import argparse
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from drafttrain.core.provenance import commit, processor
 from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.table import interval
-from drafttrain.pipeline import Run, export_best, gen, train_drafter
+from drafttrain.pipeline import Run, dropped_prompts, export_best, gen, train_drafter
 
 LOSSES = ("tvdpp", "ce")
 
@@ -46,7 +45,7 @@ def main() -> None:
             print(f"| {loss} | {rate:g} | {done['best_step']} | {found:.3f} |", flush=True)
             best[loss] = max(best.get(loss, (0.0, 0.0, drafter)), (found, rate, drafter))
     run = Run(base, arguments.folder / "base", quiet=True)
-    dropped = json.loads((run.folder.data / "overlap.json").read_text())["dropped"]
+    dropped = dropped_prompts(run, base.eval.prompts)
     prompts = read_prompts(
         base.eval.prompts,
         run.tokenizer,

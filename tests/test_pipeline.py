@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from drafttrain import pipeline
+from drafttrain.checkpoint import read_drafter
 from drafttrain.config.bundled import bundled_recipes
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import GateError, RecipeError
+from drafttrain.target import Target
 from drafttrain.train.callbacks import COLUMNS
 
 RECIPE = """
@@ -72,6 +74,7 @@ def test_fit_goes_all_the_way_and_a_second_time_does_nothing(recipe, tmp_path, c
         assert (folder / name).stat().st_size > 0, name
     result = json.loads((folder / "eval.json").read_text())
     assert result["trainer_loaded"] is False
+    assert "NaN" not in (folder / "eval.json").read_text()
     greedy = result["temperatures"][0]["drafters"]["drafter"]
     assert greedy["parity"]["exact"]
     assert greedy["target_calls"] == greedy["vllm"]["num_drafts"]
@@ -99,19 +102,24 @@ def test_fit_goes_all_the_way_and_a_second_time_does_nothing(recipe, tmp_path, c
 
 
 def test_a_gate_that_is_not_met_rejects_the_drafter_and_says_by_how_much(recipe, tmp_path):
-    loaded = load_recipe(recipe, ["export.require.block_efficiency=5.5"])
+    loaded = load_recipe(recipe, ["export.require.block_efficiency=5.5", "drafter.draft=greedy"])
     with pytest.raises(GateError, match=r"required 5\.5") as caught:
         pipeline.fit(loaded, tmp_path / "run")
     assert caught.value.exit_code == 3
     assert (tmp_path / "run" / "drafter.rejected" / "model.safetensors").exists()
     assert not (tmp_path / "run" / "drafter").exists()
+    target = Target.load(loaded.target)
+    assert read_drafter(tmp_path / "run" / "drafter.rejected", target).draft == "greedy"
 
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_training_continues_bit_for_bit(recipe, tmp_path, kill):
-    """SIGKILL at an arbitrary moment, SIGTERM (exit code 75): the same command again gives the uninterrupted curve and weights."""
+    """SIGKILL at an arbitrary moment, SIGTERM (exit code 75): the same command again gives the uninterrupted curve and weights.
+
+    Rows are logged off the grid of checkpoints, so that sums of steps that are not logged yet must travel too.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    slow = ["train.max_steps=60", "train.eval_every_steps=30"]
+    slow = ["train.max_steps=60", "train.eval_every_steps=30", "train.log_every_steps=7"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     subprocess.run(command("fit", recipe, *slow, "--runs", whole), check=True, env=environment, capture_output=True)
     process = subprocess.Popen(command("fit", recipe, *slow, "--runs", broken), env=environment, stderr=subprocess.PIPE)
@@ -128,6 +136,28 @@ def test_a_killed_training_continues_bit_for_bit(recipe, tmp_path, kill):
     for name in ("best", "last"):
         ours, theirs = (load_file(folder / "tiny" / name / "model.safetensors") for folder in (broken, whole))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_run_whose_last_checkpoint_is_its_last_step_ends_as_it_would_have(recipe, tmp_path):
+    loaded = load_recipe(recipe)
+    pipeline.fit(loaded, tmp_path / "run")
+    before = (tmp_path / "run" / "train.json").read_text()
+    (tmp_path / "run" / "train.json").unlink()
+    pipeline.fit(loaded, tmp_path / "run")
+    assert (tmp_path / "run" / "train.json").read_text() == before
+
+
+def test_a_test_prompt_in_the_training_text_is_dropped_whatever_the_other_prompts_are_called(recipe, tmp_path):
+    """Prompts without ids are called by their lines, in both files."""
+    spoiled = [{"text": "the quick brown fox jumps"}, {"text": "a prompt of its own, number one"}]
+    clean = [{"text": "nothing of this was trained"}, {"text": "and nothing of that either"}]
+    for name, lines in (("test", spoiled), ("validation", clean)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    files = [f"eval.prompts={tmp_path / 'test.jsonl'}", f"eval.validation_prompts={tmp_path / 'validation.jsonl'}"]
+    run = pipeline.Run(load_recipe(recipe, [*files, "eval.prompt_tokens=20"]), tmp_path / "run")
+    pipeline.training_data(run)
+    assert pipeline.dropped_prompts(run, str(tmp_path / "test.jsonl")) == ["1"]
+    assert pipeline.dropped_prompts(run, str(tmp_path / "validation.jsonl")) == []
 
 
 def test_pretraining_comes_first_reads_plain_text_only_and_its_end_is_the_start(recipe, tmp_path):

@@ -88,7 +88,7 @@ class Run:
             wanted.validation_prompts,
             self.tokenizer,
             prompt_tokens=wanted.prompt_tokens,
-            dropped=_dropped(self),
+            dropped=dropped_prompts(self, wanted.validation_prompts),
             limit=recipe.train.eval_prompts,
         )
         tasks = [Task(prompt.id, list(prompt.tokens), sampling) for prompt in prompts]
@@ -144,7 +144,7 @@ def evaluate_recipe(recipe: Recipe, folder: Path) -> dict[str, Any]:
     folders = {"drafter": drafter}
     if run.folder.start.exists():
         folders["start"] = run.folder.start
-    result = _evaluated(folders, run.target, recipe.eval, dropped=_dropped(run))
+    result = _evaluated(folders, run.target, recipe.eval, dropped=dropped_prompts(run, recipe.eval.prompts))
     write_json(run.folder.eval, result)
     show(result)
     return result
@@ -209,17 +209,20 @@ def training_data(run: Run) -> TrainingData:
         )
     overlap = run.folder.data / "overlap.json"
     if not overlap.exists():
-        names = dict.fromkeys([recipe.eval.prompts, recipe.eval.validation_prompts])
-        prompts = [
-            p for name in names for p in read_prompts(name, run.tokenizer, prompt_tokens=recipe.eval.prompt_tokens)
-        ]
-        drop_contaminated(data, {prompt.id: prompt.tokens for prompt in prompts}, overlap)
+        files = {
+            name: read_prompts(name, run.tokenizer, prompt_tokens=recipe.eval.prompt_tokens)
+            for name in dict.fromkeys([recipe.eval.prompts, recipe.eval.validation_prompts])
+        }
+        prompts = {(name, one.id): one.tokens for name, ones in files.items() for one in ones}
+        drop_contaminated(data, prompts, overlap)
     return data
 
 
-def _dropped(run: Run) -> list[str]:
+def dropped_prompts(run: Run, file: str) -> list[str]:
+    """Return the ids of the prompts of a file that overlap with the training text."""
     path = run.folder.data / "overlap.json"
-    return list(json.loads(path.read_text(encoding="utf-8"))["dropped"]) if path.exists() else []
+    found = json.loads(path.read_text(encoding="utf-8"))["dropped"] if path.exists() else []
+    return [id for name, id in found if name == file]
 
 
 def train_drafter(run: Run) -> None:
@@ -377,6 +380,7 @@ def _export_weights(run: Run, weights: Path, folder: Path, *, steps: int) -> Non
         tokenizer_fingerprint=tokenizer_fingerprint(run.tokenizer),
         vocab_size=len(run.tokenizer),
         trained_steps=steps,
+        draft=recipe.drafter.draft,
     )
     export_hf(weights, folder, tokenizer=run.tokenizer, about=about, dtype=recipe.export.dtype)
 

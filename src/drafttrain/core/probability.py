@@ -31,6 +31,14 @@ def sampling_probs(logits_NV: Tensor, sampling: Sampling) -> Tensor:
     return probs_NV
 
 
+def without_padding(logits_NV: Tensor, *, num_tokens: int) -> Tensor:
+    """Return logits in which the ids that no tokenizer produces, `num_tokens` and above, carry no mass."""
+    if logits_NV.shape[-1] <= num_tokens:
+        return logits_NV
+    padding_V = torch.arange(logits_NV.shape[-1], device=logits_NV.device) >= num_tokens
+    return logits_NV.masked_fill(padding_V, -torch.inf)
+
+
 def normalised(mass_NV: Tensor) -> Tensor:
     """Return rows divided by their sums."""
     return mass_NV / mass_NV.sum(dim=-1, keepdim=True)

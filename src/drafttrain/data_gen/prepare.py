@@ -16,7 +16,7 @@ from drafttrain.core.records import DraftBatch, TargetNeeds
 from drafttrain.data_gen.cache import RowCache, Wanted, build_cache, with_stored
 from drafttrain.data_gen.formats import Encoder
 from drafttrain.data_gen.generate import generate
-from drafttrain.data_gen.overlap import contaminated
+from drafttrain.data_gen.overlap import Key, contaminated
 from drafttrain.data_gen.packing import pack
 from drafttrain.data_gen.sampler import Sampler
 from drafttrain.data_gen.settings import DataSettings
@@ -87,8 +87,8 @@ class TrainingData:
             counts_V[:size] += source.weight / len(store) * np.bincount(store.labels, minlength=size)
         return counts_V
 
-    def contaminated(self, prompts: Mapping[str, Sequence[int]]) -> list[str]:
-        """Return the ids of prompts that share an n-gram with any record."""
+    def contaminated(self, prompts: Mapping[Key, Sequence[int]]) -> list[Key]:
+        """Return the keys of prompts that share an n-gram with any record."""
         texts = (
             store.tokens[store.starts[i] : store.starts[i + 1]] for store in self.stores for i in range(len(store))
         )
@@ -154,8 +154,8 @@ def attach_cache(
             )
 
 
-def drop_contaminated(data: TrainingData, prompts: Mapping[str, Sequence[int]], path: Path) -> list[str]:
-    """Note and return the ids of contaminated prompts."""
+def drop_contaminated(data: TrainingData, prompts: Mapping[Key, Sequence[int]], path: Path) -> list[Key]:
+    """Note and return the keys of contaminated prompts."""
     found = data.contaminated(prompts)
     if found:
         say(

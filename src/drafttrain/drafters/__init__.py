@@ -28,6 +28,8 @@ class Drafter(nn.Module, ABC):
     """Row t of depth d is the law of token t + d + lag: 0 when the drafter sees the root, 1 when it sees features before it."""
     needs_target: ClassVar[bool] = False
     """It is made from its target and cannot be trained without one."""
+    draft: str = "sampled"
+    """At temperature > 0: `sampled` from its own law, or `greedy`: its argmax, as some engines draft."""
     serving: ClassVar[str] = "No serving engine loads this kind: decode with `drafttrain eval THIS_FOLDER`."
     """How an engine loads the exported folder, for its card."""
 

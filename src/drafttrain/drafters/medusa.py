@@ -32,7 +32,8 @@ from drafttrain.losses.align import align
 from drafttrain.losses.chunked import row_losses
 from drafttrain.losses.forward_kl import ForwardKL, ForwardKLConfig
 from drafttrain.target import Target
-from drafttrain.target.anatomy import finished_logits, head_logits, trunk
+from drafttrain.target.anatomy import finished_logits, head_logits
+from drafttrain.target.documents import document_states
 
 TREE = "medusa_tree.json"
 """Beside config.json: the tree, and the table of accuracies that it was built from. Serving engines pass over it."""
@@ -194,9 +195,7 @@ class Medusa(Drafter):
         assert self._target is not None
         model = self._target.model
         with self.adapter.applied(model):
-            final_BTD: Tensor = trunk(model)(
-                input_ids=batch.tokens_BT, position_ids=batch.positions_BT, attention_mask=None, use_cache=False
-            ).last_hidden_state
+            final_BTD, _ = document_states(model, batch.tokens_BT, batch.positions_BT)
         return final_BTD
 
     def _target_loss(self, final_BTD: Tensor, batch: DraftBatch) -> Tensor:

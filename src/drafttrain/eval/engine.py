@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from drafttrain.core.probability import sampling_probs
+from drafttrain.core.probability import sampling_probs, without_padding
 from drafttrain.core.random import stream
 from drafttrain.core.records import (
     Budget,
@@ -84,6 +84,7 @@ class Engine:
         if isinstance(proposer, DraftsInTarget):
             proposer.share(self._lm)
         self._stop_tokens = frozenset(target.eos_token_ids if stop_tokens is None else stop_tokens)
+        self._num_tokens = target.num_tokens
         self._needs = replace(proposer.needs | rule.needs, logits=True)
 
     @torch.no_grad()
@@ -134,7 +135,8 @@ class Engine:
 
     def _verdict(self, sequence: _Sequence, proposal: Proposal, output: TargetOutput) -> Verdict:
         assert output.logits_BTV is not None
-        target_probs_NV = sampling_probs(output.logits_BTV[0], self.sampling)
+        logits_NV = without_padding(output.logits_BTV[0], num_tokens=self._num_tokens)
+        target_probs_NV = sampling_probs(logits_NV, self.sampling)
         hidden_ND = None if output.final_BTD is None else output.final_BTD[0]
         path, token = self.rule(proposal, target_probs_NV, hidden_ND, sequence.verdict_stream)
         drafted = proposal.tokens_N.tolist()

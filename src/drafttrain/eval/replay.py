@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from drafttrain.core.probability import acceptance_rate, over_target_vocabulary, sampling_probs
+from drafttrain.core.probability import acceptance_rate, over_target_vocabulary, sampling_probs, without_padding
 from drafttrain.core.records import Record, Sampling, TargetNeeds
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import Drafter
@@ -82,6 +82,8 @@ def _replay_batch(
     seen = target.read(batch.tokens_BT, batch.positions_BT, drafter.needs() | TargetNeeds(final=True))
     target_rows = target.rows_of(seen)
     drafted = drafter(replace(batch, target=seen, num_depths=num_depths))
+    # An argmax draft is a law with one token: kept where it is the text's, accepted with the chance that the target gives it.
+    draft_sampling = Sampling() if drafter.draft == "greedy" else sampling
     rows = align(drafted, batch)
     by_depth: dict[int, list[np.ndarray]] = {}  # type: ignore[type-arg]
     first = 0
@@ -96,6 +98,7 @@ def _replay_batch(
                 drafted.head(states_RD[rows.drafter_N[chosen]], depth),
                 rows.tokens_N[chosen],
                 sampling,
+                draft_sampling,
                 num_tokens=target.num_tokens,
                 vocabulary=drafted.vocabulary,
             )
@@ -112,16 +115,17 @@ def _chances(
     drafter_logits_NV: torch.Tensor,
     tokens_N: torch.Tensor,
     sampling: Sampling,
+    draft_sampling: Sampling,
     *,
     num_tokens: int,
     vocabulary: torch.Tensor | None,
 ) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
     """Return (chance that the text's token is an accepted draft token, acceptance rate) by row."""
-    target_NV = sampling_probs(target_logits_NV, sampling)
+    target_NV = sampling_probs(without_padding(target_logits_NV, num_tokens=num_tokens), sampling)
     if vocabulary is None:
         shared = min(num_tokens, drafter_logits_NV.shape[-1], target_logits_NV.shape[-1])
         vocabulary = torch.arange(shared, device=target_NV.device)
-    drafter_NV = sampling_probs(drafter_logits_NV[:, : len(vocabulary)], sampling)
+    drafter_NV = sampling_probs(drafter_logits_NV[:, : len(vocabulary)], draft_sampling)
     drafter_NV = over_target_vocabulary(drafter_NV, vocabulary, size=target_NV.shape[-1])
     target_N = target_NV.gather(1, tokens_N[:, None])[:, 0].double()
     drafter_N = drafter_NV.gather(1, tokens_N[:, None])[:, 0].double()

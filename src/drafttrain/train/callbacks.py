@@ -64,6 +64,8 @@ class Validation(StepEnd):
         self.settings = settings
         self.folder = folder
         self.latest: Mapping[str, Any] = {}
+        """What was measured at the step that just ended; empty: nothing was."""
+        self.last: dict[str, Any] = {}
         self.best: dict[str, Any] = {}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -83,6 +85,7 @@ class Validation(StepEnd):
             self.latest = dict(self.estimate(module.drafter), step=step)
         module.drafter.train()
         value = self.latest["block_efficiency"]
+        self.last = {"step": step, "block_efficiency": value}
         if trainer.is_global_zero and value > self.best.get("block_efficiency", -1.0):
             self.best = {"step": step, "block_efficiency": value, "alpha": self.latest["alpha"]}
             save_drafter(module, self.folder / "best")
@@ -91,12 +94,12 @@ class Validation(StepEnd):
         say(f"step {step}: block efficiency by replay {by_length}  alpha {self.latest['alpha']:.3f}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Carry what is best through a resume."""
-        return dict(self.best)
+        """Carry what is best, and what was last, through a resume."""
+        return {"best": dict(self.best), "last": dict(self.last)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what was best."""
-        self.best = dict(state_dict)
+        """Take up what was best, and what was last."""
+        self.best, self.last = dict(state_dict["best"]), dict(state_dict["last"])
 
 
 class MetricsLog(StepEnd):
@@ -108,7 +111,7 @@ class MetricsLog(StepEnd):
         self.validation = validation
         self._tokens = 0
         self._seconds_before = 0.0
-        self._began = 0.0
+        self._began = time.perf_counter()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Open the file; after a resume, forget rows of steps that are taken again."""
@@ -121,10 +124,20 @@ class MetricsLog(StepEnd):
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
-        if rows:
-            self._tokens, self._seconds_before = int(rows[-1]["tokens"]), float(rows[-1]["seconds"])
-        elif self.validation is not None and self.validation.latest:
+        if not rows and self.validation is not None and self.validation.latest:
             self._write(trainer, 0, {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Carry what was counted through a resume, also between two rows."""
+        return {"tokens": self._tokens, "seconds": self._seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what was counted."""
+        self._tokens, self._seconds_before = state_dict["tokens"], state_dict["seconds"]
+
+    @property
+    def _seconds(self) -> float:
+        return self._seconds_before + time.perf_counter() - self._began
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count tokens read."""
@@ -155,7 +168,7 @@ class MetricsLog(StepEnd):
         row: dict[str, Any] = {
             "step": step,
             "tokens": self._tokens,
-            "seconds": round(self._seconds_before + time.perf_counter() - self._began, 3),
+            "seconds": round(self._seconds, 3),
             **values,
         }
         if self.validation is not None and self.validation.latest:

@@ -57,6 +57,14 @@ class DistillModule(LightningModule):
             total, batch, world_size=self.trainer.world_size, accumulation=self.trainer.accumulate_grad_batches
         )
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Carry the sums of steps that are not logged yet through a resume."""
+        checkpoint["sums_3"] = self.sums_3.clone()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up those sums."""
+        self.sums_3 = checkpoint["sums_3"].clone()
+
     def _with_target(self, batch: DraftBatch) -> DraftBatch:
         from dataclasses import replace
 

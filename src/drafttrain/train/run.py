@@ -140,7 +140,7 @@ def _finish(
             validation.best["step"],
             settings.max_steps,
             validation.best["block_efficiency"],
-            validation.latest["block_efficiency"],
+            validation.last["block_efficiency"],
         )
         say(
             f"best step {result.best_step} (block efficiency by replay {result.best_block_efficiency:.3f}), "
