@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from drafttrain.core.records import Budget, Context, DraftStep, Prompt, Record, Sampling, TargetNeeds, Verdict
 from drafttrain.data_gen.packing import pack
@@ -24,8 +25,10 @@ from drafttrain.losses import losses
 from drafttrain.losses.align import align
 from drafttrain.losses.chunked import row_losses
 from drafttrain.target import Target
+from tests.conftest import byte_tokenizer
 from tests.drafters.feature_models import feature_drafter, feature_target
 from tests.eval.test_engine import chi_square, greedy
+from tests.target.test_frozen import ARCHITECTURES
 
 PROMPTS = [Prompt(str(i), list(range(1 + i, 2 + i + size))) for i, size in enumerate((0, 5, 11))]
 """One of a single token: its first round has nothing to draft from."""
@@ -47,6 +50,9 @@ class Tree:
         pass
 
 
+NEW = 24
+"""New tokens a prompt."""
+
 CHAIN, TREE = FixedLength(), Tree(12, 4, 3)
 ARMS = [
     ("eagle3", {"draft_vocab_size": 200}, CHAIN),
@@ -66,7 +72,7 @@ def target() -> Any:
 @functools.cache
 def written(target: Target) -> tuple[tuple[int, ...], ...]:
     """Return what the target writes after each prompt."""
-    return tuple(tuple(greedy(target, prompt, 40)) for prompt in PROMPTS)
+    return tuple(tuple(greedy(target, prompt, NEW)) for prompt in PROMPTS)
 
 
 def taught(kind: str, target: Target, **settings: Any) -> Any:
@@ -82,7 +88,7 @@ def _taught(kind: str, target: Target, settings: tuple[tuple[str, Any], ...]) ->
     drafter.own = drafter.own | {"feature_noise": 0.0}
     optimizer = torch.optim.Adam(drafter.parameters(), lr=1e-2)
     texts = [[*prompt.tokens, *new] for prompt, new in zip(PROMPTS, written(target), strict=True)]
-    batch, _ = pack([Record("", text, [True] * len(text)) for text in texts], width=60, weight_of_step=1.0)
+    batch, _ = pack([Record("", text, [True] * len(text)) for text in texts], width=40, weight_of_step=1.0)
     seen = target.read(batch.tokens_BT, batch.positions_BT, drafter.needs() | TargetNeeds(final=True))
     batch = replace(batch, target=seen, target_rows=target.rows_of(seen), num_depths=3)
     loss = losses.build(losses.entry("forward_kl").settings())
@@ -95,7 +101,7 @@ def _taught(kind: str, target: Target, settings: tuple[tuple[str, Any], ...]) ->
     return drafter.eval()
 
 
-def decode(target: Any, drafter: Any, policy: Any, *, prompts=PROMPTS, temperature=0.0, new=40, **options: Any) -> Any:
+def decode(target: Any, drafter: Any, policy: Any, *, prompts=PROMPTS, temperature=0.0, new=NEW, **options: Any) -> Any:
     engine = Engine(
         target,
         drafter.proposer(target, options.get("listener")),
@@ -111,22 +117,33 @@ def decode(target: Any, drafter: Any, policy: Any, *, prompts=PROMPTS, temperatu
 
 @pytest.mark.parametrize(("kind", "settings", "policy"), ARMS)
 def test_greedy_output_is_the_targets_own_together_and_alone(target, kind, settings, policy):
-    """Both where nothing is accepted and where much is; a batch takes the very rounds that each prompt takes alone."""
-    wanted = [list(text) for text in written(target)]
-    for drafter, skilled in (
-        (feature_drafter(kind, target, **settings), False),
-        (taught(kind, target, **settings), True),
-    ):
-        together = decode(target, drafter, policy)
-        alone = [decode(target, drafter, policy, prompts=[prompt])[0] for prompt in PROMPTS]
-        assert [g.tokens for g in together] == wanted
-        assert [g.rounds for g in together] == [g.rounds for g in alone]
-        accepted = sum(one.num_accepted for g in together for one in g.rounds)
-        assert (accepted > 20) == skilled
+    """Where little is accepted and where much is; a batch takes the very rounds that each prompt takes alone."""
+    unskilled = decode(target, feature_drafter(kind, target, **settings), policy, new=8)
+    assert [g.tokens for g in unskilled] == [list(text[:8]) for text in written(target)]
+    drafter = taught(kind, target, **settings)
+    together = decode(target, drafter, policy)
+    assert [g.tokens for g in together] == [list(text) for text in written(target)]
+    alone = [decode(target, drafter, policy, prompts=[prompt])[0] for prompt in PROMPTS]
+    assert [g.rounds for g in together] == [g.rounds for g in alone]
+    assert sum(one.num_accepted for g in together for one in g.rounds) >= NEW // 2
     if isinstance(policy, Confidence):
         return  # it stops drafting where it would be wrong
     partly = [one for g in together for one in g.rounds if 0 < one.num_accepted < one.max_depth]
     assert partly, "a path that is accepted in part is what tests the cache"
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_greedy_output_is_the_targets_own_on_every_architecture(name):
+    """Taps, embedding and head of targets that are no Llamas; of these sizes the drafters start from the target's own parts."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES[name]).double().eval()
+    other = Target(model, byte_tokenizer(), name=name, fingerprint="")
+    prompts = [Prompt("0", [5, 6]), Prompt("1", [9, 8, 7, 6, 5])]
+    for kind in ("eagle3", "eagle"):
+        drafter = feature_drafter(kind, other, **({"draft_vocab_size": 50} if kind == "eagle3" else {}))
+        for policy in (CHAIN, TREE):
+            found = decode(other, drafter, policy, prompts=prompts, new=8)
+            assert [g.tokens for g in found] == [greedy(other, prompt, 8) for prompt in prompts]
 
 
 @pytest.mark.parametrize("kind", ["eagle3", "eagle"])
@@ -185,7 +202,7 @@ def test_the_cache_holds_the_slots_of_the_committed_text_made_of_true_features(t
 
     proposer = Watched(drafter, vocab_size=257, num_tokens=257, device=target.device)
     for policy in (CHAIN, TREE):
-        Engine(target, proposer, rule=Lossless(), policy=policy, sampling=Sampling(), max_new_tokens=30).generate(
+        Engine(target, proposer, rule=Lossless(), policy=policy, sampling=Sampling(), max_new_tokens=NEW).generate(
             PROMPTS
         )
     assert checked > 20
@@ -231,13 +248,13 @@ def small() -> Any:
     return target, drafter
 
 
-@pytest.mark.parametrize(("temperature", "policy"), [(1.0, None), (0.5, None), (1.0, Tree(5, 2, 3))])
+@pytest.mark.parametrize(("temperature", "policy"), [(1.0, None), (1.0, Tree(5, 2, 3))])
 def test_the_output_has_the_targets_law_with_a_smaller_vocabulary(small, temperature, policy):
     target, drafter = small
     assert law_of(target, drafter, temperature, policy=policy) > 1e-3
 
 
-def law_of(target: Any, drafter: Any, temperature: float, *, policy: Any = None, samples: int = 2000) -> float:
+def law_of(target: Any, drafter: Any, temperature: float, *, policy: Any = None, samples: int = 1200) -> float:
     def arrange(engine: Engine) -> None:
         if policy is not None:
             engine.policy = policy
@@ -255,7 +272,7 @@ def test_control_a_law_that_is_not_scattered_changes_the_output(small, monkeypat
         lambda probs, vocabulary, *, size: torch.nn.functional.pad(probs, (0, size - len(vocabulary))),
     )
     target, drafter = small
-    assert law_of(target, drafter, 1.0, samples=1000) < 1e-3
+    assert law_of(target, drafter, 1.0, samples=800) < 1e-3
 
 
 def test_control_a_law_with_mass_on_tokens_that_cannot_be_drawn_changes_the_output(small, monkeypatch):
@@ -267,4 +284,4 @@ def test_control_a_law_with_mass_on_tokens_that_cannot_be_drawn_changes_the_outp
 
     monkeypatch.setattr(feature_drafts, "over_target_vocabulary", spread)
     target, drafter = small
-    assert law_of(target, drafter, 1.0, samples=1000) < 1e-3
+    assert law_of(target, drafter, 1.0, samples=800) < 1e-3

@@ -149,7 +149,7 @@ class EagleDrafter(Drafter):
     def features(self, seen: TargetOutput) -> Tensor:
         """Return features_BTD: the state after the final norm."""
         assert seen.final_BTD is not None, "it was asked for"
-        return seen.final_BTD.to(self.fc.weight.dtype)
+        return seen.final_BTD.to(self.fc.weight)
 
     def fused(self, features_BTF: Tensor) -> Tensor:
         """Return the features as they are."""

@@ -210,7 +210,7 @@ class Eagle3Drafter(Drafter):
 
     def features(self, seen: TargetOutput) -> Tensor:
         """Return features_BTF: the tapped states side by side."""
-        return torch.cat([seen.hidden_BTD[tap] for tap in self.taps], dim=-1).to(self.fc.weight.dtype)
+        return torch.cat([seen.hidden_BTD[tap] for tap in self.taps], dim=-1).to(self.fc.weight)
 
     def fused(self, features_BTF: Tensor) -> Tensor:
         """Return hidden_BTD."""
