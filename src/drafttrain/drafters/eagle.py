@@ -87,6 +87,7 @@ class EagleDrafter(Drafter):
         super().__init__()
         self.config = config
         self.own = config["drafttrain"]
+        self.draft = self.own["draft"]
         self._parts = parts
         layer, width = llama_config(config), config["hidden_size"]
         # Engines drop a bias here in silence, and refuse an input norm in the layer.
@@ -184,7 +185,7 @@ class EagleDrafter(Drafter):
             num_tokens=target.num_tokens,
             device=target.device,
             listener=listener,
-            greedy=self.own["draft"] == "greedy",
+            greedy=self.draft == "greedy",
         )
 
     def save(self, folder: Path) -> None:

@@ -111,6 +111,7 @@ class Eagle3Drafter(Drafter):
         super().__init__()
         self.config = config
         self.own = config["drafttrain"]
+        self.draft = self.own["draft"]
         self.taps: tuple[int, ...] = tuple(config["eagle_aux_hidden_state_layer_ids"])
         self._parts = parts
         layer, width, eps = llama_config(config), config["hidden_size"], config["rms_norm_eps"]
@@ -253,7 +254,7 @@ class Eagle3Drafter(Drafter):
             num_tokens=target.num_tokens,
             device=target.device,
             listener=listener,
-            greedy=self.own["draft"] == "greedy",
+            greedy=self.draft == "greedy",
         )
 
     def save(self, folder: Path) -> None:
