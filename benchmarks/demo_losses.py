@@ -42,7 +42,7 @@ def main() -> None:
     for loss in LOSSES:
         for rate in arguments.rates:
             done, drafter = arm(arguments, loss, rate)
-            found = done["best_block_efficiency"]
+            found = done["best"]
             print(f"| {loss} | {rate:g} | {done['best_step']} | {found:.3f} |", flush=True)
             best[loss] = max(best.get(loss, (0.0, 0.0, drafter)), (found, rate, drafter))
     run = Run(base, arguments.folder / "base", quiet=True)

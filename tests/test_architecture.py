@@ -28,6 +28,7 @@ train
 online
 config
 run_folder
+head_stages
 pipeline
 cli
 """

@@ -26,6 +26,14 @@ from drafttrain.core.errors import (
     RecipeError,
 )
 from drafttrain.core.files import folder_beside, write_json, write_text
+from drafttrain.head_stages import (
+    export_trained_head,
+    exported_head,
+    figures_of_head,
+    fit_head,
+    labelled_tokens,
+    with_own_head,
+)
 from drafttrain.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -112,15 +120,20 @@ def fit(recipe: Recipe, folder: Path) -> None:
     """Do all stages of a recipe; the finished ones are skipped."""
     run = Run(recipe, folder)
     _gen(run)
-    train_drafter(run)
+    if recipe.head is not None:
+        fit_head(recipe, run.folder, labelled_tokens(recipe, run.folder, run.target, training_data(run)))
+    else:
+        train_drafter(run)
     _export(run)
 
 
 def gen(recipe: Recipe, folder: Path) -> None:
-    """Generate, encode and cache the data of a recipe."""
+    """Generate, encode, label and cache the data of a recipe."""
     run = Run(recipe, folder)
     _gen(run)
-    training_data(run)
+    data = training_data(run)
+    if recipe.head is not None:
+        labelled_tokens(recipe, run.folder, run.target, data)
 
 
 def export(recipe: Recipe, folder: Path) -> None:
@@ -138,6 +151,11 @@ def evaluate_recipe(recipe: Recipe, folder: Path) -> dict[str, Any]:
     from drafttrain.eval.table import show
 
     run = Run(recipe, folder, quiet=True)
+    if recipe.head is not None:
+        result = _evaluated_head(run)
+        write_json(run.folder.eval, result)
+        show(result)
+        return result
     drafter = run.folder.drafter if run.folder.drafter.exists() else run.folder.rejected
     if not drafter.exists():
         raise CheckpointError(f"{folder}: no drafter was exported here yet: drafttrain fit does all stages")
@@ -196,7 +214,7 @@ def training_data(run: Run) -> TrainingData:
         tokenizer_fingerprint=tokenizer_fingerprint(run.tokenizer),
         seed=recipe.seed,
     )
-    if recipe.data.cache != "none" and run.has_target():
+    if recipe.drafter is not None and recipe.data.cache != "none" and run.has_target():
         if reason := run.drafter.why_not_cached():
             raise DataError(f"data.cache: {recipe.drafter.kind}: {reason}; set data.cache: none")
         attach_cache(
@@ -329,7 +347,12 @@ def _estimator(run: Run, target: Target) -> Callable[[Any], Mapping[str, Any]]:
             rows = replay_rows(target, drafter, texts, sampling, num_depths=max(lengths))
         by_length = {k: tokens / sum(expected_rounds(r, k) for r in rows) for k in lengths}
         alpha = sum(float(r.acceptance_T.sum()) for r in rows) / tokens
-        return {"block_efficiency": by_length[length], "alpha": alpha, "by_length": by_length}
+        said = "  ".join(f"K={k}: {value:.2f}" for k, value in by_length.items())
+        return {
+            "block_efficiency": by_length[length],
+            "alpha": alpha,
+            "said": f"block efficiency by replay {said}  alpha {alpha:.3f}",
+        }
 
     return estimate
 
@@ -404,39 +427,52 @@ def _export(run: Run) -> None:
     from drafttrain.eval.report import write_report
     from drafttrain.eval.table import show
     from drafttrain.export.card import model_card
+    from drafttrain.export.head import head_card
 
     recipe, folder = run.recipe, run.folder
+    of_head = recipe.head is not None
+    exported, rejected = (folder.head, folder.rejected_head) if of_head else (folder.drafter, folder.rejected)
     done = json.loads(folder.train_done.read_text(encoding="utf-8"))
-    if folder.eval.exists() and (folder.drafter.exists() or folder.rejected.exists()):
+    if folder.eval.exists() and (exported.exists() or rejected.exists()):
         say("export and evaluation: done before, skipped")
         result = json.loads(folder.eval.read_text(encoding="utf-8"))
         show(result)
     else:
-        export_best(run)
+        if of_head:
+            export_trained_head(recipe, folder, run.target, trained=folder.train / done["drafter"])
+        else:
+            export_best(run)
         if not run.has_target():
-            say(f"exported: {folder.drafter} (no target in this recipe, so nothing to evaluate it against)")
+            say(f"exported: {exported} (no target in this recipe, so nothing to evaluate it against)")
             return
         result = _evaluated_elsewhere(run)
     resolved, command = run.resolved, _command()
-    best, last = done["best_block_efficiency"], done["last_block_efficiency"]
+    best, last = done["best"], done["last"]
     if best is not None:
         say(
-            f"exported: step {done['best_step']} ({best:.3f} by replay on validation prompts); last step {done['last_step']} ({last:.3f})"
+            f"exported: step {done['best_step']} ({done['best_by'].replace('_', ' ')} {best:.3f} on held-out data); "
+            f"last step {done['last_step']} ({last:.3f})"
         )
     write_report(folder.report, result, title=recipe.name, metrics=folder.train / "metrics.csv", command=command)
     short = shortfalls(result, recipe.export.require, drafter="drafter")
-    kept = folder.rejected if short else folder.drafter
-    for path in (folder.drafter, folder.rejected):
+    kept = rejected if short else exported
+    for path in (exported, rejected):
         if path.exists() and path != kept:
             if kept.exists():
                 raise CheckpointError(f"{kept} and {path} are both there: remove one")
             os.replace(path, kept)
-    card = model_card(recipe.name, result, drafter="drafter", recipe=resolved, command=command)
+    if of_head:
+        card = head_card(recipe.name, result, recipe=resolved, command=command)
+    else:
+        card = model_card(recipe.name, result, drafter="drafter", recipe=resolved, command=command)
     write_text(kept / "README.md", card)
-    say(f"drafter: {kept}")
+    say(f"{'head:   ' if of_head else 'drafter:'} {kept}")
     say(f"report:  {folder.report}")
     if short:
-        raise GateError(f"gate not met, the drafter is in {kept}:\n" + "\n".join(f"  {line}" for line in short))
+        raise GateError(
+            f"gate not met, the {'head' if of_head else 'drafter'} is in {kept}:\n"
+            + "\n".join(f"  {line}" for line in short)
+        )
 
 
 def _evaluated_elsewhere(run: Run) -> dict[str, Any]:
@@ -458,6 +494,16 @@ def _evaluated_elsewhere(run: Run) -> dict[str, Any]:
         raise DrafttrainError(f"the evaluation failed with exit code {code}")
     result: dict[str, Any] = json.loads(run.folder.eval.read_text(encoding="utf-8"))
     return result
+
+
+def _evaluated_head(run: Run) -> dict[str, Any]:
+    """Evaluate the frozen drafter with what the run's head decides, and the head on held-out draft tokens."""
+    from drafttrain.target.frozen import resolve_folder
+
+    settings = with_own_head(run.recipe.eval, exported_head(run.folder))
+    folders = {"drafter": resolve_folder(run.recipe.head.drafter)}
+    result = _evaluated(folders, run.target, settings, dropped=dropped_prompts(run, run.recipe.eval.prompts))
+    return result | {"head": figures_of_head(run.recipe, run.folder)}
 
 
 def _evaluated(folders: Mapping[str, Path], target: Target, settings: Any, *, dropped: Sequence[str]) -> dict[str, Any]:

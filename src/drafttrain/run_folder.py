@@ -28,6 +28,8 @@ class RunFolder:
         self.start = path / "start"
         self.drafter = path / "drafter"
         self.rejected = path / "drafter.rejected"
+        self.head = path / "head"
+        self.rejected_head = path / "head.rejected"
         self.eval = path / "eval.json"
         self.report = path / "report.html"
 

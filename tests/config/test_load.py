@@ -35,7 +35,7 @@ def problems(text: str, *overrides: str) -> list[str]:
 
 
 def test_sections_have_one_order():
-    names = ["name", "seed", "plugins", "target", "drafter", "loss", "data", "train", "eval", "export"]
+    names = ["name", "seed", "plugins", "target", "drafter", "head", "loss", "data", "train", "eval", "export"]
     assert list(fields_of(Recipe)) == names
 
 
@@ -124,10 +124,33 @@ def test_problems_have_the_form_of_the_design():
 
 
 def test_sections_of_later_versions_say_so():
-    told = problems(DEMO.read_text(encoding="utf-8") + "\nonline: {}\nhead: {}\n")
+    told = problems(DEMO.read_text(encoding="utf-8") + "\nonline: {}\n")
     assert [problem.partition(": ")[2] for problem in told] == [
-        "online: not done yet: this version has no such section",
-        "head: not done yet: this version has no such section",
+        "online: not done yet: this version has no such section"
+    ]
+
+
+HEAD = """
+name: h
+head: {kind: acceptance}
+data:
+  sources: [{kind: text, path: x}]
+  annotate: {kind: acceptance}
+"""
+
+
+def test_a_recipe_trains_a_drafter_or_a_head():
+    assert read_recipe(HEAD, source="h.yaml").loss is None
+    told = problems(HEAD, "drafter={kind: causal_lm}", "loss={kind: ce}", "data.annotate=null")
+    assert [problem.rpartition("}: ")[2] for problem in told] == [
+        "line 3: head: a recipe trains a drafter or a head; name the frozen drafter in head.drafter",
+        "loss: head acceptance brings its own; leave the section out",
+        "override data.annotate=null: data.annotate: head acceptance needs labels of kind acceptance",
+    ]
+    assert problems(HEAD, "head=null") == [
+        "line 1: drafter: missing. The model or module that is trained, by kind; or a head.",
+        "line 1: loss: missing. What training a drafter minimises, by kind; a head brings its own.",
+        "line 6: data.annotate: labels are for a head, and this recipe trains none",
     ]
 
 

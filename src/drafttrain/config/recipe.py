@@ -7,16 +7,21 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from drafttrain.core.settings import setting
+from drafttrain.data_gen.annotate import annotators
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.drafters import drafters
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.export.settings import ExportSettings
+from drafttrain.heads import heads
 from drafttrain.losses import losses
 from drafttrain.target.frozen import TargetSettings
 from drafttrain.train.settings import TrainSettings
 
-NOT_DONE_YET = ("head", "online")
+NOT_DONE_YET = ("online",)
 """Sections that a later version will have."""
+
+TRAINED = (("drafter", "loss"), ("head",))
+"""What says what is trained: one of these groups of sections."""
 
 
 @dataclass(kw_only=True)
@@ -29,8 +34,13 @@ class Recipe:
     target: TargetSettings = field(
         default_factory=TargetSettings, metadata={"help": "The frozen model whose output must be kept."}
     )
-    drafter: Any = setting(help="The model or module that is trained, by kind.", registry=drafters)
-    loss: Any = setting(help="What training minimises, by kind.", registry=losses)
+    drafter: Any = setting(None, help="The model or module that is trained, by kind; or a head.", registry=drafters)
+    head: Any = setting(
+        None, help="The head that is trained on a frozen drafter and target, by kind; or a drafter.", registry=heads
+    )
+    loss: Any = setting(
+        None, help="What training a drafter minimises, by kind; a head brings its own.", registry=losses
+    )
     data: DataSettings = setting(help="Where text comes from, and what the target writes of it.")
     train: TrainSettings = field(default_factory=TrainSettings, metadata={"help": "How the drafter is trained."})
     eval: EvalSettings = field(default_factory=EvalSettings, metadata={"help": "How the exported files are proven."})
@@ -41,6 +51,16 @@ class Recipe:
         problems = []
         if not self.name or "/" in self.name or self.name.startswith("."):
             problems.append(f"name: must be usable as the name of a folder, got {self.name!r}")
+        if self.head is not None:
+            problems += self._of_head()
+        else:
+            problems += [
+                f"{part.name}: missing. {part.metadata['help']}"
+                for part in fields(self)
+                if part.name in TRAINED[0] and getattr(self, part.name) is None
+            ]
+            if self.data.annotate is not None:
+                problems.append("data.annotate: labels are for a head, and this recipe trains none")
         if self.target.model is None:
             problems += self._without_target()
         if self.train.pretrain is not None:
@@ -54,6 +74,19 @@ class Recipe:
         if all(getattr(source, "kind", "") == "generated" for source in self.data.sources):
             yield "train.pretrain: needs plain text: a source in data.sources besides kind generated"
 
+    def _of_head(self) -> Iterator[str]:
+        """Tell what a recipe that trains a head has too much or too little."""
+        kind = self.head.kind
+        if self.drafter is not None:
+            yield "head: a recipe trains a drafter or a head; name the frozen drafter in head.drafter"
+        if self.loss is not None:
+            yield f"loss: head {kind} brings its own; leave the section out"
+        if self.target.model is None:
+            yield "head: labels compare with the target, but target.model is null"
+        fitting = [name for name in annotators.names() if _annotator(name).for_head == kind]
+        if self.data.annotate is None or self.data.annotate.kind not in fitting:
+            yield f"data.annotate: head {kind} needs labels of kind {' or '.join(fitting)}"
+
     def _without_target(self) -> Iterator[str]:
         """Tell what needs the target that this recipe has not."""
         for settings in components_of(self.loss):
@@ -66,6 +99,10 @@ class Recipe:
             yield f"drafter: {kind} is made from its target, but target.model is null"
         if getattr(self.drafter, "init", None) == "target":
             yield "drafter.init: nothing to cut the drafter from: target.model is null"
+
+
+def _annotator(name: str) -> Any:
+    return annotators.entry(name).component
 
 
 def components_of(value: Any) -> Iterator[Any]:

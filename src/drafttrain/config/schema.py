@@ -8,7 +8,7 @@ from typing import Any, Literal, Union
 
 from drafttrain.config.dump import plain
 from drafttrain.config.fields import Field, fields_of
-from drafttrain.config.recipe import Recipe
+from drafttrain.config.recipe import TRAINED, Recipe
 from drafttrain.core.registry import Registry
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -21,7 +21,8 @@ def recipe_schema() -> dict[str, Any]:
     """Return the schema of the recipe, one definition a settings dataclass."""
     definitions: dict[str, Any] = {}
     root = _settings(Recipe, definitions)
-    return {"$schema": DIALECT, "title": "drafttrain recipe", **root, "$defs": definitions}
+    trained = {"anyOf": [{"required": list(sections)} for sections in TRAINED]}
+    return {"$schema": DIALECT, "title": "drafttrain recipe", **root, **trained, "$defs": definitions}
 
 
 def _settings(settings: type, definitions: dict[str, Any], *, kind: str | None = None) -> dict[str, Any]:

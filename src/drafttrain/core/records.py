@@ -57,6 +57,7 @@ class TargetNeeds:
 
     logits: bool = False
     hidden: tuple[int, ...] = ()
+    """States by the block that they enter; n or -1: after the last block, before the final norm."""
     final: bool = False
 
     def __or__(self, other: TargetNeeds) -> TargetNeeds:
@@ -119,6 +120,11 @@ class DraftBatch:
     target_rows: TargetRows | None = None
     num_depths: int = 0
     """Depths that are asked of a drafter that can roll out any number; 0: as many as it trains."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are read, padding left out."""
+        return int((self.documents_BT >= 0).sum())
 
     def to(self, device: Any) -> DraftBatch:
         """Return the batch with its own tensors, and what it holds of the target, on `device`."""
@@ -215,6 +221,8 @@ class Prompt:
     id: str
     tokens: Sequence[int]
     domain: str = ""
+    answer: str = ""
+    """The right answer, where a checker compares with one."""
 
 
 class Exactness(Enum):
@@ -265,6 +273,13 @@ class Budget:
         return Budget(min(self.nodes, full), depth, self.width)
 
 
+class More(Enum):
+    """An answer of a stopping rule between yes and no."""
+
+    LAST = "last"
+    """Draft this token, whose law is there already, and stop without reading it: the next law costs a forward, this one none."""
+
+
 @dataclass(frozen=True)
 class DraftStep:
     """What a stopping rule may look at. The token is there only if it is already in the tree (the filtration rule)."""
@@ -274,7 +289,9 @@ class DraftStep:
     logits_V: Tensor
     """The drafter's logits of the draft token that would be next."""
     hidden_D: Tensor | None = None
+    """The drafter's last hidden state where it read the newest token of the branch."""
     token: int | None = None
+    """That newest token: at depth 1 the root, then a draft token that is in the tree."""
 
     @cached_property
     def q_row_V(self) -> Tensor:

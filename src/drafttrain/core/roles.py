@@ -12,6 +12,7 @@ from drafttrain.core.records import (
     Exactness,
     ForwardEvent,
     LayerState,
+    More,
     Proposal,
     Sampling,
     TargetNeeds,
@@ -39,7 +40,7 @@ class Proposer(Protocol):
         budgets: Sequence[Budget],
         sampling: Sampling,
         generators: Sequence[torch.Generator],
-        more: Callable[[DraftStep], bool],
+        more: Callable[[DraftStep], bool | More],
     ) -> list[Proposal]:
         """Return one tree a sequence; budget 0 gives the root alone. `more` is asked before each further draft token."""
         ...
@@ -78,7 +79,11 @@ class AcceptanceRule(Protocol):
     """Which draft tokens are kept. A pure function; may own frozen head weights, never a language model."""
 
     exactness: ClassVar[Exactness]
-    needs: TargetNeeds
+
+    @property
+    def needs(self) -> TargetNeeds:
+        """The state of the nodes that it is handed: one layer, or the final state, or none."""
+        ...
 
     def __call__(
         self,
@@ -98,12 +103,21 @@ class LengthPolicy(Protocol):
         """Return the most that the next round may draft."""
         ...
 
-    def more(self, step: DraftStep) -> bool:
-        """Tell whether to draft another token."""
+    def more(self, step: DraftStep) -> bool | More:
+        """Tell whether to draft another token; LAST: this one, and none after it."""
         ...
 
     def observe(self, verdict: Verdict) -> None:
         """Learn from a round."""
+        ...
+
+
+@runtime_checkable
+class CostAware(Protocol):
+    """A length policy that weighs tokens against time: it is shown the forwards of a few rounds before the first that counts."""
+
+    def calibrate(self, events: Sequence[ForwardEvent]) -> None:
+        """Learn what a forward of each model costs."""
         ...
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from drafttrain.core.settings import setting
+from drafttrain.data_gen.annotate import annotators
 from drafttrain.data_gen.sources import sources
 
 
@@ -51,6 +52,11 @@ class DataSettings:
     generate: GenerateSettings | None = setting(
         None, help="What the target writes for sources of kind generated; null: nothing."
     )
+    annotate: Any = setting(
+        None,
+        help="How draft tokens along the texts are labelled for a head, by kind; null: they are not.",
+        registry=annotators,
+    )
     cache: Literal["none", "states", "full", "top_k"] = setting(
         "none",
         help="What is stored of the target's law for the records that training will read: states (final hidden states, the "
@@ -63,7 +69,9 @@ class DataSettings:
     cache_top_k: int = setting(
         64, help="cache top_k: tokens whose probability is stored; the rest share the tail evenly.", ge=1
     )
-    max_cache_gb: float = setting(8.0, help="A cache that would be larger is refused before it is begun.", gt=0)
+    max_cache_gb: float = setting(
+        8.0, help="A cache, or labelled tokens, that would be larger is refused before it is begun.", gt=0
+    )
     overlap_ngram: int = setting(
         13,
         help="A prompt of an evaluation that shares this many tokens in a row with training text is dropped; 0: none is.",

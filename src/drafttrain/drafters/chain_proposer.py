@@ -17,6 +17,7 @@ from drafttrain.core.records import (
     Budget,
     Context,
     DraftStep,
+    More,
     NodeKind,
     Proposal,
     Sampling,
@@ -28,6 +29,8 @@ from drafttrain.core.records import (
 from drafttrain.core.roles import ForwardListener
 from drafttrain.drafters.dynamic_tree import DynamicTree
 from drafttrain.target.cached_lm import CachedLM
+
+READ = TargetNeeds(logits=True, final=True)
 
 
 class ChainProposer:
@@ -69,7 +72,7 @@ class ChainProposer:
         budgets: Sequence[Budget],
         sampling: Sampling,
         generators: Sequence[torch.Generator],
-        more: Callable[[DraftStep], bool],
+        more: Callable[[DraftStep], bool | More],
     ) -> list[Proposal]:
         """Return one chain a sequence, or one tree where the budgets are wider than 1."""
         if any(budget.width > 1 for budget in budgets):
@@ -84,13 +87,15 @@ class ChainProposer:
         ]
         self._pending = [len(tokens) for tokens in inputs]
         for depth in range(1, max((budget.nodes for budget in budgets), default=0) + 1):
-            seen = self._lm.forward(inputs) if any(inputs) else []
+            seen = self._lm.forward(inputs, needs=READ) if any(inputs) else []
             inputs = [[] for _ in inputs]
             for sequence, output in enumerate(seen):
                 if output.logits_BTV is None or not output.logits_BTV.shape[1]:
                     continue
                 logits_V = output.logits_BTV[0, -1, : self._shared]
-                if not more(DraftStep(sequence, depth, logits_V)):
+                assert output.final_BTD is not None
+                answer = more(DraftStep(sequence, depth, logits_V, output.final_BTD[0, -1], drafted[sequence][-1]))
+                if not answer:
                     continue
                 if fixed:
                     token = int(logits_V.argmax())
@@ -98,11 +103,11 @@ class ChainProposer:
                     laws[sequence].append(sampling_probs(logits_V, sampling))
                     token = draw(laws[sequence][-1], generators[sequence])
                 drafted[sequence].append(token)
-                if depth < budgets[sequence].nodes:
+                if depth < budgets[sequence].nodes and answer is not More.LAST:
                     inputs[sequence] = [token]
         return [self._proposal(tokens, rows, fixed) for tokens, rows in zip(drafted, laws, strict=True)]
 
-    def _trees(self, budgets: Sequence[Budget], more: Callable[[DraftStep], bool]) -> list[Proposal]:
+    def _trees(self, budgets: Sequence[Budget], more: Callable[[DraftStep], bool | More]) -> list[Proposal]:
         """Return one FIXED tree a sequence: one call a level.
 
         A call of the cache can not leave its nodes pending for the next one, which would look at all of them: so every level
@@ -161,7 +166,7 @@ def _grow(
     output: TargetOutput,
     rows: list[int],
     sequence: int,
-    more: Callable[[DraftStep], bool],
+    more: Callable[[DraftStep], bool | More],
     *,
     shared: int,
 ) -> None:
@@ -169,7 +174,7 @@ def _grow(
     assert output.logits_BTV is not None
     logits_MV = output.logits_BTV[0, rows, :shared]
     expand = [
-        more(DraftStep(sequence, tree.depth + 1, logits_V, token=tree.tokens[node]))
+        bool(more(DraftStep(sequence, tree.depth + 1, logits_V, token=tree.tokens[node])))
         for node, logits_V in zip(tree.frontier, logits_MV, strict=True)
     ]
     tree.grow(logits_MV.float().log_softmax(dim=-1), expand)

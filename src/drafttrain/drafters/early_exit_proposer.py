@@ -22,6 +22,7 @@ from drafttrain.core.records import (
     DraftStep,
     ForwardEvent,
     LayerState,
+    More,
     NodeKind,
     Proposal,
     Sampling,
@@ -52,6 +53,8 @@ class _Chain:
     states: list[Tensor]
     """By node, the row that enters the exit layer."""
     laws: list[Tensor] = field(default_factory=list)
+    ended: bool = False
+    """The length policy wants no further token."""
 
 
 class EarlyExitProposer:
@@ -107,7 +110,7 @@ class EarlyExitProposer:
         budgets: Sequence[Budget],
         sampling: Sampling,
         generators: Sequence[torch.Generator],
-        more: Callable[[DraftStep], bool],
+        more: Callable[[DraftStep], bool | More],
     ) -> list[Proposal]:
         """Return one chain a sequence, with the states of its nodes."""
         if any(budget.width > 1 for budget in budgets):
@@ -130,7 +133,7 @@ class EarlyExitProposer:
                     continue
                 self._chains[sequence].tokens += tokens[sequence]
                 self._chains[sequence].states.append(state_D)
-                if depth < longest[sequence]:
+                if depth < longest[sequence] and not self._chains[sequence].ended:
                     inputs[sequence] = [state_D]
         return [self._proposal(one) for one in self._chains]
 
@@ -140,7 +143,7 @@ class EarlyExitProposer:
         depth: int,
         sampling: Sampling,
         generators: Sequence[torch.Generator],
-        more: Callable[[DraftStep], bool],
+        more: Callable[[DraftStep], bool | More],
     ) -> list[list[int]]:
         """Return the next draft token of every sequence that has one."""
         tokens: list[list[int]] = [[] for _ in inputs]
@@ -150,13 +153,16 @@ class EarlyExitProposer:
             if found is None:
                 continue
             state_D, logits_V = found[0], found[1][: self._shared]
-            if not more(DraftStep(sequence, depth, logits_V, state_D)):
+            draft = self._chains[sequence]
+            answer = more(DraftStep(sequence, depth, logits_V, state_D, draft.tokens[-1]))
+            draft.ended = answer is not True
+            if not answer:
                 continue
             if self._fixed:
                 tokens[sequence] = [int(logits_V.argmax())]
             else:
                 law_V = sampling_probs(logits_V, sampling)
-                self._chains[sequence].laws.append(law_V)
+                draft.laws.append(law_V)
                 tokens[sequence] = [draw(law_V, generators[sequence])]
         return tokens
 

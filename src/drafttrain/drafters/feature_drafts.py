@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.probability import draw, over_target_vocabulary, sampling_probs
-from drafttrain.core.records import Budget, DraftStep, NodeKind, Proposal, Sampling, chain
+from drafttrain.core.records import Budget, DraftStep, More, NodeKind, Proposal, Sampling, chain
 from drafttrain.drafters.dynamic_tree import DynamicTree
 
 
@@ -60,7 +60,7 @@ class DraftChain:
         sampling: Sampling,
         greedy: bool,
         generator: torch.Generator,
-        more: Callable[[DraftStep], bool],
+        more: Callable[[DraftStep], bool | More],
     ) -> None:
         self.frontier: list[DraftNode] = []
         self._tokens = [root]
@@ -79,7 +79,8 @@ class DraftChain:
         self.frontier = []
         depth = len(self._tokens)
         logits_R = logits_FR[0, : len(self._vocabulary_R)]
-        if not self._more(DraftStep(self._sequence, depth, logits_R, states_FD[0])):
+        answer = self._more(DraftStep(self._sequence, depth, logits_R, states_FD[0], self._tokens[-1]))
+        if not answer:
             return
         if self._fixed:
             place = int(logits_R.argmax())
@@ -88,7 +89,7 @@ class DraftChain:
             place = draw(self._laws[-1], self._generator)
         token = int(self._vocabulary_R[place])
         self._tokens.append(token)
-        if depth < self._limit:
+        if depth < self._limit and answer is not More.LAST:
             self.frontier = [DraftNode(token, depth, depth - 2, states_FD[0])]
 
     def proposal(self) -> Proposal:
@@ -112,7 +113,7 @@ class DraftTree:
         *,
         sequence: int,
         vocabulary_R: Tensor,
-        more: Callable[[DraftStep], bool],
+        more: Callable[[DraftStep], bool | More],
     ) -> None:
         self.frontier: list[DraftNode] = []
         self._tree = DynamicTree(root, budget)
@@ -127,7 +128,9 @@ class DraftTree:
         tree, row_of = self._tree, {node: row for row, node in enumerate(self._tree.frontier)}
         logits_FR = logits_FR[:, : len(self._vocabulary_R)]
         expand = [
-            self._more(DraftStep(self._sequence, tree.depth + 1, logits_FR[row], states_FD[row], self._token(node)))
+            bool(
+                self._more(DraftStep(self._sequence, tree.depth + 1, logits_FR[row], states_FD[row], self._token(node)))
+            )
             for node, row in row_of.items()
         ]
         wide = torch.promote_types(logits_FR.dtype, torch.float32)

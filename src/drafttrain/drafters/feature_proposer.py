@@ -17,6 +17,7 @@ from drafttrain.core.records import (
     Context,
     DraftStep,
     ForwardEvent,
+    More,
     Proposal,
     Sampling,
     TargetOutput,
@@ -86,7 +87,7 @@ class FeatureProposer:
         budgets: Sequence[Budget],
         sampling: Sampling,
         generators: Sequence[torch.Generator],
-        more: Callable[[DraftStep], bool],
+        more: Callable[[DraftStep], bool | More],
     ) -> list[Proposal]:
         """Return one chain, or where the budget is wider one tree, a sequence."""
         drafts: dict[int, Draft] = {}
@@ -121,7 +122,7 @@ class FeatureProposer:
         budget: Budget,
         sampling: Sampling,
         generator: torch.Generator,
-        more: Callable[[DraftStep], bool],
+        more: Callable[[DraftStep], bool | More],
     ) -> Draft:
         root = self._contexts[number].tokens[-1]
         if budget.width > 1:

@@ -20,6 +20,7 @@ from drafttrain.core.records import (
     Context,
     DraftStep,
     ForwardEvent,
+    More,
     NodeKind,
     Proposal,
     Sampling,
@@ -68,7 +69,7 @@ class MedusaProposer:
         budgets: Sequence[Budget],
         sampling: Sampling,
         generators: Sequence[torch.Generator],
-        more: Callable[[DraftStep], bool],
+        more: Callable[[DraftStep], bool | More],
     ) -> list[Proposal]:
         """Return one chain or tree a sequence."""
         logits = self._logits(budgets)
@@ -76,9 +77,12 @@ class MedusaProposer:
         for sequence, (context, budget) in enumerate(zip(self._contexts, budgets, strict=True)):
             root = context.tokens[-1]
             laws = logits.get(sequence, [])
-            depth = next(
-                (d for d, logits_V in enumerate(laws) if not more(DraftStep(sequence, d + 1, logits_V))), len(laws)
-            )
+            depth = 0
+            for logits_V in laws:
+                answer = more(DraftStep(sequence, depth + 1, logits_V))
+                depth += bool(answer)
+                if answer is not True:
+                    break
             if budget.width > 1:
                 made.append(self._tree(root, laws[:depth], budget))
             else:

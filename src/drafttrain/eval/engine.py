@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from drafttrain.core.probability import sampling_probs, without_padding
 from drafttrain.core.random import stream
@@ -21,6 +22,7 @@ from drafttrain.core.records import (
     Proposal,
     Round,
     Sampling,
+    TargetNeeds,
     TargetOutput,
     Verdict,
 )
@@ -137,8 +139,7 @@ class Engine:
         assert output.logits_BTV is not None
         logits_NV = without_padding(output.logits_BTV[0], num_tokens=self._num_tokens)
         target_probs_NV = sampling_probs(logits_NV, self.sampling)
-        hidden_ND = None if output.final_BTD is None else output.final_BTD[0]
-        path, token = self.rule(proposal, target_probs_NV, hidden_ND, sequence.verdict_stream)
+        path, token = self.rule(proposal, target_probs_NV, _asked_for(self.rule.needs, output), sequence.verdict_stream)
         drafted = proposal.tokens_N.tolist()
         tokens = [*(drafted[node] for node in path[1:]), token]
         reason = "leaf" if path[-1] not in proposal.parents_N.tolist() else "reject"
@@ -174,6 +175,13 @@ def _commit(sequence: _Sequence, verdict: Verdict) -> None:
             reason=verdict.reason,
         )
     )
+
+
+def _asked_for(needs: TargetNeeds, output: TargetOutput) -> Tensor | None:
+    """Return the one state of the nodes that a rule asked for."""
+    if needs.hidden:
+        return output.hidden_BTD[needs.hidden[0]][0]
+    return output.final_BTD[0] if needs.final and output.final_BTD is not None else None
 
 
 def _at(output: TargetOutput, path: Sequence[int]) -> TargetOutput:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,18 @@ from drafttrain.checkpoint import read_about, read_drafter
 from drafttrain.core.console import progress
 from drafttrain.core.provenance import provenance
 from drafttrain.core.records import Exactness, Generation, Prompt, Sampling
+from drafttrain.core.roles import CostAware
+from drafttrain.data_gen.checkers import checkers
 from drafttrain.drafters import Drafter
 from drafttrain.eval.acceptance import acceptance_rules
+from drafttrain.eval.acceptance.lossless import LosslessSettings
 from drafttrain.eval.engine import Engine
 from drafttrain.eval.ledger import Ledger
 from drafttrain.eval.length import length_policies
 from drafttrain.eval.metrics import PromptCounts, counts_of, histogram, mbsu, totals_of
 from drafttrain.eval.parity import parity
 from drafttrain.eval.proposers.none import NoDraft
+from drafttrain.eval.quality import agreement, solved, task_score
 from drafttrain.eval.replay import Text, expected_rounds, replay_rows
 from drafttrain.eval.settings import EvalSettings, length_label
 from drafttrain.eval.statistics import ratio_difference, ratio_interval, ratio_of_ratios, sign_flip_p_value
@@ -70,6 +74,7 @@ def evaluate(
             "rule": _component(settings.rule),
             "length": _component(settings.length),
             "also": [_component(length) for length in settings.also],
+            "checker": _component(settings.checker) if settings.checker else None,
         },
         "num_prompts": len(prompts),
         "exactness": acceptance_rules.build(settings.rule).exactness.value,
@@ -98,12 +103,19 @@ def _at_temperature(
         ]
         for length, suffix in [(settings.length, ""), *((one, f" ({length_label(one)})") for one in settings.also)]
     ]
+    if acceptance_rules.build(settings.rule).exactness is Exactness.LOSSY:
+        # A lossy figure stands beside that of the lossless rule, on the same prompts at the same length.
+        kept = replace(settings, rule=LosslessSettings())
+        name, drafter = next(iter(drafters.items()))
+        by_length.append([_arm(f"{name} (lossless)", drafter, targets[name], sampling, kept, length=settings.length)])
     arms = [arm for group in by_length for arm in group]
     plain = plains[id(arms[0].target)]
     hf_seconds = _decode([*plains.values(), *arms], prompts, settings, hf=settings.speed_prompts if greedy else 0)
     # transformers' generate decodes with the first drafter's target.
     baselines = {key: _baseline(one, hf_seconds if one is plain else []) for key, one in plains.items()}
-    rates = [_figures(arm, baselines[id(arm.target)], plains[id(arm.target)], sampling, settings) for arm in arms]
+    rates = [
+        _figures(arm, baselines[id(arm.target)], plains[id(arm.target)], prompts, sampling, settings) for arm in arms
+    ]
     found: dict[str, Any] = {
         "temperature": temperature,
         "plain": _plain_figures(plain, hf_seconds),
@@ -116,7 +128,21 @@ def _at_temperature(
         for first, *others in by_length
         for other in others
     }
+    judged, *at_other_lengths = [group[0] for group in by_length]
+    found["comparisons"] |= {
+        f"{judged.name} - {other.name}": compare(
+            _counts(judged, settings), _counts(other, settings), resamples=settings.resamples, seed=settings.seed
+        )
+        | {"speed": _speed(judged, other, settings)}
+        for other in at_other_lengths
+    }
     return found
+
+
+def _speed(arm: Arm, other: Arm, settings: EvalSettings) -> dict[str, float]:
+    """Return how many times as many tokens a second an arm makes as another, on the same prompts, in turns."""
+    parts = [([len(g.tokens) for g in a.generations], [g.seconds for g in a.generations]) for a in (arm, other)]
+    return ratio_of_ratios(*parts, resamples=settings.resamples, seed=settings.seed).json()
 
 
 def compare(
@@ -156,6 +182,8 @@ def _decode(arms: Sequence[Arm], prompts: Sequence[Prompt], settings: EvalSettin
     """Decode every prompt with every arm, in turns whose order alternates; return the seconds of transformers' generate."""
     for arm in arms:
         arm.engine.generate(prompts[:1])
+        if isinstance(arm.engine.policy, CostAware):
+            arm.engine.policy.calibrate(arm.ledger.rounds())
         arm.ledger.events.clear()
     hf_seconds: list[float] = []
     groups = [prompts[i : i + settings.batch_size] for i in range(0, len(prompts), settings.batch_size)]
@@ -208,7 +236,9 @@ def _baseline(plain: Arm, hf_seconds: Sequence[float]) -> Baseline:
     return Baseline("plain decoding, same engine", tokens, seconds)
 
 
-def _figures(arm: Arm, baseline: Baseline, plain: Arm, sampling: Sampling, settings: EvalSettings) -> dict[str, Any]:
+def _figures(
+    arm: Arm, baseline: Baseline, plain: Arm, prompts: Sequence[Prompt], sampling: Sampling, settings: EvalSettings
+) -> dict[str, Any]:
     """Return all figures of one drafter at one temperature."""
     assert arm.drafter is not None
     resamples = {"resamples": settings.resamples, "seed": settings.seed}
@@ -258,7 +288,15 @@ def _figures(arm: Arm, baseline: Baseline, plain: Arm, sampling: Sampling, setti
         "samples": [_sample(one, arm.target) for one in arm.generations[:4]],
     }
     figures |= _replayed(arm, sampling, settings)
-    if sampling.temperature == 0 and arm.engine.rule.exactness is not Exactness.LOSSY:
+    lossy = arm.engine.rule.exactness is Exactness.LOSSY
+    figures["exactness"] = arm.engine.rule.exactness.value
+    if settings.checker is not None:
+        checker = checkers.build(settings.checker)
+        scores = [solved(checker, arm.target.tokenizer, prompts, one.generations) for one in (arm, plain)]
+        figures["task"] = task_score(scores[0], scores[1], **resamples)
+    if sampling.temperature == 0 and lossy:
+        figures["agreement"] = agreement(plain.generations, arm.generations, **resamples)
+    if sampling.temperature == 0 and not lossy:
         found = parity(plain.generations, arm.generations, arm.target)
         figures["parity"] = found.json() | {"text": str(found)}
     return figures

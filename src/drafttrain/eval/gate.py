@@ -19,7 +19,7 @@ def shortfalls(result: Mapping[str, Any], require: Mapping[str, float], *, draft
             elif floor and not figures["parity"]["exact"]:
                 found.append(f"parity: {figures['parity']['text']}")
             continue
-        value = _value(name, figures, part)
+        value = _value(name, figures, part, drafter=drafter)
         if value is None:
             found.append(f"{name}: was not measured")
         elif not value >= floor:
@@ -27,9 +27,9 @@ def shortfalls(result: Mapping[str, Any], require: Mapping[str, float], *, draft
     return found
 
 
-def _value(name: str, figures: Mapping[str, Any], part: Mapping[str, Any]) -> float | None:
+def _value(name: str, figures: Mapping[str, Any], part: Mapping[str, Any], *, drafter: str) -> float | None:
     if name == "gain_over_start":
-        gains = [c["block_efficiency"]["low"] for c in part["comparisons"].values()]
-        return gains[0] if gains else None
+        gain = part["comparisons"].get(f"{drafter} - start")
+        return gain["block_efficiency"]["low"] if gain else None
     value = figures.get(name)
     return value["value"] if isinstance(value, Mapping) else value

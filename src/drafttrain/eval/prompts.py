@@ -66,7 +66,7 @@ def read_prompts(
             ((_, tokens),) = encoder.prompts(value, id=id, prompt_tokens=None)
             if "text" in value and prompt_tokens is not None:
                 tokens = tokens[:prompt_tokens]
-            found.append(Prompt(id, tokens, domain=str(value.get("domain", ""))))
+            found.append(Prompt(id, tokens, domain=str(value.get("domain", "")), answer=str(value.get("answer", ""))))
         except (BadItem, ValueError) as reason:
             problems.append(f"  line {number}: {reason}")
     if problems:

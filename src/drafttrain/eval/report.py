@@ -36,6 +36,9 @@ def write_report(path: Path, result: Mapping[str, Any], *, title: str, metrics: 
     plots.append(
         ("Block efficiency against draft length", text, _picture(lambda axes: _lengths(axes, result), columns=1))
     )
+    if "head" in result:
+        text = "Mean label by predicted chance on held-out draft tokens; on the diagonal a chance is what it says."
+        plots.append(("Reliability of the head", text, _picture(lambda axes: _reliability(axes, result), columns=1)))
     page = jinja2.Environment(autoescape=True).from_string(template)
     html = page.render(title=title, result=result, plots=plots, command=command, number=number)
     write_text(path, html)
@@ -70,9 +73,14 @@ def _training(axes: Sequence[Any], rows: Sequence[Mapping[str, str]]) -> None:
 
     axes[0].plot(*series("loss"), color="#1f6f8b")
     axes[0].set(xlabel="step", ylabel="loss", title="loss")
-    axes[1].plot(*series("acceptance_rate"), color="#1f6f8b", label="acceptance rate, training text")
-    axes[1].plot(*series("validation_alpha"), "o-", color="#c8553d", label="alpha, validation prompts")
-    axes[1].set(xlabel="step", title="acceptance rate")
+    if rows and "validation_auc" in rows[0]:
+        axes[1].plot(*series("validation_auc"), "o-", color="#c8553d", label="AUC, held-out draft tokens")
+        axes[1].plot(*series("validation_ece"), "o-", color="#1f6f8b", label="ECE, held-out draft tokens")
+        axes[1].set(xlabel="step", title="predictions")
+    else:
+        axes[1].plot(*series("acceptance_rate"), color="#1f6f8b", label="acceptance rate, training text")
+        axes[1].plot(*series("validation_alpha"), "o-", color="#c8553d", label="alpha, validation prompts")
+        axes[1].set(xlabel="step", title="acceptance rate")
     axes[1].legend(fontsize=8, frameon=False)
 
 
@@ -92,6 +100,16 @@ def _positions(axes: Sequence[Any], result: Mapping[str, Any]) -> None:
         axes[0].plot(places, conditional, "--", color=line.get_color(), alpha=0.6)
     axes[0].set(xlabel="draft position", ylabel="share kept", ylim=(0, 1))
     axes[0].xaxis.get_major_locator().set_params(integer=True)
+    axes[0].legend(fontsize=8, frameon=False)
+
+
+def _reliability(axes: Sequence[Any], result: Mapping[str, Any]) -> None:
+    axes[0].plot([0, 1], [0, 1], ":", color="#888")
+    for name, figures in result["head"]["held_out"].items():
+        bins = figures["reliability"]
+        label = f"{name}, ECE {figures['ece']:.3f}"
+        axes[0].plot([one["predicted"] for one in bins], [one["observed"] for one in bins], "o-", label=label)
+    axes[0].set(xlabel="predicted chance", ylabel="mean label", xlim=(0, 1), ylim=(0, 1))
     axes[0].legend(fontsize=8, frameon=False)
 
 

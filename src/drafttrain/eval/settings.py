@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from drafttrain.core.settings import setting
+from drafttrain.data_gen.checkers import checkers
 from drafttrain.eval.acceptance import acceptance_rules
 from drafttrain.eval.acceptance.lossless import LosslessSettings
 from drafttrain.eval.length import length_policies
@@ -34,6 +35,11 @@ class EvalSettings:
         registry=length_policies,
     )
     rule: Any = setting(LosslessSettings(), help="Which draft tokens are kept, by kind.", registry=acceptance_rules)
+    checker: Any = setting(
+        None,
+        help="What tells whether an output solves its prompt, by kind; prompts then bring an `answer`. null: no task score.",
+        registry=checkers,
+    )
     batch_size: int = setting(1, help="Prompts decoded together.", ge=1)
     replay_lengths: list[int] = setting(
         [1, 2, 3, 4, 5, 6, 8], help="Draft lengths whose block efficiency replay gives.", ge=1
@@ -69,7 +75,8 @@ class EvalSettings:
 
 def length_label(length: Any) -> str:
     """Return how an arm of this length policy is called: its kind, its first setting, and others that are not the default."""
-    first, *others = fields(length)
-    words = [length.kind, f"{getattr(length, first.name):g}"]
+    first, *others = [field for field in fields(length) if field.name != "head"]
+    value = getattr(length, first.name)
+    words = [length.kind, *([f"{value:g}"] if value is not None else [])]
     changed = [other.name for other in others if getattr(length, other.name) != other.default]
     return ", ".join([" ".join(words), *(f"{name} {getattr(length, name)}" for name in changed)])

@@ -20,10 +20,10 @@ def number(value: float | None, digits: int = 2) -> str:
 
 def show(result: Mapping[str, Any]) -> None:
     """Print the figures of every drafter at every temperature, then comparisons and parity."""
-    lossy = " (LOSSY)" if result["exactness"] == "lossy" else ""
     rows = []
     for part in result["temperatures"]:
         for name, figures in part["drafters"].items():
+            lossy = " (LOSSY)" if figures.get("exactness", result["exactness"]) == "lossy" else ""
             rows.append(
                 [
                     f"{part['temperature']:g}",
@@ -48,10 +48,22 @@ def show(result: Mapping[str, Any]) -> None:
         for name, figures in part["drafters"].items():
             if "parity" in figures:
                 say(f"greedy parity of {name}: {figures['parity']['text']}")
+            if "agreement" in figures:
+                say(
+                    f"LOSSY {name}: {figures['agreement']['equal_outputs']['value']:.1%} of the outputs are the target's own, "
+                    f"{figures['agreement']['tokens_before_difference']['value']:.1%} of their tokens stand before a difference"
+                )
+            if "task" in figures:
+                task = figures["task"]
+                say(
+                    f"temperature {part['temperature']:g}: {name}: {task['score']['value']:.1%} of the prompts solved; less the "
+                    f"target's own: {interval(task['less_the_targets'], 3)}, paired"
+                )
         for name, found in part["comparisons"].items():
             say(
                 f"temperature {part['temperature']:g}: {name}: block efficiency {interval(found['block_efficiency'], 3)}, "
                 f"paired over prompts (p = {found['p_value']:.3g})"
+                + (f"; speed {interval(found['speed'])} of the other's" if "speed" in found else "")
             )
         if "same_prompts" in part["plain"]:
             same = part["plain"]["same_prompts"]
@@ -59,3 +71,8 @@ def show(result: Mapping[str, Any]) -> None:
                 f"baselines on {same['num_prompts']} prompts: plain decoding {same['plain_tokens_per_second']:.0f} tokens/s, "
                 f"transformers' generate {same['transformers_generate_tokens_per_second']:.0f} tokens/s"
             )
+    for name, figures in result["head"]["held_out"].items() if "head" in result else ():
+        say(
+            f"head {result['head']['kind']}, {name}: log-likelihood {figures['log_likelihood']:.4f}, AUC {figures['auc']:.3f}, "
+            f"ECE {figures['ece']:.4f} on {figures['count']:,} held-out draft tokens"
+        )

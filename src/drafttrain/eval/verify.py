@@ -6,7 +6,7 @@ N = nodes, V = vocabulary
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -49,6 +49,7 @@ def walk(
     chance: Chance,
     *,
     credit: Callable[[float], float] | None = None,
+    overrule: Callable[[int], bool] | None = None,
 ) -> tuple[list[int], int]:
     """Return (accepted path from the root, the token after it), emitted with exactly the law of the target.
 
@@ -61,6 +62,7 @@ def walk(
         target_probs_NV: The target's law after every node, by the same sampling rule as everywhere.
         chance: Decides.
         credit: Lossy: tests credit(p(x)) in place of p(x). The residual stays that of p.
+        overrule: Lossy: asked of a node's children in draw order when none of them was accepted; the first yes is kept.
 
     Source: Leviathan et al. 2022, arXiv 2211.17192, algorithm 1, for chains; Miao et al. 2023, SpecInfer, arXiv 2305.09781,
     for siblings drawn independently; Jeon et al. 2024, arXiv 2402.14160, for siblings drawn without replacement.
@@ -74,6 +76,7 @@ def walk(
         if credit is None and all(kinds[child] == FIXED for child in group):
             token = chance.draw(target_V)
             match = next((child for child in group if tokens[child] == token), None)
+            match = _overruled(group, overrule) if match is None else match
             if match is None:
                 return path, token
             path.append(match)
@@ -88,7 +91,15 @@ def walk(
             if drawn_from_V is not None and proposal.draw is DrawLaw.WITHOUT_REPLACEMENT:
                 drafter_V = residual(drawn_from_V, _one_hot(drawn_from_V, tokens[child]))
         else:
-            return path, chance.draw(target_V)
+            kept = _overruled(group, overrule)
+            if kept is None:
+                return path, chance.draw(target_V)
+            path.append(kept)
+
+
+def _overruled(group: Sequence[int], overrule: Callable[[int], bool] | None) -> int | None:
+    """Return the first child that is kept although the walk refused it."""
+    return None if overrule is None else next((child for child in group if overrule(child)), None)
 
 
 def _children(proposal: Proposal) -> dict[int, list[int]]:

@@ -1,1 +1,149 @@
-"""Heads that predict acceptance or judge tokens: not written yet."""
+"""Heads, one file a kind: small modules that score one draft token from one hidden state of a frozen model.
+
+N = rows (draft tokens), D = hidden
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.registry import Registry
+
+heads = Registry("head", "drafttrain.heads")
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """Labelled draft tokens: what the frozen model held of each, and how much it deserved to be kept, 0..1."""
+
+    features_ND: Tensor
+    labels_N: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+
+@dataclass(frozen=True)
+class HeadBatch:
+    """A micro-batch of labelled draft tokens."""
+
+    rows: HeadRows
+    weight_of_step: float
+    """Sum of the rows' weights over all micro-batches of this optimizer step on all ranks."""
+    step: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Draft tokens in it."""
+        return len(self.rows)
+
+    def to(self, device: Any) -> HeadBatch:
+        """Return the batch on `device`."""
+        rows = HeadRows(self.rows.features_ND.to(device), self.rows.labels_N.to(device))
+        return HeadBatch(rows, self.weight_of_step, self.step)
+
+
+class TokenHead(nn.Module, ABC):
+    """Scores draft tokens: a logit each, large where the token deserves to be kept. Knows nothing of the model it reads."""
+
+    kind: ClassVar[str]
+
+    def __init__(self, settings: Any, hidden_size: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.hidden_size = hidden_size
+
+    @abstractmethod
+    def forward(self, features_ND: Tensor) -> Tensor:
+        """Return the logit of each row, float32."""
+
+    @abstractmethod
+    def loss(self, scores_N: Tensor, labels_N: Tensor) -> Tensor:
+        """Return the loss of each row, float32, unreduced; the trainer divides its sum by the sum of `weights`."""
+
+    @abstractmethod
+    def weights(self, labels_N: Tensor) -> Tensor:
+        """Return what each row counts in the mean."""
+
+    def probability(self, features_ND: Tensor) -> Tensor:
+        """Return the calibrated chance of each row."""
+        return self(features_ND).sigmoid()
+
+    def lr_factor(self, name: str) -> float:
+        """Return what the learning rate is multiplied by for the parameter of this name."""
+        return 1.0
+
+    def finish(self, held_out: HeadRows) -> None:
+        """Set what is chosen on held-out tokens once the weights are trained."""
+
+    def save(self, folder: Path, made_for: MadeFor | None = None) -> None:
+        """Write config.json and model.safetensors."""
+        config = {"kind": self.kind, "hidden_size": self.hidden_size, "settings": asdict(self.settings)}
+        if made_for is not None:
+            config["made_for"] = asdict(made_for)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+@dataclass(frozen=True)
+class MadeFor:
+    """The frozen models that a head was trained on."""
+
+    target: str
+    target_fingerprint: str
+    drafter: str
+    drafter_fingerprint: str
+
+
+@dataclass(frozen=True)
+class LoadedHead:
+    """A head read from its folder, and what it was made for."""
+
+    head: TokenHead
+    made_for: MadeFor | None
+
+
+def load_head(folder: Path, *, kind: str) -> LoadedHead:
+    """Read what `TokenHead.save` wrote.
+
+    Raises:
+        CheckpointError: The folder is missing or damaged, or holds a head of another kind.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no {CONFIG} here: not the folder of a head")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        found, settings, hidden_size = config["kind"], config["settings"], int(config["hidden_size"])
+        made_for = MadeFor(**config["made_for"]) if "made_for" in config else None
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: not the configuration of a head: {error!r}") from error
+    if found != kind:
+        raise CheckpointError(f"{folder}: holds a head of kind {found!r}, {kind!r} is needed here")
+    entry = heads.entry(kind)
+    head: TokenHead = entry.component(entry.settings(**settings), hidden_size)
+    try:
+        head.load_state_dict(load_file(folder / WEIGHTS))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS}: no weights of this head: {error}") from error
+    return LoadedHead(head.eval().requires_grad_(False), made_for)
+
+
+@torch.no_grad()
+def probabilities(head: TokenHead, rows: HeadRows, *, rows_at_once: int = 8192) -> Tensor:
+    """Return the head's chance of every row, a part at a time."""
+    parts = [head.probability(part) for part in rows.features_ND.split(rows_at_once)]
+    return torch.cat(parts) if parts else torch.zeros(0)

@@ -6,6 +6,7 @@ N = rows, V = the target's vocabulary, R = the drafter's vocabulary, D = hidden
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,13 @@ CPU_PIECE_BYTES = 8 * 2**20
 
 ACCEPTANCE = "acceptance rate"
 LEARNABLE = "learnable"
+
+
+class Weighted(Protocol):
+    """A micro-batch that knows what the whole optimizer step weighs."""
+
+    @property
+    def weight_of_step(self) -> float: ...
 
 
 def row_losses(
@@ -137,7 +145,7 @@ def in_draft_vocabulary(loss: Loss, rows: LossRows, vocabulary_R: Tensor, *, voc
     return values
 
 
-def normalised(total: Tensor, batch: DraftBatch, *, world_size: int, accumulation: int) -> Tensor:
+def normalised(total: Tensor, batch: Weighted, *, world_size: int, accumulation: int) -> Tensor:
     """Return the micro-batch's part of the mean over all trained positions of an optimiser step, from its sum.
 
     Ranks and micro-batches are averaged by those who add gradients up, hence the two factors.

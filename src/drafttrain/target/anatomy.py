@@ -66,9 +66,11 @@ def taps(model: Any, needs: TargetNeeds) -> Iterator[dict[int | str, Tensor]]:
         return hook
 
     for index in needs.hidden:
-        if not 0 <= index <= len(stack):
-            raise CheckpointError(f"hidden state {index} does not exist: 0..{len(stack)} are allowed")
-        module = stack[index] if index < len(stack) else final_norm(model)
+        if not -1 <= index <= len(stack):
+            raise CheckpointError(
+                f"hidden state {index} does not exist: 0..{len(stack)} are allowed, and -1 for the last"
+            )
+        module = stack[index] if 0 <= index < len(stack) else final_norm(model)
         handles.append(module.register_forward_pre_hook(entering(index), with_kwargs=True))
     if needs.final:
         handles.append(final_norm(model).register_forward_hook(lambda *hooked: seen.__setitem__("final", hooked[2])))

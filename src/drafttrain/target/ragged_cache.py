@@ -117,6 +117,9 @@ class RaggedCache:
     def select(self, sequences: Sequence[int]) -> None:
         """Keep only these sequences, in this order; nothing may be pending."""
         assert self.lengths == self.kept, "decide on the pending tokens before sequences are dropped"
+        if self._real_BC is not None:
+            # What `commit` kept may still stand behind padding.
+            self._gather([()] * len(self.lengths), width=max(self.lengths))
         self.lengths = [self.lengths[i] for i in sequences]
         self.kept = list(self.lengths)
         width = max(self.lengths, default=0)
@@ -136,8 +139,9 @@ class RaggedCache:
 
     def _gather(self, nodes: Sequence[Sequence[int]], *, width: int) -> None:
         """Move the chosen pending tokens of every row to the left, directly behind what was kept before."""
-        first = min(self.kept)
         real_BC = torch.ones(len(nodes), self.columns, dtype=torch.bool) if self._real_BC is None else self._real_BC
+        # Columns before `first` stay: they hold kept tokens of every row, none of them behind padding.
+        first = min(*self.kept, int(real_BC.all(dim=0).to(torch.uint8).cumprod(dim=0).sum()))
         # The columns that hold tokens, in order, then the others.
         order_BC = real_BC.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
         token_BW = torch.arange(width).repeat(len(nodes), 1)

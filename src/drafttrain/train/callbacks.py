@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from drafttrain.core.console import progress, say
 from drafttrain.core.errors import DrafttrainError, Interrupted
 from drafttrain.core.files import folder_beside, write_json, written_beside
 from drafttrain.target import Target
-from drafttrain.train.module import DistillModule
+from drafttrain.train.module import StepModule
 from drafttrain.train.settings import TrainSettings
 
 COLUMNS = (
@@ -31,9 +32,8 @@ COLUMNS = (
     "grad_norm",
     "tokens",
     "seconds",
-    "validation_alpha",
-    "validation_block_efficiency",
 )
+"""Of metrics.csv, before one `validation_` column for each figure that is measured on held-out data."""
 
 
 class StepEnd(Callback):
@@ -43,24 +43,29 @@ class StepEnd(Callback):
         """Find the ends of optimizer steps."""
         if trainer.fit_loop.epoch_loop._should_accumulate():
             return
-        assert isinstance(module, DistillModule)
+        assert isinstance(module, StepModule)
         self.on_step_end(trainer, module, trainer.global_step)
 
-    def on_step_end(self, trainer: Trainer, module: DistillModule, step: int) -> None:
+    def on_step_end(self, trainer: Trainer, module: StepModule, step: int) -> None:
         """Act after `step` optimizer steps."""
 
 
-class Validation(StepEnd):
-    """Every N steps: block efficiency on held-out prompts by replay; the best weights are kept as a drafter folder."""
+@dataclass(frozen=True)
+class HeldOut:
+    """What is measured of the weights on held-out data."""
 
-    def __init__(
-        self,
-        estimate: Callable[[Any], Mapping[str, Any]],
-        *,
-        settings: TrainSettings,
-        folder: Path,
-    ) -> None:
-        self.estimate = estimate
+    estimate: Callable[[Any], Mapping[str, Any]]
+    """From a drafter or head in evaluation mode to its figures by name, and `said`: a line for the user."""
+    figures: tuple[str, ...] = ("alpha", "block_efficiency")
+    best_by: str = "block_efficiency"
+    """The figure that picks the best step: the larger, the better."""
+
+
+class Validation(StepEnd):
+    """Every N steps: figures on held-out data; the best weights are kept as a folder."""
+
+    def __init__(self, held_out: HeldOut, *, settings: TrainSettings, folder: Path) -> None:
+        self.held_out = held_out
         self.settings = settings
         self.folder = folder
         self.latest: Mapping[str, Any] = {}
@@ -71,27 +76,26 @@ class Validation(StepEnd):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Measure the start, so that a run that made it worse exports the start."""
         if trainer.global_step == 0:
-            assert isinstance(module, DistillModule)
+            assert isinstance(module, StepModule)
             self.on_step_end(trainer, module, 0)
 
-    def on_step_end(self, trainer: Trainer, module: DistillModule, step: int) -> None:
+    def on_step_end(self, trainer: Trainer, module: StepModule, step: int) -> None:
         """Estimate, and keep the weights if they are the best so far."""
         self.latest = {}
         every = self.settings.eval_every_steps
         if not every or (step % every and step != self.settings.max_steps):
             return
-        module.drafter.eval()
+        module.trained.eval()
         with torch.no_grad():
-            self.latest = dict(self.estimate(module.drafter), step=step)
-        module.drafter.train()
-        value = self.latest["block_efficiency"]
-        self.last = {"step": step, "block_efficiency": value}
-        if trainer.is_global_zero and value > self.best.get("block_efficiency", -1.0):
-            self.best = {"step": step, "block_efficiency": value, "alpha": self.latest["alpha"]}
-            save_drafter(module, self.folder / "best")
+            self.latest = dict(self.held_out.estimate(module.trained), step=step)
+        module.trained.train()
+        value = self.latest[self.held_out.best_by]
+        self.last = {"step": step} | {name: self.latest[name] for name in self.held_out.figures}
+        if trainer.is_global_zero and value > self.best.get(self.held_out.best_by, float("-inf")):
+            self.best = dict(self.last)
+            save_trained(module, self.folder / "best")
             write_json(self.folder / "best.json", self.best)
-        by_length = "  ".join(f"K={k}: {v:.2f}" for k, v in self.latest["by_length"].items())
-        say(f"step {step}: block efficiency by replay {by_length}  alpha {self.latest['alpha']:.3f}")
+        say(f"step {step}: {self.latest['said']}")
 
     def state_dict(self) -> dict[str, Any]:
         """Carry what is best, and what was last, through a resume."""
@@ -109,6 +113,8 @@ class MetricsLog(StepEnd):
         self.path = path
         self.settings = settings
         self.validation = validation
+        figures = validation.held_out.figures if validation else ("alpha", "block_efficiency")
+        self.columns = [*COLUMNS, *(f"validation_{name}" for name in figures)]
         self._tokens = 0
         self._seconds_before = 0.0
         self._began = time.perf_counter()
@@ -121,7 +127,7 @@ class MetricsLog(StepEnd):
             with self.path.open(newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["step"]) <= trainer.global_step]
         with written_beside(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(rows)
         if not rows and self.validation is not None and self.validation.latest:
@@ -141,9 +147,9 @@ class MetricsLog(StepEnd):
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count tokens read."""
-        self._tokens += int((batch.documents_BT >= 0).sum()) * trainer.world_size
+        self._tokens += batch.num_tokens * trainer.world_size
 
-    def on_step_end(self, trainer: Trainer, module: DistillModule, step: int) -> None:
+    def on_step_end(self, trainer: Trainer, module: StepModule, step: int) -> None:
         """Write a row every N steps, at validations and at the end."""
         validated = self.validation is not None and bool(self.validation.latest)
         if step % self.settings.log_every_steps and step != self.settings.max_steps and not validated:
@@ -172,12 +178,13 @@ class MetricsLog(StepEnd):
             **values,
         }
         if self.validation is not None and self.validation.latest:
-            row["validation_alpha"] = repr(self.validation.latest["alpha"])
-            row["validation_block_efficiency"] = repr(self.validation.latest["block_efficiency"])
+            row |= {
+                f"validation_{name}": repr(self.validation.latest[name]) for name in self.validation.held_out.figures
+            }
         if not trainer.is_global_zero:
             return
         with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, COLUMNS).writerow(row)
+            csv.DictWriter(file, self.columns).writerow(row)
         numbers = {name: float(value) for name, value in row.items() if name != "step" and value != ""}
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step)
@@ -203,7 +210,7 @@ class Checkpoints(StepEnd):
         self._asked_to_stop = True
         say("asked to stop: finishing this step and saving")
 
-    def on_step_end(self, trainer: Trainer, module: DistillModule, step: int) -> None:
+    def on_step_end(self, trainer: Trainer, module: StepModule, step: int) -> None:
         """Save, and stop if that was asked."""
         if step % self.settings.checkpoint_every_steps == 0 or self._asked_to_stop:
             self.save(trainer, step)
@@ -250,9 +257,9 @@ class Progress(StepEnd):
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count tokens."""
-        self._tokens += int((batch.documents_BT >= 0).sum()) * trainer.world_size
+        self._tokens += batch.num_tokens * trainer.world_size
 
-    def on_step_end(self, trainer: Trainer, module: DistillModule, step: int) -> None:
+    def on_step_end(self, trainer: Trainer, module: StepModule, step: int) -> None:
         """Move the bar."""
         per_second = self._tokens / max(1e-9, time.perf_counter() - self._began)
         self._bar.note(f"{per_second:,.0f} tokens/s")
@@ -276,10 +283,10 @@ class FrozenTarget(Callback):
             raise DrafttrainError("the target's weights changed during training: they must stay frozen")
 
 
-def save_drafter(module: DistillModule, folder: Path) -> None:
-    """Write the drafter's weights as a folder, whole or not at all."""
+def save_trained(module: StepModule, folder: Path) -> None:
+    """Write the trained weights as a folder, whole or not at all."""
     with folder_beside(folder) as temporary:
-        module.drafter.save(temporary)
+        module.trained.save(temporary)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

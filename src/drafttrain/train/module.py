@@ -1,4 +1,4 @@
-"""The training step: drafter, loss, one division.
+"""The training step: drafter (or head), loss, one division.
 
 B = sequences, T = positions, V = vocabulary, N = trained positions
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.core.records import DraftBatch, TargetNeeds, TargetOutput
 from drafttrain.drafters import Drafter
+from drafttrain.heads import HeadBatch, TokenHead
 from drafttrain.losses import Loss
 from drafttrain.losses.align import align
 from drafttrain.losses.chunked import normalised, row_losses
@@ -22,37 +23,23 @@ from drafttrain.train.optimizer import build_optimizer, learning_rate_scale
 from drafttrain.train.settings import TrainSettings
 
 
-class DistillModule(LightningModule):
-    """Trains a drafter against a frozen target. The target is no submodule: it never enters a checkpoint.
+class StepModule(LightningModule):
+    """What all trainings share: counts, clipping, optimizer and schedule.
 
     Args:
-        target: None when neither the drafter nor the loss asks for one, or when batches bring cached rows.
-        vocab_size: Ids that target, drafter and tokenizer share; logits are cut to these.
+        trained: The drafter or head; `save(folder)` writes it.
     """
 
-    def __init__(
-        self, drafter: Drafter, loss: Loss, *, target: Target | None, settings: TrainSettings, vocab_size: int
-    ) -> None:
+    def __init__(self, trained: Any, *, settings: TrainSettings) -> None:
         super().__init__()
-        self.drafter = drafter
-        self.loss = loss
+        self.trained = trained
         self.settings = settings
-        self.vocab_size = vocab_size
-        self._target = target
         self.sums_3 = torch.zeros(3, dtype=torch.float64)
         """Sums since the last log: loss, acceptance, trained positions."""
         self.grad_norm = 0.0
 
-    def training_step(self, batch: DraftBatch, batch_idx: int) -> Tensor:
-        """Return the loss of a micro-batch, scaled so that the gradients of a step add up to the mean over its positions."""
-        batch = self._with_target(batch)
-        drafted = self.drafter(batch)
-        rows = align(drafted, batch, block_length=getattr(self.loss, "block_length", 1))
-        loss_N, acceptance_N = row_losses(
-            self.loss, drafted, rows, batch, vocab_size=self.vocab_size, chunk_rows=self.settings.loss_chunk_rows
-        )
-        self._count(loss_N, acceptance_N)
-        total = loss_N.sum() if drafted.extra_loss is None else loss_N.sum() + drafted.extra_loss
+    def _scaled(self, total: Tensor, batch: DraftBatch | HeadBatch) -> Tensor:
+        """Return a micro-batch's sum, scaled so that the gradients of a step add up to the mean over its positions."""
         return normalised(
             total, batch, world_size=self.trainer.world_size, accumulation=self.trainer.accumulate_grad_batches
         )
@@ -64,23 +51,6 @@ class DistillModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up those sums."""
         self.sums_3 = checkpoint["sums_3"].clone()
-
-    def _with_target(self, batch: DraftBatch) -> DraftBatch:
-        from dataclasses import replace
-
-        needs = self.drafter.needs()
-        rows_needed = self.loss.needs_target and batch.target_rows is None
-        if (batch.target or TargetOutput()).has(needs) and not rows_needed:
-            return batch
-        assert self._target is not None, "the pipeline loads a target when the drafter or the loss needs one"
-        seen = self._target.read(batch.tokens_BT, batch.positions_BT, needs | TargetNeeds(final=rows_needed))
-        rows = self._target.rows_of(seen) if rows_needed else batch.target_rows
-        return replace(batch, target=seen, target_rows=rows)
-
-    def _count(self, loss_N: Tensor, acceptance_N: Tensor | None) -> None:
-        acceptance = acceptance_N.sum() if acceptance_N is not None else torch.full((), float("nan"))
-        parts = (loss_N.detach().sum().double(), acceptance.double(), torch.tensor(float(len(loss_N))))
-        self.sums_3 += torch.stack([part.cpu().double() for part in parts])
 
     def configure_gradient_clipping(
         self,
@@ -99,13 +69,76 @@ class DistillModule(LightningModule):
                 "the last checkpoint is untouched."
             )
 
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer and its schedule."""
+        optimizer = build_optimizer(self.trained, self.settings, lr_factor=self.trained.lr_factor)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_scale(step, self.settings))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class HeadModule(StepModule):
+    """Trains a head on labelled draft tokens."""
+
+    trained: TokenHead
+
+    def training_step(self, batch: HeadBatch, batch_idx: int) -> Tensor:
+        """Return the loss of a micro-batch: a sum over rows, divided by the weights of all rows of the step."""
+        labels_N = batch.rows.labels_N
+        loss_N = self.trained.loss(self.trained(batch.rows.features_ND), labels_N)
+        weight = self.trained.weights(labels_N).sum()
+        parts = (loss_N.detach().sum(), torch.full((), float("nan")), weight)
+        self.sums_3 += torch.stack([part.cpu().double() for part in parts])
+        return self._scaled(loss_N.sum(), batch)
+
+
+class DistillModule(StepModule):
+    """Trains a drafter against a frozen target. The target is no submodule: it never enters a checkpoint.
+
+    Args:
+        target: None when neither the drafter nor the loss asks for one, or when batches bring cached rows.
+        vocab_size: Ids that target, drafter and tokenizer share; logits are cut to these.
+    """
+
+    trained: Drafter
+
+    def __init__(
+        self, drafter: Drafter, loss: Loss, *, target: Target | None, settings: TrainSettings, vocab_size: int
+    ) -> None:
+        super().__init__(drafter, settings=settings)
+        self.loss = loss
+        self.vocab_size = vocab_size
+        self._target = target
+
+    def training_step(self, batch: DraftBatch, batch_idx: int) -> Tensor:
+        """Return the loss of a micro-batch, scaled so that the gradients of a step add up to the mean over its positions."""
+        batch = self._with_target(batch)
+        drafted = self.trained(batch)
+        rows = align(drafted, batch, block_length=getattr(self.loss, "block_length", 1))
+        loss_N, acceptance_N = row_losses(
+            self.loss, drafted, rows, batch, vocab_size=self.vocab_size, chunk_rows=self.settings.loss_chunk_rows
+        )
+        self._count(loss_N, acceptance_N)
+        total = loss_N.sum() if drafted.extra_loss is None else loss_N.sum() + drafted.extra_loss
+        return self._scaled(total, batch)
+
+    def _with_target(self, batch: DraftBatch) -> DraftBatch:
+        from dataclasses import replace
+
+        needs = self.trained.needs()
+        rows_needed = self.loss.needs_target and batch.target_rows is None
+        if (batch.target or TargetOutput()).has(needs) and not rows_needed:
+            return batch
+        assert self._target is not None, "the pipeline loads a target when the drafter or the loss needs one"
+        seen = self._target.read(batch.tokens_BT, batch.positions_BT, needs | TargetNeeds(final=rows_needed))
+        rows = self._target.rows_of(seen) if rows_needed else batch.target_rows
+        return replace(batch, target=seen, target_rows=rows)
+
+    def _count(self, loss_N: Tensor, acceptance_N: Tensor | None) -> None:
+        acceptance = acceptance_N.sum() if acceptance_N is not None else torch.full((), float("nan"))
+        parts = (loss_N.detach().sum().double(), acceptance.double(), torch.tensor(float(len(loss_N))))
+        self.sums_3 += torch.stack([part.cpu().double() for part in parts])
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then let the loss roll what it carries from step to step."""
         super().optimizer_step(*args, **kwargs)
         self.loss.end_of_step()
-
-    def configure_optimizers(self) -> Any:
-        """Return the optimizer and its schedule."""
-        optimizer = build_optimizer(self.drafter, self.settings, lr_factor=self.drafter.lr_factor)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_scale(step, self.settings))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

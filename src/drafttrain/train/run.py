@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
 from drafttrain.core.console import say
@@ -19,18 +19,20 @@ from drafttrain.core.errors import DrafttrainError
 from drafttrain.core.files import write_json
 from drafttrain.core.records import DraftBatch
 from drafttrain.drafters import Drafter
+from drafttrain.heads import HeadBatch, TokenHead
 from drafttrain.losses import Loss
 from drafttrain.target import Target
 from drafttrain.train.callbacks import (
     Checkpoints,
     FrozenTarget,
+    HeldOut,
     MetricsLog,
     Progress,
     Validation,
     newest_checkpoint,
-    save_drafter,
+    save_trained,
 )
-from drafttrain.train.module import DistillModule
+from drafttrain.train.module import DistillModule, HeadModule, StepModule
 from drafttrain.train.settings import TrainSettings
 
 
@@ -41,33 +43,37 @@ class TrainResult:
     drafter: str
     best_step: int
     last_step: int
-    best_block_efficiency: float | None
-    """By replay on the validation prompts; None when the recipe asks for no validation."""
-    last_block_efficiency: float | None
+    best_by: str
+    """The figure that picked the best step."""
+    best: float | None
+    """That figure on held-out data; None when the recipe asks for no validation."""
+    last: float | None
 
 
-class Steps(torch.utils.data.IterableDataset[DraftBatch]):
+class Steps(torch.utils.data.IterableDataset[Any]):
     """Micro-batches from a step on; `of_step` is a pure function, so a resume needs one integer."""
 
-    def __init__(self, of_step: Callable[[int], list[DraftBatch]], *, start: int, stop: int) -> None:
+    def __init__(self, of_step: Callable[[int], Sequence[Any]], *, start: int, stop: int) -> None:
         self.of_step = of_step
         self.start = start
         self.stop = stop
 
-    def __iter__(self) -> Iterator[DraftBatch]:
+    def __iter__(self) -> Iterator[Any]:
         for step in range(self.start, self.stop):
             yield from self.of_step(step)
 
 
-class _Module(DistillModule):
-    """The training step with its data: Lightning asks for the loader after a checkpoint was restored."""
+class _Data(LightningDataModule):
+    """The micro-batches of a training: Lightning asks for the loader after a checkpoint was restored."""
 
-    def __init__(self, *args: Any, of_step: Callable[[int], list[DraftBatch]], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, of_step: Callable[[int], Sequence[Any]], *, stop: int) -> None:
+        super().__init__()
         self._of_step = of_step
+        self._stop = stop
 
     def train_dataloader(self) -> Any:
-        steps = Steps(self._of_step, start=self.trainer.global_step, stop=self.settings.max_steps)
+        assert self.trainer is not None
+        steps = Steps(self._of_step, start=self.trainer.global_step, stop=self._stop)
         return torch.utils.data.DataLoader(steps, batch_size=None)
 
 
@@ -82,28 +88,64 @@ def train(
     vocab_size: int,
     folder: Path,
 ) -> TrainResult:
-    """Train, continuing from the newest checkpoint in `folder` if there is one.
+    """Train a drafter, continuing from the newest checkpoint in `folder` if there is one.
 
     Args:
         of_step: The micro-batches of an optimizer step on this rank.
-        estimate: From a drafter to `{"block_efficiency", "alpha", "by_length"}` on held-out prompts.
+        estimate: From a drafter to `{"block_efficiency", "alpha", "said"}` on held-out prompts.
         folder: Gets metrics.csv, checkpoints/, best/ and train.json.
 
     Raises:
         Interrupted: On SIGTERM or SIGINT, after a checkpoint was saved.
     """
+    module = DistillModule(drafter, loss, target=target, settings=settings, vocab_size=vocab_size)
+    held_out = HeldOut(estimate) if estimate else None
+    frozen = [FrozenTarget(target)] if target else []
+    return _fit(module, of_step, held_out=held_out, frozen=frozen, folder=folder)
+
+
+def train_head(
+    head: TokenHead,
+    *,
+    of_step: Callable[[int], list[HeadBatch]],
+    estimate: Callable[[Any], Mapping[str, Any]],
+    settings: TrainSettings,
+    folder: Path,
+) -> TrainResult:
+    """Train a head on labelled draft tokens, continuing from the newest checkpoint in `folder` if there is one.
+
+    Args:
+        of_step: The micro-batches of an optimizer step.
+        estimate: From a head to `{"log_likelihood", "auc", "ece", "said"}` on held-out tokens.
+        folder: Gets metrics.csv, checkpoints/, best/ and train.json.
+
+    Raises:
+        Interrupted: On SIGTERM or SIGINT, after a checkpoint was saved.
+    """
+    held_out = HeldOut(estimate, ("log_likelihood", "auc", "ece"), best_by="log_likelihood")
+    return _fit(HeadModule(head, settings=settings), of_step, held_out=held_out, frozen=[], folder=folder)
+
+
+def _fit(
+    module: StepModule,
+    of_step: Callable[[int], Sequence[Any]],
+    *,
+    held_out: HeldOut | None,
+    frozen: Sequence[FrozenTarget],
+    folder: Path,
+) -> TrainResult:
+    settings = module.settings
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    module = _Module(drafter, loss, target=target, settings=settings, vocab_size=vocab_size, of_step=of_step)
     validation = (
-        Validation(estimate, settings=settings, folder=folder) if estimate and settings.eval_every_steps else None
+        Validation(held_out, settings=settings, folder=folder) if held_out and settings.eval_every_steps else None
     )
     callbacks = [
         *([validation] if validation else []),
         MetricsLog(folder / "metrics.csv", settings=settings, validation=validation),
         Checkpoints(checkpoints, settings=settings),
         Progress(settings),
-        *([FrozenTarget(target)] if target else []),
+        *frozen,
     ]
     with _quiet():
         trainer = Trainer(
@@ -124,27 +166,23 @@ def train(
         newest = newest_checkpoint(checkpoints)
         if newest:
             say(f"continuing from {newest}")
-        trainer.fit(module, ckpt_path=newest, weights_only=True)
-    return _finish(module, validation, settings=settings, folder=folder)
+        data = _Data(of_step, stop=settings.max_steps)
+        trainer.fit(module, datamodule=data, ckpt_path=newest, weights_only=True)
+    return _finish(module, validation, folder=folder)
 
 
-def _finish(
-    module: DistillModule, validation: Validation | None, *, settings: TrainSettings, folder: Path
-) -> TrainResult:
-    save_drafter(module, folder / "last")
+def _finish(module: StepModule, validation: Validation | None, *, folder: Path) -> TrainResult:
+    save_trained(module, folder / "last")
+    steps = module.settings.max_steps
     if validation is None:
-        result = TrainResult("last", settings.max_steps, settings.max_steps, None, None)
+        result = TrainResult("last", steps, steps, "", None, None)
     else:
-        result = TrainResult(
-            "best",
-            validation.best["step"],
-            settings.max_steps,
-            validation.best["block_efficiency"],
-            validation.last["block_efficiency"],
-        )
+        name = validation.held_out.best_by
+        best, last = validation.best[name], validation.last[name]
+        result = TrainResult("best", validation.best["step"], steps, name, best, last)
         say(
-            f"best step {result.best_step} (block efficiency by replay {result.best_block_efficiency:.3f}), "
-            f"last step {result.last_step} ({result.last_block_efficiency:.3f}): the best is exported"
+            f"best step {result.best_step} ({name.replace('_', ' ')} {best:.3f} on held-out data), last step {steps} ({last:.3f}): "
+            "the best is exported"
         )
     write_json(folder / "train.json", asdict(result))
     return result

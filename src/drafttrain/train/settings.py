@@ -42,7 +42,9 @@ class TrainSettings:
     )
 
     max_steps: int = setting(1000, help="Optimizer steps.", ge=1)
-    batch_size: int = setting(32, help="Records an optimizer step, over all devices and micro-batches.", ge=1)
+    batch_size: int = setting(
+        32, help="Records (for a head, labelled tokens) an optimizer step, over all devices and micro-batches.", ge=1
+    )
     accumulation: int = setting(1, help="Micro-batches an optimizer step; the result does not depend on it.", ge=1)
     optimizer: Literal["adamw", "muon"] = setting(
         "adamw", help="adamw, or muon: Muon on hidden matrices, AdamW on embeddings, head and vectors."

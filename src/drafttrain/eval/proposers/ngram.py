@@ -9,6 +9,7 @@ from drafttrain.core.records import (
     Budget,
     Context,
     DraftStep,
+    More,
     Proposal,
     Sampling,
     TargetNeeds,
@@ -76,7 +77,7 @@ class Ngram:
         budgets: Sequence[Budget],
         sampling: Sampling,
         generators: Sequence[torch.Generator],
-        more: Callable[[DraftStep], bool],
+        more: Callable[[DraftStep], bool | More],
     ) -> list[Proposal]:
         return [
             fixed_chain(context.tokens[-1], index.continuation(context.tokens, min(budget.nodes, budget.depth)))

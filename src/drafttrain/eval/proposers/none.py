@@ -9,6 +9,7 @@ from drafttrain.core.records import (
     Budget,
     Context,
     DraftStep,
+    More,
     Proposal,
     Sampling,
     TargetNeeds,
@@ -41,7 +42,7 @@ class NoDraft:
         budgets: Sequence[Budget],
         sampling: Sampling,
         generators: Sequence[torch.Generator],
-        more: Callable[[DraftStep], bool],
+        more: Callable[[DraftStep], bool | More],
     ) -> list[Proposal]:
         return [fixed_chain(context.tokens[-1], []) for context in self._contexts]
 

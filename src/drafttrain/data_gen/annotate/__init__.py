@@ -1,0 +1,59 @@
+"""Annotators, one file a kind: from texts to labelled draft tokens, which a head is trained on.
+
+N = rows (draft tokens), D = hidden
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from drafttrain.core.records import Record
+from drafttrain.core.registry import Registry
+from drafttrain.core.settings import setting
+from drafttrain.drafters import Drafter
+from drafttrain.heads import HeadRows
+from drafttrain.target import Target
+
+annotators = Registry("annotator", "drafttrain.data_gen.annotate")
+
+
+@dataclass(kw_only=True)
+class AnnotateSettings:
+    """What all annotators share."""
+
+    held_out: float = setting(
+        0.2, help="Share of the texts whose tokens are not trained on: figures come from them.", gt=0, lt=1
+    )
+
+
+@dataclass(kw_only=True)
+class JudgeLabelSettings(AnnotateSettings):
+    """What annotators for a judge share."""
+
+    min_share: float = setting(
+        0.1, help="Both labels must have this share of the tokens: a judge of one class learns nothing.", ge=0, lt=0.5
+    )
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The models that an annotator reads; neither is changed."""
+
+    target: Target
+    drafter: Drafter
+    seed: int
+    layer: int = -1
+    """Which state of the target a judge reads."""
+
+
+class Annotator(Protocol):
+    """Labels the draft tokens of texts. Built as `annotators.build(settings, frozen)`.
+
+    `for_head` is the kind of head that its labels train.
+    """
+
+    for_head: ClassVar[str]
+
+    def label(self, records: Sequence[Record]) -> list[HeadRows]:
+        """Return the rows of each record: a pure function of the record, the models and the seed."""
+        ...

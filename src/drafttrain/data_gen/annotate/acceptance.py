@@ -1,0 +1,133 @@
+"""Labels of the acceptance head: the chance that what the drafter draws along a text would be kept.
+
+B = sequences, T = positions, N = rows (draft tokens), V = vocabulary, D = hidden
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.probability import draw, sampling_probs
+from drafttrain.core.random import stream
+from drafttrain.core.records import DraftBatch, DraftOutput, Record, Sampling, TargetNeeds
+from drafttrain.core.settings import setting
+from drafttrain.data_gen.annotate import AnnotateSettings, Frozen, annotators
+from drafttrain.data_gen.packing import pack
+from drafttrain.heads import HeadRows
+
+
+@dataclass(kw_only=True)
+class AcceptanceLabelSettings(AnnotateSettings):
+    """min(1, p(Y) / q(Y)) of tokens Y that the drafter draws along the texts."""
+
+    temperature: float = setting(
+        1.0, help="Sampling of both models; what a token's chance is depends on it. 0: greedy, labels are 0 or 1.", ge=0
+    )
+    mixing: float = setting(
+        0.15,
+        help="Share of the positions where the drafter reads the text's own token and nothing is learned.",
+        ge=0,
+        le=1,
+    )
+
+
+@annotators.register("acceptance", AcceptanceLabelSettings)
+class AcceptanceLabels:
+    """Two forwards of the drafter and one of the target for a batch of texts.
+
+    The first two give the laws along the text X, from which a token Y is drawn and labelled at every place. The third reads
+    Z, which is X at a share of the places and Y at the others; its states where Z = Y are the features. A label is of the
+    prefix X while its state saw the prefix Z: the published approximation, which saves a target call a row.
+
+    Source: Huang et al. 2024, SpecDec++, arXiv 2405.19715, 3.2.
+    """
+
+    for_head: ClassVar[str] = "acceptance"
+
+    def __init__(self, settings: AcceptanceLabelSettings, frozen: Frozen) -> None:
+        self.settings = settings
+        self.sampling = Sampling(settings.temperature)
+        self.target, self.drafter, self.seed = frozen.target, frozen.drafter, frozen.seed
+
+    @torch.no_grad()
+    def label(self, records: Sequence[Record]) -> list[HeadRows]:
+        """Return the rows of each record."""
+        batch, places = pack(records, width=max(len(record.tokens) for record in records), weight_of_step=1.0)
+        batch = batch.to(self.target.device)
+        seen = self.target.read(batch.tokens_BT, batch.positions_BT, self._needs() | TargetNeeds(final=True))
+        target_rows = self.target.rows_of(seen)
+        drafted = self._draft(replace(batch, target=seen))
+        read_BT = batch.tokens_BT.clone()
+        found: list[tuple[Tensor, Tensor, int]] = []
+        for record, (row, column) in zip(records, places, strict=True):
+            # Y at i is drawn by the row that sees the tokens before i, and read by the row that sees the one at i.
+            trained = torch.tensor(record.loss_mask)
+            trained[: 1 + drafted.lag] = False
+            position_N = trained.nonzero()[:, 0].to(self.target.device) + column
+            start = row * batch.tokens_BT.shape[1]
+            chances = self._chances(
+                target_rows.at(start + position_N - 1), drafted, start + position_N - 1 - drafted.lag
+            )
+            drawn_N, labels_N = self._drawn(*chances, id=record.id)
+            kept_N = torch.rand(len(drawn_N), generator=stream(self.seed, "mixing", record.id)) < self.settings.mixing
+            read_N, ours_N = mixed(drawn_N, batch.tokens_BT[row, position_N].cpu(), kept_N)
+            read_BT[row, position_N] = read_N.to(read_BT.device)
+            found.append((position_N[ours_N.to(position_N.device)], labels_N[ours_N], row))
+        states_BTD = self._states(replace(batch, tokens_BT=read_BT))
+        return [
+            HeadRows(states_BTD[row, position_N - drafted.lag].float().cpu(), labels_N)
+            for position_N, labels_N, row in found
+        ]
+
+    def _needs(self) -> TargetNeeds:
+        return self.drafter.needs()
+
+    def _draft(self, batch: DraftBatch) -> DraftOutput:
+        drafted = self.drafter(batch)
+        if list(drafted.states_BTD) != [1]:
+            raise CheckpointError(
+                f"head.drafter: a {self.drafter.kind} drafter guesses several tokens from one state, so no state belongs to a "
+                "draft token; the acceptance head needs one that drafts token by token"
+            )
+        return drafted
+
+    def _chances(self, target_logits_NV: Tensor, drafted: DraftOutput, drafter_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the laws of both models over the ids that they share."""
+        shared = self.target.num_tokens
+        drafter_logits_NV = drafted.head(drafted.states_BTD[1].flatten(0, 1)[drafter_N], 1)[:, :shared]
+        target_NV = sampling_probs(target_logits_NV[:, : drafter_logits_NV.shape[1]], self.sampling)
+        return target_NV.cpu(), sampling_probs(drafter_logits_NV, self.sampling).cpu()
+
+    def _drawn(self, target_NV: Tensor, drafter_NV: Tensor, *, id: str) -> tuple[Tensor, Tensor]:
+        """Return a token of the drafter for every row, and its label."""
+        generator = stream(self.seed, "drafted", id)
+        drawn_N = torch.tensor([draw(law_V, generator) for law_V in drafter_NV], dtype=torch.long)
+        return drawn_N, acceptance_labels(target_NV, drafter_NV, drawn_N)
+
+    def _states(self, batch: DraftBatch) -> Tensor:
+        """Return the drafter's states where it reads what it drafted."""
+        if self._needs() != TargetNeeds():
+            batch = replace(batch, target=self.target.read(batch.tokens_BT, batch.positions_BT, self._needs()))
+        states_BTD: Tensor = self._draft(batch).states_BTD[1]
+        return states_BTD
+
+
+def acceptance_labels(target_NV: Tensor, drafter_NV: Tensor, drawn_N: Tensor) -> Tensor:
+    """Return min(1, p(Y) / q(Y)), the chance that a token Y drawn from q is kept."""
+    target_N, drafter_N = (law_NV.gather(1, drawn_N[:, None])[:, 0] for law_NV in (target_NV, drafter_NV))
+    return (target_N / drafter_N).clamp(max=1.0).float()
+
+
+def mixed(drawn_N: Tensor, written_N: Tensor, kept_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (what the drafter reads: the text's own token where it is kept, else its own, where that is its own).
+
+    A kept token that the drafter happens to have drawn is its own too.
+    """
+    read_N = torch.where(kept_N, written_N, drawn_N)
+    return read_N, read_N == drawn_N

@@ -1,0 +1,142 @@
+"""Which draft tokens matter: those that, written in place of the target's own, change the answer.
+
+N = rows (draft tokens), D = hidden
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+
+from drafttrain.core.records import Record, Sampling, TargetNeeds
+from drafttrain.core.settings import setting
+from drafttrain.data_gen.annotate import Frozen, JudgeLabelSettings, annotators
+from drafttrain.data_gen.annotate.states import states_of
+from drafttrain.data_gen.checkers import Checker, checkers
+from drafttrain.data_gen.generate import Task, continuations
+from drafttrain.data_gen.packing import pack
+from drafttrain.heads import HeadRows
+
+
+@dataclass(kw_only=True)
+class CounterfactualSettings(JudgeLabelSettings):
+    """Writes on from each token that the drafter would have put otherwise, and compares the answers."""
+
+    checker: Any = setting(help="What reads the answer out of a text, by kind.", registry=checkers)
+    max_new_tokens: int = setting(256, help="New tokens of an answer at most.", ge=1)
+    max_mismatches: int = setting(64, help="Draft tokens a text that are tried at most.", ge=1)
+
+
+@dataclass
+class _Walk:
+    """One text on its way."""
+
+    id: str
+    prompt: list[int]
+    new: list[int]
+    answer: Hashable
+    place: int = 0
+    """First new token that was not looked at yet."""
+    tried: list[list[int]] = field(default_factory=list)
+    """Texts up to and with the draft token of each row."""
+    labels: list[float] = field(default_factory=list)
+
+
+@annotators.register("counterfactual", CounterfactualSettings)
+class Counterfactual:
+    """Walks the places where drafter and target disagree, both greedy, from the first to the last.
+
+    At each the drafter's token is put in and the target writes on. The answer stays: the token does not matter (label 1), and
+    the walk goes on in the new text, as decoding would. It changes: the token matters (label 0), and the target's own stays.
+    So no row stands behind a token that mattered. Texts without a checkable answer are passed over.
+
+    Source: Garipov et al. 2025, AutoJudge, arXiv 2504.20039, 3.1.
+    """
+
+    for_head: ClassVar[str] = "judge"
+
+    def __init__(self, settings: CounterfactualSettings, frozen: Frozen) -> None:
+        self.settings = settings
+        self.frozen = frozen
+        self.checker: Checker = checkers.build(settings.checker)
+
+    @torch.no_grad()
+    def label(self, records: Sequence[Record]) -> list[HeadRows]:
+        """Return the rows of each record; of it only the tokens before its first label are used, as the prompt."""
+        prompts = [list(record.tokens[: list(record.loss_mask).index(True)]) for record in records]
+        written = self._write([record.id for record in records], prompts)
+        walks = [
+            _Walk(record.id, prompt, new, self._answer(record.id, new))
+            for record, prompt, new in zip(records, prompts, written, strict=True)
+        ]
+        going = [walk for walk in walks if walk.answer is not None]
+        for _ in range(self.settings.max_mismatches):
+            going = self._try_next(going)
+            if not going:
+                break
+        tried = [text for walk in walks for text in walk.tried]
+        records_tried = [Record("", text, [True] * len(text)) for text in tried]
+        last = [states_TD[-1:] for states_TD in states_of(records_tried, self.frozen)]
+        width = self.frozen.target.model.get_output_embeddings().weight.shape[1]
+        states_ND = torch.cat([torch.zeros(0, width), *last])
+        labels_N = torch.tensor([label for walk in walks for label in walk.labels])
+        sizes = [len(walk.tried) for walk in walks]
+        return [HeadRows(*part) for part in zip(states_ND.split(sizes), labels_N.split(sizes), strict=True)]
+
+    def _try_next(self, walks: Sequence[_Walk]) -> list[_Walk]:
+        """Settle the next place of disagreement of every text; return the texts that had one."""
+        going: list[_Walk] = []
+        tokens: list[int] = []
+        for walk, drafted in zip(walks, self._drafted(walks), strict=True):
+            place = next((i for i in range(walk.place, len(walk.new)) if drafted[i] != walk.new[i]), None)
+            if place is not None:
+                walk.place = place
+                going.append(walk)
+                tokens.append(drafted[place])
+        starts = [[*walk.prompt, *walk.new[: walk.place], token] for walk, token in zip(going, tokens, strict=True)]
+        ends = self.frozen.target.eos_token_ids
+        open_ = [i for i, token in enumerate(tokens) if token not in ends]
+        rest = dict(zip(open_, self._write([going[i].id for i in open_], [starts[i] for i in open_]), strict=True))
+        for i, (walk, start) in enumerate(zip(going, starts, strict=True)):
+            other = [*start[len(walk.prompt) :], *rest.get(i, [])][: self.settings.max_new_tokens]
+            same = self._answer(walk.id, other) == walk.answer
+            walk.tried.append(start)
+            walk.labels.append(float(same))
+            walk.new = other if same else walk.new
+            walk.place += 1
+        return going
+
+    def _write(self, ids: Sequence[str], starts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return what the target writes greedily after each start."""
+        if not starts:
+            return []
+        tasks = [Task(id, start, Sampling()) for id, start in zip(ids, starts, strict=True)]
+        return continuations(
+            tasks, self.frozen.target, max_new_tokens=self.settings.max_new_tokens, seed=self.frozen.seed
+        )
+
+    def _answer(self, id: str, new: Sequence[int]) -> Hashable | None:
+        text = self.frozen.target.tokenizer.decode(list(new), skip_special_tokens=True)
+        return self.checker.answer(text, id=id)
+
+    def _drafted(self, walks: Sequence[_Walk]) -> list[list[int]]:
+        """Return the drafter's greedy token at every new place of each text."""
+        if not walks:
+            return []
+        target, drafter = self.frozen.target, self.frozen.drafter
+        texts = [[*walk.prompt, *walk.new] for walk in walks]
+        records = [Record(walk.id, text, [True] * len(text)) for walk, text in zip(walks, texts, strict=True)]
+        batch, places = pack(records, width=max(map(len, texts)), weight_of_step=1.0)
+        batch = batch.to(target.device)
+        if drafter.needs() != TargetNeeds():
+            batch = replace(batch, target=target.read(batch.tokens_BT, batch.positions_BT, drafter.needs()))
+        drafted = drafter(batch)
+        found = []
+        for walk, (row, column) in zip(walks, places, strict=True):
+            first = column + len(walk.prompt) - 1 - drafted.lag
+            states_ND = drafted.states_BTD[1][row, first : first + len(walk.new)]
+            found.append(drafted.head(states_ND, 1)[:, : target.num_tokens].argmax(-1).tolist())
+        return found

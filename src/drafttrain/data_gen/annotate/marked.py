@@ -1,0 +1,110 @@
+"""Mistakes that a person marked: tokens before the first one are good, its own are not, and what stands behind says nothing.
+
+N = rows (draft tokens), D = hidden
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from drafttrain.core.errors import DataError
+from drafttrain.core.records import Record
+from drafttrain.core.settings import setting
+from drafttrain.data_gen.annotate import Frozen, JudgeLabelSettings, annotators
+from drafttrain.data_gen.annotate.states import states_of
+from drafttrain.heads import HeadRows
+
+
+@dataclass(kw_only=True)
+class MarkedSettings(JudgeLabelSettings):
+    """Answers with marked mistakes: the JSON lines that are also the recipe's source, with `errors` added."""
+
+    path: str = setting(
+        help="JSON lines: id, prompt, completion, and errors: [[start, end], ...], characters of the completion; [] if none."
+    )
+
+
+@annotators.register("marked", MarkedSettings)
+class Marked:
+    """Label 1 for tokens that end before the first marked mistake, 0 for those of that mistake, none behind it.
+
+    Source: Bachmann et al. 2025, Judge Decoding, arXiv 2501.19309, 4.1.
+    """
+
+    for_head: ClassVar[str] = "judge"
+
+    def __init__(self, settings: MarkedSettings, frozen: Frozen) -> None:
+        self.frozen = frozen
+        self.path = Path(settings.path).expanduser()
+        self.items = _read(self.path)
+
+    def label(self, records: Sequence[Record]) -> list[HeadRows]:
+        """Return the rows of each record."""
+        found = []
+        for record, states_TD in zip(records, states_of(records, self.frozen), strict=True):
+            places, labels = self._labels(record)
+            found.append(HeadRows(states_TD[places], torch.tensor(labels)))
+        return found
+
+    def _labels(self, record: Record) -> tuple[list[int], list[float]]:
+        """Return the labelled tokens' places in the record, and their labels."""
+        if record.id not in self.items:
+            raise DataError(f"{self.path}: no line with id {record.id!r}, which is among data.sources")
+        completion, errors = self.items[record.id]
+        coded = self.frozen.target.tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True)
+        first = list(record.loss_mask).index(True)
+        shown = list(record.tokens[first : first + len(coded.input_ids)])
+        if shown != list(coded.input_ids)[: len(shown)]:
+            raise DataError(f"{self.path}: id {record.id!r}: its completion is not what data.sources has of it")
+        kept = labels_of(coded.offset_mapping[: len(shown)], errors)
+        return list(range(first, first + len(kept))), kept
+
+
+def labels_of(offsets: Sequence[tuple[int, int]], errors: Sequence[tuple[int, int]]) -> list[float]:
+    """Return the labels of the first tokens of a completion, as many as have one.
+
+    Args:
+        offsets: Where each token begins and ends.
+        errors: Where each mistake does.
+    """
+    if not errors:
+        return [1.0] * len(offsets)
+    start, end = min(errors)
+    before = [(a, b) for a, b in offsets if b <= start]
+    inside = [(a, b) for a, b in offsets if b > start and a < end]
+    return [1.0] * len(before) + [0.0] * len(inside)
+
+
+def _read(path: Path) -> dict[str, tuple[str, list[tuple[int, int]]]]:
+    """Return completion and mistakes by id.
+
+    Raises:
+        DataError: With every line that cannot be used.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file of marked answers (JSON lines)")
+    items: dict[str, tuple[str, list[tuple[int, int]]]] = {}
+    problems = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            value: Any = json.loads(line)
+            completion, errors = value["completion"], [(int(a), int(b)) for a, b in value["errors"]]
+            wrong = [span for span in errors if not 0 <= span[0] < span[1] <= len(completion)]
+            if wrong:
+                problems.append(
+                    f"  line {number}: errors: {list(wrong[0])} is no span of its {len(completion)} characters"
+                )
+            items[str(value["id"])] = (completion, errors)
+        except (KeyError, TypeError, ValueError) as error:
+            problems.append(f"  line {number}: id, completion and errors are needed: {error!r}")
+    if problems:
+        raise DataError(f"{path}: {len(problems)} lines cannot be used\n" + "\n".join(problems[:20]))
+    return items

@@ -1,0 +1,79 @@
+"""Judge: keep a draft token that the lossless rule keeps, or that a judge finds good enough. LOSSY: the output's law changes.
+
+N = nodes, V = vocabulary, D = hidden
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.records import Exactness, Proposal, TargetNeeds
+from drafttrain.core.settings import setting
+from drafttrain.eval.acceptance import acceptance_rules
+from drafttrain.eval.verify import Dice, walk
+from drafttrain.heads import load_head
+from drafttrain.heads.judge import JudgeHead
+
+
+@dataclass
+class JudgeRuleSettings:
+    """Lossless rule or judge, whichever keeps more. Lossy below delta 1."""
+
+    delta: float | None = setting(
+        None,
+        help="A token whose chance to be good is above is kept; null: the judge's own threshold; 1: lossless; 0: keeps all.",
+        ge=0,
+        le=1,
+    )
+    head: str | None = setting(None, help="Folder of a judge; null: the one that this recipe trains.")
+
+
+@acceptance_rules.register("judge", JudgeRuleSettings)
+class Judge:
+    """Where the lossless walk would refuse all children of a node, the first of them that the judge passes is kept.
+
+    Source: Bachmann et al. 2025, Judge Decoding, arXiv 2501.19309, 4.
+    """
+
+    exactness: ClassVar[Exactness] = Exactness.LOSSY
+
+    def __init__(self, settings: JudgeRuleSettings) -> None:
+        self.settings = settings
+
+    @cached_property
+    def head(self) -> JudgeHead:
+        """The judge, read when it is first needed."""
+        if self.settings.head is None:
+            raise CheckpointError("eval.rule.head: null means the judge of the run's own recipe; name a folder here")
+        head = load_head(Path(self.settings.head), kind="judge").head
+        assert isinstance(head, JudgeHead)
+        return head
+
+    @property
+    def needs(self) -> TargetNeeds:
+        """The one layer that the judge reads."""
+        return TargetNeeds(hidden=(self.head.settings.layer,))
+
+    @torch.no_grad()
+    def __call__(
+        self, proposal: Proposal, target_probs_NV: Tensor, node_hidden_ND: Tensor | None, generator: torch.Generator
+    ) -> tuple[list[int], int]:
+        assert node_hidden_ND is not None, "the engine hands the layer that `needs` names"
+        if node_hidden_ND.shape[-1] != self.head.hidden_size:
+            raise CheckpointError(
+                f"eval.rule.head: made for a target of width {self.head.hidden_size}, this one has {node_hidden_ND.shape[-1]}"
+            )
+        delta = float(self.head.delta) if self.settings.delta is None else self.settings.delta
+        self.head.to(node_hidden_ND.device)
+        good_N = self.head.probability(node_hidden_ND).tolist()
+        # A chance of exactly 0 is a matter of rounding: at delta 0 everything is kept.
+        return walk(
+            proposal, target_probs_NV, Dice(generator), overrule=lambda node: delta == 0 or good_N[node] > delta
+        )

@@ -1,0 +1,97 @@
+"""How far predicted chances can be trusted: log-likelihood, Brier score, ECE, AUC, reliability. Pure functions on numbers.
+
+N = predictions
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+NUM_BINS = 10
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Predictions of one range."""
+
+    low: float
+    high: float
+    count: int
+    predicted: float
+    """Their mean; nan where there are none."""
+    observed: float
+    """The mean of their labels."""
+
+
+def reliability(predicted_N: ArrayLike, labels_N: ArrayLike, *, num_bins: int = NUM_BINS) -> list[Bin]:
+    """Return predictions against labels in ranges of equal width; labels may be soft."""
+    predicted, labels = _arrays(predicted_N, labels_N)
+    place = np.minimum((predicted * num_bins).astype(int), num_bins - 1)
+    bins = []
+    for number in range(num_bins):
+        inside = place == number
+        count = int(inside.sum())
+        means = (float(predicted[inside].mean()), float(labels[inside].mean())) if count else (float("nan"),) * 2
+        bins.append(Bin(number / num_bins, (number + 1) / num_bins, count, *means))
+    return bins
+
+
+def ece(predicted_N: ArrayLike, labels_N: ArrayLike, *, num_bins: int = NUM_BINS) -> float:
+    """Return the expected calibration error: the mean distance of prediction and label by range, weighted by count.
+
+    Source: Guo et al. 2017, On Calibration of Modern Neural Networks, arXiv 1706.04599, 2.
+    """
+    bins = [one for one in reliability(predicted_N, labels_N, num_bins=num_bins) if one.count]
+    total = sum(one.count for one in bins)
+    return sum(one.count * abs(one.predicted - one.observed) for one in bins) / total if total else float("nan")
+
+
+def brier(predicted_N: ArrayLike, labels_N: ArrayLike) -> float:
+    """Return the mean squared distance of prediction and label."""
+    predicted, labels = _arrays(predicted_N, labels_N)
+    return float(((predicted - labels) ** 2).mean())
+
+
+def log_likelihood(predicted_N: ArrayLike, labels_N: ArrayLike) -> float:
+    """Return the mean log-likelihood of the labels, nats, at most 0."""
+    predicted, labels = _arrays(predicted_N, labels_N)
+    inside = predicted.clip(1e-7, 1 - 1e-7)
+    return float((labels * np.log(inside) + (1 - labels) * np.log(1 - inside)).mean())
+
+
+def auc(predicted_N: ArrayLike, labels_N: ArrayLike) -> float:
+    """Return the chance that a kept token is predicted above a refused one; nan where one side has no weight.
+
+    A soft label counts as both: as kept with its value, as refused with the rest. Ties count half.
+    """
+    predicted, labels = _arrays(predicted_N, labels_N)
+    order = np.argsort(predicted, kind="stable")
+    values, kept, refused = predicted[order], labels[order], 1 - labels[order]
+    starts = np.flatnonzero(np.r_[True, values[1:] != values[:-1]])
+    kept_at, refused_at = np.add.reduceat(kept, starts), np.add.reduceat(refused, starts)
+    below = np.r_[0.0, np.cumsum(refused_at)[:-1]]
+    pairs = kept.sum() * refused.sum()
+    return float((kept_at * (below + refused_at / 2)).sum() / pairs) if pairs else float("nan")
+
+
+def calibration(predicted_N: ArrayLike, labels_N: ArrayLike) -> dict[str, Any]:
+    """Return all figures of predictions."""
+    predicted, labels = _arrays(predicted_N, labels_N)
+    return {
+        "count": len(labels),
+        "mean_label": float(labels.mean()),
+        "mean_predicted": float(predicted.mean()),
+        "log_likelihood": log_likelihood(predicted, labels),
+        "brier": brier(predicted, labels),
+        "ece": ece(predicted, labels),
+        "auc": auc(predicted, labels),
+        "reliability": [asdict(one) for one in reliability(predicted, labels) if one.count],
+    }
+
+
+def _arrays(predicted_N: ArrayLike, labels_N: ArrayLike) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    return np.asarray(predicted_N, dtype=float), np.asarray(labels_N, dtype=float)

@@ -1,0 +1,87 @@
+"""Draft another token while it is expected to yield more than its time is worth, by an acceptance head and measured costs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import median
+
+from drafttrain.core.records import Budget, Context, DraftStep, ForwardEvent, More, Verdict
+from drafttrain.core.reduce import Rate
+from drafttrain.core.settings import setting
+from drafttrain.eval.length import length_policies
+from drafttrain.eval.survival import Survival
+
+
+@dataclass
+class ExpectedCostSettings:
+    """Draft the number of tokens that maximises expected tokens a second."""
+
+    draft_cost: float | None = setting(
+        None, help="Cost of one drafter call, in any unit; null: both are measured at the start.", gt=0
+    )
+    target_cost: float | None = setting(None, help="Cost of one target call, in the same unit.", gt=0)
+    max_tokens: int = setting(16, help="Draft tokens a round at most.", ge=1)
+    head: str | None = setting(None, help="Folder of an acceptance head; null: the one that this recipe trains.")
+
+    def check(self) -> list[str]:
+        """Return what is wrong across fields."""
+        if (self.draft_cost is None) != (self.target_cost is None):
+            return ["draft_cost: give both costs, or neither and both are measured"]
+        return []
+
+
+@length_policies.register("expected_cost", ExpectedCostSettings)
+class ExpectedCost:
+    """Stops where a further drafter call yields fewer expected tokens a second than decoding has yielded so far.
+
+    The rate of tokens a cost over many rounds is largest when every round stops where its marginal rate falls to that
+    overall rate; the rate so far takes its place and approaches it from below. A further call reads the newest token, whose
+    own chance is not known yet, and gives one more: both are taken to be as likely as draft tokens were on average. The
+    cost of a target call is taken not to grow with the tokens in it.
+
+    Source: Dinkelbach 1967, On Nonlinear Fractional Programming, Management Science 13(7), for the form of the rule.
+    """
+
+    def __init__(self, settings: ExpectedCostSettings) -> None:
+        self.settings = settings
+        self.draft_cost, self.target_cost = settings.draft_cost, settings.target_cost
+        self._newest = Rate(1.0, 1.0)
+        """Chance of a draft token, over all that the head has seen."""
+        self._yield = Rate()
+        """Tokens and cost of all rounds so far."""
+
+    @cached_property
+    def survival(self) -> Survival:
+        """The running product; the head is read when it is first asked."""
+        return Survival.of_folder(self.settings.head)
+
+    def calibrate(self, events: Sequence[ForwardEvent]) -> None:
+        """Take the median time of a call of each model, unless the settings give costs; forget the rounds so far."""
+        self._yield = Rate()
+        if self.settings.draft_cost is None:
+            seconds = {name: [e.seconds for e in events if e.model == name] for name in ("drafter", "target")}
+            if all(seconds.values()):
+                self.draft_cost, self.target_cost = median(seconds["drafter"]), median(seconds["target"])
+
+    def budget(self, context: Context) -> Budget:
+        return Budget(nodes=self.settings.max_tokens, depth=self.settings.max_tokens)
+
+    def more(self, step: DraftStep) -> bool | More:
+        alive, newest = self.survival.after(step)
+        if step.depth > 1:
+            self._newest.add(newest, 1.0)
+        if self.draft_cost is None or self.target_cost is None:
+            return True  # not measured yet: whole drafts show what both models cost
+        gain = alive * self._newest.value**2
+        return True if gain / self.draft_cost >= self.rate else More.LAST
+
+    @property
+    def rate(self) -> float:
+        """Tokens a cost so far; before the first round, what decoding without drafts yields."""
+        assert self.target_cost is not None
+        return self._yield.value if self._yield.count else 1 / self.target_cost
+
+    def observe(self, verdict: Verdict) -> None:
+        if self.draft_cost is not None and self.target_cost is not None:
+            cost = self.target_cost + self.draft_cost * verdict.num_draft_tokens
+            self._yield.add(len(verdict.tokens), cost)

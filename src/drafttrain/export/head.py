@@ -1,0 +1,85 @@
+"""Export of a head: config.json, model.safetensors, and our file that says what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.files import folder_beside
+from drafttrain.eval.table import interval
+from drafttrain.heads import HeadRows, MadeFor, load_head
+
+
+def export_head(trained: Path, folder: Path, *, kind: str, held_out: HeadRows, made_for: MadeFor, dtype: str) -> None:
+    """Write the folder of a head from the weights that training kept, and read the files back.
+
+    Args:
+        trained: Folder that `TokenHead.save` wrote.
+        held_out: Tokens that a threshold is chosen on.
+        dtype: Type of the weights in the file.
+
+    Raises:
+        CheckpointError: The file read back differs from what was written.
+    """
+    head = load_head(trained, kind=kind).head
+    head.finish(held_out)
+    head.to(getattr(torch, dtype))
+    with folder_beside(folder) as temporary:
+        head.save(temporary, made_for)
+        back = load_head(temporary, kind=kind).head.state_dict()
+        wrong = [
+            name for name, tensor in head.state_dict().items() if not torch.equal(back[name], tensor.to(back[name]))
+        ]
+        if wrong:
+            raise CheckpointError(f"{folder}: {len(wrong)} tensors read back differ from what was written: {wrong[:5]}")
+
+
+def head_card(name: str, result: Mapping[str, Any], *, recipe: str, command: str) -> str:
+    """Return README.md of a head's folder.
+
+    Args:
+        result: What `evaluate` returned, with `head`.
+        recipe: The resolved recipe.
+    """
+    head, made = result["head"], result["provenance"]
+    figures = [
+        f"| {label} | {part['log_likelihood']:.4f} | {part['auc']:.3f} | {part['ece']:.4f} | {part['brier']:.4f} |"
+        for label, part in head["held_out"].items()
+    ]
+    rows = [
+        f"| {part['temperature']:g} | {arm} | {interval(one['block_efficiency'])} | {one['draft_acceptance_rate']:.2f} "
+        f"| {one['mbsu']:.2f} |"
+        for part in result["temperatures"]
+        for arm, one in part["drafters"].items()
+    ]
+    nl = "\n"
+    return f"""---
+tags: [speculative-decoding]
+---
+# {name}
+
+A head of kind `{head["kind"]}` for the target `{head["made_for"]["target"]}` and the drafter `{head["made_for"]["drafter"]}`, which
+stay as they are. {head["parameters"]:,} parameters. Figures on {head["rows"]:,} held-out draft tokens:
+
+| | log-likelihood | AUC | ECE | Brier |
+|---|---|---|---|---|
+{nl.join(figures)}
+
+Decoding with it ({result["num_prompts"]} prompts, 95 % intervals over prompts; the embedded evaluator on these files):
+
+| temperature | | block efficiency | draft acceptance rate | MBSU |
+|---|---|---|---|---|
+{nl.join(rows)}
+
+## Where it comes from
+
+`{command}`, commit `{made["commit"] or "unknown"}`, {made["date"]}, {made["machine"]["processor"]}.
+
+```yaml
+{recipe.rstrip()}
+```
+"""

@@ -1,0 +1,92 @@
+"""The judge: whether a draft token is good enough although the target would have written another, from the target's own state.
+
+N = rows (draft tokens), D = hidden
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid, silu
+
+from drafttrain.core.settings import setting
+from drafttrain.heads import HeadRows, TokenHead, heads, probabilities
+
+
+@dataclass
+class JudgeSettings:
+    """Tells draft tokens that matter from those that do not. LOSSY where its rule is used."""
+
+    drafter: str = setting(help="Folder or hub id of the frozen drafter whose tokens are judged.")
+    layer: int = setting(
+        -1, help="State of the target that is read: i enters block i; -1: after the last block, before the final norm."
+    )
+    width: int = setting(0, help="Hidden width of a small network; 0: linear.", ge=0)
+    error_weight: float = setting(1.0, help="Weight of a token that must not be kept, against 1 of one that may.", gt=0)
+    focal_gamma: float = setting(
+        0.0,
+        help="Exponent that lets rows the judge is sure of count less (focal loss); 0: weighted cross-entropy.",
+        ge=0,
+    )
+    recall: float = setting(
+        0.95,
+        help="Share of the held-out tokens that matter which the threshold must refuse; the threshold is the lowest such.",
+        gt=0,
+        le=1,
+    )
+
+
+@heads.register("judge", JudgeSettings)
+class JudgeHead(TokenHead):
+    """A linear probe, D + 1 parameters, or a small network; trained by class-weighted cross-entropy or focal loss.
+
+    Source: Bachmann et al. 2025, Judge Decoding, arXiv 2501.19309, 4; focal loss: Lin et al. 2017, arXiv 1708.02002, 3.2.
+    """
+
+    kind = "judge"
+    settings: JudgeSettings
+    delta: Tensor
+
+    def __init__(self, settings: JudgeSettings, hidden_size: int) -> None:
+        super().__init__(settings, hidden_size)
+        width = settings.width
+        self.inner = nn.Linear(hidden_size, width) if width else None
+        self.output = nn.Linear(width or hidden_size, 1)
+        self.register_buffer("delta", torch.tensor(0.5))
+
+    def forward(self, features_ND: Tensor) -> Tensor:
+        """Return the logit of each row."""
+        states_ND = features_ND.to(self.output.weight.dtype)
+        if self.inner is not None:
+            states_ND = silu(self.inner(states_ND))
+        scores_N1: Tensor = self.output(states_ND)
+        return scores_N1[:, 0].float()
+
+    def loss(self, scores_N: Tensor, labels_N: Tensor) -> Tensor:
+        """Return -w_t (1 - p_t)^gamma log p_t, p_t the chance given to the label and w_t its class's weight."""
+        gamma = self.settings.focal_gamma
+        kept_N, refused_N = logsigmoid(scores_N), logsigmoid(-scores_N)
+        of_kept_N = -((gamma * refused_N).exp() * kept_N)
+        of_refused_N = -((gamma * kept_N).exp() * refused_N)
+        return labels_N * of_kept_N + self.settings.error_weight * (1 - labels_N) * of_refused_N
+
+    def weights(self, labels_N: Tensor) -> Tensor:
+        """Return the class's weight."""
+        return labels_N + self.settings.error_weight * (1 - labels_N)
+
+    def finish(self, held_out: HeadRows) -> None:
+        """Set the threshold on held-out tokens."""
+        self.delta.fill_(
+            threshold_of_recall(probabilities(self, held_out), held_out.labels_N, recall=self.settings.recall)
+        )
+
+
+def threshold_of_recall(predicted_N: Tensor, labels_N: Tensor, *, recall: float) -> float:
+    """Return the lowest threshold at or below which this share of the tokens that matter lies: those are refused."""
+    matter_N = predicted_N[labels_N < 0.5].sort().values
+    if not len(matter_N):
+        return 0.5
+    return float(matter_N[math.ceil(recall * len(matter_N)) - 1])

@@ -1,0 +1,161 @@
+"""Labels of the judge: nothing behind a mistake enters the loss; a token matters exactly where it changes the answer."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from drafttrain.core.errors import DataError
+from drafttrain.core.records import Record
+from drafttrain.data_gen.annotate import Frozen
+from drafttrain.data_gen.annotate.counterfactual import Counterfactual, CounterfactualSettings
+from drafttrain.data_gen.annotate.marked import Marked, MarkedSettings, labels_of
+from drafttrain.data_gen.annotate.states import states_of
+from drafttrain.data_gen.checkers.numeric import NumericSettings
+from drafttrain.data_gen.formats import Encoder
+from drafttrain.drafters.causal_lm import CausalLMDrafter
+from drafttrain.target.anatomy import final_norm, head_logits
+from tests.conftest import random_llama
+
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def frozen(tiny_target) -> Frozen:
+    drafter = CausalLMDrafter(random_llama(seed=0, num_layers=1)).eval().requires_grad_(False)
+    return Frozen(tiny_target, drafter, seed=0)
+
+
+class Half:
+    """The answer of a text: which half of the ids most of its last letters are in; it is changed by some tokens only."""
+
+    def answer(self, text: str, *, id: str) -> bool | None:
+        return sum(ord(letter) for letter in text[-4:]) % 3 == 0 if text else None
+
+    def correct(self, text: str, reference: str, *, id: str) -> bool:
+        return True
+
+
+def annotator(frozen: Frozen) -> Counterfactual:
+    found = Counterfactual(CounterfactualSettings(checker=NumericSettings(), max_new_tokens=NEW), frozen)
+    found.checker = Half()
+    return found
+
+
+RECORDS = [Record(str(i), [5 + i, 9, 40 * i + 3, 1], [False, False, False, True]) for i in range(5)]
+
+
+@torch.no_grad()
+def slowly(frozen: Frozen, record: Record) -> list[tuple[list[int], float]]:
+    """Return (text up to the draft token, label), one forward a token."""
+    target, drafter = frozen.target.model, frozen.drafter.model
+
+    def written(start: list[int], limit: int) -> list[int]:
+        new: list[int] = []
+        while len(new) < limit and (not new or new[-1] != 0) and start[-1] != 0:
+            new.append(int(target(torch.tensor([start + new])).logits[0, -1].argmax()))
+        return new
+
+    def answer(new: list[int]) -> Any:
+        return Half().answer(frozen.target.tokenizer.decode(new, skip_special_tokens=True), id="")
+
+    prompt = list(record.tokens[:3])
+    new = written(prompt, NEW)
+    own, place, rows = answer(new), 0, []
+    while place < len(new) and own is not None:
+        token = int(drafter(torch.tensor([prompt + new[:place]])).logits[0, -1].argmax())
+        if token != new[place]:
+            other = [*new[:place], token]
+            other += written(prompt + other, NEW - len(other))
+            same = answer(other) == own
+            rows.append((prompt + new[:place] + [token], float(same)))
+            new = other if same else new
+        place += 1
+    return rows
+
+
+def test_the_walk_finds_what_a_slow_plain_version_finds(frozen):
+    found = annotator(frozen).label(RECORDS)
+    labels = [label for rows in found for label in rows.labels_N.tolist()]
+    assert set(labels) == {0.0, 1.0}, "both happen"
+    for record, rows in zip(RECORDS, found, strict=True):
+        expected = slowly(frozen, record)
+        assert rows.labels_N.tolist() == [label for _, label in expected]
+        texts = [Record("", text, [True] * len(text)) for text, _ in expected]
+        states_ND = torch.stack([states_TD[-1] for states_TD in states_of(texts, frozen)])
+        torch.testing.assert_close(rows.features_ND, states_ND, rtol=1e-4, atol=1e-4)
+
+
+def test_the_state_is_the_one_before_the_final_norm(frozen):
+    (states_TD,) = states_of([RECORDS[0]], frozen)
+    model = frozen.target.model
+    with torch.no_grad():
+        logits_TV = model(torch.tensor([RECORDS[0].tokens])).logits[0]
+        torch.testing.assert_close(head_logits(model, final_norm(model)(states_TD)), logits_TV, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(head_logits(model, states_TD), logits_TV, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("errors", "labels"),
+    [
+        ([], [1, 1, 1, 1, 1]),
+        ([(4, 6)], [1, 1, 0]),
+        ([(5, 6)], [1, 1, 0]),
+        ([(4, 7)], [1, 1, 0, 0]),
+        ([(8, 10), (2, 4)], [1, 0]),
+        ([(0, 1)], [0]),
+    ],
+)
+def test_tokens_behind_the_first_mistake_have_no_label(errors, labels):
+    """Tokens of two letters each. The control is the case before: without marks all five have a label."""
+    assert labels_of([(0, 2), (2, 4), (4, 6), (6, 8), (8, 10)], errors) == labels
+
+
+def write_marked(path: Any, *items: Any) -> str:
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    return str(path)
+
+
+ITEMS = [
+    {"id": "a", "prompt": "2+2=", "completion": "four, no: five!", "errors": [[10, 14]]},
+    {"id": "b", "prompt": "1+1=", "completion": "two", "errors": []},
+]
+
+
+def test_marks_become_labels_of_the_tokens_that_they_cover(frozen, tmp_path):
+    marked = Marked(MarkedSettings(path=write_marked(tmp_path / "m.jsonl", *ITEMS)), frozen)
+    encoder = Encoder(frozen.target.tokenizer, 64)
+    records = [encoder.records({k: v for k, v in item.items() if k != "errors"}, id="")[0] for item in ITEMS]
+    first, second = marked.label(records)
+    # One token a letter: ten letters before the mistake, its four, nothing of the "!" behind it.
+    assert first.labels_N.tolist() == [1.0] * 10 + [0.0] * 4
+    assert second.labels_N.tolist() == [1.0] * 3
+    (states_TD,) = states_of(records[:1], frozen)
+    torch.testing.assert_close(first.features_ND, states_TD[4:18], rtol=1e-4, atol=1e-4)
+
+
+def test_what_changes_behind_a_mistake_changes_no_row(frozen, tmp_path):
+    """The label leak: a text that goes on in another way has the same rows."""
+    other = ITEMS[0] | {"completion": "four, no: five, surely", "errors": [[10, 14], [16, 22]]}
+    rows = []
+    for item in (ITEMS[0], other):
+        marked = Marked(MarkedSettings(path=write_marked(tmp_path / "m.jsonl", item)), frozen)
+        (record,) = Encoder(frozen.target.tokenizer, 64).records(item, id="")
+        rows += marked.label([record])
+    torch.testing.assert_close(rows[0].features_ND, rows[1].features_ND, rtol=1e-4, atol=1e-4)
+    assert torch.equal(rows[0].labels_N, rows[1].labels_N)
+
+
+def test_marks_that_fit_nothing_are_refused(frozen, tmp_path):
+    wrong = [ITEMS[0] | {"errors": [[3, 99]]}, {"id": "x"}]
+    with pytest.raises(DataError, match=r"(?s)2 lines.*line 1: errors: \[3, 99\] is no span.*line 2"):
+        Marked(MarkedSettings(path=write_marked(tmp_path / "m.jsonl", *wrong)), frozen)
+    marked = Marked(MarkedSettings(path=write_marked(tmp_path / "m.jsonl", *ITEMS)), frozen)
+    (record,) = Encoder(frozen.target.tokenizer, 64).records(ITEMS[0] | {"completion": "three"}, id="")
+    with pytest.raises(DataError, match="its completion is not what"):
+        marked.label([record])
+    with pytest.raises(DataError, match="no line with id 'z'"):
+        marked.label([Record("z", [1, 2], [False, True])])

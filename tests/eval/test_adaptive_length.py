@@ -1,0 +1,237 @@
+"""Length policies over an acceptance head: their edges, the output's law, what they cost, and a chain whose answer is known."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.probability import draw, sampling_probs
+from drafttrain.core.records import DraftStep, ForwardEvent, More, Verdict
+from drafttrain.drafters.chain_proposer import ChainProposer
+from drafttrain.eval.ledger import Ledger
+from drafttrain.eval.length.cumulative_reject import CumulativeReject, CumulativeRejectSettings
+from drafttrain.eval.length.expected_cost import ExpectedCost, ExpectedCostSettings
+from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
+from drafttrain.heads.acceptance import AcceptanceHead, AcceptanceSettings
+from tests.eval.test_engine import PROMPTS, V, chi_square, decode, greedy, noisy, small_target
+from tests.eval.test_engine import target as target
+
+
+def write_head(folder: Path, hidden_size: int, *, gain: float = 8.0) -> str:
+    """Write a random head whose chances are spread over 0..1."""
+    torch.manual_seed(0)
+    head = AcceptanceHead(AcceptanceSettings(num_blocks=1), hidden_size)
+    with torch.no_grad():
+        head.output.weight.mul_(gain)
+    head.save(folder)
+    return str(folder)
+
+
+def known_head(folder: Path) -> str:
+    """Write a head that reads the chance itself: its one feature is the chance's logit."""
+    head = AcceptanceHead(AcceptanceSettings(num_blocks=0, prior_correct=False), 1)
+    with torch.no_grad():
+        head.output.weight.fill_(1.0)
+        head.output.bias.zero_()
+    head.save(folder)
+    return str(folder)
+
+
+def cumulative(head: str, threshold: float, **settings: Any) -> CumulativeReject:
+    return CumulativeReject(CumulativeRejectSettings(threshold=threshold, head=head, **settings))
+
+
+@pytest.mark.parametrize(("threshold", "drafted"), [(1.0, 6), (2.0, 6), (-0.01, 2), (-1.0, 2)])
+def test_a_threshold_of_1_drafts_to_the_maximum_and_one_below_0_to_the_minimum(target, tmp_path, threshold, drafted):
+    head = write_head(tmp_path, 32)
+    proposer = ChainProposer(noisy(target.model, 0.02), target_vocab_size=V)
+    policy = cumulative(head, threshold, min_tokens=2, max_tokens=6)
+    for temperature in (0.0, 1.0):
+        for one in decode(target, proposer, temperature=temperature, policy=policy, new=40, stop_tokens=()):
+            assert {part.num_draft_tokens for part in one.rounds if part.start < 33} == {drafted}
+
+
+@pytest.mark.parametrize("name", ["cumulative", "cost"])
+def test_greedy_output_is_the_targets_own_and_no_forward_is_wasted(target, tmp_path, name):
+    head = write_head(tmp_path, 32)
+    settings = ExpectedCostSettings(draft_cost=1, target_cost=4, head=head)
+    policy = cumulative(head, 0.5) if name == "cumulative" else ExpectedCost(settings)
+    ledger = Ledger()
+    proposer = ChainProposer(noisy(target.model, 0.02), target_vocab_size=V, listener=ledger.append)
+    for prompt in PROMPTS:
+        (found,) = decode(target, proposer, prompts=[prompt], policy=policy)
+        assert found.tokens == greedy(target, prompt, 40)
+        drafted = [part.num_draft_tokens for part in found.rounds]
+        assert len(set(drafted)) > 1, "the policy decides something"
+        assert ledger.calls("drafter") == sum(drafted)
+        ledger.events.clear()
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[Any, Any]:
+    model = small_target().model
+    return model, noisy(model, 0.15)
+
+
+def test_the_output_has_the_targets_law_whatever_the_head_says(small, tmp_path):
+    model, drafter = small
+    head = write_head(tmp_path, 16)
+    policies = (
+        cumulative(head, 0.5, max_tokens=3),
+        ExpectedCost(ExpectedCostSettings(draft_cost=1, target_cost=3, max_tokens=3, head=head)),
+    )
+    for policy in policies:
+        lengths: set[int] = set()
+
+        def spoil(engine: Any, policy: Any = policy, lengths: set[int] = lengths) -> None:
+            observe = policy.observe
+            policy.observe = lambda verdict: (lengths.add(verdict.num_draft_tokens), observe(verdict))
+            engine.policy = policy
+
+        assert chi_square(model, ChainProposer(drafter, target_vocab_size=8), 1.0, spoil=spoil) > 1e-3
+        assert len(lengths) > 1
+
+
+def test_control_a_stop_that_looks_at_a_token_it_then_drops_changes_the_law(small):
+    """The filtration rule: the token that would be drawn next is peeked at, and the draft ends before it if it is odd."""
+    model, drafter = small
+    proposer = ChainProposer(drafter, target_vocab_size=8)
+
+    class Peeking(FixedLength):
+        generators: Any = ()
+
+        def more(self, step: DraftStep) -> bool:
+            copy = torch.Generator()
+            copy.set_state(self.generators[step.sequence].get_state())
+            return draw(sampling_probs(step.logits_V, engine_sampling[0]), copy) % 2 == 0
+
+    policy = Peeking(FixedLengthSettings(2))
+    engine_sampling: list[Any] = []
+
+    def spoil(engine: Any) -> None:
+        engine.policy = policy
+        engine_sampling[:] = [engine.sampling]
+        propose = proposer.propose
+
+        def watched(budgets: Any, sampling: Any, generators: Any, more: Any) -> Any:
+            policy.generators = generators
+            return propose(budgets, sampling, generators, more)
+
+        proposer.propose = watched  # type: ignore[method-assign]
+
+    assert chi_square(model, proposer, 1.0, spoil=spoil) < 1e-3
+
+
+# ---------------------------------------------------------------- a chain whose chances are known
+
+PATTERN = [0.97] * 6 + [0.25] * 3
+DRAFT_COST, TARGET_COST, LENGTH, MAX_TOKENS = 1.0, 5.0, 180, 12
+
+
+def chance(place: int) -> float:
+    return PATTERN[place % len(PATTERN)]
+
+
+def drafted_by(policy: Any, place: int) -> int:
+    """Return how many tokens a policy drafts from a place of the chain."""
+    for depth in range(1, MAX_TOKENS + 1):
+        newest = chance(place + depth - 2)  # of the draft token that was read last
+        hidden_D = torch.tensor([math.log(newest / (1 - newest))])
+        answer = policy.more(DraftStep(0, depth, torch.zeros(2), hidden_D, 0))
+        if answer is More.LAST:
+            return depth
+        if not answer:
+            return depth - 1
+    return MAX_TOKENS
+
+
+def expected_cost(lengths: Any) -> float:
+    """Return the expected cost of the whole chain, exactly: lengths[t] tokens are drafted at t, or the best number."""
+    costs = np.zeros(LENGTH + MAX_TOKENS + 2)
+    for place in reversed(range(LENGTH)):
+        options = range(MAX_TOKENS + 1) if lengths is None else [lengths[place]]
+        costs[place] = min(_round_cost(place, k, costs) for k in options)
+    return float(costs[0])
+
+
+def _round_cost(place: int, num_draft_tokens: int, costs: Any) -> float:
+    total, alive = DRAFT_COST * num_draft_tokens + TARGET_COST, 1.0
+    for i in range(num_draft_tokens):
+        total += alive * (1 - chance(place + i)) * costs[place + i + 1]
+        alive *= chance(place + i)
+    return total + alive * costs[place + num_draft_tokens + 1]
+
+
+def best_fixed() -> float:
+    return min(expected_cost([k] * LENGTH) for k in range(MAX_TOKENS + 1))
+
+
+def test_a_threshold_costs_less_than_any_fixed_length_and_no_less_than_the_oracle(tmp_path):
+    head = known_head(tmp_path)
+    oracle, fixed = expected_cost(None), best_fixed()
+    by_threshold = {}
+    for threshold in (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9):
+        policy = cumulative(head, threshold, max_tokens=MAX_TOKENS)
+        by_threshold[threshold] = expected_cost([drafted_by(policy, place) for place in range(LENGTH)])
+    best = min(by_threshold.values())
+    assert oracle < best < 0.97 * fixed
+    assert best < 1.12 * oracle
+    # The control: a head that knows nothing makes the same rule a fixed length.
+    blind = CumulativeReject(CumulativeRejectSettings(threshold=0.5, max_tokens=MAX_TOKENS))
+    blind.survival = type("Blind", (), {"after": lambda self, step: (0.8 ** (step.depth - 1), 0.8)})()
+    assert len({drafted_by(blind, place) for place in range(LENGTH)}) == 1
+
+
+def test_weighing_cost_yields_more_a_second_than_any_fixed_length(tmp_path):
+    """The policy as it is, learning its rate from rounds that are drawn."""
+    policy = ExpectedCost(
+        ExpectedCostSettings(
+            draft_cost=DRAFT_COST, target_cost=TARGET_COST, max_tokens=MAX_TOKENS, head=known_head(tmp_path)
+        )
+    )
+    rng = np.random.default_rng(0)
+    place, cost = 0, 0.0
+    while place < 30 * LENGTH:
+        count = drafted_by(policy, place)
+        kept = next((i for i in range(count) if rng.random() >= chance(place + i)), count)
+        policy.observe(Verdict(range(kept + 1), [0] * (kept + 1), count, count, "reject"))
+        cost += DRAFT_COST * count + TARGET_COST
+        place += kept + 1
+    assert cost / place < 0.97 * best_fixed() / LENGTH
+    assert policy.rate == pytest.approx(place / cost)
+
+
+def test_at_a_given_rate_weighing_cost_is_a_threshold(tmp_path):
+    """It stops where alive * a^2 / t_draft < rate: a cumulative threshold of 1 - rate t_draft / a^2."""
+    head = known_head(tmp_path)
+    policy = ExpectedCost(ExpectedCostSettings(draft_cost=1.0, target_cost=4.0, max_tokens=MAX_TOKENS, head=head))
+    policy._newest.add(0.8 * 1e9 - 1, 1e9 - 1)  # the mean stays at 0.8 whatever comes
+    threshold = 1 - 0.25 / 0.8**2
+    other = cumulative(head, threshold, max_tokens=MAX_TOKENS)
+    lengths = [drafted_by(policy, place) for place in range(len(PATTERN))]
+    assert lengths == [drafted_by(other, place) for place in range(len(PATTERN))]
+    assert len(set(lengths)) > 1
+
+
+def test_costs_are_medians_of_what_was_measured(tmp_path):
+    policy = ExpectedCost(ExpectedCostSettings(head=known_head(tmp_path), max_tokens=4))
+    assert drafted_by(policy, 6) == MAX_TOKENS, "not measured: it drafts as far as it is let"
+
+    def event(model: str, seconds: float) -> ForwardEvent:
+        return ForwardEvent(model, 1, 0, 1, 1, 1, seconds)
+
+    policy.calibrate([event("drafter", s) for s in (9.0, 1.0, 2.0)] + [event("target", s) for s in (5.0, 7.0, 30.0)])
+    assert (policy.draft_cost, policy.target_cost) == (2.0, 7.0)
+    assert drafted_by(policy, 6) < 4
+
+
+def test_a_head_of_another_width_is_refused(target, tmp_path):
+    policy = cumulative(write_head(tmp_path, 16), 0.5)
+    with pytest.raises(CheckpointError, match="made for a drafter of width 16, this one has 32"):
+        decode(target, ChainProposer(noisy(target.model, 0.02), target_vocab_size=V), policy=policy)

@@ -1,0 +1,116 @@
+"""A head's recipe on the path: label, train, export, eval; resumed, and its frozen models as they were."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from drafttrain import pipeline
+from drafttrain.config.load import load_recipe
+from drafttrain.core.errors import GateError
+from drafttrain.core.files import sha256_of
+
+RECIPE = """
+name: head
+target: {{model: {target}}}
+head: {{kind: acceptance, drafter: {drafter}, num_blocks: 1}}
+data:
+  max_length: 40
+  sources: [{{kind: text, path: {text}}}]
+  annotate: {{kind: acceptance, held_out: 0.3}}
+train:
+  {{max_steps: 12, batch_size: 16, accumulation: 2, warmup_steps: 2, log_every_steps: 1, checkpoint_every_steps: 3,
+   eval_every_steps: 6, loggers: [csv]}}
+eval: {{num_prompts: 2, max_new_tokens: 8, prompt_tokens: 6, speed_prompts: 0, resamples: 200, prompts: {prompts},
+       validation_prompts: {prompts}, temperatures: [0.0], length: {{kind: cumulative_reject}},
+       also: [{{kind: expected_cost}}, {{kind: fixed, num_draft_tokens: 2}}]}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_folder, save_llama) -> Path:
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 40)
+    lines = [json.dumps({"id": str(i), "text": f"prompt number {i} is here"}) for i in range(4)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    drafter = save_llama(seed=0, num_layers=1)
+    path = tmp_path / "head.yaml"
+    path.write_text(
+        RECIPE.format(
+            target=tiny_folder, drafter=drafter, text=tmp_path / "text.txt", prompts=tmp_path / "prompts.jsonl"
+        )
+    )
+    return path
+
+
+def test_a_head_goes_all_the_way_and_its_models_stay_as_they_are(recipe, tmp_path, capfd):
+    loaded = load_recipe(recipe)
+    frozen = [Path(loaded.head.drafter) / "model.safetensors", Path(loaded.target.model) / "model.safetensors"]
+    before = [sha256_of(path) for path in frozen]
+    folder = tmp_path / "run"
+    pipeline.fit(loaded, folder)
+    assert [sha256_of(path) for path in frozen] == before
+    for name in ("metrics.csv", "eval.json", "report.html", "head/README.md", "head/config.json", "start/config.json"):
+        assert (folder / name).stat().st_size > 0, name
+    result = json.loads((folder / "eval.json").read_text())
+    assert result["trainer_loaded"] is False
+    part = result["temperatures"][0]
+    names = ["drafter", "drafter (expected_cost)", "drafter (fixed 2)"]
+    assert list(part["drafters"]) == names
+    assert all(part["drafters"][name]["parity"]["exact"] for name in names)
+    assert all(part["comparisons"][f"drafter - {name}"]["speed"]["value"] > 0 for name in names[1:])
+    held_out = result["head"]["held_out"]
+    assert list(held_out) == ["untrained", "trained", "trained, not prior-corrected"]
+    assert result["head"]["made_for"]["drafter"] == loaded.head.drafter
+    assert (folder / "report.html").read_text().count("data:image/svg+xml") == 4
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows if row["validation_ece"]] == ["0", "6", "12"]
+    capfd.readouterr()
+    pipeline.fit(loaded, folder)
+    assert capfd.readouterr().err.count("done before, skipped") == 2
+
+
+@pytest.mark.slow
+def test_a_head_below_the_gate_is_set_aside(recipe, tmp_path):
+    with pytest.raises(GateError, match=r"required 12"):
+        pipeline.fit(load_recipe(recipe, ["export.require.block_efficiency=12"]), tmp_path / "run")
+    assert (tmp_path / "run" / "head.rejected" / "model.safetensors").exists()
+    assert not (tmp_path / "run" / "head").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_training_of_a_head_continues_bit_for_bit(recipe, tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    slow = ["train.max_steps=600", "train.eval_every_steps=300", "eval.also=[]"]
+
+    def command(runs: Path) -> list[str]:
+        return [sys.executable, "-m", "drafttrain.cli", "fit", str(recipe), *slow, "--runs", str(runs)]
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run(command(whole), check=True, env=environment, capture_output=True)
+    process = subprocess.Popen(command(broken), env=environment, stderr=subprocess.PIPE)
+    checkpoints = broken / "head" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("step-*.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (broken / "head" / "train.json").exists()
+    subprocess.run(command(broken), check=True, env=environment, capture_output=True)
+    rows = []
+    for folder in (whole, broken):
+        with (folder / "head" / "metrics.csv").open(newline="") as file:
+            rows.append([tuple(v for k, v in row.items() if k != "seconds") for row in csv.DictReader(file)])
+    assert rows[0] == rows[1]
+    ours, theirs = (load_file(folder / "head" / "last" / "model.safetensors") for folder in (broken, whole))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
