@@ -19,7 +19,9 @@ class GenerateSettings:
     num_records: int = setting(1000, help="Texts to generate.", ge=1)
     max_new_tokens: int = setting(128, help="New tokens a text at most.", ge=1)
     temperatures: list[float] = setting(
-        [0.0, 0.3, 0.7, 1.0], help="Record i is drawn at temperature i modulo this menu (Goel et al. 2024).", ge=0
+        [0.0, 0.3, 0.7, 1.0],
+        help="Prompts take these in turn, and a prompt used again the next one (Goel et al. 2024).",
+        ge=0,
     )
     top_p: float = setting(0.95, help="Nucleus of the draws at temperature > 0.", gt=0, le=1)
     batch_size: int = setting(32, help="Texts generated together.", ge=1)
