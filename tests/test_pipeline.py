@@ -17,9 +17,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from drafttrain import pipeline
+from drafttrain.checkpoint import read_drafter
 from drafttrain.config.bundled import bundled_recipes
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import GateError, RecipeError
+from drafttrain.target import Target
+from drafttrain.train.callbacks import COLUMNS
 
 RECIPE = """
 name: tiny
@@ -64,17 +67,22 @@ def command(*words: object) -> list[str]:
 
 
 def test_fit_goes_all_the_way_and_a_second_time_does_nothing(recipe, tmp_path, capfd):
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, ["eval.also=[{kind: tree, num_draft_tokens: 8, depth: 3, width: 2}]"])
     pipeline.fit(loaded, tmp_path / "run")
     folder = tmp_path / "run"
     for name in ("recipe.yaml", "provenance.json", "metrics.csv", "eval.json", "report.html", "drafter/README.md"):
         assert (folder / name).stat().st_size > 0, name
     result = json.loads((folder / "eval.json").read_text())
     assert result["trainer_loaded"] is False
+    assert "NaN" not in (folder / "eval.json").read_text()
     greedy = result["temperatures"][0]["drafters"]["drafter"]
     assert greedy["parity"]["exact"]
     assert greedy["target_calls"] == greedy["vllm"]["num_drafts"]
-    assert "drafter - start" in result["temperatures"][0]["comparisons"]
+    arms = ["drafter", "start", "drafter (tree 8, depth 3, width 2)", "start (tree 8, depth 3, width 2)"]
+    for part in result["temperatures"]:
+        assert list(part["drafters"]) == arms
+        assert list(part["comparisons"]) == ["drafter - start", f"{arms[2]} - {arms[3]}"]
+    assert result["temperatures"][0]["drafters"][arms[2]]["parity"]["exact"]
     model = AutoModelForCausalLM.from_pretrained(folder / "drafter")
     assert sum(p.numel() for p in model.parameters()) == result["drafters"]["drafter"]["parameters"]
     before = (folder / "drafter" / "model.safetensors").stat().st_mtime
@@ -84,25 +92,34 @@ def test_fit_goes_all_the_way_and_a_second_time_does_nothing(recipe, tmp_path, c
     assert capfd.readouterr().err.count("done before, skipped") == 2
     with pytest.raises(RecipeError, match="another recipe"):
         pipeline.fit(load_recipe(recipe, ["seed=1"]), folder)
+    # A folder that an earlier version made, before a key existed, goes on.
+    held = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(held.replace("  pretrain: null\n", ""))
+    pipeline.fit(loaded, folder)
     page = (folder / "report.html").read_text()
     assert page.count("data:image/svg+xml") == 3
     assert 'src="http' not in page
 
 
 def test_a_gate_that_is_not_met_rejects_the_drafter_and_says_by_how_much(recipe, tmp_path):
-    loaded = load_recipe(recipe, ["export.require.block_efficiency=5.5"])
+    loaded = load_recipe(recipe, ["export.require.block_efficiency=5.5", "drafter.draft=greedy"])
     with pytest.raises(GateError, match=r"required 5\.5") as caught:
         pipeline.fit(loaded, tmp_path / "run")
     assert caught.value.exit_code == 3
     assert (tmp_path / "run" / "drafter.rejected" / "model.safetensors").exists()
     assert not (tmp_path / "run" / "drafter").exists()
+    target = Target.load(loaded.target)
+    assert read_drafter(tmp_path / "run" / "drafter.rejected", target).draft == "greedy"
 
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_training_continues_bit_for_bit(recipe, tmp_path, kill):
-    """SIGKILL at an arbitrary moment, SIGTERM (exit code 75): the same command again gives the uninterrupted curve and weights."""
+    """SIGKILL at an arbitrary moment, SIGTERM (exit code 75): the same command again gives the uninterrupted curve and weights.
+
+    Rows are logged off the grid of checkpoints, so that sums of steps that are not logged yet must travel too.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    slow = ["train.max_steps=60", "train.eval_every_steps=30"]
+    slow = ["train.max_steps=60", "train.eval_every_steps=30", "train.log_every_steps=7"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     subprocess.run(command("fit", recipe, *slow, "--runs", whole), check=True, env=environment, capture_output=True)
     process = subprocess.Popen(command("fit", recipe, *slow, "--runs", broken), env=environment, stderr=subprocess.PIPE)
@@ -119,6 +136,45 @@ def test_a_killed_training_continues_bit_for_bit(recipe, tmp_path, kill):
     for name in ("best", "last"):
         ours, theirs = (load_file(folder / "tiny" / name / "model.safetensors") for folder in (broken, whole))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_run_whose_last_checkpoint_is_its_last_step_ends_as_it_would_have(recipe, tmp_path):
+    loaded = load_recipe(recipe)
+    pipeline.fit(loaded, tmp_path / "run")
+    before = (tmp_path / "run" / "train.json").read_text()
+    (tmp_path / "run" / "train.json").unlink()
+    pipeline.fit(loaded, tmp_path / "run")
+    assert (tmp_path / "run" / "train.json").read_text() == before
+
+
+def test_a_test_prompt_in_the_training_text_is_dropped_whatever_the_other_prompts_are_called(recipe, tmp_path):
+    """Prompts without ids are called by their lines, in both files."""
+    spoiled = [{"text": "the quick brown fox jumps"}, {"text": "a prompt of its own, number one"}]
+    clean = [{"text": "nothing of this was trained"}, {"text": "and nothing of that either"}]
+    for name, lines in (("test", spoiled), ("validation", clean)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    files = [f"eval.prompts={tmp_path / 'test.jsonl'}", f"eval.validation_prompts={tmp_path / 'validation.jsonl'}"]
+    run = pipeline.Run(load_recipe(recipe, [*files, "eval.prompt_tokens=20"]), tmp_path / "run")
+    pipeline.training_data(run)
+    assert pipeline.dropped_prompts(run, str(tmp_path / "test.jsonl")) == ["1"]
+    assert pipeline.dropped_prompts(run, str(tmp_path / "validation.jsonl")) == []
+
+
+def test_pretraining_comes_first_reads_plain_text_only_and_its_end_is_the_start(recipe, tmp_path):
+    text = f"{{kind: text, path: {tmp_path / 'text.txt'}}}"
+    wanted = ["train.pretrain={max_steps: 6, batch_size: 4, warmup_steps: 1}", "export.dtype=float32"]
+    generated = f"data.generate={{num_records: 4, max_new_tokens: 4, prompt_tokens: 6, prompts: {text}}}"
+    more = [generated, f"data.sources=[{{kind: generated, weight: 9}}, {text}]"]
+    pipeline.fit(load_recipe(recipe, wanted + more), tmp_path / "run")
+    folder = tmp_path / "run"
+    ours, kept = (load_file(folder / name / "model.safetensors") for name in ("start", "pretrain/last"))
+    assert all(torch.equal(ours[key], kept[key]) for key in kept)
+    last = curve(folder / "pretrain")[-1]
+    assert last[0] == "6"
+    # One record is a window of 40 tokens of plain text, all but its first a label; a generated one is shorter.
+    assert int(last[COLUMNS.index("tokens")]) == 6 * 4 * 40
+    with pytest.raises(RecipeError, match="needs plain text"):
+        load_recipe(recipe, [*wanted, generated, "data.sources=[{kind: generated}]"])
 
 
 def test_eval_runs_where_lightning_and_deepspeed_are_not_installed(recipe, tmp_path):
@@ -138,11 +194,19 @@ def test_eval_runs_where_lightning_and_deepspeed_are_not_installed(recipe, tmp_p
     assert "block efficiency" in done.stdout
 
 
+EMBEDDED = [
+    "target.model=builtin:target",
+    "target.dtype=float32",
+    "data.generate.prompts={kind: stdlib}",
+    "train.precision=fp32",
+]
+"""A recipe for a real target, on the embedded one."""
+
+
 @pytest.mark.parametrize("name", [one.name for one in bundled_recipes()])
 def test_every_recipe_runs_with_smoke(name, tmp_path):
     """The path of every bundled recipe, shrunk; models that are not here are overridden by builtin ones."""
     overrides = {
-        "direct_alignment": ["drafter.checkpoint=builtin:drafter"],
         "kd_qwen3_8b_0.6b": [
             "target.model=builtin:target",
             "target.dtype=float32",
@@ -150,7 +214,12 @@ def test_every_recipe_runs_with_smoke(name, tmp_path):
             "data.generate.prompts={kind: stdlib}",
             "train.precision=fp32",
         ],
+        "kangaroo_llama3.1_8b": [*EMBEDDED, "export.dtype=float32"],
+        "medusa_llama3.1_8b": EMBEDDED,
+        "eagle3_llama3.1_8b": [*EMBEDDED, "drafter.draft_vocab_size=512"],
+        "eagle3_qwen3_8b": [*EMBEDDED, "drafter.draft_vocab_size=512"],
     }
-    recipe = load_recipe(name, overrides.get(name, []), smoke=True)
+    short = [] if name == "demo" else ["eval.max_new_tokens=8", "eval.temperatures=[0]", "train.max_steps=10"]
+    recipe = load_recipe(name, [*short, *overrides.get(name, [])], smoke=True)
     pipeline.fit(recipe, tmp_path / "run")
     assert (tmp_path / "run" / "drafter" / "model.safetensors").exists()

@@ -26,6 +26,8 @@ class About:
     tokenizer_fingerprint: str
     vocab_size: int
     trained_steps: int
+    draft: str = "sampled"
+    """How it drafts at temperature > 0: sampled or greedy."""
 
 
 def write_about(folder: Path, about: About) -> None:
@@ -47,6 +49,9 @@ def read_about(folder: Path) -> About | None:
 def read_drafter(folder: Path, target: Target, *, dtype: str | None = None) -> Drafter:
     """Return the drafter of a folder, ready to propose for `target`.
 
+    Args:
+        dtype: Type of its weights; None: the target's, as engines run it.
+
     Raises:
         CheckpointError: The folder is missing, damaged, of an unknown kind, or made for another tokenizer.
     """
@@ -59,7 +64,9 @@ def read_drafter(folder: Path, target: Target, *, dtype: str | None = None) -> D
     if kind not in drafters.names():
         raise CheckpointError(f"{folder}: {drafters.unknown(kind)}")
     component: Any = drafters.entry(kind).component
-    drafter: Drafter = component.load(folder, target, dtype)
+    drafter: Drafter = component.load(folder, target, dtype or str(target.model.dtype).removeprefix("torch."))
+    if about is not None:
+        drafter.draft = about.draft
     return drafter
 
 

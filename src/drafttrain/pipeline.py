@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from drafttrain.config.dump import dump_recipe
-from drafttrain.config.load import load_section
+from drafttrain.config.load import load_recipe, load_section
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say
-from drafttrain.core.errors import CheckpointError, DrafttrainError, GateError, Interrupted
+from drafttrain.core.errors import (
+    CheckpointError,
+    DataError,
+    DrafttrainError,
+    GateError,
+    Interrupted,
+    RecipeError,
+)
 from drafttrain.core.files import folder_beside, write_json, write_text
 from drafttrain.head_stages import (
     export_trained_head,
@@ -29,10 +37,14 @@ from drafttrain.head_stages import (
 from drafttrain.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from drafttrain.core.records import Sampling
     from drafttrain.data_gen.prepare import TrainingData
     from drafttrain.drafters import Drafter
+    from drafttrain.eval.replay import Text
     from drafttrain.losses import Loss
     from drafttrain.target import Target
+
+TEXTS_AT_ONCE = 16
 
 
 class Run:
@@ -43,7 +55,7 @@ class Run:
         self.recipe = recipe
         self.resolved = dump_recipe(recipe)
         self.folder = RunFolder(folder)
-        self.folder.open(self.resolved, quiet=quiet)
+        self.folder.open(self.resolved, held=_held(self.folder.recipe), quiet=quiet)
         if recipe.train.num_threads:
             import torch
 
@@ -63,6 +75,42 @@ class Run:
 
         return load_target_tokenizer(self.recipe.target)
 
+    @property
+    def num_tokens(self) -> int:
+        """Ids that target, drafter and tokenizer share."""
+        return self.target.num_tokens if self.has_target() else len(self.tokenizer)
+
+    @functools.cached_property
+    def validation_texts(self) -> tuple[list[Text], Sampling]:
+        """What the target writes after the validation prompts, and how it is drawn."""
+        from drafttrain.core.records import Sampling
+        from drafttrain.data_gen.generate import Task, continuations
+        from drafttrain.eval.prompts import read_prompts
+        from drafttrain.eval.repetition import tokens_before_repetition
+        from drafttrain.eval.replay import Text
+
+        recipe, wanted = self.recipe, self.recipe.eval
+        temperature = wanted.temperatures[0]
+        sampling = Sampling() if temperature == 0 else Sampling(temperature, wanted.top_p, wanted.top_k)
+        prompts = read_prompts(
+            wanted.validation_prompts,
+            self.tokenizer,
+            prompt_tokens=wanted.prompt_tokens,
+            dropped=dropped_prompts(self, wanted.validation_prompts),
+            limit=recipe.train.eval_prompts,
+        )
+        tasks = [Task(prompt.id, list(prompt.tokens), sampling) for prompt in prompts]
+        written = continuations(tasks, self.target, max_new_tokens=wanted.max_new_tokens, seed=recipe.seed)
+        if wanted.repetition_ngram:
+            written = [new[: max(1, tokens_before_repetition(new, ngram=wanted.repetition_ngram))] for new in written]
+        texts = [Text(task.id, task.prompt, new) for task, new in zip(tasks, written, strict=True)]
+        return texts, sampling
+
+    @functools.cached_property
+    def drafter(self) -> Drafter:
+        """The drafter as its settings make it, before anything is trained."""
+        return _created(self, self.recipe.drafter)
+
     def has_target(self) -> bool:
         """Tell whether the recipe names a target."""
         return self.recipe.target.model is not None
@@ -73,10 +121,9 @@ def fit(recipe: Recipe, folder: Path) -> None:
     run = Run(recipe, folder)
     _gen(run)
     if recipe.head is not None:
-        labelled = labelled_tokens(recipe, run.folder, run.target, _data(run))
-        fit_head(recipe, run.folder, labelled)
+        fit_head(recipe, run.folder, labelled_tokens(recipe, run.folder, run.target, training_data(run)))
     else:
-        _train(run)
+        train_drafter(run)
     _export(run)
 
 
@@ -84,7 +131,7 @@ def gen(recipe: Recipe, folder: Path) -> None:
     """Generate, encode, label and cache the data of a recipe."""
     run = Run(recipe, folder)
     _gen(run)
-    data = _data(run)
+    data = training_data(run)
     if recipe.head is not None:
         labelled_tokens(recipe, run.folder, run.target, data)
 
@@ -115,7 +162,7 @@ def evaluate_recipe(recipe: Recipe, folder: Path) -> dict[str, Any]:
     folders = {"drafter": drafter}
     if run.folder.start.exists():
         folders["start"] = run.folder.start
-    result = _evaluated(folders, run.target, recipe.eval, dropped=_dropped(run))
+    result = _evaluated(folders, run.target, recipe.eval, dropped=dropped_prompts(run, recipe.eval.prompts))
     write_json(run.folder.eval, result)
     show(result)
     return result
@@ -153,8 +200,8 @@ def _gen(run: Run) -> None:
     generate_texts(run.recipe.data, lambda: run.target, run.folder.data, seed=run.recipe.seed)
 
 
-def _data(run: Run) -> TrainingData:
-    """Return the training data, its rows cached where the recipe says so; note which evaluation prompts it spoils."""
+def training_data(run: Run) -> TrainingData:
+    """Return the training data, what the target knows of it cached where the recipe says so; note which prompts it spoils."""
     from drafttrain.data_gen.prepare import attach_cache, drop_contaminated, prepare
     from drafttrain.eval.prompts import read_prompts
     from drafttrain.target.frozen import tokenizer_fingerprint
@@ -167,47 +214,49 @@ def _data(run: Run) -> TrainingData:
         tokenizer_fingerprint=tokenizer_fingerprint(run.tokenizer),
         seed=recipe.seed,
     )
-    if recipe.loss is not None and _loss(recipe).needs_target:
-        attach_cache(data, run.folder.data, run.target, num_records=recipe.train.max_steps * recipe.train.batch_size)
+    if recipe.drafter is not None and recipe.data.cache != "none" and run.has_target():
+        if reason := run.drafter.why_not_cached():
+            raise DataError(f"data.cache: {recipe.drafter.kind}: {reason}; set data.cache: none")
+        attach_cache(
+            data,
+            run.folder.data,
+            run.target,
+            num_records=recipe.train.max_steps * recipe.train.batch_size,
+            law=_loss(recipe).needs_target,
+            needs=run.drafter.needs(),
+        )
     overlap = run.folder.data / "overlap.json"
     if not overlap.exists():
-        names = dict.fromkeys([recipe.eval.prompts, recipe.eval.validation_prompts])
-        prompts = [
-            p for name in names for p in read_prompts(name, run.tokenizer, prompt_tokens=recipe.eval.prompt_tokens)
-        ]
-        drop_contaminated(data, {prompt.id: prompt.tokens for prompt in prompts}, overlap)
+        files = {
+            name: read_prompts(name, run.tokenizer, prompt_tokens=recipe.eval.prompt_tokens)
+            for name in dict.fromkeys([recipe.eval.prompts, recipe.eval.validation_prompts])
+        }
+        prompts = {(name, one.id): one.tokens for name, ones in files.items() for one in ones}
+        drop_contaminated(data, prompts, overlap)
     return data
 
 
-def _dropped(run: Run) -> list[str]:
+def dropped_prompts(run: Run, file: str) -> list[str]:
+    """Return the ids of the prompts of a file that overlap with the training text."""
     path = run.folder.data / "overlap.json"
-    return list(json.loads(path.read_text(encoding="utf-8"))["dropped"]) if path.exists() else []
+    found = json.loads(path.read_text(encoding="utf-8"))["dropped"] if path.exists() else []
+    return [id for name, id in found if name == file]
 
 
-def _train(run: Run) -> None:
+def train_drafter(run: Run) -> None:
+    """Train from the start to the best step, or continue where an earlier run stopped; skipped when it is done."""
     if run.folder.train_done.exists():
         say("training: done before, skipped")
         return
-    import torch
-
-    # DeepSpeed, which Lightning imports, would otherwise warn that it had to look for a device.
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    from drafttrain.drafters import drafters
     from drafttrain.train.run import train
 
     recipe = run.recipe
-    data = _data(run)
-    torch.manual_seed(recipe.seed)
-    entry = cast(Any, drafters.entry(recipe.drafter.kind).component)
+    data = training_data(run)
     target = run.target if run.has_target() else None
-    drafter: Drafter = entry.create(recipe.drafter, target=target, tokenizer=run.tokenizer)
+    drafter = _start(run, data)
     loss = _loss(recipe)
-    _write_drafter(run, drafter, run.folder.start, steps=0)
-    count = sum(p.numel() for p in drafter.parameters() if p.requires_grad)
-    say(f"training {count:,} parameters for {recipe.train.max_steps:,} steps")
-    if target is not None:
-        drafter.to(target.device)
     settings = recipe.train
+    say(f"training {_trained(drafter):,} parameters for {settings.max_steps:,} steps")
     train(
         drafter,
         loss,
@@ -215,9 +264,59 @@ def _train(run: Run) -> None:
         of_step=lambda step: data.of_step(step, batch_size=settings.batch_size, accumulation=settings.accumulation),
         estimate=_estimator(run, target) if target is not None else None,
         settings=settings,
-        vocab_size=target.num_tokens if target is not None else len(run.tokenizer),
+        vocab_size=run.num_tokens,
         folder=run.folder.train,
     )
+
+
+def _start(run: Run, data: TrainingData) -> Drafter:
+    """Return the drafter as distillation finds it, and keep it as a folder: made as its settings say, then pretrained or not."""
+    recipe, start = run.recipe, run.folder.start
+    if recipe.train.pretrain is None:
+        run.drafter.fit_vocabulary(data.label_counts)
+        _write_drafter(run, run.drafter, start, steps=0)
+        return run.drafter
+    if not start.exists():
+        _pretrain(run, data.plain())
+    return _created(run, replace(recipe.drafter, init="checkpoint", checkpoint=str(start)))
+
+
+def _pretrain(run: Run, plain: TrainingData) -> None:
+    """Train on plain text with cross-entropy, and export that as the start."""
+    from drafttrain.losses.ce import CrossEntropy
+    from drafttrain.train.run import train
+
+    settings, folder = run.recipe.train.of_pretraining(), run.folder.pretrain
+    drafter = run.drafter
+    say(f"pretraining {_trained(drafter):,} parameters for {settings.max_steps:,} steps")
+    done = train(
+        drafter,
+        CrossEntropy(),
+        target=None,
+        of_step=lambda step: plain.of_step(step, batch_size=settings.batch_size),
+        estimate=None,
+        settings=settings,
+        vocab_size=run.num_tokens,
+        folder=folder,
+    )
+    _export_weights(run, folder / done.drafter, run.folder.start, steps=done.last_step)
+
+
+def _created(run: Run, settings: Any) -> Drafter:
+    """Return the drafter of these settings on the target's device."""
+    import torch
+
+    from drafttrain.drafters import drafters
+
+    torch.manual_seed(run.recipe.seed)
+    target = run.target if run.has_target() else None
+    entry = cast(Any, drafters.entry(settings.kind).component)
+    drafter: Drafter = entry.create(settings, target=target, tokenizer=run.tokenizer)
+    return drafter.to(target.device) if target is not None else drafter
+
+
+def _trained(drafter: Drafter) -> int:
+    return sum(p.numel() for p in drafter.parameters() if p.requires_grad)
 
 
 def _nothing() -> Any:
@@ -235,34 +334,17 @@ def _loss(recipe: Recipe) -> Loss:
 
 def _estimator(run: Run, target: Target) -> Callable[[Any], Mapping[str, Any]]:
     """Return the estimate of a drafter on the validation prompts: replay on what the target writes, written once."""
-    from drafttrain.core.records import Sampling
-    from drafttrain.data_gen.generate import Task, continuations
-    from drafttrain.eval.prompts import read_prompts
-    from drafttrain.eval.repetition import tokens_before_repetition
-    from drafttrain.eval.replay import Text, expected_rounds, replay_rows
+    from drafttrain.eval.replay import expected_rounds, replay_rows
 
-    recipe = run.recipe
-    wanted = recipe.eval
-    temperature = wanted.temperatures[0]
-    sampling = Sampling() if temperature == 0 else Sampling(temperature, wanted.top_p, wanted.top_k)
-    prompts = read_prompts(
-        wanted.validation_prompts,
-        run.tokenizer,
-        prompt_tokens=wanted.prompt_tokens,
-        dropped=_dropped(run),
-        limit=recipe.train.eval_prompts,
-    )
-    tasks = [Task(prompt.id, list(prompt.tokens), sampling) for prompt in prompts]
-    written = continuations(tasks, target, max_new_tokens=wanted.max_new_tokens, seed=recipe.seed)
-    if wanted.repetition_ngram:
-        written = [new[: max(1, tokens_before_repetition(new, ngram=wanted.repetition_ngram))] for new in written]
-    texts = [Text(task.id, task.prompt, new) for task, new in zip(tasks, written, strict=True)]
+    wanted = run.recipe.eval
+    texts, sampling = run.validation_texts
     tokens = sum(len(text.new) for text in texts)
-    length = getattr(wanted.length, "num_draft_tokens", 5)
+    length = getattr(wanted.length, "depth", getattr(wanted.length, "num_draft_tokens", 5))
     lengths = sorted({*wanted.replay_lengths, length})
 
     def estimate(drafter: Any) -> dict[str, Any]:
-        rows = replay_rows(target, drafter, texts, sampling)
+        with drafter.standing_on(target):
+            rows = replay_rows(target, drafter, texts, sampling, num_depths=max(lengths))
         by_length = {k: tokens / sum(expected_rounds(r, k) for r in rows) for k in lengths}
         alpha = sum(float(r.acceptance_T.sum()) for r in rows) / tokens
         said = "  ".join(f"K={k}: {value:.2f}" for k, value in by_length.items())
@@ -279,13 +361,33 @@ def _write_drafter(run: Run, drafter: Drafter, folder: Path, *, steps: int) -> N
     """Write a drafter in memory as an exported folder."""
     if folder.exists():
         return
-    with folder_beside(folder.with_name(f"{folder.name}.weights")) as temporary:
-        drafter.save(temporary)
     weights = folder.with_name(f"{folder.name}.weights")
+    with folder_beside(weights) as temporary:
+        drafter.save(temporary)
+    _calibrate(run, drafter, weights)
     _export_weights(run, weights, folder, steps=steps)
-    for file in weights.iterdir():
-        file.unlink()
-    weights.rmdir()
+    shutil.rmtree(weights)
+
+
+def _calibrate(run: Run, drafter: Drafter, folder: Path) -> None:
+    """Write what the drafter fits on the validation texts into the folder of its weights."""
+    from drafttrain.core.records import Record
+    from drafttrain.data_gen.packing import pack
+    from drafttrain.drafters import Drafter
+
+    if type(drafter).calibrate is Drafter.calibrate:
+        return
+    texts, _ = run.validation_texts
+    batches = []
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        records = [
+            Record(text.id, [*text.prompt, *text.new], [False] * len(text.prompt) + [True] * len(text.new))
+            for text in texts[start : start + TEXTS_AT_ONCE]
+        ]
+        batch, _ = pack(records, width=max(len(record.tokens) for record in records), weight_of_step=1.0)
+        batches.append(batch.to(run.target.device))
+    for name, content in drafter.to(run.target.device).calibrate(drafter.adapted(run.target), batches).items():
+        write_json(folder / name, content)
 
 
 def _export_weights(run: Run, weights: Path, folder: Path, *, steps: int) -> None:
@@ -301,8 +403,22 @@ def _export_weights(run: Run, weights: Path, folder: Path, *, steps: int) -> Non
         tokenizer_fingerprint=tokenizer_fingerprint(run.tokenizer),
         vocab_size=len(run.tokenizer),
         trained_steps=steps,
+        draft=recipe.drafter.draft,
     )
     export_hf(weights, folder, tokenizer=run.tokenizer, about=about, dtype=recipe.export.dtype)
+
+
+def export_best(run: Run) -> dict[str, Any]:
+    """Write the drafter folder from the best weights of the training; return what train.json holds."""
+    from drafttrain.drafters import Drafter, drafters
+
+    done: dict[str, Any] = json.loads(run.folder.train_done.read_text(encoding="utf-8"))
+    trained = run.folder.train / done["drafter"]
+    component = cast(Any, drafters.entry(run.recipe.drafter.kind).component)
+    if component.calibrate is not Drafter.calibrate:
+        _calibrate(run, component.load(trained, run.target), trained)
+    _export_weights(run, trained, run.folder.drafter, steps=done["best_step"])
+    return done
 
 
 def _export(run: Run) -> None:
@@ -322,11 +438,10 @@ def _export(run: Run) -> None:
         result = json.loads(folder.eval.read_text(encoding="utf-8"))
         show(result)
     else:
-        trained = folder.train / done["drafter"]
         if of_head:
-            export_trained_head(recipe, folder, run.target, trained=trained)
+            export_trained_head(recipe, folder, run.target, trained=folder.train / done["drafter"])
         else:
-            _export_weights(run, trained, exported, steps=done["best_step"])
+            export_best(run)
         if not run.has_target():
             say(f"exported: {exported} (no target in this recipe, so nothing to evaluate it against)")
             return
@@ -387,7 +502,7 @@ def _evaluated_head(run: Run) -> dict[str, Any]:
 
     settings = with_own_head(run.recipe.eval, exported_head(run.folder))
     folders = {"drafter": resolve_folder(run.recipe.head.drafter)}
-    result = _evaluated(folders, run.target, settings, dropped=_dropped(run))
+    result = _evaluated(folders, run.target, settings, dropped=dropped_prompts(run, run.recipe.eval.prompts))
     return result | {"head": figures_of_head(run.recipe, run.folder)}
 
 
@@ -406,13 +521,27 @@ def _evaluated(folders: Mapping[str, Path], target: Target, settings: Any, *, dr
     return result | {"prompts_dropped_for_overlap": len(dropped)}
 
 
+def _held(path: Path) -> str | None:
+    """Return the recipe of the run that a folder holds, with the defaults of keys that are newer than it."""
+    if not path.exists():
+        return None
+    try:
+        return dump_recipe(load_recipe(str(path)))
+    except RecipeError:
+        return path.read_text(encoding="utf-8")
+
+
 def _command() -> str:
     return " ".join(["drafttrain", *sys.argv[1:]])
 
 
 def _quiet_libraries() -> None:
     """Silence bars and hints of transformers; our own lines say what a user needs."""
+    import torch
     import transformers
+
+    # DeepSpeed, which Lightning imports, would otherwise warn that it had to look for a device.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -22,6 +22,7 @@ class RunFolder:
         self.provenance = path / "provenance.json"
         self.data = path / "data"
         self.validation = path / "validation"
+        self.pretrain = path / "pretrain"
         self.train = path
         self.train_done = path / "train.json"
         self.start = path / "start"
@@ -32,16 +33,19 @@ class RunFolder:
         self.eval = path / "eval.json"
         self.report = path / "report.html"
 
-    def open(self, resolved: str, *, quiet: bool = False) -> None:
+    def open(self, resolved: str, *, held: str | None, quiet: bool = False) -> None:
         """Take the folder for a recipe, or continue in it.
+
+        Args:
+            resolved: The recipe with every default visible.
+            held: The same of the run that is already here; None: there is none.
 
         Raises:
             RecipeError: The folder holds a run of another recipe; the lines that differ are shown.
         """
-        if self.recipe.exists():
-            old = self.recipe.read_text(encoding="utf-8")
-            if old != resolved:
-                changes = difflib.unified_diff(old.splitlines(), resolved.splitlines(), lineterm="", n=0)
+        if held is not None:
+            if held != resolved:
+                changes = difflib.unified_diff(held.splitlines(), resolved.splitlines(), lineterm="", n=0)
                 shown = [line for line in changes if line[:1] in "+-" and line[:3] not in ("+++", "---")]
                 raise RecipeError(
                     str(self.path),

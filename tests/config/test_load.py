@@ -117,7 +117,10 @@ def test_problems_have_the_form_of_the_design():
     assert "  line 5: drafter.num_layer: unknown key. Did you mean 'num_layers'?" in lines
     available = ", ".join(losses.names())
     assert f"  line 8: loss.kind: unknown loss 'tvdp'. Did you mean 'tvdpp'? Available: {available}" in lines
-    assert any(line.startswith("  line 10: train.learning_rate: unknown key. Keys here: max_steps, ") for line in lines)
+    assert any(
+        line.startswith("  line 10: train.learning_rate: unknown key. Keys here: pretrain, max_steps, ")
+        for line in lines
+    )
 
 
 def test_sections_of_later_versions_say_so():

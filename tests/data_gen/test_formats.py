@@ -16,6 +16,9 @@ from drafttrain.data_gen.store import open_store
 from tests.conftest import byte_tokenizer
 
 MARKED = "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}|{% endgeneration %}{% else %}{{ m['content'] }}|{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+REFUSES = "{% if messages and messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+FORGETS = "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' and loop.last %}(thought){% endif %}{{ m['content'] }}|{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+"""Like Qwen3's: earlier answers lose their thoughts."""
 PLAIN = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}|{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 CHAT = [
     {"role": "user", "content": "hi"},
@@ -45,6 +48,49 @@ def test_only_what_the_assistant_says_is_a_label(template):
     assert labels(encoder(template), {"conversations": shared}) == "hello|bye|"
 
 
+def test_where_earlier_turns_are_rewritten_every_answer_is_learnt_as_the_target_would_read_it():
+    coder = encoder(FORGETS)
+    found = coder.records({"messages": CHAT}, id="x")
+    read = [
+        (coder.tokenizer.decode(r.tokens), "".join("^" if flag else " " for flag in r.loss_mask).strip()) for r in found
+    ]
+    assert read == [
+        ("<user>hi|<assistant>(thought)hello|", "^" * len("(thought)hello|")),
+        ("<user>hi|<assistant>hello|<user>ok|<assistant>(thought)bye|", "^" * len("(thought)bye|")),
+    ]
+    assert [r.id for r in found] == ["x@0", "x@1"]
+    (prompt,) = coder.prompts({"messages": CHAT}, id="x", prompt_tokens=None)
+    assert found[1].tokens[: len(prompt[1])] == prompt[1]
+
+
+def test_what_follows_the_last_answer_is_read_and_no_label():
+    (record,) = encoder(PLAIN).records({"messages": CHAT[:3]}, id="x")
+    assert encoder().tokenizer.decode(record.tokens) == "<user>hi|<assistant>hello|<user>ok|"
+    assert labels(encoder(PLAIN), {"messages": CHAT[:3]}) == "hello|"
+    assert labels(encoder(PLAIN), {"messages": CHAT[1:]}) == "bye|"  # and an answer that opens a chat answers nothing
+    with pytest.raises(BadItem, match="writes an answer otherwise than it asks for one"):
+        encoder(PLAIN.replace("{% if add_", "{% if messages|length < 3 %}?{% endif %}{% if add_")).records(
+            {"messages": CHAT[:2]}, id="x"
+        )
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ({"tokens": [99999]}, "99999 is no id"),
+        ({"tokens": []}, "0 tokens, fewer than the 10 of a prompt"),
+        ({"text": "too short"}, "9 tokens, fewer than the 10 of a prompt"),
+        ({"prompt": "x" * 300}, "a prompt of 300 tokens; it must have 1..199"),
+        ({"prompt": 5}, "text is needed"),
+        ({"prompt": ["x"]}, r"prompt\.0: a mapping"),
+        ({"completion": "x"}, "no prompt: none of"),
+    ],
+)
+def test_a_bad_prompt_says_why(value, reason):
+    with pytest.raises(BadItem, match=reason):
+        encoder().prompts(value, id="x", prompt_tokens=10)
+
+
 def test_only_the_completion_is_a_label_and_text_is_one_whole():
     assert labels(encoder(), {"prompt": "a b", "completion": "c d"}) == "c d<|end|>"
     assert labels(encoder(), {"text": "a b"}) == "a b<|end|>"
@@ -69,12 +115,16 @@ def test_long_text_is_cut_without_losing_a_token():
         ({"text": ""}, "text is needed"),
         ({"text": 5}, "text is needed"),
         ({"tokens": [1, 999]}, "999 is no id"),
+        ({"text": "half \ud800"}, "half a surrogate pair at character 5"),
+        ({"text": "whole", "id": "\ud800"}, "id: .*half a surrogate pair"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, r"unknown role \['user'\]"),
+        ({"messages": [{"role": "system", "content": "x"}, *CHAT]}, "template refuses this chat: no system here"),
         ({"tokens": [1, 2], "loss_mask": [1]}, "loss_mask"),
     ],
 )
 def test_a_bad_item_says_why(value, reason):
     with pytest.raises(BadItem, match=reason):
-        encoder(MARKED).records(value, id="x")
+        encoder(REFUSES + MARKED).records(value, id="x")
 
 
 def test_a_chat_without_a_template_is_refused():
@@ -98,10 +148,20 @@ def test_bad_lines_never_stop_a_run_and_are_kept_with_their_reasons(tmp_path):
     )
 
 
+@pytest.mark.parametrize("depth", [100, 950, 980, 100_000])
+def test_deeply_nested_json_stops_no_run(tmp_path, depth):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "good"}\n{"messages": ' + "[" * depth + "]" * depth + "}\n")
+    store = open_store(
+        tmp_path / "s", JSONL(JSONLSettings(path=str(path))), encoder(), about={"source": {"kind": "jsonl"}}
+    )
+    assert (len(store), store.meta["set_aside"]) == (1, 1)
+
+
 def test_nothing_left_is_an_error(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("broken\n")
-    with pytest.raises(DataError, match="no record is left"):
+    with pytest.raises(DataError, match="nothing is left of 1 items"):
         open_store(tmp_path / "s", JSONL(JSONLSettings(path=str(path))), encoder(), about={"source": {"kind": "jsonl"}})
 
 

@@ -14,6 +14,7 @@ from drafttrain.data_gen.generate import Task, continuations, generate
 from drafttrain.data_gen.prepare import attach_cache, generate_texts, prepare
 from drafttrain.data_gen.settings import DataSettings, GenerateSettings
 from drafttrain.data_gen.sources.generated import GeneratedSettings
+from drafttrain.data_gen.sources.jsonl import JSONLSettings
 from drafttrain.data_gen.sources.text import TextSettings
 
 
@@ -68,6 +69,30 @@ def test_every_record_says_how_it_was_drawn(settings, tiny_target, tmp_path):
         generate(settings, tiny_target, folder, seed=1, max_length=64)
 
 
+@pytest.mark.parametrize("num_prompts", [3, 4, 5])
+def test_a_prompt_used_again_is_drawn_at_every_temperature(settings, tiny_target, tmp_path, num_prompts):
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "say {i}"}}\n' for i in range(num_prompts)))
+    settings.prompts = JSONLSettings(path=str(tmp_path / "p.jsonl"))
+    settings.num_records = 4 * num_prompts
+    folder = generate(settings, tiny_target, tmp_path / "g", seed=0, max_length=64)
+    drawn: dict[str, list[float]] = {}
+    for text in contents(folder).values():
+        for record in map(json.loads, text.decode().splitlines()):
+            drawn.setdefault(record["id"].split("#")[0], []).append(record["sampling"]["temperature"])
+    assert len(drawn) == num_prompts
+    assert all(sorted(temperatures) == [0.0, 0.3, 0.7, 1.0] for temperatures in drawn.values())
+
+
+def test_prompts_that_cannot_be_used_are_told_and_kept_with_their_reasons(settings, tiny_target, tmp_path, capfd):
+    lines = [{"prompt": "good"}, {"tokens": [99999]}, {"prompt": "x" * 64}, {"text": "short"}, {"prompt": "\ud800"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings.prompts = JSONLSettings(path=str(tmp_path / "p.jsonl"))
+    folder = generate(settings, tiny_target, tmp_path / "g", seed=0, max_length=64)
+    kept = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+    assert [one["item"] for one in kept] == lines[1:]
+    assert "data.generate.prompts: 4 of 5 items set aside" in " ".join(capfd.readouterr().err.split())
+
+
 def test_a_record_is_drawn_by_its_own_stream(tiny_target):
     tasks = [Task(str(i), [5 + i, 6, 7][: 2 + i % 2], Sampling(1.0, top_p=0.95)) for i in range(5)]
     together = continuations(tasks, tiny_target, max_new_tokens=6, seed=0)
@@ -90,7 +115,7 @@ def test_the_cache_reads_what_was_written_and_agrees_with_the_live_target(settin
     generate_texts(data_settings, lambda: tiny_target, tmp_path / "d", seed=0)
     arguments = {"tokenizer": tiny_target.tokenizer, "tokenizer_fingerprint": "x", "seed": 0}
     data = prepare(data_settings, tmp_path / "d", **arguments)
-    attach_cache(data, tmp_path / "d", tiny_target, num_records=40)
+    attach_cache(data, tmp_path / "d", tiny_target, num_records=40, needs=TargetNeeds())
     for step in range(3):
         (batch,) = data.of_step(step, batch_size=8)
         assert batch.target_rows is not None
@@ -115,7 +140,7 @@ def test_a_cache_over_its_bound_is_refused_before_it_is_begun(settings, tiny_tar
     )
     data = prepare(chosen, tmp_path / "d", tokenizer=tiny_target.tokenizer, tokenizer_fingerprint="x", seed=0)
     with pytest.raises(DataError, match="max_cache_gb"):
-        attach_cache(data, tmp_path / "d", tiny_target, num_records=10)
+        attach_cache(data, tmp_path / "d", tiny_target, num_records=10, needs=TargetNeeds())
     assert not list((tmp_path / "d").rglob("*logits*"))
 
 

@@ -19,7 +19,7 @@ from drafttrain.eval.engine import Engine
 from drafttrain.eval.ledger import Ledger
 from drafttrain.eval.length.confidence import Confidence
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
-from drafttrain.eval.metrics import counts_of, totals_of
+from drafttrain.eval.metrics import counts_of, mbsu, totals_of
 from drafttrain.eval.proposers.ngram import Ngram
 from drafttrain.eval.proposers.none import NoDraft
 from drafttrain.eval.replay import Text, expected_rounds, replay_rows
@@ -145,15 +145,24 @@ def small_target() -> Target:
     return Target(model, byte_tokenizer(), name="small", fingerprint="")
 
 
-def chi_square(model: Any, proposer: Any, temperature: float, *, samples: int = 2500, spoil: Any = None) -> float:
+def chi_square(
+    model: Any,
+    proposer: Any,
+    temperature: float,
+    *,
+    samples: int = 2500,
+    spoil: Any = None,
+    policy: Any = None,
+    target: Target | None = None,
+) -> float:
     """T2: return the p-value of the law of the first two new tokens against the target's, enumerated."""
-    target = small_target()
-    target.model.load_state_dict(model.state_dict())
+    if target is None:
+        target = Target(model, byte_tokenizer(), name="small", fingerprint="")
     engine = Engine(
         target,
         proposer,
         rule=Lossless(),
-        policy=FixedLength(FixedLengthSettings(2)),
+        policy=policy or FixedLength(FixedLengthSettings(2)),
         sampling=Sampling(temperature),
         max_new_tokens=4,
         stop_tokens=(),
@@ -305,3 +314,53 @@ def test_a_drafter_with_a_padded_vocabulary_stays_lossless(target):
     found = decode(target, proposer, temperature=0.0, new=16)
     assert [g.tokens for g in found] == [greedy(target, prompt, 16) for prompt in PROMPTS]
     assert all(max(g.tokens) < V for g in decode(target, proposer, temperature=1.0, new=16))
+
+
+def test_ids_that_no_tokenizer_produces_are_never_emitted_and_have_no_mass_in_replay():
+    """A target whose head has more rows than its tokenizer has tokens."""
+    padded = Target(random_llama(vocab_size=300).double(), byte_tokenizer(), name="padded", fingerprint="")
+    drafter = CausalLMDrafter(noisy(padded.model, 0.02))
+    assert padded.num_tokens == V
+    for proposer in (NoDraft(), drafter.proposer(padded)):
+        found = decode(padded, proposer, temperature=1.0, new=60, stop_tokens=())
+        assert all(max(g.tokens) < V for g in found)
+    texts = [Text(g.id, list(g.prompt_tokens), list(g.tokens)) for g in found]
+    (row,) = replay_rows(padded, drafter, texts[:1], Sampling(1.0))
+    assert row.acceptance_T.max() <= 1 + 1e-12
+    itself = CausalLMDrafter(padded.model)
+    assert replay_rows(padded, itself, texts[:1], Sampling(1.0))[0].acceptance_T.min() == pytest.approx(1.0)
+
+
+def test_replay_of_argmax_drafts_agrees_with_the_loop(target):
+    """FIXED at temperature 1: kept where the text has the drafter's argmax. Read as sampled drafts, replay says another number."""
+    drafter = CausalLMDrafter(noisy(target.model, 0.03), draft="greedy")
+    prompts = [Prompt(str(i), [1 + i, 2, 3 + i % 7, 5]) for i in range(20)]
+    policy = FixedLength(FixedLengthSettings(3))
+    found = decode(
+        target, drafter.proposer(target), prompts=prompts, temperature=1.0, policy=policy, new=32, stop_tokens=()
+    )
+    texts = [Text(g.id, list(g.prompt_tokens), list(g.tokens)) for g in found]
+
+    def differences() -> float:
+        rows = replay_rows(target, drafter, texts, Sampling(1.0))
+        return max(abs(len(g.rounds) - expected_rounds(r, 3)) for g, r in zip(found, rows, strict=True))
+
+    assert differences() < 1e-9
+    drafter.draft = "sampled"
+    assert differences() > 1
+
+
+def test_mbsu_does_not_depend_on_how_many_are_decoded_together(target):
+    """Without drafts it is 1 for any batch: a round reads what a plain call would."""
+    for together in (1, 3):
+        ledger = Ledger()
+        prompts = [Prompt(str(i), [1 + i, 2, 3]) for i in range(together)]
+        found = decode(target, NoDraft(), prompts=prompts, new=12, stop_tokens=(), listener=ledger.append)
+        totals = totals_of([counts_of(g) for g in found])
+        value = mbsu(
+            num_tokens=totals.num_tokens,
+            num_rounds=totals.num_rounds,
+            plain_bytes=ledger.plain_bytes(),
+            bytes_read=ledger.bytes_read(),
+        )
+        assert value == pytest.approx(1.0)

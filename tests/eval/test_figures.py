@@ -31,6 +31,16 @@ def test_rates_by_hand():
     assert totals.conditional_acceptance == [3 / 4, 2 / 3, 1 / 2, 1, 1]
 
 
+def test_conditional_acceptance_counts_the_rounds_that_drafted_it_and_kept_what_was_before():
+    def rounds(pairs):
+        made = [Round(i, drafted, drafted, kept, kept + 1, "reject") for i, (drafted, kept) in enumerate(pairs)]
+        return totals_of([counts_of(Generation("a", "", [1], list(range(99)), made, 0, 0, 0, 1.0))])
+
+    # The first round kept one but drafted no second; the second drafted a second behind a refused first.
+    assert rounds([(1, 1), (2, 0), (2, 2)]).conditional_acceptance == [2 / 3, 1.0]
+    assert rounds([(5, 1), (1, 1)]).conditional_acceptance[:2] == [1.0, 0.0]
+
+
 def test_an_output_counts_up_to_where_it_repeats_itself():
     looping = generation([5] * 10)
     looping = Generation("a", "", [1], [1, 2, 3] * 20, looping.rounds, 0, 0, 0, 1.0)

@@ -195,16 +195,19 @@ def test_weights_of_a_sum_follow_their_schedule():
 class Toy(torch.nn.Module):
     """A drafter of one table, so that its rows do not depend on how records are packed."""
 
-    def __init__(self) -> None:
+    def __init__(self, vocabulary: Tensor | None = None) -> None:
         super().__init__()
+        self.vocabulary = vocabulary
         generator = torch.Generator().manual_seed(3)
         self.table_VD = torch.nn.Parameter(torch.randn(V, 4, generator=generator, dtype=torch.float64))
         self.head_DV = torch.nn.Parameter(torch.randn(4, V, generator=generator, dtype=torch.float64))
 
     def forward(self, batch: DraftBatch) -> DraftOutput:
-        return DraftOutput(
-            {1: self.table_VD[batch.tokens_BT]}, lambda states_ND, depth: states_ND @ self.head_DV, lag=0
-        )
+        return DraftOutput({1: self.table_VD[batch.tokens_BT]}, self.head, lag=0, vocabulary=self.vocabulary)
+
+    def head(self, states_ND: Tensor, depth: int) -> Tensor:
+        head_DR = self.head_DV if self.vocabulary is None else self.head_DV[:, self.vocabulary]
+        return states_ND @ head_DR
 
 
 class ToyTarget:
@@ -228,12 +231,20 @@ def records() -> list[Record]:
 
 
 def step_gradient(
-    settings: Any, *, sizes: list[int], width: int = 12, extra: int = 0, chunk: int | None = None, roll: int = 2
+    settings: Any,
+    *,
+    sizes: list[int],
+    width: int = 12,
+    extra: int = 0,
+    chunk: int | None = None,
+    roll: int = 2,
+    vocabulary: Tensor | None = None,
+    normalise: Any = normalised,
 ) -> Tensor:
     """Return the gradient of the last of `roll` optimizer steps that are laid out in micro-batches of these sizes."""
     from dataclasses import replace
 
-    drafter, loss = Toy(), losses.build(settings)
+    drafter, loss = Toy(vocabulary), losses.build(settings)
     weight = float(sum(sum(record.loss_mask[1:]) for record in records()))
     for step in range(roll):
         drafter.zero_grad()
@@ -251,7 +262,7 @@ def step_gradient(
             drafted = drafter(batch)
             aligned = align(drafted, batch, block_length=getattr(loss, "block_length", 1))
             loss_N, _ = row_losses(loss, drafted, aligned, batch, vocab_size=V, chunk_rows=chunk)
-            normalised(loss_N.sum(), batch, world_size=1, accumulation=1).backward()
+            normalise(loss_N.sum(), batch, world_size=1, accumulation=1).backward()
             first += size
         loss.end_of_step()
     assert drafter.table_VD.grad is not None

@@ -21,7 +21,10 @@ class BundledRecipe:
 
 
 def bundled_folder() -> Path:
-    """Return the folder of the bundled recipes: in the installed package, or at the root of a checkout."""
+    """Return the folder of the bundled recipes: in the installed package, or at the root of a checkout.
+
+    A checkout links the one to the other, so that a wheel holds the files; where links are not supported, the root has them.
+    """
     package = Path(__file__).resolve().parents[1]
     installed = package / "recipes"
     return installed.resolve() if installed.is_dir() else package.parents[1] / "recipes"

@@ -63,7 +63,16 @@ class Recipe:
                 problems.append("data.annotate: labels are for a head, and this recipe trains none")
         if self.target.model is None:
             problems += self._without_target()
+        if self.train.pretrain is not None:
+            problems += self._pretraining()
         return problems
+
+    def _pretraining(self) -> Iterator[str]:
+        """Tell what phase 1 needs that is not here."""
+        if getattr(self.drafter, "kind", "") != "causal_lm":
+            yield "train.pretrain: only drafter.kind causal_lm is pretrained on plain text"
+        if all(getattr(source, "kind", "") == "generated" for source in self.data.sources):
+            yield "train.pretrain: needs plain text: a source in data.sources besides kind generated"
 
     def _of_head(self) -> Iterator[str]:
         """Tell what a recipe that trains a head has too much or too little."""
@@ -84,6 +93,10 @@ class Recipe:
             component: Any = losses.entry(settings.kind).component if settings.kind in losses.names() else None
             if component is not None and component.needs_target:
                 yield f"loss: {settings.kind} compares with the target, but target.model is null"
+        kind = getattr(self.drafter, "kind", "")
+        made_of: Any = drafters.entry(kind).component if kind in drafters.names() else None
+        if made_of is not None and made_of.needs_target:
+            yield f"drafter: {kind} is made from its target, but target.model is null"
         if getattr(self.drafter, "init", None) == "target":
             yield "drafter.init: nothing to cut the drafter from: target.model is null"
 

@@ -1,6 +1,6 @@
 """The arithmetic of speculative decoding: sampling rules, acceptance rate, residual.
 
-N = rows, V = vocabulary
+N = rows, V = vocabulary, R = the drafter's vocabulary, a part of it
 """
 
 import torch
@@ -31,9 +31,24 @@ def sampling_probs(logits_NV: Tensor, sampling: Sampling) -> Tensor:
     return probs_NV
 
 
+def without_padding(logits_NV: Tensor, *, num_tokens: int) -> Tensor:
+    """Return logits in which the ids that no tokenizer produces, `num_tokens` and above, carry no mass."""
+    if logits_NV.shape[-1] <= num_tokens:
+        return logits_NV
+    padding_V = torch.arange(logits_NV.shape[-1], device=logits_NV.device) >= num_tokens
+    return logits_NV.masked_fill(padding_V, -torch.inf)
+
+
 def normalised(mass_NV: Tensor) -> Tensor:
     """Return rows divided by their sums."""
     return mass_NV / mass_NV.sum(dim=-1, keepdim=True)
+
+
+def over_target_vocabulary(probs_NR: Tensor, vocabulary_R: Tensor, *, size: int) -> Tensor:
+    """Return laws over a drafter's vocabulary as laws over the target's `size` tokens: no mass on the others."""
+    probs_NV = probs_NR.new_zeros(*probs_NR.shape[:-1], size)
+    probs_NV[..., vocabulary_R] = probs_NR
+    return probs_NV
 
 
 def acceptance_rate(target_probs_NV: Tensor, drafter_probs_NV: Tensor) -> Tensor:

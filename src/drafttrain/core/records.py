@@ -73,6 +73,22 @@ class TargetOutput:
     hidden_BTD: Mapping[int, Tensor] = field(default_factory=dict)
     final_BTD: Tensor | None = None
 
+    def has(self, needs: TargetNeeds) -> bool:
+        """Tell whether everything that is needed is here."""
+        return (
+            (self.logits_BTV is not None or not needs.logits)
+            and (self.final_BTD is not None or not needs.final)
+            and set(needs.hidden) <= set(self.hidden_BTD)
+        )
+
+    def to(self, device: Any) -> TargetOutput:
+        """Return the same on `device`."""
+        return TargetOutput(
+            logits_BTV=None if self.logits_BTV is None else self.logits_BTV.to(device),
+            hidden_BTD={index: state.to(device) for index, state in self.hidden_BTD.items()},
+            final_BTD=None if self.final_BTD is None else self.final_BTD.to(device),
+        )
+
 
 class TargetRows(Protocol):
     """The target's law at chosen positions of a batch, from a live model or from a cache."""
@@ -102,6 +118,8 @@ class DraftBatch:
     """Ids of the records, by their number in `documents_BT` less the smallest one."""
     target: TargetOutput | None = None
     target_rows: TargetRows | None = None
+    num_depths: int = 0
+    """Depths that are asked of a drafter that can roll out any number; 0: as many as it trains."""
 
     @property
     def num_tokens(self) -> int:
@@ -109,11 +127,12 @@ class DraftBatch:
         return int((self.documents_BT >= 0).sum())
 
     def to(self, device: Any) -> DraftBatch:
-        """Return the batch with its own tensors on `device`."""
+        """Return the batch with its own tensors, and what it holds of the target, on `device`."""
         from dataclasses import replace
 
         names = ("tokens_BT", "loss_mask_BT", "positions_BT", "documents_BT")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        target = None if self.target is None else self.target.to(device)
+        return replace(self, target=target, **{name: getattr(self, name).to(device) for name in names})
 
 
 class Head(Protocol):
@@ -136,6 +155,8 @@ class DraftOutput:
     """Factor on the loss of a depth; 1 where it is not named."""
     extra_loss: Tensor | None = None
     """What the drafter adds to the loss of the step by itself: a sum over trained positions, like the sum of loss_N."""
+    vocabulary: Tensor | None = None
+    """The target's id of each of the drafter's tokens, ascending; None: the vocabularies are the same."""
 
     def logits_BTV(self, depth: int) -> Tensor:
         """Return the whole logits of one depth."""
@@ -150,7 +171,7 @@ class LossRows:
     target_logits_NV: Tensor | None
     """None when the loss asked for no target."""
     tokens_N: Tensor
-    """The label: the token that the data has there."""
+    """The label: the token that the data has there; -1 where the drafter's vocabulary lacks it."""
     seed_N: Tensor | None = None
     """A number of the row, the same whatever micro-batch it is in, for losses that draw."""
 
@@ -238,11 +259,18 @@ class Context:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much may be drafted in one round, the root not counted."""
+    """How much may be drafted in one round, the root not counted: a chain where `width` is 1, else a tree."""
 
     nodes: int
     depth: int
     width: int = 1
+    """Children of a node at most."""
+
+    def within(self, depth: int) -> Budget:
+        """Return the budget cut to a depth; the nodes to what a tree of this depth and width can hold."""
+        depth = min(self.depth, depth)
+        full = sum(self.width**level for level in range(1, depth + 1))
+        return Budget(min(self.nodes, full), depth, self.width)
 
 
 class More(Enum):
@@ -328,6 +356,26 @@ def chain(tokens: Sequence[int], *, kind: NodeKind, q_rows_RV: Tensor | None = N
 def fixed_chain(root: int, drafted: Sequence[int]) -> Proposal:
     """Return a FIXED chain behind the root."""
     return chain([root, *drafted], kind=NodeKind.FIXED)
+
+
+def fixed_tree(root: int, nodes: Sequence[tuple[int, int]]) -> Proposal:
+    """Return a FIXED tree under the root.
+
+    Args:
+        nodes: (token, parent) of node 1, 2, ...; the parent is a smaller node number, 0 the root. Siblings in draft order.
+    """
+    import torch
+
+    depths = [0]
+    for number, (_, parent) in enumerate(nodes, start=1):
+        assert 0 <= parent < number, "a node comes after its parent"
+        depths.append(depths[parent] + 1)
+    return Proposal(
+        tokens_N=torch.tensor([root, *(token for token, _ in nodes)]),
+        parents_N=torch.tensor([-1, *(parent for _, parent in nodes)]),
+        depths_N=torch.tensor(depths),
+        kinds_N=torch.tensor([NodeKind.ROOT.value] + [NodeKind.FIXED.value] * len(nodes)),
+    )
 
 
 @dataclass(frozen=True)

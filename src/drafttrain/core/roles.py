@@ -11,6 +11,7 @@ from drafttrain.core.records import (
     DraftStep,
     Exactness,
     ForwardEvent,
+    LayerState,
     More,
     Proposal,
     Sampling,
@@ -50,6 +51,27 @@ class Proposer(Protocol):
 
     def drop(self, keep: Sequence[int]) -> None:
         """Keep only these sequences, in this order: the others are finished."""
+        ...
+
+
+class FirstBlocks(Protocol):
+    """The target's first blocks, which run on their own in the cache that the target's call then continues from."""
+
+    def split_at(self, layer: int) -> None:
+        """Let blocks 0..layer-1 be run on their own from now on."""
+        ...
+
+    def run_first_blocks(self, tokens: Sequence[Sequence[int]]) -> list[LayerState]:
+        """Read new tokens of every sequence; return the states that enter block `layer`."""
+        ...
+
+
+@runtime_checkable
+class DraftsInTarget(Protocol):
+    """A proposer that drafts with the target's own first blocks; its proposals say where the target continues."""
+
+    def share(self, blocks: FirstBlocks) -> None:
+        """Take the blocks of the target that verifies, before `begin`."""
         ...
 
 

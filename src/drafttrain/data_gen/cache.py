@@ -1,14 +1,15 @@
 """What the target knows of the records that training will read, stored so that a step need not run the target.
 
-N = rows, V = vocabulary, D = hidden, K = tokens of a top-k row
+B = sequences, T = positions, R = B * T, N = rows, V = vocabulary, D = hidden, K = tokens of a top-k row
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from drafttrain.core.console import progress, say
 from drafttrain.core.errors import DataError
 from drafttrain.core.files import write_json, written_beside
-from drafttrain.core.records import DraftBatch, TargetNeeds
+from drafttrain.core.records import DraftBatch, Record, TargetNeeds, TargetOutput
 from drafttrain.data_gen.packing import pack
 from drafttrain.data_gen.store import Store
 from drafttrain.target import Target
@@ -27,16 +28,52 @@ TOKENS_A_SHARD = 16_384
 TOKENS_A_BATCH = 4096
 
 
-class RowCache:
-    """Rows of one store: for each cached record, one row a token but the last: the law of the token after it.
+@dataclass(frozen=True)
+class Wanted:
+    """What is stored of the target."""
 
-    `states` keeps the final hidden states and lets the target's own head make the whole law of them; `full` keeps logits;
-    `top_k` keeps the largest log-probabilities, and spreads the mass of the tail evenly over the other tokens.
+    law: Literal["states", "full", "top_k"] | None
+    """In what form its law is stored; None: nobody asks for it."""
+    states: TargetNeeds
+    """The states that are stored as they are."""
+    top_k: int
+    dtype: Literal["float32", "bfloat16", "float16"]
+    """Type of stored states."""
+
+    @property
+    def final(self) -> bool:
+        """The final state is asked for by itself, or because the law is made of it; it is stored once."""
+        return self.states.final or self.law == "states"
+
+    @property
+    def arrays(self) -> list[str]:
+        """Names of the stored arrays."""
+        law = {"full": ["logits"], "top_k": ["ids", "log_probs", "tail"]}.get(self.law or "", [])
+        return [*law, *(f"hidden_{index}" for index in self.states.hidden), *(["final"] if self.final else [])]
+
+    def bytes_a_row(self, target: Target) -> int:
+        """Return the bytes of one token."""
+        law = {"full": 4 * target.num_tokens, "top_k": 8 * min(self.top_k, target.num_tokens) + 4}
+        width = int(target.model.get_output_embeddings().weight.shape[1])
+        size: int = getattr(torch, self.dtype).itemsize
+        return law.get(self.law or "", 0) + size * width * (len(self.states.hidden) + self.final)
+
+    def __str__(self) -> str:
+        law = [f"law ({self.law})"] if self.law else []
+        hidden = [f"hidden state {index}" for index in self.states.hidden]
+        return ", ".join([*law, *hidden, *(["final state"] if self.final else [])])
+
+
+class RowCache:
+    """What is stored of one store's records: one row a token, holding the states there and the law of the token after it.
+
+    `states` lets the target's own head make the whole law of the final hidden state; `full` keeps logits; `top_k` keeps the
+    largest log-probabilities, and spreads the mass of the tail evenly over the other tokens.
     """
 
-    def __init__(self, folder: Path, target: Target) -> None:
+    def __init__(self, folder: Path, target: Target, wanted: Wanted) -> None:
         about = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
-        self.kind: str = about["kind"]
+        self.wanted = wanted
         self._model = target.model
         self._num_tokens: int = about["num_tokens"]
         self._starts: dict[int, int] = {int(record): start for record, start in about["starts"].items()}
@@ -59,18 +96,18 @@ class RowCache:
         shard = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
         begin = start - self._shard_starts[shard]
         return {
-            name: torch.from_numpy(np.array(array[begin : begin + count]))
+            name: _as_tensor(np.array(array[begin : begin + count]), self.wanted.dtype)
             for name, array in self._shards[shard].items()
         }
 
     def logits(self, stored: Mapping[str, Tensor]) -> Tensor:
         """Return logits_NV (or log-probabilities) of stored rows."""
-        if self.kind == "full":
+        if self.wanted.law == "full":
             return stored["logits"]
-        if self.kind == "states":
+        if self.wanted.law == "states":
             with torch.no_grad():
                 device = next(self._model.parameters()).device
-                return head_logits(self._model, stored["states"].to(device, self._model.dtype))
+                return head_logits(self._model, stored["final"].to(device, self._model.dtype))
         ids_NK, log_probs_NK = stored["ids"].long(), stored["log_probs"]
         others = self._num_tokens - ids_NK.shape[1]
         tail_N = stored["tail"].clamp_min(1e-30)
@@ -93,70 +130,83 @@ class CachedRows:
         return self._cache.logits(stored).to(index_N.device)
 
 
-def cached_rows(
+def with_stored(
     batch: DraftBatch,
     places: Sequence[tuple[int, int]],
     members: Sequence[tuple[RowCache, int, int]],
-) -> CachedRows:
-    """Return the rows of a packed batch.
+) -> DraftBatch:
+    """Return a packed batch with what is stored of the target: its law, and states in the batch's own form, 0 at padding.
 
     Args:
         places: Where each record begins in the batch.
-        members: For each record its cache, its number there, and its rows; all caches of one kind.
+        members: For each record its cache, its number there, and its tokens; all caches hold the same things.
     """
-    width = batch.tokens_BT.shape[1]
+    shape = batch.tokens_BT.shape
     row_of_position = torch.full((batch.tokens_BT.numel(),), -1, dtype=torch.long)
     pieces: list[dict[str, Tensor]] = []
     taken = 0
     for (row, column), (cache, record, count) in zip(places, members, strict=True):
         pieces.append(cache.stored(record, count))
-        start = row * width + column
+        start = row * shape[1] + column
         row_of_position[start : start + count] = torch.arange(taken, taken + count)
         taken += count
     arrays = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
-    return CachedRows(members[0][0], arrays, row_of_position)
+    cache = members[0][0]
+    wanted = cache.wanted
+    real_R = row_of_position >= 0
+
+    def laid_out(name: str) -> Tensor:
+        stored_ND = arrays[name].float()
+        states_RD = stored_ND.new_zeros(len(row_of_position), stored_ND.shape[1])
+        states_RD[real_R] = stored_ND[row_of_position[real_R]]
+        return states_RD.unflatten(0, shape)
+
+    target = TargetOutput(
+        hidden_BTD={index: laid_out(f"hidden_{index}") for index in wanted.states.hidden},
+        final_BTD=laid_out("final") if wanted.states.final else None,
+    )
+    rows = CachedRows(cache, arrays, row_of_position) if wanted.law else None
+    return replace(batch, target=target, target_rows=rows)
 
 
 def build_cache(
-    folder: Path, store: Store, records: Sequence[int], target: Target, *, kind: str, top_k: int, max_gb: float
+    folder: Path, store: Store, records: Sequence[int], target: Target, *, wanted: Wanted, max_gb: float
 ) -> RowCache:
-    """Write the rows of these records, shard by shard; shards that an earlier run wrote stay.
+    """Write what is wanted of these records, shard by shard; shards that an earlier run wrote stay.
 
     Raises:
         DataError: The cache would be larger than `max_gb`. Nothing was written.
     """
-    sizes = [int(store.starts[i + 1] - store.starts[i]) - 1 for i in records]
-    total = sum(sizes) * _bytes_a_row(kind, target, top_k)
-    say(f"cache of the target's rows ({kind}): {len(records):,} records, {sum(sizes):,} rows, {total / 1e9:.2f} GB")
+    sizes = [int(store.starts[i + 1] - store.starts[i]) for i in records]
+    total = sum(sizes) * wanted.bytes_a_row(target)
+    say(f"cache of the target's {wanted}: {len(records):,} records, {sum(sizes):,} tokens, {total / 1e9:.2f} GB")
     if total > max_gb * 1e9:
         raise DataError(
-            f"data.cache {kind!r} needs {total / 1e9:.2f} GB, data.max_cache_gb allows {max_gb:g}. Choose top_k or states, "
-            "fewer records, or a higher bound."
+            f"data.cache needs {total / 1e9:.2f} GB for the target's {wanted}, data.max_cache_gb allows {max_gb:g}. "
+            "Choose top_k or states, cache_dtype bfloat16, fewer records, or a higher bound."
         )
     shards = _shards(records, sizes)
     about = {
-        "kind": kind,
-        "top_k": top_k,
+        "wanted": asdict(wanted),
         "target_fingerprint": target.fingerprint,
         "num_tokens": target.num_tokens,
         "store": store.meta["about"],
         "records": list(map(int, records)),
     }
     _check_plan(folder, about)
-    arrays = {"full": ["logits"], "states": ["states"], "top_k": ["ids", "log_probs", "tail"]}[kind]
-    with progress("caching the target's rows", total=sum(sizes), unit="rows") as bar:
+    with progress("caching what the target knows", total=sum(sizes), unit="tokens") as bar:
         for number, shard in enumerate(shards):
-            paths = {name: folder / f"{name}-{number:05d}.npy" for name in arrays}
+            paths = {name: folder / f"{name}-{number:05d}.npy" for name in wanted.arrays}
             if not all(path.exists() for path in paths.values()):
-                rows = _rows([store[i].tokens for i in shard], target, kind=kind, top_k=top_k)
+                rows = _rows([store[i].tokens for i in shard], target, wanted)
                 for name, path in paths.items():
                     with written_beside(path) as temporary, temporary.open("wb") as file:
                         np.save(file, rows[name])
-            bar.advance(sum(int(store.starts[i + 1] - store.starts[i]) - 1 for i in shard))
+            bar.advance(sum(int(store.starts[i + 1] - store.starts[i]) for i in shard))
     starts = dict(zip(map(int, records), np.cumsum([0, *sizes])[:-1].tolist(), strict=True))
     shard_starts = [starts[int(shard[0])] for shard in shards]
-    write_json(folder / "cache.json", about | {"arrays": arrays, "starts": starts, "shard_starts": shard_starts})
-    return RowCache(folder, target)
+    write_json(folder / "cache.json", about | {"arrays": wanted.arrays, "starts": starts, "shard_starts": shard_starts})
+    return RowCache(folder, target, wanted)
 
 
 def _check_plan(folder: Path, about: dict[str, Any]) -> None:
@@ -166,11 +216,6 @@ def _check_plan(folder: Path, about: dict[str, Any]) -> None:
         for stale in [*folder.glob("*.npy"), folder / "cache.json"]:
             stale.unlink(missing_ok=True)
     write_json(path, about)
-
-
-def _bytes_a_row(kind: str, target: Target, top_k: int) -> int:
-    width = int(target.model.get_output_embeddings().weight.shape[1])
-    return {"full": 4 * target.num_tokens, "states": 4 * width, "top_k": 8 * top_k + 4}[kind]
 
 
 def _shards(records: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
@@ -186,10 +231,8 @@ def _shards(records: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def _rows(texts: Sequence[Sequence[int]], target: Target, *, kind: str, top_k: int) -> dict[str, Any]:
+def _rows(texts: Sequence[Sequence[int]], target: Target, wanted: Wanted) -> dict[str, Any]:
     """Return the arrays of some records, one after the other."""
-    from drafttrain.core.records import Record
-
     made: dict[str, list[Any]] = {}
     batch: list[Sequence[int]] = []
     groups: list[list[Sequence[int]]] = []
@@ -203,26 +246,51 @@ def _rows(texts: Sequence[Sequence[int]], target: Target, *, kind: str, top_k: i
         width = max(map(len, group))
         records = [Record("", text, [True] * len(text)) for text in group]
         packed, places = pack(records, width=width, weight_of_step=1.0)
-        seen = target.read(packed.tokens_BT, packed.positions_BT, TargetNeeds(final=True))
-        assert seen.final_BTD is not None
+        needs = wanted.states | TargetNeeds(final=wanted.final or wanted.law is not None)
+        seen = target.read(packed.tokens_BT, packed.positions_BT, needs)
         for (row, column), text in zip(places, group, strict=True):
-            states_ND = seen.final_BTD[row, column : column + len(text) - 1]
-            for name, array in _arrays(states_ND, target, kind=kind, top_k=top_k).items():
+            span = (row, slice(column, column + len(text)))
+            for name, array in _arrays(seen, span, target, wanted).items():
                 made.setdefault(name, []).append(array)
     return {name: np.concatenate(arrays) for name, arrays in made.items()}
 
 
-def _arrays(states_ND: Tensor, target: Target, *, kind: str, top_k: int) -> dict[str, Any]:
-    if kind == "states":
-        return {"states": states_ND.float().cpu().numpy()}
-    logits_NV = head_logits(target.model, states_ND)[:, : target.num_tokens].float()
-    if kind == "full":
+def _arrays(seen: TargetOutput, span: tuple[int, slice], target: Target, wanted: Wanted) -> dict[str, Any]:
+    """Return the arrays of one record of a batch."""
+    arrays = {f"hidden_{index}": _as_array(state[span], wanted.dtype) for index, state in seen.hidden_BTD.items()}
+    if seen.final_BTD is None:
+        return arrays
+    if wanted.final:
+        arrays["final"] = _as_array(seen.final_BTD[span], wanted.dtype)
+    return arrays | _law(seen.final_BTD[span], target, wanted)
+
+
+def _law(final_ND: Tensor, target: Target, wanted: Wanted) -> dict[str, Any]:
+    if wanted.law in (None, "states"):
+        return {}
+    logits_NV = head_logits(target.model, final_ND)[:, : target.num_tokens].float()
+    if wanted.law == "full":
         return {"logits": logits_NV.cpu().numpy()}
     log_probs_NV = logits_NV.log_softmax(-1)
-    top = log_probs_NV.topk(min(top_k, target.num_tokens), dim=-1)
+    top = log_probs_NV.topk(min(wanted.top_k, target.num_tokens), dim=-1)
     tail_N = (1 - top.values.double().exp().sum(-1)).clamp_min(0).float()
     return {
         "ids": top.indices.int().cpu().numpy(),
         "log_probs": top.values.cpu().numpy(),
         "tail": tail_N.cpu().numpy(),
     }
+
+
+def _as_array(states_ND: Tensor, dtype: str) -> Any:
+    """Return states as numpy holds them: it has no bfloat16, so its bits stand in an int16 array."""
+    stored_ND = states_ND.to(getattr(torch, dtype)).cpu()
+    if not torch.isfinite(stored_ND).all():
+        raise DataError(
+            f"data.cache_dtype: a state of the target does not fit into {dtype}: choose bfloat16 or float32"
+        )
+    return stored_ND.view(torch.int16).numpy() if dtype == "bfloat16" else stored_ND.numpy()
+
+
+def _as_tensor(array: Any, dtype: str) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if dtype == "bfloat16" and tensor.dtype == torch.int16 else tensor

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
+
+import jinja2
 
 from drafttrain.core.records import Record
 
@@ -30,47 +33,70 @@ class Encoder:
     tokenizer: Any
     max_length: int
 
+    @cached_property
+    def _size(self) -> int:
+        return int(max(self.tokenizer.get_vocab().values())) + 1
+
     def records(self, value: Mapping[str, Any], *, id: str) -> list[Record]:
         """Return the records of an item: several for plain text longer than `max_length`.
 
         Raises:
             BadItem: The item has no known format, or nothing in it is a label.
         """
-        id, domain = str(value.get("id", id)), str(value.get("domain", ""))
+        id, domain = _id(value, id), str(value.get("domain", ""))
         if "tokens" in value:
-            tokens, mask = self._tokens(value)
+            parts = [self._tokens(value)]
         elif "messages" in value or "conversations" in value:
-            tokens, mask = self._chat(messages_of(value))
+            parts = self._chat(messages_of(value))
         elif "prompt" in value and "completion" in value:
-            tokens, mask = self._completion(value)
+            parts = self._completion(value)
         elif "text" in value:
             return self._windows(self.text(value["text"]), id=id, domain=domain)
         else:
             raise BadItem(f"none of {FORMATS} is here; keys: {', '.join(map(str, value)) or 'none'}")
-        tokens, mask = tokens[: self.max_length], mask[: self.max_length]
-        if not any(mask[1:]):
+        records = [
+            Record(id if len(parts) == 1 else f"{id}@{i}", tokens[: self.max_length], mask, domain=domain)
+            for i, (tokens, whole_mask) in enumerate(parts)
+            for mask in [whole_mask[: self.max_length]]
+            if any(mask[1:])
+        ]
+        if not records:
             raise BadItem(f"no token of the first {self.max_length} is a label (an answer of the assistant)")
-        return [Record(id, tokens, mask, domain=domain)]
+        return records
 
     def prompts(self, value: Mapping[str, Any], *, id: str, prompt_tokens: int | None) -> list[tuple[str, list[int]]]:
-        """Return (id, tokens) of the prompts of an item: chats up to the last answer, text in pieces."""
-        id = str(value.get("id", id))
+        """Return (id, tokens) of the prompts of an item: chats up to the last answer, text in pieces.
+
+        Raises:
+            BadItem: The item has no known format, or gives no prompt that leaves room for an answer within `max_length`.
+        """
+        id = _id(value, id)
+        tokens = self._prompt(value)
+        prompts = [(id, tokens)]
+        if prompt_tokens is not None and _is_plain(value):
+            pieces = [tokens[start : start + prompt_tokens] for start in range(0, len(tokens), prompt_tokens)]
+            prompts = [(f"{id}@{i * prompt_tokens}", p) for i, p in enumerate(pieces) if len(p) == prompt_tokens]
+            if not prompts:
+                raise BadItem(f"{len(tokens)} tokens, fewer than the {prompt_tokens} of a prompt")
+        fitting = [(id, tokens) for id, tokens in prompts if 0 < len(tokens) < self.max_length]
+        if not fitting:
+            raise BadItem(f"a prompt of {len(prompts[0][1])} tokens; it must have 1..{self.max_length - 1}")
+        return fitting
+
+    def _prompt(self, value: Mapping[str, Any]) -> list[int]:
+        """Return the ids of an item before anything is cut."""
         if "messages" in value or "conversations" in value:
-            return [(id, self._chat_prompt(messages_of(value)))]
+            return self._chat_prompt(messages_of(value))
         if "prompt" in value:
-            messages = value["prompt"] if isinstance(value["prompt"], list) else None
+            messages = _messages(value["prompt"], "prompt") if isinstance(value["prompt"], list) else None
             if messages is None and self.tokenizer.chat_template and value.get("chat", True):
                 messages = [{"role": "user", "content": _text(value["prompt"], "prompt")}]
-            return [(id, self._chat_prompt(messages) if messages else self.text(value["prompt"]))]
-        if "text" not in value and "tokens" not in value:
+            return self._chat_prompt(messages) if messages else self.text(value["prompt"])
+        if not _is_plain(value):
             raise BadItem(
                 f"no prompt: none of messages, conversations, prompt, text or tokens; keys: {', '.join(map(str, value))}"
             )
-        tokens = list(value["tokens"]) if "tokens" in value else self.text(value["text"])
-        if prompt_tokens is None:
-            return [(id, tokens)]
-        pieces = [tokens[start : start + prompt_tokens] for start in range(0, len(tokens), prompt_tokens)]
-        return [(f"{id}@{i * prompt_tokens}", piece) for i, piece in enumerate(pieces) if len(piece) == prompt_tokens]
+        return self._tokens(value)[0] if "tokens" in value else self.text(value["text"])
 
     def text(self, text: Any) -> list[int]:
         """Return the ids of plain text, with what the tokenizer puts in front."""
@@ -93,15 +119,14 @@ class Encoder:
         tokens = value["tokens"]
         if not isinstance(tokens, list) or not all(isinstance(token, int) for token in tokens):
             raise BadItem("tokens: a list of whole numbers is needed")
-        size = max(self.tokenizer.get_vocab().values()) + 1
-        if outside := [token for token in tokens if not 0 <= token < size]:
-            raise BadItem(f"tokens: {outside[0]} is no id of the tokenizer (0..{size - 1})")
+        if outside := [token for token in tokens if not 0 <= token < self._size]:
+            raise BadItem(f"tokens: {outside[0]} is no id of the tokenizer (0..{self._size - 1})")
         mask = value.get("loss_mask", [True] * len(tokens))
         if not isinstance(mask, list) or len(mask) != len(tokens):
             raise BadItem(f"loss_mask: a list of {len(tokens)} truth values is needed")
         return list(tokens), [bool(flag) for flag in mask]
 
-    def _completion(self, value: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
+    def _completion(self, value: Mapping[str, Any]) -> list[tuple[list[int], list[bool]]]:
         prompt, answer = value["prompt"], value["completion"]
         if isinstance(prompt, list) or isinstance(answer, list):
             return self._chat([*_messages(prompt, "prompt"), *_messages(answer, "completion")])
@@ -109,36 +134,38 @@ class Encoder:
         after = list(self.tokenizer(_text(answer, "completion"), add_special_tokens=False).input_ids)
         if self.tokenizer.eos_token_id is not None:
             after.append(self.tokenizer.eos_token_id)
-        return before + after, [False] * len(before) + [True] * len(after)
+        return [(before + after, [False] * len(before) + [True] * len(after))]
 
-    def _chat(self, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
-        """Return ids and the assistant's mask.
+    def _chat(self, messages: list[dict[str, str]]) -> list[tuple[list[int], list[bool]]]:
+        """Return ids and the assistant's mask: of the whole chat, or of parts of it.
 
-        By the template's own generation marks where it has them, else turn by turn: what a message adds to the text before it.
+        By the template's own generation marks where it has them, else answer by answer: what an answer adds to the text before it.
+        A template that rewrites earlier turns (Qwen3 drops their thoughts) divides the chat: an answer whose context is not
+        the text so far begins a part of its own, the chat up to this answer as the target would read it, with one label.
         """
         self._needs_template()
         if "{% generation" in self.tokenizer.chat_template or "{%- generation" in self.tokenizer.chat_template:
-            coded = self.tokenizer.apply_chat_template(
-                messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-            mask = coded["assistant_masks"]
-            return list(coded["input_ids"]), [bool(flag) for flag in mask]
-        tokens: list[int] = []
-        mask_T: list[bool] = []
-        for count, message in enumerate(messages, start=1):
-            until = self._ids(messages[:count])
-            if message["role"] == "assistant":
-                before = self._ids(messages[: count - 1], add_generation_prompt=True)
-                if until[: len(before)] != before:
-                    raise BadItem(
-                        "the chat template rewrites earlier turns: the assistant's tokens cannot be told apart"
-                    )
-                tokens, mask_T = before, mask_T + [False] * (len(before) - len(mask_T))
-            elif until[: len(tokens)] != tokens:
-                raise BadItem("the chat template rewrites earlier turns: the assistant's tokens cannot be told apart")
-            is_label = message["role"] == "assistant"
-            mask_T, tokens = mask_T + [is_label] * (len(until) - len(tokens)), until
-        return tokens, mask_T
+            coded = self._rendered(messages, return_assistant_tokens_mask=True)
+            return [(list(coded["input_ids"]), [bool(flag) for flag in coded["assistant_masks"]])]
+        parts: list[tuple[list[int], list[bool]]] = []
+        for count, message in enumerate(messages):
+            # An answer that opens the chat answers nothing: it is read, and no label.
+            if message["role"] != "assistant" or count == 0:
+                continue
+            before = self._ids(messages[:count], add_generation_prompt=True)
+            until = self._ids(messages[: count + 1])
+            if until[: len(before)] != before:
+                raise BadItem(
+                    "the chat template writes an answer otherwise than it asks for one: the assistant's tokens cannot be told apart"
+                )
+            mask_T = parts.pop()[1] if parts and _begins(before, parts[-1][0]) else []
+            mask_T = mask_T + [False] * (len(before) - len(mask_T)) + [True] * (len(until) - len(before))
+            parts.append((until, mask_T))
+        whole = self._ids(messages)
+        if parts and _begins(whole, parts[-1][0]):
+            _, mask_T = parts.pop()
+            parts.append((whole, mask_T + [False] * (len(whole) - len(mask_T))))
+        return parts
 
     def _chat_prompt(self, messages: list[dict[str, str]]) -> list[int]:
         self._needs_template()
@@ -149,12 +176,17 @@ class Encoder:
         return self._ids(messages, add_generation_prompt=True)
 
     def _ids(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> list[int]:
-        if not messages and not add_generation_prompt:
-            return []
-        coded = self.tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, add_generation_prompt=add_generation_prompt
-        )
-        return list(coded["input_ids"])
+        return list(self._rendered(messages, add_generation_prompt=add_generation_prompt)["input_ids"])
+
+    def _rendered(self, messages: list[dict[str, str]], **wanted: bool) -> Mapping[str, Any]:
+        """Return what the tokenizer makes of a chat; templates refuse roles and orders that they do not know."""
+        try:
+            coded: Mapping[str, Any] = self.tokenizer.apply_chat_template(
+                messages, tokenize=True, return_dict=True, **wanted
+            )
+        except jinja2.TemplateError as error:
+            raise BadItem(f"the chat template refuses this chat: {error}") from error
+        return coded
 
     def _needs_template(self) -> None:
         if not self.tokenizer.chat_template:
@@ -176,10 +208,14 @@ def _messages(turns: Any, key: str) -> list[dict[str, str]]:
         if not isinstance(turn, Mapping):
             raise BadItem(f"{key}.{number}: a mapping with role and content is needed")
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise BadItem(f"{key}.{number}: unknown role {role!r}. Known: {', '.join(ROLES)}")
         found.append({"role": ROLES[role], "content": _text(content, f"{key}.{number}.content")})
     return found
+
+
+def _id(value: Mapping[str, Any], default: str) -> str:
+    return _unicode(str(value.get("id", default)), "id")
 
 
 def _text(value: Any, key: str) -> str:
@@ -187,4 +223,22 @@ def _text(value: Any, key: str) -> str:
         raise BadItem(
             f"{key}: text is needed, got {type(value).__name__ if not isinstance(value, str) else 'an empty one'}"
         )
-    return value
+    return _unicode(value, key)
+
+
+def _unicode(text: str, key: str) -> str:
+    """Return text as it is; JSON can spell half a surrogate pair, which is no text."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadItem(f"{key}: no Unicode text: half a surrogate pair at character {error.start}") from error
+    return text
+
+
+def _is_plain(value: Mapping[str, Any]) -> bool:
+    """Tell whether a prompt is cut from running text."""
+    return not {"messages", "conversations", "prompt"} & set(value) and bool({"text", "tokens"} & set(value))
+
+
+def _begins(tokens: Sequence[int], start: Sequence[int]) -> bool:
+    return list(tokens[: len(start)]) == list(start)

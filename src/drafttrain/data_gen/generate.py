@@ -22,10 +22,10 @@ from drafttrain.core.probability import sampling_probs
 from drafttrain.core.random import stream, stream_seed
 from drafttrain.core.records import Sampling
 from drafttrain.core.registry import component_mapping
-from drafttrain.data_gen.formats import BadItem, Encoder
+from drafttrain.data_gen.formats import Encoder
+from drafttrain.data_gen.quarantine import read_items
 from drafttrain.data_gen.settings import GenerateSettings
-from drafttrain.data_gen.sources import Source, sources
-from drafttrain.data_gen.store import SHOWN
+from drafttrain.data_gen.sources import sources
 from drafttrain.target import Target
 from drafttrain.target.cached_lm import CachedLM
 
@@ -64,7 +64,7 @@ def generate(settings: GenerateSettings, target: Target, folder: Path, *, seed: 
     if manifest.exists():
         return folder
     write_json(plan_file, about)
-    tasks = _tasks(settings, target, seed=seed, max_length=max_length)
+    tasks = _tasks(settings, target, folder / "quarantine.jsonl", seed=seed, max_length=max_length)
     size = settings.records_per_shard
     shards = [tasks[start : start + size] for start in range(0, len(tasks), size)]
     with progress("generating", total=len(tasks), unit="texts") as bar:
@@ -78,26 +78,17 @@ def generate(settings: GenerateSettings, target: Target, folder: Path, *, seed: 
     return folder
 
 
-def _tasks(settings: GenerateSettings, target: Target, *, seed: int, max_length: int) -> list[Task]:
-    """Return the texts to write: prompts in a shuffled order, temperatures in turn."""
+def _tasks(settings: GenerateSettings, target: Target, quarantine: Path, *, seed: int, max_length: int) -> list[Task]:
+    """Return the texts to write: prompts in a shuffled order, temperatures in turn; bad prompts go into quarantine."""
     encoder = Encoder(target.tokenizer, max_length)
-    source: Source = sources.build(settings.prompts)
-    prompts: list[tuple[str, list[int]]] = []
-    refused = 0
-    for item in source.items():
-        try:
-            if item.problem:
-                raise BadItem(item.problem)
-            found = encoder.prompts(item.value, id=item.where, prompt_tokens=settings.prompt_tokens)
-            prompts += [(id, tokens) for id, tokens in found if 0 < len(tokens) < max_length]
-        except BadItem as reason:
-            refused += 1
-            if refused <= SHOWN:
-                say(f"{item.where}: set aside: {reason}")
-    if refused:
-        say(f"prompts: {refused:,} items set aside")
-    if not prompts:
-        raise DataError(f"data.generate.prompts: no prompt shorter than data.max_length {max_length} tokens was found")
+    prompts = list(
+        read_items(
+            sources.build(settings.prompts),
+            lambda item: encoder.prompts(item.value, id=item.where, prompt_tokens=settings.prompt_tokens),
+            quarantine,
+            name="data.generate.prompts",
+        )
+    )
     prompts.sort(key=lambda prompt: stream_seed(seed, "prompt order", prompt[0]))
     if len(prompts) < settings.num_records:
         say(f"{len(prompts):,} prompts for {settings.num_records:,} texts: prompts are used again, with other draws")
@@ -105,7 +96,8 @@ def _tasks(settings: GenerateSettings, target: Target, *, seed: int, max_length:
     for number in range(settings.num_records):
         again, place = divmod(number, len(prompts))
         id, tokens = prompts[place]
-        temperature = settings.temperatures[number % len(settings.temperatures)]
+        # A prompt that is used again goes on to the next temperature: greedy, it would give the same text.
+        temperature = settings.temperatures[(place + again) % len(settings.temperatures)]
         sampling = Sampling(temperature, top_p=1.0 if temperature == 0 else settings.top_p)
         tasks.append(Task(f"{id}#{again}" if again else id, tokens, sampling))
     return tasks

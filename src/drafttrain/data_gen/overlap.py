@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 _PRIME = np.uint64(0x100000001B3)
 
 
+Key = TypeVar("Key", bound=Hashable)
+"""What tells prompts apart."""
+
+
 def contaminated(
-    prompts: Mapping[str, Sequence[int]], texts: Iterable[np.ndarray[Any, Any]], *, ngram: int
-) -> list[str]:
-    """Return the ids of prompts that share `ngram` tokens in a row with one of the texts, in order.
+    prompts: Mapping[Key, Sequence[int]], texts: Iterable[np.ndarray[Any, Any]], *, ngram: int
+) -> list[Key]:
+    """Return the keys of prompts that share `ngram` tokens in a row with one of the texts, in order.
 
     Args:
-        prompts: Tokens by id.
+        prompts: Tokens by key.
         texts: Arrays of tokens; no n-gram is looked for across two of them.
     """
     if ngram == 0:
         return []
-    owners: dict[int, list[str]] = {}
+    owners: dict[int, list[Key]] = {}
     for id, tokens in prompts.items():
         for value in _hashes(np.asarray(tokens), ngram).tolist():
             owners.setdefault(value, []).append(id)
     wanted = np.array(sorted(owners), dtype=np.uint64)
     exact = {id: _ngrams(tokens, ngram) for id, tokens in prompts.items()}
-    found: set[str] = set()
+    found: set[Key] = set()
     for text in texts:
         hashes = _hashes(np.asarray(text), ngram)
         for place in np.flatnonzero(np.isin(hashes, wanted)).tolist():

@@ -12,11 +12,11 @@ import numpy as np
 
 from drafttrain.core.console import say
 from drafttrain.core.files import write_json
-from drafttrain.core.records import DraftBatch
-from drafttrain.data_gen.cache import RowCache, build_cache, cached_rows
+from drafttrain.core.records import DraftBatch, TargetNeeds
+from drafttrain.data_gen.cache import RowCache, Wanted, build_cache, with_stored
 from drafttrain.data_gen.formats import Encoder
 from drafttrain.data_gen.generate import generate
-from drafttrain.data_gen.overlap import contaminated
+from drafttrain.data_gen.overlap import Key, contaminated
 from drafttrain.data_gen.packing import pack
 from drafttrain.data_gen.sampler import Sampler
 from drafttrain.data_gen.settings import DataSettings
@@ -33,6 +33,14 @@ class TrainingData:
         self.settings = settings
         self.sampler = Sampler([len(store) for store in stores], [s.weight for s in settings.sources], seed=seed)
         self.caches: list[RowCache | None] = [None] * len(self.stores)
+
+    def plain(self) -> TrainingData:
+        """Return the data without what the target writes."""
+        from dataclasses import replace
+
+        kept = [i for i, source in enumerate(self.settings.sources) if source.kind != "generated"]
+        settings = replace(self.settings, sources=[self.settings.sources[i] for i in kept])
+        return TrainingData([self.stores[i] for i in kept], settings, seed=self.sampler.seed)
 
     def of_step(
         self, step: int, *, batch_size: int, accumulation: int = 1, rank: int = 0, world_size: int = 1
@@ -51,8 +59,6 @@ class TrainingData:
         ]
 
     def _micro_batch(self, members: list[tuple[int, int, int]], *, weight: float, step: int) -> DraftBatch:
-        from dataclasses import replace
-
         records = [self.stores[source][record] for _, source, record in members]
         batch, at = pack(records, width=self.settings.max_length, weight_of_step=weight, step=step)
         number = np.array([n for n, _, _ in members] + [-1])
@@ -62,8 +68,8 @@ class TrainingData:
             cache = self.caches[source]
             if cache is None or not cache.has(index):
                 return batch
-            cached.append((cache, index, len(record.tokens) - 1))
-        return replace(batch, target_rows=cached_rows(batch, at, cached))
+            cached.append((cache, index, len(record.tokens)))
+        return with_stored(batch, at, cached)
 
     def visited(self, *, num_records: int) -> list[list[int]]:
         """Return by source the records that the first `num_records` positions read, in the order of their numbers."""
@@ -73,8 +79,16 @@ class TrainingData:
             found[source].add(record)
         return [sorted(records) for records in found]
 
-    def contaminated(self, prompts: Mapping[str, Sequence[int]]) -> list[str]:
-        """Return the ids of prompts that share an n-gram with any record."""
+    def label_counts(self) -> np.ndarray[Any, Any]:
+        """Return how often each token id is a label in a record as training draws them: sources by their weights."""
+        sizes = [int(store.tokens.max()) + 1 for store in self.stores]
+        counts_V = np.zeros(max(sizes))
+        for store, source, size in zip(self.stores, self.settings.sources, sizes, strict=True):
+            counts_V[:size] += source.weight / len(store) * np.bincount(store.labels, minlength=size)
+        return counts_V
+
+    def contaminated(self, prompts: Mapping[Key, Sequence[int]]) -> list[Key]:
+        """Return the keys of prompts that share an n-gram with any record."""
         texts = (
             store.tokens[store.starts[i] : store.starts[i + 1]] for store in self.stores for i in range(len(store))
         )
@@ -115,11 +129,19 @@ def prepare(
     return TrainingData(stores, settings, seed=seed)
 
 
-def attach_cache(data: TrainingData, folder: Path, target: Target, *, num_records: int) -> None:
-    """Store what the target knows of the records that training will read, and let batches bring it."""
+def attach_cache(
+    data: TrainingData, folder: Path, target: Target, *, num_records: int, law: bool = True, needs: TargetNeeds
+) -> None:
+    """Store what the target knows of the records that training will read, and let batches bring it.
+
+    Args:
+        law: The loss compares with the target's law.
+        needs: What the drafter reads of the target; nothing else is stored.
+    """
     settings = data.settings
-    if settings.cache == "none":
+    if settings.cache == "none" or (not law and needs == TargetNeeds()):
         return
+    wanted = Wanted(settings.cache if law else None, needs, settings.cache_top_k, settings.cache_dtype)
     for number, records in enumerate(data.visited(num_records=num_records)):
         if records:
             data.caches[number] = build_cache(
@@ -127,14 +149,13 @@ def attach_cache(data: TrainingData, folder: Path, target: Target, *, num_record
                 data.stores[number],
                 records,
                 target,
-                kind=settings.cache,
-                top_k=settings.cache_top_k,
+                wanted=wanted,
                 max_gb=settings.max_cache_gb,
             )
 
 
-def drop_contaminated(data: TrainingData, prompts: Mapping[str, Sequence[int]], path: Path) -> list[str]:
-    """Note and return the ids of contaminated prompts."""
+def drop_contaminated(data: TrainingData, prompts: Mapping[Key, Sequence[int]], path: Path) -> list[Key]:
+    """Note and return the keys of contaminated prompts."""
     found = data.contaminated(prompts)
     if found:
         say(

@@ -19,7 +19,9 @@ class GenerateSettings:
     num_records: int = setting(1000, help="Texts to generate.", ge=1)
     max_new_tokens: int = setting(128, help="New tokens a text at most.", ge=1)
     temperatures: list[float] = setting(
-        [0.0, 0.3, 0.7, 1.0], help="Record i is drawn at temperature i modulo this menu (Goel et al. 2024).", ge=0
+        [0.0, 0.3, 0.7, 1.0],
+        help="Prompts take these in turn, and a prompt used again the next one (Goel et al. 2024).",
+        ge=0,
     )
     top_p: float = setting(0.95, help="Nucleus of the draws at temperature > 0.", gt=0, le=1)
     batch_size: int = setting(32, help="Texts generated together.", ge=1)
@@ -60,7 +62,11 @@ class DataSettings:
     cache: Literal["none", "states", "full", "top_k"] = setting(
         "none",
         help="What is stored of the target's law for the records that training will read: states (final hidden states, the "
-        "whole law by the target's own head), full (logits), top_k (approximate), or none: the target runs in every step.",
+        "whole law by the target's own head), full (logits), top_k (approximate), or none: the target runs in every step. "
+        "The hidden states that the drafter reads are stored beside it.",
+    )
+    cache_dtype: Literal["float32", "bfloat16", "float16"] = setting(
+        "float32", help="Type of stored hidden states; bfloat16 loses nothing of a target that runs in bfloat16."
     )
     cache_top_k: int = setting(
         64, help="cache top_k: tokens whose probability is stored; the rest share the tail evenly.", ge=1

@@ -12,15 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from drafttrain.core.console import progress, say
-from drafttrain.core.errors import DataError
 from drafttrain.core.files import folder_beside
 from drafttrain.core.records import Record
-from drafttrain.data_gen.formats import BadItem, Encoder
+from drafttrain.data_gen.formats import Encoder
+from drafttrain.data_gen.quarantine import read_items
 from drafttrain.data_gen.sources import Source
-
-SHOWN = 3
-"""Quarantined items whose reasons are printed; all are in the file."""
 
 
 class Store:
@@ -51,6 +47,11 @@ class Store:
         return self._tokens
 
     @property
+    def labels(self) -> np.ndarray[Any, Any]:
+        """All tokens that are trained, one after the other."""
+        return np.asarray(self._tokens[self._mask])
+
+    @property
     def starts(self) -> np.ndarray[Any, Any]:
         """Where each record begins in `tokens`, and the end."""
         return self._starts
@@ -73,36 +74,23 @@ def open_store(folder: Path, source: Source, encoder: Encoder, *, about: dict[st
 
 def _encode(folder: Path, source: Source, encoder: Encoder, *, about: dict[str, Any]) -> None:
     records: list[tuple[str, int]] = []
-    tokens, masks, refused = _Growing(np.uint32), _Growing(np.bool_), 0
-    name = about["source"].get("kind", "source")
-    with (
-        progress(f"reading {name}", total=None, unit="items") as bar,
-        (folder / "quarantine.jsonl").open("w", encoding="utf-8") as quarantine,
+    tokens, masks = _Growing(np.uint32), _Growing(np.bool_)
+    settings, quarantine = about["source"], folder / "quarantine.jsonl"
+    for record in read_items(
+        source,
+        lambda item: encoder.records(item.value, id=item.where),
+        quarantine,
+        name=f"source {settings['kind']}",
     ):
-        for item in source.items():
-            try:
-                if item.problem:
-                    raise BadItem(item.problem)
-                for record in encoder.records(item.value, id=item.where):
-                    records.append((record.id.replace("\n", " "), len(record.tokens)))
-                    tokens.extend(record.tokens)
-                    masks.extend(record.loss_mask)
-            except BadItem as reason:
-                refused += 1
-                quarantine.write(
-                    json.dumps({"where": item.where, "reason": str(reason), "item": item.value}, default=str) + "\n"
-                )
-                if refused <= SHOWN:
-                    say(f"{item.where}: set aside: {reason}")
-            bar.advance(1)
-    if refused:
-        say(f"{name}: {refused:,} of {bar.done:,} items set aside with their reasons in quarantine.jsonl")
-    if not records:
-        raise DataError(f"source {name}: no record is left of {bar.done:,} items ({refused:,} set aside)")
+        records.append((record.id.replace("\n", " "), len(record.tokens)))
+        tokens.extend(record.tokens)
+        masks.extend(record.loss_mask)
     np.save(folder / "tokens.npy", tokens.array())
     np.save(folder / "mask.npy", masks.array())
     np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum([size for _, size in records])]).astype(np.int64))
     (folder / "ids.txt").write_text("\n".join(id for id, _ in records), encoding="utf-8")
+    with quarantine.open("rb") as file:
+        refused = sum(1 for _ in file)
     meta = {"about": about, "records": len(records), "tokens": len(tokens.array()), "set_aside": refused}
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 

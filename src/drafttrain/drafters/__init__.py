@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,15 +26,37 @@ class Drafter(nn.Module, ABC):
     kind: ClassVar[str]
     lag: ClassVar[int]
     """Row t of depth d is the law of token t + d + lag: 0 when the drafter sees the root, 1 when it sees features before it."""
+    needs_target: ClassVar[bool] = False
+    """It is made from its target and cannot be trained without one."""
+    draft: str = "sampled"
+    """At temperature > 0: `sampled` from its own law, or `greedy`: its argmax, as some engines draft."""
+    serving: ClassVar[str] = "No serving engine loads this kind: decode with `drafttrain eval THIS_FOLDER`."
+    """How an engine loads the exported folder, for its card."""
 
     @classmethod
     @abstractmethod
     def create(cls, settings: Any, *, target: Target | None, tokenizer: Any) -> Drafter:
         """Return the drafter at its start, as its settings say."""
 
+    @property
+    def deepest(self) -> int | None:
+        """Draft tokens of a round at most; None: it goes on from its own tokens for as long as it is asked."""
+        return None
+
     def needs(self) -> TargetNeeds:
         """Return what this drafter reads of the target at training time (the loss adds its own)."""
         return TargetNeeds()
+
+    def why_not_cached(self) -> str | None:
+        """Return why what this drafter reads of the target cannot be stored before training; None: it can."""
+        return "it reads the target's logits of every token" if self.needs().logits else None
+
+    def fit_vocabulary(self, label_counts: Callable[[], Any]) -> None:
+        """Choose the tokens that this drafter can say, before its start is written; most kinds have the target's own.
+
+        Args:
+            label_counts: Computes how often each token id is a label in training.
+        """
 
     @abstractmethod
     def forward(self, batch: DraftBatch) -> DraftOutput:
@@ -41,6 +65,22 @@ class Drafter(nn.Module, ABC):
     @abstractmethod
     def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
         """Return the drafter at inference, for this target."""
+
+    def lr_factor(self, name: str) -> float:
+        """Return what the learning rate is multiplied by for the parameter of this name."""
+        return 1.0
+
+    def adapted(self, target: Target) -> Target:
+        """Return the target that the exported drafter stands on: the given one, or a copy with what was trained on top of it."""
+        return target
+
+    def standing_on(self, target: Target) -> AbstractContextManager[None]:
+        """Make `target` the one that the drafter in training stands on, for the calls inside."""
+        return nullcontext()
+
+    def calibrate(self, target: Target, batches: Iterable[DraftBatch]) -> Mapping[str, Any]:
+        """Return what is fitted on held-out text of the target after training: JSON files of the drafter folder, by name."""
+        return {}
 
     @abstractmethod
     def save(self, folder: Path) -> None:

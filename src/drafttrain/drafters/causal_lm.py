@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from drafttrain.drafters import Drafter, drafters
 from drafttrain.drafters.chain_proposer import ChainProposer
 from drafttrain.target import Target
 from drafttrain.target.anatomy import blocks, head_logits, trunk
+from drafttrain.target.documents import document_states
 from drafttrain.target.frozen import check_same_tokenizer, load_causal_lm, load_tokenizer, resolve_folder
 
 
@@ -69,6 +70,12 @@ class CausalLMDrafter(Drafter):
 
     kind = "causal_lm"
     lag = 0
+    serving: ClassVar[str] = (
+        "    vllm serve TARGET --speculative-config "
+        '\'{"method": "draft_model", "model": "THIS_FOLDER", "num_speculative_tokens": 5}\'\n\n'
+        '    assistant = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")\n'
+        "    target.generate(**inputs, assistant_model=assistant)"
+    )
 
     def __init__(self, model: Any, *, draft: str = "sampled") -> None:
         super().__init__()
@@ -96,10 +103,8 @@ class CausalLMDrafter(Drafter):
         return cls(model, draft=settings.draft)
 
     def forward(self, batch: DraftBatch) -> DraftOutput:
-        """Return the states of depth 1; documents are told apart by positions that restart."""
-        states_BTD = trunk(self.model)(
-            input_ids=batch.tokens_BT, position_ids=batch.positions_BT, attention_mask=None, use_cache=False
-        ).last_hidden_state
+        """Return the states of depth 1."""
+        states_BTD, _ = document_states(self.model, batch.tokens_BT, batch.positions_BT)
         return DraftOutput({1: states_BTD}, self._head, self.lag)
 
     def _head(self, states_ND: Tensor, depth: int) -> Tensor:

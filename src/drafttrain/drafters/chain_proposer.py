@@ -1,4 +1,4 @@
-"""A causal LM that drafts chains, one token after the other: the inference side of the independent drafter.
+"""A causal LM that drafts chains, one token after the other, or trees: the inference side of the independent drafter.
 
 V = vocabulary, R = rows of q
 """
@@ -27,13 +27,14 @@ from drafttrain.core.records import (
     chain,
 )
 from drafttrain.core.roles import ForwardListener
+from drafttrain.drafters.dynamic_tree import DynamicTree
 from drafttrain.target.cached_lm import CachedLM
 
 READ = TargetNeeds(logits=True, final=True)
 
 
 class ChainProposer:
-    """Drafts by sampling from its own law, or by argmax; at temperature 0 the two are the same.
+    """Drafts chains by sampling from its own law, or by argmax (at temperature 0 the two are the same), and top-k trees.
 
     Args:
         target_vocab_size: Width of the rows of q.
@@ -73,7 +74,9 @@ class ChainProposer:
         generators: Sequence[torch.Generator],
         more: Callable[[DraftStep], bool | More],
     ) -> list[Proposal]:
-        """Return one chain a sequence."""
+        """Return one chain a sequence, or one tree where the budgets are wider than 1."""
+        if any(budget.width > 1 for budget in budgets):
+            return self._trees(budgets, more)
         fixed = self._greedy or sampling.temperature == 0
         drafted = [[context.tokens[-1]] for context in self._contexts]
         laws: list[list[Tensor]] = [[] for _ in self._contexts]
@@ -104,6 +107,36 @@ class ChainProposer:
                     inputs[sequence] = [token]
         return [self._proposal(tokens, rows, fixed) for tokens, rows in zip(drafted, laws, strict=True)]
 
+    def _trees(self, budgets: Sequence[Budget], more: Callable[[DraftStep], bool | More]) -> list[Proposal]:
+        """Return one FIXED tree a sequence: one call a level.
+
+        A call of the cache can not leave its nodes pending for the next one, which would look at all of them: so every level
+        reads the whole tree again, and nothing but committed text stays.
+        """
+        trees = [DynamicTree(c.tokens[-1], budget) for c, budget in zip(self._contexts, budgets, strict=True)]
+        inputs = [
+            context.tokens[length:] if tree.frontier else []
+            for context, length, tree in zip(self._contexts, self._lm.lengths, trees, strict=True)
+        ]
+        if not any(inputs):
+            return [tree.proposal() for tree in trees]
+        seen = self._lm.forward(inputs)
+        self._lm.keep([range(len(tokens)) for tokens in inputs])
+        # The root is in the cache now, so below it the tree begins at node 1.
+        rows = [[len(tokens) - 1] for tokens in inputs]
+        while True:
+            for sequence, (tree, output) in enumerate(zip(trees, seen, strict=True)):
+                if tree.frontier:
+                    _grow(tree, output, rows[sequence], sequence, more, shared=self._shared)
+            if not any(tree.frontier for tree in trees):
+                return [tree.proposal() for tree in trees]
+            rows = [[node - 1 for node in tree.frontier] for tree in trees]
+            seen = self._lm.forward(
+                [tree.tokens[1:] if tree.frontier else [] for tree in trees],
+                parents=[[max(p - 1, -1) for p in tree.parents[1:]] if tree.frontier else [] for tree in trees],
+            )
+            self._lm.keep([[] for _ in trees])
+
     def _proposal(self, tokens: list[int], laws: list[Tensor], fixed: bool) -> Proposal:
         if fixed or not laws:
             return chain(tokens, kind=NodeKind.FIXED)
@@ -126,3 +159,22 @@ class ChainProposer:
         """Keep only these sequences."""
         self._contexts = [self._contexts[i] for i in keep]
         self._lm.drop(keep)
+
+
+def _grow(
+    tree: DynamicTree,
+    output: TargetOutput,
+    rows: list[int],
+    sequence: int,
+    more: Callable[[DraftStep], bool | More],
+    *,
+    shared: int,
+) -> None:
+    """Add the children of a tree's frontier, whose laws are these rows of a call."""
+    assert output.logits_BTV is not None
+    logits_MV = output.logits_BTV[0, rows, :shared]
+    expand = [
+        bool(more(DraftStep(sequence, tree.depth + 1, logits_V, token=tree.tokens[node])))
+        for node, logits_V in zip(tree.frontier, logits_MV, strict=True)
+    ]
+    tree.grow(logits_MV.float().log_softmax(dim=-1), expand)

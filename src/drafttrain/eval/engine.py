@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from drafttrain.core.probability import sampling_probs
+from drafttrain.core.probability import sampling_probs, without_padding
 from drafttrain.core.random import stream
 from drafttrain.core.records import (
     Budget,
@@ -26,7 +26,7 @@ from drafttrain.core.records import (
     TargetOutput,
     Verdict,
 )
-from drafttrain.core.roles import AcceptanceRule, ForwardListener, LengthPolicy, Proposer
+from drafttrain.core.roles import AcceptanceRule, DraftsInTarget, ForwardListener, LengthPolicy, Proposer
 from drafttrain.target import Target
 from drafttrain.target.cached_lm import CachedLM
 
@@ -83,7 +83,10 @@ class Engine:
         self.max_new_tokens = max_new_tokens
         self.seed = seed
         self._lm = CachedLM(target.model, name="target", listener=listener)
+        if isinstance(proposer, DraftsInTarget):
+            proposer.share(self._lm)
         self._stop_tokens = frozenset(target.eos_token_ids if stop_tokens is None else stop_tokens)
+        self._num_tokens = target.num_tokens
         self._needs = replace(proposer.needs | rule.needs, logits=True)
 
     @torch.no_grad()
@@ -114,7 +117,8 @@ class Engine:
         with _Clock(live, "verify_seconds"):
             nodes = [proposal.tokens_N.tolist() for proposal in proposals]
             trees = [proposal.parents_N.tolist() for proposal in proposals]
-            seen = self._lm.forward(nodes, parents=trees, needs=self._needs)
+            states = [proposal.resume for proposal in proposals]
+            seen = self._lm.forward(nodes, parents=trees, needs=self._needs, resume=states)
             verdicts = [
                 self._verdict(sequence, proposal, output)
                 for sequence, proposal, output in zip(live, proposals, seen, strict=True)
@@ -128,17 +132,13 @@ class Engine:
 
     def _budget(self, sequence: _Sequence) -> Budget:
         """The target's own token always fits: one token less than is left may be drafted."""
-        wanted = self.policy.budget(sequence.context)
         left = self.max_new_tokens - sequence.num_new - 1
-        return (
-            replace(wanted, nodes=min(wanted.nodes, left), depth=min(wanted.depth, left))
-            if left < wanted.nodes
-            else wanted
-        )
+        return self.policy.budget(sequence.context).within(left)
 
     def _verdict(self, sequence: _Sequence, proposal: Proposal, output: TargetOutput) -> Verdict:
         assert output.logits_BTV is not None
-        target_probs_NV = sampling_probs(output.logits_BTV[0], self.sampling)
+        logits_NV = without_padding(output.logits_BTV[0], num_tokens=self._num_tokens)
+        target_probs_NV = sampling_probs(logits_NV, self.sampling)
         path, token = self.rule(proposal, target_probs_NV, _asked_for(self.rule.needs, output), sequence.verdict_stream)
         drafted = proposal.tokens_N.tolist()
         tokens = [*(drafted[node] for node in path[1:]), token]

@@ -45,6 +45,8 @@ class Arm:
     ledger: Ledger
     length: Any
     """Settings of its length policy."""
+    target: Target
+    """The one given, or a drafter's own: with the adapters that it was exported with."""
     drafter: Drafter | None = None
     generations: list[Generation] = field(default_factory=list)
 
@@ -59,11 +61,14 @@ def evaluate(
     """
     prompts = list(prompts)[: settings.num_prompts]
     drafters = {name: read_drafter(folder, target) for name, folder in folders.items()}
+    targets = {name: drafter.adapted(target) for name, drafter in drafters.items()}
     began = time.perf_counter()
     result: dict[str, Any] = {
         "format": FORMAT,
         "target": {"name": target.name, "fingerprint": target.fingerprint},
-        "drafters": {name: _about(folder, drafters[name]) for name, folder in folders.items()},
+        "drafters": {
+            name: _about(folder, drafters[name]) | {"target": targets[name].name} for name, folder in folders.items()
+        },
         "settings": asdict(settings)
         | {
             "rule": _component(settings.rule),
@@ -73,7 +78,7 @@ def evaluate(
         },
         "num_prompts": len(prompts),
         "exactness": acceptance_rules.build(settings.rule).exactness.value,
-        "temperatures": [_at_temperature(t, drafters, target, prompts, settings) for t in settings.temperatures],
+        "temperatures": [_at_temperature(t, drafters, targets, prompts, settings) for t in settings.temperatures],
         "provenance": provenance(),
         "trainer_loaded": any(name in sys.modules for name in ("lightning", "deepspeed")),
     }
@@ -83,35 +88,39 @@ def evaluate(
 def _at_temperature(
     temperature: float,
     drafters: Mapping[str, Drafter],
-    target: Target,
+    targets: Mapping[str, Target],
     prompts: Sequence[Prompt],
     settings: EvalSettings,
 ) -> dict[str, Any]:
     greedy = temperature == 0
     sampling = Sampling() if greedy else Sampling(temperature, settings.top_p, settings.top_k)
-    plain = _arm("plain", None, target, sampling, settings, length=settings.length)
+    # One plain arm a target: each drafter is held against the plain decoding of its own.
+    plains = {id(one): _arm("plain", None, one, sampling, settings, length=settings.length) for one in targets.values()}
     by_length = [
-        [_arm(name + suffix, drafter, target, sampling, settings, length=length) for name, drafter in drafters.items()]
+        [
+            _arm(name + suffix, drafter, targets[name], sampling, settings, length=length)
+            for name, drafter in drafters.items()
+        ]
         for length, suffix in [(settings.length, ""), *((one, f" ({length_label(one)})") for one in settings.also)]
     ]
     if acceptance_rules.build(settings.rule).exactness is Exactness.LOSSY:
         # A lossy figure stands beside that of the lossless rule, on the same prompts at the same length.
         kept = replace(settings, rule=LosslessSettings())
         name, drafter = next(iter(drafters.items()))
-        by_length.append([_arm(f"{name} (lossless)", drafter, target, sampling, kept, length=settings.length)])
+        by_length.append([_arm(f"{name} (lossless)", drafter, targets[name], sampling, kept, length=settings.length)])
     arms = [arm for group in by_length for arm in group]
-    hf_seconds = _decode([plain, *arms], prompts, target, settings, hf=settings.speed_prompts if greedy else 0)
-    rates = [_figures(arm, plain, target, prompts, sampling, settings) for arm in arms]
+    plain = plains[id(arms[0].target)]
+    hf_seconds = _decode([*plains.values(), *arms], prompts, settings, hf=settings.speed_prompts if greedy else 0)
+    # transformers' generate decodes with the first drafter's target.
+    baselines = {key: _baseline(one, hf_seconds if one is plain else []) for key, one in plains.items()}
+    rates = [
+        _figures(arm, baselines[id(arm.target)], plains[id(arm.target)], prompts, sampling, settings) for arm in arms
+    ]
     found: dict[str, Any] = {
         "temperature": temperature,
         "plain": _plain_figures(plain, hf_seconds),
         "drafters": {arm.name: figures for arm, figures in zip(arms, rates, strict=True)},
     }
-    if hf_seconds:
-        for arm in arms:
-            own = sum(g.seconds for g in plain.generations[: len(hf_seconds)])
-            faster = "plain" if own <= sum(hf_seconds) else "transformers.generate"
-            found["drafters"][arm.name]["speedup"]["faster_baseline"] = faster
     found["comparisons"] = {
         f"{first.name} - {other.name}": compare(
             _counts(first, settings), _counts(other, settings), resamples=settings.resamples, seed=settings.seed
@@ -166,12 +175,10 @@ def _arm(
         seed=settings.seed,
         listener=ledger.append,
     )
-    return Arm(name, engine, ledger, length, drafter)
+    return Arm(name, engine, ledger, length, target, drafter)
 
 
-def _decode(
-    arms: Sequence[Arm], prompts: Sequence[Prompt], target: Target, settings: EvalSettings, *, hf: int
-) -> list[float]:
+def _decode(arms: Sequence[Arm], prompts: Sequence[Prompt], settings: EvalSettings, *, hf: int) -> list[float]:
     """Decode every prompt with every arm, in turns whose order alternates; return the seconds of transformers' generate."""
     for arm in arms:
         arm.engine.generate(prompts[:1])
@@ -186,7 +193,7 @@ def _decode(
             for arm in arms if number % 2 == 0 else reversed(arms):
                 arm.generations += arm.engine.generate(group)
             if settings.batch_size == 1 and number < hf:
-                hf_seconds.append(_hf_seconds(group[0], target, settings))
+                hf_seconds.append(_hf_seconds(group[0], arms[0].target, settings))
             bar.advance(len(group))
     return hf_seconds
 
@@ -210,8 +217,27 @@ def _counts(arm: Arm, settings: EvalSettings) -> list[PromptCounts]:
     return [counts_of(one, repetition_ngram=settings.repetition_ngram) for one in arm.generations]
 
 
+@dataclass(frozen=True)
+class Baseline:
+    """The target alone, decoded in turns with the drafters: tokens and seconds of the first prompts."""
+
+    name: str
+    tokens: Sequence[int]
+    seconds: Sequence[float]
+
+
+def _baseline(plain: Arm, hf_seconds: Sequence[float]) -> Baseline:
+    """Return the faster of plain decoding and transformers' generate on the prompts that both had."""
+    seconds = [g.seconds for g in plain.generations]
+    tokens = [len(g.tokens) for g in plain.generations]
+    count = len(hf_seconds)
+    if hf_seconds and sum(hf_seconds) < sum(seconds[:count]):
+        return Baseline("transformers' generate", tokens[:count], hf_seconds)
+    return Baseline("plain decoding, same engine", tokens, seconds)
+
+
 def _figures(
-    arm: Arm, plain: Arm, target: Target, prompts: Sequence[Prompt], sampling: Sampling, settings: EvalSettings
+    arm: Arm, baseline: Baseline, plain: Arm, prompts: Sequence[Prompt], sampling: Sampling, settings: EvalSettings
 ) -> dict[str, Any]:
     """Return all figures of one drafter at one temperature."""
     assert arm.drafter is not None
@@ -221,7 +247,8 @@ def _figures(
     rounds = [c.num_rounds for c in counts]
     ledger = arm.ledger
     target_calls = ledger.calls("target")
-    seconds = [g.seconds for g in arm.generations]
+    tokens, seconds = [len(g.tokens) for g in arm.generations], [g.seconds for g in arm.generations]
+    same = len(baseline.tokens)
     figures: dict[str, Any] = {
         "length": _component(arm.length),
         "block_efficiency": ratio_interval([c.num_tokens for c in counts], rounds, **resamples).json(),
@@ -231,16 +258,19 @@ def _figures(
         "acceptance_histogram": histogram(arm.generations),
         "mbsu": mbsu(
             num_tokens=whole.num_tokens,
-            num_rounds=target_calls,
+            num_rounds=whole.num_rounds,
             plain_bytes=ledger.plain_bytes(),
             bytes_read=ledger.bytes_read(),
         ),
         "target_calls": target_calls,
         "drafter_calls": ledger.calls("drafter"),
-        "target_calls_per_token": target_calls / whole.num_tokens,
+        "target_calls_per_token": whole.num_rounds / whole.num_tokens,
         "discarded_draft_tokens_per_token": (whole.num_draft_tokens - whole.num_accepted) / whole.num_tokens,
-        "tokens_per_second": ratio_interval([len(g.tokens) for g in arm.generations], seconds, **resamples).json(),
-        "speedup": _speed(arm, plain, settings) | {"baseline": "plain decoding, same engine"},
+        "tokens_per_second": ratio_interval(tokens, seconds, **resamples).json(),
+        "speedup": ratio_of_ratios(
+            (tokens[:same], seconds[:same]), (baseline.tokens, baseline.seconds), **resamples
+        ).json()
+        | {"baseline": baseline.name, "num_prompts": same},
         "seconds": {
             name: sum(getattr(g, name) for g in arm.generations)
             for name in ("prefill_seconds", "draft_seconds", "verify_seconds", "seconds")
@@ -255,24 +285,24 @@ def _figures(
         },
         "domains": _domains(counts),
         "prompts": [asdict(c) for c in counts],
-        "samples": [_sample(one, target) for one in arm.generations[:4]],
+        "samples": [_sample(one, arm.target) for one in arm.generations[:4]],
     }
-    figures |= _replayed(arm, target, sampling, settings)
+    figures |= _replayed(arm, sampling, settings)
     lossy = arm.engine.rule.exactness is Exactness.LOSSY
     figures["exactness"] = arm.engine.rule.exactness.value
     if settings.checker is not None:
         checker = checkers.build(settings.checker)
-        scores = [solved(checker, target.tokenizer, prompts, one.generations) for one in (arm, plain)]
+        scores = [solved(checker, arm.target.tokenizer, prompts, one.generations) for one in (arm, plain)]
         figures["task"] = task_score(scores[0], scores[1], **resamples)
     if sampling.temperature == 0 and lossy:
         figures["agreement"] = agreement(plain.generations, arm.generations, **resamples)
     if sampling.temperature == 0 and not lossy:
-        found = parity(plain.generations, arm.generations, target)
+        found = parity(plain.generations, arm.generations, arm.target)
         figures["parity"] = found.json() | {"text": str(found)}
     return figures
 
 
-def _replayed(arm: Arm, target: Target, sampling: Sampling, settings: EvalSettings) -> dict[str, Any]:
+def _replayed(arm: Arm, sampling: Sampling, settings: EvalSettings) -> dict[str, Any]:
     """Return acceptance rate and block efficiency by draft length, by replay on the text that the loop emitted."""
     assert arm.drafter is not None
     counted = _counts(arm, settings)
@@ -280,11 +310,15 @@ def _replayed(arm: Arm, target: Target, sampling: Sampling, settings: EvalSettin
         Text(one.id, list(one.prompt_tokens), list(one.tokens[: count.num_tokens]))
         for one, count in zip(arm.generations, counted, strict=True)
     ]
-    rows = replay_rows(target, arm.drafter, texts, sampling)
+    rows = replay_rows(arm.target, arm.drafter, texts, sampling, num_depths=max(settings.replay_lengths, default=0))
     tokens = [len(text.new) for text in texts]
     resamples = {"resamples": settings.resamples, "seed": settings.seed}
+    alpha = ratio_interval([r.acceptance_T.sum() for r in rows], tokens, **resamples).json()
+    if arm.engine.rule.exactness is Exactness.LOSSY:
+        # A lossy rule's text is not of the target's law, which replay takes it to be.
+        return {"alpha": alpha, "replay": {}}
     return {
-        "alpha": ratio_interval([r.acceptance_T.sum() for r in rows], tokens, **resamples).json(),
+        "alpha": alpha,
         "replay": {
             str(k): ratio_interval(tokens, [expected_rounds(r, k) for r in rows], **resamples).json()
             for k in settings.replay_lengths

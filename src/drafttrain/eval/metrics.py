@@ -22,8 +22,8 @@ class PromptCounts:
     num_accepted: int
     accepted_at: tuple[int, ...]
     """Rounds that kept at least i draft tokens, i = 1, 2, ..."""
-    drafted_at: tuple[int, ...]
-    """Rounds that drafted at least i deep."""
+    reached_at: tuple[int, ...]
+    """Rounds that drafted at least i deep and kept at least i - 1."""
 
 
 def counted_rounds(generation: Generation, *, repetition_ngram: int) -> Sequence[Round]:
@@ -46,7 +46,9 @@ def counts_of(generation: Generation, *, repetition_ngram: int = 0) -> PromptCou
         num_draft_tokens=sum(one.num_draft_tokens for one in rounds),
         num_accepted=sum(one.num_accepted for one in rounds),
         accepted_at=tuple(sum(one.num_accepted >= i for one in rounds) for i in range(1, depth + 1)),
-        drafted_at=tuple(sum(one.max_depth >= i for one in rounds) for i in range(1, depth + 1)),
+        reached_at=tuple(
+            sum(one.max_depth >= i and one.num_accepted >= i - 1 for one in rounds) for i in range(1, depth + 1)
+        ),
     )
 
 
@@ -59,7 +61,7 @@ class Totals:
     num_draft_tokens: int
     num_accepted: int
     accepted_at: tuple[int, ...]
-    drafted_at: tuple[int, ...]
+    reached_at: tuple[int, ...]
 
     @property
     def block_efficiency(self) -> float:
@@ -79,9 +81,7 @@ class Totals:
     @property
     def conditional_acceptance(self) -> list[float]:
         """Share of the rounds that drafted the i-th token and kept the one before it that kept the i-th."""
-        before = [self.num_rounds, *self.accepted_at]
-        reached = [min(b, d) for b, d in zip(before, self.drafted_at, strict=False)]
-        return [a / b if b else float("nan") for a, b in zip(self.accepted_at, reached, strict=True)]
+        return [a / b if b else float("nan") for a, b in zip(self.accepted_at, self.reached_at, strict=True)]
 
 
 def totals_of(counts: Sequence[PromptCounts]) -> Totals:
@@ -97,7 +97,7 @@ def totals_of(counts: Sequence[PromptCounts]) -> Totals:
         num_draft_tokens=sum(c.num_draft_tokens for c in counts),
         num_accepted=sum(c.num_accepted for c in counts),
         accepted_at=at("accepted_at"),
-        drafted_at=at("drafted_at"),
+        reached_at=at("reached_at"),
     )
 
 
@@ -111,8 +111,9 @@ def mbsu(*, num_tokens: int, num_rounds: int, plain_bytes: float, bytes_read: fl
     """Return the memory-bound speed-up: block efficiency x bytes of a plain call / bytes of a mean round.
 
     Args:
-        num_tokens, num_rounds: Block efficiency is their ratio.
-        plain_bytes: Bytes that plain calls would have read, one in place of each target call.
+        num_tokens, num_rounds: Block efficiency is their ratio; rounds are counted by sequence, so that it is of one sequence
+            however many are decoded together.
+        plain_bytes: Bytes that plain calls would have read, one in place of each target call, for the same sequences.
         bytes_read: Bytes that all forwards of the same rounds read.
     """
     return num_tokens / num_rounds * plain_bytes / bytes_read

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from drafttrain.core.probability import acceptance_rate, sampling_probs
+from drafttrain.core.probability import acceptance_rate, over_target_vocabulary, sampling_probs, without_padding
 from drafttrain.core.records import Record, Sampling, TargetNeeds
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import Drafter
@@ -41,20 +41,35 @@ class ReplayRows:
     """[t, i]: chance that the (i + 1)-th draft token of a round that starts at new token t is the text's and is kept."""
     acceptance_T: np.ndarray[tuple[int], np.dtype[np.float64]]
     """Acceptance rate of the first draft token, sum_x min(p, q), by position."""
+    deepest: int | None = None
+    """Draft tokens of a round at most; None: the drafter goes on from its own tokens."""
 
 
 @torch.no_grad()
 def replay_rows(
-    target: Target, drafter: Drafter, texts: Sequence[Text], sampling: Sampling, *, texts_at_once: int = 16
+    target: Target,
+    drafter: Drafter,
+    texts: Sequence[Text],
+    sampling: Sampling,
+    *,
+    num_depths: int = 0,
+    texts_at_once: int = 16,
 ) -> list[ReplayRows]:
-    """Return the rows of texts: a few forwards of each model, no decoding."""
+    """Return the rows of texts: a few forwards of each model, no decoding.
+
+    Args:
+        num_depths: Draft tokens of the longest round that will be asked for; a drafter that feeds on its own states rolls
+            out so many. 0: as many as it trains.
+    """
     found: list[ReplayRows] = []
     for start in range(0, len(texts), texts_at_once):
-        found += _replay_batch(target, drafter, texts[start : start + texts_at_once], sampling)
+        found += _replay_batch(target, drafter, texts[start : start + texts_at_once], sampling, num_depths)
     return found
 
 
-def _replay_batch(target: Target, drafter: Drafter, texts: Sequence[Text], sampling: Sampling) -> list[ReplayRows]:
+def _replay_batch(
+    target: Target, drafter: Drafter, texts: Sequence[Text], sampling: Sampling, num_depths: int
+) -> list[ReplayRows]:
     from dataclasses import replace
 
     records = [
@@ -66,7 +81,9 @@ def _replay_batch(target: Target, drafter: Drafter, texts: Sequence[Text], sampl
     batch = batch.to(target.device)
     seen = target.read(batch.tokens_BT, batch.positions_BT, drafter.needs() | TargetNeeds(final=True))
     target_rows = target.rows_of(seen)
-    drafted = drafter(replace(batch, target=seen))
+    drafted = drafter(replace(batch, target=seen, num_depths=num_depths))
+    # An argmax draft is a law with one token: kept where it is the text's, accepted with the chance that the target gives it.
+    draft_sampling = Sampling() if drafter.draft == "greedy" else sampling
     rows = align(drafted, batch)
     by_depth: dict[int, list[np.ndarray]] = {}  # type: ignore[type-arg]
     first = 0
@@ -81,13 +98,16 @@ def _replay_batch(target: Target, drafter: Drafter, texts: Sequence[Text], sampl
                 drafted.head(states_RD[rows.drafter_N[chosen]], depth),
                 rows.tokens_N[chosen],
                 sampling,
+                draft_sampling,
                 num_tokens=target.num_tokens,
+                vocabulary=drafted.vocabulary,
             )
         place_N = rows.index.sequence_N[first : first + count].cpu().numpy()
         for number in range(len(texts)):
             by_depth.setdefault(number, []).append(np.stack([kept[place_N == number], accepted[place_N == number]]))
         first += count
-    return [_rows_of(text, by_depth[number]) for number, text in enumerate(texts)]
+    deepest = len(rows.counts) if len(rows.counts) > 1 else drafter.deepest
+    return [_rows_of(text, by_depth[number], deepest) for number, text in enumerate(texts)]
 
 
 def _chances(
@@ -95,28 +115,37 @@ def _chances(
     drafter_logits_NV: torch.Tensor,
     tokens_N: torch.Tensor,
     sampling: Sampling,
+    draft_sampling: Sampling,
     *,
     num_tokens: int,
+    vocabulary: torch.Tensor | None,
 ) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
     """Return (chance that the text's token is an accepted draft token, acceptance rate) by row."""
-    shared = min(num_tokens, drafter_logits_NV.shape[-1], target_logits_NV.shape[-1])
-    target_NV = sampling_probs(target_logits_NV, sampling)[:, :shared]
-    drafter_NV = sampling_probs(drafter_logits_NV[:, :shared], sampling)
+    target_NV = sampling_probs(without_padding(target_logits_NV, num_tokens=num_tokens), sampling)
+    if vocabulary is None:
+        shared = min(num_tokens, drafter_logits_NV.shape[-1], target_logits_NV.shape[-1])
+        vocabulary = torch.arange(shared, device=target_NV.device)
+    drafter_NV = sampling_probs(drafter_logits_NV[:, : len(vocabulary)], draft_sampling)
+    drafter_NV = over_target_vocabulary(drafter_NV, vocabulary, size=target_NV.shape[-1])
     target_N = target_NV.gather(1, tokens_N[:, None])[:, 0].double()
     drafter_N = drafter_NV.gather(1, tokens_N[:, None])[:, 0].double()
     kept_N = (drafter_N / target_N.clamp_min(1e-300)).clamp(max=1.0)
     return kept_N.cpu().numpy(), acceptance_rate(target_NV, drafter_NV).double().cpu().numpy()
 
 
-def _rows_of(text: Text, depths: Sequence[np.ndarray]) -> ReplayRows:  # type: ignore[type-arg]
+def _rows_of(text: Text, depths: Sequence[np.ndarray], deepest: int | None) -> ReplayRows:  # type: ignore[type-arg]
     """Lay the rows out by round start: a drafter of depth 1 drafts its next token by itself, one place further on."""
-    kept_T, acceptance_T = depths[0]
-    if len(depths) == 1:
-        return ReplayRows(text.id, kept_T[:, None], acceptance_T)
-    kept_TK = np.zeros((len(kept_T), len(depths)))
-    for i, (kept, _) in enumerate(depths):
-        kept_TK[: len(kept_T) - i, i] = kept[len(kept) - (len(kept_T) - i) :]
-    return ReplayRows(text.id, kept_TK, acceptance_T)
+    count = len(text.new)
+    kept_TK = np.zeros((count, len(depths)))
+    acceptance_T = np.zeros(count)
+    for i, (kept, accepted) in enumerate(depths):
+        # Depth i + 1 of a round that starts at t speaks of new token t + i. A drafter that looks at the token before the root
+        # has no row at the start of a prompt of one token, and drafts nothing there.
+        rows = kept[-(count - i) :] if i < count else kept[:0]
+        kept_TK[count - i - len(rows) : count - i, i] = rows
+        if i == 0:
+            acceptance_T[count - len(accepted) :] = accepted
+    return ReplayRows(text.id, kept_TK, acceptance_T, deepest)
 
 
 def expected_rounds(rows: ReplayRows, num_draft_tokens: int) -> float:
@@ -125,6 +154,7 @@ def expected_rounds(rows: ReplayRows, num_draft_tokens: int) -> float:
     start[t] is the chance that a round starts at new token t: a round that keeps exactly i draft tokens ends i + 1 further on.
     """
     count = len(rows.acceptance_T)
+    num_draft_tokens = min(num_draft_tokens, rows.deepest or num_draft_tokens)
     start_T = np.zeros(count + num_draft_tokens + 2)
     start_T[0] = 1.0
     for t in range(count):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from drafttrain.core.files import write_text
+from drafttrain.eval.table import number
 
 
 def write_report(path: Path, result: Mapping[str, Any], *, title: str, metrics: Path | None, command: str) -> None:
@@ -39,7 +40,7 @@ def write_report(path: Path, result: Mapping[str, Any], *, title: str, metrics: 
         text = "Mean label by predicted chance on held-out draft tokens; on the diagonal a chance is what it says."
         plots.append(("Reliability of the head", text, _picture(lambda axes: _reliability(axes, result), columns=1)))
     page = jinja2.Environment(autoescape=True).from_string(template)
-    html = page.render(title=title, result=result, plots=plots, command=command)
+    html = page.render(title=title, result=result, plots=plots, command=command, number=number)
     write_text(path, html)
 
 
@@ -95,7 +96,8 @@ def _positions(axes: Sequence[Any], result: Mapping[str, Any]) -> None:
     for name, figures in _arms(result):
         places = range(1, len(figures["acceptance_by_position"]) + 1)
         (line,) = axes[0].plot(places, figures["acceptance_by_position"], "o-", label=name)
-        axes[0].plot(places, figures["conditional_acceptance"], "--", color=line.get_color(), alpha=0.6)
+        conditional = [float("nan") if value is None else value for value in figures["conditional_acceptance"]]
+        axes[0].plot(places, conditional, "--", color=line.get_color(), alpha=0.6)
     axes[0].set(xlabel="draft position", ylabel="share kept", ylim=(0, 1))
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(fontsize=8, frameon=False)
@@ -117,6 +119,8 @@ def _lengths(axes: Sequence[Any], result: Mapping[str, Any]) -> None:
         length = figures.get("length", main)
         if length != main:
             continue  # replay is of chains: the further lengths of a drafter would draw its line once more
+        if not figures["replay"]:
+            continue  # a lossy rule's text cannot be replayed
         lengths = [int(k) for k in figures["replay"]]
         values = list(figures["replay"].values())
         (line,) = axes[0].plot(lengths, [v["value"] for v in values], label=name)

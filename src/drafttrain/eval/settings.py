@@ -65,7 +65,7 @@ class EvalSettings:
         """Return a copy with a handful of short outputs."""
         return replace(
             self,
-            num_prompts=min(self.num_prompts or 4, 4),
+            num_prompts=min(self.num_prompts or 4, 2 if self.also else 4),
             max_new_tokens=min(self.max_new_tokens, 24),
             prompt_tokens=min(self.prompt_tokens or 24, 24),
             speed_prompts=min(self.speed_prompts, 2),

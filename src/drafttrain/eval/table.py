@@ -8,9 +8,14 @@ from typing import Any
 from drafttrain.core.console import say, table
 
 
-def interval(value: Mapping[str, float], digits: int = 2) -> str:
+def interval(value: Mapping[str, float | None], digits: int = 2) -> str:
     """Return `2.71 [2.60, 2.82]`."""
-    return f"{value['value']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
+    return f"{number(value['value'], digits)} [{number(value['low'], digits)}, {number(value['high'], digits)}]"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """Return a number in so many digits; `n/a` where there was nothing to count."""
+    return "n/a" if value is None or value != value else f"{value:.{digits}f}"
 
 
 def show(result: Mapping[str, Any]) -> None:
@@ -22,11 +27,11 @@ def show(result: Mapping[str, Any]) -> None:
             rows.append(
                 [
                     f"{part['temperature']:g}",
-                    name,
-                    interval(figures["block_efficiency"]) + lossy,
+                    name + lossy,
+                    interval(figures["block_efficiency"]),
                     interval(figures["alpha"]),
-                    f"{figures['draft_acceptance_rate']:.2f}",
-                    f"{figures['mbsu']:.2f}",
+                    number(figures["draft_acceptance_rate"]),
+                    number(figures["mbsu"]),
                     f"{figures['tokens_per_second']['value']:.0f}",
                     interval(figures["speedup"]),
                 ]
@@ -36,6 +41,9 @@ def show(result: Mapping[str, Any]) -> None:
     draft = ", ".join(f"{key} {value}" for key, value in length.items())
     title = f"{result['num_prompts']} prompts, target {result['target']['name']}; {draft}; 95 % intervals over prompts"
     table(rows, columns=columns, title=title)
+    for name, about in result["drafters"].items():
+        if about["target"] != result["target"]["name"]:
+            say(f"note: {name} decodes with {about['target']}: its parity and its speed-up are against that target")
     for part in result["temperatures"]:
         for name, figures in part["drafters"].items():
             if "parity" in figures:

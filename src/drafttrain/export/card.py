@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from drafttrain.eval.table import interval
+from drafttrain.drafters import drafters
+from drafttrain.eval.table import interval, number
 
 
 def model_card(name: str, result: Mapping[str, Any], *, drafter: str, recipe: str, command: str) -> str:
@@ -17,11 +18,12 @@ def model_card(name: str, result: Mapping[str, Any], *, drafter: str, recipe: st
         recipe: The resolved recipe.
     """
     rows = []
+    lossy = " LOSSY" if result["exactness"] == "lossy" else ""
     for part in result["temperatures"]:
         figures = part["drafters"][drafter]
         rows.append(
-            f"| {part['temperature']:g} | {interval(figures['block_efficiency'])} | {interval(figures['alpha'])} "
-            f"| {figures['draft_acceptance_rate']:.2f} | {figures['mbsu']:.2f} |"
+            f"| {part['temperature']:g}{lossy} | {interval(figures['block_efficiency'])} | {interval(figures['alpha'])} "
+            f"| {number(figures['draft_acceptance_rate'])} | {number(figures['mbsu'])} |"
         )
     parities = [
         p["drafters"][drafter]["parity"]["text"] for p in result["temperatures"] if "parity" in p["drafters"][drafter]
@@ -29,7 +31,12 @@ def model_card(name: str, result: Mapping[str, Any], *, drafter: str, recipe: st
     target, made = result["target"], result["provenance"]
     length = ", ".join(f"{key} {value}" for key, value in result["settings"]["length"].items())
     parity_line = f"Greedy parity with the target: {parities[0]}." if parities else "Greedy parity was not measured."
+    if lossy:
+        rule = result["settings"]["rule"]["kind"]
+        parity_line = f"**LOSSY**: measured with the acceptance rule `{rule}`, whose output is not the target's own."
     nl = "\n"
+    component: Any = drafters.entry(result["drafters"][drafter]["kind"]).component
+    serving: str = component.serving
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -49,10 +56,7 @@ tokens; the target decides. It is no model to talk to by itself.
 
 ## Use
 
-    vllm serve TARGET --speculative-config '{{"method": "draft_model", "model": "THIS_FOLDER", "num_speculative_tokens": 5}}'
-
-    assistant = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
-    target.generate(**inputs, assistant_model=assistant)
+{serving}
 
 ## Where it comes from
 

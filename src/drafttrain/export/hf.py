@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,10 @@ def export_hf(trained: Path, folder: Path, *, tokenizer: Any, about: About, dtyp
         config = json.loads((trained / "config.json").read_text(encoding="utf-8"))
         config["dtype"] = dtype
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        generation = trained / "generation_config.json"
-        if generation.exists():
-            (temporary / generation.name).write_bytes(generation.read_bytes())
+        for other in trained.iterdir():
+            if other.name not in ("config.json", "model.safetensors"):
+                copy = shutil.copytree if other.is_dir() else shutil.copyfile
+                copy(other, temporary / other.name)
         tokenizer.save_pretrained(temporary)
         write_about(temporary, about)
         _read_back(temporary / "model.safetensors", tensors)

@@ -81,6 +81,10 @@ class TokenHead(nn.Module, ABC):
         """Return the calibrated chance of each row."""
         return self(features_ND).sigmoid()
 
+    def lr_factor(self, name: str) -> float:
+        """Return what the learning rate is multiplied by for the parameter of this name."""
+        return 1.0
+
     def finish(self, held_out: HeadRows) -> None:
         """Set what is chosen on held-out tokens once the weights are trained."""
 

@@ -23,6 +23,7 @@ class BlockAcceptance(Loss):
     """1 - (1/K) sum_{k<=K} prod_{i<=k} a_i over the K depths of a block, a_i the acceptance rates; the same for all its rows.
 
     A drafter of depth 1 (a chain) is read in windows of K successive positions; a window that the text's end cuts is shorter.
+    A depth that is left out between others (the drafter's vocabulary lacks what the target would say) is never accepted.
     """
 
     def __init__(self, settings: BlockAcceptanceConfig | None = None) -> None:
@@ -39,9 +40,10 @@ class BlockAcceptance(Loss):
         _, block_N, length_B = torch.unique(index.block_N, return_inverse=True, return_counts=True)
         order_N = torch.argsort(block_N * (int(index.depth_N.max()) + 1) + index.depth_N, stable=True)
         starts_B = length_B.cumsum(0) - length_B
-        column_N = torch.arange(len(order_N), device=order_N.device) - starts_B.repeat_interleave(length_B)
+        depth_N = index.depth_N[order_N]
+        column_N = depth_N - depth_N[starts_B].repeat_interleave(length_B)
         # A missing depth has chance 0, so that no product passes it.
-        rate_BK = acceptance_N.new_zeros(len(length_B), int(length_B.max()))
+        rate_BK = acceptance_N.new_zeros(len(length_B), int(column_N.max()) + 1)
         rate_BK = rate_BK.index_put((block_N[order_N], column_N), acceptance_N[order_N])
         kept_B = rate_BK.cumprod(dim=1).sum(dim=1)
         return (1 - kept_B / length_B)[block_N]

@@ -27,4 +27,4 @@ class CrossEntropy(Loss):
 
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
         """Return the negative log-probability of each label."""
-        return {"loss": cross_entropy(rows.drafter_logits_NV.float(), rows.tokens_N, reduction="none")}
+        return {"loss": cross_entropy(rows.drafter_logits_NV.float(), rows.tokens_N, ignore_index=-1, reduction="none")}

@@ -1,6 +1,6 @@
 """From aligned rows to loss_N: in one piece, or in chunks straight from hidden states so that no logits tensor exists.
 
-N = rows, V = vocabulary, D = hidden
+N = rows, V = the target's vocabulary, R = the drafter's vocabulary, D = hidden
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from drafttrain.core.records import DraftBatch, DraftOutput, LossRows
+from drafttrain.core.records import DraftBatch, DraftOutput, LossRows, RowIndex
 from drafttrain.losses import Loss
 from drafttrain.losses.align import AlignedRows
 
@@ -23,6 +23,7 @@ CPU_PIECE_BYTES = 8 * 2**20
 """On a CPU larger tensors leave its caches and are mapped anew each time: a step takes twice as long."""
 
 ACCEPTANCE = "acceptance rate"
+LEARNABLE = "learnable"
 
 
 class Weighted(Protocol):
@@ -42,6 +43,9 @@ def row_losses(
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return (loss_N float32, acceptance_N without gradient, None when there is no target).
+
+    Of a drafter with a vocabulary of its own, rows whose answer it cannot say have loss 0 and no part in `combine`; their
+    acceptance rate, like that of all rows, is over the target's whole vocabulary.
 
     Args:
         vocab_size: Ids that target, drafter and tokenizer share; logits are cut to these, so padding has no mass.
@@ -65,13 +69,29 @@ def row_losses(
         return 0.0 * torch.cat([states.sum()[None] for states in drafted.states_BTD.values()])[:0], None
     values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     acceptance_N = values.pop(ACCEPTANCE, None)
-    loss_N = loss.combine(values, rows.index).float()
+    loss_N = _combined(loss, values, rows.index)
     if drafted.depth_weights:
         factors = [
             loss_N.new_full((size,), drafted.depth_weights.get(depth, 1.0)) for depth, size in rows.counts.items()
         ]
         loss_N = loss_N * torch.cat(factors)
     return loss_N, acceptance_N
+
+
+def _combined(loss: Loss, values: dict[str, Tensor], index: RowIndex) -> Tensor:
+    """Return the loss of every row; those that cannot be learned are left out and have 0."""
+    learnable_N = values.pop(LEARNABLE, None)
+    if learnable_N is None or bool(learnable_N.all()):
+        return loss.combine(values, index).float()
+    if not learnable_N.any():
+        # Every rank must take the same backward pass.
+        return 0.0 * torch.stack([value.float() for value in values.values()]).sum(dim=0)
+    chosen = {name: value[learnable_N] for name, value in values.items()}
+    chosen_index = RowIndex(
+        index.sequence_N[learnable_N], index.depth_N[learnable_N], index.block_N[learnable_N], index.step
+    )
+    loss_C = loss.combine(chosen, chosen_index).float()
+    return loss_C.new_zeros(len(learnable_N)).index_put((learnable_N.nonzero()[:, 0],), loss_C)
 
 
 def _values(
@@ -95,10 +115,33 @@ def _values(
         tokens_N=rows.tokens_N[chosen],
         seed_N=rows.seed_N[chosen],
     )
+    if drafted.vocabulary is not None:
+        return in_draft_vocabulary(loss, loss_rows, drafted.vocabulary, vocab_size=vocab_size)
     values = dict(loss.per_row(loss_rows))
     if loss.needs_target:
         with torch.no_grad():
             values[ACCEPTANCE] = loss_rows.acceptance_N.detach()
+    return values
+
+
+def in_draft_vocabulary(loss: Loss, rows: LossRows, vocabulary_R: Tensor, *, vocab_size: int) -> dict[str, Tensor]:
+    """Return the values of rows whose drafter says only these of the target's tokens.
+
+    The loss sees the target's law on them, renormalised. A row can be learned where the target's likeliest token is one of
+    them; without a target, where the label is.
+    """
+    draft_id_V = vocabulary_R.new_full((vocab_size,), -1)
+    draft_id_V[vocabulary_R] = torch.arange(len(vocabulary_R), device=vocabulary_R.device)
+    labels_N = draft_id_V[rows.tokens_N]
+    if rows.target_logits_NV is None:
+        restricted = LossRows(rows.drafter_logits_NV, None, labels_N, rows.seed_N)
+        return dict(loss.per_row(restricted)) | {LEARNABLE: labels_N >= 0}
+    log_p_NR = rows.log_p_NV[:, vocabulary_R]
+    restricted = LossRows(rows.drafter_logits_NV, log_p_NR, labels_N, rows.seed_N)
+    values = dict(loss.per_row(restricted))
+    # Not renormalised: what the target would say outside the drafter's vocabulary is never accepted.
+    values[ACCEPTANCE] = torch.minimum(log_p_NR, restricted.log_q_NV.detach()).exp().sum(dim=-1)
+    values[LEARNABLE] = draft_id_V[rows.target_logits_NV.argmax(dim=-1)] >= 0
     return values
 
 

@@ -35,8 +35,11 @@ def final_norm(model: Any) -> nn.Module:
 
 def head_logits(model: Any, states_ND: Tensor) -> Tensor:
     """Return the logits of states after the final norm, with the scale or soft cap that the architecture adds."""
-    logits = model.get_output_embeddings()(states_ND)
-    config = model.config.get_text_config()
+    return finished_logits(model.config.get_text_config(), model.get_output_embeddings()(states_ND))
+
+
+def finished_logits(config: Any, logits: Tensor) -> Tensor:
+    """Return the products of an output matrix with the scale or soft cap of the architecture."""
     if scaling := getattr(config, "logits_scaling", None):
         logits = logits / scaling
     if scale := getattr(config, "logit_scale", None):

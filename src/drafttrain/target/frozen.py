@@ -20,7 +20,8 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import sha256_of
 from drafttrain.core.records import TargetNeeds, TargetOutput, TargetRows
 from drafttrain.core.settings import setting
-from drafttrain.target.anatomy import head_logits, taps, trunk
+from drafttrain.target.anatomy import head_logits
+from drafttrain.target.documents import document_states
 
 BUILTIN = "builtin:"
 
@@ -226,20 +227,13 @@ class Target:
 
     @torch.no_grad()
     def read(self, tokens_BT: Tensor, positions_BT: Tensor, needs: TargetNeeds) -> TargetOutput:
-        """Return what the target knows of packed rows: documents are told apart by positions that restart.
-
-        No attention mask and no cache: with either, transformers attends across documents.
-        """
-        with taps(self.model, TargetNeeds(hidden=needs.hidden)) as seen:
-            final_BTD = trunk(self.model)(
-                input_ids=tokens_BT.to(self.device),
-                position_ids=positions_BT.to(self.device),
-                attention_mask=None,
-                use_cache=False,
-            ).last_hidden_state
+        """Return what the target knows of packed rows: a document sees nothing of the others in its row."""
+        final_BTD, hidden_BTD = document_states(
+            self.model, tokens_BT.to(self.device), positions_BT.to(self.device), hidden=needs.hidden
+        )
         return TargetOutput(
             logits_BTV=head_logits(self.model, final_BTD) if needs.logits else None,
-            hidden_BTD={int(index): state for index, state in seen.items()},
+            hidden_BTD=hidden_BTD,
             final_BTD=final_BTD if needs.final else None,
         )
 

@@ -45,16 +45,22 @@ class RaggedCache:
 
     After `keep` every sequence fills the columns from the left. While nothing is ragged there is no mask, and rolling back
     is a slice.
+
+    Args:
+        layers: The layers in its care, when the blocks of a model do not all read their tokens in the same calls.
+        beside: The Hugging Face cache that holds the layers before those.
     """
 
-    def __init__(self, num_sequences: int) -> None:
+    def __init__(self, num_sequences: int, *, layers: slice = slice(None), beside: DynamicCache | None = None) -> None:
         # Without a configuration every layer keeps all columns; models with a sliding window mask the old ones themselves.
-        self.hf = DynamicCache()
+        self.hf: DynamicCache = DynamicCache() if beside is None else _LayersFrom(layers.start, beside)
+        self._in_care = layers
         self.lengths = [0] * num_sequences
         """Cached tokens by sequence, pending ones included."""
         self.kept = [0] * num_sequences
         """Cached tokens by sequence at the last `keep`."""
-        self._columns = 0
+        self.columns = 0
+        """Of the longest sequence's tokens, pending ones and padding included."""
         self._real_BC: Tensor | None = None
         """Which columns hold a token; None: all do."""
 
@@ -70,10 +76,10 @@ class RaggedCache:
         """Return which columns, then nodes, each node may look at; None where plain causal attention is right."""
         if self._real_BC is None and all(tree is None for tree in trees):
             return None
-        allowed_BNC = torch.ones(len(trees), width, self._columns + width, dtype=torch.bool)
+        allowed_BNC = torch.ones(len(trees), width, self.columns + width, dtype=torch.bool)
         if self._real_BC is not None:
-            allowed_BNC[:, :, : self._columns] = self._real_BC[:, None]
-        new_BNN = allowed_BNC[:, :, self._columns :]
+            allowed_BNC[:, :, : self.columns] = self._real_BC[:, None]
+        new_BNN = allowed_BNC[:, :, self.columns :]
         new_BNN.tril_()
         for row, tree in enumerate(trees):
             if tree is not None:
@@ -84,10 +90,10 @@ class RaggedCache:
         """Count the nodes that a call of the model has just added to the layers."""
         self._check_layers(width)
         if self._real_BC is not None or min(sizes) < width:
-            old_BC = torch.ones(len(sizes), self._columns, dtype=torch.bool) if self._real_BC is None else self._real_BC
+            old_BC = torch.ones(len(sizes), self.columns, dtype=torch.bool) if self._real_BC is None else self._real_BC
             new_BN = torch.arange(width) < torch.tensor(sizes)[:, None]
             self._real_BC = torch.cat([old_BC, new_BN], dim=1)
-        self._columns += width
+        self.columns += width
         self.lengths = [length + size for length, size in zip(self.lengths, sizes, strict=True)]
 
     def commit(self) -> None:
@@ -133,7 +139,7 @@ class RaggedCache:
 
     def _gather(self, nodes: Sequence[Sequence[int]], *, width: int) -> None:
         """Move the chosen pending tokens of every row to the left, directly behind what was kept before."""
-        real_BC = torch.ones(len(nodes), self._columns, dtype=torch.bool) if self._real_BC is None else self._real_BC
+        real_BC = torch.ones(len(nodes), self.columns, dtype=torch.bool) if self._real_BC is None else self._real_BC
         # Columns before `first` stay: they hold kept tokens of every row, none of them behind padding.
         first = min(*self.kept, int(real_BC.all(dim=0).to(torch.uint8).cumprod(dim=0).sum()))
         # The columns that hold tokens, in order, then the others.
@@ -149,19 +155,35 @@ class RaggedCache:
 
     def _fit(self, width: int) -> None:
         ragged = min(self.lengths, default=0) < width
-        self._columns = width
+        self.columns = width
         self._real_BC = torch.arange(width) < torch.tensor(self.lengths)[:, None] if ragged else None
 
     def _layers(self) -> list[Any]:
-        """Return the layers that hold states; a layer that shares another's has none."""
-        layers: list[Any] = list(self.hf.layers)
+        """Return the layers in its care that hold states; a layer that shares another's has none."""
+        layers: list[Any] = list(self.hf.layers)[self._in_care]
         return [layer for layer in layers if layer.is_initialized]
 
     def _check_layers(self, width: int) -> None:
-        if self._columns:
+        if self.columns:
             return
         for layer in self._layers():
             if layer.keys.ndim != 4 or layer.keys.shape[2] != width or layer.values.shape[2] != width:
                 raise CheckpointError(
                     f"a {type(layer).__name__} does not keep one key and value a token: this model's cache cannot be rolled back"
                 )
+
+
+class _LayersFrom(DynamicCache):
+    """The same layers as another cache; asked how much is cached, it answers for the layers from `first` on."""
+
+    def __init__(self, first: int, whole: DynamicCache) -> None:
+        super().__init__()
+        self.layers = whole.layers
+        self._first = first
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return int(super().get_seq_length(max(layer_idx, self._first)))
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, max(layer_idx, self._first))
+        return sizes

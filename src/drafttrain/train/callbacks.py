@@ -69,6 +69,8 @@ class Validation(StepEnd):
         self.settings = settings
         self.folder = folder
         self.latest: Mapping[str, Any] = {}
+        """What was measured at the step that just ended; empty: nothing was."""
+        self.last: dict[str, Any] = {}
         self.best: dict[str, Any] = {}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -88,19 +90,20 @@ class Validation(StepEnd):
             self.latest = dict(self.held_out.estimate(module.trained), step=step)
         module.trained.train()
         value = self.latest[self.held_out.best_by]
+        self.last = {"step": step} | {name: self.latest[name] for name in self.held_out.figures}
         if trainer.is_global_zero and value > self.best.get(self.held_out.best_by, float("-inf")):
-            self.best = {"step": step} | {name: self.latest[name] for name in self.held_out.figures}
+            self.best = dict(self.last)
             save_trained(module, self.folder / "best")
             write_json(self.folder / "best.json", self.best)
         say(f"step {step}: {self.latest['said']}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Carry what is best through a resume."""
-        return dict(self.best)
+        """Carry what is best, and what was last, through a resume."""
+        return {"best": dict(self.best), "last": dict(self.last)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what was best."""
-        self.best = dict(state_dict)
+        """Take up what was best, and what was last."""
+        self.best, self.last = dict(state_dict["best"]), dict(state_dict["last"])
 
 
 class MetricsLog(StepEnd):
@@ -114,7 +117,7 @@ class MetricsLog(StepEnd):
         self.columns = [*COLUMNS, *(f"validation_{name}" for name in figures)]
         self._tokens = 0
         self._seconds_before = 0.0
-        self._began = 0.0
+        self._began = time.perf_counter()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Open the file; after a resume, forget rows of steps that are taken again."""
@@ -127,10 +130,20 @@ class MetricsLog(StepEnd):
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(rows)
-        if rows:
-            self._tokens, self._seconds_before = int(rows[-1]["tokens"]), float(rows[-1]["seconds"])
-        elif self.validation is not None and self.validation.latest:
+        if not rows and self.validation is not None and self.validation.latest:
             self._write(trainer, 0, {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Carry what was counted through a resume, also between two rows."""
+        return {"tokens": self._tokens, "seconds": self._seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what was counted."""
+        self._tokens, self._seconds_before = state_dict["tokens"], state_dict["seconds"]
+
+    @property
+    def _seconds(self) -> float:
+        return self._seconds_before + time.perf_counter() - self._began
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count tokens read."""
@@ -161,7 +174,7 @@ class MetricsLog(StepEnd):
         row: dict[str, Any] = {
             "step": step,
             "tokens": self._tokens,
-            "seconds": round(self._seconds_before + time.perf_counter() - self._began, 3),
+            "seconds": round(self._seconds, 3),
             **values,
         }
         if self.validation is not None and self.validation.latest:

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from drafttrain.core.errors import DrafttrainError
-from drafttrain.core.records import DraftBatch, TargetNeeds
+from drafttrain.core.records import DraftBatch, TargetNeeds, TargetOutput
 from drafttrain.drafters import Drafter
 from drafttrain.heads import HeadBatch, TokenHead
 from drafttrain.losses import Loss
@@ -44,6 +44,14 @@ class StepModule(LightningModule):
             total, batch, world_size=self.trainer.world_size, accumulation=self.trainer.accumulate_grad_batches
         )
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Carry the sums of steps that are not logged yet through a resume."""
+        checkpoint["sums_3"] = self.sums_3.clone()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up those sums."""
+        self.sums_3 = checkpoint["sums_3"].clone()
+
     def configure_gradient_clipping(
         self,
         optimizer: Any,
@@ -63,7 +71,7 @@ class StepModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer and its schedule."""
-        optimizer = build_optimizer(self.trained, self.settings)
+        optimizer = build_optimizer(self.trained, self.settings, lr_factor=self.trained.lr_factor)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_scale(step, self.settings))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -118,7 +126,7 @@ class DistillModule(StepModule):
 
         needs = self.trained.needs()
         rows_needed = self.loss.needs_target and batch.target_rows is None
-        if needs == TargetNeeds() and not rows_needed:
+        if (batch.target or TargetOutput()).has(needs) and not rows_needed:
             return batch
         assert self._target is not None, "the pipeline loads a target when the drafter or the loss needs one"
         seen = self._target.read(batch.tokens_BT, batch.positions_BT, needs | TargetNeeds(final=rows_needed))

@@ -96,8 +96,14 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     return (x.T if matrix.shape[0] > matrix.shape[1] else x).contiguous()
 
 
-def build_optimizer(module: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """Return the optimizer for the trainable parameters: matrices decay, vectors do not."""
+def build_optimizer(
+    module: nn.Module, settings: TrainSettings, *, lr_factor: Callable[[str], float] = lambda name: 1.0
+) -> torch.optim.Optimizer:
+    """Return the optimizer for the trainable parameters: matrices decay, vectors do not.
+
+    Args:
+        lr_factor: What `lr` is multiplied by for the parameter of a name.
+    """
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     tables = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
     heads = {id(parameter) for name, parameter in named if "head" in name}
@@ -112,11 +118,27 @@ def build_optimizer(module: nn.Module, settings: TrainSettings) -> torch.optim.O
             {"params": edges},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        chosen = [group for group in groups if group["params"]]
+        chosen = _by_rate(groups, named, settings.lr, lr_factor)
         return MuonAdamW(chosen, lr=settings.lr, betas=betas, weight_decay=settings.weight_decay)
     groups = [{"params": matrices + edges}, {"params": vectors, "weight_decay": 0.0}]
-    chosen = [group for group in groups if group["params"]]
+    chosen = _by_rate(groups, named, settings.lr, lr_factor)
     return torch.optim.AdamW(chosen, lr=settings.lr, betas=betas, weight_decay=settings.weight_decay, fused=True)
+
+
+def _by_rate(
+    groups: list[dict[str, Any]],
+    named: list[tuple[str, nn.Parameter]],
+    lr: float,
+    lr_factor: Callable[[str], float],
+) -> list[dict[str, Any]]:
+    """Split groups into parts of one learning rate each; empty ones are left out."""
+    factors = {id(parameter): lr_factor(name) for name, parameter in named}
+    parts = [
+        group | {"params": [p for p in group["params"] if factors[id(p)] == factor], "lr": lr * factor}
+        for group in groups
+        for factor in dict.fromkeys(factors.values())
+    ]
+    return [part for part in parts if part["params"]]
 
 
 def learning_rate_scale(step: int, settings: TrainSettings) -> float:

@@ -178,7 +178,7 @@ def _finish(module: StepModule, validation: Validation | None, *, folder: Path) 
         result = TrainResult("last", steps, steps, "", None, None)
     else:
         name = validation.held_out.best_by
-        best, last = validation.best[name], validation.latest[name]
+        best, last = validation.best[name], validation.last[name]
         result = TrainResult("best", validation.best["step"], steps, name, best, last)
         say(
             f"best step {result.best_step} ({name.replace('_', ' ')} {best:.3f} on held-out data), last step {steps} ({last:.3f}): "

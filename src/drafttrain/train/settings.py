@@ -1,14 +1,45 @@
 """Settings of training; imports neither lightning nor deepspeed."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar, Literal
 
 from drafttrain.core.settings import setting
 
 
 @dataclass
+class PretrainSettings:
+    """Phase 1 of Direct Alignment: cross-entropy on the plain sources, all but what the target writes."""
+
+    max_steps: int = setting(1500, help="Optimizer steps.", ge=1)
+    batch_size: int = setting(32, help="Records an optimizer step.", ge=1)
+    lr: float = setting(1e-3, help="Peak learning rate.", gt=0)
+    schedule: Literal["cosine", "wsd", "constant"] = setting("wsd", help="As train.schedule.")
+    warmup_steps: int = setting(50, help="Steps of linear warm-up.", ge=0)
+    weight_decay: float = setting(0.05, help="Decoupled weight decay of matrices.", ge=0)
+
+    def check(self) -> list[str]:
+        """Return what is wrong across fields."""
+        if self.warmup_steps > self.max_steps:
+            return [f"warmup_steps: {self.warmup_steps} is more than max_steps {self.max_steps}"]
+        return []
+
+    def smoke(self) -> "PretrainSettings":
+        """Return a copy that takes a handful of steps."""
+        return replace(
+            self,
+            max_steps=min(self.max_steps, 5),
+            batch_size=min(self.batch_size, 8),
+            warmup_steps=min(self.warmup_steps, 2),
+        )
+
+
+@dataclass
 class TrainSettings:
     """How the drafter is trained."""
+
+    pretrain: PretrainSettings | None = setting(
+        None, help="Pretrain the drafter on the plain sources first; what it leaves out is as below. null: do not."
+    )
 
     max_steps: int = setting(1000, help="Optimizer steps.", ge=1)
     batch_size: int = setting(
@@ -44,6 +75,11 @@ class TrainSettings:
     num_threads: int | None = setting(None, help="CPU threads of torch; null: torch's own choice.", ge=1)
 
     LOGGERS: ClassVar[tuple[str, ...]] = ("csv", "tensorboard", "wandb", "mlflow")
+
+    def of_pretraining(self) -> "TrainSettings":
+        """Return the settings of phase 1: no target, so nothing to validate against."""
+        assert self.pretrain is not None
+        return replace(self, **asdict(self.pretrain), accumulation=1, pretrain=None, eval_every_steps=0)
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""

@@ -50,7 +50,7 @@ def matching(pattern: str) -> list[Path]:
 def _item(where: str, line: bytes) -> Item:
     try:
         value = json.loads(line)
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         return Item(where, line.decode(errors="replace").rstrip("\n"), f"not JSON: {error}")
     if not isinstance(value, dict):
         return Item(where, value, f"a JSON object is needed, got {type(value).__name__}")

@@ -80,7 +80,7 @@ class Ngram:
         more: Callable[[DraftStep], bool | More],
     ) -> list[Proposal]:
         return [
-            fixed_chain(context.tokens[-1], index.continuation(context.tokens, budget.nodes))
+            fixed_chain(context.tokens[-1], index.continuation(context.tokens, min(budget.nodes, budget.depth)))
             for (context, index), budget in zip(self._texts, budgets, strict=True)
         ]
 

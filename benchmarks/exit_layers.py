@@ -1,0 +1,77 @@
+"""Which exit layer? One adapter for each, the same texts, steps and prompts; one table.
+
+    python benchmarks/exit_layers.py recipes/tiny_kangaroo.yaml --layers 1,2,3 [train.max_steps=100 ...]
+
+Each layer is a run of its own under --runs (continued when the command is given again); what the target writes is written once.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from drafttrain.config.load import load_recipe
+
+
+def main() -> None:
+    """Run the recipe for every layer and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--layers", required=True, help="exit layers, as in 1,2,3")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("overrides", nargs="*", help="section.key=value, for all layers")
+    arguments = parser.parse_intermixed_args()
+    layers = [int(layer) for layer in arguments.layers.split(",")]
+    name = load_recipe(arguments.recipe, arguments.overrides).name
+    results: dict[int, dict[str, Any]] = {}
+    texts: Path | None = None
+    for layer in layers:
+        run = arguments.runs / f"{name}_exit{layer}"
+        generated = run / "data" / "generated"
+        if texts is not None and texts.exists() and not generated.exists():
+            shutil.copytree(texts, generated)
+        own = [*arguments.overrides, f"name={run.name}", f"drafter.exit_layer={layer}", "export.require={}"]
+        command = [sys.executable, "-m", "drafttrain.cli", "fit", arguments.recipe, *own, "--runs", str(arguments.runs)]
+        subprocess.run(command, check=True)
+        texts = generated
+        results[layer] = json.loads((run / "eval.json").read_text(encoding="utf-8"))
+    print(table(results))
+
+
+def table(results: dict[int, dict[str, Any]]) -> str:
+    """Return the figures by layer and temperature; `start` is the raw exit of the same layer."""
+    some = next(iter(results.values()))
+    length = ", ".join(f"{key} {value}" for key, value in some["settings"]["length"].items())
+    lines = [
+        f"{some['num_prompts']} prompts, {length}, 95 % intervals over prompts, "
+        f"{some['drafters']['drafter']['parameters']:,} parameters trained for each layer",
+        "",
+        "| temperature | exit layer | block efficiency | over the raw exit, paired | alpha | MBSU |",
+        "|---|---|---|---|---|---|",
+    ]
+    for number, part in enumerate(some["temperatures"]):
+        for layer, result in results.items():
+            here = result["temperatures"][number]
+            figures, gain = here["drafters"]["drafter"], here["comparisons"]["drafter - start"]["block_efficiency"]
+            lines.append(
+                f"| {part['temperature']:g} | {layer} | {_interval(figures['block_efficiency'])} | {_interval(gain)} "
+                f"| {_interval(figures['alpha'])} | {_interval(_mbsu(figures))} |"
+            )
+    lines += ["", "The interval of MBSU is that of block efficiency, at the bytes of the mean round."]
+    return "\n".join(lines)
+
+
+def _mbsu(figures: dict[str, Any]) -> dict[str, float]:
+    scale = figures["mbsu"] / figures["block_efficiency"]["value"]
+    return {"value": figures["mbsu"]} | {end: scale * figures["block_efficiency"][end] for end in ("low", "high")}
+
+
+def _interval(value: dict[str, float]) -> str:
+    return f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
+
+
+if __name__ == "__main__":
+    main()

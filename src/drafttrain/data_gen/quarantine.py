@@ -1,0 +1,50 @@
+"""Items read one by one: those that give nothing are set aside with their reasons, and stop no run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+from drafttrain.core.console import progress, say
+from drafttrain.core.errors import DataError
+from drafttrain.data_gen.formats import BadItem
+from drafttrain.data_gen.sources import Item, Source
+
+T = TypeVar("T")
+
+SHOWN = 3
+"""Items set aside whose reasons are printed; all are in the file."""
+
+
+def read_items(
+    source: Source, read: Callable[[Item], Sequence[T]], file: Path, *, name: str, max_items: int | None = None
+) -> Iterator[T]:
+    """Yield what `read` makes of the items of a source; write into `file` those of which it makes nothing.
+
+    Raises:
+        DataError: Nothing is left.
+    """
+    refused, found = 0, 0
+    with progress(f"reading {name}", total=None, unit="items") as bar, file.open("w", encoding="utf-8") as quarantine:
+        for item in islice(source.items(), max_items):
+            try:
+                if item.problem:
+                    raise BadItem(item.problem)
+                values = read(item)
+            except BadItem as reason:
+                values = []
+                refused += 1
+                entry = {"where": item.where, "reason": str(reason), "item": item.value}
+                quarantine.write(json.dumps(entry, default=str) + "\n")
+                if refused <= SHOWN:
+                    say(f"{item.where}: set aside: {reason}")
+            found += len(values)
+            yield from values
+            bar.advance(1)
+    if refused:
+        say(f"{name}: {refused:,} of {bar.done:,} items set aside with their reasons in {file.name}")
+    if not found:
+        raise DataError(f"{name}: nothing is left of {bar.done:,} items ({refused:,} set aside)")

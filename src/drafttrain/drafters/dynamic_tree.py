@@ -1,0 +1,61 @@
+"""A tree that grows level by level where the drafter is surest, then keeps its likeliest nodes.
+
+M = nodes of the frontier, V = vocabulary
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from drafttrain.core.records import Budget, Proposal, fixed_tree
+
+
+class DynamicTree:
+    """The tree of one sequence. A node's score is the log-probability of its path by the drafter's own laws.
+
+    The choices depend on the drafter's laws and the committed text alone and the nodes are FIXED, so the output stays lossless.
+
+    Args:
+        root: The last committed token.
+        budget: Each frontier node gets up to `width` children; of each level the best `width` nodes are the next frontier.
+
+    Source: Li et al. 2024, EAGLE-2, arXiv 2406.16858, 4.
+    """
+
+    def __init__(self, root: int, budget: Budget) -> None:
+        self.budget = budget
+        self.tokens = [root]
+        self.parents = [-1]
+        self.frontier = [0] if budget.nodes else []
+        """Nodes whose children are drafted next; empty: the tree is grown."""
+        self._scores = [0.0]
+        self.depth = 0
+        """Levels grown so far."""
+
+    def grow(self, log_q_MV: Tensor, expand: list[bool] | None = None) -> None:
+        """Add the children of the frontier.
+
+        Args:
+            log_q_MV: The drafter's log-law after each frontier node.
+            expand: Which frontier nodes get children; None: all.
+        """
+        width = min(self.budget.width, log_q_MV.shape[-1])
+        best = log_q_MV.topk(width, dim=-1)
+        first = len(self.tokens)
+        for row, node in enumerate(self.frontier):
+            if expand is not None and not expand[row]:
+                continue
+            for token, log_q in zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True):
+                self.tokens.append(token)
+                self.parents.append(node)
+                self._scores.append(self._scores[node] + log_q)
+        self.depth += 1
+        level = sorted(range(first, len(self.tokens)), key=lambda node: -self._scores[node])
+        self.frontier = sorted(level[:width]) if self.depth < self.budget.depth else []
+
+    def proposal(self) -> Proposal:
+        """Return the likeliest nodes: a parent is at least as likely as its children and comes before them."""
+        ranked = sorted(range(1, len(self.tokens)), key=lambda node: (-self._scores[node], node))
+        kept = sorted(ranked[: self.budget.nodes])
+        place = {0: 0} | {node: number for number, node in enumerate(kept, start=1)}
+        return fixed_tree(self.tokens[0], [(self.tokens[node], place[self.parents[node]]) for node in kept])

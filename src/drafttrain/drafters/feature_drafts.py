@@ -1,0 +1,155 @@
+"""What one sequence drafts in one round, token by token: a chain, or EAGLE-2's dynamic tree.
+
+Both are told the drafter's law after each node of the frontier, and say which nodes are to be read next.
+
+R = the drafter's vocabulary, F = nodes of the frontier, D = hidden
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.probability import draw, over_target_vocabulary, sampling_probs
+from drafttrain.core.records import Budget, DraftStep, More, NodeKind, Proposal, Sampling, chain
+from drafttrain.drafters.dynamic_tree import DynamicTree
+
+
+@dataclass(frozen=True)
+class DraftNode:
+    """A draft token whose children are to be drafted: it must be read by the layer."""
+
+    token: int
+    depth: int
+    parent: int
+    """Number of its parent among the nodes that this draft had read, in order; -1: the committed text."""
+    state_D: Tensor
+    """The layer's state that the token was drafted from."""
+
+
+class Draft(Protocol):
+    """One sequence's draft of a round."""
+
+    frontier: list[DraftNode]
+    """Nodes to be read next; empty: the draft is complete."""
+
+    def grow(self, logits_FR: Tensor, states_FD: Tensor) -> None:
+        """Draft after the nodes of the frontier; the first time after the committed text, one row."""
+        ...
+
+    def proposal(self) -> Proposal:
+        """Return what was drafted."""
+        ...
+
+
+class DraftChain:
+    """One token after the other: drawn from the drafter's law, or its likeliest."""
+
+    def __init__(
+        self,
+        root: int,
+        budget: Budget,
+        *,
+        sequence: int,
+        vocabulary_R: Tensor,
+        vocab_size: int,
+        sampling: Sampling,
+        greedy: bool,
+        generator: torch.Generator,
+        more: Callable[[DraftStep], bool | More],
+    ) -> None:
+        self.frontier: list[DraftNode] = []
+        self._tokens = [root]
+        self._laws: list[Tensor] = []
+        self._limit = min(budget.nodes, budget.depth)
+        self._sequence = sequence
+        self._vocabulary_R = vocabulary_R
+        self._vocab_size = vocab_size
+        self._sampling = sampling
+        self._fixed = greedy or sampling.temperature == 0
+        self._generator = generator
+        self._more = more
+
+    def grow(self, logits_FR: Tensor, states_FD: Tensor) -> None:
+        """Draft one more token, unless the length policy says no."""
+        self.frontier = []
+        depth = len(self._tokens)
+        logits_R = logits_FR[0, : len(self._vocabulary_R)]
+        answer = self._more(DraftStep(self._sequence, depth, logits_R, states_FD[0], self._tokens[-1]))
+        if not answer:
+            return
+        if self._fixed:
+            place = int(logits_R.argmax())
+        else:
+            self._laws.append(sampling_probs(logits_R, self._sampling))
+            place = draw(self._laws[-1], self._generator)
+        token = int(self._vocabulary_R[place])
+        self._tokens.append(token)
+        if depth < self._limit and answer is not More.LAST:
+            self.frontier = [DraftNode(token, depth, depth - 2, states_FD[0])]
+
+    def proposal(self) -> Proposal:
+        """Return the chain; drawn tokens carry their laws over the target's vocabulary."""
+        if not self._laws:
+            return chain(self._tokens, kind=NodeKind.FIXED)
+        q_rows_RV = over_target_vocabulary(torch.stack(self._laws), self._vocabulary_R, size=self._vocab_size)
+        return chain(self._tokens, kind=NodeKind.SAMPLED, q_rows_RV=q_rows_RV)
+
+
+class DraftTree:
+    """EAGLE-2's dynamic tree: level by level the drafter's likeliest nodes are read; FIXED, whatever the temperature.
+
+    Source: Li et al. 2024, EAGLE-2, arXiv 2406.16858, 4.
+    """
+
+    def __init__(
+        self,
+        root: int,
+        budget: Budget,
+        *,
+        sequence: int,
+        vocabulary_R: Tensor,
+        more: Callable[[DraftStep], bool | More],
+    ) -> None:
+        self.frontier: list[DraftNode] = []
+        self._tree = DynamicTree(root, budget)
+        self._sequence = sequence
+        self._vocabulary_R = vocabulary_R
+        self._more = more
+        self._read = {0: -1}
+        """By node of the tree, its number in the order of reading; the root is committed text."""
+
+    def grow(self, logits_FR: Tensor, states_FD: Tensor) -> None:
+        """Add the children of the frontier, where the length policy says so, and choose the next frontier."""
+        tree, row_of = self._tree, {node: row for row, node in enumerate(self._tree.frontier)}
+        logits_FR = logits_FR[:, : len(self._vocabulary_R)]
+        expand = [
+            bool(
+                self._more(DraftStep(self._sequence, tree.depth + 1, logits_FR[row], states_FD[row], self._token(node)))
+            )
+            for node, row in row_of.items()
+        ]
+        wide = torch.promote_types(logits_FR.dtype, torch.float32)
+        tree.grow(logits_FR.log_softmax(dim=-1, dtype=wide), expand)
+        self.frontier = [
+            DraftNode(
+                self._token(node), tree.depth, self._read[tree.parents[node]], states_FD[row_of[tree.parents[node]]]
+            )
+            for node in tree.frontier
+        ]
+        self._read |= {node: len(self._read) - 1 + place for place, node in enumerate(tree.frontier)}
+
+    def proposal(self) -> Proposal:
+        """Return the likeliest nodes as a tree under the root."""
+        kept = self._tree.proposal()
+        kept.tokens_N[1:] = self._vocabulary_R.cpu()[kept.tokens_N[1:]]
+        return kept
+
+    def _token(self, node: int) -> int:
+        """Return the target's id of a node's token."""
+        token = self._tree.tokens[node]
+        return token if node == 0 else int(self._vocabulary_R[token])

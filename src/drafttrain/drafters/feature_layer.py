@@ -1,0 +1,163 @@
+"""The one decoder layer of a drafter that reads the target's features, as Llama's: its projections may read more than its stream.
+
+B = sequences, T = positions (N = those of one call), C = keys (columns), H = heads, G = key-value heads, d = width of a head,
+D = hidden, X = width of what the projections read
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.utils.checkpoint import checkpoint
+
+SCORES_BYTES = 256 * 2**20
+"""Attention scores up to this size exist at once; larger ones are made slice by slice, and again in the backward pass."""
+
+
+class FeatureLayer(nn.Module):
+    """Rotary attention with grouped keys, then a SwiGLU block; no bias anywhere.
+
+    The norms before the projections belong to the drafter's kind, so they are not here.
+    """
+
+    def __init__(self, config: Any, *, input_size: int) -> None:
+        super().__init__()
+        self.self_attn = Projections(config, input_size=input_size)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = SwiGLU(config)
+        self._rotary = Rotary(config)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+
+    def project(self, inputs_BTX: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (query_BHTd, key_BGTd, value_BGTd), rotated to their positions."""
+        attention = self.self_attn
+        split = [
+            linear(inputs_BTX).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+        ]
+        cos_BTd, sin_BTd = self._rotary(positions_BT, split[0])
+        return rotated(split[0], cos_BTd, sin_BTd), rotated(split[1], cos_BTd, sin_BTd), split[2]
+
+    def finish(self, attended_BHTd: Tensor, residual_BTD: Tensor) -> Tensor:
+        """Return the stream after the layer."""
+        stream_BTD = residual_BTD + self.self_attn.o_proj(attended_BHTd.transpose(1, 2).flatten(2))
+        return stream_BTD + self.mlp(self.post_attention_layernorm(stream_BTD))
+
+
+class Projections(nn.Module):
+    """Query, key, value and output projections."""
+
+    def __init__(self, config: Any, *, input_size: int) -> None:
+        super().__init__()
+        self.head_dim: int = config.head_dim
+        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(input_size, queries, bias=False)
+        self.k_proj = nn.Linear(input_size, keys, bias=False)
+        self.v_proj = nn.Linear(input_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+
+class SwiGLU(nn.Module):
+    """The feed-forward block."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, states_BTD: Tensor) -> Tensor:
+        """Return down(silu(gate) * up)."""
+        down: Tensor = self.down_proj(silu(self.gate_proj(states_BTD)) * self.up_proj(states_BTD))
+        return down
+
+
+class Rotary:
+    """Rotary angles with the scaling that the configuration names. No module: a cast of the weights must not round them."""
+
+    def __init__(self, config: Any) -> None:
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        self._embedding = LlamaRotaryEmbedding(config=config)
+
+    def __call__(self, positions_BT: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (cos_BTd, sin_BTd) in the type of `like`."""
+        cos_BTd, sin_BTd = self._embedding.to(like.device)(like, positions_BT)
+        return cos_BTd, sin_BTd
+
+
+def rotated(states_BHTd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:
+    """Return states turned by the angles of their positions; the halves of a head are the two coordinates."""
+    left, right = states_BHTd.chunk(2, dim=-1)
+    turned_BHTd = torch.cat([-right, left], dim=-1)
+    return states_BHTd * cos_BTd[:, None] + turned_BHTd * sin_BTd[:, None]
+
+
+def attend(
+    query_BHTd: Tensor,
+    keys_BGCd: Tensor,
+    values_BGCd: Tensor,
+    allowed_BTC: Tensor,
+    own: Sequence[tuple[Tensor, Tensor]] = (),
+) -> Tensor:
+    """Return attended_BHTd.
+
+    Args:
+        allowed_BTC: The columns that each query may look at, at least one.
+        own: Further (key_BGTd, value_BGTd) of which a query sees only the one at its own place.
+    """
+    if not own:
+        return scaled_dot_product_attention(
+            query_BHTd, keys_BGCd, values_BGCd, attn_mask=allowed_BTC[:, None], enable_gqa=True
+        )
+    batch, heads, length, _ = query_BHTd.shape
+    row_bytes = batch * heads * (keys_BGCd.shape[2] + len(own)) * 4
+    size = max(1, SCORES_BYTES // row_bytes)
+    if size >= length:
+        return _attend_with_own(query_BHTd, keys_BGCd, values_BGCd, allowed_BTC, own)
+    slices = [slice(start, start + size) for start in range(0, length, size)]
+    pieces = [
+        checkpoint(
+            _attend_with_own,
+            query_BHTd[:, :, s],
+            keys_BGCd,
+            values_BGCd,
+            allowed_BTC[:, s],
+            [(key[:, :, s], value[:, :, s]) for key, value in own],
+            use_reentrant=False,
+        )
+        for s in slices
+    ]
+    return torch.cat(pieces, dim=2)
+
+
+def _attend_with_own(
+    query_BHTd: Tensor,
+    keys_BGCd: Tensor,
+    values_BGCd: Tensor,
+    allowed_BTC: Tensor,
+    own: Sequence[tuple[Tensor, Tensor]],
+) -> Tensor:
+    groups = query_BHTd.shape[1] // keys_BGCd.shape[1]
+
+    def to_heads(states_BGCd: Tensor) -> Tensor:
+        return states_BGCd.repeat_interleave(groups, dim=1)
+
+    query_BHTd = query_BHTd / math.sqrt(query_BHTd.shape[-1])
+    scores_BHTC = query_BHTd @ to_heads(keys_BGCd).transpose(-1, -2)
+    scores_BHTC = scores_BHTC.masked_fill(~allowed_BTC[:, None], -torch.inf)
+    own_scores = [(query_BHTd * to_heads(key)).sum(dim=-1, keepdim=True) for key, _ in own]
+    columns = keys_BGCd.shape[2]
+    wide = torch.promote_types(scores_BHTC.dtype, torch.float32)
+    weights = torch.cat([scores_BHTC, *own_scores], dim=-1).softmax(dim=-1, dtype=wide).to(values_BGCd.dtype)
+    attended_BHTd = weights[..., :columns] @ to_heads(values_BGCd)
+    for place, (_, value_BGTd) in enumerate(own):
+        attended_BHTd = attended_BHTd + weights[..., columns + place, None] * to_heads(value_BGTd)
+    return attended_BHTd

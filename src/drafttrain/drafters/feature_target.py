@@ -1,0 +1,183 @@
+"""What a drafter that reads features takes of its target: embedding and head, shared and frozen, and the size of its layer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from drafttrain.core.errors import CheckpointError
+from drafttrain.target import Target
+from drafttrain.target.anatomy import final_norm, head_logits
+
+ROPE_SCALINGS = ("linear", "dynamic", "yarn", "llama3")
+"""Kinds of rotary scaling that one layer of Llama's can take over."""
+
+
+class TargetParts:
+    """The target's embedding and head. No module, so that neither is trained nor saved with the drafter."""
+
+    def __init__(self, target: Target) -> None:
+        self._model = target.model
+        self._embedding: Any = target.model.get_input_embeddings()
+
+    def embed(self, tokens_BT: Tensor, *, dtype: torch.dtype) -> Tensor:
+        """Return embedded_BTD."""
+        with torch.no_grad():
+            embedded_BTD: Tensor = self._embedding(tokens_BT)
+        return embedded_BTD.to(dtype)
+
+    def head(self, states_ND: Tensor) -> Tensor:
+        """Return logits_NV, differentiable in the states."""
+        return head_logits(self._model, states_ND.to(self._model.get_output_embeddings().weight.dtype))
+
+    def head_rows(self, ids_R: Tensor) -> Tensor:
+        """Return the head's rows of some tokens."""
+        rows_RD: Tensor = self._model.get_output_embeddings().weight.detach()[ids_R]
+        return rows_RD
+
+    def final_gain(self) -> Tensor:
+        """Return gain_D, what the final norm multiplies a normed state by."""
+        norm: Any = final_norm(self._model)
+        weight_D: Tensor = norm.weight.detach()
+        # An RMS norm of ones is its gain, also where the weight is stored as the difference from one.
+        return weight_D if isinstance(norm, nn.LayerNorm) else norm(torch.ones_like(weight_D)).detach()
+
+    @property
+    def embedding_row_bytes(self) -> int:
+        """Bytes that one token reads of the embedding."""
+        weight = self._embedding.weight
+        return int(weight.shape[1] * weight.element_size())
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the head."""
+        return weight_bytes(self._model.get_output_embeddings())
+
+
+def weight_bytes(*modules: nn.Module) -> int:
+    """Return the bytes of all parameters of modules."""
+    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+
+
+def layer_config(
+    target: Target, *, num_heads: int | None, num_kv_heads: int | None, intermediate_size: int | None
+) -> dict[str, Any]:
+    """Return the fields of LlamaConfig for one layer on this target: its width, and what the settings leave out, are its own.
+
+    Raises:
+        CheckpointError: The heads do not divide the target's width.
+    """
+    config = target.model.config.get_text_config()
+    hidden_size = int(config.hidden_size)
+    heads = num_heads or int(config.num_attention_heads)
+    if num_heads and hidden_size % num_heads:
+        raise CheckpointError(f"drafter.num_heads: {num_heads} does not divide the target's width {hidden_size}")
+    own = None if num_heads else getattr(config, "head_dim", None)
+    kv_heads = num_kv_heads or (heads if num_heads else getattr(config, "num_key_value_heads", None) or heads)
+    if heads % kv_heads:
+        raise CheckpointError(f"drafter.num_kv_heads: {kv_heads} does not divide {heads} heads")
+    rope = _rope_parameters(config)
+    return {
+        "model_type": "llama",
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size or getattr(config, "intermediate_size", None) or 4 * hidden_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": int(own or hidden_size // heads),
+        "num_hidden_layers": 1,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "rms_norm_eps": getattr(config, "rms_norm_eps", None) or 1e-6,
+        "max_position_embeddings": int(getattr(config, "max_position_embeddings", None) or 2048),
+        "rope_parameters": rope,
+        # Engines of before transformers 5 read these two.
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None
+        if rope["rope_type"] == "default"
+        else {k: v for k, v in rope.items() if k != "rope_theta"},
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "vocab_size": target.vocab_size,
+    }
+
+
+def llama_config(fields: dict[str, Any]) -> Any:
+    """Return the LlamaConfig of one layer."""
+    from transformers import LlamaConfig
+
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "num_hidden_layers",
+        "initializer_range",
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "rope_parameters",
+    )
+    return LlamaConfig(**{name: fields[name] for name in names if name in fields})
+
+
+def save_folder(folder: Path, config: dict[str, Any], module: nn.Module) -> None:
+    """Write config.json and model.safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def read_config(folder: Path, target: Target) -> dict[str, Any]:
+    """Return config.json of a folder that was made for targets of this width.
+
+    Raises:
+        CheckpointError: It was not.
+    """
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    width, vocabulary = int(target.model.config.get_text_config().hidden_size), target.vocab_size
+    for key, wanted in (("hidden_size", width), ("vocab_size", vocabulary)):
+        if config.get(key) != wanted:
+            raise CheckpointError(
+                f"{folder}/config.json: {key} is {config.get(key)}, this target, {target.name}, has {wanted}"
+            )
+    return config
+
+
+def load_weights(folder: Path, module: nn.Module, *, dtype: Any) -> None:
+    """Read model.safetensors into a module of exactly these names and shapes, as weights of `dtype`.
+
+    Raises:
+        CheckpointError: A tensor is missing, has another shape, or is unknown. Engines pass over unknown ones in silence.
+    """
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no model.safetensors here")
+    stored, wanted = load_file(path), module.state_dict()
+    problems = [f"{name}: missing" for name in wanted if name not in stored]
+    problems += [f"{name}: unknown" for name in stored if name not in wanted]
+    problems += [
+        f"{name}: shape {list(stored[name].shape)}, must be {list(wanted[name].shape)}"
+        for name in wanted
+        if name in stored and stored[name].shape != wanted[name].shape
+    ]
+    if problems:
+        raise CheckpointError(f"{path}: {len(problems)} tensors are wrong: {'; '.join(problems[:5])}")
+    module.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    module.load_state_dict(stored)
+
+
+def _rope_parameters(config: Any) -> dict[str, Any]:
+    """Return the target's rotary base and scaling; the base alone where its scaling is none that a Llama layer has."""
+    given = getattr(config, "rope_parameters", None) or {}
+    given = given.get("full_attention", given)
+    theta = given.get("rope_theta", 10000.0)
+    if given.get("rope_type", "default") not in ROPE_SCALINGS:
+        return {"rope_type": "default", "rope_theta": theta}
+    return {key: value for key, value in given.items() if key != "partial_rotary_factor"} | {"rope_theta": theta}

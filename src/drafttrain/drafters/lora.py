@@ -1,0 +1,161 @@
+"""Low-rank adapters on a frozen target, put on for one forward by hooks and written in peft's format.
+
+R = rank, I = inputs, O = outputs of a linear map
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.files import write_json
+from drafttrain.core.settings import setting
+from drafttrain.target import Target
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+@dataclass
+class LoraSettings:
+    """Low-rank adapters on linear maps of the target."""
+
+    rank: int = setting(32, help="Rank of an adapter.", ge=1)
+    alpha: float = setting(16.0, help="An adapter's output counts alpha / rank.", gt=0)
+    dropout: float = setting(0.05, help="Share of an adapter's inputs that is dropped in training.", ge=0, lt=1)
+    target_modules: list[str] = setting(
+        ["q_proj", "v_proj"], help="Linear maps of every block that get an adapter, by the last part of their name."
+    )
+
+    def check(self) -> list[str]:
+        """Return what is wrong across fields."""
+        return [] if self.target_modules else ["target_modules: at least one name is needed"]
+
+
+class LoraAdapter(nn.Module):
+    """Adapters W x + (alpha / rank) B A x with B zero at the start. The target's own modules and weights are not touched.
+
+    Source: Hu et al. 2021, LoRA, arXiv 2106.09685.
+    """
+
+    def __init__(self, settings: LoraSettings, model: Any) -> None:
+        super().__init__()
+        self.settings = settings
+        self.names = _linear_names(model, settings.target_modules)
+        self.down = nn.ParameterList()
+        self.up = nn.ParameterList()
+        for name in self.names:
+            weight_OI = model.get_submodule(name).weight
+            down_RI = torch.empty(settings.rank, weight_OI.shape[1])
+            nn.init.kaiming_uniform_(down_RI, a=math.sqrt(5))
+            self.down.append(down_RI)
+            self.up.append(torch.zeros(weight_OI.shape[0], settings.rank))
+        self.on = False
+        """The hooks are on the target now."""
+
+    @property
+    def changes_something(self) -> bool:
+        """Whether any adapter is not zero."""
+        return any(bool(up_OR.any()) for up_OR in self.up)
+
+    @contextlib.contextmanager
+    def applied(self, model: Any) -> Iterator[None]:
+        """Put the adapters on for the calls inside."""
+        handles = [
+            model.get_submodule(name).register_forward_hook(self._hook(index)) for index, name in enumerate(self.names)
+        ]
+        self.on = True
+        try:
+            yield
+        finally:
+            self.on = False
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, index: int) -> Any:
+        def add(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            inputs = nn.functional.dropout(args[0].to(self.down[index].dtype), self.settings.dropout, self.training)
+            return output + (self._scale * (inputs @ self.down[index].T @ self.up[index].T)).to(output.dtype)
+
+        return add
+
+    @property
+    def _scale(self) -> float:
+        return self.settings.alpha / self.settings.rank
+
+    def save(self, folder: Path, *, target: str) -> None:
+        """Write a folder that `PeftModel.from_pretrained` and serving engines read."""
+        folder.mkdir()
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": target,
+            "r": self.settings.rank,
+            "lora_alpha": self.settings.alpha,
+            "lora_dropout": self.settings.dropout,
+            "target_modules": list(self.settings.target_modules),
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+        }
+        write_json(folder / CONFIG, config)
+        tensors = {}
+        for name, down_RI, up_OR in zip(self.names, self.down, self.up, strict=True):
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = down_RI.detach().contiguous().cpu()
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = up_OR.detach().contiguous().cpu()
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def merged(target: Target, folder: Path) -> Target:
+    """Return a copy of a target with the adapters of a folder added to its weights.
+
+    Raises:
+        CheckpointError: The adapters do not fit the target.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(folder / WEIGHTS)
+        scale = config["lora_alpha"] / config["r"]
+    except (OSError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{folder}: no adapter could be read here: {error}") from error
+    model = copy.deepcopy(target.model)
+    names = {key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in tensors}
+    for name in sorted(names):
+        down_RI, up_OR = (tensors[f"{PREFIX}{name}.lora_{letter}.weight"] for letter in "AB")
+        try:
+            weight_OI = model.get_submodule(name).weight
+        except AttributeError as error:
+            raise CheckpointError(f"{folder}: {target.name} has no {name}: made for another target") from error
+        if weight_OI.shape != (up_OR.shape[0], down_RI.shape[1]):
+            raise CheckpointError(f"{folder}: {name} of {target.name} has another shape: made for another target")
+        with torch.no_grad():
+            wide = torch.promote_types(weight_OI.dtype, torch.float32)
+            added_OI = scale * (up_OR.to(weight_OI.device, wide) @ down_RI.to(weight_OI.device, wide))
+            weight_OI.copy_(weight_OI.to(wide) + added_OI)
+    return Target(model, target.tokenizer, name=f"{target.name} with adapter", fingerprint=target.fingerprint)
+
+
+def _linear_names(model: Any, wanted: list[str]) -> list[str]:
+    """Return the full names of the linear maps that end in one of the wanted names."""
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    chosen = [name for name in linear if name.rsplit(".", 1)[-1] in wanted]
+    missing = [one for one in wanted if all(name.rsplit(".", 1)[-1] != one for name in chosen)]
+    if missing:
+        known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+        raise CheckpointError(
+            f"drafter.joint.lora.target_modules: this target has no linear map called {', '.join(missing)}. "
+            f"It has {', '.join(known)}"
+        )
+    return chosen

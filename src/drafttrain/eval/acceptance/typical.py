@@ -1,0 +1,64 @@
+"""Typical acceptance: keep draft tokens that the target finds likely enough for how sure it is. LOSSY: the output's law changes.
+
+N = nodes, V = vocabulary, D = hidden
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.probability import draw
+from drafttrain.core.records import Exactness, Proposal, TargetNeeds
+from drafttrain.core.settings import setting
+from drafttrain.eval.acceptance import acceptance_rules
+
+
+@dataclass
+class TypicalSettings:
+    """Accept x iff p(x) > min(epsilon, delta exp(-H(p))). Lossy above temperature 0."""
+
+    epsilon: float = setting(0.09, help="A token at least this likely is always kept.", gt=0, lt=1)
+    delta: float = setting(
+        0.3, help="Share of exp(-entropy) that a token needs where the target is unsure; sqrt(epsilon) is usual.", gt=0
+    )
+
+
+@acceptance_rules.register("typical", TypicalSettings)
+class Typical:
+    """Keeps the longest path whose every token passes, of equally long ones the likeliest; then a token of the target's own law.
+
+    At temperature 0 the law has one token, which alone passes: greedy decoding.
+
+    Source: Cai et al. 2024, Medusa, arXiv 2401.10774, 2.3.1.
+    """
+
+    exactness: ClassVar[Exactness] = Exactness.LOSSY
+    needs = TargetNeeds()
+
+    def __init__(self, settings: TypicalSettings | None = None) -> None:
+        self.settings = settings or TypicalSettings()
+
+    def __call__(
+        self, proposal: Proposal, target_probs_NV: Tensor, node_hidden_ND: Tensor | None, generator: torch.Generator
+    ) -> tuple[list[int], int]:
+        threshold_N = self.thresholds(target_probs_NV).tolist()
+        tokens, parents = proposal.tokens_N.tolist(), proposal.parents_N.tolist()
+        # By kept node: its depth and the log-probability of its path.
+        kept = {0: (0, 0.0)}
+        for node in range(1, len(tokens)):
+            parent = parents[node]
+            if parent in kept and (chance := float(target_probs_NV[parent, tokens[node]])) > threshold_N[parent]:
+                depth, log_p = kept[parent]
+                kept[node] = (depth + 1, log_p + math.log(chance))
+        path = [max(kept, key=lambda node: kept[node])]
+        while path[0]:
+            path.insert(0, parents[path[0]])
+        return path, draw(target_probs_NV[path[-1]], generator)
+
+    def thresholds(self, target_probs_NV: Tensor) -> Tensor:
+        """Return, by row, what a token's probability has to exceed."""
+        entropy_N = torch.special.entr(target_probs_NV.double()).sum(dim=-1)
+        return (self.settings.delta * torch.exp(-entropy_N)).clamp_max(self.settings.epsilon)

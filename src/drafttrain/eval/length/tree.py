@@ -1,0 +1,39 @@
+"""The same size of tree in every round."""
+
+from dataclasses import dataclass
+
+from drafttrain.core.records import Budget, Context, DraftStep, Verdict
+from drafttrain.core.settings import setting
+from drafttrain.eval.length import length_policies
+
+
+@dataclass
+class TreeSettings:
+    """Draft a tree: several guesses for each place, verified in one target call."""
+
+    num_draft_tokens: int = setting(24, help="Nodes of the tree, the root not counted.", ge=1)
+    depth: int = setting(5, help="Levels of the tree; no drafter goes deeper than it has heads.", ge=1)
+    width: int = setting(4, help="Children of a node at most.", ge=2)
+
+    def check(self) -> list[str]:
+        """Return what is wrong across fields."""
+        if self.depth > self.num_draft_tokens:
+            return [f"depth: must be at most num_draft_tokens ({self.num_draft_tokens}), got {self.depth}"]
+        return []
+
+
+@length_policies.register("tree", TreeSettings)
+class TreeLength:
+    """A fixed budget of nodes; which nodes it is spent on is the proposer's choice."""
+
+    def __init__(self, settings: TreeSettings | None = None) -> None:
+        self.settings = settings or TreeSettings()
+
+    def budget(self, context: Context) -> Budget:
+        return Budget(self.settings.num_draft_tokens, self.settings.depth, self.settings.width)
+
+    def more(self, step: DraftStep) -> bool:
+        return True
+
+    def observe(self, verdict: Verdict) -> None:
+        pass

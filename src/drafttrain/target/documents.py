@@ -1,0 +1,79 @@
+"""States of packed rows, in which documents must not see each other.
+
+Most models tell documents apart by positions that restart, when there is neither a mask nor a cache. One that does not (it has
+no positions, or adds its own bias for distance) reads each document in a row of its own.
+
+B = sequences, T = positions, L = documents, S = tokens of the longest document, D = hidden
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from drafttrain.core.records import TargetNeeds
+from drafttrain.target.anatomy import taps, trunk
+
+_apart: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def document_states(
+    model: Any, tokens_BT: Tensor, positions_BT: Tensor, *, hidden: tuple[int, ...] = ()
+) -> tuple[Tensor, Mapping[int, Tensor]]:
+    """Return (final_BTD, the residual streams asked for by index) of packed rows.
+
+    Args:
+        positions_BT: Restart at 0 with each document, padding being one too.
+    """
+    if tells_documents_apart(model):
+        with taps(model, TargetNeeds(hidden=hidden)) as seen:
+            final_BTD = _final(model, tokens_BT, positions_BT)
+        return final_BTD, {int(index): state for index, state in seen.items()}
+    # Positions restart with each document, so its number and the position say where a token goes.
+    document_R, column_R = (positions_BT == 0).flatten().cumsum(0) - 1, positions_BT.flatten()
+    tokens_LS = tokens_BT.new_zeros(int(document_R.max()) + 1, int(column_R.max()) + 1)
+    tokens_LS[document_R, column_R] = tokens_BT.flatten()
+    with taps(model, TargetNeeds(hidden=hidden)) as seen:
+        final_LSD = _final(model, tokens_LS, None)
+    states = [final_LSD, *seen.values()]
+    final_BTD, *others = (state[document_R, column_R].unflatten(0, tokens_BT.shape) for state in states)
+    return final_BTD, dict(zip(map(int, seen), others, strict=True))
+
+
+def tells_documents_apart(model: Any) -> bool:
+    """Tell whether positions that restart keep this model's documents apart; tried once a model, on two short ones."""
+    if model not in _apart:
+        _apart[model] = _takes_positions(model) and _try(model)
+    return _apart[model]
+
+
+@torch.no_grad()
+def _try(model: Any) -> bool:
+    size = int(model.get_input_embeddings().weight.shape[0])
+    device = model.get_input_embeddings().weight.device
+    tokens_2T = torch.tensor([[*range(1, 5), *range(5, 9)], [*range(11, 15), *range(5, 9)]], device=device) % size
+    positions_1T = torch.tensor([[*range(4), *range(4)]], device=device)
+    was_training = model.training
+    model.eval()
+    # Only the first document differs, so the second's states are the same numbers unless it was seen.
+    one_SD, other_SD = _final(model, tokens_2T, positions_1T.expand(2, -1))[:, 4:].float()
+    model.train(was_training)
+    return float((one_SD - other_SD).norm()) <= 1e-4 * float(one_SD.norm())
+
+
+def _final(model: Any, tokens_BT: Tensor, positions_BT: Tensor | None) -> Tensor:
+    """Return the state after the final norm. No mask and no cache: with either, transformers attends across documents."""
+    positions = {} if positions_BT is None else {"position_ids": positions_BT}
+    states_BTD: Tensor = trunk(model)(
+        input_ids=tokens_BT, attention_mask=None, use_cache=False, **positions
+    ).last_hidden_state
+    return states_BTD
+
+
+def _takes_positions(model: Any) -> bool:
+    return "position_ids" in inspect.signature(model.forward).parameters

@@ -1,0 +1,195 @@
+"""The cache beside the shards: what the drafter reads of the target, nothing else, as it was written and as the target says it."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from drafttrain import pipeline
+from drafttrain.config.load import load_recipe
+from drafttrain.core.errors import DataError
+from drafttrain.core.records import TargetNeeds
+from drafttrain.data_gen.cache import _as_array, _as_tensor
+from drafttrain.data_gen.prepare import TrainingData, attach_cache, prepare
+from drafttrain.data_gen.settings import DataSettings
+from drafttrain.data_gen.sources.text import TextSettings
+from drafttrain.drafters.kangaroo import KangarooDrafter, KangarooSettings
+from drafttrain.losses import losses
+from drafttrain.losses.forward_kl import ForwardKLConfig
+from drafttrain.target import Target
+from drafttrain.target.anatomy import trunk
+
+NEEDS = TargetNeeds(hidden=(0, 1), final=True)
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog, and then it sleeps; " * 30)
+    return path
+
+
+def cached(
+    text: Path, target: Target, needs: TargetNeeds, *, law: bool = True, folder: str = "d", **settings: Any
+) -> TrainingData:
+    chosen = DataSettings(sources=[TextSettings(path=str(text))], max_length=32, **settings)
+    data = prepare(chosen, text.parent / folder, tokenizer=target.tokenizer, tokenizer_fingerprint="x", seed=0)
+    attach_cache(data, text.parent / folder, target, num_records=24, law=law, needs=needs)
+    return data
+
+
+def files(text: Path, folder: str = "d") -> dict[str, Any]:
+    """Return the stored arrays of the first shard by name."""
+    paths = sorted((text.parent / folder / "0-cache").glob("*-00000.npy"))
+    return {path.name.removesuffix("-00000.npy"): np.load(path) for path in paths}
+
+
+@pytest.mark.parametrize("kind", ["states", "full", "top_k"])
+def test_batches_bring_the_states_that_the_live_target_has(text, tiny_target, kind):
+    data = cached(text, tiny_target, NEEDS, cache=kind)
+    for step in range(3):
+        (batch,) = data.of_step(step, batch_size=8)
+        live = tiny_target.read(batch.tokens_BT, batch.positions_BT, NEEDS)
+        real_BT = batch.documents_BT >= 0
+        assert batch.target is not None
+        assert batch.target.has(NEEDS)
+        assert batch.target_rows is not None
+        for ours, theirs in [(batch.target.final_BTD, live.final_BTD)] + [
+            (batch.target.hidden_BTD[i], live.hidden_BTD[i]) for i in NEEDS.hidden
+        ]:
+            torch.testing.assert_close(ours[real_BT], theirs[real_BT], rtol=1e-5, atol=1e-5)
+            assert not ours[~real_BT].any()
+
+
+def test_what_is_read_is_what_was_written_bit_for_bit(text, tiny_target):
+    data = cached(text, tiny_target, NEEDS, cache="top_k")
+    written, cache = files(text), data.caches[0]
+    assert cache is not None
+    record = min(cache._starts, key=cache._starts.__getitem__)
+    length = len(data.stores[0][record].tokens)
+    stored = cache.stored(record, length)
+    assert set(stored) == set(written) == {"ids", "log_probs", "tail", "hidden_0", "hidden_1", "final"}
+    for name, tensor in stored.items():
+        assert tensor.numpy().tobytes() == written[name][:length].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "law", "needs", "names"),
+    [
+        ("states", True, TargetNeeds(), {"final"}),
+        ("states", True, TargetNeeds(final=True), {"final"}),  # once, though two ask for it
+        ("states", True, TargetNeeds(hidden=(1,)), {"final", "hidden_1"}),
+        ("states", False, TargetNeeds(hidden=(1,)), {"hidden_1"}),
+        ("full", True, TargetNeeds(final=True), {"logits", "final"}),
+        ("top_k", True, TargetNeeds(hidden=(2,)), {"ids", "log_probs", "tail", "hidden_2"}),
+        ("states", False, TargetNeeds(), set()),
+        ("none", True, NEEDS, set()),
+    ],
+)
+def test_nothing_is_stored_or_brought_that_nobody_asked_for(text, tiny_target, kind, law, needs, names):
+    data = cached(text, tiny_target, needs, law=law, cache=kind)
+    assert set(files(text)) == names
+    (batch,) = data.of_step(0, batch_size=4)
+    assert (batch.target_rows is not None) == (law and kind != "none")
+    if names:
+        assert batch.target is not None
+        assert set(batch.target.hidden_BTD) == set(needs.hidden)
+        assert (batch.target.final_BTD is not None) == needs.final
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_its_bytes_are_told_before_and_bounded(text, tiny_target, dtype, capfd):
+    data = cached(text, tiny_target, NEEDS, cache="states", cache_dtype=dtype)
+    cache = data.caches[0]
+    assert cache is not None
+    tokens = sum(len(data.stores[0][record].tokens) for record in cache._starts)
+    size = sum(array.nbytes for array in files(text).values())
+    assert size == tokens * cache.wanted.bytes_a_row(tiny_target) == tokens * 3 * 32 * (4 if dtype == "float32" else 2)
+    told = " ".join(capfd.readouterr().err.split())
+    assert "law (states), hidden state 0, hidden state 1, final state" in told
+    bound = (size - 1) / 1e9
+    with pytest.raises(DataError, match=r"data\.max_cache_gb allows"):
+        cached(text, tiny_target, NEEDS, folder="e", cache="states", cache_dtype=dtype, max_cache_gb=bound)
+    assert not list((text.parent / "e").glob("0-cache/*.npy"))
+    cached(text, tiny_target, NEEDS, folder="e", cache="states", cache_dtype=dtype, max_cache_gb=(size + 1) / 1e9)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_the_bytes_hold_the_rounded_state(text, tiny_target, dtype):
+    whole, half = (
+        cached(text, tiny_target, NEEDS, folder=name, cache="states", cache_dtype=name) for name in ("float32", dtype)
+    )
+    a, b = (data.of_step(0, batch_size=8)[0].target.hidden_BTD[1] for data in (whole, half))
+    assert torch.equal(a.to(getattr(torch, dtype)).float(), b)
+    assert not torch.equal(a, b)
+
+
+def test_a_state_that_does_not_fit_is_refused():
+    state_ND = torch.tensor([[1e6, 1.0]])
+    with pytest.raises(DataError, match="does not fit into float16"):
+        _as_array(state_ND, "float16")
+    assert torch.equal(_as_tensor(_as_array(state_ND, "bfloat16"), "bfloat16"), state_ND.bfloat16())
+
+
+def test_another_need_makes_the_cache_anew(text, tiny_target):
+    cached(text, tiny_target, TargetNeeds(hidden=(0,)), cache="states")
+    before = files(text)["hidden_0"]
+    cached(text, tiny_target, TargetNeeds(hidden=(1,)), cache="states")
+    assert set(files(text)) == {"hidden_1", "final"}
+    assert not np.array_equal(files(text)["hidden_1"], before)
+
+
+def curve(text: Path, target: Target, *, cache: str) -> tuple[list[float], int]:
+    """Train a Kangaroo adapter for some steps; return its losses and how often the target was run."""
+    from drafttrain.train.run import train
+    from drafttrain.train.settings import TrainSettings
+
+    torch.manual_seed(0)
+    drafter = KangarooDrafter.create(KangarooSettings(exit_layer=1), target=target, tokenizer=None)
+    data = cached(text, target, drafter.needs(), folder=cache, cache=cache)
+    runs = 0
+
+    def count(*_: Any) -> None:
+        nonlocal runs
+        runs += 1
+
+    handle = trunk(target.model).register_forward_pre_hook(count)
+    settings = TrainSettings(max_steps=6, batch_size=4, warmup_steps=1, log_every_steps=1, eval_every_steps=0, lr=1e-2)
+    settings.loggers = ["csv"]
+    train(
+        drafter,
+        losses.build(ForwardKLConfig()),
+        target=target,
+        of_step=lambda step: data.of_step(step, batch_size=4),
+        estimate=None,
+        settings=settings,
+        vocab_size=target.num_tokens,
+        folder=text.parent / f"run-{cache}",
+    )
+    handle.remove()
+    with (text.parent / f"run-{cache}" / "metrics.csv").open(newline="") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)], runs
+
+
+def test_training_from_the_cache_is_training_on_the_live_target_without_running_it(text, tiny_target):
+    live, runs = curve(text, tiny_target, cache="none")
+    stored, stored_runs = curve(text, tiny_target, cache="states")
+    assert (runs, stored_runs) == (6, 0)
+    assert stored == pytest.approx(live, abs=1e-5)
+    assert len({round(loss, 4) for loss in live}) == 6
+
+
+def test_a_drafter_whose_needs_cannot_be_stored_says_so(text, tiny_folder, tiny_target, tmp_path, monkeypatch):
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(
+        f"name: tiny\ntarget: {{model: {tiny_folder}}}\ndrafter: {{kind: kangaroo, exit_layer: 1}}\nloss: {{kind: forward_kl}}\n"
+        f"data: {{max_length: 32, cache: states, sources: [{{kind: text, path: {text}}}]}}\n"
+    )
+    monkeypatch.setattr(KangarooDrafter, "needs", lambda self: TargetNeeds(logits=True))
+    with pytest.raises(DataError, match=r"data\.cache: kangaroo: .*logits of every token; set data\.cache: none"):
+        pipeline.gen(load_recipe(recipe), tmp_path / "run")

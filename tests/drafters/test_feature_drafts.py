@@ -1,0 +1,97 @@
+"""The dynamic tree against brute force: the likeliest nodes of all, and of those that a beam has scored."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from drafttrain.core.records import Budget, DraftStep
+from drafttrain.drafters.feature_drafts import DraftTree
+
+R = 5
+
+
+def law(path: tuple[int, ...]) -> torch.Tensor:
+    """Return logits after a path of draft tokens: any function of it."""
+    generator = torch.Generator().manual_seed(sum((token + 1) * 7**i for i, token in enumerate(path)))
+    return 2 * torch.randn(R, generator=generator, dtype=torch.float64)
+
+
+def grown(budget: Budget, *, more: Any = lambda step: True) -> Any:
+    """Return the tree that the laws above give; the states carry the paths, so a wrong parent would be noticed."""
+    tree = DraftTree(99, budget, sequence=0, vocabulary_R=torch.arange(10, 10 + R), more=more)
+    read: list[tuple[int, ...]] = []
+    tree.grow(law(())[None], torch.zeros(1, 1))
+    while tree.frontier:
+        paths = []
+        for node in tree.frontier:
+            before = read[node.parent] if node.parent >= 0 else ()
+            paths.append((*before, node.token - 10))
+            assert len(paths[-1]) == node.depth
+        read += paths
+        tree.grow(torch.stack([law(path) for path in paths]), torch.zeros(len(paths), 1))
+    return tree.proposal()
+
+
+def paths_of(proposal: Any) -> set[tuple[int, ...]]:
+    found: list[tuple[int, ...]] = [()]
+    for token, parent in zip(proposal.tokens_N.tolist()[1:], proposal.parents_N.tolist()[1:], strict=True):
+        found.append((*found[parent], token - 10))
+    assert [len(path) for path in found] == proposal.depths_N.tolist()
+    return set(found[1:])
+
+
+def score(path: tuple[int, ...]) -> float:
+    return sum(float(law(path[:i]).log_softmax(0)[path[i]]) for i in range(len(path)))
+
+
+@pytest.mark.parametrize(("nodes", "depth"), [(1, 3), (3, 3), (4, 4), (4, 1)])
+def test_up_to_its_width_the_tree_is_the_likeliest_nodes_of_all(nodes, depth):
+    every = [path for d in range(1, depth + 1) for path in itertools.product(range(R), repeat=d)]
+    wanted = sorted(every, key=score, reverse=True)[:nodes]
+    assert paths_of(grown(Budget(nodes, depth, width=4))) == set(wanted)
+
+
+@pytest.mark.parametrize(("nodes", "depth", "width"), [(7, 3, 2), (20, 4, 3), (60, 3, 2)])
+def test_a_larger_tree_is_the_likeliest_of_the_nodes_that_the_beam_scored(nodes, depth, width):
+    beam: list[tuple[int, ...]] = [()]
+    scored: list[tuple[int, ...]] = []
+    for _ in range(depth):
+        children = [(*path, int(token)) for path in beam for token in law(path).argsort(descending=True)[:width]]
+        scored += children
+        beam = sorted(children, key=score, reverse=True)[:width]
+    wanted = sorted(scored, key=score, reverse=True)[:nodes]
+    proposal = grown(Budget(nodes, depth, width=width))
+    assert paths_of(proposal) == set(wanted)
+    assert proposal.num_draft_tokens == min(nodes, len(scored))
+
+
+def test_every_node_stands_after_its_parent_and_equal_scores_lose_no_parent():
+    proposal = grown(Budget(12, 4, width=3))
+    assert all(parent < node for node, parent in enumerate(proposal.parents_N.tolist()))
+    # A child that is certain is as likely as its parent: the parent is kept first.
+    tree = DraftTree(99, Budget(2, 3, 2), sequence=0, vocabulary_R=torch.arange(R), more=lambda step: True)
+    tree.grow(torch.tensor([[0.0, 0.0, -9.0, -9.0, -9.0]]), torch.zeros(1, 1))
+    while tree.frontier:
+        certain = torch.tensor([[200.0, 0.0, 0.0, 0.0, 0.0]]).expand(len(tree.frontier), -1)
+        tree.grow(certain, torch.zeros(len(tree.frontier), 1))
+    assert tree.proposal().parents_N.tolist() == [-1, 0, 0]
+
+
+def test_the_length_policy_is_asked_of_every_node_of_the_frontier():
+    asked: list[DraftStep] = []
+
+    def more(step: DraftStep) -> bool:
+        asked.append(step)
+        return step.depth < 3
+
+    proposal = grown(Budget(20, 5, width=2), more=more)
+    assert [step.depth for step in asked] == [1, 2, 2, 3, 3]
+    assert int(proposal.depths_N.max()) == 2
+    assert asked[0].token == 99
+    for step in asked[1:3]:
+        assert step.token is not None
+        assert torch.equal(step.logits_V, law((step.token - 10,)))

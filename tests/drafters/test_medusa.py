@@ -1,0 +1,358 @@
+"""Medusa: equal to the head at its start, head k speaks of t + k + 1, blocks of its own, files that engines load, lossless."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.records import DraftBatch, Prompt, Record, Sampling, TargetNeeds, TargetOutput
+from drafttrain.data_gen.packing import pack
+from drafttrain.drafters.medusa import TREE, Medusa, MedusaSettings
+from drafttrain.drafters.static_tree import best_paths
+from drafttrain.eval.ledger import Ledger
+from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
+from drafttrain.eval.length.tree import TreeLength, TreeSettings
+from drafttrain.eval.replay import Text, expected_rounds, replay_rows
+from drafttrain.losses.align import align
+from drafttrain.losses.ce import CrossEntropy, CrossEntropyConfig
+from drafttrain.losses.chunked import row_losses
+from drafttrain.target import Target
+from tests.conftest import byte_tokenizer, random_llama
+from tests.eval.test_engine import PROMPTS, V, chi_square, decode, greedy, small_target
+from tests.target.test_tree_calls import architectures, build
+
+D = 32
+CHAIN = FixedLength(FixedLengthSettings(3))
+TREE_POLICY = TreeLength(TreeSettings(num_draft_tokens=12, depth=3, width=3))
+
+
+def create(target: Target, **settings: Any) -> Medusa:
+    return Medusa.create(MedusaSettings(**settings), target=target, tokenizer=target.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return Target(random_llama().double(), byte_tokenizer(), name="tiny", fingerprint="")
+
+
+def texts_of(target: Target, count: int, *, seed: int, new: int = 40) -> list[Text]:
+    random = torch.Generator().manual_seed(seed)
+    prompts = torch.randint(1, V, (count, 4), generator=random)
+    out = target.model.generate(prompts, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+    return [Text(str(i), row[:4].tolist(), row[4:].tolist()) for i, row in enumerate(out)]
+
+
+def batch_of(texts: list[Text]) -> DraftBatch:
+    records = [
+        Record(text.id, [*text.prompt, *text.new], [False] * len(text.prompt) + [True] * len(text.new))
+        for text in texts
+    ]
+    count = sum(len(text.new) for text in texts)
+    batch, _ = pack(records, width=len(records[0].tokens), weight_of_step=float(count))
+    return batch
+
+
+def train(medusa: Medusa, batch: DraftBatch, *, steps: int, lr: float = 1e-2) -> None:
+    optimizer = torch.optim.Adam(medusa.parameters(), lr=lr)
+    for _ in range(steps):
+        drafted = medusa(batch)
+        loss_N, _ = row_losses(CrossEntropy(CrossEntropyConfig()), drafted, align(drafted, batch), batch, vocab_size=V)
+        optimizer.zero_grad()
+        (loss_N.sum() / batch.weight_of_step).backward()
+        optimizer.step()
+
+
+@pytest.fixture(scope="module")
+def trained(target: Target) -> Medusa:
+    """Heads trained on what the target writes, with the tree of their accuracies on other texts of it."""
+    medusa = create(target, num_heads=3).double()
+    batch = batch_of(texts_of(target, 48, seed=1))
+    seen = target.read(batch.tokens_BT, batch.positions_BT, medusa.needs())
+    train(medusa, replace(batch, target=seen), steps=40)
+    medusa.eval()
+    tree = medusa.calibrate(target, [batch_of(texts_of(target, 16, seed=2))])[TREE]
+    medusa.paths = [tuple(path) for path in tree["paths"]]
+    return medusa
+
+
+# ---------------------------------------------------------------- the module
+
+
+def test_every_head_starts_equal_to_the_targets_head_bit_for_bit(tiny_target: Target):
+    medusa = create(tiny_target, num_heads=3, num_layers=2)
+    tokens_BT = torch.randint(1, V, (2, 12), generator=torch.Generator().manual_seed(0))
+    positions_BT = torch.arange(12).expand(2, 12)
+    seen = tiny_target.read(tokens_BT, positions_BT, TargetNeeds(logits=True, final=True))
+    batch = DraftBatch(tokens_BT, tokens_BT > 0, positions_BT, torch.zeros(2, 12).long(), 1.0, target=seen)
+    drafted = medusa(batch)
+    assert sorted(drafted.states_BTD) == [1, 2, 3]
+    for depth in (1, 2, 3):
+        assert torch.equal(drafted.logits_BTV(depth), seen.logits_BTV)
+    with torch.no_grad():  # the control: a bias that is not zero
+        medusa.blocks[0].layers[0].bias.fill_(1e-2)  # type: ignore[index,union-attr]
+    assert not torch.equal(medusa(batch).logits_BTV(1), seen.logits_BTV)
+
+
+@pytest.mark.parametrize(("heads", "layers"), [(1, 1), (3, 1), (2, 3)])
+def test_parameters_are_as_many_as_the_formula_says_so_no_block_is_shared(target: Target, heads: int, layers: int):
+    medusa = create(target, num_heads=heads, num_layers=layers)
+    assert sum(p.numel() for p in medusa.parameters()) == heads * (layers * (D * D + D) + V * D)
+    # The control: the slip that the field knows, one block standing in for all.
+    block = torch.nn.Linear(D, D)
+    shared = torch.nn.ModuleList([torch.nn.Sequential(*[block] * layers) for _ in range(heads)])
+    formula = heads * layers * (D * D + D)
+    assert (sum(p.numel() for p in shared.parameters()) == formula) == (heads * layers == 1)
+
+
+def periodic(period: int, length: int = 40) -> tuple[DraftBatch, torch.Tensor]:
+    """Return a copy task: a permutation of `period` tokens over and over; the target's state is the token, one-hot."""
+    order = torch.randperm(period, generator=torch.Generator().manual_seed(3)) + 1
+    tokens_BT = order.repeat(length // period + 1)[None, :length]
+    states_BTD = torch.nn.functional.one_hot(tokens_BT, D).double()
+    batch = DraftBatch(
+        tokens_BT,
+        torch.ones_like(tokens_BT, dtype=torch.bool),
+        torch.arange(length)[None],
+        torch.zeros_like(tokens_BT),
+        weight_of_step=float(length),
+        target=TargetOutput(final_BTD=states_BTD),
+    )
+    return batch, tokens_BT[0]
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+def test_head_k_learns_the_token_k_plus_one_places_on_and_no_other(target: Target, permuted: bool):
+    batch, tokens_T = periodic(7)
+    medusa = create(target, num_heads=3).double()
+    train(medusa, replace(batch, tokens_BT=tokens_T.roll(1)[None]) if permuted else batch, steps=60)
+    for depth in (1, 2, 3):
+        guesses_T = medusa(batch).logits_BTV(depth)[0].argmax(-1)
+        right = (guesses_T[: -depth - 1] == tokens_T[depth + 1 :]).double().mean()
+        assert right == (0 if permuted else 1)
+
+
+def test_the_loss_of_a_head_counts_decay_to_its_number(target: Target):
+    batch, _ = periodic(7)
+    loss = {}
+    for decay in (1.0, 0.5):
+        drafted = create(target, num_heads=3, decay=decay).double()(batch)
+        rows = align(drafted, batch)
+        loss_N, _ = row_losses(CrossEntropy(CrossEntropyConfig()), drafted, rows, batch, vocab_size=V)
+        loss[decay] = [part.sum().item() for part in loss_N.split(list(rows.counts.values()))]
+    assert loss[0.5] == pytest.approx([0.5**k * whole for k, whole in enumerate(loss[1.0], start=1)])
+
+
+# ---------------------------------------------------------------- training rows, proposals and the loop agree
+
+
+def test_a_proposal_is_what_the_training_row_before_its_root_says(target: Target, trained: Medusa):
+    (text,) = texts_of(target, 1, seed=5)
+    batch = batch_of([text])
+    seen = target.read(batch.tokens_BT, batch.positions_BT, trained.needs())
+    drafted = trained(replace(batch, target=seen))
+    whole = [*text.prompt, *text.new]
+    first, second = (
+        decode(target, trained.proposer(target), prompts=[Prompt("", whole[:length])], policy=CHAIN, new=4)[0].rounds[0]
+        for length in (8, 9)
+    )
+    for length, found in ((8, first), (9, second)):
+        guesses = [int(drafted.logits_BTV(depth)[0, length - 2].argmax()) for depth in (1, 2, 3)]
+        right = next((i for i in range(3) if guesses[i] != whole[length + i]), 3)
+        assert (found.num_accepted, found.num_draft_tokens) == (right, 3)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_replay_agrees_with_the_loop(target: Target, trained: Medusa, temperature: float):
+    prompts = [Prompt(str(i), [1 + i, 2, 3 + i % 7, 5][: 1 + i % 4]) for i in range(24)]  # some of one token only
+    for length in (1, 2, 3, 5):
+        policy = FixedLength(FixedLengthSettings(length))
+        found = decode(
+            target,
+            trained.proposer(target),
+            prompts=prompts,
+            temperature=temperature,
+            policy=policy,
+            new=32,
+            stop_tokens=(),
+        )
+        texts = [Text(g.id, list(g.prompt_tokens), list(g.tokens)) for g in found]
+        rows = replay_rows(target, trained, texts, Sampling(temperature))
+        differences = torch.tensor(
+            [len(g.rounds) - expected_rounds(r, length) for g, r in zip(found, rows, strict=True)]
+        )
+        if temperature == 0:
+            assert differences.abs().max() < 1e-9
+            assert any(len(g.rounds) < len(g.tokens) for g in found)
+        else:
+            assert differences.mean().abs() < 4 * differences.std() / len(differences) ** 0.5
+
+
+@pytest.mark.parametrize("policy", [CHAIN, TREE_POLICY])
+@pytest.mark.parametrize("together", [True, False])
+def test_greedy_output_is_the_targets_own(target: Target, trained: Medusa, policy: Any, together: bool):
+    prompts = [*PROMPTS, Prompt("one token", [7])]
+    groups = [prompts] if together else [[prompt] for prompt in prompts]
+    found = [
+        g for group in groups for g in decode(target, trained.proposer(target), prompts=group, policy=policy, new=24)
+    ]
+    assert [g.tokens for g in found] == [greedy(target, prompt, 24) for prompt in prompts]
+    assert all(one.start + one.max_depth + 1 <= 24 for g in found for one in g.rounds)
+
+
+@pytest.mark.parametrize("name", list(architectures()))
+def test_greedy_output_is_the_targets_own_on_every_architecture(name: str):
+    model = build(name)
+    target = Target(model, byte_tokenizer(), name=name, fingerprint="")
+    medusa = create(target, num_heads=3).double()
+    medusa.paths = best_paths([[0.5, 0.3, 0.1]] * 3, 12)
+    for policy in (CHAIN, TREE_POLICY):
+        found = decode(target, medusa.proposer(target), policy=policy, new=12, stop_tokens=())
+        assert [g.tokens for g in found] == [greedy(target, prompt, 12) for prompt in PROMPTS]
+
+
+def test_the_tree_keeps_more_than_the_chain(target: Target, trained: Medusa):
+    prompts = [Prompt(text.id, text.prompt) for text in texts_of(target, 12, seed=7)]
+    rounds = [
+        sum(
+            len(g.rounds)
+            for g in decode(target, trained.proposer(target), prompts=prompts, policy=policy, stop_tokens=())
+        )
+        for policy in (CHAIN, TREE_POLICY)
+    ]
+    assert rounds[1] < rounds[0] < 12 * 40
+
+
+def small_medusa(**settings: Any) -> tuple[Any, Medusa]:
+    target = small_target()
+    torch.manual_seed(1)
+    medusa = create(target, num_heads=2, **settings).double()
+    with torch.no_grad():
+        for parameter in medusa.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    medusa.paths = best_paths([[0.5, 0.4], [0.5, 0.4]], 5)
+    return target, medusa
+
+
+@pytest.mark.parametrize("draft", ["sampled", "greedy", "tree"])
+def test_the_output_has_the_targets_law(draft: str):
+    target, medusa = small_medusa(draft="greedy" if draft == "greedy" else "sampled")
+    policy = TreeLength(TreeSettings(num_draft_tokens=5, depth=2, width=2)) if draft == "tree" else None
+    assert chi_square(target.model, medusa.proposer(target), 1.0, samples=1500, policy=policy) > 1e-3
+
+
+def test_control_the_law_of_another_head_changes_the_output(monkeypatch):
+    from drafttrain.drafters import medusa_proposer
+
+    honest = medusa_proposer.chain
+    monkeypatch.setattr(
+        medusa_proposer,
+        "chain",
+        lambda tokens, *, kind, q_rows_RV: honest(tokens, kind=kind, q_rows_RV=q_rows_RV.flip(0)),
+    )
+    target, medusa = small_medusa()
+    assert chi_square(target.model, medusa.proposer(target), 1.0, samples=1500) < 1e-3
+
+
+def test_one_call_a_round_reads_the_heads_that_it_uses(target: Target, trained: Medusa):
+    ledger = Ledger()
+    policy = FixedLength(FixedLengthSettings(2))
+    (found,) = decode(target, trained.proposer(target, ledger.append), prompts=PROMPTS[1:2], policy=policy, new=20)
+    drafting = sum(one.num_draft_tokens > 0 for one in found.rounds)
+    assert ledger.calls("drafter") == drafting
+    full = [event for event in ledger.rounds("drafter") if event.num_layers == 2]
+    assert {event.bytes_read for event in full} == {2 * 8 * (D * D + D + V * D)}
+
+
+# ---------------------------------------------------------------- calibration and files
+
+
+def test_calibration_counts_what_a_plain_loop_counts(target: Target, trained: Medusa):
+    texts = texts_of(target, 3, seed=9, new=12)
+    found = trained.calibrate(target, [batch_of(texts[:2]), batch_of(texts[2:])])[TREE]
+    hits, counts = torch.zeros(3, 10), torch.zeros(3)
+    for text in texts:
+        whole = [*text.prompt, *text.new]
+        final_TD = target.read(torch.tensor([whole]), torch.arange(len(whole))[None], trained.needs()).final_BTD[0]  # type: ignore[index]
+        for depth in (1, 2, 3):
+            for label in range(max(len(text.prompt), depth + 1), len(whole)):
+                logits_V = trained.head(trained.states(final_TD[label - depth - 1], depth), depth)
+                hits[depth - 1] += logits_V.topk(10).indices == whole[label]
+                counts[depth - 1] += 1
+    assert found["num_positions"] == counts.tolist()
+    torch.testing.assert_close(torch.tensor(found["accuracy"]), hits / counts[:, None])
+
+
+def test_the_folder_has_the_official_names_and_reads_back(target: Target, trained: Medusa, tmp_path: Path):
+    trained.save(tmp_path)
+    (tmp_path / TREE).write_text(json.dumps({"paths": trained.paths}))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config == {
+        "architectures": ["MedusaModel"],
+        "model_type": "medusa",
+        "hidden_size": D,
+        "vocab_size": V,
+        "num_heads": 3,
+        "num_hidden_layers": 1,
+        "medusa_fc_bias": True,
+        "drafttrain_draft": "sampled",
+    }
+    # An engine takes any key with both words for the number of heads.
+    assert [key for key in config if "num" in key and "heads" in key] == ["num_heads"]
+    shapes = {
+        **{f"blocks.{i}.layers.0.weight": [D, D] for i in range(3)},
+        **{f"blocks.{i}.layers.0.bias": [D] for i in range(3)},
+        **{f"lm_heads.{i}.weight": [V, D] for i in range(3)},
+    }
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert {name: file.get_slice(name).get_shape() for name in file.keys()} == shapes  # noqa: SIM118
+    read = Medusa.load(tmp_path, target)
+    assert read.paths == trained.paths
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(read.state_dict()[name], tensor)
+
+
+@pytest.fixture
+def folder(trained: Medusa, tmp_path: Path) -> Path:
+    trained.save(tmp_path)
+    return tmp_path
+
+
+def test_a_folder_without_a_tree_drafts_chains_and_says_why_not_trees(target: Target, folder: Path):
+    read = Medusa.load(folder, target)
+    assert read.paths is None
+    decode(target, read.proposer(target), policy=CHAIN, new=8)
+    with pytest.raises(CheckpointError, match=TREE):
+        decode(target, read.proposer(target), policy=TREE_POLICY, new=8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 300}, "this target, tiny, has"),
+        ({"medusa_fc_bias": False}, "medusa_fc_bias"),
+        ({"num_heads": 2}, "not the weights"),
+        ({"num_hidden_layers": None}, "no num_hidden_layers"),
+    ],
+)
+def test_a_folder_that_does_not_fit_is_refused(target: Target, folder: Path, change: dict[str, Any], message: str):
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    with pytest.raises(CheckpointError, match=message):
+        Medusa.load(folder, target)
+
+
+def test_what_heads_can_not_stand_on_is_refused(target: Target):
+    with pytest.raises(CheckpointError, match=r"target\.model is null"):
+        Medusa.create(MedusaSettings(), target=None, tokenizer=target.tokenizer)
+    model = random_llama()
+    model.lm_head = torch.nn.Linear(D, V)
+    with pytest.raises(CheckpointError, match="has a bias"):
+        create(Target(model, byte_tokenizer(), name="biased", fingerprint=""))

@@ -1,0 +1,161 @@
+"""Trees in the loop: budgets near the end, greedy identity, the output law, what an arm is called."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from drafttrain.core.records import Budget, DraftStep, Sampling, fixed_tree
+from drafttrain.drafters.chain_proposer import ChainProposer
+from drafttrain.drafters.dynamic_tree import DynamicTree
+from drafttrain.eval.length.fixed import FixedLengthSettings
+from drafttrain.eval.length.tree import TreeLength, TreeSettings
+from drafttrain.eval.proposers.ngram import Ngram
+from drafttrain.eval.settings import EvalSettings, length_label
+from drafttrain.target import Target
+from tests.conftest import byte_tokenizer, random_llama
+from tests.eval.test_engine import PROMPTS, V, chi_square, decode, greedy, noisy, small_target
+
+TREE = TreeLength(TreeSettings(num_draft_tokens=9, depth=3, width=3))
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return Target(random_llama().double(), byte_tokenizer(), name="tiny", fingerprint="")
+
+
+def test_a_budget_near_the_end_loses_depth_and_only_the_nodes_that_no_longer_fit():
+    budget = Budget(nodes=24, depth=5, width=4)
+    assert [budget.within(left) for left in (9, 5, 3, 2, 1, 0)] == [
+        budget,
+        budget,
+        Budget(24, 3, 4),
+        Budget(20, 2, 4),
+        Budget(4, 1, 4),
+        Budget(0, 0, 4),
+    ]
+    assert Budget(5, 5).within(3) == Budget(3, 3)
+
+
+def test_a_fixed_tree_knows_its_depths():
+    tree = fixed_tree(7, [(1, 0), (2, 0), (3, 1), (4, 3)])
+    assert tree.tokens_N.tolist() == [7, 1, 2, 3, 4]
+    assert tree.parents_N.tolist() == [-1, 0, 0, 1, 3]
+    assert tree.depths_N.tolist() == [0, 1, 1, 2, 3]
+    assert tree.num_draft_tokens == 4
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.02, 5.0])
+@pytest.mark.parametrize("together", [True, False])
+def test_greedy_output_of_trees_is_the_targets_own(target, scale, together):
+    proposer = ChainProposer(noisy(target.model, scale), target_vocab_size=V)
+    groups = [PROMPTS] if together else [[prompt] for prompt in PROMPTS]
+    found = [g for group in groups for g in decode(target, proposer, prompts=group, policy=TREE, new=24)]
+    assert [g.tokens for g in found] == [greedy(target, prompt, 24) for prompt in PROMPTS]
+    for generation in found:
+        assert max(one.num_draft_tokens for one in generation.rounds) == 9
+        assert all(one.start + one.max_depth + 1 <= 24 for one in generation.rounds)
+    if scale == 0.0:
+        assert all(one.num_accepted == one.max_depth for g in found for one in g.rounds)
+
+
+def test_a_tree_keeps_more_than_the_chain_of_its_depth(target):
+    drafter = noisy(target.model, 0.05)
+    chain = TreeSettings(num_draft_tokens=3, depth=3, width=3)
+    tree = TreeSettings(num_draft_tokens=30, depth=3, width=3)
+    rounds = [
+        sum(
+            len(g.rounds)
+            for g in decode(target, ChainProposer(drafter, target_vocab_size=V), policy=TreeLength(one), stop_tokens=())
+        )
+        for one in (chain, tree)
+    ]
+    assert rounds[1] < rounds[0]
+
+
+def test_a_length_policy_written_for_chains_gets_chains_of_ngrams_under_a_tree(target):
+    found = decode(target, Ngram(), policy=TREE, new=24)
+    assert [g.tokens for g in found] == [greedy(target, prompt, 24) for prompt in PROMPTS]
+    assert all(one.num_draft_tokens <= 3 for g in found for one in g.rounds)
+
+
+def test_a_dynamic_tree_with_room_for_all_is_the_best_by_brute_force():
+    """Budget wide enough that nothing is pruned on the way: the kept nodes are the likeliest paths of all."""
+    generator = torch.Generator().manual_seed(0)
+    laws = {(): torch.rand(3, generator=generator).softmax(-1).log()}
+    for path in [(a,) for a in range(3)]:
+        laws[path] = torch.randn(3, generator=generator).softmax(-1).log()
+    tree = DynamicTree(9, Budget(nodes=7, depth=2, width=3))
+    tree.grow(laws[()][None])
+    tree.grow(torch.stack([laws[(tree.tokens[node],)] for node in tree.frontier]))
+    proposal = tree.proposal()
+    paths = [()]
+    for token, parent in zip(proposal.tokens_N.tolist()[1:], proposal.parents_N.tolist()[1:], strict=True):
+        paths.append((*paths[parent], token))
+
+    def score(path: tuple[int, ...]) -> float:
+        return sum(float(laws[path[:i]][path[i]]) for i in range(len(path)))
+
+    every = [*((a,) for a in range(3)), *itertools.product(range(3), repeat=2)]
+    assert set(paths[1:]) == set(sorted(every, key=score, reverse=True)[:7])
+
+
+def test_a_policy_can_stop_a_tree_before_it_grows(target):
+    class Stops(TreeLength):
+        def more(self, step: DraftStep) -> bool:
+            return step.depth < 3
+
+    found = decode(target, ChainProposer(target.model, target_vocab_size=V), policy=Stops(TREE.settings), new=24)
+    assert max(one.max_depth for g in found for one in g.rounds) == 2
+
+
+SMALL_TREE = TreeLength(TreeSettings(num_draft_tokens=5, depth=2, width=2))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_the_output_of_trees_has_the_targets_law(temperature):
+    model = small_target().model
+    proposer = ChainProposer(noisy(model, 0.15), target_vocab_size=8)
+    assert chi_square(model, proposer, temperature, policy=SMALL_TREE) > 1e-3
+
+
+def test_control_a_child_that_is_dropped_for_its_token_changes_the_law():
+    """Children drawn from q, of which one is then dropped because of which token it is, verified as if it had never been."""
+    from drafttrain.core.probability import draw, sampling_probs
+    from drafttrain.core.records import NodeKind, chain
+
+    class Drops(ChainProposer):
+        def propose(self, budgets: Any, sampling: Sampling, generators: Any, more: Any) -> Any:
+            made = []
+            seen = self._lm.forward(
+                [context.tokens[length:] for context, length in zip(self._contexts, self._lm.lengths, strict=True)]
+            )
+            self._lm.keep([range(o.logits_BTV.shape[1]) for o in seen])  # type: ignore[union-attr]
+            for context, budget, output, generator in zip(self._contexts, budgets, seen, generators, strict=True):
+                assert output.logits_BTV is not None
+                law_V = sampling_probs(output.logits_BTV[0, -1], sampling)
+                token = draw(law_V, generator)
+                kept = budget.nodes > 0 and (self.honest or float(law_V[token]) > 0.2)
+                tokens = [context.tokens[-1], token] if kept else [context.tokens[-1]]
+                kind = NodeKind.SAMPLED if kept else NodeKind.FIXED
+                made.append(chain(tokens, kind=kind, q_rows_RV=law_V[None] if kept else None))
+            return made
+
+    model = small_target().model
+    proposer = Drops(noisy(model, 0.15), target_vocab_size=8)
+    proposer.honest = True  # type: ignore[attr-defined]
+    assert chi_square(model, proposer, 1.0) > 1e-3
+    proposer.honest = False  # type: ignore[attr-defined]
+    assert chi_square(model, proposer, 1.0) < 1e-3
+
+
+def test_arms_are_called_by_what_tells_them_apart():
+    assert length_label(TreeSettings()) == "tree 24"
+    assert length_label(TreeSettings(num_draft_tokens=63, depth=4)) == "tree 63, depth 4"
+    assert length_label(FixedLengthSettings(3)) == "fixed 3"
+    assert EvalSettings(also=[TreeSettings(), TreeSettings(depth=4)]).check() == []
+    problems = EvalSettings(also=[TreeSettings(), TreeSettings(), FixedLengthSettings()]).check()
+    assert [problem.split(" is")[0] for problem in problems] == ["also: fixed 5", "also: tree 24"]
