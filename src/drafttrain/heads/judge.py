@@ -33,7 +33,7 @@ class JudgeSettings:
     )
     recall: float = setting(
         0.95,
-        help="Share of the held-out tokens that matter which the threshold must refuse; the threshold is the lowest such.",
+        help="Share of the held-out tokens that matter which the threshold must refuse.",
         gt=0,
         le=1,
     )
@@ -85,8 +85,13 @@ class JudgeHead(TokenHead):
 
 
 def threshold_of_recall(predicted_N: Tensor, labels_N: Tensor, *, recall: float) -> float:
-    """Return the lowest threshold at or below which this share of the tokens that matter lies: those are refused."""
+    """Return a threshold that refuses this share of the tokens that matter, and as few others as that allows.
+
+    It lies halfway between the last token that must be refused and the next one above it.
+    """
     matter_N = predicted_N[labels_N < 0.5].sort().values
     if not len(matter_N):
         return 0.5
-    return float(matter_N[math.ceil(recall * len(matter_N)) - 1])
+    last = float(matter_N[math.ceil(recall * len(matter_N)) - 1])
+    above_N = predicted_N[predicted_N > last]
+    return (last + (float(above_N.min()) if len(above_N) else 1.0)) / 2
