@@ -85,7 +85,3 @@ class DataSettings:
         if self.sources and sum(getattr(source, "weight", 1.0) for source in self.sources) <= 0:
             problems.append("sources: the weights must not all be 0")
         return problems
-
-    def smoke(self) -> "DataSettings":
-        """Return a copy with short records."""
-        return replace(self, max_length=min(self.max_length, 96))

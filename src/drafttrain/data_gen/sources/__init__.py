@@ -1,13 +1,15 @@
 """Sources of text, one file a kind. A source yields items; what an item holds is in `data_gen.formats`."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
 
-from drafttrain.core.registry import Registry
+from drafttrain.core.registry import Registry, component_mapping
 from drafttrain.core.settings import setting
 
 sources = Registry("source", "drafttrain.data_gen.sources")
+
+SMOKE_ITEMS = 64
 
 
 @dataclass
@@ -15,6 +17,11 @@ class WeightedSettings:
     """What all sources share."""
 
     weight: float = setting(1.0, help="Share of the trained records, relative to the other sources.", ge=0)
+    max_items: int | None = setting(None, help="The first so many items are read; null: all.", ge=1)
+
+    def smoke(self) -> Self:
+        """Return a copy that reads a few items; whole ones: an item that the run takes is never too long for it."""
+        return replace(self, max_items=min(self.max_items or SMOKE_ITEMS, SMOKE_ITEMS))
 
 
 @dataclass(frozen=True)
@@ -35,3 +42,12 @@ class Source(Protocol):
     def items(self) -> Iterator[Item]:
         """Yield all items."""
         ...
+
+
+def content_of(settings: Any) -> dict[str, Any]:
+    """Return the settings of a source that its items depend on.
+
+    A limit that is not set is left out: what was written before there was one stays valid.
+    """
+    mapping = component_mapping(settings)
+    return {key: value for key, value in mapping.items() if not (key == "max_items" and value is None)}
