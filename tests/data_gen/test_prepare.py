@@ -4,12 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from drafttrain.config.load import read_recipe
 from drafttrain.config.smoke import shrink
+from drafttrain.core.errors import DataError
+from drafttrain.core.files import sha256_of
 from drafttrain.data_gen.formats import Encoder
 from drafttrain.data_gen.prepare import TrainingData, generate_texts, prepare
 from drafttrain.data_gen.settings import DataSettings
-from drafttrain.data_gen.sources.jsonl import JSONLSettings
+from drafttrain.data_gen.sources.generated import Generated, GeneratedSettings
+from drafttrain.data_gen.sources.jsonl import JSONL, JSONLSettings
+from drafttrain.data_gen.sources.text import TextSettings
 from tests.conftest import byte_tokenizer
 
 TEMPLATE = (
@@ -68,3 +74,41 @@ def test_smoke_starts_generation_from_long_prompts_too(tmp_path, tiny_target):
     small = smoked(f"{{sources: [{{kind: generated}}], generate: {generated}, max_length: 256}}")
     generate_texts(small, lambda: tiny_target, tmp_path / "d", seed=0)
     assert (tmp_path / "d" / "generated" / "manifest.json").exists()
+
+
+def test_an_edited_file_is_encoded_again_and_an_unchanged_one_is_not(tmp_path):
+    source = write_lines(tmp_path / "a.jsonl", [{"text": "one"}])
+    prepared(tmp_path, [source])
+    kept = (tmp_path / "d" / "0-jsonl" / "tokens.npy").stat().st_ino
+    assert len(prepared(tmp_path, [source]).stores[0]) == 1
+    assert (tmp_path / "d" / "0-jsonl" / "tokens.npy").stat().st_ino == kept
+    write_lines(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two"}])
+    assert len(prepared(tmp_path, [source]).stores[0]) == 2
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "a.txt").write_text("one")
+    text = TextSettings(path=str(tmp_path / "t"))
+    assert prepared(tmp_path, [text]).stores[0].meta["tokens"] == 4
+    (tmp_path / "t" / "a.txt").write_text("three")
+    assert prepared(tmp_path, [text]).stores[0].meta["tokens"] == 6
+
+
+def shards(folder: Path) -> GeneratedSettings:
+    folder.mkdir(parents=True)
+    write_lines(folder / "shard-00000.jsonl", [{"text": str(number)} for number in range(8)])
+    entry = {"file": "shard-00000.jsonl", "records": 8, "sha256": sha256_of(folder / "shard-00000.jsonl")}
+    (folder / "manifest.json").write_text(json.dumps({"shards": [entry]}))
+    return GeneratedSettings(path=str(folder))
+
+
+def test_a_shard_that_is_not_what_its_manifest_says_is_refused(tmp_path):
+    source = shards(tmp_path / "generated")
+    assert [item.value["text"] for item in Generated(source).items()] == [str(number) for number in range(8)]
+    write_lines(tmp_path / "generated" / "shard-00000.jsonl", [{"text": str(number)} for number in range(4)])
+    with pytest.raises(DataError, match=r"shard-00000\.jsonl: is not what manifest\.json says"):
+        list(Generated(source).items())
+
+
+def test_brackets_in_a_folder_are_no_pattern(tmp_path):
+    assert len(list(Generated(shards(tmp_path / "r[1]")).items())) == 8
+    source = write_lines(tmp_path / "r[1]" / "a.jsonl", [{"text": "one"}])
+    assert len(list(JSONL(source).items())) == 1

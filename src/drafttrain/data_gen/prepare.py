@@ -19,7 +19,7 @@ from drafttrain.data_gen.overlap import contaminated
 from drafttrain.data_gen.packing import pack
 from drafttrain.data_gen.sampler import Sampler
 from drafttrain.data_gen.settings import DataSettings
-from drafttrain.data_gen.sources import Source, content_of, sources
+from drafttrain.data_gen.sources import Source, Versioned, content_of, sources
 from drafttrain.data_gen.store import Store, open_store
 from drafttrain.target import Target
 
@@ -126,10 +126,10 @@ def prepare(
         if chosen.kind == "generated" and chosen.path is None:
             from dataclasses import replace
 
-            shards = folder / "generated"
-            chosen = replace(chosen, path=str(shards))
-            about["manifest"] = json.loads((shards / "manifest.json").read_text(encoding="utf-8"))["shards"]
+            chosen = replace(chosen, path=str(folder / "generated"))
         source: Source = sources.build(chosen)
+        if isinstance(source, Versioned):
+            about["version"] = source.version()
         store = open_store(folder / f"{number}-{chosen.kind}", source, encoder, about=json.loads(json.dumps(about)))
         say(f"source {chosen.kind}: {len(store):,} records, {len(store.tokens):,} tokens, weight {chosen.weight:g}")
         stores.append(store)

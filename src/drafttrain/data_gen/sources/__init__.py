@@ -1,8 +1,9 @@
 """Sources of text, one file a kind. A source yields items; what an item holds is in `data_gen.formats`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self
+from pathlib import Path
+from typing import Any, Protocol, Self, runtime_checkable
 
 from drafttrain.core.registry import Registry, component_mapping
 from drafttrain.core.settings import setting
@@ -42,6 +43,20 @@ class Source(Protocol):
     def items(self) -> Iterator[Item]:
         """Yield all items."""
         ...
+
+
+@runtime_checkable
+class Versioned(Protocol):
+    """A source whose items may change under the same settings, as files do."""
+
+    def version(self) -> Any:
+        """Return what changes when its items do, as JSON can hold it."""
+        ...
+
+
+def stamps(paths: Sequence[Path]) -> list[list[Any]]:
+    """Return name, size and time of change of files: they tell an edited one without reading it."""
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
 
 def content_of(settings: Any) -> dict[str, Any]:
