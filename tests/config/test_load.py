@@ -160,6 +160,25 @@ def test_a_loss_that_compares_with_the_target_needs_one():
     assert "override loss={kind: tvdpp}: loss: tvdpp compares with the target, but target.model is null" in told
 
 
+def test_a_sum_needs_the_target_that_its_terms_need():
+    text = DEMO.read_text(encoding="utf-8")
+    arguments = ["target={model: null, tokenizer: 'builtin:target'}", "loss.kind=sum"]
+    assert read_recipe(text, [*arguments, "loss.terms=[{loss: {kind: ce}}]"], source="x").target.model is None
+    told = problems(text, *arguments, "loss.terms=[{loss: {kind: ce}}, {loss: {kind: tvd}}]")
+    assert [p.partition("loss: ")[2] for p in told if "compares with the target" in p] == [
+        "tvd compares with the target, but target.model is null"
+    ]
+
+
+def test_a_recipe_that_is_not_utf8_says_so_and_a_mark_of_its_order_is_no_text(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_bytes("name: café\n".encode("latin-1"))
+    with pytest.raises(RecipeError, match="not UTF-8"):
+        load_recipe(path)
+    path.write_bytes(b"\xef\xbb\xbf" + DEMO.read_bytes())
+    assert load_recipe(path) == load_recipe("demo")
+
+
 def test_a_drafter_cut_out_of_the_target_needs_one():
     told = problems(
         DEMO.read_text(encoding="utf-8"),

@@ -33,7 +33,11 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, smoke: bool 
         RecipeError: With every problem, each with its line or override.
     """
     file = find_recipe(path)
-    recipe = read_recipe(file.read_text(encoding="utf-8"), overrides, source=str(path))
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(str(path), [f"not UTF-8: {error}"]) from error
+    recipe = read_recipe(text, overrides, source=str(path))
     return shrink(recipe) if smoke else recipe
 
 

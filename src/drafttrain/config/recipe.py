@@ -87,7 +87,8 @@ class Recipe:
         """Tell what needs the target that this recipe has not."""
         for settings in components_of(self.loss):
             component: Any = losses.entry(settings.kind).component if settings.kind in losses.names() else None
-            if component is not None and component.needs_target:
+            # That of a sum is a property of its terms, which are asked themselves.
+            if component is not None and component.needs_target is True:
                 yield f"loss: {settings.kind} compares with the target, but target.model is null"
         kind = getattr(self.drafter, "kind", "")
         made_of: Any = drafters.entry(kind).component if kind in drafters.names() else None
