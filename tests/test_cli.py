@@ -90,7 +90,20 @@ def test_debug_shows_the_traceback(bad_recipe):
 def test_wrong_arguments_exit_with_2(tmp_path):
     assert "No such option" in call("fit", "demo", "--lr", "3", code=2)[1]
     assert "no such folder" in call("eval", str(tmp_path / "a"), str(tmp_path / "b"), "--target", "x", code=2)[1]
-    assert "one drafter folder or two" in call("eval", "a", "b", "c", code=2)[1]
+    assert "one drafter or two" in call("eval", "a", "b", "c", code=2)[1]
+    assert "without --target and --out" in call("eval", "demo", "--out", str(tmp_path), code=2)[1]
+
+
+def test_eval_takes_builtin_drafters_settings_of_the_target_and_a_place_for_its_files(tmp_path):
+    few = ["eval.num_prompts=1", "eval.max_new_tokens=3", "eval.temperatures=[0]", "eval.speed_prompts=0"]
+    words = ["builtin:drafter", "target.dtype=bfloat16", "target.device=cpu", *few, "eval.resamples=100"]
+    stdout, _ = call("eval", *words, "--out", str(tmp_path / "out"))
+    assert "block efficiency" in stdout
+    assert json.loads((tmp_path / "out" / "eval.json").read_text())["target"]["name"] == "builtin:target"
+    assert (tmp_path / "out" / "report.html").is_file()
+    refused = call("eval", "builtin:nothing", "./nowhere", code=2)[1]
+    assert "builtin:nothing: no such builtin" in refused
+    assert "./nowhere: no such folder" in refused
 
 
 def test_show_prints_what_loads_again(tmp_path):

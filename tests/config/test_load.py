@@ -12,12 +12,13 @@ import yaml
 from drafttrain.config.bundled import bundled_recipes, find_recipe, is_recipe, title_of
 from drafttrain.config.dump import dump_recipe
 from drafttrain.config.fields import fields_of
-from drafttrain.config.load import load_recipe, load_section, read_recipe
+from drafttrain.config.load import load_recipe, load_sections, read_recipe
 from drafttrain.config.recipe import Recipe, components_of
 from drafttrain.config.schema import recipe_schema
 from drafttrain.core.errors import RecipeError
 from drafttrain.drafters import drafters
 from drafttrain.losses import losses
+from drafttrain.target import TargetSettings
 
 BUNDLED = [recipe.path for recipe in bundled_recipes()]
 DEMO = find_recipe("demo")
@@ -160,11 +161,12 @@ def test_a_run_folder_is_a_recipe_and_a_drafter_folder_is_none(tmp_path):
         load_recipe("demoo")
 
 
-def test_one_section_can_be_made_of_overrides_alone():
-    settings = load_section("train", ["train.lr=1e-4", "train.max_steps=30"])
-    assert (settings.lr, settings.max_steps) == (1e-4, 30)
-    with pytest.raises(RecipeError, match=r"seed: only train\.key=value"):
-        load_section("train", ["seed=3"])
+def test_sections_can_be_made_of_overrides_alone():
+    target, train = load_sections(["target", "train"], ["train.lr=1e-4", "train.max_steps=30"])
+    assert (train.lr, train.max_steps) == (1e-4, 30)
+    assert target == TargetSettings()
+    with pytest.raises(RecipeError, match=r"seed: only target\.key=value and train\.key=value can be given here"):
+        load_sections(["target", "train"], ["seed=3"])
 
 
 def test_plugins_register_kinds_before_they_are_looked_up(tmp_path, monkeypatch):
