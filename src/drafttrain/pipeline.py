@@ -334,16 +334,17 @@ def _pretrain(run: Run, plain: TrainingData) -> None:
 
 
 def _created(run: Run, settings: Any) -> Drafter:
-    """Return the drafter of these settings on the target's device."""
+    """Return the drafter of these settings on the target's device, or where a target would be."""
     import torch
 
     from drafttrain.drafters import drafters
+    from drafttrain.target.frozen import pick_device
 
     torch.manual_seed(run.recipe.seed)
     target = run.target if run.has_target() else None
     entry = cast(Any, drafters.entry(settings.kind).component)
     drafter: Drafter = entry.create(settings, target=target, tokenizer=run.tokenizer)
-    return drafter.to(target.device) if target is not None else drafter
+    return drafter.to(target.device if target is not None else pick_device(run.recipe.target.device))
 
 
 def _trained(drafter: Drafter) -> int:
