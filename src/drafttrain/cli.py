@@ -208,6 +208,12 @@ def exit_codes(*, debug: bool) -> Iterator[None]:
             stderr.print_exception()
         _tell(error)
         raise typer.Exit(error.exit_code) from error
+    except OSError as error:
+        if debug:
+            stderr.print_exception()
+        where = f"{error.filename}: " if error.filename else ""
+        stderr.print(f"{where}{error.strerror or error}", style="red", markup=False)
+        raise typer.Exit(DrafttrainError.exit_code) from error
     except KeyboardInterrupt as error:
         say("interrupted: run the same command to continue")
         raise typer.Exit(Interrupted.exit_code) from error

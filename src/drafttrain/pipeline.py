@@ -29,10 +29,11 @@ from drafttrain.core.files import folder_beside, write_json, write_text
 from drafttrain.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from drafttrain.core.records import Sampling
+    from drafttrain.core.records import Prompt, Sampling
     from drafttrain.data_gen.prepare import TrainingData
     from drafttrain.drafters import Drafter
     from drafttrain.eval.replay import Text
+    from drafttrain.eval.settings import EvalSettings
     from drafttrain.losses import Loss
     from drafttrain.target import Target
 
@@ -58,7 +59,9 @@ class Run:
         """The target; loading it takes the time that it takes."""
         from drafttrain.target import Target
 
-        return Target.load(self.recipe.target)
+        target = Target.load(self.recipe.target)
+        target.check_length(self.recipe.data.max_length, what="data.max_length")
+        return target
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -91,6 +94,7 @@ class Run:
             dropped=_dropped(self, wanted.validation_prompts),
             limit=recipe.train.eval_prompts,
         )
+        _check_lengths(self.target, prompts, wanted)
         tasks = [Task(prompt.id, list(prompt.tokens), sampling) for prompt in prompts]
         written = continuations(tasks, self.target, max_new_tokens=wanted.max_new_tokens, seed=recipe.seed)
         if wanted.repetition_ngram:
@@ -520,8 +524,16 @@ def _evaluated(folders: Mapping[str, Path], target: Target, settings: Any, *, dr
         dropped=dropped,
         limit=settings.num_prompts,
     )
+    _check_lengths(target, prompts, settings)
     result = evaluate(folders, target, prompts, replace(settings, num_prompts=None))
     return result | {"prompts_dropped_for_overlap": len(dropped)}
+
+
+def _check_lengths(target: Target, prompts: Sequence[Prompt], settings: EvalSettings) -> None:
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    target.check_length(
+        longest + settings.max_new_tokens, what=f"the longest prompt ({longest} tokens) and eval.max_new_tokens"
+    )
 
 
 def _command() -> str:

@@ -106,4 +106,7 @@ def _import_plugins(root: Node) -> list[Problem]:
         except ImportError as error:
             text = f"plugins: cannot import {item.value!r} ({error}). Install it, or put its folder on PYTHONPATH"
             problems.append(Problem(item.where, text))
+        except Exception as error:  # whatever the code of a plugin does when it runs
+            text = f"plugins: {item.value!r} fails when it is imported: {type(error).__name__}: {error}"
+            problems.append(Problem(item.where, text))
     return problems
