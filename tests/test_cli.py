@@ -149,6 +149,38 @@ def test_errors_become_their_exit_codes(capsys):
     assert "run the same command to continue" in capsys.readouterr().err
 
 
+def test_files_that_cannot_be_made_are_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    _, stderr = call("fit", "demo", "--runs", str(tmp_path / "file" / "runs"), code=1)
+    assert "Not a directory" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_weights_that_do_not_fit_on_the_disk_are_one_sentence(tmp_path):
+    code = """
+        import resource, sys
+        from pathlib import Path
+        import torch
+        import typer
+        from safetensors.torch import save_file
+        from drafttrain.cli import exit_codes
+        from drafttrain.core.files import folder_beside
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            with exit_codes(debug=False), folder_beside(Path(sys.argv[1])) as folder:
+                save_file({"x": torch.zeros(10_000)}, folder / "model.safetensors")
+        except typer.Exit as stop:
+            sys.exit(stop.exit_code)
+    """
+    run = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "drafter")]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError), exit_codes(debug=False):
         raise ZeroDivisionError

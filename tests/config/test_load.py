@@ -169,6 +169,23 @@ def test_sections_can_be_made_of_overrides_alone():
         load_sections(["target", "train"], ["seed=3"])
 
 
+def test_a_plugin_that_fails_is_told_like_other_problems(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "no_python.py").write_text("def (:")
+    (tmp_path / "no_luck.py").write_text("1 / 0")
+    told = "\n".join(problems(DEMO.read_text(), "plugins=[no_python, no_luck]"))
+    assert "plugins: 'no_python' fails when it is imported: SyntaxError" in told
+    assert "plugins: 'no_luck' fails when it is imported: ZeroDivisionError: division by zero" in told
+
+
+def test_a_logger_that_is_not_installed_is_a_problem_of_the_recipe(monkeypatch):
+    monkeypatch.setattr("drafttrain.train.settings.find_spec", lambda name: None)
+    told = "\n".join(problems(DEMO.read_text(), "train.loggers=[csv, wandb, mlflow]"))
+    assert "loggers: 'wandb' is not installed: pip install wandb" in told
+    assert "loggers: 'mlflow' is not installed: pip install mlflow" in told
+    assert "csv'" not in told
+
+
 def test_plugins_register_kinds_before_they_are_looked_up(tmp_path, monkeypatch):
     (tmp_path / "plugin_of_a_test.py").write_text(
         "from dataclasses import dataclass\n"
