@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import typer
-from lightning.pytorch.accelerators import MPSAccelerator
+from lightning.fabric.accelerators.mps import MPSAccelerator
 
 from drafttrain.cli import exit_codes
 from drafttrain.core.errors import DrafttrainError, Interrupted
