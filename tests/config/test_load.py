@@ -12,12 +12,13 @@ import yaml
 from drafttrain.config.bundled import bundled_recipes, find_recipe, is_recipe, title_of
 from drafttrain.config.dump import dump_recipe
 from drafttrain.config.fields import fields_of
-from drafttrain.config.load import load_recipe, load_section, read_recipe
+from drafttrain.config.load import load_recipe, load_sections, read_recipe
 from drafttrain.config.recipe import Recipe, components_of
 from drafttrain.config.schema import recipe_schema
 from drafttrain.core.errors import RecipeError
 from drafttrain.drafters import drafters
 from drafttrain.losses import losses
+from drafttrain.target import TargetSettings
 
 BUNDLED = [recipe.path for recipe in bundled_recipes()]
 DEMO = find_recipe("demo")
@@ -150,8 +151,9 @@ def test_a_recipe_trains_a_drafter_or_a_head():
     assert problems(HEAD, "head=null") == [
         "line 1: drafter: missing. The model or module that is trained, by kind; or a head.",
         "line 1: loss: missing. What training a drafter minimises, by kind; a head brings its own.",
-        "line 6: data.annotate: labels are for a head, and this recipe trains none",
     ]
+    drafter = ["head=null", "drafter={kind: causal_lm}", "loss={kind: ce}"]
+    assert problems(HEAD, *drafter) == ["line 6: data.annotate: labels are for a head, and this recipe trains none"]
 
 
 def test_a_loss_that_compares_with_the_target_needs_one():
@@ -202,11 +204,29 @@ def test_a_run_folder_is_a_recipe_and_a_drafter_folder_is_none(tmp_path):
         load_recipe("demoo")
 
 
-def test_one_section_can_be_made_of_overrides_alone():
-    settings = load_section("train", ["train.lr=1e-4", "train.max_steps=30"])
-    assert (settings.lr, settings.max_steps) == (1e-4, 30)
-    with pytest.raises(RecipeError, match=r"seed: only train\.key=value"):
-        load_section("train", ["seed=3"])
+def test_sections_can_be_made_of_overrides_alone():
+    target, train = load_sections(["target", "train"], ["train.lr=1e-4", "train.max_steps=30"])
+    assert (train.lr, train.max_steps) == (1e-4, 30)
+    assert target == TargetSettings()
+    with pytest.raises(RecipeError, match=r"seed: only target\.key=value and train\.key=value can be given here"):
+        load_sections(["target", "train"], ["seed=3"])
+
+
+def test_a_plugin_that_fails_is_told_like_other_problems(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "no_python.py").write_text("def (:")
+    (tmp_path / "no_luck.py").write_text("1 / 0")
+    told = "\n".join(problems(DEMO.read_text(), "plugins=[no_python, no_luck]"))
+    assert "plugins: 'no_python' fails when it is imported: SyntaxError" in told
+    assert "plugins: 'no_luck' fails when it is imported: ZeroDivisionError: division by zero" in told
+
+
+def test_a_logger_that_is_not_installed_is_a_problem_of_the_recipe(monkeypatch):
+    monkeypatch.setattr("drafttrain.train.settings.find_spec", lambda name: None)
+    told = "\n".join(problems(DEMO.read_text(), "train.loggers=[csv, wandb, mlflow]"))
+    assert "loggers: 'wandb' is not installed: pip install wandb" in told
+    assert "loggers: 'mlflow' is not installed: pip install mlflow" in told
+    assert "csv'" not in told
 
 
 def test_plugins_register_kinds_before_they_are_looked_up(tmp_path, monkeypatch):
