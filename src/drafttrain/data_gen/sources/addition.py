@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from drafttrain.core.random import stream_seed
@@ -43,6 +43,10 @@ class AdditionSettings(WeightedSettings):
         "train", help="Side of the split: one pair of numbers in ten is held out."
     )
     seed: int = setting(0, help="Names the draws of numbers and wordings.", ge=0)
+
+    def smoke(self) -> AdditionSettings:
+        """Return a copy with a handful of problems."""
+        return replace(self, num_records=min(self.num_records, 40))
 
 
 @sources.register("addition", AdditionSettings)
