@@ -15,9 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from drafttrain import pipeline
 from drafttrain.checkpoint import read_drafter
+from drafttrain.cli import _recipe_and_run_folder, app
 from drafttrain.config.bundled import bundled_recipes
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import GateError, RecipeError
@@ -81,7 +83,8 @@ def test_fit_goes_all_the_way_and_a_second_time_does_nothing(recipe, tmp_path, c
     arms = ["drafter", "start", "drafter (tree 8, depth 3, width 2)", "start (tree 8, depth 3, width 2)"]
     for part in result["temperatures"]:
         assert list(part["drafters"]) == arms
-        assert list(part["comparisons"]) == ["drafter - start", f"{arms[2]} - {arms[3]}"]
+        pairs = ["drafter - start", f"{arms[2]} - {arms[3]}", f"drafter - {arms[2]}"]
+        assert list(part["comparisons"]) == pairs
     assert result["temperatures"][0]["drafters"][arms[2]]["parity"]["exact"]
     model = AutoModelForCausalLM.from_pretrained(folder / "drafter")
     assert sum(p.numel() for p in model.parameters()) == result["drafters"]["drafter"]["parameters"]
@@ -110,6 +113,56 @@ def test_a_gate_that_is_not_met_rejects_the_drafter_and_says_by_how_much(recipe,
     assert not (tmp_path / "run" / "drafter").exists()
     target = Target.load(loaded.target)
     assert read_drafter(tmp_path / "run" / "drafter.rejected", target).draft == "greedy"
+
+
+def test_a_trained_run_is_judged_evaluated_and_exported_anew_without_being_trained_again(recipe, tmp_path):
+    folder = tmp_path / "run"
+    quick = ["eval.temperatures=[0]", "eval.speed_prompts=0", "train.eval_every_steps=0"]
+    strict, lax = [*quick, "export.require.block_efficiency=5.5"], [*quick, "export.require.block_efficiency=0.5"]
+    for stage, more in ((pipeline.fit, []), (pipeline.export, ["export.dtype=bfloat16"])):
+        with pytest.raises(GateError):
+            stage(load_recipe(recipe, [*strict, *more]), folder)
+    trained, evaluated = ((folder / name).stat().st_mtime_ns for name in ("train.json", "eval.json"))
+    pipeline.fit(load_recipe(recipe, [*lax, "export.dtype=bfloat16", "name=other"]), folder)
+    assert (folder / "eval.json").stat().st_mtime_ns == evaluated, "another floor needs no new figures"
+    assert not (folder / "drafter.rejected").exists()
+    assert {tensor.dtype for tensor in load_file(folder / "drafter" / "model.safetensors").values()} == {torch.bfloat16}
+
+    lines = ["the quick brown fox jumps over", "nothing of this was read"]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    other = [f"eval.prompts={tmp_path / 'other.jsonl'}", "eval.prompt_tokens=20"]
+    result = pipeline.evaluate_recipe(load_recipe(recipe, [*quick, *other]), folder)
+    assert (result["prompts_dropped_for_overlap"], result["num_prompts"]) == (1, 1), "other prompts, the same text"
+    assert (folder / "train.json").stat().st_mtime_ns == trained
+    assert (folder / "eval.json").exists()
+    pipeline.Run(load_recipe(recipe, lax), folder)
+    assert not (folder / "eval.json").exists(), "figures of other settings do not stand for this recipe's"
+    with pytest.raises(RecipeError, match="another recipe"):
+        pipeline.evaluate_recipe(load_recipe(recipe, ["train.lr=1e-5"]), folder)
+
+
+def test_while_it_trains_a_run_keeps_to_its_evaluation(recipe, tmp_path):
+    loaded = load_recipe(recipe)
+    pipeline.Run(loaded, tmp_path / "run")
+    pipeline.Run(load_recipe(recipe, ["name=other", "export.require.alpha=0.1", "train.loggers=[]"]), tmp_path / "run")
+    for changed in ("eval.max_new_tokens=9", "export.dtype=bfloat16"):
+        with pytest.raises(RecipeError, match="another recipe"):
+            pipeline.Run(load_recipe(recipe, [changed]), tmp_path / "run")
+
+
+@pytest.mark.parametrize("command", ["eval", "export"])
+def test_a_run_that_is_not_there_leaves_nothing_behind(command, recipe, tmp_path):
+    result = CliRunner().invoke(app, [command, str(recipe), "--runs", str(tmp_path / "runs")])
+    assert result.exit_code == 1
+    assert "drafttrain fit does all stages" in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_folder_with_another_name_is_another_run(recipe, tmp_path):
+    pipeline.Run(load_recipe(recipe), tmp_path / "tiny")
+    at = {"smoke": False, "runs": tmp_path / "runs"}
+    assert _recipe_and_run_folder(str(tmp_path / "tiny"), [], **at)[1] == tmp_path / "tiny"
+    assert _recipe_and_run_folder(str(tmp_path / "tiny"), ["name=other"], **at)[1] == tmp_path / "runs" / "other"
 
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])

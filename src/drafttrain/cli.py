@@ -93,12 +93,22 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="RECIPE | DRAFTER [DRAFTER] [SECTION.KEY=VALUE]...",
-            help="A recipe or its run folder; or one drafter folder, or two to compare pairwise. Then overrides.",
+            help="A recipe or its run folder; or one drafter (a folder, a hub id, builtin:drafter), or two to compare "
+            "pairwise. Then overrides; of drafters: eval.key=value and target.key=value.",
             show_default=False,
         ),
     ],
     target: Annotated[
-        str | None, typer.Option("--target", metavar="MODEL", help="The target of drafter folders.", show_default=False)
+        str | None, typer.Option("--target", metavar="MODEL", help="The target of drafters.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Where eval.json and report.html of drafters go; left out: the first one's folder.",
+            show_default=False,
+        ),
     ] = None,
     smoke: Smoke = False,
     runs: Runs = RUNS,
@@ -110,16 +120,16 @@ def evaluate(
 
         named = [word for word in what if not OVERRIDE.match(word)]
         overrides = [word for word in what if OVERRIDE.match(word)]
-        if len(named) == 1 and target is None and is_recipe(named[0]):
+        if len(named) == 1 and target is None and out is None and is_recipe(named[0]):
             loaded, run_folder = _recipe_and_run_folder(named[0], overrides, smoke=smoke, runs=runs)
             from drafttrain import pipeline
 
             pipeline.evaluate_recipe(loaded, run_folder)
             return
-        _check_folders(named, smoke=smoke)
+        _check_drafters(named, smoke=smoke)
         from drafttrain import pipeline
 
-        pipeline.evaluate_folders([Path(folder) for folder in named], target, overrides)
+        pipeline.evaluate_drafters(named, target, overrides, out=out)
 
 
 @recipe_app.command(name="list")
@@ -198,6 +208,12 @@ def exit_codes(*, debug: bool) -> Iterator[None]:
             stderr.print_exception()
         _tell(error)
         raise typer.Exit(error.exit_code) from error
+    except OSError as error:
+        if debug:
+            stderr.print_exception()
+        where = f"{error.filename}: " if error.filename else ""
+        stderr.print(f"{where}{error.strerror or error}", style="red", markup=False)
+        raise typer.Exit(DrafttrainError.exit_code) from error
     except KeyboardInterrupt as error:
         say("interrupted: run the same command to continue")
         raise typer.Exit(Interrupted.exit_code) from error
@@ -221,21 +237,26 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _recipe_and_run_folder(name: str, overrides: list[str] | None, *, smoke: bool, runs: Path) -> tuple["Recipe", Path]:
-    """Return the recipe and where its run lives: a run folder that was named, or `runs/<name>`."""
+    """Return the recipe and where its run lives: a run folder that was named (and not renamed), or `runs/<name>`."""
     from drafttrain.config.load import load_recipe
 
     recipe = load_recipe(name, overrides or [], smoke=smoke)
-    return recipe, Path(name) if Path(name).is_dir() and not smoke else runs / recipe.name
+    renamed = smoke or any(override.startswith("name=") for override in overrides or [])
+    return recipe, Path(name) if Path(name).is_dir() and not renamed else runs / recipe.name
 
 
-def _check_folders(named: list[str], *, smoke: bool) -> None:
-    """Refuse what `eval` of drafter folders cannot mean."""
+def _check_drafters(named: list[str], *, smoke: bool) -> None:
+    """Refuse what `eval` of drafters cannot mean."""
+    from drafttrain.config.bundled import is_recipe
+
     problems = []
     if smoke:
-        problems.append("--smoke shrinks a recipe: it means nothing for drafter folders")
+        problems.append("--smoke shrinks a recipe: it means nothing for drafters")
     if not 1 <= len(named) <= 2:
-        problems.append(f"a recipe, one drafter folder or two are wanted, got {len(named)}")
-    problems += [f"{name}: no such folder" for name in named if not Path(name).is_dir()]
+        problems.append(f"a recipe, one drafter or two are wanted, got {len(named)}")
+    problems += [
+        f"{name}: a recipe is evaluated alone, without --target and --out" for name in named if is_recipe(name)
+    ]
     if problems:
         raise RecipeError("arguments", problems)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from drafttrain.config.dump import dump_recipe
-from drafttrain.config.load import load_recipe, load_section
+from drafttrain.config.load import load_sections
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say
 from drafttrain.core.errors import (
@@ -37,10 +37,11 @@ from drafttrain.head_stages import (
 from drafttrain.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from drafttrain.core.records import Sampling
+    from drafttrain.core.records import Prompt, Sampling
     from drafttrain.data_gen.prepare import TrainingData
     from drafttrain.drafters import Drafter
     from drafttrain.eval.replay import Text
+    from drafttrain.eval.settings import EvalSettings
     from drafttrain.losses import Loss
     from drafttrain.target import Target
 
@@ -55,7 +56,7 @@ class Run:
         self.recipe = recipe
         self.resolved = dump_recipe(recipe)
         self.folder = RunFolder(folder)
-        self.folder.open(self.resolved, held=_held(self.folder.recipe), quiet=quiet)
+        self.folder.open(recipe, quiet=quiet)
         if recipe.train.num_threads:
             import torch
 
@@ -66,7 +67,9 @@ class Run:
         """The target; loading it takes the time that it takes."""
         from drafttrain.target import Target
 
-        return Target.load(self.recipe.target)
+        target = Target.load(self.recipe.target)
+        target.check_length(self.recipe.data.max_length, what="data.max_length")
+        return target
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -99,6 +102,7 @@ class Run:
             dropped=dropped_prompts(self, wanted.validation_prompts),
             limit=recipe.train.eval_prompts,
         )
+        _check_lengths(self.target, prompts, wanted)
         tasks = [Task(prompt.id, list(prompt.tokens), sampling) for prompt in prompts]
         written = continuations(tasks, self.target, max_new_tokens=wanted.max_new_tokens, seed=recipe.seed)
         if wanted.repetition_ngram:
@@ -138,9 +142,9 @@ def gen(recipe: Recipe, folder: Path) -> None:
 
 def export(recipe: Recipe, folder: Path) -> None:
     """Write the drafter folder of a trained run, evaluate it, and hold it against the gate."""
-    run = Run(recipe, folder)
-    if not run.folder.train_done.exists():
+    if not RunFolder(folder).train_done.exists():
         raise DrafttrainError(f"{folder}: nothing is trained here yet: drafttrain fit does all stages")
+    run = Run(recipe, folder)
     for stale in (run.folder.eval, run.folder.report):
         stale.unlink(missing_ok=True)
     _export(run)
@@ -150,48 +154,79 @@ def evaluate_recipe(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Evaluate the exported files of a run, beside its own start, and write eval.json."""
     from drafttrain.eval.table import show
 
-    run = Run(recipe, folder, quiet=True)
+    here = RunFolder(folder)
+    what, places = (
+        ("head", (here.head, here.rejected_head)) if recipe.head else ("drafter", (here.drafter, here.rejected))
+    )
+    exported = next((place for place in places if place.exists()), None)
+    held = here.held()
+    if held is None or exported is None:
+        raise CheckpointError(f"{folder}: no {what} was exported here yet: drafttrain fit does all stages")
+    # The files were exported as the run says, whatever the recipe now asks of an export.
+    run = Run(replace(recipe, export=held.export), folder, quiet=True)
     if recipe.head is not None:
         result = _evaluated_head(run)
-        write_json(run.folder.eval, result)
-        show(result)
-        return result
-    drafter = run.folder.drafter if run.folder.drafter.exists() else run.folder.rejected
-    if not drafter.exists():
-        raise CheckpointError(f"{folder}: no drafter was exported here yet: drafttrain fit does all stages")
-    folders = {"drafter": drafter}
-    if run.folder.start.exists():
-        folders["start"] = run.folder.start
-    result = _evaluated(folders, run.target, recipe.eval, dropped=dropped_prompts(run, recipe.eval.prompts))
+    else:
+        folders = {"drafter": exported}
+        if run.folder.start.exists():
+            folders["start"] = run.folder.start
+        result = _evaluated(folders, run.target, recipe.eval, dropped=dropped_prompts(run, recipe.eval.prompts))
     write_json(run.folder.eval, result)
     show(result)
     return result
 
 
-def evaluate_folders(folders: Sequence[Path], target: str | None, overrides: Sequence[str]) -> None:
-    """Evaluate one drafter folder, or compare two, pairwise; eval.json and report.html are written into the first one."""
+def evaluate_drafters(
+    drafters: Sequence[str], target: str | None, overrides: Sequence[str], *, out: Path | None = None
+) -> None:
+    """Evaluate one drafter, or compare two, pairwise: local folders, hub ids or builtin ones.
+
+    Args:
+        target: Its model; left out, the one that the first drafter was made for.
+        overrides: Of the sections target and eval.
+        out: Folder for eval.json and report.html; left out, the first drafter's if it is a local folder.
+    """
     from drafttrain.checkpoint import read_about
     from drafttrain.eval.report import write_report
-    from drafttrain.eval.settings import EvalSettings
     from drafttrain.eval.table import show
-    from drafttrain.target import Target, TargetSettings
+    from drafttrain.target import Target
 
     _quiet_libraries()
-    settings = cast(EvalSettings, load_section("eval", overrides))
-    about = read_about(folders[0])
-    name = target or (about.target if about else None)
-    if name is None:
-        raise CheckpointError(f"{folders[0]}: does not say which target it was made for: give --target")
+    of_target, settings = load_sections(["target", "eval"], overrides)
+    folders = _folders(drafters)
+    if target is None and not any(override.startswith("target.model=") for override in overrides):
+        about = read_about(folders[0])
+        if about is None:
+            raise CheckpointError(f"{drafters[0]}: does not say which target it was made for: give --target")
+        target = about.target
     names = ["A", "B"] if len(folders) == 2 else ["drafter"]
-    for letter, folder in zip(names, folders, strict=True):
-        say(f"{letter}: {folder}")
-    result = _evaluated(
-        dict(zip(names, folders, strict=True)), Target.load(TargetSettings(model=name)), settings, dropped=()
-    )
-    write_json(folders[0] / "eval.json", result)
-    write_report(folders[0] / "report.html", result, title=folders[0].name, metrics=None, command=_command())
+    for letter, drafter in zip(names, drafters, strict=True):
+        say(f"{letter}: {drafter}")
+    loaded = Target.load(replace(of_target, model=target) if target else of_target)
+    result = _evaluated(dict(zip(names, folders, strict=True)), loaded, settings, dropped=())
     show(result)
-    say(f"written: {folders[0] / 'eval.json'}, {folders[0] / 'report.html'}")
+    if out is None and not Path(drafters[0]).is_dir():
+        say("eval.json and report.html: not written, --out DIR says where to")
+        return
+    out = out or folders[0]
+    write_json(out / "eval.json", result)
+    write_report(out / "report.html", result, title=folders[0].name, metrics=None, command=_command())
+    say(f"written: {out / 'eval.json'}, {out / 'report.html'}")
+
+
+def _folders(drafters: Sequence[str]) -> list[Path]:
+    """Return the local folders of drafters, or every one that cannot be found."""
+    from drafttrain.target.frozen import resolve_folder
+
+    folders, problems = [], []
+    for name in drafters:
+        try:
+            folders.append(resolve_folder(name))
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        raise RecipeError("arguments", problems)
+    return folders
 
 
 def _gen(run: Run) -> None:
@@ -202,18 +237,10 @@ def _gen(run: Run) -> None:
 
 def training_data(run: Run) -> TrainingData:
     """Return the training data, what the target knows of it cached where the recipe says so; note which prompts it spoils."""
-    from drafttrain.data_gen.prepare import attach_cache, drop_contaminated, prepare
-    from drafttrain.eval.prompts import read_prompts
-    from drafttrain.target.frozen import tokenizer_fingerprint
+    from drafttrain.data_gen.prepare import attach_cache
 
     recipe = run.recipe
-    data = prepare(
-        recipe.data,
-        run.folder.data,
-        tokenizer=run.tokenizer,
-        tokenizer_fingerprint=tokenizer_fingerprint(run.tokenizer),
-        seed=recipe.seed,
-    )
+    data = _prepared(run)
     if recipe.drafter is not None and recipe.data.cache != "none" and run.has_target():
         if reason := run.drafter.why_not_cached():
             raise DataError(f"data.cache: {recipe.drafter.kind}: {reason}; set data.cache: none")
@@ -225,20 +252,42 @@ def training_data(run: Run) -> TrainingData:
             law=_loss(recipe).needs_target,
             needs=run.drafter.needs(),
         )
-    overlap = run.folder.data / "overlap.json"
-    if not overlap.exists():
-        files = {
-            name: read_prompts(name, run.tokenizer, prompt_tokens=recipe.eval.prompt_tokens)
-            for name in dict.fromkeys([recipe.eval.prompts, recipe.eval.validation_prompts])
-        }
-        prompts = {(name, one.id): one.tokens for name, ones in files.items() for one in ones}
-        drop_contaminated(data, prompts, overlap)
+    if not run.folder.overlap.exists():
+        _note_overlap(run, data)
     return data
 
 
+def _prepared(run: Run) -> TrainingData:
+    from drafttrain.data_gen.prepare import prepare
+    from drafttrain.target.frozen import tokenizer_fingerprint
+
+    return prepare(
+        run.recipe.data,
+        run.folder.data,
+        tokenizer=run.tokenizer,
+        tokenizer_fingerprint=tokenizer_fingerprint(run.tokenizer),
+        seed=run.recipe.seed,
+    )
+
+
+def _note_overlap(run: Run, data: TrainingData) -> None:
+    from drafttrain.data_gen.prepare import drop_contaminated
+    from drafttrain.eval.prompts import read_prompts
+
+    wanted = run.recipe.eval
+    prompts = {
+        (file, prompt.id): prompt.tokens
+        for file in dict.fromkeys([wanted.prompts, wanted.validation_prompts])
+        for prompt in read_prompts(file, run.tokenizer, prompt_tokens=wanted.prompt_tokens)
+    }
+    drop_contaminated(data, prompts, run.folder.overlap)
+
+
 def dropped_prompts(run: Run, file: str) -> list[str]:
-    """Return the ids of the prompts of a file that overlap with the training text."""
-    path = run.folder.data / "overlap.json"
+    """Return the ids of a file's prompts that the training text spoils; files that are new to the run are looked up now."""
+    path = run.folder.overlap
+    if not path.exists() and run.folder.data.exists():
+        _note_overlap(run, _prepared(run))
     found = json.loads(path.read_text(encoding="utf-8"))["dropped"] if path.exists() else []
     return [id for name, id in found if name == file]
 
@@ -303,16 +352,17 @@ def _pretrain(run: Run, plain: TrainingData) -> None:
 
 
 def _created(run: Run, settings: Any) -> Drafter:
-    """Return the drafter of these settings on the target's device."""
+    """Return the drafter of these settings on the target's device, or where a target would be."""
     import torch
 
     from drafttrain.drafters import drafters
+    from drafttrain.target.frozen import pick_device
 
     torch.manual_seed(run.recipe.seed)
     target = run.target if run.has_target() else None
     entry = cast(Any, drafters.entry(settings.kind).component)
     drafter: Drafter = entry.create(settings, target=target, tokenizer=run.tokenizer)
-    return drafter.to(target.device) if target is not None else drafter
+    return drafter.to(target.device if target is not None else pick_device(run.recipe.target.device))
 
 
 def _trained(drafter: Drafter) -> int:
@@ -454,13 +504,13 @@ def _export(run: Run) -> None:
             f"last step {done['last_step']} ({last:.3f})"
         )
     write_report(folder.report, result, title=recipe.name, metrics=folder.train / "metrics.csv", command=command)
+    if exported.exists():
+        # An export before this one was rejected; this one is judged now.
+        shutil.rmtree(rejected, ignore_errors=True)
     short = shortfalls(result, recipe.export.require, drafter="drafter")
-    kept = rejected if short else exported
-    for path in (exported, rejected):
-        if path.exists() and path != kept:
-            if kept.exists():
-                raise CheckpointError(f"{kept} and {path} are both there: remove one")
-            os.replace(path, kept)
+    kept, other = (rejected, exported) if short else (exported, rejected)
+    if other.exists():
+        os.replace(other, kept)
     if of_head:
         card = head_card(recipe.name, result, recipe=resolved, command=command)
     else:
@@ -517,18 +567,16 @@ def _evaluated(folders: Mapping[str, Path], target: Target, settings: Any, *, dr
         dropped=dropped,
         limit=settings.num_prompts,
     )
+    _check_lengths(target, prompts, settings)
     result = evaluate(folders, target, prompts, replace(settings, num_prompts=None))
     return result | {"prompts_dropped_for_overlap": len(dropped)}
 
 
-def _held(path: Path) -> str | None:
-    """Return the recipe of the run that a folder holds, with the defaults of keys that are newer than it."""
-    if not path.exists():
-        return None
-    try:
-        return dump_recipe(load_recipe(str(path)))
-    except RecipeError:
-        return path.read_text(encoding="utf-8")
+def _check_lengths(target: Target, prompts: Sequence[Prompt], settings: EvalSettings) -> None:
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    target.check_length(
+        longest + settings.max_new_tokens, what=f"the longest prompt ({longest} tokens) and eval.max_new_tokens"
+    )
 
 
 def _command() -> str:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import difflib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from drafttrain.config.dump import dump_recipe
+from drafttrain.config.load import load_recipe
+from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say
 from drafttrain.core.errors import RecipeError
 from drafttrain.core.files import write_json, write_text
 from drafttrain.core.provenance import provenance
+from drafttrain.eval.settings import EvalSettings
+from drafttrain.export.settings import ExportSettings
+
+PROMPT_SETTINGS = ("prompts", "validation_prompts", "prompt_tokens")
+"""Settings of the evaluation that decide which of its prompts overlap with the training text."""
 
 
 class RunFolder:
@@ -21,7 +30,7 @@ class RunFolder:
         self.recipe = path / "recipe.yaml"
         self.provenance = path / "provenance.json"
         self.data = path / "data"
-        self.validation = path / "validation"
+        self.overlap = self.data / "contaminated.json"
         self.pretrain = path / "pretrain"
         self.train = path
         self.train_done = path / "train.json"
@@ -33,35 +42,57 @@ class RunFolder:
         self.eval = path / "eval.json"
         self.report = path / "report.html"
 
-    def open(self, resolved: str, *, held: str | None, quiet: bool = False) -> None:
-        """Take the folder for a recipe, or continue in it.
-
-        Args:
-            resolved: The recipe with every default visible.
-            held: The same of the run that is already here; None: there is none.
+    def held(self) -> Recipe | None:
+        """Return the recipe of the run that is here; None: there is none.
 
         Raises:
-            RecipeError: The folder holds a run of another recipe; the lines that differ are shown.
+            RecipeError: It cannot be read.
         """
+        # A logger that is not installed here is no reason not to read a run: none is compared.
+        return load_recipe(str(self.recipe), ["train.loggers=[csv]"]) if self.recipe.exists() else None
+
+    def open(self, recipe: Recipe, *, quiet: bool = False) -> None:
+        """Take the folder for a recipe, or continue in it; figures of another evaluation or another export are dropped.
+
+        Raises:
+            RecipeError: The folder holds what another recipe trained; the lines that differ are shown.
+        """
+        held = self.held()
         if held is not None:
-            if held != resolved:
-                changes = difflib.unified_diff(held.splitlines(), resolved.splitlines(), lineterm="", n=0)
-                shown = [line for line in changes if line[:1] in "+-" and line[:3] not in ("+++", "---")]
-                raise RecipeError(
-                    str(self.path),
-                    [
-                        "this folder holds a run of another recipe; give the run another name (name=...) or remove the folder",
-                        *shown,
-                    ],
-                )
+            self._check_same_training(held, recipe)
             if not quiet:
                 say(f"{self.path}: continuing")
-        else:
-            write_text(self.recipe, resolved)
+            self._drop_stale(held, recipe)
+        write_text(self.recipe, dump_recipe(recipe))
         self._note_provenance()
+
+    def _check_same_training(self, held: Recipe, recipe: Recipe) -> None:
+        before, now = (_trained_by(one, done=self.train_done.exists()).splitlines() for one in (held, recipe))
+        changes = difflib.unified_diff(before, now, lineterm="", n=0)
+        shown = [line for line in changes if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+        if shown:
+            advice = "give the run another name (name=...) or remove the folder"
+            raise RecipeError(str(self.path), [f"this folder holds a run of another recipe; {advice}", *shown])
+
+    def _drop_stale(self, held: Recipe, recipe: Recipe) -> None:
+        """Remove what was made with other settings than the recipe now has; the stages that made it are done again."""
+        if held.eval != recipe.eval or replace(held.export, require={}) != replace(recipe.export, require={}):
+            say(f"{self.path}: eval or export is another than before: what it gave is made anew")
+            for path in (self.eval, self.report):
+                path.unlink(missing_ok=True)
+        if any(getattr(held.eval, name) != getattr(recipe.eval, name) for name in PROMPT_SETTINGS):
+            self.overlap.unlink(missing_ok=True)
 
     def _note_provenance(self) -> None:
         runs: list[Any] = []
         if self.provenance.exists():
             runs = json.loads(self.provenance.read_text(encoding="utf-8"))
         write_json(self.provenance, [*runs, provenance()])
+
+
+def _trained_by(recipe: Recipe, *, done: bool) -> str:
+    """Return what the trained weights depend on: while they are trained, on how they are validated and on the start's type."""
+    recipe = replace(recipe, name="", train=replace(recipe.train, loggers=[]))
+    if done:
+        return dump_recipe(replace(recipe, eval=EvalSettings(), export=ExportSettings()))
+    return dump_recipe(replace(recipe, export=replace(recipe.export, require={})))

@@ -12,12 +12,13 @@ import yaml
 from drafttrain.config.bundled import bundled_recipes, find_recipe, is_recipe, title_of
 from drafttrain.config.dump import dump_recipe
 from drafttrain.config.fields import fields_of
-from drafttrain.config.load import load_recipe, load_section, read_recipe
+from drafttrain.config.load import load_recipe, load_sections, read_recipe
 from drafttrain.config.recipe import Recipe, components_of
 from drafttrain.config.schema import recipe_schema
 from drafttrain.core.errors import RecipeError
 from drafttrain.drafters import drafters
 from drafttrain.losses import losses
+from drafttrain.target import TargetSettings
 
 BUNDLED = [recipe.path for recipe in bundled_recipes()]
 DEMO = find_recipe("demo")
@@ -150,14 +151,34 @@ def test_a_recipe_trains_a_drafter_or_a_head():
     assert problems(HEAD, "head=null") == [
         "line 1: drafter: missing. The model or module that is trained, by kind; or a head.",
         "line 1: loss: missing. What training a drafter minimises, by kind; a head brings its own.",
-        "line 6: data.annotate: labels are for a head, and this recipe trains none",
     ]
+    drafter = ["head=null", "drafter={kind: causal_lm}", "loss={kind: ce}"]
+    assert problems(HEAD, *drafter) == ["line 6: data.annotate: labels are for a head, and this recipe trains none"]
 
 
 def test_a_loss_that_compares_with_the_target_needs_one():
     text = DEMO.read_text(encoding="utf-8")
     told = problems(text, "target.model=null", "target.tokenizer=builtin:target", "loss={kind: tvdpp}")
     assert "override loss={kind: tvdpp}: loss: tvdpp compares with the target, but target.model is null" in told
+
+
+def test_a_sum_needs_the_target_that_its_terms_need():
+    text = DEMO.read_text(encoding="utf-8")
+    arguments = ["target={model: null, tokenizer: 'builtin:target'}", "loss.kind=sum"]
+    assert read_recipe(text, [*arguments, "loss.terms=[{loss: {kind: ce}}]"], source="x").target.model is None
+    told = problems(text, *arguments, "loss.terms=[{loss: {kind: ce}}, {loss: {kind: tvd}}]")
+    assert [p.partition("loss: ")[2] for p in told if "compares with the target" in p] == [
+        "tvd compares with the target, but target.model is null"
+    ]
+
+
+def test_a_recipe_that_is_not_utf8_says_so_and_a_mark_of_its_order_is_no_text(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_bytes("name: café\n".encode("latin-1"))
+    with pytest.raises(RecipeError, match="not UTF-8"):
+        load_recipe(path)
+    path.write_bytes(b"\xef\xbb\xbf" + DEMO.read_bytes())
+    assert load_recipe(path) == load_recipe("demo")
 
 
 def test_a_drafter_cut_out_of_the_target_needs_one():
@@ -183,11 +204,29 @@ def test_a_run_folder_is_a_recipe_and_a_drafter_folder_is_none(tmp_path):
         load_recipe("demoo")
 
 
-def test_one_section_can_be_made_of_overrides_alone():
-    settings = load_section("train", ["train.lr=1e-4", "train.max_steps=30"])
-    assert (settings.lr, settings.max_steps) == (1e-4, 30)
-    with pytest.raises(RecipeError, match=r"seed: only train\.key=value"):
-        load_section("train", ["seed=3"])
+def test_sections_can_be_made_of_overrides_alone():
+    target, train = load_sections(["target", "train"], ["train.lr=1e-4", "train.max_steps=30"])
+    assert (train.lr, train.max_steps) == (1e-4, 30)
+    assert target == TargetSettings()
+    with pytest.raises(RecipeError, match=r"seed: only target\.key=value and train\.key=value can be given here"):
+        load_sections(["target", "train"], ["seed=3"])
+
+
+def test_a_plugin_that_fails_is_told_like_other_problems(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "no_python.py").write_text("def (:")
+    (tmp_path / "no_luck.py").write_text("1 / 0")
+    told = "\n".join(problems(DEMO.read_text(), "plugins=[no_python, no_luck]"))
+    assert "plugins: 'no_python' fails when it is imported: SyntaxError" in told
+    assert "plugins: 'no_luck' fails when it is imported: ZeroDivisionError: division by zero" in told
+
+
+def test_a_logger_that_is_not_installed_is_a_problem_of_the_recipe(monkeypatch):
+    monkeypatch.setattr("drafttrain.train.settings.find_spec", lambda name: None)
+    told = "\n".join(problems(DEMO.read_text(), "train.loggers=[csv, wandb, mlflow]"))
+    assert "loggers: 'wandb' is not installed: pip install wandb" in told
+    assert "loggers: 'mlflow' is not installed: pip install mlflow" in told
+    assert "csv'" not in told
 
 
 def test_plugins_register_kinds_before_they_are_looked_up(tmp_path, monkeypatch):

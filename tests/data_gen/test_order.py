@@ -9,6 +9,8 @@ from drafttrain.core.records import Record
 from drafttrain.data_gen.overlap import contaminated
 from drafttrain.data_gen.packing import pack, plan
 from drafttrain.data_gen.sampler import Sampler
+from drafttrain.data_gen.settings import DataSettings
+from drafttrain.data_gen.sources.text import TextSettings
 
 
 def test_nine_to_one_is_counted_in_every_ten():
@@ -37,6 +39,24 @@ def test_the_order_needs_no_history():
     one = Sampler([50, 20], [2, 1], seed=3)
     assert [one.at(n) for n in (400, 3, 77)] == fresh
     assert [Sampler([50, 20], [2, 1], seed=4).at(n) for n in range(30)] != [one.at(n) for n in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("weights", "counts"),
+    [([1, 0.0004], {0: 2500, 1: 1}), ([0.0003, 0.0001, 0], {0: 3, 1: 1}), ([1e-9, 2e-9], {0: 1, 1: 2})],
+)
+def test_a_small_weight_is_not_rounded_away(weights, counts):
+    sampler = Sampler([10] * len(weights), weights, seed=0)
+    assert Counter(sampler.at(n)[0] for n in range(sum(counts.values()))) == counts
+
+
+def test_a_weight_too_small_to_be_counted_is_refused():
+    def problems(*weights: float) -> list[str]:
+        return DataSettings(sources=[TextSettings(path="x", weight=weight) for weight in weights]).check()
+
+    assert problems(1, 1e-9) == ["sources: weight 1e-09 beside 1: at most 1 to 10,000, or 0"]
+    assert problems(1, 1e-4, 0) == []
+    assert problems(0, 0) == ["sources: the weights must not all be 0"]
 
 
 def test_a_source_without_weight_is_never_read():

@@ -182,7 +182,7 @@ def test_the_folder_holds_the_adapter_alone_under_the_papers_names_and_reads_bac
 @pytest.mark.parametrize("other", ["weights", "width", "damaged"])
 def test_a_folder_of_another_target_is_refused(target, tmp_path, other):
     made(target).save(tmp_path)
-    model, message = target.model, "not the weights of a Kangaroo adapter"
+    model, message = target.model, "the weights cannot be read"
     if other == "width":
         model, message = random_llama(num_layers=4, hidden_size=16), "made for a target of width 32, tiny has 16"
     if other == "damaged":

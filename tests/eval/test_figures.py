@@ -101,6 +101,21 @@ def test_the_gate_says_by_how_much():
     ]
 
 
+def test_a_file_of_prompts_is_read_like_a_source(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes("\ufeff".encode() + '{"text": "a\u2028b\u0085c"}\n'.encode() + b'{"tokens": [5]}\n')
+    first, second = read_prompts(str(path), byte_tokenizer(), prompt_tokens=None)
+    assert byte_tokenizer().decode(list(first.tokens)) == "a\u2028b\u0085c"
+    assert (second.id, list(second.tokens)) == ("2", [5])
+    path.write_bytes(b'{"tokens": [5000]}\n{"tokens": []}\n{"text": "caf\xe9"}\n')
+    with pytest.raises(DataError) as caught:
+        read_prompts(str(path), byte_tokenizer(), prompt_tokens=4)
+    told = str(caught.value).splitlines()
+    assert [line.split(":")[0] for line in told[1:]] == ["  line 1", "  line 2", "  line 3"]
+    assert "5000 is no id" in told[1]
+    assert "not JSON" in told[3]
+
+
 def test_all_bad_prompts_are_told_at_once(tmp_path):
     path = tmp_path / "p.jsonl"
     lines = ['{"text": "ok"}', "no json", '{"id": "1", "text": "again"}', '{"id": "x"}', "[]"]

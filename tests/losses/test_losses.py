@@ -14,6 +14,7 @@ from drafttrain.core.records import DraftBatch, DraftOutput, LossRows, Record, R
 from drafttrain.data_gen.packing import pack
 from drafttrain.losses import Loss, losses
 from drafttrain.losses.align import align
+from drafttrain.losses.block_acceptance import BlockAcceptanceConfig
 from drafttrain.losses.ce import CrossEntropyConfig
 from drafttrain.losses.chunked import normalised, row_losses
 from drafttrain.losses.jsd import JSDConfig
@@ -179,6 +180,15 @@ def test_block_acceptance_is_the_expected_length_and_its_gradient_the_products()
     order = torch.tensor([2, 0, 1])
     shuffled = RowIndex(block.sequence_N, block.depth_N[order], block.block_N)
     torch.testing.assert_close(loss.combine({"acceptance": a[order]}, shuffled), expected.expand(3))
+
+
+def test_a_sum_cuts_its_blocks_once():
+    def blocks(*lengths: int) -> WeightedSumConfig:
+        return WeightedSumConfig(terms=[Term(loss=BlockAcceptanceConfig(block_length=n)) for n in lengths])
+
+    assert blocks(3, 3).check() == []
+    assert blocks(5, 3).check() == ["terms: block_length [3, 5]: one sum cuts its blocks once"]
+    assert WeightedSumConfig(terms=[*blocks(3).terms, Term(loss=blocks(4))]).check() != []
 
 
 def test_weights_of_a_sum_follow_their_schedule():

@@ -16,9 +16,17 @@ from transformers import (
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.records import TargetNeeds
+from drafttrain.core.tensors import read_tensors
 from drafttrain.target import Target, TargetSettings
 from drafttrain.target.anatomy import blocks, head_logits
-from drafttrain.target.frozen import check_same_tokenizer, fingerprint_of, load_causal_lm, resolve_folder
+from drafttrain.target.cached_lm import CachedLM
+from drafttrain.target.frozen import (
+    check_same_tokenizer,
+    fingerprint_of,
+    load_causal_lm,
+    load_tokenizer,
+    resolve_folder,
+)
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 ARCHITECTURES = {
@@ -83,6 +91,7 @@ def test_a_tokenizer_that_differs_in_one_token_is_refused_naming_it(tiny_target:
         ("builtin:nothing", "no such builtin"),
         ("./nowhere", "no such folder"),
         ("a/b/c", "no such folder"),
+        ("my models/foo", "neither a local folder nor a hub id"),
     ],
 )
 def test_a_missing_model_is_named(name: str, message: str) -> None:
@@ -106,6 +115,38 @@ def test_weights_missing_from_the_file_are_an_error(save_llama, tmp_path: Path) 
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="1 weights are missing from the file"):
         load_causal_lm(folder)
+
+
+def test_a_truncated_file_of_weights_is_named(save_llama) -> None:
+    folder = save_llama(seed=2)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="no causal LM could be read here"):
+        load_causal_lm(folder)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: the weights cannot be read"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "no json", '{"model": 3}'])
+def test_a_broken_tokenizer_is_named(save_llama, content: str) -> None:
+    folder = save_llama(seed=2)
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(CheckpointError, match="no tokenizer could be read here"):
+        load_tokenizer(folder)
+
+
+def test_text_past_the_position_embeddings_is_refused(tiny_target: Target) -> None:
+    gpt2 = AutoModelForCausalLM.from_config(ARCHITECTURES["gpt2"]).eval()
+    target = Target(gpt2, tiny_target.tokenizer, name="gpt2", fingerprint="")
+    target.check_length(64, what="a prompt")
+    with pytest.raises(CheckpointError, match="a prompt: 65 tokens are more than the 64 positions of gpt2"):
+        target.check_length(65, what="a prompt")
+    lm = CachedLM(gpt2, name="drafter")
+    lm.begin([[1] * 63])
+    lm.forward([[2]])
+    with pytest.raises(CheckpointError, match="drafter: token 65 is past the 64 positions"):
+        lm.forward([[3]])
+    tiny_target.check_length(1 << 20, what="rotary positions have no end")
 
 
 def test_the_target_is_frozen_and_says_where_it_ends(tiny_folder: Path) -> None:

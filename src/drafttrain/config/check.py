@@ -41,7 +41,7 @@ class Checker:
             known = getattr(base, name, field.default) if base is not None else field.default
             if name in given:
                 values[name] = self.field(field, given[name], path=here)
-            elif known is MISSING:
+            elif known is MISSING or field.is_missing_from(given):
                 self.refuse(node, here, f"missing. {field.help}".strip())
             else:
                 values[name] = self._default(field, known, node, path=here)

@@ -35,6 +35,11 @@ class Field(NamedTuple):
         """What the field means."""
         return str(self.metadata.get("help") or "")
 
+    def is_missing_from(self, given: Mapping[str, Any]) -> bool:
+        """Tell whether the value must be given because another key, which could stand for it, is not."""
+        unless = self.metadata.get("unless")
+        return unless is not None and (unless not in given or given[unless].value is None)
+
     @property
     def is_list(self) -> bool:
         """Tell whether the value is a list."""

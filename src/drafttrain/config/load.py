@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -33,7 +33,11 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, smoke: bool 
         RecipeError: With every problem, each with its line or override.
     """
     file = find_recipe(path)
-    recipe = read_recipe(file.read_text(encoding="utf-8"), overrides, source=str(path))
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(str(path), [f"not UTF-8: {error}"]) from error
+    recipe = read_recipe(text, overrides, source=str(path))
     return shrink(recipe) if smoke else recipe
 
 
@@ -49,19 +53,24 @@ def read_recipe(text: str, overrides: Sequence[str] = (), *, source: str) -> Rec
     return _checked(Recipe, root, problems, source=source)
 
 
-def load_section(section: str, overrides: Sequence[str], *, source: str = "arguments") -> object:
-    """Return one section made of its defaults and of overrides (`eval.temperature=1`), without a recipe.
+def load_sections(sections: Sequence[str], overrides: Sequence[str], *, source: str = "arguments") -> list[Any]:
+    """Return sections made of their defaults and of overrides (`eval.temperature=1`), without a recipe.
 
     Raises:
         RecipeError: With every problem of the overrides.
     """
     root = Node({}, "")
     problems = [problem for override in overrides for problem in apply_override(root, override)]
+    allowed = " and ".join(f"{section}.key=value" for section in sections)
     for name, child in root.value.items():
-        if name != section:
-            problems.append(Problem(child.where, f"{name}: only {section}.key=value can be given here"))
-    wanted = fields_of(Recipe)[section].hint
-    return _checked(wanted, root.value.get(section, root), problems, source=source, path=section)
+        if name not in sections:
+            problems.append(Problem(child.where, f"{name}: only {allowed} can be given here"))
+    empty = Node({}, "")
+    wanted = fields_of(Recipe)
+    return [
+        _checked(wanted[section].hint, root.value.get(section, empty), problems, source=source, path=section)
+        for section in sections
+    ]
 
 
 def _checked(settings: type[T], root: Node, problems: list[Problem], *, source: str, path: str = "") -> T:
@@ -100,5 +109,8 @@ def _import_plugins(root: Node) -> list[Problem]:
             importlib.import_module(str(item.value))
         except ImportError as error:
             text = f"plugins: cannot import {item.value!r} ({error}). Install it, or put its folder on PYTHONPATH"
+            problems.append(Problem(item.where, text))
+        except Exception as error:  # whatever the code of a plugin does when it runs
+            text = f"plugins: {item.value!r} fails when it is imported: {type(error).__name__}: {error}"
             problems.append(Problem(item.where, text))
     return problems

@@ -34,12 +34,14 @@ class Recipe:
     target: TargetSettings = field(
         default_factory=TargetSettings, metadata={"help": "The frozen model whose output must be kept."}
     )
-    drafter: Any = setting(None, help="The model or module that is trained, by kind; or a head.", registry=drafters)
+    drafter: Any = setting(
+        None, help="The model or module that is trained, by kind; or a head.", registry=drafters, unless="head"
+    )
     head: Any = setting(
         None, help="The head that is trained on a frozen drafter and target, by kind; or a drafter.", registry=heads
     )
     loss: Any = setting(
-        None, help="What training a drafter minimises, by kind; a head brings its own.", registry=losses
+        None, help="What training a drafter minimises, by kind; a head brings its own.", registry=losses, unless="head"
     )
     data: DataSettings = setting(help="Where text comes from, and what the target writes of it.")
     train: TrainSettings = field(default_factory=TrainSettings, metadata={"help": "How the drafter is trained."})
@@ -53,14 +55,8 @@ class Recipe:
             problems.append(f"name: must be usable as the name of a folder, got {self.name!r}")
         if self.head is not None:
             problems += self._of_head()
-        else:
-            problems += [
-                f"{part.name}: missing. {part.metadata['help']}"
-                for part in fields(self)
-                if part.name in TRAINED[0] and getattr(self, part.name) is None
-            ]
-            if self.data.annotate is not None:
-                problems.append("data.annotate: labels are for a head, and this recipe trains none")
+        elif self.data.annotate is not None:
+            problems.append("data.annotate: labels are for a head, and this recipe trains none")
         if self.target.model is None:
             problems += self._without_target()
         if self.train.pretrain is not None:
@@ -91,7 +87,8 @@ class Recipe:
         """Tell what needs the target that this recipe has not."""
         for settings in components_of(self.loss):
             component: Any = losses.entry(settings.kind).component if settings.kind in losses.names() else None
-            if component is not None and component.needs_target:
+            # That of a sum is a property of its terms, which are asked themselves.
+            if component is not None and component.needs_target is True:
                 yield f"loss: {settings.kind} compares with the target, but target.model is null"
         kind = getattr(self.drafter, "kind", "")
         made_of: Any = drafters.entry(kind).component if kind in drafters.names() else None

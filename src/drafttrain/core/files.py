@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 
 @contextlib.contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
@@ -36,7 +38,11 @@ def folder_beside(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     os.chmod(temporary, 0o755)
     try:
-        yield temporary
+        try:
+            yield temporary
+        except SafetensorError as error:
+            # Readers name their own; what is left is a file that could not be written (a full disk, a limit on sizes).
+            raise OSError(0, str(error), str(path)) from error
         old = path.with_name(f".{path.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():

@@ -16,6 +16,7 @@ def setting(
     le: float | None = None,
     lt: float | None = None,
     registry: Registry | None = None,
+    unless: str | None = None,
 ) -> Any:
     """Return a dataclass field whose metadata a recipe is checked against and `recipe show` prints.
 
@@ -25,8 +26,9 @@ def setting(
         ge, gt, le, lt: The range of a number (of every number of a list).
         registry: The value is a component: a mapping with `kind` and that kind's own settings.
             A list type means a list of such mappings.
+        unless: The recipe must give a value, whatever the default is, unless it gives this other key of the section.
     """
-    metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt, "registry": registry}
+    metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt, "registry": registry, "unless": unless}
     if default is MISSING:
         return field(metadata=metadata)
     if isinstance(default, list | dict) or is_dataclass(default) or registry is not None:

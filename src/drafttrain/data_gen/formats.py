@@ -98,6 +98,17 @@ class Encoder:
             )
         return self._tokens(value)[0] if "tokens" in value else self.text(value["text"])
 
+    def frame(self) -> tuple[list[int], list[int]]:
+        """Return what the chat template puts before and after every prompt; nothing where there is no template."""
+        if not self.tokenizer.chat_template:
+            return [], []
+        try:
+            one, other = (self._chat_prompt([{"role": "user", "content": text}]) for text in ("a", "Z"))
+        except BadItem:
+            return [], []
+        before, after = common_start(one, other), common_start(one[::-1], other[::-1])
+        return one[:before], one[len(one) - after :]
+
     def text(self, text: Any) -> list[int]:
         """Return the ids of plain text, with what the tokenizer puts in front."""
         return list(self.tokenizer(_text(text, "text")).input_ids)
@@ -191,6 +202,11 @@ class Encoder:
     def _needs_template(self) -> None:
         if not self.tokenizer.chat_template:
             raise BadItem("a chat, but the tokenizer has no chat template: give prompt and completion, or text")
+
+
+def common_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many tokens two texts share from their start."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def messages_of(value: Mapping[str, Any]) -> list[dict[str, str]]:

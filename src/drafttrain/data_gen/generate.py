@@ -21,11 +21,10 @@ from drafttrain.core.files import sha256_of, write_json, write_text
 from drafttrain.core.probability import sampling_probs
 from drafttrain.core.random import stream, stream_seed
 from drafttrain.core.records import Sampling
-from drafttrain.core.registry import component_mapping
 from drafttrain.data_gen.formats import Encoder
 from drafttrain.data_gen.quarantine import read_items
 from drafttrain.data_gen.settings import GenerateSettings
-from drafttrain.data_gen.sources import sources
+from drafttrain.data_gen.sources import content_of, sources
 from drafttrain.target import Target
 from drafttrain.target.cached_lm import CachedLM
 
@@ -55,7 +54,7 @@ def generate(settings: GenerateSettings, target: Target, folder: Path, *, seed: 
         "seed": seed,
         "max_length": max_length,
         "dtype": str(target.model.dtype).removeprefix("torch."),
-        "settings": asdict(settings) | {"prompts": component_mapping(settings.prompts)},
+        "settings": asdict(settings) | {"prompts": content_of(settings.prompts)},
     }
     manifest = folder / "manifest.json"
     plan_file = folder / "plan.json"
@@ -87,6 +86,7 @@ def _tasks(settings: GenerateSettings, target: Target, quarantine: Path, *, seed
             lambda item: encoder.prompts(item.value, id=item.where, prompt_tokens=settings.prompt_tokens),
             quarantine,
             name="data.generate.prompts",
+            max_items=getattr(settings.prompts, "max_items", None),
         )
     )
     prompts.sort(key=lambda prompt: stream_seed(seed, "prompt order", prompt[0]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,13 @@ from drafttrain.core.console import say
 from drafttrain.core.files import write_json
 from drafttrain.core.records import DraftBatch, TargetNeeds
 from drafttrain.data_gen.cache import RowCache, Wanted, build_cache, with_stored
-from drafttrain.data_gen.formats import Encoder
+from drafttrain.data_gen.formats import Encoder, common_start
 from drafttrain.data_gen.generate import generate
 from drafttrain.data_gen.overlap import Key, contaminated
 from drafttrain.data_gen.packing import pack
 from drafttrain.data_gen.sampler import Sampler
 from drafttrain.data_gen.settings import DataSettings
-from drafttrain.data_gen.sources import Source, sources
+from drafttrain.data_gen.sources import Source, Versioned, content_of, sources
 from drafttrain.data_gen.store import Store, open_store
 from drafttrain.target import Target
 
@@ -28,9 +27,10 @@ from drafttrain.target import Target
 class TrainingData:
     """The records of a run and the order in which training reads them."""
 
-    def __init__(self, stores: Sequence[Store], settings: DataSettings, *, seed: int) -> None:
+    def __init__(self, stores: Sequence[Store], settings: DataSettings, encoder: Encoder, *, seed: int) -> None:
         self.stores = list(stores)
         self.settings = settings
+        self.encoder = encoder
         self.sampler = Sampler([len(store) for store in stores], [s.weight for s in settings.sources], seed=seed)
         self.caches: list[RowCache | None] = [None] * len(self.stores)
 
@@ -40,7 +40,7 @@ class TrainingData:
 
         kept = [i for i, source in enumerate(self.settings.sources) if source.kind != "generated"]
         settings = replace(self.settings, sources=[self.settings.sources[i] for i in kept])
-        return TrainingData([self.stores[i] for i in kept], settings, seed=self.sampler.seed)
+        return TrainingData([self.stores[i] for i in kept], settings, self.encoder, seed=self.sampler.seed)
 
     def of_step(
         self, step: int, *, batch_size: int, accumulation: int = 1, rank: int = 0, world_size: int = 1
@@ -88,10 +88,17 @@ class TrainingData:
         return counts_V
 
     def contaminated(self, prompts: Mapping[Key, Sequence[int]]) -> list[Key]:
-        """Return the keys of prompts that share an n-gram with any record."""
+        """Return the keys of prompts that share an n-gram with any record; what a chat template adds is no part of one."""
+        before, after = self.encoder.frame()
+
+        def own(tokens: Sequence[int]) -> Sequence[int]:
+            rest = tokens[common_start(tokens, before) :]
+            return rest[: len(rest) - common_start(rest[::-1], after[::-1])]
+
         texts = (
             store.tokens[store.starts[i] : store.starts[i + 1]] for store in self.stores for i in range(len(store))
         )
+        prompts = {id: own(tokens) for id, tokens in prompts.items()}
         return contaminated(prompts, texts, ngram=self.settings.overlap_ngram)
 
 
@@ -113,20 +120,20 @@ def prepare(
     encoder = Encoder(tokenizer, settings.max_length)
     stores = []
     for number, chosen in enumerate(settings.sources):
-        content = asdict(chosen) | {"kind": chosen.kind}
+        content = content_of(chosen)
         content.pop("weight")
         about = {"source": content, "max_length": settings.max_length, "tokenizer": tokenizer_fingerprint}
         if chosen.kind == "generated" and chosen.path is None:
             from dataclasses import replace
 
-            shards = folder / "generated"
-            chosen = replace(chosen, path=str(shards))
-            about["manifest"] = json.loads((shards / "manifest.json").read_text(encoding="utf-8"))["shards"]
+            chosen = replace(chosen, path=str(folder / "generated"))
         source: Source = sources.build(chosen)
+        if isinstance(source, Versioned):
+            about["version"] = source.version()
         store = open_store(folder / f"{number}-{chosen.kind}", source, encoder, about=json.loads(json.dumps(about)))
         say(f"source {chosen.kind}: {len(store):,} records, {len(store.tokens):,} tokens, weight {chosen.weight:g}")
         stores.append(store)
-    return TrainingData(stores, settings, seed=seed)
+    return TrainingData(stores, settings, encoder, seed=seed)
 
 
 def attach_cache(

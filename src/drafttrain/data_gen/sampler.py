@@ -43,7 +43,9 @@ class Sampler:
 
 def _pattern(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
     """Return one period of sources, and how often each came before every place of it."""
-    shares = [Fraction(weight).limit_denominator(1000) for weight in weights]
+    # Relative to the smallest, so that none is rounded away.
+    smallest = Fraction(min(weight for weight in weights if weight > 0))
+    shares = [(Fraction(weight) / smallest).limit_denominator(1000) for weight in weights]
     scale = lcm(*(share.denominator for share in shares))
     counts = [int(share * scale) for share in shares]
     divisor = gcd(*counts)

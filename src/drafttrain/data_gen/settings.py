@@ -7,6 +7,9 @@ from drafttrain.core.settings import setting
 from drafttrain.data_gen.annotate import annotators
 from drafttrain.data_gen.sources import sources
 
+LARGEST_SHARE = 10_000
+"""Records of one source for one of another; a period of the order holds all of them."""
+
 
 @dataclass
 class GenerateSettings:
@@ -90,10 +93,10 @@ class DataSettings:
             problems.append("sources: nothing reads what data.generate writes; add {kind: generated}")
         if self.generate is not None and getattr(self.generate.prompts, "kind", "") == "generated":
             problems.append("generate.prompts: the target cannot start from what it is about to write")
-        if self.sources and sum(getattr(source, "weight", 1.0) for source in self.sources) <= 0:
+        weights = [getattr(source, "weight", 1.0) for source in self.sources]
+        used = [weight for weight in weights if weight > 0]
+        if self.sources and not used:
             problems.append("sources: the weights must not all be 0")
+        if used and max(used) > LARGEST_SHARE * min(used):
+            problems.append(f"sources: weight {min(used):g} beside {max(used):g}: at most 1 to {LARGEST_SHARE:,}, or 0")
         return problems
-
-    def smoke(self) -> "DataSettings":
-        """Return a copy with short records."""
-        return replace(self, max_length=min(self.max_length, 96))

@@ -81,6 +81,7 @@ def _encode(folder: Path, source: Source, encoder: Encoder, *, about: dict[str, 
         lambda item: encoder.records(item.value, id=item.where),
         quarantine,
         name=f"source {settings['kind']}",
+        max_items=settings.get("max_items"),
     ):
         records.append((record.id.replace("\n", " "), len(record.tokens)))
         tokens.extend(record.tokens)

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from drafttrain.core.errors import CheckpointError
+from drafttrain.core.tensors import read_tensors
 from drafttrain.target import Target
 from drafttrain.target.anatomy import final_norm, head_logits
 
@@ -157,9 +158,7 @@ def load_weights(folder: Path, module: nn.Module, *, dtype: Any) -> None:
         CheckpointError: A tensor is missing, has another shape, or is unknown. Engines pass over unknown ones in silence.
     """
     path = folder / "model.safetensors"
-    if not path.is_file():
-        raise CheckpointError(f"{folder}: no model.safetensors here")
-    stored, wanted = load_file(path), module.state_dict()
+    stored, wanted = read_tensors(path), module.state_dict()
     problems = [f"{name}: missing" for name in wanted if name not in stored]
     problems += [f"{name}: unknown" for name in stored if name not in wanted]
     problems += [

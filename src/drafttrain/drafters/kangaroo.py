@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -21,6 +20,7 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.records import DraftBatch, DraftOutput, TargetNeeds
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
+from drafttrain.core.tensors import read_tensors
 from drafttrain.drafters import Drafter, drafters
 from drafttrain.drafters.early_exit_proposer import EarlyExitProposer, KeysAndValues
 from drafttrain.target import Target
@@ -154,8 +154,8 @@ No serving engine loads an adapter behind a target's first layers yet; these fig
         )
         drafter.to(target.device, getattr(torch, dtype) if dtype else target.model.dtype)
         try:
-            drafter.adapter.load_state_dict(load_file(folder / "model.safetensors"))
-        except (RuntimeError, OSError, SafetensorError) as error:
+            drafter.adapter.load_state_dict(read_tensors(folder / "model.safetensors"))
+        except RuntimeError as error:
             raise CheckpointError(f"{folder}: not the weights of a Kangaroo adapter: {error}") from error
         return drafter.eval()
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import write_json
 from drafttrain.core.settings import setting
+from drafttrain.core.tensors import read_tensors
 from drafttrain.target import Target
 
 CONFIG = "adapter_config.json"
@@ -126,7 +127,7 @@ def merged(target: Target, folder: Path) -> Target:
     """
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS)
+        tensors = read_tensors(folder / WEIGHTS)
         scale = config["lora_alpha"] / config["r"]
     except (OSError, KeyError, ValueError) as error:
         raise CheckpointError(f"{folder}: no adapter could be read here: {error}") from error

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
@@ -23,6 +23,7 @@ from drafttrain.core.files import write_json
 from drafttrain.core.records import DraftBatch, DraftOutput, TargetNeeds
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
+from drafttrain.core.tensors import read_tensors
 from drafttrain.drafters import Drafter, drafters
 from drafttrain.drafters.lora import LoraAdapter, LoraSettings, merged
 from drafttrain.drafters.medusa_proposer import MedusaProposer
@@ -315,8 +316,8 @@ class Medusa(Drafter):
         kind = dtype or target.model.dtype
         made.to(target.device, getattr(torch, kind) if isinstance(kind, str) else kind)
         try:
-            made.load_state_dict(load_file(folder / "model.safetensors"))
-        except (RuntimeError, OSError) as error:
+            made.load_state_dict(read_tensors(folder / "model.safetensors"))
+        except RuntimeError as error:
             raise CheckpointError(f"{folder}: not the weights that its config.json describes: {error}") from error
         return made.eval()
 

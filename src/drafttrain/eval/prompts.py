@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from importlib import resources
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from drafttrain.core.errors import DataError
 from drafttrain.core.records import Prompt
 from drafttrain.data_gen.formats import BadItem, Encoder
+from drafttrain.data_gen.sources.jsonl import lines
 
 BUILTIN = "builtin:"
 
@@ -52,13 +52,11 @@ def read_prompts(
     path = prompt_file(name)
     encoder = Encoder(tokenizer, max_length)
     problems, found, seen = [], [], set[str]()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, item in lines(path):
         try:
-            value = json.loads(line)
-            if not isinstance(value, dict):
-                raise BadItem(f"a JSON object is needed, got {type(value).__name__}")
+            if item.problem:
+                raise BadItem(item.problem)
+            value = item.value
             id = str(value.get("id", number))
             if id in seen:
                 raise BadItem(f"id {id!r} is there twice")
@@ -67,7 +65,7 @@ def read_prompts(
             if "text" in value and prompt_tokens is not None:
                 tokens = tokens[:prompt_tokens]
             found.append(Prompt(id, tokens, domain=str(value.get("domain", "")), answer=str(value.get("answer", ""))))
-        except (BadItem, ValueError) as reason:
+        except BadItem as reason:
             problems.append(f"  line {number}: {reason}")
     if problems:
         raise DataError(f"{path}: {len(problems)} lines are no prompts\n" + "\n".join(problems[:20]))

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from drafttrain.checkpoint import About, write_about
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import folder_beside
+from drafttrain.core.tensors import read_tensors
 
 
 def export_hf(trained: Path, folder: Path, *, tokenizer: Any, about: About, dtype: str) -> None:
@@ -29,7 +30,7 @@ def export_hf(trained: Path, folder: Path, *, tokenizer: Any, about: About, dtyp
     with folder_beside(folder) as temporary:
         tensors = {
             name: tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
-            for name, tensor in load_file(trained / "model.safetensors").items()
+            for name, tensor in read_tensors(trained / "model.safetensors").items()
         }
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         config = json.loads((trained / "config.json").read_text(encoding="utf-8"))

@@ -43,7 +43,16 @@ class WeightedSumConfig:
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
-        return [] if self.terms else ["terms: at least one is needed"]
+        if not self.terms:
+            return ["terms: at least one is needed"]
+        lengths = sorted(self.block_lengths())
+        return [f"terms: block_length {lengths}: one sum cuts its blocks once"] if len(lengths) > 1 else []
+
+    def block_lengths(self) -> set[int]:
+        """Return the lengths of blocks that the terms ask for, those of sums inside too."""
+        inner = [term.loss for term in self.terms]
+        own = {loss.block_length for loss in inner if hasattr(loss, "block_length")}
+        return own.union(*(loss.block_lengths() for loss in inner if isinstance(loss, WeightedSumConfig)))
 
 
 @losses.register("sum", WeightedSumConfig)

@@ -16,6 +16,8 @@ from drafttrain.core.records import TargetNeeds
 BLOCK_PATHS = ("layers", "h", "blocks", "decoder.layers")
 NORM_PATHS = ("norm", "ln_f", "final_layer_norm", "decoder.final_layer_norm")
 
+POSITION_EMBEDDINGS = ("wpe", "embed_positions", "position_embeddings")
+
 
 def trunk(model: Any) -> nn.Module:
     """Return the model below the head; its `last_hidden_state` is the state after the final norm."""
@@ -47,6 +49,15 @@ def finished_logits(config: Any, logits: Tensor) -> Tensor:
     if cap := getattr(config, "final_logit_softcapping", None):
         logits = torch.tanh(logits / cap) * cap
     return logits
+
+
+def position_limit(model: Any) -> int | None:
+    """Return how many positions a model has learnt embeddings for; None where positions are computed (rotary, ALiBi)."""
+    learnt = any(
+        isinstance(module, nn.Embedding) and name.rpartition(".")[2] in POSITION_EMBEDDINGS
+        for name, module in model.named_modules()
+    )
+    return int(model.config.get_text_config().max_position_embeddings) if learnt else None
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.records import ForwardEvent, LayerState, TargetNeeds, TargetOutput
 from drafttrain.core.roles import ForwardListener
-from drafttrain.target.anatomy import blocks, taps, trunk
+from drafttrain.target.anatomy import blocks, position_limit, taps, trunk
 from drafttrain.target.block_range import block_range
 from drafttrain.target.ragged_cache import RaggedCache, Tree, is_chain
 
@@ -50,6 +50,7 @@ class CachedLM:
         _refuse_states_that_cannot_roll_back(model, name=name)
         self._trunk = trunk(model)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._position_limit = position_limit(model)
         self._weights = _WeightBytes(model)
         self._num_layers = int(self._config.num_hidden_layers)
         self.split: int | None = None
@@ -192,7 +193,14 @@ class CachedLM:
             "use_cache": True,
         }
         if self._takes_positions:
-            arguments["position_ids"] = caches[0].positions(sizes, trees, width=width).to(self.device)
+            positions_BN = caches[0].positions(sizes, trees, width=width)
+            last = int(positions_BN.max())
+            if self._position_limit is not None and last >= self._position_limit:
+                raise CheckpointError(
+                    f"{self.name}: token {last + 1} is past the {self._position_limit} positions that "
+                    f"{type(self.model).__name__} has embeddings for: use shorter prompts or fewer new tokens"
+                )
+            arguments["position_ids"] = positions_BN.to(self.device)
         tapped: Any = taps(self.model, needs) if needs.hidden or needs.final else nullcontext({})
         whole = len(running) == self._num_layers
         with (

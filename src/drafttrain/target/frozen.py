@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import sha256_of
 from drafttrain.core.records import TargetNeeds, TargetOutput, TargetRows
 from drafttrain.core.settings import setting
-from drafttrain.target.anatomy import head_logits
+from drafttrain.target.anatomy import head_logits, position_limit
 from drafttrain.target.documents import document_states
 
 BUILTIN = "builtin:"
@@ -67,12 +68,17 @@ def resolve_folder(name: str, *, revision: str | None = None) -> Path:
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise CheckpointError(f"{name}: no such folder (a hub id has the form owner/name)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
             f"{name}: neither a local folder nor a hub id that could be fetched ({type(error).__name__})"
         ) from error
@@ -122,8 +128,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: no tokenizer could be read here: {error}") from error
+    except Exception as error:  # tokenizers raises plain Exceptions, and what the content of a broken file leads to
+        raise CheckpointError(f"{folder}: no tokenizer could be read here: {type(error).__name__}: {error}") from error
 
 
 def load_causal_lm(
@@ -143,7 +149,7 @@ def load_causal_lm(
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: no causal LM could be read here: {error}") from error
     model, report = loaded
     missing = sorted(report["missing_keys"])
@@ -200,6 +206,16 @@ class Target:
     def device(self) -> torch.device:
         """Where the target runs."""
         return next(self.model.parameters()).device
+
+    def check_length(self, length: int, *, what: str) -> None:
+        """Refuse texts that are longer than the positions that the target has embeddings for.
+
+        Raises:
+            CheckpointError: Naming `what` to shorten.
+        """
+        limit = position_limit(self.model)
+        if limit is not None and length > limit:
+            raise CheckpointError(f"{what}: {length} tokens are more than the {limit} positions of {self.name}")
 
     @property
     def vocab_size(self) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
+import pickle
 import signal
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,12 +199,35 @@ class Checkpoints(StepEnd):
         self.folder = folder
         self.settings = settings
         self._asked_to_stop = False
-        self._handlers: dict[int, Any] = {}
+
+    @contextmanager
+    def taking_requests(self) -> Iterator[None]:
+        """Answer SIGTERM and SIGINT in place of the command line, before the first step and after the last one too.
+
+        Raises:
+            Interrupted: It was asked to stop where there was no step to end.
+        """
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            self._take_signals()
+            yield
+        except SystemExit:
+            # Lightning's own answer to SIGTERM, until its handler is replaced.
+            if not self._asked_to_stop:
+                raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self._asked_to_stop:
+            raise Interrupted("stopped between steps: run the same command to continue")
+
+    def _take_signals(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Take over SIGTERM and SIGINT for the length of the training."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._handlers[number] = signal.signal(number, self._ask)
+        """Take the signals back from Lightning, which would leave in the middle of a step."""
+        self._take_signals()
 
     def _ask(self, *_: Any) -> None:
         self._asked_to_stop = True
@@ -215,7 +238,6 @@ class Checkpoints(StepEnd):
         if step % self.settings.checkpoint_every_steps == 0 or self._asked_to_stop:
             self.save(trainer, step)
         if self._asked_to_stop:
-            self.restore_handlers()
             raise Interrupted(f"stopped at step {step} of {self.settings.max_steps}: run the same command to continue")
 
     def save(self, trainer: Trainer, step: int) -> None:
@@ -227,16 +249,6 @@ class Checkpoints(StepEnd):
             os.replace(temporary, path)
             for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.KEPT]:
                 old.unlink()
-
-    def restore_handlers(self) -> None:
-        """Give the signals back."""
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers.clear()
-
-    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        """Give the signals back however the training ended."""
-        self.restore_handlers()
 
 
 class Progress(StepEnd):
@@ -294,7 +306,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     for path in sorted(folder.glob("step-*.ckpt"), reverse=True):
         try:
             torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
             say(f"{path} is damaged ({type(error).__name__}): falling back to the checkpoint before it")
             path.rename(path.with_suffix(".damaged"))
             continue

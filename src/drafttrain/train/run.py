@@ -140,17 +140,17 @@ def _fit(
     validation = (
         Validation(held_out, settings=settings, folder=folder) if held_out and settings.eval_every_steps else None
     )
+    saver = Checkpoints(checkpoints, settings=settings)
     callbacks = [
         *([validation] if validation else []),
         MetricsLog(folder / "metrics.csv", settings=settings, validation=validation),
-        Checkpoints(checkpoints, settings=settings),
+        saver,
         Progress(settings),
         *frozen,
     ]
     with _quiet():
         trainer = Trainer(
-            accelerator="auto",
-            devices=1,
+            **placement(next(module.trained.parameters()).device),
             precision="32-true" if settings.precision == "fp32" else "bf16-mixed",
             max_steps=settings.max_steps,
             max_epochs=-1,
@@ -167,8 +167,14 @@ def _fit(
         if newest:
             say(f"continuing from {newest}")
         data = _Data(of_step, stop=settings.max_steps)
-        trainer.fit(module, datamodule=data, ckpt_path=newest, weights_only=True)
+        with saver.taking_requests():
+            trainer.fit(module, datamodule=data, ckpt_path=newest, weights_only=True)
     return _finish(module, validation, folder=folder)
+
+
+def placement(device: torch.device) -> dict[str, Any]:
+    """Return what Lightning must be told so that it trains where the drafter is, and its target with it."""
+    return {"accelerator": device.type, "devices": 1 if device.type == "cpu" else [device.index or 0]}
 
 
 def _finish(module: StepModule, validation: Validation | None, *, folder: Path) -> TrainResult:
@@ -201,9 +207,7 @@ def _loggers(settings: TrainSettings, folder: Path) -> list[Any]:
             elif name == "mlflow":
                 made.append(loggers.MLFlowLogger(run_name=folder.name, save_dir=str(folder / "mlruns")))
         except ModuleNotFoundError as error:
-            raise DrafttrainError(
-                f"train.loggers: {name!r} is not installed ({error.name}): pip install {name}"
-            ) from error
+            raise DrafttrainError(f"train.loggers: {name} cannot be used: {error}") from error
     return made
 
 

@@ -1,6 +1,7 @@
 """Settings of training; imports neither lightning nor deepspeed."""
 
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from typing import ClassVar, Literal
 
 from drafttrain.core.settings import setting
@@ -93,6 +94,8 @@ class TrainSettings:
         for name in self.loggers:
             if name not in self.LOGGERS:
                 problems.append(f"loggers: unknown logger {name!r}. Available: {', '.join(self.LOGGERS)}")
+            elif name != "csv" and find_spec(name) is None:
+                problems.append(f"loggers: {name!r} is not installed: pip install {name}, or leave it out")
         return problems
 
     def smoke(self) -> "TrainSettings":

@@ -1,13 +1,16 @@
 """Sources of text, one file a kind. A source yields items; what an item holds is in `data_gen.formats`."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, Self, runtime_checkable
 
-from drafttrain.core.registry import Registry
+from drafttrain.core.registry import Registry, component_mapping
 from drafttrain.core.settings import setting
 
 sources = Registry("source", "drafttrain.data_gen.sources")
+
+SMOKE_ITEMS = 64
 
 
 @dataclass
@@ -15,6 +18,11 @@ class WeightedSettings:
     """What all sources share."""
 
     weight: float = setting(1.0, help="Share of the trained records, relative to the other sources.", ge=0)
+    max_items: int | None = setting(None, help="The first so many items are read; null: all.", ge=1)
+
+    def smoke(self) -> Self:
+        """Return a copy that reads a few items; whole ones: an item that the run takes is never too long for it."""
+        return replace(self, max_items=min(self.max_items or SMOKE_ITEMS, SMOKE_ITEMS))
 
 
 @dataclass(frozen=True)
@@ -35,3 +43,26 @@ class Source(Protocol):
     def items(self) -> Iterator[Item]:
         """Yield all items."""
         ...
+
+
+@runtime_checkable
+class Versioned(Protocol):
+    """A source whose items may change under the same settings, as files do."""
+
+    def version(self) -> Any:
+        """Return what changes when its items do, as JSON can hold it."""
+        ...
+
+
+def stamps(paths: Sequence[Path]) -> list[list[Any]]:
+    """Return name, size and time of change of files: they tell an edited one without reading it."""
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+
+
+def content_of(settings: Any) -> dict[str, Any]:
+    """Return the settings of a source that its items depend on.
+
+    A limit that is not set is left out: what was written before there was one stays valid.
+    """
+    mapping = component_mapping(settings)
+    return {key: value for key, value in mapping.items() if not (key == "max_items" and value is None)}

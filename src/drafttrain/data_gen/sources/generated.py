@@ -1,13 +1,16 @@
 """What the target wrote for this run, or for another one."""
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from drafttrain.core.errors import DataError
+from drafttrain.core.files import sha256_of
 from drafttrain.core.settings import setting
 from drafttrain.data_gen.sources import Item, WeightedSettings, sources
-from drafttrain.data_gen.sources.jsonl import JSONL, JSONLSettings
+from drafttrain.data_gen.sources.jsonl import lines
 
 
 @dataclass(kw_only=True)
@@ -26,8 +29,30 @@ class Generated:
 
     def items(self) -> Iterator[Item]:
         """Yield every record."""
+        for shard in self.version():
+            path = self._folder() / shard["file"]
+            for number, item in lines(path):
+                yield replace(item, where=f"{path}:{number}")
+
+    def version(self) -> Any:
+        """Return the shards with their hashes, as the manifest lists them.
+
+        Raises:
+            DataError: A shard is not what the manifest says.
+        """
+        manifest = self._folder() / "manifest.json"
+        if not manifest.exists():
+            raise DataError(f"{self._folder()}: no manifest.json here: not a whole folder of shards")
+        shards = json.loads(manifest.read_text(encoding="utf-8"))["shards"]
+        for shard in shards:
+            path = self._folder() / shard["file"]
+            if not path.exists() or sha256_of(path) != shard["sha256"]:
+                raise DataError(
+                    f"{path}: is not what manifest.json says (sha256): remove both, and the run that wrote them writes them again"
+                )
+        return shards
+
+    def _folder(self) -> Path:
         if self.settings.path is None:
             raise DataError("source generated: the shards of this run are not made yet (drafttrain gen)")
-        if not (Path(self.settings.path) / "manifest.json").exists():
-            raise DataError(f"{self.settings.path}: no manifest.json here: not a whole folder of shards")
-        yield from JSONL(JSONLSettings(path=str(Path(self.settings.path) / "shard-*.jsonl"))).items()
+        return Path(self.settings.path)

@@ -3,12 +3,13 @@
 import glob
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from drafttrain.core.errors import DataError
 from drafttrain.core.settings import setting
-from drafttrain.data_gen.sources import Item, WeightedSettings, sources
+from drafttrain.data_gen.sources import Item, WeightedSettings, sources, stamps
 
 
 @dataclass(kw_only=True)
@@ -28,10 +29,20 @@ class JSONL:
     def items(self) -> Iterator[Item]:
         """Yield every line; one that is no JSON object is yielded with its problem."""
         for path in matching(self.path):
-            with path.open("rb") as file:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield _item(f"{path}:{number}", line)
+            for number, item in lines(path):
+                yield replace(item, where=f"{path}:{number}")
+
+    def version(self) -> Any:
+        """Return what changes with the files."""
+        return stamps(matching(self.path))
+
+
+def lines(path: Path) -> Iterator[tuple[int, Item]]:
+    """Yield the lines of one file with their numbers, from 1; empty ones are left out."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, _item(f"line {number}", line)
 
 
 def matching(pattern: str) -> list[Path]:
@@ -40,6 +51,8 @@ def matching(pattern: str) -> list[Path]:
     Raises:
         DataError: There is none.
     """
+    if Path(pattern).expanduser().is_file():
+        return [Path(pattern).expanduser()]
     paths = sorted(Path(name) for name in glob.glob(str(Path(pattern).expanduser()), recursive=True))
     files = [path for path in paths if path.is_file()]
     if not files:

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from drafttrain.core.errors import DataError
 from drafttrain.core.settings import setting
-from drafttrain.data_gen.sources import Item, WeightedSettings, sources
+from drafttrain.data_gen.sources import Item, WeightedSettings, sources, stamps
 from drafttrain.data_gen.sources.jsonl import matching
 
 
@@ -38,3 +39,7 @@ class Parquet:
                 for row in batch.to_pylist():
                     yield Item(f"{path}:{number}", {name: value for name, value in row.items() if value is not None})
                     number += 1
+
+    def version(self) -> Any:
+        """Return what changes with the files."""
+        return stamps(matching(self.path))

@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from drafttrain.core.errors import DataError
 from drafttrain.core.settings import setting
-from drafttrain.data_gen.sources import Item, WeightedSettings, sources
+from drafttrain.data_gen.sources import Item, WeightedSettings, sources, stamps
 
 
 @dataclass(kw_only=True)
@@ -26,14 +27,21 @@ class Text:
 
     def items(self) -> Iterator[Item]:
         """Yield every file that is UTF-8."""
+        for path in self._paths():
+            try:
+                yield Item(str(path), {"text": path.read_text(encoding="utf-8")})
+            except UnicodeDecodeError as error:
+                yield Item(str(path), "", f"not UTF-8: {error}")
+
+    def version(self) -> Any:
+        """Return what changes with the files."""
+        return stamps(self._paths())
+
+    def _paths(self) -> list[Path]:
         root = Path(self.settings.path).expanduser()
         paths = (
             [root] if root.is_file() else sorted(path for path in root.glob(self.settings.pattern) if path.is_file())
         )
         if not paths:
             raise DataError(f"{root}: no file here matches {self.settings.pattern!r}")
-        for path in paths:
-            try:
-                yield Item(str(path), {"text": path.read_text(encoding="utf-8")})
-            except UnicodeDecodeError as error:
-                yield Item(str(path), "", f"not UTF-8: {error}")
+        return paths

@@ -1,0 +1,126 @@
+"""One training: where it runs, how it stops, and that its target stays as it was."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from lightning.fabric.accelerators.mps import MPSAccelerator
+
+from drafttrain.cli import exit_codes
+from drafttrain.core.errors import DrafttrainError, Interrupted
+from drafttrain.core.records import DraftBatch, Record
+from drafttrain.data_gen.packing import pack
+from drafttrain.drafters.causal_lm import CausalLMDrafter
+from drafttrain.losses import losses
+from drafttrain.target import Target
+from drafttrain.train.callbacks import newest_checkpoint
+from drafttrain.train.run import TrainResult, placement, train
+from drafttrain.train.settings import TrainSettings
+from tests.conftest import byte_tokenizer, random_llama
+
+STEPS = 3
+
+
+@pytest.fixture
+def target() -> Target:
+    """A target of its own: these tests meddle with it."""
+    return Target(random_llama(), byte_tokenizer(), name="tiny", fingerprint="")
+
+
+def run(
+    folder: Path,
+    target: Target,
+    *,
+    at_step: Callable[[int], None] = lambda step: None,
+    estimate: Callable[[Any], dict[str, Any]] | None = None,
+    accumulation: int = 1,
+) -> TrainResult:
+    """Train for three steps; `at_step` is called when the batch of a step is made."""
+
+    def of_step(step: int) -> list[DraftBatch]:
+        at_step(step)
+        records = [Record("a", list(range(1, 9)), [True] * 8)]
+        return [pack(records, width=8, weight_of_step=7.0 * accumulation)[0] for _ in range(accumulation)]
+
+    settings = TrainSettings(
+        max_steps=STEPS,
+        batch_size=accumulation,
+        accumulation=accumulation,
+        warmup_steps=0,
+        loggers=["csv"],
+        eval_every_steps=STEPS,
+    )
+    return train(
+        CausalLMDrafter(random_llama(seed=1, num_layers=1)),
+        losses.build(losses.entry("forward_kl").settings()),
+        target=target,
+        of_step=of_step,
+        estimate=estimate,
+        settings=settings,
+        vocab_size=257,
+        folder=folder,
+    )
+
+
+def test_a_target_that_changes_while_it_trains_is_an_error(target: Target, tmp_path: Path) -> None:
+    def one_weight_moves(step: int) -> None:
+        if step == 1:
+            target.model.model.norm.weight.data[0] += 1e-3
+
+    with pytest.raises(DrafttrainError, match="must stay frozen"):
+        run(tmp_path / "changed", target, at_step=one_weight_moves)
+    assert not (tmp_path / "changed" / "train.json").exists()
+    assert run(tmp_path / "frozen", target).last_step == STEPS
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_request_to_stop_during_the_first_validation_exits_with_75(
+    target: Target, tmp_path: Path, accumulation: int
+) -> None:
+    def estimate(_: Any) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"block_efficiency": 1.0, "alpha": 0.1, "said": "measured"}
+
+    with pytest.raises(typer.Exit) as caught, exit_codes(debug=False):
+        run(tmp_path, target, estimate=estimate, accumulation=accumulation)
+    assert caught.value.exit_code == Interrupted.exit_code
+    assert not (tmp_path / "train.json").exists()
+
+
+def test_a_request_to_stop_after_the_last_step_is_heard(target: Target, tmp_path: Path) -> None:
+    digests = iter(range(9))
+
+    def ask(*_: Any) -> None:
+        # The first digest is taken before training, the second after it.
+        if next(digests) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    hook = target.model.register_state_dict_pre_hook(ask)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(typer.Exit) as caught, exit_codes(debug=False):
+        run(tmp_path, target)
+    assert caught.value.exit_code == Interrupted.exit_code
+    assert signal.getsignal(signal.SIGTERM) is handler
+    hook.remove()
+    assert run(tmp_path, target).last_step == STEPS, "the same command continues"
+
+
+def test_training_runs_where_the_drafter_is(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert placement(torch.device("cuda:1")) == {"accelerator": "cuda", "devices": [1]}
+    assert placement(torch.device("cuda")) == {"accelerator": "cuda", "devices": [0]}
+    # On a machine whose own choice would be another device.
+    monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))
+    assert run(tmp_path, target).last_step == STEPS
+
+
+def test_a_checkpoint_of_garbage_falls_back_to_the_one_before(tmp_path: Path) -> None:
+    torch.save({"step": 1}, tmp_path / "step-00000001.ckpt")
+    for number, content in ((2, b"garbage"), (3, b""), (4, b"\x80\x04garbage"), (5, b"PK\x03\x04garbage")):
+        (tmp_path / f"step-{number:08d}.ckpt").write_bytes(content)
+    assert newest_checkpoint(tmp_path) == tmp_path / "step-00000001.ckpt"
+    assert len(list(tmp_path.glob("*.damaged"))) == 4
