@@ -184,7 +184,7 @@ def test_a_threshold_costs_less_than_any_fixed_length_and_no_less_than_the_oracl
     assert best < 1.12 * oracle
     # The control: a head that knows nothing makes the same rule a fixed length.
     blind = CumulativeReject(CumulativeRejectSettings(threshold=0.5, max_tokens=MAX_TOKENS))
-    blind.survival = type("Blind", (), {"after": lambda self, step: (0.8 ** (step.depth - 1), 0.8)})()
+    blind.survival = type("Blind", (), {"after": lambda self, step: 0.8 ** (step.depth - 1)})()
     assert len({drafted_by(blind, place) for place in range(LENGTH)}) == 1
 
 
@@ -211,7 +211,7 @@ def test_at_a_given_rate_weighing_cost_is_a_threshold(tmp_path):
     """It stops where alive * a^2 / t_draft < rate: a cumulative threshold of 1 - rate t_draft / a^2."""
     head = known_head(tmp_path)
     policy = ExpectedCost(ExpectedCostSettings(draft_cost=1.0, target_cost=4.0, max_tokens=MAX_TOKENS, head=head))
-    policy._newest.add(0.8 * 1e9 - 1, 1e9 - 1)  # the mean stays at 0.8 whatever comes
+    policy._kept.add(0.8 * 1e9 - 1, 1e9 - 1)  # 0.8 in all
     threshold = 1 - 0.25 / 0.8**2
     other = cumulative(head, threshold, max_tokens=MAX_TOKENS)
     lengths = [drafted_by(policy, place) for place in range(len(PATTERN))]

@@ -29,17 +29,11 @@ class Survival:
             raise CheckpointError("eval.length.head: null means the head of the run's own recipe; name a folder here")
         return cls(load_head(Path(folder), kind="acceptance").head)
 
-    def after(self, step: DraftStep) -> tuple[float, float]:
-        """Return (the chance that all tokens in the tree are kept, that of the newest given the others).
-
-        At depth 1 nothing is drafted: both are 1.
-        """
-        if step.depth == 1:
-            self._alive[step.sequence] = 1.0
-            return 1.0, 1.0
-        newest = self._chance(step)
-        self._alive[step.sequence] *= newest
-        return self._alive[step.sequence], newest
+    def after(self, step: DraftStep) -> float:
+        """Return the chance that all tokens in the tree are kept; at depth 1 nothing is drafted, and it is 1."""
+        alive = 1.0 if step.depth == 1 else self._alive[step.sequence] * self._chance(step)
+        self._alive[step.sequence] = alive
+        return alive
 
     @torch.no_grad()
     def _chance(self, step: DraftStep) -> float:

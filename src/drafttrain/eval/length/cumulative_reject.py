@@ -46,7 +46,7 @@ class CumulativeReject:
         return Budget(nodes=self.settings.max_tokens, depth=self.settings.max_tokens)
 
     def more(self, step: DraftStep) -> bool | More:
-        alive, _ = self.survival.after(step)
+        alive = self.survival.after(step)
         if step.depth < self.settings.min_tokens or 1 - alive <= self.settings.threshold:
             return True
         return More.LAST

@@ -35,9 +35,9 @@ class ExpectedCost:
     """Stops where a further drafter call yields fewer expected tokens a second than decoding has yielded so far.
 
     The rate of tokens a cost over many rounds is largest when every round stops where its marginal rate falls to that
-    overall rate; the rate so far takes its place and approaches it from below. A further call reads the newest token, whose
-    own chance is not known yet, and gives one more: both are taken to be as likely as draft tokens were on average. The
-    cost of a target call is taken not to grow with the tokens in it.
+    overall rate; the rate so far takes its place and approaches it from below. A further call reads the token drafted last,
+    whose own chance is not known yet, and gives one more: each is taken to be kept as often as draft tokens were that stood
+    behind kept ones. The cost of a target call is taken not to grow with the tokens in it.
 
     Source: Dinkelbach 1967, On Nonlinear Fractional Programming, Management Science 13(7), for the form of the rule.
     """
@@ -45,8 +45,8 @@ class ExpectedCost:
     def __init__(self, settings: ExpectedCostSettings) -> None:
         self.settings = settings
         self.draft_cost, self.target_cost = settings.draft_cost, settings.target_cost
-        self._newest = Rate(1.0, 1.0)
-        """Chance of a draft token, over all that the head has seen."""
+        self._kept = Rate(1.0, 1.0)
+        """How often a draft token was kept of those behind kept ones; begins with one that was."""
         self._yield = Rate()
         """Tokens and cost of all rounds so far."""
 
@@ -67,12 +67,10 @@ class ExpectedCost:
         return Budget(nodes=self.settings.max_tokens, depth=self.settings.max_tokens)
 
     def more(self, step: DraftStep) -> bool | More:
-        alive, newest = self.survival.after(step)
-        if step.depth > 1:
-            self._newest.add(newest, 1.0)
+        alive = self.survival.after(step)
         if self.draft_cost is None or self.target_cost is None:
             return True  # not measured yet: whole drafts show what both models cost
-        gain = alive * self._newest.value**2
+        gain = alive * self._kept.value**2
         return True if gain / self.draft_cost >= self.rate else More.LAST
 
     @property
@@ -82,6 +80,7 @@ class ExpectedCost:
         return self._yield.value if self._yield.count else 1 / self.target_cost
 
     def observe(self, verdict: Verdict) -> None:
+        self._kept.add(verdict.num_accepted, min(verdict.num_accepted + 1, verdict.num_draft_tokens))
         if self.draft_cost is not None and self.target_cost is not None:
             cost = self.target_cost + self.draft_cost * verdict.num_draft_tokens
             self._yield.add(len(verdict.tokens), cost)
