@@ -256,7 +256,13 @@ EMBEDDED = [
 """A recipe for a real target, on the embedded one."""
 
 
-@pytest.mark.parametrize("name", [one.name for one in bundled_recipes()])
+def smoked(name: str) -> object:
+    """The kinds of these recipes are smoked by the tiny ones; the whole path of each is left to the long tests."""
+    long = name.endswith("_8b") and not name.startswith("kd_")
+    return pytest.param(name, marks=[pytest.mark.slow] if long else [])
+
+
+@pytest.mark.parametrize("name", [smoked(one.name) for one in bundled_recipes()])
 def test_every_recipe_runs_with_smoke(name, tmp_path):
     """The path of every bundled recipe, shrunk; models that are not here are overridden by builtin ones."""
     overrides = {

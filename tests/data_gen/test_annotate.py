@@ -148,7 +148,7 @@ class Lines:
 def data(tmp_path: Any, tokenizer: Any, **settings: Any) -> TrainingData:
     store = open_store(tmp_path / "store", Lines(), Encoder(tokenizer, 64), about={"source": {"kind": "lines"}})
     chosen = DataSettings(sources=[type("S", (), {"kind": "lines", "weight": 1.0})()], **settings)
-    return TrainingData([store], chosen, seed=0)
+    return TrainingData([store], chosen, Encoder(tokenizer, 64), seed=0)
 
 
 def test_texts_are_held_out_whole_and_a_killed_labelling_continues(frozen, tiny_target, tmp_path):
