@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from drafttrain.core.errors import DataError
+from drafttrain.core.errors import CheckpointError, DataError
 from drafttrain.core.random import stream
-from drafttrain.core.records import Budget, Context, Record, Sampling
+from drafttrain.core.records import Budget, Context, Prompt, Record, Sampling
 from drafttrain.data_gen.annotate import Frozen
 from drafttrain.data_gen.annotate.acceptance import AcceptanceLabels, AcceptanceLabelSettings, acceptance_labels, mixed
 from drafttrain.data_gen.formats import Encoder
@@ -20,9 +19,14 @@ from drafttrain.data_gen.prepare import TrainingData
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.sources import Item
 from drafttrain.data_gen.store import open_store
+from drafttrain.drafters import drafters
 from drafttrain.drafters.causal_lm import CausalLMDrafter
+from drafttrain.eval.acceptance.lossless import Lossless
+from drafttrain.eval.engine import Engine
+from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.target.frozen import weights_sha256
 from tests.conftest import random_llama
+from tests.drafters.feature_models import feature_drafter, feature_target
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +150,8 @@ class Lines:
 
 
 def data(tmp_path: Any, tokenizer: Any, **settings: Any) -> TrainingData:
-    store = open_store(tmp_path / "store", Lines(), Encoder(tokenizer, 64), about={"source": {"kind": "lines"}})
+    encoder = Encoder(tokenizer, 64)
+    store = open_store(tmp_path / "store", Lines(), encoder, about={"source": {"kind": "lines"}})
     chosen = DataSettings(sources=[type("S", (), {"kind": "lines", "weight": 1.0})()], **settings)
     return TrainingData([store], chosen, Encoder(tokenizer, 64), seed=0)
 
@@ -179,15 +184,51 @@ def test_labels_that_would_be_too_large_are_refused(frozen, tiny_target, tmp_pat
 
 
 def test_a_drafter_without_states_of_its_draft_tokens_is_refused(frozen):
-    from dataclasses import replace
-
-    from drafttrain.core.errors import CheckpointError
-
-    class TwoDepths(CausalLMDrafter):
-        def forward(self, batch: Any) -> Any:
-            found = super().forward(batch)
-            return replace(found, states_BTD={1: found.states_BTD[1], 2: found.states_BTD[1]})
-
-    several = TwoDepths(copy.deepcopy(frozen.drafter.model))
+    medusa = feature_target()
+    drafter = drafters.entry("medusa").component.create(
+        drafters.entry("medusa").settings(), target=medusa, tokenizer=medusa.tokenizer
+    )
     with pytest.raises(CheckpointError, match="guesses several tokens from one state"):
-        labelled(Frozen(frozen.target, several, 0))
+        labelled(Frozen(medusa, drafter, 0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("kangaroo", {"exit_layer": 2}), ("eagle", {}), ("eagle3", {"draft_vocab_size": 120})],
+)
+def test_every_kind_that_drafts_token_by_token_is_labelled_with_the_states_that_decoding_has(kind, settings):
+    """The last token of a text is drafted: its state and label are those of the first draft token of a round there."""
+    target = feature_target()
+    drafter = feature_drafter(kind, target, **settings)
+    annotator = AcceptanceLabels(AcceptanceLabelSettings(temperature=0.0, mixing=0.0), Frozen(target, drafter, 0))
+    text = [5, 9, 200, 31, 44, 8, 8, 17]
+    found = []
+    for length in range(4, 9):
+        record = Record(str(length), text[:length], [False] * (length - 1) + [True])
+        (rows,) = annotator.label([record])
+        found.append((rows, watched_round(target, drafter, text[: length - 1])))
+    for rows, (hidden_D, kept) in found:
+        torch.testing.assert_close(rows.features_ND[0], hidden_D.float(), rtol=1e-4, atol=1e-5)
+        assert rows.labels_N.tolist() == [float(kept)]
+
+
+def watched_round(target: Any, drafter: Any, prompt: list[int]) -> tuple[torch.Tensor, bool]:
+    """Return the state where the first draft token of a round was read, and whether the token was kept."""
+    steps: list[Any] = []
+
+    class Watching(FixedLength):
+        def more(self, step: Any) -> bool:
+            steps.append(step)
+            return True
+
+    engine = Engine(
+        target,
+        drafter.proposer(target),
+        rule=Lossless(),
+        policy=Watching(FixedLengthSettings(2)),
+        sampling=Sampling(),
+        max_new_tokens=3,
+        stop_tokens=(),
+    )
+    (one,) = engine.generate([Prompt("x", prompt)])
+    return steps[1].hidden_D, one.rounds[0].num_accepted > 0

@@ -69,6 +69,7 @@ class EvalSettings:
             max_new_tokens=min(self.max_new_tokens, 24),
             prompt_tokens=min(self.prompt_tokens or 24, 24),
             speed_prompts=min(self.speed_prompts, 2),
+            also=self.also[:1],
             resamples=min(self.resamples, 500),
         )
 

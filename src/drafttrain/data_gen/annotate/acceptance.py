@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.probability import draw, sampling_probs
+from drafttrain.core.probability import draw, over_target_vocabulary, sampling_probs
 from drafttrain.core.random import stream
 from drafttrain.core.records import DraftBatch, DraftOutput, Record, Sampling, TargetNeeds
 from drafttrain.core.settings import setting
@@ -45,6 +45,9 @@ class AcceptanceLabels:
     Z, which is X at a share of the places and Y at the others; its states where Z = Y are the features. A label is of the
     prefix X while its state saw the prefix Z: the published approximation, which saves a target call a row.
 
+    A drafter that sees features of the target up to the token before the one it reads (EAGLE) reads a first draft token with
+    a feature of its own making: its second step is the state that decoding has there.
+
     Source: Huang et al. 2024, SpecDec++, arXiv 2405.19715, 3.2.
     """
 
@@ -62,13 +65,14 @@ class AcceptanceLabels:
         batch = batch.to(self.target.device)
         seen = self.target.read(batch.tokens_BT, batch.positions_BT, self._needs() | TargetNeeds(final=True))
         target_rows = self.target.rows_of(seen)
-        drafted = self._draft(replace(batch, target=seen))
+        drafted = self._draft(replace(batch, target=seen, num_depths=1))
+        reading = 1 + drafted.lag
         read_BT = batch.tokens_BT.clone()
         found: list[tuple[Tensor, Tensor, int]] = []
         for record, (row, column) in zip(records, places, strict=True):
             # Y at i is drawn by the row that sees the tokens before i, and read by the row that sees the one at i.
             trained = torch.tensor(record.loss_mask)
-            trained[: 1 + drafted.lag] = False
+            trained[:reading] = False
             position_N = trained.nonzero()[:, 0].to(self.target.device) + column
             start = row * batch.tokens_BT.shape[1]
             chances = self._chances(
@@ -79,9 +83,9 @@ class AcceptanceLabels:
             read_N, ours_N = mixed(drawn_N, batch.tokens_BT[row, position_N].cpu(), kept_N)
             read_BT[row, position_N] = read_N.to(read_BT.device)
             found.append((position_N[ours_N.to(position_N.device)], labels_N[ours_N], row))
-        states_BTD = self._states(replace(batch, tokens_BT=read_BT))
+        states_BTD = self._states(replace(batch, tokens_BT=read_BT, num_depths=reading), reading)
         return [
-            HeadRows(states_BTD[row, position_N - drafted.lag].float().cpu(), labels_N)
+            HeadRows(states_BTD[row, position_N - 2 * drafted.lag].float().cpu(), labels_N)
             for position_N, labels_N, row in found
         ]
 
@@ -89,20 +93,25 @@ class AcceptanceLabels:
         return self.drafter.needs()
 
     def _draft(self, batch: DraftBatch) -> DraftOutput:
-        drafted = self.drafter(batch)
-        if list(drafted.states_BTD) != [1]:
+        if self.drafter.deepest is not None:
             raise CheckpointError(
                 f"head.drafter: a {self.drafter.kind} drafter guesses several tokens from one state, so no state belongs to a "
                 "draft token; the acceptance head needs one that drafts token by token"
             )
+        drafted: DraftOutput = self.drafter(batch)
         return drafted
 
     def _chances(self, target_logits_NV: Tensor, drafted: DraftOutput, drafter_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the laws of both models over the ids that they share."""
-        shared = self.target.num_tokens
-        drafter_logits_NV = drafted.head(drafted.states_BTD[1].flatten(0, 1)[drafter_N], 1)[:, :shared]
-        target_NV = sampling_probs(target_logits_NV[:, : drafter_logits_NV.shape[1]], self.sampling)
-        return target_NV.cpu(), sampling_probs(drafter_logits_NV, self.sampling).cpu()
+        """Return the laws of both models over the target's vocabulary."""
+        drafter_logits_NR = drafted.head(drafted.states_BTD[1].flatten(0, 1)[drafter_N], 1)
+        vocabulary_R = drafted.vocabulary
+        if vocabulary_R is None:
+            # Ids behind the tokenizer's last are padding and never drafted.
+            vocabulary_R = torch.arange(min(self.target.num_tokens, drafter_logits_NR.shape[1]))
+        drafter_NR = sampling_probs(drafter_logits_NR[:, : len(vocabulary_R)], self.sampling)
+        target_NV = sampling_probs(target_logits_NV, self.sampling)
+        drafter_NV = over_target_vocabulary(drafter_NR.cpu(), vocabulary_R.cpu(), size=target_NV.shape[1])
+        return target_NV.cpu(), drafter_NV
 
     def _drawn(self, target_NV: Tensor, drafter_NV: Tensor, *, id: str) -> tuple[Tensor, Tensor]:
         """Return a token of the drafter for every row, and its label."""
@@ -110,12 +119,11 @@ class AcceptanceLabels:
         drawn_N = torch.tensor([draw(law_V, generator) for law_V in drafter_NV], dtype=torch.long)
         return drawn_N, acceptance_labels(target_NV, drafter_NV, drawn_N)
 
-    def _states(self, batch: DraftBatch) -> Tensor:
-        """Return the drafter's states where it reads what it drafted."""
+    def _states(self, batch: DraftBatch, depth: int) -> Tensor:
+        """Return the drafter's states of the depth at which it reads what it drafted."""
         if self._needs() != TargetNeeds():
             batch = replace(batch, target=self.target.read(batch.tokens_BT, batch.positions_BT, self._needs()))
-        states_BTD: Tensor = self._draft(batch).states_BTD[1]
-        return states_BTD
+        return self._draft(batch).states_BTD[depth]
 
 
 def acceptance_labels(target_NV: Tensor, drafter_NV: Tensor, drawn_N: Tensor) -> Tensor:
