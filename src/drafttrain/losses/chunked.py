@@ -41,8 +41,9 @@ def row_losses(
     *,
     vocab_size: int,
     chunk_rows: int | None = None,
+    measured: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return (loss_N float32, acceptance_N without gradient, None when there is no target).
+    """Return (loss_N float32, acceptance_N without gradient, None when there is no target or it is not measured).
 
     Of a drafter with a vocabulary of its own, rows whose answer it cannot say have loss 0 and no part in `combine`; their
     acceptance rate, like that of all rows, is over the target's whole vocabulary.
@@ -51,6 +52,7 @@ def row_losses(
         vocab_size: Ids that target, drafter and tokenizer share; logits are cut to these, so padding has no mass.
         chunk_rows: Rows whose logits exist at once; they are computed again in the backward pass. None: all logits are
             kept unless they exceed 256 MiB.
+        measured: Compute the acceptance rate, which costs some hundredths of a step.
     """
     count, row_bytes = len(rows.tokens_N), vocab_size * 4
     again = (count > chunk_rows if chunk_rows else count * row_bytes > WHOLE_BYTES) and torch.is_grad_enabled()
@@ -61,7 +63,17 @@ def row_losses(
         states_RD = drafted.states_BTD[depth].flatten(0, 1)
         for start in range(first, first + size, max(1, chunk)):
             chosen = slice(start, min(start + chunk, first + size))
-            arguments = (states_RD[rows.drafter_N[chosen]], depth, chosen, loss, drafted, rows, batch, vocab_size)
+            arguments = (
+                states_RD[rows.drafter_N[chosen]],
+                depth,
+                chosen,
+                loss,
+                drafted,
+                rows,
+                batch,
+                vocab_size,
+                measured,
+            )
             parts.append(checkpoint(_values, *arguments, use_reentrant=False) if again else _values(*arguments))
         first += size
     if not parts:
@@ -103,6 +115,7 @@ def _values(
     rows: AlignedRows,
     batch: DraftBatch,
     vocab_size: int,
+    measured: bool,
 ) -> dict[str, Tensor]:
     """Return the named values of some rows of one depth; inside, and only here, their logits exist."""
     target_logits_NV = None
@@ -118,7 +131,7 @@ def _values(
     if drafted.vocabulary is not None:
         return in_draft_vocabulary(loss, loss_rows, drafted.vocabulary, vocab_size=vocab_size)
     values = dict(loss.per_row(loss_rows))
-    if loss.needs_target:
+    if loss.needs_target and measured:
         with torch.no_grad():
             values[ACCEPTANCE] = loss_rows.acceptance_N.detach()
     return values

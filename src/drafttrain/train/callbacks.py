@@ -154,10 +154,10 @@ class MetricsLog(StepEnd):
         validated = self.validation is not None and bool(self.validation.latest)
         if step % self.settings.log_every_steps and step != self.settings.max_steps and not validated:
             return
-        sums_3 = trainer.strategy.reduce(module.sums_3, reduce_op="sum")
-        loss, acceptance, count = (float(x) for x in sums_3)
-        module.sums_3.zero_()
-        rate = acceptance / count
+        sums_4 = trainer.strategy.reduce(module.sums_4, reduce_op="sum")
+        loss, count, acceptance, measured = (float(x) for x in sums_4)
+        module.sums_4.zero_()
+        rate = acceptance / measured if measured else float("nan")
         self._write(
             trainer,
             step,

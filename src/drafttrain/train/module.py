@@ -34,8 +34,8 @@ class StepModule(LightningModule):
         super().__init__()
         self.trained = trained
         self.settings = settings
-        self.sums_3 = torch.zeros(3, dtype=torch.float64)
-        """Sums since the last log: loss, acceptance, trained positions."""
+        self.sums_4 = torch.zeros(4, dtype=torch.float64)
+        """Sums since the last log: loss, its positions; acceptance, its positions, of the steps that measure it."""
         self.grad_norm = 0.0
 
     def _scaled(self, total: Tensor, batch: DraftBatch | HeadBatch) -> Tensor:
@@ -44,13 +44,23 @@ class StepModule(LightningModule):
             total, batch, world_size=self.trainer.world_size, accumulation=self.trainer.accumulate_grad_batches
         )
 
+    def _count(self, *parts: Tensor) -> None:
+        """Add to the sums, from the first on."""
+        self.sums_4[: len(parts)] += torch.stack([part.detach().double() for part in parts]).cpu()
+
+    def _writes_a_row(self) -> bool:
+        """Tell whether metrics.csv gets a row after this step."""
+        step, settings = self.global_step + 1, self.settings
+        grids = (settings.log_every_steps, settings.eval_every_steps)
+        return step == settings.max_steps or any(every and step % every == 0 for every in grids)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Carry the sums of steps that are not logged yet through a resume."""
-        checkpoint["sums_3"] = self.sums_3.clone()
+        checkpoint["sums_4"] = self.sums_4.clone()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up those sums."""
-        self.sums_3 = checkpoint["sums_3"].clone()
+        self.sums_4 = checkpoint["sums_4"].clone()
 
     def configure_gradient_clipping(
         self,
@@ -86,8 +96,7 @@ class HeadModule(StepModule):
         labels_N = batch.rows.labels_N
         loss_N = self.trained.loss(self.trained(batch.rows.features_ND), labels_N)
         weight = self.trained.weights(labels_N).sum()
-        parts = (loss_N.detach().sum(), torch.full((), float("nan")), weight)
-        self.sums_3 += torch.stack([part.cpu().double() for part in parts])
+        self._count(loss_N.detach().sum(), weight)
         return self._scaled(loss_N.sum(), batch)
 
 
@@ -115,9 +124,16 @@ class DistillModule(StepModule):
         drafted = self.trained(batch)
         rows = align(drafted, batch, block_length=getattr(self.loss, "block_length", 1))
         loss_N, acceptance_N = row_losses(
-            self.loss, drafted, rows, batch, vocab_size=self.vocab_size, chunk_rows=self.settings.loss_chunk_rows
+            self.loss,
+            drafted,
+            rows,
+            batch,
+            vocab_size=self.vocab_size,
+            chunk_rows=self.settings.loss_chunk_rows,
+            measured=self._writes_a_row(),
         )
-        self._count(loss_N, acceptance_N)
+        acceptance = () if acceptance_N is None else (acceptance_N.sum(), acceptance_N.new_tensor(len(acceptance_N)))
+        self._count(loss_N.detach().sum(), loss_N.new_tensor(float(len(loss_N))), *acceptance)
         total = loss_N.sum() if drafted.extra_loss is None else loss_N.sum() + drafted.extra_loss
         return self._scaled(total, batch)
 
@@ -132,11 +148,6 @@ class DistillModule(StepModule):
         seen = self._target.read(batch.tokens_BT, batch.positions_BT, needs | TargetNeeds(final=rows_needed))
         rows = self._target.rows_of(seen) if rows_needed else batch.target_rows
         return replace(batch, target=seen, target_rows=rows)
-
-    def _count(self, loss_N: Tensor, acceptance_N: Tensor | None) -> None:
-        acceptance = acceptance_N.sum() if acceptance_N is not None else torch.full((), float("nan"))
-        parts = (loss_N.detach().sum().double(), acceptance.double(), torch.tensor(float(len(loss_N))))
-        self.sums_3 += torch.stack([part.cpu().double() for part in parts])
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then let the loss roll what it carries from step to step."""

@@ -64,7 +64,11 @@ class TrainSettings:
     loss_chunk_rows: int | None = setting(
         None, help="Rows of logits that exist at once; null: chunk only above 256 MiB.", ge=1
     )
-    log_every_steps: int = setting(10, help="Steps between two rows of metrics.csv.", ge=1)
+    log_every_steps: int = setting(
+        10,
+        help="Steps between two rows of metrics.csv: the mean loss since the last one, the acceptance rate of that step.",
+        ge=1,
+    )
     eval_every_steps: int = setting(
         100, help="Steps between two estimates of block efficiency on held-out prompts; 0: never.", ge=0
     )
