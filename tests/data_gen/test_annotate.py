@@ -132,7 +132,7 @@ def test_the_states_are_those_that_decoding_hands_out(tiny_target, drafter):
     proposer.begin([context], [])
     steps: list[Any] = []
     (proposal,) = proposer.propose(
-        [Budget(4, 4)], Sampling(1.0), [stream(0)], lambda step: bool(steps.append(step)) or True
+        [Budget(4, 4, states=True)], Sampling(1.0), [stream(0)], lambda step: bool(steps.append(step)) or True
     )
     tokens = [5, 9, *proposal.tokens_N.tolist()]
     with torch.no_grad():

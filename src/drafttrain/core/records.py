@@ -265,12 +265,14 @@ class Budget:
     depth: int
     width: int = 1
     """Children of a node at most."""
+    states: bool = False
+    """The policy reads `DraftStep.hidden_D`, which costs a drafter some time to hand out."""
 
     def within(self, depth: int) -> Budget:
         """Return the budget cut to a depth; the nodes to what a tree of this depth and width can hold."""
         depth = min(self.depth, depth)
         full = sum(self.width**level for level in range(1, depth + 1))
-        return Budget(min(self.nodes, full), depth, self.width)
+        return Budget(min(self.nodes, full), depth, self.width, self.states)
 
 
 class More(Enum):

@@ -30,8 +30,6 @@ from drafttrain.core.roles import ForwardListener
 from drafttrain.drafters.dynamic_tree import DynamicTree
 from drafttrain.target.cached_lm import CachedLM
 
-READ = TargetNeeds(logits=True, final=True)
-
 
 class ChainProposer:
     """Drafts chains by sampling from its own law, or by argmax (at temperature 0 the two are the same), and top-k trees.
@@ -86,15 +84,16 @@ class ChainProposer:
             for context, length, budget in zip(self._contexts, self._lm.lengths, budgets, strict=True)
         ]
         self._pending = [len(tokens) for tokens in inputs]
+        needs = TargetNeeds(logits=True, final=any(budget.states for budget in budgets))
         for depth in range(1, max((budget.nodes for budget in budgets), default=0) + 1):
-            seen = self._lm.forward(inputs, needs=READ) if any(inputs) else []
+            seen = self._lm.forward(inputs, needs=needs) if any(inputs) else []
             inputs = [[] for _ in inputs]
             for sequence, output in enumerate(seen):
                 if output.logits_BTV is None or not output.logits_BTV.shape[1]:
                     continue
                 logits_V = output.logits_BTV[0, -1, : self._shared]
-                assert output.final_BTD is not None
-                answer = more(DraftStep(sequence, depth, logits_V, output.final_BTD[0, -1], drafted[sequence][-1]))
+                state_D = None if output.final_BTD is None else output.final_BTD[0, -1]
+                answer = more(DraftStep(sequence, depth, logits_V, state_D, drafted[sequence][-1]))
                 if not answer:
                     continue
                 if fixed:

@@ -43,7 +43,7 @@ class CumulativeReject:
         return Survival.of_folder(self.settings.head)
 
     def budget(self, context: Context) -> Budget:
-        return Budget(nodes=self.settings.max_tokens, depth=self.settings.max_tokens)
+        return Budget(nodes=self.settings.max_tokens, depth=self.settings.max_tokens, states=True)
 
     def more(self, step: DraftStep) -> bool | More:
         alive = self.survival.after(step)

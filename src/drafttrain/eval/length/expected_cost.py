@@ -64,7 +64,7 @@ class ExpectedCost:
                 self.draft_cost, self.target_cost = median(seconds["drafter"]), median(seconds["target"])
 
     def budget(self, context: Context) -> Budget:
-        return Budget(nodes=self.settings.max_tokens, depth=self.settings.max_tokens)
+        return Budget(nodes=self.settings.max_tokens, depth=self.settings.max_tokens, states=True)
 
     def more(self, step: DraftStep) -> bool | More:
         alive = self.survival.after(step)
