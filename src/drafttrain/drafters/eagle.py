@@ -15,11 +15,10 @@ from torch.nn.functional import smooth_l1_loss
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.records import DraftBatch, DraftOutput, TargetNeeds, TargetOutput
-from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
-from drafttrain.drafters import Drafter, drafters
+from drafttrain.drafters import drafters
+from drafttrain.drafters.feature_drafter import FeatureDrafter
 from drafttrain.drafters.feature_layer import FeatureLayer
-from drafttrain.drafters.feature_proposer import FeatureProposer
 from drafttrain.drafters.feature_rollout import rollout
 from drafttrain.drafters.feature_target import (
     TargetParts,
@@ -27,7 +26,6 @@ from drafttrain.drafters.feature_target import (
     llama_config,
     load_weights,
     read_config,
-    save_folder,
     weight_bytes,
 )
 from drafttrain.losses.align import align
@@ -70,7 +68,7 @@ class EagleSettings:
 
 
 @drafters.register("eagle", EagleSettings)
-class EagleDrafter(Drafter):
+class EagleDrafter(FeatureDrafter):
     """Row t of depth d says token t + d + 1 (lag 1), from final features up to token t and the tokens up to t + d.
 
     Source: Li et al. 2024, EAGLE, arXiv 2401.15077.
@@ -156,10 +154,6 @@ class EagleDrafter(Drafter):
         """Return the features as they are."""
         return features_BTF
 
-    def embed(self, tokens_BT: Tensor) -> Tensor:
-        """Return embedded_BTD."""
-        return self._parts.embed(tokens_BT, dtype=self.fc.weight.dtype)
-
     def entering(self, embedded_BTD: Tensor, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the joined input, which is the residual stream too."""
         joined_BTD: Tensor = self.fc(torch.cat([embedded_BTD, hidden_BTD], dim=-1))
@@ -176,21 +170,6 @@ class EagleDrafter(Drafter):
     def weight_bytes(self) -> tuple[int, int, int, int]:
         """Return the bytes of: nothing that fuses, the layer with what joins its inputs, the target's head, an embedding row."""
         return 0, weight_bytes(self.fc, self.layers), self._parts.head_bytes, self._parts.embedding_row_bytes
-
-    def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
-        """Return the proposer of chains and dynamic trees."""
-        return FeatureProposer(
-            self,
-            vocab_size=target.vocab_size,
-            num_tokens=target.num_tokens,
-            device=target.device,
-            listener=listener,
-            greedy=self.draft == "greedy",
-        )
-
-    def save(self, folder: Path) -> None:
-        """Write the folder under the names that serving engines load."""
-        save_folder(folder, self.config, self)
 
     @classmethod
     def load(cls, folder: Path, target: Target, dtype: Any = None) -> EagleDrafter:

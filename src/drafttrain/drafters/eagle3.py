@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.records import DraftBatch, DraftOutput, TargetNeeds, TargetOutput
-from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
-from drafttrain.drafters import Drafter, drafters
+from drafttrain.drafters import drafters
+from drafttrain.drafters.feature_drafter import FeatureDrafter
 from drafttrain.drafters.feature_layer import FeatureLayer
-from drafttrain.drafters.feature_proposer import FeatureProposer
 from drafttrain.drafters.feature_rollout import rollout
 from drafttrain.drafters.feature_target import (
     TargetParts,
@@ -28,7 +27,6 @@ from drafttrain.drafters.feature_target import (
     llama_config,
     load_weights,
     read_config,
-    save_folder,
     weight_bytes,
 )
 from drafttrain.target import Target
@@ -94,7 +92,7 @@ class MidLayer(FeatureLayer):
 
 
 @drafters.register("eagle3", Eagle3Settings)
-class Eagle3Drafter(Drafter):
+class Eagle3Drafter(FeatureDrafter):
     """Row t of depth d says token t + d + 1 (lag 1), from features up to token t and the tokens up to t + d.
 
     Source: Li et al. 2025, EAGLE-3, arXiv 2503.01840.
@@ -221,10 +219,6 @@ class Eagle3Drafter(Drafter):
         hidden_BTD: Tensor = self.fc(features_BTF)
         return hidden_BTD
 
-    def embed(self, tokens_BT: Tensor) -> Tensor:
-        """Return embedded_BTD."""
-        return self._parts.embed(tokens_BT, dtype=self.fc.weight.dtype)
-
     def entering(self, embedded_BTD: Tensor, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Return both inputs normed, side by side, and the hidden input as the residual stream."""
         normed_BTD = self.midlayer.hidden_norm(hidden_BTD)
@@ -245,21 +239,6 @@ class Eagle3Drafter(Drafter):
         fusion = [self.fc] if self.fc_norm is None else [self.fc, self.fc_norm]
         head = weight_bytes(self.norm, self.lm_head)
         return weight_bytes(*fusion), weight_bytes(self.midlayer), head, self._parts.embedding_row_bytes
-
-    def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
-        """Return the proposer of chains and dynamic trees."""
-        return FeatureProposer(
-            self,
-            vocab_size=target.vocab_size,
-            num_tokens=target.num_tokens,
-            device=target.device,
-            listener=listener,
-            greedy=self.draft == "greedy",
-        )
-
-    def save(self, folder: Path) -> None:
-        """Write the folder under the names that serving engines load."""
-        save_folder(folder, self.config, self)
 
     @classmethod
     def load(cls, folder: Path, target: Target, dtype: Any = None) -> Eagle3Drafter:

@@ -1,0 +1,44 @@
+"""What drafters that feed on the target's features share: embedding, proposer, folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor, nn
+
+from drafttrain.core.roles import ForwardListener, Proposer
+from drafttrain.drafters import Drafter
+from drafttrain.drafters.feature_proposer import FeatureProposer
+from drafttrain.drafters.feature_rollout import FeatureModel
+from drafttrain.drafters.feature_target import TargetParts, save_folder
+
+if TYPE_CHECKING:
+    from drafttrain.target import Target
+
+
+class FeatureDrafter(Drafter):
+    """A drafter of one layer over (embedding of the next token, feature); a subclass is a `FeatureModel`."""
+
+    config: dict[str, Any]
+    fc: nn.Linear
+    _parts: TargetParts
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """Return embedded_BTD."""
+        return self._parts.embed(tokens_BT, dtype=self.fc.weight.dtype)
+
+    def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
+        """Return the proposer of chains and dynamic trees."""
+        return FeatureProposer(
+            cast(FeatureModel, self),
+            vocab_size=target.vocab_size,
+            num_tokens=target.num_tokens,
+            device=target.device,
+            listener=listener,
+            greedy=self.draft == "greedy",
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write the folder under the names that serving engines load."""
+        save_folder(folder, self.config, self)
