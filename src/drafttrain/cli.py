@@ -58,8 +58,10 @@ def fit(
     """Do all of a recipe: generate data, train, export, evaluate. Run again, it continues; what is done is skipped."""
     with exit_codes(debug=debug):
         loaded, run_folder = _recipe_and_run_folder(recipe, overrides, smoke=smoke, runs=runs)
-        from drafttrain import pipeline
+        from drafttrain import launch, pipeline
 
+        if (count := launch.processes_wanted(loaded)) > 1:
+            raise typer.Exit(launch.relaunch(count))
         pipeline.fit(loaded, run_folder)
 
 
@@ -70,8 +72,10 @@ def gen(
     """Only generate the data of a recipe with its target."""
     with exit_codes(debug=debug):
         loaded, run_folder = _recipe_and_run_folder(recipe, overrides, smoke=smoke, runs=runs)
-        from drafttrain import pipeline
+        from drafttrain import launch, pipeline
 
+        if (count := launch.processes_wanted(loaded)) > 1:
+            raise typer.Exit(launch.relaunch(count))
         pipeline.gen(loaded, run_folder)
 
 

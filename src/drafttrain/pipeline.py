@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,6 +27,16 @@ from drafttrain.core.errors import (
     RecipeError,
 )
 from drafttrain.core.files import folder_beside, write_json, write_text
+from drafttrain.core.processes import (
+    first,
+    first_before_others,
+    launched,
+    shared,
+    together,
+    wait_for_all,
+    without_launcher,
+    world,
+)
 from drafttrain.head_stages import (
     export_trained_head,
     exported_head,
@@ -56,7 +67,9 @@ class Run:
         self.recipe = recipe
         self.resolved = dump_recipe(recipe)
         self.folder = RunFolder(folder)
-        self.folder.open(recipe, quiet=quiet)
+        with first_before_others("it opens the run folder"):
+            if first():
+                self.folder.open(recipe, quiet=quiet)
         if recipe.train.num_threads:
             import torch
 
@@ -121,23 +134,49 @@ class Run:
 
 
 def fit(recipe: Recipe, folder: Path) -> None:
-    """Do all stages of a recipe; the finished ones are skipped."""
-    run = Run(recipe, folder)
-    _gen(run)
-    if recipe.head is not None:
-        fit_head(recipe, run.folder, labelled_tokens(recipe, run.folder, run.target, training_data(run)))
-    else:
-        train_drafter(run)
-    _export(run)
+    """Do all stages of a recipe; the finished ones are skipped.
+
+    Several processes generate, cache and train together; then the first one exports and evaluates.
+    """
+    with _all_processes(recipe, folder):
+        run = Run(recipe, folder)
+        _gen(run)
+        if recipe.head is not None:
+            _fit_head(run)
+        else:
+            train_drafter(run)
+    if first():
+        _export(run)
 
 
 def gen(recipe: Recipe, folder: Path) -> None:
-    """Generate, encode, label and cache the data of a recipe."""
-    run = Run(recipe, folder)
-    _gen(run)
+    """Generate, encode, label and cache the data of a recipe; several processes share the work."""
+    with _all_processes(recipe, folder):
+        run = Run(recipe, folder)
+        _gen(run)
+        data = training_data(run)
+        if recipe.head is not None:
+            with first_before_others("it labels draft tokens"):
+                labelled_tokens(recipe, run.folder, run.target, data)
+
+
+@contextlib.contextmanager
+def _all_processes(recipe: Recipe, folder: Path) -> Iterator[None]:
+    """Join the processes that a launcher started, and look that they can work together, before anything is loaded."""
+    settings = recipe.train
+    with together(timeout_seconds=settings.timeout_seconds):
+        if launched():
+            from drafttrain.train.preflight import check_processes
+
+            check_processes(recipe.name, dump_recipe(recipe), folder, settings)
+        yield
+
+
+def _fit_head(run: Run) -> None:
     data = training_data(run)
-    if recipe.head is not None:
-        labelled_tokens(recipe, run.folder, run.target, data)
+    with first_before_others("it labels draft tokens"):
+        labelled = labelled_tokens(run.recipe, run.folder, run.target, data)
+    fit_head(run.recipe, run.folder, labelled)
 
 
 def export(recipe: Recipe, folder: Path) -> None:
@@ -240,7 +279,8 @@ def training_data(run: Run) -> TrainingData:
     from drafttrain.data_gen.prepare import attach_cache
 
     recipe = run.recipe
-    data = _prepared(run)
+    with first_before_others("it encodes the sources"):
+        data = _prepared(run)
     if recipe.drafter is not None and recipe.data.cache != "none" and run.has_target():
         if reason := run.drafter.why_not_cached():
             raise DataError(f"data.cache: {recipe.drafter.kind}: {reason}; set data.cache: none")
@@ -252,8 +292,9 @@ def training_data(run: Run) -> TrainingData:
             law=_loss(recipe).needs_target,
             needs=run.drafter.needs(),
         )
-    if not run.folder.overlap.exists():
-        _note_overlap(run, data)
+    with first_before_others("it looks for overlap with the evaluation prompts"):
+        if not run.folder.overlap.exists():
+            _note_overlap(run, data)
     return data
 
 
@@ -297,6 +338,7 @@ def train_drafter(run: Run) -> None:
     if run.folder.train_done.exists():
         say("training: done before, skipped")
         return
+    wait_for_all("they begin to train")
     from drafttrain.train.run import train
 
     recipe = run.recipe
@@ -310,11 +352,23 @@ def train_drafter(run: Run) -> None:
         drafter,
         loss,
         target=target if loss.needs_target or drafter.needs() != _nothing() else None,
-        of_step=lambda step: data.of_step(step, batch_size=settings.batch_size, accumulation=settings.accumulation),
+        of_step=own_batches(data, settings),
         estimate=_estimator(run, target) if target is not None else None,
         settings=settings,
         vocab_size=run.num_tokens,
         folder=run.folder.train,
+    )
+
+
+def own_batches(data: Any, settings: Any) -> Callable[[int], list[Any]]:
+    """Return the micro-batches of a step that are this process's."""
+    here = world()
+    return lambda step: data.of_step(
+        step,
+        batch_size=settings.batch_size,
+        accumulation=settings.accumulation,
+        rank=here.rank,
+        world_size=here.size,
     )
 
 
@@ -323,9 +377,10 @@ def _start(run: Run, data: TrainingData) -> Drafter:
     recipe, start = run.recipe, run.folder.start
     if recipe.train.pretrain is None:
         run.drafter.fit_vocabulary(data.label_counts)
-        _write_drafter(run, run.drafter, start, steps=0)
+        with first_before_others("it writes the drafter's start"):
+            _write_drafter(run, run.drafter, start, steps=0)
         return run.drafter
-    if not start.exists():
+    if not all(shared(start.exists())):
         _pretrain(run, data.plain())
     return _created(run, replace(recipe.drafter, init="checkpoint", checkpoint=str(start)))
 
@@ -342,13 +397,15 @@ def _pretrain(run: Run, plain: TrainingData) -> None:
         drafter,
         CrossEntropy(),
         target=None,
-        of_step=lambda step: plain.of_step(step, batch_size=settings.batch_size),
+        of_step=own_batches(plain, settings),
         estimate=None,
         settings=settings,
         vocab_size=run.num_tokens,
         folder=folder,
     )
-    _export_weights(run, folder / done.drafter, run.folder.start, steps=done.last_step)
+    with first_before_others("it writes the drafter's start"):
+        if first():
+            _export_weights(run, folder / done.drafter, run.folder.start, steps=done.last_step)
 
 
 def _created(run: Run, settings: Any) -> Drafter:
@@ -528,7 +585,7 @@ def _export(run: Run) -> None:
 def _evaluated_elsewhere(run: Run) -> dict[str, Any]:
     """Evaluate in a fresh process that has read nothing but the files, and never imports the trainer."""
     command = [sys.executable, "-m", "drafttrain.cli", "eval", str(run.folder.path)]
-    environment = dict(os.environ)
+    environment = without_launcher(os.environ)
     if run.recipe.train.num_threads:
         environment["OMP_NUM_THREADS"] = str(run.recipe.train.num_threads)
     process = subprocess.Popen(command, env=environment)

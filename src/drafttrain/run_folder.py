@@ -92,7 +92,7 @@ class RunFolder:
 
 def _trained_by(recipe: Recipe, *, done: bool) -> str:
     """Return what the trained weights depend on: while they are trained, on how they are validated and on the start's type."""
-    recipe = replace(recipe, name="", train=replace(recipe.train, loggers=[]))
+    recipe = replace(recipe, name="", train=recipe.train.without_layout())
     if done:
         return dump_recipe(replace(recipe, eval=EvalSettings(), export=ExportSettings()))
     return dump_recipe(replace(recipe, export=replace(recipe.export, require={})))

@@ -122,6 +122,8 @@ def build_optimizer(
         return MuonAdamW(chosen, lr=settings.lr, betas=betas, weight_decay=settings.weight_decay)
     groups = [{"params": matrices + edges}, {"params": vectors, "weight_decay": 0.0}]
     chosen = _by_rate(groups, named, settings.lr, lr_factor)
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(chosen, lr=settings.lr, weight_decay=settings.weight_decay)
     return torch.optim.AdamW(chosen, lr=settings.lr, betas=betas, weight_decay=settings.weight_decay, fused=True)
 
 
