@@ -2,6 +2,7 @@
 
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -226,7 +227,8 @@ def exit_codes(*, debug: bool) -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; DeepSpeed's launcher adds a word of its own, which the environment says too."""
+    sys.argv = [word for word in sys.argv if not word.startswith("--local_rank=")]
     app()
 
 

@@ -1,7 +1,9 @@
 """One short training with unequal masks, under any layout; several processes run it as `python -m tests.train.layouts`."""
 
 import json
+import os
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,10 +11,12 @@ from typing import Any
 
 import torch
 
+from drafttrain.cli import exit_codes
 from drafttrain.core.processes import together, world
 from drafttrain.core.records import DraftBatch, Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters.causal_lm import CausalLMDrafter
+from drafttrain.drafters.medusa import Medusa, MedusaSettings
 from drafttrain.losses import losses
 from drafttrain.target import Target
 from drafttrain.train.deepspeed_settings import DeepSpeedSettings
@@ -55,6 +59,7 @@ def run(
     optimizer: str = "adamw",
     steps: int = STEPS,
     drafter: type[CausalLMDrafter] = CausalLMDrafter,
+    kind: str = "causal_lm",
     mean_of_means: bool = False,
     **settings: Any,
 ) -> list[float]:
@@ -78,10 +83,16 @@ def run(
         checkpoint_every_steps=3,
         deepspeed=None if stage is None else DeepSpeedSettings(stage=stage),  # type: ignore[arg-type]
     )
+    target = Target(random_llama(), byte_tokenizer(), name="tiny", fingerprint="")
+    made = (
+        drafter(random_llama(seed=1, num_layers=1))
+        if kind == "causal_lm"
+        else Medusa.create(MedusaSettings(num_heads=2), target=target, tokenizer=target.tokenizer)
+    )
     train(
-        drafter(random_llama(seed=1, num_layers=1)),
+        made,
         losses.build(losses.entry("tvdpp").settings(scope="batch")),
-        target=Target(random_llama(), byte_tokenizer(), name="tiny", fingerprint=""),
+        target=target,
         of_step=partial(of_step, accumulation=accumulation, mean_of_means=mean_of_means),
         estimate=None,
         settings=replace(wanted, **settings),
@@ -98,8 +109,20 @@ def curve(folder: Path) -> list[float]:
     return [float(line.split(",")[column]) for line in lines[1:]]
 
 
+class Slow(CausalLMDrafter):
+    """Takes its time, so that something can happen to a process meanwhile."""
+
+    def forward(self, batch: DraftBatch) -> Any:
+        time.sleep(0.2)
+        return super().forward(batch)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with together(timeout_seconds=60):
-        for folder, layout in json.loads(sys.argv[1]):
-            run(Path(folder), **layout)
+    timeout = float(os.environ.get("TEST_TIMEOUT_SECONDS", "60"))
+    with exit_codes(debug=False), together(timeout_seconds=timeout):
+        for name, layout in json.loads(sys.argv[-1]):
+            folder = Path(name)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"process-{world().rank}").write_text(str(os.getpid()))
+            run(folder, drafter=Slow if layout.pop("slow", False) else CausalLMDrafter, **layout)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -26,8 +27,9 @@ SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SL
 LAUNCHED = (*TORCHRUN, "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "NODE_RANK")
 """What a process started from here must not inherit."""
 BEAT_SECONDS = 1.0
-SILENT_SECONDS = 6.0
-"""A process that was not heard of for as long is named as missing."""
+SILENT_SECONDS = 4.0
+"""After a collective broke, a process that does not stir for as long is named as the one that is gone."""
+STORE_GONE = "the first host, whose store holds the run together, cannot be reached"
 
 
 @dataclass(frozen=True)
@@ -165,15 +167,18 @@ class Group:
                         heard[rank] = (said, time.monotonic())
             except Exception as error:  # the store's host is gone; what it raises differs by backend
                 if not self._ended.is_set():
-                    self._leave(f"rank 0, which holds the run together, cannot be reached ({type(error).__name__})")
+                    self._leave(f"{STORE_GONE} ({type(error).__name__})")
                 return
             silent = [r for r in others if time.monotonic() - heard[r][1] > self.timeout.total_seconds()]
             if silent and not self._ended.is_set():
                 self._leave(self._missing(silent))
 
     def _leave(self, reason: str) -> None:
-        """End this process from the pulse: the main thread may be inside a collective that never returns."""
-        self._ended.wait(SILENT_SECONDS)
+        """End this process from the pulse: the main thread may be inside a collective that never returns.
+
+        It first gets the time to end by itself, with what it knows.
+        """
+        self._ended.wait(3 * SILENT_SECONDS)
         if self._ended.is_set():
             return
         print(f"{self._ends(reason)}", file=sys.stderr, flush=True)
@@ -195,11 +200,22 @@ class Group:
             return f"rank {rank} on {self._store.get(f'name/{rank}').decode()}"
         return f"rank {rank}"
 
-    def who_is_gone(self) -> str:
-        """Return what is known of the others after a collective failed: who said why, or who fell silent."""
+    def why(self) -> str:
+        """Return why this process ends after a collective failed: who said what, or who fell silent."""
+        before = signal.getsignal(signal.SIGTERM)
+        with contextlib.suppress(ValueError):  # not in the main thread
+            # A launcher that saw the same asks all to stop; who is gone is worth the seconds.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            return self._ends(self._who_is_gone())
+        finally:
+            with contextlib.suppress(ValueError):
+                signal.signal(signal.SIGTERM, before)
+
+    def _who_is_gone(self) -> str:
         try:
             before = self._beats()
-            time.sleep(SILENT_SECONDS / 2)
+            time.sleep(SILENT_SECONDS)
             after = self._beats()
             for rank in range(self.here.size):
                 key = f"failed/{rank}"
@@ -207,11 +223,11 @@ class Group:
                     return f"{self._name(rank)} failed: {self._store.get(key).decode()}"
             gone = [rank for rank in after if rank != self.here.rank and after[rank] == before[rank]]
         except Exception:  # whatever the store raises when its host is gone
-            return "rank 0, which holds the run together, cannot be reached"
+            return STORE_GONE
         if not gone:
             return "the connection to another process broke"
         steps = {rank: after[rank].split()[1] if after[rank] else "0" for rank in gone}
-        return ", ".join(f"{self._name(rank)} is gone (last step {steps[rank]})" for rank in gone)
+        return ", ".join(f"{self._name(rank)} is gone (last heard of at step {steps[rank]})" for rank in gone)
 
     def _beats(self) -> dict[int, str]:
         keys = {rank: f"pulse/{rank}" for rank in range(self.here.size)}
@@ -291,7 +307,7 @@ def together(*, timeout_seconds: float) -> Iterator[Group | None]:
         raise
     except BaseException as error:
         if _is_of_a_connection(error):
-            raise PeerError(group._ends(group.who_is_gone())) from error
+            raise PeerError(group.why()) from error
         group.failed(error)
         raise
     finally:
