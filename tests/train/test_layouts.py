@@ -70,6 +70,20 @@ def test_one_process_under_any_stage(
     assert losses == pytest.approx(plain[optimizer], **CLOSE)
 
 
+@pytest.mark.parametrize("stage", [None, 3])
+def test_activations_computed_again(plain: dict[str, list[float]], tmp_path: Path, stage: int | None) -> None:
+    counted: list[str] = []
+
+    class Counting(CausalLMDrafter):
+        def __init__(self, model: Any) -> None:
+            super().__init__(model)
+            model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: counted.append("forward"))
+
+    losses = run(tmp_path, stage=stage, drafter=Counting, activation_checkpointing=True)
+    assert losses == pytest.approx(plain["adamw"], **CLOSE)
+    assert counted.count("forward") >= 2 * len(losses), "each layer ran again in the backward pass"
+
+
 def test_muon_under_stage_0(plain: dict[str, list[float]], tmp_path: Path) -> None:
     assert run(tmp_path, stage=0, optimizer="muon", accumulation=2) == pytest.approx(plain["muon"], **CLOSE)
     problems = TrainSettings(optimizer="muon", deepspeed=DeepSpeedSettings(stage=2)).check()

@@ -101,6 +101,8 @@ def train(
     Raises:
         Interrupted: On SIGTERM or SIGINT, after a checkpoint was saved.
     """
+    if settings.activation_checkpointing:
+        drafter.recompute_activations()
     module = DistillModule(drafter, loss, target=target, settings=settings, vocab_size=vocab_size)
     held_out = HeldOut(estimate) if estimate else None
     frozen = [FrozenTarget(target)] if target else []
@@ -138,6 +140,8 @@ def _fit(
     folder: Path,
 ) -> TrainResult:
     settings = module.settings
+    # What a loader hands out is in evaluation mode.
+    module.trained.train()
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     check_disk(checkpoints, num_trained=sum(p.numel() for p in module.trained.parameters() if p.requires_grad))

@@ -79,6 +79,9 @@ class TrainSettings:
     loggers: list[str] = setting(
         ["csv", "tensorboard"], help="Any of csv, tensorboard, wandb, mlflow (the last two must be installed)."
     )
+    activation_checkpointing: bool = setting(
+        False, help="Compute the drafter's activations again in the backward pass instead of keeping them."
+    )
     num_threads: int | None = setting(None, help="CPU threads of torch; null: torch's own choice.", ge=1)
     devices: int | None = setting(
         None, help="Processes that fit starts on this machine, one a device; null: one a CUDA device, or one.", ge=1
@@ -125,6 +128,8 @@ class TrainSettings:
             problems.append(
                 f"optimizer: muon needs whole matrices, which ZeRO-{self.zero_stage} cuts: use deepspeed.stage 0, or adamw"
             )
+        if self.deepspeed is not None and self.deepspeed.offloads and self.optimizer != "adamw":
+            problems.append(f"optimizer: {self.optimizer} does not work on offloaded states: use adamw")
         for name in self.loggers:
             if name not in self.LOGGERS:
                 problems.append(f"loggers: unknown logger {name!r}. Available: {', '.join(self.LOGGERS)}")
