@@ -180,12 +180,14 @@ def _fit_head(run: Run) -> None:
 
 
 def export(recipe: Recipe, folder: Path) -> None:
-    """Write the drafter folder of a trained run, evaluate it, and hold it against the gate."""
-    if not RunFolder(folder).train_done.exists():
+    """Write the drafter folder of a run, evaluate it, and hold it against the gate.
+
+    A training that has not ended gives what it has: the best weights so far, or those of its newest checkpoint.
+    """
+    if not RunFolder(folder).has_weights():
         raise DrafttrainError(f"{folder}: nothing is trained here yet: drafttrain fit does all stages")
     run = Run(recipe, folder)
-    for stale in (run.folder.eval, run.folder.report):
-        stale.unlink(missing_ok=True)
+    run.folder.drop_figures()
     _export(run)
 
 
@@ -358,6 +360,8 @@ def train_drafter(run: Run) -> None:
         vocab_size=run.num_tokens,
         folder=run.folder.train,
     )
+    if first():
+        run.folder.drop_figures()
 
 
 def own_batches(data: Any, settings: Any) -> Callable[[int], list[Any]]:
@@ -519,13 +523,43 @@ def export_best(run: Run) -> dict[str, Any]:
     """Write the drafter folder from the best weights of the training; return what train.json holds."""
     from drafttrain.drafters import Drafter, drafters
 
-    done: dict[str, Any] = json.loads(run.folder.train_done.read_text(encoding="utf-8"))
+    done = _training_result(run)
     trained = run.folder.train / done["drafter"]
     component = cast(Any, drafters.entry(run.recipe.drafter.kind).component)
     if component.calibrate is not Drafter.calibrate:
         _calibrate(run, component.load(trained, run.target), trained)
     _export_weights(run, trained, run.folder.drafter, steps=done["best_step"])
     return done
+
+
+def _training_result(run: Run) -> dict[str, Any]:
+    """Return what train.json holds; of a training that has not ended, the same of what it has so far."""
+    folder = run.folder
+    if folder.train_done.exists():
+        done: dict[str, Any] = json.loads(folder.train_done.read_text(encoding="utf-8"))
+        return done
+    from drafttrain.train.callbacks import newest_checkpoint, weights_of_checkpoint
+
+    best = folder.train / "best.json"
+    if best.exists():
+        figures = json.loads(best.read_text(encoding="utf-8"))
+        step = figures.pop("step")
+        by = "block_efficiency" if run.recipe.head is None else "log_likelihood"
+        say(f"the training has not ended: its best step so far is exported, {step} of {run.recipe.train.max_steps}")
+        return {"drafter": "best", "best_step": step, "last_step": step, "best_by": by, "best": None, "last": None}
+    newest = newest_checkpoint(folder.train / "checkpoints")
+    if newest is None or run.recipe.head is not None:
+        raise DrafttrainError(f"{folder.path}: no checkpoint that can be read: drafttrain fit does all stages")
+    step, weights = weights_of_checkpoint(newest)
+    drafter = _start(run, training_data(run))
+    missing = {name for name, p in drafter.named_parameters() if p.requires_grad} - weights.keys()
+    if missing:
+        raise CheckpointError(f"{newest}: lacks weights of this recipe's drafter: {', '.join(sorted(missing)[:5])}")
+    drafter.load_state_dict(weights, strict=False)
+    with folder_beside(folder.train / "last") as temporary:
+        drafter.save(temporary)
+    say(f"the training has not ended: {newest} is exported")
+    return {"drafter": "last", "best_step": step, "last_step": step, "best_by": "", "best": None, "last": None}
 
 
 def _export(run: Run) -> None:
@@ -539,7 +573,7 @@ def _export(run: Run) -> None:
     recipe, folder = run.recipe, run.folder
     of_head = recipe.head is not None
     exported, rejected = (folder.head, folder.rejected_head) if of_head else (folder.drafter, folder.rejected)
-    done = json.loads(folder.train_done.read_text(encoding="utf-8"))
+    done = _training_result(run)
     if folder.eval.exists() and (exported.exists() or rejected.exists()):
         say("export and evaluation: done before, skipped")
         result = json.loads(folder.eval.read_text(encoding="utf-8"))

@@ -334,3 +334,13 @@ def newest_checkpoint(folder: Path) -> Path | None:
             continue
         return path
     return None
+
+
+def weights_of_checkpoint(path: Path) -> tuple[int, dict[str, torch.Tensor]]:
+    """Return the step of a checkpoint and the weights of what it trains, whatever layout wrote it."""
+    stored = torch.load(path, map_location="cpu", weights_only=True)
+    prefix = "trained."
+    weights = {
+        name.removeprefix(prefix): value for name, value in stored["state_dict"].items() if name.startswith(prefix)
+    }
+    return int(stored["global_step"]), weights
