@@ -84,6 +84,62 @@ def test_activations_computed_again(plain: dict[str, list[float]], tmp_path: Pat
     assert counted.count("forward") >= 2 * len(losses), "each layer ran again in the backward pass"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "section",
+    [
+        DeepSpeedSettings(stage=2, offload_optimizer="cpu"),
+        DeepSpeedSettings(stage=3, offload_optimizer="cpu", offload_parameters="cpu"),
+    ],
+)
+def test_offloaded_to_the_cpu_and_resumed(tmp_path: Path, section: DeepSpeedSettings) -> None:
+    run(tmp_path / "offloaded", steps=6, deepspeed=section)
+    losses = run(tmp_path / "offloaded", steps=9, deepspeed=section)
+    assert losses == pytest.approx(run(tmp_path / "plain", steps=9), **CLOSE)
+
+
+def test_a_deepspeed_file_takes_the_place_of_the_keys(plain: dict[str, list[float]], tmp_path: Path) -> None:
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 1, "reduce_bucket_size": 1000}}))
+    section = DeepSpeedSettings(config=str(file))
+    assert (section.check(), section.zero_stage) == ([], 1)
+    assert run(tmp_path / "run", deepspeed=section) == pytest.approx(plain["adamw"], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("content", "settings", "expected"),
+    [
+        ({"train_batch_size": 4}, {}, "train_batch_size: the recipe says this, in train.batch_size"),
+        ({"bf16": {"enabled": True}, "optimizer": {}}, {}, "optimizer: the recipe says this, in train.optimizer"),
+        ({"zero_optimization": {"stage": 7}}, {}, "7 is none of 0, 1, 2, 3"),
+        ({}, {"stage": 3}, "takes the place of stage"),
+        (None, {}, "cannot be read"),
+    ],
+)
+def test_a_deepspeed_file_is_checked_against_the_recipe(
+    tmp_path: Path, content: Any, settings: dict[str, Any], expected: str
+) -> None:
+    file = tmp_path / "zero.json"
+    if content is not None:
+        file.write_text(json.dumps(content))
+    problems = DeepSpeedSettings(config=str(file), **settings).check()
+    assert any(expected in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"stage": 0, "offload_optimizer": "cpu"}, "offload_optimizer: cpu needs stage 1, 2 or 3"),
+        ({"stage": 2, "offload_parameters": "cpu"}, "offload_parameters: cpu needs stage 3"),
+        ({"stage": 3, "offload_optimizer": "nvme"}, "nvme_path: null"),
+        ({"stage": 2, "offload_optimizer": "nvme", "nvme_path": "x"}, "nvme needs stage 3"),
+    ],
+)
+def test_what_a_stage_does_not_allow_is_said_by_the_recipe(settings: dict[str, Any], expected: str) -> None:
+    problems = DeepSpeedSettings(**settings).check()
+    assert any(expected in problem for problem in problems), problems
+
+
 def test_muon_under_stage_0(plain: dict[str, list[float]], tmp_path: Path) -> None:
     assert run(tmp_path, stage=0, optimizer="muon", accumulation=2) == pytest.approx(plain["muon"], **CLOSE)
     problems = TrainSettings(optimizer="muon", deepspeed=DeepSpeedSettings(stage=2)).check()
@@ -103,6 +159,7 @@ def test_control_dividing_twice_is_another_number(
     assert losses != pytest.approx(run(tmp_path / "once", optimizer="sgd", clip_norm=0.0), abs=1e-3)
 
 
+@pytest.mark.xdist_group("two processes")
 def test_two_processes(plain: dict[str, list[float]], two: Layouts) -> None:
     for folder, layout in two[:-1]:
         assert curve(folder) == pytest.approx(plain[layout.get("optimizer", "adamw")], **CLOSE), folder.name
@@ -114,6 +171,7 @@ def test_two_processes(plain: dict[str, list[float]], two: Layouts) -> None:
             torch.testing.assert_close(other[name], weight, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.xdist_group("two processes")
 def test_a_run_goes_on_under_another_stage_and_world_size(two: Layouts, tmp_path: Path) -> None:
     life, _ = two[-1]
     run(life, stage=1, steps=6)
