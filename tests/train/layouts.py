@@ -9,14 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from drafttrain.cli import exit_codes
 from drafttrain.core.processes import together, world
 from drafttrain.core.records import DraftBatch, Record
 from drafttrain.data_gen.packing import pack
+from drafttrain.drafters import drafters
 from drafttrain.drafters.causal_lm import CausalLMDrafter
-from drafttrain.drafters.medusa import Medusa, MedusaSettings
 from drafttrain.losses import losses
 from drafttrain.target import Target
 from drafttrain.train.deepspeed_settings import DeepSpeedSettings
@@ -60,6 +61,7 @@ def run(
     steps: int = STEPS,
     drafter: type[CausalLMDrafter] = CausalLMDrafter,
     kind: str = "causal_lm",
+    of_kind: dict[str, Any] | None = None,
     mean_of_means: bool = False,
     **settings: Any,
 ) -> list[float]:
@@ -67,6 +69,8 @@ def run(
 
     Args:
         stage: Of ZeRO; None without DeepSpeed.
+        drafter: The class, where `kind` is causal_lm.
+        of_kind: Settings of another kind.
     """
     wanted = TrainSettings(
         max_steps=steps,
@@ -83,12 +87,13 @@ def run(
         checkpoint_every_steps=3,
         deepspeed=None if stage is None else DeepSpeedSettings(stage=stage),  # type: ignore[arg-type]
     )
-    target = Target(random_llama(), byte_tokenizer(), name="tiny", fingerprint="")
-    made = (
-        drafter(random_llama(seed=1, num_layers=1))
-        if kind == "causal_lm"
-        else Medusa.create(MedusaSettings(num_heads=2), target=target, tokenizer=target.tokenizer)
-    )
+    target = Target(random_llama(num_layers=4), byte_tokenizer(), name="tiny", fingerprint="")
+    torch.manual_seed(0)
+    made: Any = drafter(random_llama(seed=1, num_layers=1))
+    if kind != "causal_lm":
+        entry: Any = drafters.entry(kind)
+        made = entry.component.create(entry.settings(**(of_kind or {})), target=target, tokenizer=target.tokenizer)
+        made.fit_vocabulary(lambda: np.arange(257))
     train(
         made,
         losses.build(losses.entry("tvdpp").settings(scope="batch")),

@@ -18,6 +18,8 @@ from drafttrain.core.errors import DrafttrainError
 from drafttrain.core.processes import without_launcher
 from drafttrain.core.records import DraftBatch, DraftOutput
 from drafttrain.drafters.causal_lm import CausalLMDrafter
+from drafttrain.drafters.lora import LoraSettings
+from drafttrain.drafters.medusa import JointSettings
 from drafttrain.train import strategy
 from drafttrain.train.deepspeed_settings import DeepSpeedSettings
 from drafttrain.train.settings import TrainSettings
@@ -68,6 +70,22 @@ def test_one_process_under_any_stage(
 ) -> None:
     losses = run(tmp_path, stage=stage, accumulation=accumulation, optimizer=optimizer)
     assert losses == pytest.approx(plain[optimizer], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "of_kind"),
+    [
+        ("medusa", {"num_heads": 2}),
+        ("medusa", {"num_heads": 2, "joint": JointSettings(lora=LoraSettings(rank=2, dropout=0.0))}),
+        ("kangaroo", {}),
+        ("eagle", {"feature_noise": 0.0, "num_steps": 2}),
+        ("eagle3", {"num_steps": 3, "draft_vocab_size": 100}),
+    ],
+)
+def test_every_kind_with_its_weights_spread_out(tmp_path: Path, kind: str, of_kind: dict[str, Any]) -> None:
+    alone = run(tmp_path / "plain", kind=kind, of_kind=of_kind)
+    spread = run(tmp_path / "zero", kind=kind, of_kind=of_kind, stage=3, accumulation=2)
+    assert spread == pytest.approx(alone, **CLOSE)
 
 
 @pytest.mark.parametrize("stage", [None, 3])

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from drafttrain.core.console import say
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.core.files import write_json
-from drafttrain.core.processes import first, world
+from drafttrain.core.processes import agree, first, world
 from drafttrain.core.records import DraftBatch
 from drafttrain.drafters import Drafter
 from drafttrain.heads import HeadBatch, TokenHead
@@ -106,6 +106,8 @@ def train(
     module = DistillModule(drafter, loss, target=target, settings=settings, vocab_size=vocab_size)
     held_out = HeldOut(estimate) if estimate else None
     frozen = [FrozenTarget(target)] if target else []
+    for one in frozen:
+        agree("the target's weights in memory (digest)", one.before[:12])
     return _fit(module, of_step, held_out=held_out, frozen=frozen, folder=folder)
 
 
