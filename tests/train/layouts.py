@@ -60,6 +60,7 @@ def run(
     optimizer: str = "adamw",
     steps: int = STEPS,
     drafter: type[CausalLMDrafter] = CausalLMDrafter,
+    loss: str = "tvdpp",
     kind: str = "causal_lm",
     of_kind: dict[str, Any] | None = None,
     mean_of_means: bool = False,
@@ -77,7 +78,7 @@ def run(
         batch_size=BATCH,
         accumulation=accumulation,
         optimizer=optimizer,  # type: ignore[arg-type]
-        lr=1e-2 if optimizer != "sgd" else 0.3,
+        lr=3e-3 if optimizer != "sgd" else 0.3,
         weight_decay=0.1,
         warmup_steps=0,
         schedule="constant",
@@ -96,7 +97,7 @@ def run(
         made.fit_vocabulary(lambda: np.arange(257))
     train(
         made,
-        losses.build(losses.entry("tvdpp").settings(scope="batch")),
+        losses.build(losses.entry(loss).settings(**({"scope": "batch"} if loss == "tvdpp" else {}))),
         target=target,
         of_step=partial(of_step, accumulation=accumulation, mean_of_means=mean_of_means),
         estimate=None,
