@@ -297,6 +297,10 @@ class Progress(StepEnd):
         self._bar.note(f"{per_second:,.0f} tokens/s")
         self._bar.advance(1)
 
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        """Close the bar as one that did not reach its end."""
+        self._stack.__exit__(type(exception), exception, exception.__traceback__)
+
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Close the bar however the training ended."""
         self._stack.close()
