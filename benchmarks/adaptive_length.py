@@ -25,6 +25,7 @@ from drafttrain.eval.length.expected_cost import ExpectedCost, ExpectedCostSetti
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.statistics import ratio_difference, ratio_interval
+from drafttrain.heads import check_made_for
 from drafttrain.target import Target, TargetSettings
 from drafttrain.target.frozen import resolve_folder
 
@@ -67,6 +68,7 @@ if __name__ == "__main__":
     chosen = parser.parse_args()
     target = Target.load(TargetSettings(model=chosen.target))
     drafter = read_drafter(resolve_folder(chosen.drafter), target).eval()
+    check_made_for(chosen.head, target=target, drafter=resolve_folder(chosen.drafter))
     prompts = read_prompts(chosen.prompts, target.tokenizer, prompt_tokens=48, limit=chosen.num_prompts)
     half = len(prompts) // 2
     head = str(chosen.head)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from drafttrain.config.dump import dump_recipe
-from drafttrain.config.load import load_sections
+from drafttrain.config.load import load_recipe, load_sections
+from drafttrain.config.made_by import MADE_BY, made_by_recipes
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say
 from drafttrain.core.errors import (
@@ -120,8 +122,13 @@ class Run:
         return self.recipe.target.model is not None
 
 
-def fit(recipe: Recipe, folder: Path) -> None:
-    """Do all stages of a recipe; the finished ones are skipped."""
+def fit(recipe: Recipe, folder: Path, *, above: Sequence[str] = ()) -> None:
+    """Do all stages of a recipe; the finished ones are skipped.
+
+    Args:
+        above: Recipes that wait for what this one makes.
+    """
+    recipe = _with_models_made(recipe, folder.parent, above=above)
     run = Run(recipe, folder)
     _gen(run)
     if recipe.head is not None:
@@ -131,8 +138,29 @@ def fit(recipe: Recipe, folder: Path) -> None:
     _export(run)
 
 
+def _with_models_made(recipe: Recipe, runs: Path, *, above: Sequence[str] = ()) -> Recipe:
+    """Return the recipe with folders where it names other recipes, whose runs in `runs` are brought up to date first.
+
+    Raises:
+        RecipeError: A recipe needs what it makes itself.
+    """
+    recipe = copy.deepcopy(recipe)
+    for settings, key in made_by_recipes(recipe):
+        name = getattr(settings, key).removeprefix(MADE_BY)
+        made = load_recipe(name)
+        path = [*above, recipe.name, made.name]
+        if made.name in path[:-1]:
+            raise RecipeError(name, [f"{key}: a recipe cannot need what it makes: {' needs '.join(path)}"])
+        say(f"{recipe.name}: {key} is what {made.name} makes: {runs / made.name}")
+        fit(made, runs / made.name, above=path[:-1])
+        of_run = RunFolder(runs / made.name)
+        setattr(settings, key, str(of_run.head if made.head is not None else of_run.drafter))
+    return recipe
+
+
 def gen(recipe: Recipe, folder: Path) -> None:
     """Generate, encode, label and cache the data of a recipe."""
+    recipe = _with_models_made(recipe, folder.parent)
     run = Run(recipe, folder)
     _gen(run)
     data = training_data(run)
@@ -144,7 +172,7 @@ def export(recipe: Recipe, folder: Path) -> None:
     """Write the drafter folder of a trained run, evaluate it, and hold it against the gate."""
     if not RunFolder(folder).train_done.exists():
         raise DrafttrainError(f"{folder}: nothing is trained here yet: drafttrain fit does all stages")
-    run = Run(recipe, folder)
+    run = Run(_with_models_made(recipe, folder.parent), folder)
     for stale in (run.folder.eval, run.folder.report):
         stale.unlink(missing_ok=True)
     _export(run)
@@ -162,6 +190,7 @@ def evaluate_recipe(recipe: Recipe, folder: Path) -> dict[str, Any]:
     held = here.held()
     if held is None or exported is None:
         raise CheckpointError(f"{folder}: no {what} was exported here yet: drafttrain fit does all stages")
+    recipe = _with_models_made(recipe, folder.parent)
     # The files were exported as the run says, whatever the recipe now asks of an export.
     run = Run(replace(recipe, export=held.export), folder, quiet=True)
     if recipe.head is not None:

@@ -18,7 +18,9 @@ from drafttrain.heads import TokenHead, heads
 class AcceptanceSettings:
     """Predicts whether a draft token will be kept; a length policy stops drafting by it."""
 
-    drafter: str = setting("builtin:drafter", help="Folder or hub id of the frozen drafter that it reads.")
+    drafter: str = setting(
+        "builtin:drafter", help="Folder or hub id of the frozen drafter that it reads, or recipe:NAME, made first."
+    )
     num_blocks: int = setting(3, help="Residual blocks, each with weights of its own.", ge=0)
     reject_weight: float = setting(6.0, help="Weight of the part of a label that says reject.", gt=0)
     prior_correct: bool = setting(
