@@ -62,6 +62,14 @@ def test_blocks_have_weights_of_their_own():
     assert torch.equal(one.blocks[0].linear.weight, head(num_blocks=3).blocks[0].linear.weight)
 
 
+def test_with_rms_norm_the_scale_of_a_state_does_not_matter():
+    states_ND, factors_N1 = torch.randn(6, 8), torch.tensor([0.1, 1, 3, 20, 50, 400.0])[:, None]
+    torch.testing.assert_close(
+        head(rms_norm=True)(states_ND * factors_N1), head(rms_norm=True)(states_ND), rtol=0, atol=1e-3
+    )
+    assert not torch.allclose(head()(states_ND * factors_N1), head()(states_ND), atol=0.1)  # the control
+
+
 def test_the_loss_of_a_step_does_not_depend_on_its_micro_batches():
     from drafttrain.data_gen.labelled import RowOrder
     from drafttrain.losses.chunked import normalised
