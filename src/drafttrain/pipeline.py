@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import os
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from drafttrain.config.dump import dump_recipe
-from drafttrain.config.load import load_sections
+from drafttrain.config.load import load_recipe, load_sections
+from drafttrain.config.made_by import MADE_BY, made_by_recipes
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say
 from drafttrain.core.errors import (
@@ -133,15 +135,18 @@ class Run:
         return self.recipe.target.model is not None
 
 
-def fit(recipe: Recipe, folder: Path) -> None:
+def fit(recipe: Recipe, folder: Path, *, above: Sequence[str] = ()) -> None:
     """Do all stages of a recipe; the finished ones are skipped.
 
     Several processes generate, cache and train together; then the first one exports and evaluates.
+
+    Args:
+        above: Recipes that wait for what this one makes.
     """
     with _all_processes(recipe, folder):
-        run = Run(recipe, folder)
+        run = Run(_with_models_made(recipe, folder.parent, above=above), folder)
         _gen(run)
-        if recipe.head is not None:
+        if run.recipe.head is not None:
             _fit_head(run)
         else:
             train_drafter(run)
@@ -149,15 +154,36 @@ def fit(recipe: Recipe, folder: Path) -> None:
         _export(run)
 
 
+def _with_models_made(recipe: Recipe, runs: Path, *, above: Sequence[str] = ()) -> Recipe:
+    """Return the recipe with folders where it names other recipes, whose runs in `runs` are brought up to date first.
+
+    Raises:
+        RecipeError: A recipe needs what it makes itself.
+    """
+    recipe = copy.deepcopy(recipe)
+    for settings, key in made_by_recipes(recipe):
+        name = getattr(settings, key).removeprefix(MADE_BY)
+        made = load_recipe(name)
+        path = [*above, recipe.name, made.name]
+        if made.name in path[:-1]:
+            raise RecipeError(name, [f"{key}: a recipe cannot need what it makes: {' needs '.join(path)}"])
+        say(f"{recipe.name}: {key} is what {made.name} makes: {runs / made.name}")
+        fit(made, runs / made.name, above=path[:-1])
+        wait_for_all(f"{made.name} is exported")
+        of_run = RunFolder(runs / made.name)
+        setattr(settings, key, str(of_run.head if made.head is not None else of_run.drafter))
+    return recipe
+
+
 def gen(recipe: Recipe, folder: Path) -> None:
     """Generate, encode, label and cache the data of a recipe; several processes share the work."""
     with _all_processes(recipe, folder):
-        run = Run(recipe, folder)
+        run = Run(_with_models_made(recipe, folder.parent), folder)
         _gen(run)
         data = training_data(run)
-        if recipe.head is not None:
+        if run.recipe.head is not None:
             with first_before_others("it labels draft tokens"):
-                labelled_tokens(recipe, run.folder, run.target, data)
+                labelled_tokens(run.recipe, run.folder, run.target, data)
 
 
 @contextlib.contextmanager
@@ -186,7 +212,7 @@ def export(recipe: Recipe, folder: Path) -> None:
     """
     if not RunFolder(folder).has_weights():
         raise DrafttrainError(f"{folder}: nothing is trained here yet: drafttrain fit does all stages")
-    run = Run(recipe, folder)
+    run = Run(_with_models_made(recipe, folder.parent), folder)
     run.folder.drop_figures()
     _export(run)
 
@@ -203,6 +229,7 @@ def evaluate_recipe(recipe: Recipe, folder: Path) -> dict[str, Any]:
     held = here.held()
     if held is None or exported is None:
         raise CheckpointError(f"{folder}: no {what} was exported here yet: drafttrain fit does all stages")
+    recipe = _with_models_made(recipe, folder.parent)
     # The files were exported as the run says, whatever the recipe now asks of an export.
     run = Run(replace(recipe, export=held.export), folder, quiet=True)
     if recipe.head is not None:
