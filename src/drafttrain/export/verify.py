@@ -1,0 +1,315 @@
+"""Does a serving engine do with the exported files what the embedded evaluator did with ours? Token for token, count for count.
+
+The evaluator decodes as the engine counts: the first token of an output comes before any draft, every later round drafts K tokens,
+also past the end of the output, and no token ends a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drafttrain.core.records import Generation, Prompt, Sampling
+from drafttrain.drafters import Drafter
+from drafttrain.eval.acceptance.lossless import Lossless, LosslessSettings
+from drafttrain.eval.engine import Engine
+from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
+from drafttrain.eval.parity import Parity, parity
+from drafttrain.eval.proposers.none import NoDraft
+from drafttrain.eval.statistics import ratio_difference, sign_flip_p_value
+from drafttrain.export.engines import Job, Served, ServingEngine
+from drafttrain.export.engines.environment import ask
+from drafttrain.target import Target
+
+SAMPLED_TEMPERATURE = 1.0
+RESAMPLES = 10_000
+LOWEST_P_VALUE = 0.01
+"""Of a test that engine and evaluator accept alike; below it they are told apart."""
+
+TOLERANCE = {torch.float32: 0.0}
+"""Relative difference of the counters that is allowed at temperature 0; of types that are not named, OTHER_TOLERANCE."""
+
+OTHER_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Counters over prompts, as vLLM names them."""
+
+    num_drafts: int
+    num_draft_tokens: int
+    num_accepted: int
+    accepted_at: tuple[int, ...]
+
+    @property
+    def block_efficiency(self) -> float:
+        """1 + accepted / drafts: the engine's mean acceptance length."""
+        return 1 + self.num_accepted / self.num_drafts
+
+    def json(self) -> dict[str, Any]:
+        """Return what engine.json holds."""
+        return asdict(self) | {"block_efficiency": self.block_efficiency}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An engine beside the evaluator."""
+
+    engine: str
+    version: str
+    repaired: tuple[str, ...]
+    dtype: str
+    num_prompts: int
+    max_new_tokens: int
+    num_draft_tokens: int
+    lossless: Parity
+    """The engine's output with the drafter against its own without."""
+    same_target: Parity
+    """The engine's output without a drafter against the evaluator's."""
+    greedy: dict[str, Counts]
+    """By side, `engine` and `evaluator`, on the prompts where both targets write the same."""
+    sampled: dict[str, Counts]
+    difference: dict[str, float]
+    """Of the sampled block efficiency, engine less evaluator."""
+    sampled_p_value: float
+    problems: tuple[str, ...]
+
+    def json(self) -> dict[str, Any]:
+        """Return what engine.json holds."""
+        return {
+            "engine": self.engine,
+            "version": self.version,
+            "repaired": list(self.repaired),
+            "verdict": "failed" if self.problems else "passed",
+            "problems": list(self.problems),
+            "dtype": self.dtype,
+            "num_prompts": self.num_prompts,
+            "max_new_tokens": self.max_new_tokens,
+            "num_draft_tokens": self.num_draft_tokens,
+            "lossless": self.lossless.json() | {"text": str(self.lossless)},
+            "same_target": self.same_target.json() | {"text": str(self.same_target)},
+            "greedy": {side: counts.json() for side, counts in self.greedy.items()},
+            "sampled": {side: counts.json() for side, counts in self.sampled.items()}
+            | {
+                "temperature": SAMPLED_TEMPERATURE,
+                "difference": self.difference,
+                "p_value": self.sampled_p_value,
+            },
+        }
+
+
+def plain_served(engine: ServingEngine, job: Job) -> list[Served]:
+    """Return the engine's own greedy output, without a drafter; one answer serves all drafters of a target."""
+    request = engine.request(replace(job, temperatures=[0.0]), drafter=None, kind="", num_draft_tokens=0)
+    (greedy,) = engine.served(ask(engine, request))
+    return greedy
+
+
+def compare_with_engine(
+    engine: ServingEngine,
+    exported: Path,
+    drafter: Drafter,
+    target: Target,
+    prompts: Sequence[Prompt],
+    job: Job,
+    *,
+    num_draft_tokens: int,
+    plain: Sequence[Served] | None = None,
+) -> Comparison:
+    """Serve prompts in an engine and decode them here, and compare.
+
+    Args:
+        exported: The folder that the engine loads.
+        drafter: What the evaluator drafts with: read from the folder that was exported from.
+        target: The one that the drafter stands on, also in the engine (`job.target` is its folder).
+        plain: The engine's output without a drafter, where it is known already.
+
+    Raises:
+        EngineError: The engine cannot be asked.
+    """
+    drafter.draft = "greedy" if engine.greedy_drafts else "sampled"
+    request = engine.request(job, drafter=exported, kind=drafter.kind, num_draft_tokens=num_draft_tokens)
+    plain = plain if plain is not None else plain_served(engine, job)
+    answer = ask(engine, request)
+    greedy, sampled = engine.served(answer)
+    ours = decode(target, drafter, prompts, Sampling(), job.max_new_tokens, num_draft_tokens)
+    ours_sampled = decode(target, drafter, prompts, _sampled(job), job.max_new_tokens, num_draft_tokens)
+    theirs_plain, theirs = _generations(prompts, plain), _generations(prompts, greedy)
+    own_plain = [replace(one, tokens=one.tokens[: job.max_new_tokens]) for one in ours]
+    lossless, same_target = parity(theirs_plain, theirs, target), parity(own_plain, theirs_plain, target)
+    apart = {one.id for one in (*lossless.divergences, *same_target.divergences)}
+    kept = [number for number, prompt in enumerate(prompts) if prompt.id not in apart]
+    ours_served = [served_counts(one, max_new_tokens=job.max_new_tokens) for one in ours]
+    both = {"engine": greedy, "evaluator": ours_served}
+    at_one = {
+        "engine": sampled,
+        "evaluator": [served_counts(o, max_new_tokens=job.max_new_tokens) for o in ours_sampled],
+    }
+    difference, p_value = _difference(at_one["engine"], at_one["evaluator"])
+    tolerance = TOLERANCE.get(target.model.dtype, OTHER_TOLERANCE)
+    problems = [
+        *_of_lossless(lossless, engine, tolerance),
+        *_of_target(same_target, engine),
+        *_of_counts(both, prompts, kept, engine, tolerance),
+    ]
+    if p_value < LOWEST_P_VALUE:
+        sides = {
+            side: 1 + sum(o.num_accepted for o in many) / sum(o.num_drafts for o in many)
+            for side, many in at_one.items()
+        }
+        problems.append(
+            f"at temperature {SAMPLED_TEMPERATURE:g} {engine.name} accepts otherwise than the evaluator: block efficiency "
+            f"{sides['engine']:.3f}, evaluator {sides['evaluator']:.3f}, p = {p_value:.2g}"
+        )
+    return Comparison(
+        engine=engine.name,
+        version=answer["version"],
+        repaired=tuple(answer.get("repaired", ())),
+        dtype=job.dtype,
+        num_prompts=len(prompts),
+        max_new_tokens=job.max_new_tokens,
+        num_draft_tokens=num_draft_tokens,
+        lossless=lossless,
+        same_target=same_target,
+        greedy={side: _sum([many[number] for number in kept], num_draft_tokens) for side, many in both.items()},
+        sampled={side: _sum(many, num_draft_tokens) for side, many in at_one.items()},
+        difference=difference,
+        sampled_p_value=p_value,
+        problems=tuple(problems),
+    )
+
+
+def decode(
+    target: Target,
+    drafter: Drafter,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    max_new_tokens: int,
+    num_draft_tokens: int,
+) -> list[Generation]:
+    """Return outputs as an engine makes them: a first token of the target's own, then rounds of K draft tokens to past the end.
+
+    Their `prompt_tokens` are those that were given; rounds start behind the first token.
+    """
+
+    def engine(proposer: Any, length: int, *, seed: int) -> Engine:
+        policy = FixedLength(FixedLengthSettings(num_draft_tokens))
+        rule = Lossless(LosslessSettings())
+        return Engine(
+            target,
+            proposer,
+            rule=rule,
+            policy=policy,
+            sampling=sampling,
+            max_new_tokens=length,
+            seed=seed,
+            stop_tokens=(),
+        )
+
+    first = engine(NoDraft(), 1, seed=1).generate(prompts)
+    longer = [replace(p, tokens=[*p.tokens, *one.tokens]) for p, one in zip(prompts, first, strict=True)]
+    # One round past the end at most, and it drafts as many tokens as any other.
+    rest = [
+        engine(drafter.proposer(target), max_new_tokens + num_draft_tokens, seed=0).generate([p])[0] for p in longer
+    ]
+    return [
+        replace(one, prompt_tokens=prompt.tokens, tokens=[*begun.tokens, *one.tokens])
+        for prompt, begun, one in zip(prompts, first, rest, strict=True)
+    ]
+
+
+def served_counts(generation: Generation, *, max_new_tokens: int) -> Served:
+    """Return the counters of an output of `decode`: of the rounds that begin before its last token is there."""
+    rounds = [one for one in generation.rounds if 1 + one.start < max_new_tokens]
+    deepest = max((one.max_depth for one in rounds), default=0)
+    return Served(
+        tokens=list(generation.tokens[:max_new_tokens]),
+        num_drafts=len(rounds),
+        num_draft_tokens=sum(one.num_draft_tokens for one in rounds),
+        num_accepted=sum(one.num_accepted for one in rounds),
+        accepted_at=[sum(one.num_accepted >= i for one in rounds) for i in range(1, deepest + 1)],
+    )
+
+
+def _sampled(job: Job) -> Sampling:
+    return Sampling(temperature=job.temperatures[-1])
+
+
+def _generations(prompts: Sequence[Prompt], served: Sequence[Served]) -> list[Generation]:
+    return [
+        Generation(prompt.id, prompt.domain, prompt.tokens, list(one.tokens), [], 0.0, 0.0, 0.0, 0.0)
+        for prompt, one in zip(prompts, served, strict=True)
+    ]
+
+
+def _sum(many: Sequence[Served], num_draft_tokens: int) -> Counts:
+    return Counts(
+        num_drafts=sum(one.num_drafts for one in many),
+        num_draft_tokens=sum(one.num_draft_tokens for one in many),
+        num_accepted=sum(one.num_accepted for one in many),
+        accepted_at=tuple(
+            sum(one.accepted_at[i] for one in many if i < len(one.accepted_at)) for i in range(num_draft_tokens)
+        ),
+    )
+
+
+def _difference(engine: Sequence[Served], evaluator: Sequence[Served]) -> tuple[dict[str, float], float]:
+    """Return by how much the engine keeps more draft tokens a round, and the p-value of that it does not, over prompts."""
+    parts = [([one.num_accepted for one in many], [one.num_drafts for one in many]) for many in (engine, evaluator)]
+    found = ratio_difference(parts[0], parts[1], resamples=RESAMPLES, seed=0)
+    by_prompt = [
+        a.num_accepted / a.num_drafts - b.num_accepted / b.num_drafts for a, b in zip(engine, evaluator, strict=True)
+    ]
+    return found.json(), sign_flip_p_value(by_prompt, resamples=RESAMPLES, seed=0)
+
+
+def _of_lossless(found: Parity, engine: ServingEngine, tolerance: float) -> list[str]:
+    excused = tolerance > 0 and all(one.near_tie for one in found.divergences)
+    return (
+        []
+        if found.exact or excused
+        else [f"{engine.name} with the drafter does not write what it writes without: {found}"]
+    )
+
+
+def _of_target(found: Parity, engine: ServingEngine) -> list[str]:
+    if all(one.near_tie for one in found.divergences):
+        return []
+    return [f"{engine.name} does not write what the evaluator's target writes: {found}"]
+
+
+def _of_counts(
+    both: dict[str, list[Served]],
+    prompts: Sequence[Prompt],
+    kept: Sequence[int],
+    engine: ServingEngine,
+    tolerance: float,
+) -> list[str]:
+    """Return where the counters differ: in total, and the first prompt."""
+    if not kept:
+        return [f"{engine.name}: no prompt is left on which the counters could be compared"]
+    if tolerance:
+        sides = [1 + sum(m[i].num_accepted for i in kept) / sum(m[i].num_drafts for i in kept) for m in both.values()]
+        far = abs(sides[0] / sides[1] - 1) > tolerance
+        return [
+            f"{engine.name}: block efficiency {sides[0]:.3f}, evaluator {sides[1]:.3f}: more than {tolerance:.0%} apart"
+        ] * far
+    wrong = [i for i in kept if _numbers(both["engine"][i]) != _numbers(both["evaluator"][i])]
+    if not wrong:
+        return []
+    theirs, ours = (_numbers(both[side][wrong[0]]) for side in ("engine", "evaluator"))
+    return [
+        f"{engine.name} drafts otherwise than the evaluator in {len(wrong)} of {len(kept)} prompts; in {prompts[wrong[0]].id!r} its "
+        f"drafts, draft tokens, accepted and accepted by position are {theirs}, the evaluator's {ours}"
+    ]
+
+
+def _numbers(one: Served) -> tuple[int, int, int, list[int]]:
+    accepted_at = list(one.accepted_at)
+    while accepted_at and accepted_at[-1] == 0:
+        accepted_at.pop()
+    return one.num_drafts, one.num_draft_tokens, one.num_accepted, accepted_at
