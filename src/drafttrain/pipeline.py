@@ -26,6 +26,17 @@ from drafttrain.core.errors import (
     RecipeError,
 )
 from drafttrain.core.files import folder_beside, write_json, write_text
+from drafttrain.export_stages import (
+    ENGINES,
+    Stand,
+    check_engines,
+    folder_as,
+    formats_of,
+    only,
+    verified,
+    write_engine_card,
+    write_formats,
+)
 from drafttrain.head_stages import (
     export_trained_head,
     exported_head,
@@ -122,6 +133,7 @@ class Run:
 
 def fit(recipe: Recipe, folder: Path) -> None:
     """Do all stages of a recipe; the finished ones are skipped."""
+    check_engines(recipe.export.verify)
     run = Run(recipe, folder)
     _gen(run)
     if recipe.head is not None:
@@ -144,10 +156,75 @@ def export(recipe: Recipe, folder: Path) -> None:
     """Write the drafter folder of a trained run, evaluate it, and hold it against the gate."""
     if not RunFolder(folder).train_done.exists():
         raise DrafttrainError(f"{folder}: nothing is trained here yet: drafttrain fit does all stages")
+    check_engines(recipe.export.verify)
     run = Run(recipe, folder)
     for stale in (run.folder.eval, run.folder.report):
         stale.unlink(missing_ok=True)
     _export(run)
+
+
+def export_run_as(recipe: Recipe, folder: Path, formats: Sequence[str], *, verify: bool, out: Path | None) -> None:
+    """Write the exported drafter of a run in further formats, and prove them in serving engines or not."""
+    here = RunFolder(folder)
+    source = next((place for place in (here.drafter, here.rejected) if place.exists()), None)
+    if source is None or recipe.drafter is None:
+        raise CheckpointError(f"{folder}: no drafter was exported here yet: drafttrain fit does all stages")
+    dropped = json.loads(here.overlap.read_text(encoding="utf-8"))["dropped"] if here.overlap.exists() else []
+    stand = Stand(
+        target=recipe.target,
+        eval=recipe.eval,
+        export=only(recipe.export, formats, verify=verify),
+        dropped=[id for name, id in dropped if name == recipe.eval.prompts],
+    )
+    _export_as(source, stand, out=out)
+
+
+def export_drafter_as(
+    drafter: str,
+    formats: Sequence[str],
+    overrides: Sequence[str],
+    *,
+    target: str | None,
+    verify: bool,
+    out: Path | None,
+) -> None:
+    """Write a drafter folder in further formats, and prove them in serving engines or not.
+
+    Args:
+        overrides: Of the sections target, eval and export.
+        target: Its model; left out, the one that the drafter was made for.
+    """
+    from drafttrain.checkpoint import read_about
+
+    _quiet_libraries()
+    of_target, of_eval, of_export = load_sections(["target", "eval", "export"], overrides)
+    (source,) = _folders([drafter])
+    about = read_about(source)
+    target = target or (about.target if about else None)
+    if not target and not any(override.startswith("target.model=") for override in overrides):
+        raise CheckpointError(f"{drafter}: does not say which target it was made for: give --target")
+    stand = Stand(
+        target=replace(of_target, model=target) if target else of_target,
+        eval=of_eval,
+        export=only(of_export, formats, verify=verify),
+    )
+    _export_as(source, stand, out=out)
+
+
+def _export_as(source: Path, stand: Stand, *, out: Path | None) -> None:
+    _quiet_libraries()
+    check_engines(stand.export.verify)
+    folders = write_formats(source, stand.export, stand.target, out=out)
+    comparisons = verified(source, folders, stand)
+    for format, folder in folders.items():
+        write_engine_card(folder, source, [one for one in comparisons if one["format"] == format])
+    if comparisons:
+        write_engine_card(source, source, comparisons)
+    failed = [f"{one['engine']} ({one['format']}): {problem}" for one in comparisons for problem in one["problems"]]
+    if failed:
+        raise GateError(
+            "a serving engine does not do what the evaluator does:\n" + "\n".join(f"  {line}" for line in failed)
+        )
 
 
 def evaluate_recipe(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -508,6 +585,8 @@ def _export(run: Run) -> None:
         # An export before this one was rejected; this one is judged now.
         shutil.rmtree(rejected, ignore_errors=True)
     short = shortfalls(result, recipe.export.require, drafter="drafter")
+    comparisons = [] if of_head else _in_engines(run, exported if exported.exists() else rejected)
+    short += [f"{one['engine']} ({one['format']}): {problem}" for one in comparisons for problem in one["problems"]]
     kept, other = (rejected, exported) if short else (exported, rejected)
     if other.exists():
         os.replace(other, kept)
@@ -516,6 +595,10 @@ def _export(run: Run) -> None:
     else:
         card = model_card(recipe.name, result, drafter="drafter", recipe=resolved, command=command)
     write_text(kept / "README.md", card)
+    for format in [] if of_head else formats_of(recipe.export):
+        write_engine_card(folder_as(folder.drafter, format), kept, [o for o in comparisons if o["format"] == format])
+    if comparisons:
+        write_engine_card(kept, kept, comparisons)
     say(f"{'head:   ' if of_head else 'drafter:'} {kept}")
     say(f"report:  {folder.report}")
     if short:
@@ -523,6 +606,24 @@ def _export(run: Run) -> None:
             f"gate not met, the {'head' if of_head else 'drafter'} is in {kept}:\n"
             + "\n".join(f"  {line}" for line in short)
         )
+
+
+def _in_engines(run: Run, source: Path) -> list[dict[str, Any]]:
+    """Write the further formats of a run's drafter and let engines prove them; what was found before is read."""
+    settings = run.recipe.export
+    folders = {format: folder_as(run.folder.drafter, format) for format in formats_of(settings)}
+    done = source / ENGINES
+    if folders and all(folder.exists() for folder in folders.values()) and (done.exists() or not settings.verify):
+        say("further formats: done before, skipped")
+        return json.loads(done.read_text(encoding="utf-8")) if settings.verify else []
+    # A rejected drafter's formats keep their place beside the drafter that it would have been.
+    folders = {}
+    for format in formats_of(settings):
+        one = replace(settings, to=[format], verify=[])
+        folders |= write_formats(source, one, run.recipe.target, out=folder_as(run.folder.drafter, format))
+    dropped = dropped_prompts(run, run.recipe.eval.prompts)
+    stand = Stand(run.recipe.target, run.recipe.eval, settings, dropped)
+    return verified(source, folders, stand, run.target if settings.verify else None)
 
 
 def _evaluated_elsewhere(run: Run) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from drafttrain.data_gen.annotate import annotators
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.drafters import drafters
 from drafttrain.eval.settings import EvalSettings
+from drafttrain.export import exporters
+from drafttrain.export.engines import engines
 from drafttrain.export.settings import ExportSettings
 from drafttrain.heads import heads
 from drafttrain.losses import losses
@@ -61,7 +63,23 @@ class Recipe:
             problems += self._without_target()
         if self.train.pretrain is not None:
             problems += self._pretraining()
+        if self.export.to or self.export.verify:
+            problems += self._exports()
         return problems
+
+    def _exports(self) -> Iterator[str]:
+        """Tell which formats and engines cannot take what this recipe trains."""
+        if self.head is not None:
+            yield "export.to, export.verify: a head goes to no serving engine; leave them out"
+            return
+        kind = getattr(self.drafter, "kind", "")
+        readers = {f"to: {name}": (name,) for name in self.export.to if name in exporters.names()}
+        readers |= {f"verify: {name}": _engine(name).formats for name in self.export.verify if name in engines.names()}
+        for key, formats in readers.items():
+            if not any(kind in _exporter(name).reads for name in formats):
+                yield f"export.{key} has no place for drafter.kind {kind}: it is decoded with `drafttrain eval`"
+        if self.export.verify and self.target.model is None:
+            yield "export.verify: an engine serves the target with the drafter, but target.model is null"
 
     def _pretraining(self) -> Iterator[str]:
         """Tell what phase 1 needs that is not here."""
@@ -96,6 +114,14 @@ class Recipe:
             yield f"drafter: {kind} is made from its target, but target.model is null"
         if getattr(self.drafter, "init", None) == "target":
             yield "drafter.init: nothing to cut the drafter from: target.model is null"
+
+
+def _exporter(name: str) -> Any:
+    return exporters.entry(name).component
+
+
+def _engine(name: str) -> Any:
+    return engines.entry(name).component
 
 
 def _annotator(name: str) -> Any:

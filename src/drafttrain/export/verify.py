@@ -78,6 +78,17 @@ class Comparison:
     sampled_p_value: float
     problems: tuple[str, ...]
 
+    def __str__(self) -> str:
+        if self.problems:
+            return "FAILED\n" + "\n".join(f"  {problem}" for problem in self.problems)
+        theirs, ours = (self.greedy[side] for side in ("engine", "evaluator"))
+        return (
+            f"passed: {self.lossless}; {theirs.num_drafts} drafts, {theirs.num_draft_tokens} draft tokens, "
+            f"{theirs.num_accepted} accepted, the evaluator {ours.num_drafts}, {ours.num_draft_tokens}, {ours.num_accepted}; at "
+            f"temperature {SAMPLED_TEMPERATURE:g} block efficiency {self.sampled['engine'].block_efficiency:.3f}, the evaluator "
+            f"{self.sampled['evaluator'].block_efficiency:.3f}"
+        )
+
     def json(self) -> dict[str, Any]:
         """Return what engine.json holds."""
         return {

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from drafttrain.core.errors import CheckpointError, RecipeError
 from drafttrain.core.registry import Registry
 
 engines = Registry("serving engine", "drafttrain.export.engines")
@@ -50,8 +51,24 @@ class ServingEngine(ABC):
     """File beside this one that runs in the environment: `python worker REQUEST ANSWER`."""
     formats: ClassVar[tuple[str, ...]]
     """Export formats that it loads; the first is the one to use."""
+    methods: ClassVar[Mapping[str, str]]
+    """The kinds of drafter that it runs, and how it calls each."""
     greedy_drafts: ClassVar[bool]
     """It drafts its likeliest token at every temperature: draft tokens are FIXED."""
+
+    def check_kind(self, folder: Path, kind: str) -> None:
+        """Refuse a kind of drafter that this engine has no method for.
+
+        Raises:
+            CheckpointError: Naming the kinds that it has one for, and the engines that run this one.
+        """
+        if kind in self.methods:
+            return
+        able = [name for name in engines.names() if kind in engine_of(name).methods]
+        raise CheckpointError(
+            f"{folder}: {self.name} runs no drafter of kind {kind}, only {', '.join(self.methods)}. "
+            f"Engines for {kind}: {', '.join(able) or 'none; decode with drafttrain eval'}"
+        )
 
     @abstractmethod
     def request(self, job: Job, *, drafter: Path | None, kind: str, num_draft_tokens: int) -> dict[str, Any]:
@@ -78,3 +95,15 @@ def engine_of(name: str) -> ServingEngine:
     """
     engine: ServingEngine = engines.entry(name).component()
     return engine
+
+
+def checked_engines(names: Sequence[str]) -> list[ServingEngine]:
+    """Return engines by the names that a user gave.
+
+    Raises:
+        RecipeError: With every name that is none.
+    """
+    unknown = [engines.unknown(name) for name in names if name not in engines.names()]
+    if unknown:
+        raise RecipeError("arguments", unknown)
+    return [engine_of(name) for name in names]

@@ -49,6 +49,18 @@ def is_installed(engine: ServingEngine) -> bool:
     return (folder_of(engine) / INSTALLED).is_file()
 
 
+def check_installed(engine: ServingEngine) -> None:
+    """Refuse to go on without the environment of an engine.
+
+    Raises:
+        EngineError: It is not there.
+    """
+    if not is_installed(engine):
+        raise EngineError(
+            f"{engine.name} is not installed here ({folder_of(engine)}): drafttrain engines install {engine.name}"
+        )
+
+
 def install(engine: ServingEngine) -> Path:
     """Make the environment of an engine, or find it made.
 
@@ -77,10 +89,7 @@ def ask(engine: ServingEngine, request: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         EngineError: The engine is not installed here, or it failed; with the last lines that it wrote.
     """
-    if not is_installed(engine):
-        raise EngineError(
-            f"{engine.name} is not installed here ({folder_of(engine)}): drafttrain engines install {engine.name}"
-        )
+    check_installed(engine)
     worker = Path(__file__).with_name(engine.worker)
     with tempfile.TemporaryDirectory(prefix="drafttrain-") as temporary:
         asked, answered, log = (Path(temporary) / name for name in ("request.json", "answer.json", "log.txt"))
