@@ -72,12 +72,15 @@ def write_formats(
     Args:
         out: Where a single format goes.
     """
-    from drafttrain.export.convert import export_as, read_target_config
+    from drafttrain.export.convert import converted, export_as, read_target_config
     from drafttrain.target.frozen import resolve_folder
 
     name = target.model or ""
     target_config = read_target_config(resolve_folder(name, revision=target.revision), name=name)
     folders = {format: out or folder_as(source, format) for format in formats_of(settings)}
+    for format in folders:
+        # Nothing is written where one of them cannot be.
+        converted(format, source, target_config)
     for format, folder in folders.items():
         export_as(format, source, folder, target_config=target_config)
         say(f"exported: {folder}")
@@ -126,6 +129,7 @@ def serve_command(folder: Path, engine: str, *, target: str | None) -> str:
     from drafttrain.export.convert import read_files
     from drafttrain.export.engines import engine_of, engines
     from drafttrain.export.serve import best_length, read_evaluation
+    from drafttrain.target.frozen import BUILTIN, resolve_folder
 
     if engine not in engines.names():
         raise CheckpointError(engines.unknown(engine))
@@ -133,6 +137,8 @@ def serve_command(folder: Path, engine: str, *, target: str | None) -> str:
     target = target or (about.target if about else None)
     if not target:
         raise CheckpointError(f"{folder}: does not say which target it was made for: give --target")
+    if target.startswith(BUILTIN):
+        target = str(resolve_folder(target))
     files = read_files(folder)
     serving = engine_of(engine)
     serving.check_kind(folder, files.kind)

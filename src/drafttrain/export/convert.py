@@ -53,18 +53,17 @@ def export_as(name: str, source: Path, folder: Path, *, target_config: Mapping[s
     Raises:
         CheckpointError: The format has no place for this kind, or a loader of it would refuse or drop something.
     """
-    exporter = exporter_of(name)
-    converted = _converted(exporter, name, source, target_config)
+    made = converted(name, source, target_config)
     with folder_beside(folder) as temporary:
-        tensors = {key: tensor.contiguous() for key, tensor in converted.tensors.items()}
+        tensors = {key: tensor.contiguous() for key, tensor in made.tensors.items()}
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        write_json(temporary / "config.json", dict(converted.config))
+        write_json(temporary / "config.json", dict(made.config))
         for other in source.iterdir():
             if other.name not in REPLACED and other.suffix != ".safetensors":
                 copy = shutil.copytree if other.is_dir() else shutil.copyfile
                 copy(other, temporary / other.name)
         check_exported(name, source, temporary, target_config=target_config)
-    for note in converted.notes:
+    for note in made.notes:
         say(f"{folder}: {note}")
 
 
@@ -74,7 +73,7 @@ def check_exported(name: str, source: Path, folder: Path, *, target_config: Mapp
     Raises:
         CheckpointError: Naming every tensor and field that is not what the source gives.
     """
-    wanted = _converted(exporter_of(name), name, source, target_config)
+    wanted = converted(name, source, target_config)
     held = read_files(folder)
     found = [*_config_differences(wanted.config, held.config), *_tensor_differences(wanted.tensors, held.tensors)]
     if held.kind != wanted.kind:
@@ -96,8 +95,13 @@ def exporter_of(name: str) -> Exporter:
     return exporter
 
 
-def _converted(exporter: Exporter, name: str, source: Path, target_config: Mapping[str, Any]) -> DrafterFiles:
-    files = read_files(source)
+def converted(name: str, source: Path, target_config: Mapping[str, Any]) -> DrafterFiles:
+    """Return a drafter folder's files in a format.
+
+    Raises:
+        CheckpointError: The format has no place for this kind, or a loader of it would refuse or drop something.
+    """
+    exporter, files = exporter_of(name), read_files(source)
     if files.kind not in exporter.reads:
         able = [other for other in exporters.names() if files.kind in exporter_of(other).reads]
         raise CheckpointError(
@@ -105,10 +109,10 @@ def _converted(exporter: Exporter, name: str, source: Path, target_config: Mappi
             + f"Formats for {files.kind}: "
             + ", ".join(f"{other} (read by {_readers(other, files.kind)})" for other in able)
         )
-    converted = exporter.convert(files, target_config)
-    if found := exporter.problems(converted, target_config):
+    made = exporter.convert(files, target_config)
+    if found := exporter.problems(made, target_config):
         raise CheckpointError(_told(f"{source}: cannot be exported as {name}", found))
-    return converted
+    return made
 
 
 def _readers(name: str, kind: str) -> str:

@@ -35,7 +35,9 @@ def best_length(result: Mapping[str, Any], *, most: int | None = None) -> DraftL
     """
     parts = result["temperatures"]
     part = next((one for one in parts if one["temperature"] == 0), parts[0])
-    arms = [arm for arm in part["drafters"].values() if arm["length"]["kind"] == "fixed" and arm["replay"]]
+    # An evaluation of an earlier version has one length, which its settings tell.
+    only = result["settings"]["length"]
+    arms = [arm for arm in part["drafters"].values() if arm.get("length", only)["kind"] == "fixed" and arm["replay"]]
     if not arms:
         raise CheckpointError(
             "eval.json: no chain of fixed length was evaluated (eval.length.kind: fixed): nothing to choose from"

@@ -6,7 +6,7 @@ also past the end of the output, and no token ends a text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,8 @@ class Counts:
 
     @property
     def block_efficiency(self) -> float:
-        """1 + accepted / drafts: the engine's mean acceptance length."""
-        return 1 + self.num_accepted / self.num_drafts
+        """1 + accepted / drafts: the engine's mean acceptance length; nan where nothing was drafted."""
+        return 1 + self.num_accepted / self.num_drafts if self.num_drafts else float("nan")
 
     def json(self) -> dict[str, Any]:
         """Return what engine.json holds."""
@@ -120,6 +120,16 @@ def plain_served(engine: ServingEngine, job: Job) -> list[Served]:
     return greedy
 
 
+@dataclass(frozen=True)
+class Side:
+    """What one side, the engine or the evaluator, decoded: by prompt, in order."""
+
+    plain: Sequence[Served]
+    """Greedily, by the target alone."""
+    greedy: Sequence[Served]
+    sampled: Sequence[Served]
+
+
 def compare_with_engine(
     engine: ServingEngine,
     exported: Path,
@@ -142,52 +152,95 @@ def compare_with_engine(
     Raises:
         EngineError: The engine cannot be asked.
     """
-    drafter.draft = "greedy" if engine.greedy_drafts else "sampled"
     request = engine.request(job, drafter=exported, kind=drafter.kind, num_draft_tokens=num_draft_tokens)
     plain = plain if plain is not None else plain_served(engine, job)
     answer = ask(engine, request)
     greedy, sampled = engine.served(answer)
-    ours = decode(target, drafter, prompts, Sampling(), job.max_new_tokens, num_draft_tokens)
-    ours_sampled = decode(target, drafter, prompts, _sampled(job), job.max_new_tokens, num_draft_tokens)
-    theirs_plain, theirs = _generations(prompts, plain), _generations(prompts, greedy)
-    own_plain = [replace(one, tokens=one.tokens[: job.max_new_tokens]) for one in ours]
-    lossless, same_target = parity(theirs_plain, theirs, target), parity(own_plain, theirs_plain, target)
+    drafter.draft = "greedy" if engine.greedy_drafts else "sampled"
+    return compare(
+        Side(plain, greedy, sampled),
+        evaluator_side(target, drafter, prompts, job, num_draft_tokens=num_draft_tokens),
+        target,
+        prompts,
+        job,
+        engine=engine.name,
+        version=answer["version"],
+        repaired=tuple(answer.get("repaired", ())),
+        num_draft_tokens=num_draft_tokens,
+    )
+
+
+def evaluator_side(
+    target: Target, drafter: Drafter, prompts: Sequence[Prompt], job: Job, *, num_draft_tokens: int
+) -> Side:
+    """Return what the evaluator decodes and counts, as the engine does."""
+    greedy, sampled = (
+        [
+            served_counts(one, max_new_tokens=job.max_new_tokens)
+            for one in decode(
+                target,
+                drafter,
+                prompts,
+                sampling,
+                max_new_tokens=job.max_new_tokens,
+                num_draft_tokens=num_draft_tokens,
+            )
+        ]
+        for sampling in (Sampling(), Sampling(SAMPLED_TEMPERATURE))
+    )
+    alone = _engine(target, NoDraft(), Sampling(), max_new_tokens=job.max_new_tokens, num_draft_tokens=1)
+    return Side([Served(one.tokens) for one in alone.generate(prompts)], greedy, sampled)
+
+
+def compare(
+    theirs: Side,
+    ours: Side,
+    target: Target,
+    prompts: Sequence[Prompt],
+    job: Job,
+    *,
+    engine: str,
+    version: str,
+    repaired: tuple[str, ...],
+    num_draft_tokens: int,
+) -> Comparison:
+    """Hold what an engine did against what the evaluator did.
+
+    Args:
+        engine: Its name, for the problems.
+    """
+    lossless = parity(_generations(prompts, theirs.plain), _generations(prompts, theirs.greedy), target)
+    same_target = parity(_generations(prompts, ours.plain), _generations(prompts, theirs.plain), target)
     apart = {one.id for one in (*lossless.divergences, *same_target.divergences)}
     kept = [number for number, prompt in enumerate(prompts) if prompt.id not in apart]
-    ours_served = [served_counts(one, max_new_tokens=job.max_new_tokens) for one in ours]
-    both = {"engine": greedy, "evaluator": ours_served}
-    at_one = {
-        "engine": sampled,
-        "evaluator": [served_counts(o, max_new_tokens=job.max_new_tokens) for o in ours_sampled],
-    }
-    difference, p_value = _difference(at_one["engine"], at_one["evaluator"])
+    greedy, sampled = (
+        {"engine": a, "evaluator": b} for a, b in ((theirs.greedy, ours.greedy), (theirs.sampled, ours.sampled))
+    )
+    difference, p_value = _difference(theirs.sampled, ours.sampled)
     tolerance = TOLERANCE.get(target.model.dtype, OTHER_TOLERANCE)
     problems = [
         *_of_lossless(lossless, engine, tolerance),
         *_of_target(same_target, engine),
-        *_of_counts(both, prompts, kept, engine, tolerance),
+        *_of_counts(greedy, prompts, kept, engine, tolerance),
     ]
+    sums = {side: _sum(many, num_draft_tokens) for side, many in sampled.items()}
     if p_value < LOWEST_P_VALUE:
-        sides = {
-            side: 1 + sum(o.num_accepted for o in many) / sum(o.num_drafts for o in many)
-            for side, many in at_one.items()
-        }
         problems.append(
-            f"at temperature {SAMPLED_TEMPERATURE:g} {engine.name} accepts otherwise than the evaluator: block efficiency "
-            f"{sides['engine']:.3f}, evaluator {sides['evaluator']:.3f}, p = {p_value:.2g}"
+            f"at temperature {SAMPLED_TEMPERATURE:g} {engine} accepts otherwise than the evaluator: block efficiency "
+            f"{sums['engine'].block_efficiency:.3f}, evaluator {sums['evaluator'].block_efficiency:.3f}, p = {p_value:.2g}"
         )
     return Comparison(
-        engine=engine.name,
-        version=answer["version"],
-        repaired=tuple(answer.get("repaired", ())),
+        engine=engine,
+        version=version,
+        repaired=repaired,
         dtype=job.dtype,
         num_prompts=len(prompts),
         max_new_tokens=job.max_new_tokens,
         num_draft_tokens=num_draft_tokens,
         lossless=lossless,
         same_target=same_target,
-        greedy={side: _sum([many[number] for number in kept], num_draft_tokens) for side, many in both.items()},
-        sampled={side: _sum(many, num_draft_tokens) for side, many in at_one.items()},
+        greedy={side: _sum([many[number] for number in kept], num_draft_tokens) for side, many in greedy.items()},
+        sampled=sums,
         difference=difference,
         sampled_p_value=p_value,
         problems=tuple(problems),
@@ -199,6 +252,7 @@ def decode(
     drafter: Drafter,
     prompts: Sequence[Prompt],
     sampling: Sampling,
+    *,
     max_new_tokens: int,
     num_draft_tokens: int,
 ) -> list[Generation]:
@@ -206,31 +260,32 @@ def decode(
 
     Their `prompt_tokens` are those that were given; rounds start behind the first token.
     """
-
-    def engine(proposer: Any, length: int, *, seed: int) -> Engine:
-        policy = FixedLength(FixedLengthSettings(num_draft_tokens))
-        rule = Lossless(LosslessSettings())
-        return Engine(
-            target,
-            proposer,
-            rule=rule,
-            policy=policy,
-            sampling=sampling,
-            max_new_tokens=length,
-            seed=seed,
-            stop_tokens=(),
-        )
-
-    first = engine(NoDraft(), 1, seed=1).generate(prompts)
+    lengths = {"num_draft_tokens": num_draft_tokens}
+    first = _engine(target, NoDraft(), sampling, max_new_tokens=1, seed=1, **lengths).generate(prompts)
     longer = [replace(p, tokens=[*p.tokens, *one.tokens]) for p, one in zip(prompts, first, strict=True)]
     # One round past the end at most, and it drafts as many tokens as any other.
-    rest = [
-        engine(drafter.proposer(target), max_new_tokens + num_draft_tokens, seed=0).generate([p])[0] for p in longer
-    ]
+    most = max_new_tokens + num_draft_tokens
+    engine = _engine(target, drafter.proposer(target), sampling, max_new_tokens=most, **lengths)
+    rest = [engine.generate([prompt])[0] for prompt in longer]
     return [
         replace(one, prompt_tokens=prompt.tokens, tokens=[*begun.tokens, *one.tokens])
         for prompt, begun, one in zip(prompts, first, rest, strict=True)
     ]
+
+
+def _engine(
+    target: Target, proposer: Any, sampling: Sampling, *, max_new_tokens: int, num_draft_tokens: int, seed: int = 0
+) -> Engine:
+    return Engine(
+        target,
+        proposer,
+        rule=Lossless(LosslessSettings()),
+        policy=FixedLength(FixedLengthSettings(num_draft_tokens)),
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        stop_tokens=(),
+    )
 
 
 def served_counts(generation: Generation, *, max_new_tokens: int) -> Served:
@@ -244,10 +299,6 @@ def served_counts(generation: Generation, *, max_new_tokens: int) -> Served:
         num_accepted=sum(one.num_accepted for one in rounds),
         accepted_at=[sum(one.num_accepted >= i for one in rounds) for i in range(1, deepest + 1)],
     )
-
-
-def _sampled(job: Job) -> Sampling:
-    return Sampling(temperature=job.temperatures[-1])
 
 
 def _generations(prompts: Sequence[Prompt], served: Sequence[Served]) -> list[Generation]:
@@ -278,43 +329,41 @@ def _difference(engine: Sequence[Served], evaluator: Sequence[Served]) -> tuple[
     return found.json(), sign_flip_p_value(by_prompt, resamples=RESAMPLES, seed=0)
 
 
-def _of_lossless(found: Parity, engine: ServingEngine, tolerance: float) -> list[str]:
+def _of_lossless(found: Parity, engine: str, tolerance: float) -> list[str]:
     excused = tolerance > 0 and all(one.near_tie for one in found.divergences)
     return (
-        []
-        if found.exact or excused
-        else [f"{engine.name} with the drafter does not write what it writes without: {found}"]
+        [] if found.exact or excused else [f"{engine} with the drafter does not write what it writes without: {found}"]
     )
 
 
-def _of_target(found: Parity, engine: ServingEngine) -> list[str]:
+def _of_target(found: Parity, engine: str) -> list[str]:
     if all(one.near_tie for one in found.divergences):
         return []
-    return [f"{engine.name} does not write what the evaluator's target writes: {found}"]
+    return [f"{engine} does not write what the evaluator's target writes: {found}"]
 
 
 def _of_counts(
-    both: dict[str, list[Served]],
+    both: Mapping[str, Sequence[Served]],
     prompts: Sequence[Prompt],
     kept: Sequence[int],
-    engine: ServingEngine,
+    engine: str,
     tolerance: float,
 ) -> list[str]:
     """Return where the counters differ: in total, and the first prompt."""
     if not kept:
-        return [f"{engine.name}: no prompt is left on which the counters could be compared"]
+        return [f"{engine}: no prompt is left on which the counters could be compared"]
     if tolerance:
         sides = [1 + sum(m[i].num_accepted for i in kept) / sum(m[i].num_drafts for i in kept) for m in both.values()]
         far = abs(sides[0] / sides[1] - 1) > tolerance
         return [
-            f"{engine.name}: block efficiency {sides[0]:.3f}, evaluator {sides[1]:.3f}: more than {tolerance:.0%} apart"
+            f"{engine}: block efficiency {sides[0]:.3f}, evaluator {sides[1]:.3f}: more than {tolerance:.0%} apart"
         ] * far
     wrong = [i for i in kept if _numbers(both["engine"][i]) != _numbers(both["evaluator"][i])]
     if not wrong:
         return []
     theirs, ours = (_numbers(both[side][wrong[0]]) for side in ("engine", "evaluator"))
     return [
-        f"{engine.name} drafts otherwise than the evaluator in {len(wrong)} of {len(kept)} prompts; in {prompts[wrong[0]].id!r} its "
+        f"{engine} drafts otherwise than the evaluator in {len(wrong)} of {len(kept)} prompts; in {prompts[wrong[0]].id!r} its "
         f"drafts, draft tokens, accepted and accepted by position are {theirs}, the evaluator's {ours}"
     ]
 

@@ -90,7 +90,7 @@ def ask(engine: ServingEngine, request: Mapping[str, Any]) -> dict[str, Any]:
         EngineError: The engine is not installed here, or it failed; with the last lines that it wrote.
     """
     check_installed(engine)
-    worker = Path(__file__).with_name(engine.worker)
+    worker = Path(__file__).parent / engine.worker
     with tempfile.TemporaryDirectory(prefix="drafttrain-") as temporary:
         asked, answered, log = (Path(temporary) / name for name in ("request.json", "answer.json", "log.txt"))
         write_json(asked, dict(request))
