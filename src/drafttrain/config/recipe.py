@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+from drafttrain.core.registry import Registry
 from drafttrain.core.settings import setting
 from drafttrain.data_gen.annotate import annotators
 from drafttrain.data_gen.settings import DataSettings
@@ -73,11 +74,17 @@ class Recipe:
             yield "export.to, export.verify: a head goes to no serving engine; leave them out"
             return
         kind = getattr(self.drafter, "kind", "")
-        readers = {f"to: {name}": (name,) for name in self.export.to if name in exporters.names()}
-        readers |= {f"verify: {name}": _engine(name).formats for name in self.export.verify if name in engines.names()}
-        for key, formats in readers.items():
-            if not any(kind in _exporter(name).reads for name in formats):
-                yield f"export.{key} has no place for drafter.kind {kind}: it is decoded with `drafttrain eval`"
+        places = {
+            f"to: {name}": _component(exporters, name).reads for name in self.export.to if name in exporters.names()
+        }
+        places |= {
+            f"verify: {name}": _component(engines, name).methods
+            for name in self.export.verify
+            if name in engines.names()
+        }
+        for key, kinds in places.items():
+            if kind not in kinds:
+                yield f"export.{key} has no place for drafter.kind {kind}, only for {', '.join(kinds)}"
         if self.export.verify and self.target.model is None:
             yield "export.verify: an engine serves the target with the drafter, but target.model is null"
 
@@ -116,12 +123,8 @@ class Recipe:
             yield "drafter.init: nothing to cut the drafter from: target.model is null"
 
 
-def _exporter(name: str) -> Any:
-    return exporters.entry(name).component
-
-
-def _engine(name: str) -> Any:
-    return engines.entry(name).component
+def _component(registry: Registry, name: str) -> Any:
+    return registry.entry(name).component
 
 
 def _annotator(name: str) -> Any:
