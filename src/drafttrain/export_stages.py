@@ -127,7 +127,7 @@ def serve_command(folder: Path, engine: str, *, target: str | None) -> str:
     """
     from drafttrain.checkpoint import read_about
     from drafttrain.export.convert import read_files
-    from drafttrain.export.engines import engine_of, engines
+    from drafttrain.export.engines import Use, engine_of, engines
     from drafttrain.export.serve import best_length, read_evaluation
     from drafttrain.target.frozen import BUILTIN, resolve_folder
 
@@ -147,7 +147,8 @@ def serve_command(folder: Path, engine: str, *, target: str | None) -> str:
         f"{best.num_draft_tokens} draft tokens: block efficiency {best.block_efficiency:.2f}, memory-bound speed-up {best.mbsu:.2f} "
         "(replay of greedy text, bytes read)"
     )
-    return serving.command(target, str(folder.resolve()), files.kind, num_draft_tokens=best.num_draft_tokens)
+    draft = serving.draft(files.kind, about.draft if about else "sampled")
+    return serving.command(target, Use(folder, files.kind, best.num_draft_tokens, draft))
 
 
 def _verified_in(

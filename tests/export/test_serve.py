@@ -68,6 +68,7 @@ def comparison(**changes: Any) -> dict[str, Any]:
         "num_prompts": 4,
         "max_new_tokens": 16,
         "num_draft_tokens": 3,
+        "draft": "greedy",
         "dtype": "float32",
         "lossless": {"text": "exact: 4 of 4"},
         "repaired": [],
@@ -110,6 +111,7 @@ def test_serve_config_prints_a_command_with_the_best_length(evaluated):
     head, _, quoted = done.stdout.strip().partition(" --speculative-config ")
     assert head == "vllm serve the/target"
     wanted = {"method": "eagle3", "model": str(folder), "num_speculative_tokens": 3}
+    wanted["draft_sample_method"] = "probabilistic"
     assert json.loads(quoted.strip("'")) == wanted
     assert "block efficiency 2.50, memory-bound speed-up 1.92" in done.stderr
 

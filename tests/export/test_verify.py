@@ -92,7 +92,7 @@ def test_rounds_are_counted_as_an_engine_counts_them_past_the_end_and_behind_the
 
 
 def compared(theirs, ours, target, prompts, job):
-    names = {"engine": "vllm", "version": "1", "repaired": (), "num_draft_tokens": NUM_DRAFT_TOKENS}
+    names = {"engine": "vllm", "version": "1", "repaired": (), "num_draft_tokens": NUM_DRAFT_TOKENS, "draft": "sampled"}
     return compare(theirs, ours, target, prompts, job, **names)
 
 

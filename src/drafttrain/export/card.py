@@ -101,7 +101,7 @@ def _beside(one: Mapping[str, Any]) -> str:
     lines = [
         f"**{one['engine']} {one['version']}, format `{one['format']}`: {one['verdict']}.** {one['num_prompts']} prompts, "
         f"{one['max_new_tokens']} tokens each, {one['num_draft_tokens']} draft tokens, {one['dtype']}; with the drafter and without: "
-        f"{one['lossless']['text']}. At temperature {one['sampled']['temperature']:g} acceptance is the same with "
+        f"{one['lossless']['text']}. At temperature {one['sampled']['temperature']:g}, drafts {one['draft']}, acceptance is the same with "
         f"p = {one['sampled']['p_value']:.2g}.",
         *(f"The engine's build was mended to be asked: {what}." for what in one["repaired"]),
         *(f"Problem: {problem}" for problem in one["problems"]),

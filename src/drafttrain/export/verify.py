@@ -21,7 +21,7 @@ from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.eval.parity import Parity, parity
 from drafttrain.eval.proposers.none import NoDraft
 from drafttrain.eval.statistics import ratio_difference, sign_flip_p_value
-from drafttrain.export.engines import Job, Served, ServingEngine
+from drafttrain.export.engines import Job, Served, ServingEngine, Use
 from drafttrain.export.engines.environment import ask
 from drafttrain.target import Target
 
@@ -66,6 +66,8 @@ class Comparison:
     num_prompts: int
     max_new_tokens: int
     num_draft_tokens: int
+    draft: str
+    """At temperature > 0, on both sides: sampled or greedy."""
     lossless: Parity
     """The engine's output with the drafter against its own without."""
     same_target: Parity
@@ -101,6 +103,7 @@ class Comparison:
             "num_prompts": self.num_prompts,
             "max_new_tokens": self.max_new_tokens,
             "num_draft_tokens": self.num_draft_tokens,
+            "draft": self.draft,
             "lossless": self.lossless.json() | {"text": str(self.lossless)},
             "same_target": self.same_target.json() | {"text": str(self.same_target)},
             "greedy": {side: counts.json() for side, counts in self.greedy.items()},
@@ -115,8 +118,7 @@ class Comparison:
 
 def plain_served(engine: ServingEngine, job: Job) -> list[Served]:
     """Return the engine's own greedy output, without a drafter; one answer serves all drafters of a target."""
-    request = engine.request(replace(job, temperatures=[0.0]), drafter=None, kind="", num_draft_tokens=0)
-    (greedy,) = engine.served(ask(engine, request))
+    (greedy,) = engine.served(ask(engine, engine.request(replace(job, temperatures=[0.0]), None)))
     return greedy
 
 
@@ -152,11 +154,10 @@ def compare_with_engine(
     Raises:
         EngineError: The engine cannot be asked.
     """
-    request = engine.request(job, drafter=exported, kind=drafter.kind, num_draft_tokens=num_draft_tokens)
+    drafter.draft = engine.draft(drafter.kind, drafter.draft)
     plain = plain if plain is not None else plain_served(engine, job)
-    answer = ask(engine, request)
+    answer = ask(engine, engine.request(job, Use(exported, drafter.kind, num_draft_tokens, drafter.draft)))
     greedy, sampled = engine.served(answer)
-    drafter.draft = "greedy" if engine.greedy_drafts else "sampled"
     return compare(
         Side(plain, greedy, sampled),
         evaluator_side(target, drafter, prompts, job, num_draft_tokens=num_draft_tokens),
@@ -167,6 +168,7 @@ def compare_with_engine(
         version=answer["version"],
         repaired=tuple(answer.get("repaired", ())),
         num_draft_tokens=num_draft_tokens,
+        draft=drafter.draft,
     )
 
 
@@ -203,6 +205,7 @@ def compare(
     version: str,
     repaired: tuple[str, ...],
     num_draft_tokens: int,
+    draft: str,
 ) -> Comparison:
     """Hold what an engine did against what the evaluator did.
 
@@ -237,6 +240,7 @@ def compare(
         num_prompts=len(prompts),
         max_new_tokens=job.max_new_tokens,
         num_draft_tokens=num_draft_tokens,
+        draft=draft,
         lossless=lossless,
         same_target=same_target,
         greedy={side: _sum([many[number] for number in kept], num_draft_tokens) for side, many in greedy.items()},

@@ -39,6 +39,17 @@ class Job:
     """Tokens of prompt and output, drafts past the end included."""
 
 
+@dataclass(frozen=True)
+class Use:
+    """A drafter folder, and how an engine drafts with it."""
+
+    folder: Path
+    kind: str
+    num_draft_tokens: int
+    draft: str
+    """At temperature > 0: sampled or greedy; what the engine's own `draft` returned."""
+
+
 class ServingEngine(ABC):
     """One engine: how its environment is made, what it is asked, how it counts."""
 
@@ -53,8 +64,6 @@ class ServingEngine(ABC):
     """Export formats that it loads; the first is the one to use."""
     methods: ClassVar[Mapping[str, str]]
     """The kinds of drafter that it runs, and how it calls each."""
-    greedy_drafts: ClassVar[bool]
-    """It drafts its likeliest token at every temperature: draft tokens are FIXED."""
 
     def check_kind(self, folder: Path, kind: str) -> None:
         """Refuse a kind of drafter that this engine has no method for.
@@ -71,8 +80,12 @@ class ServingEngine(ABC):
         )
 
     @abstractmethod
-    def request(self, job: Job, *, drafter: Path | None, kind: str, num_draft_tokens: int) -> dict[str, Any]:
-        """Return the request of a job; without a drafter, the target alone."""
+    def draft(self, kind: str, wanted: str) -> str:
+        """Return how it drafts at temperature > 0: `sampled` from the drafter's law or `greedy`, as wanted where it can."""
+
+    @abstractmethod
+    def request(self, job: Job, use: Use | None) -> dict[str, Any]:
+        """Return the request of a job; without a drafter to use, the target alone."""
 
     @abstractmethod
     def served(self, answer: Mapping[str, Any]) -> list[list[Served]]:
@@ -83,7 +96,7 @@ class ServingEngine(ABC):
         """Return why this engine cannot run a drafter, its files apart."""
 
     @abstractmethod
-    def command(self, target: str, drafter: str, kind: str, *, num_draft_tokens: int) -> str:
+    def command(self, target: str, use: Use) -> str:
         """Return the command line that serves a target with a drafter."""
 
 

@@ -1,4 +1,4 @@
-"""vLLM on a CPU: drafts chains, greedily at every temperature. Pins and facts are of 0.32.0, tried with it."""
+"""vLLM on a CPU: drafts chains; at temperature > 0 greedily unless it is told otherwise. Pins and facts are of 0.32.0, tried with it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from drafttrain.export.engines import Job, Served, ServingEngine, engines
+from drafttrain.export.engines import Job, Served, ServingEngine, Use, engines
 from drafttrain.export.layout import text_config
 from drafttrain.export.vllm import VllmExporter
 
@@ -34,15 +34,17 @@ class VllmEngine(ServingEngine):
     removed = ("torchvision", "torchaudio", "torchcodec")
     worker = "vllm_worker.py"
     formats = ("vllm", "hf", "speculators")
-    greedy_drafts = True
     methods: ClassVar[Mapping[str, str]] = VllmExporter.reads
 
-    def request(self, job: Job, *, drafter: Path | None, kind: str, num_draft_tokens: int) -> dict[str, Any]:
+    def draft(self, kind: str, wanted: str) -> str:
+        """Return `greedy` for Medusa, whose heads it never samples from; others draft as wanted."""
+        return "greedy" if kind == "medusa" else wanted
+
+    def request(self, job: Job, use: Use | None) -> dict[str, Any]:
         """Return the request that vllm_worker.py describes."""
-        speculative = None if drafter is None else self._speculative(str(drafter.resolve()), kind, num_draft_tokens)
         return {
             "target": str(job.target.resolve()),
-            "speculative_config": speculative,
+            "speculative_config": None if use is None else self._speculative(use),
             "dtype": job.dtype,
             "max_model_len": job.max_length,
             "prompts": [list(prompt) for prompt in job.prompts],
@@ -71,13 +73,18 @@ class VllmEngine(ServingEngine):
                 found.append(f"{what}: attention heads of {size}: vLLM's CPU attention has sizes {sizes} only")
         return found
 
-    def command(self, target: str, drafter: str, kind: str, *, num_draft_tokens: int) -> str:
+    def command(self, target: str, use: Use) -> str:
         """Return `vllm serve ...`."""
-        speculative = json.dumps(self._speculative(drafter, kind, num_draft_tokens))
-        return f"vllm serve {target} --speculative-config '{speculative}'"
+        return f"vllm serve {target} --speculative-config '{json.dumps(self._speculative(use))}'"
 
-    def _speculative(self, drafter: str, kind: str, num_draft_tokens: int) -> dict[str, Any]:
-        return {"method": self.methods[kind], "model": drafter, "num_speculative_tokens": num_draft_tokens}
+    def _speculative(self, use: Use) -> dict[str, Any]:
+        sampled = {"draft_sample_method": "probabilistic"} if use.draft == "sampled" else {}
+        return {
+            "method": self.methods[use.kind],
+            "model": str(use.folder.resolve()),
+            "num_speculative_tokens": use.num_draft_tokens,
+            **sampled,
+        }
 
 
 def _head_size(config: Mapping[str, Any]) -> int | None:
