@@ -148,7 +148,7 @@ def serve_command(folder: Path, engine: str, *, target: str | None) -> str:
         "(replay of greedy text, bytes read)"
     )
     draft = serving.draft(files.kind, about.draft if about else "sampled")
-    return serving.command(target, Use(folder, files.kind, best.num_draft_tokens, draft))
+    return serving.command(target, Use(str(folder.resolve()), files.kind, best.num_draft_tokens, draft))
 
 
 def _verified_in(

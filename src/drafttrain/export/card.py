@@ -8,9 +8,13 @@ from typing import Any
 
 from drafttrain.drafters import drafters
 from drafttrain.eval.table import interval, number
+from drafttrain.export.engines import Use, engine_of, engines
 
 SERVED = "## In serving engines"
 ORIGIN = "## Where it comes from"
+
+NUM_DRAFT_TOKENS = 5
+"""In a command, where the evaluation has no fixed length."""
 
 
 def model_card(name: str, result: Mapping[str, Any], *, drafter: str, recipe: str, command: str) -> str:
@@ -39,8 +43,6 @@ def model_card(name: str, result: Mapping[str, Any], *, drafter: str, recipe: st
         rule = result["settings"]["rule"]["kind"]
         parity_line = f"**LOSSY**: measured with the acceptance rule `{rule}`, whose output is not the target's own."
     nl = "\n"
-    component: Any = drafters.entry(result["drafters"][drafter]["kind"]).component
-    serving: str = component.serving
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -60,7 +62,7 @@ tokens; the target decides. It is no model to talk to by itself.
 
 ## Use
 
-{serving}
+{_use(result, drafter)}
 
 {ORIGIN}
 
@@ -70,6 +72,21 @@ tokens; the target decides. It is no model to talk to by itself.
 {recipe.rstrip()}
 ```
 """
+
+
+def _use(result: Mapping[str, Any], drafter: str) -> str:
+    """Return the command of every engine that runs this kind of drafter, and what else there is to know."""
+    told = result["drafters"][drafter]
+    kind, length = told["kind"], result["settings"]["length"]
+    wanted = (told["about"] or {}).get("draft", "sampled")
+    num_draft_tokens = length.get("depth") or length.get("num_draft_tokens") or NUM_DRAFT_TOKENS
+    able = [engine for engine in map(engine_of, engines.names()) if kind in engine.methods]
+    commands = [
+        "    " + engine.command("TARGET", Use("THIS_FOLDER", kind, num_draft_tokens, engine.draft(kind, wanted)))
+        for engine in able
+    ]
+    component: Any = drafters.entry(kind).component
+    return "\n\n".join([*commands, component.serving])
 
 
 def with_engines(card: str, comparisons: Sequence[Mapping[str, Any]]) -> str:

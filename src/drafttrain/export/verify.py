@@ -156,7 +156,9 @@ def compare_with_engine(
     """
     drafter.draft = engine.draft(drafter.kind, drafter.draft)
     plain = plain if plain is not None else plain_served(engine, job)
-    answer = ask(engine, engine.request(job, Use(exported, drafter.kind, num_draft_tokens, drafter.draft)))
+    answer = ask(
+        engine, engine.request(job, Use(str(exported.resolve()), drafter.kind, num_draft_tokens, drafter.draft))
+    )
     greedy, sampled = engine.served(answer)
     return compare(
         Side(plain, greedy, sampled),

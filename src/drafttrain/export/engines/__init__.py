@@ -43,7 +43,8 @@ class Job:
 class Use:
     """A drafter folder, and how an engine drafts with it."""
 
-    folder: Path
+    folder: str
+    """As the engine is told it: an absolute path, or the word that stands for one."""
     kind: str
     num_draft_tokens: int
     draft: str

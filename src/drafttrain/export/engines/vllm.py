@@ -81,7 +81,7 @@ class VllmEngine(ServingEngine):
         sampled = {"draft_sample_method": "probabilistic"} if use.draft == "sampled" else {}
         return {
             "method": self.methods[use.kind],
-            "model": str(use.folder.resolve()),
+            "model": use.folder,
             "num_speculative_tokens": use.num_draft_tokens,
             **sampled,
         }
