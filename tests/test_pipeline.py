@@ -114,12 +114,13 @@ def test_fit_goes_all_the_way_and_a_second_time_does_nothing(recipe, tmp_path, c
 
 
 def test_a_gate_that_is_not_met_rejects_the_drafter_and_says_by_how_much(recipe, tmp_path):
-    loaded = load_recipe(recipe, ["export.require.block_efficiency=5.5", "drafter.draft=greedy"])
+    loaded = load_recipe(recipe, ["export.require.block_efficiency=5.5", "drafter.draft=greedy", "export.to=[vllm]"])
     with pytest.raises(GateError, match=r"required 5\.5") as caught:
         pipeline.fit(loaded, tmp_path / "run")
     assert caught.value.exit_code == 3
-    assert (tmp_path / "run" / "drafter.rejected" / "model.safetensors").exists()
-    assert not (tmp_path / "run" / "drafter").exists()
+    for rejected in ("drafter.rejected", "drafter.rejected.vllm"):
+        assert (tmp_path / "run" / rejected / "model.safetensors").exists()
+    assert not list((tmp_path / "run").glob("drafter")) + list((tmp_path / "run").glob("drafter.vllm"))
     target = Target.load(loaded.target)
     assert read_drafter(tmp_path / "run" / "drafter.rejected", target).draft == "greedy"
 

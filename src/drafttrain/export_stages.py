@@ -87,6 +87,21 @@ def write_formats(
     return folders
 
 
+def formats_are_current(source: Path, formats: Sequence[str], target: TargetSettings) -> bool:
+    """Tell whether every format is there, and is what the drafter folder gives."""
+    from drafttrain.export.convert import check_exported, read_target_config
+    from drafttrain.target.frozen import resolve_folder
+
+    name = target.model or ""
+    target_config = read_target_config(resolve_folder(name, revision=target.revision), name=name)
+    try:
+        for format in formats:
+            check_exported(format, source, folder_as(source, format), target_config=target_config)
+    except CheckpointError:
+        return False
+    return True
+
+
 def verified(
     source: Path, folders: dict[str, Path], stand: Stand, target: Target | None = None
 ) -> list[dict[str, Any]]:
@@ -175,7 +190,8 @@ def _verified_in(
     num_draft_tokens = min(depth, drafter.deepest or depth)
     new_tokens = stand.export.verify_tokens
     longest = max(len(prompt.tokens) for prompt in prompts) + new_tokens + 2 * num_draft_tokens
-    with _served_folder(stand.target, drafter.adapted(target), target) as target_folder:
+    standing = drafter.adapted(target)
+    with _served_folder(stand.target, standing, target) as target_folder:
         job = Job(
             target=target_folder,
             prompts=[prompt.tokens for prompt in prompts],
@@ -198,7 +214,7 @@ def _verified_in(
                 engine,
                 folder,
                 drafter,
-                drafter.adapted(target),
+                standing,
                 prompts,
                 job,
                 num_draft_tokens=num_draft_tokens,

@@ -31,6 +31,7 @@ from drafttrain.export_stages import (
     Stand,
     check_engines,
     folder_as,
+    formats_are_current,
     formats_of,
     only,
     verified,
@@ -588,15 +589,19 @@ def _export(run: Run) -> None:
     comparisons = [] if of_head else _in_engines(run, exported if exported.exists() else rejected)
     short += [f"{one['engine']} ({one['format']}): {problem}" for one in comparisons for problem in one["problems"]]
     kept, other = (rejected, exported) if short else (exported, rejected)
+    formats = [] if of_head else formats_of(recipe.export)
     if other.exists():
         os.replace(other, kept)
+        for format in formats:
+            shutil.rmtree(folder_as(kept, format), ignore_errors=True)
+            os.replace(folder_as(other, format), folder_as(kept, format))
     if of_head:
         card = head_card(recipe.name, result, recipe=resolved, command=command)
     else:
         card = model_card(recipe.name, result, drafter="drafter", recipe=resolved, command=command)
     write_text(kept / "README.md", card)
-    for format in [] if of_head else formats_of(recipe.export):
-        write_engine_card(folder_as(folder.drafter, format), kept, [o for o in comparisons if o["format"] == format])
+    for format in formats:
+        write_engine_card(folder_as(kept, format), kept, [o for o in comparisons if o["format"] == format])
     if comparisons:
         write_engine_card(kept, kept, comparisons)
     say(f"{'head:   ' if of_head else 'drafter:'} {kept}")
@@ -609,18 +614,13 @@ def _export(run: Run) -> None:
 
 
 def _in_engines(run: Run, source: Path) -> list[dict[str, Any]]:
-    """Write the further formats of a run's drafter and let engines prove them; what was found before is read."""
-    settings = run.recipe.export
-    folders = {format: folder_as(run.folder.drafter, format) for format in formats_of(settings)}
-    done = source / ENGINES
-    if folders and all(folder.exists() for folder in folders.values()) and (done.exists() or not settings.verify):
+    """Write the further formats of a run's drafter and let engines prove them; what was done before is kept."""
+    settings, done = run.recipe.export, source / ENGINES
+    formats = formats_of(settings)
+    if formats and formats_are_current(source, formats, run.recipe.target) and (done.exists() or not settings.verify):
         say("further formats: done before, skipped")
         return json.loads(done.read_text(encoding="utf-8")) if settings.verify else []
-    # A rejected drafter's formats keep their place beside the drafter that it would have been.
-    folders = {}
-    for format in formats_of(settings):
-        one = replace(settings, to=[format], verify=[])
-        folders |= write_formats(source, one, run.recipe.target, out=folder_as(run.folder.drafter, format))
+    folders = write_formats(source, settings, run.recipe.target)
     dropped = dropped_prompts(run, run.recipe.eval.prompts)
     stand = Stand(run.recipe.target, run.recipe.eval, settings, dropped)
     return verified(source, folders, stand, run.target if settings.verify else None)

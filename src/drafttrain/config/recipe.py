@@ -85,8 +85,8 @@ class Recipe:
         for key, kinds in places.items():
             if kind not in kinds:
                 yield f"export.{key} has no place for drafter.kind {kind}, only for {', '.join(kinds)}"
-        if self.export.verify and self.target.model is None:
-            yield "export.verify: an engine serves the target with the drafter, but target.model is null"
+        if self.target.model is None:
+            yield "export.to, export.verify: a drafter is exported for its target, but target.model is null"
 
     def _pretraining(self) -> Iterator[str]:
         """Tell what phase 1 needs that is not here."""
