@@ -90,7 +90,9 @@ def export(
     overrides: Overrides = None,
     to: Annotated[
         list[str] | None,
-        typer.Option("--to", metavar="FORMAT", help="Write this format (vllm, speculators) beside the drafter folder."),
+        typer.Option(
+            "--to", metavar="FORMAT", help="Write this format (vllm, speculators, sglang) beside the drafter folder."
+        ),
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Serve it in an engine that reads the format, and compare count for count.")
