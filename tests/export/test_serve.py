@@ -74,7 +74,13 @@ def comparison(**changes: Any) -> dict[str, Any]:
         "repaired": [],
         "problems": [],
         "greedy": {"engine": counts(5), "evaluator": counts(5)},
-        "sampled": {"engine": counts(4), "evaluator": counts(3), "temperature": 1.0, "p_value": 0.5},
+        "sampled": {
+            "engine": counts(4),
+            "evaluator": counts(3),
+            "temperature": 1.0,
+            "p_value": 0.5,
+            "text_p_value": 0.4,
+        },
     }
     return same | changes
 

@@ -148,3 +148,14 @@ def test_an_engine_that_accepts_by_another_law_is_told_apart(sides, target, prom
     found = compared(replace(sides, sampled=unlucky), sides, target, prompts, job)
     assert len(found.problems) == 1
     assert "at temperature 1 vllm accepts otherwise" in found.problems[0]
+
+
+def test_a_sampled_text_that_is_not_of_the_targets_law_is_told_apart(sides, target, prompts, job):
+    """What a wrong temperature, or noise in its place, does to the text; acceptance alone would not show it."""
+    generator = torch.Generator().manual_seed(1)
+    noise = [
+        replace(one, tokens=torch.randint(1, 257, (NEW_TOKENS,), generator=generator).tolist()) for one in sides.sampled
+    ]
+    found = compared(replace(sides, sampled=noise), sides, target, prompts, job)
+    assert len(found.problems) == 1
+    assert "vllm does not write the target's law" in found.problems[0]

@@ -114,12 +114,12 @@ def _beside(one: Mapping[str, Any]) -> str:
         rows.append(
             [f"{label}: accepted by position", *(", ".join(map(str, part[side]["accepted_at"])) for side in sides)]
         )
-        rows.append([f"{label}: block efficiency", *(f"{part[side]['block_efficiency']:.3f}" for side in sides)])
+        rows.append([f"{label}: block efficiency", *(number(part[side]["block_efficiency"], 3) for side in sides)])
     lines = [
         f"**{one['engine']} {one['version']}, format `{one['format']}`: {one['verdict']}.** {one['num_prompts']} prompts, "
         f"{one['max_new_tokens']} tokens each, {one['num_draft_tokens']} draft tokens, {one['dtype']}; with the drafter and without: "
         f"{one['lossless']['text']}. At temperature {one['sampled']['temperature']:g}, drafts {one['draft']}, acceptance is the same with "
-        f"p = {one['sampled']['p_value']:.2g}.",
+        f"p = {one['sampled']['p_value']:.2g}, and so is the likelihood of the text, with p = {one['sampled']['text_p_value']:.2g}.",
         *(f"The engine's build was mended to be asked: {what}." for what in one["repaired"]),
         *(f"Problem: {problem}" for problem in one["problems"]),
         "",

@@ -78,6 +78,8 @@ class Comparison:
     difference: dict[str, float]
     """Of the sampled block efficiency, engine less evaluator."""
     sampled_p_value: float
+    text_p_value: float
+    """Of that both sides' sampled texts are equally likely to the target."""
     problems: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -112,6 +114,7 @@ class Comparison:
                 "temperature": SAMPLED_TEMPERATURE,
                 "difference": self.difference,
                 "p_value": self.sampled_p_value,
+                "text_p_value": self.text_p_value,
             },
         }
 
@@ -234,6 +237,14 @@ def compare(
             f"at temperature {SAMPLED_TEMPERATURE:g} {engine} accepts otherwise than the evaluator: block efficiency "
             f"{sums['engine'].block_efficiency:.3f}, evaluator {sums['evaluator'].block_efficiency:.3f}, p = {p_value:.2g}"
         )
+    likelihoods = [_log_likelihoods(target, prompts, side.sampled) for side in (theirs, ours)]
+    text_p_value = _p_value(*likelihoods)
+    if text_p_value < LOWEST_P_VALUE:
+        means = [sum(values) / len(values) for values in likelihoods]
+        problems.append(
+            f"at temperature {SAMPLED_TEMPERATURE:g} {engine} does not write the target's law: mean log-likelihood of a token "
+            f"{means[0]:.2f}, of the evaluator's text {means[1]:.2f}, p = {text_p_value:.2g}"
+        )
     return Comparison(
         engine=engine,
         version=version,
@@ -249,6 +260,7 @@ def compare(
         sampled=sums,
         difference=difference,
         sampled_p_value=p_value,
+        text_p_value=text_p_value,
         problems=tuple(problems),
     )
 
@@ -329,10 +341,25 @@ def _difference(engine: Sequence[Served], evaluator: Sequence[Served]) -> tuple[
     """Return by how much the engine keeps more draft tokens a round, and the p-value of that it does not, over prompts."""
     parts = [([one.num_accepted for one in many], [one.num_drafts for one in many]) for many in (engine, evaluator)]
     found = ratio_difference(parts[0], parts[1], resamples=RESAMPLES, seed=0)
-    by_prompt = [
-        a.num_accepted / a.num_drafts - b.num_accepted / b.num_drafts for a, b in zip(engine, evaluator, strict=True)
-    ]
-    return found.json(), sign_flip_p_value(by_prompt, resamples=RESAMPLES, seed=0)
+    rates = [[one.num_accepted / one.num_drafts for one in many] for many in (engine, evaluator)]
+    return found.json(), _p_value(*rates)
+
+
+@torch.no_grad()
+def _log_likelihoods(target: Target, prompts: Sequence[Prompt], served: Sequence[Served]) -> list[float]:
+    """Return the mean log-likelihood of the tokens of each text, as the target draws them."""
+    found = []
+    for prompt, one in zip(prompts, served, strict=True):
+        tokens = torch.tensor([[*prompt.tokens, *one.tokens]], device=target.device)
+        logits_NV = target.model(tokens).logits[0, len(prompt.tokens) - 1 : -1, : target.num_tokens]
+        law_NV = (logits_NV.float() / SAMPLED_TEMPERATURE).log_softmax(dim=-1)
+        found.append(float(law_NV.gather(1, tokens[0, len(prompt.tokens) :, None]).mean()))
+    return found
+
+
+def _p_value(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return the p-value of that two figures of the same prompts are the same."""
+    return sign_flip_p_value([a - b for a, b in zip(first, second, strict=True)], resamples=RESAMPLES, seed=0)
 
 
 def _of_lossless(found: Parity, engine: str, tolerance: float) -> list[str]:
