@@ -23,8 +23,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def drafter_of(kind: str, target: Target, *, seed: int = 1, **settings: Any) -> Any:
-    """Return a random drafter whose every tensor matters: no norm of ones, no bias of zeros, taps that differ."""
+def drafter_of(kind: str, target: Target, *, seed: int = 1, scale: float = 0.2, **settings: Any) -> Any:
+    """Return a random drafter whose every tensor matters: no norm of ones, no bias of zeros, taps that differ.
+
+    Args:
+        scale: Deviation of the matrices; large ones learn badly.
+    """
     torch.manual_seed(seed)
     entry: Any = drafters.entry(kind)
     made = entry.component.create(
@@ -34,8 +38,8 @@ def drafter_of(kind: str, target: Target, *, seed: int = 1, **settings: Any) -> 
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if not name.startswith(("lm_head", "model.")):
-                noise = 0.2 * torch.randn_like(parameter)
-                parameter.copy_(1 + noise if "norm" in name else noise)
+                noise = torch.randn_like(parameter)
+                parameter.copy_(1 + 0.2 * noise if "norm" in name else scale * noise)
     return made.eval()
 
 

@@ -33,8 +33,8 @@ STEPS = 60
 SETTINGS: dict[str, dict[str, Any]] = {
     "causal_lm": {"num_layers": 1, "hidden_size": 64, "num_heads": 2},
     "medusa": {"num_heads": 4, "num_layers": 2},
-    "eagle": {"feature_noise": 0.0},
-    "eagle3": {"draft_vocab_size": 1024, "num_steps": 2},
+    "eagle": {"num_steps": 3, "feature_noise": 0.0},
+    "eagle3": {"draft_vocab_size": 1024, "num_steps": 3},
 }
 
 
@@ -74,7 +74,7 @@ def learned(target, prompts, tmp_path_factory):
 
     def folder(kind: str) -> Path:
         if kind not in made:
-            drafter = folders.drafter_of(kind, target, **SETTINGS[kind])
+            drafter = folders.drafter_of(kind, target, scale=0.05, **SETTINGS[kind])
             learn(drafter, target, prompts[:5], steps=STEPS, new_tokens=NEW_TOKENS, lr=3e-3)
             # A path without the words that vLLM takes for a method.
             made[kind] = folders.save(drafter, tmp_path_factory.mktemp("learned") / "drafter", target)
