@@ -39,7 +39,7 @@ def drafter_of(kind: str, target: Target, *, seed: int = 1, scale: float = 0.2, 
         for name, parameter in made.named_parameters():
             if not name.startswith(("lm_head", "model.")):
                 noise = torch.randn_like(parameter)
-                parameter.copy_(1 + 0.2 * noise if "norm" in name else scale * noise)
+                parameter.copy_(noise.exp() if "norm" in name else scale * noise)
     return made.eval()
 
 

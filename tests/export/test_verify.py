@@ -100,9 +100,6 @@ def compared(theirs, ours, target, prompts, job):
 def eagle3(target, prompts, tmp_path_factory) -> Path:
     """An EAGLE-3 drafter that has learned some of what the target writes."""
     drafter = folders.drafter_of("eagle3", target, draft_vocab_size=None, num_steps=2)
-    with torch.no_grad():
-        # Far from ones, so that much is lost with it.
-        drafter.midlayer.hidden_norm.weight.uniform_(0.2, 3)
     learn(drafter, target, prompts, steps=40, new_tokens=NEW_TOKENS, lr=5e-3)
     return folders.save(drafter, tmp_path_factory.mktemp("learned") / "drafter", target)
 

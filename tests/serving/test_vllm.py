@@ -29,12 +29,12 @@ pytestmark = pytest.mark.serving
 TARGET = "builtin:target"
 NUM_DRAFT_TOKENS = 3
 NEW_TOKENS = 40
-STEPS = 60
+STEPS = 100
 SETTINGS: dict[str, dict[str, Any]] = {
     "causal_lm": {"num_layers": 1, "hidden_size": 64, "num_heads": 2},
     "medusa": {"num_heads": 4, "num_layers": 2},
     "eagle": {"num_steps": 3, "feature_noise": 0.0},
-    "eagle3": {"draft_vocab_size": 1024, "num_steps": 3},
+    "eagle3": {"draft_vocab_size": 3072, "num_steps": 3},
 }
 
 
