@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-hosts test-full check format install clean
+.PHONY: demo test test-hosts test-full test-serving test-serving-kinds check format install clean
 
 demo: $(INSTALLED)
 	$(BIN)/drafttrain fit recipes/demo.yaml
@@ -17,6 +17,18 @@ test-hosts: $(INSTALLED)
 
 test-full: $(INSTALLED)
 	OMP_NUM_THREADS=2 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -m "not gpu and not multi_gpu and not multi_host and not serving"
+
+# Serving engines live in environments of their own, outside of this folder: some gigabytes, made once by their pins.
+SERVING = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -m serving tests/serving
+
+test-serving: $(INSTALLED)
+	$(BIN)/drafttrain engines install vllm
+	$(SERVING)
+
+# One configuration a kind.
+test-serving-kinds: $(INSTALLED)
+	$(BIN)/drafttrain engines install vllm
+	$(SERVING) -k "each_kind and not speculators"
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -69,10 +69,19 @@ def command(*words: object) -> list[str]:
 
 
 def test_fit_goes_all_the_way_and_a_second_time_does_nothing(recipe, tmp_path, capfd):
-    loaded = load_recipe(recipe, ["eval.also=[{kind: tree, num_draft_tokens: 8, depth: 3, width: 2}]"])
+    tree = "eval.also=[{kind: tree, num_draft_tokens: 8, depth: 3, width: 2}]"
+    loaded = load_recipe(recipe, [tree, "export.to=[vllm]"])
     pipeline.fit(loaded, tmp_path / "run")
     folder = tmp_path / "run"
-    for name in ("recipe.yaml", "provenance.json", "metrics.csv", "eval.json", "report.html", "drafter/README.md"):
+    for name in (
+        "recipe.yaml",
+        "provenance.json",
+        "metrics.csv",
+        "eval.json",
+        "report.html",
+        "drafter/README.md",
+        "drafter.vllm/README.md",
+    ):
         assert (folder / name).stat().st_size > 0, name
     result = json.loads((folder / "eval.json").read_text())
     assert result["trainer_loaded"] is False
@@ -92,7 +101,7 @@ def test_fit_goes_all_the_way_and_a_second_time_does_nothing(recipe, tmp_path, c
     capfd.readouterr()
     pipeline.fit(loaded, folder)
     assert (folder / "drafter" / "model.safetensors").stat().st_mtime == before
-    assert capfd.readouterr().err.count("done before, skipped") == 2
+    assert capfd.readouterr().err.count("done before, skipped") == 3
     with pytest.raises(RecipeError, match="another recipe"):
         pipeline.fit(load_recipe(recipe, ["seed=1"]), folder)
     # A folder that an earlier version made, before a key existed, goes on.
@@ -105,12 +114,13 @@ def test_fit_goes_all_the_way_and_a_second_time_does_nothing(recipe, tmp_path, c
 
 
 def test_a_gate_that_is_not_met_rejects_the_drafter_and_says_by_how_much(recipe, tmp_path):
-    loaded = load_recipe(recipe, ["export.require.block_efficiency=5.5", "drafter.draft=greedy"])
+    loaded = load_recipe(recipe, ["export.require.block_efficiency=5.5", "drafter.draft=greedy", "export.to=[vllm]"])
     with pytest.raises(GateError, match=r"required 5\.5") as caught:
         pipeline.fit(loaded, tmp_path / "run")
     assert caught.value.exit_code == 3
-    assert (tmp_path / "run" / "drafter.rejected" / "model.safetensors").exists()
-    assert not (tmp_path / "run" / "drafter").exists()
+    for rejected in ("drafter.rejected", "drafter.rejected.vllm"):
+        assert (tmp_path / "run" / rejected / "model.safetensors").exists()
+    assert not list((tmp_path / "run").glob("drafter")) + list((tmp_path / "run").glob("drafter.vllm"))
     target = Target.load(loaded.target)
     assert read_drafter(tmp_path / "run" / "drafter.rejected", target).draft == "greedy"
 

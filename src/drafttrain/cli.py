@@ -30,6 +30,8 @@ app = typer.Typer(
 )
 recipe_app = typer.Typer(help="List, show, copy and check recipes.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
+engines_app = typer.Typer(help="Install and list the serving engines that prove an export.", no_args_is_help=True)
+app.add_typer(engines_app, name="engines")
 
 RecipeOrFolder = Annotated[
     str,
@@ -82,14 +84,103 @@ def gen(
 
 @app.command()
 def export(
-    recipe: RecipeOrFolder, overrides: Overrides = None, smoke: Smoke = False, runs: Runs = RUNS, debug: Debug = False
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE | DRAFTER",
+            help="A recipe or its run folder; with --to, a drafter folder too.",
+            show_default=False,
+        ),
+    ],
+    overrides: Overrides = None,
+    to: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--to", metavar="FORMAT", help="Write this format (vllm, speculators, sglang) beside the drafter folder."
+        ),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Serve it in an engine that reads the format, and compare count for count.")
+    ] = False,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", metavar="MODEL", help="The target of a drafter folder.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="DIR", help="Where the format goes; left out: DRAFTER.FORMAT.", show_default=False
+        ),
+    ] = None,
+    smoke: Smoke = False,
+    runs: Runs = RUNS,
+    debug: Debug = False,
 ) -> None:
-    """Write the drafter folder of a trained run, evaluate its files, and hold them against the gate."""
+    """Write the drafter folder of a trained run, evaluate its files, and hold them against the gate; or, with --to, write a format."""
     with exit_codes(debug=debug):
-        loaded, run_folder = _recipe_and_run_folder(recipe, overrides, smoke=smoke, runs=runs)
+        from drafttrain.config.bundled import is_recipe
+
+        _check_export(what, to or [], verify=verify, target=target, out=out)
+        if to and not is_recipe(what):
+            from drafttrain import pipeline
+
+            pipeline.export_drafter_as(what, to, overrides or [], target=target, verify=verify, out=out)
+            return
+        loaded, run_folder = _recipe_and_run_folder(what, overrides, smoke=smoke, runs=runs)
         from drafttrain import pipeline
 
-        pipeline.export(loaded, run_folder)
+        if to:
+            pipeline.export_run_as(loaded, run_folder, to, verify=verify, out=out)
+        else:
+            pipeline.export(loaded, run_folder)
+
+
+@app.command(name="serve-config")
+def serve_config(
+    drafter: Annotated[
+        Path, typer.Argument(metavar="DRAFTER", help="A drafter folder, evaluated before.", show_default=False)
+    ],
+    engine: Annotated[str, typer.Option("--engine", metavar="ENGINE", help="The serving engine.")] = "vllm",
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target", metavar="MODEL", help="Its target; left out: what it was made for.", show_default=False
+        ),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Print the command that serves a drafter, with the draft length that its evaluation found best."""
+    with exit_codes(debug=debug):
+        from drafttrain.export_stages import serve_command
+
+        typer.echo(serve_command(drafter, engine, target=target))
+
+
+@engines_app.command()
+def install(
+    names: Annotated[list[str], typer.Argument(metavar="ENGINE...", help="Serving engines.", show_default=False)],
+    debug: Debug = False,
+) -> None:
+    """Make the environment of a serving engine, in the user's cache, outside of any project."""
+    with exit_codes(debug=debug):
+        from drafttrain.export.engines import checked_engines
+        from drafttrain.export.engines.environment import install as make
+
+        for engine in checked_engines(names):
+            say(f"{engine.name}: ready in {make(engine)}")
+
+
+@engines_app.command(name="list")
+def list_engines() -> None:
+    """List the serving engines that can prove an export, and where their environments are."""
+    from drafttrain.export.engines import checked_engines, engines
+    from drafttrain.export.engines.environment import folder_of, is_installed
+
+    rows = []
+    for engine in checked_engines(engines.names()):
+        where = str(folder_of(engine)) if is_installed(engine) else "not installed"
+        rows.append([engine.name, " ".join(engine.pins), " ".join(engine.methods), " ".join(engine.formats), where])
+    table(rows, columns=["engine", "pins", "kinds", "formats", "where"])
 
 
 @app.command(name="eval")
@@ -249,6 +340,21 @@ def _recipe_and_run_folder(name: str, overrides: list[str] | None, *, smoke: boo
     recipe = load_recipe(name, overrides or [], smoke=smoke)
     renamed = smoke or any(override.startswith("name=") for override in overrides or [])
     return recipe, Path(name) if Path(name).is_dir() and not renamed else runs / recipe.name
+
+
+def _check_export(what: str, to: list[str], *, verify: bool, target: str | None, out: Path | None) -> None:
+    """Refuse what `export` cannot mean."""
+    from drafttrain.config.bundled import is_recipe
+
+    problems = []
+    if not to and (verify or target or out):
+        problems.append("--verify, --target and --out are for a format: give --to FORMAT")
+    if to and out and len(to) > 1:
+        problems.append("--out takes one format: give --to once")
+    if is_recipe(what) and target:
+        problems.append(f"{what}: a recipe says its target itself: leave --target out")
+    if problems:
+        raise RecipeError("arguments", problems)
 
 
 def _check_drafters(named: list[str], *, smoke: bool) -> None:

@@ -39,6 +39,18 @@ from drafttrain.core.processes import (
     without_launcher,
     world,
 )
+from drafttrain.export_stages import (
+    ENGINES,
+    Stand,
+    check_engines,
+    folder_as,
+    formats_are_current,
+    formats_of,
+    only,
+    verified,
+    write_engine_card,
+    write_formats,
+)
 from drafttrain.head_stages import (
     export_trained_head,
     exported_head,
@@ -143,6 +155,7 @@ def fit(recipe: Recipe, folder: Path, *, above: Sequence[str] = ()) -> None:
     Args:
         above: Recipes that wait for what this one makes.
     """
+    check_engines(recipe.export.verify)
     with _all_processes(recipe, folder):
         run = Run(_with_models_made(recipe, folder.parent, above=above), folder)
         _gen(run)
@@ -212,9 +225,74 @@ def export(recipe: Recipe, folder: Path) -> None:
     """
     if not RunFolder(folder).has_weights():
         raise DrafttrainError(f"{folder}: nothing is trained here yet: drafttrain fit does all stages")
+    check_engines(recipe.export.verify)
     run = Run(_with_models_made(recipe, folder.parent), folder)
     run.folder.drop_figures()
     _export(run)
+
+
+def export_run_as(recipe: Recipe, folder: Path, formats: Sequence[str], *, verify: bool, out: Path | None) -> None:
+    """Write the exported drafter of a run in further formats, and prove them in serving engines or not."""
+    here = RunFolder(folder)
+    source = next((place for place in (here.drafter, here.rejected) if place.exists()), None)
+    if source is None or recipe.drafter is None:
+        raise CheckpointError(f"{folder}: no drafter was exported here yet: drafttrain fit does all stages")
+    dropped = json.loads(here.overlap.read_text(encoding="utf-8"))["dropped"] if here.overlap.exists() else []
+    stand = Stand(
+        target=recipe.target,
+        eval=recipe.eval,
+        export=only(recipe.export, formats, verify=verify),
+        dropped=[id for name, id in dropped if name == recipe.eval.prompts],
+    )
+    _export_as(source, stand, out=out)
+
+
+def export_drafter_as(
+    drafter: str,
+    formats: Sequence[str],
+    overrides: Sequence[str],
+    *,
+    target: str | None,
+    verify: bool,
+    out: Path | None,
+) -> None:
+    """Write a drafter folder in further formats, and prove them in serving engines or not.
+
+    Args:
+        overrides: Of the sections target, eval and export.
+        target: Its model; left out, the one that the drafter was made for.
+    """
+    from drafttrain.checkpoint import read_about
+
+    _quiet_libraries()
+    of_target, of_eval, of_export = load_sections(["target", "eval", "export"], overrides)
+    (source,) = _folders([drafter])
+    about = read_about(source)
+    target = target or (about.target if about else None)
+    if not target and not any(override.startswith("target.model=") for override in overrides):
+        raise CheckpointError(f"{drafter}: does not say which target it was made for: give --target")
+    stand = Stand(
+        target=replace(of_target, model=target) if target else of_target,
+        eval=of_eval,
+        export=only(of_export, formats, verify=verify),
+    )
+    _export_as(source, stand, out=out)
+
+
+def _export_as(source: Path, stand: Stand, *, out: Path | None) -> None:
+    _quiet_libraries()
+    check_engines(stand.export.verify)
+    folders = write_formats(source, stand.export, stand.target, out=out)
+    comparisons = verified(source, folders, stand)
+    for format, folder in folders.items():
+        write_engine_card(folder, source, [one for one in comparisons if one["format"] == format])
+    if comparisons:
+        write_engine_card(source, source, comparisons)
+    failed = [f"{one['engine']} ({one['format']}): {problem}" for one in comparisons for problem in one["problems"]]
+    if failed:
+        raise GateError(
+            "a serving engine does not do what the evaluator does:\n" + "\n".join(f"  {line}" for line in failed)
+        )
 
 
 def evaluate_recipe(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -626,14 +704,24 @@ def _export(run: Run) -> None:
         # An export before this one was rejected; this one is judged now.
         shutil.rmtree(rejected, ignore_errors=True)
     short = shortfalls(result, recipe.export.require, drafter="drafter")
+    comparisons = [] if of_head else _in_engines(run, exported if exported.exists() else rejected)
+    short += [f"{one['engine']} ({one['format']}): {problem}" for one in comparisons for problem in one["problems"]]
     kept, other = (rejected, exported) if short else (exported, rejected)
+    formats = [] if of_head else formats_of(recipe.export)
     if other.exists():
         os.replace(other, kept)
+        for format in formats:
+            shutil.rmtree(folder_as(kept, format), ignore_errors=True)
+            os.replace(folder_as(other, format), folder_as(kept, format))
     if of_head:
         card = head_card(recipe.name, result, recipe=resolved, command=command)
     else:
         card = model_card(recipe.name, result, drafter="drafter", recipe=resolved, command=command)
     write_text(kept / "README.md", card)
+    for format in formats:
+        write_engine_card(folder_as(kept, format), kept, [o for o in comparisons if o["format"] == format])
+    if comparisons:
+        write_engine_card(kept, kept, comparisons)
     say(f"{'head:   ' if of_head else 'drafter:'} {kept}")
     say(f"report:  {folder.report}")
     if short:
@@ -641,6 +729,19 @@ def _export(run: Run) -> None:
             f"gate not met, the {'head' if of_head else 'drafter'} is in {kept}:\n"
             + "\n".join(f"  {line}" for line in short)
         )
+
+
+def _in_engines(run: Run, source: Path) -> list[dict[str, Any]]:
+    """Write the further formats of a run's drafter and let engines prove them; what was done before is kept."""
+    settings, done = run.recipe.export, source / ENGINES
+    formats = formats_of(settings)
+    if formats and formats_are_current(source, formats, run.recipe.target) and (done.exists() or not settings.verify):
+        say("further formats: done before, skipped")
+        return json.loads(done.read_text(encoding="utf-8")) if settings.verify else []
+    folders = write_formats(source, settings, run.recipe.target)
+    dropped = dropped_prompts(run, run.recipe.eval.prompts)
+    stand = Stand(run.recipe.target, run.recipe.eval, settings, dropped)
+    return verified(source, folders, stand, run.target if settings.verify else None)
 
 
 def _evaluated_elsewhere(run: Run) -> dict[str, Any]:

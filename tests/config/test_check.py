@@ -6,6 +6,7 @@ from typing import Any, Literal
 import pytest
 
 from drafttrain.config.check import Checker
+from drafttrain.config.load import load_recipe
 from drafttrain.config.nodes import apply_override, read_yaml
 from drafttrain.core.errors import RecipeError
 from drafttrain.core.registry import Registry
@@ -248,3 +249,21 @@ def test_problems_of_overrides_name_them():
         "override name.x=1: name is a single value, it has no 'x'",
         "override lr: an override has the form section.key=value",
     }
+
+
+def test_formats_and_engines_that_cannot_take_the_kind_are_refused_before_anything_is_trained():
+    def problems(*overrides: str) -> str:
+        with pytest.raises(RecipeError) as caught:
+            load_recipe("tiny_kangaroo", list(overrides))
+        return str(caught.value)
+
+    found = problems("export.to=[hf, vllm]", "export.verify=[vllm]")
+    assert "export.to: vllm has no place for drafter.kind kangaroo" in found
+    assert "export.verify: vllm has no place for drafter.kind kangaroo" in found
+    assert "hf has no place" not in found
+    unknown = problems("export.to=[vlm]", "export.verify=[sglang]")
+    assert "to: unknown export format 'vlm'. Did you mean 'vllm'?" in unknown
+    assert "verify: unknown serving engine 'sglang'" in unknown
+    assert load_recipe("tiny_medusa", ["export.to=[vllm]", "export.verify=[vllm]"]).export.verify == ["vllm"]
+    with pytest.raises(RecipeError, match="a head goes to no serving engine"):
+        load_recipe("tiny_acceptance", ["export.to=[vllm]"])

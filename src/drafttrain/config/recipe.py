@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+from drafttrain.core.registry import Registry
 from drafttrain.core.settings import setting
 from drafttrain.data_gen.annotate import annotators
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.drafters import drafters
 from drafttrain.eval.settings import EvalSettings
+from drafttrain.export import exporters
+from drafttrain.export.engines import engines
 from drafttrain.export.settings import ExportSettings
 from drafttrain.heads import heads
 from drafttrain.losses import losses
@@ -61,10 +64,34 @@ class Recipe:
             problems += self._without_target()
         if self.train.pretrain is not None:
             problems += self._pretraining()
-        if self.train.activation_checkpointing and not getattr(_component(self.drafter), "recomputes", False):
+        if self.train.activation_checkpointing and not getattr(
+            _component(drafters, getattr(self.drafter, "kind", "")), "recomputes", False
+        ):
             what = f"drafter {self.drafter.kind}" if self.drafter is not None else "a head"
             problems.append(f"train.activation_checkpointing: {what} has no stack of layers to compute again")
+        if self.export.to or self.export.verify:
+            problems += self._exports()
         return problems
+
+    def _exports(self) -> Iterator[str]:
+        """Tell which formats and engines cannot take what this recipe trains."""
+        if self.head is not None:
+            yield "export.to, export.verify: a head goes to no serving engine; leave them out"
+            return
+        kind = getattr(self.drafter, "kind", "")
+        places = {
+            f"to: {name}": _component(exporters, name).reads for name in self.export.to if name in exporters.names()
+        }
+        places |= {
+            f"verify: {name}": _component(engines, name).methods
+            for name in self.export.verify
+            if name in engines.names()
+        }
+        for key, kinds in places.items():
+            if kind not in kinds:
+                yield f"export.{key} has no place for drafter.kind {kind}, only for {', '.join(kinds)}"
+        if self.target.model is None:
+            yield "export.to, export.verify: a drafter is exported for its target, but target.model is null"
 
     def _pretraining(self) -> Iterator[str]:
         """Tell what phase 1 needs that is not here."""
@@ -93,17 +120,17 @@ class Recipe:
             # That of a sum is a property of its terms, which are asked themselves.
             if component is not None and component.needs_target is True:
                 yield f"loss: {settings.kind} compares with the target, but target.model is null"
-        kind, made_of = getattr(self.drafter, "kind", ""), _component(self.drafter)
+        kind = getattr(self.drafter, "kind", "")
+        made_of = _component(drafters, kind)
         if made_of is not None and made_of.needs_target:
             yield f"drafter: {kind} is made from its target, but target.model is null"
         if getattr(self.drafter, "init", None) == "target":
             yield "drafter.init: nothing to cut the drafter from: target.model is null"
 
 
-def _component(settings: Any) -> Any:
-    """Return the class of a drafter's settings; None where there is none."""
-    kind = getattr(settings, "kind", "")
-    return drafters.entry(kind).component if kind in drafters.names() else None
+def _component(registry: Registry, name: str) -> Any:
+    """Return what a name stands for; None where it stands for nothing."""
+    return registry.entry(name).component if name in registry.names() else None
 
 
 def _annotator(name: str) -> Any:

@@ -33,7 +33,7 @@ class Drafter(nn.Module, ABC):
     draft: str = "sampled"
     """At temperature > 0: `sampled` from its own law, or `greedy`: its argmax, as some engines draft."""
     serving: ClassVar[str] = "No serving engine loads this kind: decode with `drafttrain eval THIS_FOLDER`."
-    """How an engine loads the exported folder, for its card."""
+    """What its card says of serving it, beside the commands of the engines that run its kind."""
 
     @classmethod
     @abstractmethod

@@ -72,8 +72,6 @@ class CausalLMDrafter(Drafter):
     lag = 0
     recomputes = True
     serving: ClassVar[str] = (
-        "    vllm serve TARGET --speculative-config "
-        '\'{"method": "draft_model", "model": "THIS_FOLDER", "num_speculative_tokens": 5}\'\n\n'
         '    assistant = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")\n'
         "    target.generate(**inputs, assistant_model=assistant)"
     )

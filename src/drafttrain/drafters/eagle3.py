@@ -100,10 +100,7 @@ class Eagle3Drafter(FeatureDrafter):
 
     kind = "eagle3"
     lag = 1
-    serving: ClassVar[str] = (
-        "    vllm serve TARGET --speculative-config "
-        '\'{"method": "eagle3", "model": "THIS_FOLDER", "num_speculative_tokens": 5}\''
-    )
+    serving: ClassVar[str] = "It drafts trees in the embedded evaluator only."
 
     def __init__(self, config: dict[str, Any], parts: TargetParts) -> None:
         super().__init__()

@@ -98,8 +98,6 @@ class Medusa(Drafter):
     kind = "medusa"
     lag = 1
     serving: ClassVar[str] = (
-        "    vllm serve TARGET --speculative-config "
-        '\'{"method": "medusa", "model": "THIS_FOLDER", "num_speculative_tokens": 3}\'\n\n'
         "vLLM drafts chains of each head's best guess; the tree beside the weights is read by the embedded evaluator only.\n"
         "Where there is a folder adapter/, TARGET is the target with that adapter."
     )

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from drafttrain.drafters import drafters
 from drafttrain.eval.table import interval, number
+from drafttrain.export.engines import Use, engine_of, engines
+
+SERVED = "## In serving engines"
+ORIGIN = "## Where it comes from"
+
+NUM_DRAFT_TOKENS = 5
+"""In a command, where the evaluation has no fixed length."""
 
 
 def model_card(name: str, result: Mapping[str, Any], *, drafter: str, recipe: str, command: str) -> str:
@@ -35,8 +43,6 @@ def model_card(name: str, result: Mapping[str, Any], *, drafter: str, recipe: st
         rule = result["settings"]["rule"]["kind"]
         parity_line = f"**LOSSY**: measured with the acceptance rule `{rule}`, whose output is not the target's own."
     nl = "\n"
-    component: Any = drafters.entry(result["drafters"][drafter]["kind"]).component
-    serving: str = component.serving
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -56,9 +62,9 @@ tokens; the target decides. It is no model to talk to by itself.
 
 ## Use
 
-{serving}
+{_use(result, drafter)}
 
-## Where it comes from
+{ORIGIN}
 
 `{command}`, commit `{made["commit"] or "unknown"}`, {made["date"]}, {made["machine"]["processor"]}.
 
@@ -66,3 +72,59 @@ tokens; the target decides. It is no model to talk to by itself.
 {recipe.rstrip()}
 ```
 """
+
+
+def _use(result: Mapping[str, Any], drafter: str) -> str:
+    """Return the command of every engine that runs this kind of drafter, and what else there is to know."""
+    told = result["drafters"][drafter]
+    kind, length = told["kind"], result["settings"]["length"]
+    wanted = (told["about"] or {}).get("draft", "sampled")
+    num_draft_tokens = length.get("depth") or length.get("num_draft_tokens") or NUM_DRAFT_TOKENS
+    able = [engine for engine in map(engine_of, engines.names()) if kind in engine.methods]
+    commands = [
+        "    " + engine.command("TARGET", Use("THIS_FOLDER", kind, num_draft_tokens, engine.draft(kind, wanted)))
+        for engine in able
+    ]
+    component: Any = drafters.entry(kind).component
+    return "\n\n".join([*commands, component.serving])
+
+
+def with_engines(card: str, comparisons: Sequence[Mapping[str, Any]]) -> str:
+    """Return a card with what serving engines did beside the evaluator; what an earlier one said of them is replaced.
+
+    Args:
+        comparisons: What `Comparison.json` returned, each with its `format`.
+    """
+    card = re.sub(rf"{SERVED}\n.*?(?=^## |\Z)", "", card, flags=re.DOTALL | re.MULTILINE)
+    section = "\n\n".join([SERVED, *(_beside(one) for one in comparisons)]) + "\n\n"
+    before, origin, after = card.partition(ORIGIN)
+    return before.rstrip() + "\n\n" + section + origin + after
+
+
+def _beside(one: Mapping[str, Any]) -> str:
+    """Return a comparison: the verdict, and both columns."""
+    sides = ("engine", "evaluator")
+    rows = []
+    for label, part in (
+        ("temperature 0", one["greedy"]),
+        (f"temperature {one['sampled']['temperature']:g}", one["sampled"]),
+    ):
+        for name, key in (("drafts", "num_drafts"), ("draft tokens", "num_draft_tokens"), ("accepted", "num_accepted")):
+            rows.append([f"{label}: {name}", *(f"{part[side][key]:,}" for side in sides)])
+        rows.append(
+            [f"{label}: accepted by position", *(", ".join(map(str, part[side]["accepted_at"])) for side in sides)]
+        )
+        rows.append([f"{label}: block efficiency", *(number(part[side]["block_efficiency"], 3) for side in sides)])
+    lines = [
+        f"**{one['engine']} {one['version']}, format `{one['format']}`: {one['verdict']}.** {one['num_prompts']} prompts, "
+        f"{one['max_new_tokens']} tokens each, {one['num_draft_tokens']} draft tokens, {one['dtype']}; with the drafter and without: "
+        f"{one['lossless']['text']}. At temperature {one['sampled']['temperature']:g}, drafts {one['draft']}, acceptance is the same with "
+        f"p = {one['sampled']['p_value']:.2g}, and so is the likelihood of the text, with p = {one['sampled']['text_p_value']:.2g}.",
+        *(f"The engine's build was mended to be asked: {what}." for what in one["repaired"]),
+        *(f"Problem: {problem}" for problem in one["problems"]),
+        "",
+        f"| | {one['engine']} | embedded evaluator |",
+        "|---|---|---|",
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+    return "\n".join(lines)

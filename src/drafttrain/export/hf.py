@@ -1,11 +1,13 @@
-"""Export as a plain Hugging Face folder: config.json, model.safetensors, the target's tokenizer."""
+"""Export as a plain Hugging Face folder: config.json, model.safetensors, the target's tokenizer. Other formats start from it."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import safe_open
@@ -15,6 +17,35 @@ from drafttrain.checkpoint import About, write_about
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import folder_beside
 from drafttrain.core.tensors import read_tensors
+from drafttrain.export import DrafterFiles, Exporter, exporters
+from drafttrain.export.layout import layout_problems
+
+
+@dataclass
+class HuggingFaceFormat:
+    """A plain Hugging Face folder."""
+
+
+@exporters.register("hf", HuggingFaceFormat)
+class HuggingFaceExporter(Exporter):
+    """What training exports, as it is: the layouts that Hugging Face loaders know, and Kangaroo's, which is ours."""
+
+    reads: ClassVar[Mapping[str, str]] = {
+        "causal_lm": "AutoModelForCausalLM",
+        "medusa": "MedusaModel",
+        "eagle": "EagleLlamaForCausalLM",
+        "eagle3": "LlamaForCausalLMEagle3",
+        "kangaroo": "drafttrain",
+    }
+    readers = "transformers (causal_lm), vLLM and SGLang (all but kangaroo), drafttrain"
+
+    def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
+        """Return the files as they are."""
+        return source
+
+    def problems(self, files: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
+        """Return where names, shapes or fields are not those of the kind's layout."""
+        return layout_problems(files, target_config)
 
 
 def export_hf(trained: Path, folder: Path, *, tokenizer: Any, about: About, dtype: str) -> None:

@@ -1,9 +1,11 @@
 """Settings of the export and its gate."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from drafttrain.core.settings import setting
+from drafttrain.export import exporters
+from drafttrain.export.engines import engines
 
 
 @dataclass
@@ -20,11 +22,23 @@ class ExportSettings:
         {}, help="The gate: lowest block_efficiency (greedy, at eval.num_draft_tokens), alpha, mbsu; parity: true."
     )
 
+    to: list[str] = setting(
+        [], help="Further formats, each a folder beside the drafter's: vllm, speculators, sglang (drafter.vllm, ...)."
+    )
+    verify: list[str] = setting(
+        [],
+        help="Serving engines that load the export and must do with it what the evaluator does: vllm "
+        "(drafttrain engines install vllm).",
+    )
+    verify_prompts: int = setting(8, help="Prompts of eval.prompts that an engine decodes.", ge=1)
+    verify_tokens: int = setting(64, help="New tokens of each.", ge=2)
+
     KEYS: ClassVar[tuple[str, ...]] = ("block_efficiency", "alpha", "mbsu", "speedup", "gain_over_start", "parity")
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
-        problems = []
+        problems = [f"to: {exporters.unknown(name)}" for name in self.to if name not in exporters.names()]
+        problems += [f"verify: {engines.unknown(name)}" for name in self.verify if name not in engines.names()]
         for key, value in self.require.items():
             if key not in self.KEYS:
                 problems.append(f"require.{key}: unknown figure. Available: {', '.join(self.KEYS)}")
@@ -36,4 +50,9 @@ class ExportSettings:
 
     def smoke(self) -> "ExportSettings":
         """Return a copy without a floor: twenty steps prove the path, not the figure. Parity is kept."""
-        return ExportSettings(self.format, self.dtype, {k: v for k, v in self.require.items() if k == "parity"})
+        return replace(
+            self,
+            require={k: v for k, v in self.require.items() if k == "parity"},
+            verify_prompts=min(self.verify_prompts, 2),
+            verify_tokens=min(self.verify_tokens, 16),
+        )

@@ -1,0 +1,65 @@
+"""What vLLM keeps of a drafter, beside what the embedded evaluator keeps: greedy chains, 32 prompts of 128 tokens.
+
+python benchmarks/serving.py runs/tiny_eagle3/drafter runs/tiny_eagle/drafter runs/tiny_medusa/drafter
+
+Writes DRAFTER.vllm, asks vLLM (drafttrain engines install vllm), and prints the rows of `serving.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from drafttrain.checkpoint import read_about
+from drafttrain.core.errors import GateError
+from drafttrain.pipeline import export_drafter_as
+
+
+def main() -> None:
+    """Ask, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("drafters", nargs="+", type=Path)
+    parser.add_argument("--target", default="builtin:target")
+    parser.add_argument("--format", default="vllm")
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=128)
+    arguments = parser.parse_args()
+    overrides = [f"export.verify_prompts={arguments.prompts}", f"export.verify_tokens={arguments.tokens}"]
+    print(
+        "| drafter | K | drafts | accepted by position | block efficiency in vLLM | evaluator | T=1, drafts | vLLM | evaluator |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for folder in arguments.drafters:
+        try:
+            export_drafter_as(
+                str(folder), [arguments.format], overrides, target=arguments.target, verify=True, out=None
+            )
+        except GateError as error:
+            print(error)
+        (one,) = json.loads((folder / "engine.json").read_text(encoding="utf-8"))
+        print(row(folder, one))
+
+
+def row(folder: Path, one: dict) -> str:
+    """Return the row of one comparison."""
+    about = read_about(folder)
+    sides = [one["greedy"]["engine"], one["greedy"]["evaluator"]]
+    drafts, positions = (
+        " / ".join(dict.fromkeys(str(side[key]) for side in sides)) for key in ("num_drafts", "accepted_at")
+    )
+    sampled = [f"{one['sampled'][side]['block_efficiency']:.3f}" for side in ("engine", "evaluator")]
+    cells = [
+        about.kind if about else "causal_lm",
+        one["num_draft_tokens"],
+        drafts,
+        positions,
+        *(f"{side['block_efficiency']:.3f}" for side in sides),
+        one["draft"],
+        *sampled,
+    ]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+if __name__ == "__main__":
+    main()

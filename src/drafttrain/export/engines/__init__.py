@@ -1,0 +1,123 @@
+"""Serving engines that prove an export: one file an engine, and one for the worker that runs in the engine's own environment."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from drafttrain.core.errors import CheckpointError, RecipeError
+from drafttrain.core.registry import Registry
+
+engines = Registry("serving engine", "drafttrain.export.engines")
+
+
+@dataclass(frozen=True)
+class Served:
+    """What one prompt gave in an engine; the counters are of its speculation, zero without any."""
+
+    tokens: Sequence[int]
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted: int = 0
+    accepted_at: Sequence[int] = ()
+    """Rounds that kept at least i draft tokens, i = 1, 2, ..."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What an engine is asked to decode, prompt by prompt."""
+
+    target: Path
+    prompts: Sequence[Sequence[int]]
+    max_new_tokens: int
+    temperatures: Sequence[float]
+    dtype: str
+    max_length: int
+    """Tokens of prompt and output, drafts past the end included."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """A drafter folder, and how an engine drafts with it."""
+
+    folder: str
+    """As the engine is told it: an absolute path, or the word that stands for one."""
+    kind: str
+    num_draft_tokens: int
+    draft: str
+    """At temperature > 0: sampled or greedy; what the engine's own `draft` returned."""
+
+
+class ServingEngine(ABC):
+    """One engine: how its environment is made, what it is asked, how it counts."""
+
+    name: ClassVar[str]
+    pins: ClassVar[tuple[str, ...]]
+    """What pip installs."""
+    removed: ClassVar[tuple[str, ...]] = ()
+    """What pip brings with it that breaks it, and is taken out again."""
+    worker: ClassVar[str]
+    """File beside this one that runs in the environment: `python worker REQUEST ANSWER`."""
+    formats: ClassVar[tuple[str, ...]]
+    """Export formats that it loads; the first is the one to use."""
+    methods: ClassVar[Mapping[str, str]]
+    """The kinds of drafter that it runs, and how it calls each."""
+
+    def check_kind(self, folder: Path, kind: str) -> None:
+        """Refuse a kind of drafter that this engine has no method for.
+
+        Raises:
+            CheckpointError: Naming the kinds that it has one for, and the engines that run this one.
+        """
+        if kind in self.methods:
+            return
+        able = [name for name in engines.names() if kind in engine_of(name).methods]
+        raise CheckpointError(
+            f"{folder}: {self.name} runs no drafter of kind {kind}, only {', '.join(self.methods)}. "
+            f"Engines for {kind}: {', '.join(able) or 'none; decode with drafttrain eval'}"
+        )
+
+    @abstractmethod
+    def draft(self, kind: str, wanted: str) -> str:
+        """Return how it drafts at temperature > 0: `sampled` from the drafter's law or `greedy`, as wanted where it can."""
+
+    @abstractmethod
+    def request(self, job: Job, use: Use | None) -> dict[str, Any]:
+        """Return the request of a job; without a drafter to use, the target alone."""
+
+    @abstractmethod
+    def served(self, answer: Mapping[str, Any]) -> list[list[Served]]:
+        """Return what the prompts gave, temperature by temperature."""
+
+    @abstractmethod
+    def problems(self, drafter: Path, kind: str, target_config: Mapping[str, Any]) -> list[str]:
+        """Return why this engine cannot run a drafter, its files apart."""
+
+    @abstractmethod
+    def command(self, target: str, use: Use) -> str:
+        """Return the command line that serves a target with a drafter."""
+
+
+def engine_of(name: str) -> ServingEngine:
+    """Return the engine of a name.
+
+    Raises:
+        KeyError: There is none.
+    """
+    engine: ServingEngine = engines.entry(name).component()
+    return engine
+
+
+def checked_engines(names: Sequence[str]) -> list[ServingEngine]:
+    """Return engines by the names that a user gave.
+
+    Raises:
+        RecipeError: With every name that is none.
+    """
+    unknown = [engines.unknown(name) for name in names if name not in engines.names()]
+    if unknown:
+        raise RecipeError("arguments", unknown)
+    return [engine_of(name) for name in names]

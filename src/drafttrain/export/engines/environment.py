@@ -1,0 +1,123 @@
+"""The environment of an engine: made once by its pins, in the user's cache, and asked by a worker that knows nothing of drafttrain."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from drafttrain.core.console import say
+from drafttrain.core.errors import DrafttrainError
+from drafttrain.core.files import write_json
+from drafttrain.export.engines import ServingEngine
+
+ROOT_VARIABLE = "DRAFTTRAIN_ENGINES"
+INSTALLED = "installed.json"
+"""Written last: an environment without it was left half made."""
+
+LAST_LINES = 25
+TIMEOUT_SECONDS = 3600.0
+
+
+class EngineError(DrafttrainError):
+    """An engine that is not installed, could not be, or did not answer."""
+
+
+def root() -> Path:
+    """Return the folder of all environments."""
+    if given := os.environ.get(ROOT_VARIABLE):
+        return Path(given).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "drafttrain" / "engines"
+
+
+def folder_of(engine: ServingEngine) -> Path:
+    """Return where the environment of these pins is or would be."""
+    key = json.dumps([engine.pins, engine.removed, sys.version_info[:2]])
+    return root() / f"{engine.name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+
+
+def is_installed(engine: ServingEngine) -> bool:
+    """Tell whether the environment of these pins is whole."""
+    return (folder_of(engine) / INSTALLED).is_file()
+
+
+def check_installed(engine: ServingEngine) -> None:
+    """Refuse to go on without the environment of an engine.
+
+    Raises:
+        EngineError: It is not there.
+    """
+    if not is_installed(engine):
+        raise EngineError(
+            f"{engine.name} is not installed here ({folder_of(engine)}): drafttrain engines install {engine.name}"
+        )
+
+
+def install(engine: ServingEngine) -> Path:
+    """Make the environment of an engine, or find it made.
+
+    Raises:
+        EngineError: pip could not: there is no registry, or it lacks a pin.
+    """
+    folder = folder_of(engine)
+    if is_installed(engine):
+        say(f"{engine.name}: installed already in {folder}")
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    say(f"{engine.name}: installing {', '.join(engine.pins)} into {folder} (some gigabytes, some minutes)")
+    python = str(folder / "bin" / "python")
+    _made([sys.executable, "-m", "venv", str(folder)], engine)
+    _made([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *engine.pins], engine)
+    if engine.removed:
+        _made([python, "-m", "pip", "uninstall", "--quiet", "--yes", *engine.removed], engine)
+    write_json(folder / INSTALLED, {"pins": engine.pins, "removed": engine.removed})
+    return folder
+
+
+def ask(engine: ServingEngine, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Run the engine's worker on a request and return its answer.
+
+    Raises:
+        EngineError: The engine is not installed here, or it failed; with the last lines that it wrote.
+    """
+    check_installed(engine)
+    worker = Path(__file__).parent / engine.worker
+    with tempfile.TemporaryDirectory(prefix="drafttrain-") as temporary:
+        asked, answered, log = (Path(temporary) / name for name in ("request.json", "answer.json", "log.txt"))
+        write_json(asked, dict(request))
+        with log.open("w", encoding="utf-8") as written:
+            # Isolated: nothing of this process's environment of packages is seen by the engine's.
+            command = [str(folder_of(engine) / "bin" / "python"), "-I", str(worker), str(asked), str(answered)]
+            try:
+                code = subprocess.run(
+                    command, stdout=written, stderr=written, check=False, timeout=TIMEOUT_SECONDS, cwd=temporary
+                ).returncode
+            except subprocess.TimeoutExpired as error:
+                raise EngineError(f"{engine.name} did not answer within {TIMEOUT_SECONDS:g} seconds") from error
+        last = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:])
+        if not answered.exists():
+            raise EngineError(f"{engine.name} ended with exit code {code} and no answer:\n{last}")
+        answer: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
+    if "error" in answer:
+        raise EngineError(f"{engine.name} could not run this: {answer['error']}\n{last}")
+    return answer
+
+
+def _made(command: list[str], engine: ServingEngine) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = "\n".join((done.stdout + done.stderr).splitlines()[-LAST_LINES:])
+        raise EngineError(
+            f"{engine.name} could not be installed: `{' '.join(command[1:])}` ended with {done.returncode}. It needs a "
+            f"package registry that has {', '.join(engine.pins)} and what they need (a torch of local version +cpu is in "
+            f"PyTorch's own CPU index: PIP_EXTRA_INDEX_URL).\n{last}"
+        )

@@ -1,0 +1,189 @@
+"""What each kind's files must hold, by name and shape: loaders drop an unknown tensor, and leave a missing norm at ones, in silence.
+
+V = the target's vocabulary, R = the drafter's, D = hidden
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from drafttrain.export import DrafterFiles
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def layout_problems(files: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
+    """Return one line for everything in the files that is not as the kind's layout wants it; [] for kinds with none.
+
+    Args:
+        target_config: config.json of the target.
+    """
+    if files.kind not in LAYOUTS:
+        return []
+    shapes_of, more = LAYOUTS[files.kind]
+    try:
+        shapes = shapes_of(files.config)
+    except KeyError as error:
+        return [f"config.json: {error.args[0]} is missing"]
+    return [
+        *_tensor_problems(files, shapes),
+        *more(files),
+        *_rope_problems(files.config),
+        *_target_problems(files.config, target_config),
+    ]
+
+
+def _tensor_problems(files: DrafterFiles, shapes: Shapes) -> list[str]:
+    found = []
+    for name in sorted(shapes.keys() | files.tensors.keys()):
+        if name not in shapes:
+            why = "a bias has no place in this layout" if name.endswith(".bias") else "this layout has no such tensor"
+            found.append(f"{name}: {why}: loaders drop it without a word, or refuse the file")
+        elif name not in files.tensors:
+            found.append(f"{name}: missing: loaders leave it as it was made, without a word")
+        elif tuple(files.tensors[name].shape) != shapes[name]:
+            found.append(f"{name}: shape {list(files.tensors[name].shape)}, must be {list(shapes[name])}")
+    return found
+
+
+def _rope_problems(config: Mapping[str, Any]) -> list[str]:
+    """Older loaders read rope_theta and rope_scaling, newer ones rope_parameters: they must say the same."""
+    new, theta, scaling = (config.get(key) for key in ("rope_parameters", "rope_theta", "rope_scaling"))
+    found = []
+    if new is not None and theta is not None and new.get("rope_theta") != theta:
+        found.append(f"config.json: rope_theta is {theta}, rope_parameters.rope_theta {new.get('rope_theta')}")
+    if new is not None and "rope_scaling" in config:
+        kinds = (new.get("rope_type", "default"), (scaling or {}).get("rope_type", "default"))
+        if kinds[0] != kinds[1]:
+            found.append(f"config.json: rope_scaling is of type {kinds[1]}, rope_parameters of type {kinds[0]}")
+    partial = {**config, **(new or {})}.get("partial_rotary_factor", 1)
+    if config.get("drafttrain") is not None and partial not in (None, 1):
+        found.append(f"config.json: partial_rotary_factor is {partial}: this layer was trained on whole heads")
+    return found
+
+
+def _target_problems(config: Mapping[str, Any], target_config: Mapping[str, Any]) -> list[str]:
+    wanted = text_config(target_config).get("vocab_size")
+    if wanted is not None and config.get("vocab_size") != wanted:
+        return [f"config.json: vocab_size is {config.get('vocab_size')}, the target's is {wanted}"]
+    return []
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of a config.json that describes the language model."""
+    part: Mapping[str, Any] = config.get("text_config", config)
+    return part
+
+
+def _layer_shapes(config: Mapping[str, Any], *, prefix: str, input_size: int) -> Shapes:
+    width, inner, size = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * size, config["num_key_value_heads"] * size
+    return {
+        f"{prefix}self_attn.q_proj.weight": (queries, input_size),
+        f"{prefix}self_attn.k_proj.weight": (keys, input_size),
+        f"{prefix}self_attn.v_proj.weight": (keys, input_size),
+        f"{prefix}self_attn.o_proj.weight": (width, queries),
+        f"{prefix}mlp.gate_proj.weight": (inner, width),
+        f"{prefix}mlp.up_proj.weight": (inner, width),
+        f"{prefix}mlp.down_proj.weight": (width, inner),
+        f"{prefix}post_attention_layernorm.weight": (width,),
+    }
+
+
+def _eagle_shapes(config: Mapping[str, Any]) -> Shapes:
+    width = config["hidden_size"]
+    return {"fc.weight": (width, 2 * width), **_layer_shapes(config, prefix="layers.0.", input_size=width)}
+
+
+def _eagle3_shapes(config: Mapping[str, Any]) -> Shapes:
+    width, rows = config["hidden_size"], config["draft_vocab_size"]
+    target_width, count = config.get("target_hidden_size") or width, len(config["eagle_aux_hidden_state_layer_ids"])
+    shapes = {
+        "fc.weight": (width, count * target_width),
+        **_layer_shapes(config, prefix="midlayer.", input_size=2 * width),
+        "midlayer.input_layernorm.weight": (width,),
+        "midlayer.hidden_norm.weight": (width,),
+        "norm.weight": (width,),
+        "lm_head.weight": (rows, width),
+    }
+    if rows != config["vocab_size"]:
+        shapes |= {"d2t": (rows,), "t2d": (config["vocab_size"],)}
+    if config.get("fc_norm"):
+        shapes |= {f"fc_norm.{number}.weight": (target_width,) for number in range(count)}
+    return shapes
+
+
+def _medusa_shapes(config: Mapping[str, Any]) -> Shapes:
+    width = config["hidden_size"]
+    shapes: Shapes = {}
+    for head in range(config["num_heads"]):
+        shapes[f"lm_heads.{head}.weight"] = (config["vocab_size"], width)
+        for layer in range(config["num_hidden_layers"]):
+            shapes[f"blocks.{head}.layers.{layer}.weight"] = (width, width)
+            if config.get("medusa_fc_bias"):
+                shapes[f"blocks.{head}.layers.{layer}.bias"] = (width,)
+    return shapes
+
+
+def _causal_lm_shapes(config: Mapping[str, Any]) -> Shapes:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    own = dict(config)
+    made = AutoConfig.for_model(own.pop("model_type"), **own)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(made)
+    tied = set(getattr(model, "all_tied_weights_keys", {}) if made.tie_word_embeddings else ())
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def _no_more(files: DrafterFiles) -> list[str]:
+    return []
+
+
+def _more_of_eagle3(files: DrafterFiles) -> list[str]:
+    """Return what is wrong with the taps and with the map from the drafter's vocabulary to the target's."""
+    taps = list(files.config["eagle_aux_hidden_state_layer_ids"])
+    found = []
+    if taps != sorted(set(taps)):
+        found.append(
+            f"config.json: eagle_aux_hidden_state_layer_ids is {taps}: loaders take the states in the order of the layers, "
+            "whatever the order here: write them rising, and fc.weight's columns with them"
+        )
+    if "d2t" in files.tensors and "t2d" in files.tensors:
+        found += _vocabulary_problems(files.tensors["d2t"], files.tensors["t2d"])
+    return found
+
+
+def _vocabulary_problems(d2t_R: torch.Tensor, t2d_V: torch.Tensor) -> list[str]:
+    if d2t_R.dtype != torch.int64:
+        return [f"d2t: is {d2t_R.dtype}, must be int64 offsets, target id - draft id"]
+    ids_R = d2t_R + torch.arange(len(d2t_R))
+    if len(d2t_R) and (int(ids_R.min()) < 0 or int(ids_R.max()) >= len(t2d_V)):
+        return [
+            f"d2t: gives ids {int(ids_R.min())}..{int(ids_R.max())}, must be in 0..{len(t2d_V) - 1}: offsets, target id - draft id"
+        ]
+    said_V = torch.zeros(len(t2d_V), dtype=torch.bool)
+    said_V[ids_R] = True
+    if int(said_V.sum()) != len(d2t_R):
+        return ["d2t: gives some ids twice"]
+    if not torch.equal(said_V, t2d_V.bool()):
+        wrong = int((said_V != t2d_V.bool()).sum())
+        return [f"d2t and t2d: name different tokens ({wrong} of {len(t2d_V)}): one of them is shifted"]
+    return []
+
+
+def _more_of_medusa(files: DrafterFiles) -> list[str]:
+    """Return the keys that loaders take for the number of heads."""
+    wrong = [key for key in files.config if "num" in key and "heads" in key and key != "num_heads"]
+    return [f"config.json: {key}: loaders take it for num_heads: leave it out" for key in wrong]
+
+
+LAYOUTS: dict[str, tuple[Callable[[Mapping[str, Any]], Shapes], Callable[[DrafterFiles], list[str]]]] = {
+    "causal_lm": (_causal_lm_shapes, _no_more),
+    "medusa": (_medusa_shapes, _more_of_medusa),
+    "eagle": (_eagle_shapes, _no_more),
+    "eagle3": (_eagle3_shapes, _more_of_eagle3),
+}

@@ -1,0 +1,74 @@
+"""Export for SGLang: EAGLE-3 with its own numbering of taps, EAGLE-1, standalone drafters. Read in its source, never loaded here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from drafttrain.export import DrafterFiles, Exporter, exporters
+from drafttrain.export.layout import layout_problems
+
+IGNORED = ("fc_norm", "norm_output", "norm_before_residual")
+"""Variants of EAGLE-3 that its layer has not: it would run another one without a word."""
+
+BIAS = "fc.bias"
+
+
+@dataclass
+class SglangFormat:
+    """What SGLang's EAGLE, EAGLE3 and STANDALONE load."""
+
+
+@exporters.register("sglang", SglangFormat)
+class SglangExporter(Exporter):
+    """The official layouts; taps are the blocks whose OUTPUT is read, in `eagle_config`: one less than ours.
+
+    EAGLE-1's fc has a bias there, which vLLM drops and SGLang leaves random where the file has none: zeros are written.
+    """
+
+    reads: ClassVar[Mapping[str, str]] = {"causal_lm": "STANDALONE", "eagle": "EAGLE", "eagle3": "EAGLE3"}
+    readers = "SGLang (from its source, not tried)"
+
+    def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
+        """Return the files with the taps counted as SGLang does, and the fields that it reads."""
+        config = {key: value for key, value in source.config.items() if not key.startswith("drafttrain")}
+        if source.kind == "eagle":
+            return _with_bias(replace(source, config=config | {"architectures": ["LlamaForCausalLMEagle"]}))
+        if source.kind != "eagle3":
+            return replace(source, config=config)
+        ours = config.pop("eagle_aux_hidden_state_layer_ids")
+        theirs = [tap - 1 for tap in ours]
+        config["eagle_config"] = {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": theirs}
+        note = f"taps {ours} are written as {theirs}: SGLang counts the blocks whose output is read"
+        return replace(source, config=config, notes=(note,))
+
+    def problems(self, files: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
+        """Return what SGLang would pass over."""
+        if files.kind == "eagle":
+            rest = {name: tensor for name, tensor in files.tensors.items() if name != BIAS}
+            missing = [] if BIAS in files.tensors else [f"{BIAS}: missing: SGLang's fc has one, and leaves it random"]
+            return missing + layout_problems(replace(files, tensors=rest), target_config)
+        if files.kind != "eagle3":
+            return layout_problems(files, target_config)
+        try:
+            theirs = files.config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
+        except (KeyError, TypeError):
+            return [
+                "config.json: eagle_config.eagle_aux_hidden_state_layer_ids is missing: SGLang takes taps of its own"
+            ]
+        ours = {**files.config, "eagle_aux_hidden_state_layer_ids": [tap + 1 for tap in theirs]}
+        found = layout_problems(replace(files, config=ours), target_config)
+        return found + [
+            f"config.json: {key} is true: SGLang has no such variant, and runs another without a word"
+            for key in IGNORED
+            if files.config.get(key)
+        ]
+
+
+def _with_bias(files: DrafterFiles) -> DrafterFiles:
+    weight_DX = files.tensors["fc.weight"]
+    tensors = {**files.tensors, BIAS: torch.zeros(weight_DX.shape[0], dtype=weight_DX.dtype)}
+    return replace(files, tensors=tensors, notes=(f"{BIAS} of zeros is added: SGLang's fc has a bias",))

@@ -1,0 +1,408 @@
+"""Does a serving engine do with the exported files what the embedded evaluator did with ours? Token for token, count for count.
+
+The evaluator decodes as the engine counts: the first token of an output comes before any draft, every later round drafts K tokens,
+also past the end of the output, and no token ends a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drafttrain.core.records import Generation, Prompt, Sampling
+from drafttrain.drafters import Drafter
+from drafttrain.eval.acceptance.lossless import Lossless, LosslessSettings
+from drafttrain.eval.engine import Engine
+from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
+from drafttrain.eval.parity import Parity, parity
+from drafttrain.eval.proposers.none import NoDraft
+from drafttrain.eval.statistics import ratio_difference, sign_flip_p_value
+from drafttrain.export.engines import Job, Served, ServingEngine, Use
+from drafttrain.export.engines.environment import ask
+from drafttrain.target import Target
+
+SAMPLED_TEMPERATURE = 1.0
+RESAMPLES = 10_000
+LOWEST_P_VALUE = 0.01
+"""Of a test that engine and evaluator accept alike; below it they are told apart."""
+
+TOLERANCE = {torch.float32: 0.0}
+"""Relative difference of the counters that is allowed at temperature 0; of types that are not named, OTHER_TOLERANCE."""
+
+OTHER_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Counters over prompts, as vLLM names them."""
+
+    num_drafts: int
+    num_draft_tokens: int
+    num_accepted: int
+    accepted_at: tuple[int, ...]
+
+    @property
+    def block_efficiency(self) -> float:
+        """1 + accepted / drafts: the engine's mean acceptance length; nan where nothing was drafted."""
+        return 1 + self.num_accepted / self.num_drafts if self.num_drafts else float("nan")
+
+    def json(self) -> dict[str, Any]:
+        """Return what engine.json holds."""
+        return asdict(self) | {"block_efficiency": self.block_efficiency}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An engine beside the evaluator."""
+
+    engine: str
+    version: str
+    repaired: tuple[str, ...]
+    dtype: str
+    num_prompts: int
+    max_new_tokens: int
+    num_draft_tokens: int
+    draft: str
+    """At temperature > 0, on both sides: sampled or greedy."""
+    lossless: Parity
+    """The engine's output with the drafter against its own without."""
+    same_target: Parity
+    """The engine's output without a drafter against the evaluator's."""
+    greedy: dict[str, Counts]
+    """By side, `engine` and `evaluator`, on the prompts where both targets write the same."""
+    sampled: dict[str, Counts]
+    difference: dict[str, float]
+    """Of the sampled block efficiency, engine less evaluator."""
+    sampled_p_value: float
+    text_p_value: float
+    """Of that both sides' sampled texts are equally likely to the target."""
+    problems: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if self.problems:
+            return "FAILED\n" + "\n".join(f"  {problem}" for problem in self.problems)
+        theirs, ours = (self.greedy[side] for side in ("engine", "evaluator"))
+        return (
+            f"passed: {self.lossless}; {theirs.num_drafts} drafts, {theirs.num_draft_tokens} draft tokens, "
+            f"{theirs.num_accepted} accepted, the evaluator {ours.num_drafts}, {ours.num_draft_tokens}, {ours.num_accepted}; at "
+            f"temperature {SAMPLED_TEMPERATURE:g} block efficiency {self.sampled['engine'].block_efficiency:.3f}, the evaluator "
+            f"{self.sampled['evaluator'].block_efficiency:.3f}"
+        )
+
+    def json(self) -> dict[str, Any]:
+        """Return what engine.json holds."""
+        return {
+            "engine": self.engine,
+            "version": self.version,
+            "repaired": list(self.repaired),
+            "verdict": "failed" if self.problems else "passed",
+            "problems": list(self.problems),
+            "dtype": self.dtype,
+            "num_prompts": self.num_prompts,
+            "max_new_tokens": self.max_new_tokens,
+            "num_draft_tokens": self.num_draft_tokens,
+            "draft": self.draft,
+            "lossless": self.lossless.json() | {"text": str(self.lossless)},
+            "same_target": self.same_target.json() | {"text": str(self.same_target)},
+            "greedy": {side: counts.json() for side, counts in self.greedy.items()},
+            "sampled": {side: counts.json() for side, counts in self.sampled.items()}
+            | {
+                "temperature": SAMPLED_TEMPERATURE,
+                "difference": self.difference,
+                "p_value": self.sampled_p_value,
+                "text_p_value": self.text_p_value,
+            },
+        }
+
+
+def plain_served(engine: ServingEngine, job: Job) -> list[Served]:
+    """Return the engine's own greedy output, without a drafter; one answer serves all drafters of a target."""
+    (greedy,) = engine.served(ask(engine, engine.request(replace(job, temperatures=[0.0]), None)))
+    return greedy
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one side, the engine or the evaluator, decoded: by prompt, in order."""
+
+    plain: Sequence[Served]
+    """Greedily, by the target alone."""
+    greedy: Sequence[Served]
+    sampled: Sequence[Served]
+
+
+def compare_with_engine(
+    engine: ServingEngine,
+    exported: Path,
+    drafter: Drafter,
+    target: Target,
+    prompts: Sequence[Prompt],
+    job: Job,
+    *,
+    num_draft_tokens: int,
+    plain: Sequence[Served] | None = None,
+) -> Comparison:
+    """Serve prompts in an engine and decode them here, and compare.
+
+    Args:
+        exported: The folder that the engine loads.
+        drafter: What the evaluator drafts with: read from the folder that was exported from.
+        target: The one that the drafter stands on, also in the engine (`job.target` is its folder).
+        plain: The engine's output without a drafter, where it is known already.
+
+    Raises:
+        EngineError: The engine cannot be asked.
+    """
+    drafter.draft = engine.draft(drafter.kind, drafter.draft)
+    plain = plain if plain is not None else plain_served(engine, job)
+    answer = ask(
+        engine, engine.request(job, Use(str(exported.resolve()), drafter.kind, num_draft_tokens, drafter.draft))
+    )
+    greedy, sampled = engine.served(answer)
+    return compare(
+        Side(plain, greedy, sampled),
+        evaluator_side(target, drafter, prompts, job, num_draft_tokens=num_draft_tokens),
+        target,
+        prompts,
+        job,
+        engine=engine.name,
+        version=answer["version"],
+        repaired=tuple(answer.get("repaired", ())),
+        num_draft_tokens=num_draft_tokens,
+        draft=drafter.draft,
+    )
+
+
+def evaluator_side(
+    target: Target, drafter: Drafter, prompts: Sequence[Prompt], job: Job, *, num_draft_tokens: int
+) -> Side:
+    """Return what the evaluator decodes and counts, as the engine does."""
+    greedy, sampled = (
+        [
+            served_counts(one, max_new_tokens=job.max_new_tokens)
+            for one in decode(
+                target,
+                drafter,
+                prompts,
+                sampling,
+                max_new_tokens=job.max_new_tokens,
+                num_draft_tokens=num_draft_tokens,
+            )
+        ]
+        for sampling in (Sampling(), Sampling(SAMPLED_TEMPERATURE))
+    )
+    alone = _engine(target, NoDraft(), Sampling(), max_new_tokens=job.max_new_tokens, num_draft_tokens=1)
+    return Side([Served(one.tokens) for one in alone.generate(prompts)], greedy, sampled)
+
+
+def compare(
+    theirs: Side,
+    ours: Side,
+    target: Target,
+    prompts: Sequence[Prompt],
+    job: Job,
+    *,
+    engine: str,
+    version: str,
+    repaired: tuple[str, ...],
+    num_draft_tokens: int,
+    draft: str,
+) -> Comparison:
+    """Hold what an engine did against what the evaluator did.
+
+    Args:
+        engine: Its name, for the problems.
+    """
+    lossless = parity(_generations(prompts, theirs.plain), _generations(prompts, theirs.greedy), target)
+    same_target = parity(_generations(prompts, ours.plain), _generations(prompts, theirs.plain), target)
+    apart = {one.id for one in (*lossless.divergences, *same_target.divergences)}
+    kept = [number for number, prompt in enumerate(prompts) if prompt.id not in apart]
+    greedy, sampled = (
+        {"engine": a, "evaluator": b} for a, b in ((theirs.greedy, ours.greedy), (theirs.sampled, ours.sampled))
+    )
+    difference, p_value = _difference(theirs.sampled, ours.sampled)
+    tolerance = TOLERANCE.get(target.model.dtype, OTHER_TOLERANCE)
+    problems = [
+        *_of_lossless(lossless, engine, tolerance),
+        *_of_target(same_target, engine),
+        *_of_counts(greedy, prompts, kept, engine, tolerance),
+    ]
+    sums = {side: _sum(many, num_draft_tokens) for side, many in sampled.items()}
+    if p_value < LOWEST_P_VALUE:
+        problems.append(
+            f"at temperature {SAMPLED_TEMPERATURE:g} {engine} accepts otherwise than the evaluator: block efficiency "
+            f"{sums['engine'].block_efficiency:.3f}, evaluator {sums['evaluator'].block_efficiency:.3f}, p = {p_value:.2g}"
+        )
+    likelihoods = [_log_likelihoods(target, prompts, side.sampled) for side in (theirs, ours)]
+    text_p_value = _p_value(*likelihoods)
+    if text_p_value < LOWEST_P_VALUE:
+        means = [sum(values) / len(values) for values in likelihoods]
+        problems.append(
+            f"at temperature {SAMPLED_TEMPERATURE:g} {engine} does not write the target's law: mean log-likelihood of a token "
+            f"{means[0]:.2f}, of the evaluator's text {means[1]:.2f}, p = {text_p_value:.2g}"
+        )
+    return Comparison(
+        engine=engine,
+        version=version,
+        repaired=repaired,
+        dtype=job.dtype,
+        num_prompts=len(prompts),
+        max_new_tokens=job.max_new_tokens,
+        num_draft_tokens=num_draft_tokens,
+        draft=draft,
+        lossless=lossless,
+        same_target=same_target,
+        greedy={side: _sum([many[number] for number in kept], num_draft_tokens) for side, many in greedy.items()},
+        sampled=sums,
+        difference=difference,
+        sampled_p_value=p_value,
+        text_p_value=text_p_value,
+        problems=tuple(problems),
+    )
+
+
+def decode(
+    target: Target,
+    drafter: Drafter,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    num_draft_tokens: int,
+) -> list[Generation]:
+    """Return outputs as an engine makes them: a first token of the target's own, then rounds of K draft tokens to past the end.
+
+    Their `prompt_tokens` are those that were given; rounds start behind the first token.
+    """
+    lengths = {"num_draft_tokens": num_draft_tokens}
+    first = _engine(target, NoDraft(), sampling, max_new_tokens=1, seed=1, **lengths).generate(prompts)
+    longer = [replace(p, tokens=[*p.tokens, *one.tokens]) for p, one in zip(prompts, first, strict=True)]
+    # One round past the end at most, and it drafts as many tokens as any other.
+    most = max_new_tokens + num_draft_tokens
+    engine = _engine(target, drafter.proposer(target), sampling, max_new_tokens=most, **lengths)
+    rest = [engine.generate([prompt])[0] for prompt in longer]
+    return [
+        replace(one, prompt_tokens=prompt.tokens, tokens=[*begun.tokens, *one.tokens])
+        for prompt, begun, one in zip(prompts, first, rest, strict=True)
+    ]
+
+
+def _engine(
+    target: Target, proposer: Any, sampling: Sampling, *, max_new_tokens: int, num_draft_tokens: int, seed: int = 0
+) -> Engine:
+    return Engine(
+        target,
+        proposer,
+        rule=Lossless(LosslessSettings()),
+        policy=FixedLength(FixedLengthSettings(num_draft_tokens)),
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        stop_tokens=(),
+    )
+
+
+def served_counts(generation: Generation, *, max_new_tokens: int) -> Served:
+    """Return the counters of an output of `decode`: of the rounds that begin before its last token is there."""
+    rounds = [one for one in generation.rounds if 1 + one.start < max_new_tokens]
+    deepest = max((one.max_depth for one in rounds), default=0)
+    return Served(
+        tokens=list(generation.tokens[:max_new_tokens]),
+        num_drafts=len(rounds),
+        num_draft_tokens=sum(one.num_draft_tokens for one in rounds),
+        num_accepted=sum(one.num_accepted for one in rounds),
+        accepted_at=[sum(one.num_accepted >= i for one in rounds) for i in range(1, deepest + 1)],
+    )
+
+
+def _generations(prompts: Sequence[Prompt], served: Sequence[Served]) -> list[Generation]:
+    return [
+        Generation(prompt.id, prompt.domain, prompt.tokens, list(one.tokens), [], 0.0, 0.0, 0.0, 0.0)
+        for prompt, one in zip(prompts, served, strict=True)
+    ]
+
+
+def _sum(many: Sequence[Served], num_draft_tokens: int) -> Counts:
+    return Counts(
+        num_drafts=sum(one.num_drafts for one in many),
+        num_draft_tokens=sum(one.num_draft_tokens for one in many),
+        num_accepted=sum(one.num_accepted for one in many),
+        accepted_at=tuple(
+            sum(one.accepted_at[i] for one in many if i < len(one.accepted_at)) for i in range(num_draft_tokens)
+        ),
+    )
+
+
+def _difference(engine: Sequence[Served], evaluator: Sequence[Served]) -> tuple[dict[str, float], float]:
+    """Return by how much the engine keeps more draft tokens a round, and the p-value of that it does not, over prompts."""
+    parts = [([one.num_accepted for one in many], [one.num_drafts for one in many]) for many in (engine, evaluator)]
+    found = ratio_difference(parts[0], parts[1], resamples=RESAMPLES, seed=0)
+    rates = [[one.num_accepted / one.num_drafts for one in many] for many in (engine, evaluator)]
+    return found.json(), _p_value(*rates)
+
+
+@torch.no_grad()
+def _log_likelihoods(target: Target, prompts: Sequence[Prompt], served: Sequence[Served]) -> list[float]:
+    """Return the mean log-likelihood of the tokens of each text, as the target draws them."""
+    found = []
+    for prompt, one in zip(prompts, served, strict=True):
+        tokens = torch.tensor([[*prompt.tokens, *one.tokens]], device=target.device)
+        logits_NV = target.model(tokens).logits[0, len(prompt.tokens) - 1 : -1, : target.num_tokens]
+        law_NV = (logits_NV.float() / SAMPLED_TEMPERATURE).log_softmax(dim=-1)
+        found.append(float(law_NV.gather(1, tokens[0, len(prompt.tokens) :, None]).mean()))
+    return found
+
+
+def _p_value(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return the p-value of that two figures of the same prompts are the same."""
+    return sign_flip_p_value([a - b for a, b in zip(first, second, strict=True)], resamples=RESAMPLES, seed=0)
+
+
+def _of_lossless(found: Parity, engine: str, tolerance: float) -> list[str]:
+    excused = tolerance > 0 and all(one.near_tie for one in found.divergences)
+    return (
+        [] if found.exact or excused else [f"{engine} with the drafter does not write what it writes without: {found}"]
+    )
+
+
+def _of_target(found: Parity, engine: str) -> list[str]:
+    if all(one.near_tie for one in found.divergences):
+        return []
+    return [f"{engine} does not write what the evaluator's target writes: {found}"]
+
+
+def _of_counts(
+    both: Mapping[str, Sequence[Served]],
+    prompts: Sequence[Prompt],
+    kept: Sequence[int],
+    engine: str,
+    tolerance: float,
+) -> list[str]:
+    """Return where the counters differ: in total, and the first prompt."""
+    if not kept:
+        return [f"{engine}: no prompt is left on which the counters could be compared"]
+    if tolerance:
+        sides = [1 + sum(m[i].num_accepted for i in kept) / sum(m[i].num_drafts for i in kept) for m in both.values()]
+        far = abs(sides[0] / sides[1] - 1) > tolerance
+        return [
+            f"{engine}: block efficiency {sides[0]:.3f}, evaluator {sides[1]:.3f}: more than {tolerance:.0%} apart"
+        ] * far
+    wrong = [i for i in kept if _numbers(both["engine"][i]) != _numbers(both["evaluator"][i])]
+    if not wrong:
+        return []
+    theirs, ours = (_numbers(both[side][wrong[0]]) for side in ("engine", "evaluator"))
+    return [
+        f"{engine} drafts otherwise than the evaluator in {len(wrong)} of {len(kept)} prompts; in {prompts[wrong[0]].id!r} its "
+        f"drafts, draft tokens, accepted and accepted by position are {theirs}, the evaluator's {ours}"
+    ]
+
+
+def _numbers(one: Served) -> tuple[int, int, int, list[int]]:
+    accepted_at = list(one.accepted_at)
+    while accepted_at and accepted_at[-1] == 0:
+        accepted_at.pop()
+    return one.num_drafts, one.num_draft_tokens, one.num_accepted, accepted_at

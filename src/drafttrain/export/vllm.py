@@ -1,0 +1,44 @@
+"""Export for vLLM: what its draft_model, medusa, eagle and eagle3 methods load. Read in the source of 0.32.0 and tried with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from drafttrain.export import DrafterFiles, Exporter, exporters
+from drafttrain.export.layout import layout_problems
+
+
+@dataclass
+class VllmFormat:
+    """What vLLM's speculative decoding loads."""
+
+
+@exporters.register("vllm", VllmFormat)
+class VllmExporter(Exporter):
+    """The layouts of Hugging Face and of the papers' authors, as vLLM reads them.
+
+    Tap i of EAGLE-3 is the state entering block i, here and in vLLM. What vLLM drops in silence is refused: a bias of fc, biases of
+    Medusa's blocks unless medusa_fc_bias is true, the order of the taps (it sorts them), a norm or a d2t that is missing.
+    """
+
+    reads: ClassVar[Mapping[str, str]] = {
+        "causal_lm": "draft_model",
+        "medusa": "medusa",
+        "eagle": "eagle",
+        "eagle3": "eagle3",
+    }
+    readers = "vLLM"
+
+    def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
+        """Return the files without the fields of ours; the layout is vLLM's already."""
+        config = {key: value for key, value in source.config.items() if not key.startswith("drafttrain")}
+        return replace(source, config=config)
+
+    def problems(self, files: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
+        """Return what vLLM would refuse or drop."""
+        found = layout_problems(files, target_config)
+        if files.kind == "medusa" and not files.config.get("medusa_fc_bias"):
+            found.append("config.json: medusa_fc_bias is not true: vLLM drops the biases of the blocks without a word")
+        return found

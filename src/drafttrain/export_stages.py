@@ -1,0 +1,258 @@
+"""The stages behind the drafter folder: further formats, serving engines that prove them, and the command that serves."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from drafttrain.core.console import say
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.files import write_json, write_text
+
+if TYPE_CHECKING:
+    from drafttrain.eval.settings import EvalSettings
+    from drafttrain.export.settings import ExportSettings
+    from drafttrain.target import Target
+    from drafttrain.target.frozen import TargetSettings
+
+ENGINES = "engine.json"
+"""In a drafter folder: what serving engines did with it, beside the evaluator."""
+
+
+@dataclass(frozen=True)
+class Stand:
+    """What a drafter is served and judged with."""
+
+    target: TargetSettings
+    eval: EvalSettings
+    export: ExportSettings
+    dropped: Sequence[str] = ()
+    """Prompts that the training text spoils."""
+
+
+def check_engines(names: Sequence[str]) -> None:
+    """Refuse engines that are not installed, before anything is done for them.
+
+    Raises:
+        EngineError: Naming the command that installs one.
+    """
+    from drafttrain.export.engines import engine_of
+    from drafttrain.export.engines.environment import check_installed
+
+    for name in names:
+        check_installed(engine_of(name))
+
+
+def folder_as(source: Path, name: str) -> Path:
+    """Return where a drafter folder goes in a format: beside it."""
+    return source.with_name(f"{source.name}.{name}")
+
+
+def formats_of(settings: ExportSettings) -> list[str]:
+    """Return the formats that are written: those asked for, and the first of every engine that reads none of them."""
+    from drafttrain.export.engines import engine_of
+
+    formats = list(dict.fromkeys(settings.to))
+    for name in settings.verify:
+        readable = engine_of(name).formats
+        if not set(readable) & set(formats):
+            formats.append(readable[0])
+    return formats
+
+
+def write_formats(
+    source: Path, settings: ExportSettings, target: TargetSettings, *, out: Path | None = None
+) -> dict[str, Path]:
+    """Write a drafter folder in every format that is asked for; return the folders by format.
+
+    Args:
+        out: Where a single format goes.
+    """
+    from drafttrain.export.convert import converted, export_as, read_target_config
+    from drafttrain.target.frozen import resolve_folder
+
+    name = target.model or ""
+    target_config = read_target_config(resolve_folder(name, revision=target.revision), name=name)
+    folders = {format: out or folder_as(source, format) for format in formats_of(settings)}
+    for format in folders:
+        # Nothing is written where one of them cannot be.
+        converted(format, source, target_config)
+    for format, folder in folders.items():
+        export_as(format, source, folder, target_config=target_config)
+        say(f"exported: {folder}")
+    return folders
+
+
+def formats_are_current(source: Path, formats: Sequence[str], target: TargetSettings) -> bool:
+    """Tell whether every format is there, and is what the drafter folder gives."""
+    from drafttrain.export.convert import check_exported, read_target_config
+    from drafttrain.target.frozen import resolve_folder
+
+    name = target.model or ""
+    target_config = read_target_config(resolve_folder(name, revision=target.revision), name=name)
+    try:
+        for format in formats:
+            check_exported(format, source, folder_as(source, format), target_config=target_config)
+    except CheckpointError:
+        return False
+    return True
+
+
+def verified(
+    source: Path, folders: dict[str, Path], stand: Stand, target: Target | None = None
+) -> list[dict[str, Any]]:
+    """Let every engine serve the formats that it reads; return the comparisons, and write them into the folders.
+
+    Args:
+        source: The drafter folder that the formats were made from, which the evaluator reads.
+        target: The target where it is loaded already.
+    """
+    from drafttrain.target import Target
+
+    if not stand.export.verify:
+        return []
+    check_engines(stand.export.verify)
+    target = target or Target.load(stand.target)
+    found = [one for name in stand.export.verify for one in _verified_in(name, source, folders, stand, target)]
+    for folder in (source, *folders.values()):
+        of_folder = [one for one in found if folder == source or folders[one["format"]] == folder]
+        if of_folder:
+            write_json(folder / ENGINES, of_folder)
+    return found
+
+
+def write_engine_card(folder: Path, source: Path, comparisons: Sequence[dict[str, Any]]) -> None:
+    """Write the card of a folder: the source's, with what engines did."""
+    from drafttrain.export.card import with_engines
+
+    card = source / "README.md"
+    text = card.read_text(encoding="utf-8") if card.exists() else f"# {source.name}\n"
+    write_text(folder / "README.md", with_engines(text, comparisons) if comparisons else text)
+
+
+def serve_command(folder: Path, engine: str, *, target: str | None) -> str:
+    """Return the command that serves a drafter with the draft length that its evaluation found best.
+
+    Args:
+        target: Its name; None: the one that the drafter was made for.
+    """
+    from drafttrain.checkpoint import read_about
+    from drafttrain.export.convert import read_files
+    from drafttrain.export.engines import Use, engine_of, engines
+    from drafttrain.export.serve import best_length, read_evaluation
+    from drafttrain.target.frozen import BUILTIN, resolve_folder
+
+    if engine not in engines.names():
+        raise CheckpointError(engines.unknown(engine))
+    about = read_about(folder)
+    target = target or (about.target if about else None)
+    if not target:
+        raise CheckpointError(f"{folder}: does not say which target it was made for: give --target")
+    if target.startswith(BUILTIN):
+        target = str(resolve_folder(target))
+    files = read_files(folder)
+    serving = engine_of(engine)
+    serving.check_kind(folder, files.kind)
+    best = best_length(read_evaluation(folder), most=files.config.get("num_heads") if files.kind == "medusa" else None)
+    say(
+        f"{best.num_draft_tokens} draft tokens: block efficiency {best.block_efficiency:.2f}, memory-bound speed-up {best.mbsu:.2f} "
+        "(replay of greedy text, bytes read)"
+    )
+    draft = serving.draft(files.kind, about.draft if about else "sampled")
+    return serving.command(target, Use(str(folder.resolve()), files.kind, best.num_draft_tokens, draft))
+
+
+def _verified_in(
+    name: str, source: Path, folders: dict[str, Path], stand: Stand, target: Target
+) -> Iterator[dict[str, Any]]:
+    from drafttrain.checkpoint import read_drafter
+    from drafttrain.eval.prompts import read_prompts
+    from drafttrain.export.convert import check_exported, read_target_config
+    from drafttrain.export.engines import Job, engine_of
+    from drafttrain.export.verify import SAMPLED_TEMPERATURE, compare_with_engine, plain_served
+
+    engine = engine_of(name)
+    drafter = read_drafter(source, target)
+    engine.check_kind(source, drafter.kind)
+    target_name = stand.target.model or ""
+    prompts = read_prompts(
+        stand.eval.prompts,
+        target.tokenizer,
+        prompt_tokens=stand.eval.prompt_tokens,
+        dropped=stand.dropped,
+        limit=stand.export.verify_prompts,
+    )
+    depth = getattr(stand.eval.length, "depth", getattr(stand.eval.length, "num_draft_tokens", 5))
+    num_draft_tokens = min(depth, drafter.deepest or depth)
+    new_tokens = stand.export.verify_tokens
+    longest = max(len(prompt.tokens) for prompt in prompts) + new_tokens + 2 * num_draft_tokens
+    standing = drafter.adapted(target)
+    with _served_folder(stand.target, standing, target) as target_folder:
+        job = Job(
+            target=target_folder,
+            prompts=[prompt.tokens for prompt in prompts],
+            max_new_tokens=new_tokens,
+            temperatures=[0.0, SAMPLED_TEMPERATURE],
+            dtype=str(target.model.dtype).removeprefix("torch."),
+            max_length=longest,
+        )
+        target_config = read_target_config(target_folder, name=target_name)
+        plain = None
+        for format, folder in folders.items():
+            if format not in engine.formats:
+                continue
+            check_exported(format, source, folder, target_config=target_config)
+            if found := engine.problems(folder, drafter.kind, target_config):
+                raise CheckpointError("\n  ".join([f"{name} cannot run {folder}:", *found]))
+            say(f"{name}: serving {len(prompts)} prompts with {folder}")
+            plain = plain or plain_served(engine, job)
+            comparison = compare_with_engine(
+                engine,
+                folder,
+                drafter,
+                standing,
+                prompts,
+                job,
+                num_draft_tokens=num_draft_tokens,
+                plain=plain,
+            )
+            say(f"{name} ({format}): {comparison}")
+            yield {"format": format, **comparison.json()}
+
+
+@contextmanager
+def _served_folder(settings: TargetSettings, standing: Target, target: Target) -> Iterator[Path]:
+    """Yield the folder of the target that a drafter stands on: its own, or one with the adapters merged into it."""
+    from drafttrain.target.frozen import resolve_folder
+
+    if standing is target:
+        yield resolve_folder(settings.model or "", revision=settings.revision)
+        return
+    with tempfile.TemporaryDirectory(prefix="drafttrain-") as temporary:
+        standing.model.save_pretrained(temporary)
+        standing.tokenizer.save_pretrained(temporary)
+        yield Path(temporary)
+
+
+def only(settings: ExportSettings, formats: Sequence[str], *, verify: bool) -> ExportSettings:
+    """Return export settings of these formats alone, proven in every engine that reads one of them or not at all.
+
+    Raises:
+        CheckpointError: A format has no engine to prove it.
+    """
+    from drafttrain.export.convert import exporter_of
+    from drafttrain.export.engines import engine_of, engines
+
+    for format in formats:
+        exporter_of(format)
+    proving = [name for name in engines.names() if set(engine_of(name).formats) & set(formats)] if verify else []
+    unread = [f for f in formats if verify and not any(f in engine_of(name).formats for name in proving)]
+    if unread:
+        raise CheckpointError(
+            f"--verify: no engine here reads {', '.join(unread)}. Engines: {', '.join(engines.names())}"
+        )
+    return replace(settings, to=list(formats), verify=proving)

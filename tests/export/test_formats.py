@@ -1,0 +1,144 @@
+"""Formats: the same tensors under the names that loaders read; what a loader would drop in silence is an error that names it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from drafttrain.checkpoint import read_drafter
+from drafttrain.core.errors import CheckpointError
+from drafttrain.export import exporters
+from drafttrain.export.convert import check_exported, converted, export_as, exporter_of, read_target_config
+from drafttrain.target import Target, TargetSettings
+from tests.export import folders
+
+KINDS = ("causal_lm", "medusa", "eagle", "eagle3")
+
+
+@pytest.fixture(scope="module")
+def target(save_llama) -> Target:
+    return Target.load(TargetSettings(model=str(save_llama(num_layers=4))))
+
+
+@pytest.fixture(scope="module")
+def target_config(target) -> dict:
+    return read_target_config(Path(target.name), name="the/target")
+
+
+@pytest.fixture
+def source(target, tmp_path):
+    """A function that writes a drafter folder of a kind."""
+    return lambda kind, **settings: folders.save(
+        folders.drafter_of(kind, target, **settings), tmp_path / "drafter", target
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vllm_folder_holds_the_same_tensors_and_nothing_of_ours(kind, source, tmp_path, target_config):
+    folder = source(kind)
+    export_as("vllm", folder, tmp_path / "out", target_config=target_config)
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not [key for key in json.loads((tmp_path / "out" / "config.json").read_text()) if "drafttrain" in key]
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("settings", [{}, {"draft_vocab_size": None}, {"norm_before_residual": True, "fc_norm": True}])
+def test_speculators_writes_every_field_that_it_has_a_default_for(settings, source, tmp_path, target_config):
+    folder = source("eagle3", **settings)
+    export_as("speculators", folder, tmp_path / "out", target_config=target_config)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    ours = json.loads((folder / "config.json").read_text())
+    assert "model_type" not in config
+    assert config["norm_before_residual"] is settings.get("norm_before_residual", False)
+    assert config["eagle_aux_hidden_state_layer_ids"] == ours["eagle_aux_hidden_state_layer_ids"]
+    layer = config["transformer_layer_config"]
+    assert {key: layer[key] for key in ("rope_parameters", "head_dim", "model_type")} == {
+        key: ours[key] for key in ("rope_parameters", "head_dim", "model_type")
+    }
+    assert config["speculators_config"]["verifier"]["name_or_path"] == "the/target"
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert "layers.0.hidden_norm.weight" in tensors
+    assert not [name for name in tensors if name.startswith("midlayer.")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "format"), [("kangaroo", "vllm"), ("medusa", "speculators"), ("eagle", "speculators")]
+)
+def test_a_kind_that_a_format_has_no_place_for_is_refused_with_those_that_have_one(kind, format, source, target_config):
+    able = [name for name in exporters.names() if kind in exporter_of(name).reads]
+    with pytest.raises(CheckpointError, match=f"{format} has no place for drafter.kind {kind}") as caught:
+        converted(format, source(kind), target_config)
+    assert all(name in str(caught.value) for name in able)
+
+
+# What a loader reads of a folder that somebody else made or changed: (kind, damage, what the message names).
+FAULTS = [
+    ("eagle3", folders.swap_taps, r"eagle_aux_hidden_state_layer_ids is \[2, 1, 3\]"),
+    ("eagle3", folders.shift_d2t, "d2t and t2d: name different tokens"),
+    ("eagle3", folders.drop_d2t, "d2t: missing"),
+    ("eagle3", folders.drop_hidden_norm, r"midlayer\.hidden_norm\.weight: missing"),
+    ("eagle3", folders.alter_rope_theta, "rope_theta is 500.0, rope_parameters.rope_theta 10000.0"),
+    ("eagle3", folders.truncate_down, r"midlayer\.mlp\.down_proj\.weight: shape \[32, 63\], must be \[32, 64\]"),
+    ("eagle3", folders.add_fc_bias, r"fc\.bias: a bias has no place"),
+    ("eagle", folders.add_fc_bias, r"fc\.bias: a bias has no place"),
+    ("eagle", folders.alter_rope_theta, "rope_theta is 500.0"),
+    ("medusa", folders.forget_biases, "medusa_fc_bias is not true: vLLM drops the biases"),
+    ("medusa", folders.name_attention_heads, "num_attention_heads: loaders take it for num_heads"),
+    ("causal_lm", folders.truncate_down, r"down_proj\.weight: shape"),
+]
+
+
+@pytest.mark.parametrize(("kind", "fault", "named"), FAULTS)
+def test_a_folder_that_vllm_would_read_otherwise_is_not_exported(kind, fault, named, source, target_config):
+    folder = source(kind)
+    converted("vllm", folder, target_config)
+    folders.damage(folder, fault)
+    with pytest.raises(CheckpointError, match=named):
+        converted("vllm", folder, target_config)
+
+
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [
+        (folders.swap_columns, r"fc\.weight: \d+ of 3072 values differ"),
+        (folders.shift_d2t, "d2t: 100 of 100 values differ"),
+        (folders.drop_hidden_norm, r"midlayer\.hidden_norm\.weight: missing"),
+        (folders.alter_rope_everywhere, r"rope_parameters\.rope_theta is 500\.0, must be 10000\.0"),
+        (folders.truncate_down, r"midlayer\.mlp\.down_proj\.weight: shape"),
+        (folders.add_fc_bias, r"fc\.bias: there must be no such tensor"),
+    ],
+)
+def test_an_exported_folder_that_was_changed_is_held_against_its_source(fault, named, source, tmp_path, target_config):
+    folder, out = source("eagle3"), tmp_path / "out"
+    export_as("vllm", folder, out, target_config=target_config)
+    check_exported("vllm", folder, out, target_config=target_config)
+    folders.damage(out, fault)
+    with pytest.raises(CheckpointError, match=named):
+        check_exported("vllm", folder, out, target_config=target_config)
+
+
+def test_a_truncated_file_is_named(source, tmp_path, target_config):
+    folder, out = source("eagle3"), tmp_path / "out"
+    export_as("vllm", folder, out, target_config=target_config)
+    whole = (out / "model.safetensors").read_bytes()
+    (out / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: the weights cannot be read"):
+        check_exported("vllm", folder, out, target_config=target_config)
+
+
+def test_a_drafter_for_another_vocabulary_is_refused(source, target_config):
+    with pytest.raises(CheckpointError, match="vocab_size is 257, the target's is 300"):
+        converted("vllm", source("eagle"), target_config | {"vocab_size": 300})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_damages_are_of_what_the_drafter_reads(kind, source, target):
+    """A control: without a damage every kind is read back; its tensors are none that could be left out unseen."""
+    drafter = read_drafter(source(kind), target)
+    assert all(not torch.equal(p, torch.ones_like(p)) for name, p in drafter.named_parameters() if "model." not in name)

@@ -1,0 +1,166 @@
+"""vLLM loads what is exported and does with it what the embedded evaluator does. Needs its environment: make test-serving."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from drafttrain.checkpoint import read_drafter
+from drafttrain.cli import app
+from drafttrain.core.records import Prompt
+from drafttrain.eval.prompts import read_prompts
+from drafttrain.export.convert import export_as, read_target_config
+from drafttrain.export.engines import Job, Served, ServingEngine, engine_of
+from drafttrain.export.engines.environment import check_installed
+from drafttrain.export.verify import Comparison, compare_with_engine, plain_served
+from drafttrain.target import Target, TargetSettings
+from drafttrain.target.frozen import resolve_folder
+from tests.export import folders
+from tests.export.trained import learn
+
+pytestmark = pytest.mark.serving
+
+TARGET = "builtin:target"
+NUM_DRAFT_TOKENS = 3
+NEW_TOKENS = 40
+STEPS = 100
+SETTINGS: dict[str, dict[str, Any]] = {
+    "causal_lm": {"num_layers": 1, "hidden_size": 64, "num_heads": 2},
+    "medusa": {"num_heads": 4, "num_layers": 2},
+    "eagle": {"num_steps": 3, "feature_noise": 0.0},
+    "eagle3": {"draft_vocab_size": 3072, "num_steps": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def engine() -> ServingEngine:
+    """The engine; that it is not installed is an error here, not a reason to pass."""
+    vllm = engine_of("vllm")
+    check_installed(vllm)
+    return vllm
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return Target.load(TargetSettings(model=TARGET))
+
+
+@pytest.fixture(scope="module")
+def prompts(target) -> list[Prompt]:
+    return read_prompts("builtin:test", target.tokenizer, prompt_tokens=24, limit=10)
+
+
+@pytest.fixture(scope="module")
+def job(prompts) -> Job:
+    return Job(resolve_folder(TARGET), [p.tokens for p in prompts], NEW_TOKENS, [0.0, 1.0], "float32", 128)
+
+
+@pytest.fixture(scope="module")
+def plain(engine, job) -> Sequence[Served]:
+    """What the engine writes without a drafter; asked for once."""
+    return plain_served(engine, job)
+
+
+@pytest.fixture(scope="module")
+def learned(target, prompts, tmp_path_factory):
+    """A function that returns the folder of a drafter of a kind that has learned the first texts by heart; made once a kind."""
+    made: dict[str, Path] = {}
+
+    def folder(kind: str) -> Path:
+        if kind not in made:
+            drafter = folders.drafter_of(kind, target, scale=0.05, **SETTINGS[kind])
+            learn(drafter, target, prompts[:5], steps=STEPS, new_tokens=NEW_TOKENS, lr=3e-3)
+            # A path without the words that vLLM takes for a method.
+            made[kind] = folders.save(drafter, tmp_path_factory.mktemp("learned") / "drafter", target)
+        return made[kind]
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(engine, target, prompts, job, plain, learned):
+    """A function that serves an exported folder and compares it with the folder that it was exported from."""
+
+    def compared(kind: str, exported: Path, *, draft: str = "sampled") -> Comparison:
+        drafter = read_drafter(learned(kind), target)
+        drafter.draft = draft
+        return compare_with_engine(
+            engine,
+            exported,
+            drafter,
+            target,
+            prompts,
+            job,
+            num_draft_tokens=NUM_DRAFT_TOKENS,
+            plain=plain,
+        )
+
+    return compared
+
+
+@pytest.mark.parametrize(
+    ("kind", "format", "draft"),
+    [
+        ("causal_lm", "vllm", "sampled"),
+        ("medusa", "vllm", "greedy"),
+        ("eagle", "vllm", "sampled"),
+        ("eagle3", "vllm", "sampled"),
+        ("eagle3", "speculators", "greedy"),
+    ],
+)
+def test_each_kind_gives_the_same_tokens_and_the_same_counts(kind, format, draft, served, learned, tmp_path):
+    export_as(
+        format, learned(kind), tmp_path / "out", target_config=read_target_config(resolve_folder(TARGET), name=TARGET)
+    )
+    found = served(kind, tmp_path / "out", draft=draft)
+    assert found.problems == ()
+    assert found.draft == draft
+    assert found.lossless.exact
+    assert found.same_target.exact
+    theirs, ours = found.greedy["engine"], found.greedy["evaluator"]
+    assert theirs == ours
+    # Something is proven only where drafts are kept, lost, and kept beyond the first.
+    assert 0 < theirs.accepted_at[1] < theirs.accepted_at[0] < theirs.num_drafts
+
+
+@pytest.mark.parametrize(
+    "fault", [folders.drop_hidden_norm, folders.alter_rope_everywhere, folders.swap_columns, folders.shift_d2t]
+)
+def test_damage_that_vllm_loads_in_silence_shows_in_its_counters(fault, served, learned, tmp_path):
+    """Behind the checks of names and values, which catch these too, the comparison is a second net."""
+    exported = tmp_path / "out"
+    export_as(
+        "vllm", learned("eagle3"), exported, target_config=read_target_config(resolve_folder(TARGET), name=TARGET)
+    )
+    folders.damage(exported, fault)
+    found = served("eagle3", exported)
+    assert found.lossless.exact
+    assert "drafts otherwise than the evaluator" in found.problems[0]
+
+
+def test_a_bias_that_vllm_drops_changes_nothing_there(served, learned, tmp_path):
+    """Why a bias is refused at the export: vLLM loads the folder and counts as if it had none."""
+    exported = Path(shutil.copytree(learned("eagle"), tmp_path / "out"))
+    folders.damage(exported, folders.add_fc_bias)
+    assert served("eagle", exported).problems == ()
+
+
+def test_the_command_line_exports_proves_and_writes_both_columns_into_the_card(engine, learned, tmp_path):
+    source = Path(shutil.copytree(learned("medusa"), tmp_path / "drafter"))
+    words = ["export", str(source), "export.verify_prompts=3", "export.verify_tokens=16", "--to", "vllm", "--verify"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.stderr
+    assert "vllm (vllm): passed" in done.stderr
+    for folder in (source, tmp_path / "drafter.vllm"):
+        (comparison,) = json.loads((folder / "engine.json").read_text())
+        assert comparison["verdict"] == "passed"
+        assert comparison["greedy"]["engine"] == comparison["greedy"]["evaluator"]
+        card = (folder / "README.md").read_text()
+        assert f"| temperature 0: drafts | {comparison['greedy']['engine']['num_drafts']} | " in card
+        assert card.count("## In serving engines") == 1
