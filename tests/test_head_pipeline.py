@@ -120,6 +120,23 @@ def test_a_model_that_another_recipe_makes_is_made_first_and_once(recipe, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind", ["{kind: kangaroo, exit_layer: 2}", "{kind: eagle3, draft_vocab_size: 120}", "{kind: eagle}"]
+)
+def test_a_head_of_a_drafter_on_the_targets_features_goes_all_the_way(recipe, tmp_path, save_llama, kind):
+    target, made = save_llama(seed=3, num_layers=4), tmp_path / "made.yaml"
+    small = "eval: {{num_prompts: 1, max_new_tokens: 2, temperatures: [0.0], speed_prompts: 0, prompts: {0}, validation_prompts: {0}}}"
+    text = DRAFTER.format(tokenizer=target, text=tmp_path / "text.txt").replace("model: null", f"model: {target}")
+    text = text.replace("{kind: causal_lm, num_layers: 1, hidden_size: 32, num_heads: 1}", kind)
+    made.write_text(text.replace("kind: ce", "kind: forward_kl") + small.format(tmp_path / "prompts.jsonl"))
+    changes = [f"head.drafter=recipe:{made}", f"target.model={target}", "head.rms_norm=true"]
+    pipeline.fit(load_recipe(recipe, changes), tmp_path / "runs" / "head")
+    result = json.loads((tmp_path / "runs" / "head" / "eval.json").read_text())
+    assert all(one["parity"]["exact"] for one in result["temperatures"][0]["drafters"].values())
+    assert result["head"]["made_for"]["drafter"] == str(tmp_path / "runs" / "made" / "drafter")
+
+
+@pytest.mark.slow
 def test_a_head_below_the_gate_is_set_aside(recipe, tmp_path):
     with pytest.raises(GateError, match=r"required 12"):
         pipeline.fit(load_recipe(recipe, ["export.require.block_efficiency=12"]), tmp_path / "run")

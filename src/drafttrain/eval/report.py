@@ -124,9 +124,9 @@ def _lengths(axes: Sequence[Any], result: Mapping[str, Any]) -> None:
         lengths = [int(k) for k in figures["replay"]]
         values = list(figures["replay"].values())
         (line,) = axes[0].plot(lengths, [v["value"] for v in values], label=name)
-        axes[0].fill_between(
-            lengths, [v["low"] for v in values], [v["high"] for v in values], color=line.get_color(), alpha=0.15, lw=0
-        )
+        if None not in [v["low"] for v in values]:  # one prompt has no interval
+            bounds = [[v[name] for v in values] for name in ("low", "high")]
+            axes[0].fill_between(lengths, *bounds, color=line.get_color(), alpha=0.15, lw=0)
         if length["kind"] == "fixed":
             axes[0].plot(length["num_draft_tokens"], figures["block_efficiency"]["value"], "o", color=line.get_color())
     axes[0].set(xlabel="draft tokens a round", ylabel="block efficiency")
