@@ -181,6 +181,7 @@ def survive(tmp_path: Path, *, kills: int) -> None:
         while time.monotonic() < until:
             names.append(f"line {len(names)}")
             append(log, names[-1])
+            time.sleep(0.001)
             if rng.random() < 0.05:
                 rotations += 1
                 log.rename(log.with_name(f"a.jsonl.{10_000 - rotations}"))

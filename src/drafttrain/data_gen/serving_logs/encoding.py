@@ -172,7 +172,9 @@ class ExchangeEncoder:
             named = [(self._id(one), value) for one, value in row]
             if any(one is None for one, _ in named):
                 return None
-            known = {int(one): value for one, value in reversed(named) if one is not None}
+            known: dict[int, float] = {}
+            for one, value in named:
+                known.setdefault(int(one or 0), value)
             if any(one >= self._encoder.size for one in known) or token not in known:
                 raise Refused("wrong_tokenizer", "log-probabilities of tokens that this tokenizer has not")
             if sum(np.exp(list(known.values()))) > 1 + OVER_ONE:

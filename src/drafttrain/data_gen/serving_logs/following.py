@@ -16,7 +16,7 @@ from drafttrain.data_gen.serving_logs.lines import DAMAGED, Line, lines, log_fil
 
 DIGEST_BYTES = 4096
 MAX_PLACES = 1000
-"""Logs that are remembered after their files are gone."""
+"""Logs that are remembered when their files are gone."""
 MAX_STATES = 8
 
 
@@ -51,11 +51,13 @@ def follow(
     A line that is still written waits; so does a gzip file that does not end yet.
     """
     places = list(places)
-    files = {}
+    done = {state for place in places for state in place.states}
+    files, present = {}, set()
     for file in log_files(path):
         about = file.stat()
+        present.add(about.st_ino)
         state = f"{about.st_ino}:{about.st_size}:{about.st_mtime_ns}"
-        if not any(state in place.states for place in places):
+        if state not in done:
             files[file] = (state, about.st_ino)
     going_on = _assigned(files, places)
     found: list[tuple[str, Line]] = []
@@ -77,7 +79,9 @@ def follow(
                 offset = line.end
             states = (*place.states, state)[-MAX_STATES:] if at_end else place.states
             places[number] = Place.of(opened_file, offset, inode=inode, states=states)
-    return found, places[-MAX_PLACES:]
+    gone = [number for number, place in enumerate(places) if place.inode not in present]
+    forgotten = set(gone[:-MAX_PLACES])
+    return found, [place for number, place in enumerate(places) if number not in forgotten]
 
 
 def _assigned(files: dict[Path, tuple[str, int]], places: list[Place]) -> dict[Path, int]:
@@ -87,14 +91,14 @@ def _assigned(files: dict[Path, tuple[str, int]], places: list[Place]) -> dict[P
     for file, (_, inode) in files.items():
         try:
             with opened(file) as opened_file:
-                size = _size(opened_file, file)
-                known = next((i for i, place in enumerate(places) if _goes_on(opened_file, size, place, inode)), None)
+                log = _Log(opened_file, file, inode=inode)
+                known = log.place(places)
         except DAMAGED:
             continue
         if known is None:
             new.append(file)
         else:
-            claims.setdefault(known, []).append((size, file.suffix != ".gz", file))
+            claims.setdefault(known, []).append((log.size, file.suffix != ".gz", file))
     chosen = {}
     for number, claimed in claims.items():
         *copies, (_, _, longest) = sorted(claimed)
@@ -107,16 +111,31 @@ def _assigned(files: dict[Path, tuple[str, int]], places: list[Place]) -> dict[P
     return {file: chosen[file] for file in files if file in chosen}
 
 
-def _goes_on(file: IO[bytes], size: int, place: Place, inode: int) -> bool:
-    """Tell whether a file begins with the bytes that were read up to a place."""
-    if place.offset == 0:
-        return place.inode == inode
-    if size < place.offset:
-        return False
-    file.seek(0)
-    if _digest(file.read(min(DIGEST_BYTES, place.offset))) != place.head:
-        return False
-    return Place.of(file, place.offset).tail == place.tail
+class _Log:
+    """A file that may be the rest of a log."""
+
+    def __init__(self, file: IO[bytes], path: Path, *, inode: int) -> None:
+        self._file = file
+        self._inode = inode
+        self.size = _size(file, path)
+        file.seek(0)
+        self._start = file.read(DIGEST_BYTES)
+        self._heads: dict[int, str] = {}
+
+    def place(self, places: Sequence[Place]) -> int | None:
+        """Return the number of the place that this file goes on from."""
+        return next((number for number, place in enumerate(places) if self._goes_on(place)), None)
+
+    def _goes_on(self, place: Place) -> bool:
+        """Tell whether the file begins with the bytes that were read up to a place."""
+        if place.offset == 0:
+            return place.inode == self._inode
+        length = min(DIGEST_BYTES, place.offset)
+        if length not in self._heads:
+            self._heads[length] = _digest(self._start[:length])
+        if self.size < place.offset or self._heads[length] != place.head:
+            return False
+        return Place.of(self._file, place.offset).tail == place.tail
 
 
 def _size(file: IO[bytes], path: Path) -> int:

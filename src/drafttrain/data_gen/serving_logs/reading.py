@@ -52,9 +52,9 @@ class Reading:
 
     def _exchanges(self, data: bytes, *, id: str) -> list[Exchange]:
         line = decoded(data)
+        if not line.startswith("{") and self._requests.is_vllm(line):
+            return self._requests.exchanges(line, id=id)
         if not line.startswith(("{", "[")):
-            if self._requests.is_vllm(line):
-                return self._requests.exchanges(line, id=id)
             raise Refused("not_a_record", f"none of {DIALECTS}")
         value = parsed(line, max_depth=self.settings.max_depth)
         for dialect, is_of in ((sglang, sglang.is_sglang), (openai, openai.is_openai), (dumps, dumps.is_dump)):
