@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from drafttrain import pipeline
+from drafttrain.config.load import load_recipe
 from drafttrain.core.records import NamedTargetRows, TargetNeeds
 from drafttrain.data_gen.prepare import TrainingData, attach_cache, prepare
 from drafttrain.data_gen.serving_logs.settings import ServingLogsSettings
@@ -114,3 +118,32 @@ def test_the_mass_of_the_tail_is_reported(data):
     assert about["rows"] == 16
     assert np.isclose(about["mean_tail_mass"], tails.mean(), atol=1e-5)
     assert "logged_law" not in data.stores[1].meta
+
+
+def test_fit_goes_once_over_the_logs(tiny_target, tiny_folder, tmp_path):
+    lines: list[Any] = [served(tiny_target, f"Prompt number {number} of all") for number in range(12)]
+    (tmp_path / "logs").mkdir()
+    write(tmp_path / "logs" / "a.jsonl", [*lines, "no log", lines[0]])
+    texts = [json.dumps({"id": str(i), "text": f"prompt number {i} is here"}) for i in range(3)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(texts))
+    prompts = tmp_path / "prompts.jsonl"
+    (tmp_path / "recipe.yaml").write_text(
+        f"""
+name: logs
+target: {{model: {tiny_folder}}}
+drafter: {{kind: causal_lm, num_layers: 1, hidden_size: 32, num_heads: 1}}
+loss: {{kind: forward_kl}}
+data: {{max_length: 64, sources: [{{kind: serving_logs, path: {tmp_path / "logs"}, redact: false}}]}}
+train: {{max_steps: 6, batch_size: 4, log_every_steps: 1, eval_every_steps: 0, loggers: [csv]}}
+eval: {{num_prompts: 2, max_new_tokens: 6, prompt_tokens: 6, speed_prompts: 1, resamples: 200, prompts: {prompts},
+       validation_prompts: {prompts}}}
+"""
+    )
+    pipeline.fit(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "run")
+    (about,) = [json.loads(path.read_text()) for path in (tmp_path / "run").rglob("meta.json")]
+    assert (about["records"], about["set_aside_by"]) == (12, {"not_a_record": 1, "duplicate": 1})
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    assert (tmp_path / "run" / "drafter" / "config.json").exists()
