@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import aiohttp
 from aiohttp import web
 
 from drafttrain.data_gen.serving_logs.redaction import redactor
+from drafttrain.online.capture import line_of
 from drafttrain.online.record_files import RecordFiles
 from drafttrain.online.recorder import STATUS_PATH, Recorder
 from drafttrain.online.settings import RecorderSettings
@@ -121,7 +123,9 @@ async def recorded(upstream: str, out: Path, **settings: Any) -> AsyncIterator[t
     """Stand a recorder before a server and yield its address; what waits is written at the end."""
     chosen = RecorderSettings(upstream=upstream, out=out, port=0, **settings)
     redact = redactor(builtin=True, own=None) if chosen.redact else None
-    files = RecordFiles(out, redact, rotate_bytes=chosen.rotate_bytes, queue_bytes=chosen.queue_bytes)
+    files = RecordFiles(
+        out, partial(line_of, redact=redact), rotate_bytes=chosen.rotate_bytes, queue_bytes=chosen.queue_bytes
+    )
     recorder = Recorder(chosen, files)
     files.start()
     try:

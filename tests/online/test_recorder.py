@@ -16,8 +16,12 @@ from typing import Any
 import aiohttp
 import pytest
 
+from drafttrain.data_gen.serving_logs.exchange import Refused
+from drafttrain.online.capture import Capture
+from drafttrain.online.line_worker import LineWorker
 from drafttrain.online.settings import RecorderSettings
 from tests.data_gen.serving_logs.log_lines import chat_encoder, ids, read
+from tests.online import own_redaction
 from tests.online.openai_server import Server, chat_request, post, recorded, served, status
 
 REQUESTS = {
@@ -248,7 +252,9 @@ def kill(tmp_path: Path, *, times: int) -> None:
                     for _ in range(7 + 5 * turn):
                         asked += 1
                         await post(session, process.address, chat_request(f"Question {asked}"))
-                    written = (await status(session, process.address))["written"]
+                    written = 0
+                    while not written:  # Some of them: the others are lost or not, and nobody was told.
+                        written = (await status(session, process.address))["written"]
                 await asyncio.to_thread(process.stop, signal.SIGKILL)
                 # They are written in the order in which they were asked.
                 acknowledged.update(f"Question {asked - (7 + 5 * turn) + n + 1}" for n in range(written))
@@ -286,3 +292,23 @@ def test_only_this_machine_is_listened_to_unless_told_otherwise_and_a_wrong_addr
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "--upstream: must be an address such as http://127.0.0.1:8000" in done.stderr
+
+
+def test_lines_are_made_in_another_process_that_may_die_and_print(tmp_path):
+    def capture(text: str) -> Capture:
+        asked, answered = {"prompt": text}, {"choices": [{"text": " ok", "finish_reason": "stop"}]}
+        return Capture("r", "/v1/completions", json.dumps(asked).encode(), json.dumps(answered).encode(), False, 0.0)
+
+    worker = LineWorker(redact=True, redact_with=f"{own_redaction.__name__}.printing")
+    try:
+        assert (
+            json.loads(worker(capture("I am Rumpelstilzchen, a@b.example")))["request"]["prompt"]
+            == "I am [name], [e-mail]"
+        )
+        with pytest.raises(Refused, match="unreadable"):
+            worker(capture("die"))
+        assert json.loads(worker(capture("again")))["request"]["prompt"] == "again"
+        with pytest.raises(Refused, match="not_json"):
+            worker(Capture("r", "", b"{", b"{", False, 0.0))
+    finally:
+        worker.close()

@@ -7,31 +7,28 @@ import os
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from pathlib import Path
 
 from drafttrain.data_gen.serving_logs.exchange import Refused
-from drafttrain.data_gen.serving_logs.redaction import Redact
-from drafttrain.online.capture import Capture, line_of
-
-PAUSE_SECONDS = 0.0005
-"""After each record the writer lets the requests go first: both share one interpreter."""
+from drafttrain.online.capture import Capture
 
 
 class RecordFiles:
     """Files of records in a folder; a line counts as written once it is on the disk.
 
     Args:
-        redact: None: everything may be kept.
+        line: Makes the line of a capture, or raises `Refused`.
         rotate_bytes: A larger file is closed and the next one begun.
         queue_bytes: Captures that may wait.
     """
 
-    def __init__(self, folder: Path, redact: Redact | None, *, rotate_bytes: int, queue_bytes: int) -> None:
+    def __init__(self, folder: Path, line: Callable[[Capture], bytes], *, rotate_bytes: int, queue_bytes: int) -> None:
         self.folder = folder
         self.written = 0
         self.dropped = Counter[str]()
         self.file = ""
-        self._redact = redact
+        self._line = line
         self._rotate_bytes = rotate_bytes
         self._queue_bytes = queue_bytes
         self._queue: deque[Capture] = deque()
@@ -89,7 +86,7 @@ class RecordFiles:
         lines: list[bytes] = []
         for capture in captures:
             try:
-                lines.append(line_of(capture, self._redact))
+                lines.append(self._line(capture))
             except Refused as reason:
                 self.dropped[reason.kind] += 1
             except Exception:
@@ -98,7 +95,6 @@ class RecordFiles:
             if self._size + sum(map(len, lines)) >= self._rotate_bytes:
                 self._commit(lines)
                 lines = []
-            time.sleep(PAUSE_SECONDS)
         self._commit(lines)
 
     def _commit(self, lines: list[bytes]) -> None:

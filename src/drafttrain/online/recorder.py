@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import signal
-import sys
 import time
 import uuid
 from collections import Counter
@@ -20,6 +19,7 @@ from drafttrain.core.errors import RecipeError
 from drafttrain.data_gen.serving_logs.redaction import redactor
 from drafttrain.online.asking import Asking, StrippedEvents
 from drafttrain.online.capture import Capture
+from drafttrain.online.line_worker import LineWorker
 from drafttrain.online.record_files import RecordFiles
 from drafttrain.online.settings import RecorderSettings
 
@@ -34,8 +34,6 @@ HOP_BY_HOP = {
 """Headers that speak of one connection (RFC 9110, section 7.6.1)."""
 KEEPALIVE_SECONDS = 4.0
 """Servers close what is idle, uvicorn after 5 s; a request on a connection that is just being closed would fail."""
-SWITCH_SECONDS = 0.0005
-"""How long the writer may hold the interpreter while a token waits; Python's own 5 ms would be seen in the tail."""
 
 
 class Recorder:
@@ -202,16 +200,17 @@ def record(settings: RecorderSettings) -> dict[str, Any]:
         problems.append(f"--upstream: must be an address such as http://127.0.0.1:8000, got {settings.upstream!r}")
     if problems:
         raise RecipeError("arguments", problems)
-    is_redacted = settings.redact or settings.redact_with is not None
-    redact = redactor(builtin=settings.redact, own=settings.redact_with) if is_redacted else None
-    files = RecordFiles(settings.out, redact, rotate_bytes=settings.rotate_bytes, queue_bytes=settings.queue_bytes)
+    redactor(builtin=settings.redact, own=settings.redact_with)  # What cannot be imported is told now.
+    worker = LineWorker(redact=settings.redact, redact_with=settings.redact_with)
+    files = RecordFiles(settings.out, worker, rotate_bytes=settings.rotate_bytes, queue_bytes=settings.queue_bytes)
     recorder = Recorder(settings, files)
+    worker.start()
     files.start()
-    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         asyncio.run(_serve(recorder))
     finally:
         files.close()
+        worker.close()
     say(f"stopped: {_line(recorder.status())}")
     return recorder.status()
 
