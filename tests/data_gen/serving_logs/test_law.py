@@ -120,6 +120,7 @@ def test_the_mass_of_the_tail_is_reported(data):
     assert "logged_law" not in data.stores[1].meta
 
 
+@pytest.mark.slow
 def test_fit_goes_once_over_the_logs(tiny_target, tiny_folder, tmp_path):
     lines: list[Any] = [served(tiny_target, f"Prompt number {number} of all") for number in range(12)]
     (tmp_path / "logs").mkdir()
@@ -134,7 +135,7 @@ target: {{model: {tiny_folder}}}
 drafter: {{kind: causal_lm, num_layers: 1, hidden_size: 32, num_heads: 1}}
 loss: {{kind: forward_kl}}
 data: {{max_length: 64, sources: [{{kind: serving_logs, path: {tmp_path / "logs"}, redact: false}}]}}
-train: {{max_steps: 6, batch_size: 4, log_every_steps: 1, eval_every_steps: 0, loggers: [csv]}}
+train: {{max_steps: 6, warmup_steps: 1, batch_size: 4, log_every_steps: 1, eval_every_steps: 0, loggers: [csv]}}
 eval: {{num_prompts: 2, max_new_tokens: 6, prompt_tokens: 6, speed_prompts: 1, resamples: 200, prompts: {prompts},
        validation_prompts: {prompts}}}
 """
