@@ -237,6 +237,65 @@ def list_recipes() -> None:
     say(f"in {bundled_folder()}")
 
 
+@app.command()
+def record(
+    upstream: Annotated[
+        str,
+        typer.Option(
+            "--upstream", metavar="URL", help="The server, such as http://127.0.0.1:8000.", show_default=False
+        ),
+    ],
+    port: Annotated[
+        int, typer.Option("--port", metavar="N", help="Where clients ask from now on; 0: a free port.", min=0)
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the records.", show_default=False)],
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; others than loopback open it to others.")
+    ] = "127.0.0.1",
+    logprobs: Annotated[
+        int,
+        typer.Option(
+            "--logprobs", metavar="K", help="Ask for the K largest log-probabilities; clients do not see them.", min=0
+        ),
+    ] = 0,
+    token_ids: Annotated[
+        bool, typer.Option("--token-ids", help="Ask for token ids, as vLLM gives them; clients do not see them.")
+    ] = False,
+    redact: Annotated[
+        bool,
+        typer.Option(
+            "--redact/--no-redact", help="Take out e-mail addresses, telephone numbers and keys before writing."
+        ),
+    ] = True,
+    redact_with: Annotated[
+        str | None,
+        typer.Option("--redact-with", metavar="NAME", help="Your function (text) -> text, by its dotted name."),
+    ] = None,
+    rotate_mb: Annotated[
+        int, typer.Option("--rotate-mb", metavar="MB", help="Size of a file of records.", min=1)
+    ] = 256,
+    debug: Debug = False,
+) -> None:
+    """Stand before a server with the OpenAI protocol and record what it answers, for {kind: serving_logs, path: DIR}."""
+    with exit_codes(debug=debug):
+        from drafttrain.online.recorder import record as serve
+        from drafttrain.online.settings import RecorderSettings
+
+        serve(
+            RecorderSettings(
+                upstream=upstream,
+                out=out,
+                port=port,
+                host=host,
+                logprobs=logprobs,
+                token_ids=token_ids,
+                redact=redact,
+                redact_with=redact_with,
+                rotate_bytes=rotate_mb * 2**20,
+            )
+        )
+
+
 @recipe_app.command()
 def show(recipe: RecipeOrFolder, overrides: Overrides = None, smoke: Smoke = False, debug: Debug = False) -> None:
     """Print a recipe with every default visible and every key explained."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +27,19 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     """0 keeps the whole vocabulary."""
+
+
+@dataclass(frozen=True)
+class LoggedLaw:
+    """What a log says of the target's law at the labels of a record, in their order: some tokens by name, the rest by its mass.
+
+    K = tokens named at most
+    """
+
+    ids_NK: Any
+    """int32 array; -1 where a row names fewer tokens."""
+    log_probs_NK: Any
+    """float32 array; -inf there. What the row's probabilities lack to 1 is the tail."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,8 @@ class Record:
     """Positions where the target refused the drafter's token (serving logs)."""
     cache: str = ""
     """Where what the target knows of this record is stored; empty: nowhere."""
+    law: LoggedLaw | None = None
+    """What a serving log says of the target's law; None: nothing."""
 
 
 # ---------------------------------------------------------------- training
@@ -95,6 +110,30 @@ class TargetRows(Protocol):
 
     def at(self, index_N: Tensor) -> Tensor:
         """Return logits_NV (or log-probabilities) of the token AFTER each flat position b * T + t."""
+        ...
+
+
+@dataclass(frozen=True)
+class NamedRows:
+    """Rows of a law of which K tokens are known by name."""
+
+    ids_NK: Tensor
+    """-1 where a row names fewer tokens."""
+    log_probs_NK: Tensor
+    """-inf there."""
+
+    @property
+    def tail_N(self) -> Tensor:
+        """The mass of all tokens that are not named."""
+        return (1 - self.log_probs_NK.double().exp().sum(dim=-1)).clamp_min(0).to(self.log_probs_NK.dtype)
+
+
+@runtime_checkable
+class NamedTargetRows(Protocol):
+    """A law of which only some tokens are known by name, as serving logs have it."""
+
+    def named(self, index_N: Tensor) -> NamedRows:
+        """Return what is known of the law of the token AFTER each flat position b * T + t."""
         ...
 
 

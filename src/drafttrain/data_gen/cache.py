@@ -166,7 +166,7 @@ def with_stored(
         hidden_BTD={index: laid_out(f"hidden_{index}") for index in wanted.states.hidden},
         final_BTD=laid_out("final") if wanted.states.final else None,
     )
-    rows = CachedRows(cache, arrays, row_of_position) if wanted.law else None
+    rows = CachedRows(cache, arrays, row_of_position) if wanted.law else batch.target_rows
     return replace(batch, target=target, target_rows=rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,7 +35,8 @@ class Encoder:
     max_length: int
 
     @cached_property
-    def _size(self) -> int:
+    def size(self) -> int:
+        """Ids of the tokenizer, from 0."""
         return int(max(self.tokenizer.get_vocab().values())) + 1
 
     def records(self, value: Mapping[str, Any], *, id: str) -> list[Record]:
@@ -130,8 +132,8 @@ class Encoder:
         tokens = value["tokens"]
         if not isinstance(tokens, list) or not all(isinstance(token, int) for token in tokens):
             raise BadItem("tokens: a list of whole numbers is needed")
-        if outside := [token for token in tokens if not 0 <= token < self._size]:
-            raise BadItem(f"tokens: {outside[0]} is no id of the tokenizer (0..{self._size - 1})")
+        if outside := [token for token in tokens if not 0 <= token < self.size]:
+            raise BadItem(f"tokens: {outside[0]} is no id of the tokenizer (0..{self.size - 1})")
         mask = value.get("loss_mask", [True] * len(tokens))
         if not isinstance(mask, list) or len(mask) != len(tokens):
             raise BadItem(f"loss_mask: a list of {len(tokens)} truth values is needed")
@@ -186,10 +188,27 @@ class Encoder:
             raise BadItem("no message before the assistant's")
         return self._ids(messages, add_generation_prompt=True)
 
+    def chat_ids(
+        self, messages: list[dict[str, str]], arguments: Mapping[str, Any], *, add_generation_prompt: bool = False
+    ) -> list[int]:
+        """Return the ids of a chat as the target reads it.
+
+        Args:
+            arguments: What the template itself is handed, such as enable_thinking.
+
+        Raises:
+            BadItem: There is no template, it refuses the chat, or an argument means something to the tokenizer.
+        """
+        self._needs_template()
+        # A log must not replace the template, nor ask for tensors.
+        if reserved := set(arguments) & set(inspect.signature(self.tokenizer.apply_chat_template).parameters):
+            raise BadItem(f"{min(reserved)}: is no argument of a chat template")
+        return list(self._rendered(messages, add_generation_prompt=add_generation_prompt, **arguments)["input_ids"])
+
     def _ids(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> list[int]:
         return list(self._rendered(messages, add_generation_prompt=add_generation_prompt)["input_ids"])
 
-    def _rendered(self, messages: list[dict[str, str]], **wanted: bool) -> Mapping[str, Any]:
+    def _rendered(self, messages: list[dict[str, str]], **wanted: Any) -> Mapping[str, Any]:
         """Return what the tokenizer makes of a chat; templates refuse roles and orders that they do not know."""
         try:
             coded: Mapping[str, Any] = self.tokenizer.apply_chat_template(

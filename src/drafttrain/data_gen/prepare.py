@@ -11,10 +11,11 @@ import numpy as np
 
 from drafttrain.core.console import say
 from drafttrain.core.files import write_json
-from drafttrain.core.records import DraftBatch, TargetNeeds
+from drafttrain.core.records import DraftBatch, LoggedLaw, TargetNeeds
 from drafttrain.data_gen.cache import RowCache, Wanted, build_cache, with_stored
 from drafttrain.data_gen.formats import Encoder, common_start
 from drafttrain.data_gen.generate import generate
+from drafttrain.data_gen.logged_law import with_logged
 from drafttrain.data_gen.overlap import Key, contaminated
 from drafttrain.data_gen.packing import pack
 from drafttrain.data_gen.sampler import Sampler
@@ -63,6 +64,11 @@ class TrainingData:
         batch, at = pack(records, width=self.settings.max_length, weight_of_step=weight, step=step)
         number = np.array([n for n, _, _ in members] + [-1])
         batch.documents_BT[:] = batch.documents_BT.new_tensor(number[batch.documents_BT.numpy()])
+        laws = [self._law(source, index) for _, source, index in members]
+        if all(law is not None for law in laws):
+            # One record without leaves the whole micro-batch to the target, which says more of the others, too.
+            known = [law for law in laws if law is not None]
+            batch = with_logged(batch, at, records, known, num_tokens=self.encoder.size)
         cached = []
         for record, (_, source, index) in zip(records, members, strict=True):
             cache = self.caches[source]
@@ -70,6 +76,15 @@ class TrainingData:
                 return batch
             cached.append((cache, index, len(record.tokens)))
         return with_stored(batch, at, cached)
+
+    def _law(self, source: int, record: int) -> LoggedLaw | None:
+        law = self.stores[source].law
+        return None if law is None else law[record]
+
+    def is_law_logged(self, *, num_records: int) -> bool:
+        """Tell whether the law of all records that the first `num_records` positions read is in the logs."""
+        laws = ((self.stores[i].law, records) for i, records in enumerate(self.visited(num_records=num_records)))
+        return all(not records or (law is not None and all(map(law.has, records))) for law, records in laws)
 
     def visited(self, *, num_records: int) -> list[list[int]]:
         """Return by source the records that the first `num_records` positions read, in the order of their numbers."""
@@ -132,6 +147,11 @@ def prepare(
             about["version"] = source.version()
         store = open_store(folder / f"{number}-{chosen.kind}", source, encoder, about=json.loads(json.dumps(about)))
         say(f"source {chosen.kind}: {len(store):,} records, {len(store.tokens):,} tokens, weight {chosen.weight:g}")
+        if logged := store.meta.get("logged_law"):
+            say(
+                f"source {chosen.kind}: the log has the target's law of {logged['records']:,} records, up to {logged['named_tokens']} "
+                f"tokens a row; the tail's mass is {logged['mean_tail_mass']:.4f} on average"
+            )
         stores.append(store)
     return TrainingData(stores, settings, encoder, seed=seed)
 
@@ -146,6 +166,7 @@ def attach_cache(
         needs: What the drafter reads of the target; nothing else is stored.
     """
     settings = data.settings
+    law = law and (settings.cache == "none" or not data.is_law_logged(num_records=num_records))
     if settings.cache == "none" or (not law and needs == TargetNeeds()):
         return
     wanted = Wanted(settings.cache if law else None, needs, settings.cache_top_k, settings.cache_dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -37,7 +38,7 @@ def read_items(
             except BadItem as reason:
                 values = []
                 refused += 1
-                entry = {"where": item.where, "reason": str(reason), "item": item.value}
+                entry = {"where": item.where, "reason": str(reason)} | ({} if item.private else {"item": item.value})
                 quarantine.write(json.dumps(entry, default=str) + "\n")
                 if refused <= SHOWN:
                     say(f"{item.where}: set aside: {reason}")
@@ -46,5 +47,14 @@ def read_items(
             bar.advance(1)
     if refused:
         say(f"{name}: {refused:,} of {bar.done:,} items set aside with their reasons in {file.name}")
+    kinds = set_aside(file) if refused else Counter()
+    if len(kinds) > 1:
+        say(f"{name}: " + ", ".join(f"{kind} {count:,}" for kind, count in kinds.most_common(6)))
     if not found:
         raise DataError(f"{name}: nothing is left of {bar.done:,} items ({refused:,} set aside)")
+
+
+def set_aside(file: Path) -> Counter[str]:
+    """Return how many items were set aside for each kind of reason: its words up to the first colon."""
+    with file.open(encoding="utf-8") as entries:
+        return Counter(str(json.loads(entry)["reason"]).partition(":")[0][:80] for entry in entries)

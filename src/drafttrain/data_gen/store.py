@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from drafttrain.core.files import folder_beside
-from drafttrain.core.records import Record
+from drafttrain.core.records import LoggedLaw, Record
 from drafttrain.data_gen.formats import Encoder
-from drafttrain.data_gen.quarantine import read_items
-from drafttrain.data_gen.sources import Source
+from drafttrain.data_gen.logged_law import LawStore, write_laws
+from drafttrain.data_gen.quarantine import read_items, set_aside
+from drafttrain.data_gen.sources import RecordSource, Source
 
 
 class Store:
@@ -33,6 +34,8 @@ class Store:
         first = np.asarray(self._mask)[self._starts[:-1]].astype(np.int64)
         self.num_labels = labels[self._starts[1:]] - labels[self._starts[:-1]] - first
         """Trained positions by record; a first token has nothing before it and is none."""
+        self.law = LawStore.open(folder)
+        """What serving logs say of the target's law; None: nothing."""
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -75,10 +78,15 @@ def open_store(folder: Path, source: Source, encoder: Encoder, *, about: dict[st
 def _encode(folder: Path, source: Source, encoder: Encoder, *, about: dict[str, Any]) -> None:
     records: list[tuple[str, int]] = []
     tokens, masks = _Growing(np.uint32), _Growing(np.bool_)
+    laws: list[LoggedLaw | None] = []
     settings, quarantine = about["source"], folder / "quarantine.jsonl"
     for record in read_items(
         source,
-        lambda item: encoder.records(item.value, id=item.where),
+        lambda item: (
+            source.records(item, encoder)
+            if isinstance(source, RecordSource)
+            else encoder.records(item.value, id=item.where)
+        ),
         quarantine,
         name=f"source {settings['kind']}",
         max_items=settings.get("max_items"),
@@ -86,13 +94,21 @@ def _encode(folder: Path, source: Source, encoder: Encoder, *, about: dict[str, 
         records.append((record.id.replace("\n", " "), len(record.tokens)))
         tokens.extend(record.tokens)
         masks.extend(record.loss_mask)
+        laws.append(record.law)
     np.save(folder / "tokens.npy", tokens.array())
     np.save(folder / "mask.npy", masks.array())
     np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum([size for _, size in records])]).astype(np.int64))
     (folder / "ids.txt").write_text("\n".join(id for id, _ in records), encoding="utf-8")
-    with quarantine.open("rb") as file:
-        refused = sum(1 for _ in file)
-    meta = {"about": about, "records": len(records), "tokens": len(tokens.array()), "set_aside": refused}
+    reasons = set_aside(quarantine)
+    meta = {
+        "about": about,
+        "records": len(records),
+        "tokens": len(tokens.array()),
+        "set_aside": sum(reasons.values()),
+        "set_aside_by": dict(reasons.most_common(20)),
+    }
+    if law := write_laws(folder, laws):
+        meta["logged_law"] = law
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from drafttrain.core.records import DraftBatch, DraftOutput, LossRows, RowIndex
+from drafttrain.core.records import DraftBatch, DraftOutput, LossRows, NamedTargetRows, RowIndex
 from drafttrain.losses import Loss
 from drafttrain.losses.align import AlignedRows
+from drafttrain.losses.buckets import in_buckets, known_acceptance
 
 WHOLE_BYTES = 256 * 2**20
 """Logits up to this size are kept for the backward pass; larger ones are computed again, piece by piece."""
@@ -119,7 +120,10 @@ def _values(
 ) -> dict[str, Tensor]:
     """Return the named values of some rows of one depth; inside, and only here, their logits exist."""
     target_logits_NV = None
-    if loss.needs_target:
+    named = None
+    if loss.needs_target and isinstance(batch.target_rows, NamedTargetRows) and drafted.vocabulary is None:
+        named = batch.target_rows.named(rows.target_N[chosen])
+    elif loss.needs_target:
         assert batch.target_rows is not None, "the module reads the target before the loss"
         target_logits_NV = batch.target_rows.at(rows.target_N[chosen])[:, :vocab_size]
     loss_rows = LossRows(
@@ -130,8 +134,13 @@ def _values(
     )
     if drafted.vocabulary is not None:
         return in_draft_vocabulary(loss, loss_rows, drafted.vocabulary, vocab_size=vocab_size)
+    if named is not None:
+        loss_rows = in_buckets(loss_rows, named)
     values = dict(loss.per_row(loss_rows))
-    if loss.needs_target and measured:
+    if named is not None and measured:
+        with torch.no_grad():
+            values[ACCEPTANCE] = known_acceptance(loss_rows).detach()
+    elif loss.needs_target and measured:
         with torch.no_grad():
             values[ACCEPTANCE] = loss_rows.acceptance_N.detach()
     return values

@@ -1,12 +1,18 @@
 """Sources of text, one file a kind. A source yields items; what an item holds is in `data_gen.formats`."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from drafttrain.core.registry import Registry, component_mapping
 from drafttrain.core.settings import setting
+
+if TYPE_CHECKING:
+    from drafttrain.core.records import Record
+    from drafttrain.data_gen.formats import Encoder
 
 sources = Registry("source", "drafttrain.data_gen.sources")
 
@@ -35,6 +41,8 @@ class Item:
     """A mapping, or the raw line where it could not be read as one."""
     problem: str = ""
     """Why it could not be read; empty: it could."""
+    private: bool = False
+    """What it holds is written nowhere, not even into quarantine."""
 
 
 class Source(Protocol):
@@ -51,6 +59,19 @@ class Versioned(Protocol):
 
     def version(self) -> Any:
         """Return what changes when its items do, as JSON can hold it."""
+        ...
+
+
+@runtime_checkable
+class RecordSource(Protocol):
+    """A source that makes records itself: its items say more than their text, such as the ids that were served."""
+
+    def items(self) -> Iterator[Item]:
+        """Yield all items."""
+        ...
+
+    def records(self, item: Item, encoder: Encoder) -> list[Record]:
+        """Return the records of an item."""
         ...
 
 

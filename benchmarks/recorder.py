@@ -1,0 +1,179 @@
+"""What the recorder adds to a token: 50 streams of a paced server, 20 ms a token, with and without the recorder before it.
+
+Server, recorder and clients are three processes. The server writes into every event when it was sent; what a client reads off its
+clock when the event is there, less that, is the time of a token. Rounds go to the server and through the recorder in turn, the order
+alternating; what is added is the difference of the percentiles of all tokens, its interval is by bootstrap over pairs of rounds. The
+last rows are medians over pairs of the same difference within a pair.
+"""
+
+import argparse
+import asyncio
+import datetime
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+
+import aiohttp
+import numpy as np
+from aiohttp import web
+
+from drafttrain.core.provenance import commit, processor
+
+
+def main() -> None:
+    """Measure and print the table, or be the server."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--serve", action="store_true", help="be the paced server")
+    parser.add_argument("--streams", type=int, default=50)
+    parser.add_argument("--tokens", type=int, default=100)
+    parser.add_argument("--milliseconds", type=float, default=20.0)
+    parser.add_argument("--pairs", type=int, default=20, help="rounds of each kind")
+    parser.add_argument(
+        "--logprobs", type=int, default=0, help="the recorder asks for so many, and takes them out again"
+    )
+    arguments = parser.parse_args()
+    if arguments.serve:
+        asyncio.run(serve(arguments.milliseconds / 1000))
+    else:
+        asyncio.run(measure(arguments))
+
+
+async def serve(pause: float) -> None:
+    """Be a server that writes a token every `pause` seconds to each of its streams."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        asked = await request.json()
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        top = [{"token": f" token{n}", "logprob": -float(n)} for n in range(asked.get("top_logprobs") or 0)]
+        due = time.monotonic() + random.uniform(0, pause)
+        for number in range(asked["max_tokens"]):
+            await asyncio.sleep(due - time.monotonic())
+            due += pause
+            choice = {"index": 0, "delta": {"content": f" word{number}"}, "finish_reason": None, "logprobs": None}
+            if top:
+                choice["logprobs"] = {"content": [{"token": f" word{number}", "logprob": -0.1, "top_logprobs": top}]}
+            chunk = {
+                "id": "r",
+                "object": "chat.completion.chunk",
+                "model": "m",
+                "choices": [choice],
+                "sent": time.monotonic(),
+            }
+            await response.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+        await response.write(b"data: [DONE]\n\n")
+        await response.write_eof()
+        return response
+
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", answer)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    print(f"serving http://127.0.0.1:{runner.addresses[0][1]} ", file=sys.stderr, flush=True)
+    await asyncio.Event().wait()
+
+
+async def measure(arguments: argparse.Namespace) -> None:
+    """Start both processes, take turns, print the table."""
+    with tempfile.TemporaryDirectory() as out:
+        server = started([sys.executable, __file__, "--serve", "--milliseconds", str(arguments.milliseconds)])
+        more = ["--logprobs", str(arguments.logprobs)] if arguments.logprobs else []
+        command = ["record", "--upstream", server[1], "--port", "0", "--out", out, *more]
+        recorder = started([sys.executable, "-m", "drafttrain.cli", *command])
+        milliseconds: dict[str, list[np.ndarray]] = {"direct": [], "recorder": []}
+        addresses = {"direct": server[1], "recorder": recorder[1]}
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            for name in addresses:
+                await a_round(session, addresses[name], arguments)
+            busy = cpu_seconds(recorder[0].pid)
+            for pair in range(arguments.pairs):
+                for name in sorted(addresses, reverse=bool(pair % 2)):
+                    milliseconds[name].append(await a_round(session, addresses[name], arguments))
+            busy = cpu_seconds(recorder[0].pid) - busy
+            async with session.get(recorder[1] + "/_recorder") as answer:
+                status = await answer.json()
+        for process, _ in (recorder, server):
+            process.terminate()
+            process.wait()
+    report(arguments, milliseconds, busy, status)
+
+
+def started(command: list[str]) -> tuple[subprocess.Popen, str]:  # type: ignore[type-arg]
+    """Start a process and return it with the address that it says it listens on."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    found = re.search(r"(?:recording on|serving) (http://127\.0\.0\.1:\d+) ", line)
+    assert found, line
+    return process, found.group(1)
+
+
+async def a_round(session: aiohttp.ClientSession, address: str, arguments: argparse.Namespace) -> np.ndarray:
+    """Return the milliseconds of every token of all streams."""
+
+    async def stream(number: int) -> list[float]:
+        asked = {
+            "model": "m",
+            "stream": True,
+            "max_tokens": arguments.tokens,
+            "messages": [{"role": "user", "content": f"Stream {number} of {time.monotonic()}"}],
+        }
+        seconds = []
+        async with session.post(address + "/v1/chat/completions", json=asked) as answer:
+            async for line in answer.content:
+                now = time.monotonic()
+                if line.startswith(b"data: {"):
+                    seconds.append(now - json.loads(line[6:])["sent"])
+        return seconds
+
+    streams = await asyncio.gather(*(stream(number) for number in range(arguments.streams)))
+    assert all(len(one) == arguments.tokens for one in streams)
+    return 1000 * np.array(streams).ravel()
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the processor time that a process has used."""
+    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+        fields = file.read().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def report(arguments: argparse.Namespace, milliseconds: dict, busy: float, status: dict) -> None:  # type: ignore[type-arg]
+    """Print the table."""
+    direct, through = (np.stack(milliseconds[name]) for name in ("direct", "recorder"))
+    generator = np.random.Generator(np.random.PCG64(0))
+    draws = [generator.integers(len(direct), size=len(direct)) for _ in range(1000)]
+    print(
+        f"{arguments.streams} streams, {arguments.milliseconds:g} ms a token, {arguments.tokens} tokens a stream, {len(direct)} rounds each; "
+        f"{os.cpu_count()} cores of {processor()}, load {os.getloadavg()[1]:.1f}; {datetime.date.today()}, commit {commit()}\n"
+    )
+    print("| ms a token | direct | through the recorder | added [95 % interval] |\n|---|---|---|---|")
+    for percent in (50, 90, 99):
+        one, other = (float(np.percentile(array, percent)) for array in (direct, through))
+        added = [np.percentile(through[d], percent) - np.percentile(direct[d], percent) for d in draws]
+        low, high = np.percentile(added, [2.5, 97.5])
+        print(f"| p{percent} | {one:.2f} | {other:.2f} | {other - one:.2f} [{low:.2f}, {high:.2f}] |")
+    for percent in (50, 99):
+        # A machine that others use stalls a round now and then, by more than anything that is measured here.
+        one, other = (np.percentile(array, percent, axis=1) for array in (direct, through))
+        medians = [float(np.median((other - one)[d])) for d in draws]
+        low, high = np.percentile(medians, [2.5, 97.5])
+        print(
+            f"| p{percent} of a round, median over rounds | {np.median(one):.2f} | {np.median(other):.2f} "
+            f"| {np.median(other - one):.2f} [{low:.2f}, {high:.2f}] |"
+        )
+    tokens = through.size
+    print(
+        f"\nThe recorder used {1e6 * busy / tokens:.0f} µs of processor time a token; {status['written']} records written, "
+        f"dropped: {status['dropped'] or 0}."
+    )
+
+
+if __name__ == "__main__":
+    main()

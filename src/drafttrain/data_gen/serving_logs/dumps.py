@@ -1,0 +1,56 @@
+"""Dumps that hold what was said and nothing else: chats, ShareGPT conversations, prompt and completion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from drafttrain.data_gen.formats import ROLES
+from drafttrain.data_gen.serving_logs.exchange import Exchange, Refused, mapping, sequence, text, turns
+
+
+def is_dump(value: Mapping[str, Any]) -> bool:
+    """Tell whether a line is of such a dump."""
+    return "conversations" in value or "messages" in value or ("prompt" in value and "completion" in value)
+
+
+def exchanges(value: dict[str, Any], *, id: str) -> list[Exchange]:
+    """Return an exchange for each answer of the assistant: what it read is what was said before.
+
+    Raises:
+        Refused: A part is of the wrong type, or nobody answers.
+    """
+    id = str(value.get("id") or id)
+    about = {name: value[name] for name in ("model", "domain", "user") if isinstance(value.get(name), str)}
+    if "completion" in value:
+        prompt, untold = _prompt(value["prompt"])
+        return [Exchange(id, prompt, text(value["completion"], "completion"), finish="stop", untold=untold, **about)]
+    said, untold = _turns(value)
+    if value.get("tools"):
+        untold = "tool_calls"
+    found = [
+        Exchange(f"{id}@{i}", said[:i], turn["content"], finish="stop", untold=untold, **about)
+        for i, turn in enumerate(said)
+        if turn["role"] == "assistant" and i > 0
+    ]
+    if not found:
+        raise Refused("empty", "no answer of the assistant is here")
+    return found
+
+
+def _prompt(value: Any) -> tuple[str | list[dict[str, str]], str]:
+    return turns(value, "prompt") if isinstance(value, list) else (text(value, "prompt"), "")
+
+
+def _turns(value: dict[str, Any]) -> tuple[list[dict[str, str]], str]:
+    if "messages" in value:
+        return turns(value["messages"], "messages")
+    said, untold = [], ""
+    for number, turn in enumerate(sequence(value["conversations"], "conversations")):
+        here = mapping(turn, f"conversations.{number}")
+        role = here.get("from", here.get("role"))
+        if not isinstance(role, str) or role not in ROLES:
+            untold = untold or "unknown_role"
+        words = text(here.get("value", here.get("content")), f"conversations.{number}.value")
+        said.append({"role": ROLES.get(str(role), str(role)), "content": words})
+    return said, untold

@@ -1,0 +1,235 @@
+"""From an exchange to a record: the ids that were served where they are logged, else the text through the target's own template.
+
+Only the answer is a label, and only where it is sure which tokens the target wrote.
+
+N = labels, K = tokens of a row of the law
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+from drafttrain.core.records import LoggedLaw, Record
+from drafttrain.data_gen.formats import BadItem, Encoder
+from drafttrain.data_gen.serving_logs.exchange import Exchange, Law, Refused
+from drafttrain.data_gen.serving_logs.redaction import Redact
+
+LONGEST_TOKEN = 128
+"""Characters of a token at most; text of more characters than this times the tokens of a record is not even tokenised."""
+LEAST_TOP_K = 2
+"""A row that names fewer tokens says next to nothing of the law."""
+OVER_ONE = 1e-2
+"""Rounding that a row's mass may have."""
+
+
+class ExchangeEncoder:
+    """Makes records of exchanges by one tokenizer.
+
+    Args:
+        redact: Text to text that may be kept; token ids that spell other text are refused.
+        law: Take up logged log-probabilities.
+    """
+
+    def __init__(self, encoder: Encoder, redact: Redact, *, law: bool) -> None:
+        self._encoder = encoder
+        self._redact = redact
+        self._law = law
+
+    def record(self, exchange: Exchange) -> Record:
+        """Return the record of an exchange.
+
+        Raises:
+            Refused: It cannot be known which tokens the target read and wrote, or none of them is within the length of a record.
+        """
+        prompt = self._prompt(exchange)
+        law = exchange.law if self._law else None
+        answer = self._answer(exchange, prompt, law)
+        self._check_redacted(prompt + answer)
+        length = self._encoder.max_length
+        if len(prompt) >= length:
+            raise Refused("too_long", f"a prompt of {len(prompt)} tokens; it must have 1..{length - 1}")
+        if not prompt or not answer:
+            raise Refused("empty", "no token before the answer, or none in it")
+        labels = min(len(answer), length - len(prompt))
+        return Record(
+            exchange.id,
+            (prompt + answer)[:length],
+            [False] * len(prompt) + [True] * labels,
+            domain=exchange.domain,
+            law=self._rows(law, answer, labels),
+        )
+
+    def _prompt(self, exchange: Exchange) -> list[int]:
+        """Return the ids of what the target read."""
+        if exchange.prompt_ids is not None:
+            self._check_ids(exchange.prompt_ids)
+            self._check_count(exchange.num_prompt_tokens, exchange.prompt_ids)
+            said = exchange.prompt[-1]["content"] if isinstance(exchange.prompt, list) else exchange.prompt
+            if said and not exchange.untold and said.strip() not in self._spelled(exchange.prompt_ids):
+                raise Refused("wrong_tokenizer", "the prompt's token ids do not spell its text")
+            return exchange.prompt_ids
+        if exchange.prompt is None:
+            raise Refused("no_text", "neither text nor token ids of the prompt are logged")
+        if exchange.untold:
+            raise Refused(
+                exchange.untold, "the prompt's text is not all that the target read, and its token ids are not logged"
+            )
+        tokens = self._read(exchange)
+        self._check_count(exchange.num_prompt_tokens, tokens)
+        return tokens
+
+    def _read(self, exchange: Exchange) -> list[int]:
+        """Return the ids of a prompt's text."""
+        prompt = exchange.prompt
+        words = sum(len(turn["content"]) for turn in prompt) if isinstance(prompt, list) else len(prompt or "")
+        self._check_size(words)
+        if not isinstance(prompt, list):
+            return self._encoder.text(prompt)
+        try:
+            return self._encoder.chat_ids(prompt, exchange.template_arguments, add_generation_prompt=True)
+        except BadItem as reason:
+            raise Refused("template", "the chat template refuses this chat") from reason
+        except Exception as error:
+            # A template is a program, and a stranger's chat its input: it may fail in any way.
+            raise Refused("template", f"the chat template fails on this chat: {type(error).__name__}") from error
+
+    def _answer(self, exchange: Exchange, prompt: list[int], law: Law | None) -> list[int]:
+        """Return the ids of what the target wrote."""
+        logged = exchange.answer_ids if exchange.answer_ids is not None else self._sampled(law)
+        if logged is None:
+            return self._retokenised(exchange, prompt)
+        self._check_ids(logged)
+        self._check_count(exchange.num_answer_tokens, logged)
+        if exchange.answer is not None:
+            # Half a character at the end of an answer that was cut is spelled differently by different servers.
+            spelled, answer = (
+                words.strip().rstrip("\ufffd") for words in (self._spelled(logged, special=False), exchange.answer)
+            )
+            stopped = exchange.stops_on_text or exchange.finish == "stop_text"
+            if not (spelled == answer or (stopped and spelled.startswith(answer))):
+                raise Refused("wrong_tokenizer", "the answer's token ids do not spell its text")
+        return logged
+
+    def _retokenised(self, exchange: Exchange, prompt: list[int]) -> list[int]:
+        """Return the ids of an answer's text.
+
+        Raises:
+            Refused: They do not spell the text again, or the server counted another number of tokens.
+        """
+        answer = exchange.answer
+        if answer is None:
+            raise Refused("no_text", "neither text nor token ids of the answer are logged")
+        self._check_size(len(answer))
+        tokens = self._continued(exchange, prompt, answer)
+        if self._spelled(prompt + tokens) != self._spelled(prompt) + answer:
+            raise Refused("retokenised", "the text's token ids do not spell it again")
+        special = set(self._encoder.tokenizer.all_special_ids)
+        if special & set(tokens):
+            raise Refused("retokenised", "the answer spells a special token: the target need not have written that one")
+        counted = exchange.num_answer_tokens
+        if counted is not None and counted - len(tokens) not in (0, 1):
+            raise Refused("retokenised", f"the answer is {len(tokens)} tokens here, {counted} where it was served")
+        ended = exchange.finish == "stop" and not exchange.stops_on_text and (counted is None or counted > len(tokens))
+        end = self._end(exchange, prompt + tokens) if ended else None
+        return tokens if end is None else [*tokens, end]
+
+    def _continued(self, exchange: Exchange, prompt: list[int], answer: str) -> list[int]:
+        """Return the ids of an answer as a continuation: some tokenizers put a space before every text."""
+        if isinstance(exchange.prompt, str) and exchange.prompt_ids is None:
+            whole = self._encoder.text(exchange.prompt + answer)
+            if whole[: len(prompt)] == prompt:
+                return whole[len(prompt) :]
+        return list(self._encoder.tokenizer(answer, add_special_tokens=False).input_ids) if answer else []
+
+    def _end(self, exchange: Exchange, tokens: list[int]) -> int | None:
+        """Return the token that ends an answer: what the template writes there, else the tokenizer's end of text."""
+        tokenizer = self._encoder.tokenizer
+        if isinstance(exchange.prompt, list) and exchange.answer:
+            said = [*exchange.prompt, {"role": "assistant", "content": exchange.answer}]
+            try:
+                whole = self._encoder.chat_ids(said, exchange.template_arguments)
+            except Exception:  # As in _read; the answer is as good without its end.
+                return None
+            if whole[: len(tokens)] == tokens and whole[len(tokens) : len(tokens) + 1]:
+                end = whole[len(tokens)]
+                return end if end in tokenizer.all_special_ids else None
+        end = tokenizer.eos_token_id
+        return None if end is None else int(end)
+
+    def _rows(self, law: Law | None, answer: Sequence[int], labels: int) -> LoggedLaw | None:
+        """Return the law at the labels; None where a label has no row, or one that says too little.
+
+        Raises:
+            Refused: A row is no law, or is of other tokens.
+        """
+        if law is None or len(law) < labels:
+            return None
+        rows = []
+        for row, token in zip(law, answer[:labels], strict=False):
+            named = [(self._id(one), value) for one, value in row]
+            if any(one is None for one, _ in named):
+                return None
+            known: dict[int, float] = {}
+            for one, value in named:
+                known.setdefault(int(one or 0), value)
+            if any(one >= self._encoder.size for one in known) or token not in known:
+                raise Refused("wrong_tokenizer", "log-probabilities of tokens that this tokenizer has not")
+            if sum(np.exp(list(known.values()))) > 1 + OVER_ONE:
+                raise Refused("logprobs", "a row's probabilities sum to more than 1")
+            if len(known) < LEAST_TOP_K:
+                return None
+            rows.append(known)
+        ids_NK = np.full((labels, max(map(len, rows))), -1, dtype=np.int32)
+        log_probs_NK = np.full(ids_NK.shape, -np.inf, dtype=np.float32)
+        for number, known in enumerate(rows):
+            ids_NK[number, : len(known)] = list(known)
+            log_probs_NK[number, : len(known)] = list(known.values())
+        return LoggedLaw(ids_NK, log_probs_NK)
+
+    def _sampled(self, law: Law | None) -> list[int] | None:
+        """Return the answered ids as the log-probabilities name them, where all of them are ids or spell one token only."""
+        if not law:
+            return None
+        tokens = [self._id(row[0][0]) for row in law]
+        return None if any(token is None for token in tokens) else [int(token) for token in tokens if token is not None]
+
+    def _id(self, token: int | str) -> int | None:
+        return token if isinstance(token, int) else self._spellings.get(token)
+
+    @cached_property
+    def _spellings(self) -> dict[str, int]:
+        """Ids by their text; texts that several tokens have are left out."""
+        tokenizer = self._encoder.tokenizer
+        found: dict[str, int] = {}
+        several = set()
+        for token in range(self._encoder.size):
+            words = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+            if words in found:
+                several.add(words)
+            found[words] = token
+        return {words: token for words, token in found.items() if words not in several}
+
+    def _spelled(self, tokens: Sequence[int], *, special: bool = True) -> str:
+        return str(
+            self._encoder.tokenizer.decode(tokens, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+        )
+
+    def _check_ids(self, tokens: Sequence[int]) -> None:
+        if any(not 0 <= token < self._encoder.size for token in tokens):
+            raise Refused("wrong_tokenizer", f"a token id outside 0..{self._encoder.size - 1}")
+
+    def _check_count(self, counted: int | None, tokens: Sequence[int]) -> None:
+        if counted is not None and counted != len(tokens):
+            raise Refused("retokenised", f"{len(tokens)} tokens here, {counted} where they were served")
+
+    def _check_size(self, characters: int) -> None:
+        if characters > LONGEST_TOKEN * self._encoder.max_length:
+            raise Refused("too_long", f"more text than {self._encoder.max_length} tokens can hold")
+
+    def _check_redacted(self, tokens: Sequence[int]) -> None:
+        words = self._spelled(tokens)
+        if self._redact(words) != words:
+            raise Refused("redacted", "the token ids spell what must not be kept")

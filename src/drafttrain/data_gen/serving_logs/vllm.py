@@ -1,0 +1,95 @@
+"""vLLM's request log (`--enable-log-requests --enable-log-outputs`, VLLM_LOGGING_LEVEL=DEBUG): request and answer in lines of their own.
+
+Before 0.12 or so the line `Received request` holds the prompt; after it, a line `Request ... details`, which only the level DEBUG writes.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+
+from drafttrain.data_gen.serving_logs.exchange import Exchange, Refused
+from drafttrain.data_gen.serving_logs.untrusted import check_text
+
+QUOTED = r"""(None|'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+IDS = r"(None|\[[\d, ]*\])"
+START = re.compile(r"Received request |Request (?=\S{1,200} details: prompt: )|Generated response ")
+PREFIX = 400
+"""What a logger writes before the message is shorter; nothing behind it begins a message."""
+ASKED = re.compile(rf"(\S{{1,200}}?)(?: details)?: prompt: {QUOTED}, (?:.*?, )?prompt_token_ids: {IDS}", re.DOTALL)
+ANSWERED = re.compile(
+    rf"(\S{{1,200}}?)(?: \(streaming (complete|delta)\))?: output: {QUOTED}, (?:output_token_ids: {IDS}, )?"
+    r"finish_reason: (\S{1,40})"
+)
+WITHOUT_PROMPT = re.compile(r"\S{1,200}?: params: ")
+
+
+class Requests:
+    """Requests whose answers are awaited, by id; the oldest are given up when there are too many."""
+
+    def __init__(self, *, limit: int = 10_000) -> None:
+        self._limit = limit
+        self._waiting: dict[str, tuple[str | None, list[int] | None]] = {}
+
+    def is_vllm(self, line: str) -> bool:
+        """Tell whether a line is of this log and speaks of a request."""
+        return START.search(line, 0, PREFIX) is not None
+
+    def exchanges(self, line: str, *, id: str) -> list[Exchange]:
+        """Return the exchange that a line completes; a line that completes none gives none.
+
+        Raises:
+            Refused: The line is of another form, or an answer's request is not known.
+        """
+        start = START.search(line, 0, PREFIX)
+        assert start is not None, "is_vllm was asked before"
+        # Matched at one place only: searched for at each, a hostile line takes hours.
+        if asked := ASKED.match(line, start.end()):
+            name, prompt, prompt_ids = asked.groups()
+            self._waiting[name] = (_literal(prompt), _ids(prompt_ids))
+            while len(self._waiting) > self._limit:
+                self._waiting.pop(next(iter(self._waiting)))
+            return []
+        if WITHOUT_PROMPT.match(line, start.end()):
+            return []
+        found = ANSWERED.match(line, start.end())
+        if not found:
+            raise Refused("not_a_record", "a line of vLLM's log that is cut off, or of a form that is not known")
+        name, streamed, answer, answer_ids, finish = found.groups()
+        if streamed == "delta":
+            return []
+        known = next((self._waiting.pop(one) for one in (name, f"{name}-0") if one in self._waiting), None)
+        if known is None:
+            raise Refused("no_request", "the prompt is not logged before the answer: vLLM writes it at the level DEBUG")
+        prompt, prompt_ids = known
+        return [
+            Exchange(
+                id=name,
+                prompt=prompt,
+                answer=_literal(answer),
+                prompt_ids=prompt_ids,
+                answer_ids=_ids(answer_ids),
+                finish="" if streamed else finish,
+            )
+        ]
+
+
+def _literal(quoted: str) -> str | None:
+    """Return the text of a quoted string as Python's repr writes it; nothing else matches the pattern."""
+    try:
+        words = ast.literal_eval(quoted)
+    except (ValueError, SyntaxError) as error:
+        raise Refused("not_a_record", "a quoted text that cannot be read") from error
+    if words is None:
+        return None
+    check_text(words)
+    return str(words)
+
+
+def _ids(listed: str | None) -> list[int] | None:
+    if listed is None or listed == "None":
+        return None
+    numbers = [part.strip() for part in listed.strip("[]").split(",")]
+    if any(len(number) > 9 or (len(numbers) > 1 and not number) for number in numbers):
+        raise Refused("wrong_type", "token ids are whole numbers")
+    return [int(number) for number in numbers if number]

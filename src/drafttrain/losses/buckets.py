@@ -1,0 +1,47 @@
+"""A law of which only some tokens are known by name: each of those is an event, and all other tokens together are one.
+
+N = rows, V = vocabulary, K = tokens named, E = events: the named ones and the tail
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.records import LossRows, NamedRows
+
+NONE = -69.0
+"""Log-probability that stands for none (1e-30): logarithms stay finite."""
+
+
+def in_buckets(rows: LossRows, named: NamedRows) -> LossRows:
+    """Return the rows over the events that the target's law is known of, for any loss.
+
+    Both laws are summed over the tail, so a loss says nothing of how the drafter divides it; a distance is a lower bound of the one
+    over the whole vocabulary, and at most the tails' mass below it.
+    """
+    log_q_NV = rows.log_q_NV
+    size = log_q_NV.shape[1]
+    known_NK = (named.ids_NK >= 0) & (named.ids_NK < size)
+    ids_NK = named.ids_NK.clamp(0, size - 1)
+    log_q_NK = log_q_NV.gather(1, ids_NK).masked_fill(~known_NK, NONE)
+    log_p_NK = named.log_probs_NK.masked_fill(~known_NK, NONE).clamp_min(NONE)
+    # Unnamed places would hide token 0, were they not sent to a column of their own.
+    taken_NV = torch.zeros(len(ids_NK), size + 1, dtype=torch.bool, device=ids_NK.device)
+    taken_NV.scatter_(1, torch.where(known_NK, ids_NK, size), True)
+    tail_q_N = log_q_NV.masked_fill(taken_NV[:, :size], NONE).logsumexp(dim=-1)
+    tail_p_N = (1 - log_p_NK.double().exp().sum(dim=-1)).clamp_min(1e-30).log().to(log_p_NK.dtype)
+    is_label_NK = (ids_NK == rows.tokens_N[:, None]) & known_NK
+    labels_N = torch.where(is_label_NK.any(dim=1), is_label_NK.int().argmax(dim=1), ids_NK.shape[1])
+    return LossRows(
+        drafter_logits_NV=torch.cat([log_q_NK, tail_q_N[:, None]], dim=1),
+        target_logits_NV=torch.cat([log_p_NK, tail_p_N[:, None]], dim=1),
+        tokens_N=labels_N,
+        seed_N=rows.seed_N,
+    )
+
+
+def known_acceptance(buckets: LossRows) -> Tensor:
+    """Return the acceptance rate on the named tokens: at most the rate over all, and at least that less the tails' overlap."""
+    log_p_NK, log_q_NK = buckets.log_p_NV[:, :-1], buckets.log_q_NV[:, :-1]
+    return torch.minimum(log_p_NK, log_q_NK).exp().sum(dim=-1)

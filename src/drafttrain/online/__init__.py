@@ -1,0 +1,1 @@
+"""Learning from what a serving stack sees, without a patched engine."""

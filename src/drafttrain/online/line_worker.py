@@ -1,0 +1,119 @@
+"""Makes lines of captures in a process of its own: looking through a long answer would hold the interpreter that passes tokens on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+from typing import IO
+
+from drafttrain.data_gen.serving_logs.exchange import Refused
+from drafttrain.data_gen.serving_logs.redaction import redactor
+from drafttrain.online.capture import Capture, line_of
+
+SIZE = struct.Struct(">cQ")
+"""A message: L(ine), R(efused) or C(apture), its bytes, and they follow."""
+NICE = 5
+
+
+class LineWorker:
+    """Hands captures to the process and returns their lines; a process that died is started again.
+
+    Args:
+        redact: Take out what `redaction` knows.
+        redact_with: Dotted name of the user's function.
+    """
+
+    def __init__(self, *, redact: bool, redact_with: str | None) -> None:
+        self._settings = json.dumps({"builtin": redact, "own": redact_with})
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __call__(self, capture: Capture) -> bytes:
+        """Return the line of a capture.
+
+        Raises:
+            Refused: It must not, or cannot, be kept.
+        """
+        self.start()
+        assert self._process is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            _send(self._process.stdin, b"C", pickle.dumps(capture))
+            tag, answer = _receive(self._process.stdout)
+        except (OSError, EOFError) as error:
+            self.close()
+            raise Refused("unreadable", "the process that makes lines died of it") from error
+        if tag == b"R":
+            raise Refused(answer.decode(), "see the kinds of docs/serving_logs.md")
+        return answer
+
+    def start(self) -> None:
+        """Start the process, where it does not run."""
+        if self._process is None:
+            self._process = self._started()
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            for pipe in (self._process.stdin, self._process.stdout):
+                assert pipe is not None
+                with contextlib.suppress(OSError):
+                    pipe.close()
+            self._process.wait()
+            self._process = None
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        # The user's function is found where this process would find it.
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        command = [sys.executable, "-m", __name__, self._settings]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+
+
+def main() -> None:
+    """Answer captures on the standard input until it ends, as it does when the recorder is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(NICE)
+    settings = json.loads(sys.argv[1])
+    redact = redactor(**settings) if settings["builtin"] or settings["own"] else None
+    # What the user's function prints must not stand between the answers.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    while True:
+        try:
+            _, message = _receive(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            _send(answers, b"L", line_of(pickle.loads(message), redact))
+        except Refused as reason:
+            _send(answers, b"R", reason.kind.encode())
+        except Exception:
+            # What passes is anybody's, and whatever it does must not end the process.
+            _send(answers, b"R", b"unreadable")
+
+
+def _send(pipe: IO[bytes], tag: bytes, message: bytes) -> None:
+    pipe.write(SIZE.pack(tag, len(message)))
+    pipe.write(message)
+    pipe.flush()
+
+
+def _receive(pipe: IO[bytes]) -> tuple[bytes, bytes]:
+    head = pipe.read(SIZE.size)
+    if len(head) < SIZE.size:
+        raise EOFError
+    tag, size = SIZE.unpack(head)
+    message = pipe.read(size)
+    if len(message) < size:
+        raise EOFError
+    return tag, message
+
+
+if __name__ == "__main__":
+    main()

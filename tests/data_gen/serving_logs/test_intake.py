@@ -1,0 +1,205 @@
+"""A folder that is written while it is read: every line once, whatever becomes of its files and of the reader."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from drafttrain.core.errors import DataError
+from drafttrain.data_gen.serving_logs.intake import Intake
+from drafttrain.data_gen.serving_logs.settings import ServingLogsSettings
+from tests.data_gen.serving_logs.log_lines import chat_encoder, completion, ids
+
+ENCODER = chat_encoder(max_length=64)
+
+
+def intake(tmp_path: Path, **settings: Any) -> Intake:
+    chosen = ServingLogsSettings(path=str(tmp_path / "logs"), **{"near_duplicates": None} | settings)
+    return Intake(chosen, ENCODER, tmp_path / "taken")
+
+
+def append(path: Path, *names: str, end: str = "\n") -> None:
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as file:
+        for name in names:
+            file.write(json.dumps({"id": name} | completion(f"prompt of {name}", "answer")) + end)
+
+
+def taken(reader: Intake) -> list[str]:
+    return [served.record.id for served in reader.served()]
+
+
+def take_all(reader: Intake, **how: Any) -> list[str]:
+    while reader.take(**how) is not None:
+        pass
+    return taken(reader)
+
+
+def test_lines_are_taken_once_and_a_line_that_is_still_written_waits(tmp_path):
+    log = tmp_path / "logs" / "a.jsonl"
+    append(log, "1", "2")
+    append(log, "3", end="")
+    reader = intake(tmp_path)
+    assert take_all(reader) == ["1", "2"]
+    assert reader.take() is None
+    with log.open("a") as file:
+        file.write("\n")
+    append(log, "4")
+    assert take_all(intake(tmp_path)) == ["1", "2", "3", "4"]
+    append(tmp_path / "logs" / "b.jsonl", "5")
+    assert take_all(intake(tmp_path), max_lines=1) == ["1", "2", "3", "4", "5"]
+
+
+def rename(log: Path) -> None:
+    log.rename(log.with_name("a.jsonl.1"))
+
+
+def copy_and_truncate(log: Path) -> None:
+    shutil.copy(log, log.with_name("a.jsonl.1"))
+    os.truncate(log, 0)
+
+
+def pack(log: Path) -> None:
+    log.with_name("a.jsonl.1.gz").write_bytes(gzip.compress(log.read_bytes()))
+    log.unlink()
+
+
+@pytest.mark.parametrize("rotate", [rename, copy_and_truncate, pack])
+@pytest.mark.parametrize("read_before", [True, False])
+def test_a_rotated_file_is_read_to_its_end_and_not_twice(tmp_path, rotate, read_before):
+    log = tmp_path / "logs" / "a.jsonl"
+    reader = intake(tmp_path)
+    append(log, "1", "2")
+    if read_before:
+        take_all(reader)
+    append(log, "3")
+    rotate(log)
+    append(log, "4")
+    assert sorted(take_all(reader)) == ["1", "2", "3", "4"]
+    assert reader.counts == {"used": 4}  # No duplicate was even read.
+    assert intake(tmp_path).take() is None
+
+
+def test_a_copy_beside_its_original_and_a_gzip_file_that_is_not_whole_are_not_read(tmp_path):
+    log = tmp_path / "logs" / "a.jsonl"
+    append(log, "1", "2")
+    reader = intake(tmp_path)
+    take_all(reader)
+    shutil.copy(log, log.with_name("a.jsonl.1"))
+    packed = gzip.compress(log.read_bytes())
+    (tmp_path / "logs" / "a.jsonl.1.gz").write_bytes(packed[:-8])
+    take_all(reader)
+    append(log, "3")
+    assert take_all(reader) == ["1", "2", "3"]
+    (tmp_path / "logs" / "a.jsonl.1.gz").write_bytes(packed)
+    take_all(reader)
+    assert reader.counts["used"] == 3
+
+
+def test_a_file_that_is_written_anew_under_the_same_name_is_a_new_one(tmp_path):
+    log = tmp_path / "logs" / "a.jsonl"
+    append(log, "1", "2")
+    reader = intake(tmp_path)
+    take_all(reader)
+    os.truncate(log, 0)
+    append(log, "3", "4", "5")
+    assert take_all(reader) == ["1", "2", "3", "4", "5"]
+
+
+def test_every_line_is_accounted_for_and_duplicates_are_known_after_a_restart(tmp_path):
+    log = tmp_path / "logs" / "a.jsonl"
+    append(log, "1", "1")
+    with log.open("a") as file:
+        file.write('\n{"x": 1}\nnonsense\n')
+        file.write("[1] Received request r: prompt: 'a', params: x, prompt_token_ids: None\n")
+    reader = intake(tmp_path)
+    take_all(reader)
+    append(log, "1", "2")
+    reader = intake(tmp_path)
+    take_all(reader)
+    assert reader.counts == {"used": 2, "duplicate": 2, "not_a_record": 2, "announces": 1}
+    entries = [json.loads(line) for path in (tmp_path / "taken").glob("quarantine-*") for line in path.open()]
+    assert len(entries) == 4
+
+
+def test_what_is_taken_up_is_what_was_read_law_and_user_included(tmp_path):
+    tokens = ids("ok")
+    rows = [{f"token_id:{token}": -0.1, "token_id:9": -4.0, "token_id:8": -5.0} for token in tokens]
+    rows[1].popitem()
+    logged = {"tokens": list(rows[0])[:1] + list(rows[1])[:1], "token_logprobs": [-0.1, -0.1], "top_logprobs": rows}
+    line = completion("Q", "ok", logprobs=logged, token_ids=tokens)
+    line["request"]["user"] = "somebody"
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "a.jsonl").write_text(json.dumps(line | {"domain": "code"}) + "\n")
+    reader = intake(tmp_path)
+    reader.take()
+    (served,) = reader.served()
+    assert served.record.domain == "code"
+    assert served.record.tokens == [*ids("Q"), *tokens]
+    assert served.record.loss_mask == [False, True, True]
+    assert served.record.law.ids_NK.tolist() == [[tokens[0], 9, 8], [tokens[1], 9, -1]]
+    assert np.isneginf(served.record.law.log_probs_NK[1, 2])
+    assert served.user
+    assert "somebody" not in (tmp_path / "taken" / "batch-00000000.jsonl").read_text()
+
+
+def test_other_settings_need_another_folder(tmp_path):
+    append(tmp_path / "logs" / "a.jsonl", "1")
+    intake(tmp_path).take()
+    with pytest.raises(DataError, match="was begun with other settings"):
+        intake(tmp_path, redact=False)
+
+
+def _read_on(tmp_path: Path) -> None:
+    reader = intake(tmp_path)
+    while True:
+        if reader.take(max_lines=7) is None:
+            time.sleep(0.001)
+
+
+def survive(tmp_path: Path, *, kills: int) -> None:
+    rng = random.Random(0)
+    log = tmp_path / "logs" / "a.jsonl"
+    append(log, "first")
+    process = multiprocessing.get_context("fork")
+    names, rotations = ["first"], 0
+    for _ in range(kills):
+        child = process.Process(target=_read_on, args=(tmp_path,))
+        child.start()
+        until = time.monotonic() + rng.uniform(0.02, 0.2)
+        while time.monotonic() < until:
+            names.append(f"line {len(names)}")
+            append(log, names[-1])
+            time.sleep(0.001)
+            if rng.random() < 0.05:
+                rotations += 1
+                log.rename(log.with_name(f"a.jsonl.{10_000 - rotations}"))
+                append(log)
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+    reader = intake(tmp_path)
+    before = len(taken(reader))
+    found = take_all(reader)
+    assert sorted(found) == sorted(names)  # None is lost and none is doubled.
+    assert reader.counts == {"used": len(names)}
+    assert before > 0
+
+
+def test_a_kill_loses_no_record_and_doubles_none(tmp_path):
+    survive(tmp_path, kills=3)
+
+
+@pytest.mark.slow
+def test_twenty_kills_lose_no_record_and_double_none(tmp_path):
+    survive(tmp_path, kills=20)

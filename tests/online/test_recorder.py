@@ -1,0 +1,314 @@
+"""What passes is unchanged, what was said is written and read again, and nothing the recorder does keeps a client waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from drafttrain.data_gen.serving_logs.exchange import Refused
+from drafttrain.online.capture import Capture
+from drafttrain.online.line_worker import LineWorker
+from drafttrain.online.settings import RecorderSettings
+from tests.data_gen.serving_logs.log_lines import chat_encoder, ids, read
+from tests.online import own_redaction
+from tests.online.openai_server import Server, chat_request, post, recorded, served, status
+
+REQUESTS = {
+    "chat": chat_request("Why?"),
+    "chat, streamed": chat_request("Why now?", stream=True),
+    "completion": {"model": "m", "prompt": "Once"},
+    "completion, streamed": {"model": "m", "prompt": "Twice", "stream": True},
+}
+
+
+def texts(out: Path, **settings: Any) -> list[str]:
+    """Return the recorded texts as a source of training text reads them."""
+    records, kinds = read(out, **settings)
+    assert kinds == []
+    return [chat_encoder().tokenizer.decode(record.tokens) for record in records]
+
+
+def ask(out: Path, requests: list[dict[str, Any]], *, server: Server | None = None, **settings: Any) -> tuple[Any, ...]:
+    """Return the answers of a server and of a recorder before it, one request after the other, and the recorder."""
+
+    async def both() -> tuple[Any, ...]:
+        async with (
+            served((server or Server()).app()) as upstream,
+            recorded(upstream, out, **settings) as (address, recorder),
+            aiohttp.ClientSession() as session,
+        ):
+            direct = [await post(session, upstream, asked) for asked in requests]
+            through = [await post(session, address, asked) for asked in requests]
+        return direct, through, recorder
+
+    return asyncio.run(both())
+
+
+@pytest.mark.parametrize("extra", [{}, {"logprobs": 2}, {"token_ids": True}, {"logprobs": 2, "token_ids": True}])
+def test_answers_pass_unchanged_and_are_read_again_as_training_text(tmp_path, extra):
+    direct, through, recorder = ask(tmp_path, list(REQUESTS.values()), **extra)
+    if extra:
+        # Events are written anew where something is taken out of them: the same values.
+        direct, through = ([_values(answer) for answer in answers] for answers in (direct, through))
+    assert through == direct
+    assert recorder.files.written == 4
+    end = "" if extra else "<|end|>"  # Where ids are logged, no end is made up.
+    asked = ["<user>Why?", "<user>Why now?"]
+    template = "<assistant>" if extra.get("token_ids") else "<|end|><assistant>"
+    chats = [f"{one}{template} answer{end}" for one in asked]
+    assert sorted(texts(tmp_path, near_duplicates=None)) == sorted([*chats, f"Once answer{end}", f"Twice answer{end}"])
+    records, _ = read(tmp_path, near_duplicates=None)
+    assert all((record.law is not None) == ("logprobs" in extra) for record in records)
+
+
+def _values(answer: bytes) -> list[Any]:
+    if not answer.startswith(b"data:"):
+        return [json.loads(answer)]
+    return [json.loads(line[5:]) for line in answer.split(b"\n\n") if line and b"[DONE]" not in line]
+
+
+def test_nothing_more_is_asked_for_than_the_user_says(tmp_path):
+    server = Server()
+    ask(tmp_path / "a", [REQUESTS["chat"]], server=server)
+    (direct, _), (through, _) = server.asked
+    assert through == direct
+    server.asked.clear()
+    ask(tmp_path / "b", [REQUESTS["chat"], REQUESTS["completion"]], server=server, logprobs=3, token_ids=True)
+    more = {"return_token_ids": True, "return_tokens_as_token_ids": True}
+    assert server.asked[2][0] == REQUESTS["chat"] | more | {"logprobs": True, "top_logprobs": 3}
+    assert server.asked[3][0] == REQUESTS["completion"] | more | {"logprobs": 3}
+
+
+def test_a_client_keeps_what_it_asked_for_itself(tmp_path):
+    asked = REQUESTS["completion"] | {"logprobs": 1, "return_token_ids": True}
+    direct, through, _ = ask(tmp_path, [asked], logprobs=5, token_ids=True)
+    assert through == direct
+    assert json.loads(through[0])["choices"][0]["token_ids"] == ids(" answer")
+
+
+def test_other_requests_pass_and_credentials_reach_the_server_and_no_file(tmp_path):
+    async def run() -> None:
+        server = Server()
+        async with (
+            served(server.app()) as upstream,
+            recorded(upstream, tmp_path) as (address, recorder),
+            aiohttp.ClientSession() as session,
+        ):
+            async with session.get(address + "/v1/models?a=%20b") as answer:
+                assert (await answer.json())["query"] == "a=%20b"
+                assert answer.headers["X-Server"] == "yes"
+            async with session.get(address + "/nowhere") as answer:
+                assert answer.status == 404
+            await post(session, address, REQUESTS["chat"] | {"api_key": "hunter2hunter2", "user": "someone"})
+            assert server.asked[0][1]["Authorization"] == "Bearer very-secret-token-1234"
+            await post(session, address, {"prompt": "fail"})
+            assert recorder.counts == {"passed": 2, "offered": 1, "failed": 1}
+
+    asyncio.run(run())
+    written = "".join(path.read_text() for path in tmp_path.iterdir())
+    assert "Why?" in written
+    for secret in ("very-secret-token-1234", "hunter2", "someone", "Authorization"):
+        assert secret not in written
+
+
+def test_what_must_be_hidden_is_not_written_and_neither_are_ids_that_spell_it(tmp_path):
+    asked = [chat_request("I am bob@mail.example"), {"model": "m", "prompt": ids("bob@mail.example")}]
+    _, through, recorder = ask(tmp_path, asked, logprobs=2, token_ids=True)
+    assert all(json.loads(answer)["choices"] for answer in through)
+    assert recorder.files.dropped == {"ids_only": 1}
+    (line,) = [json.loads(line) for path in tmp_path.iterdir() for line in path.open()]
+    assert line["request"]["messages"][0]["content"] == "I am [e-mail]"
+    assert not {"prompt_token_ids", "token_ids", "logprobs"} & {*line["response"], *line["response"]["choices"][0]}
+    assert texts(tmp_path) == ["<user>I am [e-mail]<|end|><assistant> answer<|end|>"]
+
+
+def test_files_are_rotated_by_size_and_a_full_queue_drops_and_counts(tmp_path):
+    asked = [chat_request(f"Question {number}") for number in range(6)]
+    _, _, recorder = ask(tmp_path / "a", asked, rotate_bytes=400)
+    assert recorder.files.written == 6
+    assert len(list((tmp_path / "a").iterdir())) >= 3
+    assert len(texts(tmp_path / "a")) == 6
+    direct, through, recorder = ask(tmp_path / "b", asked, queue_bytes=10)
+    assert through == direct
+    assert recorder.files.dropped == {"slow": 6}
+    _, through, recorder = ask(tmp_path / "c", asked, record_bytes=10)
+    assert through == direct
+    assert recorder.files.dropped == {"too_large": 6}
+
+
+def test_an_unreachable_server_is_told_and_a_client_that_leaves_is_counted(tmp_path):
+    async def run() -> None:
+        async with recorded("http://127.0.0.1:9", tmp_path) as (address, recorder), aiohttp.ClientSession() as session:
+            answer = json.loads(await post(session, address, REQUESTS["chat"]))
+            assert answer["error"]["type"] == "bad_gateway"
+            assert recorder.counts == {"failed": 1}
+        async with (
+            served(Server("x" * 200, pause=0.002).app()) as upstream,
+            recorded(upstream, tmp_path) as (address, recorder),
+        ):
+            async with aiohttp.ClientSession() as session:
+                asked = REQUESTS["chat, streamed"]
+                async with session.post(address + "/v1/chat/completions", json=asked) as response:
+                    await response.content.readany()
+                    response.close()
+            for _ in range(100):
+                if recorder.counts["aborted"]:
+                    break
+                await asyncio.sleep(0.01)
+            assert recorder.counts == {"aborted": 1}
+            assert recorder.files.written == 0
+
+    asyncio.run(run())
+
+
+# ---------------------------------------------------------------- the command, as a process
+
+
+class Process:
+    """`drafttrain record` in a process of its own."""
+
+    def __init__(self, upstream: str, out: Path, *, limit_bytes: int | None = None) -> None:
+        def limited() -> None:
+            if limit_bytes is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+
+        command = [
+            sys.executable,
+            "-m",
+            "drafttrain.cli",
+            "record",
+            "--upstream",
+            upstream,
+            "--port",
+            "0",
+            "--out",
+            str(out),
+        ]
+        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=limited)
+        assert self._process.stderr is not None
+        line = self._process.stderr.readline()
+        found = re.search(r"recording on (http://127\.0\.0\.1:\d+) ", line)
+        assert found, line + self._process.stderr.read()
+        self.address = found.group(1)
+
+    def stop(self, number: signal.Signals) -> tuple[int, str]:
+        """Send a signal and return the exit code and what was said since."""
+        os.kill(self._process.pid, number)
+        said = self._process.communicate(timeout=20)[1]
+        return self._process.returncode, said
+
+
+def test_sigterm_lets_open_requests_finish_and_writes_all_that_waits(tmp_path):
+    async def run() -> None:
+        async with served(Server("slow answer", pause=0.05).app()) as upstream, aiohttp.ClientSession() as session:
+            process = await asyncio.to_thread(Process, upstream, tmp_path)
+            asking = asyncio.create_task(post(session, process.address, REQUESTS["chat, streamed"]))
+            await asyncio.sleep(0.2)
+            code, said = await asyncio.to_thread(process.stop, signal.SIGTERM)
+            assert (await asking).endswith(b"[DONE]\n\n")
+            assert code == 0
+            assert "1 records written" in said
+
+    asyncio.run(run())
+    assert texts(tmp_path) == ["<user>Why now?<|end|><assistant>slow answer<|end|>"]
+
+
+def test_where_the_disk_is_full_requests_succeed_and_drops_are_counted(tmp_path):
+    async def run() -> None:
+        async with served(Server("y" * 100).app()) as upstream, aiohttp.ClientSession() as session:
+            process = await asyncio.to_thread(Process, upstream, tmp_path, limit_bytes=200)
+            direct = await post(session, upstream, REQUESTS["chat"])
+            for _ in range(3):
+                assert await post(session, process.address, REQUESTS["chat"]) == direct
+            code, said = await asyncio.to_thread(process.stop, signal.SIGTERM)
+            assert code == 0
+            assert "0 records written" in said
+            assert "dropped: disk 3" in said
+
+    asyncio.run(run())
+    assert all(path.stat().st_size == 0 for path in tmp_path.iterdir())
+
+
+def kill(tmp_path: Path, *, times: int) -> None:
+    acknowledged: set[str] = set()
+
+    async def run() -> None:
+        asked = 0
+        async with served(Server().app()) as upstream:
+            for turn in range(times):
+                process = await asyncio.to_thread(Process, upstream, tmp_path)
+                async with aiohttp.ClientSession() as session:
+                    for _ in range(7 + 5 * turn):
+                        asked += 1
+                        await post(session, process.address, chat_request(f"Question {asked}"))
+                    written = 0
+                    while not written:  # Some of them: the others are lost or not, and nobody was told.
+                        written = (await status(session, process.address))["written"]
+                await asyncio.to_thread(process.stop, signal.SIGKILL)
+                # They are written in the order in which they were asked.
+                acknowledged.update(f"Question {asked - (7 + 5 * turn) + n + 1}" for n in range(written))
+
+    asyncio.run(run())
+    found = [re.findall(r"Question \d+", text)[0] for text in texts(tmp_path, near_duplicates=None)]
+    assert acknowledged
+    assert acknowledged <= set(found)
+    assert len(set(found)) == len(found)
+
+
+def test_a_kill_loses_no_record_that_was_acknowledged(tmp_path):
+    kill(tmp_path, times=1)
+
+
+@pytest.mark.slow
+def test_twenty_kills_lose_no_record_that_was_acknowledged(tmp_path):
+    kill(tmp_path, times=20)
+
+
+def test_only_this_machine_is_listened_to_unless_told_otherwise_and_a_wrong_address_is_told():
+    assert RecorderSettings(upstream="http://x", out=Path(), port=0).host == "127.0.0.1"
+    command = [
+        sys.executable,
+        "-m",
+        "drafttrain.cli",
+        "record",
+        "--upstream",
+        "localhost:8000",
+        "--port",
+        "0",
+        "--out",
+        "x",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--upstream: must be an address such as http://127.0.0.1:8000" in done.stderr
+
+
+def test_lines_are_made_in_another_process_that_may_die_and_print(tmp_path):
+    def capture(text: str) -> Capture:
+        asked, answered = {"prompt": text}, {"choices": [{"text": " ok", "finish_reason": "stop"}]}
+        return Capture("r", "/v1/completions", json.dumps(asked).encode(), json.dumps(answered).encode(), False, 0.0)
+
+    worker = LineWorker(redact=True, redact_with=f"{own_redaction.__name__}.printing")
+    try:
+        assert (
+            json.loads(worker(capture("I am Rumpelstilzchen, a@b.example")))["request"]["prompt"]
+            == "I am [name], [e-mail]"
+        )
+        with pytest.raises(Refused, match="unreadable"):
+            worker(capture("die"))
+        assert json.loads(worker(capture("again")))["request"]["prompt"] == "again"
+        with pytest.raises(Refused, match="not_json"):
+            worker(Capture("r", "", b"{", b"{", False, 0.0))
+    finally:
+        worker.close()
