@@ -669,6 +669,7 @@ def _training_result(run: Run) -> dict[str, Any]:
 
 def _export(run: Run) -> None:
     """Export the best weights, evaluate the files in a process of their own, write card and report, hold the gate."""
+    from drafttrain.eval.evaluate import read_result
     from drafttrain.eval.gate import shortfalls
     from drafttrain.eval.report import write_report
     from drafttrain.eval.table import show
@@ -679,9 +680,10 @@ def _export(run: Run) -> None:
     of_head = recipe.head is not None
     exported, rejected = (folder.head, folder.rejected_head) if of_head else (folder.drafter, folder.rejected)
     done = _training_result(run)
-    if folder.eval.exists() and (exported.exists() or rejected.exists()):
+    before = read_result(folder.eval)
+    if before is not None and (exported.exists() or rejected.exists()):
         say("export and evaluation: done before, skipped")
-        result = json.loads(folder.eval.read_text(encoding="utf-8"))
+        result = before
         show(result)
     else:
         if of_head:

@@ -1,12 +1,14 @@
 """Figures from counts, by hand; intervals that know what was paired; prompts and gate that say what is wrong."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from drafttrain.core.errors import DataError
 from drafttrain.core.records import Generation, Round
+from drafttrain.eval.evaluate import FORMAT, read_result
 from drafttrain.eval.gate import shortfalls
 from drafttrain.eval.metrics import counts_of, mbsu, totals_of
 from drafttrain.eval.prompts import read_prompts
@@ -128,3 +130,12 @@ def test_all_bad_prompts_are_told_at_once(tmp_path):
     assert byte_tokenizer().decode(list(prompt.tokens)) == "abcd"
     with pytest.raises(DataError, match="no prompt is left"):
         read_prompts(str(path), byte_tokenizer(), prompt_tokens=4, dropped=["a"])
+
+
+def test_a_result_of_another_layout_is_made_anew(tmp_path: Path) -> None:
+    path = tmp_path / "eval.json"
+    assert read_result(path) is None
+    path.write_text(json.dumps({"format": FORMAT - 1}))
+    assert read_result(path) is None
+    path.write_text(json.dumps({"format": FORMAT}))
+    assert read_result(path) == {"format": FORMAT}

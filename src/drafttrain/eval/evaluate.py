@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ from drafttrain.eval.statistics import ratio_difference, ratio_interval, ratio_o
 from drafttrain.heads import check_made_for
 from drafttrain.target import Target
 
-FORMAT = 1
+FORMAT = 2
 """Version of eval.json; docs/eval_json.md describes it."""
 
 
@@ -50,6 +51,14 @@ class Arm:
     """The one given, or a drafter's own: with the adapters that it was exported with."""
     drafter: Drafter | None = None
     generations: list[Generation] = field(default_factory=list)
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """Return what an eval.json holds; None: there is none, or one of another format, which is made anew."""
+    if not path.exists():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return result if result.get("format") == FORMAT else None
 
 
 def evaluate(
