@@ -25,21 +25,23 @@ from drafttrain.eval.length.expected_cost import ExpectedCost, ExpectedCostSetti
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.statistics import ratio_difference, ratio_interval
+from drafttrain.heads import check_made_for
 from drafttrain.target import Target, TargetSettings
 from drafttrain.target.frozen import resolve_folder
 
 FIXED = (1, 2, 3, 4, 5, 6, 8, 10)
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 MAX_TOKENS = 12
-TOGETHER = 8
 
 
-def decode(target: Target, drafter: Any, policy: Any, prompts: Sequence[Prompt], *, new: int) -> list[Generation]:
+def decode(
+    target: Target, drafter: Any, policy: Any, prompts: Sequence[Prompt], *, new: int, together: int
+) -> list[Generation]:
     """Return the outputs of one arm."""
     engine = Engine(
         target, drafter.proposer(target), rule=Lossless(), policy=policy, sampling=Sampling(), max_new_tokens=new
     )
-    groups = [prompts[start : start + TOGETHER] for start in range(0, len(prompts), TOGETHER)]
+    groups = [prompts[start : start + together] for start in range(0, len(prompts), together)]
     return [one for group in groups for one in engine.generate(group)]
 
 
@@ -63,10 +65,12 @@ if __name__ == "__main__":
     parser.add_argument("--prompts", default="builtin:test")
     parser.add_argument("--num-prompts", type=int, default=48)
     parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--together", type=int, default=8, help="Prompts decoded together.")
     parser.add_argument("--costs", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.4])
     chosen = parser.parse_args()
     target = Target.load(TargetSettings(model=chosen.target))
     drafter = read_drafter(resolve_folder(chosen.drafter), target).eval()
+    check_made_for(chosen.head, target=target, drafter=resolve_folder(chosen.drafter))
     prompts = read_prompts(chosen.prompts, target.tokenizer, prompt_tokens=48, limit=chosen.num_prompts)
     half = len(prompts) // 2
     head = str(chosen.head)
@@ -80,7 +84,7 @@ if __name__ == "__main__":
     found: dict[str, list[Generation]] = {}
     with progress("decoding", total=len(policies), unit="arms") as bar:
         for name, policy in policies.items():
-            found[name] = decode(target, drafter, policy, prompts, new=chosen.new)
+            found[name] = decode(target, drafter, policy, prompts, new=chosen.new, together=chosen.together)
             bar.advance(1)
     assert all([g.tokens for g in arm] == [g.tokens for g in found["fixed 1"]] for arm in found.values())
     rows = []

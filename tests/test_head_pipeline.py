@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from drafttrain import pipeline
 from drafttrain.config.load import load_recipe
-from drafttrain.core.errors import GateError
+from drafttrain.core.errors import CheckpointError, GateError, RecipeError
 from drafttrain.core.files import sha256_of
 
 RECIPE = """
@@ -52,7 +52,7 @@ def recipe(tmp_path, tiny_folder, save_llama) -> Path:
     return path
 
 
-def test_a_head_goes_all_the_way_and_its_models_stay_as_they_are(recipe, tmp_path, capfd):
+def test_a_head_goes_all_the_way_and_its_models_stay_as_they_are(recipe, tmp_path, save_llama, capfd):
     loaded = load_recipe(recipe)
     frozen = [Path(loaded.head.drafter) / "model.safetensors", Path(loaded.target.model) / "model.safetensors"]
     before = [sha256_of(path) for path in frozen]
@@ -78,6 +78,45 @@ def test_a_head_goes_all_the_way_and_its_models_stay_as_they_are(recipe, tmp_pat
     capfd.readouterr()
     pipeline.fit(loaded, folder)
     assert capfd.readouterr().err.count("done before, skipped") == 2
+    # Its head goes with these two models and with no others.
+    with_head = [
+        *(f"eval.{key}={value}" for key, value in {"prompts": loaded.eval.prompts, "num_prompts": 1}.items()),
+        *("eval.max_new_tokens=2", "eval.temperatures=[0]", "eval.speed_prompts=0", "eval.resamples=100"),
+        f"eval.length={{kind: cumulative_reject, head: {folder / 'head'}}}",
+    ]
+    pipeline.evaluate_drafters([loaded.head.drafter], loaded.target.model, with_head, out=tmp_path)
+    other = str(save_llama(seed=7, num_layers=1))
+    with pytest.raises(CheckpointError, match=r"made for the drafter \S+ \(\w+\), not \S+ \(\w+\)\. Train a head"):
+        pipeline.evaluate_drafters([other], loaded.target.model, with_head, out=tmp_path)
+
+
+DRAFTER = """
+name: made
+target: {{model: null, tokenizer: {tokenizer}}}
+drafter: {{kind: causal_lm, num_layers: 1, hidden_size: 32, num_heads: 1}}
+loss: {{kind: ce}}
+data: {{max_length: 40, sources: [{{kind: text, path: {text}}}], overlap_ngram: 0}}
+train: {{max_steps: 4, batch_size: 4, warmup_steps: 1, eval_every_steps: 0, loggers: [csv]}}
+"""
+
+
+def test_a_model_that_another_recipe_makes_is_made_first_and_once(recipe, tmp_path, tiny_folder, capfd):
+    made, runs = tmp_path / "made.yaml", tmp_path / "runs"
+    made.write_text(DRAFTER.format(tokenizer=tiny_folder, text=tmp_path / "text.txt"))
+    loaded = load_recipe(recipe, [f"head.drafter=recipe:{made}"])
+    for first in (True, False):
+        pipeline.gen(loaded, runs / "head")
+        said = capfd.readouterr().err
+        assert f"head: drafter is what made makes: {runs / 'made'}" in said
+        assert ("training: done before, skipped" in said) is not first
+    assert load_recipe(runs / "head").head.drafter == str(runs / "made" / "drafter")
+    assert (runs / "made" / "drafter" / "model.safetensors").exists()
+    assert loaded.head.drafter == f"recipe:{made}", "the recipe that was given is not changed"
+    made.write_text(
+        made.read_text().replace("num_layers", f"init: checkpoint, checkpoint: 'recipe:{made}', num_layers")
+    )
+    with pytest.raises(RecipeError, match="cannot need what it makes: head needs made needs made"):
+        pipeline.gen(loaded, tmp_path / "other" / "head")
 
 
 @pytest.mark.slow

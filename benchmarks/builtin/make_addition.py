@@ -1,7 +1,13 @@
-"""Writes what the addition task needs: its tokenizer (words apart by spaces) and its evaluation prompts, held-out problems."""
+"""Writes what the addition task needs: its tokenizer (words apart by spaces) and its prompts, held-out problems.
+
+`addition` is for choosing settings by, `addition_test` for what is reported: no problem is in both. What is then left of the
+held-out side is in no file and has never been decoded.
+"""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -10,7 +16,7 @@ from drafttrain.data_gen.sources.addition import VOCABULARY, Addition, AdditionS
 
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "drafttrain"
 END, UNKNOWN = "<|end|>", "<|unknown|>"
-NUM_PROMPTS = 200
+NUM_VALIDATION, NUM_TEST = 200, 500
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -22,14 +28,23 @@ def write_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def write_prompts(path: Path) -> None:
-    """Write problems of the held-out side, each once, with their answers."""
-    source = Addition(AdditionSettings(num_records=2 * NUM_PROMPTS, num_digits=2, split="held_out", seed=1))
+def held_out_problems(*, num_records: int, seed: int) -> dict[str, dict[str, Any]]:
+    """Return problems of the held-out side with their answers, each once, by their text."""
+    source = Addition(AdditionSettings(num_records=num_records, num_digits=2, split="held_out", seed=seed))
     values = {item.value["prompt"]: item.value for item in source.items()}
-    kept = [{key: value[key] for key in ("id", "prompt", "answer", "chat")} for value in values.values()]
-    path.write_text("".join(json.dumps(value) + "\n" for value in kept[:NUM_PROMPTS]), encoding="utf-8")
+    return {text: {key: value[key] for key in ("id", "prompt", "answer", "chat")} for text, value in values.items()}
+
+
+def write_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
+    """Write JSON lines."""
+    path.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
 
 
 if __name__ == "__main__":
     write_tokenizer(PACKAGE / "builtin" / "addition")
-    write_prompts(PACKAGE / "eval" / "prompts_data" / "addition.jsonl")
+    prompts = PACKAGE / "eval" / "prompts_data"
+    validation = list(held_out_problems(num_records=2 * NUM_VALIDATION, seed=1).values())[:NUM_VALIDATION]
+    write_lines(prompts / "addition.jsonl", validation)
+    used = {value["prompt"] for value in validation}
+    fresh = [value for text, value in held_out_problems(num_records=20_000, seed=2).items() if text not in used]
+    write_lines(prompts / "addition_test.jsonl", fresh[:NUM_TEST])

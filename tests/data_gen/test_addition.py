@@ -1,11 +1,14 @@
 """The addition task: right, of known words, its sides apart."""
 
+import json
 import random
 
 import pytest
 
+from drafttrain.config.load import load_recipe
 from drafttrain.data_gen.checkers.numeric import Numeric, NumericSettings
 from drafttrain.data_gen.sources.addition import WORDINGS, Addition, AdditionSettings, problem, solution
+from drafttrain.eval.prompts import prompt_file
 from drafttrain.target.frozen import load_tokenizer, resolve_folder
 
 
@@ -44,3 +47,24 @@ def test_every_word_is_a_token_of_the_builtin_tokenizer():
         assert tokenizer.unk_token_id not in ids
         assert len(ids) == len(text.split())
         assert tokenizer.decode(ids) == text
+
+
+def test_no_test_prompt_was_trained_on_or_chosen_by():
+    """The recipes of target, drafter and judge never read a problem that their figures are reported on."""
+
+    def problems(name: str) -> set[str]:
+        sources = [source for source in load_recipe(name).data.sources if source.kind == "addition"]
+        assert sources
+        return {item.value["prompt"] for source in sources for item in Addition(source).items()}
+
+    def prompts(name: str) -> list[str]:
+        return [json.loads(line)["prompt"] for line in prompt_file(name).read_text().splitlines()]
+
+    reported, chosen_by = prompts("builtin:addition_test"), prompts("builtin:addition")
+    assert len(set(reported)) == len(reported) == 500
+    assert not set(reported) & set(chosen_by)
+    for name in ("tiny_judge", "tiny_judge_target", "tiny_judge_drafter"):
+        assert not set(reported) & problems(name)
+    # The control: the comparison sees a problem that two draws of one side share.
+    drawn = Addition(AdditionSettings(num_records=300, split="held_out", seed=3)).items()
+    assert set(reported) & {item.value["prompt"] for item in drawn}

@@ -16,6 +16,11 @@ from drafttrain.data_gen.annotate.marked import Marked, MarkedSettings, labels_o
 from drafttrain.data_gen.annotate.states import states_of
 from drafttrain.data_gen.checkers.numeric import NumericSettings
 from drafttrain.data_gen.formats import Encoder
+from drafttrain.data_gen.labelled import annotate
+from drafttrain.data_gen.prepare import TrainingData
+from drafttrain.data_gen.settings import DataSettings
+from drafttrain.data_gen.sources import Item
+from drafttrain.data_gen.store import open_store
 from drafttrain.drafters.causal_lm import CausalLMDrafter
 from drafttrain.target.anatomy import final_norm, head_logits
 from tests.conftest import random_llama
@@ -159,3 +164,35 @@ def test_marks_that_fit_nothing_are_refused(frozen, tmp_path):
         marked.label([record])
     with pytest.raises(DataError, match="no line with id 'z'"):
         marked.label([Record("z", [1, 2], [False, True])])
+
+
+@pytest.mark.parametrize("clean", [0, 19, 40])
+def test_a_judge_is_not_trained_where_one_label_is_rare(frozen, tmp_path, clean):
+    """Answers of two letters, the second a mistake in those that are not clean."""
+    items = [
+        {"id": str(i), "prompt": f"{i}?", "completion": "ab", "errors": [] if i < clean else [[0, 2]]}
+        for i in range(40)
+    ]
+
+    class Lines:
+        def items(self) -> Any:
+            yield from (Item(item["id"], {k: v for k, v in item.items() if k != "errors"}) for item in items)
+
+    encoder = Encoder(frozen.target.tokenizer, 64)
+    store = open_store(tmp_path / "store", Lines(), encoder, about={"source": {"kind": "lines"}})
+    sources = DataSettings(sources=[type("S", (), {"kind": "lines", "weight": 1.0})()])
+    data = TrainingData([store], sources, encoder, seed=0)
+    path = write_marked(tmp_path / "m.jsonl", *items)
+
+    def labelled(**settings: Any) -> Any:
+        return annotate(MarkedSettings(path=path, **settings), data, frozen, tmp_path / str(settings))
+
+    if clean == 19:
+        assert 0.3 < float(labelled().train.labels_N.mean()) < 0.7
+        with pytest.raises(DataError, match=r"data.annotate.min_share asks for 49% of both"):
+            labelled(min_share=0.49)
+    else:
+        share = f"{clean / 40:.1%} of the draft tokens are good enough to keep and {1 - clean / 40:.1%} are not"
+        with pytest.raises(DataError, match=f"{share}; data.annotate.min_share asks for 10% of both"):
+            labelled()
+        labelled(min_share=0.0)

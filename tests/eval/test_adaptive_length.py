@@ -19,6 +19,7 @@ from drafttrain.eval.length.cumulative_reject import CumulativeReject, Cumulativ
 from drafttrain.eval.length.expected_cost import ExpectedCost, ExpectedCostSettings
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.heads.acceptance import AcceptanceHead, AcceptanceSettings
+from tests.drafters.feature_models import feature_drafter, feature_target
 from tests.eval.test_engine import PROMPTS, V, chi_square, decode, greedy, noisy, small_target
 from tests.eval.test_engine import target as target
 
@@ -71,6 +72,31 @@ def test_greedy_output_is_the_targets_own_and_no_forward_is_wasted(target, tmp_p
         assert len(set(drafted)) > 1, "the policy decides something"
         assert ledger.calls("drafter") == sum(drafted)
         ledger.events.clear()
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("kangaroo", {"exit_layer": 2}), ("eagle", {}), ("eagle3", {"draft_vocab_size": 120})]
+)
+@pytest.mark.parametrize("name", ["cumulative", "cost"])
+def test_drafters_on_the_targets_features_stop_by_a_head_too(kind, settings, name, tmp_path):
+    """Alone and together, greedy and drawn: the target's own text, or the same draws; lengths differ from round to round."""
+    target = feature_target()
+    drafter = feature_drafter(kind, target, **settings)
+    head = write_head(tmp_path, 32)
+
+    def found(prompts: Any, temperature: float) -> list[Any]:
+        weighed = ExpectedCostSettings(draft_cost=1, target_cost=4, max_tokens=5, head=head)
+        policy = cumulative(head, 0.5, max_tokens=5) if name == "cumulative" else ExpectedCost(weighed)
+        proposer = drafter.proposer(target)
+        return decode(target, proposer, prompts=prompts, temperature=temperature, policy=policy, new=24, stop_tokens=())
+
+    for prompt, one in zip(PROMPTS, found(PROMPTS, 0.0), strict=True):
+        assert one.tokens == greedy(target, prompt, 24)
+    drafted = {part.num_draft_tokens for one in found(PROMPTS, 1.0) for part in one.rounds if part.start < 18}
+    assert len(drafted) > 1, "the policy decides something"
+    if name == "cumulative":  # the other one learns from all sequences
+        alone = [found([prompt], 1.0)[0] for prompt in PROMPTS]
+        assert [(one.tokens, one.rounds) for one in alone] == [(o.tokens, o.rounds) for o in found(PROMPTS, 1.0)]
 
 
 @pytest.fixture(scope="module")

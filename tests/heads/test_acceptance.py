@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from drafttrain.core.errors import CheckpointError
-from drafttrain.heads import HeadRows, MadeFor, load_head, probabilities
+from drafttrain.heads import HeadRows, MadeFor, check_made_for, load_head, probabilities
 from drafttrain.heads.acceptance import AcceptanceHead, AcceptanceSettings, prior_corrected
+from drafttrain.target.frozen import fingerprint_of
 
 
 def head(**settings: object) -> AcceptanceHead:
@@ -60,6 +62,14 @@ def test_blocks_have_weights_of_their_own():
     assert torch.equal(one.blocks[0].linear.weight, head(num_blocks=3).blocks[0].linear.weight)
 
 
+def test_with_rms_norm_the_scale_of_a_state_does_not_matter():
+    states_ND, factors_N1 = torch.randn(6, 8), torch.tensor([0.1, 1, 3, 20, 50, 400.0])[:, None]
+    torch.testing.assert_close(
+        head(rms_norm=True)(states_ND * factors_N1), head(rms_norm=True)(states_ND), rtol=0, atol=1e-3
+    )
+    assert not torch.allclose(head()(states_ND * factors_N1), head()(states_ND), atol=0.1)  # the control
+
+
 def test_the_loss_of_a_step_does_not_depend_on_its_micro_batches():
     from drafttrain.data_gen.labelled import RowOrder
     from drafttrain.losses.chunked import normalised
@@ -106,3 +116,23 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 16}))
     with pytest.raises(CheckpointError, match="no weights of this head"):
         load_head(tmp_path, kind="acceptance")
+
+
+def test_a_head_goes_with_the_models_that_it_was_made_for_and_with_no_others(tmp_path, tiny_target, save_llama):
+    drafter, other = save_llama(seed=0, num_layers=1), save_llama(seed=1, num_layers=1)
+    own = MadeFor(tiny_target.name, tiny_target.fingerprint, str(drafter), fingerprint_of(drafter))
+    folders = {name: tmp_path / name for name in ("own", "of_another_target", "unsaid")}
+    for folder in folders.values():
+        folder.mkdir()
+    head().save(folders["own"], own)
+    head().save(folders["of_another_target"], replace(own, target="other/target", target_fingerprint="0" * 16))
+    head().save(folders["unsaid"])
+    check_made_for(folders["own"], target=tiny_target, drafter=drafter)
+    check_made_for(folders["unsaid"], target=tiny_target, drafter=other)
+    for name, used, told in [
+        ("own", other, "made for the drafter"),
+        ("of_another_target", drafter, r"made for the target other/target \(0{16}\), not"),
+        ("of_another_target", other, r"made for the target .* and the drafter"),
+    ]:
+        with pytest.raises(CheckpointError, match=told):
+            check_made_for(folders[name], target=tiny_target, drafter=used)

@@ -70,6 +70,7 @@ class CausalLMDrafter(Drafter):
 
     kind = "causal_lm"
     lag = 0
+    recomputes = True
     serving: ClassVar[str] = (
         '    assistant = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")\n'
         "    target.generate(**inputs, assistant_model=assistant)"
@@ -99,6 +100,10 @@ class CausalLMDrafter(Drafter):
             check_same_tokenizer(tokenizer, load_tokenizer(folder), drafter=settings.checkpoint)
             model = load_causal_lm(folder)
         return cls(model, draft=settings.draft)
+
+    def recompute_activations(self) -> None:
+        """Keep only what enters each layer."""
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def forward(self, batch: DraftBatch) -> DraftOutput:
         """Return the states of depth 1."""

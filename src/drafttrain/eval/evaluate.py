@@ -30,6 +30,7 @@ from drafttrain.eval.quality import agreement, solved, task_score
 from drafttrain.eval.replay import Text, expected_rounds, replay_rows
 from drafttrain.eval.settings import EvalSettings, length_label
 from drafttrain.eval.statistics import ratio_difference, ratio_interval, ratio_of_ratios, sign_flip_p_value
+from drafttrain.heads import check_made_for
 from drafttrain.target import Target
 
 FORMAT = 1
@@ -60,6 +61,10 @@ def evaluate(
         folders: Drafters by name; the first is the one that is judged, others are compared with it, paired.
     """
     prompts = list(prompts)[: settings.num_prompts]
+    for part in (settings.rule, settings.length, *settings.also):
+        if getattr(part, "head", None) is not None:
+            for folder in folders.values():
+                check_made_for(Path(part.head), target=target, drafter=folder)
     drafters = {name: read_drafter(folder, target) for name, folder in folders.items()}
     targets = {name: drafter.adapted(target) for name, drafter in drafters.items()}
     began = time.perf_counter()

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.registry import Registry
+from drafttrain.target import Target
+from drafttrain.target.frozen import fingerprint_of
 
 heads = Registry("head", "drafttrain.heads")
 
@@ -122,24 +124,56 @@ def load_head(folder: Path, *, kind: str) -> LoadedHead:
     Raises:
         CheckpointError: The folder is missing or damaged, or holds a head of another kind.
     """
+    config = _config(folder)
+    if config["kind"] != kind:
+        raise CheckpointError(f"{folder}: holds a head of kind {config['kind']!r}, {kind!r} is needed here")
+    entry = heads.entry(kind)
+    head: TokenHead = entry.component(entry.settings(**config["settings"]), config["hidden_size"])
+    try:
+        head.load_state_dict(load_file(folder / WEIGHTS))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS}: no weights of this head: {error}") from error
+    return LoadedHead(head.eval().requires_grad_(False), config["made_for"])
+
+
+def check_made_for(folder: Path, *, target: Target, drafter: Path) -> None:
+    """Refuse a head that was trained on other frozen models than these: its chances mean nothing of them.
+
+    A head that does not say what it was made for passes.
+
+    Raises:
+        CheckpointError: Naming every model that is another.
+    """
+    made: MadeFor | None = _config(folder)["made_for"]
+    if made is None:
+        return
+    others = []
+    if made.target_fingerprint != target.fingerprint:
+        others.append(f"the target {made.target} ({made.target_fingerprint}), not {target.name} ({target.fingerprint})")
+    if made.drafter_fingerprint != (found := fingerprint_of(drafter)):
+        others.append(f"the drafter {made.drafter} ({made.drafter_fingerprint}), not {drafter} ({found})")
+    if others:
+        raise CheckpointError(
+            f"{folder}: this head was made for {' and '.join(others)}. Train a head for these models, or pass those that it "
+            "was made for."
+        )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Return kind, settings, hidden_size and made_for as the folder of a head says them."""
     path = folder / CONFIG
     if not path.is_file():
         raise CheckpointError(f"{folder}: no {CONFIG} here: not the folder of a head")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        found, settings, hidden_size = config["kind"], config["settings"], int(config["hidden_size"])
-        made_for = MadeFor(**config["made_for"]) if "made_for" in config else None
+        return {
+            "kind": config["kind"],
+            "settings": config["settings"],
+            "hidden_size": int(config["hidden_size"]),
+            "made_for": MadeFor(**config["made_for"]) if "made_for" in config else None,
+        }
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: not the configuration of a head: {error!r}") from error
-    if found != kind:
-        raise CheckpointError(f"{folder}: holds a head of kind {found!r}, {kind!r} is needed here")
-    entry = heads.entry(kind)
-    head: TokenHead = entry.component(entry.settings(**settings), hidden_size)
-    try:
-        head.load_state_dict(load_file(folder / WEIGHTS))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS}: no weights of this head: {error}") from error
-    return LoadedHead(head.eval().requires_grad_(False), made_for)
 
 
 @torch.no_grad()

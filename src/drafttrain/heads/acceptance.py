@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid, silu
+from torch.nn.functional import logsigmoid, rms_norm, silu
 
 from drafttrain.core.settings import setting
 from drafttrain.heads import TokenHead, heads
@@ -18,8 +18,14 @@ from drafttrain.heads import TokenHead, heads
 class AcceptanceSettings:
     """Predicts whether a draft token will be kept; a length policy stops drafting by it."""
 
-    drafter: str = setting("builtin:drafter", help="Folder or hub id of the frozen drafter that it reads.")
+    drafter: str = setting(
+        "builtin:drafter", help="Folder or hub id of the frozen drafter that it reads, or recipe:NAME, made first."
+    )
     num_blocks: int = setting(3, help="Residual blocks, each with weights of its own.", ge=0)
+    rms_norm: bool = setting(
+        False,
+        help="Scale each state to a root mean square of 1 first: for drafters that hand out states before their norm (EAGLE).",
+    )
     reject_weight: float = setting(6.0, help="Weight of the part of a label that says reject.", gt=0)
     prior_correct: bool = setting(
         True, help="Take the bias that reject_weight brings out of the predicted chance again; false: as published."
@@ -58,6 +64,8 @@ class AcceptanceHead(TokenHead):
     def forward(self, features_ND: Tensor) -> Tensor:
         """Return the logit of each row; biased towards rejection by `reject_weight`."""
         states_ND = features_ND.to(self.output.weight.dtype)
+        if self.settings.rms_norm:
+            states_ND = rms_norm(states_ND, states_ND.shape[-1:], eps=1e-6)
         for block in self.blocks:
             states_ND = block(states_ND)
         scores_N1: Tensor = self.output(states_ND)

@@ -20,7 +20,9 @@ from drafttrain.heads import HeadRows, TokenHead, heads, probabilities
 class JudgeSettings:
     """Tells draft tokens that matter from those that do not. LOSSY where its rule is used."""
 
-    drafter: str = setting(help="Folder or hub id of the frozen drafter whose tokens are judged.")
+    drafter: str = setting(
+        help="Folder or hub id of the frozen drafter whose tokens are judged, or recipe:NAME, made first."
+    )
     layer: int = setting(
         -1, help="State of the target that is read: i enters block i; -1: after the last block, before the final norm."
     )

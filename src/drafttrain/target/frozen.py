@@ -32,7 +32,8 @@ class TargetSettings:
     """The frozen model whose output must be kept."""
 
     model: str | None = setting(
-        "builtin:target", help="A local folder, a hub id, or builtin:target; null: no target, only a tokenizer."
+        "builtin:target",
+        help="A local folder, a hub id, builtin:target, or recipe:NAME, what that recipe makes; null: no target, only a tokenizer.",
     )
     tokenizer: str | None = setting(None, help="Folder or hub id of the tokenizer; null: the model's own.")
     revision: str | None = setting(None, help="Branch, tag or commit of a hub id.")
