@@ -191,7 +191,7 @@ def _verified_in(
     new_tokens = stand.export.verify_tokens
     longest = max(len(prompt.tokens) for prompt in prompts) + new_tokens + 2 * num_draft_tokens
     standing = drafter.adapted(target)
-    with _served_folder(stand.target, standing, target) as target_folder:
+    with served_folder(stand.target, standing, target) as target_folder:
         job = Job(
             target=target_folder,
             prompts=[prompt.tokens for prompt in prompts],
@@ -225,7 +225,7 @@ def _verified_in(
 
 
 @contextmanager
-def _served_folder(settings: TargetSettings, standing: Target, target: Target) -> Iterator[Path]:
+def served_folder(settings: TargetSettings, standing: Target, target: Target) -> Iterator[Path]:
     """Yield the folder of the target that a drafter stands on: its own, or one with the adapters merged into it."""
     from drafttrain.target.frozen import resolve_folder
 

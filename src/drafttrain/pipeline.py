@@ -233,6 +233,7 @@ def export(recipe: Recipe, folder: Path) -> None:
 
 def export_run_as(recipe: Recipe, folder: Path, formats: Sequence[str], *, verify: bool, out: Path | None) -> None:
     """Write the exported drafter of a run in further formats, and prove them in serving engines or not."""
+    recipe = _with_models_made(recipe, folder.parent)
     here = RunFolder(folder)
     source = next((place for place in (here.drafter, here.rejected) if place.exists()), None)
     if source is None or recipe.drafter is None:

@@ -141,8 +141,8 @@ def test_output_that_is_not_the_engines_own_is_told(sides, target, prompts, job)
 
 
 def test_an_engine_that_accepts_by_another_law_is_told_apart(sides, target, prompts, job):
-    unlucky = [replace(one, num_accepted=0, accepted_at=[0, 0, 0]) for one in sides.sampled]
-    found = compared(replace(sides, sampled=unlucky), sides, target, prompts, job)
+    lucky = [replace(one, num_accepted=one.num_draft_tokens) for one in sides.sampled]
+    found = compared(replace(sides, sampled=lucky), sides, target, prompts, job)
     assert len(found.problems) == 1
     assert "at temperature 1 vllm accepts otherwise" in found.problems[0]
 

@@ -1,0 +1,68 @@
+"""Formats and engines behind a drafter folder: what is current, and which target an engine is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from drafttrain.checkpoint import read_drafter
+from drafttrain.core.errors import CheckpointError
+from drafttrain.drafters.medusa import JointSettings
+from drafttrain.export.settings import ExportSettings
+from drafttrain.export_stages import folder_as, formats_are_current, formats_of, only, served_folder, write_formats
+from drafttrain.target import Target, TargetSettings
+from tests.export import folders
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_folder) -> TargetSettings:
+    return TargetSettings(model=str(tiny_folder))
+
+
+@pytest.fixture(scope="module")
+def target(settings) -> Target:
+    return Target.load(settings)
+
+
+def test_an_engine_is_given_the_target_that_the_heads_stand_on(settings, target, tmp_path):
+    """Medusa-2: with adapters beside the heads it is the target with these merged, else the target's own folder."""
+    with served_folder(settings, target, target) as folder:
+        assert folder == Path(settings.model or "")
+    drafter = folders.drafter_of("medusa", target, joint=JointSettings())
+    source = folders.save(drafter, tmp_path / "drafter", target)
+    standing = read_drafter(source, target).adapted(target)
+    assert standing is not target
+    with served_folder(settings, standing, target) as folder:
+        again = Target.load(TargetSettings(model=str(folder)))
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        merged, read, plain = (one.model(tokens).logits for one in (standing, again, target))
+    assert torch.allclose(merged, read, atol=1e-6)
+    assert not torch.allclose(merged, plain, atol=1e-3)
+
+
+def test_formats_are_current_until_their_drafter_changes(settings, target, tmp_path):
+    source = folders.save(folders.drafter_of("medusa", target), tmp_path / "drafter", target)
+    wanted = ExportSettings(to=["vllm"])
+    assert not formats_are_current(source, ["vllm"], settings)
+    assert write_formats(source, wanted, settings) == {"vllm": tmp_path / "drafter.vllm"}
+    assert formats_are_current(source, ["vllm"], settings)
+    folders.damage(source, lambda tensors, _: tensors["lm_heads.0.weight"].add_(1))
+    assert not formats_are_current(source, ["vllm"], settings)
+
+
+def test_nothing_is_written_where_one_format_has_no_place_for_the_kind(settings, target, tmp_path):
+    source = folders.save(folders.drafter_of("medusa", target), tmp_path / "drafter", target)
+    with pytest.raises(CheckpointError, match=r"speculators has no place for drafter\.kind medusa"):
+        write_formats(source, ExportSettings(to=["vllm", "speculators"]), settings)
+    assert not folder_as(source, "vllm").exists()
+
+
+def test_an_engine_brings_the_format_that_it_reads():
+    assert formats_of(ExportSettings(to=["sglang"], verify=["vllm"])) == ["sglang", "vllm"]
+    assert formats_of(ExportSettings(to=["speculators"], verify=["vllm"])) == ["speculators"]
+    assert only(ExportSettings(), ["vllm"], verify=True).verify == ["vllm"]
+    with pytest.raises(CheckpointError, match="no engine here reads sglang"):
+        only(ExportSettings(), ["sglang"], verify=True)
