@@ -30,7 +30,7 @@ from drafttrain.train.callbacks import (
     MetricsLog,
     Progress,
     Validation,
-    newest_checkpoint,
+    newest_checkpoint_for_all,
     save_trained,
 )
 from drafttrain.train.module import DistillModule, HeadModule, StepModule
@@ -172,7 +172,8 @@ def _fit(
             use_distributed_sampler=False,
             default_root_dir=str(folder),
         )
-        newest = newest_checkpoint(checkpoints)
+        trainer.strategy.checkpoint_io = saver.file
+        newest = newest_checkpoint_for_all(checkpoints)
         if newest:
             say(f"continuing from {newest}")
         data = _Data(of_step, stop=settings.max_steps)
@@ -202,7 +203,7 @@ def placement(device: torch.device, settings: TrainSettings) -> dict[str, Any]:
 def _finish(module: StepModule, validation: Validation | None, *, folder: Path) -> TrainResult:
     save_trained(module, folder / "last")
     steps = module.settings.max_steps
-    if validation is None:
+    if validation is None or not validation.best:
         result = TrainResult("last", steps, steps, "", None, None)
     else:
         name = validation.held_out.best_by
