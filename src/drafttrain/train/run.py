@@ -33,6 +33,7 @@ from drafttrain.train.callbacks import (
     newest_checkpoint_for_all,
     save_trained,
 )
+from drafttrain.train.memory import advice_on_memory
 from drafttrain.train.module import DistillModule, HeadModule, StepModule
 from drafttrain.train.preflight import check_disk
 from drafttrain.train.settings import TrainSettings
@@ -177,7 +178,7 @@ def _fit(
         if newest:
             say(f"continuing from {newest}")
         data = _Data(of_step, stop=settings.max_steps)
-        with saver.taking_requests():
+        with advice_on_memory(module), saver.taking_requests():
             trainer.fit(module, datamodule=data, ckpt_path=newest, weights_only=True)
     return _finish(module, validation, folder=folder)
 
