@@ -64,7 +64,7 @@ def fit(
         from drafttrain import launch, pipeline
 
         if (count := launch.processes_wanted(loaded)) > 1:
-            raise typer.Exit(launch.relaunch(count))
+            raise typer.Exit(launch.relaunch(count, max_restarts=loaded.train.max_restarts))
         pipeline.fit(loaded, run_folder)
 
 
@@ -78,7 +78,7 @@ def gen(
         from drafttrain import launch, pipeline
 
         if (count := launch.processes_wanted(loaded)) > 1:
-            raise typer.Exit(launch.relaunch(count))
+            raise typer.Exit(launch.relaunch(count, max_restarts=loaded.train.max_restarts))
         pipeline.gen(loaded, run_folder)
 
 

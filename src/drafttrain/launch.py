@@ -32,8 +32,12 @@ def processes_wanted(settings: Any) -> int:
     return int(asked)
 
 
-def relaunch(count: int) -> int:
-    """Run this command again in `count` processes; return the exit code of the first one that failed, or 0."""
+def relaunch(count: int, *, max_restarts: int) -> int:
+    """Run this command again in `count` processes; return the exit code of the first one that failed, or 0.
+
+    Args:
+        max_restarts: When one of them dies, all are started again, so often at most; they go on from the last checkpoint.
+    """
     import logging
 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -49,7 +53,7 @@ def relaunch(count: int) -> int:
         rdzv_endpoint="localhost:0",
         rdzv_configs={"is_host": True},
         run_id="drafttrain",
-        max_restarts=0,
+        max_restarts=max_restarts,
         start_method="spawn",
     )
     try:

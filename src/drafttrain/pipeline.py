@@ -28,7 +28,7 @@ from drafttrain.core.errors import (
     Interrupted,
     RecipeError,
 )
-from drafttrain.core.files import folder_beside, write_json, write_text
+from drafttrain.core.files import clear_leftovers, folder_beside, write_json, write_text
 from drafttrain.core.processes import (
     first,
     first_before_others,
@@ -158,6 +158,9 @@ def fit(recipe: Recipe, folder: Path, *, above: Sequence[str] = ()) -> None:
     check_engines(recipe.export.verify)
     with _all_processes(recipe, folder):
         run = Run(_with_models_made(recipe, folder.parent, above=above), folder)
+        if first() and not run.folder.train_done.exists():
+            # Figures of an export of what was there so far; a kill after the training would let them stand for its end.
+            run.folder.drop_figures()
         _gen(run)
         if run.recipe.head is not None:
             _fit_head(run)
@@ -208,6 +211,9 @@ def _all_processes(recipe: Recipe, folder: Path) -> Iterator[None]:
             from drafttrain.train.preflight import check_processes
 
             check_processes(recipe.name, dump_recipe(recipe), folder, settings)
+        with first_before_others("it clears what a killed run left"):
+            if first():
+                clear_leftovers(folder)
         yield
 
 
@@ -578,7 +584,7 @@ def _write_drafter(run: Run, drafter: Drafter, folder: Path, *, steps: int) -> N
     """Write a drafter in memory as an exported folder."""
     if folder.exists():
         return
-    weights = folder.with_name(f"{folder.name}.weights")
+    weights = folder.with_name(f".{folder.name}.weights.part")
     with folder_beside(weights) as temporary:
         drafter.save(temporary)
     _calibrate(run, drafter, weights)

@@ -51,7 +51,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Layouts:
         for stage in (0, 1, 2, 3)
         for accumulation, optimizer in ((1, "adamw"), (4, "sgd"))
     ]
-    layouts += [(folder / "default", {}), (folder / "life", {"stage": 3, "steps": 3})]
+    full = {"stage": 2, "limits": {5: 150_000}, "on_full_disk": "continue"}
+    layouts += [(folder / "default", {}), (folder / "full", full), (folder / "life", {"stage": 3, "steps": 3})]
     in_two_processes(layouts)
     return layouts
 
@@ -181,6 +182,8 @@ def test_control_dividing_twice_is_another_number(
 def test_two_processes(plain: dict[str, list[float]], two: Layouts) -> None:
     for folder, layout in two[:-1]:
         assert curve(folder) == pytest.approx(plain[layout.get("optimizer", "adamw")], **CLOSE), folder.name
+    kept = {path.name for path in (two[0][0].parent / "full" / "checkpoints").iterdir()}
+    assert kept == {"step-00000003.ckpt"}, "the last checkpoint had no room, and both processes went on"
     weights = [
         load_file(f / "last" / "model.safetensors") for f, layout in two[:-1] if layout.get("optimizer") != "sgd"
     ]
@@ -192,7 +195,9 @@ def test_two_processes(plain: dict[str, list[float]], two: Layouts) -> None:
 @pytest.mark.xdist_group("two processes")
 def test_a_run_goes_on_under_another_stage_and_world_size(two: Layouts, tmp_path: Path) -> None:
     life, _ = two[-1]
-    run(life, stage=1, steps=6)
+    run(life, stage=1, steps=8)
+    # The newest one is damaged: both processes go back to the one before.
+    (life / "checkpoints" / "step-00000006.ckpt").write_bytes(b"garbage")
     in_two_processes([(life, {"stage": 2, "steps": 9, "accumulation": 2})])
     run(life, steps=12)
     run(life, stage=3, steps=15)

@@ -1,4 +1,7 @@
-"""Files that are whole or absent: written beside and renamed."""
+"""Files that are whole or absent: written beside and renamed.
+
+What is being written is called `.<name>.<letters>.part`; what a killed writer left can be told by that, and removed.
+"""
 
 import contextlib
 import hashlib
@@ -18,7 +21,7 @@ from safetensors import SafetensorError
 def written_beside(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder and rename it to `path` when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     os.chmod(temporary, 0o644)
@@ -35,7 +38,7 @@ def written_beside(path: Path) -> Iterator[Path]:
 def folder_beside(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; it replaces `path` when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     os.chmod(temporary, 0o755)
     try:
         try:
@@ -51,6 +54,22 @@ def folder_beside(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what writers in a folder were at when they were killed; nobody may be writing there now.
+
+    A folder that was moved away to be replaced, and was not, comes back.
+    """
+    for old in list(folder.rglob(".*.old")):
+        path = old.with_name(old.name[1:].removesuffix(".old"))
+        if not path.exists():
+            os.replace(old, path)
+    for left in [*folder.rglob("*.part"), *folder.rglob(".*.old")]:
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

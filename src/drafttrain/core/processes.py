@@ -394,4 +394,9 @@ def say_world() -> None:
     """Say how many processes there are."""
     if _joined is not None:
         hosts = list(dict.fromkeys(shared(socket.gethostname())))
-        say(f"{_joined.here.size} processes on {len(hosts)} host{'s' if len(hosts) != 1 else ''}: {', '.join(hosts)}")
+        again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        allowed = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "")
+        restart = f", restart {again} of {allowed}" if again else ""
+        say(
+            f"{_joined.here.size} processes on {len(hosts)} host{'s' if len(hosts) != 1 else ''}: {', '.join(hosts)}{restart}"
+        )

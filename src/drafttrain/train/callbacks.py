@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import json
 import os
 import pickle
 import signal
@@ -19,8 +21,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from drafttrain.core.console import progress, say
 from drafttrain.core.errors import DrafttrainError, Interrupted
 from drafttrain.core.files import folder_beside, write_json, written_beside
-from drafttrain.core.processes import at_step, first
+from drafttrain.core.processes import at_step, first, first_before_others, shared
 from drafttrain.target import Target
+from drafttrain.train.full_disk import CheckpointFile, could_be_written, only_full
 from drafttrain.train.module import StepModule
 from drafttrain.train.settings import TrainSettings
 from drafttrain.train.strategy import whole
@@ -84,7 +87,13 @@ class Validation(StepEnd):
         self.best: dict[str, Any] = {}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Measure the start, so that a run that made it worse exports the start."""
+        """Measure the start, so that a run that made it worse exports the start.
+
+        Weights that were kept after the checkpoint that the run continues from stay the best, as they are what is kept.
+        """
+        kept = shared(self._kept() if trainer.is_global_zero else None)[0]
+        if kept is not None and kept["step"] > self.best.get("step", -1):
+            self.best = dict(kept)
         if trainer.global_step == 0:
             assert isinstance(module, StepModule)
             self.on_step_end(trainer, module, 0)
@@ -101,12 +110,32 @@ class Validation(StepEnd):
         module.trained.train()
         value = self.latest[self.held_out.best_by]
         self.last = {"step": step} | {name: self.latest[name] for name in self.held_out.figures}
-        if value > self.best.get(self.held_out.best_by, float("-inf")):
+        if value > self.best.get(self.held_out.best_by, float("-inf")) and self._keep(module, step):
             self.best = dict(self.last)
-            save_trained(module, self.folder / "best")
-            if trainer.is_global_zero:
-                write_json(self.folder / "best.json", self.best)
         say(f"step {step}: {self.latest['said']}")
+
+    def _keep(self, module: StepModule, step: int) -> bool:
+        """Write the weights, from the first process; tell whether the disk had room for them."""
+        failure = None
+        try:
+            save_trained(module, self.folder / "best")
+            if first():
+                write_json(self.folder / "best.json", self.last)
+        except OSError as error:
+            failure = only_full(error)
+        instead = f"the best before it, of step {self.best['step']}, stays" if self.best else "nothing was kept before"
+        return could_be_written(
+            f"{self.folder / 'best'}, the best weights so far (step {step})",
+            failure,
+            settings=self.settings,
+            instead=instead,
+        )
+
+    def _kept(self) -> Any:
+        path = self.folder / "best.json"
+        if not path.exists() or not (self.folder / "best").exists():
+            return None
+        return json.loads(path.read_text(encoding="utf-8"))
 
     def state_dict(self) -> dict[str, Any]:
         """Carry what is best, and what was last, through a resume."""
@@ -126,6 +155,8 @@ class MetricsLog(StepEnd):
         self.validation = validation
         figures = validation.held_out.figures if validation else ("alpha", "block_efficiency")
         self.columns = [*COLUMNS, *(f"validation_{name}" for name in figures)]
+        self._unwritten: list[dict[str, Any]] = []
+        """Rows that a full disk did not take."""
         self._tokens = 0
         self._own_tokens = 0
         self._seconds_before = 0.0
@@ -138,8 +169,9 @@ class MetricsLog(StepEnd):
             return
         rows = []
         if self.path.exists():
-            with self.path.open(newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= trainer.global_step]
+            # A row without its end was being written when the run was killed.
+            whole, _, _ = self.path.read_text(encoding="utf-8").rpartition("\n")
+            rows = [row for row in csv.DictReader(io.StringIO(whole)) if int(row["step"]) <= trainer.global_step]
         with written_beside(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
@@ -200,11 +232,29 @@ class MetricsLog(StepEnd):
             }
         if not trainer.is_global_zero:
             return
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.columns).writerow(row)
+        self._append(row)
         numbers = {name: float(value) for name, value in row.items() if name != "step" and value != ""}
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        """Write a row, and those that had no room before it; a file that cannot take them stays as it was."""
+        self._unwritten.append(row)
+        before = self.path.stat().st_size
+        try:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns).writerows(self._unwritten)
+        except OSError as error:
+            failure = only_full(error)
+            os.truncate(self.path, before)
+            if self.settings.on_full_disk == "stop":
+                raise DrafttrainError(
+                    f"{self.path}: {failure.strerror}. Make room and run the same command to continue, or let the run go on "
+                    "with train.on_full_disk=continue"
+                ) from error
+            say(f"{self.path}: {failure.strerror}: {len(self._unwritten)} rows wait for room")
+            return
+        self._unwritten.clear()
 
 
 class Checkpoints(StepEnd):
@@ -215,6 +265,8 @@ class Checkpoints(StepEnd):
     def __init__(self, folder: Path, *, settings: TrainSettings) -> None:
         self.folder = folder
         self.settings = settings
+        self.file = CheckpointFile()
+        """The trainer writes through this."""
         self._asked_to_stop = False
 
     @contextmanager
@@ -264,6 +316,12 @@ class Checkpoints(StepEnd):
         path = self.folder / f"step-{step:08d}.ckpt"
         temporary = path.with_suffix(".part")
         trainer.save_checkpoint(temporary)
+        before = sorted(self.folder.glob("step-*.ckpt"))
+        instead = f"the one before it, {before[-1].name}, is untouched" if before else "there is none before it"
+        if not could_be_written(
+            f"{path}, the checkpoint of step {step}", self.file.failure, settings=self.settings, instead=instead
+        ):
+            return
         if trainer.is_global_zero:
             os.replace(temporary, path)
             for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.KEPT]:
@@ -325,6 +383,14 @@ def save_trained(module: StepModule, folder: Path) -> None:
         if first():
             with folder_beside(folder) as temporary:
                 module.trained.save(temporary)
+
+
+def newest_checkpoint_for_all(folder: Path) -> Path | None:
+    """Return the checkpoint that every process continues from: the first one looks which can be read."""
+    with first_before_others("it looks for the newest checkpoint"):
+        found = newest_checkpoint(folder) if first() else None
+    name = shared(None if found is None else found.name)[0]
+    return None if name is None else folder / name
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

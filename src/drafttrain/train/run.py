@@ -30,9 +30,10 @@ from drafttrain.train.callbacks import (
     MetricsLog,
     Progress,
     Validation,
-    newest_checkpoint,
+    newest_checkpoint_for_all,
     save_trained,
 )
+from drafttrain.train.memory import advice_on_memory
 from drafttrain.train.module import DistillModule, HeadModule, StepModule
 from drafttrain.train.preflight import check_disk
 from drafttrain.train.settings import TrainSettings
@@ -172,11 +173,12 @@ def _fit(
             use_distributed_sampler=False,
             default_root_dir=str(folder),
         )
-        newest = newest_checkpoint(checkpoints)
+        trainer.strategy.checkpoint_io = saver.file
+        newest = newest_checkpoint_for_all(checkpoints)
         if newest:
             say(f"continuing from {newest}")
         data = _Data(of_step, stop=settings.max_steps)
-        with saver.taking_requests():
+        with advice_on_memory(module), saver.taking_requests():
             trainer.fit(module, datamodule=data, ckpt_path=newest, weights_only=True)
     return _finish(module, validation, folder=folder)
 
@@ -202,7 +204,7 @@ def placement(device: torch.device, settings: TrainSettings) -> dict[str, Any]:
 def _finish(module: StepModule, validation: Validation | None, *, folder: Path) -> TrainResult:
     save_trained(module, folder / "last")
     steps = module.settings.max_steps
-    if validation is None:
+    if validation is None or not validation.best:
         result = TrainResult("last", steps, steps, "", None, None)
     else:
         name = validation.held_out.best_by

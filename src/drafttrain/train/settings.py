@@ -97,6 +97,14 @@ class TrainSettings:
         10, help="Steps in a row whose gradient is not finite, all skipped, before the run ends with an error.", ge=0
     )
 
+    on_full_disk: Literal["stop", "continue"] = setting(
+        "stop",
+        help="Where the disk has no room for a checkpoint or the best weights: stop, or continue with what was kept before.",
+    )
+    max_restarts: int = setting(
+        0, help="How often the processes that train.devices starts are started again after one of them died.", ge=0
+    )
+
     LOGGERS: ClassVar[tuple[str, ...]] = ("csv", "tensorboard", "wandb", "mlflow")
 
     @property
@@ -107,7 +115,15 @@ class TrainSettings:
     def without_layout(self) -> "TrainSettings":
         """Return a copy without what decides where a step is computed and who hears of it: the trained weights depend on none."""
         return replace(
-            self, accumulation=1, devices=None, deepspeed=None, timeout_seconds=600.0, num_threads=None, loggers=[]
+            self,
+            accumulation=1,
+            devices=None,
+            deepspeed=None,
+            timeout_seconds=600.0,
+            num_threads=None,
+            loggers=[],
+            on_full_disk="stop",
+            max_restarts=0,
         )
 
     def of_pretraining(self) -> "TrainSettings":

@@ -87,11 +87,11 @@ class ZeroStrategy(DeepSpeedStrategy):
         state = optimizer_state(self.deepspeed_engine, module.groups, keep=self.is_global_zero)
         checkpoint["optimizer_states"] = [state]
         if self.is_global_zero:
-            torch.save(checkpoint, filepath)
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read that file on every process."""
-        stored: dict[str, Any] = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
+        stored: dict[str, Any] = self.checkpoint_io.load_checkpoint(checkpoint_path)
         return stored
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
