@@ -24,6 +24,7 @@ checkpoint
 data_gen
 eval
 export
+importers
 train
 online
 config
