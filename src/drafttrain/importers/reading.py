@@ -61,18 +61,20 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             f"{path}: refused, it is damaged or holds more than tensors, which would run code of its maker "
             f"(torch.load with weights_only=True: {first}). Give the weights as safetensors."
         ) from error
-    except (OSError, EOFError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path}: the weights cannot be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a broken file leads torch's unpickler to exceptions of many kinds
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CheckpointError(f"{path}: the weights cannot be read: {said}") from error
     if not isinstance(held, Mapping):
         raise CheckpointError(f"{path}: holds a {type(held).__name__}, must be a dict of tensors by name")
     others = [f"{name!r} ({type(value).__name__})" for name, value in held.items() if not _named_tensor(name, value)]
     if others:
         raise CheckpointError(f"{path}: must be a dict of tensors by name, holds {', '.join(others[:10])}")
-    return dict(held)
+    # Views of one storage, and gradients, have no place in safetensors.
+    return {name: tensor.detach().clone() for name, tensor in held.items()}
 
 
 def _named_tensor(name: Any, value: Any) -> bool:
-    return isinstance(name, str) and isinstance(value, Tensor)
+    return isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
 
 
 def _config(path: Path) -> dict[str, Any]:
