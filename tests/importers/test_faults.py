@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.importers import importers
-from drafttrain.importers.convert import import_folder
+from drafttrain.importers.convert import converted, import_folder, layout_of
 from drafttrain.importers.eagle3 import offsets
-from drafttrain.importers.reading import read_pickle
+from drafttrain.importers.reading import read_given, read_pickle
+from drafttrain.importers.target import TargetFiles
 from drafttrain.target import Target, TargetSettings
 from tests.importers import given
 
@@ -94,6 +96,11 @@ FAULTS: list[tuple[str, Any, list[str]]] = [
         "eagle3",
         lambda t, c, _: c.update(rope_scaling={"type": "longrope"}),
         ["rope_type is 'longrope', allowed: default"],
+    ),
+    (
+        "eagle3",
+        lambda t, c, _: c.update(rope_scaling={"mrope_section": [2]}),
+        [r"rope_parameters\.mrope_section is \[2\]"],
     ),
     ("eagle3", lambda t, c, _: c.update(rope_parameters={"rope_theta": 1e4}), ["rope_theta is 500.0, rope_parameters"]),
     (
@@ -268,7 +275,7 @@ def test_damaged_pickles_are_named(tmp_path):
     path = tmp_path / "model.pt"
     torch.save({"a": torch.randn(1000)}, path)
     whole = path.read_bytes()
-    for content in (whole[: len(whole) // 2], b"", b"nonsense", pickle.dumps(3)):
+    for content in (whole[: len(whole) // 2], b"", b"nonsense", pickle.dumps(3, protocol=2)):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=r"model\.pt"):
             read_pickle(path)
@@ -325,3 +332,28 @@ def test_a_tensor_in_two_files_is_refused(target, tmp_path):
     (folder / "again.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match=r"model\.safetensors: fc\.weight: is in again\.safetensors too"):
         import_folder(folder, Path(tmp_path / "out"), target=target.name)
+
+
+STRANGE: list[Any] = [None, -1, 0, 1.5, "x", [], ["x"], {}, {"x": 1}, True]
+
+
+@pytest.mark.parametrize("layout", ["eagle3", "speculators", "eagle", "medusa", "vllm medusa"])
+def test_whatever_a_field_holds_it_is_read_or_refused_in_words(layout, target, tmp_path):
+    tensors, config = made(layout, target)
+    folder, stand = given.write(tmp_path / "theirs", tensors, config), TargetFiles.named(target.name)
+    sound = read_given(folder)
+    refused = 0
+    places = [config, config["transformer_layer_config"]] if layout == "speculators" else [config]
+    for place in places:
+        for key in {*place, "eagle_config", "rope_parameters", "model", "num_heads", "truncated_vocab_size"}:
+            kept = dict(place)
+            for value in STRANGE:
+                place[key] = value
+                one = replace(sound, config=json.loads(json.dumps(config)))
+                try:
+                    converted(one, layout_of(one), stand)
+                except CheckpointError:
+                    refused += 1
+            place.clear()
+            place.update(kept)
+    assert refused > 50

@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from drafttrain.checkpoint import read_about, read_drafter
+from drafttrain.core.errors import CheckpointError
 from drafttrain.core.records import Prompt, Record, Sampling
 from drafttrain.data_gen.packing import pack
+from drafttrain.drafters import drafters
+from drafttrain.drafters.medusa import JointSettings
 from drafttrain.eval.acceptance.lossless import Lossless
 from drafttrain.eval.engine import Engine
 from drafttrain.eval.length.fixed import FixedLength
@@ -240,3 +243,15 @@ def test_blocks_without_biases_and_a_shared_head_say_the_same(target, tmp_path):
     with torch.no_grad():
         law_NV = drafter.head(drafter.states(state_ND, 3), 3)
     assert torch.allclose(law_NV, wanted_ND @ tensors["lm_heads.0.weight"].T, atol=1e-4)
+
+
+def test_heads_on_an_adapted_target_keep_their_adapter(target, tmp_path):
+    source = folders.save(folders.drafter_of("medusa", target, joint=JointSettings()), tmp_path / "source", target)
+    target_config = read_target_config(Path(target.name), name=target.name)
+    export_as("vllm", source, tmp_path / "out", target_config=target_config)
+    import_folder(tmp_path / "out", tmp_path / "again")
+    assert read_drafter(tmp_path / "again", target).adapted(target) is not target
+    medusa: Any = drafters.entry("medusa")
+    settings = medusa.settings(checkpoint=str(tmp_path / "again"))
+    with pytest.raises(CheckpointError, match=r"heads on an adapted target \(Medusa-2\) are not trained on"):
+        medusa.component.create(settings, target=target, tokenizer=target.tokenizer)

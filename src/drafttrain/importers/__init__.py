@@ -31,6 +31,12 @@ class Given:
     notes: Sequence[str] = ()
 
     @property
+    def architectures(self) -> set[str]:
+        """The classes that config.json names."""
+        named = self.config.get("architectures")
+        return {one for one in named if isinstance(one, str)} if isinstance(named, list) else set()
+
+    @property
     def weights(self) -> str:
         """The names of the files of weights, for a message on a tensor that is in none of them."""
         return ", ".join(sorted(set(self.files.values())))

@@ -8,14 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from drafttrain.core.errors import CheckpointError
 from drafttrain.export import DrafterFiles
 from drafttrain.export.layout import LAYOUTS, Shapes
 from drafttrain.importers import Given, Imported, Importer, importers
 from drafttrain.importers.copies import ANGLES
 from drafttrain.importers.naming import renamed, without
 from drafttrain.importers.target import TargetFiles
-from drafttrain.target.frozen import check_same_tokenizer, load_tokenizer
 
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -45,10 +43,6 @@ class CausalLMImporter(Importer):
     def convert(self, given: Given, target: TargetFiles) -> Imported:
         """Return the files as they are, without tied tensors that are there twice."""
         found, notes = [], []
-        try:
-            check_same_tokenizer(target.tokenizer, load_tokenizer(given.folder), drafter=str(given.folder))
-        except CheckpointError as error:
-            found.append(str(error))
         if "auto_map" in given.config:
             found.append("config.json: auto_map names code that comes with the folder: it is not run here")
         shapes, wrong = _shapes(given.config)

@@ -14,14 +14,17 @@ from drafttrain.checkpoint import ABOUT, About, read_about, write_about
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import folder_beside, write_json
 from drafttrain.core.tensors import read_tensors
+from drafttrain.drafters.medusa import ADAPTER, TREE
 from drafttrain.export.layout import layout_problems
 from drafttrain.importers import Given, Imported, Importer, importers
 from drafttrain.importers.reading import read_given
 from drafttrain.importers.target import TargetFiles
-from drafttrain.target.frozen import tokenizer_fingerprint
+from drafttrain.target.frozen import check_same_tokenizer, load_tokenizer, tokenizer_fingerprint
 
-KEPT = ("generation_config.json", "medusa_tree.json")
-"""Files beside configuration and weights that a drafter folder of ours reads too."""
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+KEPT = ("generation_config.json", TREE, ADAPTER)
+"""What lies beside configuration and weights and a drafter folder of ours reads too: without its adapter, Medusa-2 is another drafter."""
 
 
 def import_folder(source: Path, out: Path, *, target: str | None = None) -> Imported:
@@ -53,8 +56,9 @@ def import_folder(source: Path, out: Path, *, target: str | None = None) -> Impo
         dtype = next(str(t.dtype).removeprefix("torch.") for t in made.files.tensors.values() if t.is_floating_point())
         write_json(temporary / "config.json", {**made.files.config, "dtype": dtype})
         for name in KEPT:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, temporary / name)
+            if (source / name).exists():
+                copy = shutil.copytree if (source / name).is_dir() else shutil.copyfile
+                copy(source / name, temporary / name)
         stand.tokenizer.save_pretrained(temporary)
         draft = made.files.config.get("drafttrain_draft") or made.files.config.get("drafttrain", {}).get("draft")
         write_about(
@@ -99,14 +103,28 @@ def converted(given: Given, layout: Importer, target: TargetFiles) -> Imported:
         CheckpointError: With every problem of the folder, each with its file and key.
     """
     made = layout.convert(given, target)
-    problems = list(dict.fromkeys(made.problems))
+    problems = list(dict.fromkeys([*_tokenizer_problems(given, layout, target), *made.problems]))
     if not problems and made.files.kind != "causal_lm":
         problems = layout_problems(made.files, target.config)
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise CheckpointError("\n  ".join([f"{given.folder}: not imported for {target.name}: {count}", *problems]))
     made.notes[:0] = given.notes
+    about = read_about(given.folder)
+    if about is not None and about.target_fingerprint not in ("", target.fingerprint):
+        made.notes.append(f"was trained for {about.target} with other weights than {target.name}")
     return made
+
+
+def _tokenizer_problems(given: Given, layout: Importer, target: TargetFiles) -> list[str]:
+    """Return how the tokenizer beside the weights differs from the target's; only a model of its own must have one."""
+    if layout.holds != "causal_lm" and not any((given.folder / name).is_file() for name in TOKENIZERS):
+        return []
+    try:
+        check_same_tokenizer(target.tokenizer, load_tokenizer(given.folder), drafter=str(given.folder))
+    except CheckpointError as error:
+        return [str(error)]
+    return []
 
 
 def _check_place(source: Path, out: Path) -> None:

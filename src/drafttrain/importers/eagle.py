@@ -46,7 +46,7 @@ class EagleImporter(Importer):
         others = [importers.entry(name).component() for name in ("eagle3", "speculators", "medusa")]
         if any(other.recognises(given) for other in others):
             return False
-        named = set(given.config.get("architectures") or ()) & set(ARCHITECTURES)
+        named = given.architectures & set(ARCHITECTURES)
         return bool(named) or given.config.get("model_type") == "eagle" or "fc.weight" in given.tensors
 
     def target_of(self, given: Given) -> str | None:

@@ -54,7 +54,7 @@ class Eagle3Importer(Importer):
         """Tell by the architecture, or the second norm of the layer's inputs."""
         if "speculators_model_type" in given.config:
             return False
-        named = set(given.config.get("architectures") or ()) & set(ARCHITECTURES)
+        named = given.architectures & set(ARCHITECTURES)
         return bool(named) or any(n.startswith(OURS) or n == f"{THEIRS}hidden_norm.weight" for n in given.tensors)
 
     def target_of(self, given: Given) -> str | None:
@@ -103,7 +103,8 @@ def prefixed(old: str, new: str) -> Callable[[str], str]:
 
 def taps_read(config: Mapping[str, Any], target: TargetFiles) -> tuple[list[int], list[str], list[str]]:
     """Return (the blocks whose incoming states are read, problems, notes)."""
-    first, nested = config.get(TAPS), (config.get(NESTED) or {}).get(TAPS)
+    inner = config.get(NESTED)
+    first, nested = config.get(TAPS), inner.get(TAPS) if isinstance(inner, Mapping) else None
     num_layers = target.size("num_hidden_layers")
     fallback = [2, num_layers // 2, num_layers - 3]
     for key, given in ((TAPS, first), (f"{NESTED}.{TAPS}", nested)):

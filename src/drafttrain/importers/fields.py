@@ -38,6 +38,13 @@ ONLY: dict[str, tuple[Any, ...]] = {
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 OTHERS = ("rms_norm_eps", "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters")
 
+OF_ROPE = (
+    *("rope_type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast"),
+    *("beta_slow", "mscale", "mscale_all_dim", "truncate", "low_freq_factor", "high_freq_factor"),
+    "partial_rotary_factor",
+)
+"""Fields of rope_parameters, or of rope_scaling."""
+
 DEFAULT_THETA, DEFAULT_EPS, DEFAULT_POSITIONS = 10000.0, 1e-6, 2048
 """What LlamaConfig takes where a file is silent."""
 
@@ -86,10 +93,10 @@ def layer_fields(config: Mapping[str, Any], target: TargetFiles) -> tuple[dict[s
     found += target_problems(config, target)
     rope, wrong, notes = _rope(config)
     found += wrong
+    found += size_problems(config, ["max_position_embeddings"], may_lack=["max_position_embeddings"])
     eps, positions = config.get("rms_norm_eps"), config.get("max_position_embeddings")
-    for key, value in (("rms_norm_eps", eps), ("max_position_embeddings", positions)):
-        if value is not None and not (isinstance(value, int | float) and value > 0):
-            found.append(f"config.json: {key} must be a number above 0, got {value!r}")
+    if eps is not None and not _is_positive(eps):
+        found.append(f"config.json: rms_norm_eps must be a number above 0, got {eps!r}")
     if eps is None:
         notes.append(f"config.json: rms_norm_eps is left out: taken as {DEFAULT_EPS}, as Llama's loaders do")
     width, heads = config["hidden_size"], config["num_attention_heads"]
@@ -105,9 +112,9 @@ def layer_fields(config: Mapping[str, Any], target: TargetFiles) -> tuple[dict[s
         "head_dim": config.get("head_dim") or width // heads,
         "num_hidden_layers": 1,
         "hidden_act": "silu",
-        "initializer_range": config.get("initializer_range") or 0.02,
-        "rms_norm_eps": eps or DEFAULT_EPS,
-        "max_position_embeddings": positions or DEFAULT_POSITIONS,
+        "initializer_range": 0.02,
+        "rms_norm_eps": float(eps) if _is_positive(eps) else DEFAULT_EPS,
+        "max_position_embeddings": positions if _is_size(positions) else DEFAULT_POSITIONS,
         "rope_parameters": rope,
         "rope_theta": rope["rope_theta"],
         "rope_scaling": None
@@ -117,7 +124,7 @@ def layer_fields(config: Mapping[str, Any], target: TargetFiles) -> tuple[dict[s
         "mlp_bias": False,
         "tie_word_embeddings": False,
     }
-    return fields, found, notes
+    return fields, found or _angle_problems(fields), notes
 
 
 def size_problems(config: Mapping[str, Any], keys: Iterable[str], *, may_lack: Iterable[str] = ()) -> list[str]:
@@ -131,6 +138,10 @@ def size_problems(config: Mapping[str, Any], keys: Iterable[str], *, may_lack: I
 
 def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def target_problems(sizes: Mapping[str, Any], target: TargetFiles) -> list[str]:
@@ -162,25 +173,22 @@ def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[st
     notes = (
         [f"config.json: rope_theta is left out: taken as {DEFAULT_THETA:g}, as Llama's loaders do"] if silent else []
     )
-    found = rope_problems(config)
+    found = [*rope_problems(config), *unknown_problems(rope, known=OF_ROPE, prefix="rope_parameters.")]
     allowed = ("default", *ROPE_SCALINGS)
-    if not isinstance(rope["rope_theta"], int | float) or rope["rope_theta"] <= 0:
+    if not _is_positive(rope["rope_theta"]):
         found.append(f"config.json: rope_theta must be a number above 0, got {rope['rope_theta']!r}")
     elif rope["rope_type"] not in allowed:
         found.append(f"config.json: rope_type is {rope['rope_type']!r}, allowed: {', '.join(allowed)}")
     elif rope.get("partial_rotary_factor", 1) != 1:
         found.append(f"config.json: partial_rotary_factor is {rope['partial_rotary_factor']}, only 1 is read here")
-    if found:
-        return plain, found, notes
-    return rope, _angle_problems(config, rope), notes
+    return (plain if found else rope), found, notes
 
 
-def _angle_problems(config: Mapping[str, Any], rope: dict[str, Any]) -> list[str]:
-    """Return why the angles of these positions cannot be computed: a scaling that lacks a number."""
-    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    fields = {**config, "head_dim": width, "rope_parameters": rope}
+def _angle_problems(fields: dict[str, Any]) -> list[str]:
+    """Return why the angles of positions cannot be computed: a scaling that lacks a number."""
     try:
         Rotary(llama_config(fields))
-    except (KeyError, TypeError, ValueError) as error:
-        return [f"config.json: the positions cannot be scaled as rope_type {rope['rope_type']!r} says: {error}"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        kind, said = fields["rope_parameters"]["rope_type"], " ".join(f"{type(error).__name__}: {error}".split())
+        return [f"config.json: the positions cannot be scaled as rope_type {kind!r} says: {said}"]
     return []

@@ -47,7 +47,7 @@ class MedusaImporter(Importer):
 
     def recognises(self, given: Given) -> bool:
         """Tell by the configuration or the name of the file."""
-        named = "MedusaModel" in (given.config.get("architectures") or ()) or given.config.get("model_type") == "medusa"
+        named = "MedusaModel" in given.architectures or given.config.get("model_type") == "medusa"
         return named or "medusa_num_heads" in given.config or given.weights.startswith("medusa_lm_head.")
 
     def target_of(self, given: Given) -> str | None:
@@ -132,12 +132,12 @@ def _refused(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[str]:
 def _biased(given: Given, *, authors: bool) -> tuple[bool, list[str]]:
     """Return (whether the blocks have biases, problems): the file tells; vLLM's field must say the same."""
     said, held = given.config.get("medusa_fc_bias"), any(name.endswith(".bias") for name in given.tensors)
-    if held and (said is False or (said is None and not authors)):
+    if held and not said and not (said is None and authors):
         return True, [
             "config.json: medusa_fc_bias is not true, and the file holds biases: vLLM drops them without a word; "
             "write true if they were trained"
         ]
-    return held or said is True, []
+    return held or bool(said), []
 
 
 def _names(num_layers: int) -> tuple[Rename, Rename]:

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from drafttrain.export.layout import Shapes
@@ -13,6 +14,9 @@ from drafttrain.importers import Given
 
 WHOLE_NUMBERS = ("d2t", "t2d")
 """Tensors that are no weights."""
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Types of weights; others are quantized."""
 
 Rename = Callable[[str], str]
 
@@ -38,8 +42,8 @@ def renamed(given: Given, shapes: Shapes, *, ours: Rename, theirs: Rename) -> tu
             tensors[own], came_from[own] = tensor, name
             if tuple(tensor.shape) != shapes[own]:
                 found.append(f"{where}: shape {list(tensor.shape)}, must be {list(shapes[own])}")
-            elif own not in WHOLE_NUMBERS and not tensor.is_floating_point():
-                found.append(f"{where}: is {tensor.dtype}, must be float32, bfloat16 or float16")
+            elif own not in WHOLE_NUMBERS and tensor.dtype not in TYPES:
+                found.append(f"{where}: is {tensor.dtype}, must be one of {', '.join(map(str, TYPES))}")
     missing = [name for name in shapes if name not in tensors]
     found += [f"{given.weights}: {theirs(name)}: missing, must be of shape {list(shapes[name])}" for name in missing]
     allowed = [theirs(name) for name in shapes]
