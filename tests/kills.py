@@ -21,6 +21,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from drafttrain import pipeline
+from drafttrain.config.load import load_recipe
 from drafttrain.core.processes import without_launcher
 
 RECIPE = """
@@ -64,6 +66,16 @@ def write_recipe(folder: Path, target: Path) -> Path:
     recipe = folder / "life.yaml"
     recipe.write_text(RECIPE.format(target=target, prompts=prompts))
     return recipe
+
+
+def uninterrupted(recipe: Path, folder: Path) -> Path:
+    """Return the folder of a run in this process, up to its drafter."""
+    loaded = load_recipe(recipe)
+    pipeline.gen(loaded, folder)
+    run = pipeline.Run(loaded, folder)
+    pipeline.train_drafter(run)
+    pipeline.export_best(run)
+    return folder
 
 
 @dataclass

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from drafttrain import pipeline
-from drafttrain.config.load import load_recipe
-from tests.kills import Life, differences, write_recipe
+from tests.kills import Life, differences, uninterrupted, write_recipe
 
 LAYOUTS = {"one process": [], "two processes, ZeRO-2": ["train.devices=2", "train.deepspeed.stage=2"]}
 STAGES = ("gen", "cache", "step", "save", "export")
@@ -41,12 +39,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def trained(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run in this process, up to its drafter."""
-    loaded, folder = load_recipe(recipe), tmp_path_factory.mktemp("whole") / "life"
-    pipeline.gen(loaded, folder)
-    run = pipeline.Run(loaded, folder)
-    pipeline.train_drafter(run)
-    pipeline.export_best(run)
-    return folder
+    return uninterrupted(recipe, tmp_path_factory.mktemp("whole") / "life")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -8,11 +8,28 @@ from pathlib import Path
 
 import pytest
 
-from drafttrain import pipeline
-from drafttrain.config.load import load_recipe
-from tests.kills import Life, differences, kill, write_recipe
+from tests.kills import Life, differences, kill, uninterrupted, write_recipe
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
+
+
+@pytest.mark.slow
+def test_ranks_whose_parent_is_killed_leave_before_the_next_run_begins(tiny_folder: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_folder)
+    life = Life(recipe, tmp_path / "runs", ["train.devices=2", "train.deepspeed.stage=2", "train.max_steps=400"])
+    running = life.start()
+    while not list(life.folder.glob("checkpoints/step-*.ckpt")):
+        assert running.poll() is None, life.said()
+        time.sleep(0.01)
+    running.kill()
+    running.wait()
+    orphans = set(life.processes())
+    assert orphans
+    life.end()
+    assert not orphans & set(life.processes())
+    whole = tmp_path / "whole"
+    Life(recipe, whole, life.overrides).end()
+    assert not differences(life.folder, whole / "life", atol=1e-6)
 
 
 @pytest.mark.slow
@@ -34,10 +51,4 @@ def test_a_rank_that_is_killed_is_started_again(launcher: str, rank: int, tiny_f
     said = life.said()
     assert "restart 1 of" in said
     assert "continuing from" in said
-    whole = tmp_path / "whole" / "life"
-    loaded = load_recipe(recipe)
-    pipeline.gen(loaded, whole)
-    run = pipeline.Run(loaded, whole)
-    pipeline.train_drafter(run)
-    pipeline.export_best(run)
-    assert not differences(life.folder, whole, atol=1e-5)
+    assert not differences(life.folder, uninterrupted(recipe, tmp_path / "whole" / "life"), atol=1e-5)
