@@ -665,8 +665,10 @@ def _training_result(run: Run) -> dict[str, Any]:
         by = "block_efficiency" if run.recipe.head is None else "log_likelihood"
         say(f"the training has not ended: its best step so far is exported, {step} of {run.recipe.train.max_steps}")
         return {"drafter": "best", "best_step": step, "last_step": step, "best_by": by, "best": None, "last": None}
+    if run.recipe.head is not None:
+        raise DrafttrainError(f"{folder.path}: the head has no validated step yet: drafttrain fit does all stages")
     newest = newest_checkpoint(folder.train / "checkpoints")
-    if newest is None or run.recipe.head is not None:
+    if newest is None:
         raise DrafttrainError(f"{folder.path}: no checkpoint that can be read: drafttrain fit does all stages")
     step, weights = weights_of_checkpoint(newest)
     drafter = _start(run, training_data(run))
