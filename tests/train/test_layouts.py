@@ -204,6 +204,14 @@ def test_a_run_goes_on_under_another_stage_and_world_size(two: Layouts, tmp_path
     assert curve(life) == pytest.approx(run(tmp_path, steps=15), abs=1e-4)
 
 
+@pytest.mark.parametrize("stage", [None, 2])
+def test_a_run_goes_on_with_another_accumulation(tmp_path: Path, stage: int | None) -> None:
+    """Three steps of one micro-batch are no multiple of two: a step that ends by their count would end in its middle."""
+    for steps, accumulation in ((3, 1), (6, 2), (9, 4)):
+        run(tmp_path / "life", stage=stage, steps=steps, accumulation=accumulation)
+    assert curve(tmp_path / "life") == pytest.approx(run(tmp_path / "whole", steps=9), **CLOSE)
+
+
 def test_a_checkpoint_holds_what_is_trained_and_nothing_else(tmp_path: Path) -> None:
     run(tmp_path / "plain", steps=3)
     run(tmp_path / "zero", stage=3, steps=3)
