@@ -198,7 +198,8 @@ def test_a_run_goes_on_under_another_stage_and_world_size(two: Layouts, tmp_path
     run(life, stage=1, steps=8)
     # The newest one is damaged: both processes go back to the one before.
     (life / "checkpoints" / "step-00000006.ckpt").write_bytes(b"garbage")
-    in_two_processes([(life, {"stage": 2, "steps": 9, "accumulation": 2})])
+    in_two_processes([(life, {"stage": 2, "steps": 9})])
+    assert (life / "checkpoints" / "step-00000006.damaged").exists()
     run(life, steps=12)
     run(life, stage=3, steps=15)
     assert curve(life) == pytest.approx(run(tmp_path, steps=15), abs=1e-4)
