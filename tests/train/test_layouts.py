@@ -195,11 +195,11 @@ def test_two_processes(plain: dict[str, list[float]], two: Layouts) -> None:
 @pytest.mark.xdist_group("two processes")
 def test_a_run_goes_on_under_another_stage_and_world_size(two: Layouts, tmp_path: Path) -> None:
     life, _ = two[-1]
-    run(life, stage=1, steps=8)
+    run(life, stage=1, steps=9)
     # The newest one is damaged: both processes go back to the one before.
-    (life / "checkpoints" / "step-00000006.ckpt").write_bytes(b"garbage")
-    in_two_processes([(life, {"stage": 2, "steps": 9})])
-    assert (life / "checkpoints" / "step-00000006.damaged").exists()
+    (life / "checkpoints" / "step-00000009.ckpt").write_bytes(b"garbage")
+    in_two_processes([(life, {"stage": 2, "steps": 9, "accumulation": 2})])
+    assert (life / "checkpoints" / "step-00000009.damaged").exists()
     run(life, steps=12)
     run(life, stage=3, steps=15)
     assert curve(life) == pytest.approx(run(tmp_path, steps=15), abs=1e-4)
