@@ -82,6 +82,15 @@ class StepModule(LightningModule):
         if self.trainer.is_global_zero:
             self.sums_4 = checkpoint["sums_4"].clone()
         self.skipped, self._in_a_row = checkpoint["skipped"]
+        self._count_micro_batches_anew(checkpoint)
+
+    def _count_micro_batches_anew(self, checkpoint: dict[str, Any]) -> None:
+        """Count the steps so far in this run's micro-batches: Lightning ends a step where their number is a multiple of its own."""
+        done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            shift = done - counts["ready"]
+            counts.update({name: count + shift for name, count in counts.items()})
 
     def stepped(self, norm: float, *, skipped: bool) -> None:
         """Note the norm of a step's gradient, and give up when too many in a row could not be used.
