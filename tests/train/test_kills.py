@@ -20,15 +20,19 @@ LIVES = int(os.environ.get("KILL_LIVES", "4"))
 
 
 def killed_life(
-    recipe: Path, layout: str, whole: Path, folder: Path, stages: Sequence[str], *, seed: int
+    recipe: Path, layout: str, whole: Path, folder: Path, stages: Sequence[str], *, seed: int, atol: float = 1e-6
 ) -> tuple[Counter[str], list[str]]:
-    """Kill a run once in each stage, let it end; return how many kills struck, and what is different."""
+    """Kill a run once in each stage, let it end; return how many kills struck, and what is different.
+
+    Args:
+        atol: Of several processes; one is bit-equal.
+    """
     life = Life(recipe, folder, LAYOUTS[layout])
     draws, struck = random.Random(seed), Counter[str]()
     for stage in stages:
         struck[stage] += life.killed(stage, draws)
     life.end()
-    return struck, differences(life.folder, whole, atol=1e-6 if life.overrides else 0.0)
+    return struck, differences(life.folder, whole, atol=atol if life.overrides else 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,8 @@ def trained(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_that_is_killed_twice_ends_as_if_it_was_not(
     recipe: Path, layout: str, trained: Path, tmp_path: Path
 ) -> None:
-    struck, different = killed_life(recipe, layout, trained, tmp_path / "killed", ("gen", "save"), seed=1)
+    # Two processes are held against one, whose sums run in another order.
+    struck, different = killed_life(recipe, layout, trained, tmp_path / "killed", ("gen", "save"), seed=1, atol=1e-5)
     assert struck.total() == 2
     assert not different
 
