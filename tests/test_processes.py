@@ -86,6 +86,7 @@ def test_a_batch_that_does_not_go_into_the_processes_is_refused_in_seconds(recip
     assert "train.batch_size: 5 is not a multiple of 2 (2 processes x 1 micro-batches)" in done.stderr
 
 
+@pytest.mark.processes
 def test_a_request_to_stop_reaches_all_processes_and_the_same_command_continues(recipe: Path, tmp_path: Path) -> None:
     steps = ("train.max_steps=4000", "train.eval_every_steps=0", "train.checkpoint_every_steps=4000")
     words = ["fit", str(recipe), "--runs", str(tmp_path / "two"), "train.devices=2", *steps]

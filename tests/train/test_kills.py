@@ -46,6 +46,7 @@ def trained(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return uninterrupted(recipe, tmp_path_factory.mktemp("whole") / "life")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_run_that_is_killed_twice_ends_as_if_it_was_not(
     recipe: Path, layout: str, trained: Path, tmp_path: Path

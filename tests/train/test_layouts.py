@@ -178,7 +178,7 @@ def test_control_dividing_twice_is_another_number(
     assert losses != pytest.approx(run(tmp_path / "once", optimizer="sgd", clip_norm=0.0), abs=1e-3)
 
 
-@pytest.mark.xdist_group("two processes")
+@pytest.mark.processes
 def test_two_processes(plain: dict[str, list[float]], two: Layouts) -> None:
     for folder, layout in two[:-1]:
         assert curve(folder) == pytest.approx(plain[layout.get("optimizer", "adamw")], **CLOSE), folder.name
@@ -192,7 +192,7 @@ def test_two_processes(plain: dict[str, list[float]], two: Layouts) -> None:
             torch.testing.assert_close(other[name], weight, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.xdist_group("two processes")
+@pytest.mark.processes
 def test_a_run_goes_on_under_another_stage_and_world_size(two: Layouts, tmp_path: Path) -> None:
     life, _ = two[-1]
     run(life, stage=1, steps=9)
