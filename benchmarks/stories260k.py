@@ -2,6 +2,8 @@
 
 Stories that the target opens (24 tokens, temperature 1) are split by number: most for training, 64 for validation, 64 for the
 test. The target writes on from the training openings at the menu of temperatures; the drafter is trained from scratch on that.
+
+All kinds on this target: with --stages and nothing after it, then kinds.py --recipe OUT/stories260k.yaml.
 """
 
 import argparse
@@ -29,6 +31,9 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--loss", default="forward_kl")
+    parser.add_argument(
+        "--stages", nargs="*", default=["gen", "fit"], help="none: openings and recipe alone, for kinds.py"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -37,7 +42,7 @@ def main() -> None:
     print(f"openings: {time.perf_counter() - began:.0f} s")
     recipe = arguments.out / "stories260k.yaml"
     recipe.write_text(yaml.safe_dump(the_recipe(arguments), sort_keys=False), encoding="utf-8")
-    for stage in ("gen", "fit"):
+    for stage in arguments.stages:
         began = time.perf_counter()
         command = [sys.executable, "-m", "drafttrain.cli", stage, str(recipe), "--runs", str(arguments.out)]
         subprocess.run(command, check=True)

@@ -17,6 +17,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from drafttrain import pipeline
+from drafttrain.config.load import load_recipe
 from drafttrain.core.processes import without_launcher
 
 RECIPE = """
@@ -49,6 +55,9 @@ STAGES = {
 """By stage: the file that appears first, and within how many seconds after it the kill comes."""
 
 
+OF_EVALUATION = {"eval.json", "report.html", "drafter/README.md"}
+
+
 def write_recipe(folder: Path, target: Path) -> Path:
     """Write the recipe of a short run through every stage."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,6 +66,16 @@ def write_recipe(folder: Path, target: Path) -> Path:
     recipe = folder / "life.yaml"
     recipe.write_text(RECIPE.format(target=target, prompts=prompts))
     return recipe
+
+
+def uninterrupted(recipe: Path, folder: Path) -> Path:
+    """Return the folder of a run in this process, up to its drafter."""
+    loaded = load_recipe(recipe)
+    pipeline.gen(loaded, folder)
+    run = pipeline.Run(loaded, folder)
+    pipeline.train_drafter(run)
+    pipeline.export_best(run)
+    return folder
 
 
 @dataclass
@@ -163,3 +182,21 @@ def rows(folder: Path) -> list[dict[str, str]]:
 def files(folder: Path) -> set[str]:
     """Return the names of all files and folders of a run."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def differences(folder: Path, whole: Path, *, atol: float) -> list[str]:
+    """Return in what a run differs from an uninterrupted one; what only an evaluation writes is nobody's matter here."""
+    found = []
+    ours, theirs = (load_file(one / "drafter" / "model.safetensors") for one in (folder, whole))
+    for name, weight in theirs.items():
+        if not torch.allclose(ours[name], weight, rtol=0, atol=atol):
+            found.append(f"{name}: {(ours[name] - weight).abs().max():.1e}")
+    if atol == 0 and rows(folder) != rows(whole):
+        found.append("metrics.csv")
+    losses = [[float(row["loss"] or "nan") for row in rows(one)] for one in (folder, whole)]
+    if losses[0] != pytest.approx(losses[1], abs=atol, nan_ok=True):
+        found.append(f"losses: {losses}")
+    missing, left = files(whole) - files(folder), files(folder) - files(whole) - OF_EVALUATION
+    if missing or left:
+        found.append(f"files: {sorted(missing)} are missing, {sorted(left)} are left")
+    return found

@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from drafttrain import pipeline
+from drafttrain import pipeline, run_folder
 from drafttrain.checkpoint import read_drafter
 from drafttrain.cli import _recipe_and_run_folder, app
 from drafttrain.config.bundled import bundled_recipes
 from drafttrain.config.load import load_recipe
-from drafttrain.core.errors import GateError, RecipeError
+from drafttrain.core.errors import DrafttrainError, GateError, RecipeError
+from drafttrain.core.files import clear_leftovers
 from drafttrain.target import Target
 from drafttrain.train.callbacks import COLUMNS
 
@@ -158,6 +159,37 @@ def test_while_it_trains_a_run_keeps_to_its_evaluation(recipe, tmp_path):
     for changed in ("eval.max_new_tokens=9", "export.dtype=bfloat16"):
         with pytest.raises(RecipeError, match="another recipe"):
             pipeline.Run(load_recipe(recipe, [changed]), tmp_path / "run")
+
+
+def test_two_runs_do_not_work_in_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "WAIT_SECONDS", 0.3)
+    folder = run_folder.RunFolder(tmp_path / "run")
+    with folder.taken(), pytest.raises(DrafttrainError, match=f"another run is at work.*process {os.getpid()} on"):
+        folder.taken().__enter__()
+    with folder.taken():
+        pass
+
+
+def test_what_a_killed_writer_left_is_removed_and_what_it_was_replacing_comes_back(tmp_path):
+    for name in (
+        ".best.old",
+        "best.gone",
+        ".best.ab.part",
+        "data/.x.npy.cd.part",
+        "checkpoints/step-3.part",
+        ".last.old",
+        "last",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        if "best" in name or "last" in name:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "weights").write_text(name)
+        else:
+            (tmp_path / name).write_text("half")
+    clear_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["weights"] * 3
+    assert (tmp_path / "best" / "weights").read_text() == ".best.old"
+    assert (tmp_path / "last" / "weights").read_text() == "last"
 
 
 @pytest.mark.parametrize("command", ["eval", "export"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 from drafttrain import pipeline
 from drafttrain.config.load import load_recipe
-from drafttrain.core.errors import DrafttrainError, RecipeError
+from drafttrain.core.errors import DrafttrainError, Interrupted, RecipeError
 from drafttrain.core.processes import TORCHRUN, World, without_launcher, world
 from drafttrain.train.offload import refuse_stale_lock
 from drafttrain.train.preflight import check_disk
@@ -83,6 +84,28 @@ def test_a_batch_that_does_not_go_into_the_processes_is_refused_in_seconds(recip
     done = command("fit", recipe, "--runs", tmp_path, "train.devices=2", "train.batch_size=5")
     assert done.returncode == RecipeError.exit_code, done.stderr[-2000:]
     assert "train.batch_size: 5 is not a multiple of 2 (2 processes x 1 micro-batches)" in done.stderr
+
+
+@pytest.mark.processes
+def test_a_request_to_stop_reaches_all_processes_and_the_same_command_continues(recipe: Path, tmp_path: Path) -> None:
+    steps = ("train.max_steps=4000", "train.eval_every_steps=0", "train.checkpoint_every_steps=4000")
+    words = ["fit", str(recipe), "--runs", str(tmp_path / "two"), "train.devices=2", *steps]
+    environment = without_launcher(os.environ) | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    log = tmp_path / "log"
+    running = subprocess.Popen(
+        [sys.executable, "-m", "drafttrain", *words], env=environment, stdout=log.open("wb"), stderr=subprocess.STDOUT
+    )
+    metrics, limit = tmp_path / "two" / "pair" / "metrics.csv", time.monotonic() + 120
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        assert time.monotonic() < limit, log.read_text()[-3000:]
+        assert running.poll() is None, log.read_text()[-3000:]
+        time.sleep(0.1)
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(timeout=60) == Interrupted.exit_code, log.read_text()[-3000:]
+    (saved,) = (tmp_path / "two" / "pair" / "checkpoints").glob("step-*.ckpt")
+    assert 1 <= int(saved.stem.removeprefix("step-")) < 4000
+    left = subprocess.run(["pgrep", "-f", str(tmp_path / "two")], capture_output=True, text=True, check=False).stdout
+    assert not left, f"still running: {left}"
 
 
 def test_a_training_that_has_not_ended_is_exported_from_its_checkpoint(recipe: Path, tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ def export(
 ) -> None:
     """Write the drafter folder of a trained run, evaluate its files, and hold them against the gate; or, with --to, write a format."""
     with exit_codes(debug=debug):
+        _first_alone()
         from drafttrain.config.bundled import is_recipe
 
         _check_export(what, to or [], verify=verify, target=target, out=out)
@@ -241,6 +242,7 @@ def evaluate(
 ) -> None:
     """Evaluate exported drafters: a table on stdout, JSON beside it."""
     with exit_codes(debug=debug):
+        _first_alone()
         from drafttrain.config.bundled import is_recipe
 
         named = [word for word in what if not OVERRIDE.match(word)]
@@ -409,6 +411,14 @@ def main() -> None:
     """Run the command line; DeepSpeed's launcher adds a word of its own, which the environment says too."""
     sys.argv = [word for word in sys.argv if not word.startswith("--local_rank=")]
     app()
+
+
+def _first_alone() -> None:
+    """Leave what one process does to the first of those that a launcher started."""
+    from drafttrain.core.processes import first
+
+    if not first():
+        raise typer.Exit(0)
 
 
 def _tell(error: DrafttrainError) -> None:

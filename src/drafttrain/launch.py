@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from drafttrain.core.console import say
-from drafttrain.core.errors import RecipeError
+from drafttrain.core.errors import Interrupted, RecipeError
 from drafttrain.core.processes import launched
 
 
@@ -37,9 +37,13 @@ def relaunch(count: int, *, max_restarts: int) -> int:
 
     Args:
         max_restarts: When one of them dies, all are started again, so often at most; they go on from the last checkpoint.
+
+    Raises:
+        Interrupted: This process was asked to stop; all finished their step and saved.
     """
     import logging
 
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -60,6 +64,10 @@ def relaunch(count: int, *, max_restarts: int) -> int:
         elastic_launch(config, sys.executable)("-m", "drafttrain", *sys.argv[1:])
     except ChildFailedError as error:
         return _code(error)
+    except SignalException as error:
+        raise Interrupted(
+            f"stopped by {error.sigval.name}, and all processes with it: run the same command to continue"
+        ) from error
     return 0
 
 

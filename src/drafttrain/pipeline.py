@@ -156,18 +156,19 @@ def fit(recipe: Recipe, folder: Path, *, above: Sequence[str] = ()) -> None:
         above: Recipes that wait for what this one makes.
     """
     check_engines(recipe.export.verify)
-    with _all_processes(recipe, folder):
-        run = Run(_with_models_made(recipe, folder.parent, above=above), folder)
-        if first() and not run.folder.train_done.exists():
-            # Figures of an export of what was there so far; a kill after the training would let them stand for its end.
-            run.folder.drop_figures()
-        _gen(run)
-        if run.recipe.head is not None:
-            _fit_head(run)
-        else:
-            train_drafter(run)
-    if first():
-        _export(run)
+    with contextlib.ExitStack() as held:
+        with _all_processes(recipe, folder, held):
+            run = Run(_with_models_made(recipe, folder.parent, above=above), folder)
+            if first() and not run.folder.train_done.exists():
+                # Figures of an export of what was there so far; a kill after the training would let them stand for its end.
+                run.folder.drop_figures()
+            _gen(run)
+            if run.recipe.head is not None:
+                _fit_head(run)
+            else:
+                train_drafter(run)
+        if first():
+            _export(run)
 
 
 def _with_models_made(recipe: Recipe, runs: Path, *, above: Sequence[str] = ()) -> Recipe:
@@ -193,7 +194,7 @@ def _with_models_made(recipe: Recipe, runs: Path, *, above: Sequence[str] = ()) 
 
 def gen(recipe: Recipe, folder: Path) -> None:
     """Generate, encode, label and cache the data of a recipe; several processes share the work."""
-    with _all_processes(recipe, folder):
+    with contextlib.ExitStack() as held, _all_processes(recipe, folder, held):
         run = Run(_with_models_made(recipe, folder.parent), folder)
         _gen(run)
         data = training_data(run)
@@ -203,16 +204,21 @@ def gen(recipe: Recipe, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _all_processes(recipe: Recipe, folder: Path) -> Iterator[None]:
-    """Join the processes that a launcher started, and look that they can work together, before anything is loaded."""
+def _all_processes(recipe: Recipe, folder: Path, held: contextlib.ExitStack) -> Iterator[None]:
+    """Join the processes that a launcher started, and look that they can work together, before anything is loaded.
+
+    Args:
+        held: Until it closes, the first process holds the run folder.
+    """
     settings = recipe.train
     with together(timeout_seconds=settings.timeout_seconds):
         if launched():
             from drafttrain.train.preflight import check_processes
 
             check_processes(recipe.name, dump_recipe(recipe), folder, settings)
-        with first_before_others("it clears what a killed run left"):
+        with first_before_others("it takes the run folder and clears what a killed run left"):
             if first():
+                held.enter_context(RunFolder(folder).taken())
                 clear_leftovers(folder)
         yield
 
@@ -677,8 +683,10 @@ def _training_result(run: Run) -> dict[str, Any]:
         by = "block_efficiency" if run.recipe.head is None else "log_likelihood"
         say(f"the training has not ended: its best step so far is exported, {step} of {run.recipe.train.max_steps}")
         return {"drafter": "best", "best_step": step, "last_step": step, "best_by": by, "best": None, "last": None}
+    if run.recipe.head is not None:
+        raise DrafttrainError(f"{folder.path}: the head has no validated step yet: drafttrain fit does all stages")
     newest = newest_checkpoint(folder.train / "checkpoints")
-    if newest is None or run.recipe.head is not None:
+    if newest is None:
         raise DrafttrainError(f"{folder.path}: no checkpoint that can be read: drafttrain fit does all stages")
     step, weights = weights_of_checkpoint(newest)
     drafter = _start(run, training_data(run))

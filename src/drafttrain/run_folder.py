@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import fcntl
 import json
+import os
+import socket
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +18,7 @@ from drafttrain.config.dump import dump_recipe
 from drafttrain.config.load import load_recipe
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say
-from drafttrain.core.errors import RecipeError
+from drafttrain.core.errors import DrafttrainError, RecipeError
 from drafttrain.core.files import write_json, write_text
 from drafttrain.core.provenance import provenance
 from drafttrain.eval.settings import EvalSettings
@@ -20,6 +26,10 @@ from drafttrain.export.settings import ExportSettings
 
 PROMPT_SETTINGS = ("prompts", "validation_prompts", "prompt_tokens")
 """Settings of the evaluation that decide which of its prompts overlap with the training text."""
+
+
+WAIT_SECONDS = 60.0
+"""Processes whose parent was killed leave within a quarter of it."""
 
 
 class RunFolder:
@@ -41,6 +51,28 @@ class RunFolder:
         self.rejected_head = path / "head.rejected"
         self.eval = path / "eval.json"
         self.report = path / "report.html"
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """Hold the folder against other runs for the block; a process that is killed lets go of it.
+
+        Raises:
+            DrafttrainError: Another run is at work here, and stays.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+", encoding="utf-8") as file:
+            limit = time.monotonic() + WAIT_SECONDS
+            while not _lock(file.fileno()):
+                if time.monotonic() > limit:
+                    file.seek(0)
+                    raise DrafttrainError(
+                        f"{self.path}: another run is at work in this folder ({file.read()}): wait for its end, or stop it"
+                    )
+                time.sleep(0.2)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
 
     def has_weights(self) -> bool:
         """Tell whether a training was here, ended or not."""
@@ -96,6 +128,17 @@ class RunFolder:
         if self.provenance.exists():
             runs = json.loads(self.provenance.read_text(encoding="utf-8"))
         write_json(self.provenance, [*runs, provenance()])
+
+
+def _lock(file: int) -> bool:
+    """Lock an open file if nobody else has; tell whether it is ours. Some disks of networks have no locks: there all may."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _trained_by(recipe: Recipe, *, done: bool) -> str:

@@ -178,7 +178,7 @@ def test_control_dividing_twice_is_another_number(
     assert losses != pytest.approx(run(tmp_path / "once", optimizer="sgd", clip_norm=0.0), abs=1e-3)
 
 
-@pytest.mark.xdist_group("two processes")
+@pytest.mark.processes
 def test_two_processes(plain: dict[str, list[float]], two: Layouts) -> None:
     for folder, layout in two[:-1]:
         assert curve(folder) == pytest.approx(plain[layout.get("optimizer", "adamw")], **CLOSE), folder.name
@@ -192,16 +192,25 @@ def test_two_processes(plain: dict[str, list[float]], two: Layouts) -> None:
             torch.testing.assert_close(other[name], weight, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.xdist_group("two processes")
+@pytest.mark.processes
 def test_a_run_goes_on_under_another_stage_and_world_size(two: Layouts, tmp_path: Path) -> None:
     life, _ = two[-1]
-    run(life, stage=1, steps=8)
+    run(life, stage=1, steps=9)
     # The newest one is damaged: both processes go back to the one before.
-    (life / "checkpoints" / "step-00000006.ckpt").write_bytes(b"garbage")
+    (life / "checkpoints" / "step-00000009.ckpt").write_bytes(b"garbage")
     in_two_processes([(life, {"stage": 2, "steps": 9, "accumulation": 2})])
+    assert (life / "checkpoints" / "step-00000009.damaged").exists()
     run(life, steps=12)
     run(life, stage=3, steps=15)
     assert curve(life) == pytest.approx(run(tmp_path, steps=15), abs=1e-4)
+
+
+@pytest.mark.parametrize("stage", [None, 2])
+def test_a_run_goes_on_with_another_accumulation(tmp_path: Path, stage: int | None) -> None:
+    """Three steps of one micro-batch are no multiple of two: a step that ends by their count would end in its middle."""
+    for steps, accumulation in ((3, 1), (6, 2), (9, 4)):
+        run(tmp_path / "life", stage=stage, steps=steps, accumulation=accumulation)
+    assert curve(tmp_path / "life") == pytest.approx(run(tmp_path / "whole", steps=9), **CLOSE)
 
 
 def test_a_checkpoint_holds_what_is_trained_and_nothing_else(tmp_path: Path) -> None:

@@ -239,9 +239,10 @@ class Group:
             self._store.set(f"failed/{self.here.rank}", f"{type(error).__name__}: {error}"[:2000])
 
     def shared(self, value: Any) -> list[Any]:
-        """Return every process's value, by rank; it goes as JSON."""
+        """Return every process's value, by rank; it goes as JSON. The others are waited for as long as they live."""
         import torch.distributed as dist
 
+        self.wait("they compare notes")
         values: list[Any] = [None] * self.here.size
         dist.all_gather_object(values, json.dumps(value), group=self._control)
         return [json.loads(text) for text in values]
@@ -322,7 +323,7 @@ def _is_of_a_connection(error: BaseException) -> bool:
 
     if isinstance(error, dist.DistError):
         return True
-    words = ("connection closed by peer", "timed out waiting", "connection reset", "gloo", "nccl", "broken pipe")
+    words = ("connection closed by peer", "timed out waiting", "connection reset", "nccl error", "broken pipe")
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 
@@ -359,7 +360,7 @@ def wait_for_all(what: str) -> None:
 
 @contextlib.contextmanager
 def first_before_others(what: str) -> Iterator[None]:
-    """Let the first process go through the block alone; then the others, which find what it made."""
+    """Let the first process go through the block alone; then the others, which find what it made. Nothing inside may wait."""
     if _joined is None:
         yield
         return

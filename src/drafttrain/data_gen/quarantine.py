@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from drafttrain.core.console import progress, say
 from drafttrain.core.errors import DataError
+from drafttrain.core.files import written_beside
 from drafttrain.data_gen.formats import BadItem
 from drafttrain.data_gen.sources import Item, Source
 
@@ -29,7 +30,12 @@ def read_items(
         DataError: Nothing is left.
     """
     refused, found = 0, 0
-    with progress(f"reading {name}", total=None, unit="items") as bar, file.open("w", encoding="utf-8") as quarantine:
+    with (
+        progress(f"reading {name}", total=None, unit="items") as bar,
+        # Whole or absent: every process of a run may read the same source.
+        written_beside(file) as temporary,
+        temporary.open("w", encoding="utf-8") as quarantine,
+    ):
         for item in islice(source.items(), max_items):
             try:
                 if item.problem:

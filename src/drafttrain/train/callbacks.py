@@ -108,7 +108,8 @@ class Validation(StepEnd):
         with torch.no_grad(), whole(module.trained.parameters()):
             self.latest = dict(self.held_out.estimate(module.trained), step=step)
         module.trained.train()
-        value = self.latest[self.held_out.best_by]
+        # One process decides for all: what follows gathers weights, and figures may differ in their last bit between hosts.
+        value = float(shared(float(self.latest[self.held_out.best_by]))[0])
         self.last = {"step": step} | {name: self.latest[name] for name in self.held_out.figures}
         if value > self.best.get(self.held_out.best_by, float("-inf")) and self._keep(module, step):
             self.best = dict(self.last)

@@ -66,7 +66,7 @@ class StepModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Carry the sums of steps that are not logged yet, of all processes, through a resume."""
         checkpoint["sums_4"] = self.trainer.strategy.reduce(self.sums_4.clone(), reduce_op="sum")
-        checkpoint["skipped"] = self.skipped
+        checkpoint["skipped"] = [self.skipped, self._in_a_row]
         frozen = {n for n, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
         checkpoint["state_dict"] = {n: value for n, value in checkpoint["state_dict"].items() if n not in frozen}
 
@@ -81,7 +81,16 @@ class StepModule(LightningModule):
             raise CheckpointError(f"a checkpoint lacks {len(missing)} trained weights: {', '.join(missing[:5])}")
         if self.trainer.is_global_zero:
             self.sums_4 = checkpoint["sums_4"].clone()
-        self.skipped = checkpoint["skipped"]
+        self.skipped, self._in_a_row = checkpoint["skipped"]
+        self._count_micro_batches_anew(checkpoint)
+
+    def _count_micro_batches_anew(self, checkpoint: dict[str, Any]) -> None:
+        """Count the steps so far in this run's micro-batches: Lightning ends a step where their number is a multiple of its own."""
+        done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            shift = done - counts["ready"]
+            counts.update({name: count + shift for name, count in counts.items()})
 
     def stepped(self, norm: float, *, skipped: bool) -> None:
         """Note the norm of a step's gradient, and give up when too many in a row could not be used.

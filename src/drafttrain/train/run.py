@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from drafttrain.core.console import say
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.core.files import write_json
-from drafttrain.core.processes import agree, first, world
+from drafttrain.core.processes import agree, first, wait_for_all, world
 from drafttrain.core.records import DraftBatch
 from drafttrain.drafters import Drafter
 from drafttrain.heads import HeadBatch, TokenHead
@@ -143,6 +143,7 @@ def _fit(
     folder: Path,
 ) -> TrainResult:
     settings = module.settings
+    wait_for_all("they begin to train")
     # What a loader hands out is in evaluation mode.
     module.trained.train()
     checkpoints = folder / "checkpoints"

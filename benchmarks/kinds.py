@@ -1,0 +1,218 @@
+"""Every kind of drafter on one target at equal training tokens: one table, and their order.
+
+All arms read the same records in the same order, for as many steps. Each kind goes up one grid of learning rates for as long as
+that helps, by block efficiency in greedy replay on the validation prompts; the best is taken. The test prompts
+are decoded once, at the end, with that drafter and with the same drafter untrained.
+
+    python benchmarks/kinds.py runs/kinds [section.key=value ...] [--recipe demo] [--kinds medusa eagle3 ...]
+
+Each arm is a run of its own; what is done already is taken up when the command is given again.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drafttrain.config.load import load_recipe
+from drafttrain.core.files import write_json
+from drafttrain.core.provenance import commit, processor
+from drafttrain.eval.evaluate import compare, evaluate
+from drafttrain.eval.length.tree import TreeSettings
+from drafttrain.eval.metrics import PromptCounts
+from drafttrain.eval.prompts import read_prompts
+from drafttrain.eval.settings import length_label
+from drafttrain.eval.table import interval
+from drafttrain.pipeline import Run, dropped_prompts, export_best, gen, train_drafter
+
+EQUAL = (
+    "data.sources=[{kind: generated}]",
+    "data.cache=states",
+    "train.max_steps=128",
+    "train.batch_size=16",
+    "train.eval_every_steps=64",
+    "train.eval_prompts=24",
+    "train.loggers=[csv]",
+    "eval.num_prompts=32",
+    "eval.max_new_tokens=64",
+)
+"""What all arms share, whatever the recipe says."""
+
+KINDS = {
+    "causal_lm": ("drafter={kind: causal_lm, init: checkpoint, checkpoint: 'builtin:drafter'}", "loss.kind=tvdpp"),
+    "causal_lm_fresh": ("drafter={kind: causal_lm}", "loss.kind=tvdpp"),
+    "medusa": ("drafter={kind: medusa}", "loss.kind=ce"),
+    "kangaroo": ("drafter={kind: kangaroo}", "loss.kind=forward_kl"),
+    "eagle": ("drafter={kind: eagle}", "loss.kind=forward_kl"),
+    "eagle3": ("drafter={kind: eagle3, num_steps: 3, draft_vocab_size: 1024}", "loss.kind=lk_hybrid"),
+    "medusa2": ("drafter={kind: medusa, joint: {head_lr_multiplier: 4}}", "loss.kind=ce"),
+}
+"""What each kind changes in the recipe; the loss is that of its own recipe. Overrides of the command line come after."""
+
+FIRST_RATE = {"kangaroo": 6e-3, "eagle": 6e-3, "eagle3": 2e-2}
+"""Where the grid of a kind begins: these three are known to want a high rate (recipes/tiny_eagle3.yaml)."""
+
+ENOUGH = 0.01
+"""Gain in block efficiency on the validation prompts for which a kind goes on to the next rate."""
+
+TOGETHER = 16
+"""Test prompts decoded together; every prompt has its own random numbers."""
+
+OF_CACHE = "drafts in a cache that holds one path"
+NO_TREE = {"causal_lm": OF_CACHE, "causal_lm_fresh": OF_CACHE, "kangaroo": f"{OF_CACHE}, the target's own"}
+"""Why a kind drafts chains only."""
+
+TREE = TreeSettings(num_draft_tokens=24, depth=5, width=4)
+
+
+def main() -> None:
+    """Train every arm, evaluate the best of each kind, print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--recipe", default="demo", help="gives target, data, training and prompts")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 6e-3, 2e-2, 6e-2])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--validation-only", action="store_true", help="stop before the test prompts")
+    parser.add_argument("overrides", nargs="*", help="section.key=value for all kinds, kind:section.key=value for one")
+    arguments = parser.parse_intermixed_args()
+    torch.set_num_threads(arguments.threads)
+    base = load_recipe(arguments.recipe, [*changes(arguments, "causal_lm"), "data.cache=none"])
+    gen(base, arguments.out / "texts")
+    shared = Run(base, arguments.out / "texts", quiet=True)
+    best = {kind: best_of(arguments, kind, shared) for kind in arguments.kinds}
+    if arguments.validation_only:
+        return
+    results = {kind: tested(arguments.out / kind, kind, *best[kind]) for kind in arguments.kinds}
+    print(table(results))
+    print(order(results))
+    some = next(iter(results.values()))
+    print(f"\n{some['num_prompts']} test prompts, {processor()}, commit {commit()}")
+
+
+def changes(arguments: argparse.Namespace, kind: str) -> list[str]:
+    """Return what a kind's arms change in the recipe."""
+    given = [one.removeprefix(f"{kind}:") for one in arguments.overrides]
+    return [*EQUAL, *KINDS[kind], *(one for one in given if ":" not in one.split("=")[0])]
+
+
+def best_of(arguments: argparse.Namespace, kind: str, shared: Run) -> tuple[Run, float]:
+    """Train a kind with rates of the grid, upwards for as long as that helps; return the best run and its rate.
+
+    Args:
+        shared: Has the target, and what it writes after the validation prompts: the same for all arms.
+    """
+    runs: dict[float, Run] = {}
+    found: dict[float, float] = {}
+    for rate in (one for one in arguments.rates if one >= FIRST_RATE.get(kind, 0.0)):
+        began = time.perf_counter()
+        run = runs[rate] = trained(arguments, kind, rate, shared)
+        done = export_best(run)
+        found[rate] = done["best"]
+        print(
+            f"{kind}, rate {rate:g}: validation {found[rate]:.3f} at step {done['best_step']}, "
+            f"{time.perf_counter() - began:.0f} s",
+            flush=True,
+        )
+        if len(found) > 1 and found[rate] < max(value for one, value in found.items() if one != rate) + ENOUGH:
+            break
+    rate = max(found, key=lambda one: found[one])
+    write_json(arguments.out / kind / "rates.json", {f"{one:g}": value for one, value in found.items()})
+    return runs[rate], rate
+
+
+def trained(arguments: argparse.Namespace, kind: str, rate: float, shared: Run) -> Run:
+    """Return the trained run of one arm. The rate is that of what is added: Medusa-2's adapters learn at a quarter of it."""
+    own = [f"train.lr={rate / 4 if kind == 'medusa2' else rate:g}", f"name={kind}-{rate:g}"]
+    recipe = load_recipe(arguments.recipe, [*changes(arguments, kind), *own])
+    data = (arguments.out / kind / "data").resolve()
+    folder = arguments.out / kind / f"{rate:g}"
+    for link, place in ((data / "generated", arguments.out / "texts" / "data" / "generated"), (folder / "data", data)):
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            link.symlink_to(place.resolve())
+    run = Run(recipe, folder, quiet=True)
+    run.target, run.validation_texts = shared.target, shared.validation_texts
+    train_drafter(run)
+    return run
+
+
+def tested(folder: Path, kind: str, run: Run, rate: float) -> dict[str, Any]:
+    """Return the figures on the test prompts, decoded once and kept."""
+    file, wanted = folder / "eval.json", run.recipe.eval
+    if file.exists():
+        result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return result
+    prompts, validation = (
+        read_prompts(
+            name,
+            run.tokenizer,
+            prompt_tokens=wanted.prompt_tokens,
+            dropped=dropped_prompts(run, name),
+            limit=wanted.num_prompts,
+        )
+        for name in (wanted.prompts, wanted.validation_prompts)
+    )
+    also = [] if kind in NO_TREE else [TREE]
+    settings = replace(
+        wanted, num_prompts=None, speed_prompts=0, temperatures=[0.0, 1.0], also=also, batch_size=TOGETHER
+    )
+    result = evaluate({kind: run.folder.drafter, "start": run.folder.start}, run.target, prompts, settings)
+    # Bytes are those of one sequence decoded alone; a round's depend on its draft length, hardly on which text it is.
+    alone = replace(settings, batch_size=1, temperatures=[0.0])
+    (part,) = evaluate({kind: run.folder.drafter}, run.target, validation[:2], alone)["temperatures"]
+    result["mbsu_by_token_a_round"] = {
+        arm: figures["mbsu"] * figures["target_calls_per_token"] for arm, figures in part["drafters"].items()
+    }
+    count = sum(p.numel() for p in run.drafter.parameters() if p.requires_grad)
+    write_json(file, result | {"rate": rate, "trained_parameters": count})
+    print(f"{kind}: evaluated in {result['seconds']:.0f} s", flush=True)
+    return tested(folder, kind, run, rate)
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Return the figures by kind, draft and temperature."""
+    lines = [
+        "| kind | trained parameters | rate | draft | temperature | block efficiency | its start | gain, paired | MBSU | parity |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    tree = f" ({length_label(TREE)})"
+    for kind, result in results.items():
+        for draft, suffix in (("chain", ""), ("tree", tree)):
+            if suffix and kind in NO_TREE:
+                lines.append(f"| `{kind}` | | | no tree | | {NO_TREE[kind]} | | | | |")
+                continue
+            for part in result["temperatures"]:
+                head = f"| `{kind}` | {result['trained_parameters']:,} | {result['rate']:g} | {draft} | {part['temperature']:g} |"
+                figures, start = part["drafters"][kind + suffix], part["drafters"]["start" + suffix]
+                mbsu = result["mbsu_by_token_a_round"][kind + suffix] * figures["block_efficiency"]["value"]
+                gain = part["comparisons"][f"{kind}{suffix} - start{suffix}"]["block_efficiency"]
+                lines.append(
+                    f"{head} {interval(figures['block_efficiency'])} | {start['block_efficiency']['value']:.2f} "
+                    f"| {interval(gain)} | {mbsu:.2f} | {figures.get('parity', {}).get('text', '')} |"
+                )
+    return "\n".join(lines)
+
+
+def order(results: dict[str, dict[str, Any]]) -> str:
+    """Return the kinds from the best chain to the worst, each less the next one on the same prompts."""
+    lines = []
+    for number, temperature in enumerate((0.0, 1.0)):
+        figures = {kind: result["temperatures"][number]["drafters"][kind] for kind, result in results.items()}
+        ranked = sorted(figures, key=lambda kind: -figures[kind]["block_efficiency"]["value"])
+        counts = {kind: [PromptCounts(**one) for one in figures[kind]["prompts"]] for kind in ranked}
+        parts = [f"{ranked[0]} {figures[ranked[0]]['block_efficiency']['value']:.2f}"]
+        for above, kind in pairwise(ranked):
+            found = compare(counts[above], counts[kind], resamples=10_000, seed=0)["block_efficiency"]
+            parts.append(f"{kind} {figures[kind]['block_efficiency']['value']:.2f} (below by {interval(found)})")
+        lines.append(f"\nOrder of the chains at temperature {temperature:g}: {', '.join(parts)}.")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
