@@ -255,3 +255,32 @@ def test_heads_on_an_adapted_target_keep_their_adapter(target, tmp_path):
     settings = medusa.settings(checkpoint=str(tmp_path / "again"))
     with pytest.raises(CheckpointError, match=r"heads on an adapted target \(Medusa-2\) are not trained on"):
         medusa.component.create(settings, target=target, tokenizer=target.tokenizer)
+
+
+def test_weights_keep_their_type(target, tmp_path):
+    tensors = {
+        name: tensor.bfloat16() if tensor.is_floating_point() else tensor
+        for name, tensor in given.eagle3_tensors().items()
+    }
+    source = given.write(tmp_path / "theirs", tensors, given.eagle3_config(torch_dtype="float16"))
+    import_folder(source, tmp_path / "drafter", target=target.name)
+    assert given.same(given.held(tmp_path / "drafter"), tensors)
+    assert json.loads((tmp_path / "drafter" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_head_that_is_tied_may_be_there_twice_if_it_is_the_same(target, tmp_path):
+    model = random_llama(seed=5, num_layers=1)
+    model.save_pretrained(tmp_path / "theirs")
+    byte_tokenizer().save_pretrained(tmp_path / "theirs")
+    tensors = given.held(tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    head = tensors["model.embed_tokens.weight"].clone()
+    given.write(tmp_path / "theirs", tensors | {"lm_head.weight": head}, config)
+    import_folder(tmp_path / "theirs", tmp_path / "drafter", target=target.name)
+    assert given.same(given.held(tmp_path / "drafter"), tensors)
+    given.write(
+        tmp_path / "theirs", tensors | {"lm_head.weight": head + 1}, config | {"auto_map": {"AutoModel": "m.M"}}
+    )
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: is not model\.embed_tokens\.weight") as caught:
+        import_folder(tmp_path / "theirs", tmp_path / "drafter", target=target.name)
+    assert caught.match("auto_map names code that comes with the folder")
