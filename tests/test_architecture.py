@@ -24,6 +24,7 @@ checkpoint
 data_gen
 eval
 export
+importers
 train
 online
 config
@@ -153,8 +154,8 @@ def test_recipes_evaluation_and_export_need_neither_lightning_nor_deepspeed():
         else:
             raise AssertionError("lightning can be imported: nothing is proven")
 
-        import drafttrain.config.load, drafttrain.config.schema, drafttrain.eval, drafttrain.export
-        for room in (drafttrain.eval, drafttrain.export, drafttrain.config):
+        import drafttrain.config.load, drafttrain.config.schema, drafttrain.eval, drafttrain.export, drafttrain.importers
+        for room in (drafttrain.eval, drafttrain.export, drafttrain.importers, drafttrain.config):
             for module in pkgutil.walk_packages(room.__path__, room.__name__ + "."):
                 importlib.import_module(module.name)
         drafttrain.config.schema.recipe_schema()  # scans every registry

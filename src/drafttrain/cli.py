@@ -136,6 +136,35 @@ def export(
             pipeline.export(loaded, run_folder)
 
 
+@app.command(name="import")
+def import_drafter(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER",
+            help="EAGLE-3, EAGLE-1, Medusa, speculators, or a plain causal LM.",
+            show_default=False,
+        ),
+    ],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target", metavar="MODEL", help="What it was made for; left out: what it says itself.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="The drafter folder; left out: FOLDER.drafter.", show_default=False),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Make a drafter folder of one that somebody else trained: train on from it, evaluate it, export it."""
+    with exit_codes(debug=debug):
+        from drafttrain import pipeline
+
+        pipeline.import_drafter(folder, target=target, out=out)
+
+
 @app.command(name="serve-config")
 def serve_config(
     drafter: Annotated[

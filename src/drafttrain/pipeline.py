@@ -292,6 +292,24 @@ def export_drafter_as(
     _export_as(source, stand, out=out)
 
 
+def import_drafter(folder: Path, *, target: str | None, out: Path | None) -> None:
+    """Write the drafter folder of one that somebody else trained, and say what was changed on the way.
+
+    Args:
+        target: What it was made for; left out, what it says itself.
+        out: Left out: beside it.
+    """
+    from drafttrain.importers.convert import import_folder
+
+    _quiet_libraries()
+    folder = folder.resolve()
+    out = out or folder.with_name(f"{folder.name}.drafter")
+    made = import_folder(folder, out, target=target)
+    for note in made.notes:
+        say(f"{folder.name}: {note}")
+    say(f"imported: {out} (drafter.kind {made.files.kind})")
+
+
 def _export_as(source: Path, stand: Stand, *, out: Path | None) -> None:
     _quiet_libraries()
     check_engines(stand.export.verify)

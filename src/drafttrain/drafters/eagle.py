@@ -28,6 +28,7 @@ from drafttrain.drafters.feature_target import (
     read_config,
     weight_bytes,
 )
+from drafttrain.drafters.start import HELP, folder_to_start_from, said_by_the_folder
 from drafttrain.losses.align import align
 from drafttrain.losses.random_rows import uniform
 from drafttrain.target import Target
@@ -40,6 +41,7 @@ NOISE_LENGTH = 512
 class EagleSettings:
     """One layer that predicts the target's next final feature, read by the target's own head (EAGLE-1)."""
 
+    checkpoint: str | None = setting(None, help=HELP)
     num_steps: int = setting(1, help="Draft tokens that training rolls out at every position; 1 as in the paper.", ge=1)
     step_decay: float = setting(0.8, help="Factor on both losses from each of these steps to the next.", gt=0, le=1)
     feature_weight: float = setting(1.0, help="Factor on the smooth L1 distance to the target's own feature.", ge=0)
@@ -59,7 +61,7 @@ class EagleSettings:
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
-        problems = []
+        problems = said_by_the_folder(self, ("num_heads", "num_kv_heads", "intermediate_size"))
         if self.num_heads and self.num_kv_heads and self.num_heads % self.num_kv_heads:
             problems.append(f"num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}")
         if not self.feature_weight and not self.loss_weight:
@@ -96,6 +98,9 @@ class EagleDrafter(FeatureDrafter):
         if target is None:
             raise CheckpointError("drafter.kind eagle reads the target's final states, but target.model is null")
         names = ("num_steps", "step_decay", "feature_weight", "loss_weight", "feature_noise", "draft")
+        own = {name: getattr(settings, name) for name in names}
+        if settings.checkpoint is not None:
+            return cls.load(folder_to_start_from(settings.checkpoint, target, kind=cls.kind), target).trained_as(own)
         config = {
             "architectures": ["LlamaForCausalLM"],
             **layer_config(
@@ -104,7 +109,7 @@ class EagleDrafter(FeatureDrafter):
                 num_kv_heads=settings.num_kv_heads,
                 intermediate_size=settings.intermediate_size,
             ),
-            "drafttrain": {name: getattr(settings, name) for name in names},
+            "drafttrain": own,
         }
         return cls(config, TargetParts(target))
 

@@ -29,16 +29,24 @@ from drafttrain.drafters.feature_target import (
     read_config,
     weight_bytes,
 )
+from drafttrain.drafters.start import HELP, folder_to_start_from, said_by_the_folder
 from drafttrain.target import Target
 from drafttrain.target.anatomy import blocks
 
 NUM_TAPS = 3
+
+SAID_BY_FOLDER = (
+    *("taps", "draft_vocab_size", "num_heads", "num_kv_heads", "intermediate_size"),
+    *("head_init", "fc_norm", "norm_output", "norm_before_residual"),
+)
+"""Settings that the folder to start from has made already."""
 
 
 @dataclass
 class Eagle3Settings:
     """One layer over the target's hidden states of three depths, trained on its own rollouts (EAGLE-3)."""
 
+    checkpoint: str | None = setting(None, help=HELP)
     taps: list[int] | None = setting(
         None,
         help="Blocks whose incoming hidden states are read, three of 0..layers - 1, rising; null: an early, the middle and a "
@@ -68,7 +76,7 @@ class Eagle3Settings:
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
-        problems = []
+        problems = said_by_the_folder(self, SAID_BY_FOLDER)
         if self.taps is not None and (len(self.taps) != NUM_TAPS or sorted(set(self.taps)) != self.taps):
             problems.append(f"taps: three different blocks in rising order are needed, got {self.taps}")
         if self.num_heads and self.num_kv_heads and self.num_heads % self.num_kv_heads:
@@ -109,6 +117,7 @@ class Eagle3Drafter(FeatureDrafter):
         self.draft = self.own["draft"]
         self.taps: tuple[int, ...] = tuple(config["eagle_aux_hidden_state_layer_ids"])
         self._parts = parts
+        self._keeps_vocabulary = False
         layer, width, eps = llama_config(config), config["hidden_size"], config["rms_norm_eps"]
         self.fc = nn.Linear(NUM_TAPS * width, width, bias=False)
         self.midlayer = MidLayer(layer)
@@ -128,6 +137,11 @@ class Eagle3Drafter(FeatureDrafter):
         """Return the drafter at its start; its vocabulary is the first ids until `fit_vocabulary` has chosen."""
         if target is None:
             raise CheckpointError("drafter.kind eagle3 reads the target's hidden states, but target.model is null")
+        own = {name: getattr(settings, name) for name in ("num_steps", "step_decay", "head_init", "draft")}
+        if settings.checkpoint is not None:
+            made = cls.load(folder_to_start_from(settings.checkpoint, target, kind=cls.kind), target).trained_as(own)
+            made._keeps_vocabulary = True
+            return made
         size = settings.draft_vocab_size or target.vocab_size
         if size > target.num_tokens and size != target.vocab_size:
             raise CheckpointError(
@@ -147,20 +161,15 @@ class Eagle3Drafter(FeatureDrafter):
             "fc_norm": settings.fc_norm,
             "norm_output": settings.norm_output,
             "norm_before_residual": settings.norm_before_residual,
-            "drafttrain": {
-                "num_steps": settings.num_steps,
-                "step_decay": settings.step_decay,
-                "head_init": settings.head_init,
-                "draft": settings.draft,
-            },
+            "drafttrain": own,
         }
         drafter = cls(config, TargetParts(target))
         drafter._start_head()
         return drafter
 
     def fit_vocabulary(self, label_counts: Callable[[], Any]) -> None:
-        """Take the most frequent labels; of equally frequent ones the lower ids."""
-        if self.d2t is None or self.t2d is None:
+        """Take the most frequent labels; of equally frequent ones the lower ids. A drafter that was trained keeps its own."""
+        if self.d2t is None or self.t2d is None or self._keeps_vocabulary:
             return
         counts = torch.as_tensor(label_counts())[: len(self.t2d)]
         counts_V = torch.zeros(len(self.t2d), dtype=torch.float64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from torch import Tensor, nn
 
@@ -21,6 +21,8 @@ class FeatureDrafter(Drafter):
     """A drafter of one layer over (embedding of the next token, feature); a subclass is a `FeatureModel`."""
 
     config: dict[str, Any]
+    own: dict[str, Any]
+    """What training and drafting are told, and no engine reads."""
     fc: nn.Linear
     _parts: TargetParts
 
@@ -38,6 +40,12 @@ class FeatureDrafter(Drafter):
             listener=listener,
             greedy=self.draft == "greedy",
         )
+
+    def trained_as(self, own: dict[str, Any]) -> Self:
+        """Train on from here with settings of its own."""
+        self.config["drafttrain"] = self.own = own
+        self.draft = own["draft"]
+        return self.train()
 
     def save(self, folder: Path) -> None:
         """Write the folder under the names that serving engines load."""

@@ -87,6 +87,12 @@ class Rotary:
 
         self._embedding = LlamaRotaryEmbedding(config=config)
 
+    @property
+    def frequencies(self) -> Tensor:
+        """Angle per position of every pair of coordinates."""
+        frequencies: Tensor = self._embedding.inv_freq
+        return frequencies
+
     def __call__(self, positions_BT: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return (cos_BTd, sin_BTd) in the type of `like`."""
         cos_BTd, sin_BTd = self._embedding.to(like.device)(like, positions_BT)

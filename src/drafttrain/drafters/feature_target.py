@@ -139,9 +139,14 @@ def read_config(folder: Path, target: Target) -> dict[str, Any]:
     """Return config.json of a folder that was made for targets of this width.
 
     Raises:
-        CheckpointError: It was not.
+        CheckpointError: It was not, or it is no folder of ours.
     """
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "drafttrain" not in config:
+        raise CheckpointError(
+            f"{folder}/config.json: no key drafttrain: written for an engine or by others; drafttrain import {folder} "
+            "makes a drafter folder of it"
+        )
     width, vocabulary = int(target.model.config.get_text_config().hidden_size), target.vocab_size
     for key, wanted in (("hidden_size", width), ("vocab_size", vocabulary)):
         if config.get(key) != wanted:

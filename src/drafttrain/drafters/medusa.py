@@ -27,6 +27,7 @@ from drafttrain.core.tensors import read_tensors
 from drafttrain.drafters import Drafter, drafters
 from drafttrain.drafters.lora import LoraAdapter, LoraSettings, merged
 from drafttrain.drafters.medusa_proposer import MedusaProposer
+from drafttrain.drafters.start import HELP, folder_to_start_from, said_by_the_folder
 from drafttrain.drafters.static_tree import Path as TreePath
 from drafttrain.drafters.static_tree import best_paths, non_increasing
 from drafttrain.losses.align import align
@@ -74,6 +75,7 @@ class JointSettings:
 class MedusaSettings:
     """Heads on the target's last hidden state."""
 
+    checkpoint: str | None = setting(None, help=HELP)
     num_heads: int = setting(4, help="Heads; head k guesses the token k places after the root.", ge=1)
     num_layers: int = setting(1, help="Residual blocks of a head.", ge=1)
     decay: float = setting(0.8, help="The loss of head k counts decay^k.", gt=0, le=1)
@@ -83,6 +85,10 @@ class MedusaSettings:
     joint: JointSettings | None = setting(
         None, help="Medusa-2: adapters on the target, trained with the heads; null: Medusa-1, the target as it is."
     )
+
+    def check(self) -> list[str]:
+        """Return what is wrong across fields."""
+        return said_by_the_folder(self, ("num_heads", "num_layers"))
 
 
 @drafters.register("medusa", MedusaSettings)
@@ -143,7 +149,24 @@ class Medusa(Drafter):
             raise CheckpointError(
                 f"{target.name}: its output head has a bias, for which the Medusa layout has no place: use another drafter.kind"
             )
-        vocab_size, hidden_size = head.weight.shape
+        if settings.checkpoint is None:
+            made = cls._like_head(head.weight, settings, target)
+        else:
+            made = cls.load(folder_to_start_from(settings.checkpoint, target, kind=cls.kind), target, "float32").train()
+            if made.adapter_folder is not None:
+                raise CheckpointError(
+                    f"drafter.checkpoint: {made.adapter_folder}: heads on an adapted target (Medusa-2) are not trained on"
+                )
+            made.decay, made.draft, made.paths = settings.decay, settings.draft, None
+        if settings.joint is not None:
+            made.joint = settings.joint
+            made.adapter = LoraAdapter(settings.joint.lora, target.model)
+            made._target = target
+        return made
+
+    @classmethod
+    def _like_head(cls, weight_VD: Tensor, settings: MedusaSettings, target: Target) -> Medusa:
+        vocab_size, hidden_size = weight_VD.shape
         made = cls(
             num_heads=settings.num_heads,
             num_layers=settings.num_layers,
@@ -153,13 +176,9 @@ class Medusa(Drafter):
             decay=settings.decay,
             draft=settings.draft,
         )
-        if settings.joint is not None:
-            made.joint = settings.joint
-            made.adapter = LoraAdapter(settings.joint.lora, target.model)
-            made._target = target
         with torch.no_grad():
             for parameter in made.lm_heads.parameters():
-                parameter.copy_(head.weight)
+                parameter.copy_(weight_VD)
         return made
 
     @property

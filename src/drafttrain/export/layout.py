@@ -31,7 +31,7 @@ def layout_problems(files: DrafterFiles, target_config: Mapping[str, Any]) -> li
     return [
         *_tensor_problems(files, shapes),
         *more(files),
-        *_rope_problems(files.config),
+        *rope_problems(files.config),
         *_target_problems(files.config, target_config),
     ]
 
@@ -49,7 +49,7 @@ def _tensor_problems(files: DrafterFiles, shapes: Shapes) -> list[str]:
     return found
 
 
-def _rope_problems(config: Mapping[str, Any]) -> list[str]:
+def rope_problems(config: Mapping[str, Any]) -> list[str]:
     """Older loaders read rope_theta and rope_scaling, newer ones rope_parameters: they must say the same."""
     new, theta, scaling = (config.get(key) for key in ("rope_parameters", "rope_theta", "rope_scaling"))
     found = []
@@ -153,11 +153,12 @@ def _more_of_eagle3(files: DrafterFiles) -> list[str]:
             "whatever the order here: write them rising, and fc.weight's columns with them"
         )
     if "d2t" in files.tensors and "t2d" in files.tensors:
-        found += _vocabulary_problems(files.tensors["d2t"], files.tensors["t2d"])
+        found += vocabulary_problems(files.tensors["d2t"], files.tensors["t2d"])
     return found
 
 
-def _vocabulary_problems(d2t_R: torch.Tensor, t2d_V: torch.Tensor) -> list[str]:
+def vocabulary_problems(d2t_R: torch.Tensor, t2d_V: torch.Tensor) -> list[str]:
+    """Return why two maps between the drafter's vocabulary and the target's are none, or not the same."""
     if d2t_R.dtype != torch.int64:
         return [f"d2t: is {d2t_R.dtype}, must be int64 offsets, target id - draft id"]
     ids_R = d2t_R + torch.arange(len(d2t_R))

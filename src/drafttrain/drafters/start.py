@@ -1,0 +1,46 @@
+"""Starting from a drafter folder: what its settings may not say then, and which folders are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from drafttrain.core.errors import CheckpointError
+from drafttrain.target import Target
+from drafttrain.target.frozen import check_same_tokenizer, load_tokenizer, resolve_folder
+
+HELP = "Start from this drafter folder or hub id of the same kind (drafttrain import makes one); null: from scratch."
+
+
+def said_by_the_folder(settings: Any, names: Iterable[str]) -> list[str]:
+    """Return one line for every setting that is given though the folder to start from says it."""
+    if settings.checkpoint is None:
+        return []
+    fresh = type(settings)()
+    return [
+        f"{name}: is not used with checkpoint, the folder says it: leave it out"
+        for name in names
+        if getattr(settings, name) != getattr(fresh, name)
+    ]
+
+
+def folder_to_start_from(checkpoint: str, target: Target, *, kind: str) -> Path:
+    """Return the folder of a drafter of this kind for this target.
+
+    Raises:
+        CheckpointError: There is none, it was made by others and not imported, or is of another kind or tokenizer.
+    """
+    folder = resolve_folder(checkpoint)
+    path = folder / "drafttrain.json"
+    try:
+        held = json.loads(path.read_text(encoding="utf-8")).get("kind")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"drafter.checkpoint: {path}: not of a drafter folder: {error}. One that others made: drafttrain import FOLDER"
+        ) from error
+    if held != kind:
+        raise CheckpointError(f"drafter.checkpoint: {checkpoint} is of kind {held}, drafter.kind is {kind}")
+    check_same_tokenizer(target.tokenizer, load_tokenizer(folder), drafter=checkpoint)
+    return folder

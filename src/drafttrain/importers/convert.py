@@ -1,0 +1,142 @@
+"""From a folder that somebody else trained to a drafter folder of ours: recognised, renamed, checked, written, read back."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from drafttrain.checkpoint import ABOUT, About, read_about, write_about
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.files import folder_beside, write_json
+from drafttrain.core.tensors import read_tensors
+from drafttrain.drafters.medusa import ADAPTER, TREE
+from drafttrain.export.layout import layout_problems
+from drafttrain.importers import Given, Imported, Importer, importers
+from drafttrain.importers.reading import read_given
+from drafttrain.importers.target import TargetFiles
+from drafttrain.target.frozen import check_same_tokenizer, load_tokenizer, tokenizer_fingerprint
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+KEPT = ("generation_config.json", TREE, ADAPTER)
+"""What lies beside configuration and weights and a drafter folder of ours reads too: without its adapter, Medusa-2 is another drafter."""
+
+
+def import_folder(source: Path, out: Path, *, target: str | None = None) -> Imported:
+    """Write the drafter folder of a folder that somebody else trained; return what was made, with what was changed on the way.
+
+    Args:
+        target: What it was made for; None: what the folder itself says.
+
+    Raises:
+        CheckpointError: With everything that hinders it.
+    """
+    _check_place(source, out)
+    if not source.is_dir():
+        raise CheckpointError(f"{source}: no such folder")
+    given = read_given(source)
+    layout = layout_of(given)
+    about = read_about(source)
+    named = target or (about.target if about else None) or layout.target_of(given)
+    if not named:
+        raise CheckpointError(f"{source}: does not say which target it was made for: give --target")
+    stand = TargetFiles.named(named)
+    made = converted(given, layout, stand)
+    with folder_beside(out) as temporary:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in made.files.tensors.items()},
+            temporary / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+        dtype = next(str(t.dtype).removeprefix("torch.") for t in made.files.tensors.values() if t.is_floating_point())
+        write_json(temporary / "config.json", {**made.files.config, "dtype": dtype})
+        for name in KEPT:
+            if (source / name).exists():
+                copy = shutil.copytree if (source / name).is_dir() else shutil.copyfile
+                copy(source / name, temporary / name)
+        stand.tokenizer.save_pretrained(temporary)
+        draft = made.files.config.get("drafttrain_draft") or made.files.config.get("drafttrain", {}).get("draft")
+        write_about(
+            temporary,
+            About(
+                kind=made.files.kind,
+                target=named,
+                target_fingerprint=stand.fingerprint,
+                tokenizer_fingerprint=tokenizer_fingerprint(stand.tokenizer),
+                vocab_size=len(stand.tokenizer),
+                trained_steps=0,
+                draft=draft or "sampled",
+            ),
+        )
+        _read_back(temporary / "model.safetensors", made.files.tensors)
+    return made
+
+
+def layout_of(given: Given) -> Importer:
+    """Return the layout of a folder.
+
+    Raises:
+        CheckpointError: It is of none that is known, or one of ours already.
+    """
+    if "drafttrain" in given.config:
+        raise CheckpointError(
+            f"{given.folder}: is a drafter folder of ours already: train on with drafter.checkpoint, or evaluate it"
+        )
+    layouts: dict[str, Importer] = {name: importers.entry(name).component() for name in importers.names()}
+    able = [name for name, layout in layouts.items() if layout.recognises(given)]
+    if len(able) == 1:
+        return layouts[able[0]]
+    known = [f"{name}: {layout.known_by}" for name, layout in layouts.items()]
+    said = f"is of {' and '.join(able)}" if able else "is of no layout that is read here"
+    raise CheckpointError("\n  ".join([f"{given.folder}: {said}. Layouts are told by:", *known]))
+
+
+def converted(given: Given, layout: Importer, target: TargetFiles) -> Imported:
+    """Return the drafter's files.
+
+    Raises:
+        CheckpointError: With every problem of the folder, each with its file and key.
+    """
+    made = layout.convert(given, target)
+    problems = list(dict.fromkeys([*_tokenizer_problems(given, layout, target), *made.problems]))
+    if not problems and made.files.kind != "causal_lm":
+        problems = layout_problems(made.files, target.config)
+    if problems:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        raise CheckpointError("\n  ".join([f"{given.folder}: not imported for {target.name}: {count}", *problems]))
+    made.notes[:0] = given.notes
+    about = read_about(given.folder)
+    if about is not None and about.target_fingerprint not in ("", target.fingerprint):
+        made.notes.append(f"was trained for {about.target} with other weights than {target.name}")
+    return made
+
+
+def _tokenizer_problems(given: Given, layout: Importer, target: TargetFiles) -> list[str]:
+    """Return how the tokenizer beside the weights differs from the target's; only a model of its own must have one."""
+    if layout.holds != "causal_lm" and not any((given.folder / name).is_file() for name in TOKENIZERS):
+        return []
+    try:
+        check_same_tokenizer(target.tokenizer, load_tokenizer(given.folder), drafter=str(given.folder))
+    except CheckpointError as error:
+        return [str(error)]
+    return []
+
+
+def _check_place(source: Path, out: Path) -> None:
+    """Refuse to write over what is no drafter folder."""
+    if out.resolve() == source.resolve() or out.resolve() in source.resolve().parents:
+        raise CheckpointError(f"{out}: is or holds the folder that is imported: give another --out")
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / ABOUT).is_file())):
+        raise CheckpointError(f"{out}: exists, and is no drafter folder: give another --out")
+
+
+def _read_back(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    held = read_tensors(path)
+    wrong = [name for name, tensor in tensors.items() if not torch.equal(held[name], tensor)]
+    if wrong or held.keys() != tensors.keys():
+        raise CheckpointError(f"{path}: {len(wrong)} tensors read back differ from what was written: {wrong[:5]}")

@@ -1,0 +1,69 @@
+"""What a drafter's file need not hold: copies of the target's tensors, and buffers that are computed. Equal ones go, others are named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drafttrain.drafters.feature_layer import Rotary
+from drafttrain.drafters.feature_target import llama_config
+from drafttrain.importers import Given
+from drafttrain.importers.naming import without
+from drafttrain.importers.target import TargetFiles
+
+ANGLES = "rotary_emb.inv_freq"
+
+
+def without_copies(
+    given: Given, shared: Mapping[str, Tensor | None], target: TargetFiles
+) -> tuple[Given, list[str], list[str]]:
+    """Return (the folder without the tensors that are the target's own, problems, notes).
+
+    A drafter of ours reads the target's tensor, so one that was trained further has no place.
+
+    Args:
+        shared: The target's tensor of each name; None where it was not found.
+    """
+    gone, found, notes = [], [], []
+    for name, own in shared.items():
+        tensor = given.tensors.get(name)
+        if tensor is None:
+            continue
+        where = f"{given.files[name]}: {name}"
+        gone.append(name)
+        if own is None:
+            found.append(
+                f"{where}: cannot be compared: {target.name} has no such tensor under a name that is known here"
+            )
+        elif tensor.shape != own.shape:
+            found.append(
+                f"{where}: shape {list(tensor.shape)}, the target {target.name} has {list(own.shape)}: "
+                "it was made for another target"
+            )
+        elif not torch.equal(tensor, own.to(tensor.dtype)):
+            differ = int((tensor != own.to(tensor.dtype)).sum())
+            found.append(
+                f"{where}: {differ} of {own.numel()} values are not those of {target.name}: a drafter here reads the "
+                "target's own; give the target that it was made for"
+            )
+        else:
+            notes.append(f"{name}: left out, it is the target's own")
+    return without(given, gone), found, notes
+
+
+def without_angles(given: Given, fields: dict[str, Any]) -> tuple[Given, list[str]]:
+    """Return (the folder without the rotary frequencies that older files hold, where they are not those of config.json)."""
+    names = [name for name in given.tensors if name.endswith(ANGLES)]
+    found = []
+    for name in names:
+        ours = Rotary(llama_config(fields)).frequencies
+        theirs = given.tensors[name].to(ours)
+        if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=2e-2):
+            found.append(
+                f"{given.files[name]}: {name}: not the frequencies of rope_theta {fields['rope_theta']:g} and head_dim "
+                f"{fields['head_dim']} in config.json"
+            )
+    return without(given, names), found

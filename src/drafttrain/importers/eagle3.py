@@ -1,0 +1,230 @@
+"""EAGLE-3 as SafeAILab, SpecForge and ModelOpt write it: one layer under `midlayer.` or `layers.0.`, ids mapped by d2t and t2d.
+
+V = the target's vocabulary, R = the drafter's
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.errors import CheckpointError
+from drafttrain.drafters.eagle3 import Eagle3Settings, taps_of
+from drafttrain.export import DrafterFiles
+from drafttrain.export.layout import LAYOUTS, vocabulary_problems
+from drafttrain.importers import Given, Imported, Importer, importers
+from drafttrain.importers.copies import without_angles, without_copies
+from drafttrain.importers.fields import layer_fields, layer_problems, size_problems, unknown_problems
+from drafttrain.importers.naming import renamed
+from drafttrain.importers.target import TargetFiles
+
+ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
+OURS, THEIRS = "midlayer.", "layers.0."
+TAPS, NESTED = "eagle_aux_hidden_state_layer_ids", "eagle_config"
+VARIANTS = ("fc_norm", "norm_output", "norm_before_residual")
+OWN = ("draft_vocab_size", "target_hidden_size", "tie_word_embeddings", "norm_before_fc", TAPS, NESTED, *VARIANTS)
+OF_NESTED = (TAPS, "use_aux_hidden_state", "norm_before_fc")
+
+
+@dataclass
+class Eagle3Layout:
+    """EAGLE-3, official."""
+
+
+@importers.register("eagle3", Eagle3Layout)
+class Eagle3Importer(Importer):
+    """The names of formats that vLLM, SGLang and TensorRT-LLM read.
+
+    Tap i on the first level of config.json is the state entering block i, as here; in `eagle_config` (ModelOpt, SpecForge, SGLang) it
+    is the block whose output is read, one less. d2t holds offsets, target id - draft id; some files hold the ids themselves.
+
+    Source: Li et al. 2025, EAGLE-3, arXiv 2503.01840.
+    """
+
+    holds: ClassVar[str] = "eagle3"
+    known_by: ClassVar[str] = (
+        f"architectures {' or '.join(ARCHITECTURES)}, or tensors midlayer.* or layers.0.hidden_norm"
+    )
+
+    def recognises(self, given: Given) -> bool:
+        """Tell by the architecture, or the second norm of the layer's inputs."""
+        if "speculators_model_type" in given.config:
+            return False
+        named = given.architectures & set(ARCHITECTURES)
+        return bool(named) or any(n.startswith(OURS) or n == f"{THEIRS}hidden_norm.weight" for n in given.tensors)
+
+    def target_of(self, given: Given) -> str | None:
+        """Return nothing: the layout has no place for it."""
+        return None
+
+    def convert(self, given: Given, target: TargetFiles) -> Imported:
+        """Return the drafter's files."""
+        nested = given.config.get(NESTED) or {}
+        if not isinstance(nested, Mapping):
+            problem = f"config.json: {NESTED} must be a mapping, got {nested!r}"
+            return Imported(DrafterFiles("eagle3", {}, {}), [problem])
+        found = layer_problems(given.config, own=OWN)
+        found += unknown_problems(nested, known=OF_NESTED, prefix=f"{NESTED}.")
+        if nested.get("use_aux_hidden_state", True) is not True:
+            found.append(
+                f"config.json: {NESTED}.use_aux_hidden_state is false: only drafters of three hidden states are read"
+            )
+        taps, wrong, notes = taps_read(given.config, target)
+        config = {**given.config, "norm_before_fc": given.config.get("norm_before_fc") or nested.get("norm_before_fc")}
+        made = eagle3_files(replace(given, config=config), target, taps=taps)
+        return Imported(made.files, [*found, *wrong, *made.problems], [*notes, *made.notes])
+
+
+def eagle3_files(given: Given, target: TargetFiles, *, taps: list[int]) -> Imported:
+    """Return the files of a drafter whose taps are known, from a configuration of one level."""
+    fields, found, notes = layer_fields(given.config, target)
+    if not fields:
+        return Imported(DrafterFiles("eagle3", {}, {}), found, notes)
+    config = {"architectures": [ARCHITECTURES[0]], **fields, **_own_fields(given.config, found), TAPS: taps}
+    given, wrong, said = without_copies(given, {"embed_tokens.weight": target.embedding}, target)
+    given, turned = without_angles(given, fields)
+    given, mapped, more = _with_map(given, config)
+    prefix = THEIRS if sum(name.startswith(THEIRS) for name in given.tensors) > len(given.tensors) / 2 else OURS
+    tensors, named = renamed(
+        given, LAYOUTS["eagle3"][0](config), ours=prefixed(THEIRS, OURS), theirs=prefixed(OURS, prefix)
+    )
+    files = DrafterFiles("eagle3", config, tensors)
+    return Imported(files, [*found, *wrong, *turned, *mapped, *named], [*notes, *said, *more])
+
+
+def prefixed(old: str, new: str) -> Callable[[str], str]:
+    """Return the function that puts one beginning in place of another."""
+    return lambda name: new + name.removeprefix(old) if name.startswith(old) else name
+
+
+def taps_read(config: Mapping[str, Any], target: TargetFiles) -> tuple[list[int], list[str], list[str]]:
+    """Return (the blocks whose incoming states are read, problems, notes)."""
+    inner = config.get(NESTED)
+    first, nested = config.get(TAPS), inner.get(TAPS) if isinstance(inner, Mapping) else None
+    num_layers = target.size("num_hidden_layers")
+    fallback = [2, num_layers // 2, num_layers - 3]
+    for key, given in ((TAPS, first), (f"{NESTED}.{TAPS}", nested)):
+        if given is not None and not (isinstance(given, list) and all(type(tap) is int for tap in given)):
+            return fallback, [f"config.json: {key} must be a list of whole numbers, got {given!r}"], []
+    if first and nested and first != [tap + 1 for tap in nested]:
+        said = (
+            f"config.json: {TAPS} is {first}, {NESTED}.{TAPS} {nested}: the second must be one less, it counts outputs"
+        )
+        return first, [said], []
+    notes = []
+    if first:
+        taps, key = first, TAPS
+    elif nested:
+        taps, key = [tap + 1 for tap in nested], f"{NESTED}.{TAPS}"
+        notes = [
+            f"taps {nested} of {NESTED} are the blocks whose output is read: here they are {taps}, the blocks they enter"
+        ]
+    else:
+        taps, key = fallback, f"{TAPS} (left out)"
+        notes = [f"config.json: {TAPS} is left out: taken as {taps}, as EAGLE-3 does"]
+    try:
+        return taps_of(num_layers, taps), [], notes
+    except CheckpointError:
+        return (
+            taps,
+            [
+                f"config.json: {key}: taps {taps}, as states entering blocks, must be three different ones in rising order, of "
+                f"0..{num_layers - 1} for the target {target.name}"
+            ],
+            notes,
+        )
+
+
+def _own_fields(config: Mapping[str, Any], found: list[str]) -> dict[str, Any]:
+    """Return the fields of the kind; what is wrong is added to `found`."""
+    for key in (*VARIANTS, "norm_before_fc", "tie_word_embeddings"):
+        value = config.get(key)
+        if value is not None and not isinstance(value, bool):
+            found.append(f"config.json: {key} must be true or false, got {value!r}")
+    if config.get("norm_before_fc") is True:
+        found.append("config.json: norm_before_fc is true: our layer has no norm over all three states")
+    if config.get("tie_word_embeddings") is True:
+        found.append("config.json: tie_word_embeddings is true: the head of this layout is its own")
+    width, rows = config["hidden_size"], config.get("draft_vocab_size")
+    found += size_problems(config, ["draft_vocab_size"], may_lack=["draft_vocab_size"])
+    if config.get("target_hidden_size") not in (None, width):
+        found.append(
+            f"config.json: target_hidden_size is {config['target_hidden_size']}, only hidden_size ({width}) is read here"
+        )
+    settings = Eagle3Settings()
+    return {
+        "draft_vocab_size": rows if isinstance(rows, int) else config["vocab_size"],
+        "target_hidden_size": width,
+        **{key: config.get(key) is True for key in VARIANTS},
+        "drafttrain": {name: getattr(settings, name) for name in ("num_steps", "step_decay", "head_init", "draft")},
+    }
+
+
+def _with_map(given: Given, config: Mapping[str, Any]) -> tuple[Given, list[str], list[str]]:
+    """Return (the folder with d2t as offsets and t2d as booleans, problems, notes)."""
+    d2t_R, t2d_V = given.tensors.get("d2t"), given.tensors.get("t2d")
+    rows, size = config["draft_vocab_size"], config["vocab_size"]
+    if d2t_R is None:
+        return given, [], []  # the shapes say whether one is missing
+    wrong = [
+        f"{given.files[name]}: {name}: is {tensor.dtype}, must be {wanted}"
+        for name, tensor, wanted in (("d2t", d2t_R, "int64"), ("t2d", t2d_V, "bool"))
+        if tensor is not None and (tensor.is_floating_point() or tensor.is_complex())
+    ]
+    shaped = d2t_R.shape == (rows,) and (t2d_V is None or t2d_V.shape == (size,))
+    if wrong or not shaped:
+        return given, wrong, []
+    rest = {name: tensor for name, tensor in given.tensors.items() if name not in ("d2t", "t2d")}
+    offsets_R, wrong, notes = offsets(d2t_R.long(), t2d_V, size=size)
+    if wrong:
+        return given, [f"{given.files['d2t']}: {line}" for line in wrong], []
+    if rows == size:
+        if offsets_R.any():
+            return (
+                given,
+                [f"{given.files['d2t']}: d2t: renumbers a whole vocabulary of {size}: no place for it here"],
+                [],
+            )
+        return replace(given, tensors=rest), [], [*notes, "d2t, t2d: left out, the vocabulary is the target's"]
+    said_V = torch.zeros(size, dtype=torch.bool)
+    said_V[offsets_R + torch.arange(rows)] = True
+    if t2d_V is None:
+        notes.append("t2d: missing, made from d2t")
+        given = replace(given, files={**given.files, "t2d": given.files["d2t"]})
+    return replace(given, tensors={**rest, "d2t": offsets_R, "t2d": said_V}), [], notes
+
+
+def offsets(d2t_R: Tensor, t2d_V: Tensor | None, *, size: int) -> tuple[Tensor, list[str], list[str]]:
+    """Return (target id - draft id of every token, problems, notes), of a d2t that holds these, or the target's ids.
+
+    Which of the two it is, t2d tells. Without t2d only one of them may be possible.
+    """
+    own_R = torch.arange(len(d2t_R))
+    if t2d_V is None:
+        valid = {name: _is_map(ids_R, size) for name, ids_R in (("offsets", d2t_R + own_R), ("ids", d2t_R))}
+        if all(valid.values()):
+            return d2t_R, ["d2t: may be offsets or ids, both are possible: give t2d, which tells"], []
+        as_ids = valid["ids"]
+        problems = (
+            []
+            if any(valid.values())
+            else [f"d2t: gives, as offsets or as ids, ids that come twice or are not in 0..{size - 1}"]
+        )
+    else:
+        if not bool(((t2d_V == 0) | (t2d_V == 1)).all()):
+            return d2t_R, ["t2d: must be true (or 1) for every id that the drafter can say, false for the others"], []
+        problems = vocabulary_problems(d2t_R, t2d_V.bool())
+        as_ids = bool(problems) and not vocabulary_problems(d2t_R - own_R, t2d_V.bool())
+    if as_ids:
+        return d2t_R - own_R, [], ["d2t: holds the target's ids: written as offsets, target id - draft id"]
+    return d2t_R, problems, []
+
+
+def _is_map(ids_R: Tensor, size: int) -> bool:
+    """Tell whether these can be ids of the target, each once."""
+    inside = bool(((ids_R >= 0) & (ids_R < size)).all())
+    return inside and len(ids_R.unique()) == len(ids_R)

@@ -1,0 +1,87 @@
+"""Reading a folder that somebody else made: safetensors, or pickles of which nothing but tensors is read."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.tensors import read_tensors
+from drafttrain.importers import Given
+
+PICKLES = ("pytorch_model*.bin", "medusa_lm_head.pt", "model.pt")
+
+
+def read_given(folder: Path) -> Given:
+    """Return a folder's configuration and tensors.
+
+    Raises:
+        CheckpointError: No config.json, no weights, a pickle with more than tensors, or one tensor in two files.
+    """
+    config = _config(folder / "config.json")
+    safe = sorted(folder.glob("*.safetensors"))
+    pickled = sorted(path for pattern in PICKLES for path in folder.glob(pattern))
+    paths = safe or pickled
+    if not paths:
+        raise CheckpointError(f"{folder}: no weights here: *.safetensors or {', '.join(PICKLES)} are read")
+    tensors: dict[str, Tensor] = {}
+    files: dict[str, str] = {}
+    problems = []
+    for path in paths:
+        for name, tensor in (read_tensors(path) if safe else read_pickle(path)).items():
+            if name in tensors:
+                problems.append(f"{path.name}: {name}: is in {files[name]} too")
+            tensors[name], files[name] = tensor, path.name
+    if problems:
+        raise CheckpointError("\n  ".join([f"{folder}: the weights are there twice: leave one file", *problems[:20]]))
+    if not tensors:
+        raise CheckpointError(f"{folder}: no tensor in {', '.join(path.name for path in paths)}")
+    unread = [path.name for path in pickled] if safe else []
+    notes = [f"{', '.join(unread)}: not read, there are safetensors"] if unread else []
+    return Given(folder, config, tensors, files, notes)
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file of torch.save; no code in it is run.
+
+    Raises:
+        CheckpointError: It holds more than tensors by name, or is damaged.
+    """
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        first = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{path}: refused, it is damaged or holds more than tensors, which would run code of its maker "
+            f"(torch.load with weights_only=True: {first}). Give the weights as safetensors."
+        ) from error
+    except Exception as error:  # a broken file leads torch's unpickler to exceptions of many kinds
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CheckpointError(f"{path}: the weights cannot be read: {said}") from error
+    if not isinstance(held, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(held).__name__}, must be a dict of tensors by name")
+    others = [f"{name!r} ({type(value).__name__})" for name, value in held.items() if not _named_tensor(name, value)]
+    if others:
+        raise CheckpointError(f"{path}: must be a dict of tensors by name, holds {', '.join(others[:10])}")
+    # Views of one storage, and gradients, have no place in safetensors.
+    return {name: tensor.detach().clone() for name, tensor in held.items()}
+
+
+def _named_tensor(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not the configuration of a drafter: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: must be a JSON object, is a {type(config).__name__}")
+    return config

@@ -1,0 +1,69 @@
+"""The format of the speculators library: EAGLE-3 with a config.json of two levels and the target's name inside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from drafttrain.export import DrafterFiles
+from drafttrain.importers import Given, Imported, Importer, importers
+from drafttrain.importers.eagle3 import OWN, eagle3_files, taps_read
+from drafttrain.importers.fields import layer_problems, unknown_problems
+from drafttrain.importers.target import TargetFiles
+
+LAYER = "transformer_layer_config"
+FIRST_LEVEL = (
+    "speculators_model_type",
+    "speculators_version",
+    "speculators_config",
+    LAYER,
+    *(key for key in OWN if key != "eagle_config"),
+)
+
+
+@dataclass
+class SpeculatorsLayout:
+    """EAGLE-3 of the speculators library."""
+
+
+@importers.register("speculators", SpeculatorsLayout)
+class SpeculatorsImporter(Importer):
+    """The tensors of EAGLE-3 under `layers.0.`; norm_before_residual is true where it is left out. Tap i is the state entering block i."""
+
+    holds: ClassVar[str] = "eagle3"
+    known_by: ClassVar[str] = "speculators_model_type in config.json"
+
+    def recognises(self, given: Given) -> bool:
+        """Tell by the field that every such folder has."""
+        return "speculators_model_type" in given.config
+
+    def target_of(self, given: Given) -> str | None:
+        """Return the verifier."""
+        try:
+            name: str | None = given.config["speculators_config"]["verifier"]["name_or_path"]
+        except (KeyError, TypeError):
+            return None
+        return name or None
+
+    def convert(self, given: Given, target: TargetFiles) -> Imported:
+        """Return the drafter's files."""
+        kind, layer = given.config["speculators_model_type"], given.config.get(LAYER)
+        found = unknown_problems(given.config, known=FIRST_LEVEL)
+        if kind != "eagle3":
+            found.append(f"config.json: speculators_model_type is {kind!r}, only 'eagle3' is read here")
+        if not isinstance(layer, Mapping):
+            found.append(f"config.json: {LAYER} must be a mapping, got {layer!r}")
+        if kind != "eagle3" or not isinstance(layer, Mapping):
+            return Imported(DrafterFiles("eagle3", {}, {}), found)
+        # What the verifier ties says nothing of the drafter, whose own field is on the first level.
+        layer = {key: value for key, value in layer.items() if key != "tie_word_embeddings"}
+        found += layer_problems(layer, own=(), prefix=f"{LAYER}.")
+        notes = []
+        flat: dict[str, Any] = {**layer, **{key: given.config[key] for key in FIRST_LEVEL if key in given.config}}
+        if flat.get("norm_before_residual") is None:
+            flat["norm_before_residual"] = True
+            notes.append("config.json: norm_before_residual is left out: true in this format")
+        taps, wrong, said = taps_read(flat, target)
+        made = eagle3_files(replace(given, config=flat), target, taps=taps)
+        return Imported(made.files, [*found, *wrong, *made.problems], [*notes, *said, *made.notes])

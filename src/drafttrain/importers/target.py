@@ -1,0 +1,85 @@
+"""The target that an imported drafter is for: configuration, tokenizer, and single tensors, without loading the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from drafttrain.core.errors import CheckpointError
+from drafttrain.export.layout import text_config
+from drafttrain.target.frozen import fingerprint_of, load_tokenizer, resolve_folder
+
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
+HEADS = ("lm_head.weight", "embed_out.weight")
+
+
+@dataclass(frozen=True)
+class TargetFiles:
+    """A target's folder."""
+
+    name: str
+    folder: Path
+
+    @classmethod
+    def named(cls, name: str) -> TargetFiles:
+        """Return the target of a name: a folder, a hub id, builtin:target."""
+        return cls(name, resolve_folder(name))
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json of the language model."""
+        path = self.folder / "config.json"
+        try:
+            return dict(text_config(json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: not the configuration of a target: {error}") from error
+
+    def size(self, key: str) -> int:
+        """Return a number of config.json.
+
+        Raises:
+            CheckpointError: It is not there.
+        """
+        value = self.config.get(key)
+        if not isinstance(value, int):
+            raise CheckpointError(f"{self.folder / 'config.json'}: {key} must be a whole number, got {value!r}")
+        return value
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        return load_tokenizer(self.folder)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of configuration and weights."""
+        return fingerprint_of(self.folder)
+
+    @cached_property
+    def embedding(self) -> Tensor | None:
+        """The embedding; None where it goes by a name that is not known here."""
+        return self._one(EMBEDDINGS)
+
+    @cached_property
+    def head(self) -> Tensor | None:
+        """The output matrix; the embedding where they are tied."""
+        return self.embedding if self.config.get("tie_word_embeddings") else self._one(HEADS)
+
+    def _one(self, endings: Sequence[str]) -> Tensor | None:
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118
+                        if name.endswith(tuple(endings)):
+                            tensor: Tensor = file.get_tensor(name)
+                            return tensor
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path}: the weights cannot be read: {error}") from error
+        return None

@@ -1,0 +1,359 @@
+"""What an importer does not read, it names: file, key, what is allowed, and everything at once."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from drafttrain.core.errors import CheckpointError
+from drafttrain.importers import importers
+from drafttrain.importers.convert import converted, import_folder, layout_of
+from drafttrain.importers.eagle3 import offsets
+from drafttrain.importers.reading import read_given, read_pickle
+from drafttrain.importers.target import TargetFiles
+from drafttrain.target import Target, TargetSettings
+from tests.importers import given
+
+
+@pytest.fixture(scope="module")
+def target(save_llama) -> Target:
+    return Target.load(TargetSettings(model=str(save_llama(num_layers=4))))
+
+
+def made(layout: str, target: Target) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a sound file and configuration of a layout."""
+    return {
+        "eagle3": lambda: (given.eagle3_tensors(), given.eagle3_config()),
+        "speculators": lambda: (given.eagle3_tensors("layers.0."), given.speculators_config(target.name)),
+        "eagle": lambda: (given.eagle_tensors(), {"architectures": ["EagleLlamaForCausalLM"], **given.LLAMA}),
+        "medusa": lambda: (given.medusa_tensors(), given.medusa_config(target.name)),
+        "vllm medusa": lambda: (given.vllm_medusa_tensors(), given.vllm_medusa_config()),
+    }[layout]()
+
+
+def embedding(target: Target) -> Tensor:
+    return target.model.get_input_embeddings().weight.detach().clone()
+
+
+def move(tensors: dict[str, Tensor], old: str, new: str) -> None:
+    tensors[new] = tensors.pop(old)
+
+
+# (layout, damage of (tensors, config, target), what the message names)
+FAULTS: list[tuple[str, Any, list[str]]] = [
+    (
+        "eagle3",
+        lambda t, c, _: t.update({"midlayer.self_attn.q_proj.bias": torch.zeros(32)}),
+        [r"model\.safetensors: midlayer\.self_attn\.q_proj\.bias: this layout has no such tensor", "allowed with this"],
+    ),
+    (
+        "eagle3",
+        lambda t, c, _: move(t, "midlayer.hidden_norm.weight", "midlayer.hiden_norm.weight"),
+        [r"midlayer\.hidden_norm\.weight: missing, must be of shape \[32\]", r"is it midlayer\.hidden_norm\.weight\?"],
+    ),
+    (
+        "eagle3",
+        lambda t, c, _: t.update({"layers.0.mlp.up_proj.weight": torch.zeros(48, 32)}),
+        [r"midlayer\.mlp\.up_proj\.weight: is the same as layers\.0\.mlp\.up_proj\.weight: one of them must go"],
+    ),
+    (
+        "eagle3",
+        lambda t, c, _: t.update({"fc.weight": t["fc.weight"][:, :64].contiguous()}),
+        [r"fc\.weight: shape \[32, 64\], must be \[32, 96\]"],
+    ),
+    ("eagle3", lambda t, c, _: t.update({"norm.weight": torch.ones(32).long()}), [r"norm\.weight: is torch\.int64"]),
+    ("eagle3", lambda t, c, _: t.update({"d2t": t["d2t"] + 1}), ["d2t and t2d: name different tokens|d2t: gives ids"]),
+    ("eagle3", lambda t, c, _: t.pop("d2t"), [r"d2t: missing, must be of shape \[100\]"]),
+    ("eagle3", lambda t, c, _: t.update({"d2t": t["d2t"].float()}), [r"d2t: is torch\.float32, must be int64"]),
+    ("eagle3", lambda t, c, _: t.update({"t2d": t["t2d"].long() * 5}), ["t2d: must be true"]),
+    (
+        "eagle3",
+        lambda t, c, _: c.update(fc_nrom=True),
+        [r"config\.json: fc_nrom is True: unknown field, is it fc_norm\?"],
+    ),
+    ("eagle3", lambda t, c, _: c.update(hidden_act="gelu"), ["hidden_act is 'gelu', only 'silu' or None"]),
+    ("eagle3", lambda t, c, _: c.update(num_hidden_layers=2), ["num_hidden_layers is 2, only 1"]),
+    ("eagle3", lambda t, c, _: c.update(norm_before_fc=True), ["norm_before_fc is true"]),
+    ("eagle3", lambda t, c, _: c.update(fc_norm="yes"), ["fc_norm must be true or false, got 'yes'"]),
+    ("eagle3", lambda t, c, _: c.update(eagle_aux_hidden_state_layer_ids=[2, 1, 3]), [r"taps \[2, 1, 3\], as states"]),
+    ("eagle3", lambda t, c, _: c.update(eagle_aux_hidden_state_layer_ids=[1, 2, 4]), [r"of 0\.\.3 for the target"]),
+    ("eagle3", lambda t, c, _: c.pop("eagle_aux_hidden_state_layer_ids"), [r"\(left out\): taps \[2, 2, 1\]"]),
+    (
+        "eagle3",
+        lambda t, c, _: c.update(eagle_config={"eagle_aux_hidden_state_layer_ids": given.TAPS}),
+        [r"eagle_config\.eagle_aux_hidden_state_layer_ids \[1, 2, 3\]: the second must be one less"],
+    ),
+    ("eagle3", lambda t, c, _: c.update(rope_scaling={"type": "linear"}), ["cannot be scaled as rope_type 'linear'"]),
+    (
+        "eagle3",
+        lambda t, c, _: c.update(rope_scaling={"type": "longrope"}),
+        ["rope_type is 'longrope', allowed: default"],
+    ),
+    (
+        "eagle3",
+        lambda t, c, _: c.update(rope_scaling={"mrope_section": [2]}),
+        [r"rope_parameters\.mrope_section is \[2\]"],
+    ),
+    ("eagle3", lambda t, c, _: c.update(rope_parameters={"rope_theta": 1e4}), ["rope_theta is 500.0, rope_parameters"]),
+    (
+        "eagle3",
+        lambda t, c, _: t.update({"midlayer.self_attn.rotary_emb.inv_freq": 1e4 ** (-torch.arange(0, 16, 2) / 16)}),
+        [r"inv_freq: not the frequencies of rope_theta 500"],
+    ),
+    (
+        "eagle3",
+        lambda t, c, target: t.update({"embed_tokens.weight": embedding(target) + 1}),
+        [r"embed_tokens\.weight: 8224 of 8224 values are not those of"],
+    ),
+    ("eagle3", lambda t, c, _: c.update(hidden_size=64), ["hidden_size is 64, the target .* has 32: it was made for"]),
+    ("eagle3", lambda t, c, _: c.update(vocab_size=300), ["vocab_size is 300, the target .* has 257"]),
+    (
+        "eagle3",
+        lambda t, c, _: c.pop("intermediate_size"),
+        ["intermediate_size must be .*, it is missing", "not looked at"],
+    ),
+    ("speculators", lambda t, c, _: c.update(speculators_model_type="dflash"), ["is 'dflash', only 'eagle3'"]),
+    (
+        "speculators",
+        lambda t, c, _: c.update(transformer_layer_config=None),
+        ["transformer_layer_config must be a mapping"],
+    ),
+    (
+        "speculators",
+        lambda t, c, _: c["transformer_layer_config"].update(model_type="qwen3"),
+        [r"transformer_layer_config\.model_type is 'qwen3', only 'llama'"],
+    ),
+    ("eagle", lambda t, c, _: t.update({"fc.bias": torch.ones(32)}), [r"fc\.bias: 32 of 32 values are not zero"]),
+    (
+        "eagle",
+        lambda t, c, _: t.update({"layers.0.input_layernorm.weight": torch.ones(32)}),
+        [r"layers\.0\.input_layernorm\.weight: this layout has no such tensor"],
+    ),
+    (
+        "eagle",
+        lambda t, c, _: t.update({"lm_head.weight": torch.ones(257, 32)}),
+        [r"lm_head\.weight: \d+ of 8224 values"],
+    ),
+    ("medusa", lambda t, c, _: c.update(medusa_num_heads=2), [r"2\.0\.linear\.weight: this layout has no such tensor"]),
+    (
+        "medusa",
+        lambda t, c, _: c.update(medusa_num_layers=3),
+        [r"0\.3\.weight: missing", r"0\.2\.linear\.weight: missing"],
+    ),
+    ("medusa", lambda t, c, _: t.pop("1.0.linear.bias"), [r"1\.0\.linear\.bias: missing, must be of shape \[32\]"]),
+    ("medusa", lambda t, c, _: c.pop("medusa_num_layers"), ["num_hidden_layers must be a whole number of 1 or more"]),
+    ("vllm medusa", lambda t, c, _: c.update(num_attention_heads=2), ["num_attention_heads is 2: unknown field"]),
+    (
+        "vllm medusa",
+        lambda t, c, _: c.update(medusa_fc_bias=False),
+        ["medusa_fc_bias is not true, and the file holds biases"],
+    ),
+    (
+        "vllm medusa",
+        lambda t, c, _: t.update({"token_map": torch.arange(257)}),
+        ["token_map: this layout has no such tensor"],
+    ),
+    ("vllm medusa", lambda t, c, _: c.update(truncated_vocab_size=100), ["truncated_vocab_size is 100, only null"]),
+]
+
+
+@pytest.mark.parametrize(("layout", "damage", "named"), FAULTS)
+def test_what_is_not_read_is_named(layout, damage, named, target, tmp_path):
+    tensors, config = made(layout, target)
+    damage(tensors, config, target)
+    given.write(tmp_path / "theirs", tensors, config)
+    with pytest.raises(CheckpointError) as caught:
+        import_folder(tmp_path / "theirs", tmp_path / "out", target=target.name)
+    for words in named:
+        assert caught.match(words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layout", ["eagle3", "speculators", "eagle", "medusa", "vllm medusa"])
+def test_without_a_damage_it_is_read(layout, target, tmp_path):
+    """The control of the faults above."""
+    import_folder(given.write(tmp_path / "theirs", *made(layout, target)), tmp_path / "out", target=target.name)
+
+
+@pytest.mark.parametrize("layout", ["eagle3", "eagle", "medusa"])
+def test_shuffled_names_fail(layout, target, tmp_path):
+    tensors, config = made(layout, target)
+    names = sorted(tensors)
+    shuffled = dict(zip(names, [tensors[name] for name in names[1:] + names[:1]], strict=True))
+    with pytest.raises(CheckpointError, match=r"shape|missing"):
+        import_folder(given.write(tmp_path / "theirs", shuffled, config), tmp_path / "out", target=target.name)
+
+
+def test_all_problems_are_told_at_once(target, tmp_path):
+    tensors, config = made("eagle3", target)
+    del tensors["norm.weight"]
+    tensors["fc.bias"] = torch.zeros(32)
+    tensors["d2t"] = tensors["d2t"] + 1
+    config |= {"hidden_act": "gelu", "norm_before_fc": True, "no_such": 1}
+    with pytest.raises(CheckpointError) as caught:
+        import_folder(given.write(tmp_path / "theirs", tensors, config), tmp_path / "out", target=target.name)
+    for words in ("norm.weight: missing", "fc.bias: this", "d2t", "hidden_act", "norm_before_fc", "no_such"):
+        assert words in str(caught.value)
+
+
+def test_what_is_the_targets_own_is_left_out(target, tmp_path):
+    tensors, config = made("eagle", target)
+    tensors |= {
+        "embed_tokens.weight": embedding(target),
+        "lm_head.weight": embedding(target),
+        "fc.bias": torch.zeros(32),
+    }
+    tensors["layers.0.self_attn.rotary_emb.inv_freq"] = 500.0 ** (-torch.arange(0, 16, 2) / 16)
+    import_folder(given.write(tmp_path / "theirs", tensors, config), tmp_path / "out", target=target.name)
+    assert given.same(given.held(tmp_path / "out"), given.eagle_tensors())
+
+
+def test_a_map_of_ids_is_written_as_offsets(target, tmp_path):
+    """d2t[i] = the target's id of i, as some files have it; as offsets it would name other tokens."""
+    tensors, config = made("eagle3", target)
+    tensors |= {"d2t": given.said_ids(), "t2d": tensors["t2d"].to(torch.uint8)}
+    imported = import_folder(given.write(tmp_path / "theirs", tensors, config), tmp_path / "out", target=target.name)
+    assert given.same(given.held(tmp_path / "out"), given.eagle3_tensors())
+    assert "d2t: holds the target's ids: written as offsets, target id - draft id" in imported.notes
+
+
+def test_without_t2d_a_map_is_read_where_one_reading_is_possible():
+    offsets_R = torch.tensor([0, 0, 3, 3])
+    assert torch.equal(offsets(offsets_R, None, size=10)[0], offsets_R)
+    assert torch.equal(offsets(torch.tensor([0, 4, 8, 9]), None, size=10)[0], torch.tensor([0, 3, 6, 6]))
+    assert "may be offsets or ids" in offsets(torch.tensor([0, 2, 4]), None, size=10)[1][0]
+    assert "come twice or are not in 0..9" in offsets(torch.tensor([-1, 0, -1]), None, size=10)[1][0]
+
+
+def test_a_whole_vocabulary_needs_no_map(target, tmp_path):
+    tensors, config = made("eagle3", target)
+    tensors |= {"d2t": torch.zeros(257).long(), "t2d": torch.ones(257).bool(), "lm_head.weight": torch.randn(257, 32)}
+    config["draft_vocab_size"] = None
+    import_folder(given.write(tmp_path / "theirs", tensors, config), tmp_path / "out", target=target.name)
+    assert not {"d2t", "t2d"} & given.held(tmp_path / "out").keys()
+
+
+class Runs:
+    """What a pickle must not bring in."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("run",)
+
+
+def test_a_pickle_with_more_than_tensors_is_refused_and_not_run(target, tmp_path, capsys):
+    folder = given.write(tmp_path / "theirs", {}, given.medusa_config(target.name), file="medusa_lm_head.pt")
+    torch.save({**given.medusa_tensors(), "extra": Runs()}, folder / "medusa_lm_head.pt")
+    with pytest.raises(CheckpointError, match=r"medusa_lm_head\.pt: refused, .* holds more than tensors"):
+        import_folder(folder, tmp_path / "out", target=target.name)
+    assert "run" not in capsys.readouterr().out
+    torch.load(folder / "medusa_lm_head.pt", weights_only=False)  # the control: it would have run
+    assert "run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"state_dict": {"a": torch.ones(1)}}, r"holds 'state_dict' \(dict\)"),
+        ([torch.ones(1)], "holds a list, must be a dict of tensors"),
+    ],
+)
+def test_a_pickle_of_another_form_is_named(content, words, tmp_path):
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=words):
+        read_pickle(tmp_path / "model.pt")
+
+
+def test_damaged_pickles_are_named(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save({"a": torch.randn(1000)}, path)
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"nonsense", pickle.dumps(3, protocol=2)):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"model\.pt"):
+            read_pickle(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("other", "")
+    with pytest.raises(CheckpointError, match=r"model\.pt"):
+        read_pickle(path)
+
+
+def test_a_folder_of_no_layout_is_told_what_tells_them(target, tmp_path):
+    folder = given.write(tmp_path / "theirs", {"weight": torch.ones(2)}, {"some": 1})
+    with pytest.raises(CheckpointError) as caught:
+        import_folder(folder, tmp_path / "out", target=target.name)
+    assert all(f"{name}: " in str(caught.value) for name in importers.names())
+
+
+def test_without_a_target_it_is_asked_for(target, tmp_path):
+    with pytest.raises(CheckpointError, match="does not say which target it was made for: give --target"):
+        import_folder(given.write(tmp_path / "theirs", *made("eagle3", target)), tmp_path / "out")
+    import_folder(given.write(tmp_path / "medusa", *made("medusa", target)), tmp_path / "out")
+
+
+def test_a_plain_lm_of_another_tokenizer_or_with_a_missing_tensor_is_refused(target, tmp_path):
+    folder = tmp_path / "theirs"
+    target.model.save_pretrained(folder)
+    target.tokenizer.save_pretrained(folder)
+    tensors = given.held(folder)
+    del tensors["model.norm.weight"]
+    given.write(folder, tensors | {"more": torch.ones(1)}, json.loads((folder / "config.json").read_text()))
+    text = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = text["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(text))
+    with pytest.raises(CheckpointError) as caught:
+        import_folder(folder, tmp_path / "out", target=target.name)
+    for words in ("differs from the target's in 2 of 257 tokens", "model.norm.weight: missing", "more: this layout"):
+        assert words in str(caught.value)
+
+
+def test_nothing_is_written_over_that_is_no_drafter_folder(target, tmp_path):
+    folder, full = given.write(tmp_path / "theirs", *made("eagle3", target)), tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.txt").write_text("")
+    for out in (folder, tmp_path, full):
+        with pytest.raises(CheckpointError, match="give another --out"):
+            import_folder(folder, out, target=target.name)
+    assert (full / "thesis.txt").exists()
+    import_folder(folder, tmp_path / "out", target=target.name)
+    import_folder(folder, tmp_path / "out", target=target.name)
+
+
+def test_a_tensor_in_two_files_is_refused(target, tmp_path):
+    folder = given.write(tmp_path / "theirs", *made("eagle3", target))
+    (folder / "again.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: fc\.weight: is in again\.safetensors too"):
+        import_folder(folder, Path(tmp_path / "out"), target=target.name)
+
+
+STRANGE: list[Any] = [None, -1, 0, 1.5, "x", [], ["x"], {}, {"x": 1}, True]
+
+
+@pytest.mark.parametrize("layout", ["eagle3", "speculators", "eagle", "medusa", "vllm medusa"])
+def test_whatever_a_field_holds_it_is_read_or_refused_in_words(layout, target, tmp_path):
+    tensors, config = made(layout, target)
+    folder, stand = given.write(tmp_path / "theirs", tensors, config), TargetFiles.named(target.name)
+    sound = read_given(folder)
+    refused = 0
+    places = [config, config["transformer_layer_config"]] if layout == "speculators" else [config]
+    for place in places:
+        for key in {*place, "eagle_config", "rope_parameters", "model", "num_heads", "truncated_vocab_size"}:
+            kept = dict(place)
+            for value in STRANGE:
+                place[key] = value
+                one = replace(sound, config=json.loads(json.dumps(config)))
+                try:
+                    converted(one, layout_of(one), stand)
+                except CheckpointError:
+                    refused += 1
+            place.clear()
+            place.update(kept)
+    assert refused > 50

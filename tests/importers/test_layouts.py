@@ -1,0 +1,286 @@
+"""Every layout, as its makers write it: read, exported and read again it holds the same tensors, and decodes as the target does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from drafttrain.checkpoint import read_about, read_drafter
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.records import Prompt, Record, Sampling
+from drafttrain.data_gen.packing import pack
+from drafttrain.drafters import drafters
+from drafttrain.drafters.medusa import JointSettings
+from drafttrain.eval.acceptance.lossless import Lossless
+from drafttrain.eval.engine import Engine
+from drafttrain.eval.length.fixed import FixedLength
+from drafttrain.eval.proposers.none import NoDraft
+from drafttrain.export.convert import export_as, read_target_config
+from drafttrain.importers.convert import import_folder
+from drafttrain.target import Target, TargetSettings
+from tests.conftest import byte_tokenizer, random_llama
+from tests.drafters.feature_models import packed
+from tests.export import folders
+from tests.importers import given
+
+
+@pytest.fixture(scope="module")
+def target(save_llama) -> Target:
+    return Target.load(TargetSettings(model=str(save_llama(num_layers=4))))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A folder of somebody else's."""
+
+    tensors: Callable[[], dict[str, Any]]
+    config: Callable[[str], dict[str, Any]]
+    """Of the target's name."""
+    formats: tuple[str, ...]
+    file: str = "model.safetensors"
+    renames: tuple[str, str] = ("", "")
+    """What its names begin with, and what ours do."""
+
+
+LAYOUTS = {
+    "eagle3 SafeAILab": Layout(
+        given.eagle3_tensors, lambda _: given.eagle3_config(), ("vllm", "sglang", "speculators"), "pytorch_model.bin"
+    ),
+    "eagle3 SpecForge": Layout(given.eagle3_tensors, lambda _: given.eagle3_config(), ("vllm", "sglang")),
+    "eagle3 ModelOpt": Layout(
+        lambda: given.eagle3_tensors("layers.0."),
+        lambda _: given.modelopt_config(),
+        ("vllm", "sglang", "speculators"),
+        renames=("layers.0.", "midlayer."),
+    ),
+    "speculators": Layout(
+        lambda: given.eagle3_tensors("layers.0."),
+        lambda target: given.speculators_config(target) | {"norm_before_residual": False},
+        ("vllm", "speculators"),
+        renames=("layers.0.", "midlayer."),
+    ),
+    "eagle": Layout(
+        given.eagle_tensors,
+        lambda _: {"architectures": ["EagleLlamaForCausalLM"], "model_type": "llama", **given.LLAMA, "bias": False},
+        ("vllm", "sglang"),
+    ),
+    "eagle vLLM wrapper": Layout(
+        given.eagle_tensors,
+        lambda _: {"model_type": "eagle", "model": {"model_type": "llama", **given.LLAMA}, "truncated_vocab_size": 257},
+        ("vllm",),
+    ),
+    "medusa .pt": Layout(given.medusa_tensors, given.medusa_config, ("vllm",), "medusa_lm_head.pt"),
+    "medusa safetensors": Layout(given.medusa_tensors, given.medusa_config, ("vllm",), "medusa_lm_head.safetensors"),
+    "medusa vLLM": Layout(given.vllm_medusa_tensors, lambda _: given.vllm_medusa_config(), ("vllm",)),
+}
+
+
+def ours(layout: Layout) -> dict[str, torch.Tensor]:
+    """Return a layout's tensors as a drafter folder must hold them, renamed by hand."""
+    if "medusa" in layout.file:
+        return given.vllm_medusa_tensors()
+    old, new = layout.renames
+    return {
+        new + name.removeprefix(old) if old and name.startswith(old) else name: tensor
+        for name, tensor in layout.tensors().items()
+    }
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_imported_exported_and_imported_again_it_holds_the_same_tensors(name, target, tmp_path):
+    layout = LAYOUTS[name]
+    source = given.write(tmp_path / "theirs", layout.tensors(), layout.config(target.name), file=layout.file)
+    import_folder(source, tmp_path / "first", target=target.name)
+    assert given.same(given.held(tmp_path / "first"), ours(layout))
+    target_config = read_target_config(Path(target.name), name=target.name)
+    first = json.loads((tmp_path / "first" / "config.json").read_text())
+    for format in layout.formats:
+        export_as(format, tmp_path / "first", tmp_path / format, target_config=target_config)
+        import_folder(tmp_path / format, tmp_path / f"again_{format}")
+        assert given.same(given.held(tmp_path / f"again_{format}"), ours(layout)), format
+        assert json.loads((tmp_path / f"again_{format}" / "config.json").read_text()) == first, format
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_an_imported_drafter_decodes_as_the_target_does(name, target, tmp_path):
+    layout = LAYOUTS[name]
+    source = given.write(tmp_path / "theirs", layout.tensors(), layout.config(target.name), file=layout.file)
+    import_folder(source, tmp_path / "drafter", target=target.name)
+    drafter = read_drafter(tmp_path / "drafter", target)
+    prompts = [Prompt(str(k), [5 + k, 80, 9]) for k in range(2)]
+
+    def tokens(proposer: Any) -> list[list[int]]:
+        engine = Engine(
+            target,
+            proposer,
+            rule=Lossless(),
+            policy=FixedLength(),
+            sampling=Sampling(),
+            max_new_tokens=12,
+            stop_tokens=(),
+        )
+        return [list(one.tokens) for one in engine.generate(prompts)]
+
+    assert tokens(drafter.proposer(target)) == tokens(NoDraft())
+
+
+EXPORTED = [
+    *((kind, "vllm") for kind in ("eagle3", "eagle", "medusa", "causal_lm")),
+    *((kind, "sglang") for kind in ("eagle3", "eagle", "causal_lm")),
+    ("eagle3", "speculators"),
+]
+
+
+@pytest.mark.parametrize(("kind", "format"), EXPORTED)
+def test_what_is_exported_is_imported_as_the_drafter_that_it_was(kind, format, target, tmp_path):
+    source = folders.save(folders.drafter_of(kind, target), tmp_path / "source", target)
+    target_config = read_target_config(Path(target.name), name=target.name)
+    export_as(format, source, tmp_path / "out", target_config=target_config)
+    import_folder(tmp_path / "out", tmp_path / "again")
+    assert given.same(given.held(tmp_path / "again"), given.held(source))
+    about = read_about(tmp_path / "again")
+    assert about is not None
+    assert (about.kind, about.target, about.target_fingerprint) == (kind, target.name, target.fingerprint)
+    batch, _ = packed(target, read_drafter(source, target), (9,), width=9)
+    laws = []
+    for folder in (source, tmp_path / "again"):
+        drafter = read_drafter(folder, target)
+        with torch.no_grad():
+            drafted = drafter(batch)
+            laws.append(drafted.head(drafted.states_BTD[1].flatten(0, 1), 1))
+    assert torch.equal(*laws)
+
+
+def plain_eagle3(tensors: dict[str, torch.Tensor], target: Target, tokens: list[int]) -> torch.Tensor:
+    """Return logits_TR of the first draft token, computed from the file's own names and nothing of ours."""
+    with torch.no_grad():
+        states = target.model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
+    hidden_TD = torch.cat([states[tap][0, :-1] for tap in given.TAPS], dim=-1) @ tensors["fc.weight"].T
+    embedded_TD = target.model.get_input_embeddings().weight[tokens[1:]]
+
+    def norm(name: str, x: torch.Tensor) -> torch.Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * tensors[name]
+
+    read = torch.cat(
+        [norm("midlayer.input_layernorm.weight", embedded_TD), norm("midlayer.hidden_norm.weight", hidden_TD)], dim=-1
+    )
+    query, key, value = (
+        (read @ tensors[f"midlayer.self_attn.{p}_proj.weight"].T).unflatten(-1, (-1, 16)) for p in "qkv"
+    )
+    places = torch.arange(len(hidden_TD))[:, None]
+    angles = places * (500.0 ** (-torch.arange(0, 16, 2) / 16))
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        left, right = x[..., :8], x[..., 8:]
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+
+    query, key = turned(query), turned(key)
+    scores = torch.einsum("thd,cd->htc", query, key[:, 0]) / 4
+    scores = scores.masked_fill(places < places.T, -torch.inf).softmax(-1)
+    mixed = torch.einsum("htc,cd->thd", scores, value[:, 0]).flatten(1)
+    stream = hidden_TD + mixed @ tensors["midlayer.self_attn.o_proj.weight"].T
+    normed = norm("midlayer.post_attention_layernorm.weight", stream)
+    gate = normed @ tensors["midlayer.mlp.gate_proj.weight"].T
+    inner = gate * gate.sigmoid() * (normed @ tensors["midlayer.mlp.up_proj.weight"].T)
+    stream = stream + inner @ tensors["midlayer.mlp.down_proj.weight"].T
+    return norm("norm.weight", stream) @ tensors["lm_head.weight"].T
+
+
+@pytest.mark.parametrize("name", ["eagle3 SafeAILab", "eagle3 ModelOpt", "speculators"])
+def test_the_law_of_an_imported_eagle3_is_that_of_its_file(name, target, tmp_path):
+    """Holds names, taps (of both numberings), rotary base, norm order and the map of the vocabulary."""
+    layout = LAYOUTS[name]
+    source = given.write(tmp_path / "theirs", layout.tensors(), layout.config(target.name), file=layout.file)
+    import_folder(source, tmp_path / "drafter", target=target.name)
+    drafter = read_drafter(tmp_path / "drafter", target)
+    tokens = [7, 90, 14, 200, 33, 8]
+    batch, _ = pack([Record("", tokens, [True] * len(tokens))], width=len(tokens), weight_of_step=1.0)
+    seen = target.read(batch.tokens_BT, batch.positions_BT, drafter.needs())
+    with torch.no_grad():
+        drafted = drafter(replace(batch, target=seen))
+        law_TR = drafted.head(drafted.states_BTD[1][0, : len(tokens) - 1], 1)
+    wanted_TR = plain_eagle3(given.eagle3_tensors(), target, tokens)
+    assert torch.allclose(law_TR, wanted_TR, atol=1e-4)
+    assert torch.equal(drafter.vocabulary, given.said_ids())
+
+
+def test_norm_before_residual_that_speculators_leaves_out_is_true(target, tmp_path):
+    source = given.write(tmp_path / "theirs", given.eagle3_tensors("layers.0."), given.speculators_config(target.name))
+    made = import_folder(source, tmp_path / "drafter")
+    assert made.files.config["norm_before_residual"] is True
+    assert any("norm_before_residual is left out" in note for note in made.notes)
+
+
+def test_a_plain_causal_lm_is_kept_as_it_is(target, tmp_path):
+    model = random_llama(seed=5, num_layers=1)
+    model.save_pretrained(tmp_path / "theirs")
+    byte_tokenizer().save_pretrained(tmp_path / "theirs")
+    import_folder(tmp_path / "theirs", tmp_path / "drafter", target=target.name)
+    assert given.same(given.held(tmp_path / "drafter"), given.held(tmp_path / "theirs"))
+    tokens = torch.tensor([[5, 6, 7]])
+    drafter: Any = read_drafter(tmp_path / "drafter", target)
+    with torch.no_grad():
+        assert torch.equal(drafter.model(tokens).logits, model(tokens).logits)
+
+
+def test_blocks_without_biases_and_a_shared_head_say_the_same(target, tmp_path):
+    tensors = given.vllm_medusa_tensors(bias=False)
+    heads = {name: tensor for name, tensor in tensors.items() if not name.startswith(("lm_heads.1", "lm_heads.2"))}
+    config = given.vllm_medusa_config(medusa_fc_bias=False, original_lm_head=True)
+    import_folder(given.write(tmp_path / "theirs", heads, config), tmp_path / "drafter", target=target.name)
+    drafter: Any = read_drafter(tmp_path / "drafter", target)
+    state_ND = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    wanted_ND = state_ND
+    for block in range(2):
+        wanted_ND = wanted_ND + torch.nn.functional.silu(wanted_ND @ tensors[f"blocks.2.layers.{block}.weight"].T)
+    with torch.no_grad():
+        law_NV = drafter.head(drafter.states(state_ND, 3), 3)
+    assert torch.allclose(law_NV, wanted_ND @ tensors["lm_heads.0.weight"].T, atol=1e-4)
+
+
+def test_heads_on_an_adapted_target_keep_their_adapter(target, tmp_path):
+    source = folders.save(folders.drafter_of("medusa", target, joint=JointSettings()), tmp_path / "source", target)
+    target_config = read_target_config(Path(target.name), name=target.name)
+    export_as("vllm", source, tmp_path / "out", target_config=target_config)
+    import_folder(tmp_path / "out", tmp_path / "again")
+    assert read_drafter(tmp_path / "again", target).adapted(target) is not target
+    medusa: Any = drafters.entry("medusa")
+    settings = medusa.settings(checkpoint=str(tmp_path / "again"))
+    with pytest.raises(CheckpointError, match=r"heads on an adapted target \(Medusa-2\) are not trained on"):
+        medusa.component.create(settings, target=target, tokenizer=target.tokenizer)
+
+
+def test_weights_keep_their_type(target, tmp_path):
+    tensors = {
+        name: tensor.bfloat16() if tensor.is_floating_point() else tensor
+        for name, tensor in given.eagle3_tensors().items()
+    }
+    source = given.write(tmp_path / "theirs", tensors, given.eagle3_config(torch_dtype="float16"))
+    import_folder(source, tmp_path / "drafter", target=target.name)
+    assert given.same(given.held(tmp_path / "drafter"), tensors)
+    assert json.loads((tmp_path / "drafter" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_head_that_is_tied_may_be_there_twice_if_it_is_the_same(target, tmp_path):
+    model = random_llama(seed=5, num_layers=1)
+    model.save_pretrained(tmp_path / "theirs")
+    byte_tokenizer().save_pretrained(tmp_path / "theirs")
+    tensors = given.held(tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    head = tensors["model.embed_tokens.weight"].clone()
+    given.write(tmp_path / "theirs", tensors | {"lm_head.weight": head}, config)
+    import_folder(tmp_path / "theirs", tmp_path / "drafter", target=target.name)
+    assert given.same(given.held(tmp_path / "drafter"), tensors)
+    given.write(
+        tmp_path / "theirs", tensors | {"lm_head.weight": head + 1}, config | {"auto_map": {"AutoModel": "m.M"}}
+    )
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: is not model\.embed_tokens\.weight") as caught:
+        import_folder(tmp_path / "theirs", tmp_path / "drafter", target=target.name)
+    assert caught.match("auto_map names code that comes with the folder")
