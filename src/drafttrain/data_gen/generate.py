@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -183,18 +183,27 @@ def _manifest(
     if accounts:
         whole["accounts"] = _sum(accounts)
         say(f"generated: {_in_words(whole['accounts'])}")
+        if inferred := whole["accounts"]["ids"].get("text"):
+            say(
+                f"{inferred:,} texts came without token ids: their tokens spell the text and are as many as were written, yet "
+                "some may be divided otherwise (data.generate.backend.logprobs asks for their spelling)"
+            )
     return whole
 
 
 def _sum(accounts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    kinds = Counter(str(one["reason"]).partition(":")[0] for one in accounts if "reason" in one)
     return {
         "texts": sum(one["tokens"] is not None for one in accounts),
         "tokens": sum(one["tokens"] or 0 for one in accounts),
         "retries": sum(one.get("retries", 0) for one in accounts),
-        "finish": dict(sorted(Counter(one["finish"] for one in accounts if one["tokens"] is not None).items())),
-        "set_aside": dict(sorted(kinds.items())),
+        "finish": _counts(one["finish"] for one in accounts if one["tokens"] is not None),
+        "ids": _counts(one["ids"] for one in accounts if one["tokens"] is not None),
+        "set_aside": _counts(str(one["reason"]).partition(":")[0] for one in accounts if "reason" in one),
     }
+
+
+def _counts(words: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(words).items()))
 
 
 def _in_words(total: dict[str, Any]) -> str:

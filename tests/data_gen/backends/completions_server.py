@@ -91,6 +91,9 @@ class CompletionsServer:
         }
         if self.extended and asked.get("return_token_ids"):
             choice |= {"token_ids": tokens, "prompt_token_ids": prompt}
+        if asked.get("logprobs"):
+            spelled = [self.target.tokenizer.decode([token]) for token in tokens]
+            choice["logprobs"] = {"tokens": spelled, "token_logprobs": [-1.0] * len(tokens)}
         usage = {"prompt_tokens": len(prompt), "completion_tokens": len(tokens)}
         return {"id": "cmpl-1", "model": "served", "choices": [choice], "usage": usage}
 

@@ -102,7 +102,12 @@ def test_text_alone_gives_the_same_records_where_its_tokens_are_sure(tmp_path):
         batch_size=1,
     )
     ours = records(shards(generate(settings, target, tmp_path / "b", seed=0, max_length=64)))
-    for name, chosen in {"ids": {}, "text": {"prompts_as": "text"}, "plain": {"extensions": False}}.items():
+    for name, chosen in {
+        "ids": {},
+        "text": {"prompts_as": "text"},
+        "plain": {"extensions": False},
+        "spelled": {"extensions": False, "logprobs": True},
+    }.items():
         server = CompletionsServer(target, extended=False)
         folder = served(settings, server, tmp_path / name, **chosen)
         theirs, aside = records(shards(folder)), entries(folder, "quarantine-*")
@@ -111,7 +116,37 @@ def test_text_alone_gives_the_same_records_where_its_tokens_are_sure(tmp_path):
         assert {one["where"] for one in aside} == set(ours) - set(theirs)
         assert {one["reason"].partition(":")[0] for one in aside} <= {"retokenised"}
         assert all(isinstance(asked["prompt"], str) == (name == "text") for asked in server.asked)
-        assert any("return_token_ids" in asked for asked in server.asked) == (name != "plain")
+        assert any("return_token_ids" in asked for asked in server.asked) == (name in ("ids", "text"))
+
+
+def test_text_that_other_tokens_spell_too_is_told_apart_by_the_spelling_of_each(tmp_path):
+    target = Target.load(TargetSettings(model="builtin:target"))
+    # As many tokens as `is`, `en`, and no others of the tokenizer's own choice: the text alone is read as `ise`, `n`.
+    first, second = (target.tokenizer(word, add_special_tokens=False).input_ids for word in ("is", "en"))
+    written = [*first, *second]
+    text = target.tokenizer.decode(written)
+    again = target.tokenizer(text, add_special_tokens=False).input_ids
+    assert len(again) == len(written) == 2
+    assert again != written
+    (tmp_path / "p.txt").write_text("Once upon a time there was a small brown dog. " * 4)
+    settings = GenerateSettings(
+        prompts=TextSettings(path=str(tmp_path / "p.txt")),
+        prompt_tokens=12,
+        num_records=1,
+        max_new_tokens=2,
+        temperatures=[0.0],
+    )
+
+    def answered(**chosen: Any) -> tuple[list[int], dict[str, int]]:
+        spelled = {"tokens": ["is", "en"], "token_logprobs": [-1.0, -1.0]} if chosen else None
+        fault = changed(text=text, finish_reason="length", logprobs=spelled)
+        server = CompletionsServer(target, lambda number, asked: fault, extended=False)
+        folder = served(settings, server, tmp_path / f"g{len(chosen)}", **chosen)
+        (record,) = records(shards(folder)).values()
+        return record["tokens"][12:], json.loads((folder / "manifest.json").read_text())["accounts"]["ids"]
+
+    assert answered() == (again, {"text": 1})
+    assert answered(logprobs=True) == (written, {"spelled": 1})
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,8 @@ class Outcome:
     reason: str = ""
     """Why there is nothing: a kind, a colon, a sentence."""
     account: Mapping[str, Any] = field(default_factory=dict)
-    """What there is to tell of it (finish reason, tries); empty: nothing, and no account is written."""
+    """What there is to tell of it; empty: nothing, and no account is written. `retries`; of a text also `finish`, and `ids`, which
+    says where its token ids are from: served, spelled (one by one), or text (tokenised again)."""
 
 
 @dataclass(frozen=True)

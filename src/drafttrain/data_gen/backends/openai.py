@@ -51,6 +51,11 @@ class OpenAISettings:
         help="Also send what vLLM and SGLang understand besides (return_token_ids, top_k, min_p, repetition_penalty); false for "
         "servers that refuse keys they do not know. Without token ids answers are tokenised again, or set aside.",
     )
+    logprobs: bool = setting(
+        False,
+        help="Also ask for the log-probability of each token, for servers that give no token ids: how the tokens are spelled one "
+        "by one says which they were. Text alone does not: other tokens, as many, may spell the same.",
+    )
     concurrency: int = setting(16, help="Requests at a time, by process.", ge=1)
     retries: int = setting(5, help="How often a request that failed is repeated.", ge=0)
     backoff_seconds: float = setting(
@@ -172,12 +177,12 @@ class OpenAI:
         retries = 0
         try:
             answer, retries = await server.complete(self._request(task, answers))
-            tokens, finish = answers.read(task, answer)
+            tokens, account = answers.read(task, answer)
         except NotAnswered as reason:
             return Outcome(None, str(reason), {"retries": reason.retries})
         except Refused as reason:
             return Outcome(None, str(reason), {"retries": retries})
-        return Outcome(tokens, account={"finish": finish, "retries": retries})
+        return Outcome(tokens, account=account | {"retries": retries})
 
     def _request(self, task: Task, answers: _Answers) -> dict[str, Any]:
         sampling = task.sampling
@@ -190,6 +195,8 @@ class OpenAI:
         }
         if sampling.temperature > 0:
             request["seed"] = stream_seed(self.plan.seed, "server", task.id) % LARGEST_SEED
+        if self.settings.logprobs:
+            request["logprobs"] = 1
         return request | (EXTENSIONS if self.settings.extensions else {})
 
 
@@ -218,8 +225,8 @@ class _Answers:
             raise Refused("retokenised", "the prompt's text has other token ids")
         return words
 
-    def read(self, task: Task, answer: Mapping[str, Any]) -> tuple[list[int], str]:
-        """Return what was written after a prompt, and how it ended.
+    def read(self, task: Task, answer: Mapping[str, Any]) -> tuple[list[int], dict[str, Any]]:
+        """Return what was written after a prompt, how it ended, and what says which tokens it is.
 
         Raises:
             Refused: It cannot be known which tokens were read and written, or they are not what was asked for.
@@ -235,17 +242,22 @@ class _Answers:
         counted = exchange.num_answer_tokens
         if exchange.finish == "length" and counted is not None and counted < most:
             raise Refused("short", f"cut after {counted} tokens, {most} were asked for")
-        if exchange.answer_ids is not None and "\ufffd" in (exchange.answer or ""):
+        ids = "served"
+        if exchange.answer_ids is None:
+            named = self._exchanges.named_ids(exchange.law)
+            exchange = replace(exchange, answer_ids=named)
+            ids = "text" if named is None else "spelled"
+        if ids == "served" and "\ufffd" in (exchange.answer or ""):
             # Bytes that are no text are spelled differently by different servers: the ids say what was written.
             exchange = replace(exchange, answer=None)
         tokens = list(self._exchanges.record(exchange).tokens[len(prompt) :])
         finish = exchange.finish
-        if exchange.answer_ids is None and finish == "length" and len(tokens) != most:
+        if ids == "text" and finish == "length" and len(tokens) != most:
             raise Refused("retokenised", f"the answer is {len(tokens)} tokens here, {most} where it was written")
         if reason := unusable(tokens, finish, ends=self._plan.target.eos_token_ids, max_new_tokens=most):
             kind, _, sentence = reason.partition(": ")
             raise Refused(kind, sentence)
-        return tokens, finish
+        return tokens, {"finish": finish, "ids": ids}
 
 
 def _kept_file(folder: Path, number: int) -> Path:

@@ -107,4 +107,4 @@ class Vllm:
         reason = unusable(tokens, finish, ends=self.plan.target.eos_token_ids, max_new_tokens=self.plan.max_new_tokens)
         if reason:
             return Outcome(None, reason, {"retries": 0})
-        return Outcome(tokens, account={"finish": finish, "retries": 0})
+        return Outcome(tokens, account={"finish": finish, "ids": "served", "retries": 0})
