@@ -1,7 +1,7 @@
 """Texts by a server that serves the target and speaks the OpenAI protocol: `vllm serve`, SGLang, and others.
 
-Every answer is kept in a file as soon as it comes, until its shard is stored: whoever dies, server or run, nothing that was
-answered is asked for again.
+Every answer is kept in a file as soon as it comes, until its shard is stored: whoever dies, server or run, nothing that came is
+lost or asked for again. What was under way when the run itself was killed (`concurrency` texts at most) is.
 """
 
 from __future__ import annotations
