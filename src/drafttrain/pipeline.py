@@ -114,7 +114,8 @@ class Run:
     def validation_texts(self) -> tuple[list[Text], Sampling]:
         """What the target writes after the validation prompts, and how it is drawn."""
         from drafttrain.core.records import Sampling
-        from drafttrain.data_gen.generate import Task, continuations
+        from drafttrain.data_gen.backends import Task
+        from drafttrain.data_gen.backends.builtin import continuations
         from drafttrain.eval.prompts import read_prompts
         from drafttrain.eval.repetition import tokens_before_repetition
         from drafttrain.eval.replay import Text
@@ -408,8 +409,13 @@ def _folders(drafters: Sequence[str]) -> list[Path]:
 
 def _gen(run: Run) -> None:
     from drafttrain.data_gen.prepare import generate_texts
+    from drafttrain.export.engines import engine_of
+    from drafttrain.export.engines.environment import ask
 
-    generate_texts(run.recipe.data, lambda: run.target, run.folder.data, seed=run.recipe.seed)
+    def ask_engine(name: str, worker: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        return ask(engine_of(name), request, worker=worker, timeout_seconds=None)
+
+    generate_texts(run.recipe.data, lambda: run.target, run.folder.data, seed=run.recipe.seed, ask_engine=ask_engine)
 
 
 def training_data(run: Run) -> TrainingData:

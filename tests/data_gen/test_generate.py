@@ -8,9 +8,10 @@ import torch
 
 from drafttrain.core.errors import DataError
 from drafttrain.core.records import Sampling, TargetNeeds
-from drafttrain.data_gen import generate as generation
+from drafttrain.data_gen.backends import Task, builtin
+from drafttrain.data_gen.backends.builtin import continuations
 from drafttrain.data_gen.cache import RowCache
-from drafttrain.data_gen.generate import Task, continuations, generate
+from drafttrain.data_gen.generate import generate
 from drafttrain.data_gen.prepare import attach_cache, generate_texts, prepare
 from drafttrain.data_gen.settings import DataSettings, GenerateSettings
 from drafttrain.data_gen.sources.generated import GeneratedSettings
@@ -49,7 +50,7 @@ def test_a_killed_run_ends_with_the_same_bytes(settings, tiny_target, tmp_path, 
         return continuations(*a, **k)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generation, "continuations", dies)
+        patch.setattr(builtin, "continuations", dies)
         with pytest.raises(KeyboardInterrupt):
             generate(settings, tiny_target, tmp_path / "killed", seed=0, max_length=64)
     assert not (tmp_path / "killed" / "manifest.json").exists()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from drafttrain.core.records import Sampling
-from drafttrain.data_gen.generate import Task, continuations
+from drafttrain.data_gen.backends import Task
+from drafttrain.data_gen.backends.builtin import continuations
 from drafttrain.target import Target
 from drafttrain.target.cached_lm import CachedLM
 from tests.conftest import byte_tokenizer, random_llama

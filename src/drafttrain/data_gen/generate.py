@@ -1,53 +1,62 @@
-"""Text that the target writes: shards that are byte for byte the same however often the run was killed.
+"""Text that the target writes: shards that are whole or absent, so that a killed run goes on where it was.
 
-B = sequences, V = vocabulary
+The built-in backend writes them byte for byte the same however often the run was killed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from itertools import islice
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from drafttrain.core.console import progress, say
 from drafttrain.core.errors import DataError
 from drafttrain.core.files import sha256_of, write_json, write_text
-from drafttrain.core.probability import sampling_probs
 from drafttrain.core.processes import first, first_before_others, own_share, wait_for_all
-from drafttrain.core.random import stream, stream_seed
+from drafttrain.core.random import stream_seed
 from drafttrain.core.records import Sampling
+from drafttrain.data_gen.backends import AskEngine, Backend, Outcome, Plan, Task, backends
 from drafttrain.data_gen.formats import Encoder
 from drafttrain.data_gen.quarantine import read_items
 from drafttrain.data_gen.settings import GenerateSettings
 from drafttrain.data_gen.sources import content_of, sources
 from drafttrain.target import Target
-from drafttrain.target.cached_lm import CachedLM
 
 
-@dataclass(frozen=True)
-class Task:
-    """One text to write."""
-
-    id: str
-    prompt: Sequence[int]
-    sampling: Sampling
-
-
-def generate(settings: GenerateSettings, target: Target, folder: Path, *, seed: int, max_length: int) -> Path:
+def generate(
+    settings: GenerateSettings,
+    target: Target,
+    folder: Path,
+    *,
+    seed: int,
+    max_length: int,
+    ask_engine: AskEngine | None = None,
+) -> Path:
     """Write the shards that are missing, then the manifest; return the folder. Several processes share the shards out.
 
     Which texts are decoded together is part of the plan, because padding moves logits by rounding: a shard depends on the
     recipe, never on where an earlier run was killed.
 
+    Args:
+        ask_engine: How an engine in its own environment is asked, for the backends that have one.
+
     Raises:
-        DataError: The folder holds shards of another plan, target or tokenizer.
+        DataError: The folder holds shards of another plan, target or tokenizer; or the backend cannot go on.
     """
+    backend: Backend = backends.build(
+        settings.backend,
+        Plan(
+            target=target,
+            folder=folder,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+            seed=seed,
+            ask_engine=ask_engine,
+        ),
+    )
     about = {
         "target": target.name,
         "target_fingerprint": target.fingerprint,
@@ -55,7 +64,7 @@ def generate(settings: GenerateSettings, target: Target, folder: Path, *, seed: 
         "seed": seed,
         "max_length": max_length,
         "dtype": str(target.model.dtype).removeprefix("torch."),
-        "settings": asdict(settings) | {"prompts": content_of(settings.prompts)},
+        "settings": _content(settings, backend),
     }
     manifest = folder / "manifest.json"
     plan_file = folder / "plan.json"
@@ -68,19 +77,33 @@ def generate(settings: GenerateSettings, target: Target, folder: Path, *, seed: 
     size = settings.records_per_shard
     shards = [tasks[start : start + size] for start in range(0, len(tasks), size)]
     missing = [number for number in range(len(shards)) if not _shard(folder, number).exists()]
-    own = own_share(missing)
-    with progress("generating", total=sum(len(shards[number]) for number in own), unit="texts") as bar:
-        for number in own:
-            write_text(_shard(folder, number), "".join(_lines(shards[number], target, settings, seed=seed, bar=bar)))
+    own = {number: shards[number] for number in own_share(missing)}
+    with progress("generating", total=sum(map(len, own.values())), unit="texts") as bar:
+        for number, outcomes in backend.write(own, bar):
+            _store(folder, number, own[number], outcomes, target)
     wait_for_all("texts are generated")
     with first_before_others("it writes the manifest"):
         if first():
-            write_json(manifest, _manifest(about, folder, shards))
+            write_json(manifest, _manifest(about, folder, shards, backend.reproducible()))
     return folder
+
+
+def _content(settings: GenerateSettings, backend: Backend) -> dict[str, Any]:
+    """Return the settings that the texts depend on.
+
+    The built-in backend is not named: what was written before there were others stays valid.
+    """
+    content = asdict(settings) | {"prompts": content_of(settings.prompts)}
+    del content["backend"]
+    return content | ({"backend": named} if (named := backend.content()) else {})
 
 
 def _shard(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.jsonl"
+
+
+def _accounts(folder: Path, number: int) -> Path:
+    return folder / f"accounts-{number:05d}.jsonl"
 
 
 def _tasks(settings: GenerateSettings, target: Target, quarantine: Path, *, seed: int, max_length: int) -> list[Task]:
@@ -109,18 +132,26 @@ def _tasks(settings: GenerateSettings, target: Target, quarantine: Path, *, seed
     return tasks
 
 
-def _lines(shard: Sequence[Task], target: Target, settings: GenerateSettings, *, seed: int, bar: Any) -> list[str]:
-    """Return the shard's lines, in the order of its tasks."""
-    written: dict[int, list[int]] = {}
-    # Texts of one sampling rule and of like prompt lengths are decoded together.
-    order = sorted(range(len(shard)), key=lambda i: (shard[i].sampling.temperature, len(shard[i].prompt), i))
-    for temperature in dict.fromkeys(task.sampling.temperature for task in shard):
-        members = iter([i for i in order if shard[i].sampling.temperature == temperature])
-        while batch := list(islice(members, settings.batch_size)):
-            texts = continuations([shard[i] for i in batch], target, max_new_tokens=settings.max_new_tokens, seed=seed)
-            written |= dict(zip(batch, texts, strict=True))
-            bar.advance(len(batch))
-    return [_line(task, written[i], target) for i, task in enumerate(shard)]
+def _store(folder: Path, number: int, shard: Sequence[Task], outcomes: Sequence[Outcome], target: Target) -> None:
+    """Write a shard; before it what there is to tell of its texts, and those that were set aside with their reasons."""
+    told = list(zip(shard, outcomes, strict=True))
+    accounts = [{"id": task.id} | _account(outcome) for task, outcome in told if outcome.account]
+    refused = [
+        {"where": task.id, "reason": outcome.reason, "item": {"tokens": list(task.prompt)}}
+        for task, outcome in told
+        if outcome.tokens is None
+    ]
+    for name, entries in ((_accounts(folder, number), accounts), (folder / f"quarantine-{number:05d}.jsonl", refused)):
+        name.unlink(missing_ok=True)
+        if entries:
+            write_text(name, "".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in entries))
+    lines = [_line(task, outcome.tokens, target) for task, outcome in told if outcome.tokens is not None]
+    write_text(_shard(folder, number), "".join(lines))
+
+
+def _account(outcome: Outcome) -> dict[str, Any]:
+    tokens = None if outcome.tokens is None else len(outcome.tokens)
+    return {"tokens": tokens, **outcome.account} | ({"reason": outcome.reason} if outcome.reason else {})
 
 
 def _line(task: Task, new: Sequence[int], target: Target) -> str:
@@ -134,51 +165,50 @@ def _line(task: Task, new: Sequence[int], target: Target) -> str:
     return json.dumps(record, separators=(",", ":")) + "\n"
 
 
-@torch.no_grad()
-def continuations(tasks: Sequence[Task], target: Target, *, max_new_tokens: int, seed: int) -> list[list[int]]:
-    """Return what the target writes after each prompt; all tasks share one sampling rule.
-
-    Every record has its own stream of random numbers, named by (seed, record id): one number a token.
-    """
-    sampling = tasks[0].sampling
-    lm = CachedLM(target.model, name="target")
-    ends = set(target.eos_token_ids)
-    new: list[list[int]] = [[] for _ in tasks]
-    numbers_BT = torch.stack(
-        [torch.rand(max_new_tokens, dtype=torch.float64, generator=stream(seed, "text", task.id)) for task in tasks]
-    )
-    lm.begin([list(task.prompt[:-1]) for task in tasks])
-    live = list(range(len(tasks)))
-    inputs = [[task.prompt[-1]] for task in tasks]
-    for step in range(max_new_tokens):
-        seen = lm.forward(inputs)
-        lm.cache.commit()
-        logits_BV = torch.cat([output.logits_BTV[0, -1:] for output in seen if output.logits_BTV is not None])
-        chosen = _choose(logits_BV[:, : target.num_tokens], sampling, numbers_BT[live, step].to(logits_BV.device))
-        for row, token in zip(live, chosen, strict=True):
-            new[row].append(token)
-        going = [place for place, token in enumerate(chosen) if token not in ends]
-        if not going:
-            break
-        if len(going) < len(live):
-            lm.drop(going)
-            live = [live[place] for place in going]
-        inputs = [[new[row][-1]] for row in live]
-    return new
-
-
-def _choose(logits_BV: Tensor, sampling: Sampling, numbers_B: Tensor) -> list[int]:
-    """Draw one token a row by inverting its distribution function at the row's number."""
-    if sampling.temperature == 0:
-        return [int(token) for token in logits_BV.argmax(-1)]
-    below_BV = sampling_probs(logits_BV, sampling).double().cumsum(-1)
-    drawn_B1 = torch.searchsorted(below_BV, numbers_B[:, None] * below_BV[:, -1:], right=True)
-    return [int(token) for token in drawn_B1[:, 0].clamp(max=logits_BV.shape[-1] - 1)]
-
-
-def _manifest(about: dict[str, Any], folder: Path, shards: Sequence[Sequence[Task]]) -> dict[str, Any]:
-    def entry(number: int, shard: Sequence[Task]) -> dict[str, Any]:
+def _manifest(
+    about: dict[str, Any], folder: Path, shards: Sequence[Sequence[Task]], reproducible: dict[str, Any]
+) -> dict[str, Any]:
+    entries = []
+    accounts = []
+    for number in range(len(shards)):
         path = _shard(folder, number)
-        return {"file": path.name, "records": len(shard), "sha256": sha256_of(path)}
+        lines = path.read_text(encoding="utf-8").splitlines()
+        entries.append({"file": path.name, "records": len(lines), "sha256": sha256_of(path)})
+        if _accounts(folder, number).exists():
+            told = _accounts(folder, number).read_text(encoding="utf-8").splitlines()
+            accounts += [json.loads(line) for line in told]
+    whole = about | {"shards": entries}
+    if reproducible:
+        whole["reproducible"] = reproducible
+    if accounts:
+        whole["accounts"] = _sum(accounts)
+        say(f"generated: {_in_words(whole['accounts'])}")
+        if inferred := whole["accounts"]["ids"].get("text"):
+            say(
+                f"{inferred:,} texts came without token ids: their tokens spell the text and are as many as were written, yet "
+                "some may be divided otherwise (data.generate.backend.logprobs asks for their spelling)"
+            )
+    return whole
 
-    return about | {"shards": [entry(number, shard) for number, shard in enumerate(shards)]}
+
+def _sum(accounts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "texts": sum(one["tokens"] is not None for one in accounts),
+        "tokens": sum(one["tokens"] or 0 for one in accounts),
+        "retries": sum(one.get("retries", 0) for one in accounts),
+        "finish": _counts(one["finish"] for one in accounts if one["tokens"] is not None),
+        "ids": _counts(one["ids"] for one in accounts if one["tokens"] is not None),
+        "set_aside": _counts(str(one["reason"]).partition(":")[0] for one in accounts if "reason" in one),
+    }
+
+
+def _counts(words: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(words).items()))
+
+
+def _in_words(total: dict[str, Any]) -> str:
+    aside = ", ".join(f"{kind} {count:,}" for kind, count in total["set_aside"].items())
+    return (
+        f"{total['texts']:,} texts, {total['tokens']:,} tokens, {total['retries']:,} requests repeated; "
+        f"set aside: {aside or 'none'}"
+    )

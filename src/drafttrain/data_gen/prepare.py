@@ -12,6 +12,7 @@ import numpy as np
 from drafttrain.core.console import say
 from drafttrain.core.files import write_json
 from drafttrain.core.records import DraftBatch, LoggedLaw, TargetNeeds
+from drafttrain.data_gen.backends import AskEngine
 from drafttrain.data_gen.cache import RowCache, Wanted, build_cache, with_stored
 from drafttrain.data_gen.formats import Encoder, common_start
 from drafttrain.data_gen.generate import generate
@@ -117,10 +118,24 @@ class TrainingData:
         return contaminated(prompts, texts, ngram=self.settings.overlap_ngram)
 
 
-def generate_texts(settings: DataSettings, target: Callable[[], Target], folder: Path, *, seed: int) -> None:
+def generate_texts(
+    settings: DataSettings,
+    target: Callable[[], Target],
+    folder: Path,
+    *,
+    seed: int,
+    ask_engine: AskEngine | None = None,
+) -> None:
     """Write what the target is to write, where it is not written yet."""
     if settings.generate is not None:
-        generate(settings.generate, target(), folder / "generated", seed=seed, max_length=settings.max_length)
+        generate(
+            settings.generate,
+            target(),
+            folder / "generated",
+            seed=seed,
+            max_length=settings.max_length,
+            ask_engine=ask_engine,
+        )
 
 
 def prepare(

@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 from drafttrain.core.settings import setting
 from drafttrain.data_gen.annotate import annotators
+from drafttrain.data_gen.backends import backends
+from drafttrain.data_gen.backends.builtin import BuiltinSettings
 from drafttrain.data_gen.sources import sources
 
 LARGEST_SHARE = 10_000
@@ -29,6 +31,12 @@ class GenerateSettings:
     top_p: float = setting(0.95, help="Nucleus of the draws at temperature > 0.", gt=0, le=1)
     batch_size: int = setting(32, help="Texts generated together.", ge=1)
     records_per_shard: int = setting(256, help="Texts a shard; a killed run repeats at most one shard.", ge=1)
+    backend: Any = setting(
+        BuiltinSettings(),
+        help="Who decodes the texts, by kind: builtin (drafttrain), openai (a server that serves the target), or vllm (its own "
+        "environment).",
+        registry=backends,
+    )
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""

@@ -15,8 +15,9 @@ from drafttrain.core.records import Record, Sampling, TargetNeeds
 from drafttrain.core.settings import setting
 from drafttrain.data_gen.annotate import Frozen, JudgeLabelSettings, annotators
 from drafttrain.data_gen.annotate.states import states_of
+from drafttrain.data_gen.backends import Task
+from drafttrain.data_gen.backends.builtin import continuations
 from drafttrain.data_gen.checkers import Checker, checkers
-from drafttrain.data_gen.generate import Task, continuations
 from drafttrain.data_gen.packing import pack
 from drafttrain.heads import HeadRows
 

@@ -98,7 +98,7 @@ class ExchangeEncoder:
 
     def _answer(self, exchange: Exchange, prompt: list[int], law: Law | None) -> list[int]:
         """Return the ids of what the target wrote."""
-        logged = exchange.answer_ids if exchange.answer_ids is not None else self._sampled(law)
+        logged = exchange.answer_ids if exchange.answer_ids is not None else self.named_ids(law)
         if logged is None:
             return self._retokenised(exchange, prompt)
         self._check_ids(logged)
@@ -189,7 +189,7 @@ class ExchangeEncoder:
             log_probs_NK[number, : len(known)] = list(known.values())
         return LoggedLaw(ids_NK, log_probs_NK)
 
-    def _sampled(self, law: Law | None) -> list[int] | None:
+    def named_ids(self, law: Law | None) -> list[int] | None:
         """Return the answered ids as the log-probabilities name them, where all of them are ids or spell one token only."""
         if not law:
             return None

@@ -83,26 +83,36 @@ def install(engine: ServingEngine) -> Path:
     return folder
 
 
-def ask(engine: ServingEngine, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Run the engine's worker on a request and return its answer.
+def ask(
+    engine: ServingEngine,
+    request: Mapping[str, Any],
+    *,
+    worker: str | None = None,
+    timeout_seconds: float | None = TIMEOUT_SECONDS,
+) -> dict[str, Any]:
+    """Run a worker of the engine on a request and return its answer.
+
+    Args:
+        worker: A file beside this one; None: the one that proves exports.
+        timeout_seconds: None: for as long as it takes.
 
     Raises:
         EngineError: The engine is not installed here, or it failed; with the last lines that it wrote.
     """
     check_installed(engine)
-    worker = Path(__file__).parent / engine.worker
+    file = Path(__file__).parent / (worker or engine.worker)
     with tempfile.TemporaryDirectory(prefix="drafttrain-") as temporary:
         asked, answered, log = (Path(temporary) / name for name in ("request.json", "answer.json", "log.txt"))
         write_json(asked, dict(request))
         with log.open("w", encoding="utf-8") as written:
             # Isolated: nothing of this process's environment of packages is seen by the engine's.
-            command = [str(folder_of(engine) / "bin" / "python"), "-I", str(worker), str(asked), str(answered)]
+            command = [str(folder_of(engine) / "bin" / "python"), "-I", str(file), str(asked), str(answered)]
             try:
                 code = subprocess.run(
-                    command, stdout=written, stderr=written, check=False, timeout=TIMEOUT_SECONDS, cwd=temporary
+                    command, stdout=written, stderr=written, check=False, timeout=timeout_seconds, cwd=temporary
                 ).returncode
             except subprocess.TimeoutExpired as error:
-                raise EngineError(f"{engine.name} did not answer within {TIMEOUT_SECONDS:g} seconds") from error
+                raise EngineError(f"{engine.name} did not answer within {error.timeout:g} seconds") from error
         last = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:])
         if not answered.exists():
             raise EngineError(f"{engine.name} ended with exit code {code} and no answer:\n{last}")

@@ -1,0 +1,103 @@
+"""Texts by drafttrain's own decoding: every record is a pure function of recipe, target and seed.
+
+B = sequences, V = vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.console import Progress
+from drafttrain.core.probability import sampling_probs
+from drafttrain.core.random import stream
+from drafttrain.core.records import Sampling
+from drafttrain.data_gen.backends import Outcome, Plan, Task, backends
+from drafttrain.target import Target
+from drafttrain.target.cached_lm import CachedLM
+
+
+@dataclass
+class BuiltinSettings:
+    """The target as drafttrain has it loaded writes the texts."""
+
+
+@backends.register("builtin", BuiltinSettings)
+class Builtin:
+    """Decodes texts of one sampling rule and of like prompt lengths together."""
+
+    def __init__(self, settings: BuiltinSettings, plan: Plan) -> None:
+        self.plan = plan
+
+    def content(self) -> dict[str, Any]:
+        """Return nothing: target and dtype are in every plan."""
+        return {}
+
+    def reproducible(self) -> dict[str, Any]:
+        """Return nothing: all texts are."""
+        return {}
+
+    def write(self, shards: Mapping[int, Sequence[Task]], bar: Progress) -> Iterator[tuple[int, list[Outcome]]]:
+        """Yield the outcomes of each shard."""
+        for number, shard in shards.items():
+            yield number, self._written(shard, bar)
+
+    def _written(self, shard: Sequence[Task], bar: Progress) -> list[Outcome]:
+        plan = self.plan
+        written: dict[int, list[int]] = {}
+        order = sorted(range(len(shard)), key=lambda i: (shard[i].sampling.temperature, len(shard[i].prompt), i))
+        for temperature in dict.fromkeys(task.sampling.temperature for task in shard):
+            members = iter([i for i in order if shard[i].sampling.temperature == temperature])
+            while batch := list(islice(members, plan.batch_size)):
+                tasks = [shard[i] for i in batch]
+                texts = continuations(tasks, plan.target, max_new_tokens=plan.max_new_tokens, seed=plan.seed)
+                written |= dict(zip(batch, texts, strict=True))
+                bar.advance(len(batch))
+        return [Outcome(written[i]) for i in range(len(shard))]
+
+
+@torch.no_grad()
+def continuations(tasks: Sequence[Task], target: Target, *, max_new_tokens: int, seed: int) -> list[list[int]]:
+    """Return what the target writes after each prompt; all tasks share one sampling rule.
+
+    Every record has its own stream of random numbers, named by (seed, record id): one number a token.
+    """
+    sampling = tasks[0].sampling
+    lm = CachedLM(target.model, name="target")
+    ends = set(target.eos_token_ids)
+    new: list[list[int]] = [[] for _ in tasks]
+    numbers_BT = torch.stack(
+        [torch.rand(max_new_tokens, dtype=torch.float64, generator=stream(seed, "text", task.id)) for task in tasks]
+    )
+    lm.begin([list(task.prompt[:-1]) for task in tasks])
+    live = list(range(len(tasks)))
+    inputs = [[task.prompt[-1]] for task in tasks]
+    for step in range(max_new_tokens):
+        seen = lm.forward(inputs)
+        lm.cache.commit()
+        logits_BV = torch.cat([output.logits_BTV[0, -1:] for output in seen if output.logits_BTV is not None])
+        chosen = _choose(logits_BV[:, : target.num_tokens], sampling, numbers_BT[live, step].to(logits_BV.device))
+        for row, token in zip(live, chosen, strict=True):
+            new[row].append(token)
+        going = [place for place, token in enumerate(chosen) if token not in ends]
+        if not going:
+            break
+        if len(going) < len(live):
+            lm.drop(going)
+            live = [live[place] for place in going]
+        inputs = [[new[row][-1]] for row in live]
+    return new
+
+
+def _choose(logits_BV: Tensor, sampling: Sampling, numbers_B: Tensor) -> list[int]:
+    """Draw one token a row by inverting its distribution function at the row's number."""
+    if sampling.temperature == 0:
+        return [int(token) for token in logits_BV.argmax(-1)]
+    below_BV = sampling_probs(logits_BV, sampling).double().cumsum(-1)
+    drawn_B1 = torch.searchsorted(below_BV, numbers_B[:, None] * below_BV[:, -1:], right=True)
+    return [int(token) for token in drawn_B1[:, 0].clamp(max=logits_BV.shape[-1] - 1)]

@@ -1,0 +1,213 @@
+"""Asks a server that speaks the OpenAI protocol for completions; the only module of this room that speaks HTTP.
+
+A request is repeated as long as it may be the server's moment. When that does not help, a control request of one token tells
+whether it is the server that is gone, which ends the run, or this one request, which is then set aside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from time import time
+from types import TracebackType
+from typing import Any, Self
+
+import aiohttp
+
+from drafttrain.core.errors import DataError
+
+AGAIN = {408, 429, *range(500, 600)}
+"""Statuses that may be another one the next time."""
+OF_THE_REQUEST = {400, 413, 422}
+"""Statuses of a request that this server will never answer; every other one is wrong for all requests."""
+ERROR_FINISHES = ("error", "abort")
+"""How an answer ends that the server itself broke off."""
+LONGEST_BACKOFF_SECONDS = 60.0
+CONNECT_SECONDS = 10.0
+SHOWN = 200
+"""Characters of a server's own words that are repeated."""
+
+
+class ServerGone(DataError):
+    """The server answers nothing, or refuses everything."""
+
+
+class NotAnswered(Exception):
+    """One request that gets no answer, while others do: a kind, a sentence, and how often it was repeated."""
+
+    def __init__(self, kind: str, sentence: str, retries: int) -> None:
+        super().__init__(f"{kind}: {sentence}")
+        self.retries = retries
+
+
+class _Again(Exception):
+    """A try that failed and may not fail again."""
+
+    def __init__(self, kind: str, sentence: str, wait_seconds: float | None = None) -> None:
+        super().__init__(sentence)
+        self.kind = kind
+        self.wait_seconds = wait_seconds
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to try."""
+
+    retries: int
+    backoff_seconds: float
+    """Before the first repetition; each further one waits twice as long."""
+    longest_wait_seconds: float
+    """A server that asks for a longer wait ends the run."""
+    timeout_seconds: float
+
+
+class Completions:
+    """One server, for as long as the block.
+
+    Args:
+        key: Sent as a bearer token; it is in no message and in no file.
+    """
+
+    def __init__(self, base_url: str, key: str | None, patience: Patience) -> None:
+        self.base_url = base_url.rstrip("/")
+        self._key = key
+        self._patience = patience
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        timeout = aiohttp.ClientTimeout(total=self._patience.timeout_seconds, sock_connect=CONNECT_SECONDS)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=timeout,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._session is not None, "closed within the block"
+        await self._session.close()
+
+    async def check_model(self, model: str) -> None:
+        """Refuse a model that the server says it has not; a server that does not list its models is believed.
+
+        Raises:
+            ServerGone: Naming the models that it has.
+        """
+        try:
+            listed = (await self._once("GET", "models", None)).get("data")
+        except (_Again, NotAnswered, ServerGone):
+            return  # What is wrong, the first text finds out.
+        names = [str(one.get("id")) for one in listed if isinstance(one, Mapping)] if isinstance(listed, list) else []
+        if names and model not in names:
+            raise ServerGone(f"{self.base_url}: serves no model {model!r}. Available: {', '.join(names[:20])}")
+
+    async def complete(self, request: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+        """Return the answer to a request, and how often it had to be repeated.
+
+        Raises:
+            NotAnswered: This request gets none.
+            ServerGone: None does.
+        """
+        try:
+            return await self._with_patience(request, retries=self._patience.retries)
+        except _Again as reason:
+            await self._check_alive(request, reason)
+            raise NotAnswered(reason.kind, str(reason), self._patience.retries) from reason
+
+    async def _check_alive(self, request: Mapping[str, Any], reason: _Again) -> None:
+        prompt = request["prompt"]
+        control = {"model": request["model"], "prompt": prompt[:1], "max_tokens": 1, "temperature": 0.0}
+        try:
+            await self._with_patience(control, retries=min(1, self._patience.retries))
+        except NotAnswered:
+            return  # It is there, and says no.
+        except _Again as error:
+            raise ServerGone(
+                f"{self.base_url}: no answer after {self._patience.retries + 1} tries ({reason.kind}: {reason}), nor to a "
+                f"request of one token ({error.kind}: {error}). What was answered is kept: the same command continues"
+            ) from error
+
+    async def _with_patience(self, request: Mapping[str, Any], *, retries: int) -> tuple[dict[str, Any], int]:
+        for number in range(retries + 1):
+            try:
+                answer = await self._once("POST", "completions", request)
+                _check_whole(answer)
+                return answer, number
+            except _Again as reason:
+                wanted = reason.wait_seconds
+                if wanted is not None and wanted > self._patience.longest_wait_seconds:
+                    raise ServerGone(
+                        f"{self.base_url}: asks to wait for {wanted:.0f} seconds, longer than longest_wait_seconds. "
+                        "What was answered is kept: the same command continues"
+                    ) from reason
+                if number == retries:
+                    raise
+                backoff = min(self._patience.backoff_seconds * 2.0**number, LONGEST_BACKOFF_SECONDS)
+                # Spread out: requests that failed together must not come back together.
+                await asyncio.sleep(max(wanted or 0.0, backoff * random.uniform(0.5, 1.0)))
+        raise AssertionError("the last try returns or raises")
+
+    async def _once(self, method: str, path: str, request: Mapping[str, Any] | None) -> dict[str, Any]:
+        assert self._session is not None, "asked within the block"
+        url = f"{self.base_url}/{path}"
+        try:
+            # A redirected POST becomes a GET, and a key must not follow to another host.
+            async with self._session.request(method, url, json=request, allow_redirects=False) as response:
+                body = await response.read()
+                status, headers = response.status, response.headers
+        except TimeoutError as error:
+            raise _Again("timeout", f"no answer within {self._patience.timeout_seconds:g} seconds") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise _Again("no_connection", f"{type(error).__name__}: {self._shown(str(error))}") from error
+        if status in AGAIN:
+            wait = _retry_after(headers.get("Retry-After"))
+            raise _Again(f"http_{status}", self._shown(body.decode("utf-8", "replace")), wait)
+        if status in OF_THE_REQUEST:
+            raise NotAnswered(f"http_{status}", self._shown(body.decode("utf-8", "replace")), 0)
+        if status != 200:
+            words = self._shown(body.decode("utf-8", "replace"))
+            raise ServerGone(f"{url}: answers {status} (wrong address, model or key?): {words}")
+        try:
+            answer = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise _Again("not_json", f"an answer of {len(body)} bytes that is cut off, or no JSON") from error
+        if not isinstance(answer, dict):
+            raise _Again("not_json", f"a JSON object is needed, got {type(answer).__name__}")
+        return answer
+
+    def _shown(self, words: str) -> str:
+        """Return the start of a server's words; some repeat the key that they refuse."""
+        if self._key:
+            words = words.replace(self._key, "(key)")
+        return " ".join(words.split())[:SHOWN]
+
+
+def _check_whole(answer: Mapping[str, Any]) -> None:
+    """Refuse an answer of status 200 that tells of an error."""
+    if answer.get("error"):
+        raise _Again("failed", "an error in place of an answer")
+    choices = answer.get("choices")
+    for choice in choices if isinstance(choices, list) else []:
+        if isinstance(choice, Mapping) and choice.get("finish_reason") in ERROR_FINISHES:
+            raise _Again(f"finish_{choice['finish_reason']}", "the server broke the text off")
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Return the seconds that a server asks to wait, which it writes as a number or as a date."""
+    if value is None:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time())
+    except ValueError:
+        return None

@@ -1,0 +1,89 @@
+"""Write texts in vLLM. Runs in vLLM's own environment, without drafttrain: `python vllm_writer.py REQUEST ANSWER`.
+
+Both are JSON files. The request:
+
+    target                folder of the target
+    dtype, max_model_len, max_num_seqs, memory_gb (of keys and values)
+    max_tokens            new tokens of a text
+    shards                [{file, texts: [{prompt (token ids), temperature, top_p, seed}]}]
+
+Each shard's texts, [{tokens, finish}], are written into its file as soon as they are there, whole or not at all. The answer:
+`version`; or `error`.
+"""
+
+import json
+import os
+import sys
+import traceback
+from typing import Any
+
+SETTINGS = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def answer_to(request: dict[str, Any]) -> dict[str, Any]:
+    """Write all shards and return the answer to a request."""
+    os.environ.update(SETTINGS)
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = f"{request['memory_gb']:g}"
+    # Small models wait for their threads: 40 times as long with two, on a machine of two cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import vllm
+
+    llm = vllm.LLM(
+        model=request["target"],
+        dtype=request["dtype"],
+        max_model_len=request["max_model_len"],
+        max_num_seqs=request["max_num_seqs"],
+        enforce_eager=True,
+        seed=0,
+    )
+    for shard in request["shards"]:
+        texts = shard["texts"]
+        sampling = [
+            vllm.SamplingParams(
+                temperature=text["temperature"],
+                top_p=text["top_p"],
+                seed=text["seed"] if text["temperature"] else None,
+                max_tokens=request["max_tokens"],
+                detokenize=False,
+            )
+            for text in texts
+        ]
+        prompts = [{"prompt_token_ids": text["prompt"]} for text in texts]
+        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        written = [
+            {"tokens": list(output.outputs[0].token_ids), "finish": output.outputs[0].finish_reason}
+            for output in outputs
+        ]
+        _write(shard["file"], written)
+    return {"version": vllm.__version__}
+
+
+def _write(path: str, value: Any) -> None:
+    """Write beside and rename."""
+    beside = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.writer.part")
+    with open(beside, "w", encoding="utf-8") as file:
+        json.dump(value, file)
+    os.replace(beside, path)
+
+
+def main() -> None:
+    """Read a request, write its answer."""
+    request, answer = sys.argv[1:]
+    with open(request, encoding="utf-8") as file:
+        asked = json.load(file)
+    try:
+        said = answer_to(asked)
+    except Exception as error:  # whatever the engine raises is its answer
+        traceback.print_exc()
+        said = {"error": f"{type(error).__name__}: {error}"}
+    with open(answer, "w", encoding="utf-8") as file:
+        json.dump(said, file)
+
+
+if __name__ == "__main__":
+    main()
