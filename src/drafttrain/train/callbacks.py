@@ -10,7 +10,7 @@ import pickle
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -357,8 +357,9 @@ class Progress(StepEnd):
         self._bar.advance(1)
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        """Close the bar as one that did not reach its end."""
-        self._stack.__exit__(type(exception), exception, exception.__traceback__)
+        """Close the bar as one that did not reach its end; that it cannot be said must not hide why."""
+        with suppress(OSError):
+            self._stack.__exit__(type(exception), exception, exception.__traceback__)
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Close the bar however the training ended."""
