@@ -4,13 +4,16 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-full check format install clean
+.PHONY: demo test test-hosts test-full check format install clean
 
 demo: $(INSTALLED)
 	$(BIN)/drafttrain fit recipes/demo.yaml
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -n 2 --dist loadgroup
+
+test-hosts: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m multi_host -rs
 
 test-full: $(INSTALLED)
 	OMP_NUM_THREADS=2 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -m "not gpu and not multi_gpu and not multi_host and not serving"

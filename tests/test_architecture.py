@@ -29,8 +29,9 @@ online
 config
 run_folder
 head_stages
-pipeline
+pipeline launch
 cli
+__main__
 """
 RANK = {room: rank for rank, rooms in enumerate(ORDER.split("\n")) for room in rooms.split()}
 

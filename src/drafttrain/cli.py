@@ -2,6 +2,7 @@
 
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,8 +59,10 @@ def fit(
     """Do all of a recipe: generate data, train, export, evaluate. Run again, it continues; what is done is skipped."""
     with exit_codes(debug=debug):
         loaded, run_folder = _recipe_and_run_folder(recipe, overrides, smoke=smoke, runs=runs)
-        from drafttrain import pipeline
+        from drafttrain import launch, pipeline
 
+        if (count := launch.processes_wanted(loaded)) > 1:
+            raise typer.Exit(launch.relaunch(count))
         pipeline.fit(loaded, run_folder)
 
 
@@ -70,8 +73,10 @@ def gen(
     """Only generate the data of a recipe with its target."""
     with exit_codes(debug=debug):
         loaded, run_folder = _recipe_and_run_folder(recipe, overrides, smoke=smoke, runs=runs)
-        from drafttrain import pipeline
+        from drafttrain import launch, pipeline
 
+        if (count := launch.processes_wanted(loaded)) > 1:
+            raise typer.Exit(launch.relaunch(count))
         pipeline.gen(loaded, run_folder)
 
 
@@ -222,7 +227,8 @@ def exit_codes(*, debug: bool) -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; DeepSpeed's launcher adds a word of its own, which the environment says too."""
+    sys.argv = [word for word in sys.argv if not word.startswith("--local_rank=")]
     app()
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import folder_beside
+from drafttrain.core.processes import first_before_others, world
 
 if TYPE_CHECKING:
     from drafttrain.config.recipe import Recipe
@@ -46,15 +47,23 @@ def fit_head(recipe: Recipe, folder: RunFolder, labelled: LabelledTokens) -> Non
 
     torch.manual_seed(recipe.seed)
     head: TokenHead = heads.build(recipe.head, labelled.hidden_size)
-    if not folder.start.exists():
-        with folder_beside(folder.start) as temporary:
-            head.save(temporary)
+    with first_before_others("it writes the head's start"):
+        if not folder.start.exists():
+            with folder_beside(folder.start) as temporary:
+                head.save(temporary)
     settings = recipe.train
     say(f"training {sum(p.numel() for p in head.parameters()):,} parameters for {settings.max_steps:,} steps")
+    here = world()
     order = RowOrder(labelled.train, head, seed=recipe.seed)
     train_head(
         head,
-        of_step=lambda step: order.of_step(step, batch_size=settings.batch_size, accumulation=settings.accumulation),
+        of_step=lambda step: order.of_step(
+            step,
+            batch_size=settings.batch_size,
+            accumulation=settings.accumulation,
+            rank=here.rank,
+            world_size=here.size,
+        ),
         estimate=lambda trained: held_out_estimate(trained, labelled.held_out),
         settings=settings,
         folder=folder.train,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,6 +27,16 @@ from drafttrain.core.errors import (
     RecipeError,
 )
 from drafttrain.core.files import folder_beside, write_json, write_text
+from drafttrain.core.processes import (
+    first,
+    first_before_others,
+    launched,
+    shared,
+    together,
+    wait_for_all,
+    without_launcher,
+    world,
+)
 from drafttrain.head_stages import (
     export_trained_head,
     exported_head,
@@ -56,7 +67,9 @@ class Run:
         self.recipe = recipe
         self.resolved = dump_recipe(recipe)
         self.folder = RunFolder(folder)
-        self.folder.open(recipe, quiet=quiet)
+        with first_before_others("it opens the run folder"):
+            if first():
+                self.folder.open(recipe, quiet=quiet)
         if recipe.train.num_threads:
             import torch
 
@@ -121,32 +134,60 @@ class Run:
 
 
 def fit(recipe: Recipe, folder: Path) -> None:
-    """Do all stages of a recipe; the finished ones are skipped."""
-    run = Run(recipe, folder)
-    _gen(run)
-    if recipe.head is not None:
-        fit_head(recipe, run.folder, labelled_tokens(recipe, run.folder, run.target, training_data(run)))
-    else:
-        train_drafter(run)
-    _export(run)
+    """Do all stages of a recipe; the finished ones are skipped.
+
+    Several processes generate, cache and train together; then the first one exports and evaluates.
+    """
+    with _all_processes(recipe, folder):
+        run = Run(recipe, folder)
+        _gen(run)
+        if recipe.head is not None:
+            _fit_head(run)
+        else:
+            train_drafter(run)
+    if first():
+        _export(run)
 
 
 def gen(recipe: Recipe, folder: Path) -> None:
-    """Generate, encode, label and cache the data of a recipe."""
-    run = Run(recipe, folder)
-    _gen(run)
+    """Generate, encode, label and cache the data of a recipe; several processes share the work."""
+    with _all_processes(recipe, folder):
+        run = Run(recipe, folder)
+        _gen(run)
+        data = training_data(run)
+        if recipe.head is not None:
+            with first_before_others("it labels draft tokens"):
+                labelled_tokens(recipe, run.folder, run.target, data)
+
+
+@contextlib.contextmanager
+def _all_processes(recipe: Recipe, folder: Path) -> Iterator[None]:
+    """Join the processes that a launcher started, and look that they can work together, before anything is loaded."""
+    settings = recipe.train
+    with together(timeout_seconds=settings.timeout_seconds):
+        if launched():
+            from drafttrain.train.preflight import check_processes
+
+            check_processes(recipe.name, dump_recipe(recipe), folder, settings)
+        yield
+
+
+def _fit_head(run: Run) -> None:
     data = training_data(run)
-    if recipe.head is not None:
-        labelled_tokens(recipe, run.folder, run.target, data)
+    with first_before_others("it labels draft tokens"):
+        labelled = labelled_tokens(run.recipe, run.folder, run.target, data)
+    fit_head(run.recipe, run.folder, labelled)
 
 
 def export(recipe: Recipe, folder: Path) -> None:
-    """Write the drafter folder of a trained run, evaluate it, and hold it against the gate."""
-    if not RunFolder(folder).train_done.exists():
+    """Write the drafter folder of a run, evaluate it, and hold it against the gate.
+
+    A training that has not ended gives what it has: the best weights so far, or those of its newest checkpoint.
+    """
+    if not RunFolder(folder).has_weights():
         raise DrafttrainError(f"{folder}: nothing is trained here yet: drafttrain fit does all stages")
     run = Run(recipe, folder)
-    for stale in (run.folder.eval, run.folder.report):
-        stale.unlink(missing_ok=True)
+    run.folder.drop_figures()
     _export(run)
 
 
@@ -240,7 +281,8 @@ def training_data(run: Run) -> TrainingData:
     from drafttrain.data_gen.prepare import attach_cache
 
     recipe = run.recipe
-    data = _prepared(run)
+    with first_before_others("it encodes the sources"):
+        data = _prepared(run)
     if recipe.drafter is not None and recipe.data.cache != "none" and run.has_target():
         if reason := run.drafter.why_not_cached():
             raise DataError(f"data.cache: {recipe.drafter.kind}: {reason}; set data.cache: none")
@@ -252,8 +294,9 @@ def training_data(run: Run) -> TrainingData:
             law=_loss(recipe).needs_target,
             needs=run.drafter.needs(),
         )
-    if not run.folder.overlap.exists():
-        _note_overlap(run, data)
+    with first_before_others("it looks for overlap with the evaluation prompts"):
+        if not run.folder.overlap.exists():
+            _note_overlap(run, data)
     return data
 
 
@@ -297,6 +340,7 @@ def train_drafter(run: Run) -> None:
     if run.folder.train_done.exists():
         say("training: done before, skipped")
         return
+    wait_for_all("they begin to train")
     from drafttrain.train.run import train
 
     recipe = run.recipe
@@ -310,11 +354,25 @@ def train_drafter(run: Run) -> None:
         drafter,
         loss,
         target=target if loss.needs_target or drafter.needs() != _nothing() else None,
-        of_step=lambda step: data.of_step(step, batch_size=settings.batch_size, accumulation=settings.accumulation),
+        of_step=own_batches(data, settings),
         estimate=_estimator(run, target) if target is not None else None,
         settings=settings,
         vocab_size=run.num_tokens,
         folder=run.folder.train,
+    )
+    if first():
+        run.folder.drop_figures()
+
+
+def own_batches(data: Any, settings: Any) -> Callable[[int], list[Any]]:
+    """Return the micro-batches of a step that are this process's."""
+    here = world()
+    return lambda step: data.of_step(
+        step,
+        batch_size=settings.batch_size,
+        accumulation=settings.accumulation,
+        rank=here.rank,
+        world_size=here.size,
     )
 
 
@@ -323,9 +381,10 @@ def _start(run: Run, data: TrainingData) -> Drafter:
     recipe, start = run.recipe, run.folder.start
     if recipe.train.pretrain is None:
         run.drafter.fit_vocabulary(data.label_counts)
-        _write_drafter(run, run.drafter, start, steps=0)
+        with first_before_others("it writes the drafter's start"):
+            _write_drafter(run, run.drafter, start, steps=0)
         return run.drafter
-    if not start.exists():
+    if not all(shared(start.exists())):
         _pretrain(run, data.plain())
     return _created(run, replace(recipe.drafter, init="checkpoint", checkpoint=str(start)))
 
@@ -342,13 +401,15 @@ def _pretrain(run: Run, plain: TrainingData) -> None:
         drafter,
         CrossEntropy(),
         target=None,
-        of_step=lambda step: plain.of_step(step, batch_size=settings.batch_size),
+        of_step=own_batches(plain, settings),
         estimate=None,
         settings=settings,
         vocab_size=run.num_tokens,
         folder=folder,
     )
-    _export_weights(run, folder / done.drafter, run.folder.start, steps=done.last_step)
+    with first_before_others("it writes the drafter's start"):
+        if first():
+            _export_weights(run, folder / done.drafter, run.folder.start, steps=done.last_step)
 
 
 def _created(run: Run, settings: Any) -> Drafter:
@@ -462,13 +523,43 @@ def export_best(run: Run) -> dict[str, Any]:
     """Write the drafter folder from the best weights of the training; return what train.json holds."""
     from drafttrain.drafters import Drafter, drafters
 
-    done: dict[str, Any] = json.loads(run.folder.train_done.read_text(encoding="utf-8"))
+    done = _training_result(run)
     trained = run.folder.train / done["drafter"]
     component = cast(Any, drafters.entry(run.recipe.drafter.kind).component)
     if component.calibrate is not Drafter.calibrate:
         _calibrate(run, component.load(trained, run.target), trained)
     _export_weights(run, trained, run.folder.drafter, steps=done["best_step"])
     return done
+
+
+def _training_result(run: Run) -> dict[str, Any]:
+    """Return what train.json holds; of a training that has not ended, the same of what it has so far."""
+    folder = run.folder
+    if folder.train_done.exists():
+        done: dict[str, Any] = json.loads(folder.train_done.read_text(encoding="utf-8"))
+        return done
+    from drafttrain.train.callbacks import newest_checkpoint, weights_of_checkpoint
+
+    best = folder.train / "best.json"
+    if best.exists():
+        figures = json.loads(best.read_text(encoding="utf-8"))
+        step = figures.pop("step")
+        by = "block_efficiency" if run.recipe.head is None else "log_likelihood"
+        say(f"the training has not ended: its best step so far is exported, {step} of {run.recipe.train.max_steps}")
+        return {"drafter": "best", "best_step": step, "last_step": step, "best_by": by, "best": None, "last": None}
+    newest = newest_checkpoint(folder.train / "checkpoints")
+    if newest is None or run.recipe.head is not None:
+        raise DrafttrainError(f"{folder.path}: no checkpoint that can be read: drafttrain fit does all stages")
+    step, weights = weights_of_checkpoint(newest)
+    drafter = _start(run, training_data(run))
+    missing = {name for name, p in drafter.named_parameters() if p.requires_grad} - weights.keys()
+    if missing:
+        raise CheckpointError(f"{newest}: lacks weights of this recipe's drafter: {', '.join(sorted(missing)[:5])}")
+    drafter.load_state_dict(weights, strict=False)
+    with folder_beside(folder.train / "last") as temporary:
+        drafter.save(temporary)
+    say(f"the training has not ended: {newest} is exported")
+    return {"drafter": "last", "best_step": step, "last_step": step, "best_by": "", "best": None, "last": None}
 
 
 def _export(run: Run) -> None:
@@ -482,7 +573,7 @@ def _export(run: Run) -> None:
     recipe, folder = run.recipe, run.folder
     of_head = recipe.head is not None
     exported, rejected = (folder.head, folder.rejected_head) if of_head else (folder.drafter, folder.rejected)
-    done = json.loads(folder.train_done.read_text(encoding="utf-8"))
+    done = _training_result(run)
     if folder.eval.exists() and (exported.exists() or rejected.exists()):
         say("export and evaluation: done before, skipped")
         result = json.loads(folder.eval.read_text(encoding="utf-8"))
@@ -528,7 +619,7 @@ def _export(run: Run) -> None:
 def _evaluated_elsewhere(run: Run) -> dict[str, Any]:
     """Evaluate in a fresh process that has read nothing but the files, and never imports the trainer."""
     command = [sys.executable, "-m", "drafttrain.cli", "eval", str(run.folder.path)]
-    environment = dict(os.environ)
+    environment = without_launcher(os.environ)
     if run.recipe.train.num_threads:
         environment["OMP_NUM_THREADS"] = str(run.recipe.train.num_threads)
     process = subprocess.Popen(command, env=environment)

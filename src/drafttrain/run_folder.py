@@ -42,6 +42,15 @@ class RunFolder:
         self.eval = path / "eval.json"
         self.report = path / "report.html"
 
+    def has_weights(self) -> bool:
+        """Tell whether a training was here, ended or not."""
+        return self.train_done.exists() or any((self.train / "checkpoints").glob("step-*.ckpt"))
+
+    def drop_figures(self) -> None:
+        """Remove the evaluation of other weights or by other settings: it is made anew."""
+        for path in (self.eval, self.report):
+            path.unlink(missing_ok=True)
+
     def held(self) -> Recipe | None:
         """Return the recipe of the run that is here; None: there is none.
 
@@ -78,8 +87,7 @@ class RunFolder:
         """Remove what was made with other settings than the recipe now has; the stages that made it are done again."""
         if held.eval != recipe.eval or replace(held.export, require={}) != replace(recipe.export, require={}):
             say(f"{self.path}: eval or export is another than before: what it gave is made anew")
-            for path in (self.eval, self.report):
-                path.unlink(missing_ok=True)
+            self.drop_figures()
         if any(getattr(held.eval, name) != getattr(recipe.eval, name) for name in PROMPT_SETTINGS):
             self.overlap.unlink(missing_ok=True)
 
@@ -92,7 +100,7 @@ class RunFolder:
 
 def _trained_by(recipe: Recipe, *, done: bool) -> str:
     """Return what the trained weights depend on: while they are trained, on how they are validated and on the start's type."""
-    recipe = replace(recipe, name="", train=replace(recipe.train, loggers=[]))
+    recipe = replace(recipe, name="", train=recipe.train.without_layout())
     if done:
         return dump_recipe(replace(recipe, eval=EvalSettings(), export=ExportSettings()))
     return dump_recipe(replace(recipe, export=replace(recipe.export, require={})))

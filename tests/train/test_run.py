@@ -111,8 +111,9 @@ def test_a_request_to_stop_after_the_last_step_is_heard(target: Target, tmp_path
 
 
 def test_training_runs_where_the_drafter_is(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert placement(torch.device("cuda:1")) == {"accelerator": "cuda", "devices": [1]}
-    assert placement(torch.device("cuda")) == {"accelerator": "cuda", "devices": [0]}
+    for device, number in (("cuda:1", 1), ("cuda", 0)):
+        placed = placement(torch.device(device), TrainSettings())
+        assert (placed["accelerator"], placed["devices"]) == ("cuda", [number])
     # On a machine whose own choice would be another device.
     monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))
     assert run(tmp_path, target).last_step == STEPS

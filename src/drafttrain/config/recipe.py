@@ -61,6 +61,9 @@ class Recipe:
             problems += self._without_target()
         if self.train.pretrain is not None:
             problems += self._pretraining()
+        if self.train.activation_checkpointing and not getattr(_component(self.drafter), "recomputes", False):
+            what = f"drafter {self.drafter.kind}" if self.drafter is not None else "a head"
+            problems.append(f"train.activation_checkpointing: {what} has no stack of layers to compute again")
         return problems
 
     def _pretraining(self) -> Iterator[str]:
@@ -90,12 +93,17 @@ class Recipe:
             # That of a sum is a property of its terms, which are asked themselves.
             if component is not None and component.needs_target is True:
                 yield f"loss: {settings.kind} compares with the target, but target.model is null"
-        kind = getattr(self.drafter, "kind", "")
-        made_of: Any = drafters.entry(kind).component if kind in drafters.names() else None
+        kind, made_of = getattr(self.drafter, "kind", ""), _component(self.drafter)
         if made_of is not None and made_of.needs_target:
             yield f"drafter: {kind} is made from its target, but target.model is null"
         if getattr(self.drafter, "init", None) == "target":
             yield "drafter.init: nothing to cut the drafter from: target.model is null"
+
+
+def _component(settings: Any) -> Any:
+    """Return the class of a drafter's settings; None where there is none."""
+    kind = getattr(settings, "kind", "")
+    return drafters.entry(kind).component if kind in drafters.names() else None
 
 
 def _annotator(name: str) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor
 from drafttrain.core.console import progress, say
 from drafttrain.core.errors import DataError
 from drafttrain.core.files import write_json, written_beside
+from drafttrain.core.processes import first, first_before_others, own_share, wait_for_all
 from drafttrain.core.records import DraftBatch, Record, TargetNeeds, TargetOutput
 from drafttrain.data_gen.packing import pack
 from drafttrain.data_gen.store import Store
@@ -193,19 +194,27 @@ def build_cache(
         "store": store.meta["about"],
         "records": list(map(int, records)),
     }
-    _check_plan(folder, about)
-    with progress("caching what the target knows", total=sum(sizes), unit="tokens") as bar:
-        for number, shard in enumerate(shards):
-            paths = {name: folder / f"{name}-{number:05d}.npy" for name in wanted.arrays}
-            if not all(path.exists() for path in paths.values()):
-                rows = _rows([store[i].tokens for i in shard], target, wanted)
-                for name, path in paths.items():
-                    with written_beside(path) as temporary, temporary.open("wb") as file:
-                        np.save(file, rows[name])
-            bar.advance(sum(int(store.starts[i + 1] - store.starts[i]) for i in shard))
+    with first_before_others("it looks through the cache"):
+        _check_plan(folder, about)
+    paths = [{name: folder / f"{name}-{number:05d}.npy" for name in wanted.arrays} for number in range(len(shards))]
+    missing = [number for number in range(len(shards)) if not all(path.exists() for path in paths[number].values())]
+    own = own_share(missing)
+    size_of = dict(zip(map(int, records), sizes, strict=True))
+    tokens = [sum(size_of[i] for i in shard) for shard in shards]
+    with progress("caching what the target knows", total=sum(tokens[n] for n in own), unit="tokens") as bar:
+        for number in own:
+            rows = _rows([store[i].tokens for i in shards[number]], target, wanted)
+            for name, path in paths[number].items():
+                with written_beside(path) as temporary, temporary.open("wb") as file:
+                    np.save(file, rows[name])
+            bar.advance(tokens[number])
+    wait_for_all("the cache is written")
     starts = dict(zip(map(int, records), np.cumsum([0, *sizes])[:-1].tolist(), strict=True))
     shard_starts = [starts[int(shard[0])] for shard in shards]
-    write_json(folder / "cache.json", about | {"arrays": wanted.arrays, "starts": starts, "shard_starts": shard_starts})
+    content = about | {"arrays": wanted.arrays, "starts": starts, "shard_starts": shard_starts}
+    with first_before_others("it closes the cache"):
+        if first():
+            write_json(folder / "cache.json", content)
     return RowCache(folder, target, wanted)
 
 

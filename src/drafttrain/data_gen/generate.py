@@ -19,6 +19,7 @@ from drafttrain.core.console import progress, say
 from drafttrain.core.errors import DataError
 from drafttrain.core.files import sha256_of, write_json, write_text
 from drafttrain.core.probability import sampling_probs
+from drafttrain.core.processes import first, first_before_others, own_share, wait_for_all
 from drafttrain.core.random import stream, stream_seed
 from drafttrain.core.records import Sampling
 from drafttrain.data_gen.formats import Encoder
@@ -39,7 +40,7 @@ class Task:
 
 
 def generate(settings: GenerateSettings, target: Target, folder: Path, *, seed: int, max_length: int) -> Path:
-    """Write the shards that are missing, then the manifest; return the folder.
+    """Write the shards that are missing, then the manifest; return the folder. Several processes share the shards out.
 
     Which texts are decoded together is part of the plan, because padding moves logits by rounding: a shard depends on the
     recipe, never on where an earlier run was killed.
@@ -66,15 +67,20 @@ def generate(settings: GenerateSettings, target: Target, folder: Path, *, seed: 
     tasks = _tasks(settings, target, folder / "quarantine.jsonl", seed=seed, max_length=max_length)
     size = settings.records_per_shard
     shards = [tasks[start : start + size] for start in range(0, len(tasks), size)]
-    with progress("generating", total=len(tasks), unit="texts") as bar:
-        for number, shard in enumerate(shards):
-            path = folder / f"shard-{number:05d}.jsonl"
-            if not path.exists():
-                write_text(path, "".join(_lines(shard, target, settings, seed=seed, bar=bar)))
-            else:
-                bar.advance(len(shard))
-    write_json(manifest, _manifest(about, folder, shards))
+    missing = [number for number in range(len(shards)) if not _shard(folder, number).exists()]
+    own = own_share(missing)
+    with progress("generating", total=sum(len(shards[number]) for number in own), unit="texts") as bar:
+        for number in own:
+            write_text(_shard(folder, number), "".join(_lines(shards[number], target, settings, seed=seed, bar=bar)))
+    wait_for_all("texts are generated")
+    with first_before_others("it writes the manifest"):
+        if first():
+            write_json(manifest, _manifest(about, folder, shards))
     return folder
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05d}.jsonl"
 
 
 def _tasks(settings: GenerateSettings, target: Target, quarantine: Path, *, seed: int, max_length: int) -> list[Task]:
@@ -172,7 +178,7 @@ def _choose(logits_BV: Tensor, sampling: Sampling, numbers_B: Tensor) -> list[in
 
 def _manifest(about: dict[str, Any], folder: Path, shards: Sequence[Sequence[Task]]) -> dict[str, Any]:
     def entry(number: int, shard: Sequence[Task]) -> dict[str, Any]:
-        path = folder / f"shard-{number:05d}.jsonl"
+        path = _shard(folder, number)
         return {"file": path.name, "records": len(shard), "sha256": sha256_of(path)}
 
     return about | {"shards": [entry(number, shard) for number, shard in enumerate(shards)]}

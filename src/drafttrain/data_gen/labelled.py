@@ -57,13 +57,16 @@ class RowOrder:
         self.weights_N = head.weights(rows.labels_N).double()
         self._sampler = Sampler([len(rows)], [1.0], seed=seed)
 
-    def of_step(self, step: int, *, batch_size: int, accumulation: int = 1) -> list[HeadBatch]:
-        """Return the micro-batches of one optimizer step."""
+    def of_step(
+        self, step: int, *, batch_size: int, accumulation: int = 1, rank: int = 0, world_size: int = 1
+    ) -> list[HeadBatch]:
+        """Return the micro-batches of one optimizer step on one rank."""
         chosen = torch.tensor([self._sampler.at(step * batch_size + i)[1] for i in range(batch_size)])
         weight = float(self.weights_N[chosen].sum())
+        own = chosen[rank::world_size]
         return [
             HeadBatch(HeadRows(self.rows.features_ND[part], self.rows.labels_N[part]), weight, step)
-            for part in chosen.split(-(-batch_size // accumulation))
+            for part in own.split(-(-len(own) // accumulation))
         ]
 
 

@@ -28,6 +28,8 @@ class Drafter(nn.Module, ABC):
     """Row t of depth d is the law of token t + d + lag: 0 when the drafter sees the root, 1 when it sees features before it."""
     needs_target: ClassVar[bool] = False
     """It is made from its target and cannot be trained without one."""
+    recomputes: ClassVar[bool] = False
+    """It has a stack of layers whose activations `recompute_activations` need not keep."""
     draft: str = "sampled"
     """At temperature > 0: `sampled` from its own law, or `greedy`: its argmax, as some engines draft."""
     serving: ClassVar[str] = "No serving engine loads this kind: decode with `drafttrain eval THIS_FOLDER`."
@@ -65,6 +67,10 @@ class Drafter(nn.Module, ABC):
     @abstractmethod
     def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
         """Return the drafter at inference, for this target."""
+
+    def recompute_activations(self) -> None:
+        """Compute activations again in the backward pass from now on, instead of keeping them."""
+        raise NotImplementedError(f"{self.kind}: recomputes is False")
 
     def lr_factor(self, name: str) -> float:
         """Return what the learning rate is multiplied by for the parameter of this name."""

@@ -70,6 +70,7 @@ class CausalLMDrafter(Drafter):
 
     kind = "causal_lm"
     lag = 0
+    recomputes = True
     serving: ClassVar[str] = (
         "    vllm serve TARGET --speculative-config "
         '\'{"method": "draft_model", "model": "THIS_FOLDER", "num_speculative_tokens": 5}\'\n\n'
@@ -101,6 +102,10 @@ class CausalLMDrafter(Drafter):
             check_same_tokenizer(tokenizer, load_tokenizer(folder), drafter=settings.checkpoint)
             model = load_causal_lm(folder)
         return cls(model, draft=settings.draft)
+
+    def recompute_activations(self) -> None:
+        """Keep only what enters each layer."""
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def forward(self, batch: DraftBatch) -> DraftOutput:
         """Return the states of depth 1."""

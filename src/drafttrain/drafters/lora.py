@@ -45,6 +45,24 @@ class LoraSettings:
         return [] if self.target_modules else ["target_modules: at least one name is needed"]
 
 
+class LowRank(nn.Module):
+    """The adapter of one linear map; a module of its own, so that who spreads its weights out knows when they are used."""
+
+    def __init__(self, settings: LoraSettings, weight_OI: Tensor) -> None:
+        super().__init__()
+        down_RI = torch.empty(settings.rank, weight_OI.shape[1])
+        nn.init.kaiming_uniform_(down_RI, a=math.sqrt(5))
+        self.down = nn.Parameter(down_RI)
+        self.up = nn.Parameter(torch.zeros(weight_OI.shape[0], settings.rank))
+        self.dropout = nn.Dropout(settings.dropout)
+        self.scale = settings.alpha / settings.rank
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return what is added to the map's output."""
+        added: Tensor = self.scale * (self.dropout(inputs.to(self.down.dtype)) @ self.down.T @ self.up.T)
+        return added
+
+
 class LoraAdapter(nn.Module):
     """Adapters W x + (alpha / rank) B A x with B zero at the start. The target's own modules and weights are not touched.
 
@@ -55,21 +73,14 @@ class LoraAdapter(nn.Module):
         super().__init__()
         self.settings = settings
         self.names = _linear_names(model, settings.target_modules)
-        self.down = nn.ParameterList()
-        self.up = nn.ParameterList()
-        for name in self.names:
-            weight_OI = model.get_submodule(name).weight
-            down_RI = torch.empty(settings.rank, weight_OI.shape[1])
-            nn.init.kaiming_uniform_(down_RI, a=math.sqrt(5))
-            self.down.append(down_RI)
-            self.up.append(torch.zeros(weight_OI.shape[0], settings.rank))
+        self.maps = nn.ModuleList(LowRank(settings, model.get_submodule(name).weight) for name in self.names)
         self.on = False
         """The hooks are on the target now."""
 
     @property
     def changes_something(self) -> bool:
         """Whether any adapter is not zero."""
-        return any(bool(up_OR.any()) for up_OR in self.up)
+        return any(bool(one.get_parameter("up").any()) for one in self.maps)
 
     @contextlib.contextmanager
     def applied(self, model: Any) -> Iterator[None]:
@@ -87,14 +98,10 @@ class LoraAdapter(nn.Module):
 
     def _hook(self, index: int) -> Any:
         def add(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            inputs = nn.functional.dropout(args[0].to(self.down[index].dtype), self.settings.dropout, self.training)
-            return output + (self._scale * (inputs @ self.down[index].T @ self.up[index].T)).to(output.dtype)
+            added: Tensor = self.maps[index](args[0])
+            return output + added.to(output.dtype)
 
         return add
-
-    @property
-    def _scale(self) -> float:
-        return self.settings.alpha / self.settings.rank
 
     def save(self, folder: Path, *, target: str) -> None:
         """Write a folder that `PeftModel.from_pretrained` and serving engines read."""
@@ -113,9 +120,9 @@ class LoraAdapter(nn.Module):
         }
         write_json(folder / CONFIG, config)
         tensors = {}
-        for name, down_RI, up_OR in zip(self.names, self.down, self.up, strict=True):
-            tensors[f"{PREFIX}{name}.lora_A.weight"] = down_RI.detach().contiguous().cpu()
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = up_OR.detach().contiguous().cpu()
+        for name, one in zip(self.names, self.maps, strict=True):
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = one.get_parameter("down").detach().contiguous().cpu()
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = one.get_parameter("up").detach().contiguous().cpu()
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 

@@ -96,7 +96,7 @@ class TVDPP(Loss):
             return
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.sums_2)
-        if self.sums_2[1] > 0:
+        if self.sums_2[1] > 0 and torch.isfinite(self.sums_2).all():
             self.previous_mean.copy_(self.sums_2[0] / self.sums_2[1])
         self.sums_2.zero_()
 

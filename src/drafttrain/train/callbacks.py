@@ -19,9 +19,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from drafttrain.core.console import progress, say
 from drafttrain.core.errors import DrafttrainError, Interrupted
 from drafttrain.core.files import folder_beside, write_json, written_beside
+from drafttrain.core.processes import at_step, first
 from drafttrain.target import Target
 from drafttrain.train.module import StepModule
 from drafttrain.train.settings import TrainSettings
+from drafttrain.train.strategy import whole
 
 COLUMNS = (
     "step",
@@ -30,6 +32,7 @@ COLUMNS = (
     "one_minus_acceptance_rate",
     "lr",
     "grad_norm",
+    "skipped_steps",
     "tokens",
     "seconds",
 )
@@ -45,6 +48,13 @@ class StepEnd(Callback):
             return
         assert isinstance(module, StepModule)
         self.on_step_end(trainer, module, trainer.global_step)
+
+    @staticmethod
+    def sum_of(trainer: Trainer, number: float) -> float:
+        """Return a number added up over all processes."""
+        if trainer.world_size == 1:
+            return number
+        return float(trainer.strategy.reduce(torch.tensor(float(number), dtype=torch.float64), reduce_op="sum"))
 
     def on_step_end(self, trainer: Trainer, module: StepModule, step: int) -> None:
         """Act after `step` optimizer steps."""
@@ -86,15 +96,16 @@ class Validation(StepEnd):
         if not every or (step % every and step != self.settings.max_steps):
             return
         module.trained.eval()
-        with torch.no_grad():
+        with torch.no_grad(), whole(module.trained.parameters()):
             self.latest = dict(self.held_out.estimate(module.trained), step=step)
         module.trained.train()
         value = self.latest[self.held_out.best_by]
         self.last = {"step": step} | {name: self.latest[name] for name in self.held_out.figures}
-        if trainer.is_global_zero and value > self.best.get(self.held_out.best_by, float("-inf")):
+        if value > self.best.get(self.held_out.best_by, float("-inf")):
             self.best = dict(self.last)
             save_trained(module, self.folder / "best")
-            write_json(self.folder / "best.json", self.best)
+            if trainer.is_global_zero:
+                write_json(self.folder / "best.json", self.best)
         say(f"step {step}: {self.latest['said']}")
 
     def state_dict(self) -> dict[str, Any]:
@@ -116,12 +127,15 @@ class MetricsLog(StepEnd):
         figures = validation.held_out.figures if validation else ("alpha", "block_efficiency")
         self.columns = [*COLUMNS, *(f"validation_{name}" for name in figures)]
         self._tokens = 0
+        self._own_tokens = 0
         self._seconds_before = 0.0
         self._began = time.perf_counter()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Open the file; after a resume, forget rows of steps that are taken again."""
         self._began = time.perf_counter()
+        if not trainer.is_global_zero:
+            return
         rows = []
         if self.path.exists():
             with self.path.open(newline="", encoding="utf-8") as file:
@@ -147,10 +161,12 @@ class MetricsLog(StepEnd):
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count tokens read."""
-        self._tokens += batch.num_tokens * trainer.world_size
+        self._own_tokens += batch.num_tokens
 
     def on_step_end(self, trainer: Trainer, module: StepModule, step: int) -> None:
         """Write a row every N steps, at validations and at the end."""
+        self._tokens += round(self.sum_of(trainer, self._own_tokens))
+        self._own_tokens = 0
         validated = self.validation is not None and bool(self.validation.latest)
         if step % self.settings.log_every_steps and step != self.settings.max_steps and not validated:
             return
@@ -167,6 +183,7 @@ class MetricsLog(StepEnd):
                 "one_minus_acceptance_rate": "" if rate != rate else repr(1 - rate),
                 "lr": repr(trainer.optimizers[0].param_groups[0]["lr"]),
                 "grad_norm": repr(module.grad_norm),
+                "skipped_steps": str(module.skipped),
             },
         )
 
@@ -234,10 +251,12 @@ class Checkpoints(StepEnd):
         say("asked to stop: finishing this step and saving")
 
     def on_step_end(self, trainer: Trainer, module: StepModule, step: int) -> None:
-        """Save, and stop if that was asked."""
-        if step % self.settings.checkpoint_every_steps == 0 or self._asked_to_stop:
+        """Save, and stop if that was asked of any process."""
+        at_step(step)
+        stops = self.sum_of(trainer, self._asked_to_stop) > 0
+        if step % self.settings.checkpoint_every_steps == 0 or stops:
             self.save(trainer, step)
-        if self._asked_to_stop:
+        if stops:
             raise Interrupted(f"stopped at step {step} of {self.settings.max_steps}: run the same command to continue")
 
     def save(self, trainer: Trainer, step: int) -> None:
@@ -249,6 +268,7 @@ class Checkpoints(StepEnd):
             os.replace(temporary, path)
             for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.KEPT]:
                 old.unlink()
+        trainer.strategy.barrier()
 
 
 class Progress(StepEnd):
@@ -269,7 +289,7 @@ class Progress(StepEnd):
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count tokens."""
-        self._tokens += batch.num_tokens * trainer.world_size
+        self._tokens += batch.num_tokens * trainer.world_size  # as if all had as many: a rate for the eye
 
     def on_step_end(self, trainer: Trainer, module: StepModule, step: int) -> None:
         """Move the bar."""
@@ -296,9 +316,11 @@ class FrozenTarget(Callback):
 
 
 def save_trained(module: StepModule, folder: Path) -> None:
-    """Write the trained weights as a folder, whole or not at all."""
-    with folder_beside(folder) as temporary:
-        module.trained.save(temporary)
+    """Write the trained weights as a folder, whole or not at all, from the first process; all must call it."""
+    with whole(module.trained.parameters()):
+        if first():
+            with folder_beside(folder) as temporary:
+                module.trained.save(temporary)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -312,3 +334,13 @@ def newest_checkpoint(folder: Path) -> Path | None:
             continue
         return path
     return None
+
+
+def weights_of_checkpoint(path: Path) -> tuple[int, dict[str, torch.Tensor]]:
+    """Return the step of a checkpoint and the weights of what it trains, whatever layout wrote it."""
+    stored = torch.load(path, map_location="cpu", weights_only=True)
+    prefix = "trained."
+    weights = {
+        name.removeprefix(prefix): value for name, value in stored["state_dict"].items() if name.startswith(prefix)
+    }
+    return int(stored["global_step"]), weights

@@ -5,13 +5,15 @@ B = sequences, T = positions, V = vocabulary, N = trained positions
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from drafttrain.core.errors import DrafttrainError
+from drafttrain.core.console import say
+from drafttrain.core.errors import CheckpointError, DrafttrainError
 from drafttrain.core.records import DraftBatch, TargetNeeds, TargetOutput
 from drafttrain.drafters import Drafter
 from drafttrain.heads import HeadBatch, TokenHead
@@ -21,6 +23,7 @@ from drafttrain.losses.chunked import normalised, row_losses
 from drafttrain.target import Target
 from drafttrain.train.optimizer import build_optimizer, learning_rate_scale
 from drafttrain.train.settings import TrainSettings
+from drafttrain.train.strategy import ZeroStrategy
 
 
 class StepModule(LightningModule):
@@ -37,6 +40,12 @@ class StepModule(LightningModule):
         self.sums_4 = torch.zeros(4, dtype=torch.float64)
         """Sums since the last log: loss, its positions; acceptance, its positions, of the steps that measure it."""
         self.grad_norm = 0.0
+        self.skipped = 0
+        """Steps skipped in all, because their gradient was not finite."""
+        self.groups: list[dict[str, Any]] = []
+        """The optimizer's groups as it was built with."""
+        self._in_a_row = 0
+        self.strict_loading = False
 
     def _scaled(self, total: Tensor, batch: DraftBatch | HeadBatch) -> Tensor:
         """Return a micro-batch's sum, scaled so that the gradients of a step add up to the mean over its positions."""
@@ -55,12 +64,53 @@ class StepModule(LightningModule):
         return step == settings.max_steps or any(every and step % every == 0 for every in grids)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Carry the sums of steps that are not logged yet through a resume."""
-        checkpoint["sums_4"] = self.sums_4.clone()
+        """Carry the sums of steps that are not logged yet, of all processes, through a resume."""
+        checkpoint["sums_4"] = self.trainer.strategy.reduce(self.sums_4.clone(), reduce_op="sum")
+        checkpoint["skipped"] = self.skipped
+        frozen = {n for n, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        checkpoint["state_dict"] = {n: value for n, value in checkpoint["state_dict"].items() if n not in frozen}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up those sums."""
-        self.sums_4 = checkpoint["sums_4"].clone()
+        """Take up those sums, on the first process, and look that no trained weight is missing.
+
+        Raises:
+            CheckpointError: Naming the weights that are.
+        """
+        trained = {n for n, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
+        if missing := sorted(trained - checkpoint["state_dict"].keys()):
+            raise CheckpointError(f"a checkpoint lacks {len(missing)} trained weights: {', '.join(missing[:5])}")
+        if self.trainer.is_global_zero:
+            self.sums_4 = checkpoint["sums_4"].clone()
+        self.skipped = checkpoint["skipped"]
+
+    def stepped(self, norm: float, *, skipped: bool) -> None:
+        """Note the norm of a step's gradient, and give up when too many in a row could not be used.
+
+        Raises:
+            DrafttrainError: There were more than `train.max_skipped_steps` of them.
+        """
+        self.grad_norm = norm
+        self._in_a_row = self._in_a_row + 1 if skipped else 0
+        if not skipped:
+            return
+        self.skipped += 1
+        step, allowed = self.global_step + 1, self.settings.max_skipped_steps
+        if self._in_a_row > allowed:
+            raise DrafttrainError(
+                f"step {step}: the gradient is not finite, for the {ordinal(self._in_a_row)} time in a row "
+                f"(train.max_skipped_steps: {allowed}). Lower train.lr, or set train.precision: fp32; "
+                "the last checkpoint is untouched."
+            )
+        say(f"step {step}: the gradient is not finite, the step is skipped ({self.skipped} so far)")
+
+    def end_of_step(self) -> None:
+        """Act after an optimizer step, before anything is written or saved."""
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step; DeepSpeed is asked after every micro-batch and knows itself which one is the last."""
+        super().optimizer_step(*args, **kwargs)
+        if not self.trainer.fit_loop.epoch_loop._should_accumulate():
+            self.end_of_step()
 
     def configure_gradient_clipping(
         self,
@@ -68,22 +118,33 @@ class StepModule(LightningModule):
         gradient_clip_val: float | int | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm over all trained parameters, and refuse to step on a number that is none."""
+        """Clip by the norm over all trained parameters; a step whose norm is no number changes nothing.
+
+        Under DeepSpeed the engine does this.
+        """
+        if isinstance(self.trainer.strategy, ZeroStrategy):
+            return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         limit = self.settings.clip_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        self.grad_norm = float(norm)
-        if not torch.isfinite(norm):
-            raise DrafttrainError(
-                f"step {self.global_step + 1}: the gradient is not finite. Lower train.lr, or set train.precision: fp32; "
-                "the last checkpoint is untouched."
-            )
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        skipped = not math.isfinite(norm)
+        if skipped:
+            for parameter in parameters:
+                parameter.grad = None
+        self.stepped(norm, skipped=skipped)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer and its schedule."""
         optimizer = build_optimizer(self.trained, self.settings, lr_factor=self.trained.lr_factor)
+        self.groups = [dict(group, params=list(group["params"])) for group in optimizer.param_groups]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_scale(step, self.settings))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def ordinal(number: int) -> str:
+    """Return 1st, 2nd, 3rd, 4th ..."""
+    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
 
 
 class HeadModule(StepModule):
@@ -149,7 +210,6 @@ class DistillModule(StepModule):
         rows = self._target.rows_of(seen) if rows_needed else batch.target_rows
         return replace(batch, target=seen, target_rows=rows)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then let the loss roll what it carries from step to step."""
-        super().optimizer_step(*args, **kwargs)
+    def end_of_step(self) -> None:
+        """Let the loss roll what it carries from step to step."""
         self.loss.end_of_step()

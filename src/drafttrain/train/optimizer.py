@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drafttrain.train.offload import cpu_adam
 from drafttrain.train.settings import TrainSettings
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -122,6 +123,10 @@ def build_optimizer(
         return MuonAdamW(chosen, lr=settings.lr, betas=betas, weight_decay=settings.weight_decay)
     groups = [{"params": matrices + edges}, {"params": vectors, "weight_decay": 0.0}]
     chosen = _by_rate(groups, named, settings.lr, lr_factor)
+    if settings.deepspeed is not None and settings.deepspeed.offloads:
+        return cpu_adam(chosen, lr=settings.lr, betas=betas, weight_decay=settings.weight_decay)
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(chosen, lr=settings.lr, weight_decay=settings.weight_decay)
     return torch.optim.AdamW(chosen, lr=settings.lr, betas=betas, weight_decay=settings.weight_decay, fused=True)
 
 

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from drafttrain.core.console import say
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.core.files import write_json
+from drafttrain.core.processes import first, world
 from drafttrain.core.records import DraftBatch
 from drafttrain.drafters import Drafter
 from drafttrain.heads import HeadBatch, TokenHead
@@ -33,7 +34,9 @@ from drafttrain.train.callbacks import (
     save_trained,
 )
 from drafttrain.train.module import DistillModule, HeadModule, StepModule
+from drafttrain.train.preflight import check_disk
 from drafttrain.train.settings import TrainSettings
+from drafttrain.train.strategy import ZeroStrategy
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,8 @@ def train(
     Raises:
         Interrupted: On SIGTERM or SIGINT, after a checkpoint was saved.
     """
+    if settings.activation_checkpointing:
+        drafter.recompute_activations()
     module = DistillModule(drafter, loss, target=target, settings=settings, vocab_size=vocab_size)
     held_out = HeldOut(estimate) if estimate else None
     frozen = [FrozenTarget(target)] if target else []
@@ -135,8 +140,11 @@ def _fit(
     folder: Path,
 ) -> TrainResult:
     settings = module.settings
+    # What a loader hands out is in evaluation mode.
+    module.trained.train()
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
+    check_disk(checkpoints, num_trained=sum(p.numel() for p in module.trained.parameters() if p.requires_grad))
     validation = (
         Validation(held_out, settings=settings, folder=folder) if held_out and settings.eval_every_steps else None
     )
@@ -150,8 +158,7 @@ def _fit(
     ]
     with _quiet():
         trainer = Trainer(
-            **placement(next(module.trained.parameters()).device),
-            precision="32-true" if settings.precision == "fp32" else "bf16-mixed",
+            **placement(next(module.trained.parameters()).device, settings),
             max_steps=settings.max_steps,
             max_epochs=-1,
             accumulate_grad_batches=settings.accumulation,
@@ -172,9 +179,22 @@ def _fit(
     return _finish(module, validation, folder=folder)
 
 
-def placement(device: torch.device) -> dict[str, Any]:
-    """Return what Lightning must be told so that it trains where the drafter is, and its target with it."""
-    return {"accelerator": device.type, "devices": 1 if device.type == "cpu" else [device.index or 0]}
+def placement(device: torch.device, settings: TrainSettings) -> dict[str, Any]:
+    """Return what Lightning must be told so that it trains where the drafter is, and its target with it.
+
+    Several processes, or a recipe with a section `train.deepspeed`, train under DeepSpeed.
+    """
+    here = world()
+    alone = here.size == 1
+    own = [device.index or 0] if alone else list(range(here.local_size))
+    placed = {
+        "accelerator": device.type,
+        "devices": len(own) if device.type == "cpu" else own,
+        "num_nodes": here.size // here.local_size,
+    }
+    if alone and settings.deepspeed is None:
+        return placed | {"precision": "32-true" if settings.precision == "fp32" else "bf16-mixed"}
+    return placed | {"strategy": ZeroStrategy(settings, device=device, here=here)}
 
 
 def _finish(module: StepModule, validation: Validation | None, *, folder: Path) -> TrainResult:
@@ -190,7 +210,8 @@ def _finish(module: StepModule, validation: Validation | None, *, folder: Path) 
             f"best step {result.best_step} ({name.replace('_', ' ')} {best:.3f} on held-out data), last step {steps} ({last:.3f}): "
             "the best is exported"
         )
-    write_json(folder / "train.json", asdict(result))
+    if first():
+        write_json(folder / "train.json", asdict(result))
     return result
 
 

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from typing import ClassVar, Literal
 
 from drafttrain.core.settings import setting
+from drafttrain.train.deepspeed_settings import DeepSpeedSettings
 
 
 @dataclass
@@ -47,8 +48,9 @@ class TrainSettings:
         32, help="Records (for a head, labelled tokens) an optimizer step, over all devices and micro-batches.", ge=1
     )
     accumulation: int = setting(1, help="Micro-batches an optimizer step; the result does not depend on it.", ge=1)
-    optimizer: Literal["adamw", "muon"] = setting(
-        "adamw", help="adamw, or muon: Muon on hidden matrices, AdamW on embeddings, head and vectors."
+    optimizer: Literal["adamw", "muon", "sgd"] = setting(
+        "adamw",
+        help="adamw; muon: Muon on hidden matrices, AdamW on embeddings, head and vectors; sgd: without momentum.",
     )
     lr: float = setting(1e-3, help="Peak learning rate.", gt=0)
     betas: list[float] = setting([0.9, 0.95], help="AdamW's two decay rates.", ge=0, lt=1)
@@ -77,9 +79,36 @@ class TrainSettings:
     loggers: list[str] = setting(
         ["csv", "tensorboard"], help="Any of csv, tensorboard, wandb, mlflow (the last two must be installed)."
     )
+    activation_checkpointing: bool = setting(
+        False, help="Compute the drafter's activations again in the backward pass instead of keeping them."
+    )
     num_threads: int | None = setting(None, help="CPU threads of torch; null: torch's own choice.", ge=1)
+    devices: int | None = setting(
+        None, help="Processes that fit starts on this machine, one a device; null: one a CUDA device, or one.", ge=1
+    )
+    deepspeed: DeepSpeedSettings | None = setting(
+        None,
+        help="Train under DeepSpeed, as in {stage: 2}; null: only where there are several processes, with stage 0.",
+    )
+    timeout_seconds: float = setting(
+        600.0, help="How long a process waits for the others before the run ends with an error.", gt=0
+    )
+    max_skipped_steps: int = setting(
+        10, help="Steps in a row whose gradient is not finite, all skipped, before the run ends with an error.", ge=0
+    )
 
     LOGGERS: ClassVar[tuple[str, ...]] = ("csv", "tensorboard", "wandb", "mlflow")
+
+    @property
+    def zero_stage(self) -> int:
+        """The ZeRO stage; 0 also without DeepSpeed."""
+        return 0 if self.deepspeed is None else self.deepspeed.zero_stage
+
+    def without_layout(self) -> "TrainSettings":
+        """Return a copy without what decides where a step is computed and who hears of it: the trained weights depend on none."""
+        return replace(
+            self, accumulation=1, devices=None, deepspeed=None, timeout_seconds=600.0, num_threads=None, loggers=[]
+        )
 
     def of_pretraining(self) -> "TrainSettings":
         """Return the settings of phase 1: no target, so nothing to validate against."""
@@ -95,6 +124,12 @@ class TrainSettings:
             problems.append(f"warmup_steps: {self.warmup_steps} is more than max_steps {self.max_steps}")
         if len(self.betas) != 2:
             problems.append(f"betas: two numbers are needed, got {self.betas}")
+        if self.optimizer == "muon" and self.zero_stage:
+            problems.append(
+                f"optimizer: muon needs whole matrices, which ZeRO-{self.zero_stage} cuts: use deepspeed.stage 0, or adamw"
+            )
+        if self.deepspeed is not None and self.deepspeed.offloads and self.optimizer != "adamw":
+            problems.append(f"optimizer: {self.optimizer} does not work on offloaded states: use adamw")
         for name in self.loggers:
             if name not in self.LOGGERS:
                 problems.append(f"loggers: unknown logger {name!r}. Available: {', '.join(self.LOGGERS)}")

@@ -1,0 +1,397 @@
+"""The processes of a run: which one this is, how they wait for each other, and who is missing.
+
+A launcher (torchrun, deepspeed, srun) starts the same command several times and tells each process its number by the
+environment. Where there is one process, nothing here waits and nothing is sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from drafttrain.core.console import say
+from drafttrain.core.errors import DrafttrainError, RecipeError
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+LAUNCHED = (*TORCHRUN, "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "NODE_RANK")
+"""What a process started from here must not inherit."""
+BEAT_SECONDS = 1.0
+SILENT_SECONDS = 4.0
+"""After a collective broke, a process that does not stir for as long is named as the one that is gone."""
+STORE_GONE = "the first host, whose store holds the run together, cannot be reached"
+
+
+@dataclass(frozen=True)
+class World:
+    """Which process this is, of how many."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Its number on its own machine: the number of its device."""
+    local_size: int = 1
+    """Processes on this machine."""
+
+    @property
+    def name(self) -> str:
+        """What errors call this process."""
+        return f"rank {self.rank} on {socket.gethostname()}"
+
+
+class PeerError(DrafttrainError):
+    """Another process of the run is gone: this one cannot go on."""
+
+
+def world() -> World:
+    """Return which process this is, as the launcher says.
+
+    Raises:
+        RecipeError: The environment names some of what is needed and not the rest.
+    """
+    env = _environment()
+    if not env:
+        return World()
+    size = int(env["WORLD_SIZE"])
+    local = env.get("LOCAL_WORLD_SIZE") or env.get("SLURM_NTASKS_PER_NODE", "").split("(")[0] or "1"
+    return World(int(env["RANK"]), size, int(env["LOCAL_RANK"]), min(size, int(local)))
+
+
+def first() -> bool:
+    """Tell whether this is the process that speaks and writes."""
+    return world().rank == 0
+
+
+def launched() -> bool:
+    """Tell whether a launcher started this process as one of several."""
+    return world().size > 1
+
+
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment for a process that is on its own."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in LAUNCHED and not name.startswith(("TORCHELASTIC_", "SLURM_"))
+    }
+
+
+def _environment() -> dict[str, str]:
+    env = dict(os.environ)
+    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        env |= {name: env[slurm] for name, slurm in SLURM.items()}
+        env.setdefault("MASTER_ADDR", _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))))
+        env.setdefault("MASTER_PORT", str(15000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+    if "RANK" not in env or env.get("WORLD_SIZE", "1") == "1":
+        return {}
+    missing = [name for name in TORCHRUN if name not in env]
+    if missing:
+        raise RecipeError(
+            "environment",
+            [
+                f"RANK is set but {', '.join(missing)} is not: start with torchrun, deepspeed or srun (docs/multi-node.md)"
+            ],
+        )
+    return env
+
+
+def _first_host(nodes: str) -> str:
+    """Return the first host of Slurm's list: `node[03-05,09],login1` begins with node03."""
+    if not nodes:
+        return "127.0.0.1"
+    head, bracket, rest = nodes.partition("[")
+    return head + rest.replace(",", "-").replace("]", "-").split("-")[0] if bracket else head.split(",")[0]
+
+
+class Group:
+    """The processes that joined: one store for words between them, one group of CPU collectives, one pulse each.
+
+    Args:
+        timeout_seconds: How long any process waits for another inside a collective before it gives up.
+    """
+
+    def __init__(self, here: World, *, timeout_seconds: float) -> None:
+        import torch.distributed as dist
+
+        self.here = here
+        self.timeout = timedelta(seconds=timeout_seconds)
+        self.step = 0
+        """Optimizer steps taken, for the pulse."""
+        env = _environment()
+        os.environ.update({name: env[name] for name in TORCHRUN})
+        # A restarted attempt must not read the addresses of the one before.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+        of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+        def connected(*, serves: bool) -> Any:
+            store = dist.TCPStore(
+                host, port, is_master=serves, timeout=self.timeout, wait_for_workers=False, multi_tenant=serves
+            )
+            return dist.PrefixStore(f"drafttrain-{attempt}", store)
+
+        self._store = connected(serves=here.rank == 0 and not of_agent)
+        self._pulse_store = connected(serves=False)
+        self._ended = threading.Event()
+        self._waits = 0
+        self._store.set(f"name/{here.rank}", f"{socket.gethostname()} (process {os.getpid()})")
+        backend = "nccl" if _cuda() else "gloo"
+        dist.init_process_group(backend, store=self._store, rank=here.rank, world_size=here.size, timeout=self.timeout)
+        self._control = dist.new_group(backend="gloo", timeout=self.timeout) if backend != "gloo" else None
+        self._pulse = threading.Thread(target=self._beat, name="pulse", daemon=True)
+        self._pulse.start()
+
+    def _beat(self) -> None:
+        """Say once a second that this process lives, and how far it is; leave when another has been silent for too long."""
+        heard: dict[int, tuple[bytes, float]] = {}
+        others = [rank for rank in range(self.here.size) if rank != self.here.rank]
+        beats = 0
+        while not self._ended.wait(BEAT_SECONDS):
+            beats += 1
+            try:
+                self._pulse_store.set(f"pulse/{self.here.rank}", f"{beats} {self.step}")
+                for rank in others:
+                    key = f"pulse/{rank}"
+                    said = self._pulse_store.get(key) if self._pulse_store.check([key]) else b""
+                    if rank not in heard or heard[rank][0] != said:
+                        heard[rank] = (said, time.monotonic())
+            except Exception as error:  # the store's host is gone; what it raises differs by backend
+                if not self._ended.is_set():
+                    self._leave(f"{STORE_GONE} ({type(error).__name__})")
+                return
+            silent = [r for r in others if time.monotonic() - heard[r][1] > self.timeout.total_seconds()]
+            if silent and not self._ended.is_set():
+                self._leave(self._missing(silent))
+
+    def _leave(self, reason: str) -> None:
+        """End this process from the pulse: the main thread may be inside a collective that never returns.
+
+        It first gets the time to end by itself, with what it knows.
+        """
+        self._ended.wait(3 * SILENT_SECONDS)
+        if self._ended.is_set():
+            return
+        print(f"{self._ends(reason)}", file=sys.stderr, flush=True)
+        os._exit(PeerError.exit_code)
+
+    def _ends(self, reason: str) -> str:
+        now = time.strftime("%H:%M:%S")
+        return (
+            f"{self.here.name}: stopped at {now} after step {self.step}: {reason}. "
+            "Run the same command to continue from the last checkpoint."
+        )
+
+    def _missing(self, ranks: list[int]) -> str:
+        names = [self._name(rank) for rank in ranks]
+        return f"{', '.join(names)} {'was' if len(names) == 1 else 'were'} not heard of for {self.timeout.total_seconds():g} s"
+
+    def _name(self, rank: int) -> str:
+        with contextlib.suppress(Exception):
+            return f"rank {rank} on {self._store.get(f'name/{rank}').decode()}"
+        return f"rank {rank}"
+
+    def why(self) -> str:
+        """Return why this process ends after a collective failed: who said what, or who fell silent."""
+        before = signal.getsignal(signal.SIGTERM)
+        with contextlib.suppress(ValueError):  # not in the main thread
+            # A launcher that saw the same asks all to stop; who is gone is worth the seconds.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            return self._ends(self._who_is_gone())
+        finally:
+            with contextlib.suppress(ValueError):
+                signal.signal(signal.SIGTERM, before)
+
+    def _who_is_gone(self) -> str:
+        try:
+            before = self._beats()
+            time.sleep(SILENT_SECONDS)
+            after = self._beats()
+            for rank in range(self.here.size):
+                key = f"failed/{rank}"
+                if rank != self.here.rank and self._store.check([key]):
+                    return f"{self._name(rank)} failed: {self._store.get(key).decode()}"
+            gone = [rank for rank in after if rank != self.here.rank and after[rank] == before[rank]]
+        except Exception:  # whatever the store raises when its host is gone
+            return STORE_GONE
+        if not gone:
+            return "the connection to another process broke"
+        steps = {rank: after[rank].split()[1] if after[rank] else "0" for rank in gone}
+        return ", ".join(f"{self._name(rank)} is gone (last heard of at step {steps[rank]})" for rank in gone)
+
+    def _beats(self) -> dict[int, str]:
+        keys = {rank: f"pulse/{rank}" for rank in range(self.here.size)}
+        return {rank: self._store.get(key).decode() if self._store.check([key]) else "" for rank, key in keys.items()}
+
+    def failed(self, error: BaseException) -> None:
+        """Tell the others why this process ends."""
+        with contextlib.suppress(Exception):
+            self._store.set(f"failed/{self.here.rank}", f"{type(error).__name__}: {error}"[:2000])
+
+    def shared(self, value: Any) -> list[Any]:
+        """Return every process's value, by rank; it goes as JSON."""
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.here.size
+        dist.all_gather_object(values, json.dumps(value), group=self._control)
+        return [json.loads(text) for text in values]
+
+    def wait(self, what: str, *, ranks: range | None = None, done: bool = True) -> None:
+        """Wait, for as long as it takes, until these processes have come here too; those that are done say so first."""
+        key = f"wait/{self._waits}"
+        self._waits += 1
+        if done:
+            self._store.set(f"{key}/{self.here.rank}", "here")
+        for rank in ranks if ranks is not None else range(self.here.size):
+            while not self._store.check([f"{key}/{rank}"]):
+                if self._store.check([f"failed/{rank}"]):
+                    reason = self._store.get(f"failed/{rank}").decode()
+                    raise PeerError(self._ends(f"{self._name(rank)} failed while {what}: {reason}"))
+                time.sleep(0.05)
+
+    def close(self) -> None:
+        """Leave; the others may still be at work."""
+        import torch.distributed as dist
+
+        self._ended.set()
+        self._pulse.join()
+        dist.destroy_process_group()
+
+
+_joined: Group | None = None
+
+
+def joined() -> Group | None:
+    """Return the group of this process; None: it is alone."""
+    return _joined
+
+
+@contextlib.contextmanager
+def together(*, timeout_seconds: float) -> Iterator[Group | None]:
+    """Join the other processes for the block; one process just goes on.
+
+    Raises:
+        PeerError: Another one is gone; the message says who, when and after which step.
+    """
+    global _joined
+    here = world()
+    if here.size == 1 or _joined is not None:
+        yield _joined
+        return
+    if _cuda():
+        import torch
+
+        torch.cuda.set_device(here.local_rank)
+    try:
+        group = Group(here, timeout_seconds=timeout_seconds)
+    except Exception as error:  # a wrong address and a port in use are RuntimeErrors of several kinds
+        raise DrafttrainError(
+            f"{here.name}: no connection to the other {here.size - 1} processes through "
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {str(error).splitlines()[0]}"
+        ) from error
+    _joined = group
+    try:
+        yield group
+        group.wait("the others finish")
+    except PeerError:
+        raise
+    except BaseException as error:
+        if _is_of_a_connection(error):
+            raise PeerError(group.why()) from error
+        group.failed(error)
+        raise
+    finally:
+        _joined = None
+        with contextlib.suppress(RuntimeError):
+            group.close()
+
+
+def _is_of_a_connection(error: BaseException) -> bool:
+    """Tell whether a collective failed because another process left it."""
+    import torch.distributed as dist
+
+    if isinstance(error, dist.DistError):
+        return True
+    words = ("connection closed by peer", "timed out waiting", "connection reset", "gloo", "nccl", "broken pipe")
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+
+
+def shared(value: Any) -> list[Any]:
+    """Return every process's value, by rank."""
+    return [value] if _joined is None else _joined.shared(value)
+
+
+def any_of(flag: bool) -> bool:
+    """Tell whether a process says yes; all get the same answer."""
+    return any(shared(flag))
+
+
+def agree(what: str, value: Any) -> None:
+    """Require that every process has the same value.
+
+    Raises:
+        DrafttrainError: Naming the ranks and hosts that differ from rank 0.
+    """
+    values = shared([value, socket.gethostname()])
+    different = [
+        f"rank {rank} on {host}: {other}" for rank, (other, host) in enumerate(values) if other != values[0][0]
+    ]
+    if different:
+        head = f"rank 0 on {values[0][1]}: {values[0][0]}"
+        raise DrafttrainError("\n  ".join([f"{what} is not the same on every process:", head, *different]))
+
+
+def wait_for_all(what: str) -> None:
+    """Wait until every process is here, for as long as the others live."""
+    if _joined is not None:
+        _joined.wait(what)
+
+
+@contextlib.contextmanager
+def first_before_others(what: str) -> Iterator[None]:
+    """Let the first process go through the block alone; then the others, which find what it made."""
+    if _joined is None:
+        yield
+        return
+    if first():
+        yield
+        _joined.wait(what, ranks=range(0))
+    else:
+        _joined.wait(what, ranks=range(1), done=False)
+        yield
+
+
+def at_step(step: int) -> None:
+    """Let the pulse say how far this process is."""
+    if _joined is not None:
+        _joined.step = step
+
+
+def own_share(pieces: Sequence[int]) -> list[int]:
+    """Return the pieces of work that are this process's; the first process's list is the one that is shared out."""
+    here = world() if _joined is not None else World()
+    every: list[int] = shared(list(pieces))[0]
+    return every[here.rank :: here.size]
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def say_world() -> None:
+    """Say how many processes there are."""
+    if _joined is not None:
+        hosts = list(dict.fromkeys(shared(socket.gethostname())))
+        say(f"{_joined.here.size} processes on {len(hosts)} host{'s' if len(hosts) != 1 else ''}: {', '.join(hosts)}")

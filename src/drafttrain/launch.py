@@ -1,0 +1,65 @@
+"""Several processes on this machine, one a device: torchrun starts them, this command waits for them."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from drafttrain.core.console import say
+from drafttrain.core.errors import RecipeError
+from drafttrain.core.processes import launched
+
+
+def processes_wanted(settings: Any) -> int:
+    """Return how many processes a training is to have that no launcher started.
+
+    Args:
+        settings: The recipe's `train` and, for the device of the target, `target`.
+
+    Raises:
+        RecipeError: `train.devices` asks for more CUDA devices than there are.
+    """
+    if launched():
+        return 1
+    import torch
+
+    asked, found = settings.train.devices, torch.cuda.device_count()
+    one_device = settings.target.device not in ("auto", "cuda")
+    if asked is None:
+        return 1 if one_device else max(1, found)
+    if found and not one_device and asked > found:
+        raise RecipeError("train.devices", [f"{asked} devices are asked for, this machine has {found}"])
+    return int(asked)
+
+
+def relaunch(count: int) -> int:
+    """Run this command again in `count` processes; return the exit code of the first one that failed, or 0."""
+    import logging
+
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    say(f"starting {count} processes on this machine (train.devices)")
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        rdzv_configs={"is_host": True},
+        run_id="drafttrain",
+        max_restarts=0,
+        start_method="spawn",
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "drafttrain", *sys.argv[1:])
+    except ChildFailedError as error:
+        return _code(error)
+    return 0
+
+
+def _code(error: Any) -> int:
+    """Return the exit code of the process that failed first; one that was killed has none of ours."""
+    failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
+    return next((int(failure.exitcode) for failure in failures if failure.exitcode > 0), 1)

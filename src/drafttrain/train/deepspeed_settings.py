@@ -1,0 +1,125 @@
+"""Settings of DeepSpeed and the configuration that they make; imports neither lightning nor deepspeed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from drafttrain.core.errors import RecipeError
+from drafttrain.core.settings import setting
+
+OWNED = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.batch_size and train.accumulation",
+    "gradient_accumulation_steps": "train.accumulation",
+    "gradient_clipping": "train.clip_norm",
+    "optimizer": "train.optimizer",
+    "scheduler": "train.schedule",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+    "torch_autocast": "train.precision",
+    "checkpoint": "train.checkpoint_every_steps",
+}
+"""Keys of a DeepSpeed file that the recipe says, and where."""
+
+
+@dataclass
+class DeepSpeedSettings:
+    """How training state is spread over processes; an empty section is ZeRO-2."""
+
+    stage: Literal[0, 1, 2, 3] = setting(
+        2, help="ZeRO: 0 spreads nothing, 1 optimizer states, 2 gradients too, 3 weights too."
+    )
+    offload_optimizer: Literal["none", "cpu", "nvme"] = setting(
+        "none", help="Where optimizer states live; cpu and nvme build an operator the first time (minutes)."
+    )
+    offload_parameters: Literal["none", "cpu", "nvme"] = setting("none", help="Where weights live; needs stage 3.")
+    nvme_path: str | None = setting(None, help="Folder on a fast disk for what is offloaded to nvme.")
+    config: str | None = setting(
+        None, help="A DeepSpeed JSON file in place of the keys above; what the recipe says stays out of it."
+    )
+
+    def check(self) -> list[str]:
+        """Return what is wrong across fields."""
+        problems = []
+        if self.offload_optimizer != "none" and self.stage == 0:
+            problems.append(f"offload_optimizer: {self.offload_optimizer} needs stage 1, 2 or 3, got 0")
+        if self.offload_parameters != "none" and self.stage != 3:
+            problems.append(f"offload_parameters: {self.offload_parameters} needs stage 3, got {self.stage}")
+        if self.offload_optimizer == "nvme" and self.stage != 3:
+            problems.append(f"offload_optimizer: nvme needs stage 3, got {self.stage}")
+        nvme = "nvme" in (self.offload_optimizer, self.offload_parameters)
+        if nvme and self.nvme_path is None:
+            problems.append("nvme_path: null, but something is offloaded to nvme: name a folder on that disk")
+        if self.config is not None and self._spoken():
+            problems.append(f"config: {self.config} takes the place of {', '.join(self._spoken())}: leave them out")
+        return [*problems, *self._file_problems()]
+
+    def _spoken(self) -> list[str]:
+        default = DeepSpeedSettings()
+        names = ("stage", "offload_optimizer", "offload_parameters", "nvme_path")
+        return [name for name in names if getattr(self, name) != getattr(default, name)]
+
+    def _file_problems(self) -> Iterator[str]:
+        if self.config is None:
+            return
+        try:
+            content = read_config(self.config)
+        except RecipeError as error:
+            yield from error.problems
+            return
+        for key, ours in OWNED.items():
+            if key in content:
+                yield f"config: {self.config}: {key}: the recipe says this, in {ours}: take it out of the file"
+        stage = _zero_of(content).get("stage", 0)
+        if stage not in (0, 1, 2, 3):
+            yield f"config: {self.config}: zero_optimization.stage: {stage!r} is none of 0, 1, 2, 3"
+
+    @property
+    def zero_stage(self) -> int:
+        """The stage, also that of a file."""
+        return self.stage if self.config is None else int(_zero_of(read_config(self.config)).get("stage", 0))
+
+    @property
+    def offloads(self) -> bool:
+        """Whether optimizer states leave the device."""
+        if self.config is None:
+            return self.offload_optimizer != "none"
+        return _zero_of(read_config(self.config)).get("offload_optimizer", {}).get("device", "none") != "none"
+
+    def configuration(self) -> dict[str, Any]:
+        """Return DeepSpeed's own configuration, without what the recipe says elsewhere."""
+        if self.config is not None:
+            return {"zero_allow_untested_optimizer": True, "steps_per_print": None} | read_config(self.config)
+        zero: dict[str, Any] = {"stage": self.stage}
+        if self.offload_optimizer != "none":
+            zero["offload_optimizer"] = self._device(self.offload_optimizer)
+        if self.offload_parameters != "none":
+            zero["offload_param"] = self._device(self.offload_parameters)
+        return {"zero_allow_untested_optimizer": True, "steps_per_print": None, "zero_optimization": zero}
+
+    def _device(self, device: str) -> dict[str, Any]:
+        return {"device": device} | ({"nvme_path": self.nvme_path} if device == "nvme" else {})
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """Return the content of a DeepSpeed JSON file.
+
+    Raises:
+        RecipeError: It cannot be read, or holds no object.
+    """
+    try:
+        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError("train.deepspeed", [f"config: {path}: cannot be read: {error}"]) from error
+    if not isinstance(content, dict):
+        raise RecipeError("train.deepspeed", [f"config: {path}: must hold one JSON object"])
+    return content
+
+
+def _zero_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    zero = content.get("zero_optimization", {})
+    return zero if isinstance(zero, dict) else {}

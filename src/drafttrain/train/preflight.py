@@ -1,0 +1,97 @@
+"""What must be so before several processes train together; it takes seconds and names rank and host."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from importlib import metadata
+from pathlib import Path
+
+import drafttrain
+from drafttrain.core.errors import DrafttrainError, RecipeError
+from drafttrain.core.files import write_text
+from drafttrain.core.processes import agree, first, first_before_others, say_world, shared, world
+from drafttrain.train.settings import TrainSettings
+
+PACKAGES = ("torch", "lightning", "deepspeed", "transformers", "peft", "numpy")
+BYTES_A_PARAMETER = 12
+"""Of a checkpoint: a float32 weight and Adam's two moments."""
+CHECKPOINTS = 3
+"""On disk at once: the two that are kept and the one that is written."""
+
+
+def check_processes(name: str, recipe: str, folder: Path, settings: TrainSettings) -> None:
+    """Require the same versions, code and recipe everywhere, a folder that all see, and a batch that can be shared out.
+
+    Raises:
+        RecipeError: The batch does not go into the processes.
+        DrafttrainError: Processes differ; each that does is named with its host.
+    """
+    here = world()
+    say_world()
+    agree("the number of processes", here.size)
+    versions = [f"{package} {metadata.version(package)}" for package in PACKAGES]
+    agree("the versions of the packages", ", ".join(versions))
+    agree("drafttrain's source (digest)", source_digest())
+    agree(f"the recipe {name} (digest)", hashlib.sha256(recipe.encode()).hexdigest()[:12])
+    _check_share("train", settings.batch_size, micro_batches=settings.accumulation, recipe=name)
+    if settings.pretrain is not None:
+        _check_share("train.pretrain", settings.pretrain.batch_size, micro_batches=1, recipe=name)
+    _check_folder(folder)
+
+
+def _check_share(section: str, batch_size: int, *, micro_batches: int, recipe: str) -> None:
+    size = world().size
+    if batch_size % (size * micro_batches):
+        raise RecipeError(
+            f"recipe {recipe}",
+            [
+                f"{section}.batch_size: {batch_size} is not a multiple of {size * micro_batches} "
+                f"({size} processes x {micro_batches} micro-batches)"
+            ],
+        )
+
+
+def _check_folder(folder: Path) -> None:
+    """Require that all processes see the folder that the first one writes."""
+    mark = folder / ".same_folder"
+    token = str(shared(uuid.uuid4().hex)[0])
+    with first_before_others("it marks the run folder"):
+        if first():
+            write_text(mark, token)
+        seen = mark.exists() and mark.read_text(encoding="utf-8") == token
+    answers = shared([seen, f"rank {world().rank} on {os.uname().nodename}"])
+    if first():
+        mark.unlink(missing_ok=True)
+    blind = [who for sees, who in answers if not sees]
+    if blind:
+        raise DrafttrainError(
+            f"{folder.absolute()}: {', '.join(blind)} cannot see what rank 0 writes here: put runs on a disk that all hosts "
+            "share (--runs DIR)"
+        )
+
+
+def check_disk(folder: Path, *, num_trained: int) -> None:
+    """Require room for the checkpoints of a run.
+
+    Raises:
+        DrafttrainError: Naming what is needed and what is free.
+    """
+    needed = num_trained * BYTES_A_PARAMETER * CHECKPOINTS
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DrafttrainError(
+            f"{folder}: checkpoints of {num_trained:,} trained parameters need {needed / 1e9:.2f} GB "
+            f"({CHECKPOINTS} at once), {free / 1e9:.2f} GB are free: make room, or put runs elsewhere (--runs DIR)"
+        )
+
+
+def source_digest() -> str:
+    """Return a short digest of the source that this process runs."""
+    root = Path(drafttrain.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,175 @@
+"""What DeepSpeed spread over processes, whole again by name, and back: so that one checkpoint fits every layout.
+
+A run's checkpoint is the same file whatever ZeRO stage and however many processes wrote it: weights by name, and the
+optimizer's state dict as torch itself would write it. It costs a gather at each save, of 12 bytes a trained parameter on the
+first process; what it buys is a resume, or an export, under any other layout, also on a machine without DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def optimizer_state(engine: Any, groups: Sequence[Mapping[str, Any]], *, keep: bool) -> dict[str, Any]:
+    """Return the optimizer's state dict as it would be without ZeRO; every process must call it.
+
+    Args:
+        engine: DeepSpeed's engine.
+        groups: The optimizer's groups as it was built with, parameters and all.
+        keep: Whether this process wants the tensors; the others only take part.
+    """
+    zero = engine.optimizer
+    if not engine.zero_optimization():
+        return dict(zero.state_dict())
+    inner = zero.optimizer
+    _link(zero)
+    keys, step = _keys(inner)
+    state: dict[int, dict[str, Any]] = {}
+    numbered: list[dict[str, Any]] = []
+    for group, now in zip(groups, inner.param_groups, strict=True):
+        numbers: list[int] = []
+        for parameter in group["params"]:
+            number = sum(len(g["params"]) for g in numbered) + len(numbers)
+            numbers.append(number)
+            whole = {key: _get(parameter, key) for key in keys}
+            if keep and keys:
+                # A tensor each: an optimizer that is loaded from this counts in place.
+                state[number] = {"step": step.clone(), **{key: value.cpu() for key, value in whole.items()}}
+        numbered.append({name: value for name, value in now.items() if name != "params"} | {"params": numbers})
+    return {"state": state, "param_groups": numbered}
+
+
+def load_optimizer_state(engine: Any, groups: Sequence[Mapping[str, Any]], stored: Mapping[str, Any]) -> None:
+    """Spread a whole state dict over the processes as the engine needs it; every process must call it."""
+    zero = engine.optimizer
+    if not engine.zero_optimization():
+        zero.load_state_dict(stored)
+        return
+    inner = zero.optimizer
+    numbers = [number for group in stored["param_groups"] for number in group["params"]]
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    state = stored["state"]
+    for now, then in zip(inner.param_groups, stored["param_groups"], strict=True):
+        now.update({name: value for name, value in then.items() if name != "params"})
+    if not state:
+        return
+    keys = [key for key in next(iter(state.values())) if key != "step"]
+    for flat in _flat_parts(zero):
+        step = next(iter(state.values()))["step"]
+        inner.state[flat] = {"step": _as_step(inner, step), **{key: torch.zeros_like(flat.data) for key in keys}}
+    _link(zero)
+    for number, parameter in zip(numbers, parameters, strict=True):
+        for key in keys:
+            _set(parameter, state[number][key], key)
+
+
+def load_weights(engine: Any, stored: Mapping[str, Tensor]) -> None:
+    """Put whole weights and buffers into the engine's module and its master copies; every process must call it."""
+    module: nn.Module = engine.module
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if name not in stored:
+            continue
+        value = stored[name].to(parameter.dtype)
+        if hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if engine.global_rank == 0:
+                    parameter.data.copy_(value)
+        else:
+            parameter.data.copy_(value)
+        if parameter.requires_grad and engine.zero_optimization():
+            _set(parameter, value, None)
+    for name, buffer in module.named_buffers():
+        if name in stored:
+            buffer.data.copy_(stored[name])
+
+
+def weights(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """Return trained weights and buffers by name, whole, on the CPU; every process must call it."""
+    found: dict[str, Tensor] = {}
+    by_id: dict[int, Tensor] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) not in by_id:
+            value = _get(parameter, None) if hasattr(parameter, "ds_id") else parameter.data
+            # Tied weights stay one tensor, in the file too.
+            by_id[id(parameter)] = value.detach().cpu().clone() if keep else value.new_empty(0)
+        found[name] = by_id[id(parameter)]
+    if not keep:
+        return {}
+    kept = module.state_dict().keys() - {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    return found | {name: buffer.cpu().clone() for name, buffer in module.named_buffers() if name in kept}
+
+
+def _link(zero: Any) -> None:
+    """Let every parameter find its part of the optimizer's state.
+
+    ZeRO-1 and 2 do so by themselves after the first step of the first group, when the others have no state yet.
+    """
+    if hasattr(zero, "_hp_optimizer_states_linked"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def _keys(inner: torch.optim.Optimizer) -> tuple[list[str], Any]:
+    """Return the names of the optimizer's tensors, and its count of steps: the same for all, as ZeRO steps flat parts."""
+    first = next(filter(None, inner.state.values()), None)
+    if first is None:
+        return [], None
+    return [key for key in first if key != "step"], torch.tensor(float(first["step"]))
+
+
+def _as_step(inner: torch.optim.Optimizer, step: Any) -> Any:
+    """Return a count of steps in the form that the optimizer keeps: DeepSpeed's own ones keep a number."""
+    of_torch = type(inner).__module__.startswith("torch.")
+    return torch.tensor(float(step)) if of_torch else int(step)
+
+
+def _flat_parts(zero: Any) -> list[Tensor]:
+    parts = getattr(zero, "single_partition_of_fp32_groups", None)
+    return list(zero.fp32_partitioned_groups_flat if parts is None else parts)
+
+
+def _get(parameter: Tensor, key: str | None) -> Tensor:
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    whole: Tensor = (
+        safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
+    )
+    return whole
+
+
+def _set(parameter: Any, value: Tensor, key: str | None) -> None:
+    """Write this process's part of a whole tensor."""
+    from deepspeed.utils import (
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+    value = value.to(parameter.device, torch.float32)
+    if hasattr(parameter, "ds_id"):
+        part = _own_part(parameter, value)
+        if key is None:
+            safe_set_local_fp32_param(parameter, part)
+        else:
+            safe_set_local_optimizer_state(parameter, part, key)
+    elif key is None:
+        safe_set_full_fp32_param(parameter, value)
+    else:
+        safe_set_full_optimizer_state(parameter, value, key)
+
+
+def _own_part(parameter: Any, value: Tensor) -> Tensor:
+    """Return the part of a whole tensor that ZeRO-3 keeps here; the last one is padded."""
+    size = int(parameter.partition_numel())
+    rank = torch.distributed.get_rank(parameter.ds_process_group)
+    own = value.flatten()[rank * size : (rank + 1) * size]
+    return torch.nn.functional.pad(own, (0, size - own.numel()))

@@ -1,0 +1,179 @@
+"""`drafttrain fit` in two processes on one machine: the same data, the same drafter; what cannot work says so in seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from drafttrain import pipeline
+from drafttrain.config.load import load_recipe
+from drafttrain.core.errors import DrafttrainError, RecipeError
+from drafttrain.core.processes import TORCHRUN, World, without_launcher, world
+from drafttrain.train.offload import refuse_stale_lock
+from drafttrain.train.preflight import check_disk
+
+RECIPE = """
+name: pair
+target: {{model: {target}}}
+drafter: {{kind: causal_lm, num_layers: 1, hidden_size: 32, num_heads: 1}}
+loss: {{kind: forward_kl}}
+data:
+  max_length: 24
+  cache: top_k
+  cache_top_k: 8
+  overlap_ngram: 40
+  generate: {{num_records: 12, records_per_shard: 3, max_new_tokens: 10, prompt_tokens: 6,
+             prompts: {{kind: jsonl, path: {prompts}}}}}
+  sources: [{{kind: generated}}]
+train: {{max_steps: 6, batch_size: 4, warmup_steps: 2, log_every_steps: 1, eval_every_steps: 3, checkpoint_every_steps: 4,
+        eval_prompts: 2, loggers: [csv]}}
+eval: {{num_prompts: 2, max_new_tokens: 6, prompt_tokens: 6, speed_prompts: 1, resamples: 200, prompts: {prompts},
+       validation_prompts: {prompts}}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_folder: Path) -> Path:
+    lines = [json.dumps({"id": str(i), "text": f"prompt number {i} is here"}) for i in range(6)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    path = tmp_path / "pair.yaml"
+    path.write_text(RECIPE.format(target=tiny_folder, prompts=tmp_path / "prompts.jsonl"))
+    return path
+
+
+def command(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run drafttrain in processes of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "drafttrain", *map(str, words)],
+        env=without_launcher(os.environ) | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_two_processes_make_the_data_and_the_drafter_of_one(recipe: Path, tmp_path: Path) -> None:
+    operators = tmp_path / "operators"
+    done = command(
+        *("fit", recipe, "--runs", tmp_path / "two", "train.devices=2", "train.deepspeed.stage=3"),
+        TORCH_EXTENSIONS_DIR=str(operators),
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert not operators.exists(), "an operator was built at start"
+    pipeline.fit(load_recipe(recipe), tmp_path / "one" / "pair")
+    one, two = tmp_path / "one" / "pair", tmp_path / "two" / "pair"
+    for made in [*(one / "data").rglob("*.jsonl"), *(one / "data").rglob("*.npy")]:
+        other = two / made.relative_to(one)
+        assert other.read_bytes() == made.read_bytes(), made.name
+    for name, weight in load_file(one / "drafter" / "model.safetensors").items():
+        torch.testing.assert_close(load_file(two / "drafter" / "model.safetensors")[name], weight, atol=1e-6, rtol=1e-5)
+    assert "2 processes on 1 host" in done.stderr
+    assert done.stderr.count("training: done") == 1, "only the first process speaks"
+
+
+def test_a_batch_that_does_not_go_into_the_processes_is_refused_in_seconds(recipe: Path, tmp_path: Path) -> None:
+    done = command("fit", recipe, "--runs", tmp_path, "train.devices=2", "train.batch_size=5")
+    assert done.returncode == RecipeError.exit_code, done.stderr[-2000:]
+    assert "train.batch_size: 5 is not a multiple of 2 (2 processes x 1 micro-batches)" in done.stderr
+
+
+def test_a_training_that_has_not_ended_is_exported_from_its_checkpoint(recipe: Path, tmp_path: Path) -> None:
+    loaded, folder = load_recipe(recipe, ["train.eval_every_steps=0"]), tmp_path / "run"
+    pipeline.fit(loaded, folder)
+    whole = load_file(folder / "drafter" / "model.safetensors")
+    (folder / "train.json").unlink()
+    pipeline.export(loaded, folder)
+    early = load_file(folder / "drafter" / "model.safetensors")
+    stored = torch.load(folder / "checkpoints" / "step-00000004.ckpt")["state_dict"]
+    assert all(torch.equal(stored[f"trained.model.{name}"], weight) for name, weight in early.items())
+    assert any(not torch.equal(early[name], whole[name]) for name in whole)
+    # The training goes on, and what it ends with is exported in its place.
+    pipeline.fit(loaded, folder)
+    final = load_file(folder / "drafter" / "model.safetensors")
+    assert all(torch.equal(final[name], whole[name]) for name in whole)
+    with pytest.raises(DrafttrainError, match="nothing is trained here yet"):
+        pipeline.export(loaded, tmp_path / "empty")
+
+
+def test_a_checkpoint_of_adapters_holds_no_target(tiny_folder: Path, recipe: Path, tmp_path: Path) -> None:
+    text = recipe.read_text().replace(
+        "{kind: causal_lm, num_layers: 1, hidden_size: 32, num_heads: 1}",
+        "{kind: medusa, num_heads: 1, num_layers: 1, joint: {lora: {rank: 2}}}",
+    )
+    recipe.write_text(text.replace("cache: top_k", "cache: none"))
+    pipeline.fit(load_recipe(recipe), tmp_path / "run")
+    stored = torch.load(tmp_path / "run" / "checkpoints" / "step-00000004.ckpt")["state_dict"]
+    assert any("adapter" in name for name in stored)
+    trained = sum(value.numel() for value in stored.values())
+    head = 257 * 32 + 32 * 32 + 32
+    low_rank = 2 * 2 * (2 * 32 + 32 + 16)
+    assert trained == head + low_rank, sorted(stored)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, World()),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, World()),
+        (
+            {
+                "RANK": "3",
+                "WORLD_SIZE": "4",
+                "LOCAL_RANK": "1",
+                "LOCAL_WORLD_SIZE": "2",
+                "MASTER_ADDR": "a",
+                "MASTER_PORT": "1",
+            },
+            World(3, 4, 1, 2),
+        ),
+        (
+            {
+                **{"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4(x2)"},
+                **{"SLURM_STEP_NODELIST": "gpu[03-05,09]", "SLURM_JOB_ID": "77"},
+            },
+            World(5, 8, 1, 4),
+        ),
+    ],
+)
+def test_launchers_say_who_a_process_is(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: World
+) -> None:
+    for name in [*TORCHRUN, "LOCAL_WORLD_SIZE"]:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert world() == expected
+
+
+def test_a_launcher_that_says_half_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT"):
+        world()
+
+
+def test_a_disk_too_small_for_checkpoints_is_refused(tmp_path: Path) -> None:
+    check_disk(tmp_path, num_trained=1000)
+    with pytest.raises(DrafttrainError, match=r"need 36,?000\.00 GB"):
+        check_disk(tmp_path, num_trained=10**12)
+
+
+def test_a_stale_lock_of_a_build_is_named(tmp_path: Path) -> None:
+    refuse_stale_lock(tmp_path)
+    lock = tmp_path / "lock"
+    lock.touch()
+    refuse_stale_lock(tmp_path)
+    hour_ago = time.time() - 3600
+    os.utime(lock, (hour_ago, hour_ago))
+    with pytest.raises(DrafttrainError, match="lock: the lock of a build"):
+        refuse_stale_lock(tmp_path)

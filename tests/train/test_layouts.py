@@ -1,0 +1,227 @@
+"""The numbers of a training do not depend on where its steps are computed."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
+from safetensors.torch import load_file
+
+from drafttrain.core.errors import DrafttrainError
+from drafttrain.core.processes import without_launcher
+from drafttrain.core.records import DraftBatch, DraftOutput
+from drafttrain.drafters.causal_lm import CausalLMDrafter
+from drafttrain.train import strategy
+from drafttrain.train.deepspeed_settings import DeepSpeedSettings
+from drafttrain.train.settings import TrainSettings
+from tests.train.layouts import curve, run
+
+CLOSE = {"abs": 1e-5}
+
+
+def in_two_processes(layouts: list[tuple[Path, dict[str, Any]]]) -> None:
+    """Train these layouts, one after the other, in two processes under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    work = json.dumps([[str(folder), layout] for folder, layout in layouts])
+    environment = without_launcher(os.environ) | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [*command, "-m", "tests.train.layouts", work], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+Layouts = list[tuple[Path, dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Layouts:
+    """What two processes trained, under one launch; the last one is the beginning of a life under several layouts."""
+    folder = tmp_path_factory.mktemp("two")
+    layouts: Layouts = [
+        (folder / f"{stage}-{accumulation}", {"stage": stage, "accumulation": accumulation, "optimizer": optimizer})
+        for stage in (0, 1, 2, 3)
+        for accumulation, optimizer in ((1, "adamw"), (4, "sgd"))
+    ]
+    layouts += [(folder / "default", {}), (folder / "life", {"stage": 3, "steps": 3})]
+    in_two_processes(layouts)
+    return layouts
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    """The curves of one process without DeepSpeed, by optimizer."""
+    return {name: run(tmp_path_factory.mktemp(name), optimizer=name) for name in ("adamw", "sgd", "muon")}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_one_process_under_any_stage(
+    plain: dict[str, list[float]], tmp_path: Path, stage: int, accumulation: int, optimizer: str
+) -> None:
+    losses = run(tmp_path, stage=stage, accumulation=accumulation, optimizer=optimizer)
+    assert losses == pytest.approx(plain[optimizer], **CLOSE)
+
+
+@pytest.mark.parametrize("stage", [None, 3])
+def test_activations_computed_again(plain: dict[str, list[float]], tmp_path: Path, stage: int | None) -> None:
+    counted: list[str] = []
+
+    class Counting(CausalLMDrafter):
+        def __init__(self, model: Any) -> None:
+            super().__init__(model)
+            model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: counted.append("forward"))
+
+    losses = run(tmp_path, stage=stage, drafter=Counting, activation_checkpointing=True)
+    assert losses == pytest.approx(plain["adamw"], **CLOSE)
+    assert counted.count("forward") >= 2 * len(losses), "each layer ran again in the backward pass"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "section",
+    [
+        DeepSpeedSettings(stage=2, offload_optimizer="cpu"),
+        DeepSpeedSettings(stage=3, offload_optimizer="cpu", offload_parameters="cpu"),
+    ],
+)
+def test_offloaded_to_the_cpu_and_resumed(tmp_path: Path, section: DeepSpeedSettings) -> None:
+    run(tmp_path / "offloaded", steps=6, deepspeed=section)
+    losses = run(tmp_path / "offloaded", steps=9, deepspeed=section)
+    assert losses == pytest.approx(run(tmp_path / "plain", steps=9), **CLOSE)
+
+
+def test_a_deepspeed_file_takes_the_place_of_the_keys(plain: dict[str, list[float]], tmp_path: Path) -> None:
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 1, "reduce_bucket_size": 1000}}))
+    section = DeepSpeedSettings(config=str(file))
+    assert (section.check(), section.zero_stage) == ([], 1)
+    assert run(tmp_path / "run", deepspeed=section) == pytest.approx(plain["adamw"], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("content", "settings", "expected"),
+    [
+        ({"train_batch_size": 4}, {}, "train_batch_size: the recipe says this, in train.batch_size"),
+        ({"bf16": {"enabled": True}, "optimizer": {}}, {}, "optimizer: the recipe says this, in train.optimizer"),
+        ({"zero_optimization": {"stage": 7}}, {}, "7 is none of 0, 1, 2, 3"),
+        ({}, {"stage": 3}, "takes the place of stage"),
+        (None, {}, "cannot be read"),
+    ],
+)
+def test_a_deepspeed_file_is_checked_against_the_recipe(
+    tmp_path: Path, content: Any, settings: dict[str, Any], expected: str
+) -> None:
+    file = tmp_path / "zero.json"
+    if content is not None:
+        file.write_text(json.dumps(content))
+    problems = DeepSpeedSettings(config=str(file), **settings).check()
+    assert any(expected in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"stage": 0, "offload_optimizer": "cpu"}, "offload_optimizer: cpu needs stage 1, 2 or 3"),
+        ({"stage": 2, "offload_parameters": "cpu"}, "offload_parameters: cpu needs stage 3"),
+        ({"stage": 3, "offload_optimizer": "nvme"}, "nvme_path: null"),
+        ({"stage": 2, "offload_optimizer": "nvme", "nvme_path": "x"}, "nvme needs stage 3"),
+    ],
+)
+def test_what_a_stage_does_not_allow_is_said_by_the_recipe(settings: dict[str, Any], expected: str) -> None:
+    problems = DeepSpeedSettings(**settings).check()
+    assert any(expected in problem for problem in problems), problems
+
+
+def test_muon_under_stage_0(plain: dict[str, list[float]], tmp_path: Path) -> None:
+    assert run(tmp_path, stage=0, optimizer="muon", accumulation=2) == pytest.approx(plain["muon"], **CLOSE)
+    problems = TrainSettings(optimizer="muon", deepspeed=DeepSpeedSettings(stage=2)).check()
+    assert any("ZeRO-2" in problem for problem in problems)
+
+
+def test_control_a_mean_of_means_is_another_number(plain: dict[str, list[float]], tmp_path: Path) -> None:
+    losses = run(tmp_path, accumulation=4, mean_of_means=True)
+    assert losses != pytest.approx(plain["adamw"], abs=1e-3)
+
+
+def test_control_dividing_twice_is_another_number(
+    plain: dict[str, list[float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strategy.ZeroPrecision, "backward", DeepSpeedPrecision.backward)
+    losses = run(tmp_path / "sgd", stage=2, accumulation=4, optimizer="sgd", clip_norm=0.0)
+    assert losses != pytest.approx(run(tmp_path / "once", optimizer="sgd", clip_norm=0.0), abs=1e-3)
+
+
+@pytest.mark.xdist_group("two processes")
+def test_two_processes(plain: dict[str, list[float]], two: Layouts) -> None:
+    for folder, layout in two[:-1]:
+        assert curve(folder) == pytest.approx(plain[layout.get("optimizer", "adamw")], **CLOSE), folder.name
+    weights = [
+        load_file(f / "last" / "model.safetensors") for f, layout in two[:-1] if layout.get("optimizer") != "sgd"
+    ]
+    for name, weight in weights[0].items():
+        for other in weights[1:]:
+            torch.testing.assert_close(other[name], weight, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.xdist_group("two processes")
+def test_a_run_goes_on_under_another_stage_and_world_size(two: Layouts, tmp_path: Path) -> None:
+    life, _ = two[-1]
+    run(life, stage=1, steps=6)
+    in_two_processes([(life, {"stage": 2, "steps": 9, "accumulation": 2})])
+    run(life, steps=12)
+    run(life, stage=3, steps=15)
+    assert curve(life) == pytest.approx(run(tmp_path, steps=15), abs=1e-4)
+
+
+def test_a_checkpoint_holds_what_is_trained_and_nothing_else(tmp_path: Path) -> None:
+    run(tmp_path / "plain", steps=3)
+    run(tmp_path / "zero", stage=3, steps=3)
+    stored = [torch.load(tmp_path / kind / "checkpoints" / "step-00000003.ckpt") for kind in ("plain", "zero")]
+    assert stored[0]["state_dict"].keys() == stored[1]["state_dict"].keys()
+    assert all(name.startswith(("trained.", "loss.")) for name in stored[0]["state_dict"])
+    for plain, zero in zip(*(s["optimizer_states"][0]["state"].values() for s in stored), strict=True):
+        assert plain.keys() == zero.keys()
+        torch.testing.assert_close(plain["exp_avg"], zero["exp_avg"], atol=1e-6, rtol=1e-5)
+        assert float(plain["step"]) == float(zero["step"]) == 3
+
+
+class Poisoned(CausalLMDrafter):
+    """Its states are no numbers at some steps."""
+
+    steps: ClassVar[set[int]]
+
+    def forward(self, batch: DraftBatch) -> DraftOutput:
+        drafted = super().forward(batch)
+        if batch.step not in self.steps:
+            return drafted
+        return replace(drafted, states_BTD={depth: x * float("nan") for depth, x in drafted.states_BTD.items()})
+
+
+@pytest.mark.parametrize("stage", [None, 0, 2, 3])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path: Path, stage: int | None) -> None:
+    Poisoned.steps = {2, 4}
+    losses = run(tmp_path, stage=stage, drafter=Poisoned)
+    rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
+    skipped = [int(row[rows[0].index("skipped_steps")]) for row in rows[1:]]
+    assert skipped == [0, 0, 1, 1, 2, 2]
+    assert [math.isfinite(loss) for loss in losses] == [True, True, False, True, False, True]
+    Poisoned.steps = {1, 2, 3, 4, 5}
+    with pytest.raises(DrafttrainError, match="for the 3rd time in a row"):
+        run(tmp_path / "stops", stage=stage, drafter=Poisoned, max_skipped_steps=2)
+
+
+def test_a_skipped_step_changes_no_weight(tmp_path: Path) -> None:
+    Poisoned.steps = {5}
+    for stage in (None, 0, 2, 3):
+        run(tmp_path / f"{stage}-5", stage=stage, steps=5)
+        run(tmp_path / f"{stage}-6", stage=stage, steps=6, drafter=Poisoned)
+        before, after = (load_file(tmp_path / f"{stage}-{n}" / "last" / "model.safetensors") for n in (5, 6))
+        assert all(torch.equal(before[name], after[name]) for name in before), stage
