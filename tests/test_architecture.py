@@ -28,7 +28,7 @@ train
 online
 config
 run_folder
-head_stages
+head_stages online_stages
 pipeline launch
 cli
 __main__

@@ -151,9 +151,9 @@ class Intake:
         }
         write_json(self.folder / "cursor.json", state)
 
-    def served(self, *, first_batch: int = 0) -> Iterator[Served]:
+    def served(self, *, first_batch: int = 0, stop_batch: int | None = None) -> Iterator[Served]:
         """Yield what was taken up, in its order."""
-        for number in range(first_batch, self.num_batches):
+        for number in range(first_batch, self.num_batches if stop_batch is None else stop_batch):
             with (self.folder / f"batch-{number:08d}.jsonl").open(encoding="utf-8") as file:
                 for line in file:
                     yield served_from_json(json.loads(line))
