@@ -29,7 +29,7 @@ train
 online
 config
 run_folder
-head_stages export_stages
+head_stages export_stages online_stages
 pipeline launch
 cli
 __main__

@@ -83,6 +83,39 @@ def gen(
 
 
 @app.command()
+def online(
+    what: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE [SECTION.KEY=VALUE]... | status RUN | rollback RUN [ROUTE]",
+            help="A recipe with a section online; or how far a run is; or the version before the one that is served.",
+            show_default=False,
+        ),
+    ],
+    smoke: Smoke = False,
+    runs: Runs = RUNS,
+    debug: Debug = False,
+) -> None:
+    """Learn from serving logs as they grow, and publish what is better, until it is told to stop; run again, it continues."""
+    with exit_codes(debug=debug):
+        word, *rest = what
+        if word in ("status", "rollback"):
+            if not 1 <= len(rest) <= (2 if word == "rollback" else 1):
+                raise RecipeError("arguments", [f"drafttrain online {word} RUN: give a run folder"])
+            from drafttrain import online_stages, pipeline
+
+            if word == "status":
+                online_stages.show_status(Path(rest[0]))
+            else:
+                pipeline.rollback(Path(rest[0]), route=rest[1] if len(rest) > 1 else None)
+            return
+        loaded, run_folder = _recipe_and_run_folder(word, rest, smoke=smoke, runs=runs)
+        from drafttrain import pipeline
+
+        pipeline.online(loaded, run_folder)
+
+
+@app.command()
 def export(
     what: Annotated[
         str,
@@ -310,7 +343,7 @@ def record(
     """Stand before a server with the OpenAI protocol and record what it answers, for {kind: serving_logs, path: DIR}."""
     with exit_codes(debug=debug):
         from drafttrain.online.recorder import record as serve
-        from drafttrain.online.settings import RecorderSettings
+        from drafttrain.online.recorder_settings import RecorderSettings
 
         serve(
             RecorderSettings(

@@ -149,13 +149,16 @@ class Run:
 
 
 def fit(recipe: Recipe, folder: Path, *, above: Sequence[str] = ()) -> None:
-    """Do all stages of a recipe; the finished ones are skipped.
+    """Do all stages of a recipe; the finished ones are skipped. With a section `online`: learn once from the logs there are.
 
     Several processes generate, cache and train together; then the first one exports and evaluates.
 
     Args:
         above: Recipes that wait for what this one makes.
     """
+    if recipe.online is not None:
+        online(recipe, folder, once=True)
+        return
     check_engines(recipe.export.verify)
     with contextlib.ExitStack() as held:
         with _all_processes(recipe, folder, held):
@@ -191,6 +194,42 @@ def _with_models_made(recipe: Recipe, runs: Path, *, above: Sequence[str] = ()) 
         of_run = RunFolder(runs / made.name)
         setattr(settings, key, str(of_run.head if made.head is not None else of_run.drafter))
     return recipe
+
+
+def online(recipe: Recipe, folder: Path, *, once: bool = False) -> None:
+    """Learn from serving logs and publish what is better: once, or until the process is told to stop."""
+    from drafttrain.online.loop import alone
+    from drafttrain.online_stages import online_run, report, show_status
+
+    if recipe.online is None:
+        raise RecipeError(recipe.name, ["online: missing: this recipe trains once; drafttrain fit does"])
+    with alone(folder):
+        run = Run(recipe, folder)
+        _write_drafter(run, run.drafter, run.folder.start, steps=0)
+        learning = online_run(recipe, run.folder, run.target)
+        try:
+            learning.once() if once else learning.for_ever()
+        finally:
+            report(run.folder, title=recipe.name)
+    show_status(folder)
+
+
+def rollback(folder: Path, *, route: str | None = None) -> None:
+    """Serve the version again that the current one replaced; one of several drafters is named by its route."""
+    from drafttrain.online.loop import lanes_of
+    from drafttrain.online.versions import Versions
+
+    lanes = lanes_of(folder)
+    if (route or "") not in lanes:
+        known = ", ".join(name for name in lanes if name)
+        raise RecipeError("arguments", [f"several drafters are here: give one of {known} after the folder"])
+    held = RunFolder(folder).held()
+    settings = held.online if held is not None and held.online is not None else None
+    hook = settings.on_publish if settings else []
+    timeout = settings.hook_timeout_seconds if settings else 60.0
+    versions = Versions(lanes[route or ""].folder, hook=hook, hook_timeout_seconds=timeout)
+    before, now = versions.rollback()
+    say(f"{versions.folder / 'current'}: {now} again, instead of {before}")
 
 
 def gen(recipe: Recipe, folder: Path) -> None:

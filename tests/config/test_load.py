@@ -124,11 +124,15 @@ def test_problems_have_the_form_of_the_design():
     )
 
 
-def test_sections_of_later_versions_say_so():
+def test_online_learning_asks_for_logs_and_for_a_rate_that_stays():
+    told = problems(DEMO.read_text(encoding="utf-8") + "\nonline: {every_minutes: 5}\n")
+    assert [problem.partition(": ")[2].partition(":")[0] for problem in told] == ["online.every_requests"]
     told = problems(DEMO.read_text(encoding="utf-8") + "\nonline: {}\n")
-    assert [problem.partition(": ")[2] for problem in told] == [
-        "online: not done yet: this version has no such section"
-    ]
+    assert {problem.partition(": ")[2].partition(":")[0] for problem in told} == {
+        "data.sources",
+        "data",
+        "train.schedule",
+    }
 
 
 HEAD = """

@@ -17,7 +17,7 @@ from drafttrain.data_gen.serving_logs.redaction import redactor
 from drafttrain.online.capture import line_of
 from drafttrain.online.record_files import RecordFiles
 from drafttrain.online.recorder import STATUS_PATH, Recorder
-from drafttrain.online.settings import RecorderSettings
+from drafttrain.online.recorder_settings import RecorderSettings
 from tests.data_gen.serving_logs.log_lines import ids
 
 

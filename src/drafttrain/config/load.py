@@ -14,7 +14,7 @@ from drafttrain.config.bundled import find_recipe
 from drafttrain.config.check import Checker
 from drafttrain.config.fields import fields_of
 from drafttrain.config.nodes import Node, Problem, apply_override, read_yaml
-from drafttrain.config.recipe import NOT_DONE_YET, Recipe
+from drafttrain.config.recipe import Recipe
 from drafttrain.config.smoke import shrink
 from drafttrain.core.errors import RecipeError
 
@@ -48,7 +48,6 @@ def read_recipe(text: str, overrides: Sequence[str] = (), *, source: str) -> Rec
         problems += apply_override(root, override)
     if not isinstance(root.value, dict):
         raise RecipeError(source, ["line 1: a recipe is made of sections: name, target, drafter, ..."])
-    problems += _not_done_yet(root)
     problems += _import_plugins(root)
     return _checked(Recipe, root, problems, source=source)
 
@@ -92,12 +91,6 @@ def _no_structured_config(made: object) -> list[Problem]:
     except OmegaConfBaseException as error:
         return [Problem("", str(error).replace("\n", " "))]
     return []
-
-
-def _not_done_yet(root: Node) -> list[Problem]:
-    """Take sections of later versions out, saying so."""
-    found = [(name, root.value.pop(name)) for name in NOT_DONE_YET if name in root.value]
-    return [Problem(node.where, f"{name}: not done yet: this version has no such section") for name, node in found]
 
 
 def _import_plugins(root: Node) -> list[Problem]:

@@ -17,11 +17,9 @@ from drafttrain.export.engines import engines
 from drafttrain.export.settings import ExportSettings
 from drafttrain.heads import heads
 from drafttrain.losses import losses
+from drafttrain.online.settings import OnlineSettings
 from drafttrain.target.frozen import TargetSettings
 from drafttrain.train.settings import TrainSettings
-
-NOT_DONE_YET = ("online",)
-"""Sections that a later version will have."""
 
 TRAINED = (("drafter", "loss"), ("head",))
 """What says what is trained: one of these groups of sections."""
@@ -50,6 +48,9 @@ class Recipe:
     train: TrainSettings = field(default_factory=TrainSettings, metadata={"help": "How the drafter is trained."})
     eval: EvalSettings = field(default_factory=EvalSettings, metadata={"help": "How the exported files are proven."})
     export: ExportSettings = field(default_factory=ExportSettings, metadata={"help": "What is written, and the gate."})
+    online: OnlineSettings | None = setting(
+        None, help="Learn from serving logs as they grow; null: train once, on data that is all there."
+    )
 
     def check(self) -> list[str]:
         """Return what is wrong across sections."""
@@ -66,6 +67,8 @@ class Recipe:
             problems += self._pretraining()
         if self.export.to or self.export.verify:
             problems += self._exports()
+        if self.online is not None:
+            problems += self._online()
         if self.train.activation_checkpointing and not getattr(_component(self.drafter), "recomputes", False):
             what = f"drafter {self.drafter.kind}" if self.drafter is not None else "a head"
             problems.append(f"train.activation_checkpointing: {what} has no stack of layers to compute again")
@@ -97,6 +100,23 @@ class Recipe:
             yield "train.pretrain: only drafter.kind causal_lm is pretrained on plain text"
         if all(getattr(source, "kind", "") == "generated" for source in self.data.sources):
             yield "train.pretrain: needs plain text: a source in data.sources besides kind generated"
+
+    def _online(self) -> Iterator[str]:
+        """Tell what online learning cannot do, or would not look at."""
+        if self.head is not None:
+            yield "online: a drafter follows its traffic; a head does not"
+        if self.target.model is None:
+            yield "online: candidates are compared by the target, but target.model is null"
+        if [getattr(source, "kind", "") for source in self.data.sources] != ["serving_logs"]:
+            yield "data.sources: online learning reads one source, of kind serving_logs"
+        if self.data.generate is not None or self.data.cache != "none":
+            yield "data: online learning neither generates nor caches: leave generate out, and cache at none"
+        if self.train.schedule != "constant":
+            yield "train.schedule: traffic has no end: online learning needs constant"
+        if self.train.pretrain is not None or self.train.deepspeed is not None or (self.train.devices or 1) > 1:
+            yield "train: online learning runs in one process, without pretrain and deepspeed"
+        if self.train.accumulation > 1:
+            yield "train.accumulation: online learning takes whole batches: leave it at 1"
 
     def _of_head(self) -> Iterator[str]:
         """Tell what a recipe that trains a head has too much or too little."""

@@ -28,17 +28,17 @@ def write_report(path: Path, result: Mapping[str, Any], *, title: str, metrics: 
     if metrics is not None and metrics.exists():
         rows = _read(metrics)
         plots.append(
-            ("Training", "Loss and acceptance over steps.", _picture(lambda axes: _training(axes, rows), columns=2))
+            ("Training", "Loss and acceptance over steps.", picture(lambda axes: _training(axes, rows), columns=2))
         )
     text = "Share of rounds that keep the i-th draft token; dashed: of those that kept the one before it."
-    plots.append(("Acceptance by position", text, _picture(lambda axes: _positions(axes, result), columns=1)))
+    plots.append(("Acceptance by position", text, picture(lambda axes: _positions(axes, result), columns=1)))
     text = "By replay on the emitted text, bands are 95 % intervals over prompts; points: the loop itself."
     plots.append(
-        ("Block efficiency against draft length", text, _picture(lambda axes: _lengths(axes, result), columns=1))
+        ("Block efficiency against draft length", text, picture(lambda axes: _lengths(axes, result), columns=1))
     )
     if "head" in result:
         text = "Mean label by predicted chance on held-out draft tokens; on the diagonal a chance is what it says."
-        plots.append(("Reliability of the head", text, _picture(lambda axes: _reliability(axes, result), columns=1)))
+        plots.append(("Reliability of the head", text, picture(lambda axes: _reliability(axes, result), columns=1)))
     page = jinja2.Environment(autoescape=True).from_string(template)
     html = page.render(title=title, result=result, plots=plots, command=command, number=number)
     write_text(path, html)
@@ -49,7 +49,7 @@ def _read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _picture(draw: Callable[[Any], None], *, columns: int) -> str:
+def picture(draw: Callable[[Any], None], *, columns: int) -> str:
     """Return a drawing as a data URL."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure

@@ -21,7 +21,7 @@ from drafttrain.online.asking import Asking, StrippedEvents
 from drafttrain.online.capture import Capture
 from drafttrain.online.line_worker import LineWorker
 from drafttrain.online.record_files import RecordFiles
-from drafttrain.online.settings import RecorderSettings
+from drafttrain.online.recorder_settings import RecorderSettings
 
 STATUS_PATH = "/_recorder"
 """Answered here and not passed on: counts as JSON."""

@@ -115,7 +115,7 @@ class Intake:
                 self.counts["used" if records else kinds[0] if kinds else "announces"] += 1
                 self.choices_set_aside.update(kinds if records else kinds[1:])
         number = f"{self.num_batches:08d}.jsonl"
-        for name, entries in (("batch", [_as_json(served) for served in taken]), ("quarantine", refused)):
+        for name, entries in (("batch", [served_as_json(served) for served in taken]), ("quarantine", refused)):
             write_text(self.folder / f"{name}-{number}", "".join(json.dumps(entry) + "\n" for entry in entries))
         self._commit(places)
         return len(taken)
@@ -151,15 +151,16 @@ class Intake:
         }
         write_json(self.folder / "cursor.json", state)
 
-    def served(self, *, first_batch: int = 0) -> Iterator[Served]:
+    def served(self, *, first_batch: int = 0, stop_batch: int | None = None) -> Iterator[Served]:
         """Yield what was taken up, in its order."""
-        for number in range(first_batch, self.num_batches):
+        for number in range(first_batch, self.num_batches if stop_batch is None else stop_batch):
             with (self.folder / f"batch-{number:08d}.jsonl").open(encoding="utf-8") as file:
                 for line in file:
-                    yield _from_json(json.loads(line))
+                    yield served_from_json(json.loads(line))
 
 
-def _as_json(served: Served) -> dict[str, Any]:
+def served_as_json(served: Served) -> dict[str, Any]:
+    """Return what was taken up as JSON can hold it, without the user's name."""
     record, law = served.record, served.record.law
     value: dict[str, Any] = {
         "id": record.id,
@@ -169,6 +170,8 @@ def _as_json(served: Served) -> dict[str, Any]:
         "prompt_tokens": len(record.loss_mask) - sum(record.loss_mask),
         "mark": [served.mark.exact, served.mark.near],
     }
+    if record.refused:
+        value["refused"] = list(record.refused)
     if law is not None:
         known_NK = law.ids_NK >= 0
         value["law_ids"] = [ids[known].tolist() for ids, known in zip(law.ids_NK, known_NK, strict=True)]
@@ -176,7 +179,8 @@ def _as_json(served: Served) -> dict[str, Any]:
     return value
 
 
-def _from_json(value: dict[str, Any]) -> Served:
+def served_from_json(value: dict[str, Any]) -> Served:
+    """Return what `served_as_json` wrote."""
     prompt, count = value["prompt_tokens"], len(value["tokens"])
     law = None
     if "law_ids" in value:
@@ -187,5 +191,6 @@ def _from_json(value: dict[str, Any]) -> Served:
             ids_NK[row, : len(ids)], log_probs_NK[row, : len(ids)] = ids, log_probs
         law = LoggedLaw(ids_NK, log_probs_NK)
     mask = [False] * prompt + [True] * (count - prompt)
-    record = Record(value["id"], value["tokens"], mask, domain=value["domain"], law=law)
+    refused = tuple(value.get("refused", ()))
+    record = Record(value["id"], value["tokens"], mask, domain=value["domain"], refused=refused, law=law)
     return Served(record, value["user"], Mark(*value["mark"]))

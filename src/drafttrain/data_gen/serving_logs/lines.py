@@ -8,12 +8,15 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import IO, cast
 
 from drafttrain.core.errors import DataError
 
 ROTATED = re.compile(r"^(.*?)\.(?:(\d{1,6})|(\d{4}-\d\d-\d\d[\w.-]*?))$")
+BUILTIN = "builtin:"
+"""Logs that come with drafttrain."""
 SKIP_BYTES = 1 << 20
 DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)
 """What reading a gzip file raises that is cut off or is none."""
@@ -32,12 +35,14 @@ class Line:
 
 
 def log_files(path: str) -> list[Path]:
-    """Return the files of a folder, a path or a pattern: of rotated ones, which end in .1 or a date, the oldest first.
+    """Return the files of a folder, a path, a pattern or a builtin log: of rotated ones, which end in .1 or a date, the oldest first.
 
     Raises:
         DataError: There is no such folder or file.
     """
     place = Path(path).expanduser()
+    if path.startswith(BUILTIN):
+        place = Path(str(resources.files("drafttrain") / "builtin" / path.removeprefix(BUILTIN)))
     if place.is_dir():
         found = list(place.iterdir())
     else:

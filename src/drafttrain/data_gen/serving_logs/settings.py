@@ -12,7 +12,7 @@ from drafttrain.data_gen.sources import WeightedSettings
 class ServingLogsSettings(WeightedSettings):
     """Logs of a serving stack: OpenAI requests and answers, vLLM's and SGLang's request logs, ShareGPT dumps; gzip and rotation."""
 
-    path: str = setting(help="A folder of logs, a file, or a pattern such as logs/*.jsonl*.")
+    path: str = setting(help="A folder of logs, a file, a pattern such as logs/*.jsonl*, or builtin:serving_log.")
     model: str | None = setting(
         None, help="Name under which the target is served; other models' answers are set aside. null: the first one's."
     )

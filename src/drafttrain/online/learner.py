@@ -1,0 +1,134 @@
+"""The update: some optimizer steps of a drafter on requests from the buffer, the loss at the recorded positions only.
+
+B = sequences, T = positions, N = trained positions
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from drafttrain.core.records import DraftBatch, Record, TargetNeeds, TargetOutput
+from drafttrain.data_gen.logged_law import with_logged
+from drafttrain.data_gen.packing import pack
+from drafttrain.drafters import Drafter
+from drafttrain.losses import Loss
+from drafttrain.losses.align import align
+from drafttrain.losses.chunked import normalised, row_losses
+from drafttrain.target import Target
+from drafttrain.train.optimizer import build_optimizer
+from drafttrain.train.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step was."""
+
+    loss: float
+    """Mean over its positions."""
+    positions: int
+    skipped: bool
+    """The gradient was not finite, and nothing was changed."""
+
+
+def recorded_only(record: Record) -> Record:
+    """Return the record with labels at its refused positions only.
+
+    The label is the token that corrects the draft; the row that erred is the one before it, and `losses.align` alone knows that.
+    """
+    refused = set(record.refused)
+    return replace(record, loss_mask=[i in refused for i in range(len(record.tokens))])
+
+
+class Learner:
+    """A drafter in training and its optimizer; the learning rate is constant, as traffic has no end."""
+
+    def __init__(
+        self, drafter: Drafter, loss: Loss, *, target: Target, settings: TrainSettings, max_length: int, num_tokens: int
+    ) -> None:
+        self.drafter = drafter
+        self.loss = loss
+        self.target = target
+        self.settings = settings
+        self.max_length = max_length
+        self.num_tokens = num_tokens
+        self.steps = 0
+        self.optimizer = build_optimizer(drafter, settings, lr_factor=drafter.lr_factor)
+
+    def step(self, records: Sequence[Record], *, positions: str) -> Step:
+        """Take one optimizer step on these requests.
+
+        Args:
+            positions: `refused`: where `Record.refused` says; `all`: at all labels.
+        """
+        batch = self._batch(records, positions=positions)
+        self.drafter.train()
+        self.optimizer.zero_grad()
+        with torch.autocast(self.target.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16-mixed"):
+            drafted = self.drafter(batch)
+            rows = align(drafted, batch, block_length=getattr(self.loss, "block_length", 1))
+            loss_N, _ = row_losses(
+                self.loss,
+                drafted,
+                rows,
+                batch,
+                vocab_size=self.num_tokens,
+                chunk_rows=self.settings.loss_chunk_rows,
+                measured=False,
+            )
+        total = loss_N.sum() if drafted.extra_loss is None else loss_N.sum() + drafted.extra_loss
+        normalised(total, batch, world_size=1, accumulation=1).backward()
+        skipped = not self._clipped()
+        if not skipped:
+            for group in self.optimizer.param_groups:
+                group["lr"] = group.setdefault("peak", group["lr"]) * self._warm_up()
+            self.optimizer.step()
+        self.loss.end_of_step()
+        self.steps += 1
+        self.drafter.eval()
+        return Step(float(loss_N.detach().mean()) if len(loss_N) else 0.0, len(loss_N), skipped)
+
+    def _batch(self, records: Sequence[Record], *, positions: str) -> DraftBatch:
+        labelled = [recorded_only(record) if positions == "refused" else record for record in records]
+        weight = float(max(1, sum(sum(record.loss_mask[1:]) for record in labelled)))
+        batch, places = pack(labelled, width=self.max_length, weight_of_step=weight, step=self.steps)
+        laws = [record.law for record in records]
+        if all(law is not None for law in laws):
+            # The law is logged at all labels, the refused ones among them.
+            batch = with_logged(batch, places, records, [law for law in laws if law], num_tokens=self.num_tokens)
+        batch = batch.to(self.target.device)
+        needs = self.drafter.needs()
+        rows_needed = self.loss.needs_target and batch.target_rows is None
+        if needs == TargetNeeds() and not rows_needed:
+            return replace(batch, target=TargetOutput())
+        seen = self.target.read(batch.tokens_BT, batch.positions_BT, needs | TargetNeeds(final=rows_needed))
+        return replace(batch, target=seen, target_rows=self.target.rows_of(seen) if rows_needed else batch.target_rows)
+
+    def _clipped(self) -> bool:
+        """Clip the gradient, and tell whether it is finite."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm or float("inf"))
+        return bool(torch.isfinite(norm))
+
+    def _warm_up(self) -> float:
+        return min(1.0, (self.steps + 1) / (self.settings.warmup_steps + 1))
+
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` needs."""
+        trained = {name for name, p in self.drafter.named_parameters() if p.requires_grad}
+        return {
+            "drafter": {name: value for name, value in self.drafter.state_dict().items() if name in trained},
+            "loss": self.loss.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "steps": self.steps,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Stand where `state` was written."""
+        self.drafter.load_state_dict(state["drafter"], strict=False)
+        self.loss.load_state_dict(state["loss"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps = state["steps"]

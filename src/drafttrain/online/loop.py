@@ -1,0 +1,192 @@
+"""From logs to published drafters, once or for ever; what a kill leaves is one batch to do again.
+
+online/intake/        what was taken up of the logs
+online/state.pt       all drafters in training, their buffers and counts, whole after every batch
+online/metrics.jsonl  a row for each update
+drafters/             the versions of the drafter, or drafters/ROUTE/ and the router
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drafttrain.core.console import say
+from drafttrain.core.errors import DrafttrainError
+from drafttrain.core.files import write_text, written_beside
+from drafttrain.data_gen.serving_logs.intake import Intake
+from drafttrain.online.lane import Lane, Workshop
+from drafttrain.online.router import Router
+from drafttrain.online.versions import Versions, publish_first
+
+
+class OnlineRun:
+    """Learning in a run folder.
+
+    Args:
+        start: The drafter that everything starts with, as an exported folder.
+    """
+
+    def __init__(self, shop: Workshop, intake: Intake, folder: Path, *, start: Path) -> None:
+        self.shop = shop
+        self.intake = intake
+        self.folder = folder
+        settings = shop.online
+        self.router = Router(settings.router) if settings.router else None
+        self.lanes: dict[str, Lane] = {}
+        for name in self.router.routes if self.router else [""]:
+            versions = Versions(
+                folder / "drafters" / name,
+                keep=settings.keep_versions,
+                hook=settings.on_publish,
+                hook_timeout_seconds=settings.hook_timeout_seconds,
+            )
+            versions.mend()
+            publish_first(versions, start)
+            self.lanes[name] = Lane(name, shop, versions)
+        self.batches = 0
+        """Batches of the intake that were learned from."""
+        self._state = folder / "online" / "state.pt"
+        self._metrics = folder / "online" / "metrics.jsonl"
+        self._resume()
+
+    def _resume(self) -> None:
+        if not self._state.exists():
+            self._metrics.unlink(missing_ok=True)
+            return
+        state = torch.load(self._state, weights_only=True, map_location=self.shop.target.device)
+        self.batches = state["batches"]
+        for name, lane in self.lanes.items():
+            lane.restore(state["lanes"][name])
+        if self.router:
+            self.router.restore(state["router"])
+        kept = [row for row in metrics(self.folder) if row["update"] <= self.lanes[row["lane"]].counts["updates"]]
+        write_text(self._metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        say(f"continuing after {sum(lane.counts['requests'] for lane in self.lanes.values()):,} requests")
+
+    def once(self) -> None:
+        """Learn from the logs that there are."""
+        while self._take():
+            pass
+        for lane in self.lanes.values():
+            if self.shop.online.every_minutes is not None and lane.counts["requests"]:
+                self._note(lane.update())
+        self._save()
+
+    def for_ever(self) -> None:
+        """Go on as the logs grow, until the process is told to stop."""
+        while True:
+            taken = self._take()
+            for lane in self.lanes.values():
+                lane.look_at_current()
+                if lane.is_time():
+                    self._note(lane.update())
+                    self._save()
+            if not taken:
+                time.sleep(self.shop.online.poll_seconds)
+
+    def _take(self) -> bool:
+        """Learn from the next batch; tell whether there was one."""
+        if self.batches == self.intake.num_batches and self.intake.take(max_lines=self.shop.online.max_lines) is None:
+            return False
+        requests = list(self.intake.served(first_batch=self.batches, stop_batch=self.batches + 1))
+        for lane in self.lanes.values():
+            lane.look_at_current()
+        by_lane: dict[str, list[Any]] = {name: [] for name in self.lanes}
+        for one in requests:
+            by_lane[self.router.route(one.record) if self.router else ""].append(one)
+        if self.router:
+            self.router.learn([one.record for one in requests])
+            self.router.save(self.folder / "drafters" / "router.safetensors")
+        for name, lane in self.lanes.items():
+            self._note(lane.take(by_lane[name]))
+        self.batches += 1
+        self._save()
+        return True
+
+    def _note(self, rows: list[dict[str, Any]]) -> None:
+        self._metrics.parent.mkdir(parents=True, exist_ok=True)
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def _save(self) -> None:
+        state = {
+            "batches": self.batches,
+            "lanes": {name: lane.state() for name, lane in self.lanes.items()},
+            "router": self.router.state() if self.router else {},
+        }
+        with written_beside(self._state) as temporary:
+            torch.save(state, temporary)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of all updates of a run; half a line that a kill left is none."""
+    path = folder / "online" / "metrics.jsonl"
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def lanes_of(folder: Path) -> dict[str, Versions]:
+    """Return the published versions of a run, by route.
+
+    Raises:
+        DrafttrainError: Nothing was published in this folder.
+    """
+    found = {
+        "" if link.parent.name == "drafters" else link.parent.name: Versions(link.parent)
+        for link in sorted((folder / "drafters").glob("**/current"))
+        if link.is_symlink()
+    }
+    if not found:
+        raise DrafttrainError(f"{folder}: no drafter was published here: drafttrain online RECIPE does")
+    return found
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """Return how far a run is: lines of the logs, updates, promotions, what is served."""
+    cursor = folder / "online" / "intake" / "cursor.json"
+    lines = json.loads(cursor.read_text(encoding="utf-8"))["lines"] if cursor.exists() else {}
+    rows = metrics(folder)
+    lanes = {}
+    for name, versions in lanes_of(folder).items():
+        own = [row for row in rows if row["lane"] == name]
+        events = Counter(event["event"] for event in versions.history())
+        lanes[name] = {
+            "serving": versions.current(),
+            "updates": own[-1]["update"] if own else 0,
+            "requests": own[-1]["requests"] if own else 0,
+            "block_efficiency": next((r["block_efficiency"] for r in reversed(own) if "block_efficiency" in r), None),
+            "drift_p_value": own[-1].get("drift_p_value") if own else None,
+            **{event: events[event] for event in ("published", "refused", "rolled_back", "hook_failed")},
+        }
+    used = {"used", "announces"}
+    quarantine = {kind: count for kind, count in lines.items() if kind not in used}
+    return {"lines": lines, "quarantine": quarantine, "lanes": lanes}
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the run for this process.
+
+    Raises:
+        DrafttrainError: Another one learns here.
+    """
+    path = folder / "online" / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DrafttrainError(f"{folder}: another process learns here") from error
+        yield

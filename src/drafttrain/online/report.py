@@ -1,0 +1,39 @@
+"""The page of an online run: block efficiency over the requests, promotions, drifts, what was set aside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from drafttrain.core.files import write_text
+from drafttrain.eval.report import picture
+from drafttrain.online.loop import lanes_of, metrics, status
+
+
+def write_online_report(folder: Path, path: Path, *, title: str) -> None:
+    """Write the report of a run folder."""
+    import jinja2
+
+    rows = metrics(folder)
+    events = [{"lane": name} | event for name, versions in lanes_of(folder).items() for event in versions.history()]
+    events.sort(key=lambda event: event["at"])
+    plot = picture(lambda axes: _efficiency(axes, rows), columns=2)
+    template = (resources.files("drafttrain") / "online" / "report.html").read_text(encoding="utf-8")
+    page = jinja2.Environment(autoescape=True).from_string(template)
+    write_text(path, page.render(title=title, status=status(folder), events=events, plot=plot))
+
+
+def _efficiency(axes: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    for name in dict.fromkeys(row["lane"] for row in rows):
+        own = [row for row in rows if row["lane"] == name and "block_efficiency" in row]
+        requests = [row["requests"] for row in own]
+        (line,) = axes[0].plot(requests, [row["block_efficiency"] for row in own], label=name or "drafter")
+        better = [row for row in own if row.get("promoted")]
+        axes[0].plot([r["requests"] for r in better], [r["candidate"] for r in better], "^", color=line.get_color())
+        axes[1].semilogy(requests, [row["drift_p_value"] for row in own], color=line.get_color())
+    axes[0].set(xlabel="requests", ylabel="block efficiency", title="served drafter; triangles: promoted")
+    axes[1].set(xlabel="requests", ylabel="p-value", title="drift")
+    if rows:
+        axes[0].legend(fontsize=8, frameon=False)
