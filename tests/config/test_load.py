@@ -36,7 +36,20 @@ def problems(text: str, *overrides: str) -> list[str]:
 
 
 def test_sections_have_one_order():
-    names = ["name", "seed", "plugins", "target", "drafter", "head", "loss", "data", "train", "eval", "export"]
+    names = [
+        "name",
+        "seed",
+        "plugins",
+        "target",
+        "drafter",
+        "head",
+        "loss",
+        "data",
+        "train",
+        "eval",
+        "export",
+        "online",
+    ]
     assert list(fields_of(Recipe)) == names
 
 

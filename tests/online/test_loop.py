@@ -1,0 +1,168 @@
+"""The whole loop on a tiny target: real engine, real logs on disk, versions that are swapped between requests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from drafttrain.checkpoint import About, read_drafter
+from drafttrain.core.records import Prompt, Sampling
+from drafttrain.data_gen.formats import Encoder
+from drafttrain.data_gen.serving_logs.intake import Intake
+from drafttrain.data_gen.sources import sources
+from drafttrain.eval.acceptance.lossless import Lossless
+from drafttrain.eval.engine import Engine
+from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
+from drafttrain.eval.proposers.none import NoDraft
+from drafttrain.export.hf import export_hf
+from drafttrain.losses.forward_kl import ForwardKL
+from drafttrain.online.lane import Workshop
+from drafttrain.online.loop import OnlineRun, metrics, status
+from drafttrain.online.report import write_online_report
+from drafttrain.online.settings import OnlineSettings
+from drafttrain.train.settings import TrainSettings
+from tests.online.test_learning import K, near_copy
+
+SETTINGS = {
+    "every_requests": 24,
+    "steps": 25,
+    "held_out": 0.4,
+    "window": 24,
+    "min_held_out": 8,
+    "parity_prompts": 2,
+    "resamples": 300,
+    "positions": "all",
+    "user_quota": 1.0,
+}
+
+
+def start(tmp_path: Path, target, *, noise: float = 0.3) -> Path:
+    drafter = near_copy(target, noise=noise)
+    drafter.save(tmp_path / "weights")
+    about = About("causal_lm", target.name, target.fingerprint, target.tokenizer_fingerprint, 257, 0)
+    export_hf(tmp_path / "weights", tmp_path / "start", tokenizer=target.tokenizer, about=about, dtype="float32")
+    return tmp_path / "start"
+
+
+def online_run(tmp_path: Path, target, first: Path, **changes) -> OnlineRun:
+    online = OnlineSettings(**SETTINGS | changes)
+    shop = Workshop(
+        target=target,
+        online=online,
+        train=TrainSettings(lr=2e-3, batch_size=16, warmup_steps=0, schedule="constant"),
+        loss=ForwardKL,
+        max_length=40,
+        num_draft_tokens=K,
+        dtype="float32",
+        seed=0,
+    )
+    settings = sources.entry("serving_logs").settings(path=str(tmp_path / "logs"), near_duplicates=None)
+    intake = Intake(settings, Encoder(target.tokenizer, 40), tmp_path / "run" / "online" / "intake")
+    return OnlineRun(shop, intake, tmp_path / "run", start=first)
+
+
+def prompts(domain: int, count: int, *, first: int = 0) -> list[Prompt]:
+    """Return prompts of bytes of one half of the alphabet."""
+    draws = torch.Generator().manual_seed(100 * domain + first)
+    low = 1 + 128 * domain
+    return [
+        Prompt(f"{domain}-{first + i}", torch.randint(low, low + 128, (6,), generator=draws).tolist())
+        for i in range(count)
+    ]
+
+
+def serve(target, folder: Path, log: Path, wanted: list[Prompt]) -> float:
+    """Decode as a server would with the version that `folder/current` names, append to the log, and return block efficiency."""
+    log.parent.mkdir(exist_ok=True)
+    drafter = read_drafter((folder / "current").resolve(), target)
+    policy = FixedLength(FixedLengthSettings(num_draft_tokens=K))
+    engines = [
+        Engine(target, proposer, rule=Lossless(), policy=policy, sampling=Sampling(), max_new_tokens=14)
+        for proposer in (drafter.proposer(target), NoDraft())
+    ]
+    rounds = tokens = 0
+    with log.open("a") as file:
+        for prompt in wanted:
+            one, plain = (engine.generate([prompt])[0] for engine in engines)
+            assert list(one.tokens) == list(plain.tokens), "served text is the target's own, whatever drafts"
+            rounds, tokens = rounds + len(one.rounds), tokens + len(one.tokens)
+            # Random bytes are no text that a log may hold: ids are.
+            choice = {"message": {"role": "assistant", "content": None}, "token_ids": list(map(int, one.tokens))}
+            line = {
+                "id": prompt.id,
+                "request": {"model": "t", "prompt": list(prompt.tokens)},
+                "response": {"model": "t", "choices": [choice | {"finish_reason": "length"}]},
+            }
+            file.write(json.dumps(line) + "\n")
+    return tokens / rounds
+
+
+def test_served_block_efficiency_rises_and_the_text_stays_the_targets(tmp_path, tiny_target):
+    first = start(tmp_path, tiny_target)
+    run = online_run(tmp_path, tiny_target, first)
+    drafters, log = tmp_path / "run" / "drafters", tmp_path / "logs" / "a.jsonl"
+    served = []
+    for batch in range(2):
+        served.append(serve(tiny_target, drafters, log, prompts(0, 24, first=24 * batch)))
+        run.once()
+    last = serve(tiny_target, drafters, log, prompts(0, 24, first=200))
+    rows = metrics(tmp_path / "run")
+    # Updates happen exactly at their interval.
+    assert [row["requests"] for row in rows] == [24, 48]
+    assert any(row.get("promoted") for row in rows)
+    assert last > served[0] + 0.1
+    found = status(tmp_path / "run")
+    assert found["lanes"][""]["published"] >= 2
+    assert found["lines"] == {"used": 48}
+    write_online_report(tmp_path / "run", tmp_path / "report.html", title="t")
+    assert "published" in (tmp_path / "report.html").read_text()
+    # Somebody steps back: what is served is the version before, and learning follows it.
+    lane = run.lanes[""]
+    _, replaced = lane.versions.rollback()
+    lane.look_at_current()
+    assert lane.version == replaced
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_worse_candidate_and_forged_answers_change_nothing(tmp_path, tiny_target, resumed):
+    first = start(tmp_path, tiny_target, noise=0.0)
+    run = online_run(tmp_path, tiny_target, first, steps=2)
+    log = tmp_path / "logs" / "a.jsonl"
+    serve(tiny_target, tmp_path / "run" / "drafters", log, prompts(0, 12))
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    torch.manual_seed(0)
+    for number in range(12):
+        ids = torch.randint(1, 257, (20,)).tolist()
+        choice = lines[number]["response"]["choices"][0] | {"token_ids": ids}
+        lines.append(lines[number] | {"id": f"forged{number}", "response": {"model": "t", "choices": [choice]}})
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if resumed:
+        run.intake.take(max_lines=10)
+        run = online_run(tmp_path, tiny_target, first, steps=2)
+    run.once()
+    # A drafter that is the target cannot become better.
+    assert run.lanes[""].versions.current() == "0000"
+    assert run.lanes[""].counts["requests"] == 24
+    assert {event["event"] for event in run.lanes[""].versions.history()} <= {"published", "refused"}
+
+
+def test_a_run_that_was_cut_short_ends_as_one_that_was_not(tmp_path, tiny_target):
+    weights = []
+    for cut in (False, True):
+        place = tmp_path / str(cut)
+        place.mkdir()
+        first = start(place, tiny_target)
+        run = online_run(place, tiny_target, first, steps=2, max_lines=10, every_requests=8)
+        serve(tiny_target, place / "run" / "drafters", place / "logs" / "a.jsonl", prompts(0, 28))
+        if cut:
+            run._take()
+            # What was done after the last state was written is lost with the process.
+            run.lanes[""].update()
+            run = online_run(place, tiny_target, first, steps=2, max_lines=10, every_requests=8)
+        run.once()
+        weights.append(run.lanes[""].learner.state()["drafter"])
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
