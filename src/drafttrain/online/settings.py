@@ -103,8 +103,8 @@ class OnlineSettings:
         return problems
 
     def smoke(self) -> OnlineSettings:
-        """Return a copy that updates and compares after a handful of requests."""
-        every = None if self.every_requests is None else min(self.every_requests, 8)
+        """Return a copy that updates and compares twice on a log of two hundred requests."""
+        every = None if self.every_requests is None else 100
         return replace(
             self,
             every_requests=every,
