@@ -207,7 +207,7 @@ def test_a_run_folder_with_another_name_is_another_run(recipe, tmp_path):
     assert _recipe_and_run_folder(str(tmp_path / "tiny"), ["name=other"], **at)[1] == tmp_path / "runs" / "other"
 
 
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("kill", [pytest.param(signal.SIGKILL, marks=pytest.mark.processes), signal.SIGTERM])
 def test_a_killed_training_continues_bit_for_bit(recipe, tmp_path, kill):
     """SIGKILL at an arbitrary moment, SIGTERM (exit code 75): the same command again gives the uninterrupted curve and weights.
 

@@ -61,6 +61,7 @@ def command(*words: object, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
+@pytest.mark.processes
 def test_two_processes_make_the_data_and_the_drafter_of_one(recipe: Path, tmp_path: Path) -> None:
     operators = tmp_path / "operators"
     done = command(
@@ -108,6 +109,7 @@ def test_a_request_to_stop_reaches_all_processes_and_the_same_command_continues(
     assert not left, f"still running: {left}"
 
 
+@pytest.mark.processes
 def test_a_training_that_has_not_ended_is_exported_from_its_checkpoint(recipe: Path, tmp_path: Path) -> None:
     loaded, folder = load_recipe(recipe, ["train.eval_every_steps=0"]), tmp_path / "run"
     pipeline.fit(loaded, folder)

@@ -96,7 +96,12 @@ def test_current_is_whole_after_a_kill_at_any_moment(tmp_path, moments):
         process.start()
         until = time.monotonic() + draws.uniform(0.02, 0.12)
         while time.monotonic() < until:
-            assert whole((folder / "current").resolve())
+            seen = (folder / "current").resolve()
+            try:
+                assert whole(seen)
+            except FileNotFoundError:
+                # So many versions were published since that it is one of those no longer kept.
+                assert (folder / "current").resolve() != seen
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert whole(folder / "current")
