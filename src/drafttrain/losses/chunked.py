@@ -167,6 +167,11 @@ def in_draft_vocabulary(loss: Loss, rows: LossRows, vocabulary_R: Tensor, *, voc
     return values
 
 
+def summed(loss_N: Tensor, drafted: DraftOutput) -> Tensor:
+    """Return the sum over a micro-batch's rows, with what the drafter adds by itself."""
+    return loss_N.sum() if drafted.extra_loss is None else loss_N.sum() + drafted.extra_loss
+
+
 def normalised(total: Tensor, batch: Weighted, *, world_size: int, accumulation: int) -> Tensor:
     """Return the micro-batch's part of the mean over all trained positions of an optimiser step, from its sum.
 

@@ -17,7 +17,7 @@ from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import Drafter
 from drafttrain.losses import Loss
 from drafttrain.losses.align import align
-from drafttrain.losses.chunked import normalised, row_losses
+from drafttrain.losses.chunked import normalised, row_losses, summed
 from drafttrain.target import Target
 from drafttrain.train.optimizer import build_optimizer
 from drafttrain.train.settings import TrainSettings
@@ -79,8 +79,7 @@ class Learner:
                 chunk_rows=self.settings.loss_chunk_rows,
                 measured=False,
             )
-        total = loss_N.sum() if drafted.extra_loss is None else loss_N.sum() + drafted.extra_loss
-        normalised(total, batch, world_size=1, accumulation=1).backward()
+        normalised(summed(loss_N, drafted), batch, world_size=1, accumulation=1).backward()
         skipped = not self._clipped()
         if not skipped:
             for group in self.optimizer.param_groups:

@@ -19,7 +19,7 @@ from drafttrain.drafters import Drafter
 from drafttrain.heads import HeadBatch, TokenHead
 from drafttrain.losses import Loss
 from drafttrain.losses.align import align
-from drafttrain.losses.chunked import normalised, row_losses
+from drafttrain.losses.chunked import normalised, row_losses, summed
 from drafttrain.target import Target
 from drafttrain.train.optimizer import build_optimizer, learning_rate_scale
 from drafttrain.train.settings import TrainSettings
@@ -204,8 +204,7 @@ class DistillModule(StepModule):
         )
         acceptance = () if acceptance_N is None else (acceptance_N.sum(), acceptance_N.new_tensor(len(acceptance_N)))
         self._count(loss_N.detach().sum(), loss_N.new_tensor(float(len(loss_N))), *acceptance)
-        total = loss_N.sum() if drafted.extra_loss is None else loss_N.sum() + drafted.extra_loss
-        return self._scaled(total, batch)
+        return self._scaled(summed(loss_N, drafted), batch)
 
     def _with_target(self, batch: DraftBatch) -> DraftBatch:
         from dataclasses import replace
