@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from drafttrain.checkpoint import ABOUT
+from drafttrain.core.errors import CheckpointError
 from drafttrain.export import DrafterFiles, Exporter, exporters
-from drafttrain.export.folder import kind_of
+from drafttrain.export.folder import kind_of, read_files
 from drafttrain.export.gguf_file import FILE, read_gguf, write_gguf
 from drafttrain.export.gguf_tokenizer import GgufTokenizer
 from drafttrain.export.layout import layout_problems
@@ -117,6 +118,24 @@ class GgufExporter(Exporter):
     def holds(self, folder: Path) -> bool:
         """Tell whether a folder has such a file."""
         return (folder / FILE).is_file()
+
+
+def write_model(folder: Path, path: Path, *, dtype: str | None = None) -> None:
+    """Write the model of a Hugging Face folder, a target for instance, as a GGUF file.
+
+    Args:
+        dtype: Type of its matrices; None: the one that they have.
+
+    Raises:
+        CheckpointError: llama.cpp would drop or misread something.
+    """
+    files, exporter = read_files(folder), GgufExporter()
+    if dtype is not None:
+        files = replace(files, tensors={n: value.to(getattr(torch, dtype)) for n, value in files.tensors.items()})
+    if found := exporter.refusals(files, files.config):
+        raise CheckpointError("\n  ".join([f"{folder}: cannot be written as GGUF", *found[:20]]))
+    made = exporter.convert(files, files.config)
+    write_gguf(path, made.config, made.tensors)
 
 
 def name_of(name: str) -> str:
