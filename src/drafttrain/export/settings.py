@@ -23,7 +23,8 @@ class ExportSettings:
     )
 
     to: list[str] = setting(
-        [], help="Further formats, each a folder beside the drafter's: vllm, speculators, sglang (drafter.vllm, ...)."
+        [],
+        help="Further formats, each a folder beside the drafter's: vllm, speculators, sglang, gguf (drafter.vllm, ...).",
     )
     verify: list[str] = setting(
         [],
