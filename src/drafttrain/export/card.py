@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -80,13 +81,14 @@ def _use(result: Mapping[str, Any], drafter: str) -> str:
     kind, length = told["kind"], result["settings"]["length"]
     wanted = (told["about"] or {}).get("draft", "sampled")
     num_draft_tokens = length.get("depth") or length.get("num_draft_tokens") or NUM_DRAFT_TOKENS
-    able = [engine for engine in map(engine_of, engines.names()) if kind in engine.methods]
-    commands = [
-        "    " + engine.command("TARGET", Use(_folder(engine), kind, num_draft_tokens, engine.draft(kind, wanted)))
-        for engine in able
-    ]
+    blocks = []
+    for engine in map(engine_of, engines.names()):
+        if kind in engine.methods:
+            use = Use(_folder(engine), kind, num_draft_tokens, engine.draft(kind, wanted))
+            # Without a word between them, two blocks of code would be one.
+            blocks += [f"{engine.name}:", textwrap.indent(engine.command("TARGET", use), "    ")]
     component: Any = drafters.entry(kind).component
-    return "\n\n".join([*commands, component.serving])
+    return "\n\n".join([*blocks, component.serving])
 
 
 def _folder(engine: ServingEngine) -> str:

@@ -1,7 +1,7 @@
 """Does a serving engine do with the exported files what the embedded evaluator did with ours? Token for token, count for count.
 
-The evaluator decodes as the engine counts: the first token of an output comes before any draft, every later round drafts K tokens.
-Engines differ in whether rounds draft past the end of the output, and in which tokens end a text: `Habits`.
+The evaluator decodes as the engine counts: rounds of K draft tokens. Engines differ in whether the first token of an output comes
+before any draft, whether rounds draft past its end, and in which tokens end a text: `Habits`.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def evaluator_side(
     """Return what the evaluator decodes and counts, as the engine does."""
     greedy, sampled = (
         [
-            served_counts(one, max_new_tokens=job.max_new_tokens, ends=habits.ends)
+            served_counts(one, max_new_tokens=job.max_new_tokens, habits=habits)
             for one in decode(
                 target,
                 drafter,
@@ -290,21 +290,23 @@ def decode(
 ) -> list[Generation]:
     """Return outputs as an engine makes them: a first token of the target's own, then rounds of K draft tokens, to past the end.
 
-    Their `prompt_tokens` are those that were given; rounds start behind the first token.
+    Their `prompt_tokens` are those that were given; rounds start behind the first token, where it comes alone.
     """
     lengths = {"num_draft_tokens": num_draft_tokens}
+    alone = int(habits.first_alone)
     first = _engine(target, NoDraft(), sampling, max_new_tokens=1, seed=1, **lengths).generate(prompts)
-    longer = [replace(p, tokens=[*p.tokens, *one.tokens]) for p, one in zip(prompts, first, strict=True)]
+    begun = [list(one.tokens[:alone]) for one in first]
+    longer = [replace(prompt, tokens=[*prompt.tokens, *tokens]) for prompt, tokens in zip(prompts, begun, strict=True)]
     # One round past the end at most, and it drafts as many tokens as any other.
-    most = max_new_tokens + num_draft_tokens if habits.past_end else max_new_tokens - 1
+    most = max_new_tokens + num_draft_tokens if habits.past_end else max_new_tokens - alone
     proposer = drafter.proposer(target)
     if habits.draft_top_k:
         proposer = Narrowed(proposer, habits.draft_top_k)
     engine = _engine(target, proposer, sampling, max_new_tokens=most, **lengths)
     rest = [engine.generate([prompt])[0] for prompt in longer]
     return [
-        replace(one, prompt_tokens=prompt.tokens, tokens=[*begun.tokens, *one.tokens])
-        for prompt, begun, one in zip(prompts, first, rest, strict=True)
+        replace(one, prompt_tokens=prompt.tokens, tokens=[*tokens, *one.tokens])
+        for prompt, tokens, one in zip(prompts, begun, rest, strict=True)
     ]
 
 
@@ -349,10 +351,11 @@ def _up_to_end(tokens: Sequence[int], ends: frozenset[int]) -> list[int]:
     return list(tokens[: end + 1])
 
 
-def served_counts(generation: Generation, *, max_new_tokens: int, ends: frozenset[int] = frozenset()) -> Served:
+def served_counts(generation: Generation, *, max_new_tokens: int, habits: Habits = PLAIN) -> Served:
     """Return the counters of an output of `decode`: of the drafts that are made before its last token is there."""
-    tokens = _up_to_end(generation.tokens[:max_new_tokens], ends)
-    rounds = [one for one in generation.rounds if one.num_draft_tokens and 1 + one.start < len(tokens)]
+    tokens = _up_to_end(generation.tokens[:max_new_tokens], habits.ends)
+    begun = int(habits.first_alone)
+    rounds = [one for one in generation.rounds if one.num_draft_tokens and begun + one.start < len(tokens)]
     deepest = max((one.max_depth for one in rounds), default=0)
     return Served(
         tokens=tokens,

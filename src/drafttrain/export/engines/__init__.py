@@ -55,6 +55,8 @@ class Use:
 class Habits:
     """How an engine goes about a text, where engines differ; the evaluator decodes and counts alike beside it."""
 
+    first_alone: bool = True
+    """The first token of an output comes before any draft; else the first round drafts too."""
     past_end: bool = True
     """Rounds draft in full past the end of an output; else no token that cannot be kept is drafted."""
     ends: frozenset[int] = frozenset()
@@ -68,7 +70,7 @@ class ServingEngine(ABC):
 
     name: ClassVar[str]
     pins: ClassVar[tuple[str, ...]]
-    """What pip installs."""
+    """What pip installs; nothing: it runs in drafttrain's own Python."""
     removed: ClassVar[tuple[str, ...]] = ()
     """What pip brings with it that breaks it, and is taken out again."""
     size: ClassVar[str] = "some gigabytes, some minutes"
