@@ -81,6 +81,8 @@ class ServingEngine(ABC):
     """Export formats that it loads; the first is the one to use."""
     methods: ClassVar[Mapping[str, str]]
     """The kinds of drafter that it runs, and how it calls each."""
+    samples: ClassVar[bool] = True
+    """It is asked at temperature > 0 too; else its answer is the greedy run alone."""
 
     def check_kind(self, folder: Path, kind: str) -> None:
         """Refuse a kind of drafter that this engine has no method for.

@@ -26,7 +26,7 @@ class TransformersEngine(ServingEngine):
     name = "transformers"
     pins = ()
     worker = "transformers_worker.py"
-    formats = ("hf", "vllm")
+    formats = ("hf",)
     methods: ClassVar[Mapping[str, str]] = {"causal_lm": "assistant_model"}
 
     def draft(self, kind: str, wanted: str) -> str:
