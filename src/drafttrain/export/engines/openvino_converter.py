@@ -17,6 +17,7 @@ from typing import Any
 
 GRAPH = "openvino_model.xml"
 WEIGHTS = "openvino_model.bin"
+TOKENIZER = "openvino_tokenizer.xml"
 
 
 def answer_to(request: dict[str, Any]) -> dict[str, Any]:
@@ -35,7 +36,11 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
         ov_config=OVConfig(dtype="fp32"),
         # optimum-intel's class of EAGLE-3 is, to transformers, code that comes with the model.
         trust_remote_code=taps is not None,
+        convert_tokenizer=True,
     )
+    # It says a failure of that in a warning alone; without the file no pipeline drafts.
+    if not os.path.exists(os.path.join(folder, TOKENIZER)):
+        raise RuntimeError("the tokenizer was not converted: the warnings above say why")
     if taps is not None:
         _note(folder, "hidden_layers_list", " ".join(map(str, taps)))
     return {"version": __version__}
