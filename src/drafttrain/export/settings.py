@@ -28,7 +28,7 @@ class ExportSettings:
     )
     verify: list[str] = setting(
         [],
-        help="Serving engines that load the export and must do with it what the evaluator does: vllm "
+        help="Serving engines that load the export and must do with it what the evaluator does: vllm, llama.cpp "
         "(drafttrain engines install vllm).",
     )
     verify_prompts: int = setting(8, help="Prompts of eval.prompts that an engine decodes.", ge=1)

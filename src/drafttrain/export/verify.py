@@ -194,7 +194,7 @@ def evaluator_side(
     """Return what the evaluator decodes and counts, as the engine does."""
     greedy, sampled = (
         [
-            served_counts(one, max_new_tokens=job.max_new_tokens, ends=habits.ends)
+            served_counts(one, max_new_tokens=job.max_new_tokens, habits=habits)
             for one in decode(
                 target,
                 drafter,
@@ -349,17 +349,23 @@ def _up_to_end(tokens: Sequence[int], ends: frozenset[int]) -> list[int]:
     return list(tokens[: end + 1])
 
 
-def served_counts(generation: Generation, *, max_new_tokens: int, ends: frozenset[int] = frozenset()) -> Served:
+def served_counts(generation: Generation, *, max_new_tokens: int, habits: Habits = PLAIN) -> Served:
     """Return the counters of an output of `decode`: of the drafts that are made before its last token is there."""
-    tokens = _up_to_end(generation.tokens[:max_new_tokens], ends)
+    tokens = _up_to_end(generation.tokens[:max_new_tokens], habits.ends)
     rounds = [one for one in generation.rounds if one.num_draft_tokens and 1 + one.start < len(tokens)]
+    # Of what a round gives, one token was not drafted: where all that counts is what is written, the last one.
+    most = [len(tokens) - 2 - one.start for one in rounds]
+    kept = [
+        one.num_accepted if habits.past_end else min(one.num_accepted, limit)
+        for one, limit in zip(rounds, most, strict=True)
+    ]
     deepest = max((one.max_depth for one in rounds), default=0)
     return Served(
         tokens=tokens,
         num_drafts=len(rounds),
         num_draft_tokens=sum(one.num_draft_tokens for one in rounds),
-        num_accepted=sum(one.num_accepted for one in rounds),
-        accepted_at=[sum(one.num_accepted >= i for one in rounds) for i in range(1, deepest + 1)],
+        num_accepted=sum(kept),
+        accepted_at=[sum(count >= i for count in kept) for i in range(1, deepest + 1)],
     )
 
 
@@ -402,7 +408,8 @@ def _log_likelihoods(target: Target, prompts: Sequence[Prompt], served: Sequence
     found = []
     for prompt, one in zip(prompts, served, strict=True):
         tokens = torch.tensor([[*prompt.tokens, *one.tokens]], device=target.device)
-        logits_NV = target.model(tokens).logits[0, len(prompt.tokens) - 1 : -1, : target.num_tokens]
+        # Padding included: an engine that does not know it may draw it.
+        logits_NV = target.model(tokens).logits[0, len(prompt.tokens) - 1 : -1]
         law_NV = (logits_NV.float() / SAMPLED_TEMPERATURE).log_softmax(dim=-1)
         found.append(float(law_NV.gather(1, tokens[0, len(prompt.tokens) :, None]).mean()))
     return found

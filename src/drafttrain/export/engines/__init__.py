@@ -56,7 +56,7 @@ class Habits:
     """How an engine goes about a text, where engines differ; the evaluator decodes and counts alike beside it."""
 
     past_end: bool = True
-    """Rounds draft in full past the end of an output; else no token that cannot be kept is drafted."""
+    """Rounds draft in full past the end of an output, and count what they accept there; else neither."""
     ends: frozenset[int] = frozenset()
     """Tokens that end a text, and are its last."""
     draft_top_k: int = 0

@@ -55,6 +55,9 @@ ENDS = frozenset(
 )
 """Tokens that end a text for llama.cpp by what they are called, whatever the model says."""
 
+TARGETS = "llama.cpp-targets"
+"""Folder beside the environments."""
+
 DRAFT_TOP_K = 10
 """Of the drafter's law, in its probabilistic drafting; its source says so, and its counters."""
 
@@ -95,7 +98,7 @@ class LlamaCppEngine(ServingEngine):
         """
         parts = [fingerprint_of(folder), sha256_of(folder / "tokenizer.json"), str(dtype)]
         key = hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
-        path = root() / "llama.cpp-targets" / f"{key}.gguf"
+        path = root() / TARGETS / f"{key}.gguf"
         if not path.exists():
             say(f"llama.cpp: writing the target as {path}")
             with written_beside(path) as temporary:
@@ -113,6 +116,7 @@ class LlamaCppEngine(ServingEngine):
             "context": job.max_length,
             "prompts": [list(prompt) for prompt in job.prompts],
             "runs": [{"temperature": t, "max_tokens": job.max_new_tokens, "seed": 0} for t in job.temperatures],
+            "texts": [],
         }
 
     def served(self, answer: Mapping[str, Any]) -> list[list[Served]]:
