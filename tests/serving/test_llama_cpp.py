@@ -201,27 +201,3 @@ def test_a_target_that_cannot_be_written_is_named(engine, tmp_path):
     assert done.exit_code == 1
     assert f"{folder}: cannot be written as GGUF" in done.stderr
     assert "hidden_act is 'gelu'" in done.stderr
-
-
-def test_serve_config_names_the_target_as_a_file(engine, tmp_path):
-    """Its own engine reads it: the file is the one that the engine was given in the tests above, in the target's own type."""
-    source = Path(shutil.copytree(resolve_folder(DRAFTER), tmp_path / "drafter"))
-    replay = {"1": {"value": 1.5}, "3": {"value": 2.0}}
-    length = {"kind": "fixed", "num_draft_tokens": 3}
-    counts = {"num_drafts": 10, "num_draft_tokens": 30, "mean_acceptance_length": 2.0}
-    arm = {"length": length, "replay": replay, "mbsu": 1.8, "vllm": counts}
-    result = {"settings": {"length": length}, "temperatures": [{"temperature": 0, "drafters": {"drafter": arm}}]}
-    (source / "eval.json").write_text(json.dumps(result))
-    words = ["serve-config", str(source), "--engine", "llama.cpp", "--target", TARGET]
-    early = CliRunner().invoke(app, words)
-    assert "llama.cpp reads gguf: drafttrain export" in early.stderr
-    target_config = read_target_config(resolve_folder(TARGET), name=TARGET)
-    export_as("gguf", source, tmp_path / "drafter.gguf", target_config=target_config)
-    done = CliRunner().invoke(app, words)
-    assert done.exit_code == 0, done.stderr
-    said = done.stdout.split()
-    assert said[:2] == ["llama-server", "-m"]
-    assert read_gguf(Path(said[2]))[0]["general.file_type"] == 32
-    assert said[3:5] == ["-md", str(tmp_path / "drafter.gguf" / FILE)]
-    wanted = "--spec-type draft-simple --spec-draft-n-max 3 --spec-draft-sampling probabilistic --metrics"
-    assert " ".join(said[5:]) == wanted
