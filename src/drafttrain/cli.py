@@ -130,7 +130,9 @@ def export(
     to: Annotated[
         list[str] | None,
         typer.Option(
-            "--to", metavar="FORMAT", help="Write this format (vllm, speculators, sglang) beside the drafter folder."
+            "--to",
+            metavar="FORMAT",
+            help="Write this format (vllm, speculators, sglang, gguf) beside the drafter folder.",
         ),
     ] = None,
     verify: Annotated[

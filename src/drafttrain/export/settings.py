@@ -26,11 +26,12 @@ class ExportSettings:
     )
 
     to: list[str] = setting(
-        [], help="Further formats, each a folder beside the drafter's: vllm, speculators, sglang (drafter.vllm, ...)."
+        [],
+        help="Further formats, each a folder beside the drafter's: vllm, speculators, sglang, gguf (drafter.vllm, ...).",
     )
     verify: list[str] = setting(
         [],
-        help="Serving engines that load the export and must do with it what the evaluator does: vllm "
+        help="Serving engines that load the export and must do with it what the evaluator does: vllm, llama.cpp "
         "(drafttrain engines install vllm).",
     )
     verify_prompts: int = setting(8, help="Prompts of eval.prompts that an engine decodes.", ge=1)

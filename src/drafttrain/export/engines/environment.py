@@ -73,12 +73,13 @@ def install(engine: ServingEngine) -> Path:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    say(f"{engine.name}: installing {', '.join(engine.pins)} into {folder} (some gigabytes, some minutes)")
-    python = str(folder / "bin" / "python")
+    say(f"{engine.name}: installing {', '.join(engine.pins)} into {folder} ({engine.size})")
+    # Isolated: what PYTHONPATH has must not pass for what is installed.
+    pip = [str(folder / "bin" / "python"), "-I", "-m", "pip"]
     _made([sys.executable, "-m", "venv", str(folder)], engine)
-    _made([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *engine.pins], engine)
+    _made([*pip, "install", "--quiet", "--disable-pip-version-check", *engine.pins], engine)
     if engine.removed:
-        _made([python, "-m", "pip", "uninstall", "--quiet", "--yes", *engine.removed], engine)
+        _made([*pip, "uninstall", "--quiet", "--yes", *engine.removed], engine)
     write_json(folder / INSTALLED, {"pins": engine.pins, "removed": engine.removed})
     return folder
 
