@@ -6,8 +6,11 @@ import sys
 from typing import Any
 
 from drafttrain.core.console import say
-from drafttrain.core.errors import Interrupted, RecipeError
+from drafttrain.core.errors import GateError, Interrupted, RecipeError
 from drafttrain.core.processes import launched
+
+ENDS = (RecipeError.exit_code, GateError.exit_code, Interrupted.exit_code)
+"""Exit codes of processes that would end in the same way again."""
 
 
 def processes_wanted(settings: Any) -> int:
@@ -37,17 +40,28 @@ def relaunch(count: int, *, max_restarts: int) -> int:
 
     Args:
         max_restarts: When one of them dies, all are started again, so often at most; they go on from the last checkpoint.
+            What they said no to, or ended on purpose, is not tried again.
 
     Raises:
         Interrupted: This process was asked to stop; all finished their step and saved.
     """
+    say(f"starting {count} processes on this machine (train.devices)")
+    code = _in_processes(count)
+    for restart in range(1, max_restarts + 1):
+        if code in (0, *ENDS):
+            break
+        say(f"a process is gone: restart {restart} of {max_restarts}")
+        code = _in_processes(count)
+    return code
+
+
+def _in_processes(count: int) -> int:
     import logging
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    say(f"starting {count} processes on this machine (train.devices)")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
@@ -57,7 +71,7 @@ def relaunch(count: int, *, max_restarts: int) -> int:
         rdzv_endpoint="localhost:0",
         rdzv_configs={"is_host": True},
         run_id="drafttrain",
-        max_restarts=max_restarts,
+        max_restarts=0,
         start_method="spawn",
     )
     try:
@@ -72,6 +86,7 @@ def relaunch(count: int, *, max_restarts: int) -> int:
 
 
 def _code(error: Any) -> int:
-    """Return the exit code of the process that failed first; one that was killed has none of ours."""
+    """Return the exit code of the process that said why, else of the one that failed first; one that was killed has none of ours."""
     failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
-    return next((int(failure.exitcode) for failure in failures if failure.exitcode > 0), 1)
+    codes = [int(failure.exitcode) for failure in failures if failure.exitcode > 0]
+    return next((code for code in codes if code in ENDS), codes[0] if codes else 1)

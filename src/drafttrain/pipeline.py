@@ -74,11 +74,16 @@ TEXTS_AT_ONCE = 16
 
 
 class Run:
-    """A recipe at work in its folder; what is loaded once is shared by the stages."""
+    """A recipe at work in its folder; what is loaded once is shared by the stages.
 
-    def __init__(self, recipe: Recipe, folder: Path, *, quiet: bool = False) -> None:
+    Args:
+        placement: Of the target, while data is made and the drafter trained (`train.target_placement`).
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, *, quiet: bool = False, placement: str = "replicated") -> None:
         _quiet_libraries()
         self.recipe = recipe
+        self.placement = placement
         self.resolved = dump_recipe(recipe)
         self.folder = RunFolder(folder)
         with first_before_others("it opens the run folder"):
@@ -92,11 +97,50 @@ class Run:
     @functools.cached_property
     def target(self) -> Target:
         """The target; loading it takes the time that it takes."""
-        from drafttrain.target import Target
-
-        target = Target.load(self.recipe.target)
+        target = self._load_target()
         target.check_length(self.recipe.data.max_length, what="data.max_length")
         return target
+
+    def _load_target(self) -> Target:
+        if self.placement == "absent":
+            from drafttrain.target.absent import AbsentTarget
+
+            return AbsentTarget.load(self.recipe.target)
+        if self.placement == "sharded":
+            from drafttrain.train.sharded_target import ShardedTarget
+
+            return ShardedTarget.load(self.recipe.target)
+        from drafttrain.target import Target
+
+        return Target.load(self.recipe.target)
+
+    @functools.cached_property
+    def told_target(self) -> Target:
+        """The target as it answers on the validation texts: itself where it is whole, else what was stored of it, once.
+
+        Every process must come here, before one of them needs it alone.
+        """
+        if self.placement == "replicated":
+            return self.target
+        from drafttrain.data_gen.told import told
+
+        texts, _ = self.validation_texts
+        of_data = self.recipe.data
+        return told(
+            self.folder.validation,
+            [[*text.prompt, *text.new] for text in texts],
+            self.target,
+            needs=self.drafter.needs(),
+            dtype=of_data.cache_dtype,
+            max_gb=of_data.max_cache_gb,
+        )
+
+    def leave_the_others(self) -> None:
+        """Go on in this process alone: a target that is spread over all cannot be run any more."""
+        if self.placement == "sharded":
+            self.placement = "absent"
+            for name in ("target", "told_target", "drafter"):
+                self.__dict__.pop(name, None)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -114,6 +158,7 @@ class Run:
     def validation_texts(self) -> tuple[list[Text], Sampling]:
         """What the target writes after the validation prompts, and how it is drawn."""
         from drafttrain.core.records import Sampling
+        from drafttrain.data_gen import told
         from drafttrain.data_gen.backends import Task
         from drafttrain.data_gen.backends.builtin import continuations
         from drafttrain.eval.prompts import read_prompts
@@ -132,7 +177,11 @@ class Run:
         )
         _check_lengths(self.target, prompts, wanted)
         tasks = [Task(prompt.id, list(prompt.tokens), sampling) for prompt in prompts]
-        written = continuations(tasks, self.target, max_new_tokens=wanted.max_new_tokens, seed=recipe.seed)
+        if self.placement == "replicated":
+            written = continuations(tasks, self.target, max_new_tokens=wanted.max_new_tokens, seed=recipe.seed)
+        else:
+            kept = self.folder.validation / "texts.json"
+            written = told.written(kept, tasks, self.target, max_new_tokens=wanted.max_new_tokens, seed=recipe.seed)
         if wanted.repetition_ngram:
             written = [new[: max(1, tokens_before_repetition(new, ngram=wanted.repetition_ngram))] for new in written]
         texts = [Text(task.id, task.prompt, new) for task, new in zip(tasks, written, strict=True)]
@@ -162,7 +211,8 @@ def fit(recipe: Recipe, folder: Path, *, above: Sequence[str] = ()) -> None:
     check_engines(recipe.export.verify)
     with contextlib.ExitStack() as held:
         with _all_processes(recipe, folder, held):
-            run = Run(_with_models_made(recipe, folder.parent, above=above), folder)
+            made = _with_models_made(recipe, folder.parent, above=above)
+            run = Run(made, folder, placement=recipe.train.target_placement)
             if first() and not run.folder.train_done.exists():
                 # Figures of an export of what was there so far; a kill after the training would let them stand for its end.
                 run.folder.drop_figures()
@@ -172,6 +222,7 @@ def fit(recipe: Recipe, folder: Path, *, above: Sequence[str] = ()) -> None:
             else:
                 train_drafter(run)
         if first():
+            run.leave_the_others()
             _export(run)
 
 
@@ -235,9 +286,13 @@ def rollback(folder: Path, *, route: str | None = None) -> None:
 def gen(recipe: Recipe, folder: Path) -> None:
     """Generate, encode, label and cache the data of a recipe; several processes share the work."""
     with contextlib.ExitStack() as held, _all_processes(recipe, folder, held):
-        run = Run(_with_models_made(recipe, folder.parent), folder)
+        made = _with_models_made(recipe, folder.parent)
+        run = Run(made, folder, placement=recipe.train.target_placement)
         _gen(run)
         data = training_data(run)
+        if run.placement == "absent":
+            # What the training will ask of the target, so that it need not be there.
+            run.told_target  # noqa: B018
         if run.recipe.head is not None:
             with first_before_others("it labels draft tokens"):
                 labelled_tokens(run.recipe, run.folder, run.target, data)
@@ -251,6 +306,9 @@ def _all_processes(recipe: Recipe, folder: Path, held: contextlib.ExitStack) -> 
         held: Until it closes, the first process holds the run folder.
     """
     settings = recipe.train
+    if settings.target_placement == "sharded" and not launched():
+        problem = "there is one process, and nothing to spread a target over: start several (docs/multi-node.md)"
+        raise RecipeError(recipe.name, [f"train.target_placement: sharded: {problem}"])
     with together(timeout_seconds=settings.timeout_seconds):
         if launched():
             from drafttrain.train.preflight import check_processes
@@ -526,7 +584,12 @@ def train_drafter(run: Run) -> None:
 
     recipe = run.recipe
     data = training_data(run)
-    target = run.target if run.has_target() else None
+    target = None
+    if run.has_target():
+        target = run.target
+        if run.placement != "replicated":
+            run.told_target  # noqa: B018
+            target.rest()
     drafter = _start(run, data)
     loss = _loss(recipe)
     settings = recipe.train
@@ -536,7 +599,7 @@ def train_drafter(run: Run) -> None:
         loss,
         target=target if loss.needs_target or drafter.needs() != _nothing() else None,
         of_step=own_batches(data, settings),
-        estimate=_estimator(run, target) if target is not None else None,
+        estimate=_estimator(run, run.told_target) if target is not None else None,
         settings=settings,
         vocab_size=run.num_tokens,
         folder=run.folder.train,
@@ -678,7 +741,8 @@ def _calibrate(run: Run, drafter: Drafter, folder: Path) -> None:
         ]
         batch, _ = pack(records, width=max(len(record.tokens) for record in records), weight_of_step=1.0)
         batches.append(batch.to(run.target.device))
-    for name, content in drafter.to(run.target.device).calibrate(drafter.adapted(run.target), batches).items():
+    target = drafter.adapted(run.told_target)
+    for name, content in drafter.to(run.target.device).calibrate(target, batches).items():
         write_json(folder / name, content)
 
 
@@ -821,7 +885,7 @@ def _in_engines(run: Run, source: Path) -> list[dict[str, Any]]:
     folders = write_formats(source, settings, run.recipe.target)
     dropped = dropped_prompts(run, run.recipe.eval.prompts)
     stand = Stand(run.recipe.target, run.recipe.eval, settings, dropped)
-    return verified(source, folders, stand, run.target if settings.verify else None)
+    return verified(source, folders, stand, run.target if settings.verify and run.placement == "replicated" else None)
 
 
 def _evaluated_elsewhere(run: Run) -> dict[str, Any]:

@@ -90,6 +90,11 @@ class TrainSettings:
         None,
         help="Train under DeepSpeed, as in {stage: 2}; null: only where there are several processes, with stage 0.",
     )
+    target_placement: Literal["replicated", "sharded", "absent"] = setting(
+        "replicated",
+        help="Where the target's weights are: replicated: whole in every process; sharded: its blocks spread over the "
+        "processes by ZeRO-3; absent: not loaded once data.cache holds what is read of it. The result does not depend on it.",
+    )
     timeout_seconds: float = setting(
         600.0, help="How long a process waits for the others before the run ends with an error.", gt=0
     )
@@ -119,6 +124,7 @@ class TrainSettings:
             accumulation=1,
             devices=None,
             deepspeed=None,
+            target_placement="replicated",
             timeout_seconds=600.0,
             num_threads=None,
             loggers=[],
