@@ -19,7 +19,11 @@ from drafttrain.core.provenance import commit, processor
 from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.table import interval
-from drafttrain.pipeline import Run, dropped_prompts, export_best, gen, train_drafter
+from drafttrain.pipeline import gen
+from drafttrain.pipeline.data import dropped_prompts
+from drafttrain.pipeline.exporting import export_best
+from drafttrain.pipeline.run import Run
+from drafttrain.pipeline.training import train_drafter
 
 LOSSES = ("tvdpp", "ce")
 

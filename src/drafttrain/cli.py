@@ -102,17 +102,18 @@ def online(
         if word in ("status", "rollback"):
             if not 1 <= len(rest) <= (2 if word == "rollback" else 1):
                 raise RecipeError("arguments", [f"drafttrain online {word} RUN: give a run folder"])
-            from drafttrain import online_stages, pipeline
+            from drafttrain import pipeline
+            from drafttrain.pipeline.online import show_status
 
             if word == "status":
-                online_stages.show_status(Path(rest[0]))
+                show_status(Path(rest[0]))
             else:
                 pipeline.rollback(Path(rest[0]), route=rest[1] if len(rest) > 1 else None)
             return
         loaded, run_folder = _recipe_and_run_folder(word, rest, smoke=smoke, runs=runs)
         from drafttrain import pipeline
 
-        pipeline.online(loaded, run_folder)
+        pipeline.learn_online(loaded, run_folder)
 
 
 @app.command()
@@ -214,7 +215,7 @@ def serve_config(
 ) -> None:
     """Print the command that serves a drafter, with the draft length that its evaluation found best."""
     with exit_codes(debug=debug):
-        from drafttrain.export_stages import serve_command
+        from drafttrain.pipeline.engines import serve_command
 
         typer.echo(serve_command(drafter, engine, target=target))
 

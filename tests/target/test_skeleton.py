@@ -92,5 +92,7 @@ def test_a_type_of_its_own_and_generation_settings_are_taken_over(tiny_folder: P
 def test_weights_under_other_names_are_refused_naming_one(tiny_folder: Path, tmp_path: Path) -> None:
     cpu = torch.device("cpu")
     model = skeleton(tiny_folder, dtype="float32", attention="sdpa", trust_remote_code=False, device=cpu)
-    with pytest.raises(CheckpointError, match=r"no tensor for model.embed_tokens.weight in its files.*use .*replicated"):
+    with pytest.raises(
+        CheckpointError, match=r"no tensor for model.embed_tokens.weight in its files.*use .*replicated"
+    ):
         fill(model, stored_tensors(model), TensorFiles(tmp_path), device=cpu)

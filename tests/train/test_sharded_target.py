@@ -68,7 +68,9 @@ def test_each_process_holds_its_share_and_the_weights_are_those_of_the_files(two
             census = json.loads((folder / f"target-{rank}.json").read_text())
             assert census["sha256"] == target.weights_sha256()
             share = in_blocks if layout.get("sharded", True) is False else in_blocks / 2
-            assert numbers - in_blocks + share <= census["held"] <= numbers - in_blocks + share + 2 * rotary + 64, folder
+            assert numbers - in_blocks + share <= census["held"] <= numbers - in_blocks + share + 2 * rotary + 64, (
+                folder
+            )
 
 
 @pytest.mark.parametrize("command", ["fit", "gen"])

@@ -25,7 +25,9 @@ from drafttrain.data_gen.cache import RowCache, Wanted, build_cache
 from drafttrain.target import Target
 
 
-def written(path: Path, tasks: Sequence[Task], target: Target, *, max_new_tokens: int, seed: int) -> list[list[int]]:
+def kept_continuations(
+    path: Path, tasks: Sequence[Task], target: Target, *, max_new_tokens: int, seed: int
+) -> list[list[int]]:
     """Return what the target writes after each prompt; of the same target and prompts, it is written once and kept in `path`."""
     about = {
         "target_fingerprint": target.fingerprint,

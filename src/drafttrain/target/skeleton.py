@@ -110,7 +110,9 @@ def _names_in_files(model: Any, files: TensorFiles) -> dict[str, str]:
     return found
 
 
-def _read(model: Any, name: str, stored: str | None, tensor: Tensor, files: TensorFiles, device: torch.device) -> Tensor:
+def _read(
+    model: Any, name: str, stored: str | None, tensor: Tensor, files: TensorFiles, device: torch.device
+) -> Tensor:
     if stored is None:
         raise CheckpointError(
             f"{files.folder}: no tensor for {name} in its files: {type(model).__name__} is stored in another form than it is "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,10 @@ from safetensors.torch import load_file
 from drafttrain import pipeline
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import CheckpointError, DataError, RecipeError
+from drafttrain.pipeline.data import training_data, write_texts
+from drafttrain.pipeline.exporting import export_best
+from drafttrain.pipeline.run import Run
+from drafttrain.pipeline.training import train_drafter
 from drafttrain.target.anatomy import blocks
 from tests.conftest import random_llama
 from tests.kills import rows
@@ -42,24 +45,23 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, save_llama: Any) -> Path:
     return path
 
 
-def trained(recipe: Path, folder: Path, *overrides: str) -> pipeline.Run:
+def trained(recipe: Path, folder: Path, *overrides: str) -> Run:
     """Train a drafter and export it, without the evaluation that needs a target."""
     loaded = load_recipe(recipe, list(overrides))
-    run = pipeline.Run(loaded, folder, placement=loaded.train.target_placement)
-    pipeline.train_drafter(run)
-    pipeline.export_best(run)
+    run = Run(loaded, folder, placement=loaded.train.target_placement)
+    train_drafter(run)
+    export_best(run)
     return run
 
 
 @pytest.fixture
-def no_model_is_read(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_model_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any attempt of transformers to read a model's weights from now on is an error."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was read")
 
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", refuse)
-    yield
 
 
 def target_layers_in_memory() -> list[Any]:
@@ -80,7 +82,7 @@ def test_every_kind_trains_from_what_was_stored_and_its_target_is_never_read(
     run = trained(recipe, tmp_path / "absent", *of_kind, ABSENT)
     assert all(parameter.is_meta for parameter in blocks(run.target.model).parameters())
     with pytest.raises(AssertionError, match="a model was read"):
-        assert pipeline.Run(load_recipe(recipe), tmp_path / "control").target
+        assert Run(load_recipe(recipe), tmp_path / "control").target
     request.getfixturevalue("monkeypatch").undo()
     pipeline.gen(load_recipe(recipe, of_kind), tmp_path / "whole")
     trained(recipe, tmp_path / "whole", *of_kind)
@@ -95,17 +97,17 @@ def test_every_kind_trains_from_what_was_stored_and_its_target_is_never_read(
 def test_a_target_is_loaded_for_what_is_missing_and_let_go_of_before_the_training(recipe: Path, tmp_path: Path) -> None:
     before = len(target_layers_in_memory())
     loaded = load_recipe(recipe, [ABSENT, f"drafter={KINDS['causal_lm']}", "train.max_steps=3"])
-    run = pipeline.Run(loaded, tmp_path / "run", placement="absent")
-    pipeline._gen(run)
+    run = Run(loaded, tmp_path / "run", placement="absent")
+    write_texts(run)
     assert len(target_layers_in_memory()) == before + 3, "the census sees a target that is loaded"
-    pipeline.train_drafter(run)
+    train_drafter(run)
     assert len(target_layers_in_memory()) == before
 
 
 def test_a_text_that_was_not_stored_is_refused(recipe: Path, tmp_path: Path) -> None:
-    run = pipeline.Run(load_recipe(recipe, [ABSENT]), tmp_path / "run", placement="absent")
-    pipeline._gen(run)
-    pipeline.training_data(run)
+    run = Run(load_recipe(recipe, [ABSENT]), tmp_path / "run", placement="absent")
+    write_texts(run)
+    training_data(run)
     target = run.told_target
     tokens_BT = torch.arange(1, 7)[None]
     with pytest.raises(DataError, match="none of the 1 validation texts"):
