@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from drafttrain import pipeline
+from drafttrain import launch, pipeline
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import DrafttrainError, Interrupted, RecipeError
 from drafttrain.core.processes import (
@@ -196,6 +197,22 @@ def test_a_launcher_that_says_half_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT"):
         world()
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ([-9, 75], DrafttrainError.exit_code),
+        ([75, 75], Interrupted.exit_code),
+        ([1, 2], RecipeError.exit_code),
+        ([2, -15], RecipeError.exit_code),
+        ([1, -9], DrafttrainError.exit_code),
+        ([-11], DrafttrainError.exit_code),
+    ],
+)
+def test_of_processes_that_failed_the_one_that_says_why_is_heard(codes: list[int], expected: int) -> None:
+    failures = [SimpleNamespace(exitcode=code, timestamp=at) for at, code in enumerate(codes)]
+    assert launch._code(failures) == expected
 
 
 def test_a_wait_in_a_turn_is_refused_also_where_there_is_one_process() -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from drafttrain.core.console import say
 from drafttrain.core.errors import GateError, Interrupted, RecipeError
 from drafttrain.core.processes import launched
 
-ENDS = (RecipeError.exit_code, GateError.exit_code, Interrupted.exit_code)
-"""Exit codes of processes that would end in the same way again."""
+REFUSALS = (RecipeError.exit_code, GateError.exit_code)
+"""Exit codes of processes that would say the same again."""
 
 
 def processes_wanted(settings: Any) -> int:
@@ -48,7 +49,7 @@ def relaunch(count: int, *, max_restarts: int) -> int:
     say(f"starting {count} processes on this machine (train.devices)")
     code = _in_processes(count)
     for restart in range(1, max_restarts + 1):
-        if code in (0, *ENDS):
+        if code in (0, Interrupted.exit_code, *REFUSALS):
             break
         say(f"a process is gone: restart {restart} of {max_restarts}")
         code = _in_processes(count)
@@ -77,7 +78,7 @@ def _in_processes(count: int) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "drafttrain", *sys.argv[1:])
     except ChildFailedError as error:
-        return _code(error)
+        return _code(error.failures.values())
     except SignalException as error:
         raise Interrupted(
             f"stopped by {error.sigval.name}, and all processes with it: run the same command to continue"
@@ -85,8 +86,10 @@ def _in_processes(count: int) -> int:
     return 0
 
 
-def _code(error: Any) -> int:
-    """Return the exit code of the process that said why, else of the one that failed first; one that was killed has none of ours."""
-    failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
-    codes = [int(failure.exitcode) for failure in failures if failure.exitcode > 0]
-    return next((code for code in codes if code in ENDS), codes[0] if codes else 1)
+def _code(failures: Iterable[Any]) -> int:
+    """Return the exit code of processes that failed: what one said no with, 1 where one died, else that of the first."""
+    codes = [int(failure.exitcode) for failure in sorted(failures, key=lambda failure: failure.timestamp)]
+    if refused := [code for code in codes if code in REFUSALS]:
+        return refused[0]
+    # When one is killed, the others are asked to stop and say that they were: no end that was wished for.
+    return 1 if min(codes, default=0) <= 0 else codes[0]
