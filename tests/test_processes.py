@@ -216,9 +216,9 @@ def test_of_processes_that_failed_the_one_that_says_why_is_heard(codes: list[int
 
 
 def test_a_wait_in_a_turn_is_refused_also_where_there_is_one_process() -> None:
-    with pytest.raises(AssertionError, match="waits for the others while it writes, and they wait for that"):
-        with first_before_others("it writes"):
-            wait_for_all("they are done")
+    message = "waits for the others while it writes, and they wait for that"
+    with pytest.raises(AssertionError, match=message), first_before_others("it writes"):
+        wait_for_all("they are done")
     with first_before_others("it writes"):
         for wait in (lambda: shared(1), lambda: own_share([1]), first_before_others("it reads").__enter__):
             with pytest.raises(AssertionError, match="while it writes"):

@@ -28,7 +28,7 @@ def processes_wanted(settings: Any) -> int:
     import torch
 
     asked, found = settings.train.devices, torch.cuda.device_count()
-    one_device = settings.target.device not in ("auto", "cuda")
+    one_device = settings.target.device not in ("auto", "cuda") or settings.train.device != "auto"
     if asked is None:
         return 1 if one_device else max(1, found)
     if found and not one_device and asked > found:

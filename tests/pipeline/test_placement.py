@@ -130,6 +130,12 @@ def test_a_text_that_was_not_stored_is_refused(recipe: Path, tmp_path: Path) -> 
         (["train.target_placement=sharded", "train.devices=1"], "sharded: there is nothing to spread a target over"),
         (["train.target_placement=sharded", "target.device=cpu"], "leave target.device at auto, got cpu"),
         (["train.target_placement=sharded", "data.cache=none"], None),
+        (["train.device=cuda:1", "train.devices=2"], "train.device: cuda:1 is one device, for 2 processes"),
+        (
+            ["train.device=cuda:1", "drafter={kind: medusa, joint: {}}", "data.cache=none"],
+            "drafter.joint trains adapters",
+        ),
+        (["train.device=cpu"], None),
         (["train.target_placement=elsewhere"], "must be one of replicated, sharded, absent"),
     ],
 )

@@ -1,6 +1,7 @@
 """One short training with unequal masks, under any layout; several processes run it as `python -m tests.train.layouts`."""
 
 import gc
+import hashlib
 import json
 import os
 import resource
@@ -125,10 +126,21 @@ def target_of(target_folder: str, folder: Path, *, sharded: bool) -> Target:
 
     before = held_numbers()
     target = (ShardedTarget if sharded else Target).load(TargetSettings(model=target_folder))
-    census = {"held": held_numbers() - before, "sha256": target.weights_sha256()}
+    held = held_numbers() - before
+    census = {"held": held, "sha256": target.weights_sha256(), "states": states_digest(target)}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"target-{world().rank}.json").write_text(json.dumps(census))
     return target
+
+
+def states_digest(target: Target) -> str:
+    """Return the digest of what a target says of two packed documents, bit for bit."""
+    records = [Record("", range(1, 9), [True] * 8), Record("", range(20, 25), [True] * 5)]
+    batch, _ = pack(records, width=16, weight_of_step=1.0)
+    seen = target.read(batch.tokens_BT, batch.positions_BT, TargetNeeds(hidden=(0, 2), final=True))
+    assert seen.final_BTD is not None
+    states = [seen.final_BTD, *seen.hidden_BTD.values()]
+    return hashlib.sha256(b"".join(state.numpy().tobytes() for state in states)).hexdigest()
 
 
 def held_numbers() -> int:

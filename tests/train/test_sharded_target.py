@@ -14,7 +14,7 @@ from drafttrain.core.errors import RecipeError
 from drafttrain.target import Target, TargetSettings
 from drafttrain.target.anatomy import blocks
 from tests.conftest import byte_tokenizer, random_llama
-from tests.train.layouts import curve, run
+from tests.train.layouts import curve, run, states_digest
 from tests.train.test_layouts import CLOSE, Layouts, in_two_processes
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -58,7 +58,9 @@ def test_every_kind_learns_the_same_from_a_target_that_is_spread_out(two: Layout
 
 
 @pytest.mark.processes
-def test_each_process_holds_its_share_and_the_weights_are_those_of_the_files(two: Layouts, target_folder: str) -> None:
+def test_each_process_holds_its_share_and_weights_and_states_are_those_of_the_whole(
+    two: Layouts, target_folder: str
+) -> None:
     target = Target.load(TargetSettings(model=target_folder))
     numbers = sum(parameter.numel() for parameter in target.model.parameters())
     in_blocks = sum(parameter.numel() for parameter in blocks(target.model).parameters())
@@ -67,6 +69,7 @@ def test_each_process_holds_its_share_and_the_weights_are_those_of_the_files(two
         for rank in (0, 1):
             census = json.loads((folder / f"target-{rank}.json").read_text())
             assert census["sha256"] == target.weights_sha256()
+            assert census["states"] == states_digest(target)
             share = in_blocks if layout.get("sharded", True) is False else in_blocks / 2
             assert numbers - in_blocks + share <= census["held"] <= numbers - in_blocks + share + 2 * rotary + 64, (
                 folder

@@ -71,6 +71,8 @@ class Recipe:
             problems += self._online()
         if self.train.target_placement != "replicated":
             problems += self._placement()
+        if self.train.device != "auto":
+            problems += self._own_device()
         if self.train.activation_checkpointing and not getattr(_component(self.drafter), "recomputes", False):
             what = f"drafter {self.drafter.kind}" if self.drafter is not None else "a head"
             problems.append(f"train.activation_checkpointing: {what} has no stack of layers to compute again")
@@ -140,6 +142,14 @@ class Recipe:
                 yield f"{key}: shares are on the processes' own devices: leave target.device at auto, got {self.target.device}"
         elif self.data.cache == "none" and (made_of is None or made_of.needs_target or self._loss_needs_target()):
             yield f"{key}: nothing of the target is stored with data.cache none: choose states, full or top_k"
+
+    def _own_device(self) -> Iterator[str]:
+        """Tell what cannot be on another device than its target."""
+        key = f"train.device: {self.train.device}"
+        if self.head is not None or self.online is not None:
+            yield f"{key}: only a drafter of fit has a device of its own: leave it at auto"
+        if getattr(self.drafter, "joint", None) is not None:
+            yield f"{key}: drafter.joint trains adapters inside the target, where it is: leave it at auto"
 
     def _loss_needs_target(self) -> bool:
         kinds = [settings.kind for settings in components_of(self.loss) if settings.kind in losses.names()]

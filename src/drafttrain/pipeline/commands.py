@@ -17,7 +17,7 @@ from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError, DrafttrainError, RecipeError
 from drafttrain.core.files import clear_leftovers, write_json
-from drafttrain.core.processes import first, first_before_others, launched, together, wait_for_all
+from drafttrain.core.processes import first, first_before_others, launched, together, wait_for_all, world
 from drafttrain.pipeline.data import dropped_prompts, training_data, write_texts
 from drafttrain.pipeline.drafter_folder import write_drafter
 from drafttrain.pipeline.engines import Stand, check_engines, only, write_and_verify
@@ -286,6 +286,9 @@ def _all_processes(recipe: Recipe, folder: Path, held: contextlib.ExitStack) -> 
     if settings.target_placement == "sharded" and not launched():
         problem = "there is one process, and nothing to spread a target over: start several (docs/multi-node.md)"
         raise RecipeError(recipe.name, [f"train.target_placement: sharded: {problem}"])
+    if settings.device != "auto" and launched():
+        problem = f"{settings.device} is one device, and there are {world().size} processes: leave it at auto"
+        raise RecipeError(recipe.name, [f"train.device: {problem}"])
     with together(timeout_seconds=settings.timeout_seconds):
         if launched():
             from drafttrain.train.preflight import check_processes

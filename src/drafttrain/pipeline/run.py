@@ -140,7 +140,7 @@ class Run:
         return self.new_drafter(self.recipe.drafter)
 
     def new_drafter(self, settings: Any) -> Drafter:
-        """Return the drafter of these settings on the target's device, or where a target would be."""
+        """Return the drafter of these settings on its device: by default the target's, or where a target would be."""
         import torch
 
         from drafttrain.drafters import drafters
@@ -150,6 +150,8 @@ class Run:
         target = self.target if self.has_target() else None
         entry = cast(Any, drafters.entry(settings.kind).component)
         drafter: Drafter = entry.create(settings, target=target, tokenizer=self.tokenizer)
+        if self.recipe.train.device != "auto":
+            return drafter.to(pick_device(self.recipe.train.device))
         return drafter.to(target.device if target is not None else pick_device(self.recipe.target.device))
 
     def has_target(self) -> bool:

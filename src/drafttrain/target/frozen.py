@@ -178,7 +178,8 @@ class LiveRows:
     def at(self, index_N: Tensor) -> Tensor:
         """Return logits_NV of the token after each flat position."""
         with torch.no_grad():
-            return head_logits(self._model, self._final_RD[index_N])
+            final_ND = self._final_RD.index_select(0, index_N.to(self._final_RD.device))
+            return head_logits(self._model, final_ND).to(index_N.device)
 
 
 class Target:

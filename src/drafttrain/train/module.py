@@ -219,7 +219,7 @@ class DistillModule(StepModule):
         if not reads:
             return batch
         rows = self._target.rows_of(seen) if rows_needed else batch.target_rows
-        return replace(batch, target=seen, target_rows=rows)
+        return replace(batch, target=seen.to(batch.tokens_BT.device), target_rows=rows)
 
     def _read_by_any(self, reads: bool) -> bool:
         """Tell whether this process runs the target; one that is spread out is run by all where one process needs it."""
