@@ -281,6 +281,8 @@ class Group:
 
 
 _joined: Group | None = None
+_turn: str | None = None
+"""What the process does while the others wait for their turn, or have had it."""
 
 
 def joined() -> Group | None:
@@ -340,6 +342,7 @@ def _is_of_a_connection(error: BaseException) -> bool:
 
 def shared(value: Any) -> list[Any]:
     """Return every process's value, by rank."""
+    _refuse_to_wait()
     return [value] if _joined is None else _joined.shared(value)
 
 
@@ -365,22 +368,32 @@ def agree(what: str, value: Any) -> None:
 
 def wait_for_all(what: str) -> None:
     """Wait until every process is here, for as long as the others live."""
+    _refuse_to_wait()
     if _joined is not None:
         _joined.wait(what)
 
 
 @contextlib.contextmanager
 def first_before_others(what: str) -> Iterator[None]:
-    """Let the first process go through the block alone; then the others, which find what it made. Nothing inside may wait."""
-    if _joined is None:
-        yield
-        return
-    if first():
-        yield
-        _joined.wait(what, ranks=range(0))
-    else:
+    """Let the first process go through the block alone; then the others, which find what it made.
+
+    Nothing inside may wait for the others: they come only after it. That is refused also where there is one process.
+    """
+    global _turn
+    _refuse_to_wait()
+    if _joined is not None and not first():
         _joined.wait(what, ranks=range(1), done=False)
+    _turn = what
+    try:
         yield
+    finally:
+        _turn = None
+    if _joined is not None and first():
+        _joined.wait(what, ranks=range(0))
+
+
+def _refuse_to_wait() -> None:
+    assert _turn is None, f"a process waits for the others while {_turn}, and they wait for that"
 
 
 def at_step(step: int) -> None:

@@ -40,6 +40,7 @@ class RunFolder:
         self.recipe = path / "recipe.yaml"
         self.provenance = path / "provenance.json"
         self.data = path / "data"
+        self.validation = self.data / "validation"
         self.overlap = self.data / "contaminated.json"
         self.pretrain = path / "pretrain"
         self.train = path

@@ -95,6 +95,7 @@ def train(
     held_out = HeldOut(estimate) if estimate else None
     frozen = [FrozenTarget(target)] if target else []
     for one in frozen:
+        agree("the target's files (fingerprint)", one.target.fingerprint)
         agree("the target's weights in memory (digest)", one.before[:12])
     return _fit(module, of_step, held_out=held_out, frozen=frozen, folder=folder)
 

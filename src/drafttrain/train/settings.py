@@ -89,9 +89,17 @@ class TrainSettings:
     devices: int | None = setting(
         None, help="Processes that fit starts on this machine, one a device; null: one a CUDA device, or one.", ge=1
     )
+    device: str = setting(
+        "auto", help="Device of the drafter, in one process: cpu, cuda, cuda:1 ...; auto: that of the target."
+    )
     deepspeed: DeepSpeedSettings | None = setting(
         None,
         help="Train under DeepSpeed, as in {stage: 2}; null: only where there are several processes, with stage 0.",
+    )
+    target_placement: Literal["replicated", "sharded", "absent"] = setting(
+        "replicated",
+        help="Where the target's weights are: replicated: whole in every process; sharded: its blocks spread over the "
+        "processes by ZeRO-3; absent: not loaded once data.cache holds what is read of it. The result does not depend on it.",
     )
     timeout_seconds: float = setting(
         600.0, help="How long a process waits for the others before the run ends with an error.", gt=0
@@ -121,7 +129,9 @@ class TrainSettings:
             self,
             accumulation=1,
             devices=None,
+            device="auto",
             deepspeed=None,
+            target_placement="replicated",
             timeout_seconds=600.0,
             num_threads=None,
             loggers=[],
@@ -144,6 +154,8 @@ class TrainSettings:
             problems.append(f"warmup_steps: {self.warmup_steps} is more than max_steps {self.max_steps}")
         if len(self.betas) != 2:
             problems.append(f"betas: two numbers are needed, got {self.betas}")
+        if self.device != "auto" and (self.devices or 1) > 1:
+            problems.append(f"device: {self.device} is one device, for {self.devices} processes: leave it at auto")
         if self.optimizer == "muon" and self.zero_stage:
             problems.append(
                 f"optimizer: muon needs whole matrices, which ZeRO-{self.zero_stage} cuts: use deepspeed.stage 0, or adamw"
