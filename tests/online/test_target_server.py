@@ -44,15 +44,19 @@ def read(body: bytes, *, stream: bool) -> str:
 async def asked(server: TargetServer, versions: Versions, logs: Path) -> list[str]:
     """Ask in every form, through the recorder; in the middle another version is published."""
     said = []
-    async with served(server.app()) as upstream, recorded(upstream, logs, token_ids=True) as (address, _):
-        async with aiohttp.ClientSession() as session:
-            for number, form in enumerate(FORMS):
-                if number == 2:
-                    first = versions.path(versions.current())
-                    again = versions.add(lambda folder: shutil.copytree(first, folder, dirs_exist_ok=True), update=1)
-                    versions.publish(again)
-                request = form | {"model": "target", "max_tokens": 12}
-                said.append(read(await post(session, address, request), stream=form["stream"]))
+    first = versions.path(versions.current())
+    async with (
+        served(server.app()) as upstream,
+        recorded(upstream, logs, token_ids=True) as (address, _),
+        aiohttp.ClientSession() as session,
+    ):
+        for number, form in enumerate(FORMS):
+            if number == 2:
+                versions.publish(
+                    versions.add(lambda folder: shutil.copytree(first, folder, dirs_exist_ok=True), update=1)
+                )
+            request = form | {"model": "target", "max_tokens": 12}
+            said.append(read(await post(session, address, request), stream=form["stream"]))
     return said
 
 
