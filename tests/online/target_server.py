@@ -16,6 +16,7 @@ from aiohttp import web
 from drafttrain.checkpoint import read_drafter
 from drafttrain.core.records import Generation, Prompt, Sampling
 from drafttrain.core.roles import Proposer
+from drafttrain.data_gen.serving_logs.lines import log_files
 from drafttrain.eval.acceptance.lossless import Lossless
 from drafttrain.eval.engine import Engine
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
@@ -59,6 +60,23 @@ class Answered:
     def counts(self) -> tuple[int, int]:
         """Tokens and rounds: their sums' ratio is the block efficiency."""
         return len(self.generation.tokens), len(self.generation.rounds)
+
+
+def decoded_again(target: Target, drafter: Path, generations: Sequence[Generation]) -> list[Answered]:
+    """Decode the same prompts with another version, to as many tokens."""
+    proposer = read_drafter(drafter, target).proposer(target)
+    prompts = [(Prompt(one.id, one.prompt_tokens), len(one.tokens)) for one in generations]
+    return [
+        Answered(drafter.name, engine(target, proposer, max_tokens=count).generate([prompt])[0])
+        for prompt, count in prompts
+    ]
+
+
+def shipped(kind: str) -> list[dict[str, Any]]:
+    """Return the lines of one kind of the log that comes with drafttrain."""
+    (path,) = log_files("builtin:serving_log")
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line["domain"] == kind]
 
 
 class TargetServer:

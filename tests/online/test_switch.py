@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import aiohttp
 import pytest
 
-from drafttrain.checkpoint import read_drafter
 from drafttrain.config.load import load_recipe
-from drafttrain.core.records import Generation, Prompt, Record
-from drafttrain.data_gen.serving_logs.lines import log_files
+from drafttrain.core.records import Record
 from drafttrain.eval.statistics import ratio_difference
 from drafttrain.losses.forward_kl import ForwardKL
 from drafttrain.online.drift import drift
@@ -22,10 +19,9 @@ from drafttrain.online.loop import OnlineRun, status
 from drafttrain.pipeline.drafter_folder import write_drafter
 from drafttrain.pipeline.online import online_run, report
 from drafttrain.pipeline.run import Run
-from drafttrain.target import Target
 from tests.online.openai_server import recorded, served
 from tests.online.openai_server import status as recorder_status
-from tests.online.target_server import Answered, TargetServer, ask, engine, own_texts
+from tests.online.target_server import TargetServer, ask, decoded_again, own_texts, shipped
 
 MAX_TOKENS = 32
 BURST = 24
@@ -40,13 +36,6 @@ SETTINGS = [
     "online.parity_prompts=1",
     "online.resamples=500",
 ]
-
-
-def shipped(kind: str) -> list[dict]:
-    """Return the lines of one kind of the log that comes with drafttrain."""
-    (path,) = log_files("builtin:serving_log")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if line["domain"] == kind]
 
 
 def tuned(run: Run, lines: Sequence[dict], *, steps: int) -> None:
@@ -128,15 +117,3 @@ def test_block_efficiency_falls_where_the_traffic_changes_and_recovers(tmp_path:
     assert ratio_difference(*parts, resamples=2000, seed=0).low > 0
     report(run.folder, title="switch")
     assert (tmp_path / "run" / "report.html").read_text(encoding="utf-8").count("published") >= 2
-
-
-def decoded_again(target: Target, drafter: Path, generations: Sequence[Generation]) -> list[Answered]:
-    """Decode the same prompts with another version."""
-    proposer = read_drafter(drafter, target).proposer(target)
-    return [
-        Answered(
-            drafter.name,
-            engine(target, proposer, max_tokens=MAX_TOKENS).generate([Prompt(one.id, one.prompt_tokens)])[0],
-        )
-        for one in generations
-    ]
