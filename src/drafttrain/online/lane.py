@@ -205,7 +205,12 @@ class Lane:
             )
         # While it does, batches are drawn from the newest requests alone.
         self.drifted = drifted
-        return {"block_efficiency": found.now, "block_efficiency_then": found.then, "drift_p_value": found.p_value}
+        return {
+            "block_efficiency": found.now,
+            "block_efficiency_then": found.then,
+            "drift_p_value": found.p_value,
+            "drifted": drifted,
+        }
 
     def _consider(self) -> dict[str, Any]:
         """Export the candidate, hold it against the current version by their files, and publish it or not."""
