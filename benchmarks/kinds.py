@@ -28,7 +28,11 @@ from drafttrain.eval.metrics import PromptCounts
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.settings import length_label
 from drafttrain.eval.table import interval
-from drafttrain.pipeline import Run, dropped_prompts, export_best, gen, train_drafter
+from drafttrain.pipeline import gen
+from drafttrain.pipeline.data import dropped_prompts
+from drafttrain.pipeline.exporting import export_best
+from drafttrain.pipeline.run import Run
+from drafttrain.pipeline.training import train_drafter
 
 EQUAL = (
     "data.sources=[{kind: generated}]",
@@ -113,9 +117,9 @@ def best_of(arguments: argparse.Namespace, kind: str, shared: Run) -> tuple[Run,
         began = time.perf_counter()
         run = runs[rate] = trained(arguments, kind, rate, shared)
         done = export_best(run)
-        found[rate] = done["best"]
+        found[rate] = done.best
         print(
-            f"{kind}, rate {rate:g}: validation {found[rate]:.3f} at step {done['best_step']}, "
+            f"{kind}, rate {rate:g}: validation {found[rate]:.3f} at step {done.best_step}, "
             f"{time.perf_counter() - began:.0f} s",
             flush=True,
         )

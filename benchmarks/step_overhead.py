@@ -26,7 +26,9 @@ from drafttrain.eval.statistics import ratio_of_ratios
 from drafttrain.losses import losses
 from drafttrain.losses.align import align
 from drafttrain.losses.chunked import CPU_PIECE_BYTES
-from drafttrain.pipeline import Run, gen, training_data
+from drafttrain.pipeline import gen
+from drafttrain.pipeline.data import training_data
+from drafttrain.pipeline.run import Run
 from drafttrain.train.optimizer import build_optimizer, learning_rate_scale
 from drafttrain.train.run import train
 

@@ -24,6 +24,9 @@ from safetensors.torch import load_file
 from drafttrain import pipeline
 from drafttrain.config.load import load_recipe
 from drafttrain.core.processes import without_launcher
+from drafttrain.pipeline.exporting import export_best
+from drafttrain.pipeline.run import Run
+from drafttrain.pipeline.training import train_drafter
 
 RECIPE = """
 name: life
@@ -49,7 +52,7 @@ STAGES = {
     "cache": ("data/0-cache/*", 0.05),
     "step": ("checkpoints/step-*.ckpt", 0.4),
     "save": ("checkpoints/*.part", 0.02),
-    "best": (".best.*", 0.02),
+    "best": ("best/.step-*", 0.02),
     "export": ("train.json", 6.0),
 }
 """By stage: the file that appears first, and within how many seconds after it the kill comes."""
@@ -72,9 +75,9 @@ def uninterrupted(recipe: Path, folder: Path) -> Path:
     """Return the folder of a run in this process, up to its drafter."""
     loaded = load_recipe(recipe)
     pipeline.gen(loaded, folder)
-    run = pipeline.Run(loaded, folder)
-    pipeline.train_drafter(run)
-    pipeline.export_best(run)
+    run = Run(loaded, folder)
+    train_drafter(run)
+    export_best(run)
     return folder
 
 

@@ -28,8 +28,6 @@ importers
 train
 online
 config
-run_folder
-head_stages export_stages online_stages
 pipeline launch
 cli
 __main__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ class TargetParts:
     def embed(self, tokens_BT: Tensor, *, dtype: torch.dtype) -> Tensor:
         """Return embedded_BTD."""
         with torch.no_grad():
-            embedded_BTD: Tensor = self._embedding(tokens_BT)
-        return embedded_BTD.to(dtype)
+            embedded_BTD: Tensor = self._embedding(tokens_BT.to(self._embedding.weight.device))
+        return embedded_BTD.to(tokens_BT.device, dtype)
 
     def head(self, states_ND: Tensor) -> Tensor:
         """Return logits_NV, differentiable in the states."""
@@ -82,20 +83,48 @@ def layer_config(
     kv_heads = num_kv_heads or (heads if num_heads else getattr(config, "num_key_value_heads", None) or heads)
     if heads % kv_heads:
         raise CheckpointError(f"drafter.num_kv_heads: {kv_heads} does not divide {heads} heads")
-    rope = _rope_parameters(config)
+    fields = one_layer(
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size or getattr(config, "intermediate_size", None) or 4 * hidden_size,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=int(own or hidden_size // heads),
+        rms_norm_eps=getattr(config, "rms_norm_eps", None) or 1e-6,
+        max_position_embeddings=int(getattr(config, "max_position_embeddings", None) or 2048),
+        rope=_rope_parameters(config),
+    )
+    return {**fields, "vocab_size": target.vocab_size}
+
+
+def one_layer(
+    *,
+    hidden_size: int,
+    intermediate_size: int,
+    num_attention_heads: int,
+    num_key_value_heads: int,
+    head_dim: int,
+    rms_norm_eps: float,
+    max_position_embeddings: int,
+    rope: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the fields of LlamaConfig for one layer of these sizes, without biases.
+
+    Args:
+        rope: `rope_parameters` of transformers 5.
+    """
     return {
         "model_type": "llama",
         "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size or getattr(config, "intermediate_size", None) or 4 * hidden_size,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": int(own or hidden_size // heads),
+        "intermediate_size": intermediate_size,
+        "num_attention_heads": num_attention_heads,
+        "num_key_value_heads": num_key_value_heads,
+        "head_dim": head_dim,
         "num_hidden_layers": 1,
         "hidden_act": "silu",
         "initializer_range": 0.02,
-        "rms_norm_eps": getattr(config, "rms_norm_eps", None) or 1e-6,
-        "max_position_embeddings": int(getattr(config, "max_position_embeddings", None) or 2048),
-        "rope_parameters": rope,
+        "rms_norm_eps": rms_norm_eps,
+        "max_position_embeddings": max_position_embeddings,
+        "rope_parameters": dict(rope),
         # Engines of before transformers 5 read these two.
         "rope_theta": rope["rope_theta"],
         "rope_scaling": None
@@ -104,7 +133,6 @@ def layer_config(
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
-        "vocab_size": target.vocab_size,
     }
 
 

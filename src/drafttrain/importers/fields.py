@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
 from drafttrain.drafters.feature_layer import Rotary
-from drafttrain.drafters.feature_target import ROPE_SCALINGS, llama_config
+from drafttrain.drafters.feature_target import ROPE_SCALINGS, llama_config, one_layer
 from drafttrain.export.layout import rope_problems
 from drafttrain.importers.target import TargetFiles
 
@@ -105,25 +105,17 @@ def layer_fields(config: Mapping[str, Any], target: TargetFiles) -> tuple[dict[s
         found.append(f"config.json: num_key_value_heads {groups} does not divide num_attention_heads {heads}")
     if not config.get("head_dim") and width % heads:
         found.append(f"config.json: num_attention_heads {heads} does not divide hidden_size {width}: give head_dim")
-    fields = {
-        "model_type": "llama",
-        **{key: config.get(key) for key in SIZES},
-        "num_key_value_heads": groups,
-        "head_dim": config.get("head_dim") or width // heads,
-        "num_hidden_layers": 1,
-        "hidden_act": "silu",
-        "initializer_range": 0.02,
-        "rms_norm_eps": float(eps) if _is_positive(eps) else DEFAULT_EPS,
-        "max_position_embeddings": positions if _is_size(positions) else DEFAULT_POSITIONS,
-        "rope_parameters": rope,
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": None
-        if rope["rope_type"] == "default"
-        else {k: v for k, v in rope.items() if k != "rope_theta"},
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-    }
+    fields = one_layer(
+        hidden_size=width,
+        intermediate_size=config["intermediate_size"],
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=config.get("head_dim") or width // heads,
+        rms_norm_eps=float(eps) if _is_positive(eps) else DEFAULT_EPS,
+        max_position_embeddings=positions if _is_size(positions) else DEFAULT_POSITIONS,
+        rope=rope,
+    )
+    fields["vocab_size"] = config["vocab_size"]
     return fields, found or _angle_problems(fields), notes
 
 
@@ -136,7 +128,7 @@ def size_problems(config: Mapping[str, Any], keys: Iterable[str], *, may_lack: I
     ]
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 

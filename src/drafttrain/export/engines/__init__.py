@@ -63,6 +63,21 @@ class Habits:
     """Sampled drafts are of so many likeliest tokens of the drafter's law; 0: of all."""
 
 
+@dataclass(frozen=True)
+class CounterNames:
+    """What an engine calls the counters of its /metrics, which it may have once for each of several label sets."""
+
+    num_drafts: str
+    num_draft_tokens: str
+    num_accepted: str
+    accepted_at: str
+    """One for each draft position, which its label `position` counts from 0."""
+    num_requests: str
+    """Requests that ended, whoever made them."""
+    num_tokens: str
+    """New tokens of all requests."""
+
+
 class ServingEngine(ABC):
     """One engine: how its environment is made, what it is asked, how it counts."""
 
@@ -79,6 +94,8 @@ class ServingEngine(ABC):
     """Export formats that it loads; the first is the one to use."""
     methods: ClassVar[Mapping[str, str]]
     """The kinds of drafter that it runs, and how it calls each."""
+    counters: ClassVar[CounterNames | None] = None
+    """What its server counts; None: nothing that could be read."""
 
     def check_kind(self, folder: Path, kind: str) -> None:
         """Refuse a kind of drafter that this engine has no method for.

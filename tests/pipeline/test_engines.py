@@ -11,7 +11,7 @@ from drafttrain.checkpoint import read_drafter
 from drafttrain.core.errors import CheckpointError
 from drafttrain.drafters.medusa import JointSettings
 from drafttrain.export.settings import ExportSettings
-from drafttrain.export_stages import folder_as, formats_are_current, formats_of, only, served_folder, write_formats
+from drafttrain.pipeline.engines import folder_as, formats_are_current, formats_of, only, served_folder, write_formats
 from drafttrain.target import Target, TargetSettings
 from tests.export import folders
 

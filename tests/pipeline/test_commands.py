@@ -17,15 +17,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from drafttrain import pipeline, run_folder
+from drafttrain import pipeline
 from drafttrain.checkpoint import read_drafter
 from drafttrain.cli import _recipe_and_run_folder, app
 from drafttrain.config.bundled import bundled_recipes
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import DrafttrainError, GateError, RecipeError
 from drafttrain.core.files import clear_leftovers
+from drafttrain.pipeline import folder as run_folder
+from drafttrain.pipeline.data import dropped_prompts, training_data
+from drafttrain.pipeline.run import Run
 from drafttrain.target import Target
-from drafttrain.train.callbacks import COLUMNS
+from drafttrain.train.callbacks import COLUMNS, folder_of_step
 
 RECIPE = """
 name: tiny
@@ -146,19 +149,36 @@ def test_a_trained_run_is_judged_evaluated_and_exported_anew_without_being_train
     assert (result["prompts_dropped_for_overlap"], result["num_prompts"]) == (1, 1), "other prompts, the same text"
     assert (folder / "train.json").stat().st_mtime_ns == trained
     assert (folder / "eval.json").exists()
-    pipeline.Run(load_recipe(recipe, lax), folder)
+    Run(load_recipe(recipe, lax), folder)
     assert not (folder / "eval.json").exists(), "figures of other settings do not stand for this recipe's"
     with pytest.raises(RecipeError, match="another recipe"):
         pipeline.evaluate_recipe(load_recipe(recipe, ["train.lr=1e-5"]), folder)
 
 
+def test_another_step_that_was_kept_can_be_exported(recipe, tmp_path):
+    quick = ["eval.temperatures=[0]", "eval.speed_prompts=0", "train.keep_best=2"]
+    folder = tmp_path / "run"
+    pipeline.fit(load_recipe(recipe, quick), folder)
+    best, second = (one["step"] for one in json.loads((folder / "best.json").read_text()))
+    about = folder / "drafter" / "drafttrain.json"
+    assert json.loads(about.read_text())["trained_steps"] == best
+    pipeline.export(load_recipe(recipe, [*quick, f"export.step={second}"]), folder)
+    assert json.loads(about.read_text())["trained_steps"] == second
+    exported, kept = (
+        load_file(path / "model.safetensors") for path in (folder / "drafter", folder_of_step(folder, second))
+    )
+    assert all(torch.equal(exported[name], kept[name]) for name in kept)
+    with pytest.raises(DrafttrainError, match=r"no weights are kept of step 5; of these: \d+, \d+ \(train.keep_best\)"):
+        pipeline.export(load_recipe(recipe, [*quick, "export.step=5"]), folder)
+
+
 def test_while_it_trains_a_run_keeps_to_its_evaluation(recipe, tmp_path):
     loaded = load_recipe(recipe)
-    pipeline.Run(loaded, tmp_path / "run")
-    pipeline.Run(load_recipe(recipe, ["name=other", "export.require.alpha=0.1", "train.loggers=[]"]), tmp_path / "run")
+    Run(loaded, tmp_path / "run")
+    Run(load_recipe(recipe, ["name=other", "export.require.alpha=0.1", "train.loggers=[]"]), tmp_path / "run")
     for changed in ("eval.max_new_tokens=9", "export.dtype=bfloat16"):
         with pytest.raises(RecipeError, match="another recipe"):
-            pipeline.Run(load_recipe(recipe, [changed]), tmp_path / "run")
+            Run(load_recipe(recipe, [changed]), tmp_path / "run")
 
 
 def test_two_runs_do_not_work_in_one_folder(tmp_path, monkeypatch):
@@ -201,7 +221,7 @@ def test_a_run_that_is_not_there_leaves_nothing_behind(command, recipe, tmp_path
 
 
 def test_a_run_folder_with_another_name_is_another_run(recipe, tmp_path):
-    pipeline.Run(load_recipe(recipe), tmp_path / "tiny")
+    Run(load_recipe(recipe), tmp_path / "tiny")
     at = {"smoke": False, "runs": tmp_path / "runs"}
     assert _recipe_and_run_folder(str(tmp_path / "tiny"), [], **at)[1] == tmp_path / "tiny"
     assert _recipe_and_run_folder(str(tmp_path / "tiny"), ["name=other"], **at)[1] == tmp_path / "runs" / "other"
@@ -228,7 +248,9 @@ def test_a_killed_training_continues_bit_for_bit(recipe, tmp_path, kill):
     assert not (broken / "tiny" / "train.json").exists()
     subprocess.run(command("fit", recipe, *slow, "--runs", broken), check=True, env=environment, capture_output=True)
     assert curve(broken / "tiny") == curve(whole / "tiny")
-    for name in ("best", "last"):
+    best = json.loads((whole / "tiny" / "train.json").read_text())["drafter"]
+    assert best.startswith("best/step-")
+    for name in (best, "last"):
         ours, theirs = (load_file(folder / "tiny" / name / "model.safetensors") for folder in (broken, whole))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
@@ -249,10 +271,10 @@ def test_a_test_prompt_in_the_training_text_is_dropped_whatever_the_other_prompt
     for name, lines in (("test", spoiled), ("validation", clean)):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     files = [f"eval.prompts={tmp_path / 'test.jsonl'}", f"eval.validation_prompts={tmp_path / 'validation.jsonl'}"]
-    run = pipeline.Run(load_recipe(recipe, [*files, "eval.prompt_tokens=20"]), tmp_path / "run")
-    pipeline.training_data(run)
-    assert pipeline.dropped_prompts(run, str(tmp_path / "test.jsonl")) == ["1"]
-    assert pipeline.dropped_prompts(run, str(tmp_path / "validation.jsonl")) == []
+    run = Run(load_recipe(recipe, [*files, "eval.prompt_tokens=20"]), tmp_path / "run")
+    training_data(run)
+    assert dropped_prompts(run, str(tmp_path / "test.jsonl")) == ["1"]
+    assert dropped_prompts(run, str(tmp_path / "validation.jsonl")) == []
 
 
 def test_pretraining_comes_first_reads_plain_text_only_and_its_end_is_the_start(recipe, tmp_path):

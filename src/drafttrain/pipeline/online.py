@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say, table
-from drafttrain.run_folder import RunFolder
+from drafttrain.pipeline.folder import RunFolder
 
 if TYPE_CHECKING:
     from drafttrain.online.loop import OnlineRun

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,12 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drafttrain.core.console import say
-from drafttrain.core.errors import CheckpointError
+from drafttrain.core.errors import CheckpointError, GateError
 from drafttrain.core.files import write_json, write_text
+from drafttrain.pipeline.data import dropped_prompts
+from drafttrain.pipeline.run import quiet_libraries
 
 if TYPE_CHECKING:
     from drafttrain.eval.settings import EvalSettings
     from drafttrain.export.settings import ExportSettings
+    from drafttrain.pipeline.run import Run
     from drafttrain.target import Target
     from drafttrain.target.frozen import TargetSettings
 
@@ -275,3 +279,33 @@ def only(settings: ExportSettings, formats: Sequence[str], *, verify: bool) -> E
             f"--verify: no engine here reads {', '.join(unread)}. Engines: {', '.join(engines.names())}"
         )
     return replace(settings, to=list(formats), verify=proving)
+
+
+def write_and_verify(source: Path, stand: Stand, *, out: Path | None) -> None:
+    quiet_libraries()
+    check_engines(stand.export.verify)
+    folders = write_formats(source, stand.export, stand.target, out=out)
+    comparisons = verified(source, folders, stand)
+    for format, folder in folders.items():
+        write_engine_card(folder, source, [one for one in comparisons if one["format"] == format])
+    if comparisons:
+        write_engine_card(source, source, comparisons)
+    failed = [f"{one['engine']} ({one['format']}): {problem}" for one in comparisons for problem in one["problems"]]
+    if failed:
+        raise GateError(
+            "a serving engine does not do what the evaluator does:\n" + "\n".join(f"  {line}" for line in failed)
+        )
+
+
+def in_engines(run: Run, source: Path) -> list[dict[str, Any]]:
+    """Write the further formats of a run's drafter and let engines prove them; what was done before is kept."""
+    settings, done = run.recipe.export, source / ENGINES
+    formats = formats_of(settings)
+    if formats and formats_are_current(source, formats, run.recipe.target) and (done.exists() or not settings.verify):
+        say("further formats: done before, skipped")
+        return json.loads(done.read_text(encoding="utf-8")) if settings.verify else []
+    folders = write_formats(source, settings, run.recipe.target)
+    dropped = dropped_prompts(run, run.recipe.eval.prompts)
+    stand = Stand(run.recipe.target, run.recipe.eval, settings, dropped)
+    whole = run.target if settings.verify and run.placement == "replicated" else None
+    return verified(source, folders, stand, whole)

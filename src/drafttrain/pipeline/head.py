@@ -1,4 +1,4 @@
-"""The stages of a recipe that trains a head: annotate, train, export; the pipeline calls them with what they need."""
+"""The stages of a recipe that trains a head: annotate, train, export."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from drafttrain.data_gen.labelled import LabelledTokens
     from drafttrain.data_gen.prepare import TrainingData
     from drafttrain.heads import MadeFor
-    from drafttrain.run_folder import RunFolder
+    from drafttrain.pipeline.folder import RunFolder
     from drafttrain.target import Target
 
 

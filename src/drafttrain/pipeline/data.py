@@ -1,0 +1,105 @@
+"""The stage of the data: texts that the target writes, records, what the target knows of them, prompts that they spoil."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from drafttrain.core.errors import DataError
+from drafttrain.core.processes import first_before_others, world
+
+if TYPE_CHECKING:
+    from drafttrain.config.recipe import Recipe
+    from drafttrain.data_gen.prepare import TrainingData
+    from drafttrain.losses import Loss
+    from drafttrain.pipeline.run import Run
+
+
+def write_texts(run: Run) -> None:
+    from drafttrain.data_gen.prepare import generate_texts
+    from drafttrain.export.engines import engine_of
+    from drafttrain.export.engines.environment import ask
+
+    def ask_engine(name: str, worker: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        return ask(engine_of(name), request, worker=worker, timeout_seconds=None)
+
+    generate_texts(run.recipe.data, lambda: run.target, run.folder.data, seed=run.recipe.seed, ask_engine=ask_engine)
+
+
+def training_data(run: Run) -> TrainingData:
+    """Return the training data, what the target knows of it cached where the recipe says so; note which prompts it spoils."""
+    from drafttrain.data_gen.prepare import attach_cache
+
+    recipe = run.recipe
+    with first_before_others("it encodes the sources"):
+        data = _prepared(run)
+    if recipe.drafter is not None and recipe.data.cache != "none" and run.has_target():
+        if reason := run.drafter.why_not_cached():
+            raise DataError(f"data.cache: {recipe.drafter.kind}: {reason}; set data.cache: none")
+        attach_cache(
+            data,
+            run.folder.data,
+            run.target,
+            num_records=recipe.train.max_steps * recipe.train.batch_size,
+            law=loss_of(recipe).needs_target,
+            needs=run.drafter.needs(),
+        )
+    with first_before_others("it looks for overlap with the evaluation prompts"):
+        if not run.folder.overlap.exists():
+            _note_overlap(run, data)
+    return data
+
+
+def _prepared(run: Run) -> TrainingData:
+    from drafttrain.data_gen.prepare import prepare
+    from drafttrain.target.frozen import tokenizer_fingerprint
+
+    return prepare(
+        run.recipe.data,
+        run.folder.data,
+        tokenizer=run.tokenizer,
+        tokenizer_fingerprint=tokenizer_fingerprint(run.tokenizer),
+        seed=run.recipe.seed,
+    )
+
+
+def _note_overlap(run: Run, data: TrainingData) -> None:
+    from drafttrain.data_gen.prepare import drop_contaminated
+    from drafttrain.eval.prompts import read_prompts
+
+    wanted = run.recipe.eval
+    prompts = {
+        (file, prompt.id): prompt.tokens
+        for file in dict.fromkeys([wanted.prompts, wanted.validation_prompts])
+        for prompt in read_prompts(file, run.tokenizer, prompt_tokens=wanted.prompt_tokens)
+    }
+    drop_contaminated(data, prompts, run.folder.overlap)
+
+
+def dropped_prompts(run: Run, file: str) -> list[str]:
+    """Return the ids of a file's prompts that the training text spoils; files that are new to the run are looked up now."""
+    path = run.folder.overlap
+    if not path.exists() and run.folder.data.exists():
+        _note_overlap(run, _prepared(run))
+    found = json.loads(path.read_text(encoding="utf-8"))["dropped"] if path.exists() else []
+    return [id for name, id in found if name == file]
+
+
+def own_batches(data: Any, settings: Any) -> Callable[[int], list[Any]]:
+    """Return the micro-batches of a step that are this process's."""
+    here = world()
+    return lambda step: data.of_step(
+        step,
+        batch_size=settings.batch_size,
+        accumulation=settings.accumulation,
+        rank=here.rank,
+        world_size=here.size,
+    )
+
+
+def loss_of(recipe: Recipe) -> Loss:
+    from drafttrain.losses import losses
+
+    loss: Loss = losses.build(recipe.loss)
+    return loss

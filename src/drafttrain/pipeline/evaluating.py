@@ -1,0 +1,77 @@
+"""The stage that evaluates exported files: in a process of its own, which has read nothing but them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from drafttrain.core.errors import DrafttrainError, Interrupted
+from drafttrain.core.processes import without_launcher
+from drafttrain.pipeline.data import dropped_prompts
+from drafttrain.pipeline.head import exported_head, figures_of_head, with_own_head
+
+if TYPE_CHECKING:
+    from drafttrain.core.records import Prompt
+    from drafttrain.eval.settings import EvalSettings
+    from drafttrain.pipeline.run import Run
+    from drafttrain.target import Target
+
+
+def evaluated_elsewhere(run: Run) -> dict[str, Any]:
+    """Evaluate in a fresh process that has read nothing but the files, and never imports the trainer."""
+    command = [sys.executable, "-m", "drafttrain.cli", "eval", str(run.folder.path)]
+    environment = without_launcher(os.environ)
+    if run.recipe.train.num_threads:
+        environment["OMP_NUM_THREADS"] = str(run.recipe.train.num_threads)
+    process = subprocess.Popen(command, env=environment)
+    try:
+        code = process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    if code == Interrupted.exit_code:
+        raise Interrupted("stopped during the evaluation: run the same command to continue")
+    if code != 0:
+        raise DrafttrainError(f"the evaluation failed with exit code {code}")
+    result: dict[str, Any] = json.loads(run.folder.eval.read_text(encoding="utf-8"))
+    return result
+
+
+def evaluated_head(run: Run) -> dict[str, Any]:
+    """Evaluate the frozen drafter with what the run's head decides, and the head on held-out draft tokens."""
+    from drafttrain.target.frozen import resolve_folder
+
+    settings = with_own_head(run.recipe.eval, exported_head(run.folder))
+    folders = {"drafter": resolve_folder(run.recipe.head.drafter)}
+    result = evaluated(folders, run.target, settings, dropped=dropped_prompts(run, run.recipe.eval.prompts))
+    return result | {"head": figures_of_head(run.recipe, run.folder)}
+
+
+def evaluated(folders: Mapping[str, Path], target: Target, settings: Any, *, dropped: Sequence[str]) -> dict[str, Any]:
+    from drafttrain.eval.evaluate import evaluate
+    from drafttrain.eval.prompts import read_prompts
+
+    prompts = read_prompts(
+        settings.prompts,
+        target.tokenizer,
+        prompt_tokens=settings.prompt_tokens,
+        dropped=dropped,
+        limit=settings.num_prompts,
+    )
+    check_lengths(target, prompts, settings)
+    result = evaluate(folders, target, prompts, replace(settings, num_prompts=None))
+    return result | {"prompts_dropped_for_overlap": len(dropped)}
+
+
+def check_lengths(target: Target, prompts: Sequence[Prompt], settings: EvalSettings) -> None:
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    target.check_length(
+        longest + settings.max_new_tokens, what=f"the longest prompt ({longest} tokens) and eval.max_new_tokens"
+    )
