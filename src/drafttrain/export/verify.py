@@ -357,13 +357,19 @@ def served_counts(generation: Generation, *, max_new_tokens: int, habits: Habits
     tokens = _up_to_end(generation.tokens[:max_new_tokens], habits.ends)
     begun = int(habits.first_alone)
     rounds = [one for one in generation.rounds if one.num_draft_tokens and begun + one.start < len(tokens)]
+    # Of what a round gives, one token was not drafted: where all that counts is what is written, the last one.
+    most = [len(tokens) - 1 - begun - one.start for one in rounds]
+    kept = [
+        one.num_accepted if habits.past_end else min(one.num_accepted, limit)
+        for one, limit in zip(rounds, most, strict=True)
+    ]
     deepest = max((one.max_depth for one in rounds), default=0)
     return Served(
         tokens=tokens,
         num_drafts=len(rounds),
         num_draft_tokens=sum(one.num_draft_tokens for one in rounds),
-        num_accepted=sum(one.num_accepted for one in rounds),
-        accepted_at=[sum(one.num_accepted >= i for one in rounds) for i in range(1, deepest + 1)],
+        num_accepted=sum(kept),
+        accepted_at=[sum(count >= i for count in kept) for i in range(1, deepest + 1)],
     )
 
 
@@ -406,7 +412,8 @@ def _log_likelihoods(target: Target, prompts: Sequence[Prompt], served: Sequence
     found = []
     for prompt, one in zip(prompts, served, strict=True):
         tokens = torch.tensor([[*prompt.tokens, *one.tokens]], device=target.device)
-        logits_NV = target.model(tokens).logits[0, len(prompt.tokens) - 1 : -1, : target.num_tokens]
+        # Padding included: an engine that does not know it may draw it.
+        logits_NV = target.model(tokens).logits[0, len(prompt.tokens) - 1 : -1]
         law_NV = (logits_NV.float() / SAMPLED_TEMPERATURE).log_softmax(dim=-1)
         found.append(float(law_NV.gather(1, tokens[0, len(prompt.tokens) :, None]).mean()))
     return found

@@ -324,4 +324,5 @@ def in_engines(run: Run, source: Path) -> list[dict[str, Any]]:
     folders = write_formats(source, settings, run.recipe.target)
     dropped = dropped_prompts(run, run.recipe.eval.prompts)
     stand = Stand(run.recipe.target, run.recipe.eval, settings, dropped)
-    return verified(source, folders, stand, run.target if settings.verify else None)
+    whole = run.target if settings.verify and run.placement == "replicated" else None
+    return verified(source, folders, stand, whole)

@@ -58,11 +58,26 @@ class Habits:
     first_alone: bool = True
     """The first token of an output comes before any draft; else the first round drafts too."""
     past_end: bool = True
-    """Rounds draft in full past the end of an output; else no token that cannot be kept is drafted."""
+    """Rounds draft in full past the end of an output, and count what they accept there; else neither."""
     ends: frozenset[int] = frozenset()
     """Tokens that end a text, and are its last."""
     draft_top_k: int = 0
     """Sampled drafts are of so many likeliest tokens of the drafter's law; 0: of all."""
+
+
+@dataclass(frozen=True)
+class CounterNames:
+    """What an engine calls the counters of its /metrics, which it may have once for each of several label sets."""
+
+    num_drafts: str
+    num_draft_tokens: str
+    num_accepted: str
+    accepted_at: str
+    """One for each draft position, which its label `position` counts from 0."""
+    num_requests: str
+    """Requests that ended, whoever made them."""
+    num_tokens: str
+    """New tokens of all requests."""
 
 
 class ServingEngine(ABC):
@@ -83,6 +98,8 @@ class ServingEngine(ABC):
     """The kinds of drafter that it runs, and how it calls each."""
     samples: ClassVar[bool] = True
     """It is asked at temperature > 0 too; else its answer is the greedy run alone."""
+    counters: ClassVar[CounterNames | None] = None
+    """What its server counts; None: nothing that could be read."""
 
     def check_kind(self, folder: Path, kind: str) -> None:
         """Refuse a kind of drafter that this engine has no method for.

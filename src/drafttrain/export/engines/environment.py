@@ -16,6 +16,7 @@ from typing import Any
 from drafttrain.core.console import say
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.core.files import write_json
+from drafttrain.core.processes import for_own_program
 from drafttrain.export.engines import ServingEngine
 
 ROOT_VARIABLE = "DRAFTTRAIN_ENGINES"
@@ -115,9 +116,17 @@ def ask(
         with log.open("w", encoding="utf-8") as written:
             # Isolated: nothing of this process's environment of packages is seen by the engine's.
             command = [str(python_of(engine)), "-I", str(file), str(asked), str(answered)]
+            # Nor is a launcher's: an engine that takes itself for one of several processes waits for the others.
+            environment = for_own_program(os.environ)
             try:
                 code = subprocess.run(
-                    command, stdout=written, stderr=written, check=False, timeout=timeout_seconds, cwd=temporary
+                    command,
+                    stdout=written,
+                    stderr=written,
+                    check=False,
+                    timeout=timeout_seconds,
+                    cwd=temporary,
+                    env=environment,
                 ).returncode
             except subprocess.TimeoutExpired as error:
                 raise EngineError(f"{engine.name} did not answer within {error.timeout:g} seconds") from error

@@ -9,8 +9,9 @@ Both are JSON files. The request:
     context             tokens of prompt and output
     prompts             lists of token ids; decoded one by one, so that the counters are those of one prompt
     runs                [{temperature, max_tokens, seed}], over all prompts each
+    texts               to be tokenized, special tokens in them too
 
-The answer: `version`, and for every run its `prompts`, each with `tokens` and the counters of speculation; or `error`.
+The answer: `version`, for every run its `prompts`, each with `tokens` and the counters of speculation, and `tokenized`; or `error`.
 """
 
 import http.client
@@ -40,7 +41,8 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
     server = xllamacpp.Server(_parameters(xllamacpp, request))
     address = server.listening_address.removeprefix("http://")
     runs = [_run(address, request["prompts"], **run) for run in request["runs"]]
-    return {"version": xllamacpp.__version__, "runs": runs}
+    tokenized = [_tokenized(address, text) for text in request["texts"]]
+    return {"version": xllamacpp.__version__, "runs": runs, "tokenized": tokenized}
 
 
 def _parameters(xllamacpp: Any, request: dict[str, Any]) -> Any:
@@ -108,6 +110,12 @@ def _run(address: str, prompts: list[list[int]], *, temperature: float, max_toke
         )
         decoded.append({"tokens": json.loads(text)["tokens"], **_difference(before, _counters(address))})
     return {"temperature": temperature, "prompts": decoded}
+
+
+def _tokenized(address: str, text: str) -> list[int]:
+    said = _asked(address, "/tokenize", {"content": text, "add_special": True, "parse_special": True})
+    tokens: list[int] = json.loads(said)["tokens"]
+    return tokens
 
 
 def _counters(address: str) -> dict[str, Any]:
