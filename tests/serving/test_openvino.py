@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -37,6 +38,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "causal_lm": {"num_layers": 1, "hidden_size": 64, "num_heads": 2},
     "eagle3": {"draft_vocab_size": 3072, "num_steps": 3},
 }
+PLACES = (0, 1, 3, 5, 7, 9)
+"""Of the embedded target's blocks in one of ten layers."""
+
 GRAPH, WEIGHTS = "openvino_model.xml", "openvino_model.bin"
 
 
@@ -137,6 +141,11 @@ def change_graph(folder: Path, taps: str) -> None:
     path.write_text(renote(path.read_text(), taps))
 
 
+def forget_taps(folder: Path) -> None:
+    path = folder / GRAPH
+    path.write_text(re.sub(r"<hidden_layers_list [^>]*/>", "", path.read_text()))
+
+
 def constant(folder: Path, name: str) -> tuple[int, int]:
     """Return where a constant of a graph begins and how long it is."""
     layer = re.search(
@@ -206,10 +215,51 @@ def test_a_truncated_file_is_named(exported, learned, target_config, tmp_path):
 def test_without_the_note_openvino_refuses_a_target_of_few_layers(engine, exported, job, tmp_path):
     """Why the taps are written into the graph: else it picks blocks itself, and only of ten or more."""
     folder = Path(shutil.copytree(exported("eagle3"), tmp_path / "out"))
-    path = folder / GRAPH
-    path.write_text(re.sub(r"<hidden_layers_list [^>]*/>", "", path.read_text()))
+    forget_taps(folder)
     with pytest.raises(EngineError, match="num_decoder_layers >= 10"):
         ask(engine, engine.request(job, Use(str(folder), "eagle3", NUM_DRAFT_TOKENS, "greedy")))
+
+
+@pytest.fixture(scope="module")
+def deep(target, tmp_path_factory) -> Path:
+    """The embedded target with blocks between its own that change nothing: ten layers, and other states at 3, 6, 8 than before."""
+    config = copy.deepcopy(target.model.config)
+    config.num_hidden_layers = 10
+    model = type(target.model)(config).eval()
+    state = model.state_dict()
+    for name in state:
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            state[name].zero_()
+    for name, tensor in target.model.state_dict().items():
+        state[re.sub(r"layers\.(\d+)", lambda found: f"layers.{PLACES[int(found[1])]}", name)].copy_(tensor)
+    folder = tmp_path_factory.mktemp("deep") / "target"
+    model.save_pretrained(folder)
+    target.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_of_ten_layers_openvino_picks_the_blocks_that_the_note_names(engine, deep, prompts, tmp_path):
+    """Its own choice is [3, 6, 8] as the drafter's config counts them: with and without the note, the evaluator's counts."""
+    target = Target.load(TargetSettings(model=str(deep)))
+    drafter = folders.drafter_of("eagle3", target, scale=0.05, taps=[3, 6, 8], **SETTINGS["eagle3"])
+    learn(drafter, target, prompts[:4], steps=STEPS, new_tokens=NEW_TOKENS, lr=3e-3)
+    source, folder = folders.save(drafter, tmp_path / "drafter", target), tmp_path / "out"
+    export_as("openvino", source, folder, target_config=read_target_config(deep, name="deep"))
+    job = Job(deep, [p.tokens for p in prompts], NEW_TOKENS, [0.0, 1.0], "float32", 128)
+    plain, drafter = plain_served(engine, job), read_drafter(source, target)
+
+    def compared() -> Comparison:
+        return compare_with_engine(
+            engine, folder, drafter, target, prompts, job, num_draft_tokens=NUM_DRAFT_TOKENS, plain=plain
+        )
+
+    noted = compared()
+    assert noted.problems == ()
+    assert 0 < noted.greedy["engine"].accepted_at[1] < noted.greedy["engine"].num_drafts
+    forget_taps(folder)
+    assert compared().greedy == noted.greedy
+    change_graph(folder, "1 4 6")
+    assert "drafts otherwise than the evaluator" in compared().problems[0]
 
 
 def test_the_command_line_exports_proves_and_writes_both_columns_into_the_card(engine, learned, tmp_path):
