@@ -155,13 +155,15 @@ def test_a_run_that_was_cut_short_ends_as_one_that_was_not(tmp_path, tiny_target
         place = tmp_path / str(cut)
         place.mkdir()
         first = start(place, tiny_target)
-        run = online_run(place, tiny_target, first, steps=2, max_lines=10, every_requests=8)
+        run = online_run(place, tiny_target, first, steps=2, max_lines=5, every_requests=8)
         serve(tiny_target, place / "run" / "drafters", place / "logs" / "a.jsonl", prompts(0, 28))
         if cut:
-            run._take()
-            # What was done after the last state was written is lost with the process.
+            for _ in range(3):
+                run._take()
+            # What was done after the last state was written is lost with the process: a batch that led to no update, and an update.
+            assert (run.batches, run._saved) == (3, 2)
             run.lanes[""].update()
-            run = online_run(place, tiny_target, first, steps=2, max_lines=10, every_requests=8)
+            run = online_run(place, tiny_target, first, steps=2, max_lines=5, every_requests=8)
         run.once()
         weights.append(run.lanes[""].learner.state()["drafter"])
     for name, value in weights[0].items():
