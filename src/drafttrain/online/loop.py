@@ -13,7 +13,7 @@ import fcntl
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,17 +86,23 @@ class OnlineRun:
                 self._note(lane.update())
         self._save()
 
-    def for_ever(self) -> None:
+    def for_ever(self, after_update: Callable[[], None]) -> None:
         """Go on as the logs grow, until the process is told to stop."""
         while True:
+            updates = self._updates()
             taken = self._take()
             for lane in self.lanes.values():
                 lane.look_at_current()
                 if lane.is_time():
                     self._note(lane.update())
                     self._save()
+            if self._updates() > updates:
+                after_update()
             if not taken:
                 time.sleep(self.shop.online.poll_seconds)
+
+    def _updates(self) -> int:
+        return sum(lane.counts["updates"] for lane in self.lanes.values())
 
     def _take(self) -> bool:
         """Learn from the next batch; tell whether there was one."""
