@@ -9,15 +9,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from drafttrain import pipeline
+from drafttrain import launch, pipeline
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import DrafttrainError, Interrupted, RecipeError
-from drafttrain.core.processes import TORCHRUN, World, without_launcher, world
+from drafttrain.core.processes import (
+    TORCHRUN,
+    World,
+    first_before_others,
+    own_share,
+    shared,
+    wait_for_all,
+    without_launcher,
+    world,
+)
 from drafttrain.train.offload import refuse_stale_lock
 from drafttrain.train.preflight import check_disk
 
@@ -82,9 +92,11 @@ def test_two_processes_make_the_data_and_the_drafter_of_one(recipe: Path, tmp_pa
 
 
 def test_a_batch_that_does_not_go_into_the_processes_is_refused_in_seconds(recipe: Path, tmp_path: Path) -> None:
-    done = command("fit", recipe, "--runs", tmp_path, "train.devices=2", "train.batch_size=5")
+    layout = ("train.devices=2", "train.max_restarts=2")
+    done = command("fit", recipe, "--runs", tmp_path, *layout, "train.batch_size=5")
     assert done.returncode == RecipeError.exit_code, done.stderr[-2000:]
     assert "train.batch_size: 5 is not a multiple of 2 (2 processes x 1 micro-batches)" in done.stderr
+    assert "restart" not in done.stderr, "what was refused would be refused again"
 
 
 @pytest.mark.processes
@@ -185,6 +197,33 @@ def test_a_launcher_that_says_half_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT"):
         world()
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ([-9, 75], DrafttrainError.exit_code),
+        ([75, 75], Interrupted.exit_code),
+        ([1, 2], RecipeError.exit_code),
+        ([2, -15], RecipeError.exit_code),
+        ([1, -9], DrafttrainError.exit_code),
+        ([-11], DrafttrainError.exit_code),
+    ],
+)
+def test_of_processes_that_failed_the_one_that_says_why_is_heard(codes: list[int], expected: int) -> None:
+    failures = [SimpleNamespace(exitcode=code, timestamp=at) for at, code in enumerate(codes)]
+    assert launch._code(failures) == expected
+
+
+def test_a_wait_in_a_turn_is_refused_also_where_there_is_one_process() -> None:
+    message = "waits for the others while it writes, and they wait for that"
+    with pytest.raises(AssertionError, match=message), first_before_others("it writes"):
+        wait_for_all("they are done")
+    with first_before_others("it writes"):
+        for wait in (lambda: shared(1), lambda: own_share([1]), first_before_others("it reads").__enter__):
+            with pytest.raises(AssertionError, match="while it writes"):
+                wait()
+    assert shared(1) == [1], "and after it is allowed again"
 
 
 def test_a_disk_too_small_for_checkpoints_is_refused(tmp_path: Path) -> None:

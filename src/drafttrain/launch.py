@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from drafttrain.core.console import say
-from drafttrain.core.errors import Interrupted, RecipeError
+from drafttrain.core.errors import GateError, Interrupted, RecipeError
 from drafttrain.core.processes import launched
+
+REFUSALS = (RecipeError.exit_code, GateError.exit_code)
+"""Exit codes of processes that would say the same again."""
 
 
 def processes_wanted(settings: Any) -> int:
@@ -24,7 +28,7 @@ def processes_wanted(settings: Any) -> int:
     import torch
 
     asked, found = settings.train.devices, torch.cuda.device_count()
-    one_device = settings.target.device not in ("auto", "cuda")
+    one_device = settings.target.device not in ("auto", "cuda") or settings.train.device != "auto"
     if asked is None:
         return 1 if one_device else max(1, found)
     if found and not one_device and asked > found:
@@ -37,17 +41,28 @@ def relaunch(count: int, *, max_restarts: int) -> int:
 
     Args:
         max_restarts: When one of them dies, all are started again, so often at most; they go on from the last checkpoint.
+            What they said no to, or ended on purpose, is not tried again.
 
     Raises:
         Interrupted: This process was asked to stop; all finished their step and saved.
     """
+    say(f"starting {count} processes on this machine (train.devices)")
+    code = _in_processes(count)
+    for restart in range(1, max_restarts + 1):
+        if code in (0, Interrupted.exit_code, *REFUSALS):
+            break
+        say(f"a process is gone: restart {restart} of {max_restarts}")
+        code = _in_processes(count)
+    return code
+
+
+def _in_processes(count: int) -> int:
     import logging
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    say(f"starting {count} processes on this machine (train.devices)")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
@@ -57,13 +72,13 @@ def relaunch(count: int, *, max_restarts: int) -> int:
         rdzv_endpoint="localhost:0",
         rdzv_configs={"is_host": True},
         run_id="drafttrain",
-        max_restarts=max_restarts,
+        max_restarts=0,
         start_method="spawn",
     )
     try:
         elastic_launch(config, sys.executable)("-m", "drafttrain", *sys.argv[1:])
     except ChildFailedError as error:
-        return _code(error)
+        return _code(error.failures.values())
     except SignalException as error:
         raise Interrupted(
             f"stopped by {error.sigval.name}, and all processes with it: run the same command to continue"
@@ -71,7 +86,10 @@ def relaunch(count: int, *, max_restarts: int) -> int:
     return 0
 
 
-def _code(error: Any) -> int:
-    """Return the exit code of the process that failed first; one that was killed has none of ours."""
-    failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
-    return next((int(failure.exitcode) for failure in failures if failure.exitcode > 0), 1)
+def _code(failures: Iterable[Any]) -> int:
+    """Return the exit code of processes that failed: what one said no with, 1 where one died, else that of the first."""
+    codes = [int(failure.exitcode) for failure in sorted(failures, key=lambda failure: failure.timestamp)]
+    if refused := [code for code in codes if code in REFUSALS]:
+        return refused[0]
+    # When one is killed, the others are asked to stop and say that they were: no end that was wished for.
+    return 1 if min(codes, default=0) <= 0 else codes[0]

@@ -1,5 +1,7 @@
 """One short training with unequal masks, under any layout; several processes run it as `python -m tests.train.layouts`."""
 
+import gc
+import hashlib
 import json
 import os
 import resource
@@ -14,13 +16,13 @@ import numpy as np
 import torch
 
 from drafttrain.cli import exit_codes
-from drafttrain.core.processes import together, world
-from drafttrain.core.records import DraftBatch, Record
+from drafttrain.core.processes import first, together, world
+from drafttrain.core.records import DraftBatch, Record, TargetNeeds
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import drafters
 from drafttrain.drafters.causal_lm import CausalLMDrafter
 from drafttrain.losses import losses
-from drafttrain.target import Target
+from drafttrain.target import Target, TargetSettings
 from drafttrain.train.deepspeed_settings import DeepSpeedSettings
 from drafttrain.train.run import train
 from drafttrain.train.settings import TrainSettings
@@ -66,6 +68,9 @@ def run(
     of_kind: dict[str, Any] | None = None,
     mean_of_means: bool = False,
     estimate: Any = None,
+    target_folder: str | None = None,
+    sharded: bool = True,
+    logged: bool = False,
     **settings: Any,
 ) -> list[float]:
     """Train and return the loss of every step.
@@ -74,6 +79,8 @@ def run(
         stage: Of ZeRO; None without DeepSpeed.
         drafter: The class, where `kind` is causal_lm.
         of_kind: Settings of another kind.
+        target_folder: Where the target is read from, spread over the processes or not; None: it is made in memory.
+        logged: The batches of the first process know the target's law already, those of the others do not.
     """
     wanted = TrainSettings(
         max_steps=steps,
@@ -90,24 +97,72 @@ def run(
         checkpoint_every_steps=3,
         deepspeed=None if stage is None else DeepSpeedSettings(stage=stage),  # type: ignore[arg-type]
     )
-    target = Target(random_llama(num_layers=4), byte_tokenizer(), name="tiny", fingerprint="")
+    target = whole = Target(random_llama(num_layers=4), byte_tokenizer(), name="tiny", fingerprint="")
+    if target_folder is not None:
+        target = target_of(target_folder, folder, sharded=sharded)
     torch.manual_seed(0)
     made: Any = drafter(random_llama(seed=1, num_layers=1))
     if kind != "causal_lm":
         entry: Any = drafters.entry(kind)
         made = entry.component.create(entry.settings(**(of_kind or {})), target=target, tokenizer=target.tokenizer)
         made.fit_vocabulary(lambda: np.arange(257))
+    of_own = partial(of_step, accumulation=accumulation, mean_of_means=mean_of_means)
     train(
         made,
         losses.build(losses.entry(loss).settings(**({"scope": "batch"} if loss == "tvdpp" else {}))),
         target=target,
-        of_step=partial(of_step, accumulation=accumulation, mean_of_means=mean_of_means),
+        of_step=partial(with_law, target=whole, of_step=of_own) if logged and first() else of_own,
         estimate=estimate,
         settings=replace(wanted, **settings),
         vocab_size=257,
         folder=folder,
     )
     return curve(folder)
+
+
+def target_of(target_folder: str, folder: Path, *, sharded: bool) -> Target:
+    """Return the target of a folder; note what this process then holds more than before, and the digest of the weights."""
+    from drafttrain.train.sharded_target import ShardedTarget
+
+    before = held_numbers()
+    target = (ShardedTarget if sharded else Target).load(TargetSettings(model=target_folder))
+    held = held_numbers() - before
+    census = {"held": held, "sha256": target.weights_sha256(), "states": states_digest(target)}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"target-{world().rank}.json").write_text(json.dumps(census))
+    return target
+
+
+def states_digest(target: Target) -> str:
+    """Return the digest of what a target says of two packed documents, bit for bit."""
+    records = [Record("", range(1, 9), [True] * 8), Record("", range(20, 25), [True] * 5)]
+    batch, _ = pack(records, width=16, weight_of_step=1.0)
+    seen = target.read(batch.tokens_BT, batch.positions_BT, TargetNeeds(hidden=(0, 2), final=True))
+    assert seen.final_BTD is not None
+    states = [seen.final_BTD, *seen.hidden_BTD.values()]
+    return hashlib.sha256(b"".join(state.numpy().tobytes() for state in states)).hexdigest()
+
+
+def held_numbers() -> int:
+    """Return how many numbers all tensors of this process hold in memory, shared memory counted once."""
+    gc.collect()
+    found = {}
+    for held in gc.get_objects():
+        if issubclass(type(held), torch.Tensor) and not held.is_meta:
+            for tensor in (held, getattr(held, "ds_tensor", None)):
+                if tensor is not None and tensor.device.type == "cpu":
+                    storage = tensor.untyped_storage()
+                    found[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
+    return sum(found.values())
+
+
+def with_law(step: int, *, target: Target, of_step: Any) -> list[DraftBatch]:
+    """Return the micro-batches of a step with the target's law, as a log of its serving has it."""
+    batches = []
+    for batch in of_step(step):
+        seen = target.read(batch.tokens_BT, batch.positions_BT, TargetNeeds(final=True))
+        batches.append(replace(batch, target_rows=target.rows_of(seen)))
+    return batches
 
 
 def curve(folder: Path) -> list[float]:

@@ -16,7 +16,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 @pytest.mark.slow
 def test_ranks_whose_parent_is_killed_leave_before_the_next_run_begins(tiny_folder: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_folder)
-    life = Life(recipe, tmp_path / "runs", ["train.devices=2", "train.deepspeed.stage=2", "train.max_steps=200"])
+    life = Life(recipe, tmp_path / "runs", ["train.devices=2", "train.deepspeed.stage=2", "train.max_steps=60"])
     running = life.start()
     while not list(life.folder.glob("checkpoints/step-*.ckpt")):
         assert running.poll() is None, life.said()

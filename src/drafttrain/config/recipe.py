@@ -69,6 +69,10 @@ class Recipe:
             problems += self._exports()
         if self.online is not None:
             problems += self._online()
+        if self.train.target_placement != "replicated":
+            problems += self._placement()
+        if self.train.device != "auto":
+            problems += self._own_device()
         if self.train.activation_checkpointing and not getattr(_component(self.drafter), "recomputes", False):
             what = f"drafter {self.drafter.kind}" if self.drafter is not None else "a head"
             problems.append(f"train.activation_checkpointing: {what} has no stack of layers to compute again")
@@ -117,6 +121,39 @@ class Recipe:
             yield "train: online learning runs in one process, without pretrain and deepspeed"
         if self.train.accumulation > 1:
             yield "train.accumulation: online learning takes whole batches: leave it at 1"
+
+    def _placement(self) -> Iterator[str]:
+        """Tell what needs the whole target in every process, or a target that is there."""
+        placement = self.train.target_placement
+        key = f"train.target_placement: {placement}"
+        if self.target.model is None:
+            yield f"{key}: there is no target to place: target.model is null"
+        if self.head is not None:
+            yield f"{key}: labels of draft tokens are made by the target as a whole: a head needs replicated"
+        if self.online is not None:
+            yield f"{key}: online learning reads traffic with its target: it needs replicated"
+        made_of = _component(self.drafter)
+        if made_of is not None and (reason := made_of.why_whole_target(self.drafter)):
+            yield f"{key}: drafter.{reason}, and they must be whole in every process: use replicated"
+        if placement == "sharded":
+            if self.train.devices == 1:
+                yield f"{key}: there is nothing to spread a target over with train.devices 1"
+            if self.target.device != "auto":
+                yield f"{key}: shares are on the processes' own devices: leave target.device at auto, got {self.target.device}"
+        elif self.data.cache == "none" and (made_of is None or made_of.needs_target or self._loss_needs_target()):
+            yield f"{key}: nothing of the target is stored with data.cache none: choose states, full or top_k"
+
+    def _own_device(self) -> Iterator[str]:
+        """Tell what cannot be on another device than its target."""
+        key = f"train.device: {self.train.device}"
+        if self.head is not None or self.online is not None:
+            yield f"{key}: only a drafter of fit has a device of its own: leave it at auto"
+        if getattr(self.drafter, "joint", None) is not None:
+            yield f"{key}: drafter.joint trains adapters inside the target, where it is: leave it at auto"
+
+    def _loss_needs_target(self) -> bool:
+        kinds = [settings.kind for settings in components_of(self.loss) if settings.kind in losses.names()]
+        return any(_registered(losses, kind).needs_target is True for kind in kinds)
 
     def _of_head(self) -> Iterator[str]:
         """Tell what a recipe that trains a head has too much or too little."""

@@ -86,6 +86,17 @@ def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def for_own_program(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment for another program that one of several processes starts: on its own, on the device of this process."""
+    own = without_launcher(environment)
+    if launched():
+        devices = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        number = world().local_rank
+        # A launcher that shows each process its own device only has named it already.
+        own["CUDA_VISIBLE_DEVICES"] = devices[number] if number < len(devices) else ",".join(devices) or str(number)
+    return own
+
+
 def _environment() -> dict[str, str]:
     env = dict(os.environ)
     if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
@@ -270,6 +281,8 @@ class Group:
 
 
 _joined: Group | None = None
+_turn: str | None = None
+"""What the process does while the others wait for their turn, or have had it."""
 
 
 def joined() -> Group | None:
@@ -329,6 +342,7 @@ def _is_of_a_connection(error: BaseException) -> bool:
 
 def shared(value: Any) -> list[Any]:
     """Return every process's value, by rank."""
+    _refuse_to_wait()
     return [value] if _joined is None else _joined.shared(value)
 
 
@@ -354,22 +368,32 @@ def agree(what: str, value: Any) -> None:
 
 def wait_for_all(what: str) -> None:
     """Wait until every process is here, for as long as the others live."""
+    _refuse_to_wait()
     if _joined is not None:
         _joined.wait(what)
 
 
 @contextlib.contextmanager
 def first_before_others(what: str) -> Iterator[None]:
-    """Let the first process go through the block alone; then the others, which find what it made. Nothing inside may wait."""
-    if _joined is None:
-        yield
-        return
-    if first():
-        yield
-        _joined.wait(what, ranks=range(0))
-    else:
+    """Let the first process go through the block alone; then the others, which find what it made.
+
+    Nothing inside may wait for the others: they come only after it. That is refused also where there is one process.
+    """
+    global _turn
+    _refuse_to_wait()
+    if _joined is not None and not first():
         _joined.wait(what, ranks=range(1), done=False)
+    _turn = what
+    try:
         yield
+    finally:
+        _turn = None
+    if _joined is not None and first():
+        _joined.wait(what, ranks=range(0))
+
+
+def _refuse_to_wait() -> None:
+    assert _turn is None, f"a process waits for the others while {_turn}, and they wait for that"
 
 
 def at_step(step: int) -> None:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,10 +18,9 @@ from torch import Tensor
 from drafttrain.core.console import progress, say
 from drafttrain.core.errors import DataError
 from drafttrain.core.files import write_json, written_beside
-from drafttrain.core.processes import first, first_before_others, own_share, wait_for_all
+from drafttrain.core.processes import any_of, first, first_before_others, own_share, wait_for_all
 from drafttrain.core.records import DraftBatch, Record, TargetNeeds, TargetOutput
 from drafttrain.data_gen.packing import pack
-from drafttrain.data_gen.store import Store
 from drafttrain.target import Target
 from drafttrain.target.anatomy import head_logits
 
@@ -63,6 +62,24 @@ class Wanted:
         law = [f"law ({self.law})"] if self.law else []
         hidden = [f"hidden state {index}" for index in self.states.hidden]
         return ", ".join([*law, *hidden, *(["final state"] if self.final else [])])
+
+
+class Texts(Protocol):
+    """Encoded records by number: a store, or texts that are held in memory."""
+
+    @property
+    def meta(self) -> Mapping[str, Any]:
+        """With `about`: what the content depends on."""
+        ...
+
+    @property
+    def starts(self) -> Any:
+        """Where each record begins among the tokens of all, and the end."""
+        ...
+
+    def __getitem__(self, index: int) -> Record:
+        """Return a record."""
+        ...
 
 
 class RowCache:
@@ -171,7 +188,7 @@ def with_stored(
 
 
 def build_cache(
-    folder: Path, store: Store, records: Sequence[int], target: Target, *, wanted: Wanted, max_gb: float
+    folder: Path, store: Texts, records: Sequence[int], target: Target, *, wanted: Wanted, max_gb: float
 ) -> RowCache:
     """Write what is wanted of these records, shard by shard; shards that an earlier run wrote stay.
 
@@ -201,13 +218,15 @@ def build_cache(
     own = own_share(missing)
     size_of = dict(zip(map(int, records), sizes, strict=True))
     tokens = [sum(size_of[i] for i in shard) for shard in shards]
-    with progress("caching what the target knows", total=sum(tokens[n] for n in own), unit="tokens") as bar:
-        for number in own:
-            rows = _rows([store[i].tokens for i in shards[number]], target, wanted)
-            for name, path in paths[number].items():
-                with written_beside(path) as temporary, temporary.open("wb") as file:
-                    np.save(file, rows[name])
-            bar.advance(tokens[number])
+    if any_of(bool(own)):
+        bar_of = progress("caching what the target knows", total=sum(tokens[n] for n in own), unit="tokens")
+        with target.at_work() as live, bar_of as bar:
+            for number in own:
+                rows = _rows([store[i].tokens for i in shards[number]], live, wanted)
+                for name, path in paths[number].items():
+                    with written_beside(path) as temporary, temporary.open("wb") as file:
+                        np.save(file, rows[name])
+                bar.advance(tokens[number])
     wait_for_all("the cache is written")
     starts = dict(zip(map(int, records), np.cumsum([0, *sizes])[:-1].tolist(), strict=True))
     shard_starts = [starts[int(shard[0])] for shard in shards]

@@ -40,6 +40,11 @@ class Drafter(nn.Module, ABC):
     def create(cls, settings: Any, *, target: Target | None, tokenizer: Any) -> Drafter:
         """Return the drafter at its start, as its settings say."""
 
+    @classmethod
+    def why_whole_target(cls, settings: Any) -> str | None:
+        """Return why training by these settings needs the target's blocks themselves, whole; None: what is read of it will do."""
+        return None
+
     @property
     def deepest(self) -> int | None:
         """Draft tokens of a round at most; None: it goes on from its own tokens for as long as it is asked."""

@@ -82,6 +82,11 @@ class CausalLMDrafter(Drafter):
         self.draft = draft
 
     @classmethod
+    def why_whole_target(cls, settings: CausalLMSettings) -> str | None:
+        """Return that its layers are cut out of the target's, if they are."""
+        return "init: target cuts the drafter out of the target's blocks" if settings.init == "target" else None
+
+    @classmethod
     def create(cls, settings: CausalLMSettings, *, target: Target | None, tokenizer: Any) -> CausalLMDrafter:
         """Return the drafter at its start."""
         if settings.init == "scratch":

@@ -78,6 +78,7 @@ class EagleDrafter(FeatureDrafter):
 
     kind = "eagle"
     lag = 1
+    needs_target = True
     serving: ClassVar[str] = "It drafts trees in the embedded evaluator only."
 
     def __init__(self, config: dict[str, Any], parts: TargetParts) -> None:

@@ -108,6 +108,7 @@ class Eagle3Drafter(FeatureDrafter):
 
     kind = "eagle3"
     lag = 1
+    needs_target = True
     serving: ClassVar[str] = "It drafts trees in the embedded evaluator only."
 
     def __init__(self, config: dict[str, Any], parts: TargetParts) -> None:

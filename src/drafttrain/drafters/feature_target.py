@@ -30,8 +30,8 @@ class TargetParts:
     def embed(self, tokens_BT: Tensor, *, dtype: torch.dtype) -> Tensor:
         """Return embedded_BTD."""
         with torch.no_grad():
-            embedded_BTD: Tensor = self._embedding(tokens_BT)
-        return embedded_BTD.to(dtype)
+            embedded_BTD: Tensor = self._embedding(tokens_BT.to(self._embedding.weight.device))
+        return embedded_BTD.to(tokens_BT.device, dtype)
 
     def head(self, states_ND: Tensor) -> Tensor:
         """Return logits_NV, differentiable in the states."""

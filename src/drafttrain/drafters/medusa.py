@@ -103,6 +103,7 @@ class Medusa(Drafter):
 
     kind = "medusa"
     lag = 1
+    needs_target = True
     serving: ClassVar[str] = (
         "vLLM drafts chains of each head's best guess; the tree beside the weights is read by the embedded evaluator only.\n"
         "Where there is a folder adapter/, TARGET is the target with that adapter."
@@ -138,6 +139,11 @@ class Medusa(Drafter):
         """The calibrated tree, best nodes first; None: chains only."""
         self._target_config = target_config
         self._target: Target | None = None
+
+    @classmethod
+    def why_whole_target(cls, settings: MedusaSettings) -> str | None:
+        """Return that adapters are trained inside the target, if they are."""
+        return None if settings.joint is None else "joint: adapters are trained inside the target's blocks"
 
     @classmethod
     def create(cls, settings: MedusaSettings, *, target: Target | None, tokenizer: Any) -> Medusa:

@@ -78,10 +78,12 @@ def _replay_batch(
     ]
     width = max(len(record.tokens) for record in records)
     batch, _ = pack(records, width=width, weight_of_step=1.0)
-    batch = batch.to(target.device)
     seen = target.read(batch.tokens_BT, batch.positions_BT, drafter.needs() | TargetNeeds(final=True))
     target_rows = target.rows_of(seen)
-    drafted = drafter(replace(batch, target=seen, num_depths=num_depths))
+    # In training a drafter may be on another device than its target.
+    device = next(drafter.parameters()).device
+    batch = batch.to(device)
+    drafted = drafter(replace(batch, target=seen.to(device), num_depths=num_depths))
     # An argmax draft is a law with one token: kept where it is the text's, accepted with the chance that the target gives it.
     draft_sampling = Sampling() if drafter.draft == "greedy" else sampling
     rows = align(drafted, batch)

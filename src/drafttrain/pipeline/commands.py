@@ -17,7 +17,7 @@ from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError, DrafttrainError, RecipeError
 from drafttrain.core.files import clear_leftovers, write_json
-from drafttrain.core.processes import first, first_before_others, launched, together, wait_for_all
+from drafttrain.core.processes import first, first_before_others, launched, together, wait_for_all, world
 from drafttrain.pipeline.data import dropped_prompts, training_data, write_texts
 from drafttrain.pipeline.drafter_folder import write_drafter
 from drafttrain.pipeline.engines import Stand, check_engines, only, write_and_verify
@@ -44,7 +44,8 @@ def fit(recipe: Recipe, folder: Path, *, above: Sequence[str] = ()) -> None:
     check_engines(recipe.export.verify)
     with contextlib.ExitStack() as held:
         with _all_processes(recipe, folder, held):
-            run = Run(_with_models_made(recipe, folder.parent, above=above), folder)
+            made = _with_models_made(recipe, folder.parent, above=above)
+            run = Run(made, folder, placement=recipe.train.target_placement)
             if first() and not run.folder.train_done.exists():
                 # Figures of an export of what was there so far; a kill after the training would let them stand for its end.
                 run.folder.drop_figures()
@@ -54,15 +55,20 @@ def fit(recipe: Recipe, folder: Path, *, above: Sequence[str] = ()) -> None:
             else:
                 train_drafter(run)
         if first():
+            run.leave_the_others()
             export_and_judge(run)
 
 
 def gen(recipe: Recipe, folder: Path) -> None:
     """Generate, encode, label and cache the data of a recipe; several processes share the work."""
     with contextlib.ExitStack() as held, _all_processes(recipe, folder, held):
-        run = Run(_with_models_made(recipe, folder.parent), folder)
+        made = _with_models_made(recipe, folder.parent)
+        run = Run(made, folder, placement=recipe.train.target_placement)
         write_texts(run)
         data = training_data(run)
+        if run.placement == "absent":
+            # The training asks for it, and its target may not be there then.
+            _ = run.told_target
         if run.recipe.head is not None:
             with first_before_others("it labels draft tokens"):
                 labelled_tokens(run.recipe, run.folder, run.target, data)
@@ -281,6 +287,12 @@ def _all_processes(recipe: Recipe, folder: Path, held: contextlib.ExitStack) -> 
         held: Until it closes, the first process holds the run folder.
     """
     settings = recipe.train
+    if settings.target_placement == "sharded" and not launched():
+        problem = "there is one process, and nothing to spread a target over: start several (docs/multi-node.md)"
+        raise RecipeError(recipe.name, [f"train.target_placement: sharded: {problem}"])
+    if settings.device != "auto" and launched():
+        problem = f"{settings.device} is one device, and there are {world().size} processes: leave it at auto"
+        raise RecipeError(recipe.name, [f"train.device: {problem}"])
     with together(timeout_seconds=settings.timeout_seconds):
         if launched():
             from drafttrain.train.preflight import check_processes

@@ -44,8 +44,11 @@ def calibrate(run: Run, drafter: Drafter, folder: Path) -> None:
         ]
         batch, _ = pack(records, width=max(len(record.tokens) for record in records), weight_of_step=1.0)
         batches.append(batch.to(run.target.device))
-    for name, content in drafter.to(run.target.device).calibrate(drafter.adapted(run.target), batches).items():
+    own = next(drafter.parameters()).device
+    target = drafter.adapted(run.told_target)
+    for name, content in drafter.to(run.target.device).calibrate(target, batches).items():
         write_json(folder / name, content)
+    drafter.to(own)
 
 
 def export_weights(run: Run, weights: Path, folder: Path, *, steps: int) -> None:

@@ -22,11 +22,16 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """A recipe at work in its folder; what is loaded once is shared by the stages."""
+    """A recipe at work in its folder; what is loaded once is shared by the stages.
 
-    def __init__(self, recipe: Recipe, folder: Path, *, quiet: bool = False) -> None:
+    Args:
+        placement: Of the target, while data is made and a drafter trained (`train.target_placement`).
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, *, quiet: bool = False, placement: str = "replicated") -> None:
         quiet_libraries()
         self.recipe = recipe
+        self.placement = placement
         self.resolved = dump_recipe(recipe)
         self.folder = RunFolder(folder)
         with first_before_others("it opens the run folder"):
@@ -40,11 +45,49 @@ class Run:
     @functools.cached_property
     def target(self) -> Target:
         """The target; loading it takes the time that it takes."""
-        from drafttrain.target import Target
-
-        target = Target.load(self.recipe.target)
+        target = self._load_target()
         target.check_length(self.recipe.data.max_length, what="data.max_length")
         return target
+
+    def _load_target(self) -> Target:
+        if self.placement == "absent":
+            from drafttrain.target.absent import AbsentTarget
+
+            return AbsentTarget.load(self.recipe.target)
+        if self.placement == "sharded":
+            from drafttrain.train.sharded_target import ShardedTarget
+
+            return ShardedTarget.load(self.recipe.target)
+        from drafttrain.target import Target
+
+        return Target.load(self.recipe.target)
+
+    @functools.cached_property
+    def told_target(self) -> Target:
+        """The target as it answers on the validation texts: itself where it is whole, else what was stored of it, once.
+
+        Every process must have come here before one of them needs it alone.
+        """
+        if self.placement == "replicated":
+            return self.target
+        from drafttrain.data_gen.told import told
+
+        texts, _ = self.validation_texts
+        return told(
+            self.folder.validation,
+            [[*text.prompt, *text.new] for text in texts],
+            self.target,
+            needs=self.drafter.needs(),
+            dtype=self.recipe.data.cache_dtype,
+            max_gb=self.recipe.data.max_cache_gb,
+        )
+
+    def leave_the_others(self) -> None:
+        """Go on in this process alone: a target that is spread over all cannot be run any more."""
+        if self.placement == "sharded":
+            self.placement = "absent"
+            for name in ("target", "told_target", "drafter"):
+                self.__dict__.pop(name, None)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -64,6 +107,7 @@ class Run:
         from drafttrain.core.records import Sampling
         from drafttrain.data_gen.backends import Task
         from drafttrain.data_gen.backends.builtin import continuations
+        from drafttrain.data_gen.told import kept_continuations
         from drafttrain.eval.prompts import read_prompts
         from drafttrain.eval.repetition import tokens_before_repetition
         from drafttrain.eval.replay import Text
@@ -80,7 +124,11 @@ class Run:
         )
         check_lengths(self.target, prompts, wanted)
         tasks = [Task(prompt.id, list(prompt.tokens), sampling) for prompt in prompts]
-        written = continuations(tasks, self.target, max_new_tokens=wanted.max_new_tokens, seed=recipe.seed)
+        limits = {"max_new_tokens": wanted.max_new_tokens, "seed": recipe.seed}
+        if self.placement == "replicated":
+            written = continuations(tasks, self.target, **limits)
+        else:
+            written = kept_continuations(self.folder.validation / "texts.json", tasks, self.target, **limits)
         if wanted.repetition_ngram:
             written = [new[: max(1, tokens_before_repetition(new, ngram=wanted.repetition_ngram))] for new in written]
         texts = [Text(task.id, task.prompt, new) for task, new in zip(tasks, written, strict=True)]
@@ -92,7 +140,7 @@ class Run:
         return self.new_drafter(self.recipe.drafter)
 
     def new_drafter(self, settings: Any) -> Drafter:
-        """Return the drafter of these settings on the target's device, or where a target would be."""
+        """Return the drafter of these settings on its device: by default the target's, or where a target would be."""
         import torch
 
         from drafttrain.drafters import drafters
@@ -102,6 +150,8 @@ class Run:
         target = self.target if self.has_target() else None
         entry = cast(Any, drafters.entry(settings.kind).component)
         drafter: Drafter = entry.create(settings, target=target, tokenizer=self.tokenizer)
+        if self.recipe.train.device != "auto":
+            return drafter.to(pick_device(self.recipe.train.device))
         return drafter.to(target.device if target is not None else pick_device(self.recipe.target.device))
 
     def has_target(self) -> bool:

@@ -28,7 +28,10 @@ def train_drafter(run: Run) -> None:
 
     recipe = run.recipe
     data = training_data(run)
-    target = run.target if run.has_target() else None
+    target = told_target = None
+    if run.has_target():
+        target, told_target = run.target, run.told_target
+        target.rest()
     drafter = start_of(run, data)
     loss = loss_of(recipe)
     settings = recipe.train
@@ -38,7 +41,7 @@ def train_drafter(run: Run) -> None:
         loss,
         target=target if loss.needs_target or drafter.needs() != _nothing() else None,
         of_step=own_batches(data, settings),
-        estimate=_estimator(run, target) if target is not None else None,
+        estimate=_estimator(run, told_target) if told_target is not None else None,
         settings=settings,
         vocab_size=run.num_tokens,
         folder=run.folder.train,

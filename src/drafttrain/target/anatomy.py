@@ -36,8 +36,13 @@ def final_norm(model: Any) -> nn.Module:
 
 
 def head_logits(model: Any, states_ND: Tensor) -> Tensor:
-    """Return the logits of states after the final norm, with the scale or soft cap that the architecture adds."""
-    return finished_logits(model.config.get_text_config(), model.get_output_embeddings()(states_ND))
+    """Return the logits of states after the final norm, with the scale or soft cap that the architecture adds.
+
+    They are where the states are, also where the model is on another device.
+    """
+    head = model.get_output_embeddings()
+    logits_NV = head(states_ND.to(head.weight.device)).to(states_ND.device)
+    return finished_logits(model.config.get_text_config(), logits_NV)
 
 
 def finished_logits(config: Any, logits: Tensor) -> Tensor:

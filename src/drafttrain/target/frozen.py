@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -176,11 +178,15 @@ class LiveRows:
     def at(self, index_N: Tensor) -> Tensor:
         """Return logits_NV of the token after each flat position."""
         with torch.no_grad():
-            return head_logits(self._model, self._final_RD[index_N])
+            final_ND = self._final_RD.index_select(0, index_N.to(self._final_RD.device))
+            return head_logits(self._model, final_ND).to(index_N.device)
 
 
 class Target:
     """A frozen causal LM, its tokenizer, and their fingerprints."""
+
+    spread: ClassVar[bool] = False
+    """Its weights are spread over the processes, which must all run it together."""
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str, fingerprint: str) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -206,7 +212,8 @@ class Target:
     @property
     def device(self) -> torch.device:
         """Where the target runs."""
-        return next(self.model.parameters()).device
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
 
     def check_length(self, length: int, *, what: str) -> None:
         """Refuse texts that are longer than the positions that the target has embeddings for.
@@ -259,6 +266,17 @@ class Target:
         assert seen.final_BTD is not None, "read the batch with TargetNeeds(final=True)"
         return LiveRows(self.model, seen.final_BTD)
 
+    @contextmanager
+    def at_work(self) -> Iterator[Target]:
+        """Yield the target that runs on this process's own share of a work, whatever the others have to do.
+
+        Every process of the run must enter, also one without a share.
+        """
+        yield self
+
+    def rest(self) -> None:
+        """Let go of what only `at_work` needs: training begins."""
+
     def weights_sha256(self) -> str:
         """Return the digest of the weights in memory, to prove that they stayed frozen."""
         return weights_sha256(self.model)
@@ -268,9 +286,15 @@ def weights_sha256(module: torch.nn.Module) -> str:
     """Return the digest of all parameters and buffers in memory."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        add_to_digest(digest, name, tensor)
     return digest.hexdigest()
+
+
+def add_to_digest(digest: Any, name: str, tensor: Tensor) -> None:
+    """Add a named tensor to a digest; one without memory adds its name."""
+    digest.update(name.encode())
+    if not tensor.is_meta:
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
 
 def load_target_tokenizer(settings: TargetSettings) -> Any:

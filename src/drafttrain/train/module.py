@@ -211,12 +211,21 @@ class DistillModule(StepModule):
 
         needs = self.trained.needs()
         rows_needed = self.loss.needs_target and batch.target_rows is None
-        if (batch.target or TargetOutput()).has(needs) and not rows_needed:
+        reads = rows_needed or not (batch.target or TargetOutput()).has(needs)
+        if not self._read_by_any(reads):
             return batch
         assert self._target is not None, "the pipeline loads a target when the drafter or the loss needs one"
         seen = self._target.read(batch.tokens_BT, batch.positions_BT, needs | TargetNeeds(final=rows_needed))
+        if not reads:
+            return batch
         rows = self._target.rows_of(seen) if rows_needed else batch.target_rows
-        return replace(batch, target=seen, target_rows=rows)
+        return replace(batch, target=seen.to(batch.tokens_BT.device), target_rows=rows)
+
+    def _read_by_any(self, reads: bool) -> bool:
+        """Tell whether this process runs the target; one that is spread out is run by all where one process needs it."""
+        if self._target is None or not self._target.spread:
+            return reads
+        return bool(self.trainer.strategy.reduce(torch.tensor(float(reads)), reduce_op="sum") > 0)
 
     def end_of_step(self) -> None:
         """Let the loss roll what it carries from step to step."""

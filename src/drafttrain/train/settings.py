@@ -74,6 +74,9 @@ class TrainSettings:
     eval_every_steps: int = setting(
         100, help="Steps between two estimates of block efficiency on held-out prompts; 0: never.", ge=0
     )
+    keep_best: int = setting(
+        1, help="How many of the validated steps keep their weights, the best first; the best is exported.", ge=1
+    )
     eval_prompts: int = setting(32, help="Held-out prompts of these estimates.", ge=1)
     checkpoint_every_steps: int = setting(200, help="Steps between two checkpoints to resume from.", ge=1)
     loggers: list[str] = setting(
@@ -86,9 +89,17 @@ class TrainSettings:
     devices: int | None = setting(
         None, help="Processes that fit starts on this machine, one a device; null: one a CUDA device, or one.", ge=1
     )
+    device: str = setting(
+        "auto", help="Device of the drafter, in one process: cpu, cuda, cuda:1 ...; auto: that of the target."
+    )
     deepspeed: DeepSpeedSettings | None = setting(
         None,
         help="Train under DeepSpeed, as in {stage: 2}; null: only where there are several processes, with stage 0.",
+    )
+    target_placement: Literal["replicated", "sharded", "absent"] = setting(
+        "replicated",
+        help="Where the target's weights are: replicated: whole in every process; sharded: its blocks spread over the "
+        "processes by ZeRO-3; absent: not loaded once data.cache holds what is read of it. The result does not depend on it.",
     )
     timeout_seconds: float = setting(
         600.0, help="How long a process waits for the others before the run ends with an error.", gt=0
@@ -118,10 +129,13 @@ class TrainSettings:
             self,
             accumulation=1,
             devices=None,
+            device="auto",
             deepspeed=None,
+            target_placement="replicated",
             timeout_seconds=600.0,
             num_threads=None,
             loggers=[],
+            keep_best=1,
             on_full_disk="stop",
             max_restarts=0,
         )
@@ -140,6 +154,8 @@ class TrainSettings:
             problems.append(f"warmup_steps: {self.warmup_steps} is more than max_steps {self.max_steps}")
         if len(self.betas) != 2:
             problems.append(f"betas: two numbers are needed, got {self.betas}")
+        if self.device != "auto" and (self.devices or 1) > 1:
+            problems.append(f"device: {self.device} is one device, for {self.devices} processes: leave it at auto")
         if self.optimizer == "muon" and self.zero_stage:
             problems.append(
                 f"optimizer: muon needs whole matrices, which ZeRO-{self.zero_stage} cuts: use deepspeed.stage 0, or adamw"

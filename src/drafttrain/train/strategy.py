@@ -64,12 +64,10 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def setup_distributed(self) -> None:
         """Join the other processes; on a CPU without building an operator that training never calls."""
-        import deepspeed
-
         if self.root_device.type != "cpu":
             super().setup_distributed()
             return
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _without_shared_memory_operator()
         reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()
@@ -204,6 +202,23 @@ def _bound_waits(timeout: timedelta) -> None:
 
     for group in list(c10d._world.pg_map):
         c10d._set_pg_timeout(timeout, group)
+
+
+def join_deepspeed() -> None:
+    """Let DeepSpeed use the processes that have joined, before there is a trainer."""
+    import deepspeed
+
+    if not torch.cuda.is_available():
+        _without_shared_memory_operator()
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+
+
+def _without_shared_memory_operator() -> None:
+    """Keep DeepSpeed from building an operator that training never calls."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 @contextlib.contextmanager

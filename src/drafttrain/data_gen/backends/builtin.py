@@ -15,6 +15,7 @@ from torch import Tensor
 
 from drafttrain.core.console import Progress
 from drafttrain.core.probability import sampling_probs
+from drafttrain.core.processes import any_of
 from drafttrain.core.random import stream
 from drafttrain.core.records import Sampling
 from drafttrain.data_gen.backends import Outcome, Plan, Task, backends
@@ -44,10 +45,13 @@ class Builtin:
 
     def write(self, shards: Mapping[int, Sequence[Task]], bar: Progress) -> Iterator[tuple[int, list[Outcome]]]:
         """Yield the outcomes of each shard."""
-        for number, shard in shards.items():
-            yield number, self._written(shard, bar)
+        if not any_of(bool(shards)):
+            return
+        with self.plan.target.at_work() as target:
+            for number, shard in shards.items():
+                yield number, self._written(shard, target, bar)
 
-    def _written(self, shard: Sequence[Task], bar: Progress) -> list[Outcome]:
+    def _written(self, shard: Sequence[Task], target: Target, bar: Progress) -> list[Outcome]:
         plan = self.plan
         written: dict[int, list[int]] = {}
         order = sorted(range(len(shard)), key=lambda i: (shard[i].sampling.temperature, len(shard[i].prompt), i))
@@ -55,7 +59,7 @@ class Builtin:
             members = iter([i for i in order if shard[i].sampling.temperature == temperature])
             while batch := list(islice(members, plan.batch_size)):
                 tasks = [shard[i] for i in batch]
-                texts = continuations(tasks, plan.target, max_new_tokens=plan.max_new_tokens, seed=plan.seed)
+                texts = continuations(tasks, target, max_new_tokens=plan.max_new_tokens, seed=plan.seed)
                 written |= dict(zip(batch, texts, strict=True))
                 bar.advance(len(batch))
         return [Outcome(written[i]) for i in range(len(shard))]
