@@ -230,13 +230,11 @@ def learn_online(recipe: Recipe, folder: Path, *, once: bool = False) -> None:
         run = Run(recipe, folder)
         write_drafter(run, run.drafter, run.folder.start, steps=0)
         learning = online_run(recipe, run.folder, run.target)
-        try:
-            if once:
-                learning.once()
-            else:
-                learning.for_ever(lambda: write_online_report(folder, run.folder.report, title=recipe.name))
-        finally:
+        if once:
+            learning.once()
             report(run.folder, title=recipe.name)
+        else:
+            learning.for_ever(lambda: write_online_report(folder, run.folder.report, title=recipe.name))
     show_status(folder)
 
 
