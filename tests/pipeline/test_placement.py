@@ -84,6 +84,7 @@ def test_every_kind_trains_from_what_was_stored_and_its_target_is_never_read(
     with pytest.raises(AssertionError, match="a model was read"):
         assert Run(load_recipe(recipe), tmp_path / "control").target
     request.getfixturevalue("monkeypatch").undo()
+    Run(load_recipe(recipe, of_kind), tmp_path / "absent")  # It is the same run, wherever its target is.
     pipeline.gen(load_recipe(recipe, of_kind), tmp_path / "whole")
     trained(recipe, tmp_path / "whole", *of_kind)
     assert rows(tmp_path / "absent") == rows(tmp_path / "whole"), "validation included"
