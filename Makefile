@@ -22,10 +22,10 @@ test-full: $(INSTALLED)
 SERVING = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -m serving tests/serving
 
 test-serving: $(INSTALLED)
-	$(BIN)/drafttrain engines install vllm
+	$(BIN)/drafttrain engines install vllm llama.cpp
 	$(SERVING)
 
-# One configuration a kind.
+# One configuration a kind, in vLLM.
 test-serving-kinds: $(INSTALLED)
 	$(BIN)/drafttrain engines install vllm
 	$(SERVING) -k "each_kind and not speculators"

@@ -24,6 +24,7 @@ from drafttrain.pipeline.data import dropped_prompts
 from drafttrain.pipeline.exporting import export_best
 from drafttrain.pipeline.run import Run
 from drafttrain.pipeline.training import train_drafter
+from drafttrain.train.result import TrainResult
 
 LOSSES = ("tvdpp", "ce")
 
@@ -46,8 +47,8 @@ def main() -> None:
     for loss in LOSSES:
         for rate in arguments.rates:
             done, drafter = arm(arguments, loss, rate)
-            found = done["best"]
-            print(f"| {loss} | {rate:g} | {done['best_step']} | {found:.3f} |", flush=True)
+            found = done.best
+            print(f"| {loss} | {rate:g} | {done.best_step} | {found:.3f} |", flush=True)
             best[loss] = max(best.get(loss, (0.0, 0.0, drafter)), (found, rate, drafter))
     run = Run(base, arguments.folder / "base", quiet=True)
     dropped = dropped_prompts(run, base.eval.prompts)
@@ -65,8 +66,8 @@ def main() -> None:
     print(f"\n{len(prompts)} test prompts, {processor()}, commit {commit()}")
 
 
-def arm(arguments: Any, loss: str, rate: float) -> tuple[dict[str, Any], Path]:
-    """Train one arm, or take up what an earlier call trained; return train.json and the folder of the exported best step."""
+def arm(arguments: Any, loss: str, rate: float) -> tuple[TrainResult, Path]:
+    """Train one arm, or take up what an earlier call trained; return what the training gave and the folder of the exported best step."""
     changes = [f"loss.kind={loss}", f"train.lr={rate:g}", "eval.temperatures=[1.0]", f"name={loss}-{rate:g}"]
     recipe = load_recipe(arguments.recipe, [*arguments.overrides, *changes])
     folder = arguments.folder / recipe.name

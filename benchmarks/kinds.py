@@ -117,9 +117,9 @@ def best_of(arguments: argparse.Namespace, kind: str, shared: Run) -> tuple[Run,
         began = time.perf_counter()
         run = runs[rate] = trained(arguments, kind, rate, shared)
         done = export_best(run)
-        found[rate] = done["best"]
+        found[rate] = done.best
         print(
-            f"{kind}, rate {rate:g}: validation {found[rate]:.3f} at step {done['best_step']}, "
+            f"{kind}, rate {rate:g}: validation {found[rate]:.3f} at step {done.best_step}, "
             f"{time.perf_counter() - began:.0f} s",
             flush=True,
         )

@@ -1,8 +1,9 @@
-"""What vLLM keeps of a drafter, beside what the embedded evaluator keeps: greedy chains, 32 prompts of 128 tokens.
+"""What a serving engine keeps of a drafter, beside what the embedded evaluator keeps: greedy chains, 32 prompts of 128 tokens.
 
 python benchmarks/serving.py runs/tiny_eagle3/drafter runs/tiny_eagle/drafter runs/tiny_medusa/drafter
+python benchmarks/serving.py runs/demo/drafter --format gguf
 
-Writes DRAFTER.vllm, asks vLLM (drafttrain engines install vllm), and prints the rows of `serving.md`.
+Writes DRAFTER.FORMAT, asks the engines that read it (drafttrain engines install vllm llama.cpp), and prints the rows of `serving.md`.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ def main() -> None:
     arguments = parser.parse_args()
     overrides = [f"export.verify_prompts={arguments.prompts}", f"export.verify_tokens={arguments.tokens}"]
     print(
-        "| drafter | K | drafts | accepted by position | block efficiency in vLLM | evaluator | T=1, drafts | vLLM | evaluator |"
+        "| engine | drafter | K | drafts | draft tokens | accepted | accepted by position | block efficiency in the engine | evaluator "
+        "| T=1, drafts | engine | evaluator | p |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for folder in arguments.drafters:
         try:
             export_drafter_as(
@@ -37,26 +39,26 @@ def main() -> None:
             )
         except GateError as error:
             print(error)
-        (one,) = json.loads((folder / "engine.json").read_text(encoding="utf-8"))
-        print(row(folder, one))
+        for one in json.loads((folder / "engine.json").read_text(encoding="utf-8")):
+            print(row(folder, one))
 
 
 def row(folder: Path, one: dict) -> str:
     """Return the row of one comparison."""
     about = read_about(folder)
     sides = [one["greedy"]["engine"], one["greedy"]["evaluator"]]
-    drafts, positions = (
-        " / ".join(dict.fromkeys(str(side[key]) for side in sides)) for key in ("num_drafts", "accepted_at")
-    )
+    keys = ("num_drafts", "num_draft_tokens", "num_accepted", "accepted_at")
+    counts = [" / ".join(dict.fromkeys(str(side[key]) for side in sides)) for key in keys]
     sampled = [f"{one['sampled'][side]['block_efficiency']:.3f}" for side in ("engine", "evaluator")]
     cells = [
+        f"{one['engine']} {one['version']}",
         about.kind if about else "causal_lm",
         one["num_draft_tokens"],
-        drafts,
-        positions,
+        *counts,
         *(f"{side['block_efficiency']:.3f}" for side in sides),
         one["draft"],
         *sampled,
+        f"{one['sampled']['p_value']:.2f}",
     ]
     return "| " + " | ".join(map(str, cells)) + " |"
 

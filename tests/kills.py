@@ -52,7 +52,7 @@ STAGES = {
     "cache": ("data/0-cache/*", 0.05),
     "step": ("checkpoints/step-*.ckpt", 0.4),
     "save": ("checkpoints/*.part", 0.02),
-    "best": (".best.*", 0.02),
+    "best": ("best/.step-*", 0.02),
     "export": ("train.json", 6.0),
 }
 """By stage: the file that appears first, and within how many seconds after it the kill comes."""

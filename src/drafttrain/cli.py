@@ -130,7 +130,9 @@ def export(
     to: Annotated[
         list[str] | None,
         typer.Option(
-            "--to", metavar="FORMAT", help="Write this format (vllm, speculators, sglang) beside the drafter folder."
+            "--to",
+            metavar="FORMAT",
+            help="Write this format (vllm, speculators, sglang, gguf) beside the drafter folder.",
         ),
     ] = None,
     verify: Annotated[
@@ -250,14 +252,15 @@ def list_engines() -> None:
 @app.command(name="eval")
 def evaluate(
     what: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="RECIPE | DRAFTER [DRAFTER] [SECTION.KEY=VALUE]...",
             help="A recipe or its run folder; or one drafter (a folder, a hub id, builtin:drafter), or two to compare "
-            "pairwise. Then overrides; of drafters: eval.key=value and target.key=value.",
+            "pairwise; with --server, the drafter that is served, or its run folder. Then overrides; of drafters: eval.key=value "
+            "and target.key=value.",
             show_default=False,
         ),
-    ],
+    ] = None,
     target: Annotated[
         str | None, typer.Option("--target", metavar="MODEL", help="The target of drafters.", show_default=False)
     ] = None,
@@ -266,21 +269,62 @@ def evaluate(
         typer.Option(
             "--out",
             metavar="DIR",
-            help="Where eval.json and report.html of drafters go; left out: the first one's folder.",
+            help="Where eval.json and report.html of drafters, or server.json, go; left out: the first one's folder.",
             show_default=False,
         ),
     ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            "--server",
+            metavar="URL",
+            help="Decode nothing here: let this live server do it, and set its counters beside what the drafter's "
+            "evaluation promised.",
+            show_default=False,
+        ),
+    ] = None,
+    engine: Annotated[str, typer.Option("--engine", metavar="ENGINE", help="What --server is.")] = "vllm",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="NAME",
+            help="The target as --server calls it; left out: it is told by its folder or name.",
+            show_default=False,
+        ),
+    ] = None,
+    api_key_variable: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key-variable",
+            metavar="NAME",
+            help="Environment variable with the key of --server.",
+            show_default=False,
+        ),
+    ] = None,
+    require: Annotated[
+        bool, typer.Option("--require", help="Exit with 3 if --server keeps less than was promised.")
+    ] = False,
     smoke: Smoke = False,
     runs: Runs = RUNS,
     debug: Debug = False,
 ) -> None:
-    """Evaluate exported drafters: a table on stdout, JSON beside it."""
+    """Evaluate exported drafters, or how one is served: a table on stdout, JSON beside it."""
     with exit_codes(debug=debug):
         _first_alone()
         from drafttrain.config.bundled import is_recipe
 
-        named = [word for word in what if not OVERRIDE.match(word)]
-        overrides = [word for word in what if OVERRIDE.match(word)]
+        named = [word for word in what or [] if not OVERRIDE.match(word)]
+        overrides = [word for word in what or [] if OVERRIDE.match(word)]
+        if server is not None:
+            _check_served(named, server, smoke=smoke)
+            from drafttrain.pipeline.live import LiveQuestion, evaluate_server
+
+            question = LiveQuestion(server, engine, model, api_key_variable)
+            drafter = Path(named[0]) if named else None
+            evaluate_server(drafter, question, overrides, target=target, out=out, require=require)
+            return
+        _check_no_server(model, api_key_variable, require=require)
         if len(named) == 1 and target is None and out is None and is_recipe(named[0]):
             loaded, run_folder = _recipe_and_run_folder(named[0], overrides, smoke=smoke, runs=runs)
             from drafttrain import pipeline
@@ -487,6 +531,25 @@ def _check_export(what: str, to: list[str], *, verify: bool, target: str | None,
         problems.append(f"{what}: a recipe says its target itself: leave --target out")
     if problems:
         raise RecipeError("arguments", problems)
+
+
+def _check_served(named: list[str], server: str, *, smoke: bool) -> None:
+    """Refuse what `eval --server` cannot mean."""
+    problems = []
+    if smoke:
+        problems.append("--smoke shrinks a recipe: it means nothing for a server")
+    if len(named) > 1:
+        problems.append(f"--server: one drafter is served, got {len(named)}")
+    problems += [f"{name}: no such folder" for name in named[:1] if not Path(name).is_dir()]
+    if not server.startswith(("http://", "https://")):
+        problems.append(f"--server: must begin with http:// or https://, got {server!r}")
+    if problems:
+        raise RecipeError("arguments", problems)
+
+
+def _check_no_server(model: str | None, api_key_variable: str | None, *, require: bool) -> None:
+    if model is not None or api_key_variable is not None or require:
+        raise RecipeError("arguments", ["--model, --api-key-variable and --require are for --server URL"])
 
 
 def _check_drafters(named: list[str], *, smoke: bool) -> None:

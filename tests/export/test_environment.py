@@ -49,6 +49,30 @@ def test_a_request_comes_back_through_files_from_an_isolated_python(engine, tmp_
 
 
 @pytest.mark.parametrize(
+    ("visible", "rank", "device"), [(None, 1, "1"), ("4,6", 1, "6"), ("4,6", 0, "4"), ("GPU-a", 3, "GPU-a")]
+)
+def test_an_engine_under_a_launcher_is_on_its_own_and_on_the_device_of_its_process(
+    engine, tmp_path, monkeypatch, visible, rank, device
+):
+    launcher = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "4", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    launcher |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    pretend_installed(
+        engine, tmp_path, monkeypatch, "import json, os, sys; json.dump(dict(os.environ), open(sys.argv[2], 'w'))"
+    )
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible) if visible else monkeypatch.delenv(
+        "CUDA_VISIBLE_DEVICES", raising=False
+    )
+    seen = ask(engine, {})
+    assert not set(launcher) & set(seen)
+    assert seen["CUDA_VISIBLE_DEVICES"] == device
+    for name in launcher:
+        monkeypatch.delenv(name)
+    assert ask(engine, {}).get("CUDA_VISIBLE_DEVICES") == visible, "one process alone leaves the devices as they are"
+
+
+@pytest.mark.parametrize(
     ("worker", "said"),
     [
         ("import sys; print('out of luck', file=sys.stderr); sys.exit(3)", r"exit code 3 and no answer:\nout of luck"),

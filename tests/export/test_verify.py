@@ -5,14 +5,15 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from drafttrain.checkpoint import read_drafter
-from drafttrain.core.records import Prompt, Sampling
-from drafttrain.export.engines import Job
-from drafttrain.export.verify import Served, Side, compare, decode, evaluator_side, served_counts
+from drafttrain.core.records import Budget, Context, Prompt, Sampling
+from drafttrain.export.engines import Habits, Job
+from drafttrain.export.verify import Narrowed, Served, Side, compare, decode, evaluator_side, served_counts
 from drafttrain.target import Target, TargetSettings
 from tests.export import folders
 from tests.export.trained import learn
@@ -50,45 +51,95 @@ def likely(target: Target, folder: Path) -> Path:
     return folder
 
 
-def counted_by_hand(target: Target, drafter: Target, prompt: list[int], new_tokens: int, length: int) -> Served:
-    """Decode greedily as vLLM does, without a cache: one token first, then drafts of full length until the text is long enough."""
+def counted_by_hand(
+    target: Target, drafter: Target, prompt: list[int], new_tokens: int, length: int, habits: Habits
+) -> Served:
+    """Decode greedily as engines do, without a cache: one token first, then drafts until the text is long enough or has ended."""
 
     def next_token(model: Target, tokens: list[int]) -> int:
         return int(model.model(torch.tensor([tokens])).logits[0, -1].argmax())
 
     tokens = [*prompt, next_token(target, prompt)]
-    accepted_by_round = []
-    while len(tokens) < len(prompt) + new_tokens:
+    rounds = []
+    while len(tokens) < len(prompt) + new_tokens and not habits.ends & {*tokens[len(prompt) :]}:
+        fits = len(prompt) + new_tokens - len(tokens) - 1
+        count = length if habits.past_end else min(length, fits)
         drafted = list(tokens)
-        for _ in range(length):
+        for _ in range(count):
             drafted.append(next_token(drafter, drafted))
         kept = 0
-        while kept < length and next_token(target, tokens) == drafted[len(tokens)]:
+        while kept < count and next_token(target, tokens) == drafted[len(tokens)]:
+            if drafted[len(tokens)] in habits.ends:
+                # It counts as the token that was not drafted.
+                break
             tokens.append(drafted[len(tokens)])
             kept += 1
         tokens.append(next_token(target, tokens))
-        accepted_by_round.append(kept)
+        if count:
+            rounds.append((count, kept))
+    text = tokens[len(prompt) :][:new_tokens]
+    ended = [place for place, token in enumerate(text) if token in habits.ends]
+    accepted_at = [sum(kept >= i for _, kept in rounds) for i in range(1, max((n for n, _ in rounds), default=0) + 1)]
     return Served(
-        tokens[len(prompt) :][:new_tokens],
-        len(accepted_by_round),
-        length * len(accepted_by_round),
-        sum(accepted_by_round),
-        [sum(kept >= i for kept in accepted_by_round) for i in range(1, length + 1)],
+        text[: ended[0] + 1] if ended else text,
+        len(rounds),
+        sum(count for count, _ in rounds),
+        sum(kept for _, kept in rounds),
+        accepted_at,
     )
 
 
-def test_rounds_are_counted_as_an_engine_counts_them_past_the_end_and_behind_the_first_token(target, prompts, tmp_path):
+ENDS = frozenset(range(0, 257, 9))
+
+
+@pytest.mark.parametrize("habits", [Habits(), Habits(past_end=False, ends=ENDS)], ids=["vllm", "llama.cpp"])
+def test_rounds_are_counted_as_an_engine_counts_them(habits, target, prompts, tmp_path):
     folder = likely(target, tmp_path / "drafter")
     drafter, model = read_drafter(folder, target), Target.load(TargetSettings(model=str(folder)))
-    outputs = decode(target, drafter, prompts, Sampling(), max_new_tokens=NEW_TOKENS, num_draft_tokens=NUM_DRAFT_TOKENS)
-    ours = [served_counts(one, max_new_tokens=NEW_TOKENS) for one in outputs]
+    lengths = {"max_new_tokens": NEW_TOKENS, "num_draft_tokens": NUM_DRAFT_TOKENS}
+    outputs = decode(target, drafter, prompts, Sampling(), **lengths, habits=habits)
+    ours = [served_counts(one, max_new_tokens=NEW_TOKENS, habits=habits) for one in outputs]
     with torch.no_grad():
-        wanted = [counted_by_hand(target, model, list(p.tokens), NEW_TOKENS, NUM_DRAFT_TOKENS) for p in prompts]
+        wanted = [counted_by_hand(target, model, list(p.tokens), NEW_TOKENS, NUM_DRAFT_TOKENS, habits) for p in prompts]
     assert ours == wanted
     accepted = sum(one.num_accepted for one in wanted)
     assert 0 < accepted < sum(one.num_draft_tokens for one in wanted)
-    # Some round was cut by the end: the output is shorter than what its rounds gave.
-    assert sum(one.num_accepted + one.num_drafts + 1 for one in ours) > sum(len(one.tokens) for one in ours)
+    assert bool(habits.ends) == any(len(one.tokens) < NEW_TOKENS for one in wanted)
+    if habits.past_end:
+        # Some round was cut by the end: the output is shorter than what its rounds gave.
+        assert sum(one.num_accepted + one.num_drafts + 1 for one in ours) > sum(len(one.tokens) for one in ours)
+
+
+def test_of_its_one_likeliest_token_a_drafter_samples_the_greedy_chain(target, prompts, tmp_path):
+    drafter = read_drafter(likely(target, tmp_path / "drafter"), target)
+
+    def drafted(proposer: Any, sampling: Sampling) -> list[int]:
+        context = Context("0", list(prompts[0].tokens), len(prompts[0].tokens))
+        proposer.begin([context], [])
+        generator = torch.Generator().manual_seed(1)
+        (proposal,) = proposer.propose([Budget(8, 8, 1)], sampling, [generator], lambda _: True)
+        return proposal.tokens_N.tolist()
+
+    greedy = drafted(drafter.proposer(target), Sampling())
+    assert drafted(Narrowed(drafter.proposer(target), 1), Sampling(1.0)) == greedy
+    assert drafted(drafter.proposer(target), Sampling(1.0)) != greedy
+
+
+def test_texts_that_ended_before_any_draft_are_no_part_of_the_difference(sides, target, prompts, job):
+    ended = Served(sides.sampled[0].tokens[:1])
+    short = replace(sides, sampled=[ended, *sides.sampled[1:]])
+    found = compared(short, sides, target, prompts, job)
+    rest = slice(1, None)
+    whole = compared(
+        *(
+            replace(side, **{k: getattr(side, k)[rest] for k in ("plain", "greedy", "sampled")})
+            for side in (sides, sides)
+        ),
+        target,
+        prompts[1:],
+        job,
+    )
+    assert found.difference == whole.difference
 
 
 def compared(theirs, ours, target, prompts, job):

@@ -18,7 +18,7 @@ from drafttrain.losses.forward_kl import ForwardKL
 from drafttrain.online.buffer import HeldOut, ReplayBuffer
 from drafttrain.online.learner import Learner
 from drafttrain.online.plausible import surprise
-from drafttrain.online.positions import logged_refusals, refused_positions
+from drafttrain.online.positions import refused_positions
 from drafttrain.train.settings import TrainSettings
 from tests.conftest import random_llama
 
@@ -69,13 +69,6 @@ def test_recorded_positions_are_the_refusals_of_the_engine(tiny_target, temperat
     records, rounds = serve(tiny_target, drafter, temperature=temperature)
     expected = [[3 + place for place in refused_by_the_engine(r)] for r in rounds]
     assert refused_positions(tiny_target, drafter, records, Sampling(), num_draft_tokens=K, seed=0) == expected
-    logged = [
-        logged_refusals(
-            [r.num_draft_tokens for r in rs], [r.num_accepted for r in rs], num_tokens=sum(r.num_emitted for r in rs)
-        )
-        for rs in rounds
-    ]
-    assert [[3 + place for place in one] for one in logged] == expected
     assert any(expected), "nothing was refused: nothing is proven"
     # The token after a round of which all was kept is no refusal; a recorder of every round's last token would say so.
     all_rounds = [[3 + r.start + r.num_accepted for r in rs] for rs in rounds]
@@ -170,14 +163,6 @@ def test_what_the_target_did_not_write_is_told_from_what_it_did(tiny_target):
     # A few tokens of a flat law say little, so it takes length to be sure.
     assert len(forged) > 4
     assert min(surprise(tiny_target, forged)) > 3
-
-
-def test_the_rounds_of_a_log_that_cannot_be_are_refused():
-    assert logged_refusals([3, 3], [1, 2], num_tokens=4) == [1]
-    with pytest.raises(ValueError, match="answer of 9"):
-        logged_refusals([3, 3], [1, 2], num_tokens=9)
-    with pytest.raises(ValueError, match="0 to all"):
-        logged_refusals([3], [4], num_tokens=5)
 
 
 def test_learning_at_refused_positions_raises_block_efficiency(tiny_target):

@@ -28,7 +28,7 @@ from drafttrain.pipeline import folder as run_folder
 from drafttrain.pipeline.data import dropped_prompts, training_data
 from drafttrain.pipeline.run import Run
 from drafttrain.target import Target
-from drafttrain.train.callbacks import COLUMNS
+from drafttrain.train.callbacks import COLUMNS, folder_of_step
 
 RECIPE = """
 name: tiny
@@ -155,6 +155,23 @@ def test_a_trained_run_is_judged_evaluated_and_exported_anew_without_being_train
         pipeline.evaluate_recipe(load_recipe(recipe, ["train.lr=1e-5"]), folder)
 
 
+def test_another_step_that_was_kept_can_be_exported(recipe, tmp_path):
+    quick = ["eval.temperatures=[0]", "eval.speed_prompts=0", "train.keep_best=2"]
+    folder = tmp_path / "run"
+    pipeline.fit(load_recipe(recipe, quick), folder)
+    best, second = (one["step"] for one in json.loads((folder / "best.json").read_text()))
+    about = folder / "drafter" / "drafttrain.json"
+    assert json.loads(about.read_text())["trained_steps"] == best
+    pipeline.export(load_recipe(recipe, [*quick, f"export.step={second}"]), folder)
+    assert json.loads(about.read_text())["trained_steps"] == second
+    exported, kept = (
+        load_file(path / "model.safetensors") for path in (folder / "drafter", folder_of_step(folder, second))
+    )
+    assert all(torch.equal(exported[name], kept[name]) for name in kept)
+    with pytest.raises(DrafttrainError, match=r"no weights are kept of step 5; of these: \d+, \d+ \(train.keep_best\)"):
+        pipeline.export(load_recipe(recipe, [*quick, "export.step=5"]), folder)
+
+
 def test_while_it_trains_a_run_keeps_to_its_evaluation(recipe, tmp_path):
     loaded = load_recipe(recipe)
     Run(loaded, tmp_path / "run")
@@ -231,7 +248,9 @@ def test_a_killed_training_continues_bit_for_bit(recipe, tmp_path, kill):
     assert not (broken / "tiny" / "train.json").exists()
     subprocess.run(command("fit", recipe, *slow, "--runs", broken), check=True, env=environment, capture_output=True)
     assert curve(broken / "tiny") == curve(whole / "tiny")
-    for name in ("best", "last"):
+    best = json.loads((whole / "tiny" / "train.json").read_text())["drafter"]
+    assert best.startswith("best/step-")
+    for name in (best, "last"):
         ours, theirs = (load_file(folder / "tiny" / name / "model.safetensors") for folder in (broken, whole))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
 import subprocess
-import time
-import urllib.request
+import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +14,7 @@ from typing import Any
 import pytest
 
 from drafttrain.core.errors import DataError
+from drafttrain.core.processes import without_launcher
 from drafttrain.data_gen.backends.openai import OpenAISettings
 from drafttrain.data_gen.backends.vllm import VllmSettings
 from drafttrain.data_gen.generate import generate
@@ -25,13 +22,11 @@ from drafttrain.data_gen.settings import GenerateSettings
 from drafttrain.data_gen.sources.text import TextSettings
 from drafttrain.export.engines import engine_of, environment
 from drafttrain.target import Target, TargetSettings
-from drafttrain.target.frozen import resolve_folder
+from tests.serving.vllm_server import TARGET, vllm_server
 
 pytestmark = pytest.mark.serving
 
-TARGET = "builtin:target"
 KEY = "not-a-secret"
-START_SECONDS = 240.0
 TEXT = "Once upon a time there was a small brown dog. He liked to run and to play with the children of the village. "
 
 
@@ -49,48 +44,8 @@ def records(folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.fixture
 def server(tmp_path) -> Iterator[str]:
     """The base URL of `vllm serve` with the target."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # The build for CPUs has no working `vllm` command.
-    python = str(environment.folder_of(engine_of("vllm")) / "bin" / "python")
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(resolve_folder(TARGET))]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "served", "--dtype", "float32"]
-    command += ["--max-model-len", "128", "--max-num-seqs", "8", "--enforce-eager"]
-    settings = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "OMP_NUM_THREADS": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_API_KEY": KEY,
-    }
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | settings
-    log = tmp_path / "server.log"
-    with log.open("wb") as written:
-        # A session of its own: the engine is a process below the server, and must go with it.
-        process = subprocess.Popen(command, stdout=written, stderr=written, env=environ, start_new_session=True)
-    try:
-        began = time.monotonic()
-        while not _answers(port):
-            assert process.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() - began < START_SECONDS, log.read_text()[-4000:]
-            time.sleep(1.0)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(30)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _answers(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-            return True
-    except OSError:
-        return False
+    with vllm_server(tmp_path / "server.log", ["--served-model-name", "served"], {"VLLM_API_KEY": KEY}) as url:
+        yield url
 
 
 @pytest.fixture
@@ -154,3 +109,38 @@ def test_a_vllm_server_writes_the_same_greedy_records(target, written, server, m
     accounts = json.loads((folder / "manifest.json").read_text())["accounts"]
     assert accounts["ids"] == {"text": len(plain)}
     assert accounts["set_aside"] == {"retokenised": 24 - len(plain)}
+
+
+RECIPE = """
+name: written
+target: {{model: "{target}"}}
+drafter: {{kind: causal_lm, num_layers: 1, hidden_size: 32, num_heads: 1}}
+loss: {{kind: forward_kl}}
+data:
+  max_length: 128
+  generate: {{num_records: 12, records_per_shard: 3, max_new_tokens: 16, prompt_tokens: 12, temperatures: [0.0],
+             prompts: {{kind: text, path: "{text}"}}, backend: {{kind: {backend}}}}}
+  sources: [{{kind: generated}}]
+train: {{max_steps: 6, batch_size: 4, warmup_steps: 2}}
+"""
+
+
+def test_each_of_two_processes_has_an_engine_write_its_shards(target, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT * 20)
+    found = {}
+    for backend in ("builtin", "vllm"):
+        recipe, runs = tmp_path / f"{backend}.yaml", tmp_path / backend
+        recipe.write_text(RECIPE.format(target=TARGET, text=tmp_path / "text.txt", backend=backend))
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+        done = subprocess.run(
+            [sys.executable, "-m", *torchrun, "drafttrain", "gen", str(recipe), "--runs", str(runs)],
+            env=without_launcher(os.environ) | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=400,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        found[backend] = records(runs / "written" / "data" / "generated")
+    assert len(found["vllm"]) == 12
+    assert found["vllm"] == found["builtin"]

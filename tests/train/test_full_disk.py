@@ -1,5 +1,7 @@
 """A disk that fills up while a training saves: what was kept before stays, the run says so, and stops or goes on as told."""
 
+import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from drafttrain.core.errors import DrafttrainError
+from drafttrain.train.callbacks import folder_of_step, kept_steps
 from tests.train.layouts import OnASmallDisk, curve, limit_files, run
 
 NO_CHECKPOINT = 150_000
@@ -77,5 +80,24 @@ def test_the_best_weights_that_had_no_room_are_not_called_the_best(tmp_path: Pat
     limit_files(None)
     run(tmp_path / "full", estimate=estimates(), on_full_disk="continue", **settings)
     assert '"best_step": 4' in (tmp_path / "full" / "train.json").read_text()
-    best, last = (load_file(tmp_path / "full" / name / "model.safetensors") for name in ("best", "last"))
+    names = ("best/step-00000004", "last")
+    best, last = (load_file(tmp_path / "full" / name / "model.safetensors") for name in names)
     assert all((best[name] == last[name]).all() for name in last)
+
+
+def test_the_best_steps_keep_their_weights_in_order(tmp_path: Path) -> None:
+    """Of five measurements, two of them equal and one no number, the three highest stay; the earlier of equal ones is first."""
+    values = dict(zip(range(0, 10, 2), (1.0, 3.0, math.nan, 2.0, 3.0), strict=True))
+    measured = iter(values.values())
+
+    def estimate(_: Any) -> dict[str, Any]:
+        return {"block_efficiency": next(measured), "alpha": 0.1, "said": "measured"}
+
+    folder = tmp_path / "run"
+    run(folder, steps=8, estimate=estimate, eval_every_steps=2, checkpoint_every_steps=100, keep_best=3)
+    kept = kept_steps(folder)
+    assert [(one["step"], one["block_efficiency"]) for one in kept] == [(2, 3.0), (8, 3.0), (6, 2.0)]
+    assert sorted(path.name for path in (folder / "best").iterdir()) == [f"step-{step:08d}" for step in (2, 6, 8)]
+    last, eighth = (load_file(path / "model.safetensors") for path in (folder / "last", folder_of_step(folder, 8)))
+    assert all((last[name] == eighth[name]).all() for name in last)
+    assert json.loads((folder / "train.json").read_text())["drafter"] == "best/step-00000002"

@@ -14,7 +14,8 @@ from drafttrain.data_gen.labelled import RowOrder
 from drafttrain.eval.head_figures import held_out_estimate
 from drafttrain.heads import HeadRows
 from drafttrain.heads.acceptance import AcceptanceHead, AcceptanceSettings
-from drafttrain.train.run import TrainResult, train_head
+from drafttrain.train.result import TrainResult
+from drafttrain.train.run import train_head
 from drafttrain.train.settings import TrainSettings
 
 SETTINGS = TrainSettings(
@@ -61,7 +62,7 @@ def test_a_training_that_broke_off_continues_bit_for_bit(tmp_path):
     assert not (broken / "train.json").exists()
     assert run(broken) == result
     assert curve(broken) == curve(whole)
-    for name in ("best", "last"):
+    for name in (result.drafter, "last"):
         ours, theirs = (load_file(folder / name / "model.safetensors") for folder in (broken, whole))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 

@@ -19,7 +19,8 @@ from drafttrain.drafters.causal_lm import CausalLMDrafter
 from drafttrain.losses import losses
 from drafttrain.target import Target
 from drafttrain.train.callbacks import newest_checkpoint
-from drafttrain.train.run import TrainResult, placement, train
+from drafttrain.train.result import TrainResult
+from drafttrain.train.run import placement, train
 from drafttrain.train.settings import TrainSettings
 from tests.conftest import byte_tokenizer, random_llama
 

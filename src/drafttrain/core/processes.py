@@ -86,6 +86,17 @@ def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def for_own_program(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment for another program that one of several processes starts: on its own, on the device of this process."""
+    own = without_launcher(environment)
+    if launched():
+        devices = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        number = world().local_rank
+        # A launcher that shows each process its own device only has named it already.
+        own["CUDA_VISIBLE_DEVICES"] = devices[number] if number < len(devices) else ",".join(devices) or str(number)
+    return own
+
+
 def _environment() -> dict[str, str]:
     env = dict(os.environ)
     if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:

@@ -55,8 +55,8 @@ class Record:
     """How the target drew the labelled tokens; None: it did not."""
     drawn_by: str = ""
     """Fingerprint or version of the model that drew them."""
-    refused: Sequence[int] = ()
-    """Positions where the target refused the drafter's token (serving logs)."""
+    refused: Sequence[int] | None = None
+    """Positions where the target refused the drafter's token (serving logs); None: not known."""
     cache: str = ""
     """Where what the target knows of this record is stored; empty: nowhere."""
     law: LoggedLaw | None = None

@@ -1,4 +1,4 @@
-"""Asks a server that speaks the OpenAI protocol for completions; the only module of this room that speaks HTTP.
+"""Asks a server that speaks the OpenAI protocol for completions, and for its pages; the only module of this room that speaks HTTP.
 
 A request is repeated as long as it may be the server's moment. When that does not help, a control request of one token tells
 whether it is the server that is gone, which ends the run, or this one request, which is then set aside.
@@ -101,12 +101,36 @@ class Completions:
             ServerGone: Naming the models that it has.
         """
         try:
-            listed = (await self._once("GET", "models", None)).get("data")
-        except (_Again, NotAnswered, ServerGone):
+            names = [str(card.get("id")) for card in await self.models()]
+        except ServerGone:
             return  # What is wrong, the first text finds out.
-        names = [str(one.get("id")) for one in listed if isinstance(one, Mapping)] if isinstance(listed, list) else []
         if names and model not in names:
             raise ServerGone(f"{self.base_url}: serves no model {model!r}. Available: {', '.join(names[:20])}")
+
+    async def models(self) -> list[dict[str, Any]]:
+        """Return the cards of the models that the server lists.
+
+        Raises:
+            ServerGone: It does not answer, or not with a list.
+        """
+        url = f"{self.base_url}/models"
+        try:
+            listed = _mapping(await self._body("GET", url, None)).get("data")
+        except (_Again, NotAnswered) as reason:
+            raise ServerGone(f"{url}: no list of models ({reason})") from reason
+        return [card for card in listed if isinstance(card, dict)] if isinstance(listed, list) else []
+
+    async def page(self, path: str) -> str:
+        """Return a page of the server beside its protocol, such as /metrics.
+
+        Raises:
+            ServerGone: It does not answer, or has no such page.
+        """
+        url = self.base_url.removesuffix("/v1") + path
+        try:
+            return (await self._body("GET", url, None)).decode("utf-8", "replace")
+        except (_Again, NotAnswered) as reason:
+            raise ServerGone(f"{url}: no answer ({reason})") from reason
 
     async def complete(self, request: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
         """Return the answer to a request, and how often it had to be repeated.
@@ -137,7 +161,7 @@ class Completions:
     async def _with_patience(self, request: Mapping[str, Any], *, retries: int) -> tuple[dict[str, Any], int]:
         for number in range(retries + 1):
             try:
-                answer = await self._once("POST", "completions", request)
+                answer = _mapping(await self._body("POST", f"{self.base_url}/completions", request))
                 _check_whole(answer)
                 return answer, number
             except _Again as reason:
@@ -154,9 +178,8 @@ class Completions:
                 await asyncio.sleep(max(wanted or 0.0, backoff * random.uniform(0.5, 1.0)))
         raise AssertionError("the last try returns or raises")
 
-    async def _once(self, method: str, path: str, request: Mapping[str, Any] | None) -> dict[str, Any]:
+    async def _body(self, method: str, url: str, request: Mapping[str, Any] | None) -> bytes:
         assert self._session is not None, "asked within the block"
-        url = f"{self.base_url}/{path}"
         try:
             # A redirected POST becomes a GET, and a key must not follow to another host.
             async with self._session.request(method, url, json=request, allow_redirects=False) as response:
@@ -174,19 +197,23 @@ class Completions:
         if status != 200:
             words = self._shown(body.decode("utf-8", "replace"))
             raise ServerGone(f"{url}: answers {status} (wrong address, model or key?): {words}")
-        try:
-            answer = json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise _Again("not_json", f"an answer of {len(body)} bytes that is cut off, or no JSON") from error
-        if not isinstance(answer, dict):
-            raise _Again("not_json", f"a JSON object is needed, got {type(answer).__name__}")
-        return answer
+        return body
 
     def _shown(self, words: str) -> str:
         """Return the start of a server's words; some repeat the key that they refuse."""
         if self._key:
             words = words.replace(self._key, "(key)")
         return " ".join(words.split())[:SHOWN]
+
+
+def _mapping(body: bytes) -> dict[str, Any]:
+    try:
+        answer = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise _Again("not_json", f"an answer of {len(body)} bytes that is cut off, or no JSON") from error
+    if not isinstance(answer, dict):
+        raise _Again("not_json", f"a JSON object is needed, got {type(answer).__name__}")
+    return answer
 
 
 def _check_whole(answer: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from drafttrain.core.registry import Registry
@@ -24,6 +25,8 @@ class DrafterFiles:
     tensors: Mapping[str, Tensor]
     notes: tuple[str, ...] = field(default=())
     """What a format changed on its way, in words."""
+    folder: Path | None = field(default=None, compare=False)
+    """Where they were read from: its tokenizer is there."""
 
 
 class Exporter(ABC):
@@ -33,6 +36,12 @@ class Exporter(ABC):
     """The kinds of drafter that it can hold, and how loaders of it call each."""
     readers: ClassVar[str]
     """Who reads it."""
+    fields_in: ClassVar[str] = "config.json"
+    """The file that holds what `DrafterFiles.config` says."""
+
+    def refusals(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
+        """Return what of a drafter folder this format has no place for; one that has any is not converted."""
+        return []
 
     @abstractmethod
     def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
@@ -45,3 +54,23 @@ class Exporter(ABC):
     @abstractmethod
     def problems(self, files: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
         """Return what a loader of this format would refuse, or drop without a word."""
+
+    def write(self, files: DrafterFiles, source: Path, folder: Path) -> None:
+        """Write converted files, and beside them what else of the source folder belongs to them."""
+        from drafttrain.export.folder import write_folder
+
+        write_folder(files, source, folder)
+
+    def read(self, folder: Path) -> DrafterFiles:
+        """Return the files of a folder of this format.
+
+        Raises:
+            CheckpointError: It is none, or its weights cannot be read.
+        """
+        from drafttrain.export.folder import read_files
+
+        return read_files(folder)
+
+    def holds(self, folder: Path) -> bool:
+        """Tell whether a folder is, by its files, one of this format."""
+        return (folder / "config.json").is_file()

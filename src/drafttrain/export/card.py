@@ -8,7 +8,7 @@ from typing import Any
 
 from drafttrain.drafters import drafters
 from drafttrain.eval.table import interval, number
-from drafttrain.export.engines import Use, engine_of, engines
+from drafttrain.export.engines import ServingEngine, Use, engine_of, engines
 
 SERVED = "## In serving engines"
 ORIGIN = "## Where it comes from"
@@ -82,11 +82,16 @@ def _use(result: Mapping[str, Any], drafter: str) -> str:
     num_draft_tokens = length.get("depth") or length.get("num_draft_tokens") or NUM_DRAFT_TOKENS
     able = [engine for engine in map(engine_of, engines.names()) if kind in engine.methods]
     commands = [
-        "    " + engine.command("TARGET", Use("THIS_FOLDER", kind, num_draft_tokens, engine.draft(kind, wanted)))
+        "    " + engine.command("TARGET", Use(_folder(engine), kind, num_draft_tokens, engine.draft(kind, wanted)))
         for engine in able
     ]
     component: Any = drafters.entry(kind).component
     return "\n\n".join([*commands, component.serving])
+
+
+def _folder(engine: ServingEngine) -> str:
+    """Return the word for what an engine loads: this folder, or what `drafttrain export --to FORMAT` writes beside it."""
+    return "THIS_FOLDER" if "hf" in engine.formats else f"THIS_FOLDER.{engine.formats[0]}"
 
 
 def with_engines(card: str, comparisons: Sequence[Mapping[str, Any]]) -> str:

@@ -3,38 +3,20 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from drafttrain.checkpoint import ABOUT, read_about
+from drafttrain.checkpoint import ABOUT
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.files import folder_beside, write_json
-from drafttrain.core.tensors import read_tensors
+from drafttrain.core.files import folder_beside
 from drafttrain.export import DrafterFiles, Exporter, exporters
+from drafttrain.export.folder import read_files
 
-REPLACED = ("config.json", "model.safetensors", "README.md", "engine.json", "eval.json", "report.html")
-"""Files of a drafter folder that are not copied: made anew, or told of the other folder."""
-
-
-def read_files(folder: Path) -> DrafterFiles:
-    """Return what is in a drafter folder.
-
-    Raises:
-        CheckpointError: It is none, or its weights cannot be read.
-    """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not the configuration of a drafter: {error}") from error
-    about = read_about(folder)
-    return DrafterFiles(about.kind if about else "causal_lm", config, _all_tensors(folder))
+LONGEST_SHOWN = 20
 
 
 def read_target_config(folder: Path, *, name: str) -> dict[str, Any]:
@@ -55,13 +37,7 @@ def export_as(name: str, source: Path, folder: Path, *, target_config: Mapping[s
     """
     made = converted(name, source, target_config)
     with folder_beside(folder) as temporary:
-        tensors = {key: tensor.contiguous() for key, tensor in made.tensors.items()}
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        write_json(temporary / "config.json", dict(made.config))
-        for other in source.iterdir():
-            if other.name not in REPLACED and other.suffix != ".safetensors":
-                copy = shutil.copytree if other.is_dir() else shutil.copyfile
-                copy(other, temporary / other.name)
+        exporter_of(name).write(made, source, temporary)
         check_exported(name, source, temporary, target_config=target_config)
     for note in made.notes:
         say(f"{folder}: {note}")
@@ -73,12 +49,13 @@ def check_exported(name: str, source: Path, folder: Path, *, target_config: Mapp
     Raises:
         CheckpointError: Naming every tensor and field that is not what the source gives.
     """
-    wanted = converted(name, source, target_config)
-    held = read_files(folder)
-    found = [*_config_differences(wanted.config, held.config), *_tensor_differences(wanted.tensors, held.tensors)]
+    exporter, wanted = exporter_of(name), converted(name, source, target_config)
+    held = exporter.read(folder)
+    found = [f"{exporter.fields_in}: {difference}" for difference in _differences(wanted.config, held.config)]
+    found += _tensor_differences(wanted.tensors, held.tensors)
     if held.kind != wanted.kind:
         found.insert(0, f"{ABOUT}: kind is {held.kind}, must be {wanted.kind}")
-    found = found or exporter_of(name).problems(held, target_config)
+    found = found or exporter.problems(held, target_config)
     if found:
         raise CheckpointError(_told(f"{folder}: not what {source} gives as {name}", found))
 
@@ -109,8 +86,9 @@ def converted(name: str, source: Path, target_config: Mapping[str, Any]) -> Draf
             + f"Formats for {files.kind}: "
             + ", ".join(f"{other} (read by {_readers(other, files.kind)})" for other in able)
         )
-    made = exporter.convert(files, target_config)
-    if found := exporter.problems(made, target_config):
+    found = exporter.refusals(files, target_config)
+    made = files if found else exporter.convert(files, target_config)
+    if found := found or exporter.problems(made, target_config):
         raise CheckpointError(_told(f"{source}: cannot be exported as {name}", found))
     return made
 
@@ -120,19 +98,33 @@ def _readers(name: str, kind: str) -> str:
     return "drafttrain eval alone" if exporter.reads[kind] == "drafttrain" else exporter.readers
 
 
-def _config_differences(wanted: Mapping[str, Any], held: Mapping[str, Any], *, prefix: str = "") -> list[str]:
+def _differences(wanted: Mapping[str, Any], held: Mapping[str, Any], *, prefix: str = "") -> list[str]:
     found = []
     for key in sorted(wanted.keys() | held.keys()):
         ours, theirs = wanted.get(key), held.get(key)
         if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-            found += _config_differences(ours, theirs, prefix=f"{prefix}{key}.")
+            found += _differences(ours, theirs, prefix=f"{prefix}{key}.")
         elif key not in held:
-            found.append(f"config.json: {prefix}{key} is missing, must be {ours!r}")
+            found.append(f"{prefix}{key} is missing, must be {_shown(ours)}")
         elif key not in wanted:
-            found.append(f"config.json: {prefix}{key} is {theirs!r}: there must be no such key")
+            found.append(f"{prefix}{key} is {_shown(theirs)}: there must be no such key")
         elif ours != theirs:
-            found.append(f"config.json: {prefix}{key} is {theirs!r}, must be {ours!r}")
+            found.append(f"{prefix}{key} is {_shown(theirs)}, must be {_shown(ours)}{_first_apart(ours, theirs)}")
     return found
+
+
+def _shown(value: Any) -> str:
+    """Return a value in words: a vocabulary is too long for a message."""
+    long = isinstance(value, list) and len(value) > LONGEST_SHOWN
+    return f"a list of {len(value)}" if long else repr(value)
+
+
+def _first_apart(ours: Any, theirs: Any) -> str:
+    if not (isinstance(ours, list) and isinstance(theirs, list) and max(len(ours), len(theirs)) > LONGEST_SHOWN):
+        return ""
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    apart = next(((i, a, b) for i, (a, b) in pairs if a != b), None)
+    return f": entry {apart[0]} is {apart[2]!r}, must be {apart[1]!r}" if apart else ""
 
 
 def _tensor_differences(wanted: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor]) -> list[str]:
@@ -151,10 +143,3 @@ def _tensor_differences(wanted: Mapping[str, torch.Tensor], held: Mapping[str, t
 
 def _told(what: str, found: list[str]) -> str:
     return "\n  ".join([f"{what}: {len(found)} problem{'s' if len(found) > 1 else ''}", *found[:20]])
-
-
-def _all_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise CheckpointError(f"{folder}: no *.safetensors here (pickled weights are not read)")
-    return {name: tensor for path in paths for name, tensor in read_tensors(path).items()}

@@ -18,16 +18,20 @@ class ExportSettings:
     dtype: Literal["float32", "bfloat16", "float16"] = setting(
         "float32", help="Type of the exported weights; the evaluation reads these files."
     )
+    step: int | None = setting(
+        None, help="Export the weights of this step, one that train.keep_best kept; null: the best one's.", ge=0
+    )
     require: dict[str, Any] = setting(
         {}, help="The gate: lowest block_efficiency (greedy, at eval.num_draft_tokens), alpha, mbsu; parity: true."
     )
 
     to: list[str] = setting(
-        [], help="Further formats, each a folder beside the drafter's: vllm, speculators, sglang (drafter.vllm, ...)."
+        [],
+        help="Further formats, each a folder beside the drafter's: vllm, speculators, sglang, gguf (drafter.vllm, ...).",
     )
     verify: list[str] = setting(
         [],
-        help="Serving engines that load the export and must do with it what the evaluator does: vllm "
+        help="Serving engines that load the export and must do with it what the evaluator does: vllm, llama.cpp "
         "(drafttrain engines install vllm).",
     )
     verify_prompts: int = setting(8, help="Prompts of eval.prompts that an engine decodes.", ge=1)
@@ -52,6 +56,7 @@ class ExportSettings:
         """Return a copy without a floor: twenty steps prove the path, not the figure. Parity is kept."""
         return replace(
             self,
+            step=None,
             require={k: v for k, v in self.require.items() if k == "parity"},
             verify_prompts=min(self.verify_prompts, 2),
             verify_tokens=min(self.verify_tokens, 16),

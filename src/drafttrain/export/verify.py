@@ -1,19 +1,20 @@
 """Does a serving engine do with the exported files what the embedded evaluator did with ours? Token for token, count for count.
 
-The evaluator decodes as the engine counts: the first token of an output comes before any draft, every later round drafts K tokens,
-also past the end of the output, and no token ends a text.
+The evaluator decodes as the engine counts: the first token of an output comes before any draft, every later round drafts K tokens.
+Engines differ in whether rounds draft past the end of the output, and in which tokens end a text: `Habits`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from drafttrain.core.records import Generation, Prompt, Sampling
+from drafttrain.core.records import Budget, DraftStep, Generation, More, Prompt, Proposal, Sampling
+from drafttrain.core.roles import Proposer
 from drafttrain.drafters import Drafter
 from drafttrain.eval.acceptance.lossless import Lossless, LosslessSettings
 from drafttrain.eval.engine import Engine
@@ -21,7 +22,7 @@ from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.eval.parity import Parity, parity
 from drafttrain.eval.proposers.none import NoDraft
 from drafttrain.eval.statistics import ratio_difference, sign_flip_p_value
-from drafttrain.export.engines import Job, Served, ServingEngine, Use
+from drafttrain.export.engines import Habits, Job, Served, ServingEngine, Use
 from drafttrain.export.engines.environment import ask
 from drafttrain.target import Target
 
@@ -34,6 +35,8 @@ TOLERANCE = {torch.float32: 0.0}
 """Relative difference of the counters that is allowed at temperature 0; of types that are not named, OTHER_TOLERANCE."""
 
 OTHER_TOLERANCE = 0.02
+
+PLAIN = Habits()
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,9 @@ def compare_with_engine(
     greedy, sampled = engine.served(answer)
     return compare(
         Side(plain, greedy, sampled),
-        evaluator_side(target, drafter, prompts, job, num_draft_tokens=num_draft_tokens),
+        evaluator_side(
+            target, drafter, prompts, job, num_draft_tokens=num_draft_tokens, habits=engine.habits(job.target)
+        ),
         target,
         prompts,
         job,
@@ -178,12 +183,18 @@ def compare_with_engine(
 
 
 def evaluator_side(
-    target: Target, drafter: Drafter, prompts: Sequence[Prompt], job: Job, *, num_draft_tokens: int
+    target: Target,
+    drafter: Drafter,
+    prompts: Sequence[Prompt],
+    job: Job,
+    *,
+    num_draft_tokens: int,
+    habits: Habits = PLAIN,
 ) -> Side:
     """Return what the evaluator decodes and counts, as the engine does."""
     greedy, sampled = (
         [
-            served_counts(one, max_new_tokens=job.max_new_tokens)
+            served_counts(one, max_new_tokens=job.max_new_tokens, habits=habits)
             for one in decode(
                 target,
                 drafter,
@@ -191,12 +202,14 @@ def evaluator_side(
                 sampling,
                 max_new_tokens=job.max_new_tokens,
                 num_draft_tokens=num_draft_tokens,
+                habits=habits,
             )
         ]
         for sampling in (Sampling(), Sampling(SAMPLED_TEMPERATURE))
     )
     alone = _engine(target, NoDraft(), Sampling(), max_new_tokens=job.max_new_tokens, num_draft_tokens=1)
-    return Side([Served(one.tokens) for one in alone.generate(prompts)], greedy, sampled)
+    plain = [Served(_up_to_end(one.tokens, habits.ends)) for one in alone.generate(prompts)]
+    return Side(plain, greedy, sampled)
 
 
 def compare(
@@ -273,8 +286,9 @@ def decode(
     *,
     max_new_tokens: int,
     num_draft_tokens: int,
+    habits: Habits = PLAIN,
 ) -> list[Generation]:
-    """Return outputs as an engine makes them: a first token of the target's own, then rounds of K draft tokens to past the end.
+    """Return outputs as an engine makes them: a first token of the target's own, then rounds of K draft tokens, to past the end.
 
     Their `prompt_tokens` are those that were given; rounds start behind the first token.
     """
@@ -282,8 +296,11 @@ def decode(
     first = _engine(target, NoDraft(), sampling, max_new_tokens=1, seed=1, **lengths).generate(prompts)
     longer = [replace(p, tokens=[*p.tokens, *one.tokens]) for p, one in zip(prompts, first, strict=True)]
     # One round past the end at most, and it drafts as many tokens as any other.
-    most = max_new_tokens + num_draft_tokens
-    engine = _engine(target, drafter.proposer(target), sampling, max_new_tokens=most, **lengths)
+    most = max_new_tokens + num_draft_tokens if habits.past_end else max_new_tokens - 1
+    proposer = drafter.proposer(target)
+    if habits.draft_top_k:
+        proposer = Narrowed(proposer, habits.draft_top_k)
+    engine = _engine(target, proposer, sampling, max_new_tokens=most, **lengths)
     rest = [engine.generate([prompt])[0] for prompt in longer]
     return [
         replace(one, prompt_tokens=prompt.tokens, tokens=[*begun.tokens, *one.tokens])
@@ -306,16 +323,49 @@ def _engine(
     )
 
 
-def served_counts(generation: Generation, *, max_new_tokens: int) -> Served:
-    """Return the counters of an output of `decode`: of the rounds that begin before its last token is there."""
-    rounds = [one for one in generation.rounds if 1 + one.start < max_new_tokens]
+class Narrowed:
+    """A proposer that samples from some likeliest tokens of its law alone, as an engine makes it do."""
+
+    def __init__(self, proposer: Proposer, top_k: int) -> None:
+        self.needs = proposer.needs
+        self.begin, self.observe, self.drop = proposer.begin, proposer.observe, proposer.drop
+        self._proposer = proposer
+        self._top_k = top_k
+
+    def propose(
+        self,
+        budgets: Sequence[Budget],
+        sampling: Sampling,
+        generators: Sequence[torch.Generator],
+        more: Callable[[DraftStep], bool | More],
+    ) -> list[Proposal]:
+        """Return proposals drawn from what is left of its law."""
+        return self._proposer.propose(budgets, replace(sampling, top_k=self._top_k), generators, more)
+
+
+def _up_to_end(tokens: Sequence[int], ends: frozenset[int]) -> list[int]:
+    """Return a text up to the first token that ends one, which is its last."""
+    end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return list(tokens[: end + 1])
+
+
+def served_counts(generation: Generation, *, max_new_tokens: int, habits: Habits = PLAIN) -> Served:
+    """Return the counters of an output of `decode`: of the drafts that are made before its last token is there."""
+    tokens = _up_to_end(generation.tokens[:max_new_tokens], habits.ends)
+    rounds = [one for one in generation.rounds if one.num_draft_tokens and 1 + one.start < len(tokens)]
+    # Of what a round gives, one token was not drafted: where all that counts is what is written, the last one.
+    most = [len(tokens) - 2 - one.start for one in rounds]
+    kept = [
+        one.num_accepted if habits.past_end else min(one.num_accepted, limit)
+        for one, limit in zip(rounds, most, strict=True)
+    ]
     deepest = max((one.max_depth for one in rounds), default=0)
     return Served(
-        tokens=list(generation.tokens[:max_new_tokens]),
+        tokens=tokens,
         num_drafts=len(rounds),
         num_draft_tokens=sum(one.num_draft_tokens for one in rounds),
-        num_accepted=sum(one.num_accepted for one in rounds),
-        accepted_at=[sum(one.num_accepted >= i for one in rounds) for i in range(1, deepest + 1)],
+        num_accepted=sum(kept),
+        accepted_at=[sum(count >= i for count in kept) for i in range(1, deepest + 1)],
     )
 
 
@@ -338,7 +388,14 @@ def _sum(many: Sequence[Served], num_draft_tokens: int) -> Counts:
 
 
 def _difference(engine: Sequence[Served], evaluator: Sequence[Served]) -> tuple[dict[str, float], float]:
-    """Return by how much the engine keeps more draft tokens a round, and the p-value of that it does not, over prompts."""
+    """Return by how much the engine keeps more draft tokens a round, and the p-value of that it does not, over prompts.
+
+    Texts that ended before any draft say nothing of it.
+    """
+    both = [(a, b) for a, b in zip(engine, evaluator, strict=True) if a.num_drafts and b.num_drafts]
+    if not both:
+        return {}, 1.0
+    engine, evaluator = zip(*both, strict=True)
     parts = [([one.num_accepted for one in many], [one.num_drafts for one in many]) for many in (engine, evaluator)]
     found = ratio_difference(parts[0], parts[1], resamples=RESAMPLES, seed=0)
     rates = [[one.num_accepted / one.num_drafts for one in many] for many in (engine, evaluator)]
@@ -351,7 +408,8 @@ def _log_likelihoods(target: Target, prompts: Sequence[Prompt], served: Sequence
     found = []
     for prompt, one in zip(prompts, served, strict=True):
         tokens = torch.tensor([[*prompt.tokens, *one.tokens]], device=target.device)
-        logits_NV = target.model(tokens).logits[0, len(prompt.tokens) - 1 : -1, : target.num_tokens]
+        # Padding included: an engine that does not know it may draw it.
+        logits_NV = target.model(tokens).logits[0, len(prompt.tokens) - 1 : -1]
         law_NV = (logits_NV.float() / SAMPLED_TEMPERATURE).log_softmax(dim=-1)
         found.append(float(law_NV.gather(1, tokens[0, len(prompt.tokens) :, None]).mean()))
     return found
@@ -383,7 +441,7 @@ def _of_counts(
     tolerance: float,
 ) -> list[str]:
     """Return where the counters differ: in total, and the first prompt."""
-    if not kept:
+    if not any(both["evaluator"][i].num_drafts for i in kept):
         return [f"{engine}: no prompt is left on which the counters could be compared"]
     if tolerance:
         sides = [1 + sum(m[i].num_accepted for i in kept) / sum(m[i].num_drafts for i in kept) for m in both.values()]

@@ -11,6 +11,7 @@ from typing import Any
 
 from drafttrain.data_gen.serving_logs.exchange import Refused, mapping
 from drafttrain.data_gen.serving_logs.redaction import Redact
+from drafttrain.data_gen.serving_logs.rounds import logged_rounds
 from drafttrain.data_gen.serving_logs.stream import merged
 from drafttrain.data_gen.serving_logs.untrusted import decoded, parsed
 
@@ -21,7 +22,7 @@ KEPT = (
     "temperature", "tools", "top_k", "top_logprobs", "top_p", "user",
 )  # fmt: skip
 """Keys of a request that are written; others may be anything, credentials too. Headers are never even handed here."""
-SPELLED = ("token_ids", "prompt_token_ids", "logprobs")
+SPELLED = ("token_ids", "prompt_token_ids", "logprobs", "speculative")
 """Keys of an answer that spell its text once more."""
 
 
@@ -89,7 +90,18 @@ def _redacted(
     # What was called is spelled by the ids, and not kept as text.
     called = any(mapping(mapping(one, "choices").get("message") or {}, "message").get("tool_calls") for one in choices)
     changed = (kept_request, kept_texts) != (request, texts) or called
-    return kept_request, kept_texts if changed else response
+    if changed:
+        return kept_request, kept_texts
+    return kept_request, response | ({"choices": [_with_counts(one) for one in choices]} if choices else {})
+
+
+def _with_counts(choice: dict[str, Any]) -> dict[str, Any]:
+    """Return a choice with the numbers of its draft tokens in place of their ids: refused ones spell what is in no text here."""
+    rounds = logged_rounds(choice.get("speculative"), "speculative")
+    if rounds is None:
+        return choice
+    counts = {"drafted": [one.num_drafted for one in rounds], "accepted": [one.num_accepted for one in rounds]}
+    return choice | {"speculative": counts}
 
 
 def _walked(value: Any, redact: Redact) -> Any:

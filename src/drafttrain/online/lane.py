@@ -136,7 +136,7 @@ class Lane:
 
     def _with_refusals(self, requests: Sequence[Served]) -> list[Served]:
         """Return those of which a token was refused, with its position: as logged, else by replay of the served drafter."""
-        unknown = [one.record for one in requests if not one.record.refused]
+        unknown = [one.record for one in requests if one.record.refused is None]
         found = (
             refused_positions(
                 self.shop.target,
@@ -151,7 +151,7 @@ class Lane:
         )
         replayed = iter(found)
         marked = [
-            one if one.record.refused else replace(one, record=replace(one.record, refused=next(replayed)))
+            one if one.record.refused is not None else replace(one, record=replace(one.record, refused=next(replayed)))
             for one in requests
         ]
         return [one for one in marked if one.record.refused]
@@ -205,7 +205,12 @@ class Lane:
             )
         # While it does, batches are drawn from the newest requests alone.
         self.drifted = drifted
-        return {"block_efficiency": found.now, "block_efficiency_then": found.then, "drift_p_value": found.p_value}
+        return {
+            "block_efficiency": found.now,
+            "block_efficiency_then": found.then,
+            "drift_p_value": found.p_value,
+            "drifted": drifted,
+        }
 
     def _consider(self) -> dict[str, Any]:
         """Export the candidate, hold it against the current version by their files, and publish it or not."""

@@ -39,7 +39,7 @@ def recorded_only(record: Record) -> Record:
 
     The label is the token that corrects the draft; the row that erred is the one before it, and `losses.align` alone knows that.
     """
-    refused = set(record.refused)
+    refused = set(record.refused or ())
     return replace(record, loss_mask=[i in refused for i in range(len(record.tokens))])
 
 

@@ -1,4 +1,4 @@
-"""Where the target refused the drafter's token: as a serving stack logged its rounds, or by replay of the rounds on the text.
+"""Where the target refused the drafter's token, by replay of the rounds on the text; what a stack logged of them is in the records.
 
 T = new tokens of a text, K = draft tokens
 """
@@ -59,33 +59,4 @@ def _refusals(rows: ReplayRows, num_draft_tokens: int, *, drafted_for: int, seed
                 break
             place += 1
         start = place + 1
-    return refused
-
-
-def logged_refusals(drafted: Sequence[int], accepted: Sequence[int], *, num_tokens: int) -> list[int]:
-    """Return the answered tokens at which a round ended with a refusal, from what a stack logged of its rounds.
-
-    A last round that kept fewer than it drafted because an end of text was among the kept ones refused nothing: then the rounds
-    have one token more than the answer.
-
-    Args:
-        drafted: Draft tokens of each round.
-        accepted: Of these, how many were kept.
-        num_tokens: Tokens of the answer.
-
-    Raises:
-        ValueError: These are not the rounds of such an answer.
-    """
-    if len(drafted) != len(accepted) or any(
-        not 0 <= kept <= count for kept, count in zip(accepted, drafted, strict=True)
-    ):
-        raise ValueError("a round keeps 0 to all of its draft tokens")
-    emitted = sum(accepted) + len(accepted)
-    if emitted - num_tokens not in (0, 1):
-        raise ValueError(f"rounds of {emitted} tokens, an answer of {num_tokens}")
-    refused, place = [], 0
-    for count, kept in zip(drafted, accepted, strict=True):
-        if kept < count and place + kept < num_tokens:
-            refused.append(place + kept)
-        place += kept + 1
     return refused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -32,8 +33,15 @@ def _efficiency(axes: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> None:
         (line,) = axes[0].plot(requests, [row["block_efficiency"] for row in own], label=name or "drafter")
         better = [row for row in own if row.get("promoted")]
         axes[0].plot([r["requests"] for r in better], [r["candidate"] for r in better], "^", color=line.get_color())
+        for before, row in itertools.pairwise(own):
+            if row.get("drifted") and not before.get("drifted"):
+                axes[0].axvline(row["requests"], color=line.get_color(), linestyle=":")
         axes[1].semilogy(requests, [row["drift_p_value"] for row in own], color=line.get_color())
-    axes[0].set(xlabel="requests", ylabel="block efficiency", title="served drafter; triangles: promoted")
+    axes[0].set(
+        xlabel="requests",
+        ylabel="block efficiency",
+        title="served drafter; triangles: promoted; dotted: traffic drifts",
+    )
     axes[1].set(xlabel="requests", ylabel="p-value", title="drift")
     if rows:
         axes[0].legend(fontsize=8, frameon=False)

@@ -103,8 +103,8 @@ class OnlineSettings:
         return problems
 
     def smoke(self) -> OnlineSettings:
-        """Return a copy that updates and compares twice on a log of two hundred requests."""
-        every = None if self.every_requests is None else 100
+        """Return a copy that updates and compares twice on the log that comes with drafttrain."""
+        every = None if self.every_requests is None else 200
         return replace(
             self,
             every_requests=every,

@@ -145,8 +145,8 @@ def serve_command(folder: Path, engine: str, *, target: str | None) -> str:
         target: Its name; None: the one that the drafter was made for.
     """
     from drafttrain.checkpoint import read_about
-    from drafttrain.export.convert import read_files
     from drafttrain.export.engines import Use, engine_of, engines
+    from drafttrain.export.folder import kind_of, read_files
     from drafttrain.export.serve import best_length, read_evaluation
     from drafttrain.target.frozen import BUILTIN, resolve_folder
 
@@ -156,18 +156,37 @@ def serve_command(folder: Path, engine: str, *, target: str | None) -> str:
     target = target or (about.target if about else None)
     if not target:
         raise CheckpointError(f"{folder}: does not say which target it was made for: give --target")
-    if target.startswith(BUILTIN):
-        target = str(resolve_folder(target))
-    files = read_files(folder)
-    serving = engine_of(engine)
-    serving.check_kind(folder, files.kind)
-    best = best_length(read_evaluation(folder), most=files.config.get("num_heads") if files.kind == "medusa" else None)
+    serving, kind = engine_of(engine), kind_of(folder)
+    serving.check_kind(folder, kind)
+    readable = _readable(folder, serving.formats, engine)
+    if target.startswith(BUILTIN) or Path(target).is_dir():
+        target = str(serving.target_as(resolve_folder(target)))
+    best = best_length(
+        read_evaluation(folder), most=read_files(folder).config.get("num_heads") if kind == "medusa" else None
+    )
     say(
         f"{best.num_draft_tokens} draft tokens: block efficiency {best.block_efficiency:.2f}, memory-bound speed-up {best.mbsu:.2f} "
         "(replay of greedy text, bytes read)"
     )
-    draft = serving.draft(files.kind, about.draft if about else "sampled")
-    return serving.command(target, Use(str(folder.resolve()), files.kind, best.num_draft_tokens, draft))
+    draft = serving.draft(kind, about.draft if about else "sampled")
+    return serving.command(target, Use(str(readable.resolve()), kind, best.num_draft_tokens, draft))
+
+
+def _readable(folder: Path, formats: Sequence[str], engine: str) -> Path:
+    """Return the folder of a drafter that an engine reads: this one, or one beside it in another format.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    from drafttrain.export.convert import exporter_of
+
+    for format in formats:
+        for candidate in (folder, folder_as(folder, format)):
+            if exporter_of(format).holds(candidate):
+                return candidate
+    raise CheckpointError(
+        f"{folder}: {engine} reads {', '.join(formats)}: drafttrain export {folder} --to {formats[0]}"
+    )
 
 
 def _verified_in(

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from drafttrain.core.console import say
@@ -17,6 +18,7 @@ from drafttrain.pipeline.engines import folder_as, formats_of, in_engines, write
 from drafttrain.pipeline.evaluating import evaluated_elsewhere
 from drafttrain.pipeline.head import export_trained_head
 from drafttrain.pipeline.training import start_of
+from drafttrain.train.result import TrainResult, folder_of_step, kept_steps
 
 if TYPE_CHECKING:
     from drafttrain.pipeline.run import Run
@@ -42,7 +44,7 @@ def export_and_judge(run: Run) -> None:
         show(result)
     else:
         if of_head:
-            export_trained_head(recipe, folder, run.target, trained=folder.train / done["drafter"])
+            export_trained_head(recipe, folder, run.target, trained=folder.train / done.drafter)
         else:
             export_best(run)
         if not run.has_target():
@@ -50,11 +52,11 @@ def export_and_judge(run: Run) -> None:
             return
         result = evaluated_elsewhere(run)
     resolved, command = run.resolved, command_line()
-    best, last = done["best"], done["last"]
+    best, last = done.best, done.last
     if best is not None:
         say(
-            f"exported: step {done['best_step']} ({done['best_by'].replace('_', ' ')} {best:.3f} on held-out data); "
-            f"last step {done['last_step']} ({last:.3f})"
+            f"exported: step {done.best_step} ({done.best_by.replace('_', ' ')} {best:.3f} on held-out data); "
+            f"last step {done.last_step} ({last:.3f})"
         )
     write_report(folder.report, result, title=recipe.name, metrics=folder.train / "metrics.csv", command=command)
     if exported.exists():
@@ -88,49 +90,59 @@ def export_and_judge(run: Run) -> None:
         )
 
 
-def export_best(run: Run) -> dict[str, Any]:
-    """Write the drafter folder from the best weights of the training; return what train.json holds."""
+def export_best(run: Run) -> TrainResult:
+    """Write the drafter folder from the best weights of the training; return what the training gave."""
     from drafttrain.drafters import Drafter, drafters
 
     done = training_result(run)
-    trained = run.folder.train / done["drafter"]
+    trained = run.folder.train / done.drafter
     component = cast(Any, drafters.entry(run.recipe.drafter.kind).component)
     if component.calibrate is not Drafter.calibrate:
         calibrate(run, component.load(trained, run.target), trained)
-    export_weights(run, trained, run.folder.drafter, steps=done["best_step"])
+    export_weights(run, trained, run.folder.drafter, steps=done.best_step)
     return done
 
 
-def training_result(run: Run) -> dict[str, Any]:
-    """Return what train.json holds; of a training that has not ended, the same of what it has so far."""
-    folder = run.folder
-    if folder.train_done.exists():
-        done: dict[str, Any] = json.loads(folder.train_done.read_text(encoding="utf-8"))
-        return done
-    from drafttrain.train.callbacks import newest_checkpoint, weights_of_checkpoint
+def training_result(run: Run) -> TrainResult:
+    """Return what the training gave; of one that has not ended, or of the step that the recipe exports, the same.
 
-    best = folder.train / "best.json"
-    if best.exists():
-        figures = json.loads(best.read_text(encoding="utf-8"))
-        step = figures.pop("step")
-        by = "block_efficiency" if run.recipe.head is None else "log_likelihood"
-        say(f"the training has not ended: its best step so far is exported, {step} of {run.recipe.train.max_steps}")
-        return {"drafter": "best", "best_step": step, "last_step": step, "best_by": by, "best": None, "last": None}
+    Raises:
+        DrafttrainError: There are no such weights.
+    """
+    folder, step = run.folder, run.recipe.export.step
+    done = (
+        TrainResult(**json.loads(folder.train_done.read_text(encoding="utf-8"))) if folder.train_done.exists() else None
+    )
+    if done and step is None:
+        return done
+    kept = {one["step"]: one for one in kept_steps(folder.train)}
+    if step is not None and step not in kept:
+        there = ", ".join(map(str, sorted(kept))) or "none"
+        raise DrafttrainError(f"{folder.path}: no weights are kept of step {step}; of these: {there} (train.keep_best)")
+    if kept:
+        chosen = next(iter(kept)) if step is None else step
+        weights = str(folder_of_step(folder.train, chosen).relative_to(folder.train))
+        if done:
+            return replace(done, drafter=weights, best_step=chosen, best=kept[chosen][done.best_by])
+        say(f"the training has not ended: step {chosen} of {run.recipe.train.max_steps} is exported")
+        return TrainResult(weights, chosen, chosen)
     if run.recipe.head is not None:
         raise DrafttrainError(f"{folder.path}: the head has no validated step yet: drafttrain fit does all stages")
+    from drafttrain.train.callbacks import newest_checkpoint, weights_of_checkpoint
+
     newest = newest_checkpoint(folder.train / "checkpoints")
     if newest is None:
         raise DrafttrainError(f"{folder.path}: no checkpoint that can be read: drafttrain fit does all stages")
-    step, weights = weights_of_checkpoint(newest)
+    reached, trained = weights_of_checkpoint(newest)
     drafter = start_of(run, training_data(run))
-    missing = {name for name, p in drafter.named_parameters() if p.requires_grad} - weights.keys()
+    missing = {name for name, p in drafter.named_parameters() if p.requires_grad} - trained.keys()
     if missing:
         raise CheckpointError(f"{newest}: lacks weights of this recipe's drafter: {', '.join(sorted(missing)[:5])}")
-    drafter.load_state_dict(weights, strict=False)
+    drafter.load_state_dict(trained, strict=False)
     with folder_beside(folder.train / "last") as temporary:
         drafter.save(temporary)
     say(f"the training has not ended: {newest} is exported")
-    return {"drafter": "last", "best_step": step, "last_step": step, "best_by": "", "best": None, "last": None}
+    return TrainResult("last", reached, reached)
 
 
 def command_line() -> str:

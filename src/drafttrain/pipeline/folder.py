@@ -147,4 +147,4 @@ def _trained_by(recipe: Recipe, *, done: bool) -> str:
     recipe = replace(recipe, name="", train=recipe.train.without_layout())
     if done:
         return dump_recipe(replace(recipe, eval=EvalSettings(), export=ExportSettings()))
-    return dump_recipe(replace(recipe, export=replace(recipe.export, require={})))
+    return dump_recipe(replace(recipe, export=replace(recipe.export, require={}, step=None)))

@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +36,9 @@ from drafttrain.train.callbacks import (
 from drafttrain.train.memory import advice_on_memory
 from drafttrain.train.module import DistillModule, HeadModule, StepModule
 from drafttrain.train.preflight import check_disk
+from drafttrain.train.result import TrainResult, folder_of_step
 from drafttrain.train.settings import TrainSettings
 from drafttrain.train.strategy import ZeroStrategy
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """Where the best weights are and when they were reached."""
-
-    drafter: str
-    best_step: int
-    last_step: int
-    best_by: str
-    """The figure that picked the best step."""
-    best: float | None
-    """That figure on held-out data; None when the recipe asks for no validation."""
-    last: float | None
 
 
 class Steps(torch.utils.data.IterableDataset[Any]):
@@ -206,12 +193,13 @@ def placement(device: torch.device, settings: TrainSettings) -> dict[str, Any]:
 def _finish(module: StepModule, validation: Validation | None, *, folder: Path) -> TrainResult:
     save_trained(module, folder / "last")
     steps = module.settings.max_steps
-    if validation is None or not validation.best:
-        result = TrainResult("last", steps, steps, "", None, None)
+    if validation is None or not validation.kept:
+        result = TrainResult("last", steps, steps)
     else:
         name = validation.held_out.best_by
-        best, last = validation.best[name], validation.last[name]
-        result = TrainResult("best", validation.best["step"], steps, name, best, last)
+        chosen, last = validation.kept[0], validation.last[name]
+        best, weights = chosen[name], folder_of_step(folder, chosen["step"]).relative_to(folder)
+        result = TrainResult(str(weights), chosen["step"], steps, name, best, last)
         say(
             f"best step {result.best_step} ({name.replace('_', ' ')} {best:.3f} on held-out data), last step {steps} ({last:.3f}): "
             "the best is exported"

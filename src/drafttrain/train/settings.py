@@ -74,6 +74,9 @@ class TrainSettings:
     eval_every_steps: int = setting(
         100, help="Steps between two estimates of block efficiency on held-out prompts; 0: never.", ge=0
     )
+    keep_best: int = setting(
+        1, help="How many of the validated steps keep their weights, the best first; the best is exported.", ge=1
+    )
     eval_prompts: int = setting(32, help="Held-out prompts of these estimates.", ge=1)
     checkpoint_every_steps: int = setting(200, help="Steps between two checkpoints to resume from.", ge=1)
     loggers: list[str] = setting(
@@ -132,6 +135,7 @@ class TrainSettings:
             timeout_seconds=600.0,
             num_threads=None,
             loggers=[],
+            keep_best=1,
             on_full_disk="stop",
             max_restarts=0,
         )

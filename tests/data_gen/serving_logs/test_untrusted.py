@@ -22,7 +22,8 @@ def with_law(rng: random.Random) -> dict:
     rows = [{f"token_id:{token}": -0.1, f"token_id:{token + 1}": -rng.uniform(3, 9)} for token in tokens]
     own = [f"token_id:{token}" for token in tokens]
     logged = {"tokens": own, "token_logprobs": [-0.1] * len(own), "top_logprobs": rows}
-    return completion(f"p{rng.random()}", "good", logprobs=logged, token_ids=tokens)
+    rounds = {"drafted": [tokens[:2], 3], "accepted": [2, 0]}
+    return completion(f"p{rng.random()}", "good", logprobs=logged, token_ids=tokens, speculative=rounds)
 
 
 def places(value, path=()):
@@ -80,7 +81,15 @@ def account(tmp_path, num_lines: int) -> None:
     records, kinds = read(path, encoder=encoder, max_line_mb=MAX_LINE_MB)
     assert len(records) + len(kinds) == num_lines
     assert min(len(records), len(kinds)) > num_lines // 10
-    assert {"not_json", "too_deep", "encoding", "wrong_type", "not_a_record", "control_characters"} <= set(kinds)
+    assert {
+        "not_json",
+        "too_deep",
+        "encoding",
+        "wrong_type",
+        "not_a_record",
+        "control_characters",
+        "speculative",
+    } <= set(kinds)
     for record in records:
         assert all(0 <= token < 257 for token in record.tokens)
         assert 1 <= len(record.tokens) <= 64

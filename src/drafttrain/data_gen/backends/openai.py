@@ -163,8 +163,8 @@ class OpenAI:
                     raise
                 # The first one ends all requests; the others say the same.
                 raise ours.exceptions[0] from None
-        unused = all(outcome.tokens is None for outcome in outcomes.values())
-        if unused and not any(self.plan.folder.glob("shard-*.jsonl")):
+        # The first shard alone decides, so that it does not depend on the number of processes who goes on.
+        if number == 0 and all(outcome.tokens is None for outcome in outcomes.values()):
             raise DataError(
                 f"{chosen.base_url}: not one of the {len(shard)} texts of shard {number} could be used. "
                 f"The first one: {outcomes[0].reason}"

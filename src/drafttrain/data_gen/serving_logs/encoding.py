@@ -16,6 +16,7 @@ from drafttrain.core.records import LoggedLaw, Record
 from drafttrain.data_gen.formats import BadItem, Encoder
 from drafttrain.data_gen.serving_logs.exchange import Exchange, Law, Refused
 from drafttrain.data_gen.serving_logs.redaction import Redact
+from drafttrain.data_gen.serving_logs.rounds import refusals
 
 LONGEST_TOKEN = 128
 """Characters of a token at most; text of more characters than this times the tokens of a record is not even tokenised."""
@@ -54,11 +55,13 @@ class ExchangeEncoder:
         if not prompt or not answer:
             raise Refused("empty", "no token before the answer, or none in it")
         labels = min(len(answer), length - len(prompt))
+        refused = None if exchange.rounds is None else refusals(exchange.rounds, answer)
         return Record(
             exchange.id,
             (prompt + answer)[:length],
             [False] * len(prompt) + [True] * labels,
             domain=exchange.domain,
+            refused=None if refused is None else [len(prompt) + place for place in refused if place < labels],
             law=self._rows(law, answer, labels),
         )
 

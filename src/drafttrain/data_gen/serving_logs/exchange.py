@@ -24,6 +24,16 @@ class Refused(BadItem):
 
 
 @dataclass(frozen=True)
+class LoggedRound:
+    """One round of speculation, as the serving stack logged it."""
+
+    num_drafted: int
+    num_accepted: int
+    drafted: Sequence[int] | None = None
+    """The draft tokens; None: only their number is logged."""
+
+
+@dataclass(frozen=True)
 class Exchange:
     """What was asked and what was answered."""
 
@@ -36,6 +46,8 @@ class Exchange:
     answer_ids: list[int] | None = None
     law: Law | None = None
     """What is logged of the target's law at the answered tokens."""
+    rounds: Sequence[LoggedRound] | None = None
+    """The rounds that wrote the answer, in their order; None: they are not logged."""
     finish: str = ""
     """stop, length, or another word of the server."""
     model: str = ""

@@ -170,7 +170,7 @@ def served_as_json(served: Served) -> dict[str, Any]:
         "prompt_tokens": len(record.loss_mask) - sum(record.loss_mask),
         "mark": [served.mark.exact, served.mark.near],
     }
-    if record.refused:
+    if record.refused is not None:
         value["refused"] = list(record.refused)
     if law is not None:
         known_NK = law.ids_NK >= 0
@@ -191,6 +191,5 @@ def served_from_json(value: dict[str, Any]) -> Served:
             ids_NK[row, : len(ids)], log_probs_NK[row, : len(ids)] = ids, log_probs
         law = LoggedLaw(ids_NK, log_probs_NK)
     mask = [False] * prompt + [True] * (count - prompt)
-    refused = tuple(value.get("refused", ()))
-    record = Record(value["id"], value["tokens"], mask, domain=value["domain"], refused=refused, law=law)
+    record = Record(value["id"], value["tokens"], mask, domain=value["domain"], refused=value.get("refused"), law=law)
     return Served(record, value["user"], Mark(*value["mark"]))

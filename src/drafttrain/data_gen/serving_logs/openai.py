@@ -1,7 +1,8 @@
 """The OpenAI protocol's chat and text completions, as gateways, recorders and batch jobs log them.
 
 A line holds the request (under `request` or `body`, or at the top) and the response (under `response`, or at the top): whole, or
-as the list of its chunks. vLLM's and SGLang's additions (token ids) are read where they are.
+as the list of its chunks. vLLM's and SGLang's additions (token ids) are read where they are, and `speculative` of a choice: what was
+drafted and kept for it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from drafttrain.data_gen.serving_logs.exchange import (
     text,
     turns,
 )
+from drafttrain.data_gen.serving_logs.rounds import logged_rounds
 from drafttrain.data_gen.serving_logs.stream import merged
 
 ID_PREFIX = "token_id:"
@@ -134,6 +136,7 @@ def _answer(choice: dict[str, Any], key: str) -> dict[str, Any]:
         "answer": answer,
         "answer_ids": ids(choice.get("token_ids"), f"{key}.token_ids"),
         "law": _law(choice.get("logprobs"), f"{key}.logprobs"),
+        "rounds": logged_rounds(choice.get("speculative"), f"{key}.speculative"),
         "finish": "stop_text" if stopped_on_text else finish if isinstance(finish, str) else "",
     }
 

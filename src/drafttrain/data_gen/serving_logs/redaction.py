@@ -66,7 +66,7 @@ def without_personal(words: str) -> str:
 
 
 def redacted(exchange: Exchange, redact: Redact) -> Exchange:
-    """Return an exchange that may be kept. Where its text had to change, its ids and its law, which spell the old one, are gone.
+    """Return an exchange that may be kept. Where its text had to change, its ids, its law and its rounds, which spell the old one, are gone.
 
     An answer ends where its first change begins: what stands in its place the target did not write, and what follows it was
     written after something else.
@@ -92,7 +92,9 @@ def redacted(exchange: Exchange, redact: Redact) -> Exchange:
         kept = replace(kept, answer=answer[:length], finish="redacted")
     if not kept.answer:
         raise Refused("redacted", "nothing of the answer may be kept")
-    return replace(kept, prompt_ids=None, answer_ids=None, law=None, num_prompt_tokens=None, num_answer_tokens=None)
+    return replace(
+        kept, prompt_ids=None, answer_ids=None, law=None, rounds=None, num_prompt_tokens=None, num_answer_tokens=None
+    )
 
 
 def _imported(name: str) -> Redact:

@@ -36,6 +36,10 @@ def _add(choice: dict[str, Any], part: dict[str, Any]) -> None:
         choice.setdefault("text", []).append(part["text"])
     if part.get("token_ids") is not None:
         choice.setdefault("token_ids", []).extend(sequence(part["token_ids"], "token_ids"))
+    if part.get("speculative") is not None:
+        rounds = choice.setdefault("speculative", {})
+        for name, values in mapping(part["speculative"], "speculative").items():
+            rounds.setdefault(name, []).extend(sequence(values, f"speculative.{name}"))
     if part.get("logprobs") is not None:
         logged = choice.setdefault("logprobs", {})
         for name, values in mapping(part["logprobs"], "logprobs").items():

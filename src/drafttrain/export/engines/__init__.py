@@ -51,6 +51,33 @@ class Use:
     """At temperature > 0: sampled or greedy; what the engine's own `draft` returned."""
 
 
+@dataclass(frozen=True)
+class Habits:
+    """How an engine goes about a text, where engines differ; the evaluator decodes and counts alike beside it."""
+
+    past_end: bool = True
+    """Rounds draft in full past the end of an output, and count what they accept there; else neither."""
+    ends: frozenset[int] = frozenset()
+    """Tokens that end a text, and are its last."""
+    draft_top_k: int = 0
+    """Sampled drafts are of so many likeliest tokens of the drafter's law; 0: of all."""
+
+
+@dataclass(frozen=True)
+class CounterNames:
+    """What an engine calls the counters of its /metrics, which it may have once for each of several label sets."""
+
+    num_drafts: str
+    num_draft_tokens: str
+    num_accepted: str
+    accepted_at: str
+    """One for each draft position, which its label `position` counts from 0."""
+    num_requests: str
+    """Requests that ended, whoever made them."""
+    num_tokens: str
+    """New tokens of all requests."""
+
+
 class ServingEngine(ABC):
     """One engine: how its environment is made, what it is asked, how it counts."""
 
@@ -59,12 +86,16 @@ class ServingEngine(ABC):
     """What pip installs."""
     removed: ClassVar[tuple[str, ...]] = ()
     """What pip brings with it that breaks it, and is taken out again."""
+    size: ClassVar[str] = "some gigabytes, some minutes"
+    """What its environment takes."""
     worker: ClassVar[str]
     """File beside this one that runs in the environment: `python worker REQUEST ANSWER`."""
     formats: ClassVar[tuple[str, ...]]
     """Export formats that it loads; the first is the one to use."""
     methods: ClassVar[Mapping[str, str]]
     """The kinds of drafter that it runs, and how it calls each."""
+    counters: ClassVar[CounterNames | None] = None
+    """What its server counts; None: nothing that could be read."""
 
     def check_kind(self, folder: Path, kind: str) -> None:
         """Refuse a kind of drafter that this engine has no method for.
@@ -83,6 +114,14 @@ class ServingEngine(ABC):
     @abstractmethod
     def draft(self, kind: str, wanted: str) -> str:
         """Return how it drafts at temperature > 0: `sampled` from the drafter's law or `greedy`, as wanted where it can."""
+
+    def habits(self, target: Path) -> Habits:
+        """Return how it goes about the texts of a target."""
+        return Habits()
+
+    def target_as(self, folder: Path, dtype: str | None = None) -> Path:
+        """Return what it loads of a target's folder: the folder, or a file that is made of it."""
+        return folder
 
     @abstractmethod
     def request(self, job: Job, use: Use | None) -> dict[str, Any]:

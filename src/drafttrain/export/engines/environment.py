@@ -16,6 +16,7 @@ from typing import Any
 from drafttrain.core.console import say
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.core.files import write_json
+from drafttrain.core.processes import for_own_program
 from drafttrain.export.engines import ServingEngine
 
 ROOT_VARIABLE = "DRAFTTRAIN_ENGINES"
@@ -73,12 +74,13 @@ def install(engine: ServingEngine) -> Path:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    say(f"{engine.name}: installing {', '.join(engine.pins)} into {folder} (some gigabytes, some minutes)")
-    python = str(folder / "bin" / "python")
+    say(f"{engine.name}: installing {', '.join(engine.pins)} into {folder} ({engine.size})")
+    # Isolated: what PYTHONPATH has must not pass for what is installed.
+    pip = [str(folder / "bin" / "python"), "-I", "-m", "pip"]
     _made([sys.executable, "-m", "venv", str(folder)], engine)
-    _made([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *engine.pins], engine)
+    _made([*pip, "install", "--quiet", "--disable-pip-version-check", *engine.pins], engine)
     if engine.removed:
-        _made([python, "-m", "pip", "uninstall", "--quiet", "--yes", *engine.removed], engine)
+        _made([*pip, "uninstall", "--quiet", "--yes", *engine.removed], engine)
     write_json(folder / INSTALLED, {"pins": engine.pins, "removed": engine.removed})
     return folder
 
@@ -107,9 +109,17 @@ def ask(
         with log.open("w", encoding="utf-8") as written:
             # Isolated: nothing of this process's environment of packages is seen by the engine's.
             command = [str(folder_of(engine) / "bin" / "python"), "-I", str(file), str(asked), str(answered)]
+            # Nor is a launcher's: an engine that takes itself for one of several processes waits for the others.
+            environment = for_own_program(os.environ)
             try:
                 code = subprocess.run(
-                    command, stdout=written, stderr=written, check=False, timeout=timeout_seconds, cwd=temporary
+                    command,
+                    stdout=written,
+                    stderr=written,
+                    check=False,
+                    timeout=timeout_seconds,
+                    cwd=temporary,
+                    env=environment,
                 ).returncode
             except subprocess.TimeoutExpired as error:
                 raise EngineError(f"{engine.name} did not answer within {error.timeout:g} seconds") from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from drafttrain.export.engines import Job, Served, ServingEngine, Use, engines
+from drafttrain.export.engines import CounterNames, Job, Served, ServingEngine, Use, engines
 from drafttrain.export.layout import text_config
 from drafttrain.export.vllm import VllmExporter
 
@@ -35,6 +35,14 @@ class VllmEngine(ServingEngine):
     worker = "vllm_worker.py"
     formats = ("vllm", "hf", "speculators")
     methods: ClassVar[Mapping[str, str]] = VllmExporter.reads
+    counters: ClassVar[CounterNames | None] = CounterNames(
+        num_drafts="vllm:spec_decode_num_drafts_total",
+        num_draft_tokens="vllm:spec_decode_num_draft_tokens_total",
+        num_accepted="vllm:spec_decode_num_accepted_tokens_total",
+        accepted_at="vllm:spec_decode_num_accepted_tokens_per_pos_total",
+        num_requests="vllm:request_success_total",
+        num_tokens="vllm:generation_tokens_total",
+    )
 
     def draft(self, kind: str, wanted: str) -> str:
         """Return `greedy` for Medusa, whose heads it never samples from; others draft as wanted."""

@@ -1,0 +1,60 @@
+"""The rounds of speculation that a serving stack logged with an answer, and the answered tokens at which they say a draft was refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from drafttrain.data_gen.serving_logs.exchange import LoggedRound, Refused, mapping
+
+KIND = "speculative"
+
+
+def logged_rounds(value: Any, key: str) -> list[LoggedRound] | None:
+    """Return the rounds of `{"drafted": [3, 3], "accepted": [1, 3]}`, where drafted may hold each round's token ids in place of their number.
+
+    Raises:
+        Refused: They are of another form.
+    """
+    if value is None:
+        return None
+    logged = mapping(value, key)
+    drafted, accepted = logged.get("drafted"), logged.get("accepted")
+    if not isinstance(drafted, list) or not isinstance(accepted, list) or len(drafted) != len(accepted):
+        raise Refused(KIND, f"{key}: drafted and accepted are lists of one length, an entry a round")
+    return [_round(one, kept, key) for one, kept in zip(drafted, accepted, strict=True)]
+
+
+def _round(drafted: Any, accepted: Any, key: str) -> LoggedRound:
+    tokens = None
+    if isinstance(drafted, list):
+        if any(type(token) is not int or token < 0 for token in drafted):
+            raise Refused(KIND, f"{key}.drafted: token ids are whole numbers")
+        tokens, drafted = tuple(drafted), len(drafted)
+    if type(drafted) is not int or type(accepted) is not int or not 0 <= accepted <= drafted:
+        raise Refused(KIND, f"{key}: a round keeps 0 to all of its draft tokens, in whole numbers")
+    return LoggedRound(drafted, accepted, tokens)
+
+
+def refusals(rounds: Sequence[LoggedRound], answer: Sequence[int]) -> list[int]:
+    """Return the answered tokens that the target put in place of a refused draft token.
+
+    The token after a round of which all was kept, or that drafted nothing, corrects nothing and is none of them. The last round may
+    reach past the answer: what it kept behind the end was not written.
+
+    Raises:
+        Refused: These are not the rounds of this answer.
+    """
+    refused, place = [], 0
+    for number, one in enumerate(rounds):
+        if place >= len(answer):
+            raise Refused(KIND, f"round {number} begins behind the {len(answer)} tokens of the answer")
+        kept = answer[place : place + one.num_accepted]
+        if one.drafted is not None and list(one.drafted[: len(kept)]) != list(kept):
+            raise Refused(KIND, f"round {number} kept other tokens than the answer has")
+        if one.num_accepted < one.num_drafted and place + one.num_accepted < len(answer):
+            refused.append(place + one.num_accepted)
+        place += one.num_accepted + 1
+    if place < len(answer):
+        raise Refused(KIND, f"rounds of {place} tokens, an answer of {len(answer)}")
+    return refused

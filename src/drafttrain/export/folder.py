@@ -1,0 +1,57 @@
+"""A drafter folder on disk: config.json, *.safetensors, the tokenizer, and a file of ours. Most formats are such folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from drafttrain.checkpoint import read_about
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.files import write_json
+from drafttrain.core.tensors import read_tensors
+from drafttrain.export import DrafterFiles
+
+REPLACED = ("config.json", "model.safetensors", "README.md", "engine.json", "eval.json", "report.html")
+"""Files that are not copied into the folder of another format: made anew, or told of this one."""
+
+
+def read_files(folder: Path) -> DrafterFiles:
+    """Return what is in a drafter folder.
+
+    Raises:
+        CheckpointError: It is none, or its weights cannot be read.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not the configuration of a drafter: {error}") from error
+    return DrafterFiles(kind_of(folder), config, _all_tensors(folder), folder=folder)
+
+
+def kind_of(folder: Path) -> str:
+    """Return the kind of drafter that a folder of any format holds."""
+    about = read_about(folder)
+    return about.kind if about else "causal_lm"
+
+
+def write_folder(files: DrafterFiles, source: Path, folder: Path) -> None:
+    """Write files, and copy what else the folder has that they come from."""
+    tensors = {key: tensor.contiguous() for key, tensor in files.tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "config.json", dict(files.config))
+    for other in source.iterdir():
+        if other.name not in REPLACED and other.suffix != ".safetensors":
+            copy = shutil.copytree if other.is_dir() else shutil.copyfile
+            copy(other, folder / other.name)
+
+
+def _all_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise CheckpointError(f"{folder}: no *.safetensors here (pickled weights are not read)")
+    return {name: tensor for path in paths for name, tensor in read_tensors(path).items()}

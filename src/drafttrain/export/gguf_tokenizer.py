@@ -1,0 +1,204 @@
+"""A byte-level BPE tokenizer as GGUF holds it: tokens, merges, special ids, and the NAME of its way to split text, which must be known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from drafttrain.core.errors import CheckpointError
+from drafttrain.target.frozen import load_tokenizer
+
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+"""Types of tokens."""
+
+SPECIAL = {"bos": "tokenizer.ggml.bos_token_id", "eos": "tokenizer.ggml.eos_token_id"}
+SECOND_END = "tokenizer.ggml.eot_token_id"
+PADDING = "tokenizer.ggml.padding_token_id"
+
+Step = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Splitting:
+    """A way to split text before BPE that llama.cpp has, by its name there."""
+
+    name: str
+    ignore_merges: bool = False
+    """A piece that is a token is taken whole, without merges."""
+
+
+BYTES, WORDS = ("ByteLevel", False), ("ByteLevel", True)
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITTINGS: dict[tuple[Step, ...], Splitting] = {
+    (WORDS,): Splitting("gpt-2"),
+    (("Digits", True), WORDS): Splitting("smollm"),
+    (("Split", CONTRACTIONS + r"\p{N}" + REST), BYTES): Splitting("qwen2"),
+    (("Split", CONTRACTIONS + r"\p{N}{1,3}" + REST), BYTES): Splitting("llama-bpe", ignore_merges=True),
+}
+
+
+class GgufTokenizer:
+    """The tokenizer of a model folder, and what GGUF says of it.
+
+    Args:
+        vocab_size: Rows of the embedding; ids without a token are padding.
+
+    Raises:
+        CheckpointError: There is none in the folder.
+    """
+
+    def __init__(self, folder: Path, *, vocab_size: int) -> None:
+        path = folder / "tokenizer.json"
+        try:
+            self._said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: no tokenizer could be read here: {error}") from error
+        self._folder = folder
+        self._vocab_size = vocab_size
+
+    def problems(self, config: Mapping[str, Any]) -> list[str]:
+        """Return what llama.cpp has no place for, or would do otherwise without a word."""
+        model = self._said["model"]
+        if model["type"] != "BPE" or (self._said.get("decoder") or {}).get("type") != "ByteLevel":
+            return [f"tokenizer.json: is {model['type']}: only byte-level BPE is written as GGUF here"]
+        found = [
+            f"tokenizer.json: model.{key} is {model[key]!r}: llama.cpp has no such thing"
+            for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+            if model.get(key)
+        ]
+        if not model["merges"]:
+            found.append("tokenizer.json: no merges: llama.cpp refuses a vocabulary without any")
+        found += [*self._splitting_problems(), *self._added_problems()]
+        if self._ids and max(self._ids) >= self._vocab_size:
+            found.append(f"tokenizer.json: has token {max(self._ids)}, the model only {self._vocab_size} rows")
+        if not _ids_of(config.get("eos_token_id")):
+            found.append("config.json: eos_token_id is missing: llama.cpp would end texts at token 11")
+        return found or [*self._surrounding_problems(config)]
+
+    def notes(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return what llama.cpp does otherwise with text, not with tokens."""
+        normalizer = self._said.get("normalizer")
+        notes = []
+        if normalizer:
+            notes.append(
+                f"llama.cpp does not normalise text ({normalizer['type']}): it tokenizes text that is not normal otherwise"
+            )
+        further = _ids_of(config.get("eos_token_id"))[2:]
+        if further:
+            notes.append(
+                f"GGUF names two tokens that end a text; of {further} llama.cpp knows those whose text it knows"
+            )
+        return tuple(notes)
+
+    def fields(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the metadata of a tokenizer without problems."""
+        before, after = self._surrounding
+        ends = _ids_of(config.get("eos_token_id"))
+        fields = {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": self._splitting.name,
+            "tokenizer.ggml.tokens": [self._ids.get(i, (f"[PAD{i}]", UNUSED))[0] for i in range(self._vocab_size)],
+            "tokenizer.ggml.token_type": [self._ids.get(i, ("", UNUSED))[1] for i in range(self._vocab_size)],
+            "tokenizer.ggml.merges": [" ".join(_pair(merge)) for merge in self._said["model"]["merges"]],
+            SPECIAL["eos"]: ends[0],
+            "tokenizer.ggml.add_bos_token": bool(before),
+            "tokenizer.ggml.add_eos_token": bool(after),
+        }
+        for key, values in ((SPECIAL["bos"], _ids_of(config.get("bos_token_id"))), (SECOND_END, ends[1:])):
+            if values:
+                fields[key] = values[0]
+        if (padding := _ids_of(config.get("pad_token_id"))) and padding[0] >= 0:
+            fields[PADDING] = padding[0]
+        template = self._tokenizer.chat_template
+        if isinstance(template, Mapping):
+            template = template.get("default")
+        return fields | ({"tokenizer.chat_template": template} if template else {})
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self._folder)
+
+    @cached_property
+    def _ids(self) -> dict[int, tuple[str, int]]:
+        """Token and type by id."""
+        known = {token_id: (token, NORMAL) for token, token_id in self._said["model"]["vocab"].items()}
+        added = {
+            one["id"]: (one["content"], CONTROL if one["special"] else USER_DEFINED)
+            for one in self._said.get("added_tokens") or ()
+        }
+        return known | added
+
+    @property
+    def _splitting(self) -> Splitting:
+        return SPLITTINGS[tuple(_steps(self._said.get("pre_tokenizer")))]
+
+    def _splitting_problems(self) -> list[str]:
+        steps = tuple(_steps(self._said.get("pre_tokenizer")))
+        if steps not in SPLITTINGS:
+            known = ", ".join(sorted(one.name for one in SPLITTINGS.values()))
+            return [
+                f"tokenizer.json: pre_tokenizer {list(steps)} splits text in a way that has no name here ({known}): llama.cpp would "
+                "split it in another, without a word"
+            ]
+        splitting, says = SPLITTINGS[steps], bool(self._said["model"].get("ignore_merges"))
+        if splitting.ignore_merges != says:
+            return [
+                f"tokenizer.json: model.ignore_merges is {says}: llama.cpp has {splitting.ignore_merges} with {splitting.name}"
+            ]
+        return []
+
+    def _added_problems(self) -> list[str]:
+        return [
+            f"tokenizer.json: token {one['content']!r} has {flag}: llama.cpp has no such thing for it"
+            for one in self._said.get("added_tokens") or ()
+            for flag in ("lstrip", "rstrip", "single_word")
+            if one.get(flag)
+        ]
+
+    @cached_property
+    def _surrounding(self) -> tuple[list[int], list[int]]:
+        """Ids that the tokenizer puts before a text and behind it."""
+        bare = self._tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole = self._tokenizer("a")["input_ids"]
+        at = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        return whole[:at], whole[at + len(bare) :]
+
+    def _surrounding_problems(self, config: Mapping[str, Any]) -> Iterator[str]:
+        for ids, key in zip(self._surrounding, ("bos_token_id", "eos_token_id"), strict=True):
+            if ids and ids != _ids_of(config.get(key))[:1]:
+                yield f"tokenizer.json: surrounds texts with {ids}, config.json: {key} is {config.get(key)}: llama.cpp adds that one"
+
+
+def _steps(node: Mapping[str, Any] | None) -> Iterator[Step]:
+    """Yield what a pre-tokenizer of tokenizer.json does, step by step."""
+    if node is None:
+        return
+    kind = node["type"]
+    if kind == "Sequence":
+        for part in node["pretokenizers"]:
+            yield from _steps(part)
+    elif kind == "ByteLevel" and not node.get("add_prefix_space"):
+        yield kind, node.get("use_regex", True)
+    elif kind == "Digits":
+        yield kind, node.get("individual_digits", False)
+    elif kind == "Split" and node.get("behavior") == "Isolated" and not node.get("invert"):
+        yield kind, node["pattern"].get("Regex")
+    else:
+        yield tuple(node.items())
+
+
+def _pair(merge: Any) -> list[str]:
+    """Return both sides of a merge, which older files write as one text."""
+    return merge.split(" ") if isinstance(merge, str) else list(merge)
+
+
+def _ids_of(value: Any) -> list[int]:
+    """Return the ids of a field that holds one, several or none."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]

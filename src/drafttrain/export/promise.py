@@ -1,0 +1,77 @@
+"""What an evaluation promises of a drafter with so many draft tokens, and whether a served figure keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+TOLERANCE = 0.02
+"""Relative, of block efficiency: server and evaluator count the ends of a text differently, and round differently."""
+
+Verdict = Literal["kept", "above", "below"]
+
+
+@dataclass(frozen=True)
+class Promise:
+    """Block efficiency with its 95 % interval over prompts; by position where this very length was decoded."""
+
+    value: float
+    low: float
+    high: float
+    acceptance_by_position: Sequence[float] | None
+    measured: str
+    """decoded: at this draft length; replay: computed from the rows of a decoding at another one."""
+
+    def verdict(self, low: float, high: float) -> Verdict:
+        """Hold a served block efficiency against the promise; kept: within the interval or the tolerance, whichever is wider.
+
+        Args:
+            low, high: Between what it may be; on the very prompts of the evaluation both are the figure itself.
+        """
+        if high < min(self.low, self.value * (1 - TOLERANCE)):
+            return "below"
+        if low > max(self.high, self.value * (1 + TOLERANCE)):
+            return "above"
+        return "kept"
+
+    def json(self) -> dict[str, Any]:
+        """Return what server.json holds."""
+        return asdict(self)
+
+
+def promise_of(result: Mapping[str, Any], *, temperature: float, num_draft_tokens: int) -> Promise | None:
+    """Return what an evaluation promises at a temperature with chains of so many draft tokens; None: nothing.
+
+    Args:
+        result: What `evaluate` returned.
+    """
+    for figures in fixed_arms(result, temperature=temperature):
+        if figures["length"]["num_draft_tokens"] == num_draft_tokens:
+            return _promise(figures["block_efficiency"], figures["acceptance_by_position"], "decoded")
+    for figures in fixed_arms(result, temperature=temperature):
+        if str(num_draft_tokens) in figures["replay"]:
+            return _promise(figures["replay"][str(num_draft_tokens)], None, "replay")
+    return None
+
+
+def fixed_arms(result: Mapping[str, Any], *, temperature: float) -> list[Mapping[str, Any]]:
+    """Return the arms of the judged drafter at a temperature that drafted chains of a fixed length, without loss."""
+    part = next((one for one in result["temperatures"] if one["temperature"] == temperature), None)
+    judged = next(iter(result["drafters"]))
+    arms = part["drafters"].items() if part else ()
+    return [
+        figures
+        for name, figures in arms
+        if (name == judged or name.startswith(f"{judged} ("))
+        and figures["length"]["kind"] == "fixed"
+        and figures["exactness"] != "lossy"
+    ]
+
+
+def _promise(figure: Mapping[str, float | None], by_position: Sequence[float] | None, measured: str) -> Promise:
+    value = figure["value"]
+    assert value is not None, "an evaluation has at least one round"
+    # One prompt has no interval.
+    low, high = (value if figure[bound] is None else figure[bound] for bound in ("low", "high"))
+    return Promise(value, float(low or value), float(high or value), by_position, measured)

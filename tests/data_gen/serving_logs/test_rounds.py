@@ -1,0 +1,88 @@
+"""What a stack logged of its speculation: the refused positions, or the reason why it cannot be what happened."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from drafttrain.data_gen.serving_logs.exchange import LoggedRound, Refused
+from drafttrain.data_gen.serving_logs.openai import exchanges
+from drafttrain.data_gen.serving_logs.rounds import refusals
+from tests.data_gen.serving_logs.log_lines import chat_encoder, completion, ids, read, write
+
+ANSWER = "abcdefgh"
+
+
+def line(**speculative: Any) -> dict[str, Any]:
+    return completion("p", ANSWER, token_ids=ids(ANSWER), speculative=speculative)
+
+
+def test_a_round_that_lost_a_draft_token_is_refused_at_the_token_that_replaced_it(tmp_path):
+    # a (no draft), bcd + e (all kept), f (all refused), gh and past the end.
+    logged = line(drafted=[0, 3, 3, 3], accepted=[0, 3, 0, 2])
+    (record,), kinds = read(write(tmp_path / "a.jsonl", [logged]))
+    assert (list(record.refused), kinds) == ([1 + 5], [])
+    # The ids of draft tokens say the same, where they are logged.
+    drafted = [[], ids("bcd"), ids("xyz"), ids("ghi")]
+    (record,), _ = read(write(tmp_path / "a.jsonl", [line(drafted=drafted, accepted=[0, 3, 0, 3])]))
+    assert list(record.refused) == [1 + 5]
+    (record,), _ = read(write(tmp_path / "a.jsonl", [line(drafted=[7], accepted=[7])]))
+    assert list(record.refused) == [], "known, and none"
+    (record,), _ = read(write(tmp_path / "a.jsonl", [completion("p", ANSWER)]))
+    assert record.refused is None, "not known"
+
+
+def test_chunks_bring_a_round_each_and_a_record_that_is_cut_keeps_what_is_in_it(tmp_path):
+    pieces = [("a", 0, 0), ("bc", 3, 1), ("defg", 3, 3), ("h", 3, 0)]
+    chunks = [
+        {"choices": [{"index": 0, "text": text, "speculative": {"drafted": [count], "accepted": [kept]}}]}
+        for text, count, kept in pieces
+    ]
+    chunks[-1]["choices"][0]["finish_reason"] = "length"
+    streamed = completion("p", "") | {"response": chunks}
+    (record,), _ = read(write(tmp_path / "a.jsonl", [streamed]))
+    assert list(record.refused) == [1 + 2, 1 + 7]
+    (record,), _ = read(tmp_path / "a.jsonl", encoder=chat_encoder(max_length=6))
+    assert (len(record.tokens), list(record.refused)) == (6, [1 + 2])
+
+
+@pytest.mark.parametrize(
+    ("speculative", "why"),
+    [
+        ({"drafted": [3, 3], "accepted": [1]}, "lists of one length"),
+        ({"drafted": 3, "accepted": 1}, "lists of one length"),
+        ({}, "lists of one length"),
+        ({"drafted": [3, 3], "accepted": [4, 3]}, "keeps 0 to all"),
+        ({"drafted": [3, 3], "accepted": [-1, 3]}, "keeps 0 to all"),
+        ({"drafted": [True, 9], "accepted": [True, 5]}, "keeps 0 to all"),
+        ({"drafted": [3.5, 9], "accepted": [1, 5]}, "keeps 0 to all"),
+        ({"drafted": [["b"], 9], "accepted": [1, 5]}, "whole numbers"),
+        ({"drafted": [3, 3], "accepted": [1, 3]}, "rounds of 6 tokens, an answer of 8"),
+        ({"drafted": [9, 3], "accepted": [8, 1]}, "begins behind the 8 tokens"),
+        ({"drafted": [[1, 2, 3], 9], "accepted": [2, 5]}, "kept other tokens"),
+        ({"drafted": [10**30], "accepted": [10**29]}, ""),
+    ],
+)
+def test_rounds_that_cannot_be_are_set_aside_with_their_reason(tmp_path, speculative, why):
+    path = write(tmp_path / "a.jsonl", [line(**speculative)])
+    records, kinds = read(path)
+    if not why:
+        assert list(records[0].refused) == [], "one round that reaches far past the end"
+        return
+    assert (records, kinds) == ([], ["speculative"])
+
+    def checked() -> None:
+        (exchange,) = exchanges(json.loads(path.read_text()), id="x")
+        refusals(exchange.rounds or [], exchange.answer_ids or [])
+
+    with pytest.raises(Refused, match=why):
+        checked()
+
+
+def test_a_last_round_that_an_end_of_text_cut_refused_nothing():
+    # An end of text among the kept ones: nothing stands behind it.
+    assert refusals([LoggedRound(3, 1), LoggedRound(3, 2)], [4, 5, 6, 0]) == [1]
+    with pytest.raises(Refused, match="an answer of 9"):
+        refusals([LoggedRound(3, 1), LoggedRound(3, 2)], [1] * 9)

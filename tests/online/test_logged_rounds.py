@@ -1,0 +1,112 @@
+"""Speculative events in a log: where they are, nobody decodes anything to know what was refused, and only that is learned."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from drafttrain.core.records import Sampling
+from drafttrain.data_gen.serving_logs.intake import Served
+from drafttrain.data_gen.serving_logs.redaction import redactor
+from drafttrain.drafters.causal_lm import CausalLMDrafter
+from drafttrain.losses.forward_kl import ForwardKL
+from drafttrain.online.capture import Capture, line_of
+from drafttrain.online.learner import Learner
+from drafttrain.online.positions import refused_positions
+from drafttrain.train.settings import TrainSettings
+from tests.online.test_learning import K, near_copy, refused_by_the_engine, serve
+from tests.online.test_loop import online_run, start
+
+
+def logged(records, rounds, log) -> None:
+    """Write a log of these answers with the rounds that the engine made of them."""
+    log.parent.mkdir(exist_ok=True)
+    with log.open("w") as file:
+        for record, of_record in zip(records, rounds, strict=True):
+            drafted, accepted = ([getattr(one, n) for one in of_record] for n in ("num_draft_tokens", "num_accepted"))
+            choice = {
+                "message": {"role": "assistant", "content": None},
+                "token_ids": [int(token) for token in record.tokens[3:]],
+                "speculative": {"drafted": drafted, "accepted": accepted},
+            }
+            line = {
+                "id": record.id,
+                "request": {"model": "t", "prompt": list(record.tokens[:3])},
+                "response": {"model": "t", "choices": [choice]},
+            }
+            file.write(json.dumps(line) + "\n")
+
+
+def test_logged_refusals_are_those_of_the_engine_and_cost_no_forward(tmp_path, tiny_target):
+    first = start(tmp_path, tiny_target)
+    run = online_run(tmp_path, tiny_target, first, positions="refused", held_out=0.01, implausible=None, steps=1)
+    drafter = near_copy(tiny_target, noise=0.4)
+    records, rounds = serve(tiny_target, drafter)
+    logged(records, rounds, tmp_path / "logs" / "a.jsonl")
+    assert run.intake.take() == len(records)
+    requests: list[Served] = list(run.intake.served())
+    lane = run.lanes[""]
+    forwards: list[str] = []
+    handles = [
+        model.get_input_embeddings().register_forward_pre_hook(lambda *_, name=name: forwards.append(name))
+        for name, model in (("target", tiny_target.model), ("drafter", lane.serving.model))
+    ]
+    found = {one.record.id: list(one.record.refused) for one in lane._with_refusals(requests)}
+    assert forwards == []
+    expected = {r.id: [3 + place for place in refused_by_the_engine(of)] for r, of in zip(records, rounds, strict=True)}
+    assert found == {id: places for id, places in expected.items() if places}
+    # The same, computed by replay of the drafter that served, which does cost forwards.
+    replayed = refused_positions(tiny_target, drafter, records, Sampling(), num_draft_tokens=K, seed=0)
+    assert dict(zip(expected, replayed, strict=True)) == expected
+    unknown = [Served(r, "", one.mark) for r, one in zip(records, requests, strict=True)]
+    lane._with_refusals(unknown)
+    assert {"target", "drafter"} <= set(forwards), "without events both models are asked"
+    for handle in handles:
+        handle.remove()
+
+
+def test_only_rows_before_logged_refusals_get_a_gradient(tmp_path, tiny_target):
+    first = start(tmp_path, tiny_target)
+    run = online_run(tmp_path, tiny_target, first, positions="refused")
+    records, rounds = serve(tiny_target, near_copy(tiny_target, noise=0.4))
+    logged(records, rounds, tmp_path / "logs" / "a.jsonl")
+    run.intake.take()
+    seen: list[torch.Tensor] = []
+
+    class Watched(CausalLMDrafter):
+        def forward(self, batch):
+            drafted = super().forward(batch)
+            drafted.states_BTD[1].register_hook(seen.append)
+            return drafted
+
+    settings = TrainSettings(optimizer="sgd", lr=0.1, batch_size=4)
+    learner = Learner(
+        Watched(near_copy(tiny_target, noise=0.4).model),
+        ForwardKL(),
+        target=tiny_target,
+        settings=settings,
+        max_length=40,
+        num_tokens=257,
+    )
+    places = {r.id: [3 + place for place in refused_by_the_engine(of)] for r, of in zip(records, rounds, strict=True)}
+    record = next(one.record for one in run.intake.served() if places[one.record.id])
+    step = learner.step([record], positions="refused")
+    rows = seen[0][0].abs().sum(-1).nonzero()[:, 0].tolist()
+    assert rows == [place - 1 for place in places[record.id]]
+    assert step.positions == len(rows) < sum(record.loss_mask)
+
+
+def test_the_recorder_keeps_numbers_of_draft_tokens_and_not_what_they_spell():
+    choice = {
+        "index": 0,
+        "text": "ab",
+        "speculative": {"drafted": [[7, 8], [9]], "accepted": [1, 0], "note": "a@b.example"},
+    }
+    capture = Capture(
+        "1", "/v1/completions", b'{"prompt":"p"}', json.dumps({"choices": [choice]}).encode(), streamed=False, time=0.0
+    )
+    written = json.loads(line_of(capture, redactor(builtin=True, own=None)))
+    assert written["response"]["choices"][0]["speculative"] == {"drafted": [2, 1], "accepted": [1, 0]}
+    # Whoever keeps everything keeps these too.
+    assert json.loads(line_of(capture, None))["response"]["choices"][0] == choice

@@ -1,0 +1,77 @@
+"""The small serving stack of the loop's test: what it says in every form of the protocol is what its engine wrote, and a log can be read from it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from importlib import resources
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from drafttrain.data_gen.formats import Encoder
+from drafttrain.data_gen.serving_logs.intake import Intake
+from drafttrain.data_gen.sources import sources
+from drafttrain.online.capture import events
+from drafttrain.online.versions import Versions, publish_first
+from drafttrain.target import Target, TargetSettings
+from tests.online.openai_server import post, recorded, served
+from tests.online.target_server import TargetServer, own_texts
+
+FORMS = [
+    {"prompt": "import os\n", "stream": False},
+    {"prompt": "class Queue:\n", "stream": True},
+    {"messages": [{"role": "user", "content": "What is a list?"}], "stream": False},
+    {"messages": [{"role": "user", "content": "What is a dict?"}], "stream": True},
+]
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return Target.load(TargetSettings(model="builtin:target"))
+
+
+def read(body: bytes, *, stream: bool) -> str:
+    """Return the text that a client reads."""
+    said = [json.loads(one)["choices"][0] for one in (events(body.decode()) if stream else [body.decode()])]
+    assert not any("token_ids" in one for one in said), "nobody but the recorder asked for ids"
+    parts = [one.get("text", (one.get("delta") or one.get("message") or {}).get("content")) for one in said]
+    return "".join(parts)
+
+
+async def asked(server: TargetServer, versions: Versions, logs: Path) -> list[str]:
+    """Ask in every form, through the recorder; in the middle another version is published."""
+    said = []
+    first = versions.path(versions.current())
+    async with (
+        served(server.app()) as upstream,
+        recorded(upstream, logs, token_ids=True) as (address, _),
+        aiohttp.ClientSession() as session,
+    ):
+        for number, form in enumerate(FORMS):
+            if number == 2:
+                versions.publish(
+                    versions.add(lambda folder: shutil.copytree(first, folder, dirs_exist_ok=True), update=1)
+                )
+            request = form | {"model": "target", "max_tokens": 12}
+            said.append(read(await post(session, address, request), stream=form["stream"]))
+    return said
+
+
+def test_every_form_says_the_targets_own_text_and_the_log_holds_its_ids(tmp_path: Path, target: Target) -> None:
+    versions = Versions(tmp_path / "drafters")
+    publish_first(versions, Path(str(resources.files("drafttrain") / "builtin" / "drafter")))
+    server = TargetServer(target, versions.folder)
+    said = asyncio.run(asked(server, versions, tmp_path / "logs"))
+    answered = server.answered
+    assert [one.version for one in answered] == ["0000", "0000", "0001", "0001"]
+    own = own_texts(target, [one.generation for one in answered])
+    assert [list(map(int, one.generation.tokens)) for one in answered] == own
+    assert said == [target.tokenizer.decode(ids, skip_special_tokens=True) for ids in own]
+    settings = sources.entry("serving_logs").settings(path=str(tmp_path / "logs"))
+    intake = Intake(settings, Encoder(target.tokenizer, 96), tmp_path / "intake")
+    assert intake.take() == len(FORMS)
+    expected = [[*one.generation.prompt_tokens, *ids] for one, ids in zip(answered, own, strict=True)]
+    assert [list(one.record.tokens) for one in intake.served()] == expected
