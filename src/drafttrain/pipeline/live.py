@@ -254,7 +254,7 @@ def _show(figures: LiveFigures, promise: Promise | None, row: Mapping[str, Any],
         )
     for name, label in (("num_drafts", "drafts"), ("num_draft_tokens", "draft tokens"), ("num_accepted", "accepted")):
         rows.append([label, f"{figures.total(name):,}", ""])
-    title += f": {len(figures.windows)} prompts, temperature {figures.temperature:g}, {figures.num_draft_tokens} draft tokens"
+    title += f": {len(figures.windows)} prompts, temperature {figures.temperature:g}, draft tokens a round: {figures.num_draft_tokens}"
     table(rows, columns=["", "served", "promised"], title=title)
     if figures.num_shared:
         say(
