@@ -1,9 +1,10 @@
 """What the recorder adds to a token: 50 streams of a paced server, 20 ms a token, with and without the recorder before it.
 
-Server, recorder and clients are three processes. The server writes into every event when it was sent; what a client reads off its
-clock when the event is there, less that, is the time of a token. Rounds go to the server and through the recorder in turn, the order
-alternating; what is added is the difference of the percentiles of all tokens, its interval is by bootstrap over pairs of rounds. The
-last rows are medians over pairs of the same difference within a pair.
+Server, recorder and clients are processes of their own. The server writes into every event when it was sent; what a client reads off
+its clock when the event is there, less that, is the time of a token. Rounds go to the server directly, directly once more (what the
+machine adds to nothing), through a bare relay of bytes (what any process between the two adds), and through the recorder, in an order
+that turns; what is added to the direct rounds is the difference of the percentiles of all tokens, its interval is by bootstrap over
+turns. The last rows are medians over turns of the same difference within a turn.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import aiohttp
 import numpy as np
@@ -29,16 +31,19 @@ def main() -> None:
     """Measure and print the table, or be the server."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--serve", action="store_true", help="be the paced server")
+    parser.add_argument("--relay", metavar="PORT", type=int, help="be a relay of bytes before this port")
     parser.add_argument("--streams", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=100)
     parser.add_argument("--milliseconds", type=float, default=20.0)
-    parser.add_argument("--pairs", type=int, default=20, help="rounds of each kind")
+    parser.add_argument("--turns", type=int, default=20, help="rounds of each kind")
     parser.add_argument(
         "--logprobs", type=int, default=0, help="the recorder asks for so many, and takes them out again"
     )
     arguments = parser.parse_args()
     if arguments.serve:
         asyncio.run(serve(arguments.milliseconds / 1000))
+    elif arguments.relay:
+        asyncio.run(relay(arguments.relay))
     else:
         asyncio.run(measure(arguments))
 
@@ -79,26 +84,46 @@ async def serve(pause: float) -> None:
     await asyncio.Event().wait()
 
 
+async def relay(port: int) -> None:
+    """Be a process that passes bytes on, and knows nothing of them."""
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while piece := await reader.read(65536):
+            writer.write(piece)
+            await writer.drain()
+        writer.close()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        back, forth = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(pump(reader, forth), pump(back, writer), return_exceptions=True)
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    print(f"serving http://127.0.0.1:{server.sockets[0].getsockname()[1]} ", file=sys.stderr, flush=True)
+    await server.serve_forever()
+
+
 async def measure(arguments: argparse.Namespace) -> None:
-    """Start both processes, take turns, print the table."""
+    """Start the processes, take turns, print the table."""
     with tempfile.TemporaryDirectory() as out:
         server = started([sys.executable, __file__, "--serve", "--milliseconds", str(arguments.milliseconds)])
         more = ["--logprobs", str(arguments.logprobs)] if arguments.logprobs else []
         command = ["record", "--upstream", server[1], "--port", "0", "--out", out, *more]
         recorder = started([sys.executable, "-m", "drafttrain.cli", *command])
-        milliseconds: dict[str, list[np.ndarray]] = {"direct": [], "recorder": []}
-        addresses = {"direct": server[1], "recorder": recorder[1]}
+        bare = started([sys.executable, __file__, "--relay", server[1].rpartition(":")[2]])
+        addresses = {"direct": server[1], "direct again": server[1], "bare relay": bare[1], "recorder": recorder[1]}
+        names = list(addresses)
+        milliseconds: dict[str, list[np.ndarray]] = {name: [] for name in names}
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
             for name in addresses:
                 await a_round(session, addresses[name], arguments)
             busy = cpu_seconds(recorder[0].pid)
-            for pair in range(arguments.pairs):
-                for name in sorted(addresses, reverse=bool(pair % 2)):
+            for turn in range(arguments.turns):
+                for name in names[turn % len(names) :] + names[: turn % len(names)]:
                     milliseconds[name].append(await a_round(session, addresses[name], arguments))
             busy = cpu_seconds(recorder[0].pid) - busy
             async with session.get(recorder[1] + "/_recorder") as answer:
                 status = await answer.json()
-        for process, _ in (recorder, server):
+        for process, _ in (recorder, bare, server):
             process.terminate()
             process.wait()
     report(arguments, milliseconds, busy, status)
@@ -146,33 +171,42 @@ def cpu_seconds(pid: int) -> float:
 
 def report(arguments: argparse.Namespace, milliseconds: dict, busy: float, status: dict) -> None:  # type: ignore[type-arg]
     """Print the table."""
-    direct, through = (np.stack(milliseconds[name]) for name in ("direct", "recorder"))
+    rounds = {name: np.stack(arrays) for name, arrays in milliseconds.items()}
+    direct = rounds["direct"]
     generator = np.random.Generator(np.random.PCG64(0))
     draws = [generator.integers(len(direct), size=len(direct)) for _ in range(1000)]
     print(
         f"{arguments.streams} streams, {arguments.milliseconds:g} ms a token, {arguments.tokens} tokens a stream, {len(direct)} rounds each; "
         f"{os.cpu_count()} cores of {processor()}, load {os.getloadavg()[1]:.1f}; {datetime.date.today()}, commit {commit()}\n"
     )
-    print("| ms a token | direct | through the recorder | added [95 % interval] |\n|---|---|---|---|")
+    print("| added to a direct token, ms | " + " | ".join(list(rounds)[1:]) + " | direct |\n|---|---|---|---|---|")
     for percent in (50, 90, 99):
-        one, other = (float(np.percentile(array, percent)) for array in (direct, through))
-        added = [np.percentile(through[d], percent) - np.percentile(direct[d], percent) for d in draws]
-        low, high = np.percentile(added, [2.5, 97.5])
-        print(f"| p{percent} | {one:.2f} | {other:.2f} | {other - one:.2f} [{low:.2f}, {high:.2f}] |")
+        cells = [_percentile_added(rounds[name], direct, percent, draws) for name in list(rounds)[1:]]
+        print(f"| p{percent} | {' | '.join(cells)} | {np.percentile(direct, percent):.2f} |")
     for percent in (50, 99):
         # A machine that others use stalls a round now and then, by more than anything that is measured here.
-        one, other = (np.percentile(array, percent, axis=1) for array in (direct, through))
-        medians = [float(np.median((other - one)[d])) for d in draws]
-        low, high = np.percentile(medians, [2.5, 97.5])
-        print(
-            f"| p{percent} of a round, median over rounds | {np.median(one):.2f} | {np.median(other):.2f} "
-            f"| {np.median(other - one):.2f} [{low:.2f}, {high:.2f}] |"
-        )
-    tokens = through.size
+        first, *of_rounds = (np.percentile(array, percent, axis=1) for array in rounds.values())
+        cells = [_median_added(one - first, draws) for one in of_rounds]
+        print(f"| p{percent} of a round, median over turns | {' | '.join(cells)} | {np.median(first):.2f} |")
+    tokens = rounds["recorder"].size
     print(
         f"\nThe recorder used {1e6 * busy / tokens:.0f} µs of processor time a token; {status['written']} records written, "
         f"dropped: {status['dropped'] or 0}."
     )
+
+
+def _percentile_added(through: np.ndarray, direct: np.ndarray, percent: int, draws: list[np.ndarray]) -> str:
+    added = [np.percentile(through[d], percent) - np.percentile(direct[d], percent) for d in draws]
+    return _with_interval(np.percentile(through, percent) - np.percentile(direct, percent), added)
+
+
+def _median_added(differences: np.ndarray, draws: list[np.ndarray]) -> str:
+    return _with_interval(np.median(differences), [np.median(differences[d]) for d in draws])
+
+
+def _with_interval(value: Any, drawn: list[Any]) -> str:
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 if __name__ == "__main__":

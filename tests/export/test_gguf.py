@@ -211,7 +211,7 @@ def test_text_that_llama_cpp_does_not_normalise_is_told(tmp_path):
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     source = saved(MODELS["qwen2"](), tmp_path / "source", tokenizer)
     (note,) = converted("gguf", source, config_of(source)).notes
-    assert "does not normalise text (NFC)" in note
+    assert "what is not in NFC already is tokenized otherwise" in note
 
 
 def change(folder: Path, **fields: Any) -> None:
@@ -264,6 +264,10 @@ REFUSED: list[tuple[Callable[[Path], Any], str]] = [
         "matrices of several types",
     ),
     (change_tokenizer(lambda t: t["model"].update(merges=[])), "no merges"),
+    (
+        change_tokenizer(lambda t: t.update(normalizer={"type": "Lowercase"})),
+        "normalizer Lowercase: llama.cpp takes text as",
+    ),
     (change_tokenizer(lambda t: t["model"].update(end_of_word_suffix="</w>")), "model.end_of_word_suffix is '</w>'"),
     (change_tokenizer(lambda t: t["model"].update(ignore_merges=True)), "ignore_merges is True: .* False with gpt-2"),
     (

@@ -91,9 +91,26 @@ def eagle3_config(**more: Any) -> dict[str, Any]:
     }
 
 
+def specforge_config() -> dict[str, Any]:
+    """Return a configuration with the fields of a Qwen target, whose head is tied: the drafter's is not."""
+    qwen = {"max_window_layers": 36, "sliding_window": None, "use_sliding_window": False, "attention_dropout": 0.0}
+    return eagle3_config(**qwen, tie_word_embeddings=True)
+
+
 def modelopt_config() -> dict[str, Any]:
-    """Return a configuration whose taps count the outputs of blocks."""
-    config = eagle3_config(eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 1, 2], "use_aux_hidden_state": True})
+    """Return a configuration whose taps count the outputs of blocks, with all that ModelOpt's exports say of the layer."""
+    config = eagle3_config(
+        eagle_config={
+            "eagle_aux_hidden_state_layer_ids": [0, 1, 2],
+            "use_aux_hidden_state": True,
+            "use_input_layernorm_in_first_layer": True,
+            "use_last_layernorm": True,
+            "use_mtp_layernorm": False,
+            "next_layer_regular": True,
+            "parallel_draft_step": 1,
+            "parallel_draft_heads_num_layers": None,
+        }
+    )
     del config["eagle_aux_hidden_state_layer_ids"]
     return config
 
@@ -103,6 +120,9 @@ def speculators_config(target: str) -> dict[str, Any]:
         "architectures": ["Eagle3DraftModel"],
         "speculators_model_type": "eagle3",
         "speculators_version": "0.5.0",
+        "auto_map": {"": "config.Eagle3SpeculatorConfig"},
+        "has_no_defaults_at_init": False,
+        "embed_requires_grad": False,
         "draft_vocab_size": ROWS,
         "target_hidden_size": None,
         "eagle_aux_hidden_state_layer_ids": TAPS,

@@ -82,6 +82,16 @@ FAULTS: list[tuple[str, Any, list[str]]] = [
     ("eagle3", lambda t, c, _: c.update(hidden_act="gelu"), ["hidden_act is 'gelu', only 'silu' or None"]),
     ("eagle3", lambda t, c, _: c.update(num_hidden_layers=2), ["num_hidden_layers is 2, only 1"]),
     ("eagle3", lambda t, c, _: c.update(norm_before_fc=True), ["norm_before_fc is true"]),
+    (
+        "eagle3",
+        lambda t, c, _: c.update(tie_word_embeddings=True) or t.pop("lm_head.weight"),
+        [r"there is no lm_head\.weight"],
+    ),
+    (
+        "eagle3",
+        lambda t, c, _: c.update(eagle_config={"use_mtp_layernorm": True, "parallel_draft_step": 2}),
+        [r"eagle_config\.use_mtp_layernorm is True, only False", r"eagle_config\.parallel_draft_step is 2, only 1"],
+    ),
     ("eagle3", lambda t, c, _: c.update(fc_norm="yes"), ["fc_norm must be true or false, got 'yes'"]),
     ("eagle3", lambda t, c, _: c.update(eagle_aux_hidden_state_layer_ids=[2, 1, 3]), [r"taps \[2, 1, 3\], as states"]),
     ("eagle3", lambda t, c, _: c.update(eagle_aux_hidden_state_layer_ids=[1, 2, 4]), [r"of 0\.\.3 for the target"]),

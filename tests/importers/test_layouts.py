@@ -52,7 +52,7 @@ LAYOUTS = {
     "eagle3 SafeAILab": Layout(
         given.eagle3_tensors, lambda _: given.eagle3_config(), ("vllm", "sglang", "speculators"), "pytorch_model.bin"
     ),
-    "eagle3 SpecForge": Layout(given.eagle3_tensors, lambda _: given.eagle3_config(), ("vllm", "sglang")),
+    "eagle3 SpecForge": Layout(given.eagle3_tensors, lambda _: given.specforge_config(), ("vllm", "sglang")),
     "eagle3 ModelOpt": Layout(
         lambda: given.eagle3_tensors("layers.0."),
         lambda _: given.modelopt_config(),

@@ -28,7 +28,8 @@ from drafttrain.pipeline import folder as run_folder
 from drafttrain.pipeline.data import dropped_prompts, training_data
 from drafttrain.pipeline.run import Run
 from drafttrain.target import Target
-from drafttrain.train.callbacks import COLUMNS, folder_of_step
+from drafttrain.train.metrics_log import COLUMNS
+from drafttrain.train.result import folder_of_step
 
 RECIPE = """
 name: tiny

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from drafttrain.core.errors import DrafttrainError
-from drafttrain.train.callbacks import folder_of_step, kept_steps
+from drafttrain.train.result import folder_of_step, kept_steps
 from tests.train.layouts import OnASmallDisk, curve, limit_files, run
 
 NO_CHECKPOINT = 150_000

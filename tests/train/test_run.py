@@ -18,7 +18,7 @@ from drafttrain.data_gen.packing import pack
 from drafttrain.drafters.causal_lm import CausalLMDrafter
 from drafttrain.losses import losses
 from drafttrain.target import Target
-from drafttrain.train.callbacks import newest_checkpoint
+from drafttrain.train.checkpoints import newest_checkpoint
 from drafttrain.train.result import TrainResult
 from drafttrain.train.run import placement, train
 from drafttrain.train.settings import TrainSettings

@@ -15,9 +15,12 @@ from drafttrain.target.frozen import load_tokenizer
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """Types of tokens."""
 
-SPECIAL = {"bos": "tokenizer.ggml.bos_token_id", "eos": "tokenizer.ggml.eos_token_id"}
-SECOND_END = "tokenizer.ggml.eot_token_id"
-PADDING = "tokenizer.ggml.padding_token_id"
+BEGIN, PADDING = "tokenizer.ggml.bos_token_id", "tokenizer.ggml.padding_token_id"
+END, SECOND_END = "tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"
+TOKENS = "tokenizer.ggml.tokens"
+
+NORMAL_FORM = "NFC"
+"""What Qwen's tokenizer does to text first, and llama.cpp does not: most text is in this form already."""
 
 Step = tuple[Any, ...]
 
@@ -73,6 +76,10 @@ class GgufTokenizer:
         ]
         if not model["merges"]:
             found.append("tokenizer.json: no merges: llama.cpp refuses a vocabulary without any")
+        if self._normalizer not in (None, NORMAL_FORM):
+            found.append(
+                f"tokenizer.json: normalizer {self._normalizer}: llama.cpp takes text as it is, without a word"
+            )
         found += [*self._splitting_problems(), *self._added_problems()]
         if self._ids and max(self._ids) >= self._vocab_size:
             found.append(f"tokenizer.json: has token {max(self._ids)}, the model only {self._vocab_size} rows")
@@ -82,11 +89,10 @@ class GgufTokenizer:
 
     def notes(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """Return what llama.cpp does otherwise with text, not with tokens."""
-        normalizer = self._said.get("normalizer")
         notes = []
-        if normalizer:
+        if self._normalizer:
             notes.append(
-                f"llama.cpp does not normalise text ({normalizer['type']}): it tokenizes text that is not normal otherwise"
+                f"llama.cpp does not normalise text: what is not in {self._normalizer} already is tokenized otherwise"
             )
         further = _ids_of(config.get("eos_token_id"))[2:]
         if further:
@@ -102,14 +108,14 @@ class GgufTokenizer:
         fields = {
             "tokenizer.ggml.model": "gpt2",
             "tokenizer.ggml.pre": self._splitting.name,
-            "tokenizer.ggml.tokens": [self._ids.get(i, (f"[PAD{i}]", UNUSED))[0] for i in range(self._vocab_size)],
+            TOKENS: [self._ids.get(i, (f"[PAD{i}]", UNUSED))[0] for i in range(self._vocab_size)],
             "tokenizer.ggml.token_type": [self._ids.get(i, ("", UNUSED))[1] for i in range(self._vocab_size)],
             "tokenizer.ggml.merges": [" ".join(_pair(merge)) for merge in self._said["model"]["merges"]],
-            SPECIAL["eos"]: ends[0],
+            END: ends[0],
             "tokenizer.ggml.add_bos_token": bool(before),
             "tokenizer.ggml.add_eos_token": bool(after),
         }
-        for key, values in ((SPECIAL["bos"], _ids_of(config.get("bos_token_id"))), (SECOND_END, ends[1:])):
+        for key, values in ((BEGIN, _ids_of(config.get("bos_token_id"))), (SECOND_END, ends[1:])):
             if values:
                 fields[key] = values[0]
         if (padding := _ids_of(config.get("pad_token_id"))) and padding[0] >= 0:
@@ -132,6 +138,11 @@ class GgufTokenizer:
             for one in self._said.get("added_tokens") or ()
         }
         return known | added
+
+    @property
+    def _normalizer(self) -> str | None:
+        said = self._said.get("normalizer")
+        return said["type"] if said else None
 
     @property
     def _splitting(self) -> Splitting:

@@ -27,7 +27,19 @@ OURS, THEIRS = "midlayer.", "layers.0."
 TAPS, NESTED = "eagle_aux_hidden_state_layer_ids", "eagle_config"
 VARIANTS = ("fc_norm", "norm_output", "norm_before_residual")
 OWN = ("draft_vocab_size", "target_hidden_size", "tie_word_embeddings", "norm_before_fc", TAPS, NESTED, *VARIANTS)
-OF_NESTED = (TAPS, "use_aux_hidden_state", "norm_before_fc")
+NESTED_ONLY: dict[str, bool | int] = {
+    "use_aux_hidden_state": True,
+    "use_input_layernorm_in_first_layer": True,
+    "use_last_layernorm": True,
+    "use_mtp_layernorm": False,
+    "parallel_draft_step": 1,
+}
+"""Fields of ModelOpt's exports of which our layer has one form; left out or null means the same."""
+
+OF_NESTED = (TAPS, "norm_before_fc", *NESTED_ONLY, "next_layer_regular", "parallel_draft_heads_num_layers")
+"""The last two say something of further layers and of parallel drafting alone."""
+
+HEAD = "lm_head.weight"
 
 
 @dataclass
@@ -69,10 +81,11 @@ class Eagle3Importer(Importer):
             return Imported(DrafterFiles("eagle3", {}, {}), [problem])
         found = layer_problems(given.config, own=OWN)
         found += unknown_problems(nested, known=OF_NESTED, prefix=f"{NESTED}.")
-        if nested.get("use_aux_hidden_state", True) is not True:
-            found.append(
-                f"config.json: {NESTED}.use_aux_hidden_state is false: only drafters of three hidden states are read"
-            )
+        found += [
+            f"config.json: {NESTED}.{key} is {nested[key]!r}, only {value!r} is read here"
+            for key, value in NESTED_ONLY.items()
+            if nested.get(key) not in (None, value)
+        ]
         taps, wrong, notes = taps_read(given.config, target)
         config = {**given.config, "norm_before_fc": given.config.get("norm_before_fc") or nested.get("norm_before_fc")}
         made = eagle3_files(replace(given, config=config), target, taps=taps)
@@ -84,7 +97,7 @@ def eagle3_files(given: Given, target: TargetFiles, *, taps: list[int]) -> Impor
     fields, found, notes = layer_fields(given.config, target)
     if not fields:
         return Imported(DrafterFiles("eagle3", {}, {}), found, notes)
-    config = {"architectures": [ARCHITECTURES[0]], **fields, **_own_fields(given.config, found), TAPS: taps}
+    config = {"architectures": [ARCHITECTURES[0]], **fields, **_own_fields(given, found), TAPS: taps}
     given, wrong, said = without_copies(given, {"embed_tokens.weight": target.embedding}, target)
     given, turned = without_angles(given, fields)
     given, mapped, more = _with_map(given, config)
@@ -139,16 +152,22 @@ def taps_read(config: Mapping[str, Any], target: TargetFiles) -> tuple[list[int]
         )
 
 
-def _own_fields(config: Mapping[str, Any], found: list[str]) -> dict[str, Any]:
-    """Return the fields of the kind; what is wrong is added to `found`."""
+def _own_fields(given: Given, found: list[str]) -> dict[str, Any]:
+    """Return the fields of the kind; what is wrong is added to `found`.
+
+    A configuration that was made from a target's may say that its head is tied, beside a head of its own in the file: loaders take that.
+    """
+    config = given.config
     for key in (*VARIANTS, "norm_before_fc", "tie_word_embeddings"):
         value = config.get(key)
         if value is not None and not isinstance(value, bool):
             found.append(f"config.json: {key} must be true or false, got {value!r}")
     if config.get("norm_before_fc") is True:
         found.append("config.json: norm_before_fc is true: our layer has no norm over all three states")
-    if config.get("tie_word_embeddings") is True:
-        found.append("config.json: tie_word_embeddings is true: the head of this layout is its own")
+    if config.get("tie_word_embeddings") is True and HEAD not in given.tensors:
+        found.append(
+            f"config.json: tie_word_embeddings is true, and there is no {HEAD}: the head of this layout is its own"
+        )
     width, rows = config["hidden_size"], config.get("draft_vocab_size")
     found += size_problems(config, ["draft_vocab_size"], may_lack=["draft_vocab_size"])
     if config.get("target_hidden_size") not in (None, width):

@@ -19,6 +19,8 @@ FIRST_LEVEL = (
     "speculators_config",
     LAYER,
     *(key for key in OWN if key != "eagle_config"),
+    # Of the library itself, and of how it trained: embeddings that it changed are told by their values.
+    *("has_no_defaults_at_init", "embed_requires_grad", "enable_sp_ulysses"),
 )
 
 

@@ -11,6 +11,7 @@ from collections import Counter
 from typing import Any
 
 import aiohttp
+import uvloop
 from aiohttp import web
 from yarl import URL
 
@@ -207,7 +208,7 @@ def record(settings: RecorderSettings) -> dict[str, Any]:
     worker.start()
     files.start()
     try:
-        asyncio.run(_serve(recorder))
+        uvloop.run(_serve(recorder))
     finally:
         files.close()
         worker.close()

@@ -128,7 +128,7 @@ def training_result(run: Run) -> TrainResult:
         return TrainResult(weights, chosen, chosen)
     if run.recipe.head is not None:
         raise DrafttrainError(f"{folder.path}: the head has no validated step yet: drafttrain fit does all stages")
-    from drafttrain.train.callbacks import newest_checkpoint, weights_of_checkpoint
+    from drafttrain.train.checkpoints import newest_checkpoint, weights_of_checkpoint
 
     newest = newest_checkpoint(folder.train / "checkpoints")
     if newest is None:

@@ -23,22 +23,16 @@ from drafttrain.drafters import Drafter
 from drafttrain.heads import HeadBatch, TokenHead
 from drafttrain.losses import Loss
 from drafttrain.target import Target
-from drafttrain.train.callbacks import (
-    Checkpoints,
-    FrozenTarget,
-    HeldOut,
-    MetricsLog,
-    Progress,
-    Validation,
-    newest_checkpoint_for_all,
-    save_trained,
-)
+from drafttrain.train.callbacks import FrozenTarget, Progress
+from drafttrain.train.checkpoints import Checkpoints, newest_checkpoint_for_all, save_trained
 from drafttrain.train.memory import advice_on_memory
+from drafttrain.train.metrics_log import MetricsLog
 from drafttrain.train.module import DistillModule, HeadModule, StepModule
 from drafttrain.train.preflight import check_disk
 from drafttrain.train.result import TrainResult, folder_of_step
 from drafttrain.train.settings import TrainSettings
 from drafttrain.train.strategy import ZeroStrategy
+from drafttrain.train.validation import HeldOut, Validation
 
 
 class Steps(torch.utils.data.IterableDataset[Any]):

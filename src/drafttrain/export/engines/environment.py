@@ -109,7 +109,7 @@ def ask(
         with log.open("w", encoding="utf-8") as written:
             # Isolated: nothing of this process's environment of packages is seen by the engine's.
             command = [str(folder_of(engine) / "bin" / "python"), "-I", str(file), str(asked), str(answered)]
-            # Nor is a launcher's: an engine that takes itself for one of several processes waits for the others.
+            # Nor is a launcher's: the engine is none of its processes.
             environment = for_own_program(os.environ)
             try:
                 code = subprocess.run(

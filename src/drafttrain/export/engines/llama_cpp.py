@@ -1,4 +1,4 @@
-"""llama.cpp: its own server, as `xllamacpp` builds it for PyPI. Pins and facts are of b11549, tried with it.
+"""llama.cpp: its own server, as `xllamacpp` builds it for PyPI. Pins and facts are of 2026.10.11549 (llama.cpp b11549), tried with it.
 
 It drafts chains greedily, or with `--spec-draft-sampling probabilistic` among the ten likeliest tokens of the drafter's law.
 """
@@ -18,7 +18,7 @@ from drafttrain.export.engines import Habits, Job, Served, ServingEngine, Use, e
 from drafttrain.export.engines.environment import root
 from drafttrain.export.gguf import GgufExporter, write_model
 from drafttrain.export.gguf_file import FILE
-from drafttrain.export.gguf_tokenizer import SECOND_END, SPECIAL, GgufTokenizer
+from drafttrain.export.gguf_tokenizer import END, SECOND_END, TOKENS, GgufTokenizer
 from drafttrain.target.frozen import fingerprint_of
 
 ENDS = frozenset(
@@ -86,8 +86,8 @@ class LlamaCppEngine(ServingEngine):
         """Return its habits; the tokens that end a text are those of the target's vocabulary."""
         config = read_target_config(target, name=str(target))
         said = GgufTokenizer(target, vocab_size=config["vocab_size"]).fields(config)
-        ends = {said[key] for key in (SPECIAL["eos"], SECOND_END) if key in said}
-        ends |= {number for number, token in enumerate(said["tokenizer.ggml.tokens"]) if token in ENDS}
+        ends = {said[key] for key in (END, SECOND_END) if key in said}
+        ends |= {number for number, token in enumerate(said[TOKENS]) if token in ENDS}
         return Habits(past_end=False, ends=frozenset(ends), draft_top_k=DRAFT_TOP_K)
 
     def target_as(self, folder: Path, dtype: str | None = None) -> Path:

@@ -1,0 +1,145 @@
+"""The curve of a training: metrics.csv, and the same rows for loggers."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from drafttrain.core.console import say
+from drafttrain.core.errors import DrafttrainError
+from drafttrain.core.files import written_beside
+from drafttrain.train.callbacks import StepEnd
+from drafttrain.train.full_disk import only_full
+from drafttrain.train.module import StepModule
+from drafttrain.train.settings import TrainSettings
+from drafttrain.train.validation import Validation
+
+COLUMNS = (
+    "step",
+    "loss",
+    "acceptance_rate",
+    "one_minus_acceptance_rate",
+    "lr",
+    "grad_norm",
+    "skipped_steps",
+    "tokens",
+    "seconds",
+)
+"""Of metrics.csv, before one `validation_` column for each figure that is measured on held-out data."""
+
+
+class MetricsLog(StepEnd):
+    """Writes metrics.csv (flushed row by row, cut back to the step of a resume) and passes the same rows to loggers."""
+
+    def __init__(self, path: Path, *, settings: TrainSettings, validation: Validation | None) -> None:
+        self.path = path
+        self.settings = settings
+        self.validation = validation
+        figures = validation.held_out.figures if validation else ("alpha", "block_efficiency")
+        self.columns = [*COLUMNS, *(f"validation_{name}" for name in figures)]
+        self._unwritten: list[dict[str, Any]] = []
+        """Rows that a full disk did not take."""
+        self._tokens = 0
+        self._own_tokens = 0
+        self._seconds_before = 0.0
+        self._began = time.perf_counter()
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Open the file; after a resume, forget rows of steps that are taken again."""
+        self._began = time.perf_counter()
+        if not trainer.is_global_zero:
+            return
+        rows = []
+        if self.path.exists():
+            # A row without its end was being written when the run was killed.
+            whole, _, _ = self.path.read_text(encoding="utf-8").rpartition("\n")
+            rows = [row for row in csv.DictReader(io.StringIO(whole)) if int(row["step"]) <= trainer.global_step]
+        with written_beside(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        if not rows and self.validation is not None and self.validation.latest:
+            self._write(trainer, 0, {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Carry what was counted through a resume, also between two rows."""
+        return {"tokens": self._tokens, "seconds": self._seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what was counted."""
+        self._tokens, self._seconds_before = state_dict["tokens"], state_dict["seconds"]
+
+    @property
+    def _seconds(self) -> float:
+        return self._seconds_before + time.perf_counter() - self._began
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Count tokens read."""
+        self._own_tokens += batch.num_tokens
+
+    def on_step_end(self, trainer: Trainer, module: StepModule, step: int) -> None:
+        """Write a row every N steps, at validations and at the end."""
+        self._tokens += round(self.sum_of(trainer, self._own_tokens))
+        self._own_tokens = 0
+        validated = self.validation is not None and bool(self.validation.latest)
+        if step % self.settings.log_every_steps and step != self.settings.max_steps and not validated:
+            return
+        sums_4 = trainer.strategy.reduce(module.sums_4, reduce_op="sum")
+        loss, count, acceptance, measured = (float(x) for x in sums_4)
+        module.sums_4.zero_()
+        rate = acceptance / measured if measured else float("nan")
+        self._write(
+            trainer,
+            step,
+            {
+                "loss": repr(loss / count),
+                "acceptance_rate": "" if rate != rate else repr(rate),
+                "one_minus_acceptance_rate": "" if rate != rate else repr(1 - rate),
+                "lr": repr(trainer.optimizers[0].param_groups[0]["lr"]),
+                "grad_norm": repr(module.grad_norm),
+                "skipped_steps": str(module.skipped),
+            },
+        )
+
+    def _write(self, trainer: Trainer, step: int, values: dict[str, str]) -> None:
+        row: dict[str, Any] = {
+            "step": step,
+            "tokens": self._tokens,
+            "seconds": round(self._seconds, 3),
+            **values,
+        }
+        if self.validation is not None and self.validation.latest:
+            row |= {
+                f"validation_{name}": repr(self.validation.latest[name]) for name in self.validation.held_out.figures
+            }
+        if not trainer.is_global_zero:
+            return
+        self._append(row)
+        numbers = {name: float(value) for name, value in row.items() if name != "step" and value != ""}
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        """Write a row, and those that had no room before it; a file that cannot take them stays as it was."""
+        self._unwritten.append(row)
+        before = self.path.stat().st_size
+        try:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns).writerows(self._unwritten)
+        except OSError as error:
+            failure = only_full(error)
+            os.truncate(self.path, before)
+            if self.settings.on_full_disk == "stop":
+                raise DrafttrainError(
+                    f"{self.path}: {failure.strerror}. Make room and run the same command to continue, or let the run go on "
+                    "with train.on_full_disk=continue"
+                ) from error
+            say(f"{self.path}: {failure.strerror}: {len(self._unwritten)} rows wait for room")
+            return
+        self._unwritten.clear()
