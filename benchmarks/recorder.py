@@ -183,20 +183,22 @@ def report(arguments: argparse.Namespace, milliseconds: dict, busy: float, statu
         f"{arguments.streams} streams, {arguments.milliseconds:g} ms a token, {arguments.tokens} tokens a stream, {len(direct)} rounds each; "
         f"{os.cpu_count()} cores of {processor()}, load {os.getloadavg()[1]:.1f}; {datetime.date.today()}, commit {commit()}\n"
     )
-    print(f"| ms a token | direct | {' | '.join(f'{name}, added' for name in WAYS[1:])} |")
-    print("|---|---|" + "---|" * (len(WAYS) - 1))
+    compared = [*((name, "direct") for name in WAYS[1:]), ("recorder", "relay")]
+    print(f"| ms a token | direct | {' | '.join(f'{one} - {other}' for one, other in compared)} |")
+    print("|---|---|" + "---|" * len(compared))
     for percent in (50, 90, 99):
         cells = []
-        for name in WAYS[1:]:
-            values = [np.percentile(by_way[name][d], percent) - np.percentile(direct[d], percent) for d in draws]
-            cells.append(added(np.percentile(by_way[name], percent) - np.percentile(direct, percent), values))
+        for pair in compared:
+            one, other = (by_way[name] for name in pair)
+            values = [np.percentile(one[d], percent) - np.percentile(other[d], percent) for d in draws]
+            cells.append(added(np.percentile(one, percent) - np.percentile(other, percent), values))
         print(f"| p{percent} | {np.percentile(direct, percent):.2f} | {' | '.join(cells)} |")
     for percent in (50, 99):
         # A machine that others use stalls a round now and then, by more than anything that is measured here.
         of_round = {name: np.percentile(rounds, percent, axis=1) for name, rounds in by_way.items()}
         cells = []
-        for name in WAYS[1:]:
-            difference = of_round[name] - of_round[WAYS[0]]
+        for pair in compared:
+            difference = of_round[pair[0]] - of_round[pair[1]]
             cells.append(added(np.median(difference), [np.median(difference[d]) for d in draws]))
         print(f"| p{percent} of a round, median | {np.median(of_round[WAYS[0]]):.2f} | {' | '.join(cells)} |")
     tokens = by_way["recorder"].size
