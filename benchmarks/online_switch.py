@@ -102,7 +102,7 @@ async def serve(server: TargetServer, prompts: list[str], arguments: argparse.Na
 
 
 class Learner:
-    """`drafttrain online` at low priority, and what it holds."""
+    """`drafttrain online`, and what it holds."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -115,7 +115,7 @@ class Learner:
         """Start it, or go on."""
         words = ["online", "online", f"data.sources.0.path={self.out / 'logs'}", "--runs", str(self.out)]
         with (self.out / "learner.log").open("a") as log:
-            command = ["nice", "-n", "15", sys.executable, "-m", "drafttrain", *words]
+            command = [sys.executable, "-m", "drafttrain", *words]
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
     def stop(self) -> None:

@@ -545,6 +545,8 @@ def _check_served(named: list[str], server: str, *, smoke: bool) -> None:
     problems += [f"{name}: no such folder" for name in named[:1] if not Path(name).is_dir()]
     if not server.startswith(("http://", "https://")):
         problems.append(f"--server: must begin with http:// or https://, got {server!r}")
+    elif "@" in server:
+        problems.append("--server: holds a name or a key; name an environment variable in --api-key-variable")
     if problems:
         raise RecipeError("arguments", problems)
 

@@ -18,6 +18,7 @@ from drafttrain.eval.engine import Engine
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.eval.proposers.none import NoDraft
 from drafttrain.export.hf import export_hf
+from drafttrain.losses import Loss
 from drafttrain.losses.forward_kl import ForwardKL
 from drafttrain.online.lane import Workshop
 from drafttrain.online.loop import OnlineRun, metrics, status
@@ -47,13 +48,13 @@ def start(tmp_path: Path, target, *, noise: float = 0.3) -> Path:
     return tmp_path / "start"
 
 
-def online_run(tmp_path: Path, target, first: Path, **changes) -> OnlineRun:
+def online_run(tmp_path: Path, target, first: Path, *, loss: type[Loss] = ForwardKL, **changes) -> OnlineRun:
     online = OnlineSettings(**SETTINGS | changes)
     shop = Workshop(
         target=target,
         online=online,
         train=TrainSettings(lr=2e-3, batch_size=16, warmup_steps=0, schedule="constant"),
-        loss=ForwardKL,
+        loss=loss,
         max_length=40,
         num_draft_tokens=K,
         dtype="float32",
@@ -100,14 +101,25 @@ def serve(target, folder: Path, log: Path, wanted: list[Prompt]) -> float:
     return tokens / rounds
 
 
+class Stopped(Exception):
+    """As when the process is told to stop."""
+
+
+def page(tmp_path: Path) -> None:
+    """Write the page, as an endless run does after each update, and stop it."""
+    write_online_report(tmp_path / "run", tmp_path / "report.html", title="t")
+    raise Stopped
+
+
 def test_served_block_efficiency_rises_and_the_text_stays_the_targets(tmp_path, tiny_target):
     first = start(tmp_path, tiny_target)
     run = online_run(tmp_path, tiny_target, first)
     drafters, log = tmp_path / "run" / "drafters", tmp_path / "logs" / "a.jsonl"
-    served = []
-    for batch in range(2):
-        served.append(serve(tiny_target, drafters, log, prompts(0, 24, first=24 * batch)))
-        run.once()
+    served = [serve(tiny_target, drafters, log, prompts(0, 24))]
+    run.once()
+    served.append(serve(tiny_target, drafters, log, prompts(0, 24, first=24)))
+    with pytest.raises(Stopped):
+        run.for_ever(lambda: page(tmp_path))
     last = serve(tiny_target, drafters, log, prompts(0, 24, first=200))
     rows = metrics(tmp_path / "run")
     # Updates happen exactly at their interval.
@@ -117,7 +129,6 @@ def test_served_block_efficiency_rises_and_the_text_stays_the_targets(tmp_path, 
     found = status(tmp_path / "run")
     assert found["lanes"][""]["published"] >= 2
     assert found["lines"] == {"used": 48}
-    write_online_report(tmp_path / "run", tmp_path / "report.html", title="t")
     assert "published" in (tmp_path / "report.html").read_text()
     # Somebody steps back: what is served is the version before, and learning follows it.
     lane = run.lanes[""]
@@ -155,13 +166,15 @@ def test_a_run_that_was_cut_short_ends_as_one_that_was_not(tmp_path, tiny_target
         place = tmp_path / str(cut)
         place.mkdir()
         first = start(place, tiny_target)
-        run = online_run(place, tiny_target, first, steps=2, max_lines=10, every_requests=8)
+        run = online_run(place, tiny_target, first, steps=2, max_lines=5, every_requests=8)
         serve(tiny_target, place / "run" / "drafters", place / "logs" / "a.jsonl", prompts(0, 28))
         if cut:
-            run._take()
-            # What was done after the last state was written is lost with the process.
+            for _ in range(3):
+                run._take()
+            # What was done after the last state was written is lost with the process: a batch that led to no update, and an update.
+            assert (run.batches, run._saved) == (3, 2)
             run.lanes[""].update()
-            run = online_run(place, tiny_target, first, steps=2, max_lines=10, every_requests=8)
+            run = online_run(place, tiny_target, first, steps=2, max_lines=5, every_requests=8)
         run.once()
         weights.append(run.lanes[""].learner.state()["drafter"])
     for name, value in weights[0].items():

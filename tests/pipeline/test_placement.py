@@ -84,6 +84,7 @@ def test_every_kind_trains_from_what_was_stored_and_its_target_is_never_read(
     with pytest.raises(AssertionError, match="a model was read"):
         assert Run(load_recipe(recipe), tmp_path / "control").target
     request.getfixturevalue("monkeypatch").undo()
+    Run(load_recipe(recipe, of_kind), tmp_path / "absent")  # It is the same run, wherever its target is.
     pipeline.gen(load_recipe(recipe, of_kind), tmp_path / "whole")
     trained(recipe, tmp_path / "whole", *of_kind)
     assert rows(tmp_path / "absent") == rows(tmp_path / "whole"), "validation included"
@@ -96,7 +97,7 @@ def test_every_kind_trains_from_what_was_stored_and_its_target_is_never_read(
 
 def test_a_target_is_loaded_for_what_is_missing_and_let_go_of_before_the_training(recipe: Path, tmp_path: Path) -> None:
     before = len(target_layers_in_memory())
-    loaded = load_recipe(recipe, [ABSENT, f"drafter={KINDS['causal_lm']}", "train.max_steps=3"])
+    loaded = load_recipe(recipe, [ABSENT, f"drafter={KINDS['causal_lm']}", "train.max_steps=3", "train.device=cpu"])
     run = Run(loaded, tmp_path / "run", placement="absent")
     write_texts(run)
     assert len(target_layers_in_memory()) == before + 3, "the census sees a target that is loaded"

@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ from typer.testing import CliRunner
 
 from drafttrain.checkpoint import read_drafter
 from drafttrain.cli import app
-from drafttrain.core.records import Sampling
+from drafttrain.core.records import Prompt, Sampling
+from drafttrain.data_gen.formats import Encoder
+from drafttrain.data_gen.serving_logs.settings import ServingLogsSettings
+from drafttrain.data_gen.sources.serving_logs import ServingLogs
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.export.engines import engine_of, environment
 from drafttrain.export.verify import decode, served_counts
@@ -47,12 +51,14 @@ def evaluated(url: str, drafter: Path, *words: str) -> tuple[int, str, dict]:
 
 def test_the_counters_of_a_vllm_server_are_those_of_the_evaluator_and_the_promise_is_kept(drafter, tmp_path):
     speculative = {"method": "draft_model", "model": str(drafter), "num_speculative_tokens": K}
-    with vllm_server(tmp_path / "log", ["--speculative-config", json.dumps(speculative)]) as url:
-        code, said, row = evaluated(url, drafter, "--require")
-        assert code == 0, said
-        shared_code, shared_said, shared = busy(url, drafter)
     target = Target.load(TargetSettings(model=TARGET))
     prompts = read_prompts("builtin:test", target.tokenizer, prompt_tokens=PROMPT_TOKENS, limit=PROMPTS)
+    options = ["--speculative-config", json.dumps(speculative), "--per-request-spec-decode-metrics", "detailed"]
+    with vllm_server(tmp_path / "log", options) as url:
+        code, said, row = evaluated(url, drafter, "--require")
+        assert code == 0, said
+        check_logged_rounds(url, drafter, target, prompts, tmp_path / "answers.jsonl")
+        shared_code, shared_said, shared = busy(url, drafter)
     result = json.loads((drafter / "eval.json").read_text())
     counted = {one["id"]: one["num_tokens"] for one in result["temperatures"][0]["drafters"]["drafter"]["prompts"]}
     ours = []
@@ -77,6 +83,35 @@ def test_the_counters_of_a_vllm_server_are_those_of_the_evaluator_and_the_promis
     assert (shared_code == 1 and "others were served all the time" in shared_said) or shared["num_prompts_shared"] > 0
 
 
+def check_logged_rounds(url: str, drafter: Path, target: Target, prompts: Sequence[Prompt], log: Path) -> None:
+    """Require that the refused positions that vLLM's answers tell are those of the evaluator's rounds."""
+    with log.open("w") as file:
+        for prompt in prompts:
+            request = {"model": str(resolve_folder(TARGET)), "prompt": list(prompt.tokens), "max_tokens": NEW_TOKENS}
+            request |= {"temperature": 0.0, "return_token_ids": True, "ignore_eos": True}
+            file.write(json.dumps({"id": prompt.id, "request": request, "response": asked(url, request)}) + "\n")
+    source = ServingLogs(ServingLogsSettings(path=str(log), near_duplicates=None))
+    records = [record for item in source.items() for record in source.records(item, Encoder(target.tokenizer, 128))]
+    assert [record.id for record in records] == [prompt.id for prompt in prompts]
+    assert any(record.refused for record in records)
+    proposer = read_drafter(drafter, target)
+    for record, prompt in zip(records, prompts, strict=True):
+        arguments = {"max_new_tokens": NEW_TOKENS, "num_draft_tokens": K}
+        (one,) = decode(target, proposer, [prompt], Sampling(), **arguments)
+        # The first token stands before all rounds.
+        ends = [(1 + r.start + r.num_accepted, r) for r in one.rounds if 1 + r.start < NEW_TOKENS]
+        expected = [place for place, r in ends if r.num_accepted < r.num_draft_tokens and place < NEW_TOKENS]
+        assert list(record.refused) == [len(prompt.tokens) + place for place in expected]
+
+
+def asked(url: str, body: dict) -> dict:
+    request = urllib.request.Request(
+        f"{url}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.loads(answer.read())
+
+
 def busy(url: str, drafter: Path) -> tuple[int, str, dict]:
     """Evaluate while somebody else asks too."""
     over = threading.Event()
@@ -84,11 +119,7 @@ def busy(url: str, drafter: Path) -> tuple[int, str, dict]:
     def others() -> None:
         body = {"model": str(resolve_folder(TARGET)), "prompt": [5, 6, 7], "max_tokens": 60, "ignore_eos": True}
         while not over.is_set():
-            request = urllib.request.Request(
-                f"{url}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-            )
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                answer.read()
+            asked(url, body)
 
     thread = threading.Thread(target=others)
     thread.start()

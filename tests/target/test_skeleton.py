@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, GPT
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.tensors import TensorFiles
 from drafttrain.target import Target, TargetSettings
-from drafttrain.target.absent import AbsentTarget, outer_model
+from drafttrain.target.absent import AbsentTarget, bare_model, outer_model
 from drafttrain.target.anatomy import blocks, final_norm, head_logits
 from drafttrain.target.skeleton import fill, skeleton, stored_tensors
 from tests.conftest import byte_tokenizer, random_llama
@@ -72,9 +72,8 @@ def test_the_outer_parts_are_those_of_the_loaded_target_and_the_blocks_have_no_w
 @torch.no_grad()
 def test_a_skeleton_that_is_filled_is_the_model(folder: Path) -> None:
     settings = TargetSettings(model=str(folder))
-    model, device = outer_model(settings), torch.device("cpu")
-    files = TensorFiles(folder)
-    fill(model, [tensor for tensor in stored_tensors(model) if tensor.is_meta], files, device=device)
+    model = bare_model(settings)
+    fill(model, stored_tensors(model), TensorFiles(folder), device=torch.device("cpu"))
     whole = Target.load(settings)
     assert Target(model, None, name="", fingerprint="").weights_sha256() == whole.weights_sha256()
     tokens_BT = torch.arange(20)[None]

@@ -31,6 +31,7 @@ def test_a_step_that_needs_too_much_memory_says_what_to_change(tmp_path: Path, s
     assert f"allocate {4 * 2**50} bytes" in said
     assert "train.accumulation=4 (now 2): 2 of a step's records at once in place of 4, 50%" in said
     assert "train.activation_checkpointing=true" in said
+    assert "train.target_placement=absent, with a data.cache: 0.00 GB" in said
 
 
 def test_a_batch_of_single_records_is_not_told_to_accumulate(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ class RowCache:
             return stored["logits"]
         if self.wanted.law == "states":
             with torch.no_grad():
-                device = next(self._model.parameters()).device
+                device = self._model.get_output_embeddings().weight.device
                 return head_logits(self._model, stored["final"].to(device, self._model.dtype))
         ids_NK, log_probs_NK = stored["ids"].long(), stored["log_probs"]
         others = self._num_tokens - ids_NK.shape[1]

@@ -46,27 +46,28 @@ def promise_of(result: Mapping[str, Any], *, temperature: float, num_draft_token
     Args:
         result: What `evaluate` returned.
     """
-    for figures in fixed_arms(result, temperature=temperature):
-        if figures["length"]["num_draft_tokens"] == num_draft_tokens:
+    arms = _fixed_arms(result, temperature=temperature)
+    for length, figures in arms:
+        if length == num_draft_tokens:
             return _promise(figures["block_efficiency"], figures["acceptance_by_position"], "decoded")
-    for figures in fixed_arms(result, temperature=temperature):
+    for _, figures in arms:
         if str(num_draft_tokens) in figures["replay"]:
             return _promise(figures["replay"][str(num_draft_tokens)], None, "replay")
     return None
 
 
-def fixed_arms(result: Mapping[str, Any], *, temperature: float) -> list[Mapping[str, Any]]:
-    """Return the arms of the judged drafter at a temperature that drafted chains of a fixed length, without loss."""
+def _fixed_arms(result: Mapping[str, Any], *, temperature: float) -> list[tuple[int, Mapping[str, Any]]]:
+    """Return (draft tokens, figures) of the judged drafter's chains of a fixed length at a temperature, without loss."""
     part = next((one for one in result["temperatures"] if one["temperature"] == temperature), None)
     judged = next(iter(result["drafters"]))
-    arms = part["drafters"].items() if part else ()
-    return [
-        figures
-        for name, figures in arms
-        if (name == judged or name.startswith(f"{judged} ("))
-        and figures["length"]["kind"] == "fixed"
-        and figures["exactness"] != "lossy"
-    ]
+    found = []
+    for name, figures in part["drafters"].items() if part else ():
+        # An evaluation of an earlier version has one length, which its settings tell.
+        length = figures.get("length", result["settings"]["length"])
+        is_judged = name == judged or name.startswith(f"{judged} (")
+        if is_judged and length["kind"] == "fixed" and figures.get("exactness", result["exactness"]) != "lossy":
+            found.append((length["num_draft_tokens"], figures))
+    return found
 
 
 def _promise(figure: Mapping[str, float | None], by_position: Sequence[float] | None, measured: str) -> Promise:

@@ -22,8 +22,8 @@ KEPT = (
     "temperature", "tools", "top_k", "top_logprobs", "top_p", "user",
 )  # fmt: skip
 """Keys of a request that are written; others may be anything, credentials too. Headers are never even handed here."""
-SPELLED = ("token_ids", "prompt_token_ids", "logprobs", "speculative")
-"""Keys of an answer that spell its text once more."""
+SPELLED = ("token_ids", "prompt_token_ids", "logprobs", "speculative", "speculative_decoding")
+"""Keys of an answer that spell its text once more, or say where in it something was."""
 
 
 @dataclass(frozen=True)

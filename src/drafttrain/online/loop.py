@@ -1,7 +1,7 @@
-"""From logs to published drafters, once or for ever; what a kill leaves is one batch to do again.
+"""From logs to published drafters, once or for ever; after a kill, what came since the last update is done again.
 
 online/intake/        what was taken up of the logs
-online/state.pt       all drafters in training, their buffers and counts, whole after every batch
+online/state.pt       all drafters in training, their buffers and counts, whole after every update
 online/metrics.jsonl  a row for each update
 drafters/             the versions of the drafter, or drafters/ROUTE/ and the router
 """
@@ -13,7 +13,7 @@ import fcntl
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ from drafttrain.data_gen.serving_logs.intake import Intake
 from drafttrain.online.lane import Lane, Workshop
 from drafttrain.online.router import Router
 from drafttrain.online.versions import Versions, publish_first
+
+UNSAVED_BATCHES = 64
+"""Without an update the state is written that seldom: after a kill, batches are sorted into the buffers again."""
 
 
 class OnlineRun:
@@ -54,6 +57,8 @@ class OnlineRun:
             self.lanes[name] = Lane(name, shop, versions)
         self.batches = 0
         """Batches of the intake that were learned from."""
+        self._saved = 0
+        """Of these, the ones that the state on the disk holds."""
         self._state = folder / "online" / "state.pt"
         self._metrics = folder / "online" / "metrics.jsonl"
         self._resume()
@@ -63,7 +68,7 @@ class OnlineRun:
             self._metrics.unlink(missing_ok=True)
             return
         state = torch.load(self._state, weights_only=True, map_location=self.shop.target.device)
-        self.batches = state["batches"]
+        self.batches = self._saved = state["batches"]
         for name, lane in self.lanes.items():
             lane.restore(state["lanes"][name])
         if self.router:
@@ -81,17 +86,23 @@ class OnlineRun:
                 self._note(lane.update())
         self._save()
 
-    def for_ever(self) -> None:
+    def for_ever(self, after_update: Callable[[], None]) -> None:
         """Go on as the logs grow, until the process is told to stop."""
         while True:
+            updates = self._updates()
             taken = self._take()
             for lane in self.lanes.values():
                 lane.look_at_current()
                 if lane.is_time():
                     self._note(lane.update())
                     self._save()
+            if self._updates() > updates:
+                after_update()
             if not taken:
                 time.sleep(self.shop.online.poll_seconds)
+
+    def _updates(self) -> int:
+        return sum(lane.counts["updates"] for lane in self.lanes.values())
 
     def _take(self) -> bool:
         """Learn from the next batch; tell whether there was one."""
@@ -106,10 +117,11 @@ class OnlineRun:
         if self.router:
             self.router.learn([one.record for one in requests])
             self.router.save(self.folder / "drafters" / "router.safetensors")
-        for name, lane in self.lanes.items():
-            self._note(lane.take(by_lane[name]))
+        rows = [row for name, lane in self.lanes.items() for row in lane.take(by_lane[name])]
+        self._note(rows)
         self.batches += 1
-        self._save()
+        if rows or self.batches - self._saved >= UNSAVED_BATCHES:
+            self._save()
         return True
 
     def _note(self, rows: list[dict[str, Any]]) -> None:
@@ -125,6 +137,8 @@ class OnlineRun:
         }
         with written_beside(self._state) as temporary:
             torch.save(state, temporary)
+        self._saved = self.batches
+        self.intake.forget(stop_batch=self._saved)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

@@ -222,6 +222,7 @@ def evaluate_drafters(
 def learn_online(recipe: Recipe, folder: Path, *, once: bool = False) -> None:
     """Learn from serving logs and publish what is better: once, or until the process is told to stop."""
     from drafttrain.online.loop import alone
+    from drafttrain.online.report import write_online_report
 
     if recipe.online is None:
         raise RecipeError(recipe.name, ["online: missing: this recipe trains once; drafttrain fit does"])
@@ -229,10 +230,11 @@ def learn_online(recipe: Recipe, folder: Path, *, once: bool = False) -> None:
         run = Run(recipe, folder)
         write_drafter(run, run.drafter, run.folder.start, steps=0)
         learning = online_run(recipe, run.folder, run.target)
-        try:
-            learning.once() if once else learning.for_ever()
-        finally:
+        if once:
+            learning.once()
             report(run.folder, title=recipe.name)
+        else:
+            learning.for_ever(lambda: write_online_report(folder, run.folder.report, title=recipe.name))
     show_status(folder)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,8 @@ if TYPE_CHECKING:
     from drafttrain.checkpoint import About
     from drafttrain.core.records import Prompt
     from drafttrain.eval.settings import EvalSettings
-    from drafttrain.eval.statistics import Interval
     from drafttrain.export.engines import CounterNames
     from drafttrain.export.live import LiveFigures
-    from drafttrain.export.promise import Promise
 
 SERVER = "server.json"
 TAKEN_OVER = ("prompts", "prompt_tokens", "max_new_tokens", "top_p", "top_k")
@@ -64,8 +63,6 @@ def evaluate_server(
     Raises:
         GateError: With `require`, where the promise is not kept or there is none.
     """
-    from drafttrain.export.promise import promise_of
-
     quiet_libraries()
     names = _counters_of(question.engine)
     folder, about, result = _drafter(drafter) if drafter else (None, None, None)
@@ -79,12 +76,9 @@ def evaluate_server(
         settings.temperatures = [0.0]
     prompts = _prompts(of_target, settings, result)
     figures, model = asyncio.run(_served(question, names, of_target.model, about, prompts, settings, result))
-    rows = []
-    for one in figures:
-        promise = result and promise_of(result, temperature=one.temperature, num_draft_tokens=one.num_draft_tokens)
-        served = one.block_efficiency(resamples=settings.resamples, seed=settings.seed)
-        rows.append(_judged(one, served, promise or None, same_prompts=_same_prompts(one, result)))
-        _show(one, promise or None, rows[-1], title=f"{question.engine} at {question.url}, model {model}")
+    rows = [_judged(one, settings, result) for one in figures]
+    for row in rows:
+        _show(row, title=f"{question.engine} at {question.url}, model {model}")
     told = {
         "server": question.url,
         "engine": question.engine,
@@ -94,12 +88,7 @@ def evaluate_server(
         "temperatures": rows,
         "provenance": provenance(),
     }
-    out = out or folder
-    if out is None:
-        say(f"{SERVER}: not written, --out DIR says where to")
-    else:
-        write_json(out / SERVER, told)
-        say(f"written: {out / SERVER}")
+    _write(told, out or folder)
     failed = [
         f"temperature {row['temperature']:g}: {row['why']}" for row in rows if row["verdict"] in ("below", "none")
     ]
@@ -208,23 +197,19 @@ def _key(question: LiveQuestion) -> str | None:
     return key
 
 
-def _same_prompts(figures: LiveFigures, result: Mapping[str, Any] | None) -> bool:
-    return {window.id for window in figures.windows} == set(_counted(result, temperature=figures.temperature))
-
-
-def _judged(figures: LiveFigures, served: Interval, promise: Promise | None, *, same_prompts: bool) -> dict[str, Any]:
+def _judged(figures: LiveFigures, settings: EvalSettings, result: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return what server.json holds of a temperature: figures, promise, and whether it is kept."""
     from drafttrain.eval.table import interval
-    from drafttrain.export.promise import TOLERANCE
+    from drafttrain.export.promise import TOLERANCE, promise_of
 
-    told = figures.json() | {
-        "block_efficiency": served.json(),
-        "promise": promise and promise.json(),
-        "same_prompts": same_prompts,
-    }
+    served = figures.block_efficiency(resamples=settings.resamples, seed=settings.seed)
+    same_prompts = {window.id for window in figures.windows} == set(_counted(result, temperature=figures.temperature))
+    told = figures.json() | {"block_efficiency": served.json(), "same_prompts": same_prompts}
+    length = figures.num_draft_tokens
+    promise = promise_of(result, temperature=figures.temperature, num_draft_tokens=length) if result else None
     if promise is None:
-        why = f"no evaluation of chains of {figures.num_draft_tokens} draft tokens at this temperature is known"
-        return told | {"verdict": "none", "why": why}
+        why = f"no evaluation of chains of {length} draft tokens at this temperature is known"
+        return told | {"promise": None, "verdict": "none", "why": why}
     # On other prompts, or fewer of them, the served figure is itself known up to its interval only.
     between = (served.value, served.value) if same_prompts else (served.low, served.high)
     verdict = promise.verdict(*(served.value if bound != bound else bound for bound in between))
@@ -238,27 +223,35 @@ def _judged(figures: LiveFigures, served: Interval, promise: Promise | None, *, 
         f"{words}: block efficiency {interval(served.json(), 3)} served, {interval(promise.json(), 3)} promised "
         f"({promise.measured}), {on}; tolerance {TOLERANCE:.0%}"
     )
-    return told | {"verdict": verdict, "why": why}
+    return told | {"promise": promise.json(), "verdict": verdict, "why": why}
 
 
-def _show(figures: LiveFigures, promise: Promise | None, row: Mapping[str, Any], *, title: str) -> None:
+def _show(row: Mapping[str, Any], *, title: str) -> None:
     from drafttrain.eval.table import interval, number
 
-    rows = [
-        ["block efficiency", interval(row["block_efficiency"], 3), interval(promise.json(), 3) if promise else "n/a"]
-    ]
-    positions = promise.acceptance_by_position if promise and promise.acceptance_by_position else []
-    for i, share in enumerate(figures.acceptance_by_position):
-        rows.append(
-            [f"kept at position {i + 1}", number(share, 3), number(positions[i] if i < len(positions) else None, 3)]
-        )
+    promise = row["promise"] or {}
+    promised = interval(promise, 3) if promise else "n/a"
+    rows = [["block efficiency", interval(row["block_efficiency"], 3), promised]]
+    served = row["acceptance_by_position"]
+    positions = promise.get("acceptance_by_position") or [None] * len(served)
+    for i, shares in enumerate(zip_longest(served, positions[: len(served)])):
+        rows.append([f"kept at position {i + 1}", *(number(share, 3) for share in shares)])
     for name, label in (("num_drafts", "drafts"), ("num_draft_tokens", "draft tokens"), ("num_accepted", "accepted")):
-        rows.append([label, f"{figures.total(name):,}", ""])
-    title += f": {len(figures.windows)} prompts, temperature {figures.temperature:g}, {figures.num_draft_tokens} draft tokens"
+        rows.append([label, f"{row['counters'][name]:,}", ""])
+    title += f": {row['num_prompts']} prompts, temperature {row['temperature']:g}"
+    title += f", draft tokens a round: {row['num_draft_tokens']}"
     table(rows, columns=["", "served", "promised"], title=title)
-    if figures.num_shared:
+    if row["num_prompts_shared"]:
         say(
-            f"{figures.num_shared} further prompts are left out: other requests were served meanwhile, and the counters "
+            f"{row['num_prompts_shared']} further prompts are left out: other requests were served meanwhile, and the counters "
             "rose by theirs too"
         )
     say(row["why"])
+
+
+def _write(told: Mapping[str, Any], out: Path | None) -> None:
+    if out is None:
+        say(f"{SERVER}: not written, --out DIR says where to")
+        return
+    write_json(out / SERVER, told)
+    say(f"written: {out / SERVER}")

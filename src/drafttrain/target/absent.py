@@ -40,17 +40,21 @@ def target_folder(settings: TargetSettings) -> Path:
     return resolve_folder(settings.model, revision=settings.revision)
 
 
-def outer_model(settings: TargetSettings) -> Any:
-    """Return the target's model with the weights of embedding, final norm and head alone, read from its files."""
-    folder, device = target_folder(settings), pick_device(settings.device)
-    model = skeleton(
-        folder,
+def bare_model(settings: TargetSettings) -> Any:
+    """Return the target's model without any weights."""
+    return skeleton(
+        target_folder(settings),
         dtype=settings.dtype,
         attention=settings.attention,
         trust_remote_code=settings.trust_remote_code,
-        device=device,
+        device=pick_device(settings.device),
     )
-    fill(model, stored_tensors(*outer_modules(model)), TensorFiles(folder), device=device)
+
+
+def outer_model(settings: TargetSettings) -> Any:
+    """Return the target's model with the weights of embedding, final norm and head alone, read from its files."""
+    model, files = bare_model(settings), TensorFiles(target_folder(settings))
+    fill(model, stored_tensors(*outer_modules(model)), files, device=pick_device(settings.device))
     return model
 
 

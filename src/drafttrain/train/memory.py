@@ -11,6 +11,8 @@ import torch
 
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.core.processes import world
+from drafttrain.drafters.feature_target import weight_bytes
+from drafttrain.target.anatomy import blocks
 from drafttrain.train.module import DistillModule, StepModule
 from drafttrain.train.settings import TrainSettings
 
@@ -64,8 +66,22 @@ def _for_steps(module: StepModule, device: torch.device) -> list[str]:
         )
     if isinstance(module, DistillModule):
         changes.append("data.cache, where it is none: the target is not run in a step, so it needs no activations")
+        changes += _for_target(module, settings, processes)
     changes += _for_states(module, settings, device, processes)
     return [*changes, "data.max_length: activations shrink with it; this changes what is trained"]
+
+
+def _for_target(module: DistillModule, settings: TrainSettings, processes: int) -> list[str]:
+    """Return what makes room where the target's blocks are."""
+    if module.target is None or settings.target_placement != "replicated":
+        return []
+    size = weight_bytes(blocks(module.target.model)) / 1e9
+    changes = [f"train.target_placement=absent, with a data.cache: {size:.2f} GB of the target's blocks are not loaded"]
+    if processes > 1:
+        changes.append(
+            f"train.target_placement=sharded: of these {size:.2f} GB each process holds {size / processes:.2f} GB; slower steps"
+        )
+    return changes
 
 
 def _next_accumulation(settings: TrainSettings, processes: int) -> int | None:

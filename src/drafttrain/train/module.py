@@ -186,7 +186,7 @@ class DistillModule(StepModule):
         super().__init__(drafter, settings=settings)
         self.loss = loss
         self.vocab_size = vocab_size
-        self._target = target
+        self.target = target
 
     def training_step(self, batch: DraftBatch, batch_idx: int) -> Tensor:
         """Return the loss of a micro-batch, scaled so that the gradients of a step add up to the mean over its positions."""
@@ -214,16 +214,16 @@ class DistillModule(StepModule):
         reads = rows_needed or not (batch.target or TargetOutput()).has(needs)
         if not self._read_by_any(reads):
             return batch
-        assert self._target is not None, "the pipeline loads a target when the drafter or the loss needs one"
-        seen = self._target.read(batch.tokens_BT, batch.positions_BT, needs | TargetNeeds(final=rows_needed))
+        assert self.target is not None, "the pipeline loads a target when the drafter or the loss needs one"
+        seen = self.target.read(batch.tokens_BT, batch.positions_BT, needs | TargetNeeds(final=rows_needed))
         if not reads:
             return batch
-        rows = self._target.rows_of(seen) if rows_needed else batch.target_rows
+        rows = self.target.rows_of(seen) if rows_needed else batch.target_rows
         return replace(batch, target=seen.to(batch.tokens_BT.device), target_rows=rows)
 
     def _read_by_any(self, reads: bool) -> bool:
         """Tell whether this process runs the target; one that is spread out is run by all where one process needs it."""
-        if self._target is None or not self._target.spread:
+        if self.target is None or not self.target.spread:
             return reads
         return bool(self.trainer.strategy.reduce(torch.tensor(float(reads)), reduce_op="sum") > 0)
 

@@ -12,10 +12,17 @@ from torch import nn
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.tensors import TensorFiles
-from drafttrain.target.absent import outer_model, target_folder
+from drafttrain.target.absent import bare_model, target_folder
 from drafttrain.target.anatomy import blocks, trunk
 from drafttrain.target.documents import tells_documents_apart
-from drafttrain.target.frozen import Target, TargetSettings, add_to_digest, fingerprint_of, load_target_tokenizer
+from drafttrain.target.frozen import (
+    Target,
+    TargetSettings,
+    add_to_digest,
+    fingerprint_of,
+    load_target_tokenizer,
+    pick_device,
+)
 from drafttrain.target.skeleton import fill, stored_tensors
 from drafttrain.train.strategy import join_deepspeed, whole
 
@@ -50,13 +57,12 @@ class ShardedTarget(Target):
         import deepspeed
 
         join_deepspeed()
-        folder, model = target_folder(settings), outer_model(settings)
+        folder, device = target_folder(settings), pick_device(settings.device)
+        model, files = bare_model(settings), TensorFiles(folder)
         _refuse_mixed_types(model, settings)
-        files, device = TensorFiles(folder), model.get_input_embeddings().weight.device
         stack = blocks(model)
         of_blocks = {id(tensor) for tensor in stored_tensors(stack)}
-        others = [tensor for tensor in stored_tensors(model) if tensor.is_meta and id(tensor) not in of_blocks]
-        fill(model, others, files, device=device)
+        fill(model, [tensor for tensor in stored_tensors(model) if id(tensor) not in of_blocks], files, device=device)
         for block in stack:
             fill(model, stored_tensors(block), files, device=device)
             deepspeed.zero.Init(module=block, config_dict_or_path=CONFIG)

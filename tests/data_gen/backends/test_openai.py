@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 
+from drafttrain.core.console import progress
 from drafttrain.core.errors import DataError
-from drafttrain.data_gen.backends.openai import OpenAISettings
+from drafttrain.core.records import Sampling
+from drafttrain.data_gen.backends import Plan, Task
+from drafttrain.data_gen.backends.openai import OpenAI, OpenAISettings
 from drafttrain.data_gen.generate import generate
 from drafttrain.data_gen.settings import GenerateSettings
 from drafttrain.data_gen.sources.generated import Generated, GeneratedSettings
@@ -241,6 +244,19 @@ def test_what_is_wrong_for_every_text_ends_the_run(settings, tiny_target, tmp_pa
     with pytest.raises(DataError, match="the environment has no NO_SUCH_KEY"):
         served(settings, CompletionsServer(tiny_target), tmp_path / "none", api_key_variable="NO_SUCH_KEY")
     assert not list(tmp_path.glob("*/manifest.json"))
+
+
+def test_a_later_shard_of_which_nothing_can_be_used_ends_no_run_whoever_wrote_the_first(tiny_target, tmp_path):
+    """One of several processes has no first shard: what it does must not depend on whether another one has stored it yet."""
+    tasks = [Task(f"t{i}", [5 + i, 6, 7], Sampling()) for i in range(2)]
+    server = CompletionsServer(tiny_target, lambda number, asked: status(422))
+    with serving(server) as url, progress("", total=4, unit="texts") as bar:
+        plan = Plan(target=tiny_target, folder=tmp_path, max_new_tokens=4, batch_size=1, seed=0)
+        backend = OpenAI(OpenAISettings(base_url=url, model="served", retries=0), plan)
+        ((number, outcomes),) = backend.write({1: tasks}, bar)
+        assert (number, [outcome.tokens for outcome in outcomes]) == (1, [None, None])
+        with pytest.raises(DataError, match="not one of the 2 texts of shard 0"):
+            list(backend.write({0: tasks}, bar))
 
 
 def test_the_key_is_sent_and_is_in_no_message_and_no_file(settings, tiny_target, tmp_path, builtin, monkeypatch):

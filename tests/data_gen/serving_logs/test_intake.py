@@ -133,6 +133,24 @@ def test_every_line_is_accounted_for_and_duplicates_are_known_after_a_restart(tm
     assert len(entries) == 4
 
 
+def test_batches_that_nothing_is_compared_with_go_once_they_were_learned_and_a_restart_knows_the_others(tmp_path):
+    log = tmp_path / "logs" / "a.jsonl"
+    append(log, *"12345678")
+    reader = intake(tmp_path, remembered=3)
+    assert take_all(reader, max_lines=2) == list("12345678")
+    reader.forget(stop_batch=1)
+    assert taken(reader) == list("345678"), "batches that were not learned stay"
+    reader.forget(stop_batch=4)
+    assert taken(reader) == list("5678"), "so do those that duplicates are found by"
+    append(log, "7", "9")
+    reader = intake(tmp_path, remembered=3)
+    assert take_all(reader) == list("56789")
+    assert reader.counts == {"used": 9, "duplicate": 1}
+    assert sorted(path.name for path in (tmp_path / "taken").iterdir()) == [
+        *(f"batch-{number:08d}.jsonl" for number in (2, 3, 4)), "cursor.json", "quarantine-00000004.jsonl"
+    ]  # fmt: skip
+
+
 def test_what_is_taken_up_is_what_was_read_law_and_user_included(tmp_path):
     tokens = ids("ok")
     rows = [{f"token_id:{token}": -0.1, "token_id:9": -4.0, "token_id:8": -5.0} for token in tokens]

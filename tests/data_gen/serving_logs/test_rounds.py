@@ -34,6 +34,23 @@ def test_a_round_that_lost_a_draft_token_is_refused_at_the_token_that_replaced_i
     assert record.refused is None, "not known"
 
 
+def test_vllm_tells_the_rounds_of_a_request_without_that_of_its_first_token(tmp_path):
+    speculation = {"per_step_drafted": [3, 3, 3], "per_step_accepted": [3, 0, 2], "num_spec_tokens": 3}
+    logged = completion("p", ANSWER, token_ids=ids(ANSWER))
+    logged["response"]["metrics"] = {"speculative_decoding": speculation}
+    (record,), _ = read(write(tmp_path / "a.jsonl", [logged]))
+    assert list(record.refused) == [1 + 5]
+    # In a stream they come with the last chunk, which has no choice.
+    chunks = [logged["response"] | {"metrics": None}, {"choices": [], "metrics": {"speculative_decoding": speculation}}]
+    (record,), _ = read(write(tmp_path / "a.jsonl", [logged | {"response": chunks}]))
+    assert list(record.refused) == [1 + 5]
+    for changed in ({"per_step_accepted": None}, {"per_step_drafted": "x"}, {"per_step_accepted": [3, 3, 3, 3]}):
+        logged["response"]["metrics"] = {"speculative_decoding": speculation | changed}
+        assert read(write(tmp_path / "a.jsonl", [logged]))[1] == ["speculative"]
+    logged["response"]["metrics"] = {"speculative_decoding": {"num_spec_tokens": 3}, "tokens_per_second": 3.0}
+    assert read(write(tmp_path / "a.jsonl", [logged]))[0][0].refused is None, "a summary has no rounds"
+
+
 def test_chunks_bring_a_round_each_and_a_record_that_is_cut_keeps_what_is_in_it(tmp_path):
     pieces = [("a", 0, 0), ("bc", 3, 1), ("defg", 3, 3), ("h", 3, 0)]
     chunks = [

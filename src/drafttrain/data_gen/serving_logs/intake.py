@@ -1,6 +1,6 @@
 """Takes up what is new in a folder of logs, batch by batch, so that a kill at any moment loses nothing and doubles nothing.
 
-    batch-00000012.jsonl   the records of a batch; quarantine-00000012.jsonl what was set aside
+    batch-00000012.jsonl   the records of a batch; quarantine-00000012.jsonl what was set aside, if anything
     cursor.json            how many batches there are, and where in the logs the last one ends
 
 A batch counts from the moment cursor.json is renamed: it names the batch and the places behind it together. A batch that a kill left
@@ -78,8 +78,14 @@ class Intake:
         self._places = [Place(**place | {"states": tuple(place["states"])}) for place in state["places"]]
         self._reading = Reading(self.settings, model=state["model"])
         self._exchanges = ExchangeEncoder(self._encoder, self._reading.redact, law=self.settings.law)
-        for served in self.served():
-            self._reading.duplicates.remember(served.mark)
+        kept = [number for path in self.folder.glob("batch-*.jsonl") if (number := _number(path)) < self.num_batches]
+        self._first = min(kept, default=self.num_batches)
+        self._sizes: dict[int, int] = {}
+        for number in range(self._first, self.num_batches):
+            self._sizes[number] = 0
+            for served in self.served(first_batch=number, stop_batch=number + 1):
+                self._sizes[number] += 1
+                self._reading.duplicates.remember(served.mark)
 
     @property
     def num_lines(self) -> int:
@@ -116,7 +122,9 @@ class Intake:
                 self.choices_set_aside.update(kinds if records else kinds[1:])
         number = f"{self.num_batches:08d}.jsonl"
         for name, entries in (("batch", [served_as_json(served) for served in taken]), ("quarantine", refused)):
-            write_text(self.folder / f"{name}-{number}", "".join(json.dumps(entry) + "\n" for entry in entries))
+            if entries or name == "batch":
+                write_text(self.folder / f"{name}-{number}", "".join(json.dumps(entry) + "\n" for entry in entries))
+        self._sizes[self.num_batches] = len(taken)
         self._commit(places)
         return len(taken)
 
@@ -151,12 +159,25 @@ class Intake:
         }
         write_json(self.folder / "cursor.json", state)
 
+    def forget(self, *, stop_batch: int) -> None:
+        """Remove batches before this one, as far as new exchanges are no longer compared with theirs."""
+        newer = sum(self._sizes.values())
+        while self._first < stop_batch and newer - self._sizes[self._first] >= self.settings.remembered:
+            newer -= self._sizes.pop(self._first)
+            for name in ("quarantine", "batch"):
+                (self.folder / f"{name}-{self._first:08d}.jsonl").unlink(missing_ok=True)
+            self._first += 1
+
     def served(self, *, first_batch: int = 0, stop_batch: int | None = None) -> Iterator[Served]:
-        """Yield what was taken up, in its order."""
-        for number in range(first_batch, self.num_batches if stop_batch is None else stop_batch):
+        """Yield what was taken up, in its order, but for what was forgotten."""
+        for number in range(max(first_batch, self._first), self.num_batches if stop_batch is None else stop_batch):
             with (self.folder / f"batch-{number:08d}.jsonl").open(encoding="utf-8") as file:
                 for line in file:
                     yield served_from_json(json.loads(line))
+
+
+def _number(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2])
 
 
 def served_as_json(served: Served) -> dict[str, Any]:

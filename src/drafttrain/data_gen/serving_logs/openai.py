@@ -1,18 +1,19 @@
 """The OpenAI protocol's chat and text completions, as gateways, recorders and batch jobs log them.
 
 A line holds the request (under `request` or `body`, or at the top) and the response (under `response`, or at the top): whole, or
-as the list of its chunks. vLLM's and SGLang's additions (token ids) are read where they are, and `speculative` of a choice: what was
-drafted and kept for it.
+as the list of its chunks. vLLM's and SGLang's additions (token ids) are read where they are, and so are what was
+drafted and kept for an answer: `speculative` of a choice, or vLLM's `metrics.speculative_decoding`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from drafttrain.data_gen.serving_logs.exchange import (
     Exchange,
     Law,
+    LoggedRound,
     Refused,
     count,
     ids,
@@ -22,7 +23,7 @@ from drafttrain.data_gen.serving_logs.exchange import (
     text,
     turns,
 )
-from drafttrain.data_gen.serving_logs.rounds import logged_rounds
+from drafttrain.data_gen.serving_logs.rounds import logged_rounds, vllm_rounds
 from drafttrain.data_gen.serving_logs.stream import merged
 
 ID_PREFIX = "token_id:"
@@ -54,6 +55,7 @@ def exchanges(value: dict[str, Any], *, id: str) -> list[Exchange]:
             id=whole if len(choices) == 1 else f"{whole}@{i}",
             **asked | _prompt_ids(response, choice),
             **_answer(choice, f"choices.{i}"),
+            rounds=_rounds(response, choices, i),
             num_prompt_tokens=count(usage.get("prompt_tokens"), "usage.prompt_tokens"),
             num_answer_tokens=answered,
             domain=_word(value.get("domain")),
@@ -136,9 +138,14 @@ def _answer(choice: dict[str, Any], key: str) -> dict[str, Any]:
         "answer": answer,
         "answer_ids": ids(choice.get("token_ids"), f"{key}.token_ids"),
         "law": _law(choice.get("logprobs"), f"{key}.logprobs"),
-        "rounds": logged_rounds(choice.get("speculative"), f"{key}.speculative"),
         "finish": "stop_text" if stopped_on_text else finish if isinstance(finish, str) else "",
     }
+
+
+def _rounds(response: dict[str, Any], choices: Sequence[dict[str, Any]], i: int) -> Sequence[LoggedRound] | None:
+    found = logged_rounds(choices[i].get("speculative"), f"choices.{i}.speculative")
+    # Of a response: whose rounds they are is known where there is one answer.
+    return vllm_rounds(response) if found is None and len(choices) == 1 else found
 
 
 def _law(logged: Any, key: str) -> Law | None:

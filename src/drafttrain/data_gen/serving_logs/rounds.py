@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from drafttrain.data_gen.serving_logs.exchange import LoggedRound, Refused, mapping
@@ -23,6 +23,22 @@ def logged_rounds(value: Any, key: str) -> list[LoggedRound] | None:
     if not isinstance(drafted, list) or not isinstance(accepted, list) or len(drafted) != len(accepted):
         raise Refused(KIND, f"{key}: drafted and accepted are lists of one length, an entry a round")
     return [_round(one, kept, key) for one, kept in zip(drafted, accepted, strict=True)]
+
+
+def vllm_rounds(response: Mapping[str, Any]) -> list[LoggedRound] | None:
+    """Return the rounds of vLLM's `metrics.speculative_decoding` (`--per-request-spec-decode-metrics detailed`).
+
+    It has no entry for the first token of an answer, for which nothing is drafted: that round is put before the others.
+
+    Raises:
+        Refused: They are of another form.
+    """
+    key = "metrics.speculative_decoding"
+    found = mapping(mapping(response.get("metrics") or {}, "metrics").get("speculative_decoding") or {}, key)
+    if "per_step_drafted" not in found:
+        return None
+    rounds = {"drafted": found["per_step_drafted"], "accepted": found.get("per_step_accepted")}
+    return [LoggedRound(0, 0), *(logged_rounds(rounds, key) or [])]
 
 
 def _round(drafted: Any, accepted: Any, key: str) -> LoggedRound:
