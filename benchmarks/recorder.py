@@ -1,14 +1,15 @@
 """What the recorder adds to a token: 50 streams of a paced server, 20 ms a token, with and without the recorder before it.
 
-Server, recorder and clients are processes of their own. The server writes into every event when it was sent; what a client reads off
-its clock when the event is there, less that, is the time of a token. Rounds go to the server directly, directly once more (what the
-machine adds to nothing), through a bare relay of bytes (what any process between the two adds), and through the recorder, in an order
-that turns; what is added to the direct rounds is the difference of the percentiles of all tokens, its interval is by bootstrap over
-turns. The last rows are medians over turns of the same difference within a turn.
+Server, recorder and clients are three processes. The server writes into every event when it was sent; what a client reads off its
+clock when the event is there, less that, is the time of a token. Rounds go to the server, to it once more, through a relay that passes
+bytes on and does nothing else, and through the recorder, in an order drawn for each turn. The second round to the server says what is
+noise, the relay what any process in between costs here. What is added is the difference of the percentiles of all tokens, its
+interval is by bootstrap over turns; the last rows are medians over turns of the same difference within a turn.
 """
 
 import argparse
 import asyncio
+import contextlib
 import datetime
 import json
 import os
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
@@ -26,12 +28,14 @@ from aiohttp import web
 
 from drafttrain.core.provenance import commit, processor
 
+WAYS = ["direct", "direct again", "relay", "recorder"]
+
 
 def main() -> None:
     """Measure and print the table, or be the server."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--serve", action="store_true", help="be the paced server")
-    parser.add_argument("--relay", metavar="PORT", type=int, help="be a relay of bytes before this port")
+    parser.add_argument("--relay", metavar="PORT", type=int, help="be the relay before this port")
     parser.add_argument("--streams", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=100)
     parser.add_argument("--milliseconds", type=float, default=20.0)
@@ -85,45 +89,45 @@ async def serve(pause: float) -> None:
 
 
 async def relay(port: int) -> None:
-    """Be a process that passes bytes on, and knows nothing of them."""
+    """Be a process that passes bytes on in both directions."""
 
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while piece := await reader.read(65536):
-            writer.write(piece)
-            await writer.drain()
+    async def passed(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while piece := await reader.read(2**16):
+                writer.write(piece)
         writer.close()
 
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        back, forth = await asyncio.open_connection("127.0.0.1", port)
-        await asyncio.gather(pump(reader, forth), pump(back, writer), return_exceptions=True)
+    async def both(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(passed(reader, upstream_writer), passed(upstream_reader, writer))
 
-    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    server = await asyncio.start_server(both, "127.0.0.1", 0)
     print(f"serving http://127.0.0.1:{server.sockets[0].getsockname()[1]} ", file=sys.stderr, flush=True)
-    await server.serve_forever()
+    await asyncio.Event().wait()
 
 
 async def measure(arguments: argparse.Namespace) -> None:
     """Start the processes, take turns, print the table."""
     with tempfile.TemporaryDirectory() as out:
         server = started([sys.executable, __file__, "--serve", "--milliseconds", str(arguments.milliseconds)])
+        between = started([sys.executable, __file__, "--relay", server[1].rpartition(":")[2]])
         more = ["--logprobs", str(arguments.logprobs)] if arguments.logprobs else []
         command = ["record", "--upstream", server[1], "--port", "0", "--out", out, *more]
         recorder = started([sys.executable, "-m", "drafttrain.cli", *command])
-        bare = started([sys.executable, __file__, "--relay", server[1].rpartition(":")[2]])
-        addresses = {"direct": server[1], "direct again": server[1], "bare relay": bare[1], "recorder": recorder[1]}
-        names = list(addresses)
-        milliseconds: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        addresses = dict(zip(WAYS, (server[1], server[1], between[1], recorder[1]), strict=True))
+        milliseconds: dict[str, list[np.ndarray]] = {name: [] for name in WAYS}
+        draws = random.Random(0)
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-            for name in addresses:
-                await a_round(session, addresses[name], arguments)
+            for address in addresses.values():
+                await a_round(session, address, arguments)
             busy = cpu_seconds(recorder[0].pid)
-            for turn in range(arguments.turns):
-                for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            for _ in range(arguments.turns):
+                for name in draws.sample(WAYS, len(WAYS)):
                     milliseconds[name].append(await a_round(session, addresses[name], arguments))
             busy = cpu_seconds(recorder[0].pid) - busy
             async with session.get(recorder[1] + "/_recorder") as answer:
                 status = await answer.json()
-        for process, _ in (recorder, bare, server):
+        for process, _ in (recorder, between, server):
             process.terminate()
             process.wait()
     report(arguments, milliseconds, busy, status)
@@ -171,41 +175,42 @@ def cpu_seconds(pid: int) -> float:
 
 def report(arguments: argparse.Namespace, milliseconds: dict, busy: float, status: dict) -> None:  # type: ignore[type-arg]
     """Print the table."""
-    rounds = {name: np.stack(arrays) for name, arrays in milliseconds.items()}
-    direct = rounds["direct"]
+    by_way = {name: np.stack(rounds) for name, rounds in milliseconds.items()}
+    direct = by_way[WAYS[0]]
     generator = np.random.Generator(np.random.PCG64(0))
     draws = [generator.integers(len(direct), size=len(direct)) for _ in range(1000)]
     print(
         f"{arguments.streams} streams, {arguments.milliseconds:g} ms a token, {arguments.tokens} tokens a stream, {len(direct)} rounds each; "
         f"{os.cpu_count()} cores of {processor()}, load {os.getloadavg()[1]:.1f}; {datetime.date.today()}, commit {commit()}\n"
     )
-    print("| added to a direct token, ms | " + " | ".join(list(rounds)[1:]) + " | direct |\n|---|---|---|---|---|")
+    compared = [*((name, "direct") for name in WAYS[1:]), ("recorder", "relay")]
+    print(f"| ms a token | direct | {' | '.join(f'{one} - {other}' for one, other in compared)} |")
+    print("|---|---|" + "---|" * len(compared))
     for percent in (50, 90, 99):
-        cells = [_percentile_added(rounds[name], direct, percent, draws) for name in list(rounds)[1:]]
-        print(f"| p{percent} | {' | '.join(cells)} | {np.percentile(direct, percent):.2f} |")
+        cells = []
+        for pair in compared:
+            one, other = (by_way[name] for name in pair)
+            values = [np.percentile(one[d], percent) - np.percentile(other[d], percent) for d in draws]
+            cells.append(added(np.percentile(one, percent) - np.percentile(other, percent), values))
+        print(f"| p{percent} | {np.percentile(direct, percent):.2f} | {' | '.join(cells)} |")
     for percent in (50, 99):
         # A machine that others use stalls a round now and then, by more than anything that is measured here.
-        first, *of_rounds = (np.percentile(array, percent, axis=1) for array in rounds.values())
-        cells = [_median_added(one - first, draws) for one in of_rounds]
-        print(f"| p{percent} of a round, median over turns | {' | '.join(cells)} | {np.median(first):.2f} |")
-    tokens = rounds["recorder"].size
+        of_round = {name: np.percentile(rounds, percent, axis=1) for name, rounds in by_way.items()}
+        cells = []
+        for pair in compared:
+            difference = of_round[pair[0]] - of_round[pair[1]]
+            cells.append(added(np.median(difference), [np.median(difference[d]) for d in draws]))
+        print(f"| p{percent} of a round, median | {np.median(of_round[WAYS[0]]):.2f} | {' | '.join(cells)} |")
+    tokens = by_way["recorder"].size
     print(
         f"\nThe recorder used {1e6 * busy / tokens:.0f} µs of processor time a token; {status['written']} records written, "
         f"dropped: {status['dropped'] or 0}."
     )
 
 
-def _percentile_added(through: np.ndarray, direct: np.ndarray, percent: int, draws: list[np.ndarray]) -> str:
-    added = [np.percentile(through[d], percent) - np.percentile(direct[d], percent) for d in draws]
-    return _with_interval(np.percentile(through, percent) - np.percentile(direct, percent), added)
-
-
-def _median_added(differences: np.ndarray, draws: list[np.ndarray]) -> str:
-    return _with_interval(np.median(differences), [np.median(differences[d]) for d in draws])
-
-
-def _with_interval(value: Any, drawn: list[Any]) -> str:
-    low, high = np.percentile(drawn, [2.5, 97.5])
+def added(value: Any, values: Sequence[Any]) -> str:
+    """Return a difference with its 95 % interval."""
+    low, high = np.percentile(values, [2.5, 97.5])
     return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 

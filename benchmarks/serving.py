@@ -2,8 +2,9 @@
 
 python benchmarks/serving.py runs/tiny_eagle3/drafter runs/tiny_eagle/drafter runs/tiny_medusa/drafter
 python benchmarks/serving.py runs/demo/drafter --format gguf
+python benchmarks/serving.py runs/demo/drafter --format hf --engine transformers
 
-Writes DRAFTER.FORMAT, asks the engines that read it (drafttrain engines install vllm llama.cpp), and prints the rows of `serving.md`.
+Writes DRAFTER.FORMAT, asks the engines that read it (drafttrain engines install vllm llama.cpp openvino), and prints the rows of `serving.md`.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ def main() -> None:
     parser.add_argument("drafters", nargs="+", type=Path)
     parser.add_argument("--target", default="builtin:target")
     parser.add_argument("--format", default="vllm")
+    parser.add_argument("--engine", help="this one alone, of those that read the format")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=128)
     arguments = parser.parse_args()
     overrides = [f"export.verify_prompts={arguments.prompts}", f"export.verify_tokens={arguments.tokens}"]
+    overrides += [f"export.verify=[{arguments.engine}]"] if arguments.engine else []
     print(
         "| engine | drafter | K | drafts | draft tokens | accepted | accepted by position | block efficiency in the engine | evaluator "
         "| T=1, drafts | engine | evaluator | p |"
@@ -49,16 +52,17 @@ def row(folder: Path, one: dict) -> str:
     sides = [one["greedy"]["engine"], one["greedy"]["evaluator"]]
     keys = ("num_drafts", "num_draft_tokens", "num_accepted", "accepted_at")
     counts = [" / ".join(dict.fromkeys(str(side[key]) for side in sides)) for key in keys]
-    sampled = [f"{one['sampled'][side]['block_efficiency']:.3f}" for side in ("engine", "evaluator")]
+    sampled = ["not asked", "", "", ""]
+    if part := one["sampled"]:
+        figures = [f"{part[side]['block_efficiency']:.3f}" for side in ("engine", "evaluator")]
+        sampled = [one["draft"], *figures, f"{part['p_value']:.2f}"]
     cells = [
         f"{one['engine']} {one['version']}",
         about.kind if about else "causal_lm",
         one["num_draft_tokens"],
         *counts,
         *(f"{side['block_efficiency']:.3f}" for side in sides),
-        one["draft"],
         *sampled,
-        f"{one['sampled']['p_value']:.2f}",
     ]
     return "| " + " | ".join(map(str, cells)) + " |"
 

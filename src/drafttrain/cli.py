@@ -240,12 +240,14 @@ def install(
 def list_engines() -> None:
     """List the serving engines that can prove an export, and where their environments are."""
     from drafttrain.export.engines import checked_engines, engines
-    from drafttrain.export.engines.environment import folder_of, is_installed
+    from drafttrain.export.engines.environment import is_installed, python_of
 
     rows = []
     for engine in checked_engines(engines.names()):
-        where = str(folder_of(engine)) if is_installed(engine) else "not installed"
-        rows.append([engine.name, " ".join(engine.pins), " ".join(engine.methods), " ".join(engine.formats), where])
+        where = str(python_of(engine).parents[1]) if is_installed(engine) else "not installed"
+        rows.append(
+            [engine.name, " ".join(engine.pins) or "none", " ".join(engine.methods), " ".join(engine.formats), where]
+        )
     table(rows, columns=["engine", "pins", "kinds", "formats", "where"])
 
 

@@ -136,6 +136,18 @@ def test_a_buffer_is_the_same_after_a_kill_and_no_user_has_more_than_the_quota()
     assert sum(one.user == "loud" for one in held_out.requests) == 2
 
 
+def test_an_answer_that_is_always_the_same_is_compared_on_once():
+    held_out = HeldOut(20, user_quota=1.0)
+    for number in range(15):
+        held_out.add(request(number))
+        stuck = request(7)
+        stuck.record.tokens[0] = 100 + number
+        held_out.add(stuck)
+    # The newest one of them.
+    assert [one.record.tokens[0] for one in held_out.requests if one.record.tokens[1:] == [2, 10]] == [114]
+    assert len(held_out.requests) == 15
+
+
 def test_the_reservoir_is_a_fair_sample():
     counts = torch.zeros(60)
     for seed in range(400):

@@ -18,6 +18,7 @@ from drafttrain.eval.engine import Engine
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.eval.proposers.none import NoDraft
 from drafttrain.export.hf import export_hf
+from drafttrain.losses import Loss
 from drafttrain.losses.forward_kl import ForwardKL
 from drafttrain.online.lane import Workshop
 from drafttrain.online.loop import OnlineRun, metrics, status
@@ -47,13 +48,13 @@ def start(tmp_path: Path, target, *, noise: float = 0.3) -> Path:
     return tmp_path / "start"
 
 
-def online_run(tmp_path: Path, target, first: Path, **changes) -> OnlineRun:
+def online_run(tmp_path: Path, target, first: Path, *, loss: type[Loss] = ForwardKL, **changes) -> OnlineRun:
     online = OnlineSettings(**SETTINGS | changes)
     shop = Workshop(
         target=target,
         online=online,
         train=TrainSettings(lr=2e-3, batch_size=16, warmup_steps=0, schedule="constant"),
-        loss=ForwardKL,
+        loss=loss,
         max_length=40,
         num_draft_tokens=K,
         dtype="float32",

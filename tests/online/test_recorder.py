@@ -22,7 +22,7 @@ from drafttrain.online.line_worker import LineWorker
 from drafttrain.online.recorder_settings import RecorderSettings
 from tests.data_gen.serving_logs.log_lines import chat_encoder, ids, read
 from tests.online import own_redaction
-from tests.online.openai_server import Server, chat_request, post, recorded, served, status
+from tests.online.openai_server import Server, chat_request, post, recorded, served
 
 REQUESTS = {
     "chat": chat_request("Why?"),
@@ -196,6 +196,7 @@ class Process:
             str(out),
         ]
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=limited)
+        self.pid = self._process.pid
         assert self._process.stderr is not None
         line = self._process.stderr.readline()
         found = re.search(r"recording on (http://127\.0\.0\.1:\d+) ", line)
@@ -238,41 +239,6 @@ def test_where_the_disk_is_full_requests_succeed_and_drops_are_counted(tmp_path)
 
     asyncio.run(run())
     assert all(path.stat().st_size == 0 for path in tmp_path.iterdir())
-
-
-def kill(tmp_path: Path, *, times: int) -> None:
-    acknowledged: set[str] = set()
-
-    async def run() -> None:
-        asked = 0
-        async with served(Server().app()) as upstream:
-            for turn in range(times):
-                process = await asyncio.to_thread(Process, upstream, tmp_path)
-                async with aiohttp.ClientSession() as session:
-                    for _ in range(7 + 5 * turn):
-                        asked += 1
-                        await post(session, process.address, chat_request(f"Question {asked}"))
-                    written = 0
-                    while not written:  # Some of them: the others are lost or not, and nobody was told.
-                        written = (await status(session, process.address))["written"]
-                await asyncio.to_thread(process.stop, signal.SIGKILL)
-                # They are written in the order in which they were asked.
-                acknowledged.update(f"Question {asked - (7 + 5 * turn) + n + 1}" for n in range(written))
-
-    asyncio.run(run())
-    found = [re.findall(r"Question \d+", text)[0] for text in texts(tmp_path, near_duplicates=None)]
-    assert acknowledged
-    assert acknowledged <= set(found)
-    assert len(set(found)) == len(found)
-
-
-def test_a_kill_loses_no_record_that_was_acknowledged(tmp_path):
-    kill(tmp_path, times=1)
-
-
-@pytest.mark.slow
-def test_twenty_kills_lose_no_record_that_was_acknowledged(tmp_path):
-    kill(tmp_path, times=20)
 
 
 def test_only_this_machine_is_listened_to_unless_told_otherwise_and_a_wrong_address_is_told():

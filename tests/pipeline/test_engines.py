@@ -10,8 +10,17 @@ import torch
 from drafttrain.checkpoint import read_drafter
 from drafttrain.core.errors import CheckpointError
 from drafttrain.drafters.medusa import JointSettings
+from drafttrain.export.engines.environment import EngineError
 from drafttrain.export.settings import ExportSettings
-from drafttrain.pipeline.engines import folder_as, formats_are_current, formats_of, only, served_folder, write_formats
+from drafttrain.pipeline.engines import (
+    check_engines,
+    folder_as,
+    formats_are_current,
+    formats_of,
+    only,
+    served_folder,
+    write_formats,
+)
 from drafttrain.target import Target, TargetSettings
 from tests.export import folders
 
@@ -63,6 +72,27 @@ def test_nothing_is_written_where_one_format_has_no_place_for_the_kind(settings,
 def test_an_engine_brings_the_format_that_it_reads():
     assert formats_of(ExportSettings(to=["sglang"], verify=["vllm"])) == ["sglang", "vllm"]
     assert formats_of(ExportSettings(to=["speculators"], verify=["vllm"])) == ["speculators"]
-    assert only(ExportSettings(), ["vllm"], verify=True).verify == ["vllm"]
-    with pytest.raises(CheckpointError, match="no engine here reads sglang"):
-        only(ExportSettings(), ["sglang"], verify=True)
+    assert formats_of(ExportSettings(verify=["openvino", "transformers"])) == ["openvino"]
+    assert formats_of(ExportSettings(to=["hf"], verify=["transformers"])) == ["hf"]
+
+
+def test_a_format_is_proven_in_the_engines_that_read_it_and_run_the_kind():
+    assert only(ExportSettings(), ["vllm"], "medusa", verify=True).verify == ["vllm"]
+    assert only(ExportSettings(), ["hf"], "medusa", verify=True).verify == ["vllm"]
+    assert only(ExportSettings(), ["hf"], "causal_lm", verify=True).verify == ["transformers", "vllm"]
+    assert only(ExportSettings(verify=["transformers"]), ["hf"], "causal_lm", verify=True).verify == ["transformers"]
+    assert only(ExportSettings(verify=["vllm"]), ["hf"], "causal_lm", verify=False).verify == []
+    with pytest.raises(CheckpointError, match="no engine here runs causal_lm and reads sglang"):
+        only(ExportSettings(), ["sglang"], "causal_lm", verify=True)
+
+
+def test_an_engine_that_cannot_run_the_kind_is_refused_before_anything_is_done(monkeypatch, tmp_path):
+    monkeypatch.setenv("DRAFTTRAIN_ENGINES", str(tmp_path / "none"))
+    with pytest.raises(
+        CheckpointError, match=r"openvino runs no drafter of kind medusa[\s\S]*Engines for medusa: vllm"
+    ):
+        check_engines(ExportSettings(verify=["openvino"]), "medusa", where=tmp_path)
+    for settings in (ExportSettings(to=["openvino"]), ExportSettings(verify=["openvino"])):
+        with pytest.raises(EngineError, match="drafttrain engines install openvino"):
+            check_engines(settings, "causal_lm", where=tmp_path)
+    check_engines(ExportSettings(to=["vllm"], verify=["transformers"]), "causal_lm", where=tmp_path)

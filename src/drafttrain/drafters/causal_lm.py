@@ -71,10 +71,7 @@ class CausalLMDrafter(Drafter):
     kind = "causal_lm"
     lag = 0
     recomputes = True
-    serving: ClassVar[str] = (
-        '    assistant = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")\n'
-        "    target.generate(**inputs, assistant_model=assistant)"
-    )
+    serving: ClassVar[str] = "Any engine that drafts with a plain language model of the target's tokenizer can read it."
 
     def __init__(self, model: Any, *, draft: str = "sampled") -> None:
         super().__init__()

@@ -36,6 +36,8 @@ class Exporter(ABC):
     """The kinds of drafter that it can hold, and how loaders of it call each."""
     readers: ClassVar[str]
     """Who reads it."""
+    engine: ClassVar[str | None] = None
+    """The serving engine whose environment writes it, where none of ours can."""
     fields_in: ClassVar[str] = "config.json"
     """The file that holds what `DrafterFiles.config` says."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -80,13 +81,14 @@ def _use(result: Mapping[str, Any], drafter: str) -> str:
     kind, length = told["kind"], result["settings"]["length"]
     wanted = (told["about"] or {}).get("draft", "sampled")
     num_draft_tokens = length.get("depth") or length.get("num_draft_tokens") or NUM_DRAFT_TOKENS
-    able = [engine for engine in map(engine_of, engines.names()) if kind in engine.methods]
-    commands = [
-        "    " + engine.command("TARGET", Use(_folder(engine), kind, num_draft_tokens, engine.draft(kind, wanted)))
-        for engine in able
-    ]
+    blocks = []
+    for engine in map(engine_of, engines.names()):
+        if kind in engine.methods:
+            use = Use(_folder(engine), kind, num_draft_tokens, engine.draft(kind, wanted))
+            # Without a word between them, two blocks of code would be one.
+            blocks += [f"{engine.name}:", textwrap.indent(engine.command("TARGET", use), "    ")]
     component: Any = drafters.entry(kind).component
-    return "\n\n".join([*commands, component.serving])
+    return "\n\n".join([*blocks, component.serving])
 
 
 def _folder(engine: ServingEngine) -> str:
@@ -109,11 +111,17 @@ def with_engines(card: str, comparisons: Sequence[Mapping[str, Any]]) -> str:
 def _beside(one: Mapping[str, Any]) -> str:
     """Return a comparison: the verdict, and both columns."""
     sides = ("engine", "evaluator")
+    asked = {"temperature 0": one["greedy"]}
+    sampled = "It is not asked at temperature above 0."
+    if part := one["sampled"]:
+        temperature = f"temperature {part['temperature']:g}"
+        asked[temperature] = part
+        sampled = (
+            f"At {temperature}, drafts {one['draft']}, acceptance is the same with p = {part['p_value']:.2g}, and so is the "
+            f"likelihood of the text, with p = {part['text_p_value']:.2g}."
+        )
     rows = []
-    for label, part in (
-        ("temperature 0", one["greedy"]),
-        (f"temperature {one['sampled']['temperature']:g}", one["sampled"]),
-    ):
+    for label, part in asked.items():
         for name, key in (("drafts", "num_drafts"), ("draft tokens", "num_draft_tokens"), ("accepted", "num_accepted")):
             rows.append([f"{label}: {name}", *(f"{part[side][key]:,}" for side in sides)])
         rows.append(
@@ -123,8 +131,7 @@ def _beside(one: Mapping[str, Any]) -> str:
     lines = [
         f"**{one['engine']} {one['version']}, format `{one['format']}`: {one['verdict']}.** {one['num_prompts']} prompts, "
         f"{one['max_new_tokens']} tokens each, {one['num_draft_tokens']} draft tokens, {one['dtype']}; with the drafter and without: "
-        f"{one['lossless']['text']}. At temperature {one['sampled']['temperature']:g}, drafts {one['draft']}, acceptance is the same with "
-        f"p = {one['sampled']['p_value']:.2g}, and so is the likelihood of the text, with p = {one['sampled']['text_p_value']:.2g}.",
+        f"{one['lossless']['text']}. {sampled}",
         *(f"The engine's build was mended to be asked: {what}." for what in one["repaired"]),
         *(f"Problem: {problem}" for problem in one["problems"]),
         "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -25,12 +26,21 @@ def read_files(folder: Path) -> DrafterFiles:
     Raises:
         CheckpointError: It is none, or its weights cannot be read.
     """
+    return DrafterFiles(kind_of(folder), read_config(folder), _all_tensors(folder), folder=folder)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return config.json of a drafter folder.
+
+    Raises:
+        CheckpointError: There is none that can be read.
+    """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not the configuration of a drafter: {error}") from error
-    return DrafterFiles(kind_of(folder), config, _all_tensors(folder), folder=folder)
+    return config
 
 
 def kind_of(folder: Path) -> str:

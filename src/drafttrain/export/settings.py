@@ -27,12 +27,12 @@ class ExportSettings:
 
     to: list[str] = setting(
         [],
-        help="Further formats, each a folder beside the drafter's: vllm, speculators, sglang, gguf (drafter.vllm, ...).",
+        help="Further formats, each a folder beside the drafter's: vllm, speculators, sglang, gguf, openvino (drafter.vllm, ...).",
     )
     verify: list[str] = setting(
         [],
-        help="Serving engines that load the export and must do with it what the evaluator does: vllm, llama.cpp "
-        "(drafttrain engines install vllm).",
+        help="Serving engines that load the export and must do with it what the evaluator does: vllm, llama.cpp, openvino "
+        "(drafttrain engines install vllm), transformers.",
     )
     verify_prompts: int = setting(8, help="Prompts of eval.prompts that an engine decodes.", ge=1)
     verify_tokens: int = setting(64, help="New tokens of each.", ge=2)

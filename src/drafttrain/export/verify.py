@@ -1,7 +1,7 @@
 """Does a serving engine do with the exported files what the embedded evaluator did with ours? Token for token, count for count.
 
-The evaluator decodes as the engine counts: the first token of an output comes before any draft, every later round drafts K tokens.
-Engines differ in whether rounds draft past the end of the output, and in which tokens end a text: `Habits`.
+The evaluator decodes as the engine counts: rounds of K draft tokens. Engines differ in whether the first token of an output comes
+before any draft, whether rounds draft past its end, and in which tokens end a text: `Habits`.
 """
 
 from __future__ import annotations
@@ -78,10 +78,11 @@ class Comparison:
     greedy: dict[str, Counts]
     """By side, `engine` and `evaluator`, on the prompts where both targets write the same."""
     sampled: dict[str, Counts]
+    """Empty where the engine is not asked at temperature > 0; then so is what follows from it."""
     difference: dict[str, float]
     """Of the sampled block efficiency, engine less evaluator."""
-    sampled_p_value: float
-    text_p_value: float
+    sampled_p_value: float | None
+    text_p_value: float | None
     """Of that both sides' sampled texts are equally likely to the target."""
     problems: tuple[str, ...]
 
@@ -89,11 +90,15 @@ class Comparison:
         if self.problems:
             return "FAILED\n" + "\n".join(f"  {problem}" for problem in self.problems)
         theirs, ours = (self.greedy[side] for side in ("engine", "evaluator"))
-        return (
+        told = (
             f"passed: {self.lossless}; {theirs.num_drafts} drafts, {theirs.num_draft_tokens} draft tokens, "
-            f"{theirs.num_accepted} accepted, the evaluator {ours.num_drafts}, {ours.num_draft_tokens}, {ours.num_accepted}; at "
-            f"temperature {SAMPLED_TEMPERATURE:g} block efficiency {self.sampled['engine'].block_efficiency:.3f}, the evaluator "
-            f"{self.sampled['evaluator'].block_efficiency:.3f}"
+            f"{theirs.num_accepted} accepted, the evaluator {ours.num_drafts}, {ours.num_draft_tokens}, {ours.num_accepted}"
+        )
+        if not self.sampled:
+            return f"{told}; not asked at temperature > 0"
+        return (
+            f"{told}; at temperature {SAMPLED_TEMPERATURE:g} block efficiency {self.sampled['engine'].block_efficiency:.3f}, "
+            f"the evaluator {self.sampled['evaluator'].block_efficiency:.3f}"
         )
 
     def json(self) -> dict[str, Any]:
@@ -112,13 +117,15 @@ class Comparison:
             "lossless": self.lossless.json() | {"text": str(self.lossless)},
             "same_target": self.same_target.json() | {"text": str(self.same_target)},
             "greedy": {side: counts.json() for side, counts in self.greedy.items()},
-            "sampled": {side: counts.json() for side, counts in self.sampled.items()}
-            | {
-                "temperature": SAMPLED_TEMPERATURE,
-                "difference": self.difference,
-                "p_value": self.sampled_p_value,
-                "text_p_value": self.text_p_value,
-            },
+            "sampled": self._sampled_json() if self.sampled else None,
+        }
+
+    def _sampled_json(self) -> dict[str, Any]:
+        return {side: counts.json() for side, counts in self.sampled.items()} | {
+            "temperature": SAMPLED_TEMPERATURE,
+            "difference": self.difference,
+            "p_value": self.sampled_p_value,
+            "text_p_value": self.text_p_value,
         }
 
 
@@ -135,7 +142,8 @@ class Side:
     plain: Sequence[Served]
     """Greedily, by the target alone."""
     greedy: Sequence[Served]
-    sampled: Sequence[Served]
+    sampled: Sequence[Served] = ()
+    """Empty where it was not asked to sample."""
 
 
 def compare_with_engine(
@@ -162,12 +170,12 @@ def compare_with_engine(
     """
     drafter.draft = engine.draft(drafter.kind, drafter.draft)
     plain = plain if plain is not None else plain_served(engine, job)
+    job = job if engine.samples else replace(job, temperatures=[0.0])
     answer = ask(
         engine, engine.request(job, Use(str(exported.resolve()), drafter.kind, num_draft_tokens, drafter.draft))
     )
-    greedy, sampled = engine.served(answer)
     return compare(
-        Side(plain, greedy, sampled),
+        Side(plain, *engine.served(answer)),
         evaluator_side(
             target, drafter, prompts, job, num_draft_tokens=num_draft_tokens, habits=engine.habits(job.target)
         ),
@@ -191,8 +199,8 @@ def evaluator_side(
     num_draft_tokens: int,
     habits: Habits = PLAIN,
 ) -> Side:
-    """Return what the evaluator decodes and counts, as the engine does."""
-    greedy, sampled = (
+    """Return what the evaluator decodes and counts, as the engine does: greedily, and sampled where the job asks for it."""
+    decoded = (
         [
             served_counts(one, max_new_tokens=job.max_new_tokens, habits=habits)
             for one in decode(
@@ -205,11 +213,11 @@ def evaluator_side(
                 habits=habits,
             )
         ]
-        for sampling in (Sampling(), Sampling(SAMPLED_TEMPERATURE))
+        for sampling in map(Sampling, job.temperatures)
     )
     alone = _engine(target, NoDraft(), Sampling(), max_new_tokens=job.max_new_tokens, num_draft_tokens=1)
     plain = [Served(_up_to_end(one.tokens, habits.ends)) for one in alone.generate(prompts)]
-    return Side(plain, greedy, sampled)
+    return Side(plain, *decoded)
 
 
 def compare(
@@ -234,30 +242,23 @@ def compare(
     same_target = parity(_generations(prompts, ours.plain), _generations(prompts, theirs.plain), target)
     apart = {one.id for one in (*lossless.divergences, *same_target.divergences)}
     kept = [number for number, prompt in enumerate(prompts) if prompt.id not in apart]
-    greedy, sampled = (
-        {"engine": a, "evaluator": b} for a, b in ((theirs.greedy, ours.greedy), (theirs.sampled, ours.sampled))
-    )
-    difference, p_value = _difference(theirs.sampled, ours.sampled)
+    greedy = {"engine": theirs.greedy, "evaluator": ours.greedy}
     tolerance = TOLERANCE.get(target.model.dtype, OTHER_TOLERANCE)
     problems = [
         *_of_lossless(lossless, engine, tolerance),
         *_of_target(same_target, engine),
         *_of_counts(greedy, prompts, kept, engine, tolerance),
     ]
-    sums = {side: _sum(many, num_draft_tokens) for side, many in sampled.items()}
-    if p_value < LOWEST_P_VALUE:
-        problems.append(
-            f"at temperature {SAMPLED_TEMPERATURE:g} {engine} accepts otherwise than the evaluator: block efficiency "
-            f"{sums['engine'].block_efficiency:.3f}, evaluator {sums['evaluator'].block_efficiency:.3f}, p = {p_value:.2g}"
-        )
-    likelihoods = [_log_likelihoods(target, prompts, side.sampled) for side in (theirs, ours)]
-    text_p_value = _p_value(*likelihoods)
-    if text_p_value < LOWEST_P_VALUE:
-        means = [sum(values) / len(values) for values in likelihoods]
-        problems.append(
-            f"at temperature {SAMPLED_TEMPERATURE:g} {engine} does not write the target's law: mean log-likelihood of a token "
-            f"{means[0]:.2f}, of the evaluator's text {means[1]:.2f}, p = {text_p_value:.2g}"
-        )
+    sums: dict[str, Counts] = {}
+    difference: dict[str, float] = {}
+    p_value = text_p_value = None
+    if theirs.sampled:
+        sampled = {"engine": theirs.sampled, "evaluator": ours.sampled}
+        sums = {side: _sum(many, num_draft_tokens) for side, many in sampled.items()}
+        difference, p_value = _difference(theirs.sampled, ours.sampled)
+        likelihoods = [_log_likelihoods(target, prompts, many) for many in sampled.values()]
+        text_p_value = _p_value(*likelihoods)
+        problems += _of_sampled(sums, p_value, likelihoods, text_p_value, engine)
     return Comparison(
         engine=engine,
         version=version,
@@ -290,21 +291,23 @@ def decode(
 ) -> list[Generation]:
     """Return outputs as an engine makes them: a first token of the target's own, then rounds of K draft tokens, to past the end.
 
-    Their `prompt_tokens` are those that were given; rounds start behind the first token.
+    Their `prompt_tokens` are those that were given; rounds start behind the first token, where it comes alone.
     """
     lengths = {"num_draft_tokens": num_draft_tokens}
+    alone = int(habits.first_alone)
     first = _engine(target, NoDraft(), sampling, max_new_tokens=1, seed=1, **lengths).generate(prompts)
-    longer = [replace(p, tokens=[*p.tokens, *one.tokens]) for p, one in zip(prompts, first, strict=True)]
+    begun = [list(one.tokens[:alone]) for one in first]
+    longer = [replace(prompt, tokens=[*prompt.tokens, *tokens]) for prompt, tokens in zip(prompts, begun, strict=True)]
     # One round past the end at most, and it drafts as many tokens as any other.
-    most = max_new_tokens + num_draft_tokens if habits.past_end else max_new_tokens - 1
+    most = max_new_tokens + num_draft_tokens if habits.past_end else max_new_tokens - alone
     proposer = drafter.proposer(target)
     if habits.draft_top_k:
         proposer = Narrowed(proposer, habits.draft_top_k)
     engine = _engine(target, proposer, sampling, max_new_tokens=most, **lengths)
     rest = [engine.generate([prompt])[0] for prompt in longer]
     return [
-        replace(one, prompt_tokens=prompt.tokens, tokens=[*begun.tokens, *one.tokens])
-        for prompt, begun, one in zip(prompts, first, rest, strict=True)
+        replace(one, prompt_tokens=prompt.tokens, tokens=[*tokens, *one.tokens])
+        for prompt, tokens, one in zip(prompts, begun, rest, strict=True)
     ]
 
 
@@ -352,9 +355,10 @@ def _up_to_end(tokens: Sequence[int], ends: frozenset[int]) -> list[int]:
 def served_counts(generation: Generation, *, max_new_tokens: int, habits: Habits = PLAIN) -> Served:
     """Return the counters of an output of `decode`: of the drafts that are made before its last token is there."""
     tokens = _up_to_end(generation.tokens[:max_new_tokens], habits.ends)
-    rounds = [one for one in generation.rounds if one.num_draft_tokens and 1 + one.start < len(tokens)]
+    begun = int(habits.first_alone)
+    rounds = [one for one in generation.rounds if one.num_draft_tokens and begun + one.start < len(tokens)]
     # Of what a round gives, one token was not drafted: where all that counts is what is written, the last one.
-    most = [len(tokens) - 2 - one.start for one in rounds]
+    most = [len(tokens) - 1 - begun - one.start for one in rounds]
     kept = [
         one.num_accepted if habits.past_end else min(one.num_accepted, limit)
         for one, limit in zip(rounds, most, strict=True)
@@ -457,6 +461,29 @@ def _of_counts(
         f"{engine} drafts otherwise than the evaluator in {len(wrong)} of {len(kept)} prompts; in {prompts[wrong[0]].id!r} its "
         f"drafts, draft tokens, accepted and accepted by position are {theirs}, the evaluator's {ours}"
     ]
+
+
+def _of_sampled(
+    sums: Mapping[str, Counts],
+    p_value: float,
+    likelihoods: Sequence[Sequence[float]],
+    text_p_value: float,
+    engine: str,
+) -> list[str]:
+    """Return where acceptance or text at temperature > 0 is told apart from the evaluator's."""
+    found = []
+    if p_value < LOWEST_P_VALUE:
+        found.append(
+            f"at temperature {SAMPLED_TEMPERATURE:g} {engine} accepts otherwise than the evaluator: block efficiency "
+            f"{sums['engine'].block_efficiency:.3f}, evaluator {sums['evaluator'].block_efficiency:.3f}, p = {p_value:.2g}"
+        )
+    if text_p_value < LOWEST_P_VALUE:
+        means = [sum(values) / len(values) for values in likelihoods]
+        found.append(
+            f"at temperature {SAMPLED_TEMPERATURE:g} {engine} does not write the target's law: mean log-likelihood of a token "
+            f"{means[0]:.2f}, of the evaluator's text {means[1]:.2f}, p = {text_p_value:.2g}"
+        )
+    return found
 
 
 def _numbers(one: Served) -> tuple[int, int, int, list[int]]:

@@ -82,7 +82,11 @@ class ReplayBuffer:
 
 
 class HeldOut:
-    """The newest requests that are never trained on; the same quota holds, so that no user alone decides what is better."""
+    """The newest requests that are never trained on.
+
+    The same quota holds, so that no user alone decides what is better. An answer counts once: a server that is stuck says the same to
+    everybody, and a candidate that knows it by heart would look better than it is.
+    """
 
     def __init__(self, window: int, *, user_quota: float) -> None:
         self._window = window
@@ -90,8 +94,9 @@ class HeldOut:
         self.requests: list[Served] = []
 
     def add(self, served: Served) -> None:
-        """Take up a request; the oldest one goes, that of the same user where they have too many."""
-        self.requests.append(served)
+        """Take up a request; the oldest one goes, that of the same user where they have too many, or the one with the same answer."""
+        answer = _answer(served)
+        self.requests = [*(other for other in self.requests if _answer(other) != answer), served]
         own = [i for i, other in enumerate(self.requests) if served.user and other.user == served.user]
         if len(own) > self._quota:
             self.requests.pop(own[0])
@@ -105,6 +110,11 @@ class HeldOut:
     def restore(self, state: Sequence[dict[str, Any]]) -> None:
         """Stand where `state` was written."""
         self.requests = _read(state)
+
+
+def _answer(served: Served) -> tuple[int, ...]:
+    record = served.record
+    return tuple(record.tokens[len(record.tokens) - sum(record.loss_mask) :])
 
 
 def _read(values: Sequence[dict[str, Any]]) -> list[Served]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import ipaddress
 import signal
+import sys
 import time
 import uuid
 from collections import Counter
@@ -27,6 +29,8 @@ from drafttrain.online.recorder_settings import RecorderSettings
 STATUS_PATH = "/_recorder"
 """Answered here and not passed on: counts as JSON."""
 STATUS_SECONDS = 30.0
+SWITCH_SECONDS = 0.0005
+"""The interpreter is handed over after that time; 5 ms is Python's own choice."""
 RECORDED = ("/chat/completions", "/completions")
 HOP_BY_HOP = {
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
@@ -227,6 +231,7 @@ async def _serve(recorder: Recorder) -> None:
         site = web.TCPSite(runner, settings.host, settings.port)
         await site.start()
         port = runner.addresses[0][1]
+        _without_pauses()
         say(f"recording on http://{settings.host}:{port} what {settings.upstream} answers, into {settings.out}")
         if not _is_loopback(settings.host):
             say(f"{settings.host}: others than this machine can reach the recorder, and the server through it")
@@ -241,6 +246,14 @@ async def _serve(recorder: Recorder) -> None:
                     said = line
     finally:
         await runner.cleanup()
+
+
+def _without_pauses() -> None:
+    """Let neither the thread that writes nor the collector hold up a token for milliseconds."""
+    sys.setswitchinterval(SWITCH_SECONDS)
+    # What was imported stays: a collection need not look through it.
+    gc.collect()
+    gc.freeze()
 
 
 def _line(status: dict[str, Any]) -> str:

@@ -41,7 +41,7 @@ def fit(recipe: Recipe, folder: Path, *, above: Sequence[str] = ()) -> None:
     if recipe.online is not None:
         learn_online(recipe, folder, once=True)
         return
-    check_engines(recipe.export.verify)
+    check_engines(recipe.export, recipe.drafter.kind if recipe.drafter else None, where=folder)
     with contextlib.ExitStack() as held:
         with _all_processes(recipe, folder, held):
             made = _with_models_made(recipe, folder.parent, above=above)
@@ -81,7 +81,7 @@ def export(recipe: Recipe, folder: Path) -> None:
     """
     if not RunFolder(folder).has_weights():
         raise DrafttrainError(f"{folder}: nothing is trained here yet: drafttrain fit does all stages")
-    check_engines(recipe.export.verify)
+    check_engines(recipe.export, recipe.drafter.kind if recipe.drafter else None, where=folder)
     run = Run(_with_models_made(recipe, folder.parent), folder)
     run.folder.drop_figures()
     export_and_judge(run)
@@ -98,7 +98,7 @@ def export_run_as(recipe: Recipe, folder: Path, formats: Sequence[str], *, verif
     stand = Stand(
         target=recipe.target,
         eval=recipe.eval,
-        export=only(recipe.export, formats, verify=verify),
+        export=only(recipe.export, formats, recipe.drafter.kind, verify=verify),
         dropped=[id for name, id in dropped if name == recipe.eval.prompts],
     )
     write_and_verify(source, stand, out=out)
@@ -131,7 +131,7 @@ def export_drafter_as(
     stand = Stand(
         target=replace(of_target, model=target) if target else of_target,
         eval=of_eval,
-        export=only(of_export, formats, verify=verify),
+        export=only(of_export, formats, about.kind if about else "causal_lm", verify=verify),
     )
     write_and_verify(source, stand, out=out)
 

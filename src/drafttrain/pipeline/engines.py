@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from drafttrain.target import Target
     from drafttrain.target.frozen import TargetSettings
 
+DRAFTER_FORMAT = "hf"
 ENGINES = "engine.json"
 """In a drafter folder: what serving engines did with it, beside the evaluator."""
 
@@ -38,17 +39,27 @@ class Stand:
     """Prompts that the training text spoils."""
 
 
-def check_engines(names: Sequence[str]) -> None:
-    """Refuse engines that are not installed, before anything is done for them.
+def check_engines(settings: ExportSettings, kind: str | None, *, where: Path) -> None:
+    """Refuse engines that cannot run the drafter or are not installed, before anything is done for them.
+
+    Args:
+        kind: Of the drafter; None: there is none.
+        where: What the message is about.
 
     Raises:
+        CheckpointError: Naming the engines that run this kind.
         EngineError: Naming the command that installs one.
     """
+    from drafttrain.export.convert import exporter_of
     from drafttrain.export.engines import engine_of
     from drafttrain.export.engines.environment import check_installed
 
-    for name in names:
+    for name in settings.verify:
+        if kind is not None:
+            engine_of(name).check_kind(where, kind)
         check_installed(engine_of(name))
+    for writer in filter(None, (exporter_of(format).engine for format in formats_of(settings))):
+        check_installed(engine_of(writer))
 
 
 def folder_as(source: Path, name: str) -> Path:
@@ -57,13 +68,16 @@ def folder_as(source: Path, name: str) -> Path:
 
 
 def formats_of(settings: ExportSettings) -> list[str]:
-    """Return the formats that are written: those asked for, and the first of every engine that reads none of them."""
+    """Return the formats that are written: those asked for, and the first of every engine that reads none of them.
+
+    The drafter folder itself is the format `hf`; an engine that wants no other reads it there.
+    """
     from drafttrain.export.engines import engine_of
 
     formats = list(dict.fromkeys(settings.to))
     for name in settings.verify:
         readable = engine_of(name).formats
-        if not set(readable) & set(formats):
+        if not set(readable) & set(formats) and readable[0] != DRAFTER_FORMAT:
             formats.append(readable[0])
     return formats
 
@@ -119,11 +133,10 @@ def verified(
 
     if not stand.export.verify:
         return []
-    check_engines(stand.export.verify)
     target = target or Target.load(stand.target)
     found = [one for name in stand.export.verify for one in _verified_in(name, source, folders, stand, target)]
     for folder in (source, *folders.values()):
-        of_folder = [one for one in found if folder == source or folders[one["format"]] == folder]
+        of_folder = [one for one in found if folder == source or folders.get(one["format"]) == folder]
         if of_folder:
             write_json(folder / ENGINES, of_folder)
     return found
@@ -225,9 +238,8 @@ def _verified_in(
         )
         target_config = read_target_config(target_folder, name=target_name)
         plain = None
-        for format, folder in folders.items():
-            if format not in engine.formats:
-                continue
+        readable = {format: folder for format, folder in folders.items() if format in engine.formats}
+        for format, folder in (readable or {DRAFTER_FORMAT: source}).items():
             check_exported(format, source, folder, target_config=target_config)
             if found := engine.problems(folder, drafter.kind, target_config):
                 raise CheckpointError("\n  ".join([f"{name} cannot run {folder}:", *found]))
@@ -261,8 +273,10 @@ def served_folder(settings: TargetSettings, standing: Target, target: Target) ->
         yield Path(temporary)
 
 
-def only(settings: ExportSettings, formats: Sequence[str], *, verify: bool) -> ExportSettings:
-    """Return export settings of these formats alone, proven in every engine that reads one of them or not at all.
+def only(settings: ExportSettings, formats: Sequence[str], kind: str, *, verify: bool) -> ExportSettings:
+    """Return export settings of these formats alone, not proven, or in every engine that reads one and runs this kind.
+
+    Engines that the settings name are the only ones then.
 
     Raises:
         CheckpointError: A format has no engine to prove it.
@@ -272,18 +286,21 @@ def only(settings: ExportSettings, formats: Sequence[str], *, verify: bool) -> E
 
     for format in formats:
         exporter_of(format)
-    proving = [name for name in engines.names() if set(engine_of(name).formats) & set(formats)] if verify else []
+    able = [name for name in settings.verify or engines.names() if kind in engine_of(name).methods]
+    proving = [name for name in able if set(engine_of(name).formats) & set(formats)] if verify else []
     unread = [f for f in formats if verify and not any(f in engine_of(name).formats for name in proving)]
     if unread:
         raise CheckpointError(
-            f"--verify: no engine here reads {', '.join(unread)}. Engines: {', '.join(engines.names())}"
+            f"--verify: no engine here runs {kind} and reads {', '.join(unread)}. Engines: {', '.join(engines.names())}"
         )
     return replace(settings, to=list(formats), verify=proving)
 
 
 def write_and_verify(source: Path, stand: Stand, *, out: Path | None) -> None:
+    from drafttrain.export.folder import kind_of
+
     quiet_libraries()
-    check_engines(stand.export.verify)
+    check_engines(stand.export, kind_of(source), where=source)
     folders = write_formats(source, stand.export, stand.target, out=out)
     comparisons = verified(source, folders, stand)
     for format, folder in folders.items():

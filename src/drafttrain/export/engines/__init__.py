@@ -55,6 +55,8 @@ class Use:
 class Habits:
     """How an engine goes about a text, where engines differ; the evaluator decodes and counts alike beside it."""
 
+    first_alone: bool = True
+    """The first token of an output comes before any draft; else the first round drafts too."""
     past_end: bool = True
     """Rounds draft in full past the end of an output, and count what they accept there; else neither."""
     ends: frozenset[int] = frozenset()
@@ -83,7 +85,7 @@ class ServingEngine(ABC):
 
     name: ClassVar[str]
     pins: ClassVar[tuple[str, ...]]
-    """What pip installs."""
+    """What pip installs; nothing: it runs in drafttrain's own Python."""
     removed: ClassVar[tuple[str, ...]] = ()
     """What pip brings with it that breaks it, and is taken out again."""
     size: ClassVar[str] = "some gigabytes, some minutes"
@@ -94,6 +96,8 @@ class ServingEngine(ABC):
     """Export formats that it loads; the first is the one to use."""
     methods: ClassVar[Mapping[str, str]]
     """The kinds of drafter that it runs, and how it calls each."""
+    samples: ClassVar[bool] = True
+    """It is asked at temperature > 0 too; else its answer is the greedy run alone."""
     counters: ClassVar[CounterNames | None] = None
     """What its server counts; None: nothing that could be read."""
 

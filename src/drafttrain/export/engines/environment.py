@@ -45,9 +45,14 @@ def folder_of(engine: ServingEngine) -> Path:
     return root() / f"{engine.name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
 
+def python_of(engine: ServingEngine) -> Path:
+    """Return the Python that an engine's worker runs in: of its environment, or this one where it needs no other."""
+    return folder_of(engine) / "bin" / "python" if engine.pins else Path(sys.executable)
+
+
 def is_installed(engine: ServingEngine) -> bool:
     """Tell whether the environment of these pins is whole."""
-    return (folder_of(engine) / INSTALLED).is_file()
+    return not engine.pins or (folder_of(engine) / INSTALLED).is_file()
 
 
 def check_installed(engine: ServingEngine) -> None:
@@ -69,6 +74,8 @@ def install(engine: ServingEngine) -> Path:
         EngineError: pip could not: there is no registry, or it lacks a pin.
     """
     folder = folder_of(engine)
+    if not engine.pins:
+        return Path(sys.prefix)
     if is_installed(engine):
         say(f"{engine.name}: installed already in {folder}")
         return folder
@@ -108,8 +115,8 @@ def ask(
         write_json(asked, dict(request))
         with log.open("w", encoding="utf-8") as written:
             # Isolated: nothing of this process's environment of packages is seen by the engine's.
-            command = [str(folder_of(engine) / "bin" / "python"), "-I", str(file), str(asked), str(answered)]
-            # Nor is a launcher's: the engine is none of its processes.
+            command = [str(python_of(engine)), "-I", str(file), str(asked), str(answered)]
+            # Nor is a launcher's: an engine that takes itself for one of several processes waits for the others.
             environment = for_own_program(os.environ)
             try:
                 code = subprocess.run(

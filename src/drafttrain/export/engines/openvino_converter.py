@@ -1,0 +1,77 @@
+"""Write a Hugging Face folder as OpenVINO reads it. Runs in the engine's own environment, without drafttrain.
+
+`python openvino_converter.py REQUEST ANSWER`. Both are JSON files. The request:
+
+    source     folder of a target or a drafter, weights and tokenizer
+    folder     where to write
+    taps       of EAGLE-3: the blocks of the target whose outputs it reads; null for others
+
+The answer: `version`; or `error`.
+"""
+
+import json
+import os
+import sys
+import traceback
+from typing import Any
+
+GRAPH = "openvino_model.xml"
+WEIGHTS = "openvino_model.bin"
+TOKENIZER = "openvino_tokenizer.xml"
+
+
+def answer_to(request: dict[str, Any]) -> dict[str, Any]:
+    """Write the folder and return the answer to a request."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from optimum.exporters.openvino import main_export
+    from optimum.intel import OVConfig
+    from optimum.intel.version import __version__
+
+    folder, taps = request["folder"], request["taps"]
+    main_export(
+        request["source"],
+        output=folder,
+        task="text-generation-with-past",
+        library_name="transformers",
+        ov_config=OVConfig(dtype="fp32"),
+        # optimum-intel's class of EAGLE-3 is, to transformers, code that comes with the model.
+        trust_remote_code=taps is not None,
+        convert_tokenizer=True,
+    )
+    # It says a failure of that in a warning alone; without the file no pipeline drafts.
+    if not os.path.exists(os.path.join(folder, TOKENIZER)):
+        raise RuntimeError("the tokenizer was not converted: the warnings above say why")
+    if taps is not None:
+        _note(folder, "hidden_layers_list", " ".join(map(str, taps)))
+    return {"version": __version__}
+
+
+def _note(folder: str, key: str, value: str) -> None:
+    """Write a note into a graph."""
+    import openvino
+
+    graph, beside = os.path.join(folder, GRAPH), os.path.join(folder, "noted.xml")
+    model = openvino.Core().read_model(graph)
+    model.set_rt_info(value, [key])
+    openvino.save_model(model, beside, compress_to_fp16=False)
+    del model
+    os.replace(beside, graph)
+    os.replace(beside.removesuffix(".xml") + ".bin", os.path.join(folder, WEIGHTS))
+
+
+def main() -> None:
+    """Read a request, write its answer."""
+    request, answer = sys.argv[1:]
+    with open(request, encoding="utf-8") as file:
+        asked = json.load(file)
+    try:
+        said = answer_to(asked)
+    except Exception as error:  # whatever the engine raises is its answer
+        traceback.print_exc()
+        said = {"error": f"{type(error).__name__}: {error}"}
+    with open(answer, "w", encoding="utf-8") as file:
+        json.dump(said, file)
+
+
+if __name__ == "__main__":
+    main()

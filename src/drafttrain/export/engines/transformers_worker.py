@@ -1,0 +1,139 @@
+"""Decode prompts with Hugging Face's assisted generation and count. Knows nothing of drafttrain: `python transformers_worker.py REQUEST ANSWER`.
+
+Both are JSON files. The request:
+
+    target, assistant    folders; assistant null: the target alone
+    num_draft_tokens     of a round
+    dtype
+    prompts              lists of token ids; decoded one by one: assisted generation takes no batch
+    runs                 [{temperature, max_tokens, seed}], over all prompts each
+
+The answer: `version`, and for every run its `prompts`, each with `tokens` and the counters of speculation; or `error`. `generate` counts
+nothing itself: drafts are what each forward of the target reads behind the text, accepted tokens what it then hands to the streamer.
+"""
+
+import json
+import os
+import sys
+import traceback
+from typing import Any
+
+SETTINGS = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def answer_to(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the answer to a request."""
+    os.environ.update(SETTINGS)
+    import torch
+    import transformers
+
+    # Small models wait for their threads.
+    torch.set_num_threads(1)
+    target = _loaded(transformers, request["target"], request["dtype"])
+    assistant = None
+    if request["assistant"]:
+        assistant = _loaded(transformers, request["assistant"], request["dtype"])
+        assistant.generation_config.num_assistant_tokens = request["num_draft_tokens"]
+        assistant.generation_config.num_assistant_tokens_schedule = "constant"
+        assistant.generation_config.assistant_confidence_threshold = 0.0
+    runs = [_run(torch, transformers, target, assistant, request["prompts"], **run) for run in request["runs"]]
+    return {"version": transformers.__version__, "runs": runs}
+
+
+def _loaded(transformers: Any, folder: str, dtype: str) -> Any:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    # Else what the folder says fills what a call leaves open: an end of text, a temperature.
+    model.generation_config = transformers.GenerationConfig(pad_token_id=0)
+    return model
+
+
+def _run(
+    torch: Any,
+    transformers: Any,
+    target: Any,
+    assistant: Any,
+    prompts: list[list[int]],
+    *,
+    temperature: float,
+    max_tokens: int,
+    seed: int,
+) -> dict[str, Any]:
+    # Without top_k=0 it draws from the 50 likeliest tokens.
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    config = transformers.GenerationConfig(
+        max_new_tokens=max_tokens, pad_token_id=0, **{"do_sample": False, **sampling}
+    )
+    decoded = []
+    for number, prompt in enumerate(prompts):
+        torch.manual_seed(seed + number)
+        rounds = Rounds(len(prompt))
+        hook = target.register_forward_pre_hook(rounds.before_forward, with_kwargs=True)
+        speculation = {} if assistant is None else {"assistant_model": assistant, "streamer": rounds}
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            output = target.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, **speculation)
+        hook.remove()
+        tokens = output[0, len(prompt) :].tolist()
+        decoded.append({"tokens": tokens, **(rounds.counters(tokens) if assistant is not None else {})})
+    return {"temperature": temperature, "prompts": decoded}
+
+
+class Rounds:
+    """What the target's forwards read of drafts, and what it kept; `generate` sees a streamer in it."""
+
+    def __init__(self, prompt_length: int) -> None:
+        self.drafted: list[int] = []
+        self.kept: list[list[int]] = []
+        self._prompt_length = prompt_length
+        self._begun = False
+
+    def before_forward(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Note how many tokens are read behind those that were known to be the text: the prompt, later the last token."""
+        known = 1 if self.drafted else self._prompt_length
+        self.drafted.append(int(kwargs["input_ids"].shape[1]) - known)
+
+    def put(self, value: Any) -> None:
+        """Note the tokens of a round; the first call is the prompt."""
+        if self._begun:
+            self.kept.append(value.reshape(-1).tolist())
+        self._begun = True
+
+    def end(self) -> None:
+        """Do nothing: the text is whole when `generate` returns."""
+
+    def counters(self, tokens: list[int]) -> dict[str, Any]:
+        """Return the counters of the rounds that drafted.
+
+        Raises:
+            RuntimeError: What was seen is not how the text came about.
+        """
+        fits = [len(kept) <= drafted + 1 for drafted, kept in zip(self.drafted, self.kept, strict=True)]
+        if [token for kept in self.kept for token in kept] != tokens or not all(fits):
+            raise RuntimeError(f"the target's forwards read {self.drafted} draft tokens, the streamer got {self.kept}")
+        rounds = [(d, len(kept) - 1) for d, kept in zip(self.drafted, self.kept, strict=True) if d]
+        return {
+            "num_drafts": len(rounds),
+            "num_draft_tokens": sum(drafted for drafted, _ in rounds),
+            "num_accepted": sum(accepted for _, accepted in rounds),
+            "accepted_at": [
+                sum(accepted >= i for _, accepted in rounds) for i in range(1, max(self.drafted, default=0) + 1)
+            ],
+        }
+
+
+def main() -> None:
+    """Read a request, write its answer."""
+    request, answer = sys.argv[1:]
+    with open(request, encoding="utf-8") as file:
+        asked = json.load(file)
+    try:
+        said = answer_to(asked)
+    except Exception as error:  # whatever the engine raises is its answer
+        traceback.print_exc()
+        said = {"error": f"{type(error).__name__}: {error}"}
+    with open(answer, "w", encoding="utf-8") as file:
+        json.dump(said, file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Export for OpenVINO GenAI: the model as OpenVINO's own graph, written by optimum-intel in the engine's environment, read back here.
+
+V = the target's vocabulary, R = the drafter's, D = hidden
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from drafttrain.checkpoint import ABOUT
+from drafttrain.core.files import write_json
+from drafttrain.export import DrafterFiles, Exporter, exporters
+from drafttrain.export.folder import kind_of, read_config, write_folder
+from drafttrain.export.layout import layout_problems, text_config
+from drafttrain.export.openvino_graph import GRAPH, read_graph
+
+TAPS = "hidden_layers_list"
+"""In the graph's own notes: the blocks whose output EAGLE-3 reads; without it OpenVINO picks them, and only from 10 layers on."""
+
+NUM_TAPS = 3
+FREQUENCIES = "rotary_emb.inv_freq"
+ONLY_FALSE = {
+    "norm_before_residual": "the residual is taken before the norm",
+    "fc_norm": "the states that are read are not normed",
+    "norm_output": "what is fed back is not normed",
+}
+"""Fields of EAGLE-3 that OpenVINO's class does not know, and what it computes."""
+
+
+@dataclass
+class OpenVinoFormat:
+    """What OpenVINO GenAI loads."""
+
+
+@exporters.register("openvino", OpenVinoFormat)
+class OpenVinoExporter(Exporter):
+    """Plain language models, and EAGLE-3 as optimum-intel knows it; weights in float32, which holds the other types exactly."""
+
+    reads: ClassVar[Mapping[str, str]] = {"causal_lm": "draft_model", "eagle3": "draft_model (eagle3_mode)"}
+    readers = "OpenVINO GenAI"
+    engine = "openvino"
+
+    def refusals(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
+        """Return what OpenVINO would refuse, or compute otherwise without a word."""
+        found = layout_problems(source, target_config)
+        if source.kind != "eagle3":
+            return found
+        found += [
+            f"config.json: {key} is {source.config[key]!r}: OpenVINO does not read it: there, {what}"
+            for key, what in ONLY_FALSE.items()
+            if source.config.get(key)
+        ]
+        return [*found, *taps_problems(source.config, target_config)]
+
+    def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
+        """Return the weights as the graph names them, and the taps as it counts them."""
+        config = {key: value for key, value in source.config.items() if not key.startswith("drafttrain")}
+        config["dtype"] = "float32"
+        tensors = {
+            name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in source.tensors.items()
+        }
+        notes: tuple[str, ...] = ()
+        if source.kind == "eagle3":
+            taps = [tap - 1 for tap in config["eagle_aux_hidden_state_layer_ids"]]
+            config[TAPS] = taps
+            rows, width = config["draft_vocab_size"], config["hidden_size"]
+            # OpenVINO puts the target's embedding in its place; a map it wants in any case, the other way's none.
+            tensors["embed_tokens.weight"] = torch.zeros(config["vocab_size"], width)
+            tensors.setdefault("d2t", torch.zeros(rows, dtype=torch.int64))
+            tensors.pop("t2d", None)
+            notes = (
+                f"{TAPS} is {taps}: OpenVINO names the block whose output is read, the drafter's config the one that it enters",
+            )
+        return replace(source, config=config, tensors=tensors | {FREQUENCIES: _frequencies(config)}, notes=notes)
+
+    def problems(self, files: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
+        """Return nothing: what could be wrong with a graph that equals its source is refused before."""
+        return []
+
+    def write(self, files: DrafterFiles, source: Path, folder: Path) -> None:
+        """Let the engine's environment write the graph and the tokenizer; the configuration stays the drafter's own.
+
+        Raises:
+            EngineError: OpenVINO is not installed here, or cannot convert this.
+        """
+        from drafttrain.export.engines.openvino import convert
+
+        with tempfile.TemporaryDirectory(prefix="drafttrain-") as temporary:
+            tensors = {name: tensor for name, tensor in files.tensors.items() if name != FREQUENCIES}
+            write_folder(replace(files, tensors=tensors), source, Path(temporary))
+            convert(Path(temporary), folder, taps=files.config.get(TAPS))
+        write_json(folder / "config.json", dict(files.config))
+        if (source / ABOUT).exists():
+            shutil.copyfile(source / ABOUT, folder / ABOUT)
+
+    def read(self, folder: Path) -> DrafterFiles:
+        """Return what is in the graph of a folder, and beside it."""
+        kind, config = kind_of(folder), read_config(folder)
+        notes, tensors = read_graph(folder)
+        if kind == "eagle3":
+            tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+            config[TAPS] = [int(word) for word in notes.get(TAPS, "").split()]
+        return DrafterFiles(kind, config, tensors, folder=folder)
+
+    def holds(self, folder: Path) -> bool:
+        """Tell whether a folder has such a graph."""
+        return (folder / GRAPH).is_file()
+
+
+def taps_problems(config: Mapping[str, Any], target_config: Mapping[str, Any]) -> list[str]:
+    """Return why OpenVINO cannot give an EAGLE-3 drafter the states that it reads."""
+    taps, width = list(config["eagle_aux_hidden_state_layer_ids"]), config["hidden_size"]
+    layers = text_config(target_config).get("num_hidden_layers")
+    found = []
+    if len(taps) != NUM_TAPS:
+        found.append(
+            f"config.json: eagle_aux_hidden_state_layer_ids is {taps}: OpenVINO reads {NUM_TAPS} states, no more and no fewer"
+        )
+    if any(tap < 1 or (layers is not None and tap >= layers) for tap in taps):
+        found.append(
+            f"config.json: eagle_aux_hidden_state_layer_ids is {taps}: OpenVINO reads outputs of the target's blocks, 1..{(layers or 0) - 1}"
+        )
+    if (config.get("target_hidden_size") or width) != width:
+        found.append(
+            f"config.json: target_hidden_size is {config['target_hidden_size']}, hidden_size {width}: OpenVINO gives the drafter the "
+            "target's embedding: they must be the same"
+        )
+    return found
+
+
+def _frequencies(config: Mapping[str, Any]) -> torch.Tensor:
+    """Return the frequencies of the rotary embedding that a configuration means; the graph has them as numbers."""
+    from transformers import AutoConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    own = {key: value for key, value in config.items() if key not in ("architectures", TAPS)}
+    made: Any = AutoConfig.for_model(own.pop("model_type"), **own)
+    frequencies: torch.Tensor = LlamaRotaryEmbedding(made).inv_freq
+    return frequencies

@@ -1,0 +1,195 @@
+"""OpenVINO: what it would drop is refused, its files are read back without it, and its steps add up to its totals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from drafttrain.cli import app
+from drafttrain.core.errors import CheckpointError
+from drafttrain.export.convert import converted, read_target_config
+from drafttrain.export.engines import Job, Use, engine_of
+from drafttrain.export.engines.openvino_worker import counters
+from drafttrain.export.openvino_graph import read_graph
+from drafttrain.target import Target, TargetSettings
+from tests.export import folders
+
+
+@pytest.fixture(scope="module")
+def target(save_llama) -> Target:
+    return Target.load(TargetSettings(model=str(save_llama(num_layers=4))))
+
+
+@pytest.fixture(scope="module")
+def target_config(target) -> dict:
+    return read_target_config(Path(target.name), name="the/target")
+
+
+@pytest.fixture
+def source(target, tmp_path):
+    """A function that writes a drafter folder of a kind."""
+    return lambda kind, **settings: folders.save(
+        folders.drafter_of(kind, target, **settings), tmp_path / "drafter", target
+    )
+
+
+def test_eagle3_is_told_the_blocks_whose_outputs_it_reads(source, target_config):
+    made = converted("openvino", source("eagle3"), target_config)
+    assert made.config["eagle_aux_hidden_state_layer_ids"] == [1, 2, 3]
+    assert made.config["hidden_layers_list"] == [0, 1, 2]
+    assert "hidden_layers_list is [0, 1, 2]" in made.notes[0]
+    assert not made.tensors["embed_tokens.weight"].any()
+    assert "t2d" not in made.tensors
+    assert torch.allclose(made.tensors["rotary_emb.inv_freq"], 10_000.0 ** -torch.arange(0, 1, 2 / 16))
+
+
+def test_a_drafter_of_the_whole_vocabulary_gets_a_map_that_changes_nothing(source, target_config):
+    made = converted("openvino", source("eagle3", draft_vocab_size=None), target_config)
+    assert made.tensors["d2t"].shape == (257,)
+    assert not made.tensors["d2t"].any()
+
+
+def two_taps(tensors, config) -> None:
+    config["eagle_aux_hidden_state_layer_ids"] = [1, 3]
+    tensors["fc.weight"] = tensors["fc.weight"][:, : 2 * config["hidden_size"]]
+
+
+def tap_at_the_embedding(tensors, config) -> None:
+    config["eagle_aux_hidden_state_layer_ids"] = [0, 1, 2]
+
+
+def narrow_target(tensors, config) -> None:
+    config["target_hidden_size"] = config["hidden_size"] * 2
+    tensors["fc.weight"] = tensors["fc.weight"].repeat(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault", "named"),
+    [
+        ({"fc_norm": True}, None, "fc_norm is True: OpenVINO does not read it"),
+        ({"norm_before_residual": True}, None, "norm_before_residual is True: OpenVINO does not read it"),
+        ({}, two_taps, r"\[1, 3\]: OpenVINO reads 3 states"),
+        ({}, tap_at_the_embedding, r"\[0, 1, 2\]: OpenVINO reads outputs of the target's blocks, 1\.\.3"),
+        ({}, narrow_target, "target_hidden_size is 64, hidden_size 32"),
+        ({}, folders.swap_taps, r"eagle_aux_hidden_state_layer_ids is \[2, 1, 3\]"),
+        ({}, folders.add_fc_bias, r"fc\.bias: a bias has no place"),
+        ({}, folders.shift_d2t, "d2t and t2d: name different tokens"),
+        ({}, folders.drop_hidden_norm, r"midlayer\.hidden_norm\.weight: missing"),
+        ({}, folders.truncate_down, r"midlayer\.mlp\.down_proj\.weight: shape"),
+        ({}, folders.alter_rope_theta, "rope_theta is 500.0"),
+    ],
+)
+def test_what_openvino_would_compute_otherwise_is_refused_by_name(settings, fault, named, source, target_config):
+    folder = source("eagle3", **settings)
+    if fault:
+        folders.damage(folder, fault)
+    with pytest.raises(CheckpointError, match=named):
+        converted("openvino", folder, target_config)
+
+
+@pytest.mark.parametrize("kind", ["medusa", "eagle", "kangaroo"])
+def test_other_kinds_have_no_place_in_it(kind, source, target_config):
+    with pytest.raises(CheckpointError, match=f"openvino has no place for drafter.kind {kind}"):
+        converted("openvino", source(kind), target_config)
+
+
+def test_without_the_engine_nothing_is_written(source, target, monkeypatch, tmp_path):
+    monkeypatch.setenv("DRAFTTRAIN_ENGINES", str(tmp_path / "none"))
+    folder = source("causal_lm")
+    done = CliRunner().invoke(app, ["export", str(folder), "--to", "openvino", "--target", target.name])
+    assert done.exit_code == 1
+    assert "drafttrain engines install openvino" in done.stderr
+    assert not folder.with_name("drafter.openvino").exists()
+
+
+def test_the_snippet_has_the_length_and_the_folders():
+    code = engine_of("openvino").command("the/target", Use("the/drafter", "eagle3", 4, "greedy"))
+    compile(code, "snippet", "exec")
+    assert "num_assistant_tokens = 4" in code
+    assert 'draft_model("the/drafter", "CPU")' in code
+    compile(engine_of("transformers").command("a", Use("b", "causal_lm", 2, "sampled")), "snippet", "exec")
+
+
+CONSTANT = '<layer id="{id}" name="{name}" type="Const"><data element_type="f32" shape="{shape}" offset="{offset}" size="{size}"/></layer>'
+
+
+@pytest.fixture
+def graph(tmp_path) -> Path:
+    """A graph of a matrix with its name, a norm and a bias without, and a number that is no weight."""
+    constants = np.arange(16, dtype=np.float32)
+    (tmp_path / "openvino_model.bin").write_bytes(constants.tobytes())
+    layers = [
+        CONSTANT.format(id=0, name="self.model.fc.weight", shape="2, 4", offset=0, size=32),
+        CONSTANT.format(id=1, name="Constant_7", shape="1, 1, 4", offset=32, size=16),
+        CONSTANT.format(id=2, name="Constant_8", shape="1, 1, 3", offset=48, size=12),
+        CONSTANT.format(id=3, name="Constant_9", shape="1, 1, 1", offset=60, size=4),
+        '<layer id="4" name="__module.model.norm/aten::mul/Multiply_1" type="Multiply"/>',
+        '<layer id="5" name="__module.model.q_proj/aten::linear/Add" type="Add"/>',
+    ]
+    edges = [(1, 4), (2, 5), (3, 4)]
+    (tmp_path / "openvino_model.xml").write_text(
+        f"<net><layers>{''.join(layers)}</layers><edges>"
+        + "".join(f'<edge from-layer="{a}" to-layer="{b}"/>' for a, b in edges)
+        + '</edges><rt_info><hidden_layers_list value="0 2 4"/></rt_info></net>'
+    )
+    return tmp_path
+
+
+def test_weights_are_read_by_the_names_of_their_modules(graph):
+    notes, tensors = read_graph(graph)
+    assert notes == {"hidden_layers_list": "0 2 4"}
+    assert {name: tensor.tolist() for name, tensor in tensors.items()} == {
+        "model.fc.weight": [[0, 1, 2, 3], [4, 5, 6, 7]],
+        "model.norm.weight": [8, 9, 10, 11],
+        "model.q_proj.bias": [12, 13, 14],
+    }
+
+
+def test_a_file_that_is_cut_short_is_named(graph):
+    path = graph / "openvino_model.bin"
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(
+        CheckpointError, match=r"openvino_model\.bin: the weights cannot be read: model\.norm\.weight ends"
+    ):
+        read_graph(graph)
+    (graph / "openvino_model.xml").write_text("<net>")
+    with pytest.raises(CheckpointError, match="not a graph of OpenVINO"):
+        read_graph(graph)
+
+
+def test_rounds_are_counted_by_what_the_steps_gave():
+    # 10 tokens, K = 3: the first alone, then 2 kept, none, 3 kept; the last is the target's own, without a draft.
+    counted = {"num_drafts": 3, "num_draft_tokens": 9, "num_accepted": 5, "accepted_at": [2, 2, 1]}
+    assert counters([1, 3, 1, 4, 1], (9, 5), 3, 10) == counted
+    # A last round with all of its drafts kept is missing in the totals.
+    last = {"num_drafts": 3, "num_draft_tokens": 9, "num_accepted": 5, "accepted_at": [2, 2, 1]}
+    assert counters([1, 3, 1, 4], (6, 2), 3, 9) == last
+
+
+@pytest.mark.parametrize(
+    ("steps", "totals", "max_tokens"), [([1, 3, 1, 4, 1], (9, 4), 10), ([1, 3], (3, 2), 9), ([2, 3, 4], (6, 5), 9)]
+)
+def test_steps_that_do_not_add_up_are_no_counters(steps, totals, max_tokens):
+    with pytest.raises(RuntimeError, match="the steps gave"):
+        counters(steps, totals, 3, max_tokens)
+
+
+def test_the_request_is_greedy_whatever_is_asked(tmp_path, monkeypatch):
+    engine = engine_of("openvino")
+    monkeypatch.setattr(type(engine), "target_as", lambda self, folder, dtype=None: folder)
+    job = Job(tmp_path, [[1, 2]], 8, [0.0, 1.0], "float32", 64)
+    request = engine.request(job, Use("the/drafter", "causal_lm", 3, engine.draft("causal_lm", "sampled")))
+    assert not engine.samples
+    assert json.loads(json.dumps(request)) == {
+        "target": str(tmp_path),
+        "drafter": "the/drafter",
+        "num_draft_tokens": 3,
+        "dtype": "float32",
+        "prompts": [[1, 2]],
+        "max_tokens": 8,
+    }

@@ -1,0 +1,224 @@
+"""Recorder, learner and publish, killed at seeded moments: nothing that was acknowledged is lost or read twice, and `current` always loads."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import random
+import re
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+
+import aiohttp
+import pytest
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from drafttrain.checkpoint import About, read_drafter
+from drafttrain.data_gen.serving_logs.intake import Intake
+from drafttrain.data_gen.serving_logs.settings import ServingLogsSettings
+from drafttrain.drafters.causal_lm import CausalLMDrafter
+from drafttrain.export.hf import export_hf
+from drafttrain.online.loop import metrics
+from drafttrain.online.versions import Versions, publish_first
+from drafttrain.target import Target
+from tests.conftest import random_llama
+from tests.data_gen.serving_logs.log_lines import chat_encoder
+from tests.online.openai_server import Server, chat_request, post, served, status
+from tests.online.test_loop import online_run, prompts, serve, start
+from tests.online.test_recorder import Process
+
+KILLS = [pytest.param(3, marks=pytest.mark.processes), pytest.param(20, marks=pytest.mark.slow)]
+ENCODER = chat_encoder(max_length=64)
+Moments = Iterator[float]
+"""Seconds from when a life is at work to its kill."""
+
+
+def moments(kind: str, *, longest: float) -> Moments:
+    draws = random.Random(kind)
+    while True:
+        yield draws.uniform(0, longest)
+
+
+def tell(kind: str, kills: int, *, lost: int, twice: int, unloadable: int | str, of: str) -> None:
+    print(f"\n| {kind} | {kills} | {of} | {lost} | {twice} | {unloadable} |")
+
+
+# ---------------------------------------------------------------- the recorder
+
+
+async def recorded_until_killed(upstream: str, logs: Path, names: Iterator[str], moment: float) -> list[str]:
+    """Ask through a recorder of its own until it is killed; return what it acknowledged as written."""
+    process, asked, written = await asyncio.to_thread(Process, upstream, logs), [], 0
+    try:
+        async with aiohttp.ClientSession() as session:
+            while True:
+                asked.append(next(names))
+                await post(session, process.address, chat_request(asked[-1], stream=len(asked) % 2 == 0))
+                before, written = written, (await status(session, process.address))["written"]
+                if written and not before:
+                    asyncio.get_running_loop().call_later(moment, os.kill, process.pid, signal.SIGKILL)
+    except (aiohttp.ClientError, ConnectionError):
+        # One client asks, so they are written in the order in which they were asked.
+        code, _ = await asyncio.to_thread(process.stop, signal.SIGKILL)
+        assert code == -signal.SIGKILL
+    return asked[:written]
+
+
+def taken(logs: Path, folder: Path) -> list[str]:
+    """Read on in the logs as a process that was just started does; return the questions of all that was ever taken up."""
+    reader = Intake(ServingLogsSettings(path=str(logs), near_duplicates=None), ENCODER, folder)
+    while reader.take(max_lines=5) is not None:
+        pass
+    texts = [ENCODER.tokenizer.decode(one.record.tokens) for one in reader.served()]
+    return [re.findall(r"Question \d+", text)[0] for text in texts]
+
+
+@pytest.mark.parametrize("kills", KILLS)
+def test_a_killed_recorder_loses_no_record_that_was_acknowledged(tmp_path: Path, kills: int) -> None:
+    logs, acknowledged = tmp_path / "logs", []
+    names, when = (f"Question {number}" for number in count()), moments("recorder", longest=0.5)
+
+    async def run() -> None:
+        async with served(Server().app()) as upstream:
+            for _ in range(kills):
+                acknowledged.extend(await recorded_until_killed(upstream, logs, names, next(when)))
+                taken(logs, tmp_path / "taken")
+
+    asyncio.run(run())
+    found = Counter(taken(logs, tmp_path / "taken"))
+    lost, twice = set(acknowledged) - set(found), [name for name, times in found.items() if times > 1]
+    tell(
+        "recorder",
+        kills,
+        lost=len(lost),
+        twice=len(twice),
+        unloadable="n/a",
+        of=f"{len(acknowledged)} records acknowledged",
+    )
+    assert len(acknowledged) >= kills
+    assert not lost
+    assert not twice
+
+
+# ---------------------------------------------------------------- processes that publish
+
+
+def killed(work: Callable[[], None], begun: Callable[[], object], moment: float) -> None:
+    """Do work in a process of its own and kill it at a moment after what `begun` returns has changed."""
+
+    def quiet() -> None:
+        # The bar has a lock that all processes share: one that is killed while it draws would hold it for ever.
+        disable_progress_bar()
+        work()
+
+    before = begun()
+    process = multiprocessing.get_context("fork").Process(target=quiet)
+    process.start()
+    until = time.monotonic() + 60
+    while begun() == before and time.monotonic() < until:
+        assert process.is_alive(), "the work ended by itself"
+        time.sleep(0.001)
+    time.sleep(moment)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def stamp(path: Path) -> int:
+    """Return when a file was replaced last; 0: there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def numbered(target: Target, folder: Path, *, number: int) -> None:
+    """Write a drafter of which both the weights and what is said of them name a number."""
+    drafter = CausalLMDrafter(random_llama(seed=1))
+    with torch.no_grad():
+        drafter.model.get_input_embeddings().weight[0, 0] = number
+    folder.mkdir(parents=True, exist_ok=True)
+    drafter.save(folder / "weights")
+    about = About("causal_lm", target.name, target.fingerprint, target.tokenizer_fingerprint, 257, number)
+    export_hf(folder / "weights", folder / "export", tokenizer=target.tokenizer, about=about, dtype="float32")
+    for path in (folder / "export").iterdir():
+        path.rename(folder / path.name)
+
+
+def publish_for_ever(target: Target, folder: Path) -> None:
+    versions = Versions(folder, keep=3)
+    versions.mend()
+    for number in count(max(map(int, versions.names())) + 1):
+        versions.publish(versions.add(lambda f, n=number: numbered(target, f, number=n), update=number))
+
+
+@pytest.mark.parametrize("kills", KILLS)
+def test_current_loads_after_a_publish_was_killed(tmp_path: Path, tiny_target: Target, kills: int) -> None:
+    folder, when = tmp_path / "drafters", moments("publish", longest=0.2)
+    numbered(tiny_target, tmp_path / "start", number=0)
+    publish_first(Versions(folder), tmp_path / "start")
+    for _ in range(kills):
+        killed(lambda: publish_for_ever(tiny_target, folder), lambda: os.readlink(folder / "current"), next(when))
+        # Before anything is mended, as a serving stack would meet it.
+        drafter = read_drafter((folder / "current").resolve(), tiny_target)
+        assert int(drafter.model.get_input_embeddings().weight[0, 0]) == int(os.readlink(folder / "current"))
+    versions = Versions(folder)
+    versions.mend()
+    assert [one["version"] for one in versions.history() if one["event"] == "published"][-1] == versions.current()
+    tell("publish", kills, lost=0, twice=0, unloadable=0, of=f"{int(versions.current())} versions published")
+    assert int(versions.current()) >= kills
+
+
+@pytest.mark.parametrize("kills", KILLS)
+def test_a_killed_learner_ends_as_one_that_was_not(tmp_path: Path, tiny_target: Target, kills: int) -> None:
+    changes = {
+        "steps": 8,
+        "every_requests": 8,
+        "max_lines": 5,
+        "min_held_out": 5,
+        "resamples": 200,
+        "significance": 0.2,
+    }
+    first, whole, place = start(tmp_path, tiny_target), tmp_path / "whole", tmp_path / "killed"
+    drafters = place / "run" / "drafters"
+    online_run(place, tiny_target, first, **changes)
+    whole.mkdir()
+    serve(tiny_target, drafters, whole / "logs" / "a.jsonl", prompts(0, 12 * kills))
+    lines = (whole / "logs" / "a.jsonl").read_text().splitlines(keepends=True)
+    (place / "logs").mkdir()
+    when = moments("learner", longest=0.3)
+
+    def learn_on() -> None:
+        run = online_run(place, tiny_target, first, **changes)
+        while True:
+            run.once()
+            time.sleep(0.001)
+
+    for number in range(kills):
+        with (place / "logs" / "a.jsonl").open("a") as file:
+            file.writelines(lines[12 * number : 12 * (number + 1)])
+        killed(learn_on, lambda: stamp(place / "run" / "online" / "state.pt"), next(when))
+        read_drafter((drafters / "current").resolve(), tiny_target)
+    ends = []
+    for folder in (place, whole):
+        run = online_run(folder, tiny_target, first, **changes)
+        run.once()
+        ends.append(run)
+    after_kills, uninterrupted = (run.lanes[""] for run in ends)
+    found = Counter(one.record.id for one in ends[0].intake.served())
+    lost, twice = len(lines) - len(found), sum(times > 1 for times in found.values())
+    tell("learner", kills, lost=lost, twice=twice, unloadable=0, of=f"{len(lines)} requests")
+    assert (lost, twice, after_kills.counts["requests"]) == (0, 0, len(lines))
+    rows = [[(row["update"], row.get("promoted")) for row in metrics(folder / "run")] for folder in (place, whole)]
+    assert rows[0] == rows[1]
+    assert any(promoted for _, promoted in rows[0])
+    assert after_kills.versions.current() == uninterrupted.versions.current()
+    for name, value in uninterrupted.learner.state()["drafter"].items():
+        assert torch.equal(value, after_kills.learner.state()["drafter"][name]), name
