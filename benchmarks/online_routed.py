@@ -301,6 +301,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 9e-3])
+    parser.add_argument("--steps", type=int, nargs="+", default=[4, 24], help="budgets that are looked at")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0], help="of the batches; rates are chosen with seed 0"
     )

@@ -47,7 +47,9 @@ class OnlineSettings:
         help="Where the loss is taken: refused, where the target refused the current drafter's token (as the log says, else by "
         "replay), or at all answered tokens.",
     )
-    every_requests: int | None = setting(64, help="Requests between two updates; null: every_minutes counts.", ge=1)
+    every_requests: int | None = setting(
+        64, help="Requests between two updates, of each route its own; null: every_minutes counts.", ge=1
+    )
     every_minutes: float | None = setting(None, help="Minutes between two updates; null: every_requests counts.", gt=0)
     steps: int = setting(8, help="Optimizer steps an update, of train.batch_size requests each.", ge=1)
     buffer: int = setting(2048, help="Requests that the replay buffer holds.", ge=2)
