@@ -11,10 +11,13 @@ import pytest
 
 from drafttrain.checkpoint import read_drafter
 from drafttrain.core.records import Record, Sampling
+from drafttrain.drafters import Drafter
 from drafttrain.eval.statistics import Interval, ratio_difference
 from drafttrain.losses.ce import CrossEntropy
 from drafttrain.losses.forward_kl import ForwardKL
-from drafttrain.online.lane import Lane
+from drafttrain.online.buffer import ReplayBuffer
+from drafttrain.online.learner import Learner
+from drafttrain.online.loop import OnlineRun
 from drafttrain.online.promotion import request_counts
 from drafttrain.target import Target
 from tests.online.test_learning import K
@@ -54,13 +57,34 @@ def record_of(line: dict) -> Record:
     return Record(line["id"], [*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
 
 
-def gain(target: Target, lane: Lane, records: Sequence[Record], *, in_training: bool) -> Interval:
-    """Return by how much the block efficiency on clean requests rose over the run's first drafter, paired."""
-    current = read_drafter(lane.versions.path(lane.versions.current()), target)
-    ours = lane.learner.drafter if in_training else current
-    first = read_drafter(lane.versions.path("0000"), target)
-    counts = [request_counts(target, one, records, Sampling(), num_draft_tokens=K) for one in (ours, first)]
+def gain(target: Target, drafter: Drafter, first: Path, records: Sequence[Record]) -> Interval:
+    """Return by how much a drafter's block efficiency on clean requests is above that of the first one, paired."""
+    counts = [
+        request_counts(target, one, records, Sampling(), num_draft_tokens=K)
+        for one in (drafter, read_drafter(first, target))
+    ]
     return ratio_difference(*(tuple(zip(*one, strict=True)) for one in counts), resamples=2000, seed=0)
+
+
+def unguarded(run: OnlineRun, first: Path) -> Drafter:
+    """Return what the learner makes of all requests in as many steps, with neither filter nor gate."""
+    shop = run.shop
+    learner = Learner(
+        read_drafter(first, shop.target),
+        shop.loss(),
+        target=shop.target,
+        settings=shop.train,
+        max_length=shop.max_length,
+        num_tokens=shop.target.num_tokens,
+    )
+    online = shop.online
+    buffer = ReplayBuffer(online.buffer, recent=online.recent, user_quota=online.user_quota, seed=shop.seed)
+    for number, one in enumerate(run.intake.served(), 1):
+        buffer.add(one)
+        for _ in range(online.steps if number % online.every_requests == 0 else 0):
+            drawn = buffer.draw(shop.train.batch_size, step=learner.steps, recent=online.recent)
+            learner.step([request.record for request in drawn], positions=online.positions)
+    return learner.drafter
 
 
 @pytest.mark.processes
@@ -75,17 +99,20 @@ def test_what_a_poisoned_stream_promotes_is_no_worse_on_clean_requests(tmp_path:
     stream = [*lines[:STREAM], *nonsense(lines[STREAM : STREAM + NONSENSE], draws)]
     draws.shuffle(stream)
     clean = [record_of(line) for line in lines[-TESTED:]]
-    lanes = {}
+    runs = {}
     for loss in (CrossEntropy, ForwardKL):
         (tmp_path / loss.__name__ / "logs").mkdir(parents=True)
         log = tmp_path / loss.__name__ / "logs" / "a.jsonl"
         log.write_text("".join(json.dumps(line) + "\n" for line in stream))
-        run = online_run(tmp_path / loss.__name__, tiny_target, first, loss=loss, restart_after=100)
-        run.once()
-        lanes[loss] = run.lanes[""]
-    for lane in lanes.values():
-        assert gain(tiny_target, lane, clean, in_training=False).high >= 0
-    # What stands in the log is what hard labels teach: without a gate the last drafter would be served, and it is worse.
-    assert gain(tiny_target, lanes[CrossEntropy], clean, in_training=True).high < 0
+        runs[loss] = online_run(tmp_path / loss.__name__, tiny_target, first, loss=loss)
+        runs[loss].once()
+    gains = {}
+    for loss, run in runs.items():
+        versions = run.lanes[""].versions
+        promoted = read_drafter(versions.path(versions.current()), tiny_target)
+        gains[loss] = gain(tiny_target, promoted, first, clean)
+        assert gains[loss].high >= 0
     # Where the target gives the labels, nonsense does not keep a better drafter from being promoted.
-    assert gain(tiny_target, lanes[ForwardKL], clean, in_training=False).low > 0
+    assert gains[ForwardKL].low > 0
+    # What stands in the log is what hard labels teach: with neither filter nor gate a worse drafter would be served.
+    assert gain(tiny_target, unguarded(runs[CrossEntropy], first), first, clean).high < 0
