@@ -10,7 +10,8 @@ promoted  what the product serves at the end: implausible answers set aside, can
 filtered  the drafter in training of the same run, as it would be served without a gate
 unguarded the control: the learner used by itself on every request of the stream, with neither filter nor gate
 
-The last columns say how well the nonsense itself was learned: nats a token that a drafter gives to the forged answers.
+A second table holds each drafter against the one that learned in the same way from the same stream unpoisoned, and says how well the
+nonsense itself was learned: nats a token that a drafter gives to the forged answers.
 """
 
 import argparse
@@ -59,6 +60,8 @@ SETTINGS = [
     "eval.length={kind: fixed, num_draft_tokens: 5}",
 ]
 """Learning never starts again, so that the drafter in training is what a run without a gate would serve."""
+
+LEARNERS = ("promoted", "filtered", "unguarded")
 
 Forge = Callable[[list[int], list[int], list[list[int]], random.Random], list[int]]
 """(prompt, answer, answers of others, draws) -> nonsense."""
@@ -110,13 +113,18 @@ def main() -> None:
         "\n".join(set_aside(arguments.out, ["none", *(kind for kind in KINDS if kind != "mixed")], arguments.share)),
         "\n",
     )
-    print(
-        "| loss | nonsense | set aside | published | promoted | filtered | unguarded | nats: start | promoted | unguarded |\n"
-        "|---|---|---|---|---|---|---|---|---|---|"
-    )
+    print(f"| loss | nonsense | set aside | published | {' | '.join(LEARNERS)} |\n|---|---|---|---|---|---|---|")
+    results = {}
     for loss in arguments.losses:
         for kind in arguments.kinds:
-            print(row(loss, kind, learned(arguments.out / f"{loss}-{kind}", kind, loss, arguments.share)), flush=True)
+            results[loss, kind] = learned(arguments.out / f"{loss}-{kind}", kind, loss, arguments.share)
+            print(row(loss, kind, results[loss, kind]), flush=True)
+    print(
+        f"\n| loss | nonsense | {' | '.join(LEARNERS)} | nats: start | promoted | unguarded |\n|---|---|---|---|---|---|---|---|"
+    )
+    for (loss, kind), found in results.items():
+        if kind != "none" and (loss, "none") in results:
+            print(cost_row(loss, kind, found, results[loss, "none"]))
     print(
         f"\nblock efficiency on {TESTED} clean requests: value, and difference to the drafter that the run started with, paired over "
         f"requests; {STREAM} requests, {arguments.share:.0%} of them nonsense; {datetime.date.today()}, commit {commit()}, {processor()}"
@@ -268,17 +276,31 @@ def write_log(path: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 
 def row(loss: str, kind: str, found: dict[str, Any]) -> str:
-    """Return a row of the table."""
-    counts = {which: tuple(zip(*value, strict=True)) for which, value in found["counts"].items()}
+    """Return a row of the first table."""
     cells = []
-    for which in ("promoted", "filtered", "unguarded"):
-        value = ratio_interval(*counts[which], resamples=10000, seed=0).value
-        difference = ratio_difference(counts[which], counts["start"], resamples=10000, seed=0)
-        cells.append(f"{value:.2f}, {difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]")
-    for which in ("start", "promoted", "unguarded"):
-        cost = found["nats"][which]
-        cells.append("n/a" if cost is None else f"{cost:.2f}")
+    for which in LEARNERS:
+        value = ratio_interval(*counts_of(found, which), resamples=10000, seed=0).value
+        cells.append(f"{value:.2f}, {difference(counts_of(found, which), counts_of(found, 'start'))}")
     return f"| {loss} | {kind} | {found['set_aside']} | {found['published']} | {' | '.join(cells)} |"
+
+
+def cost_row(loss: str, kind: str, found: dict[str, Any], clean: dict[str, Any]) -> str:
+    """Return a row of the second table."""
+    cells = [difference(counts_of(found, which), counts_of(clean, which)) for which in LEARNERS]
+    cells += [f"{found['nats'][which]:.2f}" for which in ("start", "promoted", "unguarded")]
+    return f"| {loss} | {kind} | {' | '.join(cells)} |"
+
+
+def counts_of(found: dict[str, Any], which: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return a drafter's tokens and rounds by request."""
+    tokens, rounds = zip(*found["counts"][which], strict=True)
+    return tokens, rounds
+
+
+def difference(ours: tuple[tuple[float, ...], ...], theirs: tuple[tuple[float, ...], ...]) -> str:
+    """Return by how much one block efficiency is above another, paired."""
+    found = ratio_difference(ours, theirs, resamples=10000, seed=0)
+    return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
 if __name__ == "__main__":
