@@ -10,6 +10,7 @@ What is done already is taken up when the command is given again.
 
 import argparse
 import datetime
+import itertools
 import json
 import shutil
 import sys
@@ -261,11 +262,12 @@ class Bench:
             found[further] = self.validated(Cell(size, steps, arm, further))
         return max(found, key=lambda rate: found[rate])
 
-    def classifier(self) -> Router:
-        """Return the small text classifier after the tagged stream."""
+    def classifier(self, examples: int) -> Router:
+        """Return the small text classifier after the first requests of the stream."""
         router = Router(RouterSettings(kind="classifier", routes=list(KINDS)))
-        for kinds in zip(*(shipped(kind) for kind in KINDS), strict=True):
-            for line in kinds:
+        with (self.out / "logs" / "stream.jsonl").open(encoding="utf-8") as file:
+            for text in itertools.islice(file, examples):
+                line = json.loads(text)
                 (choice,) = line["response"]["choices"]
                 prompt, answer = choice["prompt_token_ids"], choice["token_ids"]
                 mask = [False] * len(prompt) + [True] * len(answer)
@@ -305,9 +307,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     bench = Bench(arguments.out)
-    router = bench.classifier()
-    print(f"router: {accuracy(router, [*bench.validation, *bench.test])}\n")
-    for size, steps in ((size, steps) for size, budgets in BUDGETS.items() for steps in budgets):
+    for examples in (RouterSettings.min_examples, 480):
+        router = bench.classifier(examples)
+        print(accuracy(router, [*bench.validation, *bench.test]))
+    for size, steps in (
+        (size, steps) for size, budgets in BUDGETS.items() for steps in budgets if steps in arguments.steps
+    ):
         rates = {arm: bench.best_rate(size, steps, arm, arguments.rates) for arm in ARMS}
         for seed in arguments.seeds:
             cells = {arm: Cell(size, steps, arm, rates[arm], seed) for arm in ARMS}
@@ -318,7 +323,7 @@ def main() -> None:
 def accuracy(router: Router, records: Sequence[Record]) -> str:
     """Return how many requests the classifier routes as they are tagged."""
     right = sum(router.route_of_prompt(prompt_of(one)) == one.domain for one in records)
-    return f"{right} of {len(records)} held-out requests are routed as they are tagged, after {router.examples} tagged ones"
+    return f"classifier after {router.examples} tagged requests: {right} of {len(records)} held-out ones are routed as they are tagged"
 
 
 def prompt_of(record: Record) -> list[int]:

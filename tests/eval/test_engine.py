@@ -260,6 +260,27 @@ def test_replay_agrees_with_the_loop(target):
                     assert abs(sum(shifted) / len(shifted)) > 4 * error
 
 
+def test_what_the_target_would_not_have_written_is_no_accepted_draft(target):
+    """The log of another model, which is the drafter too and so drafts all of it: the target refuses where its argmax is another."""
+    forger = Target(random_llama(seed=9, num_layers=1).double(), byte_tokenizer(), name="forger", fingerprint="")
+    prompt = Prompt("0", [1, 2, 3, 5])
+    forged = greedy(forger, prompt, 24)
+    tokens = torch.tensor([[*prompt.tokens, *forged]])
+    would_write = target.model(tokens).logits[0, len(prompt.tokens) - 1 : -1].argmax(dim=-1).tolist()
+    rounds, place = 0, 0
+    while place < len(forged):
+        accepted = 0
+        while accepted < 3 and place + accepted < len(forged):
+            if forged[place + accepted] != would_write[place + accepted]:
+                break
+            accepted += 1
+        rounds, place = rounds + 1, place + accepted + 1
+    (row,) = replay_rows(target, CausalLMDrafter(forger.model), [Text("0", list(prompt.tokens), forged)], Sampling())
+    assert expected_rounds(row, 3) == rounds > len(forged) / 2
+    (own,) = replay_rows(forger, CausalLMDrafter(forger.model), [Text("0", list(prompt.tokens), forged)], Sampling())
+    assert expected_rounds(own, 3) == len(forged) / 4
+
+
 def test_block_efficiency_is_one_plus_acceptance_by_position(target, proposers):
     counts = [counts_of(g) for g in decode(target, proposers["nearly right"], temperature=1.0, stop_tokens=())]
     totals = totals_of(counts)

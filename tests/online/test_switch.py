@@ -70,15 +70,15 @@ async def burst(address: str, prompts: Sequence[str]) -> list[str]:
 
 
 async def the_loop(run: OnlineRun, server: TargetServer, logs: Path, bursts: Sequence[Sequence[str]]) -> list[str]:
-    """Serve bursts through the recorder and learn from its logs after each; return what the client read."""
+    """Serve bursts through the recorder and learn from its logs between them; return what the client read."""
     said: list[str] = []
     async with served(server.app()) as upstream, recorded(upstream, logs, token_ids=True) as (address, recorder):
         async with aiohttp.ClientSession() as session:
             for prompts in bursts:
+                run.once()
                 said += await burst(address, prompts)
                 while (await recorder_status(session, address))["written"] < len(server.answered):
                     await asyncio.sleep(0.01)
-                run.once()
         assert not recorder.files.dropped
     return said
 
@@ -103,7 +103,7 @@ def test_block_efficiency_falls_where_the_traffic_changes_and_recovers(tmp_path:
         assert list(map(int, one.generation.tokens)) == own, one.generation.id
         assert text == run.target.tokenizer.decode(own, skip_special_tokens=True)
     assert len({one.version for one in answered}) > 1
-    assert status(tmp_path / "run")["lines"] == {"used": len(answered)}
+    assert status(tmp_path / "run")["lines"] == {"used": len(answered) - BURST}
 
     counts = [[one.counts for one in answered[BURST * i : BURST * (i + 1)]] for i in range(len(bursts))]
     # The fall: the same drafter, requests of the two kinds.

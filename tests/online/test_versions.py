@@ -91,7 +91,10 @@ def test_current_is_whole_after_a_kill_at_any_moment(tmp_path, moments):
     publish_first(Versions(folder), start(tmp_path))
     draws = random.Random(moments)
     context = multiprocessing.get_context("fork")
-    for _ in range(moments):
+    lives = 0
+    # On a busy machine all of the first lives may end before anything is published: these prove nothing.
+    while lives < moments or Versions(folder).current() == "0000":
+        lives += 1
         process = context.Process(target=publish_for_ever, args=(folder,))
         process.start()
         until = time.monotonic() + draws.uniform(0.02, 0.12)
@@ -110,4 +113,3 @@ def test_current_is_whole_after_a_kill_at_any_moment(tmp_path, moments):
         assert not [path for path in folder.iterdir() if path.name.startswith(".")]
         switched = [one for one in versions.history() if one["event"] == "published"]
         assert switched[-1]["version"] == versions.current()
-    assert versions.current() > "0000"

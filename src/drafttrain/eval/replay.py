@@ -1,6 +1,7 @@
 """Block efficiency for all draft lengths at once, from one parallel forward of each model over text of the target.
 
-A committed token is an accepted draft with chance min(p, q)(y) / p(y); so the law of rounds follows from the rows alone.
+A committed token is an accepted draft with chance min(p, q)(y) / p(y); so the law of rounds follows from the rows alone. A token that
+the target could not have written (in a log, whoever wrote that) is no draft that it accepts.
 
 T = new tokens of a text, K = draft tokens, N = rows
 """
@@ -131,7 +132,7 @@ def _chances(
     drafter_NV = over_target_vocabulary(drafter_NV, vocabulary, size=target_NV.shape[-1])
     target_N = target_NV.gather(1, tokens_N[:, None])[:, 0].double()
     drafter_N = drafter_NV.gather(1, tokens_N[:, None])[:, 0].double()
-    kept_N = (drafter_N / target_N.clamp_min(1e-300)).clamp(max=1.0)
+    kept_N = torch.where(target_N > 0, (drafter_N / target_N.clamp_min(1e-300)).clamp(max=1.0), 0.0)
     return kept_N.cpu().numpy(), acceptance_rate(target_NV, drafter_NV).double().cpu().numpy()
 
 

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import ipaddress
 import signal
-import sys
 import time
 import uuid
 from collections import Counter
@@ -29,8 +28,6 @@ from drafttrain.online.recorder_settings import RecorderSettings
 STATUS_PATH = "/_recorder"
 """Answered here and not passed on: counts as JSON."""
 STATUS_SECONDS = 30.0
-SWITCH_SECONDS = 0.0005
-"""The interpreter is handed over after that time; 5 ms is Python's own choice."""
 RECORDED = ("/chat/completions", "/completions")
 HOP_BY_HOP = {
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
@@ -249,9 +246,7 @@ async def _serve(recorder: Recorder) -> None:
 
 
 def _without_pauses() -> None:
-    """Let neither the thread that writes nor the collector hold up a token for milliseconds."""
-    sys.setswitchinterval(SWITCH_SECONDS)
-    # What was imported stays: a collection need not look through it.
+    """Leave what was imported out of collections: it stays, and looking through it would hold up a token for milliseconds."""
     gc.collect()
     gc.freeze()
 
