@@ -4,11 +4,14 @@
 
 Clean requests are the assertions of the shipped log. A part of the stream is exchanged for the same prompts with answers that the target
 did not write to them; the learner and its gate see this one stream, and nothing else. Block efficiency is by greedy replay on clean
-requests that are in no stream. Each arm is a run of its own; what is done already is taken up when the command is given again.
+requests that are in no stream. Each stream is a run of its own; what is done already is taken up when the command is given again.
 
-guarded   as a recipe has it: implausible answers set aside, candidates held against the current drafter
-gated     online.implausible: null
-unguarded the drafter in training of that run, as it would be served without a gate
+promoted  what the product serves at the end: implausible answers set aside, candidates held against the current drafter
+filtered  the drafter in training of the same run, as it would be served without a gate
+unguarded the control: the learner used by itself on every request of the stream, with neither filter nor gate
+
+A second table holds each drafter against the one that learned in the same way from the same stream unpoisoned, and says how well the
+nonsense itself was learned: nats a token that a drafter gives to the forged answers.
 """
 
 import argparse
@@ -32,7 +35,13 @@ from drafttrain.config.load import load_recipe
 from drafttrain.core.files import write_json
 from drafttrain.core.provenance import commit, processor
 from drafttrain.core.records import Record, Sampling
+from drafttrain.data_gen.serving_logs.intake import Served
+from drafttrain.drafters import Drafter
 from drafttrain.eval.statistics import ratio_difference, ratio_interval
+from drafttrain.losses import losses
+from drafttrain.online.buffer import ReplayBuffer
+from drafttrain.online.learner import Learner
+from drafttrain.online.plausible import surprise
 from drafttrain.online.promotion import request_counts
 from drafttrain.pipeline.drafter_folder import write_drafter
 from drafttrain.pipeline.online import online_run
@@ -51,6 +60,8 @@ SETTINGS = [
     "eval.length={kind: fixed, num_draft_tokens: 5}",
 ]
 """Learning never starts again, so that the drafter in training is what a run without a gate would serve."""
+
+LEARNERS = ("promoted", "filtered", "unguarded")
 
 Forge = Callable[[list[int], list[int], list[list[int]], random.Random], list[int]]
 """(prompt, answer, answers of others, draws) -> nonsense."""
@@ -97,58 +108,118 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    print("| nonsense | set aside | surprise: least | median | most |\n|---|---|---|---|---|")
     print(
-        "| loss | nonsense | set aside | versions: guarded, gated | guarded | gated | unguarded |\n|---|---|---|---|---|---|---|"
+        "\n".join(set_aside(arguments.out, ["none", *(kind for kind in KINDS if kind != "mixed")], arguments.share)),
+        "\n",
     )
+    print(f"| loss | nonsense | set aside | published | {' | '.join(LEARNERS)} |\n|---|---|---|---|---|---|---|")
+    results = {}
     for loss in arguments.losses:
         for kind in arguments.kinds:
-            arms = {
-                name: arm(arguments.out / f"{loss}-{kind}-{name}", kind, loss, name, arguments.share)
-                for name in ("guarded", "gated")
-            }
-            print(row(loss, kind, arms), flush=True)
+            results[loss, kind] = learned(arguments.out / f"{loss}-{kind}", kind, loss, arguments.share)
+            print(row(loss, kind, results[loss, kind]), flush=True)
+    print(
+        f"\n| loss | nonsense | {' | '.join(LEARNERS)} | nats: start | promoted | unguarded |\n|---|---|---|---|---|---|---|---|"
+    )
+    for (loss, kind), found in results.items():
+        if kind != "none" and (loss, "none") in results:
+            print(cost_row(loss, kind, found, results[loss, "none"]))
     print(
         f"\nblock efficiency on {TESTED} clean requests: value, and difference to the drafter that the run started with, paired over "
         f"requests; {STREAM} requests, {arguments.share:.0%} of them nonsense; {datetime.date.today()}, commit {commit()}, {processor()}"
     )
 
 
-def arm(out: Path, kind: str, loss: str, name: str, share: float) -> dict[str, Any]:
-    """Learn from a stream once, and return what was promoted and what was learned on clean requests."""
-    done = out / "arm.json"
+def learned(out: Path, kind: str, loss: str, share: float) -> dict[str, Any]:
+    """Learn from a stream with the guards and without them, once, and return what came of it on clean requests."""
+    done = out / "learned.json"
     if done.exists():
         found: dict[str, Any] = json.loads(done.read_text())
         return found
-    more = ["online.implausible=null"] if name == "gated" else []
-    recipe = load_recipe("online", [*SETTINGS, *more, f"loss.kind={loss}", f"data.sources.0.path={out / 'logs'}"])
+    recipe = load_recipe("online", [*SETTINGS, f"loss.kind={loss}", f"data.sources.0.path={out / 'logs'}"])
     run = Run(recipe, out / "run", quiet=True)
     target = run.target
     write_drafter(run, run.drafter, run.folder.start, steps=0)
     lines = shipped("assertions")
-    write_log(out / "logs" / "log.jsonl", poisoned(target, run, lines[:STREAM], kind, share))
+    stream, forged = poisoned(target, run, lines[:STREAM], kind, share)
+    write_log(out / "logs" / "log.jsonl", stream)
     learning = online_run(run.recipe, run.folder, target)
     learning.once()
     (lane,) = learning.lanes.values()
-    records = [record_of(line) for line in lines[STREAM : STREAM + TESTED]]
     drafters = {
         "start": read_drafter(run.folder.start, target),
         "promoted": read_drafter(lane.versions.path(lane.versions.current()), target),
-        "in_training": lane.learner.drafter,
+        "filtered": lane.learner.drafter,
+        "unguarded": unguarded(run, list(learning.intake.served())),
     }
-    counts = {
-        which: request_counts(target, drafter, records, Sampling(), num_draft_tokens=NUM_DRAFT_TOKENS)
-        for which, drafter in drafters.items()
+    clean = [record_of(line) for line in lines[STREAM : STREAM + TESTED]]
+    nonsense = [record_of(stream[number]) for number in sorted(forged)]
+    found = {
+        "counts": {
+            which: request_counts(target, drafter, clean, Sampling(), num_draft_tokens=NUM_DRAFT_TOKENS)
+            for which, drafter in drafters.items()
+        },
+        "nats": {which: nats(target, drafter, nonsense) for which, drafter in drafters.items()},
+        "set_aside": lane.counts["implausible"],
+        "published": Counter(event["event"] for event in lane.versions.history())["published"] - 1,
     }
-    events = Counter(event["event"] for event in lane.versions.history())
-    found = {"counts": counts, "implausible": lane.counts["implausible"], "published": events["published"] - 1}
     write_json(done, found)
     return found
 
 
+def unguarded(run: Run, requests: Sequence[Served]) -> Drafter:
+    """Return the start drafter after the same steps on all requests, whoever wrote the answers; nothing is held out."""
+    recipe = run.recipe
+    online = recipe.online
+    learner = Learner(
+        read_drafter(run.folder.start, run.target, dtype="float32"),
+        losses.build(recipe.loss),
+        target=run.target,
+        settings=recipe.train,
+        max_length=recipe.data.max_length,
+        num_tokens=run.target.num_tokens,
+    )
+    buffer = ReplayBuffer(online.buffer, recent=online.recent, user_quota=online.user_quota, seed=recipe.seed)
+    for number, one in enumerate(requests, 1):
+        buffer.add(one)
+        for _ in range(online.steps if number % online.every_requests == 0 else 0):
+            drawn = buffer.draw(recipe.train.batch_size, step=learner.steps, recent=online.recent)
+            learner.step([request.record for request in drawn], positions=online.positions)
+    return learner.drafter
+
+
+@torch.no_grad()
+def nats(target: Target, drafter: Drafter, records: Sequence[Record]) -> float | None:
+    """Return what a token of these answers costs a drafter, in nats; None: there are none."""
+    costs = []
+    for record in records:
+        tokens = torch.tensor([record.tokens])
+        log_p_TV = drafter.model(tokens).logits[0, :-1, : target.num_tokens].double().log_softmax(-1)
+        said_T = log_p_TV.gather(1, tokens[0, 1:, None])[:, 0]
+        costs.append(-said_T[torch.tensor(record.loss_mask[1:])])
+    return float(torch.cat(costs).mean()) if costs else None
+
+
+def set_aside(out: Path, kinds: Sequence[str], share: float) -> list[str]:
+    """Return the rows of what the filter makes of each kind: this needs no learning."""
+    recipe = load_recipe("online", [*SETTINGS, f"data.sources.0.path={out / 'logs'}"])
+    run = Run(recipe, out / "filter", quiet=True)
+    lines, rows = shipped("assertions")[:STREAM], []
+    for kind in kinds:
+        stream, forged = poisoned(run.target, run, lines, kind, share)
+        chosen = sorted(forged) or range(len(stream))
+        found = sorted(surprise(run.target, [record_of(stream[number]) for number in chosen]))
+        aside = sum(value > recipe.online.implausible for value in found)
+        middle, end = found[len(found) // 2], found[-1]
+        rows.append(f"| {kind} | {aside} of {len(found)} | {found[0]:.1f} | {middle:.1f} | {end:.1f} |")
+    return rows
+
+
 def poisoned(
     target: Target, run: Run, lines: Sequence[dict[str, Any]], kind: str, share: float
-) -> list[dict[str, Any]]:
-    """Return the stream: lines in their order, a part of them with forged answers."""
+) -> tuple[list[dict[str, Any]], set[int]]:
+    """Return the stream, lines in their order, a part of them with forged answers; and which."""
     draws = random.Random(kind)
     forged = set(draws.sample(range(len(lines)), round(share * len(lines)))) if kind != "none" else set()
     answers = [ids_of(line)[1] for line in lines]
@@ -165,7 +236,7 @@ def poisoned(
                 nonsense = FORGED[chosen](prompt, answer, answers[:number] + answers[number + 1 :], draws)
             line = with_answer(target, line, list(map(int, nonsense)))
         found.append(line)
-    return found
+    return found, forged
 
 
 def drawn(run: Run, target: Target, prompt: list[int], count: int, number: int) -> list[list[int]]:
@@ -204,16 +275,32 @@ def write_log(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
-def row(loss: str, kind: str, arms: dict[str, dict[str, Any]]) -> str:
-    """Return a row of the table."""
+def row(loss: str, kind: str, found: dict[str, Any]) -> str:
+    """Return a row of the first table."""
     cells = []
-    for name, which in (("guarded", "promoted"), ("gated", "promoted"), ("gated", "in_training")):
-        counts = {key: tuple(zip(*value, strict=True)) for key, value in arms[name]["counts"].items()}
-        value = ratio_interval(*counts[which], resamples=10000, seed=0).value
-        difference = ratio_difference(counts[which], counts["start"], resamples=10000, seed=0)
-        cells.append(f"{value:.2f}, {difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]")
-    published = ", ".join(str(arm["published"]) for arm in arms.values())
-    return f"| {loss} | {kind} | {arms['guarded']['implausible']} | {published} | {' | '.join(cells)} |"
+    for which in LEARNERS:
+        value = ratio_interval(*counts_of(found, which), resamples=10000, seed=0).value
+        cells.append(f"{value:.2f}, {difference(counts_of(found, which), counts_of(found, 'start'))}")
+    return f"| {loss} | {kind} | {found['set_aside']} | {found['published']} | {' | '.join(cells)} |"
+
+
+def cost_row(loss: str, kind: str, found: dict[str, Any], clean: dict[str, Any]) -> str:
+    """Return a row of the second table."""
+    cells = [difference(counts_of(found, which), counts_of(clean, which)) for which in LEARNERS]
+    cells += [f"{found['nats'][which]:.2f}" for which in ("start", "promoted", "unguarded")]
+    return f"| {loss} | {kind} | {' | '.join(cells)} |"
+
+
+def counts_of(found: dict[str, Any], which: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return a drafter's tokens and rounds by request."""
+    tokens, rounds = zip(*found["counts"][which], strict=True)
+    return tokens, rounds
+
+
+def difference(ours: tuple[tuple[float, ...], ...], theirs: tuple[tuple[float, ...], ...]) -> str:
+    """Return by how much one block efficiency is above another, paired."""
+    found = ratio_difference(ours, theirs, resamples=10000, seed=0)
+    return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
 if __name__ == "__main__":

@@ -8,13 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from drafttrain.checkpoint import read_drafter
 from drafttrain.core.records import Record, Sampling
+from drafttrain.data_gen.serving_logs.duplicates import Mark
+from drafttrain.data_gen.serving_logs.intake import Served
+from drafttrain.drafters import Drafter
+from drafttrain.drafters.causal_lm import CausalLMDrafter
 from drafttrain.eval.statistics import Interval, ratio_difference
 from drafttrain.losses.ce import CrossEntropy
 from drafttrain.losses.forward_kl import ForwardKL
-from drafttrain.online.lane import Lane
+from drafttrain.online.buffer import ReplayBuffer
+from drafttrain.online.lane import Workshop
+from drafttrain.online.learner import Learner
 from drafttrain.online.promotion import request_counts
 from drafttrain.target import Target
 from tests.online.test_learning import K
@@ -54,38 +61,80 @@ def record_of(line: dict) -> Record:
     return Record(line["id"], [*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
 
 
-def gain(target: Target, lane: Lane, records: Sequence[Record], *, in_training: bool) -> Interval:
-    """Return by how much the block efficiency on clean requests rose over the run's first drafter, paired."""
-    current = read_drafter(lane.versions.path(lane.versions.current()), target)
-    ours = lane.learner.drafter if in_training else current
-    first = read_drafter(lane.versions.path("0000"), target)
-    counts = [request_counts(target, one, records, Sampling(), num_draft_tokens=K) for one in (ours, first)]
+def gain(target: Target, drafter: Drafter, first: Path, records: Sequence[Record]) -> Interval:
+    """Return by how much a drafter's block efficiency on clean requests is above that of the first one, paired."""
+    counts = [
+        request_counts(target, one, records, Sampling(), num_draft_tokens=K)
+        for one in (drafter, read_drafter(first, target))
+    ]
     return ratio_difference(*(tuple(zip(*one, strict=True)) for one in counts), resamples=2000, seed=0)
+
+
+def unguarded(shop: Workshop, first: Path, records: Sequence[Record]) -> CausalLMDrafter:
+    """Return what the learner makes of all requests in as many steps as a run takes, with neither filter nor gate."""
+    drafter = read_drafter(first, shop.target)
+    assert isinstance(drafter, CausalLMDrafter)
+    learner = Learner(
+        drafter,
+        shop.loss(),
+        target=shop.target,
+        settings=shop.train,
+        max_length=shop.max_length,
+        num_tokens=shop.target.num_tokens,
+    )
+    online = shop.online
+    buffer = ReplayBuffer(online.buffer, recent=online.recent, user_quota=online.user_quota, seed=shop.seed)
+    for number, record in enumerate(records, 1):
+        buffer.add(Served(record, "", Mark(record.id, "")))
+        for _ in range(online.steps if number % online.every_requests == 0 else 0):
+            drawn = buffer.draw(shop.train.batch_size, step=learner.steps, recent=online.recent)
+            learner.step([one.record for one in drawn], positions=online.positions)
+    return drafter
+
+
+@torch.no_grad()
+def nats(drafter: CausalLMDrafter, records: Sequence[Record]) -> float:
+    """Return what a token of these answers costs a drafter."""
+    costs = []
+    for record in records:
+        tokens_BT, label_N = torch.tensor([record.tokens]), torch.tensor(record.loss_mask).nonzero()[:, 0]
+        logits_NV = drafter.model(tokens_BT).logits[0, label_N - 1]
+        costs.append(torch.nn.functional.cross_entropy(logits_NV, tokens_BT[0, label_N], reduction="none"))
+    return float(torch.cat(costs).mean())
 
 
 @pytest.mark.processes
 def test_what_a_poisoned_stream_promotes_is_no_worse_on_clean_requests(tmp_path: Path, tiny_target: Target) -> None:
-    first = start(tmp_path, tiny_target, noise=0.2)
+    first = start(tmp_path, tiny_target, noise=0.1)
     online_run(tmp_path, tiny_target, first)
     # What the target says does not depend on the drafter that it is served with.
     wanted = prompts(0, STREAM + NONSENSE + TESTED)
     serve(tiny_target, tmp_path / "run" / "drafters", tmp_path / "all" / "a.jsonl", wanted)
     lines = read_log(tmp_path / "all" / "a.jsonl")
+    own, tested = lines[: STREAM + NONSENSE], [record_of(line) for line in lines[-TESTED:]]
     draws = random.Random(0)
-    stream = [*lines[:STREAM], *nonsense(lines[STREAM : STREAM + NONSENSE], draws)]
-    draws.shuffle(stream)
-    clean = [record_of(line) for line in lines[-TESTED:]]
-    lanes = {}
+    forged = nonsense(own[STREAM:], draws)
+    poisoned = [*own[:STREAM], *forged]
+    order = draws.sample(range(len(own)), len(own))
+    shops = {}
     for loss in (CrossEntropy, ForwardKL):
-        (tmp_path / loss.__name__ / "logs").mkdir(parents=True)
-        log = tmp_path / loss.__name__ / "logs" / "a.jsonl"
-        log.write_text("".join(json.dumps(line) + "\n" for line in stream))
-        run = online_run(tmp_path / loss.__name__, tiny_target, first, loss=loss, restart_after=100)
+        folder = tmp_path / loss.__name__
+        (folder / "logs").mkdir(parents=True)
+        (folder / "logs" / "a.jsonl").write_text("".join(json.dumps(poisoned[number]) + "\n" for number in order))
+        run = online_run(folder, tiny_target, first, loss=loss)
         run.once()
-        lanes[loss] = run.lanes[""]
-    for lane in lanes.values():
-        assert gain(tiny_target, lane, clean, in_training=False).high >= 0
-    # What stands in the log is what hard labels teach: without a gate the last drafter would be served, and it is worse.
-    assert gain(tiny_target, lanes[CrossEntropy], clean, in_training=True).high < 0
-    # Where the target gives the labels, nonsense does not keep a better drafter from being promoted.
-    assert gain(tiny_target, lanes[ForwardKL], clean, in_training=False).low > 0
+        versions = run.lanes[""].versions
+        found = gain(tiny_target, read_drafter(versions.path(versions.current()), tiny_target), first, tested)
+        assert found.high >= 0
+        # Where the target gives the labels, nonsense does not keep a better drafter from being promoted.
+        assert found.low > 0 or loss is CrossEntropy
+        shops[loss] = run.shop
+    # Hard labels are what stands in the log: with neither filter nor gate, what is served gets worse. (So it does on as many
+    # requests that are all the target's own: they are few. It is the gate that holds it.) And nonsense is learned.
+    learned, not_poisoned = (
+        unguarded(shops[CrossEntropy], first, [record_of(stream[number]) for number in order])
+        for stream in (poisoned, own)
+    )
+    assert gain(tiny_target, learned, first, tested).high < 0
+    said = [record_of(line) for line in forged]
+    assert nats(learned, said) < nats(not_poisoned, said) - 0.5
