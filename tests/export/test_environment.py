@@ -11,7 +11,7 @@ import pytest
 
 from drafttrain.export import engines
 from drafttrain.export.engines import engine_of
-from drafttrain.export.engines.environment import EngineError, ask, folder_of, install, is_installed
+from drafttrain.export.engines.environment import RUNNER, EngineError, ask, folder_of, install, is_installed
 
 
 @pytest.fixture
@@ -35,9 +35,11 @@ def pretend_installed(engine, tmp_path: Path, monkeypatch, worker: str) -> None:
 
 
 ECHO = """
-import json, os, sys
-asked = json.load(open(sys.argv[1]))
-json.dump({"got": asked, "isolated": sys.flags.isolated, "path": os.environ.get("PYTHONPATH")}, open(sys.argv[2], "w"))
+import os, sys
+
+
+def answer_to(request):
+    return {"got": request, "isolated": sys.flags.isolated, "path": os.environ.get("PYTHONPATH")}
 """
 
 
@@ -56,9 +58,7 @@ def test_an_engine_under_a_launcher_is_on_its_own_and_on_the_device_of_its_proce
 ):
     launcher = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "4", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
     launcher |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
-    pretend_installed(
-        engine, tmp_path, monkeypatch, "import json, os, sys; json.dump(dict(os.environ), open(sys.argv[2], 'w'))"
-    )
+    pretend_installed(engine, tmp_path, monkeypatch, "import os\ndef answer_to(request):\n    return dict(os.environ)")
     for name, value in launcher.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible) if visible else monkeypatch.delenv(
@@ -76,7 +76,7 @@ def test_an_engine_under_a_launcher_is_on_its_own_and_on_the_device_of_its_proce
     ("worker", "said"),
     [
         ("import sys; print('out of luck', file=sys.stderr); sys.exit(3)", r"exit code 3 and no answer:\nout of luck"),
-        ("import json, sys; json.dump({'error': 'ValueError: no'}, open(sys.argv[2], 'w'))", "ValueError: no"),
+        ("def answer_to(request):\n    raise ValueError('no')", "ValueError: no"),
     ],
 )
 def test_a_worker_that_fails_is_quoted(worker, said, engine, tmp_path, monkeypatch):
@@ -111,7 +111,7 @@ def test_other_pins_are_another_environment(engine, monkeypatch):
 
 
 def test_workers_know_nothing_of_drafttrain():
-    workers = list(Path(engines.__file__).parent.glob("*_worker.py"))
+    workers = [*Path(engines.__file__).parent.glob("*_worker.py"), RUNNER]
     assert workers
     for worker in workers:
         names = {

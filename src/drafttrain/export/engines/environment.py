@@ -24,6 +24,7 @@ INSTALLED = "installed.json"
 """Written last: an environment without it was left half made."""
 
 LAST_LINES = 25
+RUNNER = Path(__file__).with_name("in_engine.py")
 TIMEOUT_SECONDS = 3600.0
 
 
@@ -115,7 +116,7 @@ def ask(
         write_json(asked, dict(request))
         with log.open("w", encoding="utf-8") as written:
             # Isolated: nothing of this process's environment of packages is seen by the engine's.
-            command = [str(python_of(engine)), "-I", str(file), str(asked), str(answered)]
+            command = [str(python_of(engine)), "-I", str(RUNNER), str(file), str(asked), str(answered)]
             # Nor is a launcher's: an engine that takes itself for one of several processes waits for the others.
             environment = for_own_program(os.environ)
             try:

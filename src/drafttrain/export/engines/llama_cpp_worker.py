@@ -1,6 +1,6 @@
-"""Decode prompts in llama.cpp's own server and count. Runs without drafttrain: `python llama_cpp_worker.py REQUEST ANSWER`.
+"""Decode prompts in llama.cpp's own server and count. Runs without drafttrain: `in_engine.py` runs it.
 
-Both are JSON files. The request:
+The request:
 
     target, drafter     GGUF files; drafter null: the target alone
     num_draft_tokens    of a round
@@ -16,8 +16,6 @@ The answer: `version`, for every run its `prompts`, each with `tokens` and the c
 
 import http.client
 import json
-import sys
-import traceback
 from typing import Any
 
 THREADS = 1
@@ -143,21 +141,3 @@ def _asked(address: str, path: str, body: dict[str, Any] | None = None) -> str:
     if response.status != http.client.OK:
         raise RuntimeError(f"{path}: {response.status}: {text}")
     return text
-
-
-def main() -> None:
-    """Read a request, write its answer."""
-    request, answer = sys.argv[1:]
-    with open(request, encoding="utf-8") as file:
-        asked = json.load(file)
-    try:
-        said = answer_to(asked)
-    except Exception as error:  # whatever the engine raises is its answer
-        traceback.print_exc()
-        said = {"error": f"{type(error).__name__}: {error}"}
-    with open(answer, "w", encoding="utf-8") as file:
-        json.dump(said, file)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Write a Hugging Face folder as OpenVINO reads it. Runs in the engine's own environment, without drafttrain.
 
-`python openvino_converter.py REQUEST ANSWER`. Both are JSON files. The request:
+`in_engine.py` runs it. The request:
 
     source     folder of a target or a drafter, weights and tokenizer
     folder     where to write
@@ -9,10 +9,7 @@
 The answer: `version`; or `error`.
 """
 
-import json
 import os
-import sys
-import traceback
 from typing import Any
 
 GRAPH = "openvino_model.xml"
@@ -57,21 +54,3 @@ def _note(folder: str, key: str, value: str) -> None:
     del model
     os.replace(beside, graph)
     os.replace(beside.removesuffix(".xml") + ".bin", os.path.join(folder, WEIGHTS))
-
-
-def main() -> None:
-    """Read a request, write its answer."""
-    request, answer = sys.argv[1:]
-    with open(request, encoding="utf-8") as file:
-        asked = json.load(file)
-    try:
-        said = answer_to(asked)
-    except Exception as error:  # whatever the engine raises is its answer
-        traceback.print_exc()
-        said = {"error": f"{type(error).__name__}: {error}"}
-    with open(answer, "w", encoding="utf-8") as file:
-        json.dump(said, file)
-
-
-if __name__ == "__main__":
-    main()

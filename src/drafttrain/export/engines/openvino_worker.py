@@ -1,6 +1,6 @@
-"""Decode prompts in OpenVINO GenAI and count. Runs in its own environment, without drafttrain: `python openvino_worker.py REQUEST ANSWER`.
+"""Decode prompts in OpenVINO GenAI and count. Runs in its own environment, without drafttrain: `in_engine.py` runs it.
 
-Both are JSON files. The request:
+The request:
 
     target, drafter     folders that optimum-intel wrote; drafter null: the target alone
     num_draft_tokens    of a round
@@ -13,10 +13,7 @@ step, and totals of draft and accepted tokens; the totals leave out a round that
 what the steps gave, and it must add up to the totals.
 """
 
-import json
 import os
-import sys
-import traceback
 from typing import Any
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
@@ -93,21 +90,3 @@ def counters(steps: list[int], totals: tuple[int, int], num_draft_tokens: int, m
         "num_accepted": accepted,
         "accepted_at": [sum(kept >= i for _, kept in rounds) for i in range(1, num_draft_tokens + 1)],
     }
-
-
-def main() -> None:
-    """Read a request, write its answer."""
-    request, answer = sys.argv[1:]
-    with open(request, encoding="utf-8") as file:
-        asked = json.load(file)
-    try:
-        said = answer_to(asked)
-    except Exception as error:  # whatever the engine raises is its answer
-        traceback.print_exc()
-        said = {"error": f"{type(error).__name__}: {error}"}
-    with open(answer, "w", encoding="utf-8") as file:
-        json.dump(said, file)
-
-
-if __name__ == "__main__":
-    main()

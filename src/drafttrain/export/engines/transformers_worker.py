@@ -1,6 +1,6 @@
-"""Decode prompts with Hugging Face's assisted generation and count. Knows nothing of drafttrain: `python transformers_worker.py REQUEST ANSWER`.
+"""Decode prompts with Hugging Face's assisted generation and count. Knows nothing of drafttrain: `in_engine.py` runs it.
 
-Both are JSON files. The request:
+The request:
 
     target, assistant    folders; assistant null: the target alone
     num_draft_tokens     of a round
@@ -12,10 +12,7 @@ The answer: `version`, and for every run its `prompts`, each with `tokens` and t
 nothing itself: drafts are what each forward of the target reads behind the text, accepted tokens what it then hands to the streamer.
 """
 
-import json
 import os
-import sys
-import traceback
 from typing import Any
 
 SETTINGS = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -119,21 +116,3 @@ class Rounds:
                 sum(accepted >= i for _, accepted in rounds) for i in range(1, max(self.drafted, default=0) + 1)
             ],
         }
-
-
-def main() -> None:
-    """Read a request, write its answer."""
-    request, answer = sys.argv[1:]
-    with open(request, encoding="utf-8") as file:
-        asked = json.load(file)
-    try:
-        said = answer_to(asked)
-    except Exception as error:  # whatever the engine raises is its answer
-        traceback.print_exc()
-        said = {"error": f"{type(error).__name__}: {error}"}
-    with open(answer, "w", encoding="utf-8") as file:
-        json.dump(said, file)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
-"""Decode prompts in vLLM and count. Runs in vLLM's own environment, without drafttrain: `python vllm_worker.py REQUEST ANSWER`.
+"""Decode prompts in vLLM and count. Runs in vLLM's own environment, without drafttrain: `in_engine.py` runs it.
 
-Both are JSON files. The request:
+The request:
 
     target               folder of the target
     speculative_config   what `LLM(speculative_config=...)` takes; null: the target alone
@@ -12,10 +12,7 @@ The answer: `version`, `repaired` (what of the engine was mended to ask it at al
 each with `tokens` and the counters of speculation; or `error`.
 """
 
-import json
 import os
-import sys
-import traceback
 from typing import Any
 
 SETTINGS = {
@@ -105,21 +102,3 @@ def _difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]
         else after[name] - before[name]
         for name in after
     }
-
-
-def main() -> None:
-    """Read a request, write its answer."""
-    request, answer = sys.argv[1:]
-    with open(request, encoding="utf-8") as file:
-        asked = json.load(file)
-    try:
-        said = answer_to(asked)
-    except Exception as error:  # whatever the engine raises is its answer
-        traceback.print_exc()
-        said = {"error": f"{type(error).__name__}: {error}"}
-    with open(answer, "w", encoding="utf-8") as file:
-        json.dump(said, file)
-
-
-if __name__ == "__main__":
-    main()

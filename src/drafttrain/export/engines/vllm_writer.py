@@ -1,6 +1,6 @@
-"""Write texts in vLLM. Runs in vLLM's own environment, without drafttrain: `python vllm_writer.py REQUEST ANSWER`.
+"""Write texts in vLLM. Runs in vLLM's own environment, without drafttrain: `in_engine.py` runs it.
 
-Both are JSON files. The request:
+The request:
 
     target                folder of the target
     dtype, max_model_len, max_num_seqs, memory_gb (of keys and values)
@@ -13,8 +13,6 @@ Each shard's texts, [{tokens, finish}], are written into its file as soon as the
 
 import json
 import os
-import sys
-import traceback
 from typing import Any
 
 SETTINGS = {
@@ -69,21 +67,3 @@ def _write(path: str, value: Any) -> None:
     with open(beside, "w", encoding="utf-8") as file:
         json.dump(value, file)
     os.replace(beside, path)
-
-
-def main() -> None:
-    """Read a request, write its answer."""
-    request, answer = sys.argv[1:]
-    with open(request, encoding="utf-8") as file:
-        asked = json.load(file)
-    try:
-        said = answer_to(asked)
-    except Exception as error:  # whatever the engine raises is its answer
-        traceback.print_exc()
-        said = {"error": f"{type(error).__name__}: {error}"}
-    with open(answer, "w", encoding="utf-8") as file:
-        json.dump(said, file)
-
-
-if __name__ == "__main__":
-    main()
