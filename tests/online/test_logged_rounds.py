@@ -13,6 +13,7 @@ from drafttrain.drafters.causal_lm import CausalLMDrafter
 from drafttrain.losses.forward_kl import ForwardKL
 from drafttrain.online.capture import Capture, line_of
 from drafttrain.online.learner import Learner
+from drafttrain.online.loop import metrics, status
 from drafttrain.online.positions import refused_positions
 from drafttrain.train.settings import TrainSettings
 from tests.online.test_learning import K, near_copy, refused_by_the_engine, serve
@@ -64,6 +65,21 @@ def test_logged_refusals_are_those_of_the_engine_and_cost_no_forward(tmp_path, t
     assert {"target", "drafter"} <= set(forwards), "without events both models are asked"
     for handle in handles:
         handle.remove()
+
+
+def test_served_block_efficiency_is_that_of_the_logged_rounds(tmp_path, tiny_target):
+    first = start(tmp_path, tiny_target)
+    run = online_run(tmp_path, tiny_target, first, every_requests=2, steps=1)
+    records, rounds = serve(tiny_target, near_copy(tiny_target, noise=0.4))
+    logged(records, rounds, tmp_path / "logs" / "a.jsonl")
+    run.once()
+    expected = [
+        sum(sum(record.loss_mask) for record in records[i : i + 2]) / sum(map(len, rounds[i : i + 2]))
+        for i in range(0, len(records), 2)
+    ]
+    rows = metrics(tmp_path / "run")
+    assert [row["served_block_efficiency"] for row in rows] == expected
+    assert status(tmp_path / "run")["lanes"][""]["served_block_efficiency"] == expected[-1] > 1
 
 
 def test_only_rows_before_logged_refusals_get_a_gradient(tmp_path, tiny_target):

@@ -15,7 +15,7 @@ from drafttrain.eval.statistics import ratio_difference
 from drafttrain.losses.forward_kl import ForwardKL
 from drafttrain.online.drift import drift
 from drafttrain.online.learner import Learner
-from drafttrain.online.loop import OnlineRun, status
+from drafttrain.online.loop import OnlineRun, metrics, status
 from drafttrain.pipeline.drafter_folder import write_drafter
 from drafttrain.pipeline.online import online_run, report
 from drafttrain.pipeline.run import Run
@@ -115,5 +115,9 @@ def test_block_efficiency_falls_where_the_traffic_changes_and_recovers(tmp_path:
     first = decoded_again(run.target, learning.lanes[""].versions.path("0000"), [one.generation for one in last])
     parts = [tuple(zip(*(one.counts for one in some), strict=True)) for some in (last, first)]
     assert ratio_difference(*parts, resamples=2000, seed=0).low > 0
+    # The page draws what the server's own rounds gave.
+    rows = metrics(tmp_path / "run")
+    served = [row["served_block_efficiency"] for row in rows]
+    assert served == [sum(n for n, _ in some) / sum(r for _, r in some) for some in counts[: len(served)]]
     report(run.folder, title="switch")
     assert (tmp_path / "run" / "report.html").read_text(encoding="utf-8").count("published") >= 2

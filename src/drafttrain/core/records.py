@@ -57,6 +57,8 @@ class Record:
     """Fingerprint or version of the model that drew them."""
     refused: Sequence[int] | None = None
     """Positions where the target refused the drafter's token (serving logs); None: not known."""
+    num_rounds: int | None = None
+    """Rounds of speculation that wrote the labelled tokens (serving logs); None: not known."""
     cache: str = ""
     """Where what the target knows of this record is stored; empty: nowhere."""
     law: LoggedLaw | None = None

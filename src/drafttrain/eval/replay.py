@@ -54,6 +54,7 @@ def replay_rows(
     sampling: Sampling,
     *,
     num_depths: int = 0,
+    any_text: bool = False,
     texts_at_once: int = 16,
 ) -> list[ReplayRows]:
     """Return the rows of texts: a few forwards of each model, no decoding.
@@ -61,15 +62,19 @@ def replay_rows(
     Args:
         num_depths: Draft tokens of the longest round that will be asked for; a drafter that feeds on its own states rolls
             out so many. 0: as many as it trains.
+        any_text: The texts may be drawn by another rule than `sampling`: a draft token that is the text's is kept even where this
+            rule never draws it.
     """
     found: list[ReplayRows] = []
     for start in range(0, len(texts), texts_at_once):
-        found += _replay_batch(target, drafter, texts[start : start + texts_at_once], sampling, num_depths)
+        found += _replay_batch(
+            target, drafter, texts[start : start + texts_at_once], sampling, num_depths, any_text=any_text
+        )
     return found
 
 
 def _replay_batch(
-    target: Target, drafter: Drafter, texts: Sequence[Text], sampling: Sampling, num_depths: int
+    target: Target, drafter: Drafter, texts: Sequence[Text], sampling: Sampling, num_depths: int, *, any_text: bool
 ) -> list[ReplayRows]:
     from dataclasses import replace
 
@@ -104,6 +109,7 @@ def _replay_batch(
                 draft_sampling,
                 num_tokens=target.num_tokens,
                 vocabulary=drafted.vocabulary,
+                any_text=any_text,
             )
         place_N = rows.index.sequence_N[first : first + count].cpu().numpy()
         for number in range(len(texts)):
@@ -122,6 +128,7 @@ def _chances(
     *,
     num_tokens: int,
     vocabulary: torch.Tensor | None,
+    any_text: bool,
 ) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
     """Return (chance that the text's token is an accepted draft token, acceptance rate) by row."""
     target_NV = sampling_probs(without_padding(target_logits_NV, num_tokens=num_tokens), sampling)
@@ -132,7 +139,9 @@ def _chances(
     drafter_NV = over_target_vocabulary(drafter_NV, vocabulary, size=target_NV.shape[-1])
     target_N = target_NV.gather(1, tokens_N[:, None])[:, 0].double()
     drafter_N = drafter_NV.gather(1, tokens_N[:, None])[:, 0].double()
-    kept_N = torch.where(target_N > 0, (drafter_N / target_N.clamp_min(1e-300)).clamp(max=1.0), 0.0)
+    kept_N = (drafter_N / target_N.clamp_min(1e-300)).clamp(max=1.0)
+    if not any_text:
+        kept_N = torch.where(target_N > 0, kept_N, 0.0)
     return kept_N.cpu().numpy(), acceptance_rate(target_NV, drafter_NV).double().cpu().numpy()
 
 

@@ -59,7 +59,7 @@ class Lane:
         self.buffer = ReplayBuffer(online.buffer, recent=online.recent, user_quota=online.user_quota, seed=shop.seed)
         self.held_out = HeldOut(online.window, user_quota=online.user_quota)
         self.counts = Counter[str]()
-        """Requests, those that were set aside as implausible, updates, candidates."""
+        """Requests, those that were set aside as implausible, updates, candidates; tokens and rounds as logged since the last update."""
         self.refused_in_a_row = 0
         self.drifted = False
         self.promoted_on: list[tuple[float, float]] = []
@@ -102,12 +102,19 @@ class Lane:
         while position < len(requests):
             until = len(requests) if every is None else position + every - self.counts["requests"] % every
             group = requests[position:until]
+            self._count_served(group)
             self._sort(group)
             self.counts["requests"] += len(group)
             position += len(group)
             if every is not None and self.counts["requests"] % every == 0:
                 rows += self.update()
         return rows
+
+    def _count_served(self, group: Sequence[Served]) -> None:
+        """Add up what the serving stack logged of its own rounds."""
+        logged = [one.record for one in group if one.record.num_rounds is not None]
+        self.counts["served_tokens"] += sum(sum(record.loss_mask) for record in logged)
+        self.counts["served_rounds"] += sum(record.num_rounds or 0 for record in logged)
 
     def is_time(self) -> bool:
         """Tell whether the minutes between two updates are over."""
@@ -169,6 +176,9 @@ class Lane:
             "version": self.version,
             "at": self.updated_at,
         }
+        tokens, rounds = self.counts.pop("served_tokens", 0), self.counts.pop("served_rounds", 0)
+        if rounds:
+            row["served_block_efficiency"] = tokens / rounds
         if len(self.buffer):
             steps = [self._step() for _ in range(online.steps)]
             positions = sum(step.positions for step in steps)

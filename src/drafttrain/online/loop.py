@@ -181,6 +181,9 @@ def status(folder: Path) -> dict[str, Any]:
             "updates": own[-1]["update"] if own else 0,
             "requests": own[-1]["requests"] if own else 0,
             "block_efficiency": next((r["block_efficiency"] for r in reversed(own) if "block_efficiency" in r), None),
+            "served_block_efficiency": next(
+                (r["served_block_efficiency"] for r in reversed(own) if "served_block_efficiency" in r), None
+            ),
             "drift_p_value": own[-1].get("drift_p_value") if own else None,
             **{event: events[event] for event in ("published", "refused", "rolled_back", "hook_failed")},
         }

@@ -30,7 +30,7 @@ def refused_positions(
     Sampled ones: a round is drawn, by streams named by the record.
     """
     texts = [text_of(record) for record in records]
-    rows = replay_rows(target, drafter, texts, sampling, num_depths=num_draft_tokens)
+    rows = replay_rows(target, drafter, texts, sampling, num_depths=num_draft_tokens, any_text=True)
     found = []
     for text, row in zip(texts, rows, strict=True):
         # A text that the length ended has the target's own token last: the engine drafts none for that place.

@@ -31,6 +31,14 @@ def _efficiency(axes: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> None:
         own = [row for row in rows if row["lane"] == name and "block_efficiency" in row]
         requests = [row["requests"] for row in own]
         (line,) = axes[0].plot(requests, [row["block_efficiency"] for row in own], label=name or "drafter")
+        logged = [row for row in rows if row["lane"] == name and "served_block_efficiency" in row]
+        axes[0].plot(
+            [row["requests"] for row in logged],
+            [row["served_block_efficiency"] for row in logged],
+            "--",
+            color=line.get_color(),
+            label=f"{name or 'drafter'}, rounds as logged" if logged else None,
+        )
         better = [row for row in own if row.get("promoted")]
         axes[0].plot([r["requests"] for r in better], [r["candidate"] for r in better], "^", color=line.get_color())
         for before, row in itertools.pairwise(own):

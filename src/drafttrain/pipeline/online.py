@@ -57,6 +57,7 @@ def show_status(folder: Path) -> dict[str, Any]:
         "refused",
         "rolled back",
         "block efficiency",
+        "as logged",
         "drift p",
     ]
     rows = [
@@ -69,11 +70,16 @@ def show_status(folder: Path) -> dict[str, Any]:
             lane["refused"],
             lane["rolled_back"],
             _number(lane["block_efficiency"]),
+            _number(lane["served_block_efficiency"]),
             _number(lane["drift_p_value"]),
         ]
         for name, lane in found["lanes"].items()
     ]
-    table(rows, columns=columns, title=f"{folder}: block efficiency by replay on recent held-out requests")
+    table(
+        rows,
+        columns=columns,
+        title=f"{folder}: block efficiency by replay on recent held-out requests, and of the rounds in the logs",
+    )
     lines = ", ".join(f"{kind} {count:,}" for kind, count in found["lines"].items()) or "none yet"
     say(f"lines of the logs: {lines}")
     return found

@@ -193,6 +193,8 @@ def served_as_json(served: Served) -> dict[str, Any]:
     }
     if record.refused is not None:
         value["refused"] = list(record.refused)
+    if record.num_rounds is not None:
+        value["rounds"] = record.num_rounds
     if law is not None:
         known_NK = law.ids_NK >= 0
         value["law_ids"] = [ids[known].tolist() for ids, known in zip(law.ids_NK, known_NK, strict=True)]
@@ -212,5 +214,13 @@ def served_from_json(value: dict[str, Any]) -> Served:
             ids_NK[row, : len(ids)], log_probs_NK[row, : len(ids)] = ids, log_probs
         law = LoggedLaw(ids_NK, log_probs_NK)
     mask = [False] * prompt + [True] * (count - prompt)
-    record = Record(value["id"], value["tokens"], mask, domain=value["domain"], refused=value.get("refused"), law=law)
+    record = Record(
+        value["id"],
+        value["tokens"],
+        mask,
+        domain=value["domain"],
+        refused=value.get("refused"),
+        num_rounds=value.get("rounds"),
+        law=law,
+    )
     return Served(record, value["user"], Mark(*value["mark"]))
