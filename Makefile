@@ -13,22 +13,22 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -n 2
 
 test-processes: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "processes or multi_host" -rs
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "processes or multi_host" -rs --durations=15
 
 test-full: $(INSTALLED)
 	OMP_NUM_THREADS=2 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -m "not gpu and not multi_gpu and not multi_host and not serving"
 
 # Serving engines live in environments of their own, outside of this folder: some gigabytes, made once by their pins.
-SERVING = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -m serving tests/serving
+SERVING = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -m serving
 
 test-serving: $(INSTALLED)
 	$(BIN)/drafttrain engines install vllm llama.cpp openvino
-	$(SERVING)
+	$(SERVING) tests/serving
 
 # One configuration a kind, in vLLM.
 test-serving-kinds: $(INSTALLED)
 	$(BIN)/drafttrain engines install vllm
-	$(SERVING) -k "each_kind and not speculators"
+	$(SERVING) tests/serving/test_vllm.py -k "each_kind and not speculators"
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
