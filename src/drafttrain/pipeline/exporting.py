@@ -46,7 +46,7 @@ def export_and_judge(run: Run) -> None:
         if of_head:
             export_trained_head(recipe, folder, run.target, trained=folder.train / done.drafter)
         else:
-            export_best(run)
+            _export_trained(run, done)
         if not run.has_target():
             say(f"exported: {exported} (no target in this recipe, so nothing to evaluate it against)")
             return
@@ -92,15 +92,19 @@ def export_and_judge(run: Run) -> None:
 
 def export_best(run: Run) -> TrainResult:
     """Write the drafter folder from the best weights of the training; return what the training gave."""
+    done = training_result(run)
+    _export_trained(run, done)
+    return done
+
+
+def _export_trained(run: Run, done: TrainResult) -> None:
     from drafttrain.drafters import Drafter, drafters
 
-    done = training_result(run)
     trained = run.folder.train / done.drafter
     component = cast(Any, drafters.entry(run.recipe.drafter.kind).component)
     if component.calibrate is not Drafter.calibrate:
         calibrate(run, component.load(trained, run.target), trained)
     export_weights(run, trained, run.folder.drafter, steps=done.best_step)
-    return done
 
 
 def training_result(run: Run) -> TrainResult:
