@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 from drafttrain.checkpoint import read_drafter
 from drafttrain.cli import app
 from drafttrain.core.records import Prompt
-from drafttrain.eval.prompts import read_prompts
 from drafttrain.export.convert import export_as, read_target_config
 from drafttrain.export.engines import Job, ServingEngine, engine_of
 from drafttrain.export.engines.environment import ask, check_installed, root
@@ -58,16 +57,6 @@ def compared(
     tokens = [p.tokens for p in prompts]
     job = Job(resolve_folder(target.name), tokens, NEW_TOKENS, [0.0, 1.0], "float32", 128)
     return compare_with_engine(engine, exported, drafter, target, prompts, job, num_draft_tokens=NUM_DRAFT_TOKENS)
-
-
-@pytest.fixture(scope="module")
-def target() -> Target:
-    return Target.load(TargetSettings(model=TARGET))
-
-
-@pytest.fixture(scope="module")
-def prompts(target) -> list[Prompt]:
-    return read_prompts("builtin:test", target.tokenizer, prompt_tokens=24, limit=10)
 
 
 @pytest.fixture(scope="module")

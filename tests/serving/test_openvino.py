@@ -6,7 +6,6 @@ import copy
 import json
 import re
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +19,19 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.records import Prompt
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.export.convert import check_exported, export_as, read_target_config
-from drafttrain.export.engines import Job, Served, ServingEngine, Use, engine_of
+from drafttrain.export.engines import Job, ServingEngine, Use, engine_of
 from drafttrain.export.engines.environment import EngineError, ask, check_installed
 from drafttrain.export.verify import Comparison, compare_with_engine, plain_served
 from drafttrain.target import Target, TargetSettings
 from drafttrain.target.frozen import resolve_folder
 from tests.export import folders
 from tests.export.trained import learn
+from tests.serving.conftest import NEW_TOKENS, SETTINGS, STEPS
 
 pytestmark = pytest.mark.serving
 
 TARGET = "builtin:target"
 NUM_DRAFT_TOKENS = 3
-NEW_TOKENS = 40
-STEPS = 100
-SETTINGS: dict[str, dict[str, Any]] = {
-    "causal_lm": {"num_layers": 1, "hidden_size": 64, "num_heads": 2},
-    "eagle3": {"draft_vocab_size": 3072, "num_steps": 3},
-}
 PLACES = (0, 1, 3, 5, 7, 9)
 """Of the embedded target's blocks in one of ten layers."""
 
@@ -53,11 +47,6 @@ def engine() -> ServingEngine:
 
 
 @pytest.fixture(scope="module")
-def target() -> Target:
-    return Target.load(TargetSettings(model=TARGET))
-
-
-@pytest.fixture(scope="module")
 def target_config() -> dict[str, Any]:
     return read_target_config(resolve_folder(TARGET), name=TARGET)
 
@@ -65,32 +54,6 @@ def target_config() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def prompts(target) -> list[Prompt]:
     return read_prompts("builtin:test", target.tokenizer, prompt_tokens=24, limit=8)
-
-
-@pytest.fixture(scope="module")
-def job(prompts) -> Job:
-    return Job(resolve_folder(TARGET), [p.tokens for p in prompts], NEW_TOKENS, [0.0, 1.0], "float32", 128)
-
-
-@pytest.fixture(scope="module")
-def plain(engine, job) -> Sequence[Served]:
-    """What the engine writes without a drafter; asked for once."""
-    return plain_served(engine, job)
-
-
-@pytest.fixture(scope="module")
-def learned(target, prompts, tmp_path_factory):
-    """A function that returns the folder of a drafter of a kind that has learned the first texts by heart; made once a kind."""
-    made: dict[str, Path] = {}
-
-    def folder(kind: str) -> Path:
-        if kind not in made:
-            drafter = folders.drafter_of(kind, target, scale=0.05, **SETTINGS[kind])
-            learn(drafter, target, prompts[:4], steps=STEPS, new_tokens=NEW_TOKENS, lr=3e-3)
-            made[kind] = folders.save(drafter, tmp_path_factory.mktemp("learned") / "drafter", target)
-        return made[kind]
-
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +83,7 @@ def served(engine, target, prompts, job, plain, learned):
     return compared
 
 
-@pytest.mark.parametrize("kind", list(SETTINGS))
+@pytest.mark.parametrize("kind", ["causal_lm", "eagle3"])
 def test_each_kind_gives_the_same_tokens_and_the_same_counts(kind, served, exported):
     found = served(kind, exported(kind))
     assert found.problems == ()
