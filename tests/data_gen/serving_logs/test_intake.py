@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ ENCODER = chat_encoder(max_length=64)
 
 
 def intake(tmp_path: Path, **settings: Any) -> Intake:
-    chosen = ServingLogsSettings(path=str(tmp_path / "logs"), **{"near_duplicates": None} | settings)
+    chosen = ServingLogsSettings(**{"path": str(tmp_path / "logs"), "near_duplicates": None} | settings)
     return Intake(chosen, ENCODER, tmp_path / "taken")
 
 
@@ -107,6 +108,35 @@ def test_a_copy_beside_its_original_and_a_gzip_file_that_is_not_whole_are_not_re
     assert reader.counts["used"] == 3
 
 
+def test_a_log_that_is_being_rotated_is_waited_for_and_one_that_never_was_is_an_error(tmp_path):
+    log = tmp_path / "logs" / "a.jsonl"
+    with pytest.raises(DataError, match="no such file"):
+        intake(tmp_path, path=str(log)).take()
+    append(log, "1")
+    reader = intake(tmp_path, path=str(log))
+    take_all(reader)
+    log.rename(tmp_path / "elsewhere")
+    assert reader.take() is None
+    append(log, "2")
+    assert take_all(reader) == ["1", "2"]
+
+
+def test_a_copy_that_is_still_written_is_not_read(tmp_path):
+    log = tmp_path / "logs" / "a.jsonl"
+    names = [str(number) for number in range(100)]
+    append(log, *names)
+    reader = intake(tmp_path)
+    take_all(reader)
+    written = log.read_bytes()
+    log.with_name("a.jsonl.1").write_bytes(written[: len(written) // 2])
+    assert reader.take() is None
+    log.with_name("a.jsonl.1").write_bytes(written)
+    os.truncate(log, 0)
+    append(log, "100")
+    assert take_all(reader) == [*names, "100"]
+    assert reader.counts == {"used": 101}
+
+
 def test_a_file_that_is_written_anew_under_the_same_name_is_a_new_one(tmp_path):
     log = tmp_path / "logs" / "a.jsonl"
     append(log, "1", "2")
@@ -186,7 +216,17 @@ def _read_on(tmp_path: Path) -> None:
             time.sleep(0.001)
 
 
-def survive(tmp_path: Path, *, kills: int) -> None:
+def rename_on(log: Path, number: int) -> None:
+    log.rename(log.with_name(f"a.jsonl.{number}"))
+    append(log)
+
+
+def copy_on(log: Path, number: int) -> None:
+    shutil.copy(log, log.with_name(f"a.jsonl.{number}"))
+    os.truncate(log, 0)
+
+
+def survive(tmp_path: Path, *, rotate: Callable[[Path, int], None], kills: int) -> None:
     rng = random.Random(0)
     log = tmp_path / "logs" / "a.jsonl"
     append(log, "first")
@@ -202,10 +242,10 @@ def survive(tmp_path: Path, *, kills: int) -> None:
             time.sleep(0.001)
             if rng.random() < 0.05:
                 rotations += 1
-                log.rename(log.with_name(f"a.jsonl.{10_000 - rotations}"))
-                append(log)
+                rotate(log, 10_000 - rotations)
         os.kill(child.pid, signal.SIGKILL)
         child.join()
+        assert child.exitcode == -signal.SIGKILL, "the reader had fallen before it was killed"
     reader = intake(tmp_path)
     before = len(taken(reader))
     found = take_all(reader)
@@ -214,10 +254,12 @@ def survive(tmp_path: Path, *, kills: int) -> None:
     assert before > 0
 
 
-def test_a_kill_loses_no_record_and_doubles_none(tmp_path):
-    survive(tmp_path, kills=3)
+@pytest.mark.parametrize("rotate", [rename_on, copy_on])
+def test_a_kill_loses_no_record_and_doubles_none(tmp_path, rotate):
+    survive(tmp_path, rotate=rotate, kills=3)
 
 
 @pytest.mark.slow
-def test_twenty_kills_lose_no_record_and_double_none(tmp_path):
-    survive(tmp_path, kills=20)
+@pytest.mark.parametrize("rotate", [rename_on, copy_on])
+def test_many_kills_lose_no_record_and_double_none(tmp_path, rotate):
+    survive(tmp_path, rotate=rotate, kills=100)

@@ -7,11 +7,14 @@ so a file goes on where a place ends whose first and last bytes it has.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
+from drafttrain.core.errors import DataError
 from drafttrain.data_gen.serving_logs.lines import DAMAGED, Line, lines, log_files, opened
 
 DIGEST_BYTES = 4096
@@ -35,12 +38,45 @@ class Place:
     """Files (inode, size, time) of which nothing was left to read, copies included."""
 
     @staticmethod
-    def of(file: IO[bytes], offset: int, **more: object) -> Place:
-        """Return the place that ends at a byte of a file."""
+    def of(file: IO[bytes], offset: int, **more: object) -> Place | None:
+        """Return the place that ends at a byte of a file; None: the file is shorter."""
+        length = min(DIGEST_BYTES, offset)
         file.seek(0)
-        head = _digest(file.read(min(DIGEST_BYTES, offset)))
-        file.seek(max(0, offset - DIGEST_BYTES))
-        return Place(offset, head, _digest(file.read(min(DIGEST_BYTES, offset))), **more)  # type: ignore[arg-type]
+        head = file.read(length)
+        file.seek(offset - length)
+        tail = file.read(length)
+        return Place(offset, _digest(head), _digest(tail), **more) if len(tail) == length else None  # type: ignore[arg-type]
+
+    def ends_in(self, file: IO[bytes]) -> bool:
+        """Tell whether a file begins with the bytes that were read, as far as their first and last ones tell."""
+        found = Place.of(file, self.offset)
+        return found is not None and (self.offset == 0 or (found.head, found.tail) == (self.head, self.tail))
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """A file as it was when the folder was listed; rotation may give its name to another one at any later moment."""
+
+    path: Path
+    inode: int
+    size: int
+    state: str
+
+    @contextmanager
+    def opened(self) -> Iterator[IO[bytes]]:
+        """Open the file for reading, unpacked.
+
+        Raises:
+            FileNotFoundError: It has another name by now, or is gone.
+        """
+        with opened(self.path) as file:
+            if os.fstat(file.fileno()).st_ino != self.inode:
+                raise FileNotFoundError(f"{self.path}: another file by now")
+            yield file
+
+
+CHANGED = (FileNotFoundError, *DAMAGED)
+"""What reading a file raises that was rotated or is packed meanwhile: it waits for the next listing."""
 
 
 def follow(
@@ -48,76 +84,102 @@ def follow(
 ) -> tuple[list[tuple[str, Line]], list[Place]]:
     """Return the next whole lines behind the places, each with where it stands, and the places behind these lines.
 
-    A line that is still written waits; so does a gzip file that does not end yet.
+    A line that is still written waits; so does a gzip file that does not end yet, and a file that changes its name meanwhile.
+
+    Raises:
+        DataError: There is no log, and none was read before.
     """
     places = list(places)
+    try:
+        files = _listed(path)
+    except DataError:
+        if not places:
+            raise
+        files = []  # Between the two steps of a rotation there is no log.
+    present = {file.inode for file in files}
     done = {state for place in places for state in place.states}
-    files, present = {}, set()
-    for file in log_files(path):
-        about = file.stat()
-        present.add(about.st_ino)
-        state = f"{about.st_ino}:{about.st_size}:{about.st_mtime_ns}"
-        if state not in done:
-            files[file] = (state, about.st_ino)
-    going_on = _assigned(files, places)
     found: list[tuple[str, Line]] = []
-    for file, number in going_on.items():
+    # What was empty may be the start of a copy: it shows with its first bytes what it is.
+    to_read = [file for file in files if file.size and file.state not in done]
+    for file, number in _assigned(to_read, places):
         if len(found) >= max_lines:
             break
-        state, inode = files[file]
-        place = places[number]
-        with opened(file) as opened_file:
-            opened_file.seek(place.offset)
-            offset, at_end = place.offset, True
-            for line in lines(opened_file, start=place.offset, max_bytes=max_line_bytes):
-                if not line.whole and file.suffix != ".gz":
-                    break
-                if len(found) >= max_lines:
-                    at_end = False
-                    break
-                found.append((f"{file}@{offset}", line))
-                offset = line.end
-            states = (*place.states, state)[-MAX_STATES:] if at_end else place.states
-            places[number] = Place.of(opened_file, offset, inode=inode, states=states)
+        with suppress(*CHANGED):
+            read, places[number] = _read_on(file, places[number], max_line_bytes, max_lines - len(found))
+            found += read
     gone = [number for number, place in enumerate(places) if place.inode not in present]
     forgotten = set(gone[:-MAX_PLACES])
     return found, [place for number, place in enumerate(places) if number not in forgotten]
 
 
-def _assigned(files: dict[Path, tuple[str, int]], places: list[Place]) -> dict[Path, int]:
-    """Return for each file to read the number of its place, new ones included; copies of what another file has are noted."""
-    claims: dict[int, list[tuple[int, bool, Path]]] = {}
-    new: list[Path] = []
-    for file, (_, inode) in files.items():
-        try:
-            with opened(file) as opened_file:
-                log = _Log(opened_file, file, inode=inode)
-                known = log.place(places)
-        except DAMAGED:
-            continue
-        if known is None:
-            new.append(file)
-        else:
-            claims.setdefault(known, []).append((log.size, file.suffix != ".gz", file))
+def _listed(path: str) -> list[_Listed]:
+    """Return the files there are, in the order of `log_files`; one that has two names at once is listed once."""
+    files: dict[str, _Listed] = {}
+    for file in log_files(path):
+        with suppress(FileNotFoundError):
+            about = file.stat()
+            state = f"{about.st_ino}:{about.st_size}:{about.st_mtime_ns}"
+            files.setdefault(state, _Listed(file, about.st_ino, about.st_size, state))
+    return list(files.values())
+
+
+def _assigned(files: list[_Listed], places: list[Place]) -> list[tuple[_Listed, int]]:
+    """Return each file to read with the number of its place, new ones included; copies of what another file has are noted."""
+    claims: dict[int, list[tuple[int, bool, Path, _Listed]]] = {}
+    new: list[_Listed] = []
+    for file in files:
+        with suppress(*CHANGED), file.opened() as opened_file:
+            log = _Log(opened_file, file)
+            known = log.place(places)
+            if known is None:
+                if not log.is_part_of_one(places):
+                    new.append(file)
+            else:
+                claims.setdefault(known, []).append((log.size, file.path.suffix != ".gz", file.path, file))
     chosen = {}
     for number, claimed in claims.items():
-        *copies, (_, _, longest) = sorted(claimed)
+        *copies, (_, _, _, longest) = sorted(claimed, key=lambda claim: claim[:3])
         chosen[longest] = number
-        states = tuple(files[file][0] for _, _, file in copies)
+        states = tuple(file.state for _, _, _, file in copies)
         places[number] = replace(places[number], states=(*places[number].states, *states)[-MAX_STATES:])
     for file in new:
         chosen[file] = len(places)
-        places.append(Place(inode=files[file][1]))
-    return {file: chosen[file] for file in files if file in chosen}
+        places.append(Place(inode=file.inode))
+    return [(file, chosen[file]) for file in files if file in chosen]
+
+
+def _read_on(file: _Listed, place: Place, max_line_bytes: int, max_lines: int) -> tuple[list[tuple[str, Line]], Place]:
+    """Return the next whole lines of a file and the place behind them.
+
+    Raises:
+        FileNotFoundError: The file was renamed, or cut while it was read; what was read of it counts for nothing.
+    """
+    found: list[tuple[str, Line]] = []
+    with file.opened() as opened_file:
+        opened_file.seek(place.offset)
+        offset, at_end = place.offset, True
+        for line in lines(opened_file, start=place.offset, max_bytes=max_line_bytes):
+            if not line.whole and file.path.suffix != ".gz":
+                break
+            if len(found) >= max_lines:
+                at_end = False
+                break
+            found.append((f"{file.path}@{offset}", line))
+            offset = line.end
+        states = (*place.states, file.state)[-MAX_STATES:] if at_end else place.states
+        behind = Place.of(opened_file, offset, inode=file.inode, states=states)
+        if behind is None or not place.ends_in(opened_file):
+            raise FileNotFoundError(f"{file.path}: was cut while it was read")
+    return found, behind
 
 
 class _Log:
     """A file that may be the rest of a log."""
 
-    def __init__(self, file: IO[bytes], path: Path, *, inode: int) -> None:
+    def __init__(self, file: IO[bytes], listed: _Listed) -> None:
         self._file = file
-        self._inode = inode
-        self.size = _size(file, path)
+        self._inode = listed.inode
+        self.size = _size(file, packed=listed.path.suffix == ".gz")
         file.seek(0)
         self._start = file.read(DIGEST_BYTES)
         self._heads: dict[int, str] = {}
@@ -126,22 +188,28 @@ class _Log:
         """Return the number of the place that this file goes on from."""
         return next((number for number, place in enumerate(places) if self._goes_on(place)), None)
 
+    def is_part_of_one(self, places: Sequence[Place]) -> bool:
+        """Tell whether the file is shorter than a log that begins like it: most likely a copy that is still written."""
+        whole = len(self._start) == DIGEST_BYTES
+        return whole and any(self.size < place.offset and self._head(DIGEST_BYTES) == place.head for place in places)
+
     def _goes_on(self, place: Place) -> bool:
         """Tell whether the file begins with the bytes that were read up to a place."""
         if place.offset == 0:
             return place.inode == self._inode
-        length = min(DIGEST_BYTES, place.offset)
+        head = self._head(min(DIGEST_BYTES, place.offset))
+        return self.size >= place.offset and head == place.head and place.ends_in(self._file)
+
+    def _head(self, length: int) -> str:
         if length not in self._heads:
             self._heads[length] = _digest(self._start[:length])
-        if self.size < place.offset or self._heads[length] != place.head:
-            return False
-        return Place.of(self._file, place.offset).tail == place.tail
+        return self._heads[length]
 
 
-def _size(file: IO[bytes], path: Path) -> int:
+def _size(file: IO[bytes], *, packed: bool) -> int:
     """Return the size of a file, unpacked; a gzip file is read to its end, which tells whether it is whole."""
-    if path.suffix != ".gz":
-        return path.stat().st_size
+    if not packed:
+        return os.fstat(file.fileno()).st_size
     size = 0
     while piece := file.read(1 << 20):
         size += len(piece)
