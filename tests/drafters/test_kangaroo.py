@@ -25,7 +25,7 @@ from drafttrain.losses.align import align
 from drafttrain.target import Target
 from drafttrain.target.anatomy import blocks, final_norm, head_logits
 from tests.conftest import byte_tokenizer, random_llama
-from tests.eval.test_engine import PROMPTS, chi_square, decode, greedy
+from tests.eval.decoding import PROMPTS, chi_square, decode, greedy
 from tests.target.test_frozen import ARCHITECTURES
 
 EXIT = 2

@@ -12,20 +12,20 @@ import torch
 from safetensors import safe_open
 
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.records import DraftBatch, Prompt, Record, Sampling, TargetNeeds, TargetOutput
+from drafttrain.core.records import DraftBatch, Prompt, Record, TargetNeeds, TargetOutput
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters.medusa import TREE, Medusa, MedusaSettings
 from drafttrain.drafters.static_tree import best_paths
 from drafttrain.eval.ledger import Ledger
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.eval.length.tree import TreeLength, TreeSettings
-from drafttrain.eval.replay import Text, expected_rounds, replay_rows
+from drafttrain.eval.replay import Text
 from drafttrain.losses.align import align
 from drafttrain.losses.ce import CrossEntropy, CrossEntropyConfig
 from drafttrain.losses.chunked import row_losses
 from drafttrain.target import Target
 from tests.conftest import byte_tokenizer, random_llama
-from tests.eval.test_engine import PROMPTS, V, chi_square, decode, greedy, small_target
+from tests.eval.decoding import PROMPTS, V, chi_square, decode, greedy, rounds_of_replay, small_target, standard_error
 from tests.target.test_tree_calls import architectures, build
 
 D = 32
@@ -172,26 +172,11 @@ def test_a_proposal_is_what_the_training_row_before_its_root_says(target: Target
 def test_replay_agrees_with_the_loop(target: Target, trained: Medusa, temperature: float):
     prompts = [Prompt(str(i), [1 + i, 2, 3 + i % 7, 5][: 1 + i % 4]) for i in range(24)]  # some of one token only
     for length in (1, 2, 3, 5):
-        policy = FixedLength(FixedLengthSettings(length))
-        found = decode(
-            target,
-            trained.proposer(target),
-            prompts=prompts,
-            temperature=temperature,
-            policy=policy,
-            new=32,
-            stop_tokens=(),
-        )
-        texts = [Text(g.id, list(g.prompt_tokens), list(g.tokens)) for g in found]
-        rows = replay_rows(target, trained, texts, Sampling(temperature))
-        differences = torch.tensor(
-            [len(g.rounds) - expected_rounds(r, length) for g, r in zip(found, rows, strict=True)]
-        )
+        (differences,) = rounds_of_replay(target, trained, prompts, temperature=temperature, num_draft_tokens=(length,))
         if temperature == 0:
             assert differences.abs().max() < 1e-9
-            assert any(len(g.rounds) < len(g.tokens) for g in found)
         else:
-            assert differences.mean().abs() < 4 * differences.std() / len(differences) ** 0.5
+            assert differences.mean().abs() < 4 * standard_error(differences)
 
 
 @pytest.mark.parametrize("policy", [CHAIN, TREE_POLICY])

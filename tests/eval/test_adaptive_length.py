@@ -20,7 +20,7 @@ from drafttrain.eval.length.expected_cost import ExpectedCost, ExpectedCostSetti
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.heads.acceptance import AcceptanceHead, AcceptanceSettings
 from tests.drafters.feature_models import feature_drafter, feature_target
-from tests.eval.test_engine import PROMPTS, V, chi_square, decode, greedy, noisy, small_target
+from tests.eval.decoding import PROMPTS, V, chi_square, decode, greedy, noisy, small_target
 from tests.eval.test_engine import target as target
 
 

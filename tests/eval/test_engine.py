@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from typing import Any
 
 import pytest
 import torch
-from scipy import stats
 
 from drafttrain.core.records import Prompt, Sampling
 from drafttrain.drafters.causal_lm import CausalLMDrafter
@@ -25,18 +23,17 @@ from drafttrain.eval.proposers.none import NoDraft
 from drafttrain.eval.replay import Text, expected_rounds, replay_rows
 from drafttrain.target import Target
 from tests.conftest import byte_tokenizer, random_llama
-
-V = 257
-PROMPTS = [Prompt(str(i), list(range(1 + i, 4 + 5 * i))) for i in range(3)]
-
-
-def noisy(model: Any, scale: float) -> Any:
-    torch.manual_seed(1)
-    changed = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in changed.parameters():
-            parameter.add_(torch.randn_like(parameter) * scale)
-    return changed
+from tests.eval.decoding import (
+    PROMPTS,
+    V,
+    chi_square,
+    decode,
+    greedy,
+    noisy,
+    rounds_of_replay,
+    small_target,
+    standard_error,
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,27 +52,6 @@ def proposers(target) -> dict[str, Any]:
         "greedy draft": chain(noisy(target.model, 0.02), draft="greedy"),
         "ngram": Ngram(),
     }
-
-
-def decode(
-    target: Target, proposer: Any, *, prompts=PROMPTS, temperature=0.0, policy=None, new=40, **options: Any
-) -> Any:
-    engine = Engine(
-        target,
-        proposer,
-        rule=options.pop("rule", Lossless()),
-        policy=policy or FixedLength(),
-        sampling=Sampling(temperature),
-        max_new_tokens=new,
-        **options,
-    )
-    return engine.generate(prompts)
-
-
-def greedy(target: Target, prompt: Prompt, new: int, stop: int | None = None) -> list[int]:
-    tokens = torch.tensor([list(prompt.tokens)])
-    out = target.model.generate(tokens, max_new_tokens=new, do_sample=False, eos_token_id=stop, pad_token_id=0)
-    return out[0, len(prompt.tokens) :].tolist()
 
 
 @pytest.mark.parametrize("name", ["none", "always right", "nearly right", "always wrong", "greedy draft", "ngram"])
@@ -140,58 +116,6 @@ def test_caches_hold_the_committed_text_after_every_round(target):
     assert checked > 10
 
 
-def small_target() -> Target:
-    model = random_llama(num_layers=1, vocab_size=8, hidden_size=16).double()
-    return Target(model, byte_tokenizer(), name="small", fingerprint="")
-
-
-def chi_square(
-    model: Any,
-    proposer: Any,
-    temperature: float,
-    *,
-    samples: int = 2500,
-    spoil: Any = None,
-    policy: Any = None,
-    target: Target | None = None,
-) -> float:
-    """T2: return the p-value of the law of the first two new tokens against the target's, enumerated."""
-    if target is None:
-        target = Target(model, byte_tokenizer(), name="small", fingerprint="")
-    engine = Engine(
-        target,
-        proposer,
-        rule=Lossless(),
-        policy=policy or FixedLength(FixedLengthSettings(2)),
-        sampling=Sampling(temperature),
-        max_new_tokens=4,
-        stop_tokens=(),
-    )
-    if spoil:
-        spoil(engine)
-    prompts = [Prompt(str(i), [1, 2, 3]) for i in range(samples)]
-    found = [
-        tuple(g.tokens[1:3]) for start in range(0, samples, 500) for g in engine.generate(prompts[start : start + 500])
-    ]
-    law = torch.zeros(8, 8, dtype=torch.float64)
-    with torch.no_grad():
-        first = (model(torch.tensor([[1, 2, 3]])).logits[0, -1] / temperature).softmax(-1)
-        after = model(torch.tensor([[1, 2, 3, a] for a in range(8)])).logits[:, -1].div(temperature).softmax(-1)
-        pairs = [[1, 2, 3, a, b] for a in range(8) for b in range(8)]
-        third = model(torch.tensor(pairs)).logits[:, -1].div(temperature).softmax(-1).view(8, 8, 8)
-    law = torch.einsum("a,ab,abc->bc", first, after, third).flatten()
-    counts = torch.zeros(64, dtype=torch.float64)
-    for b, c in found:
-        counts[8 * b + c] += 1
-    order = law.argsort(descending=True)
-    large = [int(i) for i in order if law[i] * samples >= 5]
-    observed = [float(counts[i]) for i in large] + [samples - sum(float(counts[i]) for i in large)]
-    expected = [float(law[i]) * samples for i in large] + [samples * (1 - sum(float(law[i]) for i in large))]
-    if expected[-1] < 5:
-        observed[-2:], expected[-2:] = [sum(observed[-2:])], [sum(expected[-2:])]
-    return float(stats.chisquare(observed, expected, sum_check=False).pvalue)
-
-
 @pytest.fixture(scope="module")
 def small() -> tuple[Any, Any]:
     model = small_target().model
@@ -235,29 +159,16 @@ def test_replay_agrees_with_the_loop(target):
     prompts = [Prompt(str(i), [1 + i, 2, 3 + i % 7, 5]) for i in range(40)]
     for temperature in (0.0, 1.0):
         for k in (1, 3, 5, 8):
-            policy = FixedLength(FixedLengthSettings(k))
-            found = decode(
-                target,
-                drafter.proposer(target),
-                prompts=prompts,
-                temperature=temperature,
-                policy=policy,
-                new=32,
-                stop_tokens=(),
-            )
-            texts = [Text(g.id, list(g.prompt_tokens), list(g.tokens)) for g in found]
-            rows = replay_rows(target, drafter, texts, Sampling(temperature))
-            differences = torch.tensor(
-                [len(g.rounds) - expected_rounds(r, k) for g, r in zip(found, rows, strict=True)]
+            differences, shifted = rounds_of_replay(
+                target, drafter, prompts, temperature=temperature, num_draft_tokens=(k, k + 1)
             )
             if temperature == 0:
                 assert differences.abs().max() < 1e-9
             else:
-                error = differences.std() / len(differences) ** 0.5
+                error = standard_error(differences)
                 assert differences.mean().abs() < 4 * error
-                shifted = [len(g.rounds) - expected_rounds(r, k + 1) for g, r in zip(found, rows, strict=True)]
                 if k == 1:  # the control: another draft length does not agree
-                    assert abs(sum(shifted) / len(shifted)) > 4 * error
+                    assert shifted.mean().abs() > 4 * error
 
 
 def test_what_the_target_would_not_have_written_is_no_accepted_draft(target):

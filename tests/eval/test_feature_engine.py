@@ -27,7 +27,7 @@ from drafttrain.losses.chunked import row_losses
 from drafttrain.target import Target
 from tests.conftest import byte_tokenizer
 from tests.drafters.feature_models import feature_drafter, feature_target
-from tests.eval.test_engine import chi_square, greedy
+from tests.eval.decoding import chi_square, greedy
 from tests.target.test_frozen import ARCHITECTURES
 
 PROMPTS = [Prompt(str(i), list(range(1 + i, 2 + i + size))) for i, size in enumerate((0, 5, 11))]

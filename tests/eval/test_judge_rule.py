@@ -15,7 +15,7 @@ from drafttrain.drafters.chain_proposer import ChainProposer
 from drafttrain.eval.acceptance.judge import Judge, JudgeRuleSettings
 from drafttrain.eval.acceptance.lossless import Lossless
 from drafttrain.heads.judge import JudgeHead, JudgeSettings
-from tests.eval.test_engine import PROMPTS, V, decode, noisy
+from tests.eval.decoding import PROMPTS, V, decode, noisy
 from tests.eval.test_engine import target as target
 
 

@@ -17,7 +17,7 @@ from drafttrain.eval.proposers.ngram import Ngram
 from drafttrain.eval.settings import EvalSettings, length_label
 from drafttrain.target import Target
 from tests.conftest import byte_tokenizer, random_llama
-from tests.eval.test_engine import PROMPTS, V, chi_square, decode, greedy, noisy, small_target
+from tests.eval.decoding import PROMPTS, V, chi_square, decode, greedy, noisy, small_target
 
 TREE = TreeLength(TreeSettings(num_draft_tokens=9, depth=3, width=3))
 

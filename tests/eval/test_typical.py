@@ -13,7 +13,7 @@ from drafttrain.drafters.chain_proposer import ChainProposer
 from drafttrain.eval.acceptance.lossless import Lossless
 from drafttrain.eval.acceptance.typical import Typical, TypicalSettings
 from drafttrain.eval.length.tree import TreeLength, TreeSettings
-from tests.eval.test_engine import chi_square, noisy, small_target
+from tests.eval.decoding import chi_square, noisy, small_target
 
 
 def generator() -> torch.Generator:
