@@ -70,6 +70,17 @@ def test_every_bundled_recipe_passes_its_check():
     assert stdout.count(": ok") == len(paths)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_bundled_recipe_trains_under_any_stage_but_that_of_online_learning(stage):
+    paths = [str(recipe.path) for recipe in bundled_recipes() if recipe.name != "online"]
+    stdout, _ = call("recipe", "check", *paths, "train.devices=2", f"train.deepspeed.stage={stage}")
+    assert stdout.count(": ok") == len(paths)
+    _, stderr = call("recipe", "check", "online", f"train.deepspeed.stage={stage}", code=2)
+    assert "online learning runs in one process" in stderr
+    _, stderr = call("recipe", "check", f"train.deepspeed.stage={stage}", code=2)
+    assert "a recipe is wanted" in stderr
+
+
 def test_check_tells_the_problems_of_every_file(bad_recipe):
     good = str(bundled_recipes()[0].path)
     stdout, stderr = call("recipe", "check", bad_recipe, good, "no_such_recipe", code=2)

@@ -316,8 +316,7 @@ def evaluate(
         _first_alone()
         from drafttrain.config.bundled import is_recipe
 
-        named = [word for word in what or [] if not OVERRIDE.match(word)]
-        overrides = [word for word in what or [] if OVERRIDE.match(word)]
+        named, overrides = _apart(what or [])
         if server is not None:
             _check_served(named, server, smoke=smoke)
             from drafttrain.pipeline.live import LiveQuestion, evaluate_server
@@ -434,17 +433,26 @@ def copy(
 
 @recipe_app.command()
 def check(
-    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="YAML files, or names of bundled recipes.")],
+    what: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE... [SECTION.KEY=VALUE]...",
+            help="YAML files, or names of bundled recipes; then values that replace those of each of them.",
+        ),
+    ],
     debug: Debug = False,
 ) -> None:
     """Check recipes without loading a model: ok, or every problem with its line."""
     with exit_codes(debug=debug):
         from drafttrain.config.load import load_recipe
 
+        recipes, overrides = _apart(what)
+        if not recipes:
+            raise RecipeError("arguments", ["a recipe is wanted before the values that replace its own"])
         wrong = 0
         for recipe in recipes:
             try:
-                load_recipe(recipe)
+                load_recipe(recipe, overrides)
                 typer.echo(f"{recipe}: ok")
             except RecipeError as error:
                 wrong += 1
@@ -509,6 +517,11 @@ def _tell(error: DrafttrainError) -> None:
 def _stop(number: int, frame: FrameType | None) -> None:
     """Stop as Ctrl-C does: no handler of ordinary errors may swallow it."""
     raise KeyboardInterrupt
+
+
+def _apart(words: list[str]) -> tuple[list[str], list[str]]:
+    """Return what is named, and what is overridden."""
+    return [word for word in words if not OVERRIDE.match(word)], [word for word in words if OVERRIDE.match(word)]
 
 
 def _recipe_and_run_folder(name: str, overrides: list[str] | None, *, smoke: bool, runs: Path) -> tuple["Recipe", Path]:

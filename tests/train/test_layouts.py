@@ -22,7 +22,7 @@ from drafttrain.drafters.lora import LoraSettings
 from drafttrain.drafters.medusa import JointSettings
 from drafttrain.train import strategy
 from drafttrain.train.deepspeed_settings import DeepSpeedSettings
-from drafttrain.train.settings import TrainSettings
+from drafttrain.train.optimizer import Share
 from tests.train.layouts import curve, run
 
 CLOSE = {"abs": 1e-5}
@@ -40,19 +40,26 @@ def in_two_processes(layouts: list[tuple[Path, dict[str, Any]]]) -> None:
 
 
 Layouts = list[tuple[Path, dict[str, Any]]]
+LIFE = {"stage": 3, "steps": 3}
+MUON_LIFE = LIFE | {"optimizer": "muon"}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Layouts:
-    """What two processes trained, under one launch; the last one is the beginning of a life under several layouts."""
+    """What two processes trained, under one launch; the last ones are beginnings of lives under several layouts."""
     folder = tmp_path_factory.mktemp("two")
     layouts: Layouts = [
         (folder / f"{stage}-{accumulation}", {"stage": stage, "accumulation": accumulation, "optimizer": optimizer})
         for stage in (0, 1, 2, 3)
-        for accumulation, optimizer in ((1, "adamw"), (4, "sgd"))
+        for accumulation, optimizer in ((1, "adamw"), (2, "muon"), (4, "sgd"))
     ]
     full = {"stage": 2, "limits": {5: 150_000}, "on_full_disk": "continue"}
-    layouts += [(folder / "default", {}), (folder / "full", full), (folder / "life", {"stage": 3, "steps": 3})]
+    layouts += [
+        (folder / "default", {}),
+        (folder / "full", full),
+        (folder / "muon-life", MUON_LIFE),
+        (folder / "life", LIFE),
+    ]
     in_two_processes(layouts)
     return layouts
 
@@ -63,7 +70,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     return {name: run(tmp_path_factory.mktemp(name), optimizer=name) for name in ("adamw", "sgd", "muon")}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_one_process_under_any_stage(
@@ -159,10 +166,16 @@ def test_what_a_stage_does_not_allow_is_said_by_the_recipe(settings: dict[str, A
     assert any(expected in problem for problem in problems), problems
 
 
-def test_muon_under_stage_0(plain: dict[str, list[float]], tmp_path: Path) -> None:
-    assert run(tmp_path, stage=0, optimizer="muon", accumulation=2) == pytest.approx(plain["muon"], **CLOSE)
-    problems = TrainSettings(optimizer="muon", deepspeed=DeepSpeedSettings(stage=2)).check()
-    assert any("ZeRO-2" in problem for problem in problems)
+def test_the_matrices_that_muon_gathers_are_those_it_was_built_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: one that takes an update for that of its neighbour trains otherwise."""
+    alone = run(tmp_path / "plain", optimizer="muon")
+    gathered = Share.gathered
+    monkeypatch.setattr(Share, "gathered", lambda share, flat: gathered(replace(share, at=0), flat))
+    for stage in (2, 3):
+        spread = run(tmp_path / f"{stage}", stage=stage, optimizer="muon")
+        assert spread != pytest.approx(alone, abs=1e-3)
 
 
 def test_control_a_mean_of_means_is_another_number(plain: dict[str, list[float]], tmp_path: Path) -> None:
@@ -180,16 +193,19 @@ def test_control_dividing_twice_is_another_number(
 
 @pytest.mark.processes
 def test_two_processes(plain: dict[str, list[float]], two: Layouts) -> None:
-    for folder, layout in two[:-1]:
+    for folder, layout in two[:-2]:
         assert curve(folder) == pytest.approx(plain[layout.get("optimizer", "adamw")], **CLOSE), folder.name
     kept = {path.name for path in (two[0][0].parent / "full" / "checkpoints").iterdir()}
     assert kept == {"step-00000003.ckpt"}, "the last checkpoint had no room, and both processes went on"
-    weights = [
-        load_file(f / "last" / "model.safetensors") for f, layout in two[:-1] if layout.get("optimizer") != "sgd"
-    ]
-    for name, weight in weights[0].items():
-        for other in weights[1:]:
-            torch.testing.assert_close(other[name], weight, atol=1e-4, rtol=1e-4)
+    for optimizer in ("adamw", "muon"):
+        first, *others = [
+            load_file(folder / "last" / "model.safetensors")
+            for folder, layout in two[:-2]
+            if layout.get("optimizer", "adamw") == optimizer
+        ]
+        for name, weight in first.items():
+            for other in others:
+                torch.testing.assert_close(other[name], weight, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.processes
@@ -205,6 +221,15 @@ def test_a_run_goes_on_under_another_stage_and_world_size(two: Layouts, tmp_path
     assert curve(life) == pytest.approx(run(tmp_path, steps=15), abs=1e-4)
 
 
+@pytest.mark.processes
+def test_a_run_with_muon_goes_on_under_another_stage_and_world_size(two: Layouts, tmp_path: Path) -> None:
+    life, _ = two[-2]
+    run(life, stage=1, steps=6, optimizer="muon")
+    run(life, steps=9, optimizer="muon")
+    run(life, stage=3, steps=12, optimizer="muon")
+    assert curve(life) == pytest.approx(run(tmp_path, steps=12, optimizer="muon"), abs=1e-4)
+
+
 @pytest.mark.parametrize("stage", [None, 2])
 def test_a_run_goes_on_with_another_accumulation(tmp_path: Path, stage: int | None) -> None:
     """Three steps of one micro-batch are no multiple of two: a step that ends by their count would end in its middle."""
@@ -213,16 +238,18 @@ def test_a_run_goes_on_with_another_accumulation(tmp_path: Path, stage: int | No
     assert curve(tmp_path / "life") == pytest.approx(run(tmp_path / "whole", steps=9), **CLOSE)
 
 
-def test_a_checkpoint_holds_what_is_trained_and_nothing_else(tmp_path: Path) -> None:
-    run(tmp_path / "plain", steps=3)
-    run(tmp_path / "zero", stage=3, steps=3)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_checkpoint_holds_what_is_trained_and_nothing_else(tmp_path: Path, optimizer: str) -> None:
+    run(tmp_path / "plain", steps=3, optimizer=optimizer)
+    run(tmp_path / "zero", stage=3, steps=3, optimizer=optimizer)
     stored = [torch.load(tmp_path / kind / "checkpoints" / "step-00000003.ckpt") for kind in ("plain", "zero")]
     assert stored[0]["state_dict"].keys() == stored[1]["state_dict"].keys()
     assert all(name.startswith(("trained.", "loss.")) for name in stored[0]["state_dict"])
     for plain, zero in zip(*(s["optimizer_states"][0]["state"].values() for s in stored), strict=True):
         assert plain.keys() == zero.keys()
-        torch.testing.assert_close(plain["exp_avg"], zero["exp_avg"], atol=1e-6, rtol=1e-5)
-        assert float(plain["step"]) == float(zero["step"]) == 3
+        assert float(plain.pop("step", 3)) == float(zero.pop("step", 3)) == 3
+        for key, value in plain.items():
+            torch.testing.assert_close(value, zero[key], atol=1e-6, rtol=1e-5)
 
 
 class Poisoned(CausalLMDrafter):

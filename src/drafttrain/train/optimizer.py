@@ -1,7 +1,8 @@
 """AdamW, and Muon on hidden matrices with AdamW on the rest in one optimizer object; learning-rate schedules."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,11 +15,43 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic that drives singular values towards 1 in five steps (Jordan et al. 2024)."""
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one process has of a matrix in a flat parameter, into which ZeRO puts the parameters of a group one after the other."""
+
+    shape: torch.Size
+    """Of the matrix."""
+    first: int
+    """The first entry that is here; entries are counted row by row."""
+    count: int
+    """Entries that are here; 0: none."""
+    at: int
+    """Where they begin in the flat parameter."""
+    group: Any
+    """The processes that have the matrix together."""
+
+    def gathered(self, flat: Tensor) -> Tensor:
+        """Return the whole matrix of what flat tensors like the parameter hold; all processes of the group must call it."""
+        whole = flat.new_zeros(self.shape.numel())
+        self.of(whole).copy_(self.within(flat))
+        torch.distributed.all_reduce(whole, group=self.group)
+        return whole.view(self.shape)
+
+    def of(self, whole: Tensor) -> Tensor:
+        """Return the entries of the matrix that are here."""
+        return whole.flatten().narrow(0, self.first, self.count)
+
+    def within(self, flat: Tensor) -> Tensor:
+        """Return their place in a tensor like the flat parameter."""
+        return flat.narrow(0, self.at, self.count)
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for the groups marked `muon`, AdamW for the others, behind one state dict.
 
     Muon's update of a matrix is its momentum with all singular values made one, scaled by 0.2 sqrt(max(rows, columns)) so
-    that it is as large as an AdamW update and one learning rate and one weight decay serve both.
+    that it is as large as an AdamW update and one learning rate and one weight decay serve both. Where ZeRO spreads the matrices over
+    processes, each update is gathered, and every process computes it whole and keeps its share.
 
     Source: Jordan et al. 2024, Muon; the scale: Liu et al. 2025, Muon is Scalable for LLM Training, arXiv 2502.16982, 2.2.
     """
@@ -42,6 +75,8 @@ class MuonAdamW(torch.optim.Optimizer):
             "muon": False,
         }
         super().__init__(groups, defaults)
+        self.shares: dict[Tensor, Sequence[Share]] = {}
+        """Of flat parameters: all matrices of their group, in one order on all processes."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -67,7 +102,14 @@ class MuonAdamW(torch.optim.Optimizer):
         assert gradient is not None
         state["momentum"].lerp_(gradient, 1 - group["momentum"])
         nesterov = gradient.lerp(state["momentum"], group["momentum"])
-        return orthogonalised(nesterov).mul_(0.2 * math.sqrt(max(parameter.shape)))
+        if parameter not in self.shares:
+            return _of_matrix(nesterov)
+        update = torch.zeros_like(nesterov)
+        for share in self.shares[parameter]:
+            whole = share.gathered(nesterov)
+            if share.count:
+                share.within(update).copy_(share.of(_of_matrix(whole)))
+        return update
 
     def _adamw_update(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         state = self.state[parameter]
@@ -84,6 +126,10 @@ class MuonAdamW(torch.optim.Optimizer):
         state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         scale = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
         return (state["exp_avg"] / (1 - beta1**step)).div_(scale)
+
+
+def _of_matrix(momentum: Tensor) -> Tensor:
+    return orthogonalised(momentum).mul_(0.2 * math.sqrt(max(momentum.shape)))
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:

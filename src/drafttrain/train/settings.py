@@ -156,10 +156,6 @@ class TrainSettings:
             problems.append(f"betas: two numbers are needed, got {self.betas}")
         if self.device != "auto" and (self.devices or 1) > 1:
             problems.append(f"device: {self.device} is one device, for {self.devices} processes: leave it at auto")
-        if self.optimizer == "muon" and self.zero_stage:
-            problems.append(
-                f"optimizer: muon needs whole matrices, which ZeRO-{self.zero_stage} cuts: use deepspeed.stage 0, or adamw"
-            )
         if self.deepspeed is not None and self.deepspeed.offloads and self.optimizer != "adamw":
             problems.append(f"optimizer: {self.optimizer} does not work on offloaded states: use adamw")
         for name in self.loggers:

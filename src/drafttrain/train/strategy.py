@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from drafttrain.core.processes import World
 from drafttrain.train.settings import TrainSettings
-from drafttrain.train.zero_state import load_optimizer_state, load_weights, optimizer_state, weights
+from drafttrain.train.zero_state import give_shares, load_optimizer_state, load_weights, optimizer_state, weights
 
 # DeepSpeed calls torch's collectives by their old names.
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
@@ -73,8 +73,10 @@ class ZeroStrategy(DeepSpeedStrategy):
         self._init_deepspeed_distributed()
 
     def init_deepspeed(self) -> None:
-        """Make the engine; then no group, also none of DeepSpeed's own, waits longer than the recipe says."""
+        """Make the engine; Muon learns what it holds, and no group, also none of DeepSpeed's own, waits longer than the recipe says."""
         super().init_deepspeed()
+        module: Any = self.lightning_module
+        give_shares(self.deepspeed_engine, module.groups)
         assert self._timeout is not None
         _bound_waits(self._timeout)
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drafttrain.train.optimizer import MuonAdamW, Share
+
 
 def optimizer_state(engine: Any, groups: Sequence[Mapping[str, Any]], *, keep: bool) -> dict[str, Any]:
     """Return the optimizer's state dict as it would be without ZeRO; every process must call it.
@@ -27,10 +29,10 @@ def optimizer_state(engine: Any, groups: Sequence[Mapping[str, Any]], *, keep: b
         return dict(zero.state_dict())
     inner = zero.optimizer
     _link(zero)
-    keys, step = _keys(inner)
     state: dict[int, dict[str, Any]] = {}
     numbered: list[dict[str, Any]] = []
-    for group, now in zip(groups, inner.param_groups, strict=True):
+    for group, now, flats in zip(groups, inner.param_groups, _flat_parts(zero), strict=True):
+        keys, counts = _keys(inner, flats)
         numbers: list[int] = []
         for parameter in group["params"]:
             number = sum(len(g["params"]) for g in numbered) + len(numbers)
@@ -38,7 +40,8 @@ def optimizer_state(engine: Any, groups: Sequence[Mapping[str, Any]], *, keep: b
             whole = {key: _get(parameter, key) for key in keys}
             if keep and keys:
                 # A tensor each: an optimizer that is loaded from this counts in place.
-                state[number] = {"step": step.clone(), **{key: value.cpu() for key, value in whole.items()}}
+                steps = {name: torch.tensor(float(value)) for name, value in counts.items()}
+                state[number] = {**steps, **{key: value.cpu() for key, value in whole.items()}}
         numbered.append({name: value for name, value in now.items() if name != "params"} | {"params": numbers})
     return {"state": state, "param_groups": numbered}
 
@@ -57,14 +60,31 @@ def load_optimizer_state(engine: Any, groups: Sequence[Mapping[str, Any]], store
         now.update({name: value for name, value in then.items() if name != "params"})
     if not state:
         return
-    keys = [key for key in next(iter(state.values())) if key != "step"]
-    for flat in _flat_parts(zero):
-        step = next(iter(state.values()))["step"]
-        inner.state[flat] = {"step": _as_step(inner, step), **{key: torch.zeros_like(flat.data) for key in keys}}
+    for flats, then in zip(_flat_parts(zero), stored["param_groups"], strict=True):
+        example = state[then["params"][0]]
+        for flat in flats:
+            inner.state[flat] = {
+                key: _as_step(inner, value) if key == "step" else torch.zeros_like(flat.data)
+                for key, value in example.items()
+            }
     _link(zero)
     for number, parameter in zip(numbers, parameters, strict=True):
-        for key in keys:
-            _set(parameter, state[number][key], key)
+        for key, value in state[number].items():
+            if key != "step":
+                _set(parameter, value, key)
+
+
+def give_shares(engine: Any, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Tell Muon what its flat parameters hold of which matrices."""
+    zero = engine.optimizer
+    if not engine.zero_optimization() or not isinstance(zero.optimizer, MuonAdamW):
+        return
+    for group, flats in zip(groups, _flat_parts(zero), strict=True):
+        if group.get("muon"):
+            zero.optimizer.shares |= {
+                flat: [_share(zero, parameter) for parameter in group["params"] if _is_in(zero, parameter, flat)]
+                for flat in flats
+            }
 
 
 def load_weights(engine: Any, stored: Mapping[str, Tensor]) -> None:
@@ -117,23 +137,48 @@ def _link(zero: Any) -> None:
         zero._lazy_init_hp_params_optimizer_state()
 
 
-def _keys(inner: torch.optim.Optimizer) -> tuple[list[str], Any]:
-    """Return the names of the optimizer's tensors, and its count of steps: the same for all, as ZeRO steps flat parts."""
-    first = next(filter(None, inner.state.values()), None)
-    if first is None:
-        return [], None
-    return [key for key in first if key != "step"], torch.tensor(float(first["step"]))
+def _keys(inner: torch.optim.Optimizer, flats: Sequence[Tensor]) -> tuple[list[str], dict[str, Any]]:
+    """Return the names of the tensors that the optimizer has of a group, and its count of steps if it counts them."""
+    first: dict[str, Any] = next((inner.state[flat] for flat in flats if inner.state.get(flat)), {})
+    return [key for key in first if key != "step"], {key: value for key, value in first.items() if key == "step"}
 
 
 def _as_step(inner: torch.optim.Optimizer, step: Any) -> Any:
     """Return a count of steps in the form that the optimizer keeps: DeepSpeed's own ones keep a number."""
-    of_torch = type(inner).__module__.startswith("torch.")
-    return torch.tensor(float(step)) if of_torch else int(step)
+    of_deepspeed = type(inner).__module__.startswith("deepspeed.")
+    return int(step) if of_deepspeed else torch.tensor(float(step))
 
 
-def _flat_parts(zero: Any) -> list[Tensor]:
+def _flat_parts(zero: Any) -> list[list[Tensor]]:
+    """Return the flat parameters of each group: one, or with ZeRO-3 as many as it cut the group into."""
     parts = getattr(zero, "single_partition_of_fp32_groups", None)
-    return list(zero.fp32_partitioned_groups_flat if parts is None else parts)
+    if parts is not None:
+        return [[part] for part in parts]
+    by_group: list[list[Tensor]] = [[] for _ in zero.optimizer.param_groups]
+    for number, part in enumerate(zero.fp32_partitioned_groups_flat):
+        by_group[zero.sub_group_to_group_id[number]].append(part)
+    return by_group
+
+
+def _is_in(zero: Any, parameter: Any, flat: Tensor) -> bool:
+    """Tell whether a parameter of a group is, or would be, in one of the group's flat ones."""
+    if not hasattr(parameter, "ds_id"):
+        return True
+    number, _, _ = zero.grad_position[zero.get_param_id(parameter)]
+    return zero.fp32_partitioned_groups_flat[number] is flat
+
+
+def _share(zero: Any, parameter: Any) -> Share:
+    """Return what this process has of a parameter in the optimizer's flat one."""
+    if hasattr(parameter, "ds_id"):
+        _, at, _ = zero.grad_position[zero.get_param_id(parameter)]
+        first, count = _own_range(parameter)
+        return Share(parameter.ds_shape, first, count, at, parameter.ds_process_group)
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return Share(parameter.shape, 0, 0, 0, parameter._dp_group)
+    here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return Share(parameter.shape, here.start, here.numel, there.start, parameter._dp_group)
 
 
 def _get(parameter: Tensor, key: str | None) -> Tensor:
@@ -169,7 +214,13 @@ def _set(parameter: Any, value: Tensor, key: str | None) -> None:
 
 def _own_part(parameter: Any, value: Tensor) -> Tensor:
     """Return the part of a whole tensor that ZeRO-3 keeps here; the last one is padded."""
-    size = int(parameter.partition_numel())
-    rank = torch.distributed.get_rank(parameter.ds_process_group)
-    own = value.flatten()[rank * size : (rank + 1) * size]
-    return torch.nn.functional.pad(own, (0, size - own.numel()))
+    first, count = _own_range(parameter)
+    own = value.flatten().narrow(0, first, count)
+    return torch.nn.functional.pad(own, (0, int(parameter.partition_numel()) - count))
+
+
+def _own_range(parameter: Any) -> tuple[int, int]:
+    """Return the first entry that ZeRO-3 keeps here of a parameter, and how many it keeps."""
+    size, numel = int(parameter.partition_numel()), int(parameter.ds_numel)
+    first = min(torch.distributed.get_rank(parameter.ds_process_group) * size, numel)
+    return first, min(size, numel - first)
