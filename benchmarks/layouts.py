@@ -15,6 +15,7 @@ from tests.train.test_layouts import in_two_processes
 
 STEPS = 30
 LOSS = "forward_kl"
+OPTIMIZERS = ("adamw", "muon", "sgd")
 
 
 def main() -> None:
@@ -22,12 +23,11 @@ def main() -> None:
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp())
     plain = {
-        optimizer: run(folder / optimizer, optimizer=optimizer, steps=STEPS, loss=LOSS)
-        for optimizer in ("adamw", "sgd")
+        optimizer: run(folder / optimizer, optimizer=optimizer, steps=STEPS, loss=LOSS) for optimizer in OPTIMIZERS
     }
     layouts: list[dict[str, Any]] = [
         {"stage": stage, "accumulation": accumulation, "optimizer": optimizer, "steps": STEPS, "loss": LOSS}
-        for optimizer in ("adamw", "sgd")
+        for optimizer in OPTIMIZERS
         for accumulation in (1, 4)
         for stage in (0, 1, 2, 3)
     ]

@@ -74,6 +74,11 @@ class DeepSpeedSettings:
         for key, ours in OWNED.items():
             if key in content:
                 yield f"config: {self.config}: {key}: the recipe says this, in {ours}: take it out of the file"
+        if _zero_of(content).get("round_robin_gradients"):
+            yield (
+                f"config: {self.config}: zero_optimization.round_robin_gradients: with it DeepSpeed tells wrongly where a parameter is, and "
+                "checkpoints would hold others in its place: take it out of the file"
+            )
         stage = _zero_of(content).get("stage", 0)
         if stage not in (0, 1, 2, 3):
             yield f"config: {self.config}: zero_optimization.stage: {stage!r} is none of 0, 1, 2, 3"
