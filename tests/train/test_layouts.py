@@ -73,6 +73,15 @@ def test_one_process_under_any_stage(
     assert losses == pytest.approx(plain[optimizer], **CLOSE)
 
 
+def test_one_process_listens_on_no_port(tmp_path: Path) -> None:
+    """One that was free when it was looked for may be another program's by the time it is listened on."""
+    run(tmp_path, stage=2, steps=1)
+    store = torch.distributed.distributed_c10d._get_default_store()
+    while isinstance(store, torch.distributed.PrefixStore):
+        store = store.underlying_store
+    assert isinstance(store, torch.distributed.HashStore)
+
+
 @pytest.mark.parametrize(
     ("kind", "of_kind"),
     [
