@@ -69,7 +69,9 @@ class Server:
                 await asyncio.sleep(0.002)
             if self.held is not None and number == len(pieces) - 1:
                 await self.held.wait()
-            chunk = self._chunk(asked, [piece], chat=chat, last=not self.endless and number == len(pieces) - 1, first=number == 0)
+            chunk = self._chunk(
+                asked, [piece], chat=chat, last=not self.endless and number == len(pieces) - 1, first=number == 0
+            )
             await response.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
         await response.write(b"data: [DONE]\n\n")
         await response.write_eof()

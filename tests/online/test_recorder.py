@@ -115,6 +115,9 @@ def test_other_requests_pass_and_credentials_reach_the_server_and_no_file(tmp_pa
             await post(session, address, REQUESTS["chat"] | {"api_key": "hunter2hunter2", "user": "someone"})
             assert server.asked[0][1]["Authorization"] == "Bearer very-secret-token-1234"
             await post(session, address, {"prompt": "fail"})
+            until = time.monotonic() + 60
+            while recorder.counts.total() < 4 and time.monotonic() < until:
+                await asyncio.sleep(0.01)
             assert recorder.counts == {"passed": 2, "offered": 1, "failed": 1}
 
     asyncio.run(run())
