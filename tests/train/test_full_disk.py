@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file
 
+from drafttrain.core import console
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.train.result import folder_of_step, kept_steps
 from tests.train.layouts import OnASmallDisk, curve, limit_files, run
@@ -51,7 +53,23 @@ def test_a_run_that_is_told_to_goes_on_without_its_checkpoint(
     assert curve(tmp_path / "full") == run(tmp_path / "whole", steps=9)
 
 
-def test_rows_that_had_no_room_are_written_when_there_is_some(tmp_path: Path) -> None:
+def test_a_line_that_had_no_room_ends_nothing_and_is_there_when_there_is_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "log").open("w") as log:
+        monkeypatch.setattr(console, "stderr", Console(file=log))
+        limit_files(0)
+        console.say("no room")
+        with pytest.raises(OSError, match="File too large"):
+            console.stderr.print("the control")
+        limit_files(None)
+        console.say("some room")
+    assert [line in (tmp_path / "log").read_text() for line in ("no room", "some room")] == [True, True]
+
+
+def test_rows_that_had_no_room_are_written_when_there_is_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on a machine so slow that every step is told: what is told has no room either.
+    monkeypatch.setattr(console, "PLAIN_LINE_SECONDS", 0.0)
     OnASmallDisk.limits = dict.fromkeys((3, 4), 300)
     run(tmp_path / "full", steps=8, drafter=OnASmallDisk, on_full_disk="continue", checkpoint_every_steps=100)
     assert curve(tmp_path / "full") == run(tmp_path / "whole", steps=8, checkpoint_every_steps=100)
