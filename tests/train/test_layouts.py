@@ -53,7 +53,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Layouts:
     ]
     full = {"stage": 2, "limits": {5: 150_000}, "on_full_disk": "continue"}
     layouts += [(folder / "default", {}), (folder / "full", full), (folder / "life", {"stage": 3, "steps": 3})]
-    in_two_processes(layouts)
+    poisoned = [(folder / f"poisoned-{stage}", {"stage": stage, "as": "poisoned"}) for stage in (0, 2, 3)]
+    in_two_processes([*layouts, *poisoned])
     return layouts
 
 
@@ -193,6 +194,11 @@ def test_two_processes(plain: dict[str, list[float]], two: Layouts) -> None:
         assert curve(folder) == pytest.approx(plain[layout.get("optimizer", "adamw")], **CLOSE), folder.name
     kept = {path.name for path in (two[0][0].parent / "full" / "checkpoints").iterdir()}
     assert kept == {"step-00000003.ckpt"}, "the last checkpoint had no room, and both processes went on"
+    for stage in (0, 2, 3):
+        rows = (two[0][0].parent / f"poisoned-{stage}" / "metrics.csv").read_text().splitlines()
+        column = rows[0].split(",").index("skipped_steps")
+        skipped = [int(row.split(",")[column]) for row in rows[1:]]
+        assert skipped == [0, 0, 1, 1, 2, 2], "what is no number in one process is skipped by both"
     weights = [
         load_file(f / "last" / "model.safetensors") for f, layout in two[:-1] if layout.get("optimizer") != "sgd"
     ]

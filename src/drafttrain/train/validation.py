@@ -104,7 +104,9 @@ class Validation(StepEnd):
 
     def _drop_others(self, kept: list[dict[str, Any]]) -> None:
         """Remove the weights of other steps, also those that a killed run wrote and no longer, or not yet, called the best."""
-        for other in set((self.folder / "best").glob("step-*")) - {folder_of_step(self.folder, o["step"]) for o in kept}:
+        for other in set((self.folder / "best").glob("step-*")) - {
+            folder_of_step(self.folder, o["step"]) for o in kept
+        }:
             shutil.rmtree(other, ignore_errors=True)
 
     def state_dict(self) -> dict[str, Any]:

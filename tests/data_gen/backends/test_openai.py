@@ -232,6 +232,11 @@ def test_a_server_that_is_killed_loses_nothing_and_nothing_is_written_twice(
     second = CompletionsServer(tiny_target)
     assert shards(served(settings, second, tmp_path / "g")) == builtin
     assert set((first.answered + second.answered).values()) == {1}
+    # As after a kill between a shard and the manifest.
+    (tmp_path / "g" / "manifest.json").unlink()
+    (tmp_path / "g" / "answers-00001.jsonl").write_text('{"place":0,"id":"an answer","tokens":[1],"account":{}}\n')
+    assert shards(served(settings, CompletionsServer(tiny_target), tmp_path / "g")) == builtin
+    assert not list((tmp_path / "g").glob("answers-*"))
 
 
 def test_a_server_that_asks_for_time_gets_it(settings, tiny_target, tmp_path, builtin):
