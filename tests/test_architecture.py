@@ -131,8 +131,8 @@ def test_a_quick_import_brings_no_torch(module):
     )
 
 
-def test_import_drafttrain_takes_less_than_a_fifth_of_a_second():
-    code = "import time; t = time.perf_counter(); import drafttrain; print(time.perf_counter() - t)"
+def test_import_drafttrain_takes_less_than_a_fifth_of_a_second_of_processor_time():
+    code = "import time; t = time.process_time(); import drafttrain; print(time.process_time() - t)"
     assert min(float(run(code)) for _ in range(3)) < 0.2
 
 

@@ -1,6 +1,7 @@
 """The command line: exit codes, messages without tracebacks, quick help, and output that fits where it goes."""
 
 import json
+import re
 import resource
 import signal
 import subprocess
@@ -229,7 +230,7 @@ def test_a_request_to_stop_exits_with_75(number):
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=120)
     assert process.returncode == 75
     assert "run the same command to continue" in stderr
     assert "Traceback" not in stderr
@@ -245,7 +246,7 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(capsys, monkeypatch)
     out, err = capsys.readouterr()
     assert out == ""
     assert "generating: 100/300 tokens (33%)" in err
-    assert "generating: done after 0:00  300/300 tokens (100%)" in err
+    assert re.search(r"generating: done after 0:\d\d  300/300 tokens \(100%\)", err)
     assert "tokens/s" in err
     assert err.rstrip().endswith("[3 prompts]")
     assert "\x1b" not in err
@@ -259,7 +260,7 @@ def test_progress_tells_when_it_was_stopped(capsys):
 
     with pytest.raises(ZeroDivisionError):
         one_step()
-    assert "training: stopped after 0:00  1 steps" in capsys.readouterr().err
+    assert re.search(r"training: stopped after 0:\d\d  1 steps", capsys.readouterr().err)
 
 
 def test_what_an_earlier_run_did_does_not_count_in_the_rate():

@@ -230,6 +230,10 @@ def test_a_disk_too_small_for_checkpoints_is_refused(tmp_path: Path) -> None:
     check_disk(tmp_path, num_trained=1000)
     with pytest.raises(DrafttrainError, match=r"need 36,?000\.00 GB"):
         check_disk(tmp_path, num_trained=10**12)
+    for step in (3, 6, 9):
+        (tmp_path / f"step-{step:08d}.ckpt").touch()
+    with pytest.raises(DrafttrainError, match=r"need 12,?000\.00 GB \(3 at once, 2 are there\)"):
+        check_disk(tmp_path, num_trained=10**12)
 
 
 def test_a_stale_lock_of_a_build_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -10,6 +11,8 @@ from drafttrain.core.console import say
 from drafttrain.core.errors import GateError, Interrupted, RecipeError
 from drafttrain.core.processes import launched
 
+STOP_SECONDS = 300
+"""How long processes that are asked to stop may take."""
 REFUSALS = (RecipeError.exit_code, GateError.exit_code)
 """Exit codes of processes that would say the same again."""
 
@@ -64,6 +67,8 @@ def _in_processes(count: int) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # Asked to stop, processes finish a step and save: that takes longer than the half minute after which they would be killed.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(STOP_SECONDS))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def test_nothing_is_run_unless_it_is_allowed(tmp_path):
 
 
 def test_a_program_passes_its_tests_or_it_does_not(tmp_path):
-    checker = unit_tests(tmp_path, "assert double(3) == 6")
+    checker = unit_tests(tmp_path, "assert double(3) == 6", timeout_seconds=60)
     assert checker.answer("def double(x): return 2 * x", id="a")
     assert checker.answer("Here:\n```python\ndef double(x): return x + x\n```\nDone.", id="a")
     assert not checker.answer("def double(x): return x", id="a")
@@ -60,19 +61,23 @@ def test_a_program_passes_its_tests_or_it_does_not(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "program",
+    ("program", "seconds"),
     [
-        "while True: pass",
-        "x = bytearray(1 << 30)",
-        "open('big', 'wb').write(b'0' * (2 << 20))",
-        "import socket; socket.create_connection(('127.0.0.1', PORT), timeout=1)",
+        ("while True: pass", 1),
+        # What ends these is another part of the fence, long before their time is up.
+        ("x = bytearray(1 << 30)", 60),
+        ("open('big', 'wb').write(b'0' * (2 << 20))", 60),
+        ("import socket; socket.create_connection(('127.0.0.1', PORT), timeout=30)", 60),
     ],
 )
-def test_a_program_that_takes_too_much_fails(tmp_path, program):
-    """Each would pass without the fence: the tests ask for nothing, and something listens on the port."""
+def test_a_program_that_takes_too_much_fails(tmp_path, program, seconds):
+    """Each would pass without the fence, but the first, which would not end: the tests ask for nothing, and something listens."""
     import socket
 
+    checker = unit_tests(tmp_path, "pass", timeout_seconds=60, memory_mb=256, file_mb=1)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        checker = unit_tests(tmp_path, "pass", timeout_seconds=1, memory_mb=256, file_mb=1)
         assert checker.answer("pass", id="a")
+        checker.settings.timeout_seconds = seconds
+        began = time.monotonic()
         assert not checker.answer(program.replace("PORT", str(server.getsockname()[1])), id="a")
+        assert seconds == 1 or time.monotonic() - began < seconds

@@ -8,8 +8,10 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,9 @@ def test_other_requests_pass_and_credentials_reach_the_server_and_no_file(tmp_pa
             await post(session, address, REQUESTS["chat"] | {"api_key": "hunter2hunter2", "user": "someone"})
             assert server.asked[0][1]["Authorization"] == "Bearer very-secret-token-1234"
             await post(session, address, {"prompt": "fail"})
+            until = time.monotonic() + 60
+            while recorder.counts.total() < 4 and time.monotonic() < until:
+                await asyncio.sleep(0.01)
             assert recorder.counts == {"passed": 2, "offered": 1, "failed": 1}
 
     asyncio.run(run())
@@ -149,12 +154,12 @@ def test_files_are_rotated_by_size_and_a_full_queue_drops_and_counts(tmp_path):
 
 def test_an_unreachable_server_is_told_and_a_client_that_leaves_is_counted(tmp_path):
     async def run() -> None:
-        async with recorded("http://127.0.0.1:9", tmp_path) as (address, recorder), aiohttp.ClientSession() as session:
-            answer = json.loads(await post(session, address, REQUESTS["chat"]))
-            assert answer["error"]["type"] == "bad_gateway"
-            assert recorder.counts == {"failed": 1}
+        with socket.socket() as nobody:
+            # A port that is taken and not listened on.
+            nobody.bind(("127.0.0.1", 0))
+            await unreachable(f"http://127.0.0.1:{nobody.getsockname()[1]}")
         async with (
-            served(Server("x" * 200, pause=0.002).app()) as upstream,
+            served(Server(endless=True).app()) as upstream,
             recorded(upstream, tmp_path) as (address, recorder),
         ):
             async with aiohttp.ClientSession() as session:
@@ -162,12 +167,17 @@ def test_an_unreachable_server_is_told_and_a_client_that_leaves_is_counted(tmp_p
                 async with session.post(address + "/v1/chat/completions", json=asked) as response:
                     await response.content.readany()
                     response.close()
-            for _ in range(100):
-                if recorder.counts["aborted"]:
-                    break
+            until = time.monotonic() + 60
+            while not recorder.counts["aborted"] and time.monotonic() < until:
                 await asyncio.sleep(0.01)
             assert recorder.counts == {"aborted": 1}
             assert recorder.files.written == 0
+
+    async def unreachable(upstream: str) -> None:
+        async with recorded(upstream, tmp_path) as (address, recorder), aiohttp.ClientSession() as session:
+            answer = json.loads(await post(session, address, REQUESTS["chat"]))
+            assert answer["error"]["type"] == "bad_gateway"
+            assert recorder.counts == {"failed": 1}
 
     asyncio.run(run())
 
@@ -200,29 +210,54 @@ class Process:
         assert self._process.stderr is not None
         line = self._process.stderr.readline()
         found = re.search(r"recording on (http://127\.0\.0\.1:\d+) ", line)
+        if not found:
+            self._process.kill()
         assert found, line + self._process.stderr.read()
         self.address = found.group(1)
 
     def stop(self, number: signal.Signals) -> tuple[int, str]:
         """Send a signal and return the exit code and what was said since."""
         os.kill(self._process.pid, number)
-        said = self._process.communicate(timeout=20)[1]
+        return self.ended()
+
+    def ended(self) -> tuple[int, str]:
+        """Return the exit code and what was said since it began."""
+        said = self._process.communicate(timeout=120)[1]
         return self._process.returncode, said
 
 
 def test_sigterm_lets_open_requests_finish_and_writes_all_that_waits(tmp_path):
     async def run() -> None:
-        async with served(Server("slow answer", pause=0.05).app()) as upstream, aiohttp.ClientSession() as session:
+        held = asyncio.Event()
+        server = Server("slow answer", held=held)
+        async with served(server.app()) as upstream, aiohttp.ClientSession() as session:
             process = await asyncio.to_thread(Process, upstream, tmp_path)
             asking = asyncio.create_task(post(session, process.address, REQUESTS["chat, streamed"]))
-            await asyncio.sleep(0.2)
-            code, said = await asyncio.to_thread(process.stop, signal.SIGTERM)
+            while not server.asked:
+                await asyncio.sleep(0.01)
+            os.kill(process.pid, signal.SIGTERM)
+            await no_longer_listening(process.address)
+            assert not asking.done()
+            held.set()
             assert (await asking).endswith(b"[DONE]\n\n")
+            code, said = await asyncio.to_thread(process.ended)
             assert code == 0
             assert "1 records written" in said
 
     asyncio.run(run())
     assert texts(tmp_path) == ["<user>Why now?<|end|><assistant>slow answer<|end|>"]
+
+
+async def no_longer_listening(address: str) -> None:
+    """Wait until nobody is let in any more."""
+    host, port = address.removeprefix("http://").split(":")
+    while True:
+        try:
+            _, writer = await asyncio.open_connection(host, int(port))
+        except ConnectionError:
+            return
+        writer.close()
+        await asyncio.sleep(0.01)
 
 
 def test_where_the_disk_is_full_requests_succeed_and_drops_are_counted(tmp_path):

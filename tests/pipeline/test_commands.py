@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +29,7 @@ from drafttrain.pipeline.run import Run
 from drafttrain.target import Target
 from drafttrain.train.metrics_log import COLUMNS
 from drafttrain.train.result import folder_of_step
+from tests import waiting_loss
 
 RECIPE = """
 name: tiny
@@ -230,24 +230,25 @@ def test_a_run_folder_with_another_name_is_another_run(recipe, tmp_path):
 
 @pytest.mark.parametrize("kill", [pytest.param(signal.SIGKILL, marks=pytest.mark.processes), signal.SIGTERM])
 def test_a_killed_training_continues_bit_for_bit(recipe, tmp_path, kill):
-    """SIGKILL at an arbitrary moment, SIGTERM (exit code 75): the same command again gives the uninterrupted curve and weights.
+    """SIGKILL between two checkpoints, SIGTERM (exit code 75): the same command again gives the uninterrupted curve and weights.
 
     Rows are logged off the grid of checkpoints, so that sums of steps that are not logged yet must travel too.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    slow = ["train.max_steps=60", "train.eval_every_steps=30", "train.log_every_steps=7"]
+    words = [*waiting_loss.PLUGIN, "train.max_steps=24", "train.eval_every_steps=12", "train.log_every_steps=7"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    subprocess.run(command("fit", recipe, *slow, "--runs", whole), check=True, env=environment, capture_output=True)
-    process = subprocess.Popen(command("fit", recipe, *slow, "--runs", broken), env=environment, stderr=subprocess.PIPE)
-    checkpoints = broken / "tiny" / "checkpoints"
-    deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("step-*.ckpt")) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    subprocess.run(command("fit", recipe, *words, "--runs", whole), check=True, env=environment, capture_output=True)
+    with (tmp_path / "said").open("wb") as said:
+        process = subprocess.Popen(
+            command("fit", recipe, *words, "--runs", broken), env=environment | {"WAITS_IN": str(tmp_path)}, stderr=said
+        )
+    waiting_loss.wait_for(tmp_path, process)
     process.send_signal(kill)
-    process.communicate()
-    assert process.returncode == (75 if kill is signal.SIGTERM else -signal.SIGKILL)
+    waiting_loss.let_go(tmp_path)
+    assert process.wait() == (75 if kill is signal.SIGTERM else -signal.SIGKILL)
+    assert (broken / "tiny" / "checkpoints" / f"step-{waiting_loss.STEP:08d}.ckpt").exists() is (kill is signal.SIGTERM)
     assert not (broken / "tiny" / "train.json").exists()
-    subprocess.run(command("fit", recipe, *slow, "--runs", broken), check=True, env=environment, capture_output=True)
+    subprocess.run(command("fit", recipe, *words, "--runs", broken), check=True, env=environment, capture_output=True)
     assert curve(broken / "tiny") == curve(whole / "tiny")
     best = json.loads((whole / "tiny" / "train.json").read_text())["drafter"]
     assert best.startswith("best/step-")

@@ -161,6 +161,7 @@ def test_a_killed_training_of_a_head_continues_bit_for_bit(recipe, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    assert process.returncode == -signal.SIGKILL, "it had ended before it was killed"
     assert not (broken / "head" / "train.json").exists()
     subprocess.run(command(broken), check=True, env=environment, capture_output=True)
     rows = []

@@ -114,16 +114,18 @@ def asked(url: str, body: dict) -> dict:
 
 def busy(url: str, drafter: Path) -> tuple[int, str, dict]:
     """Evaluate while somebody else asks too."""
-    over = threading.Event()
+    over, begun = threading.Event(), threading.Event()
 
     def others() -> None:
         body = {"model": str(resolve_folder(TARGET)), "prompt": [5, 6, 7], "max_tokens": 60, "ignore_eos": True}
         while not over.is_set():
             asked(url, body)
+            begun.set()
 
     thread = threading.Thread(target=others)
     thread.start()
     try:
+        assert begun.wait(60)
         return evaluated(url, drafter)
     finally:
         over.set()

@@ -27,9 +27,12 @@ def vllm_server(log: Path, options: Sequence[str] = (), environ: Mapping[str, st
         options: Besides those that make it small.
         environ: What its environment has besides this one's.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # Held until the end, and shared with the server only: nobody else is given it meanwhile.
+    held = socket.socket()
+    for shared in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+        held.setsockopt(socket.SOL_SOCKET, shared, 1)
+    held.bind(("127.0.0.1", 0))
+    port = held.getsockname()[1]
     # The build for CPUs has no working `vllm` command.
     python = str(environment.folder_of(engine_of("vllm")) / "bin" / "python")
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(resolve_folder(TARGET))]
@@ -61,6 +64,7 @@ def vllm_server(log: Path, options: Sequence[str] = (), environ: Mapping[str, st
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        held.close()
 
 
 def _answers(port: int) -> bool:

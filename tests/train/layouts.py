@@ -180,6 +180,15 @@ class Slow(CausalLMDrafter):
         return super().forward(batch)
 
 
+class PoisonedElsewhere(CausalLMDrafter):
+    """At two steps the loss of all processes but the first is no number; its gradient is finite everywhere."""
+
+    def forward(self, batch: DraftBatch) -> Any:
+        drafted = super().forward(batch)
+        poisoned = batch.step in (2, 4) and not first()
+        return replace(drafted, extra_loss=torch.tensor(float("nan"))) if poisoned else drafted
+
+
 class OnASmallDisk(CausalLMDrafter):
     """Finds at some steps that files may not be larger than so many bytes, as on a disk that is full."""
 
@@ -205,6 +214,7 @@ if __name__ == "__main__":
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"process-{world().rank}").write_text(str(os.getpid()))
             OnASmallDisk.limits = {int(step): limit for step, limit in layout.pop("limits", {}).items()}
-            drafter = OnASmallDisk if OnASmallDisk.limits else Slow if layout.pop("slow", False) else CausalLMDrafter
+            drafter = OnASmallDisk if OnASmallDisk.limits else CausalLMDrafter
+            drafter = {"slow": Slow, "poisoned": PoisonedElsewhere}.get(layout.pop("as", ""), drafter)
             run(folder, drafter=drafter, **layout)
             limit_files(None)

@@ -2,13 +2,17 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file
 
+from drafttrain.core import console
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.train.result import folder_of_step, kept_steps
 from tests.train.layouts import OnASmallDisk, curve, limit_files, run
@@ -51,7 +55,23 @@ def test_a_run_that_is_told_to_goes_on_without_its_checkpoint(
     assert curve(tmp_path / "full") == run(tmp_path / "whole", steps=9)
 
 
-def test_rows_that_had_no_room_are_written_when_there_is_some(tmp_path: Path) -> None:
+def test_a_line_that_had_no_room_ends_nothing_and_is_there_when_there_is_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "log").open("w") as log:
+        monkeypatch.setattr(console, "stderr", Console(file=log))
+        limit_files(0)
+        console.say("no room")
+        with pytest.raises(OSError, match="File too large"):
+            console.stderr.print("the control")
+        limit_files(None)
+        console.say("some room")
+    assert [line in (tmp_path / "log").read_text() for line in ("no room", "some room")] == [True, True]
+
+
+def test_rows_that_had_no_room_are_written_when_there_is_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on a machine so slow that every step is told: what is told has no room either.
+    monkeypatch.setattr(console, "PLAIN_LINE_SECONDS", 0.0)
     OnASmallDisk.limits = dict.fromkeys((3, 4), 300)
     run(tmp_path / "full", steps=8, drafter=OnASmallDisk, on_full_disk="continue", checkpoint_every_steps=100)
     assert curve(tmp_path / "full") == run(tmp_path / "whole", steps=8, checkpoint_every_steps=100)
@@ -88,7 +108,7 @@ def test_the_best_weights_that_had_no_room_are_not_called_the_best(tmp_path: Pat
 def test_the_best_steps_keep_their_weights_in_order(tmp_path: Path) -> None:
     """Of five measurements, two of them equal and one no number, the three highest stay; the earlier of equal ones is first."""
     values = dict(zip(range(0, 10, 2), (1.0, 3.0, math.nan, 2.0, 3.0), strict=True))
-    measured = iter(values.values())
+    measured = cycle(values.values())
 
     def estimate(_: Any) -> dict[str, Any]:
         return {"block_efficiency": next(measured), "alpha": 0.1, "said": "measured"}
@@ -101,3 +121,7 @@ def test_the_best_steps_keep_their_weights_in_order(tmp_path: Path) -> None:
     last, eighth = (load_file(path / "model.safetensors") for path in (folder / "last", folder_of_step(folder, 8)))
     assert all((last[name] == eighth[name]).all() for name in last)
     assert json.loads((folder / "train.json").read_text())["drafter"] == "best/step-00000002"
+    # What a kill between two of these left, of a step that was the best before or is not called so yet, goes.
+    shutil.copytree(folder_of_step(folder, 2), folder_of_step(folder, 4))
+    run(folder, steps=8, estimate=estimate, eval_every_steps=2, checkpoint_every_steps=100, keep_best=3)
+    assert sorted(path.name for path in (folder / "best").iterdir()) == [f"step-{step:08d}" for step in (2, 6, 8)]

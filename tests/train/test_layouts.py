@@ -60,7 +60,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Layouts:
         (folder / "muon-life", MUON_LIFE),
         (folder / "life", LIFE),
     ]
-    in_two_processes(layouts)
+    poisoned = [(folder / f"poisoned-{stage}", {"stage": stage, "as": "poisoned"}) for stage in (0, 2, 3)]
+    in_two_processes([*layouts, *poisoned])
     return layouts
 
 
@@ -78,6 +79,15 @@ def test_one_process_under_any_stage(
 ) -> None:
     losses = run(tmp_path, stage=stage, accumulation=accumulation, optimizer=optimizer)
     assert losses == pytest.approx(plain[optimizer], **CLOSE)
+
+
+def test_one_process_listens_on_no_port(tmp_path: Path) -> None:
+    """One that was free when it was looked for may be another program's by the time it is listened on."""
+    run(tmp_path, stage=2, steps=1)
+    store = torch.distributed.distributed_c10d._get_default_store()
+    while isinstance(store, torch.distributed.PrefixStore):
+        store = store.underlying_store
+    assert isinstance(store, torch.distributed.HashStore)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +208,11 @@ def test_two_processes(plain: dict[str, list[float]], two: Layouts) -> None:
         assert curve(folder) == pytest.approx(plain[layout.get("optimizer", "adamw")], **CLOSE), folder.name
     kept = {path.name for path in (two[0][0].parent / "full" / "checkpoints").iterdir()}
     assert kept == {"step-00000003.ckpt"}, "the last checkpoint had no room, and both processes went on"
+    for stage in (0, 2, 3):
+        rows = (two[0][0].parent / f"poisoned-{stage}" / "metrics.csv").read_text().splitlines()
+        column = rows[0].split(",").index("skipped_steps")
+        skipped = [int(row.split(",")[column]) for row in rows[1:]]
+        assert skipped == [0, 0, 1, 1, 2, 2], "what is no number in one process is skipped by both"
     for optimizer in ("adamw", "muon"):
         first, *others = [
             load_file(folder / "last" / "model.safetensors")
@@ -265,17 +280,30 @@ class Poisoned(CausalLMDrafter):
         return replace(drafted, states_BTD={depth: x * float("nan") for depth, x in drafted.states_BTD.items()})
 
 
+class PoisonedLoss(Poisoned):
+    """Its loss is no number at some steps, but by a part that has no gradient."""
+
+    def forward(self, batch: DraftBatch) -> DraftOutput:
+        drafted = CausalLMDrafter.forward(self, batch)
+        wrong = torch.tensor(float("nan" if batch.step == 2 else "inf"))
+        return replace(drafted, extra_loss=wrong) if batch.step in self.steps else drafted
+
+
+@pytest.mark.parametrize("poisoned", [Poisoned, PoisonedLoss])
 @pytest.mark.parametrize("stage", [None, 0, 2, 3])
-def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path: Path, stage: int | None) -> None:
+def test_a_step_that_is_not_finite_is_skipped_and_counted(
+    tmp_path: Path, stage: int | None, poisoned: type[Poisoned]
+) -> None:
     Poisoned.steps = {2, 4}
-    losses = run(tmp_path, stage=stage, drafter=Poisoned)
+    losses = run(tmp_path, stage=stage, drafter=poisoned)
     rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().splitlines()]
     skipped = [int(row[rows[0].index("skipped_steps")]) for row in rows[1:]]
     assert skipped == [0, 0, 1, 1, 2, 2]
-    assert [math.isfinite(loss) for loss in losses] == [True, True, False, True, False, True]
+    if poisoned is Poisoned:
+        assert [math.isfinite(loss) for loss in losses] == [True, True, False, True, False, True]
     Poisoned.steps = {1, 2, 3, 4, 5}
     with pytest.raises(DrafttrainError, match="for the 3rd time in a row"):
-        run(tmp_path / "stops", stage=stage, drafter=Poisoned, max_skipped_steps=2)
+        run(tmp_path / "stops", stage=stage, drafter=poisoned, max_skipped_steps=2)
 
 
 def test_a_skipped_step_changes_no_weight(tmp_path: Path) -> None:

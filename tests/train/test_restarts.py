@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from tests import waiting_loss
 from tests.kills import Life, differences, kill, uninterrupted, write_recipe
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
@@ -16,15 +16,14 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 @pytest.mark.slow
 def test_ranks_whose_parent_is_killed_leave_before_the_next_run_begins(tiny_folder: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_folder)
-    life = Life(recipe, tmp_path / "runs", ["train.devices=2", "train.deepspeed.stage=2", "train.max_steps=60"])
-    running = life.start()
-    while not list(life.folder.glob("checkpoints/step-*.ckpt")):
-        assert running.poll() is None, life.said()
-        time.sleep(0.01)
+    life = Life(recipe, tmp_path / "runs", ["train.devices=2", "train.deepspeed.stage=2", *waiting_loss.PLUGIN])
+    running = life.start(WAITS_IN=str(tmp_path))
+    waiting_loss.wait_for(tmp_path, running, ranks=2)
     running.kill()
     running.wait()
     orphans = set(life.processes())
     assert orphans
+    waiting_loss.let_go(tmp_path)
     life.end()
     assert not orphans & set(life.processes())
     whole = tmp_path / "whole"
@@ -36,17 +35,18 @@ def test_ranks_whose_parent_is_killed_leave_before_the_next_run_begins(tiny_fold
 @pytest.mark.parametrize(("launcher", "rank"), [("train.devices", 1), ("torchrun", 1), ("torchrun", 0)])
 def test_a_rank_that_is_killed_is_started_again(launcher: str, rank: int, tiny_folder: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_folder)
-    zero = ["train.deepspeed.stage=2"]
+    zero = ["train.deepspeed.stage=2", *waiting_loss.PLUGIN]
     if launcher == "torchrun":
         life = Life(recipe, tmp_path / "runs", zero, [sys.executable, *TORCHRUN])
     else:
         life = Life(recipe, tmp_path / "runs", [*zero, "train.devices=2", "train.max_restarts=1"])
-    running = life.start()
-    while not list(life.folder.glob("checkpoints/step-*.ckpt")):
-        assert running.poll() is None, life.said()
-        time.sleep(0.01)
-    for process in life.processes(RANK=str(rank)):
+    running = life.start(WAITS_IN=str(tmp_path))
+    waiting_loss.wait_for(tmp_path, running, ranks=2)
+    ranks = list(life.processes(RANK=str(rank)))
+    assert ranks
+    for process in ranks:
         kill(process)
+    waiting_loss.let_go(tmp_path)
     assert running.wait(timeout=300) == 0, life.said()
     said = life.said()
     assert "restart 1 of" in said

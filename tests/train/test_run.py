@@ -126,3 +126,26 @@ def test_a_checkpoint_of_garbage_falls_back_to_the_one_before(tmp_path: Path) ->
         (tmp_path / f"step-{number:08d}.ckpt").write_bytes(content)
     assert newest_checkpoint(tmp_path) == tmp_path / "step-00000001.ckpt"
     assert len(list(tmp_path.glob("*.damaged"))) == 4
+
+
+def test_a_checkpoint_whose_bytes_have_changed_falls_back_to_the_one_before(tmp_path: Path) -> None:
+    for number in (1, 2):
+        torch.save({"weights": torch.randn(5000)}, tmp_path / f"step-{number:08d}.ckpt")
+    newest = tmp_path / "step-00000002.ckpt"
+    assert newest_checkpoint(tmp_path) == newest
+    written = newest.read_bytes()
+    # A page that was lost, as after a power failure: torch reads it without a word.
+    middle = len(written) // 2
+    newest.write_bytes(written[:middle] + bytes(4096) + written[middle + 4096 :])
+    assert torch.load(newest)
+    assert newest_checkpoint(tmp_path) == tmp_path / "step-00000001.ckpt"
+    for length in range(0, len(written), 997):
+        newest.write_bytes(written[:length])
+        assert newest_checkpoint(tmp_path) == tmp_path / "step-00000001.ckpt"
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_set_aside(tmp_path: Path) -> None:
+    (tmp_path / "step-00000001.ckpt").mkdir()
+    with pytest.raises(IsADirectoryError):
+        newest_checkpoint(tmp_path)
+    assert (tmp_path / "step-00000001.ckpt").exists()

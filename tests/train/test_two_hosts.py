@@ -18,7 +18,7 @@ from drafttrain.core.processes import without_launcher
 from tests.train.layouts import curve, run
 
 pytestmark = pytest.mark.multi_host
-SLOW = {"stage": 2, "steps": 400, "slow": True}
+SLOW = {"stage": 2, "steps": 400, "as": "slow"}
 
 
 class Hosts:

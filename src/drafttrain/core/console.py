@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -23,9 +23,10 @@ stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def say(text: str) -> None:
-    """Print one status line."""
+    """Print one status line; where it cannot be printed (a log on a disk that is full) the work goes on without it."""
     if _first_process():
-        stderr.print(text, markup=False)
+        with suppress(OSError):
+            stderr.print(text, markup=False)
 
 
 class Progress:

@@ -21,6 +21,7 @@ from typing import Any
 
 from drafttrain.core.console import say
 from drafttrain.core.errors import DrafttrainError, RecipeError
+from drafttrain.core.lifelines import Lifelines
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
@@ -29,6 +30,8 @@ LAUNCHED = (*TORCHRUN, "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "NODE_RANK
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 4.0
 """After a collective broke, a process that does not stir for as long is named as the one that is gone."""
+LEAVE_SECONDS = 12.0
+"""How long a process that cannot go on may take to end by itself, and the one with the store waits for the others to leave."""
 STORE_GONE = "the first host, whose store holds the run together, cannot be reached"
 
 
@@ -102,7 +105,7 @@ def _environment() -> dict[str, str]:
     if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
         env |= {name: env[slurm] for name, slurm in SLURM.items()}
         env.setdefault("MASTER_ADDR", _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))))
-        env.setdefault("MASTER_PORT", str(15000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+        env.setdefault("MASTER_PORT", str(15000 + int(env.get("SLURM_JOB_ID", "0")) % 15000))
     if "RANK" not in env or env.get("WORLD_SIZE", "1") == "1":
         return {}
     missing = [name for name in TORCHRUN if name not in env]
@@ -125,7 +128,7 @@ def _first_host(nodes: str) -> str:
 
 
 class Group:
-    """The processes that joined: one store for words between them, one group of CPU collectives, one pulse each.
+    """The processes that joined: one store for words between them, one group of CPU collectives, one pulse and one lifeline each.
 
     Args:
         timeout_seconds: How long any process waits for another inside a collective before it gives up.
@@ -151,24 +154,39 @@ class Group:
             )
             return dist.PrefixStore(f"drafttrain-{attempt}", store)
 
-        self._store = connected(serves=here.rank == 0 and not of_agent)
+        self._serves = here.rank == 0 and not of_agent
+        self._store = connected(serves=self._serves)
         self._pulse_store = connected(serves=False)
+        self._lifelines = self._connected_lifelines(host)
         self._ended = threading.Event()
+        self._lost = ""
+        """Who is gone; the main thread ends with it."""
         self._waits = 0
         self._store.set(f"name/{here.rank}", f"{socket.gethostname()} (process {os.getpid()})")
         backend = "nccl" if _cuda() else "gloo"
         dist.init_process_group(backend, store=self._store, rank=here.rank, world_size=here.size, timeout=self.timeout)
         self._control = dist.new_group(backend="gloo", timeout=self.timeout) if backend != "gloo" else None
+        # Kept for the time when nobody answers any more.
+        self._names = [f"rank {rank} on {self._store.get(f'name/{rank}').decode()}" for rank in range(here.size)]
         self._pulse = threading.Thread(target=self._beat, name="pulse", daemon=True)
         self._pulse.start()
 
+    def _connected_lifelines(self, host: str) -> Lifelines | None:
+        try:
+            return Lifelines(self._store, rank=self.here.rank, host=host)
+        except OSError as error:
+            wait = f"a process that is killed may be noticed after train.timeout_seconds only ({self.timeout.total_seconds():g})"
+            print(f"{self.here.name}: no line to the first process ({error}): {wait}", file=sys.stderr, flush=True)
+            return None
+
     def _beat(self) -> None:
-        """Say once a second that this process lives, and how far it is; leave when another has been silent for too long."""
+        """Say once a second that this process lives, and how far it is; leave when another is gone or silent for too long."""
         heard: dict[int, tuple[bytes, float]] = {}
         others = [rank for rank in range(self.here.size) if rank != self.here.rank]
         beats = 0
         while not self._ended.wait(BEAT_SECONDS):
             beats += 1
+            cut = self._lifelines.cut() if self._lifelines else []
             try:
                 self._pulse_store.set(f"pulse/{self.here.rank}", f"{beats} {self.step}")
                 for rank in others:
@@ -176,20 +194,39 @@ class Group:
                     said = self._pulse_store.get(key) if self._pulse_store.check([key]) else b""
                     if rank not in heard or heard[rank][0] != said:
                         heard[rank] = (said, time.monotonic())
+                gone = self._gone(cut)
             except Exception as error:  # the store's host is gone; what it raises differs by backend
                 if not self._ended.is_set():
-                    self._leave(f"{STORE_GONE} ({type(error).__name__})")
+                    steps = heard[cut[0]][0].decode() if cut and cut[0] in heard else ""
+                    self._leave(self._is_gone(cut[0], steps) if cut else f"{STORE_GONE} ({type(error).__name__})")
                 return
             silent = [r for r in others if time.monotonic() - heard[r][1] > self.timeout.total_seconds()]
-            if silent and not self._ended.is_set():
-                self._leave(self._missing(silent))
+            if (gone or silent) and not self._ended.is_set():
+                self._leave(gone or self._missing(silent))
+
+    def _gone(self, cut: list[int]) -> str:
+        """Return who is gone, as the first process saw it and tells the others; one that took its leave is not."""
+        for rank in cut:
+            if not self._pulse_store.check([f"left/{rank}"]):
+                self._pulse_store.set("gone", str(rank))
+        rank = int(self._pulse_store.get("gone")) if self._pulse_store.check(["gone"]) else self.here.rank
+        if rank == self.here.rank:
+            return ""
+        if self._pulse_store.check([f"failed/{rank}"]):
+            return f"{self._names[rank]} failed: {self._pulse_store.get(f'failed/{rank}').decode()}"
+        key = f"pulse/{rank}"
+        return self._is_gone(rank, self._pulse_store.get(key).decode() if self._pulse_store.check([key]) else "")
+
+    def _is_gone(self, rank: int, pulse: str) -> str:
+        return f"{self._names[rank]} is gone (last heard of at step {pulse.split()[1] if pulse else 0})"
 
     def _leave(self, reason: str) -> None:
         """End this process from the pulse: the main thread may be inside a collective that never returns.
 
         It first gets the time to end by itself, with what it knows.
         """
-        self._ended.wait(3 * SILENT_SECONDS)
+        self._lost = reason
+        self._ended.wait(LEAVE_SECONDS)
         if self._ended.is_set():
             return
         print(f"{self._ends(reason)}", file=sys.stderr, flush=True)
@@ -203,13 +240,8 @@ class Group:
         )
 
     def _missing(self, ranks: list[int]) -> str:
-        names = [self._name(rank) for rank in ranks]
+        names = [self._names[rank] for rank in ranks]
         return f"{', '.join(names)} {'was' if len(names) == 1 else 'were'} not heard of for {self.timeout.total_seconds():g} s"
-
-    def _name(self, rank: int) -> str:
-        with contextlib.suppress(Exception):
-            return f"rank {rank} on {self._store.get(f'name/{rank}').decode()}"
-        return f"rank {rank}"
 
     def why(self) -> str:
         """Return why this process ends after a collective failed: who said what, or who fell silent."""
@@ -224,21 +256,26 @@ class Group:
                 signal.signal(signal.SIGTERM, before)
 
     def _who_is_gone(self) -> str:
-        try:
+        before: dict[int, str] = {}
+        with contextlib.suppress(Exception):  # whatever the store raises when its host is gone
             before = self._beats()
-            time.sleep(SILENT_SECONDS)
+        limit = time.monotonic() + SILENT_SECONDS
+        while time.monotonic() < limit and not self._lost:
+            time.sleep(0.1)
+        if self._lost:
+            return self._lost
+        try:
             after = self._beats()
             for rank in range(self.here.size):
                 key = f"failed/{rank}"
                 if rank != self.here.rank and self._store.check([key]):
-                    return f"{self._name(rank)} failed: {self._store.get(key).decode()}"
-            gone = [rank for rank in after if rank != self.here.rank and after[rank] == before[rank]]
-        except Exception:  # whatever the store raises when its host is gone
+                    return f"{self._names[rank]} failed: {self._store.get(key).decode()}"
+        except Exception:
             return STORE_GONE
+        gone = [rank for rank in after if rank != self.here.rank and after[rank] == before.get(rank)]
         if not gone:
             return "the connection to another process broke"
-        steps = {rank: after[rank].split()[1] if after[rank] else "0" for rank in gone}
-        return ", ".join(f"{self._name(rank)} is gone (last heard of at step {steps[rank]})" for rank in gone)
+        return ", ".join(self._is_gone(rank, after[rank]) for rank in gone)
 
     def _beats(self) -> dict[int, str]:
         keys = {rank: f"pulse/{rank}" for rank in range(self.here.size)}
@@ -248,6 +285,7 @@ class Group:
         """Tell the others why this process ends."""
         with contextlib.suppress(Exception):
             self._store.set(f"failed/{self.here.rank}", f"{type(error).__name__}: {error}"[:2000])
+            self._store.set("gone", str(self.here.rank))
 
     def shared(self, value: Any) -> list[Any]:
         """Return every process's value, by rank; it goes as JSON. The others are waited for as long as they live."""
@@ -268,16 +306,27 @@ class Group:
             while not self._store.check([f"{key}/{rank}"]):
                 if self._store.check([f"failed/{rank}"]):
                     reason = self._store.get(f"failed/{rank}").decode()
-                    raise PeerError(self._ends(f"{self._name(rank)} failed while {what}: {reason}"))
+                    raise PeerError(self._ends(f"{self._names[rank]} failed while {what}: {reason}"))
+                if self._lost:
+                    raise PeerError(self._ends(f"{self._lost}, while {what}"))
                 time.sleep(0.05)
 
     def close(self) -> None:
-        """Leave; the others may still be at work."""
+        """Leave; the others may still be at work. The process with the store leaves after them: they look there until they do."""
         import torch.distributed as dist
 
         self._ended.set()
         self._pulse.join()
         dist.destroy_process_group()
+        self._store.set(f"left/{self.here.rank}", "")
+        if self._serves:
+            gone = int(self._store.get("gone")) if self._store.check(["gone"]) else 0
+            left = [f"left/{rank}" for rank in range(self.here.size) if rank != gone]
+            limit = time.monotonic() + LEAVE_SECONDS
+            while time.monotonic() < limit and not self._store.check(left):
+                time.sleep(0.05)
+        if self._lifelines:
+            self._lifelines.close()
 
 
 _joined: Group | None = None
@@ -336,7 +385,10 @@ def _is_of_a_connection(error: BaseException) -> bool:
 
     if isinstance(error, dist.DistError):
         return True
-    words = ("connection closed by peer", "timed out waiting", "connection reset", "nccl error", "broken pipe")
+    words = (
+        *("connection closed by peer", "timed out waiting", "connection reset", "nccl error", "broken pipe"),
+        *("socket closed", "pair closure"),
+    )
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 

@@ -84,6 +84,9 @@ def generate(
     wait_for_all("texts are generated")
     with first_before_others("it writes the manifest"):
         if first():
+            for left in folder.glob("answers-*.jsonl"):
+                # A kill struck after a shard was stored and before a backend threw away what it was made of.
+                left.unlink()
             write_json(manifest, _manifest(about, folder, shards, backend.reproducible()))
     return folder
 

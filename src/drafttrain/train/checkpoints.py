@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import signal
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +26,12 @@ from drafttrain.train.full_disk import CheckpointFile, could_be_written
 from drafttrain.train.module import StepModule
 from drafttrain.train.settings import TrainSettings
 from drafttrain.train.strategy import whole
+
+UNREADABLE = (
+    *(zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError),
+    *(RuntimeError, EOFError, ValueError, KeyError),
+)
+"""What readers raise of a file whose content is none of a checkpoint."""
 
 
 class Checkpoints(StepEnd):
@@ -113,16 +123,38 @@ def newest_checkpoint_for_all(folder: Path) -> Path | None:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that can be read whole; damaged ones are set aside and named."""
+    """Return the newest checkpoint that is as it was written; damaged ones are set aside and named."""
     for path in sorted(folder.glob("step-*.ckpt"), reverse=True):
-        try:
-            torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            say(f"{path} is damaged ({type(error).__name__}): falling back to the checkpoint before it")
+        if damage := _damage(path):
+            say(f"{path} is damaged ({damage}): falling back to the checkpoint before it")
             path.rename(path.with_suffix(".damaged"))
             continue
         return path
     return None
+
+
+def _damage(path: Path) -> str:
+    """Return what is wrong with a checkpoint; empty: every part of it is as it was written, and torch can read it.
+
+    Raises:
+        OSError: It cannot be read for another reason than its content or its disk.
+        RuntimeError: There is no memory left to look; that is no damage.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch does not look whether the numbers are those that were written.
+            if changed := archive.testzip():
+                return f"{changed} is not what was written"
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError as error:
+        if error.errno not in (errno.EIO, errno.EINVAL):
+            raise
+        return str(error.strerror)
+    except UNREADABLE as error:
+        if os.strerror(errno.ENOMEM) in str(error):
+            raise
+        return type(error).__name__
+    return ""
 
 
 def weights_of_checkpoint(path: Path) -> tuple[int, dict[str, torch.Tensor]]:

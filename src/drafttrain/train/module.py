@@ -48,10 +48,15 @@ class StepModule(LightningModule):
         self.strict_loading = False
 
     def _scaled(self, total: Tensor, batch: DraftBatch | HeadBatch) -> Tensor:
-        """Return a micro-batch's sum, scaled so that the gradients of a step add up to the mean over its positions."""
-        return normalised(
+        """Return a micro-batch's sum, scaled so that the gradients of a step add up to the mean over its positions.
+
+        A sum that is no finite number makes every gradient none, on all processes, so that the step is skipped: a gradient may
+        be finite where its loss is not.
+        """
+        scaled = normalised(
             total, batch, world_size=self.trainer.world_size, accumulation=self.trainer.accumulate_grad_batches
         )
+        return scaled * (1 + 0 * total.detach())
 
     def _count(self, *parts: Tensor) -> None:
         """Add to the sums, from the first on."""

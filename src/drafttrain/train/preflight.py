@@ -74,17 +74,18 @@ def _check_folder(folder: Path) -> None:
 
 
 def check_disk(folder: Path, *, num_trained: int) -> None:
-    """Require room for the checkpoints of a run.
+    """Require room for the checkpoints of a run, beside those that it has kept already.
 
     Raises:
         DrafttrainError: Naming what is needed and what is free.
     """
-    needed = num_trained * BYTES_A_PARAMETER * CHECKPOINTS
+    there = min(CHECKPOINTS - 1, len(list(folder.glob("step-*.ckpt"))))
+    needed = num_trained * BYTES_A_PARAMETER * (CHECKPOINTS - there)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DrafttrainError(
             f"{folder}: checkpoints of {num_trained:,} trained parameters need {needed / 1e9:.2f} GB "
-            f"({CHECKPOINTS} at once), {free / 1e9:.2f} GB are free: make room, or put runs elsewhere (--runs DIR)"
+            f"({CHECKPOINTS} at once, {there} are there), {free / 1e9:.2f} GB are free: make room, or put runs elsewhere (--runs DIR)"
         )
 
 

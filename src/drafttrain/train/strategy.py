@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
-from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
@@ -71,6 +70,18 @@ class ZeroStrategy(DeepSpeedStrategy):
         reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()
+
+    def _init_deepspeed_distributed(self) -> None:
+        """Join as the base class does, but alone without a port: one that is free now may be taken when it is listened on."""
+        if self.world_size == 1 and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group(
+                self._get_process_group_backend(),
+                store=torch.distributed.HashStore(),
+                rank=0,
+                world_size=1,
+                timeout=self._timeout,
+            )
+        super()._init_deepspeed_distributed()
 
     def init_deepspeed(self) -> None:
         """Make the engine; Muon learns what it holds, and no group, also none of DeepSpeed's own, waits longer than the recipe says."""
@@ -156,7 +167,6 @@ class Launched(ClusterEnvironment):
     def __init__(self, here: World) -> None:
         super().__init__()
         self._here = here
-        self._free_port = find_free_network_port() if here.size == 1 else 0
 
     creates_processes_externally = True
 
@@ -167,8 +177,8 @@ class Launched(ClusterEnvironment):
 
     @property
     def main_port(self) -> int:
-        """Port of the first process."""
-        return int(os.environ.get("MASTER_PORT", self._free_port))
+        """Port of the first process; a process that is alone listens on none."""
+        return int(os.environ.get("MASTER_PORT", 0))
 
     @staticmethod
     def detect() -> bool:

@@ -54,6 +54,8 @@ class Validation(StepEnd):
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Take up what is kept, also of steps after the checkpoint that the run continues from."""
         self.kept = shared(kept_steps(self.folder) if trainer.is_global_zero else None)[0]
+        if trainer.is_global_zero:
+            self._drop_others(self.kept)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Measure the start, so that a run that made it worse exports the start."""
@@ -91,8 +93,7 @@ class Validation(StepEnd):
             save_trained(module, path)
             if first():
                 write_json(self.folder / "best.json", ranked)
-                for other in set(path.parent.glob("step-*")) - {folder_of_step(self.folder, o["step"]) for o in ranked}:
-                    shutil.rmtree(other, ignore_errors=True)
+                self._drop_others(ranked)
         except OSError as error:
             failure = only_full(error)
         what = "the best" if ranked[0]["step"] == step else "one of the best"
@@ -100,6 +101,13 @@ class Validation(StepEnd):
         return could_be_written(
             f"{path}, {what} weights so far (step {step})", failure, settings=self.settings, instead=best
         )
+
+    def _drop_others(self, kept: list[dict[str, Any]]) -> None:
+        """Remove the weights of other steps, also those that a killed run wrote and no longer, or not yet, called the best."""
+        for other in set((self.folder / "best").glob("step-*")) - {
+            folder_of_step(self.folder, o["step"]) for o in kept
+        }:
+            shutil.rmtree(other, ignore_errors=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Carry what was last through a resume; what is best stands on the disk."""

@@ -71,9 +71,13 @@ class CompletionsServer:
             if fault := self.fault(number, asked):
                 answer = fault(request, self._answer(asked))
                 return await answer if asyncio.iscoroutine(answer) else answer
+            response = web.json_response(self._answer(asked))
+            # On its way before it counts, so that it arrives also where the server dies of the next request.
+            await response.prepare(request)
+            await response.write_eof()
             if asked["max_tokens"] > 1:
                 self.answered[tuple(self._ids(asked["prompt"]))] += 1
-            return web.json_response(self._answer(asked))
+            return response
         finally:
             self._now -= 1
 
@@ -117,8 +121,9 @@ def reset(request: web.Request, answer: dict[str, Any]) -> web.Response:
 
 
 async def late(request: web.Request, answer: dict[str, Any]) -> web.Response:
-    """An answer that comes when nobody waits any more."""
-    await asyncio.sleep(1.0)
+    """An answer that comes when nobody waits any more, whenever that is."""
+    while request.transport is not None and not request.transport.is_closing():
+        await asyncio.sleep(0.01)
     return web.json_response(answer)
 
 
