@@ -156,7 +156,9 @@ def publish_for_ever(target: Target, folder: Path) -> None:
     versions = Versions(folder, keep=3)
     versions.mend()
     for number in count(max(map(int, versions.names())) + 1):
-        versions.publish(versions.add(lambda f, n=number: numbered(target, f, number=n), update=number))
+        version = versions.add(lambda f, n=number: numbered(target, f, number=n), update=number)
+        versions.publish(version)
+        versions.prune(held=version)
 
 
 @pytest.mark.parametrize("kills", KILLS)
