@@ -194,7 +194,7 @@ def test_a_copy_is_read_on_where_its_original_was_cut_before_all_of_it_was_read(
     reader = intake(tmp_path)
     take_all(reader)
     append(log, *"2345")
-    shutil.copy(log, log.with_name("a.jsonl.1"))
+    shutil.copy(log, log.with_name("a.copy"))
     reader.take(max_lines=2)
     os.truncate(log, 0)
     assert take_all(reader) == list("12345")
