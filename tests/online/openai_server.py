@@ -22,11 +22,18 @@ from tests.data_gen.serving_logs.log_lines import ids
 
 
 class Server:
-    """Answers `answer` token by token (a token is a character), and keeps what it was asked."""
+    """Answers `answer` token by token (a token is a character), and keeps what it was asked.
 
-    def __init__(self, answer: str = " answer", *, pause: float = 0.0) -> None:
+    Args:
+        holds: Before the last token of a stream it waits until `go_on` is set.
+    """
+
+    def __init__(self, answer: str = " answer", *, pause: float = 0.0, holds: bool = False) -> None:
         self.answer = answer
         self.pause = pause
+        self.held, self.go_on = asyncio.Event(), asyncio.Event()
+        if not holds:
+            self.go_on.set()
         self.asked: list[tuple[dict[str, Any], dict[str, str]]] = []
 
     def app(self) -> web.Application:
@@ -60,6 +67,9 @@ class Server:
         for number, piece in enumerate(pieces):
             if self.pause:
                 await asyncio.sleep(self.pause)
+            if number == len(pieces) - 1:
+                self.held.set()
+                await self.go_on.wait()
             chunk = self._chunk(asked, [piece], chat=chat, last=number == len(pieces) - 1, first=number == 0)
             await response.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
         await response.write(b"data: [DONE]\n\n")

@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -149,7 +150,10 @@ def test_files_are_rotated_by_size_and_a_full_queue_drops_and_counts(tmp_path):
 
 def test_an_unreachable_server_is_told_and_a_client_that_leaves_is_counted(tmp_path):
     async def run() -> None:
-        async with recorded("http://127.0.0.1:9", tmp_path) as (address, recorder), aiohttp.ClientSession() as session:
+        async with (
+            recorded(f"http://127.0.0.1:{not_listening.getsockname()[1]}", tmp_path) as (address, recorder),
+            aiohttp.ClientSession() as session,
+        ):
             answer = json.loads(await post(session, address, REQUESTS["chat"]))
             assert answer["error"]["type"] == "bad_gateway"
             assert recorder.counts == {"failed": 1}
@@ -162,14 +166,15 @@ def test_an_unreachable_server_is_told_and_a_client_that_leaves_is_counted(tmp_p
                 async with session.post(address + "/v1/chat/completions", json=asked) as response:
                     await response.content.readany()
                     response.close()
-            for _ in range(100):
-                if recorder.counts["aborted"]:
-                    break
-                await asyncio.sleep(0.01)
+            async with asyncio.timeout(60):
+                while not recorder.counts["aborted"]:
+                    await asyncio.sleep(0.01)
             assert recorder.counts == {"aborted": 1}
             assert recorder.files.written == 0
 
-    asyncio.run(run())
+    with socket.socket() as not_listening:
+        not_listening.bind(("127.0.0.1", 0))
+        asyncio.run(run())
 
 
 # ---------------------------------------------------------------- the command, as a process
@@ -206,17 +211,26 @@ class Process:
     def stop(self, number: signal.Signals) -> tuple[int, str]:
         """Send a signal and return the exit code and what was said since."""
         os.kill(self._process.pid, number)
-        said = self._process.communicate(timeout=20)[1]
+        said = self._process.communicate(timeout=60)[1]
         return self._process.returncode, said
 
 
 def test_sigterm_lets_open_requests_finish_and_writes_all_that_waits(tmp_path):
     async def run() -> None:
-        async with served(Server("slow answer", pause=0.05).app()) as upstream, aiohttp.ClientSession() as session:
+        server = Server("slow answer", holds=True)
+        async with served(server.app()) as upstream, aiohttp.ClientSession() as session:
             process = await asyncio.to_thread(Process, upstream, tmp_path)
             asking = asyncio.create_task(post(session, process.address, REQUESTS["chat, streamed"]))
-            await asyncio.sleep(0.2)
-            code, said = await asyncio.to_thread(process.stop, signal.SIGTERM)
+            await server.held.wait()
+            stopping = asyncio.create_task(asyncio.to_thread(process.stop, signal.SIGTERM))
+            # It has heard the signal when it takes no new connections.
+            with pytest.raises(ConnectionRefusedError):
+                while True:
+                    _, writer = await asyncio.open_connection("127.0.0.1", int(process.address.rpartition(":")[2]))
+                    writer.close()
+                    await asyncio.sleep(0.01)
+            server.go_on.set()
+            code, said = await stopping
             assert (await asking).endswith(b"[DONE]\n\n")
             assert code == 0
             assert "1 records written" in said
@@ -238,7 +252,7 @@ def test_where_the_disk_is_full_requests_succeed_and_drops_are_counted(tmp_path)
             assert "dropped: disk 3" in said
 
     asyncio.run(run())
-    assert all(path.stat().st_size == 0 for path in tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_this_machine_is_listened_to_unless_told_otherwise_and_a_wrong_address_is_told():
@@ -260,11 +274,12 @@ def test_only_this_machine_is_listened_to_unless_told_otherwise_and_a_wrong_addr
     assert "--upstream: must be an address such as http://127.0.0.1:8000" in done.stderr
 
 
-def test_lines_are_made_in_another_process_that_may_die_and_print(tmp_path):
-    def capture(text: str) -> Capture:
-        asked, answered = {"prompt": text}, {"choices": [{"text": " ok", "finish_reason": "stop"}]}
-        return Capture("r", "/v1/completions", json.dumps(asked).encode(), json.dumps(answered).encode(), False, 0.0)
+def capture(text: str) -> Capture:
+    asked, answered = {"prompt": text}, {"choices": [{"text": " ok", "finish_reason": "stop"}]}
+    return Capture("r", "/v1/completions", json.dumps(asked).encode(), json.dumps(answered).encode(), False, 0.0)
 
+
+def test_lines_are_made_in_another_process_that_may_die_and_print():
     worker = LineWorker(redact=True, redact_with=f"{own_redaction.__name__}.printing")
     try:
         assert (
@@ -276,5 +291,27 @@ def test_lines_are_made_in_another_process_that_may_die_and_print(tmp_path):
         assert json.loads(worker(capture("again")))["request"]["prompt"] == "again"
         with pytest.raises(Refused, match="not_json"):
             worker(Capture("r", "", b"{", b"{", False, 0.0))
+    finally:
+        worker.close()
+
+
+def test_a_redaction_that_never_ends_costs_one_record():
+    worker = LineWorker(redact=True, redact_with=f"{own_redaction.__name__}.printing", longest_seconds=1.0)
+    try:
+        with pytest.raises(Refused, match="unreadable"):
+            worker(capture("hang"))
+        worker.longest_seconds = 60.0
+        assert json.loads(worker(capture("again")))["request"]["prompt"] == "again"
+    finally:
+        worker.close()
+
+
+def test_a_signal_to_all_processes_of_the_recorder_costs_no_record():
+    worker = LineWorker(redact=True, redact_with=None)
+    try:
+        worker(capture("first"))
+        assert worker._process is not None
+        worker._process.send_signal(signal.SIGTERM)
+        assert json.loads(worker(capture("second")))["request"]["prompt"] == "second"
     finally:
         worker.close()

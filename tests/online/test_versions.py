@@ -207,6 +207,7 @@ def test_current_is_whole_after_a_kill_at_any_moment(tmp_path, moments):
                 assert (folder / "current").resolve() != seen
         os.kill(process.pid, signal.SIGKILL)
         process.join()
+        assert process.exitcode == -signal.SIGKILL, "the publisher fell before it was killed"
         assert whole(folder / "current")
         versions = Versions(folder)
         versions.mend()

@@ -22,7 +22,7 @@ from typing import Any
 
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.files import folder_beside, write_json
+from drafttrain.core.files import folder_beside, sync_folder, write_json
 
 PUBLISHED = "published.json"
 SWITCHES = ("published", "rolled_back")
@@ -144,7 +144,7 @@ class Versions:
         link.unlink(missing_ok=True)
         link.symlink_to(version)
         os.replace(link, self.folder / "current")
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
 
     def prune(self, *, held: str) -> None:
         """Remove versions beyond the newest ones that are kept, but not what is served, what that replaced, nor what is held.
@@ -248,12 +248,4 @@ def _to_disk(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_folder(folder)
