@@ -18,6 +18,7 @@ import aiohttp
 import pytest
 
 from drafttrain.data_gen.serving_logs.exchange import Refused
+from drafttrain.online.asking import Asking, StrippedEvents
 from drafttrain.online.capture import Capture
 from drafttrain.online.line_worker import LineWorker
 from drafttrain.online.recorder_settings import RecorderSettings
@@ -71,6 +72,17 @@ def test_answers_pass_unchanged_and_are_read_again_as_training_text(tmp_path, ex
     assert sorted(texts(tmp_path, near_duplicates=None)) == sorted([*chats, f"Once answer{end}", f"Twice answer{end}"])
     records, _ = read(tmp_path, near_duplicates=None)
     assert all((record.law is not None) == ("logprobs" in extra) for record in records)
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_an_event_is_passed_on_as_soon_as_it_is_whole_whatever_ends_its_lines(end):
+    asking = Asking.of(b'{"prompt": "x", "stream": true}', chat=False, logprobs=0, token_ids=True)
+    said, passed = b'data: {"choices":[{"text":"a","token_ids":[1]}]}', b'data: {"choices":[{"text":"a"}]}'
+    events = StrippedEvents(asking)
+    for _ in range(2):
+        assert events.feed(said[:20]) == b""
+        assert events.feed(said[20:] + end + end) == passed + end + end
+    assert events.feed(b"data: [DONE]" + end + end) + events.end() == b"data: [DONE]" + end + end
 
 
 def _values(answer: bytes) -> list[Any]:
@@ -215,6 +227,16 @@ class Process:
         return self._process.returncode, said
 
 
+async def takes_connections(address: str) -> bool:
+    """Tell whether something listens there."""
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", int(address.rpartition(":")[2]))
+    except ConnectionRefusedError:
+        return False
+    writer.close()
+    return True
+
+
 def test_sigterm_lets_open_requests_finish_and_writes_all_that_waits(tmp_path):
     async def run() -> None:
         server = Server("slow answer", holds=True)
@@ -224,11 +246,8 @@ def test_sigterm_lets_open_requests_finish_and_writes_all_that_waits(tmp_path):
             await server.held.wait()
             stopping = asyncio.create_task(asyncio.to_thread(process.stop, signal.SIGTERM))
             # It has heard the signal when it takes no new connections.
-            with pytest.raises(ConnectionRefusedError):
-                while True:
-                    _, writer = await asyncio.open_connection("127.0.0.1", int(process.address.rpartition(":")[2]))
-                    writer.close()
-                    await asyncio.sleep(0.01)
+            while await takes_connections(process.address):
+                await asyncio.sleep(0.01)
             server.go_on.set()
             code, said = await stopping
             assert (await asking).endswith(b"[DONE]\n\n")
