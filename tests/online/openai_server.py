@@ -7,7 +7,6 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,15 @@ class Server:
     """Answers `answer` token by token (a token is a character), and keeps what it was asked.
 
     Args:
-        endless: A stream goes on until its reader is gone.
-        held: A stream waits for this before its last token.
+        holds: Before the last token of a stream it waits until `go_on` is set.
     """
 
-    def __init__(self, answer: str = " answer", *, endless: bool = False, held: asyncio.Event | None = None) -> None:
+    def __init__(self, answer: str = " answer", *, pause: float = 0.0, holds: bool = False) -> None:
         self.answer = answer
-        self.endless = endless
-        self.held = held
+        self.pause = pause
+        self.held, self.go_on = asyncio.Event(), asyncio.Event()
+        if not holds:
+            self.go_on.set()
         self.asked: list[tuple[dict[str, Any], dict[str, str]]] = []
 
     def app(self) -> web.Application:
@@ -64,14 +64,13 @@ class Server:
             return web.json_response(self._chunk(asked, pieces, chat=chat, whole=True))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
-        for number, piece in enumerate(cycle(pieces) if self.endless else pieces):
-            if self.endless:
-                await asyncio.sleep(0.002)
-            if self.held is not None and number == len(pieces) - 1:
-                await self.held.wait()
-            chunk = self._chunk(
-                asked, [piece], chat=chat, last=not self.endless and number == len(pieces) - 1, first=number == 0
-            )
+        for number, piece in enumerate(pieces):
+            if self.pause:
+                await asyncio.sleep(self.pause)
+            if number == len(pieces) - 1:
+                self.held.set()
+                await self.go_on.wait()
+            chunk = self._chunk(asked, [piece], chat=chat, last=number == len(pieces) - 1, first=number == 0)
             await response.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
         await response.write(b"data: [DONE]\n\n")
         await response.write_eof()

@@ -136,6 +136,13 @@ def test_a_buffer_is_the_same_after_a_kill_and_no_user_has_more_than_the_quota()
     assert sum(one.user == "loud" for one in held_out.requests) == 2
 
 
+def test_users_that_are_seen_once_are_not_remembered_for_ever():
+    buffer = ReplayBuffer(20, recent=0.5, user_quota=0.1, seed=1)
+    for number in range(500):
+        buffer.add(request(number, user=f"user{number}"))
+    assert len(buffer.state()["offered_by"]) <= 10
+
+
 def test_an_answer_that_is_always_the_same_is_compared_on_once():
     held_out = HeldOut(20, user_quota=1.0)
     for number in range(15):

@@ -10,6 +10,8 @@ import torch
 
 from drafttrain.checkpoint import About, read_drafter
 from drafttrain.core.records import Prompt, Sampling
+from drafttrain.data_gen.backends import Task
+from drafttrain.data_gen.backends.builtin import continuations
 from drafttrain.data_gen.formats import Encoder
 from drafttrain.data_gen.serving_logs.intake import Intake
 from drafttrain.data_gen.sources import sources
@@ -24,6 +26,7 @@ from drafttrain.online.lane import Workshop
 from drafttrain.online.loop import OnlineRun, metrics, status
 from drafttrain.online.report import write_online_report
 from drafttrain.online.settings import OnlineSettings
+from drafttrain.online.versions import Versions
 from drafttrain.train.settings import TrainSettings
 from tests.online.test_learning import K, near_copy
 
@@ -179,3 +182,104 @@ def test_a_run_that_was_cut_short_ends_as_one_that_was_not(tmp_path, tiny_target
         weights.append(run.lanes[""].learner.state()["drafter"])
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name
+
+
+EAGER = {"every_requests": 32, "steps": 20, "min_held_out": 5, "window": 64, "keep_versions": 2, "significance": 0.3}
+"""Settings with which the first update is published, and the third."""
+
+
+def write_log(target, log: Path, wanted: list[Prompt]) -> None:
+    """Append what the target says, as `serve` does, decoded at once."""
+    log.parent.mkdir(exist_ok=True)
+    tasks = [Task(prompt.id, list(prompt.tokens), Sampling()) for prompt in wanted]
+    with log.open("a") as file:
+        for prompt, answer in zip(wanted, continuations(tasks, target, max_new_tokens=14, seed=0), strict=True):
+            choice = {"message": {"role": "assistant", "content": None}, "token_ids": answer, "finish_reason": "length"}
+            line = {
+                "id": prompt.id,
+                "request": {"model": "t", "prompt": list(prompt.tokens)},
+                "response": {"model": "t", "choices": [choice]},
+            }
+            file.write(json.dumps(line) + "\n")
+
+
+def killed_at_save(run: OnlineRun) -> None:
+    """Learn from the next batch as far as a process that is killed before it has written its state."""
+
+    def killed() -> None:
+        raise Stopped
+
+    run._save = killed
+    with pytest.raises(Stopped):
+        run._take()
+
+
+def served_in_turn(run: OnlineRun) -> list[str]:
+    return [one["version"] for one in run.lanes[""].versions.history() if one["event"] == "published"]
+
+
+def test_a_kill_behind_several_publishes_of_one_batch_publishes_none_of_them_again(tmp_path, tiny_target):
+    first = start(tmp_path, tiny_target, noise=0.6)
+    run = online_run(tmp_path, tiny_target, first, **EAGER)
+    write_log(tiny_target, tmp_path / "logs" / "a.jsonl", prompts(0, 96))
+    killed_at_save(run)
+    assert served_in_turn(run) == ["0000", "0001", "0002"]
+    # What a restart starts from is still here, though so many newer ones are.
+    run = online_run(tmp_path, tiny_target, first, **EAGER)
+    run.once()
+    assert [row["promoted"] for row in metrics(tmp_path / "run")] == [True, False, True]
+    assert served_in_turn(run) == ["0000", "0001", "0002"]
+    assert run.lanes[""].version == run.lanes[""].versions.current() == "0002"
+    assert run.lanes[""].versions.names() == ["0001", "0002"]
+
+
+def test_a_kill_behind_the_first_publish_leaves_what_it_serves(tmp_path, tiny_target):
+    first = start(tmp_path, tiny_target, noise=0.6)
+    run = online_run(tmp_path, tiny_target, first, **EAGER)
+    write_log(tiny_target, tmp_path / "logs" / "a.jsonl", prompts(0, 32))
+    killed_at_save(run)
+    assert run.lanes[""].versions.current() == "0001"
+    # Where minutes count, other requests come to the same update after the kill, and it may be no better on them.
+    run = online_run(tmp_path, tiny_target, first, **EAGER | {"significance": 1e-9})
+    run.once()
+    assert run.lanes[""].version == run.lanes[""].versions.current() == "0001"
+    read_drafter((tmp_path / "run" / "drafters" / "current").resolve(), tiny_target)
+
+
+def test_what_was_taken_back_after_a_kill_is_not_published_again(tmp_path, tiny_target):
+    first = start(tmp_path, tiny_target, noise=0.6)
+    run = online_run(tmp_path, tiny_target, first, **EAGER)
+    write_log(tiny_target, tmp_path / "logs" / "a.jsonl", prompts(0, 32))
+    killed_at_save(run)
+    assert run.lanes[""].versions.rollback() == ("0001", "0000")
+    run = online_run(tmp_path, tiny_target, first, **EAGER)
+    run.once()
+    assert run.lanes[""].version == run.lanes[""].versions.current() == "0000"
+    assert metrics(tmp_path / "run")[-1]["reason"] == "it was published before, and taken back"
+
+
+def test_a_step_back_while_a_candidate_is_judged_stays(tmp_path, tiny_target):
+    first = start(tmp_path, tiny_target, noise=0.6)
+    run = online_run(tmp_path, tiny_target, first, **EAGER)
+    log = tmp_path / "logs" / "a.jsonl"
+    write_log(tiny_target, log, prompts(0, 96)[:64])
+    run.once()
+    lane, versions = run.lanes[""], run.lanes[""].versions
+    assert versions.current() == "0001"
+
+    class SteppedBack(Versions):
+        """Somebody takes the current version back as soon as a candidate is written."""
+
+        def add(self, *args, **kwargs):
+            version = super().add(*args, **kwargs)
+            self.rollback()
+            return version
+
+    lane.versions = SteppedBack(versions.folder)
+    write_log(tiny_target, log, prompts(0, 96)[64:])
+    run.once()
+    row = metrics(tmp_path / "run")[-1]
+    assert (row["promoted"], row["reason"]) == (False, "another version is served by now")
+    assert (versions.current(), versions.names()) == ("0000", ["0000", "0001"])
+    lane.look_at_current()
+    assert lane.version == "0000"

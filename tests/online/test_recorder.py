@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import aiohttp
 import pytest
 
 from drafttrain.data_gen.serving_logs.exchange import Refused
+from drafttrain.online.asking import Asking, StrippedEvents
 from drafttrain.online.capture import Capture
 from drafttrain.online.line_worker import LineWorker
 from drafttrain.online.recorder_settings import RecorderSettings
@@ -74,6 +74,17 @@ def test_answers_pass_unchanged_and_are_read_again_as_training_text(tmp_path, ex
     assert all((record.law is not None) == ("logprobs" in extra) for record in records)
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_an_event_is_passed_on_as_soon_as_it_is_whole_whatever_ends_its_lines(end):
+    asking = Asking.of(b'{"prompt": "x", "stream": true}', chat=False, logprobs=0, token_ids=True)
+    said, passed = b'data: {"choices":[{"text":"a","token_ids":[1]}]}', b'data: {"choices":[{"text":"a"}]}'
+    events = StrippedEvents(asking)
+    for _ in range(2):
+        assert events.feed(said[:20]) == b""
+        assert events.feed(said[20:] + end + end) == passed + end + end
+    assert events.feed(b"data: [DONE]" + end + end) + events.end() == b"data: [DONE]" + end + end
+
+
 def _values(answer: bytes) -> list[Any]:
     if not answer.startswith(b"data:"):
         return [json.loads(answer)]
@@ -115,9 +126,6 @@ def test_other_requests_pass_and_credentials_reach_the_server_and_no_file(tmp_pa
             await post(session, address, REQUESTS["chat"] | {"api_key": "hunter2hunter2", "user": "someone"})
             assert server.asked[0][1]["Authorization"] == "Bearer very-secret-token-1234"
             await post(session, address, {"prompt": "fail"})
-            until = time.monotonic() + 60
-            while recorder.counts.total() < 4 and time.monotonic() < until:
-                await asyncio.sleep(0.01)
             assert recorder.counts == {"passed": 2, "offered": 1, "failed": 1}
 
     asyncio.run(run())
@@ -154,12 +162,15 @@ def test_files_are_rotated_by_size_and_a_full_queue_drops_and_counts(tmp_path):
 
 def test_an_unreachable_server_is_told_and_a_client_that_leaves_is_counted(tmp_path):
     async def run() -> None:
-        with socket.socket() as nobody:
-            # A port that is taken and not listened on.
-            nobody.bind(("127.0.0.1", 0))
-            await unreachable(f"http://127.0.0.1:{nobody.getsockname()[1]}")
         async with (
-            served(Server(endless=True).app()) as upstream,
+            recorded(f"http://127.0.0.1:{not_listening.getsockname()[1]}", tmp_path) as (address, recorder),
+            aiohttp.ClientSession() as session,
+        ):
+            answer = json.loads(await post(session, address, REQUESTS["chat"]))
+            assert answer["error"]["type"] == "bad_gateway"
+            assert recorder.counts == {"failed": 1}
+        async with (
+            served(Server("x" * 200, pause=0.002).app()) as upstream,
             recorded(upstream, tmp_path) as (address, recorder),
         ):
             async with aiohttp.ClientSession() as session:
@@ -167,19 +178,15 @@ def test_an_unreachable_server_is_told_and_a_client_that_leaves_is_counted(tmp_p
                 async with session.post(address + "/v1/chat/completions", json=asked) as response:
                     await response.content.readany()
                     response.close()
-            until = time.monotonic() + 60
-            while not recorder.counts["aborted"] and time.monotonic() < until:
-                await asyncio.sleep(0.01)
+            async with asyncio.timeout(60):
+                while not recorder.counts["aborted"]:
+                    await asyncio.sleep(0.01)
             assert recorder.counts == {"aborted": 1}
             assert recorder.files.written == 0
 
-    async def unreachable(upstream: str) -> None:
-        async with recorded(upstream, tmp_path) as (address, recorder), aiohttp.ClientSession() as session:
-            answer = json.loads(await post(session, address, REQUESTS["chat"]))
-            assert answer["error"]["type"] == "bad_gateway"
-            assert recorder.counts == {"failed": 1}
-
-    asyncio.run(run())
+    with socket.socket() as not_listening:
+        not_listening.bind(("127.0.0.1", 0))
+        asyncio.run(run())
 
 
 # ---------------------------------------------------------------- the command, as a process
@@ -210,54 +217,45 @@ class Process:
         assert self._process.stderr is not None
         line = self._process.stderr.readline()
         found = re.search(r"recording on (http://127\.0\.0\.1:\d+) ", line)
-        if not found:
-            self._process.kill()
         assert found, line + self._process.stderr.read()
         self.address = found.group(1)
 
     def stop(self, number: signal.Signals) -> tuple[int, str]:
         """Send a signal and return the exit code and what was said since."""
         os.kill(self._process.pid, number)
-        return self.ended()
-
-    def ended(self) -> tuple[int, str]:
-        """Return the exit code and what was said since it began."""
-        said = self._process.communicate(timeout=120)[1]
+        said = self._process.communicate(timeout=60)[1]
         return self._process.returncode, said
+
+
+async def takes_connections(address: str) -> bool:
+    """Tell whether something listens there."""
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", int(address.rpartition(":")[2]))
+    except ConnectionRefusedError:
+        return False
+    writer.close()
+    return True
 
 
 def test_sigterm_lets_open_requests_finish_and_writes_all_that_waits(tmp_path):
     async def run() -> None:
-        held = asyncio.Event()
-        server = Server("slow answer", held=held)
+        server = Server("slow answer", holds=True)
         async with served(server.app()) as upstream, aiohttp.ClientSession() as session:
             process = await asyncio.to_thread(Process, upstream, tmp_path)
             asking = asyncio.create_task(post(session, process.address, REQUESTS["chat, streamed"]))
-            while not server.asked:
+            await server.held.wait()
+            stopping = asyncio.create_task(asyncio.to_thread(process.stop, signal.SIGTERM))
+            # It has heard the signal when it takes no new connections.
+            while await takes_connections(process.address):
                 await asyncio.sleep(0.01)
-            os.kill(process.pid, signal.SIGTERM)
-            await no_longer_listening(process.address)
-            assert not asking.done()
-            held.set()
+            server.go_on.set()
+            code, said = await stopping
             assert (await asking).endswith(b"[DONE]\n\n")
-            code, said = await asyncio.to_thread(process.ended)
             assert code == 0
             assert "1 records written" in said
 
     asyncio.run(run())
     assert texts(tmp_path) == ["<user>Why now?<|end|><assistant>slow answer<|end|>"]
-
-
-async def no_longer_listening(address: str) -> None:
-    """Wait until nobody is let in any more."""
-    host, port = address.removeprefix("http://").split(":")
-    while True:
-        try:
-            _, writer = await asyncio.open_connection(host, int(port))
-        except ConnectionError:
-            return
-        writer.close()
-        await asyncio.sleep(0.01)
 
 
 def test_where_the_disk_is_full_requests_succeed_and_drops_are_counted(tmp_path):
@@ -273,7 +271,7 @@ def test_where_the_disk_is_full_requests_succeed_and_drops_are_counted(tmp_path)
             assert "dropped: disk 3" in said
 
     asyncio.run(run())
-    assert all(path.stat().st_size == 0 for path in tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_this_machine_is_listened_to_unless_told_otherwise_and_a_wrong_address_is_told():
@@ -295,11 +293,12 @@ def test_only_this_machine_is_listened_to_unless_told_otherwise_and_a_wrong_addr
     assert "--upstream: must be an address such as http://127.0.0.1:8000" in done.stderr
 
 
-def test_lines_are_made_in_another_process_that_may_die_and_print(tmp_path):
-    def capture(text: str) -> Capture:
-        asked, answered = {"prompt": text}, {"choices": [{"text": " ok", "finish_reason": "stop"}]}
-        return Capture("r", "/v1/completions", json.dumps(asked).encode(), json.dumps(answered).encode(), False, 0.0)
+def capture(text: str) -> Capture:
+    asked, answered = {"prompt": text}, {"choices": [{"text": " ok", "finish_reason": "stop"}]}
+    return Capture("r", "/v1/completions", json.dumps(asked).encode(), json.dumps(answered).encode(), False, 0.0)
 
+
+def test_lines_are_made_in_another_process_that_may_die_and_print():
     worker = LineWorker(redact=True, redact_with=f"{own_redaction.__name__}.printing")
     try:
         assert (
@@ -311,5 +310,27 @@ def test_lines_are_made_in_another_process_that_may_die_and_print(tmp_path):
         assert json.loads(worker(capture("again")))["request"]["prompt"] == "again"
         with pytest.raises(Refused, match="not_json"):
             worker(Capture("r", "", b"{", b"{", False, 0.0))
+    finally:
+        worker.close()
+
+
+def test_a_redaction_that_never_ends_costs_one_record():
+    worker = LineWorker(redact=True, redact_with=f"{own_redaction.__name__}.printing", longest_seconds=1.0)
+    try:
+        with pytest.raises(Refused, match="unreadable"):
+            worker(capture("hang"))
+        worker.longest_seconds = 60.0
+        assert json.loads(worker(capture("again")))["request"]["prompt"] == "again"
+    finally:
+        worker.close()
+
+
+def test_a_signal_to_all_processes_of_the_recorder_costs_no_record():
+    worker = LineWorker(redact=True, redact_with=None)
+    try:
+        worker(capture("first"))
+        assert worker._process is not None
+        worker._process.send_signal(signal.SIGTERM)
+        assert json.loads(worker(capture("second")))["request"]["prompt"] == "second"
     finally:
         worker.close()

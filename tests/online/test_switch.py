@@ -77,7 +77,8 @@ async def the_loop(run: OnlineRun, server: TargetServer, logs: Path, bursts: Seq
             for prompts in bursts:
                 run.once()
                 said += await burst(address, prompts)
-                while (await recorder_status(session, address))["written"] < len(server.answered):
+                while (now := await recorder_status(session, address))["written"] < len(server.answered):
+                    assert not now["dropped"]
                     await asyncio.sleep(0.01)
         assert not recorder.files.dropped
     return said

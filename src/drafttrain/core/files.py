@@ -72,6 +72,15 @@ def clear_leftovers(folder: Path) -> None:
             left.unlink(missing_ok=True)
 
 
+def sync_folder(folder: Path) -> None:
+    """Have the disk confirm the names in a folder; a file's own confirmation says nothing of its name."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a whole text file."""
     with written_beside(path) as temporary:

@@ -55,29 +55,26 @@ class Asking:
 
 
 class StrippedEvents:
-    """Takes a stream of server-sent events in pieces and gives it back event by event without what was added."""
+    """Takes a stream of server-sent events in pieces and gives it back line by line without what was added."""
 
     def __init__(self, asking: Asking) -> None:
         self._asking = asking
         self._rest = b""
 
     def feed(self, piece: bytes) -> bytes:
-        """Return the events that are whole by now."""
-        # An event may end in the middle of a piece, and a line end in the middle of two.
-        *whole, self._rest = (self._rest + piece).split(b"\n\n")
-        return b"".join(self._event(event) + b"\n\n" for event in whole)
+        """Return the lines that are whole by now."""
+        # A line may end in the middle of a piece; servers end theirs with \n or \r\n.
+        *whole, self._rest = (self._rest + piece).split(b"\n")
+        return b"".join(self._line(line) + b"\n" for line in whole)
 
     def end(self) -> bytes:
         """Return what is left when the stream ends."""
-        return self._event(self._rest) if self._rest else b""
-
-    def _event(self, event: bytes) -> bytes:
-        return b"\n".join(map(self._line, event.split(b"\n")))
+        return self._line(self._rest)
 
     def _line(self, line: bytes) -> bytes:
         if not line.startswith(b"data:") or b"[DONE]" in line[:16]:
             return line
-        return b"data: " + self._asking.stripped(line[5:].strip())
+        return b"data: " + self._asking.stripped(line[5:].strip()) + (b"\r" if line.endswith(b"\r") else b"")
 
 
 def _list(value: Any) -> list[Any]:

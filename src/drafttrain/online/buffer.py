@@ -51,14 +51,19 @@ class ReplayBuffer:
         self._offered_by[served.user] += 1
         draws = random.Random(stream_seed(self._seed, "reservoir", self._offered))
         own = [i for i, other in enumerate(self.reservoir) if served.user and other.user == served.user]
+        left = served
         if len(own) >= self._quotas["reservoir"]:
             place = draws.randrange(self._offered_by[served.user])
             if place < len(own):
-                self.reservoir[own[place]] = served
+                left, self.reservoir[own[place]] = self.reservoir[own[place]], served
         elif len(self.reservoir) < self._sizes["reservoir"]:
             self.reservoir.append(served)
+            return
         elif (place := draws.randrange(self._offered)) < len(self.reservoir):
-            self.reservoir[place] = served
+            left, self.reservoir[place] = self.reservoir[place], served
+        # There may be any number of users: who has nothing here begins anew.
+        if all(other.user != left.user for other in self.reservoir):
+            del self._offered_by[left.user]
 
     def draw(self, count: int, *, step: int, recent: float) -> list[Served]:
         """Return a batch: each request from the recent part with chance `recent`, from the reservoir else, and once at most."""

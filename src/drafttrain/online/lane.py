@@ -22,7 +22,7 @@ from drafttrain.online.drift import drift
 from drafttrain.online.learner import Learner
 from drafttrain.online.plausible import surprise
 from drafttrain.online.positions import refused_positions
-from drafttrain.online.promotion import judge, request_counts
+from drafttrain.online.promotion import Judgement, judge, request_counts
 from drafttrain.online.settings import OnlineSettings
 from drafttrain.online.versions import Versions
 from drafttrain.target import Target
@@ -240,21 +240,34 @@ class Lane:
             resamples=online.resamples,
             seed=self.shop.seed,
         )
+        judgement = self._published_before(judgement) if made else self._published(version, judgement)
         said = f"{judgement.current:.2f} -> {judgement.block_efficiency:.2f}, p = {judgement.p_value:.2g}: {judgement.reason}"
         say(f"{self._said}update {update}: {said}")
         if not judgement.promoted:
-            self.versions.drop(version)
+            if not made:
+                self.versions.drop(version)
             self.versions.note("refused", update=update, **judgement.json())
             self.refused_in_a_row += 1
             if self.refused_in_a_row >= online.restart_after:
                 self._start_from_current()
             return {"candidate": judgement.block_efficiency, "promoted": False, "reason": judgement.reason}
-        if self.versions.current() != version:
-            self.versions.publish(version, **judgement.json())
         self.version, self.promoted_on = version, counts
         self.drifted, self.refused_in_a_row = False, 0
         self.serving = self._read()
         return {"candidate": judgement.block_efficiency, "promoted": True, "reason": judgement.reason}
+
+    def _published(self, version: str, judgement: Judgement) -> Judgement:
+        """Publish a candidate that is better; return the judgement with what became of it."""
+        if not judgement.promoted or self.versions.publish(version, instead_of=self.version, **judgement.json()):
+            return judgement
+        return replace(judgement, promoted=False, reason="another version is served by now")
+
+    def _published_before(self, judgement: Judgement) -> Judgement:
+        """Return the judgement on what this update published before a kill: that stands, unless somebody took it back since."""
+        served = self.versions.about(self.versions.current())
+        if served["update"] < self.counts["updates"]:
+            return replace(judgement, promoted=False, reason="it was published before, and taken back")
+        return replace(judgement, promoted=True)
 
     def _export(self, folder: Path) -> None:
         """Write the drafter in training as serving stacks load it."""

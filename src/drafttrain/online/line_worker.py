@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pickle
+import select
 import signal
 import struct
 import subprocess
@@ -19,17 +20,20 @@ from drafttrain.online.capture import Capture, line_of
 SIZE = struct.Struct(">cQ")
 """A message: L(ine), R(efused) or C(apture), its bytes, and they follow."""
 NICE = 5
+LONGEST_SECONDS = 120.0
+"""A line that takes longer is given up; the longest answers take some seconds."""
 
 
 class LineWorker:
-    """Hands captures to the process and returns their lines; a process that died is started again.
+    """Hands captures to the process and returns their lines; a process that died, or does not come to an end, is started again.
 
     Args:
         redact: Take out what `redaction` knows.
         redact_with: Dotted name of the user's function.
     """
 
-    def __init__(self, *, redact: bool, redact_with: str | None) -> None:
+    def __init__(self, *, redact: bool, redact_with: str | None, longest_seconds: float = LONGEST_SECONDS) -> None:
+        self.longest_seconds = longest_seconds
         self._settings = json.dumps({"builtin": redact, "own": redact_with})
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -45,6 +49,8 @@ class LineWorker:
         assert self._process.stdout is not None
         try:
             _send(self._process.stdin, b"C", pickle.dumps(capture))
+            if not _answers(self._process.stdout, self.longest_seconds):
+                self._process.kill()
             tag, answer = _receive(self._process.stdout)
         except (OSError, EOFError) as error:
             self.close()
@@ -77,7 +83,9 @@ class LineWorker:
 
 def main() -> None:
     """Answer captures on the standard input until it ends, as it does when the recorder is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Who stops all processes of a service at once means the recorder, which has this one write what waits.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     os.nice(NICE)
     settings = json.loads(sys.argv[1])
     redact = redactor(**settings) if settings["builtin"] or settings["own"] else None
@@ -102,6 +110,13 @@ def _send(pipe: IO[bytes], tag: bytes, message: bytes) -> None:
     pipe.write(SIZE.pack(tag, len(message)))
     pipe.write(message)
     pipe.flush()
+
+
+def _answers(pipe: IO[bytes], seconds: float) -> bool:
+    """Tell whether there is something to read, or an end, within some seconds."""
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    return bool(poll.poll(1000 * seconds))
 
 
 def _receive(pipe: IO[bytes]) -> tuple[bytes, bytes]:

@@ -66,6 +66,8 @@ class OnlineRun:
     def _resume(self) -> None:
         if not self._state.exists():
             self._metrics.unlink(missing_ok=True)
+            # A kill behind the first publish starts again from what was served before it.
+            self._save()
             return
         state = torch.load(self._state, weights_only=True, map_location=self.shop.target.device)
         self.batches = self._saved = state["batches"]
@@ -138,7 +140,10 @@ class OnlineRun:
         with written_beside(self._state) as temporary:
             torch.save(state, temporary)
         self._saved = self.batches
+        # What the state before this one stood on was needed until now.
         self.intake.forget(stop_batch=self._saved)
+        for lane in self.lanes.values():
+            lane.versions.prune(held=lane.version)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -157,9 +162,13 @@ def lanes_of(folder: Path) -> dict[str, Versions]:
     Raises:
         DrafttrainError: Nothing was published in this folder.
     """
+    # Looking through the versions themselves would meet one that is just being removed.
+    drafters = folder / "drafters"
+    routes = [path for path in drafters.glob("*") if not path.name.isdigit()]
+    links = [folder / "current" for folder in (drafters, *sorted(routes))]
     found = {
-        "" if link.parent.name == "drafters" else link.parent.name: Versions(link.parent)
-        for link in sorted((folder / "drafters").glob("**/current"))
+        "" if link.parent == drafters else link.parent.name: Versions(link.parent)
+        for link in links
         if link.is_symlink()
     }
     if not found:

@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 
+from drafttrain.core.files import sync_folder
 from drafttrain.data_gen.serving_logs.exchange import Refused
 from drafttrain.online.capture import Capture
 
@@ -113,27 +114,50 @@ class RecordFiles:
             self.dropped["disk"] += len(lines)
             self._take_back()
             return
+        if os.fstat(handle).st_nlink == 0:
+            # Somebody removed the file meanwhile, and the lines with it.
+            self._close_file()
+            self._commit(lines)
+            return
         self._size += sum(map(len, lines))
         self.written += len(lines)
         if self._size >= self._rotate_bytes:
             self._close_file()
 
     def _opened(self) -> int:
-        if self._handle is None:
+        """Return the file to write on in: a new one where there is none, or where the last one's name means another by now."""
+        if self._handle is not None and not self._is_there(self._handle):
+            self._close_file()
+        while self._handle is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._number += 1
             began = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-            name = f"records-{began}-{os.getpid()}-{self._number:06d}.jsonl"
-            self._handle = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            self.file, self._size = name, 0
+            self.file = f"records-{began}-{os.getpid()}-{self._number:06d}.jsonl"
+            # In two containers two recorders may be the same process.
+            with contextlib.suppress(FileExistsError):
+                # Behind its end, wherever that is: somebody may copy and cut it.
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
+                self._handle = os.open(self.folder / self.file, flags, 0o600)
+                sync_folder(self.folder)
+        self._size = os.fstat(self._handle).st_size
         return self._handle
+
+    def _is_there(self, handle: int) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.stat(self.folder / self.file), os.fstat(handle))
+        return False
 
     def _take_back(self) -> None:
         if self._handle is not None:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._handle, self._size)
+                if self._size == 0:
+                    # As long as the disk is full there would be one more for each record.
+                    (self.folder / self.file).unlink()
             self._close_file()
 
     def _close_file(self) -> None:
         if self._handle is not None:
-            os.close(self._handle)
+            with contextlib.suppress(OSError):
+                os.close(self._handle)  # All that counts is on the disk.
             self._handle, self._size = None, 0

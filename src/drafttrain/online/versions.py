@@ -3,24 +3,34 @@
 0000/ 0001/ ...   versions, each with published.json: which update made it, what it replaced, by how much it was better
 current           -> the version that is served. Who loads it resolves the link once: versions are never changed
 history.jsonl     everything that happened, one line each
+lock              held while `current` is switched or versions are removed: a learner and who takes a version back are two processes
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.files import folder_beside, write_json
+from drafttrain.core.files import folder_beside, sync_folder, write_json
 
 PUBLISHED = "published.json"
+SWITCHES = ("published", "rolled_back")
+"""Events after which `current` names another version."""
+SHOWN_BYTES = 200
+"""Of what a hook that failed said last."""
+TELLINGS = ("told", "hook_failed")
+"""Events after which the serving stack knows what is served, or could not be told."""
 
 
 class Versions:
@@ -81,16 +91,27 @@ class Versions:
             _to_disk(temporary)
         return version
 
-    def publish(self, version: str, **figures: Any) -> None:
-        """Serve a version from now on, note it, and tell the serving stack."""
-        self._switch(version)
-        self.note("published", version=version, update=self.about(version)["update"], **figures)
-        self._prune()
+    def publish(self, version: str, *, instead_of: str | None = None, **figures: Any) -> bool:
+        """Serve a version from now on, note it, and tell the serving stack; tell whether it is served.
+
+        Args:
+            instead_of: Where another version than this one is served by now, that one stays.
+        """
+        with self._alone():
+            if instead_of is not None and self.current() != instead_of:
+                return False
+            self._switch(version)
+            self.note("published", version=version, update=self.about(version)["update"], **figures)
         self.call_hook()
+        return True
 
     def drop(self, version: str) -> None:
         """Remove a version that was not published."""
-        shutil.rmtree(self.path(version), ignore_errors=True)
+        # Renamed first: what a kill leaves of it is no version.
+        gone = self.folder / f".{version}.gone"
+        shutil.rmtree(gone, ignore_errors=True)
+        os.replace(self.path(version), gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def rollback(self) -> tuple[str, str]:
         """Serve the version that the current one replaced; return both.
@@ -98,45 +119,69 @@ class Versions:
         Raises:
             CheckpointError: The current one replaced none, or that is no longer kept.
         """
-        before = self.current()
-        replaced = self.about(before)["replaces"]
-        if replaced is None:
-            raise CheckpointError(f"{self.folder}: {before} is the first version: there is none to go back to")
-        if not self.path(replaced).is_dir():
-            raise CheckpointError(f"{self.folder}: {replaced} is no longer kept (online.keep_versions)")
-        self._switch(replaced)
-        self.note("rolled_back", version=replaced, instead_of=before)
+        with self._alone():
+            before = self.current()
+            replaced = self.about(before)["replaces"]
+            if replaced is None:
+                raise CheckpointError(f"{self.folder}: {before} is the first version: there is none to go back to")
+            if not self.path(replaced).is_dir():
+                raise CheckpointError(f"{self.folder}: {replaced} is no longer kept (online.keep_versions)")
+            self._switch(replaced)
+            self.note("rolled_back", version=replaced, instead_of=before)
         self.call_hook()
         return before, replaced
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the folder against others that switch or remove, for moments only: never while the hook runs, which may do so too."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def _switch(self, version: str) -> None:
         link = self.folder / f".current.{os.getpid()}"
         link.unlink(missing_ok=True)
         link.symlink_to(version)
         os.replace(link, self.folder / "current")
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
 
-    def _prune(self) -> None:
-        current = self.current()
-        kept = {current, self.about(current)["replaces"]}
-        for name in self.names()[: -self._keep]:
-            if name not in kept:
-                shutil.rmtree(self.path(name), ignore_errors=True)
+    def prune(self, *, held: str) -> None:
+        """Remove versions beyond the newest ones that are kept, but not what is served, what that replaced, nor what is held.
+
+        Args:
+            held: The version that a learner would start from after a kill.
+        """
+        with self._alone():
+            current = self.current()
+            kept = {current, self.about(current)["replaces"], held}
+            for name in self.names()[: -self._keep]:
+                if name not in kept:
+                    self.drop(name)
 
     def call_hook(self) -> None:
-        """Run the command of the serving stack; that it fails is noted, and changes nothing."""
-        if not self._hook:
-            return
-        path = str(self.path(self.current()).resolve())
-        words = [word.replace("{path}", path).replace("{version}", self.current()) for word in self._hook]
-        try:
-            done = subprocess.run(words, timeout=self._timeout, check=False, capture_output=True, text=True)
-            problem = "" if done.returncode == 0 else f"exit code {done.returncode}: {done.stderr.strip()[-200:]}"
-        except (OSError, subprocess.TimeoutExpired) as error:
-            problem = str(error)
-        if problem:
-            say(f"online.on_publish: {words[0]}: {problem}")
-            self.note("hook_failed", version=self.current(), problem=problem)
+        """Tell the serving stack what is served; that it cannot be told is noted, and changes nothing."""
+        told = ""
+        # Another process may switch meanwhile, and its own hook may have ended before this one.
+        while self._hook and told != self.current():
+            told = self.current()
+            problem = self._problem_of_hook(told)
+            if problem:
+                say(f"online.on_publish: {self._hook[0]}: {problem}")
+            self.note("hook_failed" if problem else "told", version=told, **({"problem": problem} if problem else {}))
+
+    def _problem_of_hook(self, version: str) -> str:
+        path = str(self.path(version).resolve())
+        words = [word.replace("{path}", path).replace("{version}", version) for word in self._hook]
+        # No pipe: a server that the command leaves running would hold it open.
+        with tempfile.TemporaryFile() as said:
+            try:
+                done = subprocess.run(words, timeout=self._timeout, check=False, stdout=subprocess.DEVNULL, stderr=said)
+            except (OSError, subprocess.TimeoutExpired) as error:
+                return str(error)
+            said.seek(max(0, said.seek(0, os.SEEK_END) - SHOWN_BYTES))
+            shown = said.read(SHOWN_BYTES).decode("utf-8", "replace").strip()
+        return "" if done.returncode == 0 else f"exit code {done.returncode}: {shown}"
 
     def note(self, event: str, **values: Any) -> None:
         """Append a line to the history; it is on disk when this returns."""
@@ -162,14 +207,28 @@ class Versions:
         return events
 
     def mend(self) -> None:
-        """Take away what a killed publish left: links that were not renamed, folders that were not, a switch that was not noted."""
-        for path in [*self.folder.glob(".current.*"), *self.folder.glob(".[0-9]*")]:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        if not self.has_current():
-            return
-        served = [one["version"] for one in self.history() if one["event"] in ("published", "rolled_back")]
-        if not served or served[-1] != self.current():
-            self.note("published", version=self.current(), update=self.about(self.current())["update"], noted_late=True)
+        """Take away what a killed publish left, note a switch that was not noted, tell the serving stack what it was not told."""
+        with self._alone():
+            for path in [*self.folder.glob(".current.*"), *self.folder.glob(".[0-9]*")]:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            if not self.has_current():
+                return
+            served = [one["version"] for one in self.history() if one["event"] in SWITCHES]
+            if not served or served[-1] != self.current():
+                self.note(
+                    "published", version=self.current(), update=self.about(self.current())["update"], noted_late=True
+                )
+            self._drop_candidates()
+        told = [one["version"] for one in self.history() if one["event"] in TELLINGS]
+        if not told or told[-1] != self.current():
+            self.call_hook()
+
+    def _drop_candidates(self) -> None:
+        """Remove versions that were never served: the judgement on them did not come to its end."""
+        served = {one.get(key) for one in self.history() for key in ("version", "instead_of")}
+        for name in self.names():
+            if name not in served:
+                self.drop(name)
 
 
 def publish_first(versions: Versions, start: Path) -> None:
@@ -189,12 +248,4 @@ def _to_disk(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_folder(folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 import multiprocessing
 import os
 import random
@@ -138,6 +137,84 @@ def test_a_copy_that_is_still_written_is_not_read(tmp_path):
     assert reader.counts == {"used": 101}
 
 
+def same_start(path: Path, *names: str) -> None:
+    """Append lines that begin alike, as where each request opens with the same long words of the system."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as file:
+        for name in names:
+            file.write(
+                json.dumps({"system": "x" * 5000, "id": name} | completion(f"prompt of {name}", "answer")) + "\n"
+            )
+
+
+def test_a_new_log_that_begins_as_an_older_one_does_is_read_at_once(tmp_path):
+    log = tmp_path / "logs" / "a.jsonl"
+    same_start(log, "1", "2", "3")
+    reader = intake(tmp_path)
+    take_all(reader)
+    log.rename(log.with_name("a.jsonl.1"))
+    same_start(log, "4")
+    assert take_all(reader) == ["1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize("longer", ["a", "b"])
+def test_two_logs_whose_first_line_is_the_same_are_both_read(tmp_path, longer):
+    logs = tmp_path / "logs"
+    append(logs / "a.jsonl", "warm-up")
+    reader = intake(tmp_path)
+    take_all(reader)
+    append(logs / "b.jsonl", "warm-up")
+    for name in "ab":
+        append(logs / f"{name}.jsonl", f"1 of {name}", *([f"2 of {name}"] if name == longer else []))
+    assert sorted(take_all(reader)) == sorted(["1 of a", "1 of b", f"2 of {longer}", "warm-up"])
+    append(logs / "a.jsonl", "last of a")
+    append(logs / "b.jsonl", "last of b")
+    assert {"last of a", "last of b"} <= set(take_all(reader))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_of_a_log_and_its_copy_that_both_were_never_read_one_is_read(tmp_path, packed):
+    log = tmp_path / "logs" / "a.jsonl"
+    append(log, *"123")
+    if packed:
+        log.with_name("a.jsonl.1.gz").write_bytes(gzip.compress(log.read_bytes()))
+    else:
+        shutil.copy(log, log.with_name("a.jsonl.1"))
+    reader = intake(tmp_path)
+    assert take_all(reader) == list("123")
+    os.truncate(log, 0)
+    append(log, *"45")
+    assert take_all(reader) == list("12345")
+    assert reader.counts == {"used": 5}
+
+
+def test_a_copy_is_read_on_where_its_original_was_cut_before_all_of_it_was_read(tmp_path):
+    log = tmp_path / "logs" / "a.jsonl"
+    append(log, "1")
+    reader = intake(tmp_path)
+    take_all(reader)
+    append(log, *"2345")
+    shutil.copy(log, log.with_name("a.copy"))
+    reader.take(max_lines=2)
+    os.truncate(log, 0)
+    assert take_all(reader) == list("12345")
+
+
+def test_of_logs_that_are_gone_no_more_is_remembered_than_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("drafttrain.data_gen.serving_logs.following.MAX_PLACES", 5)
+    log = tmp_path / "logs" / "a.jsonl"
+    reader = intake(tmp_path)
+    for number in range(12):
+        append(log, str(number))
+        take_all(reader)
+        shutil.copy(log, log.with_name("a.jsonl.1"))
+        os.truncate(log, 0)
+        take_all(reader)
+    places = json.loads((tmp_path / "taken" / "cursor.json").read_text())["places"]
+    assert len(places) <= 5 + 2
+    assert reader.counts == {"used": 12}
+
+
 def test_a_file_that_is_written_anew_under_the_same_name_is_a_new_one(tmp_path):
     log = tmp_path / "logs" / "a.jsonl"
     append(log, "1", "2")
@@ -229,31 +306,34 @@ def copy_on(log: Path, number: int) -> None:
 
 def survive(tmp_path: Path, *, rotate: Callable[[Path, int], None], kills: int) -> None:
     rng = random.Random(0)
-    log = tmp_path / "logs" / "a.jsonl"
+    log, cursor = tmp_path / "logs" / "a.jsonl", tmp_path / "taken" / "cursor.json"
     append(log, "first")
     process = multiprocessing.get_context("fork")
-    names, rotations, lives = ["first"], 0, 0
-    cursor = tmp_path / "taken" / "cursor.json"
-    while lives < kills or not rotations:
-        lives += 1
-        before = cursor.stat().st_mtime_ns if cursor.exists() else 0
+    names, rotations = ["first"], 0
+
+    def batches() -> int:
+        return json.loads(cursor.read_text())["batches"] if cursor.exists() else 0
+
+    for _ in range(kills):
+        before, until = batches(), None
         child = process.Process(target=_read_on, args=(tmp_path,))
         child.start()
-        until, limit = math.inf, time.monotonic() + 60
-        while time.monotonic() < until:
-            # The moment of a kill counts from when something was taken: a life that takes nothing proves nothing.
-            if until == math.inf and cursor.exists() and cursor.stat().st_mtime_ns != before:
-                until = time.monotonic() + rng.uniform(0.0, 0.15)
-            assert until < math.inf or time.monotonic() < limit, "the reader takes nothing"
+        begun = time.monotonic()
+        # The moment counts from when the reader is at work, however slow the machine is.
+        while until is None or time.monotonic() < until:
+            assert child.is_alive(), "the reader fell before it was killed"
+            assert until is not None or time.monotonic() < begun + 120, "the reader took up nothing"
             names.append(f"line {len(names)}")
             append(log, names[-1])
             time.sleep(0.001)
             if rng.random() < 0.05:
                 rotations += 1
-                rotate(log, 10_000 - rotations)
+                rotate(log, 1_000_000 - rotations)
+            if until is None and batches() > before:
+                until = time.monotonic() + rng.uniform(0.02, 0.2)
         os.kill(child.pid, signal.SIGKILL)
         child.join()
-        assert child.exitcode == -signal.SIGKILL, "the reader had fallen before it was killed"
+        assert child.exitcode == -signal.SIGKILL, "the reader fell before it was killed"
     reader = intake(tmp_path)
     found = take_all(reader)
     assert sorted(found) == sorted(names)  # None is lost and none is doubled.

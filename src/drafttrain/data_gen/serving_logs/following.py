@@ -96,20 +96,31 @@ def follow(
         if not places:
             raise
         files = []  # Between the two steps of a rotation there is no log.
-    present = {file.inode for file in files}
     done = {state for place in places for state in place.states}
     found: list[tuple[str, Line]] = []
     # What was empty may be the start of a copy: it shows with its first bytes what it is.
     to_read = [file for file in files if file.size and file.state not in done]
-    for file, number in _assigned(to_read, places):
+    for file, number in _assigned(to_read, files, places):
         if len(found) >= max_lines:
             break
         with suppress(*CHANGED):
             read, places[number] = _read_on(file, places[number], max_line_bytes, max_lines - len(found))
             found += read
-    gone = [number for number, place in enumerate(places) if place.inode not in present]
+    return found, _without_old(places, files)
+
+
+def _without_old(places: list[Place], files: list[_Listed]) -> list[Place]:
+    """Return the places without the oldest ones of which no file is left, where these are too many."""
+    inodes, states = {file.inode for file in files}, {file.state for file in files}
+    # A file that was cut has its inode still, and is another log.
+    newest = {place.inode: number for number, place in enumerate(places)}
+    gone = [
+        number
+        for number, place in enumerate(places)
+        if (place.inode not in inodes or newest[place.inode] != number) and not states & {*place.states}
+    ]
     forgotten = set(gone[:-MAX_PLACES])
-    return found, [place for number, place in enumerate(places) if number not in forgotten]
+    return [place for number, place in enumerate(places) if number not in forgotten]
 
 
 def _listed(path: str) -> list[_Listed]:
@@ -123,29 +134,40 @@ def _listed(path: str) -> list[_Listed]:
     return list(files.values())
 
 
-def _assigned(files: list[_Listed], places: list[Place]) -> list[tuple[_Listed, int]]:
-    """Return each file to read with the number of its place, new ones included; copies of what another file has are noted."""
-    claims: dict[int, list[tuple[int, bool, Path, _Listed]]] = {}
-    new: list[_Listed] = []
+def _assigned(files: list[_Listed], listed: list[_Listed], places: list[Place]) -> list[tuple[_Listed, int]]:
+    """Return each file to read with the number of its place, new ones included; a copy of what another one holds waits for it.
+
+    Args:
+        listed: All files, those included of which nothing is left to read.
+    """
+    logs: list[_Log] = []
     for file in files:
         with suppress(*CHANGED), file.opened() as opened_file:
-            log = _Log(opened_file, file)
-            known = log.place(places)
-            if known is None:
-                if not log.is_part_of_one(places):
-                    new.append(file)
-            else:
-                claims.setdefault(known, []).append((log.size, file.path.suffix != ".gz", file.path, file))
-    chosen = {}
-    for number, claimed in claims.items():
-        *copies, (_, _, _, longest) = sorted(claimed, key=lambda claim: claim[:3])
-        chosen[longest] = number
-        states = tuple(file.state for _, _, _, file in copies)
-        places[number] = replace(places[number], states=(*places[number].states, *states)[-MAX_STATES:])
-    for file in new:
-        chosen[file] = len(places)
-        places.append(Place(inode=file.inode))
-    return [(file, chosen[file]) for file in files if file in chosen]
+            logs.append(_Log(opened_file, file, places))
+    chosen: list[tuple[_Log, int]] = []
+    for log in sorted(logs, key=lambda log: log.rank, reverse=True):
+        original = next(
+            (number for other, number in chosen if other.may_begin_with(log) and log.begins(other.file)), None
+        )
+        if original is not None:
+            # Before all of it was read it may still be what is left of the log.
+            if log.size <= places[original].offset:
+                states = (*places[original].states, log.file.state)[-MAX_STATES:]
+                places[original] = replace(places[original], states=states)
+        elif not log.is_being_copied(listed, places):
+            chosen.append((log, _number_of(log, places, taken={number for _, number in chosen})))
+    numbers = {log.file: number for log, number in chosen}
+    return [(file, numbers[file]) for file in files if file in numbers]
+
+
+def _number_of(log: _Log, places: list[Place], *, taken: set[int]) -> int:
+    """Return the place that a log is read on from; one that has none, or whose place another log goes on from too, gets its own."""
+    number, inode = log.number, log.file.inode
+    if number is not None and number not in taken:
+        places[number] = replace(places[number], inode=inode)
+        return number
+    places.append(Place(inode=inode) if number is None else replace(places[number], inode=inode, states=()))
+    return len(places) - 1
 
 
 def _read_on(file: _Listed, place: Place, max_line_bytes: int, max_lines: int) -> tuple[list[tuple[str, Line]], Place]:
@@ -174,31 +196,68 @@ def _read_on(file: _Listed, place: Place, max_line_bytes: int, max_lines: int) -
 
 
 class _Log:
-    """A file that may be the rest of a log."""
+    """A file as far as it was written when it was opened; it may be the rest of a log, or a copy of one."""
 
-    def __init__(self, file: IO[bytes], listed: _Listed) -> None:
-        self._file = file
-        self._inode = listed.inode
-        self.size = _size(file, packed=listed.path.suffix == ".gz")
-        file.seek(0)
-        self._start = file.read(DIGEST_BYTES)
+    def __init__(self, opened_file: IO[bytes], file: _Listed, places: Sequence[Place]) -> None:
+        self.file = file
+        self._packed = file.path.suffix == ".gz"
+        self.size = _size(opened_file, packed=self._packed)
+        opened_file.seek(0)
+        self._start = opened_file.read(DIGEST_BYTES)
         self._heads: dict[int, str] = {}
+        whole = Place.of(opened_file, self.size)
+        if whole is None:
+            raise FileNotFoundError(f"{file.path}: was cut while it was read")
+        self._whole = whole
+        self.number = self._number(opened_file, places)
+        """Of the place that it goes on from."""
 
-    def place(self, places: Sequence[Place]) -> int | None:
-        """Return the number of the place that this file goes on from."""
-        return next((number for number, place in enumerate(places) if self._goes_on(place)), None)
+    @property
+    def rank(self) -> tuple[int, bool, Path]:
+        """The longer of two logs that begin alike is the one to read."""
+        return self.size, not self._packed, self.file.path
 
-    def is_part_of_one(self, places: Sequence[Place]) -> bool:
-        """Tell whether the file is shorter than a log that begins like it: most likely a copy that is still written."""
-        whole = len(self._start) == DIGEST_BYTES
-        return whole and any(self.size < place.offset and self._head(DIGEST_BYTES) == place.head for place in places)
+    def _number(self, opened_file: IO[bytes], places: Sequence[Place]) -> int | None:
+        """Return the number of the place that this file goes on from: of several, where it was read furthest."""
+        # By their offsets: a packed file is not begun again for each.
+        by_offset = sorted(enumerate(places), key=lambda one: (one[1].offset, one[1].inode == self.file.inode))
+        matching = [number for number, place in by_offset if self._goes_on(opened_file, place)]
+        return matching[-1] if matching else None
 
-    def _goes_on(self, place: Place) -> bool:
+    def _goes_on(self, opened_file: IO[bytes], place: Place) -> bool:
         """Tell whether the file begins with the bytes that were read up to a place."""
         if place.offset == 0:
-            return place.inode == self._inode
-        head = self._head(min(DIGEST_BYTES, place.offset))
-        return self.size >= place.offset and head == place.head and place.ends_in(self._file)
+            return place.inode == self.file.inode
+        length = min(DIGEST_BYTES, place.offset)
+        if self.size < place.offset or self._head(length) != place.head:
+            return False
+        opened_file.seek(place.offset - length)
+        return _digest(opened_file.read(length)) == place.tail
+
+    def may_begin_with(self, other: _Log) -> bool:
+        """Tell whether the first bytes of both are the same."""
+        return self._start.startswith(other._start)
+
+    def begins(self, file: _Listed) -> bool:
+        """Tell whether another file begins with all that this one holds."""
+        with suppress(*CHANGED), file.opened() as opened_file:
+            return self._whole.ends_in(opened_file)
+        return False
+
+    def is_being_copied(self, listed: Sequence[_Listed], places: Sequence[Place]) -> bool:
+        """Tell whether this is the start of a log that was read further, and whose copy is still written."""
+        is_start = len(self._start) == DIGEST_BYTES and any(
+            self.size < place.offset and self._whole.head == place.head for place in places
+        )
+        if self.number is not None or self._packed or not is_start:
+            return False
+        others = (file for file in listed if file.inode != self.file.inode and file.size > self.size)
+        if any(file.path.suffix != ".gz" and self.begins(file) for file in others):
+            return True
+        # A copy whose original was cut since it was opened is whole by now.
+        with suppress(FileNotFoundError):
+            return self.file.path.stat().st_size != self.size
+        return True
 
     def _head(self, length: int) -> str:
         if length not in self._heads:

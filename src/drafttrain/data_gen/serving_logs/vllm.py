@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+from array import array
 
 from drafttrain.data_gen.serving_logs.exchange import Exchange, Refused
 from drafttrain.data_gen.serving_logs.untrusted import check_text
@@ -24,12 +25,17 @@ ANSWERED = re.compile(
 WITHOUT_PROMPT = re.compile(r"\S{1,200}?: params: ")
 
 
-class Requests:
-    """Requests whose answers are awaited, by id; the oldest are given up when there are too many."""
+MAX_WAITING = 10_000
+MAX_WAITING_BYTES = 256 * 2**20
+"""Of the lines that requests came in."""
 
-    def __init__(self, *, limit: int = 10_000) -> None:
-        self._limit = limit
-        self._waiting: dict[str, tuple[str | None, list[int] | None]] = {}
+
+class Requests:
+    """Requests whose answers are awaited, by id; the oldest are given up when there are too many, or too long ones."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, tuple[str | None, array[int] | None, int]] = {}
+        self._bytes = 0
 
     def is_vllm(self, line: str) -> bool:
         """Tell whether a line is of this log and speaks of a request."""
@@ -46,9 +52,13 @@ class Requests:
         # Matched at one place only: searched for at each, a hostile line takes hours.
         if asked := ASKED.match(line, start.end()):
             name, prompt, prompt_ids = asked.groups()
-            self._waiting[name] = (_literal(prompt), _ids(prompt_ids))
-            while len(self._waiting) > self._limit:
-                self._waiting.pop(next(iter(self._waiting)))
+            self._take(name)
+            listed = _ids(prompt_ids)
+            # As a list they would take ten times what they take in the line.
+            self._waiting[name] = (_literal(prompt), None if listed is None else array("q", listed), len(line))
+            self._bytes += len(line)
+            while len(self._waiting) > MAX_WAITING or self._bytes > MAX_WAITING_BYTES:
+                self._take(next(iter(self._waiting)))
             return []
         if WITHOUT_PROMPT.match(line, start.end()):
             return []
@@ -58,20 +68,26 @@ class Requests:
         name, streamed, answer, answer_ids, finish = found.groups()
         if streamed == "delta":
             return []
-        known = next((self._waiting.pop(one) for one in (name, f"{name}-0") if one in self._waiting), None)
+        known = self._take(name) or self._take(f"{name}-0")
         if known is None:
             raise Refused("no_request", "the prompt is not logged before the answer: vLLM writes it at the level DEBUG")
-        prompt, prompt_ids = known
+        prompt, prompt_ids, _ = known
         return [
             Exchange(
                 id=name,
                 prompt=prompt,
                 answer=_literal(answer),
-                prompt_ids=prompt_ids,
+                prompt_ids=None if prompt_ids is None else list(prompt_ids),
                 answer_ids=_ids(answer_ids),
                 finish="" if streamed else finish,
             )
         ]
+
+    def _take(self, name: str) -> tuple[str | None, array[int] | None, int] | None:
+        """Return a request that waits and wait for it no longer; None: there is none of this name."""
+        found = self._waiting.pop(name, None)
+        self._bytes -= found[2] if found else 0
+        return found
 
 
 def _literal(quoted: str) -> str | None:

@@ -1,0 +1,116 @@
+"""Whatever becomes of the files of records while they are written, what counts as written can be read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from drafttrain.online.capture import Capture
+from drafttrain.online.record_files import RecordFiles
+
+
+def capture(number: int) -> Capture:
+    return Capture(str(number), "/v1/completions", b"", b"", False, 0.0)
+
+
+def line(capture: Capture) -> bytes:
+    return f'{{"id": "{capture.id}"}}\n'.encode()
+
+
+class Recording:
+    """Files that are written capture by capture.
+
+    Args:
+        rotate_bytes: Two lines are more.
+    """
+
+    def __init__(self, folder: Path, *, rotate_bytes: int = 2**20) -> None:
+        self.folder = folder
+        self.files = RecordFiles(folder, line, rotate_bytes=rotate_bytes, queue_bytes=2**20)
+
+    def write(self, *numbers: int) -> None:
+        for number in numbers:
+            self.files._write([capture(number)])
+
+    @property
+    def lines(self) -> list[str]:
+        return [one for path in sorted(self.folder.iterdir()) for one in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def recording(tmp_path: Path) -> Recording:
+    (tmp_path / "out").mkdir()
+    return Recording(tmp_path / "out")
+
+
+def wanted(*numbers: int) -> list[str]:
+    return [line(capture(number)).decode().strip() for number in numbers]
+
+
+def test_recorders_that_begin_a_file_in_the_same_second_write_two(tmp_path):
+    # As in containers, where each of them is process 1.
+    first, second = Recording(tmp_path), Recording(tmp_path)
+    first.write(1)
+    second.write(2)
+    assert (first.files.written, second.files.written) == (1, 1)
+    assert sorted(first.lines) == wanted(1, 2)
+
+
+def test_a_file_that_is_removed_is_written_no_further(recording):
+    recording.write(1)
+    (recording.folder / recording.files.file).unlink()
+    recording.write(2, 3)
+    assert recording.files.written == 3
+    assert recording.lines == wanted(2, 3)
+    shutil.rmtree(recording.folder)
+    recording.write(4)
+    assert recording.lines == wanted(4)
+    assert not recording.files.dropped
+
+
+def test_a_file_that_is_copied_and_cut_goes_on_at_its_start(recording):
+    recording.write(1, 2)
+    path = recording.folder / recording.files.file
+    shutil.copy(path, path.with_suffix(".old"))
+    os.truncate(path, 0)
+    recording.write(3)
+    assert path.read_text().splitlines() == wanted(3)
+    assert sorted(recording.lines) == wanted(1, 2, 3)
+
+
+def test_a_file_that_is_renamed_keeps_what_was_written_and_what_comes(recording):
+    recording.write(1)
+    path = recording.folder / recording.files.file
+    path.rename(path.with_suffix(".1"))
+    recording.write(2)
+    assert recording.lines == wanted(1, 2)
+
+
+@contextlib.contextmanager
+def no_room(limit: int) -> Iterator[None]:
+    """Let no file grow beyond some bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_whole_lines_and_no_empty_files(recording):
+    recording.write(1)
+    with no_room(len(line(capture(1))) + 5):
+        recording.write(2)
+    with no_room(5):
+        recording.write(*range(3, 8))
+    recording.write(8)
+    assert recording.files.written == 2
+    assert recording.files.dropped == {"disk": 6}
+    assert sorted(recording.lines) == wanted(1, 8)
+    assert len(list(recording.folder.iterdir())) == 2
