@@ -132,7 +132,7 @@ def export(
         typer.Option(
             "--to",
             metavar="FORMAT",
-            help="Write this format (vllm, speculators, sglang, gguf) beside the drafter folder.",
+            help="Write this format (vllm, speculators, sglang, gguf, openvino) beside the drafter folder.",
         ),
     ] = None,
     verify: Annotated[
@@ -204,7 +204,12 @@ def import_drafter(
 @app.command(name="serve-config")
 def serve_config(
     drafter: Annotated[
-        Path, typer.Argument(metavar="DRAFTER", help="A drafter folder, evaluated before.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="DRAFTER",
+            help="A drafter folder, evaluated before, or its run folder.",
+            show_default=False,
+        ),
     ],
     engine: Annotated[str, typer.Option("--engine", metavar="ENGINE", help="The serving engine.")] = "vllm",
     target: Annotated[

@@ -89,6 +89,12 @@ def alter_rope_theta(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -
     config["rope_theta"] = 500.0
 
 
+def alter_scaling(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    """Of both fields that say it, loaders of transformers 5 take the older one."""
+    config["rope_parameters"] = {**config["rope_parameters"], "rope_type": "linear", "factor": 2.0}
+    config["rope_scaling"] = {"rope_type": "linear", "factor": 8.0}
+
+
 def alter_rope_everywhere(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
     config["rope_theta"] = 500.0
     config["rope_parameters"] = {**config["rope_parameters"], "rope_theta": 500.0}

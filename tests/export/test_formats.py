@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from drafttrain.checkpoint import read_drafter
 from drafttrain.core.errors import CheckpointError
@@ -84,6 +85,7 @@ FAULTS = [
     ("eagle3", folders.drop_d2t, "d2t: missing"),
     ("eagle3", folders.drop_hidden_norm, r"midlayer\.hidden_norm\.weight: missing"),
     ("eagle3", folders.alter_rope_theta, "rope_theta is 500.0, rope_parameters.rope_theta 10000.0"),
+    ("eagle3", folders.alter_scaling, r"rope_scaling\.factor is 8\.0, rope_parameters\.factor 2\.0"),
     ("eagle3", folders.truncate_down, r"midlayer\.mlp\.down_proj\.weight: shape \[32, 63\], must be \[32, 64\]"),
     ("eagle3", folders.add_fc_bias, r"fc\.bias: a bias has no place"),
     ("eagle", folders.add_fc_bias, r"fc\.bias: a bias has no place"),
@@ -130,6 +132,27 @@ def test_a_truncated_file_is_named(source, tmp_path, target_config):
     (out / "model.safetensors").write_bytes(whole[:-100])
     with pytest.raises(CheckpointError, match=r"model\.safetensors: the weights cannot be read"):
         check_exported("vllm", folder, out, target_config=target_config)
+
+
+def test_weights_in_several_files_become_one_without_their_index(source, tmp_path, target_config):
+    """vLLM looks for the files that an index names, and refuses a folder that lacks one."""
+    folder = source("causal_lm")
+    tensors = load_file(folder / "model.safetensors")
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink()
+    assert (folder / "model.safetensors.index.json").exists()
+    export_as("vllm", folder, tmp_path / "out", target_config=target_config)
+    assert {path.name for path in (tmp_path / "out").glob("*safetensors*")} == {"model.safetensors"}
+    held = load_file(tmp_path / "out" / "model.safetensors")
+    assert held.keys() == tensors.keys()
+    assert all(torch.equal(held[name], tensors[name]) for name in held)
+
+
+def test_sglang_has_no_state_before_the_first_block(source, target_config):
+    folder = source("eagle3", taps=[0, 1, 3])
+    converted("vllm", folder, target_config)
+    with pytest.raises(CheckpointError, match=r"\[0, 1, 3\]: SGLang reads outputs of blocks"):
+        converted("sglang", folder, target_config)
 
 
 def test_a_drafter_for_another_vocabulary_is_refused(source, target_config):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from drafttrain.cli import app
@@ -17,6 +18,7 @@ from drafttrain.export.engines import Job, Use, engine_of
 from drafttrain.export.engines.openvino_worker import counters
 from drafttrain.export.openvino_graph import read_graph
 from drafttrain.target import Target, TargetSettings
+from tests.conftest import byte_tokenizer
 from tests.export import folders
 
 
@@ -96,6 +98,31 @@ def test_what_openvino_would_compute_otherwise_is_refused_by_name(settings, faul
 def test_other_kinds_have_no_place_in_it(kind, source, target_config):
     with pytest.raises(CheckpointError, match=f"openvino has no place for drafter.kind {kind}"):
         converted("openvino", source(kind), target_config)
+
+
+SIZES = {"vocab_size": 257, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+OTHER_MODELS = {
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**SIZES, n_embd=32, n_layer=1, n_head=2, n_positions=64)),
+    "gemma3_text": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **SIZES,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "has"), [("gpt2", "none"), ("gemma3_text", "one a kind of layer")])
+def test_a_model_without_one_rotary_embedding_is_refused(kind, has, target_config, tmp_path):
+    OTHER_MODELS[kind]().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=f"model_type is '{kind}': only models with .* this one has {has}"):
+        converted("openvino", tmp_path, target_config)
 
 
 def test_without_the_engine_nothing_is_written(source, target, monkeypatch, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from typer.testing import CliRunner
 
 from drafttrain.cli import app
 from drafttrain.core.errors import CheckpointError
-from drafttrain.export.card import ORIGIN, SERVED, with_engines
+from drafttrain.export.card import ORIGIN, SERVED, model_card, with_engines
 from drafttrain.export.serve import best_length
 from drafttrain.target import Target, TargetSettings
 from tests.export import folders
@@ -120,6 +122,93 @@ def test_serve_config_prints_a_command_with_the_best_length(evaluated):
     wanted["draft_sample_method"] = "probabilistic"
     assert json.loads(quoted.strip("'")) == wanted
     assert "block efficiency 2.50, memory-bound speed-up 1.92" in done.stderr
+
+
+def served(folder: Path, *words: str) -> Any:
+    return CliRunner().invoke(app, ["serve-config", str(folder), "--target", "the/target", *words])
+
+
+def test_serve_config_takes_a_run_folder_for_its_drafter(evaluated, tmp_path):
+    folder = evaluated("eagle3")
+    of_run = served(tmp_path)
+    assert of_run.exit_code == 0, of_run.stderr
+    assert of_run.stdout == served(folder).stdout
+    nothing = served(tmp_path / "none")
+    assert nothing.exit_code == 1
+    assert "neither a drafter folder nor a run with an exported drafter" in nothing.stderr
+
+
+def test_serve_config_names_folders_as_a_shell_reads_them(evaluated, tmp_path):
+    folder = evaluated("eagle3")
+    odd = tmp_path / "it's mine"
+    odd.mkdir()
+    (odd / "eval.json").write_text((tmp_path / "eval.json").read_text())
+    folder = folder.rename(odd / "drafter")
+    done = CliRunner().invoke(app, ["serve-config", str(folder), "--target", "the target"])
+    assert done.exit_code == 0, done.stderr
+    words = shlex.split(done.stdout)
+    assert words[:4] == ["vllm", "serve", "the target", "--speculative-config"]
+    assert json.loads(words[4])["model"] == str(folder)
+
+
+@pytest.mark.parametrize("kind", ["medusa", "causal_lm"])
+@pytest.mark.parametrize("word", ["eagle3", "my-eagle-test", "dflash"])
+def test_serve_config_refuses_a_path_that_vllm_takes_for_another_kind(kind, word, evaluated, tmp_path):
+    folder = evaluated(kind)
+    assert served(folder).exit_code == 0
+    (tmp_path / word).mkdir()
+    (tmp_path / word / "eval.json").write_text((tmp_path / "eval.json").read_text())
+    done = served(folder.rename(tmp_path / word / "drafter"))
+    assert done.exit_code == 1
+    assert "give the folder another name" in done.stderr
+    assert not done.stdout
+
+
+def test_serve_config_hands_vllm_no_folder_whose_taps_it_would_misread(evaluated):
+    folder = evaluated("eagle3")
+    exported = CliRunner().invoke(app, ["export", str(folder), "--to", "sglang"])
+    assert exported.exit_code == 0, exported.stderr
+    done = served(folder.with_name("drafter.sglang"))
+    assert done.exit_code == 1
+    assert "vllm reads vllm, hf, speculators" in done.stderr
+
+
+def result_of(kind: str, *, deepest: int | None) -> dict[str, Any]:
+    """Return what a card needs of an evaluation with five draft tokens."""
+    interval = {"value": 1.5, "low": 1.4, "high": 1.6}
+    figures = {"block_efficiency": interval, "alpha": interval, "draft_acceptance_rate": 0.1, "mbsu": 1.0}
+    return {
+        "exactness": "distribution",
+        "num_prompts": 2,
+        "settings": {"length": {"kind": "fixed", "num_draft_tokens": 5}},
+        "temperatures": [{"temperature": 0, "drafters": {"drafter": figures}}],
+        "drafters": {"drafter": {"kind": kind, "deepest": deepest, "about": None}},
+        "target": {"name": "the/target", "fingerprint": "0"},
+        "provenance": {"commit": "", "date": "", "machine": {"processor": ""}},
+    }
+
+
+@pytest.mark.parametrize(("deepest", "wanted"), [(3, 3), (None, 5), (8, 5)])
+def test_a_command_in_the_card_drafts_no_more_than_there_are_heads(deepest, wanted):
+    """vLLM refuses Medusa with more draft tokens than heads: their weights are in no file."""
+    result = result_of("medusa", deepest=deepest)
+    card = model_card("name", result, drafter="drafter", recipe="", command="")
+    assert f'"num_speculative_tokens": {wanted}' in card
+
+
+def test_the_card_of_a_format_says_which_of_the_folders_it_is(evaluated, tmp_path):
+    folder = evaluated("eagle3")
+    result = result_of("eagle3", deepest=None)
+    (folder / "README.md").write_text(model_card("name", result, drafter="drafter", recipe="", command=""))
+    done = CliRunner().invoke(app, ["export", str(folder), "--to", "sglang"])
+    assert done.exit_code == 0, done.stderr
+    own, other = ((tmp_path / name / "README.md").read_text() for name in ("drafter", "drafter.sglang"))
+    assert "This folder is DRAFTER.sglang." in other
+    assert "This folder is" not in own
+    for card in (own, other):
+        assert 'draft_model("DRAFTER.openvino", "CPU")' in card
+        assert '"model": "DRAFTER",' in card
+        assert "DRAFTER the folder that the training exported" in card
 
 
 def test_serve_config_refuses_a_kind_that_the_engine_has_no_method_for(evaluated):

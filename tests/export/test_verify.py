@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -196,6 +197,22 @@ def test_an_engine_that_accepts_by_another_law_is_told_apart(sides, target, prom
     found = compared(replace(sides, sampled=lucky), sides, target, prompts, job)
     assert len(found.problems) == 1
     assert "at temperature 1 vllm accepts otherwise" in found.problems[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_engine_that_never_drafts_is_told(dtype, sides, target, prompts, job):
+    """llama.cpp without a type of speculation, for one: it loads the drafter and does not ask it."""
+    plain = [Served(one.tokens) for one in sides.greedy]
+    target = (
+        target
+        if dtype == torch.float32
+        else Target(copy.deepcopy(target.model).to(dtype), target.tokenizer, name="", fingerprint="")
+    )
+    found = compared(replace(sides, greedy=plain), sides, target, prompts, job)
+    assert any("did not draft: its counters are zero" in problem for problem in found.problems)
+    undrafted = replace(sides, sampled=[Served(one.tokens) for one in sides.sampled])
+    found = compared(undrafted, sides, target, prompts, job)
+    assert any("at temperature 1 vllm did not draft" in problem for problem in found.problems)
 
 
 def test_a_sampled_text_that_is_not_of_the_targets_law_is_told_apart(sides, target, prompts, job):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from drafttrain.checkpoint import read_drafter
 from drafttrain.core.errors import CheckpointError
 from drafttrain.importers import importers
 from drafttrain.importers.convert import converted, import_folder, layout_of
@@ -20,6 +22,7 @@ from drafttrain.importers.eagle3 import offsets
 from drafttrain.importers.reading import read_given, read_pickle
 from drafttrain.importers.target import TargetFiles
 from drafttrain.target import Target, TargetSettings
+from tests.conftest import byte_tokenizer, random_llama
 from tests.importers import given
 
 
@@ -113,6 +116,14 @@ FAULTS: list[tuple[str, Any, list[str]]] = [
         [r"rope_parameters\.mrope_section is \[2\]"],
     ),
     ("eagle3", lambda t, c, _: c.update(rope_parameters={"rope_theta": 1e4}), ["rope_theta is 500.0, rope_parameters"]),
+    (
+        "eagle3",
+        lambda t, c, _: c.update(
+            rope_parameters={"rope_theta": 500.0, "rope_type": "linear", "factor": 2.0},
+            rope_scaling={"type": "linear", "factor": 8.0},
+        ),
+        [r"rope_scaling\.factor is 8\.0, rope_parameters\.factor 2\.0"],
+    ),
     (
         "eagle3",
         lambda t, c, _: t.update({"midlayer.self_attn.rotary_emb.inv_freq": 1e4 ** (-torch.arange(0, 16, 2) / 16)}),
@@ -323,6 +334,34 @@ def test_a_plain_lm_of_another_tokenizer_or_with_a_missing_tensor_is_refused(tar
         import_folder(folder, tmp_path / "out", target=target.name)
     for words in ("differs from the target's in 2 of 257 tokens", "model.norm.weight: missing", "more: this layout"):
         assert words in str(caught.value)
+
+
+def test_a_plain_lm_with_fewer_rows_than_the_target_has_tokens_is_refused(target, tmp_path):
+    folder = tmp_path / "theirs"
+    random_llama(seed=3, vocab_size=100).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    said = "vocab_size is 100, the target's tokenizer has 257 tokens: the last ones have no row"
+    with pytest.raises(CheckpointError, match=said):
+        import_folder(folder, tmp_path / "out", target=target.name)
+    with pytest.raises(CheckpointError, match=said):
+        read_drafter(folder, target)
+
+
+def test_a_head_whose_configuration_is_silent_on_ties_is_the_embedding_where_it_has_none_of_its_own(target, tmp_path):
+    """Gemma's is: its architecture ties them."""
+    silent = Path(shutil.copytree(target.name, tmp_path / "silent"))
+    config = json.loads((silent / "config.json").read_text())
+    assert config.pop("tie_word_embeddings") is True
+    (silent / "config.json").write_text(json.dumps(config))
+    tensors, config = made("eagle", target)
+    tensors["lm_head.weight"] = embedding(target).clone()
+    folder = given.write(tmp_path / "theirs", tensors, config)
+    assert any(
+        "lm_head.weight: left out" in note for note in import_folder(folder, tmp_path / "a", target=str(silent)).notes
+    )
+    assert any(
+        "lm_head.weight: left out" in note for note in import_folder(folder, tmp_path / "b", target=target.name).notes
+    )
 
 
 def test_nothing_is_written_over_that_is_no_drafter_folder(target, tmp_path):

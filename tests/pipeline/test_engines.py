@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from drafttrain.pipeline.engines import (
     write_formats,
 )
 from drafttrain.target import Target, TargetSettings
+from drafttrain.target.frozen import resolve_folder
 from tests.export import folders
 
 
@@ -60,6 +62,18 @@ def test_formats_are_current_until_their_drafter_changes(settings, target, tmp_p
     assert formats_are_current(source, ["vllm"], settings)
     folders.damage(source, lambda tensors, _: tensors["lm_heads.0.weight"].add_(1))
     assert not formats_are_current(source, ["vllm"], settings)
+
+
+def test_a_builtin_target_is_named_to_engines_by_its_folder(tmp_path):
+    """`vllm serve` of a folder in the format of speculators loads the target that it names."""
+    settings = TargetSettings(model="builtin:target")
+    drafter = folders.drafter_of("eagle3", Target.load(settings))
+    source = folders.save(drafter, tmp_path / "drafter", Target.load(settings))
+    written = write_formats(source, ExportSettings(to=["speculators"]), settings)["speculators"]
+    config = json.loads((written / "config.json").read_text())
+    named = Path(config["speculators_config"]["verifier"]["name_or_path"])
+    assert named == resolve_folder("builtin:target")
+    assert formats_are_current(source, ["speculators"], settings)
 
 
 def test_nothing_is_written_where_one_format_has_no_place_for_the_kind(settings, target, tmp_path):

@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from drafttrain.checkpoint import read_drafter
 from drafttrain.cli import app
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.records import Prompt
+from drafttrain.core.records import Prompt, TargetNeeds
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.export.convert import check_exported, export_as, read_target_config
 from drafttrain.export.engines import Job, ServingEngine, Use, engine_of
@@ -34,6 +36,16 @@ TARGET = "builtin:target"
 NUM_DRAFT_TOKENS = 3
 PLACES = (0, 1, 3, 5, 7, 9)
 """Of the embedded target's blocks in one of ten layers."""
+
+DEEP = """
+name: deep
+target: {{model: null, tokenizer: "builtin:target"}}
+drafter: {{kind: causal_lm, init: checkpoint, checkpoint: "{start}"}}
+loss: {{kind: ce}}
+data: {{max_length: 128, overlap_ngram: 0, sources: [{{kind: stdlib, split: held_out}}]}}
+train: {{max_steps: 30, batch_size: 8, lr: 6e-3, warmup_steps: 0, eval_every_steps: 0}}
+"""
+"""Trains a target from a start: all its parameters, on plain text."""
 
 GRAPH, WEIGHTS = "openvino_model.xml", "openvino_model.bin"
 
@@ -184,10 +196,11 @@ def test_without_the_note_openvino_refuses_a_target_of_few_layers(engine, export
 
 
 @pytest.fixture(scope="module")
-def deep(target, tmp_path_factory) -> Path:
-    """The embedded target with blocks between its own that change nothing: ten layers, and other states at 3, 6, 8 than before."""
+def grown(target, tmp_path_factory) -> Path:
+    """The embedded target with blocks between its own that change nothing: ten layers."""
     config = copy.deepcopy(target.model.config)
     config.num_hidden_layers = 10
+    torch.manual_seed(0)
     model = type(target.model)(config).eval()
     state = model.state_dict()
     for name in state:
@@ -195,10 +208,39 @@ def deep(target, tmp_path_factory) -> Path:
             state[name].zero_()
     for name, tensor in target.model.state_dict().items():
         state[re.sub(r"layers\.(\d+)", lambda found: f"layers.{PLACES[int(found[1])]}", name)].copy_(tensor)
-    folder = tmp_path_factory.mktemp("deep") / "target"
+    folder = tmp_path_factory.mktemp("grown") / "target"
     model.save_pretrained(folder)
     target.tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def deep(grown, tmp_path_factory) -> Path:
+    """The grown target after a brief training of all its parameters: none of its blocks is idle any more."""
+    folder = tmp_path_factory.mktemp("deep")
+    recipe = folder / "deep.yaml"
+    recipe.write_text(DEEP.format(start=grown))
+    done = CliRunner().invoke(app, ["fit", str(recipe), "--runs", str(folder)])
+    assert done.exit_code == 0, done.stderr
+    return folder / "deep" / "drafter"
+
+
+@torch.no_grad()
+def changes(folder: Path, prompt: Prompt) -> list[float]:
+    """Return by how much each block of a target changes the states of a text, relative to them."""
+    target = Target.load(TargetSettings(model=str(folder)))
+    tokens_BT = torch.tensor([prompt.tokens])
+    needs = TargetNeeds(hidden=tuple(range(11)))
+    hidden_BTD = target.read(tokens_BT, torch.arange(tokens_BT.shape[1])[None], needs).hidden_BTD
+    return [float((hidden_BTD[i + 1] - hidden_BTD[i]).norm() / hidden_BTD[i].norm()) for i in range(10)]
+
+
+def test_the_brief_training_leaves_no_block_idle(grown, deep, prompts):
+    before, after = changes(grown, prompts[0]), changes(deep, prompts[0])
+    assert [i for i, change in enumerate(before) if change == 0] == [i for i in range(10) if i not in PLACES]
+    assert min(after) > 0.01
+    states = [load_file(folder / "model.safetensors") for folder in (grown, deep)]
+    assert [name for name in states[0] if torch.equal(states[0][name], states[1][name])] == []
 
 
 def test_of_ten_layers_openvino_picks_the_blocks_that_the_note_names(engine, deep, prompts, tmp_path):

@@ -32,7 +32,7 @@ class Drafter(nn.Module, ABC):
     """It has a stack of layers whose activations `recompute_activations` need not keep."""
     draft: str = "sampled"
     """At temperature > 0: `sampled` from its own law, or `greedy`: its argmax, as some engines draft."""
-    serving: ClassVar[str] = "No serving engine loads this kind: decode with `drafttrain eval THIS_FOLDER`."
+    serving: ClassVar[str] = "No serving engine loads this kind: decode with `drafttrain eval DRAFTER`."
     """What its card says of serving it, beside the commands of the engines that run its kind."""
 
     @classmethod

@@ -134,7 +134,16 @@ class CausalLMDrafter(Drafter):
         """Read a plain Hugging Face folder, refusing another tokenizer than the target's."""
         check_same_tokenizer(target.tokenizer, load_tokenizer(folder), drafter=str(folder))
         model = load_causal_lm(folder, dtype=dtype or "float32").eval().to(target.device)
+        if problem := rows_problem(int(model.get_input_embeddings().weight.shape[0]), target.num_tokens):
+            raise CheckpointError(f"{folder}/config.json: {problem}")
         return cls(model)
+
+
+def rows_problem(rows: int, num_tokens: int) -> str | None:
+    """Return why a model of so many embedding rows cannot draft for a target of so many tokens."""
+    if rows >= num_tokens:
+        return None
+    return f"vocab_size is {rows}, the target's tokenizer has {num_tokens} tokens: the last ones have no row"
 
 
 def from_scratch(settings: CausalLMSettings, *, vocab_size: int, tokenizer: Any) -> Any:

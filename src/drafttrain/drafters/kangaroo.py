@@ -59,7 +59,7 @@ class KangarooDrafter(Drafter):
     serving = """\
 No serving engine loads an adapter behind a target's first layers yet; these figures are the embedded evaluator's.
 
-    drafttrain eval THIS_FOLDER --target TARGET"""
+    drafttrain eval DRAFTER --target TARGET"""
 
     def __init__(self, target: Target, *, exit_layer: int, num_heads: int, rope_theta: float, draft: str) -> None:
         super().__init__()

@@ -381,6 +381,7 @@ def _about(folder: Path, drafter: Drafter) -> dict[str, Any]:
         "folder": folder.name,
         "kind": drafter.kind,
         "parameters": sum(p.numel() for p in drafter.parameters()),
+        "deepest": drafter.deepest,
         "about": asdict(about) if about else None,
     }
 

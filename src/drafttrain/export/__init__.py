@@ -75,4 +75,4 @@ class Exporter(ABC):
 
     def holds(self, folder: Path) -> bool:
         """Tell whether a folder is, by its files, one of this format."""
-        return (folder / "config.json").is_file()
+        return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))

@@ -11,8 +11,15 @@ from drafttrain.drafters import drafters
 from drafttrain.eval.table import interval, number
 from drafttrain.export.engines import ServingEngine, Use, engine_of, engines
 
+USE = "## Use\n\n"
 SERVED = "## In serving engines"
 ORIGIN = "## Where it comes from"
+
+WORDS = (
+    "TARGET is the target's folder or hub id, DRAFTER the folder that the training exported (format `hf`), DRAFTER.FORMAT what\n"
+    "`drafttrain export DRAFTER --to FORMAT` writes beside it."
+)
+"""What the words in the commands mean."""
 
 NUM_DRAFT_TOKENS = 5
 """In a command, where the evaluation has no fixed length."""
@@ -61,9 +68,7 @@ tokens; the target decides. It is no model to talk to by itself.
 {result["num_prompts"]} prompts, {length}, 95 % intervals over prompts; measured on these files with the embedded evaluator.
 {parity_line}
 
-## Use
-
-{_use(result, drafter)}
+{USE}{_use(result, drafter)}
 
 {ORIGIN}
 
@@ -81,7 +86,8 @@ def _use(result: Mapping[str, Any], drafter: str) -> str:
     kind, length = told["kind"], result["settings"]["length"]
     wanted = (told["about"] or {}).get("draft", "sampled")
     num_draft_tokens = length.get("depth") or length.get("num_draft_tokens") or NUM_DRAFT_TOKENS
-    blocks = []
+    num_draft_tokens = min(num_draft_tokens, told.get("deepest") or num_draft_tokens)
+    blocks = [WORDS]
     for engine in map(engine_of, engines.names()):
         if kind in engine.methods:
             use = Use(_folder(engine), kind, num_draft_tokens, engine.draft(kind, wanted))
@@ -92,8 +98,14 @@ def _use(result: Mapping[str, Any], drafter: str) -> str:
 
 
 def _folder(engine: ServingEngine) -> str:
-    """Return the word for what an engine loads: this folder, or what `drafttrain export --to FORMAT` writes beside it."""
-    return "THIS_FOLDER" if "hf" in engine.formats else f"THIS_FOLDER.{engine.formats[0]}"
+    """Return the word for what an engine loads: `WORDS` says what it means."""
+    return "DRAFTER" if "hf" in engine.formats else f"DRAFTER.{engine.formats[0]}"
+
+
+def in_format(card: str, format: str) -> str:
+    """Return the card of a folder that was written in a format, with a word on which of the folders in its commands it is."""
+    before, use, after = card.partition(USE)
+    return f"{before}{use}This folder is DRAFTER.{format}. {after}" if use else card
 
 
 def with_engines(card: str, comparisons: Sequence[Mapping[str, Any]]) -> str:

@@ -16,8 +16,11 @@ from drafttrain.core.files import write_json
 from drafttrain.core.tensors import read_tensors
 from drafttrain.export import DrafterFiles
 
-REPLACED = ("config.json", "model.safetensors", "README.md", "engine.json", "eval.json", "report.html")
+REPLACED = ("config.json", "README.md", "engine.json", "eval.json", "report.html")
 """Files that are not copied into the folder of another format: made anew, or told of this one."""
+
+WEIGHTS = (".safetensors", ".safetensors.index.json")
+"""How files of weights end; all that there are become one, and an index would name those that are gone."""
 
 
 def read_files(folder: Path) -> DrafterFiles:
@@ -55,7 +58,7 @@ def write_folder(files: DrafterFiles, source: Path, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", dict(files.config))
     for other in source.iterdir():
-        if other.name not in REPLACED and other.suffix != ".safetensors":
+        if other.name not in REPLACED and not other.name.endswith(WEIGHTS):
             copy = shutil.copytree if other.is_dir() else shutil.copyfile
             copy(other, folder / other.name)
 

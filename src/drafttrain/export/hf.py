@@ -18,7 +18,8 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import folder_beside
 from drafttrain.core.tensors import read_tensors
 from drafttrain.export import DrafterFiles, Exporter, exporters
-from drafttrain.export.layout import layout_problems
+from drafttrain.export.folder import read_config
+from drafttrain.export.layout import counts_outputs, layout_problems
 
 
 @dataclass
@@ -46,6 +47,10 @@ class HuggingFaceExporter(Exporter):
     def problems(self, files: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
         """Return where names, shapes or fields are not those of the kind's layout."""
         return layout_problems(files, target_config)
+
+    def holds(self, folder: Path) -> bool:
+        """Tell a folder whose taps count blocks that are entered from one of SGLang's."""
+        return super().holds(folder) and not counts_outputs(read_config(folder))
 
 
 def export_hf(trained: Path, folder: Path, *, tokenizer: Any, about: About, dtype: str) -> None:

@@ -56,13 +56,27 @@ def rope_problems(config: Mapping[str, Any]) -> list[str]:
     if new is not None and theta is not None and new.get("rope_theta") != theta:
         found.append(f"config.json: rope_theta is {theta}, rope_parameters.rope_theta {new.get('rope_theta')}")
     if new is not None and "rope_scaling" in config:
-        kinds = (new.get("rope_type", "default"), (scaling or {}).get("rope_type", "default"))
-        if kinds[0] != kinds[1]:
-            found.append(f"config.json: rope_scaling is of type {kinds[1]}, rope_parameters of type {kinds[0]}")
+        ours, theirs = _scaling(new), _scaling(scaling or {})
+        if ours["rope_type"] != theirs["rope_type"]:
+            found.append(
+                f"config.json: rope_scaling is of type {theirs['rope_type']}, rope_parameters of type {ours['rope_type']}"
+            )
+        else:
+            found += [
+                f"config.json: rope_scaling.{key} is {theirs.get(key)}, rope_parameters.{key} {ours.get(key)}"
+                for key in sorted(ours.keys() | theirs.keys())
+                if ours.get(key) != theirs.get(key)
+            ]
     partial = {**config, **(new or {})}.get("partial_rotary_factor", 1)
     if config.get("drafttrain") is not None and partial not in (None, 1):
         found.append(f"config.json: partial_rotary_factor is {partial}: this layer was trained on whole heads")
     return found
+
+
+def _scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a field says of scaling; `type` is the older name of `rope_type`."""
+    rest = {key: value for key, value in rope.items() if key not in ("rope_theta", "type")}
+    return {"rope_type": rope.get("type", "default"), **rest}
 
 
 def _target_problems(config: Mapping[str, Any], target_config: Mapping[str, Any]) -> list[str]:
@@ -70,6 +84,11 @@ def _target_problems(config: Mapping[str, Any], target_config: Mapping[str, Any]
     if wanted is not None and config.get("vocab_size") != wanted:
         return [f"config.json: vocab_size is {config.get('vocab_size')}, the target's is {wanted}"]
     return []
+
+
+def counts_outputs(config: Mapping[str, Any]) -> bool:
+    """Tell whether taps are said in `eagle_config` alone, where SGLang reads them: as blocks whose output is taken."""
+    return "eagle_config" in config and "eagle_aux_hidden_state_layer_ids" not in config
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

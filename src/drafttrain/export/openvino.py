@@ -51,7 +51,7 @@ class OpenVinoExporter(Exporter):
         """Return what OpenVINO would refuse, or compute otherwise without a word."""
         found = layout_problems(source, target_config)
         if source.kind != "eagle3":
-            return found
+            return found + _rotation_problems(source.config)
         found += [
             f"config.json: {key} is {source.config[key]!r}: OpenVINO does not read it: there, {what}"
             for key, what in ONLY_FALSE.items()
@@ -135,12 +135,29 @@ def taps_problems(config: Mapping[str, Any], target_config: Mapping[str, Any]) -
     return found
 
 
+def _rotation_problems(config: Mapping[str, Any]) -> list[str]:
+    """Return why a graph could not be held against a configuration: it has not the one rotary embedding that Llama's family has."""
+    rope = getattr(_read(config), "rope_parameters", None)
+    if rope is not None and "rope_type" in rope:
+        return []
+    has = "one a kind of layer" if rope else "none"
+    return [
+        f"config.json: model_type is {config.get('model_type')!r}: only models with one rotary embedding for all layers are written "
+        f"here, this one has {has}"
+    ]
+
+
 def _frequencies(config: Mapping[str, Any]) -> torch.Tensor:
     """Return the frequencies of the rotary embedding that a configuration means; the graph has them as numbers."""
-    from transformers import AutoConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    own = {key: value for key, value in config.items() if key not in ("architectures", TAPS)}
-    made: Any = AutoConfig.for_model(own.pop("model_type"), **own)
-    frequencies: torch.Tensor = LlamaRotaryEmbedding(made).inv_freq
+    frequencies: torch.Tensor = LlamaRotaryEmbedding(_read(config)).inv_freq
     return frequencies
+
+
+def _read(config: Mapping[str, Any]) -> Any:
+    """Return a configuration as transformers reads it."""
+    from transformers import AutoConfig
+
+    own = {key: value for key, value in config.items() if key not in ("architectures", TAPS)}
+    return AutoConfig.for_model(own.pop("model_type"), **own)

@@ -59,8 +59,14 @@ class SglangExporter(Exporter):
             return [
                 "config.json: eagle_config.eagle_aux_hidden_state_layer_ids is missing: SGLang takes taps of its own"
             ]
-        ours = {**files.config, "eagle_aux_hidden_state_layer_ids": [tap + 1 for tap in theirs]}
-        found = layout_problems(replace(files, config=ours), target_config)
+        taps = [tap + 1 for tap in theirs]
+        found = layout_problems(
+            replace(files, config={**files.config, "eagle_aux_hidden_state_layer_ids": taps}), target_config
+        )
+        if 0 in taps:
+            found.append(
+                f"config.json: eagle_aux_hidden_state_layer_ids is {taps}: SGLang reads outputs of blocks, and none comes before the first"
+            )
         return found + [
             f"config.json: {key} is true: SGLang has no such variant, and runs another without a word"
             for key in IGNORED

@@ -1,12 +1,14 @@
-"""Export in the `speculators` format: EAGLE-3 with the target's name inside, which `vllm serve THIS_FOLDER` serves as it is."""
+"""Export in the `speculators` format: EAGLE-3 with the target's name inside, which `vllm serve FOLDER` serves as it is."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from drafttrain.export import DrafterFiles, Exporter, exporters
+from drafttrain.export.folder import read_config
 from drafttrain.export.layout import layout_problems
 
 HERE, THERE = "layers.0.", "midlayer."
@@ -89,3 +91,7 @@ class SpeculatorsExporter(Exporter):
         official = {name.replace(HERE, THERE): tensor for name, tensor in files.tensors.items()}
         same = layout_problems(replace(files, config=flat, tensors=official), target_config)
         return found + [line.replace(THERE, HERE) for line in same]
+
+    def holds(self, folder: Path) -> bool:
+        """Tell by the field that every such folder has."""
+        return super().holds(folder) and "speculators_model_type" in read_config(folder)

@@ -447,6 +447,8 @@ def _of_counts(
     """Return where the counters differ: in total, and the first prompt."""
     if not any(both["evaluator"][i].num_drafts for i in kept):
         return [f"{engine}: no prompt is left on which the counters could be compared"]
+    if not any(both["engine"][i].num_drafts for i in kept):
+        return [f"{engine} did not draft: its counters are zero"]
     if tolerance:
         sides = [1 + sum(m[i].num_accepted for i in kept) / sum(m[i].num_drafts for i in kept) for m in both.values()]
         far = abs(sides[0] / sides[1] - 1) > tolerance
@@ -472,6 +474,8 @@ def _of_sampled(
 ) -> list[str]:
     """Return where acceptance or text at temperature > 0 is told apart from the evaluator's."""
     found = []
+    if sums["evaluator"].num_drafts and not sums["engine"].num_drafts:
+        found.append(f"at temperature {SAMPLED_TEMPERATURE:g} {engine} did not draft: its counters are zero")
     if p_value < LOWEST_P_VALUE:
         found.append(
             f"at temperature {SAMPLED_TEMPERATURE:g} {engine} accepts otherwise than the evaluator: block efficiency "

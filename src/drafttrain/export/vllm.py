@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from drafttrain.export import DrafterFiles, Exporter, exporters
-from drafttrain.export.layout import layout_problems
+from drafttrain.export.folder import read_config
+from drafttrain.export.layout import counts_outputs, layout_problems
 
 
 @dataclass
@@ -42,3 +44,7 @@ class VllmExporter(Exporter):
         if files.kind == "medusa" and not files.config.get("medusa_fc_bias"):
             found.append("config.json: medusa_fc_bias is not true: vLLM drops the biases of the blocks without a word")
         return found
+
+    def holds(self, folder: Path) -> bool:
+        """Tell a folder whose taps count blocks that are entered from one of SGLang's."""
+        return super().holds(folder) and not counts_outputs(read_config(folder))

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from drafttrain.drafters.causal_lm import rows_problem
 from drafttrain.export import DrafterFiles
 from drafttrain.export.layout import LAYOUTS, Shapes
 from drafttrain.importers import Given, Imported, Importer, importers
@@ -47,7 +48,9 @@ class CausalLMImporter(Importer):
             found.append("config.json: auto_map names code that comes with the folder: it is not run here")
         shapes, wrong = _shapes(given.config)
         rows = given.config.get("vocab_size")
-        if isinstance(rows, int) and rows != target.size("vocab_size"):
+        if isinstance(rows, int) and (problem := rows_problem(rows, target.num_tokens)):
+            found.append(f"config.json: {problem}")
+        elif isinstance(rows, int) and rows != target.size("vocab_size"):
             notes.append(
                 f"config.json: vocab_size is {rows}, the target {target.name} has {target.size('vocab_size')}: the same "
                 "tokens with other padding; vLLM refuses that"

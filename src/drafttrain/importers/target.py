@@ -57,6 +57,11 @@ class TargetFiles:
         """Its tokenizer."""
         return load_tokenizer(self.folder)
 
+    @property
+    def num_tokens(self) -> int:
+        """Ids that the tokenizer can produce and the model has rows for."""
+        return min(self.size("vocab_size"), max(self.tokenizer.get_vocab().values()) + 1)
+
     @cached_property
     def fingerprint(self) -> str:
         """Digest of configuration and weights."""
@@ -69,8 +74,10 @@ class TargetFiles:
 
     @cached_property
     def head(self) -> Tensor | None:
-        """The output matrix; the embedding where they are tied."""
-        return self.embedding if self.config.get("tie_word_embeddings") else self._one(HEADS)
+        """The output matrix; the embedding where they are tied, which a configuration may leave to its architecture to say."""
+        tied = self.config.get("tie_word_embeddings")
+        own = None if tied else self._one(HEADS)
+        return self.embedding if own is None and tied is not False else own
 
     def _one(self, endings: Sequence[str]) -> Tensor | None:
         for path in sorted(self.folder.glob("*.safetensors")):

@@ -14,6 +14,7 @@ from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError, GateError
 from drafttrain.core.files import write_json, write_text
 from drafttrain.pipeline.data import dropped_prompts
+from drafttrain.pipeline.folder import exported_in
 from drafttrain.pipeline.run import quiet_libraries
 
 if TYPE_CHECKING:
@@ -82,6 +83,21 @@ def formats_of(settings: ExportSettings) -> list[str]:
     return formats
 
 
+def _target_config(target: TargetSettings) -> dict[str, Any]:
+    from drafttrain.export.convert import read_target_config
+    from drafttrain.target.frozen import resolve_folder
+
+    return read_target_config(resolve_folder(target.model or "", revision=target.revision), name=_told_name(target))
+
+
+def _told_name(target: TargetSettings) -> str:
+    """Return how files name a target to an engine, which knows no builtin one."""
+    from drafttrain.target.frozen import BUILTIN, resolve_folder
+
+    name = target.model or ""
+    return str(resolve_folder(name)) if name.startswith(BUILTIN) else name
+
+
 def write_formats(
     source: Path, settings: ExportSettings, target: TargetSettings, *, out: Path | None = None
 ) -> dict[str, Path]:
@@ -90,11 +106,9 @@ def write_formats(
     Args:
         out: Where a single format goes.
     """
-    from drafttrain.export.convert import converted, export_as, read_target_config
-    from drafttrain.target.frozen import resolve_folder
+    from drafttrain.export.convert import converted, export_as
 
-    name = target.model or ""
-    target_config = read_target_config(resolve_folder(name, revision=target.revision), name=name)
+    target_config = _target_config(target)
     folders = {format: out or folder_as(source, format) for format in formats_of(settings)}
     for format in folders:
         # Nothing is written where one of them cannot be.
@@ -107,11 +121,9 @@ def write_formats(
 
 def formats_are_current(source: Path, formats: Sequence[str], target: TargetSettings) -> bool:
     """Tell whether every format is there, and is what the drafter folder gives."""
-    from drafttrain.export.convert import check_exported, read_target_config
-    from drafttrain.target.frozen import resolve_folder
+    from drafttrain.export.convert import check_exported
 
-    name = target.model or ""
-    target_config = read_target_config(resolve_folder(name, revision=target.revision), name=name)
+    target_config = _target_config(target)
     try:
         for format in formats:
             check_exported(format, source, folder_as(source, format), target_config=target_config)
@@ -142,12 +154,16 @@ def verified(
     return found
 
 
-def write_engine_card(folder: Path, source: Path, comparisons: Sequence[dict[str, Any]]) -> None:
-    """Write the card of a folder: the source's, with what engines did."""
-    from drafttrain.export.card import with_engines
+def write_engine_card(
+    folder: Path, source: Path, comparisons: Sequence[dict[str, Any]], *, format: str = DRAFTER_FORMAT
+) -> None:
+    """Write the card of a folder in a format: the source's, with what engines did."""
+    from drafttrain.export.card import in_format, with_engines
 
     card = source / "README.md"
     text = card.read_text(encoding="utf-8") if card.exists() else f"# {source.name}\n"
+    if format != DRAFTER_FORMAT:
+        text = in_format(text, format)
     write_text(folder / "README.md", with_engines(text, comparisons) if comparisons else text)
 
 
@@ -165,6 +181,7 @@ def serve_command(folder: Path, engine: str, *, target: str | None) -> str:
 
     if engine not in engines.names():
         raise CheckpointError(engines.unknown(engine))
+    folder = exported_in(folder)
     about = read_about(folder)
     target = target or (about.target if about else None)
     if not target:
@@ -172,6 +189,8 @@ def serve_command(folder: Path, engine: str, *, target: str | None) -> str:
     serving, kind = engine_of(engine), kind_of(folder)
     serving.check_kind(folder, kind)
     readable = _readable(folder, serving.formats, engine)
+    if found := serving.misread(readable, kind):
+        raise CheckpointError("\n  ".join([f"{engine} cannot run {readable}:", *found]))
     if target.startswith(BUILTIN) or Path(target).is_dir():
         target = str(serving.target_as(resolve_folder(target)))
     best = best_length(
@@ -214,7 +233,6 @@ def _verified_in(
     engine = engine_of(name)
     drafter = read_drafter(source, target)
     engine.check_kind(source, drafter.kind)
-    target_name = stand.target.model or ""
     prompts = read_prompts(
         stand.eval.prompts,
         target.tokenizer,
@@ -236,7 +254,7 @@ def _verified_in(
             dtype=str(target.model.dtype).removeprefix("torch."),
             max_length=longest,
         )
-        target_config = read_target_config(target_folder, name=target_name)
+        target_config = read_target_config(target_folder, name=_told_name(stand.target))
         plain = None
         readable = {format: folder for format, folder in folders.items() if format in engine.formats}
         for format, folder in (readable or {DRAFTER_FORMAT: source}).items():
@@ -304,7 +322,7 @@ def write_and_verify(source: Path, stand: Stand, *, out: Path | None) -> None:
     folders = write_formats(source, stand.export, stand.target, out=out)
     comparisons = verified(source, folders, stand)
     for format, folder in folders.items():
-        write_engine_card(folder, source, [one for one in comparisons if one["format"] == format])
+        write_engine_card(folder, source, [one for one in comparisons if one["format"] == format], format=format)
     if comparisons:
         write_engine_card(source, source, comparisons)
     failed = [f"{one['engine']} ({one['format']}): {problem}" for one in comparisons for problem in one["problems"]]

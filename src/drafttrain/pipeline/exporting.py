@@ -78,7 +78,8 @@ def export_and_judge(run: Run) -> None:
         card = model_card(recipe.name, result, drafter="drafter", recipe=resolved, command=command)
     write_text(kept / "README.md", card)
     for format in formats:
-        write_engine_card(folder_as(kept, format), kept, [o for o in comparisons if o["format"] == format])
+        of_format = [one for one in comparisons if one["format"] == format]
+        write_engine_card(folder_as(kept, format), kept, of_format, format=format)
     if comparisons:
         write_engine_card(kept, kept, comparisons)
     say(f"{'head:   ' if of_head else 'drafter:'} {kept}")

@@ -14,11 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from drafttrain.checkpoint import ABOUT
 from drafttrain.config.dump import dump_recipe
 from drafttrain.config.load import load_recipe
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say
-from drafttrain.core.errors import DrafttrainError, RecipeError
+from drafttrain.core.errors import CheckpointError, DrafttrainError, RecipeError
 from drafttrain.core.files import write_json, write_text
 from drafttrain.core.provenance import provenance
 from drafttrain.eval.settings import EvalSettings
@@ -129,6 +130,19 @@ class RunFolder:
         if self.provenance.exists():
             runs = json.loads(self.provenance.read_text(encoding="utf-8"))
         write_json(self.provenance, [*runs, provenance()])
+
+
+def exported_in(given: Path) -> Path:
+    """Return the drafter folder, of any format, that was given: itself, or the one of a run.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    run = RunFolder(given)
+    for place in (given, run.drafter, run.rejected):
+        if (place / "config.json").is_file() or (place / ABOUT).is_file():
+            return place
+    raise CheckpointError(f"{given}: neither a drafter folder nor a run with an exported drafter")
 
 
 def _lock(file: int) -> bool:

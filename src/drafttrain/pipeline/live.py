@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from drafttrain.config.load import load_sections
 from drafttrain.core.console import say, table
-from drafttrain.core.errors import CheckpointError, DataError, GateError, RecipeError
+from drafttrain.core.errors import DataError, GateError, RecipeError
 from drafttrain.core.files import write_json
 from drafttrain.core.provenance import provenance
-from drafttrain.pipeline.folder import RunFolder
+from drafttrain.pipeline.folder import exported_in
 from drafttrain.pipeline.run import quiet_libraries
 
 if TYPE_CHECKING:
@@ -114,10 +114,7 @@ def _drafter(given: Path) -> tuple[Path, About | None, dict[str, Any]]:
     from drafttrain.checkpoint import read_about
     from drafttrain.export.serve import read_evaluation
 
-    run = RunFolder(given)
-    place = next((one for one in (given, run.drafter, run.rejected) if (one / "config.json").is_file()), None)
-    if place is None:
-        raise CheckpointError(f"{given}: neither a drafter folder nor a run with an exported drafter")
+    place = exported_in(given)
     return given, read_about(place), read_evaluation(place)
 
 

@@ -139,6 +139,10 @@ class ServingEngine(ABC):
     def problems(self, drafter: Path, kind: str, target_config: Mapping[str, Any]) -> list[str]:
         """Return why this engine cannot run a drafter, its files apart."""
 
+    def misread(self, drafter: Path, kind: str) -> list[str]:
+        """Return why this engine would take a drafter for something else, wherever it runs."""
+        return []
+
     @abstractmethod
     def command(self, target: str, use: Use) -> str:
         """Return the command line that serves a target with a drafter."""

@@ -6,6 +6,7 @@ It drafts chains greedily, or with `--spec-draft-sampling probabilistic` among t
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,6 @@ class LlamaCppEngine(ServingEngine):
         sampled = " --spec-draft-sampling probabilistic" if use.draft == "sampled" else ""
         model = target if target.endswith(".gguf") else f"{target}.gguf"
         return (
-            f"llama-server -m {model} -md {use.folder}/{FILE} --spec-type {self.methods[use.kind]} "
+            f"llama-server -m {shlex.quote(model)} -md {shlex.quote(f'{use.folder}/{FILE}')} --spec-type {self.methods[use.kind]} "
             f"--spec-draft-n-max {use.num_draft_tokens}{sampled} --metrics"
         )

@@ -99,8 +99,8 @@ class OpenVinoEngine(ServingEngine):
         return f"""\
 import openvino_genai
 
-drafter = openvino_genai.draft_model("{use.folder}", "CPU")
-pipeline = openvino_genai.LLMPipeline("{target}", "CPU", draft_model=drafter)
+drafter = openvino_genai.draft_model({json.dumps(use.folder)}, "CPU")
+pipeline = openvino_genai.LLMPipeline({json.dumps(target)}, "CPU", draft_model=drafter)
 config = openvino_genai.GenerationConfig()
 config.max_new_tokens = 128
 config.do_sample = False

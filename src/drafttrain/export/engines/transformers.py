@@ -6,6 +6,7 @@ knows nothing of drafttrain. An environment of its own would prove another relea
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +62,9 @@ class TransformersEngine(ServingEngine):
         return f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{target}")
-target = AutoModelForCausalLM.from_pretrained("{target}")
-assistant = AutoModelForCausalLM.from_pretrained("{use.folder}")
+tokenizer = AutoTokenizer.from_pretrained({json.dumps(target)})
+target = AutoModelForCausalLM.from_pretrained({json.dumps(target)})
+assistant = AutoModelForCausalLM.from_pretrained({json.dumps(use.folder)})
 assistant.generation_config.num_assistant_tokens = {use.num_draft_tokens}
 assistant.generation_config.num_assistant_tokens_schedule = "constant"
 assistant.generation_config.assistant_confidence_threshold = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ from drafttrain.export.vllm import VllmExporter
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What its CPU attention has kernels for."""
 
-TAKEN_FOR_EAGLE = ("eagle-", "eagle3")
-"""In the path of a plain language model these make vLLM load it as EAGLE, whatever method is named."""
+TAKEN_FOR_ANOTHER = {"eagle-": "EAGLE", "eagle3": "EAGLE-3", "dflash": "DFlash", "dspark": "DSpark"}
+"""Words in the path of a drafter that make vLLM load it as another kind, whatever method is named; not where that is EAGLE itself."""
 
 
 @dataclass
@@ -65,14 +66,7 @@ class VllmEngine(ServingEngine):
 
     def problems(self, drafter: Path, kind: str, target_config: Mapping[str, Any]) -> list[str]:
         """Return what stands against this drafter in vLLM on a CPU."""
-        found = []
-        if kind == "causal_lm":
-            path = str(drafter.resolve()).lower()
-            found += [
-                f"{drafter}: vLLM takes a drafter with {word!r} in its path for EAGLE: give the folder another name"
-                for word in TAKEN_FOR_EAGLE
-                if word in path
-            ]
+        found = self.misread(drafter, kind)
         own = json.loads((drafter / "config.json").read_text(encoding="utf-8"))
         for what, config in (("the target", text_config(target_config)), (str(drafter), own)):
             size = _head_size(config)
@@ -81,9 +75,19 @@ class VllmEngine(ServingEngine):
                 found.append(f"{what}: attention heads of {size}: vLLM's CPU attention has sizes {sizes} only")
         return found
 
+    def misread(self, drafter: Path, kind: str) -> list[str]:
+        """Return what vLLM makes of the words in a path."""
+        path = str(drafter.resolve()).lower()
+        return [
+            f"{drafter}: vLLM takes a drafter with {word!r} in its path for {other}: give the folder another name"
+            for word, other in TAKEN_FOR_ANOTHER.items()
+            if word in path and kind not in ("eagle", "eagle3")
+        ]
+
     def command(self, target: str, use: Use) -> str:
         """Return `vllm serve ...`."""
-        return f"vllm serve {target} --speculative-config '{json.dumps(self._speculative(use))}'"
+        speculative = shlex.quote(json.dumps(self._speculative(use)))
+        return f"vllm serve {shlex.quote(target)} --speculative-config {speculative}"
 
     def _speculative(self, use: Use) -> dict[str, Any]:
         sampled = {"draft_sample_method": "probabilistic"} if use.draft == "sampled" else {}
