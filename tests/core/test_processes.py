@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from drafttrain.core.lifelines import Lifelines
-from drafttrain.core.processes import PeerError, without_launcher
+from drafttrain.core.processes import BEAT_SECONDS, PeerError, without_launcher
 
 HEAD = """
 import os, sys, time
@@ -69,7 +69,7 @@ def test_a_process_that_is_killed_is_seen_at_once_also_where_it_is_only_waited_f
     while not (tmp_path / "there").exists():
         assert running[killed].poll() is None, running[killed].communicate()[1]
         time.sleep(0.01)
-    time.sleep(1.5)  # A beat, so that its step was heard of.
+    time.sleep(4 * BEAT_SECONDS)  # Its own beat, then that of the other one, so that its step was heard of.
     running[killed].send_signal(signal.SIGKILL)
     began = time.monotonic()
     said = running[1 - killed].communicate(timeout=60)[1]

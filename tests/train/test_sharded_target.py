@@ -24,6 +24,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "eagle": {"feature_noise": 0.0, "num_steps": 2},
     "eagle3": {"num_steps": 2, "draft_vocab_size": 100},
 }
+SLACK = 1024
+"""Numbers that the libraries may begin to keep meanwhile; one block of the target has nine times as many."""
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def test_each_process_holds_its_share_and_weights_and_states_are_those_of_the_wh
             assert census["sha256"] == target.weights_sha256()
             assert census["states"] == states_digest(target)
             share = in_blocks if layout.get("sharded", True) is False else in_blocks / 2
-            assert numbers - in_blocks + share <= census["held"] <= numbers - in_blocks + share + 2 * rotary + 64, (
+            assert numbers - in_blocks + share <= census["held"] <= numbers - in_blocks + share + 2 * rotary + SLACK, (
                 folder
             )
 

@@ -30,6 +30,8 @@ LAUNCHED = (*TORCHRUN, "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "NODE_RANK
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 4.0
 """After a collective broke, a process that does not stir for as long is named as the one that is gone."""
+CUT_SECONDS = 0.5
+"""How much later than its store a process's lifelines may end."""
 LEAVE_SECONDS = 12.0
 """How long a process that cannot go on may take to end by itself, and the one with the store waits for the others to leave."""
 STORE_GONE = "the first host, whose store holds the run together, cannot be reached"
@@ -196,6 +198,9 @@ class Group:
                         heard[rank] = (said, time.monotonic())
                 gone = self._gone(cut)
             except Exception as error:  # the store's host is gone; what it raises differs by backend
+                # Of a process that dies the system ends one connection after the other.
+                if not cut and self._lifelines and not self._ended.wait(CUT_SECONDS):
+                    cut = self._lifelines.cut()
                 if not self._ended.is_set():
                     steps = heard[cut[0]][0].decode() if cut and cut[0] in heard else ""
                     self._leave(self._is_gone(cut[0], steps) if cut else f"{STORE_GONE} ({type(error).__name__})")
