@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from drafttrain.checkpoint import About, read_drafter
+from drafttrain.config.load import load_recipe
+from drafttrain.core.errors import DataError, DrafttrainError
 from drafttrain.core.records import Prompt, Sampling
 from drafttrain.data_gen.backends import Task
 from drafttrain.data_gen.backends.builtin import continuations
@@ -27,6 +29,8 @@ from drafttrain.online.loop import OnlineRun, metrics, status
 from drafttrain.online.report import write_online_report
 from drafttrain.online.settings import OnlineSettings
 from drafttrain.online.versions import Versions
+from drafttrain.pipeline.commands import learn_online
+from drafttrain.pipeline.folder import RunFolder
 from drafttrain.train.settings import TrainSettings
 from tests.online.test_learning import K, near_copy
 
@@ -283,3 +287,31 @@ def test_a_step_back_while_a_candidate_is_judged_stays(tmp_path, tiny_target):
     assert (versions.current(), versions.names()) == ("0000", ["0000", "0001"])
     lane.look_at_current()
     assert lane.version == "0000"
+
+
+def test_a_learner_and_other_stages_keep_out_of_each_others_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("drafttrain.pipeline.folder.WAIT_SECONDS", 0.1)
+    with (
+        RunFolder(tmp_path / "run").taken(),
+        pytest.raises(DrafttrainError, match="another run is at work in this folder"),
+    ):
+        learn_online(load_recipe("online"), tmp_path / "run")
+
+
+def test_what_a_killed_learner_was_writing_is_removed_by_the_next_one(tmp_path):
+    left = tmp_path / "run" / "online" / ".state.pt.abc.part"
+    left.parent.mkdir(parents=True)
+    left.write_text("half")
+    with pytest.raises(DataError, match="no such file or folder"):
+        learn_online(load_recipe("online", [f"data.sources.0.path={tmp_path / 'none'}"]), tmp_path / "run", once=True)
+    assert not left.exists()
+
+
+def test_minutes_count_on_where_the_clock_was_set_back(tmp_path, tiny_target):
+    run = online_run(tmp_path, tiny_target, start(tmp_path, tiny_target), every_requests=None, every_minutes=5.0)
+    lane = run.lanes[""]
+    assert not lane.is_time()
+    lane.updated_at -= 5 * 60
+    assert lane.is_time()
+    lane.updated_at += 24 * 60 * 60
+    assert lane.is_time()

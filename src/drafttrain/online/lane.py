@@ -119,7 +119,8 @@ class Lane:
     def is_time(self) -> bool:
         """Tell whether the minutes between two updates are over."""
         minutes = self.shop.online.every_minutes
-        return minutes is not None and time.time() - self.updated_at >= 60 * minutes
+        # Where the clock was set back nobody knows how long it is: waiting for it to come round again would take that long.
+        return minutes is not None and not 0 <= time.time() - self.updated_at < 60 * minutes
 
     def _sort(self, group: Sequence[Served]) -> None:
         """Hold some requests out, put the others with their refused positions into the buffer."""

@@ -9,11 +9,10 @@ drafters/             the versions of the drafter, or drafters/ROUTE/ and the ro
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -199,20 +198,3 @@ def status(folder: Path) -> dict[str, Any]:
     used = {"used", "announces"}
     quarantine = {kind: count for kind, count in lines.items() if kind not in used}
     return {"lines": lines, "quarantine": quarantine, "lanes": lanes}
-
-
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold the run for this process.
-
-    Raises:
-        DrafttrainError: Another one learns here.
-    """
-    path = folder / "online" / "lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DrafttrainError(f"{folder}: another process learns here") from error
-        yield

@@ -221,12 +221,12 @@ def evaluate_drafters(
 
 def learn_online(recipe: Recipe, folder: Path, *, once: bool = False) -> None:
     """Learn from serving logs and publish what is better: once, or until the process is told to stop."""
-    from drafttrain.online.loop import alone
     from drafttrain.online.report import write_online_report
 
     if recipe.online is None:
         raise RecipeError(recipe.name, ["online: missing: this recipe trains once; drafttrain fit does"])
-    with alone(folder):
+    with RunFolder(folder).taken():
+        clear_leftovers(folder)
         run = Run(recipe, folder)
         write_drafter(run, run.drafter, run.folder.start, steps=0)
         learning = online_run(recipe, run.folder, run.target)
