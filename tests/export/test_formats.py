@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from drafttrain.checkpoint import read_drafter
 from drafttrain.core.errors import CheckpointError
 from drafttrain.export import exporters
 from drafttrain.export.convert import check_exported, converted, export_as, exporter_of, read_target_config
 from drafttrain.target import Target, TargetSettings
+from tests.conftest import byte_tokenizer
 from tests.export import folders
 
 KINDS = ("causal_lm", "medusa", "eagle", "eagle3")
@@ -146,6 +147,25 @@ def test_weights_in_several_files_become_one_without_their_index(source, tmp_pat
     held = load_file(tmp_path / "out" / "model.safetensors")
     assert held.keys() == tensors.keys()
     assert all(torch.equal(held[name], tensors[name]) for name in held)
+
+
+def test_experts_go_by_the_names_that_they_have_in_files(target_config, tmp_path):
+    sizes = {
+        "vocab_size": 257,
+        "hidden_size": 32,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=1, num_local_experts=2)).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    made = converted("vllm", tmp_path, target_config)
+    assert made.tensors["model.layers.0.block_sparse_moe.experts.1.w2.weight"].shape == (32, 24)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.0.block_sparse_moe.experts.1.w2.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"experts\.1\.w2\.weight: missing"):
+        converted("vllm", tmp_path, target_config)
 
 
 def test_sglang_has_no_state_before_the_first_block(source, target_config):

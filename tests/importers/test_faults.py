@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from drafttrain.checkpoint import read_drafter
 from drafttrain.core.errors import CheckpointError
@@ -362,6 +363,18 @@ def test_a_head_whose_configuration_is_silent_on_ties_is_the_embedding_where_it_
     assert any(
         "lm_head.weight: left out" in note for note in import_folder(folder, tmp_path / "b", target=target.name).notes
     )
+
+
+def test_a_target_may_have_other_names_for_its_sizes(tmp_path):
+    config = GPT2Config(vocab_size=257, n_embd=32, n_layer=4, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    byte_tokenizer().save_pretrained(tmp_path / "gpt2")
+    theirs = TargetFiles.named(str(tmp_path / "gpt2"))
+    assert (theirs.size("hidden_size"), theirs.size("num_hidden_layers"), theirs.size("vocab_size")) == (32, 4, 257)
+    folder = given.write(tmp_path / "theirs", given.vllm_medusa_tensors(), given.vllm_medusa_config())
+    import_folder(folder, tmp_path / "out", target=theirs.name)
+    with pytest.raises(CheckpointError, match="head_dim must be a whole number, got None"):
+        theirs.size("head_dim")
 
 
 def test_nothing_is_written_over_that_is_no_drafter_folder(target, tmp_path):

@@ -149,13 +149,16 @@ def _medusa_shapes(config: Mapping[str, Any]) -> Shapes:
 
 def _causal_lm_shapes(config: Mapping[str, Any]) -> Shapes:
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
 
     own = dict(config)
     made = AutoConfig.for_model(own.pop("model_type"), **own)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(made)
     tied = set(getattr(model, "all_tied_weights_keys", {}) if made.tie_word_embeddings else ())
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    held = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    # In memory the experts of a layer are one tensor; in files, which engines read, each has its own.
+    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, held).items()}
 
 
 def _no_more(files: DrafterFiles) -> list[str]:

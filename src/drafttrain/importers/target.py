@@ -47,10 +47,18 @@ class TargetFiles:
         Raises:
             CheckpointError: It is not there.
         """
-        value = self.config.get(key)
+        value = self.config.get(self._called(key))
         if not isinstance(value, int):
             raise CheckpointError(f"{self.folder / 'config.json'}: {key} must be a whole number, got {value!r}")
         return value
+
+    def _called(self, key: str) -> str:
+        """Return the name that the architecture has for a field; GPT-2's hidden_size is n_embd."""
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        kind = str(self.config.get("model_type"))
+        names = CONFIG_MAPPING[kind].attribute_map if kind in CONFIG_MAPPING else {}
+        return key if key in self.config else str(names.get(key, key))
 
     @cached_property
     def tokenizer(self) -> Any:
