@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,30 +12,11 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from drafttrain.checkpoint import read_drafter
 from drafttrain.core.errors import CheckpointError
 from drafttrain.export import exporters
-from drafttrain.export.convert import check_exported, converted, export_as, exporter_of, read_target_config
-from drafttrain.target import Target, TargetSettings
+from drafttrain.export.convert import check_exported, converted, export_as, exporter_of
 from tests.conftest import byte_tokenizer
 from tests.export import folders
 
 KINDS = ("causal_lm", "medusa", "eagle", "eagle3")
-
-
-@pytest.fixture(scope="module")
-def target(save_llama) -> Target:
-    return Target.load(TargetSettings(model=str(save_llama(num_layers=4))))
-
-
-@pytest.fixture(scope="module")
-def target_config(target) -> dict:
-    return read_target_config(Path(target.name), name="the/target")
-
-
-@pytest.fixture
-def source(target, tmp_path):
-    """A function that writes a drafter folder of a kind."""
-    return lambda kind, **settings: folders.save(
-        folders.drafter_of(kind, target, **settings), tmp_path / "drafter", target
-    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

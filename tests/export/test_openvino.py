@@ -13,31 +13,12 @@ from typer.testing import CliRunner
 
 from drafttrain.cli import app
 from drafttrain.core.errors import CheckpointError
-from drafttrain.export.convert import converted, read_target_config
+from drafttrain.export.convert import converted
 from drafttrain.export.engines import Job, Use, engine_of
 from drafttrain.export.engines.openvino_worker import counters
 from drafttrain.export.openvino_graph import read_graph
-from drafttrain.target import Target, TargetSettings
 from tests.conftest import byte_tokenizer
 from tests.export import folders
-
-
-@pytest.fixture(scope="module")
-def target(save_llama) -> Target:
-    return Target.load(TargetSettings(model=str(save_llama(num_layers=4))))
-
-
-@pytest.fixture(scope="module")
-def target_config(target) -> dict:
-    return read_target_config(Path(target.name), name="the/target")
-
-
-@pytest.fixture
-def source(target, tmp_path):
-    """A function that writes a drafter folder of a kind."""
-    return lambda kind, **settings: folders.save(
-        folders.drafter_of(kind, target, **settings), tmp_path / "drafter", target
-    )
 
 
 def test_eagle3_is_told_the_blocks_whose_outputs_it_reads(source, target_config):

@@ -14,18 +14,12 @@ from drafttrain.core.records import Prompt
 from drafttrain.export.engines import Habits, Job, Use, engine_of
 from drafttrain.export.engines.transformers_worker import Rounds, answer_to
 from drafttrain.export.verify import Side, compare, evaluator_side
-from drafttrain.target import Target, TargetSettings
 from tests.export import folders
 from tests.export.test_verify import likely
 
 NUM_DRAFT_TOKENS = 3
 NEW_TOKENS = 14
 ENGINE = engine_of("transformers")
-
-
-@pytest.fixture(scope="module")
-def target(save_llama) -> Target:
-    return Target.load(TargetSettings(model=str(save_llama(num_layers=4))))
 
 
 @pytest.fixture(scope="module")

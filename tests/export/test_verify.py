@@ -24,11 +24,6 @@ NEW_TOKENS = 14
 
 
 @pytest.fixture(scope="module")
-def target(save_llama) -> Target:
-    return Target.load(TargetSettings(model=str(save_llama(num_layers=4))))
-
-
-@pytest.fixture(scope="module")
 def prompts() -> list[Prompt]:
     generator = torch.Generator().manual_seed(5)
     return [Prompt(str(n), torch.randint(1, 257, (n % 5 + 2,), generator=generator).tolist()) for n in range(8)]

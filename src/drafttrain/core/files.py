@@ -4,6 +4,7 @@ What is being written is called `.<name>.<letters>.part`; what a killed writer l
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -70,6 +71,23 @@ def clear_leftovers(folder: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
+
+
+def lock(file: int, *, wait: bool) -> bool:
+    """Lock an open file against other processes until it is closed; tell whether it is ours.
+
+    Some disks of networks have no locks: there all may.
+
+    Args:
+        wait: Until another process lets go of it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def sync_folder(folder: Path) -> None:

@@ -26,7 +26,6 @@ class Lifelines:
     """
 
     def __init__(self, store: Any, *, rank: int, host: str) -> None:
-        self._rank = rank
         self._word = ""
         self._door: socket.socket | None = None
         self._ends: dict[int, socket.socket] = {}

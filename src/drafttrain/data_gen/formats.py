@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 
 from drafttrain.core.records import Record
+from drafttrain.target.frozen import num_ids
 
 ROLES = {
     "human": "user",
@@ -37,7 +38,7 @@ class Encoder:
     @cached_property
     def size(self) -> int:
         """Ids of the tokenizer, from 0."""
-        return int(max(self.tokenizer.get_vocab().values())) + 1
+        return num_ids(self.tokenizer)
 
     def records(self, value: Mapping[str, Any], *, id: str) -> list[Record]:
         """Return the records of an item: several for plain text longer than `max_length`.

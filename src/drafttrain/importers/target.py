@@ -14,7 +14,7 @@ from torch import Tensor
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.export.layout import text_config
-from drafttrain.target.frozen import fingerprint_of, load_tokenizer, resolve_folder
+from drafttrain.target.frozen import fingerprint_of, load_tokenizer, num_ids, resolve_folder
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 HEADS = ("lm_head.weight", "embed_out.weight")
@@ -68,7 +68,7 @@ class TargetFiles:
     @property
     def num_tokens(self) -> int:
         """Ids that the tokenizer can produce and the model has rows for."""
-        return min(self.size("vocab_size"), max(self.tokenizer.get_vocab().values()) + 1)
+        return min(self.size("vocab_size"), num_ids(self.tokenizer))
 
     @cached_property
     def fingerprint(self) -> str:

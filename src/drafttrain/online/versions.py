@@ -9,7 +9,6 @@ lock              held while `current` is switched or versions are removed: a le
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from typing import Any
 
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.files import folder_beside, sync_folder, write_json
+from drafttrain.core.files import folder_beside, lock, sync_folder, write_json
 
 PUBLISHED = "published.json"
 SWITCHES = ("published", "rolled_back")
@@ -136,7 +135,7 @@ class Versions:
         """Hold the folder against others that switch or remove, for moments only: never while the hook runs, which may do so too."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file.fileno(), wait=True)
             yield
 
     def _switch(self, version: str) -> None:

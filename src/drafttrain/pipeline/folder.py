@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import fcntl
 import json
 import os
 import socket
@@ -20,7 +19,7 @@ from drafttrain.config.load import load_recipe
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError, DrafttrainError, RecipeError
-from drafttrain.core.files import write_json, write_text
+from drafttrain.core.files import lock, write_json, write_text
 from drafttrain.core.provenance import provenance
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.export.settings import ExportSettings
@@ -64,7 +63,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("a+", encoding="utf-8") as file:
             limit = time.monotonic() + WAIT_SECONDS
-            while not _lock(file.fileno()):
+            while not lock(file.fileno(), wait=False):
                 if time.monotonic() > limit:
                     file.seek(0)
                     raise DrafttrainError(
@@ -143,17 +142,6 @@ def exported_in(given: Path) -> Path:
         if (place / "config.json").is_file() or (place / ABOUT).is_file():
             return place
     raise CheckpointError(f"{given}: neither a drafter folder nor a run with an exported drafter")
-
-
-def _lock(file: int) -> bool:
-    """Lock an open file if nobody else has; tell whether it is ours. Some disks of networks have no locks: there all may."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _trained_by(recipe: Recipe, *, done: bool) -> str:

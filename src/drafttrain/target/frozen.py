@@ -104,6 +104,11 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
 
 
+def num_ids(tokenizer: Any) -> int:
+    """Return how many ids a tokenizer can produce, from 0."""
+    return int(max(tokenizer.get_vocab().values())) + 1
+
+
 def check_same_tokenizer(target_tokenizer: Any, drafter_tokenizer: Any, *, drafter: str) -> None:
     """Refuse a drafter whose tokenizer differs from the target's in one token, naming it.
 
@@ -233,7 +238,7 @@ class Target:
     @property
     def num_tokens(self) -> int:
         """Ids that the tokenizer can produce; ids from here to `vocab_size` are padding."""
-        return min(self.vocab_size, max(self.tokenizer.get_vocab().values()) + 1)
+        return min(self.vocab_size, num_ids(self.tokenizer))
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:

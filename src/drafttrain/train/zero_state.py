@@ -32,16 +32,18 @@ def optimizer_state(engine: Any, groups: Sequence[Mapping[str, Any]], *, keep: b
     state: dict[int, dict[str, Any]] = {}
     numbered: list[dict[str, Any]] = []
     for group, now, flats in zip(groups, inner.param_groups, _flat_parts(zero), strict=True):
-        keys, counts = _keys(inner, flats)
+        example: dict[str, Any] = next((inner.state[flat] for flat in flats if inner.state.get(flat)), {})
         numbers: list[int] = []
         for parameter in group["params"]:
             number = sum(len(g["params"]) for g in numbered) + len(numbers)
             numbers.append(number)
-            whole = {key: _get(parameter, key) for key in keys}
-            if keep and keys:
-                # A tensor each: an optimizer that is loaded from this counts in place.
-                steps = {name: torch.tensor(float(value)) for name, value in counts.items()}
-                state[number] = {**steps, **{key: value.cpu() for key, value in whole.items()}}
+            # A count of steps each: an optimizer that is loaded from this counts in place.
+            whole = {
+                key: torch.tensor(float(value)) if key == "step" else _get(parameter, key)
+                for key, value in example.items()
+            }
+            if keep and whole:
+                state[number] = {key: value.cpu() for key, value in whole.items()}
         numbered.append({name: value for name, value in now.items() if name != "params"} | {"params": numbers})
     return {"state": state, "param_groups": numbered}
 
@@ -135,12 +137,6 @@ def _link(zero: Any) -> None:
     if hasattr(zero, "_hp_optimizer_states_linked"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
-
-
-def _keys(inner: torch.optim.Optimizer, flats: Sequence[Tensor]) -> tuple[list[str], dict[str, Any]]:
-    """Return the names of the tensors that the optimizer has of a group, and its count of steps if it counts them."""
-    first: dict[str, Any] = next((inner.state[flat] for flat in flats if inner.state.get(flat)), {})
-    return [key for key in first if key != "step"], {key: value for key, value in first.items() if key == "step"}
 
 
 def _as_step(inner: torch.optim.Optimizer, step: Any) -> Any:
