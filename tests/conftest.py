@@ -44,6 +44,15 @@ def random_llama(*, seed: int = 0, num_layers: int = 2, vocab_size: int = 257, h
     return LlamaForCausalLM(config).eval()
 
 
+@pytest.fixture(scope="session")
+def shared_folder() -> Path:
+    """The folder of cases and real data beside the project; tests that need it are skipped where it is absent."""
+    folder = Path(__file__).parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"no folder {folder}")
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def _same_draws() -> None:
     """Draws without a generator of their own are the same in every run, whichever tests ran before."""
