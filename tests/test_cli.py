@@ -212,9 +212,13 @@ def test_the_handler_of_sigterm_is_given_back():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_request_to_stop_exits_with_75(number):
+    # A process that was started in the background of a shell ignores SIGINT, and so do its children.
     code = """
+        import signal
         import time
         from drafttrain.cli import app, exit_codes
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
         @app.command()
         def wait() -> None:

@@ -4,6 +4,7 @@ import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
+from drafttrain.config.nodes import shortened
 from drafttrain.core.errors import RecipeError
 from drafttrain.core.files import write_text
 
@@ -43,18 +44,23 @@ def find_recipe(name: Path | str) -> Path:
         RecipeError: There is no such file.
     """
     path = Path(name)
-    if path.is_file():
-        return path
-    if (path / "recipe.yaml").is_file():
-        return path / "recipe.yaml"
-    if path.is_dir():
-        raise RecipeError(str(name), ["no recipe.yaml in this folder: it is no run of drafttrain"])
+    try:
+        if path.is_file():
+            return path
+        if (path / "recipe.yaml").is_file():
+            return path / "recipe.yaml"
+        if path.is_dir():
+            raise RecipeError(str(name), ["no recipe.yaml in this folder: it is not a run of drafttrain"])
+        if path.exists():
+            raise RecipeError(str(name), ["not a regular file"])
+    except OSError as error:
+        raise RecipeError(shortened(str(name)), [f"cannot be read: {error.strerror}"]) from error
     bundled = {recipe.name: recipe.path for recipe in bundled_recipes()}
     if str(name) in bundled:
         return bundled[str(name)]
     near = difflib.get_close_matches(path.stem, bundled, n=1)
     hint = f"Did you mean {near[0]!r}?" if near else f"Bundled: {', '.join(bundled) or 'none'}"
-    raise RecipeError(str(name), [f"neither a file nor a bundled recipe. {hint}"])
+    raise RecipeError(shortened(str(name)), [f"neither a file nor a bundled recipe. {hint}"])
 
 
 def is_recipe(name: Path | str) -> bool:

@@ -12,8 +12,11 @@ from dataclasses import MISSING, is_dataclass
 from typing import Any, Literal, Union
 
 from drafttrain.config.fields import BOUNDS, Field, describe, fields_of, kind_of, within
-from drafttrain.config.nodes import Node, Problem
+from drafttrain.config.nodes import Node, Problem, shortened
 from drafttrain.core.registry import Registry
+
+LARGEST_INTEGER = 2**63 - 1
+"""What tensors, files and other libraries can hold."""
 
 
 class Checker:
@@ -21,6 +24,16 @@ class Checker:
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
+        self._num_refused = 0
+
+    @property
+    def _num_faults(self) -> int:
+        """Problems of this walk, and values that the reader of the YAML refused before it."""
+        return len(self.problems) + self._num_refused
+
+    def _skip(self) -> None:
+        """Pass over a value whose problem is reported already: what it belongs to cannot be made."""
+        self._num_refused += 1
 
     def refuse(self, node: Node, path: str, sentence: str) -> None:
         """Note one problem."""
@@ -31,7 +44,7 @@ class Checker:
         if not isinstance(node.value, dict):
             expected = "a section: keys and values, indented below it"
             return self._wrong(node, path, expected)
-        before = len(self.problems)
+        before = self._num_faults
         fields = fields_of(settings)
         given = {key: child for key, child in node.value.items() if not (key == "kind" and kind)}
         self._unknown_keys(given, fields, path=path)
@@ -45,7 +58,7 @@ class Checker:
                 self.refuse(node, here, f"missing. {field.help}".strip())
             else:
                 values[name] = self._default(field, known, node, path=here)
-        if len(self.problems) > before:
+        if self._num_faults > before:
             return None
         made = settings(**values)
         if kind and kind_of(made) != kind:
@@ -56,7 +69,7 @@ class Checker:
     def field(self, field: Field, node: Node, *, path: str) -> Any:
         """Return the value of one field."""
         if node.refused:
-            return None
+            return self._skip()
         if node.value is None and field.nullable:
             return None
         if field.registry is not None:
@@ -81,11 +94,12 @@ class Checker:
         return [
             self._component(field.registry, item, path=f"{path}.{i}", default=MISSING)
             for i, item in enumerate(node.value)
-            if not item.refused
         ]
 
     def _component(self, registry: Registry, node: Node, *, path: str, default: Any) -> Any:
         """Return the settings of the component that `kind` names; the default's kind where none is given."""
+        if node.refused:
+            return self._skip()
         if not isinstance(node.value, dict):
             name = node.value if node.value in registry.names() else registry.names()[0] if registry.names() else "..."
             return self._wrong(node, path, f"a mapping that names its kind, as in {{kind: {name}}}")
@@ -94,9 +108,11 @@ class Checker:
         if kind_node is None and default_kind is None:
             available = ", ".join(registry.names())
             return self.refuse(node, path, f"kind is missing: which {registry.kind}? Available: {available}")
+        if kind_node is not None and kind_node.refused:
+            return self._skip()
         kind = default_kind if kind_node is None else kind_node.value
         if kind not in registry.names():
-            return self.refuse(kind_node or node, f"{path}.kind", registry.unknown(str(kind)))
+            return self.refuse(kind_node or node, f"{path}.kind", registry.unknown(shortened(str(kind))))
         base = None
         if kind == default_kind:
             base = default if is_dataclass(default) else self._from_mapping(registry, default, node.where)
@@ -109,7 +125,7 @@ class Checker:
     def _value(self, hint: Any, node: Node, *, path: str, bounds: Mapping[str, Any], base: Any = None) -> Any:
         """Return a value of a type, noting what does not fit."""
         if node.refused:
-            return None
+            return self._skip()
         if is_dataclass(hint):
             assert isinstance(hint, type)
             return self.settings(hint, node, path=path, base=base)
@@ -156,15 +172,21 @@ class Checker:
 
     def _scalar(self, hint: Any, node: Node, *, path: str, bounds: Mapping[str, Any]) -> Any:
         value: Any = _number(node) if hint in (int, float) else node.value
-        if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        if hint is float and type(value) is int and abs(value) <= LARGEST_INTEGER:
             value = float(value)
         if hint is str and not isinstance(value, str) and node.where.startswith("override") and node.text is not None:
             value = node.text
+        if hint in (int, float) and type(value) is int and abs(value) > LARGEST_INTEGER:
+            return self.refuse(
+                node, path, f"must be between -{LARGEST_INTEGER} and {LARGEST_INTEGER}, got {_shown(node)}"
+            )
         if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
             quote = hint is str and node.text is not None and value is not None
-            return self._wrong(node, path, describe(hint), advice=f': write "{node.text}"' if quote else "")
+            return self._wrong(
+                node, path, describe(hint), advice=f': write "{shortened(str(node.text))}"' if quote else ""
+            )
         if isinstance(value, str) and "${" in value:
-            return self.refuse(node, path, f"references like {value} are not read: write the value out")
+            return self.refuse(node, path, f"references like {shortened(value)} are not read: write the value out")
         if hint in (int, float):
             self._in_range(value, node, path=path, bounds=bounds)
         return value
@@ -197,7 +219,7 @@ class Checker:
                 near = difflib.get_close_matches(key, fields, n=1)
                 word, listed = ("key", "Keys here") if path else ("section", "Sections")
                 hint = f"Did you mean {near[0]!r}?" if near else f"{listed}: {', '.join(fields) or 'none'}"
-                self.refuse(child, _join(path, key), f"unknown {word}. {hint}")
+                self.refuse(child, _join(path, shortened(key)), f"unknown {word}. {hint}")
 
     def _wrong(self, node: Node, path: str, expected: str, *, advice: str = "") -> None:
         self.refuse(node, path, f"must be {expected}, got {_shown(node)}{advice}")
@@ -232,7 +254,9 @@ def _shown(node: Node) -> str:
         return "a mapping"
     if isinstance(node.value, list):
         return "a list"
-    return "null" if node.value is None else repr(node.value) if isinstance(node.value, str) else str(node.text)
+    if isinstance(node.value, str):
+        return f"'{shortened(node.value)}'"
+    return "null" if node.value is None else shortened(str(node.text))
 
 
 def _as_node(value: Any, where: str) -> Node:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -48,7 +49,7 @@ class Field(NamedTuple):
 
 def fields_of(settings: type) -> dict[str, Field]:
     """Return the fields of a settings dataclass by name, in their order."""
-    hints = typing.get_type_hints(settings)
+    hints = _hints_of(settings)
     fields = {}
     for field in dataclasses.fields(settings):
         if field.init:
@@ -56,6 +57,11 @@ def fields_of(settings: type) -> dict[str, Field]:
             hint, nullable = _without_none(hints[field.name])
             fields[field.name] = Field(field.name, hint, nullable or default is None, field.metadata, default)
     return fields
+
+
+@functools.cache
+def _hints_of(settings: type) -> dict[str, Any]:
+    return typing.get_type_hints(settings)
 
 
 def kind_of(settings: Any) -> str | None:

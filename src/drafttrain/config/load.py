@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from drafttrain.config.bundled import find_recipe
 from drafttrain.config.check import Checker
 from drafttrain.config.fields import fields_of
-from drafttrain.config.nodes import Node, Problem, apply_override, read_yaml
+from drafttrain.config.nodes import MAX_BYTES, Node, Problem, apply_override, read_yaml, shortened
 from drafttrain.config.recipe import Recipe
 from drafttrain.config.smoke import shrink
 from drafttrain.core.errors import RecipeError
@@ -33,12 +33,19 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, smoke: bool 
         RecipeError: With every problem, each with its line or override.
     """
     file = find_recipe(path)
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RecipeError(str(path), [f"not UTF-8: {error}"]) from error
-    recipe = read_recipe(text, overrides, source=str(path))
+    recipe = read_recipe(_text_of(file, source=str(path)), overrides, source=str(path))
     return shrink(recipe) if smoke else recipe
+
+
+def _text_of(file: Path, *, source: str) -> str:
+    try:
+        if (size := file.stat().st_size) > MAX_BYTES:
+            raise RecipeError(source, [f"{size:,} bytes: a recipe has at most {MAX_BYTES:,}"])
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecipeError(source, [f"not UTF-8: {error}"]) from error
+    except OSError as error:
+        raise RecipeError(source, [f"cannot be read: {error.strerror}"]) from error
 
 
 def read_recipe(text: str, overrides: Sequence[str] = (), *, source: str) -> Recipe:
@@ -101,9 +108,11 @@ def _import_plugins(root: Node) -> list[Problem]:
         try:
             importlib.import_module(str(item.value))
         except ImportError as error:
-            text = f"plugins: cannot import {item.value!r} ({error}). Install it, or put its folder on PYTHONPATH"
+            name = shortened(str(item.value))
+            text = f"plugins: cannot import {name!r} ({shortened(str(error))}). Install it, or put its folder on PYTHONPATH"
             problems.append(Problem(item.where, text))
-        except Exception as error:  # whatever the code of a plugin does when it runs
-            text = f"plugins: {item.value!r} fails when it is imported: {type(error).__name__}: {error}"
+        except (Exception, SystemExit) as error:  # whatever the code of a plugin does when it runs
+            name = shortened(str(item.value))
+            text = f"plugins: {name!r} fails when it is imported: {type(error).__name__}: {shortened(str(error))}"
             problems.append(Problem(item.where, text))
     return problems

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,10 @@ import yaml
 from drafttrain.core.errors import RecipeError
 
 PLAIN_TAGS = ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")
+MAX_BYTES = 200_000
+"""Of a recipe: the YAML reader takes a second for more. The longest bundled recipe has 4,000."""
+MAX_DEPTH = 32
+"""Of values within values. A recipe needs six."""
 
 
 @dataclass(frozen=True)
@@ -56,28 +61,57 @@ def read_yaml(text: str, *, source: str) -> tuple[Node, list[Problem]]:
     """Return the tree of a YAML text, and what a recipe must not contain: keys twice, anchors, aliases, merge keys.
 
     Raises:
-        RecipeError: The text is no YAML; nothing more can be said of it.
+        RecipeError: The text is no YAML, or nested too deep; nothing more can be said of it.
     """
-    loader = _Loader(text)
     try:
-        root = loader.get_single_node()
-        if root is None:
-            return Node({}, "line 1"), [Problem("line 1", "the recipe is empty")]
-        return loader.node_of(root, where="line 1"), loader.problems
+        root, problems = _tree_of(text, where="line 1")
+    except _TooDeepError as error:
+        raise RecipeError(source, [f"{_line(error)}: values nested deeper than {MAX_DEPTH} levels"]) from error
+    except yaml.reader.ReaderError as error:
+        at = f"line {1 + text.count(chr(10), 0, error.position)}"
+        raise RecipeError(
+            source, [f"{at}: not YAML: character U+{ord(text[error.position]):04X} is not allowed"]
+        ) from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""
         said = ", ".join(part for part in (error.context, error.problem) if part)
-        raise RecipeError(source, [f"{line}not YAML: {said}"]) from error
-    except yaml.YAMLError as error:
-        raise RecipeError(source, [f"not YAML: {error}"]) from error
+        raise RecipeError(source, [f"{line}not YAML: {shortened(said)}"]) from error
+    if root is None:
+        return Node({}, "line 1"), [Problem("line 1", "the recipe is empty")]
+    return root, problems
+
+
+def shortened(text: str, *, length: int = 80) -> str:
+    """Return what a message shows of a text: one line, at most `length` characters."""
+    line = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text[: length + 1])
+    return line if len(text) <= length else f"{line[:length]}... ({len(text):,} characters)"
+
+
+def _unwritable(text: str) -> str | None:
+    """Return what forbids to store a text as UTF-8 or to use it in a path: a control character, half of a surrogate pair."""
+    for character in text:
+        if character not in "\t\n\r" and unicodedata.category(character) in ("Cc", "Cs"):
+            return f"character U+{ord(character):04X} is not allowed"
+    return None
+
+
+def _tree_of(text: str, *, where: str) -> tuple[Node | None, list[Problem]]:
+    """Return the tree of a YAML text (None: it holds nothing), and what must not be in it."""
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+        return None if root is None else loader.node_of(root, where=where), loader.problems
     finally:
         loader.dispose()
 
 
 def apply_override(root: Node, override: str) -> Iterator[Problem]:
     """Set one value of the tree from `section.key=value`; an integer in the path is an item of a list."""
-    where = f"override {override}"
+    where = f"override {shortened(override)}"
+    if problem := _unwritable(override):
+        yield Problem(where, problem)
+        return
     path, equals, text = override.partition("=")
     if not equals or not all(path.split(".")):
         yield Problem(where, "an override has the form section.key=value")
@@ -106,7 +140,7 @@ def _step(parent: Node, key: str, *, path: str) -> tuple[Node | None, str | None
         return parent.value.get(key), None
     if isinstance(parent.value, list):
         count = len(parent.value)
-        if key.isdigit() and int(key) < count:
+        if key in map(str, range(count)):
             return parent.value[int(key)], None
         return None, f"{above} has items 0..{count - 1}, got {key!r}" if count else f"{above} is an empty list"
     return None, f"{above} is a single value, it has no {key!r}"
@@ -118,16 +152,14 @@ def _put(parent: Node, key: str, child: Node) -> None:
 
 def _value_of(text: str, *, where: str) -> Node:
     """Return what stands right of `=`: YAML where it is some, else the text itself."""
-    loader = _Loader(text)
     try:
-        root = loader.get_single_node()
-        node = loader.node_of(root, where=where) if root is not None else Node("", where, text="")
+        node, problems = _tree_of(text, where=where)
     except yaml.YAMLError:
         return Node(text, where, text=text)
-    finally:
-        loader.dispose()
-    if loader.problems:
+    if problems:
         return Node(text, where, text=text)
+    if node is None:
+        return Node("", where, text="")
     _relocate(node, where)
     return node
 
@@ -140,6 +172,14 @@ def _relocate(node: Node, where: str) -> None:
             _relocate(child, where)
 
 
+class _TooDeepError(yaml.YAMLError):
+    """Values are nested too deep to be read by recursion."""
+
+    def __init__(self, start_mark: Any) -> None:
+        super().__init__(f"nested deeper than {MAX_DEPTH} levels")
+        self.start_mark = start_mark
+
+
 class _Loader(yaml.SafeLoader):
     """A loader that stops at the tree, keeps lines and refuses what would hide the truth of a file."""
 
@@ -147,31 +187,50 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self.problems: list[Problem] = []
         self._aliases: set[int] = set()
+        self._depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()
         if self.check_event(yaml.AliasEvent):
-            self._refuse(event, f"alias *{event.anchor}: write the value out, a recipe has no anchors")
+            self._refuse(event, f"alias *{shortened(event.anchor)}: write the value out, a recipe has no anchors")
             self.get_event()
-            node = yaml.ScalarNode("tag:yaml.org,2002:null", "", event.start_mark, event.end_mark)
-            self._aliases.add(id(node))
-            return node
+            nothing = yaml.ScalarNode("tag:yaml.org,2002:null", "", event.start_mark, event.end_mark)
+            self._aliases.add(id(nothing))
+            return nothing
         if event.anchor is not None:
-            self._refuse(event, f"anchor &{event.anchor}: write the value out, a recipe has no anchors")
-        return super().compose_node(parent, index)
+            self._refuse(event, f"anchor &{shortened(event.anchor)}: write the value out, a recipe has no anchors")
+        if self._depth == MAX_DEPTH:
+            raise _TooDeepError(event.start_mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def node_of(self, raw: Any, *, where: str) -> Node:
         """Return the tree under a raw YAML node."""
         if raw.tag.rpartition(":")[2] not in PLAIN_TAGS:
-            self._refuse(raw, f"tag {raw.tag}: only plain values are read")
+            self._refuse(raw, f"tag {shortened(raw.tag)}: only plain values are read")
             return Node(None, where, refused=True)
         if isinstance(raw, yaml.MappingNode):
             return Node(self._mapping_of(raw), where)
         if isinstance(raw, yaml.SequenceNode):
             return Node([self.node_of(item, where=_line(item)) for item in raw.value], where)
-        dated = raw.tag == "tag:yaml.org,2002:timestamp"
-        value = raw.value if dated else self.construct_object(raw)
-        return Node(value, where, text=raw.value, refused=id(raw) in self._aliases)
+        if id(raw) in self._aliases:
+            return Node(None, where, refused=True)
+        return self._scalar_of(raw, where=where)
+
+    def _scalar_of(self, raw: yaml.ScalarNode, *, where: str) -> Node:
+        kind = raw.tag.rpartition(":")[2]
+        try:
+            value = raw.value if kind == "timestamp" else self.construct_object(raw)
+        except (ValueError, LookupError, yaml.YAMLError):
+            digits = f" of {len(raw.value):,} characters" if kind in ("int", "float") and len(raw.value) > 80 else ""
+            self._refuse(raw, f"{shortened(raw.value)!r} cannot be read as {kind}{digits}")
+            return Node(None, where, text=raw.value, refused=True)
+        if problem := _unwritable(raw.value):
+            self._refuse(raw, problem)
+            return Node(None, where, text=raw.value, refused=True)
+        return Node(value, where, text=raw.value)
 
     def _mapping_of(self, raw: yaml.MappingNode) -> dict[str, Node]:
         children: dict[str, Node] = {}
@@ -180,8 +239,10 @@ class _Loader(yaml.SafeLoader):
                 self._refuse(key, "a key must be a word")
             elif key.tag == "tag:yaml.org,2002:merge":
                 self._refuse(key, "merge key <<: write the keys out, a recipe has no anchors")
+            elif problem := _unwritable(key.value):
+                self._refuse(key, problem)
             elif key.value in children:
-                self._refuse(key, f"{key.value}: given twice, first in {children[key.value].where}")
+                self._refuse(key, f"{shortened(key.value)}: given twice, first in {children[key.value].where}")
             else:
                 children[key.value] = self.node_of(value, where=_line(key))
         return children

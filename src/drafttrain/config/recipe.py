@@ -24,6 +24,9 @@ from drafttrain.train.settings import TrainSettings
 TRAINED = (("drafter", "loss"), ("head",))
 """What says what is trained: one of these groups of sections."""
 
+MAX_NAME_BYTES = 200
+"""File systems take 255; folders beside the run's have its name and a word more."""
+
 
 @dataclass(kw_only=True)
 class Recipe:
@@ -55,8 +58,12 @@ class Recipe:
     def check(self) -> list[str]:
         """Return what is wrong across sections."""
         problems = []
-        if not self.name or "/" in self.name or self.name.startswith("."):
+        if not self.name.isprintable() or not self.name.strip() or "/" in self.name or self.name.startswith("."):
             problems.append(f"name: must be usable as the name of a folder, got {self.name!r}")
+        if len(self.name.encode()) > MAX_NAME_BYTES:
+            problems.append(
+                f"name: a folder is named by it: at most {MAX_NAME_BYTES} bytes, got {len(self.name.encode())}"
+            )
         if self.head is not None:
             problems += self._of_head()
         elif self.data.annotate is not None:
