@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import write_json
+from drafttrain.core.foreign import check_folder, read_json
 from drafttrain.drafters import Drafter, drafters
 from drafttrain.target import Target
 
@@ -40,10 +40,16 @@ def read_about(folder: Path) -> About | None:
     path = folder / ABOUT
     if not path.exists():
         return None
-    try:
-        return About(**json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a description of a drafter: {error}") from error
+    held, known = read_json(path), {field.name: field for field in fields(About)}
+    problems = [
+        f"{name} must be a {type_name}, got {held[name]!r:.60}" if name in held else f"{name} is missing"
+        for name, field in known.items()
+        if (type_name := str(field.type)) != type(held.get(name)).__name__
+        and (name in held or field.default is MISSING)
+    ]
+    if problems:
+        raise CheckpointError(f"{path}: not a description of a drafter: {'; '.join(problems)}")
+    return About(**{name: value for name, value in held.items() if name in known})
 
 
 def read_drafter(folder: Path, target: Target, *, dtype: str | None = None) -> Drafter:
@@ -57,6 +63,7 @@ def read_drafter(folder: Path, target: Target, *, dtype: str | None = None) -> D
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json here: not a drafter folder")
+    check_folder(folder)
     about = read_about(folder)
     if about is not None:
         _check_target(folder, about, target)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from drafttrain.core.errors import CheckpointError
 
@@ -15,12 +17,82 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file.
 
     Raises:
-        CheckpointError: It is missing, truncated or none.
+        CheckpointError: It is missing, truncated or none, or holds a number that is not finite.
     """
     try:
-        return load_file(path)
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: not a regular file")
+        tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: the weights cannot be read: {error}") from error
+    check_finite(tensors, where=str(path))
+    return tensors
+
+
+def load_into(module: nn.Module, path: Path) -> None:
+    """Read a file into a module of exactly these names, shapes and kinds of number.
+
+    Raises:
+        CheckpointError: A tensor is missing, has another shape or holds integers, or is unknown, which engines ignore silently.
+    """
+    stored, wanted = read_tensors(path), module.state_dict()
+    problems = [f"{name}: missing" for name in wanted if name not in stored]
+    problems += [f"{name}: unknown" for name in stored if name not in wanted]
+    for name, ours in wanted.items():
+        theirs = stored.get(name)
+        if theirs is None:
+            continue
+        if theirs.shape != ours.shape:
+            problems.append(f"{name}: shape {list(theirs.shape)}, must be {list(ours.shape)}")
+        elif theirs.is_floating_point() != ours.is_floating_point():
+            problems.append(f"{name}: {theirs.dtype}, must be {ours.dtype}")
+    if problems:
+        raise CheckpointError(f"{path}: {len(problems)} tensors are wrong: {'; '.join(problems[:5])}")
+    module.load_state_dict(stored)
+
+
+def check_finite(tensors: Mapping[str, Tensor], *, where: str) -> None:
+    """Refuse weights that hold NaN or infinity.
+
+    Raises:
+        CheckpointError: Naming the tensors.
+    """
+    found = [f"{name}: {wrong}" for name, tensor in tensors.items() if (wrong := _not_finite(tensor))]
+    if found:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise CheckpointError(f"{where}: not weights: {'; '.join(found[:5])}{more}")
+
+
+def _not_finite(tensor: Tensor) -> str | None:
+    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
+        return None
+    # One sum reads the tensor once; only where it is not finite (or overflows) each number is looked at.
+    summed = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    numbers = tensor if tensor.itemsize > 1 else tensor.to(summed)
+    if bool(numbers.sum(dtype=summed).isfinite()):
+        return None
+    wrong = int((~numbers.isfinite()).sum())
+    return f"{wrong} of {tensor.numel()} numbers are NaN or infinite" if wrong else None
+
+
+def check_number_types(folder: Path) -> None:
+    """Refuse a model folder whose files hold weights of integers: loaders would take them for numbers silently.
+
+    Raises:
+        CheckpointError: Naming the file and its first tensors.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        wrong = [
+            f"{name} ({kind})"
+            for name, kind in kinds.items()
+            if name.endswith(".weight") and kind[0] in "IUB" and kind != "BF16"
+        ]
+        if wrong:
+            raise CheckpointError(
+                f"{path}: {len(wrong)} weights of integers, and config.json has no quantization_config: {', '.join(wrong[:5])}"
+            )
 
 
 class TensorFiles:
@@ -52,4 +124,5 @@ class TensorFiles:
                 tensor: Tensor = file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: {name} cannot be read: {error}") from error
+        check_finite({name: tensor}, where=str(path))
         return tensor

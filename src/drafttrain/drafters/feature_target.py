@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.tensors import read_tensors
+from drafttrain.core.foreign import read_json
+from drafttrain.core.tensors import load_into
 from drafttrain.target import Target
 from drafttrain.target.anatomy import final_norm, head_logits
 
@@ -169,7 +170,7 @@ def read_config(folder: Path, target: Target) -> dict[str, Any]:
     Raises:
         CheckpointError: It was not, or it is no folder of ours.
     """
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     if "drafttrain" not in config:
         raise CheckpointError(
             f"{folder}/config.json: no key drafttrain: written for an engine or by others; drafttrain import {folder} "
@@ -185,24 +186,9 @@ def read_config(folder: Path, target: Target) -> dict[str, Any]:
 
 
 def load_weights(folder: Path, module: nn.Module, *, dtype: Any) -> None:
-    """Read model.safetensors into a module of exactly these names and shapes, as weights of `dtype`.
-
-    Raises:
-        CheckpointError: A tensor is missing, has another shape, or is unknown. Engines pass over unknown ones in silence.
-    """
-    path = folder / "model.safetensors"
-    stored, wanted = read_tensors(path), module.state_dict()
-    problems = [f"{name}: missing" for name in wanted if name not in stored]
-    problems += [f"{name}: unknown" for name in stored if name not in wanted]
-    problems += [
-        f"{name}: shape {list(stored[name].shape)}, must be {list(wanted[name].shape)}"
-        for name in wanted
-        if name in stored and stored[name].shape != wanted[name].shape
-    ]
-    if problems:
-        raise CheckpointError(f"{path}: {len(problems)} tensors are wrong: {'; '.join(problems[:5])}")
+    """Read model.safetensors into a module of exactly these names and shapes, as weights of `dtype`."""
     module.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    module.load_state_dict(stored)
+    load_into(module, folder / "model.safetensors")
 
 
 def _rope_parameters(config: Any) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from drafttrain.core.errors import CheckpointError
+from drafttrain.core.foreign import read_json
 from drafttrain.core.records import DraftBatch, DraftOutput, TargetNeeds
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
-from drafttrain.core.tensors import read_tensors
+from drafttrain.core.tensors import load_into
 from drafttrain.drafters import Drafter, drafters
 from drafttrain.drafters.early_exit_proposer import EarlyExitProposer, KeysAndValues
 from drafttrain.target import Target
@@ -132,7 +133,7 @@ No serving engine loads an adapter behind a target's first layers yet; these fig
         Raises:
             CheckpointError: The files are damaged, or belong to another target.
         """
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
         missing = [key for key in CONFIG_KEYS if key not in config]
         if missing:
             raise CheckpointError(f"{folder / 'config.json'}: {', '.join(missing)} missing: not a Kangaroo adapter's")
@@ -153,10 +154,7 @@ No serving engine loads an adapter behind a target's first layers yet; these fig
             draft=config["draft"],
         )
         drafter.to(target.device, getattr(torch, dtype) if dtype else target.model.dtype)
-        try:
-            drafter.adapter.load_state_dict(read_tensors(folder / "model.safetensors"))
-        except RuntimeError as error:
-            raise CheckpointError(f"{folder}: not the weights of a Kangaroo adapter: {error}") from error
+        load_into(drafter.adapter, folder / "model.safetensors")
         return drafter.eval()
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import write_json
+from drafttrain.core.foreign import read_json
 from drafttrain.core.settings import setting
 from drafttrain.core.tensors import read_tensors
 from drafttrain.target import Target
@@ -133,10 +133,10 @@ def merged(target: Target, folder: Path) -> Target:
         CheckpointError: The adapters do not fit the target.
     """
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG)
         tensors = read_tensors(folder / WEIGHTS)
         scale = config["lora_alpha"] / config["r"]
-    except (OSError, KeyError, ValueError) as error:
+    except (CheckpointError, KeyError, TypeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{folder}: no adapter could be read here: {error}") from error
     model = copy.deepcopy(target.model)
     names = {key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in tensors}

@@ -5,7 +5,6 @@ B = sequences, T = positions, V = vocabulary, D = hidden, K = heads, R = ranks, 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -20,10 +19,11 @@ from torch.nn.functional import silu
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import write_json
+from drafttrain.core.foreign import read_json
 from drafttrain.core.records import DraftBatch, DraftOutput, TargetNeeds
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
-from drafttrain.core.tensors import read_tensors
+from drafttrain.core.tensors import load_into
 from drafttrain.drafters import Drafter, drafters
 from drafttrain.drafters.lora import LoraAdapter, LoraSettings, merged
 from drafttrain.drafters.medusa_proposer import MedusaProposer
@@ -338,10 +338,7 @@ class Medusa(Drafter):
             made.adapter_folder = folder / ADAPTER
         kind = dtype or target.model.dtype
         made.to(target.device, getattr(torch, kind) if isinstance(kind, str) else kind)
-        try:
-            made.load_state_dict(read_tensors(folder / "model.safetensors"))
-        except RuntimeError as error:
-            raise CheckpointError(f"{folder}: not the weights that its config.json describes: {error}") from error
+        load_into(made, folder / "model.safetensors")
         return made.eval()
 
 
@@ -362,7 +359,7 @@ class _Blocks(nn.Module):
 
 def _config(folder: Path) -> dict[str, Any]:
     """Return config.json with every key that is needed."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     needed = ("hidden_size", "vocab_size", "num_heads", "num_hidden_layers", "medusa_fc_bias")
     missing = [key for key in needed if key not in config]
     if missing:
@@ -377,6 +374,6 @@ def _paths(folder: Path) -> list[TreePath] | None:
     if not path.exists():
         return None
     try:
-        return [tuple(map(int, one)) for one in json.loads(path.read_text(encoding="utf-8"))["paths"]]
+        return [tuple(map(int, one)) for one in read_json(path)["paths"]]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: not a tree: {error}") from error

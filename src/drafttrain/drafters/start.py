@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from drafttrain.core.errors import CheckpointError
+from drafttrain.core.foreign import read_json
 from drafttrain.target import Target
 from drafttrain.target.frozen import check_same_tokenizer, load_tokenizer, resolve_folder
 
@@ -35,10 +35,10 @@ def folder_to_start_from(checkpoint: str, target: Target, *, kind: str) -> Path:
     folder = resolve_folder(checkpoint)
     path = folder / "drafttrain.json"
     try:
-        held = json.loads(path.read_text(encoding="utf-8")).get("kind")
-    except (OSError, ValueError, AttributeError) as error:
+        held = read_json(path).get("kind")
+    except CheckpointError as error:
         raise CheckpointError(
-            f"drafter.checkpoint: {path}: not of a drafter folder: {error}. One that others made: drafttrain import FOLDER"
+            f"drafter.checkpoint: not of a drafter folder: {error}. One that others made: drafttrain import FOLDER"
         ) from error
     if held != kind:
         raise CheckpointError(f"drafter.checkpoint: {checkpoint} is of kind {held}, drafter.kind is {kind}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from drafttrain.checkpoint import ABOUT
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import folder_beside
+from drafttrain.core.foreign import read_json
 from drafttrain.export import DrafterFiles, Exporter, exporters
 from drafttrain.export.folder import read_files
 
@@ -21,7 +21,7 @@ LONGEST_SHOWN = 20
 
 def read_target_config(folder: Path, *, name: str) -> dict[str, Any]:
     """Return config.json of a target, with the name that it goes by."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     return config | {"_name_or_path": name}
 
 

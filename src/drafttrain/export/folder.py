@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from safetensors.torch import save_file
 from drafttrain.checkpoint import read_about
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import write_json
-from drafttrain.core.tensors import read_tensors
+from drafttrain.core.foreign import own_files, read_json
+from drafttrain.core.tensors import check_number_types, read_tensors
 from drafttrain.export import DrafterFiles
 
 REPLACED = ("config.json", "README.md", "engine.json", "eval.json", "report.html")
@@ -38,12 +38,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: There is none that can be read.
     """
-    path = folder / "config.json"
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not the configuration of a drafter: {error}") from error
-    return config
+    return read_json(folder / "config.json")
 
 
 def kind_of(folder: Path) -> str:
@@ -57,6 +52,7 @@ def write_folder(files: DrafterFiles, source: Path, folder: Path) -> None:
     tensors = {key: tensor.contiguous() for key, tensor in files.tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", dict(files.config))
+    own_files(source)
     for other in source.iterdir():
         if other.name not in REPLACED and not other.name.endswith(WEIGHTS):
             copy = shutil.copytree if other.is_dir() else shutil.copyfile
@@ -67,4 +63,5 @@ def _all_tensors(folder: Path) -> dict[str, torch.Tensor]:
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise CheckpointError(f"{folder}: no *.safetensors here (pickled weights are not read)")
+    check_number_types(folder)
     return {name: tensor for path in paths for name, tensor in read_tensors(path).items()}

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from drafttrain.checkpoint import About, write_about
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import folder_beside
+from drafttrain.core.foreign import own_files, read_json
 from drafttrain.core.tensors import read_tensors
 from drafttrain.export import DrafterFiles, Exporter, exporters
 from drafttrain.export.folder import read_config
@@ -69,9 +70,10 @@ def export_hf(trained: Path, folder: Path, *, tokenizer: Any, about: About, dtyp
             for name, tensor in read_tensors(trained / "model.safetensors").items()
         }
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        config = json.loads((trained / "config.json").read_text(encoding="utf-8"))
+        config = read_json(trained / "config.json")
         config["dtype"] = dtype
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        own_files(trained)
         for other in trained.iterdir():
             if other.name not in ("config.json", "model.safetensors"):
                 copy = shutil.copytree if other.is_dir() else shutil.copyfile

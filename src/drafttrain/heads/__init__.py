@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from drafttrain.core.errors import CheckpointError
+from drafttrain.core.foreign import read_json
 from drafttrain.core.registry import Registry
+from drafttrain.core.tensors import load_into
 from drafttrain.target import Target
 from drafttrain.target.frozen import fingerprint_of
 
@@ -129,10 +131,7 @@ def load_head(folder: Path, *, kind: str) -> LoadedHead:
         raise CheckpointError(f"{folder}: holds a head of kind {config['kind']!r}, {kind!r} is needed here")
     entry = heads.entry(kind)
     head: TokenHead = entry.component(entry.settings(**config["settings"]), config["hidden_size"])
-    try:
-        head.load_state_dict(load_file(folder / WEIGHTS))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS}: no weights of this head: {error}") from error
+    load_into(head, folder / WEIGHTS)
     return LoadedHead(head.eval().requires_grad_(False), config["made_for"])
 
 
@@ -165,7 +164,7 @@ def _config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{folder}: no {CONFIG} here: not the folder of a head")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         return {
             "kind": config["kind"],
             "settings": config["settings"],

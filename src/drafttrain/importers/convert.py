@@ -13,6 +13,7 @@ from torch import Tensor
 from drafttrain.checkpoint import ABOUT, About, read_about, write_about
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import folder_beside, write_json
+from drafttrain.core.foreign import own_files
 from drafttrain.core.tensors import read_tensors
 from drafttrain.drafters.medusa import ADAPTER, TREE
 from drafttrain.export.layout import layout_problems
@@ -55,6 +56,7 @@ def import_folder(source: Path, out: Path, *, target: str | None = None) -> Impo
         )
         dtype = next(str(t.dtype).removeprefix("torch.") for t in made.files.tensors.values() if t.is_floating_point())
         write_json(temporary / "config.json", {**made.files.config, "dtype": dtype})
+        own_files(source)
         for name in KEPT:
             if (source / name).exists():
                 copy = shutil.copytree if (source / name).is_dir() else shutil.copyfile

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.tensors import read_tensors
+from drafttrain.core.foreign import check_folder, read_json
+from drafttrain.core.tensors import check_finite, read_tensors
 from drafttrain.importers import Given
 
 PICKLES = ("pytorch_model*.bin", "medusa_lm_head.pt", "model.pt")
@@ -24,7 +24,8 @@ def read_given(folder: Path) -> Given:
     Raises:
         CheckpointError: No config.json, no weights, a pickle with more than tensors, or one tensor in two files.
     """
-    config = _config(folder / "config.json")
+    check_folder(folder)
+    config = read_json(folder / "config.json")
     safe = sorted(folder.glob("*.safetensors"))
     pickled = sorted(path for pattern in PICKLES for path in folder.glob(pattern))
     paths = safe or pickled
@@ -69,19 +70,10 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     others = [f"{name!r} ({type(value).__name__})" for name, value in held.items() if not _named_tensor(name, value)]
     if others:
         raise CheckpointError(f"{path}: must be a dict of tensors by name, holds {', '.join(others[:10])}")
+    check_finite(held, where=str(path))
     # Views of one storage, and gradients, have no place in safetensors.
     return {name: tensor.detach().clone() for name, tensor in held.items()}
 
 
 def _named_tensor(name: Any, value: Any) -> bool:
     return isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not the configuration of a drafter: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: must be a JSON object, is a {type(config).__name__}")
-    return config

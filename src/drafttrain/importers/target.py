@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from drafttrain.core.errors import CheckpointError
+from drafttrain.core.foreign import read_json
 from drafttrain.export.layout import text_config
 from drafttrain.target.frozen import fingerprint_of, load_tokenizer, num_ids, resolve_folder
 
@@ -35,11 +35,7 @@ class TargetFiles:
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json of the language model."""
-        path = self.folder / "config.json"
-        try:
-            return dict(text_config(json.loads(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: not the configuration of a target: {error}") from error
+        return dict(text_config(read_json(self.folder / "config.json")))
 
     def size(self, key: str) -> int:
         """Return a number of config.json.

@@ -21,8 +21,10 @@ from torch import Tensor
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import sha256_of
+from drafttrain.core.foreign import check_folder
 from drafttrain.core.records import TargetNeeds, TargetOutput, TargetRows
 from drafttrain.core.settings import setting
+from drafttrain.core.tensors import check_finite, check_number_types
 from drafttrain.target.anatomy import head_logits, position_limit
 from drafttrain.target.documents import document_states
 
@@ -134,6 +136,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer of a folder."""
     from transformers import AutoTokenizer
 
+    check_folder(folder)
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises plain Exceptions, and what the content of a broken file leads to
@@ -148,6 +151,7 @@ def load_causal_lm(
 
     if not list(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder}: no *.safetensors here (pickled weights are not read)")
+    check_folder(folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder),
@@ -163,6 +167,9 @@ def load_causal_lm(
     missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} weights are missing from the file: {', '.join(missing[:5])}")
+    if getattr(model.config, "quantization_config", None) is None:
+        check_finite(model.state_dict(), where=str(folder))
+        check_number_types(folder)
     return model
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from drafttrain.core.errors import CheckpointError
+from drafttrain.core.foreign import check_folder
 from drafttrain.core.tensors import TensorFiles
 from drafttrain.target.anatomy import final_norm
 
@@ -26,6 +27,7 @@ def skeleton(folder: Path, *, dtype: str, attention: str, trust_remote_code: boo
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+    check_folder(folder)
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         given = config.dtype or "float32" if dtype == "auto" else dtype

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from drafttrain.core.console import say
 from drafttrain.core.files import folder_beside, sha256_of
+from drafttrain.core.foreign import read_json
 from drafttrain.export.engines import Habits, Job, Served, ServingEngine, Use, engines
 from drafttrain.export.engines.environment import ask, root
 from drafttrain.export.openvino import OpenVinoExporter, taps_problems
@@ -91,7 +92,7 @@ class OpenVinoEngine(ServingEngine):
 
     def problems(self, drafter: Path, kind: str, target_config: Mapping[str, Any]) -> list[str]:
         """Return what stands against this drafter's target."""
-        config = json.loads((drafter / "config.json").read_text(encoding="utf-8"))
+        config = read_json(drafter / "config.json")
         return taps_problems(config, target_config) if kind == "eagle3" else []
 
     def command(self, target: str, use: Use) -> str:

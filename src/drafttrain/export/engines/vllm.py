@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from drafttrain.core.foreign import read_json
 from drafttrain.export.engines import CounterNames, Job, Served, ServingEngine, Use, engines
 from drafttrain.export.layout import text_config
 from drafttrain.export.vllm import VllmExporter
@@ -67,7 +68,7 @@ class VllmEngine(ServingEngine):
     def problems(self, drafter: Path, kind: str, target_config: Mapping[str, Any]) -> list[str]:
         """Return what stands against this drafter in vLLM on a CPU."""
         found = self.misread(drafter, kind)
-        own = json.loads((drafter / "config.json").read_text(encoding="utf-8"))
+        own = read_json(drafter / "config.json")
         for what, config in (("the target", text_config(target_config)), (str(drafter), own)):
             size = _head_size(config)
             if size is not None and size not in HEAD_SIZES:

@@ -1,0 +1,149 @@
+"""A model folder that somebody else made: what could hang a reader, fill the memory or lead it elsewhere is refused first.
+
+Every reader of such a folder calls `check_folder` before other libraries see it, and reads its JSON by `read_json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from drafttrain.core.errors import CheckpointError
+
+READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".bin", ".pt", ".gguf")
+"""How files end that some reader opens."""
+
+MAX_BYTES = 64 << 20
+"""Of a JSON file that is read whole. The largest known, tokenizer_config.json with its added tokens, has some MB."""
+MAX_DEPTH = 64
+
+CONFIGURATIONS = (
+    *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("adapter_config.json", "chat_template.json", "drafttrain.json"),
+)
+"""JSON objects that loaders read whole; other JSON in a folder may be anything."""
+
+NAMES = ("model_type", "hidden_act", "hidden_activation", "activation_function", "dtype", "torch_dtype", "kind")
+LARGEST = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 4096),
+    **dict.fromkeys(("medusa_num_heads", "medusa_num_layers", "num_heads", "num_draft_tokens", "n_head"), 4096),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_local_experts", "num_experts"), 1 << 16),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "head_dim", "lora_rank", "r"), 1 << 20),
+    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "vocab_size", "draft_vocab_size"), 1 << 26),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), 1 << 31),
+}
+"""Sizes by which memory is taken before any weight is read, each above all that are known by far."""
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder whose files cannot be read in bounded time and memory, or whose configuration is of other types.
+
+    Raises:
+        CheckpointError: With every problem.
+    """
+    problems = [problem for path in sorted(folder.iterdir()) for problem in _problems(path)]
+    if problems:
+        raise CheckpointError("\n  ".join([f"{folder}: cannot be read", *problems]))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object of a JSON file.
+
+    Raises:
+        CheckpointError: It is missing, too large, nested too deep, or not a JSON object.
+    """
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise CheckpointError(f"{path}: {size:,} bytes, at most {MAX_BYTES:,} are read")
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError as error:
+        raise CheckpointError(f"{path}: nested deeper than {MAX_DEPTH} levels") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must be a JSON object, is a {type(value).__name__}")
+    if _deeper_than(value, MAX_DEPTH):
+        raise CheckpointError(f"{path}: nested deeper than {MAX_DEPTH} levels")
+    return value
+
+
+def own_files(folder: Path) -> list[Path]:
+    """Return the files and folders under a folder, refusing links that lead out of it: what is copied must be its own.
+
+    The cache of the hub keeps the files of a snapshot in `blobs` beside it; those are its own too.
+
+    Raises:
+        CheckpointError: With every link that leads elsewhere, and every file that is not a regular one.
+    """
+    roots = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        roots.append(folder.resolve().parents[1] / "blobs")
+    paths = sorted(folder.rglob("*"))
+    problems = []
+    for path in paths:
+        real = path.resolve()
+        if not any(real.is_relative_to(root) for root in roots):
+            problems.append(f"{path.relative_to(folder)}: a link to {real}, outside of the folder")
+        elif not (path.is_file() or path.is_dir()):
+            problems.append(f"{path.relative_to(folder)}: not a regular file")
+    if problems:
+        raise CheckpointError("\n  ".join([f"{folder}: not copied", *problems]))
+    return paths
+
+
+def field_problems(config: Mapping[str, Any], *, prefix: str = "") -> Iterator[str]:
+    """Yield one line for every field of a model's configuration that is of a type or size that no loader expects."""
+    for key, value in config.items():
+        where = f"{prefix}{key}"
+        if key in NAMES and not isinstance(value, str | None):
+            yield f"{where} must be a name, got {_shown(value)}"
+        elif key == "architectures" and not _is_names(value):
+            yield f"{where} must be a list of names, got {_shown(value)}"
+        elif key in LARGEST:
+            numbers = value if isinstance(value, list) else [value]
+            if any(type(number) not in (int, type(None)) for number in numbers):
+                yield f"{where} must be a whole number, got {_shown(value)}"
+            elif any(number is not None and number > LARGEST[key] for number in numbers):
+                yield f"{where} is {_shown(value)}, at most {LARGEST[key]} is read"
+        elif key.endswith("config") and isinstance(value, Mapping):
+            yield from field_problems(value, prefix=f"{where}.")
+
+
+def _problems(path: Path) -> Iterator[str]:
+    if path.suffix not in READ or path.is_dir():
+        return
+    if not path.is_file():
+        yield f"{path.name}: not a regular file"
+    elif path.name in CONFIGURATIONS:
+        try:
+            value = read_json(path)
+        except CheckpointError as error:
+            yield str(error).removeprefix(f"{path.parent}/")
+            return
+        if path.name == "config.json":
+            yield from (f"config.json: {problem}" for problem in field_problems(value))
+
+
+def _is_names(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+def _deeper_than(value: Any, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth):
+        level = [
+            part
+            for held in level
+            if isinstance(held, dict | list)
+            for part in (held.values() if isinstance(held, dict) else held)
+        ]
+    return any(isinstance(held, dict | list) for held in level)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
