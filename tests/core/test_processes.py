@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from drafttrain.core import processes
 from drafttrain.core.lifelines import Lifelines
 from drafttrain.core.processes import BEAT_SECONDS, PeerError, without_launcher
 
@@ -96,6 +97,39 @@ def test_the_process_with_the_store_stays_until_the_others_have_left(tmp_path: P
     running = [started(code, tmp_path, rank=rank, port=port) for rank in (0, 1)]
     said = [process.communicate(timeout=60)[1] for process in running]
     assert [process.returncode for process in running] == [0, 0], said
+
+
+@pytest.mark.processes
+def test_numbers_of_the_host_are_added_up_where_the_group_serves_gpus_alone(tmp_path: Path, port: int) -> None:
+    """As nccl does: a group that is bound to cuda refuses a tensor on the CPU, which is tried first."""
+    code = """
+        import torch
+        import torch.distributed as dist
+
+        init = dist.init_process_group
+        dist.init_process_group = lambda backend, **kwargs: init("cuda:gloo", **kwargs)
+        with together(timeout_seconds=60):
+            try:
+                dist.all_reduce(torch.ones(1))
+            except RuntimeError as error:
+                assert "No backend type associated with device type cpu" in str(error)
+            else:
+                raise AssertionError("the group is to refuse tensors on the CPU")
+            assert processes.sums_over_processes([here.rank + 1, 0.1]) == [3.0, 0.2]
+            assert processes.shared(here.rank) == [0, 1]
+            assert processes.any_of(here.rank == 1)
+            wait_for_all("the end")
+    """
+    running = [started(code, tmp_path, rank=rank, port=port) for rank in (0, 1)]
+    said = [process.communicate(timeout=60)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+
+
+def test_nothing_in_training_is_reduced_by_lightning() -> None:
+    """Its strategies take tensors to the group of the devices, which serves no numbers of the host."""
+    folder = Path(processes.__file__).parents[1]
+    reduced = [path.name for path in folder.rglob("*.py") if "strategy.reduce(" in path.read_text(encoding="utf-8")]
+    assert reduced == []
 
 
 class Store(dict[str, bytes]):

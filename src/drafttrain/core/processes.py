@@ -167,7 +167,8 @@ class Group:
         self._store.set(f"name/{here.rank}", f"{socket.gethostname()} (process {os.getpid()})")
         backend = "nccl" if _cuda() else "gloo"
         dist.init_process_group(backend, store=self._store, rank=here.rank, world_size=here.size, timeout=self.timeout)
-        self._control = dist.new_group(backend="gloo", timeout=self.timeout) if backend != "gloo" else None
+        # nccl serves tensors on a GPU alone: what the hosts tell each other goes over a group of its own.
+        self._control = dist.new_group(backend="gloo", timeout=self.timeout)
         # Kept for the time when nobody answers any more.
         self._names = [f"rank {rank} on {self._store.get(f'name/{rank}').decode()}" for rank in range(here.size)]
         self._pulse = threading.Thread(target=self._beat, name="pulse", daemon=True)
@@ -301,6 +302,15 @@ class Group:
         dist.all_gather_object(values, json.dumps(value), group=self._control)
         return [json.loads(text) for text in values]
 
+    def sums(self, numbers: Sequence[float]) -> list[float]:
+        """Return the sums of numbers of the host over all processes, in float64; all must call it at the same place."""
+        import torch
+        import torch.distributed as dist
+
+        total_N = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(total_N, group=self._control)
+        return [float(number) for number in total_N]
+
     def wait(self, what: str, *, ranks: range | None = None, done: bool = True) -> None:
         """Wait, for as long as it takes, until these processes have come here too; those that are done say so first."""
         key = f"wait/{self._waits}"
@@ -401,6 +411,12 @@ def shared(value: Any) -> list[Any]:
     """Return every process's value, by rank."""
     _refuse_to_wait()
     return [value] if _joined is None else _joined.shared(value)
+
+
+def sums_over_processes(numbers: Sequence[float]) -> list[float]:
+    """Return the sums over all processes of numbers on the host: counts, flags, sums for a row of metrics."""
+    _refuse_to_wait()
+    return [float(number) for number in numbers] if _joined is None else _joined.sums(numbers)
 
 
 def any_of(flag: bool) -> bool:

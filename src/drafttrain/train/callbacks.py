@@ -6,7 +6,6 @@ import time
 from contextlib import ExitStack, suppress
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from drafttrain.core.console import progress
@@ -25,13 +24,6 @@ class StepEnd(Callback):
             return
         assert isinstance(module, StepModule)
         self.on_step_end(trainer, module, trainer.global_step)
-
-    @staticmethod
-    def sum_of(trainer: Trainer, number: float) -> float:
-        """Return a number added up over all processes."""
-        if trainer.world_size == 1:
-            return number
-        return float(trainer.strategy.reduce(torch.tensor(float(number), dtype=torch.float64), reduce_op="sum"))
 
     def on_step_end(self, trainer: Trainer, module: StepModule, step: int) -> None:
         """Act after `step` optimizer steps."""

@@ -20,7 +20,7 @@ from lightning.pytorch import LightningModule, Trainer
 from drafttrain.core.console import say
 from drafttrain.core.errors import Interrupted
 from drafttrain.core.files import folder_beside
-from drafttrain.core.processes import at_step, first, first_before_others, shared
+from drafttrain.core.processes import at_step, first, first_before_others, shared, sums_over_processes
 from drafttrain.train.callbacks import StepEnd
 from drafttrain.train.full_disk import CheckpointFile, could_be_written
 from drafttrain.train.module import StepModule
@@ -82,7 +82,7 @@ class Checkpoints(StepEnd):
     def on_step_end(self, trainer: Trainer, module: StepModule, step: int) -> None:
         """Save, and stop if that was asked of any process."""
         at_step(step)
-        stops = self.sum_of(trainer, self._asked_to_stop) > 0
+        stops = sums_over_processes([self._asked_to_stop])[0] > 0
         if step % self.settings.checkpoint_every_steps == 0 or stops:
             self.save(trainer, step)
         if stops:

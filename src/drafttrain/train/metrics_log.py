@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from drafttrain.core.console import say
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.core.files import written_beside
+from drafttrain.core.processes import sums_over_processes
 from drafttrain.train.callbacks import StepEnd
 from drafttrain.train.full_disk import only_full
 from drafttrain.train.module import StepModule
@@ -85,13 +86,12 @@ class MetricsLog(StepEnd):
 
     def on_step_end(self, trainer: Trainer, module: StepModule, step: int) -> None:
         """Write a row every N steps, at validations and at the end."""
-        self._tokens += round(self.sum_of(trainer, self._own_tokens))
+        self._tokens += round(sums_over_processes([self._own_tokens])[0])
         self._own_tokens = 0
         validated = self.validation is not None and bool(self.validation.latest)
         if step % self.settings.log_every_steps and step != self.settings.max_steps and not validated:
             return
-        sums_4 = trainer.strategy.reduce(module.sums_4, reduce_op="sum")
-        loss, count, acceptance, measured = (float(x) for x in sums_4)
+        loss, count, acceptance, measured = sums_over_processes(module.sums_4.tolist())
         module.sums_4.zero_()
         rate = acceptance / measured if measured else float("nan")
         self._write(

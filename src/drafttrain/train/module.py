@@ -14,6 +14,7 @@ from torch import Tensor
 
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError, DrafttrainError
+from drafttrain.core.processes import sums_over_processes
 from drafttrain.core.records import DraftBatch, TargetNeeds, TargetOutput
 from drafttrain.drafters import Drafter
 from drafttrain.heads import HeadBatch, TokenHead
@@ -70,7 +71,7 @@ class StepModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Carry the sums of steps that are not logged yet, of all processes, through a resume."""
-        checkpoint["sums_4"] = self.trainer.strategy.reduce(self.sums_4.clone(), reduce_op="sum")
+        checkpoint["sums_4"] = torch.tensor(sums_over_processes(self.sums_4.tolist()), dtype=torch.float64)
         checkpoint["skipped"] = [self.skipped, self._in_a_row]
         frozen = {n for n, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
         checkpoint["state_dict"] = {n: value for n, value in checkpoint["state_dict"].items() if n not in frozen}
@@ -230,7 +231,7 @@ class DistillModule(StepModule):
         """Tell whether this process runs the target; one that is spread out is run by all where one process needs it."""
         if self.target is None or not self.target.spread:
             return reads
-        return bool(self.trainer.strategy.reduce(torch.tensor(float(reads)), reduce_op="sum") > 0)
+        return sums_over_processes([reads])[0] > 0
 
     def end_of_step(self) -> None:
         """Let the loss roll what it carries from step to step."""
