@@ -231,6 +231,16 @@ class ToyTarget:
         return self.rows_NV[index_N]
 
 
+class FloatTarget:
+    """Rows of logits in float32."""
+
+    def __init__(self, rows_NV: Tensor) -> None:
+        self.rows_NV = rows_NV.float()
+
+    def at(self, index_N: Tensor) -> Tensor:
+        return self.rows_NV[index_N]
+
+
 def records() -> list[Record]:
     generator = torch.Generator().manual_seed(5)
     made = []
@@ -289,6 +299,29 @@ def test_a_step_does_not_depend_on_padding_packing_micro_batches_or_chunks(setti
     torch.testing.assert_close(step_gradient(settings, sizes=[2, 4]), whole, **close)
     torch.testing.assert_close(step_gradient(settings, sizes=[1] * 6), whole, **close)
     torch.testing.assert_close(step_gradient(settings, sizes=[6], chunk=3), whole, **close)
+
+
+@EVERY
+def test_losses_are_computed_in_float32_whatever_autocast_does(settings):
+    """The same logits give the same losses under bf16-mixed: products of probabilities are not summed in bfloat16."""
+    from dataclasses import replace
+
+    batch, _ = pack(records(), width=12, weight_of_step=1.0)
+    batch = replace(batch, target_rows=FloatTarget(ToyTarget(batch).rows_NV))
+    logits_BTV = (
+        3 * torch.randn(*batch.tokens_BT.shape, V, generator=torch.Generator().manual_seed(6))
+    ).requires_grad_()
+    drafted = DraftOutput({1: logits_BTV}, lambda states_ND, _: states_ND, lag=0)
+    made = []
+    for mixed in (False, True):
+        loss = losses.build(settings)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            aligned = align(drafted, batch, block_length=getattr(loss, "block_length", 1))
+            loss_N, _ = row_losses(loss, drafted, aligned, batch, vocab_size=V)
+        assert loss_N.dtype == torch.float32
+        made.append((loss_N.detach(), torch.autograd.grad(loss_N.sum(), logits_BTV)[0]))
+    assert torch.equal(made[0][0], made[1][0])
+    assert torch.equal(made[0][1], made[1][1])
 
 
 def test_control_a_sigma_of_the_micro_batch_depends_on_the_layout():

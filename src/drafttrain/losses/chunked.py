@@ -27,6 +27,11 @@ ACCEPTANCE = "acceptance rate"
 LEARNABLE = "learnable"
 
 
+def _full_precision(like: Tensor) -> torch.autocast:
+    """Return the context in which losses are computed: autocast would sum products of probabilities in bfloat16."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
 class Weighted(Protocol):
     """A micro-batch that knows what the whole optimizer step weighs."""
 
@@ -82,7 +87,8 @@ def row_losses(
         return 0.0 * torch.cat([states.sum()[None] for states in drafted.states_BTD.values()])[:0], None
     values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     acceptance_N = values.pop(ACCEPTANCE, None)
-    loss_N = _combined(loss, values, rows.index)
+    with _full_precision(rows.tokens_N):
+        loss_N = _combined(loss, values, rows.index)
     if drafted.depth_weights:
         factors = [
             loss_N.new_full((size,), drafted.depth_weights.get(depth, 1.0)) for depth, size in rows.counts.items()
@@ -133,10 +139,12 @@ def _values(
         seed_N=rows.seed_N[chosen],
     )
     if drafted.vocabulary is not None:
-        return in_draft_vocabulary(loss, loss_rows, drafted.vocabulary, vocab_size=vocab_size)
+        with _full_precision(states_ND):
+            return in_draft_vocabulary(loss, loss_rows, drafted.vocabulary, vocab_size=vocab_size)
     if named is not None:
         loss_rows = in_buckets(loss_rows, named)
-    values = dict(loss.per_row(loss_rows))
+    with _full_precision(states_ND):
+        values = dict(loss.per_row(loss_rows))
     if named is not None and measured:
         with torch.no_grad():
             values[ACCEPTANCE] = known_acceptance(loss_rows).detach()
