@@ -19,6 +19,7 @@ from drafttrain import launch, pipeline
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import DrafttrainError, Interrupted, RecipeError
 from drafttrain.core.processes import (
+    LAUNCHED,
     TORCHRUN,
     World,
     first_before_others,
@@ -188,6 +189,26 @@ def test_launchers_say_who_a_process_is(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert world() == expected
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "wanted"),
+    [
+        ("tiny_eagle3", [], 8),
+        ("tiny_eagle3", ["train.devices=2"], 2),
+        ("tiny_acceptance", [], 1),
+        ("tiny_acceptance", ["train.devices=2"], 2),
+        ("online", [], 1),
+    ],
+)
+def test_a_process_a_gpu_but_for_heads_and_online_learning(
+    monkeypatch: pytest.MonkeyPatch, recipe: str, overrides: list[str], wanted: int
+) -> None:
+    """Online learning is one process, and a head is small: on a machine of eight GPUs neither starts eight."""
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert launch.processes_wanted(load_recipe(recipe, overrides)) == wanted
 
 
 def test_a_launcher_that_says_half_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,10 @@ REFUSALS = (RecipeError.exit_code, GateError.exit_code)
 def processes_wanted(settings: Any) -> int:
     """Return how many processes a training is to have that no launcher started.
 
+    A head is small and online learning is one process: both get several only where `train.devices` asks for them.
+
     Args:
-        settings: The recipe's `train` and, for the device of the target, `target`.
+        settings: The recipe: its `train`, `head` and `online` and, for the device of the target, `target`.
 
     Raises:
         RecipeError: `train.devices` asks for more CUDA devices than there are.
@@ -33,7 +35,8 @@ def processes_wanted(settings: Any) -> int:
     asked, found = settings.train.devices, torch.cuda.device_count()
     one_device = settings.target.device not in ("auto", "cuda") or settings.train.device != "auto"
     if asked is None:
-        return 1 if one_device else max(1, found)
+        alone = one_device or settings.head is not None or settings.online is not None
+        return 1 if alone else max(1, found)
     if found and not one_device and asked > found:
         raise RecipeError("train.devices", [f"{asked} devices are asked for, this machine has {found}"])
     return int(asked)
