@@ -10,20 +10,25 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
 
 from drafttrain.checkpoint import About, write_about
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.records import DraftBatch, Prompt
-from drafttrain.drafters.lora import LoraAdapter, LoraSettings, merged
+from drafttrain.core.records import DraftBatch, Prompt, Record
+from drafttrain.data_gen.packing import pack
+from drafttrain.drafters.lora import LoraAdapter, LoraSettings, LowRank, merged
 from drafttrain.drafters.medusa import ADAPTER, JointSettings, Medusa, MedusaSettings
 from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.losses.align import align
 from drafttrain.losses.ce import CrossEntropy, CrossEntropyConfig
 from drafttrain.losses.chunked import row_losses
+from drafttrain.losses.random_rows import chosen
 from drafttrain.target import Target, TargetSettings
+from drafttrain.target.documents import tells_documents_apart
 from drafttrain.train.optimizer import build_optimizer
 from drafttrain.train.settings import TrainSettings
+from tests.conftest import byte_tokenizer, random_llama
 from tests.drafters.test_medusa import D, V, batch_of, texts_of
 
 LORA = LoraSettings(rank=2, alpha=4.0, dropout=0.0, target_modules=["q_proj", "down_proj"])
@@ -187,3 +192,61 @@ def test_adapters_that_do_not_fit_are_refused(target: Target, trained: Medusa, t
         merged(target, tmp_path)
     assert LoraSettings(target_modules=[]).check()
     assert isinstance(trained.adapter, nn.Module)
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["packed", "a row each"])
+def test_dropout_is_a_function_of_step_document_and_place(apart: bool) -> None:
+    lora = replace(LORA, dropout=0.4, target_modules=["q_proj", "v_proj"])
+    model = random_llama().double()
+    if not apart:
+        config = OPTConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=2)
+        config.word_embed_proj_dim = 32
+        model = OPTForCausalLM(config).double()
+    assert tells_documents_apart(model) == apart
+    whole = Target(model, byte_tokenizer(), name="tiny", fingerprint="")
+    settings = MedusaSettings(num_heads=1, joint=JointSettings(lora=lora))
+    medusa = Medusa.create(settings, target=whole, tokenizer=whole.tokenizer).double()
+    assert medusa.adapter is not None
+    for one in medusa.adapter.maps:
+        nn.init.normal_(one.get_parameter("up"))
+    records = [Record(str(i), range(3 + i, 9 + 2 * i), [True] * (6 + i)) for i in range(4)]
+
+    def states(members: range, *, step: int = 3, width: int = 40) -> dict[int, torch.Tensor]:
+        batch, places = pack(
+            [records[i] for i in members], width=width, weight_of_step=1.0, step=step, first_document=members.start
+        )
+        batch = replace(batch, target=whole.read(batch.tokens_BT, batch.positions_BT, medusa.needs()))
+        states_BTD = medusa(batch).states_BTD[1].detach()
+        spans = zip(members, places, strict=True)
+        return {i: states_BTD[row, column : column + 6 + i] for i, (row, column) in spans}
+
+    together = states(range(4))
+    pieces = states(range(2), width=12) | states(range(2, 4))
+    for number, wanted_TD in together.items():
+        torch.testing.assert_close(pieces[number], wanted_TD, rtol=0, atol=1e-12)
+        assert not torch.allclose(states(range(4), step=4)[number], wanted_TD, atol=1e-3)
+    medusa.eval()
+    assert not torch.allclose(states(range(4))[0], together[0], atol=1e-3)
+    evaluated = states(range(4))
+    torch.testing.assert_close(states(range(4), step=4)[1], evaluated[1], rtol=0, atol=0)
+
+
+def test_dropout_drops_the_share_that_is_set_and_keeps_the_mean() -> None:
+    one = LowRank(replace(LORA, dropout=0.25), torch.zeros(8, 64))
+    nn.init.normal_(one.get_parameter("up"))
+    inputs_NI = torch.randn(64).expand(40_000, 64)
+    plain_O, dropped_NO = one(inputs_NI[0]), one(inputs_NI, torch.arange(40_000))
+    error_O = dropped_NO.std(dim=0) / 200
+    assert bool(((dropped_NO.mean(dim=0) - plain_O).abs() < 5 * error_O).all())
+    share_I = chosen(torch.arange(40_000), 63, share=0.25).double().mean(dim=0)
+    assert float((share_I - 0.25).abs().max()) < 5 * math.sqrt(0.25 * 0.75 / 40_000)
+
+
+def test_a_map_that_does_not_read_every_token_once_has_no_dropout(target: Target) -> None:
+    adapter = LoraAdapter(replace(LORA, dropout=0.1), target.model)
+    seed_BT = torch.zeros(1, 4, dtype=torch.long)
+    with (
+        adapter.applied(target.model, seed_BT=seed_BT),
+        pytest.raises(CheckpointError, match=r"lora\.dropout: .*q_proj does not read every token once.* set it to 0"),
+    ):
+        target.model(TOKENS)

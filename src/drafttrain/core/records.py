@@ -167,6 +167,11 @@ class DraftBatch:
         """Tokens that are read, padding left out."""
         return int((self.documents_BT >= 0).sum())
 
+    @property
+    def seed_BT(self) -> Tensor:
+        """A number of each token that step, document and position give, for draws that packing and resuming must not change."""
+        return (self.step * 1_000_003 + self.documents_BT) * (1 << 26) + self.positions_BT
+
     def to(self, device: Any) -> DraftBatch:
         """Return the batch with its own tensors, and what it holds of the target, on `device`."""
         from dataclasses import replace

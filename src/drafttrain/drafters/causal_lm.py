@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.records import DraftBatch, DraftOutput
@@ -78,6 +80,16 @@ class CausalLMDrafter(Drafter):
         self.model = model
         self.draft = draft
 
+    def train(self, mode: bool = True) -> Self:
+        """Switch between training and evaluation; the model itself always computes what it computes when it drafts.
+
+        Dropout, dropped layers and noise in a router, whatever the configuration calls them, would make a drafter that is equal
+        to its target differ from it, and a resumed run from one that was never stopped.
+        """
+        super().train(mode)
+        self.model.eval()
+        return self
+
     @classmethod
     def why_whole_target(cls, settings: CausalLMSettings) -> str | None:
         """Return that its layers are cut out of the target's, if they are."""
@@ -105,7 +117,9 @@ class CausalLMDrafter(Drafter):
 
     def recompute_activations(self) -> None:
         """Keep only what enters each layer."""
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Hugging Face's own switch acts in training mode alone, which the model is never in.
+        for block in blocks(self.model):
+            block.__dict__["forward"] = partial(checkpoint, block.forward, use_reentrant=False)
 
     def forward(self, batch: DraftBatch) -> DraftOutput:
         """Return the states of depth 1."""

@@ -204,7 +204,6 @@ def noise(batch: DraftBatch, *, width: int) -> Tensor:
 
     A function of step, document and position alone, so that neither packing nor a resume changes it.
     """
-    seed_BT = (batch.step * 1_000_003 + batch.documents_BT) * (1 << 26) + batch.positions_BT
-    uniform_BTD = uniform(seed_BT.flatten(), width).view(*seed_BT.shape, width)
+    uniform_BTD = uniform(batch.seed_BT.flatten(), width).view(*batch.seed_BT.shape, width)
     same_BTT = batch.documents_BT[:, :, None] == batch.documents_BT[:, None, :]
     return (uniform_BTD - 0.5) * (NOISE_LENGTH / same_BTT.sum(dim=-1, keepdim=True))

@@ -22,6 +22,7 @@ from drafttrain.core.files import write_json
 from drafttrain.core.foreign import read_json
 from drafttrain.core.settings import setting
 from drafttrain.core.tensors import read_tensors
+from drafttrain.losses.random_rows import chosen
 from drafttrain.target import Target
 
 CONFIG = "adapter_config.json"
@@ -35,7 +36,12 @@ class LoraSettings:
 
     rank: int = setting(32, help="Rank of an adapter.", ge=1)
     alpha: float = setting(16.0, help="An adapter's output counts alpha / rank.", gt=0)
-    dropout: float = setting(0.05, help="Share of an adapter's inputs that is dropped in training.", ge=0, lt=1)
+    dropout: float = setting(
+        0.05,
+        help="Share of an adapter's inputs that is dropped in training, by step, document and position alone.",
+        ge=0,
+        lt=1,
+    )
     target_modules: list[str] = setting(
         ["q_proj", "v_proj"], help="Linear maps of every block that get an adapter, by the last part of their name."
     )
@@ -54,12 +60,20 @@ class LowRank(nn.Module):
         nn.init.kaiming_uniform_(down_RI, a=math.sqrt(5))
         self.down = nn.Parameter(down_RI)
         self.up = nn.Parameter(torch.zeros(weight_OI.shape[0], settings.rank))
-        self.dropout = nn.Dropout(settings.dropout)
+        self.dropout = settings.dropout
         self.scale = settings.alpha / settings.rank
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return what is added to the map's output."""
-        added: Tensor = self.scale * (self.dropout(inputs.to(self.down.dtype)) @ self.down.T @ self.up.T)
+    def forward(self, inputs: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """Return what is added to the map's output.
+
+        Args:
+            seeds: A number of each row of the inputs, which says what of it is dropped; None: nothing is.
+        """
+        inputs = inputs.to(self.down.dtype)
+        if seeds is not None:
+            dropped = chosen(seeds.flatten(), inputs.shape[-1], share=self.dropout).view(inputs.shape)
+            inputs = inputs.masked_fill(dropped, 0.0) / (1 - self.dropout)
+        added: Tensor = self.scale * (inputs @ self.down.T @ self.up.T)
         return added
 
 
@@ -76,6 +90,7 @@ class LoraAdapter(nn.Module):
         self.maps = nn.ModuleList(LowRank(settings, model.get_submodule(name).weight) for name in self.names)
         self.on = False
         """The hooks are on the target now."""
+        self._seed_BT: Tensor | None = None
 
     @property
     def changes_something(self) -> bool:
@@ -83,8 +98,13 @@ class LoraAdapter(nn.Module):
         return any(bool(one.get_parameter("up").any()) for one in self.maps)
 
     @contextlib.contextmanager
-    def applied(self, model: Any) -> Iterator[None]:
-        """Put the adapters on for the calls inside."""
+    def applied(self, model: Any, *, seed_BT: Tensor | None = None) -> Iterator[None]:
+        """Put the adapters on for the calls inside.
+
+        Args:
+            seed_BT: A number of each token as the model reads them: the adapters drop inputs by these; None: they drop nothing.
+        """
+        self._seed_BT = seed_BT if self.settings.dropout else None
         handles = [
             model.get_submodule(name).register_forward_hook(self._hook(index)) for index, name in enumerate(self.names)
         ]
@@ -92,16 +112,27 @@ class LoraAdapter(nn.Module):
         try:
             yield
         finally:
-            self.on = False
+            self.on, self._seed_BT = False, None
             for handle in handles:
                 handle.remove()
 
     def _hook(self, index: int) -> Any:
         def add(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            added: Tensor = self.maps[index](args[0])
+            added: Tensor = self.maps[index](args[0], self._seeds(index, args[0]))
             return output + added.to(output.dtype)
 
         return add
+
+    def _seeds(self, index: int, inputs: Tensor) -> Tensor | None:
+        """Return a number of each row that a map reads, another one for every map."""
+        if self._seed_BT is None:
+            return None
+        if inputs.shape[:-1].numel() != self._seed_BT.numel():
+            raise CheckpointError(
+                f"drafter.joint.lora.dropout: {self.names[index]} does not read every token once, so what is dropped cannot be a "
+                "function of the token's place: set it to 0, or leave that map out of target_modules"
+            )
+        return self._seed_BT.to(inputs.device) * 1_000_003 + index
 
     def save(self, folder: Path, *, target: str) -> None:
         """Write a folder that `PeftModel.from_pretrained` and serving engines read."""

@@ -35,7 +35,7 @@ from drafttrain.losses.chunked import row_losses
 from drafttrain.losses.forward_kl import ForwardKL, ForwardKLConfig
 from drafttrain.target import Target
 from drafttrain.target.anatomy import finished_logits, head_logits
-from drafttrain.target.documents import document_states
+from drafttrain.target.documents import as_read, document_states
 
 TREE = "medusa_tree.json"
 """Beside config.json: the tree, and the table of accuracies that it was built from. Serving engines pass over it."""
@@ -218,7 +218,8 @@ class Medusa(Drafter):
         assert self.adapter is not None
         assert self._target is not None
         model = self._target.model
-        with self.adapter.applied(model):
+        seed_BT = as_read(model, batch.seed_BT, batch.positions_BT) if self.training else None
+        with self.adapter.applied(model, seed_BT=seed_BT):
             final_BTD, _ = document_states(model, batch.tokens_BT, batch.positions_BT)
         return final_BTD
 

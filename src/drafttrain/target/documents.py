@@ -34,15 +34,27 @@ def document_states(
         with taps(model, TargetNeeds(hidden=hidden)) as seen:
             final_BTD = _final(model, tokens_BT, positions_BT)
         return final_BTD, {int(index): state for index, state in seen.items()}
-    # Positions restart with each document, so its number and the position say where a token goes.
-    document_R, column_R = (positions_BT == 0).flatten().cumsum(0) - 1, positions_BT.flatten()
-    tokens_LS = tokens_BT.new_zeros(int(document_R.max()) + 1, int(column_R.max()) + 1)
-    tokens_LS[document_R, column_R] = tokens_BT.flatten()
     with taps(model, TargetNeeds(hidden=hidden)) as seen:
-        final_LSD = _final(model, tokens_LS, None)
+        final_LSD = _final(model, as_read(model, tokens_BT, positions_BT), None)
     states = [final_LSD, *seen.values()]
-    final_BTD, *others = (state[document_R, column_R].unflatten(0, tokens_BT.shape) for state in states)
+    places = _own_rows(positions_BT)
+    final_BTD, *others = (state[places].unflatten(0, tokens_BT.shape) for state in states)
     return final_BTD, dict(zip(map(int, seen), others, strict=True))
+
+
+def as_read(model: Any, values_BT: Tensor, positions_BT: Tensor) -> Tensor:
+    """Return values of the tokens of packed rows as `document_states` lays the tokens out for this model; 0 where there is none."""
+    if tells_documents_apart(model):
+        return values_BT
+    document_R, column_R = _own_rows(positions_BT)
+    values_LS = values_BT.new_zeros(int(document_R.max()) + 1, int(column_R.max()) + 1)
+    values_LS[document_R, column_R] = values_BT.flatten()
+    return values_LS
+
+
+def _own_rows(positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the row and column of every token when each document has a row of its own: positions restart with each."""
+    return (positions_BT == 0).flatten().cumsum(0) - 1, positions_BT.flatten()
 
 
 def tells_documents_apart(model: Any) -> bool:
