@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from drafttrain.core.records import DraftBatch, DraftOutput, LossRows, NamedTargetRows, RowIndex
+from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.losses import Loss
 from drafttrain.losses.align import AlignedRows
 from drafttrain.losses.buckets import in_buckets, known_acceptance
@@ -160,8 +161,7 @@ def in_draft_vocabulary(loss: Loss, rows: LossRows, vocabulary_R: Tensor, *, voc
     The loss sees the target's law on them, renormalised. A row can be learned where the target's likeliest token is one of
     them; without a target, where the label is.
     """
-    draft_id_V = vocabulary_R.new_full((vocab_size,), -1)
-    draft_id_V[vocabulary_R] = torch.arange(len(vocabulary_R), device=vocabulary_R.device)
+    draft_id_V = DraftVocabulary(vocabulary_R, num_tokens=vocab_size).places(size=vocab_size)
     labels_N = draft_id_V[rows.tokens_N]
     if rows.target_logits_NV is None:
         restricted = LossRows(rows.drafter_logits_NV, None, labels_N, rows.seed_N)
