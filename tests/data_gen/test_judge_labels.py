@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from drafttrain.core.errors import DataError
-from drafttrain.core.records import Record
+from drafttrain.core.records import Prompt, Record, Sampling
 from drafttrain.data_gen.annotate import Frozen
 from drafttrain.data_gen.annotate.counterfactual import Counterfactual, CounterfactualSettings
 from drafttrain.data_gen.annotate.marked import Marked, MarkedSettings, labels_of
 from drafttrain.data_gen.annotate.states import states_of
+from drafttrain.data_gen.backends import Task
+from drafttrain.data_gen.backends.builtin import continuations
 from drafttrain.data_gen.checkers.numeric import NumericSettings
 from drafttrain.data_gen.formats import Encoder
 from drafttrain.data_gen.labelled import annotate
@@ -22,8 +24,12 @@ from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.sources import Item
 from drafttrain.data_gen.store import open_store
 from drafttrain.drafters.causal_lm import CausalLMDrafter
+from drafttrain.eval.acceptance.lossless import Lossless
+from drafttrain.eval.engine import Engine
+from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.target.anatomy import final_norm, head_logits
 from tests.conftest import random_llama
+from tests.drafters.feature_models import feature_drafter, feature_target
 
 NEW = 12
 
@@ -92,6 +98,58 @@ def test_the_walk_finds_what_a_slow_plain_version_finds(frozen):
         texts = [Record("", text, [True] * len(text)) for text, _ in expected]
         states_ND = torch.stack([states_TD[-1] for states_TD in states_of(texts, frozen)])
         torch.testing.assert_close(rows.features_ND, states_ND, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("eagle3", {"draft_vocab_size": 120}), ("eagle3", {}), ("eagle", {}), ("kangaroo", {"exit_layer": 2})],
+)
+def test_the_walk_tries_the_tokens_that_decoding_drafts(kind, settings):
+    """By the target's ids whatever the drafter's own are; after a prompt of one token as well, where some drafters draft nothing."""
+    target = feature_target(vocab_size=300)
+    drafter = feature_drafter(kind, target, **settings)
+    if "draft_vocab_size" in settings:
+        drafter.fit_vocabulary(lambda: torch.arange(257.0))
+        assert drafter.vocabulary.tolist() == list(range(137, 257))
+    records = [Record(str(n), [*[9, 5, 44, 8][:n], 1], [False] * n + [True]) for n in (1, 2, 4)]
+    records.append(Record("text", [7, 30, 2], [True] * 3))
+    annotator = Counterfactual(
+        CounterfactualSettings(checker=NumericSettings(), max_new_tokens=NEW, max_mismatches=1),
+        Frozen(target, drafter, 0),
+    )
+    annotator.checker = Half()
+    tried = [walk.tried[0] if walk.tried else None for walk in annotator.walks(records)]
+    for record, text in zip(records, tried, strict=True):
+        prompt = list(record.tokens[: record.loss_mask.index(True, 1)])
+        new = continuations([Task("x", prompt, Sampling())], target, max_new_tokens=NEW, seed=0)[0]
+        expected = None
+        for place, own in enumerate(new):
+            drafted = first_draft(target, drafter, prompt + new[:place])
+            if drafted not in (None, own):
+                expected = [*prompt, *new[:place], drafted]
+                break
+        assert text == expected
+    assert any(tried)
+
+
+def first_draft(target: Any, drafter: Any, text: list[int]) -> int | None:
+    """Return what the proposer drafts behind a text, greedily."""
+    proposer = drafter.proposer(target)
+    engine = Engine(
+        target,
+        proposer,
+        rule=Lossless(),
+        policy=FixedLength(FixedLengthSettings(1)),
+        sampling=Sampling(),
+        max_new_tokens=2,
+        stop_tokens=(),
+    )
+    found: list[int] = []
+    proposed = proposer.propose
+    proposer.propose = lambda *a, **k: [found.append(p.tokens_N.tolist()) or p for p in proposed(*a, **k)]
+    engine.generate([Prompt("x", text)])
+    return found[0][1] if len(found[0]) > 1 else None
 
 
 def test_the_state_is_the_one_before_the_final_norm(frozen):

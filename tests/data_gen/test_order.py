@@ -1,14 +1,16 @@
 """The order of training: a pure function of (seed, position), exact mixtures, weights that do not depend on the layout."""
 
+import random
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
 from drafttrain.core.records import Record
 from drafttrain.data_gen.overlap import contaminated
 from drafttrain.data_gen.packing import pack, plan
-from drafttrain.data_gen.sampler import Sampler
+from drafttrain.data_gen.sampler import Sampler, _interleaved
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.sources.text import TextSettings
 
@@ -17,6 +19,61 @@ def test_nine_to_one_is_counted_in_every_ten():
     sampler = Sampler([100, 30], [9, 1], seed=0)
     for start in range(0, 500, 10):
         assert Counter(sampler.at(n)[0] for n in range(start, start + 10)) == {0: 9, 1: 1}
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        [1234, 4321, 6789, 12345],
+        [0.1234, 0.2345, 0.3456, 0.2965],
+        [0.7, 0.1, 0.1, 0.1],
+        [1 / 3, 0.14159265, 0.271828, 0.17],
+        [1e300, 3e299],
+        [1e-300, 2e-300, 4e-300],
+        [5],
+    ],
+)
+def test_a_source_is_never_a_whole_record_from_its_share(weights):
+    """From the first record on, for any weights; and a position far away costs no more than the first."""
+    num_records = 4000
+    sampler = Sampler([10] * len(weights), weights, seed=0)
+    drawn_N = np.array([sampler.at(n)[0] for n in range(num_records)])
+    scale = max(weights)
+    shares = [weight / scale / sum(other / scale for other in weights) for weight in weights]
+    for source, share in enumerate(shares):
+        behind_N = np.cumsum(drawn_N == source) - share * np.arange(1, num_records + 1)
+        assert np.abs(behind_N).max() < 1
+        # A share that no window can divide is carried on: exact in the long run, too.
+        before_S, *_ = sampler._window(10**12 // sampler._length)
+        assert abs(before_S[source] - share * (10**12 // sampler._length * sampler._length)) < 2
+    assert len({sampler.at(10**12 + n) for n in range(20 * len(weights))}) > 1
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_window_of_whole_shares_is_as_even_as_can_be(seed):
+    """Tijdeman's bound, which is tight: 1 - 1 / (2 S - 2) for S sources."""
+    rng = random.Random(seed)
+    for _ in range(10):
+        counts = tuple(rng.randrange(1, rng.choice([3, 60, 300])) for _ in range(rng.randrange(2, 7)))
+        source_P, nth_P = _interleaved(counts)
+        place_P = np.arange(1, sum(counts) + 1)
+        for source, count in enumerate(counts):
+            behind_P = np.cumsum(source_P == source) - count / sum(counts) * place_P
+            assert np.abs(behind_P).max() <= 1 - 1 / (2 * len(counts) - 2) + 1e-9
+            assert nth_P[source_P == source].tolist() == list(range(count))
+
+
+def test_a_share_that_no_window_can_hold_is_read_in_the_long_run():
+    sampler = Sampler([10, 10], [1, 1e-6], seed=0)
+    rest = [sampler._window(number)[0][1] for number in range(400)]
+    assert rest == sorted(rest)
+    assert rest[-1] == round(399 * sampler._length * 1e-6 / (1 + 1e-6))
+
+
+def test_nine_to_one_keeps_its_order():
+    """Runs that were begun before a mixture had windows go on with the same records."""
+    sampler = Sampler([100, 30], [9, 1], seed=0)
+    assert [sampler.at(n)[0] for n in range(20)] == [0, 0, 0, 0, 0, 1, 0, 0, 0, 0] * 2
 
 
 @pytest.mark.parametrize("weights", [[1.0], [0.5, 0.25, 0.25], [3, 2], [0.7, 0.3]])
@@ -94,8 +151,6 @@ def test_packed_rows_equal_rows_alone(tiny_target):
 
 
 def test_a_prompt_that_shares_thirteen_tokens_is_found_and_one_that_shares_twelve_is_not():
-    import numpy as np
-
     generator = np.random.default_rng(0)
     text = generator.integers(0, 500, 1000).astype(np.uint32)
     prompts = {

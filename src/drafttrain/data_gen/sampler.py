@@ -1,4 +1,7 @@
-"""The one place that owns the order: position n of the stream of records is a pure function of (seed, n)."""
+"""The one place that owns the order: position n of the stream of records is a pure function of (seed, n).
+
+P = records of a window, S = sources, L = lengths that a window may have
+"""
 
 from __future__ import annotations
 
@@ -11,53 +14,111 @@ import numpy as np
 
 from drafttrain.core.random import stream_seed
 
+Array = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+LONGEST_WINDOW = 2**15
+"""Records of a window at most. Weights of up to four digits repeat within it exactly."""
+
 
 class Sampler:
     """Mixes sources in exact shares and shuffles each, epoch by epoch.
 
-    Any window of the stream holds each source's share within one record, and a whole period holds it exactly.
+    The stream is divided into windows: of the length after which the weights repeat, or where that is longer than
+    `LONGEST_WINDOW`, of the length that they divide most evenly. The records that a window has read so far of a source are never
+    a whole record from its share of them. What a window cannot divide is carried to later ones, so a source of any weight is
+    read in the long run.
 
     Args:
         sizes: Records of each source.
-        weights: Relative shares.
+        weights: Relative shares as they are written: 0.1 is a tenth.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], *, seed: int) -> None:
         self.sizes = list(sizes)
         self.seed = seed
-        self._pattern, self._before = _pattern(weights)
+        self._weights_S = _whole(weights)
+        self._length = _window_length(self._weights_S)
+        self._window = lru_cache(maxsize=4)(self._arranged)
         self._order = lru_cache(maxsize=2 * len(self.sizes))(self._shuffled)
 
     def at(self, position: int) -> tuple[int, int]:
         """Return (source, record) of a position."""
-        period, place = divmod(position, len(self._pattern))
-        source = int(self._pattern[place])
-        taken = period * int(self._before[-1, source]) + int(self._before[place, source])
-        epoch, index = divmod(taken, self.sizes[source])
+        number, place = divmod(position, self._length)
+        before_S, source_P, nth_P = self._window(number)
+        source = int(source_P[place])
+        epoch, index = divmod(before_S[source] + int(nth_P[place]), self.sizes[source])
         return source, int(self._order(source, epoch)[index])
 
-    def _shuffled(self, source: int, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def _arranged(self, number: int) -> tuple[list[int], Array, Array]:
+        """Return the records of each source before a window, and the window's own order."""
+        before_S, after_S = (_apportioned(n * self._length, self._weights_S) for n in (number, number + 1))
+        return before_S, *_interleaved(tuple(b - a for a, b in zip(before_S, after_S, strict=True)))
+
+    def _shuffled(self, source: int, epoch: int) -> Array:
         generator = np.random.Generator(np.random.PCG64(stream_seed(self.seed, "order", source, epoch)))
         return generator.permutation(self.sizes[source])
 
 
-def _pattern(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
-    """Return one period of sources, and how often each came before every place of it."""
-    # Relative to the smallest, so that none is rounded away.
-    smallest = Fraction(min(weight for weight in weights if weight > 0))
-    shares = [(Fraction(weight) / smallest).limit_denominator(1000) for weight in weights]
-    scale = lcm(*(share.denominator for share in shares))
-    counts = [int(share * scale) for share in shares]
-    divisor = gcd(*counts)
-    counts = [count // divisor for count in counts]
-    length = sum(counts)
-    given = np.zeros(len(counts), dtype=np.int64)
-    pattern, before = [], [given.copy()]
+def _whole(weights: Sequence[float]) -> list[int]:
+    """Return the smallest whole numbers of the same ratio."""
+    exact = [Fraction(str(weight)) for weight in weights]
+    scale = lcm(*(weight.denominator for weight in exact))
+    whole = [int(weight * scale) for weight in exact]
+    return [weight // gcd(*whole) for weight in whole]
+
+
+def _window_length(weights_S: Sequence[int]) -> int:
+    """Return the length of windows in which the shares of all sources are whole numbers, or as near to that as can be."""
+    total = sum(weights_S)
+    if total <= LONGEST_WINDOW:
+        return total
+    length_L = np.arange(LONGEST_WINDOW // 2, LONGEST_WINDOW + 1)
+    share_LS = length_L[:, None] * np.array([weight / total for weight in weights_S])
+    return int(length_L[np.abs(share_LS - share_LS.round()).max(axis=1).argmin()])
+
+
+def _apportioned(total: int, weights_S: Sequence[int]) -> list[int]:
+    """Divide a total by weights into whole numbers, none of which is smaller for a larger total.
+
+    Each source takes its rounded share of what those before it left, the heaviest first: so errors stay small.
+    """
+    shares_S = [0] * len(weights_S)
+    left, rest = total, sum(weights_S)
+    for source in sorted(range(len(weights_S)), key=lambda i: -weights_S[i]):
+        if rest:
+            shares_S[source] = (2 * weights_S[source] * left + rest) // (2 * rest)
+        left, rest = left - shares_S[source], rest - weights_S[source]
+    return shares_S
+
+
+@lru_cache(maxsize=16)
+def _interleaved(counts_S: tuple[int, ...]) -> tuple[Array, Array]:
+    """Return the source of every place of a window, and which one of its source's records there, from 0.
+
+    A record may be read once its source is `slack` behind its share, and must be before it is more than 1 - slack behind; of
+    those that may be read, the one that must be read first is next. So no source is ever more than 1 - slack from its share,
+    which is the best that can be had.
+
+    Source: Tijdeman 1980, The chairman assignment problem, Discrete Mathematics 32.
+    """
+    length = sum(counts_S)
+    used = [source for source, count in enumerate(counts_S) if count]
+    slack = Fraction(1, 2 * max(2, len(used)) - 2)
+    read_S = [0] * len(counts_S)
+    source_P, nth_P = np.zeros(length, dtype=np.int64), np.zeros(length, dtype=np.int64)
+
+    def window(source: int) -> tuple[int, int, int]:
+        """Return the last place of the next record, the source, and its first place, from 1."""
+        nth, count = read_S[source], counts_S[source]
+        first = -((nth + slack) * length // -count)
+        return int((nth + 1 - slack) * length // count) + 1, source, int(first)
+
+    waiting = [window(source) for source in used]
     for place in range(1, length + 1):
-        # The source that is furthest behind its share comes next.
-        behind = [count * place - int(has) * length for count, has in zip(counts, given, strict=True)]
-        source = max(range(len(counts)), key=lambda i: behind[i])
-        pattern.append(source)
-        given[source] += 1
-        before.append(given.copy())
-    return np.array(pattern), np.stack(before)
+        _, source, _ = chosen = min(one for one in waiting if one[2] <= place)
+        waiting.remove(chosen)
+        source_P[place - 1], nth_P[place - 1] = source, read_S[source]
+        read_S[source] += 1
+        if read_S[source] < counts_S[source]:
+            waiting.append(window(source))
+    return source_P, nth_P

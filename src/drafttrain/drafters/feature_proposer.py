@@ -25,6 +25,7 @@ from drafttrain.core.records import (
     fixed_chain,
 )
 from drafttrain.core.roles import ForwardListener
+from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.drafters.feature_cache import FeatureCache
 from drafttrain.drafters.feature_drafts import Draft, DraftChain, DraftNode, DraftTree
 from drafttrain.drafters.feature_layer import attend
@@ -57,8 +58,7 @@ class FeatureProposer:
         self._model = model
         self._vocab_size = vocab_size
         self._device = device
-        vocabulary = torch.arange(num_tokens) if model.vocabulary is None else model.vocabulary
-        self._vocabulary_R = vocabulary.to(device)
+        self._vocabulary_R = DraftVocabulary(model.vocabulary, num_tokens=num_tokens).ids_R.to(device)
         self._bytes = model.weight_bytes()
         self._listener = listener
         self._greedy = greedy

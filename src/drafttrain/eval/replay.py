@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from drafttrain.core.probability import acceptance_rate, over_target_vocabulary, sampling_probs, without_padding
+from drafttrain.core.probability import acceptance_rate, sampling_probs, without_padding
 from drafttrain.core.records import Record, Sampling, TargetNeeds
+from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import Drafter
 from drafttrain.losses.align import align
@@ -132,11 +133,8 @@ def _chances(
 ) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
     """Return (chance that the text's token is an accepted draft token, acceptance rate) by row."""
     target_NV = sampling_probs(without_padding(target_logits_NV, num_tokens=num_tokens), sampling)
-    if vocabulary is None:
-        shared = min(num_tokens, drafter_logits_NV.shape[-1], target_logits_NV.shape[-1])
-        vocabulary = torch.arange(shared, device=target_NV.device)
-    drafter_NV = sampling_probs(drafter_logits_NV[:, : len(vocabulary)], draft_sampling)
-    drafter_NV = over_target_vocabulary(drafter_NV, vocabulary, size=target_NV.shape[-1])
+    drafted = DraftVocabulary(vocabulary, num_tokens=num_tokens)
+    drafter_NV = drafted.probs(drafter_logits_NV, draft_sampling, size=target_NV.shape[-1])
     target_N = target_NV.gather(1, tokens_N[:, None])[:, 0].double()
     drafter_N = drafter_NV.gather(1, tokens_N[:, None])[:, 0].double()
     kept_N = (drafter_N / target_N.clamp_min(1e-300)).clamp(max=1.0)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from drafttrain.core.records import DraftBatch, DraftOutput, LossRows, NamedTargetRows, RowIndex
+from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.losses import Loss
 from drafttrain.losses.align import AlignedRows
 from drafttrain.losses.buckets import in_buckets, known_acceptance
@@ -140,7 +141,7 @@ def _values(
     )
     if drafted.vocabulary is not None:
         with _full_precision(states_ND):
-            return in_draft_vocabulary(loss, loss_rows, drafted.vocabulary, vocab_size=vocab_size)
+            return in_draft_vocabulary(loss, loss_rows, drafted.vocabulary, vocab_size=vocab_size, measured=measured)
     if named is not None:
         loss_rows = in_buckets(loss_rows, named)
     with _full_precision(states_ND):
@@ -154,14 +155,15 @@ def _values(
     return values
 
 
-def in_draft_vocabulary(loss: Loss, rows: LossRows, vocabulary_R: Tensor, *, vocab_size: int) -> dict[str, Tensor]:
+def in_draft_vocabulary(
+    loss: Loss, rows: LossRows, vocabulary_R: Tensor, *, vocab_size: int, measured: bool
+) -> dict[str, Tensor]:
     """Return the values of rows whose drafter says only these of the target's tokens.
 
     The loss sees the target's law on them, renormalised. A row can be learned where the target's likeliest token is one of
     them; without a target, where the label is.
     """
-    draft_id_V = vocabulary_R.new_full((vocab_size,), -1)
-    draft_id_V[vocabulary_R] = torch.arange(len(vocabulary_R), device=vocabulary_R.device)
+    draft_id_V = DraftVocabulary(vocabulary_R, num_tokens=vocab_size).places(size=vocab_size)
     labels_N = draft_id_V[rows.tokens_N]
     if rows.target_logits_NV is None:
         restricted = LossRows(rows.drafter_logits_NV, None, labels_N, rows.seed_N)
@@ -169,8 +171,9 @@ def in_draft_vocabulary(loss: Loss, rows: LossRows, vocabulary_R: Tensor, *, voc
     log_p_NR = rows.log_p_NV[:, vocabulary_R]
     restricted = LossRows(rows.drafter_logits_NV, log_p_NR, labels_N, rows.seed_N)
     values = dict(loss.per_row(restricted))
-    # Not renormalised: what the target would say outside the drafter's vocabulary is never accepted.
-    values[ACCEPTANCE] = torch.minimum(log_p_NR, restricted.log_q_NV.detach()).exp().sum(dim=-1)
+    if measured:
+        # Not renormalised: what the target would say outside the drafter's vocabulary is never accepted.
+        values[ACCEPTANCE] = torch.minimum(log_p_NR, restricted.log_q_NV.detach()).exp().sum(dim=-1)
     values[LEARNABLE] = draft_id_V[rows.target_logits_NV.argmax(dim=-1)] >= 0
     return values
 

@@ -79,7 +79,8 @@ class Learner:
                 chunk_rows=self.settings.loss_chunk_rows,
                 measured=False,
             )
-        normalised(summed(loss_N, drafted), batch, world_size=1, accumulation=1).backward()
+            total = summed(loss_N, drafted)
+        normalised(total, batch, world_size=1, accumulation=1).backward()
         skipped = not self._clipped()
         if not skipped:
             for group in self.optimizer.param_groups:
@@ -88,7 +89,7 @@ class Learner:
         self.loss.end_of_step()
         self.steps += 1
         self.drafter.eval()
-        return Step(float(loss_N.detach().mean()) if len(loss_N) else 0.0, len(loss_N), skipped)
+        return Step(float(total.detach()) / max(1, len(loss_N)), len(loss_N), skipped)
 
     def _batch(self, records: Sequence[Record], *, positions: str) -> DraftBatch:
         labelled = [recorded_only(record) if positions == "refused" else record for record in records]

@@ -98,10 +98,10 @@ class MetricsLog(StepEnd):
             trainer,
             step,
             {
-                "loss": repr(loss / count),
+                "loss": repr(loss / count) if count else "",
                 "acceptance_rate": "" if rate != rate else repr(rate),
                 "one_minus_acceptance_rate": "" if rate != rate else repr(1 - rate),
-                "lr": repr(trainer.optimizers[0].param_groups[0]["lr"]),
+                "lr": repr(module.lr),
                 "grad_norm": repr(module.grad_norm),
                 "skipped_steps": str(module.skipped),
             },

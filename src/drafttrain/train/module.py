@@ -40,6 +40,8 @@ class StepModule(LightningModule):
         self.settings = settings
         self.sums_4 = torch.zeros(4, dtype=torch.float64)
         """Sums since the last log: loss, its positions; acceptance, its positions, of the steps that measure it."""
+        self.lr = 0.0
+        """Learning rate of the last step."""
         self.grad_norm = 0.0
         self.skipped = 0
         """Steps skipped in all, because their gradient was not finite."""
@@ -123,6 +125,7 @@ class StepModule(LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step; DeepSpeed is asked after every micro-batch and knows itself which one is the last."""
+        self.lr = self.trainer.optimizers[0].param_groups[0]["lr"]
         super().optimizer_step(*args, **kwargs)
         if not self.trainer.fit_loop.epoch_loop._should_accumulate():
             self.end_of_step()
@@ -209,8 +212,9 @@ class DistillModule(StepModule):
             measured=self._writes_a_row(),
         )
         acceptance = () if acceptance_N is None else (acceptance_N.sum(), acceptance_N.new_tensor(len(acceptance_N)))
-        self._count(loss_N.detach().sum(), loss_N.new_tensor(float(len(loss_N))), *acceptance)
-        return self._scaled(summed(loss_N, drafted), batch)
+        total = summed(loss_N, drafted)
+        self._count(total, loss_N.new_tensor(float(len(loss_N))), *acceptance)
+        return self._scaled(total, batch)
 
     def _with_target(self, batch: DraftBatch) -> DraftBatch:
         from dataclasses import replace

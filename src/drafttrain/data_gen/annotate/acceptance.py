@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.probability import draw, over_target_vocabulary, sampling_probs
+from drafttrain.core.probability import draw, sampling_probs, without_padding
 from drafttrain.core.random import stream
 from drafttrain.core.records import DraftBatch, DraftOutput, Record, Sampling, TargetNeeds
 from drafttrain.core.settings import setting
+from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.data_gen.annotate import AnnotateSettings, Frozen, annotators
 from drafttrain.data_gen.packing import pack
 from drafttrain.heads import HeadRows
@@ -102,16 +103,13 @@ class AcceptanceLabels:
         return drafted
 
     def _chances(self, target_logits_NV: Tensor, drafted: DraftOutput, drafter_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the laws of both models over the target's vocabulary."""
-        drafter_logits_NR = drafted.head(drafted.states_BTD[1].flatten(0, 1)[drafter_N], 1)
-        vocabulary_R = drafted.vocabulary
-        if vocabulary_R is None:
-            # Ids behind the tokenizer's last are padding and never drafted.
-            vocabulary_R = torch.arange(min(self.target.num_tokens, drafter_logits_NR.shape[1]))
-        drafter_NR = sampling_probs(drafter_logits_NR[:, : len(vocabulary_R)], self.sampling)
-        target_NV = sampling_probs(target_logits_NV, self.sampling)
-        drafter_NV = over_target_vocabulary(drafter_NR.cpu(), vocabulary_R.cpu(), size=target_NV.shape[1])
-        return target_NV.cpu(), drafter_NV
+        """Return the distributions that both models draw from, over the target's vocabulary; padding has no mass in either."""
+        num_tokens = self.target.num_tokens
+        target_NV = sampling_probs(without_padding(target_logits_NV, num_tokens=num_tokens), self.sampling)
+        drafter_logits_NW = drafted.head(drafted.states_BTD[1].flatten(0, 1)[drafter_N], 1)
+        vocabulary = DraftVocabulary(drafted.vocabulary, num_tokens=num_tokens)
+        drafter_NV = vocabulary.probs(drafter_logits_NW, self.sampling, size=target_NV.shape[1])
+        return target_NV.cpu(), drafter_NV.cpu()
 
     def _drawn(self, target_NV: Tensor, drafter_NV: Tensor, *, id: str) -> tuple[Tensor, Tensor]:
         """Return a token of the drafter for every row, and its label."""

@@ -13,6 +13,7 @@ import torch
 
 from drafttrain.core.records import Record, Sampling, TargetNeeds
 from drafttrain.core.settings import setting
+from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.data_gen.annotate import Frozen, JudgeLabelSettings, annotators
 from drafttrain.data_gen.annotate.states import states_of
 from drafttrain.data_gen.backends import Task
@@ -67,7 +68,19 @@ class Counterfactual:
     @torch.no_grad()
     def label(self, records: Sequence[Record]) -> list[HeadRows]:
         """Return the rows of each record; of it only the tokens before its first label are used, as the prompt."""
-        prompts = [list(record.tokens[: list(record.loss_mask).index(True)]) for record in records]
+        walks = self.walks(records)
+        tried = [text for walk in walks for text in walk.tried]
+        records_tried = [Record("", text, [True] * len(text)) for text in tried]
+        last = [states_TD[-1:] for states_TD in states_of(records_tried, self.frozen)]
+        width = self.frozen.target.model.get_output_embeddings().weight.shape[1]
+        states_ND = torch.cat([torch.zeros(0, width), *last])
+        labels_N = torch.tensor([label for walk in walks for label in walk.labels])
+        sizes = [len(walk.tried) for walk in walks]
+        return [HeadRows(*part) for part in zip(states_ND.split(sizes), labels_N.split(sizes), strict=True)]
+
+    def walks(self, records: Sequence[Record]) -> list[_Walk]:
+        """Return the walk of each record, to its end."""
+        prompts = [list(record.tokens[: _first_label(record)]) for record in records]
         written = self._write([record.id for record in records], prompts)
         walks = [
             _Walk(record.id, prompt, new, self._answer(record.id, new))
@@ -78,35 +91,31 @@ class Counterfactual:
             going = self._try_next(going)
             if not going:
                 break
-        tried = [text for walk in walks for text in walk.tried]
-        records_tried = [Record("", text, [True] * len(text)) for text in tried]
-        last = [states_TD[-1:] for states_TD in states_of(records_tried, self.frozen)]
-        width = self.frozen.target.model.get_output_embeddings().weight.shape[1]
-        states_ND = torch.cat([torch.zeros(0, width), *last])
-        labels_N = torch.tensor([label for walk in walks for label in walk.labels])
-        sizes = [len(walk.tried) for walk in walks]
-        return [HeadRows(*part) for part in zip(states_ND.split(sizes), labels_N.split(sizes), strict=True)]
+        return walks
 
     def _try_next(self, walks: Sequence[_Walk]) -> list[_Walk]:
         """Settle the next place of disagreement of every text; return the texts that had one."""
         going: list[_Walk] = []
         tokens: list[int] = []
         for walk, drafted in zip(walks, self._drafted(walks), strict=True):
-            place = next((i for i in range(walk.place, len(walk.new)) if drafted[i] != walk.new[i]), None)
-            if place is not None:
-                walk.place = place
-                going.append(walk)
-                tokens.append(drafted[place])
+            pairs = list(enumerate(zip(drafted, walk.new, strict=True)))[walk.place :]
+            for place, (token, own) in pairs:
+                if token is not None and token != own:
+                    walk.place = place
+                    going.append(walk)
+                    tokens.append(token)
+                    break
         starts = [[*walk.prompt, *walk.new[: walk.place], token] for walk, token in zip(going, tokens, strict=True)]
         ends = self.frozen.target.eos_token_ids
         open_ = [i for i, token in enumerate(tokens) if token not in ends]
-        rest = dict(zip(open_, self._write([going[i].id for i in open_], [starts[i] for i in open_]), strict=True))
+        written = self._write([going[i].id for i in open_], [starts[i] for i in open_])
+        rest_of = dict(zip(open_, written, strict=True))
         for i, (walk, start) in enumerate(zip(going, starts, strict=True)):
-            other = [*start[len(walk.prompt) :], *rest.get(i, [])][: self.settings.max_new_tokens]
-            same = self._answer(walk.id, other) == walk.answer
+            new = [*start[len(walk.prompt) :], *rest_of.get(i, [])][: self.settings.max_new_tokens]
+            same = self._answer(walk.id, new) == walk.answer
             walk.tried.append(start)
             walk.labels.append(float(same))
-            walk.new = other if same else walk.new
+            walk.new = new if same else walk.new
             walk.place += 1
         return going
 
@@ -123,8 +132,11 @@ class Counterfactual:
         text = self.frozen.target.tokenizer.decode(list(new), skip_special_tokens=True)
         return self.checker.answer(text, id=id)
 
-    def _drafted(self, walks: Sequence[_Walk]) -> list[list[int]]:
-        """Return the drafter's greedy token at every new place of each text."""
+    def _drafted(self, walks: Sequence[_Walk]) -> list[list[int | None]]:
+        """Return the drafter's greedy token, by the target's ids, at every new place of each text; None where it drafts none.
+
+        A drafter that looks at the token before the root drafts nothing behind a prompt of one token.
+        """
         if not walks:
             return []
         target, drafter = self.frozen.target, self.frozen.drafter
@@ -135,9 +147,17 @@ class Counterfactual:
         if drafter.needs() != TargetNeeds():
             batch = replace(batch, target=target.read(batch.tokens_BT, batch.positions_BT, drafter.needs()))
         drafted = drafter(batch)
-        found = []
+        vocabulary = DraftVocabulary(drafted.vocabulary, num_tokens=target.num_tokens)
+        found: list[list[int | None]] = []
         for walk, (row, column) in zip(walks, places, strict=True):
-            first = column + len(walk.prompt) - 1 - drafted.lag
-            states_ND = drafted.states_BTD[1][row, first : first + len(walk.new)]
-            found.append(drafted.head(states_ND, 1)[:, : target.num_tokens].argmax(-1).tolist())
+            first = len(walk.prompt) - 1 - drafted.lag
+            drafting = [state for state in range(first, first + len(walk.new)) if state >= 0]
+            states_ND = drafted.states_BTD[1][row, [column + state for state in drafting]]
+            tokens = vocabulary.likeliest(drafted.head(states_ND, 1)).tolist()
+            found.append([None] * (len(walk.new) - len(tokens)) + tokens)
         return found
+
+
+def _first_label(record: Record) -> int:
+    """Return where the answer begins; a first token has nothing before it and is always read."""
+    return list(record.loss_mask).index(True, 1)

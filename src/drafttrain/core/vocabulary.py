@@ -1,0 +1,44 @@
+"""A drafter's ids and the target's: the one place that maps them.
+
+N = rows, V = the target's ids, R = tokens that can be drafted, W = width of the drafter's head
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.probability import over_target_vocabulary, sampling_probs
+from drafttrain.core.records import Sampling
+
+
+class DraftVocabulary:
+    """The tokens that a drafter can draft, by the target's ids.
+
+    Args:
+        own_R: The target's id of each token of a drafter with a vocabulary of its own; None: its ids are the target's. Of these
+            the ids behind the tokenizer's last are padding, which is never drafted.
+        num_tokens: Ids of the tokenizer.
+    """
+
+    def __init__(self, own_R: Tensor | None, *, num_tokens: int) -> None:
+        self.ids_R = torch.arange(num_tokens) if own_R is None else own_R
+
+    def logits(self, logits_NW: Tensor) -> Tensor:
+        """Return the logits_NR of the tokens that can be drafted."""
+        return logits_NW[..., : len(self.ids_R)]
+
+    def likeliest(self, logits_NW: Tensor) -> Tensor:
+        """Return the target's id of the token that each row drafts greedily."""
+        return self.ids_R.to(logits_NW.device)[self.logits(logits_NW).argmax(dim=-1)]
+
+    def probs(self, logits_NW: Tensor, sampling: Sampling, *, size: int) -> Tensor:
+        """Return probs_NV, the distribution that each row drafts from, over the target's `size` ids."""
+        probs_NR = sampling_probs(self.logits(logits_NW), sampling)
+        return over_target_vocabulary(probs_NR, self.ids_R[: probs_NR.shape[-1]].to(probs_NR.device), size=size)
+
+    def places(self, *, size: int) -> Tensor:
+        """Return by id of the target the drafter's own; -1 where it cannot draft that token."""
+        places_V = self.ids_R.new_full((size,), -1)
+        places_V[self.ids_R] = torch.arange(len(self.ids_R), device=self.ids_R.device)
+        return places_V
