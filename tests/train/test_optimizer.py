@@ -9,6 +9,7 @@ from torch import nn
 
 from drafttrain.train.optimizer import MuonAdamW, build_optimizer, learning_rate_scale, orthogonalised
 from drafttrain.train.settings import TrainSettings
+from drafttrain.train.zero_state import _as_step
 from tests.conftest import random_llama
 
 
@@ -83,3 +84,13 @@ def test_schedules_begin_warm_peak_and_end_low() -> None:
     assert learning_rate_scale(79, wsd) == 1.0
     assert learning_rate_scale(90, wsd) < 0.6
     assert learning_rate_scale(99, TrainSettings(schedule="constant", warmup_steps=0)) == 1.0
+
+
+@pytest.mark.parametrize(("fused", "device"), [(True, "meta"), (False, "cpu")])
+def test_a_fused_step_that_is_resumed_counts_where_its_parameters_are(fused: bool, device: str) -> None:
+    """A fused AdamW on a GPU takes no count from the CPU; a plain one keeps it there, as a new optimizer does."""
+    parameter = nn.Parameter(torch.zeros(4, device="meta"))
+    optimizer = torch.optim.AdamW([parameter])
+    optimizer.defaults["fused"] = fused
+    step = _as_step(optimizer, 7, like=parameter)
+    assert (step.device.type, step.dtype) == (device, torch.float32)

@@ -66,7 +66,7 @@ def load_optimizer_state(engine: Any, groups: Sequence[Mapping[str, Any]], store
         example = state[then["params"][0]]
         for flat in flats:
             inner.state[flat] = {
-                key: _as_step(inner, value) if key == "step" else torch.zeros_like(flat.data)
+                key: _as_step(inner, value, like=flat) if key == "step" else torch.zeros_like(flat.data)
                 for key, value in example.items()
             }
     _link(zero)
@@ -139,10 +139,15 @@ def _link(zero: Any) -> None:
         zero._lazy_init_hp_params_optimizer_state()
 
 
-def _as_step(inner: torch.optim.Optimizer, step: Any) -> Any:
-    """Return a count of steps in the form that the optimizer keeps: DeepSpeed's own ones keep a number."""
-    of_deepspeed = type(inner).__module__.startswith("deepspeed.")
-    return int(step) if of_deepspeed else torch.tensor(float(step))
+def _as_step(inner: torch.optim.Optimizer, step: Any, *, like: Tensor) -> Any:
+    """Return a count of steps in the form that the optimizer keeps.
+
+    DeepSpeed's own optimizers keep a number. A fused step reads the count on the device of the parameter `like`.
+    """
+    if type(inner).__module__.startswith("deepspeed."):
+        return int(step)
+    on_device = inner.defaults.get("fused") or inner.defaults.get("capturable")
+    return torch.tensor(float(step), device=like.device if on_device else "cpu")
 
 
 def _flat_parts(zero: Any) -> list[list[Tensor]]:
