@@ -27,7 +27,8 @@ from drafttrain.drafters.causal_lm import CausalLMDrafter
 from drafttrain.eval.acceptance.lossless import Lossless
 from drafttrain.eval.engine import Engine
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
-from drafttrain.target.anatomy import final_norm, head_logits
+from drafttrain.target.anatomy import final_norm
+from drafttrain.target.logits import head_logits
 from tests.conftest import random_llama
 from tests.drafters.feature_models import feature_drafter, feature_target
 

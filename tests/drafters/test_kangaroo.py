@@ -23,7 +23,8 @@ from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.eval.replay import Text, expected_rounds, replay_rows
 from drafttrain.losses.align import align
 from drafttrain.target import Target
-from drafttrain.target.anatomy import blocks, final_norm, head_logits
+from drafttrain.target.anatomy import blocks, final_norm
+from drafttrain.target.logits import head_logits
 from tests.conftest import byte_tokenizer, random_llama
 from tests.eval.decoding import PROMPTS, chi_square, decode, greedy
 from tests.target.test_frozen import ARCHITECTURES

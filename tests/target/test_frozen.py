@@ -18,7 +18,7 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.records import TargetNeeds
 from drafttrain.core.tensors import read_tensors
 from drafttrain.target import Target, TargetSettings
-from drafttrain.target.anatomy import blocks, head_logits
+from drafttrain.target.anatomy import blocks
 from drafttrain.target.cached_lm import CachedLM
 from drafttrain.target.frozen import (
     check_same_tokenizer,
@@ -27,6 +27,7 @@ from drafttrain.target.frozen import (
     load_tokenizer,
     resolve_folder,
 )
+from drafttrain.target.logits import head_logits
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 ARCHITECTURES = {

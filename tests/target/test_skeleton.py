@@ -13,7 +13,8 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.tensors import TensorFiles
 from drafttrain.target import Target, TargetSettings
 from drafttrain.target.absent import AbsentTarget, bare_model, outer_model
-from drafttrain.target.anatomy import blocks, final_norm, head_logits
+from drafttrain.target.anatomy import blocks, final_norm
+from drafttrain.target.logits import head_logits
 from drafttrain.target.skeleton import fill, skeleton, stored_tensors
 from tests.conftest import byte_tokenizer, random_llama
 

@@ -22,7 +22,7 @@ from drafttrain.core.processes import any_of, first, first_before_others, own_sh
 from drafttrain.core.records import DraftBatch, Record, TargetNeeds, TargetOutput
 from drafttrain.data_gen.packing import pack
 from drafttrain.target import Target
-from drafttrain.target.anatomy import head_logits
+from drafttrain.target.logits import head_logits
 
 TOKENS_A_SHARD = 16_384
 TOKENS_A_BATCH = 4096

@@ -22,9 +22,10 @@ from drafttrain.core.settings import setting
 from drafttrain.drafters import Drafter, drafters
 from drafttrain.drafters.chain_proposer import ChainProposer
 from drafttrain.target import Target
-from drafttrain.target.anatomy import blocks, head_logits, trunk
+from drafttrain.target.anatomy import blocks, trunk
 from drafttrain.target.documents import document_states
 from drafttrain.target.frozen import check_same_tokenizer, load_causal_lm, load_tokenizer, resolve_folder
+from drafttrain.target.logits import head_logits
 
 
 @dataclass

@@ -32,7 +32,7 @@ from drafttrain.core.records import (
     chain,
 )
 from drafttrain.core.roles import FirstBlocks, ForwardListener
-from drafttrain.target.anatomy import head_logits
+from drafttrain.target.logits import head_logits
 from drafttrain.target.ragged_cache import RaggedCache
 
 

@@ -15,7 +15,8 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.foreign import read_json
 from drafttrain.core.tensors import load_into
 from drafttrain.target import Target
-from drafttrain.target.anatomy import final_norm, head_logits
+from drafttrain.target.anatomy import final_norm
+from drafttrain.target.logits import head_logits
 
 ROPE_SCALINGS = ("linear", "dynamic", "yarn", "llama3")
 """Kinds of rotary scaling that one layer of Llama's can take over."""

@@ -25,7 +25,8 @@ from drafttrain.core.tensors import load_into
 from drafttrain.drafters import Drafter, drafters
 from drafttrain.drafters.early_exit_proposer import EarlyExitProposer, KeysAndValues
 from drafttrain.target import Target
-from drafttrain.target.anatomy import blocks, final_norm, head_logits
+from drafttrain.target.anatomy import blocks, final_norm
+from drafttrain.target.logits import head_logits
 
 CONFIG_KEYS = ("exit_layer", "hidden_size", "num_attention_heads", "rope_theta", "draft", "target_fingerprint")
 

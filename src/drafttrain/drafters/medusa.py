@@ -34,8 +34,8 @@ from drafttrain.losses.align import align
 from drafttrain.losses.chunked import row_losses
 from drafttrain.losses.forward_kl import ForwardKL, ForwardKLConfig
 from drafttrain.target import Target
-from drafttrain.target.anatomy import finished_logits, head_logits
 from drafttrain.target.documents import as_read, document_states
+from drafttrain.target.logits import finished_logits, head_logits
 
 TREE = "medusa_tree.json"
 """Beside config.json: the tree, and the table of accuracies that it was built from. Serving engines pass over it."""

@@ -26,6 +26,7 @@ from drafttrain.target.frozen import (
     pick_device,
     resolve_folder,
 )
+from drafttrain.target.logits import check_logits
 from drafttrain.target.skeleton import fill, outer_modules, skeleton, stored_tensors
 
 
@@ -69,8 +70,9 @@ class AbsentTarget(Target):
     @classmethod
     def load(cls, settings: TargetSettings) -> AbsentTarget:
         """Read the outer parts of a target from its folder."""
-        fingerprint = fingerprint_of(target_folder(settings))
-        return cls(settings, outer_model(settings), load_target_tokenizer(settings), fingerprint=fingerprint)
+        model, fingerprint = outer_model(settings), fingerprint_of(target_folder(settings))
+        check_logits(model)
+        return cls(settings, model, load_target_tokenizer(settings), fingerprint=fingerprint)
 
     @contextmanager
     def at_work(self) -> Iterator[Target]:

@@ -1,13 +1,12 @@
 """Where a Hugging Face causal LM keeps its parts: trunk, blocks, final norm, head; and taps on them by hooks.
 
-B = sequences, T = positions, V = vocabulary, D = hidden, N = rows
+B = sequences, T = positions, D = hidden
 """
 
 import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from drafttrain.core.errors import CheckpointError
@@ -22,7 +21,8 @@ POSITION_EMBEDDINGS = ("wpe", "embed_positions", "position_embeddings")
 def trunk(model: Any) -> nn.Module:
     """Return the model below the head; its `last_hidden_state` is the state after the final norm."""
     base: nn.Module = model.base_model
-    return base
+    # Llama 4 looks for its trunk under a name that it does not have, and is then its own.
+    return base if base is not model else model.get_submodule("model")
 
 
 def blocks(model: Any) -> nn.ModuleList:
@@ -33,27 +33,6 @@ def blocks(model: Any) -> nn.ModuleList:
 def final_norm(model: Any) -> nn.Module:
     """Return the norm between the last block and the head."""
     return _first(trunk(model), NORM_PATHS, model, "a final norm")
-
-
-def head_logits(model: Any, states_ND: Tensor) -> Tensor:
-    """Return the logits of states after the final norm, with the scale or soft cap that the architecture adds.
-
-    They are where the states are, also where the model is on another device.
-    """
-    head = model.get_output_embeddings()
-    logits_NV = head(states_ND.to(head.weight.device)).to(states_ND.device)
-    return finished_logits(model.config.get_text_config(), logits_NV)
-
-
-def finished_logits(config: Any, logits: Tensor) -> Tensor:
-    """Return the products of an output matrix with the scale or soft cap of the architecture."""
-    if scaling := getattr(config, "logits_scaling", None):
-        logits = logits / scaling
-    if scale := getattr(config, "logit_scale", None):
-        logits = logits * scale
-    if cap := getattr(config, "final_logit_softcapping", None):
-        logits = torch.tanh(logits / cap) * cap
-    return logits
 
 
 def position_limit(model: Any) -> int | None:

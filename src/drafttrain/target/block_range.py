@@ -6,10 +6,10 @@ B = sequences, N = nodes, D = hidden
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from drafttrain.target.anatomy import blocks, final_norm
 
@@ -27,20 +27,28 @@ def block_range(model: Any, running: range, *, entering_BND: Tensor | None = Non
     """
     stack = blocks(model)
     outside = [index for index in range(len(stack)) if index not in running]
-    resting = [stack[index] for index in outside]
+    resting: list[nn.Module] = [stack[index] for index in outside]
     assert (entering_BND is None) == (running.start == 0), "the first block reads tokens, every later one stored states"
     if running.stop < len(stack):
         resting.append(final_norm(model))
+    forwards: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(resting, _hand_on)
+    if entering_BND is not None:
+        forwards[stack[running.start - 1]] = lambda *_, **__: entering_BND
+    with replaced_forwards(forwards):
+        yield
+
+
+@contextlib.contextmanager
+def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Within this context these modules compute something else."""
     # Libraries that place a model on devices keep a `forward` of their own on the module: it comes back.
-    before = [module.__dict__.get("forward") for module in resting]
+    before = {module: module.__dict__.get("forward") for module in forwards}
     try:
-        for module in resting:
-            module.__dict__["forward"] = _hand_on
-        if entering_BND is not None:
-            stack[running.start - 1].__dict__["forward"] = lambda *_, **__: entering_BND
+        for module, forward in forwards.items():
+            module.__dict__["forward"] = forward
         yield
     finally:
-        for module, own in zip(resting, before, strict=True):
+        for module, own in before.items():
             if own is None:
                 del module.__dict__["forward"]
             else:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from drafttrain.core.records import TargetNeeds
 from drafttrain.target.anatomy import taps, trunk
+from drafttrain.target.logits import check_logits
 
 _apart: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -29,7 +30,11 @@ def document_states(
 
     Args:
         positions_BT: Restart at 0 with each document, padding being one too.
+
+    Raises:
+        CheckpointError: What is made of these states is not what the model makes of them (`check_logits`).
     """
+    check_logits(model)
     if tells_documents_apart(model):
         with taps(model, TargetNeeds(hidden=hidden)) as seen:
             final_BTD = _final(model, tokens_BT, positions_BT)

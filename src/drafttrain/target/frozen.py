@@ -25,8 +25,9 @@ from drafttrain.core.foreign import check_folder
 from drafttrain.core.records import TargetNeeds, TargetOutput, TargetRows
 from drafttrain.core.settings import setting
 from drafttrain.core.tensors import check_finite, check_number_types
-from drafttrain.target.anatomy import head_logits, position_limit
+from drafttrain.target.anatomy import position_limit
 from drafttrain.target.documents import document_states
+from drafttrain.target.logits import head_logits
 
 BUILTIN = "builtin:"
 

@@ -23,6 +23,7 @@ from drafttrain.target.frozen import (
     load_target_tokenizer,
     pick_device,
 )
+from drafttrain.target.logits import check_logits
 from drafttrain.target.skeleton import fill, stored_tensors
 from drafttrain.train.strategy import join_deepspeed, whole
 
@@ -44,7 +45,8 @@ class ShardedTarget(Target):
         for block in blocks(model):
             _gather_around(block)
         trunk(model).register_forward_pre_hook(lambda *_: self._begin_forward())
-        # Tried once, by two short texts: here, where all processes are.
+        # Each is tried once, by short texts: here, where all processes are.
+        check_logits(model)
         tells_documents_apart(model)
 
     @classmethod
