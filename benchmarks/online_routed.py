@@ -36,7 +36,8 @@ from drafttrain.data_gen.formats import Encoder
 from drafttrain.data_gen.packing import pack
 from drafttrain.data_gen.serving_logs.intake import Intake
 from drafttrain.data_gen.sources import sources
-from drafttrain.drafters.causal_lm import CausalLMDrafter, CausalLMSettings, cut_from
+from drafttrain.drafters.causal_lm import CausalLMDrafter, CausalLMSettings
+from drafttrain.drafters.cut import cut_from
 from drafttrain.eval.statistics import ratio_difference, ratio_interval
 from drafttrain.export.hf import export_hf
 from drafttrain.losses.forward_kl import ForwardKL

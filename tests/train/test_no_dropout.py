@@ -10,7 +10,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from drafttrain.drafters.causal_lm import CausalLMDrafter, cut_from
+from drafttrain.drafters.causal_lm import CausalLMDrafter
+from drafttrain.drafters.cut import cut_from
 from drafttrain.losses import losses
 from drafttrain.target import Target
 from drafttrain.train.run import train

@@ -1,17 +1,15 @@
 """The independent drafter: a separate, smaller causal LM with the target's tokenizer.
 
-B = sequences, T = positions, V = vocabulary, D = hidden, F = feed-forward width
+B = sequences, T = positions, V = vocabulary, D = hidden
 """
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -21,8 +19,9 @@ from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
 from drafttrain.drafters import Drafter, drafters
 from drafttrain.drafters.chain_proposer import ChainProposer
+from drafttrain.drafters.cut import cut_from
 from drafttrain.target import Target
-from drafttrain.target.anatomy import blocks, trunk
+from drafttrain.target.anatomy import blocks
 from drafttrain.target.documents import document_states
 from drafttrain.target.frozen import check_same_tokenizer, load_causal_lm, load_tokenizer, resolve_folder
 from drafttrain.target.logits import head_logits
@@ -181,64 +180,3 @@ def from_scratch(settings: CausalLMSettings, *, vocab_size: int, tokenizer: Any)
         pad_token_id=tokenizer.pad_token_id,
     )
     return LlamaForCausalLM(config)
-
-
-def cut_from(model: Any, *, num_layers: int, width: int | None) -> Any:
-    """Return a drafter made of the target's embedding, head, evenly spread layers and strongest feed-forward neurons.
-
-    Raises:
-        CheckpointError: The target has fewer layers, or a feed-forward block of another shape than gate, up, down.
-    """
-    total = len(blocks(model))
-    if num_layers > total:
-        raise CheckpointError(f"drafter.num_layers must be 1..{total} for this target, got {num_layers}")
-    kept = spread(total, num_layers)
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers = num_layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[i] for i in kept]
-    small = copy.deepcopy(model).float().requires_grad_(True)
-    stack = blocks(small)
-    chosen = [stack[i] for i in kept]
-    for new_index, layer in enumerate(chosen):
-        if hasattr(layer, "self_attn") and hasattr(layer.self_attn, "layer_idx"):
-            layer.self_attn.layer_idx = new_index
-        if width is not None:
-            _narrow(layer, width)
-    del stack[:]
-    stack.extend(chosen)
-    if width is not None:
-        config.intermediate_size = width
-    small.config = config
-    trunk(small).config = config
-    # Rebuilt from the configuration, so that what is trained is what a loader of the folder will build.
-    fresh = type(model)(config)
-    fresh.load_state_dict(small.state_dict())
-    return fresh
-
-
-def spread(total: int, count: int) -> list[int]:
-    """Return `count` layer numbers spread evenly over 0..total-1, first and last among them where count allows."""
-    if count == 1:
-        return [0]
-    return [round(i * (total - 1) / (count - 1)) for i in range(count)]
-
-
-def _narrow(layer: Any, width: int) -> None:
-    """Keep the feed-forward neurons with the largest product of weight norms."""
-    mlp = getattr(layer, "mlp", None)
-    if mlp is None or not all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")):
-        raise CheckpointError("drafter.intermediate_size: this target has no gate/up/down feed-forward block to narrow")
-    full = mlp.gate_proj.weight.shape[0]
-    if width > full:
-        raise CheckpointError(f"drafter.intermediate_size must be 1..{full} for this target, got {width}")
-    with torch.no_grad():
-        strength_F = (
-            mlp.gate_proj.weight.norm(dim=1) * mlp.up_proj.weight.norm(dim=1) * mlp.down_proj.weight.norm(dim=0)
-        )
-        kept = strength_F.topk(width).indices.sort().values
-        for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
-            linear = getattr(mlp, name)
-            linear.weight = torch.nn.Parameter(linear.weight.index_select(dim, kept).clone())
-            if linear.bias is not None and dim == 0:
-                linear.bias = torch.nn.Parameter(linear.bias[kept].clone())
