@@ -1,8 +1,12 @@
 """Starts of the independent drafter: from scratch, from a checkpoint."""
 
 from pathlib import Path
+from string import ascii_lowercase
 
 import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.drafters.causal_lm import CausalLMDrafter, CausalLMSettings
@@ -30,3 +34,19 @@ def test_a_checkpoint_with_another_tokenizer_is_refused(tiny_target: Target, sav
 def test_settings_problems_are_all_named() -> None:
     problems = CausalLMSettings(init="checkpoint", num_heads=3, num_kv_heads=2).check()
     assert len(problems) == 2
+
+
+def test_a_drafter_without_a_target_has_a_row_for_every_id_of_a_tokenizer_with_holes() -> None:
+    tokenizer = tokenizer_with_holes()
+    settings = CausalLMSettings(hidden_size=32, num_layers=1, num_heads=1)
+    drafter = CausalLMDrafter.create(settings, target=None, tokenizer=tokenizer)
+    last = tokenizer("z")["input_ids"]
+    assert last == [300]
+    assert drafter.model(torch.tensor([last])).logits.shape[-1] == 301
+
+
+def tokenizer_with_holes() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of letters whose ids begin at 0 and go on at 276."""
+    vocabulary = {"<|end|>": 0} | {letter: 275 + number for number, letter in enumerate(ascii_lowercase)}
+    model = models.BPE(vocab=vocabulary, merges=[])
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), eos_token="<|end|>", pad_token="<|end|>")

@@ -4,6 +4,7 @@ A terminal gets bars; a file or a pipe gets a plain line every few seconds and o
 the first one speaks.
 """
 
+import functools
 import os
 import sys
 import time
@@ -27,6 +28,12 @@ def say(text: str) -> None:
     if _first_process():
         with suppress(OSError):
             stderr.print(text, markup=False)
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """Say what is worth one line, however often it comes up."""
+    say(text)
 
 
 class Progress:

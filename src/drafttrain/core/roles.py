@@ -75,6 +75,15 @@ class DraftsInTarget(Protocol):
         ...
 
 
+@runtime_checkable
+class DraftsWithOwnCache(Protocol):
+    """A proposer with a language model of its own, which may not be able to read several sequences together."""
+
+    def why_alone(self, longest: int) -> str | None:
+        """Return why sequences of up to so many tokens are read one at a time; None: they can be read together."""
+        ...
+
+
 class AcceptanceRule(Protocol):
     """Which draft tokens are kept. A pure function; may own frozen head weights, never a language model."""
 

@@ -22,8 +22,9 @@ from drafttrain.drafters.chain_proposer import ChainProposer
 from drafttrain.drafters.cut import cut_from
 from drafttrain.target import Target
 from drafttrain.target.anatomy import blocks
+from drafttrain.target.attention import drafter_attention
 from drafttrain.target.documents import document_states
-from drafttrain.target.frozen import check_same_tokenizer, load_causal_lm, load_tokenizer, resolve_folder
+from drafttrain.target.frozen import check_same_tokenizer, load_causal_lm, load_tokenizer, num_ids, resolve_folder
 from drafttrain.target.logits import head_logits
 
 
@@ -100,7 +101,7 @@ class CausalLMDrafter(Drafter):
         """Return the drafter at its start."""
         if settings.init == "scratch":
             model = from_scratch(
-                settings, vocab_size=target.vocab_size if target else len(tokenizer), tokenizer=tokenizer
+                settings, vocab_size=target.vocab_size if target else num_ids(tokenizer), tokenizer=tokenizer
             )
         elif settings.init == "target":
             if target is None:
@@ -112,7 +113,7 @@ class CausalLMDrafter(Drafter):
             assert settings.checkpoint is not None
             folder = resolve_folder(settings.checkpoint)
             check_same_tokenizer(tokenizer, load_tokenizer(folder), drafter=settings.checkpoint)
-            model = load_causal_lm(folder)
+            model = load_causal_lm(folder, attention=drafter_attention(target and target.model))
         return cls(model, draft=settings.draft)
 
     def recompute_activations(self) -> None:
@@ -147,7 +148,8 @@ class CausalLMDrafter(Drafter):
     def load(cls, folder: Path, target: Target, dtype: Any = None) -> CausalLMDrafter:
         """Read a plain Hugging Face folder, refusing another tokenizer than the target's."""
         check_same_tokenizer(target.tokenizer, load_tokenizer(folder), drafter=str(folder))
-        model = load_causal_lm(folder, dtype=dtype or "float32").eval().to(target.device)
+        attention = drafter_attention(target.model)
+        model = load_causal_lm(folder, dtype=dtype or "float32", attention=attention).eval().to(target.device)
         if problem := rows_problem(int(model.get_input_embeddings().weight.shape[0]), target.num_tokens):
             raise CheckpointError(f"{folder}/config.json: {problem}")
         return cls(model)

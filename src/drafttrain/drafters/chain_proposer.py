@@ -60,6 +60,10 @@ class ChainProposer:
         self._pending: list[int] = []
         """Committed tokens that the last `propose` read, by sequence; what it read after them are draft tokens."""
 
+    def why_alone(self, longest: int) -> str | None:
+        """Return why sequences of up to so many tokens are drafted one at a time; None: together."""
+        return self._lm.why_alone(longest)
+
     def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
         """Read the prompts, all but their last tokens."""
         self._contexts = list(contexts)

@@ -45,11 +45,16 @@ class TargetParts:
         return rows_RD
 
     def final_gain(self) -> Tensor:
-        """Return gain_D, what the final norm multiplies a normed state by."""
+        """Return gain_D, what the final norm multiplies a normed state by: ones where it has no weight."""
         norm: Any = final_norm(self._model)
-        weight_D: Tensor = norm.weight.detach()
-        # An RMS norm of ones is its gain, also where the weight is stored as the difference from one.
-        return weight_D if isinstance(norm, nn.LayerNorm) else norm(torch.ones_like(weight_D)).detach()
+        embedding = self._embedding.weight
+        # Of a state of one size everywhere and its opposite, so that neither a bias nor what the norm calls its weight matters;
+        # a large one, so that its epsilon does not.
+        sign_D = (1 - 2 * (torch.arange(embedding.shape[1], device=embedding.device) % 2)).to(embedding.dtype)
+        with torch.no_grad():
+            up_D, down_D = norm(torch.stack([1024 * sign_D, -1024 * sign_D])[None])[0]
+        gain_D: Tensor = (up_D - down_D) / (2 * sign_D)
+        return gain_D
 
     @property
     def embedding_row_bytes(self) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from drafttrain.core.console import say_once
 from drafttrain.core.probability import sampling_probs, without_padding
 from drafttrain.core.random import stream
 from drafttrain.core.records import (
@@ -26,7 +27,14 @@ from drafttrain.core.records import (
     TargetOutput,
     Verdict,
 )
-from drafttrain.core.roles import AcceptanceRule, DraftsInTarget, ForwardListener, LengthPolicy, Proposer
+from drafttrain.core.roles import (
+    AcceptanceRule,
+    DraftsInTarget,
+    DraftsWithOwnCache,
+    ForwardListener,
+    LengthPolicy,
+    Proposer,
+)
 from drafttrain.target import Target
 from drafttrain.target.cached_lm import CachedLM
 
@@ -91,7 +99,10 @@ class Engine:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
-        """Decode these prompts together and return their outputs in order."""
+        """Decode these prompts and return their outputs in order: together, or one at a time where a model cannot read them so."""
+        if len(prompts) > 1 and (why := self._why_alone(prompts)):
+            say_once(f"prompts are decoded one at a time: {why}")
+            return [generation for prompt in prompts for generation in self.generate([prompt])]
         sequences = [self._sequence(prompt) for prompt in prompts]
         with _Clock(sequences, "prefill_seconds"):
             seen = self._lm.begin([prompt.tokens[:-1] for prompt in prompts], needs=self.proposer.needs)
@@ -105,6 +116,15 @@ class Engine:
                 self._lm.drop(ongoing)
                 self.proposer.drop(ongoing)
         return [_generation(sequence) for sequence in sequences]
+
+    def _why_alone(self, prompts: Sequence[Prompt]) -> str | None:
+        """Return why these prompts are not decoded together; None: they are."""
+        longest = max(len(prompt.tokens) for prompt in prompts) + self.max_new_tokens
+        if why := self._lm.why_alone(longest):
+            return f"target: {why}"
+        if isinstance(self.proposer, DraftsWithOwnCache) and (why := self.proposer.why_alone(longest)):
+            return f"drafter: {why}"
+        return None
 
     def _round(self, live: list[_Sequence]) -> None:
         with _Clock(live, "draft_seconds"):

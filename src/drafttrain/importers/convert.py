@@ -20,7 +20,7 @@ from drafttrain.export.layout import layout_problems
 from drafttrain.importers import Given, Imported, Importer, importers
 from drafttrain.importers.reading import read_given
 from drafttrain.importers.target import TargetFiles
-from drafttrain.target.frozen import check_same_tokenizer, load_tokenizer, tokenizer_fingerprint
+from drafttrain.target.frozen import check_same_tokenizer, load_tokenizer, num_ids, tokenizer_fingerprint
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -70,7 +70,7 @@ def import_folder(source: Path, out: Path, *, target: str | None = None) -> Impo
                 target=named,
                 target_fingerprint=stand.fingerprint,
                 tokenizer_fingerprint=tokenizer_fingerprint(stand.tokenizer),
-                vocab_size=len(stand.tokenizer),
+                vocab_size=num_ids(stand.tokenizer),
                 trained_steps=0,
                 draft=draft or "sampled",
             ),

@@ -54,7 +54,7 @@ def calibrate(run: Run, drafter: Drafter, folder: Path) -> None:
 def export_weights(run: Run, weights: Path, folder: Path, *, steps: int) -> None:
     from drafttrain.checkpoint import About
     from drafttrain.export.hf import export_hf
-    from drafttrain.target.frozen import tokenizer_fingerprint
+    from drafttrain.target.frozen import num_ids, tokenizer_fingerprint
 
     recipe = run.recipe
     about = About(
@@ -62,7 +62,7 @@ def export_weights(run: Run, weights: Path, folder: Path, *, steps: int) -> None
         target=recipe.target.model or "",
         target_fingerprint=run.target.fingerprint if run.has_target() else "",
         tokenizer_fingerprint=tokenizer_fingerprint(run.tokenizer),
-        vocab_size=len(run.tokenizer),
+        vocab_size=num_ids(run.tokenizer),
         trained_steps=steps,
         draft=recipe.drafter.draft,
     )

@@ -99,7 +99,9 @@ class Run:
     @property
     def num_tokens(self) -> int:
         """Ids that target, drafter and tokenizer share."""
-        return self.target.num_tokens if self.has_target() else len(self.tokenizer)
+        from drafttrain.target.frozen import num_ids
+
+        return self.target.num_tokens if self.has_target() else num_ids(self.tokenizer)
 
     @functools.cached_property
     def validation_texts(self) -> tuple[list[Text], Sampling]:

@@ -64,6 +64,17 @@ class CachedLM:
         """Tokens in the cache by sequence, pending ones included."""
         return self.cache.lengths
 
+    def why_alone(self, longest: int) -> str | None:
+        """Return why sequences of up to so many tokens are read one at a time, and no trees; None: they can be read together."""
+        attention = self._config._attn_implementation
+        if attention not in MASKED_ATTENTION:
+            return f"target.attention {attention} takes no mask of ours, {' and '.join(MASKED_ATTENTION)} do"
+        if not self._takes_positions:
+            return f"{type(self.model).__name__} takes no position_ids"
+        if self._window is not None and longest >= self._window:
+            return f"{longest} positions reach its sliding window of {self._window}"
+        return None
+
     def split_at(self, layer: int) -> None:
         """Let blocks 0..layer-1 be run on their own from now on.
 
@@ -256,21 +267,8 @@ class CachedLM:
 
     def _check_mask(self, columns: int) -> None:
         """Refuse trees and ragged batches where the model does not take a mask of ours."""
-        attention = self._config._attn_implementation
-        if attention not in MASKED_ATTENTION:
-            raise CheckpointError(
-                f"{self.name}: attention {attention!r} takes no tree mask: decode one sequence at a time in chains, "
-                f"or load the model with {' or '.join(MASKED_ATTENTION)}"
-            )
-        if not self._takes_positions:
-            raise CheckpointError(
-                f"{self.name}: {type(self.model).__name__} takes no position_ids: decode one sequence at a time, in chains"
-            )
-        if self._window is not None and columns >= self._window:
-            raise CheckpointError(
-                f"{self.name}: {columns} positions reach its sliding window of {self._window}: "
-                "decode one sequence at a time, in chains"
-            )
+        if why := self.why_alone(columns):
+            raise CheckpointError(f"{self.name}: {why}: decode one sequence at a time, in chains")
 
     def _now(self) -> float:
         """Return the time when what was asked of the device so far is done; nobody listening, do not wait for that."""

@@ -26,6 +26,7 @@ from drafttrain.core.records import TargetNeeds, TargetOutput, TargetRows
 from drafttrain.core.settings import setting
 from drafttrain.core.tensors import check_finite, check_number_types
 from drafttrain.target.anatomy import position_limit
+from drafttrain.target.attention import refuse_attention
 from drafttrain.target.documents import document_states
 from drafttrain.target.logits import head_logits
 
@@ -145,9 +146,16 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_causal_lm(
-    folder: Path, *, dtype: str = "float32", attention: str = "sdpa", trust_remote_code: bool = False
+    folder: Path, *, dtype: str = "float32", attention: str | None = "sdpa", trust_remote_code: bool = False
 ) -> Any:
-    """Return the causal LM of a folder, from safetensors only."""
+    """Return the causal LM of a folder, from safetensors only.
+
+    Args:
+        attention: Of transformers; None: the quickest that the model and this machine have.
+
+    Raises:
+        CheckpointError: There is none, or not with this attention.
+    """
     from transformers import AutoModelForCausalLM
 
     if not list(folder.glob("*.safetensors")):
@@ -162,7 +170,8 @@ def load_causal_lm(
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        refuse_attention(folder, attention, trust_remote_code=trust_remote_code)
         raise CheckpointError(f"{folder}: no causal LM could be read here: {error}") from error
     model, report = loaded
     missing = sorted(report["missing_keys"])

@@ -13,6 +13,7 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.foreign import check_folder
 from drafttrain.core.tensors import TensorFiles
 from drafttrain.target.anatomy import final_norm
+from drafttrain.target.attention import refuse_attention
 
 META = torch.device("meta")
 
@@ -38,7 +39,8 @@ def skeleton(folder: Path, *, dtype: str, attention: str, trust_remote_code: boo
                 attn_implementation=attention,
                 trust_remote_code=trust_remote_code,
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
+        refuse_attention(folder, attention, trust_remote_code=trust_remote_code)
         raise CheckpointError(f"{folder}: no causal LM could be made of its configuration: {error}") from error
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(str(folder))

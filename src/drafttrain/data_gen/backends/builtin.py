@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drafttrain.core.console import Progress
+from drafttrain.core.console import Progress, say_once
 from drafttrain.core.probability import sampling_probs
 from drafttrain.core.processes import any_of
 from drafttrain.core.random import stream
@@ -69,10 +69,16 @@ class Builtin:
 def continuations(tasks: Sequence[Task], target: Target, *, max_new_tokens: int, seed: int) -> list[list[int]]:
     """Return what the target writes after each prompt; all tasks share one sampling rule.
 
-    Every record has its own stream of random numbers, named by (seed, record id): one number a token.
+    Every record has its own stream of random numbers, named by (seed, record id): one number a token. Prompts of different lengths
+    are read one at a time where the target cannot read them together.
     """
     sampling = tasks[0].sampling
     lm = CachedLM(target.model, name="target")
+    lengths = {len(task.prompt) for task in tasks}
+    if len(lengths) > 1 and (why := lm.why_alone(max(lengths) + max_new_tokens)):
+        say_once(f"{target.name}: its texts are written one at a time: {why}")
+        alone = (continuations([task], target, max_new_tokens=max_new_tokens, seed=seed) for task in tasks)
+        return [text for (text,) in alone]
     ends = set(target.eos_token_ids)
     new: list[list[int]] = [[] for _ in tasks]
     numbers_BT = torch.stack(
