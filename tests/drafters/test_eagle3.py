@@ -72,11 +72,12 @@ def test_only_the_taps_are_read_and_every_tap_matters(target):
 
 
 @pytest.mark.parametrize("size", [None, 40])
-@pytest.mark.parametrize("fc_norm", [False, True])
-def test_parameters_are_as_many_as_the_formula_says(target, size, fc_norm):
-    drafter = feature_drafter("eagle3", target, draft_vocab_size=size, fc_norm=fc_norm, intermediate_size=48)
+@pytest.mark.parametrize("norm", [None, "fc_norm", "norm_before_fc"])
+def test_parameters_are_as_many_as_the_formula_says(target, size, norm):
+    more = {} if norm is None else {norm: True}
+    drafter = feature_drafter("eagle3", target, draft_vocab_size=size, intermediate_size=48, **more)
     d, q, kv, i, v = 32, 32, 16, 48, size or 257
-    wanted = 3 * d * d + 2 * d * (q + 2 * kv) + q * d + 3 * d * i + v * d + 4 * d + 3 * d * fc_norm
+    wanted = 3 * d * d + 2 * d * (q + 2 * kv) + q * d + 3 * d * i + v * d + 4 * d + 3 * d * (norm is not None)
     assert sum(p.numel() for p in drafter.parameters()) == wanted
 
 

@@ -57,6 +57,7 @@ CHAIN, TREE = FixedLength(), Tree(12, 4, 3)
 ARMS = [
     ("eagle3", {"draft_vocab_size": 200}, CHAIN),
     ("eagle3", {"fc_norm": True, "norm_output": True, "norm_before_residual": True}, CHAIN),
+    ("eagle3", {"norm_before_fc": True}, CHAIN),
     ("eagle3", {"draft_vocab_size": 200}, Confidence()),
     ("eagle3", {"draft_vocab_size": 200}, TREE),
     ("eagle", {}, CHAIN),

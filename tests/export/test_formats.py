@@ -30,14 +30,21 @@ def test_a_vllm_folder_holds_the_same_tensors_and_nothing_of_ours(kind, source, 
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
-@pytest.mark.parametrize("settings", [{}, {"draft_vocab_size": None}, {"norm_before_residual": True, "fc_norm": True}])
-def test_speculators_writes_every_field_that_it_has_a_default_for(settings, source, tmp_path, target_config):
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"draft_vocab_size": None}, {"norm_before_residual": True, "fc_norm": True}, {"norm_before_fc": True}],
+)
+def test_speculators_writes_every_field_that_it_has_a_default_for_and_the_embedding(
+    settings, source, tmp_path, target, target_config
+):
     folder = source("eagle3", **settings)
     export_as("speculators", folder, tmp_path / "out", target_config=target_config)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     ours = json.loads((folder / "config.json").read_text())
     assert "model_type" not in config
-    assert config["norm_before_residual"] is settings.get("norm_before_residual", False)
+    assert {key: config[key] for key in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")} == {
+        key: settings.get(key, False) for key in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+    }
     assert config["eagle_aux_hidden_state_layer_ids"] == ours["eagle_aux_hidden_state_layer_ids"]
     layer = config["transformer_layer_config"]
     assert {key: layer[key] for key in ("rope_parameters", "head_dim", "model_type")} == {
@@ -46,7 +53,35 @@ def test_speculators_writes_every_field_that_it_has_a_default_for(settings, sour
     assert config["speculators_config"]["verifier"]["name_or_path"] == "the/target"
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert "layers.0.hidden_norm.weight" in tensors
+    assert torch.equal(tensors["embed_tokens.weight"], target.model.get_input_embeddings().weight)
     assert not [name for name in tensors if name.startswith("midlayer.")]
+
+
+def test_a_speculators_folder_without_an_embedding_is_named(source, tmp_path, target_config):
+    folder, out = source("eagle3"), tmp_path / "out"
+    export_as("speculators", folder, out, target_config=target_config)
+    folders.damage(out, lambda tensors, _: tensors.pop("embed_tokens.weight"))
+    with pytest.raises(CheckpointError, match=r"embed_tokens\.weight: missing"):
+        check_exported("speculators", folder, out, target_config=target_config)
+    held = exporter_of("speculators").problems(exporter_of("speculators").read(out), target_config)
+    assert held == ["embed_tokens.weight: missing: speculators computes with uninitialised memory in its place"]
+
+
+def test_the_embedding_of_a_speculators_folder_has_the_type_of_its_weights(source, tmp_path, target, target_config):
+    folder = source("eagle3")
+    folders.damage(folder, lambda t, _: t.update({n: v.bfloat16() for n, v in t.items() if v.is_floating_point()}))
+    export_as("speculators", folder, tmp_path / "out", target_config=target_config)
+    held = load_file(tmp_path / "out" / "model.safetensors")["embed_tokens.weight"]
+    assert torch.equal(held, target.model.get_input_embeddings().weight.bfloat16())
+
+
+def test_speculators_takes_one_norm_before_fc_and_drafts_as_far_as_training_did(source, target_config):
+    folder = source("eagle3", num_steps=4)
+    made = converted("speculators", folder, target_config)
+    assert made.config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 4
+    folders.damage(folder, lambda t, c: c.update(fc_norm=True, norm_before_fc=True))
+    with pytest.raises(CheckpointError, match="norm_before_fc and fc_norm are both true: speculators"):
+        converted("speculators", folder, target_config)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +104,7 @@ FAULTS = [
     ("eagle3", folders.alter_scaling, r"rope_scaling\.factor is 8\.0, rope_parameters\.factor 2\.0"),
     ("eagle3", folders.truncate_down, r"midlayer\.mlp\.down_proj\.weight: shape \[32, 63\], must be \[32, 64\]"),
     ("eagle3", folders.add_fc_bias, r"fc\.bias: a bias has no place"),
-    ("eagle", folders.add_fc_bias, r"fc\.bias: a bias has no place"),
+    ("eagle", folders.add_fc_bias, r"fc\.bias: 32 of 32 values are not zero: vLLM 0\.32\.0 drops them silently"),
     ("eagle", folders.alter_rope_theta, "rope_theta is 500.0"),
     ("medusa", folders.forget_biases, "medusa_fc_bias is not true: vLLM drops the biases"),
     ("medusa", folders.name_attention_heads, "num_attention_heads: loaders take it for num_heads"),
@@ -153,6 +188,24 @@ def test_sglang_has_no_state_before_the_first_block(source, target_config):
     converted("vllm", folder, target_config)
     with pytest.raises(CheckpointError, match=r"\[0, 1, 3\]: SGLang reads outputs of blocks"):
         converted("sglang", folder, target_config)
+
+
+@pytest.mark.parametrize("settings", [{"fc_norm": True}, {"norm_output": True}, {"norm_before_fc": True}])
+def test_sglang_has_the_variants_of_eagle3_but_one(settings, source, target_config):
+    made = converted("sglang", source("eagle3", **settings), target_config)
+    assert made.config | settings == made.config
+
+
+def test_sglang_has_no_norm_before_the_residual(source, target_config):
+    with pytest.raises(CheckpointError, match=r"norm_before_residual is true: SGLang 0\.5\.23 has no such variant"):
+        converted("sglang", source("eagle3", norm_before_residual=True), target_config)
+
+
+@pytest.mark.parametrize("kind", ["causal_lm", "eagle", "eagle3"])
+def test_the_drafter_has_the_targets_positions(kind, source, target_config):
+    """Engines draft no further than the drafter's own positions."""
+    assert target_config["max_position_embeddings"] == 512
+    assert converted("vllm", source(kind), target_config).config["max_position_embeddings"] == 512
 
 
 def test_a_drafter_for_another_vocabulary_is_refused(source, target_config):

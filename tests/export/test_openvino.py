@@ -55,6 +55,7 @@ def narrow_target(tensors, config) -> None:
     ("settings", "fault", "named"),
     [
         ({"fc_norm": True}, None, "fc_norm is True: OpenVINO does not read it"),
+        ({"norm_before_fc": True}, None, "norm_before_fc is True: OpenVINO does not read it"),
         ({"norm_before_residual": True}, None, "norm_before_residual is True: OpenVINO does not read it"),
         ({}, two_taps, r"\[1, 3\]: OpenVINO reads 3 states"),
         ({}, tap_at_the_embedding, r"\[0, 1, 2\]: OpenVINO reads outputs of the target's blocks, 1\.\.3"),

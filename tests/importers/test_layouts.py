@@ -13,14 +13,10 @@ import torch
 
 from drafttrain.checkpoint import read_about, read_drafter
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.records import Prompt, Record, Sampling
+from drafttrain.core.records import Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import drafters
 from drafttrain.drafters.medusa import JointSettings
-from drafttrain.eval.acceptance.lossless import Lossless
-from drafttrain.eval.engine import Engine
-from drafttrain.eval.length.fixed import FixedLength
-from drafttrain.eval.proposers.none import NoDraft
 from drafttrain.export.convert import export_as, read_target_config
 from drafttrain.importers.convert import import_folder
 from drafttrain.target import Target, TargetSettings
@@ -28,6 +24,7 @@ from tests.conftest import byte_tokenizer, random_llama
 from tests.drafters.feature_models import packed
 from tests.export import folders
 from tests.importers import given
+from tests.importers.decoding import drafted_and_plain
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +62,33 @@ LAYOUTS = {
         ("vllm", "speculators"),
         renames=("layers.0.", "midlayer."),
     ),
+    "speculators with norm_before_fc": Layout(
+        lambda: {**given.eagle3_tensors("layers.0."), **given.drawn({"input_norm.weight": (3 * given.WIDTH,)})},
+        lambda target: given.speculators_config(target) | {"norm_before_residual": True, "norm_before_fc": True},
+        ("vllm", "speculators"),
+        renames=("layers.0.", "midlayer."),
+    ),
+    "eagle3 with norm_before_fc inside": Layout(
+        lambda: {**given.eagle3_tensors(), **given.drawn({"input_norm.weight": (3 * given.WIDTH,)})},
+        lambda _: given.eagle3_config(eagle_config={"norm_before_fc": True}),
+        ("vllm", "sglang", "speculators"),
+    ),
+    "eagle3 as a module of its trainer": Layout(
+        lambda: {f"module.model.{name}": tensor for name, tensor in given.eagle3_tensors().items()},
+        lambda _: given.eagle3_config(),
+        ("vllm",),
+        renames=("module.model.", ""),
+    ),
     "eagle": Layout(
         given.eagle_tensors,
         lambda _: {"architectures": ["EagleLlamaForCausalLM"], "model_type": "llama", **given.LLAMA, "bias": False},
         ("vllm", "sglang"),
+    ),
+    "eagle with a bias in fc": Layout(
+        lambda: {**given.eagle_tensors(), "fc.bias": torch.linspace(-1, 1, given.WIDTH)},
+        lambda _: {"architectures": ["LlamaForCausalLM"], **given.LLAMA, "model_type": "mixtral", "bias": True},
+        ("sglang",),
+        "pytorch_model.bin",
     ),
     "eagle vLLM wrapper": Layout(
         given.eagle_tensors,
@@ -113,21 +133,8 @@ def test_an_imported_drafter_decodes_as_the_target_does(name, target, tmp_path):
     source = given.write(tmp_path / "theirs", layout.tensors(), layout.config(target.name), file=layout.file)
     import_folder(source, tmp_path / "drafter", target=target.name)
     drafter = read_drafter(tmp_path / "drafter", target)
-    prompts = [Prompt(str(k), [5 + k, 80, 9]) for k in range(2)]
-
-    def tokens(proposer: Any) -> list[list[int]]:
-        engine = Engine(
-            target,
-            proposer,
-            rule=Lossless(),
-            policy=FixedLength(),
-            sampling=Sampling(),
-            max_new_tokens=12,
-            stop_tokens=(),
-        )
-        return [list(one.tokens) for one in engine.generate(prompts)]
-
-    assert tokens(drafter.proposer(target)) == tokens(NoDraft())
+    drafted, plain = drafted_and_plain(drafter, target)
+    assert drafted == plain
 
 
 EXPORTED = [
@@ -157,16 +164,21 @@ def test_what_is_exported_is_imported_as_the_drafter_that_it_was(kind, format, t
     assert torch.equal(*laws)
 
 
-def plain_eagle3(tensors: dict[str, torch.Tensor], target: Target, tokens: list[int]) -> torch.Tensor:
+def plain_eagle3(
+    tensors: dict[str, torch.Tensor], target: Target, tokens: list[int], *, norm_before_residual: bool = False
+) -> torch.Tensor:
     """Return logits_TR of the first draft token, computed from the file's own names and nothing of ours."""
     with torch.no_grad():
         states = target.model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
-    hidden_TD = torch.cat([states[tap][0, :-1] for tap in given.TAPS], dim=-1) @ tensors["fc.weight"].T
-    embedded_TD = target.model.get_input_embeddings().weight[tokens[1:]]
 
     def norm(name: str, x: torch.Tensor) -> torch.Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * tensors[name]
 
+    tapped_TF = torch.cat([states[tap][0, :-1] for tap in given.TAPS], dim=-1)
+    if "input_norm.weight" in tensors:
+        tapped_TF = norm("input_norm.weight", tapped_TF)
+    hidden_TD = tapped_TF @ tensors["fc.weight"].T
+    embedded_TD = target.model.get_input_embeddings().weight[tokens[1:]]
     read = torch.cat(
         [norm("midlayer.input_layernorm.weight", embedded_TD), norm("midlayer.hidden_norm.weight", hidden_TD)], dim=-1
     )
@@ -185,7 +197,8 @@ def plain_eagle3(tensors: dict[str, torch.Tensor], target: Target, tokens: list[
     scores = torch.einsum("thd,cd->htc", query, key[:, 0]) / 4
     scores = scores.masked_fill(places < places.T, -torch.inf).softmax(-1)
     mixed = torch.einsum("htc,cd->thd", scores, value[:, 0]).flatten(1)
-    stream = hidden_TD + mixed @ tensors["midlayer.self_attn.o_proj.weight"].T
+    residual_TD = norm("midlayer.hidden_norm.weight", hidden_TD) if norm_before_residual else hidden_TD
+    stream = residual_TD + mixed @ tensors["midlayer.self_attn.o_proj.weight"].T
     normed = norm("midlayer.post_attention_layernorm.weight", stream)
     gate = normed @ tensors["midlayer.mlp.gate_proj.weight"].T
     inner = gate * gate.sigmoid() * (normed @ tensors["midlayer.mlp.up_proj.weight"].T)
@@ -193,7 +206,16 @@ def plain_eagle3(tensors: dict[str, torch.Tensor], target: Target, tokens: list[
     return norm("norm.weight", stream) @ tensors["lm_head.weight"].T
 
 
-@pytest.mark.parametrize("name", ["eagle3 SafeAILab", "eagle3 ModelOpt", "speculators"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "eagle3 SafeAILab",
+        "eagle3 ModelOpt",
+        "speculators",
+        "speculators with norm_before_fc",
+        "eagle3 with norm_before_fc inside",
+    ],
+)
 def test_the_law_of_an_imported_eagle3_is_that_of_its_file(name, target, tmp_path):
     """Holds names, taps (of both numberings), rotary base, norm order and the map of the vocabulary."""
     layout = LAYOUTS[name]
@@ -206,16 +228,56 @@ def test_the_law_of_an_imported_eagle3_is_that_of_its_file(name, target, tmp_pat
     with torch.no_grad():
         drafted = drafter(replace(batch, target=seen))
         law_TR = drafted.head(drafted.states_BTD[1][0, : len(tokens) - 1], 1)
-    wanted_TR = plain_eagle3(given.eagle3_tensors(), target, tokens)
+    before_residual = layout.config(target.name).get("norm_before_residual", False)
+    wanted_TR = plain_eagle3(ours(layout), target, tokens, norm_before_residual=before_residual)
     assert torch.allclose(law_TR, wanted_TR, atol=1e-4)
     assert torch.equal(drafter.vocabulary, given.said_ids())
 
 
-def test_norm_before_residual_that_speculators_leaves_out_is_true(target, tmp_path):
+def test_norm_before_residual_that_speculators_leaves_out_is_true_and_the_note_names_who_reads_it_how(target, tmp_path):
     source = given.write(tmp_path / "theirs", given.eagle3_tensors("layers.0."), given.speculators_config(target.name))
     made = import_folder(source, tmp_path / "drafter")
     assert made.files.config["norm_before_residual"] is True
-    assert any("norm_before_residual is left out" in note for note in made.notes)
+    (note,) = (note for note in made.notes if "norm_before_residual" in note)
+    assert "as vLLM 0.32.0 does" in note
+    assert "speculators 0.9.0 takes it as false" in note
+
+
+def test_the_bias_of_fc_is_added_and_exported_where_it_is_used(target, tmp_path):
+    """The drafter with the bias in fc is the one without it, shifted by the bias where the layer begins."""
+    layout = LAYOUTS["eagle with a bias in fc"]
+    source = given.write(tmp_path / "theirs", layout.tensors(), layout.config(target.name), file=layout.file)
+    import_folder(source, tmp_path / "drafter", target=target.name)
+    biased: Any = read_drafter(tmp_path / "drafter", target)
+    import_folder(
+        given.write(tmp_path / "plain", given.eagle_tensors(), layout.config("")), tmp_path / "none", target=target.name
+    )
+    plain: Any = read_drafter(tmp_path / "none", target)
+    assert plain.fc.bias is None
+    states_BTD = torch.randn(2, 1, 3, given.WIDTH, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        shift_BTD = biased.entering(*states_BTD)[0] - plain.entering(*states_BTD)[0]
+    assert torch.allclose(shift_BTD, torch.linspace(-1, 1, given.WIDTH).expand_as(shift_BTD), atol=1e-5)
+    target_config = read_target_config(Path(target.name), name=target.name)
+    export_as("sglang", tmp_path / "drafter", tmp_path / "sglang", target_config=target_config)
+    assert torch.equal(given.held(tmp_path / "sglang")["fc.bias"], torch.linspace(-1, 1, given.WIDTH))
+    with pytest.raises(
+        CheckpointError, match=r"fc\.bias: 32 of 32 values are not zero: vLLM 0\.32\.0 drops them silently"
+    ):
+        export_as("vllm", tmp_path / "drafter", tmp_path / "vllm", target_config=target_config)
+
+
+def test_a_drafter_with_a_bias_in_fc_is_trained_on_with_it(target, tmp_path):
+    layout = LAYOUTS["eagle with a bias in fc"]
+    source = given.write(tmp_path / "theirs", layout.tensors(), layout.config(target.name), file=layout.file)
+    import_folder(source, tmp_path / "drafter", target=target.name)
+    entry: Any = drafters.entry("eagle")
+    made = entry.component.create(
+        entry.settings(checkpoint=str(tmp_path / "drafter")), target=target, tokenizer=target.tokenizer
+    )
+    assert made.fc.bias.requires_grad
+    made.save(tmp_path / "again")
+    assert given.same(given.held(tmp_path / "again"), given.held(tmp_path / "drafter"))
 
 
 def test_a_plain_causal_lm_is_kept_as_it_is(target, tmp_path):

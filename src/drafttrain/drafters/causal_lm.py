@@ -20,6 +20,7 @@ from drafttrain.core.settings import setting
 from drafttrain.drafters import Drafter, drafters
 from drafttrain.drafters.chain_proposer import ChainProposer
 from drafttrain.drafters.cut import cut_from
+from drafttrain.drafters.feature_target import ENDLESS, positions_of
 from drafttrain.target import Target
 from drafttrain.target.anatomy import blocks
 from drafttrain.target.attention import drafter_attention
@@ -101,7 +102,10 @@ class CausalLMDrafter(Drafter):
         """Return the drafter at its start."""
         if settings.init == "scratch":
             model = from_scratch(
-                settings, vocab_size=target.vocab_size if target else num_ids(tokenizer), tokenizer=tokenizer
+                settings,
+                vocab_size=target.vocab_size if target else num_ids(tokenizer),
+                num_positions=positions_of(target.model.config) if target else None,
+                tokenizer=tokenizer,
             )
         elif settings.init == "target":
             if target is None:
@@ -162,10 +166,15 @@ def rows_problem(rows: int, num_tokens: int) -> str | None:
     return f"vocab_size is {rows}, the target's tokenizer has {num_tokens} tokens: the last ones have no row"
 
 
-def from_scratch(settings: CausalLMSettings, *, vocab_size: int, tokenizer: Any) -> Any:
-    """Return a random Llama of the size that the settings give."""
+def from_scratch(settings: CausalLMSettings, *, vocab_size: int, num_positions: int | None, tokenizer: Any) -> Any:
+    """Return a random Llama of the size that the settings give.
+
+    Args:
+        num_positions: Of the target: engines stop drafting at the drafter's own. None: those that the tokenizer names, if any.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    num_positions = num_positions or int(min(tokenizer.model_max_length, ENDLESS))
     width = settings.intermediate_size or 8 * round(settings.hidden_size / 3)
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -175,7 +184,7 @@ def from_scratch(settings: CausalLMSettings, *, vocab_size: int, tokenizer: Any)
         num_attention_heads=settings.num_heads,
         num_key_value_heads=settings.num_kv_heads or settings.num_heads,
         head_dim=settings.hidden_size // settings.num_heads,
-        max_position_embeddings=2048,
+        max_position_embeddings=num_positions,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

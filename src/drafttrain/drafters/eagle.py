@@ -36,6 +36,9 @@ from drafttrain.target import Target
 NOISE_LENGTH = 512
 """Tokens of a document whose features get noise of the amplitude that is set; longer ones get less."""
 
+FC_BIAS = "eagle_fc_bias"
+"""Field of config.json: fc has a bias. Not `bias`, which engines take for biases of the attention."""
+
 
 @dataclass
 class EagleSettings:
@@ -88,8 +91,8 @@ class EagleDrafter(FeatureDrafter):
         self.draft = self.own["draft"]
         self._parts = parts
         layer, width = llama_config(config), config["hidden_size"]
-        # Engines drop a bias here in silence, and refuse an input norm in the layer.
-        self.fc = nn.Linear(2 * width, width, bias=False)
+        # vLLM drops a bias here silently, so none is trained unless the folder to start from has one; an input norm it refuses.
+        self.fc = nn.Linear(2 * width, width, bias=config.get(FC_BIAS, False))
         nn.init.normal_(self.fc.weight, std=layer.initializer_range)
         self.layers = nn.ModuleList([FeatureLayer(layer, input_size=width)])
 

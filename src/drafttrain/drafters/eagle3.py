@@ -37,7 +37,7 @@ NUM_TAPS = 3
 
 SAID_BY_FOLDER = (
     *("taps", "draft_vocab_size", "num_heads", "num_kv_heads", "intermediate_size"),
-    *("head_init", "fc_norm", "norm_output", "norm_before_residual"),
+    *("head_init", "norm_before_fc", "fc_norm", "norm_output", "norm_before_residual"),
 )
 """Settings that the folder to start from has made already."""
 
@@ -64,6 +64,7 @@ class Eagle3Settings:
     head_init: Literal["target", "random"] = setting(
         "target", help="Start of head and final norm: the target's (its rows of the draft vocabulary), or random."
     )
+    norm_before_fc: bool = setting(False, help="Norm the three tapped states as one before they are fused.")
     fc_norm: bool = setting(False, help="Norm each tapped state before they are fused (EAGLE-3.1).")
     norm_output: bool = setting(False, help="Feed the state back after the final norm (EAGLE-3.1), not before it.")
     norm_before_residual: bool = setting(
@@ -120,6 +121,7 @@ class Eagle3Drafter(FeatureDrafter):
         self._parts = parts
         self._keeps_vocabulary = False
         layer, width, eps = llama_config(config), config["hidden_size"], config["rms_norm_eps"]
+        self.input_norm = nn.RMSNorm(NUM_TAPS * width, eps=eps) if config.get("norm_before_fc") else None
         self.fc = nn.Linear(NUM_TAPS * width, width, bias=False)
         self.midlayer = MidLayer(layer)
         self.norm = nn.RMSNorm(width, eps=eps)
@@ -159,6 +161,7 @@ class Eagle3Drafter(FeatureDrafter):
             "draft_vocab_size": size,
             "target_hidden_size": int(target.model.config.get_text_config().hidden_size),
             "eagle_aux_hidden_state_layer_ids": taps_of(len(blocks(target.model)), settings.taps),
+            "norm_before_fc": settings.norm_before_fc,
             "fc_norm": settings.fc_norm,
             "norm_output": settings.norm_output,
             "norm_before_residual": settings.norm_before_residual,
@@ -220,6 +223,8 @@ class Eagle3Drafter(FeatureDrafter):
 
     def fused(self, features_BTF: Tensor) -> Tensor:
         """Return hidden_BTD."""
+        if self.input_norm is not None:
+            features_BTF = self.input_norm(features_BTF)
         if self.fc_norm is not None:
             pieces = features_BTF.chunk(NUM_TAPS, dim=-1)
             features_BTF = torch.cat([norm(piece) for norm, piece in zip(self.fc_norm, pieces, strict=True)], dim=-1)
@@ -243,7 +248,7 @@ class Eagle3Drafter(FeatureDrafter):
 
     def weight_bytes(self) -> tuple[int, int, int, int]:
         """Return the bytes of fusion, layer, head with its norm, and an embedding row."""
-        fusion = [self.fc] if self.fc_norm is None else [self.fc, self.fc_norm]
+        fusion = [part for part in (self.input_norm, self.fc_norm, self.fc) if part is not None]
         head = weight_bytes(self.norm, self.lm_head)
         return weight_bytes(*fusion), weight_bytes(self.midlayer), head, self._parts.embedding_row_bytes
 

@@ -21,6 +21,14 @@ from drafttrain.target.logits import head_logits
 ROPE_SCALINGS = ("linear", "dynamic", "yarn", "llama3")
 """Kinds of rotary scaling that one layer of Llama's can take over."""
 
+ENDLESS = 1 << 20
+"""Positions that a drafter has whose target names no end of its own: rotary angles know none."""
+
+
+def positions_of(config: Any) -> int | None:
+    """Return the positions that a target's configuration names: engines serve no text beyond them, nor beyond the drafter's own."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
 
 class TargetParts:
     """The target's embedding and head. No module, so that neither is trained nor saved with the drafter."""
@@ -97,7 +105,7 @@ def layer_config(
         num_key_value_heads=kv_heads,
         head_dim=int(own or hidden_size // heads),
         rms_norm_eps=getattr(config, "rms_norm_eps", None) or 1e-6,
-        max_position_embeddings=int(getattr(config, "max_position_embeddings", None) or 2048),
+        max_position_embeddings=positions_of(config) or ENDLESS,
         rope=_rope_parameters(config),
     )
     return {**fields, "vocab_size": target.vocab_size}

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 exporters = Registry("export format", "drafttrain.export")
 
+FOLDER = "_folder"
+"""Beside the fields of a target's config.json, as exporters get them: where its weights are."""
+
 
 @dataclass(frozen=True)
 class DrafterFiles:

@@ -13,16 +13,16 @@ from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import folder_beside
 from drafttrain.core.foreign import read_json
-from drafttrain.export import DrafterFiles, Exporter, exporters
+from drafttrain.export import FOLDER, DrafterFiles, Exporter, exporters
 from drafttrain.export.folder import read_files
 
 LONGEST_SHOWN = 20
 
 
 def read_target_config(folder: Path, *, name: str) -> dict[str, Any]:
-    """Return config.json of a target, with the name that it goes by."""
+    """Return config.json of a target, with the name that it goes by (`_name_or_path`) and the folder of its weights (`FOLDER`)."""
     config = read_json(folder / "config.json")
-    return config | {"_name_or_path": name}
+    return config | {"_name_or_path": name, FOLDER: str(folder)}
 
 
 def export_as(name: str, source: Path, folder: Path, *, target_config: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from drafttrain.drafters.eagle import FC_BIAS
 from drafttrain.export import DrafterFiles
 
 Shapes = dict[str, tuple[int, ...]]
@@ -75,7 +76,7 @@ def rope_problems(config: Mapping[str, Any]) -> list[str]:
 
 def _scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a field says of scaling; `type` is the older name of `rope_type`."""
-    rest = {key: value for key, value in rope.items() if key not in ("rope_theta", "type")}
+    rest = {key: value for key, value in rope.items() if key not in ("rope_theta", "type", "partial_rotary_factor")}
     return {"rope_type": rope.get("type", "default"), **rest}
 
 
@@ -114,7 +115,8 @@ def _layer_shapes(config: Mapping[str, Any], *, prefix: str, input_size: int) ->
 
 def _eagle_shapes(config: Mapping[str, Any]) -> Shapes:
     width = config["hidden_size"]
-    return {"fc.weight": (width, 2 * width), **_layer_shapes(config, prefix="layers.0.", input_size=width)}
+    bias: Shapes = {"fc.bias": (width,)} if config.get(FC_BIAS) else {}
+    return {"fc.weight": (width, 2 * width), **bias, **_layer_shapes(config, prefix="layers.0.", input_size=width)}
 
 
 def _eagle3_shapes(config: Mapping[str, Any]) -> Shapes:
@@ -130,6 +132,8 @@ def _eagle3_shapes(config: Mapping[str, Any]) -> Shapes:
     }
     if rows != config["vocab_size"]:
         shapes |= {"d2t": (rows,), "t2d": (config["vocab_size"],)}
+    if config.get("norm_before_fc"):
+        shapes["input_norm.weight"] = (count * target_width,)
     if config.get("fc_norm"):
         shapes |= {f"fc_norm.{number}.weight": (target_width,) for number in range(count)}
     return shapes

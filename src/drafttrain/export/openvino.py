@@ -28,6 +28,7 @@ NUM_TAPS = 3
 FREQUENCIES = "rotary_emb.inv_freq"
 ONLY_FALSE = {
     "norm_before_residual": "the residual is taken before the norm",
+    "norm_before_fc": "the states that are read are not normed",
     "fc_norm": "the states that are read are not normed",
     "norm_output": "what is fed back is not normed",
 }

@@ -1,4 +1,4 @@
-"""Export for SGLang: EAGLE-3 with its own numbering of taps, EAGLE-1, standalone drafters. Read in its source, never loaded here."""
+"""Export for SGLang: EAGLE-3 with its own numbering of taps, EAGLE-1, standalone drafters. Read in the source of 0.5.23, never loaded here."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from typing import Any, ClassVar
 
 import torch
 
+from drafttrain.drafters.eagle import FC_BIAS
 from drafttrain.export import DrafterFiles, Exporter, exporters
 from drafttrain.export.layout import layout_problems
 
-IGNORED = ("fc_norm", "norm_output", "norm_before_residual")
-"""Variants of EAGLE-3 that its layer has not: it would run another one without a word."""
+READ_IN = "0.5.23"
+"""The release of SGLang whose source says what this file does; a test reads it again where its wheel can be had."""
+
+IGNORED = ("norm_before_residual",)
+"""Variants of EAGLE-3 that its layer has not: it would run another one silently."""
 
 BIAS = "fc.bias"
 
@@ -26,7 +30,7 @@ class SglangFormat:
 class SglangExporter(Exporter):
     """The official layouts; taps are the blocks whose OUTPUT is read, in `eagle_config`: one less than ours.
 
-    EAGLE-1's fc has a bias there, which vLLM drops and SGLang leaves random where the file has none: zeros are written.
+    EAGLE-1's fc has a bias there: the drafter's own, or zeros, as SGLang leaves it random where the file has none.
     """
 
     reads: ClassVar[Mapping[str, str]] = {"causal_lm": "STANDALONE", "eagle": "EAGLE", "eagle3": "EAGLE3"}
@@ -36,6 +40,7 @@ class SglangExporter(Exporter):
         """Return the files with the taps counted as SGLang does, and the fields that it reads."""
         config = {key: value for key, value in source.config.items() if not key.startswith("drafttrain")}
         if source.kind == "eagle":
+            config.pop(FC_BIAS, None)
             return _with_bias(replace(source, config=config | {"architectures": ["LlamaForCausalLMEagle"]}))
         if source.kind != "eagle3":
             return replace(source, config=config)
@@ -48,9 +53,7 @@ class SglangExporter(Exporter):
     def problems(self, files: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
         """Return what SGLang would pass over."""
         if files.kind == "eagle":
-            rest = {name: tensor for name, tensor in files.tensors.items() if name != BIAS}
-            missing = [] if BIAS in files.tensors else [f"{BIAS}: missing: SGLang's fc has one, and leaves it random"]
-            return missing + layout_problems(replace(files, tensors=rest), target_config)
+            return layout_problems(replace(files, config={**files.config, FC_BIAS: True}), target_config)
         if files.kind != "eagle3":
             return layout_problems(files, target_config)
         try:
@@ -68,13 +71,15 @@ class SglangExporter(Exporter):
                 f"config.json: eagle_aux_hidden_state_layer_ids is {taps}: SGLang reads outputs of blocks, and none comes before the first"
             )
         return found + [
-            f"config.json: {key} is true: SGLang has no such variant, and runs another without a word"
+            f"config.json: {key} is true: SGLang {READ_IN} has no such variant, and runs another silently"
             for key in IGNORED
             if files.config.get(key)
         ]
 
 
 def _with_bias(files: DrafterFiles) -> DrafterFiles:
+    if BIAS in files.tensors:
+        return files
     weight_DX = files.tensors["fc.weight"]
     tensors = {**files.tensors, BIAS: torch.zeros(weight_DX.shape[0], dtype=weight_DX.dtype)}
     return replace(files, tensors=tensors, notes=(f"{BIAS} of zeros is added: SGLang's fc has a bias",))

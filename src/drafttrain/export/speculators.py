@@ -1,4 +1,7 @@
-"""Export in the `speculators` format: EAGLE-3 with the target's name inside, which `vllm serve FOLDER` serves as it is."""
+"""Export in the `speculators` format: EAGLE-3 with the target's name and embedding inside, which `vllm serve FOLDER` serves as it is.
+
+Read in the source of speculators 0.9.0 and loaded by it; and vLLM's reader of the format in 0.32.0.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from drafttrain.export import DrafterFiles, Exporter, exporters
+from drafttrain.export import FOLDER, DrafterFiles, Exporter, exporters
 from drafttrain.export.folder import read_config
 from drafttrain.export.layout import layout_problems
+from drafttrain.export.target_weights import embedding_of
 
 HERE, THERE = "layers.0.", "midlayer."
 """How tensors of the layer begin in this format and in the official one."""
@@ -18,11 +22,15 @@ OWN_KEYS = (
     "draft_vocab_size",
     "target_hidden_size",
     "eagle_aux_hidden_state_layer_ids",
+    "norm_before_fc",
     "fc_norm",
     "norm_output",
     "norm_before_residual",
 )
 """Fields of the drafter itself; the others describe its layer."""
+
+EMBEDDING = "embed_tokens.weight"
+VERSION = "0.9.0"
 
 
 @dataclass
@@ -34,14 +42,30 @@ class SpeculatorsFormat:
 class SpeculatorsExporter(Exporter):
     """The official EAGLE-3 tensors under `layers.0.`; a config.json of two levels, without a `model_type` on the first.
 
-    norm_before_residual is true where it is left out, so it is always written. Tap i is the state entering block i, as here.
+    norm_before_residual left out is true for vLLM and false for speculators, so it is always written. Tap i is the state entering
+    block i, as here. The embedding is the target's: speculators reads it from the file, and computes with uninitialised memory
+    where it is missing.
     """
 
     reads: ClassVar[Mapping[str, str]] = {"eagle3": "eagle3"}
     readers = "vLLM, speculators"
 
+    def refusals(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
+        """Return what the library refuses, and an embedding that was not found."""
+        found = []
+        if source.config.get("norm_before_fc") and source.config.get("fc_norm"):
+            found.append(
+                f"config.json: norm_before_fc and fc_norm are both true: speculators {VERSION} takes one of them alone"
+            )
+        folder = target_config.get(FOLDER)
+        if folder is None or embedding_of(Path(folder)) is None:
+            found.append(
+                f"{EMBEDDING}: must be written, and the target's has no tensor under a name that is known here: {folder}"
+            )
+        return found
+
     def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
-        """Return the tensors under their other names, and the fields on two levels."""
+        """Return the tensors under their other names with the target's embedding, and the fields on two levels."""
         given = source.config
         layer = {
             key: value
@@ -51,10 +75,9 @@ class SpeculatorsExporter(Exporter):
         config = {
             "architectures": ["Eagle3DraftModel"],
             "speculators_model_type": "eagle3",
-            "speculators_version": "0.9.0",
+            "speculators_version": VERSION,
             **{key: given.get(key) for key in OWN_KEYS},
-            "norm_before_residual": bool(given.get("norm_before_residual", False)),
-            "norm_before_fc": False,
+            **{key: bool(given.get(key)) for key in OWN_KEYS if "norm" in key},
             "tie_word_embeddings": False,
             "dtype": given.get("dtype", "float32"),
             "transformer_layer_config": layer,
@@ -64,7 +87,8 @@ class SpeculatorsExporter(Exporter):
                 "proposal_methods": [
                     {
                         "proposal_type": "greedy",
-                        "speculative_tokens": 3,
+                        # vLLM drafts so many, unless its command line says another number.
+                        "speculative_tokens": given["drafttrain"]["num_steps"],
                         "verifier_accept_k": 1,
                         "accept_tolerance": 0.0,
                     }
@@ -76,19 +100,29 @@ class SpeculatorsExporter(Exporter):
             },
         }
         tensors = {name.replace(THERE, HERE): tensor for name, tensor in source.tensors.items()}
+        embedding_VD = embedding_of(Path(target_config[FOLDER]))
+        assert embedding_VD is not None, "refused before"
+        tensors[EMBEDDING] = embedding_VD.to(source.tensors["fc.weight"].dtype)
         return replace(source, config=config, tensors=tensors)
 
     def problems(self, files: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
-        """Return what vLLM would refuse or drop."""
+        """Return what vLLM or the library would refuse or drop."""
         if "transformer_layer_config" not in files.config:
             return ["config.json: transformer_layer_config is missing"]
         found = []
         if "model_type" in files.config:
             found.append("config.json: model_type must be in transformer_layer_config only: vLLM refuses it here")
         if "norm_before_residual" not in files.config:
-            found.append("config.json: norm_before_residual is missing: loaders take it to be true")
+            found.append(
+                "config.json: norm_before_residual is missing: vLLM takes it to be true, speculators to be false"
+            )
         flat = {**files.config["transformer_layer_config"], **files.config}
-        official = {name.replace(HERE, THERE): tensor for name, tensor in files.tensors.items()}
+        shape = [flat.get("vocab_size"), flat.get("hidden_size")]
+        if EMBEDDING not in files.tensors:
+            found.append(f"{EMBEDDING}: missing: speculators computes with uninitialised memory in its place")
+        elif list(files.tensors[EMBEDDING].shape) != shape:
+            found.append(f"{EMBEDDING}: shape {list(files.tensors[EMBEDDING].shape)}, must be {shape}")
+        official = {name.replace(HERE, THERE): tensor for name, tensor in files.tensors.items() if name != EMBEDDING}
         same = layout_problems(replace(files, config=flat, tensors=official), target_config)
         return found + [line.replace(THERE, HERE) for line in same]
 

@@ -11,6 +11,9 @@ from drafttrain.export import DrafterFiles, Exporter, exporters
 from drafttrain.export.folder import read_config
 from drafttrain.export.layout import counts_outputs, layout_problems
 
+READ_IN = "0.32.0"
+"""The release of vLLM whose source says what this file does."""
+
 
 @dataclass
 class VllmFormat:
@@ -33,6 +36,10 @@ class VllmExporter(Exporter):
     }
     readers = "vLLM"
 
+    def refusals(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
+        """Return that vLLM's fc has no bias, if the drafter's has one."""
+        return fc_bias_problems(source)
+
     def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
         """Return the files without the fields of ours; the layout is vLLM's already."""
         config = {key: value for key, value in source.config.items() if not key.startswith("drafttrain")}
@@ -40,11 +47,22 @@ class VllmExporter(Exporter):
 
     def problems(self, files: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
         """Return what vLLM would refuse or drop."""
-        found = layout_problems(files, target_config)
+        found = [*fc_bias_problems(files), *layout_problems(files, target_config)]
         if files.kind == "medusa" and not files.config.get("medusa_fc_bias"):
-            found.append("config.json: medusa_fc_bias is not true: vLLM drops the biases of the blocks without a word")
+            found.append("config.json: medusa_fc_bias is not true: vLLM drops the biases of the blocks silently")
         return found
 
     def holds(self, folder: Path) -> bool:
         """Tell a folder whose taps count blocks that are entered from one of SGLang's."""
         return super().holds(folder) and not counts_outputs(read_config(folder))
+
+
+def fc_bias_problems(files: DrafterFiles) -> list[str]:
+    """Return that a bias of EAGLE-1's fc would be dropped; one of zeros is none."""
+    bias_D = files.tensors.get("fc.bias")
+    if files.kind != "eagle" or bias_D is None:
+        return []
+    return [
+        f"fc.bias: {int((bias_D != 0).sum())} of {bias_D.numel()} values are not zero: vLLM {READ_IN} drops them silently "
+        "and drafts worse; SGLang uses them (--to sglang)"
+    ]

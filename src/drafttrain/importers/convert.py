@@ -20,6 +20,7 @@ from drafttrain.export.layout import layout_problems
 from drafttrain.importers import Given, Imported, Importer, importers
 from drafttrain.importers.reading import read_given
 from drafttrain.importers.target import TargetFiles
+from drafttrain.importers.unread import why_unread
 from drafttrain.target.frozen import check_same_tokenizer, load_tokenizer, num_ids, tokenizer_fingerprint
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -89,6 +90,8 @@ def layout_of(given: Given) -> Importer:
         raise CheckpointError(
             f"{given.folder}: is a drafter folder of ours already: train on with drafter.checkpoint, or evaluate it"
         )
+    if unread := why_unread(given):
+        raise CheckpointError(f"{given.folder}: {unread}")
     layouts: dict[str, Importer] = {name: importers.entry(name).component() for name in importers.names()}
     able = [name for name, layout in layouts.items() if layout.recognises(given)]
     if len(able) == 1:

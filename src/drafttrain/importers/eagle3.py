@@ -12,21 +12,24 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from drafttrain.checkpoint import ABOUT
 from drafttrain.core.errors import CheckpointError
 from drafttrain.drafters.eagle3 import Eagle3Settings, taps_of
 from drafttrain.export import DrafterFiles
 from drafttrain.export.layout import LAYOUTS, vocabulary_problems
+from drafttrain.export.sglang import READ_IN as SGLANG
+from drafttrain.export.vllm import READ_IN as VLLM
 from drafttrain.importers import Given, Imported, Importer, importers
 from drafttrain.importers.copies import without_angles, without_copies
-from drafttrain.importers.fields import layer_fields, layer_problems, size_problems, unknown_problems
-from drafttrain.importers.naming import renamed
+from drafttrain.importers.fields import layer_fields, layer_problems, size_problems, unknown_fields
+from drafttrain.importers.naming import renamed, unwrapped
 from drafttrain.importers.target import TargetFiles
 
 ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
 OURS, THEIRS = "midlayer.", "layers.0."
 TAPS, NESTED = "eagle_aux_hidden_state_layer_ids", "eagle_config"
-VARIANTS = ("fc_norm", "norm_output", "norm_before_residual")
-OWN = ("draft_vocab_size", "target_hidden_size", "tie_word_embeddings", "norm_before_fc", TAPS, NESTED, *VARIANTS)
+VARIANTS = ("norm_before_fc", "fc_norm", "norm_output", "norm_before_residual")
+OWN = ("draft_vocab_size", "target_hidden_size", "tie_word_embeddings", TAPS, NESTED, *VARIANTS)
 NESTED_ONLY: dict[str, bool | int] = {
     "use_aux_hidden_state": True,
     "use_input_layernorm_in_first_layer": True,
@@ -66,8 +69,9 @@ class Eagle3Importer(Importer):
         """Tell by the architecture, or the second norm of the layer's inputs."""
         if "speculators_model_type" in given.config:
             return False
+        names = unwrapped(given).tensors
         named = given.architectures & set(ARCHITECTURES)
-        return bool(named) or any(n.startswith(OURS) or n == f"{THEIRS}hidden_norm.weight" for n in given.tensors)
+        return bool(named) or any(n.startswith(OURS) or n == f"{THEIRS}hidden_norm.weight" for n in names)
 
     def target_of(self, given: Given) -> str | None:
         """Return nothing: the layout has no place for it."""
@@ -79,17 +83,43 @@ class Eagle3Importer(Importer):
         if not isinstance(nested, Mapping):
             problem = f"config.json: {NESTED} must be a mapping, got {nested!r}"
             return Imported(DrafterFiles("eagle3", {}, {}), [problem])
-        found = layer_problems(given.config, own=OWN)
-        found += unknown_problems(nested, known=OF_NESTED, prefix=f"{NESTED}.")
+        given = unwrapped(given)
+        found, unread = layer_problems(given.config, own=OWN)
+        wrong, said = unknown_fields(nested, known=OF_NESTED, prefix=f"{NESTED}.")
+        found, unread = [*found, *wrong], [*unread, *said]
         found += [
-            f"config.json: {NESTED}.{key} is {nested[key]!r}, only {value!r} is read here"
+            f"config.json: {NESTED}.{key} is {nested[key]!r}, only {value!r} is read here: another layer would be computed"
             for key, value in NESTED_ONLY.items()
             if nested.get(key) not in (None, value)
         ]
         taps, wrong, notes = taps_read(given.config, target)
-        config = {**given.config, "norm_before_fc": given.config.get("norm_before_fc") or nested.get("norm_before_fc")}
+        # vLLM and SGLang read the nested field first.
+        config = {**given.config}
+        if "norm_before_fc" in nested:
+            config["norm_before_fc"] = nested["norm_before_fc"]
         made = eagle3_files(replace(given, config=config), target, taps=taps)
-        return Imported(made.files, [*found, *wrong, *made.problems], [*notes, *made.notes])
+        notes += _norm_output_notes(given)
+        return Imported(made.files, [*found, *wrong, *made.problems], [*unread, *notes, *made.notes])
+
+
+def _norm_output_notes(given: Given) -> list[str]:
+    """Return what engines mean by `norm_output` and what SpecForge does, unless the folder is an export of ours."""
+    value = given.config.get("norm_output")
+    if not isinstance(value, bool) or (given.folder / ABOUT).exists():
+        return []
+    if value:
+        engines, specforge, then = "after", "the head reads a normed state, as always here", "write false"
+    else:
+        engines, specforge, then = (
+            "before",
+            "the head reads a state without a norm",
+            "no engine computes what was trained",
+        )
+    return [
+        f"config.json: norm_output is {str(value).lower()}: the state is fed back {engines} the final norm, as vLLM {VLLM} and SGLang "
+        f"{SGLANG} read it. For SpecForge 0.2.0 it says that {specforge}, and the state is always fed back before the norm: if "
+        f"SpecForge trained this, {then}"
+    ]
 
 
 def eagle3_files(given: Given, target: TargetFiles, *, taps: list[int]) -> Imported:
@@ -158,12 +188,10 @@ def _own_fields(given: Given, found: list[str]) -> dict[str, Any]:
     A configuration that was made from a target's may say that its head is tied, beside a head of its own in the file: loaders take that.
     """
     config = given.config
-    for key in (*VARIANTS, "norm_before_fc", "tie_word_embeddings"):
+    for key in (*VARIANTS, "tie_word_embeddings"):
         value = config.get(key)
         if value is not None and not isinstance(value, bool):
             found.append(f"config.json: {key} must be true or false, got {value!r}")
-    if config.get("norm_before_fc") is True:
-        found.append("config.json: norm_before_fc is true: our layer has no norm over all three states")
     if config.get("tie_word_embeddings") is True and HEAD not in given.tensors:
         found.append(
             f"config.json: tie_word_embeddings is true, and there is no {HEAD}: the head of this layout is its own"
@@ -174,13 +202,22 @@ def _own_fields(given: Given, found: list[str]) -> dict[str, Any]:
         found.append(
             f"config.json: target_hidden_size is {config['target_hidden_size']}, only hidden_size ({width}) is read here"
         )
-    settings = Eagle3Settings()
+    settings = Eagle3Settings(num_steps=_draft_length(config) or Eagle3Settings().num_steps)
     return {
         "draft_vocab_size": rows if isinstance(rows, int) else config["vocab_size"],
         "target_hidden_size": width,
         **{key: config.get(key) is True for key in VARIANTS},
         "drafttrain": {name: getattr(settings, name) for name in ("num_steps", "step_decay", "head_init", "draft")},
     }
+
+
+def _draft_length(config: Mapping[str, Any]) -> int | None:
+    """Return the draft tokens that a speculators folder asks for; None: it does not say."""
+    try:
+        length = config["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
+    except (KeyError, IndexError, TypeError):
+        return None
+    return length if type(length) is int and length >= 1 else None
 
 
 def _with_map(given: Given, config: Mapping[str, Any]) -> tuple[Given, list[str], list[str]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
 from drafttrain.drafters.feature_layer import Rotary
-from drafttrain.drafters.feature_target import ROPE_SCALINGS, llama_config, one_layer
+from drafttrain.drafters.feature_target import ENDLESS, ROPE_SCALINGS, llama_config, one_layer
 from drafttrain.export.layout import rope_problems
 from drafttrain.importers.target import TargetFiles
 
@@ -15,28 +15,40 @@ SILENT = (
     *("architectures", "auto_map", "_name_or_path", "dtype", "torch_dtype", "transformers_version", "torchscript"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "use_cache", "return_dict"),
     *("output_attentions", "output_hidden_states", "initializer_range", "attention_dropout", "_attn_implementation"),
-    *("chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type"),
-    *("max_window_layers", "layer_types"),
+    *("chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type", "pretraining_tp"),
+    *("model_type", "target_model_type", "decoder_sparse_step", "max_sequence_length"),
 )
-"""Fields that say nothing of what the layer computes."""
+"""Fields that have no effect on what the layer computes, and are common enough that it need not be reported.
 
-ONLY: dict[str, tuple[Any, ...]] = {
-    "model_type": ("llama",),
-    "num_hidden_layers": (1,),
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "qkv_bias": (False,),
-    "pretraining_tp": (1,),
-    "partial_rotary_factor": (1,),
-    "sliding_window": (),
-    "use_sliding_window": (False,),
-    "quantization_config": (),
+`model_type` has one in the speculators format alone: elsewhere the architecture says that the layer is Llama's.
+"""
+
+WINDOW = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
+"""Fields that together say whether the layer attends to the whole text."""
+
+ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
+    "num_hidden_layers": ((1,), "further layers are not read"),
+    "hidden_act": (("silu",), "the layer's activation would be another one"),
+    "attention_bias": ((False,), "the attention's projections would have biases"),
+    "bias": ((False,), "engines take it for biases of the attention and of fc"),
+    "mlp_bias": ((False,), "the feed-forward block would have biases"),
+    "qkv_bias": ((False,), "the attention's projections would have biases"),
+    "partial_rotary_factor": ((1,), "only a part of each head would be rotated"),
+    "rope_is_neox_style": ((True,), "other pairs of coordinates would be rotated"),
+    "is_causal": ((True,), "the attention would look ahead"),
+    "logit_scale": ((1,), "the drafter's logits would be scaled"),
+    "use_aux_norm": ((False,), "it is SGLang's older name of fc_norm: write that"),
+    "num_aux_hidden_states": ((3,), "another number of the target's states would be read"),
+    "quantization_config": (({},), "quantized weights are not read"),
+    "compression_config": (({},), "quantized weights are not read"),
 }
-"""Fields of which our layer has one form; null means the same."""
+"""Fields that have an effect: what of them is read, and what another value would do; null is the same as left out."""
 
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
-OTHERS = ("rms_norm_eps", "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters")
+OTHERS = (
+    *("rms_norm_eps", "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters"),
+    "original_max_position_embeddings",
+)
 
 OF_ROPE = (
     *("rope_type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast"),
@@ -45,44 +57,80 @@ OF_ROPE = (
 )
 """Fields of rope_parameters, or of rope_scaling."""
 
-DEFAULT_THETA, DEFAULT_EPS, DEFAULT_POSITIONS = 10000.0, 1e-6, 2048
+EFFECT_OF_ROPE = {"mrope_section": "positions of images would be turned along three axes, drafters here read text"}
+
+DEFAULT_THETA, DEFAULT_EPS = 10000.0, 1e-6
 """What LlamaConfig takes where a file is silent."""
 
+TYPO = 0.85
+"""Likeness from which an unknown field is taken for a known one that is missing."""
 
 TENSORS_UNSEEN = "the tensors were not looked at"
 
 
-def layer_problems(config: Mapping[str, Any], *, own: Iterable[str], prefix: str = "") -> list[str]:
-    """Return one line for every field that is unknown, or says what our layer has no form for.
+def layer_problems(config: Mapping[str, Any], *, own: Iterable[str], prefix: str = "") -> tuple[list[str], list[str]]:
+    """Return (problems, notes): a field whose value has an effect that our layer has not is a problem, an unknown one a note.
 
     Args:
         own: Fields of the drafter's kind beside those of its layer.
         prefix: Where in config.json.
     """
+    own = tuple(own)
     other = [
-        f"config.json: {prefix}{key} is {config[key]!r}, only {' or '.join(map(repr, (*allowed, None)))} is read here"
-        for key, allowed in ONLY.items()
-        if config.get(key) is not None and config[key] not in allowed
+        f"config.json: {prefix}{key} is {config[key]!r}, only {' or '.join(map(repr, (*allowed, None)))} is read here: {effect}"
+        for key, (allowed, effect) in ONLY.items()
+        if key not in own and config.get(key) is not None and config[key] not in allowed
     ]
-    return other + unknown_problems(config, known=[*SIZES, *OTHERS, *ONLY, *own], prefix=prefix)
+    found, notes = unknown_fields(config, known=[*SIZES, *OTHERS, *ONLY, *WINDOW, *own], prefix=prefix)
+    return [*other, *_window_problems(config, prefix), *found], notes
 
 
-def unknown_problems(config: Mapping[str, Any], *, known: Iterable[str], prefix: str = "") -> list[str]:
-    """Return one line for every field that is neither known nor silent on what a drafter computes."""
+def unknown_fields(config: Mapping[str, Any], *, known: Iterable[str], prefix: str = "") -> tuple[list[str], list[str]]:
+    """Return (problems, notes) of the fields that are not known here.
+
+    One that looks like a known field that is missing is a problem. Others are no reason to refuse: they are reported as not read.
+    """
     known = list(known)
-    found = []
-    for key, value in config.items():
+    found, unread = [], []
+    for key in config:
         if key in known or key in SILENT:
             continue
-        near = difflib.get_close_matches(key, known, n=1)
-        guess = f", is it {near[0]}?" if near else ""
-        found.append(f"config.json: {prefix}{key} is {value!r}: unknown field{guess}")
-    if found:
-        found.append(
-            f"config.json: known fields{f' of {prefix[:-1]}' if prefix else ''}: {', '.join(known)}. "
-            "Take another out if it says nothing of what the drafter computes"
-        )
-    return found
+        near = difflib.get_close_matches(key, [name for name in known if name not in config], n=1, cutoff=TYPO)
+        if near and config[key] is not None:
+            found.append(f"config.json: {prefix}{key} is {_shown(config[key])}: unknown field, is it {near[0]}?")
+        else:
+            unread.append(f"{prefix}{key}")
+    return found, [f"config.json: not read, unknown here: {', '.join(unread)}"] if unread else []
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _window_problems(config: Mapping[str, Any], prefix: str) -> list[str]:
+    """Return that the layer attends to a part of the text, if it does.
+
+    `layer_types` decides where it is given, its first entry being the drafter's layer. Without it, loaders of Llama's layer read no
+    window; one that the file says it uses is not passed over, unless max_window_layers says that it begins at a later layer.
+    """
+    kinds, window, used, first = (config.get(key) for key in WINDOW)
+    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        return [f"config.json: {prefix}layer_types must be a list of names, got {_shown(kinds)}"]
+    if kinds and kinds[0] not in ("full_attention", "sliding_attention"):
+        return [f"config.json: {prefix}layer_types is {_shown(kinds)}: the layer's attention would be of another kind"]
+    later = _is_size(first)
+    slides = kinds[0] == "sliding_attention" if kinds else bool(used) and not later
+    if not slides or window is None:
+        return []
+    positions = config.get("max_position_embeddings")
+    if _is_size(window) and _is_size(positions) and window >= positions:
+        return []
+    by = "layer_types" if kinds else "use_sliding_window"
+    return [
+        f"config.json: {prefix}sliding_window is {_shown(window)}, and {by} says that it is used: the layer would attend to so many "
+        "tokens alone"
+    ]
 
 
 def layer_fields(config: Mapping[str, Any], target: TargetFiles) -> tuple[dict[str, Any], list[str], list[str]]:
@@ -97,6 +145,9 @@ def layer_fields(config: Mapping[str, Any], target: TargetFiles) -> tuple[dict[s
     eps, positions = config.get("rms_norm_eps"), config.get("max_position_embeddings")
     if eps is not None and not _is_positive(eps):
         found.append(f"config.json: rms_norm_eps must be a number above 0, got {eps!r}")
+    if positions is None:
+        positions = target.num_positions or ENDLESS
+        notes.append(f"config.json: max_position_embeddings is left out: taken as {positions}, the target's")
     if eps is None:
         notes.append(f"config.json: rms_norm_eps is left out: taken as {DEFAULT_EPS}, as Llama's loaders do")
     width, heads = config["hidden_size"], config["num_attention_heads"]
@@ -112,7 +163,7 @@ def layer_fields(config: Mapping[str, Any], target: TargetFiles) -> tuple[dict[s
         num_key_value_heads=groups,
         head_dim=config.get("head_dim") or width // heads,
         rms_norm_eps=float(eps) if _is_positive(eps) else DEFAULT_EPS,
-        max_position_embeddings=positions if _is_size(positions) else DEFAULT_POSITIONS,
+        max_position_embeddings=positions if _is_size(positions) else ENDLESS,
         rope=rope,
     )
     fields["vocab_size"] = config["vocab_size"]
@@ -157,22 +208,41 @@ def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[st
     ]
     if wrong:
         return plain, wrong, []
+    if new is not None and isinstance(new.get("full_attention"), Mapping):
+        # One a kind of layer, as transformers 5 has them; ours attends to the whole text.
+        new = new["full_attention"]
     given = dict(new if new is not None else scaling or {})
     kind = given.pop("type", None)
-    rope = {"rope_type": kind or "default", **given}
+    rope = {"rope_type": kind or "default"} | {k: v for k, v in given.items() if k in OF_ROPE or v is not None}
     rope.setdefault("rope_theta", theta if theta is not None else DEFAULT_THETA)
     silent = theta is None and "rope_theta" not in given
     notes = (
         [f"config.json: rope_theta is left out: taken as {DEFAULT_THETA:g}, as Llama's loaders do"] if silent else []
     )
-    found = [*rope_problems(config), *unknown_problems(rope, known=OF_ROPE, prefix="rope_parameters.")]
+    found = rope_problems({**config, "rope_parameters": new})
+    found += [
+        f"config.json: rope_parameters.{key} is {_shown(value)}: {EFFECT_OF_ROPE.get(key, 'an unknown way to turn positions')}"
+        for key, value in rope.items()
+        if key not in OF_ROPE
+    ]
+    trained = config.get("original_max_position_embeddings")
+    if rope["rope_type"] != "default" and trained is not None:
+        inside = rope.setdefault("original_max_position_embeddings", trained)
+        if inside != trained:
+            found.append(
+                f"config.json: original_max_position_embeddings is {trained}, in rope_parameters it is {inside}: "
+                "readers take the one or the other"
+            )
     allowed = ("default", *ROPE_SCALINGS)
     if not _is_positive(rope["rope_theta"]):
         found.append(f"config.json: rope_theta must be a number above 0, got {rope['rope_theta']!r}")
     elif rope["rope_type"] not in allowed:
-        found.append(f"config.json: rope_type is {rope['rope_type']!r}, allowed: {', '.join(allowed)}")
+        if "mrope_section" not in rope:
+            found.append(f"config.json: rope_type is {rope['rope_type']!r}, allowed: {', '.join(allowed)}")
     elif rope.get("partial_rotary_factor", 1) != 1:
-        found.append(f"config.json: partial_rotary_factor is {rope['partial_rotary_factor']}, only 1 is read here")
+        found.append(
+            f"config.json: partial_rotary_factor is {rope['partial_rotary_factor']}, only 1 is read here: only a part of each head would be rotated"
+        )
     return (plain if found else rope), found, notes
 
 

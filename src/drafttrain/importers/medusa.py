@@ -7,26 +7,35 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from drafttrain.export import DrafterFiles
-from drafttrain.export.layout import LAYOUTS
+from drafttrain.export.layout import LAYOUTS, Shapes
 from drafttrain.importers import Given, Imported, Importer, importers
-from drafttrain.importers.fields import TENSORS_UNSEEN, size_problems, target_problems, unknown_problems
+from drafttrain.importers.fields import TENSORS_UNSEEN, size_problems, target_problems, unknown_fields
 from drafttrain.importers.naming import Rename, renamed
 from drafttrain.importers.target import TargetFiles
 
 SIZES = {"num_heads": "medusa_num_heads", "num_hidden_layers": "medusa_num_layers"}
 """vLLM's name and the authors'."""
 
+NUM_SIZES = 4
+HEADS_ALONE = ("blocks.", "lm_heads.", "lm_head.")
+MANY = 8
+"""More unknown tensors than this are those of a model, not a mistake in the heads."""
+
 KNOWN = (
     *("model_type", "hidden_size", "vocab_size", *SIZES, *SIZES.values(), "medusa_fc_bias", "base_model_name_or_path"),
     *("original_lm_head", "truncated_vocab_size", "max_paths", "topk", "max_seq_len", "version", "drafttrain_draft"),
 )
 BLOCK, HEAD = re.compile(r"(\d+)\.(\d+)\.linear\.(weight|bias)"), re.compile(r"(\d+)\.(\d+)\.weight")
+INSIDE = re.compile(r"(?:model\.)?medusa_heads?\.(\d+\..+)")
+"""The name of a head's tensor in the file of a whole model."""
+
 OUR_BLOCK, OUR_HEAD = re.compile(r"blocks\.(\d+)\.layers\.(\d+)\.(\w+)"), re.compile(r"lm_heads\.(\d+)\.weight")
 
 
@@ -37,7 +46,10 @@ class MedusaLayout:
 
 @importers.register("medusa", MedusaLayout)
 class MedusaImporter(Importer):
-    """Heads of residual blocks. Blocks without biases get zeros, which say the same; a head that all share is copied to each.
+    """Heads of residual blocks, as many as the file holds: published configurations of the authors say 2 beside 5.
+
+    Blocks without biases get zeros, which have the same effect; a head that all share is copied to each, and so is the target's where
+    the file holds blocks alone (the authors' version "2").
 
     Source: Cai et al. 2024, Medusa, arXiv 2401.10774.
     """
@@ -57,13 +69,20 @@ class MedusaImporter(Importer):
 
     def convert(self, given: Given, target: TargetFiles) -> Imported:
         """Return the drafter's files."""
-        sizes, found, notes = _sizes(given.config, target)
-        found += unknown_problems(given.config, known=KNOWN)
-        found += _refused(given.config, sizes)
-        if any(not isinstance(value, int) for value in sizes.values()):
+        given = _unwrapped(given)
+        authors = any(BLOCK.fullmatch(name) for name in given.tensors)
+        sizes, found, notes = _sizes(given, target, authors=authors)
+        wrong, unread = unknown_fields(given.config, known=KNOWN)
+        found, notes = [*found, *wrong, *_refused(given.config, sizes)], [*notes, *unread]
+        others = [name for name in given.tensors if not name.startswith(HEADS_ALONE) and not name[0].isdigit()]
+        if authors and len(others) > MANY:
+            found.append(
+                f"{given.weights}: holds {len(others)} tensors of a whole model beside the heads: give the heads alone"
+            )
+            return Imported(DrafterFiles("medusa", {}, {}), found, notes)
+        if len(sizes) < NUM_SIZES or not all(isinstance(value, int) for value in sizes.values()):
             found.append(f"{TENSORS_UNSEEN}: their shapes follow from these fields")
             return Imported(DrafterFiles("medusa", {}, {}), found, notes)
-        authors = any(BLOCK.fullmatch(name) for name in given.tensors)
         biased, wrong = _biased(given, authors=authors)
         config = {
             "architectures": ["MedusaModel"],
@@ -71,56 +90,119 @@ class MedusaImporter(Importer):
             **sizes,
             "medusa_fc_bias": biased,
         }
-        shapes = LAYOUTS["medusa"][0](config)
-        shared = given.config.get("original_lm_head") is True
-        if shared:
-            shapes = {
-                name: shape for name, shape in shapes.items() if not name.startswith("lm_heads.") or ".0." in name
-            }
         ours, theirs = _names(sizes["num_hidden_layers"]) if authors else (str, str)
+        shapes, heads = LAYOUTS["medusa"][0](config), None
+        if given.config.get("original_lm_head") is True:
+            shapes = _first_head_alone(shapes)
+        elif not any(ours(name).startswith("lm_heads.") for name in given.tensors):
+            shapes, heads = (
+                {name: shape for name, shape in shapes.items() if not name.startswith("lm_heads.")},
+                target.head,
+            )
+            wrong += _without_heads_problems(given, target)
         tensors, named = renamed(given, shapes, ours=ours, theirs=theirs)
-        if shared and not named:
-            notes.append("original_lm_head: the head that all share is copied to each")
-            tensors |= {
-                f"lm_heads.{k}.weight": tensors["lm_heads.0.weight"].clone() for k in range(1, sizes["num_heads"])
-            }
-        if not biased and not named:
-            notes.append("the blocks have no biases: zeros are written, which say the same")
+        found += [*wrong, *named]
+        if found:
+            return Imported(DrafterFiles("medusa", config, tensors), found, notes)
+        tensors, more = _with_all_heads(tensors, heads, count=sizes["num_heads"])
+        notes += more
+        if not biased:
+            notes.append("the blocks have no biases: zeros are written, which have the same effect")
             tensors |= {
                 name.replace(".weight", ".bias"): torch.zeros(tensor.shape[0], dtype=tensor.dtype)
                 for name, tensor in tensors.items()
                 if name.startswith("blocks.")
             }
         config |= {"medusa_fc_bias": True, "drafttrain_draft": given.config.get("drafttrain_draft", "sampled")}
-        return Imported(DrafterFiles("medusa", config, tensors), [*found, *wrong, *named], notes)
+        return Imported(DrafterFiles("medusa", config, tensors), [], notes)
 
 
-def _sizes(config: Mapping[str, Any], target: TargetFiles) -> tuple[dict[str, Any], list[str], list[str]]:
-    """Return (hidden size, vocabulary, heads and blocks, problems, notes)."""
+def _unwrapped(given: Given) -> Given:
+    """Return the heads alone: as part of a whole model their names begin with `medusa_head.`, and `lm_head` is the shared one."""
+    inside = {name: match[1] for name in given.tensors if (match := INSIDE.fullmatch(name))}
+    if not inside:
+        return given
+    tensors = {inside.get(name, name): tensor for name, tensor in given.tensors.items()}
+    return replace(given, tensors=tensors, files={inside.get(name, name): file for name, file in given.files.items()})
+
+
+def _first_head_alone(shapes: Shapes) -> Shapes:
+    return {name: shape for name, shape in shapes.items() if not name.startswith("lm_heads.") or ".0." in name}
+
+
+def _without_heads_problems(given: Given, target: TargetFiles) -> list[str]:
+    """Return why blocks alone cannot be read with the target's own head."""
+    if given.config.get("version") not in (2, "2"):
+        return [
+            f"{given.weights}: blocks alone, without output matrices, and config.json: version is {given.config.get('version')!r}: "
+            'only with version "2" the target\'s own head is meant'
+        ]
+    if target.head is None:
+        return [f"{given.weights}: blocks alone: {target.name} has no output matrix under a name that is known here"]
+    return []
+
+
+def _with_all_heads(
+    tensors: dict[str, Tensor], heads_VD: Tensor | None, *, count: int
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return (the tensors with an output matrix a head, notes), of a file with fewer."""
+    names = [f"lm_heads.{number}.weight" for number in range(count)]
+    if all(name in tensors for name in names):
+        return tensors, []
+    shared_VD, note = tensors.get(names[0]), "original_lm_head: the head that all share is copied to each"
+    if shared_VD is None:
+        assert heads_VD is not None, "refused before"
+        shared_VD = heads_VD.to(next(iter(tensors.values())).dtype)
+        note = 'version "2": blocks alone, the target\'s own head is copied to each'
+    return {**tensors, **{name: shared_VD.clone() for name in names}}, [note]
+
+
+def _sizes(given: Given, target: TargetFiles, *, authors: bool) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Return (hidden size, vocabulary, heads and blocks, problems, notes): of heads and blocks the file decides."""
     sizes: dict[str, Any] = {}
-    found, notes = [], []
+    config, found, notes = given.config, [], []
     for key in ("hidden_size", "vocab_size"):
         sizes[key] = config.get(key)
         if sizes[key] is None:
             sizes[key] = target.size(key)
             notes.append(f"config.json: {key} is left out: taken as {sizes[key]}, the target's")
+    places = [match for name in given.tensors if (match := (BLOCK if authors else OUR_BLOCK).fullmatch(name))]
+    held = {
+        "num_heads": len({match[1] for match in places}),
+        "num_hidden_layers": len({match[2] for match in places}),
+    }
+    if not places:
+        return sizes, [f"{given.weights}: no blocks of Medusa heads ({{head}}.{{block}}.linear.weight or blocks.*)"], []
     for key, other in SIZES.items():
-        both = [config[name] for name in (key, other) if config.get(name) is not None]
-        if len(both) == 2 and both[0] != both[1]:
-            found.append(f"config.json: {key} is {both[0]}, {other} {both[1]}: must be the same")
-        sizes[key] = both[0] if both else None
+        stated = {name: config[name] for name in (key, other) if config.get(name) is not None}
+        found += size_problems(stated, stated)
+        sizes[key] = held[key]
+        fewer = key == "num_heads"
+        for name, value in stated.items():
+            if fewer and value != held[key] and _is_fewer(value, held[key]):
+                notes.append(f"config.json: {name} is {value}, {given.weights} holds {held[key]} heads: all are taken")
+            elif value != held[key]:
+                what = "heads" if fewer else "blocks a head"
+                found.append(f"config.json: {name} is {value!r}, {given.weights} holds {held[key]} {what}")
     found += size_problems(sizes, sizes)
     return sizes, found + target_problems(sizes, target), notes
 
 
+def _is_fewer(value: Any, held: int) -> bool:
+    return type(value) is int and 0 < value < held
+
+
 def _refused(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[str]:
     """Return the fields of which our heads have one form."""
-    found = []
+    # vLLM's loader takes any field with both words in its name for the number of heads.
+    found = [
+        f"config.json: {key} is {config[key]!r}: vLLM takes it for the number of heads: leave it out"
+        for key in config
+        if "num" in key and "heads" in key and key not in ("num_heads", "medusa_num_heads") and "num_heads" in config
+    ]
     for key in ("medusa_fc_bias", "original_lm_head"):
         if config.get(key) not in (None, True, False):
             found.append(f"config.json: {key} must be true or false, got {config[key]!r}")
-    if config.get("model_type") not in (None, "medusa", "llama", "mistral"):
-        found.append(f"config.json: model_type is {config['model_type']!r}, must be 'medusa' or left out")
     if config.get("truncated_vocab_size") not in (None, sizes["vocab_size"]):
         found.append(
             f"config.json: truncated_vocab_size is {config['truncated_vocab_size']}, only null or vocab_size "
@@ -134,7 +216,7 @@ def _biased(given: Given, *, authors: bool) -> tuple[bool, list[str]]:
     said, held = given.config.get("medusa_fc_bias"), any(name.endswith(".bias") for name in given.tensors)
     if held and not said and not (said is None and authors):
         return True, [
-            "config.json: medusa_fc_bias is not true, and the file holds biases: vLLM drops them without a word; "
+            "config.json: medusa_fc_bias is not true, and the file holds biases: vLLM 0.32.0 drops them silently; "
             "write true if they were trained"
         ]
     return held or bool(said), []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -17,6 +18,11 @@ WHOLE_NUMBERS = ("d2t", "t2d")
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Types of weights; others are quantized."""
+
+WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|draft_model|eagle_module|model)\.)+")
+"""What distributed training, compilation and the makers' own models put before the names of a drafter."""
+
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
 Rename = Callable[[str], str]
 
@@ -45,16 +51,47 @@ def renamed(given: Given, shapes: Shapes, *, ours: Rename, theirs: Rename) -> tu
             elif own not in WHOLE_NUMBERS and tensor.dtype not in TYPES:
                 found.append(f"{where}: is {tensor.dtype}, must be one of {', '.join(map(str, TYPES))}")
     missing = [name for name in shapes if name not in tensors]
-    found += [f"{given.weights}: {theirs(name)}: missing, must be of shape {list(shapes[name])}" for name in missing]
-    allowed = [theirs(name) for name in shapes]
-    for name in unknown:
-        near = difflib.get_close_matches(name, [theirs(one) for one in missing], n=1)
+    found += [f"{given.weights}: {line}" for line in _grouped({theirs(name): shapes[name] for name in missing})]
+    for pattern, names in _patterns(unknown).items():
+        near = difflib.get_close_matches(names[0], [theirs(one) for one in missing], n=1)
         found.append(
-            f"{given.files[name]}: {name}: this layout has no such tensor" + (f"; is it {near[0]}?" if near else "")
+            f"{given.files[names[0]]}: {pattern}: this layout has no such tensor"
+            + (f" ({len(names)} of them)" if len(names) > 1 else "")
+            + (f"; is it {near[0]}?" if near else "")
         )
     if unknown:
-        found.append(f"allowed with this config.json: {_listed(allowed)}")
+        found.append(f"allowed with this config.json: {_listed(list(_patterns(map(theirs, shapes))))}")
     return tensors, found
+
+
+def unwrapped(given: Given) -> Given:
+    """Return the folder with the tensors named as the drafter's own modules, without what trainers wrap around them.
+
+    Where a shorter name is another tensor's too, all names stay what they are.
+    """
+    own = {name: WRAPPERS.sub("", name) for name in given.tensors}
+    if len(set(own.values())) < len(own) or all(name == short for name, short in own.items()):
+        return given
+    tensors = {own[name]: tensor for name, tensor in given.tensors.items()}
+    files = {own[name]: file for name, file in given.files.items()}
+    return replace(given, tensors=tensors, files=files)
+
+
+def _patterns(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return names by what they have in common but for numbers: `layers.*.mlp.up_proj.weight`."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(NUMBER.sub("*", name), []).append(name)
+    return {pattern if len(names) > 1 else names[0]: names for pattern, names in found.items()}
+
+
+def _grouped(missing: dict[str, tuple[int, ...]]) -> list[str]:
+    """Return one line for every pattern of names that are missing."""
+    return [
+        f"{pattern}: missing, must be of shape {list(missing[names[0]])}"
+        + (f" ({len(names)} of them)" if len(names) > 1 else "")
+        for pattern, names in _patterns(missing).items()
+    ]
 
 
 def without(given: Given, names: Iterable[str]) -> Given:

@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from drafttrain.export import DrafterFiles
+from drafttrain.export.speculators import VERSION
+from drafttrain.export.vllm import READ_IN as VLLM
 from drafttrain.importers import Given, Imported, Importer, importers
 from drafttrain.importers.eagle3 import OWN, eagle3_files, taps_read
-from drafttrain.importers.fields import layer_problems, unknown_problems
+from drafttrain.importers.fields import layer_problems, unknown_fields
+from drafttrain.importers.naming import unwrapped
 from drafttrain.importers.target import TargetFiles
 
 LAYER = "transformer_layer_config"
@@ -19,7 +22,7 @@ FIRST_LEVEL = (
     "speculators_config",
     LAYER,
     *(key for key in OWN if key != "eagle_config"),
-    # Of the library itself, and of how it trained: embeddings that it changed are told by their values.
+    # Of the library itself, of Hugging Face, and of how it trained: embeddings that it changed are told by their values.
     *("has_no_defaults_at_init", "embed_requires_grad", "enable_sp_ulysses"),
 )
 
@@ -31,7 +34,7 @@ class SpeculatorsLayout:
 
 @importers.register("speculators", SpeculatorsLayout)
 class SpeculatorsImporter(Importer):
-    """The tensors of EAGLE-3 under `layers.0.`; norm_before_residual is true where it is left out. Tap i is the state entering block i."""
+    """The tensors of EAGLE-3 under `layers.0.`. Tap i is the state entering block i."""
 
     holds: ClassVar[str] = "eagle3"
     known_by: ClassVar[str] = "speculators_model_type in config.json"
@@ -51,7 +54,8 @@ class SpeculatorsImporter(Importer):
     def convert(self, given: Given, target: TargetFiles) -> Imported:
         """Return the drafter's files."""
         kind, layer = given.config["speculators_model_type"], given.config.get(LAYER)
-        found = unknown_problems(given.config, known=FIRST_LEVEL)
+        given = unwrapped(given)
+        found, notes = unknown_fields(given.config, known=FIRST_LEVEL)
         if kind != "eagle3":
             found.append(f"config.json: speculators_model_type is {kind!r}, only 'eagle3' is read here")
         if not isinstance(layer, Mapping):
@@ -60,12 +64,20 @@ class SpeculatorsImporter(Importer):
             return Imported(DrafterFiles("eagle3", {}, {}), found)
         # What the verifier ties says nothing of the drafter, whose own field is on the first level.
         layer = {key: value for key, value in layer.items() if key != "tie_word_embeddings"}
-        found += layer_problems(layer, own=(), prefix=f"{LAYER}.")
-        notes = []
+        wrong, said = layer_problems(layer, own=(), prefix=f"{LAYER}.")
+        found, notes = [*found, *wrong], [*notes, *said]
+        if layer.get("model_type") not in (None, "llama"):
+            found.append(
+                f"config.json: {LAYER}.model_type is {layer['model_type']!r}, only 'llama' is read here: the layer would be that "
+                "model's (Qwen3's norms each head)"
+            )
         flat: dict[str, Any] = {**layer, **{key: given.config[key] for key in FIRST_LEVEL if key in given.config}}
         if flat.get("norm_before_residual") is None:
             flat["norm_before_residual"] = True
-            notes.append("config.json: norm_before_residual is left out: true in this format")
+            notes.append(
+                f"config.json: norm_before_residual is left out: taken as true, as vLLM {VLLM} does in this format; "
+                f"speculators {VERSION} takes it as false"
+            )
         taps, wrong, said = taps_read(flat, target)
         made = eagle3_files(replace(given, config=flat), target, taps=taps)
         return Imported(made.files, [*found, *wrong, *made.problems], [*notes, *said, *made.notes])

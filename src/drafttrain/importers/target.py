@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.foreign import read_json
 from drafttrain.export.layout import text_config
+from drafttrain.export.target_weights import embedding_of, head_of
 from drafttrain.target.frozen import fingerprint_of, load_tokenizer, num_ids, resolve_folder
-
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
-HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 @dataclass(frozen=True)
@@ -48,6 +44,12 @@ class TargetFiles:
             raise CheckpointError(f"{self.folder / 'config.json'}: {key} must be a whole number, got {value!r}")
         return value
 
+    @property
+    def num_positions(self) -> int | None:
+        """Positions that config.json names; None: no end is named."""
+        value = self.config.get(self._called("max_position_embeddings"))
+        return value if isinstance(value, int) else None
+
     def _called(self, key: str) -> str:
         """Return the name that the architecture has for a field; GPT-2's hidden_size is n_embd."""
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -74,23 +76,11 @@ class TargetFiles:
     @cached_property
     def embedding(self) -> Tensor | None:
         """The embedding; None where it goes by a name that is not known here."""
-        return self._one(EMBEDDINGS)
+        return embedding_of(self.folder)
 
     @cached_property
     def head(self) -> Tensor | None:
         """The output matrix; the embedding where they are tied, which a configuration may leave to its architecture to say."""
         tied = self.config.get("tie_word_embeddings")
-        own = None if tied else self._one(HEADS)
+        own = None if tied else head_of(self.folder)
         return self.embedding if own is None and tied is not False else own
-
-    def _one(self, endings: Sequence[str]) -> Tensor | None:
-        for path in sorted(self.folder.glob("*.safetensors")):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118
-                        if name.endswith(tuple(endings)):
-                            tensor: Tensor = file.get_tensor(name)
-                            return tensor
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path}: the weights cannot be read: {error}") from error
-        return None

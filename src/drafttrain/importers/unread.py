@@ -1,0 +1,82 @@
+"""Folders of kinds that are known but not read here: one sentence that says what they are, in place of a line for every tensor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+from drafttrain.importers import Given
+from drafttrain.importers.naming import unwrapped
+
+SPECULATORS = "speculators_model_type"
+KINDS = {
+    "dflash": "a DFlash drafter",
+    "dflash2": "a DFlash2 drafter",
+    "dspark": "a DSpark drafter",
+    "peagle": "a P-EAGLE drafter",
+}
+KINDS |= {"mtp": "layers of multi-token prediction", "xpress": "an XPress drafter"}
+"""By speculators' name."""
+
+QUANTIZED = re.compile(r"\.(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|g_idx|absmax|quant_map)$")
+
+
+def why_unread(given: Given) -> str | None:
+    """Return what a folder is if it is of a kind that is not read here, with the field or tensor that tells; None: it may be read."""
+    given = unwrapped(given)
+    for tells, what in MARKS.items():
+        if (mark := tells(given)) is not None:
+            return f"{mark}: {what}, which is not supported yet"
+    kind = given.config.get(SPECULATORS)
+    if kind in (None, "eagle3"):
+        return None
+    what = KINDS.get(kind, "a drafter of an unknown kind") if isinstance(kind, str) else "no name of a kind"
+    return (
+        f"config.json: {SPECULATORS} is {kind!r}: {what}, which is not supported yet; of this format, 'eagle3' is read"
+    )
+
+
+def _tensor(pattern: str) -> Callable[[Given], str | None]:
+    """Return what finds a tensor by its name."""
+    form = re.compile(pattern)
+
+    def find(given: Given) -> str | None:
+        name = next((name for name in sorted(given.tensors) if form.search(name)), None)
+        return None if name is None else f"{given.files[name]}: {name}"
+
+    return find
+
+
+def _architecture(pattern: str) -> Callable[[Given], str | None]:
+    """Return what finds a class by its name in config.json."""
+    form = re.compile(pattern)
+
+    def find(given: Given) -> str | None:
+        name = next((name for name in sorted(given.architectures) if form.search(name)), None)
+        ours = given.config.get(SPECULATORS) is not None
+        return None if name is None or ours else f"config.json: architectures names {name}"
+
+    return find
+
+
+def _field(key: str) -> Callable[[Given], str | None]:
+    """Return what finds a field of config.json that is given and not null."""
+    return lambda given: None if given.config.get(key) is None else f"config.json: {key}"
+
+
+MARKS: Mapping[Callable[[Given], str | None], str] = {
+    _architecture("DFlash"): "a DFlash drafter",
+    _field("dflash_config"): "a DFlash drafter",
+    _architecture("DSpark"): "a DSpark drafter",
+    _tensor(r"^markov_head\."): "a DSpark drafter",
+    _architecture("PEagle|Peagle"): "a P-EAGLE drafter",
+    _tensor(r"^mask_hidden$"): "a P-EAGLE drafter",
+    _architecture("MLPSpeculator"): "an MLP speculator",
+    _architecture("LSTMSpeculator"): "an LSTM speculator",
+    _architecture("MTP"): "layers of multi-token prediction",
+    _field("hydra_num_heads"): "Hydra heads",
+    _tensor(QUANTIZED.pattern): "quantized weights",
+    _tensor(r"\.lora_[AB]\."): "a LoRA adapter (merge it into its model first)",
+    _tensor(r"^token_map$"): "Medusa heads over a part of the vocabulary",
+}
+"""What tells a kind, and what it is."""

@@ -1,0 +1,220 @@
+"""A field of somebody else's config.json is refused where it has an effect that our layer has not, and only there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from drafttrain.checkpoint import read_drafter
+from drafttrain.core.errors import CheckpointError
+from drafttrain.importers import Imported
+from drafttrain.importers.convert import import_folder
+from drafttrain.target import Target, TargetSettings
+from tests.importers import given
+
+LAYER = "transformer_layer_config"
+
+
+@pytest.fixture(scope="module")
+def target(save_llama) -> Target:
+    return Target.load(TargetSettings(model=str(save_llama(num_layers=4))))
+
+
+def imported(layout: str, target: Target, folder: Any, more: dict[str, Any], **tensors: Any) -> Imported:
+    """Import a folder whose configuration of the layer has further fields."""
+    if layout == "speculators":
+        config = given.speculators_config(target.name)
+        config[LAYER] = {**config[LAYER], **more}
+        held = given.eagle3_tensors("layers.0.")
+    elif layout == "eagle":
+        config, held = {"architectures": ["LlamaForCausalLM"], **given.LLAMA, **more}, given.eagle_tensors()
+    else:
+        config, held = given.eagle3_config(**more), given.eagle3_tensors()
+    given.write(folder / "theirs", held | tensors, config)
+    return import_folder(folder / "theirs", folder / "out", target=target.name)
+
+
+IDLE: list[dict[str, Any]] = [
+    {"sliding_window": 16, "use_sliding_window": False},
+    {"sliding_window": 16, "layer_types": ["full_attention"]},
+    {"sliding_window": 16, "layer_types": ["full_attention"], "use_sliding_window": True},
+    {"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]},
+    {"sliding_window": 16},
+    {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 28},
+    {"sliding_window": 256, "use_sliding_window": True},
+    {"sliding_window": None, "layer_types": ["sliding_attention"]},
+    {"decoder_sparse_step": 1, "num_experts": 8, "moe_intermediate_size": 16},
+    {"target_model_type": "gemma3_text"},
+    {"max_sequence_length": 4096},
+    {"pretraining_tp": 4},
+    {"text_max_position_embeddings": 64},
+    {"quantization_config": None},
+    {"original_max_position_embeddings": 64},
+    {"rope_theta": None, "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 500.0}}},
+]
+
+
+@pytest.mark.parametrize("layout", ["eagle3", "speculators", "eagle"])
+@pytest.mark.parametrize("more", IDLE, ids=str)
+def test_a_field_without_effect_changes_nothing(layout, more, target, tmp_path):
+    made = imported(layout, target, tmp_path / "with", more)
+    plain = imported(layout, target, tmp_path / "without", {})
+    assert made.files.config == plain.files.config
+    assert given.same(given.held(tmp_path / "with" / "out"), given.held(tmp_path / "without" / "out"))
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "phi3", "mixtral", "llama4_text"])
+@pytest.mark.parametrize("layout", ["eagle3", "eagle"])
+def test_a_raw_model_type_has_no_effect_where_the_architecture_names_the_layer(layout, model_type, target, tmp_path):
+    assert imported(layout, target, tmp_path, {"model_type": model_type}).files.config["model_type"] == "llama"
+
+
+EFFECTS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"sliding_window": 16, "layer_types": ["sliding_attention"]},
+        "layer_types says that it is used: the layer would attend",
+    ),
+    (
+        {"sliding_window": 16, "layer_types": ["sliding_attention"], "use_sliding_window": False},
+        "layer_types says that it is used",
+    ),
+    ({"sliding_window": 16, "use_sliding_window": True}, "use_sliding_window says that it is used"),
+    ({"layer_types": ["linear_attention"]}, "the layer's attention would be of another kind"),
+    ({"layer_types": "full_attention"}, "layer_types must be a list of names"),
+    ({"attention_bias": True}, "projections would have biases"),
+    ({"mlp_bias": True}, "the feed-forward block would have biases"),
+    ({"partial_rotary_factor": 0.5}, "only a part of each head would be rotated"),
+    (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}},
+        "a part of each head",
+    ),
+    ({"hidden_act": "gelu"}, "activation would be another one"),
+    ({"is_causal": False}, "would look ahead"),
+    ({"logit_scale": 0.5}, "logits would be scaled"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantized weights are not read"),
+    (
+        {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
+        "positions of images would be turned along three axes",
+    ),
+]
+
+
+@pytest.mark.parametrize("layout", ["eagle3", "speculators", "eagle"])
+@pytest.mark.parametrize(("more", "effect"), EFFECTS, ids=str)
+def test_a_field_with_an_effect_is_refused_in_one_line_that_names_it(layout, more, effect, target, tmp_path):
+    with pytest.raises(CheckpointError) as caught:
+        imported(layout, target, tmp_path, more)
+    first, *rest = str(caught.value).splitlines()
+    assert first.endswith("1 problem")
+    assert len(rest) == 1
+    assert effect in rest[0]
+
+
+def test_a_layer_of_qwen3_is_refused_by_its_effect(target, tmp_path):
+    with pytest.raises(CheckpointError, match=r"model_type is 'qwen3', only 'llama' .* \(Qwen3's norms each head\)"):
+        imported("speculators", target, tmp_path, {"model_type": "qwen3"})
+
+
+def test_unknown_fields_are_named_in_one_note(target, tmp_path):
+    made = imported("eagle3", target, tmp_path, {"some_new_field": 1, "another": {"a": [1]}})
+    assert "config.json: not read, unknown here: some_new_field, another" in made.notes
+
+
+def test_positions_that_are_left_out_are_the_targets(target, tmp_path):
+    """vLLM stops drafting at the drafter's positions."""
+    made = imported("eagle3", target, tmp_path, {"max_position_embeddings": None})
+    assert made.files.config["max_position_embeddings"] == 512
+    assert any("max_position_embeddings is left out: taken as 512, the target's" in note for note in made.notes)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(True, "fed back after the final norm"), (False, "fed back before the final norm")]
+)
+def test_the_import_tells_what_specforge_means_by_norm_output(value, words, target, tmp_path):
+    made = imported("eagle3", target, tmp_path, {"norm_output": value})
+    (note,) = (note for note in made.notes if "norm_output" in note)
+    assert words in note
+    assert "as vLLM 0.32.0 and SGLang 0.5.23 read it. For SpecForge 0.2.0 it says" in note
+
+
+def test_the_draft_length_of_a_speculators_folder_is_kept(target, tmp_path):
+    config = given.speculators_config(target.name)
+    config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] = 7
+    given.write(tmp_path / "theirs", given.eagle3_tensors("layers.0."), config)
+    made = import_folder(tmp_path / "theirs", tmp_path / "out")
+    assert made.files.config["drafttrain"]["num_steps"] == 7
+
+
+# (tensor that is added or field, what the one line says)
+KINDS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    (
+        {},
+        {"architectures": ["DFlashDraftModel"], "dflash_config": {"target_layer_ids": [1]}},
+        "names DFlashDraftModel: a DFlash",
+    ),
+    ({}, {"architectures": ["PEagleDraftModel"], "num_hidden_layers": 4}, "names PEagleDraftModel: a P-EAGLE drafter"),
+    ({"mask_hidden": torch.zeros(1, 1, 96)}, {}, "mask_hidden: a P-EAGLE drafter"),
+    ({"markov_head.markov_w1.weight": torch.zeros(2, 2)}, {}, r"markov_w1.weight: a DSpark drafter"),
+    ({"midlayer.mlp.up_proj.qweight": torch.zeros(2, 2)}, {}, "qweight: quantized weights"),
+    ({"midlayer.mlp.up_proj.lora_A.weight": torch.zeros(2, 2)}, {}, "a LoRA adapter"),
+    ({}, {"architectures": ["MLPSpeculatorPreTrainedModel"]}, "an MLP speculator"),
+]
+
+
+@pytest.mark.parametrize(("tensors", "fields", "what"), KINDS)
+def test_a_kind_that_is_not_read_is_one_line_that_says_what_it_is(tensors, fields, what, target, tmp_path):
+    folder = given.write(tmp_path / "theirs", given.eagle3_tensors() | tensors, given.eagle3_config(**fields))
+    with pytest.raises(CheckpointError) as caught:
+        import_folder(folder, tmp_path / "out", target=target.name)
+    (line,) = str(caught.value).splitlines()
+    assert what in line
+    assert line.endswith("which is not supported yet")
+
+
+def test_many_tensors_of_one_sort_are_one_line(target, tmp_path):
+    more = {f"midlayer.mlp.experts.{k}.{part}.weight": torch.zeros(2, 2) for k in range(40) for part in ("up", "down")}
+    folder = given.write(tmp_path / "theirs", given.eagle3_tensors() | more, given.eagle3_config())
+    with pytest.raises(CheckpointError) as caught:
+        import_folder(folder, tmp_path / "out", target=target.name)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 4
+    assert "midlayer.mlp.experts.*.down.weight: this layout has no such tensor (40 of them)" in lines[1]
+
+
+def test_heads_are_as_many_as_the_file_holds(target, tmp_path):
+    """The authors' published configurations say 2 beside 5, and their own loader says so too."""
+    config = given.medusa_config(target.name, heads=2)
+    given.write(tmp_path / "theirs", given.medusa_tensors(heads=5), config, file="medusa_lm_head.pt")
+    made = import_folder(tmp_path / "theirs", tmp_path / "out")
+    assert made.files.config["num_heads"] == 5
+    assert "config.json: medusa_num_heads is 2, medusa_lm_head.pt holds 5 heads: all are taken" in made.notes
+    assert given.held(tmp_path / "out")["lm_heads.4.weight"].shape == (257, 32)
+
+
+@pytest.mark.parametrize("prefix", ["", "medusa_head.", "model.medusa_heads."])
+def test_blocks_alone_are_read_by_the_targets_own_head(prefix, target, tmp_path):
+    tensors = {prefix + name: tensor for name, tensor in given.medusa_tensors().items() if "linear" in name}
+    config = given.medusa_config(target.name) | {"version": "2"}
+    import_folder(given.write(tmp_path / "theirs", tensors, config), tmp_path / "out")
+    drafter: Any = read_drafter(tmp_path / "out", target)
+    state_ND = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        states_ND = drafter.states(state_ND, 2)
+        assert torch.equal(drafter.head(states_ND, 2), target.model.get_output_embeddings()(states_ND))
+        block = [
+            given.medusa_tensors()[f"1.{layer}.linear.{part}"] for layer in range(2) for part in ("weight", "bias")
+        ]
+        for weight_DD, bias_D in (block[:2], block[2:]):
+            state_ND = state_ND + torch.nn.functional.silu(state_ND @ weight_DD.T + bias_D)
+    assert torch.allclose(states_ND, state_ND, atol=1e-5)
+
+
+def test_heads_inside_a_whole_model_are_one_line(target, tmp_path):
+    heads = {f"medusa_head.{name}": tensor for name, tensor in given.medusa_tensors().items()}
+    model = {name: tensor.clone() for name, tensor in target.model.state_dict().items()}
+    folder = given.write(tmp_path / "theirs", model | heads, given.medusa_config(target.name))
+    with pytest.raises(CheckpointError, match=r"holds \d+ tensors of a whole model beside the heads") as caught:
+        import_folder(folder, tmp_path / "out")
+    assert len(str(caught.value).splitlines()) == 2
