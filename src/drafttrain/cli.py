@@ -389,6 +389,24 @@ def record(
     rotate_mb: Annotated[
         int, typer.Option("--rotate-mb", metavar="MB", help="Size of a file of records.", min=1)
     ] = 256,
+    record_mb: Annotated[
+        int,
+        typer.Option(
+            "--record-mb", metavar="MB", help="Longest request and answer, unpacked, that are recorded.", min=1
+        ),
+    ] = 32,
+    max_clients: Annotated[
+        int, typer.Option("--max-clients", metavar="N", help="Connections at once; more are answered with 503.", min=1)
+    ] = 8192,
+    request_seconds: Annotated[
+        float,
+        typer.Option(
+            "--request-seconds", metavar="S", help="Longest time for the head of a request, and pause in its body."
+        ),
+    ] = 60.0,
+    grace_seconds: Annotated[
+        float, typer.Option("--grace-seconds", metavar="S", help="After SIGTERM all is ended within this time.")
+    ] = 30.0,
     debug: Debug = False,
 ) -> None:
     """Stand before a server with the OpenAI protocol and record what it answers, for {kind: serving_logs, path: DIR}."""
@@ -407,6 +425,10 @@ def record(
                 redact=redact,
                 redact_with=redact_with,
                 rotate_bytes=rotate_mb * 2**20,
+                record_bytes=record_mb * 2**20,
+                max_clients=max_clients,
+                request_seconds=request_seconds,
+                grace_seconds=grace_seconds,
             )
         )
 

@@ -16,8 +16,9 @@ from aiohttp import web
 from drafttrain.data_gen.serving_logs.redaction import redactor
 from drafttrain.online.capture import line_of
 from drafttrain.online.record_files import RecordFiles
-from drafttrain.online.recorder import STATUS_PATH, Recorder
+from drafttrain.online.recorder import Recorder
 from drafttrain.online.recorder_settings import RecorderSettings
+from drafttrain.online.relay import STATUS_PATH
 from tests.data_gen.serving_logs.log_lines import ids
 
 
@@ -133,14 +134,13 @@ async def recorded(upstream: str, out: Path, **settings: Any) -> AsyncIterator[t
     """Stand a recorder before a server and yield its address; what waits is written at the end."""
     chosen = RecorderSettings(upstream=upstream, out=out, port=0, **settings)
     redact = redactor(builtin=True, own=None) if chosen.redact else None
-    files = RecordFiles(
-        out, partial(line_of, redact=redact), rotate_bytes=chosen.rotate_bytes, queue_bytes=chosen.queue_bytes
-    )
+    line = partial(line_of, redact=redact, record_bytes=chosen.record_bytes)
+    files = RecordFiles(out, line, rotate_bytes=chosen.rotate_bytes, queue_bytes=chosen.queue_bytes)
     recorder = Recorder(chosen, files)
     files.start()
     try:
-        async with served(recorder.app()) as address:
-            yield address, recorder
+        async with recorder.listening() as number:
+            yield f"http://127.0.0.1:{number}", recorder
     finally:
         files.close()
 

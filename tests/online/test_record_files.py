@@ -6,11 +6,13 @@ import contextlib
 import os
 import resource
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from drafttrain.data_gen.serving_logs.exchange import Refused
 from drafttrain.online.capture import Capture
 from drafttrain.online.record_files import RecordFiles
 
@@ -114,3 +116,44 @@ def test_a_full_disk_leaves_whole_lines_and_no_empty_files(recording):
     assert recording.files.dropped == {"disk": 6}
     assert sorted(recording.lines) == wanted(1, 8)
     assert len(list(recording.folder.iterdir())) == 2
+
+
+def test_a_full_disk_keeps_the_lines_that_fit_and_drops_the_others(recording):
+    size = len(line(capture(1)))
+    with no_room(2 * size + 5):
+        recording.files._write([capture(number) for number in range(1, 6)])
+    assert recording.lines == wanted(1, 2, 4, 5)
+    assert recording.files.written == 4
+    assert recording.files.dropped == {"disk": 1}
+
+
+def test_a_line_that_is_too_long_for_the_disk_costs_no_other(tmp_path):
+    def uneven(capture: Capture) -> bytes:
+        return b'"' + b"x" * (90 if capture.id == "2" else 5) + b'"\n'
+
+    files = RecordFiles(tmp_path, uneven, rotate_bytes=2**20, queue_bytes=2**20)
+    with no_room(20):
+        files._write([capture(number) for number in range(1, 4)])
+    assert files.written == 2
+    assert files.dropped == {"disk": 1}
+    assert [len(path.read_bytes()) for path in sorted(tmp_path.iterdir())] == [8, 8]
+
+
+def test_what_is_not_written_in_time_is_dropped_and_counted(tmp_path):
+    going, go_on = threading.Event(), threading.Event()
+
+    def slow(capture: Capture) -> bytes:
+        if capture.id == "2":
+            going.set()
+            go_on.wait(30)
+            raise Refused("unreadable", "the process that makes lines was ended")
+        return line(capture)
+
+    files = RecordFiles(tmp_path, slow, rotate_bytes=10, queue_bytes=2**20)
+    files.start()
+    for number in (1, 2, 3):
+        files.offer(capture(number))
+    assert going.wait(30)
+    files.close(within_seconds=0.0, interrupt=go_on.set)
+    assert files.written == 1
+    assert files.dropped == {"stopped": 2}

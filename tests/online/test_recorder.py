@@ -195,10 +195,19 @@ def test_an_unreachable_server_is_told_and_a_client_that_leaves_is_counted(tmp_p
 class Process:
     """`drafttrain record` in a process of its own."""
 
-    def __init__(self, upstream: str, out: Path, *, limit_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        upstream: str,
+        out: Path,
+        *more: str,
+        limit_bytes: int | None = None,
+        open_files: tuple[int, int] | None = None,
+    ) -> None:
         def limited() -> None:
             if limit_bytes is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+            if open_files is not None:
+                resource.setrlimit(resource.RLIMIT_NOFILE, open_files)
 
         command = [
             sys.executable,
@@ -211,11 +220,12 @@ class Process:
             "0",
             "--out",
             str(out),
+            *more,
         ]
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=limited)
         self.pid = self._process.pid
         assert self._process.stderr is not None
-        line = self._process.stderr.readline()
+        self.said = line = self._process.stderr.readline()
         found = re.search(r"recording on (http://127\.0\.0\.1:\d+) ", line)
         assert found, line + self._process.stderr.read()
         self.address = found.group(1)

@@ -14,6 +14,8 @@ from drafttrain.data_gen.serving_logs.redaction import Redact
 from drafttrain.data_gen.serving_logs.rounds import logged_rounds
 from drafttrain.data_gen.serving_logs.stream import merged
 from drafttrain.data_gen.serving_logs.untrusted import decoded, parsed
+from drafttrain.online.recorder_settings import RECORD_BYTES
+from drafttrain.online.unpacked import unpacked
 
 MAX_DEPTH = 32
 KEPT = (
@@ -37,6 +39,9 @@ class Capture:
     streamed: bool
     time: float
     """Seconds since 1970, at the request."""
+    request_encoding: str = ""
+    """Content codings of the request, as its header names them."""
+    response_encoding: str = ""
 
     @property
     def size(self) -> int:
@@ -44,18 +49,25 @@ class Capture:
         return len(self.request) + len(self.response)
 
 
-def line_of(capture: Capture, redact: Redact | None) -> bytes:
-    """Return the line of a capture, without what must not be kept; None: everything may be.
+def line_of(capture: Capture, redact: Redact | None, *, record_bytes: int = RECORD_BYTES) -> bytes:
+    """Return the line of a capture, without what must not be kept.
+
+    Args:
+        redact: None: everything may be kept.
+        record_bytes: Request and answer, unpacked, may have so many bytes together.
 
     Raises:
         Refused: The bytes are of no known form, or cannot be looked through for what must not be kept.
     """
-    asked = parsed(decoded(capture.request), max_depth=MAX_DEPTH)
+    asked_bytes = unpacked(capture.request, capture.request_encoding, limit=record_bytes)
+    left = record_bytes - len(asked_bytes)
+    answered_bytes = unpacked(capture.response, capture.response_encoding, limit=left)
+    asked = parsed(decoded(asked_bytes), max_depth=MAX_DEPTH)
     request = {key: asked[key] for key in KEPT if key in asked}
     if capture.streamed:
-        response = merged(parsed(event, max_depth=MAX_DEPTH) for event in events(decoded(capture.response)))
+        response = merged(parsed(event, max_depth=MAX_DEPTH) for event in events(decoded(answered_bytes)))
     else:
-        response = parsed(decoded(capture.response), max_depth=MAX_DEPTH)
+        response = parsed(decoded(answered_bytes), max_depth=MAX_DEPTH)
     if isinstance(request.get("user"), str):
         request["user"] = hashlib.sha256(request["user"].encode("utf-8", "replace")).hexdigest()[:16]
     if redact is not None:

@@ -16,6 +16,7 @@ from typing import IO
 from drafttrain.data_gen.serving_logs.exchange import Refused
 from drafttrain.data_gen.serving_logs.redaction import redactor
 from drafttrain.online.capture import Capture, line_of
+from drafttrain.online.recorder_settings import RECORD_BYTES
 
 SIZE = struct.Struct(">cQ")
 """A message: L(ine), R(efused) or C(apture), its bytes, and they follow."""
@@ -30,11 +31,19 @@ class LineWorker:
     Args:
         redact: Take out what `redaction` knows.
         redact_with: Dotted name of the user's function.
+        record_bytes: What a capture may have unpacked.
     """
 
-    def __init__(self, *, redact: bool, redact_with: str | None, longest_seconds: float = LONGEST_SECONDS) -> None:
+    def __init__(
+        self,
+        *,
+        redact: bool,
+        redact_with: str | None,
+        record_bytes: int = RECORD_BYTES,
+        longest_seconds: float = LONGEST_SECONDS,
+    ) -> None:
         self.longest_seconds = longest_seconds
-        self._settings = json.dumps({"builtin": redact, "own": redact_with})
+        self._settings = json.dumps({"builtin": redact, "own": redact_with, "record_bytes": record_bytes})
         self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(self, capture: Capture) -> bytes:
@@ -64,6 +73,11 @@ class LineWorker:
         if self._process is None:
             self._process = self._started()
 
+    def interrupt(self) -> None:
+        """Give up the line that is made, from another thread."""
+        if (process := self._process) is not None:
+            process.kill()
+
     def close(self) -> None:
         """End the process."""
         if self._process is not None:
@@ -88,6 +102,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     os.nice(NICE)
     settings = json.loads(sys.argv[1])
+    record_bytes = settings.pop("record_bytes")
     redact = redactor(**settings) if settings["builtin"] or settings["own"] else None
     # What the user's function prints must not stand between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
@@ -98,7 +113,7 @@ def main() -> None:
         except EOFError:
             return
         try:
-            _send(answers, b"L", line_of(pickle.loads(message), redact))
+            _send(answers, b"L", line_of(pickle.loads(message), redact, record_bytes=record_bytes))
         except Refused as reason:
             _send(answers, b"R", reason.kind.encode())
         except Exception:

@@ -14,6 +14,9 @@ from drafttrain.core.files import sync_folder
 from drafttrain.data_gen.serving_logs.exchange import Refused
 from drafttrain.online.capture import Capture
 
+FLUSH_SECONDS = 1.0
+"""For the last write, where time to stop is over."""
+
 
 class RecordFiles:
     """Files of records in a folder; a line counts as written once it is on the disk.
@@ -39,6 +42,7 @@ class RecordFiles:
         self._number = 0
         self._change = threading.Condition()
         self._closing = False
+        self._gives_up = False
         self._thread = threading.Thread(target=self._write_on, name="records", daemon=True)
 
     def start(self) -> None:
@@ -56,13 +60,23 @@ class RecordFiles:
             self._queued_bytes += capture.size
             self._change.notify()
 
-    def close(self) -> None:
-        """Write what waits, and stop."""
+    def close(self, *, within_seconds: float | None = None, interrupt: Callable[[], None] = lambda: None) -> None:
+        """Write what waits, and stop.
+
+        Args:
+            within_seconds: What is not written by then is dropped; None: all is written.
+            interrupt: Gives up the line that is being made.
+        """
         with self._change:
             self._closing = True
             self._change.notify()
-        self._thread.join()
-        self._close_file()
+        self._thread.join(within_seconds)
+        if self._thread.is_alive():
+            self._gives_up = True
+            interrupt()
+            self._thread.join(FLUSH_SECONDS)
+        if not self._thread.is_alive():
+            self._close_file()
 
     @property
     def queued(self) -> int:
@@ -86,10 +100,13 @@ class RecordFiles:
         """Write some captures, those of a file together."""
         lines: list[bytes] = []
         for capture in captures:
+            if self._gives_up:
+                self.dropped["stopped"] += 1
+                continue
             try:
                 lines.append(self._line(capture))
             except Refused as reason:
-                self.dropped[reason.kind] += 1
+                self.dropped["stopped" if self._gives_up else reason.kind] += 1
             except Exception:
                 # What passes is anybody's, and whatever it does must not end the thread.
                 self.dropped["unreadable"] += 1
@@ -100,29 +117,45 @@ class RecordFiles:
 
     def _commit(self, lines: list[bytes]) -> None:
         """Write lines, and count them as written when the disk has confirmed them."""
-        if not lines:
-            return
+        while lines:
+            count = self._appended(lines)
+            if count == len(lines):
+                return
+            # A full disk, or one that is gone: what did not fit is dropped, and the next lines try a file of their own.
+            self.dropped["disk"] += 1
+            lines = lines[count + 1 :]
+            self._close_file()
+
+    def _appended(self, lines: list[bytes]) -> int:
+        """Return how many lines, of the first ones, are on the disk."""
+        count = 0
         try:
             handle = self._opened()
-            for line in lines:
-                rest = memoryview(line)
-                while rest:
-                    rest = rest[os.write(handle, rest) :]
+            end = self._size
+            try:
+                for line in lines:
+                    _write_whole(handle, line)
+                    end += len(line)
+                    count += 1
+            except OSError:
+                # The part of a line that did fit is none.
+                os.ftruncate(handle, end)
             os.fsync(handle)
+            removed = os.fstat(handle).st_nlink == 0
         except OSError:
-            # A full disk, or one that is gone: the lines are taken back, and the next ones try a file of their own.
-            self.dropped["disk"] += len(lines)
             self._take_back()
-            return
-        if os.fstat(handle).st_nlink == 0:
+            return 0
+        if removed:
             # Somebody removed the file meanwhile, and the lines with it.
             self._close_file()
-            self._commit(lines)
-            return
-        self._size += sum(map(len, lines))
-        self.written += len(lines)
-        if self._size >= self._rotate_bytes:
+            return self._appended(lines)
+        self._size = end
+        self.written += count
+        if end == 0:
+            self._take_back()
+        elif self._size >= self._rotate_bytes:
             self._close_file()
+        return count
 
     def _opened(self) -> int:
         """Return the file to write on in: a new one where there is none, or where the last one's name means another by now."""
@@ -161,3 +194,9 @@ class RecordFiles:
             with contextlib.suppress(OSError):
                 os.close(self._handle)  # All that counts is on the disk.
             self._handle, self._size = None, 0
+
+
+def _write_whole(handle: int, line: bytes) -> None:
+    rest = memoryview(line)
+    while rest:
+        rest = rest[os.write(handle, rest) :]

@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import ipaddress
 import signal
 import time
 import uuid
-from collections import Counter
+from collections.abc import AsyncIterator
 from typing import Any
 
-import aiohttp
 import uvloop
-from aiohttp import web
-from yarl import URL
 
 from drafttrain.core.console import say
 from drafttrain.core.errors import RecipeError
 from drafttrain.data_gen.serving_logs.redaction import redactor
-from drafttrain.online.asking import Asking, StrippedEvents
-from drafttrain.online.capture import Capture
+from drafttrain.online.accepting import accept, listening_sockets, most_clients
 from drafttrain.online.line_worker import LineWorker
+from drafttrain.online.passing import Passing
 from drafttrain.online.record_files import RecordFiles
 from drafttrain.online.recorder_settings import RecorderSettings
+from drafttrain.online.relay import Relays
+from drafttrain.online.upstream import Upstream
 
-STATUS_PATH = "/_recorder"
-"""Answered here and not passed on: counts as JSON."""
 STATUS_SECONDS = 30.0
-RECORDED = ("/chat/completions", "/completions")
-HOP_BY_HOP = {
-    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
-    "transfer-encoding", "upgrade",
-}  # fmt: skip
-"""Headers that speak of one connection (RFC 9110, section 7.6.1)."""
-KEEPALIVE_SECONDS = 4.0
-"""Servers close what is idle, uvicorn after 5 s; a request on a connection that is just being closed would fail."""
+WRITING_SHARE = 0.2
+"""Of the time to stop: for what still waits to be written when open requests have had theirs."""
 
 
 class Recorder:
@@ -43,206 +35,159 @@ class Recorder:
 
     Args:
         files: Where captures go; what it cannot take is counted there.
+
+    Raises:
+        RecipeError: The address of the server is none.
     """
 
     def __init__(self, settings: RecorderSettings, files: RecordFiles) -> None:
         self.settings = settings
         self.files = files
-        self.counts = Counter[str]()
-        """Requests by what became of them: recorded ones are offered, others passed, aborted or failed."""
-        self._upstream = settings.upstream.rstrip("/")
-        self._session: aiohttp.ClientSession | None = None
+        self.upstream = Upstream.of(settings.upstream)
+        self.relays = Relays(settings, self.upstream, identity=uuid.uuid4().hex, offer=self._offer, status=self.status)
+        self.counts = self.relays.counts
         self._began = time.monotonic()
-
-    def app(self) -> web.Application:
-        """Return the application; the session lives as long as it does."""
-        app = web.Application(client_max_size=0)
-        app.router.add_get(STATUS_PATH, self._status)
-        app.router.add_route("*", "/{path:.*}", self._handle)
-        app.cleanup_ctx.append(self._with_session)
-        return app
+        self._said = set[str]()
 
     def status(self) -> dict[str, Any]:
         """Return the counts. `written` records are on the disk; whatever happens, they are not lost."""
+        names = ("offered", "passed", "aborted", "failed", "refused", "malformed", "timed_out", "loops")
         return {
-            "upstream": self._upstream,
+            "upstream": self.upstream.shown,
             "seconds": round(time.monotonic() - self._began, 3),
+            "clients": len(self.relays.open),
+            "most_clients": self.relays.most_clients,
             "requests": self.counts.total(),
-            **{name: self.counts[name] for name in ("offered", "passed", "aborted", "failed")},
+            **{name: self.counts[name] for name in names},
             "written": self.files.written,
             "queued": self.files.queued,
             "dropped": dict(self.files.dropped),
             "file": self.files.file,
         }
 
-    async def _with_session(self, app: web.Application) -> Any:
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS)
-        self._session = aiohttp.ClientSession(
-            connector=connector, timeout=timeout, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
-        )
-        yield
-        await self._session.close()
+    @contextlib.asynccontextmanager
+    async def listening(self) -> AsyncIterator[int]:
+        """Serve, and yield the port; in the end open requests may finish for `grace_seconds`.
 
-    async def _status(self, request: web.Request) -> web.Response:
-        return web.json_response(self.status())
-
-    async def _handle(self, request: web.Request) -> web.StreamResponse:
-        """Pass one request on and its answer back."""
-        is_recorded = request.method == "POST" and request.path.endswith(RECORDED)
-        began = time.time()
-        body: Any = await request.read() if is_recorded else request.content if request.can_read_body else None
-        asking = Asking(b"")
-        if is_recorded:
-            chat = request.path.endswith(RECORDED[0])
-            asking = Asking.of(body, chat=chat, logprobs=self.settings.logprobs, token_ids=self.settings.token_ids)
-            body, own = asking.request, body
-        dropped = _dropped(request) | {"host"}
-        if is_recorded:
-            # What is recorded is read here, so it comes unpacked.
-            dropped |= {"content-length", "accept-encoding"}
-        headers = [(name, value) for name, value in request.headers.items() if name.lower() not in dropped]
-        headers += [("Accept-Encoding", "identity")] if is_recorded else []
-        response = web.StreamResponse()
-        assert self._session is not None
-        url = URL(self._upstream + request.raw_path, encoded=True)
+        Raises:
+            RecipeError: The address cannot be listened on, or is the server's own.
+        """
+        settings, relays = self.settings, self.relays
+        relays.most_clients, relays.most_refused = most_clients(settings.max_clients)
         try:
-            async with self._session.request(
-                request.method, url, headers=headers, data=body, allow_redirects=False
-            ) as answer:
-                passed = await self._pass_back(request, response, answer, asking, keep=is_recorded)
-        except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
-            return self._broken(request, response, error)
-        if not is_recorded or answer.status != 200:
-            self.counts["failed" if is_recorded else "passed"] += 1
-        elif passed is None:
-            self.counts["offered"] += 1
-            self.files.dropped["too_large"] += 1
+            sockets = await asyncio.to_thread(listening_sockets, settings.host, settings.port)
+        except OSError as error:
+            raise RecipeError(
+                "arguments",
+                [f"--host {settings.host} --port {settings.port}: cannot be listened on: {error.strerror or error}"],
+            ) from error
+        tasks = [asyncio.create_task(self._watch())]
+        try:
+            if await asyncio.to_thread(self.upstream.is_one_of, sockets):
+                raise RecipeError(
+                    "arguments", [f"--upstream: {self.upstream.shown} is the recorder itself, which listens there"]
+                )
+            tasks += [asyncio.create_task(accept(one, relays, self._say_once)) for one in sockets]
+            yield sockets[0].getsockname()[1]
+        finally:
+            for task in tasks[1:]:
+                task.cancel()
+            await asyncio.gather(*tasks[1:], return_exceptions=True)
+            for one in sockets:
+                one.close()
+            await self._finish()
+            tasks[0].cancel()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(min(1.0, self.settings.request_seconds / 5))
+            self.relays.watch()
+
+    async def _finish(self) -> None:
+        """Let open requests finish, and abort those that take too long."""
+        self.relays.stopping = True
+        until = time.monotonic() + (1 - WRITING_SHARE) * self.settings.grace_seconds
+        for side in [*self.relays.open]:
+            if side.is_idle:
+                side.close()
+        while any(not side.is_closed for side in self.relays.open) and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+        for side in [*self.relays.open]:
+            side.abort()
+        while self.relays.open:
+            await asyncio.sleep(0)
+
+    def _say_once(self, words: str) -> None:
+        if words not in self._said:
+            self._said.add(words)
+            say(words)
+
+    def _offer(self, passing: Passing) -> None:
+        if passing.not_kept:
+            self.files.dropped[passing.not_kept] += 1
         else:
-            self.counts["offered"] += 1
-            streamed = answer.content_type == "text/event-stream"
-            self.files.offer(Capture(f"rec-{uuid.uuid4().hex}", request.path, own, passed, streamed, began))
-        return response
-
-    async def _pass_back(
-        self,
-        request: web.Request,
-        response: web.StreamResponse,
-        answer: aiohttp.ClientResponse,
-        asking: Asking,
-        *,
-        keep: bool,
-    ) -> bytes | None:
-        """Send the answer on as it comes and return the bytes that the server sent; None: too many to keep."""
-        is_stream = answer.content_type == "text/event-stream"
-        response.set_status(answer.status, answer.reason)
-        dropped = _dropped(answer) | ({"content-length"} if asking.added else set())
-        for name, value in answer.headers.items():
-            if name.lower() not in dropped:
-                response.headers.add(name, value)
-        events = StrippedEvents(asking) if asking.added and is_stream else None
-        pieces: list[bytes] = []
-        size, limit = 0, self.settings.record_bytes
-        if asking.added and not is_stream:
-            whole = await answer.read()
-            passed = asking.stripped(whole) if answer.status == 200 else whole
-            response.content_length = len(passed)
-            await response.prepare(request)
-            await response.write(passed)
-            await response.write_eof()
-            return whole if len(whole) <= limit else None
-        await response.prepare(request)
-        async for piece in answer.content.iter_any():
-            passed = piece if events is None else events.feed(piece)
-            if passed:
-                await response.write(passed)
-            if keep and size <= limit:
-                size += len(piece)
-                pieces.append(piece)
-        if events is not None and (rest := events.end()):
-            await response.write(rest)
-        await response.write_eof()
-        return b"".join(pieces) if size <= limit else None
-
-    def _broken(self, request: web.Request, response: web.StreamResponse, error: Exception) -> web.StreamResponse:
-        """Answer where the server, or the client, went away."""
-        if not response.prepared:
-            self.counts["failed"] += 1
-            return web.json_response(
-                {
-                    "error": {
-                        "message": f"the server behind the recorder: {type(error).__name__}",
-                        "type": "bad_gateway",
-                    }
-                },
-                status=502,
-            )
-        self.counts["aborted"] += 1
-        # An answer that is cut must look cut to the client.
-        if request.transport is not None:
-            request.transport.abort()
-        return response
-
-
-def _dropped(message: web.Request | aiohttp.ClientResponse) -> set[str]:
-    """Return the headers, in small letters, that are not passed on."""
-    named = {name.strip().lower() for name in message.headers.get("Connection", "").split(",")}
-    return HOP_BY_HOP | named
+            self.files.offer(passing.capture())
 
 
 def record(settings: RecorderSettings) -> dict[str, Any]:
     """Record until SIGTERM or Ctrl-C and return the counts; open requests are let finish, and all that waits is written.
 
     Raises:
-        RecipeError: The address of the server is none.
+        RecipeError: The address of the server is none, or nothing can listen.
     """
-    problems = []
-    url = URL(settings.upstream)
-    if url.scheme not in ("http", "https") or not url.host:
-        problems.append(f"--upstream: must be an address such as http://127.0.0.1:8000, got {settings.upstream!r}")
-    if problems:
-        raise RecipeError("arguments", problems)
     redactor(builtin=settings.redact, own=settings.redact_with)  # What cannot be imported is told now.
-    worker = LineWorker(redact=settings.redact, redact_with=settings.redact_with)
+    worker = LineWorker(redact=settings.redact, redact_with=settings.redact_with, record_bytes=settings.record_bytes)
     files = RecordFiles(settings.out, worker, rotate_bytes=settings.rotate_bytes, queue_bytes=settings.queue_bytes)
     recorder = Recorder(settings, files)
     worker.start()
     files.start()
+    stopped_at = None
     try:
-        uvloop.run(_serve(recorder))
+        stopped_at = uvloop.run(_serve(recorder))
     finally:
-        files.close()
+        left = settings.grace_seconds - (time.monotonic() - (stopped_at or time.monotonic()))
+        files.close(within_seconds=max(0.0, left), interrupt=worker.interrupt)
         worker.close()
     say(f"stopped: {_line(recorder.status())}")
     return recorder.status()
 
 
-async def _serve(recorder: Recorder) -> None:
-    settings = recorder.settings
+async def _serve(recorder: Recorder) -> float:
+    """Serve until a signal comes and return when it did."""
+    settings, loop = recorder.settings, asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    runner = web.AppRunner(recorder.app(), access_log=None, shutdown_timeout=settings.grace_seconds)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, settings.host, settings.port)
-        await site.start()
-        port = runner.addresses[0][1]
+        loop.add_signal_handler(number, stop.set)
+    loop.set_exception_handler(_say_error)
+    async with recorder.listening() as port:
         _without_pauses()
-        say(f"recording on http://{settings.host}:{port} what {settings.upstream} answers, into {settings.out}")
+        say(f"recording on http://{settings.host}:{port} what {recorder.upstream.shown} answers, into {settings.out}")
         if not _is_loopback(settings.host):
             say(f"{settings.host}: others than this machine can reach the recorder, and the server through it")
-        said = ""
+        if (most := recorder.relays.most_clients) < settings.max_clients:
+            say(
+                f"{most:,} clients at once, not {settings.max_clients:,}: the limit of open files (ulimit -Hn) allows no more"
+            )
+        said, refused = "", 0
         while not stop.is_set():
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), STATUS_SECONDS)
-            except TimeoutError:
-                line = _line(recorder.status())
-                if line != said:
-                    say(line)
-                    said = line
-    finally:
-        await runner.cleanup()
+                break
+            line = _line(recorder.status())
+            if line != said:
+                say(line)
+                said = line
+            if recorder.counts["refused"] > refused:
+                refused = recorder.counts["refused"]
+                say(f"{refused:,} clients were refused with 503: more than {recorder.relays.most_clients:,} at once")
+        stopped_at = time.monotonic()
+    return stopped_at
+
+
+def _say_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Print the kind of an error that nothing caught: its text may hold what a client sent."""
+    error = context.get("exception")
+    say(f"an error inside the recorder: {type(error).__name__ if error else context.get('message')}")
 
 
 def _without_pauses() -> None:
@@ -255,7 +200,8 @@ def _line(status: dict[str, Any]) -> str:
     dropped = ", ".join(f"{kind} {count:,}" for kind, count in status["dropped"].items()) or "0"
     return (
         f"{status['requests']:,} requests, {status['written']:,} records written, {status['queued']:,} waiting, dropped: {dropped}, "
-        f"{status['passed']:,} others passed, {status['aborted']:,} aborted, {status['failed']:,} failed"
+        f"{status['passed']:,} others passed, {status['aborted']:,} aborted, {status['failed']:,} failed, {status['refused']:,} refused, "
+        f"{status['malformed']:,} malformed, {status['timed_out']:,} timed out, {status['loops']:,} in a loop"
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+RECORD_BYTES = 32 * 2**20
+
 
 @dataclass(frozen=True)
 class RecorderSettings:
@@ -25,9 +27,13 @@ class RecorderSettings:
     redact_with: str | None = None
     rotate_bytes: int = 256 * 2**20
     """A file of records that is larger is closed, and the next one begun."""
-    record_bytes: int = 32 * 2**20
-    """Request and answer together; what is longer passes and is not recorded."""
+    record_bytes: int = RECORD_BYTES
+    """Request and answer together, as they pass and unpacked; what is longer passes and is not recorded."""
     queue_bytes: int = 256 * 2**20
-    """What waits to be written; beyond it records are dropped."""
+    """What waits to be written, and once more what is on its way; beyond it records are dropped."""
     grace_seconds: float = 30.0
-    """How long open requests may take after SIGTERM."""
+    """After SIGTERM open requests may take so long, and all that waits is written."""
+    request_seconds: float = 60.0
+    """How long a client may take to send the head of a request, and how long its body may pause."""
+    max_clients: int = 8192
+    """Connections at once; more are answered with 503. Each needs two open files."""
