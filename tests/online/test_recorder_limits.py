@@ -283,7 +283,13 @@ def test_compressed_requests_and_answers_are_recorded_unpacked_within_the_limit(
 
 @pytest.mark.parametrize(
     ("body", "encoding"),
-    [(b"x", "gzip"), (gzip.compress(b"x" * 99, mtime=0)[:-9], "gzip"), (b"", "deflate"), (b"x", "own"), (b"x", "gzip," * 9)],
+    [
+        (b"x", "gzip"),
+        (gzip.compress(b"x" * 99, mtime=0)[:-9], "gzip"),
+        (b"", "deflate"),
+        (b"x", "own"),
+        (b"x", "gzip," * 9),
+    ],
     ids=["not gzip", "cut off", "empty", "unknown", "too many"],
 )
 def test_what_cannot_be_unpacked_is_refused_by_its_kind(body, encoding):
