@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from drafttrain.core.files import write_text
-from drafttrain.eval.table import number
+from drafttrain.eval.table import bounds, number, p_value
 
 
 def write_report(path: Path, result: Mapping[str, Any], *, title: str, metrics: Path | None, command: str) -> None:
@@ -40,7 +40,9 @@ def write_report(path: Path, result: Mapping[str, Any], *, title: str, metrics: 
         text = "Mean label by predicted chance on held-out draft tokens; on the diagonal a chance is what it says."
         plots.append(("Reliability of the head", text, picture(lambda axes: _reliability(axes, result), columns=1)))
     page = jinja2.Environment(autoescape=True).from_string(template)
-    html = page.render(title=title, result=result, plots=plots, command=command, number=number)
+    html = page.render(
+        title=title, result=result, plots=plots, command=command, number=number, bounds=bounds, p_value=p_value
+    )
     write_text(path, html)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from drafttrain.drafters import drafters
-from drafttrain.eval.table import interval, number
+from drafttrain.eval.table import interval, number, p_value
 from drafttrain.export.engines import ServingEngine, Use, engine_of, engines
 
 USE = "## Use\n\n"
@@ -129,8 +129,8 @@ def _beside(one: Mapping[str, Any]) -> str:
         temperature = f"temperature {part['temperature']:g}"
         asked[temperature] = part
         sampled = (
-            f"At {temperature}, drafts {one['draft']}, acceptance is the same with p = {part['p_value']:.2g}, and so is the "
-            f"likelihood of the text, with p = {part['text_p_value']:.2g}."
+            f"At {temperature}, drafts {one['draft']}, acceptance is the same with {p_value(part['p_value'])}, and so is the "
+            f"likelihood of the text, with {p_value(part['text_p_value'])}."
         )
     rows = []
     for label, part in asked.items():
