@@ -4,7 +4,8 @@
     python benchmarks/adaptive_length.py runs/tiny_acceptance/head --target builtin:target --drafter builtin:drafter
 
 Settings of both sides (the length of the grid; the threshold) are chosen on the first half of the prompts, the figures are of
-the second half. Tokens a cost: tokens / (target calls + c x draft tokens), c the cost of a drafter call in target calls; so the
+the second half. Tokens a cost: tokens / (target calls + c x draft tokens), c the cost of a draft token in target calls, all of
+a round that is not the verifying call; so the
 figure does not depend on how busy the machine is. Greedy, lossless.
 """
 
