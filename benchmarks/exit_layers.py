@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from drafttrain.config.load import load_recipe
+from drafttrain.eval.table import interval
 
 
 def main() -> None:
@@ -57,20 +58,17 @@ def table(results: dict[int, dict[str, Any]]) -> str:
             here = result["temperatures"][number]
             figures, gain = here["drafters"]["drafter"], here["comparisons"]["drafter - start"]["block_efficiency"]
             lines.append(
-                f"| {part['temperature']:g} | {layer} | {_interval(figures['block_efficiency'])} | {_interval(gain)} "
-                f"| {_interval(figures['alpha'])} | {_interval(_mbsu(figures))} |"
+                f"| {part['temperature']:g} | {layer} | {interval(figures['block_efficiency'])} | {interval(gain)} "
+                f"| {interval(figures['alpha'])} | {interval(_mbsu(figures))} |"
             )
     lines += ["", "The interval of MBSU is that of block efficiency, at the bytes of the mean round."]
     return "\n".join(lines)
 
 
 def _mbsu(figures: dict[str, Any]) -> dict[str, float]:
-    scale = figures["mbsu"] / figures["block_efficiency"]["value"]
-    return {"value": figures["mbsu"]} | {end: scale * figures["block_efficiency"][end] for end in ("low", "high")}
-
-
-def _interval(value: dict[str, float]) -> str:
-    return f"{value['value']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
+    tau = figures["block_efficiency"]
+    scale = figures["mbsu"] / tau["value"]
+    return tau | {end: None if tau[end] is None else scale * tau[end] for end in ("value", "low", "high")}
 
 
 if __name__ == "__main__":

@@ -212,7 +212,7 @@ def order(results: dict[str, dict[str, Any]]) -> str:
         counts = {kind: [PromptCounts(**one) for one in figures[kind]["prompts"]] for kind in ranked}
         parts = [f"{ranked[0]} {figures[ranked[0]]['block_efficiency']['value']:.2f}"]
         for above, kind in pairwise(ranked):
-            found = compare(counts[above], counts[kind], resamples=10_000, seed=0)["block_efficiency"]
+            found = compare(counts[above], counts[kind])["block_efficiency"]
             parts.append(f"{kind} {figures[kind]['block_efficiency']['value']:.2f} (below by {interval(found)})")
         lines.append(f"\nOrder of the chains at temperature {temperature:g}: {', '.join(parts)}.")
     return "\n".join(lines)

@@ -27,6 +27,7 @@ from tests.online.openai_server import served
 from tests.online.target_server import Answered, TargetServer, ask, decoded_again, own_texts, shipped
 
 from drafttrain.core.provenance import commit, processor
+from drafttrain.eval import table
 from drafttrain.eval.statistics import ratio_difference, ratio_interval
 from drafttrain.online.drift import drift
 from drafttrain.online.loop import metrics
@@ -157,7 +158,7 @@ def report(arguments: argparse.Namespace, server: TargetServer, *, equal: int) -
         last = some[-COMPARED:]
         first = "0000" if name == "before" else at_switch
         again = decoded_again(server.target, server.drafters / first, [one.generation for one in last])
-        difference = ratio_difference(*(columns(one) for one in (last, again)), resamples=10000, seed=0)
+        difference = ratio_difference(*(columns(one) for one in (last, again)))
         versions = ", ".join(sorted({one.version for one in last}))
         print(
             f"last {COMPARED} {name} the change: {versions} {interval([o.counts for o in last])}, {first} on the same "
@@ -183,8 +184,7 @@ def columns(some: list[Answered]) -> tuple[tuple[int, ...], ...]:
 def interval(counts: Counts) -> str:
     """Return block efficiency with its interval over requests."""
     tokens, rounds = zip(*counts, strict=True)
-    found = ratio_interval(tokens, rounds, resamples=10000, seed=0)
-    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+    return table.interval(ratio_interval(tokens, rounds).json())
 
 
 def draw(path: Path, answered: list[Answered], *, switch: int) -> None:
@@ -201,7 +201,7 @@ def draw(path: Path, answered: list[Answered], *, switch: int) -> None:
             counts = [one.counts for one in answered[first : min(stop, first + WINDOW)]]
             if len(counts) == WINDOW:
                 tokens, rounds = zip(*counts, strict=True)
-                points.append((first + WINDOW / 2, ratio_interval(tokens, rounds, resamples=2000, seed=0)))
+                points.append((first + WINDOW / 2, ratio_interval(tokens, rounds)))
         middles = [x for x, _ in points]
         (line,) = axes.plot(middles, [p.value for _, p in points], color="C0")
         axes.fill_between(

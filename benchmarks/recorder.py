@@ -3,8 +3,8 @@
 Server, recorder and clients are three processes. The server writes into every event when it was sent; what a client reads off its
 clock when the event is there, less that, is the time of a token. Rounds go to the server, to it once more, through a relay that passes
 bytes on and does nothing else, and through the recorder, in an order drawn for each turn. The second round to the server says what is
-noise, the relay what any process in between costs here. What is added is the difference of the percentiles of all tokens, its
-interval is by bootstrap over turns; the last rows are medians over turns of the same difference within a turn.
+noise, the relay what any process in between costs here. What is added is the difference of the percentiles of all tokens; its
+interval is that of the mean, over turns, of the same difference within a turn; the last rows are medians over turns.
 """
 
 import argparse
@@ -19,14 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from typing import Any
 
 import aiohttp
 import numpy as np
 from aiohttp import web
 
 from drafttrain.core.provenance import commit, processor
+from drafttrain.eval.statistics import ratio_difference
+from drafttrain.eval.table import interval
 
 WAYS = ["direct", "direct again", "relay", "recorder"]
 
@@ -177,8 +177,6 @@ def report(arguments: argparse.Namespace, milliseconds: dict, busy: float, statu
     """Print the table."""
     by_way = {name: np.stack(rounds) for name, rounds in milliseconds.items()}
     direct = by_way[WAYS[0]]
-    generator = np.random.Generator(np.random.PCG64(0))
-    draws = [generator.integers(len(direct), size=len(direct)) for _ in range(1000)]
     print(
         f"{arguments.streams} streams, {arguments.milliseconds:g} ms a token, {arguments.tokens} tokens a stream, {len(direct)} rounds each; "
         f"{os.cpu_count()} cores of {processor()}, load {os.getloadavg()[1]:.1f}; {datetime.date.today()}, commit {commit()}\n"
@@ -187,31 +185,26 @@ def report(arguments: argparse.Namespace, milliseconds: dict, busy: float, statu
     print(f"| ms a token | direct | {' | '.join(f'{one} - {other}' for one, other in compared)} |")
     print("|---|---|" + "---|" * len(compared))
     for percent in (50, 90, 99):
-        cells = []
-        for pair in compared:
-            one, other = (by_way[name] for name in pair)
-            values = [np.percentile(one[d], percent) - np.percentile(other[d], percent) for d in draws]
-            cells.append(added(np.percentile(one, percent) - np.percentile(other, percent), values))
-        print(f"| p{percent} | {np.percentile(direct, percent):.2f} | {' | '.join(cells)} |")
+        of_all = {name: np.percentile(rounds, percent) for name, rounds in by_way.items()}
+        cells = [f"{of_all[one] - of_all[other]:.2f}" for one, other in compared]
+        print(f"| p{percent} of all tokens | {of_all[WAYS[0]]:.2f} | {' | '.join(cells)} |")
+    for percent in (50, 90, 99):
+        of_round = {name: np.percentile(rounds, percent, axis=1) for name, rounds in by_way.items()}
+        ones = np.ones(len(direct))
+        cells = [
+            interval(ratio_difference((of_round[one], ones), (of_round[other], ones)).json()) for one, other in compared
+        ]
+        print(f"| p{percent} of a round, mean | {of_round[WAYS[0]].mean():.2f} | {' | '.join(cells)} |")
     for percent in (50, 99):
         # A machine that others use stalls a round now and then, by more than anything that is measured here.
         of_round = {name: np.percentile(rounds, percent, axis=1) for name, rounds in by_way.items()}
-        cells = []
-        for pair in compared:
-            difference = of_round[pair[0]] - of_round[pair[1]]
-            cells.append(added(np.median(difference), [np.median(difference[d]) for d in draws]))
+        cells = [f"{np.median(of_round[one] - of_round[other]):.2f}" for one, other in compared]
         print(f"| p{percent} of a round, median | {np.median(of_round[WAYS[0]]):.2f} | {' | '.join(cells)} |")
     tokens = by_way["recorder"].size
     print(
         f"\nThe recorder used {1e6 * busy / tokens:.0f} µs of processor time a token; {status['written']} records written, "
         f"dropped: {status['dropped'] or 0}."
     )
-
-
-def added(value: Any, values: Sequence[Any]) -> str:
-    """Return a difference with its 95 % interval."""
-    low, high = np.percentile(values, [2.5, 97.5])
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 if __name__ == "__main__":

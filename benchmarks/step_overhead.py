@@ -85,7 +85,7 @@ def main() -> None:
             if pair:  # the first pair warms up
                 times[name].append(seconds)
     ones = [1.0] * arguments.pairs
-    ratio = ratio_of_ratios((times["fit"], ones), (times["bare"], ones), resamples=10_000, seed=0)
+    ratio = ratio_of_ratios((times["fit"], ones), (times["bare"], ones))
     per_step = {name: 1000 * sum(seconds) / (arguments.pairs * arguments.steps) for name, seconds in times.items()}
     print(
         f"{arguments.pairs} pairs of {arguments.steps} steps, recipe {recipe.name}, {arguments.threads} threads, ",

@@ -43,7 +43,7 @@ data:
   sources: [{{kind: generated}}]
 train: {{max_steps: 25, batch_size: 8, accumulation: 2, warmup_steps: 2, log_every_steps: 4, eval_every_steps: 10,
         checkpoint_every_steps: 3, eval_prompts: 2, loggers: [csv]}}
-eval: {{num_prompts: 2, max_new_tokens: 4, prompt_tokens: 6, speed_prompts: 0, resamples: 200, temperatures: [0],
+eval: {{num_prompts: 2, max_new_tokens: 4, prompt_tokens: 6, speed_prompts: 0, temperatures: [0],
        prompts: {prompts}, validation_prompts: {prompts}}}
 """
 

@@ -113,7 +113,7 @@ def test_wrong_arguments_exit_with_2(tmp_path):
 
 def test_eval_takes_builtin_drafters_settings_of_the_target_and_a_place_for_its_files(tmp_path):
     few = ["eval.num_prompts=1", "eval.max_new_tokens=3", "eval.temperatures=[0]", "eval.speed_prompts=0"]
-    words = ["builtin:drafter", "target.dtype=bfloat16", "target.device=cpu", *few, "eval.resamples=100"]
+    words = ["builtin:drafter", "target.dtype=bfloat16", "target.device=cpu", *few]
     stdout, _ = call("eval", *words, "--out", str(tmp_path / "out"))
     assert "block efficiency" in stdout
     assert json.loads((tmp_path / "out" / "eval.json").read_text())["target"]["name"] == "builtin:target"

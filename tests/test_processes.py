@@ -47,7 +47,7 @@ data:
   sources: [{{kind: generated}}]
 train: {{max_steps: 6, batch_size: 4, warmup_steps: 2, log_every_steps: 1, eval_every_steps: 3, checkpoint_every_steps: 4,
         eval_prompts: 2, loggers: [csv]}}
-eval: {{num_prompts: 2, max_new_tokens: 6, prompt_tokens: 6, speed_prompts: 1, resamples: 200, prompts: {prompts},
+eval: {{num_prompts: 2, max_new_tokens: 6, prompt_tokens: 6, speed_prompts: 1, prompts: {prompts},
        validation_prompts: {prompts}}}
 """
 

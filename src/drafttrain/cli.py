@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from drafttrain.core.console import say, stderr, table
+from drafttrain.core.console import complain, say, stderr, table
 from drafttrain.core.errors import DrafttrainError, Interrupted, RecipeError
 
 if TYPE_CHECKING:
@@ -483,7 +483,7 @@ def check(
                 typer.echo(f"{recipe}: ok")
             except RecipeError as error:
                 wrong += 1
-                _tell(error)
+                complain(str(error))
         if wrong:
             raise typer.Exit(RecipeError.exit_code)
 
@@ -507,13 +507,13 @@ def exit_codes(*, debug: bool) -> Iterator[None]:
     except DrafttrainError as error:
         if debug:
             stderr.print_exception()
-        _tell(error)
+        complain(str(error))
         raise typer.Exit(error.exit_code) from error
     except OSError as error:
         if debug:
             stderr.print_exception()
         where = f"{error.filename}: " if error.filename else ""
-        stderr.print(f"{where}{error.strerror or error}", style="red", markup=False)
+        complain(f"{where}{error.strerror or error}")
         raise typer.Exit(DrafttrainError.exit_code) from error
     except KeyboardInterrupt as error:
         say("interrupted: run the same command to continue")
@@ -534,11 +534,6 @@ def _first_alone() -> None:
 
     if not first():
         raise typer.Exit(0)
-
-
-def _tell(error: DrafttrainError) -> None:
-    """Print an error in its own words, brackets and all."""
-    stderr.print(str(error), style="red", markup=False)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -169,7 +169,7 @@ def test_the_evaluator_decodes_with_the_adapted_target_and_says_so(target: Targe
         medusa.save(path)
         write_about(path, About("medusa", target.name, "", target.tokenizer_fingerprint, V, 0))
     prompts = [Prompt(str(i), [1 + i, 2, 3]) for i in range(3)]
-    settings = EvalSettings(max_new_tokens=16, temperatures=[0.0], speed_prompts=0, resamples=200)
+    settings = EvalSettings(max_new_tokens=16, temperatures=[0.0], speed_prompts=0)
     result = evaluate({"drafter": folder, "start": start}, target, prompts, settings)
     assert result["drafters"]["start"]["target"] == target.name
     assert result["drafters"]["drafter"]["target"] == f"{target.name} with adapter"

@@ -12,8 +12,10 @@ import torch
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.probability import draw, sampling_probs
-from drafttrain.core.records import DraftStep, ForwardEvent, More, Verdict
+from drafttrain.core.records import DraftStep, Generation, More, Round, Sampling, Verdict
 from drafttrain.drafters.chain_proposer import ChainProposer
+from drafttrain.eval.acceptance.lossless import Lossless
+from drafttrain.eval.engine import Engine
 from drafttrain.eval.ledger import Ledger
 from drafttrain.eval.length.cumulative_reject import CumulativeReject, CumulativeRejectSettings
 from drafttrain.eval.length.expected_cost import ExpectedCost, ExpectedCostSettings
@@ -245,16 +247,56 @@ def test_at_a_given_rate_weighing_cost_is_a_threshold(tmp_path):
     assert len(set(lengths)) > 1
 
 
-def test_costs_are_medians_of_what_was_measured(tmp_path):
+def test_the_cost_of_a_draft_is_all_of_a_round_that_is_not_the_verifying_call(tmp_path):
     policy = ExpectedCost(ExpectedCostSettings(head=known_head(tmp_path), max_tokens=4))
     assert drafted_by(policy, 6) == MAX_TOKENS, "not measured: it drafts as far as it is let"
 
-    def event(model: str, seconds: float) -> ForwardEvent:
-        return ForwardEvent(model, 1, 0, 1, 1, 1, seconds)
+    def output(drafted: list[int], *, draft_seconds: float, verify_seconds: float) -> Generation:
+        rounds = [Round(0, count, count, 0, 1, "reject") for count in drafted]
+        return Generation("a", "", [1], [2], rounds, 9.0, draft_seconds, verify_seconds, 99.0)
 
-    policy.calibrate([event("drafter", s) for s in (9.0, 1.0, 2.0)] + [event("target", s) for s in (5.0, 7.0, 30.0)])
-    assert (policy.draft_cost, policy.target_cost) == (2.0, 7.0)
+    policy.calibrate([output([0], draft_seconds=1.0, verify_seconds=7.0)])
+    assert (policy.draft_cost, policy.target_cost) == (None, None), "nothing was drafted: nothing is known"
+    outputs = [
+        output([4, 2], draft_seconds=9.0, verify_seconds=10.0),
+        output([0, 3], draft_seconds=9.0, verify_seconds=14.0),
+    ]
+    policy.calibrate(outputs)
+    assert (policy.draft_cost, policy.target_cost) == (2.0, 6.0)
     assert drafted_by(policy, 6) < 4
+    given = ExpectedCost(ExpectedCostSettings(draft_cost=1, target_cost=4, head=known_head(tmp_path)))
+    given.calibrate(outputs)
+    assert (given.draft_cost, given.target_cost) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("kangaroo", {"exit_layer": 2}), ("eagle", {}), ("eagle3", {"draft_vocab_size": 120}), ("medusa", {})],
+)
+def test_the_measured_cost_holds_every_forward_of_the_draft(kind, settings):
+    """Kangaroo drafts with the target's first blocks too: its adapter alone is not what a draft token costs."""
+    target, ledger = feature_target(), Ledger()
+    proposer = feature_drafter(kind, target, **settings).proposer(target, ledger.append)
+    engine = Engine(
+        target,
+        proposer,
+        rule=Lossless(),
+        policy=FixedLength(FixedLengthSettings(3)),
+        sampling=Sampling(),
+        max_new_tokens=16,
+        listener=ledger.append,
+    )
+    outputs = engine.generate(PROMPTS[:1])
+    policy = ExpectedCost(ExpectedCostSettings(head="unread"))
+    policy.calibrate(outputs)
+    rounds = outputs[0].rounds
+    assert policy.draft_cost is not None
+    assert policy.target_cost is not None
+    seconds = {name: sum(one.seconds for one in ledger.rounds(name)) for name in {e.model for e in ledger.events}}
+    assert ("target's first blocks" in seconds) == (kind == "kangaroo")
+    drafting = sum(part for name, part in seconds.items() if name != "target")
+    assert policy.draft_cost * sum(one.num_draft_tokens for one in rounds) >= drafting > 0
+    assert policy.target_cost * len(rounds) >= seconds["target"]
 
 
 def test_a_head_of_another_width_is_refused(target, tmp_path):

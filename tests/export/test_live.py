@@ -45,7 +45,7 @@ def drafter(target, tmp_path_factory) -> Path:
     lines = [{"id": f"p{i}", "tokens": [5 + i, 40 + 3 * i, 90 + i]} for i in range(PROMPTS)]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
     words = ["eval", str(made(target, folder, noise=0.3)), f"eval.prompts={folder / 'prompts.jsonl'}"]
-    words += [f"eval.max_new_tokens={TOKENS}", "eval.temperatures=[0]", "eval.speed_prompts=0", "eval.resamples=300"]
+    words += [f"eval.max_new_tokens={TOKENS}", "eval.temperatures=[0]", "eval.speed_prompts=0"]
     done = CliRunner().invoke(app, [*words, f"eval.length.num_draft_tokens={K}", "eval.replay_lengths=[1,2]"])
     assert done.exit_code == 0, done.stderr
     return folder / "drafter"
@@ -112,7 +112,7 @@ def test_another_length_is_held_against_the_replay_and_an_unknown_one_against_no
 
 def test_a_server_with_a_worse_drafter_does_not_keep_the_promise(target, drafter, tmp_path):
     worse = made(target, tmp_path, noise=3.0)
-    words = [drafter, "--out", tmp_path, "eval.resamples=300"]
+    words = [drafter, "--out", tmp_path]
     _, stderr = asked(server_of(target, worse), *words)
     assert "the promise is not kept" in stderr
     assert json.loads((tmp_path / "server.json").read_text())["temperatures"][0]["verdict"] == "below"

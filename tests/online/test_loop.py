@@ -188,7 +188,7 @@ def test_a_run_that_was_cut_short_ends_as_one_that_was_not(tmp_path, tiny_target
         assert torch.equal(value, weights[1][name]), name
 
 
-EAGER = {"every_requests": 32, "steps": 20, "min_held_out": 5, "window": 64, "keep_versions": 2, "significance": 0.3}
+EAGER = {"every_requests": 32, "steps": 20, "min_held_out": 5, "window": 64, "keep_versions": 2, "significance": 0.1}
 """Settings with which the first update is published, and the third."""
 
 

@@ -67,7 +67,7 @@ def gain(target: Target, drafter: Drafter, first: Path, records: Sequence[Record
         request_counts(target, one, records, Sampling(), num_draft_tokens=K)
         for one in (drafter, read_drafter(first, target))
     ]
-    return ratio_difference(*(tuple(zip(*one, strict=True)) for one in counts), resamples=2000, seed=0)
+    return ratio_difference(*(tuple(zip(*one, strict=True)) for one in counts))
 
 
 def unguarded(shop: Workshop, first: Path, records: Sequence[Record]) -> CausalLMDrafter:

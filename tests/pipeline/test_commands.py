@@ -42,7 +42,7 @@ data:
 train:
   {{max_steps: 12, batch_size: 4, accumulation: 2, warmup_steps: 2, log_every_steps: 1, checkpoint_every_steps: 3, eval_every_steps: 6,
    eval_prompts: 2, loggers: [csv], optimizer: {optimizer}}}
-eval: {{num_prompts: 2, max_new_tokens: 8, prompt_tokens: 6, speed_prompts: 1, resamples: 200, prompts: {prompts},
+eval: {{num_prompts: 2, max_new_tokens: 8, prompt_tokens: 6, speed_prompts: 1, prompts: {prompts},
        validation_prompts: {prompts}, overlap_ngram: 0}}
 """
 
@@ -303,7 +303,7 @@ def test_eval_runs_where_lightning_and_deepspeed_are_not_installed(recipe, tmp_p
         "for name in ('lightning', 'pytorch_lightning', 'deepspeed'): sys.modules[name] = None\n"
         "from drafttrain.cli import main\n"
         f"sys.argv = ['drafttrain', 'eval', {str(tmp_path / 'run' / 'drafter')!r}, {str(tmp_path / 'run' / 'start')!r},"
-        f" 'eval.num_prompts=2', 'eval.max_new_tokens=4', 'eval.resamples=200', 'eval.speed_prompts=0',"
+        f" 'eval.num_prompts=2', 'eval.max_new_tokens=4', 'eval.speed_prompts=0',"
         f" 'eval.prompts={tmp_path / 'prompts.jsonl'}']\n"
         "main()\n"
     )

@@ -31,7 +31,7 @@ data:
 train:
   {{max_steps: 12, batch_size: 16, accumulation: 2, warmup_steps: 2, log_every_steps: 1, checkpoint_every_steps: 3,
    eval_every_steps: 6, loggers: [csv]}}
-eval: {{num_prompts: 2, max_new_tokens: 8, prompt_tokens: 6, speed_prompts: 0, resamples: 200, prompts: {prompts},
+eval: {{num_prompts: 2, max_new_tokens: 8, prompt_tokens: 6, speed_prompts: 0, prompts: {prompts},
        validation_prompts: {prompts}, temperatures: [0.0], length: {{kind: cumulative_reject}},
        also: [{{kind: expected_cost}}, {{kind: fixed, num_draft_tokens: 2}}]}}
 """
@@ -81,7 +81,7 @@ def test_a_head_goes_all_the_way_and_its_models_stay_as_they_are(recipe, tmp_pat
     # Its head goes with these two models and with no others.
     with_head = [
         *(f"eval.{key}={value}" for key, value in {"prompts": loaded.eval.prompts, "num_prompts": 1}.items()),
-        *("eval.max_new_tokens=2", "eval.temperatures=[0]", "eval.speed_prompts=0", "eval.resamples=100"),
+        *("eval.max_new_tokens=2", "eval.temperatures=[0]", "eval.speed_prompts=0"),
         f"eval.length={{kind: cumulative_reject, head: {folder / 'head'}}}",
     ]
     pipeline.evaluate_drafters([loaded.head.drafter], loaded.target.model, with_head, out=tmp_path)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from drafttrain.core.printable import printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
@@ -27,7 +29,12 @@ def say(text: str) -> None:
     """Print one status line; where it cannot be printed (a log on a disk that is full) the work goes on without it."""
     if _first_process():
         with suppress(OSError):
-            stderr.print(text, markup=False)
+            stderr.print(printable(text, encoding=stderr.encoding), markup=False)
+
+
+def complain(text: str) -> None:
+    """Print an error in its own words, brackets and all."""
+    stderr.print(printable(text, encoding=stderr.encoding), style="red", markup=False)
 
 
 @functools.cache
@@ -155,9 +162,10 @@ def table(rows: Sequence[Sequence[object]], *, columns: Sequence[str], title: st
     """Print a final table on stdout: drawn on a terminal, aligned plain text elsewhere. Numbers stand to the right."""
     if not _first_process():
         return
-    cells = [[str(cell) for cell in row] for row in rows]
-    right = [bool(cells) and all(_numeric(row[i]) for row in cells) for i in range(len(columns))]
     out = Console(highlight=False)
+    title = printable(title, encoding=out.encoding)
+    cells = [[printable(str(cell), encoding=out.encoding) for cell in row] for row in rows]
+    right = [bool(cells) and all(_numeric(row[i]) for row in cells) for i in range(len(columns))]
     if out.is_terminal:
         out.print(_drawn(cells, columns=columns, right=right, title=title))
     else:

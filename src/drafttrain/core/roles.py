@@ -11,6 +11,7 @@ from drafttrain.core.records import (
     DraftStep,
     Exactness,
     ForwardEvent,
+    Generation,
     LayerState,
     More,
     Proposal,
@@ -123,10 +124,10 @@ class LengthPolicy(Protocol):
 
 @runtime_checkable
 class CostAware(Protocol):
-    """A length policy that weighs tokens against time: it is shown the forwards of a few rounds before the first that counts."""
+    """A length policy that weighs tokens against time: it is shown a few outputs before the first that counts."""
 
-    def calibrate(self, events: Sequence[ForwardEvent]) -> None:
-        """Learn what a forward of each model costs."""
+    def calibrate(self, generations: Sequence[Generation]) -> None:
+        """Learn from their times what a draft token and a target call cost."""
         ...
 
 

@@ -10,10 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from drafttrain.checkpoint import read_about, read_drafter
-from drafttrain.core.console import progress
+from drafttrain.core.console import progress, say
 from drafttrain.core.provenance import provenance
 from drafttrain.core.records import Exactness, Generation, Prompt, Sampling
 from drafttrain.core.roles import CostAware
@@ -22,6 +20,7 @@ from drafttrain.drafters import Drafter
 from drafttrain.eval.acceptance import acceptance_rules
 from drafttrain.eval.acceptance.lossless import LosslessSettings
 from drafttrain.eval.engine import Engine
+from drafttrain.eval.generate import generate as transformers_generate
 from drafttrain.eval.ledger import Ledger
 from drafttrain.eval.length import length_policies
 from drafttrain.eval.metrics import PromptCounts, counts_of, histogram, mbsu, totals_of
@@ -30,12 +29,14 @@ from drafttrain.eval.proposers.none import NoDraft
 from drafttrain.eval.quality import agreement, solved, task_score
 from drafttrain.eval.replay import Text, expected_rounds, replay_rows
 from drafttrain.eval.settings import EvalSettings, length_label
-from drafttrain.eval.statistics import ratio_difference, ratio_interval, ratio_of_ratios, sign_flip_p_value
+from drafttrain.eval.statistics import ratio_difference, ratio_interval, ratio_of_ratios
 from drafttrain.heads import check_made_for
 from drafttrain.target import Target
 
-FORMAT = 2
+FORMAT = 3
 """Version of eval.json; docs/eval_json.md describes it."""
+CALIBRATION_PROMPTS = 2
+"""Decoded once more, behind the one that warms up, for a length policy that weighs tokens against time."""
 
 
 @dataclass
@@ -70,6 +71,8 @@ def evaluate(
         folders: Drafters by name; the first is the one that is judged, others are compared with it, paired.
     """
     prompts = list(prompts)[: settings.num_prompts]
+    if settings.resamples is not None:
+        say("note: eval.resamples has no effect: intervals are computed, not resampled. Remove it from the recipe.")
     for part in (settings.rule, settings.length, *settings.also):
         if getattr(part, "head", None) is not None:
             for folder in folders.values():
@@ -124,54 +127,43 @@ def _at_temperature(
         by_length.append([_arm(f"{name} (lossless)", drafter, targets[name], sampling, kept, length=settings.length)])
     arms = [arm for group in by_length for arm in group]
     plain = plains[id(arms[0].target)]
-    hf_seconds = _decode([*plains.values(), *arms], prompts, settings, hf=settings.speed_prompts if greedy else 0)
+    generated = _decode([*plains.values(), *arms], prompts, settings, generate=settings.speed_prompts if greedy else 0)
     # transformers' generate decodes with the first drafter's target.
-    baselines = {key: _baseline(one, hf_seconds if one is plain else []) for key, one in plains.items()}
+    baselines = {key: _baseline(one, generated if one is plain else []) for key, one in plains.items()}
     rates = [
         _figures(arm, baselines[id(arm.target)], plains[id(arm.target)], prompts, sampling, settings) for arm in arms
     ]
     found: dict[str, Any] = {
         "temperature": temperature,
-        "plain": _plain_figures(plain, hf_seconds),
+        "plain": _plain_figures(plain, generated),
         "drafters": {arm.name: figures for arm, figures in zip(arms, rates, strict=True)},
     }
     found["comparisons"] = {
-        f"{first.name} - {other.name}": compare(
-            _counts(first, settings), _counts(other, settings), resamples=settings.resamples, seed=settings.seed
-        )
+        f"{first.name} - {other.name}": compare(_counts(first, settings), _counts(other, settings))
         for first, *others in by_length
         for other in others
     }
     judged, *at_other_lengths = [group[0] for group in by_length]
     found["comparisons"] |= {
-        f"{judged.name} - {other.name}": compare(
-            _counts(judged, settings), _counts(other, settings), resamples=settings.resamples, seed=settings.seed
-        )
-        | {"speed": _speed(judged, other, settings)}
+        f"{judged.name} - {other.name}": compare(_counts(judged, settings), _counts(other, settings))
+        | {"speed": _speed(judged, other)}
         for other in at_other_lengths
     }
     return found
 
 
-def _speed(arm: Arm, other: Arm, settings: EvalSettings) -> dict[str, float]:
+def _speed(arm: Arm, other: Arm) -> dict[str, float]:
     """Return how many times as many tokens a second an arm makes as another, on the same prompts, in turns."""
     parts = [([len(g.tokens) for g in a.generations], [g.seconds for g in a.generations]) for a in (arm, other)]
-    return ratio_of_ratios(*parts, resamples=settings.resamples, seed=settings.seed).json()
+    return ratio_of_ratios(*parts).json()
 
 
-def compare(
-    first: Sequence[PromptCounts], second: Sequence[PromptCounts], *, resamples: int, seed: int
-) -> dict[str, Any]:
+def compare(first: Sequence[PromptCounts], second: Sequence[PromptCounts]) -> dict[str, Any]:
     """Return the difference in block efficiency of two drafters on the same prompts, first less second."""
     assert [c.id for c in first] == [c.id for c in second]
     parts = [([c.num_tokens for c in counts], [c.num_rounds for c in counts]) for counts in (first, second)]
-    differences = [
-        a.num_tokens / a.num_rounds - b.num_tokens / b.num_rounds for a, b in zip(first, second, strict=True)
-    ]
-    return {
-        "block_efficiency": ratio_difference(parts[0], parts[1], resamples=resamples, seed=seed).json(),
-        "p_value": sign_flip_p_value(differences, resamples=resamples, seed=seed),
-    }
+    found = ratio_difference(*parts)
+    return {"block_efficiency": found.json(), "p_value": found.p_value}
 
 
 def _arm(
@@ -192,39 +184,33 @@ def _arm(
     return Arm(name, engine, ledger, length, target, drafter)
 
 
-def _decode(arms: Sequence[Arm], prompts: Sequence[Prompt], settings: EvalSettings, *, hf: int) -> list[float]:
-    """Decode every prompt with every arm, in turns whose order alternates; return the seconds of transformers' generate."""
+def _decode(
+    arms: Sequence[Arm], prompts: Sequence[Prompt], settings: EvalSettings, *, generate: int
+) -> list[Generation]:
+    """Decode every prompt with every arm, in turns whose order alternates; return what transformers' generate makes of the first.
+
+    Args:
+        generate: On so many prompts, if they are decoded one at a time.
+    """
+    by_generate = prompts[:generate] if settings.batch_size == 1 else []
     for arm in arms:
         arm.engine.generate(prompts[:1])
         if isinstance(arm.engine.policy, CostAware):
-            arm.engine.policy.calibrate(arm.ledger.rounds())
+            arm.engine.policy.calibrate(arm.engine.generate(prompts[:CALIBRATION_PROMPTS]))
         arm.ledger.events.clear()
-    hf_seconds: list[float] = []
+    for prompt in by_generate[:1]:
+        transformers_generate(prompt, arms[0].target, max_new_tokens=settings.max_new_tokens)
+    generated: list[Generation] = []
     groups = [prompts[i : i + settings.batch_size] for i in range(0, len(prompts), settings.batch_size)]
     temperature = arms[0].engine.sampling.temperature
     with progress(f"decoding at temperature {temperature:g}", total=len(prompts), unit="prompts") as bar:
         for number, group in enumerate(groups):
             for arm in arms if number % 2 == 0 else reversed(arms):
                 arm.generations += arm.engine.generate(group)
-            if settings.batch_size == 1 and number < hf:
-                hf_seconds.append(_hf_seconds(group[0], arms[0].target, settings))
+            for prompt in by_generate[number : number + 1]:
+                generated.append(transformers_generate(prompt, arms[0].target, max_new_tokens=settings.max_new_tokens))
             bar.advance(len(group))
-    return hf_seconds
-
-
-@torch.no_grad()
-def _hf_seconds(prompt: Prompt, target: Target, settings: EvalSettings) -> float:
-    tokens = torch.tensor([list(prompt.tokens)], device=target.device)
-    began = time.perf_counter()
-    target.model.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=settings.max_new_tokens,
-        do_sample=False,
-        eos_token_id=list(target.eos_token_ids) or None,
-        pad_token_id=target.tokenizer.pad_token_id or 0,
-    )
-    return time.perf_counter() - began
+    return generated
 
 
 def _counts(arm: Arm, settings: EvalSettings) -> list[PromptCounts]:
@@ -240,14 +226,27 @@ class Baseline:
     seconds: Sequence[float]
 
 
-def _baseline(plain: Arm, hf_seconds: Sequence[float]) -> Baseline:
-    """Return the faster of plain decoding and transformers' generate on the prompts that both had."""
-    seconds = [g.seconds for g in plain.generations]
-    tokens = [len(g.tokens) for g in plain.generations]
-    count = len(hf_seconds)
-    if hf_seconds and sum(hf_seconds) < sum(seconds[:count]):
-        return Baseline("transformers' generate", tokens[:count], hf_seconds)
-    return Baseline("plain decoding, same engine", tokens, seconds)
+def _baseline(plain: Arm, generated: Sequence[Generation]) -> Baseline:
+    """Return the faster of plain decoding and, where it writes the same text, transformers' generate on the same prompts."""
+    if (
+        generated
+        and _same_text(plain, generated)
+        and _tokens_per_second(generated) > _tokens_per_second(plain.generations[: len(generated)])
+    ):
+        name, found = "transformers' generate", generated
+    else:
+        name, found = "plain decoding, same engine", plain.generations
+    return Baseline(name, [len(g.tokens) for g in found], [g.seconds for g in found])
+
+
+def _same_text(plain: Arm, generated: Sequence[Generation]) -> bool:
+    """Return whether transformers' generate writes what plain decoding writes, near ties apart."""
+    found = parity(plain.generations[: len(generated)], generated, plain.target)
+    return all(one.near_tie for one in found.divergences)
+
+
+def _tokens_per_second(generations: Sequence[Generation]) -> float:
+    return sum(len(g.tokens) for g in generations) / sum(g.seconds for g in generations)
 
 
 def _figures(
@@ -255,7 +254,6 @@ def _figures(
 ) -> dict[str, Any]:
     """Return all figures of one drafter at one temperature."""
     assert arm.drafter is not None
-    resamples = {"resamples": settings.resamples, "seed": settings.seed}
     counts = _counts(arm, settings)
     totals, whole = totals_of(counts), totals_of([counts_of(one) for one in arm.generations])
     rounds = [c.num_rounds for c in counts]
@@ -265,7 +263,7 @@ def _figures(
     same = len(baseline.tokens)
     figures: dict[str, Any] = {
         "length": _component(arm.length),
-        "block_efficiency": ratio_interval([c.num_tokens for c in counts], rounds, **resamples).json(),
+        "block_efficiency": ratio_interval([c.num_tokens for c in counts], rounds).json(),
         "draft_acceptance_rate": totals.draft_acceptance_rate,
         "acceptance_by_position": totals.acceptance_by_position,
         "conditional_acceptance": totals.conditional_acceptance,
@@ -280,10 +278,8 @@ def _figures(
         "drafter_calls": ledger.calls("drafter"),
         "target_calls_per_token": whole.num_rounds / whole.num_tokens,
         "discarded_draft_tokens_per_token": (whole.num_draft_tokens - whole.num_accepted) / whole.num_tokens,
-        "tokens_per_second": ratio_interval(tokens, seconds, **resamples).json(),
-        "speedup": ratio_of_ratios(
-            (tokens[:same], seconds[:same]), (baseline.tokens, baseline.seconds), **resamples
-        ).json()
+        "tokens_per_second": ratio_interval(tokens, seconds).json(),
+        "speedup": ratio_of_ratios((tokens[:same], seconds[:same]), (baseline.tokens, baseline.seconds)).json()
         | {"baseline": baseline.name, "num_prompts": same},
         "seconds": {
             name: sum(getattr(g, name) for g in arm.generations)
@@ -307,9 +303,9 @@ def _figures(
     if settings.checker is not None:
         checker = checkers.build(settings.checker)
         scores = [solved(checker, arm.target.tokenizer, prompts, one.generations) for one in (arm, plain)]
-        figures["task"] = task_score(scores[0], scores[1], **resamples)
+        figures["task"] = task_score(scores[0], scores[1])
     if sampling.temperature == 0 and lossy:
-        figures["agreement"] = agreement(plain.generations, arm.generations, **resamples)
+        figures["agreement"] = agreement(plain.generations, arm.generations)
     if sampling.temperature == 0 and not lossy:
         found = parity(plain.generations, arm.generations, arm.target)
         figures["parity"] = found.json() | {"text": str(found)}
@@ -326,34 +322,36 @@ def _replayed(arm: Arm, sampling: Sampling, settings: EvalSettings) -> dict[str,
     ]
     rows = replay_rows(arm.target, arm.drafter, texts, sampling, num_depths=max(settings.replay_lengths, default=0))
     tokens = [len(text.new) for text in texts]
-    resamples = {"resamples": settings.resamples, "seed": settings.seed}
-    alpha = ratio_interval([r.acceptance_T.sum() for r in rows], tokens, **resamples).json()
+    alpha = ratio_interval([r.acceptance_T.sum() for r in rows], tokens).json()
     if arm.engine.rule.exactness is Exactness.LOSSY:
         # A lossy rule's text is not of the target's law, which replay takes it to be.
         return {"alpha": alpha, "replay": {}}
     return {
         "alpha": alpha,
         "replay": {
-            str(k): ratio_interval(tokens, [expected_rounds(r, k) for r in rows], **resamples).json()
+            str(k): ratio_interval(tokens, [expected_rounds(r, k) for r in rows]).json()
             for k in settings.replay_lengths
         },
     }
 
 
-def _plain_figures(plain: Arm, hf_seconds: Sequence[float]) -> dict[str, Any]:
+def _plain_figures(plain: Arm, generated: Sequence[Generation]) -> dict[str, Any]:
     generations = plain.generations
     found: dict[str, Any] = {
         "num_tokens": sum(len(g.tokens) for g in generations),
         "target_calls": plain.ledger.calls("target"),
-        "tokens_per_second": sum(len(g.tokens) for g in generations) / sum(g.seconds for g in generations),
+        "tokens_per_second": _tokens_per_second(generations),
     }
-    if hf_seconds:
-        same = generations[: len(hf_seconds)]
-        tokens = sum(len(g.tokens) for g in same)
+    if generated:
         found["same_prompts"] = {
-            "num_prompts": len(hf_seconds),
-            "plain_tokens_per_second": tokens / sum(g.seconds for g in same),
-            "transformers_generate_tokens_per_second": tokens / sum(hf_seconds),
+            "num_prompts": len(generated),
+            "plain_tokens_per_second": _tokens_per_second(generations[: len(generated)]),
+            "transformers_generate_tokens_per_second": _tokens_per_second(generated),
+            "transformers_generate_equal": sum(
+                list(own.tokens) == list(other.tokens)
+                for own, other in zip(generations[: len(generated)], generated, strict=True)
+            ),
+            "transformers_generate_comparable": _same_text(plain, generated),
         }
     return found
 

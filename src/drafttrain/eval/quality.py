@@ -7,17 +7,17 @@ from typing import Any
 
 from drafttrain.core.records import Generation, Prompt
 from drafttrain.data_gen.checkers import Checker
-from drafttrain.eval.statistics import ratio_difference, ratio_interval
+from drafttrain.eval.statistics import share_difference, share_interval
 
 
-def agreement(own: Sequence[Generation], found: Sequence[Generation], *, resamples: int, seed: int) -> dict[str, Any]:
+def agreement(own: Sequence[Generation], found: Sequence[Generation]) -> dict[str, Any]:
     """Return how far outputs are the target's own: outputs that are equal, and tokens before the first difference."""
     same = [float(list(a.tokens) == list(b.tokens)) for a, b in zip(own, found, strict=True)]
     before = [_common(a.tokens, b.tokens) for a, b in zip(own, found, strict=True)]
     lengths = [max(len(a.tokens), len(b.tokens)) for a, b in zip(own, found, strict=True)]
     return {
-        "equal_outputs": ratio_interval(same, [1] * len(same), resamples=resamples, seed=seed).json(),
-        "tokens_before_difference": ratio_interval(before, lengths, resamples=resamples, seed=seed).json(),
+        "equal_outputs": share_interval(same, [1] * len(same)).json(),
+        "tokens_before_difference": share_interval(before, lengths).json(),
     }
 
 
@@ -31,12 +31,11 @@ def solved(
     ]
 
 
-def task_score(found: Sequence[float], own: Sequence[float], *, resamples: int, seed: int) -> dict[str, Any]:
+def task_score(found: Sequence[float], own: Sequence[float]) -> dict[str, Any]:
     """Return the share solved, and the difference to the target's own, paired over prompts."""
-    ones = [1] * len(found)
     return {
-        "score": ratio_interval(found, ones, resamples=resamples, seed=seed).json(),
-        "less_the_targets": ratio_difference((found, ones), (own, ones), resamples=resamples, seed=seed).json(),
+        "score": share_interval(found, [1] * len(found)).json(),
+        "less_the_targets": share_difference(found, own).json(),
     }
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from drafttrain.core.files import write_text
-from drafttrain.eval.table import number
+from drafttrain.core.printable import printable
+from drafttrain.eval.table import bounds, number, p_value
+
+LABEL_CHARACTERS = 60
 
 
 def write_report(path: Path, result: Mapping[str, Any], *, title: str, metrics: Path | None, command: str) -> None:
@@ -21,8 +25,6 @@ def write_report(path: Path, result: Mapping[str, Any], *, title: str, metrics: 
         result: What `evaluate` returned.
         metrics: metrics.csv of the training; None when a folder is evaluated without its run.
     """
-    import jinja2
-
     template = (resources.files("drafttrain") / "eval" / "report.html").read_text(encoding="utf-8")
     plots = []
     if metrics is not None and metrics.exists():
@@ -39,14 +41,34 @@ def write_report(path: Path, result: Mapping[str, Any], *, title: str, metrics: 
     if "head" in result:
         text = "Mean label by predicted chance on held-out draft tokens; on the diagonal a chance is what it says."
         plots.append(("Reliability of the head", text, picture(lambda axes: _reliability(axes, result), columns=1)))
-    page = jinja2.Environment(autoescape=True).from_string(template)
-    html = page.render(title=title, result=result, plots=plots, command=command, number=number)
+    html = page(template).render(
+        title=title, result=result, plots=plots, command=command, number=number, bounds=bounds, p_value=p_value
+    )
     write_text(path, html)
+
+
+def page(template: str) -> Any:
+    """Return a page in which all that is filled in is text, whatever it holds."""
+    import jinja2
+
+    def finalize(value: Any) -> Any:
+        return printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
+
+    return jinja2.Environment(autoescape=True, finalize=finalize).from_string(template)
 
 
 def _read(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def label(text: str) -> str:
+    """Return a name from outside as a label of a picture: no mathematics, in the legend, and of bearable length."""
+    shown = printable(text)
+    if len(shown) > LABEL_CHARACTERS:
+        shown = shown[: LABEL_CHARACTERS - 3] + "..."
+    # matplotlib sets what stands between two dollars as mathematics, and leaves what begins with a _ out of the legend.
+    return (" " + shown if shown.startswith("_") else shown).replace("$", r"\$")
 
 
 def picture(draw: Callable[[Any], None], *, columns: int) -> str:
@@ -62,7 +84,10 @@ def picture(draw: Callable[[Any], None], *, columns: int) -> str:
         ax.grid(alpha=0.25)
     draw(axes)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with warnings.catch_warnings():
+        # A name in a script that the font does not have is drawn as boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -86,7 +111,7 @@ def _training(axes: Sequence[Any], rows: Sequence[Mapping[str, str]]) -> None:
 
 def _arms(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     return [
-        (f"{name}, temperature {part['temperature']:g}", figures)
+        (label(f"{name}, temperature {part['temperature']:g}"), figures)
         for part in result["temperatures"]
         for name, figures in part["drafters"].items()
     ]

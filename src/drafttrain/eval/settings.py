@@ -50,7 +50,11 @@ class EvalSettings:
         ge=0,
     )
     speed_prompts: int = setting(16, help="Prompts on which Hugging Face's generate is timed too; 0: none.", ge=0)
-    resamples: int = setting(10_000, help="Bootstrap resamples of an interval.", ge=100)
+    resamples: int | None = setting(
+        None,
+        help="Has no effect: intervals are computed, not resampled. Kept so that recipes that name it are read.",
+        ge=100,
+    )
     seed: int = setting(0, help="Names the random streams of the evaluation.", ge=0)
 
     def check(self) -> list[str]:
@@ -70,7 +74,6 @@ class EvalSettings:
             prompt_tokens=min(self.prompt_tokens or 24, 24),
             speed_prompts=min(self.speed_prompts, 2),
             also=self.also[:1],
-            resamples=min(self.resamples, 500),
         )
 
 

@@ -1,87 +1,171 @@
-"""Intervals and tests whose unit is the prompt: tokens and rounds inside a prompt depend on each other."""
+"""Intervals and p-values whose unit is the prompt: tokens and rounds inside a prompt depend on each other.
+
+There is one form for ratios of sums (`_estimate`) and one for shares of prompts. Their coverage is measured in
+benchmarks/interval_coverage.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from drafttrain.eval.table import interval
+
+CONFIDENCE = 0.95
+ROUNDING = 1e-12
+"""Errors below this part of a value are those of floating point."""
+
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its 95 % bootstrap interval."""
+    """A value with its 95 % interval over prompts; one prompt has none, and the bounds are nan."""
 
     value: float
     low: float
     high: float
+    num_prompts: int
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return interval(self.json(), 3)
 
     def json(self) -> dict[str, float]:
         """Return what eval.json holds."""
         return asdict(self)
 
 
-def ratio_interval(numerator: ArrayLike, denominator: ArrayLike, *, resamples: int, seed: int) -> Interval:
-    """Return sum(numerator) / sum(denominator) over prompts, prompts resampled."""
-    return _bootstrap((numerator, denominator), lambda n, d: n / d, resamples=resamples, seed=seed)
+@dataclass(frozen=True)
+class Comparison(Interval):
+    """Two ways of decoding the same prompts; p < 0.05 where the interval leaves out that they are equal."""
+
+    p_value: float
+    """Two-sided; nan for one prompt."""
+
+    def json(self) -> dict[str, float]:
+        """Return what eval.json holds: the interval, the p-value stands beside it."""
+        return {name: value for name, value in asdict(self).items() if name != "p_value"}
 
 
-def ratio_difference(
-    first: tuple[ArrayLike, ArrayLike], second: tuple[ArrayLike, ArrayLike], *, resamples: int, seed: int
-) -> Interval:
-    """Return the difference of two ratios of sums on the same prompts; each resample takes the same prompts of both."""
-    return _bootstrap((*first, *second), lambda a, b, c, d: a / b - c / d, resamples=resamples, seed=seed)
+Part = tuple[ArrayLike, ArrayLike]
+"""Numerators and denominators by prompt."""
 
 
-def ratio_of_ratios(
-    first: tuple[ArrayLike, ArrayLike], second: tuple[ArrayLike, ArrayLike], *, resamples: int, seed: int
-) -> Interval:
+def ratio_interval(numerator: ArrayLike, denominator: ArrayLike) -> Interval:
+    """Return sum(numerator) / sum(denominator) over prompts."""
+    found = _estimate([(numerator, denominator)], lambda ratio: ratio)
+    low, high = found.bounds()
+    return Interval(found.value, low, high, found.num_prompts)
+
+
+def ratio_difference(first: Part, second: Part) -> Comparison:
+    """Return the difference of two ratios of sums on the same prompts."""
+    return _estimate([first, second], lambda a, b: a - b).compared_with(0.0)
+
+
+def ratio_of_ratios(first: Part, second: Part) -> Comparison:
     """Return the quotient of two ratios of sums on the same prompts: a speed-up."""
-    return _bootstrap((*first, *second), lambda a, b, c, d: (a / b) / (c / d), resamples=resamples, seed=seed)
+    return _estimate([first, second], lambda a, b: a / b).compared_with(1.0)
 
 
-def _bootstrap(samples: Sequence[ArrayLike], of_sums: Any, *, resamples: int, seed: int) -> Interval:
+@dataclass(frozen=True)
+class _Estimate:
+    value: float
+    error: float
+    """Standard error over prompts; nan for one prompt."""
+    freedom: float
+    """Degrees of freedom of that error."""
+    num_prompts: int
+
+    def bounds(self) -> tuple[float, float]:
+        from scipy import stats
+
+        reach = self.error * stats.t.ppf((1 + CONFIDENCE) / 2, self.freedom) if self.error else 0.0
+        return float(self.value - reach), float(self.value + reach)
+
+    def compared_with(self, equal: float) -> Comparison:
+        from scipy import stats
+
+        distance = abs(self.value - equal)
+        if self.num_prompts < 2:
+            p_value = float("nan")
+        elif self.error:
+            p_value = float(2 * stats.t.sf(distance / self.error, self.freedom))
+        else:
+            p_value = float(distance <= ROUNDING)
+        return Comparison(self.value, *self.bounds(), self.num_prompts, p_value)
+
+
+def _estimate(parts: Sequence[Part], of_ratios: Callable[..., Any]) -> _Estimate:
+    """Return a function of ratios of sums with its error over prompts, by leaving out each prompt in turn.
+
+    Student's t takes the place of the normal distribution. Long texts weigh more than short ones in a ratio of sums, so the
+    error is known as well as it would be from 1 / sum(share^2) equally long ones: that many, less one, are its degrees of
+    freedom.
+
+    Source: Tukey 1958, Bias and confidence in not quite large samples, Annals of Mathematical Statistics 29; Kish 1965,
+        Survey Sampling, 11.7, for the number of equal weights.
+    """
+    sums = [(np.asarray(top, dtype=float), np.asarray(bottom, dtype=float)) for top, bottom in parts]
+    # A prompt without any round (or second, or token) to divide by is none of those that the interval is over.
+    counts_P = np.sum([bottom for _, bottom in sums], axis=0) > 0
+    sums = [(top[counts_P], bottom[counts_P]) for top, bottom in sums]
+    count = int(counts_P.sum())
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = float(of_ratios(*(top.sum() / bottom.sum() for top, bottom in sums)))
+        if count < 2:
+            return _Estimate(value, float("nan"), float("nan"), count)
+        without_P = of_ratios(*((top.sum() - top) / (bottom.sum() - bottom) for top, bottom in sums))
+        error = float(np.sqrt((count - 1) / count * ((without_P - without_P.mean()) ** 2).sum()))
+    share_P = np.mean([bottom / bottom.sum() for _, bottom in sums], axis=0)
+    freedom = float(1 / (share_P**2).sum() - 1)
+    return _Estimate(value, 0.0 if error <= ROUNDING * abs(value) else error, freedom, count)
+
+
+def share_interval(part: ArrayLike, whole: ArrayLike) -> Interval:
+    """Return sum(part) / sum(whole) over prompts where each prompt's part is all of its whole, or nothing, or between.
+
+    The spread between prompts says nothing where all of them succeed: Wilson's interval takes the largest that a share can
+    have, which is right where prompts succeed or fail, and wide where parts lie between.
+
+    Source: Wilson 1927, Probable Inference, the Law of Succession, and Statistical Inference, JASA 22.
+    """
+    parts_P, wholes_P = np.asarray(part, dtype=float), np.asarray(whole, dtype=float)
+    value, count = float(parts_P.sum() / wholes_P.sum()), len(parts_P)
+    if count < 2:
+        return Interval(value, float("nan"), float("nan"), count)
+    equal = float(wholes_P.sum() ** 2 / (wholes_P**2).sum())
+    z2 = _normal_quantile() ** 2
+    centre = (value + z2 / (2 * equal)) / (1 + z2 / equal)
+    reach = float(np.sqrt(value * (1 - value) * z2 / equal + (z2 / (2 * equal)) ** 2)) / (1 + z2 / equal)
+    return Interval(value, min(value, centre - reach), max(value, centre + reach), count)
+
+
+def share_difference(first: ArrayLike, second: ArrayLike) -> Comparison:
+    """Return the difference of the shares of the same prompts that succeed (1) or fail (0) in two ways.
+
+    One prompt that only the first solves and one that only the second solves are added: where both solve the same prompts,
+    the difference is still not known exactly.
+
+    Source: Bonett & Price 2012, Adjusted Wald confidence interval for a difference of binomial proportions based on paired
+        data, Journal of Educational and Behavioral Statistics 37(4).
+    """
     from scipy import stats
 
-    arrays = [np.asarray(sample, dtype=float) for sample in samples]
-    value = float(of_sums(*(array.sum() for array in arrays)))
-    if len(arrays[0]) < 2:
-        return Interval(value, float("nan"), float("nan"))
-
-    def statistic(*parts: Any, axis: int = -1) -> Any:
-        return of_sums(*(part.sum(axis=axis) for part in parts))
-
-    found = stats.bootstrap(
-        arrays,
-        statistic,
-        paired=True,
-        vectorized=True,
-        n_resamples=resamples,
-        method="percentile",
-        batch=1000,
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Interval(value, float(found.low), float(found.high))
+    differences_P = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    value, count = float(differences_P.mean()), len(differences_P)
+    if count < 2:
+        return Comparison(value, float("nan"), float("nan"), count, float("nan"))
+    added_P = np.append(differences_P, [1.0, -1.0])
+    centre, error = float(added_P.mean()), float(added_P.std() / np.sqrt(len(added_P)))
+    reach = error * _normal_quantile()
+    p_value = float(2 * stats.norm.sf(abs(centre) / error))
+    return Comparison(value, max(-1.0, centre - reach), min(1.0, centre + reach), count, p_value)
 
 
-def sign_flip_p_value(differences: ArrayLike, *, resamples: int, seed: int) -> float:
-    """Return the two-sided p-value of a paired permutation test on per-prompt differences."""
+def _normal_quantile() -> float:
     from scipy import stats
 
-    values = np.asarray(differences, dtype=float)
-    if len(values) < 2 or not values.any():
-        return 1.0
-    result = stats.permutation_test(
-        (values,),
-        lambda x, axis=-1: x.mean(axis=axis),
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=resamples,
-        rng=np.random.default_rng(seed),
-    )
-    return float(result.pvalue)
+    return float(stats.norm.ppf((1 + CONFIDENCE) / 2))

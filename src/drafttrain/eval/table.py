@@ -7,10 +7,28 @@ from typing import Any
 
 from drafttrain.core.console import say, table
 
+RELIABLE_PROMPTS = 8
+"""Over fewer prompts an interval is printed with a word that it is not reliable."""
+
 
 def interval(value: Mapping[str, float | None], digits: int = 2) -> str:
-    """Return `2.71 [2.60, 2.82]`."""
-    return f"{number(value['value'], digits)} [{number(value['low'], digits)}, {number(value['high'], digits)}]"
+    """Return `2.71 [2.60, 2.82]`, and that the interval is not reliable where it is over fewer than 8 prompts."""
+    return " ".join([number(value["value"], digits), *bounds(value, digits)])
+
+
+def bounds(value: Mapping[str, float | None], digits: int = 2) -> list[str]:
+    """Return the bounds of an interval in brackets, then what a reader must know of them, if anything."""
+    # An eval.json of an earlier version does not hold the number of prompts.
+    count = value.get("num_prompts")
+    if value["low"] is None or value["low"] != value["low"]:
+        return ["(no interval)" if count is None else f"(no interval, n = {count:g})"]
+    found = [f"[{number(value['low'], digits)}, {number(value['high'], digits)}]"]
+    return [*found, f"(not reliable, n = {count:g})"] if count is not None and count < RELIABLE_PROMPTS else found
+
+
+def p_value(value: float | None) -> str:
+    """Return `p = 0.012`; one prompt has none."""
+    return "p n/a" if value is None or value != value else f"p = {value:.3g}"
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -62,7 +80,7 @@ def show(result: Mapping[str, Any]) -> None:
         for name, found in part["comparisons"].items():
             say(
                 f"temperature {part['temperature']:g}: {name}: block efficiency {interval(found['block_efficiency'], 3)}, "
-                f"paired over prompts (p = {found['p_value']:.3g})"
+                f"paired over prompts ({p_value(found['p_value'])})"
                 + (f"; speed {interval(found['speed'])} of the other's" if "speed" in found else "")
             )
         if "same_prompts" in part["plain"]:
@@ -71,6 +89,16 @@ def show(result: Mapping[str, Any]) -> None:
                 f"baselines on {same['num_prompts']} prompts: plain decoding {same['plain_tokens_per_second']:.0f} tokens/s, "
                 f"transformers' generate {same['transformers_generate_tokens_per_second']:.0f} tokens/s"
             )
+            if same["transformers_generate_equal"] < same["num_prompts"]:
+                apart = (
+                    "the others part at near ties"
+                    if same["transformers_generate_comparable"]
+                    else "so it is no baseline"
+                )
+                say(
+                    f"transformers' generate writes the text of plain decoding in {same['transformers_generate_equal']} of "
+                    f"{same['num_prompts']} prompts; {apart}"
+                )
     for name, figures in result["head"]["held_out"].items() if "head" in result else ():
         say(
             f"head {result['head']['kind']}, {name}: log-likelihood {figures['log_likelihood']:.4f}, AUC {figures['auc']:.3f}, "

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from drafttrain.drafters import drafters
-from drafttrain.eval.table import interval, number
+from drafttrain.eval.table import interval, number, p_value
 from drafttrain.export.engines import ServingEngine, Use, engine_of, engines
+from drafttrain.export.markdown import block, code, plain
 
 USE = "## Use\n\n"
 SERVED = "## In serving engines"
@@ -56,9 +57,9 @@ library_name: transformers
 pipeline_tag: text-generation
 tags: [speculative-decoding, draft-model]
 ---
-# {name}
+# {plain(name)}
 
-A drafter for speculative decoding with the target `{target["name"]}` (fingerprint `{target["fingerprint"]}`). It proposes
+A drafter for speculative decoding with the target {code(target["name"])} (fingerprint {code(target["fingerprint"])}). It proposes
 tokens; the target decides. It is no model to talk to by itself.
 
 | temperature | block efficiency | alpha | draft acceptance rate | MBSU |
@@ -72,11 +73,9 @@ tokens; the target decides. It is no model to talk to by itself.
 
 {ORIGIN}
 
-`{command}`, commit `{made["commit"] or "unknown"}`, {made["date"]}, {made["machine"]["processor"]}.
+{code(command)}, commit `{made["commit"] or "unknown"}`, {made["date"]}, {made["machine"]["processor"]}.
 
-```yaml
-{recipe.rstrip()}
-```
+{block(recipe, "yaml")}
 """
 
 
@@ -129,8 +128,8 @@ def _beside(one: Mapping[str, Any]) -> str:
         temperature = f"temperature {part['temperature']:g}"
         asked[temperature] = part
         sampled = (
-            f"At {temperature}, drafts {one['draft']}, acceptance is the same with p = {part['p_value']:.2g}, and so is the "
-            f"likelihood of the text, with p = {part['text_p_value']:.2g}."
+            f"At {temperature}, drafts {one['draft']}, acceptance is the same with {p_value(part['p_value'])}, and so is the "
+            f"likelihood of the text, with {p_value(part['text_p_value'])}."
         )
     rows = []
     for label, part in asked.items():
@@ -145,7 +144,7 @@ def _beside(one: Mapping[str, Any]) -> str:
         f"{one['max_new_tokens']} tokens each, {one['num_draft_tokens']} draft tokens, {one['dtype']}; with the drafter and without: "
         f"{one['lossless']['text']}. {sampled}",
         *(f"The engine's build was mended to be asked: {what}." for what in one["repaired"]),
-        *(f"Problem: {problem}" for problem in one["problems"]),
+        *(f"Problem: {plain(problem)}" for problem in one["problems"]),
         "",
         f"| | {one['engine']} | embedded evaluator |",
         "|---|---|---|",

@@ -11,6 +11,7 @@ import torch
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import folder_beside
 from drafttrain.eval.table import interval
+from drafttrain.export.markdown import block, code, plain
 from drafttrain.heads import HeadRows, MadeFor, load_head
 
 
@@ -51,7 +52,7 @@ def head_card(name: str, result: Mapping[str, Any], *, recipe: str, command: str
         for label, part in head["held_out"].items()
     ]
     rows = [
-        f"| {part['temperature']:g} | {arm} | {interval(one['block_efficiency'])} | {one['draft_acceptance_rate']:.2f} "
+        f"| {part['temperature']:g} | {plain(arm)} | {interval(one['block_efficiency'])} | {one['draft_acceptance_rate']:.2f} "
         f"| {one['mbsu']:.2f} |"
         for part in result["temperatures"]
         for arm, one in part["drafters"].items()
@@ -60,9 +61,9 @@ def head_card(name: str, result: Mapping[str, Any], *, recipe: str, command: str
     return f"""---
 tags: [speculative-decoding]
 ---
-# {name}
+# {plain(name)}
 
-A head of kind `{head["kind"]}` for the target `{head["made_for"]["target"]}` and the drafter `{head["made_for"]["drafter"]}`, which
+A head of kind `{head["kind"]}` for the target {code(head["made_for"]["target"])} and the drafter {code(head["made_for"]["drafter"])}, which
 stay as they are. {head["parameters"]:,} parameters. Figures on {head["rows"]:,} held-out draft tokens:
 
 | | log-likelihood | AUC | ECE | Brier |
@@ -77,9 +78,7 @@ Decoding with it ({result["num_prompts"]} prompts, 95 % intervals over prompts; 
 
 ## Where it comes from
 
-`{command}`, commit `{made["commit"] or "unknown"}`, {made["date"]}, {made["machine"]["processor"]}.
+{code(command)}, commit `{made["commit"] or "unknown"}`, {made["date"]}, {made["machine"]["processor"]}.
 
-```yaml
-{recipe.rstrip()}
-```
+{block(recipe, "yaml")}
 """

@@ -52,12 +52,12 @@ class LiveFigures:
     num_shared: int
     """Windows that were left out, because others were served meanwhile."""
 
-    def block_efficiency(self, *, resamples: int, seed: int) -> Interval:
+    def block_efficiency(self) -> Interval:
         """Return 1 + accepted / drafts, with its interval over prompts."""
         rises = [window.rise for window in self.windows if window.rise.num_drafts]
         drafts = [rise.num_drafts for rise in rises]
         tokens = [rise.num_drafts + rise.num_accepted for rise in rises]
-        return ratio_interval(tokens, drafts, resamples=resamples, seed=seed)
+        return ratio_interval(tokens, drafts)
 
     @property
     def acceptance_by_position(self) -> list[float]:

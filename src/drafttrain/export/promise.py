@@ -17,11 +17,14 @@ class Promise:
     """Block efficiency with its 95 % interval over prompts; by position where this very length was decoded."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    """None: one prompt has no interval."""
+    high: float | None
     acceptance_by_position: Sequence[float] | None
     measured: str
     """decoded: at this draft length; replay: computed from the rows of a decoding at another one."""
+    num_prompts: int | None = None
+    """None: an evaluation of an earlier version, which does not tell."""
 
     def verdict(self, low: float, high: float) -> Verdict:
         """Hold a served block efficiency against the promise; kept: within the interval or the tolerance, whichever is wider.
@@ -29,9 +32,10 @@ class Promise:
         Args:
             low, high: Between what it may be; on the very prompts of the evaluation both are the figure itself.
         """
-        if high < min(self.low, self.value * (1 - TOLERANCE)):
+        lowest, highest = (self.value if bound is None else bound for bound in (self.low, self.high))
+        if high < min(lowest, self.value * (1 - TOLERANCE)):
             return "below"
-        if low > max(self.high, self.value * (1 + TOLERANCE)):
+        if low > max(highest, self.value * (1 + TOLERANCE)):
             return "above"
         return "kept"
 
@@ -73,6 +77,5 @@ def _fixed_arms(result: Mapping[str, Any], *, temperature: float) -> list[tuple[
 def _promise(figure: Mapping[str, float | None], by_position: Sequence[float] | None, measured: str) -> Promise:
     value = figure["value"]
     assert value is not None, "an evaluation has at least one round"
-    # One prompt has no interval.
-    low, high = (value if figure[bound] is None else figure[bound] for bound in ("low", "high"))
-    return Promise(value, float(low or value), float(high or value), by_position, measured)
+    count = figure.get("num_prompts")
+    return Promise(value, figure["low"], figure["high"], by_position, measured, None if count is None else int(count))

@@ -21,13 +21,12 @@ from drafttrain.eval.engine import Engine
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.eval.parity import Parity, parity
 from drafttrain.eval.proposers.none import NoDraft
-from drafttrain.eval.statistics import ratio_difference, sign_flip_p_value
+from drafttrain.eval.statistics import ratio_difference
 from drafttrain.export.engines import Habits, Job, Served, ServingEngine, Use
 from drafttrain.export.engines.environment import ask
 from drafttrain.target import Target
 
 SAMPLED_TEMPERATURE = 1.0
-RESAMPLES = 10_000
 LOWEST_P_VALUE = 0.01
 """Of a test that engine and evaluator accept alike; below it they are told apart."""
 
@@ -401,9 +400,8 @@ def _difference(engine: Sequence[Served], evaluator: Sequence[Served]) -> tuple[
         return {}, 1.0
     engine, evaluator = zip(*both, strict=True)
     parts = [([one.num_accepted for one in many], [one.num_drafts for one in many]) for many in (engine, evaluator)]
-    found = ratio_difference(parts[0], parts[1], resamples=RESAMPLES, seed=0)
-    rates = [[one.num_accepted / one.num_drafts for one in many] for many in (engine, evaluator)]
-    return found.json(), _p_value(*rates)
+    found = ratio_difference(*parts)
+    return found.json(), found.p_value
 
 
 @torch.no_grad()
@@ -421,7 +419,8 @@ def _log_likelihoods(target: Target, prompts: Sequence[Prompt], served: Sequence
 
 def _p_value(first: Sequence[float], second: Sequence[float]) -> float:
     """Return the p-value of that two figures of the same prompts are the same."""
-    return sign_flip_p_value([a - b for a, b in zip(first, second, strict=True)], resamples=RESAMPLES, seed=0)
+    ones = [1] * len(first)
+    return ratio_difference((first, ones), (second, ones)).p_value
 
 
 def _of_lossless(found: Parity, engine: str, tolerance: float) -> list[str]:

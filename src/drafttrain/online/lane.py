@@ -238,8 +238,6 @@ class Lane:
             num_draft_tokens=self.shop.num_draft_tokens,
             significance=online.significance,
             parity_prompts=online.parity_prompts,
-            resamples=online.resamples,
-            seed=self.shop.seed,
         )
         judgement = self._published_before(judgement) if made else self._published(version, judgement)
         said = f"{judgement.current:.2f} -> {judgement.block_efficiency:.2f}, p = {judgement.p_value:.2g}: {judgement.reason}"

@@ -16,7 +16,7 @@ from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.eval.parity import parity
 from drafttrain.eval.proposers.none import NoDraft
 from drafttrain.eval.replay import expected_rounds, replay_rows
-from drafttrain.eval.statistics import ratio_difference, sign_flip_p_value
+from drafttrain.eval.statistics import ratio_difference
 from drafttrain.online.positions import text_of
 from drafttrain.target import Target
 
@@ -65,8 +65,6 @@ def judge(
     num_draft_tokens: int,
     significance: float,
     parity_prompts: int,
-    resamples: int,
-    seed: int,
 ) -> tuple[Judgement, list[tuple[float, float]]]:
     """Compare two drafter folders; return the judgement, and the candidate's counts by request."""
     folders = (candidate, current)
@@ -75,14 +73,12 @@ def judge(
         request_counts(target, one, records, sampling, num_draft_tokens=num_draft_tokens) for one in drafters
     )
     parts = [tuple(zip(*counts, strict=True)) for counts in (ours, theirs)]
-    gain = ratio_difference(parts[0], parts[1], resamples=resamples, seed=seed)  # type: ignore[arg-type]
-    differences = [a[0] / a[1] - b[0] / b[1] for a, b in zip(ours, theirs, strict=True)]
-    p_value = sign_flip_p_value(differences, resamples=resamples, seed=seed)
+    gain = ratio_difference(*parts)  # type: ignore[arg-type]
     said, lossless = "", True
     reason = ""
     if not gain.value > 0:
         reason = "it is no better than the current one"
-    elif not (p_value < significance and gain.low > 0):
+    elif not gain.p_value < significance:
         reason = "the gain could be chance"
     else:
         said, lossless = greedy_parity(
@@ -91,7 +87,7 @@ def judge(
         reason = "better" if lossless else "its files do not decode as the target alone does"
     efficiency, before = (sum(part[0]) / sum(part[1]) for part in parts)
     promoted = reason == "better"
-    return Judgement(promoted, reason, efficiency, before, gain.json(), p_value, said, len(records)), ours
+    return Judgement(promoted, reason, efficiency, before, gain.json(), gain.p_value, said, len(records)), ours
 
 
 def greedy_parity(

@@ -9,35 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from drafttrain.core.files import write_text
-from drafttrain.eval.report import picture
+from drafttrain.eval.report import label, page, picture
 from drafttrain.online.loop import lanes_of, metrics, status
 
 
 def write_online_report(folder: Path, path: Path, *, title: str) -> None:
     """Write the report of a run folder."""
-    import jinja2
-
     rows = metrics(folder)
     events = [{"lane": name} | event for name, versions in lanes_of(folder).items() for event in versions.history()]
     events.sort(key=lambda event: event["at"])
     plot = picture(lambda axes: _efficiency(axes, rows), columns=2)
     template = (resources.files("drafttrain") / "online" / "report.html").read_text(encoding="utf-8")
-    page = jinja2.Environment(autoescape=True).from_string(template)
-    write_text(path, page.render(title=title, status=status(folder), events=events, plot=plot))
+    write_text(path, page(template).render(title=title, status=status(folder), events=events, plot=plot))
 
 
 def _efficiency(axes: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> None:
     for name in dict.fromkeys(row["lane"] for row in rows):
         own = [row for row in rows if row["lane"] == name and "block_efficiency" in row]
         requests = [row["requests"] for row in own]
-        (line,) = axes[0].plot(requests, [row["block_efficiency"] for row in own], label=name or "drafter")
+        (line,) = axes[0].plot(requests, [row["block_efficiency"] for row in own], label=label(name or "drafter"))
         logged = [row for row in rows if row["lane"] == name and "served_block_efficiency" in row]
         axes[0].plot(
             [row["requests"] for row in logged],
             [row["served_block_efficiency"] for row in logged],
             "--",
             color=line.get_color(),
-            label=f"{name or 'drafter'}, rounds as logged" if logged else None,
+            label=label(f"{name or 'drafter'}, rounds as logged") if logged else None,
         )
         better = [row for row in own if row.get("promoted")]
         axes[0].plot([r["requests"] for r in better], [r["candidate"] for r in better], "^", color=line.get_color())

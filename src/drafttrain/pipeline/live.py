@@ -199,7 +199,7 @@ def _judged(figures: LiveFigures, settings: EvalSettings, result: Mapping[str, A
     from drafttrain.eval.table import interval
     from drafttrain.export.promise import TOLERANCE, promise_of
 
-    served = figures.block_efficiency(resamples=settings.resamples, seed=settings.seed)
+    served = figures.block_efficiency()
     same_prompts = {window.id for window in figures.windows} == set(_counted(result, temperature=figures.temperature))
     told = figures.json() | {"block_efficiency": served.json(), "same_prompts": same_prompts}
     length = figures.num_draft_tokens

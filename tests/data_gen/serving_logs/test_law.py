@@ -136,7 +136,7 @@ drafter: {{kind: causal_lm, num_layers: 1, hidden_size: 32, num_heads: 1}}
 loss: {{kind: forward_kl}}
 data: {{max_length: 64, sources: [{{kind: serving_logs, path: {tmp_path / "logs"}, redact: false}}]}}
 train: {{max_steps: 6, warmup_steps: 1, batch_size: 4, log_every_steps: 1, eval_every_steps: 0, loggers: [csv]}}
-eval: {{num_prompts: 2, max_new_tokens: 6, prompt_tokens: 6, speed_prompts: 1, resamples: 200, prompts: {prompts},
+eval: {{num_prompts: 2, max_new_tokens: 6, prompt_tokens: 6, speed_prompts: 1, prompts: {prompts},
        validation_prompts: {prompts}}}
 """
     )

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import median
 
-from drafttrain.core.records import Budget, Context, DraftStep, ForwardEvent, More, Verdict
+from drafttrain.core.records import Budget, Context, DraftStep, Generation, More, Verdict
 from drafttrain.core.reduce import Rate
 from drafttrain.core.settings import setting
 from drafttrain.eval.length import length_policies
@@ -17,9 +16,12 @@ class ExpectedCostSettings:
     """Draft the number of tokens that maximises expected tokens a second."""
 
     draft_cost: float | None = setting(
-        None, help="Cost of one drafter call, in any unit; null: both are measured at the start.", gt=0
+        None,
+        help="Cost of a draft token: all of a round that is not the verifying call, by draft token, in any unit; null: both are "
+        "measured at the start.",
+        gt=0,
     )
-    target_cost: float | None = setting(None, help="Cost of one target call, in the same unit.", gt=0)
+    target_cost: float | None = setting(None, help="Cost of one verifying call, in the same unit.", gt=0)
     max_tokens: int = setting(16, help="Draft tokens a round at most.", ge=1)
     head: str | None = setting(None, help="Folder of an acceptance head; null: the one that this recipe trains.")
 
@@ -32,12 +34,12 @@ class ExpectedCostSettings:
 
 @length_policies.register("expected_cost", ExpectedCostSettings)
 class ExpectedCost:
-    """Stops where a further drafter call yields fewer expected tokens a second than decoding has yielded so far.
+    """Stops where a further draft token yields fewer expected tokens a second than decoding has yielded so far.
 
     The rate of tokens a cost over many rounds is largest when every round stops where its marginal rate falls to that
-    overall rate; the rate so far takes its place and approaches it from below. A further call reads the token drafted last,
+    overall rate; the rate so far takes its place and approaches it from below. Drafting on reads the token drafted last,
     whose own chance is not known yet, and gives one more: each is taken to be kept as often as draft tokens were that stood
-    behind kept ones. The cost of a target call is taken not to grow with the tokens in it.
+    behind kept ones. The cost of a target call is taken not to grow with the tokens in it, that of drafting to grow by the same with each token.
 
     Source: Dinkelbach 1967, On Nonlinear Fractional Programming, Management Science 13(7), for the form of the rule.
     """
@@ -55,13 +57,19 @@ class ExpectedCost:
         """The running product; the head is read when it is first asked."""
         return Survival.of_folder(self.settings.head)
 
-    def calibrate(self, events: Sequence[ForwardEvent]) -> None:
-        """Take the median time of a call of each model, unless the settings give costs; forget the rounds so far."""
+    def calibrate(self, generations: Sequence[Generation]) -> None:
+        """Take the costs from measured rounds, unless the settings give them; forget the rounds so far.
+
+        All of a round that is not the verifying call is the cost of its draft: the drafter's calls, the target's first blocks
+        where it drafts with them, drawing tokens, asking this policy, and keeping the drafter's cache.
+        """
         self._yield = Rate()
         if self.settings.draft_cost is None:
-            seconds = {name: [e.seconds for e in events if e.model == name] for name in ("drafter", "target")}
-            if all(seconds.values()):
-                self.draft_cost, self.target_cost = median(seconds["drafter"]), median(seconds["target"])
+            rounds = [one for generation in generations for one in generation.rounds]
+            drafted = sum(one.num_draft_tokens for one in rounds)
+            if drafted:
+                self.draft_cost = sum(generation.draft_seconds for generation in generations) / drafted
+                self.target_cost = sum(generation.verify_seconds for generation in generations) / len(rounds)
 
     def budget(self, context: Context) -> Budget:
         return Budget(nodes=self.settings.max_tokens, depth=self.settings.max_tokens, states=True)
@@ -69,7 +77,7 @@ class ExpectedCost:
     def more(self, step: DraftStep) -> bool | More:
         alive = self.survival.after(step)
         if self.draft_cost is None or self.target_cost is None:
-            return True  # not measured yet: whole drafts show what both models cost
+            return True  # not measured yet: whole drafts show what both cost
         gain = alive * self._kept.value**2
         return True if gain / self.draft_cost >= self.rate else More.LAST
 

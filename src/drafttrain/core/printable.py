@@ -1,0 +1,24 @@
+"""Text from outside (names, paths, outputs) as a page, a picture, a log or a terminal can show it."""
+
+import unicodedata
+
+KEPT = "\n\t"
+UNPRINTABLE = ("Cc", "Cs")
+"""Control characters, which a terminal obeys, and halves of surrogate pairs, which no encoding has."""
+
+
+def printable(text: str, *, encoding: str = "utf-8") -> str:
+    """Return text with escapes such as `\\x1b` and `\\udcff` for what cannot be shown.
+
+    Args:
+        encoding: What the output writes; characters that it does not have are escaped too.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    shown = "".join(
+        character.encode("unicode_escape").decode()
+        if character not in KEPT and unicodedata.category(character) in UNPRINTABLE
+        else character
+        for character in text
+    )
+    return shown.encode(encoding, "backslashreplace").decode(encoding)

@@ -1,0 +1,59 @@
+"""transformers' generate as a baseline: the target's own greedy text, whatever its generation config asks for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import GenerationConfig
+
+from drafttrain.core.records import Generation, Prompt
+from drafttrain.target import Target
+
+
+@torch.no_grad()
+def generate(prompt: Prompt, target: Target, *, max_new_tokens: int) -> Generation:
+    """Return the text that transformers' generate writes, greedily, and its seconds."""
+    tokens = torch.tensor([list(prompt.tokens)], device=target.device)
+    with plain_generation(target):
+        began = _now(target)
+        written = target.model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=max_new_tokens, do_sample=False
+        )
+        seconds = _now(target) - began
+    return Generation(
+        id=prompt.id,
+        domain=prompt.domain,
+        prompt_tokens=prompt.tokens,
+        tokens=written[0, len(prompt.tokens) :].tolist(),
+        rounds=[],
+        prefill_seconds=0.0,
+        draft_seconds=0.0,
+        verify_seconds=0.0,
+        seconds=seconds,
+    )
+
+
+@contextmanager
+def plain_generation(target: Target) -> Iterator[None]:
+    """Let generate know the target's ends of text and nothing else.
+
+    What a model's own generation config asks for (a repetition penalty, forced or suppressed tokens, a least length, beams)
+    changes the text or the work, and generate takes it over wherever an argument leaves it open.
+    """
+    own = target.model.generation_config
+    target.model.generation_config = GenerationConfig(
+        eos_token_id=list(target.eos_token_ids) or None, pad_token_id=target.tokenizer.pad_token_id or 0
+    )
+    try:
+        yield
+    finally:
+        target.model.generation_config = own
+
+
+def _now(target: Target) -> float:
+    if target.device.type == "cuda":
+        torch.cuda.synchronize(target.device)
+    return time.perf_counter()

@@ -1,0 +1,157 @@
+"""Names and texts from outside reach pages, pictures, tables, cards and JSON as text, whatever they hold."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import re
+import sys
+from io import BytesIO, TextIOWrapper
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from drafttrain.checkpoint import About, write_about
+from drafttrain.core.console import say, table
+from drafttrain.core.files import write_json
+from drafttrain.core.printable import printable
+from drafttrain.drafters.medusa import Medusa, MedusaSettings
+from drafttrain.eval.evaluate import evaluate
+from drafttrain.eval.report import label, write_report
+from drafttrain.eval.settings import EvalSettings
+from drafttrain.eval.table import show
+from drafttrain.export.card import model_card
+from drafttrain.export.markdown import block, code, plain
+from drafttrain.target import Target
+from tests.conftest import byte_tokenizer, random_llama
+from tests.eval.decoding import PROMPTS
+
+NAMES = [
+    "cost $5, was $9",
+    r"$\frac{1}{$",
+    r"a\$b$c",
+    "$$",
+    "half \udcff\ud800",
+    "_hidden",
+    "__",
+    "\x00\x1b[31mred\x07",
+    "--><script>alert(1)</script><!--",
+    "]]>&amp;<b>",
+    "a|b`c``d",
+    "two\nlines\ttab",
+    "名前 🚀 \u202e",
+    "x" * 3000,
+    "{{ 7 * 7 }}{% raw %}",
+    "[red]not[/] markup[/x]",
+    " ",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One evaluation of two drafters, `A` and `B`."""
+    target = Target(random_llama().double(), byte_tokenizer(), name="T", fingerprint="")
+    folder = tmp_path_factory.mktemp("report") / "drafter"
+    folder.mkdir()
+    Medusa.create(MedusaSettings(num_heads=2), target=target, tokenizer=target.tokenizer).save(folder)
+    write_about(folder, About("medusa", "T", "", target.tokenizer_fingerprint, target.vocab_size, 0))
+    settings = EvalSettings(max_new_tokens=8, temperatures=[0.0], speed_prompts=1, replay_lengths=[1, 2])
+    return evaluate({"A": folder, "B": folder}, target, PROMPTS[:2], settings)
+
+
+def renamed(result: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a result in which a drafter, its comparison, the target and all texts are called this."""
+    found = copy.deepcopy(result)
+    found["target"]["name"] = name
+    found["drafters"] = {name: found["drafters"]["A"] | {"target": name}, "B": found["drafters"]["B"]}
+    for part in found["temperatures"]:
+        part["drafters"] = {name: part["drafters"]["A"], "B": part["drafters"]["B"]}
+        part["comparisons"] = {f"{name} - B": part["comparisons"]["A - B"]}
+        for sample in part["drafters"][name]["samples"]:
+            sample["prompt"] = name
+            sample["pieces"] = [{"text": name, "drafted": True}]
+    return found
+
+
+def pictures(page: str) -> list[str]:
+    """Return the drawings of a page, each well-formed."""
+    found = [
+        base64.b64decode(data).decode("utf-8") for data in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page)
+    ]
+    for one in found:
+        ElementTree.fromstring(one)
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: repr(name[:12]))
+def test_a_report_shows_any_name_as_it_is(result, name, tmp_path):
+    path = tmp_path / "report.html"
+    write_report(path, renamed(result, name), title=name, metrics=None, command=name)
+    page = path.read_text(encoding="utf-8")
+    assert "<script>" not in page
+    assert "\x1b" not in page
+    assert ("{{ 7 * 7 }}" in page) == ("{{" in name)
+    drawn = pictures(page)
+    assert len(drawn) == 2
+    if name.startswith("_") or "$" in name:
+        # What a drawing writes stands in a comment beside its outlines, a minus before another one apart.
+        for one in drawn:
+            assert f"{name.replace('$', chr(92) + '$')}, temperature 0" in one or f"{name}, temperature 0" in one
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: repr(name[:12]))
+def test_tables_json_and_cards_take_any_name(result, name, tmp_path, capsys):
+    found = renamed(result, name)
+    show(found)
+    shown = capsys.readouterr()
+    assert "\x1b" not in shown.out + shown.err
+    write_json(tmp_path / "eval.json", found)
+    assert next(iter(json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))["drafters"])) == name
+    card = model_card(name, found, drafter=name, recipe=f"name: {name}", command=name)
+    rows = [line for line in card.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in rows} == {6}, "no cell is cut in two"
+    assert sum(line.startswith("# ") for line in card.splitlines()) == 1
+    card.encode("utf-8")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_outputs_of_any_encoding_are_written(encoding, monkeypatch):
+    written = BytesIO()
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(written, encoding=encoding, errors="strict"))
+    table([[name, 1] for name in NAMES], columns=["name", "n"], title="±€🚀")
+    sys.stdout.flush()
+    assert b"$$" in written.getvalue()
+    assert b"\x1b" not in written.getvalue()
+    for name in NAMES:
+        say(name)
+
+
+def test_what_can_be_shown_stays_and_the_rest_is_escaped():
+    assert printable("a\tb\nc é 🚀") == "a\tb\nc é 🚀"
+    assert printable("\x1b[0m\x00\udcff") == "\\x1b[0m\\x00\\udcff"
+    assert printable("é€", encoding="latin-1") == "é\\u20ac"
+    assert label("_a$b") == r" _a\$b"
+    assert len(label("x" * 500)) == 60
+
+
+def test_markdown_stays_text():
+    assert code("a`b``c") == "```a`b``c```"
+    assert code("`") == "`` ` ``"
+    assert plain("a|b <i>\n[x](y)") == r"a\|b \<i\> \[x\](y)"
+    assert block("x: ```\n", "yaml") == "````yaml\nx: ```\n````"
+
+
+def test_an_online_report_shows_any_name_of_a_lane():
+    from drafttrain.eval.report import picture
+    from drafttrain.online.report import _efficiency
+
+    figures = {"block_efficiency": 1.5, "candidate": 1.6, "promoted": True, "drift_p_value": 0.5}
+    for some in (NAMES[:4], ["_hidden", *NAMES[6:9]], NAMES[9:13], NAMES[13:]):
+        rows = [
+            {"lane": name, "requests": n, "served_block_efficiency": 1.4} | figures for name in some for n in (1, 2)
+        ]
+        (drawn,) = pictures(f'"{picture(lambda axes, rows=rows: _efficiency(axes, rows), columns=2)}"')
+        assert (" _hidden" in drawn) == ("_hidden" in some)
