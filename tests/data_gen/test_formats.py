@@ -104,6 +104,33 @@ def test_long_text_is_cut_without_losing_a_token():
     assert [r.id for r in found] == ["doc@0", "doc@16", "doc@32", "doc@48"]
 
 
+@pytest.mark.parametrize("length", range(1, 34))
+@pytest.mark.parametrize("max_length", [2, 3, 16])
+def test_every_text_ends_with_a_label_that_ends_it(length, max_length):
+    """Also one whose length is a multiple of what a record holds: the end is read behind the text, as any other label."""
+    coder = encoder(max_length=max_length)
+    text = ("abcdefghij" * 4)[:length]
+    records = coder.records({"text": text}, id="x")
+    assert all(1 < len(record.tokens) <= max_length and all(record.loss_mask) for record in records)
+    assert coder.tokenizer.decode([records[-1].tokens[-1]]) == "<|end|>"
+    whole = coder.tokenizer(text + "<|end|>").input_ids
+    learned = set()
+    for record in records:
+        start = int(record.id.removeprefix("x@"))
+        assert list(record.tokens) == whole[start : start + len(record.tokens)]
+        learned |= set(range(start + 1, start + len(record.tokens)))
+    # What a record begins with has nothing before it; where the end takes a place, one more token begins one.
+    assert len(learned) == length + 1 - len(records) - (length % max_length == 0)
+    assert length in learned
+
+
+def test_a_text_of_one_token_is_accounted_for():
+    coder = encoder()
+    coder.tokenizer.eos_token = None
+    with pytest.raises(BadItem, match="one token"):
+        coder.records({"text": "a"}, id="x")
+
+
 @pytest.mark.parametrize(
     ("value", "reason"),
     [

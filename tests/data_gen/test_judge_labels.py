@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -223,6 +224,20 @@ def test_marks_that_fit_nothing_are_refused(frozen, tmp_path):
         marked.label([record])
     with pytest.raises(DataError, match="no line with id 'z'"):
         marked.label([Record("z", [1, 2], [False, True])])
+
+
+def test_a_mark_is_found_by_the_id_of_its_problem(frozen, tmp_path):
+    """An id is any text, on one line; a record that is there again has the same marks; an id with two marks has none."""
+    path = tmp_path / "m.jsonl"
+    odd = ITEMS[0] | {"id": "a\u2028b\x85"}
+    path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in (odd, ITEMS[1])), encoding="utf-8")
+    marked = Marked(MarkedSettings(path=str(path)), frozen)
+    (record,) = Encoder(frozen.target.tokenizer, 64).records(odd, id="")
+    (first,), (again,) = (marked.label([replace(record, id=f"{odd['id']}{use}")]) for use in ("", "#1"))
+    assert len(first) == 14
+    assert torch.equal(first.labels_N, again.labels_N)
+    with pytest.raises(DataError, match="line 2: id 'a' is there twice"):
+        Marked(MarkedSettings(path=write_marked(tmp_path / "n.jsonl", ITEMS[0], ITEMS[0])), frozen)
 
 
 @pytest.mark.parametrize("clean", [0, 19, 40])

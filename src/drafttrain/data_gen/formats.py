@@ -120,14 +120,23 @@ class Encoder:
         """Cut a document, its end marked where the tokenizer has a token for that."""
         if not tokens:
             raise BadItem("text: is empty")
-        end = self.tokenizer.eos_token_id
-        whole = [*tokens, *([end] if end is not None else [])]
-        pieces = [whole[start : start + self.max_length] for start in range(0, len(whole), self.max_length)]
-        return [
-            Record(f"{id}@{i * self.max_length}", piece, [True] * len(piece), domain=domain)
-            for i, piece in enumerate(pieces)
+        pieces = [
+            (start, list(tokens[start : start + self.max_length])) for start in range(0, len(tokens), self.max_length)
+        ]
+        if self.tokenizer.eos_token_id is not None:
+            start, last = pieces.pop()
+            ended = [*last, self.tokenizer.eos_token_id]
+            # Where the end is one token too many, the first one makes room: it has nothing before it and is no label.
+            over = max(0, len(ended) - self.max_length)
+            pieces.append((start + over, ended[over:]))
+        records = [
+            Record(f"{id}@{start}", piece, [True] * len(piece), domain=domain)
+            for start, piece in pieces
             if len(piece) > 1
         ]
+        if not records:
+            raise BadItem("text: is one token, which has nothing before it and is no label")
+        return records
 
     def _tokens(self, value: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
         tokens = value["tokens"]
@@ -251,7 +260,8 @@ def _messages(turns: Any, key: str) -> list[dict[str, str]]:
 
 
 def _id(value: Mapping[str, Any], default: str) -> str:
-    return _unicode(str(value.get("id", default)), "id")
+    given = value.get("id")
+    return _unicode(default if given is None else str(given), "id")
 
 
 def _text(value: Any, key: str) -> str:

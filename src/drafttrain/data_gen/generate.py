@@ -20,6 +20,7 @@ from drafttrain.core.random import stream_seed
 from drafttrain.core.records import Sampling
 from drafttrain.data_gen.backends import AskEngine, Backend, Outcome, Plan, Task, backends
 from drafttrain.data_gen.formats import Encoder
+from drafttrain.data_gen.names import Names, content_name, shared_names
 from drafttrain.data_gen.quarantine import read_items
 from drafttrain.data_gen.settings import GenerateSettings
 from drafttrain.data_gen.sources import content_of, sources
@@ -112,15 +113,17 @@ def _accounts(folder: Path, number: int) -> Path:
 def _tasks(settings: GenerateSettings, target: Target, quarantine: Path, *, seed: int, max_length: int) -> list[Task]:
     """Return the texts to write: prompts in a shuffled order, temperatures in turn; bad prompts go into quarantine."""
     encoder = Encoder(target.tokenizer, max_length)
-    prompts = list(
-        read_items(
-            sources.build(settings.prompts),
-            lambda item: encoder.prompts(item.value, id=item.where, prompt_tokens=settings.prompt_tokens),
-            quarantine,
-            name="data.generate.prompts",
-            max_items=getattr(settings.prompts, "max_items", None),
-        )
+    names = Names()
+    found = read_items(
+        sources.build(settings.prompts),
+        lambda item: encoder.prompts(item.value, id=content_name(item.value), prompt_tokens=settings.prompt_tokens),
+        quarantine,
+        name="data.generate.prompts",
+        max_items=getattr(settings.prompts, "max_items", None),
     )
+    prompts = [(names.own(id), tokens) for id, tokens in found]
+    if names.num_shared:
+        say(f"data.generate.prompts: {shared_names(names.num_shared)}")
     prompts.sort(key=lambda prompt: stream_seed(seed, "prompt order", prompt[0]))
     if len(prompts) < settings.num_records:
         say(f"{len(prompts):,} prompts for {settings.num_records:,} texts: prompts are used again, with other draws")
@@ -131,7 +134,7 @@ def _tasks(settings: GenerateSettings, target: Target, quarantine: Path, *, seed
         # A prompt that is used again goes on to the next temperature: greedy, it would give the same text.
         temperature = settings.temperatures[(place + again) % len(settings.temperatures)]
         sampling = Sampling(temperature, top_p=1.0 if temperature == 0 else settings.top_p)
-        tasks.append(Task(f"{id}#{again}" if again else id, tokens, sampling))
+        tasks.append(Task(names.own(id) if again else id, tokens, sampling))
     return tasks
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from drafttrain.core.random import stream_seed
 from drafttrain.core.records import Record
 from drafttrain.core.registry import component_mapping
 from drafttrain.data_gen.annotate import Annotator, Frozen, annotators
+from drafttrain.data_gen.names import Names, shared_names
 from drafttrain.data_gen.prepare import TrainingData
 from drafttrain.data_gen.sampler import Sampler
 from drafttrain.heads import HeadBatch, HeadRows, TokenHead
@@ -94,13 +96,16 @@ def annotate(settings: Any, data: TrainingData, frozen: Frozen, folder: Path) ->
     if not done.exists():
         write_json(plan, about)
         annotator: Annotator = annotators.build(settings, frozen)
-        records = [(store, index) for store in data.stores for index in range(len(store))]
+        names = Names()
+        records = [(store, index, names.own(id)) for store in data.stores for index, id in enumerate(store.ids)]
+        if names.num_shared:
+            say(f"data.sources: {shared_names(names.num_shared)}")
         shards = [records[start : start + RECORDS_A_SHARD] for start in range(0, len(records), RECORDS_A_SHARD)]
         rows = _Rows(limit_gb=data.settings.max_cache_gb)
         with progress("labelling", total=len(records), unit="texts") as bar:
             for number, shard in enumerate(shards):
                 if not all(path.exists() for path in paths(folder, number)):
-                    texts = [store[index] for store, index in shard]
+                    texts = [replace(store[index], id=name) for store, index, name in shard]
                     arrays = _arrays(texts, annotator.label(texts), held_out=settings.held_out, seed=frozen.seed)
                     _write(paths(folder, number), arrays)
                 rows.add(paths(folder, number), of_shards=len(shards))
@@ -149,7 +154,7 @@ class _Rows:
 def _arrays(
     records: Sequence[Record], rows: Sequence[HeadRows], *, held_out: float, seed: int
 ) -> tuple[np.ndarray[Any, Any], ...]:
-    """Return the arrays of a shard; a text is held out whole, by its id alone."""
+    """Return the arrays of a shard; a text is held out whole, by its name alone."""
     sides = [
         torch.full((len(part),), stream_seed(seed, "held out", record.id) % 10_000 < 10_000 * held_out)
         for record, part in zip(records, rows, strict=True)

@@ -12,12 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from drafttrain.core.console import say
 from drafttrain.core.files import folder_beside
 from drafttrain.core.records import LoggedLaw, Record
 from drafttrain.data_gen.formats import Encoder
 from drafttrain.data_gen.logged_law import LawStore, write_laws
+from drafttrain.data_gen.names import Names, content_name, shared_names
 from drafttrain.data_gen.quarantine import read_items, set_aside
 from drafttrain.data_gen.sources import RecordSource, Source
+
+ENCODING = 2
+"""Of how records are made of items; what another one made is made again."""
 
 
 class Store:
@@ -29,7 +34,8 @@ class Store:
         self._tokens = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
         self._mask = np.load(folder / "mask.npy", mmap_mode="r", allow_pickle=False)
         self._starts = np.load(folder / "starts.npy", allow_pickle=False)
-        self._ids = (folder / "ids.txt").read_text(encoding="utf-8").split("\n")
+        self.ids: list[str] = json.loads((folder / "ids.json").read_text(encoding="utf-8"))
+        """Names of the records; no two are the same."""
         labels = np.concatenate([[0], np.cumsum(self._mask, dtype=np.int64)])
         first = np.asarray(self._mask)[self._starts[:-1]].astype(np.int64)
         self.num_labels = labels[self._starts[1:]] - labels[self._starts[:-1]] - first
@@ -42,7 +48,7 @@ class Store:
 
     def __getitem__(self, index: int) -> Record:
         start, stop = self._starts[index], self._starts[index + 1]
-        return Record(self._ids[index], self._tokens[start:stop].tolist(), self._mask[start:stop].tolist())
+        return Record(self.ids[index], self._tokens[start:stop].tolist(), self._mask[start:stop].tolist())
 
     @property
     def tokens(self) -> np.ndarray[Any, Any]:
@@ -66,6 +72,7 @@ def open_store(folder: Path, source: Source, encoder: Encoder, *, about: dict[st
     Args:
         about: What the content depends on (settings, tokenizer); another one makes the store anew.
     """
+    about = about | {"encoding": ENCODING}
     if (folder / "meta.json").exists():
         store = Store(folder)
         if store.meta["about"] == about:
@@ -76,7 +83,7 @@ def open_store(folder: Path, source: Source, encoder: Encoder, *, about: dict[st
 
 
 def _encode(folder: Path, source: Source, encoder: Encoder, *, about: dict[str, Any]) -> None:
-    records: list[tuple[str, int]] = []
+    names, own_ids, sizes = Names(), list[str](), list[int]()
     tokens, masks = _Growing(np.uint32), _Growing(np.bool_)
     laws: list[LoggedLaw | None] = []
     settings, quarantine = about["source"], folder / "quarantine.jsonl"
@@ -85,24 +92,28 @@ def _encode(folder: Path, source: Source, encoder: Encoder, *, about: dict[str, 
         lambda item: (
             source.records(item, encoder)
             if isinstance(source, RecordSource)
-            else encoder.records(item.value, id=item.where)
+            else encoder.records(item.value, id=content_name(item.value))
         ),
         quarantine,
         name=f"source {settings['kind']}",
         max_items=settings.get("max_items"),
     ):
-        records.append((record.id.replace("\n", " "), len(record.tokens)))
+        own_ids.append(names.own(record.id))
+        sizes.append(len(record.tokens))
         tokens.extend(record.tokens)
         masks.extend(record.loss_mask)
         laws.append(record.law)
     np.save(folder / "tokens.npy", tokens.array())
     np.save(folder / "mask.npy", masks.array())
-    np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum([size for _, size in records])]).astype(np.int64))
-    (folder / "ids.txt").write_text("\n".join(id for id, _ in records), encoding="utf-8")
+    np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
+    (folder / "ids.json").write_text(json.dumps(own_ids), encoding="utf-8")
+    if names.num_shared:
+        say(f"source {settings['kind']}: {shared_names(names.num_shared)}")
     reasons = set_aside(quarantine)
     meta = {
         "about": about,
-        "records": len(records),
+        "records": len(own_ids),
+        "shared_names": names.num_shared,
         "tokens": len(tokens.array()),
         "set_aside": sum(reasons.values()),
         "set_aside_by": dict(reasons.most_common(20)),

@@ -35,7 +35,9 @@ def refused_positions(
     for text, row in zip(texts, rows, strict=True):
         # A text that the length ended has the target's own token last: the engine drafts none for that place.
         drafted_for = len(text.new) if text.new[-1] in target.eos_token_ids else len(text.new) - 1
-        refused = _refusals(row, num_draft_tokens, drafted_for=drafted_for, seed=stream_seed(seed, text.id))
+        # An id that a log gave several requests names no draws by itself.
+        named = (text.id, text.prompt, text.new)
+        refused = _refusals(row, num_draft_tokens, drafted_for=drafted_for, seed=stream_seed(seed, *named))
         found.append([len(text.prompt) + place for place in refused])
     return found
 

@@ -18,6 +18,7 @@ from drafttrain.core.records import Record
 from drafttrain.core.settings import setting
 from drafttrain.data_gen.annotate import Frozen, JudgeLabelSettings, annotators
 from drafttrain.data_gen.annotate.states import states_of
+from drafttrain.data_gen.names import problem_of
 from drafttrain.heads import HeadRows
 
 
@@ -54,14 +55,15 @@ class Marked:
 
     def _labels(self, record: Record) -> tuple[list[int], list[float]]:
         """Return the labelled tokens' places in the record, and their labels."""
-        if record.id not in self.items:
-            raise DataError(f"{self.path}: no line with id {record.id!r}, which is among data.sources")
-        completion, errors = self.items[record.id]
+        id = record.id if record.id in self.items else problem_of(record.id)
+        if id not in self.items:
+            raise DataError(f"{self.path}: no line with id {id!r}, which is among data.sources")
+        completion, errors = self.items[id]
         coded = self.frozen.target.tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True)
         first = list(record.loss_mask).index(True)
         shown = list(record.tokens[first : first + len(coded.input_ids)])
         if shown != list(coded.input_ids)[: len(shown)]:
-            raise DataError(f"{self.path}: id {record.id!r}: its completion is not what data.sources has of it")
+            raise DataError(f"{self.path}: id {id!r}: its completion is not what data.sources has of it")
         kept = labels_of(coded.offset_mapping[: len(shown)], errors)
         return list(range(first, first + len(kept))), kept
 
@@ -91,11 +93,14 @@ def _read(path: Path) -> dict[str, tuple[str, list[tuple[int, int]]]]:
         raise DataError(f"{path}: no such file of marked answers (JSON lines)")
     items: dict[str, tuple[str, list[tuple[int, int]]]] = {}
     problems = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Lines end at \n alone: an id or a text may hold what else ends one.
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
             value: Any = json.loads(line)
+            if str(value["id"]) in items:
+                problems.append(f"  line {number}: id {str(value['id'])!r} is there twice")
             completion, errors = value["completion"], [(int(a), int(b)) for a, b in value["errors"]]
             wrong = [span for span in errors if not 0 <= span[0] < span[1] <= len(completion)]
             if wrong:

@@ -17,6 +17,7 @@ from pathlib import Path
 from drafttrain.core.errors import DataError
 from drafttrain.core.settings import setting
 from drafttrain.data_gen.checkers import checkers
+from drafttrain.data_gen.names import problem_of
 
 FENCED = re.compile(r"```(?:python|py)?\n(.*?)```", re.DOTALL)
 
@@ -78,15 +79,17 @@ class UnitTests:
         path = Path(self.settings.path).expanduser()
         if not path.is_file():
             raise DataError(f"{path}: no such file of unit tests (JSON lines)")
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Lines end at \n alone: a program or an id may hold what else ends one.
+        lines = [json.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
         return {str(line["id"]): line["tests"] for line in lines}
 
     def answer(self, text: str, *, id: str) -> bool:
         """Return whether the program in a text (its first fenced block, or all of it) passes."""
-        if id not in self.tests:
-            raise DataError(f"{self.settings.path}: no tests for {id!r}")
+        problem = id if id in self.tests else problem_of(id)
+        if problem not in self.tests:
+            raise DataError(f"{self.settings.path}: no tests for {problem!r}")
         fenced = FENCED.search(text)
-        return self._passes(f"{fenced.group(1) if fenced else text}\n\n{self.tests[id]}\n")
+        return self._passes(f"{fenced.group(1) if fenced else text}\n\n{self.tests[problem]}\n")
 
     def correct(self, text: str, reference: str, *, id: str) -> bool:
         """Return whether the program passes; no reference is needed."""

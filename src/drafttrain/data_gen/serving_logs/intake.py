@@ -114,7 +114,7 @@ class Intake:
         refused: list[dict[str, str]] = []
         for where, line in found:
             if line.data is None or line.data.strip():
-                records, reasons = self._line(line, where)
+                records, reasons = self._line(line)
                 taken += records
                 refused += [{"where": where, "reason": str(reason)} for reason in reasons]
                 kinds = [reason.kind for reason in reasons]
@@ -128,11 +128,11 @@ class Intake:
         self._commit(places)
         return len(taken)
 
-    def _line(self, line: Line, where: str) -> tuple[list[Served], list[Refused]]:
+    def _line(self, line: Line) -> tuple[list[Served], list[Refused]]:
         if line.data is None:
             return [], [Refused("too_long", "longer than max_line_mb allows")]
         taken, reasons = [], []
-        for found in self._reading.line(line.data, where=where):
+        for found in self._reading.line(line.data):
             if isinstance(found, Refused):
                 reasons.append(found)
                 continue

@@ -31,13 +31,14 @@ class Reading:
         self.duplicates = Duplicates(similarity=settings.near_duplicates, remembered=settings.remembered)
         self._requests = Requests()
 
-    def line(self, data: bytes, *, where: str) -> Iterator[tuple[Exchange, Mark] | Refused]:
+    def line(self, data: bytes) -> Iterator[tuple[Exchange, Mark] | Refused]:
         """Yield what a line holds: exchanges, reasons against others; nothing where it only announces an answer.
 
         Who takes an exchange tells `duplicates` to remember its mark, so that one that gave no record hides no better one.
         """
         try:
-            found = self._exchanges(data, id=where)
+            # What brings no id is named by what it holds: a log moves when it is rotated.
+            found = self._exchanges(data, id=hashlib.sha256(data).hexdigest()[:16])
         except Refused as reason:
             yield reason
             return

@@ -43,7 +43,7 @@ class ServingLogs:
             return
         if not line.data.strip():
             return
-        for found in self._reading.line(line.data, where=where):
+        for found in self._reading.line(line.data):
             if not isinstance(found, Refused):
                 yield Item(where, _as_value(*found), private=True)
             elif line.whole:
