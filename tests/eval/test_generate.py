@@ -80,6 +80,15 @@ def evaluated(target: Target, folder: Path) -> dict[str, Any]:
     return evaluate({"drafter": folder}, target, PROMPTS, settings)["temperatures"][0]  # type: ignore[no-any-return]
 
 
+def test_it_is_warmed_up_as_the_arms_are(target, tmp_path, monkeypatch):
+    called: list[int] = []
+    own = target.model.generate
+    monkeypatch.setattr(target.model, "generate", lambda tokens, **words: called.append(1) or own(tokens, **words))
+    same = evaluated(target, tmp_path)["plain"]["same_prompts"]
+    assert same["num_prompts"] == 3
+    assert len(called) == 1 + 3
+
+
 def test_an_evaluation_tells_that_generate_writes_the_same_text(target, tmp_path):
     target.model.generation_config = GenerationConfig(eos_token_id=[0], pad_token_id=0, repetition_penalty=1.8)
     same = evaluated(target, tmp_path)["plain"]["same_prompts"]
