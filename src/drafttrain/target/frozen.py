@@ -28,6 +28,7 @@ from drafttrain.core.tensors import check_finite, check_number_types
 from drafttrain.target.anatomy import position_limit
 from drafttrain.target.attention import refuse_attention
 from drafttrain.target.documents import document_states
+from drafttrain.target.ends import end_ids, say_ends
 from drafttrain.target.logits import head_logits
 
 BUILTIN = "builtin:"
@@ -262,14 +263,11 @@ class Target:
         """Digest of the tokenizer's map."""
         return tokenizer_fingerprint(self.tokenizer)
 
-    @property
+    @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end a text, as the generation config and the tokenizer say."""
-        given = getattr(self.model.generation_config, "eos_token_id", None)
-        ids = [] if given is None else [given] if isinstance(given, int) else list(given)
-        if not ids and self.tokenizer.eos_token_id is not None:
-            ids = [self.tokenizer.eos_token_id]
-        return tuple(int(i) for i in ids)
+        """Tokens that end a text: all that generation config, configuration and tokenizer name, as engines stop."""
+        say_ends(self.model, self.tokenizer, name=self.name)
+        return end_ids(self.model, self.tokenizer)
 
     @torch.no_grad()
     def read(self, tokens_BT: Tensor, positions_BT: Tensor, needs: TargetNeeds) -> TargetOutput:
