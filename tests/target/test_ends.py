@@ -63,7 +63,9 @@ def test_different_ends_are_reported_in_one_line(save_llama: SaveLlama, capsys: 
     folder = named(save_llama(num_layers=1), "generation_config.json", eos_token_id=5)
     _ = Target.load(TargetSettings(model=str(folder))).eos_token_ids
     lines = [line for line in capsys.readouterr().err.splitlines() if "ends texts at" in line]
-    assert len(lines) == 1 and "generation config ends texts at 5" in lines[0] and "<|end|>" in lines[0]
+    assert len(lines) == 1
+    assert "generation config ends texts at 5" in lines[0]
+    assert "<|end|>" in lines[0]
 
 
 def test_equal_ends_are_not_reported(save_llama: SaveLlama, capsys: pytest.CaptureFixture[str]) -> None:
