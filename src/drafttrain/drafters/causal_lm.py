@@ -25,6 +25,7 @@ from drafttrain.target import Target
 from drafttrain.target.anatomy import blocks
 from drafttrain.target.attention import drafter_attention
 from drafttrain.target.documents import document_states
+from drafttrain.target.ends import end_of_text
 from drafttrain.target.frozen import check_same_tokenizer, load_causal_lm, load_tokenizer, num_ids, resolve_folder
 from drafttrain.target.logits import head_logits
 
@@ -187,7 +188,7 @@ def from_scratch(settings: CausalLMSettings, *, vocab_size: int, num_positions: 
         max_position_embeddings=num_positions,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=end_of_text(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
     return LlamaForCausalLM(config)

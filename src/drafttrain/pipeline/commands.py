@@ -25,6 +25,7 @@ from drafttrain.pipeline.evaluating import evaluated, evaluated_head
 from drafttrain.pipeline.exporting import command_line, export_and_judge
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.pipeline.head import fit_head, labelled_tokens
+from drafttrain.pipeline.inputs import inputs_of, is_evaluated_on, target_inputs
 from drafttrain.pipeline.online import online_run, report, show_status
 from drafttrain.pipeline.run import Run, quiet_libraries
 from drafttrain.pipeline.training import train_drafter
@@ -168,7 +169,7 @@ def evaluate_recipe(recipe: Recipe, folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: no {what} was exported here yet: drafttrain fit does all stages")
     recipe = _with_models_made(recipe, folder.parent)
     # The files were exported as the run says, whatever the recipe now asks of an export.
-    run = Run(replace(recipe, export=held.export), folder, quiet=True)
+    run = Run(replace(recipe, export=held.export), folder, quiet=True, evaluates_only=True)
     if recipe.head is not None:
         result = evaluated_head(run)
     else:
@@ -176,6 +177,7 @@ def evaluate_recipe(recipe: Recipe, folder: Path) -> dict[str, Any]:
         if run.folder.start.exists():
             folders["start"] = run.folder.start
         result = evaluated(folders, run.target, recipe.eval, dropped=dropped_prompts(run, recipe.eval.prompts))
+    result |= {"inputs": inputs_of(run.recipe, only=is_evaluated_on)}
     write_json(run.folder.eval, result)
     show(result)
     return result
@@ -209,6 +211,7 @@ def evaluate_drafters(
         say(f"{letter}: {drafter}")
     loaded = Target.load(replace(of_target, model=target) if target else of_target)
     result = evaluated(dict(zip(names, folders, strict=True)), loaded, settings, dropped=())
+    result |= {"inputs": target_inputs(replace(of_target, model=loaded.name), settings.prompts)}
     show(result)
     if out is None and not Path(drafters[0]).is_dir():
         say("eval.json and report.html: not written, --out DIR says where to")

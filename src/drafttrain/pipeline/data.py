@@ -52,14 +52,15 @@ def training_data(run: Run) -> TrainingData:
 
 
 def _prepared(run: Run) -> TrainingData:
+    from drafttrain.core.digests import files_digest
     from drafttrain.data_gen.prepare import prepare
-    from drafttrain.target.frozen import tokenizer_fingerprint
+    from drafttrain.target.frozen import tokenizer_files, tokenizer_folder
 
     return prepare(
         run.recipe.data,
         run.folder.data,
         tokenizer=run.tokenizer,
-        tokenizer_fingerprint=tokenizer_fingerprint(run.tokenizer),
+        tokenizer_fingerprint=files_digest(tokenizer_files(tokenizer_folder(run.recipe.target))),
         seed=run.recipe.seed,
     )
 

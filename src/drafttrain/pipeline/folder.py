@@ -6,9 +6,10 @@ import contextlib
 import difflib
 import json
 import os
+import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError, DrafttrainError, RecipeError
 from drafttrain.core.files import lock, write_json, write_text
+from drafttrain.core.foreign import read_json
 from drafttrain.core.provenance import provenance
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.export.settings import ExportSettings
+from drafttrain.pipeline import inputs
 
 PROMPT_SETTINGS = ("prompts", "validation_prompts", "prompt_tokens")
 """Settings of the evaluation that decide which of its prompts overlap with the training text."""
@@ -39,6 +42,7 @@ class RunFolder:
         self.path = path
         self.recipe = path / "recipe.yaml"
         self.provenance = path / "provenance.json"
+        self.inputs = path / "inputs.json"
         self.data = path / "data"
         self.validation = self.data / "validation"
         self.overlap = self.data / "contaminated.json"
@@ -79,6 +83,11 @@ class RunFolder:
         """Tell whether a training was here, ended or not."""
         return self.train_done.exists() or any((self.train / "checkpoints").glob("step-*.ckpt"))
 
+    def _began(self) -> bool:
+        """Return whether anything was trained, in one of two phases or as traffic came."""
+        pretrained = (self.pretrain / "train.json").exists() or any((self.pretrain / "checkpoints").glob("step-*.ckpt"))
+        return self.has_weights() or pretrained or (self.path / "online").exists()
+
     def drop_figures(self) -> None:
         """Remove the evaluation of other weights or by other settings: it is made anew."""
         for path in (self.eval, self.report):
@@ -93,11 +102,15 @@ class RunFolder:
         # A logger that is not installed here is no reason not to read a run: none is compared.
         return load_recipe(str(self.recipe), ["train.loggers=[csv]"]) if self.recipe.exists() else None
 
-    def open(self, recipe: Recipe, *, quiet: bool = False) -> None:
+    def open(self, recipe: Recipe, *, quiet: bool = False, evaluates_only: bool = False) -> None:
         """Take the folder for a recipe, or continue in it; figures of another evaluation or another export are dropped.
 
+        Args:
+            evaluates_only: What only a training reads is not looked at.
+
         Raises:
-            RecipeError: The folder holds what another recipe trained; the lines that differ are shown.
+            RecipeError: The folder holds what another recipe trained, or what the same one trained on other content of its paths;
+                what differs is shown.
         """
         held = self.held()
         if held is not None:
@@ -105,6 +118,7 @@ class RunFolder:
             if not quiet:
                 say(f"{self.path}: continuing")
             self._drop_stale(held, recipe)
+        self._check_inputs(recipe, evaluates_only=evaluates_only)
         write_text(self.recipe, dump_recipe(recipe))
         self._note_provenance()
 
@@ -123,6 +137,41 @@ class RunFolder:
             self.drop_figures()
         if any(getattr(held.eval, name) != getattr(recipe.eval, name) for name in PROMPT_SETTINGS):
             self.overlap.unlink(missing_ok=True)
+
+    def _check_inputs(self, recipe: Recipe, *, evaluates_only: bool) -> None:
+        """Refuse content that is not what the training here reads; of the evaluation's, drop what was made of the content before.
+
+        Raises:
+            RecipeError: Naming what changed.
+        """
+        held = read_json(self.inputs) if self.inputs.exists() else {}
+        now = inputs.inputs_of(recipe, only=inputs.is_evaluated_on if evaluates_only else lambda key: True)
+        changed, done = inputs.changed(held, now), self.train_done.exists()
+        only_judged = {inputs.PROMPTS, *([inputs.VALIDATION] if done else [])}
+        trained_on = {key: words for key, words in changed.items() if key not in only_judged}
+        if self._began():
+            self._refuse(trained_on, "since the training here read it")
+        elif (self.data / "generated" / "plan.json").exists():
+            written_from = {inputs.GENERATED_FROM, *inputs.OF_TARGET}
+            self._refuse(
+                {key: words for key, words in trained_on.items() if key in written_from}, "since texts were made of it"
+            )
+        if changed:
+            words = ", ".join(dict.fromkeys(changed.values()))
+            say(f"{self.path}: {words}: changed since this run read it: what was made of it is made again")
+            self.drop_figures()
+            self.overlap.unlink(missing_ok=True)
+        if trained_on:
+            for made in (self.start, self.validation):
+                shutil.rmtree(made, ignore_errors=True)
+        write_json(self.inputs, inputs.merged(held, now))
+
+    def _refuse(self, changed: Mapping[str, str], since: str) -> None:
+        if changed:
+            advice = "bring it back, give the run another name (name=...), or remove the folder"
+            raise RecipeError(
+                str(self.path), [f"{key}: {words} has changed {since}: {advice}" for key, words in changed.items()]
+            )
 
     def _note_provenance(self) -> None:
         runs: list[Any] = []

@@ -26,9 +26,18 @@ class Run:
 
     Args:
         placement: Of the target, while data is made and a drafter trained (`train.target_placement`).
+        evaluates_only: What is trained here is only evaluated.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, *, quiet: bool = False, placement: str = "replicated") -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        *,
+        quiet: bool = False,
+        placement: str = "replicated",
+        evaluates_only: bool = False,
+    ) -> None:
         quiet_libraries()
         self.recipe = recipe
         self.placement = placement
@@ -36,7 +45,7 @@ class Run:
         self.folder = RunFolder(folder)
         with first_before_others("it opens the run folder"):
             if first():
-                self.folder.open(recipe, quiet=quiet)
+                self.folder.open(recipe, quiet=quiet, evaluates_only=evaluates_only)
         if recipe.train.num_threads:
             import torch
 

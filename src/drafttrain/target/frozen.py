@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from drafttrain.core.digests import weights_digest
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.files import sha256_of
 from drafttrain.core.foreign import check_folder
 from drafttrain.core.records import TargetNeeds, TargetOutput, TargetRows
 from drafttrain.core.settings import setting
@@ -28,9 +28,21 @@ from drafttrain.core.tensors import check_finite, check_number_types
 from drafttrain.target.anatomy import position_limit
 from drafttrain.target.attention import refuse_attention
 from drafttrain.target.documents import document_states
+from drafttrain.target.ends import end_ids, say_ends
 from drafttrain.target.logits import head_logits
 
 BUILTIN = "builtin:"
+TOKENIZER_FILES = (
+    *(
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.*",
+        "merges.txt",
+    ),
+    *("*.model", "chat_template.*", "additional_chat_templates/*.jinja"),
+)
 
 
 @dataclass
@@ -92,14 +104,21 @@ def resolve_folder(name: str, *, revision: str | None = None) -> Path:
 
 
 def fingerprint_of(folder: Path) -> str:
-    """Return a short digest of a model folder: its configuration and the bytes of its weights."""
+    """Return a short digest of a model folder: its configuration and its weights (`core.digests` says which bytes of them)."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder}: no *.safetensors here (pickled weights are not read)")
     digest = hashlib.sha256()
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: no config.json here: not a model folder")
     for path in [folder / "config.json", *files]:
-        digest.update(f"{path.name}:{sha256_of(path)}\n".encode())
+        digest.update(f"{path.name}:{weights_digest(path)}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that decide how text and chats become ids."""
+    return sorted(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file())
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -262,14 +281,11 @@ class Target:
         """Digest of the tokenizer's map."""
         return tokenizer_fingerprint(self.tokenizer)
 
-    @property
+    @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end a text, as the generation config and the tokenizer say."""
-        given = getattr(self.model.generation_config, "eos_token_id", None)
-        ids = [] if given is None else [given] if isinstance(given, int) else list(given)
-        if not ids and self.tokenizer.eos_token_id is not None:
-            ids = [self.tokenizer.eos_token_id]
-        return tuple(int(i) for i in ids)
+        """Tokens that end a text: all that generation config, configuration and tokenizer name, as engines stop."""
+        say_ends(self.model, self.tokenizer, name=self.name)
+        return end_ids(self.model, self.tokenizer)
 
     @torch.no_grad()
     def read(self, tokens_BT: Tensor, positions_BT: Tensor, needs: TargetNeeds) -> TargetOutput:
@@ -321,7 +337,11 @@ def add_to_digest(digest: Any, name: str, tensor: Tensor) -> None:
 
 def load_target_tokenizer(settings: TargetSettings) -> Any:
     """Return the tokenizer that the settings name, without reading any weights."""
+    return load_tokenizer(tokenizer_folder(settings), trust_remote_code=settings.trust_remote_code)
+
+
+def tokenizer_folder(settings: TargetSettings) -> Path:
+    """Return the folder of the tokenizer that the settings name."""
     name = settings.tokenizer or settings.model
     assert name is not None, "TargetSettings.check asks for one of them"
-    folder = resolve_folder(name, revision=settings.revision if settings.tokenizer is None else None)
-    return load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
+    return resolve_folder(name, revision=settings.revision if settings.tokenizer is None else None)

@@ -88,6 +88,7 @@ class Vllm:
             "max_model_len": longest + plan.max_new_tokens,
             "max_num_seqs": plan.batch_size,
             "max_tokens": plan.max_new_tokens,
+            "ends": list(plan.target.eos_token_ids),
             "shards": [
                 {"file": str(files[number].resolve()), "texts": [self._text(task) for task in shard]}
                 for number, shard in shards.items()

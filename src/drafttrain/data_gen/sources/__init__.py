@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
+from drafttrain.core.digests import text_digest
 from drafttrain.core.registry import Registry, component_mapping
 from drafttrain.core.settings import setting
 
@@ -76,8 +77,8 @@ class RecordSource(Protocol):
 
 
 def stamps(paths: Sequence[Path]) -> list[list[Any]]:
-    """Return name, size and time of change of files: they tell an edited one without reading it."""
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    """Return name, size and digest of files: a copy is the same, an edited one is not."""
+    return [[path.name, path.stat().st_size, text_digest(path)] for path in paths]
 
 
 def content_of(settings: Any) -> dict[str, Any]:

@@ -1,11 +1,16 @@
 """A data set of the hub, or a local folder that `datasets` can read."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from drafttrain.core.errors import DataError
 from drafttrain.core.settings import setting
-from drafttrain.data_gen.sources import Item, WeightedSettings, sources
+from drafttrain.data_gen.sources import Item, WeightedSettings, sources, stamps
+
+TIMEOUT_SECONDS = 10.0
 
 
 @dataclass(kw_only=True)
@@ -32,7 +37,9 @@ class Hub:
 
         wanted = self.settings
         try:
-            rows = datasets.load_dataset(wanted.path, wanted.name, split=wanted.split, revision=wanted.revision)
+            rows = datasets.load_dataset(
+                wanted.path, wanted.name, split=wanted.split, revision=self._commit or wanted.revision
+            )
         except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
             raise DataError(
                 f"{wanted.path}: no data set could be read here (split {wanted.split!r}): {error}"
@@ -42,3 +49,25 @@ class Hub:
             yield Item(
                 f"{wanted.path}:{number}", {name: content for name, content in value.items() if content is not None}
             )
+
+    def version(self) -> Any:
+        """Return the commit of a data set of the hub, or what changes with the files of a folder; None: it is not known."""
+        folder = Path(self.settings.path).expanduser()
+        if folder.exists():
+            return stamps(sorted(path for path in folder.rglob("*") if path.is_file()))
+        return self._commit
+
+    @functools.cached_property
+    def _commit(self) -> str | None:
+        import huggingface_hub
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        wanted = self.settings
+        if Path(wanted.path).expanduser().exists():
+            return None
+        try:
+            found = huggingface_hub.HfApi().dataset_info(wanted.path, revision=wanted.revision, timeout=TIMEOUT_SECONDS)
+        except (HfHubHTTPError, HFValidationError, OSError):
+            # Without the hub, `datasets` reads its own cache; what that holds has no name here.
+            return None
+        return found.sha

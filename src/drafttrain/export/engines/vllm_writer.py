@@ -5,6 +5,7 @@ The request:
     target                folder of the target
     dtype, max_model_len, max_num_seqs, memory_gb (of keys and values)
     max_tokens            new tokens of a text
+    ends                  token ids that end a text
     shards                [{file, texts: [{prompt (token ids), temperature, top_p, seed}]}]
 
 Each shard's texts, [{tokens, finish}], are written into its file as soon as they are there, whole or not at all. The answer:
@@ -47,6 +48,7 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
                 top_p=text["top_p"],
                 seed=text["seed"] if text["temperature"] else None,
                 max_tokens=request["max_tokens"],
+                stop_token_ids=request["ends"],
                 detokenize=False,
             )
             for text in texts
