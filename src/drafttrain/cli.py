@@ -578,10 +578,11 @@ def _check_served(named: list[str], server: str, *, smoke: bool) -> None:
     if len(named) > 1:
         problems.append(f"--server: one drafter is served, got {len(named)}")
     problems += [f"{name}: no such folder" for name in named[:1] if not Path(name).is_dir()]
-    if not server.startswith(("http://", "https://")):
-        problems.append(f"--server: must begin with http:// or https://, got {server!r}")
-    elif "@" in server:
+    # What may be a password is not repeated.
+    if "@" in server or "?" in server:
         problems.append("--server: holds a name or a key; name an environment variable in --api-key-variable")
+    elif not server.startswith(("http://", "https://")):
+        problems.append(f"--server: must begin with http:// or https://, got {server!r}")
     if problems:
         raise RecipeError("arguments", problems)
 

@@ -156,6 +156,8 @@ def test_a_server_that_cannot_tell_says_why_in_one_line(target, drafter, save_ll
         ([], "give DRAFTER, or --target"),
         (["nowhere"], "nowhere: no such folder"),
         (["--server", "http://me:secret@host"], "holds a name or a key"),
+        (["--server", "me:secret@host"], "holds a name or a key"),
+        (["--server", "host/?key=secret"], "holds a name or a key"),
         (["--server", "host:8000"], "must begin with http:// or https://"),
     ],
 )
@@ -163,6 +165,7 @@ def test_arguments_that_mean_nothing_are_refused(words, said):
     done = CliRunner().invoke(app, ["eval", "--server", "http://127.0.0.1:9", *words])
     assert done.exit_code == 2
     assert said in done.stderr
+    assert "secret" not in done.stderr
 
 
 def test_require_without_a_server_is_refused(drafter):

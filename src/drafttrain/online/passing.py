@@ -49,15 +49,15 @@ class Passing:
     def __post_init__(self) -> None:
         self.began = time.time()
         self.recorded = self.request.method == b"POST" and self.request.path.endswith(RECORDED)
-        self._asked: list[bytes] = []
-        self._answered: list[bytes] = []
+        # Arrays, as many small pieces would need many times their size.
+        self._asked, self._answered = bytearray(), bytearray()
         self._size = 0
-        self._waiting: list[bytes] | None = None
+        self._waiting: bytearray | None = None
         """What is held back of a message that is written again; None: it passes as it comes."""
         self._events: StrippedEvents | None = None
         adds = self.settings.logprobs or self.settings.token_ids
         if self.recorded and adds and not _coding(self.request.values(b"content-encoding")):
-            self._waiting = []
+            self._waiting = bytearray()
 
     @property
     def waits_for_body(self) -> bool:
@@ -80,10 +80,10 @@ class Passing:
         self.asked_whole = True
         if self._waiting is None:
             return b""
-        raw, self._waiting = b"".join(self._waiting), None
+        raw, self._waiting = bytes(self._waiting), None
         chat = self.request.path.endswith(RECORDED[0])
         self.asking = Asking.of(
-            b"".join(self._asked), chat=chat, logprobs=self.settings.logprobs, token_ids=self.settings.token_ids
+            bytes(self._asked), chat=chat, logprobs=self.settings.logprobs, token_ids=self.settings.token_ids
         )
         if not self.asking.added:
             return raw
@@ -103,7 +103,7 @@ class Passing:
         if not rewritten:
             return answer.raw
         if not self._is_stream:
-            self._waiting = []
+            self._waiting = bytearray()
             return self._sent(answer.raw)
         self._events = StrippedEvents(self.asking)
         self.closes = self.request.minor == b"0"
@@ -127,7 +127,7 @@ class Passing:
             return b""
         assert self.answer is not None
         self._waiting = None
-        body = self.asking.stripped(b"".join(self._answered))
+        body = self.asking.stripped(bytes(self._answered))
         dropped = (b"content-length", b"transfer-encoding", b"trailer")
         return self.answer.rewritten(dropped=dropped, added=[b"Content-Length: %d" % len(body)]) + body
 
@@ -147,8 +147,8 @@ class Passing:
         return Capture(
             f"rec-{uuid.uuid4().hex}",
             self.request.path,
-            b"".join(self._asked),
-            b"".join(self._answered),
+            bytes(self._asked),
+            bytes(self._answered),
             self._is_stream,
             self.began,
             _coding(self.request.values(b"content-encoding")),
@@ -159,7 +159,7 @@ class Passing:
         """Give back the memory."""
         self._forget("")
 
-    def _keep(self, pieces: list[bytes], content: list[bytes]) -> None:
+    def _keep(self, kept: bytearray, content: list[bytes]) -> None:
         if not self.recorded or self.not_kept:
             return
         size = sum(map(len, content))
@@ -170,22 +170,22 @@ class Passing:
         else:
             self._size += size
             self.held.size += size
-            pieces += content
+            kept += b"".join(content)
 
     def _forget(self, why: str) -> None:
         self.held.size -= self._size
         self._size = 0
-        self._asked, self._answered = [], []
+        self._asked, self._answered = bytearray(), bytearray()
         self.not_kept = why or self.not_kept or "ended"
 
     def _sent(self, raw: bytes) -> bytes:
         """Return what goes on now: all that was held back, once it is clear that nothing is written again."""
         if self._waiting is None:
             return raw
-        self._waiting.append(raw)
+        self._waiting += raw
         if not self.not_kept:
             return b""
-        raw, self._waiting = b"".join(self._waiting), None
+        raw, self._waiting = bytes(self._waiting), None
         return raw
 
 

@@ -304,7 +304,10 @@ def test_sampled_texts_are_told_not_to_be_reproducible(settings, tiny_target, tm
     assert "reproducible" not in json.loads((ours / "manifest.json").read_text())
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "http://me:secret@host/v1", "http://host/v1?key=1"])
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000", "http://me:secret@host/v1", "http://host/v1?key=secret", "me:secret@host"]
+)
 def test_an_address_that_is_none_or_holds_a_key_is_refused(url):
-    assert OpenAISettings(base_url=url, model="m").check()
+    (problem,) = OpenAISettings(base_url=url, model="m").check()
+    assert "secret" not in problem
     assert not OpenAISettings(base_url="http://host:8000/v1", model="m").check()

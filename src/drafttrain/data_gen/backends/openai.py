@@ -69,10 +69,11 @@ class OpenAISettings:
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
         problems = []
-        if not self.base_url.startswith(("http://", "https://")):
-            problems.append(f"base_url: must begin with http:// or https://, got {self.base_url!r}")
+        # What may be a password is not repeated.
         if "@" in self.base_url or "?" in self.base_url:
             problems.append("base_url: holds a name or a key; name an environment variable in api_key_variable")
+        elif not self.base_url.startswith(("http://", "https://")):
+            problems.append(f"base_url: must begin with http:// or https://, got {self.base_url!r}")
         return problems
 
 
