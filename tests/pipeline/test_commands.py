@@ -292,8 +292,9 @@ def test_pretraining_comes_first_reads_plain_text_only_and_its_end_is_the_start(
     assert last[0] == "6"
     # One record is a window of 40 tokens of plain text, all but its first a label; a generated one is shorter.
     assert int(last[COLUMNS.index("tokens")]) == 6 * 4 * 40
-    with pytest.raises(RecipeError, match="needs plain text"):
-        load_recipe(recipe, [*wanted, generated, "data.sources=[{kind: generated}]"])
+    for unread in ("", ", {kind: stdlib, weight: 0}"):
+        with pytest.raises(RecipeError, match="needs plain text"):
+            load_recipe(recipe, [*wanted, generated, f"data.sources=[{{kind: generated}}{unread}]"])
 
 
 def test_eval_runs_where_lightning_and_deepspeed_are_not_installed(recipe, tmp_path):

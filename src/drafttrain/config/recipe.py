@@ -109,8 +109,9 @@ class Recipe:
         """Tell what phase 1 needs that is not here."""
         if getattr(self.drafter, "kind", "") != "causal_lm":
             yield "train.pretrain: only drafter.kind causal_lm is pretrained on plain text"
-        if all(getattr(source, "kind", "") == "generated" for source in self.data.sources):
-            yield "train.pretrain: needs plain text: a source in data.sources besides kind generated"
+        plain = [source for source in self.data.sources if getattr(source, "kind", "") != "generated"]
+        if not any(getattr(source, "weight", 1.0) for source in plain):
+            yield "train.pretrain: needs plain text: a source in data.sources besides kind generated, of a weight above 0"
 
     def _online(self) -> Iterator[str]:
         """Tell what online learning cannot do, or would not look at."""
