@@ -77,6 +77,7 @@ def test_prompts_that_share_an_id_are_answered_by_draws_of_their_own(tiny_target
     assert "records with the id of an earlier one, or with its content and no id: 2; each" in " ".join(
         capfd.readouterr().err.split()
     )
+    assert json.loads((tmp_path / "g" / "manifest.json").read_text())["shared_names"] == 2
     # One that shares its id with none has the draws that it always had.
     alone = [{"id": "x", "prompt": "tell me"}]
     (only,) = written(

@@ -74,7 +74,7 @@ def generate(
     if manifest.exists():
         return folder
     write_json(plan_file, about)
-    tasks = _tasks(settings, target, folder / "quarantine.jsonl", seed=seed, max_length=max_length)
+    tasks, num_shared = _tasks(settings, target, folder / "quarantine.jsonl", seed=seed, max_length=max_length)
     size = settings.records_per_shard
     shards = [tasks[start : start + size] for start in range(0, len(tasks), size)]
     missing = [number for number in range(len(shards)) if not _shard(folder, number).exists()]
@@ -88,7 +88,8 @@ def generate(
             for left in folder.glob("answers-*.jsonl"):
                 # A kill struck after a shard was stored and before a backend threw away what it was made of.
                 left.unlink()
-            write_json(manifest, _manifest(about, folder, shards, backend.reproducible()))
+            shared = {"shared_names": num_shared} if num_shared else {}
+            write_json(manifest, _manifest(about | shared, folder, shards, backend.reproducible()))
     return folder
 
 
@@ -110,8 +111,13 @@ def _accounts(folder: Path, number: int) -> Path:
     return folder / f"accounts-{number:05d}.jsonl"
 
 
-def _tasks(settings: GenerateSettings, target: Target, quarantine: Path, *, seed: int, max_length: int) -> list[Task]:
-    """Return the texts to write: prompts in a shuffled order, temperatures in turn; bad prompts go into quarantine."""
+def _tasks(
+    settings: GenerateSettings, target: Target, quarantine: Path, *, seed: int, max_length: int
+) -> tuple[list[Task], int]:
+    """Return the texts to write, and how many prompts share the name of an earlier one.
+
+    Prompts come in a shuffled order, temperatures in turn; bad prompts go into quarantine.
+    """
     encoder = Encoder(target.tokenizer, max_length)
     names = Names()
     found = read_items(
@@ -122,8 +128,9 @@ def _tasks(settings: GenerateSettings, target: Target, quarantine: Path, *, seed
         max_items=getattr(settings.prompts, "max_items", None),
     )
     prompts = [(names.own(id), tokens) for id, tokens in found]
-    if names.num_shared:
-        say(f"data.generate.prompts: {shared_names(names.num_shared)}")
+    num_shared = names.num_shared
+    if num_shared:
+        say(f"data.generate.prompts: {shared_names(num_shared)}")
     prompts.sort(key=lambda prompt: stream_seed(seed, "prompt order", prompt[0]))
     if len(prompts) < settings.num_records:
         say(f"{len(prompts):,} prompts for {settings.num_records:,} texts: prompts are used again, with other draws")
@@ -135,7 +142,7 @@ def _tasks(settings: GenerateSettings, target: Target, quarantine: Path, *, seed
         temperature = settings.temperatures[(place + again) % len(settings.temperatures)]
         sampling = Sampling(temperature, top_p=1.0 if temperature == 0 else settings.top_p)
         tasks.append(Task(names.own(id) if again else id, tokens, sampling))
-    return tasks
+    return tasks, num_shared
 
 
 def _store(folder: Path, number: int, shard: Sequence[Task], outcomes: Sequence[Outcome], target: Target) -> None:
