@@ -83,7 +83,9 @@ def test_control_another_embedding_is_seen(library, target, tmp_path):
     source = folders.save(
         folders.drafter_of("eagle3", target, num_steps=NUM_STEPS, scale=0.05), tmp_path / "one", target
     )
-    other = folders.save(folders.drafter_of("eagle3", target, num_steps=NUM_STEPS, scale=0.05), tmp_path / "two", target)
+    other = folders.save(
+        folders.drafter_of("eagle3", target, num_steps=NUM_STEPS, scale=0.05), tmp_path / "two", target
+    )
     target_config = read_target_config(Path(target.name), name=target.name)
     export_as("speculators", source, tmp_path / "out", target_config=target_config)
     folders.damage(tmp_path / "out", lambda t, _: t.update({"embed_tokens.weight": 1 - t["embed_tokens.weight"]}))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
 from drafttrain.drafters.feature_layer import Rotary
 from drafttrain.drafters.feature_target import ENDLESS, ROPE_SCALINGS, llama_config, one_layer
 from drafttrain.export.layout import rope_problems
+from drafttrain.importers import Given
+from drafttrain.importers.naming import without
 from drafttrain.importers.target import TargetFiles
 
 SILENT = (
@@ -26,13 +29,26 @@ SILENT = (
 WINDOW = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
 """Fields that together say whether the layer attends to the whole text."""
 
+FURTHER = "further layers are not read"
+ATTENTION_BIAS = "the attention's projections would have biases"
+MLP_BIAS = "the feed-forward block would have biases"
+HEAD_NORMS = "queries and keys would be normed in each head, as Qwen3's are"
+FORMS = {
+    FURTHER: re.compile(r"^layers\.[1-9]\d*\.|^additional_layers\."),
+    ATTENTION_BIAS: re.compile(r"self_attn\.\w+\.bias$"),
+    MLP_BIAS: re.compile(r"mlp\.\w+\.bias$"),
+    HEAD_NORMS: re.compile(r"self_attn\.[qk]_norm\."),
+    "the feed-forward block would be a mixture of experts": re.compile(r"mlp\.(experts|gate|shared_experts?)\."),
+}
+"""Forms of the layer that are not read here, and the tensors that only they have."""
+
 ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
-    "num_hidden_layers": ((1,), "further layers are not read"),
+    "num_hidden_layers": ((1,), FURTHER),
     "hidden_act": (("silu",), "the layer's activation would be another one"),
-    "attention_bias": ((False,), "the attention's projections would have biases"),
+    "attention_bias": ((False,), ATTENTION_BIAS),
     "bias": ((False,), "engines take it for biases of the attention and of fc"),
-    "mlp_bias": ((False,), "the feed-forward block would have biases"),
-    "qkv_bias": ((False,), "the attention's projections would have biases"),
+    "mlp_bias": ((False,), MLP_BIAS),
+    "qkv_bias": ((False,), ATTENTION_BIAS),
     "partial_rotary_factor": ((1,), "only a part of each head would be rotated"),
     "rope_is_neox_style": ((True,), "other pairs of coordinates would be rotated"),
     "is_causal": ((True,), "the attention would look ahead"),
@@ -83,6 +99,22 @@ def layer_problems(config: Mapping[str, Any], *, own: Iterable[str], prefix: str
     ]
     found, notes = unknown_fields(config, known=[*SIZES, *OTHERS, *ONLY, *WINDOW, *own], prefix=prefix)
     return [*other, *_window_problems(config, prefix), *found], notes
+
+
+def without_other_forms(given: Given, found: Iterable[str]) -> tuple[Given, list[str]]:
+    """Return (the folder without the tensors of layers of other forms, one problem a form).
+
+    Args:
+        found: Problems of the fields: a form that one of them names already needs no second line.
+    """
+    found, problems = list(found), []
+    for effect, pattern in FORMS.items():
+        names = [name for name in given.tensors if pattern.search(name)]
+        if names and not any(line.endswith(effect) for line in found):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            problems.append(f"{given.files[names[0]]}: {names[0]}{more}: {effect}")
+        given = without(given, names)
+    return given, problems
 
 
 def unknown_fields(config: Mapping[str, Any], *, known: Iterable[str], prefix: str = "") -> tuple[list[str], list[str]]:
