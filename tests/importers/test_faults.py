@@ -122,8 +122,8 @@ FAULTS: list[tuple[str, Any, list[str]]] = [
     ),
     (
         "eagle3",
-        lambda t, c, _: c.update(rope_scaling={"mrope_section": [2]}),
-        [r"rope_parameters\.mrope_section is \[2\]"],
+        lambda t, c, _: c.update(rope_scaling={"type": "dynamic", "factor": 2.0, "alpha": 1000.0}),
+        [r"rope_parameters\.alpha is 1000\.0: the positions would be scaled in another way"],
     ),
     ("eagle3", lambda t, c, _: c.update(rope_parameters={"rope_theta": 1e4}), ["rope_theta is 500.0, rope_parameters"]),
     (

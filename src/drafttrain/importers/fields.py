@@ -73,7 +73,17 @@ OF_ROPE = (
 )
 """Fields of rope_parameters, or of rope_scaling."""
 
-EFFECT_OF_ROPE = {"mrope_section": "positions of images would be turned along three axes, drafters here read text"}
+ROPE_ONLY: dict[str, tuple[Any, ...]] = {
+    "alpha": (),
+    "attn_factor": (1,),
+    "extrapolation_factor": (1,),
+    "apply_yarn_scaling": (True,),
+    "use_fope": (False,),
+}
+"""Fields of a scaling that vLLM 0.32.0 reads beside these, and the values that have no effect."""
+
+MROPE = ("mrope_section", "mrope_interleaved")
+"""How the positions of images are turned along three axes; in text all three are the same."""
 
 DEFAULT_THETA, DEFAULT_EPS = 10000.0, 1e-6
 """What LlamaConfig takes where a file is silent."""
@@ -245,17 +255,23 @@ def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[st
         new = new["full_attention"]
     given = dict(new if new is not None else scaling or {})
     kind = given.pop("type", None)
-    rope = {"rope_type": kind or "default"} | {k: v for k, v in given.items() if k in OF_ROPE or v is not None}
+    rope = {"rope_type": kind or "default"} | {key: value for key, value in given.items() if key in OF_ROPE}
+    if rope["rope_type"] == "mrope":
+        rope["rope_type"] = "default"
     rope.setdefault("rope_theta", theta if theta is not None else DEFAULT_THETA)
     silent = theta is None and "rope_theta" not in given
     notes = (
         [f"config.json: rope_theta is left out: taken as {DEFAULT_THETA:g}, as Llama's loaders do"] if silent else []
     )
+    if any(key in MROPE for key in given) or kind == "mrope":
+        notes.append("config.json: positions of images along three axes (mrope): left out, drafters here read text")
+    if unread := [key for key in given if key not in (*OF_ROPE, *ROPE_ONLY, *MROPE)]:
+        notes.append(f"config.json: not read, unknown here: {', '.join(f'rope_parameters.{key}' for key in unread)}")
     found = rope_problems({**config, "rope_parameters": new})
     found += [
-        f"config.json: rope_parameters.{key} is {_shown(value)}: {EFFECT_OF_ROPE.get(key, 'an unknown way to turn positions')}"
-        for key, value in rope.items()
-        if key not in OF_ROPE
+        f"config.json: rope_parameters.{key} is {_shown(given[key])}: the positions would be scaled in another way"
+        for key, allowed in ROPE_ONLY.items()
+        if rope["rope_type"] != "default" and given.get(key) is not None and given[key] not in allowed
     ]
     trained = config.get("original_max_position_embeddings")
     if rope["rope_type"] != "default" and trained is not None:
@@ -269,8 +285,7 @@ def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[st
     if not _is_positive(rope["rope_theta"]):
         found.append(f"config.json: rope_theta must be a number above 0, got {rope['rope_theta']!r}")
     elif rope["rope_type"] not in allowed:
-        if "mrope_section" not in rope:
-            found.append(f"config.json: rope_type is {rope['rope_type']!r}, allowed: {', '.join(allowed)}")
+        found.append(f"config.json: rope_type is {rope['rope_type']!r}, allowed: {', '.join(allowed)}")
     elif rope.get("partial_rotary_factor", 1) != 1:
         found.append(
             f"config.json: partial_rotary_factor is {rope['partial_rotary_factor']}, only 1 is read here: only a part of each head would be rotated"
