@@ -22,7 +22,7 @@ test-full: $(INSTALLED)
 SERVING = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -m serving
 
 test-serving: $(INSTALLED)
-	$(BIN)/drafttrain engines install vllm llama.cpp openvino
+	$(BIN)/drafttrain engines install vllm llama.cpp openvino speculators
 	$(SERVING) tests/serving
 
 # One configuration a kind, in vLLM.

@@ -234,21 +234,21 @@ def install(
 ) -> None:
     """Make the environment of a serving engine, in the user's cache, outside of any project."""
     with exit_codes(debug=debug):
-        from drafttrain.export.engines import checked_engines
+        from drafttrain.export.engines import checked_installed
         from drafttrain.export.engines.environment import install as make
 
-        for engine in checked_engines(names):
+        for engine in checked_installed(names):
             say(f"{engine.name}: ready in {make(engine)}")
 
 
 @engines_app.command(name="list")
 def list_engines() -> None:
     """List the serving engines that can prove an export, and where their environments are."""
-    from drafttrain.export.engines import checked_engines, engines
+    from drafttrain.export.engines import checked_installed
     from drafttrain.export.engines.environment import is_installed, python_of
 
     rows = []
-    for engine in checked_engines(engines.names()):
+    for engine in checked_installed([]):
         where = str(python_of(engine).parents[1]) if is_installed(engine) else "not installed"
         rows.append(
             [engine.name, " ".join(engine.pins) or "none", " ".join(engine.methods), " ".join(engine.formats), where]

@@ -32,6 +32,7 @@ KINDS = {
     "sa_eagle1_bias": "eagle",
     "md_1_says2": "medusa",
     "md_v2": "medusa",
+    "gemma2_draft": "causal_lm",
 }
 
 

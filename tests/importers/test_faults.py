@@ -56,7 +56,12 @@ FAULTS: list[tuple[str, Any, list[str]]] = [
     (
         "eagle3",
         lambda t, c, _: t.update({"midlayer.self_attn.q_proj.bias": torch.zeros(32)}),
-        [r"model\.safetensors: midlayer\.self_attn\.q_proj\.bias: this layout has no such tensor", "allowed with this"],
+        [r"model\.safetensors: midlayer\.self_attn\.q_proj\.bias: the attention's projections would have biases"],
+    ),
+    (
+        "eagle3",
+        lambda t, c, _: t.update({"midlayer.odd.weight": torch.zeros(32)}),
+        [r"model\.safetensors: midlayer\.odd\.weight: this layout has no such tensor", "allowed with this"],
     ),
     (
         "eagle3",
@@ -117,8 +122,8 @@ FAULTS: list[tuple[str, Any, list[str]]] = [
     ),
     (
         "eagle3",
-        lambda t, c, _: c.update(rope_scaling={"mrope_section": [2]}),
-        [r"rope_parameters\.mrope_section is \[2\]"],
+        lambda t, c, _: c.update(rope_scaling={"type": "dynamic", "factor": 2.0, "alpha": 1000.0}),
+        [r"rope_parameters\.alpha is 1000\.0: the positions would be scaled in another way"],
     ),
     ("eagle3", lambda t, c, _: c.update(rope_parameters={"rope_theta": 1e4}), ["rope_theta is 500.0, rope_parameters"]),
     (

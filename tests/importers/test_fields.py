@@ -52,6 +52,8 @@ IDLE: list[dict[str, Any]] = [
     {"text_max_position_embeddings": 64},
     {"quantization_config": None},
     {"original_max_position_embeddings": 64},
+    {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
+    {"rope_scaling": {"type": "default", "mrope_section": [2, 3, 3], "some_new_field": 1}},
     {"rope_theta": None, "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 500.0}}},
 ]
 
@@ -94,10 +96,6 @@ EFFECTS: list[tuple[dict[str, Any], str]] = [
     ({"is_causal": False}, "would look ahead"),
     ({"logit_scale": 0.5}, "logits would be scaled"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantized weights are not read"),
-    (
-        {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
-        "positions of images would be turned along three axes",
-    ),
 ]
 
 
@@ -112,9 +110,53 @@ def test_a_field_with_an_effect_is_refused_in_one_line_that_names_it(layout, mor
     assert effect in rest[0]
 
 
+def added(prefix: str, *names: str) -> dict[str, torch.Tensor]:
+    return {prefix + name: torch.ones(2) for name in names}
+
+
+# (fields, tensors by the layer's prefix, what the one line says)
+FORMS: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
+    ({"attention_bias": True}, ("self_attn.q_proj.bias", "self_attn.o_proj.bias"), "projections would have biases"),
+    (
+        {},
+        ("self_attn.q_proj.bias", "self_attn.k_proj.bias"),
+        "k_proj.bias and 1 more: the attention's projections would have",
+    ),
+    ({"mlp_bias": True}, ("mlp.up_proj.bias",), "the feed-forward block would have biases"),
+    ({}, ("self_attn.q_norm.weight", "self_attn.k_norm.weight"), "queries and keys would be normed in each head"),
+    (
+        {},
+        tuple(f"mlp.experts.{k}.up.weight" for k in range(40)),
+        "and 39 more: the feed-forward block would be a mixture",
+    ),
+]
+
+
+@pytest.mark.parametrize("layout", ["eagle3", "speculators", "eagle"])
+@pytest.mark.parametrize(("more", "names", "effect"), FORMS)
+def test_a_layer_of_another_form_is_one_line_that_names_the_form(layout, more, names, effect, target, tmp_path):
+    prefix = "midlayer." if layout == "eagle3" else "layers.0."
+    with pytest.raises(CheckpointError) as caught:
+        imported(layout, target, tmp_path, more, **added(prefix, *names))
+    (line,) = str(caught.value).splitlines()[1:]
+    assert effect in line
+
+
+@pytest.mark.parametrize("fields", [{"num_hidden_layers": 3}, {}], ids=str)
+def test_further_layers_are_one_line(fields, target, tmp_path):
+    more = {f"layers.{k}.{name}": torch.ones(2) for k in (1, 2) for name in given.layer("", reads=32)}
+    with pytest.raises(CheckpointError) as caught:
+        imported("speculators", target, tmp_path, fields, **more)
+    (line,) = str(caught.value).splitlines()[1:]
+    assert line.endswith("further layers are not read")
+
+
 def test_a_layer_of_qwen3_is_refused_by_its_effect(target, tmp_path):
-    with pytest.raises(CheckpointError, match=r"model_type is 'qwen3', only 'llama' .* \(Qwen3's norms each head\)"):
-        imported("speculators", target, tmp_path, {"model_type": "qwen3"})
+    norms = added("layers.0.self_attn.", "q_norm.weight", "k_norm.weight")
+    with pytest.raises(CheckpointError) as caught:
+        imported("speculators", target, tmp_path, {"model_type": "qwen3"}, **norms)
+    (line,) = str(caught.value).splitlines()[1:]
+    assert "model_type is 'qwen3', only 'llama' is read here: queries and keys would be normed in each head" in line
 
 
 def test_unknown_fields_are_named_in_one_note(target, tmp_path):
@@ -174,13 +216,13 @@ def test_a_kind_that_is_not_read_is_one_line_that_says_what_it_is(tensors, field
 
 
 def test_many_tensors_of_one_sort_are_one_line(target, tmp_path):
-    more = {f"midlayer.mlp.experts.{k}.{part}.weight": torch.zeros(2, 2) for k in range(40) for part in ("up", "down")}
+    more = {f"midlayer.odd.{k}.{part}.weight": torch.zeros(2, 2) for k in range(40) for part in ("up", "down")}
     folder = given.write(tmp_path / "theirs", given.eagle3_tensors() | more, given.eagle3_config())
     with pytest.raises(CheckpointError) as caught:
         import_folder(folder, tmp_path / "out", target=target.name)
     lines = str(caught.value).splitlines()
     assert len(lines) == 4
-    assert "midlayer.mlp.experts.*.down.weight: this layout has no such tensor (40 of them)" in lines[1]
+    assert "midlayer.odd.*.down.weight: this layout has no such tensor (40 of them)" in lines[1]
 
 
 def test_heads_are_as_many_as_the_file_holds(target, tmp_path):

@@ -18,6 +18,7 @@ from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import drafters
 from drafttrain.drafters.medusa import JointSettings
 from drafttrain.export.convert import export_as, read_target_config
+from drafttrain.export.engines import engine_of
 from drafttrain.importers.convert import import_folder
 from drafttrain.target import Target, TargetSettings
 from tests.conftest import byte_tokenizer, random_llama
@@ -265,6 +266,9 @@ def test_the_bias_of_fc_is_added_and_exported_where_it_is_used(target, tmp_path)
         CheckpointError, match=r"fc\.bias: 32 of 32 values are not zero: vLLM 0\.32\.0 drops them silently"
     ):
         export_as("vllm", tmp_path / "drafter", tmp_path / "vllm", target_config=target_config)
+    (line,) = engine_of("vllm").misread(tmp_path / "drafter", "eagle")
+    assert "fc has a bias: vLLM 0.32.0 drops it silently" in line
+    assert not engine_of("vllm").misread(tmp_path / "none", "eagle")
 
 
 def test_a_drafter_with_a_bias_in_fc_is_trained_on_with_it(target, tmp_path):

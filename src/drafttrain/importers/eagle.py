@@ -11,7 +11,7 @@ from drafttrain.export import DrafterFiles
 from drafttrain.export.layout import LAYOUTS
 from drafttrain.importers import Given, Imported, Importer, importers
 from drafttrain.importers.copies import without_angles, without_copies
-from drafttrain.importers.fields import layer_fields, layer_problems, unknown_fields
+from drafttrain.importers.fields import layer_fields, layer_problems, unknown_fields, without_other_forms
 from drafttrain.importers.naming import renamed, unwrapped, without
 from drafttrain.importers.target import TargetFiles
 
@@ -57,6 +57,8 @@ class EagleImporter(Importer):
         if config.get("logit_scale") == target.config.get("logit_scale"):
             # The target's own head is read, with its scale.
             found = [line for line in found if "logit_scale" not in line]
+        given, others = without_other_forms(given, found)
+        found += others
         fields, wrong, said = layer_fields(config, target)
         found, notes = [*found, *wrong], [*notes, *said]
         if not fields:

@@ -21,7 +21,7 @@ from drafttrain.export.sglang import READ_IN as SGLANG
 from drafttrain.export.vllm import READ_IN as VLLM
 from drafttrain.importers import Given, Imported, Importer, importers
 from drafttrain.importers.copies import without_angles, without_copies
-from drafttrain.importers.fields import layer_fields, layer_problems, size_problems, unknown_fields
+from drafttrain.importers.fields import layer_fields, layer_problems, size_problems, unknown_fields, without_other_forms
 from drafttrain.importers.naming import renamed, unwrapped
 from drafttrain.importers.target import TargetFiles
 
@@ -92,6 +92,8 @@ class Eagle3Importer(Importer):
             for key, value in NESTED_ONLY.items()
             if nested.get(key) not in (None, value)
         ]
+        given, others = without_other_forms(given, found)
+        found += others
         taps, wrong, notes = taps_read(given.config, target)
         # vLLM and SGLang read the nested field first.
         config = {**given.config}

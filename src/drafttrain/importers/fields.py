@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
 from drafttrain.drafters.feature_layer import Rotary
 from drafttrain.drafters.feature_target import ENDLESS, ROPE_SCALINGS, llama_config, one_layer
 from drafttrain.export.layout import rope_problems
+from drafttrain.importers import Given
+from drafttrain.importers.naming import without
 from drafttrain.importers.target import TargetFiles
 
 SILENT = (
@@ -26,13 +29,26 @@ SILENT = (
 WINDOW = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
 """Fields that together say whether the layer attends to the whole text."""
 
+FURTHER = "further layers are not read"
+ATTENTION_BIAS = "the attention's projections would have biases"
+MLP_BIAS = "the feed-forward block would have biases"
+HEAD_NORMS = "queries and keys would be normed in each head, as Qwen3's are"
+FORMS = {
+    FURTHER: re.compile(r"^layers\.[1-9]\d*\.|^additional_layers\."),
+    ATTENTION_BIAS: re.compile(r"self_attn\.\w+\.bias$"),
+    MLP_BIAS: re.compile(r"mlp\.\w+\.bias$"),
+    HEAD_NORMS: re.compile(r"self_attn\.[qk]_norm\."),
+    "the feed-forward block would be a mixture of experts": re.compile(r"mlp\.(experts|gate|shared_experts?)\."),
+}
+"""Forms of the layer that are not read here, and the tensors that only they have."""
+
 ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
-    "num_hidden_layers": ((1,), "further layers are not read"),
+    "num_hidden_layers": ((1,), FURTHER),
     "hidden_act": (("silu",), "the layer's activation would be another one"),
-    "attention_bias": ((False,), "the attention's projections would have biases"),
+    "attention_bias": ((False,), ATTENTION_BIAS),
     "bias": ((False,), "engines take it for biases of the attention and of fc"),
-    "mlp_bias": ((False,), "the feed-forward block would have biases"),
-    "qkv_bias": ((False,), "the attention's projections would have biases"),
+    "mlp_bias": ((False,), MLP_BIAS),
+    "qkv_bias": ((False,), ATTENTION_BIAS),
     "partial_rotary_factor": ((1,), "only a part of each head would be rotated"),
     "rope_is_neox_style": ((True,), "other pairs of coordinates would be rotated"),
     "is_causal": ((True,), "the attention would look ahead"),
@@ -57,7 +73,17 @@ OF_ROPE = (
 )
 """Fields of rope_parameters, or of rope_scaling."""
 
-EFFECT_OF_ROPE = {"mrope_section": "positions of images would be turned along three axes, drafters here read text"}
+ROPE_ONLY: dict[str, tuple[Any, ...]] = {
+    "alpha": (),
+    "attn_factor": (1,),
+    "extrapolation_factor": (1,),
+    "apply_yarn_scaling": (True,),
+    "use_fope": (False,),
+}
+"""Fields of a scaling that vLLM 0.32.0 reads beside these, and the values that have no effect."""
+
+MROPE = ("mrope_section", "mrope_interleaved")
+"""How the positions of images are turned along three axes; in text all three are the same."""
 
 DEFAULT_THETA, DEFAULT_EPS = 10000.0, 1e-6
 """What LlamaConfig takes where a file is silent."""
@@ -83,6 +109,22 @@ def layer_problems(config: Mapping[str, Any], *, own: Iterable[str], prefix: str
     ]
     found, notes = unknown_fields(config, known=[*SIZES, *OTHERS, *ONLY, *WINDOW, *own], prefix=prefix)
     return [*other, *_window_problems(config, prefix), *found], notes
+
+
+def without_other_forms(given: Given, found: Iterable[str]) -> tuple[Given, list[str]]:
+    """Return (the folder without the tensors of layers of other forms, one problem a form).
+
+    Args:
+        found: Problems of the fields: a form that one of them names already needs no second line.
+    """
+    found, problems = list(found), []
+    for effect, pattern in FORMS.items():
+        names = [name for name in given.tensors if pattern.search(name)]
+        if names and not any(line.endswith(effect) for line in found):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            problems.append(f"{given.files[names[0]]}: {names[0]}{more}: {effect}")
+        given = without(given, names)
+    return given, problems
 
 
 def unknown_fields(config: Mapping[str, Any], *, known: Iterable[str], prefix: str = "") -> tuple[list[str], list[str]]:
@@ -213,17 +255,23 @@ def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[st
         new = new["full_attention"]
     given = dict(new if new is not None else scaling or {})
     kind = given.pop("type", None)
-    rope = {"rope_type": kind or "default"} | {k: v for k, v in given.items() if k in OF_ROPE or v is not None}
+    rope = {"rope_type": kind or "default"} | {key: value for key, value in given.items() if key in OF_ROPE}
+    if rope["rope_type"] == "mrope":
+        rope["rope_type"] = "default"
     rope.setdefault("rope_theta", theta if theta is not None else DEFAULT_THETA)
     silent = theta is None and "rope_theta" not in given
     notes = (
         [f"config.json: rope_theta is left out: taken as {DEFAULT_THETA:g}, as Llama's loaders do"] if silent else []
     )
+    if any(key in MROPE for key in given) or kind == "mrope":
+        notes.append("config.json: positions of images along three axes (mrope): left out, drafters here read text")
+    if unread := [key for key in given if key not in (*OF_ROPE, *ROPE_ONLY, *MROPE)]:
+        notes.append(f"config.json: not read, unknown here: {', '.join(f'rope_parameters.{key}' for key in unread)}")
     found = rope_problems({**config, "rope_parameters": new})
     found += [
-        f"config.json: rope_parameters.{key} is {_shown(value)}: {EFFECT_OF_ROPE.get(key, 'an unknown way to turn positions')}"
-        for key, value in rope.items()
-        if key not in OF_ROPE
+        f"config.json: rope_parameters.{key} is {_shown(given[key])}: the positions would be scaled in another way"
+        for key, allowed in ROPE_ONLY.items()
+        if rope["rope_type"] != "default" and given.get(key) is not None and given[key] not in allowed
     ]
     trained = config.get("original_max_position_embeddings")
     if rope["rope_type"] != "default" and trained is not None:
@@ -237,8 +285,7 @@ def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[st
     if not _is_positive(rope["rope_theta"]):
         found.append(f"config.json: rope_theta must be a number above 0, got {rope['rope_theta']!r}")
     elif rope["rope_type"] not in allowed:
-        if "mrope_section" not in rope:
-            found.append(f"config.json: rope_type is {rope['rope_type']!r}, allowed: {', '.join(allowed)}")
+        found.append(f"config.json: rope_type is {rope['rope_type']!r}, allowed: {', '.join(allowed)}")
     elif rope.get("partial_rotary_factor", 1) != 1:
         found.append(
             f"config.json: partial_rotary_factor is {rope['partial_rotary_factor']}, only 1 is read here: only a part of each head would be rotated"

@@ -11,7 +11,7 @@ from drafttrain.export.speculators import VERSION
 from drafttrain.export.vllm import READ_IN as VLLM
 from drafttrain.importers import Given, Imported, Importer, importers
 from drafttrain.importers.eagle3 import OWN, eagle3_files, taps_read
-from drafttrain.importers.fields import layer_problems, unknown_fields
+from drafttrain.importers.fields import HEAD_NORMS, layer_problems, unknown_fields, without_other_forms
 from drafttrain.importers.naming import unwrapped
 from drafttrain.importers.target import TargetFiles
 
@@ -67,10 +67,12 @@ class SpeculatorsImporter(Importer):
         wrong, said = layer_problems(layer, own=(), prefix=f"{LAYER}.")
         found, notes = [*found, *wrong], [*notes, *said]
         if layer.get("model_type") not in (None, "llama"):
+            effect = HEAD_NORMS if layer["model_type"] == "qwen3" else "the layer would be that model's"
             found.append(
-                f"config.json: {LAYER}.model_type is {layer['model_type']!r}, only 'llama' is read here: the layer would be that "
-                "model's (Qwen3's norms each head)"
+                f"config.json: {LAYER}.model_type is {layer['model_type']!r}, only 'llama' is read here: {effect}"
             )
+        given, others = without_other_forms(given, found)
+        found += others
         flat: dict[str, Any] = {**layer, **{key: given.config[key] for key in FIRST_LEVEL if key in given.config}}
         if flat.get("norm_before_residual") is None:
             flat["norm_before_residual"] = True

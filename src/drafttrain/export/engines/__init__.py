@@ -12,6 +12,8 @@ from drafttrain.core.errors import CheckpointError, RecipeError
 from drafttrain.core.registry import Registry
 
 engines = Registry("serving engine", "drafttrain.export.engines")
+libraries = Registry("library", "drafttrain.export.engines")
+"""Software that loads exports and does not serve them: only installed, listed and asked."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ class CounterNames:
     """New tokens of all requests."""
 
 
-class ServingEngine(ABC):
-    """One engine: how its environment is made, what it is asked, how it counts."""
+class Installed(ABC):
+    """Software of others in an environment of its own: how that is made, and what is run in it."""
 
     name: ClassVar[str]
     pins: ClassVar[tuple[str, ...]]
@@ -96,6 +98,11 @@ class ServingEngine(ABC):
     """Export formats that it loads; the first is the one to use."""
     methods: ClassVar[Mapping[str, str]]
     """The kinds of drafter that it runs, and how it calls each."""
+
+
+class ServingEngine(Installed):
+    """One engine: how it is asked to decode, and how it counts."""
+
     samples: ClassVar[bool] = True
     """It is asked at temperature > 0 too; else its answer is the greedy run alone."""
     counters: ClassVar[CounterNames | None] = None
@@ -156,6 +163,19 @@ def engine_of(name: str) -> ServingEngine:
     """
     engine: ServingEngine = engines.entry(name).component()
     return engine
+
+
+def checked_installed(names: Sequence[str]) -> list[Installed]:
+    """Return engines and libraries by the names that a user gave; none: all.
+
+    Raises:
+        RecipeError: With every name that is none.
+    """
+    known = {name: registry for registry in (engines, libraries) for name in registry.names()}
+    unknown = [engines.unknown(name) for name in names if name not in known]
+    if unknown:
+        raise RecipeError("arguments", [f"{line}; libraries: {', '.join(libraries.names())}" for line in unknown])
+    return [known[name].entry(name).component() for name in names or sorted(known)]
 
 
 def checked_engines(names: Sequence[str]) -> list[ServingEngine]:

@@ -17,7 +17,7 @@ from drafttrain.core.console import say
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.core.files import write_json
 from drafttrain.core.processes import for_own_program
-from drafttrain.export.engines import ServingEngine
+from drafttrain.export.engines import Installed
 
 ROOT_VARIABLE = "DRAFTTRAIN_ENGINES"
 INSTALLED = "installed.json"
@@ -40,23 +40,23 @@ def root() -> Path:
     return (Path(cache) if cache else Path.home() / ".cache") / "drafttrain" / "engines"
 
 
-def folder_of(engine: ServingEngine) -> Path:
+def folder_of(engine: Installed) -> Path:
     """Return where the environment of these pins is or would be."""
     key = json.dumps([engine.pins, engine.removed, sys.version_info[:2]])
     return root() / f"{engine.name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
 
-def python_of(engine: ServingEngine) -> Path:
+def python_of(engine: Installed) -> Path:
     """Return the Python that an engine's worker runs in: of its environment, or this one where it needs no other."""
     return folder_of(engine) / "bin" / "python" if engine.pins else Path(sys.executable)
 
 
-def is_installed(engine: ServingEngine) -> bool:
+def is_installed(engine: Installed) -> bool:
     """Tell whether the environment of these pins is whole."""
     return not engine.pins or (folder_of(engine) / INSTALLED).is_file()
 
 
-def check_installed(engine: ServingEngine) -> None:
+def check_installed(engine: Installed) -> None:
     """Refuse to go on without the environment of an engine.
 
     Raises:
@@ -68,7 +68,7 @@ def check_installed(engine: ServingEngine) -> None:
         )
 
 
-def install(engine: ServingEngine) -> Path:
+def install(engine: Installed) -> Path:
     """Make the environment of an engine, or find it made.
 
     Raises:
@@ -94,7 +94,7 @@ def install(engine: ServingEngine) -> Path:
 
 
 def ask(
-    engine: ServingEngine,
+    engine: Installed,
     request: Mapping[str, Any],
     *,
     worker: str | None = None,
@@ -140,7 +140,7 @@ def ask(
     return answer
 
 
-def _made(command: list[str], engine: ServingEngine) -> None:
+def _made(command: list[str], engine: Installed) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = "\n".join((done.stdout + done.stderr).splitlines()[-LAST_LINES:])

