@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +14,7 @@ from drafttrain.core.console import progress, say
 from drafttrain.core.errors import DataError
 from drafttrain.core.files import written_beside
 from drafttrain.data_gen.formats import BadItem
+from drafttrain.data_gen.serving_logs.untrusted import guard
 from drafttrain.data_gen.sources import Item, Source
 
 T = TypeVar("T")
@@ -40,7 +42,9 @@ def read_items(
             try:
                 if item.problem:
                     raise BadItem(item.problem)
-                values = read(item)
+                # What a private item holds must not be repeated by the reason against it.
+                with guard() if item.private else nullcontext():
+                    values = read(item)
             except BadItem as reason:
                 values = []
                 refused += 1

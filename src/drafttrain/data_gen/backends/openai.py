@@ -24,6 +24,7 @@ from drafttrain.data_gen.formats import Encoder
 from drafttrain.data_gen.serving_logs.encoding import ExchangeEncoder
 from drafttrain.data_gen.serving_logs.exchange import Refused
 from drafttrain.data_gen.serving_logs.openai import exchanges
+from drafttrain.data_gen.serving_logs.untrusted import guard
 
 if TYPE_CHECKING:
     from drafttrain.data_gen.completions import Completions
@@ -177,8 +178,11 @@ class OpenAI:
 
         retries = 0
         try:
-            answer, retries = await server.complete(self._request(task, answers))
-            tokens, account = answers.read(task, answer)
+            with guard():
+                request = self._request(task, answers)
+            answer, retries = await server.complete(request)
+            with guard():
+                tokens, account = answers.read(task, answer)
         except NotAnswered as reason:
             return Outcome(None, str(reason), {"retries": reason.retries})
         except Refused as reason:

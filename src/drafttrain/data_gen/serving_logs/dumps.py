@@ -11,7 +11,7 @@ from drafttrain.data_gen.serving_logs.exchange import Exchange, Refused, mapping
 
 def is_dump(value: Mapping[str, Any]) -> bool:
     """Tell whether a line is of such a dump."""
-    return "conversations" in value or "messages" in value or ("prompt" in value and "completion" in value)
+    return "conversations" in value or "messages" in value or _is_completion(value)
 
 
 def exchanges(value: dict[str, Any], *, id: str) -> list[Exchange]:
@@ -22,7 +22,7 @@ def exchanges(value: dict[str, Any], *, id: str) -> list[Exchange]:
     """
     id = str(value.get("id") or id)
     about = {name: value[name] for name in ("model", "domain", "user") if isinstance(value.get(name), str)}
-    if "completion" in value:
+    if _is_completion(value):
         prompt, untold = _prompt(value["prompt"])
         return [Exchange(id, prompt, text(value["completion"], "completion"), finish="stop", untold=untold, **about)]
     said, untold = _turns(value)
@@ -36,6 +36,10 @@ def exchanges(value: dict[str, Any], *, id: str) -> list[Exchange]:
     if not found:
         raise Refused("empty", "no answer of the assistant is here")
     return found
+
+
+def _is_completion(value: Mapping[str, Any]) -> bool:
+    return "prompt" in value and "completion" in value
 
 
 def _prompt(value: Any) -> tuple[str | list[dict[str, str]], str]:

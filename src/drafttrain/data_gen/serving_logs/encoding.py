@@ -91,7 +91,8 @@ class ExchangeEncoder:
         words = sum(len(turn["content"]) for turn in prompt) if isinstance(prompt, list) else len(prompt or "")
         self._check_size(words)
         if not isinstance(prompt, list):
-            return self._encoder.text(prompt)
+            # An empty prompt is the tokenizer's own start of text alone.
+            return list(self._encoder.tokenizer(prompt or "").input_ids)
         try:
             return self._encoder.chat_ids(prompt, exchange.template_arguments, add_generation_prompt=True)
         except BadItem as reason:
@@ -143,7 +144,7 @@ class ExchangeEncoder:
     def _continued(self, exchange: Exchange, prompt: list[int], answer: str) -> list[int]:
         """Return the ids of an answer as a continuation: some tokenizers put a space before every text."""
         if isinstance(exchange.prompt, str) and exchange.prompt_ids is None:
-            whole = self._encoder.text(exchange.prompt + answer)
+            whole = list(self._encoder.tokenizer(exchange.prompt + answer).input_ids)
             if whole[: len(prompt)] == prompt:
                 return whole[len(prompt) :]
         return list(self._encoder.tokenizer(answer, add_special_tokens=False).input_ids) if answer else []

@@ -111,7 +111,8 @@ def log_probability(value: Any, key: str) -> float:
     """Return a log-probability, or refuse what is none."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not value <= 1e-3:
         raise Refused("logprobs", f"{key}: a log-probability is a number up to 0")
-    return max(float(value), -1e4)
+    # A whole number may be too large for a float.
+    return float(max(value, -1e4))
 
 
 def turns(value: Any, key: str) -> tuple[list[dict[str, str]], str]:

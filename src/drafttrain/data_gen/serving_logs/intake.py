@@ -29,6 +29,7 @@ from drafttrain.data_gen.serving_logs.following import Place, follow
 from drafttrain.data_gen.serving_logs.lines import Line
 from drafttrain.data_gen.serving_logs.reading import Reading
 from drafttrain.data_gen.serving_logs.settings import ServingLogsSettings
+from drafttrain.data_gen.serving_logs.untrusted import guard
 from drafttrain.data_gen.sources import content_of
 
 
@@ -138,7 +139,8 @@ class Intake:
                 continue
             exchange, mark = found
             try:
-                record = self._exchanges.record(exchange)
+                with guard():
+                    record = self._exchanges.record(exchange)
             except Refused as reason:
                 reasons.append(reason)
             else:

@@ -11,7 +11,7 @@ from drafttrain.data_gen.serving_logs.duplicates import Duplicates, Mark
 from drafttrain.data_gen.serving_logs.exchange import Exchange, Refused
 from drafttrain.data_gen.serving_logs.redaction import redacted, redactor
 from drafttrain.data_gen.serving_logs.settings import ServingLogsSettings
-from drafttrain.data_gen.serving_logs.untrusted import check_text, decoded, parsed
+from drafttrain.data_gen.serving_logs.untrusted import check_text, decoded, guard, parsed
 from drafttrain.data_gen.serving_logs.vllm import Requests
 
 DIALECTS = "OpenAI requests and responses, vLLM's and SGLang's request logs, chats, prompt and completion"
@@ -37,15 +37,17 @@ class Reading:
         Who takes an exchange tells `duplicates` to remember its mark, so that one that gave no record hides no better one.
         """
         try:
-            # What brings no id is named by what it holds: a log moves when it is rotated.
-            found = self._exchanges(data, id=hashlib.sha256(data).hexdigest()[:16])
+            with guard():
+                # What brings no id is named by what it holds: a log moves when it is rotated.
+                found = self._exchanges(data, id=hashlib.sha256(data).hexdigest()[:16])
         except Refused as reason:
             yield reason
             return
         for exchange in found:
             try:
-                kept = self._kept(exchange)
-                mark = self.duplicates.mark(kept)
+                with guard():
+                    kept = self._kept(exchange)
+                    mark = self.duplicates.mark(kept)
             except Refused as reason:
                 yield reason
             else:

@@ -4,12 +4,44 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from drafttrain.data_gen.formats import BadItem
 from drafttrain.data_gen.serving_logs.exchange import Refused
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 """What no text of a chat holds: control characters but tab and line ends, and halves of surrogate pairs."""
+
+
+@contextmanager
+def guard() -> Iterator[None]:
+    """Turn whatever a line of a log makes the block raise into a reason to quarantine that line.
+
+    Everything that is done with a line stands under this guard. Without it one line would end the reader, and again at every
+    restart, as its place is stored behind the line only once the line is accounted for. The reason does not repeat the line.
+
+    Raises:
+        Refused: The block failed.
+    """
+    try:
+        yield
+    except Refused:
+        raise
+    except BadItem as error:
+        raise Refused(
+            "no_tokens", "its text gives none within data.max_length by this tokenizer and its chat template"
+        ) from error
+    except MemoryError:
+        raise  # Of the machine and not of the line: lines are bounded.
+    except Exception as error:
+        raise Refused("unreadable", f"reading it failed with {type(error).__name__}") from error
+    except BaseException as error:
+        # What the Rust of tokenizers raises when it panics is no Exception.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise Refused("unreadable", "the tokenizer panicked") from error
 
 
 def decoded(line: bytes) -> str:

@@ -13,7 +13,8 @@ from drafttrain.data_gen.serving_logs.exchange import Exchange, Refused
 from drafttrain.data_gen.serving_logs.untrusted import check_text
 
 QUOTED = r"""(None|'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-IDS = r"(None|\[[\d, ]*\])"
+IDS = r"(None|\[[^\]]*\])"
+NUMBER = re.compile(r"[0-9]{1,9}")
 START = re.compile(r"Received request |Request (?=\S{1,200} details: prompt: )|Generated response ")
 PREFIX = 400
 """What a logger writes before the message is shorter; nothing behind it begins a message."""
@@ -105,7 +106,11 @@ def _literal(quoted: str) -> str | None:
 def _ids(listed: str | None) -> list[int] | None:
     if listed is None or listed == "None":
         return None
-    numbers = [part.strip() for part in listed.strip("[]").split(",")]
-    if any(len(number) > 9 or (len(numbers) > 1 and not number) for number in numbers):
-        raise Refused("wrong_type", "token ids are whole numbers")
-    return [int(number) for number in numbers if number]
+    numbers = [part.strip() for part in listed[1:-1].split(",")]
+    if numbers == [""]:
+        return []
+    if not all(NUMBER.fullmatch(number) for number in numbers):
+        raise Refused(
+            "wrong_type", "token ids are whole numbers between commas; a list that was cut for the log has others"
+        )
+    return [int(number) for number in numbers]

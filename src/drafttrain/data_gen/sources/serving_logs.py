@@ -13,6 +13,7 @@ from drafttrain.data_gen.serving_logs.exchange import Exchange, Refused
 from drafttrain.data_gen.serving_logs.lines import DAMAGED, Line, lines, log_files, opened
 from drafttrain.data_gen.serving_logs.reading import Reading
 from drafttrain.data_gen.serving_logs.settings import ServingLogsSettings
+from drafttrain.data_gen.serving_logs.untrusted import guard
 from drafttrain.data_gen.sources import Item, sources, stamps
 
 
@@ -53,7 +54,8 @@ class ServingLogs:
         """Return the record of an exchange."""
         if self._encoder is None:
             self._encoder = ExchangeEncoder(encoder, self._reading.redact, law=self.settings.law)
-        record = self._encoder.record(item.value["exchange"])
+        with guard():
+            record = self._encoder.record(item.value["exchange"])
         self._reading.duplicates.remember(item.value["mark"])
         return [record]
 
