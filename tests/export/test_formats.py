@@ -208,6 +208,23 @@ def test_the_drafter_has_the_targets_positions(kind, source, target_config):
     assert converted("vllm", source(kind), target_config).config["max_position_embeddings"] == 512
 
 
+@pytest.mark.parametrize(
+    ("fields", "scale"), [({"logits_scaling": 4.0}, 0.25), ({"logit_scale": 0.5}, 0.5), ({}, None)]
+)
+@pytest.mark.parametrize("kind", ["eagle", "medusa"])
+def test_vllm_finds_the_targets_scale_of_logits_in_the_drafter(kind, fields, scale, source, target_config):
+    made = converted("vllm", source(kind), target_config | fields)
+    assert made.config.get("logit_scale") == scale
+
+
+def test_engines_are_given_the_soft_cap_of_the_target_or_a_note_says_that_they_have_none(source, target_config):
+    capped = target_config | {"final_logit_softcapping": 30.0}
+    folder = source("eagle")
+    assert converted("sglang", folder, capped).config["final_logit_softcapping"] == 30
+    (note,) = converted("vllm", folder, capped).notes
+    assert "soft cap of 30 on logits has no place in vLLM 0.32.0" in note
+
+
 def test_a_drafter_for_another_vocabulary_is_refused(source, target_config):
     with pytest.raises(CheckpointError, match="vocab_size is 257, the target's is 300"):
         converted("vllm", source("eagle"), target_config | {"vocab_size": 300})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -179,6 +180,19 @@ def test_the_import_tells_what_specforge_means_by_norm_output(value, words, targ
     (note,) = (note for note in made.notes if "norm_output" in note)
     assert words in note
     assert "as vLLM 0.32.0 and SGLang 0.5.23 read it. For SpecForge 0.2.0 it says" in note
+
+
+def test_the_scale_of_the_targets_own_head_is_read(save_llama, tmp_path):
+    """EAGLE-1 reads the target's head, which scales as the target does; another scale is another drafter."""
+    folder = save_llama(num_layers=2)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"logits_scaling": 4.0}))
+    for scale, name in ((0.25, "same"), (0.5, "other")):
+        layer = {"architectures": ["LlamaForCausalLM"], **given.LLAMA, "logit_scale": scale}
+        given.write(tmp_path / name, given.eagle_tensors(), layer)
+    import_folder(tmp_path / "same", tmp_path / "out", target=str(folder))
+    with pytest.raises(CheckpointError, match=r"logit_scale is 0\.5"):
+        import_folder(tmp_path / "other", tmp_path / "out", target=str(folder))
 
 
 def test_the_draft_length_of_a_speculators_folder_is_kept(target, tmp_path):

@@ -11,6 +11,7 @@ import torch
 from drafttrain.drafters.eagle import FC_BIAS
 from drafttrain.export import DrafterFiles, Exporter, exporters
 from drafttrain.export.layout import layout_problems
+from drafttrain.export.target_logits import cap_of
 
 READ_IN = "0.5.23"
 """The release of SGLang whose source says what this file does; a test reads it again where its wheel can be had."""
@@ -41,6 +42,9 @@ class SglangExporter(Exporter):
         config = {key: value for key, value in source.config.items() if not key.startswith("drafttrain")}
         if source.kind == "eagle":
             config.pop(FC_BIAS, None)
+            if cap := cap_of(target_config):
+                # Its logits are capped by the drafter's own configuration; a scale it reads nowhere.
+                config["final_logit_softcapping"] = cap
             return _with_bias(replace(source, config=config | {"architectures": ["LlamaForCausalLMEagle"]}))
         if source.kind != "eagle3":
             return replace(source, config=config)

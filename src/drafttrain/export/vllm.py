@@ -10,9 +10,13 @@ from typing import Any, ClassVar
 from drafttrain.export import DrafterFiles, Exporter, exporters
 from drafttrain.export.folder import read_config
 from drafttrain.export.layout import counts_outputs, layout_problems
+from drafttrain.export.target_logits import cap_of, scale_of
 
 READ_IN = "0.32.0"
 """The release of vLLM whose source says what this file does."""
+
+ON_FINAL_STATE = ("eagle", "medusa")
+"""Kinds whose logits are scaled as the target's are: they learned with its head, or from its state through heads like it."""
 
 
 @dataclass
@@ -41,9 +45,21 @@ class VllmExporter(Exporter):
         return fc_bias_problems(source)
 
     def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
-        """Return the files without the fields of ours; the layout is vLLM's already."""
+        """Return the files without the fields of ours; the layout is vLLM's already.
+
+        Drafters on the target's final state have its scale of logits, which vLLM reads in their own configuration.
+        """
         config = {key: value for key, value in source.config.items() if not key.startswith("drafttrain")}
-        return replace(source, config=config)
+        if source.kind not in ON_FINAL_STATE:
+            return replace(source, config=config)
+        notes: tuple[str, ...] = ()
+        if (scale := scale_of(target_config)) != 1:
+            config["logit_scale"] = scale
+        if cap := cap_of(target_config):
+            notes = (
+                f"the target's soft cap of {cap:g} on logits has no place in vLLM {READ_IN}: sampled drafts are drawn without it",
+            )
+        return replace(source, config=config, notes=notes)
 
     def problems(self, files: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
         """Return what vLLM would refuse or drop."""

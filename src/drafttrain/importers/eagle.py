@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from drafttrain.drafters.eagle import FC_BIAS, EagleSettings
 from drafttrain.export import DrafterFiles
 from drafttrain.export.layout import LAYOUTS
+from drafttrain.export.target_logits import scale_of
 from drafttrain.importers import Given, Imported, Importer, importers
 from drafttrain.importers.copies import without_angles, without_copies
 from drafttrain.importers.fields import layer_fields, layer_problems, unknown_fields, without_other_forms
@@ -54,7 +55,7 @@ class EagleImporter(Importer):
         """Return the drafter's files."""
         given = unwrapped(given)
         config, found, notes = _flat(given.config)
-        if config.get("logit_scale") == target.config.get("logit_scale"):
+        if config.get("logit_scale") == scale_of(target.config):
             # The target's own head is read, with its scale.
             found = [line for line in found if "logit_scale" not in line]
         given, others = without_other_forms(given, found)
@@ -82,7 +83,7 @@ def _flat(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[st
     """Return (the layer's fields, problems, notes), of a configuration with or without vLLM's wrapper."""
     inner = config.get("model")
     if inner is None:
-        own = ("bias", "tie_word_embeddings", *WRAPPER[2:])
+        own = ("bias", "tie_word_embeddings", "final_logit_softcapping", *WRAPPER[2:])
         found, notes = layer_problems(config, own=own)
         return dict(config), [*found, *_vocabulary_cut(config, config)], notes
     if not isinstance(inner, Mapping):

@@ -30,7 +30,16 @@ MANY = 8
 
 KNOWN = (
     *("model_type", "hidden_size", "vocab_size", *SIZES, *SIZES.values(), "medusa_fc_bias", "base_model_name_or_path"),
-    *("original_lm_head", "truncated_vocab_size", "max_paths", "topk", "max_seq_len", "version", "drafttrain_draft"),
+    *(
+        "original_lm_head",
+        "truncated_vocab_size",
+        "max_paths",
+        "topk",
+        "max_seq_len",
+        "version",
+        "drafttrain_draft",
+        "logit_scale",
+    ),
 )
 BLOCK, HEAD = re.compile(r"(\d+)\.(\d+)\.linear\.(weight|bias)"), re.compile(r"(\d+)\.(\d+)\.weight")
 INSIDE = re.compile(r"(?:model\.)?medusa_heads?\.(\d+\..+)")
