@@ -8,7 +8,8 @@ import resource
 import socket
 from collections.abc import Callable
 
-from drafttrain.online.relay import Relays
+from drafttrain.online.client_side import ClientSide
+from drafttrain.online.relay import RefusedSide, Relays
 
 BACKLOG = 4096
 """Clients that may wait to be accepted; the system may allow fewer."""
@@ -70,7 +71,8 @@ async def accept(listening: socket.socket, relays: Relays, say_once: Callable[[s
             say_once(f"clients have to wait: {error.strerror}")
             await asyncio.sleep(PAUSE_SECONDS)
             continue
-        side = relays.accepted()
+        is_full = len(relays.open) >= relays.most_clients
+        side = RefusedSide(relays) if is_full else ClientSide(relays)
         try:
             await loop.connect_accepted_socket(lambda made=side: made, client)  # type: ignore[misc]
         except BaseException as error:

@@ -110,7 +110,7 @@ class Recorder:
         for side in [*self.relays.open]:
             if side.is_idle:
                 side.close()
-        while any(not side.is_closed for side in self.relays.open) and time.monotonic() < until:
+        while self.relays.open and time.monotonic() < until:
             await asyncio.sleep(0.02)
         for side in [*self.relays.open]:
             side.abort()
