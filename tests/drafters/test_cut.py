@@ -45,7 +45,7 @@ MODELS: dict[str, Any] = {
     "glm4_moe": transformers.Glm4MoeConfig(
         **LLAMA, moe_intermediate_size=24, n_routed_experts=2, num_experts_per_tok=1, first_k_dense_replace=2
     ),
-    "granite_swa": transformers.GraniteSWAConfig(**LLAMA, sliding_window=8),
+    "granite_swa": transformers.GraniteSWAConfig(**LLAMA, sliding_window=8, layer_rope_theta=[1e4, 10.0, 1e4, 100.0]),
     "gpt2": transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=4, n_head=2, n_positions=64),
     "gpt_neo": transformers.GPTNeoConfig(
         vocab_size=61,

@@ -68,7 +68,7 @@ def test_it_is_said_once_and_names_the_reason(capsys: pytest.CaptureFixture[str]
     for _ in range(2):
         continuations(tasks, target, max_new_tokens=NEW, seed=0)
     said = capsys.readouterr().err
-    assert said.count("said/once: its texts are written one at a time: 21 positions reach its sliding window of 8") == 1
+    assert said.count("said/once: its texts are written one at a time: texts reach its sliding window of 8 tokens") == 1
 
 
 def test_texts_below_the_window_are_still_read_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from drafttrain.drafters.medusa import Medusa, MedusaSettings
 from drafttrain.eval.replay import Text, replay_rows
 from drafttrain.target import Target, TargetSettings
 from drafttrain.target.absent import AbsentTarget
+from drafttrain.target.cached_lm import CachedLM
 from drafttrain.target.logits import check_logits, head_logits
 from tests.conftest import byte_tokenizer, random_llama
 
@@ -35,6 +36,10 @@ MODELS: dict[str, Any] = {
     "gptj": transformers.GPTJConfig(vocab_size=257, n_embd=32, n_layer=2, n_head=2, rotary_dim=8),
     "opt": transformers.OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=16),
     "llama4": transformers.Llama4TextConfig(**LLAMA, intermediate_size_mlp=48, **EXPERTS),
+    "opt-350m": transformers.OPTConfig(
+        **SIZES, ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False, _remove_final_layer_norm=True
+    ),
+    "mpt": transformers.MptConfig(vocab_size=257, d_model=32, n_layers=2, n_heads=2),
     "phi": transformers.PhiConfig(**SIZES, intermediate_size=48, partial_rotary_factor=0.5),
 }
 
@@ -62,6 +67,9 @@ def test_training_reads_the_logits_that_decoding_has(name: str) -> None:
     seen = target.read(tokens_BT, positions_BT, TargetNeeds(logits=True, final=True))
     assert seen.logits_BTV is not None
     torch.testing.assert_close(seen.logits_BTV, own_BTV, rtol=1e-5, atol=1e-5)
+    (tapped,) = CachedLM(model, name="target").begin([tokens_BT[0].tolist()], needs=TargetNeeds(final=True))
+    assert seen.final_BTD is not None
+    torch.testing.assert_close(tapped.final_BTD, seen.final_BTD[:1], rtol=1e-5, atol=1e-5)
     rows_NV = target.rows_of(seen).at(torch.arange(18))
     torch.testing.assert_close(rows_NV, own_BTV.flatten(0, 1), rtol=1e-5, atol=1e-5)
 

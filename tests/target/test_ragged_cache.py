@@ -18,7 +18,8 @@ def test_texts_of_ragged_prompts_that_end_at_different_times_are_those_written_a
     tasks = [Task(str(i), list(range(1 + i, 3 + 4 * i)), Sampling()) for i in range(5)]
     alone = [continuations([task], target, max_new_tokens=24, seed=0)[0] for task in tasks]
     # Two of the texts end early, at a token of theirs that no other text holds so soon.
-    target.model.generation_config.eos_token_id = [alone[0][5], alone[3][2]]
+    model.generation_config.eos_token_id = [alone[0][5], alone[3][2]]
+    target = Target(model, byte_tokenizer(), name="t", fingerprint="")
     ended = [continuations([task], target, max_new_tokens=24, seed=0)[0] for task in tasks]
     assert len({len(text) for text in ended}) > 2, "they end at different times"
     assert continuations(tasks, target, max_new_tokens=24, seed=0) == ended

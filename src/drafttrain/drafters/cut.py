@@ -39,18 +39,22 @@ def cut_from(model: Any, *, num_layers: int, width: int | None) -> Any:
     if num_layers > total:
         raise CheckpointError(f"drafter.num_layers must be 1..{total} for this target, got {num_layers}")
     kept = spread(total, num_layers)
-    whole = copy.deepcopy(model).float().eval()
-    if width is not None:
-        for index in kept:
-            _narrow(blocks(whole)[index], width)
     try:
+        whole = copy.deepcopy(model).float().eval()
+        if width is not None:
+            for index in kept:
+                _narrow(blocks(whole)[index], width)
         # Rebuilt from the configuration, so that what is trained is what a loader of the folder will build.
         fresh = type(model)(cut_config(model.config, kept, total=total, width=width)).float().eval()
         loaded = fresh.load_state_dict(_renumbered(whole, kept), strict=False)
         problems = [f"{name} is missing" for name in loaded.missing_keys]
         problems += [f"{name} has no place in it" for name in loaded.unexpected_keys]
         problems = problems or _differences(whole, fresh, kept, width=width)
-    except Exception as error:  # a configuration or a block of another's code raises whatever it likes
+    except CheckpointError:
+        raise
+    except (
+        Exception
+    ) as error:  # a configuration, a block or a quantised weight of another's code raises whatever it likes
         problems = [" ".join(str(error).split())[:300]]
     if problems:
         raise CheckpointError(

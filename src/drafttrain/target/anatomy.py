@@ -13,7 +13,10 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.records import TargetNeeds
 
 BLOCK_PATHS = ("layers", "h", "blocks", "decoder.layers")
-NORM_PATHS = ("norm", "ln_f", "final_layer_norm", "decoder.final_layer_norm")
+NORM_PATHS = (
+    *("norm", "ln_f", "final_layer_norm", "decoder.final_layer_norm"),
+    *("final_layernorm", "final_norm", "norm_f", "embedding_norm", "layer_norm", "layernorm"),
+)
 
 POSITION_EMBEDDINGS = ("wpe", "embed_positions", "position_embeddings")
 
@@ -28,6 +31,12 @@ def trunk(model: Any) -> nn.Module:
 def blocks(model: Any) -> nn.ModuleList:
     """Return the decoder blocks in order."""
     return _first(trunk(model), BLOCK_PATHS, model, "decoder blocks")
+
+
+def stack_holder(model: Any) -> nn.Module:
+    """Return the module whose blocks these are: the trunk, or its decoder. Its output begins with the final state."""
+    stack = blocks(model)
+    return next(module for module in trunk(model).modules() if any(child is stack for child in module.children()))
 
 
 def final_norm(model: Any) -> nn.Module:
@@ -56,7 +65,13 @@ def taps(model: Any, needs: TargetNeeds) -> Iterator[dict[int | str, Tensor]]:
 
     def entering(index: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen[index] = args[0] if args else kwargs["hidden_states"]
+            state = args[0] if args else kwargs["hidden_states"]
+            if state.ndim != 3:
+                raise CheckpointError(
+                    f"{type(model).__name__}: {state.shape[-2]} residual streams enter its blocks, where one is expected: drafters "
+                    "that read hidden states of it cannot be trained"
+                )
+            seen[index] = state
 
         return hook
 
@@ -68,7 +83,9 @@ def taps(model: Any, needs: TargetNeeds) -> Iterator[dict[int | str, Tensor]]:
         module = stack[index] if 0 <= index < len(stack) else final_norm(model)
         handles.append(module.register_forward_pre_hook(entering(index), with_kwargs=True))
     if needs.final:
-        handles.append(final_norm(model).register_forward_hook(lambda *hooked: seen.__setitem__("final", hooked[2])))
+        # Not the norm's output: OPT may have a projection behind it, or no norm.
+        holder = stack_holder(model)
+        handles.append(holder.register_forward_hook(lambda *hooked: seen.__setitem__("final", hooked[2][0])))
     try:
         yield seen
     finally:

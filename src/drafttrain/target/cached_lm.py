@@ -72,7 +72,7 @@ class CachedLM:
         if not self._takes_positions:
             return f"{type(self.model).__name__} takes no position_ids"
         if self._window is not None and longest >= self._window:
-            return f"{longest} positions reach its sliding window of {self._window}"
+            return f"texts reach its sliding window of {self._window} tokens"
         return None
 
     def split_at(self, layer: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from drafttrain.core.errors import CheckpointError
-from drafttrain.target.anatomy import blocks, trunk
+from drafttrain.target.anatomy import stack_holder, trunk
 from drafttrain.target.block_range import replaced_forwards
 
 DIVIDED_BY = ("logits_scaling", "logits_mup_width_multiplier")
@@ -82,7 +82,7 @@ def check_logits(model: Any) -> None:
             own_BTV = model(input_ids=tokens_BT, use_cache=False).logits
         difference = _difference(model, states_BTD, own_BTV)
     model.train(was_training)
-    if difference > TOLERANCE[model.dtype]:
+    if difference > TOLERANCE.get(model.dtype, max(TOLERANCE.values())):
         known = ", ".join((*DIVIDED_BY, *MULTIPLIED_BY, *CAPPED_AT))
         raise CheckpointError(
             f"{model.config.name_or_path or 'model'}: {type(model).__name__} makes its logits of its final state in a way that is "
@@ -108,10 +108,8 @@ def _difference(model: Any, states_BTD: Tensor, own_BTV: Tensor) -> float:
 @contextlib.contextmanager
 def _final_states(model: Any, states_BTD: Tensor) -> Iterator[None]:
     """Within this context the model goes on from these final states, whatever it is given to read."""
-    below, stack = trunk(model), blocks(model)
-    holders = [module for module in below.modules() if any(child is stack for child in module.children())]
     given = _TrunkOutput([states_BTD])
-    with replaced_forwards({module: lambda *_, **__: given for module in (below, *holders)}):
+    with replaced_forwards({module: lambda *_, **__: given for module in (trunk(model), stack_holder(model))}):
         yield
 
 
