@@ -51,15 +51,17 @@ def plain(engine, job) -> Sequence[Served]:
 
 @pytest.fixture(scope="module")
 def learned(target, prompts, tmp_path_factory):
-    """A function that returns the folder of a drafter of a kind that has learned half of the texts by heart; made once a kind."""
+    """A function that returns the folder of a drafter that has learned half of the texts by heart: of a kind, with variants after it."""
     made: dict[str, Path] = {}
 
-    def folder(kind: str) -> Path:
-        if kind not in made:
-            drafter = folders.drafter_of(kind, target, scale=0.05, **SETTINGS[kind])
+    def folder(words: str) -> Path:
+        if words not in made:
+            kind, *variants = words.split()
+            settings = SETTINGS[kind] | dict.fromkeys(variants, True)
+            drafter = folders.drafter_of(kind, target, scale=0.05, **settings)
             learn(drafter, target, prompts[: len(prompts) // 2], steps=STEPS, new_tokens=NEW_TOKENS, lr=3e-3)
             # A path without the words that vLLM takes for a method.
-            made[kind] = folders.save(drafter, tmp_path_factory.mktemp("learned") / "drafter", target)
-        return made[kind]
+            made[words] = folders.save(drafter, tmp_path_factory.mktemp("learned") / "drafter", target)
+        return made[words]
 
     return folder

@@ -61,6 +61,7 @@ def served(engine, target, prompts, job, plain, learned):
         ("eagle", "vllm", "sampled"),
         ("eagle3", "vllm", "sampled"),
         ("eagle3", "speculators", "greedy"),
+        ("eagle3 norm_before_fc", "vllm", "sampled"),
     ],
 )
 def test_each_kind_gives_the_same_tokens_and_the_same_counts(kind, format, draft, served, learned, tmp_path):
