@@ -3,6 +3,7 @@
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -472,6 +473,7 @@ def check(
     """Check recipes without loading a model: ok, or every problem with its line."""
     with exit_codes(debug=debug):
         from drafttrain.config.load import load_recipe
+        from drafttrain.pipeline.preflight import check_parts
 
         recipes, overrides = _apart(what)
         if not recipes:
@@ -479,7 +481,7 @@ def check(
         wrong = 0
         for recipe in recipes:
             try:
-                load_recipe(recipe, overrides)
+                check_parts(load_recipe(recipe, overrides), fetch=False, data=False)
                 typer.echo(f"{recipe}: ok")
             except RecipeError as error:
                 wrong += 1
@@ -515,11 +517,26 @@ def exit_codes(*, debug: bool) -> Iterator[None]:
         where = f"{error.filename}: " if error.filename else ""
         complain(f"{where}{error.strerror or error}")
         raise typer.Exit(DrafttrainError.exit_code) from error
+    except typer.Exit:
+        raise
+    except Exception as error:  # a fault of ours: what a user can cause has an error of its own
+        if debug:
+            stderr.print_exception()
+        complain(_fault(error))
+        raise typer.Exit(DrafttrainError.exit_code) from error
     except KeyboardInterrupt as error:
         say("interrupted: run the same command to continue")
         raise typer.Exit(Interrupted.exit_code) from error
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _fault(error: Exception) -> str:
+    """Return an error that nobody expected, with the places of ours that led to it."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "drafttrain" in frame.filename]
+    places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames[-3:]))
+    words = " ".join(str(error).split())[:300]
+    return f"unexpected {type(error).__name__}: {words} ({places}). A fault of drafttrain: --debug shows all of it, please report it"
 
 
 def main() -> None:

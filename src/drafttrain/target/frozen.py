@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from drafttrain.core.digests import weights_digest
@@ -34,6 +33,8 @@ from drafttrain.target.model_folder import check_causal_lm, check_model_files, i
 from drafttrain.target.wrapped import language_model_inside, loader_of
 
 BUILTIN = "builtin:"
+HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py")
+"""Files of a model of the hub that are fetched."""
 TOKENIZER_FILES = (
     *(
         "tokenizer.json",
@@ -98,13 +99,33 @@ def resolve_folder(name: str, *, revision: str | None = None) -> Path:
         RepositoryNotFoundError,
     )
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_PATTERNS)))
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
             f"{name}: neither a local folder nor a hub id that could be fetched ({type(error).__name__})"
         ) from error
+
+
+def cached_folder(name: str, *, revision: str | None = None) -> Path | None:
+    """Return the local folder of a name without asking the hub; None: a hub id that was not fetched.
+
+    Raises:
+        CheckpointError: There is no such folder, and the name is no hub id.
+    """
+    local = name.startswith((BUILTIN, ".", "/", "~")) or name.count("/") != 1 or Path(name).exists()
+    if local:
+        return resolve_folder(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(
+            snapshot_download(name, revision=revision, allow_patterns=list(HUB_PATTERNS), local_files_only=True)
+        )
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return folder if any(folder.glob("*.safetensors")) else None
 
 
 def fingerprint_of(folder: Path) -> str:
