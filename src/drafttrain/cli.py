@@ -3,7 +3,6 @@
 import re
 import signal
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -517,26 +516,11 @@ def exit_codes(*, debug: bool) -> Iterator[None]:
         where = f"{error.filename}: " if error.filename else ""
         complain(f"{where}{error.strerror or error}")
         raise typer.Exit(DrafttrainError.exit_code) from error
-    except typer.Exit:
-        raise
-    except Exception as error:  # a fault of ours: what a user can cause has an error of its own
-        if debug:
-            stderr.print_exception()
-        complain(_fault(error))
-        raise typer.Exit(DrafttrainError.exit_code) from error
     except KeyboardInterrupt as error:
         say("interrupted: run the same command to continue")
         raise typer.Exit(Interrupted.exit_code) from error
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _fault(error: Exception) -> str:
-    """Return an error that nobody expected, with the places of ours that led to it."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "drafttrain" in frame.filename]
-    places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames[-3:]))
-    words = " ".join(str(error).split())[:300]
-    return f"unexpected {type(error).__name__}: {words} ({places}). A fault of drafttrain: --debug shows all of it, please report it"
 
 
 def main() -> None:
