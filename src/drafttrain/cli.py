@@ -472,6 +472,7 @@ def check(
     """Check recipes without loading a model: ok, or every problem with its line."""
     with exit_codes(debug=debug):
         from drafttrain.config.load import load_recipe
+        from drafttrain.pipeline.preflight import check_parts
 
         recipes, overrides = _apart(what)
         if not recipes:
@@ -479,7 +480,7 @@ def check(
         wrong = 0
         for recipe in recipes:
             try:
-                load_recipe(recipe, overrides)
+                check_parts(load_recipe(recipe, overrides), fetch=False, data=False)
                 typer.echo(f"{recipe}: ok")
             except RecipeError as error:
                 wrong += 1

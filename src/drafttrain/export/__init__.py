@@ -48,6 +48,15 @@ class Exporter(ABC):
         """Return what of a drafter folder this format has no place for; one that has any is not converted."""
         return []
 
+    def target_problems(self, folder: Path, *, num_rows: int, end: int | None) -> list[str]:
+        """Return why no drafter for the target of a folder can be written in this format; seen before anything is trained.
+
+        Args:
+            num_rows: Of the target's embedding.
+            end: The token that ends a text.
+        """
+        return []
+
     @abstractmethod
     def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
         """Return the files of this format.

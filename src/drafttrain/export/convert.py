@@ -15,6 +15,7 @@ from drafttrain.core.files import folder_beside
 from drafttrain.core.foreign import read_json
 from drafttrain.export import FOLDER, DrafterFiles, Exporter, exporters
 from drafttrain.export.folder import read_files
+from drafttrain.export.rows import with_rows_of
 
 LONGEST_SHOWN = 20
 
@@ -86,6 +87,7 @@ def converted(name: str, source: Path, target_config: Mapping[str, Any]) -> Draf
             + f"Formats for {files.kind}: "
             + ", ".join(f"{other} (read by {_readers(other, files.kind)})" for other in able)
         )
+    files = with_rows_of(files, target_config)
     found = exporter.refusals(files, target_config)
     made = files if found else exporter.convert(files, target_config)
     if found := found or exporter.problems(made, target_config):

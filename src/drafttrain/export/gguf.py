@@ -90,6 +90,10 @@ class GgufExporter(Exporter):
         found = found or [*layout_problems(source, target_config), *_tensor_problems(source)]
         return found or _tokenizer_of(source).problems(source.config)
 
+    def target_problems(self, folder: Path, *, num_rows: int, end: int | None) -> list[str]:
+        """Return what of the tokenizer llama.cpp has no place for: the drafter has the same one."""
+        return GgufTokenizer(folder, vocab_size=num_rows).problems({"eos_token_id": end})
+
     def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
         """Return metadata and tensors under the names of GGUF."""
         config = _with_defaults(source.config)

@@ -27,6 +27,7 @@ from drafttrain.pipeline.folder import RunFolder
 from drafttrain.pipeline.head import fit_head, labelled_tokens
 from drafttrain.pipeline.inputs import inputs_of, is_evaluated_on, target_inputs
 from drafttrain.pipeline.online import online_run, report, show_status
+from drafttrain.pipeline.preflight import check_drafters, check_parts
 from drafttrain.pipeline.run import Run, quiet_libraries
 from drafttrain.pipeline.training import train_drafter
 
@@ -45,7 +46,7 @@ def fit(recipe: Recipe, folder: Path, *, above: Sequence[str] = ()) -> None:
     check_engines(recipe.export, recipe.drafter.kind if recipe.drafter else None, where=folder)
     with contextlib.ExitStack() as held:
         with _all_processes(recipe, folder, held):
-            made = _with_models_made(recipe, folder.parent, above=above)
+            made = _checked_and_made(recipe, folder, above=above)
             run = Run(made, folder, placement=recipe.train.target_placement)
             if first() and not run.folder.train_done.exists():
                 # Figures of an export of what was there so far; a kill after the training would let them stand for its end.
@@ -63,7 +64,7 @@ def fit(recipe: Recipe, folder: Path, *, above: Sequence[str] = ()) -> None:
 def gen(recipe: Recipe, folder: Path) -> None:
     """Generate, encode, label and cache the data of a recipe; several processes share the work."""
     with contextlib.ExitStack() as held, _all_processes(recipe, folder, held):
-        made = _with_models_made(recipe, folder.parent)
+        made = _checked_and_made(recipe, folder)
         run = Run(made, folder, placement=recipe.train.target_placement)
         write_texts(run)
         data = training_data(run)
@@ -83,7 +84,7 @@ def export(recipe: Recipe, folder: Path) -> None:
     if not RunFolder(folder).has_weights():
         raise DrafttrainError(f"{folder}: nothing is trained here yet: drafttrain fit does all stages")
     check_engines(recipe.export, recipe.drafter.kind if recipe.drafter else None, where=folder)
-    run = Run(_with_models_made(recipe, folder.parent), folder)
+    run = Run(_checked_and_made(recipe, folder), folder)
     run.folder.drop_figures()
     export_and_judge(run)
 
@@ -168,6 +169,7 @@ def evaluate_recipe(recipe: Recipe, folder: Path) -> dict[str, Any]:
     if held is None or exported is None:
         raise CheckpointError(f"{folder}: no {what} was exported here yet: drafttrain fit does all stages")
     recipe = _with_models_made(recipe, folder.parent)
+    check_parts(recipe, data=False)
     # The files were exported as the run says, whatever the recipe now asks of an export.
     run = Run(replace(recipe, export=held.export), folder, quiet=True, evaluates_only=True)
     if recipe.head is not None:
@@ -209,7 +211,9 @@ def evaluate_drafters(
     names = ["A", "B"] if len(folders) == 2 else ["drafter"]
     for letter, drafter in zip(names, drafters, strict=True):
         say(f"{letter}: {drafter}")
-    loaded = Target.load(replace(of_target, model=target) if target else of_target)
+    of_target = replace(of_target, model=target) if target else of_target
+    check_drafters(of_target, [str(one) for one in folders])
+    loaded = Target.load(of_target)
     result = evaluated(dict(zip(names, folders, strict=True)), loaded, settings, dropped=())
     result |= {"inputs": target_inputs(replace(of_target, model=loaded.name), settings.prompts)}
     show(result)
@@ -230,6 +234,7 @@ def learn_online(recipe: Recipe, folder: Path, *, once: bool = False) -> None:
         raise RecipeError(recipe.name, ["online: missing: this recipe trains once; drafttrain fit does"])
     with RunFolder(folder).taken():
         clear_leftovers(folder)
+        _check_parts(recipe, folder)
         run = Run(recipe, folder)
         write_drafter(run, run.drafter, run.folder.start, steps=0)
         learning = online_run(recipe, run.folder, run.target)
@@ -278,6 +283,24 @@ def _with_models_made(recipe: Recipe, runs: Path, *, above: Sequence[str] = ()) 
         of_run = RunFolder(runs / made.name)
         setattr(settings, key, str(of_run.head if made.head is not None else of_run.drafter))
     return recipe
+
+
+def _checked_and_made(recipe: Recipe, folder: Path, *, above: Sequence[str] = ()) -> Recipe:
+    """Return the recipe with the models that other recipes make, its parts checked before anything is made, and with them."""
+    _check_parts(recipe, folder)
+    if not list(made_by_recipes(recipe)):
+        return recipe
+    made = _with_models_made(recipe, folder.parent, above=above)
+    _check_parts(made, folder)
+    return made
+
+
+def _check_parts(recipe: Recipe, folder: Path) -> None:
+    """Look once whether the parts of a recipe fit together; a finished training does not read its data again."""
+    with first_before_others("it looks whether target, drafter, data and export fit together"):
+        if first():
+            quiet_libraries()
+            check_parts(recipe, data=not RunFolder(folder).train_done.exists())
 
 
 @contextlib.contextmanager

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from drafttrain.core.digests import weights_digest
@@ -30,8 +29,12 @@ from drafttrain.target.attention import refuse_attention
 from drafttrain.target.documents import document_states
 from drafttrain.target.ends import end_ids, say_ends
 from drafttrain.target.logits import head_logits
+from drafttrain.target.model_folder import check_causal_lm, check_model_files, in_one_line, no_folder
+from drafttrain.target.wrapped import language_model_inside, loader_of
 
 BUILTIN = "builtin:"
+HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py")
+"""Files of a model of the hub that are fetched."""
 TOKENIZER_FILES = (
     *(
         "tokenizer.json",
@@ -84,6 +87,8 @@ def resolve_folder(name: str, *, revision: str | None = None) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
+    if reason := no_folder(name):
+        raise CheckpointError(f"{name}: {reason}")
     if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise CheckpointError(f"{name}: no such folder (a hub id has the form owner/name)")
     from huggingface_hub import snapshot_download
@@ -94,23 +99,40 @@ def resolve_folder(name: str, *, revision: str | None = None) -> Path:
         RepositoryNotFoundError,
     )
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_PATTERNS)))
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
             f"{name}: neither a local folder nor a hub id that could be fetched ({type(error).__name__})"
         ) from error
 
 
+def cached_folder(name: str, *, revision: str | None = None) -> Path | None:
+    """Return the local folder of a name without asking the hub; None: a hub id that was not fetched.
+
+    Raises:
+        CheckpointError: There is no such folder, and the name is no hub id.
+    """
+    local = name.startswith((BUILTIN, ".", "/", "~")) or name.count("/") != 1 or Path(name).exists()
+    if local:
+        return resolve_folder(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(
+            snapshot_download(name, revision=revision, allow_patterns=list(HUB_PATTERNS), local_files_only=True)
+        )
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return folder if any(folder.glob("*.safetensors")) else None
+
+
 def fingerprint_of(folder: Path) -> str:
     """Return a short digest of a model folder: its configuration and its weights (`core.digests` says which bytes of them)."""
+    check_model_files(folder)
     files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder}: no *.safetensors here (pickled weights are not read)")
     digest = hashlib.sha256()
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: no config.json here: not a model folder")
     for path in [folder / "config.json", *files]:
         digest.update(f"{path.name}:{weights_digest(path)}\n".encode())
     return digest.hexdigest()[:16]
@@ -158,10 +180,14 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     check_folder(folder)
+    if not tokenizer_files(folder):
+        raise CheckpointError(
+            f"{folder}: no tokenizer here (no tokenizer.json): give its folder, as target.tokenizer of a target"
+        )
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises plain Exceptions, and what the content of a broken file leads to
-        raise CheckpointError(f"{folder}: no tokenizer could be read here: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{folder}: no tokenizer could be read here: {in_one_line(error)}") from error
 
 
 def load_causal_lm(
@@ -175,13 +201,9 @@ def load_causal_lm(
     Raises:
         CheckpointError: There is none, or not with this attention.
     """
-    from transformers import AutoModelForCausalLM
-
-    if not list(folder.glob("*.safetensors")):
-        raise CheckpointError(f"{folder}: no *.safetensors here (pickled weights are not read)")
-    check_folder(folder)
+    check_causal_lm(folder, trust_remote_code=trust_remote_code)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = loader_of(folder, trust_remote_code=trust_remote_code).from_pretrained(
             str(folder),
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             attn_implementation=attention,
@@ -189,10 +211,11 @@ def load_causal_lm(
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # what the content of a folder, or the code that comes with it, leads transformers to
         refuse_attention(folder, attention, trust_remote_code=trust_remote_code)
-        raise CheckpointError(f"{folder}: no causal LM could be read here: {error}") from error
+        raise CheckpointError(f"{folder}: no causal LM could be read here: {in_one_line(error)}") from error
     model, report = loaded
+    model = language_model_inside(model, folder)
     missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} weights are missing from the file: {', '.join(missing[:5])}")

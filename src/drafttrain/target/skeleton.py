@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.foreign import check_folder
 from drafttrain.core.tensors import TensorFiles
 from drafttrain.target.anatomy import final_norm
 from drafttrain.target.attention import refuse_attention
+from drafttrain.target.model_folder import check_causal_lm, in_one_line
+from drafttrain.target.wrapped import is_wrapper
 
 META = torch.device("meta")
 
@@ -28,7 +29,7 @@ def skeleton(folder: Path, *, dtype: str, attention: str, trust_remote_code: boo
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    check_folder(folder)
+    check_causal_lm(folder, trust_remote_code=trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         given = config.dtype or "float32" if dtype == "auto" else dtype
@@ -41,7 +42,14 @@ def skeleton(folder: Path, *, dtype: str, attention: str, trust_remote_code: boo
             )
     except (ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
         refuse_attention(folder, attention, trust_remote_code=trust_remote_code)
-        raise CheckpointError(f"{folder}: no causal LM could be made of its configuration: {error}") from error
+        raise CheckpointError(
+            f"{folder}: no causal LM could be made of its configuration: {in_one_line(error)}"
+        ) from error
+    if is_wrapper(config) or getattr(config, "quantization_config", None):
+        what = "a multimodal model" if is_wrapper(config) else "a quantized model"
+        raise CheckpointError(
+            f"{folder}: single weights of {what} are not read: use train.target_placement: replicated"
+        )
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(str(folder))
     _compute_buffers(model, device)

@@ -1,0 +1,194 @@
+"""Target, drafter, data and export that do not fit together: reported at once, before any weights are read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from drafttrain.cli import app
+from drafttrain.config.load import load_recipe
+from drafttrain.core.errors import RecipeError
+from drafttrain.pipeline.preflight import check_drafters, check_parts
+from drafttrain.target import TargetSettings
+
+RECIPE = """
+name: tiny
+target: {model: target}
+drafter: {kind: causal_lm, num_layers: 1, hidden_size: 32, num_heads: 1}
+loss: {kind: ce}
+data: {max_length: 40, sources: [{kind: jsonl, path: data.jsonl}]}
+train: {max_steps: 12, warmup_steps: 2, loggers: [csv]}
+eval: {prompts: data.jsonl, validation_prompts: data.jsonl}
+"""
+SaveLlama = Callable[..., Path]
+
+
+@pytest.fixture
+def place(tmp_path: Path, save_llama: SaveLlama, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a recipe and all that it names."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(save_llama(num_layers=2), tmp_path / "target")
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": "some text"}) + "\n")
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+def without_weights(folder: Path, **fields: Any) -> None:
+    """Change fields of a configuration, and make weights that cannot be read: nothing may try."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    (folder / "model.safetensors").write_text("no weights")
+
+
+def problems(*overrides: str, **wanted: Any) -> tuple[str, ...]:
+    with pytest.raises(RecipeError) as refused:
+        check_parts(load_recipe("r.yaml", overrides), **wanted)
+    return refused.value.problems
+
+
+def test_parts_that_fit_are_checked_without_reading_weights(place: Path) -> None:
+    without_weights(place / "target")
+    check_parts(load_recipe("r.yaml"))
+
+
+def test_fewer_rows_than_the_tokenizer_has_tokens(place: Path) -> None:
+    without_weights(place / "target", vocab_size=250)
+    (problem,) = problems()
+    assert problem.startswith(
+        "target.model: target has 250 rows, and its tokenizer ids up to 256: 7 tokens have no row"
+    )
+
+
+def test_more_rows_than_tokens_are_padding(place: Path) -> None:
+    without_weights(place / "target", vocab_size=320)
+    check_parts(load_recipe("r.yaml"))
+
+
+def test_a_special_token_behind_the_rows_is_a_note(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.conftest import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(place / "target")
+    without_weights(place / "target")
+    check_parts(load_recipe("r.yaml"))
+    assert "has 257 rows and none for <pad>" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["drafter={kind: eagle3, draft_vocab_size: 258}"],
+            "drafter.draft_vocab_size must be 1..257 for target, got 258",
+        ),
+        (["drafter={kind: eagle3, taps: [0, 1, 2]}"], "drafter.taps must be 0..1 for target (2 layers), got [0, 1, 2]"),
+        (["drafter={kind: kangaroo, exit_layer: 2}"], "drafter.exit_layer must be 1..1 for target (2 layers), got 2"),
+        (
+            ["drafter={kind: causal_lm, init: target, num_layers: 3}"],
+            "drafter.num_layers must be 1..2 for target, got 3",
+        ),
+        (["export.to=[gguf]"], "export.to: gguf: target: tokenizer.json: no merges"),
+        (["target.model=nowhere/at/all"], "nowhere/at/all: no such folder"),
+        (["data.sources.0.path=other.jsonl"], "data.sources.0: other.jsonl: no such file"),
+        (["eval.prompts=other.jsonl"], "eval.prompts: other.jsonl: no such file of prompts"),
+        (["target.tokenizer=./elsewhere"], "./elsewhere: no such folder"),
+    ],
+)
+def test_what_is_beyond_the_target(place: Path, overrides: list[str], words: str) -> None:
+    without_weights(place / "target")
+    (problem,) = problems(*overrides)
+    assert words in problem
+
+
+def test_a_start_with_too_few_rows_another_tokenizer_or_of_another_kind(place: Path, save_llama: SaveLlama) -> None:
+    shutil.copytree(save_llama(num_layers=1), place / "start")
+    without_weights(place / "target")
+    start = "drafter={kind: causal_lm, init: checkpoint, checkpoint: start}"
+    without_weights(place / "start", vocab_size=300)
+    check_parts(load_recipe("r.yaml", [start]))
+    without_weights(place / "start", vocab_size=200)
+    assert "start has 200 rows, the target's tokenizer 257 tokens" in problems(start)[0]
+    tokenizer = json.loads((place / "start" / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["!!"] = 257
+    (place / "start" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "its tokenizer differs from the target's in 1 of 257 tokens" in problems(start)[0]
+    of_another = "drafter={kind: eagle3, checkpoint: start}"
+    assert "no drafttrain.json here: not a drafter folder" in problems(of_another)[0]
+    with pytest.raises(RecipeError, match="its tokenizer differs"):
+        check_drafters(TargetSettings(model="target"), ["start"])
+
+
+def test_all_problems_are_reported_at_once(place: Path) -> None:
+    without_weights(place / "target", vocab_size=250)
+    found = problems(
+        "drafter={kind: causal_lm, init: target, num_layers: 9}", "export.to=[gguf]", "data.sources.0.path=other.jsonl"
+    )
+    assert len(found) == 5
+    assert [problem.partition(":")[0] for problem in found] == [*["target.model"] * 4, "data.sources.0"]
+
+
+def test_a_sliding_window_is_said_at_the_start(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    without_weights(place / "target", model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=16)
+    check_parts(load_recipe("r.yaml"))
+    assert "a sliding window of 16, data.max_length is 40" in capsys.readouterr().err
+    without_weights(place / "target", model_type="qwen2", architectures=["Qwen2ForCausalLM"], use_sliding_window=False)
+    check_parts(load_recipe("r.yaml"))
+    assert "sliding window" not in capsys.readouterr().err
+
+
+def test_what_is_not_here_yet_is_not_looked_at_by_the_check_of_a_recipe(place: Path) -> None:
+    check_parts(load_recipe("r.yaml", ["target.model=owner/name"]), fetch=False)
+    check_parts(load_recipe("r.yaml", ["target.model=recipe:demo"]), fetch=False)
+
+
+@pytest.mark.parametrize("command", [["fit"], ["gen"], ["recipe", "check"]])
+def test_every_command_looks_first(place: Path, command: list[str]) -> None:
+    without_weights(place / "target", vocab_size=250)
+    shown = CliRunner().invoke(app, [*command, "r.yaml"])
+    assert shown.exit_code == 2
+    assert "target has 250 rows" in shown.output
+    assert not (place / "runs" / "tiny" / "recipe.yaml").exists()
+
+
+def odd_things(at: Path) -> dict[str, Path]:
+    """Return what somebody may give in place of anything else."""
+    (at / "empty").mkdir()
+    (at / "binary").write_bytes(bytes(range(256)) * 8)
+    (at / "words.txt").write_text("no JSON, no YAML: [\n")
+    (at / "list.json").write_text("[1, 2]")
+    return {"nothing": at / "nothing", **{name: at / name for name in ("empty", "binary", "words.txt", "list.json")}}
+
+
+@pytest.mark.parametrize("thing", ["nothing", "empty", "binary", "words.txt", "list.json"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["fit", "{}"],
+        ["eval", "{}"],
+        ["export", "{}"],
+        ["export", "{}", "--to", "vllm"],
+        ["import", "{}"],
+        ["recipe", "check", "{}"],
+        ["serve-config", "{}"],
+        ["fit", "r.yaml", "target.model={}"],
+        ["fit", "r.yaml", "target.tokenizer={}"],
+        ["fit", "r.yaml", "drafter={{kind: causal_lm, init: checkpoint, checkpoint: '{}'}}"],
+        ["fit", "r.yaml", "drafter={{kind: eagle3, checkpoint: '{}'}}"],
+        ["fit", "r.yaml", "data.sources.0={{kind: parquet, path: '{}'}}"],
+        ["fit", "r.yaml", "eval.prompts={}/file"],
+        ["eval", "target", "--target", "{}"],
+    ],
+)
+def test_no_path_that_is_given_ends_in_a_traceback(place: Path, words: list[str], thing: str) -> None:
+    given = odd_things(place)[thing]
+    shown = CliRunner().invoke(app, [word.format(given) for word in words])
+    assert shown.exit_code in (1, 2), shown.output
+    assert isinstance(shown.exception, SystemExit), shown.exception
+    assert len(shown.output.splitlines()) < 20
