@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,14 +20,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: It is missing, truncated or none, or holds a number that is not finite.
     """
-    try:
-        if path.exists() and not path.is_file():
-            raise CheckpointError(f"{path}: not a regular file")
+    with _readable(path):
         tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: the weights cannot be read: {error}") from error
     check_finite(tensors, where=str(path))
     return tensors
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what reading a file of weights raises into an error that names the file."""
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: not a regular file")
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: the weights cannot be read: {error}") from error
 
 
 def load_into(module: nn.Module, path: Path) -> None:
@@ -82,7 +90,7 @@ def check_number_types(folder: Path) -> None:
         CheckpointError: Naming the file and its first tensors.
     """
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
+        with _readable(path), safe_open(path, framework="pt") as file:
             kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
         wrong = [
             f"{name} ({kind})"
@@ -106,11 +114,8 @@ class TensorFiles:
         self.folder = folder
         self._file_of: dict[str, Path] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    self._file_of |= dict.fromkeys(file.keys(), path)
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path}: the weights cannot be read: {error}") from error
+            with _readable(path), safe_open(path, framework="pt") as file:
+                self._file_of |= dict.fromkeys(file.keys(), path)
 
     def names(self) -> list[str]:
         """Return the names of all tensors."""
@@ -119,10 +124,7 @@ class TensorFiles:
     def read(self, name: str) -> Tensor:
         """Return one tensor."""
         path = self._file_of[name]
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: {name} cannot be read: {error}") from error
+        with _readable(path), safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
         check_finite({name: tensor}, where=str(path))
         return tensor

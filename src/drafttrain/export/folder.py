@@ -63,6 +63,5 @@ def _all_tensors(folder: Path) -> dict[str, torch.Tensor]:
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise CheckpointError(f"{folder}: no *.safetensors here (pickled weights are not read)")
-    tensors = {name: tensor for path in paths for name, tensor in read_tensors(path).items()}
     check_number_types(folder)
-    return tensors
+    return {name: tensor for path in paths for name, tensor in read_tensors(path).items()}
