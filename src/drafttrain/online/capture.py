@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from drafttrain.data_gen.serving_logs.exchange import Refused, mapping
+from drafttrain.data_gen.serving_logs.private.values import spells_private, without_private
+from drafttrain.data_gen.serving_logs.pseudonyms import pseudonym
 from drafttrain.data_gen.serving_logs.redaction import Redact
 from drafttrain.data_gen.serving_logs.rounds import logged_rounds
 from drafttrain.data_gen.serving_logs.stream import merged
@@ -24,6 +26,17 @@ KEPT = (
     "temperature", "tools", "top_k", "top_logprobs", "top_p", "user",
 )  # fmt: skip
 """Keys of a request that are written; others may be anything, credentials too. Headers are never even handed here."""
+KEPT_OF_ANSWER = (
+    "choices", "created", "error", "id", "metrics", "model", "object", "prompt_token_ids", "service_tier", "system_fingerprint", "usage",
+)  # fmt: skip
+KEPT_OF_CHOICE = (
+    "finish_reason", "index", "logprobs", "matched_stop", "message", "prompt_token_ids", "speculative", "stop_reason", "text", "token_ids",
+)  # fmt: skip
+KEPT_OF_TURN = (
+    "content", "function_call", "name", "reasoning", "reasoning_content", "refusal", "role", "tool_call_id", "tool_calls",
+)  # fmt: skip
+"""Keys of an answer, its choices and the turns of a chat that are written where redaction is on."""
+ENDPOINT = re.compile(r"(?:/v\d)?(?:/chat)?/completions\Z")
 SPELLED = ("token_ids", "prompt_token_ids", "logprobs", "speculative", "speculative_decoding")
 """Keys of an answer that spell its text once more, or say where in it something was."""
 
@@ -49,12 +62,15 @@ class Capture:
         return len(self.request) + len(self.response)
 
 
-def line_of(capture: Capture, redact: Redact | None, *, record_bytes: int = RECORD_BYTES) -> bytes:
+def line_of(
+    capture: Capture, redact: Redact | None, *, record_bytes: int = RECORD_BYTES, salt: bytes | None = None
+) -> bytes:
     """Return the line of a capture, without what must not be kept.
 
     Args:
         redact: None: everything may be kept.
         record_bytes: Request and answer, unpacked, may have so many bytes together.
+        salt: Of the pseudonyms of users; None: who asked is left out.
 
     Raises:
         Refused: The bytes are of no known form, or cannot be looked through for what must not be kept.
@@ -68,12 +84,13 @@ def line_of(capture: Capture, redact: Redact | None, *, record_bytes: int = RECO
         response = merged(parsed(event, max_depth=MAX_DEPTH) for event in events(decoded(answered_bytes)))
     else:
         response = parsed(decoded(answered_bytes), max_depth=MAX_DEPTH)
-    if isinstance(request.get("user"), str):
-        request["user"] = hashlib.sha256(request["user"].encode("utf-8", "replace")).hexdigest()[:16]
+    user = request.pop("user", None)
     if redact is not None:
         request, response = _redacted(request, response, redact)
+    if isinstance(user, str) and user and salt:
+        request["user"] = pseudonym(user, salt)
     when = datetime.datetime.fromtimestamp(capture.time, datetime.UTC).isoformat(timespec="milliseconds")
-    value = {"id": capture.id, "time": when, "path": capture.path, "request": request, "response": response}
+    value = {"id": capture.id, "time": when, "path": _endpoint(capture.path), "request": request, "response": response}
     return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
 
@@ -96,15 +113,18 @@ def _redacted(
     prompt = request.get("prompt")
     if isinstance(prompt, list) and any(isinstance(one, int | list) for one in prompt):
         raise Refused("ids_only", "the prompt is token ids alone: what they spell cannot be looked at here")
+    request, response = _kept_of_request(request), _kept_of_answer(response)
     texts = _without(response, SPELLED)
-    kept_request, kept_texts = _walked(request, redact), _walked(texts, redact)
+    kept_request, kept_texts = (without_private(part, redact, max_depth=MAX_DEPTH) for part in (request, texts))
     choices = response.get("choices") or []
     # What was called is spelled by the ids, and not kept as text.
     called = any(mapping(mapping(one, "choices").get("message") or {}, "message").get("tool_calls") for one in choices)
     changed = (kept_request, kept_texts) != (request, texts) or called
     if changed:
         return kept_request, kept_texts
-    return kept_request, response | ({"choices": [_with_counts(one) for one in choices]} if choices else {})
+    return kept_request, response | (
+        {"choices": [_without_alternatives(_with_counts(one), redact) for one in choices]} if choices else {}
+    )
 
 
 def _with_counts(choice: dict[str, Any]) -> dict[str, Any]:
@@ -116,13 +136,61 @@ def _with_counts(choice: dict[str, Any]) -> dict[str, Any]:
     return choice | {"speculative": counts}
 
 
-def _walked(value: Any, redact: Redact) -> Any:
-    """Return a value with every text in it redacted; its depth was checked before."""
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, dict):
-        return {redact(key): _walked(part, redact) for key, part in value.items()}
-    return [_walked(part, redact) for part in value] if isinstance(value, list) else value
+def _kept_of_request(request: dict[str, Any]) -> dict[str, Any]:
+    """Return a request whose turns hold what is read of them: pictures and files are named by their kind alone, addresses go."""
+    if not isinstance(request.get("messages"), list):
+        return request
+    return request | {"messages": [_kept_of_turn(turn) for turn in request["messages"]]}
+
+
+def _kept_of_answer(response: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: response[key] for key in KEPT_OF_ANSWER if key in response}
+    choices = response.get("choices")
+    if isinstance(choices, list):
+        kept["choices"] = [_kept_of_choice(mapping(one, "choices")) for one in choices]
+    return kept
+
+
+def _kept_of_choice(choice: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: choice[key] for key in KEPT_OF_CHOICE if key in choice}
+    return kept | ({"message": _kept_of_turn(kept["message"])} if "message" in kept else {})
+
+
+def _kept_of_turn(turn: Any) -> Any:
+    if not isinstance(turn, dict):
+        return turn
+    kept = {key: turn[key] for key in KEPT_OF_TURN if key in turn}
+    if isinstance(kept.get("content"), list):
+        kept["content"] = [
+            {key: part[key] for key in ("type", "text") if key in part} if isinstance(part, dict) else part
+            for part in kept["content"]
+        ]
+    return kept
+
+
+def _without_alternatives(choice: dict[str, Any], redact: Redact) -> dict[str, Any]:
+    """Return a choice without its log-probabilities where the tokens that were not answered spell what must not be kept."""
+    logged = choice.get("logprobs")
+    if not isinstance(logged, dict):
+        return choice
+    if isinstance(logged.get("content"), list):
+        rows = [mapping(row, "logprobs") for row in logged["content"]]
+        tops = [[row, *(mapping(one, "logprobs") for one in row.get("top_logprobs") or [])] for row in rows]
+        alternatives = [[str(one.get("token", "")) for one in row] for row in tops]
+        # The bytes of a token spell it once more.
+        logged = _without(logged, ("bytes",))
+    else:
+        listed = zip(logged.get("tokens") or [], logged.get("top_logprobs") or [], strict=False)
+        alternatives = [[str(token), *map(str, top or {})] for token, top in listed]
+    if spells_private(alternatives, redact):
+        return {key: value for key, value in choice.items() if key != "logprobs"}
+    return choice | {"logprobs": logged}
+
+
+def _endpoint(path: str) -> str:
+    """Return which endpoint was asked: what stands before it, or behind it, may be a key."""
+    found = ENDPOINT.search(path.partition("?")[0])
+    return found[0] if found else ""
 
 
 def _without(value: Any, keys: tuple[str, ...]) -> Any:

@@ -136,7 +136,12 @@ def record(settings: RecorderSettings) -> dict[str, Any]:
         RecipeError: The address of the server is none, or nothing can listen.
     """
     redactor(builtin=settings.redact, own=settings.redact_with)  # What cannot be imported is told now.
-    worker = LineWorker(redact=settings.redact, redact_with=settings.redact_with, record_bytes=settings.record_bytes)
+    worker = LineWorker(
+        redact=settings.redact,
+        redact_with=settings.redact_with,
+        record_bytes=settings.record_bytes,
+        folder=settings.out,
+    )
     files = RecordFiles(settings.out, worker, rotate_bytes=settings.rotate_bytes, queue_bytes=settings.queue_bytes)
     recorder = Recorder(settings, files)
     worker.start()

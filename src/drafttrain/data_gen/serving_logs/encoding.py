@@ -15,6 +15,7 @@ import numpy as np
 from drafttrain.core.records import LoggedLaw, Record
 from drafttrain.data_gen.formats import BadItem, Encoder
 from drafttrain.data_gen.serving_logs.exchange import Exchange, Law, Refused
+from drafttrain.data_gen.serving_logs.private.values import spells_private
 from drafttrain.data_gen.serving_logs.redaction import Redact
 from drafttrain.data_gen.serving_logs.rounds import refusals
 
@@ -38,6 +39,7 @@ class ExchangeEncoder:
         self._encoder = encoder
         self._redact = redact
         self._law = law
+        self._names: dict[int, str] = {}
 
     def record(self, exchange: Exchange) -> Record:
         """Return the record of an exchange.
@@ -49,6 +51,7 @@ class ExchangeEncoder:
         law = exchange.law if self._law else None
         answer = self._answer(exchange, prompt, law)
         self._check_redacted(prompt + answer)
+        law = self._without_private(law)
         length = self._encoder.max_length
         if len(prompt) >= length:
             raise Refused("too_long", f"a prompt of {len(prompt)} tokens; it must have 1..{length - 1}")
@@ -233,6 +236,18 @@ class ExchangeEncoder:
     def _check_size(self, characters: int) -> None:
         if characters > LONGEST_TOKEN * self._encoder.max_length:
             raise Refused("too_long", f"more text than {self._encoder.max_length} tokens can hold")
+
+    def _without_private(self, law: Law | None) -> Law | None:
+        """Return the law, None where the tokens that it names beside the answered ones spell what must not be kept."""
+        if law is None:
+            return None
+        rows = [[self._named(token) for token, _ in row] for row in law]
+        return None if spells_private(rows, self._redact) else law
+
+    def _named(self, token: int | str) -> str:
+        if isinstance(token, int) and token not in self._names:
+            self._names[token] = self._spelled([token]) if 0 <= token < self._encoder.size else ""
+        return token if isinstance(token, str) else self._names[token]
 
     def _check_redacted(self, tokens: Sequence[int]) -> None:
         words = self._spelled(tokens)

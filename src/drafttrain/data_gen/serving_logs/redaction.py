@@ -11,6 +11,7 @@ from drafttrain.core.errors import DataError
 from drafttrain.data_gen.serving_logs.exchange import Exchange, Refused
 from drafttrain.data_gen.serving_logs.private import emails, issued_keys, named_secrets, numbers, phones
 from drafttrain.data_gen.serving_logs.private.spans import replaced
+from drafttrain.data_gen.serving_logs.private.values import without_private
 
 FINDERS = (issued_keys.find, named_secrets.find, emails.find, numbers.find, phones.find)
 
@@ -68,7 +69,8 @@ def redacted(exchange: Exchange, redact: Redact) -> Exchange:
     answer = exchange.answer and redact(exchange.answer)
     names: Any = {name: redact(getattr(exchange, name))[:200] for name in ("id", "model", "domain")}
     arguments = {
-        name: redact(value) if isinstance(value, str) else value for name, value in exchange.template_arguments.items()
+        name: value if isinstance(value, bool) else without_private({name: value}, redact, max_depth=1).get(name, "")
+        for name, value in exchange.template_arguments.items()
     }
     kept = replace(exchange, prompt=prompt, template_arguments=arguments, **names)
     if (prompt, answer) == (exchange.prompt, exchange.answer):
