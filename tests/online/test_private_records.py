@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from drafttrain.data_gen.serving_logs.pseudonyms import SALT_FILE, pseudonym, salt_of
+from drafttrain.data_gen.serving_logs.pseudonyms import SALT_FILE, Pseudonyms
 from drafttrain.data_gen.serving_logs.redaction import redactor
 from drafttrain.online.capture import Capture, line_of
 from drafttrain.online.line_worker import LineWorker
@@ -88,7 +88,6 @@ REQUESTS = {
     "unknown key": {"vault": {"value": WEAK}},
     "signed address": turn(content=f"see https://s.example/f?a=1&X-Amz-Signature={KEY}"),
     "login of an address": turn(content=f"see https://me:{WEAK}@s.example/f"),
-    "user": {"user": WEAK},
 }  # fmt: skip
 CHOICES = {
     "answer": {"message": {"role": "assistant", "content": f"It is {KEY}."}},
@@ -131,7 +130,7 @@ def check(text: str) -> None:
 @pytest.mark.parametrize("place", REQUESTS)
 def test_no_place_of_a_request_lets_a_secret_through(place):
     asked = chat("q", "a")
-    check(line(asked["request"] | REQUESTS[place], asked["response"], salt=b"s"))
+    check(line(asked["request"] | REQUESTS[place], asked["response"]))
 
 
 @pytest.mark.parametrize("place", CHOICES)
@@ -183,15 +182,22 @@ def test_alternatives_that_are_named_by_ids_are_looked_at_where_the_tokenizer_is
     assert [record.law is not None for record in records] == [True, False]
 
 
+def test_a_user_is_written_by_a_pseudonym_alone(tmp_path):
+    asked = chat("q", "a")
+    text = line(asked["request"] | {"user": WEAK}, asked["response"], pseudonyms=Pseudonyms(tmp_path))
+    check(text)
+    assert json.loads(text)["request"]["user"] == Pseudonyms(tmp_path)(WEAK)
+
+
 def test_users_are_told_apart_within_a_folder_and_by_nobody_without_its_salt(tmp_path):
-    a, b = salt_of(tmp_path / "a"), salt_of(tmp_path / "b")
-    assert salt_of(tmp_path / "a") == a != b
-    assert pseudonym("bob", a) == pseudonym("bob", a) != pseudonym("eve", a)
-    assert pseudonym("bob", a) != pseudonym("bob", b)
+    a, b = Pseudonyms(tmp_path / "a"), Pseudonyms(tmp_path / "b")
+    assert not (tmp_path / "a").exists()
+    assert a("bob") == Pseudonyms(tmp_path / "a")("bob") != a("eve")
+    assert a("bob") != b("bob")
     assert stat.S_IMODE((tmp_path / "a" / SALT_FILE).stat().st_mode) == 0o600
     assert [path.name for path in (tmp_path / "a").iterdir()] == [SALT_FILE]
     with ThreadPoolExecutor(8) as pool:
-        assert len(set(pool.map(lambda _: salt_of(tmp_path / "c"), range(32)))) == 1
+        assert len(set(pool.map(lambda _: Pseudonyms(tmp_path / "c")("bob"), range(32)))) == 1
 
 
 def test_the_process_that_makes_lines_uses_the_salt_of_its_folder(tmp_path):
@@ -210,5 +216,5 @@ def test_the_process_that_makes_lines_uses_the_salt_of_its_folder(tmp_path):
         written = json.loads(worker(capture))
     finally:
         worker.close()
-    assert written["request"]["user"] == pseudonym("bob", salt_of(tmp_path))
+    assert written["request"]["user"] == Pseudonyms(tmp_path)("bob")
     assert "user" not in json.loads(line_of(capture, REDACT))["request"]

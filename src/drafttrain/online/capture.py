@@ -11,7 +11,7 @@ from typing import Any
 
 from drafttrain.data_gen.serving_logs.exchange import Refused, mapping
 from drafttrain.data_gen.serving_logs.private.values import spells_private, without_private
-from drafttrain.data_gen.serving_logs.pseudonyms import pseudonym
+from drafttrain.data_gen.serving_logs.pseudonyms import Pseudonyms
 from drafttrain.data_gen.serving_logs.redaction import Redact
 from drafttrain.data_gen.serving_logs.rounds import logged_rounds
 from drafttrain.data_gen.serving_logs.stream import merged
@@ -63,14 +63,14 @@ class Capture:
 
 
 def line_of(
-    capture: Capture, redact: Redact | None, *, record_bytes: int = RECORD_BYTES, salt: bytes | None = None
+    capture: Capture, redact: Redact | None, *, record_bytes: int = RECORD_BYTES, pseudonyms: Pseudonyms | None = None
 ) -> bytes:
     """Return the line of a capture, without what must not be kept.
 
     Args:
         redact: None: everything may be kept.
         record_bytes: Request and answer, unpacked, may have so many bytes together.
-        salt: Of the pseudonyms of users; None: who asked is left out.
+        pseudonyms: Of the users; None: who asked is left out.
 
     Raises:
         Refused: The bytes are of no known form, or cannot be looked through for what must not be kept.
@@ -87,8 +87,8 @@ def line_of(
     user = request.pop("user", None)
     if redact is not None:
         request, response = _redacted(request, response, redact)
-    if isinstance(user, str) and user and salt:
-        request["user"] = pseudonym(user, salt)
+    if isinstance(user, str) and user and pseudonyms:
+        request["user"] = pseudonyms(user)
     when = datetime.datetime.fromtimestamp(capture.time, datetime.UTC).isoformat(timespec="milliseconds")
     value = {"id": capture.id, "time": when, "path": _endpoint(capture.path), "request": request, "response": response}
     return json.dumps(value, separators=(",", ":")).encode() + b"\n"

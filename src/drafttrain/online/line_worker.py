@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from drafttrain.data_gen.serving_logs.exchange import Refused
-from drafttrain.data_gen.serving_logs.pseudonyms import salt_of
+from drafttrain.data_gen.serving_logs.pseudonyms import Pseudonyms
 from drafttrain.data_gen.serving_logs.redaction import redactor
 from drafttrain.online.capture import Capture, line_of
 from drafttrain.online.recorder_settings import RECORD_BYTES
@@ -34,7 +34,7 @@ class LineWorker:
         redact: Take out what `redaction` knows.
         redact_with: Dotted name of the user's function.
         record_bytes: What a capture may have unpacked.
-        folder: Of the records, whose salt makes the pseudonyms of users; None: who asked is left out.
+        folder: Of the records, whose salt makes pseudonyms of users; None: who asked is left out.
     """
 
     def __init__(
@@ -55,7 +55,6 @@ class LineWorker:
                 "folder": str(folder) if folder else None,
             }
         )
-        self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(self, capture: Capture) -> bytes:
@@ -83,8 +82,6 @@ class LineWorker:
     def start(self) -> None:
         """Start the process, where it does not run."""
         if self._process is None:
-            if self._folder is not None:
-                salt_of(self._folder)  # A folder that cannot be written is noticed here.
             self._process = self._started()
 
     def interrupt(self) -> None:
@@ -119,7 +116,7 @@ def main() -> None:
     record_bytes = settings.pop("record_bytes")
     folder = settings.pop("folder")
     # The arguments of a process are everybody's to read: the salt is read here.
-    salt = salt_of(Path(folder)) if folder else None
+    pseudonyms = Pseudonyms(Path(folder)) if folder else None
     redact = redactor(**settings) if settings["builtin"] or settings["own"] else None
     # What the user's function prints must not stand between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
@@ -130,7 +127,9 @@ def main() -> None:
         except EOFError:
             return
         try:
-            _send(answers, b"L", line_of(pickle.loads(message), redact, record_bytes=record_bytes, salt=salt))
+            _send(
+                answers, b"L", line_of(pickle.loads(message), redact, record_bytes=record_bytes, pseudonyms=pseudonyms)
+            )
         except Refused as reason:
             _send(answers, b"R", reason.kind.encode())
         except Exception:

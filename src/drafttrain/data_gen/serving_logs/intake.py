@@ -27,7 +27,7 @@ from drafttrain.data_gen.serving_logs.encoding import ExchangeEncoder
 from drafttrain.data_gen.serving_logs.exchange import Refused
 from drafttrain.data_gen.serving_logs.following import Place, follow
 from drafttrain.data_gen.serving_logs.lines import Line
-from drafttrain.data_gen.serving_logs.pseudonyms import salt_of
+from drafttrain.data_gen.serving_logs.pseudonyms import Pseudonyms
 from drafttrain.data_gen.serving_logs.reading import Reading
 from drafttrain.data_gen.serving_logs.settings import ServingLogsSettings
 from drafttrain.data_gen.serving_logs.untrusted import guard
@@ -78,7 +78,7 @@ class Intake:
         self.choices_set_aside = Counter[str](state.get("choices_set_aside", {}))
         """Answers that were set aside of lines of which another one is used."""
         self._places = [Place(**place | {"states": tuple(place["states"])}) for place in state["places"]]
-        self._reading = Reading(self.settings, model=state["model"], salt=salt_of(self.folder))
+        self._reading = Reading(self.settings, model=state["model"], pseudonyms=Pseudonyms(self.folder))
         self._exchanges = ExchangeEncoder(self._encoder, self._reading.redact, law=self.settings.law)
         kept = [number for path in self.folder.glob("batch-*.jsonl") if (number := _number(path)) < self.num_batches]
         self._first = min(kept, default=self.num_batches)

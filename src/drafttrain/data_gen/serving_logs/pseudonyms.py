@@ -15,24 +15,31 @@ SALT_FILE = ".user-salt"
 SALT_BYTES = 32
 
 
-def salt_of(folder: Path) -> bytes:
-    """Return the salt of a folder, made at the first use; only its owner may read the file.
+class Pseudonyms:
+    """The pseudonyms of a folder.
 
-    Without it anybody who has a list of users finds each in the records by its digest.
+    Its salt is made when the first user is named; only its owner may read the file. Without a salt anybody who has a list of users
+    would find each in the records by its digest.
     """
-    path = folder / SALT_FILE
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f"{SALT_FILE}.", suffix=".part", dir=folder)  # Made with mode 0600.
-        with os.fdopen(handle, "wb") as file:
-            file.write(secrets.token_bytes(SALT_BYTES))
-        # Of two processes that begin at once, one makes it.
-        with suppress(FileExistsError):
-            os.link(name, path)
-        os.unlink(name)
-    return path.read_bytes()
 
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / SALT_FILE
+        self._salt = b""
 
-def pseudonym(user: str, salt: bytes) -> str:
-    """Return the digest that stands for a user."""
-    return hmac.new(salt, user.encode("utf-8", "replace"), hashlib.sha256).hexdigest()[:16]
+    def __call__(self, user: str) -> str:
+        """Return the digest that stands for a user."""
+        self._salt = self._salt or self._read()
+        return hmac.new(self._salt, user.encode("utf-8", "replace"), hashlib.sha256).hexdigest()[:16]
+
+    def _read(self) -> bytes:
+        if not self._path.exists():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            # Made with mode 0600.
+            handle, name = tempfile.mkstemp(prefix=f"{SALT_FILE}.", suffix=".part", dir=self._path.parent)
+            with os.fdopen(handle, "w") as file:
+                file.write(secrets.token_hex(SALT_BYTES))
+            # Of two processes that begin at once, one makes it.
+            with suppress(FileExistsError):
+                os.link(name, self._path)
+            os.unlink(name)
+        return self._path.read_bytes()

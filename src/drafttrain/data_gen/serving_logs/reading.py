@@ -8,7 +8,7 @@ from dataclasses import replace
 from drafttrain.data_gen.serving_logs import dumps, openai, sglang
 from drafttrain.data_gen.serving_logs.duplicates import Duplicates, Mark
 from drafttrain.data_gen.serving_logs.exchange import Exchange, Refused
-from drafttrain.data_gen.serving_logs.pseudonyms import pseudonym
+from drafttrain.data_gen.serving_logs.pseudonyms import Pseudonyms
 from drafttrain.data_gen.serving_logs.redaction import redacted, redactor
 from drafttrain.data_gen.serving_logs.settings import ServingLogsSettings
 from drafttrain.data_gen.serving_logs.untrusted import check_text, decoded, guard, parsed
@@ -22,16 +22,16 @@ class Reading:
 
     Args:
         model: The model whose answers were taken before; empty: none was yet.
-        salt: Of the pseudonyms of users; None: who asked is left out.
+        pseudonyms: Of the users; None: who asked is left out.
     """
 
-    def __init__(self, settings: ServingLogsSettings, *, model: str = "", salt: bytes | None = None) -> None:
+    def __init__(self, settings: ServingLogsSettings, *, model: str = "", pseudonyms: Pseudonyms | None = None) -> None:
         self.settings = settings
         self.model = settings.model or model
         self.redact = redactor(builtin=settings.redact, own=settings.redact_with)
         self.duplicates = Duplicates(similarity=settings.near_duplicates, remembered=settings.remembered)
         self._requests = Requests()
-        self._salt = salt
+        self._pseudonyms = pseudonyms
 
     def line(self, data: bytes) -> Iterator[tuple[Exchange, Mark] | Refused]:
         """Yield what a line holds: exchanges, reasons against others; nothing where it only announces an answer.
@@ -73,7 +73,7 @@ class Reading:
             check_text(words)
         if exchange.model and self.model and exchange.model != self.model:
             raise Refused("wrong_model", "another model answered; data.sources.N.model names the one that is read")
-        user = pseudonym(exchange.user, self._salt) if exchange.user and self._salt else ""
+        user = self._pseudonyms(exchange.user) if exchange.user and self._pseudonyms else ""
         kept = redacted(replace(exchange, user=user), self.redact)
         self.model = self.model or exchange.model
         return kept

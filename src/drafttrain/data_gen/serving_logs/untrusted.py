@@ -33,7 +33,7 @@ def guard() -> Iterator[None]:
         raise Refused(
             "no_tokens", "its text gives none within data.max_length by this tokenizer and its chat template"
         ) from error
-    except MemoryError:
+    except (MemoryError, OSError):
         raise  # Of the machine and not of the line: lines are bounded.
     except Exception as error:
         raise Refused("unreadable", f"reading it failed with {type(error).__name__}") from error
