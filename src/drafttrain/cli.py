@@ -379,7 +379,8 @@ def record(
     redact: Annotated[
         bool,
         typer.Option(
-            "--redact/--no-redact", help="Take out e-mail addresses, telephone numbers and keys before writing."
+            "--redact/--no-redact",
+            help="Take out keys, passwords, e-mail addresses, and telephone, card and account numbers before writing.",
         ),
     ] = True,
     redact_with: Annotated[

@@ -22,7 +22,8 @@ class ServingLogsSettings(WeightedSettings):
         "asked again. Their tail is one bucket.",
     )
     redact: bool = setting(
-        True, help="Take out e-mail addresses, telephone numbers and keys before anything is written."
+        True,
+        help="Take out e-mail addresses, telephone, card and account numbers, public IP addresses, keys and passwords before anything is written.",
     )
     redact_with: str | None = setting(
         None,

@@ -52,6 +52,8 @@ def _around(text: str, place: int) -> Iterator[Span]:
     name = local[0][::-1]
     if not name.startswith('"'):
         name = re.sub(r"^.*[=?&`|/{}]|^['*!#$%^.]+", "", name)
+    if text.endswith("://", 0, place - len(name)):
+        return  # A user of a host.
     if not name or _is_code(text, name, domain):
         return
     yield Span(place - len(name), domain.end(), "e-mail")

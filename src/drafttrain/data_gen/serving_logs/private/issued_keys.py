@@ -60,7 +60,7 @@ WEBHOOK = re.compile(
 )
 SEPARATORS = re.compile("[-_.]")
 CONTEXT = re.compile(
-    r"(?i)(?:(?:api|secret|access|auth|private|service|account|signing|encryption|master|license)[ _-]?key|token|secret|credential|passw"
+    r"(?i)(?:(?:api|secret|access|auth|private|service|account|signing|encryption|master|license)[ _-]?key|token(?![a-z0-9])|secret|credential|passw"
     r"|schl(?:ü|ue)ssel|\bclé\b|clave|chave|chiave|sleutel|klucz|nyckel|ключ|токен|密[钥鑰碼码]|令牌|キー|トークン|鍵|토큰|키)"
 )
 NO_CONTEXT = re.compile(

@@ -27,6 +27,7 @@ SEPARATOR = rf"(?:\s{{0,3}}:\s{{0,3}}{TYPE}\s{{0,3}}=(?!=)|\s{{0,3}}(?:=>|:=|=(?
 ASSIGNED = re.compile(rf"(?i)(?:{NAME})\d?(?:\\?[\"'`\]]){{0,2}}(?P<separator>{SEPARATOR}|>(?=[^<>\s]{{3,200}}</))")
 QUOTED = re.compile(r"[bruBRU]?(\\?[\"'`])([^\"'`\n\\]{1,1024}|(?:(?!\1)[^\n]){1,1024})(?:\1)")
 BARE = re.compile(r"[^\s\"'`,;<>(){}\[\]|]{1,512}")
+NEXT_PARAMETER = re.compile(r"&(?=[\w.-]{1,40}=)")
 CJK = re.compile(r"[\u2e80-\uffef]")
 IN_ELEMENT = re.compile(r"[^<>\s]{1,200}")
 SPOKEN = re.compile(
@@ -60,7 +61,7 @@ ORDINARY = re.compile(
     r"bcrypt|argon|scrypt|pbkdf|level|step|test|user|idx|id|ctrl|f)[_-]?\d{1,4}"
 )
 WORDS = re.compile(
-    r"(?i)(?:^|[^a-z])(?:your|my|the|example|placeholder|change|changeme|redacted|dummy|insert|replace|todo|enter|xxx+|none|null|nil|true|false|undefined"
+    r"(?i)(?:^|[^a-z])(?:your[a-z]*|my|the|example|placeholder|change|changeme|redacted|dummy|insert|replace|todo|enter|xxx+|none|null|nil|true|false|undefined"
     r"|required|optional|nullable|string|secret|password|passwd|token|key|hidden|masked|fake|min|max|empty|unset|default|env|value|here|some|any|text|field"
     r"|input|type|hash|hashed|encrypted|new|old|invalid|incorrect|wrong|forgot|reset|confirm)(?:$|[^a-z])"
 )
@@ -127,7 +128,7 @@ def _assigned(text: str, match: re.Match[str]) -> Iterator[Span]:
         if "!" <= words[0] <= "~":
             # Between words of Chinese or Japanese there are no spaces.
             words = CJK.split(words, maxsplit=1)[0]
-        words = words.split("&")[0].rstrip(".,!?:" if not words.endswith("...") else "")
+        words = NEXT_PARAMETER.split(words, maxsplit=1)[0].rstrip(".,!?:" if not words.endswith("...") else "")
         if text[start + len(words) : start + len(words) + 1] in ("(", "[", "{", "<"):
             return
     name = match[0][: match[0].find(match["separator"])]

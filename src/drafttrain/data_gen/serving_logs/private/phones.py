@@ -20,7 +20,7 @@ INTERNATIONAL = re.compile(
     rf"(?<![A-Za-z0-9_+.])(?:[+\uff0b] ?|00(?=[1-9]))\(?\d(?:{GAP}{{0,3}}\d){{6,14}}(?![A-Za-z0-9_]|[.,]\d)"
 )
 NATIONAL = re.compile(
-    rf"(?<![A-Za-z0-9_+.,:=#$€£%@/\\-])\(?\d(?:{GAP}{{0,3}}\d){{6,14}}(?![A-Za-z0-9_%]|[.,:/\-]\d|{GAP}\d)"
+    rf"(?<![A-Za-z0-9_+.,:=#$€£%@/\\-])\(?\d(?:{GAP}{{0,3}}\d){{6,14}}(?![A-Za-z0-9_%]| ?=|[.,:/\-]\d|{GAP}\d)"
 )
 DATE = re.compile(
     r"(?<![\d./-])(?:[0-3]?\d([./-])[0-3]?\d\1(?:19|20)?\d\d(?!\d|\1\d)|(?:19|20)\d\d([./-])[01]?\d\2[0-3]?\d)"
@@ -31,12 +31,15 @@ FORMS = re.compile(
 )
 """National forms that nothing else is written in."""
 WORD = re.compile(
-    r"(?i)(?:phone|\btel\b|telef|téléph|\bcall\b|\bcell|mobile|mobil\b|móvil|\bfax\b|whats ?app|\bsms\b|\btext me|handy|celular|celul|portable|appel|llám|ligue"
+    r"(?i)(?:phone|\btel\b|telef|téléph|\bcall\b|\bcell\b|mobile|mobil\b|móvil|\bfax\b|whats ?app|\bsms\b|\btext me|handy|celular|celul|portable|appel|llám|ligue"
     r"|\bring\b|\bruf|anruf|numéro de|телефон|\bтел\b|моб|звон|电话|電話|手机|手機|携帯|号码|전화|연락|फ़ोन|फोन|هاتف|جوال|telefoon|komórk|\bcontact)"
 )
 WORD_CHARACTERS = 32
 REGIONS = ("US", "GB", "DE", "FR", "IT", "ES", "JP", "CN", "IN", "BR", "AU", "NL", "CH", "AT", "BE", "SE", "NO", "DK", "FI", "PL", "PT", "RU", "KR", "MX", "TR",
            "ZA", "IE", "CZ", "GR", "IL", "SG", "HK", "TW", "AR", "CL", "CO", "NZ", "UA", "RO", "HU", "ID", "TH", "VN", "MY", "PH", "SA", "AE", "EG", "NG", "KE", "PK")  # fmt: skip
+OPERATOR = re.compile(r" [-/] |/")
+COUNTED = "0123456789012"
+"""Digits that are listed and not dialled."""
 MAX_JUDGED = 2000
 """Different candidates of a text that are judged; of more, the form decides: a table of numbers must not cost minutes."""
 
@@ -113,6 +116,8 @@ def _is_written_so(number: str) -> bool:
     groups = re.findall(r"\d+", number)
     if digits[0] != "0" or digits[1] == "0" or not 9 <= len(digits) <= 12 or len(groups) > 6 or len(groups[0]) < 2:
         return False
+    if digits in COUNTED:
+        return False
     kinds = (PhoneNumberType.MOBILE,) if len(groups) == 1 else None
     return any(_is_of(number, region, kinds) for region in REGIONS)
 
@@ -121,6 +126,8 @@ def _is_written_so(number: str) -> bool:
 def _is_somewhere(number: str) -> bool:
     """Return whether a number behind a word for telephones is one: its length alone is asked where it is written in groups."""
     digits = re.sub(r"\D", "", number)
+    if digits[0] != "0" and OPERATOR.search(number):
+        return False
     if 7 <= len(digits) <= 13 and not number.isdigit():
         return True
     return any(_is_of(number, region, None) for region in REGIONS)
