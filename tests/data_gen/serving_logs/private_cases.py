@@ -3,7 +3,7 @@
 In a secret line the part between « and » must not be kept. Scanners of repositories must find no key here, so the random part of one is written
 by its form: `{A36}` 36 letters and digits, `{h32}` hexadecimal, `{a20}` small letters and digits, `{U16}` capitals and digits, `{L34}` letters,
 `{B43}` with - and _, `{d10}` digits, `{b88}` base64. ¦ stands for nothing. Lines above the mark were written before the rules, those below it after
-them and without a look at what fails; both rates are in the note of the change that added them.
+them and without a look at what fails (then 93 of 100 were caught and 2 of 82 changed).
 """
 
 from __future__ import annotations
