@@ -60,7 +60,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no weights": (lambda at: folder_with(at, config__json={"model_type": "llama"}), "a configuration without weights"),
     "pickled": (
         lambda at: folder_with(at, config__json={}, pytorch_model__bin=""),
-        "pickled weights, pytorch_model.bin",
+        "pickled weights are not read: pytorch_model.bin",
     ),
     "gguf": (lambda at: folder_with(at, model__gguf=""), "holds GGUF files"),
     "diffusers": (lambda at: folder_with(at, model_index__json={}), "is a pipeline of diffusers"),

@@ -54,15 +54,39 @@ def training_data(run: Run) -> TrainingData:
 def _prepared(run: Run) -> TrainingData:
     from drafttrain.core.digests import files_digest
     from drafttrain.data_gen.prepare import prepare
+    from drafttrain.pipeline.preflight import target_parts
     from drafttrain.target.frozen import tokenizer_files, tokenizer_folder
 
-    return prepare(
+    data = prepare(
         run.recipe.data,
         run.folder.data,
         tokenizer=run.tokenizer,
         tokenizer_fingerprint=files_digest(tokenizer_files(tokenizer_folder(run.recipe.target))),
         seed=run.recipe.seed,
     )
+    if run.has_target():
+        _check_rows(data, num_rows=target_parts(run.recipe.target).num_rows, tokenizer=run.tokenizer)
+    return data
+
+
+def _check_rows(data: TrainingData, *, num_rows: int, tokenizer: Any) -> None:
+    """Refuse records with tokens that the target has no row for.
+
+    Raises:
+        DataError: Naming the first one of each source.
+    """
+    problems = []
+    for store, source in zip(data.stores, data.settings.sources, strict=True):
+        if int(store.tokens.max(initial=0)) < num_rows:
+            continue
+        place = int((store.tokens >= num_rows).argmax())
+        record = store[int((store.starts <= place).sum()) - 1]
+        token = tokenizer.convert_ids_to_tokens(int(store.tokens[place]))
+        problems.append(f"source {source.kind}: {record.id} holds {token} (id {store.tokens[place]})")
+    if problems:
+        raise DataError(
+            f"the target has {num_rows} rows, and none for: {'; '.join(problems)}: take them out of the text"
+        )
 
 
 def _note_overlap(run: Run, data: TrainingData) -> None:

@@ -105,7 +105,7 @@ def _no_weights(folder: Path, names: list[str]) -> str | None:
         return None
     if pickled := [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]:
         return (
-            f"no *.safetensors here (pickled weights, {pickled[0]}, are not read): load it by transformers and "
+            f"no *.safetensors here (pickled weights are not read: {pickled[0]}): load it by transformers and "
             "save_pretrained it"
         )
     return "no *.safetensors here: a configuration without weights"
