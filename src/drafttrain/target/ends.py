@@ -1,7 +1,7 @@
 """The tokens that end a text: the union of what generation config, configuration and tokenizer name, as serving engines stop.
 
-vLLM stops at the ends of generation_config.json and at the tokenizer's, SGLang at those of config.json too. A text that goes on behind
-one of them is a text that no engine would have served. Every reader of end tokens comes here.
+vLLM stops at the ends of its generation config (of config.json where that file is missing) and at the tokenizer's. A text that goes on
+behind one of them is none that it would have served. Every reader of end tokens comes here.
 """
 
 from __future__ import annotations
