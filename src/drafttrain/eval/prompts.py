@@ -9,7 +9,8 @@ from typing import Any
 
 from drafttrain.core.errors import DataError
 from drafttrain.core.records import Prompt
-from drafttrain.data_gen.formats import BadItem, Encoder
+from drafttrain.data_gen.bad_item import BadItem
+from drafttrain.data_gen.formats import Encoder
 from drafttrain.data_gen.sources.jsonl import lines
 
 BUILTIN = "builtin:"
@@ -57,7 +58,7 @@ def read_prompts(
             if item.problem:
                 raise BadItem(item.problem)
             value = item.value
-            id = str(value.get("id", number))
+            id = str(number if value.get("id") is None else value["id"])
             if id in seen:
                 raise BadItem(f"id {id!r} is there twice")
             seen.add(id)
@@ -69,6 +70,7 @@ def read_prompts(
             problems.append(f"  line {number}: {reason}")
     if problems:
         raise DataError(f"{path}: {len(problems)} lines are no prompts\n" + "\n".join(problems[:20]))
+    encoder.report(path.name)
     kept = [prompt for prompt in found if prompt.id not in dropped]
     if not kept:
         raise DataError(f"{path}: no prompt is left of {len(found)} ({len(dropped)} overlap with the training text)")
