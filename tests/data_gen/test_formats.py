@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from drafttrain.core.errors import DataError
-from drafttrain.data_gen.formats import BadItem, Encoder
+from drafttrain.data_gen.bad_item import BadItem
+from drafttrain.data_gen.formats import Encoder
 from drafttrain.data_gen.sources import sources
 from drafttrain.data_gen.sources.hub import HubSettings
 from drafttrain.data_gen.sources.jsonl import JSONL, JSONLSettings
@@ -68,7 +69,7 @@ def test_what_follows_the_last_answer_is_read_and_no_label():
     assert encoder().tokenizer.decode(record.tokens) == "<user>hi|<assistant>hello|<user>ok|"
     assert labels(encoder(PLAIN), {"messages": CHAT[:3]}) == "hello|"
     assert labels(encoder(PLAIN), {"messages": CHAT[1:]}) == "bye|"  # and an answer that opens a chat answers nothing
-    with pytest.raises(BadItem, match="writes an answer otherwise than it asks for one"):
+    with pytest.raises(BadItem, match="writes an answer differently from how it asks for one"):
         encoder(PLAIN.replace("{% if add_", "{% if messages|length < 3 %}?{% endif %}{% if add_")).records(
             {"messages": CHAT[:2]}, id="x"
         )
@@ -83,7 +84,7 @@ def test_what_follows_the_last_answer_is_read_and_no_label():
         ({"prompt": "x" * 300}, "a prompt of 300 tokens; it must have 1..199"),
         ({"prompt": 5}, "text is needed"),
         ({"prompt": ["x"]}, r"prompt\.0: a mapping"),
-        ({"completion": "x"}, "no prompt: none of"),
+        ({"completion": "x"}, "no known form: none of"),
     ],
 )
 def test_a_bad_prompt_says_why(value, reason):
@@ -134,7 +135,7 @@ def test_a_text_of_one_token_is_accounted_for():
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        ({}, "none of messages"),
+        ({}, "no known form: none of messages"),
         ({"messages": []}, "a list of turns"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "unknown role 'wizard'"),
         ({"messages": CHAT[:1]}, "no token of the first"),
@@ -217,8 +218,9 @@ def test_a_local_folder_is_read_through_datasets(tmp_path, monkeypatch):
     folder = tmp_path / "set"
     folder.mkdir()
     (folder / "train.jsonl").write_text('{"content": "one"}\n{"content": "two"}\n')
-    source = sources.build(HubSettings(path=str(folder), rename={"text": "content"}))
-    assert [item.value["text"] for item in source.items()] == ["one", "two"]
+    settings = HubSettings(path=str(folder), rename={"text": "content"})
+    coder = encoder().reading_as(settings)
+    assert [labels(coder, item.value) for item in sources.build(settings).items()] == ["one<|end|>", "two<|end|>"]
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -23,7 +23,7 @@ from drafttrain.data_gen.formats import Encoder
 from drafttrain.data_gen.names import Names, content_name, shared_names
 from drafttrain.data_gen.quarantine import read_items
 from drafttrain.data_gen.settings import GenerateSettings
-from drafttrain.data_gen.sources import content_of, sources
+from drafttrain.data_gen.sources import PromptSource, Source, content_of, sources
 from drafttrain.target import Target
 
 
@@ -118,16 +118,23 @@ def _tasks(
 
     Prompts come in a shuffled order, temperatures in turn; bad prompts go into quarantine.
     """
-    encoder = Encoder(target.tokenizer, max_length)
+    encoder = Encoder(target.tokenizer, max_length).reading_as(settings.prompts)
+    source: Source = sources.build(settings.prompts)
     names = Names()
     found = read_items(
-        sources.build(settings.prompts),
-        lambda item: encoder.prompts(item.value, id=content_name(item.value), prompt_tokens=settings.prompt_tokens),
+        source,
+        lambda item: (
+            source.prompts(item, encoder)
+            if isinstance(source, PromptSource)
+            else encoder.prompts(item.value, id=content_name(item.value), prompt_tokens=settings.prompt_tokens)
+        ),
         quarantine,
         name="data.generate.prompts",
         max_items=getattr(settings.prompts, "max_items", None),
+        max_lost_share=getattr(settings.prompts, "max_lost_share", 1.0),
     )
     prompts = [(names.own(id), tokens) for id, tokens in found]
+    encoder.report("data.generate.prompts")
     num_shared = names.num_shared
     if num_shared:
         say(f"data.generate.prompts: {shared_names(num_shared)}")

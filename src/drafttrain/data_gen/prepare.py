@@ -14,7 +14,8 @@ from drafttrain.core.files import write_json
 from drafttrain.core.records import DraftBatch, LoggedLaw, TargetNeeds
 from drafttrain.data_gen.backends import AskEngine
 from drafttrain.data_gen.cache import RowCache, Wanted, build_cache, with_stored
-from drafttrain.data_gen.formats import Encoder, common_start
+from drafttrain.data_gen.chat_template import common_start
+from drafttrain.data_gen.formats import Encoder
 from drafttrain.data_gen.generate import generate
 from drafttrain.data_gen.logged_law import with_logged
 from drafttrain.data_gen.overlap import Key, contaminated
@@ -160,7 +161,13 @@ def prepare(
         source: Source = sources.build(chosen)
         if isinstance(source, Versioned):
             about["version"] = source.version()
-        store = open_store(folder / f"{number}-{chosen.kind}", source, encoder, about=json.loads(json.dumps(about)))
+        store = open_store(
+            folder / f"{number}-{chosen.kind}",
+            source,
+            encoder.reading_as(chosen),
+            about=json.loads(json.dumps(about)),
+            max_lost_share=getattr(chosen, "max_lost_share", 1.0),
+        )
         say(f"source {chosen.kind}: {len(store):,} records, {len(store.tokens):,} tokens, weight {chosen.weight:g}")
         if logged := store.meta.get("logged_law"):
             say(

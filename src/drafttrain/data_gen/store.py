@@ -18,8 +18,8 @@ from drafttrain.core.records import LoggedLaw, Record
 from drafttrain.data_gen.formats import Encoder
 from drafttrain.data_gen.logged_law import LawStore, write_laws
 from drafttrain.data_gen.names import Names, content_name, shared_names
-from drafttrain.data_gen.quarantine import read_items, set_aside
-from drafttrain.data_gen.sources import RecordSource, Source
+from drafttrain.data_gen.quarantine import lost_of, read_items
+from drafttrain.data_gen.sources import Item, RecordSource, Source
 
 ENCODING = 2
 """Of how records are made of items; what another one made is made again."""
@@ -66,37 +66,58 @@ class Store:
         return self._starts
 
 
-def open_store(folder: Path, source: Source, encoder: Encoder, *, about: dict[str, Any]) -> Store:
+def open_store(
+    folder: Path, source: Source, encoder: Encoder, *, about: dict[str, Any], max_lost_share: float = 1.0
+) -> Store:
     """Return the store of a source, encoding it first if it was not encoded from the same things before.
 
     Args:
         about: What the content depends on (settings, tokenizer); another one makes the store anew.
+        max_lost_share: Share of the items that may be quarantined.
+
+    Raises:
+        DataError: More of them are, or nothing is left.
     """
     about = about | {"encoding": ENCODING}
     if (folder / "meta.json").exists():
         store = Store(folder)
         if store.meta["about"] == about:
+            lost = lost_of(folder / "quarantine.jsonl")
+            lost.check(store.meta.get("items", 0), name=_name(about), max_share=max_lost_share)
             return store
     with folder_beside(folder) as temporary:
-        _encode(temporary, source, encoder, about=about)
+        _encode(temporary, source, encoder, about=about, max_lost_share=max_lost_share)
+    encoder.report(_name(about))
     return Store(folder)
 
 
-def _encode(folder: Path, source: Source, encoder: Encoder, *, about: dict[str, Any]) -> None:
+def _name(about: dict[str, Any]) -> str:
+    return f"source {about['source']['kind']}"
+
+
+def _encode(folder: Path, source: Source, encoder: Encoder, *, about: dict[str, Any], max_lost_share: float) -> None:
     names, own_ids, sizes = Names(), list[str](), list[int]()
     tokens, masks = _Growing(np.uint32), _Growing(np.bool_)
     laws: list[LoggedLaw | None] = []
     settings, quarantine = about["source"], folder / "quarantine.jsonl"
+    read_well = 0
+
+    def read(item: Item) -> list[Record]:
+        nonlocal read_well
+        if isinstance(source, RecordSource):
+            records = source.records(item, encoder)
+        else:
+            records = encoder.records(item.value, id=content_name(item.value))
+        read_well += 1
+        return records
+
     for record in read_items(
         source,
-        lambda item: (
-            source.records(item, encoder)
-            if isinstance(source, RecordSource)
-            else encoder.records(item.value, id=content_name(item.value))
-        ),
+        read,
         quarantine,
-        name=f"source {settings['kind']}",
+        name=_name(about),
         max_items=settings.get("max_items"),
+        max_lost_share=max_lost_share,
     ):
         own_ids.append(names.own(record.id))
         sizes.append(len(record.tokens))
@@ -108,10 +129,11 @@ def _encode(folder: Path, source: Source, encoder: Encoder, *, about: dict[str, 
     np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
     (folder / "ids.json").write_text(json.dumps(own_ids), encoding="utf-8")
     if names.num_shared:
-        say(f"source {settings['kind']}: {shared_names(names.num_shared)}")
-    reasons = set_aside(quarantine)
+        say(f"{_name(about)}: {shared_names(names.num_shared)}")
+    reasons = lost_of(quarantine).kinds
     meta = {
         "about": about,
+        "items": read_well + sum(reasons.values()),
         "records": len(own_ids),
         "shared_names": names.num_shared,
         "tokens": len(tokens.array()),

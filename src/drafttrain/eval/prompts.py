@@ -9,7 +9,8 @@ from typing import Any
 
 from drafttrain.core.errors import DataError
 from drafttrain.core.records import Prompt
-from drafttrain.data_gen.formats import BadItem, Encoder
+from drafttrain.data_gen.bad_item import BadItem
+from drafttrain.data_gen.formats import Encoder
 from drafttrain.data_gen.sources.jsonl import lines
 
 BUILTIN = "builtin:"

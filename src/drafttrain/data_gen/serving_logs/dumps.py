@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from drafttrain.data_gen.formats import ROLES
 from drafttrain.data_gen.serving_logs.exchange import Exchange, Refused, mapping, sequence, text, turns
+from drafttrain.data_gen.turns import ROLES
 
 
 def is_dump(value: Mapping[str, Any]) -> bool:

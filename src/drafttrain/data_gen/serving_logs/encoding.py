@@ -13,7 +13,8 @@ from functools import cached_property
 import numpy as np
 
 from drafttrain.core.records import LoggedLaw, Record
-from drafttrain.data_gen.formats import BadItem, Encoder
+from drafttrain.data_gen.bad_item import BadItem
+from drafttrain.data_gen.formats import Encoder
 from drafttrain.data_gen.serving_logs.exchange import Exchange, Law, Refused
 from drafttrain.data_gen.serving_logs.private.values import spells_private
 from drafttrain.data_gen.serving_logs.redaction import Redact
@@ -52,9 +53,8 @@ class ExchangeEncoder:
         answer = self._answer(exchange, prompt, law)
         self._check_redacted(prompt + answer)
         law = self._without_private(law)
+        self._check_length(prompt)
         length = self._encoder.max_length
-        if len(prompt) >= length:
-            raise Refused("too_long", f"a prompt of {len(prompt)} tokens; it must have 1..{length - 1}")
         if not prompt or not answer:
             raise Refused("empty", "no token before the answer, or none in it")
         labels = min(len(answer), length - len(prompt))
@@ -68,6 +68,19 @@ class ExchangeEncoder:
             num_rounds=None if exchange.rounds is None or labels < len(answer) else len(exchange.rounds),
             law=self._rows(law, answer, labels),
         )
+
+    def prompt(self, exchange: Exchange) -> list[int]:
+        """Return the ids of what the target read, where an answer fits behind them.
+
+        Raises:
+            Refused: It cannot be known, holds what must not be kept, or is too long.
+        """
+        prompt = self._prompt(exchange)
+        self._check_redacted(prompt)
+        self._check_length(prompt)
+        if not prompt:
+            raise Refused("empty", "no token is in the prompt")
+        return prompt
 
     def _prompt(self, exchange: Exchange) -> list[int]:
         """Return the ids of what the target read."""
@@ -232,6 +245,11 @@ class ExchangeEncoder:
     def _check_count(self, counted: int | None, tokens: Sequence[int]) -> None:
         if counted is not None and counted != len(tokens):
             raise Refused("retokenised", f"{len(tokens)} tokens here, {counted} where they were served")
+
+    def _check_length(self, prompt: Sequence[int]) -> None:
+        length = self._encoder.max_length
+        if len(prompt) >= length:
+            raise Refused("too_long", f"a prompt of {len(prompt)} tokens; it must have 1..{length - 1}")
 
     def _check_size(self, characters: int) -> None:
         if characters > LONGEST_TOKEN * self._encoder.max_length:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from drafttrain.data_gen.formats import BadItem
+from drafttrain.data_gen.bad_item import BadItem
 
 Law = Sequence[Sequence[tuple[int | str, float]]]
 """By answered token: (token, log-probability) pairs, the token that was answered first. A token is an id, or how it is spelled."""

@@ -13,6 +13,13 @@ class ServingLogsSettings(WeightedSettings):
     """Logs of a serving stack: OpenAI requests and answers, vLLM's and SGLang's request logs, ShareGPT dumps; gzip and rotation."""
 
     path: str = setting(help="A folder of logs, a file, a pattern such as logs/*.jsonl*, or builtin:serving_log.")
+    max_lost_share: float = setting(
+        1.0,
+        help="Share of the exchanges that may be quarantined; logs hold duplicates and much that cannot be used. More of them stop "
+        "the run.",
+        ge=0,
+        le=1,
+    )
     model: str | None = setting(
         None, help="Name under which the target is served; other models' answers are set aside. null: the first one's."
     )

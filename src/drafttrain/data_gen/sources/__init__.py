@@ -26,10 +26,45 @@ class WeightedSettings:
 
     weight: float = setting(1.0, help="Share of the trained records, relative to the other sources.", ge=0)
     max_items: int | None = setting(None, help="The first so many items are read; null: all.", ge=1)
+    max_lost_share: float = setting(
+        0.05,
+        help="Share of the items that may be quarantined; more of them stop the run, with the reasons counted.",
+        ge=0,
+        le=1,
+    )
 
     def smoke(self) -> Self:
         """Return a copy that reads a few items; whole ones: an item that the run takes is never too long for it."""
         return replace(self, max_items=min(self.max_items or SMOKE_ITEMS, SMOKE_ITEMS))
+
+
+@dataclass(kw_only=True)
+class RecordSettings(WeightedSettings):
+    """What all sources of records share; docs/data.md has the keys of a record."""
+
+    rename: dict[str, str] = setting({}, help="Keys by the name that is wanted here: {text: content}.")
+    roles: dict[str, str] = setting(
+        {},
+        help="Further words for a role: {wizard: assistant}; user, assistant, system, tool and function_call are known.",
+    )
+    ignore_keys: list[str] = setting(
+        [],
+        help="Keys of records and of turns that the target does not read; others that are not known quarantine the record.",
+    )
+
+    def check(self) -> list[str]:
+        """Return what is wrong across fields."""
+        from drafttrain.data_gen.record_keys import KEYS
+        from drafttrain.data_gen.turns import ROLES
+
+        problems = [
+            f"rename: {new!r} is no key of a record. Known: {', '.join(KEYS)}" for new in self.rename if new not in KEYS
+        ]
+        return problems + [
+            f"roles: {word!r}: {role!r} is no role. Known: {', '.join(ROLES)}"
+            for word, role in self.roles.items()
+            if role not in ROLES
+        ]
 
 
 @dataclass(frozen=True)
@@ -76,6 +111,26 @@ class RecordSource(Protocol):
         ...
 
 
+@runtime_checkable
+class PromptSource(Protocol):
+    """A source that makes prompts itself."""
+
+    def items(self) -> Iterator[Item]:
+        """Yield all items."""
+        ...
+
+    def prompts(self, item: Item, encoder: Encoder) -> list[tuple[str, list[int]]]:
+        """Return (id, tokens) of the prompts of an item."""
+        ...
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a row of a table without nulls at any depth: a table has all keys in all rows, a record its own."""
+    if isinstance(value, dict):
+        return {key: without_nulls(part) for key, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
 def stamps(paths: Sequence[Path]) -> list[list[Any]]:
     """Return name, size and digest of files: a copy is the same, an edited one is not."""
     return [[path.name, path.stat().st_size, text_digest(path)] for path in paths]
@@ -84,7 +139,9 @@ def stamps(paths: Sequence[Path]) -> list[list[Any]]:
 def content_of(settings: Any) -> dict[str, Any]:
     """Return the settings of a source that its items depend on.
 
-    A limit that is not set is left out: what was written before there was one stays valid.
+    What is not set is left out: what was written before there was such a setting stays valid.
     """
     mapping = component_mapping(settings)
-    return {key: value for key, value in mapping.items() if not (key == "max_items" and value is None)}
+    mapping.pop("max_lost_share", None)
+    unset: dict[str, Any] = {"max_items": None, "rename": {}, "roles": {}, "ignore_keys": []}
+    return {key: value for key, value in mapping.items() if key not in unset or value != unset[key]}

@@ -8,20 +8,19 @@ from typing import Any
 
 from drafttrain.core.errors import DataError
 from drafttrain.core.settings import setting
-from drafttrain.data_gen.sources import Item, WeightedSettings, sources, stamps
+from drafttrain.data_gen.sources import Item, RecordSettings, sources, stamps, without_nulls
 
 TIMEOUT_SECONDS = 10.0
 
 
 @dataclass(kw_only=True)
-class HubSettings(WeightedSettings):
+class HubSettings(RecordSettings):
     """A data set by its id, read through `datasets`."""
 
     path: str = setting(help="Hub id (owner/name), or a local folder of data files.")
     name: str | None = setting(None, help="Configuration of the data set.")
     split: str = setting("train", help="Split.")
     revision: str | None = setting(None, help="Branch, tag or commit.")
-    rename: dict[str, str] = setting({}, help="Columns by the name that is wanted here: {text: content}.")
 
 
 @sources.register("hub", HubSettings)
@@ -45,10 +44,7 @@ class Hub:
                 f"{wanted.path}: no data set could be read here (split {wanted.split!r}): {error}"
             ) from error
         for number, row in enumerate(rows):
-            value = dict(row) | {new: row[old] for new, old in wanted.rename.items() if old in row}
-            yield Item(
-                f"{wanted.path}:{number}", {name: content for name, content in value.items() if content is not None}
-            )
+            yield Item(f"{wanted.path}:{number}", without_nulls(dict(row)))
 
     def version(self) -> Any:
         """Return the commit of a data set of the hub, or what changes with the files of a folder; None: it is not known."""

@@ -1,33 +1,37 @@
-"""JSON lines: chats, ShareGPT conversations, prompt and completion, plain text, or token ids."""
+"""Records as JSON: an object a line, or one array of objects, whatever its line breaks."""
 
+import codecs
 import glob
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from drafttrain.core.errors import DataError
 from drafttrain.core.settings import setting
-from drafttrain.data_gen.sources import Item, WeightedSettings, sources, stamps
+from drafttrain.data_gen.sources import Item, RecordSettings, sources, stamps
+
+SPACE = re.compile(r"[ \t\r\n]*")
 
 
 @dataclass(kw_only=True)
-class JSONLSettings(WeightedSettings):
-    """A JSON object a line: messages, conversations, prompt + completion, text, or tokens."""
+class JSONLSettings(RecordSettings):
+    """JSON lines, or an array of JSON objects; docs/data.md has the forms of a record."""
 
     path: str = setting(help="A file, or a pattern such as data/*.jsonl.")
 
 
 @sources.register("jsonl", JSONLSettings)
 class JSONL:
-    """Lines of one or more files, in the order of their names."""
+    """Records of one or more files, in the order of their names."""
 
     def __init__(self, settings: JSONLSettings) -> None:
         self.path = settings.path
 
     def items(self) -> Iterator[Item]:
-        """Yield every line; one that is no JSON object is yielded with its problem."""
+        """Yield every record; what is no JSON object is yielded with its problem."""
         for path in matching(self.path):
             for number, item in lines(path):
                 yield replace(item, where=f"{path}:{number}")
@@ -38,11 +42,70 @@ class JSONL:
 
 
 def lines(path: Path) -> Iterator[tuple[int, Item]]:
-    """Yield the lines of one file with their numbers, from 1; empty ones are left out."""
+    """Yield the lines of one file, or the records of its array, with their numbers, from 1; empty lines are left out.
+
+    Raises:
+        DataError: An array is broken: what follows the break cannot be told apart.
+    """
     with path.open("rb") as file:
+        if _begins_array(file):
+            yield from _array(path)
+            return
+        file.seek(0)
         for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, _item(f"line {number}", line)
+            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if text.strip():
+                yield number, _item(f"line {number}", text)
+
+
+def _begins_array(file: BinaryIO) -> bool:
+    """Return whether a file is one array: its first line begins one and is not a whole one with other lines behind it."""
+    first = b""
+    while not first:
+        line = file.readline()
+        if not line:
+            return False
+        first = line.removeprefix(codecs.BOM_UTF8).strip()
+    if not first.startswith(b"["):
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return True
+    return not any(line.strip() for line in file)
+
+
+def _array(path: Path) -> Iterator[tuple[int, Item]]:
+    """Yield the records of an array one by one; the file's text is held, its records are not."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: a JSON array that is not UTF-8: {error}") from error
+    decoder, number = json.JSONDecoder(), 0
+    place = _next(text, text.index("[") + 1)
+    while text[place : place + 1] != "]":
+        number += 1
+        try:
+            value, place = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError) as error:
+            line = text.count("\n", 0, place) + 1
+            raise DataError(f"{path}: line {line}: record {number} of the JSON array is broken: {error}") from error
+        yield number, _record(f"record {number}", value)
+        place = _next(text, place)
+        if text[place : place + 1] not in (",", "]"):
+            line = text.count("\n", 0, place) + 1
+            raise DataError(f"{path}: line {line}: ',' or ']' is needed behind record {number} of the JSON array")
+        if text[place] == ",":
+            place = _next(text, place + 1)
+    if text[place + 1 :].strip():
+        line = text.count("\n", 0, place) + 1
+        raise DataError(f"{path}: line {line}: the JSON array ends here, and more follows")
+
+
+def _next(text: str, place: int) -> int:
+    """Return where the next character that is no white space stands."""
+    found = SPACE.match(text, place)
+    return place if found is None else found.end()
 
 
 def matching(pattern: str) -> list[Path]:
@@ -65,6 +128,10 @@ def _item(where: str, line: bytes) -> Item:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
         return Item(where, line.decode(errors="replace").rstrip("\n"), f"not JSON: {error}")
+    return _record(where, value)
+
+
+def _record(where: str, value: Any) -> Item:
     if not isinstance(value, dict):
         return Item(where, value, f"a JSON object is needed, got {type(value).__name__}")
     return Item(where, value)

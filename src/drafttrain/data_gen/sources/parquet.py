@@ -6,13 +6,13 @@ from typing import Any
 
 from drafttrain.core.errors import DataError
 from drafttrain.core.settings import setting
-from drafttrain.data_gen.sources import Item, WeightedSettings, sources, stamps
+from drafttrain.data_gen.sources import Item, RecordSettings, sources, stamps, without_nulls
 from drafttrain.data_gen.sources.jsonl import matching
 
 
 @dataclass(kw_only=True)
-class ParquetSettings(WeightedSettings):
-    """Rows with columns messages, conversations, prompt + completion, text, or tokens."""
+class ParquetSettings(RecordSettings):
+    """Rows whose columns are the keys of records."""
 
     path: str = setting(help="A file, or a pattern such as data/*.parquet.")
 
@@ -37,7 +37,7 @@ class Parquet:
             number = 0
             for batch in file.iter_batches():
                 for row in batch.to_pylist():
-                    yield Item(f"{path}:{number}", {name: value for name, value in row.items() if value is not None})
+                    yield Item(f"{path}:{number}", without_nulls(row))
                     number += 1
 
     def version(self) -> Any:

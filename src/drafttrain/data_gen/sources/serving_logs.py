@@ -7,7 +7,6 @@ from typing import Any
 
 from drafttrain.core.records import Record
 from drafttrain.data_gen.formats import Encoder
-from drafttrain.data_gen.serving_logs.duplicates import Mark
 from drafttrain.data_gen.serving_logs.encoding import ExchangeEncoder
 from drafttrain.data_gen.serving_logs.exchange import Exchange, Refused
 from drafttrain.data_gen.serving_logs.lines import DAMAGED, Line, lines, log_files, opened
@@ -46,18 +45,29 @@ class ServingLogs:
             return
         for found in self._reading.line(line.data):
             if not isinstance(found, Refused):
-                yield Item(where, _as_value(*found), private=True)
+                yield Item(where, {"exchange": found[0], "mark": found[1]}, private=True)
             elif line.whole:
                 yield Item(where, "", str(found), private=True)
 
     def records(self, item: Item, encoder: Encoder) -> list[Record]:
         """Return the record of an exchange."""
-        if self._encoder is None:
-            self._encoder = ExchangeEncoder(encoder, self._reading.redact, law=self.settings.law)
         with guard():
-            record = self._encoder.record(item.value["exchange"])
+            record = self._exchanges(encoder).record(item.value["exchange"])
         self._reading.duplicates.remember(item.value["mark"])
         return [record]
+
+    def prompts(self, item: Item, encoder: Encoder) -> list[tuple[str, list[int]]]:
+        """Return what the target read in an exchange."""
+        exchange: Exchange = item.value["exchange"]
+        with guard():
+            tokens = self._exchanges(encoder).prompt(exchange)
+        self._reading.duplicates.remember(item.value["mark"])
+        return [(exchange.id, tokens)]
+
+    def _exchanges(self, encoder: Encoder) -> ExchangeEncoder:
+        if self._encoder is None:
+            self._encoder = ExchangeEncoder(encoder, self._reading.redact, law=self.settings.law)
+        return self._encoder
 
     def version(self) -> Any:
         """Return what changes with the files."""
@@ -66,9 +76,3 @@ class ServingLogs:
     @property
     def _max_bytes(self) -> int:
         return int(self.settings.max_line_mb * 2**20)
-
-
-def _as_value(exchange: Exchange, mark: Mark) -> dict[str, Any]:
-    """Return an exchange as an item's value: by its keys prompts can be taken from it."""
-    asked = {"messages": exchange.prompt} if isinstance(exchange.prompt, list) else {"prompt": exchange.prompt}
-    return {"id": exchange.id, "domain": exchange.domain, "exchange": exchange, "mark": mark, **asked}

@@ -1,0 +1,135 @@
+"""From a record to a chat: its turns, which answers are trained, and what else the chat template is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from drafttrain.data_gen.bad_item import BadItem
+from drafttrain.data_gen.record_keys import Reading
+from drafttrain.data_gen.turns import assistant, json_of, read_turns, text_of, user
+
+Turn = tuple[dict[str, Any], bool]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat as a template is given it."""
+
+    turns: Sequence[dict[str, Any]]
+    trained: Sequence[bool]
+    """By turn: whether it is an answer that is trained."""
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """What the template is given beside the turns: tools and documents."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """chat_template_kwargs of the record."""
+
+    def until(self, count: int) -> Chat:
+        """Return the chat up to its first `count` turns."""
+        return replace(self, turns=self.turns[:count], trained=self.trained[:count])
+
+    def is_answer(self, number: int) -> bool:
+        """Return whether a turn answers something; one that opens the chat answers nothing."""
+        return number > 0 and self.turns[number]["role"] == "assistant"
+
+
+def chat_of(form: str, value: Mapping[str, Any], reading: Reading) -> Chat:
+    """Return the chat of a record of one of the forms that are chats.
+
+    Raises:
+        BadItem: A part is missing or of the wrong type.
+    """
+    turns = _turns(form, value, reading)
+    system = [text_of(value[key], key) for key in ("system", "system_prompt") if value.get(key) not in (None, "", [])]
+    said = [turns[0][0]["content"]] if turns[0][0]["role"] == "system" else []
+    if len({*system, *said}) > 1:
+        raise BadItem("system: two system prompts that differ")
+    if system and not said:
+        turns = [({"role": "system", "content": system[0]}, False), *turns]
+    return Chat(
+        [turn for turn, _ in turns],
+        [trained for _, trained in turns],
+        given=_given(value),
+        arguments=_mapping(json_of(value.get("chat_template_kwargs") or {}, "chat_template_kwargs")),
+    )
+
+
+def prompt_is_chat(value: Mapping[str, Any]) -> bool:
+    """Return whether `prompt` holds turns, or its record says that its text is what a user says."""
+    return isinstance(value["prompt"], list) or value.get("chat") is True
+
+
+def _turns(form: str, value: Mapping[str, Any], reading: Reading) -> list[Turn]:
+    if form in ("messages", "conversations"):
+        return read_turns(value[form], form, reading)
+    if form == "turns":
+        # The later ones (MT-bench) ask about an answer that is not here.
+        asked = value["turns"]
+        if not isinstance(asked, list) or not asked:
+            raise BadItem("turns: a list of texts is needed")
+        return [user(asked[0], "turns.0")] if isinstance(asked[0], str) else read_turns(asked, "turns", reading)
+    if form == "prompt":
+        return _prompt(value, reading)
+    key = {"instruction": "output", "question": "answer", "query": "response"}[form]
+    asked = text_of(value[form], form)
+    if more := value.get("input"):
+        asked = f"{asked}\n{text_of(more, 'input')}"
+    turns = [*_history(value.get("history") or []), user(asked, form)]
+    return [*turns, assistant(value[key], key)] if key in value else turns
+
+
+def _prompt(value: Mapping[str, Any], reading: Reading) -> list[Turn]:
+    prompt = value["prompt"]
+    turns = read_turns(prompt, "prompt", reading) if isinstance(prompt, list) else [user(prompt, "prompt")]
+    key = completion_key(value)
+    if key is None:
+        return turns
+    answer = value[key]
+    return [*turns, *(read_turns(answer, key, reading) if isinstance(answer, list) else [assistant(answer, key)])]
+
+
+def completion_key(value: Mapping[str, Any]) -> str | None:
+    """Return the key under which the answer to a prompt stands.
+
+    Raises:
+        BadItem: It stands under two.
+    """
+    found = [key for key in ("completion", "response") if key in value]
+    if len(found) > 1:
+        raise BadItem("completion and response: two answers in one record; name one in ignore_keys of the source")
+    return found[0] if found else None
+
+
+def _history(pairs: Any) -> list[Turn]:
+    """Return earlier questions and answers, as LLaMA-Factory's Alpaca records have them."""
+    if not isinstance(pairs, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
+        raise BadItem("history: a list of [question, answer] is needed")
+    turns = []
+    for number, (question, answer) in enumerate(pairs):
+        turns += [user(question, f"history.{number}.0"), assistant(answer, f"history.{number}.1")]
+    return turns
+
+
+def _given(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return tools and documents as templates read them."""
+    found: dict[str, Any] = {}
+    for key, name in (("functions", "tools"), ("tools", "tools"), ("documents", "documents")):
+        if value.get(key) not in (None, "", [], {}):
+            listed = json_of(value[key], key)
+            if not isinstance(listed, list) or any(not isinstance(one, Mapping) for one in listed):
+                raise BadItem(f"{key}: a list of mappings is needed")
+            if listed:
+                found[name] = [_tool(one) for one in listed] if name == "tools" else listed
+    return found
+
+
+def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tool under `function`, as servers give it to the template."""
+    return dict(tool) if "function" in tool or "name" not in tool else {"type": "function", "function": dict(tool)}
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise BadItem(f"chat_template_kwargs: a mapping is needed, got {type(value).__name__}")
+    return dict(value)

@@ -1,0 +1,110 @@
+"""The keys of a record: which form it has, which keys belong to that form, and which the target never reads.
+
+A key that is none of these changes what the target reads in a way that nobody here knows: the record is quarantined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from drafttrain.data_gen.bad_item import BadItem
+
+FOR_TEMPLATE = ("system", "system_prompt", "tools", "functions", "documents", "chat_template_kwargs")
+"""Keys beside the turns that the chat template is given."""
+MASKS = ("loss_mask", "assistant_masks", "completion_mask")
+FORMS: dict[str, tuple[str, ...]] = {
+    "messages": FOR_TEMPLATE,
+    "conversations": FOR_TEMPLATE,
+    "instruction": ("input", "output", "history", *FOR_TEMPLATE),
+    "question": ("answer", *FOR_TEMPLATE),
+    "query": ("response", "history", *FOR_TEMPLATE),
+    "turns": FOR_TEMPLATE,
+    "prompt": ("completion", "response", "chat", *FOR_TEMPLATE),
+    "text": (),
+    "tokens": MASKS,
+    "input_ids": ("labels", "attention_mask", *MASKS),
+}
+"""By the key that a form is known by: the other keys that it has."""
+KEYS = sorted({*FORMS, *(key for keys in FORMS.values() for key in keys), "id", "domain"})
+"""Keys of records that are read."""
+METADATA = frozenset(
+    """
+    answer answers answer_id author canonical_solution category categories conversation_id conv_id count created created_at
+    data_source dataset dataset_name date difficulty domain drawn_by entry_point errors finish_reason generator ground_truth
+    hash id idx index label lang language length license meta meta_data metadata model model_id model_name moderation name
+    num_tokens num_turns openai_moderation origin prompt_id quality question_id rating redacted reference
+    request_id reward sampling score scores sha256 source split subset subject tags task task_id task_name task_type test
+    time timestamp title token_count token_type_ids topic toxic turn type uid url usage user user_id uuid version
+    """.split()  # noqa: SIM905
+)
+"""Keys that describe a record and that no target reads."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the records of one source are read."""
+
+    rename: Mapping[str, str] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
+    ignore_keys: Sequence[str] = ()
+
+    def without_ignored(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a mapping without keys that are ignored or null."""
+        return {key: part for key, part in value.items() if part is not None and key not in self.ignore_keys}
+
+
+def form_of(value: Mapping[str, Any], reading: Reading) -> tuple[str, dict[str, Any]]:
+    """Return the form of a record, and its keys with a value.
+
+    Raises:
+        BadItem: It has no known form or two of them, or a key that is not understood.
+    """
+    renamed = {key: part for key, part in value.items() if key not in reading.rename.values()}
+    renamed |= {new: value[old] for new, old in reading.rename.items() if old in value}
+    found = reading.without_ignored(renamed)
+    forms = [form for form in FORMS if form in found]
+    if "messages" in forms and _repeats(found.get("prompt"), found["messages"]):
+        forms.remove("prompt")
+        del found["prompt"]
+    if not forms:
+        raise BadItem(f"no known form: none of {', '.join(FORMS)} is here; keys: {_listed(found)}")
+    if len(forms) > 1:
+        raise BadItem(
+            f"{' and '.join(forms)}: more than one text in one record; name what is not to be read in ignore_keys of the source"
+        )
+    form = forms[0]
+    for key, part in found.items():
+        known = key == form or key in FORMS[form] or is_metadata(key)
+        if not known and not _is_empty(part):
+            raise BadItem(unknown(key))
+    return form, found
+
+
+def is_metadata(key: str) -> bool:
+    """Return whether no target reads a key."""
+    return key in METADATA or key.startswith("_")
+
+
+def unknown(key: str, where: str = "") -> str:
+    """Return what is wrong with a key that is not understood."""
+    place = f" of {where}" if where else ""
+    return (
+        f"unknown key {key!r}{place}: it may change what the target reads; name it in ignore_keys of the source if not"
+    )
+
+
+def _repeats(prompt: Any, messages: Any) -> bool:
+    """Return whether a prompt beside a chat is the chat's first question, as some data sets have it."""
+    turns = messages if isinstance(messages, list) else []
+    asked = [turn.get("content") for turn in turns if isinstance(turn, Mapping) and turn.get("role") == "user"]
+    return isinstance(prompt, str) and asked[:1] == [prompt]
+
+
+def _is_empty(part: Any) -> bool:
+    return isinstance(part, str | list | dict) and not part
+
+
+def _listed(keys: Mapping[str, Any]) -> str:
+    return ", ".join(map(repr, keys)) or "none"

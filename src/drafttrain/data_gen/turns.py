@@ -1,0 +1,198 @@
+"""From the turns of a chat as people write them to the turns that a chat template is given."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from drafttrain.data_gen.bad_item import BadItem
+from drafttrain.data_gen.record_keys import Reading, is_metadata, unknown
+
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "system": "system",
+    "developer": "system",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+}
+"""Words for a role, in lower case, and the role that templates know. A recipe can add words (`roles`)."""
+CALLS = ("function_call", "tool_call")
+"""Words for a turn whose content is a call, as JSON."""
+REASONING = ("reasoning_content", "reasoning", "thinking")
+PASSED = ("name", "tool_call_id", *REASONING)
+"""Keys of a turn that the template is given as they are; calls are too, in one form."""
+FLAGS = ("weight", "loss", "train")
+"""Keys of a turn that say whether it is trained."""
+KNOWN = {"role", "from", "content", "value", "tool_calls", "function_call", *PASSED, *FLAGS}
+TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+def read_turns(turns: Any, key: str, reading: Reading) -> list[tuple[dict[str, Any], bool]]:
+    """Return each turn as a template is given it, and whether it is trained where it is an answer.
+
+    Raises:
+        BadItem: A turn has an unknown role or key, or no text.
+    """
+    if not isinstance(turns, list) or not turns:
+        raise BadItem(f"{key}: a list of turns is needed")
+    return [_turn(turn, f"{key}.{number}", reading) for number, turn in enumerate(turns)]
+
+
+def user(content: Any, key: str) -> tuple[dict[str, Any], bool]:
+    """Return a user's turn."""
+    return {"role": "user", "content": text_of(content, key)}, False
+
+
+def assistant(content: Any, key: str) -> tuple[dict[str, Any], bool]:
+    """Return an answer that is trained."""
+    return {"role": "assistant", "content": text_of(content, key)}, True
+
+
+def _turn(turn: Any, key: str, reading: Reading) -> tuple[dict[str, Any], bool]:
+    if not isinstance(turn, Mapping):
+        raise BadItem(f"{key}: a mapping with role and content is needed")
+    given = reading.without_ignored(turn)
+    for name, part in given.items():
+        if name not in KNOWN and not is_metadata(name) and part not in ("", [], {}):
+            raise BadItem(unknown(name, key))
+    word = _either(given, ("role", "from"), key)
+    role, is_call = role_of(word, reading, key)
+    calls = _calls(given, key)
+    content = _either(given, ("content", "value"), key)
+    if is_call:
+        calls, content = [*calls, *_spelled_calls(content, f"{key}.content")], None
+    if calls and role != "assistant":
+        raise BadItem(f"{key}.tool_calls: the role {word!r} calls no tool")
+    found: dict[str, Any] = {"role": role}
+    found |= {name: text_of(given[name], f"{key}.{name}") for name in PASSED if given.get(name) not in (None, "")}
+    # An answer may hold a call or thoughts alone; a tool may return nothing, and a system prompt may be empty.
+    may_be_empty = bool(calls) or any(name in found for name in REASONING) or role in ("system", "tool")
+    found["content"] = "" if may_be_empty and content in (None, "", []) else text_of(content, f"{key}.content")
+    if calls:
+        found["tool_calls"] = calls
+    return found, role == "assistant" and all(_flag(given[name], f"{key}.{name}") for name in FLAGS if name in given)
+
+
+def role_of(word: Any, reading: Reading, key: str) -> tuple[str, bool]:
+    """Return the role that templates know a word by, and whether its turn is a call.
+
+    Raises:
+        BadItem: The word is unknown.
+    """
+    known = None
+    if isinstance(word, str):
+        meant = reading.roles.get(word, word.lower())
+        known = ROLES.get(meant)
+        if known is not None:
+            return known, meant in CALLS
+    raise BadItem(
+        f"{key}: unknown role {word!r}. Known: {', '.join([*ROLES, *reading.roles])}; roles of the source adds others"
+    )
+
+
+def text_of(value: Any, key: str) -> str:
+    """Return text that is not empty; parts of text are joined by line ends, as servers do.
+
+    Raises:
+        BadItem: It is something else, or holds a picture.
+    """
+    if isinstance(value, list) and value:
+        value = "\n".join(_part(part, f"{key}.{number}") for number, part in enumerate(value))
+    if not isinstance(value, str) or not value:
+        raise BadItem(
+            f"{key}: text is needed, got {type(value).__name__ if not isinstance(value, str) else 'an empty one'}"
+        )
+    return unicode_text(value, key)
+
+
+def unicode_text(text: str, key: str) -> str:
+    """Return text as it is; JSON can spell half a surrogate pair, which is no text."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadItem(f"{key}: no Unicode text: half a surrogate pair at character {error.start}") from error
+    return text
+
+
+def json_of(value: Any, key: str) -> Any:
+    """Return what a text spells as JSON; what is no text as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise BadItem(f"{key}: not JSON: {error}") from error
+
+
+def _part(part: Any, key: str) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    if not isinstance(part, Mapping) or kind not in TEXT_PARTS:
+        raise BadItem(f"{key}: a part of type {kind!r}; only parts of text are read")
+    words = part.get("text")
+    if not isinstance(words, str):
+        raise BadItem(f"{key}.text: text is needed, got {type(words).__name__}")
+    return words
+
+
+def _calls(given: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    found = given.get("tool_calls") or []
+    if one := given.get("function_call"):
+        found = [*(found if isinstance(found, list) else []), one]
+    if not isinstance(found, list):
+        raise BadItem(f"{key}.tool_calls: a list is needed, got {type(found).__name__}")
+    return [_call(call, f"{key}.tool_calls.{number}") for number, call in enumerate(found)]
+
+
+def _spelled_calls(content: Any, key: str) -> list[dict[str, Any]]:
+    """Return the calls that a turn of the role function_call spells: one, or a list."""
+    found = json_of(content, key)
+    return [_call(call, key) for call in (found if isinstance(found, list) and found else [found])]
+
+
+def _call(call: Any, key: str) -> dict[str, Any]:
+    """Return a call as templates read it: under `function`, its arguments an object where they spell one, as servers do."""
+    about = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(about, Mapping) or not isinstance(about.get("name"), str):
+        raise BadItem(f"{key}: a call with name and arguments is needed")
+    arguments = about.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            spelled = json.loads(arguments)
+        except (ValueError, RecursionError):
+            spelled = None
+        arguments = spelled if isinstance(spelled, dict) else arguments
+    function = {name: part for name, part in about.items() if name not in ("id", "type")}
+    if arguments is not None:
+        function["arguments"] = arguments
+    more = {name: call[name] for name in ("id",) if call.get(name) is not None}
+    return {**more, "type": "function", "function": function}
+
+
+def _flag(value: Any, key: str) -> bool:
+    """Return whether a turn is trained; a share of a loss is nothing that a drafter is trained with."""
+    if not isinstance(value, bool | int | float) or value not in (0, 1):
+        raise BadItem(f"{key}: 0, 1, true or false is read, got {value!r}")
+    return bool(value)
+
+
+def _either(given: Mapping[str, Any], names: tuple[str, str], key: str) -> Any:
+    """Return the value under either of two names."""
+    values = [given[name] for name in names if name in given]
+    if len(values) > 1 and values[0] != values[1]:
+        raise BadItem(f"{key}: {names[0]} and {names[1]} differ")
+    return values[0] if values else None
