@@ -50,7 +50,7 @@ def test_what_a_template_puts_around_every_chat_is_no_overlap(tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
     encoder = Encoder(tokenizer, 256)
-    prompts = {id: encoder.prompts({"prompt": text}, id=id, prompt_tokens=None)[0][1] for id, text in asked.items()}
+    prompts = {id: encoder.prompts({"question": text}, id=id, prompt_tokens=None)[0][1] for id, text in asked.items()}
     assert data.contaminated(prompts) == ["same"]
     framed = write_lines(tmp_path / "b.jsonl", [{"text": "sea.|<assistant says>I know"}])
     assert prepared(tmp_path, [framed], template=TEMPLATE).contaminated(prompts) == []

@@ -146,10 +146,10 @@ class Encoder:
             raise BadItem(
                 f"{unread[0]}: no template reads it beside a 'prompt' of text; give messages, or \"chat\": true"
             )
-        tokens = self.raw.begun(text_of(value["prompt"], "prompt"))
-        if self.template.exists and "chat" not in value and not self.raw.is_rendered(tokens):
+        text = text_of(value["prompt"], "prompt")
+        if self.template.exists and "chat" not in value and not self.raw.has_special(text):
             self.notes[UNTEMPLATED] += 1
-        return tokens
+        return self.raw.begun(text)
 
     def _windows(self, text: Any, *, id: str, domain: str) -> list[Record]:
         """Cut a document, its end marked where the tokenizer has a token for that."""

@@ -21,7 +21,7 @@ class RawText:
         """Return the ids of text, with what the tokenizer puts in front where the text has none of it."""
         tokens = plain_ids(self.tokenizer, text)
         front, _ = self._around
-        if begins(tokens, front) or self.is_rendered(tokens):
+        if begins(tokens, front) or self._is_rendered(tokens):
             return tokens
         return [*front, *tokens]
 
@@ -35,10 +35,14 @@ class RawText:
         ends = {*self._end, self.template.end} - {None}
         return place if place and tokens[place - 1] in ends else 0
 
-    def is_rendered(self, tokens: Sequence[int]) -> bool:
+    def _is_rendered(self, tokens: Sequence[int]) -> bool:
         """Return whether text begins as the chat template begins one, which then says what stands in front."""
         first = self.template.around[0][:1]
         return bool(first) and first[0] in special_ids(self.tokenizer) and list(tokens[:1]) == first
+
+    def has_special(self, text: str) -> bool:
+        """Return whether text spells a special token, as a chat does that was rendered before."""
+        return not special_ids(self.tokenizer).isdisjoint(plain_ids(self.tokenizer, text))
 
     @property
     def _end(self) -> list[int]:

@@ -70,6 +70,7 @@ def read_prompts(
             problems.append(f"  line {number}: {reason}")
     if problems:
         raise DataError(f"{path}: {len(problems)} lines are no prompts\n" + "\n".join(problems[:20]))
+    encoder.report(path.name)
     kept = [prompt for prompt in found if prompt.id not in dropped]
     if not kept:
         raise DataError(f"{path}: no prompt is left of {len(found)} ({len(dropped)} overlap with the training text)")
