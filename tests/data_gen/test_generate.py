@@ -87,11 +87,11 @@ def test_a_prompt_used_again_is_drawn_at_every_temperature(settings, tiny_target
 def test_prompts_that_cannot_be_used_are_told_and_kept_with_their_reasons(settings, tiny_target, tmp_path, capfd):
     lines = [{"prompt": "good"}, {"tokens": [99999]}, {"prompt": "x" * 64}, {"text": "short"}, {"prompt": "\ud800"}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    settings.prompts = JSONLSettings(path=str(tmp_path / "p.jsonl"))
+    settings.prompts = JSONLSettings(path=str(tmp_path / "p.jsonl"), max_lost_share=0.8)
     folder = generate(settings, tiny_target, tmp_path / "g", seed=0, max_length=64)
     kept = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
     assert [one["item"] for one in kept] == lines[1:]
-    assert "data.generate.prompts: 4 of 5 items set aside" in " ".join(capfd.readouterr().err.split())
+    assert "data.generate.prompts: 4 of 5 items quarantined" in " ".join(capfd.readouterr().err.split())
 
 
 def test_a_record_is_drawn_by_its_own_stream(tiny_target):

@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from drafttrain.data_gen.formats import BadItem
+from drafttrain.data_gen.bad_item import BadItem
 
 
 class Names:

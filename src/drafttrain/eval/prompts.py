@@ -58,7 +58,7 @@ def read_prompts(
             if item.problem:
                 raise BadItem(item.problem)
             value = item.value
-            id = str(value.get("id", number))
+            id = str(number if value.get("id") is None else value["id"])
             if id in seen:
                 raise BadItem(f"id {id!r} is there twice")
             seen.add(id)

@@ -202,3 +202,23 @@ def test_other_models_are_set_aside_by_name_or_by_the_first_one(tmp_path):
     assert [whole(record) for record in read(path)[0]] == ["2b"]
     records, kinds = read(path, model="other")
     assert ([whole(record) for record in records], kinds) == (["1a"], ["wrong_model"])
+
+
+def test_what_stands_beside_the_turns_of_a_dump_is_read_or_quarantines_it(tmp_path):
+    def turns(asked):
+        return [{"role": "user", "content": asked}, {"role": "assistant", "content": "a"}]
+
+    call = {"from": "function_call", "value": "{}"}
+    lines = [
+        {"messages": turns("q"), "system": "s"},
+        {"messages": [*turns("r"), *turns("x")[:1], {"role": "assistant", "content": "bad", "weight": 0}], "id": "w"},
+        {"messages": turns("s"), "functions": [{"name": "f"}]},
+        {"conversations": [{"from": "human", "value": "t"}, call]},
+        {"messages": [{"role": "system", "content": "t"}, *turns("u")], "system_prompt": "s"},
+    ]
+    records, kinds = read(write(tmp_path / "d.jsonl", lines), near_duplicates=None)
+    assert [chat_encoder().tokenizer.decode(record.tokens) for record in records] == [
+        "<system>s<|end|><user>q<|end|><assistant>a<|end|>",
+        "<user>r<|end|><assistant>a<|end|>",
+    ]
+    assert kinds == ["tool_calls", "tool_calls", "two_systems"]
