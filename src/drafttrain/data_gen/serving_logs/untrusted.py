@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from drafttrain.data_gen.formats import BadItem
+from drafttrain.data_gen.bad_item import BadItem
 from drafttrain.data_gen.serving_logs.exchange import Refused
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
