@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from drafttrain.data_gen.bad_item import BadItem
+from drafttrain.data_gen.bad_item import BadItem, foreign, one_line
 from drafttrain.data_gen.chat import Chat
 from drafttrain.data_gen.turns import REASONING
 
@@ -210,13 +210,12 @@ class ChatTemplate:
         # A record must not replace the template, nor ask for tensors.
         if reserved := set(chat.arguments) & set(inspect.signature(self.tokenizer.apply_chat_template).parameters):
             raise BadItem(f"{min(reserved)}: is no argument of a chat template")
-        try:
-            return self.tokenizer.apply_chat_template(self._turns(chat), **chat.given, **wanted, **chat.arguments)
-        except jinja2.TemplateError as error:
-            raise BadItem(f"the chat template refuses this chat: {one_line(error, name=False)}") from error
-        except Exception as error:
-            # A template is a program, and a stranger's chat its input: it may fail in any way.
-            raise BadItem(f"the chat template fails on this chat: {one_line(error)}") from error
+        # A template is a program, and a stranger's chat its input: it may fail in any way.
+        with foreign("the chat template fails on this chat"):
+            try:
+                return self.tokenizer.apply_chat_template(self._turns(chat), **chat.given, **wanted, **chat.arguments)
+            except jinja2.TemplateError as error:
+                raise BadItem(f"the chat template refuses this chat: {one_line(error)}") from error
 
     def _turns(self, chat: Chat) -> list[dict[str, Any]]:
         """Return the turns with thoughts under the name that the template reads: servers and data sets have several."""
@@ -250,11 +249,8 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
     Raises:
         BadItem: The tokenizer fails.
     """
-    try:
+    with foreign("the tokenizer fails on this text"):
         return list(tokenizer(text, add_special_tokens=False).input_ids)
-    except Exception as error:
-        # Tokenizers are foreign code in several languages, each with failures of its own.
-        raise BadItem(f"the tokenizer fails on this text: {one_line(error)}") from error
 
 
 def written(tokenizer: Any, tokens: Sequence[int]) -> int:
@@ -268,11 +264,6 @@ def written(tokenizer: Any, tokens: Sequence[int]) -> int:
 def special_ids(tokenizer: Any) -> set[int]:
     """Return the ids of tokens that were added to a vocabulary by name, special or not."""
     return {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
-
-
-def one_line(error: Exception, *, name: bool = True) -> str:
-    """Return an exception in one line of bounded length."""
-    return (f"{type(error).__name__}: " if name else "") + " ".join(str(error).split())[:200]
 
 
 def common_start(one: Sequence[int], other: Sequence[int]) -> int:

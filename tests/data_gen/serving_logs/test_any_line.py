@@ -123,15 +123,11 @@ def tiny_tokenizer_with_start() -> Any:
 
 def test_prompts_for_new_answers_are_read_under_the_same_guard(tmp_path):
     chat_of_a_stranger = chat("q", "a")
-    chat_of_a_stranger["request"]["messages"][0]["role"] = "role-of-a-stranger"
+    chat_of_a_stranger["request"]["chat_template_kwargs"] = {"tokenize": "word-of-a-stranger"}
     lines = [EMPTY, {"completion": "x", "messages": []}, chat_of_a_stranger, GOOD]
     source = ServingLogs(ServingLogsSettings(path=str(write(tmp_path / "a.jsonl", lines))))
     quarantine = tmp_path / "quarantine.jsonl"
-    found = list(
-        read_items(
-            source, lambda item: ENCODER.prompts(item.value, id=item.where, prompt_tokens=None), quarantine, name="logs"
-        )
-    )
+    found = list(read_items(source, lambda item: source.prompts(item, ENCODER), quarantine, name="logs"))
     assert len(found) == 1
     assert len(quarantine.read_text().splitlines()) == 3
     assert "stranger" not in quarantine.read_text()
