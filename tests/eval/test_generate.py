@@ -68,8 +68,9 @@ def test_it_stops_where_plain_decoding_stops(target):
     whole = plain(target)
     ending = whole[0].tokens[5]
     target.model.generation_config = GenerationConfig(eos_token_id=[ending, 256], pad_token_id=0)
-    shorter = plain(target)
-    assert [generate(p, target, max_new_tokens=NEW).tokens for p in PROMPTS] == [one.tokens for one in shorter]
+    ends = Target(target.model, target.tokenizer, name="ends early", fingerprint="")
+    shorter = plain(ends)
+    assert [generate(p, ends, max_new_tokens=NEW).tokens for p in PROMPTS] == [one.tokens for one in shorter]
     assert len(shorter[0].tokens) <= 6
 
 
