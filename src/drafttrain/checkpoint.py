@@ -47,6 +47,8 @@ def read_about(folder: Path) -> About | None:
         if (type_name := str(field.type)) != type(held.get(name)).__name__
         and (name in held or field.default is MISSING)
     ]
+    if held.get("draft", "sampled") not in ("sampled", "greedy"):
+        problems.append(f"draft must be sampled or greedy, got {held['draft']!r:.60}")
     if problems:
         raise CheckpointError(f"{path}: not a description of a drafter: {'; '.join(problems)}")
     return About(**{name: value for name, value in held.items() if name in known})

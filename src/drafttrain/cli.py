@@ -514,7 +514,8 @@ def exit_codes(*, debug: bool) -> Iterator[None]:
     except OSError as error:
         if debug:
             stderr.print_exception()
-        where = f"{error.filename}: " if error.filename else ""
+        # A name that is too long is itself the error.
+        where = f"{str(error.filename)[:200]}: " if error.filename else ""
         complain(f"{where}{error.strerror or error}")
         raise typer.Exit(DrafttrainError.exit_code) from error
     except KeyboardInterrupt as error:

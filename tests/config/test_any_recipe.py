@@ -135,6 +135,8 @@ def test_recipes_that_ended_in_a_traceback_are_refused_in_sentences(shared_folde
         ("train: {lr: 1" + "0" * 400 + "}", f"line 2: train.lr: must be between -{2**63 - 1} and {2**63 - 1}, got 1{'0' * 79}... (401 characters)"),
         ("seed: \x01", "line 2: not YAML: character U+0001 is not allowed"),
         ('seed: "\\ud800"', "line 2: character U+D800 is not allowed"),
+        ("target: {model: ~nobody-of-this-name/x}", "line 2: target.model: must not begin with the home of a user who is unknown here, got '~nobody-of-this-name/x'"),
+        ("target: {model: " + "z" * 5000 + "}", f"line 2: target.model: must be at most 4,096 characters, got '{'z' * 80}... (5,000 characters)'"),
         ('"\\0": 1', "line 2: character U+0000 is not allowed"),
         ("seed: " + "[" * 100 + "]" * 100, "line 2: values nested deeper than 32 levels"),
     ],

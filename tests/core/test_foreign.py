@@ -57,6 +57,16 @@ def deep(levels):
         ("config.json", '{"num_hidden_layers": "two"}', "num_hidden_layers must be a whole number, got 'two'"),
         ("config.json", '{"num_hidden_layers": true}', "num_hidden_layers must be a whole number, got True"),
         ("config.json", '{"text_config": {"vocab_size": 1e300}}', "text_config.vocab_size must be a whole number"),
+        ("config.json", '{"rms_norm_eps": NaN}', "rms_norm_eps must be a finite number, got nan"),
+        ("config.json", '{"rms_norm_eps": "small"}', "rms_norm_eps must be a number, got 'small'"),
+        ("config.json", '{"rope_parameters": {"rope_theta": Infinity}}', "rope_parameters.rope_theta must be a finite"),
+        ("config.json", '{"text_config": "x"}', "text_config must be a mapping, got 'x'"),
+        ("config.json", '{"quantization_config": [1]}', "quantization_config must be a mapping, got [1]"),
+        ("config.json", '{"num_attention_heads": 0}', "num_attention_heads must be 1 or more, got 0"),
+        ("config.json", '{"hidden_size": -4}', "hidden_size must be 1 or more, got -4"),
+        ("tokenizer_config.json", '{"model_max_length": "x"}', "model_max_length must be a number, got 'x'"),
+        ("tokenizer_config.json", json.dumps({"chat_template": "x" * 300_000}), "chat_template: at most 262,144"),
+        ("chat_template.jinja", "x" * 300_000, "300,000 bytes, of a chat template at most 262,144 are read"),
         ("config.json", '{"intermediate_size": [64, 1000000000]}', "intermediate_size is [64, 1000000000], at most"),
     ],
 )  # fmt: skip
@@ -73,7 +83,10 @@ def test_what_is_read_by_nobody_is_no_reason_to_refuse(folder):
     (folder / "trainer_state.json").write_text(DEEP)
     (folder / "notes.json").write_text("[1, 2]")
     os.mkfifo(folder / "pipe")
-    changed(folder, intermediate_size=[64, 64], something={"new": [1]}, num_experts=None)
+    # Mamba 2 has times without an end, others have no experts.
+    changed(
+        folder, intermediate_size=[64, 64], something={"new": [1]}, num_experts=0, time_step_limit=[0.0, float("inf")]
+    )
     check_folder(folder)
 
 
@@ -195,3 +208,46 @@ def test_json_is_an_object_of_bounded_size_and_depth(tmp_path):
         file.truncate(100 << 20)
     with pytest.raises(CheckpointError, match="104,857,600 bytes, at most"):
         read_json(path)
+
+
+def test_only_links_of_files_that_are_read_matter_to_an_import(folder, tmp_path):
+    (tmp_path / "notes").write_text("x")
+    (folder / "README.md").symlink_to(tmp_path / "notes")
+    os.mkfifo(folder / "log.pipe")
+    own_files(folder, suffixes=(".json",))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    (folder / "generation_config.json").symlink_to(tmp_path / "notes")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: a link to"):
+        own_files(folder, suffixes=(".json",))
+
+
+def test_a_message_fits_on_one_screen(folder):
+    changed(folder, **{f"{'x' * 3000}{number}_eps": "a" for number in range(500)})
+    with pytest.raises(CheckpointError) as caught:
+        check_folder(folder)
+    lines = str(caught.value).splitlines()
+    assert len(lines) <= 23
+    assert max(map(len, lines)) < 900
+    assert lines[-1].endswith("and 480 more")
+
+
+@pytest.mark.parametrize(("shape", "reason"), [([64, 32], "lm_head|embed_tokens"), ([257, 16], "embed_tokens")])
+def test_weights_of_other_sizes_are_named(folder, shape, reason):
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | {"model.embed_tokens.weight": torch.zeros(shape)}, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"do not have the sizes that config.json gives: .*({reason}).*shape"):
+        load_causal_lm(folder)
+
+
+def test_weights_that_are_not_read_are_reported(folder, capsys):
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | {"model.layers.7.odd": torch.zeros(1)}, path, metadata={"format": "pt"})
+    load_causal_lm(folder)
+    assert "the model has no place for are not read: model.layers.7.odd" in " ".join(capsys.readouterr().err.split())
+
+
+def test_weights_of_complex_numbers_are_refused(folder):
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | {"model.norm.weight": torch.ones(32, dtype=torch.complex64)}, path)
+    with pytest.raises(CheckpointError, match=r"model.norm.weight \(C64\)"):
+        read_files(folder)

@@ -322,7 +322,7 @@ def test_a_folder_without_a_tree_drafts_chains_and_says_why_not_trees(target: Ta
     [
         ({"vocab_size": 300}, "this target, tiny, has"),
         ({"medusa_fc_bias": False}, "medusa_fc_bias"),
-        ({"num_heads": 2}, "3 tensors are wrong"),
+        ({"num_heads": 2}, "num_heads is 2, the weights have 3"),
         ({"num_hidden_layers": None}, "no num_hidden_layers"),
     ],
 )

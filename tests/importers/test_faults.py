@@ -145,6 +145,25 @@ FAULTS: list[tuple[str, Any, list[str]]] = [
         [r"embed_tokens\.weight: 8224 of 8224 values are not those of"],
     ),
     ("eagle3", lambda t, c, _: c.update(hidden_size=64), ["hidden_size is 64, the target .* has 32: it was made for"]),
+    ("eagle3", lambda t, c, _: c.update(rms_norm_eps=10**400), ["rms_norm_eps must be a number above 0, got 1000"]),
+    ("eagle3", lambda t, c, _: c.update(rope_theta=10**400), ["rope_theta must be a number above 0, got 1000"]),
+    ("eagle", lambda t, c, _: c.update(head_dim=15), ["head_dim must be even, got 15"]),
+    (
+        "eagle",
+        lambda t, c, _: c.update(
+            rope_scaling={
+                **{"rope_type": "llama3", "factor": 0, "low_freq_factor": 1, "high_freq_factor": 4},
+                "original_max_position_embeddings": 64,
+            }
+        ),
+        ["positions cannot be scaled as rope_type 'llama3' says"],
+    ),
+    ("eagle3", lambda t, c, _: c.update(hidden_act="g" * 10_000), [r"hidden_act is 'g{59}\.\.\., only"]),
+    (
+        "eagle3",
+        lambda t, c, _: t.update({f"x.{n}": torch.ones(1) for n in range(500)}),
+        ["501 problems", "and 481 more"],
+    ),
     ("eagle3", lambda t, c, _: c.update(vocab_size=300), ["vocab_size is 300, the target .* has 257"]),
     (
         "eagle3",

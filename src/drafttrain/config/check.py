@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -16,6 +18,8 @@ from drafttrain.config.nodes import Node, Problem, shortened
 from drafttrain.core.registry import Registry
 
 LARGEST_INTEGER = 2**63 - 1
+LONGEST_TEXT = 4096
+"""Characters; a path has no more."""
 """What tensors, files and other libraries can hold."""
 
 
@@ -187,6 +191,8 @@ class Checker:
             )
         if isinstance(value, str) and "${" in value:
             return self.refuse(node, path, f"references like {shortened(value)} are not read: write the value out")
+        if isinstance(value, str) and (problem := _text_problem(value)):
+            return self.refuse(node, path, f"{problem}, got {_shown(node)}")
         if hint in (int, float):
             self._in_range(value, node, path=path, bounds=bounds)
         return value
@@ -223,6 +229,15 @@ class Checker:
 
     def _wrong(self, node: Node, path: str, expected: str, *, advice: str = "") -> None:
         self.refuse(node, path, f"must be {expected}, got {_shown(node)}{advice}")
+
+
+def _text_problem(value: str) -> str | None:
+    """Return why no key can have this text; most are names, paths and patterns."""
+    if len(value) > LONGEST_TEXT:
+        return f"must be at most {LONGEST_TEXT:,} characters"
+    if re.match(r"~[\w.-]+/", value) and os.path.expanduser(value) == value:
+        return "must not begin with the home of a user who is unknown here"
+    return None
 
 
 def _has_form(hint: Any, node: Node) -> bool:

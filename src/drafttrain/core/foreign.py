@@ -6,7 +6,8 @@ Every reader of such a folder calls `check_folder` before other libraries see it
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".bin", ".pt", ".gg
 MAX_BYTES = 64 << 20
 """Of a JSON file that is read whole. The largest known, tokenizer_config.json with its added tokens, has some MB."""
 MAX_DEPTH = 64
+MAX_TEMPLATE = 256 << 10
+"""Of a chat template, which takes seconds to compile where it is longer; known ones have some tens of kB."""
 
 CONFIGURATIONS = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -25,6 +28,19 @@ CONFIGURATIONS = (
 )
 """JSON objects that loaders read whole; other JSON in a folder may be anything."""
 
+MAPPINGS = ("text_config", "quantization_config", "auto_map", "generation_config")
+ABOVE_ZERO = (
+    "hidden_size",
+    "n_embd",
+    "d_model",
+    "num_attention_heads",
+    "n_head",
+    "vocab_size",
+    "num_hidden_layers",
+    "n_layer",
+)
+FINITE = ("eps", "epsilon", "theta", "factor", "scale", "scaling", "multiplier", "scalar")
+"""How the names of fields end that are factors; a time may be without end."""
 NAMES = ("model_type", "hidden_act", "hidden_activation", "activation_function", "dtype", "torch_dtype", "kind")
 LARGEST = {
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 4096),
@@ -43,9 +59,11 @@ def check_folder(folder: Path) -> None:
     Raises:
         CheckpointError: With every problem.
     """
-    problems = [problem for path in sorted(folder.iterdir()) for problem in _problems(path)]
+    templates = folder / "additional_chat_templates"
+    paths = [*folder.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]
+    problems = [problem for path in sorted(paths) for problem in _problems(path)]
     if problems:
-        raise CheckpointError("\n  ".join([f"{folder}: cannot be read", *problems]))
+        raise CheckpointError("\n  ".join([f"{folder}: cannot be read", *on_one_screen(problems)]))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -71,10 +89,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def own_files(folder: Path) -> list[Path]:
+def own_files(folder: Path, *, suffixes: Collection[str] | None = None) -> list[Path]:
     """Return the files and folders under a folder, refusing links that lead out of it: what is copied must be its own.
 
     The cache of the hub keeps the files of a snapshot in `blobs` beside it; those are its own too.
+
+    Args:
+        suffixes: How the names of files end that matter; None: all do.
 
     Raises:
         CheckpointError: With every link that leads elsewhere, and every file that is not a regular one.
@@ -85,13 +106,15 @@ def own_files(folder: Path) -> list[Path]:
     paths = sorted(folder.rglob("*"))
     problems = []
     for path in paths:
+        if suffixes is not None and path.suffix not in suffixes and not path.is_dir():
+            continue
         real = path.resolve()
         if not any(real.is_relative_to(root) for root in roots):
             problems.append(f"{path.relative_to(folder)}: a link to {real}, outside of the folder")
         elif not (path.is_file() or path.is_dir()):
             problems.append(f"{path.relative_to(folder)}: not a regular file")
     if problems:
-        raise CheckpointError("\n  ".join([f"{folder}: not copied", *problems]))
+        raise CheckpointError("\n  ".join([f"{folder}: not copied", *on_one_screen(problems)]))
     return paths
 
 
@@ -100,16 +123,26 @@ def field_problems(config: Mapping[str, Any], *, prefix: str = "") -> Iterator[s
     for key, value in config.items():
         where = f"{prefix}{key}"
         if key in NAMES and not isinstance(value, str | None):
-            yield f"{where} must be a name, got {_shown(value)}"
+            yield f"{where} must be a name, got {shown(value)}"
+        elif key.endswith(("_eps", "_epsilon", "rope_theta")) and type(value) not in (int, float, type(None)):
+            yield f"{where} must be a number, got {shown(value)}"
+        elif key in MAPPINGS and not isinstance(value, Mapping | None):
+            yield f"{where} must be a mapping, got {shown(value)}"
+        elif isinstance(value, float) and not (
+            math.isfinite(value) or (math.isinf(value) and not key.endswith(FINITE))
+        ):
+            yield f"{where} must be a finite number, got {value}"
         elif key == "architectures" and not _is_names(value):
-            yield f"{where} must be a list of names, got {_shown(value)}"
+            yield f"{where} must be a list of names, got {shown(value)}"
         elif key in LARGEST:
             numbers = value if isinstance(value, list) else [value]
             if any(type(number) not in (int, type(None)) for number in numbers):
-                yield f"{where} must be a whole number, got {_shown(value)}"
+                yield f"{where} must be a whole number, got {shown(value)}"
             elif any(number is not None and number > LARGEST[key] for number in numbers):
-                yield f"{where} is {_shown(value)}, at most {LARGEST[key]} is read"
-        elif key.endswith("config") and isinstance(value, Mapping):
+                yield f"{where} is {shown(value)}, at most {LARGEST[key]} is read"
+            elif key in ABOVE_ZERO and any(number is not None and number < 1 for number in numbers):
+                yield f"{where} must be 1 or more, got {shown(value)}"
+        elif key.endswith(("config", "rope_parameters", "rope_scaling")) and isinstance(value, Mapping):
             yield from field_problems(value, prefix=f"{where}.")
 
 
@@ -118,14 +151,29 @@ def _problems(path: Path) -> Iterator[str]:
         return
     if not path.is_file():
         yield f"{path.name}: not a regular file"
+    elif path.suffix == ".jinja" and path.stat().st_size > MAX_TEMPLATE:
+        yield f"{path.name}: {path.stat().st_size:,} bytes, of a chat template at most {MAX_TEMPLATE:,} are read"
     elif path.name in CONFIGURATIONS:
         try:
             value = read_json(path)
         except CheckpointError as error:
             yield str(error).removeprefix(f"{path.parent}/")
             return
+        if _template_bytes(value.get("chat_template")) > MAX_TEMPLATE:
+            yield f"{path.name}: chat_template: at most {MAX_TEMPLATE:,} characters are read"
+        if type(value.get("model_max_length")) not in (int, float, type(None)):
+            yield f"{path.name}: model_max_length must be a number, got {shown(value['model_max_length'])}"
         if path.name == "config.json":
             yield from (f"config.json: {problem}" for problem in field_problems(value))
+
+
+def _template_bytes(given: Any) -> int:
+    """Return the length of a template, or of the longest of several by name."""
+    held = [
+        one.get("template") if isinstance(one, dict) else one for one in (given if isinstance(given, list) else [given])
+    ]
+    held += list(given.values()) if isinstance(given, dict) else []
+    return max((len(one) for one in held if isinstance(one, str)), default=0)
 
 
 def _is_names(value: Any) -> bool:
@@ -144,6 +192,13 @@ def _deeper_than(value: Any, depth: int) -> bool:
     return any(isinstance(held, dict | list) for held in level)
 
 
-def _shown(value: Any) -> str:
+def on_one_screen(problems: Sequence[str]) -> list[str]:
+    """Return the first 20 lines of a message, the longest shortened: names and values in them are a stranger's."""
+    lines = [line if len(line) <= 800 else f"{line[:800]}..." for line in problems[:20]]
+    return lines + ([f"and {len(problems) - len(lines)} more"] if len(problems) > len(lines) else [])
+
+
+def shown(value: Any) -> str:
+    """Return a value as a message repeats it: short, however long it is."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

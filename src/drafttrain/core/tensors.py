@@ -84,7 +84,7 @@ def _not_finite(tensor: Tensor) -> str | None:
 
 
 def check_number_types(folder: Path) -> None:
-    """Refuse a model folder whose files hold weights of integers: loaders would take them for numbers silently.
+    """Refuse a model folder whose files hold weights of integers or complex numbers: loaders would take them for real ones silently.
 
     Raises:
         CheckpointError: Naming the file and its first tensors.
@@ -95,12 +95,21 @@ def check_number_types(folder: Path) -> None:
         wrong = [
             f"{name} ({kind})"
             for name, kind in kinds.items()
-            if name.endswith(".weight") and kind[0] in "IUB" and kind != "BF16"
+            if name.endswith(".weight") and kind[0] in "IUBC" and kind != "BF16"
         ]
         if wrong:
             raise CheckpointError(
-                f"{path}: {len(wrong)} weights of integers, and config.json has no quantization_config: {', '.join(wrong[:5])}"
+                f"{path}: {len(wrong)} weights of integers or complex numbers, and config.json has no quantization_config: {', '.join(wrong[:5])}"
             )
+
+
+def shapes_in(folder: Path) -> dict[str, list[int]]:
+    """Return the shapes of the tensors of a model folder, from the headers of its files."""
+    found: dict[str, list[int]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with _readable(path), safe_open(path, framework="pt") as file:
+            found |= {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return found
 
 
 class TensorFiles:

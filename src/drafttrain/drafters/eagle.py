@@ -72,6 +72,15 @@ class EagleSettings:
         return problems
 
 
+OWN = ("num_steps", "step_decay", "feature_weight", "loss_weight", "feature_noise", "draft")
+"""Settings that the folder keeps."""
+
+
+def own_defaults() -> dict[str, Any]:
+    """Return what the folder keeps of the settings, as it is by default."""
+    return {name: getattr(EagleSettings(), name) for name in OWN}
+
+
 @drafters.register("eagle", EagleSettings)
 class EagleDrafter(FeatureDrafter):
     """Row t of depth d says token t + d + 1 (lag 1), from final features up to token t and the tokens up to t + d.
@@ -101,8 +110,7 @@ class EagleDrafter(FeatureDrafter):
         """Return the drafter at its start."""
         if target is None:
             raise CheckpointError("drafter.kind eagle reads the target's final states, but target.model is null")
-        names = ("num_steps", "step_decay", "feature_weight", "loss_weight", "feature_noise", "draft")
-        own = {name: getattr(settings, name) for name in names}
+        own = {name: getattr(settings, name) for name in OWN}
         if settings.checkpoint is not None:
             return cls.load(folder_to_start_from(settings.checkpoint, target, kind=cls.kind), target).trained_as(own)
         config = {
@@ -180,7 +188,7 @@ class EagleDrafter(FeatureDrafter):
     @classmethod
     def load(cls, folder: Path, target: Target, dtype: Any = None) -> EagleDrafter:
         """Read what `save` wrote, refusing a target of another shape."""
-        drafter = cls(read_config(folder, target), TargetParts(target))
+        drafter = cls(read_config(folder, target, own=own_defaults()), TargetParts(target))
         load_weights(folder, drafter, dtype=dtype or "float32")
         return drafter.eval().to(target.device)
 

@@ -18,6 +18,7 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.records import DraftBatch, DraftOutput, TargetNeeds, TargetOutput
 from drafttrain.core.settings import setting
 from drafttrain.drafters import drafters
+from drafttrain.drafters.draft_vocabulary import vocabulary_problems
 from drafttrain.drafters.feature_drafter import FeatureDrafter
 from drafttrain.drafters.feature_layer import FeatureLayer
 from drafttrain.drafters.feature_rollout import rollout
@@ -100,6 +101,15 @@ class MidLayer(FeatureLayer):
         self.hidden_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
+OWN = ("num_steps", "step_decay", "head_init", "draft")
+"""Settings that the folder keeps."""
+
+
+def own_defaults() -> dict[str, Any]:
+    """Return what the folder keeps of the settings, as it is by default."""
+    return {name: getattr(Eagle3Settings(), name) for name in OWN}
+
+
 @drafters.register("eagle3", Eagle3Settings)
 class Eagle3Drafter(FeatureDrafter):
     """Row t of depth d says token t + d + 1 (lag 1), from features up to token t and the tokens up to t + d.
@@ -140,7 +150,7 @@ class Eagle3Drafter(FeatureDrafter):
         """Return the drafter at its start; its vocabulary is the first ids until `fit_vocabulary` has chosen."""
         if target is None:
             raise CheckpointError("drafter.kind eagle3 reads the target's hidden states, but target.model is null")
-        own = {name: getattr(settings, name) for name in ("num_steps", "step_decay", "head_init", "draft")}
+        own = {name: getattr(settings, name) for name in OWN}
         if settings.checkpoint is not None:
             made = cls.load(folder_to_start_from(settings.checkpoint, target, kind=cls.kind), target).trained_as(own)
             made._keeps_vocabulary = True
@@ -255,7 +265,7 @@ class Eagle3Drafter(FeatureDrafter):
     @classmethod
     def load(cls, folder: Path, target: Target, dtype: Any = None) -> Eagle3Drafter:
         """Read what `save` wrote, refusing a target of another shape."""
-        config = read_config(folder, target)
+        config = read_config(folder, target, own=own_defaults())
         config |= {
             "eagle_aux_hidden_state_layer_ids": taps_of(
                 len(blocks(target.model)), config.get("eagle_aux_hidden_state_layer_ids")
@@ -264,6 +274,10 @@ class Eagle3Drafter(FeatureDrafter):
         }
         drafter = cls(config, TargetParts(target))
         load_weights(folder, drafter, dtype=dtype or "float32")
+        maps = (drafter.d2t, drafter.t2d)
+        problems = [] if maps[0] is None or maps[1] is None else vocabulary_problems(maps[0], maps[1])
+        if problems:
+            raise CheckpointError(f"{folder}/model.safetensors: {problems[0]}")
         return drafter.eval().to(target.device)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.foreign import read_json
 from drafttrain.core.tensors import load_into
+from drafttrain.drafters.feature_config import config_problems
 from drafttrain.target import Target
 from drafttrain.target.anatomy import final_norm
 from drafttrain.target.logits import head_logits
@@ -178,8 +179,11 @@ def save_folder(folder: Path, config: dict[str, Any], module: nn.Module) -> None
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def read_config(folder: Path, target: Target) -> dict[str, Any]:
+def read_config(folder: Path, target: Target, *, own: Mapping[str, Any]) -> dict[str, Any]:
     """Return config.json of a folder that was made for targets of this width.
+
+    Args:
+        own: The kind's own fields, as they are by default.
 
     Raises:
         CheckpointError: It was not, or it is no folder of ours.
@@ -190,6 +194,8 @@ def read_config(folder: Path, target: Target) -> dict[str, Any]:
             f"{folder}/config.json: no key drafttrain: written for an engine or by others; drafttrain import {folder} "
             "makes a drafter folder of it"
         )
+    if problems := config_problems(config, own):
+        raise CheckpointError("\n  ".join([f"{folder}: not a drafter that can be read", *problems]))
     width, vocabulary = int(target.model.config.get_text_config().hidden_size), target.vocab_size
     for key, wanted in (("hidden_size", width), ("vocab_size", vocabulary)):
         if config.get(key) != wanted:

@@ -6,6 +6,7 @@ B = sequences, T = positions, V = vocabulary, D = hidden, K = heads, R = ranks, 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from drafttrain.core.foreign import read_json
 from drafttrain.core.records import DraftBatch, DraftOutput, TargetNeeds
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
-from drafttrain.core.tensors import load_into
+from drafttrain.core.tensors import load_into, shapes_in
 from drafttrain.drafters import Drafter, drafters
 from drafttrain.drafters.lora import LoraAdapter, LoraSettings, merged
 from drafttrain.drafters.medusa_proposer import MedusaProposer
@@ -365,6 +366,11 @@ def _config(folder: Path) -> dict[str, Any]:
     missing = [key for key in needed if key not in config]
     if missing:
         raise CheckpointError(f"{folder / 'config.json'}: no {', '.join(missing)}: not a folder of model_type medusa")
+    held = shapes_in(folder)
+    for key, pattern in (("num_heads", r"blocks\.(\d+)\."), ("num_hidden_layers", r"blocks\.\d+\.layers\.(\d+)\.")):
+        count = len({match[1] for name in held if (match := re.match(pattern, name))})
+        if config[key] != count:
+            raise CheckpointError(f"{folder / 'config.json'}: {key} is {config[key]!r:.60}, the weights have {count}")
     if not config["medusa_fc_bias"]:
         raise CheckpointError(f"{folder / 'config.json'}: medusa_fc_bias is false: heads without biases are not read")
     return config

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from drafttrain.checkpoint import read_about
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import write_json
-from drafttrain.core.foreign import own_files, read_json
+from drafttrain.core.foreign import check_folder, own_files, read_json
 from drafttrain.core.tensors import check_number_types, read_tensors
 from drafttrain.export import DrafterFiles
 
@@ -29,6 +29,7 @@ def read_files(folder: Path) -> DrafterFiles:
     Raises:
         CheckpointError: It is none, or its weights cannot be read.
     """
+    check_folder(folder)
     return DrafterFiles(kind_of(folder), read_config(folder), _all_tensors(folder), folder=folder)
 
 

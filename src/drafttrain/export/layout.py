@@ -10,8 +10,15 @@ from typing import Any
 
 import torch
 
+from drafttrain.core.foreign import shown
+from drafttrain.drafters import eagle, eagle3
+from drafttrain.drafters.draft_vocabulary import vocabulary_problems
 from drafttrain.drafters.eagle import FC_BIAS
+from drafttrain.drafters.feature_config import config_problems
 from drafttrain.export import DrafterFiles
+
+OWN_FIELDS = {"eagle": eagle.own_defaults, "eagle3": eagle3.own_defaults}
+"""What the folders of these kinds keep of their settings."""
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -24,11 +31,22 @@ def layout_problems(files: DrafterFiles, target_config: Mapping[str, Any]) -> li
     """
     if files.kind not in LAYOUTS:
         return []
+    if (
+        files.kind in OWN_FIELDS
+        and "drafttrain" in files.config
+        and (wrong := config_problems(files.config, OWN_FIELDS[files.kind]()))
+    ):
+        return wrong
+    if files.kind == "medusa" and (wrong := _medusa_counts(files)):
+        return wrong
     shapes_of, more = LAYOUTS[files.kind]
     try:
         shapes = shapes_of(files.config)
     except KeyError as error:
         return [f"config.json: {error.args[0]} is missing"]
+    except Exception as error:  # transformers checks each model's fields in its own way
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return [f"config.json: no {files.kind} can be made of it: {said}"]
     return [
         *_tensor_problems(files, shapes),
         *more(files),
@@ -53,6 +71,8 @@ def _tensor_problems(files: DrafterFiles, shapes: Shapes) -> list[str]:
 def rope_problems(config: Mapping[str, Any]) -> list[str]:
     """Older loaders read rope_theta and rope_scaling, newer ones rope_parameters: they must say the same."""
     new, theta, scaling = (config.get(key) for key in ("rope_parameters", "rope_theta", "rope_scaling"))
+    if not (isinstance(new, Mapping | None) and isinstance(scaling, Mapping | None)):
+        return ["config.json: rope_parameters and rope_scaling must be mappings"]
     found = []
     if new is not None and theta is not None and new.get("rope_theta") != theta:
         found.append(f"config.json: rope_theta is {theta}, rope_parameters.rope_theta {new.get('rope_theta')}")
@@ -121,7 +141,10 @@ def _eagle_shapes(config: Mapping[str, Any]) -> Shapes:
 
 def _eagle3_shapes(config: Mapping[str, Any]) -> Shapes:
     width, rows = config["hidden_size"], config["draft_vocab_size"]
-    target_width, count = config.get("target_hidden_size") or width, len(config["eagle_aux_hidden_state_layer_ids"])
+    target_width, count = (
+        config.get("target_hidden_size") or width,
+        len(config["eagle_aux_hidden_state_layer_ids"] or ()),
+    )
     shapes = {
         "fc.weight": (width, count * target_width),
         **_layer_shapes(config, prefix="midlayer.", input_size=2 * width),
@@ -151,6 +174,16 @@ def _medusa_shapes(config: Mapping[str, Any]) -> Shapes:
     return shapes
 
 
+def _medusa_counts(files: DrafterFiles) -> list[str]:
+    """Return whether the numbers of heads and blocks are some, and no more than the file has tensors for: all shapes follow from them."""
+    return [
+        f"config.json: {key} must be a whole number of 1..{len(files.tensors)}, as many as the file has tensors, got {shown(value)}"
+        for key in ("num_heads", "num_hidden_layers")
+        if (value := files.config.get(key)) is not None
+        and (type(value) is not int or not 1 <= value <= len(files.tensors))
+    ]
+
+
 def _causal_lm_shapes(config: Mapping[str, Any]) -> Shapes:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
@@ -171,8 +204,10 @@ def _no_more(files: DrafterFiles) -> list[str]:
 
 def _more_of_eagle3(files: DrafterFiles) -> list[str]:
     """Return what is wrong with the taps and with the map from the drafter's vocabulary to the target's."""
-    taps = list(files.config["eagle_aux_hidden_state_layer_ids"])
+    taps = list(files.config["eagle_aux_hidden_state_layer_ids"] or ())
     found = []
+    if any(type(tap) is not int for tap in taps):
+        return [f"config.json: eagle_aux_hidden_state_layer_ids must be a list of whole numbers, got {shown(taps)}"]
     if taps != sorted(set(taps)):
         found.append(
             f"config.json: eagle_aux_hidden_state_layer_ids is {taps}: loaders take the states in the order of the layers, "
@@ -181,25 +216,6 @@ def _more_of_eagle3(files: DrafterFiles) -> list[str]:
     if "d2t" in files.tensors and "t2d" in files.tensors:
         found += vocabulary_problems(files.tensors["d2t"], files.tensors["t2d"])
     return found
-
-
-def vocabulary_problems(d2t_R: torch.Tensor, t2d_V: torch.Tensor) -> list[str]:
-    """Return why two maps between the drafter's vocabulary and the target's are none, or not the same."""
-    if d2t_R.dtype != torch.int64:
-        return [f"d2t: is {d2t_R.dtype}, must be int64 offsets, target id - draft id"]
-    ids_R = d2t_R + torch.arange(len(d2t_R))
-    if len(d2t_R) and (int(ids_R.min()) < 0 or int(ids_R.max()) >= len(t2d_V)):
-        return [
-            f"d2t: gives ids {int(ids_R.min())}..{int(ids_R.max())}, must be in 0..{len(t2d_V) - 1}: offsets, target id - draft id"
-        ]
-    said_V = torch.zeros(len(t2d_V), dtype=torch.bool)
-    said_V[ids_R] = True
-    if int(said_V.sum()) != len(d2t_R):
-        return ["d2t: gives some ids twice"]
-    if not torch.equal(said_V, t2d_V.bool()):
-        wrong = int((said_V != t2d_V.bool()).sum())
-        return [f"d2t and t2d: name different tokens ({wrong} of {len(t2d_V)}): one of them is shifted"]
-    return []
 
 
 def _more_of_medusa(files: DrafterFiles) -> list[str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from drafttrain.core.errors import CheckpointError
+from drafttrain.core.foreign import read_json
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,16 @@ def best_length(result: Mapping[str, Any], *, most: int | None = None) -> DraftL
     Raises:
         CheckpointError: No chain of fixed length was evaluated.
     """
+    try:
+        return _best_length(result, most=most)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CheckpointError(
+            f"eval.json: not what drafttrain eval writes ({said}): evaluate the drafter again"
+        ) from error
+
+
+def _best_length(result: Mapping[str, Any], *, most: int | None) -> DraftLength:
     parts = result["temperatures"]
     part = next((one for one in parts if one["temperature"] == 0), parts[0])
     # An evaluation of an earlier version has one length, which its settings tell.
@@ -61,6 +71,5 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     """
     for path in (folder / "eval.json", folder.parent / "eval.json"):
         if path.is_file():
-            result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return result
+            return read_json(path)
     raise CheckpointError(f"{folder}: no eval.json here or in its run folder: drafttrain eval {folder}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from drafttrain.checkpoint import ABOUT, About, read_about, write_about
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import folder_beside, write_json
-from drafttrain.core.foreign import own_files
+from drafttrain.core.foreign import READ, on_one_screen, own_files
 from drafttrain.core.tensors import read_tensors
 from drafttrain.drafters.medusa import ADAPTER, TREE
 from drafttrain.export.layout import layout_problems
@@ -41,6 +41,7 @@ def import_folder(source: Path, out: Path, *, target: str | None = None) -> Impo
     _check_place(source, out)
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such folder")
+    own_files(source, suffixes=READ)
     given = read_given(source)
     layout = layout_of(given)
     about = read_about(source)
@@ -57,7 +58,6 @@ def import_folder(source: Path, out: Path, *, target: str | None = None) -> Impo
         )
         dtype = next(str(t.dtype).removeprefix("torch.") for t in made.files.tensors.values() if t.is_floating_point())
         write_json(temporary / "config.json", {**made.files.config, "dtype": dtype})
-        own_files(source)
         for name in KEPT:
             if (source / name).exists():
                 copy = shutil.copytree if (source / name).is_dir() else shutil.copyfile
@@ -113,7 +113,9 @@ def converted(given: Given, layout: Importer, target: TargetFiles) -> Imported:
         problems = layout_problems(made.files, target.config)
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise CheckpointError("\n  ".join([f"{given.folder}: not imported for {target.name}: {count}", *problems]))
+        raise CheckpointError(
+            "\n  ".join([f"{given.folder}: not imported for {target.name}: {count}", *on_one_screen(problems)])
+        )
     made.notes[:0] = given.notes
     about = read_about(given.folder)
     if about is not None and about.target_fingerprint not in ("", target.fingerprint):

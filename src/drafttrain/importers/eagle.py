@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from drafttrain.drafters.eagle import FC_BIAS, EagleSettings
+from drafttrain.drafters.eagle import FC_BIAS, own_defaults
 from drafttrain.export import DrafterFiles
 from drafttrain.export.layout import LAYOUTS
 from drafttrain.export.target_logits import scale_of
@@ -21,7 +21,6 @@ WRAPPER = ("model", "model_type", "truncated_vocab_size", FC_BIAS, "method", "nu
 """Fields of the first level where `model` holds the layer's."""
 
 BIAS = "fc.bias"
-OWN_SETTINGS = ("num_steps", "step_decay", "feature_weight", "loss_weight", "feature_noise", "draft")
 
 
 @dataclass
@@ -64,8 +63,7 @@ class EagleImporter(Importer):
         found, notes = [*found, *wrong], [*notes, *said]
         if not fields:
             return Imported(DrafterFiles("eagle", {}, {}), found, notes)
-        settings = EagleSettings()
-        own = {name: getattr(settings, name) for name in OWN_SETTINGS}
+        own = own_defaults()
         config = {"architectures": ["LlamaForCausalLM"], **fields, "drafttrain": own}
         shared = {"embed_tokens.weight": target.embedding, "lm_head.weight": target.head}
         given, wrong, said = without_copies(given, shared, target)

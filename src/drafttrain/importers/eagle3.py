@@ -14,9 +14,10 @@ from torch import Tensor
 
 from drafttrain.checkpoint import ABOUT
 from drafttrain.core.errors import CheckpointError
+from drafttrain.drafters.draft_vocabulary import vocabulary_problems
 from drafttrain.drafters.eagle3 import Eagle3Settings, taps_of
 from drafttrain.export import DrafterFiles
-from drafttrain.export.layout import LAYOUTS, vocabulary_problems
+from drafttrain.export.layout import LAYOUTS
 from drafttrain.export.sglang import READ_IN as SGLANG
 from drafttrain.export.vllm import READ_IN as VLLM
 from drafttrain.importers import Given, Imported, Importer, importers

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
+from drafttrain.core.foreign import shown
 from drafttrain.drafters.feature_layer import Rotary
 from drafttrain.drafters.feature_target import ENDLESS, ROPE_SCALINGS, llama_config, one_layer
 from drafttrain.export.layout import rope_problems
 from drafttrain.importers import Given
-from drafttrain.importers.naming import without
+from drafttrain.importers.naming import listed, without
 from drafttrain.importers.target import TargetFiles
 
 SILENT = (
@@ -103,7 +105,7 @@ def layer_problems(config: Mapping[str, Any], *, own: Iterable[str], prefix: str
     """
     own = tuple(own)
     other = [
-        f"config.json: {prefix}{key} is {config[key]!r}, only {' or '.join(map(repr, (*allowed, None)))} is read here: {effect}"
+        f"config.json: {prefix}{key} is {shown(config[key])}, only {' or '.join(map(repr, (*allowed, None)))} is read here: {effect}"
         for key, (allowed, effect) in ONLY.items()
         if key not in own and config.get(key) is not None and config[key] not in allowed
     ]
@@ -139,15 +141,10 @@ def unknown_fields(config: Mapping[str, Any], *, known: Iterable[str], prefix: s
             continue
         near = difflib.get_close_matches(key, [name for name in known if name not in config], n=1, cutoff=TYPO)
         if near and config[key] is not None:
-            found.append(f"config.json: {prefix}{key} is {_shown(config[key])}: unknown field, is it {near[0]}?")
+            found.append(f"config.json: {prefix}{key} is {shown(config[key])}: unknown field, is it {near[0]}?")
         else:
             unread.append(f"{prefix}{key}")
-    return found, [f"config.json: not read, unknown here: {', '.join(unread)}"] if unread else []
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
+    return found, [f"config.json: not read, unknown here: {listed(unread)}"] if unread else []
 
 
 def _window_problems(config: Mapping[str, Any], prefix: str) -> list[str]:
@@ -158,9 +155,9 @@ def _window_problems(config: Mapping[str, Any], prefix: str) -> list[str]:
     """
     kinds, window, used, first = (config.get(key) for key in WINDOW)
     if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
-        return [f"config.json: {prefix}layer_types must be a list of names, got {_shown(kinds)}"]
+        return [f"config.json: {prefix}layer_types must be a list of names, got {shown(kinds)}"]
     if kinds and kinds[0] not in ("full_attention", "sliding_attention"):
-        return [f"config.json: {prefix}layer_types is {_shown(kinds)}: the layer's attention would be of another kind"]
+        return [f"config.json: {prefix}layer_types is {shown(kinds)}: the layer's attention would be of another kind"]
     later = _is_size(first)
     slides = kinds[0] == "sliding_attention" if kinds else bool(used) and not later
     if not slides or window is None:
@@ -170,7 +167,7 @@ def _window_problems(config: Mapping[str, Any], prefix: str) -> list[str]:
         return []
     by = "layer_types" if kinds else "use_sliding_window"
     return [
-        f"config.json: {prefix}sliding_window is {_shown(window)}, and {by} says that it is used: the layer would attend to so many "
+        f"config.json: {prefix}sliding_window is {shown(window)}, and {by} says that it is used: the layer would attend to so many "
         "tokens alone"
     ]
 
@@ -186,7 +183,7 @@ def layer_fields(config: Mapping[str, Any], target: TargetFiles) -> tuple[dict[s
     found += size_problems(config, ["max_position_embeddings"], may_lack=["max_position_embeddings"])
     eps, positions = config.get("rms_norm_eps"), config.get("max_position_embeddings")
     if eps is not None and not _is_positive(eps):
-        found.append(f"config.json: rms_norm_eps must be a number above 0, got {eps!r}")
+        found.append(f"config.json: rms_norm_eps must be a number above 0, got {shown(eps)}")
     if positions is None:
         positions = target.num_positions or ENDLESS
         notes.append(f"config.json: max_position_embeddings is left out: taken as {positions}, the target's")
@@ -215,7 +212,7 @@ def layer_fields(config: Mapping[str, Any], target: TargetFiles) -> tuple[dict[s
 def size_problems(config: Mapping[str, Any], keys: Iterable[str], *, may_lack: Iterable[str] = ()) -> list[str]:
     """Return one line for every key that is no whole number of 1 or more."""
     return [
-        f"config.json: {key} must be a whole number of 1 or more, {f'got {config[key]!r}' if key in config else 'it is missing'}"
+        f"config.json: {key} must be a whole number of 1 or more, {f'got {shown(config[key])}' if key in config else 'it is missing'}"
         for key in keys
         if not (_is_size(config.get(key)) or (key in may_lack and config.get(key) is None))
     ]
@@ -226,7 +223,9 @@ def _is_size(value: Any) -> TypeGuard[int]:
 
 
 def _is_positive(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return 0 < value <= sys.float_info.max
 
 
 def target_problems(sizes: Mapping[str, Any], target: TargetFiles) -> list[str]:
@@ -244,7 +243,7 @@ def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[st
     new, theta, scaling = (config.get(key) for key in ("rope_parameters", "rope_theta", "rope_scaling"))
     plain = {"rope_type": "default", "rope_theta": DEFAULT_THETA}
     wrong = [
-        f"config.json: {key} must be a mapping or null, got {value!r}"
+        f"config.json: {key} must be a mapping or null, got {shown(value)}"
         for key, value in (("rope_parameters", new), ("rope_scaling", scaling))
         if value is not None and not isinstance(value, Mapping)
     ]
@@ -266,10 +265,10 @@ def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[st
     if any(key in MROPE for key in given) or kind == "mrope":
         notes.append("config.json: positions of images along three axes (mrope): left out, drafters here read text")
     if unread := [key for key in given if key not in (*OF_ROPE, *ROPE_ONLY, *MROPE)]:
-        notes.append(f"config.json: not read, unknown here: {', '.join(f'rope_parameters.{key}' for key in unread)}")
+        notes.append(f"config.json: not read, unknown here: {listed([f'rope_parameters.{key}' for key in unread])}")
     found = rope_problems({**config, "rope_parameters": new})
     found += [
-        f"config.json: rope_parameters.{key} is {_shown(given[key])}: the positions would be scaled in another way"
+        f"config.json: rope_parameters.{key} is {shown(given[key])}: the positions would be scaled in another way"
         for key, allowed in ROPE_ONLY.items()
         if rope["rope_type"] != "default" and given.get(key) is not None and given[key] not in allowed
     ]
@@ -283,9 +282,9 @@ def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[st
             )
     allowed = ("default", *ROPE_SCALINGS)
     if not _is_positive(rope["rope_theta"]):
-        found.append(f"config.json: rope_theta must be a number above 0, got {rope['rope_theta']!r}")
+        found.append(f"config.json: rope_theta must be a number above 0, got {shown(rope['rope_theta'])}")
     elif rope["rope_type"] not in allowed:
-        found.append(f"config.json: rope_type is {rope['rope_type']!r}, allowed: {', '.join(allowed)}")
+        found.append(f"config.json: rope_type is {shown(rope['rope_type'])}, allowed: {', '.join(allowed)}")
     elif rope.get("partial_rotary_factor", 1) != 1:
         found.append(
             f"config.json: partial_rotary_factor is {rope['partial_rotary_factor']}, only 1 is read here: only a part of each head would be rotated"
@@ -295,9 +294,14 @@ def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[st
 
 def _angle_problems(fields: dict[str, Any]) -> list[str]:
     """Return why the angles of positions cannot be computed: a scaling that lacks a number."""
+    kind = fields["rope_parameters"]["rope_type"]
+    if fields["head_dim"] % 2:
+        return [f"config.json: head_dim must be even, got {fields['head_dim']}: positions turn pairs of coordinates"]
     try:
-        Rotary(llama_config(fields))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        kind, said = fields["rope_parameters"]["rope_type"], " ".join(f"{type(error).__name__}: {error}".split())
+        frequencies = Rotary(llama_config(fields)).frequencies
+    except Exception as error:  # transformers checks the fields of each scaling in its own way
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return [f"config.json: the positions cannot be scaled as rope_type {kind!r} says: {said}"]
+    if not bool((frequencies.isfinite() & (frequencies > 0)).all()):
+        return [f"config.json: the positions cannot be scaled as rope_type {kind!r} says: a frequency is not above 0"]
     return []

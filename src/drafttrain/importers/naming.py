@@ -60,7 +60,7 @@ def renamed(given: Given, shapes: Shapes, *, ours: Rename, theirs: Rename) -> tu
             + (f"; is it {near[0]}?" if near else "")
         )
     if unknown:
-        found.append(f"allowed with this config.json: {_listed(list(_patterns(map(theirs, shapes))))}")
+        found.append(f"allowed with this config.json: {listed(list(_patterns(map(theirs, shapes))))}")
     return tensors, found
 
 
@@ -100,6 +100,7 @@ def without(given: Given, names: Iterable[str]) -> Given:
     return replace(given, tensors={name: tensor for name, tensor in given.tensors.items() if name not in gone})
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """Return names in a row, the first 40 of them."""
     shown = names[:40]
     return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")

@@ -46,10 +46,10 @@ class SpeculatorsImporter(Importer):
     def target_of(self, given: Given) -> str | None:
         """Return the verifier."""
         try:
-            name: str | None = given.config["speculators_config"]["verifier"]["name_or_path"]
+            name = given.config["speculators_config"]["verifier"]["name_or_path"]
         except (KeyError, TypeError):
             return None
-        return name or None
+        return name if isinstance(name, str) and name else None
 
     def convert(self, given: Given, target: TargetFiles) -> Imported:
         """Return the drafter's files."""

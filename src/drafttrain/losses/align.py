@@ -69,7 +69,7 @@ def _of_depth(batch: DraftBatch, depth: int, shift: int) -> tuple[Tensor, Tensor
     """Return (flat drafter position, flat label position, depth) of one depth's trained rows."""
     length = batch.tokens_BT.shape[1]
     documents_BT = batch.documents_BT
-    same_BT = documents_BT[:, shift:] == documents_BT[:, : length - shift]
+    same_BT = documents_BT[:, shift:] == documents_BT[:, : max(length - shift, 0)]
     trained_BT = batch.loss_mask_BT[:, shift:] & same_BT & (documents_BT[:, shift:] >= 0)
     row_N, column_N = trained_BT.nonzero(as_tuple=True)
     drafter_N = row_N * length + column_N

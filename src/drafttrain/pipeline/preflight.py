@@ -212,6 +212,8 @@ def _asked(key: str, questions: Callable[[], Iterator[str]]) -> Iterator[str]:
             say(f"{key}: {model} is not on this machine: not looked at")
     except CheckpointError as error:
         yield f"{key}: {error}"
+    except OSError as error:
+        yield f"{key}: {str(error.filename or '')[:200]}: {error.strerror or error}"
 
 
 def _of_target(target: Parts, recipe: Recipe) -> Iterator[str]:

@@ -35,7 +35,7 @@ def refuse_attention(folder: Path, attention: str | None, *, trust_remote_code: 
         if _built(config, attention, trust_remote_code=trust_remote_code) is not None:
             return
         model = _built(config, None, trust_remote_code=trust_remote_code)
-    except (OSError, KeyError, RuntimeError, ValueError):
+    except Exception:
         # Something else is wrong with the folder.
         return
     if model is not None:

@@ -54,12 +54,14 @@ def _named_in(config: Any) -> Any:
     if not config.name_or_path or not file.is_file():
         return config.get_text_config().to_diff_dict().get("eos_token_id")
     named = read_json(file)
-    return named.get("eos_token_id", named.get("text_config", {}).get("eos_token_id"))
+    inside = named.get("text_config")
+    return named.get("eos_token_id", inside.get("eos_token_id") if isinstance(inside, Mapping) else None)
 
 
 def _ids(given: Any) -> tuple[int, ...]:
     listed = given if isinstance(given, list | tuple) else [given]
-    return tuple(one for one in listed if type(one) is int)
+    # Some write -1 where a text has no end.
+    return tuple(one for one in listed if type(one) is int and 0 <= one < 1 << 31)
 
 
 def _union(groups: Iterable[Iterable[int]]) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from drafttrain.core.console import say_once
 from drafttrain.core.digests import weights_digest
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.foreign import check_folder
@@ -30,6 +32,7 @@ from drafttrain.target.documents import document_states
 from drafttrain.target.ends import end_ids, say_ends
 from drafttrain.target.logits import head_logits
 from drafttrain.target.model_folder import check_causal_lm, check_model_files, in_one_line, no_folder
+from drafttrain.target.sizes import refuse_sizes
 from drafttrain.target.wrapped import language_model_inside, loader_of
 
 BUILTIN = "builtin:"
@@ -84,12 +87,12 @@ def resolve_folder(name: str, *, revision: str | None = None) -> Path:
             return folder
         known = sorted(f"{BUILTIN}{path.name}" for path in folder.parent.glob("*") if path.is_dir())
         raise CheckpointError(f"{name}: no such builtin. Available: {', '.join(known) or 'none'}")
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))  # where a user is unknown, the name stays
     if folder.is_dir():
         return folder
     if reason := no_folder(name):
         raise CheckpointError(f"{name}: {reason}")
-    if folder.is_absolute() or name.startswith(".") or name.count("/") != 1:
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise CheckpointError(f"{name}: no such folder (a hub id has the form owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -213,12 +216,16 @@ def load_causal_lm(
         )
     except Exception as error:  # what the content of a folder, or the code that comes with it, leads transformers to
         refuse_attention(folder, attention, trust_remote_code=trust_remote_code)
+        refuse_sizes(folder, trust_remote_code=trust_remote_code)
         raise CheckpointError(f"{folder}: no causal LM could be read here: {in_one_line(error)}") from error
     model, report = loaded
     model = language_model_inside(model, folder)
     missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} weights are missing from the file: {', '.join(missing[:5])}")
+    if unread := sorted(report["unexpected_keys"]):
+        more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+        say_once(f"{folder}: weights that the model has no place for are not read: {', '.join(unread[:3])}{more}")
     if getattr(model.config, "quantization_config", None) is None:
         check_finite(model.state_dict(), where=str(folder))
         check_number_types(folder)

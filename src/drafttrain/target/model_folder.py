@@ -6,6 +6,7 @@ Only names of files and configurations are read, so that it takes no longer for 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def check_causal_lm(folder: Path, *, trust_remote_code: bool = False) -> None:
 
 def no_folder(name: str) -> str | None:
     """Return what a path is that is no folder; None: there is nothing."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # where a user is unknown, the name stays
     if path.is_dir() or not path.exists():
         return None
     if path.suffix == ".gguf":
@@ -58,7 +59,10 @@ def no_folder(name: str) -> str | None:
 
 def in_one_line(error: BaseException) -> str:
     """Return the message of another library as a part of a sentence."""
-    words = " ".join(str(error).split()) or type(error).__name__
+    words = " ".join(str(error).split())
+    if isinstance(error, KeyError | ArithmeticError | AssertionError | TypeError | AttributeError) or not words:
+        # Their words alone are a name, or nothing that tells what is wrong.
+        words = f"{type(error).__name__}: {words}"
     return words if len(words) <= LONGEST_SENTENCE else f"{words[:LONGEST_SENTENCE]}..."
 
 
@@ -87,7 +91,7 @@ def _adapter(folder: Path) -> str:
     what = f"is an adapter ({kind}, adapter_config.json), not a whole model"
     if not isinstance(base, str) or not base:
         return f"{what}, and names no base model: write base_model_name_or_path into adapter_config.json, then merge the two"
-    if (base.startswith((".", "/", "~")) or base.count("/") != 1) and not Path(base).expanduser().is_dir():
+    if (base.startswith((".", "/", "~")) or base.count("/") != 1) and not os.path.isdir(os.path.expanduser(base)):
         return f"{what}, and its base model {base!r} is not here: bring it, or correct base_model_name_or_path, then merge the two"
     own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     return f"{what}, for {base}: {MERGE.format(folder=folder, tokenizer=folder if own else base)}"
@@ -157,7 +161,7 @@ def _cannot_be_unpacked(config: Mapping[str, Any]) -> str | None:
     method = given.get("quant_method") or (
         "bitsandbytes" if "load_in_4bit" in given or "load_in_8bit" in given else None
     )
-    if method is None:
+    if not isinstance(method, str):
         return "config.json: quantization_config names no quant_method"
     known = f"{method}_4bit" if method == "bitsandbytes" else method
     if known not in AUTO_QUANTIZER_MAPPING:
@@ -174,6 +178,6 @@ def _said_by(check: Callable[[], Any], what: str) -> str | None:
     """Return why a library cannot do something here; None: it can."""
     try:
         check()
-    except (ImportError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # each method checks what it wants in its own way
         return f"{what}: {in_one_line(error)}; or give the weights before they were quantized"
     return None

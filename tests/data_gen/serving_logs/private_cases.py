@@ -229,6 +229,26 @@ reken. «NL91ABNA0417164300»
 X-Forwarded-For: «93.184.216.34»
 blocked «45.33.32.156», retry
 AAAA «2606:2800:220:1:248:1893:25c8:1946»
+mysqldump -uroot -p«Rt56yhQ1» db > d.sql
+docker login -u bob -p «Zx81spec!» registry.example
+ldapsearch -x -D cn=admin -w «Ldap!234x» -b dc=x
+redis-cli -h cache -a «r3d1sPwAAx9» ping
+unzip -P «Unz1pP4ss» backup.zip
+smbclient //host/share -U user%«Smb4pass!»
+My social security number is «219-09-9999».
+SSN: «536-22-8726»
+passport no. «C01X00T47»
+BSN: «111222333»
+driver's license number: «D1234-56789-12345»
+{"auths": {"registry.example": {"auth": "«dXNlcjpwYXNzLXdvcmQ5OQ==»"}}}
+//registry.npmjs.org/:_auth=«bnBtdXNlcjpodW50ZXIyMng=»
+PresharedKey = «{b43}=»
+network={ssid="home" psk="«blueGiraffe77»"}
+seed phrase: «legal winner thank year wave sausage worth useful legal winner thank yellow»
+private key 0x«{h64}»
+"login": "me", "pass": "«qwe123RTY»"
+the OTP is «482913»
+CVV: «482»
 """
 
 INNOCENT = r"""
@@ -395,4 +415,20 @@ x@w.T + b@c.T
 @types/node@20.11.5
 user@host:~$ ls -la
 In 4 x 4 x 4 x 4 cubes 5500 0000 holes
+docker run -d -p 127.0.0.1:5432:5432 postgres
+mysql -u root -p mydb
+mysql -u root -p
+redis-cli -a $REDIS_PASSWORD ping
+cp -p file1 file2
+ssh -p 2222 host
+nc -w 5 host 80
+tar -P -xf a.tar
+auth = HTTPBasicAuth(user, password)
+"auth": "bearer"
+auth: required
+passport = Passport(app)
+pan = tilt + 12345678
+PASS: test_foo (0.01s)
+the security code path is 3 calls deep
+ssn = models.CharField(max_length=11)
 """

@@ -38,6 +38,7 @@ FIXED = (
     r"[0-9a-f]{32}-us[0-9]{1,2}",
     r"key-[0-9a-f]{32}",
     r"dapi[a-f0-9]{32}(?:-\d)?",
+    r"pul-[a-f0-9]{40}",
 )
 """The form alone is enough."""
 PREFIXED = (

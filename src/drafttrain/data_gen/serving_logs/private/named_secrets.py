@@ -5,6 +5,7 @@ Code names such things all the time and holds none: a value counts where it is a
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Iterator
 
@@ -12,14 +13,14 @@ from drafttrain.data_gen.serving_logs.private.randomness import has_random_run
 from drafttrain.data_gen.serving_logs.private.spans import PLACEHOLDER, Span
 
 PASSWORD = (
-    r"passw(?:or)?d|passwort|passphrase|passcode|(?<=[a-z0-9][_-])pass|\bpass(?=\\?[\"']?[:=]\\?[\"'])|pwd|kennwort|geheimnis|contrase(?:ñ|n)a|clave"
+    r"passw(?:or)?d|passwort|passphrase|passcode|(?<=[a-z0-9][_-])pass|\bpass(?=\\?[\"']?\s?[:=]\s?\\?[\"'])|(?<=[?&;])pass(?==)|pwd|kennwort|geheimnis|contrase(?:ñ|n)a|clave"
     r"|mot[ _]de[ _]passe|senha|parola|wachtwoord|hasło|haslo|lösenord|losenord|şifre|sifre|пароль|密码|密碼|口令|パスワード|暗証番号|비밀번호"
     r"|\bpin(?:[ _-]?code)?\b"
 )
 TOKEN = (
     r"(?:api|access|auth|secret|private|account|signing|encryption|master|license|service|storage|consumer|client|app|application|shared[_-]?access"
-    r"|subscription|admin|webhook|deploy)[ _-]?key|secret(?:[_-]?key[_-]?base)?|token|client[_-]?secret|credentials?|bearer|jwt|session[_-]?id|\bsid\b"
-    r"|connect\.sid|signature|\bsig\b|nonce[_-]?secret|cvv|cvc"
+    r"|subscription|admin|webhook|deploy|pre[_-]?shared|functions?|rapidapi)[ _-]?key|\bpsk\b|secret(?:[_-]?key[_-]?base)?|token|client[_-]?secret|credentials?|bearer|jwt|session[_-]?id|\bsid\b"
+    r"|connect\.sid|signature|\bsig\b|nonce[_-]?secret"
 )
 NAME = rf"(?P<password>{PASSWORD})|(?P<token>{TOKEN})"
 TYPE = r"(?:str|string|String|Optional\[str\]|str ?\| ?None|char ?\*|bytes|SecretStr|any)"
@@ -45,6 +46,27 @@ COOKIE = re.compile(
 OPTION = re.compile(
     r"(?:(?<=\s)|^)(?:--[a-z-]{0,24}(?:password|passwd|pass|token|secret|api-?key|access-?key|secret-?key)[ =]\s{0,2}|-u\s{1,2}[^\s:$]{1,64}:|sshpass -p ?)"
     r"[\"']?(?P<value>[^\s\"'`<>(){}$-][^\s\"'`<>(){}]{3,256})"
+)
+COMMAND = re.compile(
+    r"\b(?:(?:mysql\w{0,8}|mariadb\w{0,8}|7z[ar]?|rar|unrar)\b[^\n|&;<>\"'`]{0,120}? -p(?=[^\s-])|(?:docker|podman|helm|oc|az|cf|nerdctl|buildah|skopeo) login\b"
+    r"[^\n|&;<>\"'`]{0,120}? -p ?|(?:ldap(?:search|add|modify|delete|passwd|whoami)|ipmitool|bind)\b[^\n|&;<>\"'`]{0,120}? -[wP] ?|redis-cli\b[^\n|&;<>\"'`]{0,120}? -a ?"
+    r"|(?:unzip|zip|zipcloak|sqlcmd)\b[^\n|&;<>\"'`]{0,120}? -P ?|smbclient\b[^\n|&;<>\"'`]{0,120}? -U ?[^\s%]{1,64}%|\bpass:)"
+    r"[\"']?(?P<value>[^\s\"'`<>(){}$-][^\s\"'`<>(){}]{3,256})"
+)
+"""Commands whose short option for a password is another one's port or path."""
+CODES = re.compile(
+    r"(?i)\b(?:cvv2?|cvc2?|otp|one-time (?:code|password|passcode)|(?:verification|security|2fa|mfa|confirmation) code)\b(?: (?:code|is|was|number)){0,2}\s?[:=#]?\s?"
+    r"(?P<value>\d{3,8})(?!\w|\.\d)"
+)
+PHRASE = re.compile(
+    r"(?i)\b(?:seed(?: phrase|phrase)|mnemonic(?: phrase)?|recovery (?:phrase|words)|secret phrase)\b[^\n\w]{0,6}(?:is |was )?[\"'`:= ]{0,4}(?P<value>(?:[a-z]{3,8} ){11,23}[a-z]{3,8})\b"
+)
+"""12 to 24 words from which the keys of a wallet are made (BIP 39)."""
+LOGIN_IN_BASE64 = re.compile(
+    r"(?i)\b_?auth\\?[\"']?\s?[:=]\s?\\?[\"']?(?P<value>[A-Za-z0-9+/]{8,512}={0,2})(?![A-Za-z0-9+/=])"
+)
+HEXADECIMAL_KEY = re.compile(
+    r"(?i)(?:private|secret|signing|encryption|master)[ _-]?key\b[^\n]{0,12}?\b(?P<value>0x[0-9a-f]{64})\b"
 )
 PARAMETER = re.compile(r"[?&](?:amp;)?(?P<name>[A-Za-z][\w.-]{0,40})=(?P<value>[^&\s\"'`<>#()\\]{4,4096})")
 SIGNED = re.compile(
@@ -90,6 +112,15 @@ def find(text: str) -> Iterator[Span]:
         value = match["value"]
         is_name = IDENTIFIERS.fullmatch(value) and not any(map(str.isdigit, value))
         if not is_name and not _is_placeholder(value) and not value.startswith("id="):
+            yield Span(match.start("value"), match.end("value"), "key")
+    for match in COMMAND.finditer(text):
+        if not _is_placeholder(match["value"]) and not match["value"].isdigit():
+            yield Span(match.start("value"), match.end("value"), "key")
+    for pattern in (CODES, PHRASE, HEXADECIMAL_KEY):
+        for match in pattern.finditer(text):
+            yield Span(match.start("value"), match.end("value"), "key")
+    for match in LOGIN_IN_BASE64.finditer(text):
+        if _is_login(match["value"]):
             yield Span(match.start("value"), match.end("value"), "key")
     if "=" in text:
         yield from _parameters(text)
@@ -191,6 +222,15 @@ def _parameters(text: str) -> Iterator[Span]:
             len(value) >= 8 and has_random_run(value.replace("%", ""), length=8) and not _is_placeholder(value)
         ):
             yield Span(match.start("value"), match.end("value"), "key")
+
+
+def _is_login(word: str) -> bool:
+    """Return whether a word in base64 is `user:password`, as files of docker and npm keep it."""
+    try:
+        held = base64.b64decode(word, validate=True).decode("utf-8")
+    except ValueError:
+        return False
+    return held.isprintable() and ":" in held[1:-1]
 
 
 def _logins(text: str) -> Iterator[Span]:

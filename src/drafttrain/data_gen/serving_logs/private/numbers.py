@@ -1,4 +1,4 @@
-"""Card numbers (Luhn, ISO/IEC 7812), account numbers (IBAN, mod 97, ISO 13616) and addresses of hosts that the whole internet can reach."""
+"""Card numbers (Luhn, ISO/IEC 7812), account numbers (IBAN, mod 97, ISO 13616), numbers that states give to people, and addresses of hosts that the whole internet can reach."""
 
 from __future__ import annotations
 
@@ -50,6 +50,15 @@ VERSION = re.compile(
     r"(?i)(?:\b(?:v|ver|version|versions|release|build|revision|section|chapter|§|oid|upgrade|update|bump)\b[^\d\n]{0,12}|[=<>~^]{1,2} ?|[A-Za-z)]/|\bv)\Z"
 )
 IPV6 = re.compile(r"(?<![A-Za-z0-9_:.])[23][0-9A-Fa-f]{2,3}:[0-9A-Fa-f:]{2,40}(?:\.\d{1,3}){0,3}(?![A-Za-z0-9_:])")
+IDENTITY = re.compile(
+    r"(?i)\b(?:ssn|social security|sozialversicherungs\w{0,8}|national insurance|nino|sin|bsn|cpf|dni|nie|curp|aadhaar|aadhar|pan|pesel|personnummer|codice fiscale"
+    r"|passport|reisepass\w{0,8}|passeport|pasaporte|driver'?s? licen[cs]e|driving licen[cs]e|führerschein\w{0,8}|tax id|steuer-?id\w{0,20}|tin|identity card|id card"
+    r"|personalausweis\w{0,8}|身份证|護照|护照|마이넘버|マイナンバー)(?:[ -]?(?:number|num|no\.?|nr\.?|nummer|numéro|#|号码?|號碼?|id)){0,2}(?:\s?[:：#=]\s?|\s(?:is|ist|est|es)\s|\s|(?<=[号码號碼证照]))"
+    r"[\"']?(?P<value>[A-Za-z]{0,4}\d[A-Za-z0-9]{0,20}(?:[ .\-/]\d[A-Za-z0-9]{0,12}){0,5}(?:[ -][A-Z])?)(?![\w(\[=])"
+)
+"""Numbers that states give to people, beside their names."""
+LEAST_IDENTITY = 7
+"""Digits and letters of one; of these at least 5 digits."""
 RESOLVERS = {"8.8.8.8", "8.8.4.4", "1.1.1.1", "1.0.0.1", "9.9.9.9", "208.67.222.222"}
 """Addresses that stand in everybody's configuration."""
 DOCUMENTED = tuple(map(ipaddress.ip_network, ("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "2001:db8::/32")))
@@ -57,13 +66,17 @@ DOCUMENTED = tuple(map(ipaddress.ip_network, ("192.0.2.0/24", "198.51.100.0/24",
 
 
 def find(text: str) -> Iterator[Span]:
-    """Yield the numbers of cards and accounts, and the addresses of hosts, in a text."""
+    """Yield the numbers of cards, accounts and people, and the addresses of hosts, in a text."""
     for match in CARD.finditer(text):
         if is_card(match[0]):
             yield Span(match.start(), match.end(), "card")
     for match in IBAN.finditer(text):
         if stop := _iban_stop(text, match.start()):
             yield Span(match.start(), stop, "iban")
+    for match in IDENTITY.finditer(text):
+        taken = [one for one in match["value"] if one.isalnum()]
+        if len(taken) >= LEAST_IDENTITY and sum(map(str.isdigit, taken)) >= 5:
+            yield Span(match.start("value"), match.end("value"), "id")
     for match in IPV4.finditer(text):
         if _is_host(text, match):
             yield Span(match.start(), match.end(), "ip")

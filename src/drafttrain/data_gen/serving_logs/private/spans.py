@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-PLACEHOLDER = re.compile(r"\[(?:key|e-mail|phone|card|iban|ip)\]")
+PLACEHOLDER = re.compile(r"\[(?:key|e-mail|phone|card|iban|id|ip)\]")
 
 
 class Span(NamedTuple):
