@@ -249,6 +249,17 @@ private key 0x«{h64}»
 "login": "me", "pass": "«qwe123RTY»"
 the OTP is «482913»
 CVV: «482»
+pw: «Blaue7Katze»
+pass: «Hello123!»
+nuget «oy¦2{a43}»
+cargo login «ci¦o{A32}»
+airtable «pa¦t{A14}.{h64}»
+algolia admin key «{h32}»
+NINO «QQ 12 34 56 C»
+CPF: «111.444.777-35»
+Steuer-ID: «86095742719»
+pul¦umi «pu¦l-{h40}»
+access_token$production$«{a16}$¦{h32}»
 """
 
 INNOCENT = r"""
@@ -431,4 +442,15 @@ pan = tilt + 12345678
 PASS: test_foo (0.01s)
 the security code path is 3 calls deep
 ssn = models.CharField(max_length=11)
+"pass": "passed"
+pass=1
+pw = pooled_width
+cos 45 and sin 1234567890
+pan = 4026531840
+zip -r -P out.zip dir
+helm install -p values.yaml
+recovery phrase length must be 12
+Erlang/OTP 26 released
+die 12345678 Einwohner
+nie 12345678 mal
 """

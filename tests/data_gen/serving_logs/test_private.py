@@ -62,6 +62,7 @@ HOSTILE = [
     "+49 170 1234567 ", "sk-", "sk-pr" + "oj-aA1", "://a:", "://aaaaaaaa:bbbbbbbbb", "password: ", 'password="', "secret", "eyJabcdefgh.", "aZ09+/Qw",
     "1.2.3.4.5.", "81.2.69.142 ", "2a02:", "DE89 3704 0044 0532 0130 01 ", "cookie: a=b; ", "?token=", " ", "a [at] ", "password is is ", "bearer ",
     "4111 1111 1111 1112 ", "--", " --password ", " -u a:", "M" + "a" * 24 + ".", "[", "\n", "-----BEGIN ", "sig=", "password foo bar ", "00 49 ",
+    "mysql -u a ", "docker login ", "passport AB12 12 12 ", "seed phrase abc abc ", "otp code is ", "auth=AAAAAAAA", "private key ", "pass: ",
 ]  # fmt: skip
 
 

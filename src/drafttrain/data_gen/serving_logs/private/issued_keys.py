@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 
 from drafttrain.data_gen.serving_logs.private.randomness import has_random_run, is_high_entropy
-from drafttrain.data_gen.serving_logs.private.spans import Span
+from drafttrain.data_gen.serving_logs.private.spans import PLACEHOLDER, Span
 
 LONG_WORD = re.compile(r"[A-Za-z0-9_.+/=~:-]{16,}")
 """No key is shorter; what is found is searched for known forms."""
@@ -39,6 +39,11 @@ FIXED = (
     r"key-[0-9a-f]{32}",
     r"dapi[a-f0-9]{32}(?:-\d)?",
     r"pul-[a-f0-9]{40}",
+    r"oy2[a-z0-9]{43}",
+    r"cio[A-Za-z0-9]{32}",
+    r"pat[A-Za-z0-9]{14}\.[a-f0-9]{64}",
+    r"sl\.(?:u\.)?[A-Za-z0-9_-]{60,400}",
+    r"xprv[1-9A-HJ-NP-Za-km-z]{80,120}",
 )
 """The form alone is enough."""
 PREFIXED = (
@@ -55,18 +60,21 @@ PREFIXED = (
 )
 """The rest has to look random as well: `sk_buff_alloc_headroom` is a function."""
 FORM = re.compile(rf"(?<![A-Za-z0-9])(?:(?P<fixed>{'|'.join(FIXED)})|{'|'.join(PREFIXED)})(?![A-Za-z0-9])")
+PAYPAL = re.compile(r"access_token\$(?:production|sandbox)\$[a-z0-9]{16}\$[a-f0-9]{32}")
 WEBHOOK = re.compile(
     r"https://(?:hooks\.slack\.com/(?:services|workflows)/|(?:ptb\.|canary\.)?discord(?:app)?\.com/api/webhooks/|[\w-]{1,60}\.webhook\.office\.com/)"
     r"[A-Za-z0-9_/@-]{16,300}"
 )
 SEPARATORS = re.compile("[-_.]")
 CONTEXT = re.compile(
-    r"(?i)(?:(?:api|secret|access|auth|private|service|account|signing|encryption|master|license)[ _-]?key|token(?![a-z0-9])|secret|credential|passw"
+    r"(?i)(?:(?:api|secret|access|auth|private|service|account|signing|encryption|master|license|admin)[ _-]?key|token(?![a-z0-9])|secret|credential|passw"
     r"|schl(?:ü|ue)ssel|\bclé\b|clave|chave|chiave|sleutel|klucz|nyckel|ключ|токен|密[钥鑰碼码]|令牌|キー|トークン|鍵|토큰|키)"
 )
 NO_CONTEXT = re.compile(
-    r"(?i)(?:commit|hash|sha-?\d|md5|uuid|guid|checksum|digest|integrity|public|fingerprint|cache|etag|\bids?\b|tokeni|tokens\b|vocab)"
+    r"(?i)(?:commit|hash|sha-?\d|md5|uuid|guid|checksum|digest|integrity|public|fingerprint|cache|etag|\bids?\b|;base64,|tokeni|tokens\b|vocab)"
 )
+HEXADECIMAL = re.compile(r"[0-9a-f]{32}(?:[0-9a-f]{8}|[0-9a-f]{32})?|[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+OTHER_WORD = re.compile(rf"{LONG_WORD.pattern}|{PLACEHOLDER.pattern}")
 CONTEXT_CHARACTERS = 48
 BEGIN = "-----BEGIN "
 HEADER = re.compile(r"-----BEGIN (?:[A-Z0-9]{1,16} ){0,4}PRIVATE KEY(?: BLOCK)?-----")
@@ -83,6 +91,9 @@ def find(text: str) -> Iterator[Span]:
     yield from _blocks(text)
     for word in LONG_WORD.finditer(text):
         yield from _in_word(text, word.start(), word.end())
+    if "access_token$" in text:
+        for match in PAYPAL.finditer(text):
+            yield Span(match.start(), match.end(), "key")
     if "https://" in text:
         for match in WEBHOOK.finditer(text):
             yield Span(match.start(), match.end(), "key")
@@ -112,9 +123,16 @@ def _in_word(text: str, start: int, stop: int) -> Iterator[Span]:
 def _random_beside_its_name(text: str, start: int, stop: int) -> Iterator[Span]:
     """Yield a word that only its randomness and the words before it tell."""
     word = text[start:stop]
-    if stop - start > 512 or not is_high_entropy(word) or "://" in word or word.count("/") > 2 or ":" in word:
+    if (
+        stop - start > 512
+        or not (is_high_entropy(word) or HEXADECIMAL.fullmatch(word))
+        or "://" in word
+        or word.count("/") > 2
+        or ":" in word
+    ):
         return
-    before = text[max(0, start - CONTEXT_CHARACTERS) : start].rpartition("\n")[2]
+    # Words before another long one, or before what was redacted, are that one's.
+    before = OTHER_WORD.split(text[max(0, start - CONTEXT_CHARACTERS) : start].rpartition("\n")[2])[-1]
     if CONTEXT.search(before) and not NO_CONTEXT.search(before):
         yield Span(start, stop, "key")
 

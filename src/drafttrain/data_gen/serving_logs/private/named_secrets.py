@@ -13,7 +13,7 @@ from drafttrain.data_gen.serving_logs.private.randomness import has_random_run
 from drafttrain.data_gen.serving_logs.private.spans import PLACEHOLDER, Span
 
 PASSWORD = (
-    r"passw(?:or)?d|passwort|passphrase|passcode|(?<=[a-z0-9][_-])pass|\bpass(?=\\?[\"']?\s?[:=]\s?\\?[\"'])|(?<=[?&;])pass(?==)|pwd|kennwort|geheimnis|contrase(?:ñ|n)a|clave"
+    r"passw(?:or)?d|passwort|passphrase|passcode|(?<=[a-z0-9][_-])pass|\b(?:pass|pw)(?=\\?[\"']?\s?[:=]\s?\\?[\"']?(?=[^\s\"']{0,64}[A-Za-z])[^\s\"']{0,64}[\d!@#$%^&*])|pwd|kennwort|geheimnis|contrase(?:ñ|n)a|clave"
     r"|mot[ _]de[ _]passe|senha|parola|wachtwoord|hasło|haslo|lösenord|losenord|şifre|sifre|пароль|密码|密碼|口令|パスワード|暗証番号|비밀번호"
     r"|\bpin(?:[ _-]?code)?\b"
 )
@@ -114,7 +114,8 @@ def find(text: str) -> Iterator[Span]:
         if not is_name and not _is_placeholder(value) and not value.startswith("id="):
             yield Span(match.start("value"), match.end("value"), "key")
     for match in COMMAND.finditer(text):
-        if not _is_placeholder(match["value"]) and not match["value"].isdigit():
+        is_file = IDENTIFIERS.fullmatch(match["value"]) and "." in match["value"]
+        if not is_file and not _is_placeholder(match["value"]) and not match["value"].isdigit():
             yield Span(match.start("value"), match.end("value"), "key")
     for pattern in (CODES, PHRASE, HEXADECIMAL_KEY):
         for match in pattern.finditer(text):

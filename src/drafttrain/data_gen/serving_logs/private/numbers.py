@@ -51,10 +51,10 @@ VERSION = re.compile(
 )
 IPV6 = re.compile(r"(?<![A-Za-z0-9_:.])[23][0-9A-Fa-f]{2,3}:[0-9A-Fa-f:]{2,40}(?:\.\d{1,3}){0,3}(?![A-Za-z0-9_:])")
 IDENTITY = re.compile(
-    r"(?i)\b(?:ssn|social security|sozialversicherungs\w{0,8}|national insurance|nino|sin|bsn|cpf|dni|nie|curp|aadhaar|aadhar|pan|pesel|personnummer|codice fiscale"
-    r"|passport|reisepass\w{0,8}|passeport|pasaporte|driver'?s? licen[cs]e|driving licen[cs]e|führerschein\w{0,8}|tax id|steuer-?id\w{0,20}|tin|identity card|id card"
+    r"(?i)\b(?:ssn|social security|sozialversicherungs\w{0,8}|national insurance|nino|bsn|cpf|curp|aadhaar|aadhar|pesel|(?-i:SIN|PAN|NIE|DNI|TIN)|personnummer|codice fiscale"
+    r"|passport|reisepass\w{0,8}|passeport|pasaporte|driver'?s? licen[cs]e|driving licen[cs]e|führerschein\w{0,8}|tax id|steuer-?id\w{0,20}|identity card|id card"
     r"|personalausweis\w{0,8}|身份证|護照|护照|마이넘버|マイナンバー)(?:[ -]?(?:number|num|no\.?|nr\.?|nummer|numéro|#|号码?|號碼?|id)){0,2}(?:\s?[:：#=]\s?|\s(?:is|ist|est|es)\s|\s|(?<=[号码號碼证照]))"
-    r"[\"']?(?P<value>[A-Za-z]{0,4}\d[A-Za-z0-9]{0,20}(?:[ .\-/]\d[A-Za-z0-9]{0,12}){0,5}(?:[ -][A-Z])?)(?![\w(\[=])"
+    r"[\"']?(?P<value>(?:[A-Za-z]{1,4}[ -]?)?\d[A-Za-z0-9]{0,20}(?:[ .\-/]\d[A-Za-z0-9]{0,12}){0,5}(?:[ -][A-Z])?)(?![\w(\[=])"
 )
 """Numbers that states give to people, beside their names."""
 LEAST_IDENTITY = 7
