@@ -108,7 +108,11 @@ def own_files(folder: Path, *, suffixes: Collection[str] | None = None) -> list[
     for path in paths:
         if suffixes is not None and path.suffix not in suffixes and not path.is_dir():
             continue
-        real = path.resolve()
+        try:
+            real = path.resolve()
+        except RuntimeError:
+            problems.append(f"{path.relative_to(folder)}: a link that leads to itself")
+            continue
         if not any(real.is_relative_to(root) for root in roots):
             problems.append(f"{path.relative_to(folder)}: a link to {real}, outside of the folder")
         elif not (path.is_file() or path.is_dir()):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.foreign import check_folder, read_json
+from drafttrain.core.foreign import check_folder, read_json, shown
 
 INDEX = "model.safetensors.index.json"
 MERGE = (
@@ -88,7 +88,11 @@ def _adapter(folder: Path) -> str:
     """Return how a folder with an adapter alone becomes a model."""
     held = read_json(folder / "adapter_config.json")
     kind, base = held.get("peft_type") or "LoRA", held.get("base_model_name_or_path")
-    what = f"is an adapter ({kind}, adapter_config.json), not a whole model"
+    if isinstance(base, str) and len(base) > LONGEST_SENTENCE:
+        return f"is an adapter, and its base_model_name_or_path is no name of a model: {shown(base)}"
+    what = (
+        f"is an adapter ({kind if isinstance(kind, str) else shown(kind):.60}, adapter_config.json), not a whole model"
+    )
     if not isinstance(base, str) or not base:
         return f"{what}, and names no base model: write base_model_name_or_path into adapter_config.json, then merge the two"
     if (base.startswith((".", "/", "~")) or base.count("/") != 1) and not os.path.isdir(os.path.expanduser(base)):
