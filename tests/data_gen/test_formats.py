@@ -81,7 +81,7 @@ def test_what_follows_the_last_answer_is_read_and_no_label():
         ({"tokens": [99999]}, "99999 is no id"),
         ({"tokens": []}, "0 tokens, fewer than the 10 of a prompt"),
         ({"text": "too short"}, "9 tokens, fewer than the 10 of a prompt"),
-        ({"prompt": "x" * 300}, "a prompt of 300 tokens; it must have 1..199"),
+        ({"prompt": "x" * 300}, r"a prompt must have 1\.\.199 tokens: this one has 300"),
         ({"prompt": 5}, "text is needed"),
         ({"prompt": ["x"]}, r"prompt\.0: a mapping"),
         ({"completion": "x"}, "no known form: none of"),

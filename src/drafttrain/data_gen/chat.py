@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from drafttrain.data_gen.bad_item import BadItem
-from drafttrain.data_gen.record_keys import Reading
+from drafttrain.data_gen.record_keys import ANSWERS, Reading
 from drafttrain.data_gen.turns import assistant, json_of, read_turns, text_of, user
 
 Turn = tuple[dict[str, Any], bool]
@@ -71,33 +71,33 @@ def _turns(form: str, value: Mapping[str, Any], reading: Reading) -> list[Turn]:
         return [user(asked[0], "turns.0")] if isinstance(asked[0], str) else read_turns(asked, "turns", reading)
     if form == "prompt":
         return _prompt(value, reading)
-    key = {"instruction": "output", "question": "answer", "query": "response"}[form]
+    key = answer_key(form, value)
     asked = text_of(value[form], form)
     if more := value.get("input"):
         asked = f"{asked}\n{text_of(more, 'input')}"
     turns = [*_history(value.get("history") or []), user(asked, form)]
-    return [*turns, assistant(value[key], key)] if key in value else turns
+    return turns if key is None else [*turns, assistant(value[key], key)]
 
 
 def _prompt(value: Mapping[str, Any], reading: Reading) -> list[Turn]:
     prompt = value["prompt"]
     turns = read_turns(prompt, "prompt", reading) if isinstance(prompt, list) else [user(prompt, "prompt")]
-    key = completion_key(value)
+    key = answer_key("prompt", value)
     if key is None:
         return turns
     answer = value[key]
     return [*turns, *(read_turns(answer, key, reading) if isinstance(answer, list) else [assistant(answer, key)])]
 
 
-def completion_key(value: Mapping[str, Any]) -> str | None:
-    """Return the key under which the answer to a prompt stands.
+def answer_key(form: str, value: Mapping[str, Any]) -> str | None:
+    """Return the key under which the answer to a question stands.
 
     Raises:
         BadItem: It stands under two.
     """
-    found = [key for key in ("completion", "response") if key in value]
+    found = [key for key in ANSWERS[form] if key in value]
     if len(found) > 1:
-        raise BadItem("completion and response: two answers in one record; name one in ignore_keys of the source")
+        raise BadItem(f"{' and '.join(found)}: two answers in one record; name one in ignore_keys of the source")
     return found[0] if found else None
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
@@ -15,9 +16,11 @@ import jinja2
 
 from drafttrain.data_gen.bad_item import BadItem, foreign, one_line
 from drafttrain.data_gen.chat import Chat
+from drafttrain.data_gen.plain_ids import begins, continuation_ids, plain_ids
 from drafttrain.data_gen.turns import REASONING
 
 MARKS = re.compile(r"\{%[-+]?\s*generation\b")
+THOUGHT_MARKS = re.compile(r"</?think(?:ing)?>")
 WRITTEN = ("content", "tool_calls", *REASONING)
 """Keys of an answer that the target wrote: all of them must be in the text, or its label is not what was written."""
 DISAGREE = "the template's {% generation %} marks other tokens than the target writes behind its prompt; the latter are trained"
@@ -138,10 +141,12 @@ class ChatTemplate:
         """Return the chat up to one answer, and where the target begins to write it."""
         asked, answered = self.text(chat.until(count), asks=True), self.text(chat.until(count + 1))
         self._check_whole(chat, count, answered)
+        if answered.startswith(asked):
+            _check_thoughts(str(chat.turns[count]["content"]), answered[len(asked) :], count)
         before, tokens = self.ids(asked), self.ids(answered)
         if not begins(tokens, before) and answered.startswith(asked):
             # A token reaches over the place where the target begins; it reads the prompt's own tokens.
-            tokens = before + self.ids(answered[len(asked) :])
+            tokens = before + continuation_ids(self.tokenizer, answered[len(asked) :])
             if self._decoded(tokens) != self._decoded(self.ids(answered)):
                 raise _NotApart
         if not begins(tokens, before):
@@ -204,27 +209,48 @@ class ChatTemplate:
             return None
         return list(coded["input_ids"]), [bool(flag) for flag in coded["assistant_masks"]]
 
-    def _apply(self, chat: Chat, **wanted: Any) -> Any:
+    def _apply(self, chat: Chat, *, calls_in_text: bool | None = None, **wanted: Any) -> Any:
         if not self.exists:
             raise BadItem("a chat, but the tokenizer has no chat template: give prompt and completion, or text")
         # A record must not replace the template, nor ask for tensors.
         if reserved := set(chat.arguments) & set(inspect.signature(self.tokenizer.apply_chat_template).parameters):
             raise BadItem(f"{min(reserved)}: is no argument of a chat template")
+        if calls_in_text is None:
+            calls_in_text = any("tool_calls" in turn for turn in chat.turns) and self._calls_in_text
         # A template is a program, and a stranger's chat its input: it may fail in any way.
         with foreign("the chat template fails on this chat"):
             try:
-                return self.tokenizer.apply_chat_template(self._turns(chat), **chat.given, **wanted, **chat.arguments)
+                return self.tokenizer.apply_chat_template(
+                    self._turns(chat, calls_in_text=calls_in_text), **chat.given, **wanted, **chat.arguments
+                )
             except jinja2.TemplateError as error:
                 raise BadItem(f"the chat template refuses this chat: {one_line(error)}") from error
 
-    def _turns(self, chat: Chat) -> list[dict[str, Any]]:
+    def _turns(self, chat: Chat, *, calls_in_text: bool) -> list[dict[str, Any]]:
         """Return the turns with thoughts under the name that the template reads: servers and data sets have several."""
         source = str(self.tokenizer.chat_template)
         read = next((name for name in REASONING if name in source), None)
         return [
-            {read if read and key in REASONING and key not in source else key: value for key, value in turn.items()}
+            {
+                read if read and key in REASONING and key not in source else key: value
+                for key, value in (_with_text(turn) if calls_in_text else turn).items()
+            }
             for turn in chat.turns
         ]
+
+    @cached_property
+    def _calls_in_text(self) -> bool:
+        """Whether the template wants the arguments of calls as JSON in a text (DeepSeek's does): it fails on an object."""
+        try:
+            self._apply(_CALLED, calls_in_text=False, tokenize=False)
+        except BadItem:
+            pass
+        else:
+            return False
+        try:
+            return _NAME in str(self._apply(_CALLED, calls_in_text=True, tokenize=False))
+        except BadItem:
+            return False
 
     def _end(self, tokens: Sequence[int], begin: int) -> int:
         """Return where the target stops: behind the special token that ends the answer, if only white space follows it."""
@@ -241,16 +267,6 @@ class ChatTemplate:
 
 class _NotApart(Exception):
     """An answer is not what follows the text that asks for it."""
-
-
-def plain_ids(tokenizer: Any, text: str) -> list[int]:
-    """Return the ids of text, with nothing that the tokenizer adds.
-
-    Raises:
-        BadItem: The tokenizer fails.
-    """
-    with foreign("the tokenizer fails on this text"):
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def written(tokenizer: Any, tokens: Sequence[int]) -> int:
@@ -271,16 +287,35 @@ def common_start(one: Sequence[int], other: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def begins(tokens: Sequence[int], start: Sequence[int]) -> bool:
-    """Return whether tokens begin with others."""
-    return list(tokens[: len(start)]) == list(start)
-
-
 def _question(question: str, *, answer: str | None = None) -> Chat:
     turns: list[dict[str, Any]] = [{"role": "user", "content": question}]
     if answer is not None:
         turns.append({"role": "assistant", "content": answer})
     return Chat(turns, [turn["role"] == "assistant" for turn in turns])
+
+
+def _check_thoughts(content: str, answer: str, count: int) -> None:
+    """Refuse an answer whose thoughts stand in its content and that the template writes without them (DeepSeek's does)."""
+    words = "".join(answer.split())
+    for part in THOUGHT_MARKS.split(content):
+        if "".join(part.split()) not in words:
+            raise BadItem(
+                f"the chat template leaves a part of 'content' of an answer out (turn {count}), from {part.strip()[:20]!r}: "
+                "the target's text cannot be known"
+            )
+
+
+def _with_text(turn: dict[str, Any]) -> dict[str, Any]:
+    """Return a turn with the arguments of its calls as JSON in a text, as OpenAI's API has them."""
+    if "tool_calls" not in turn:
+        return turn
+    calls = []
+    for call in turn["tool_calls"]:
+        function = dict(call["function"])
+        if isinstance(function.get("arguments"), Mapping):
+            function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+        calls.append(call | {"function": function})
+    return turn | {"tool_calls": calls}
 
 
 def _spans(mask_T: Sequence[bool]) -> list[tuple[int, int]]:
@@ -292,3 +327,20 @@ def _spans(mask_T: Sequence[bool]) -> list[tuple[int, int]]:
             spans.append((place, place + size))
         place += size
     return spans
+
+
+_NAME = "weather_of"
+_CALLED = Chat(
+    [
+        {"role": "user", "content": "a"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [
+                {"id": "abcdefghi", "type": "function", "function": {"name": _NAME, "arguments": {"city": "b"}}}
+            ],
+        },
+    ],
+    [False, True],
+)
+"""A chat whose answer is a call, to see how a template takes it."""

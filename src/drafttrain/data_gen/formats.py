@@ -11,8 +11,9 @@ from typing import Any
 from drafttrain.core.console import say
 from drafttrain.core.records import Record
 from drafttrain.data_gen.bad_item import BadItem
-from drafttrain.data_gen.chat import Chat, chat_of, completion_key, prompt_is_chat
-from drafttrain.data_gen.chat_template import ChatTemplate, plain_ids
+from drafttrain.data_gen.chat import Chat, answer_key, chat_of, prompt_is_chat
+from drafttrain.data_gen.chat_template import ChatTemplate
+from drafttrain.data_gen.plain_ids import continuation_ids
 from drafttrain.data_gen.raw_text import RawText
 from drafttrain.data_gen.record_keys import FOR_TEMPLATE, Reading, form_of
 from drafttrain.data_gen.token_rows import token_row
@@ -106,7 +107,7 @@ class Encoder:
                 raise BadItem(f"{len(tokens)} tokens, fewer than the {prompt_tokens} of a prompt")
         fitting = [(id, tokens) for id, tokens in prompts if 0 < len(tokens) < self.max_length]
         if not fitting:
-            raise BadItem(f"a prompt of {len(prompts[0][1])} tokens; it must have 1..{self.max_length - 1}")
+            raise BadItem(f"a prompt must have 1..{self.max_length - 1} tokens: this one has {len(prompts[0][1])}")
         return fitting
 
     def frame(self) -> tuple[list[int], list[int]]:
@@ -171,11 +172,11 @@ class Encoder:
         return records
 
     def _completion(self, value: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
-        key = completion_key(value)
+        key = answer_key("prompt", value)
         if key is None:
             raise BadItem("prompt: no completion is beside it, so nothing is a label")
         before = self._raw_prompt(value)
-        after = self.raw.ended(plain_ids(self.tokenizer, text_of(value[key], key)))
+        after = self.raw.ended(continuation_ids(self.tokenizer, text_of(value[key], key)))
         stop = self.raw.end_of(after) or len(after)
         return before + after, [False] * len(before) + [True] * stop + [False] * (len(after) - stop)
 

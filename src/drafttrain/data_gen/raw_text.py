@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from drafttrain.data_gen.chat_template import ChatTemplate, begins, plain_ids, special_ids, written
+from drafttrain.data_gen.chat_template import ChatTemplate, special_ids, written
+from drafttrain.data_gen.plain_ids import begins, plain_ids
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,21 @@ from drafttrain.data_gen.bad_item import BadItem
 FOR_TEMPLATE = ("system", "system_prompt", "tools", "functions", "documents", "chat_template_kwargs")
 """Keys beside the turns that the chat template is given."""
 MASKS = ("loss_mask", "assistant_masks", "completion_mask")
+ANSWERS = {
+    "instruction": ("output", "response"),
+    "question": ("answer", "response"),
+    "query": ("response", "answer"),
+    "prompt": ("completion", "response"),
+}
+"""By form: the keys under one of which its answer stands."""
 FORMS: dict[str, tuple[str, ...]] = {
     "messages": FOR_TEMPLATE,
     "conversations": FOR_TEMPLATE,
-    "instruction": ("input", "output", "history", *FOR_TEMPLATE),
-    "question": ("answer", *FOR_TEMPLATE),
-    "query": ("response", "history", *FOR_TEMPLATE),
+    "instruction": ("input", *ANSWERS["instruction"], "history", *FOR_TEMPLATE),
+    "question": (*ANSWERS["question"], *FOR_TEMPLATE),
+    "query": (*ANSWERS["query"], "history", *FOR_TEMPLATE),
     "turns": FOR_TEMPLATE,
-    "prompt": ("completion", "response", "chat", *FOR_TEMPLATE),
+    "prompt": (*ANSWERS["prompt"], "chat", *FOR_TEMPLATE),
     "text": (),
     "tokens": MASKS,
     "input_ids": ("labels", "attention_mask", *MASKS),
@@ -33,10 +40,10 @@ METADATA = frozenset(
     """
     answer answers answer_id author canonical_solution category categories conversation_id conv_id count created created_at
     data_source dataset dataset_name date difficulty domain drawn_by entry_point errors finish_reason generator ground_truth
-    hash id idx index label lang language length license meta meta_data metadata model model_id model_name moderation name
-    num_tokens num_turns openai_moderation origin prompt_id quality question_id rating redacted reference
-    request_id reward sampling score scores sha256 source split subset subject tags task task_id task_name task_type test
-    time timestamp title token_count token_type_ids topic toxic turn type uid url usage user user_id uuid version
+    hash id idx index label lang language length license max_tokens meta meta_data metadata model model_id model_name moderation name
+    num_tokens num_turns openai_moderation origin parallel_tool_calls prompt_id quality question_id rating redacted reference
+    request_id reward sampling score scores seed sha256 source special_tokens_mask split stream subset subject tags task task_id task_name task_type temperature test
+    time timestamp title token_count token_type_ids top_k top_p topic toxic turn type uid url usage user user_id uuid version
     """.split()  # noqa: SIM905
 )
 """Keys that describe a record and that no target reads."""
@@ -64,7 +71,7 @@ def form_of(value: Mapping[str, Any], reading: Reading) -> tuple[str, dict[str, 
     renamed = {key: part for key, part in value.items() if key not in reading.rename.values()}
     renamed |= {new: value[old] for new, old in reading.rename.items() if old in value}
     found = reading.without_ignored(renamed)
-    forms = [form for form in FORMS if form in found]
+    forms = [form for form in FORMS if not _is_empty(found.get(form, ""))] or [form for form in FORMS if form in found]
     if "messages" in forms and _repeats(found.get("prompt"), found["messages"]):
         forms.remove("prompt")
         del found["prompt"]

@@ -80,7 +80,7 @@ def _turn(turn: Any, key: str, reading: Reading) -> tuple[dict[str, Any], bool]:
     found |= {name: text_of(given[name], f"{key}.{name}") for name in PASSED if given.get(name) not in (None, "")}
     # An answer may hold a call or thoughts alone; a tool may return nothing, and a system prompt may be empty.
     may_be_empty = bool(calls) or any(name in found for name in REASONING) or role in ("system", "tool")
-    found["content"] = "" if may_be_empty and content in (None, "", []) else text_of(content, f"{key}.content")
+    found["content"] = "" if may_be_empty and content in (None, "", []) else content_of(content, f"{key}.content")
     if calls:
         found["tool_calls"] = calls
     return found, role == "assistant" and all(_flag(given[name], f"{key}.{name}") for name in FLAGS if name in given)
@@ -104,18 +104,27 @@ def role_of(word: Any, reading: Reading, key: str) -> tuple[str, bool]:
 
 
 def text_of(value: Any, key: str) -> str:
-    """Return text that is not empty; parts of text are joined by line ends, as servers do.
+    """Return text that is not empty.
 
     Raises:
-        BadItem: It is something else, or holds a picture.
+        BadItem: It is something else.
     """
-    if isinstance(value, list) and value:
-        value = "\n".join(_part(part, f"{key}.{number}") for number, part in enumerate(value))
     if not isinstance(value, str) or not value:
         raise BadItem(
             f"{key}: text is needed, got {type(value).__name__ if not isinstance(value, str) else 'an empty one'}"
         )
     return unicode_text(value, key)
+
+
+def content_of(value: Any, key: str) -> str:
+    """Return the text of a turn; parts of text are joined by line ends, as servers do.
+
+    Raises:
+        BadItem: It is empty or something else, or holds a picture.
+    """
+    if isinstance(value, list) and value:
+        value = "\n".join(_part(part, f"{key}.{number}") for number, part in enumerate(value))
+    return text_of(value, key)
 
 
 def unicode_text(text: str, key: str) -> str:
@@ -150,7 +159,7 @@ def _part(part: Any, key: str) -> str:
 
 
 def _calls(given: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    found = given.get("tool_calls") or []
+    found = json_of(given.get("tool_calls") or [], f"{key}.tool_calls")
     if one := given.get("function_call"):
         found = [*(found if isinstance(found, list) else []), one]
     if not isinstance(found, list):
@@ -166,6 +175,7 @@ def _spelled_calls(content: Any, key: str) -> list[dict[str, Any]]:
 
 def _call(call: Any, key: str) -> dict[str, Any]:
     """Return a call as templates read it: under `function`, its arguments an object where they spell one, as servers do."""
+    call = json_of(call, key)
     about = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(about, Mapping) or not isinstance(about.get("name"), str):
         raise BadItem(f"{key}: a call with name and arguments is needed")

@@ -19,6 +19,7 @@ from drafttrain.core.settings import setting
 from drafttrain.data_gen.annotate import Frozen, JudgeLabelSettings, annotators
 from drafttrain.data_gen.annotate.states import states_of
 from drafttrain.data_gen.names import problem_of
+from drafttrain.data_gen.plain_ids import front_of, plain_ids
 from drafttrain.heads import HeadRows
 
 
@@ -59,12 +60,16 @@ class Marked:
         if id not in self.items:
             raise DataError(f"{self.path}: no line with id {id!r}, which is among data.sources")
         completion, errors = self.items[id]
-        coded = self.frozen.target.tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True)
+        tokenizer = self.frozen.target.tokenizer
+        front = front_of(tokenizer, completion)
+        coded = tokenizer(front + completion, add_special_tokens=False, return_offsets_mapping=True)
+        skipped = len(plain_ids(tokenizer, front))
+        ids, offsets = list(coded.input_ids)[skipped:], coded.offset_mapping[skipped:]
         first = list(record.loss_mask).index(True)
-        shown = list(record.tokens[first : first + len(coded.input_ids)])
-        if shown != list(coded.input_ids)[: len(shown)]:
+        shown = list(record.tokens[first : first + len(ids)])
+        if shown != ids[: len(shown)]:
             raise DataError(f"{self.path}: id {id!r}: its completion is not what data.sources has of it")
-        kept = labels_of(coded.offset_mapping[: len(shown)], errors)
+        kept = labels_of([(a - len(front), b - len(front)) for a, b in offsets[: len(shown)]], errors)
         return list(range(first, first + len(kept))), kept
 
 

@@ -1,18 +1,22 @@
-"""Records as JSON: an object a line, or one array of objects, whatever its line breaks."""
+"""Records as JSON, packed by gzip or not: an object a line, or one array of objects, whatever its line breaks."""
 
 import codecs
 import glob
+import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from drafttrain.core.errors import DataError
 from drafttrain.core.settings import setting
 from drafttrain.data_gen.sources import Item, RecordSettings, sources, stamps
 
+GZIP = b"\x1f\x8b"
+"""What a gzip file begins with."""
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -47,15 +51,26 @@ def lines(path: Path) -> Iterator[tuple[int, Item]]:
     Raises:
         DataError: An array is broken: what follows the break cannot be told apart.
     """
+    try:
+        with _opened(path) as file:
+            if _begins_array(file):
+                file.seek(0)
+                yield from _array(path, file)
+                return
+            file.seek(0)
+            for number, line in enumerate(file, start=1):
+                text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if text.strip():
+                    yield number, _item(f"line {number}", text)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: a damaged gzip file: {error}") from error
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Open a file; what gzip packed is unpacked."""
     with path.open("rb") as file:
-        if _begins_array(file):
-            yield from _array(path)
-            return
-        file.seek(0)
-        for number, line in enumerate(file, start=1):
-            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if text.strip():
-                yield number, _item(f"line {number}", text)
+        is_packed = file.read(len(GZIP)) == GZIP
+    return cast(BinaryIO, gzip.open(path, "rb")) if is_packed else path.open("rb")
 
 
 def _begins_array(file: BinaryIO) -> bool:
@@ -75,10 +90,10 @@ def _begins_array(file: BinaryIO) -> bool:
     return not any(line.strip() for line in file)
 
 
-def _array(path: Path) -> Iterator[tuple[int, Item]]:
+def _array(path: Path, file: BinaryIO) -> Iterator[tuple[int, Item]]:
     """Yield the records of an array one by one; the file's text is held, its records are not."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: a JSON array that is not UTF-8: {error}") from error
     decoder, number = json.JSONDecoder(), 0
