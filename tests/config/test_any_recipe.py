@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drafttrain.config.bundled import bundled_recipes
@@ -95,22 +95,17 @@ def loads_or_says_why(text: str, given_overrides: list[str]) -> None:
         assert read_recipe(dump_recipe(recipe), source="dumped") == recipe
 
 
-def searched(max_examples: int) -> settings:
-    """Return how many cases are tried: the same ones in every run, however long they take."""
-    return settings(max_examples=max_examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-
-
 CASES = given(changed_recipes(), st.lists(overrides(), max_size=2))
 
 
-@searched(500)
+@settings(max_examples=500)
 @CASES
 def test_any_recipe_is_loaded_or_refused_in_sentences(text: str, given_overrides: list[str]) -> None:
     loads_or_says_why(text, given_overrides)
 
 
 @pytest.mark.slow
-@searched(10_000)
+@settings(max_examples=10_000)
 @CASES
 def test_any_of_ten_thousand_recipes_is_loaded_or_refused_in_sentences(text: str, given_overrides: list[str]) -> None:
     loads_or_says_why(text, given_overrides)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from drafttrain.data_gen.bad_item import BadItem
@@ -124,23 +124,20 @@ def check(value: Any) -> None:
         event(f"{'record' if records else 'quarantined'}, {'prompt' if prompts else 'quarantined'}")
 
 
-CALM: Any = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck), "database": None}
-
-
-@settings(max_examples=500, **CALM)
+@settings(max_examples=500)
 @given(RECORD)
 def test_any_record_gives_records_or_a_reason(value):
     check(value)
 
 
 @pytest.mark.slow
-@settings(max_examples=10_000, **CALM)
+@settings(max_examples=10_000)
 @given(RECORD)
 def test_any_of_many_records_gives_records_or_a_reason(value):
     check(value)
 
 
-@settings(max_examples=40, **CALM)
+@settings(max_examples=40)
 @given(st.lists(st.binary(max_size=30) | RECORD.map(lambda value: json.dumps(value).encode()), min_size=1, max_size=8))
 def test_every_line_of_a_file_is_read_or_in_quarantine(tmp_path_factory, lines):
     folder: Path = tmp_path_factory.mktemp("any")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drafttrain.data_gen.prepare import prepare
@@ -292,7 +292,7 @@ def check_any_line(folder: Path, cases: int) -> None:
     assert readers[0].take() == 1
     expected = 1
 
-    @settings(max_examples=cases, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=cases)
     @given(LINES)
     def every_line(line: bytes) -> None:
         nonlocal expected

@@ -89,7 +89,7 @@ PIECES = st.sampled_from(
 )
 
 
-@settings(max_examples=100, deadline=None, database=None)
+@settings(max_examples=100)
 @given(st.lists(st.one_of(PIECES, st.text(max_size=8)), max_size=5))
 def test_any_text_is_redacted_once_and_for_all(pieces):
     once = without_personal("".join(pieces))
