@@ -224,3 +224,58 @@ def test_a_large_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch:
     last = digests.text_digest(path)
     path.write_text("d" * 100)
     assert digests.text_digest(path) != last
+
+
+JUDGE = """
+name: tiny
+target: {model: target}
+head: {kind: judge, drafter: start}
+data:
+  max_length: 40
+  sources: [{kind: jsonl, path: data.jsonl}]
+  annotate: {kind: marked, path: marks.jsonl}
+train: {max_steps: 12, warmup_steps: 2}
+eval:
+  prompts: test.jsonl
+  validation_prompts: validation.jsonl
+  checker: {kind: unit_tests, path: tests.jsonl, allow_code_execution: true}
+"""
+
+
+@pytest.fixture
+def judged(place: Path) -> Path:
+    """The same folder with a recipe that trains a head by marks."""
+    (place / "r.yaml").write_text(JUDGE)
+    for name in ("marks", "tests"):
+        (place / f"{name}.jsonl").write_text('{"id": "a"}\n')
+    return place
+
+
+def test_edited_marks_are_refused_or_read_again(judged: Path) -> None:
+    run = opened(judged)
+    (run.data / "labelled").mkdir(parents=True)
+    edit(judged / "marks.jsonl")
+    opened(judged)
+    assert not (run.data / "labelled").exists()
+    begin(run)
+    (judged / "marks.jsonl").write_text("{}")
+    with pytest.raises(RecipeError, match=r"data\.annotate \(marked\): marks\.jsonl has changed"):
+        opened(judged)
+
+
+def test_edited_unit_tests_are_run_again(judged: Path) -> None:
+    run = opened(judged)
+    begin(run)
+    run.eval.write_text("{}")
+    edit(judged / "tests.jsonl")
+    opened(judged, evaluates_only=True)
+    assert not run.eval.exists()
+
+
+def test_an_edited_file_of_deepspeed_is_refused(place: Path) -> None:
+    (place / "ds.json").write_text('{"zero_optimization": {"stage": 1}}')
+    (place / "r.yaml").write_text(RECIPE.replace("loggers: [csv]", "loggers: [csv], deepspeed: {config: ds.json}"))
+    begin(opened(place))
+    (place / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+    with pytest.raises(RecipeError, match=r"train\.deepspeed\.config: ds\.json has changed"):
+        opened(place)

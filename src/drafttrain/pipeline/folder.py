@@ -148,7 +148,11 @@ class RunFolder:
         now = inputs.inputs_of(recipe, only=inputs.is_evaluated_on if evaluates_only else lambda key: True)
         changed, done = inputs.changed(held, now), self.train_done.exists()
         only_judged = {inputs.PROMPTS, *([inputs.VALIDATION] if done else [])}
-        trained_on = {key: words for key, words in changed.items() if key not in only_judged}
+        trained_on = {
+            key: words
+            for key, words in changed.items()
+            if key not in only_judged and not key.startswith(inputs.CHECKER)
+        }
         if self._began():
             self._refuse(trained_on, "since the training here read it")
         elif (self.data / "generated" / "plan.json").exists():
@@ -162,7 +166,8 @@ class RunFolder:
             self.drop_figures()
             self.overlap.unlink(missing_ok=True)
         if trained_on:
-            for made in (self.start, self.validation):
+            relabelled = any(key.startswith(inputs.LABELS) for key in trained_on)
+            for made in (self.start, self.validation, *([self.data / "labelled"] if relabelled else [])):
                 shutil.rmtree(made, ignore_errors=True)
         write_json(self.inputs, inputs.merged(held, now))
 

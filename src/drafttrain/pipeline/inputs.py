@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 TARGET, TOKENIZER, GENERATION = "target.model", "target.tokenizer", "target.model (generation config)"
 PROMPTS, VALIDATION, GENERATED_FROM = "eval.prompts", "eval.validation_prompts", "data.generate.prompts"
+LABELS, CHECKER = "data.annotate", "eval.checker"
+"""How the settings of files begin that labels are made by, and that outputs of an evaluation are judged by."""
 OF_TARGET = (TARGET, TOKENIZER, GENERATION)
 HEAD = "head."
 """How the settings of heads that an evaluation reads begin."""
@@ -41,7 +43,7 @@ def inputs_of(recipe: Recipe, *, only: Callable[[str], bool] = lambda key: True)
 
 def is_evaluated_on(key: str) -> bool:
     """Return whether an evaluation reads the input."""
-    return key in (*OF_TARGET, PROMPTS) or key.startswith(HEAD)
+    return key in (*OF_TARGET, PROMPTS) or key.startswith((HEAD, CHECKER))
 
 
 def target_inputs(settings: TargetSettings, prompts: str) -> Inputs:
@@ -97,6 +99,10 @@ def _readers(recipe: Recipe) -> Iterator[Reader]:
     yield _of_folder(f"{HEAD}drafter", getattr(recipe.head, "drafter", None))
     for number, head in enumerate(_heads(recipe.eval)):
         yield _of_folder(f"{HEAD}eval.{number}", head)
+    yield from _of_files(LABELS, recipe.data.annotate)
+    yield from _of_files(CHECKER, recipe.eval.checker)
+    if recipe.train.deepspeed is not None:
+        yield _of_file("train.deepspeed.config", recipe.train.deepspeed.config)
     yield _of_prompts(PROMPTS, recipe.eval.prompts)
     yield _of_prompts(VALIDATION, recipe.eval.validation_prompts)
 
@@ -131,6 +137,20 @@ def _of_folder(key: str, name: str | None) -> Reader:
     from drafttrain.target.frozen import fingerprint_of, resolve_folder
 
     return key, name, lambda: fingerprint_of(resolve_folder(str(name)))
+
+
+def _of_files(key: str, settings: Any) -> Iterator[Reader]:
+    """Yield the files that a component and those inside it read: marked answers, unit tests."""
+    from drafttrain.config.recipe import components_of
+
+    for part in components_of(settings):
+        yield _of_file(f"{key} ({part.kind})", getattr(part, "path", None))
+
+
+def _of_file(key: str, path: str | None) -> Reader:
+    from drafttrain.core.digests import text_digest
+
+    return key, path, lambda: text_digest(Path(str(path)).expanduser())
 
 
 def _of_prompts(key: str, name: str) -> Reader:
