@@ -200,3 +200,21 @@ def test_no_path_that_is_given_ends_in_a_traceback(place: Path, words: list[str]
     assert shown.exit_code in (1, 2), shown.output
     assert isinstance(shown.exception, SystemExit), shown.exception
     assert len(shown.output.splitlines()) < 20
+
+
+def test_texts_beyond_the_positions_are_refused_where_those_are_learnt(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    check_parts(load_recipe("r.yaml", ["data.max_length=999999"]))
+    assert "data.max_length: 999999 tokens are more than the" in capsys.readouterr().err
+    shutil.copytree(place / "target", place / "learnt", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    sizes = {"n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 1, "bos_token_id": 0, "eos_token_id": 0}
+    GPT2LMHeadModel(GPT2Config(vocab_size=257, **sizes)).save_pretrained(place / "learnt")
+    without_weights(place / "learnt")
+    assert problems("data.max_length=300", "eval.max_new_tokens=300", "target.model=learnt") == (
+        "target.model: data.max_length: 300 tokens are more than the 64 positions of learnt",
+        "target.model: eval.max_new_tokens: 301 tokens are more than the 64 positions of learnt",
+    )
+    check_parts(load_recipe("r.yaml", ["data.max_length=64", "eval.max_new_tokens=16", "target.model=learnt"]))

@@ -95,6 +95,21 @@ class Parts:
         """Rows of its embedding."""
         return int(self.config.vocab_size)
 
+    @property
+    def learnt_positions(self) -> int | None:
+        """How many positions it has learnt embeddings for; None where they are computed, or it is none that could be built."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from drafttrain.target.anatomy import position_limit
+
+        try:
+            with torch.device("meta"):
+                model: Any = AutoModelForCausalLM.from_config(self.config, trust_remote_code=self._trust)
+        except (ImportError, OSError, ValueError, KeyError, RuntimeError):  # the stage that loads it says why
+            return None
+        return position_limit(model)
+
     def check_causal_lm(self) -> None:
         """Refuse what is no causal LM.
 
@@ -220,6 +235,7 @@ def _of_target(target: Parts, recipe: Recipe) -> Iterator[str]:
     target.check_causal_lm()
     yield from _rows(target)
     yield from _sizes(target, recipe)
+    yield from _positions(target, recipe)
     yield from _formats(target, recipe)
     if note := _window(target.config, recipe):
         say(f"{target.key}: {note}")
@@ -258,6 +274,21 @@ def _sizes(target: Parts, recipe: Recipe) -> Iterator[str]:
     taps = getattr(settings, "taps", None)
     if taps and max(taps) >= layers:
         yield f"drafter.taps must be 0..{layers - 1} for {target.name} ({layers} layers), got {taps}"
+
+
+def _positions(target: Parts, recipe: Recipe) -> Iterator[str]:
+    """Yield texts that are longer than a target with learnt positions can read; of other targets they are reported."""
+    named = getattr(target.config, "max_position_embeddings", None)
+    lengths = {"data.max_length": recipe.data.max_length, "eval.max_new_tokens": recipe.eval.max_new_tokens + 1}
+    longer = {key: length for key, length in lengths.items() if isinstance(named, int) and length > named}
+    if not longer:
+        return
+    limit = target.learnt_positions
+    for key, length in longer.items():
+        if limit is not None:
+            yield f"{key}: {length} tokens are more than the {limit} positions of {target.name}"
+        else:
+            say(f"{key}: {length} tokens are more than the {named} positions that {target.name} was made for")
 
 
 def _formats(target: Parts, recipe: Recipe) -> Iterator[str]:
