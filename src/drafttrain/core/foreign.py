@@ -57,8 +57,10 @@ def check_folder(folder: Path) -> None:
     """Refuse a folder whose files cannot be read in bounded time and memory, or whose configuration is of other types.
 
     Raises:
-        CheckpointError: With every problem.
+        CheckpointError: There is no such folder, or with every problem of its files.
     """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
     templates = folder / "additional_chat_templates"
     paths = [*folder.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]
     problems = [problem for path in sorted(paths) for problem in _problems(path)]
@@ -128,7 +130,7 @@ def field_problems(config: Mapping[str, Any], *, prefix: str = "") -> Iterator[s
         where = f"{prefix}{key}"
         if key in NAMES and not isinstance(value, str | None):
             yield f"{where} must be a name, got {shown(value)}"
-        elif key.endswith(("_eps", "_epsilon", "rope_theta")) and type(value) not in (int, float, type(None)):
+        elif key.endswith(("_eps", "_epsilon", "rope_theta")) and not _are_numbers(value):
             yield f"{where} must be a number, got {shown(value)}"
         elif key in MAPPINGS and not isinstance(value, Mapping | None):
             yield f"{where} must be a mapping, got {shown(value)}"
@@ -178,6 +180,11 @@ def _template_bytes(given: Any) -> int:
     ]
     held += list(given.values()) if isinstance(given, dict) else []
     return max((len(one) for one in held if isinstance(one, str)), default=0)
+
+
+def _are_numbers(value: Any) -> bool:
+    """Return whether a value is a number, or none; a list has one of each layer."""
+    return all(type(one) in (int, float, type(None)) for one in (value if isinstance(value, list) else [value]))
 
 
 def _is_names(value: Any) -> bool:
