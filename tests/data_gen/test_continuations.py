@@ -11,6 +11,8 @@ from drafttrain.core.errors import DataError
 from drafttrain.data_gen.bad_item import BadItem
 from drafttrain.data_gen.formats import Encoder
 from drafttrain.data_gen.plain_ids import continuation_ids, plain_ids
+from drafttrain.data_gen.serving_logs.encoding import ExchangeEncoder
+from drafttrain.data_gen.serving_logs.exchange import Exchange
 from drafttrain.data_gen.sources.jsonl import lines
 from tests.data_gen.chats import ASKS, CHATML, RICH, chat_encoder, read
 
@@ -51,6 +53,15 @@ def test_an_answer_behind_a_space_is_told_apart(answer):
     (record,) = Encoder(tokenizer, 100).records({"question": "q", "answer": answer}, id="x")
     labels = [token for token, flag in zip(record.tokens, record.loss_mask, strict=True) if flag]
     assert "".join(tokenizer.convert_ids_to_tokens(labels)) == answer.replace(" ", "▁") + "</s>"
+
+
+@pytest.mark.parametrize("answer", ["on", "b", "\nb"])
+def test_a_logged_answer_to_a_chat_is_a_continuation_too(answer):
+    tokenizer = spaced_tokenizer()
+    encoder = ExchangeEncoder(Encoder(tokenizer, 100), lambda text: text, law=False)
+    record = encoder.record(Exchange("x", [{"role": "user", "content": "q"}], answer))
+    labels = [token for token, flag in zip(record.tokens, record.loss_mask, strict=True) if flag]
+    assert "".join(tokenizer.convert_ids_to_tokens(labels)) == answer.replace(" ", "▁")
 
 
 def test_a_tokenizer_that_adds_nothing_encodes_continuations_as_texts():

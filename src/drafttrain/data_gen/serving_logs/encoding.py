@@ -15,6 +15,7 @@ import numpy as np
 from drafttrain.core.records import LoggedLaw, Record
 from drafttrain.data_gen.bad_item import BadItem
 from drafttrain.data_gen.formats import Encoder
+from drafttrain.data_gen.plain_ids import continuation_ids
 from drafttrain.data_gen.serving_logs.exchange import Exchange, Law, Refused
 from drafttrain.data_gen.serving_logs.private.values import spells_private
 from drafttrain.data_gen.serving_logs.redaction import Redact
@@ -163,7 +164,7 @@ class ExchangeEncoder:
             whole = list(self._encoder.tokenizer(exchange.prompt + answer).input_ids)
             if whole[: len(prompt)] == prompt:
                 return whole[len(prompt) :]
-        return list(self._encoder.tokenizer(answer, add_special_tokens=False).input_ids) if answer else []
+        return continuation_ids(self._encoder.tokenizer, answer)
 
     def _end(self, exchange: Exchange, tokens: list[int]) -> int | None:
         """Return the token that ends an answer: what the template writes there, else the tokenizer's end of text."""
