@@ -17,7 +17,8 @@ import torch
 import yaml
 
 from drafttrain.core.records import Sampling
-from drafttrain.data_gen.generate import Task, continuations
+from drafttrain.data_gen.backends import Task
+from drafttrain.data_gen.backends.builtin import continuations
 from drafttrain.target import Target, TargetSettings
 
 OPENING, TEST = 24, 64

@@ -1,0 +1,287 @@
+"""EAGLE-3 beside the library speculators: positions trained a CPU second, and block efficiency, on the same texts and states.
+
+Both train on what stories260K writes, with its states stored beforehand, in float32, for as many epochs, with Muon and their KL
+loss over three steps of rollout; each side has a grid of learning rates, and speculators one of packed lengths too, as its cost a
+position depends on it. Each side's best by block efficiency on the validation prompts is decoded once on the test prompts, by the same
+evaluator (speculators' checkpoint goes through `drafttrain import`). The trainings of both sides take turns.
+
+    drafttrain engines install speculators
+    python benchmarks/eagle3_peer.py MODEL OUT
+
+MODEL is a folder of stories260K. What is done already is taken up when the command is given again.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from stories260k import openings, the_recipe
+
+from drafttrain.config.load import load_recipe
+from drafttrain.core.files import write_json
+from drafttrain.core.provenance import commit, processor
+from drafttrain.eval.evaluate import evaluate
+from drafttrain.eval.prompts import read_prompts
+from drafttrain.eval.statistics import ratio_of_ratios
+from drafttrain.eval.table import interval
+from drafttrain.export.engines import checked_installed
+from drafttrain.export.engines.environment import check_installed, python_of
+from drafttrain.importers.convert import import_folder
+from drafttrain.pipeline import gen
+from drafttrain.pipeline.data import training_data
+from drafttrain.pipeline.exporting import export_best
+from drafttrain.pipeline.run import Run
+from drafttrain.pipeline.training import train_drafter
+
+THREADS = 1
+NUM_STEPS = 3
+BATCH = 16
+
+
+def main() -> None:
+    """Train both sides in turns, choose, decode, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of stories260K")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--records", type=int, default=800)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--rates", type=float, nargs="+", default=[6e-3, 2e-2, 4e-2, 8e-2])
+    parser.add_argument("--their-rates", type=float, nargs="+", default=[5e-4, 2e-3, 6e-3])
+    parser.add_argument("--their-lengths", type=int, nargs="+", default=[512, 1024, 2048])
+    parser.add_argument("--loss", default="forward_kl")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    arguments.out = arguments.out.resolve()
+    if arguments.one:
+        ours(arguments, float(arguments.one))
+        return
+    check_installed(library())
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if not (arguments.out / "train.jsonl").exists():
+        openings(arguments.model, arguments.out, arguments.records)
+    shared = run_of(arguments, arguments.rates[0], arguments.out / "texts")
+    gen(shared.recipe, shared.folder.path)
+    positions = write_for_them(arguments, shared)
+    done: dict[str, dict[str, Any]] = {}
+    their_arms = [(length, rate) for length in arguments.their_lengths for rate in arguments.their_rates]
+    for rate, theirs in zip_longest(arguments.rates, their_arms):
+        for name, arm in arms(arguments, rate, theirs):
+            done[name] = arm | validated(arguments, shared, name, Path(arm["drafter"]))
+            speed = positions * arguments.epochs / arm["seconds"]
+            print(f"{name}: {speed:,.0f} positions a CPU second, validation {done[name]['validation']:.3f}", flush=True)
+    print(table(arguments, shared, done, positions))
+
+
+def run_of(arguments: argparse.Namespace, rate: float, folder: Path) -> Run:
+    """Return a run of this project with one learning rate."""
+    arguments.steps = arguments.records * arguments.epochs // BATCH
+    recipe = the_recipe(arguments)
+    recipe["drafter"] = {"kind": "eagle3", "num_steps": NUM_STEPS}
+    train: Any = recipe["train"]
+    train |= {
+        "batch_size": BATCH,
+        "lr": rate,
+        "warmup_steps": min(20, arguments.steps),
+        "eval_every_steps": 0,
+        "loggers": ["csv"],
+    }
+    recipe["export"] = {"require": {"parity": True}}
+    file = arguments.out / f"{folder.name}.yaml"
+    file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    data = arguments.out / "texts" / "data"
+    if not (folder / "data").exists() and folder.name != "texts":
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "data").symlink_to(data)
+    return Run(load_recipe(str(file)), folder, quiet=True)
+
+
+def write_for_them(arguments: argparse.Namespace, run: Run) -> int:
+    """Write the records of the training, with their states, for speculators; return how many positions one epoch has."""
+    records = [store[i] for store in training_data(run).stores for i in range(len(store))]
+    folder = arguments.out / "theirs"
+    if not (folder / "data" / "dataset").exists():
+        folder.mkdir(exist_ok=True)
+        lines = [json.dumps({"tokens": r.tokens, "mask": r.loss_mask}) for r in records]
+        (folder / "records.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        ask(
+            arguments,
+            "prepare",
+            {
+                "records": str(folder / "records.jsonl"),
+                "model": str(Path(arguments.model).resolve()),
+                "data": str(folder / "data"),
+                "taps": list(run.drafter.taps),
+            },
+        )
+    return sum(sum(record.loss_mask[1:]) for record in records)
+
+
+def arms(
+    arguments: argparse.Namespace, rate: float | None, theirs: tuple[int, float] | None
+) -> list[tuple[str, dict[str, Any]]]:
+    """Train one arm of each side, or take up what it left; return their names with CPU seconds and folders."""
+    found = []
+    if rate is not None:
+        name = f"ours-{rate:g}"
+        file = arguments.out / name / "arm.json"
+        if not file.exists():
+            subprocess.run([sys.executable, *sys.argv, "--one", str(rate)], check=True)
+        found.append((name, json.loads(file.read_text(encoding="utf-8"))))
+    if theirs is not None:
+        found.append(their_arm(arguments, *theirs))
+    return found
+
+
+def ours(arguments: argparse.Namespace, rate: float) -> None:
+    """Train one arm in this process, which has done nothing else; write its CPU seconds."""
+    run = run_of(arguments, rate, arguments.out / f"ours-{rate:g}")
+    training_data(run)
+    began = cpu_seconds()
+    train_drafter(run)
+    seconds = cpu_seconds() - began
+    export_best(run)
+    write_json(
+        run.folder.path / "arm.json",
+        {"seconds": seconds, "steps": run.recipe.train.max_steps, "drafter": str(run.folder.drafter)},
+    )
+
+
+def their_arm(arguments: argparse.Namespace, length: int, rate: float) -> tuple[str, dict[str, Any]]:
+    """Train one arm of speculators with its own command and import its last checkpoint."""
+    name = f"speculators-{length}-{rate:g}"
+    folder = arguments.out / name
+    if not (folder / "arm.json").exists():
+        data = arguments.out / "theirs" / "data"
+        options = {
+            "verifier-name-or-path": str(Path(arguments.model).resolve()),
+            "data-path": str(data / "dataset"),
+            "hidden-states-path": str(data / "hidden_states"),
+            "save-path": str(folder / "checkpoints"),
+            "epochs": arguments.epochs,
+            "lr": rate,
+            "total-seq-len": length,
+            "ttt-steps": NUM_STEPS,
+            "loss-implementation": "eager",
+            "draft-attn-impl": "sdpa",
+            "hidden-states-dtype": "float32",
+            "num-workers": 0,
+            "train-data-ratio": 0.999,
+            "checkpoint-freq": arguments.epochs,
+            "log-freq": 1_000_000,
+            "on-missing": "raise",
+            "speculator-type": "eagle3",
+        }
+        taps = [str(tap) for tap in taps_of(arguments)]
+        flags = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+        seconds = folder / "seconds.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        ask(arguments, "train", [*flags, "--target-layer-ids", *taps], seconds_to=str(seconds))
+        last = max((folder / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+        import_folder(last, folder / "drafter", target=str(Path(arguments.model).resolve()))
+        spent = json.loads(seconds.read_text(encoding="utf-8"))
+        write_json(folder / "arm.json", spent | {"drafter": str(folder / "drafter")})
+    return name, json.loads((folder / "arm.json").read_text(encoding="utf-8"))
+
+
+def taps_of(arguments: argparse.Namespace) -> list[int]:
+    """Return the blocks that both sides tap."""
+    from drafttrain.drafters.eagle3 import taps_of as places
+
+    config = json.loads((Path(arguments.model) / "config.json").read_text(encoding="utf-8"))
+    return places(config["num_hidden_layers"])
+
+
+def library() -> Any:
+    """Return the library speculators with its environment."""
+    return checked_installed(["speculators"])[0]
+
+
+def ask(arguments: argparse.Namespace, what: str, request: Any, **more: Any) -> None:
+    """Let the environment of speculators do one thing."""
+    file = arguments.out / "request.json"
+    write_json(file, {what: request, "threads": THREADS, **more})
+    worker = Path(__file__).with_name("eagle3_peer_worker.py")
+    log = arguments.out / "speculators.log"
+    with log.open("a", encoding="utf-8") as lines:
+        done = subprocess.run(
+            [str(python_of(library())), str(worker), str(file)], stdout=lines, stderr=lines, check=False
+        )
+    if done.returncode:
+        raise SystemExit(f"speculators failed, see {log}")
+
+
+def validated(arguments: argparse.Namespace, shared: Run, name: str, drafter: Path) -> dict[str, float]:
+    """Return the greedy block efficiency on the validation prompts, decoded once."""
+    file = arguments.out / name / "validation.json"
+    if not file.exists():
+        result = decoded(shared, {name: drafter}, shared.recipe.eval.validation_prompts, [0.0])
+        write_json(file, result["temperatures"][0]["drafters"][name]["block_efficiency"])
+    return {"validation": json.loads(file.read_text(encoding="utf-8"))["value"]}
+
+
+def decoded(run: Run, drafters: dict[str, Path], file: str, temperatures: list[float]) -> dict[str, Any]:
+    """Decode all prompts of a file with drafters in chains."""
+    wanted = run.recipe.eval
+    prompts = read_prompts(file, run.tokenizer, prompt_tokens=wanted.prompt_tokens, dropped=[], limit=None)
+    settings = replace(
+        wanted, num_prompts=None, speed_prompts=0, temperatures=temperatures, max_new_tokens=96, batch_size=16
+    )
+    return evaluate(drafters, run.target, prompts, settings)
+
+
+def table(arguments: argparse.Namespace, shared: Run, done: dict[str, dict[str, Any]], positions: int) -> str:
+    """Return both sides' best, held against each other on the test prompts, and the speeds of all arms."""
+    best = {}
+    for side in ("ours", "speculators"):
+        own = {name: arm for name, arm in done.items() if name.startswith(side)}
+        best[side] = max(own, key=lambda name: own[name]["validation"])
+    result = decoded(
+        shared, {name: Path(done[name]["drafter"]) for name in best.values()}, shared.recipe.eval.prompts, [0.0, 1.0]
+    )
+    work = positions * arguments.epochs
+    lines = ["| arm | optimizer steps | positions a CPU second | validation |", "|---|---|---|---|"]
+    lines += [
+        f"| {name} | {arm['steps']} | {work / arm['seconds']:,.0f} | {arm['validation']:.3f} |"
+        for name, arm in done.items()
+    ]
+    lines += ["", "| temperature | ours | speculators | ours less speculators, paired |", "|---|---|---|---|"]
+    for part in result["temperatures"]:
+        values = [interval(part["drafters"][name]["block_efficiency"]) for name in best.values()]
+        (gain,) = part["comparisons"].values()
+        lines.append(f"| {part['temperature']:g} | {' | '.join(values)} | {interval(gain['block_efficiency'])} |")
+    mine = [arm["seconds"] for name, arm in done.items() if name.startswith("ours")]
+    length = best["speculators"].split("-")[1]
+    for said, prefix in (("its best arm's length", f"speculators-{length}-"), ("all its arms", "speculators-")):
+        theirs = [arm["seconds"] for name, arm in done.items() if name.startswith(prefix)]
+        count = min(len(mine), len(theirs))
+        found = ratio_of_ratios(([work] * count, mine[:count]), ([work] * count, theirs[:count]))
+        lines.append(f"\nPositions a CPU second, ours / speculators ({said}): {interval(found.json())}")
+    fastest = min((arm["seconds"], name) for name, arm in done.items() if name.startswith("speculators"))
+    chosen = done[best["ours"]]["seconds"]
+    lines.append(f"\nOur best arm / its fastest arm ({fastest[1]}): {fastest[0] / chosen:.2f}")
+    lines.append(
+        f"\n{positions:,} trained positions an epoch, {arguments.epochs} epochs, {processor()}, {THREADS} thread, commit {commit()}"
+    )
+    return "\n".join(lines)
+
+
+def cpu_seconds() -> float:
+    """Return the CPU seconds of this process so far."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+if __name__ == "__main__":
+    main()
