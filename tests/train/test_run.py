@@ -13,9 +13,10 @@ from lightning.fabric.accelerators.mps import MPSAccelerator
 
 from drafttrain.cli import exit_codes
 from drafttrain.core.errors import DrafttrainError, Interrupted
-from drafttrain.core.records import DraftBatch, Record
+from drafttrain.core.records import DraftBatch, Record, Sampling
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters.causal_lm import CausalLMDrafter
+from drafttrain.eval.replay import Text, replay_rows
 from drafttrain.losses import losses
 from drafttrain.target import Target
 from drafttrain.train.checkpoints import newest_checkpoint
@@ -40,6 +41,7 @@ def run(
     at_step: Callable[[int], None] = lambda step: None,
     estimate: Callable[[Any], dict[str, Any]] | None = None,
     accumulation: int = 1,
+    precision: Any = "fp32",
 ) -> TrainResult:
     """Train for three steps; `at_step` is called when the batch of a step is made."""
 
@@ -55,6 +57,7 @@ def run(
         warmup_steps=0,
         loggers=["csv"],
         eval_every_steps=STEPS,
+        precision=precision,
     )
     return train(
         CausalLMDrafter(random_llama(seed=1, num_layers=1)),
@@ -149,3 +152,22 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_set_aside(tmp_path: Path) -
     with pytest.raises(IsADirectoryError):
         newest_checkpoint(tmp_path)
     assert (tmp_path / "step-00000001.ckpt").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
+def test_validation_computes_in_the_type_that_training_computes_in(target: Target, tmp_path: Path, precision) -> None:
+    found = []
+
+    def estimate(drafter: Any) -> dict[str, Any]:
+        """Replay, and note the type of the drafter's last map: a model's first reading is a check of it in its own type."""
+        types = []
+        layer = drafter.model.model.layers[0].self_attn.q_proj
+        watch = layer.register_forward_hook(lambda module, args, output: types.append(output.dtype))
+        rows = replay_rows(target, drafter, [Text("a", [1, 2, 3], [4, 5, 6])], Sampling(1.0))
+        watch.remove()
+        assert all(row.acceptance_T.dtype == "float64" for row in rows)
+        found.append(types[-1])
+        return {"alpha": 0.5, "block_efficiency": 1.0, "said": ""}
+
+    run(tmp_path, target, estimate=estimate, precision=precision)
+    assert found == [torch.bfloat16 if precision == "bf16-mixed" else torch.float32] * 2

@@ -21,6 +21,7 @@ from drafttrain.core.random import stream_seed
 from drafttrain.core.records import Record
 from drafttrain.core.registry import component_mapping
 from drafttrain.data_gen.annotate import Annotator, Frozen, annotators
+from drafttrain.data_gen.groups import groups
 from drafttrain.data_gen.names import Names, shared_names
 from drafttrain.data_gen.prepare import TrainingData
 from drafttrain.data_gen.sampler import Sampler
@@ -72,6 +73,14 @@ class RowOrder:
         ]
 
 
+def _labelled(texts: Sequence[Record], annotator: Annotator) -> list[HeadRows]:
+    """Return the rows of each text; an annotator reads the texts that it is given together."""
+    found: dict[int, HeadRows] = {}
+    for group in groups([len(text.tokens) for text in texts]):
+        found |= dict(zip(group, annotator.label([texts[i] for i in group]), strict=True))
+    return [found[number] for number in range(len(texts))]
+
+
 def paths(folder: Path, shard: int) -> list[Path]:
     """Return the files of a shard."""
     return [folder / f"{name}-{shard:05d}.npy" for name in ARRAYS]
@@ -106,7 +115,7 @@ def annotate(settings: Any, data: TrainingData, frozen: Frozen, folder: Path) ->
             for number, shard in enumerate(shards):
                 if not all(path.exists() for path in paths(folder, number)):
                     texts = [replace(store[index], id=name) for store, index, name in shard]
-                    arrays = _arrays(texts, annotator.label(texts), held_out=settings.held_out, seed=frozen.seed)
+                    arrays = _arrays(texts, _labelled(texts, annotator), held_out=settings.held_out, seed=frozen.seed)
                     _write(paths(folder, number), arrays)
                 rows.add(paths(folder, number), of_shards=len(shards))
                 bar.advance(len(shard))

@@ -17,11 +17,14 @@ import torch
 from drafttrain.core.probability import acceptance_rate, sampling_probs, without_padding
 from drafttrain.core.records import Record, Sampling, TargetNeeds
 from drafttrain.core.vocabulary import DraftVocabulary
+from drafttrain.data_gen.groups import groups
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import Drafter
 from drafttrain.losses.align import align
 from drafttrain.target import Target
 
+LOGITS_AT_ONCE = 1 << 27
+"""Logits of one model that exist at once: 1,046 rows of 128,256 tokens, 0.5 GB in float32."""
 ROWS_AT_ONCE = 2048
 
 
@@ -56,9 +59,8 @@ def replay_rows(
     *,
     num_depths: int = 0,
     any_text: bool = False,
-    texts_at_once: int = 16,
 ) -> list[ReplayRows]:
-    """Return the rows of texts: a few forwards of each model, no decoding.
+    """Return the rows of texts: a few forwards of each model, no decoding. What is read at once is bounded by tokens (`groups`).
 
     Args:
         num_depths: Draft tokens of the longest round that will be asked for; a drafter that feeds on its own states rolls
@@ -66,12 +68,11 @@ def replay_rows(
         any_text: The texts may be drawn by another rule than `sampling`: a draft token that is the text's is kept even where this
             rule never draws it.
     """
-    found: list[ReplayRows] = []
-    for start in range(0, len(texts), texts_at_once):
-        found += _replay_batch(
-            target, drafter, texts[start : start + texts_at_once], sampling, num_depths, any_text=any_text
-        )
-    return found
+    found: dict[int, ReplayRows] = {}
+    for group in groups([len(text.prompt) + len(text.new) for text in texts]):
+        rows = _replay_batch(target, drafter, [texts[i] for i in group], sampling, num_depths, any_text=any_text)
+        found |= dict(zip(group, rows, strict=True))
+    return [found[number] for number in range(len(texts))]
 
 
 def _replay_batch(
@@ -94,13 +95,14 @@ def _replay_batch(
     # An argmax draft is a law with one token: kept where it is the text's, accepted with the chance that the target gives it.
     draft_sampling = Sampling() if drafter.draft == "greedy" else sampling
     rows = align(drafted, batch)
+    rows_at_once = max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // target.vocab_size))
     by_depth: dict[int, list[np.ndarray]] = {}  # type: ignore[type-arg]
     first = 0
     for depth, count in rows.counts.items():
         kept, accepted = np.zeros(count), np.zeros(count)
         states_RD = drafted.states_BTD[depth].flatten(0, 1)
-        for begin in range(first, first + count, ROWS_AT_ONCE):
-            chosen = slice(begin, min(begin + ROWS_AT_ONCE, first + count))
+        for begin in range(first, first + count, rows_at_once):
+            chosen = slice(begin, min(begin + rows_at_once, first + count))
             here = slice(chosen.start - first, chosen.stop - first)
             kept[here], accepted[here] = _chances(
                 target_rows.at(rows.target_N[chosen]),

@@ -83,7 +83,7 @@ class TokenHead(nn.Module, ABC):
 
     def probability(self, features_ND: Tensor) -> Tensor:
         """Return the calibrated chance of each row."""
-        return self(features_ND).sigmoid()
+        return self(features_ND).float().sigmoid()
 
     def lr_factor(self, name: str) -> float:
         """Return what the learning rate is multiplied by for the parameter of this name."""

@@ -82,7 +82,7 @@ class AcceptanceHead(TokenHead):
 
     def probability(self, features_ND: Tensor) -> Tensor:
         """Return the chance of acceptance, its bias taken out where the settings say so."""
-        biased_N = self(features_ND).sigmoid()
+        biased_N = self(features_ND).float().sigmoid()
         return prior_corrected(biased_N, self.settings.reject_weight) if self.settings.prior_correct else biased_N
 
 

@@ -20,6 +20,7 @@ from drafttrain.losses.align import align
 from drafttrain.losses.chunked import normalised, row_losses, summed
 from drafttrain.target import Target
 from drafttrain.train.optimizer import build_optimizer
+from drafttrain.train.precision import training_autocast
 from drafttrain.train.settings import TrainSettings
 
 
@@ -67,7 +68,7 @@ class Learner:
         batch = self._batch(records, positions=positions)
         self.drafter.train()
         self.optimizer.zero_grad()
-        with torch.autocast(self.target.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16-mixed"):
+        with training_autocast(self.settings, self.target.device):
             drafted = self.drafter(batch)
             rows = align(drafted, batch, block_length=getattr(self.loss, "block_length", 1))
             loss_N, _ = row_losses(

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from drafttrain.drafters import Drafter
     from drafttrain.pipeline.run import Run
 
-TEXTS_AT_ONCE = 16
-
 
 def write_drafter(run: Run, drafter: Drafter, folder: Path, *, steps: int) -> None:
     """Write a drafter in memory as an exported folder."""
@@ -30,6 +28,7 @@ def write_drafter(run: Run, drafter: Drafter, folder: Path, *, steps: int) -> No
 def calibrate(run: Run, drafter: Drafter, folder: Path) -> None:
     """Write what the drafter fits on the validation texts into the folder of its weights."""
     from drafttrain.core.records import Record
+    from drafttrain.data_gen.groups import groups
     from drafttrain.data_gen.packing import pack
     from drafttrain.drafters import Drafter
 
@@ -37,10 +36,10 @@ def calibrate(run: Run, drafter: Drafter, folder: Path) -> None:
         return
     texts, _ = run.validation_texts
     batches = []
-    for start in range(0, len(texts), TEXTS_AT_ONCE):
+    for group in groups([len(text.prompt) + len(text.new) for text in texts]):
         records = [
             Record(text.id, [*text.prompt, *text.new], [False] * len(text.prompt) + [True] * len(text.new))
-            for text in texts[start : start + TEXTS_AT_ONCE]
+            for text in (texts[i] for i in group)
         ]
         batch, _ = pack(records, width=max(len(record.tokens) for record in records), weight_of_step=1.0)
         batches.append(batch.to(run.target.device))

@@ -19,6 +19,7 @@ from drafttrain.train.callbacks import StepEnd
 from drafttrain.train.checkpoints import save_trained
 from drafttrain.train.full_disk import could_be_written, only_full
 from drafttrain.train.module import StepModule
+from drafttrain.train.precision import training_autocast
 from drafttrain.train.result import folder_of_step, kept_steps
 from drafttrain.train.settings import TrainSettings
 from drafttrain.train.strategy import whole
@@ -70,7 +71,8 @@ class Validation(StepEnd):
         if not every or (step % every and step != self.settings.max_steps):
             return
         module.trained.eval()
-        with torch.no_grad(), whole(module.trained.parameters()):
+        device = next(module.trained.parameters()).device
+        with torch.no_grad(), whole(module.trained.parameters()), training_autocast(self.settings, device):
             self.latest = dict(self.held_out.estimate(module.trained), step=step)
         module.trained.train()
         # One process decides for all: what follows gathers weights, and figures may differ in their last bit between hosts.

@@ -12,23 +12,20 @@ from torch import Tensor
 
 from drafttrain.core.records import Record, TargetNeeds
 from drafttrain.data_gen.annotate import Frozen
+from drafttrain.data_gen.groups import groups
 from drafttrain.data_gen.packing import pack
-
-TEXTS_AT_ONCE = 64
 
 
 @torch.no_grad()
 def states_of(records: Sequence[Record], frozen: Frozen) -> list[Tensor]:
     """Return states_TD of each text, of the layer that the judge reads, float32."""
-    found: list[Tensor] = []
-    for start in range(0, len(records), TEXTS_AT_ONCE):
-        part = records[start : start + TEXTS_AT_ONCE]
+    found: dict[int, Tensor] = {}
+    for group in groups([len(record.tokens) for record in records]):
+        part = [records[i] for i in group]
         batch, places = pack(part, width=max(len(record.tokens) for record in part), weight_of_step=1.0)
         batch = batch.to(frozen.target.device)
         seen = frozen.target.read(batch.tokens_BT, batch.positions_BT, TargetNeeds(hidden=(frozen.layer,)))
         states_BTD = seen.hidden_BTD[frozen.layer].float().cpu()
-        found += [
-            states_BTD[row, column : column + len(record.tokens)]
-            for record, (row, column) in zip(part, places, strict=True)
-        ]
-    return found
+        for number, record, (row, column) in zip(group, part, places, strict=True):
+            found[number] = states_BTD[row, column : column + len(record.tokens)]
+    return [found[number] for number in range(len(records))]
