@@ -19,6 +19,9 @@ from drafttrain import pipeline
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import CheckpointError, GateError, RecipeError
 from drafttrain.core.files import sha256_of
+from drafttrain.data_gen.labelled import LabelledTokens
+from drafttrain.pipeline.folder import RunFolder
+from drafttrain.pipeline.head import fit_head
 
 RECIPE = """
 name: head
@@ -88,6 +91,14 @@ def test_a_head_goes_all_the_way_and_its_models_stay_as_they_are(recipe, tmp_pat
     other = str(save_llama(seed=7, num_layers=1))
     with pytest.raises(CheckpointError, match=r"made for the drafter \S+ \(\w+\), not \S+ \(\w+\)\. Train a head"):
         pipeline.evaluate_drafters([other], loaded.target.model, with_head, out=tmp_path)
+
+
+def test_a_head_is_trained_where_its_target_is(recipe, tmp_path):
+    """On `meta`, where no trainer can be: before, a head stayed on the CPU wherever its target was."""
+    pipeline.gen(load_recipe(recipe), tmp_path / "run")
+    elsewhere = load_recipe(recipe, ["target.device=meta"])
+    with pytest.raises(ValueError, match="accelerator='meta'"):
+        fit_head(elsewhere, RunFolder(tmp_path / "run"), LabelledTokens(tmp_path / "run" / "data" / "labelled"))
 
 
 DRAFTER = """

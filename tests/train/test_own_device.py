@@ -14,6 +14,7 @@ import torch
 
 from drafttrain.core.records import DraftBatch, TargetOutput
 from drafttrain.drafters import drafters
+from drafttrain.drafters.eagle3 import Eagle3Drafter, Eagle3Settings
 from drafttrain.target import Target
 from tests.conftest import byte_tokenizer, random_llama
 
@@ -57,6 +58,15 @@ def test_modules_of_the_target_are_used_where_they_are(kind: str) -> None:
     if kind != "eagle3":
         with pytest.raises(NotImplementedError, match=THERE_AND_BACK):
             drafted.head(drafted.states_BTD[1].flatten(0, 1), 1)
+
+
+def test_a_draft_vocabulary_takes_its_rows_of_the_head_where_they_are() -> None:
+    """Here the drafter is on `meta`: the ids of its vocabulary are on their way to the target's head."""
+    target = Target(random_llama(num_layers=3), byte_tokenizer(), name="tiny", fingerprint="")
+    settings = Eagle3Settings(draft_vocab_size=40)
+    drafter = Eagle3Drafter.create(settings, target=target, tokenizer=target.tokenizer).to("meta")
+    with pytest.raises(NotImplementedError, match=THERE_AND_BACK):
+        drafter._start_head()
 
 
 def test_the_law_of_rows_comes_to_where_they_are_asked_for() -> None:

@@ -80,6 +80,7 @@ class Recipe:
             problems += self._placement()
         if self.train.device != "auto":
             problems += self._own_device()
+        problems += self._numbered_devices()
         if self.train.activation_checkpointing and not getattr(_component(self.drafter), "recomputes", False):
             what = f"drafter {self.drafter.kind}" if self.drafter is not None else "a head"
             problems.append(f"train.activation_checkpointing: {what} has no stack of layers to compute again")
@@ -158,6 +159,19 @@ class Recipe:
             yield f"{key}: only a drafter of fit has a device of its own: leave it at auto"
         if getattr(self.drafter, "joint", None) is not None:
             yield f"{key}: drafter.joint trains adapters inside the target, where it is: leave it at auto"
+
+    def _numbered_devices(self) -> Iterator[str]:
+        """Tell what cannot be on one device of a machine that has several."""
+        target, train = self.target.device, self.train
+        if target.startswith("cuda:") and (train.devices or 1) > 1:
+            yield f"target.device: {target} is one device, for {train.devices} processes: leave it at auto"
+        key, device = ("target.device", target) if train.device == "auto" else ("train.device", train.device)
+        number = device.removeprefix("cuda:")
+        if train.deepspeed is not None and number not in (device, "0"):
+            yield (
+                f"{key}: {device}: DeepSpeed trains on the first device that a process sees: leave it at auto and start with "
+                f"CUDA_VISIBLE_DEVICES={number}, or leave train.deepspeed out"
+            )
 
     def _loss_needs_target(self) -> bool:
         kinds = [settings.kind for settings in components_of(self.loss) if settings.kind in losses.names()]

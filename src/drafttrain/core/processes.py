@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -44,7 +44,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """Its number on its own machine: the number of its device."""
+    """Its number on its own machine; once it has joined, the number of its device among those that it sees."""
     local_size: int = 1
     """Processes on this machine."""
 
@@ -144,7 +144,6 @@ class Group:
         self.step = 0
         """Optimizer steps taken, for the pulse."""
         env = _environment()
-        os.environ.update({name: env[name] for name in TORCHRUN})
         # A restarted attempt must not read the addresses of the one before.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
@@ -366,10 +365,7 @@ def together(*, timeout_seconds: float) -> Iterator[Group | None]:
     if here.size == 1 or _joined is not None:
         yield _joined
         return
-    if _cuda():
-        import torch
-
-        torch.cuda.set_device(here.local_rank)
+    here = _on_own_device(here)
     try:
         group = Group(here, timeout_seconds=timeout_seconds)
     except Exception as error:  # a wrong address and a port in use are RuntimeErrors of several kinds
@@ -392,6 +388,35 @@ def together(*, timeout_seconds: float) -> Iterator[Group | None]:
         _joined = None
         with contextlib.suppress(RuntimeError):
             group.close()
+
+
+def _on_own_device(here: World) -> World:
+    """Return this process with the number of its CUDA device, which is the current one from now on.
+
+    Launchers that show each process its own device alone (`srun --gpus-per-task=1`, Kubernetes) number the processes of a
+    machine from 0 all the same.
+
+    Raises:
+        DrafttrainError: CUDA refuses the device.
+    """
+    env = _environment()
+    os.environ.update({name: env[name] for name in TORCHRUN})
+    if not _cuda():
+        return here
+    import torch
+
+    count = torch.cuda.device_count()
+    number = here.local_rank % count
+    try:
+        torch.cuda.set_device(number)
+    except RuntimeError as error:  # a device that another program holds alone, or one that is broken
+        reason = str(error).splitlines()[0]
+        raise DrafttrainError(
+            f"{here.name}: CUDA device {number} of the {count} that it sees cannot be used: {reason}"
+        ) from error
+    # Lightning, DeepSpeed and transformers all take it for the number of the device.
+    os.environ["LOCAL_RANK"] = str(number)
+    return replace(here, local_rank=number)
 
 
 def _is_of_a_connection(error: BaseException) -> bool:

@@ -50,7 +50,8 @@ class TargetParts:
 
     def head_rows(self, ids_R: Tensor) -> Tensor:
         """Return the head's rows of some tokens."""
-        rows_RD: Tensor = self._model.get_output_embeddings().weight.detach()[ids_R]
+        weight_VD = self._model.get_output_embeddings().weight.detach()
+        rows_RD: Tensor = weight_VD[ids_R.to(weight_VD.device)]
         return rows_RD
 
     def final_gain(self) -> Tensor:

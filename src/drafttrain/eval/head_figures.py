@@ -14,9 +14,7 @@ from drafttrain.heads import HeadRows, TokenHead, load_head, probabilities
 
 def held_out_estimate(head: TokenHead, rows: HeadRows) -> dict[str, Any]:
     """Return what training watches: figures on held-out tokens by name, and `said`."""
-    device = next(head.parameters()).device
-    predicted_N = probabilities(head, HeadRows(rows.features_ND.to(device), rows.labels_N))
-    figures = calibration(predicted_N.cpu(), rows.labels_N)
+    figures = calibration(probabilities(head, rows), rows.labels_N)
     said = (
         f"held-out log-likelihood {figures['log_likelihood']:.4f}  AUC {figures['auc']:.3f}  ECE {figures['ece']:.4f}"
     )

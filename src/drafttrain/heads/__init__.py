@@ -177,6 +177,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def probabilities(head: TokenHead, rows: HeadRows, *, rows_at_once: int = 8192) -> Tensor:
-    """Return the head's chance of every row, a part at a time."""
-    parts = [head.probability(part) for part in rows.features_ND.split(rows_at_once)]
+    """Return the head's chance of every row, on the CPU; the rows go to the head's device a part at a time."""
+    device = next(head.parameters()).device
+    parts = [head.probability(part.to(device)).cpu() for part in rows.features_ND.split(rows_at_once)]
     return torch.cat(parts) if parts else torch.zeros(0)

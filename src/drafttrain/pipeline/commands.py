@@ -314,9 +314,8 @@ def _all_processes(recipe: Recipe, folder: Path, held: contextlib.ExitStack) -> 
     if settings.target_placement == "sharded" and not launched():
         problem = "there is one process, and nothing to spread a target over: start several (docs/multi-node.md)"
         raise RecipeError(recipe.name, [f"train.target_placement: sharded: {problem}"])
-    if settings.device != "auto" and launched():
-        problem = f"{settings.device} is one device, and there are {world().size} processes: leave it at auto"
-        raise RecipeError(recipe.name, [f"train.device: {problem}"])
+    if problems := list(_of_devices(recipe)):
+        raise RecipeError(recipe.name, problems)
     with together(timeout_seconds=settings.timeout_seconds):
         if launched():
             from drafttrain.train.preflight import check_processes
@@ -327,6 +326,20 @@ def _all_processes(recipe: Recipe, folder: Path, held: contextlib.ExitStack) -> 
                 held.enter_context(RunFolder(folder).taken())
                 clear_leftovers(folder)
         yield
+
+
+def _of_devices(recipe: Recipe) -> Iterator[str]:
+    """Tell which devices of the recipe the processes that are there cannot train on."""
+    import torch
+
+    places = {"train.device": recipe.train.device, "target.device": recipe.target.device}
+    if launched():
+        numbered = {key: device for key, device in places.items() if device.startswith("cuda:")}
+        several = f"and there are {world().size} processes: leave it at auto"
+        yield from (f"{key}: {device} is one device, {several}" for key, device in numbered.items())
+    key = "target.device" if recipe.train.device == "auto" else "train.device"
+    if places[key] == "cpu" and torch.cuda.is_available() and (launched() or recipe.train.deepspeed is not None):
+        yield f"{key}: cpu: DeepSpeed trains on CUDA wherever it sees a device: hide them all with CUDA_VISIBLE_DEVICES="
 
 
 def _fit_head(run: Run) -> None:

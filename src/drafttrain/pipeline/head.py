@@ -43,6 +43,7 @@ def fit_head(recipe: Recipe, folder: RunFolder, labelled: LabelledTokens) -> Non
     from drafttrain.data_gen.labelled import RowOrder
     from drafttrain.eval.head_figures import held_out_estimate
     from drafttrain.heads import TokenHead, heads
+    from drafttrain.target.frozen import pick_device
     from drafttrain.train.run import train_head
 
     torch.manual_seed(recipe.seed)
@@ -51,6 +52,7 @@ def fit_head(recipe: Recipe, folder: RunFolder, labelled: LabelledTokens) -> Non
         if not folder.start.exists():
             with folder_beside(folder.start) as temporary:
                 head.save(temporary)
+    head.to(pick_device(recipe.target.device))
     settings = recipe.train
     say(f"training {sum(p.numel() for p in head.parameters()):,} parameters for {settings.max_steps:,} steps")
     here = world()

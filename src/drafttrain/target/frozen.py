@@ -21,7 +21,7 @@ from torch import Tensor
 
 from drafttrain.core.console import say_once
 from drafttrain.core.digests import weights_digest
-from drafttrain.core.errors import CheckpointError
+from drafttrain.core.errors import CheckpointError, DrafttrainError
 from drafttrain.core.foreign import check_folder
 from drafttrain.core.records import TargetNeeds, TargetOutput, TargetRows
 from drafttrain.core.settings import setting
@@ -232,11 +232,25 @@ def load_causal_lm(
     return model
 
 
-def pick_device(device: str) -> torch.device:
-    """Return the device that a setting names; auto is cuda where there is one."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+def pick_device(name: str) -> torch.device:
+    """Return the device that a setting names; auto is cuda where there is one.
+
+    Raises:
+        DrafttrainError: There is no such device.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if count else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DrafttrainError(f"device {name!r}: must be cpu, cuda, cuda:1 ..., or auto") from error
+    if device.type == "cuda" and (device.index or 0) >= count:
+        there = ", ".join(f"cuda:{number}" for number in range(count)) or "none"
+        raise DrafttrainError(
+            f"device {name}: no such CUDA device here, there is {there}: choose one of them, cpu or auto"
+        )
+    return device
 
 
 class LiveRows:

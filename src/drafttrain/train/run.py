@@ -173,7 +173,9 @@ def placement(device: torch.device, settings: TrainSettings) -> dict[str, Any]:
     """
     here = world()
     alone = here.size == 1
-    own = [device.index or 0] if alone else list(range(here.local_size))
+    # Each process has the device of its local rank, of all that the processes of a machine see or of its own alone.
+    visible = torch.cuda.device_count() if device.type == "cuda" else here.local_size
+    own = [device.index or 0] if alone else list(range(min(here.local_size, visible)))
     placed = {
         "accelerator": device.type,
         "devices": len(own) if device.type == "cpu" else own,
