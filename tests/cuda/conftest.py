@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from drafttrain.target import Target, TargetSettings
 from tests.cuda import preload
 from tests.cuda.happenings import Happenings, happenings
 
@@ -41,3 +42,9 @@ def cuda(request: pytest.FixtureRequest, _gpus: None) -> Iterator[Happenings]:
 def target_folder(save_llama: Callable[..., Path], _gpus: None) -> Path:
     """A target's folder: as many blocks as the kinds that tap three of them need."""
     return save_llama(num_layers=4)
+
+
+@pytest.fixture(scope="session")
+def target(target_folder: Path) -> Target:
+    """The target, in bfloat16 on the first GPU."""
+    return Target.load(TargetSettings(model=str(target_folder), device="cuda:0", dtype="bfloat16"))
