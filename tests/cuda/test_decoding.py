@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +15,10 @@ from drafttrain.core.registry import Registry
 from drafttrain.drafters import Drafter
 from drafttrain.eval.acceptance import acceptance_rules
 from drafttrain.eval.acceptance.lossless import LosslessSettings
+from drafttrain.eval.ledger import Ledger
 from drafttrain.eval.length import length_policies
 from drafttrain.eval.length.fixed import FixedLengthSettings
 from drafttrain.eval.length.tree import TreeSettings
-from drafttrain.eval.ledger import Ledger
 from drafttrain.eval.proposers import proposers
 from drafttrain.eval.replay import Text, expected_rounds, replay_rows
 from drafttrain.target import Target
@@ -95,9 +94,7 @@ def test_every_length_policy(name: str, target: Target, drafter_of: Any, heads_o
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("name", acceptance_rules.names())
-def test_every_rule(
-    name: str, temperature: float, target: Target, drafter_of: Any, heads_of: dict[str, str]
-) -> None:
+def test_every_rule(name: str, temperature: float, target: Target, drafter_of: Any, heads_of: dict[str, str]) -> None:
     rule = of_registry(acceptance_rules, heads_of, "judge", name)
     decode(target, drafter_of("causal_lm"), rule=rule, sampling=Sampling(temperature))
 
