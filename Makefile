@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-processes test-full test-serving test-serving-kinds check format install clean
+.PHONY: demo test test-processes test-cuda test-full test-serving test-serving-kinds check format install clean
 
 demo: $(INSTALLED)
 	$(BIN)/drafttrain fit recipes/demo.yaml
@@ -15,8 +15,12 @@ test: $(INSTALLED)
 test-processes: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "processes or multi_host" -rs --durations=15
 
+# Tensors that claim to be on CUDA: the guard must be loaded before torch, so it is a process of its own.
+test-cuda: $(INSTALLED)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -p tests.cuda.plugin -m pretended_cuda tests/cuda -rs --durations=10
+
 test-full: $(INSTALLED)
-	OMP_NUM_THREADS=2 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -m "not gpu and not multi_gpu and not multi_host and not serving"
+	OMP_NUM_THREADS=2 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -m "not gpu and not multi_gpu and not multi_host and not serving and not pretended_cuda"
 
 # Serving engines live in environments of their own, outside of this folder: some gigabytes, made once by their pins.
 SERVING = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -m serving

@@ -1,0 +1,91 @@
+"""Tiny settings of every kind of drafter. What is registered and not named here is made as its defaults say, so it is tried too."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from drafttrain.config.load import read_recipe
+from drafttrain.config.recipe import Recipe
+from drafttrain.drafters import drafters
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way to train: a drafter, its loss, and what it reads of its data."""
+
+    drafter: dict[str, Any]
+    loss: dict[str, Any] = field(default_factory=lambda: {"kind": "forward_kl"})
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+GENERATED = {
+    "generate": {
+        "prompts": {"kind": "text", "path": "TEXT"},
+        "prompt_tokens": 6,
+        "num_records": 8,
+        "max_new_tokens": 12,
+        "temperatures": [0.0, 0.7],
+        "batch_size": 4,
+    },
+    "sources": [{"kind": "generated"}],
+}
+
+KINDS: dict[str, Kind] = {
+    "causal_lm": Kind(
+        {"kind": "causal_lm", "num_layers": 1, "hidden_size": 32, "num_heads": 1},
+        {"kind": "tvdpp", "scope": "batch"},
+        GENERATED,
+    ),
+    "medusa": Kind({"kind": "medusa", "num_heads": 2}, {"kind": "ce"}, {"cache": "full"}),
+    "medusa2": Kind({"kind": "medusa", "num_heads": 2, "joint": {"lora": {"rank": 2}}}, {"kind": "ce"}),
+    "kangaroo": Kind({"kind": "kangaroo", "exit_layer": 1}, {"kind": "forward_kl"}, {"cache": "top_k"}),
+    "eagle": Kind({"kind": "eagle", "num_steps": 2}),
+    "eagle3": Kind({"kind": "eagle3", "num_steps": 2}, {"kind": "lk_hybrid"}, {"cache": "states"}),
+    "eagle3_cut": Kind({"kind": "eagle3", "num_steps": 2, "draft_vocab_size": 128}, {"kind": "lk_hybrid"}),
+}
+KINDS |= {
+    name: Kind({"kind": name})
+    for name in drafters.names()
+    if name not in {kind.drafter["kind"] for kind in KINDS.values()}
+}
+
+
+def drafter_settings(name: str) -> Any:
+    """Return the settings of a kind's drafter."""
+    return recipe(KINDS[name], target=Path("none"), folder=Path("none")).drafter
+
+
+def recipe(kind: Kind, *, target: Path, folder: Path, **train: Any) -> Recipe:
+    """Return the recipe that trains a kind on the texts of a folder: packed micro-batches under bf16-mixed."""
+    prompts = str(folder / "prompts.jsonl")
+    text = {"kind": "text", "path": str(folder / "text.txt")}
+    data = json.loads(json.dumps(kind.data).replace("TEXT", text["path"]))
+    content = {
+        "name": "pretended",
+        "target": {"model": str(target), "device": "cuda:0", "dtype": "bfloat16"},
+        "drafter": kind.drafter,
+        "loss": kind.loss,
+        "data": {"max_length": 40, "sources": [text], "cache_dtype": "bfloat16", **data},
+        "train": {
+            **{"max_steps": 3, "batch_size": 4, "accumulation": 2, "warmup_steps": 0, "precision": "bf16-mixed"},
+            **{"log_every_steps": 1, "checkpoint_every_steps": 2, "eval_every_steps": 2, "eval_prompts": 2},
+            **{"loggers": ["csv"], "loss_chunk_rows": 16},
+            **train,
+        },
+        "eval": {
+            **{"prompts": prompts, "validation_prompts": prompts, "num_prompts": 2, "prompt_tokens": 6},
+            **{"max_new_tokens": 6, "speed_prompts": 1, "batch_size": 2, "replay_lengths": [1, 2]},
+            "length": {"kind": "fixed", "num_draft_tokens": 2},
+        },
+    }
+    return read_recipe(json.dumps(content), source=f"the recipe of {kind.drafter['kind']}")
+
+
+def write_texts(folder: Path) -> None:
+    """Write what the recipes read."""
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 40, encoding="utf-8")
+    lines = [json.dumps({"id": str(number), "text": f"prompt number {number} is here"}) for number in range(2)]
+    (folder / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")

@@ -1,0 +1,118 @@
+"""Decoding on one GPU: every kind in chains and trees, every length policy, rule and proposer that is registered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from drafttrain.core.records import Sampling
+from drafttrain.core.registry import Registry
+from drafttrain.drafters import Drafter
+from drafttrain.eval.acceptance import acceptance_rules
+from drafttrain.eval.acceptance.lossless import LosslessSettings
+from drafttrain.eval.ledger import Ledger
+from drafttrain.eval.length import length_policies
+from drafttrain.eval.length.fixed import FixedLengthSettings
+from drafttrain.eval.length.tree import TreeSettings
+from drafttrain.eval.proposers import proposers
+from drafttrain.eval.replay import Text, expected_rounds, replay_rows
+from drafttrain.target import Target
+from tests.cuda.kinds import KINDS
+from tests.cuda.models import MAX_NEW_TOKENS, PROMPTS, engine, head_folder, new_drafter, packed
+
+pytestmark = pytest.mark.pretended_cuda
+
+SAMPLED = Sampling(1.0, 0.9, 50)
+
+
+@pytest.fixture(scope="session")
+def drafter_of(target: Target) -> Callable[[str], Drafter]:
+    """A function that returns a kind's drafter in the target's type, made once."""
+
+    @cache
+    def made(name: str) -> Drafter:
+        drafter = new_drafter(name, target).eval()
+        if name == "kangaroo":
+            # At its start the adapter passes the target's states on as they are: every draft is then accepted.
+            torch.nn.init.normal_(drafter.adapter.layers[0].self_attn.o_proj.weight)
+        if name.startswith("medusa"):
+            drafter.paths = [(0,), (1,), (0, 0)]
+        return drafter if name == "medusa2" else drafter.to(torch.bfloat16)
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def heads_of(tmp_path_factory: pytest.TempPathFactory, target: Target) -> dict[str, str]:
+    """The folders of untrained heads, by what they are trained for."""
+    folder = tmp_path_factory.mktemp("heads")
+    hidden_size = target.model.config.hidden_size
+    return {kind: head_folder(kind, folder, hidden_size=hidden_size) for kind in ("acceptance", "judge")}
+
+
+def decode(target: Target, drafter: Drafter | None, proposer: Any = None, **options: Any) -> None:
+    """Decode two prompts together; all must come to their end."""
+    ledger = Ledger()
+    if drafter is not None:
+        proposer = drafter.proposer(target, ledger.append)
+    options = {"length": FixedLengthSettings(2), "rule": LosslessSettings(), "sampling": Sampling()} | options
+    loop = engine(target, proposer, listener=ledger.append, **options)
+    if hasattr(loop.policy, "calibrate"):
+        loop.policy.calibrate(loop.generate(PROMPTS[:1]))
+    generations = loop.generate(PROMPTS)
+    assert [len(one.tokens) for one in generations] == [MAX_NEW_TOKENS] * 2
+    assert ledger.calls("target") > 0
+
+
+def of_registry(registry: Registry, heads_of: dict[str, str], head: str, name: str) -> Any:
+    """Return a member's settings, with a head where it reads one."""
+    settings = registry.entry(name).settings
+    reads_head = "head" in {field.name for field in fields(settings)}
+    return settings(head=heads_of[head]) if reads_head else settings()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_drafts_chains_at_a_temperature(name: str, target: Target, drafter_of: Any) -> None:
+    decode(target, drafter_of(name), sampling=SAMPLED)
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "kangaroo"])
+def test_every_kind_but_kangaroo_drafts_trees(name: str, target: Target, drafter_of: Any) -> None:
+    decode(target, drafter_of(name), length=TreeSettings(num_draft_tokens=6, depth=2, width=2))
+
+
+@pytest.mark.parametrize("name", length_policies.names())
+def test_every_length_policy(name: str, target: Target, drafter_of: Any, heads_of: dict[str, str]) -> None:
+    length = of_registry(length_policies, heads_of, "acceptance", name)
+    decode(target, drafter_of("causal_lm"), length=length, sampling=Sampling() if name == "tree" else SAMPLED)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", acceptance_rules.names())
+def test_every_rule(name: str, temperature: float, target: Target, drafter_of: Any, heads_of: dict[str, str]) -> None:
+    rule = of_registry(acceptance_rules, heads_of, "judge", name)
+    decode(target, drafter_of("causal_lm"), rule=rule, sampling=Sampling(temperature))
+
+
+@pytest.mark.parametrize("name", proposers.names())
+def test_every_proposer_without_a_drafter(name: str, target: Target) -> None:
+    decode(target, None, proposers.build(proposers.entry(name).settings()))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_is_replayed(name: str, target: Target, drafter_of: Any) -> None:
+    texts = [Text(one.id, list(one.tokens), [7, 8, 9, 10]) for one in PROMPTS]
+    for sampling in (Sampling(), SAMPLED):
+        rows = replay_rows(target, drafter_of(name), texts, sampling, num_depths=2)
+        assert all(1 <= expected_rounds(row, 2) <= 4 for row in rows)
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name.startswith("medusa")])
+def test_medusa_is_calibrated(name: str, target: Target, drafter_of: Any) -> None:
+    found = drafter_of(name).calibrate(target, [packed().to(target.device)])
+    assert found["medusa_tree.json"]["paths"]
