@@ -11,7 +11,7 @@ import torch
 
 from drafttrain.core.records import Record
 from drafttrain.data_gen.packing import pack
-from drafttrain.drafters import feature_layer, feature_rollout
+from drafttrain.drafters import feature_attention, feature_layer
 from drafttrain.losses.align import align
 from tests.drafters.feature_models import chain_logits, feature_drafter, feature_target, packed
 
@@ -74,25 +74,11 @@ def test_control_a_position_that_does_not_advance_breaks_the_identity(target, mo
 
 def test_control_a_missing_key_of_its_own_breaks_the_identity(target, monkeypatch):
     drafter = feature_drafter("eagle3", target)
-    attend = feature_layer.attend
-    monkeypatch.setattr(feature_rollout, "attend", lambda q, k, v, allowed, own: attend(q, k, v, allowed, own[-1:]))
+    attend = feature_attention.Columns.attend
+    monkeypatch.setattr(feature_attention.Columns, "attend", lambda self, query, own: attend(self, query, own[-1:]))
     differences = largest_difference(target, drafter, width=22)
     assert max(differences[:2]) < 1e-5
     assert min(differences[2:]) > 1e-2
-
-
-def test_attention_in_slices_is_attention_in_one_piece(target, monkeypatch):
-    drafter = feature_drafter("eagle3", target).train()
-    batch, _ = packed(target, drafter, LENGTHS, width=22)
-
-    def gradient() -> Any:
-        states = drafter(batch).states_BTD
-        return torch.autograd.grad(sum(s.square().sum() for s in states.values()), list(drafter.midlayer.parameters()))
-
-    whole = gradient()
-    monkeypatch.setattr(feature_layer, "SCORES_BYTES", 3000)
-    for ours, theirs in zip(gradient(), whole, strict=True):
-        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("kind", ["eagle3", "eagle"])

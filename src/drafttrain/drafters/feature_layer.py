@@ -6,17 +6,11 @@ D = hidden, X = width of what the projections read
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
-from torch.utils.checkpoint import checkpoint
-
-SCORES_BYTES = 256 * 2**20
-"""Attention scores up to this size exist at once; larger ones are made slice by slice, and again in the backward pass."""
 
 
 class FeatureLayer(nn.Module):
@@ -106,64 +100,12 @@ def rotated(states_BHTd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:
     return states_BHTd * cos_BTd[:, None] + turned_BHTd * sin_BTd[:, None]
 
 
-def attend(
-    query_BHTd: Tensor,
-    keys_BGCd: Tensor,
-    values_BGCd: Tensor,
-    allowed_BTC: Tensor,
-    own: Sequence[tuple[Tensor, Tensor]] = (),
-) -> Tensor:
+def attend(query_BHTd: Tensor, keys_BGCd: Tensor, values_BGCd: Tensor, allowed_BTC: Tensor) -> Tensor:
     """Return attended_BHTd.
 
     Args:
         allowed_BTC: The columns that each query may look at, at least one.
-        own: Further (key_BGTd, value_BGTd) of which a query sees only the one at its own place.
     """
-    if not own:
-        return scaled_dot_product_attention(
-            query_BHTd, keys_BGCd, values_BGCd, attn_mask=allowed_BTC[:, None], enable_gqa=True
-        )
-    batch, heads, length, _ = query_BHTd.shape
-    row_bytes = batch * heads * (keys_BGCd.shape[2] + len(own)) * 4
-    size = max(1, SCORES_BYTES // row_bytes)
-    if size >= length:
-        return _attend_with_own(query_BHTd, keys_BGCd, values_BGCd, allowed_BTC, own)
-    slices = [slice(start, start + size) for start in range(0, length, size)]
-    pieces = [
-        checkpoint(
-            _attend_with_own,
-            query_BHTd[:, :, s],
-            keys_BGCd,
-            values_BGCd,
-            allowed_BTC[:, s],
-            [(key[:, :, s], value[:, :, s]) for key, value in own],
-            use_reentrant=False,
-        )
-        for s in slices
-    ]
-    return torch.cat(pieces, dim=2)
-
-
-def _attend_with_own(
-    query_BHTd: Tensor,
-    keys_BGCd: Tensor,
-    values_BGCd: Tensor,
-    allowed_BTC: Tensor,
-    own: Sequence[tuple[Tensor, Tensor]],
-) -> Tensor:
-    groups = query_BHTd.shape[1] // keys_BGCd.shape[1]
-
-    def to_heads(states_BGCd: Tensor) -> Tensor:
-        return states_BGCd.repeat_interleave(groups, dim=1)
-
-    query_BHTd = query_BHTd / math.sqrt(query_BHTd.shape[-1])
-    scores_BHTC = query_BHTd @ to_heads(keys_BGCd).transpose(-1, -2)
-    scores_BHTC = scores_BHTC.masked_fill(~allowed_BTC[:, None], -torch.inf)
-    own_scores = [(query_BHTd * to_heads(key)).sum(dim=-1, keepdim=True) for key, _ in own]
-    columns = keys_BGCd.shape[2]
-    wide = torch.promote_types(scores_BHTC.dtype, torch.float32)
-    weights = torch.cat([scores_BHTC, *own_scores], dim=-1).softmax(dim=-1, dtype=wide).to(values_BGCd.dtype)
-    attended_BHTd = weights[..., :columns] @ to_heads(values_BGCd)
-    for place, (_, value_BGTd) in enumerate(own):
-        attended_BHTd = attended_BHTd + weights[..., columns + place, None] * to_heads(value_BGTd)
-    return attended_BHTd
+    return scaled_dot_product_attention(
+        query_BHTd, keys_BGCd, values_BGCd, attn_mask=allowed_BTC[:, None], enable_gqa=True
+    )

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from drafttrain.core.records import DraftBatch, TargetNeeds, TargetOutput
-from drafttrain.drafters.feature_layer import FeatureLayer, attend
+from drafttrain.drafters.feature_attention import Columns
+from drafttrain.drafters.feature_layer import FeatureLayer
 
 
 class FeatureModel(Protocol):
@@ -73,28 +73,19 @@ def rollout(model: FeatureModel, batch: DraftBatch, hidden_BTD: Tensor, *, num_s
 
     Source: Li et al. 2025, EAGLE-3, arXiv 2503.01840, 3.2.
     """
-    allowed_BTT = same_document_before(batch.documents_BT)
     states: dict[int, Tensor] = {}
     # What follows the row's end, and the document's, is never read by a row that is trained.
     tokens_BT = batch.tokens_BT
-    columns: tuple[Tensor, Tensor] | None = None
+    columns: Columns | None = None
     own: list[tuple[Tensor, Tensor]] = []
     for step in range(num_steps):
         tokens_BT = tokens_BT.roll(-1, dims=1)
         inputs_BTX, residual_BTD = model.entering(model.embed(tokens_BT), hidden_BTD)
         query, key, value = model.layer.project(inputs_BTX, batch.positions_BT + step)
         if columns is None:
-            columns = key, value
+            columns = Columns(key, value, batch.documents_BT)
         else:
             own.append((key, value))
-        states[step + 1] = model.layer.finish(attend(query, *columns, allowed_BTT, own), residual_BTD)
+        states[step + 1] = model.layer.finish(columns.attend(query, own), residual_BTD)
         hidden_BTD = model.fed_back(states[step + 1])
     return states
-
-
-def same_document_before(documents_BT: Tensor) -> Tensor:
-    """Return allowed_BTT: the slots of the same document, up to the query's own."""
-    same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
-    length = documents_BT.shape[1]
-    causal_TT = torch.ones(length, length, dtype=torch.bool, device=documents_BT.device).tril()
-    return same_BTT & causal_TT

@@ -1,0 +1,184 @@
+"""The rollout's attention is one softmax over columns and own keys, whatever kernel attends the columns."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from drafttrain.drafters import feature_attention
+from drafttrain.drafters.feature_attention import Columns, FlashOnCPU, FlashOnCUDA, Pieces
+
+KERNELS = [FlashOnCPU, FlashOnCUDA, Pieces]
+HEADS, GROUPS, WIDTH = 6, 2, 8
+DOCUMENTS = torch.tensor([[0] * 9 + [1] * 17 + [2] + [-1] * 10, [3] * 37, [4] * 20 + [5] * 17])
+"""Several documents a row, one of a single token, one that fills its row, and padding: 37 slots a row."""
+
+
+def wide(states: Tensor) -> Tensor:
+    return states.to(torch.promote_types(states.dtype, torch.float32))
+
+
+def causal(query_NHd: Tensor, keys_NGd: Tensor, bounds: Tensor, scale: float | None) -> Tensor:
+    """Return scores_HNN of a plain attention, -inf across documents and behind the query."""
+    number_N = torch.bucketize(torch.arange(len(query_NHd)), bounds[1:].long(), right=True)
+    allowed_NN = (number_N[:, None] == number_N) & torch.ones(len(number_N), len(number_N), dtype=torch.bool).tril()
+    keys_NHd = keys_NGd.repeat_interleave(query_NHd.shape[1] // keys_NGd.shape[1], dim=1)
+    scores_HNN = torch.einsum("nhd,mhd->hnm", query_NHd, keys_NHd) * (scale or 1 / math.sqrt(query_NHd.shape[-1]))
+    return scores_HNN.masked_fill(~allowed_NN, -torch.inf)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cuda_kernel_on_cpu() -> Iterator[None]:
+    """Give the operators of CUDA's flash attention numbers on the CPU, by what PyTorch promises of them."""
+
+    def forward(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, debug, **kwargs):  # type: ignore[no-untyped-def]
+        assert (is_causal, dropout_p, cum_seq_q.dtype) == (True, 0, torch.int32)
+        assert torch.equal(cum_seq_q, cum_seq_k)
+        assert int(cum_seq_q.diff().max()) <= max_q == max_k
+        given, (query, key, value) = query.dtype, (wide(x) for x in (query, key, value))
+        scores_HNN = causal(query, key, cum_seq_q, kwargs.get("scale"))
+        value_NHd = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+        attended = torch.einsum("hnm,mhd->nhd", scores_HNN.softmax(dim=-1), value_NHd)
+        return attended.to(given), scores_HNN.logsumexp(dim=-1), torch.empty(0), torch.empty(0), torch.empty(0)
+
+    def backward(grad, query, key, value, out, lse, cum_seq_q, cum_seq_k, *rest, **kwargs):  # type: ignore[no-untyped-def]
+        # The formula of the kernel: weights from the normaliser that is given, their drift from the output that is given.
+        heads, groups, given = query.shape[1], key.shape[1], query.dtype
+        grad, query, key, value, out = (wide(x) for x in (grad, query, key, value, out))
+        weights_HNN = (causal(query, key, cum_seq_q, kwargs.get("scale")) - lse[:, :, None]).exp()
+        key_NHd, value_NHd = (x.repeat_interleave(heads // groups, dim=1) for x in (key, value))
+        drift_NH = (grad * out).sum(dim=-1)
+        moved_HNN = torch.einsum("nhd,mhd->hnm", grad, value_NHd) - drift_NH.T[:, :, None]
+        in_scores_HNN = weights_HNN * moved_HNN / math.sqrt(query.shape[-1])
+        in_key = torch.einsum("hnm,nhd->mhd", in_scores_HNN, query)
+        in_value = torch.einsum("hnm,nhd->mhd", weights_HNN, grad)
+        in_groups = (x.unflatten(1, (groups, -1)).sum(dim=2) for x in (in_key, in_value))
+        gradients = (torch.einsum("hnm,mhd->nhd", in_scores_HNN, key_NHd), *in_groups)
+        return tuple(gradient.to(given) for gradient in gradients)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_flash_attention_forward", forward, "CPU")
+    library.impl("_flash_attention_backward", backward, "CPU")
+    yield
+    library._destroy()
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(feature_attention, "kernel_for", lambda query: request.param)
+    monkeypatch.setattr(feature_attention, "PIECE_SLOTS", 5)
+    return request.param
+
+
+def states(num_own: int, dtype: torch.dtype, *, documents: Tensor = DOCUMENTS) -> list[Tensor]:
+    """Return random (query, keys, values, own key, own value, ...)."""
+    generator = torch.Generator().manual_seed(0)
+    heads = [HEADS, *[GROUPS] * (2 + 2 * num_own)]
+    made = [torch.randn(*documents.shape, n, WIDTH, generator=generator, dtype=torch.float64) for n in heads]
+    return [x.to(dtype).transpose(1, 2).requires_grad_() for x in made]
+
+
+def dense(documents: Tensor, query: Tensor, keys: Tensor, values: Tensor, *own: Tensor) -> Tensor:
+    """Return attended_BHTd by the scores of all columns and own keys side by side."""
+    keys, values, *own = (x.repeat_interleave(HEADS // GROUPS, dim=1) for x in (keys, values, *own))  # type: ignore[assignment]
+    length = documents.shape[1]
+    allowed = (documents[:, :, None] == documents[:, None]) & torch.ones(length, length, dtype=torch.bool).tril()
+    scores = [(query @ keys.mT).masked_fill(~allowed[:, None], -torch.inf)]
+    scores += [(query * key).sum(dim=-1, keepdim=True) for key in own[::2]]
+    weights = (torch.cat(scores, dim=-1) / math.sqrt(WIDTH)).softmax(dim=-1)
+    parts = [weights[..., :length] @ values]
+    parts += [weights[..., length + i, None] * value for i, value in enumerate(own[1::2])]
+    return torch.stack(parts).sum(dim=0)
+
+
+def ours(documents: Tensor, query: Tensor, keys: Tensor, values: Tensor, *own: Tensor) -> Tensor:
+    return Columns(keys, values, documents).attend(query, list(zip(own[::2], own[1::2], strict=True)))
+
+
+def with_gradients(attend: Any, inputs: list[Tensor]) -> list[Tensor]:
+    """Return the output and the gradient of every input under a random gradient of the output."""
+    attended = attend(DOCUMENTS, *inputs)
+    generator = torch.Generator().manual_seed(1)
+    gradient = torch.randn(attended.shape, generator=generator, dtype=torch.float64).to(attended.dtype)
+    return [attended, *torch.autograd.grad(attended, inputs, gradient)]
+
+
+@pytest.mark.parametrize("num_own", [0, 1, 3])
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_outputs_and_gradients_are_those_of_all_scores_side_by_side(kernel, num_own, dtype, atol):
+    wanted = with_gradients(dense, states(num_own, torch.float64))
+    found = with_gradients(ours, states(num_own, dtype))
+    for name, ours_, theirs in zip(("attended", "query", "keys", "values", *"kvkvkv"), found, wanted, strict=False):
+        assert ours_.dtype == dtype
+        torch.testing.assert_close(ours_.double(), theirs, rtol=0, atol=atol, msg=name)
+
+
+def test_the_kernels_agree_in_16_bits_up_to_rounding(kernel):
+    wanted = with_gradients(dense, states(2, torch.float64))
+    for found, theirs in zip(with_gradients(ours, states(2, torch.bfloat16)), wanted, strict=True):
+        assert found.dtype is torch.bfloat16
+        assert (found.double() - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_autocast_changes_nothing_of_it(kernel):
+    plain = with_gradients(ours, states(2, torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = with_gradients(ours, states(2, torch.float32))
+    for found, theirs in zip(cast, plain, strict=True):
+        assert torch.equal(found, theirs)
+
+
+def test_control_the_normaliser_of_the_columns_alone_gives_other_gradients(kernel, monkeypatch):
+    backward = kernel.backward
+
+    def of_columns(gradient, query, keys, values, attended, normaliser, documents):  # type: ignore[no-untyped-def]
+        attended, normaliser = kernel.forward(query, keys, values, documents)
+        return backward(gradient, query, keys, values, attended, normaliser, documents)
+
+    monkeypatch.setattr(kernel, "backward", staticmethod(of_columns))
+    _, _, *found = with_gradients(ours, states(1, torch.float64))
+    _, _, *wanted = with_gradients(dense, states(1, torch.float64))
+    keys, values, own_key, own_value = (bool((a - b).abs().max() < 1e-6) for a, b in zip(found, wanted, strict=True))
+    assert (keys, values, own_key, own_value) == (False, False, True, True)
+
+
+def test_control_documents_that_see_each_other_give_other_outputs(kernel):
+    inputs = states(1, torch.float64)
+    apart, joined = ours(DOCUMENTS, *inputs), ours(torch.zeros_like(DOCUMENTS), *inputs)
+    same = (apart - joined).abs().amax(dim=(1, 3)) < 1e-9
+    first = torch.cat([torch.arange(37)[None] < n for n in (9, 37, 20)])
+    assert torch.equal(same, first)
+
+
+def test_what_is_kept_for_the_backward_pass_grows_with_the_slots_not_with_their_square(kernel):
+    def kept(length: int) -> int:
+        documents = torch.zeros(1, length, dtype=torch.long)
+        inputs = states(2, torch.float32, documents=documents)
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            attended = ours(documents, *inputs)
+        attended.sum().backward()
+        return sum(sizes.values())
+
+    assert kept(128) == 2 * kept(64)
+
+
+def test_documents_of_every_order_and_length_lie_where_they_are():
+    for lengths in itertools.product((1, 2, 5), repeat=3):
+        row = torch.repeat_interleave(torch.tensor([7, 3, 9]), torch.tensor(lengths))
+        documents = torch.stack([row, row.flip(0)])
+        found = feature_attention.PackedDocuments(documents)
+        pieces = [documents.flatten()[own].unique().tolist() for own in found.slices]
+        assert pieces == [[7], [3], [9], [9], [3], [7]]
+        assert found.bounds.tolist()[-1] == documents.numel()
