@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,6 +102,18 @@ def check_number_types(folder: Path) -> None:
             raise CheckpointError(
                 f"{path}: {len(wrong)} weights of integers or complex numbers, and config.json has no quantization_config: {', '.join(wrong[:5])}"
             )
+
+
+def elements_by_type(folder: Path) -> dict[str, int]:
+    """Return how many numbers of each type the files of a model folder hold, by safetensors' name of it, from their headers."""
+    found: dict[str, int] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with _readable(path), safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_slice(name)
+                kind = str(tensor.get_dtype())
+                found[kind] = found.get(kind, 0) + math.prod(tensor.get_shape())
+    return found
 
 
 def shapes_in(folder: Path) -> dict[str, list[int]]:

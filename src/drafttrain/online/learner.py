@@ -20,7 +20,7 @@ from drafttrain.losses.align import align
 from drafttrain.losses.chunked import normalised, row_losses, summed
 from drafttrain.target import Target
 from drafttrain.train.optimizer import build_optimizer
-from drafttrain.train.precision import training_autocast
+from drafttrain.train.precision import float32_products, training_autocast
 from drafttrain.train.settings import TrainSettings
 
 
@@ -53,7 +53,7 @@ class Learner:
         self.drafter = drafter
         self.loss = loss
         self.target = target
-        self.settings = settings
+        self.settings = settings.on(target.device.type)
         self.max_length = max_length
         self.num_tokens = num_tokens
         self.steps = 0
@@ -68,20 +68,22 @@ class Learner:
         batch = self._batch(records, positions=positions)
         self.drafter.train()
         self.optimizer.zero_grad()
-        with training_autocast(self.settings, self.target.device):
-            drafted = self.drafter(batch)
-            rows = align(drafted, batch, block_length=getattr(self.loss, "block_length", 1))
-            loss_N, _ = row_losses(
-                self.loss,
-                drafted,
-                rows,
-                batch,
-                vocab_size=self.num_tokens,
-                chunk_rows=self.settings.loss_chunk_rows,
-                measured=False,
-            )
-            total = summed(loss_N, drafted)
-        normalised(total, batch, world_size=1, accumulation=1).backward()
+        device = self.target.device
+        with float32_products(self.settings, device):
+            with training_autocast(self.settings, device):
+                drafted = self.drafter(batch)
+                rows = align(drafted, batch, block_length=getattr(self.loss, "block_length", 1))
+                loss_N, _ = row_losses(
+                    self.loss,
+                    drafted,
+                    rows,
+                    batch,
+                    vocab_size=self.num_tokens,
+                    chunk_rows=self.settings.loss_chunk_rows,
+                    measured=False,
+                )
+                total = summed(loss_N, drafted)
+            normalised(total, batch, world_size=1, accumulation=1).backward()
         skipped = not self._clipped()
         if not skipped:
             for group in self.optimizer.param_groups:

@@ -29,6 +29,7 @@ from drafttrain.pipeline.inputs import inputs_of, is_evaluated_on, target_inputs
 from drafttrain.pipeline.online import online_run, report, show_status
 from drafttrain.pipeline.preflight import check_drafters, check_parts
 from drafttrain.pipeline.run import Run, quiet_libraries
+from drafttrain.pipeline.settled import settled
 from drafttrain.pipeline.training import train_drafter
 
 
@@ -91,8 +92,8 @@ def export(recipe: Recipe, folder: Path) -> None:
 
 def export_run_as(recipe: Recipe, folder: Path, formats: Sequence[str], *, verify: bool, out: Path | None) -> None:
     """Write the exported drafter of a run in further formats, and prove them in serving engines or not."""
-    recipe = _with_models_made(recipe, folder.parent)
     here = RunFolder(folder)
+    recipe = settled(_with_models_made(recipe, folder.parent), here.held())
     source = next((place for place in (here.drafter, here.rejected) if place.exists()), None)
     if source is None or recipe.drafter is None:
         raise CheckpointError(f"{folder}: no drafter was exported here yet: drafttrain fit does all stages")
@@ -237,7 +238,7 @@ def learn_online(recipe: Recipe, folder: Path, *, once: bool = False) -> None:
         _check_parts(recipe, folder)
         run = Run(recipe, folder)
         write_drafter(run, run.drafter, run.folder.start, steps=0)
-        learning = online_run(recipe, run.folder, run.target)
+        learning = online_run(run.recipe, run.folder, run.target)
         if once:
             learning.once()
             report(run.folder, title=recipe.name)

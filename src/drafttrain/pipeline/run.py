@@ -13,6 +13,7 @@ from drafttrain.core.processes import first, first_before_others
 from drafttrain.pipeline.data import dropped_prompts
 from drafttrain.pipeline.evaluating import check_lengths
 from drafttrain.pipeline.folder import RunFolder
+from drafttrain.pipeline.settled import settled
 
 if TYPE_CHECKING:
     from drafttrain.core.records import Sampling
@@ -39,13 +40,15 @@ class Run:
         evaluates_only: bool = False,
     ) -> None:
         quiet_libraries()
-        self.recipe = recipe
         self.placement = placement
-        self.resolved = dump_recipe(recipe)
         self.folder = RunFolder(folder)
         with first_before_others("it opens the run folder"):
+            # The others find what the first one settled.
+            recipe = settled(recipe, self.folder.held())
             if first():
                 self.folder.open(recipe, quiet=quiet, evaluates_only=evaluates_only)
+        self.recipe = recipe
+        self.resolved = dump_recipe(recipe)
         if recipe.train.num_threads:
             import torch
 

@@ -23,6 +23,7 @@ from drafttrain.target.frozen import (
     TargetSettings,
     fingerprint_of,
     load_target_tokenizer,
+    number_type,
     pick_device,
     resolve_folder,
 )
@@ -45,7 +46,7 @@ def bare_model(settings: TargetSettings) -> Any:
     """Return the target's model without any weights."""
     return skeleton(
         target_folder(settings),
-        dtype=settings.dtype,
+        dtype=number_type(settings),
         attention=settings.attention,
         trust_remote_code=settings.trust_remote_code,
         device=pick_device(settings.device),

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from drafttrain.core.records import TargetNeeds
 from drafttrain.target.anatomy import taps, trunk
 from drafttrain.target.logits import check_logits
+from drafttrain.target.own_type import in_own_type
 
 _apart: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
+@in_own_type
 def document_states(
     model: Any, tokens_BT: Tensor, positions_BT: Tensor, *, hidden: tuple[int, ...] = ()
 ) -> tuple[Tensor, Mapping[int, Tensor]]:

@@ -32,6 +32,7 @@ from drafttrain.target.documents import document_states
 from drafttrain.target.ends import end_ids, say_ends
 from drafttrain.target.logits import head_logits
 from drafttrain.target.model_folder import check_causal_lm, check_model_files, in_one_line, no_folder
+from drafttrain.target.number_type import suited_type
 from drafttrain.target.sizes import refuse_sizes
 from drafttrain.target.wrapped import language_model_inside, loader_of
 
@@ -61,8 +62,10 @@ class TargetSettings:
     )
     tokenizer: str | None = setting(None, help="Folder or hub id of the tokenizer; null: the model's own.")
     revision: str | None = setting(None, help="Branch, tag or commit of a hub id.")
-    dtype: Literal["float32", "bfloat16", "float16", "float64", "auto"] = setting(
-        "float32", help="Type of the target's weights in memory; auto: as stored."
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64", "stored"] = setting(
+        "auto",
+        help="Type of the target's weights in memory. auto: on CUDA, above a billion weights, the half type that they are stored "
+        "in, or bfloat16; else float32. stored: as in its files. A run keeps what it began with.",
     )
     device: str = setting("auto", help="cpu, cuda, cuda:1 ...; auto: cuda where there is one.")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = setting("sdpa", help="Attention of transformers.")
@@ -208,7 +211,7 @@ def load_causal_lm(
     try:
         loaded: Any = loader_of(folder, trust_remote_code=trust_remote_code).from_pretrained(
             str(folder),
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            dtype="auto" if dtype == "stored" else getattr(torch, dtype),
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
@@ -253,6 +256,19 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def kind_of_device(name: str) -> str:
+    """Return the kind of device that a setting names, cuda or cpu, whether or not it is here; auto is cuda where there is one."""
+    return pick_device("auto").type if name == "auto" else name.partition(":")[0]
+
+
+def number_type(settings: TargetSettings) -> str:
+    """Return the type that the settings name, and where they say auto what that is here."""
+    if settings.dtype != "auto" or settings.model is None:
+        return settings.dtype
+    folder = resolve_folder(settings.model, revision=settings.revision)
+    return suited_type(folder, device_type=kind_of_device(settings.device))
+
+
 class LiveRows:
     """The target's law from its final states: the head runs only on the rows that are asked for."""
 
@@ -287,7 +303,7 @@ class Target:
         folder = resolve_folder(settings.model, revision=settings.revision)
         model = load_causal_lm(
             folder,
-            dtype=settings.dtype,
+            dtype=number_type(settings),
             attention=settings.attention,
             trust_remote_code=settings.trust_remote_code,
         )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from drafttrain.core.errors import CheckpointError
 from drafttrain.target.anatomy import stack_holder, trunk
 from drafttrain.target.block_range import replaced_forwards
+from drafttrain.target.own_type import in_own_type
 
 DIVIDED_BY = ("logits_scaling", "logits_mup_width_multiplier")
 """Granite, MiniCPM3; Inkling."""
@@ -31,6 +32,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, tor
 _compared: WeakSet[nn.Module] = WeakSet()
 
 
+@in_own_type
 def head_logits(model: Any, states_ND: Tensor) -> Tensor:
     """Return the logits of states after the final norm, with the scale or soft cap that the architecture adds.
 

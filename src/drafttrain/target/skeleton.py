@@ -32,7 +32,7 @@ def skeleton(folder: Path, *, dtype: str, attention: str, trust_remote_code: boo
     check_causal_lm(folder, trust_remote_code=trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-        given = config.dtype or "float32" if dtype == "auto" else dtype
+        given = config.dtype or "float32" if dtype == "stored" else dtype
         with META:
             model: Any = AutoModelForCausalLM.from_config(
                 config,

@@ -37,7 +37,7 @@ class StepModule(LightningModule):
     def __init__(self, trained: Any, *, settings: TrainSettings) -> None:
         super().__init__()
         self.trained = trained
-        self.settings = settings
+        self.settings = settings.on(next(trained.parameters()).device.type, head=isinstance(trained, TokenHead))
         self.sums_4 = torch.zeros(4, dtype=torch.float64)
         """Sums since the last log: loss, its positions; acceptance, its positions, of the steps that measure it."""
         self.lr = 0.0

@@ -28,6 +28,7 @@ from drafttrain.train.checkpoints import Checkpoints, newest_checkpoint_for_all,
 from drafttrain.train.memory import advice_on_memory
 from drafttrain.train.metrics_log import MetricsLog
 from drafttrain.train.module import DistillModule, HeadModule, StepModule
+from drafttrain.train.precision import float32_products, note_on_float32
 from drafttrain.train.preflight import check_disk
 from drafttrain.train.result import TrainResult, folder_of_step
 from drafttrain.train.settings import TrainSettings
@@ -124,7 +125,9 @@ def _fit(
     frozen: Sequence[FrozenTarget],
     folder: Path,
 ) -> TrainResult:
-    settings = module.settings
+    settings, device = module.settings, next(module.trained.parameters()).device
+    if note := note_on_float32(settings, device, frozen[0].target if frozen else None):
+        say(note)
     wait_for_all("they begin to train")
     # What a loader hands out is in evaluation mode.
     module.trained.train()
@@ -144,7 +147,7 @@ def _fit(
     ]
     with _quiet():
         trainer = Trainer(
-            **placement(next(module.trained.parameters()).device, settings),
+            **placement(device, settings),
             max_steps=settings.max_steps,
             max_epochs=-1,
             accumulate_grad_batches=settings.accumulation,
@@ -161,7 +164,7 @@ def _fit(
         if newest:
             say(f"continuing from {newest}")
         data = _Data(of_step, stop=settings.max_steps)
-        with advice_on_memory(module), saver.taking_requests():
+        with advice_on_memory(module), saver.taking_requests(), float32_products(settings, device):
             trainer.fit(module, datamodule=data, ckpt_path=newest, weights_only=True)
     return _finish(module, validation, folder=folder)
 

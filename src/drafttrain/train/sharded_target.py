@@ -126,7 +126,7 @@ def _any(flag: bool, device: torch.device) -> bool:
 
 def _refuse_mixed_types(model: Any, settings: TargetSettings) -> None:
     kept = {*(model._keep_in_fp32_modules_strict or ()), *(model._keep_in_fp32_modules or ())}
-    if kept and settings.dtype in ("bfloat16", "float16"):
+    if kept and model.dtype in (torch.bfloat16, torch.float16):
         raise CheckpointError(
             f"{settings.model}: {', '.join(sorted(kept))} stay in float32 in {type(model).__name__}, which a target that is spread "
             "out does not do: use train.target_placement: replicated"

@@ -1,0 +1,43 @@
+"""What a recipe leaves to the machine, settled once a run: the types that its target and its training compute in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from drafttrain.config.recipe import Recipe
+from drafttrain.core.console import say
+
+
+def settled(recipe: Recipe, held: Recipe | None) -> Recipe:
+    """Return a recipe without `auto` in `target.dtype` and `train.precision`.
+
+    A run that began keeps the types that it began with, also where it goes on on another kind of device.
+
+    Args:
+        held: The recipe of the run that is in the folder already.
+    """
+    from drafttrain.target.frozen import kind_of_device, number_type
+
+    device_type = kind_of_device(recipe.target.device if recipe.train.device == "auto" else recipe.train.device)
+    here = {
+        "target.dtype": number_type(recipe.target),
+        "train.precision": recipe.train.on(device_type, head=recipe.head is not None).precision,
+    }
+    began = {} if held is None else {"target.dtype": held.target.dtype, "train.precision": held.train.precision}
+    chosen: dict[str, Any] = here | {key: began[key] for key in began if _left_open(recipe, key)}
+    if differs := [
+        f"{key}: {chosen[key]} (auto would be {here[key]} here)" for key in here if chosen[key] != here[key]
+    ]:
+        say(f"{recipe.name}: goes on as it began: {', '.join(differs)}")
+    elif held is None and device_type == "cuda":
+        say(f"{recipe.name}: {', '.join(f'{key}: {value}' for key, value in chosen.items())}")
+    return replace(
+        recipe,
+        target=replace(recipe.target, dtype=chosen["target.dtype"]),
+        train=replace(recipe.train, precision=chosen["train.precision"]),
+    )
+
+
+def _left_open(recipe: Recipe, key: str) -> bool:
+    return {"target.dtype": recipe.target.dtype, "train.precision": recipe.train.precision}[key] == "auto"
