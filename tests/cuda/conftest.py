@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from drafttrain.drafters import Drafter
 from drafttrain.target import Target, TargetSettings
 from tests.cuda import preload
 from tests.cuda.happenings import Happenings, happenings
+from tests.cuda.models import decoding_drafter
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,3 +51,9 @@ def target_folder(save_llama: Callable[..., Path], _gpus: None) -> Path:
 def target(target_folder: Path) -> Target:
     """The target, in bfloat16 on the first GPU."""
     return Target.load(TargetSettings(model=str(target_folder), device="cuda:0", dtype="bfloat16"))
+
+
+@pytest.fixture(scope="session")
+def drafter_of(target: Target) -> Callable[[str], Drafter]:
+    """A function that returns a kind's drafter as it decodes, made once."""
+    return cache(lambda name: decoding_drafter(name, target))

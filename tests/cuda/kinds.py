@@ -58,6 +58,11 @@ def drafter_settings(name: str) -> Any:
     return recipe(KINDS[name], target=Path("none"), folder=Path("none")).drafter
 
 
+def loss_settings(name: str) -> Any:
+    """Return the settings of the loss that a kind is trained with."""
+    return recipe(KINDS[name], target=Path("none"), folder=Path("none")).loss
+
+
 def recipe(kind: Kind, *, target: Path, folder: Path, **train: Any) -> Recipe:
     """Return the recipe that trains a kind on the texts of a folder: packed micro-batches under bf16-mixed."""
     prompts = str(folder / "prompts.jsonl")

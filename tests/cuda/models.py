@@ -64,3 +64,15 @@ def head_folder(kind: str, folder: Path, *, hidden_size: int) -> str:
     settings = entry.settings(drafter="none")
     entry.component(settings, hidden_size).save(folder)
     return str(folder)
+
+
+def decoding_drafter(name: str, target: Target) -> Drafter:
+    """Return a kind's drafter as it decodes: in the target's type, and away from where it starts."""
+    drafter: Any = new_drafter(name, target).eval()
+    if name == "kangaroo":
+        # At its start the adapter passes the target's states on as they are: every draft is then accepted.
+        torch.nn.init.normal_(drafter.adapter.layers[0].self_attn.o_proj.weight)
+    if name.startswith("medusa"):
+        drafter.paths = [(0,), (1,), (0, 0)]
+    made: Drafter = drafter if name == "medusa2" else drafter.to(torch.bfloat16)
+    return made

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields
-from functools import cache
 from typing import Any
 
 import pytest
-import torch
 
 from drafttrain.core.records import Sampling
 from drafttrain.core.registry import Registry
@@ -23,28 +20,11 @@ from drafttrain.eval.proposers import proposers
 from drafttrain.eval.replay import Text, expected_rounds, replay_rows
 from drafttrain.target import Target
 from tests.cuda.kinds import KINDS
-from tests.cuda.models import MAX_NEW_TOKENS, PROMPTS, engine, head_folder, new_drafter, packed
+from tests.cuda.models import MAX_NEW_TOKENS, PROMPTS, engine, head_folder, packed
 
 pytestmark = pytest.mark.pretended_cuda
 
 SAMPLED = Sampling(1.0, 0.9, 50)
-
-
-@pytest.fixture(scope="session")
-def drafter_of(target: Target) -> Callable[[str], Drafter]:
-    """A function that returns a kind's drafter in the target's type, made once."""
-
-    @cache
-    def made(name: str) -> Drafter:
-        drafter = new_drafter(name, target).eval()
-        if name == "kangaroo":
-            # At its start the adapter passes the target's states on as they are: every draft is then accepted.
-            torch.nn.init.normal_(drafter.adapter.layers[0].self_attn.o_proj.weight)
-        if name.startswith("medusa"):
-            drafter.paths = [(0,), (1,), (0, 0)]
-        return drafter if name == "medusa2" else drafter.to(torch.bfloat16)
-
-    return made
 
 
 @pytest.fixture(scope="session")

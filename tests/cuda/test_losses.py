@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from drafttrain.losses import losses
 from drafttrain.losses.align import align
@@ -56,8 +58,7 @@ def test_autocast_does_not_change_a_loss(name: str, chunk_rows: int | None, targ
         rows = align(drafted, batch, block_length=getattr(loss, "block_length", 1))
         # The states and the head are those of float32: only what the loss itself computes is under autocast.
         with torch.autocast("cuda", torch.bfloat16, enabled=enabled):
-            head = drafted.head
-            drafted.__dict__["head"] = lambda states_ND, depth: _in_float32(head, states_ND, depth)  # noqa: B023
+            drafted = replace(drafted, head=in_float32(drafted.head))
             loss_N, _ = row_losses(loss, drafted, rows, batch, vocab_size=257, chunk_rows=chunk_rows)
         loss_N.sum().backward()
         loss.end_of_step()
@@ -68,6 +69,11 @@ def test_autocast_does_not_change_a_loss(name: str, chunk_rows: int | None, targ
         torch.testing.assert_close(mixed, plain, rtol=1e-5, atol=1e-6)
 
 
-def _in_float32(head: Any, states_ND: torch.Tensor, depth: int) -> torch.Tensor:
-    with torch.autocast("cuda", enabled=False):
-        return head(states_ND, depth)
+def in_float32(head: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int], Tensor]:
+    """Return a drafter's head as it is without autocast."""
+
+    def computed(states_ND: Tensor, depth: int) -> Tensor:
+        with torch.autocast("cuda", enabled=False):
+            return head(states_ND, depth)
+
+    return computed

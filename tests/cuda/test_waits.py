@@ -1,0 +1,151 @@
+"""How often the host waits for the device: a micro-batch of training, a round of decoding, a token of generation.
+
+A waiting host asks the device for nothing, and the device stands still until it does again. Ceilings may only go down.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drafttrain.core.records import Sampling
+from drafttrain.data_gen.backends import Task
+from drafttrain.data_gen.backends.builtin import continuations
+from drafttrain.drafters import Drafter
+from drafttrain.eval.acceptance.lossless import LosslessSettings
+from drafttrain.eval.ledger import Ledger
+from drafttrain.eval.length.fixed import FixedLengthSettings
+from drafttrain.eval.length.tree import TreeSettings
+from drafttrain.target import Target
+from tests.cuda.happenings import Happenings
+from tests.cuda.kinds import KINDS, loss_settings
+from tests.cuda.models import PROMPTS, engine, new_drafter, texts
+from tests.cuda.steps import trained
+
+pytestmark = pytest.mark.pretended_cuda
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """Times that the host waits, and copies out of memory that is not pinned."""
+
+    waits: float
+    copies: float
+
+
+MICRO_BATCH = {
+    "causal_lm": Ceiling(7.5, 6),
+    "medusa": Ceiling(6.5, 5),
+    "medusa2": Ceiling(8.5, 5),
+    "kangaroo": Ceiling(5.5, 5),
+    "eagle": Ceiling(8.5, 5),
+    "eagle3": Ceiling(6.5, 5),
+    "eagle3_cut": Ceiling(14.5, 5),
+}
+"""Of training; a kind that is not here has what all are to have."""
+
+CHAIN = {
+    "causal_lm": Ceiling(20, 26),
+    "medusa": Ceiling(8.2, 15.4),
+    "medusa2": Ceiling(8.2, 15.4),
+    "kangaroo": Ceiling(30, 48),
+    "eagle": Ceiling(28, 35),
+    "eagle3": Ceiling(28, 39),
+    "eagle3_cut": Ceiling(28, 39),
+}
+"""A round of two sequences with four draft tokens each."""
+
+TREE = {
+    "causal_lm": Ceiling(37, 35),
+    "medusa": Ceiling(8.2, 14.6),
+    "medusa2": Ceiling(8.2, 14.6),
+    "eagle": Ceiling(64, 30),
+    "eagle3": Ceiling(64, 34),
+    "eagle3_cut": Ceiling(64, 34),
+}
+"""A round of two sequences with trees of twelve nodes in three levels."""
+
+GOAL = Ceiling(2, 0)
+GENERATION = Ceiling(4, 3)
+"""A token of four texts that are written together."""
+
+
+def check(counted: Counter[tuple[str, str]], copied: Counter[tuple[str, str]], times: int, ceiling: Ceiling) -> None:
+    """Require that it waits and copies no more than this a time, and show where it does."""
+    lines = [
+        f"  {number / times:6.2f}  {what}  at {place}"
+        for counts in (counted, copied)
+        for (what, place), number in counts.most_common()
+    ]
+    found = Ceiling(sum(counted.values()) / times, sum(copied.values()) / times)
+    assert found.waits <= ceiling.waits, "\n".join([f"{found} is more than {ceiling}", *lines])
+    assert found.copies <= ceiling.copies, "\n".join([f"{found} is more than {ceiling}", *lines])
+
+
+def difference(first: Happenings, second: Happenings) -> tuple[Counter[tuple[str, str]], Counter[tuple[str, str]]]:
+    """Return what the second had more than the first: what both have is of their beginning and end."""
+    counted, copied = Counter(second.waits), Counter(second.copies)
+    counted.subtract(first.waits)
+    copied.subtract(first.copies)
+    return +counted, +copied
+
+
+def taken(cuda: Happenings) -> Happenings:
+    """Return what was counted, and begin again."""
+    found = Happenings(waits=Counter(cuda.waits), copies=Counter(cuda.copies))
+    cuda.clear()
+    return found
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_micro_batch_waits_no_more_than_this(name: str, target: Target, tmp_path: Path, cuda: Happenings) -> None:
+    short, long, micro_batches = 1, 4, 2
+    found = []
+    for steps in (short, long):
+        drafter = new_drafter(name, target)
+        cuda.clear()
+        trained(drafter, target, loss_settings(name), tmp_path / str(steps), max_steps=steps)
+        found.append(taken(cuda))
+    check(*difference(*found), (long - short) * micro_batches, MICRO_BATCH.get(name, GOAL))
+
+
+def rounds(target: Target, drafter: Drafter, length: Any, max_new_tokens: int) -> int:
+    """Decode two prompts together and return in how many rounds."""
+    ledger = Ledger()
+    proposer = drafter.proposer(target, ledger.append)
+    options = {"length": length, "rule": LosslessSettings(), "sampling": Sampling(), "listener": ledger.append}
+    loop = engine(target, proposer, max_new_tokens=max_new_tokens, **options)
+    return max(len(one.rounds) for one in loop.generate(PROMPTS))
+
+
+@pytest.mark.parametrize("tree", [False, True])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_round_waits_no_more_than_this(
+    name: str, tree: bool, target: Target, drafter_of: Any, cuda: Happenings
+) -> None:
+    if tree and name == "kangaroo":
+        pytest.skip("it drafts no trees")
+    length = TreeSettings(num_draft_tokens=12, depth=3, width=3) if tree else FixedLengthSettings(4)
+    drafter = drafter_of(name)
+    rounds(target, drafter, length, 4)
+    found, times = [], []
+    for max_new_tokens in (8, 20):
+        cuda.clear()
+        times.append(rounds(target, drafter, length, max_new_tokens))
+        found.append(taken(cuda))
+    check(*difference(*found), times[1] - times[0], (TREE if tree else CHAIN).get(name, GOAL))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_token_of_generation_waits_no_more_than_this(temperature: float, target: Target, cuda: Happenings) -> None:
+    tasks = [Task(one.id, one.tokens, Sampling(temperature)) for one in texts((9, 9, 9, 9))]
+    found = []
+    for max_new_tokens in (4, 12):
+        cuda.clear()
+        continuations(tasks, target, max_new_tokens=max_new_tokens, seed=0)
+        found.append(taken(cuda))
+    check(*difference(*found), 8, GENERATION)
