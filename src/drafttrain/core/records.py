@@ -8,8 +8,8 @@ the final norm); `final_BTD` is the state after the final norm.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -98,13 +98,17 @@ class TargetOutput:
             and set(needs.hidden) <= set(self.hidden_BTD)
         )
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> TargetOutput:
+        """Return the same of changed tensors: moved, pinned."""
+        return TargetOutput(
+            logits_BTV=None if self.logits_BTV is None else change(self.logits_BTV),
+            hidden_BTD={index: change(state) for index, state in self.hidden_BTD.items()},
+            final_BTD=None if self.final_BTD is None else change(self.final_BTD),
+        )
+
     def to(self, device: Any) -> TargetOutput:
         """Return the same on `device`."""
-        return TargetOutput(
-            logits_BTV=None if self.logits_BTV is None else self.logits_BTV.to(device),
-            hidden_BTD={index: state.to(device) for index, state in self.hidden_BTD.items()},
-            final_BTD=None if self.final_BTD is None else self.final_BTD.to(device),
-        )
+        return self.each(lambda tensor: tensor.to(device))
 
 
 class TargetRows(Protocol):
@@ -139,6 +143,88 @@ class NamedTargetRows(Protocol):
         ...
 
 
+@runtime_checkable
+class StoredTargetRows(Protocol):
+    """A law that comes with its batch, and goes where the batch goes."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> TargetRows:
+        """Return the same of changed tensors: moved, pinned."""
+        ...
+
+
+@dataclass(frozen=True)
+class RowIndex:
+    """Where loss rows come from; the same order as the rows."""
+
+    sequence_N: Tensor
+    depth_N: Tensor
+    block_N: Tensor
+    """Rows of one block are the successive depths of one draft: of one root, or of one window of a chain."""
+    step: int = 0
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> RowIndex:
+        """Return the same of changed tensors: moved, pinned."""
+        return RowIndex(change(self.sequence_N), change(self.depth_N), change(self.block_N), self.step)
+
+
+@dataclass(frozen=True)
+class RowsAsked:
+    """Which rows of a batch are asked for: what `losses.align` needs to know of a drafter and a loss."""
+
+    depths: tuple[int, ...]
+    lag: int
+    block_length: int = 1
+    """Rows of a drafter of depth 1 that form one block."""
+
+
+@dataclass(frozen=True)
+class AlignedRows:
+    """The N trained rows of a batch, depth by depth: where the drafter, the target and the label of each are."""
+
+    drafter_N: Tensor
+    """Flat position b * T + t of the drafter's state."""
+    target_N: Tensor
+    """Flat position of the target's state whose law is over the same token."""
+    tokens_N: Tensor
+    """The label."""
+    seed_N: Tensor
+    """A number of the row that does not depend on its micro-batch."""
+    index: RowIndex
+    counts: Mapping[int, int]
+    """Rows of each depth of the drafter, in their order."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> AlignedRows:
+        """Return the same of changed tensors: moved, pinned."""
+        return AlignedRows(
+            drafter_N=change(self.drafter_N),
+            target_N=change(self.target_N),
+            tokens_N=change(self.tokens_N),
+            seed_N=change(self.seed_N),
+            index=self.index.each(change),
+            counts=self.counts,
+        )
+
+
+def _once(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a change that gives the same tensor the same result: what two hold is not copied twice."""
+    done: dict[int, Tensor] = {}
+
+    def changed(tensor: Tensor) -> Tensor:
+        if id(tensor) not in done:
+            done[id(tensor)] = change(tensor)
+        return done[id(tensor)]
+
+    return changed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the host knows of a batch before it is sent to a device, so that nobody has to ask the device and wait."""
+
+    num_tokens: int
+    rows: Mapping[RowsAsked, AlignedRows] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class DraftBatch:
     """A micro-batch of packed records.
@@ -161,24 +247,37 @@ class DraftBatch:
     target_rows: TargetRows | None = None
     num_depths: int = 0
     """Depths that are asked of a drafter that can roll out any number; 0: as many as it trains."""
+    plan: Plan | None = None
+    """Of exactly these tokens, masks and documents (`losses.align.planned`)."""
 
     @property
     def num_tokens(self) -> int:
         """Tokens that are read, padding left out."""
-        return int((self.documents_BT >= 0).sum())
+        return int((self.documents_BT >= 0).sum()) if self.plan is None else self.plan.num_tokens
 
     @property
     def seed_BT(self) -> Tensor:
         """A number of each token that step, document and position give, for draws that packing and resuming must not change."""
         return (self.step * 1_000_003 + self.documents_BT) * (1 << 26) + self.positions_BT
 
-    def to(self, device: Any) -> DraftBatch:
-        """Return the batch with its own tensors, and what it holds of the target, on `device`."""
-        from dataclasses import replace
+    def each(self, change: Callable[[Tensor], Tensor]) -> DraftBatch:
+        """Return the batch of changed tensors (moved, pinned): its own, its plan's, and what it holds of the target."""
+        change = _once(change)
+        plan, rows = self.plan, self.target_rows
+        return replace(
+            self,
+            tokens_BT=change(self.tokens_BT),
+            loss_mask_BT=change(self.loss_mask_BT),
+            positions_BT=change(self.positions_BT),
+            documents_BT=change(self.documents_BT),
+            plan=plan and replace(plan, rows={asked: found.each(change) for asked, found in plan.rows.items()}),
+            target=self.target and self.target.each(change),
+            target_rows=rows.each(change) if isinstance(rows, StoredTargetRows) else rows,
+        )
 
-        names = ("tokens_BT", "loss_mask_BT", "positions_BT", "documents_BT")
-        target = None if self.target is None else self.target.to(device)
-        return replace(self, target=target, **{name: getattr(self, name).to(device) for name in names})
+    def to(self, device: Any) -> DraftBatch:
+        """Return the batch on `device`."""
+        return self.each(lambda tensor: tensor.to(device))
 
 
 class Head(Protocol):
@@ -244,17 +343,6 @@ def _log_law(logits_NV: Tensor) -> Tensor:
     import torch
 
     return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)).log_softmax(dim=-1)
-
-
-@dataclass(frozen=True)
-class RowIndex:
-    """Where loss rows come from; the same order as the rows."""
-
-    sequence_N: Tensor
-    depth_N: Tensor
-    block_N: Tensor
-    """Rows of one block are the successive depths of one draft: of one root, or of one window of a chain."""
-    step: int = 0
 
 
 # ---------------------------------------------------------------- decoding

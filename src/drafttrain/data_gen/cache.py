@@ -6,7 +6,7 @@ B = sequences, T = positions, R = B * T, N = rows, V = vocabulary, D = hidden, K
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -19,9 +19,10 @@ from drafttrain.core.console import progress, say
 from drafttrain.core.errors import DataError
 from drafttrain.core.files import write_json, written_beside
 from drafttrain.core.processes import any_of, first, first_before_others, own_share, wait_for_all
-from drafttrain.core.records import DraftBatch, Record, TargetNeeds, TargetOutput
+from drafttrain.core.records import DraftBatch, Record, TargetNeeds, TargetOutput, TargetRows
 from drafttrain.data_gen.packing import pack
 from drafttrain.target import Target
+from drafttrain.target.frozen import LiveRows
 from drafttrain.target.logits import head_logits
 
 TOKENS_A_SHARD = 16_384
@@ -108,44 +109,67 @@ class RowCache:
         """Tell whether the record's rows are stored."""
         return record in self._starts
 
-    def stored(self, record: int, count: int) -> dict[str, Tensor]:
-        """Return the arrays of the first `count` rows of a record as they were written."""
+    def stored(self, record: int, count: int, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Return arrays of the first `count` rows of a record as they were written.
+
+        Args:
+            names: Nothing else is read; None: all that is stored.
+        """
+        chosen = self.wanted.arrays if names is None else names
+        return {name: _as_tensor(np.array(self.rows(name, record, count)), self.wanted.dtype) for name in chosen}
+
+    def rows(self, name: str, record: int, count: int) -> Any:
+        """Return the first rows of a record of one array, still on the disk."""
         start = self._starts[record]
         shard = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
         begin = start - self._shard_starts[shard]
-        return {
-            name: _as_tensor(np.array(array[begin : begin + count]), self.wanted.dtype)
-            for name, array in self._shards[shard].items()
-        }
+        return self._shards[shard][name][begin : begin + count]
 
-    def logits(self, stored: Mapping[str, Tensor]) -> Tensor:
-        """Return logits_NV (or log-probabilities) of stored rows."""
-        if self.wanted.law == "full":
-            return stored["logits"]
+    def target_rows(self, arrays: Mapping[str, Tensor]) -> TargetRows:
+        """Return the law at every position of a batch: the target's own head makes it of the final state, or it is stored itself."""
         if self.wanted.law == "states":
-            with torch.no_grad():
-                device = self._model.get_output_embeddings().weight.device
-                return head_logits(self._model, stored["final"].to(device, self._model.dtype))
-        ids_NK, log_probs_NK = stored["ids"].long(), stored["log_probs"]
-        others = self._num_tokens - ids_NK.shape[1]
-        tail_N = stored["tail"].clamp_min(1e-30)
-        fill_NV = (tail_N / max(1, others)).log()[:, None].expand(-1, self._num_tokens)
-        return fill_NV.scatter(1, ids_NK, log_probs_NK)
+            return LiveRows(self._model, arrays["final"])
+        flat = {name: array.flatten(0, 1) for name, array in arrays.items()}
+        if self.wanted.law == "full":
+            return FullRows(flat["logits"])
+        return TopRows(flat["ids"], flat["log_probs"], flat["tail"], num_tokens=self._num_tokens)
 
 
-class CachedRows:
-    """The target's law over a micro-batch, from stored rows."""
+@dataclass(frozen=True)
+class FullRows:
+    """The target's whole law at every position, stored."""
 
-    def __init__(self, cache: RowCache, arrays: Mapping[str, Tensor], row_of_position: Tensor) -> None:
-        self._cache = cache
-        self._arrays = arrays
-        self._row_of_position = row_of_position
+    logits_RV: Tensor
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> FullRows:
+        """Return the same of changed tensors."""
+        return FullRows(change(self.logits_RV))
 
     def at(self, index_N: Tensor) -> Tensor:
         """Return logits_NV of the token after each flat position."""
-        rows_N = self._row_of_position[index_N.cpu()]
-        stored = {name: array[rows_N] for name, array in self._arrays.items()}
-        return self._cache.logits(stored).to(index_N.device)
+        return self.logits_RV[index_N]
+
+
+@dataclass(frozen=True)
+class TopRows:
+    """The largest log-probabilities of the target at every position; the mass of the tail is spread evenly over the other tokens."""
+
+    ids_RK: Tensor
+    log_probs_RK: Tensor
+    tail_R: Tensor
+    num_tokens: int
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> TopRows:
+        """Return the same of changed tensors."""
+        return TopRows(change(self.ids_RK), change(self.log_probs_RK), change(self.tail_R), self.num_tokens)
+
+    def at(self, index_N: Tensor) -> Tensor:
+        """Return log-probabilities of the token after each flat position."""
+        ids_NK = self.ids_RK[index_N].long()
+        others = self.num_tokens - ids_NK.shape[1]
+        tail_N = self.tail_R[index_N].clamp_min(1e-30)
+        fill_NV = (tail_N / max(1, others)).log()[:, None].expand(-1, self.num_tokens)
+        return fill_NV.scatter(1, ids_NK, self.log_probs_RK[index_N])
 
 
 def with_stored(
@@ -153,38 +177,36 @@ def with_stored(
     places: Sequence[tuple[int, int]],
     members: Sequence[tuple[RowCache, int, int]],
 ) -> DraftBatch:
-    """Return a packed batch with what is stored of the target: its law, and states in the batch's own form, 0 at padding.
+    """Return a packed batch with what is stored of the target, in the types that it is stored in: its law, and states.
 
     Args:
         places: Where each record begins in the batch.
         members: For each record its cache, its number there, and its tokens; all caches hold the same things.
     """
-    shape = batch.tokens_BT.shape
-    row_of_position = torch.full((batch.tokens_BT.numel(),), -1, dtype=torch.long)
-    pieces: list[dict[str, Tensor]] = []
-    taken = 0
-    for (row, column), (cache, record, count) in zip(places, members, strict=True):
-        pieces.append(cache.stored(record, count))
-        start = row * shape[1] + column
-        row_of_position[start : start + count] = torch.arange(taken, taken + count)
-        taken += count
-    arrays = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
     cache = members[0][0]
     wanted = cache.wanted
-    real_R = row_of_position >= 0
-
-    def laid_out(name: str) -> Tensor:
-        stored_ND = arrays[name].float()
-        states_RD = stored_ND.new_zeros(len(row_of_position), stored_ND.shape[1])
-        states_RD[real_R] = stored_ND[row_of_position[real_R]]
-        return states_RD.unflatten(0, shape)
-
+    arrays = {name: _laid_out(name, batch.tokens_BT.shape, places, members) for name in wanted.arrays}
     target = TargetOutput(
-        hidden_BTD={index: laid_out(f"hidden_{index}") for index in wanted.states.hidden},
-        final_BTD=laid_out("final") if wanted.states.final else None,
+        hidden_BTD={index: arrays[f"hidden_{index}"] for index in wanted.states.hidden},
+        final_BTD=arrays["final"] if wanted.states.final else None,
     )
-    rows = CachedRows(cache, arrays, row_of_position) if wanted.law else batch.target_rows
-    return replace(batch, target=target, target_rows=rows)
+    return replace(batch, target=target, target_rows=cache.target_rows(arrays) if wanted.law else batch.target_rows)
+
+
+def _laid_out(
+    name: str,
+    shape: tuple[int, ...],
+    places: Sequence[tuple[int, int]],
+    members: Sequence[tuple[RowCache, int, int]],
+) -> Tensor:
+    """Return one array in the form of a batch; 0 at padding."""
+    cache, record, count = members[0]
+    like = cache.rows(name, record, count)
+    # numpy copies in this thread alone; torch would start others beside those that compute.
+    array = np.zeros((*shape, *like.shape[1:]), like.dtype)
+    for (row, column), (cache, record, count) in zip(places, members, strict=True):
+        array[row, column : column + count] = cache.rows(name, record, count)
+    return _as_tensor(array, cache.wanted.dtype)
 
 
 def build_cache(

@@ -5,7 +5,7 @@ N = rows (labels), K = tokens named of a row's law, V = vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +75,19 @@ class LoggedRows:
         self._row_of_position = row_of_position
         self._num_tokens = num_tokens
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> LoggedRows:
+        """Return the same of changed tensors: moved, pinned."""
+        return LoggedRows(
+            change(self._ids_NK),
+            change(self._log_probs_NK),
+            change(self._row_of_position),
+            num_tokens=self._num_tokens,
+        )
+
     def named(self, index_N: Tensor) -> NamedRows:
         """Return what is known of the law of the token after each flat position."""
-        rows_N = self._row_of_position[index_N.cpu()]
-        return NamedRows(self._ids_NK[rows_N].to(index_N.device), self._log_probs_NK[rows_N].to(index_N.device))
+        rows_N = self._row_of_position[index_N]
+        return NamedRows(self._ids_NK[rows_N], self._log_probs_NK[rows_N])
 
     def at(self, index_N: Tensor) -> Tensor:
         """Return log-probabilities over the vocabulary, the tail spread evenly: for drafters with a vocabulary of their own."""

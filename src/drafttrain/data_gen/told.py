@@ -6,7 +6,7 @@ B = sequences, T = positions, D = hidden
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -86,16 +86,15 @@ class ToldTarget(Target):
         for row, (tokens, positions) in enumerate(zip(tokens_BT.tolist(), positions_BT.tolist(), strict=True)):
             begins = [column for column, position in enumerate(positions) if position == 0]
             for begin, end in zip(begins, [*begins[1:], len(tokens)], strict=True):
-                rows = self._rows(tuple(tokens[begin:end]))
-                for name in states.keys() & rows.keys():
-                    states[name][row, begin:end] = rows[name].to(states[name])
+                for name, rows in self._rows(tuple(tokens[begin:end]), states).items():
+                    states[name][row, begin:end] = rows.to(states[name])
         hidden_BTD = {index: states[name] for index, name in names.items()}
         return TargetOutput(hidden_BTD=hidden_BTD, final_BTD=states.get("final"))
 
-    def _rows(self, text: tuple[int, ...]) -> dict[str, Tensor]:
+    def _rows(self, text: tuple[int, ...], names: Iterable[str]) -> dict[str, Tensor]:
         number = self._number.get(text)
         if number is not None:
-            return self._cache.stored(number, len(text))
+            return self._cache.stored(number, len(text), names)
         if any(text):
             raise DataError(
                 f"a text of {len(text)} tokens is read that is none of the {len(self._number)} validation texts"

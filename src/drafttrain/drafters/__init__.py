@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from drafttrain.core.records import DraftBatch, DraftOutput, TargetNeeds
+from drafttrain.core.records import DraftBatch, DraftOutput, RowsAsked, TargetNeeds
 from drafttrain.core.registry import Registry
 from drafttrain.core.roles import ForwardListener, Proposer
 
@@ -53,6 +53,13 @@ class Drafter(nn.Module, ABC):
     def needs(self) -> TargetNeeds:
         """Return what this drafter reads of the target at training time (the loss adds its own)."""
         return TargetNeeds()
+
+    def rows_asked(self) -> Sequence[RowsAsked]:
+        """Return which rows training reads: first those of the loss, then those of its own forward.
+
+        They are found before a batch is sent to a device; others are found there, and the host waits.
+        """
+        return [RowsAsked((1,), self.lag)]
 
     def why_not_cached(self) -> str | None:
         """Return why what this drafter reads of the target cannot be stored before training; None: it can."""

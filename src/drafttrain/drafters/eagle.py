@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.records import DraftBatch, DraftOutput, TargetNeeds, TargetOutput
+from drafttrain.core.records import DraftBatch, DraftOutput, RowsAsked, TargetNeeds, TargetOutput
 from drafttrain.core.settings import setting
 from drafttrain.drafters import drafters
 from drafttrain.drafters.feature_drafter import FeatureDrafter
@@ -128,6 +128,10 @@ class EagleDrafter(FeatureDrafter):
     def needs(self) -> TargetNeeds:
         """Return the state after the final norm."""
         return TargetNeeds(final=True)
+
+    def rows_asked(self) -> list[RowsAsked]:
+        """Return the rows of every step, which the distance to the features reads too."""
+        return 2 * super().rows_asked()
 
     def forward(self, batch: DraftBatch) -> DraftOutput:
         """Return the states of every step, and in training their distance to the target's own features."""

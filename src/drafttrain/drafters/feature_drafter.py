@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 from torch import Tensor, nn
 
+from drafttrain.core.records import RowsAsked
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.drafters import Drafter
 from drafttrain.drafters.feature_proposer import FeatureProposer
@@ -29,6 +30,10 @@ class FeatureDrafter(Drafter):
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """Return embedded_BTD."""
         return self._parts.embed(tokens_BT, dtype=self.fc.weight.dtype)
+
+    def rows_asked(self) -> list[RowsAsked]:
+        """Return the rows of every step of the rollout."""
+        return [RowsAsked(tuple(range(1, self.own["num_steps"] + 1)), self.lag)]
 
     def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
         """Return the proposer of chains and dynamic trees."""

@@ -21,7 +21,7 @@ from torch.nn.functional import silu
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import write_json
 from drafttrain.core.foreign import read_json
-from drafttrain.core.records import DraftBatch, DraftOutput, TargetNeeds
+from drafttrain.core.records import DraftBatch, DraftOutput, RowsAsked, TargetNeeds
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
 from drafttrain.core.tensors import load_into, shapes_in
@@ -196,6 +196,11 @@ class Medusa(Drafter):
     def needs(self) -> TargetNeeds:
         """Return what the heads stand on: the state after the final norm."""
         return TargetNeeds(final=True)
+
+    def rows_asked(self) -> list[RowsAsked]:
+        """Return the rows of every head, and in joint training those of the target itself."""
+        of_target = [] if self.joint is None else [RowsAsked((1,), 0)]
+        return [RowsAsked(tuple(range(1, self.num_heads + 1)), self.lag), *of_target]
 
     def forward(self, batch: DraftBatch) -> DraftOutput:
         """Return the states of every head before its output matrix."""

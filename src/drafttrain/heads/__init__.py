@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -53,10 +54,13 @@ class HeadBatch:
         """Draft tokens in it."""
         return len(self.rows)
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> HeadBatch:
+        """Return the batch of changed tensors: moved, pinned."""
+        return replace(self, rows=HeadRows(change(self.rows.features_ND), change(self.rows.labels_N)))
+
     def to(self, device: Any) -> HeadBatch:
         """Return the batch on `device`."""
-        rows = HeadRows(self.rows.features_ND.to(device), self.rows.labels_N.to(device))
-        return HeadBatch(rows, self.weight_of_step, self.step)
+        return self.each(lambda tensor: tensor.to(device))
 
 
 class TokenHead(nn.Module, ABC):

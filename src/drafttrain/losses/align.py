@@ -5,34 +5,17 @@ B = sequences, T = positions, D = hidden, K = depths, N = rows
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from drafttrain.core.records import DraftBatch, DraftOutput, RowIndex
-
-
-@dataclass(frozen=True)
-class AlignedRows:
-    """The N trained rows of a batch, depth by depth: where the drafter, the target and the label of each are."""
-
-    drafter_N: Tensor
-    """Flat position b * T + t of the drafter's state."""
-    target_N: Tensor
-    """Flat position of the target's state whose law is over the same token."""
-    tokens_N: Tensor
-    """The label."""
-    seed_N: Tensor
-    """A number of the row that does not depend on its micro-batch."""
-    index: RowIndex
-    counts: Mapping[int, int]
-    """Rows of each depth of the drafter, in their order."""
+from drafttrain.core.records import AlignedRows, DraftBatch, DraftOutput, Plan, RowIndex, RowsAsked
 
 
 def align(drafted: DraftOutput, batch: DraftBatch, *, block_length: int = 1) -> AlignedRows:
-    """Return the rows of all depths whose label is trained.
+    """Return the rows of all depths whose label is trained: those that the batch brings planned, or found here.
 
     Row t of depth d is the law of token t + d + lag, in the same document; the target says its own law of that token at
     t + d + lag - 1. `loss_mask_BT` is read at the label.
@@ -40,8 +23,20 @@ def align(drafted: DraftOutput, batch: DraftBatch, *, block_length: int = 1) -> 
     Args:
         block_length: Rows of a drafter of depth 1 that form one block.
     """
-    depths = sorted(drafted.states_BTD)
-    parts = [_of_depth(batch, depth, depth + drafted.lag) for depth in depths]
+    asked = RowsAsked(tuple(sorted(drafted.states_BTD)), drafted.lag, block_length)
+    planned_rows = batch.plan and batch.plan.rows.get(asked)
+    return planned_rows or _rows(batch, asked)
+
+
+def planned(batch: DraftBatch, asked: Iterable[RowsAsked]) -> DraftBatch:
+    """Return a batch that is still on the host with its plan: on a device, each depth's rows would be waited for."""
+    rows = {one: _rows(batch, one) for one in dict.fromkeys(asked)}
+    return replace(batch, plan=Plan(num_tokens=replace(batch, plan=None).num_tokens, rows=rows))
+
+
+def _rows(batch: DraftBatch, asked: RowsAsked) -> AlignedRows:
+    depths = asked.depths
+    parts = [_of_depth(batch, depth, depth + asked.lag) for depth in depths]
     drafter_N, label_N, depth_N = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
     sequence_N = batch.documents_BT.flatten()[label_N]
     position_N = batch.positions_BT.flatten()[label_N]
@@ -49,7 +44,7 @@ def align(drafted: DraftOutput, batch: DraftBatch, *, block_length: int = 1) -> 
     # One block: the depths of one root, or a window of successive positions of a chain.
     root_N = position_N - depth_N
     if len(depths) == 1:
-        root_N, depth_N = position_N // block_length, position_N % block_length + 1
+        root_N, depth_N = position_N // asked.block_length, position_N % asked.block_length + 1
     return AlignedRows(
         drafter_N=drafter_N,
         target_N=label_N - 1,

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from drafttrain.core.records import DraftBatch, DraftOutput, LossRows, NamedTargetRows, RowIndex
+from drafttrain.core.records import AlignedRows, DraftBatch, DraftOutput, LossRows, NamedTargetRows, RowIndex
 from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.losses import Loss
-from drafttrain.losses.align import AlignedRows
 from drafttrain.losses.buckets import in_buckets, known_acceptance
 
 WHOLE_BYTES = 256 * 2**20

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -274,13 +274,19 @@ class LiveRows:
 
     def __init__(self, model: Any, final_BTD: Tensor) -> None:
         self._model = model
-        self._final_RD = final_BTD.flatten(0, 1)
+        self._final_BTD = final_BTD
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> LiveRows:
+        """Return the same of changed tensors: moved, pinned."""
+        return LiveRows(self._model, change(self._final_BTD))
 
     def at(self, index_N: Tensor) -> Tensor:
         """Return logits_NV of the token after each flat position."""
         with torch.no_grad():
-            final_ND = self._final_RD.index_select(0, index_N.to(self._final_RD.device))
-            return head_logits(self._model, final_ND).to(index_N.device)
+            final_RD = self._final_BTD.flatten(0, 1)
+            final_ND = final_RD.index_select(0, index_N.to(final_RD.device))
+            # Stored states may have another type than the head.
+            return head_logits(self._model, final_ND.to(self._model.dtype)).to(index_N.device)
 
 
 class Target:

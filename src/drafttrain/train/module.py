@@ -6,6 +6,7 @@ B = sequences, T = positions, V = vocabulary, N = trained positions
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from drafttrain.core.records import DraftBatch, TargetNeeds, TargetOutput
 from drafttrain.drafters import Drafter
 from drafttrain.heads import HeadBatch, TokenHead
 from drafttrain.losses import Loss
-from drafttrain.losses.align import align
+from drafttrain.losses.align import align, planned
 from drafttrain.losses.chunked import normalised, row_losses, summed
 from drafttrain.target import Target
 from drafttrain.train.optimizer import build_optimizer, learning_rate_scale
@@ -61,9 +62,15 @@ class StepModule(LightningModule):
         )
         return scaled * (1 + 0 * total.detach())
 
-    def _count(self, *parts: Tensor) -> None:
-        """Add to the sums, from the first on."""
-        self.sums_4[: len(parts)] += torch.stack([part.detach().double() for part in parts]).cpu()
+    def planned(self, batch: Any) -> Any:
+        """Return a micro-batch with what the host can find out about it, before it is sent to the device."""
+        return batch
+
+    def _count(self, *parts: Tensor | float) -> None:
+        """Add to the sums, from the first on; they stay where the loss is until somebody reads them."""
+        self.sums_4 = self.sums_4.to(self.device)
+        for number, part in enumerate(parts):
+            self.sums_4[number].add_(part.detach() if isinstance(part, Tensor) else part)
 
     def _writes_a_row(self) -> bool:
         """Tell whether metrics.csv gets a row after this step."""
@@ -197,6 +204,12 @@ class DistillModule(StepModule):
         self.vocab_size = vocab_size
         self.target = target
 
+    def planned(self, batch: DraftBatch) -> DraftBatch:
+        """Return a micro-batch with the rows that the loss and the drafter will ask for."""
+        of_loss, *others = self.trained.rows_asked()
+        block_length = getattr(self.loss, "block_length", 1)
+        return planned(batch, [replace(of_loss, block_length=block_length), *others])
+
     def training_step(self, batch: DraftBatch, batch_idx: int) -> Tensor:
         """Return the loss of a micro-batch, scaled so that the gradients of a step add up to the mean over its positions."""
         batch = self._with_target(batch)
@@ -211,14 +224,12 @@ class DistillModule(StepModule):
             chunk_rows=self.settings.loss_chunk_rows,
             measured=self._writes_a_row(),
         )
-        acceptance = () if acceptance_N is None else (acceptance_N.sum(), acceptance_N.new_tensor(len(acceptance_N)))
+        acceptance = () if acceptance_N is None else (acceptance_N.sum(), len(acceptance_N))
         total = summed(loss_N, drafted)
-        self._count(total, loss_N.new_tensor(float(len(loss_N))), *acceptance)
+        self._count(total, len(loss_N), *acceptance)
         return self._scaled(total, batch)
 
     def _with_target(self, batch: DraftBatch) -> DraftBatch:
-        from dataclasses import replace
-
         needs = self.trained.needs()
         rows_needed = self.loss.needs_target and batch.target_rows is None
         reads = rows_needed or not (batch.target or TargetOutput()).has(needs)

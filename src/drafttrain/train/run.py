@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
 from drafttrain.core.console import say
@@ -25,6 +25,7 @@ from drafttrain.losses import Loss
 from drafttrain.target import Target
 from drafttrain.train.callbacks import FrozenTarget, Progress
 from drafttrain.train.checkpoints import Checkpoints, newest_checkpoint_for_all, save_trained
+from drafttrain.train.loader import StepData
 from drafttrain.train.memory import advice_on_memory
 from drafttrain.train.metrics_log import MetricsLog
 from drafttrain.train.module import DistillModule, HeadModule, StepModule
@@ -34,33 +35,6 @@ from drafttrain.train.result import TrainResult, folder_of_step
 from drafttrain.train.settings import TrainSettings
 from drafttrain.train.strategy import ZeroStrategy
 from drafttrain.train.validation import HeldOut, Validation
-
-
-class Steps(torch.utils.data.IterableDataset[Any]):
-    """Micro-batches from a step on; `of_step` is a pure function, so a resume needs one integer."""
-
-    def __init__(self, of_step: Callable[[int], Sequence[Any]], *, start: int, stop: int) -> None:
-        self.of_step = of_step
-        self.start = start
-        self.stop = stop
-
-    def __iter__(self) -> Iterator[Any]:
-        for step in range(self.start, self.stop):
-            yield from self.of_step(step)
-
-
-class _Data(LightningDataModule):
-    """The micro-batches of a training: Lightning asks for the loader after a checkpoint was restored."""
-
-    def __init__(self, of_step: Callable[[int], Sequence[Any]], *, stop: int) -> None:
-        super().__init__()
-        self._of_step = of_step
-        self._stop = stop
-
-    def train_dataloader(self) -> Any:
-        assert self.trainer is not None
-        steps = Steps(self._of_step, start=self.trainer.global_step, stop=self._stop)
-        return torch.utils.data.DataLoader(steps, batch_size=None)
 
 
 def train(
@@ -77,7 +51,7 @@ def train(
     """Train a drafter, continuing from the newest checkpoint in `folder` if there is one.
 
     Args:
-        of_step: The micro-batches of an optimizer step on this rank.
+        of_step: The micro-batches of an optimizer step on this rank; a thread calls it, so it must leave all models alone.
         estimate: From a drafter to `{"block_efficiency", "alpha", "said"}` on held-out prompts.
         folder: Gets metrics.csv, checkpoints/, best/ and train.json.
 
@@ -106,7 +80,7 @@ def train_head(
     """Train a head on labelled draft tokens, continuing from the newest checkpoint in `folder` if there is one.
 
     Args:
-        of_step: The micro-batches of an optimizer step.
+        of_step: The micro-batches of an optimizer step; a thread calls it.
         estimate: From a head to `{"log_likelihood", "auc", "ece", "said"}` on held-out tokens.
         folder: Gets metrics.csv, checkpoints/, best/ and train.json.
 
@@ -163,8 +137,9 @@ def _fit(
         newest = newest_checkpoint_for_all(checkpoints)
         if newest:
             say(f"continuing from {newest}")
-        data = _Data(of_step, stop=settings.max_steps)
-        with advice_on_memory(module), saver.taking_requests(), float32_products(settings, device):
+        data = StepData(of_step, planned=module.planned, stop=settings.max_steps)
+        on_device = float32_products(settings, device)
+        with advice_on_memory(module), saver.taking_requests(), on_device, closing(data):
             trainer.fit(module, datamodule=data, ckpt_path=newest, weights_only=True)
     return _finish(module, validation, folder=folder)
 

@@ -1,0 +1,145 @@
+"""Micro-batches made while the device computes: a thread packs the next optimizer step, a side stream copies the next micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+
+class Steps:
+    """Micro-batches from a step on; `of_step` is a pure function, so a resume needs one integer.
+
+    While the micro-batches of one step are read, a thread makes those of the next. Its errors are raised where they are asked for.
+
+    Args:
+        of_step: Called in the thread: it reads files, and no model.
+        prepared: What else the thread does with a micro-batch.
+        sent: What is done with it when it is asked for.
+    """
+
+    def __init__(
+        self,
+        of_step: Callable[[int], Sequence[Any]],
+        *,
+        start: int,
+        stop: int,
+        prepared: Callable[[Any], Any] = lambda batch: batch,
+        sent: Callable[[Any], Any] = lambda batch: batch,
+    ) -> None:
+        self.of_step = of_step
+        self.start = start
+        self.stop = stop
+        self.prepared = prepared
+        self.sent = sent
+        self._readers: list[Generator[Any]] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        self._readers.append(self._micro_batches())
+        return self._readers[-1]
+
+    def _micro_batches(self) -> Generator[Any]:
+        with ThreadPoolExecutor(1, thread_name_prefix="loader") as thread:
+            ahead = None
+            for step in range(self.start, self.stop):
+                made = (ahead or thread.submit(self._made, step)).result()
+                ahead = thread.submit(self._made, step + 1) if step + 1 < self.stop else None
+                yield from map(self.sent, made)
+
+    def _made(self, step: int) -> list[Any]:
+        return [self.prepared(batch) for batch in self.of_step(step)]
+
+    def close(self) -> None:
+        """End the thread, after what it is doing: training may stop before the last step."""
+        for reader in self._readers:
+            reader.close()
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A micro-batch on its way to a GPU."""
+
+    batch: Any
+    arrived: Any
+    """The event of the side stream."""
+
+
+class SideStream:
+    """Copies micro-batches to a GPU while it computes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def pinned(self, batch: Any) -> Any:
+        """Return a micro-batch in memory that the GPU copies from without the host."""
+        # Each thread begins on the first GPU, and would take memory there.
+        with torch.cuda.device(self.device):
+            return batch.each(lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor)
+
+    def send(self, batch: Any) -> Sent:
+        """Begin to copy."""
+        with torch.cuda.stream(self._stream):
+            moved = batch.each(lambda tensor: tensor.to(self.device, non_blocking=True))
+        return Sent(moved, self._stream.record_event())
+
+    def received(self, sent: Sent) -> Any:
+        """Return the micro-batch: what the GPU is asked to do from now on waits for it, the host does not."""
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(sent.arrived)
+
+        def used_by_current(tensor: Tensor) -> Tensor:
+            # Its memory is the side stream's, which would write there again as soon as nobody holds the tensor.
+            tensor.record_stream(current)
+            return tensor
+
+        return sent.batch.each(used_by_current)
+
+
+class StepData(LightningDataModule):
+    """The micro-batches of a training: Lightning asks for the loader after a checkpoint was restored.
+
+    Args:
+        planned: What the host finds out about a micro-batch before it is sent.
+    """
+
+    def __init__(self, of_step: Callable[[int], Sequence[Any]], *, planned: Callable[[Any], Any], stop: int) -> None:
+        super().__init__()
+        self._of_step = of_step
+        self._planned = planned
+        self._stop = stop
+        self._steps: Steps | None = None
+        self._side: SideStream | None = None
+
+    def train_dataloader(self) -> Steps:
+        """Return the micro-batches from the step on that training stands at."""
+        assert self.trainer is not None
+        device = self.trainer.strategy.root_device
+        self._side = SideStream(device) if device.type == "cuda" else None
+        self._steps = Steps(
+            self._of_step,
+            start=self.trainer.global_step,
+            stop=self._stop,
+            prepared=self._prepared,
+            # Lightning asks for one micro-batch more than it trains on: that one is copied meanwhile.
+            sent=self._side.send if self._side else lambda batch: batch,
+        )
+        return self._steps
+
+    def _prepared(self, batch: Any) -> Any:
+        planned = self._planned(batch)
+        return planned if self._side is None else self._side.pinned(planned)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Return a micro-batch on the device."""
+        return batch.to(device) if self._side is None else self._side.received(batch)
+
+    def close(self) -> None:
+        """Let no thread outlive the training."""
+        if self._steps is not None:
+            self._steps.close()
