@@ -97,7 +97,9 @@ def run(
         checkpoint_every_steps=3,
         deepspeed=None if stage is None else DeepSpeedSettings(stage=stage),  # type: ignore[arg-type]
     )
-    target = whole = Target(random_llama(num_layers=4), byte_tokenizer(), name="tiny", fingerprint="")
+    target, whole = (
+        Target(random_llama(num_layers=4), byte_tokenizer(), name="tiny", fingerprint="") for _ in range(2)
+    )
     if target_folder is not None:
         target = target_of(target_folder, folder, sharded=sharded)
     torch.manual_seed(0)
