@@ -18,6 +18,7 @@ from drafttrain.data_gen.cache import _as_array, _as_tensor
 from drafttrain.data_gen.prepare import TrainingData, attach_cache, prepare
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.sources.text import TextSettings
+from drafttrain.data_gen.told import ToldTarget
 from drafttrain.drafters.kangaroo import KangarooDrafter, KangarooSettings
 from drafttrain.losses import losses
 from drafttrain.losses.forward_kl import ForwardKLConfig
@@ -127,6 +128,37 @@ def test_half_the_bytes_hold_the_rounded_state(text, tiny_target, dtype):
     a, b = (data.of_step(0, batch_size=8)[0].target.hidden_BTD[1] for data in (whole, half))
     assert torch.equal(a.to(getattr(torch, dtype)).float(), b)
     assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_stored_states_keep_their_type_until_they_are_where_they_are_used(text, tiny_target, dtype):
+    data = cached(text, tiny_target, NEEDS, cache="states", cache_dtype=dtype)
+    (batch,) = data.of_step(0, batch_size=8)
+    states = [batch.target.final_BTD, *batch.target.hidden_BTD.values()]
+    assert {state.dtype for state in states} == {getattr(torch, dtype)}
+    # The law is made of the same tensor, so a batch takes it to the device once.
+    moved = []
+    batch.each(lambda tensor: moved.append(tensor.data_ptr()) or tensor)
+    assert len(set(moved)) == len(moved) == 4 + len(states)
+    index_N = (batch.documents_BT >= 0).flatten().nonzero()[:, 0]
+    final_ND = batch.target.final_BTD.flatten(0, 1)[index_N].float()
+    assert torch.equal(batch.target_rows.at(index_N), tiny_target.model.get_output_embeddings()(final_ND))
+
+
+def test_nothing_is_read_that_is_not_asked_for(text, tiny_target):
+    data = cached(text, tiny_target, NEEDS, cache="top_k")
+    cache = data.caches[0]
+    record = min(cache._starts)
+    for shard in cache._shards:
+        shard["hidden_0"] = shard["ids"] = None
+    assert set(cache.stored(record, 3, ["final", "tail"])) == {"final", "tail"}
+    text_T = data.stores[0][record].tokens
+    tokens_BT, positions_BT = torch.tensor(text_T)[None], torch.arange(len(text_T))[None]
+    told = ToldTarget(tiny_target, [*([] for _ in range(record)), text_T], cache)
+    seen, live = (
+        one.read(tokens_BT, positions_BT, TargetNeeds(hidden=(1,), final=True)) for one in (told, tiny_target)
+    )
+    torch.testing.assert_close(seen.hidden_BTD[1], live.hidden_BTD[1], rtol=1e-5, atol=1e-5)
 
 
 def test_a_state_that_does_not_fit_is_refused():
