@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from drafttrain.cli import exit_codes
-from drafttrain.core.processes import first, together, world
+from drafttrain.core.processes import first, joined, together, world
 from drafttrain.core.records import DraftBatch, Record, TargetNeeds
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import drafters
@@ -182,6 +182,19 @@ class Slow(CausalLMDrafter):
         return super().forward(batch)
 
 
+class Census(CausalLMDrafter):
+    """Notes before each micro-batch how many collectives the processes have begun: those of training, and those of their hosts."""
+
+    def forward(self, batch: DraftBatch) -> Any:
+        group = joined()
+        assert group is not None
+        groups = (torch.distributed.group.WORLD, group._control)
+        self.counts.append([one._get_sequence_number_for_group() for one in groups])  # type: ignore[union-attr]
+        return super().forward(batch)
+
+    counts: ClassVar[list[list[int]]] = []
+
+
 class PoisonedElsewhere(CausalLMDrafter):
     """At two steps the loss of all processes but the first is no number; its gradient is finite everywhere."""
 
@@ -217,6 +230,9 @@ if __name__ == "__main__":
             (folder / f"process-{world().rank}").write_text(str(os.getpid()))
             OnASmallDisk.limits = {int(step): limit for step, limit in layout.pop("limits", {}).items()}
             drafter = OnASmallDisk if OnASmallDisk.limits else CausalLMDrafter
-            drafter = {"slow": Slow, "poisoned": PoisonedElsewhere}.get(layout.pop("as", ""), drafter)
+            drafter = {"slow": Slow, "poisoned": PoisonedElsewhere, "census": Census}.get(layout.pop("as", ""), drafter)
             run(folder, drafter=drafter, **layout)
             limit_files(None)
+            if Census.counts:
+                (folder / "collectives.json").write_text(json.dumps(Census.counts))
+                Census.counts.clear()

@@ -23,7 +23,7 @@ from drafttrain.drafters.medusa import JointSettings
 from drafttrain.train import strategy
 from drafttrain.train.deepspeed_settings import DeepSpeedSettings
 from drafttrain.train.optimizer import Share
-from tests.train.layouts import curve, run
+from tests.train.layouts import STEPS, curve, run
 
 CLOSE = {"abs": 1e-5}
 
@@ -61,7 +61,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Layouts:
         (folder / "life", LIFE),
     ]
     poisoned = [(folder / f"poisoned-{stage}", {"stage": stage, "as": "poisoned"}) for stage in (0, 2, 3)]
-    in_two_processes([*layouts, *poisoned])
+    rarely = {"accumulation": 2, "log_every_steps": 100, "checkpoint_every_steps": 100}
+    census = (folder / "census", {"as": "census"} | rarely)
+    in_two_processes([*layouts, *poisoned, census])
     return layouts
 
 
@@ -222,6 +224,13 @@ def test_two_processes(plain: dict[str, list[float]], two: Layouts) -> None:
         for name, weight in first.items():
             for other in others:
                 torch.testing.assert_close(other[name], weight, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.processes
+def test_a_step_has_one_sum_of_gradients_and_one_of_the_hosts(two: Layouts) -> None:
+    counts = json.loads((two[0][0].parent / "census" / "collectives.json").read_text())
+    assert counts[1::2] == counts[::2], "none between two micro-batches"
+    assert counts[::2] == [[first + step for first in counts[0]] for step in range(STEPS)]
 
 
 @pytest.mark.processes

@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -301,14 +301,23 @@ class Group:
         dist.all_gather_object(values, json.dumps(value), group=self._control)
         return [json.loads(text) for text in values]
 
-    def sums(self, numbers: Sequence[float]) -> list[float]:
-        """Return the sums of numbers of the host over all processes, in float64; all must call it at the same place."""
+    def sums_later(self, numbers: Sequence[float]) -> Callable[[], list[float]]:
+        """Begin to add up numbers of the host over all processes, in float64; all must call it at the same place.
+
+        Returns:
+            What waits for the sums. In between each process does other things.
+        """
         import torch
         import torch.distributed as dist
 
         total_N = torch.tensor(numbers, dtype=torch.float64)
-        dist.all_reduce(total_N, group=self._control)
-        return [float(number) for number in total_N]
+        adding: Any = dist.all_reduce(total_N, group=self._control, async_op=True)
+
+        def sums() -> list[float]:
+            adding.wait()
+            return [float(number) for number in total_N]
+
+        return sums
 
     def wait(self, what: str, *, ranks: range | None = None, done: bool = True) -> None:
         """Wait, for as long as it takes, until these processes have come here too; those that are done say so first."""
@@ -441,7 +450,14 @@ def shared(value: Any) -> list[Any]:
 def sums_over_processes(numbers: Sequence[float]) -> list[float]:
     """Return the sums over all processes of numbers on the host: counts, flags, sums for a row of metrics."""
     _refuse_to_wait()
-    return [float(number) for number in numbers] if _joined is None else _joined.sums(numbers)
+    return sums_later(numbers)()
+
+
+def sums_later(numbers: Sequence[float]) -> Callable[[], list[float]]:
+    """Begin to add up numbers on the host over all processes, and return what waits for the sums."""
+    _refuse_to_wait()
+    own = [float(number) for number in numbers]
+    return (lambda: own) if _joined is None else _joined.sums_later(own)
 
 
 def any_of(flag: bool) -> bool:

@@ -9,7 +9,7 @@ import signal
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from lightning.pytorch import LightningModule, Trainer
 from drafttrain.core.console import say
 from drafttrain.core.errors import Interrupted
 from drafttrain.core.files import folder_beside
-from drafttrain.core.processes import at_step, first, first_before_others, shared, sums_over_processes
+from drafttrain.core.processes import at_step, first, first_before_others, shared, sums_later, world
 from drafttrain.train.callbacks import StepEnd
 from drafttrain.train.full_disk import CheckpointFile, could_be_written
 from drafttrain.train.module import StepModule
@@ -45,6 +45,8 @@ class Checkpoints(StepEnd):
         self.file = CheckpointFile()
         """The trainer writes through this."""
         self._asked_to_stop = False
+        self._asked_before: Callable[[], list[float]] = lambda: [0]
+        """How many processes had been asked by the end of the step before."""
 
     @contextmanager
     def taking_requests(self) -> Iterator[None]:
@@ -82,11 +84,23 @@ class Checkpoints(StepEnd):
     def on_step_end(self, trainer: Trainer, module: StepModule, step: int) -> None:
         """Save, and stop if that was asked of any process."""
         at_step(step)
-        stops = sums_over_processes([self._asked_to_stop])[0] > 0
+        stops = self._stops(step)
         if step % self.settings.checkpoint_every_steps == 0 or stops:
             self.save(trainer, step)
         if stops:
             raise Interrupted(f"stopped at step {step} of {self.settings.max_steps}: run the same command to continue")
+
+    def _stops(self, step: int) -> bool:
+        """Return whether any process was asked to stop, the same on all of them.
+
+        Several processes hear of each other one step later, so that none waits; at the last step there is no later one.
+        """
+        asked = sums_later([self._asked_to_stop])
+        known = self._asked_before()[0] > 0
+        self._asked_before = asked
+        if world().size == 1 or step == self.settings.max_steps:
+            return known or asked()[0] > 0
+        return known
 
     def save(self, trainer: Trainer, step: int) -> None:
         """Write one checkpoint beside and rename it; then drop the ones that are no longer needed."""

@@ -68,8 +68,14 @@ class MetricsLog(StepEnd):
         if not rows and self.validation is not None and self.validation.latest:
             self._write(trainer, 0, {})
 
+    def _count_all(self) -> None:
+        """Add what all processes read since the last call; all must call it."""
+        self._tokens += round(sums_over_processes([self._own_tokens])[0])
+        self._own_tokens = 0
+
     def state_dict(self) -> dict[str, Any]:
-        """Carry what was counted through a resume, also between two rows."""
+        """Carry what was counted through a resume, also between two rows; all processes ask for it."""
+        self._count_all()
         return {"tokens": self._tokens, "seconds": self._seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -86,11 +92,10 @@ class MetricsLog(StepEnd):
 
     def on_step_end(self, trainer: Trainer, module: StepModule, step: int) -> None:
         """Write a row every N steps, at validations and at the end."""
-        self._tokens += round(sums_over_processes([self._own_tokens])[0])
-        self._own_tokens = 0
         validated = self.validation is not None and bool(self.validation.latest)
         if step % self.settings.log_every_steps and step != self.settings.max_steps and not validated:
             return
+        self._count_all()
         loss, count, acceptance, measured = sums_over_processes(module.sums_4.tolist())
         module.sums_4.zero_()
         rate = acceptance / measured if measured else float("nan")

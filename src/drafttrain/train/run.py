@@ -134,6 +134,8 @@ def _fit(
             default_root_dir=str(folder),
         )
         trainer.strategy.checkpoint_io = saver.file
+        # Before every micro-batch Lightning would ask the first process whether it got a signal, and wait: `saver` takes them.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         newest = newest_checkpoint_for_all(checkpoints)
         if newest:
             say(f"continuing from {newest}")
