@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.train.layouts import curve, run
-from tests.train.test_layouts import in_two_processes
+from tests.train.test_layouts import in_processes
 
 STEPS = 30
 LOSS = "forward_kl"
@@ -26,19 +26,21 @@ def main() -> None:
         optimizer: run(folder / optimizer, optimizer=optimizer, steps=STEPS, loss=LOSS) for optimizer in OPTIMIZERS
     }
     layouts: list[dict[str, Any]] = [
-        {"stage": stage, "accumulation": accumulation, "optimizer": optimizer, "steps": STEPS, "loss": LOSS}
+        {"stage": stage, "records_per_device": at_once, "optimizer": optimizer, "steps": STEPS, "loss": LOSS}
         for optimizer in OPTIMIZERS
-        for accumulation in (1, 4)
+        for at_once in (None, 1)
         for stage in (0, 1, 2, 3)
     ]
     of_two = [(folder / f"two-{number}", layout) for number, layout in enumerate(layouts)]
-    in_two_processes(of_two)
-    print("| optimizer | accumulation | ZeRO | one process | two processes |\n|---|---|---|---|---|")
+    in_processes(of_two)
+    print("| optimizer | records a device | ZeRO | one process | two processes |\n|---|---|---|---|---|")
     for number, layout in enumerate(layouts):
         reference = plain[layout["optimizer"]]
         one = distance(run(folder / f"one-{number}", **layout), reference)
         two = distance(curve(of_two[number][0]), reference)
-        print(f"| {layout['optimizer']} | {layout['accumulation']} | {layout['stage']} | {one:.1e} | {two:.1e} |")
+        print(
+            f"| {layout['optimizer']} | {layout['records_per_device'] or 'all'} | {layout['stage']} | {one:.1e} | {two:.1e} |"
+        )
     commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
     print(f"\nlosses {plain['adamw'][0]:.3f} -> {plain['adamw'][-1]:.3f} (adamw), commit {commit.stdout.strip()}")
 

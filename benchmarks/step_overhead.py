@@ -51,7 +51,7 @@ def main() -> None:
     start = drafters.entry(recipe.drafter.kind).component.create(
         recipe.drafter, target=run.target, tokenizer=run.tokenizer
     )
-    size = {"batch_size": settings.batch_size, "accumulation": settings.accumulation}
+    size = {"batch_size": settings.batch_size, "records_per_device": settings.records_per_device}
     ready = [data.of_step(step, **size) for step in range(settings.max_steps)]
 
     def fit_turn() -> float:

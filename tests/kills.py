@@ -41,7 +41,7 @@ data:
   generate: {{num_records: 24, records_per_shard: 3, max_new_tokens: 12, prompt_tokens: 6,
              prompts: {{kind: jsonl, path: {prompts}}}}}
   sources: [{{kind: generated}}]
-train: {{max_steps: 25, batch_size: 8, accumulation: 2, warmup_steps: 2, log_every_steps: 4, eval_every_steps: 10,
+train: {{max_steps: 25, batch_size: 8, records_per_device: 2, warmup_steps: 2, log_every_steps: 4, eval_every_steps: 10,
         checkpoint_every_steps: 3, eval_prompts: 2, loggers: [csv]}}
 eval: {{num_prompts: 2, max_new_tokens: 4, prompt_tokens: 6, speed_prompts: 0, temperatures: [0],
        prompts: {prompts}, validation_prompts: {prompts}}}

@@ -145,7 +145,7 @@ def test_each_fault_has_its_line(line: str, problem: str) -> None:
 def test_a_refused_value_does_not_hide_other_problems() -> None:
     with pytest.raises(RecipeError) as caught:
         read_recipe(
-            "name: x\ntrain: {accumulation: *a, lr: -1}\nloss: {kind: *a}\ndata: *b\ntarget: {modle: y}\n", source="r"
+            "name: x\ntrain: {batch_size: *a, lr: -1}\nloss: {kind: *a}\ndata: *b\ntarget: {modle: y}\n", source="r"
         )
     told = "\n".join(caught.value.problems)
     for part in ("alias *a", "alias *b", "train.lr: must be", "target.modle: unknown key", "drafter: missing"):

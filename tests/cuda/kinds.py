@@ -75,7 +75,7 @@ def recipe(kind: Kind, *, target: Path, folder: Path, **train: Any) -> Recipe:
         "loss": kind.loss,
         "data": {"max_length": 40, "sources": [text], "cache_dtype": "bfloat16", **data},
         "train": {
-            **{"max_steps": 3, "batch_size": 4, "accumulation": 2, "warmup_steps": 0, "precision": "bf16-mixed"},
+            **{"max_steps": 3, "batch_size": 4, "records_per_device": 2, "warmup_steps": 0, "precision": "bf16-mixed"},
             **{"log_every_steps": 1, "checkpoint_every_steps": 2, "eval_every_steps": 2, "eval_prompts": 2},
             **{"loggers": ["csv"], "loss_chunk_rows": 16},
             **train,

@@ -34,7 +34,7 @@ def trained(
 ) -> None:
     """Take some optimizer steps of two micro-batches each under bf16-mixed."""
     chosen = {
-        **{"max_steps": 2, "batch_size": 6, "accumulation": 2, "warmup_steps": 0, "precision": "bf16-mixed"},
+        **{"max_steps": 2, "batch_size": 6, "records_per_device": 3, "warmup_steps": 0, "precision": "bf16-mixed"},
         **{"log_every_steps": 1000, "eval_every_steps": 0, "checkpoint_every_steps": 1000, "loggers": ["csv"]},
         **settings,
     }

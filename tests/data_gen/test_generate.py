@@ -153,11 +153,13 @@ def test_a_step_is_the_same_however_it_is_divided(settings, tiny_target, tmp_pat
         return sorted(id for batch in batches for id in batch.record_ids)
 
     whole = data.of_step(2, batch_size=8)
-    for accumulation, world_size in ((2, 1), (4, 2), (3, 2)):
+    for records_per_device, world_size in ((4, 1), (1, 2), (3, 2), (1, 3), (None, 9)):
         parts = [
             batch
             for rank in range(world_size)
-            for batch in data.of_step(2, batch_size=8, accumulation=accumulation, rank=rank, world_size=world_size)
+            for batch in data.of_step(
+                2, batch_size=8, records_per_device=records_per_device, rank=rank, world_size=world_size
+            )
         ]
         assert ids(parts) == ids(whole)
         assert {batch.weight_of_step for batch in parts} == {whole[0].weight_of_step}

@@ -78,9 +78,9 @@ def test_the_loss_of_a_step_does_not_depend_on_its_micro_batches():
     rows = HeadRows(torch.randn(40, 8), torch.rand(40))
     order = RowOrder(rows, one, seed=0)
     sums = []
-    for accumulation in (1, 2, 3):
-        parts = order.of_step(3, batch_size=12, accumulation=accumulation)
-        assert len(parts) == accumulation
+    for records_per_device in (None, 6, 5):
+        parts = order.of_step(3, batch_size=12, records_per_device=records_per_device)
+        accumulation = len(parts)
         losses = [
             normalised(
                 one.loss(one(b.rows.features_ND), b.rows.labels_N).sum(), b, world_size=1, accumulation=accumulation

@@ -40,7 +40,7 @@ data:
   max_length: 40
   sources: [{{kind: text, path: {text}}}]
 train:
-  {{max_steps: 12, batch_size: 4, accumulation: 2, warmup_steps: 2, log_every_steps: 1, checkpoint_every_steps: 3, eval_every_steps: 6,
+  {{max_steps: 12, batch_size: 4, records_per_device: 2, warmup_steps: 2, log_every_steps: 1, checkpoint_every_steps: 3, eval_every_steps: 6,
    eval_prompts: 2, loggers: [csv], optimizer: {optimizer}}}
 eval: {{num_prompts: 2, max_new_tokens: 8, prompt_tokens: 6, speed_prompts: 1, prompts: {prompts},
        validation_prompts: {prompts}, overlap_ngram: 0}}

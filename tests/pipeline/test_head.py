@@ -32,7 +32,7 @@ data:
   sources: [{{kind: text, path: {text}}}]
   annotate: {{kind: acceptance, held_out: 0.3}}
 train:
-  {{max_steps: 12, batch_size: 16, accumulation: 2, warmup_steps: 2, log_every_steps: 1, checkpoint_every_steps: 3,
+  {{max_steps: 12, batch_size: 16, records_per_device: 8, warmup_steps: 2, log_every_steps: 1, checkpoint_every_steps: 3,
    eval_every_steps: 6, loggers: [csv]}}
 eval: {{num_prompts: 2, max_new_tokens: 8, prompt_tokens: 6, speed_prompts: 0, prompts: {prompts},
        validation_prompts: {prompts}, temperatures: [0.0], length: {{kind: cumulative_reject}},

@@ -18,7 +18,8 @@ import torch
 from drafttrain.cli import exit_codes
 from drafttrain.core.processes import first, joined, together, world
 from drafttrain.core.records import DraftBatch, Record, TargetNeeds
-from drafttrain.data_gen.packing import pack
+from drafttrain.data_gen.packing import as_padding, pack
+from drafttrain.data_gen.shares import own_shares
 from drafttrain.drafters import drafters
 from drafttrain.drafters.causal_lm import CausalLMDrafter
 from drafttrain.losses import losses
@@ -32,11 +33,11 @@ BATCH = 8
 STEPS = 6
 
 
-def records_of(step: int) -> list[Record]:
+def records_of(step: int, *, count: int = BATCH) -> list[Record]:
     """Return the records of a step: lengths and masks differ, so that a mean of means is another number."""
     generator = torch.Generator().manual_seed(step)
     records = []
-    for number in range(BATCH):
+    for number in range(count):
         length = int(torch.randint(4, 12, (), generator=generator))
         tokens = torch.randint(1, 257, (length,), generator=generator).tolist()
         mask = (torch.rand(length, generator=generator) < 0.1 + 0.1 * number).tolist()
@@ -44,22 +45,29 @@ def records_of(step: int) -> list[Record]:
     return records
 
 
-def of_step(step: int, *, accumulation: int, mean_of_means: bool = False) -> list[DraftBatch]:
-    """Return this process's micro-batches."""
-    records, here = records_of(step), world()
+def of_step(
+    step: int, *, records_per_device: int | None = None, count: int = BATCH, mean_of_means: bool = False
+) -> list[DraftBatch]:
+    """Return this process's micro-batches; one without records is padding."""
+    records, here = records_of(step, count=count), world()
     weight = float(sum(sum(record.loss_mask) for record in records))
-    own = records[here.rank :: here.size]
-    size = len(own) // accumulation
-    parts = [own[start : start + size] for start in range(0, len(own), size)]
-    weights = [float(sum(sum(r.loss_mask) for r in part)) * len(parts) if mean_of_means else weight for part in parts]
-    return [pack(part, width=12, weight_of_step=w, step=step)[0] for part, w in zip(parts, weights, strict=True)]
+    lengths = [len(record.tokens) for record in records]
+    shares = own_shares(lengths, records_per_device=records_per_device, rank=here.rank, world_size=here.size)
+    batches = []
+    for share in shares:
+        own = [records[number] for number in share]
+        of_own = float(sum(sum(record.loss_mask) for record in own)) * len(shares)
+        batch, _ = pack(own or records[:1], width=12, weight_of_step=of_own if mean_of_means else weight, step=step)
+        batches.append(batch if own else as_padding(batch))
+    return batches
 
 
 def run(
     folder: Path,
     *,
     stage: int | None = None,
-    accumulation: int = 1,
+    records_per_device: int | None = None,
+    count: int = BATCH,
     optimizer: str = "adamw",
     steps: int = STEPS,
     drafter: type[CausalLMDrafter] = CausalLMDrafter,
@@ -77,6 +85,7 @@ def run(
 
     Args:
         stage: Of ZeRO; None without DeepSpeed.
+        count: Records of a step.
         drafter: The class, where `kind` is causal_lm.
         of_kind: Settings of another kind.
         target_folder: Where the target is read from, spread over the processes or not; None: it is made in memory.
@@ -84,8 +93,8 @@ def run(
     """
     wanted = TrainSettings(
         max_steps=steps,
-        batch_size=BATCH,
-        accumulation=accumulation,
+        batch_size=count,
+        records_per_device=records_per_device,
         optimizer=optimizer,  # type: ignore[arg-type]
         lr=3e-3 if optimizer != "sgd" else 0.3,
         weight_decay=0.1,
@@ -108,7 +117,7 @@ def run(
         entry: Any = drafters.entry(kind)
         made = entry.component.create(entry.settings(**(of_kind or {})), target=target, tokenizer=target.tokenizer)
         made.fit_vocabulary(lambda: np.arange(257))
-    of_own = partial(of_step, accumulation=accumulation, mean_of_means=mean_of_means)
+    of_own = partial(of_step, records_per_device=records_per_device, count=count, mean_of_means=mean_of_means)
     train(
         made,
         losses.build(losses.entry(loss).settings(**({"scope": "batch"} if loss == "tvdpp" else {}))),

@@ -19,7 +19,7 @@ from drafttrain.train.run import train_head
 from drafttrain.train.settings import TrainSettings
 
 SETTINGS = TrainSettings(
-    max_steps=20, batch_size=32, accumulation=2, lr=3e-2, warmup_steps=2, eval_every_steps=5, log_every_steps=1,
+    max_steps=20, batch_size=32, records_per_device=16, lr=3e-2, warmup_steps=2, eval_every_steps=5, log_every_steps=1,
     checkpoint_every_steps=4, loggers=["csv"],
 )  # fmt: skip
 
@@ -38,7 +38,7 @@ def run(folder: Path, *, breaks_at: int | None = None) -> TrainResult:
     def of_step(step: int) -> Any:
         if step == breaks_at:
             raise RuntimeError("the power went out")
-        return order.of_step(step, batch_size=SETTINGS.batch_size, accumulation=SETTINGS.accumulation)
+        return order.of_step(step, batch_size=SETTINGS.batch_size, records_per_device=SETTINGS.records_per_device)
 
     return train_head(
         head,

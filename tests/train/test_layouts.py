@@ -28,9 +28,9 @@ from tests.train.layouts import STEPS, curve, run
 CLOSE = {"abs": 1e-5}
 
 
-def in_two_processes(layouts: list[tuple[Path, dict[str, Any]]]) -> None:
-    """Train these layouts, one after the other, in two processes under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def in_processes(layouts: list[tuple[Path, dict[str, Any]]], *, count: int = 2) -> None:
+    """Train these layouts, one after the other, in several processes under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     work = json.dumps([[str(folder), layout] for folder, layout in layouts])
     environment = without_launcher(os.environ) | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
@@ -49,9 +49,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Layouts:
     """What two processes trained, under one launch; the last ones are beginnings of lives under several layouts."""
     folder = tmp_path_factory.mktemp("two")
     layouts: Layouts = [
-        (folder / f"{stage}-{accumulation}", {"stage": stage, "accumulation": accumulation, "optimizer": optimizer})
+        (folder / f"{stage}-{optimizer}", {"stage": stage, "records_per_device": at_once, "optimizer": optimizer})
         for stage in (0, 1, 2, 3)
-        for accumulation, optimizer in ((1, "adamw"), (2, "muon"), (4, "sgd"))
+        for at_once, optimizer in ((None, "adamw"), (2, "muon"), (1, "sgd"))
     ]
     full = {"stage": 2, "limits": {5: 150_000}, "on_full_disk": "continue"}
     layouts += [
@@ -61,9 +61,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Layouts:
         (folder / "life", LIFE),
     ]
     poisoned = [(folder / f"poisoned-{stage}", {"stage": stage, "as": "poisoned"}) for stage in (0, 2, 3)]
-    rarely = {"accumulation": 2, "log_every_steps": 100, "checkpoint_every_steps": 100}
+    rarely = {"records_per_device": 2, "log_every_steps": 100, "checkpoint_every_steps": 100}
     census = (folder / "census", {"as": "census"} | rarely)
-    in_two_processes([*layouts, *poisoned, census])
+    in_processes([*layouts, *poisoned, census])
     return layouts
 
 
@@ -74,12 +74,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("records_per_device", [None, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_one_process_under_any_stage(
-    plain: dict[str, list[float]], tmp_path: Path, stage: int, accumulation: int, optimizer: str
+    plain: dict[str, list[float]], tmp_path: Path, stage: int, records_per_device: int | None, optimizer: str
 ) -> None:
-    losses = run(tmp_path, stage=stage, accumulation=accumulation, optimizer=optimizer)
+    losses = run(tmp_path, stage=stage, records_per_device=records_per_device, optimizer=optimizer)
     assert losses == pytest.approx(plain[optimizer], **CLOSE)
 
 
@@ -104,7 +104,7 @@ def test_one_process_listens_on_no_port(tmp_path: Path) -> None:
 )
 def test_every_kind_with_its_weights_spread_out(tmp_path: Path, kind: str, of_kind: dict[str, Any]) -> None:
     alone = run(tmp_path / "plain", kind=kind, of_kind=of_kind)
-    spread = run(tmp_path / "zero", kind=kind, of_kind=of_kind, stage=3, accumulation=2)
+    spread = run(tmp_path / "zero", kind=kind, of_kind=of_kind, stage=3, records_per_device=4)
     assert spread == pytest.approx(alone, **CLOSE)
 
 
@@ -192,7 +192,7 @@ def test_the_matrices_that_muon_gathers_are_those_it_was_built_with(
 
 
 def test_control_a_mean_of_means_is_another_number(plain: dict[str, list[float]], tmp_path: Path) -> None:
-    losses = run(tmp_path, accumulation=4, mean_of_means=True)
+    losses = run(tmp_path, records_per_device=2, mean_of_means=True)
     assert losses != pytest.approx(plain["adamw"], abs=1e-3)
 
 
@@ -200,7 +200,7 @@ def test_control_dividing_twice_is_another_number(
     plain: dict[str, list[float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(strategy.ZeroPrecision, "backward", DeepSpeedPrecision.backward)
-    losses = run(tmp_path / "sgd", stage=2, accumulation=4, optimizer="sgd", clip_norm=0.0)
+    losses = run(tmp_path / "sgd", stage=2, records_per_device=2, optimizer="sgd", clip_norm=0.0)
     assert losses != pytest.approx(run(tmp_path / "once", optimizer="sgd", clip_norm=0.0), abs=1e-3)
 
 
@@ -239,7 +239,7 @@ def test_a_run_goes_on_under_another_stage_and_world_size(two: Layouts, tmp_path
     run(life, stage=1, steps=9)
     # The newest one is damaged: both processes go back to the one before.
     (life / "checkpoints" / "step-00000009.ckpt").write_bytes(b"garbage")
-    in_two_processes([(life, {"stage": 2, "steps": 9, "accumulation": 2})])
+    in_processes([(life, {"stage": 2, "steps": 9, "records_per_device": 2})])
     assert (life / "checkpoints" / "step-00000009.damaged").exists()
     run(life, steps=12)
     run(life, stage=3, steps=15)
@@ -256,10 +256,10 @@ def test_a_run_with_muon_goes_on_under_another_stage_and_world_size(two: Layouts
 
 
 @pytest.mark.parametrize("stage", [None, 2])
-def test_a_run_goes_on_with_another_accumulation(tmp_path: Path, stage: int | None) -> None:
+def test_a_run_continues_with_other_micro_batches(tmp_path: Path, stage: int | None) -> None:
     """Three steps of one micro-batch are no multiple of two: a step that ends by their count would end in its middle."""
-    for steps, accumulation in ((3, 1), (6, 2), (9, 4)):
-        run(tmp_path / "life", stage=stage, steps=steps, accumulation=accumulation)
+    for steps, records_per_device in ((3, None), (6, 4), (9, 3)):
+        run(tmp_path / "life", stage=stage, steps=steps, records_per_device=records_per_device)
     assert curve(tmp_path / "life") == pytest.approx(run(tmp_path / "whole", steps=9), **CLOSE)
 
 

@@ -24,20 +24,20 @@ class Large(CausalLMDrafter):
 @pytest.mark.parametrize("stage", [None, 2])
 def test_a_step_that_needs_too_much_memory_says_what_to_change(tmp_path: Path, stage: int | None) -> None:
     with pytest.raises(DrafttrainError) as caught:
-        run(tmp_path, drafter=Large, accumulation=2, stage=stage)
+        run(tmp_path, drafter=Large, records_per_device=4, stage=stage)
     said = str(caught.value)
     assert "out of memory on cpu in step 3" in said
     assert "GB resident so far" in said
     assert f"allocate {4 * 2**50} bytes" in said
-    assert "train.accumulation=4 (now 2): 2 of a step's records at once in place of 4, 50%" in said
+    assert "train.records_per_device=2 (now 4): 2 of a step's records at once in place of 4, 50%" in said
     assert "train.activation_checkpointing=true" in said
     assert "train.target_placement=absent, with a data.cache: 0.00 GB" in said
 
 
-def test_a_batch_of_single_records_is_not_told_to_accumulate(tmp_path: Path) -> None:
+def test_a_batch_of_single_records_is_not_told_to_read_fewer(tmp_path: Path) -> None:
     with pytest.raises(DrafttrainError) as caught:
-        run(tmp_path, drafter=Large, accumulation=8, activation_checkpointing=True)
-    assert "train.accumulation" not in str(caught.value)
+        run(tmp_path, drafter=Large, records_per_device=1, activation_checkpointing=True)
+    assert "train.records_per_device" not in str(caught.value)
     assert "data.max_length" in str(caught.value)
 
 

@@ -40,7 +40,7 @@ def run(
     name: str,
     *,
     layers: int,
-    accumulation: int = 1,
+    records_per_device: int | None = None,
     steps: int = 3,
     lr: float = 1e-3,
     again: bool = False,
@@ -56,7 +56,7 @@ def run(
     wanted = TrainSettings(
         max_steps=steps,
         batch_size=BATCH,
-        accumulation=accumulation,
+        records_per_device=records_per_device,
         lr=lr,
         warmup_steps=0,
         schedule="constant",
@@ -70,7 +70,7 @@ def run(
         drafter,
         losses.build(losses.entry("forward_kl").settings()),
         target=target,
-        of_step=partial(of_step, accumulation=accumulation),
+        of_step=partial(of_step, records_per_device=records_per_device),
         estimate=None,
         settings=wanted,
         vocab_size=257,
@@ -96,5 +96,5 @@ def test_resume_and_accumulation_change_no_number_of_a_model_with_dropout(tmp_pa
     assert [row["loss"] for row in resumed] == [row["loss"] for row in whole]
     for name, value in drafter.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
-    pieces, _ = run(tmp_path / "pieces", "gpt2", layers=1, steps=4, accumulation=4)
+    pieces, _ = run(tmp_path / "pieces", "gpt2", layers=1, steps=4, records_per_device=2)
     assert [float(r["loss"]) for r in pieces] == pytest.approx([float(r["loss"]) for r in whole], rel=1e-5)

@@ -53,7 +53,7 @@ def run(
     settings = TrainSettings(
         max_steps=STEPS,
         batch_size=accumulation,
-        accumulation=accumulation,
+        records_per_device=1,
         warmup_steps=0,
         loggers=["csv"],
         eval_every_steps=STEPS,

@@ -15,7 +15,7 @@ from drafttrain.target import Target, TargetSettings
 from drafttrain.target.anatomy import blocks
 from tests.conftest import byte_tokenizer, random_llama
 from tests.train.layouts import curve, run, states_digest
-from tests.train.test_layouts import CLOSE, Layouts, in_two_processes
+from tests.train.test_layouts import CLOSE, Layouts, in_processes
 
 KINDS: dict[str, dict[str, Any]] = {
     "causal_lm": {},
@@ -44,9 +44,9 @@ def two(tmp_path_factory: pytest.TempPathFactory, target_folder: str) -> Layouts
         (folder / kind, {"kind": kind, "of_kind": of_kind, "stage": 3 if number % 2 == 0 else 1})
         for number, (kind, of_kind) in enumerate(KINDS.items())
     ]
-    layouts += [(folder / "logged", {"logged": True, "accumulation": 2}), (folder / "whole", {"sharded": False})]
+    layouts += [(folder / "logged", {"logged": True, "records_per_device": 2}), (folder / "whole", {"sharded": False})]
     layouts = [(place, layout | {"target_folder": target_folder}) for place, layout in layouts]
-    in_two_processes(layouts)
+    in_processes(layouts)
     return layouts
 
 

@@ -51,7 +51,7 @@ class Checker:
         before = self._num_faults
         fields = fields_of(settings)
         given = {key: child for key, child in node.value.items() if not (key == "kind" and kind)}
-        self._unknown_keys(given, fields, path=path)
+        self._unknown_keys(given, fields, path=path, replaced=getattr(settings, "REPLACED", {}))
         values: dict[str, Any] = {}
         for name, field in fields.items():
             here = _join(path, name)
@@ -219,9 +219,14 @@ class Checker:
             told = sentence if not path else f"{path}.{sentence}" if known else f"{path}: {sentence}"
             self.problems.append(Problem(at.where, told))
 
-    def _unknown_keys(self, given: Mapping[str, Node], fields: Mapping[str, Field], *, path: str) -> None:
+    def _unknown_keys(
+        self, given: Mapping[str, Node], fields: Mapping[str, Field], *, path: str, replaced: Mapping[str, str]
+    ) -> None:
+        """Refuse keys that are none; one that was a key before is told what took its place."""
         for key, child in given.items():
-            if key not in fields:
+            if key in replaced:
+                self.refuse(child, _join(path, key), f"this key was replaced by {replaced[key]}")
+            elif key not in fields:
                 near = difflib.get_close_matches(key, fields, n=1)
                 word, listed = ("key", "Keys here") if path else ("section", "Sections")
                 hint = f"Did you mean {near[0]!r}?" if near else f"{listed}: {', '.join(fields) or 'none'}"

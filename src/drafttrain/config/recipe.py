@@ -128,8 +128,8 @@ class Recipe:
             yield "train.schedule: traffic has no end: online learning needs constant"
         if self.train.pretrain is not None or self.train.deepspeed is not None or (self.train.devices or 1) > 1:
             yield "train: online learning runs in one process, without pretrain and deepspeed"
-        if self.train.accumulation > 1:
-            yield "train.accumulation: online learning takes whole batches: leave it at 1"
+        if self.train.records_per_device is not None:
+            yield "train.records_per_device: online learning takes whole batches: leave it at null"
 
     def _placement(self) -> Iterator[str]:
         """Tell what needs the whole target in every process, or a target that is there."""

@@ -25,6 +25,7 @@ from drafttrain.data_gen.groups import groups
 from drafttrain.data_gen.names import Names, shared_names
 from drafttrain.data_gen.prepare import TrainingData
 from drafttrain.data_gen.sampler import Sampler
+from drafttrain.data_gen.shares import own_shares
 from drafttrain.heads import HeadBatch, HeadRows, TokenHead
 from drafttrain.target.frozen import weights_sha256
 
@@ -61,15 +62,21 @@ class RowOrder:
         self._sampler = Sampler([len(rows)], [1.0], seed=seed)
 
     def of_step(
-        self, step: int, *, batch_size: int, accumulation: int = 1, rank: int = 0, world_size: int = 1
+        self,
+        step: int,
+        *,
+        batch_size: int,
+        records_per_device: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> list[HeadBatch]:
-        """Return the micro-batches of one optimizer step on one rank."""
+        """Return the micro-batches of one optimizer step on one rank; some may have no row."""
         chosen = torch.tensor([self._sampler.at(step * batch_size + i)[1] for i in range(batch_size)])
         weight = float(self.weights_N[chosen].sum())
-        own = chosen[rank::world_size]
+        shares = own_shares([1] * batch_size, records_per_device=records_per_device, rank=rank, world_size=world_size)
+        parts = [chosen[share] for share in shares]
         return [
-            HeadBatch(HeadRows(self.rows.features_ND[part], self.rows.labels_N[part]), weight, step)
-            for part in own.split(-(-len(own) // accumulation))
+            HeadBatch(HeadRows(self.rows.features_ND[part], self.rows.labels_N[part]), weight, step) for part in parts
         ]
 
 

@@ -6,6 +6,7 @@ B = sequences, T = positions
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -67,3 +68,10 @@ def pack(
         record_ids=[record.id for record in records],
     )
     return batch, places
+
+
+def as_padding(batch: DraftBatch) -> DraftBatch:
+    """Return a batch of the same shape of which nothing is trained or counted."""
+    nowhere_BT = torch.full_like(batch.documents_BT, -1)
+    untrained_BT = torch.zeros_like(batch.loss_mask_BT)
+    return replace(batch, documents_BT=nowhere_BT, loss_mask_BT=untrained_BT, record_ids=())

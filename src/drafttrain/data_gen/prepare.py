@@ -19,9 +19,10 @@ from drafttrain.data_gen.formats import Encoder
 from drafttrain.data_gen.generate import generate
 from drafttrain.data_gen.logged_law import with_logged
 from drafttrain.data_gen.overlap import Key, contaminated
-from drafttrain.data_gen.packing import pack
+from drafttrain.data_gen.packing import as_padding, pack
 from drafttrain.data_gen.sampler import Sampler
 from drafttrain.data_gen.settings import DataSettings
+from drafttrain.data_gen.shares import own_shares
 from drafttrain.data_gen.sources import Source, Versioned, content_of, sources
 from drafttrain.data_gen.store import Store, open_store
 from drafttrain.target import Target
@@ -46,20 +47,30 @@ class TrainingData:
         return TrainingData([self.stores[i] for i in kept], settings, self.encoder, seed=self.sampler.seed)
 
     def of_step(
-        self, step: int, *, batch_size: int, accumulation: int = 1, rank: int = 0, world_size: int = 1
+        self,
+        step: int,
+        *,
+        batch_size: int,
+        records_per_device: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> list[DraftBatch]:
         """Return the micro-batches of one optimizer step on one rank: a pure function of its arguments.
 
-        `weight_of_step` counts the trained positions of all micro-batches on all ranks.
+        `weight_of_step` counts the trained positions of all micro-batches on all ranks. A micro-batch for which no record is
+        left holds padding alone: every rank takes the same number of backward passes.
         """
         places = [self.sampler.at(step * batch_size + i) for i in range(batch_size)]
         weight = float(sum(int(self.stores[source].num_labels[record]) for source, record in places))
-        own = list(range(rank, batch_size, world_size))
-        size = -(-len(own) // accumulation)
-        return [
-            self._micro_batch([(n, *places[n]) for n in own[start : start + size]], weight=weight, step=step)
-            for start in range(0, len(own), size)
-        ]
+        lengths = [self.stores[source].length(record) for source, record in places]
+        shares = own_shares(lengths, records_per_device=records_per_device, rank=rank, world_size=world_size)
+        shortest = int(np.argmin(lengths))
+        batches = []
+        for share in shares:
+            members = [(number, *places[number]) for number in share or [shortest]]
+            batch = self._micro_batch(members, weight=weight, step=step)
+            batches.append(batch if share else as_padding(batch))
+        return batches
 
     def _micro_batch(self, members: list[tuple[int, int, int]], *, weight: float, step: int) -> DraftBatch:
         records = [self.stores[source][record] for _, source, record in members]

@@ -50,6 +50,10 @@ class Store:
         start, stop = self._starts[index], self._starts[index + 1]
         return Record(self.ids[index], self._tokens[start:stop].tolist(), self._mask[start:stop].tolist())
 
+    def length(self, index: int) -> int:
+        """Return how many tokens a record has."""
+        return int(self._starts[index + 1] - self._starts[index])
+
     @property
     def tokens(self) -> np.ndarray[Any, Any]:
         """All records' tokens, one after the other."""

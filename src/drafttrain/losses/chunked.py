@@ -64,9 +64,13 @@ def row_losses(
     again = (count > chunk_rows if chunk_rows else count * row_bytes > WHOLE_BYTES) and torch.is_grad_enabled()
     chunk = chunk_rows or (CPU_PIECE_BYTES if rows.tokens_N.device.type == "cpu" else WHOLE_BYTES) // row_bytes
     parts: list[Mapping[str, Tensor]] = []
+    untrained: list[Tensor] = []
     first = 0
     for depth, size in rows.counts.items():
         states_RD = drafted.states_BTD[depth].flatten(0, 1)
+        if not size:
+            # Nothing of this depth is trained here, yet every rank must take the same backward pass, through the head too.
+            untrained.append(0.0 * drafted.head(states_RD[:1], depth).float().sum())
         for start in range(first, first + size, max(1, chunk)):
             chosen = slice(start, min(start + chunk, first + size))
             arguments = (
@@ -83,8 +87,7 @@ def row_losses(
             parts.append(checkpoint(_values, *arguments, use_reentrant=False) if again else _values(*arguments))
         first += size
     if not parts:
-        # Nothing is trained here, yet every rank must take the same backward pass.
-        return 0.0 * torch.cat([states.sum()[None] for states in drafted.states_BTD.values()])[:0], None
+        return torch.stack(untrained)[:0], None
     values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     acceptance_N = values.pop(ACCEPTANCE, None)
     with _full_precision(rows.tokens_N):
@@ -94,7 +97,7 @@ def row_losses(
             loss_N.new_full((size,), drafted.depth_weights.get(depth, 1.0)) for depth, size in rows.counts.items()
         ]
         loss_N = loss_N * torch.cat(factors)
-    return loss_N, acceptance_N
+    return loss_N + sum(untrained), acceptance_N
 
 
 def _combined(loss: Loss, values: dict[str, Tensor], index: RowIndex) -> Tensor:

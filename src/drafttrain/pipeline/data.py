@@ -117,7 +117,7 @@ def own_batches(data: Any, settings: Any) -> Callable[[int], list[Any]]:
     return lambda step: data.of_step(
         step,
         batch_size=settings.batch_size,
-        accumulation=settings.accumulation,
+        records_per_device=settings.records_per_device,
         rank=here.rank,
         world_size=here.size,
     )

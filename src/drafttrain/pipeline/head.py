@@ -62,7 +62,7 @@ def fit_head(recipe: Recipe, folder: RunFolder, labelled: LabelledTokens) -> Non
         of_step=lambda step: order.of_step(
             step,
             batch_size=settings.batch_size,
-            accumulation=settings.accumulation,
+            records_per_device=settings.records_per_device,
             rank=here.rank,
             world_size=here.size,
         ),

@@ -13,8 +13,8 @@ from drafttrain.core.settings import setting
 
 OWNED = {
     "train_batch_size": "train.batch_size",
-    "train_micro_batch_size_per_gpu": "train.batch_size and train.accumulation",
-    "gradient_accumulation_steps": "train.accumulation",
+    "train_micro_batch_size_per_gpu": "train.records_per_device",
+    "gradient_accumulation_steps": "train.batch_size and train.records_per_device",
     "gradient_clipping": "train.clip_norm",
     "optimizer": "train.optimizer",
     "scheduler": "train.schedule",

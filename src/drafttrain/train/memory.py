@@ -54,11 +54,12 @@ def _peak(device: torch.device) -> str:
 def _for_steps(module: StepModule, device: torch.device) -> list[str]:
     settings, processes = module.settings, world().size
     changes = []
-    if more := _next_accumulation(settings, processes):
-        now, then = (settings.batch_size // (processes * count) for count in (settings.accumulation, more))
+    now = settings.largest_micro_batch(processes)
+    if now > 1:
+        then = now // 2
         changes.append(
-            f"train.accumulation={more} (now {settings.accumulation}): {then} of a step's records at once in place of {now}, "
-            f"{settings.accumulation / more:.0%} of the activations and logits; the result is the same"
+            f"train.records_per_device={then} (now {now}): {then} of a step's records at once in place of {now}, "
+            f"{then / now:.0%} of the activations and logits; the result is the same"
         )
     if not settings.activation_checkpointing:
         changes.append(
@@ -82,12 +83,6 @@ def _for_target(module: DistillModule, settings: TrainSettings, processes: int) 
             f"train.target_placement=sharded: of these {size:.2f} GB each process holds {size / processes:.2f} GB; slower steps"
         )
     return changes
-
-
-def _next_accumulation(settings: TrainSettings, processes: int) -> int | None:
-    """Return the next number of micro-batches that the batch goes into; None: one record at once is the least."""
-    own = settings.batch_size // processes
-    return next((count for count in range(settings.accumulation + 1, own + 1) if own % count == 0), None)
 
 
 def _for_states(module: StepModule, settings: TrainSettings, device: torch.device, processes: int) -> list[str]:

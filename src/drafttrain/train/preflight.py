@@ -10,7 +10,8 @@ from importlib import metadata
 from pathlib import Path
 
 import drafttrain
-from drafttrain.core.errors import DrafttrainError, RecipeError
+from drafttrain.core.console import say
+from drafttrain.core.errors import DrafttrainError
 from drafttrain.core.files import write_text
 from drafttrain.core.processes import agree, first, first_before_others, say_world, shared, world
 from drafttrain.train.settings import TrainSettings
@@ -23,10 +24,9 @@ CHECKPOINTS = 3
 
 
 def check_processes(name: str, recipe: str, folder: Path, settings: TrainSettings) -> None:
-    """Require the same versions, code and recipe everywhere, a folder that all see, and a batch that can be shared out.
+    """Require the same versions, code and recipe everywhere, and a folder that all see.
 
     Raises:
-        RecipeError: The batch does not go into the processes.
         DrafttrainError: Processes differ; each that does is named with its host.
     """
     here = world()
@@ -36,22 +36,22 @@ def check_processes(name: str, recipe: str, folder: Path, settings: TrainSetting
     agree("the versions of the packages", ", ".join(versions))
     agree("drafttrain's source (digest)", source_digest())
     agree(f"the recipe {name} (digest)", hashlib.sha256(recipe.encode()).hexdigest()[:12])
-    _check_share("train", settings.batch_size, micro_batches=settings.accumulation, recipe=name)
-    if settings.pretrain is not None:
-        _check_share("train.pretrain", settings.pretrain.batch_size, micro_batches=1, recipe=name)
+    phases = {"train": settings, "train.pretrain": settings.of_pretraining() if settings.pretrain else None}
+    for section, phase in phases.items():
+        if phase is not None:
+            say_shares(section, phase, world_size=here.size)
     _check_folder(folder)
 
 
-def _check_share(section: str, batch_size: int, *, micro_batches: int, recipe: str) -> None:
-    size = world().size
-    if batch_size % (size * micro_batches):
-        raise RecipeError(
-            f"recipe {recipe}",
-            [
-                f"{section}.batch_size: {batch_size} is not a multiple of {size * micro_batches} "
-                f"({size} processes x {micro_batches} micro-batches)"
-            ],
-        )
+def say_shares(section: str, settings: TrainSettings, *, world_size: int) -> None:
+    """Report how a step is divided, and how many processes have nothing to read in it."""
+    count, most = settings.num_micro_batches(world_size), settings.largest_micro_batch(world_size)
+    idle = max(0, world_size - settings.batch_size)
+    nothing = f"; {idle} processes have none" if idle else ""
+    say(
+        f"{section}: {settings.batch_size} records a step, at most {most} a process at once, "
+        f"{count} micro-batch{'es' if count > 1 else ''}{nothing}"
+    )
 
 
 def _check_folder(folder: Path) -> None:

@@ -124,7 +124,7 @@ def _fit(
             **placement(device, settings),
             max_steps=settings.max_steps,
             max_epochs=-1,
-            accumulate_grad_batches=settings.accumulation,
+            accumulate_grad_batches=settings.num_micro_batches(world().size),
             callbacks=callbacks,
             logger=_loggers(settings, folder),
             enable_checkpointing=False,

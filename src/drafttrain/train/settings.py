@@ -1,10 +1,12 @@
 """Settings of training; imports neither lightning nor deepspeed."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from typing import ClassVar, Literal
 
 from drafttrain.core.settings import setting
+from drafttrain.data_gen.shares import num_micro_batches
 from drafttrain.train.deepspeed_settings import DeepSpeedSettings
 
 
@@ -47,7 +49,12 @@ class TrainSettings:
     batch_size: int = setting(
         32, help="Records (for a head, labelled tokens) an optimizer step, over all devices and micro-batches.", ge=1
     )
-    accumulation: int = setting(1, help="Micro-batches an optimizer step; the result does not depend on it.", ge=1)
+    records_per_device: int | None = setting(
+        None,
+        help="The most records of one micro-batch on one device; a step has as few micro-batches as hold train.batch_size, and "
+        "its result does not depend on them. null: a device's whole share of a step is one micro-batch, whatever memory it takes.",
+        ge=1,
+    )
     optimizer: Literal["adamw", "muon", "sgd"] = setting(
         "adamw",
         help="adamw; muon: Muon on hidden matrices, AdamW on embeddings, head and vectors; sgd: without momentum.",
@@ -126,6 +133,18 @@ class TrainSettings:
     )
 
     LOGGERS: ClassVar[tuple[str, ...]] = ("csv", "tensorboard", "wandb", "mlflow")
+    REPLACED: ClassVar[Mapping[str, str]] = {
+        "accumulation": "records_per_device, which is batch_size / (devices x accumulation)"
+    }
+
+    def largest_micro_batch(self, world_size: int) -> int:
+        """Return how many records a device reads at once at most."""
+        own = -(-self.batch_size // world_size)
+        return -(-own // self.num_micro_batches(world_size))
+
+    def num_micro_batches(self, world_size: int) -> int:
+        """Return how many micro-batches an optimizer step has on each of so many devices."""
+        return num_micro_batches(self.batch_size, records_per_device=self.records_per_device, world_size=world_size)
 
     def on(self, device_type: str, *, head: bool = False) -> "TrainSettings":
         """Return a copy in which `precision` is what auto means on a kind of device, for a drafter or a head."""
@@ -142,7 +161,7 @@ class TrainSettings:
         """Return a copy without what decides where a step is computed and who hears of it: the trained weights depend on none."""
         return replace(
             self,
-            accumulation=1,
+            records_per_device=None,
             devices=None,
             device="auto",
             deepspeed=None,
@@ -158,13 +177,11 @@ class TrainSettings:
     def of_pretraining(self) -> "TrainSettings":
         """Return the settings of phase 1: no target, so nothing to validate against."""
         assert self.pretrain is not None
-        return replace(self, **asdict(self.pretrain), accumulation=1, pretrain=None, eval_every_steps=0)
+        return replace(self, **asdict(self.pretrain), pretrain=None, eval_every_steps=0)
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
         problems = []
-        if self.batch_size % self.accumulation:
-            problems.append(f"batch_size: {self.batch_size} is not a multiple of accumulation {self.accumulation}")
         if self.warmup_steps > self.max_steps:
             problems.append(f"warmup_steps: {self.warmup_steps} is more than max_steps {self.max_steps}")
         if len(self.betas) != 2:
@@ -182,13 +199,10 @@ class TrainSettings:
 
     def smoke(self) -> "TrainSettings":
         """Return a copy that takes some 20 steps and passes through everything."""
-        batch = min(self.batch_size, 8)
-        accumulation = self.accumulation if batch % self.accumulation == 0 else 1
         return replace(
             self,
             max_steps=min(self.max_steps, 20),
-            batch_size=batch,
-            accumulation=accumulation,
+            batch_size=min(self.batch_size, 8),
             warmup_steps=min(self.warmup_steps, 5),
             eval_every_steps=10 if self.eval_every_steps else 0,
             eval_prompts=min(self.eval_prompts, 4),
