@@ -14,6 +14,8 @@ from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from drafttrain.core.flops import BatchShape, shape_of
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -161,11 +163,18 @@ class DraftBatch:
     target_rows: TargetRows | None = None
     num_depths: int = 0
     """Depths that are asked of a drafter that can roll out any number; 0: as many as it trains."""
+    counted: BatchShape | None = None
+    """What `shape` returns, counted before the batch went to a device that would have to be waited for; None: not yet."""
+
+    @property
+    def shape(self) -> BatchShape:
+        """How much there is to compute, padding left out."""
+        return self.counted or shape_of(self)
 
     @property
     def num_tokens(self) -> int:
         """Tokens that are read, padding left out."""
-        return int((self.documents_BT >= 0).sum())
+        return self.shape.positions
 
     @property
     def seed_BT(self) -> Tensor:
@@ -178,7 +187,9 @@ class DraftBatch:
 
         names = ("tokens_BT", "loss_mask_BT", "positions_BT", "documents_BT")
         target = None if self.target is None else self.target.to(device)
-        return replace(self, target=target, **{name: getattr(self, name).to(device) for name in names})
+        return replace(
+            self, target=target, counted=self.shape, **{name: getattr(self, name).to(device) for name in names}
+        )
 
 
 class Head(Protocol):

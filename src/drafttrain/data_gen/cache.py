@@ -141,6 +141,11 @@ class CachedRows:
         self._arrays = arrays
         self._row_of_position = row_of_position
 
+    @property
+    def runs_head(self) -> bool:
+        """Whether states are stored, of which the target's head makes the distribution."""
+        return self._cache.wanted.law == "states"
+
     def at(self, index_N: Tensor) -> Tensor:
         """Return logits_NV of the token after each flat position."""
         rows_N = self._row_of_position[index_N.cpu()]
