@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from drafttrain.core.flops import BatchShape, attention, matrix, parameters_of, total
@@ -28,6 +28,23 @@ from drafttrain.train.settings import TrainSettings
 from tests.conftest import byte_tokenizer, random_llama
 
 ROWS, LENGTH = 3, 12
+
+
+def scores_and_sums(query: Any, keys: Any, values: Any, *_: Any, **__: Any) -> int:
+    """Count the products of an attention that computes the whole square."""
+    return int(sdpa_flop_count(query, keys, values))
+
+
+def their_gradients(_: Any, query: Any, keys: Any, values: Any, *__: Any, **___: Any) -> int:
+    """Count the products of the gradients; that the kernel computes the scores again is not needed."""
+    return 2 * int(sdpa_flop_count(query, keys, values))
+
+
+ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: scores_and_sums,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: their_gradients,
+}
+"""Kernels that torch does not count."""
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +76,7 @@ def executed_and_needed(kind: str, loss: str, target: Target, settings: dict[str
             batch.tokens_BT, batch.positions_BT, TargetNeeds(final=True)
         )
     drafter.requires_grad_(True)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter, sdpa_kernel(SDPBackend.MATH):
         train(
             drafter,
             losses.build(losses.entry(loss).settings()),
