@@ -27,6 +27,7 @@ from drafttrain.core.processes import without_launcher
 from drafttrain.pipeline.exporting import export_best
 from drafttrain.pipeline.run import Run
 from drafttrain.pipeline.training import train_drafter
+from drafttrain.train.metrics_log import TIMES
 
 RECIPE = """
 name: life
@@ -181,7 +182,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
     lines = (folder / "metrics.csv").read_text(encoding="utf-8").splitlines()
     names = lines[0].split(",")
     return [
-        {name: value for name, value in zip(names, line.split(","), strict=True) if name != "seconds"}
+        {name: value for name, value in zip(names, line.split(","), strict=True) if name not in TIMES}
         for line in lines[1:]
     ]
 

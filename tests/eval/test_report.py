@@ -19,12 +19,13 @@ from drafttrain.core.files import write_json
 from drafttrain.core.printable import printable
 from drafttrain.drafters.medusa import Medusa, MedusaSettings
 from drafttrain.eval.evaluate import evaluate
-from drafttrain.eval.report import label, write_report
+from drafttrain.eval.report import PHASES, label, write_report
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.eval.table import show
 from drafttrain.export.card import model_card
 from drafttrain.export.markdown import block, code, plain
 from drafttrain.target import Target
+from drafttrain.train import step_clock
 from tests.conftest import byte_tokenizer, random_llama
 from tests.eval.decoding import PROMPTS
 
@@ -100,6 +101,25 @@ def test_a_report_shows_any_name_as_it_is(result, name, tmp_path):
         # What a drawing writes stands in a comment beside its outlines, a minus before another one apart.
         for one in drawn:
             assert f"{name.replace('$', chr(92) + '$')}, temperature 0" in one or f"{name}, temperature 0" in one
+
+
+@pytest.mark.parametrize(
+    ("row", "title"),
+    [({"mfu": "0.31"}, "utilization (MFU)"), ({"mfu": ""}, "needed TFLOP/s"), ({"step_ms": ""}, None)],
+)
+def test_a_report_draws_where_the_time_of_a_step_went(result, row, title, tmp_path):
+    """Not of a run of before times were kept."""
+    assert set(PHASES) == set(step_clock.PHASES) - {"other"}
+    whole = {"step": "2", "loss": "1.5", "step_ms": "9.0", "step_flops": "1000000"}
+    whole |= dict.fromkeys((f"{phase}_ms" for phase in PHASES), "1.0") | row
+    metrics = tmp_path / "metrics.csv"
+    metrics.write_text("\n".join([",".join(whole), ",".join(whole.values()), ",".join(whole.values())]) + "\n")
+    write_report(tmp_path / "report.html", result, title="T", metrics=metrics, command="")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    drawn = pictures(page)
+    assert len(drawn) == 3
+    assert ("time of a step" in drawn[0]) == (title is not None)
+    assert (title or "loss") in drawn[0]
 
 
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: repr(name[:12]))

@@ -27,7 +27,7 @@ from drafttrain.pipeline import folder as run_folder
 from drafttrain.pipeline.data import dropped_prompts, training_data
 from drafttrain.pipeline.run import Run
 from drafttrain.target import Target
-from drafttrain.train.metrics_log import COLUMNS
+from drafttrain.train.metrics_log import COLUMNS, TIMES
 from drafttrain.train.result import folder_of_step
 from tests import waiting_loss
 
@@ -66,7 +66,7 @@ def recipe(tmp_path, tiny_folder) -> Path:
 
 def curve(folder: Path) -> list[tuple[str, ...]]:
     with (folder / "metrics.csv").open(newline="") as file:
-        return [tuple(v for k, v in row.items() if k != "seconds") for row in csv.DictReader(file)]
+        return [tuple(v for k, v in row.items() if k not in TIMES) for row in csv.DictReader(file)]
 
 
 def command(*words: object) -> list[str]:

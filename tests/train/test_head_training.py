@@ -14,6 +14,7 @@ from drafttrain.data_gen.labelled import RowOrder
 from drafttrain.eval.head_figures import held_out_estimate
 from drafttrain.heads import HeadRows
 from drafttrain.heads.acceptance import AcceptanceHead, AcceptanceSettings
+from drafttrain.train.metrics_log import TIMES
 from drafttrain.train.result import TrainResult
 from drafttrain.train.run import train_head
 from drafttrain.train.settings import TrainSettings
@@ -51,7 +52,7 @@ def run(folder: Path, *, breaks_at: int | None = None) -> TrainResult:
 
 def curve(folder: Path) -> list[dict[str, str]]:
     with (folder / "metrics.csv").open(newline="") as file:
-        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+        return [{name: value for name, value in row.items() if name not in TIMES} for row in csv.DictReader(file)]
 
 
 def test_a_training_that_broke_off_continues_bit_for_bit(tmp_path):

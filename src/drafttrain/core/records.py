@@ -14,6 +14,8 @@ from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from drafttrain.core.flops import BatchShape, shape_of
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -249,11 +251,18 @@ class DraftBatch:
     """Depths that are asked of a drafter that can roll out any number; 0: as many as it trains."""
     plan: Plan | None = None
     """Of exactly these tokens, masks and documents (`losses.align.planned`)."""
+    counted: BatchShape | None = None
+    """What `shape` returns, counted before the batch went to a device that would have to be waited for; None: not yet."""
+
+    @property
+    def shape(self) -> BatchShape:
+        """How much there is to compute, padding left out."""
+        return self.counted or shape_of(self)
 
     @property
     def num_tokens(self) -> int:
         """Tokens that are read, padding left out."""
-        return int((self.documents_BT >= 0).sum()) if self.plan is None else self.plan.num_tokens
+        return self.shape.positions if self.plan is None else self.plan.num_tokens
 
     @property
     def seed_BT(self) -> Tensor:
@@ -266,6 +275,7 @@ class DraftBatch:
         plan, rows = self.plan, self.target_rows
         return replace(
             self,
+            counted=self.shape,
             tokens_BT=change(self.tokens_BT),
             loss_mask_BT=change(self.loss_mask_BT),
             positions_BT=change(self.positions_BT),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
+from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
 from drafttrain.core.records import DraftBatch, DraftOutput, RowsAsked, TargetNeeds
 from drafttrain.core.registry import Registry
 from drafttrain.core.roles import ForwardListener, Proposer
@@ -79,6 +80,13 @@ class Drafter(nn.Module, ABC):
     @abstractmethod
     def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
         """Return the drafter at inference, for this target."""
+
+    def products(self, shape: BatchShape) -> Iterator[Products]:
+        """Yield the matrix products of a training step of this kind, its head included, as `core.flops` counts them.
+
+        By default every matrix is read at every position.
+        """
+        yield matrix(parameters_of(self), shape.positions, gradients=2)
 
     def recompute_activations(self) -> None:
         """Compute activations again in the backward pass from now on, instead of keeping them."""

@@ -5,6 +5,7 @@ B = sequences, T = positions, V = vocabulary, D = hidden
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from drafttrain.core.errors import CheckpointError
+from drafttrain.core.flops import BatchShape, Products, matrix
 from drafttrain.core.records import DraftBatch, DraftOutput
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
@@ -28,6 +30,7 @@ from drafttrain.target.documents import document_states
 from drafttrain.target.ends import end_of_text
 from drafttrain.target.frozen import check_same_tokenizer, load_causal_lm, load_tokenizer, num_ids, resolve_folder
 from drafttrain.target.logits import head_logits
+from drafttrain.target.work import head_parameters, trunk_products
 
 
 @dataclass
@@ -131,6 +134,11 @@ class CausalLMDrafter(Drafter):
         """Return the states of depth 1."""
         states_BTD, _ = document_states(self.model, batch.tokens_BT, batch.positions_BT)
         return DraftOutput({1: states_BTD}, self._head, self.lag)
+
+    def products(self, shape: BatchShape) -> Iterator[Products]:
+        """Yield those of all blocks, and of the head for each trained label."""
+        yield from trunk_products(self.model, shape, gradients=2)
+        yield matrix(head_parameters(self.model), shape.rows(1), gradients=2)
 
     def _head(self, states_ND: Tensor, depth: int) -> Tensor:
         return head_logits(self.model, states_ND)

@@ -5,6 +5,7 @@ B = sequences, T = positions, V = vocabulary, D = hidden, N = rows
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 
 from drafttrain.core.errors import CheckpointError
+from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
 from drafttrain.core.records import DraftBatch, DraftOutput, RowsAsked, TargetNeeds, TargetOutput
 from drafttrain.core.settings import setting
 from drafttrain.drafters import drafters
@@ -150,6 +152,14 @@ class EagleDrafter(FeatureDrafter):
             return drafted
         distance = self.own["feature_weight"] * feature_distance(drafted, batch, features_BTD, decay)
         return DraftOutput(states, self.head, self.lag, depth_weights=weights, extra_loss=distance)
+
+    def products(self, shape: BatchShape) -> Iterator[Products]:
+        """Yield those of every step of the rollout; its own few keys of earlier steps are not counted."""
+        for depth in range(1, self.own["num_steps"] + 1):
+            # What the first step reads is not trained.
+            yield matrix(parameters_of(self.fc), shape.positions, gradients=1 if depth == 1 else 2)
+            yield from self.layer.products(shape)
+            yield matrix(self._parts.head_parameters, shape.rows(depth + self.lag), gradients=1)
 
     @property
     def layer(self) -> FeatureLayer:

@@ -5,7 +5,7 @@ B = sequences, T = positions, V = the target's vocabulary, R = the drafter's, D 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError
+from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
 from drafttrain.core.records import DraftBatch, DraftOutput, TargetNeeds, TargetOutput
 from drafttrain.core.settings import setting
 from drafttrain.drafters import drafters
@@ -216,6 +217,14 @@ class Eagle3Drafter(FeatureDrafter):
         states = rollout(self, batch, hidden_BTD, num_steps=num_steps)
         weights = {depth: self.own["step_decay"] ** (depth - 1) for depth in states}
         return DraftOutput(states, self.head, self.lag, depth_weights=weights, vocabulary=self.vocabulary)
+
+    def products(self, shape: BatchShape) -> Iterator[Products]:
+        """Yield those of the fusion and of every step of the rollout; its own few keys of earlier steps are not counted."""
+        normed = self.input_norm is not None or self.fc_norm is not None
+        yield matrix(parameters_of(self.fc), shape.positions, gradients=2 if normed else 1)
+        for depth in range(1, self.own["num_steps"] + 1):
+            yield from self.layer.products(shape)
+            yield matrix(parameters_of(self.lm_head), shape.rows(depth + self.lag), gradients=2)
 
     @property
     def layer(self) -> FeatureLayer:

@@ -6,11 +6,14 @@ D = hidden, X = width of what the projections read
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
+
+from drafttrain.core.flops import BatchShape, Products, attention, matrix, parameters_of
 
 
 class FeatureLayer(nn.Module):
@@ -38,6 +41,11 @@ class FeatureLayer(nn.Module):
         ]
         cos_BTd, sin_BTd = self._rotary(positions_BT, split[0])
         return rotated(split[0], cos_BTd, sin_BTd), rotated(split[1], cos_BTd, sin_BTd), split[2]
+
+    def products(self, shape: BatchShape) -> Iterator[Products]:
+        """Yield what one pass over a batch takes, and its gradients."""
+        yield matrix(parameters_of(self), shape.positions, gradients=2)
+        yield attention(self.self_attn.q_proj.out_features, shape.pairs, gradients=2)
 
     def finish(self, attended_BHTd: Tensor, residual_BTD: Tensor) -> Tensor:
         """Return the stream after the layer."""

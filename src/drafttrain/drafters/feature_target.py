@@ -18,6 +18,7 @@ from drafttrain.drafters.feature_config import config_problems
 from drafttrain.target import Target
 from drafttrain.target.anatomy import final_norm
 from drafttrain.target.logits import head_logits
+from drafttrain.target.work import head_parameters
 
 ROPE_SCALINGS = ("linear", "dynamic", "yarn", "llama3")
 """Kinds of rotary scaling that one layer of Llama's can take over."""
@@ -71,6 +72,11 @@ class TargetParts:
         """Bytes that one token reads of the embedding."""
         weight = self._embedding.weight
         return int(weight.shape[1] * weight.element_size())
+
+    @property
+    def head_parameters(self) -> int:
+        """Parameters of the head."""
+        return head_parameters(self._model)
 
     @property
     def head_bytes(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from drafttrain.core.errors import CheckpointError
+from drafttrain.core.flops import BatchShape, Products, attention, matrix, parameters_of
 from drafttrain.core.foreign import read_json
 from drafttrain.core.records import DraftBatch, DraftOutput, TargetNeeds
 from drafttrain.core.roles import ForwardListener, Proposer
@@ -27,6 +29,7 @@ from drafttrain.drafters.early_exit_proposer import EarlyExitProposer, KeysAndVa
 from drafttrain.target import Target
 from drafttrain.target.anatomy import blocks, final_norm
 from drafttrain.target.logits import head_logits
+from drafttrain.target.work import head_parameters
 
 CONFIG_KEYS = ("exit_layer", "hidden_size", "num_attention_heads", "rope_theta", "draft", "target_fingerprint")
 
@@ -102,6 +105,13 @@ No serving engine loads an adapter behind a target's first layers yet; these fig
         exit_BTD = batch.target.hidden_BTD[self.exit_layer]
         allowed_BTT = (batch.documents_BT[:, :, None] == batch.documents_BT[:, None]).tril()
         return DraftOutput({1: self.adapter(exit_BTD, batch.positions_BT, allowed_BTT)}, self._head, self.lag)
+
+    def products(self, shape: BatchShape) -> Iterator[Products]:
+        """Yield those of the adapter, and of the target's head, which is not trained, for each trained label."""
+        (model,) = self._model
+        yield matrix(parameters_of(self.adapter), shape.positions, gradients=2)
+        yield attention(self.adapter.width, shape.pairs, gradients=2)
+        yield matrix(head_parameters(model), shape.rows(1), gradients=1)
 
     def _head(self, states_ND: Tensor, depth: int) -> Tensor:
         (model,) = self._model

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch.nn.functional import silu
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import write_json
+from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
 from drafttrain.core.foreign import read_json
 from drafttrain.core.records import DraftBatch, DraftOutput, RowsAsked, TargetNeeds
 from drafttrain.core.roles import ForwardListener, Proposer
@@ -37,6 +38,7 @@ from drafttrain.losses.forward_kl import ForwardKL, ForwardKLConfig
 from drafttrain.target import Target
 from drafttrain.target.documents import as_read, document_states
 from drafttrain.target.logits import finished_logits, head_logits
+from drafttrain.target.work import head_parameters, trunk_products
 
 TREE = "medusa_tree.json"
 """Beside config.json: the tree, and the table of accuracies that it was built from. Serving engines pass over it."""
@@ -248,6 +250,22 @@ class Medusa(Drafter):
     def head(self, states_ND: Tensor, depth: int) -> Tensor:
         """Return the logits of a head, with the scale or soft cap of the target."""
         return finished_logits(self._target_config, self.lm_heads[depth - 1](states_ND))
+
+    def products(self, shape: BatchShape) -> Iterator[Products]:
+        """Yield those of every head; of Medusa-2 also those of the target with its adapters, and of its head for the KL."""
+        joint = self.adapter is not None
+        for depth in range(1, self.num_heads + 1):
+            for number in range(self.num_layers):
+                # What the first block reads is trained only where the target is adapted.
+                yield matrix(self.hidden_size**2, shape.positions, gradients=2 if joint or number else 1)
+            yield matrix(parameters_of(self.lm_heads[depth - 1]), shape.rows(depth + self.lag), gradients=2)
+        if joint:
+            assert self._target is not None
+            yield from trunk_products(self._target.model, shape, gradients=1)
+            yield matrix(parameters_of(self.adapter), shape.positions, gradients=2)
+            # Both distributions of the KL: with adapters and without.
+            yield matrix(head_parameters(self._target.model), shape.rows(1), gradients=1)
+            yield matrix(head_parameters(self._target.model), shape.rows(1), gradients=0)
 
     def lr_factor(self, name: str) -> float:
         """Return what train.lr is multiplied by for a parameter."""

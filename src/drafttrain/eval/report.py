@@ -29,9 +29,12 @@ def write_report(path: Path, result: Mapping[str, Any], *, title: str, metrics: 
     plots = []
     if metrics is not None and metrics.exists():
         rows = _read(metrics)
-        plots.append(
-            ("Training", "Loss and acceptance over steps.", picture(lambda axes: _training(axes, rows), columns=2))
-        )
+        if any(row.get("step_ms") for row in rows):
+            text = "Loss and acceptance over steps; milliseconds of a step by what they went to, and how well the device was used."
+            drawing = picture(lambda axes: _explained(axes, rows), columns=2, rows=2)
+        else:
+            text, drawing = "Loss and acceptance over steps.", picture(lambda axes: _training(axes, rows), columns=2)
+        plots.append(("Training", text, drawing))
     text = "Share of rounds that keep the i-th draft token; dashed: of those that kept the one before it."
     plots.append(("Acceptance by position", text, picture(lambda axes: _positions(axes, result), columns=1)))
     text = "By replay on the emitted text, bands are 95 % intervals over prompts; points: the loop itself."
@@ -71,14 +74,14 @@ def label(text: str) -> str:
     return (" " + shown if shown.startswith("_") else shown).replace("$", r"\$")
 
 
-def picture(draw: Callable[[Any], None], *, columns: int) -> str:
+def picture(draw: Callable[[Any], None], *, columns: int, rows: int = 1) -> str:
     """Return a drawing as a data URL."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.6 * columns + 0.4, 3.2), layout="constrained")
+    figure = Figure(figsize=(4.6 * columns + 0.4, 3.2 * rows), layout="constrained")
     FigureCanvasSVG(figure)
-    axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
@@ -89,6 +92,11 @@ def picture(draw: Callable[[Any], None], *, columns: int) -> str:
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _explained(axes: Sequence[Any], rows: Sequence[Mapping[str, str]]) -> None:
+    _training(axes[:2], rows)
+    _times(axes[2:], rows)
 
 
 def _training(axes: Sequence[Any], rows: Sequence[Mapping[str, str]]) -> None:
@@ -107,6 +115,36 @@ def _training(axes: Sequence[Any], rows: Sequence[Mapping[str, str]]) -> None:
         axes[1].plot(*series("validation_alpha"), "o-", color="#c8553d", label="alpha, validation prompts")
         axes[1].set(xlabel="step", title="acceptance rate")
     axes[1].legend(fontsize=8, frameon=False)
+
+
+PHASES = {
+    "fetch": "#b0b0b0",
+    "target": "#1f6f8b",
+    "forward": "#4fa3a5",
+    "backward": "#c8553d",
+    "optimizer": "#e0a458",
+    "validation": "#7a5c99",
+    "checkpoint": "#5b7553",
+}
+"""What a step's time goes to, each a column of metrics.csv, from the bottom of the picture up."""
+
+
+def _times(axes: Sequence[Any], rows: Sequence[Mapping[str, str]]) -> None:
+    timed = [row for row in rows if row.get("step_ms")]
+    steps = [int(row["step"]) for row in timed]
+    heights = [[float(row[f"{phase}_ms"]) for row in timed] for phase in PHASES]
+    others = [float(row["step_ms"]) - sum(parts) for row, *parts in zip(timed, *heights, strict=True)]
+    axes[0].stackplot(steps, *heights, others, labels=[*PHASES, "other"], colors=[*PHASES.values(), "#e6e6e6"])
+    axes[0].set(xlabel="step", ylabel="milliseconds", title="time of a step", ylim=(0, None))
+    axes[0].legend(fontsize=7, frameon=False, ncol=2)
+    used = [(step, float(row["mfu"])) for step, row in zip(steps, timed, strict=True) if row.get("mfu")]
+    if used:
+        axes[1].plot(*zip(*used, strict=True), color="#1f6f8b")
+        axes[1].set(xlabel="step", title="utilization (MFU)", ylim=(0, None))
+    else:
+        rates = [int(row["step_flops"]) / float(row["step_ms"]) / 1e9 for row in timed]
+        axes[1].plot(steps, rates, color="#1f6f8b")
+        axes[1].set(xlabel="step", title="needed TFLOP/s (the device's peak is not known)", ylim=(0, None))
 
 
 def _arms(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack, suppress
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -18,12 +18,17 @@ from drafttrain.train.settings import TrainSettings
 class StepEnd(Callback):
     """A callback that acts once an optimizer step, after its last micro-batch."""
 
+    phase: ClassVar[str] = "other"
+    """What its time is counted as."""
+
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         """Find the ends of optimizer steps."""
         if trainer.fit_loop.epoch_loop._should_accumulate():
             return
         assert isinstance(module, StepModule)
+        module.clock.enter(self.phase)
         self.on_step_end(trainer, module, trainer.global_step)
+        module.clock.enter("other")
 
     def on_step_end(self, trainer: Trainer, module: StepModule, step: int) -> None:
         """Act after `step` optimizer steps."""

@@ -37,6 +37,7 @@ UNREADABLE = (
 class Checkpoints(StepEnd):
     """Saves what a resume needs every N steps, keeps the last two, and stops with a checkpoint when asked to by a signal."""
 
+    phase = "checkpoint"
     KEPT = 2
 
     def __init__(self, folder: Path, *, settings: TrainSettings) -> None:

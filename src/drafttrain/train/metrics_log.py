@@ -14,11 +14,13 @@ from lightning.pytorch import LightningModule, Trainer
 from drafttrain.core.console import say
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.core.files import written_beside
-from drafttrain.core.processes import sums_over_processes
+from drafttrain.core.processes import sums_over_processes, world
 from drafttrain.train.callbacks import StepEnd
 from drafttrain.train.full_disk import only_full
 from drafttrain.train.module import StepModule
+from drafttrain.train.peak import peak_of
 from drafttrain.train.settings import TrainSettings
+from drafttrain.train.step_clock import PHASES
 from drafttrain.train.validation import Validation
 
 COLUMNS = (
@@ -31,8 +33,15 @@ COLUMNS = (
     "skipped_steps",
     "tokens",
     "seconds",
+    "step_ms",
+    *(f"{phase}_ms" for phase in PHASES if phase != "other"),
+    "step_flops",
+    "mfu",
 )
 """Of metrics.csv, before one `validation_` column for each figure that is measured on held-out data."""
+
+TIMES = ("seconds", "step_ms", *(f"{phase}_ms" for phase in PHASES), "mfu")
+"""Columns that differ between two runs that train the same."""
 
 
 class MetricsLog(StepEnd):
@@ -46,6 +55,8 @@ class MetricsLog(StepEnd):
         self.columns = [*COLUMNS, *(f"validation_{name}" for name in figures)]
         self._unwritten: list[dict[str, Any]] = []
         """Rows that a full disk did not take."""
+        self._last_row = 0
+        """The step of the last row."""
         self._tokens = 0
         self._own_tokens = 0
         self._seconds_before = 0.0
@@ -76,11 +87,12 @@ class MetricsLog(StepEnd):
     def state_dict(self) -> dict[str, Any]:
         """Carry what was counted through a resume, also between two rows; all processes ask for it."""
         self._count_all()
-        return {"tokens": self._tokens, "seconds": self._seconds}
+        return {"tokens": self._tokens, "seconds": self._seconds, "last_row": self._last_row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what was counted."""
         self._tokens, self._seconds_before = state_dict["tokens"], state_dict["seconds"]
+        self._last_row = state_dict.get("last_row", 0)
 
     @property
     def _seconds(self) -> float:
@@ -96,8 +108,11 @@ class MetricsLog(StepEnd):
         if step % self.settings.log_every_steps and step != self.settings.max_steps and not validated:
             return
         self._count_all()
-        loss, count, acceptance, measured = sums_over_processes(module.sums_4.tolist())
+        steps, seconds = module.clock.steps, module.clock.read()
+        own = [*module.sums_4.tolist(), module.flops, *seconds.values()]
+        loss, count, acceptance, measured, flops, *times = sums_over_processes(own)
         module.sums_4.zero_()
+        module.flops = 0
         rate = acceptance / measured if measured else float("nan")
         self._write(
             trainer,
@@ -109,8 +124,33 @@ class MetricsLog(StepEnd):
                 "lr": repr(module.lr),
                 "grad_norm": repr(module.grad_norm),
                 "skipped_steps": str(module.skipped),
+                **self._explained(dict(zip(seconds, times, strict=True)), flops, module, step=step, timed=steps),
             },
         )
+        self._last_row = step
+
+    def _explained(
+        self, times: dict[str, float], flops: float, module: StepModule, *, step: int, timed: int
+    ) -> dict[str, str]:
+        """Return what a step took and computed: means over the steps since the last row, and over the processes.
+
+        Args:
+            times: Seconds of each phase, of all processes together.
+            timed: The steps that they are of: after a resume those of this run alone.
+        """
+        steps = max(1, step - self._last_row)
+        row = {"step_flops": str(round(flops / steps))}
+        if not timed:
+            return row
+        scale = 1000 / (timed * world().size)
+        row |= {f"{phase}_ms": f"{scale * times[phase]:.3f}" for phase in times if phase != "other"}
+        row["step_ms"] = f"{scale * sum(times.values()):.3f}"
+        peak = peak_of(module.device, self.settings.peak_tflops)
+        training = sum(value for phase, value in times.items() if phase not in ("validation", "checkpoint"))
+        if peak is not None and training > 0:
+            # Both are sums over the processes: seconds of devices.
+            row["mfu"] = f"{flops / steps * timed / (training * peak * 1e12):.4f}"
+        return row
 
     def _write(self, trainer: Trainer, step: int, values: dict[str, str]) -> None:
         row: dict[str, Any] = {

@@ -23,8 +23,11 @@ from drafttrain.losses import Loss
 from drafttrain.losses.align import align, planned
 from drafttrain.losses.chunked import normalised, row_losses, summed
 from drafttrain.target import Target
+from drafttrain.target.frozen import LiveRows
+from drafttrain.train.flops import distill_flops, head_flops
 from drafttrain.train.optimizer import build_optimizer, learning_rate_scale
 from drafttrain.train.settings import TrainSettings
+from drafttrain.train.step_clock import StepClock
 from drafttrain.train.strategy import ZeroStrategy
 
 
@@ -48,8 +51,31 @@ class StepModule(LightningModule):
         """Steps skipped in all, because their gradient was not finite."""
         self.groups: list[dict[str, Any]] = []
         """The optimizer's groups as it was built with."""
+        self.clock = StepClock()
+        self.flops = 0
+        """Operations that the micro-batches since the last row need, on this process."""
         self._in_a_row = 0
         self.strict_loading = False
+
+    def on_train_start(self) -> None:
+        """Start the clock where the weights are."""
+        self.clock.begin(self.device)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Leave the phase that waits for a batch."""
+        self.clock.enter("target")
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Leave the forward pass."""
+        self.clock.enter("backward")
+
+    def on_after_backward(self) -> None:
+        """Leave the backward pass."""
+        self.clock.enter("optimizer")
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Wait for the next batch."""
+        self.clock.enter("fetch")
 
     def _scaled(self, total: Tensor, batch: DraftBatch | HeadBatch) -> Tensor:
         """Return a micro-batch's sum, scaled so that the gradients of a step add up to the mean over its positions.
@@ -80,7 +106,8 @@ class StepModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Carry the sums of steps that are not logged yet, of all processes, through a resume."""
-        checkpoint["sums_4"] = torch.tensor(sums_over_processes(self.sums_4.tolist()), dtype=torch.float64)
+        *sums, flops = sums_over_processes([*self.sums_4.tolist(), self.flops])
+        checkpoint["sums_4"], checkpoint["flops"] = torch.tensor(sums, dtype=torch.float64), flops
         checkpoint["skipped"] = [self.skipped, self._in_a_row]
         frozen = {n for n, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
         checkpoint["state_dict"] = {n: value for n, value in checkpoint["state_dict"].items() if n not in frozen}
@@ -96,6 +123,7 @@ class StepModule(LightningModule):
             raise CheckpointError(f"a checkpoint lacks {len(missing)} trained weights: {', '.join(missing[:5])}")
         if self.trainer.is_global_zero:
             self.sums_4 = checkpoint["sums_4"].clone()
+            self.flops = round(checkpoint.get("flops", 0))
         self.skipped, self._in_a_row = checkpoint["skipped"]
         self._count_micro_batches_anew(checkpoint)
 
@@ -136,6 +164,7 @@ class StepModule(LightningModule):
         super().optimizer_step(*args, **kwargs)
         if not self.trainer.fit_loop.epoch_loop._should_accumulate():
             self.end_of_step()
+            self.clock.end_of_step()
 
     def configure_gradient_clipping(
         self,
@@ -179,6 +208,8 @@ class HeadModule(StepModule):
 
     def training_step(self, batch: HeadBatch, batch_idx: int) -> Tensor:
         """Return the loss of a micro-batch: a sum over rows, divided by the weights of all rows of the step."""
+        self.clock.enter("forward")
+        self.flops += head_flops(self.trained, len(batch.rows))
         labels_N = batch.rows.labels_N
         loss_N = self.trained.loss(self.trained(batch.rows.features_ND), labels_N)
         weight = self.trained.weights(labels_N).sum()
@@ -213,6 +244,7 @@ class DistillModule(StepModule):
     def training_step(self, batch: DraftBatch, batch_idx: int) -> Tensor:
         """Return the loss of a micro-batch, scaled so that the gradients of a step add up to the mean over its positions."""
         batch = self._with_target(batch)
+        self.clock.enter("forward")
         drafted = self.trained(batch)
         rows = align(drafted, batch, block_length=getattr(self.loss, "block_length", 1))
         loss_N, acceptance_N = row_losses(
@@ -233,6 +265,8 @@ class DistillModule(StepModule):
         needs = self.trained.needs()
         rows_needed = self.loss.needs_target and batch.target_rows is None
         reads = rows_needed or not (batch.target or TargetOutput()).has(needs)
+        head = rows_needed or (self.loss.needs_target and isinstance(batch.target_rows, LiveRows))
+        self.flops += distill_flops(self.trained, self.target, batch.shape, reads=reads, head=head)
         if not self._read_by_any(reads):
             return batch
         assert self.target is not None, "the pipeline loads a target when the drafter or the loss needs one"

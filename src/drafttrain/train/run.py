@@ -31,6 +31,7 @@ from drafttrain.train.metrics_log import MetricsLog
 from drafttrain.train.module import DistillModule, HeadModule, StepModule
 from drafttrain.train.precision import float32_products, note_on_float32
 from drafttrain.train.preflight import check_disk
+from drafttrain.train.profile import Profile
 from drafttrain.train.result import TrainResult, folder_of_step
 from drafttrain.train.settings import TrainSettings
 from drafttrain.train.strategy import ZeroStrategy
@@ -118,6 +119,11 @@ def _fit(
         saver,
         Progress(settings),
         *frozen,
+        *(
+            [Profile((settings.profile_steps[0], settings.profile_steps[1]), folder=folder)]
+            if settings.profile_steps
+            else []
+        ),
     ]
     with _quiet():
         trainer = Trainer(

@@ -87,6 +87,16 @@ class TrainSettings:
         help="Steps between two rows of metrics.csv: the mean loss since the last one, the acceptance rate of that step.",
         ge=1,
     )
+    profile_steps: list[int] | None = setting(
+        None,
+        help="First and last step that torch.profiler traces into the run folder, as in [20, 22]; null: none.",
+        ge=1,
+    )
+    peak_tflops: float | None = setting(
+        None,
+        help="Dense 16-bit TFLOP/s of one device, by which metrics.csv gives the utilization (mfu); null: by the GPU's name.",
+        gt=0,
+    )
     eval_every_steps: int = setting(
         100, help="Steps between two estimates of block efficiency on held-out prompts; 0: never.", ge=0
     )
@@ -168,6 +178,8 @@ class TrainSettings:
             target_placement="replicated",
             timeout_seconds=600.0,
             num_threads=None,
+            profile_steps=None,
+            peak_tflops=None,
             loggers=[],
             keep_best=1,
             on_full_disk="stop",
@@ -177,13 +189,19 @@ class TrainSettings:
     def of_pretraining(self) -> "TrainSettings":
         """Return the settings of phase 1: no target, so nothing to validate against."""
         assert self.pretrain is not None
-        return replace(self, **asdict(self.pretrain), pretrain=None, eval_every_steps=0)
+        return replace(self, **asdict(self.pretrain), pretrain=None, eval_every_steps=0, profile_steps=None)
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
         problems = []
         if self.warmup_steps > self.max_steps:
             problems.append(f"warmup_steps: {self.warmup_steps} is more than max_steps {self.max_steps}")
+        if self.profile_steps is not None and not (
+            len(self.profile_steps) == 2 and self.profile_steps[0] <= self.profile_steps[1] <= self.max_steps
+        ):
+            problems.append(
+                f"profile_steps: first and last step, of 1..{self.max_steps} (max_steps), got {self.profile_steps}"
+            )
         if len(self.betas) != 2:
             problems.append(f"betas: two numbers are needed, got {self.betas}")
         if self.device != "auto" and (self.devices or 1) > 1:
@@ -208,4 +226,5 @@ class TrainSettings:
             eval_prompts=min(self.eval_prompts, 4),
             checkpoint_every_steps=10,
             log_every_steps=5,
+            profile_steps=self.profile_steps if max(self.profile_steps or [0]) <= 20 else None,
         )

@@ -42,6 +42,8 @@ class Validation(StepEnd):
     What is kept stands in `best.json`, the best first, and in `best/step-<N>/`.
     """
 
+    phase = "validation"
+
     def __init__(self, held_out: HeldOut, *, settings: TrainSettings, folder: Path) -> None:
         self.held_out = held_out
         self.settings = settings

@@ -1,0 +1,94 @@
+"""The floating-point operations that training needs, counted from shapes alone: two for each multiplication and addition of a
+matrix product. Norms, activations, softmax and what is computed twice to save memory are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from drafttrain.core.records import DraftBatch
+
+EARLY = 64
+"""Labels are counted by place up to here; no rollout is longer."""
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How much of a micro-batch there is to compute, padding left out."""
+
+    positions: int
+    """Tokens that are read."""
+    pairs: int
+    """Pairs of a token and one that it may look at: n (n + 1) / 2 of a document of n tokens."""
+    labels: int
+    """Tokens that are trained labels."""
+    early_labels: tuple[int, ...] = ()
+    """Of these, those that are token 0, 1, 2 ... of their document."""
+
+    def rows(self, shift: int) -> int:
+        """Return how many trained labels have a token so many places before them in their document."""
+        return self.labels - sum(self.early_labels[:shift])
+
+
+def shape_of(batch: DraftBatch) -> BatchShape:
+    """Count a micro-batch: on its device, which a GPU is waited for, so before it is moved there."""
+    read_BT = batch.documents_BT >= 0
+    positions_N = batch.positions_BT[read_BT]
+    labels_N = batch.positions_BT[read_BT & batch.loss_mask_BT]
+    early = labels_N[labels_N < EARLY].bincount(minlength=EARLY).tolist()
+    return BatchShape(len(positions_N), int(positions_N.sum()) + len(positions_N), len(labels_N), tuple(early))
+
+
+@dataclass(frozen=True)
+class Products:
+    """Matrix products of one kind: so many multiplications forward, and as many again for each gradient."""
+
+    multiplications: int
+    gradients: int
+    """0: none; 1: of the weights or of what they multiply; 2: of both."""
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations forward and backward."""
+        return 2 * self.multiplications * (1 + self.gradients)
+
+
+def matrix(parameters: int, rows: int, *, gradients: int) -> Products:
+    """Return what it takes to multiply rows by a matrix of so many parameters."""
+    return Products(parameters * rows, gradients)
+
+
+def attention(width: int, pairs: int, *, gradients: int) -> Products:
+    """Return what scores and the sums that they weigh take; `width` is that of all query heads together."""
+    return Products(2 * width * pairs, gradients)
+
+
+def total(products: Iterable[Products]) -> int:
+    """Return the operations of all products."""
+    return sum(each.flops for each in products)
+
+
+def parameters_of(*modules: nn.Module | None, active: float = 1.0) -> int:
+    """Return the parameters of all matrices in modules that rows are multiplied by: no embeddings, norms or biases.
+
+    Args:
+        active: Share of a stack of experts' matrices that one row is multiplied by.
+    """
+    from torch import nn
+
+    count = 0.0
+    parts = [part for module in modules if module is not None for part in module.modules()]
+    for part in parts:
+        if isinstance(part, nn.Linear):
+            # Also right where the weight is packed or spread over processes.
+            count += part.in_features * part.out_features
+        elif not isinstance(part, nn.Embedding):
+            shapes = [tuple(getattr(weight, "ds_shape", weight.shape)) for weight in part.parameters(recurse=False)]
+            count += sum(prod(shape) * (active if len(shape) == 3 else 1) for shape in shapes if len(shape) > 1)
+    return round(count)

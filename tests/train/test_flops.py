@@ -1,0 +1,170 @@
+"""The operations that a step needs, against those that torch counts when it takes one."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from drafttrain.core.flops import BatchShape, attention, matrix, parameters_of, total
+from drafttrain.core.records import DraftBatch, Record, TargetNeeds
+from drafttrain.data_gen.packing import pack
+from drafttrain.drafters import drafters
+from drafttrain.drafters.medusa import JointSettings
+from drafttrain.losses import losses
+from drafttrain.target import Target
+from drafttrain.target.work import trunk_products
+from drafttrain.train.flops import distill_flops
+from drafttrain.train.run import train
+from drafttrain.train.settings import TrainSettings
+from tests.conftest import byte_tokenizer, random_llama
+
+ROWS, LENGTH = 3, 12
+
+
+def scores_and_sums(query: Any, keys: Any, values: Any, *_: Any, **__: Any) -> int:
+    """Count the products of an attention that computes the whole square."""
+    return int(sdpa_flop_count(query, keys, values))
+
+
+def their_gradients(_: Any, query: Any, keys: Any, values: Any, *__: Any, **___: Any) -> int:
+    """Count the products of the gradients; that the kernel computes the scores again is not needed."""
+    return 2 * int(sdpa_flop_count(query, keys, values))
+
+
+ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: scores_and_sums,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: their_gradients,
+}
+"""Kernels that torch does not count."""
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return Target(random_llama(num_layers=4), byte_tokenizer(), name="tiny", fingerprint="")
+
+
+def of_step(step: int) -> list[DraftBatch]:
+    """Return rows of one document each, without padding, of which the last eight tokens are trained."""
+    records = [
+        Record(str(i), [1 + (7 * step + i * j) % 250 for j in range(LENGTH)], [j >= 4 for j in range(LENGTH)])
+        for i in range(1, ROWS + 1)
+    ]
+    return [pack(records, width=LENGTH, weight_of_step=24.0, step=step)[0]]
+
+
+def drafter_of(kind: str, target: Target, settings: dict[str, Any]) -> Any:
+    entry: Any = drafters.entry(kind)
+    return entry.component.create(entry.settings(**settings), target=target, tokenizer=target.tokenizer).float()
+
+
+def executed_and_needed(kind: str, loss: str, target: Target, settings: dict[str, Any], folder: Path) -> list[int]:
+    """Return what torch counts of one step of `train`, and what we do, of attention that computes the whole square."""
+    drafter = drafter_of(kind, target, settings)
+    (batch,) = of_step(0)
+    # Whether a model tells documents apart is tried once, before it is counted.
+    for model in (target.model, getattr(drafter, "model", target.model)):
+        Target(model, target.tokenizer, name="", fingerprint="").read(
+            batch.tokens_BT, batch.positions_BT, TargetNeeds(final=True)
+        )
+    drafter.requires_grad_(True)
+    with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter, sdpa_kernel(SDPBackend.MATH):
+        train(
+            drafter,
+            losses.build(losses.entry(loss).settings()),
+            target=target,
+            of_step=of_step,
+            estimate=None,
+            settings=TrainSettings(max_steps=1, batch_size=3, warmup_steps=0, loggers=["csv"], eval_every_steps=0),
+            vocab_size=257,
+            folder=folder,
+        )
+    with (folder / "metrics.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    head = loss != "ce"
+    needed = [
+        distill_flops(drafter, target, shape, reads=head or drafter.needs() != TargetNeeds(), head=head)
+        for shape in (batch.shape, replace(batch.shape, pairs=ROWS * LENGTH**2))
+    ]
+    assert int(row["step_flops"]) == needed[0]
+    return [counter.get_total_flops(), needed[1]]
+
+
+EXACT = [
+    ("causal_lm", "ce", {"hidden_size": 48, "num_heads": 3}),
+    ("causal_lm", "forward_kl", {"init": "target", "num_layers": 2}),
+    ("kangaroo", "forward_kl", {}),
+    ("medusa", "ce", {"num_heads": 3, "num_layers": 2}),
+    ("eagle", "ce", {"num_steps": 3}),
+    ("eagle3", "forward_kl", {"num_steps": 1, "draft_vocab_size": 120}),
+    ("eagle3", "forward_kl", {"num_steps": 1, "fc_norm": True}),
+]
+
+
+@pytest.mark.parametrize(("kind", "loss", "settings"), EXACT)
+def test_needed_operations_are_those_that_torch_counts(kind, loss, settings, target, tmp_path):
+    executed, needed = executed_and_needed(kind, loss, target, settings, tmp_path)
+    assert executed == needed
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("eagle3", {"num_steps": 3}), ("medusa", {"num_heads": 3}), ("medusa", {"joint": JointSettings()})],
+)
+def test_what_is_computed_more_than_once_is_not_needed(kind, settings, target, tmp_path):
+    """The target's head for one position at several depths; and gradients below the first adapter, which nobody asks for."""
+    executed, needed = executed_and_needed(kind, "forward_kl", target, settings, tmp_path)
+    assert needed == pytest.approx(executed, rel=0.1)
+
+
+def test_padding_and_other_documents_are_not_needed():
+    records = [Record("a", [5] * 6, [True] * 6), Record("b", [6] * 4, [False, True, True, True])]
+    narrow, wide = (pack(records, width=width, weight_of_step=8.0)[0].shape for width in (6, 16))
+    assert narrow == wide
+    assert wide == BatchShape(10, 6 * 7 // 2 + 4 * 5 // 2, 9, wide.early_labels)
+    assert [wide.rows(shift) for shift in (0, 1, 2, 3, 6)] == [9, 8, 6, 4, 0]
+
+
+def test_a_batch_that_moves_is_counted_before():
+    (batch,) = of_step(0)
+    assert batch.to("meta").shape == batch.shape
+    assert replace(batch.to("meta"), num_depths=2).num_tokens == ROWS * LENGTH
+
+
+def test_of_experts_those_that_a_token_is_sent_to_count():
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = MixtralForCausalLM(
+        MixtralConfig(**sizes, vocab_size=40, num_hidden_layers=1, num_local_experts=4, num_experts_per_tok=2)
+    )
+    shape = BatchShape(positions=10, pairs=55, labels=0)
+    one_expert, router, projections = 3 * 16 * 32, 16 * 4, 4 * 16 * 16
+    by_hand = [
+        matrix(2 * one_expert + router + projections, 10, gradients=0),
+        attention(16, 55, gradients=0),
+    ]
+    assert total(trunk_products(model, shape, gradients=0)) == total(by_hand)
+
+
+def test_matrices_without_those_that_are_looked_up():
+    module = torch.nn.Sequential(torch.nn.Embedding(7, 3), torch.nn.Linear(3, 5), torch.nn.LayerNorm(5))
+    assert parameters_of(module) == 15
+
+
+@pytest.mark.parametrize("needs", [(0,), (3,), (4,), (-1,)])
+def test_the_target_is_needed_up_to_the_states_that_are_read(target, needs: Sequence[int]):
+    drafter = drafter_of("kangaroo", target, {})
+    shape = of_step(0)[0].shape
+    drafter.needs = lambda: TargetNeeds(hidden=tuple(needs))
+    blocks = needs[0] if needs[0] >= 0 else 4
+    alone = distill_flops(drafter, target, shape, reads=False, head=False)
+    with_target = distill_flops(drafter, target, shape, reads=True, head=False)
+    a_block = total(trunk_products(target.model, shape, gradients=0)) // 4
+    assert with_target - alone == blocks * a_block
