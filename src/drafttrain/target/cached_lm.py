@@ -160,6 +160,18 @@ class CachedLM:
         seen = self._read(tokens, parents=None, needs=needs, running=range(self.split))
         return [LayerState(self.split, one.hidden_BTD[self.split][0]) for one in seen if one.hidden_BTD]
 
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Read and keep one token of every sequence; return logits_BV after it."""
+        output, _ = self._run(
+            [[token] for token in tokens],
+            parents=None,
+            needs=TargetNeeds(logits=True),
+            running=range(self._num_layers),
+        )
+        self.cache.commit()
+        logits_BV: Tensor = output.logits[:, -1]
+        return logits_BV
+
     def keep(self, nodes: Sequence[Sequence[int]]) -> None:
         """Keep these of every sequence's tokens read since the last `keep` (a path down the tree), forget the others."""
         for cache in self._caches():
@@ -189,29 +201,51 @@ class CachedLM:
         entering: Sequence[Tensor] | None = None,
         prefill: bool = False,
     ) -> list[TargetOutput]:
-        """Read new tokens with the blocks of `running`."""
+        """Read new tokens with the blocks of `running`; return what was asked for by sequence."""
         sizes = [len(nodes) for nodes in tokens]
-        width = max(sizes, default=0)
-        if width == 0:
+        if not any(sizes):
             return [TargetOutput() for _ in tokens]
+        output, seen = self._run(
+            tokens, parents=parents, needs=needs, running=running, entering=entering, prefill=prefill
+        )
+        return [
+            TargetOutput(
+                logits_BTV=output.logits[row : row + 1, :size] if needs.logits else None,
+                hidden_BTD={int(i): state[row : row + 1, :size] for i, state in seen.items() if i != "final"},
+                final_BTD=seen["final"][row : row + 1, :size] if needs.final else None,
+            )
+            for row, size in enumerate(sizes)
+        ]
+
+    @torch.no_grad()
+    def _run(
+        self,
+        tokens: Sequence[Sequence[int]],
+        *,
+        parents: Sequence[Tree] | None,
+        needs: TargetNeeds,
+        running: range,
+        entering: Sequence[Tensor] | None = None,
+        prefill: bool = False,
+    ) -> tuple[Any, dict[int | str, Tensor]]:
+        """Read new tokens with the blocks of `running`; return the model's output and its states, all sequences together."""
+        sizes = [len(nodes) for nodes in tokens]
+        width = max(sizes)
         began = self._now()
         trees = [None] * len(tokens) if parents is None else [None if is_chain(tree) else tree for tree in parents]
         caches = self._caches_of(running)
+        tokens_BN = torch.tensor([[*nodes, *[0] * (width - len(nodes))] for nodes in tokens])
+        positions_BN = self._positions(caches[0], sizes, trees, width=width)
+        # Both in one copy to the device.
+        tokens_BN, positions_BN = torch.stack([tokens_BN, positions_BN]).to(self.device)
         arguments: dict[str, Any] = {
-            "input_ids": self._padded(tokens, width),
+            "input_ids": tokens_BN,
             "attention_mask": self._mask(caches[0], trees, width),
             "past_key_values": caches[0].hf,
             "use_cache": True,
         }
         if self._takes_positions:
-            positions_BN = caches[0].positions(sizes, trees, width=width)
-            last = int(positions_BN.max())
-            if self._position_limit is not None and last >= self._position_limit:
-                raise CheckpointError(
-                    f"{self.name}: token {last + 1} is past the {self._position_limit} positions that "
-                    f"{type(self.model).__name__} has embeddings for: use shorter prompts or fewer new tokens"
-                )
-            arguments["position_ids"] = positions_BN.to(self.device)
+            arguments["position_ids"] = positions_BN
         tapped: Any = taps(self.model, needs) if needs.hidden or needs.final else nullcontext({})
         whole = len(running) == self._num_layers
         with (
@@ -226,14 +260,7 @@ class CachedLM:
             self.listener(
                 self._event(sizes, context=context, running=running, head=needs.logits, prefill=prefill, began=began)
             )
-        return [
-            TargetOutput(
-                logits_BTV=output.logits[row : row + 1, :size] if needs.logits else None,
-                hidden_BTD={int(i): state[row : row + 1, :size] for i, state in seen.items() if i != "final"},
-                final_BTD=seen["final"][row : row + 1, :size] if needs.final else None,
-            )
-            for row, size in enumerate(sizes)
-        ]
+        return output, dict(seen)
 
     def _says_the_same_in_two_parts(self) -> bool:
         """Tell whether tokens read one by one by the first blocks, then together by the others, give the logits of one call."""
@@ -251,9 +278,18 @@ class CachedLM:
         difference = float((parts.logits_BTV - whole.logits_BTV).abs().max())
         return difference <= PARTS_TOLERANCE[self.model.dtype] * scale
 
-    def _padded(self, tokens: Sequence[Sequence[int]], width: int) -> Tensor:
-        rows = [[*nodes, *[0] * (width - len(nodes))] for nodes in tokens]
-        return torch.tensor(rows, device=self.device)
+    def _positions(
+        self, cache: RaggedCache, sizes: Sequence[int], trees: Sequence[Tree | None], *, width: int
+    ) -> Tensor:
+        """Return the position of every node, none past those that the model has embeddings for."""
+        positions_BN = cache.positions(sizes, trees, width=width)
+        last = int(positions_BN.max())
+        if self._takes_positions and self._position_limit is not None and last >= self._position_limit:
+            raise CheckpointError(
+                f"{self.name}: token {last + 1} is past the {self._position_limit} positions that "
+                f"{type(self.model).__name__} has embeddings for: use shorter prompts or fewer new tokens"
+            )
+        return positions_BN
 
     def _mask(self, cache: RaggedCache, trees: Sequence[Tree | None], width: int) -> Tensor | None:
         """Return the additive mask, or None where the model's own causal mask is right."""
@@ -261,9 +297,9 @@ class CachedLM:
         if allowed_BNC is None:
             return None
         self._check_mask(allowed_BNC.shape[-1])
-        dtype = self.model.dtype
-        mask_BNC = torch.zeros(allowed_BNC.shape, dtype=dtype).masked_fill_(~allowed_BNC, torch.finfo(dtype).min)
-        return mask_BNC[:, None].to(self.device)
+        dtype, allowed_BNC = self.model.dtype, allowed_BNC.to(self.device)
+        mask_BNC = torch.zeros(allowed_BNC.shape, dtype=dtype, device=self.device)
+        return mask_BNC.masked_fill_(~allowed_BNC, torch.finfo(dtype).min)[:, None]
 
     def _check_mask(self, columns: int) -> None:
         """Refuse trees and ragged batches where the model does not take a mask of ours."""

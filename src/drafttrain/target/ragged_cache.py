@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from drafttrain.core.errors import CheckpointError
+from drafttrain.target.growing_layer import GrowingCache
 
 Tree = Sequence[int]
 """The parent of every node of a call, -1 for a child of the last cached token; a chain is -1, 0, 1, ..."""
@@ -44,16 +44,15 @@ class RaggedCache:
     """The cached tokens of B sequences. Between two calls of `keep` tokens are pending: read, but not yet decided on.
 
     After `keep` every sequence fills the columns from the left. While nothing is ragged there is no mask, and rolling back
-    is a slice.
+    is a slice. Which columns hold what is known on the host: a call copies to the device what it needs of that, once.
 
     Args:
         layers: The layers in its care, when the blocks of a model do not all read their tokens in the same calls.
         beside: The Hugging Face cache that holds the layers before those.
     """
 
-    def __init__(self, num_sequences: int, *, layers: slice = slice(None), beside: DynamicCache | None = None) -> None:
-        # Without a configuration every layer keeps all columns; models with a sliding window mask the old ones themselves.
-        self.hf: DynamicCache = DynamicCache() if beside is None else _LayersFrom(layers.start, beside)
+    def __init__(self, num_sequences: int, *, layers: slice = slice(None), beside: GrowingCache | None = None) -> None:
+        self.hf: GrowingCache = GrowingCache() if beside is None else _LayersFrom(layers.start, beside)
         self._in_care = layers
         self.lengths = [0] * num_sequences
         """Cached tokens by sequence, pending ones included."""
@@ -66,11 +65,15 @@ class RaggedCache:
 
     def positions(self, sizes: Sequence[int], trees: Sequence[Tree | None], *, width: int) -> Tensor:
         """Return the position of every node; padding stands on 0."""
-        positions_BN = torch.zeros(len(sizes), width, dtype=torch.long)
-        for row, (length, size, tree) in enumerate(zip(self.lengths, sizes, trees, strict=True)):
-            depths_N = torch.arange(size) if tree is None else torch.tensor(depths(tree))
-            positions_BN[row, :size] = length + depths_N
-        return positions_BN
+        return torch.tensor(
+            [
+                [
+                    *(range(length, length + size) if tree is None else (length + depth for depth in depths(tree))),
+                    *[0] * (width - size),
+                ]
+                for length, size, tree in zip(self.lengths, sizes, trees, strict=True)
+            ]
+        )
 
     def allowed(self, trees: Sequence[Tree | None], *, width: int) -> Tensor | None:
         """Return which columns, then nodes, each node may look at; None where plain causal attention is right."""
@@ -90,9 +93,8 @@ class RaggedCache:
         """Count the nodes that a call of the model has just added to the layers."""
         self._check_layers(width)
         if self._real_BC is not None or min(sizes) < width:
-            old_BC = torch.ones(len(sizes), self.columns, dtype=torch.bool) if self._real_BC is None else self._real_BC
             new_BN = torch.arange(width) < torch.tensor(sizes)[:, None]
-            self._real_BC = torch.cat([old_BC, new_BN], dim=1)
+            self._real_BC = torch.cat([self._real(), new_BN], dim=1)
         self.columns += width
         self.lengths = [length + size for length, size in zip(self.lengths, sizes, strict=True)]
 
@@ -108,8 +110,7 @@ class RaggedCache:
         if self._real_BC is not None or not prefix:
             self._gather(nodes, width=width)
         for layer in self._layers():
-            layer.keys = layer.keys[:, :, :width]
-            layer.values = layer.values[:, :, :width]
+            layer.show(width)
         self.lengths = lengths
         self.kept = list(lengths)
         self._fit(width)
@@ -117,16 +118,16 @@ class RaggedCache:
     def select(self, sequences: Sequence[int]) -> None:
         """Keep only these sequences, in this order; nothing may be pending."""
         assert self.lengths == self.kept, "decide on the pending tokens before sequences are dropped"
-        if self._real_BC is not None:
-            # What `commit` kept may still stand behind padding.
-            self._gather([()] * len(self.lengths), width=max(self.lengths))
         self.lengths = [self.lengths[i] for i in sequences]
         self.kept = list(self.lengths)
         width = max(self.lengths, default=0)
         rows_B = torch.tensor(list(sequences), dtype=torch.long)
+        # What `commit` kept may still stand behind padding.
+        columns_BW = torch.arange(width)[None] if self._real_BC is None else self._order()[rows_B, :width]
         for layer in self._layers():
-            layer.keys = layer.keys[rows_B.to(layer.keys.device), :, :width]
-            layer.values = layer.values[rows_B.to(layer.values.device), :, :width]
+            # One copy where the layers are on one device.
+            rows_B, columns_BW = rows_B.to(layer.device), columns_BW.to(layer.device)
+            layer.select(rows_B, columns_BW)
         self._fit(width)
 
     def bytes_per_token(self) -> int:
@@ -139,19 +140,23 @@ class RaggedCache:
 
     def _gather(self, nodes: Sequence[Sequence[int]], *, width: int) -> None:
         """Move the chosen pending tokens of every row to the left, directly behind what was kept before."""
-        real_BC = torch.ones(len(nodes), self.columns, dtype=torch.bool) if self._real_BC is None else self._real_BC
         # Columns before `first` stay: they hold kept tokens of every row, none of them behind padding.
-        first = min(*self.kept, int(real_BC.all(dim=0).to(torch.uint8).cumprod(dim=0).sum()))
-        # The columns that hold tokens, in order, then the others.
-        order_BC = real_BC.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+        first = min(*self.kept, int(self._real().all(dim=0).to(torch.uint8).cumprod(dim=0).sum()))
         token_BW = torch.arange(width).repeat(len(nodes), 1)
         for row, (kept, chosen) in enumerate(zip(self.kept, nodes, strict=True)):
             token_BW[row, kept : kept + len(chosen)] = kept + torch.tensor(list(chosen), dtype=torch.long)
-        columns_BW = order_BC.gather(1, token_BW)[:, first:]
+        columns_BW = self._order().gather(1, token_BW)[:, first:]
         for layer in self._layers():
-            for states in (layer.keys, layer.values):
-                index = columns_BW[:, None, :, None].to(states.device).expand(-1, states.shape[1], -1, states.shape[3])
-                states[:, :, first:width] = states.gather(2, index)
+            columns_BW = columns_BW.to(layer.device)  # one copy where the layers are on one device
+            layer.move(columns_BW, first=first)
+
+    def _real(self) -> Tensor:
+        """Return real_BC: which columns hold a token."""
+        return torch.ones(len(self.lengths), self.columns, dtype=torch.bool) if self._real_BC is None else self._real_BC
+
+    def _order(self) -> Tensor:
+        """Return order_BC: the columns that hold tokens, in order, then the others."""
+        return self._real().logical_not().to(torch.uint8).argsort(dim=1, stable=True)
 
     def _fit(self, width: int) -> None:
         ragged = min(self.lengths, default=0) < width
@@ -173,10 +178,10 @@ class RaggedCache:
                 )
 
 
-class _LayersFrom(DynamicCache):
+class _LayersFrom(GrowingCache):
     """The same layers as another cache; asked how much is cached, it answers for the layers from `first` on."""
 
-    def __init__(self, first: int, whole: DynamicCache) -> None:
+    def __init__(self, first: int, whole: GrowingCache) -> None:
         super().__init__()
         self.layers = whole.layers
         self._first = first

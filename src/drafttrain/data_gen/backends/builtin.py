@@ -86,28 +86,29 @@ def continuations(tasks: Sequence[Task], target: Target, *, max_new_tokens: int,
     )
     lm.begin([list(task.prompt[:-1]) for task in tasks])
     live = list(range(len(tasks)))
-    inputs = [[task.prompt[-1]] for task in tasks]
+    inputs = [task.prompt[-1] for task in tasks]
     for step in range(max_new_tokens):
-        seen = lm.forward(inputs)
-        lm.cache.commit()
-        logits_BV = torch.cat([output.logits_BTV[0, -1:] for output in seen if output.logits_BTV is not None])
-        chosen = _choose(logits_BV[:, : target.num_tokens], sampling, numbers_BT[live, step].to(logits_BV.device))
+        logits_BV = lm.step(inputs)
+        chosen = _choose(logits_BV[:, : target.num_tokens], sampling, numbers_BT[live, step])
         for row, token in zip(live, chosen, strict=True):
             new[row].append(token)
         going = [place for place, token in enumerate(chosen) if token not in ends]
         if not going:
             break
         if len(going) < len(live):
+            # It costs one copy of the others' cache, less than a row that is read on for nothing.
             lm.drop(going)
             live = [live[place] for place in going]
-        inputs = [[new[row][-1]] for row in live]
+        inputs = [new[row][-1] for row in live]
     return new
 
 
 def _choose(logits_BV: Tensor, sampling: Sampling, numbers_B: Tensor) -> list[int]:
     """Draw one token a row by inverting its distribution function at the row's number."""
     if sampling.temperature == 0:
-        return [int(token) for token in logits_BV.argmax(-1)]
+        greedy: list[int] = logits_BV.argmax(-1).tolist()
+        return greedy
     below_BV = sampling_probs(logits_BV, sampling).double().cumsum(-1)
-    drawn_B1 = torch.searchsorted(below_BV, numbers_B[:, None] * below_BV[:, -1:], right=True)
-    return [int(token) for token in drawn_B1[:, 0].clamp(max=logits_BV.shape[-1] - 1)]
+    drawn_B1 = torch.searchsorted(below_BV, numbers_B.to(below_BV.device)[:, None] * below_BV[:, -1:], right=True)
+    drawn: list[int] = drawn_B1[:, 0].clamp(max=logits_BV.shape[-1] - 1).tolist()
+    return drawn

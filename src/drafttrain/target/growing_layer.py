@@ -1,0 +1,101 @@
+"""Keys and values of one layer in memory that is taken ahead: a new token is written behind the others, not joined to a copy of them.
+
+B = sequences, G = key-value heads, C = columns, d = width of a head
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+COLUMNS_AT_ONCE = 64
+"""Columns are taken in multiples of this."""
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """A layer of a Hugging Face cache. `keys` and `values` are the columns in use, a view of the memory that was taken.
+
+    It grows by an eighth, rounded up to a multiple of 64 columns: no more than that stands empty. Columns that were never written are 0: a softmax gives what is masked no
+    weight, but no weight times a NaN would be one.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._taken: list[Tensor] = []
+        """[keys, values] with room; empty before the first call."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take no column yet."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._taken = [
+            states.new_zeros(*states.shape[:-2], 0, states.shape[-1]) for states in (key_states, value_states)
+        ]
+        self.is_initialized = True
+        self.show(0)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write new columns behind those in use; return all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        begin, count = self.keys.shape[-2], key_states.shape[-2]
+        self.reserve(begin + count)
+        for taken, states in zip(self._taken, (key_states, value_states), strict=True):
+            taken.narrow(-2, begin, count).copy_(states)
+        self.show(begin + count)
+        return self.keys, self.values
+
+    def reserve(self, columns: int) -> None:
+        """Have room for so many columns; those in use stay."""
+        if columns <= self._taken[0].shape[-2]:
+            return
+        used = self.keys.shape[-2]
+        room = _whole(max(columns, used + used // 8))
+        # One after the other, so that keys and values never stand twice at the same time.
+        for index, states in enumerate(self._taken):
+            grown = states.new_zeros(*states.shape[:-2], room, states.shape[-1])
+            grown.narrow(-2, 0, used).copy_(states.narrow(-2, 0, used))
+            self._taken[index] = grown
+            self.show(used)
+
+    def show(self, columns: int) -> None:
+        """Have the first so many columns in use."""
+        self.keys, self.values = (states.narrow(-2, 0, columns) for states in self._taken)
+
+    def move(self, columns_BW: Tensor, *, first: int) -> None:
+        """Write into columns `first`, `first` + 1, ... of every sequence what now stands in its columns `columns_BW`."""
+        for states in self._taken:
+            index = columns_BW[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+            states.narrow(2, first, columns_BW.shape[1]).copy_(states.gather(2, index))
+
+    def select(self, rows_B: Tensor, columns_BW: Tensor) -> None:
+        """Keep these sequences, and of each these columns, in order."""
+        columns = columns_BW.shape[1]
+        for index, states in enumerate(self._taken):
+            kept = states.new_zeros(len(rows_B), states.shape[1], _whole(columns), states.shape[3])
+            # Rows and columns are chosen in one copy.
+            kept.narrow(2, 0, columns).copy_(states.transpose(1, 2)[rows_B[:, None], columns_BW].transpose(1, 2))
+            self._taken[index] = kept
+            self.show(0)
+        self.show(columns)
+
+
+class GrowingCache(DynamicCache):  # type: ignore[misc]
+    """A Hugging Face cache of growing layers.
+
+    Without a configuration every layer keeps all columns; models with a sliding window mask the old ones themselves.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_class_to_replicate = GrowingLayer
+
+
+def _whole(columns: int) -> int:
+    """Return the next multiple of the columns that are taken at once."""
+    return -(-columns // COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE
