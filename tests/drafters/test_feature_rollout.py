@@ -11,8 +11,9 @@ import torch
 
 from drafttrain.core.records import Record
 from drafttrain.data_gen.packing import pack
-from drafttrain.drafters import feature_attention, feature_layer
+from drafttrain.drafters import feature_layer
 from drafttrain.losses.align import align
+from drafttrain.target.packed_attention import Columns
 from tests.drafters.feature_models import chain_logits, feature_drafter, feature_target, packed
 
 STEPS = 4
@@ -74,8 +75,8 @@ def test_control_a_position_that_does_not_advance_breaks_the_identity(target, mo
 
 def test_control_a_missing_key_of_its_own_breaks_the_identity(target, monkeypatch):
     drafter = feature_drafter("eagle3", target)
-    attend = feature_attention.Columns.attend
-    monkeypatch.setattr(feature_attention.Columns, "attend", lambda self, query, own: attend(self, query, own[-1:]))
+    attend = Columns.attend
+    monkeypatch.setattr(Columns, "attend", lambda self, query, own: attend(self, query, own[-1:]))
     differences = largest_difference(target, drafter, width=22)
     assert max(differences[:2]) < 1e-5
     assert min(differences[2:]) > 1e-2

@@ -21,7 +21,8 @@ from drafttrain.core.settings import setting
 from drafttrain.drafters import drafters
 from drafttrain.drafters.draft_vocabulary import vocabulary_problems
 from drafttrain.drafters.feature_drafter import FeatureDrafter
-from drafttrain.drafters.feature_layer import FeatureLayer
+from drafttrain.drafters.feature_layer import FeatureLayer, computing_type
+from drafttrain.drafters.feature_norm import Norm
 from drafttrain.drafters.feature_rollout import rollout
 from drafttrain.drafters.feature_target import (
     TargetParts,
@@ -98,8 +99,8 @@ class MidLayer(FeatureLayer):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config, input_size=2 * config.hidden_size)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.hidden_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = Norm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hidden_norm = Norm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 OWN = ("num_steps", "step_decay", "head_init", "draft")
@@ -132,14 +133,14 @@ class Eagle3Drafter(FeatureDrafter):
         self._parts = parts
         self._keeps_vocabulary = False
         layer, width, eps = llama_config(config), config["hidden_size"], config["rms_norm_eps"]
-        self.input_norm = nn.RMSNorm(NUM_TAPS * width, eps=eps) if config.get("norm_before_fc") else None
+        self.input_norm = Norm(NUM_TAPS * width, eps=eps) if config.get("norm_before_fc") else None
         self.fc = nn.Linear(NUM_TAPS * width, width, bias=False)
         self.midlayer = MidLayer(layer)
-        self.norm = nn.RMSNorm(width, eps=eps)
+        self.norm = Norm(width, eps=eps)
         self.lm_head = nn.Linear(width, config["draft_vocab_size"], bias=False)
         for linear in (self.fc, self.lm_head):
             nn.init.normal_(linear.weight, std=layer.initializer_range)
-        self.fc_norm = nn.ModuleList(nn.RMSNorm(width, eps=eps) for _ in self.taps) if config["fc_norm"] else None
+        self.fc_norm = nn.ModuleList(Norm(width, eps=eps) for _ in self.taps) if config["fc_norm"] else None
         self.d2t: Tensor | None
         self.t2d: Tensor | None
         same = config["draft_vocab_size"] == config["vocab_size"]
@@ -238,7 +239,9 @@ class Eagle3Drafter(FeatureDrafter):
 
     def features(self, seen: TargetOutput) -> Tensor:
         """Return features_BTF: the tapped states side by side."""
-        return torch.cat([seen.hidden_BTD[tap] for tap in self.taps], dim=-1).to(self.fc.weight)
+        return torch.cat([seen.hidden_BTD[tap] for tap in self.taps], dim=-1).to(
+            self.fc.weight.device, computing_type(self.fc.weight)
+        )
 
     def fused(self, features_BTF: Tensor) -> Tensor:
         """Return hidden_BTD."""

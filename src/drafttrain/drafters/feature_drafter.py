@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from drafttrain.core.records import RowsAsked
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.drafters import Drafter
+from drafttrain.drafters.feature_layer import computing_type
 from drafttrain.drafters.feature_proposer import FeatureProposer
 from drafttrain.drafters.feature_rollout import FeatureModel
 from drafttrain.drafters.feature_target import TargetParts, save_folder
@@ -29,7 +30,7 @@ class FeatureDrafter(Drafter):
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """Return embedded_BTD."""
-        return self._parts.embed(tokens_BT, dtype=self.fc.weight.dtype)
+        return self._parts.embed(tokens_BT, dtype=computing_type(self.fc.weight))
 
     def rows_asked(self) -> list[RowsAsked]:
         """Return the rows of every step of the rollout."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from drafttrain.core.flops import BatchShape, Products, attention, matrix, parameters_of
+from drafttrain.drafters.feature_norm import Norm
 
 
 class FeatureLayer(nn.Module):
@@ -25,7 +26,7 @@ class FeatureLayer(nn.Module):
     def __init__(self, config: Any, *, input_size: int) -> None:
         super().__init__()
         self.self_attn = Projections(config, input_size=input_size)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Norm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config)
         self._rotary = Rotary(config)
         for module in self.modules():
@@ -99,6 +100,12 @@ class Rotary:
         """Return (cos_BTd, sin_BTd) in the type of `like`."""
         cos_BTd, sin_BTd = self._embedding.to(like.device)(like, positions_BT)
         return cos_BTd, sin_BTd
+
+
+def computing_type(weight: Tensor) -> torch.dtype:
+    """Return the type that products with this weight are computed in: autocast's where it is on."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def rotated(states_BHTd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from drafttrain.core.packed_documents import PackedDocuments
 from drafttrain.core.records import DraftBatch, TargetNeeds, TargetOutput
-from drafttrain.drafters.feature_attention import Columns
 from drafttrain.drafters.feature_layer import FeatureLayer
+from drafttrain.target.packed_attention import Columns
 
 
 class FeatureModel(Protocol):
@@ -83,7 +84,7 @@ def rollout(model: FeatureModel, batch: DraftBatch, hidden_BTD: Tensor, *, num_s
         inputs_BTX, residual_BTD = model.entering(model.embed(tokens_BT), hidden_BTD)
         query, key, value = model.layer.project(inputs_BTX, batch.positions_BT + step)
         if columns is None:
-            columns = Columns(key, value, batch.documents_BT)
+            columns = Columns(key, value, PackedDocuments.of(batch.positions_BT))
         else:
             own.append((key, value))
         states[step + 1] = model.layer.finish(columns.attend(query, own), residual_BTD)

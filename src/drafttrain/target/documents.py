@@ -10,35 +10,48 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from drafttrain.core.packed_documents import PackedDocuments
 from drafttrain.core.records import TargetNeeds
 from drafttrain.target.anatomy import taps, trunk
 from drafttrain.target.logits import check_logits
 from drafttrain.target.own_type import in_own_type
+from drafttrain.target.packed_reading import NotPlain, may_be_read_packed, packed, through_every_block
+
+TRIED = 4
+"""Tokens of each document that is tried."""
 
 _apart: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_packed: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @in_own_type
 def document_states(
-    model: Any, tokens_BT: Tensor, positions_BT: Tensor, *, hidden: tuple[int, ...] = ()
+    model: Any,
+    tokens_BT: Tensor,
+    positions_BT: Tensor,
+    *,
+    hidden: tuple[int, ...] = (),
+    documents: PackedDocuments | None = None,
 ) -> tuple[Tensor, Mapping[int, Tensor]]:
     """Return (final_BTD, the residual streams asked for by index) of packed rows.
 
     Args:
         positions_BT: Restart at 0 with each document, padding being one too.
+        documents: Where these lie, if the caller knows: looking for them makes the host wait for a GPU.
 
     Raises:
         CheckpointError: What is made of these states is not what the model makes of them (`check_logits`).
     """
     check_logits(model)
     if tells_documents_apart(model):
-        with taps(model, TargetNeeds(hidden=hidden)) as seen:
+        with taps(model, TargetNeeds(hidden=hidden)) as seen, _attention(model, positions_BT, documents):
             final_BTD = _final(model, tokens_BT, positions_BT)
         return final_BTD, {int(index): state for index, state in seen.items()}
     with taps(model, TargetNeeds(hidden=hidden)) as seen:
@@ -71,19 +84,54 @@ def tells_documents_apart(model: Any) -> bool:
     return _apart[model]
 
 
+def reads_packed(model: Any) -> bool:
+    """Return whether flash attention reads this model's documents one by one; tried once a model."""
+    if model not in _packed:
+        _packed[model] = may_be_read_packed(model) and tells_documents_apart(model) and _try_packed(model)
+    return _packed[model]
+
+
+def _attention(model: Any, positions_BT: Tensor, documents: PackedDocuments | None) -> AbstractContextManager[Any]:
+    """Return the context in which the model's attention reads these documents."""
+    # With gradients, what a checkpoint computes again would run outside of the context.
+    if torch.is_grad_enabled() or not reads_packed(model):
+        return nullcontext()
+    return packed(model, documents or PackedDocuments.of(positions_BT))
+
+
+@torch.no_grad()
+def _try_packed(model: Any) -> bool:
+    plain_2SD = _second_documents(model)
+    documents = PackedDocuments.of(torch.arange(TRIED, device=plain_2SD.device).repeat(2, 2))
+    try:
+        with packed(model, documents) as calls:
+            states_2SD = _second_documents(model)
+    except NotPlain:
+        return False
+    return through_every_block(model, calls) and _alike(*states_2SD) and _alike(states_2SD, plain_2SD, up_to=0.05)
+
+
 @torch.no_grad()
 def _try(model: Any) -> bool:
+    return _alike(*_second_documents(model))
+
+
+def _second_documents(model: Any) -> Tensor:
+    """Return the states of the second document of two rows, of which only the first document differs."""
     # ZeRO-3 leaves no rows of the embedding here outside of a forward.
     size = int(model.config.get_text_config().vocab_size)
     device = model.get_input_embeddings().weight.device
     tokens_2T = torch.tensor([[*range(1, 5), *range(5, 9)], [*range(11, 15), *range(5, 9)]], device=device) % size
-    positions_1T = torch.tensor([[*range(4), *range(4)]], device=device)
+    positions_2T = torch.arange(TRIED, device=device).repeat(2, 2)
     was_training = model.training
     model.eval()
-    # Only the first document differs, so the second's states are the same numbers unless it was seen.
-    one_SD, other_SD = _final(model, tokens_2T, positions_1T.expand(2, -1))[:, 4:].float()
+    states_2SD = _final(model, tokens_2T, positions_2T)[:, TRIED:].float()
     model.train(was_training)
-    return float((one_SD - other_SD).norm()) <= 1e-4 * float(one_SD.norm())
+    return states_2SD
+
+
+def _alike(one: Tensor, other: Tensor, *, up_to: float = 1e-4) -> bool:
+    return float((one - other).norm()) <= up_to * float(one.norm())
 
 
 def _final(model: Any, tokens_BT: Tensor, positions_BT: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.tensors import TensorFiles
 from drafttrain.target.absent import bare_model, target_folder
 from drafttrain.target.anatomy import blocks, trunk
-from drafttrain.target.documents import tells_documents_apart
+from drafttrain.target.documents import reads_packed, tells_documents_apart
 from drafttrain.target.frozen import (
     Target,
     TargetSettings,
@@ -48,6 +48,7 @@ class ShardedTarget(Target):
         # Each is tried once, by short texts: here, where all processes are.
         check_logits(model)
         tells_documents_apart(model)
+        reads_packed(model)
 
     @classmethod
     def load(cls, settings: TargetSettings) -> ShardedTarget:

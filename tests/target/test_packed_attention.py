@@ -1,4 +1,4 @@
-"""The rollout's attention is one softmax over columns and own keys, whatever kernel attends the columns."""
+"""Attention of packed rows is one softmax over columns and own keys, whatever kernel attends the columns."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from drafttrain.drafters import feature_attention
-from drafttrain.drafters.feature_attention import Columns, FlashOnCPU, FlashOnCUDA, Pieces
+from drafttrain.core.packed_documents import PackedDocuments
+from drafttrain.target import packed_kernels
+from drafttrain.target.packed_attention import Columns
+from drafttrain.target.packed_kernels import FlashOnCPU, FlashOnCUDA, Pieces
 
 KERNELS = [FlashOnCPU, FlashOnCUDA, Pieces]
 HEADS, GROUPS, WIDTH = 6, 2, 8
@@ -55,7 +57,7 @@ def cuda_kernel_on_cpu() -> Iterator[None]:
         key_NHd, value_NHd = (x.repeat_interleave(heads // groups, dim=1) for x in (key, value))
         drift_NH = (grad * out).sum(dim=-1)
         moved_HNN = torch.einsum("nhd,mhd->hnm", grad, value_NHd) - drift_NH.T[:, :, None]
-        in_scores_HNN = weights_HNN * moved_HNN / math.sqrt(query.shape[-1])
+        in_scores_HNN = weights_HNN * moved_HNN * (kwargs.get("scale") or 1 / math.sqrt(query.shape[-1]))
         in_key = torch.einsum("hnm,nhd->mhd", in_scores_HNN, query)
         in_value = torch.einsum("hnm,nhd->mhd", weights_HNN, grad)
         in_groups = (x.unflatten(1, (groups, -1)).sum(dim=2) for x in (in_key, in_value))
@@ -71,8 +73,8 @@ def cuda_kernel_on_cpu() -> Iterator[None]:
 
 @pytest.fixture(params=KERNELS)
 def kernel(request: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(feature_attention, "kernel_for", lambda query: request.param)
-    monkeypatch.setattr(feature_attention, "PIECE_SLOTS", 5)
+    monkeypatch.setattr(packed_kernels, "kernel_for", lambda query: request.param)
+    monkeypatch.setattr(packed_kernels, "PIECE_SLOTS", 5)
     return request.param
 
 
@@ -97,8 +99,17 @@ def dense(documents: Tensor, query: Tensor, keys: Tensor, values: Tensor, *own: 
     return torch.stack(parts).sum(dim=0)
 
 
+def apart(documents: Tensor) -> PackedDocuments:
+    """Return where the documents of rows of document numbers lie."""
+    positions = torch.zeros_like(documents)
+    for column in range(1, documents.shape[1]):
+        same = documents[:, column] == documents[:, column - 1]
+        positions[:, column] = torch.where(same, positions[:, column - 1] + 1, 0)
+    return PackedDocuments.of(positions)
+
+
 def ours(documents: Tensor, query: Tensor, keys: Tensor, values: Tensor, *own: Tensor) -> Tensor:
-    return Columns(keys, values, documents).attend(query, list(zip(own[::2], own[1::2], strict=True)))
+    return Columns(keys, values, apart(documents)).attend(query, list(zip(own[::2], own[1::2], strict=True)))
 
 
 def with_gradients(attend: Any, inputs: list[Tensor]) -> list[Tensor]:
@@ -107,6 +118,17 @@ def with_gradients(attend: Any, inputs: list[Tensor]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     gradient = torch.randn(attended.shape, generator=generator, dtype=torch.float64).to(attended.dtype)
     return [attended, *torch.autograd.grad(attended, inputs, gradient)]
+
+
+def test_a_scale_of_its_own_is_taken(kernel):
+    query, *rest = states(1, torch.float64)
+    columns = Columns(rest[0], rest[1], apart(DOCUMENTS))
+    found = with_gradients(
+        lambda _, q, *r: columns.attend(q, [(r[2], r[3])], scale=3 / math.sqrt(WIDTH)), [query, *rest]
+    )
+    wanted = with_gradients(lambda d, q, *r: dense(d, 3 * q, *r), [query, *rest])
+    for ours_, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours_, theirs, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("num_own", [0, 1, 3])
@@ -137,9 +159,9 @@ def test_autocast_changes_nothing_of_it(kernel):
 def test_control_the_normaliser_of_the_columns_alone_gives_other_gradients(kernel, monkeypatch):
     backward = kernel.backward
 
-    def of_columns(gradient, query, keys, values, attended, normaliser, documents):  # type: ignore[no-untyped-def]
-        attended, normaliser = kernel.forward(query, keys, values, documents)
-        return backward(gradient, query, keys, values, attended, normaliser, documents)
+    def of_columns(gradient, query, keys, values, attended, normaliser, documents, scale):  # type: ignore[no-untyped-def]
+        attended, normaliser = kernel.forward(query, keys, values, documents, scale)
+        return backward(gradient, query, keys, values, attended, normaliser, documents, scale)
 
     monkeypatch.setattr(kernel, "backward", staticmethod(of_columns))
     _, _, *found = with_gradients(ours, states(1, torch.float64))
@@ -150,8 +172,8 @@ def test_control_the_normaliser_of_the_columns_alone_gives_other_gradients(kerne
 
 def test_control_documents_that_see_each_other_give_other_outputs(kernel):
     inputs = states(1, torch.float64)
-    apart, joined = ours(DOCUMENTS, *inputs), ours(torch.zeros_like(DOCUMENTS), *inputs)
-    same = (apart - joined).abs().amax(dim=(1, 3)) < 1e-9
+    own, joined = ours(DOCUMENTS, *inputs), ours(torch.zeros_like(DOCUMENTS), *inputs)
+    same = (own - joined).abs().amax(dim=(1, 3)) < 1e-9
     first = torch.cat([torch.arange(37)[None] < n for n in (9, 37, 20)])
     assert torch.equal(same, first)
 
@@ -178,7 +200,7 @@ def test_documents_of_every_order_and_length_lie_where_they_are():
     for lengths in itertools.product((1, 2, 5), repeat=3):
         row = torch.repeat_interleave(torch.tensor([7, 3, 9]), torch.tensor(lengths))
         documents = torch.stack([row, row.flip(0)])
-        found = feature_attention.PackedDocuments(documents)
+        found = apart(documents)
         pieces = [documents.flatten()[own].unique().tolist() for own in found.slices]
         assert pieces == [[7], [3], [9], [9], [3], [7]]
         assert found.bounds.tolist()[-1] == documents.numel()
