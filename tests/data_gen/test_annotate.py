@@ -24,7 +24,7 @@ from drafttrain.drafters.causal_lm import CausalLMDrafter
 from drafttrain.eval.acceptance.lossless import Lossless
 from drafttrain.eval.engine import Engine
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
-from drafttrain.target.frozen import weights_sha256
+from drafttrain.target.weights_digest import weights_digest
 from tests.conftest import random_llama
 from tests.drafters.feature_models import feature_drafter, feature_target
 
@@ -171,9 +171,9 @@ def data(tmp_path: Any, tokenizer: Any, **settings: Any) -> TrainingData:
 def test_texts_are_held_out_whole_and_a_killed_labelling_continues(frozen, tiny_target, tmp_path):
     settings = AcceptanceLabelSettings(held_out=0.25, mixing=0.0)
     texts = data(tmp_path, tiny_target.tokenizer)
-    before = weights_sha256(frozen.drafter), weights_sha256(tiny_target.model)
+    before = weights_digest(frozen.drafter), weights_digest(tiny_target.model)
     first = annotate(settings, texts, frozen, tmp_path / "labelled")
-    assert (weights_sha256(frozen.drafter), weights_sha256(tiny_target.model)) == before
+    assert (weights_digest(frozen.drafter), weights_digest(tiny_target.model)) == before
     assert len(first.train) + len(first.held_out) == 40 * 11
     assert len(first.held_out) % 11 == 0
     assert 0 < len(first.held_out) < 250

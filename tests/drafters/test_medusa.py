@@ -42,6 +42,15 @@ def target() -> Target:
     return Target(random_llama().double(), byte_tokenizer(), name="tiny", fingerprint="")
 
 
+def test_heads_are_made_where_they_will_be_and_no_random_ones_before(target: Target, tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    create(target, num_heads=2).save(tmp_path)
+    Medusa.load(tmp_path, target)
+    assert torch.equal(torch.get_rng_state(), before)
+    elsewhere = Target(random_llama().to("meta"), byte_tokenizer(), name="tiny", fingerprint="")
+    assert all(parameter.is_meta for parameter in create(elsewhere, num_heads=2).parameters())
+
+
 def texts_of(target: Target, count: int, *, seed: int, new: int = 40) -> list[Text]:
     random = torch.Generator().manual_seed(seed)
     prompts = torch.randint(1, V, (count, 4), generator=random)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from drafttrain import pipeline
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import CheckpointError, DataError, RecipeError
+from drafttrain.pipeline import exporting
 from drafttrain.pipeline.data import training_data, write_texts
 from drafttrain.pipeline.exporting import export_best
 from drafttrain.pipeline.run import Run
@@ -103,6 +104,26 @@ def test_a_target_is_loaded_for_what_is_missing_and_let_go_of_before_the_trainin
     assert len(target_layers_in_memory()) == before + 3, "the census sees a target that is loaded"
     train_drafter(run)
     assert len(target_layers_in_memory()) == before
+
+
+class Looked(Exception):
+    """What was seen where the evaluation would have started."""
+
+
+def test_the_evaluation_starts_when_the_training_has_let_go_of_its_target(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(_: Run) -> None:
+        raise Looked(len(target_layers_in_memory()))
+
+    before = len(target_layers_in_memory())
+    run = Run(load_recipe(recipe, [f"drafter={KINDS['kangaroo']}", "train.max_steps=2"]), tmp_path / "run")
+    write_texts(run)
+    train_drafter(run)
+    assert len(target_layers_in_memory()) == before + 3
+    monkeypatch.setattr(exporting, "evaluated_elsewhere", look)
+    with pytest.raises(Looked, match=f"^{before}$"):
+        exporting.export_and_judge(run)
 
 
 def test_a_text_that_was_not_stored_is_refused(recipe: Path, tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_a_skeleton_that_is_filled_is_the_model(folder: Path) -> None:
     model = bare_model(settings)
     fill(model, stored_tensors(model), TensorFiles(folder), device=torch.device("cpu"))
     whole = Target.load(settings)
-    assert Target(model, None, name="", fingerprint="").weights_sha256() == whole.weights_sha256()
+    assert Target(model, None, name="", fingerprint="").weights_digest() == whole.weights_digest()
     tokens_BT = torch.arange(20)[None]
     torch.testing.assert_close(model(tokens_BT).logits, whole.model(tokens_BT).logits, rtol=0, atol=0)
 

@@ -138,7 +138,7 @@ def target_of(target_folder: str, folder: Path, *, sharded: bool) -> Target:
     before = held_numbers()
     target = (ShardedTarget if sharded else Target).load(TargetSettings(model=target_folder))
     held = held_numbers() - before
-    census = {"held": held, "sha256": target.weights_sha256(), "states": states_digest(target)}
+    census = {"held": held, "weights": target.weights_digest(), "states": states_digest(target)}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"target-{world().rank}.json").write_text(json.dumps(census))
     return target

@@ -4,7 +4,7 @@ A file of weights of at most `WHOLE_BYTES` is read whole. Of a larger one these 
 place of every tensor), and the beginning, middle and end of every tensor. Any training changes those. What changes single rows in
 between, and leaves all that as it was, is not seen.
 
-Digests of large files are kept in the user's cache by path, size and time of change.
+Digests of large files are kept in the user's cache by path, size, time of change and inode.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ def _cached(path: Path, how: str, digest_of: Callable[[Path], str]) -> str:
     stat = path.stat()
     if stat.st_size <= WHOLE_BYTES:
         return digest_of(path)
-    key, mark = f"{how}:{path.resolve()}", [stat.st_size, stat.st_mtime_ns]
+    key, mark = f"{how}:{path.resolve()}", [stat.st_size, stat.st_mtime_ns, stat.st_ino]
     held = _held().get(key)
-    if isinstance(held, list) and held[:2] == mark:
-        return str(held[2])
+    if isinstance(held, list) and held[:-1] == mark:
+        return str(held[-1])
     digest = digest_of(path)
     if time.time_ns() - stat.st_mtime_ns > SETTLED_SECONDS * 1e9:
         with contextlib.suppress(OSError):

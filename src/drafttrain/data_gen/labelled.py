@@ -27,7 +27,7 @@ from drafttrain.data_gen.prepare import TrainingData
 from drafttrain.data_gen.sampler import Sampler
 from drafttrain.data_gen.shares import own_shares
 from drafttrain.heads import HeadBatch, HeadRows, TokenHead
-from drafttrain.target.frozen import weights_sha256
+from drafttrain.target.weights_digest import weights_digest
 
 RECORDS_A_SHARD = 32
 ARRAYS = ("features", "labels", "held_out")
@@ -102,7 +102,7 @@ def annotate(settings: Any, data: TrainingData, frozen: Frozen, folder: Path) ->
     about = {
         "annotator": component_mapping(settings),
         "target_fingerprint": frozen.target.fingerprint,
-        "drafter_sha256": weights_sha256(frozen.drafter),
+        "drafter_digest": weights_digest(frozen.drafter),
         "seed": frozen.seed,
         "stores": [store.meta["about"] for store in data.stores],
     }
@@ -126,7 +126,7 @@ def annotate(settings: Any, data: TrainingData, frozen: Frozen, folder: Path) ->
                     _write(paths(folder, number), arrays)
                 rows.add(paths(folder, number), of_shards=len(shards))
                 bar.advance(len(shard))
-        assert weights_sha256(frozen.drafter) == about["drafter_sha256"], "labelling changed the drafter"
+        assert weights_digest(frozen.drafter) == about["drafter_digest"], "labelling changed the drafter"
         write_json(done, about | {"shards": len(shards)})
     labelled = LabelledTokens(folder)
     _check_shares(labelled.train.labels_N, least=getattr(settings, "min_share", 0.0))

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import silu
+from torch.nn.utils import skip_init
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import write_json
@@ -123,10 +124,14 @@ class Medusa(Drafter):
         decay: float = 1.0,
         draft: str = "sampled",
         paths: list[TreePath] | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(_Blocks(hidden_size, num_layers) for _ in range(num_heads))
-        self.lm_heads = nn.ModuleList(nn.Linear(hidden_size, vocab_size, bias=False) for _ in range(num_heads))
+        self.blocks = nn.ModuleList(_Blocks(hidden_size, num_layers, device=device) for _ in range(num_heads))
+        # Whoever makes heads writes their matrices: drawing them first, on the CPU, takes minutes of a large vocabulary.
+        self.lm_heads = nn.ModuleList(
+            skip_init(nn.Linear, hidden_size, vocab_size, bias=False, device=device) for _ in range(num_heads)
+        )
         self.num_heads = num_heads
         self.num_layers = num_layers
         self.hidden_size = hidden_size
@@ -184,6 +189,7 @@ class Medusa(Drafter):
             target_config=target.model.config.get_text_config(),
             decay=settings.decay,
             draft=settings.draft,
+            device=weight_VD.device,
         )
         with torch.no_grad():
             for parameter in made.lm_heads.parameters():
@@ -358,6 +364,7 @@ class Medusa(Drafter):
             target_config=target.model.config.get_text_config(),
             draft=config.get("drafttrain_draft", "sampled"),
             paths=_paths(folder),
+            device=target.device,
         )
         if (folder / ADAPTER).is_dir():
             made.adapter_folder = folder / ADAPTER
@@ -370,9 +377,11 @@ class Medusa(Drafter):
 class _Blocks(nn.Module):
     """Residual blocks x + SiLU(W x + b), the identity at their start."""
 
-    def __init__(self, hidden_size: int, num_layers: int) -> None:
+    def __init__(self, hidden_size: int, num_layers: int, *, device: torch.device | str = "cpu") -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(hidden_size, hidden_size) for _ in range(num_layers))
+        self.layers = nn.ModuleList(
+            skip_init(nn.Linear, hidden_size, hidden_size, device=device) for _ in range(num_layers)
+        )
         for parameter in self.layers.parameters():
             nn.init.zeros_(parameter)
 

@@ -50,6 +50,8 @@ def export_and_judge(run: Run) -> None:
         if not run.has_target():
             say(f"exported: {exported} (no target in this recipe, so nothing to evaluate it against)")
             return
+        # The evaluation loads a target of its own: two would have to fit the device.
+        run.let_go()
         result = evaluated_elsewhere(run)
     resolved, command = run.resolved, command_line()
     best, last = done.best, done.last

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -98,8 +99,17 @@ class Run:
         """Go on in this process alone: a target that is spread over all cannot be run any more."""
         if self.placement == "sharded":
             self.placement = "absent"
-            for name in ("target", "told_target", "drafter"):
-                self.__dict__.pop(name, None)
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Let go of target and drafter, and of the memory of their device; who asks for one again loads it again."""
+        import torch
+
+        for name in ("target", "told_target", "drafter"):
+            self.__dict__.pop(name, None)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     @functools.cached_property
     def tokenizer(self) -> Any:

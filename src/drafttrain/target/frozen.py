@@ -19,8 +19,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from drafttrain.core import digests
 from drafttrain.core.console import say_once
-from drafttrain.core.digests import weights_digest
 from drafttrain.core.errors import CheckpointError, DrafttrainError
 from drafttrain.core.foreign import check_folder
 from drafttrain.core.records import TargetNeeds, TargetOutput, TargetRows
@@ -34,6 +34,7 @@ from drafttrain.target.logits import head_logits
 from drafttrain.target.model_folder import check_causal_lm, check_model_files, in_one_line, no_folder
 from drafttrain.target.number_type import suited_type
 from drafttrain.target.sizes import refuse_sizes
+from drafttrain.target.weights_digest import weights_digest
 from drafttrain.target.wrapped import language_model_inside, loader_of
 
 BUILTIN = "builtin:"
@@ -140,7 +141,7 @@ def fingerprint_of(folder: Path) -> str:
     files = sorted(folder.glob("*.safetensors"))
     digest = hashlib.sha256()
     for path in [folder / "config.json", *files]:
-        digest.update(f"{path.name}:{weights_digest(path)}\n".encode())
+        digest.update(f"{path.name}:{digests.weights_digest(path)}\n".encode())
     return digest.hexdigest()[:16]
 
 
@@ -381,24 +382,9 @@ class Target:
     def rest(self) -> None:
         """Let go of what only `at_work` needs: training begins."""
 
-    def weights_sha256(self) -> str:
+    def weights_digest(self) -> str:
         """Return the digest of the weights in memory, to prove that they stayed frozen."""
-        return weights_sha256(self.model)
-
-
-def weights_sha256(module: torch.nn.Module) -> str:
-    """Return the digest of all parameters and buffers in memory."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        add_to_digest(digest, name, tensor)
-    return digest.hexdigest()
-
-
-def add_to_digest(digest: Any, name: str, tensor: Tensor) -> None:
-    """Add a named tensor to a digest; one without memory adds its name."""
-    digest.update(name.encode())
-    if not tensor.is_meta:
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return weights_digest(self.model)
 
 
 def load_target_tokenizer(settings: TargetSettings) -> Any:

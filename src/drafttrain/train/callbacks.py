@@ -75,9 +75,9 @@ class FrozenTarget(Callback):
 
     def __init__(self, target: Target) -> None:
         self.target = target
-        self.before = target.weights_sha256()
+        self.before = target.weights_digest()
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Compare."""
-        if self.target.weights_sha256() != self.before:
+        if self.target.weights_digest() != self.before:
             raise DrafttrainError("the target's weights changed during training: they must stay frozen")

@@ -18,13 +18,13 @@ from drafttrain.target.documents import reads_packed, tells_documents_apart
 from drafttrain.target.frozen import (
     Target,
     TargetSettings,
-    add_to_digest,
     fingerprint_of,
     load_target_tokenizer,
     pick_device,
 )
 from drafttrain.target.logits import check_logits
 from drafttrain.target.skeleton import fill, stored_tensors
+from drafttrain.target.weights_digest import add_to_digest
 from drafttrain.train.strategy import join_deepspeed, whole
 
 CONFIG = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
@@ -93,7 +93,7 @@ class ShardedTarget(Target):
         trunk(self.model)(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
         self._in_rounds = True
 
-    def weights_sha256(self) -> str:
+    def weights_digest(self) -> str:
         """Return the digest of the whole weights, the same as of a target in one piece; all processes must call it."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict(keep_vars=True).items()):
