@@ -26,7 +26,7 @@ from drafttrain.drafters import Drafter, drafters
 from drafttrain.drafters.early_exit_proposer import EarlyExitProposer, KeysAndValues
 from drafttrain.target import Target
 from drafttrain.target.anatomy import blocks, final_norm
-from drafttrain.target.logits import head_logits
+from drafttrain.target.logits import head_of
 
 CONFIG_KEYS = ("exit_layer", "hidden_size", "num_attention_heads", "rope_theta", "draft", "target_fingerprint")
 
@@ -101,11 +101,9 @@ No serving engine loads an adapter behind a target's first layers yet; these fig
         assert batch.target is not None, "whoever reads the target reads what `needs` says"
         exit_BTD = batch.target.hidden_BTD[self.exit_layer]
         allowed_BTT = (batch.documents_BT[:, :, None] == batch.documents_BT[:, None]).tril()
-        return DraftOutput({1: self.adapter(exit_BTD, batch.positions_BT, allowed_BTT)}, self._head, self.lag)
-
-    def _head(self, states_ND: Tensor, depth: int) -> Tensor:
-        (model,) = self._model
-        return head_logits(model, states_ND.to(model.dtype))
+        return DraftOutput(
+            {1: self.adapter(exit_BTD, batch.positions_BT, allowed_BTT)}, head_of(*self._model), self.lag
+        )
 
     def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
         """Return the proposer that runs inside the target's own cache."""

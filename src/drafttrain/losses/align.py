@@ -29,6 +29,8 @@ class AlignedRows:
     index: RowIndex
     counts: Mapping[int, int]
     """Rows of each depth of the drafter, in their order."""
+    targets_on_host: Tensor
+    """`target_N` on the CPU, wherever the batch is: pieces are cut by it without asking the device."""
 
 
 def align(drafted: DraftOutput, batch: DraftBatch, *, block_length: int = 1) -> AlignedRows:
@@ -60,8 +62,10 @@ def align(drafted: DraftOutput, batch: DraftBatch, *, block_length: int = 1) -> 
             depth_N=depth_N,
             block_N=sequence_N * (1 << 32) + root_N,
             step=batch.step,
+            deepest=max(depths) if len(depths) > 1 else block_length,
         ),
         counts={depth: len(part[0]) for depth, part in zip(depths, parts, strict=True)},
+        targets_on_host=(label_N - 1).cpu(),
     )
 
 

@@ -20,7 +20,7 @@ from drafttrain.drafters import Drafter
 from drafttrain.heads import HeadBatch, TokenHead
 from drafttrain.losses import Loss
 from drafttrain.losses.align import align
-from drafttrain.losses.chunked import normalised, row_losses, summed
+from drafttrain.losses.chunked import batch_loss, normalised, summed
 from drafttrain.target import Target
 from drafttrain.train.optimizer import build_optimizer, learning_rate_scale
 from drafttrain.train.settings import TrainSettings
@@ -202,7 +202,7 @@ class DistillModule(StepModule):
         batch = self._with_target(batch)
         drafted = self.trained(batch)
         rows = align(drafted, batch, block_length=getattr(self.loss, "block_length", 1))
-        loss_N, acceptance_N = row_losses(
+        made = batch_loss(
             self.loss,
             drafted,
             rows,
@@ -211,8 +211,9 @@ class DistillModule(StepModule):
             chunk_rows=self.settings.loss_chunk_rows,
             measured=self._writes_a_row(),
         )
+        loss_N, acceptance_N = made.loss_N, made.acceptance_N
         acceptance = () if acceptance_N is None else (acceptance_N.sum(), acceptance_N.new_tensor(len(acceptance_N)))
-        total = summed(loss_N, drafted)
+        total = summed(made, drafted)
         self._count(total, loss_N.new_tensor(float(len(loss_N))), *acceptance)
         return self._scaled(total, batch)
 

@@ -64,7 +64,7 @@ class TrainSettings:
     clip_norm: float = setting(1.0, help="Gradients are clipped to this norm; 0: not clipped.", ge=0)
     precision: Literal["fp32", "bf16-mixed"] = setting("fp32", help="fp32, or bf16-mixed: autocast, fp32 weights.")
     loss_chunk_rows: int | None = setting(
-        None, help="Rows of logits that exist at once; null: chunk only above 256 MiB.", ge=1
+        None, help="Rows of logits that exist at once; null: what fits into 256 MiB, on a CPU 24 MiB.", ge=1
     )
     log_every_steps: int = setting(
         10,
