@@ -25,7 +25,7 @@ from drafttrain.drafters import drafters
 from drafttrain.eval.statistics import ratio_of_ratios
 from drafttrain.losses import losses
 from drafttrain.losses.align import align
-from drafttrain.losses.chunked import CPU_PIECE_BYTES
+from drafttrain.losses.pieces import CPU_PIECE_BYTES
 from drafttrain.pipeline import gen
 from drafttrain.pipeline.data import training_data
 from drafttrain.pipeline.run import Run

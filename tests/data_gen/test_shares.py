@@ -25,7 +25,7 @@ from drafttrain.data_gen.sources.text import TextSettings
 from drafttrain.drafters import Drafter, drafters
 from drafttrain.losses import losses
 from drafttrain.losses.align import align
-from drafttrain.losses.chunked import normalised, row_losses, summed
+from drafttrain.losses.chunked import batch_loss, normalised, summed
 from drafttrain.target import Target
 from drafttrain.train.preflight import check_processes
 from tests.conftest import byte_tokenizer, random_llama
@@ -143,8 +143,8 @@ def gradient(
         seen = target.read(batch.tokens_BT, batch.positions_BT, drafter.needs() | TargetNeeds(final=True))
         batch = replace(batch, target=seen, target_rows=target.rows_of(seen))
         drafted = drafter(batch)
-        loss_N, _ = row_losses(measure, drafted, align(drafted, batch), batch, vocab_size=target.num_tokens)
-        total = normalised(summed(loss_N, drafted), batch, world_size=world_size, accumulation=count)
+        made_loss = batch_loss(measure, drafted, align(drafted, batch), batch, vocab_size=target.num_tokens)
+        total = normalised(summed(made_loss, drafted), batch, world_size=world_size, accumulation=count)
         parts = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
         found = {name: part for name, part in zip(trained, parts, strict=True) if part is not None}
         names.append(set(found))

@@ -18,7 +18,7 @@ from drafttrain.losses.chunked import row_losses
 from drafttrain.losses.forward_kl import ForwardKLConfig
 from drafttrain.losses.tvdpp import TVDPPConfig
 from drafttrain.losses.weighted_sum import Term, WeightedSumConfig
-from tests.losses.test_losses import EVERY, Toy, ToyTarget, V, records, step_gradient
+from tests.losses.test_losses import EVERY, Toy, ToyOfParts, ToyTarget, V, records, step_gradient
 
 SOME = torch.tensor([0, 2, 3, 6])
 
@@ -79,7 +79,9 @@ def test_a_step_does_not_depend_on_its_layout_with_a_smaller_vocabulary(settings
     whole = step_gradient(settings, sizes=[6], vocabulary=SOME)
     assert whole.abs().max() > 0
     for layout in ({"sizes": [6], "extra": 9}, {"sizes": [2, 4]}, {"sizes": [1] * 6}, {"sizes": [6], "chunk": 3}):
-        torch.testing.assert_close(step_gradient(settings, vocabulary=SOME, **layout), whole, rtol=1e-5, atol=1e-7)
+        for toy in (Toy, ToyOfParts):
+            other = step_gradient(settings, vocabulary=SOME, toy=toy, **layout)
+            torch.testing.assert_close(other, whole, rtol=1e-5, atol=1e-7)
 
 
 def test_control_a_mean_over_all_positions_depends_on_padding():

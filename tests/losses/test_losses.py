@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from drafttrain.core.linear_head import LinearHead
 from drafttrain.core.probability import acceptance_rate
 from drafttrain.core.records import DraftBatch, DraftOutput, LossRows, Record, RowIndex
 from drafttrain.data_gen.packing import pack
@@ -16,7 +17,7 @@ from drafttrain.losses import Loss, losses
 from drafttrain.losses.align import align
 from drafttrain.losses.block_acceptance import BlockAcceptanceConfig
 from drafttrain.losses.ce import CrossEntropyConfig
-from drafttrain.losses.chunked import normalised, row_losses
+from drafttrain.losses.chunked import batch_loss, normalised, row_losses
 from drafttrain.losses.jsd import JSDConfig
 from drafttrain.losses.tvdpp import TVDPPConfig
 from drafttrain.losses.weighted_sum import Term, WeightedSumConfig
@@ -220,6 +221,21 @@ class Toy(torch.nn.Module):
         return states_ND @ head_DR
 
 
+class ToyOfParts(Toy):
+    """The same drafter, whose head is handed over in its parts."""
+
+    def __init__(self, vocabulary: Tensor | None = None) -> None:
+        super().__init__(vocabulary)
+        head_DR = self.head_DV if vocabulary is None else self.head_DV[:, vocabulary]
+        self.linear = torch.nn.Linear(4, head_DR.shape[1], bias=False, dtype=torch.float64)
+        with torch.no_grad():
+            self.linear.weight.copy_(head_DR.t())
+
+    def forward(self, batch: DraftBatch) -> DraftOutput:
+        head = LinearHead(lambda _: self.linear)
+        return DraftOutput({1: self.table_VD[batch.tokens_BT]}, head, lag=0, vocabulary=self.vocabulary)
+
+
 class ToyTarget:
     """The target's law by the token before."""
 
@@ -260,11 +276,12 @@ def step_gradient(
     roll: int = 2,
     vocabulary: Tensor | None = None,
     normalise: Any = normalised,
+    toy: type[Toy] = Toy,
 ) -> Tensor:
     """Return the gradient of the last of `roll` optimizer steps that are laid out in micro-batches of these sizes."""
     from dataclasses import replace
 
-    drafter, loss = Toy(vocabulary), losses.build(settings)
+    drafter, loss = toy(vocabulary), losses.build(settings)
     weight = float(sum(sum(record.loss_mask[1:]) for record in records()))
     for step in range(roll):
         drafter.zero_grad()
@@ -281,8 +298,8 @@ def step_gradient(
             batch = replace(batch, target_rows=ToyTarget(batch))
             drafted = drafter(batch)
             aligned = align(drafted, batch, block_length=getattr(loss, "block_length", 1))
-            loss_N, _ = row_losses(loss, drafted, aligned, batch, vocab_size=V, chunk_rows=chunk)
-            normalise(loss_N.sum(), batch, world_size=1, accumulation=1).backward()
+            total = batch_loss(loss, drafted, aligned, batch, vocab_size=V, chunk_rows=chunk).total
+            normalise(total, batch, world_size=1, accumulation=1).backward()
             first += size
         loss.end_of_step()
     assert drafter.table_VD.grad is not None
@@ -299,6 +316,9 @@ def test_a_step_does_not_depend_on_padding_packing_micro_batches_or_chunks(setti
     torch.testing.assert_close(step_gradient(settings, sizes=[2, 4]), whole, **close)
     torch.testing.assert_close(step_gradient(settings, sizes=[1] * 6), whole, **close)
     torch.testing.assert_close(step_gradient(settings, sizes=[6], chunk=3), whole, **close)
+    # Fused, each piece alone: what a loss carries from step to step is gathered over pieces too.
+    for layout in ({"sizes": [6]}, {"sizes": [2, 4], "chunk": 3}):
+        torch.testing.assert_close(step_gradient(settings, toy=ToyOfParts, **layout), whole, **close)
 
 
 @EVERY

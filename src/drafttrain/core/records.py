@@ -163,10 +163,24 @@ class RowIndex:
     block_N: Tensor
     """Rows of one block are the successive depths of one draft: of one root, or of one window of a chain."""
     step: int = 0
+    deepest: int = 0
+    """The largest depth that there can be, known without asking the device; 0: not known."""
+    learnable_N: Tensor | None = None
+    """Rows that count; None: all. The others have loss 0, and no part in means or blocks."""
 
     def each(self, change: Callable[[Tensor], Tensor]) -> RowIndex:
-        """Return the same of changed tensors: moved, pinned."""
-        return RowIndex(change(self.sequence_N), change(self.depth_N), change(self.block_N), self.step)
+        """Return the same of changed tensors: moved, pinned, cut."""
+        return replace(
+            self,
+            sequence_N=change(self.sequence_N),
+            depth_N=change(self.depth_N),
+            block_N=change(self.block_N),
+            learnable_N=None if self.learnable_N is None else change(self.learnable_N),
+        )
+
+    def part(self, chosen: slice) -> RowIndex:
+        """Return the index of some rows."""
+        return self.each(lambda tensor: tensor[chosen])
 
 
 @dataclass(frozen=True)
@@ -194,16 +208,18 @@ class AlignedRows:
     index: RowIndex
     counts: Mapping[int, int]
     """Rows of each depth of the drafter, in their order."""
+    targets_on_host: Tensor
+    """`target_N` on the CPU, wherever the batch is: pieces are cut by it without asking the device."""
 
     def each(self, change: Callable[[Tensor], Tensor]) -> AlignedRows:
         """Return the same of changed tensors: moved, pinned."""
-        return AlignedRows(
+        return replace(
+            self,
             drafter_N=change(self.drafter_N),
             target_N=change(self.target_N),
             tokens_N=change(self.tokens_N),
             seed_N=change(self.seed_N),
             index=self.index.each(change),
-            counts=self.counts,
         )
 
 
@@ -324,32 +340,64 @@ class LossRows:
 
     drafter_logits_NV: Tensor
     target_logits_NV: Tensor | None
-    """None when the loss asked for no target."""
+    """None when the loss asked for no target. Log-probabilities are logits too."""
     tokens_N: Tensor
     """The label: the token that the data has there; -1 where the drafter's vocabulary lacks it."""
     seed_N: Tensor | None = None
     """A number of the row, the same whatever micro-batch it is in, for losses that draw."""
+    target_is_normalised: bool = False
+    """`target_logits_NV` are log-probabilities, float32 or wider."""
 
     @cached_property
     def log_p_NV(self) -> Tensor:
-        """The target's log-law, float32 or wider, without gradient; computed once for all who ask."""
+        """The target's log-probabilities, float32 or wider, without gradient; computed once for all who ask."""
         assert self.target_logits_NV is not None, "the loss says needs_target, so its rows have the target's"
-        return _log_law(self.target_logits_NV.detach())
+        given_NV = self.target_logits_NV.detach()
+        return given_NV if self.target_is_normalised else _log_softmax(given_NV)
+
+    @cached_property
+    def p_NV(self) -> Tensor:
+        """The target's probabilities."""
+        return self.log_p_NV.exp()
 
     @cached_property
     def log_q_NV(self) -> Tensor:
-        """The drafter's log-law, float32 or wider; computed once for all who ask."""
-        return _log_law(self.drafter_logits_NV)
+        """The drafter's log-probabilities, float32 or wider, differentiable in its logits; computed once for all who ask."""
+        return _log_softmax(self.drafter_logits_NV)
+
+    @cached_property
+    def fixed_log_q_NV(self) -> Tensor:
+        """The drafter's log-probabilities without gradient, for values whose slope is known (`with_slope`)."""
+        return _log_softmax(self.drafter_logits_NV.detach())
+
+    @cached_property
+    def q_NV(self) -> Tensor:
+        """The drafter's probabilities, without gradient."""
+        return self.fixed_log_q_NV.exp()
 
     @cached_property
     def acceptance_N(self) -> Tensor:
         """The acceptance rate of each row, sum_x min(p, q) = 1 - TVD; differentiable in the drafter's logits."""
         import torch
 
-        return torch.minimum(self.log_p_NV, self.log_q_NV).exp().sum(dim=-1)
+        p_NV, q_NV = self.p_NV, self.q_NV
+        # min(p, q) grows with q where q is less; where both are equal, half: the sign is 1, 0 or -1.
+        return self.with_slope(
+            torch.minimum(p_NV, q_NV).sum(dim=-1), lambda: (p_NV - q_NV).sign_().add_(1).mul_(q_NV).mul_(0.5)
+        )
+
+    def with_slope(self, value_N: Tensor, slope: Callable[[], Tensor]) -> Tensor:
+        """Return a function of `fixed_log_q_NV` whose slope is known, differentiable in the drafter's logits.
+
+        Args:
+            slope: See `core.slopes.with_slope`; it may hold tensors of these rows, but not the rows.
+        """
+        from drafttrain.core.slopes import with_slope
+
+        return with_slope(self.drafter_logits_NV, self.q_NV, value_N, slope)
 
 
-def _log_law(logits_NV: Tensor) -> Tensor:
+def _log_softmax(logits_NV: Tensor) -> Tensor:
     import torch
 
     return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)).log_softmax(dim=-1)

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from drafttrain.core.errors import CheckpointError
@@ -29,7 +28,7 @@ from drafttrain.target.attention import drafter_attention
 from drafttrain.target.documents import document_states
 from drafttrain.target.ends import end_of_text
 from drafttrain.target.frozen import check_same_tokenizer, load_causal_lm, load_tokenizer, num_ids, resolve_folder
-from drafttrain.target.logits import head_logits
+from drafttrain.target.logits import head_of
 from drafttrain.target.work import head_parameters, trunk_products
 
 
@@ -133,15 +132,12 @@ class CausalLMDrafter(Drafter):
     def forward(self, batch: DraftBatch) -> DraftOutput:
         """Return the states of depth 1."""
         states_BTD, _ = document_states(self.model, batch.tokens_BT, batch.positions_BT)
-        return DraftOutput({1: states_BTD}, self._head, self.lag)
+        return DraftOutput({1: states_BTD}, head_of(self.model), self.lag)
 
     def products(self, shape: BatchShape) -> Iterator[Products]:
         """Yield those of all blocks, and of the head for each trained label."""
         yield from trunk_products(self.model, shape, gradients=2)
         yield matrix(head_parameters(self.model), shape.rows(1), gradients=2)
-
-    def _head(self, states_ND: Tensor, depth: int) -> Tensor:
-        return head_logits(self.model, states_ND)
 
     def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
         """Return the chain proposer over this model."""

@@ -147,11 +147,11 @@ class EagleDrafter(FeatureDrafter):
         states = rollout(self, batch, hidden_BTD, num_steps=batch.num_depths or self.own["num_steps"])
         decay = {depth: self.own["step_decay"] ** (depth - 1) for depth in states}
         weights = {depth: self.own["loss_weight"] * factor for depth, factor in decay.items()}
-        drafted = DraftOutput(states, self.head, self.lag, depth_weights=weights)
+        drafted = DraftOutput(states, self._parts.linear_head, self.lag, depth_weights=weights)
         if not self.training or not self.own["feature_weight"]:
             return drafted
         distance = self.own["feature_weight"] * feature_distance(drafted, batch, features_BTD, decay)
-        return DraftOutput(states, self.head, self.lag, depth_weights=weights, extra_loss=distance)
+        return DraftOutput(states, self._parts.linear_head, self.lag, depth_weights=weights, extra_loss=distance)
 
     def products(self, shape: BatchShape) -> Iterator[Products]:
         """Yield those of every step of the rollout; its own few keys of earlier steps are not counted."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
+from drafttrain.core.linear_head import LinearHead
 from drafttrain.core.records import DraftBatch, DraftOutput, TargetNeeds, TargetOutput
 from drafttrain.core.settings import setting
 from drafttrain.drafters import drafters
@@ -217,7 +218,7 @@ class Eagle3Drafter(FeatureDrafter):
         num_steps = batch.num_depths or self.own["num_steps"]
         states = rollout(self, batch, hidden_BTD, num_steps=num_steps)
         weights = {depth: self.own["step_decay"] ** (depth - 1) for depth in states}
-        return DraftOutput(states, self.head, self.lag, depth_weights=weights, vocabulary=self.vocabulary)
+        return DraftOutput(states, self._head, self.lag, depth_weights=weights, vocabulary=self.vocabulary)
 
     def products(self, shape: BatchShape) -> Iterator[Products]:
         """Yield those of the fusion and of every step of the rollout; its own few keys of earlier steps are not counted."""
@@ -262,6 +263,10 @@ class Eagle3Drafter(FeatureDrafter):
     def fed_back(self, state_BTD: Tensor) -> Tensor:
         """Return the layer's output, before the final norm unless `norm_output`."""
         return self.norm(state_BTD) if self.config["norm_output"] else state_BTD
+
+    @property
+    def _head(self) -> LinearHead:
+        return LinearHead(lambda _: self.lm_head, before=self.norm)
 
     def head(self, states_ND: Tensor, depth: int) -> Tensor:
         """Return logits_NR."""

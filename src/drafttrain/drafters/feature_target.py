@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.foreign import read_json
+from drafttrain.core.records import Head
 from drafttrain.core.tensors import load_into
 from drafttrain.drafters.feature_config import config_problems
 from drafttrain.target import Target
 from drafttrain.target.anatomy import final_norm
-from drafttrain.target.logits import head_logits
+from drafttrain.target.logits import head_logits, head_of
 from drafttrain.target.work import head_parameters
 
 ROPE_SCALINGS = ("linear", "dynamic", "yarn", "llama3")
@@ -48,6 +49,11 @@ class TargetParts:
     def head(self, states_ND: Tensor) -> Tensor:
         """Return logits_NV, differentiable in the states."""
         return head_logits(self._model, states_ND.to(self._model.get_output_embeddings().weight.dtype))
+
+    @property
+    def linear_head(self) -> Head:
+        """The head, in its parts where it is a plain matrix."""
+        return head_of(self._model)
 
     def head_rows(self, ids_R: Tensor) -> Tensor:
         """Return the head's rows of some tokens."""

@@ -28,7 +28,7 @@ from drafttrain.drafters import Drafter, drafters
 from drafttrain.drafters.early_exit_proposer import EarlyExitProposer, KeysAndValues
 from drafttrain.target import Target
 from drafttrain.target.anatomy import blocks, final_norm
-from drafttrain.target.logits import head_logits
+from drafttrain.target.logits import head_of
 from drafttrain.target.work import head_parameters
 
 CONFIG_KEYS = ("exit_layer", "hidden_size", "num_attention_heads", "rope_theta", "draft", "target_fingerprint")
@@ -104,7 +104,9 @@ No serving engine loads an adapter behind a target's first layers yet; these fig
         assert batch.target is not None, "whoever reads the target reads what `needs` says"
         exit_BTD = batch.target.hidden_BTD[self.exit_layer]
         allowed_BTT = (batch.documents_BT[:, :, None] == batch.documents_BT[:, None]).tril()
-        return DraftOutput({1: self.adapter(exit_BTD, batch.positions_BT, allowed_BTT)}, self._head, self.lag)
+        return DraftOutput(
+            {1: self.adapter(exit_BTD, batch.positions_BT, allowed_BTT)}, head_of(*self._model), self.lag
+        )
 
     def products(self, shape: BatchShape) -> Iterator[Products]:
         """Yield those of the adapter, and of the target's head, which is not trained, for each trained label."""
@@ -112,10 +114,6 @@ No serving engine loads an adapter behind a target's first layers yet; these fig
         yield matrix(parameters_of(self.adapter), shape.positions, gradients=2)
         yield attention(self.adapter.width, shape.pairs, gradients=2)
         yield matrix(head_parameters(model), shape.rows(1), gradients=1)
-
-    def _head(self, states_ND: Tensor, depth: int) -> Tensor:
-        (model,) = self._model
-        return head_logits(model, states_ND.to(model.dtype))
 
     def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
         """Return the proposer that runs inside the target's own cache."""

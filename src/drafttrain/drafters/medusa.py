@@ -23,6 +23,7 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import write_json
 from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
 from drafttrain.core.foreign import read_json
+from drafttrain.core.linear_head import LinearHead
 from drafttrain.core.records import DraftBatch, DraftOutput, RowsAsked, TargetNeeds
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
@@ -34,11 +35,11 @@ from drafttrain.drafters.start import HELP, folder_to_start_from, said_by_the_fo
 from drafttrain.drafters.static_tree import Path as TreePath
 from drafttrain.drafters.static_tree import best_paths, non_increasing
 from drafttrain.losses.align import align
-from drafttrain.losses.chunked import row_losses
+from drafttrain.losses.chunked import batch_loss
 from drafttrain.losses.forward_kl import ForwardKL, ForwardKLConfig
 from drafttrain.target import Target
 from drafttrain.target.documents import as_read, document_states
-from drafttrain.target.logits import finished_logits, head_logits
+from drafttrain.target.logits import finished_logits, finisher, head_of
 from drafttrain.target.work import head_parameters, trunk_products
 
 TREE = "medusa_tree.json"
@@ -225,7 +226,7 @@ class Medusa(Drafter):
 
     def _drafted(self, final_BTD: Tensor) -> DraftOutput:
         states_BTD = {depth: self.states(final_BTD, depth) for depth in range(1, self.num_heads + 1)}
-        return DraftOutput(states_BTD, self.head, self.lag)
+        return DraftOutput(states_BTD, self._head, self.lag)
 
     def _adapted(self, batch: DraftBatch) -> Tensor:
         """Return the final states of the target with its adapters on; gradients reach the adapters."""
@@ -242,11 +243,15 @@ class Medusa(Drafter):
         target = self._target
         assert target is not None
         assert batch.target is not None
-        states = DraftOutput({1: final_BTD}, lambda states_ND, _: head_logits(target.model, states_ND), lag=0)
+        states = DraftOutput({1: final_BTD}, head_of(target.model), lag=0)
         rows = align(states, batch)
         batch = replace(batch, target_rows=target.rows_of(batch.target))
-        kl_N, _ = row_losses(ForwardKL(ForwardKLConfig()), states, rows, batch, vocab_size=target.num_tokens)
-        return kl_N.sum()
+        loss = ForwardKL(ForwardKLConfig())
+        return batch_loss(loss, states, rows, batch, vocab_size=target.num_tokens, measured=False).total
+
+    @property
+    def _head(self) -> LinearHead:
+        return LinearHead(lambda depth: self.lm_heads[depth - 1], after=finisher(self._target_config))
 
     def states(self, final_ND: Tensor, depth: int) -> Tensor:
         """Return what the residual blocks of a head make of the target's states."""

@@ -22,12 +22,20 @@ class Loss(nn.Module, ABC):
 
     needs_target: ClassVar[bool] = True
 
+    @property
+    def pointwise(self) -> bool:
+        """Whether `combine` may be called with some of the rows at a time: it looks at one row alone, or adds up what it saw."""
+        return type(self).combine is Loss.combine
+
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
         """Return named values, each float32 of shape N, differentiable in the drafter's logits."""
         raise NotImplementedError
 
     def combine(self, values: Mapping[str, Tensor], index: RowIndex) -> Tensor:
-        """Return loss_N of all rows of a micro-batch."""
+        """Return loss_N of all rows of a micro-batch.
+
+        Rows that are not in `index.learnable_N` get the loss 0 afterwards; a mean over rows leaves them out by itself.
+        """
         return values["loss"]
 
     def end_of_step(self) -> None:

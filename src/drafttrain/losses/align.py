@@ -55,8 +55,10 @@ def _rows(batch: DraftBatch, asked: RowsAsked) -> AlignedRows:
             depth_N=depth_N,
             block_N=sequence_N * (1 << 32) + root_N,
             step=batch.step,
+            deepest=max(depths) if len(depths) > 1 else asked.block_length,
         ),
         counts={depth: len(part[0]) for depth, part in zip(depths, parts, strict=True)},
+        targets_on_host=(label_N - 1).cpu(),
     )
 
 

@@ -9,6 +9,10 @@ from torch import Tensor
 from drafttrain.core.records import LossRows, RowIndex
 from drafttrain.core.settings import setting
 from drafttrain.losses import Loss, losses
+from drafttrain.losses.groups import groups
+
+_BEYOND = 1 << 40
+"""A depth that no row has."""
 
 
 @dataclass
@@ -37,13 +41,21 @@ class BlockAcceptance(Loss):
     def combine(self, values: Mapping[str, Tensor], index: RowIndex) -> Tensor:
         """Return, for each row, the lost share of its block."""
         acceptance_N = values["acceptance"]
-        _, block_N, length_B = torch.unique(index.block_N, return_inverse=True, return_counts=True)
-        order_N = torch.argsort(block_N * (int(index.depth_N.max()) + 1) + index.depth_N, stable=True)
-        starts_B = length_B.cumsum(0) - length_B
-        depth_N = index.depth_N[order_N]
-        column_N = depth_N - depth_N[starts_B].repeat_interleave(length_B)
-        # A missing depth has chance 0, so that no product passes it.
-        rate_BK = acceptance_N.new_zeros(len(length_B), int(column_N.max()) + 1)
-        rate_BK = rate_BK.index_put((block_N[order_N], column_N), acceptance_N[order_N])
-        kept_B = rate_BK.cumprod(dim=1).sum(dim=1)
-        return (1 - kept_B / length_B)[block_N]
+        counted_N = torch.ones_like(acceptance_N)
+        if index.learnable_N is not None:
+            counted_N = index.learnable_N.to(acceptance_N.dtype)
+        block_N = groups(index.block_N)
+        length_B = torch.zeros_like(acceptance_N).index_add(0, block_N, counted_N)
+        # Columns count from the first depth that can be learned. A missing depth has chance 0, so that no product passes it.
+        depth_N = torch.where(counted_N > 0, index.depth_N, _BEYOND)
+        first_B = torch.full_like(depth_N, _BEYOND).scatter_reduce(0, block_N, depth_N, "amin")
+        column_N = (index.depth_N - first_B[block_N]).clamp_min(0)
+        columns = index.deepest or int(index.depth_N.max())
+        rate_S = acceptance_N.new_zeros(len(acceptance_N) * columns)
+        rate_S = rate_S.index_add(0, block_N * columns + column_N, acceptance_N * counted_N)
+        passed_B = torch.ones_like(acceptance_N)
+        kept_B = torch.zeros_like(acceptance_N)
+        for rate_B in rate_S.view(-1, columns).unbind(dim=1):
+            passed_B = passed_B * rate_B
+            kept_B = kept_B + passed_B
+        return (1 - kept_B / length_B.clamp_min(1))[block_N]

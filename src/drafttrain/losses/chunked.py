@@ -1,35 +1,26 @@
-"""From aligned rows to loss_N: in one piece, or in chunks straight from hidden states so that no logits tensor exists.
+"""From aligned rows to the loss of a micro-batch, piece by piece straight from hidden states: no logits tensor of all rows exists.
 
-N = rows, V = the target's vocabulary, R = the drafter's vocabulary, D = hidden
+N = rows, D = hidden
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from drafttrain.core.records import AlignedRows, DraftBatch, DraftOutput, LossRows, NamedTargetRows, RowIndex
-from drafttrain.core.vocabulary import DraftVocabulary
+from drafttrain.core.records import AlignedRows, DraftBatch, DraftOutput
 from drafttrain.losses import Loss
-from drafttrain.losses.buckets import in_buckets, known_acceptance
+from drafttrain.losses.fused import can_be_fused, fused_loss
+from drafttrain.losses.pieces import ACCEPTANCE, Part, RowValues, TargetPiece, nothing_of, piece_size, pieces
+
+LEARNABLE = "learnable"
 
 WHOLE_BYTES = 256 * 2**20
 """Logits up to this size are kept for the backward pass; larger ones are computed again, piece by piece."""
-
-CPU_PIECE_BYTES = 8 * 2**20
-"""On a CPU larger tensors leave its caches and are mapped anew each time: a step takes twice as long."""
-
-ACCEPTANCE = "acceptance rate"
-LEARNABLE = "learnable"
-
-
-def _full_precision(like: Tensor) -> torch.autocast:
-    """Return the context in which losses are computed: autocast would sum products of probabilities in bfloat16."""
-    return torch.autocast(like.device.type, enabled=False)
 
 
 class Weighted(Protocol):
@@ -37,6 +28,43 @@ class Weighted(Protocol):
 
     @property
     def weight_of_step(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """The loss of a micro-batch."""
+
+    total: Tensor
+    """The sum over rows, by which everything is trained."""
+    loss_N: Tensor
+    """float32, without gradient."""
+    acceptance_N: Tensor | None
+    """Without gradient; None when there is no target or it is not measured."""
+
+
+def batch_loss(
+    loss: Loss,
+    drafted: DraftOutput,
+    rows: AlignedRows,
+    batch: DraftBatch,
+    *,
+    vocab_size: int,
+    chunk_rows: int | None = None,
+    measured: bool = True,
+) -> BatchLoss:
+    """Return the loss of a micro-batch: the sum of `row_losses`.
+
+    The gradient is taken while a piece of logits is there, where the head's parts and its weights are at hand; a head that is only
+    a function, or whose weights are spread over processes, runs again in the backward pass.
+    """
+    if not can_be_fused(drafted) or not torch.is_grad_enabled():
+        loss_N, acceptance_N = row_losses(
+            loss, drafted, rows, batch, vocab_size=vocab_size, chunk_rows=chunk_rows, measured=measured
+        )
+        return BatchLoss(loss_N.sum(), loss_N.detach(), acceptance_N)
+    values = RowValues(loss, drafted, rows, batch, vocab_size=vocab_size, measured=measured)
+    size = piece_size(rows, columns=values.columns, chunk_rows=chunk_rows)
+    return BatchLoss(*fused_loss(values, drafted, pieces(rows, size)))
 
 
 def row_losses(
@@ -60,129 +88,41 @@ def row_losses(
             kept unless they exceed 256 MiB.
         measured: Compute the acceptance rate, which costs some hundredths of a step.
     """
-    count, row_bytes = len(rows.tokens_N), vocab_size * 4
-    again = (count > chunk_rows if chunk_rows else count * row_bytes > WHOLE_BYTES) and torch.is_grad_enabled()
-    chunk = chunk_rows or (CPU_PIECE_BYTES if rows.tokens_N.device.type == "cpu" else WHOLE_BYTES) // row_bytes
-    parts: list[Mapping[str, Tensor]] = []
-    untrained: list[Tensor] = []
-    first = 0
-    for depth, size in rows.counts.items():
-        states_RD = drafted.states_BTD[depth].flatten(0, 1)
-        if not size:
-            # Nothing of this depth is trained here, yet every rank must take the same backward pass, through the head too.
-            untrained.append(0.0 * drafted.head(states_RD[:1], depth).float().sum())
-        for start in range(first, first + size, max(1, chunk)):
-            chosen = slice(start, min(start + chunk, first + size))
-            arguments = (
-                states_RD[rows.drafter_N[chosen]],
-                depth,
-                chosen,
-                loss,
-                drafted,
-                rows,
-                batch,
-                vocab_size,
-                measured,
-            )
-            parts.append(checkpoint(_values, *arguments, use_reentrant=False) if again else _values(*arguments))
-        first += size
-    if not parts:
-        return torch.stack(untrained)[:0], None
-    values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    acceptance_N = values.pop(ACCEPTANCE, None)
-    with _full_precision(rows.tokens_N):
-        loss_N = _combined(loss, values, rows.index)
-    if drafted.depth_weights:
-        factors = [
-            loss_N.new_full((size,), drafted.depth_weights.get(depth, 1.0)) for depth, size in rows.counts.items()
-        ]
-        loss_N = loss_N * torch.cat(factors)
-    return loss_N + sum(untrained), acceptance_N
+    values = RowValues(loss, drafted, rows, batch, vocab_size=vocab_size, measured=measured)
+    count = len(rows.tokens_N)
+    again = (count > chunk_rows if chunk_rows else count * vocab_size * 4 > WHOLE_BYTES) and torch.is_grad_enabled()
+    size = piece_size(rows, columns=values.columns, chunk_rows=chunk_rows)
+    found: dict[int, dict[str, Tensor]] = {}
+    for piece in pieces(rows, size):
+        target = values.target_of(piece)
+        for part in piece.parts:
+            states_ND = drafted.states_BTD[part.depth].flatten(0, 1)[rows.drafter_N[part.rows]]
+            # The target's rows stay as its head made them: what is computed of them in the backward pass is not kept.
+            arguments = (states_ND, part, target and replace(target), drafted, values)
+            made = checkpoint(_of_states, *arguments, use_reentrant=False) if again else _of_states(*arguments)
+            learnable_N = values.learnable(part, target)
+            found[part.rows.start] = made if learnable_N is None else made | {LEARNABLE: learnable_N}
+    untrained = nothing_of(drafted, [depth for depth, rows_there in rows.counts.items() if not rows_there])
+    if not found:
+        return untrained[None][:0], None
+    names = next(iter(found.values()))
+    joined = {name: torch.cat([found[start][name] for start in sorted(found)]) for name in names}
+    acceptance_N, learnable_N = joined.pop(ACCEPTANCE, None), joined.pop(LEARNABLE, None)
+    loss_N = values.combined(joined, rows.index, learnable_N)
+    weights_N = values.weights_N(drafted.depth_weights)
+    return (loss_N if weights_N is None else loss_N * weights_N) + untrained, acceptance_N
 
 
-def _combined(loss: Loss, values: dict[str, Tensor], index: RowIndex) -> Tensor:
-    """Return the loss of every row; those that cannot be learned are left out and have 0."""
-    learnable_N = values.pop(LEARNABLE, None)
-    if learnable_N is None or bool(learnable_N.all()):
-        return loss.combine(values, index).float()
-    if not learnable_N.any():
-        # Every rank must take the same backward pass.
-        return 0.0 * torch.stack([value.float() for value in values.values()]).sum(dim=0)
-    chosen = {name: value[learnable_N] for name, value in values.items()}
-    chosen_index = RowIndex(
-        index.sequence_N[learnable_N], index.depth_N[learnable_N], index.block_N[learnable_N], index.step
-    )
-    loss_C = loss.combine(chosen, chosen_index).float()
-    return loss_C.new_zeros(len(learnable_N)).index_put((learnable_N.nonzero()[:, 0],), loss_C)
-
-
-def _values(
-    states_ND: Tensor,
-    depth: int,
-    chosen: slice,
-    loss: Loss,
-    drafted: DraftOutput,
-    rows: AlignedRows,
-    batch: DraftBatch,
-    vocab_size: int,
-    measured: bool,
+def _of_states(
+    states_ND: Tensor, part: Part, target: TargetPiece | None, drafted: DraftOutput, values: RowValues
 ) -> dict[str, Tensor]:
-    """Return the named values of some rows of one depth; inside, and only here, their logits exist."""
-    target_logits_NV = None
-    named = None
-    if loss.needs_target and isinstance(batch.target_rows, NamedTargetRows) and drafted.vocabulary is None:
-        named = batch.target_rows.named(rows.target_N[chosen])
-    elif loss.needs_target:
-        assert batch.target_rows is not None, "the module reads the target before the loss"
-        target_logits_NV = batch.target_rows.at(rows.target_N[chosen])[:, :vocab_size]
-    loss_rows = LossRows(
-        drafter_logits_NV=drafted.head(states_ND, depth)[:, :vocab_size],
-        target_logits_NV=target_logits_NV,
-        tokens_N=rows.tokens_N[chosen],
-        seed_N=rows.seed_N[chosen],
-    )
-    if drafted.vocabulary is not None:
-        with _full_precision(states_ND):
-            return in_draft_vocabulary(loss, loss_rows, drafted.vocabulary, vocab_size=vocab_size, measured=measured)
-    if named is not None:
-        loss_rows = in_buckets(loss_rows, named)
-    with _full_precision(states_ND):
-        values = dict(loss.per_row(loss_rows))
-    if named is not None and measured:
-        with torch.no_grad():
-            values[ACCEPTANCE] = known_acceptance(loss_rows).detach()
-    elif loss.needs_target and measured:
-        with torch.no_grad():
-            values[ACCEPTANCE] = loss_rows.acceptance_N.detach()
-    return values
+    """Return the named values of the rows of a part; inside, and only here, their logits exist."""
+    return values.of(part, target, drafted.head(states_ND, part.depth)[:, : values.vocab_size])
 
 
-def in_draft_vocabulary(
-    loss: Loss, rows: LossRows, vocabulary_R: Tensor, *, vocab_size: int, measured: bool
-) -> dict[str, Tensor]:
-    """Return the values of rows whose drafter says only these of the target's tokens.
-
-    The loss sees the target's law on them, renormalised. A row can be learned where the target's likeliest token is one of
-    them; without a target, where the label is.
-    """
-    draft_id_V = DraftVocabulary(vocabulary_R, num_tokens=vocab_size).places(size=vocab_size)
-    labels_N = draft_id_V[rows.tokens_N]
-    if rows.target_logits_NV is None:
-        restricted = LossRows(rows.drafter_logits_NV, None, labels_N, rows.seed_N)
-        return dict(loss.per_row(restricted)) | {LEARNABLE: labels_N >= 0}
-    log_p_NR = rows.log_p_NV[:, vocabulary_R]
-    restricted = LossRows(rows.drafter_logits_NV, log_p_NR, labels_N, rows.seed_N)
-    values = dict(loss.per_row(restricted))
-    if measured:
-        # Not renormalised: what the target would say outside the drafter's vocabulary is never accepted.
-        values[ACCEPTANCE] = torch.minimum(log_p_NR, restricted.log_q_NV.detach()).exp().sum(dim=-1)
-    values[LEARNABLE] = draft_id_V[rows.target_logits_NV.argmax(dim=-1)] >= 0
-    return values
-
-
-def summed(loss_N: Tensor, drafted: DraftOutput) -> Tensor:
+def summed(made: BatchLoss, drafted: DraftOutput) -> Tensor:
     """Return the sum over a micro-batch's rows, with what the drafter adds by itself."""
-    return loss_N.sum() if drafted.extra_loss is None else loss_N.sum() + drafted.extra_loss
+    return made.total if drafted.extra_loss is None else made.total + drafted.extra_loss
 
 
 def normalised(total: Tensor, batch: Weighted, *, world_size: int, accumulation: int) -> Tensor:

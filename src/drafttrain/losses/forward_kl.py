@@ -24,5 +24,5 @@ class ForwardKL(Loss):
 
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
         """Return the divergence of each row."""
-        log_p_NV, log_q_NV = rows.log_p_NV, rows.log_q_NV
-        return {"loss": kl_divergence(log_p_NV, log_q_NV)}
+        p_NV = rows.p_NV
+        return {"loss": rows.with_slope(kl_divergence(p_NV, rows.log_p_NV, rows.fixed_log_q_NV), lambda: -p_NV)}

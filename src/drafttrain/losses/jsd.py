@@ -10,7 +10,7 @@ from torch import Tensor
 from drafttrain.core.records import LossRows
 from drafttrain.core.settings import setting
 from drafttrain.losses import Loss, losses
-from drafttrain.losses.laws import kl_divergence
+from drafttrain.losses.laws import kl_divergence, log_ratio
 
 
 @dataclass
@@ -35,7 +35,8 @@ class JSD(Loss):
 
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
         """Return the divergence of each row."""
-        log_p_NV, log_q_NV = rows.log_p_NV, rows.log_q_NV
+        log_p_NV, log_q_NV, q_NV, beta = rows.log_p_NV, rows.fixed_log_q_NV, rows.q_NV, self.beta
         log_m_NV = torch.logaddexp(log_p_NV + math.log(self.beta), log_q_NV + math.log1p(-self.beta))
-        forward_N = kl_divergence(log_p_NV, log_m_NV)
-        return {"loss": self.beta * forward_N + (1 - self.beta) * kl_divergence(log_q_NV, log_m_NV)}
+        forward_N = kl_divergence(rows.p_NV, log_p_NV, log_m_NV)
+        value_N = beta * forward_N + (1 - beta) * kl_divergence(q_NV, log_q_NV, log_m_NV)
+        return {"loss": rows.with_slope(value_N, lambda: log_ratio(log_q_NV, log_m_NV).mul_(q_NV).mul_(1 - beta))}

@@ -7,7 +7,11 @@ import torch
 from torch import Tensor
 
 
-def kl_divergence(log_a_NV: Tensor, log_b_NV: Tensor) -> Tensor:
-    """Return KL(a || b) by row; tokens without mass in `a` add nothing."""
-    terms_NV = log_a_NV.exp() * (log_a_NV - log_b_NV)
-    return terms_NV.masked_fill(log_a_NV == -torch.inf, 0.0).sum(dim=-1)
+def kl_divergence(a_NV: Tensor, log_a_NV: Tensor, log_b_NV: Tensor) -> Tensor:
+    """Return KL(a || b) by row, without gradient; tokens without mass in `a` add nothing."""
+    return (a_NV * log_ratio(log_a_NV, log_b_NV)).sum(dim=-1)
+
+
+def log_ratio(log_a_NV: Tensor, log_b_NV: Tensor) -> Tensor:
+    """Return log a - log b without gradient, a finite number where `a` has no mass."""
+    return (log_a_NV.detach() - log_b_NV.detach()).nan_to_num_(nan=0.0, posinf=torch.inf)

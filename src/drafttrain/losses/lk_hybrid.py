@@ -30,5 +30,6 @@ class LKHybrid(Loss):
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
         """Return the loss of each row."""
         share_N = torch.exp(-self.rate * rows.acceptance_N.detach())
-        divergence_N = kl_divergence(rows.log_p_NV, rows.log_q_NV)
+        p_NV = rows.p_NV
+        divergence_N = rows.with_slope(kl_divergence(p_NV, rows.log_p_NV, rows.fixed_log_q_NV), lambda: -p_NV)
         return {"loss": share_N * divergence_N + (1 - share_N) * (1 - rows.acceptance_N)}

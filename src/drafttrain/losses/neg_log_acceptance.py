@@ -8,6 +8,7 @@ from torch import Tensor
 
 from drafttrain.core.records import LossRows
 from drafttrain.losses import Loss, losses
+from drafttrain.losses.laws import log_ratio
 
 
 @dataclass
@@ -24,4 +25,11 @@ class NegLogAcceptance(Loss):
 
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
         """Return the loss of each row, finite also where the laws do not overlap in float32."""
-        return {"loss": -torch.logsumexp(torch.minimum(rows.log_p_NV, rows.log_q_NV), dim=-1)}
+        log_p_NV, log_q_NV = rows.log_p_NV, rows.fixed_log_q_NV
+        loss_N = -torch.logsumexp(torch.minimum(log_p_NV, log_q_NV), dim=-1)
+
+        def slope() -> Tensor:
+            share_NV = torch.minimum(log_p_NV, log_q_NV).add_(loss_N[:, None]).exp_()
+            return log_ratio(log_p_NV, log_q_NV).sign_().add_(1).mul_(share_NV).mul_(-0.5)
+
+        return {"loss": rows.with_slope(loss_N, slope)}

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from drafttrain.core.records import LossRows
 from drafttrain.losses import Loss, losses
-from drafttrain.losses.laws import kl_divergence
+from drafttrain.losses.laws import kl_divergence, log_ratio
 
 
 @dataclass
@@ -24,5 +24,9 @@ class ReverseKL(Loss):
 
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
         """Return the divergence of each row."""
-        log_p_NV, log_q_NV = rows.log_p_NV, rows.log_q_NV
-        return {"loss": kl_divergence(log_q_NV, log_p_NV)}
+        log_p_NV, log_q_NV, q_NV = rows.log_p_NV, rows.fixed_log_q_NV, rows.q_NV
+        return {
+            "loss": rows.with_slope(
+                kl_divergence(q_NV, log_q_NV, log_p_NV), lambda: log_ratio(log_q_NV, log_p_NV).mul_(q_NV)
+            )
+        }

@@ -70,6 +70,11 @@ class WeightedSum(Loss):
         return any(part.needs_target for part in self.parts)
 
     @property
+    def pointwise(self) -> bool:
+        """Whether every part is."""
+        return all(part.pointwise for part in self.parts)
+
+    @property
     def block_length(self) -> int:
         """The longest block that a part reads."""
         return max(int(getattr(part, "block_length", 1)) for part in self.parts)

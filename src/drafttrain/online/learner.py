@@ -17,7 +17,7 @@ from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import Drafter
 from drafttrain.losses import Loss
 from drafttrain.losses.align import align
-from drafttrain.losses.chunked import normalised, row_losses, summed
+from drafttrain.losses.chunked import batch_loss, normalised, summed
 from drafttrain.target import Target
 from drafttrain.train.optimizer import build_optimizer
 from drafttrain.train.precision import float32_products, training_autocast
@@ -73,7 +73,7 @@ class Learner:
             with training_autocast(self.settings, device):
                 drafted = self.drafter(batch)
                 rows = align(drafted, batch, block_length=getattr(self.loss, "block_length", 1))
-                loss_N, _ = row_losses(
+                made = batch_loss(
                     self.loss,
                     drafted,
                     rows,
@@ -82,7 +82,7 @@ class Learner:
                     chunk_rows=self.settings.loss_chunk_rows,
                     measured=False,
                 )
-                total = summed(loss_N, drafted)
+                total = summed(made, drafted)
             normalised(total, batch, world_size=1, accumulation=1).backward()
         skipped = not self._clipped()
         if not skipped:
@@ -92,7 +92,7 @@ class Learner:
         self.loss.end_of_step()
         self.steps += 1
         self.drafter.eval()
-        return Step(float(total.detach()) / max(1, len(loss_N)), len(loss_N), skipped)
+        return Step(float(total.detach()) / max(1, len(made.loss_N)), len(made.loss_N), skipped)
 
     def _batch(self, records: Sequence[Record], *, positions: str) -> DraftBatch:
         labelled = [recorded_only(record) if positions == "refused" else record for record in records]

@@ -6,7 +6,8 @@ B = sequences, T = positions, V = vocabulary, D = hidden, N = rows
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from drafttrain.core.errors import CheckpointError
+from drafttrain.core.linear_head import LinearHead
+from drafttrain.core.records import Head
 from drafttrain.target.anatomy import stack_holder, trunk
 from drafttrain.target.block_range import replaced_forwards
 from drafttrain.target.own_type import in_own_type
@@ -41,6 +44,20 @@ def head_logits(model: Any, states_ND: Tensor) -> Tensor:
     head = model.get_output_embeddings()
     logits_NV = head(states_ND.to(head.weight.device)).to(states_ND.device)
     return finished_logits(model.config.get_text_config(), logits_NV)
+
+
+def head_of(model: Any) -> Head:
+    """Return the model's head as losses take it apart; a function where it is no plain matrix (quantised, adapted)."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return lambda states_ND, depth: head_logits(model, states_ND.to(model.dtype))
+    return LinearHead(lambda depth: head, after=finisher(model.config.get_text_config()))
+
+
+def finisher(config: Any) -> Callable[[Tensor], Tensor] | None:
+    """Return the scale or soft cap of the architecture as a function; None: it has none."""
+    names = (*DIVIDED_BY, *MULTIPLIED_BY, *CAPPED_AT)
+    return partial(finished_logits, config) if any(getattr(config, name, None) for name in names) else None
 
 
 def finished_logits(config: Any, logits: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from drafttrain.drafters import Drafter
 from drafttrain.heads import HeadBatch, TokenHead
 from drafttrain.losses import Loss
 from drafttrain.losses.align import align, planned
-from drafttrain.losses.chunked import normalised, row_losses, summed
+from drafttrain.losses.chunked import batch_loss, normalised, summed
 from drafttrain.target import Target
 from drafttrain.target.frozen import LiveRows
 from drafttrain.train.flops import distill_flops, head_flops
@@ -247,7 +247,7 @@ class DistillModule(StepModule):
         self.clock.enter("forward")
         drafted = self.trained(batch)
         rows = align(drafted, batch, block_length=getattr(self.loss, "block_length", 1))
-        loss_N, acceptance_N = row_losses(
+        made = batch_loss(
             self.loss,
             drafted,
             rows,
@@ -256,8 +256,9 @@ class DistillModule(StepModule):
             chunk_rows=self.settings.loss_chunk_rows,
             measured=self._writes_a_row(),
         )
+        loss_N, acceptance_N = made.loss_N, made.acceptance_N
         acceptance = () if acceptance_N is None else (acceptance_N.sum(), len(acceptance_N))
-        total = summed(loss_N, drafted)
+        total = summed(made, drafted)
         self._count(total, len(loss_N), *acceptance)
         return self._scaled(total, batch)
 

@@ -80,7 +80,7 @@ class TrainSettings:
         "never does.",
     )
     loss_chunk_rows: int | None = setting(
-        None, help="Rows of logits that exist at once; null: chunk only above 256 MiB.", ge=1
+        None, help="Rows of logits that exist at once; null: what fits into 256 MiB, on a CPU 24 MiB.", ge=1
     )
     log_every_steps: int = setting(
         10,

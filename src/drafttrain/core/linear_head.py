@@ -1,0 +1,52 @@
+"""A head in its parts: what stands before its output matrix, the matrix, what the architecture does to the products.
+
+A loss that knows the parts takes their gradients while a few rows of logits are there, and never needs those of all rows.
+
+N = rows, V = vocabulary, D = hidden
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class LinearHead:
+    """A `records.Head` of one output matrix a depth.
+
+    Args:
+        linear: Returns the `nn.Linear` of a depth.
+        before: What the states pass through first.
+        after: Scale or soft cap of the logits, number by number.
+    """
+
+    def __init__(
+        self,
+        linear: Callable[[int], Any],
+        *,
+        before: nn.Module | None = None,
+        after: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.linear = linear
+        self.before = before
+        self.after = after
+
+    def __call__(self, states_ND: Tensor, depth: int) -> Tensor:
+        """Return logits_NV; they are where the states are, also where the matrix is on another device."""
+        linear = self.linear(depth)
+        entering_ND = self.entering(states_ND).to(linear.weight.device, linear.weight.dtype)
+        logits_NV: Tensor = linear(entering_ND).to(states_ND.device)
+        return logits_NV if self.after is None else self.after(logits_NV)
+
+    def entering(self, states_ND: Tensor) -> Tensor:
+        """Return what the matrix multiplies."""
+        entering_ND: Tensor = states_ND if self.before is None else self.before(states_ND)
+        return entering_ND
+
+    def parameters(self, depth: int) -> list[Tensor]:
+        """Return all weights of a depth: the matrix first, then its bias, then those of what stands before."""
+        linear = self.linear(depth)
+        own = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
+        return own + ([] if self.before is None else list(self.before.parameters()))

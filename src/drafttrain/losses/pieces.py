@@ -1,0 +1,256 @@
+"""Pieces of a loss: the rows of all depths that speak of the same stretch of tokens, so that the target's head runs once a token.
+
+N = rows, U = the target's positions of a piece, V = the target's vocabulary, R = the drafter's vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.records import (
+    AlignedRows,
+    DraftBatch,
+    DraftOutput,
+    LossRows,
+    NamedRows,
+    NamedTargetRows,
+    RowIndex,
+)
+from drafttrain.core.vocabulary import DraftVocabulary
+from drafttrain.losses import Loss
+from drafttrain.losses.buckets import in_buckets, known_acceptance
+
+ACCEPTANCE = "acceptance rate"
+
+PIECE_BYTES = 256 * 2**20
+"""Logits of the target that exist at once."""
+
+CPU_PIECE_BYTES = 24 * 2**20
+"""On a CPU larger tensors leave its caches and are mapped anew each time: arithmetic by element takes four times as long."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one depth in a piece."""
+
+    depth: int
+    rows: slice
+    """Where they are among the N."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of the target's positions, and the rows of each depth whose token the target says from one of them."""
+
+    positions: slice
+    """Among the rows of the first depth, which has all positions."""
+    parts: tuple[Part, ...]
+
+
+def pieces(rows: AlignedRows, size: int) -> list[Piece]:
+    """Return the rows in pieces of at most `size` positions of the target.
+
+    A token that a depth drafts is drafted by all lower ones too, from a later root; and the rows of a depth rise with the position.
+    So the rows of the lowest depth are all positions, and a stretch of them is a stretch of every depth's.
+    """
+    starts, first = {}, 0
+    for depth, count in rows.counts.items():
+        starts[depth] = first
+        first += count
+    if not first:
+        return []
+    lowest = min(rows.counts)
+    begin, count = starts[lowest], rows.counts[lowest]
+    borders = range(begin, begin + count, size)
+    ends = {
+        depth: _places(rows.targets_on_host[starts[depth] : starts[depth] + rows.counts[depth]], rows, borders)
+        for depth in rows.counts
+    }
+    found = []
+    for number, border in enumerate(borders):
+        parts = []
+        for depth in rows.counts:
+            low, high = (starts[depth] + place for place in ends[depth][number : number + 2])
+            if low < high:
+                parts.append(Part(depth, slice(low, high)))
+        found.append(Piece(slice(border, min(border + size, begin + count)), tuple(parts)))
+    return found
+
+
+def _places(targets_N: Tensor, rows: AlignedRows, borders: range) -> list[int]:
+    """Return where the positions at the borders stand among those of one depth, and their number."""
+    edges = rows.targets_on_host[torch.tensor(list(borders))]
+    places: list[int] = torch.searchsorted(targets_N, edges).tolist()
+    return [*places, len(targets_N)]
+
+
+@dataclass(frozen=True)
+class TargetPiece:
+    """The target's rows of a piece, cut to the drafter's vocabulary, in the type that its head has."""
+
+    positions_U: Tensor
+    logits_UR: Tensor
+    learnable_U: Tensor | None
+    """Where its likeliest token is in the drafter's vocabulary; None: everywhere."""
+    log_mass_U: Tensor | None
+    """Logarithm of its mass in the drafter's vocabulary; None: all of it, or nobody asks."""
+
+    @cached_property
+    def log_p_UR(self) -> Tensor:
+        """Its log-probabilities, renormalised on the drafter's vocabulary."""
+        wide = torch.promote_types(self.logits_UR.dtype, torch.float32)
+        return self.logits_UR.to(wide).log_softmax(dim=-1)
+
+
+class RowValues:
+    """What a loss is given of the rows of a micro-batch, and the numbers that it returns of each.
+
+    Args:
+        vocab_size: Ids that target, drafter and tokenizer share; logits are cut to these, so padding has no mass.
+        measured: Compute the acceptance rate too.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        drafted: DraftOutput,
+        rows: AlignedRows,
+        batch: DraftBatch,
+        *,
+        vocab_size: int,
+        measured: bool,
+    ) -> None:
+        self.loss = loss
+        self.rows = rows
+        self.vocab_size = vocab_size
+        self.measured = measured
+        self._vocabulary_R = drafted.vocabulary
+        self._target = batch.target_rows if loss.needs_target else None
+        assert self._target is not None or not loss.needs_target, "the module reads the target before the loss"
+        self._named = isinstance(self._target, NamedTargetRows) and drafted.vocabulary is None
+
+    @cached_property
+    def _draft_id_V(self) -> Tensor | None:
+        if self._vocabulary_R is None:
+            return None
+        return DraftVocabulary(self._vocabulary_R, num_tokens=self.vocab_size).places(size=self.vocab_size)
+
+    @cached_property
+    def labels_N(self) -> Tensor:
+        """The label of every row by the drafter's own ids; -1 where it lacks it."""
+        return self.rows.tokens_N if self._draft_id_V is None else self._draft_id_V[self.rows.tokens_N]
+
+    @property
+    def columns(self) -> int:
+        """The width of the widest logits."""
+        if self._target is None and self._vocabulary_R is not None:
+            return len(self._vocabulary_R)
+        return self.vocab_size
+
+    @torch.no_grad()
+    def target_of(self, piece: Piece) -> TargetPiece | None:
+        """Return the target's rows of a piece: the one place where its head runs for a loss. None: nobody needs them whole."""
+        if self._target is None or self._named:
+            return None
+        positions_U = self.rows.target_N[piece.positions]
+        logits_UV = self._target.at(positions_U)[:, : self.vocab_size]
+        if self._vocabulary_R is None or self._draft_id_V is None:
+            return TargetPiece(positions_U, logits_UV, None, None)
+        logits_UR = logits_UV[:, self._vocabulary_R]
+        log_mass_U = None
+        if self.measured:
+            wide = torch.promote_types(logits_UV.dtype, torch.float32)
+            log_mass_U = logits_UR.to(wide).logsumexp(dim=-1) - logits_UV.to(wide).logsumexp(dim=-1)
+        return TargetPiece(positions_U, logits_UR, self._draft_id_V[logits_UV.argmax(dim=-1)] >= 0, log_mass_U)
+
+    def learnable(self, part: Part, target: TargetPiece | None) -> Tensor | None:
+        """Return which rows can be learned of a drafter with a vocabulary of its own; None: all.
+
+        Those where the target's likeliest token is in it; without a target, those whose label is.
+        """
+        if self._vocabulary_R is None:
+            return None
+        if target is None:
+            return self.labels_N[part.rows] >= 0
+        assert target.learnable_U is not None
+        return self._at(part, target, target.learnable_U)
+
+    def of(self, part: Part, target: TargetPiece | None, drafter_logits_NR: Tensor) -> dict[str, Tensor]:
+        """Return the named values of some rows, with their acceptance rate where it is measured.
+
+        Losses are computed without autocast, which would sum products of probabilities in bfloat16.
+        """
+        with torch.autocast(drafter_logits_NR.device.type, enabled=False):
+            rows, named = self._loss_rows(part, target, drafter_logits_NR)
+            values = dict(self.loss.per_row(rows))
+            if self._target is not None and self.measured:
+                with torch.no_grad():
+                    values[ACCEPTANCE] = known_acceptance(rows) if named else self._acceptance(part, target, rows)
+        return values
+
+    def combined(self, named: Mapping[str, Tensor], index: RowIndex, learnable_N: Tensor | None) -> Tensor:
+        """Return the loss of rows, float32; of those that cannot be learned it is 0."""
+        with torch.autocast(index.sequence_N.device.type, enabled=False):
+            loss_N = self.loss.combine(named, replace(index, learnable_N=learnable_N)).float()
+        return loss_N if learnable_N is None else torch.where(learnable_N, loss_N, 0.0)
+
+    def weights_N(self, factors: Mapping[int, float]) -> Tensor | None:
+        """Return the factor on every row's loss, by its depth; None: all are 1."""
+        if all(factors.get(depth, 1.0) == 1.0 for depth in self.rows.counts):
+            return None
+        device = self.rows.tokens_N.device
+        return torch.cat(
+            [torch.full((count,), factors.get(depth, 1.0), device=device) for depth, count in self.rows.counts.items()]
+        )
+
+    def _loss_rows(
+        self, part: Part, target: TargetPiece | None, drafter_logits_NR: Tensor
+    ) -> tuple[LossRows, NamedRows | None]:
+        rows = self.rows
+        log_p_NR = None if target is None else self._at(part, target, target.log_p_UR)
+        made = LossRows(
+            drafter_logits_NV=drafter_logits_NR,
+            target_logits_NV=log_p_NR,
+            tokens_N=self.labels_N[part.rows],
+            seed_N=rows.seed_N[part.rows],
+            target_is_normalised=True,
+        )
+        if not self._named:
+            return made, None
+        assert isinstance(self._target, NamedTargetRows)
+        named = self._target.named(rows.target_N[part.rows])
+        return in_buckets(made, named), named
+
+    def _acceptance(self, part: Part, target: TargetPiece | None, rows: LossRows) -> Tensor:
+        if target is None or target.log_mass_U is None:
+            return rows.acceptance_N.detach()
+        # Not renormalised: what the target would say outside the drafter's vocabulary is never accepted.
+        mass_N1 = self._at(part, target, target.log_mass_U).exp()[:, None]
+        return torch.minimum(rows.p_NV * mass_N1, rows.q_NV).sum(dim=-1)
+
+    def _at(self, part: Part, target: TargetPiece, of_position_U: Tensor) -> Tensor:
+        """Return what the rows of a part have of the numbers of a piece's positions."""
+        if part.rows.stop - part.rows.start == len(target.positions_U):
+            return of_position_U
+        places_N = torch.searchsorted(target.positions_U, self.rows.target_N[part.rows])
+        return of_position_U.index_select(0, places_N)
+
+
+def nothing_of(drafted: DraftOutput, depths: Iterable[int]) -> Tensor:
+    """Return a zero whose backward pass goes through the states and the head of depths of which nothing is trained here.
+
+    Every rank must take the same backward pass.
+    """
+    parts = [0.0 * drafted.head(drafted.states_BTD[depth].flatten(0, 1)[:1], depth).float().sum() for depth in depths]
+    return torch.stack(parts).sum() if parts else next(iter(drafted.states_BTD.values())).new_zeros(())
+
+
+def piece_size(rows: AlignedRows, *, columns: int, chunk_rows: int | None) -> int:
+    """Return the positions of a piece."""
+    limit = CPU_PIECE_BYTES if rows.tokens_N.device.type == "cpu" else PIECE_BYTES
+    return chunk_rows or max(1, limit // (4 * columns))

@@ -1,0 +1,305 @@
+"""Fused losses: the gradient that is taken on the way forward is that of the plain formula, and nothing wide is kept for it."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from drafttrain.core.linear_head import LinearHead
+from drafttrain.core.records import DraftBatch, DraftOutput, LossRows
+from drafttrain.data_gen.packing import pack
+from drafttrain.losses import losses
+from drafttrain.losses.align import align
+from drafttrain.losses.chunked import batch_loss, row_losses
+from tests.losses.test_losses import EVERY, FloatTarget, ToyTarget, V, index, records, rows
+
+SOME = torch.tensor([0, 2, 3, 6])
+WIDTH = 4
+
+
+def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+
+def overlap(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return torch.minimum(log_p, log_q).exp().sum(-1)
+
+
+def jsd(log_p: Tensor, log_q: Tensor) -> Tensor:
+    log_m = torch.log(0.5 * log_p.exp() + 0.5 * log_q.exp())
+    return 0.5 * kl(log_p, log_m) + 0.5 * kl(log_q, log_m)
+
+
+def hybrid(log_p: Tensor, log_q: Tensor) -> Tensor:
+    share = (-3.0 * overlap(log_p, log_q).detach()).exp()
+    return share * kl(log_p, log_q) + (1 - share) * (1 - overlap(log_p, log_q))
+
+
+def tvdpp(log_p: Tensor, log_q: Tensor) -> Tensor:
+    q = log_q.detach().exp()
+    reward = (log_p > log_q.detach()).double()
+    mean = (q * reward).sum(-1).mean()
+    advantage = (reward - mean) / ((mean * (1 - mean)).sqrt() + 1e-6)
+    return -(q * advantage * log_q).sum(-1)
+
+
+PLAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "forward_kl": kl,
+    "reverse_kl": lambda log_p, log_q: kl(log_q, log_p),
+    "jsd": jsd,
+    "tvd": lambda log_p, log_q: 1 - overlap(log_p, log_q),
+    "block_acceptance": lambda log_p, log_q: 1 - overlap(log_p, log_q),  # blocks of one row
+    "neg_log_acceptance": lambda log_p, log_q: -overlap(log_p, log_q).log(),
+    "lk_hybrid": hybrid,
+    "tvdpp": tvdpp,
+}
+
+
+def test_every_loss_of_the_target_has_a_plain_formula_here():
+    written = {name for name in losses.names() if name != "sum" and losses.entry(name).component.needs_target}
+    assert written == set(PLAIN)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("equal", [False, True])
+def test_values_and_gradients_are_those_of_autograd_on_the_plain_formula(name, equal):
+    given = rows(count=9)
+    if equal:  # the first rows meet the target exactly, where a minimum has two answers
+        with torch.no_grad():
+            given.drafter_logits_NV[:4] = given.target_logits_NV[:4]
+    if equal and name == "tvdpp":
+        pytest.skip("its reward is p > q, which rounding decides where both are equal")
+    loss = losses.build(losses.entry(name).settings())
+    ours = loss.combine(loss.per_row(given), index(9))
+    plain = PLAIN[name](given.target_logits_NV.log_softmax(-1), given.drafter_logits_NV.log_softmax(-1))
+    weight = torch.arange(1, 10).double()
+    (one,) = torch.autograd.grad((weight * ours).sum(), given.drafter_logits_NV)
+    (other,) = torch.autograd.grad((weight * plain).sum(), given.drafter_logits_NV)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_tokens_without_mass_in_the_target_add_nothing():
+    given = rows()
+    none = given.target_logits_NV.clone()
+    none[:, 2] = -torch.inf
+    for name in ("forward_kl", "jsd", "tvd", "tvdpp", "neg_log_acceptance", "lk_hybrid"):
+        cut = LossRows(given.drafter_logits_NV, none, given.tokens_N, given.seed_N)
+        loss = losses.build(losses.entry(name).settings())
+        loss_N = loss.combine(loss.per_row(cut), index())
+        assert torch.isfinite(loss_N).all(), name
+        assert torch.isfinite(torch.autograd.grad(loss_N.sum(), given.drafter_logits_NV)[0]).all(), name
+
+
+def test_a_row_is_free_once_its_loss_is():
+    """A slope that held its rows would hold them in a circle, and every piece's wide tensors with them."""
+    gc.disable()
+    try:
+        for name in PLAIN:
+            given = rows()
+            made = losses.build(losses.entry(name).settings()).per_row(given)
+            gone = weakref.ref(given)
+            del given, made
+            assert gone() is None, name
+    finally:
+        gc.enable()
+
+
+class Model(nn.Module):
+    """A drafter of tables: three depths, a norm before the output matrix, a bias, a soft cap behind it."""
+
+    def __init__(self, *, vocabulary: Tensor | None, dtype: torch.dtype = torch.float64, depths: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(8)
+        self.vocabulary = vocabulary
+        columns = V + 2 if vocabulary is None else len(vocabulary)  # two ids of padding
+        self.tables = nn.ParameterList(torch.randn(V, WIDTH) for _ in range(depths))
+        self.norm = nn.RMSNorm(WIDTH)
+        self.linears = nn.ModuleList(nn.Linear(WIDTH, columns) for _ in range(2))
+        self.to(dtype)
+
+    def linear(self, depth: int) -> nn.Module:
+        return self.linears[depth % 2]
+
+    def forward(self, batch: DraftBatch) -> DraftOutput:
+        states = {depth: table[batch.tokens_BT] for depth, table in enumerate(self.tables, start=1)}
+        head = LinearHead(self.linear, before=self.norm, after=lambda logits: 3 * torch.tanh(2 * logits / 3))
+        return DraftOutput(states, head, lag=1, depth_weights={1: 1.0, 2: 0.5, 3: 0.25}, vocabulary=self.vocabulary)
+
+
+def gradients(
+    settings: Any,
+    *,
+    fused: bool,
+    vocabulary: Tensor | None,
+    chunk: int | None = None,
+    mixed: bool = False,
+    **model: Any,
+) -> dict[str, Tensor]:
+    """Return the loss of a batch and the gradients of all weights."""
+    batch, _ = pack(records(), width=12, weight_of_step=1.0)
+    toy = ToyTarget(batch)
+    batch = replace(batch, target_rows=FloatTarget(toy.rows_NV) if mixed else toy)
+    drafter, loss = Model(vocabulary=vocabulary, **model), losses.build(settings)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        drafted = drafter(batch)
+        if not fused:
+            head = drafted.head
+            drafted = replace(drafted, head=lambda states_ND, depth: head(states_ND, depth))
+        aligned = align(drafted, batch, block_length=getattr(loss, "block_length", 1))
+        made = batch_loss(loss, drafted, aligned, batch, vocab_size=V, chunk_rows=chunk)
+    (2 * made.total).backward()
+    found = {name: weight.grad for name, weight in drafter.named_parameters()}
+    return found | {"total": made.total.detach(), "loss_N": made.loss_N, "acceptance_N": made.acceptance_N}
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], **tolerance: float) -> None:
+    for name, value in one.items():
+        assert (value is None) == (other[name] is None), name
+        if value is not None:
+            torch.testing.assert_close(value, other[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@EVERY
+@pytest.mark.parametrize("vocabulary", [None, SOME], ids=["whole", "some"])
+def test_fused_losses_are_the_plain_ones(settings, vocabulary):
+    """Of every loss: total, rows, acceptance, and the gradients of states, matrices, biases and the norm, in any pieces."""
+    plain = gradients(settings, fused=False, vocabulary=vocabulary)
+    assert plain["norm.weight"].abs().max() > 0
+    for chunk in (None, 3):
+        assert_same(gradients(settings, fused=True, vocabulary=vocabulary, chunk=chunk), plain, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["lk_hybrid", "tvdpp"])
+def test_control_a_gradient_that_is_not_weighted_by_depth_is_seen(kind, monkeypatch):
+    from drafttrain.losses import fused
+
+    settings = losses.entry(kind).settings()
+    plain = gradients(settings, fused=False, vocabulary=SOME)
+    original = fused._Work.__init__
+
+    def forgetful(self: Any, *arguments: Any) -> None:
+        original(self, *arguments)
+        self.factors = dict.fromkeys(self.factors, 1.0)
+
+    monkeypatch.setattr(fused._Work, "__init__", forgetful)
+    with pytest.raises(AssertionError):
+        assert_same(gradients(settings, fused=True, vocabulary=SOME), plain, rtol=1e-2, atol=1e-3)
+
+
+@EVERY
+def test_under_autocast_fused_losses_multiply_in_bfloat16_as_plain_ones_do(settings):
+    """The same logits, so the same losses; gradients that are added up in float32 differ by bfloat16's rounding."""
+    plain = gradients(settings, fused=False, vocabulary=SOME, mixed=True, dtype=torch.float32)
+    fused = gradients(settings, fused=True, vocabulary=SOME, mixed=True, dtype=torch.float32)
+    torch.testing.assert_close(fused["loss_N"], plain["loss_N"])
+    for name, value in fused.items():
+        if value is not None:
+            assert value.dtype == torch.float32
+            assert (value - plain[name]).norm() <= 0.04 * plain[name].norm(), name
+
+
+@pytest.mark.parametrize("kind", ["lk_hybrid", "tvdpp", "ce"])
+def test_nothing_as_wide_as_the_vocabulary_is_kept_for_the_backward_pass(kind):
+    batch, _ = pack(records(), width=12, weight_of_step=1.0)
+    batch = replace(batch, target_rows=ToyTarget(batch))
+    drafted = Model(vocabulary=None)(batch)
+    aligned = align(drafted, batch)
+
+    class Held:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+
+    for function in (row_losses, batch_loss):
+        packed: list[weakref.ref[Held]] = []
+
+        def pack_held(tensor: Tensor, packed: list[weakref.ref[Held]] = packed) -> Held:
+            held = Held(tensor)
+            packed.append(weakref.ref(held))
+            return held
+
+        with torch.autograd.graph.saved_tensors_hooks(pack_held, lambda held: held.tensor):
+            made = function(losses.build(losses.entry(kind).settings()), drafted, aligned, batch, vocab_size=V)
+        alive = [tuple(held.tensor.shape) for reference in packed if (held := reference()) is not None]
+        wide = [shape for shape in alive if len(shape) == 2 and shape[0] > WIDTH and shape[1] in (V, V + 2)]
+        assert bool(wide) == (function is row_losses)
+        assert made is not None
+
+
+def test_a_fused_gradient_is_given_once():
+    drafter = Model(vocabulary=None)
+    batch, _ = pack(records(), width=12, weight_of_step=1.0)
+    batch = replace(batch, target_rows=ToyTarget(batch))
+    drafted = drafter(batch)
+    loss = losses.build(losses.entry("forward_kl").settings())
+    total = batch_loss(loss, drafted, align(drafted, batch), batch, vocab_size=V).total
+    total.backward(retain_graph=True)
+    with pytest.raises(AssertionError, match="given once"):
+        total.backward()
+
+
+def test_a_sum_that_is_no_number_makes_every_gradient_none():
+    drafter = Model(vocabulary=None)
+    batch, _ = pack(records(), width=12, weight_of_step=1.0)
+    batch = replace(batch, target_rows=ToyTarget(batch))
+    drafted = drafter(batch)
+    loss = losses.build(losses.entry("forward_kl").settings())
+    total = batch_loss(loss, drafted, align(drafted, batch), batch, vocab_size=V).total
+    (total * math.nan).backward()
+    assert all(torch.isnan(weight.grad).any() for weight in drafter.parameters() if weight.grad is not None)
+
+
+ASKS_THE_DEVICE = ("_local_scalar_dense", "nonzero", "_unique2", "masked_select", "is_nonzero", "equal", "_unique")
+"""Operators whose result, or its size, the host waits for."""
+
+
+class Asked(TorchDispatchMode):
+    """Notes the operators for which a host would wait on a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_", "_unsafe_index") and any(
+            isinstance(place, Tensor) and place.dtype == torch.bool for place in args[1]
+        )
+        if name in ASKS_THE_DEVICE or by_mask:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@EVERY
+@pytest.mark.parametrize("vocabulary", [None, SOME], ids=["whole", "some"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_no_loss_asks_the_device_for_anything(settings, vocabulary, fused):
+    """Not for the rows that can be learned, nor for the number of sequences or blocks: their rows are known before."""
+    batch, _ = pack(records(), width=12, weight_of_step=1.0)
+    batch = replace(batch, target_rows=ToyTarget(batch))
+    drafted, loss = Model(vocabulary=vocabulary)(batch), losses.build(settings)
+    if not fused:
+        head = drafted.head
+        drafted = replace(drafted, head=lambda states_ND, depth: head(states_ND, depth))
+    aligned = align(drafted, batch, block_length=getattr(loss, "block_length", 1))
+    with Asked() as asked:
+        batch_loss(loss, drafted, aligned, batch, vocab_size=V, chunk_rows=5).total.backward()
+        loss.end_of_step()
+    assert asked.found == []
+
+
+def test_control_a_mask_and_a_number_are_seen():
+    with Asked() as asked:
+        numbers = torch.arange(4)
+        assert len(numbers[numbers > 1]) == 2
+        assert bool((numbers == 3).any())
+    assert asked.found == ["index", "is_nonzero"] or asked.found == ["index", "_local_scalar_dense"]
