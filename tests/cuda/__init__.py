@@ -15,6 +15,7 @@ machine's C++ compiler builds it, and where there is none every test here is ski
 | waits.py | what makes the host wait for the device, and copies out of memory that is not pinned |
 | happenings.py | the record of both, by file and line |
 | runtime.py | `torch.cuda` of a machine with one or two GPUs: streams, events, pinned memory, threads |
+| groups.py, two_processes.py | process groups that serve the devices alone, as those of NCCL do, and a training over one |
 
 A refusal is raised where it happens, as on CUDA, and every test fails at its end too if one was recorded: code that catches
 `RuntimeError` hides nothing.

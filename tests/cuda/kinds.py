@@ -52,6 +52,9 @@ KINDS |= {
     if name not in {kind.drafter["kind"] for kind in KINDS.values()}
 }
 
+IN_PROCESSES = "eagle3_cut"
+"""The kind that several processes train."""
+
 
 def drafter_settings(name: str) -> Any:
     """Return the settings of a kind's drafter."""
@@ -63,14 +66,19 @@ def loss_settings(name: str) -> Any:
     return recipe(KINDS[name], target=Path("none"), folder=Path("none")).loss
 
 
-def recipe(kind: Kind, *, target: Path, folder: Path, **train: Any) -> Recipe:
-    """Return the recipe that trains a kind on the texts of a folder: packed micro-batches under bf16-mixed."""
+def recipe(kind: Kind, *, target: Path, folder: Path, device: str = "cuda:0", train: Any = None) -> Recipe:
+    """Return the recipe that trains a kind on the texts of a folder: packed micro-batches under bf16-mixed.
+
+    Args:
+        device: Of the target.
+        train: Further keys of that section.
+    """
     prompts = str(folder / "prompts.jsonl")
     text = {"kind": "text", "path": str(folder / "text.txt")}
     data = json.loads(json.dumps(kind.data).replace("TEXT", text["path"]))
     content = {
         "name": "pretended",
-        "target": {"model": str(target), "device": "cuda:0", "dtype": "bfloat16"},
+        "target": {"model": str(target), "device": device, "dtype": "bfloat16"},
         "drafter": kind.drafter,
         "loss": kind.loss,
         "data": {"max_length": 40, "sources": [text], "cache_dtype": "bfloat16", **data},
@@ -78,7 +86,7 @@ def recipe(kind: Kind, *, target: Path, folder: Path, **train: Any) -> Recipe:
             **{"max_steps": 3, "batch_size": 4, "records_per_device": 2, "warmup_steps": 0, "precision": "bf16-mixed"},
             **{"log_every_steps": 1, "checkpoint_every_steps": 2, "eval_every_steps": 2, "eval_prompts": 2},
             **{"loggers": ["csv"], "loss_chunk_rows": 16},
-            **train,
+            **(train or {}),
         },
         "eval": {
             **{"prompts": prompts, "validation_prompts": prompts, "num_prompts": 2, "prompt_tokens": 6},

@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch._dynamo  # its table of functions holds those that are replaced below: read before they are
 
 from tests.cuda import preload, tensors
 from tests.cuda.happenings import happenings, note
@@ -123,47 +124,75 @@ def _synchronize(device: Any = None) -> None:
     note(happenings.waits, "cuda.synchronize")
 
 
-def _properties(device: Any = None) -> Any:
-    return types.SimpleNamespace(
+def _swap(one: Any, other: Any) -> None:
+    """Exchange what two tensors hold; each stays the object that others know, with their marks on it, as where `.to` is on CUDA."""
+    if one is other:
+        return
+    is_parameter = isinstance(one, torch.nn.Parameter)
+    numbers = [vars(tensor).pop("numbers", None) for tensor in (one, other)]
+    one.__class__, other.__class__ = other.__class__, one.__class__
+    for tensor, held in zip((other, one), numbers, strict=True):
+        if held is not None:
+            tensor.numbers = held
+            # How torch marks a parameter of a class that is not Parameter.
+            tensor._is_param = is_parameter
+    torch._C._swap_tensor_impl(one, other)
+
+
+_data: Any = torch._C.TensorBase.data
+
+
+def _set_data(tensor: Any, other: torch.Tensor) -> None:
+    """Give a tensor the memory of another, which may be elsewhere: ZeRO-3 gathers parameters so."""
+    if isinstance(tensor, tensors.Pretended) == isinstance(other, tensors.Pretended):
+        _data.__set__(tensor, other)
+        if isinstance(other, tensors.Pretended):
+            tensor.numbers = other.numbers
+        return
+    wants_grad = tensor.requires_grad
+    _swap(tensor, other.detach())
+    tensor.requires_grad_(wants_grad)
+
+
+ANSWERS: dict[str, Any] = {
+    **dict.fromkeys(("is_initialized", "is_available", "is_bf16_supported", "can_device_access_peer"), True),
+    **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"), 0),
+    **dict.fromkeys(("_lazy_init", "init", "reset_peak_memory_stats", "empty_cache", "ipc_collect", "set_stream")),
+    **dict.fromkeys(("manual_seed", "manual_seed_all", "seed", "seed_all", "set_rng_state", "set_rng_state_all")),
+    "get_device_capability": (9, 0),
+    "get_device_name": "pretended",
+    "get_device_properties": types.SimpleNamespace(
         name="pretended", major=9, minor=0, total_memory=80 * GIB, multi_processor_count=132, uuid="0"
-    )
+    ),
+    "get_arch_list": ["sm_90"],
+    "get_rng_state": torch.zeros(16, dtype=torch.uint8),
+    "get_rng_state_all": [],
+    "is_current_stream_capturing": False,
+    "mem_get_info": (79 * GIB, 80 * GIB),
+    "memory_stats": {},
+}
+"""What the functions of `torch.cuda` return, whatever they are given."""
+
+
+def _returns(value: Any) -> Callable[..., Any]:
+    # A function of its own each time: torch.compile keeps a table of these functions by what they are.
+    return lambda *_, **__: value
 
 
 def _of_torch_cuda(num_devices: int) -> dict[str, Any]:
     """Return what replaces the members of `torch.cuda`."""
-    nothing: Callable[..., None] = lambda *_, **__: None  # noqa: E731
     return {
-        "_lazy_init": nothing,
-        "init": nothing,
-        "is_initialized": lambda: True,
-        "is_available": lambda: True,
-        "is_bf16_supported": lambda *_, **__: True,
-        "device_count": lambda: num_devices,
-        "current_device": preload.current_device,
+        **{name: _returns(value) for name, value in ANSWERS.items()},
+        "device_count": _returns(num_devices),
+        "current_device": lambda: preload.current_device(),
         "set_device": _set_device,
         "_exchange_device": _exchange,
-        "_maybe_exchange_device": _exchange,
-        "get_device_capability": lambda device=None: (9, 0),
-        "get_device_name": lambda device=None: "pretended",
-        "get_device_properties": _properties,
-        "get_arch_list": lambda: ["sm_90"],
-        "can_device_access_peer": lambda *_: True,
-        "mem_get_info": lambda device=None: (79 * GIB, 80 * GIB),
-        "memory_stats": lambda device=None: {},
-        **dict.fromkeys(("memory_allocated", "max_memory_allocated"), lambda device=None: 0),
-        **dict.fromkeys(("memory_reserved", "max_memory_reserved"), lambda device=None: 0),
-        **dict.fromkeys(("reset_peak_memory_stats", "empty_cache", "ipc_collect"), nothing),
-        **dict.fromkeys(("manual_seed", "manual_seed_all", "seed", "seed_all"), nothing),
-        "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
-        "get_rng_state_all": lambda: [],
-        **dict.fromkeys(("set_rng_state", "set_rng_state_all"), nothing),
-        "is_current_stream_capturing": lambda: False,
+        "_maybe_exchange_device": lambda index: _exchange(index),
         "Stream": Stream,
         "Event": Event,
         "stream": _stream,
         "current_stream": _current_stream,
-        "default_stream": Stream,
-        "set_stream": nothing,
+        "default_stream": lambda device=None: Stream(device),
         "synchronize": _synchronize,
     }
 
@@ -182,6 +211,9 @@ def gpus(num_devices: int = 1) -> Iterator[None]:
     with ExitStack() as stack:
         for name, instead in _of_torch_cuda(num_devices).items():
             stack.enter_context(mock.patch.object(torch.cuda, name, instead))
+        stack.enter_context(mock.patch.object(torch.cuda.nccl, "version", return_value=(2, 27, 0)))
+        for name in ("range_push", "range_pop", "mark"):
+            stack.enter_context(mock.patch.object(torch.cuda.nvtx, name))
         stack.enter_context(mock.patch.object(torch.accelerator, "synchronize", _synchronize))
         stack.enter_context(mock.patch.object(torch.accelerator, "device_count", return_value=num_devices))
         stack.enter_context(mock.patch.object(threading.Thread, "_bootstrap_inner", in_mode))
@@ -192,6 +224,9 @@ def gpus(num_devices: int = 1) -> Iterator[None]:
             mock.patch.object(torch.Tensor, "is_pinned", lambda tensor, device=None: tensors.is_pinned(tensor))
         )
         # A module moves by swapping its parameters: their class changes with their device.
+        stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", _swap))
+        data = property(lambda tensor: tensor.detach(), _set_data)
+        stack.enter_context(mock.patch.object(torch.Tensor, "data", data, create=True))
         torch.__future__.set_swap_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_swap_module_params_on_conversion, swaps)
         # `torch.tensor(..., device="cuda")` is made on the CPU, then copied, as it is on CUDA.

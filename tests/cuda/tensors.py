@@ -82,16 +82,6 @@ class Pretended(Tensor):
     def pin_memory(self, device: Any = None) -> Any:
         raise RuntimeError(f"cannot pin '{self.type()}' only dense CPU tensors can be pinned")
 
-    @property
-    def data(self) -> Any:
-        return self.detach()
-
-    @data.setter
-    def data(self, other: Tensor) -> None:
-        assert isinstance(other, Pretended), "a tensor's device does not change under its hands"
-        Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
-        self.numbers = other.numbers
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.numbers.detach().__reduce_ex__(protocol)
 
@@ -162,7 +152,7 @@ def _done(
     def placed(one: Any) -> Any:
         if not isinstance(one, Tensor) or out is None:
             return one
-        return known.get(id(one)) or Pretended(one, out)
+        return known[id(one)] if id(one) in known else Pretended(one, out)
 
     return tree_map(placed, result)
 

@@ -1,0 +1,36 @@
+"""A drafter on the second GPU, its target on the first: as `train.device: cuda:1` asks for, of the kinds that allow it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from drafttrain.core.errors import RecipeError
+from drafttrain.pipeline.data import write_texts as write_data
+from drafttrain.pipeline.exporting import export_best
+from drafttrain.pipeline.run import Run
+from drafttrain.pipeline.training import train_drafter
+from tests.cuda.kinds import KINDS, recipe, write_texts
+
+pytestmark = pytest.mark.pretended_cuda
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_trains_beside_its_target_or_is_refused_by_name(
+    name: str, tmp_path: Path, target_folder: Path
+) -> None:
+    write_texts(tmp_path)
+    kind = KINDS[name]
+    if "joint" in kind.drafter:
+        with pytest.raises(RecipeError, match=r"train.device: cuda:1: drafter.joint trains adapters inside the target"):
+            recipe(kind, target=target_folder, folder=tmp_path, train={"device": "cuda:1"})
+        return
+    made = recipe(kind, target=target_folder, folder=tmp_path, train={"device": "cuda:1", "max_steps": 2})
+    run = Run(made, tmp_path / "run")
+    assert next(run.drafter.parameters()).device == torch.device("cuda:1")
+    write_data(run)
+    train_drafter(run)
+    export_best(run)
+    assert (run.folder.drafter / "model.safetensors").exists()
