@@ -125,6 +125,26 @@ def test_numbers_of_the_host_are_added_up_where_the_group_serves_gpus_alone(tmp_
     assert [process.returncode for process in running] == [0, 0], said
 
 
+@pytest.mark.processes
+def test_a_collective_that_fails_while_all_live_says_why(tmp_path: Path, port: int) -> None:
+    """As nccl does where two processes took one device: nobody is gone, and what it says last is what helps."""
+    code = """
+        import torch.distributed as dist
+        words = "NCCL error in: NCCLUtils.cpp:77, invalid usage\\nLast error:\\nDuplicate GPU detected : rank 1 and rank 0"
+        try:
+            with together(timeout_seconds=60):
+                raise dist.DistBackendError(words)
+        except PeerError as error:
+            print(error, file=sys.stderr)
+            sys.exit(1)
+    """
+    running = [started(code, tmp_path, rank=rank, port=port) for rank in (0, 1)]
+    said = [process.communicate(timeout=60)[1] for process in running]
+    assert any(
+        "a collective failed: " in one and "Duplicate GPU detected : rank 1 and rank 0." in one for one in said
+    ), said
+
+
 def test_nothing_in_training_is_reduced_by_lightning() -> None:
     """Its strategies take tensors to the group of the devices, which serves no numbers of the host."""
     folder = Path(processes.__file__).parents[1]

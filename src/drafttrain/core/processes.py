@@ -34,6 +34,8 @@ CUT_SECONDS = 0.5
 """How much later than its store a process's lifelines may end."""
 LEAVE_SECONDS = 12.0
 """How long a process that cannot go on may take to end by itself, and the one with the store waits for the others to leave."""
+LONGEST_REASON = 300
+"""Characters of another library's error."""
 STORE_GONE = "the first host, whose store holds the run together, cannot be reached"
 
 
@@ -248,14 +250,14 @@ class Group:
         names = [self._names[rank] for rank in ranks]
         return f"{', '.join(names)} {'was' if len(names) == 1 else 'were'} not heard of for {self.timeout.total_seconds():g} s"
 
-    def why(self) -> str:
-        """Return why this process ends after a collective failed: who said what, or who fell silent."""
+    def why(self, error: BaseException) -> str:
+        """Return why this process ends after a collective failed: who said what, who fell silent, or else the error itself."""
         before = signal.getsignal(signal.SIGTERM)
         with contextlib.suppress(ValueError):  # not in the main thread
             # A launcher that saw the same asks all to stop; who is gone is worth the seconds.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
-            return self._ends(self._who_is_gone())
+            return self._ends(self._who_is_gone() or f"a collective failed: {_in_one_line(error)}")
         finally:
             with contextlib.suppress(ValueError):
                 signal.signal(signal.SIGTERM, before)
@@ -278,8 +280,6 @@ class Group:
         except Exception:
             return STORE_GONE
         gone = [rank for rank in after if rank != self.here.rank and after[rank] == before.get(rank)]
-        if not gone:
-            return "the connection to another process broke"
         return ", ".join(self._is_gone(rank, after[rank]) for rank in gone)
 
     def _beats(self) -> dict[int, str]:
@@ -390,7 +390,7 @@ def together(*, timeout_seconds: float) -> Iterator[Group | None]:
         raise
     except BaseException as error:
         if _is_of_a_connection(error):
-            raise PeerError(group.why()) from error
+            raise PeerError(group.why(error)) from error
         group.failed(error)
         raise
     finally:
@@ -426,6 +426,11 @@ def _on_own_device(here: World) -> World:
     # Lightning, DeepSpeed and transformers all take it for the number of the device.
     os.environ["LOCAL_RANK"] = str(number)
     return replace(here, local_rank=number)
+
+
+def _in_one_line(error: BaseException) -> str:
+    """Return the end of an error's words, where NCCL says what it met: a device that two processes took, a cable."""
+    return " ".join(str(error).split())[-LONGEST_REASON:]
 
 
 def _is_of_a_connection(error: BaseException) -> bool:
