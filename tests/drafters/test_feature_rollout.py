@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from drafttrain.core.packed_documents import ReadSlots
 from drafttrain.core.records import Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import feature_layer
-from drafttrain.losses.align import align
+from drafttrain.losses.align import align, planned
 from drafttrain.target.packed_attention import Columns
 from tests.drafters.feature_models import chain_logits, feature_drafter, feature_target, packed
 
@@ -60,14 +61,14 @@ def test_the_identity_holds_in_float32(target):
 
 def test_control_a_position_that_does_not_advance_breaks_the_identity(target, monkeypatch):
     drafter = feature_drafter("eagle3", target)
-    project = feature_layer.FeatureLayer.project
+    turned = feature_layer.Rotary.turned
     batch, _ = packed(target, drafter, LENGTHS, width=22)
+    all_1N = batch.positions_BT.flatten()[None]
 
-    def stuck(self: Any, inputs: Any, positions: Any) -> Any:
-        whole = positions.shape == batch.positions_BT.shape
-        return project(self, inputs, batch.positions_BT if whole else positions)
+    def stuck(self: Any, states: Any, positions: Any) -> Any:
+        return turned(self, states, all_1N if positions.shape == all_1N.shape else positions)
 
-    monkeypatch.setattr(feature_layer.FeatureLayer, "project", stuck)
+    monkeypatch.setattr(feature_layer.Rotary, "turned", stuck)
     differences = largest_difference(target, drafter, width=22)
     assert differences[0] < 1e-5
     assert min(differences[1:]) > 1e-2
@@ -80,6 +81,61 @@ def test_control_a_missing_key_of_its_own_breaks_the_identity(target, monkeypatc
     differences = largest_difference(target, drafter, width=22)
     assert max(differences[:2]) < 1e-5
     assert min(differences[2:]) > 1e-2
+
+
+def masked(target: Any, drafter: Any) -> Any:
+    """Return a batch of two rows: two answers in one document, a document without any, one that ends with a question; padding."""
+    texts = [list(range(3, 21)), list(range(30, 35)), list(range(40, 54))]
+    masks = [[5 <= i < 9 or 14 <= i < 18 for i in range(18)], [False] * 5, [6 <= i < 10 for i in range(14)]]
+    records = [Record(str(i), text, mask) for i, (text, mask) in enumerate(zip(texts, masks, strict=True))]
+    batch, _ = pack(records, width=24, weight_of_step=1.0)
+    return replace(batch, target=target.read(batch.tokens_BT, batch.positions_BT, drafter.needs()))
+
+
+def trained_states(drafter: Any, batch: Any) -> tuple[list[Any], list[Any]]:
+    """Return by depth the states of trained rows, and the gradients of the drafter's weights."""
+    drafted = drafter(batch)
+    rows = align(drafted, batch)
+    chosen = rows.drafter_N.split(list(rows.counts.values()))
+    states = [drafted.states_BTD[d].flatten(0, 1)[rows_N] for d, rows_N in zip(rows.counts, chosen, strict=True)]
+    weights = [p for name, p in drafter.named_parameters() if name not in ("lm_head.weight", "norm.weight")]
+    return states, list(torch.autograd.grad(sum(s.square().sum() for s in states), weights))
+
+
+@pytest.mark.parametrize(("kind", "settings"), [*KINDS[:2], ("eagle", {"num_steps": 3, "feature_noise": 0.0})])
+@pytest.mark.parametrize("plan", [False, True])
+def test_training_computes_what_trained_rows_need_and_nothing_else_changes(target, kind, settings, plan):
+    drafter = feature_drafter(kind, target, **settings)
+    batch = masked(target, drafter)
+    whole = trained_states(drafter.eval(), batch)
+    seen: list[int] = []
+    drafter.layer.mlp.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+    batch = planned(batch, drafter.rows_asked(), slots=drafter.reads_slots) if plan else batch
+    for ours, theirs in zip(trained_states(drafter.train(), batch), whole, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+    # Slot t of depth d speaks of token t + d + 1: from the first answer less the deepest step to the last token but two.
+    steps = drafter.own["num_steps"]
+    first = max(0, 5 - steps - 1), max(0, 6 - steps - 1)
+    assert seen == [(16 - first[0]) + (8 - first[1])] * steps
+
+
+def test_control_slots_that_begin_one_too_late_are_not_enough(target, monkeypatch):
+    drafter = feature_drafter("eagle3", target, num_steps=3)
+    batch = masked(target, drafter)
+    whole, _ = trained_states(drafter.eval(), batch)
+    of = ReadSlots.of
+    monkeypatch.setattr(ReadSlots, "of", lambda trained, positions: of(trained[trained > trained.min()], positions))
+    late, _ = trained_states(drafter.train(), batch)
+    assert max(float((a - b).detach().abs().max()) for a, b in zip(late, whole, strict=True)) > 0.1
+
+
+def test_a_batch_without_trained_rows_has_a_backward_pass(target):
+    drafter = feature_drafter("eagle3", target).train()
+    batch = masked(target, drafter)
+    batch = replace(batch, loss_mask_BT=torch.zeros_like(batch.loss_mask_BT))
+    sum(states.sum() for states in drafter(batch).states_BTD.values()).backward()
+    assert drafter.midlayer.mlp.up_proj.weight.grad is not None
 
 
 @pytest.mark.parametrize("kind", ["eagle3", "eagle"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from drafttrain.core.packed_documents import PackedDocuments
+from drafttrain.core.packed_documents import PackedDocuments, ReadSlots
 from drafttrain.target import packed_kernels
 from drafttrain.target.packed_attention import Columns
 from drafttrain.target.packed_kernels import FlashOnCPU, FlashOnCUDA, Pieces
@@ -26,38 +26,42 @@ def wide(states: Tensor) -> Tensor:
     return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
-def causal(query_NHd: Tensor, keys_NGd: Tensor, bounds: Tensor, scale: float | None) -> Tensor:
-    """Return scores_HNN of a plain attention, -inf across documents and behind the query."""
-    number_N = torch.bucketize(torch.arange(len(query_NHd)), bounds[1:].long(), right=True)
-    allowed_NN = (number_N[:, None] == number_N) & torch.ones(len(number_N), len(number_N), dtype=torch.bool).tril()
-    keys_NHd = keys_NGd.repeat_interleave(query_NHd.shape[1] // keys_NGd.shape[1], dim=1)
-    scores_HNN = torch.einsum("nhd,mhd->hnm", query_NHd, keys_NHd) * (scale or 1 / math.sqrt(query_NHd.shape[-1]))
-    return scores_HNN.masked_fill(~allowed_NN, -torch.inf)
+def causal(query_MHd: Tensor, keys_CGd: Tensor, bounds: tuple[Tensor, Tensor], scale: float) -> Tensor:
+    """Return scores_HMC of queries at the last columns of each document, -inf across documents and behind the query."""
+    numbers, places = [], []
+    for states, starts in zip((query_MHd, keys_CGd), bounds, strict=True):
+        slots, ends = torch.arange(len(states)), starts[1:].long()
+        numbers.append(torch.bucketize(slots, ends, right=True))
+        # From the end, which both have in common.
+        places.append(ends[numbers[-1]] - slots)
+    allowed_MC = (numbers[0][:, None] == numbers[1]) & (places[0][:, None] <= places[1])
+    keys_CHd = keys_CGd.repeat_interleave(query_MHd.shape[1] // keys_CGd.shape[1], dim=1)
+    return (torch.einsum("nhd,mhd->hnm", query_MHd, keys_CHd) * scale).masked_fill(~allowed_MC, -torch.inf)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cuda_kernel_on_cpu() -> Iterator[None]:
     """Give the operators of CUDA's flash attention numbers on the CPU, by what PyTorch promises of them."""
 
-    def forward(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, debug, **kwargs):  # type: ignore[no-untyped-def]
+    def forward(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, debug, *, scale):  # type: ignore[no-untyped-def]
         assert (is_causal, dropout_p, cum_seq_q.dtype) == (True, 0, torch.int32)
-        assert torch.equal(cum_seq_q, cum_seq_k)
-        assert int(cum_seq_q.diff().max()) <= max_q == max_k
+        assert max(int(cum_seq_q.diff().max()), int(cum_seq_k.diff().max())) <= max_q == max_k
+        assert int(cum_seq_q.diff().min()) > 0
         given, (query, key, value) = query.dtype, (wide(x) for x in (query, key, value))
-        scores_HNN = causal(query, key, cum_seq_q, kwargs.get("scale"))
+        scores_HNN = causal(query, key, (cum_seq_q, cum_seq_k), scale)
         value_NHd = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
         attended = torch.einsum("hnm,mhd->nhd", scores_HNN.softmax(dim=-1), value_NHd)
         return attended.to(given), scores_HNN.logsumexp(dim=-1), torch.empty(0), torch.empty(0), torch.empty(0)
 
-    def backward(grad, query, key, value, out, lse, cum_seq_q, cum_seq_k, *rest, **kwargs):  # type: ignore[no-untyped-def]
+    def backward(grad, query, key, value, out, lse, cum_seq_q, cum_seq_k, *rest, scale):  # type: ignore[no-untyped-def]
         # The formula of the kernel: weights from the normaliser that is given, their drift from the output that is given.
         heads, groups, given = query.shape[1], key.shape[1], query.dtype
         grad, query, key, value, out = (wide(x) for x in (grad, query, key, value, out))
-        weights_HNN = (causal(query, key, cum_seq_q, kwargs.get("scale")) - lse[:, :, None]).exp()
+        weights_HNN = (causal(query, key, (cum_seq_q, cum_seq_k), scale) - lse[:, :, None]).exp()
         key_NHd, value_NHd = (x.repeat_interleave(heads // groups, dim=1) for x in (key, value))
         drift_NH = (grad * out).sum(dim=-1)
         moved_HNN = torch.einsum("nhd,mhd->hnm", grad, value_NHd) - drift_NH.T[:, :, None]
-        in_scores_HNN = weights_HNN * moved_HNN * (kwargs.get("scale") or 1 / math.sqrt(query.shape[-1]))
+        in_scores_HNN = weights_HNN * moved_HNN * scale
         in_key = torch.einsum("hnm,nhd->mhd", in_scores_HNN, query)
         in_value = torch.einsum("hnm,nhd->mhd", weights_HNN, grad)
         in_groups = (x.unflatten(1, (groups, -1)).sum(dim=2) for x in (in_key, in_value))
@@ -99,13 +103,18 @@ def dense(documents: Tensor, query: Tensor, keys: Tensor, values: Tensor, *own: 
     return torch.stack(parts).sum(dim=0)
 
 
-def apart(documents: Tensor) -> PackedDocuments:
-    """Return where the documents of rows of document numbers lie."""
+def positions_of(documents: Tensor) -> Tensor:
+    """Return positions that restart where the document's number changes."""
     positions = torch.zeros_like(documents)
     for column in range(1, documents.shape[1]):
         same = documents[:, column] == documents[:, column - 1]
         positions[:, column] = torch.where(same, positions[:, column - 1] + 1, 0)
-    return PackedDocuments.of(positions)
+    return positions
+
+
+def apart(documents: Tensor) -> PackedDocuments:
+    """Return where the documents of rows of document numbers lie."""
+    return PackedDocuments.of(positions_of(documents))
 
 
 def ours(documents: Tensor, query: Tensor, keys: Tensor, values: Tensor, *own: Tensor) -> Tensor:
@@ -118,6 +127,31 @@ def with_gradients(attend: Any, inputs: list[Tensor]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     gradient = torch.randn(attended.shape, generator=generator, dtype=torch.float64).to(attended.dtype)
     return [attended, *torch.autograd.grad(attended, inputs, gradient)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_queries_at_the_last_columns_have_the_outputs_and_gradients_of_the_whole(kernel, dtype):
+    """Slots 3..7 of the first document, the single token, one slot of a whole row, none of the padding and of the last ones."""
+    trained = torch.tensor([3, 7, 9 + 17, 37 + 30])
+    slots = ReadSlots.of(trained, positions_of(DOCUMENTS))
+    read = torch.tensor([*range(3, 8), 26, 67])
+    inputs = states(1, dtype)
+
+    def narrowed(_: Tensor, query: Tensor, keys: Tensor, values: Tensor, *own: Tensor) -> Tensor:
+        columns = [slots.columns(x.transpose(1, 2)) for x in (query, keys, values, *own)]
+        query, *own = (slots.queries(x).transpose(1, 2) for x in (columns[0], *columns[3:]))  # type: ignore[assignment]
+        found = Columns(columns[1].transpose(1, 2), columns[2].transpose(1, 2), slots.documents).attend(
+            query, [tuple(own)]
+        )
+        return found[0].transpose(0, 1)
+
+    def whole(documents: Tensor, *given: Tensor) -> Tensor:
+        return dense(documents, *given).transpose(1, 2).flatten(0, 1)[read]
+
+    atol = 1e-12 if dtype is torch.float64 else 1e-5
+    wanted = with_gradients(whole, states(1, torch.float64))
+    for ours_, theirs in zip(with_gradients(narrowed, inputs), wanted, strict=True):
+        torch.testing.assert_close(ours_.double(), theirs, rtol=0, atol=atol)
 
 
 def test_a_scale_of_its_own_is_taken(kernel):
@@ -201,6 +235,6 @@ def test_documents_of_every_order_and_length_lie_where_they_are():
         row = torch.repeat_interleave(torch.tensor([7, 3, 9]), torch.tensor(lengths))
         documents = torch.stack([row, row.flip(0)])
         found = apart(documents)
-        pieces = [documents.flatten()[own].unique().tolist() for own in found.slices]
+        pieces = [documents.flatten()[own].unique().tolist() for own, _ in found.slices]
         assert pieces == [[7], [3], [9], [9], [3], [7]]
         assert found.bounds.tolist()[-1] == documents.numel()

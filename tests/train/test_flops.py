@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from drafttrain.core.flops import BatchShape, attention, matrix, parameters_of, total
+from drafttrain.core.flops import BatchShape, RolloutShape, attention, matrix, parameters_of, total
 from drafttrain.core.records import DraftBatch, Record, TargetNeeds
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import drafters
@@ -31,13 +31,17 @@ ROWS, LENGTH = 3, 12
 
 
 def scores_and_sums(query: Any, keys: Any, values: Any, *_: Any, **__: Any) -> int:
-    """Count the products of an attention that computes the whole square."""
-    return int(sdpa_flop_count(query, keys, values))
+    """Count the products of the pairs that look at each other: queries are at the last columns, each sees up to its own."""
+    queries, columns = query[2], keys[2]
+    return (
+        2
+        * attention(query[1] * query[3], queries * columns - queries * (queries - 1) // 2, gradients=0).multiplications
+    )
 
 
 def their_gradients(_: Any, query: Any, keys: Any, values: Any, *__: Any, **___: Any) -> int:
     """Count the products of the gradients; that the kernel computes the scores again is not needed."""
-    return 2 * int(sdpa_flop_count(query, keys, values))
+    return 2 * scores_and_sums(query, keys, values)
 
 
 ON_CPU = {
@@ -129,8 +133,19 @@ def test_padding_and_other_documents_are_not_needed():
     records = [Record("a", [5] * 6, [True] * 6), Record("b", [6] * 4, [False, True, True, True])]
     narrow, wide = (pack(records, width=width, weight_of_step=8.0)[0].shape for width in (6, 16))
     assert narrow == wide
-    assert wide == BatchShape(10, 6 * 7 // 2 + 4 * 5 // 2, 9, wide.early_labels)
+    assert wide == BatchShape(10, 6 * 7 // 2 + 4 * 5 // 2, 9, wide.early_labels, ((2, 5), (2, 3)))
     assert [wide.rows(shift) for shift in (0, 1, 2, 3, 6)] == [9, 8, 6, 4, 0]
+
+
+def test_a_rollout_is_needed_where_a_label_is_reached_from():
+    """Of label j at depth d the state is at j - d - 1: with two steps, of labels 5 and 6 of 9 at 2, 3, 4; of one at 1 nowhere."""
+    records = [
+        Record("a", [5] * 9, [i in (1, 5, 6) for i in range(9)]),
+        Record("b", [6] * 4, [False, True, False, False]),
+    ]
+    shape = pack(records, width=16, weight_of_step=8.0)[0].shape
+    assert shape.rollout(2) == RolloutShape(columns=5, queries=3, pairs=3 + 4 + 5)
+    assert shape.rollout(9) == RolloutShape(columns=5, queries=5, pairs=15)
 
 
 def test_a_batch_that_moves_is_counted_before():

@@ -30,10 +30,34 @@ class BatchShape:
     """Tokens that are trained labels."""
     early_labels: tuple[int, ...] = ()
     """Of these, those that are token 0, 1, 2 ... of their document."""
+    spans: tuple[tuple[int, int], ...] = ()
+    """The first and the last trained label of each document, of those that have two tokens before them."""
 
     def rows(self, shift: int) -> int:
         """Return how many trained labels have a token so many places before them in their document."""
         return self.labels - sum(self.early_labels[:shift])
+
+    def rollout(self, num_steps: int) -> RolloutShape:
+        """Return what a rollout of lag 1 has to compute for these labels (`core.packed_documents.ReadSlots`)."""
+        # The last state that is read is two before the last label; the first one its deepest step is that of the first label.
+        ends = [(max(0, first - num_steps - 1), last - 1) for first, last in self.spans]
+        return RolloutShape(
+            columns=sum(end for _, end in ends),
+            queries=sum(end - start for start, end in ends),
+            pairs=sum((end * (end + 1) - start * (start + 1)) // 2 for start, end in ends),
+        )
+
+
+@dataclass(frozen=True)
+class RolloutShape:
+    """How much of a micro-batch a rollout computes."""
+
+    columns: int
+    """Slots that are looked at."""
+    queries: int
+    """Slots that look, at every step."""
+    pairs: int
+    """Pairs of one that looks and one that it looks at."""
 
 
 def shape_of(batch: DraftBatch) -> BatchShape:
@@ -42,7 +66,21 @@ def shape_of(batch: DraftBatch) -> BatchShape:
     positions_N = batch.positions_BT[read_BT]
     labels_N = batch.positions_BT[read_BT & batch.loss_mask_BT]
     early = labels_N[labels_N < EARLY].bincount(minlength=EARLY).tolist()
-    return BatchShape(len(positions_N), int(positions_N.sum()) + len(positions_N), len(labels_N), tuple(early))
+    pairs = int(positions_N.sum()) + len(positions_N)
+    return BatchShape(len(positions_N), pairs, len(labels_N), tuple(early), tuple(_spans(batch)))
+
+
+def _spans(batch: DraftBatch) -> Iterable[tuple[int, int]]:
+    chosen_BT = batch.loss_mask_BT & (batch.documents_BT >= 0) & (batch.positions_BT >= 2)
+    position_N, (documents, place_N) = (
+        batch.positions_BT[chosen_BT],
+        batch.documents_BT[chosen_BT].unique(return_inverse=True),
+    )
+    empty = documents.new_zeros(len(documents))
+    first, last = (
+        empty.scatter_reduce(0, place_N, position_N, how, include_self=False).tolist() for how in ("amin", "amax")
+    )
+    return zip(first, last, strict=True)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from drafttrain.core.flops import BatchShape, shape_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from drafttrain.core.packed_documents import PackedDocuments, ReadSlots
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -240,7 +242,19 @@ class Plan:
     """What the host knows of a batch before it is sent to a device, so that nobody has to ask the device and wait."""
 
     num_tokens: int
+    documents: PackedDocuments
     rows: Mapping[RowsAsked, AlignedRows] = field(default_factory=dict)
+    slots: Mapping[RowsAsked, ReadSlots] = field(default_factory=dict)
+    """What these rows need of a drafter."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Plan:
+        """Return the same of changed tensors: moved, pinned."""
+        return replace(
+            self,
+            documents=self.documents.each(change),
+            rows={asked: found.each(change) for asked, found in self.rows.items()},
+            slots={asked: found.each(change) for asked, found in self.slots.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -296,7 +310,7 @@ class DraftBatch:
             loss_mask_BT=change(self.loss_mask_BT),
             positions_BT=change(self.positions_BT),
             documents_BT=change(self.documents_BT),
-            plan=plan and replace(plan, rows={asked: found.each(change) for asked, found in plan.rows.items()}),
+            plan=plan and plan.each(change),
             target=self.target and self.target.each(change),
             target_rows=rows.each(change) if isinstance(rows, StoredTargetRows) else rows,
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from drafttrain.core.errors import DataError
 from drafttrain.core.files import write_json
+from drafttrain.core.packed_documents import PackedDocuments
 from drafttrain.core.processes import first, first_before_others, shared
 from drafttrain.core.records import Record, TargetNeeds, TargetOutput
 from drafttrain.data_gen.backends import Task
@@ -68,7 +69,14 @@ class ToldTarget(Target):
         self._number = {tuple(text): number for number, text in enumerate(texts)}
         self._cache = cache
 
-    def read(self, tokens_BT: Tensor, positions_BT: Tensor, needs: TargetNeeds) -> TargetOutput:
+    def read(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor,
+        needs: TargetNeeds,
+        *,
+        documents: PackedDocuments | None = None,
+    ) -> TargetOutput:
         """Return what is stored of the documents of packed rows; 0 at padding.
 
         Raises:

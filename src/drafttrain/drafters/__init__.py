@@ -55,6 +55,9 @@ class Drafter(nn.Module, ABC):
         """Return what this drafter reads of the target at training time (the loss adds its own)."""
         return TargetNeeds()
 
+    reads_slots: ClassVar[bool] = False
+    """Its forward in training computes only what the rows of its loss need."""
+
     def rows_asked(self) -> Sequence[RowsAsked]:
         """Return which rows training reads: first those of the loss, then those of its own forward.
 

@@ -144,7 +144,8 @@ class EagleDrafter(FeatureDrafter):
             hidden_BTD = hidden_BTD + self.own["feature_noise"] * noise(batch, width=hidden_BTD.shape[-1]).to(
                 hidden_BTD
             )
-        states = rollout(self, batch, hidden_BTD, num_steps=batch.num_depths or self.own["num_steps"])
+        num_steps = batch.num_depths or self.own["num_steps"]
+        states = rollout(self, batch, hidden_BTD, num_steps=num_steps, slots=self.slots(batch, num_steps=num_steps))
         decay = {depth: self.own["step_decay"] ** (depth - 1) for depth in states}
         weights = {depth: self.own["loss_weight"] * factor for depth, factor in decay.items()}
         drafted = DraftOutput(states, self._parts.linear_head, self.lag, depth_weights=weights)
@@ -155,10 +156,12 @@ class EagleDrafter(FeatureDrafter):
 
     def products(self, shape: BatchShape) -> Iterator[Products]:
         """Yield those of every step of the rollout; its own few keys of earlier steps are not counted."""
+        rollout = shape.rollout(self.own["num_steps"])
         for depth in range(1, self.own["num_steps"] + 1):
+            entering = rollout.columns if depth == 1 else rollout.queries
             # What the first step reads is not trained.
-            yield matrix(parameters_of(self.fc), shape.positions, gradients=1 if depth == 1 else 2)
-            yield from self.layer.products(shape)
+            yield matrix(parameters_of(self.fc), entering, gradients=1 if depth == 1 else 2)
+            yield from self.layer.products(rollout, remembered=entering)
             yield matrix(self._parts.head_parameters, shape.rows(depth + self.lag), gradients=1)
 
     @property

@@ -214,18 +214,19 @@ class Eagle3Drafter(FeatureDrafter):
     def forward(self, batch: DraftBatch) -> DraftOutput:
         """Return the states of every step of the rollout."""
         assert batch.target is not None, "the module reads the target for a drafter that needs it"
-        hidden_BTD = self.fused(self.features(batch.target))
         num_steps = batch.num_depths or self.own["num_steps"]
-        states = rollout(self, batch, hidden_BTD, num_steps=num_steps)
+        slots = self.slots(batch, num_steps=num_steps)
+        states = rollout(self, batch, self.features(batch.target), num_steps=num_steps, slots=slots)
         weights = {depth: self.own["step_decay"] ** (depth - 1) for depth in states}
         return DraftOutput(states, self._head, self.lag, depth_weights=weights, vocabulary=self.vocabulary)
 
     def products(self, shape: BatchShape) -> Iterator[Products]:
         """Yield those of the fusion and of every step of the rollout; its own few keys of earlier steps are not counted."""
         normed = self.input_norm is not None or self.fc_norm is not None
-        yield matrix(parameters_of(self.fc), shape.positions, gradients=2 if normed else 1)
+        rollout = shape.rollout(self.own["num_steps"])
+        yield matrix(parameters_of(self.fc), rollout.columns, gradients=2 if normed else 1)
         for depth in range(1, self.own["num_steps"] + 1):
-            yield from self.layer.products(shape)
+            yield from self.layer.products(rollout, remembered=rollout.columns if depth == 1 else rollout.queries)
             yield matrix(parameters_of(self.lm_head), shape.rows(depth + self.lag), gradients=2)
 
     @property

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from torch import Tensor, nn
 
-from drafttrain.core.records import RowsAsked
+from drafttrain.core.packed_documents import ReadSlots
+from drafttrain.core.records import DraftBatch, RowsAsked
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.drafters import Drafter
 from drafttrain.drafters.feature_layer import computing_type
 from drafttrain.drafters.feature_proposer import FeatureProposer
 from drafttrain.drafters.feature_rollout import FeatureModel
 from drafttrain.drafters.feature_target import TargetParts, save_folder
+from drafttrain.losses.align import read_slots
 
 if TYPE_CHECKING:
     from drafttrain.target import Target
@@ -25,6 +27,7 @@ class FeatureDrafter(Drafter):
     config: dict[str, Any]
     own: dict[str, Any]
     """What training and drafting are told, and no engine reads."""
+    reads_slots: ClassVar[bool] = True
     fc: nn.Linear
     _parts: TargetParts
 
@@ -34,7 +37,14 @@ class FeatureDrafter(Drafter):
 
     def rows_asked(self) -> list[RowsAsked]:
         """Return the rows of every step of the rollout."""
-        return [RowsAsked(tuple(range(1, self.own["num_steps"] + 1)), self.lag)]
+        return [self._rows_of(self.own["num_steps"])]
+
+    def slots(self, batch: DraftBatch, *, num_steps: int) -> ReadSlots:
+        """Return the slots whose states are read: in training those of its rows."""
+        return read_slots(batch, self._rows_of(num_steps)) if self.training else ReadSlots.all(batch.positions_BT)
+
+    def _rows_of(self, num_steps: int) -> RowsAsked:
+        return RowsAsked(tuple(range(1, num_steps + 1)), self.lag)
 
     def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
         """Return the proposer of chains and dynamic trees."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from drafttrain.core.flops import BatchShape, Products, attention, matrix, parameters_of
+from drafttrain.core.flops import Products, RolloutShape, attention, matrix, parameters_of
 from drafttrain.drafters.feature_norm import Norm
 
 
@@ -35,17 +35,28 @@ class FeatureLayer(nn.Module):
 
     def project(self, inputs_BTX: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (query_BHTd, key_BGTd, value_BGTd), rotated to their positions."""
-        attention = self.self_attn
-        split = [
-            linear(inputs_BTX).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-            for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
-        ]
-        cos_BTd, sin_BTd = self._rotary(positions_BT, split[0])
-        return rotated(split[0], cos_BTd, sin_BTd), rotated(split[1], cos_BTd, sin_BTd), split[2]
+        return self.asked(inputs_BTX, positions_BT), *self.remembered(inputs_BTX, positions_BT)
 
-    def products(self, shape: BatchShape) -> Iterator[Products]:
-        """Yield what one pass over a batch takes, and its gradients."""
-        yield matrix(parameters_of(self), shape.positions, gradients=2)
+    def asked(self, inputs_BTX: Tensor, positions_BT: Tensor) -> Tensor:
+        """Return query_BHTd."""
+        return self._rotary.turned(self.self_attn.split(self.self_attn.q_proj(inputs_BTX)), positions_BT)
+
+    def remembered(self, inputs_BTX: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (key_BGTd, value_BGTd)."""
+        key, value = (
+            self.self_attn.split(linear(inputs_BTX)) for linear in (self.self_attn.k_proj, self.self_attn.v_proj)
+        )
+        return self._rotary.turned(key, positions_BT), value
+
+    def products(self, shape: RolloutShape, *, remembered: int) -> Iterator[Products]:
+        """Yield what one step of a rollout takes, and its gradients.
+
+        Args:
+            remembered: Slots whose keys and values it makes.
+        """
+        keys_and_values = parameters_of(self.self_attn.k_proj, self.self_attn.v_proj)
+        yield matrix(keys_and_values, remembered, gradients=2)
+        yield matrix(parameters_of(self) - keys_and_values, shape.queries, gradients=2)
         yield attention(self.self_attn.q_proj.out_features, shape.pairs, gradients=2)
 
     def finish(self, attended_BHTd: Tensor, residual_BTD: Tensor) -> Tensor:
@@ -65,6 +76,10 @@ class Projections(nn.Module):
         self.k_proj = nn.Linear(input_size, keys, bias=False)
         self.v_proj = nn.Linear(input_size, keys, bias=False)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+    def split(self, projected_BTY: Tensor) -> Tensor:
+        """Return heads_BHTd."""
+        return projected_BTY.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 class SwiGLU(nn.Module):
@@ -100,6 +115,10 @@ class Rotary:
         """Return (cos_BTd, sin_BTd) in the type of `like`."""
         cos_BTd, sin_BTd = self._embedding.to(like.device)(like, positions_BT)
         return cos_BTd, sin_BTd
+
+    def turned(self, states_BHTd: Tensor, positions_BT: Tensor) -> Tensor:
+        """Return states rotated to their positions."""
+        return rotated(states_BHTd, *self(positions_BT, states_BHTd))
 
 
 def computing_type(weight: Tensor) -> torch.dtype:

@@ -1,6 +1,7 @@
 """The training-time test: a drafter that feeds on its own states is trained on the states that it will meet.
 
-B = sequences, T = positions, D = hidden, F = width of what is read of the target, R = the drafter's vocabulary
+B = sequences, T = positions, D = hidden, F = width of what is read of the target, R = the drafter's vocabulary,
+X = width of what the layer's projections read, C, M: see `core.packed_documents`, H = heads, d = width of a head
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from drafttrain.core.packed_documents import PackedDocuments
+from drafttrain.core.packed_documents import ReadSlots
 from drafttrain.core.records import DraftBatch, TargetNeeds, TargetOutput
 from drafttrain.drafters.feature_layer import FeatureLayer
 from drafttrain.target.packed_attention import Columns
@@ -65,8 +66,10 @@ class FeatureModel(Protocol):
         ...
 
 
-def rollout(model: FeatureModel, batch: DraftBatch, hidden_BTD: Tensor, *, num_steps: int) -> dict[int, Tensor]:
-    """Return the layer's states of depths 1..num_steps, at every slot of packed rows.
+def rollout(
+    model: FeatureModel, batch: DraftBatch, features_BTF: Tensor, *, num_steps: int, slots: ReadSlots
+) -> dict[int, Tensor]:
+    """Return the layer's states of depths 1..num_steps, at the slots of packed rows that are read; 0 elsewhere.
 
     Step k = 0, 1, ... embeds the token k + 1 places ahead at position t + k, and takes the state of the step before at the same
     slot. It sees the keys of the features (step 0) up to its slot in its document, and of the steps since then only its
@@ -74,19 +77,24 @@ def rollout(model: FeatureModel, batch: DraftBatch, hidden_BTD: Tensor, *, num_s
 
     Source: Li et al. 2025, EAGLE-3, arXiv 2503.01840, 3.2.
     """
-    states: dict[int, Tensor] = {}
-    # What follows the row's end, and the document's, is never read by a row that is trained.
-    tokens_BT = batch.tokens_BT
-    columns: Columns | None = None
+    positions_1C, hidden_1CD = slots.columns(batch.positions_BT), model.fused(slots.columns(features_BTF))
+    inputs_1CX, residual_1CD = model.entering(model.embed(_ahead(batch, slots, 1)), hidden_1CD)
+    columns = Columns(*model.layer.remembered(inputs_1CX, positions_1C), slots.documents)
+    # From here on only what is read goes through the layer.
+    inputs_1MX, residual_1MD, positions_1M = map(slots.queries, (inputs_1CX, residual_1CD, positions_1C))
     own: list[tuple[Tensor, Tensor]] = []
+    states: dict[int, Tensor] = {}
     for step in range(num_steps):
-        tokens_BT = tokens_BT.roll(-1, dims=1)
-        inputs_BTX, residual_BTD = model.entering(model.embed(tokens_BT), hidden_BTD)
-        query, key, value = model.layer.project(inputs_BTX, batch.positions_BT + step)
-        if columns is None:
-            columns = Columns(key, value, PackedDocuments.of(batch.positions_BT))
-        else:
-            own.append((key, value))
-        states[step + 1] = model.layer.finish(columns.attend(query, own), residual_BTD)
-        hidden_BTD = model.fed_back(states[step + 1])
-    return states
+        if step:
+            hidden_1MD = model.fed_back(states[step])
+            embedded_1MD = model.embed(slots.queries(_ahead(batch, slots, step + 1)))
+            inputs_1MX, residual_1MD = model.entering(embedded_1MD, hidden_1MD)
+            own.append(model.layer.remembered(inputs_1MX, positions_1M + step))
+        query_1HMd = model.layer.asked(inputs_1MX, positions_1M + step)
+        states[step + 1] = model.layer.finish(columns.attend(query_1HMd, own), residual_1MD)
+    return {depth: slots.spread(state_1MD, batch.tokens_BT) for depth, state_1MD in states.items()}
+
+
+def _ahead(batch: DraftBatch, slots: ReadSlots, places: int) -> Tensor:
+    """Return the token so many places ahead of each column; what follows a document's end is read by no trained row."""
+    return slots.columns(batch.tokens_BT.flatten().roll(-places).view_as(batch.tokens_BT))

@@ -5,12 +5,13 @@ B = sequences, T = positions, D = hidden, K = depths, N = rows
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from drafttrain.core.packed_documents import PackedDocuments, ReadSlots
 from drafttrain.core.records import AlignedRows, DraftBatch, DraftOutput, Plan, RowIndex, RowsAsked
 
 
@@ -28,10 +29,28 @@ def align(drafted: DraftOutput, batch: DraftBatch, *, block_length: int = 1) -> 
     return planned_rows or _rows(batch, asked)
 
 
-def planned(batch: DraftBatch, asked: Iterable[RowsAsked]) -> DraftBatch:
-    """Return a batch that is still on the host with its plan: on a device, each depth's rows would be waited for."""
+def read_slots(batch: DraftBatch, asked: RowsAsked) -> ReadSlots:
+    """Return the slots that these rows need of a drafter: those that the batch brings planned, or found here."""
+    planned_slots = batch.plan and batch.plan.slots.get(asked)
+    return planned_slots or ReadSlots.of(_rows(batch, asked).drafter_N, batch.positions_BT)
+
+
+def planned(batch: DraftBatch, asked: Sequence[RowsAsked], *, slots: bool = False) -> DraftBatch:
+    """Return a batch that is still on the host with its plan: on a device, each depth's rows would be waited for.
+
+    Args:
+        slots: Plan what the first rows need of a drafter too.
+    """
     rows = {one: _rows(batch, one) for one in dict.fromkeys(asked)}
-    return replace(batch, plan=Plan(num_tokens=replace(batch, plan=None).num_tokens, rows=rows))
+    of_loss = asked[:1] if slots else []
+    needed = {replace(one, block_length=1): ReadSlots.of(rows[one].drafter_N, batch.positions_BT) for one in of_loss}
+    plan = Plan(
+        num_tokens=replace(batch, plan=None).num_tokens,
+        documents=PackedDocuments.of(batch.positions_BT),
+        rows=rows,
+        slots=needed,
+    )
+    return replace(batch, plan=plan)
 
 
 def _rows(batch: DraftBatch, asked: RowsAsked) -> AlignedRows:

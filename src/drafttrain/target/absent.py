@@ -16,6 +16,7 @@ from torch import Tensor
 
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError
+from drafttrain.core.packed_documents import PackedDocuments
 from drafttrain.core.records import TargetNeeds, TargetOutput
 from drafttrain.core.tensors import TensorFiles
 from drafttrain.target.frozen import (
@@ -93,7 +94,14 @@ class AbsentTarget(Target):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def read(self, tokens_BT: Tensor, positions_BT: Tensor, needs: TargetNeeds) -> TargetOutput:
+    def read(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor,
+        needs: TargetNeeds,
+        *,
+        documents: PackedDocuments | None = None,
+    ) -> TargetOutput:
         """Refuse: it cannot be run.
 
         Raises:

@@ -23,6 +23,7 @@ from drafttrain.core import digests
 from drafttrain.core.console import say_once
 from drafttrain.core.errors import CheckpointError, DrafttrainError
 from drafttrain.core.foreign import check_folder
+from drafttrain.core.packed_documents import PackedDocuments
 from drafttrain.core.records import TargetNeeds, TargetOutput, TargetRows
 from drafttrain.core.settings import setting
 from drafttrain.core.tensors import check_finite, check_number_types
@@ -355,10 +356,25 @@ class Target:
         return end_ids(self.model, self.tokenizer)
 
     @torch.no_grad()
-    def read(self, tokens_BT: Tensor, positions_BT: Tensor, needs: TargetNeeds) -> TargetOutput:
-        """Return what the target knows of packed rows: a document sees nothing of the others in its row."""
+    def read(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor,
+        needs: TargetNeeds,
+        *,
+        documents: PackedDocuments | None = None,
+    ) -> TargetOutput:
+        """Return what the target knows of packed rows: a document sees nothing of the others in its row.
+
+        Args:
+            documents: Where they lie, if it is known: see `document_states`.
+        """
         final_BTD, hidden_BTD = document_states(
-            self.model, tokens_BT.to(self.device), positions_BT.to(self.device), hidden=needs.hidden
+            self.model,
+            tokens_BT.to(self.device),
+            positions_BT.to(self.device),
+            hidden=needs.hidden,
+            documents=documents and documents.each(lambda tensor: tensor.to(self.device)),
         )
         return TargetOutput(
             logits_BTV=head_logits(self.model, final_BTD) if needs.logits else None,

@@ -1,17 +1,17 @@
-"""Causal attention within each of many packed documents, that also returns its normaliser.
+"""Causal attention within each of many packed documents, whose queries are at its last columns, that returns its normaliser too.
 
 A backward pass computes its weights again, as exp(score - normaliser), from the normaliser and the output that it is given: if
 those are of a softmax over more than these columns, so are the gradients.
 
 Source: Dao 2023, FlashAttention-2, arXiv 2307.08691, 3.1.
 
-N = slots of all rows, one after another, M = slots of a document, H = heads, G = key-value heads, d = width of a head;
+N = queries of all documents (or their columns), one after another, M = queries of a document, H = heads, G = key-value heads, d = width of a head;
 of one piece of a document: S = slots, Q = S H / G queries of a key-value head, C = columns
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -79,15 +79,14 @@ class FlashOnCUDA:
         query_NHd: Tensor, keys_NGd: Tensor, values_NGd: Tensor, documents: PackedDocuments, scale: float
     ) -> tuple[Tensor, Tensor]:
         """Return (attended_NHd, normaliser_NH)."""
-        bounds, longest = documents.bounds, documents.longest
         attended_NHd, normaliser_HN, *_ = torch.ops.aten._flash_attention_forward(
             query_NHd,
             keys_NGd,
             values_NGd,
-            cum_seq_q=bounds,
-            cum_seq_k=bounds,
-            max_q=longest,
-            max_k=longest,
+            cum_seq_q=documents.query_bounds,
+            cum_seq_k=documents.bounds,
+            max_q=documents.longest,
+            max_k=documents.longest,
             dropout_p=0.0,
             is_causal=True,
             return_debug_mask=False,
@@ -107,7 +106,6 @@ class FlashOnCUDA:
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients in query, keys and values."""
-        bounds, longest = documents.bounds, documents.longest
         gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
             gradient_NHd.contiguous(),
             query_NHd,
@@ -115,10 +113,10 @@ class FlashOnCUDA:
             values_NGd,
             attended_NHd,
             normaliser_NH.T.contiguous(),
-            cum_seq_q=bounds,
-            cum_seq_k=bounds,
-            max_q=longest,
-            max_k=longest,
+            cum_seq_q=documents.query_bounds,
+            cum_seq_k=documents.bounds,
+            max_q=documents.longest,
+            max_k=documents.longest,
             dropout_p=0.0,
             is_causal=True,
             # Of a dropout that there is not.
@@ -139,10 +137,12 @@ class FlashOnCPU:
         """Return (attended_NHd, normaliser_NH)."""
         attended_NHd = torch.empty_like(query_NHd)
         normaliser_NH = query_NHd.new_empty(query_NHd.shape[:2], dtype=wide_type(query_NHd))
-        for own in documents.slices:
-            states = (_one(states[own]) for states in (query_NHd, keys_NGd, values_NGd))
+        for own, seen in documents.slices:
             attended_1HMd, normaliser_1HM = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *states, is_causal=True, scale=scale
+                _one(query_NHd[own]),
+                _one(keys_NGd[seen]),
+                _one(values_NGd[seen]),
+                **_causal(query_NHd, own, seen, scale),
             )
             attended_NHd[own], normaliser_NH[own] = attended_1HMd[0].transpose(0, 1), normaliser_1HM[0].T
         return attended_NHd, normaliser_NH
@@ -160,14 +160,29 @@ class FlashOnCPU:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients in query, keys and values."""
         found = (torch.empty_like(query_NHd), torch.empty_like(keys_NGd), torch.empty_like(values_NGd))
-        for own in documents.slices:
-            states = (_one(x[own]) for x in (gradient_NHd, query_NHd, keys_NGd, values_NGd, attended_NHd))
+        for own, seen in documents.slices:
             gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *states, normaliser_NH[own].T[None], 0.0, True, scale=scale
+                _one(gradient_NHd[own]),
+                _one(query_NHd[own]),
+                _one(keys_NGd[seen]),
+                _one(values_NGd[seen]),
+                _one(attended_NHd[own]),
+                normaliser_NH[own].T[None],
+                dropout_p=0.0,
+                **_causal(query_NHd, own, seen, scale),
             )
-            for whole, part in zip(found, gradients, strict=True):
-                whole[own] = part[0].transpose(0, 1)
+            for whole, part, place in zip(found, gradients, (own, seen, seen), strict=True):
+                whole[place] = part[0].transpose(0, 1)
         return found
+
+
+def _causal(query_NHd: Tensor, own: slice, seen: slice, scale: float) -> dict[str, Any]:
+    """Return how the kernel is told that queries are at the last of the columns: it knows squares alone."""
+    queries, columns = own.stop - own.start, seen.stop - seen.start
+    if queries == columns:
+        return {"is_causal": True, "scale": scale}
+    behind_MC = query_NHd.new_full((queries, columns), -torch.inf).triu(columns - queries + 1)
+    return {"is_causal": False, "attn_mask": behind_MC, "scale": scale}
 
 
 def _one(states_MHd: Tensor) -> Tensor:
@@ -253,11 +268,12 @@ def _largest(documents: PackedDocuments) -> int:
 
 def _pieces(documents: PackedDocuments) -> list[tuple[slice, slice]]:
     """Return the slots of each piece, and those that it may see: of its document up to its own end."""
-    return [
-        (slice(start, min(start + PIECE_SLOTS, own.stop)), slice(own.start, min(start + PIECE_SLOTS, own.stop)))
-        for own in documents.slices
-        for start in range(own.start, own.stop, PIECE_SLOTS)
-    ]
+    found = []
+    for own, seen in documents.slices:
+        for start in range(own.start, own.stop, PIECE_SLOTS):
+            stop = min(start + PIECE_SLOTS, own.stop)
+            found.append((slice(start, stop), slice(seen.start, seen.stop - (own.stop - stop))))
+    return found
 
 
 def _by_group(states_SHd: Tensor, groups: int) -> Tensor:

@@ -239,7 +239,7 @@ class DistillModule(StepModule):
         """Return a micro-batch with the rows that the loss and the drafter will ask for."""
         of_loss, *others = self.trained.rows_asked()
         block_length = getattr(self.loss, "block_length", 1)
-        return planned(batch, [replace(of_loss, block_length=block_length), *others])
+        return planned(batch, [replace(of_loss, block_length=block_length), *others], slots=self.trained.reads_slots)
 
     def training_step(self, batch: DraftBatch, batch_idx: int) -> Tensor:
         """Return the loss of a micro-batch, scaled so that the gradients of a step add up to the mean over its positions."""
@@ -271,7 +271,12 @@ class DistillModule(StepModule):
         if not self._read_by_any(reads):
             return batch
         assert self.target is not None, "the pipeline loads a target when the drafter or the loss needs one"
-        seen = self.target.read(batch.tokens_BT, batch.positions_BT, needs | TargetNeeds(final=rows_needed))
+        seen = self.target.read(
+            batch.tokens_BT,
+            batch.positions_BT,
+            needs | TargetNeeds(final=rows_needed),
+            documents=None if batch.plan is None else batch.plan.documents,
+        )
         if not reads:
             return batch
         rows = self.target.rows_of(seen) if rows_needed else batch.target_rows
