@@ -26,7 +26,8 @@ def rank_of_four(monkeypatch: pytest.MonkeyPatch, rank: int, *, launcher: str) -
     monkeypatch.setattr(os, "environ", without_launcher(os.environ))
     named = {
         "torchrun": {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 4},
-        "srun": {"SLURM_PROCID": rank, "SLURM_NTASKS": 4, "SLURM_LOCALID": rank, "SLURM_NTASKS_PER_NODE": 4},
+        "deepspeed": {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": rank, "LOCAL_SIZE": 4, "CROSS_SIZE": 1},
+        "srun": {"SLURM_PROCID": rank, "SLURM_NTASKS": 4, "SLURM_LOCALID": rank, "SLURM_STEP_TASKS_PER_NODE": 4},
     }
     for name, value in ({"MASTER_ADDR": "a", "MASTER_PORT": 1} | named[launcher]).items():
         monkeypatch.setenv(name, str(value))
@@ -47,7 +48,7 @@ def machine_of(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
     return taken
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "srun"])
 @pytest.mark.parametrize(("visible", "own"), [(1, 0), (2, 1), (4, 3), (8, 3)])
 def test_a_process_takes_its_device_of_those_that_it_sees(
     monkeypatch: pytest.MonkeyPatch, launcher: str, visible: int, own: int
@@ -64,6 +65,28 @@ def test_a_process_takes_its_device_of_those_that_it_sees(
     _validate_device_index_selection(strategy.parallel_devices)
     assert strategy.root_device == torch.device("cuda", own)
     assert placed["num_nodes"] == 1
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "srun"])
+def test_several_processes_of_one_machine_train_on_its_cpus(monkeypatch: pytest.MonkeyPatch, launcher: str) -> None:
+    rank_of_four(monkeypatch, 3, launcher=launcher)
+    here = world()
+    assert (here.local_rank, here.local_size) == (3, 4)
+    placed = placement(torch.device("cpu"), TrainSettings())
+    placed["strategy"].parallel_devices = [torch.device("cpu")] * placed["devices"]
+    assert placed["strategy"].root_device == torch.device("cpu", 0)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "node", "expected"), [("4(x2)", 0, 4), ("4(x2),2", 2, 2), ("3", 1, 3), ("2,1(x3)", 3, 1), ("8(x2)", 1, 8)]
+)
+def test_slurm_says_how_many_processes_each_machine_has(
+    monkeypatch: pytest.MonkeyPatch, tasks: str, node: int, expected: int
+) -> None:
+    rank_of_four(monkeypatch, 0, launcher="srun")
+    for name, value in {"SLURM_NTASKS": 16, "SLURM_NODEID": node, "SLURM_STEP_TASKS_PER_NODE": tasks}.items():
+        monkeypatch.setenv(name, str(value))
+    assert world().local_size == expected
 
 
 @pytest.mark.parametrize(("shown", "expected"), [("5", "5"), ("", "0"), ("4,5,6,7", "7")])

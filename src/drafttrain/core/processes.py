@@ -25,7 +25,7 @@ from drafttrain.core.lifelines import Lifelines
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-LAUNCHED = (*TORCHRUN, "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "NODE_RANK")
+LAUNCHED = (*TORCHRUN, "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "GROUP_RANK", "ROLE_RANK", "NODE_RANK")
 """What a process started from here must not inherit."""
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 4.0
@@ -69,9 +69,20 @@ def world() -> World:
     env = _environment()
     if not env:
         return World()
-    size = int(env["WORLD_SIZE"])
-    local = env.get("LOCAL_WORLD_SIZE") or env.get("SLURM_NTASKS_PER_NODE", "").split("(")[0] or "1"
-    return World(int(env["RANK"]), size, int(env["LOCAL_RANK"]), min(size, int(local)))
+    size, local_rank = int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
+    return World(int(env["RANK"]), size, local_rank, min(size, max(_local_size(env), local_rank + 1)))
+
+
+def _local_size(env: Mapping[str, str]) -> int:
+    """Return how many processes the launcher started on this machine: torchrun, DeepSpeed and Slurm each name it differently."""
+    if named := env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE"):
+        return int(named)
+    of_nodes = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_NTASKS_PER_NODE") or "1"
+    tasks: list[int] = []
+    for part in of_nodes.split(","):  # 4(x2),1: four on each of two nodes, one on the third
+        count, _, times = part.partition("(x")
+        tasks += [int(count)] * int(times.rstrip(")") or 1)
+    return tasks[min(int(env.get("SLURM_NODEID", "0")), len(tasks) - 1)]
 
 
 def first() -> bool:

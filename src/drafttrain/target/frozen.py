@@ -308,14 +308,14 @@ class Target:
         """Read a target from its folder or hub id."""
         if settings.model is None:
             raise CheckpointError("target.model is null: this step needs a target")
-        folder = resolve_folder(settings.model, revision=settings.revision)
+        folder, device = resolve_folder(settings.model, revision=settings.revision), pick_device(settings.device)
         model = load_causal_lm(
             folder,
             dtype=number_type(settings),
             attention=settings.attention,
             trust_remote_code=settings.trust_remote_code,
         )
-        model.to(pick_device(settings.device))
+        model.to(device)
         return cls(model, load_target_tokenizer(settings), name=settings.model, fingerprint=fingerprint_of(folder))
 
     @property
