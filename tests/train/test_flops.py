@@ -20,6 +20,7 @@ from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import drafters
 from drafttrain.drafters.medusa import JointSettings
 from drafttrain.losses import losses
+from drafttrain.losses.align import planned
 from drafttrain.target import Target
 from drafttrain.target.work import trunk_products
 from drafttrain.train.flops import distill_flops
@@ -148,10 +149,11 @@ def test_a_rollout_is_needed_where_a_label_is_reached_from():
     assert shape.rollout(9) == RolloutShape(columns=5, queries=5, pairs=15)
 
 
-def test_a_batch_that_moves_is_counted_before():
+def test_a_batch_that_is_planned_is_counted_on_the_host():
     (batch,) = of_step(0)
-    assert batch.to("meta").shape == batch.shape
-    assert replace(batch.to("meta"), num_depths=2).num_tokens == ROWS * LENGTH
+    moved = planned(batch, []).to("meta")
+    assert moved.shape == batch.shape
+    assert moved.num_tokens == ROWS * LENGTH
 
 
 def test_of_experts_those_that_a_token_is_sent_to_count():
