@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-processes test-cuda test-full test-serving test-serving-kinds check format install clean
+.PHONY: demo test test-processes test-cuda test-full test-serving test-serving-kinds gpu-check check format install clean
 
 demo: $(INSTALLED)
 	$(BIN)/drafttrain fit recipes/demo.yaml
@@ -33,6 +33,13 @@ test-serving: $(INSTALLED)
 test-serving-kinds: $(INSTALLED)
 	$(BIN)/drafttrain engines install vllm
 	$(SERVING) tests/serving/test_vllm.py -k "each_kind and not speculators"
+
+# For whoever has a GPU: the tests that need one or several, then the benchmarks; writes benchmarks/gpu.md (docs/gpu.md).
+gpu-check: $(INSTALLED)
+	@failed=0; \
+	TOKENIZERS_PARALLELISM=false $(BIN)/pytest -m "gpu or multi_gpu" tests/gpu -rs --durations=10 || failed=1; \
+	$(BIN)/python benchmarks/gpu.py || failed=1; \
+	exit $$failed
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -6,11 +6,14 @@ import csv
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from drafttrain.core.errors import RecipeError
+from drafttrain.train import step_clock
+from drafttrain.train.checkpoints import Checkpoints
 from drafttrain.train.metrics_log import COLUMNS, TIMES
 from drafttrain.train.peak import PEAK_TFLOPS, peak_of, peak_tflops
 from drafttrain.train.settings import TrainSettings
@@ -56,17 +59,43 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> type[Event]:
     return Event
 
 
-def test_every_moment_belongs_to_one_phase():
+class Time:
+    """A clock that stands still until it is moved."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def passes(self, seconds: float, before: Any) -> Any:
+        """Return a function that does the same and takes so long."""
+
+        def slower(*arguments: Any, **keywords: Any) -> Any:
+            result = before(*arguments, **keywords)
+            self.now += seconds
+            return result
+
+        return slower
+
+
+@pytest.fixture
+def clock_time(monkeypatch: pytest.MonkeyPatch) -> Time:
+    made = Time()
+    monkeypatch.setattr(step_clock, "time", made)
+    return made
+
+
+def test_every_moment_belongs_to_one_phase(clock_time):
     clock = StepClock()
-    began = time.perf_counter()
+    clock_time.now = 100.0
     clock.begin(CPU)
-    for phase in PHASES * 3:
+    for number, phase in enumerate(PHASES * 3):
         clock.enter(phase)
-        time.sleep(0.0005)
-    seconds = clock.read()
-    assert sum(seconds.values()) == pytest.approx(time.perf_counter() - began, abs=1e-3)
-    assert all(seconds[phase] >= 0.0015 for phase in PHASES)
-    assert sum(clock.read().values()) < 1e-3, "what was read is not read again"
+        clock_time.now += number
+    size = len(PHASES)
+    assert clock.read() == {phase: 3 * number + 3 * size for number, phase in enumerate(PHASES)}
+    clock_time.now += 7
+    assert clock.read() == dict.fromkeys(PHASES, 0) | {PHASES[-1]: 7}, "what was read is not read again"
 
 
 def test_no_device_is_waited_for_before_a_row_is_written(on_device):
@@ -95,20 +124,29 @@ def test_a_device_that_is_behind_is_waited_for_once_a_row(on_device):
     assert 0 < sum(seconds.values()) <= time.perf_counter() - began.moment
 
 
-def test_a_row_explains_its_steps(target, tmp_path):
-    """Phases add up to the step; utilization is the operations by the peak that is given, over the time that training took."""
+def test_a_row_explains_its_steps(target, tmp_path, clock_time, monkeypatch):
+    """Means over its steps; a checkpoint is in the row after it, and no part of what the utilization is measured by."""
     drafter = feature_drafter("eagle3", target).float()
-    table = rows(tmp_path, drafter, target, log_every_steps=2, peak_tflops=0.01, checkpoint_every_steps=2)
-    assert [int(row["step"]) for row in table] == [2, 4]
-    for row in table:
-        phases = {phase: float(row[f"{phase}_ms"]) for phase in PHASES if phase != "other"}
-        step, flops = float(row["step_ms"]), int(row["step_flops"])
-        assert 0.5 * step < sum(phases.values()) <= step + 0.01
-        for phase in ("fetch", "target", "forward", "backward", "optimizer"):
-            assert phases[phase] > 0, phase
-        training = step - phases["validation"] - phases["checkpoint"]
-        assert float(row["mfu"]) == pytest.approx(flops / (training / 1000 * 1e10), rel=1e-2)
-    assert float(table[1]["checkpoint_ms"]) > 10 * float(table[0]["checkpoint_ms"]), "in the row after it"
+    slower = clock_time.passes
+    monkeypatch.setattr(target, "read", slower(2, target.read))
+    monkeypatch.setattr(drafter, "forward", slower(3, drafter.forward))
+    monkeypatch.setattr(torch.optim.SGD, "step", slower(5, torch.optim.SGD.step))
+    monkeypatch.setattr(Checkpoints, "save", slower(7, Checkpoints.save))
+    before, after = rows(tmp_path, drafter, target, log_every_steps=2, peak_tflops=1e-6, checkpoint_every_steps=2)
+    for row, saving in ((before, 0.0), (after, 3500.0)):
+        seen = {phase: float(row[f"{phase}_ms"]) for phase in PHASES if phase != "other"}
+        assert seen == dict.fromkeys(seen, 0.0) | {
+            **{"target": 2000.0, "forward": 3000.0, "optimizer": 5000.0, "checkpoint": saving}
+        }
+        assert float(row["step_ms"]) == 10000 + saving
+        assert float(row["mfu"]) == pytest.approx(int(row["step_flops"]) / (10 * 1e6), rel=1e-3)
+
+
+def test_the_phases_of_a_step_take_time(target, tmp_path):
+    for row in rows(tmp_path, feature_drafter("eagle3", target).float(), target, log_every_steps=2):
+        phases = [float(row[f"{phase}_ms"]) for phase in ("fetch", "target", "forward", "backward", "optimizer")]
+        assert min(phases) > 0
+        assert sum(phases) <= float(row["step_ms"]) + 0.01
 
 
 def test_without_a_peak_there_is_no_utilization(target, tmp_path):

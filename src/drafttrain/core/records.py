@@ -241,7 +241,7 @@ def _once(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 class Plan:
     """What the host knows of a batch before it is sent to a device, so that nobody has to ask the device and wait."""
 
-    num_tokens: int
+    shape: BatchShape
     documents: PackedDocuments
     rows: Mapping[RowsAsked, AlignedRows] = field(default_factory=dict)
     slots: Mapping[RowsAsked, ReadSlots] = field(default_factory=dict)
@@ -281,18 +281,16 @@ class DraftBatch:
     """Depths that are asked of a drafter that can roll out any number; 0: as many as it trains."""
     plan: Plan | None = None
     """Of exactly these tokens, masks and documents (`losses.align.planned`)."""
-    counted: BatchShape | None = None
-    """What `shape` returns, counted before the batch went to a device that would have to be waited for; None: not yet."""
 
     @property
     def shape(self) -> BatchShape:
         """How much there is to compute, padding left out."""
-        return self.counted or shape_of(self)
+        return shape_of(self) if self.plan is None else self.plan.shape
 
     @property
     def num_tokens(self) -> int:
         """Tokens that are read, padding left out."""
-        return self.shape.positions if self.plan is None else self.plan.num_tokens
+        return self.shape.positions
 
     @property
     def seed_BT(self) -> Tensor:
@@ -305,7 +303,6 @@ class DraftBatch:
         plan, rows = self.plan, self.target_rows
         return replace(
             self,
-            counted=self.shape,
             tokens_BT=change(self.tokens_BT),
             loss_mask_BT=change(self.loss_mask_BT),
             positions_BT=change(self.positions_BT),

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from drafttrain.core.flops import shape_of
 from drafttrain.core.packed_documents import PackedDocuments, ReadSlots
 from drafttrain.core.records import AlignedRows, DraftBatch, DraftOutput, Plan, RowIndex, RowsAsked
 
@@ -45,7 +46,7 @@ def planned(batch: DraftBatch, asked: Sequence[RowsAsked], *, slots: bool = Fals
     of_loss = asked[:1] if slots else []
     needed = {replace(one, block_length=1): ReadSlots.of(rows[one].drafter_N, batch.positions_BT) for one in of_loss}
     plan = Plan(
-        num_tokens=replace(batch, plan=None).num_tokens,
+        shape=shape_of(batch),
         documents=PackedDocuments.of(batch.positions_BT),
         rows=rows,
         slots=needed,
