@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import sys
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -24,6 +25,8 @@ from drafttrain.drafters import drafters
 from drafttrain.drafters.causal_lm import CausalLMDrafter
 from drafttrain.losses import losses
 from drafttrain.target import Target, TargetSettings
+from drafttrain.train import checkpoint_file
+from drafttrain.train.checkpoint_file import PIECE_BYTES
 from drafttrain.train.deepspeed_settings import DeepSpeedSettings
 from drafttrain.train.run import train
 from drafttrain.train.settings import TrainSettings
@@ -219,8 +222,29 @@ class OnASmallDisk(CausalLMDrafter):
     limits: ClassVar[dict[int, int]] = {}
 
     def forward(self, batch: DraftBatch) -> Any:
+        # The checkpoint before is written under the limit of its own step.
+        wait_for_checkpoint()
         limit_files(self.limits.get(batch.step))
         return super().forward(batch)
+
+
+def wait_for_checkpoint() -> None:
+    """Wait until the thread that writes a checkpoint has ended, if there is one."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
+
+
+class SlowDisk:
+    """Lets the disk confirm nothing of a checkpoint for a while, every time it is asked."""
+
+    def __init__(self, seconds: float) -> None:
+        self.fsync, self.seconds = os.fsync, seconds
+
+    def __call__(self, file: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{file}")).parent.name == "checkpoints":
+            time.sleep(self.seconds)
+        self.fsync(file)
 
 
 def limit_files(limit: int | None) -> None:
@@ -238,6 +262,8 @@ if __name__ == "__main__":
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"process-{world().rank}").write_text(str(os.getpid()))
             OnASmallDisk.limits = {int(step): limit for step, limit in layout.pop("limits", {}).items()}
+            os.fsync = SlowDisk(layout.pop("slow_disk", 0.0))
+            checkpoint_file.PIECE_BYTES = layout.pop("piece_bytes", PIECE_BYTES)
             drafter = OnASmallDisk if OnASmallDisk.limits else CausalLMDrafter
             drafter = {"slow": Slow, "poisoned": PoisonedElsewhere, "census": Census}.get(layout.pop("as", ""), drafter)
             run(folder, drafter=drafter, **layout)

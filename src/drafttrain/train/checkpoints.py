@@ -18,11 +18,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from drafttrain.core.console import say
-from drafttrain.core.errors import Interrupted
+from drafttrain.core.errors import DrafttrainError, Interrupted
 from drafttrain.core.files import folder_beside
 from drafttrain.core.processes import at_step, first, first_before_others, shared, sums_later, world
 from drafttrain.train.callbacks import StepEnd
-from drafttrain.train.full_disk import CheckpointFile, could_be_written
+from drafttrain.train.checkpoint_file import CheckpointFile
+from drafttrain.train.full_disk import could_be_written, only_full
 from drafttrain.train.module import StepModule
 from drafttrain.train.settings import TrainSettings
 from drafttrain.train.strategy import whole
@@ -40,14 +41,17 @@ class Checkpoints(StepEnd):
     phase = "checkpoint"
     KEPT = 2
 
-    def __init__(self, folder: Path, *, settings: TrainSettings) -> None:
+    def __init__(self, folder: Path, *, settings: TrainSettings, copies: bool = True) -> None:
         self.folder = folder
         self.settings = settings
-        self.file = CheckpointFile()
+        self.file = CheckpointFile(stall_seconds=settings.timeout_seconds, written=self._drop_others)
         """The trainer writes through this."""
+        self.file.copies = copies
+        self._under_way: int | None = None
+        """The step whose checkpoint is being written; the same on all processes."""
         self._asked_to_stop = False
-        self._asked_before: Callable[[], list[float]] = lambda: [0]
-        """How many processes had been asked by the end of the step before."""
+        self._heard_before: Callable[[], list[float]] = lambda: [0, 0]
+        """How many processes had been asked to stop, and how many had failed to write, by the end of the step before."""
 
     @contextmanager
     def taking_requests(self) -> Iterator[None]:
@@ -60,11 +64,13 @@ class Checkpoints(StepEnd):
         try:
             self._take_signals()
             yield
+            self.settle()
         except SystemExit:
             # Lightning's own answer to SIGTERM, until its handler is replaced.
             if not self._asked_to_stop:
                 raise
         finally:
+            self._finish_alone()
             for number, handler in before.items():
                 signal.signal(number, handler)
         if self._asked_to_stop:
@@ -85,40 +91,85 @@ class Checkpoints(StepEnd):
     def on_step_end(self, trainer: Trainer, module: StepModule, step: int) -> None:
         """Save, and stop if that was asked of any process."""
         at_step(step)
-        stops = self._stops(step)
+        stops, failed = self._heard(step)
+        if failed:
+            self.settle()
         if step % self.settings.checkpoint_every_steps == 0 or stops:
             self.save(trainer, step)
         if stops:
+            self.settle()
             raise Interrupted(f"stopped at step {step} of {self.settings.max_steps}: run the same command to continue")
 
-    def _stops(self, step: int) -> bool:
-        """Return whether any process was asked to stop, the same on all of them.
+    def _heard(self, step: int) -> tuple[bool, bool]:
+        """Return whether any process was asked to stop, and whether a checkpoint could not be written; the same on all of them.
 
         Several processes hear of each other one step later, so that none waits; at the last step there is no later one.
         """
-        asked = sums_later([self._asked_to_stop])
-        known = self._asked_before()[0] > 0
-        self._asked_before = asked
+        told = sums_later([self._asked_to_stop, self.file.failed])
+        stops, failed = self._heard_before()
+        self._heard_before = told
         if world().size == 1 or step == self.settings.max_steps:
-            return known or asked()[0] > 0
-        return known
+            stops, failed = told()
+        return stops > 0, failed > 0
 
     def save(self, trainer: Trainer, step: int) -> None:
-        """Write one checkpoint beside and rename it; then drop the ones that are no longer needed."""
-        path = self.folder / f"step-{step:08d}.ckpt"
-        temporary = path.with_suffix(".part")
-        trainer.save_checkpoint(temporary)
-        before = sorted(self.folder.glob("step-*.ckpt"))
-        instead = f"the one before it, {before[-1].name}, is untouched" if before else "there is none before it"
-        if not could_be_written(
-            f"{path}, the checkpoint of step {step}", self.file.failure, settings=self.settings, instead=instead
-        ):
+        """Begin to write one checkpoint, after the last one is on the disk; training continues meanwhile."""
+        self.settle()
+        self._under_way = step
+        trainer.save_checkpoint(self._path(step))
+        if not self.file.copies:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait until the checkpoint under way is on the disk, for as long as the disk takes; all processes must call it.
+
+        The others wait through the store, not in a collective, which would end after `train.timeout_seconds`.
+
+        Raises:
+            DrafttrainError: It could not be written, and the recipe does not say to continue without it.
+        """
+        step, self._under_way = self._under_way, None
+        if step is None:
             return
-        if trainer.is_global_zero:
-            os.replace(temporary, path)
-            for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.KEPT]:
-                old.unlink()
-        trainer.strategy.barrier()
+        what, failure = f"{self._path(step)}, the checkpoint of step {step}", None
+        with first_before_others(f"it writes the checkpoint of step {step}"):
+            if first() and (error := self.file.finished()):
+                failure = self._no_room(error, what)
+        could_be_written(what, failure, settings=self.settings, instead=self._before())
+
+    def _finish_alone(self) -> None:
+        """Let a checkpoint that is under way be whole where the training ends by an error, which nothing may hide."""
+        try:
+            error = self.file.finished()
+        except DrafttrainError as stalled:
+            error = stalled
+        if error is not None:
+            say(f"a checkpoint could not be written: {error}; {self._before()}")
+
+    def _no_room(self, error: Exception, what: str) -> OSError:
+        """Return an error that says that the disk is full.
+
+        Raises:
+            DrafttrainError: It is another error of the disk.
+        """
+        if not isinstance(error, OSError):
+            raise error
+        try:
+            return only_full(error)
+        except OSError as other:
+            reason = other.strerror or str(other)
+            raise DrafttrainError(f"{what} could not be written ({reason}); {self._before()}") from other
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}.ckpt"
+
+    def _before(self) -> str:
+        before = sorted(self.folder.glob("step-*.ckpt"))
+        return f"the one before it, {before[-1].name}, is untouched" if before else "there is none before it"
+
+    def _drop_others(self) -> None:
+        for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.KEPT]:
+            old.unlink()
 
 
 def save_trained(module: StepModule, folder: Path) -> None:

@@ -14,6 +14,7 @@ from drafttrain.core.console import say
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.core.files import write_text
 from drafttrain.core.processes import agree, first, first_before_others, say_world, shared, world
+from drafttrain.train.host_memory import free_host_bytes
 from drafttrain.train.settings import TrainSettings
 
 PACKAGES = ("torch", "lightning", "deepspeed", "transformers", "peft", "numpy")
@@ -21,6 +22,9 @@ BYTES_A_PARAMETER = 12
 """Of a checkpoint: a float32 weight and Adam's two moments."""
 CHECKPOINTS = 3
 """On disk at once: the two that are kept and the one that is written."""
+
+
+REPORTED_BYTES = 10**9
 
 
 def check_processes(name: str, recipe: str, folder: Path, settings: TrainSettings) -> None:
@@ -87,6 +91,21 @@ def check_disk(folder: Path, *, num_trained: int) -> None:
             f"{folder}: checkpoints of {num_trained:,} trained parameters need {needed / 1e9:.2f} GB "
             f"({CHECKPOINTS} at once, {there} are there), {free / 1e9:.2f} GB are free: make room, or put runs elsewhere (--runs DIR)"
         )
+
+
+def has_room_for_a_copy(num_trained: int) -> bool:
+    """Return whether the first process has memory for a copy of a checkpoint, to be written while training continues."""
+    size = num_trained * BYTES_A_PARAMETER
+    free = shared(free_host_bytes())[0]
+    if free is not None and free < size:
+        say(
+            f"checkpoints: {size / 1e9:.2f} GB each, and {free / 1e9:.2f} GB of host memory are free: no room for a copy, so "
+            "training waits while one is written"
+        )
+        return False
+    if size >= REPORTED_BYTES:
+        say(f"checkpoints: {size / 1e9:.1f} GB each, written from a copy in host memory while training continues")
+    return True
 
 
 def source_digest() -> str:

@@ -30,7 +30,7 @@ from drafttrain.train.memory import advice_on_memory
 from drafttrain.train.metrics_log import MetricsLog
 from drafttrain.train.module import DistillModule, HeadModule, StepModule
 from drafttrain.train.precision import float32_products, note_on_float32
-from drafttrain.train.preflight import check_disk
+from drafttrain.train.preflight import check_disk, has_room_for_a_copy
 from drafttrain.train.profile import Profile
 from drafttrain.train.result import TrainResult, folder_of_step
 from drafttrain.train.settings import TrainSettings
@@ -108,11 +108,12 @@ def _fit(
     module.trained.train()
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    check_disk(checkpoints, num_trained=sum(p.numel() for p in module.trained.parameters() if p.requires_grad))
+    num_trained = sum(p.numel() for p in module.trained.parameters() if p.requires_grad)
+    check_disk(checkpoints, num_trained=num_trained)
     validation = (
         Validation(held_out, settings=settings, folder=folder) if held_out and settings.eval_every_steps else None
     )
-    saver = Checkpoints(checkpoints, settings=settings)
+    saver = Checkpoints(checkpoints, settings=settings, copies=has_room_for_a_copy(num_trained))
     callbacks = [
         *([validation] if validation else []),
         MetricsLog(folder / "metrics.csv", settings=settings, validation=validation),

@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
 from drafttrain.core.processes import World
+from drafttrain.train.checkpoint_file import CheckpointFile, on_host
 from drafttrain.train.settings import TrainSettings
 from drafttrain.train.zero_state import give_shares, load_optimizer_state, load_weights, optimizer_state, weights
 
@@ -94,11 +95,13 @@ class ZeroStrategy(DeepSpeedStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write one file that fits every layout, from the first process; all take part in gathering it."""
         module: Any = self.lightning_module
-        checkpoint["state_dict"] = weights(module, keep=self.is_global_zero)
-        state = optimizer_state(self.deepspeed_engine, module.groups, keep=self.is_global_zero)
-        checkpoint["optimizer_states"] = [state]
+        own = {
+            "state_dict": weights(module, keep=self.is_global_zero),
+            "optimizer_states": [optimizer_state(self.deepspeed_engine, module.groups, keep=self.is_global_zero)],
+        }
         if self.is_global_zero:
-            self.checkpoint_io.save_checkpoint(checkpoint, filepath)
+            assert isinstance(self.checkpoint_io, CheckpointFile)
+            self.checkpoint_io.write(on_host({**checkpoint, **dict.fromkeys(own)}) | own, filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read that file on every process."""

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drafttrain.train.checkpoint_file import on_host
 from drafttrain.train.optimizer import MuonAdamW, Share
 
 
 def optimizer_state(engine: Any, groups: Sequence[Mapping[str, Any]], *, keep: bool) -> dict[str, Any]:
-    """Return the optimizer's state dict as it would be without ZeRO; every process must call it.
+    """Return the optimizer's state dict as it would be without ZeRO, in tensors of its own; every process must call it.
 
     Args:
         engine: DeepSpeed's engine.
@@ -26,7 +27,7 @@ def optimizer_state(engine: Any, groups: Sequence[Mapping[str, Any]], *, keep: b
     """
     zero = engine.optimizer
     if not engine.zero_optimization():
-        return dict(zero.state_dict())
+        return dict(on_host(zero.state_dict())) if keep else {}
     inner = zero.optimizer
     _link(zero)
     state: dict[int, dict[str, Any]] = {}
@@ -121,12 +122,12 @@ def weights(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
         if id(parameter) not in by_id:
             value = _get(parameter, None) if hasattr(parameter, "ds_id") else parameter.data
             # Tied weights stay one tensor, in the file too.
-            by_id[id(parameter)] = value.detach().cpu().clone() if keep else value.new_empty(0)
+            by_id[id(parameter)] = value.detach().to("cpu", copy=True) if keep else value.new_empty(0)
         found[name] = by_id[id(parameter)]
     if not keep:
         return {}
     kept = module.state_dict().keys() - {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    return found | {name: buffer.cpu().clone() for name, buffer in module.named_buffers() if name in kept}
+    return found | {name: buffer.to("cpu", copy=True) for name, buffer in module.named_buffers() if name in kept}
 
 
 def _link(zero: Any) -> None:
