@@ -32,6 +32,7 @@ def types_of(name: str, *overrides: str) -> tuple[str, str]:
 
 def test_on_a_cpu_all_is_float32() -> None:
     assert types_of("tiny_eagle3") == types_of("tiny_acceptance") == ("float32", "fp32")
+    assert types_of("tiny_eagle3", "target.model=/not/here") == ("float32", "fp32"), "no folder is looked at"
     assert types_of("tiny_eagle3", "target.dtype=bfloat16", "train.precision=bf16-mixed") == ("bfloat16", "bf16-mixed")
 
 

@@ -33,7 +33,7 @@ from drafttrain.target.documents import document_states
 from drafttrain.target.ends import end_ids, say_ends
 from drafttrain.target.logits import head_logits
 from drafttrain.target.model_folder import check_causal_lm, check_model_files, in_one_line, no_folder
-from drafttrain.target.number_type import suited_type
+from drafttrain.target.number_type import type_on_gpu
 from drafttrain.target.sizes import refuse_sizes
 from drafttrain.target.weights_digest import weights_digest
 from drafttrain.target.wrapped import language_model_inside, loader_of
@@ -267,8 +267,9 @@ def number_type(settings: TargetSettings) -> str:
     """Return the type that the settings name, and where they say auto what that is here."""
     if settings.dtype != "auto" or settings.model is None:
         return settings.dtype
-    folder = resolve_folder(settings.model, revision=settings.revision)
-    return suited_type(folder, device_type=kind_of_device(settings.device))
+    if kind_of_device(settings.device) != "cuda":
+        return "float32"
+    return type_on_gpu(resolve_folder(settings.model, revision=settings.revision))
 
 
 class LiveRows:

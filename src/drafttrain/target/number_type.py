@@ -13,14 +13,11 @@ HALF_TYPES = {"BF16": "bfloat16", "F16": "float16"}
 """As the headers of safetensors name them, and torch."""
 
 
-def suited_type(folder: Path, *, device_type: str) -> str:
-    """Return the type that a target is best held in on a kind of device, read off its files without loading them.
+def type_on_gpu(folder: Path) -> str:
+    """Return the type that a target is best held in on a GPU, read off its files without loading them.
 
-    On CUDA, of more than a billion weights or of quantized ones: the half type that most of it is stored in, or bfloat16. Else
-    float32.
+    Of more than a billion weights, or of quantized ones: the half type that most of it is stored in, or bfloat16. Else float32.
     """
-    if device_type != "cuda":
-        return "float32"
     elements = elements_by_type(folder)
     config = read_json(folder / "config.json")
     quantized = (config.get("text_config") or config).get("quantization_config") or config.get("quantization_config")
