@@ -1,0 +1,144 @@
+"""What a step of EAGLE-3 for 8 B models costs, counted at their real sizes with tensors that have no numbers. No GPU is needed.
+
+Memory is what tensors take at once: weights, AdamW's moments, gradients, activations, logits. A GPU's context and what its
+allocator cannot use come on top, some 2 GB. Operations are counted; the time is computed from those that are needed, at a
+utilization that is assumed and not measured.
+
+    python benchmarks/step_cost.py            writes benchmarks/step_cost.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from drafttrain.config.load import load_recipe
+from drafttrain.config.recipe import Recipe
+from drafttrain.core.provenance import commit
+from drafttrain.drafters import drafters
+from drafttrain.losses import losses
+from drafttrain.target import Target
+from drafttrain.train.step_cost import StepCost, Trained, step_cost
+
+OUT = Path(__file__).with_suffix(".md")
+RECIPES = ("eagle3_llama3.1_8b", "eagle3_qwen3_8b")
+"""Other kinds look at numbers, or move their weights, while they are made."""
+PEAK_FLOPS = 989e12
+"""Of an H100 or H200 in bf16, dense."""
+UTILIZATION = 0.4
+"""Assumed."""
+
+HEADS: dict[str, Any] = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "meta-llama/Llama-3.1-8B-Instruct": lambda: LlamaConfig(
+        **HEADS,
+        vocab_size=128256,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        max_position_embeddings=131072,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    ),
+    "Qwen/Qwen3-8B": lambda: Qwen3Config(
+        **HEADS, vocab_size=151936, intermediate_size=12288, num_hidden_layers=36, max_position_embeddings=40960
+    ),
+}
+"""The sizes of the models that the recipes name."""
+
+
+class Sized(Target):
+    """A target without a tokenizer: every id is a token."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the head."""
+        return self.vocab_size
+
+
+def trained(recipe: Recipe) -> Trained:
+    """Return what the recipe trains."""
+    assert recipe.target.model is not None
+    config = CONFIGS[recipe.target.model]()
+    dtype = getattr(torch, recipe.target.dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    target = Sized(model, None, name=recipe.target.model, fingerprint="")
+    drafter = drafters.entry(recipe.drafter.kind).component.create(recipe.drafter, target=target, tokenizer=None)
+    return Trained(
+        drafter, losses.build(recipe.loss), target, target.vocab_size, chunk_rows=recipe.train.loss_chunk_rows
+    )
+
+
+def cost_of(name: str, *, prompt: int = 0) -> tuple[Recipe, StepCost]:
+    """Return a recipe and what a micro-batch of its full rows costs."""
+    recipe = load_recipe(name)
+    cost = step_cost(
+        lambda: trained(recipe),
+        rows=recipe.train.records_per_device,
+        width=recipe.data.max_length,
+        prompt=prompt,
+        mixed=recipe.train.precision == "bf16-mixed",
+    )
+    return recipe, cost
+
+
+def row(name: str) -> str:
+    """Return a line of the table."""
+    recipe, cost = cost_of(name)
+    micro_batches = recipe.train.batch_size / recipe.train.records_per_device
+    step = micro_batches * cost.seconds(peak_flops=PEAK_FLOPS, utilisation=UTILIZATION)
+    figures = [
+        f"{recipe.train.records_per_device} x {recipe.data.max_length}",
+        *(
+            f"{number / 1e9:.1f}"
+            for number in (cost.target_bytes, cost.trained_bytes, cost.kept, cost.peak, cost.memory)
+        ),
+        f"{cost.needed / cost.positions / 1e9:.1f}",
+        f"{cost.executed / cost.needed:.3f}",
+        f"{step:.2f}",
+        f"{recipe.train.max_steps * step / 3600:.1f}",
+    ]
+    return f"| {name} | {' | '.join(figures)} |"
+
+
+def main() -> None:
+    """Count and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=OUT)
+    arguments = parser.parse_args()
+    head = (
+        "recipe",
+        "micro-batch",
+        *(
+            "target GB",
+            "weights and AdamW GB",
+            "kept by the drafter's forward GB",
+            "peak beyond weights GB",
+            "in all GB",
+        ),
+        *("needed GFLOP a position", "executed / needed", "s a step", "hours"),
+    )
+    lines = [
+        "# What a step of EAGLE-3 for 8 B models costs",
+        "",
+        f"{datetime.now(UTC):%Y-%m-%d}, commit {commit()}, torch {torch.__version__}, Python {platform.python_version()}.",
+        "Counted with tensors that have no numbers, at the real sizes, every row full and every token trained; nothing ran on a GPU.",
+        f"Times are computed: operations needed, on one GPU of {PEAK_FLOPS / 1e12:.0f} TFLOP/s, at a utilization of {UTILIZATION:.0%} that is",
+        "assumed, not measured. Some 2 GB of a GPU's context and allocator come on top of the memory.",
+        "",
+        f"| {' | '.join(head)} |",
+        f"|{'---|' * len(head)}",
+        *map(row, RECIPES),
+        "",
+    ]
+    arguments.out.write_text("\n".join(lines), encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""At the real sizes of a recipe for an 8 B model: what a step keeps, runs and needs, by tensors without numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from drafttrain.config.load import load_recipe
+from drafttrain.drafters.eagle3 import Eagle3Drafter
+from drafttrain.losses import losses
+from drafttrain.target import Target
+from drafttrain.target.packed_attention import Columns
+from drafttrain.train.step_cost import Counted, StepCost, Trained, step_cost
+
+ROWS, WIDTH = 2, 2048
+
+
+class Sized(Target):
+    @property
+    def num_tokens(self) -> int:
+        return self.vocab_size
+
+
+def build(*, num_steps: int, num_layers: int = 3) -> Trained:
+    """Return what eagle3_llama3.1_8b trains, on a target of fewer layers of the same sizes."""
+    recipe = load_recipe("eagle3_llama3.1_8b")
+    assert (recipe.train.records_per_device, recipe.data.max_length) == (ROWS, WIDTH)
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=num_layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    target = Sized(model, None, name="", fingerprint="")
+    settings: Any = replace(recipe.drafter, num_steps=num_steps)
+    drafter = Eagle3Drafter.create(settings, target=target, tokenizer=None)
+    return Trained(drafter, losses.build(recipe.loss), target, target.vocab_size)
+
+
+class Squares(TorchDispatchMode):
+    """Notes tensors of a number for each pair of slots of a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for one in tree_leaves(result):
+            if isinstance(one, Tensor) and one.ndim > 1 and all(WIDTH <= n < WIDTH + 8 for n in one.shape[-2:]):
+                self.found.add(tuple(one.shape))
+        return result
+
+
+@pytest.fixture(scope="module")
+def counted() -> Iterator[tuple[StepCost, Squares]]:
+    with Squares() as squares:
+        cost = step_cost(lambda: build(num_steps=5), rows=ROWS, width=WIDTH)
+    return cost, squares
+
+
+def test_five_steps_keep_at_most_5_gb(counted: Any) -> None:
+    cost, _ = counted
+    assert 3e9 < cost.kept <= 5e9
+
+
+def test_no_scores_exist(counted: Any) -> None:
+    _, squares = counted
+    assert not squares.found
+
+
+def test_operations_are_those_that_are_needed(counted: Any) -> None:
+    cost, _ = counted
+    assert cost.needed <= cost.executed <= 1.1 * cost.needed
+
+
+def test_memory_is_what_the_header_of_the_recipe_says(counted: Any) -> None:
+    """Of 29 layers more the target's own weights, 0.44 GB each, are all that comes on top."""
+    cost, _ = counted
+    assert cost.trained_bytes == pytest.approx(424_689_664 * 12, rel=1e-3)
+    assert cost.memory + 29 * 2 * 218_112_000 == pytest.approx(27.7e9, rel=0.02)
+
+
+def test_prompts_are_neither_needed_nor_run() -> None:
+    whole, half = (step_cost(lambda: build(num_steps=1), rows=1, width=256, prompt=prompt) for prompt in (0, 128))
+    assert half.executed <= 1.1 * half.needed < 0.8 * whole.needed
+
+
+def test_control_dense_attention_has_scores_and_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = step_cost(lambda: build(num_steps=1), rows=ROWS, width=WIDTH)
+
+    def dense(self: Columns, query: Tensor, own: Any = (), *, scale: float | None = None) -> Tensor:
+        keys, values = (x.unflatten(0, query.shape[::2]).transpose(1, 2) for x in (self.keys_NGd, self.values_NGd))
+        groups = query.shape[1] // keys.shape[1]
+        return (query @ keys.repeat_interleave(groups, 1).mT).softmax(-1) @ values.repeat_interleave(groups, 1)
+
+    monkeypatch.setattr(Columns, "attend", dense)
+    with Squares() as squares:
+        cost = step_cost(lambda: build(num_steps=1), rows=ROWS, width=WIDTH)
+    assert squares.found
+    assert cost.kept > plain.kept + ROWS * 32 * WIDTH**2 * 2
+    assert cost.executed > plain.executed
+
+
+def test_memory_is_counted_until_it_is_let_go_of() -> None:
+    with Counted() as counted:
+        kept = torch.zeros(1000)
+        for _ in range(5):
+            kept = kept + torch.ones(1000)
+        product = torch.ones(8, 4) @ torch.ones(4, 2)
+    assert counted.peak == 3 * 4000
+    assert counted.now == 4000 + product.numel() * 4
+    assert counted.flops == 2 * 8 * 4 * 2
