@@ -38,37 +38,34 @@ class Ceiling:
 
 
 MICRO_BATCH = {
-    "causal_lm": Ceiling(3.5, 1),
+    "causal_lm": Ceiling(2.25, 0),
     "medusa2": Ceiling(2.5, 0),
-    "eagle": Ceiling(3.5, 0),
-    "eagle3": Ceiling(3.5, 0),
-    "eagle3_cut": Ceiling(11.5, 0),
 }
 """Of training; a kind that is not here has what all are to have."""
 
 CHAIN = {
-    "causal_lm": Ceiling(20, 26),
-    "medusa": Ceiling(8.2, 15.4),
-    "medusa2": Ceiling(8.2, 15.4),
-    "kangaroo": Ceiling(30, 48),
-    "eagle": Ceiling(28, 35),
-    "eagle3": Ceiling(28, 39),
-    "eagle3_cut": Ceiling(28, 39),
+    "causal_lm": Ceiling(22.75, 16.2),
+    "medusa": Ceiling(8.75, 7.5),
+    "medusa2": Ceiling(8.75, 7.5),
+    "kangaroo": Ceiling(30, 35),
+    "eagle": Ceiling(28, 27),
+    "eagle3": Ceiling(28, 31),
+    "eagle3_cut": Ceiling(28, 31),
 }
 """A round of two sequences with four draft tokens each."""
 
 TREE = {
-    "causal_lm": Ceiling(37, 35),
-    "medusa": Ceiling(8.2, 14.6),
-    "medusa2": Ceiling(8.2, 14.6),
-    "eagle": Ceiling(64, 30),
-    "eagle3": Ceiling(64, 34),
-    "eagle3_cut": Ceiling(64, 34),
+    "causal_lm": Ceiling(42, 22.5),
+    "medusa": Ceiling(8.75, 7.5),
+    "medusa2": Ceiling(8.75, 7.5),
+    "eagle": Ceiling(64, 22),
+    "eagle3": Ceiling(64, 26),
+    "eagle3_cut": Ceiling(64, 26),
 }
 """A round of two sequences with trees of twelve nodes in three levels."""
 
 GOAL = Ceiling(2, 0)
-GENERATION = Ceiling(4, 3)
+GENERATION = Ceiling(1, 2)
 """A token of four texts that are written together."""
 
 
