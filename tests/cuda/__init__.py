@@ -11,6 +11,7 @@ machine's C++ compiler builds it, and where there is none every test here is ski
 |---|---|
 | guard.cpp, preload.py | the least that PyTorch asks of a CUDA runtime, built once and loaded before torch |
 | tensors.py | the tensor subclass and the dispatch mode that every operation passes through |
+| operands.py | the tensors among the operands of an operation |
 | refusals.py | what CUDA refuses: operands on two devices, a CPU generator, matrix products of integers |
 | waits.py | what makes the host wait for the device, and copies out of memory that is not pinned |
 | happenings.py | the record of both, by file and line |

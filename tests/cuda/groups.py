@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from tests.cuda import tensors
 from tests.cuda.happenings import happenings, note
+from tests.cuda.operands import tensors_in
 
 BOUND = "cuda:gloo"
 
@@ -83,17 +84,17 @@ def _collective(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any
             return _beside[group.group_name].boxed()
         return one
 
-    held = {id(one.numbers): one for one in _pretended((args, kwargs))}
+    held = {id(one.numbers): one for one in _pretended(args, kwargs)}
     result = func(*tree_map(beside, args), **tree_map(beside, kwargs))
     return tree_map(lambda one: held.get(id(one), one), result)
 
 
-def _pretended(value: Any) -> list[tensors.Pretended]:
-    return [one for one in torch.utils._pytree.tree_leaves(value) if isinstance(one, tensors.Pretended)]
+def _pretended(args: Sequence[Any], kwargs: dict[str, Any]) -> list[tensors.Pretended]:
+    return [one for one in tensors_in((*args, *kwargs.values())) if isinstance(one, tensors.Pretended)]
 
 
 def _of_c10d(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    if _pretended((args, kwargs)):
+    if _pretended(args, kwargs):
         return _collective(func, name, args, kwargs)
     try:
         return func(*args, **kwargs)

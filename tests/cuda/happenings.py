@@ -13,7 +13,8 @@ from types import FrameType
 
 PROJECT = str(Path(__file__).parents[2] / "src") + "/"
 MACHINERY = {
-    str(Path(__file__).with_name(f"{name}.py")) for name in ("happenings", "refusals", "runtime", "tensors", "waits")
+    str(Path(__file__).with_name(f"{name}.py"))
+    for name in ("groups", "happenings", "refusals", "runtime", "tensors", "waits")
 }
 
 

@@ -90,7 +90,8 @@ def recipe(kind: Kind, *, target: Path, folder: Path, device: str = "cuda:0", tr
         },
         "eval": {
             **{"prompts": prompts, "validation_prompts": prompts, "num_prompts": 2, "prompt_tokens": 6},
-            **{"max_new_tokens": 6, "speed_prompts": 1, "batch_size": 2, "replay_lengths": [1, 2]},
+            **{"max_new_tokens": 6, "speed_prompts": 0, "batch_size": 2, "replay_lengths": [1, 2]},
+            "temperatures": [0.0],
             "length": {"kind": "fixed", "num_draft_tokens": 2},
         },
     }

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+
+from tests.cuda.operands import tensors_in
 
 CPU = torch.device("cpu")
 
@@ -23,10 +24,18 @@ SCALARS_ON_CPU = {"masked_fill", "masked_fill_", "fill", "fill_", "where", "clam
 PRODUCTS = {"mm", "bmm", "mv", "dot", "addmm", "addmm_", "baddbmm", "baddbmm_", "addmv", "addbmm", "_grouped_mm"}
 
 
-def refusal(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any], out: torch.device | None) -> str:
+def refusal(
+    func: Any,
+    name: str,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    operands: list[Tensor],
+    out: torch.device | None,
+) -> str:
     """Return what CUDA says to an operation; empty: it runs.
 
     Args:
+        operands: All tensors among the arguments.
         out: The device that its result is on; None: the CPU.
     """
     generator = kwargs.get("generator")
@@ -34,10 +43,11 @@ def refusal(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any], o
         return f"Expected a 'cuda' device type for generator but found 'cpu' (aten::{name})"
     if name in COPIES:
         return ""
-    tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
-    if name in PRODUCTS and not any(one.is_floating_point() or one.is_complex() for one in tensors):
-        return f'"{name}_cuda" not implemented for {tensors[0].dtype}'
-    devices = {one.device for one in _bound(func, name, args, kwargs, tensors)}
+    if name in PRODUCTS and not any(one.is_floating_point() or one.is_complex() for one in operands):
+        return f'"{name}_cuda" not implemented for {operands[0].dtype}'
+    if len({one.device for one in operands}) < 2:
+        return ""
+    devices = {one.device for one in _bound(func, name, args, kwargs, operands)}
     if len(devices) < 2:
         return ""
     found = " and ".join(sorted(map(str, devices)))
@@ -48,12 +58,11 @@ def _bound(func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any], te
     """Return the operands that must be on one device."""
     if name in INDEXING:
         values = [one for one in args[2:] if isinstance(one, Tensor) and not _number_of_cpu(one)]
-        indices = [one for one in tree_leaves(args[1]) if isinstance(one, Tensor) and one.device != CPU]
+        indices = [one for one in tensors_in(args[1]) if one.device != CPU]
         return [args[0], *values, *indices]
     if name.startswith("_fused_"):
         # The learning rate alone may be a number of the CPU.
-        lists = [one for one in (*args, *kwargs.values()) if isinstance(one, list | tuple)]
-        return [one for one in tree_leaves(lists) if isinstance(one, Tensor)]
+        return tensors_in([one for one in (*args, *kwargs.values()) if isinstance(one, list | tuple)])
     if (torch.Tag.pointwise in func.tags and not name.startswith("_foreach")) or name in SCALARS_ON_CPU:
         written = args[0] if name.endswith("_") and args else kwargs.get("out")
         return [one for one in tensors if one is written or not _number_of_cpu(one)]

@@ -6,15 +6,16 @@ Their dispatch keys are CUDA's, so autograd and autocast do with them what they 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.cuda import preload, waits
 from tests.cuda.happenings import happenings, note
+from tests.cuda.operands import mapped, tensors_in
 from tests.cuda.refusals import refusal
 
 ABSENT = object()
@@ -99,16 +100,28 @@ class Pretended(Tensor):
 class PretendedCuda(TorchDispatchMode):
     """Catches what makes the first tensors on a device, out of nothing or out of the CPU's."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # What torch would wrap around every operation for torch.compile takes as long as the operation.
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         return run(func, args, dict(kwargs or {}))
 
 
+@cache
+def _names(func: Any) -> tuple[str, str]:
+    namespace, _, name = func._schema.name.partition("::")
+    return namespace, name
+
+
 def run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Do one operation, as CUDA would."""
-    namespace, _, name = func._schema.name.partition("::")
-    held = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Pretended)]
+    namespace, name = _names(func)
+    operands = tensors_in((*args, *kwargs.values()))
+    held = [one for one in operands if isinstance(one, Pretended)]
     if namespace in of_namespace:
         return of_namespace[namespace](func, name, args, kwargs)
     wanted = kwargs.get("device")
@@ -123,7 +136,7 @@ def run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
     if given:
         kwargs["device"] = out or wanted
-    if refused := refusal(func, name, args, kwargs, out):
+    if refused := refusal(func, name, args, kwargs, operands, out):
         note(happenings.refusals, refused)
         raise RuntimeError(refused)
     waits.count(name, args, kwargs, pinned=is_pinned)
@@ -143,18 +156,16 @@ def _done(
     """Do it with the numbers, and put the results where they belong."""
     if name == "_fused_sdp_choice":
         return MATH
-    result = func(*tree_map(_numbers, args), **tree_map(_numbers, kwargs))
+    result = func(*mapped(_numbers, args), **mapped(_numbers, kwargs))
     if name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], Tensor):
         assert args[0].shape == _numbers(args[0]).shape, f"{name} changes the shape in place: not pretended"
         return args[0]
     known = {id(one.numbers): one for one in held}
 
-    def placed(one: Any) -> Any:
-        if not isinstance(one, Tensor) or out is None:
-            return one
+    def placed(one: Tensor) -> Tensor:
         return known[id(one)] if id(one) in known else Pretended(one, out)
 
-    return tree_map(placed, result)
+    return result if out is None else mapped(placed, result)
 
 
 def _numbers(one: Any) -> Any:

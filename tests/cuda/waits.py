@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from tests.cuda.happenings import happenings, note
+from tests.cuda.operands import tensors_in
 from tests.cuda.refusals import CPU, INDEXING
 
 SIZES = {
@@ -37,12 +37,11 @@ def count(name: str, args: Sequence[Any], kwargs: dict[str, Any], *, pinned: Cal
     elif name in INDEXING:
         # One value at the places of a mask is a fill.
         filled = name.startswith("index_put") and args[2].numel() == 1
-        for index in tree_leaves(args[1]):
-            if isinstance(index, Tensor):
-                if index.device == CPU:
-                    note(happenings.copies, "an index of the CPU")
-                elif index.dtype in (torch.bool, torch.uint8) and not filled:
-                    note(happenings.waits, "boolean index")
+        for index in tensors_in(args[1]):
+            if index.device == CPU:
+                note(happenings.copies, "an index of the CPU")
+            elif index.dtype in (torch.bool, torch.uint8) and not filled:
+                note(happenings.waits, "boolean index")
 
 
 def _count_copy(name: str, args: Sequence[Any], kwargs: dict[str, Any], pinned: Callable[[Tensor], bool]) -> None:
