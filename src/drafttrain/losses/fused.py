@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 
 from drafttrain.core.linear_head import LinearHead
 from drafttrain.core.records import DraftOutput
-from drafttrain.losses.pieces import ACCEPTANCE, Part, Piece, RowValues, TargetPiece, nothing_of
+from drafttrain.losses.pieces import ACCEPTANCE, Part, Piece, RowValues, TargetPiece
 
 KEPT_BYTES = 4 * 2**30
 """A loss whose rows depend on each other needs the target twice: its rows up to this size are kept, larger ones computed again."""
@@ -44,9 +44,6 @@ def can_be_fused(drafted: DraftOutput) -> bool:
 
 def fused_loss(values: RowValues, drafted: DraftOutput, planned: Sequence[Piece]) -> Totals:
     """Return the loss of the planned pieces. Its gradient is computed here, and is there for one backward pass."""
-    if not planned:
-        nothing = nothing_of(drafted, drafted.states_BTD)
-        return nothing, nothing.new_zeros(0), None
     work = _Work(values, drafted, planned)
     total, loss_N, acceptance_N = _Fused.apply(work, *work.inputs)
     return total, loss_N, acceptance_N
@@ -100,7 +97,11 @@ class _Work:
 
     def run(self) -> Totals:
         """Return the sums and numbers of all rows; the gradients of the total are in `gradients` then."""
-        loss_N, acceptance_N = self._at_once() if self.values.loss.pointwise else self._in_two_passes()
+        if not self.planned:
+            # Nothing is trained here, yet gradients must come in the order of the other ranks: ZeRO adds them up by place.
+            loss_N, acceptance_N = torch.zeros(0, device=self.inputs[0].device), None
+        else:
+            loss_N, acceptance_N = self._at_once() if self.values.loss.pointwise else self._in_two_passes()
         for number, (given, needed) in enumerate(zip(self.inputs, self.needed, strict=True)):
             if needed and self.gradients[number] is None:
                 self.gradients[number] = torch.zeros_like(given)
