@@ -7,14 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from drafttrain.checkpoint import read_drafter
-from drafttrain.core.errors import CheckpointError
+from drafttrain.cli import app
+from drafttrain.config.bundled import bundled_recipes
+from drafttrain.config.load import load_recipe
+from drafttrain.core.errors import CheckpointError, RecipeError
 from drafttrain.drafters.medusa import JointSettings
 from drafttrain.export.engines.environment import EngineError
 from drafttrain.export.settings import ExportSettings
 from drafttrain.pipeline.engines import (
     check_engines,
+    check_writer,
     folder_as,
     formats_are_current,
     formats_of,
@@ -110,3 +115,33 @@ def test_an_engine_that_cannot_run_the_kind_is_refused_before_anything_is_done(m
         with pytest.raises(EngineError, match="drafttrain engines install openvino"):
             check_engines(settings, "causal_lm", where=tmp_path)
     check_engines(ExportSettings(to=["vllm"], verify=["transformers"]), "causal_lm", where=tmp_path)
+
+
+EIGHT_BILLION = [recipe.path for recipe in bundled_recipes() if "8b" in recipe.name]
+
+
+@pytest.mark.parametrize("path", EIGHT_BILLION, ids=lambda path: path.stem)
+@pytest.mark.parametrize("command", ["fit", "gen"])
+def test_a_recipe_whose_writer_is_not_installed_names_the_fallback_before_anything_is_loaded(
+    path: Path, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DRAFTTRAIN_ENGINES", str(tmp_path / "engines"))
+    result = CliRunner().invoke(app, [command, str(path), "--runs", str(tmp_path / "runs")])
+    assert result.exit_code == RecipeError.exit_code
+    said = " ".join(result.stderr.split())
+    assert "data.generate.backend: vllm is not installed here: drafttrain engines install vllm" in said
+    assert "'data.generate.backend={kind: builtin}'" in said
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("path", EIGHT_BILLION, ids=lambda path: path.stem)
+def test_recipes_of_large_targets_have_shards_for_64_devices_and_a_fallback(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DRAFTTRAIN_ENGINES", str(tmp_path / "engines"))
+    recipe = load_recipe(path)
+    assert recipe.data.generate is not None
+    assert recipe.data.generate.num_records >= 4 * 64 * recipe.data.generate.records_per_shard
+    check_writer(load_recipe(path, ["data.generate.backend={kind: builtin}"]), tmp_path)
+    (tmp_path / "manifest.json").write_text("{}")
+    check_writer(recipe, tmp_path)

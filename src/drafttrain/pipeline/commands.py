@@ -20,7 +20,7 @@ from drafttrain.core.files import clear_leftovers, write_json
 from drafttrain.core.processes import first, first_before_others, launched, together, wait_for_all, world
 from drafttrain.pipeline.data import dropped_prompts, training_data, write_texts
 from drafttrain.pipeline.drafter_folder import write_drafter
-from drafttrain.pipeline.engines import Stand, check_engines, only, write_and_verify
+from drafttrain.pipeline.engines import Stand, check_engines, check_writer, only, write_and_verify
 from drafttrain.pipeline.evaluating import evaluated, evaluated_head
 from drafttrain.pipeline.exporting import command_line, export_and_judge
 from drafttrain.pipeline.folder import RunFolder
@@ -45,6 +45,7 @@ def fit(recipe: Recipe, folder: Path, *, above: Sequence[str] = ()) -> None:
         learn_online(recipe, folder, once=True)
         return
     check_engines(recipe.export, recipe.drafter.kind if recipe.drafter else None, where=folder)
+    check_writer(recipe, RunFolder(folder).data / "generated")
     with contextlib.ExitStack() as held:
         with _all_processes(recipe, folder, held):
             made = _checked_and_made(recipe, folder, above=above)
@@ -64,6 +65,7 @@ def fit(recipe: Recipe, folder: Path, *, above: Sequence[str] = ()) -> None:
 
 def gen(recipe: Recipe, folder: Path) -> None:
     """Generate, encode, label and cache the data of a recipe; several processes share the work."""
+    check_writer(recipe, RunFolder(folder).data / "generated")
     with contextlib.ExitStack() as held, _all_processes(recipe, folder, held):
         made = _checked_and_made(recipe, folder)
         run = Run(made, folder, placement=recipe.train.target_placement)

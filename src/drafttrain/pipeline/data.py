@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
 def write_texts(run: Run) -> None:
     from drafttrain.data_gen.prepare import generate_texts
-    from drafttrain.export.engines import engine_of
+    from drafttrain.export.engines import checked_installed
     from drafttrain.export.engines.environment import ask
 
     def ask_engine(name: str, worker: str, request: Mapping[str, Any]) -> dict[str, Any]:
-        return ask(engine_of(name), request, worker=worker, timeout_seconds=None)
+        (engine,) = checked_installed([name])
+        return ask(engine, request, worker=worker, timeout_seconds=None)
 
     generate_texts(run.recipe.data, lambda: run.target, run.folder.data, seed=run.recipe.seed, ask_engine=ask_engine)
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drafttrain.core.console import say
-from drafttrain.core.errors import CheckpointError, GateError
+from drafttrain.core.errors import CheckpointError, GateError, RecipeError
 from drafttrain.core.files import write_json, write_text
 from drafttrain.pipeline.data import dropped_prompts
 from drafttrain.pipeline.folder import exported_in
 from drafttrain.pipeline.run import quiet_libraries
 
 if TYPE_CHECKING:
+    from drafttrain.config.recipe import Recipe
     from drafttrain.eval.settings import EvalSettings
     from drafttrain.export.settings import ExportSettings
     from drafttrain.pipeline.run import Run
@@ -61,6 +62,32 @@ def check_engines(settings: ExportSettings, kind: str | None, *, where: Path) ->
         check_installed(engine_of(name))
     for writer in filter(None, (exporter_of(format).engine for format in formats_of(settings))):
         check_installed(engine_of(writer))
+
+
+def check_writer(recipe: Recipe, texts: Path) -> None:
+    """Refuse a recipe whose texts vLLM is to write where it is not installed, before a target is loaded.
+
+    Args:
+        texts: Folder of what is written; once it is whole, nobody writes any more.
+
+    Raises:
+        RecipeError: Naming the command that installs it, and who writes texts without it.
+    """
+    from drafttrain.data_gen.backends.vllm import environment_on
+    from drafttrain.export.engines import checked_installed
+    from drafttrain.export.engines.environment import is_installed
+    from drafttrain.target.frozen import kind_of_device
+
+    generate = recipe.data.generate
+    if generate is None or generate.backend.kind != "vllm" or (texts / "manifest.json").exists():
+        return
+    name = environment_on(kind_of_device(recipe.target.device))
+    if not is_installed(checked_installed([name])[0]):
+        problem = (
+            f"data.generate.backend: vllm is not installed here: drafttrain engines install {name}; or let drafttrain write the "
+            "texts itself, more slowly: 'data.generate.backend={kind: builtin}'"
+        )
+        raise RecipeError(recipe.name, [problem])
 
 
 def folder_as(source: Path, name: str) -> Path:

@@ -14,11 +14,11 @@ from drafttrain.core.errors import DataError
 from drafttrain.core.records import Sampling
 from drafttrain.data_gen.backends import Task
 from drafttrain.data_gen.backends.builtin import continuations
-from drafttrain.data_gen.backends.vllm import WORKER, VllmSettings
+from drafttrain.data_gen.backends.vllm import WORKER, VllmSettings, environment_on
 from drafttrain.data_gen.generate import generate
 from drafttrain.data_gen.settings import GenerateSettings
 from drafttrain.data_gen.sources.text import TextSettings
-from drafttrain.export.engines import environment
+from drafttrain.export.engines import checked_installed, environment
 from drafttrain.target import Target
 
 
@@ -88,3 +88,10 @@ def test_a_folder_that_holds_another_model_by_now_is_refused(settings, tiny_targ
     settings = replace(settings, backend=VllmSettings())
     with pytest.raises(DataError, match="is not the target that is loaded"):
         generate(settings, other, tmp_path / "g", seed=0, max_length=64, ask_engine=Engine(tiny_target))
+
+
+def test_a_target_on_a_gpu_asks_the_build_for_gpus() -> None:
+    assert [environment_on(device) for device in ("cpu", "cuda")] == ["vllm", "vllm-cuda"]
+    on_cpu, on_cuda = checked_installed(["vllm", "vllm-cuda"])
+    assert on_cpu.pins[0].partition("==")[2] == on_cuda.pins[0].partition("==")[2]
+    assert on_cuda.pins[0].startswith("vllm==")

@@ -1,4 +1,7 @@
-"""Texts by vLLM in its own environment (`drafttrain engines install vllm`): token ids in, token ids out, no server between."""
+"""Texts by vLLM in its own environment: token ids in, token ids out, no server between.
+
+`drafttrain engines install vllm` makes the one for CPUs, `vllm-cuda` that for GPUs.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,8 @@ from drafttrain.data_gen.backends import NOT_REPRODUCIBLE, Outcome, Plan, Task, 
 from drafttrain.target.frozen import fingerprint_of, resolve_folder
 
 WORKER = "vllm_writer.py"
+ON_CPU, ON_CUDA = "vllm", "vllm-cuda"
+"""The environments that hold vLLM, by the kind of device that it runs on."""
 LARGEST_SEED = 2**31
 
 
@@ -27,6 +32,11 @@ class VllmSettings:
         None, help="Type of the weights in the engine; null: the target's own."
     )
     memory_gb: float = setting(1.0, help="Keys and values that the engine holds.", gt=0)
+
+
+def environment_on(device: str) -> str:
+    """Return the environment that writes texts on a kind of device."""
+    return ON_CUDA if device == "cuda" else ON_CPU
 
 
 @backends.register("vllm", VllmSettings)
@@ -60,7 +70,7 @@ class Vllm:
         if missing:
             assert self.plan.ask_engine is not None, "the pipeline hands it in"
             request = self._request({number: shards[number] for number in missing}, answered)
-            self.plan.ask_engine("vllm", WORKER, request)
+            self.plan.ask_engine(environment_on(self.plan.target.device.type), WORKER, request)
         for number, shard in shards.items():
             texts = json.loads(answered[number].read_text(encoding="utf-8"))
             outcomes = [self._outcome(text) for text in texts]
@@ -85,6 +95,7 @@ class Vllm:
             "target": str(folder.resolve()),
             "dtype": self._dtype,
             "memory_gb": self.settings.memory_gb,
+            "on_cuda": plan.target.device.type == "cuda",
             "max_model_len": longest + plan.max_new_tokens,
             "max_num_seqs": plan.batch_size,
             "max_tokens": plan.max_new_tokens,

@@ -3,7 +3,7 @@
 The request:
 
     target                folder of the target
-    dtype, max_model_len, max_num_seqs, memory_gb (of keys and values)
+    dtype, max_model_len, max_num_seqs, memory_gb (of keys and values), on_cuda
     max_tokens            new tokens of a text
     ends                  token ids that end a text
     shards                [{file, texts: [{prompt (token ids), temperature, top_p, seed}]}]
@@ -37,8 +37,10 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
         dtype=request["dtype"],
         max_model_len=request["max_model_len"],
         max_num_seqs=request["max_num_seqs"],
-        enforce_eager=True,
+        enforce_eager=not request["on_cuda"],
         seed=0,
+        # On a CPU the environment says it; on a GPU the target and the drafter have the rest of the memory.
+        **({"kv_cache_memory_bytes": int(request["memory_gb"] * 1e9)} if request["on_cuda"] else {}),
     )
     for shard in request["shards"]:
         texts = shard["texts"]
