@@ -391,11 +391,34 @@ class LossRows:
         """The acceptance rate of each row, sum_x min(p, q) = 1 - TVD; differentiable in the drafter's logits."""
         import torch
 
+        if self._in_one_kernel is not None:
+            return self._in_one_kernel[1]
         p_NV, q_NV = self.p_NV, self.q_NV
         # min(p, q) grows with q where q is less; where both are equal, half: the sign is 1, 0 or -1.
         return self.with_slope(
             torch.minimum(p_NV, q_NV).sum(dim=-1), lambda: (p_NV - q_NV).sign_().add_(1).mul_(q_NV).mul_(0.5)
         )
+
+    @cached_property
+    def forward_kl_N(self) -> Tensor:
+        """KL(p || q) of each row, nats; differentiable in the drafter's logits."""
+        from drafttrain.core.divergences import kl_divergence
+
+        if self._in_one_kernel is not None:
+            return self._in_one_kernel[0]
+        p_NV = self.p_NV
+        return self.with_slope(kl_divergence(p_NV, self.log_p_NV, self.fixed_log_q_NV), lambda: -p_NV)
+
+    @cached_property
+    def _in_one_kernel(self) -> tuple[Tensor, Tensor] | None:
+        """Divergence and acceptance rate from one kernel; None: where there is none for these rows."""
+        from drafttrain.core.kernels import has_kernel
+
+        if not has_kernel(self.drafter_logits_NV):
+            return None
+        from drafttrain.core.divergence_kernel import forward_kl_and_overlap
+
+        return forward_kl_and_overlap(self.drafter_logits_NV, self.log_p_NV)
 
     def with_slope(self, value_N: Tensor, slope: Callable[[], Tensor]) -> Tensor:
         """Return a function of `fixed_log_q_NV` whose slope is known, differentiable in the drafter's logits.

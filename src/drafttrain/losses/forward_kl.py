@@ -7,7 +7,6 @@ from torch import Tensor
 
 from drafttrain.core.records import LossRows
 from drafttrain.losses import Loss, losses
-from drafttrain.losses.laws import kl_divergence
 
 
 @dataclass
@@ -24,5 +23,4 @@ class ForwardKL(Loss):
 
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
         """Return the divergence of each row."""
-        p_NV = rows.p_NV
-        return {"loss": rows.with_slope(kl_divergence(p_NV, rows.log_p_NV, rows.fixed_log_q_NV), lambda: -p_NV)}
+        return {"loss": rows.forward_kl_N}

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from drafttrain.core.divergences import kl_divergence, log_ratio
 from drafttrain.core.records import LossRows
 from drafttrain.core.settings import setting
 from drafttrain.losses import Loss, losses
-from drafttrain.losses.laws import kl_divergence, log_ratio
 
 
 @dataclass

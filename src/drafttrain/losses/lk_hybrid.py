@@ -9,7 +9,6 @@ from torch import Tensor
 from drafttrain.core.records import LossRows
 from drafttrain.core.settings import setting
 from drafttrain.losses import Loss, losses
-from drafttrain.losses.laws import kl_divergence
 
 
 @dataclass
@@ -30,6 +29,4 @@ class LKHybrid(Loss):
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
         """Return the loss of each row."""
         share_N = torch.exp(-self.rate * rows.acceptance_N.detach())
-        p_NV = rows.p_NV
-        divergence_N = rows.with_slope(kl_divergence(p_NV, rows.log_p_NV, rows.fixed_log_q_NV), lambda: -p_NV)
-        return {"loss": share_N * divergence_N + (1 - share_N) * (1 - rows.acceptance_N)}
+        return {"loss": share_N * rows.forward_kl_N + (1 - share_N) * (1 - rows.acceptance_N)}

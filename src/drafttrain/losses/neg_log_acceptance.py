@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from drafttrain.core.divergences import log_ratio
 from drafttrain.core.records import LossRows
 from drafttrain.losses import Loss, losses
-from drafttrain.losses.laws import log_ratio
 
 
 @dataclass

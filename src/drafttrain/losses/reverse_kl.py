@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from drafttrain.core.divergences import kl_divergence, log_ratio
 from drafttrain.core.records import LossRows
 from drafttrain.losses import Loss, losses
-from drafttrain.losses.laws import kl_divergence, log_ratio
 
 
 @dataclass
