@@ -233,5 +233,6 @@ def noise(batch: DraftBatch, *, width: int) -> Tensor:
     A function of step, document and position alone, so that neither packing nor a resume changes it.
     """
     uniform_BTD = uniform(batch.seed_BT.flatten(), width).view(*batch.seed_BT.shape, width)
-    same_BTT = batch.documents_BT[:, :, None] == batch.documents_BT[:, None, :]
-    return (uniform_BTD - 0.5) * (NOISE_LENGTH / same_BTT.sum(dim=-1, keepdim=True))
+    document_N = (batch.positions_BT.flatten() == 0).cumsum(0) - 1
+    length_N = torch.zeros_like(document_N).scatter_add(0, document_N, torch.ones_like(document_N))[document_N]
+    return (uniform_BTD - 0.5) * (NOISE_LENGTH / length_N.view_as(batch.positions_BT)[..., None])
