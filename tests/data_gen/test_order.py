@@ -134,6 +134,22 @@ def test_packing_keeps_every_token_and_starts_every_document_at_zero():
     assert sorted(i for row in plan([5, 9, 2, 4, 8], width=10) for i in row) == list(range(5))
 
 
+@pytest.mark.parametrize(("multiple", "slots"), [(1, 13), (8, 16), (13, 13), (64, 20)])
+def test_rows_padded_to_a_multiple_are_no_wider_than_they_may_be_and_hold_the_same(multiple, slots):
+    records = [Record(str(n), range(n, n + size), [True] * size) for n, size in enumerate((13, 9))]
+    plain, plain_places = pack(records, width=20, weight_of_step=1.0)
+    padded, places = pack(records, width=20, multiple=multiple, weight_of_step=1.0)
+    assert padded.tokens_BT.shape == (2, slots)
+    assert places == plain_places
+    assert (padded.documents_BT[:, 13:] == -1).all()
+    assert torch.equal(padded.documents_BT[:, :13], plain.documents_BT)
+    assert torch.equal(padded.tokens_BT[:, :13], plain.tokens_BT)
+    # Padding is one document of its own.
+    assert padded.positions_BT[1, 9:].tolist() == list(range(slots - 9))
+    # A record that is longer than a row may be is not cut.
+    assert pack(records[:1], width=8, multiple=64, weight_of_step=1.0)[0].tokens_BT.shape == (1, 13)
+
+
 def test_packed_rows_equal_rows_alone(tiny_target):
     """The target says of a packed document what it says of it alone: attention does not cross documents."""
     from drafttrain.core.records import TargetNeeds

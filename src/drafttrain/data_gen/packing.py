@@ -29,16 +29,24 @@ def plan(lengths: Sequence[int], *, width: int) -> list[list[int]]:
 
 
 def pack(
-    records: Sequence[Record], *, width: int, first_document: int = 0, weight_of_step: float, step: int = 0
+    records: Sequence[Record],
+    *,
+    width: int,
+    multiple: int = 1,
+    first_document: int = 0,
+    weight_of_step: float,
+    step: int = 0,
 ) -> tuple[DraftBatch, list[tuple[int, int]]]:
     """Return a micro-batch, and for each record the (row, column) where it begins.
 
     Args:
         width: Tokens a row.
+        multiple: Rows are padded to a multiple of so many slots, or to `width`, so that few shapes occur.
         first_document: Number of the first record within the optimizer step.
     """
     rows = plan([len(record.tokens) for record in records], width=width)
     longest = max(sum(len(records[i].tokens) for i in row) for row in rows)
+    longest = max(longest, min(width, -(-longest // multiple) * multiple))
     shape = (len(rows), longest)
     tokens_BT = torch.zeros(shape, dtype=torch.long)
     loss_mask_BT = torch.zeros(shape, dtype=torch.bool)

@@ -54,11 +54,15 @@ class TrainingData:
         records_per_device: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        multiple: int = 1,
     ) -> list[DraftBatch]:
         """Return the micro-batches of one optimizer step on one rank: a pure function of its arguments.
 
         `weight_of_step` counts the trained positions of all micro-batches on all ranks. A micro-batch for which no record is
         left holds padding alone: every rank takes the same number of backward passes.
+
+        Args:
+            multiple: See `packing.pack`.
         """
         places = [self.sampler.at(step * batch_size + i) for i in range(batch_size)]
         weight = float(sum(int(self.stores[source].num_labels[record]) for source, record in places))
@@ -68,13 +72,15 @@ class TrainingData:
         batches = []
         for share in shares:
             members = [(number, *places[number]) for number in share or [shortest]]
-            batch = self._micro_batch(members, weight=weight, step=step)
+            batch = self._micro_batch(members, weight=weight, step=step, multiple=multiple)
             batches.append(batch if share else as_padding(batch))
         return batches
 
-    def _micro_batch(self, members: list[tuple[int, int, int]], *, weight: float, step: int) -> DraftBatch:
+    def _micro_batch(
+        self, members: list[tuple[int, int, int]], *, weight: float, step: int, multiple: int
+    ) -> DraftBatch:
         records = [self.stores[source][record] for _, source, record in members]
-        batch, at = pack(records, width=self.settings.max_length, weight_of_step=weight, step=step)
+        batch, at = pack(records, width=self.settings.max_length, multiple=multiple, weight_of_step=weight, step=step)
         number = np.array([n for n, _, _ in members] + [-1])
         batch.documents_BT[:] = batch.documents_BT.new_tensor(number[batch.documents_BT.numpy()])
         laws = [self._law(source, index) for _, source, index in members]

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from drafttrain.losses import Loss
     from drafttrain.pipeline.run import Run
 
+SLOTS_ON_GPU = 128
+"""A GPU reads rows of a multiple of so many slots: memory and kernels are chosen by shape, and few shapes occur again and again."""
+
 
 def write_texts(run: Run) -> None:
     from drafttrain.data_gen.prepare import generate_texts
@@ -112,8 +115,8 @@ def dropped_prompts(run: Run, file: str) -> list[str]:
     return [id for name, id in found if name == file]
 
 
-def own_batches(data: Any, settings: Any) -> Callable[[int], list[Any]]:
-    """Return the micro-batches of a step that are this process's."""
+def own_batches(data: Any, settings: Any, *, device: Any) -> Callable[[int], list[Any]]:
+    """Return the micro-batches of a step that are this process's, for training on a device."""
     here = world()
     return lambda step: data.of_step(
         step,
@@ -121,6 +124,7 @@ def own_batches(data: Any, settings: Any) -> Callable[[int], list[Any]]:
         records_per_device=settings.records_per_device,
         rank=here.rank,
         world_size=here.size,
+        multiple=SLOTS_ON_GPU if device.type == "cuda" else 1,
     )
 
 

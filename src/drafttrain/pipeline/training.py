@@ -40,7 +40,7 @@ def train_drafter(run: Run) -> None:
         drafter,
         loss,
         target=target if loss.needs_target or drafter.needs() != _nothing() else None,
-        of_step=own_batches(data, settings),
+        of_step=own_batches(data, settings, device=device_of(drafter)),
         estimate=_estimator(run, told_target) if told_target is not None else None,
         settings=settings,
         vocab_size=run.num_tokens,
@@ -75,7 +75,7 @@ def _pretrain(run: Run, plain: TrainingData) -> None:
         drafter,
         CrossEntropy(),
         target=None,
-        of_step=own_batches(plain, settings),
+        of_step=own_batches(plain, settings, device=device_of(drafter)),
         estimate=None,
         settings=settings,
         vocab_size=run.num_tokens,
@@ -84,6 +84,11 @@ def _pretrain(run: Run, plain: TrainingData) -> None:
     with first_before_others("it writes the drafter's start"):
         if first():
             export_weights(run, folder / done.drafter, run.folder.start, steps=done.last_step)
+
+
+def device_of(drafter: Drafter) -> Any:
+    """Return where a drafter is trained."""
+    return next(drafter.parameters()).device
 
 
 def num_trained(drafter: Drafter) -> int:
