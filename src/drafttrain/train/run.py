@@ -169,7 +169,7 @@ def placement(device: torch.device, settings: TrainSettings) -> dict[str, Any]:
         "num_nodes": here.size // here.local_size,
     }
     if alone and settings.deepspeed is None:
-        return placed | {"precision": "32-true" if settings.precision == "fp32" else "bf16-mixed"}
+        return placed | {"precision": "bf16-mixed" if settings.precision == "bf16-mixed" else "32-true"}
     return placed | {"strategy": ZeroStrategy(settings, device=device, here=here)}
 
 
