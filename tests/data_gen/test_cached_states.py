@@ -24,6 +24,7 @@ from drafttrain.losses import losses
 from drafttrain.losses.forward_kl import ForwardKLConfig
 from drafttrain.target import Target
 from drafttrain.target.anatomy import trunk
+from drafttrain.target.documents import takes_mask
 
 NEEDS = TargetNeeds(hidden=(0, 1), final=True)
 
@@ -190,6 +191,7 @@ def curve(text: Path, target: Target, *, cache: str) -> tuple[list[float], int]:
         nonlocal runs
         runs += 1
 
+    takes_mask(target.model)  # is tried once a model, by running it
     handle = trunk(target.model).register_forward_pre_hook(count)
     settings = TrainSettings(max_steps=6, batch_size=4, warmup_steps=1, log_every_steps=1, eval_every_steps=0, lr=1e-2)
     settings.loggers = ["csv"]

@@ -293,6 +293,11 @@ class DraftBatch:
         return self.shape.positions
 
     @property
+    def packed_documents(self) -> PackedDocuments | None:
+        """Where they lie, if the plan says so."""
+        return None if self.plan is None else self.plan.documents
+
+    @property
     def seed_BT(self) -> Tensor:
         """A number of each token that step, document and position give, for draws that packing and resuming must not change."""
         return (self.step * 1_000_003 + self.documents_BT) * (1 << 26) + self.positions_BT

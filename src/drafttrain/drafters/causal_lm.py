@@ -131,7 +131,9 @@ class CausalLMDrafter(Drafter):
 
     def forward(self, batch: DraftBatch) -> DraftOutput:
         """Return the states of depth 1."""
-        states_BTD, _ = document_states(self.model, batch.tokens_BT, batch.positions_BT)
+        states_BTD, _ = document_states(
+            self.model, batch.tokens_BT, batch.positions_BT, documents=batch.packed_documents
+        )
         return DraftOutput({1: states_BTD}, head_of(self.model), self.lag)
 
     def products(self, shape: BatchShape) -> Iterator[Products]:

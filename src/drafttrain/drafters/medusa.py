@@ -235,7 +235,7 @@ class Medusa(Drafter):
         model = self._target.model
         seed_BT = as_read(model, batch.seed_BT, batch.positions_BT) if self.training else None
         with self.adapter.applied(model, seed_BT=seed_BT):
-            final_BTD, _ = document_states(model, batch.tokens_BT, batch.positions_BT)
+            final_BTD, _ = document_states(model, batch.tokens_BT, batch.positions_BT, documents=batch.packed_documents)
         return final_BTD
 
     def _target_loss(self, final_BTD: Tensor, batch: DraftBatch) -> Tensor:

@@ -9,8 +9,8 @@ B = sequences, T = positions, L = documents, S = tokens of the longest document,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,6 +29,7 @@ TRIED = 4
 
 _apart: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _packed: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_masked: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @in_own_type
@@ -51,8 +52,9 @@ def document_states(
     """
     check_logits(model)
     if tells_documents_apart(model):
-        with taps(model, TargetNeeds(hidden=hidden)) as seen, _attention(model, positions_BT, documents):
-            final_BTD = _final(model, tokens_BT, positions_BT)
+        with taps(model, TargetNeeds(hidden=hidden)) as seen, _attention(model, positions_BT, documents) as by_kernel:
+            mask_B1TT = None if by_kernel else _mask(model, positions_BT, documents)
+            final_BTD = _final(model, tokens_BT, positions_BT, mask_B1TT)
         return final_BTD, {int(index): state for index, state in seen.items()}
     with taps(model, TargetNeeds(hidden=hidden)) as seen:
         final_LSD = _final(model, as_read(model, tokens_BT, positions_BT), None)
@@ -91,12 +93,49 @@ def reads_packed(model: Any) -> bool:
     return _packed[model]
 
 
-def _attention(model: Any, positions_BT: Tensor, documents: PackedDocuments | None) -> AbstractContextManager[Any]:
-    """Return the context in which the model's attention reads these documents."""
+@contextmanager
+def _attention(model: Any, positions_BT: Tensor, documents: PackedDocuments | None) -> Iterator[bool]:
+    """Yield whether the model's attention reads these documents by a kernel inside the block."""
     # With gradients, what a checkpoint computes again would run outside of the context.
     if torch.is_grad_enabled() or not reads_packed(model):
-        return nullcontext()
-    return packed(model, documents or PackedDocuments.of(positions_BT))
+        yield False
+        return
+    with packed(model, documents or PackedDocuments.of(positions_BT)):
+        yield True
+
+
+def _mask(model: Any, positions_BT: Tensor, documents: PackedDocuments | None) -> Tensor | None:
+    """Return the mask that transformers would make of these positions; None: it is to make one.
+
+    To find out whether a row holds several documents it waits for the device; here the host knows.
+    """
+    known = documents is not None and documents.on_host is not None and len(documents.on_host) > len(positions_BT)
+    return _same_document_before(positions_BT) if known and takes_mask(model) else None
+
+
+def _same_document_before(positions_BT: Tensor) -> Tensor:
+    number_BT = (positions_BT == 0).cumsum(dim=1)
+    return (number_BT[:, None, :, None] == number_BT[:, None, None, :]).tril()
+
+
+def takes_mask(model: Any) -> bool:
+    """Return whether this model takes a whole mask in place of the one that it makes of positions; tried once a model."""
+    if model not in _masked:
+        config = model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        everywhere = kinds == {"full_attention"} and getattr(config, "sliding_window", None) is None
+        plain = model.config._attn_implementation == "sdpa"
+        _masked[model] = everywhere and plain and tells_documents_apart(model) and _try_mask(model)
+    return _masked[model]
+
+
+@torch.no_grad()
+def _try_mask(model: Any) -> bool:
+    try:
+        states_2SD = _second_documents(model, masked=True)
+    except Exception:  # what a model raises that wants a mask of another form differs by model
+        return False
+    return _alike(states_2SD, _second_documents(model))
 
 
 @torch.no_grad()
@@ -116,8 +155,12 @@ def _try(model: Any) -> bool:
     return _alike(*_second_documents(model))
 
 
-def _second_documents(model: Any) -> Tensor:
-    """Return the states of the second document of two rows, of which only the first document differs."""
+def _second_documents(model: Any, *, masked: bool = False) -> Tensor:
+    """Return the states of the second document of two rows, of which only the first document differs.
+
+    Args:
+        masked: By a mask that is made here.
+    """
     # ZeRO-3 leaves no rows of the embedding here outside of a forward.
     size = int(model.config.get_text_config().vocab_size)
     device = model.get_input_embeddings().weight.device
@@ -125,7 +168,8 @@ def _second_documents(model: Any) -> Tensor:
     positions_2T = torch.arange(TRIED, device=device).repeat(2, 2)
     was_training = model.training
     model.eval()
-    states_2SD = _final(model, tokens_2T, positions_2T)[:, TRIED:].float()
+    mask_21TT = _same_document_before(positions_2T) if masked else None
+    states_2SD = _final(model, tokens_2T, positions_2T, mask_21TT)[:, TRIED:].float()
     model.train(was_training)
     return states_2SD
 
@@ -134,11 +178,14 @@ def _alike(one: Tensor, other: Tensor, *, up_to: float = 1e-4) -> bool:
     return float((one - other).norm()) <= up_to * float(one.norm())
 
 
-def _final(model: Any, tokens_BT: Tensor, positions_BT: Tensor | None) -> Tensor:
-    """Return the state after the final norm. No mask and no cache: with either, transformers attends across documents."""
+def _final(model: Any, tokens_BT: Tensor, positions_BT: Tensor | None, mask_B1TT: Tensor | None = None) -> Tensor:
+    """Return the state after the final norm.
+
+    No cache, and no mask but a whole one: with either, transformers attends across documents.
+    """
     positions = {} if positions_BT is None else {"position_ids": positions_BT}
     states_BTD: Tensor = trunk(model)(
-        input_ids=tokens_BT, attention_mask=None, use_cache=False, **positions
+        input_ids=tokens_BT, attention_mask=mask_B1TT, use_cache=False, **positions
     ).last_hidden_state
     return states_BTD
 

@@ -275,7 +275,7 @@ class DistillModule(StepModule):
             batch.tokens_BT,
             batch.positions_BT,
             needs | TargetNeeds(final=rows_needed),
-            documents=None if batch.plan is None else batch.plan.documents,
+            documents=batch.packed_documents,
         )
         if not reads:
             return batch
