@@ -38,7 +38,7 @@ def cuda(request: pytest.FixtureRequest, _gpus: None) -> Iterator[Happenings]:
     """What happened on the devices in this test."""
     happenings.clear()
     yield happenings
-    assert not happenings.refusals, f"CUDA refuses this\n{happenings.report()}"
+    happenings.require_no_refusal()
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,10 @@ class Happenings:
         """All places together."""
         return sum(self.copies.values())
 
+    def require_no_refusal(self) -> None:
+        """Fail where CUDA would have refused something, whoever caught it."""
+        assert not self.refusals, f"CUDA refuses this\n{self.report()}"
+
     def report(self) -> str:
         """Return the table that a failed test shows."""
         lines = []

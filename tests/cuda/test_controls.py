@@ -52,6 +52,8 @@ def test_control_what_cuda_refuses_is_refused_and_stays_recorded(what: str, cuda
     with pytest.raises((RuntimeError, TypeError)):
         REFUSED[what]()
     assert sum(cuda.refusals.values()) == 1
+    with pytest.raises(AssertionError, match=r"test_controls.py:\d+"):
+        cuda.require_no_refusal()
     cuda.clear()
 
 

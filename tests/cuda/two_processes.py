@@ -72,7 +72,7 @@ def main(folder: Path, num_gpus: int, stages: list[int]) -> None:
             train = {"deepspeed": {"stage": stage}} if stage else {}
             made = recipe(KINDS[IN_PROCESSES], target=folder / "target", folder=folder, device="auto", train=train)
             train_twice(made, folder / f"gpus-{num_gpus}-stage-{stage}")
-        assert not happenings.refusals, happenings.report()
+        happenings.require_no_refusal()
 
 
 if __name__ == "__main__":
