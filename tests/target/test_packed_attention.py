@@ -192,26 +192,3 @@ def test_documents_of_every_order_and_length_lie_where_they_are():
         pieces = [documents.flatten()[own].unique().tolist() for own, _ in found.slices]
         assert pieces == [[7], [3], [9], [9], [3], [7]]
         assert found.bounds.tolist()[-1] == documents.numel()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("trained", [torch.arange(111), torch.tensor([3, 7, 9 + 17, 37 + 30])])
-def test_the_kernel_of_a_gpu_has_the_outputs_and_gradients_of_plain_products(trained: Tensor) -> None:
-    """Whole documents, and queries at the last columns alone: causal is aligned at the lower right."""
-    slots = ReadSlots.of(trained, positions_of(DOCUMENTS))
-    documents = slots.documents.each(lambda tensor: tensor.cuda())
-    inputs = [slots.columns(x.detach().transpose(1, 2))[0] for x in states(0, torch.bfloat16)]
-    query, keys, values = (x.cuda() for x in (slots.queries(inputs[0][None])[0], *inputs[1:]))
-    assert packed_kernels.kernel_for(query) is FlashOnCUDA
-    gradient = torch.randn(query.shape, generator=torch.Generator().manual_seed(1)).to(query)
-    found = []
-    for kernel, dtype in ((FlashOnCUDA, torch.bfloat16), (Pieces, torch.float64)):
-        given = [x.to(dtype) for x in (query, keys, values)]
-        attended, normaliser = kernel.forward(*given, documents, 0.3)
-        # As of a softmax that has more in it than these columns.
-        normaliser, attended = normaliser + 0.5, (attended * 0.6).to(dtype)
-        gradients = kernel.backward(gradient.to(dtype), *given, attended, normaliser, documents, 0.3)
-        found.append([attended, normaliser, *gradients])
-    for ours_, theirs in zip(*found, strict=True):
-        assert (ours_.double() - theirs.double()).norm() <= 0.02 * theirs.double().norm()
