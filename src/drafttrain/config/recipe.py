@@ -81,6 +81,10 @@ class Recipe:
         if self.train.device != "auto":
             problems += self._own_device()
         problems += self._numbered_devices()
+        if self.train.compile and (self.online is not None or not getattr(_component(self.drafter), "compiles", False)):
+            what = f"drafter {self.drafter.kind}" if self.drafter is not None else "a head"
+            what = "online learning" if self.online is not None else what
+            problems.append(f"train.compile: {what} has no part that is compiled: leave it out")
         if self.train.activation_checkpointing and not getattr(_component(self.drafter), "recomputes", False):
             what = f"drafter {self.drafter.kind}" if self.drafter is not None else "a head"
             problems.append(f"train.activation_checkpointing: {what} has no stack of layers to compute again")
