@@ -72,8 +72,9 @@ def test_a_compiled_training_continues_one_that_was_not(traced, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "of_kind", "loss"), KINDS)
-@pytest.mark.parametrize("stage", [None, 2])
+@pytest.mark.parametrize(
+    ("stage", "kind", "of_kind", "loss"), [(None, *kind) for kind in KINDS] + [(stage, *KINDS[5]) for stage in (0, 2)]
+)
 def test_every_kind_with_the_compiler_of_this_machine(stage, kind, of_kind, loss, tmp_path):
     if reason := compiled.why_no_compiler(torch.device("cpu")):
         pytest.skip(reason)

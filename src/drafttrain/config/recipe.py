@@ -132,6 +132,8 @@ class Recipe:
             yield "train.schedule: traffic has no end: online learning needs constant"
         if self.train.pretrain is not None or self.train.deepspeed is not None or (self.train.devices or 1) > 1:
             yield "train: online learning runs in one process, without pretrain and deepspeed"
+        if self.train.profile_steps is not None or self.train.peak_tflops is not None:
+            yield "train.profile_steps, train.peak_tflops: the steps of online learning are neither traced nor timed: leave them out"
         if self.train.records_per_device is not None:
             yield "train.records_per_device: online learning takes whole batches: leave it at null"
 
