@@ -105,3 +105,12 @@ def test_a_row_has_the_times_of_the_device(device: str, target_folder: Path, tmp
         assert sum(phases) < float(row["step_ms"])
         assert 0 <= float(row["mfu"]) < 1
     assert (tmp_path / "run" / "trace-steps-2-3.json").stat().st_size > 0
+
+
+@pytest.mark.parametrize("name", ["causal_lm", "medusa", "kangaroo", "eagle", "eagle3_cut"])
+def test_compiled_steps_have_the_losses_of_others(name: str, device: str, target_folder: Path, tmp_path: Path) -> None:
+    plain, fast = (
+        losses(trained(recipe_on(device, name, target=target_folder, folder=tmp_path, **settings), tmp_path / key))
+        for key, settings in (("plain", FP32), ("compiled", FP32 | {"compile": True}))
+    )
+    assert fast == pytest.approx(plain, rel=1e-4)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import RecipeError
 from drafttrain.train import step_clock
 from drafttrain.train.checkpoints import Checkpoints
@@ -216,13 +217,16 @@ def test_steps_to_trace_that_do_not_exist_are_refused(steps, recipe_problems):
     assert "profile_steps" in recipe_problems(f"train.profile_steps={steps}", "train.max_steps=4")
 
 
-@pytest.fixture
-def recipe_problems() -> object:
-    from drafttrain.config.load import load_recipe
+@pytest.mark.parametrize("override", ["train.profile_steps=[1, 2]", "train.peak_tflops=100"])
+def test_online_learning_refuses_what_it_would_ignore(override, recipe_problems):
+    assert "neither traced nor timed" in recipe_problems(override, recipe="online")
 
-    def problems(*overrides: str) -> str:
+
+@pytest.fixture
+def recipe_problems() -> Callable[..., str]:
+    def problems(*overrides: str, recipe: str = "demo") -> str:
         with pytest.raises(RecipeError) as caught:
-            load_recipe(Path("recipes/demo.yaml"), list(overrides))
+            load_recipe(recipe, list(overrides))
         return str(caught.value)
 
     return problems

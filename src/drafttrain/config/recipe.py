@@ -81,6 +81,10 @@ class Recipe:
         if self.train.device != "auto":
             problems += self._own_device()
         problems += self._numbered_devices()
+        if self.train.compile and (self.online is not None or not getattr(_component(self.drafter), "compiles", False)):
+            what = f"drafter {self.drafter.kind}" if self.drafter is not None else "a head"
+            what = "online learning" if self.online is not None else what
+            problems.append(f"train.compile: {what} has no part that is compiled: leave it out")
         if self.train.activation_checkpointing and not getattr(_component(self.drafter), "recomputes", False):
             what = f"drafter {self.drafter.kind}" if self.drafter is not None else "a head"
             problems.append(f"train.activation_checkpointing: {what} has no stack of layers to compute again")
@@ -128,6 +132,8 @@ class Recipe:
             yield "train.schedule: traffic has no end: online learning needs constant"
         if self.train.pretrain is not None or self.train.deepspeed is not None or (self.train.devices or 1) > 1:
             yield "train: online learning runs in one process, without pretrain and deepspeed"
+        if self.train.profile_steps is not None or self.train.peak_tflops is not None:
+            yield "train.profile_steps, train.peak_tflops: the steps of online learning are neither traced nor timed: leave them out"
         if self.train.records_per_device is not None:
             yield "train.records_per_device: online learning takes whole batches: leave it at null"
 

@@ -31,6 +31,8 @@ class Drafter(nn.Module, ABC):
     """It is made from its target and cannot be trained without one."""
     recomputes: ClassVar[bool] = False
     """It has a stack of layers whose activations `recompute_activations` need not keep."""
+    compiles: ClassVar[bool] = False
+    """It has parts that `compile_with` replaces."""
     draft: str = "sampled"
     """At temperature > 0: `sampled` from its own law, or `greedy`: its argmax, as some engines draft."""
     serving: ClassVar[str] = "No serving engine loads this kind: decode with `drafttrain eval DRAFTER`."
@@ -94,6 +96,10 @@ class Drafter(nn.Module, ABC):
     def recompute_activations(self) -> None:
         """Compute activations again in the backward pass from now on, instead of keeping them."""
         raise NotImplementedError(f"{self.kind}: recomputes is False")
+
+    def compile_with(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Put compiled functions in place of those that take most of a training step; no weight gets another name."""
+        raise NotImplementedError(f"{self.kind}: compiles is False")
 
     def lr_factor(self, name: str) -> float:
         """Return what the learning rate is multiplied by for the parameter of this name."""

@@ -5,7 +5,7 @@ B = sequences, T = positions, V = vocabulary, D = hidden
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -78,6 +78,7 @@ class CausalLMDrafter(Drafter):
     kind = "causal_lm"
     lag = 0
     recomputes = True
+    compiles = True
     serving: ClassVar[str] = "Any engine that drafts with a plain language model of the target's tokenizer can read it."
 
     def __init__(self, model: Any, *, draft: str = "sampled") -> None:
@@ -122,6 +123,11 @@ class CausalLMDrafter(Drafter):
             check_same_tokenizer(tokenizer, load_tokenizer(folder), drafter=settings.checkpoint)
             model = load_causal_lm(folder, attention=drafter_attention(target and target.model))
         return cls(model, draft=settings.draft)
+
+    def compile_with(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Compile each layer; all have the same code, so it is done once."""
+        for block in blocks(self.model):
+            block.__dict__["forward"] = compiled(block.forward)
 
     def recompute_activations(self) -> None:
         """Keep only what enters each layer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
@@ -27,6 +28,7 @@ class FeatureDrafter(Drafter):
     config: dict[str, Any]
     own: dict[str, Any]
     """What training and drafting are told, and no engine reads."""
+    compiles = True
     reads_slots: ClassVar[bool] = True
     fc: nn.Linear
     _parts: TargetParts
@@ -45,6 +47,12 @@ class FeatureDrafter(Drafter):
 
     def _rows_of(self, num_steps: int) -> RowsAsked:
         return RowsAsked(tuple(range(1, num_steps + 1)), self.lag)
+
+    def compile_with(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Compile the layer around its attention, which is a kernel already."""
+        model = cast(FeatureModel, self)
+        self.__dict__["entering"] = compiled(model.entering)
+        model.layer.__dict__["finish"] = compiled(model.layer.finish)
 
     def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
         """Return the proposer of chains and dynamic trees."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -59,6 +59,7 @@ class KangarooDrafter(Drafter):
     """
 
     kind = "kangaroo"
+    compiles = True
     lag = 0
     needs_target = True
     serving = """\
@@ -107,6 +108,10 @@ No serving engine loads an adapter behind a target's first layers yet; these fig
         return DraftOutput(
             {1: self.adapter(exit_BTD, batch.positions_BT, allowed_BTT)}, head_of(*self._model), self.lag
         )
+
+    def compile_with(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Compile the adapter."""
+        self.adapter.__dict__["forward"] = compiled(self.adapter.forward)
 
     def products(self, shape: BatchShape) -> Iterator[Products]:
         """Yield those of the adapter, and of the target's head, which is not trained, for each trained label."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,6 +107,7 @@ class Medusa(Drafter):
     """
 
     kind = "medusa"
+    compiles = True
     lag = 1
     needs_target = True
     serving: ClassVar[str] = (
@@ -261,6 +262,11 @@ class Medusa(Drafter):
     def head(self, states_ND: Tensor, depth: int) -> Tensor:
         """Return the logits of a head, with the scale or soft cap of the target."""
         return finished_logits(self._target_config, self.lm_heads[depth - 1](states_ND))
+
+    def compile_with(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Compile the residual blocks of each head."""
+        for head in self.blocks:
+            head.__dict__["forward"] = compiled(head.forward)
 
     def products(self, shape: BatchShape) -> Iterator[Products]:
         """Yield those of every head; of Medusa-2 also those of the target with its adapters, and of its head for the KL."""

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from drafttrain.losses import Loss
     from drafttrain.pipeline.run import Run
 
-SLOTS_ON_GPU = 128
-"""A GPU reads rows of a multiple of so many slots: memory and kernels are chosen by shape, and few shapes occur again and again."""
+FEW_WIDTHS = 128
+"""A GPU, and what is compiled, reads rows of a multiple of so many slots: kernels are chosen by shape, and few shapes occur."""
 
 
 def write_texts(run: Run) -> None:
@@ -124,7 +124,7 @@ def own_batches(data: Any, settings: Any, *, device: Any) -> Callable[[int], lis
         records_per_device=settings.records_per_device,
         rank=here.rank,
         world_size=here.size,
-        multiple=SLOTS_ON_GPU if device.type == "cuda" else 1,
+        multiple=FEW_WIDTHS if settings.compile or device.type == "cuda" else 1,
     )
 
 

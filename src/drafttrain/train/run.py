@@ -25,6 +25,7 @@ from drafttrain.losses import Loss
 from drafttrain.target import Target
 from drafttrain.train.callbacks import FrozenTarget, Progress
 from drafttrain.train.checkpoints import Checkpoints, newest_checkpoint_for_all, save_trained
+from drafttrain.train.compiled import compile_step
 from drafttrain.train.loader import StepData
 from drafttrain.train.memory import advice_on_memory
 from drafttrain.train.metrics_log import MetricsLog
@@ -59,6 +60,8 @@ def train(
     Raises:
         Interrupted: On SIGTERM or SIGINT, after a checkpoint was saved.
     """
+    if settings.compile:
+        compile_step(drafter, loss)
     if settings.activation_checkpointing:
         drafter.recompute_activations()
     module = DistillModule(drafter, loss, target=target, settings=settings, vocab_size=vocab_size)

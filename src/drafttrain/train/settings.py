@@ -111,6 +111,10 @@ class TrainSettings:
     activation_checkpointing: bool = setting(
         False, help="Compute the drafter's activations again in the backward pass instead of keeping them."
     )
+    compile: bool = setting(
+        False,
+        help="Compile the drafter and the loss with torch.compile: quicker steps behind some minutes; the result is the same.",
+    )
     num_threads: int | None = setting(None, help="CPU threads of torch; null: torch's own choice.", ge=1)
     devices: int | None = setting(
         None, help="Processes that fit starts on this machine, one a device; null: one a CUDA device, or one.", ge=1
@@ -180,6 +184,7 @@ class TrainSettings:
             num_threads=None,
             profile_steps=None,
             peak_tflops=None,
+            compile=False,
             loggers=[],
             keep_best=1,
             on_full_disk="stop",
@@ -206,6 +211,10 @@ class TrainSettings:
             problems.append(f"betas: two numbers are needed, got {self.betas}")
         if self.device != "auto" and (self.devices or 1) > 1:
             problems.append(f"device: {self.device} is one device, for {self.devices} processes: leave it at auto")
+        if self.compile and self.zero_stage == 3:
+            problems.append(
+                "compile: does not work where weights are spread over processes (deepspeed stage 3): use stage 0, 1 or 2"
+            )
         if self.deepspeed is not None and self.deepspeed.offloads and self.optimizer != "adamw":
             problems.append(f"optimizer: {self.optimizer} does not work on offloaded states: use adamw")
         for name in self.loggers:
