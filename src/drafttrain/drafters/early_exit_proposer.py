@@ -5,7 +5,6 @@ B = sequences, N = new rows of one call, C = cached rows, D = hidden, V = vocabu
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from drafttrain.core.device_time import Span
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.probability import draw, sampling_probs
 from drafttrain.core.records import (
@@ -235,7 +235,7 @@ class _CachedAdapter:
 
     @torch.no_grad()
     def _read(self, rows: Sequence[Sequence[Tensor]], *, head: bool) -> list[tuple[Tensor, Tensor] | None]:
-        began = self._now()
+        span = Span(self._device)
         sizes = [len(one) for one in rows]
         width = max(sizes)
         some = next(one[0] for one in rows if one)
@@ -257,15 +257,10 @@ class _CachedAdapter:
             logits_NV = head_logits(self._model, last_ND)
             for row, sequence in enumerate(chosen):
                 found[sequence] = (last_ND[row], logits_NV[row])
-        self._tell(sizes, context=context, head=head, began=began)
+        self._tell(sizes, context=context, head=head, span=span)
         return found
 
-    def _now(self) -> float:
-        if self._listener is not None and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
-    def _tell(self, sizes: Sequence[int], *, context: int, head: bool, began: float) -> None:
+    def _tell(self, sizes: Sequence[int], *, context: int, head: bool, span: Span) -> None:
         """Enter the call in the ledger: the adapter's weights, its cache, and the head that it shares with the target."""
         if self._listener is None:
             return
@@ -280,7 +275,7 @@ class _CachedAdapter:
                 bytes_read=self._bytes
                 + (self._head_bytes if head else 0)
                 + self._cache.bytes_per_token() * (context + num_tokens),
-                seconds=self._now() - began,
+                span=span.end(),
                 prefill=not head,
             )
         )

@@ -6,12 +6,12 @@ D = hidden, R = the drafter's vocabulary, C = columns of the cache
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from drafttrain.core.device_time import Span
 from drafttrain.core.records import (
     Budget,
     Context,
@@ -76,10 +76,10 @@ class FeatureProposer:
         self._note(seen, [len(context.tokens) - 1 for context in contexts])
         sizes = [max(0, _count(pieces) - 1) for pieces in self._unread]
         if any(sizes):
-            began = self._now()
+            span = Span(self._device)
             context = self._cached(sizes)
             self._read(sizes)
-            self._tell(sizes, context=context, fused=True, head=False, prefill=True, began=began)
+            self._tell(sizes, context=context, fused=True, head=False, prefill=True, span=span)
 
     @torch.no_grad()
     def propose(
@@ -141,20 +141,20 @@ class FeatureProposer:
 
     def _grow_from_features(self, drafts: dict[int, Draft]) -> None:
         """Read the committed slots that the cache lacks; the last one's state gives the first draft token."""
-        began = self._now()
+        span = Span(self._device)
         sizes = [_count(pieces) if number in drafts else 0 for number, pieces in enumerate(self._unread)]
         context = self._cached(sizes)
         states_BND = self._read(sizes)
         numbers = list(drafts)
         last_BD = states_BND[numbers, [sizes[number] - 1 for number in numbers]]
         logits_BR = self._model.head(last_BD, 1)
-        self._tell(sizes, context=context, fused=True, head=True, prefill=False, began=began)
+        self._tell(sizes, context=context, fused=True, head=True, prefill=False, span=span)
         for row, draft in enumerate(drafts.values()):
             draft.grow(logits_BR[row : row + 1], last_BD[row : row + 1])
 
     def _grow_from_drafts(self, drafts: dict[int, Draft], ancestors: dict[int, list[list[int]]]) -> None:
         """Read the frontiers of all drafts in one call."""
-        began = self._now()
+        span = Span(self._device)
         frontiers = [drafts[number].frontier if number in drafts else [] for number in range(len(self._contexts))]
         sizes = [len(frontier) for frontier in frontiers]
         context = self._cached(sizes) + sum(len(ancestors[number]) for number in drafts if sizes[number])
@@ -163,7 +163,7 @@ class FeatureProposer:
         states_FD = states_BND[[number for number, _ in rows], [node for _, node in rows]]
         depth = max(frontier[0].depth for frontier in frontiers if frontier) + 1
         logits_FR = self._model.head(states_FD, depth)
-        self._tell(sizes, context=context, fused=False, head=True, prefill=False, began=began)
+        self._tell(sizes, context=context, fused=False, head=True, prefill=False, span=span)
         first = 0
         for number, size in enumerate(sizes):
             if size:
@@ -232,13 +232,8 @@ class FeatureProposer:
         """Return the committed slots of the sequences that a call reads."""
         return sum(length for length, size in zip(self._cache.lengths, sizes, strict=True) if size)
 
-    def _now(self) -> float:
-        if self._listener is not None and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
     def _tell(
-        self, sizes: Sequence[int], *, context: int, fused: bool, head: bool, prefill: bool, began: float
+        self, sizes: Sequence[int], *, context: int, fused: bool, head: bool, prefill: bool, span: Span
     ) -> None:
         """Tell the ledger of one call: the layer once, the head and what fuses features where they ran."""
         if self._listener is None:
@@ -254,7 +249,7 @@ class FeatureProposer:
                 num_sequences=sum(size > 0 for size in sizes),
                 num_layers=1,
                 bytes_read=weights + self._cache.bytes_per_slot() * (context + num_tokens),
-                seconds=self._now() - began,
+                span=span.end(),
                 prefill=prefill,
             )
         )

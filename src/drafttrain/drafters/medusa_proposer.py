@@ -5,7 +5,6 @@ V = vocabulary, D = hidden, M = sequences that draft, R = ranks
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from drafttrain.core.device_time import Span
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.probability import draw, sampling_probs
 from drafttrain.core.records import (
@@ -107,8 +107,8 @@ class MedusaProposer:
         }
         if not depths:
             return {}
-        began = time.perf_counter()
         deepest = max(depths.values())
+        span = Span(next(self._medusa.parameters()).device)
         final_MD = torch.stack([state for i, state in enumerate(self._states) if i in depths and state is not None])
         by_head = [
             self._medusa.head(self._medusa.states(final_MD, depth), depth)[:, : self._num_tokens]
@@ -119,7 +119,7 @@ class MedusaProposer:
             for row, (sequence, depth) in enumerate(depths.items())
         }
         if self._listener is not None:
-            self._listener(self._event(len(depths), deepest, began))
+            self._listener(self._event(len(depths), deepest, span.end()))
         return found
 
     def _chain(self, root: int, laws: list[Tensor], sampling: Sampling, generator: torch.Generator) -> Proposal:
@@ -141,7 +141,7 @@ class MedusaProposer:
         place: dict[Path, int] = {(): 0} | {path: number for number, path in enumerate(paths, start=1)}
         return fixed_tree(root, [(guesses[len(path) - 1][path[-1]], place[path[:-1]]) for path in paths])
 
-    def _event(self, num_sequences: int, depth: int, began: float) -> ForwardEvent:
+    def _event(self, num_sequences: int, depth: int, span: Span) -> ForwardEvent:
         medusa = self._medusa
         weights = [*medusa.blocks[:depth].parameters(), *medusa.lm_heads[:depth].parameters()]
         return ForwardEvent(
@@ -151,7 +151,7 @@ class MedusaProposer:
             num_sequences=num_sequences,
             num_layers=depth,
             bytes_read=sum(w.numel() * w.element_size() for w in weights),
-            seconds=time.perf_counter() - began,
+            span=span,
         )
 
 

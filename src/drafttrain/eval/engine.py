@@ -5,14 +5,15 @@ N = nodes, V = vocabulary, D = hidden
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from drafttrain.core.console import say_once
+from drafttrain.core.device_time import Span
 from drafttrain.core.probability import sampling_probs, without_padding
 from drafttrain.core.random import stream
 from drafttrain.core.records import (
@@ -104,17 +105,19 @@ class Engine:
             say_once(f"prompts are decoded one at a time: {why}")
             return [generation for prompt in prompts for generation in self.generate([prompt])]
         sequences = [self._sequence(prompt) for prompt in prompts]
-        with _Clock(sequences, "prefill_seconds"):
+        clock = _Clock(self._lm.device)
+        with clock.phase("prefill_seconds", sequences):
             seen = self._lm.begin([prompt.tokens[:-1] for prompt in prompts], needs=self.proposer.needs)
             self.proposer.begin([sequence.context for sequence in sequences], seen)
         live = sequences
         while live:
-            self._round(live)
+            self._round(live, clock)
             ongoing = [row for row, sequence in enumerate(live) if not sequence.ended]
             if len(ongoing) < len(live):
                 live = [live[row] for row in ongoing]
                 self._lm.drop(ongoing)
                 self.proposer.drop(ongoing)
+        clock.settle()
         return [_generation(sequence) for sequence in sequences]
 
     def _why_alone(self, prompts: Sequence[Prompt]) -> str | None:
@@ -126,15 +129,15 @@ class Engine:
             return f"drafter: {why}"
         return None
 
-    def _round(self, live: list[_Sequence]) -> None:
-        with _Clock(live, "draft_seconds"):
+    def _round(self, live: list[_Sequence], clock: _Clock) -> None:
+        with clock.phase("draft_seconds", live):
             proposals = self.proposer.propose(
                 [self._budget(sequence) for sequence in live],
                 self.sampling,
                 [sequence.draft_stream for sequence in live],
                 self.policy.more,
             )
-        with _Clock(live, "verify_seconds"):
+        with clock.phase("verify_seconds", live):
             nodes = [proposal.tokens_N.tolist() for proposal in proposals]
             trees = [proposal.parents_N.tolist() for proposal in proposals]
             states = [proposal.resume for proposal in proposals]
@@ -147,7 +150,7 @@ class Engine:
             for sequence, verdict in zip(live, verdicts, strict=True):
                 _commit(sequence, verdict)
                 self.policy.observe(verdict)
-        with _Clock(live, "draft_seconds"):
+        with clock.phase("draft_seconds", live):
             self.proposer.observe(verdicts, [_at(output, v.path) for output, v in zip(seen, verdicts, strict=True)])
 
     def _budget(self, sequence: _Sequence) -> Budget:
@@ -230,17 +233,26 @@ def _generation(sequence: _Sequence) -> Generation:
 
 
 class _Clock:
-    """Adds the time of a block, shared out equally, to one kind of seconds of every sequence, and to the whole."""
+    """The times of the phases of a decoding, each shared out equally to the sequences that were in it.
 
-    def __init__(self, sequences: Sequence[_Sequence], kind: str) -> None:
-        self._sequences = sequences
-        self._kind = kind
+    They are read at the end: nothing in the loop waits for its own time.
+    """
 
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._phases: list[tuple[Span, str, Sequence[_Sequence]]] = []
 
-    def __exit__(self, *_: object) -> None:
-        share = (time.perf_counter() - self._began) / max(1, len(self._sequences))
-        for sequence in self._sequences:
-            setattr(sequence, self._kind, getattr(sequence, self._kind) + share)
-            sequence.seconds += share
+    @contextmanager
+    def phase(self, kind: str, sequences: Sequence[_Sequence]) -> Iterator[None]:
+        """Note the time of a block as one kind of seconds of these sequences."""
+        span = Span(self._device)
+        yield
+        self._phases.append((span.end(), kind, sequences))
+
+    def settle(self) -> None:
+        """Add all times to the seconds of their kind, and to the whole."""
+        for span, kind, sequences in self._phases:
+            share = span.seconds / max(1, len(sequences))
+            for sequence in sequences:
+                setattr(sequence, kind, getattr(sequence, kind) + share)
+                sequence.seconds += share
