@@ -15,7 +15,6 @@ from torch.nn.functional import pad
 
 from drafttrain.core.device_time import Span
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.probability import draw, sampling_probs
 from drafttrain.core.records import (
     Budget,
     Context,
@@ -32,6 +31,7 @@ from drafttrain.core.records import (
     chain,
 )
 from drafttrain.core.roles import FirstBlocks, ForwardListener
+from drafttrain.drafters.next_tokens import next_tokens
 from drafttrain.target.logits import head_logits
 from drafttrain.target.ragged_cache import RaggedCache
 
@@ -149,6 +149,7 @@ class EarlyExitProposer:
         tokens: list[list[int]] = [[] for _ in inputs]
         if not any(inputs):
             return tokens
+        asked: dict[int, Tensor] = {}
         for sequence, found in enumerate(self._adapter.read(inputs)):
             if found is None:
                 continue
@@ -156,14 +157,15 @@ class EarlyExitProposer:
             draft = self._chains[sequence]
             answer = more(DraftStep(sequence, depth, logits_V, state_D, draft.tokens[-1]))
             draft.ended = answer is not True
-            if not answer:
-                continue
-            if self._fixed:
-                tokens[sequence] = [int(logits_V.argmax())]
-            else:
-                law_V = sampling_probs(logits_V, sampling)
-                draft.laws.append(law_V)
-                tokens[sequence] = [draw(law_V, generators[sequence])]
+            if answer:
+                asked[sequence] = logits_V
+        drawn, drawn_from = next_tokens(
+            list(asked.values()), sampling, [generators[i] for i in asked], fixed=self._fixed
+        )
+        for sequence, token, law_V in zip(asked, drawn, drawn_from, strict=True):
+            tokens[sequence] = [token]
+            if law_V is not None:
+                self._chains[sequence].laws.append(law_V)
         return tokens
 
     def _first_blocks(self, tokens: Sequence[Sequence[int]]) -> list[Any]:

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from drafttrain.core.device_time import Span
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.probability import draw, sampling_probs
+from drafttrain.core.probability import draw_each, sampling_probs
 from drafttrain.core.records import (
     Budget,
     Context,
@@ -124,9 +124,9 @@ class MedusaProposer:
 
     def _chain(self, root: int, laws: list[Tensor], sampling: Sampling, generator: torch.Generator) -> Proposal:
         if sampling.temperature == 0 or self._medusa.draft == "greedy" or not laws:
-            return fixed_chain(root, [int(logits_V.argmax()) for logits_V in laws])
+            return fixed_chain(root, torch.stack(laws).argmax(dim=-1).tolist() if laws else [])
         q_rows_RV = sampling_probs(torch.stack(laws), sampling)
-        tokens = [draw(law_V, generator) for law_V in q_rows_RV]
+        tokens = draw_each(q_rows_RV, [generator] * len(laws))
         padding = self._medusa.vocab_size - q_rows_RV.shape[1]
         return chain([root, *tokens], kind=NodeKind.SAMPLED, q_rows_RV=pad(q_rows_RV, (0, padding)))
 
@@ -137,7 +137,7 @@ class MedusaProposer:
                 "or heads that drafttrain exported"
             )
         paths = within(self._medusa.paths, nodes=budget.nodes, depth=len(laws), width=budget.width)
-        guesses = [logits_V.topk(min(budget.width, len(logits_V))).indices.tolist() for logits_V in laws]
+        guesses = torch.stack(laws).topk(min(budget.width, len(laws[0])), dim=-1).indices.tolist() if laws else []
         place: dict[Path, int] = {(): 0} | {path: number for number, path in enumerate(paths, start=1)}
         return fixed_tree(root, [(guesses[len(path) - 1][path[-1]], place[path[:-1]]) for path in paths])
 

@@ -97,6 +97,7 @@ class Engine:
         self._stop_tokens = frozenset(target.eos_token_ids if stop_tokens is None else stop_tokens)
         self._num_tokens = target.num_tokens
         self._needs = replace(proposer.needs | rule.needs, logits=True)
+        self._clock = _Clock(self._lm.device)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
@@ -105,19 +106,19 @@ class Engine:
             say_once(f"prompts are decoded one at a time: {why}")
             return [generation for prompt in prompts for generation in self.generate([prompt])]
         sequences = [self._sequence(prompt) for prompt in prompts]
-        clock = _Clock(self._lm.device)
-        with clock.phase("prefill_seconds", sequences):
+        self._clock = _Clock(self._lm.device)
+        with self._clock.phase("prefill_seconds", sequences):
             seen = self._lm.begin([prompt.tokens[:-1] for prompt in prompts], needs=self.proposer.needs)
             self.proposer.begin([sequence.context for sequence in sequences], seen)
         live = sequences
         while live:
-            self._round(live, clock)
+            self._round(live)
             ongoing = [row for row, sequence in enumerate(live) if not sequence.ended]
             if len(ongoing) < len(live):
                 live = [live[row] for row in ongoing]
                 self._lm.drop(ongoing)
                 self.proposer.drop(ongoing)
-        clock.settle()
+        self._clock.settle()
         return [_generation(sequence) for sequence in sequences]
 
     def _why_alone(self, prompts: Sequence[Prompt]) -> str | None:
@@ -129,15 +130,15 @@ class Engine:
             return f"drafter: {why}"
         return None
 
-    def _round(self, live: list[_Sequence], clock: _Clock) -> None:
-        with clock.phase("draft_seconds", live):
+    def _round(self, live: list[_Sequence]) -> None:
+        with self._clock.phase("draft_seconds", live):
             proposals = self.proposer.propose(
                 [self._budget(sequence) for sequence in live],
                 self.sampling,
                 [sequence.draft_stream for sequence in live],
                 self.policy.more,
             )
-        with clock.phase("verify_seconds", live):
+        with self._clock.phase("verify_seconds", live):
             nodes = [proposal.tokens_N.tolist() for proposal in proposals]
             trees = [proposal.parents_N.tolist() for proposal in proposals]
             states = [proposal.resume for proposal in proposals]
@@ -150,7 +151,7 @@ class Engine:
             for sequence, verdict in zip(live, verdicts, strict=True):
                 _commit(sequence, verdict)
                 self.policy.observe(verdict)
-        with clock.phase("draft_seconds", live):
+        with self._clock.phase("draft_seconds", live):
             self.proposer.observe(verdicts, [_at(output, v.path) for output, v in zip(seen, verdicts, strict=True)])
 
     def _budget(self, sequence: _Sequence) -> Budget:
@@ -211,7 +212,10 @@ def _at(output: TargetOutput, path: Sequence[int]) -> TargetOutput:
     """Return what the target said of the nodes of a path; logits are left out."""
     if not output.hidden_BTD and output.final_BTD is None:
         return output
-    nodes = list(path)
+    states = [*output.hidden_BTD.values(), *([] if output.final_BTD is None else [output.final_BTD])]
+    # A chain's path is a prefix; that of a tree is copied to the device, once.
+    prefix = list(path) == list(range(len(path)))
+    nodes = slice(len(path)) if prefix else torch.tensor(list(path)).to(states[0].device)
     return TargetOutput(
         hidden_BTD={index: state[:, nodes] for index, state in output.hidden_BTD.items()},
         final_BTD=None if output.final_BTD is None else output.final_BTD[:, nodes],

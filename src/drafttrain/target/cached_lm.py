@@ -258,7 +258,9 @@ class CachedLM:
             cache.appended(sizes, width=width)
         if self.listener is not None:
             self.listener(
-                self._event(sizes, context=context, running=running, head=needs.logits, prefill=prefill, span=span.end())
+                self._event(
+                    sizes, context=context, running=running, head=needs.logits, prefill=prefill, span=span.end()
+                )
             )
         return output, dict(seen)
 
