@@ -33,7 +33,8 @@ class Span:
         assert self._ended is not None, "it has not ended"
         if self._device.type != "cuda":
             return float(self._ended - self._began)
-        self._ended.synchronize()
+        if not self._ended.query():
+            self._ended.synchronize()
         seconds = float(self._began.elapsed_time(self._ended)) / 1000
         self._began = self._ended = ()  # events are a resource of the device
         return seconds

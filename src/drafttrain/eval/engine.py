@@ -255,6 +255,7 @@ class _Clock:
 
     def settle(self) -> None:
         """Add all times to the seconds of their kind, and to the whole."""
+        _ = self._phases[-1][0].seconds  # the device comes to the last one last: it is the only one to wait for
         for span, kind, sequences in self._phases:
             share = span.seconds / max(1, len(sequences))
             for sequence in sequences:
