@@ -41,23 +41,23 @@ MICRO_BATCH = Ceiling(0.5, 0)
 """Of training: of a step of two, the norm of its gradient alone is read off the device."""
 
 CHAIN = {
-    "causal_lm": Ceiling(22.75, 16.2),
-    "medusa": Ceiling(8.75, 7.5),
-    "medusa2": Ceiling(8.75, 7.5),
-    "kangaroo": Ceiling(30, 35),
-    "eagle": Ceiling(28, 27),
-    "eagle3": Ceiling(28, 31),
-    "eagle3_cut": Ceiling(28, 31),
+    "causal_lm": Ceiling(6.5, 11.5),
+    "medusa": Ceiling(4.5, 3.5),
+    "medusa2": Ceiling(4.5, 3.5),
+    "kangaroo": Ceiling(6, 31),
+    "eagle": Ceiling(6, 15),
+    "eagle3": Ceiling(6, 15),
+    "eagle3_cut": Ceiling(6, 15),
 }
 """A round of two sequences with four draft tokens each."""
 
 TREE = {
-    "causal_lm": Ceiling(42, 22.5),
-    "medusa": Ceiling(8.75, 7.5),
-    "medusa2": Ceiling(8.75, 7.5),
-    "eagle": Ceiling(64, 22),
-    "eagle3": Ceiling(64, 26),
-    "eagle3_cut": Ceiling(64, 26),
+    "causal_lm": Ceiling(8.5, 14),
+    "medusa": Ceiling(4.5, 3.5),
+    "medusa2": Ceiling(4.5, 3.5),
+    "eagle": Ceiling(8, 12),
+    "eagle3": Ceiling(8, 12),
+    "eagle3_cut": Ceiling(8, 12),
 }
 """A round of two sequences with trees of twelve nodes in three levels."""
 

@@ -3,6 +3,8 @@
 N = rows, V = vocabulary, R = the drafter's vocabulary, a part of it
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -66,9 +68,7 @@ def residual(target_probs_V: Tensor, drafter_probs_V: Tensor) -> Tensor:
     """
     excess_V = (target_probs_V - drafter_probs_V).clamp_min(0.0)
     total = excess_V.sum()
-    if float(total) <= torch.finfo(excess_V.dtype).tiny:
-        return target_probs_V
-    return excess_V / total
+    return torch.where(total <= torch.finfo(excess_V.dtype).tiny, target_probs_V, excess_V / total)
 
 
 def draw(probs_V: Tensor, generator: torch.Generator | None) -> int:
@@ -76,8 +76,18 @@ def draw(probs_V: Tensor, generator: torch.Generator | None) -> int:
 
     One number of the stream a draw, whatever the law: so two decoders that settle every token by one draw emit the same text.
     """
-    below_V = probs_V.cumsum(dim=-1, dtype=torch.float64)
-    uniform = torch.rand(1, dtype=torch.float64, generator=generator).to(probs_V.device)
+    return draw_each(probs_V[None], [generator])[0]
+
+
+def draw_each(probs_NV: Tensor, generators: Sequence[torch.Generator | None]) -> list[int]:
+    """Return one token drawn from each law, as `draw` does with the row's generator; the device is read once."""
+    uniforms = [float(torch.rand(1, dtype=torch.float64, generator=generator)) for generator in generators]
+    below_NV = probs_NV.cumsum(dim=-1, dtype=torch.float64)
+    if len(uniforms) == 1:
+        wanted_N1 = below_NV[:, -1:] * uniforms[0]  # a number is handed to the device with the call, a tensor is copied
+    else:
+        wanted_N1 = below_NV[:, -1:] * torch.tensor(uniforms, dtype=torch.float64).to(probs_NV.device)[:, None]
     # `right`: a token without mass is never the first whose sum is above the number.
-    index = torch.searchsorted(below_V, uniform * below_V[-1:], right=True)
-    return min(int(index), probs_V.shape[-1] - 1)
+    index_N1 = torch.searchsorted(below_NV, wanted_N1, right=True).clamp(max=probs_NV.shape[-1] - 1)
+    drawn: list[int] = index_N1[:, 0].tolist()
+    return drawn

@@ -19,6 +19,7 @@ from drafttrain.core.flops import BatchShape, shape_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from drafttrain.core.device_time import Span
     from drafttrain.core.packed_documents import PackedDocuments, ReadSlots
 
 
@@ -644,11 +645,17 @@ class ForwardEvent:
     num_layers: int
     bytes_read: int
     """Weights, shared ones each time they are read, and cache."""
-    seconds: float
+    span: Span
+    """When the device was at it."""
     prefill: bool = False
     """Reads a prompt, before the first round."""
     plain_bytes: int = 0
     """What a plain call would have read here: one token a sequence, after the same cached tokens."""
+
+    @property
+    def seconds(self) -> float:
+        """How long the device was at it; waits for the device, so ask when the decoding is over."""
+        return self.span.seconds
 
 
 # ---------------------------------------------------------------- what decoding leaves behind

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from drafttrain.core.probability import draw, sampling_probs
 from drafttrain.core.records import (
     Budget,
     Context,
@@ -28,6 +27,7 @@ from drafttrain.core.records import (
 )
 from drafttrain.core.roles import ForwardListener
 from drafttrain.drafters.dynamic_tree import DynamicTree
+from drafttrain.drafters.next_tokens import next_tokens
 from drafttrain.target.cached_lm import CachedLM
 
 
@@ -92,20 +92,22 @@ class ChainProposer:
         for depth in range(1, max((budget.nodes for budget in budgets), default=0) + 1):
             seen = self._lm.forward(inputs, needs=needs) if any(inputs) else []
             inputs = [[] for _ in inputs]
+            asked: dict[int, tuple[Tensor, bool | More]] = {}
             for sequence, output in enumerate(seen):
                 if output.logits_BTV is None or not output.logits_BTV.shape[1]:
                     continue
                 logits_V = output.logits_BTV[0, -1, : self._shared]
                 state_D = None if output.final_BTD is None else output.final_BTD[0, -1]
                 answer = more(DraftStep(sequence, depth, logits_V, state_D, drafted[sequence][-1]))
-                if not answer:
-                    continue
-                if fixed:
-                    token = int(logits_V.argmax())
-                else:
-                    laws[sequence].append(sampling_probs(logits_V, sampling))
-                    token = draw(laws[sequence][-1], generators[sequence])
+                if answer:
+                    asked[sequence] = logits_V, answer
+            tokens, drawn_from = next_tokens(
+                [logits_V for logits_V, _ in asked.values()], sampling, [generators[i] for i in asked], fixed=fixed
+            )
+            for (sequence, (_, answer)), token, law_V in zip(asked.items(), tokens, drawn_from, strict=True):
                 drafted[sequence].append(token)
+                if law_V is not None:
+                    laws[sequence].append(law_V)
                 if depth < budgets[sequence].nodes and answer is not More.LAST:
                     inputs[sequence] = [token]
         return [self._proposal(tokens, rows, fixed) for tokens, rows in zip(drafted, laws, strict=True)]
@@ -175,7 +177,9 @@ def _grow(
 ) -> None:
     """Add the children of a tree's frontier, whose laws are these rows of a call."""
     assert output.logits_BTV is not None
-    logits_MV = output.logits_BTV[0, rows, :shared]
+    # Rows that follow each other need no index on the device.
+    together = rows == list(range(rows[0], rows[0] + len(rows)))
+    logits_MV = output.logits_BTV[0, slice(rows[0], rows[-1] + 1) if together else rows, :shared]
     expand = [
         bool(more(DraftStep(sequence, tree.depth + 1, logits_V, token=tree.tokens[node])))
         for node, logits_V in zip(tree.frontier, logits_MV, strict=True)

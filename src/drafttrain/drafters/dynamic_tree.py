@@ -5,6 +5,7 @@ M = nodes of the frontier, V = vocabulary
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from drafttrain.core.records import Budget, Proposal, fixed_tree
@@ -41,12 +42,14 @@ class DynamicTree:
         """
         width = min(self.budget.width, log_q_MV.shape[-1])
         best = log_q_MV.topk(width, dim=-1)
+        # Both are exact in float64, and the device is read once.
+        scores, tokens = torch.stack([best.values.double(), best.indices.double()]).tolist()
         first = len(self.tokens)
         for row, node in enumerate(self.frontier):
             if expand is not None and not expand[row]:
                 continue
-            for token, log_q in zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True):
-                self.tokens.append(token)
+            for token, log_q in zip(tokens[row], scores[row], strict=True):
+                self.tokens.append(int(token))
                 self.parents.append(node)
                 self._scores.append(self._scores[node] + log_q)
         self.depth += 1

@@ -5,7 +5,6 @@ B = sequences, N = new rows of one call, C = cached rows, D = hidden, V = vocabu
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from drafttrain.core.device_time import Span
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.probability import draw, sampling_probs
 from drafttrain.core.records import (
     Budget,
     Context,
@@ -32,6 +31,7 @@ from drafttrain.core.records import (
     chain,
 )
 from drafttrain.core.roles import FirstBlocks, ForwardListener
+from drafttrain.drafters.next_tokens import next_tokens
 from drafttrain.target.logits import head_logits
 from drafttrain.target.ragged_cache import RaggedCache
 
@@ -149,6 +149,7 @@ class EarlyExitProposer:
         tokens: list[list[int]] = [[] for _ in inputs]
         if not any(inputs):
             return tokens
+        asked: dict[int, Tensor] = {}
         for sequence, found in enumerate(self._adapter.read(inputs)):
             if found is None:
                 continue
@@ -156,14 +157,15 @@ class EarlyExitProposer:
             draft = self._chains[sequence]
             answer = more(DraftStep(sequence, depth, logits_V, state_D, draft.tokens[-1]))
             draft.ended = answer is not True
-            if not answer:
-                continue
-            if self._fixed:
-                tokens[sequence] = [int(logits_V.argmax())]
-            else:
-                law_V = sampling_probs(logits_V, sampling)
-                draft.laws.append(law_V)
-                tokens[sequence] = [draw(law_V, generators[sequence])]
+            if answer:
+                asked[sequence] = logits_V
+        drawn, drawn_from = next_tokens(
+            list(asked.values()), sampling, [generators[i] for i in asked], fixed=self._fixed
+        )
+        for sequence, token, law_V in zip(asked, drawn, drawn_from, strict=True):
+            tokens[sequence] = [token]
+            if law_V is not None:
+                self._chains[sequence].laws.append(law_V)
         return tokens
 
     def _first_blocks(self, tokens: Sequence[Sequence[int]]) -> list[Any]:
@@ -235,7 +237,7 @@ class _CachedAdapter:
 
     @torch.no_grad()
     def _read(self, rows: Sequence[Sequence[Tensor]], *, head: bool) -> list[tuple[Tensor, Tensor] | None]:
-        began = self._now()
+        span = Span(self._device)
         sizes = [len(one) for one in rows]
         width = max(sizes)
         some = next(one[0] for one in rows if one)
@@ -257,15 +259,10 @@ class _CachedAdapter:
             logits_NV = head_logits(self._model, last_ND)
             for row, sequence in enumerate(chosen):
                 found[sequence] = (last_ND[row], logits_NV[row])
-        self._tell(sizes, context=context, head=head, began=began)
+        self._tell(sizes, context=context, head=head, span=span)
         return found
 
-    def _now(self) -> float:
-        if self._listener is not None and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
-    def _tell(self, sizes: Sequence[int], *, context: int, head: bool, began: float) -> None:
+    def _tell(self, sizes: Sequence[int], *, context: int, head: bool, span: Span) -> None:
         """Enter the call in the ledger: the adapter's weights, its cache, and the head that it shares with the target."""
         if self._listener is None:
             return
@@ -280,7 +277,7 @@ class _CachedAdapter:
                 bytes_read=self._bytes
                 + (self._head_bytes if head else 0)
                 + self._cache.bytes_per_token() * (context + num_tokens),
-                seconds=self._now() - began,
+                span=span.end(),
                 prefill=not head,
             )
         )

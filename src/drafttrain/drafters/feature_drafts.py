@@ -7,16 +7,17 @@ R = the drafter's vocabulary, F = nodes of the frontier, D = hidden
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from drafttrain.core.probability import draw, over_target_vocabulary, sampling_probs
+from drafttrain.core.probability import over_target_vocabulary
 from drafttrain.core.records import Budget, DraftStep, More, NodeKind, Proposal, Sampling, chain
 from drafttrain.drafters.dynamic_tree import DynamicTree
+from drafttrain.drafters.next_tokens import next_tokens
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,6 @@ class Draft(Protocol):
     frontier: list[DraftNode]
     """Nodes to be read next; empty: the draft is complete."""
 
-    def grow(self, logits_FR: Tensor, states_FD: Tensor) -> None:
-        """Draft after the nodes of the frontier; the first time after the committed text, one row."""
-        ...
-
     def proposal(self) -> Proposal:
         """Return what was drafted."""
         ...
@@ -57,11 +54,10 @@ class DraftChain:
         sequence: int,
         vocabulary_R: Tensor,
         vocab_size: int,
-        sampling: Sampling,
-        greedy: bool,
         generator: torch.Generator,
         more: Callable[[DraftStep], bool | More],
     ) -> None:
+        self.generator = generator
         self.frontier: list[DraftNode] = []
         self._tokens = [root]
         self._laws: list[Tensor] = []
@@ -69,28 +65,28 @@ class DraftChain:
         self._sequence = sequence
         self._vocabulary_R = vocabulary_R
         self._vocab_size = vocab_size
-        self._sampling = sampling
-        self._fixed = greedy or sampling.temperature == 0
-        self._generator = generator
         self._more = more
 
-    def grow(self, logits_FR: Tensor, states_FD: Tensor) -> None:
-        """Draft one more token, unless the length policy says no."""
+    def wants(self, logits_R: Tensor, state_D: Tensor) -> bool:
+        """Return whether the length policy wants a token of this distribution; `take` it then."""
         self.frontier = []
+        self._state_D = state_D
+        self._answer = self._more(DraftStep(self._sequence, len(self._tokens), logits_R, state_D, self._tokens[-1]))
+        return bool(self._answer)
+
+    def take(self, token: int, law_R: Tensor | None) -> None:
+        """Draft a token.
+
+        Args:
+            token: The target's id.
+            law_R: The distribution that it was drawn from; None: it was not.
+        """
         depth = len(self._tokens)
-        logits_R = logits_FR[0, : len(self._vocabulary_R)]
-        answer = self._more(DraftStep(self._sequence, depth, logits_R, states_FD[0], self._tokens[-1]))
-        if not answer:
-            return
-        if self._fixed:
-            place = int(logits_R.argmax())
-        else:
-            self._laws.append(sampling_probs(logits_R, self._sampling))
-            place = draw(self._laws[-1], self._generator)
-        token = int(self._vocabulary_R[place])
         self._tokens.append(token)
-        if depth < self._limit and answer is not More.LAST:
-            self.frontier = [DraftNode(token, depth, depth - 2, states_FD[0])]
+        if law_R is not None:
+            self._laws.append(law_R)
+        if depth < self._limit and self._answer is not More.LAST:
+            self.frontier = [DraftNode(token, depth, depth - 2, self._state_D)]
 
     def proposal(self) -> Proposal:
         """Return the chain; drawn tokens carry their laws over the target's vocabulary."""
@@ -146,10 +142,42 @@ class DraftTree:
     def proposal(self) -> Proposal:
         """Return the likeliest nodes as a tree under the root."""
         kept = self._tree.proposal()
-        kept.tokens_N[1:] = self._vocabulary_R.cpu()[kept.tokens_N[1:]]
+        kept.tokens_N[1:] = self._vocabulary_R[kept.tokens_N[1:]]
         return kept
 
     def _token(self, node: int) -> int:
         """Return the target's id of a node's token."""
         token = self._tree.tokens[node]
         return token if node == 0 else int(self._vocabulary_R[token])
+
+
+def grow_chains(
+    chains: Sequence[DraftChain],
+    logits_NR: Tensor,
+    states_ND: Tensor,
+    *,
+    ids: Sequence[int],
+    sampling: Sampling,
+    greedy: bool,
+) -> None:
+    """Draft one more token in every chain whose length policy wants one; the device is read once.
+
+    Args:
+        logits_NR: Of each chain, after its last token.
+        ids: The target's id of each of the drafter's tokens.
+        greedy: The likeliest token at every temperature.
+    """
+    logits_NR = logits_NR[:, : len(ids)]
+    wanting = [
+        (draft, logits_R)
+        for draft, logits_R, state_D in zip(chains, logits_NR, states_ND, strict=True)
+        if draft.wants(logits_R, state_D)
+    ]
+    places, laws = next_tokens(
+        [logits_R for _, logits_R in wanting],
+        sampling,
+        [draft.generator for draft, _ in wanting],
+        fixed=greedy or sampling.temperature == 0,
+    )
+    for (draft, _), place, law_R in zip(wanting, places, laws, strict=True):
+        draft.take(ids[place], law_R)

@@ -6,12 +6,12 @@ D = hidden, R = the drafter's vocabulary, C = columns of the cache
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from drafttrain.core.device_time import Span
 from drafttrain.core.records import (
     Budget,
     Context,
@@ -27,7 +27,7 @@ from drafttrain.core.records import (
 from drafttrain.core.roles import ForwardListener
 from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.drafters.feature_cache import FeatureCache
-from drafttrain.drafters.feature_drafts import Draft, DraftChain, DraftNode, DraftTree
+from drafttrain.drafters.feature_drafts import Draft, DraftChain, DraftNode, DraftTree, grow_chains
 from drafttrain.drafters.feature_layer import attend
 from drafttrain.drafters.feature_rollout import FeatureModel
 
@@ -58,10 +58,14 @@ class FeatureProposer:
         self._model = model
         self._vocab_size = vocab_size
         self._device = device
-        self._vocabulary_R = DraftVocabulary(model.vocabulary, num_tokens=num_tokens).ids_R.to(device)
+        # On the host, where ids are looked up, and on the device, where distributions are spread over the target's ids.
+        self._vocabulary_R = DraftVocabulary(model.vocabulary, num_tokens=num_tokens).ids_R.cpu()
+        self._ids = self._vocabulary_R.tolist()
+        self._vocabulary_on_device_R = self._vocabulary_R.to(device)
         self._bytes = model.weight_bytes()
         self._listener = listener
         self._greedy = greedy
+        self._sampling = Sampling()
         self._contexts: list[Context] = []
         self._cache = FeatureCache(0)
         self._unread: list[list[Tensor]] = []
@@ -76,10 +80,10 @@ class FeatureProposer:
         self._note(seen, [len(context.tokens) - 1 for context in contexts])
         sizes = [max(0, _count(pieces) - 1) for pieces in self._unread]
         if any(sizes):
-            began = self._now()
+            span = Span(self._device)
             context = self._cached(sizes)
             self._read(sizes)
-            self._tell(sizes, context=context, fused=True, head=False, prefill=True, began=began)
+            self._tell(sizes, context=context, fused=True, head=False, prefill=True, span=span)
 
     @torch.no_grad()
     def propose(
@@ -94,8 +98,9 @@ class FeatureProposer:
         for number, (budget, pieces) in enumerate(zip(budgets, self._unread, strict=True)):
             # After a prompt of one token there is nothing yet to draft from.
             if budget.nodes > 0 and budget.depth > 0 and pieces:
-                drafts[number] = self._draft(number, budget, sampling, generators[number], more)
+                drafts[number] = self._draft(number, budget, generators[number], more)
         if drafts:
+            self._sampling = sampling
             self._grow_from_features(drafts)
             ancestors: dict[int, list[list[int]]] = {number: [] for number in drafts}
             while any(draft.frontier for draft in drafts.values()):
@@ -120,7 +125,6 @@ class FeatureProposer:
         self,
         number: int,
         budget: Budget,
-        sampling: Sampling,
         generator: torch.Generator,
         more: Callable[[DraftStep], bool | More],
     ) -> Draft:
@@ -131,44 +135,69 @@ class FeatureProposer:
             root,
             budget,
             sequence=number,
-            vocabulary_R=self._vocabulary_R,
+            vocabulary_R=self._vocabulary_on_device_R,
             vocab_size=self._vocab_size,
-            sampling=sampling,
-            greedy=self._greedy,
             generator=generator,
             more=more,
         )
 
     def _grow_from_features(self, drafts: dict[int, Draft]) -> None:
         """Read the committed slots that the cache lacks; the last one's state gives the first draft token."""
-        began = self._now()
+        span = Span(self._device)
         sizes = [_count(pieces) if number in drafts else 0 for number, pieces in enumerate(self._unread)]
         context = self._cached(sizes)
         states_BND = self._read(sizes)
         numbers = list(drafts)
-        last_BD = states_BND[numbers, [sizes[number] - 1 for number in numbers]]
+        last_BD = self._rows(states_BND, [(number, sizes[number] - 1) for number in numbers])
         logits_BR = self._model.head(last_BD, 1)
-        self._tell(sizes, context=context, fused=True, head=True, prefill=False, began=began)
-        for row, draft in enumerate(drafts.values()):
-            draft.grow(logits_BR[row : row + 1], last_BD[row : row + 1])
+        self._tell(sizes, context=context, fused=True, head=True, prefill=False, span=span)
+        self._grow(list(drafts.values()), [1] * len(drafts), logits_BR, last_BD)
 
     def _grow_from_drafts(self, drafts: dict[int, Draft], ancestors: dict[int, list[list[int]]]) -> None:
         """Read the frontiers of all drafts in one call."""
-        began = self._now()
+        span = Span(self._device)
         frontiers = [drafts[number].frontier if number in drafts else [] for number in range(len(self._contexts))]
         sizes = [len(frontier) for frontier in frontiers]
         context = self._cached(sizes) + sum(len(ancestors[number]) for number in drafts if sizes[number])
         states_BND = self._read_drafts(frontiers, ancestors)
         rows = [(number, node) for number, size in enumerate(sizes) for node in range(size)]
-        states_FD = states_BND[[number for number, _ in rows], [node for _, node in rows]]
+        states_FD = self._rows(states_BND, rows)
         depth = max(frontier[0].depth for frontier in frontiers if frontier) + 1
         logits_FR = self._model.head(states_FD, depth)
-        self._tell(sizes, context=context, fused=False, head=True, prefill=False, began=began)
+        self._tell(sizes, context=context, fused=False, head=True, prefill=False, span=span)
+        growing = [number for number, size in enumerate(sizes) if size]
+        self._grow([drafts[number] for number in growing], [sizes[number] for number in growing], logits_FR, states_FD)
+
+    def _grow(self, drafts: Sequence[Draft], sizes: Sequence[int], logits_FR: Tensor, states_FD: Tensor) -> None:
+        """Draft after the frontiers of these drafts, whose rows stand one behind the other."""
+        chains = []
         first = 0
-        for number, size in enumerate(sizes):
-            if size:
-                drafts[number].grow(logits_FR[first : first + size], states_FD[first : first + size])
+        for draft, size in zip(drafts, sizes, strict=True):
+            if isinstance(draft, DraftTree):
+                draft.grow(logits_FR[first : first + size], states_FD[first : first + size])
+            else:
+                assert isinstance(draft, DraftChain)
+                chains.append((draft, first))
             first += size
+        if not chains:
+            return
+        if len(chains) < len(logits_FR):
+            index_N = torch.tensor([row for _, row in chains]).to(logits_FR.device)
+            logits_FR, states_FD = logits_FR[index_N], states_FD[index_N]
+        grow_chains(
+            [chain for chain, _ in chains],
+            logits_FR,
+            states_FD,
+            ids=self._ids,
+            sampling=self._sampling,
+            greedy=self._greedy,
+        )
+
+    def _rows(self, states_BND: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
+        """Return the rows at (sequence, node); their index is copied to the device once."""
+        width = states_BND.shape[1]
+        index_F = torch.tensor([number * width + node for number, node in places]).to(states_BND.device)
+        return states_BND.flatten(0, 1).index_select(0, index_F)
 
     def _read(self, sizes: Sequence[int]) -> Tensor:
         """Read the first unread slots of every sequence into the cache; return states_BND."""
@@ -183,9 +212,10 @@ class FeatureProposer:
                 features_BNF[row, :size] = whole_NF[:size]
                 tokens_BN[row, :size] = torch.tensor(self._contexts[row].tokens[start + 1 : start + 1 + size])
                 self._unread[row] = [whole_NF[size:]] if len(whole_NF) > size else []
-        positions_BN = (torch.tensor(starts)[:, None] + torch.arange(width)).to(self._device)
+        positions_BN = torch.tensor(starts)[:, None] + torch.arange(width)
+        tokens_BN, positions_BN = torch.stack([tokens_BN, positions_BN]).to(self._device)
         hidden_BND = self._model.fused(features_BNF)
-        inputs_BNX, residual_BND = self._model.entering(self._model.embed(tokens_BN.to(self._device)), hidden_BND)
+        inputs_BNX, residual_BND = self._model.entering(self._model.embed(tokens_BN), hidden_BND)
         query, key, value = self._model.layer.project(inputs_BNX, positions_BN)
         columns = self._cache.commit(key, value, sizes)
         allowed_BNC = self._cache.committed_before(starts, width=width).to(self._device)
@@ -213,9 +243,10 @@ class FeatureProposer:
                 path = [*(before[node.parent] if node.parent >= 0 else ()), first + place]
                 path_BNP[row, place, path] = True
                 ancestors[row].append(path)
+        tokens_BN, positions_BN = torch.stack([tokens_BN, positions_BN]).to(self._device)
         hidden_BND = self._model.fed_back(hidden_BND)
-        inputs_BNX, residual_BND = self._model.entering(self._model.embed(tokens_BN.to(self._device)), hidden_BND)
-        query, key, value = self._model.layer.project(inputs_BNX, positions_BN.to(self._device))
+        inputs_BNX, residual_BND = self._model.entering(self._model.embed(tokens_BN), hidden_BND)
+        query, key, value = self._model.layer.project(inputs_BNX, positions_BN)
         columns = self._cache.add_drafts(key, value)
         text_BNC = self._cache.committed_before([length - 1 for length in lengths], width=1).expand(-1, width, -1)
         # Padding, which nobody reads, looks at the first draft column: a softmax needs something.
@@ -232,14 +263,7 @@ class FeatureProposer:
         """Return the committed slots of the sequences that a call reads."""
         return sum(length for length, size in zip(self._cache.lengths, sizes, strict=True) if size)
 
-    def _now(self) -> float:
-        if self._listener is not None and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
-    def _tell(
-        self, sizes: Sequence[int], *, context: int, fused: bool, head: bool, prefill: bool, began: float
-    ) -> None:
+    def _tell(self, sizes: Sequence[int], *, context: int, fused: bool, head: bool, prefill: bool, span: Span) -> None:
         """Tell the ledger of one call: the layer once, the head and what fuses features where they ran."""
         if self._listener is None:
             return
@@ -254,7 +278,7 @@ class FeatureProposer:
                 num_sequences=sum(size > 0 for size in sizes),
                 num_layers=1,
                 bytes_read=weights + self._cache.bytes_per_slot() * (context + num_tokens),
-                seconds=self._now() - began,
+                span=span.end(),
                 prefill=prefill,
             )
         )

@@ -5,7 +5,6 @@ V = vocabulary, D = hidden, M = sequences that draft, R = ranks
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from drafttrain.core.device_time import Span
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.probability import draw, sampling_probs
+from drafttrain.core.probability import draw_each, sampling_probs
 from drafttrain.core.records import (
     Budget,
     Context,
@@ -107,8 +107,8 @@ class MedusaProposer:
         }
         if not depths:
             return {}
-        began = time.perf_counter()
         deepest = max(depths.values())
+        span = Span(next(self._medusa.parameters()).device)
         final_MD = torch.stack([state for i, state in enumerate(self._states) if i in depths and state is not None])
         by_head = [
             self._medusa.head(self._medusa.states(final_MD, depth), depth)[:, : self._num_tokens]
@@ -119,14 +119,14 @@ class MedusaProposer:
             for row, (sequence, depth) in enumerate(depths.items())
         }
         if self._listener is not None:
-            self._listener(self._event(len(depths), deepest, began))
+            self._listener(self._event(len(depths), deepest, span.end()))
         return found
 
     def _chain(self, root: int, laws: list[Tensor], sampling: Sampling, generator: torch.Generator) -> Proposal:
         if sampling.temperature == 0 or self._medusa.draft == "greedy" or not laws:
-            return fixed_chain(root, [int(logits_V.argmax()) for logits_V in laws])
+            return fixed_chain(root, torch.stack(laws).argmax(dim=-1).tolist() if laws else [])
         q_rows_RV = sampling_probs(torch.stack(laws), sampling)
-        tokens = [draw(law_V, generator) for law_V in q_rows_RV]
+        tokens = draw_each(q_rows_RV, [generator] * len(laws))
         padding = self._medusa.vocab_size - q_rows_RV.shape[1]
         return chain([root, *tokens], kind=NodeKind.SAMPLED, q_rows_RV=pad(q_rows_RV, (0, padding)))
 
@@ -137,11 +137,11 @@ class MedusaProposer:
                 "or heads that drafttrain exported"
             )
         paths = within(self._medusa.paths, nodes=budget.nodes, depth=len(laws), width=budget.width)
-        guesses = [logits_V.topk(min(budget.width, len(logits_V))).indices.tolist() for logits_V in laws]
+        guesses = torch.stack(laws).topk(min(budget.width, len(laws[0])), dim=-1).indices.tolist() if laws else []
         place: dict[Path, int] = {(): 0} | {path: number for number, path in enumerate(paths, start=1)}
         return fixed_tree(root, [(guesses[len(path) - 1][path[-1]], place[path[:-1]]) for path in paths])
 
-    def _event(self, num_sequences: int, depth: int, began: float) -> ForwardEvent:
+    def _event(self, num_sequences: int, depth: int, span: Span) -> ForwardEvent:
         medusa = self._medusa
         weights = [*medusa.blocks[:depth].parameters(), *medusa.lm_heads[:depth].parameters()]
         return ForwardEvent(
@@ -151,7 +151,7 @@ class MedusaProposer:
             num_sequences=num_sequences,
             num_layers=depth,
             bytes_read=sum(w.numel() * w.element_size() for w in weights),
-            seconds=time.perf_counter() - began,
+            span=span,
         )
 
 

@@ -5,14 +5,15 @@ N = nodes, V = vocabulary, D = hidden
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from drafttrain.core.console import say_once
+from drafttrain.core.device_time import Span
 from drafttrain.core.probability import sampling_probs, without_padding
 from drafttrain.core.random import stream
 from drafttrain.core.records import (
@@ -96,6 +97,7 @@ class Engine:
         self._stop_tokens = frozenset(target.eos_token_ids if stop_tokens is None else stop_tokens)
         self._num_tokens = target.num_tokens
         self._needs = replace(proposer.needs | rule.needs, logits=True)
+        self._clock = _Clock(self._lm.device)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
@@ -104,7 +106,8 @@ class Engine:
             say_once(f"prompts are decoded one at a time: {why}")
             return [generation for prompt in prompts for generation in self.generate([prompt])]
         sequences = [self._sequence(prompt) for prompt in prompts]
-        with _Clock(sequences, "prefill_seconds"):
+        self._clock = _Clock(self._lm.device)
+        with self._clock.phase("prefill_seconds", sequences):
             seen = self._lm.begin([prompt.tokens[:-1] for prompt in prompts], needs=self.proposer.needs)
             self.proposer.begin([sequence.context for sequence in sequences], seen)
         live = sequences
@@ -115,6 +118,7 @@ class Engine:
                 live = [live[row] for row in ongoing]
                 self._lm.drop(ongoing)
                 self.proposer.drop(ongoing)
+        self._clock.settle()
         return [_generation(sequence) for sequence in sequences]
 
     def _why_alone(self, prompts: Sequence[Prompt]) -> str | None:
@@ -127,14 +131,14 @@ class Engine:
         return None
 
     def _round(self, live: list[_Sequence]) -> None:
-        with _Clock(live, "draft_seconds"):
+        with self._clock.phase("draft_seconds", live):
             proposals = self.proposer.propose(
                 [self._budget(sequence) for sequence in live],
                 self.sampling,
                 [sequence.draft_stream for sequence in live],
                 self.policy.more,
             )
-        with _Clock(live, "verify_seconds"):
+        with self._clock.phase("verify_seconds", live):
             nodes = [proposal.tokens_N.tolist() for proposal in proposals]
             trees = [proposal.parents_N.tolist() for proposal in proposals]
             states = [proposal.resume for proposal in proposals]
@@ -147,7 +151,7 @@ class Engine:
             for sequence, verdict in zip(live, verdicts, strict=True):
                 _commit(sequence, verdict)
                 self.policy.observe(verdict)
-        with _Clock(live, "draft_seconds"):
+        with self._clock.phase("draft_seconds", live):
             self.proposer.observe(verdicts, [_at(output, v.path) for output, v in zip(seen, verdicts, strict=True)])
 
     def _budget(self, sequence: _Sequence) -> Budget:
@@ -208,7 +212,10 @@ def _at(output: TargetOutput, path: Sequence[int]) -> TargetOutput:
     """Return what the target said of the nodes of a path; logits are left out."""
     if not output.hidden_BTD and output.final_BTD is None:
         return output
-    nodes = list(path)
+    states = [*output.hidden_BTD.values(), *([] if output.final_BTD is None else [output.final_BTD])]
+    # A chain's path is a prefix; that of a tree is copied to the device, once.
+    prefix = list(path) == list(range(len(path)))
+    nodes = slice(len(path)) if prefix else torch.tensor(list(path)).to(states[0].device)
     return TargetOutput(
         hidden_BTD={index: state[:, nodes] for index, state in output.hidden_BTD.items()},
         final_BTD=None if output.final_BTD is None else output.final_BTD[:, nodes],
@@ -230,17 +237,27 @@ def _generation(sequence: _Sequence) -> Generation:
 
 
 class _Clock:
-    """Adds the time of a block, shared out equally, to one kind of seconds of every sequence, and to the whole."""
+    """The times of the phases of a decoding, each shared out equally to the sequences that were in it.
 
-    def __init__(self, sequences: Sequence[_Sequence], kind: str) -> None:
-        self._sequences = sequences
-        self._kind = kind
+    They are read at the end: nothing in the loop waits for its own time.
+    """
 
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._phases: list[tuple[Span, str, Sequence[_Sequence]]] = []
 
-    def __exit__(self, *_: object) -> None:
-        share = (time.perf_counter() - self._began) / max(1, len(self._sequences))
-        for sequence in self._sequences:
-            setattr(sequence, self._kind, getattr(sequence, self._kind) + share)
-            sequence.seconds += share
+    @contextmanager
+    def phase(self, kind: str, sequences: Sequence[_Sequence]) -> Iterator[None]:
+        """Note the time of a block as one kind of seconds of these sequences."""
+        span = Span(self._device)
+        yield
+        self._phases.append((span.end(), kind, sequences))
+
+    def settle(self) -> None:
+        """Add all times to the seconds of their kind, and to the whole."""
+        _ = self._phases[-1][0].seconds  # the device comes to the last one last: it is the only one to wait for
+        for span, kind, sequences in self._phases:
+            share = span.seconds / max(1, len(sequences))
+            for sequence in sequences:
+                setattr(sequence, kind, getattr(sequence, kind) + share)
+                sequence.seconds += share

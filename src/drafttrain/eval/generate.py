@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from transformers import GenerationConfig
 
+from drafttrain.core.device_time import Span
 from drafttrain.core.records import Generation, Prompt
 from drafttrain.target import Target
 
@@ -18,11 +18,11 @@ def generate(prompt: Prompt, target: Target, *, max_new_tokens: int) -> Generati
     """Return the text that transformers' generate writes, greedily, and its seconds."""
     tokens = torch.tensor([list(prompt.tokens)], device=target.device)
     with plain_generation(target):
-        began = _now(target)
+        span = Span(target.device)
         written = target.model.generate(
             tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=max_new_tokens, do_sample=False
         )
-        seconds = _now(target) - began
+        span.end()
     return Generation(
         id=prompt.id,
         domain=prompt.domain,
@@ -32,7 +32,7 @@ def generate(prompt: Prompt, target: Target, *, max_new_tokens: int) -> Generati
         prefill_seconds=0.0,
         draft_seconds=0.0,
         verify_seconds=0.0,
-        seconds=seconds,
+        seconds=span.seconds,
     )
 
 
@@ -51,9 +51,3 @@ def plain_generation(target: Target) -> Iterator[None]:
         yield
     finally:
         target.model.generation_config = own
-
-
-def _now(target: Target) -> float:
-    if target.device.type == "cuda":
-        torch.cuda.synchronize(target.device)
-    return time.perf_counter()

@@ -69,6 +69,7 @@ def walk(
     """
     tokens, kinds = proposal.tokens_N.tolist(), proposal.kinds_N.tolist()
     children = _children(proposal)
+    probs = TokenProbs(proposal, target_probs_NV)
     path = [0]
     while True:
         group = children[path[-1]]
@@ -84,7 +85,12 @@ def walk(
         drafter_V = _law_of_children(proposal, path[-1])
         for child in group:
             drawn_from_V = drafter_V if kinds[child] != FIXED else None
-            if chance.accept(_ratio(target_V, drawn_from_V, tokens[child], credit)):
+            if child == group[0]:
+                target, drafter = probs.of(child)
+            else:
+                target = float(target_V[tokens[child]])
+                drafter = 1.0 if drawn_from_V is None else float(drawn_from_V[tokens[child]])
+            if chance.accept(_ratio(target, drafter, credit)):
                 path.append(child)
                 break
             target_V = residual(target_V, _one_hot(target_V, tokens[child]) if drawn_from_V is None else drawn_from_V)
@@ -118,10 +124,37 @@ def _law_of_children(proposal: Proposal, node: int) -> Tensor | None:
     return proposal.q_rows_RV[row] if row >= 0 else None
 
 
-def _ratio(target_V: Tensor, drafter_V: Tensor | None, token: int, credit: Callable[[float], float] | None) -> float:
+class TokenProbs:
+    """What the models give each draft token, before any rejection: read of the device for all nodes at once, when first asked."""
+
+    def __init__(self, proposal: Proposal, target_probs_NV: Tensor) -> None:
+        self._proposal = proposal
+        self._target_probs_NV = target_probs_NV
+        self._found: list[list[float]] | None = None
+
+    def of(self, node: int) -> tuple[float, float]:
+        """Return (p(x), q(x)) of a node's token x; q is 1 where it is FIXED."""
+        if self._found is None:
+            self._found = self._read()
+        return self._found[0][node], self._found[1][node]
+
+    def _read(self) -> list[list[float]]:
+        one, device = self._proposal, self._target_probs_NV.device
+        parents_N, tokens_N = one.parents_N[1:], one.tokens_N[1:]
+        rows_N = torch.zeros_like(parents_N) if one.q_row_N is None else one.q_row_N[parents_N].clamp_min(0)
+        parents_N, tokens_N, rows_N = torch.stack([parents_N, tokens_N, rows_N]).to(device)
+        target_N = self._target_probs_NV[parents_N, tokens_N].double()
+        drafter_N = torch.ones_like(target_N)
+        if one.q_rows_RV is not None:
+            drafter_N = one.q_rows_RV[rows_N, tokens_N].double()
+        target, drafter = torch.stack([target_N, drafter_N]).tolist()
+        kinds = one.kinds_N[1:].tolist()
+        drafter = [1.0 if kind == FIXED else chance for kind, chance in zip(kinds, drafter, strict=True)]
+        return [[1.0, *target], [1.0, *drafter]]  # nobody asks for the root's
+
+
+def _ratio(target: float, drafter: float, credit: Callable[[float], float] | None) -> float:
     """Return p(x) / q(x), not cut at 1."""
-    target = float(target_V[token])
-    drafter = 1.0 if drafter_V is None else float(drafter_V[token])
     # A token without mass can not have been drawn; rejecting it keeps the law all the same.
     return (target if credit is None else credit(target)) / drafter if drafter > 0 else 0.0
 

@@ -6,7 +6,6 @@ B = sequences, N = nodes of one call (the longest sequence's), V = vocabulary, D
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from drafttrain.core.device_time import Span
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.records import ForwardEvent, LayerState, TargetNeeds, TargetOutput
 from drafttrain.core.roles import ForwardListener
@@ -231,7 +231,7 @@ class CachedLM:
         """Read new tokens with the blocks of `running`; return the model's output and its states, all sequences together."""
         sizes = [len(nodes) for nodes in tokens]
         width = max(sizes)
-        began = self._now()
+        span = Span(self.device)
         trees = [None] * len(tokens) if parents is None else [None if is_chain(tree) else tree for tree in parents]
         caches = self._caches_of(running)
         tokens_BN = torch.tensor([[*nodes, *[0] * (width - len(nodes))] for nodes in tokens])
@@ -258,7 +258,9 @@ class CachedLM:
             cache.appended(sizes, width=width)
         if self.listener is not None:
             self.listener(
-                self._event(sizes, context=context, running=running, head=needs.logits, prefill=prefill, began=began)
+                self._event(
+                    sizes, context=context, running=running, head=needs.logits, prefill=prefill, span=span.end()
+                )
             )
         return output, dict(seen)
 
@@ -306,14 +308,8 @@ class CachedLM:
         if why := self.why_alone(columns):
             raise CheckpointError(f"{self.name}: {why}: decode one sequence at a time, in chains")
 
-    def _now(self) -> float:
-        """Return the time when what was asked of the device so far is done; nobody listening, do not wait for that."""
-        if self.listener is not None and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
     def _event(
-        self, sizes: Sequence[int], *, context: int, running: range, head: bool, prefill: bool, began: float
+        self, sizes: Sequence[int], *, context: int, running: range, head: bool, prefill: bool, span: Span
     ) -> ForwardEvent:
         num_tokens, num_sequences = sum(sizes), sum(size > 0 for size in sizes)
         return ForwardEvent(
@@ -323,7 +319,7 @@ class CachedLM:
             num_sequences=num_sequences,
             num_layers=len(running),
             bytes_read=self._bytes_read(num_tokens, context, running=running, head=head),
-            seconds=self._now() - began,
+            span=span,
             prefill=prefill,
             plain_bytes=self._bytes_read(num_sequences, context, running=range(self._num_layers), head=True),
         )

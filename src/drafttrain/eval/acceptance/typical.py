@@ -14,6 +14,7 @@ from drafttrain.core.probability import draw
 from drafttrain.core.records import Exactness, Proposal, TargetNeeds
 from drafttrain.core.settings import setting
 from drafttrain.eval.acceptance import acceptance_rules
+from drafttrain.eval.verify import TokenProbs
 
 
 @dataclass
@@ -45,12 +46,13 @@ class Typical:
         self, proposal: Proposal, target_probs_NV: Tensor, node_hidden_ND: Tensor | None, generator: torch.Generator
     ) -> tuple[list[int], int]:
         threshold_N = self.thresholds(target_probs_NV).tolist()
-        tokens, parents = proposal.tokens_N.tolist(), proposal.parents_N.tolist()
+        parents = proposal.parents_N.tolist()
+        probs = TokenProbs(proposal, target_probs_NV)
         # By kept node: its depth and the log-probability of its path.
         kept = {0: (0, 0.0)}
-        for node in range(1, len(tokens)):
+        for node in range(1, len(parents)):
             parent = parents[node]
-            if parent in kept and (chance := float(target_probs_NV[parent, tokens[node]])) > threshold_N[parent]:
+            if parent in kept and (chance := probs.of(node)[0]) > threshold_N[parent]:
                 depth, log_p = kept[parent]
                 kept[node] = (depth + 1, log_p + math.log(chance))
         path = [max(kept, key=lambda node: kept[node])]

@@ -1,0 +1,34 @@
+"""The next draft token of every sequence that drafts on: drawn, or the likeliest one.
+
+N = sequences that draft, V = the drafter's vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.probability import draw_each, sampling_probs
+from drafttrain.core.records import Sampling
+
+
+def next_tokens(
+    logits: Sequence[Tensor], sampling: Sampling, generators: Sequence[torch.Generator], *, fixed: bool
+) -> tuple[list[int], list[Tensor | None]]:
+    """Return a token for each sequence, and the distribution that it was drawn from; the device is read once for all.
+
+    Args:
+        logits: logits_V of each sequence.
+        generators: Of each sequence, for its draw.
+        fixed: The likeliest token, from no distribution.
+    """
+    if not logits:
+        return [], []
+    logits_NV = torch.stack(list(logits))
+    if fixed:
+        likeliest: list[int] = logits_NV.argmax(dim=-1).tolist()
+        return likeliest, [None] * len(likeliest)
+    probs_NV = sampling_probs(logits_NV, sampling)
+    return draw_each(probs_NV, generators), list(probs_NV)
