@@ -16,6 +16,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "medusa": {"stage": 2, "count": 2, "kind": "medusa", "of_kind": {"num_heads": 2}},
     "kangaroo": {"stage": 1, "count": 2, "kind": "kangaroo"},
     "eagle": {"stage": 2, "count": 2, "kind": "eagle", "of_kind": {"feature_noise": 0.0, "num_steps": 2}},
+    "pieces": {"stage": 3, "count": 7, "kind": "medusa", "of_kind": {"num_heads": 2}, "loss_chunk_rows": 3},
     "eagle3": {"stage": 3, "count": 2, "kind": "eagle3", "of_kind": {"num_steps": 3, "draft_vocab_size": 100}},
 }
 """In three processes."""

@@ -6,16 +6,18 @@ N = rows, D = hidden
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from drafttrain.core.processes import shared
 from drafttrain.core.records import AlignedRows, DraftBatch, DraftOutput
 from drafttrain.losses import Loss
-from drafttrain.losses.fused import can_be_fused, fused_loss
-from drafttrain.losses.pieces import ACCEPTANCE, Part, RowValues, TargetPiece, nothing_of, piece_size, pieces
+from drafttrain.losses.fused import are_spread, can_be_fused, fused_loss
+from drafttrain.losses.pieces import ACCEPTANCE, NO_ROWS, Part, RowValues, TargetPiece, nothing_of, piece_size, pieces
 
 LEARNABLE = "learnable"
 
@@ -91,26 +93,40 @@ def row_losses(
     values = RowValues(loss, drafted, rows, batch, vocab_size=vocab_size, measured=measured)
     count = len(rows.tokens_N)
     again = (count > chunk_rows if chunk_rows else count * vocab_size * 4 > WHOLE_BYTES) and torch.is_grad_enabled()
-    size = piece_size(rows, columns=values.columns, chunk_rows=chunk_rows)
+    planned = pieces(rows, piece_size(rows, columns=values.columns, chunk_rows=chunk_rows))
+    spread = are_spread(drafted) and torch.is_grad_enabled()
+    if spread:
+        # ZeRO-3 gathers a head's weights at every call of it: all ranks must make as many, in the same order.
+        most, any_again = map(max, zip(*shared([len(planned), again]), strict=True))
+        again = bool(any_again)
+        planned += [NO_ROWS] * (max(most, 1) - len(planned))
     found: dict[int, dict[str, Tensor]] = {}
-    for piece in pieces(rows, size):
-        target = values.target_of(piece)
-        for part in piece.parts:
+    untrained: list[Tensor] = []
+    for piece in planned:
+        target = values.target_of(piece) if piece.parts else None
+        parts = {part.depth: part for part in piece.parts}
+        for depth in rows.counts:
+            if (part := parts.get(depth)) is None:
+                if spread:
+                    run = partial(checkpoint, nothing_of, use_reentrant=False) if again else nothing_of
+                    untrained.append(run(drafted, depth))
+                continue
             states_ND = drafted.states_BTD[part.depth].flatten(0, 1)[rows.drafter_N[part.rows]]
             # The target's rows stay as its head made them: what is computed of them in the backward pass is not kept.
             arguments = (states_ND, part, target and replace(target), drafted, values)
             made = checkpoint(_of_states, *arguments, use_reentrant=False) if again else _of_states(*arguments)
             learnable_N = values.learnable(part, target)
             found[part.rows.start] = made if learnable_N is None else made | {LEARNABLE: learnable_N}
-    untrained = nothing_of(drafted, [depth for depth, rows_there in rows.counts.items() if not rows_there])
+    if not spread:
+        untrained = [nothing_of(drafted, depth) for depth, rows_there in rows.counts.items() if not rows_there]
     if not found:
-        return untrained[None][:0], None
+        return torch.stack(untrained)[:0], None
     names = next(iter(found.values()))
     joined = {name: torch.cat([found[start][name] for start in sorted(found)]) for name in names}
     acceptance_N, learnable_N = joined.pop(ACCEPTANCE, None), joined.pop(LEARNABLE, None)
     loss_N = values.combined(joined, rows.index, learnable_N)
     weights_N = values.weights_N(drafted.depth_weights)
-    return (loss_N if weights_N is None else loss_N * weights_N) + untrained, acceptance_N
+    return (loss_N if weights_N is None else loss_N * weights_N) + sum(untrained), acceptance_N
 
 
 def _of_states(

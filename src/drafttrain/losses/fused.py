@@ -30,13 +30,20 @@ Totals = tuple[Tensor, Tensor, Tensor | None]
 """(the sum over rows, loss_N, acceptance_N), the last two without gradient."""
 
 
+def are_spread(drafted: DraftOutput) -> bool:
+    """Return whether ZeRO-3 spreads weights of the drafter's head: it marks them, and they are whole only within a forward."""
+    head = drafted.head
+    return isinstance(head, LinearHead) and any(
+        hasattr(weight, "ds_id") for depth in drafted.states_BTD for weight in head.parameters(depth)
+    )
+
+
 def can_be_fused(drafted: DraftOutput) -> bool:
     """Return whether the parts of the drafter's head are known, and all of their weights are where its states are."""
-    if not isinstance(drafted.head, LinearHead):
+    if not isinstance(drafted.head, LinearHead) or are_spread(drafted):
         return False
-    # ZeRO-3 marks the weights that it spreads; they are whole only within the forward of their module.
     return all(
-        not hasattr(weight, "ds_id") and weight.device == states.device
+        weight.device == states.device
         for depth, states in drafted.states_BTD.items()
         for weight in drafted.head.parameters(depth)
     )

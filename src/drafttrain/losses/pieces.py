@@ -5,7 +5,7 @@ N = rows, U = the target's positions of a piece, V = the target's vocabulary, R 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -50,6 +50,9 @@ class Piece:
     positions: slice
     """Among the rows of the first depth, which has all positions."""
     parts: tuple[Part, ...]
+
+
+NO_ROWS = Piece(slice(0, 0), ())
 
 
 def pieces(rows: AlignedRows, size: int) -> list[Piece]:
@@ -241,13 +244,12 @@ class RowValues:
         return of_position_U.index_select(0, places_N)
 
 
-def nothing_of(drafted: DraftOutput, depths: Iterable[int]) -> Tensor:
-    """Return a zero whose backward pass goes through the states and the head of depths of which nothing is trained here.
+def nothing_of(drafted: DraftOutput, depth: int) -> Tensor:
+    """Return a zero whose backward pass goes through the states and the head of a depth of which nothing is trained here.
 
     Every rank must take the same backward pass.
     """
-    parts = [0.0 * drafted.head(drafted.states_BTD[depth].flatten(0, 1)[:1], depth).float().sum() for depth in depths]
-    return torch.stack(parts).sum() if parts else next(iter(drafted.states_BTD.values())).new_zeros(())
+    return 0.0 * drafted.head(drafted.states_BTD[depth].flatten(0, 1)[:1], depth).float().sum()
 
 
 def piece_size(rows: AlignedRows, *, columns: int, chunk_rows: int | None) -> int:
