@@ -1,5 +1,6 @@
 """The tiny target of the tests: a random Llama with a byte-level tokenizer, as a real folder on disk."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from drafttrain.target import Target, TargetSettings
 
 torch.set_num_threads(1)
+
+# DeepSpeed chooses its device once a process, also while a test lets torch see GPUs that are not there.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 # Property-based tests try the same cases in every run, however long a busy machine takes.
 hypothesis.settings.register_profile(
