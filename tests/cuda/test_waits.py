@@ -41,9 +41,9 @@ MICRO_BATCH = Ceiling(0.5, 0)
 """Of training: of a step of two, the norm of its gradient alone is read off the device."""
 
 CHAIN = {
-    "causal_lm": Ceiling(6.5, 11.5),
-    "medusa": Ceiling(4.5, 3.5),
-    "medusa2": Ceiling(4.5, 3.5),
+    "causal_lm": Ceiling(7.25, 13.7),
+    "medusa": Ceiling(4.7, 3.5),
+    "medusa2": Ceiling(4.7, 3.5),
     "kangaroo": Ceiling(6, 31),
     "eagle": Ceiling(6, 15),
     "eagle3": Ceiling(6, 15),
@@ -52,9 +52,9 @@ CHAIN = {
 """A round of two sequences with four draft tokens each."""
 
 TREE = {
-    "causal_lm": Ceiling(8.5, 14),
-    "medusa": Ceiling(4.5, 3.5),
-    "medusa2": Ceiling(4.5, 3.5),
+    "causal_lm": Ceiling(9, 15.7),
+    "medusa": Ceiling(4.7, 3.5),
+    "medusa2": Ceiling(4.7, 3.5),
     "eagle": Ceiling(8, 12),
     "eagle3": Ceiling(8, 12),
     "eagle3_cut": Ceiling(8, 12),
