@@ -92,11 +92,11 @@ def test_two_processes_make_the_data_and_the_drafter_of_one(recipe: Path, tmp_pa
     assert done.stderr.count("training: done") == 1, "only the first process speaks"
 
 
-def test_a_batch_that_does_not_go_into_the_processes_is_refused_in_seconds(recipe: Path, tmp_path: Path) -> None:
+def test_what_is_refused_is_refused_in_seconds_and_not_tried_again(recipe: Path, tmp_path: Path) -> None:
     layout = ("train.devices=2", "train.max_restarts=2")
-    done = command("fit", recipe, "--runs", tmp_path, *layout, "train.batch_size=5")
+    done = command("fit", recipe, "--runs", tmp_path, *layout, "train.batch_size=0")
     assert done.returncode == RecipeError.exit_code, done.stderr[-2000:]
-    assert "train.batch_size: 5 is not a multiple of 2 (2 processes x 1 micro-batches)" in done.stderr
+    assert "train.batch_size" in done.stderr
     assert "restart" not in done.stderr, "what was refused would be refused again"
 
 

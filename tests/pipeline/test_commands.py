@@ -318,6 +318,7 @@ EMBEDDED = [
     "target.model=builtin:target",
     "target.dtype=float32",
     "data.generate.prompts={kind: stdlib}",
+    "data.generate.backend={kind: builtin}",
     "train.precision=fp32",
 ]
 """A recipe for a real target, on the embedded one."""
@@ -338,6 +339,7 @@ def test_every_recipe_runs_with_smoke(name, tmp_path):
             "target.dtype=float32",
             "drafter.checkpoint=builtin:drafter",
             "data.generate.prompts={kind: stdlib}",
+            "data.generate.backend={kind: builtin}",
             "train.precision=fp32",
         ],
         "tiny_judge": ["target.model=builtin:adder", "head.drafter=builtin:adder_drafter"],

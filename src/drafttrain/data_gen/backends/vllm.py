@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +32,10 @@ class VllmSettings:
         None, help="Type of the weights in the engine; null: the target's own."
     )
     memory_gb: float = setting(1.0, help="Keys and values that the engine holds.", gt=0)
+
+    def smoke(self) -> VllmSettings:
+        """Return a copy that fits beside anything."""
+        return replace(self, memory_gb=min(self.memory_gb, 1.0))
 
 
 def environment_on(device: str) -> str:
