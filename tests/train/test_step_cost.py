@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from drafttrain.config.load import load_recipe
@@ -19,6 +17,7 @@ from drafttrain.losses import losses
 from drafttrain.target import Target
 from drafttrain.target.packed_attention import Columns
 from drafttrain.train.step_cost import Counted, StepCost, Trained, step_cost
+from tests.squares import Squares
 
 ROWS, WIDTH = 2, 2048
 
@@ -49,24 +48,9 @@ def build(*, num_steps: int, num_layers: int = 3) -> Trained:
     return Trained(drafter, losses.build(recipe.loss), target, target.vocab_size)
 
 
-class Squares(TorchDispatchMode):
-    """Notes tensors of a number for each pair of slots of a row."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: set[tuple[int, ...]] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for one in tree_leaves(result):
-            if isinstance(one, Tensor) and one.ndim > 1 and all(WIDTH <= n < WIDTH + 8 for n in one.shape[-2:]):
-                self.found.add(tuple(one.shape))
-        return result
-
-
 @pytest.fixture(scope="module")
 def counted() -> Iterator[tuple[StepCost, Squares]]:
-    with Squares() as squares:
+    with Squares(WIDTH) as squares:
         cost = step_cost(lambda: build(num_steps=5), rows=ROWS, width=WIDTH)
     return cost, squares
 
@@ -107,7 +91,7 @@ def test_control_dense_attention_has_scores_and_keeps_them(monkeypatch: pytest.M
         return (query @ keys.repeat_interleave(groups, 1).mT).softmax(-1) @ values.repeat_interleave(groups, 1)
 
     monkeypatch.setattr(Columns, "attend", dense)
-    with Squares() as squares:
+    with Squares(WIDTH) as squares:
         cost = step_cost(lambda: build(num_steps=1), rows=ROWS, width=WIDTH)
     assert squares.found
     assert cost.kept > plain.kept + ROWS * 32 * WIDTH**2 * 2
