@@ -95,7 +95,7 @@ No serving engine loads an adapter behind a target's first layers yet; these fig
             rope_theta=float(rope.get("rope_theta", 10_000.0)),
             draft=settings.draft,
         )
-        return drafter.float() if target.model.dtype != torch.float64 else drafter.double()
+        return drafter.double() if target.model.dtype == torch.float64 else drafter
 
     def needs(self) -> TargetNeeds:
         """Return the state that enters the exit layer."""
@@ -196,7 +196,7 @@ class Adapter(nn.Module):
         self.num_heads = num_heads
         self.rope_theta = rope_theta
         self.layers = nn.ModuleList([AttentionBlock(width, num_heads=num_heads, rope_theta=rope_theta)])
-        self.norm = copy.deepcopy(last_norm).requires_grad_(True)
+        self.norm = _trainable_copy(last_norm)
 
     @property
     def blocks(self) -> list[AttentionBlock]:
@@ -267,6 +267,16 @@ def rotated(x_BHTd: Tensor, positions_BT: Tensor, *, theta: float) -> Tensor:
     cos_B1Td, sin_B1Td = angle_BTd.cos()[:, None].to(x_BHTd.dtype), angle_BTd.sin()[:, None].to(x_BHTd.dtype)
     first, second = x_BHTd[..., :half], x_BHTd[..., half:]
     return torch.cat([first * cos_B1Td - second * sin_B1Td, second * cos_B1Td + first * sin_B1Td], dim=-1)
+
+
+def _trainable_copy(norm: nn.Module) -> nn.Module:
+    """Return a norm of its own with the same weights, float32 or wider."""
+    own = {
+        id(weight): nn.Parameter(weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True))
+        for weight in norm.parameters()
+    }
+    # What a copy has copied already it does not copy again.
+    return copy.deepcopy(norm, own)
 
 
 def _width(target: Target) -> int:

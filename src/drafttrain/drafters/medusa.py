@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import silu
-from torch.nn.utils import skip_init
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import write_json
@@ -132,7 +131,7 @@ class Medusa(Drafter):
         self.blocks = nn.ModuleList(_Blocks(hidden_size, num_layers, device=device) for _ in range(num_heads))
         # Whoever makes heads writes their matrices: drawing them first, on the CPU, takes minutes of a large vocabulary.
         self.lm_heads = nn.ModuleList(
-            skip_init(nn.Linear, hidden_size, vocab_size, bias=False, device=device) for _ in range(num_heads)
+            _unwritten_linear(hidden_size, vocab_size, bias=False, device=device) for _ in range(num_heads)
         )
         self.num_heads = num_heads
         self.num_layers = num_layers
@@ -395,7 +394,7 @@ class _Blocks(nn.Module):
     def __init__(self, hidden_size: int, num_layers: int, *, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            skip_init(nn.Linear, hidden_size, hidden_size, device=device) for _ in range(num_layers)
+            _unwritten_linear(hidden_size, hidden_size, bias=True, device=device) for _ in range(num_layers)
         )
         for parameter in self.layers.parameters():
             nn.init.zeros_(parameter)
@@ -404,6 +403,17 @@ class _Blocks(nn.Module):
         for layer in self.layers:
             states_ND = states_ND + silu(layer(states_ND))
         return states_ND
+
+
+def _unwritten_linear(num_inputs: int, num_outputs: int, *, bias: bool, device: torch.device | str) -> nn.Linear:
+    """Return a linear map whose weights are to be written: drawing half a billion of them first takes seconds.
+
+    As torch's `skip_init`, which tensors without numbers (`train.step_cost`) do not bear.
+    """
+    made = nn.Linear(num_inputs, num_outputs, bias=bias, device="meta")
+    for name, weight in list(made.named_parameters()):
+        setattr(made, name, nn.Parameter(torch.empty_like(weight, device=device)))
+    return made
 
 
 def _config(folder: Path) -> dict[str, Any]:
