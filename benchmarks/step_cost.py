@@ -1,4 +1,4 @@
-"""What a step of EAGLE-3 for 8 B models costs, counted at their real sizes with tensors that have no numbers. No GPU is needed.
+"""What a step of training a drafter for 8 B models costs, counted at their real sizes with tensors that have no numbers. No GPU is needed.
 
 Memory is what tensors take at once: weights, AdamW's moments, gradients, activations, logits. A GPU's context and what its
 allocator cannot use come on top, some 2 GB. Operations are counted; the time is computed from those that are needed, at a
@@ -28,8 +28,8 @@ from drafttrain.target import Target
 from drafttrain.train.step_cost import StepCost, Trained, step_cost
 
 OUT = Path(__file__).with_suffix(".md")
-RECIPES = ("eagle3_llama3.1_8b", "eagle3_qwen3_8b")
-"""Other kinds look at numbers, or move their weights, while they are made."""
+RECIPES = ("eagle3_llama3.1_8b", "eagle3_qwen3_8b", "medusa_llama3.1_8b", "kangaroo_llama3.1_8b")
+"""A drafter that is a language model reads its files while it is made, so it is not among these."""
 PEAK_FLOPS = 989e12
 """Of an H100 or H200 in bf16, dense."""
 UTILIZATION = 0.4
@@ -124,7 +124,7 @@ def main() -> None:
         *("needed GFLOP a position", "executed / needed", "s a step", "hours"),
     )
     lines = [
-        "# What a step of EAGLE-3 for 8 B models costs",
+        "# What a step of training a drafter for 8 B models costs",
         "",
         f"{datetime.now(UTC):%Y-%m-%d}, commit {commit()}, torch {torch.__version__}, Python {platform.python_version()}.",
         "Counted with tensors that have no numbers, at the real sizes, every row full and every token",

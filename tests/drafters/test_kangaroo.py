@@ -14,19 +14,29 @@ from transformers import AutoModelForCausalLM
 
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import CheckpointError, RecipeError
-from drafttrain.core.records import Budget, Context, DraftBatch, Prompt, Record, Sampling, TargetNeeds
+from drafttrain.core.records import (
+    Budget,
+    Context,
+    DraftBatch,
+    Prompt,
+    Record,
+    Sampling,
+    TargetNeeds,
+    TargetOutput,
+)
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters.kangaroo import KangarooDrafter, KangarooSettings
 from drafttrain.eval.ledger import Ledger
 from drafttrain.eval.length.confidence import Confidence, ConfidenceSettings
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.eval.replay import Text, expected_rounds, replay_rows
-from drafttrain.losses.align import align
+from drafttrain.losses.align import align, planned
 from drafttrain.target import Target
 from drafttrain.target.anatomy import blocks, final_norm
 from drafttrain.target.logits import head_logits
 from tests.conftest import byte_tokenizer, random_llama
 from tests.eval.decoding import PROMPTS, chi_square, decode, greedy
+from tests.squares import Squares
 from tests.target.test_frozen import ARCHITECTURES
 
 EXIT = 2
@@ -118,6 +128,65 @@ def test_documents_do_not_see_each_other_and_none_sees_ahead(target):
         torch.testing.assert_close(logits_BTV[0, here], alone_BTV[0], rtol=0, atol=1e-10)
         shorter_BTV = logits_of(drafter, target, batch_of([text[:-1]]))
         torch.testing.assert_close(shorter_BTV[0], alone_BTV[0, :-1], rtol=0, atol=1e-10)
+
+
+def plain_states(drafter: KangarooDrafter, exit_BTD: Tensor, batch: DraftBatch) -> Tensor:
+    """Return the adapter's states with all scores in memory, and a mask over them."""
+    adapter = drafter.adapter
+    (layer,) = adapter.layers
+    query, keys, values = layer.project(exit_BTD, batch.positions_BT)
+    same_BTT = batch.documents_BT[:, :, None] == batch.documents_BT[:, None]
+    scores_BHTT = (query @ keys.mT / query.shape[-1] ** 0.5).masked_fill(~same_BTT.tril()[:, None], -torch.inf)
+    states_BTD: Tensor = adapter.norm(layer.finish(scores_BHTT.softmax(-1) @ values, exit_BTD))
+    return states_BTD
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("plan", [False, True])
+def test_packed_documents_attend_as_a_mask_says(target, dtype, atol, plan):
+    """States and gradients; two rows, one of several documents, both with padding."""
+    drafter = made(target, noise=0.1).to(dtype)
+    batch = batch_of([*TEXTS, list(range(60, 75))], width=32)
+    assert batch.tokens_BT.shape[0] == 2
+    seen = target.read(batch.tokens_BT, batch.positions_BT, drafter.needs())
+    exit_BTD = seen.hidden_BTD[EXIT].to(dtype)
+    batch = replace(batch, target=replace(seen, hidden_BTD={EXIT: exit_BTD}))
+    if plan:
+        batch = planned(batch, drafter.rows_asked())
+    found = []
+    for states_BTD in (drafter(batch).states_BTD[1], plain_states(drafter, exit_BTD, batch)):
+        gradients = torch.autograd.grad(states_BTD.square().mean(), list(drafter.parameters()))
+        found.append([states_BTD[batch.documents_BT >= 0], *gradients])
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=atol)
+    assert all(bool(gradient.any()) for gradient in found[0])
+
+
+def test_no_mask_and_no_scores_exist_and_the_memory_that_is_kept_grows_with_the_text_alone(target):
+    drafter = made(target, noise=0.1)
+
+    def kept(width: int, forward: Any) -> tuple[int, bool]:
+        batch = planned(batch_of([[1 + i % 250 for i in range(width)]], width=width), drafter.rows_asked())
+        exit_BTD = torch.randn(1, width, 32, dtype=torch.float64)
+        batch = replace(batch, target=TargetOutput(hidden_BTD={EXIT: exit_BTD}))
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), Squares(width) as squares:
+            states_BTD = forward(exit_BTD, batch)
+        assert states_BTD.requires_grad
+        return sum(sizes.values()), bool(squares.found)
+
+    ours = [kept(width, lambda _, batch: drafter(batch).states_BTD[1]) for width in (64, 128, 256)]
+    assert not any(square for _, square in ours)
+    # Weights are kept too, whatever the width.
+    assert ours[2][0] - ours[1][0] == 2 * (ours[1][0] - ours[0][0])
+    plain = [kept(width, lambda exit_BTD, batch: plain_states(drafter, exit_BTD, batch)) for width in (64, 128, 256)]
+    assert all(square for _, square in plain)
+    assert plain[2][0] - plain[1][0] > 3 * (plain[1][0] - plain[0][0])
 
 
 def test_rows_of_one_token_before_are_aligned(idle_target):

@@ -14,7 +14,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from drafttrain.checkpoint import About, write_about
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.records import DraftBatch, Prompt, Record
+from drafttrain.core.records import DraftBatch, DraftOutput, Prompt, Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters.lora import LoraAdapter, LoraSettings, LowRank, merged
 from drafttrain.drafters.medusa import ADAPTER, JointSettings, Medusa, MedusaSettings
@@ -22,7 +22,7 @@ from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.losses.align import align
 from drafttrain.losses.ce import CrossEntropy, CrossEntropyConfig
-from drafttrain.losses.chunked import row_losses
+from drafttrain.losses.chunked import batch_loss
 from drafttrain.losses.random_rows import chosen
 from drafttrain.target import Target, TargetSettings
 from drafttrain.target.documents import tells_documents_apart
@@ -45,14 +45,24 @@ def read(target: Target, medusa: Medusa, *, seed: int = 1) -> DraftBatch:
     return replace(batch, target=target.read(batch.tokens_BT, batch.positions_BT, medusa.needs()))
 
 
+def targets_loss(drafted: DraftOutput, batch: DraftBatch) -> float:
+    """Return what is trained beside the heads, alone."""
+    beside = drafted.beside
+    assert beside is not None
+    batch = replace(batch, target_rows=beside.target_rows)
+    rows = align(beside.drafted, batch)
+    return float(batch_loss(beside.loss, beside.drafted, rows, batch, vocab_size=V).total.detach())
+
+
 def train(medusa: Medusa, batch: DraftBatch, *, steps: int) -> None:
     optimizer = torch.optim.Adam(medusa.parameters(), lr=1e-2)
     for step in range(steps):
         drafted = medusa(replace(batch, step=step))
-        loss_N, _ = row_losses(CrossEntropy(CrossEntropyConfig()), drafted, align(drafted, batch), batch, vocab_size=V)
-        assert drafted.extra_loss is not None
+        loss = CrossEntropy(CrossEntropyConfig())
+        assert drafted.beside is not None
         optimizer.zero_grad()
-        ((loss_N.sum() + drafted.extra_loss) / batch.weight_of_step).backward()
+        made = batch_loss(loss, drafted, align(drafted, batch), batch, vocab_size=V)
+        (made.total / batch.weight_of_step).backward()
         optimizer.step()
 
 
@@ -87,7 +97,7 @@ def test_the_start_is_the_base_and_writes_no_adapter(target: Target, tmp_path: P
     drafted = medusa(batch)
     assert batch.target is not None
     assert torch.equal(drafted.states_BTD[1], batch.target.final_BTD)
-    assert float(drafted.extra_loss.detach()) == pytest.approx(0, abs=1e-9)
+    assert targets_loss(drafted, batch) == pytest.approx(0, abs=1e-9)
     medusa.save(tmp_path)
     assert not (tmp_path / ADAPTER).exists()
     assert Medusa.load(tmp_path, target).adapted(target) is target
@@ -103,7 +113,7 @@ def test_the_targets_loss_is_the_kl_of_base_and_adapted_over_trained_positions(t
         kl_BT = (base.exp() * (base - own)).sum(-1)
         wanted = float(kl_BT[:, :-1][batch.loss_mask_BT[:, 1:]].sum())
         trained.train()
-        found = float(trained(batch).extra_loss)
+        found = targets_loss(trained(batch), batch)
         trained.eval()
     assert wanted > 1e-3
     assert found == pytest.approx(wanted, rel=1e-5)

@@ -13,10 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from drafttrain.core.records import DraftBatch, DraftOutput, TargetNeeds, TargetRows
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import drafters
-from drafttrain.losses import losses
+from drafttrain.drafters.lora import LoraSettings
+from drafttrain.drafters.medusa import JointSettings, Medusa, MedusaSettings
+from drafttrain.losses import Loss, losses
 from drafttrain.losses.align import align
 from drafttrain.losses.chunked import batch_loss
 from drafttrain.target import Target
+from drafttrain.target.frozen import LiveRows
 from tests.conftest import byte_tokenizer, random_llama
 from tests.losses.test_losses import records
 
@@ -95,6 +98,78 @@ def test_the_targets_head_runs_once_a_position_and_the_drafters_twice_a_row_at_m
     assert len(rows.tokens_N) <= drafters_own <= 2 * len(rows.tokens_N)
     if chosen.pointwise:
         assert drafters_own == len(rows.tokens_N)
+
+
+LOSSES = ["ce", "lk_hybrid", "tvdpp", "block_acceptance"]
+
+
+def joint(*, cached: bool = False) -> tuple[Target, Any, DraftOutput, DraftBatch]:
+    """Return Medusa-2 away from its start, with rows of the live target or stored ones."""
+    target = Target(random_llama(num_layers=2).double(), byte_tokenizer(), name="tiny", fingerprint="")
+    settings = MedusaSettings(num_heads=2, joint=JointSettings(lora=LoraSettings(rank=2, dropout=0.0)))
+    torch.manual_seed(1)
+    medusa = Medusa.create(settings, target=target, tokenizer=target.tokenizer).double().train()
+    for parameter in medusa.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    batch, _ = pack(records(), width=20, weight_of_step=1.0)
+    seen = target.read(batch.tokens_BT, batch.positions_BT, medusa.needs())
+    rows: Any = CountedRows(target.rows_of(seen)) if cached else target.rows_of(seen)
+    batch = replace(batch, target=seen, target_rows=rows)
+    return target, medusa, medusa(batch), batch
+
+
+def loss_called(name: str) -> Loss:
+    return losses.build(losses.entry(name).settings())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_of_medusa_2_the_targets_head_runs_once_a_position_for_its_own_loss_and_that_of_the_heads(
+    name, chunk, monkeypatch
+):
+    asked: list[Tensor] = []
+    at = LiveRows.at
+    monkeypatch.setattr(LiveRows, "at", lambda self, index_N: asked.append(index_N) or at(self, index_N))
+    target, _, drafted, batch = joint()
+    loss = loss_called(name)
+    rows = align(drafted, batch, block_length=getattr(loss, "block_length", 1))
+    with Products([target.model.get_output_embeddings().weight]) as products:
+        batch_loss(loss, drafted, rows, batch, vocab_size=257, chunk_rows=chunk).total.backward()
+    positions = align(drafted.beside.drafted, batch).target_N
+    assert len(positions) > rows.counts[1]
+    assert torch.cat(asked).tolist() == positions.tolist()
+    # And once with the adapters on.
+    assert products.rows == 2 * len(positions)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_of_medusa_2_the_total_is_that_of_both_losses_alone(name, chunk):
+    """Values, acceptance and the gradients of heads and adapters; the heads' loss may be of stored rows."""
+    found = []
+    for together, cached in ((True, False), (True, True), (False, False)):
+        _, medusa, drafted, batch = joint(cached=cached)
+        loss, beside = loss_called(name), drafted.beside
+        rows = align(drafted, batch, block_length=getattr(loss, "block_length", 1))
+        if together:
+            made = batch_loss(loss, drafted, rows, batch, vocab_size=257, chunk_rows=chunk)
+            total = made.total
+        else:
+            made = batch_loss(loss, replace(drafted, beside=None), rows, batch, vocab_size=257)
+            own_batch = replace(batch, target_rows=beside.target_rows)
+            own = batch_loss(beside.loss, beside.drafted, align(beside.drafted, batch), own_batch, vocab_size=257)
+            assert own.total > 1e-3
+            total = made.total + own.total
+        total.backward()
+        numbers = {"total": total, "rows": made.loss_N}
+        if made.acceptance_N is not None:
+            numbers["accepted"] = made.acceptance_N
+        found.append(numbers | {name: weight.grad for name, weight in medusa.named_parameters()})
+    assert all(bool(value.any()) for value in found[2].values())
+    for one in found[:2]:
+        assert one.keys() == found[2].keys()
+        for name, value in one.items():
+            torch.testing.assert_close(value, found[2][name], rtol=0, atol=1e-12)
 
 
 @EVERY_KIND

@@ -9,16 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from drafttrain.config.load import load_recipe
-from drafttrain.drafters.eagle3 import Eagle3Drafter
+from drafttrain.drafters import drafters
 from drafttrain.losses import losses
 from drafttrain.target import Target
 from drafttrain.target.packed_attention import Columns
 from drafttrain.train.step_cost import Counted, StepCost, Trained, step_cost
+from tests.squares import Squares
 
 ROWS, WIDTH = 2, 2048
 
@@ -29,10 +28,9 @@ class Sized(Target):
         return self.vocab_size
 
 
-def build(*, num_steps: int, num_layers: int = 3) -> Trained:
-    """Return what eagle3_llama3.1_8b trains, on a target of fewer layers of the same sizes."""
-    recipe = load_recipe("eagle3_llama3.1_8b")
-    assert (recipe.train.records_per_device, recipe.data.max_length) == (ROWS, WIDTH)
+def build(name: str = "eagle3_llama3.1_8b", *, num_layers: int = 3, **settings: Any) -> Trained:
+    """Return what a recipe for Llama-3.1-8B trains, on a target of fewer layers of the same sizes."""
+    recipe = load_recipe(name)
     config = LlamaConfig(
         vocab_size=128256,
         hidden_size=4096,
@@ -44,30 +42,24 @@ def build(*, num_steps: int, num_layers: int = 3) -> Trained:
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     target = Sized(model, None, name="", fingerprint="")
-    settings: Any = replace(recipe.drafter, num_steps=num_steps)
-    drafter = Eagle3Drafter.create(settings, target=target, tokenizer=None)
-    return Trained(drafter, losses.build(recipe.loss), target, target.vocab_size)
+    component: Any = drafters.entry(recipe.drafter.kind).component
+    drafter = component.create(replace(recipe.drafter, **settings), target=target, tokenizer=None)
+    return Trained(
+        drafter, losses.build(recipe.loss), target, target.vocab_size, chunk_rows=recipe.train.loss_chunk_rows
+    )
 
 
-class Squares(TorchDispatchMode):
-    """Notes tensors of a number for each pair of slots of a row."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: set[tuple[int, ...]] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for one in tree_leaves(result):
-            if isinstance(one, Tensor) and one.ndim > 1 and all(WIDTH <= n < WIDTH + 8 for n in one.shape[-2:]):
-                self.found.add(tuple(one.shape))
-        return result
+def cost_of(name: str, **settings: Any) -> StepCost:
+    """Return the cost of a micro-batch of the recipe."""
+    recipe = load_recipe(name)
+    rows, width = recipe.train.records_per_device, recipe.data.max_length
+    return step_cost(lambda: build(name, **settings), rows=rows, width=width)
 
 
 @pytest.fixture(scope="module")
 def counted() -> Iterator[tuple[StepCost, Squares]]:
-    with Squares() as squares:
-        cost = step_cost(lambda: build(num_steps=5), rows=ROWS, width=WIDTH)
+    with Squares(WIDTH) as squares:
+        cost = cost_of("eagle3_llama3.1_8b", num_steps=5)
     return cost, squares
 
 
@@ -90,7 +82,20 @@ def test_memory_is_what_the_header_of_the_recipe_says(counted: Any) -> None:
     """Of 29 layers more the target's own weights, 0.44 GB each, are all that comes on top."""
     cost, _ = counted
     assert cost.trained_bytes == pytest.approx(424_689_664 * 12, rel=1e-3)
-    assert cost.memory + 29 * 2 * 218_112_000 == pytest.approx(27.7e9, rel=0.02)
+    assert cost.memory + 29 * 2 * 218_112_000 == pytest.approx(27.6e9, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "memory"),
+    [("medusa_llama3.1_8b", 2_168_471_552, 58.4e9), ("kangaroo_llama3.1_8b", 67_117_056, 20.0e9)],
+)
+def test_other_kinds_run_what_is_needed_and_take_what_their_headers_say(name, parameters, memory):
+    with Squares(WIDTH) as squares:
+        cost = cost_of(name)
+    assert not squares.found
+    assert cost.needed <= cost.executed <= 1.01 * cost.needed
+    assert cost.trained_bytes == 12 * parameters
+    assert cost.memory + 29 * 2 * 218_112_000 == pytest.approx(memory, rel=0.01)
 
 
 def test_prompts_are_neither_needed_nor_run() -> None:
@@ -107,7 +112,7 @@ def test_control_dense_attention_has_scores_and_keeps_them(monkeypatch: pytest.M
         return (query @ keys.repeat_interleave(groups, 1).mT).softmax(-1) @ values.repeat_interleave(groups, 1)
 
     monkeypatch.setattr(Columns, "attend", dense)
-    with Squares() as squares:
+    with Squares(WIDTH) as squares:
         cost = step_cost(lambda: build(num_steps=1), rows=ROWS, width=WIDTH)
     assert squares.found
     assert cost.kept > plain.kept + ROWS * 32 * WIDTH**2 * 2

@@ -345,10 +345,24 @@ class DraftOutput:
     """What the drafter adds to the loss of the step by itself: a sum over trained positions, like the sum of loss_N."""
     vocabulary: Tensor | None = None
     """The target's id of each of the drafter's tokens, ascending; None: the vocabularies are the same."""
+    beside: Beside | None = None
 
     def logits_BTV(self, depth: int) -> Tensor:
         """Return the whole logits of one depth."""
         return self.head(self.states_BTD[depth], depth)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """States that are trained beside a drafter's drafts, by a loss of their own; the loss of the step has its sum over rows.
+
+    Where the drafts are compared with the same rows of the target, its head runs once for both.
+    """
+
+    drafted: DraftOutput
+    loss: Any
+    """A `losses.Loss`."""
+    target_rows: TargetRows
 
 
 @dataclass(frozen=True)

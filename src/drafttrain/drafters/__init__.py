@@ -67,6 +67,11 @@ class Drafter(nn.Module, ABC):
         """
         return [RowsAsked((1,), self.lag)]
 
+    @property
+    def compares_with_target(self) -> bool:
+        """It reads the target's distribution in training, whatever its loss reads."""
+        return False
+
     def why_not_cached(self) -> str | None:
         """Return why what this drafter reads of the target cannot be stored before training; None: it can."""
         return "it reads the target's logits of every token" if self.needs().logits else None

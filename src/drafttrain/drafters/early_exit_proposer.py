@@ -1,17 +1,18 @@
 """Drafting with the target's own first blocks: they run once a token, and the target continues from their states.
 
-B = sequences, N = new rows of one call, C = cached rows, D = hidden, V = vocabulary, R = rows of q
+B = sequences, N = new rows of one call, C = cached rows, D = hidden, H = heads, d = width of a head, V = vocabulary, R = rows of q
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from drafttrain.core.device_time import Span
 from drafttrain.core.errors import CheckpointError
@@ -35,13 +36,8 @@ from drafttrain.drafters.next_tokens import next_tokens
 from drafttrain.target.logits import head_logits
 from drafttrain.target.ragged_cache import RaggedCache
 
-
-class KeysAndValues(Protocol):
-    """A cache of one layer's keys and values, as Hugging Face's are."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Take new ones and return all."""
-        ...
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From (query_BHTd, keys_BHTd, values_BHTd) of an adapter to attended_BHTd: it knows which positions each one may look at."""
 
 
 @dataclass
@@ -64,7 +60,7 @@ class EarlyExitProposer:
     of all nodes. The adapter reads it only when another one is to be drafted.
 
     Args:
-        adapter: From states that enter the exit layer to states that the head reads.
+        adapter: From states that enter the exit layer to states that the head reads, given how to attend.
         model: The target; its head is used.
         num_tokens: Ids that the tokenizer can produce; other rows of the head are padding and carry no mass.
         draft: `sampled`, or `greedy`: a FIXED node at every temperature.
@@ -250,7 +246,9 @@ class _CachedAdapter:
             cached = self._cache.columns
             allowed_BNC = torch.ones(len(rows), width, cached + width, dtype=torch.bool).tril(cached)
         context = sum(length for length, size in zip(self._cache.lengths, sizes, strict=True) if size)
-        states_BND = self._module(exit_BND, positions_BN.to(self._device), allowed_BNC.to(self._device), self._cache.hf)
+        states_BND = self._module(
+            exit_BND, positions_BN.to(self._device), partial(self._attend, allowed_BNC.to(self._device))
+        )
         self._cache.appended(sizes, width=width)
         found: list[tuple[Tensor, Tensor] | None] = [None] * len(rows)
         if head:
@@ -261,6 +259,11 @@ class _CachedAdapter:
                 found[sequence] = (last_ND[row], logits_NV[row])
         self._tell(sizes, context=context, head=head, span=span)
         return found
+
+    def _attend(self, allowed_BNC: Tensor, query_BHNd: Tensor, keys_BHNd: Tensor, values_BHNd: Tensor) -> Tensor:
+        """Cache the new keys and values, and attend to the allowed ones of all."""
+        keys_BHCd, values_BHCd = self._cache.hf.update(keys_BHNd, values_BHNd, 0)
+        return scaled_dot_product_attention(query_BHNd, keys_BHCd, values_BHCd, attn_mask=allowed_BNC[:, None])
 
     def _tell(self, sizes: Sequence[int], *, context: int, head: bool, span: Span) -> None:
         """Enter the call in the ledger: the adapter's weights, its cache, and the head that it shares with the target."""

@@ -1,6 +1,6 @@
 """Kangaroo: the target's first blocks, an adapter of one attention block and two norms, the target's own head.
 
-B = sequences, T = positions, S = positions that are looked at, D = hidden, H = heads, N = rows, V = vocabulary
+B = sequences, T = positions, D = hidden, H = heads, d = width of a head, N = rows, V = vocabulary
 """
 
 from __future__ import annotations
@@ -10,25 +10,26 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.flops import BatchShape, Products, attention, matrix, parameters_of
 from drafttrain.core.foreign import read_json
+from drafttrain.core.packed_documents import PackedDocuments
 from drafttrain.core.records import DraftBatch, DraftOutput, TargetNeeds
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
 from drafttrain.core.tensors import load_into
 from drafttrain.drafters import Drafter, drafters
-from drafttrain.drafters.early_exit_proposer import EarlyExitProposer, KeysAndValues
+from drafttrain.drafters.early_exit_proposer import Attend, EarlyExitProposer
 from drafttrain.target import Target
 from drafttrain.target.anatomy import blocks, final_norm
 from drafttrain.target.logits import head_of
+from drafttrain.target.packed_attention import Columns
 from drafttrain.target.work import head_parameters
 
 CONFIG_KEYS = ("exit_layer", "hidden_size", "num_attention_heads", "rope_theta", "draft", "target_fingerprint")
@@ -94,7 +95,7 @@ No serving engine loads an adapter behind a target's first layers yet; these fig
             rope_theta=float(rope.get("rope_theta", 10_000.0)),
             draft=settings.draft,
         )
-        return drafter.float() if target.model.dtype != torch.float64 else drafter.double()
+        return drafter.double() if target.model.dtype == torch.float64 else drafter
 
     def needs(self) -> TargetNeeds:
         """Return the state that enters the exit layer."""
@@ -104,14 +105,20 @@ No serving engine loads an adapter behind a target's first layers yet; these fig
         """Return the states of depth 1, from the target's states of the batch."""
         assert batch.target is not None, "whoever reads the target reads what `needs` says"
         exit_BTD = batch.target.hidden_BTD[self.exit_layer]
-        allowed_BTT = (batch.documents_BT[:, :, None] == batch.documents_BT[:, None]).tril()
-        return DraftOutput(
-            {1: self.adapter(exit_BTD, batch.positions_BT, allowed_BTT)}, head_of(*self._model), self.lag
-        )
+        documents = batch.packed_documents or PackedDocuments.of(batch.positions_BT)
+
+        def in_its_document(query_BHTd: Tensor, keys_BHTd: Tensor, values_BHTd: Tensor) -> Tensor:
+            return Columns(keys_BHTd, values_BHTd, documents).attend(query_BHTd)
+
+        states_BTD = self.adapter(exit_BTD, batch.positions_BT, in_its_document)
+        return DraftOutput({1: states_BTD}, head_of(*self._model), self.lag)
 
     def compile_with(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Compile the adapter."""
-        self.adapter.__dict__["forward"] = compiled(self.adapter.forward)
+        """Compile the adapter around its attention, which is a kernel already."""
+        for layer in self.adapter.blocks:
+            layer.__dict__["project"] = compiled(layer.project)
+            layer.__dict__["finish"] = compiled(layer.finish)
+        self.adapter.norm.__dict__["forward"] = compiled(self.adapter.norm.forward)
 
     def products(self, shape: BatchShape) -> Iterator[Products]:
         """Yield those of the adapter, and of the target's head, which is not trained, for each trained label."""
@@ -188,43 +195,47 @@ class Adapter(nn.Module):
         self.width = width
         self.num_heads = num_heads
         self.rope_theta = rope_theta
-        self.layers = nn.ModuleList([_AttentionBlock(width, num_heads=num_heads, rope_theta=rope_theta)])
-        self.norm = copy.deepcopy(last_norm).requires_grad_(True)
+        self.layers = nn.ModuleList([AttentionBlock(width, num_heads=num_heads, rope_theta=rope_theta)])
+        self.norm = _trainable_copy(last_norm)
 
-    def forward(
-        self, exit_BTD: Tensor, positions_BT: Tensor, allowed_BTS: Tensor, cache: KeysAndValues | None = None
-    ) -> Tensor:
+    @property
+    def blocks(self) -> list[AttentionBlock]:
+        """The attention block, under the name that the paper's code gives its weights."""
+        return cast("list[AttentionBlock]", list(self.layers))
+
+    def forward(self, exit_BTD: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
         """Return states that the target's head turns into logits.
 
         Args:
             exit_BTD: States that enter the exit layer.
-            allowed_BTS: Which positions each one may look at, cached ones first.
-            cache: Takes the new keys and values, and gives all of them.
         """
         states_BTD = exit_BTD.to(next(self.parameters()).dtype)
-        for layer in self.layers:
-            states_BTD = layer(states_BTD, positions_BT, allowed_BTS, cache)
+        for layer in self.blocks:
+            states_BTD = layer.finish(attend(*layer.project(states_BTD, positions_BT)), states_BTD)
         normed_BTD: Tensor = self.norm(states_BTD)
         return normed_BTD
 
 
-class _AttentionBlock(nn.Module):
-    """f + attention(norm(f))."""
+class AttentionBlock(nn.Module):
+    """f + attention(norm(f)), in the two parts around the attention itself."""
 
     def __init__(self, width: int, *, num_heads: int, rope_theta: float) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(width, eps=1e-6)
-        self.self_attn = _Attention(width, num_heads=num_heads, rope_theta=rope_theta)
+        self.self_attn = Projections(width, num_heads=num_heads, rope_theta=rope_theta)
 
-    def forward(
-        self, states_BTD: Tensor, positions_BT: Tensor, allowed_BTS: Tensor, cache: KeysAndValues | None
-    ) -> Tensor:
-        attended_BTD: Tensor = self.self_attn(self.input_layernorm(states_BTD), positions_BT, allowed_BTS, cache)
-        return states_BTD + attended_BTD
+    def project(self, states_BTD: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (query_BHTd, keys_BHTd, values_BHTd)."""
+        return self.self_attn.project(self.input_layernorm(states_BTD), positions_BT)
+
+    def finish(self, attended_BHTd: Tensor, states_BTD: Tensor) -> Tensor:
+        """Return the states with what the attention adds to them."""
+        added_BTD: Tensor = self.self_attn.o_proj(attended_BHTd.transpose(1, 2).flatten(2))
+        return states_BTD + added_BTD
 
 
-class _Attention(nn.Module):
-    """Causal attention with rotary positions; it adds nothing at the start."""
+class Projections(nn.Module):
+    """Of causal attention with rotary positions; it adds nothing at the start."""
 
     def __init__(self, width: int, *, num_heads: int, rope_theta: float) -> None:
         super().__init__()
@@ -238,19 +249,14 @@ class _Attention(nn.Module):
             nn.init.normal_(projection.weight, std=width**-0.5)
         nn.init.zeros_(self.o_proj.weight)
 
-    def forward(
-        self, normed_BTD: Tensor, positions_BT: Tensor, allowed_BTS: Tensor, cache: KeysAndValues | None
-    ) -> Tensor:
+    def project(self, normed_BTD: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (query_BHTd, keys_BHTd, values_BHTd), the first two turned by their positions."""
         query_BHTd, key_BHTd, value_BHTd = (
             projection(normed_BTD).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         query_BHTd, key_BHTd = (rotated(x, positions_BT, theta=self.rope_theta) for x in (query_BHTd, key_BHTd))
-        if cache is not None:
-            key_BHTd, value_BHTd = cache.update(key_BHTd, value_BHTd, 0)
-        mixed_BHTd = scaled_dot_product_attention(query_BHTd, key_BHTd, value_BHTd, attn_mask=allowed_BTS[:, None])
-        out_BTD: Tensor = self.o_proj(mixed_BHTd.transpose(1, 2).flatten(2))
-        return out_BTD
+        return query_BHTd, key_BHTd, value_BHTd
 
 
 def rotated(x_BHTd: Tensor, positions_BT: Tensor, *, theta: float) -> Tensor:
@@ -261,6 +267,16 @@ def rotated(x_BHTd: Tensor, positions_BT: Tensor, *, theta: float) -> Tensor:
     cos_B1Td, sin_B1Td = angle_BTd.cos()[:, None].to(x_BHTd.dtype), angle_BTd.sin()[:, None].to(x_BHTd.dtype)
     first, second = x_BHTd[..., :half], x_BHTd[..., half:]
     return torch.cat([first * cos_B1Td - second * sin_B1Td, second * cos_B1Td + first * sin_B1Td], dim=-1)
+
+
+def _trainable_copy(norm: nn.Module) -> nn.Module:
+    """Return a norm of its own with the same weights, float32 or wider."""
+    own = {
+        id(weight): nn.Parameter(weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True))
+        for weight in norm.parameters()
+    }
+    # What a copy has copied already it does not copy again.
+    return copy.deepcopy(norm, own)
 
 
 def _width(target: Target) -> int:

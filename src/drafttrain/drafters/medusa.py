@@ -17,14 +17,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import silu
-from torch.nn.utils import skip_init
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import write_json
 from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
 from drafttrain.core.foreign import read_json
 from drafttrain.core.linear_head import LinearHead
-from drafttrain.core.records import DraftBatch, DraftOutput, RowsAsked, TargetNeeds
+from drafttrain.core.records import Beside, DraftBatch, DraftOutput, RowsAsked, TargetNeeds
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
 from drafttrain.core.tensors import load_into, shapes_in
@@ -35,10 +34,10 @@ from drafttrain.drafters.start import HELP, folder_to_start_from, said_by_the_fo
 from drafttrain.drafters.static_tree import Path as TreePath
 from drafttrain.drafters.static_tree import best_paths, non_increasing
 from drafttrain.losses.align import align
-from drafttrain.losses.chunked import batch_loss
 from drafttrain.losses.forward_kl import ForwardKL, ForwardKLConfig
 from drafttrain.target import Target
 from drafttrain.target.documents import as_read, document_states
+from drafttrain.target.frozen import LiveRows
 from drafttrain.target.logits import finished_logits, finisher, head_of
 from drafttrain.target.work import head_parameters, trunk_products
 
@@ -132,7 +131,7 @@ class Medusa(Drafter):
         self.blocks = nn.ModuleList(_Blocks(hidden_size, num_layers, device=device) for _ in range(num_heads))
         # Whoever makes heads writes their matrices: drawing them first, on the CPU, takes minutes of a large vocabulary.
         self.lm_heads = nn.ModuleList(
-            skip_init(nn.Linear, hidden_size, vocab_size, bias=False, device=device) for _ in range(num_heads)
+            _unwritten_linear(hidden_size, vocab_size, bias=False, device=device) for _ in range(num_heads)
         )
         self.num_heads = num_heads
         self.num_layers = num_layers
@@ -212,18 +211,23 @@ class Medusa(Drafter):
         of_target = [] if self.joint is None else [RowsAsked((1,), 0)]
         return [RowsAsked(tuple(range(1, self.num_heads + 1)), self.lag), *of_target]
 
+    @property
+    def compares_with_target(self) -> bool:
+        """In joint training, whatever the loss of the heads."""
+        return self.joint is not None
+
     def forward(self, batch: DraftBatch) -> DraftOutput:
         """Return the states of every head before its output matrix."""
         final_BTD = batch.target.final_BTD if batch.target is not None else None
         assert final_BTD is not None, "the module reads the target first"
-        factor, extra_loss = 1.0, None
+        factor, beside = 1.0, None
         if self.adapter is not None and not self.adapter.on:
             final_BTD = self._adapted(batch)
         if self.joint is not None and self.training:
             factor = self.joint.coefficient(batch.step)
-            extra_loss = self._target_loss(final_BTD, batch)
+            beside = self._of_target(final_BTD, batch)
         weights = {depth: factor * self.decay**depth for depth in range(1, self.num_heads + 1)}
-        return replace(self._drafted(final_BTD), depth_weights=weights, extra_loss=extra_loss)
+        return replace(self._drafted(final_BTD), depth_weights=weights, beside=beside)
 
     def _drafted(self, final_BTD: Tensor) -> DraftOutput:
         states_BTD = {depth: self.states(final_BTD, depth) for depth in range(1, self.num_heads + 1)}
@@ -239,16 +243,17 @@ class Medusa(Drafter):
             final_BTD, _ = document_states(model, batch.tokens_BT, batch.positions_BT, documents=batch.packed_documents)
         return final_BTD
 
-    def _target_loss(self, final_BTD: Tensor, batch: DraftBatch) -> Tensor:
-        """Return the sum over trained positions of KL(target without adapters, target with them)."""
+    def _of_target(self, final_BTD: Tensor, batch: DraftBatch) -> Beside:
+        """Return the target with adapters, whose distribution is kept by KL(target without adapters, target with them)."""
         target = self._target
         assert target is not None
         assert batch.target is not None
+        rows = batch.target_rows
+        if not isinstance(rows, LiveRows):
+            # What a cache holds of the distribution may be a part of it.
+            rows = target.rows_of(batch.target)
         states = DraftOutput({1: final_BTD}, head_of(target.model), lag=0)
-        rows = align(states, batch)
-        batch = replace(batch, target_rows=target.rows_of(batch.target))
-        loss = ForwardKL(ForwardKLConfig())
-        return batch_loss(loss, states, rows, batch, vocab_size=target.num_tokens, measured=False).total
+        return Beside(states, ForwardKL(ForwardKLConfig()), rows)
 
     @property
     def _head(self) -> LinearHead:
@@ -269,7 +274,7 @@ class Medusa(Drafter):
             head.__dict__["forward"] = compiled(head.forward)
 
     def products(self, shape: BatchShape) -> Iterator[Products]:
-        """Yield those of every head; of Medusa-2 also those of the target with its adapters, and of its head for the KL."""
+        """Yield those of every head; of Medusa-2 also those of the target with its adapters, and of its head on their states."""
         joint = self.adapter is not None
         for depth in range(1, self.num_heads + 1):
             for number in range(self.num_layers):
@@ -280,9 +285,7 @@ class Medusa(Drafter):
             assert self._target is not None
             yield from trunk_products(self._target.model, shape, gradients=1)
             yield matrix(parameters_of(self.adapter), shape.positions, gradients=2)
-            # Both distributions of the KL: with adapters and without.
             yield matrix(head_parameters(self._target.model), shape.rows(1), gradients=1)
-            yield matrix(head_parameters(self._target.model), shape.rows(1), gradients=0)
 
     def lr_factor(self, name: str) -> float:
         """Return what train.lr is multiplied by for a parameter."""
@@ -391,7 +394,7 @@ class _Blocks(nn.Module):
     def __init__(self, hidden_size: int, num_layers: int, *, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            skip_init(nn.Linear, hidden_size, hidden_size, device=device) for _ in range(num_layers)
+            _unwritten_linear(hidden_size, hidden_size, bias=True, device=device) for _ in range(num_layers)
         )
         for parameter in self.layers.parameters():
             nn.init.zeros_(parameter)
@@ -400,6 +403,17 @@ class _Blocks(nn.Module):
         for layer in self.layers:
             states_ND = states_ND + silu(layer(states_ND))
         return states_ND
+
+
+def _unwritten_linear(num_inputs: int, num_outputs: int, *, bias: bool, device: torch.device | str) -> nn.Linear:
+    """Return a linear map whose weights are to be written: drawing half a billion of them first takes seconds.
+
+    As torch's `skip_init`, which tensors without numbers (`train.step_cost`) do not bear.
+    """
+    made = nn.Linear(num_inputs, num_outputs, bias=bias, device="meta")
+    for name, weight in list(made.named_parameters()):
+        setattr(made, name, nn.Parameter(torch.empty_like(weight, device=device)))
+    return made
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,8 +16,19 @@ from torch.utils.checkpoint import checkpoint
 from drafttrain.core.processes import shared
 from drafttrain.core.records import AlignedRows, DraftBatch, DraftOutput
 from drafttrain.losses import Loss
+from drafttrain.losses.align import align
 from drafttrain.losses.fused import are_spread, can_be_fused, fused_loss
-from drafttrain.losses.pieces import ACCEPTANCE, NO_ROWS, Part, RowValues, TargetPiece, nothing_of, piece_size, pieces
+from drafttrain.losses.pieces import (
+    ACCEPTANCE,
+    NO_ROWS,
+    Part,
+    RowValues,
+    TargetPiece,
+    nothing_of,
+    piece_size,
+    pieces,
+    target_of,
+)
 
 LEARNABLE = "learnable"
 
@@ -37,7 +48,7 @@ class BatchLoss:
     """The loss of a micro-batch."""
 
     total: Tensor
-    """The sum over rows, by which everything is trained."""
+    """The sum over rows, by which everything is trained; with what is trained beside the drafts."""
     loss_N: Tensor
     """float32, without gradient."""
     acceptance_N: Tensor | None
@@ -54,19 +65,28 @@ def batch_loss(
     chunk_rows: int | None = None,
     measured: bool = True,
 ) -> BatchLoss:
-    """Return the loss of a micro-batch: the sum of `row_losses`.
+    """Return the loss of a micro-batch: the sum of `row_losses`, and of those that the drafter trains beside its drafts.
 
     The gradient is taken while a piece of logits is there, where the head's parts and its weights are at hand; a head that is only
     a function, or whose weights are spread over processes, runs again in the backward pass.
     """
-    if not can_be_fused(drafted) or not torch.is_grad_enabled():
-        loss_N, acceptance_N = row_losses(
-            loss, drafted, rows, batch, vocab_size=vocab_size, chunk_rows=chunk_rows, measured=measured
-        )
-        return BatchLoss(loss_N.sum(), loss_N.detach(), acceptance_N)
+    sizes: dict[str, Any] = {"vocab_size": vocab_size, "chunk_rows": chunk_rows}
     values = RowValues(loss, drafted, rows, batch, vocab_size=vocab_size, measured=measured)
-    size = piece_size(rows, columns=values.columns, chunk_rows=chunk_rows)
-    return BatchLoss(*fused_loss(values, drafted, pieces(rows, size)))
+    terms = [(values, drafted)]
+    if (beside := drafted.beside) is not None:
+        its_rows, its_batch = align(beside.drafted, batch), replace(batch, target_rows=beside.target_rows)
+        its = RowValues(beside.loss, beside.drafted, its_rows, its_batch, vocab_size=vocab_size, measured=False)
+        terms.append((its, beside.drafted))
+        together = torch.is_grad_enabled() and all(can_be_fused(each) for _, each in terms)
+        if not together or not values.can_share_target(its):
+            alone = batch_loss(loss, replace(drafted, beside=None), rows, batch, **sizes, measured=measured)
+            added = batch_loss(beside.loss, beside.drafted, its_rows, its_batch, **sizes, measured=False)
+            return replace(alone, total=alone.total + added.total)
+    if not can_be_fused(drafted) or not torch.is_grad_enabled():
+        loss_N, acceptance_N = row_losses(loss, drafted, rows, batch, **sizes, measured=measured)
+        return BatchLoss(loss_N.sum(), loss_N.detach(), acceptance_N)
+    size = piece_size(rows, columns=max(each.columns for each, _ in terms), chunk_rows=chunk_rows)
+    return BatchLoss(*fused_loss(terms, pieces([each.rows for each, _ in terms], size)))
 
 
 def row_losses(
@@ -93,7 +113,7 @@ def row_losses(
     values = RowValues(loss, drafted, rows, batch, vocab_size=vocab_size, measured=measured)
     count = len(rows.tokens_N)
     again = (count > chunk_rows if chunk_rows else count * vocab_size * 4 > WHOLE_BYTES) and torch.is_grad_enabled()
-    planned = pieces(rows, piece_size(rows, columns=values.columns, chunk_rows=chunk_rows))
+    planned = pieces([rows], piece_size(rows, columns=values.columns, chunk_rows=chunk_rows))
     spread = are_spread(drafted) and torch.is_grad_enabled()
     if spread:
         # ZeRO-3 gathers a head's weights at every call of it: all ranks must make as many, in the same order.
@@ -103,7 +123,7 @@ def row_losses(
     found: dict[int, dict[str, Tensor]] = {}
     untrained: list[Tensor] = []
     for piece in planned:
-        target = values.target_of(piece) if piece.parts else None
+        target = target_of([values], piece) if piece.parts else None
         parts = {part.depth: part for part in piece.parts}
         for depth in rows.counts:
             if (part := parts.get(depth)) is None:

@@ -8,7 +8,7 @@ N = rows, n = rows of a part, R = positions of the batch, V = vocabulary, D = hi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 
 from drafttrain.core.linear_head import LinearHead
 from drafttrain.core.records import DraftOutput
-from drafttrain.losses.pieces import ACCEPTANCE, Part, Piece, RowValues, TargetPiece
+from drafttrain.losses.pieces import ACCEPTANCE, Part, Piece, RowValues, TargetPiece, target_of
 
 KEPT_BYTES = 4 * 2**30
 """A loss whose rows depend on each other needs the target twice: its rows up to this size are kept, larger ones computed again."""
@@ -49,28 +49,58 @@ def can_be_fused(drafted: DraftOutput) -> bool:
     )
 
 
-def fused_loss(values: RowValues, drafted: DraftOutput, planned: Sequence[Piece]) -> Totals:
-    """Return the loss of the planned pieces. Its gradient is computed here, and is there for one backward pass."""
-    work = _Work(values, drafted, planned)
-    total, loss_N, acceptance_N = _Fused.apply(work, *work.inputs)
+def fused_loss(terms: Sequence[tuple[RowValues, DraftOutput]], planned: Sequence[Piece]) -> Totals:
+    """Return the loss of the planned pieces. Its gradient is computed here, and is there for one backward pass.
+
+    Args:
+        terms: The drafts and their loss; then what is trained beside them, which is in the total alone.
+    """
+    works = [_Work(values, drafted) for values, drafted in terms]
+    total, loss_N, acceptance_N = _Fused.apply(works, planned, *(given for work in works for given in work.inputs))
     return total, loss_N, acceptance_N
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, work: _Work, *inputs: Tensor) -> Totals:
-        work.needed = ctx.needs_input_grad[1:]
-        total, loss_N, acceptance_N = work.run()
-        ctx.gradients = work.gradients
+    def forward(ctx: Any, works: Sequence[_Work], planned: Sequence[Piece], *inputs: Tensor) -> Totals:
+        needed = iter(ctx.needs_input_grad[2:])
+        for work in works:
+            work.needed = [next(needed) for _ in work.inputs]
+        _run(works, planned)
+        (loss_N, acceptance_N), *others = (work.finish() for work in works)
+        ctx.gradients = [gradient for work in works for gradient in work.gradients]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(told for told in (loss_N, acceptance_N) if told is not None))
-        return total, loss_N, acceptance_N
+        return torch.stack([loss_N.sum(), *(beside_N.sum() for beside_N, _ in others)]).sum(), loss_N, acceptance_N
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gradients, ctx.gradients = ctx.gradients, None
         assert gradients is not None, "the gradient of a fused loss is given once"
-        return None, *(given if given is None else given.mul_(gradient) for given in gradients)
+        return None, None, *(given if given is None else given.mul_(gradient) for given in gradients)
+
+
+def _run(works: Sequence[_Work], planned: Sequence[Piece]) -> None:
+    """Let each term read its parts of every piece, with the target's rows of the piece, which are made once."""
+    values = [work.values for work in works]
+    twice = any(not work.at_once for work in works)
+    targets: list[TargetPiece | None] = []
+    kept_bytes = 0
+    for piece in planned:
+        target = target_of(values, piece)
+        for part in piece.parts:
+            works[part.term].read(part, target)
+        kept_bytes += 0 if target is None else target.logits_UR.nbytes
+        if twice:
+            # A copy, without what was computed of it.
+            targets.append(replace(target) if target is not None and kept_bytes <= KEPT_BYTES else None)
+    for work in works:
+        work.combine()
+    for piece, kept in zip(planned, targets, strict=False):
+        parts = [part for part in piece.parts if not works[part.term].at_once]
+        target = (kept or target_of(values, piece)) if parts else None
+        for part in parts:
+            works[part.term].pull(part, target)
 
 
 @dataclass(frozen=True)
@@ -84,13 +114,13 @@ class _Logits:
 
 
 class _Work:
-    """One forward pass over the pieces, and the gradients that it leaves."""
+    """One term's forward pass over its parts, and the gradients that it leaves."""
 
-    def __init__(self, values: RowValues, drafted: DraftOutput, planned: Sequence[Piece]) -> None:
+    def __init__(self, values: RowValues, drafted: DraftOutput) -> None:
         assert isinstance(drafted.head, LinearHead)
         self.values = values
         self.head = drafted.head
-        self.planned = planned
+        self.at_once = values.loss.pointwise
         self.factors = {depth: drafted.depth_weights.get(depth, 1.0) for depth in drafted.states_BTD}
         self.states_RD = {depth: states.flatten(0, 1) for depth, states in drafted.states_BTD.items()}
         weights = {id(weight): weight for depth in self.states_RD for weight in self.head.parameters(depth)}
@@ -99,86 +129,74 @@ class _Work:
         self.needed: Sequence[bool] = ()
         self.gradients: list[Tensor | None] = [None] * len(self.inputs)
         self._cast: dict[int, Tensor] = {}
-        self._targets: dict[int, TargetPiece | None] = {}
         self._kept: dict[int, _Logits] = {}
+        self._found: dict[str, Tensor] = {}
+        """The numbers of all rows; of a pointwise loss the loss itself is among them."""
+        self._learnable: dict[str, Tensor] = {}
+        self._slopes: dict[str, Tensor | None] = {}
+        """How the total changes with each of the numbers."""
 
-    def run(self) -> Totals:
-        """Return the sums and numbers of all rows; the gradients of the total are in `gradients` then."""
-        if not self.planned:
-            # Nothing is trained here, yet gradients must come in the order of the other ranks: ZeRO adds them up by place.
-            loss_N, acceptance_N = torch.zeros(0, device=self.inputs[0].device), None
-        else:
-            loss_N, acceptance_N = self._at_once() if self.values.loss.pointwise else self._in_two_passes()
-        for number, (given, needed) in enumerate(zip(self.inputs, self.needed, strict=True)):
-            if needed and self.gradients[number] is None:
-                self.gradients[number] = torch.zeros_like(given)
-        return loss_N.sum(), loss_N, acceptance_N
-
-    def _at_once(self) -> tuple[Tensor, Tensor | None]:
-        """Take each part's loss and gradient in turn."""
-        found: dict[str, Tensor] = {}
-        for part, target in self._parts(keep=False):
-            made = self._logits(part)
-            with torch.enable_grad():
-                logits_nV, named = self._values(part, target, made)
-                accepted_n = named.pop(ACCEPTANCE, None)
-                index = self.values.rows.index.part(part.rows)
-                loss_n = (
-                    self.values.combined(named, index, self.values.learnable(part, target)) * self.factors[part.depth]
-                )
-                total = loss_n.sum()
-            self._pull(part, made, total, logits_nV)
-            self._note(
-                found, part, {"loss": loss_n.detach()} | ({} if accepted_n is None else {ACCEPTANCE: accepted_n})
-            )
-        return found["loss"], found.get(ACCEPTANCE)
-
-    def _in_two_passes(self) -> tuple[Tensor, Tensor | None]:
-        """Take the numbers of all rows, then how the total changes with each of them, then the gradients."""
-        values = self.values
-        found: dict[str, Tensor] = {}
-        learnable: dict[str, Tensor] = {}
-        for part, target in self._parts(keep=True):
-            made = self._logits(part)
+    def read(self, part: Part, target: TargetPiece | None) -> None:
+        """Take the numbers of a part; of a pointwise loss its gradients too."""
+        made = self._logits(part)
+        if not self.at_once:
             self._keep(part, made)
-            self._note(found, part, self._values(part, target, made)[1])
-            if (learnable_n := values.learnable(part, target)) is not None:
-                self._note(learnable, part, {"rows": learnable_n})
-        acceptance_N = found.pop(ACCEPTANCE, None)
+            self._note(self._found, part, self._values(part, target, made)[1])
+            if (learnable_n := self.values.learnable(part, target)) is not None:
+                self._note(self._learnable, part, {"rows": learnable_n})
+            return
         with torch.enable_grad():
-            leaves = {name: value_N.requires_grad_() for name, value_N in found.items()}
-            loss_N = values.combined(leaves, values.rows.index, learnable.get("rows"))
+            logits_nV, named = self._values(part, target, made)
+            accepted_n = named.pop(ACCEPTANCE, None)
+            index = self.values.rows.index.part(part.rows)
+            loss_n = self.values.combined(named, index, self.values.learnable(part, target)) * self.factors[part.depth]
+            total = loss_n.sum()
+        self._pull(part, made, total, logits_nV)
+        accepted = {} if accepted_n is None else {ACCEPTANCE: accepted_n}
+        self._note(self._found, part, {"loss": loss_n.detach()} | accepted)
+
+    def combine(self) -> None:
+        """Make the loss of the numbers of all rows, if it is not made row by row."""
+        if self.at_once or not self._found:
+            return
+        values = self.values
+        accepted = {name: self._found.pop(name) for name in (ACCEPTANCE,) if name in self._found}
+        with torch.enable_grad():
+            leaves = {name: value_N.requires_grad_() for name, value_N in self._found.items()}
+            loss_N = values.combined(leaves, values.rows.index, self._learnable.get("rows"))
             weights_N = values.weights_N(self.factors)
             loss_N = loss_N if weights_N is None else loss_N * weights_N
             known = torch.autograd.grad(loss_N.sum(), list(leaves.values()), allow_unused=True)
-        slopes = dict(zip(leaves, known, strict=True))
+        self._slopes = dict(zip(leaves, known, strict=True))
+        self._found = {"loss": loss_N.detach()} | accepted
         values.measured = False
-        for part, target in self._parts(keep=True):
-            start = part.rows.start
-            made = self._kept.pop(start) if start in self._kept else self._logits(part)
-            with torch.enable_grad():
-                logits_nV, named = self._values(part, target, made)
-                sums = [
-                    (slope_N[part.rows] * value_n).sum()
-                    for name, value_n in named.items()
-                    if (slope_N := slopes[name]) is not None and value_n.requires_grad
-                ]
-                total = torch.stack(sums).sum() if sums else None
-            if total is not None:
-                self._pull(part, made, total, logits_nV)
-        return loss_N.detach(), acceptance_N
 
-    def _parts(self, *, keep: bool) -> Iterator[tuple[Part, TargetPiece | None]]:
-        """Yield every part with the target's rows of its piece."""
-        for number, piece in enumerate(self.planned):
-            target = self._targets[number] if number in self._targets else self.values.target_of(piece)
-            if keep and target is not None:
-                whole = sum(held.logits_UR.nbytes for held in self._targets.values() if held is not None)
-                if number in self._targets or whole + target.logits_UR.nbytes <= KEPT_BYTES:
-                    # A copy, without what was computed of it.
-                    self._targets[number] = replace(target)
-            for part in piece.parts:
-                yield part, target
+    def pull(self, part: Part, target: TargetPiece | None) -> None:
+        """Take the gradients of a part, from how the total changes with its numbers."""
+        start = part.rows.start
+        made = self._kept.pop(start) if start in self._kept else self._logits(part)
+        with torch.enable_grad():
+            logits_nV, named = self._values(part, target, made)
+            sums = [
+                (slope_N[part.rows] * value_n).sum()
+                for name, value_n in named.items()
+                if (slope_N := self._slopes[name]) is not None and value_n.requires_grad
+            ]
+            total = torch.stack(sums).sum() if sums else None
+        if total is not None:
+            self._pull(part, made, total, logits_nV)
+
+    def finish(self) -> tuple[Tensor, Tensor | None]:
+        """Return (loss_N, acceptance_N); the gradients of the total are in `gradients` then.
+
+        Also where nothing is trained here, gradients must come in the order of the other ranks: ZeRO adds them up by place.
+        """
+        for number, (given, needed) in enumerate(zip(self.inputs, self.needed, strict=True)):
+            if needed and self.gradients[number] is None:
+                self.gradients[number] = torch.zeros_like(given)
+        if not self._found:
+            return torch.zeros(0, device=self.inputs[0].device), None
+        return self._found["loss"], self._found.get(ACCEPTANCE)
 
     def _logits(self, part: Part) -> _Logits:
         """Return the logits of a part, cut to the shared ids, without gradient."""

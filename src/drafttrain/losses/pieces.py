@@ -5,7 +5,7 @@ N = rows, U = the target's positions of a piece, V = the target's vocabulary, R 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -40,7 +40,9 @@ class Part:
 
     depth: int
     rows: slice
-    """Where they are among the N."""
+    """Where they are among the N of their term."""
+    term: int = 0
+    """0: the drafts; else what is trained beside them."""
 
 
 @dataclass(frozen=True)
@@ -48,46 +50,66 @@ class Piece:
     """A stretch of the target's positions, and the rows of each depth whose token the target says from one of them."""
 
     positions: slice
-    """Among the rows of the first depth, which has all positions."""
+    """Among the rows of the term's first depth, which has all positions."""
     parts: tuple[Part, ...]
+    term: int = 0
 
 
 NO_ROWS = Piece(slice(0, 0), ())
 
 
-def pieces(rows: AlignedRows, size: int) -> list[Piece]:
-    """Return the rows in pieces of at most `size` positions of the target.
+def pieces(terms: Sequence[AlignedRows], size: int) -> list[Piece]:
+    """Return the rows of all terms in pieces of at most `size` positions of the target.
 
     A token that a depth drafts is drafted by all lower ones too, from a later root; and the rows of a depth rise with the position.
-    So the rows of the lowest depth are all positions, and a stretch of them is a stretch of every depth's.
+    So the rows of the lowest depth are all positions, and a stretch of them is a stretch of every depth's. It is the one with the
+    most rows, in whichever term: of several terms, each is nested in another in the same way.
     """
-    starts, first = {}, 0
-    for depth, count in rows.counts.items():
-        starts[depth] = first
-        first += count
-    if not first:
+    found = _Depths.of(terms)
+    if not found:
         return []
-    lowest = min(rows.counts)
-    begin, count = starts[lowest], rows.counts[lowest]
-    borders = range(begin, begin + count, size)
-    ends = {
-        depth: _places(rows.targets_on_host[starts[depth] : starts[depth] + rows.counts[depth]], rows, borders)
-        for depth in rows.counts
-    }
-    found = []
+    all_of_them = max(found, key=lambda one: one.count)
+    borders = range(all_of_them.start, all_of_them.start + all_of_them.count, size)
+    edges = terms[all_of_them.term].targets_on_host[torch.tensor(list(borders), dtype=torch.long)]
+    ends = {one: _places(one.targets(terms), edges) for one in found}
+    made = []
     for number, border in enumerate(borders):
         parts = []
-        for depth in rows.counts:
-            low, high = (starts[depth] + place for place in ends[depth][number : number + 2])
+        for one in found:
+            low, high = (one.start + place for place in ends[one][number : number + 2])
             if low < high:
-                parts.append(Part(depth, slice(low, high)))
-        found.append(Piece(slice(border, min(border + size, begin + count)), tuple(parts)))
-    return found
+                parts.append(Part(one.depth, slice(low, high), one.term))
+        stop = min(border + size, all_of_them.start + all_of_them.count)
+        made.append(Piece(slice(border, stop), tuple(parts), all_of_them.term))
+    return made
 
 
-def _places(targets_N: Tensor, rows: AlignedRows, borders: range) -> list[int]:
+@dataclass(frozen=True)
+class _Depths:
+    """The rows of one depth of a term."""
+
+    term: int
+    depth: int
+    start: int
+    count: int
+
+    @classmethod
+    def of(cls, terms: Sequence[AlignedRows]) -> list[_Depths]:
+        """Return those that there are."""
+        found = []
+        for term, rows in enumerate(terms):
+            first = 0
+            for depth, count in rows.counts.items():
+                found += [cls(term, depth, first, count)] if count else []
+                first += count
+        return found
+
+    def targets(self, terms: Sequence[AlignedRows]) -> Tensor:
+        return terms[self.term].targets_on_host[self.start : self.start + self.count]
+
+
+def _places(targets_N: Tensor, edges: Tensor) -> list[int]:
     """Return where the positions at the borders stand among those of one depth, and their number."""
-    edges = rows.targets_on_host[torch.tensor(list(borders))]
     places: list[int] = torch.searchsorted(targets_N, edges).tolist()
     return [*places, len(targets_N)]
 
@@ -155,12 +177,20 @@ class RowValues:
             return len(self._vocabulary_R)
         return self.vocab_size
 
+    @property
+    def reads_target(self) -> bool:
+        """Whether the target's rows are needed whole."""
+        return self._target is not None and not self._named
+
+    def can_share_target(self, other: RowValues) -> bool:
+        """Return whether rows of the target that are made for one are those that the other reads, if both read some."""
+        same = self._target is other._target and self._vocabulary_R is other._vocabulary_R
+        return same or not (self.reads_target and other.reads_target)
+
     @torch.no_grad()
-    def target_of(self, piece: Piece) -> TargetPiece | None:
-        """Return the target's rows of a piece: the one place where its head runs for a loss. None: nobody needs them whole."""
-        if self._target is None or self._named:
-            return None
-        positions_U = self.rows.target_N[piece.positions]
+    def target_at(self, positions_U: Tensor) -> TargetPiece:
+        """Return the target's rows at the positions of a piece: the one place where its head runs for a loss."""
+        assert self._target is not None
         logits_UV = self._target.at(positions_U)[:, : self.vocab_size]
         if self._vocabulary_R is None or self._draft_id_V is None:
             return TargetPiece(positions_U, logits_UV, None, None)
@@ -178,7 +208,7 @@ class RowValues:
         """
         if self._vocabulary_R is None:
             return None
-        if target is None:
+        if target is None or not self.reads_target:
             return self.labels_N[part.rows] >= 0
         assert target.learnable_U is not None
         return self._at(part, target, target.learnable_U)
@@ -215,7 +245,7 @@ class RowValues:
         self, part: Part, target: TargetPiece | None, drafter_logits_NR: Tensor
     ) -> tuple[LossRows, NamedRows | None]:
         rows = self.rows
-        log_p_NR = None if target is None else self._at(part, target, target.log_p_UR)
+        log_p_NR = self._at(part, target, target.log_p_UR) if target is not None and self.reads_target else None
         made = LossRows(
             drafter_logits_NV=drafter_logits_NR,
             target_logits_NV=log_p_NR,
@@ -242,6 +272,12 @@ class RowValues:
             return of_position_U
         places_N = torch.searchsorted(target.positions_U, self.rows.target_N[part.rows])
         return of_position_U.index_select(0, places_N)
+
+
+def target_of(terms: Sequence[RowValues], piece: Piece) -> TargetPiece | None:
+    """Return the target's rows of a piece, for all terms that read them; None: nobody needs them whole."""
+    reading = [values for values in terms if values.reads_target]
+    return reading[0].target_at(terms[piece.term].rows.target_N[piece.positions]) if reading else None
 
 
 def nothing_of(drafted: DraftOutput, depth: int) -> Tensor:

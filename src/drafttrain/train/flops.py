@@ -32,8 +32,10 @@ def _of_target(
         yield from trunk_products(
             target.model, shape, gradients=0, num_blocks=None if whole else max(needs.hidden, default=0)
         )
-    if head:
-        yield matrix(head_parameters(target.model), shape.rows(1 + drafter.lag), gradients=0)
+    if head or drafter.compares_with_target:
+        # Once for each position, for all who read it: the nearest label has them all.
+        shift = min(asked.lag + min(asked.depths) for asked in drafter.rows_asked())
+        yield matrix(head_parameters(target.model), shape.rows(shift), gradients=0)
 
 
 def head_flops(head: TokenHead, rows: int) -> int:

@@ -218,7 +218,7 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 
 def _forward(query: Any, keys: Any, values: Any, *_: Any, **__: Any) -> int:
     """Count the products of queries at the last columns, each of which sees up to its own place."""
-    pairs = query[2] * keys[2] - query[2] * (query[2] - 1) // 2
+    pairs = query[0] * (query[2] * keys[2] - query[2] * (query[2] - 1) // 2)
     return attention(query[1] * query[3], pairs, gradients=0).flops
 
 
