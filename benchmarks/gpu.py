@@ -122,6 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if given.device == "cpu" and (not given.tiny or given.out == OUT):
         parser.error("a CPU can only rehearse: --device cpu needs --tiny and an --out of its own")
+    if given.steps < 1:
+        parser.error(f"--steps: at least 1, got {given.steps}")
+    if list(given.recipes) != list(RECIPES) and given.out == OUT:
+        parser.error(f"some recipes alone would take the place of the whole table in {OUT.name}: give --out")
     if given.device == "cuda" and not torch.cuda.is_available():
         print("No GPU here (torch.cuda.is_available() is false): nothing was measured.")
         if not given.out.exists():

@@ -26,7 +26,7 @@ def recipe_on(device: str, name: str, *, target: Path, folder: Path, dtype: str 
     """Return a kind's recipe; all kinds train on the plain texts of a folder, which no device's draws decide."""
     write_texts(folder)
     kind = Kind(KINDS[name].drafter, KINDS[name].loss)
-    made = recipe(kind, target=target, folder=folder, **train)
+    made = recipe(kind, target=target, folder=folder, train=train)
     return replace(made, target=replace(made.target, device=device, dtype=dtype))
 
 

@@ -189,3 +189,14 @@ def test_a_head_is_measured_where_it_is() -> None:
     head = AcceptanceHead(AcceptanceSettings(num_blocks=1), 8).to("meta")
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
         probabilities(head, HeadRows(torch.ones(4, 8), torch.ones(4)))
+
+
+@pytest.mark.parametrize("key", ["target.device", "train.device"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(
+    monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    machine_of(monkeypatch, 0)
+    recipe = load_recipe("tiny_eagle3", [f"{key}=cuda"])
+    assert list(_of_devices(recipe)) == [
+        f"{key}: device cuda: no such CUDA device here, there is none: choose one of them, cpu or auto"
+    ]

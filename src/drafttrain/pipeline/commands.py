@@ -332,10 +332,17 @@ def _all_processes(recipe: Recipe, folder: Path, held: contextlib.ExitStack) -> 
 
 
 def _of_devices(recipe: Recipe) -> Iterator[str]:
-    """Tell which devices of the recipe the processes that are there cannot train on."""
+    """Tell which devices of the recipe are not here, or cannot be trained on by the processes that are there."""
     import torch
 
+    from drafttrain.target.frozen import pick_device
+
     places = {"train.device": recipe.train.device, "target.device": recipe.target.device}
+    for key, device in places.items():
+        try:
+            pick_device(device)
+        except DrafttrainError as error:
+            yield f"{key}: {error}"
     if launched():
         numbered = {key: device for key, device in places.items() if device.startswith("cuda:")}
         several = f"and there are {world().size} processes: leave it at auto"
