@@ -22,6 +22,18 @@ ABSENT = object()
 MATH = 0
 """The attention that is plain arithmetic: no fused kernel takes these tensors."""
 
+
+def _add_wide_product(
+    added: Tensor, left: Tensor, right: Tensor, out_dtype: torch.dtype, *, out: Tensor, **factors: Any
+) -> Tensor:
+    assert left.dtype == right.dtype in (torch.bfloat16, torch.float16), "CUDA widens products of half types alone"
+    assert added.dtype == out.dtype == out_dtype == torch.float32, "CUDA widens to float32 alone"
+    return torch.addmm(added, left.to(out_dtype), right.to(out_dtype), out=out, **factors)
+
+
+ON_CUDA_ALONE: dict[Any, Callable[..., Any]] = {torch.ops.aten.addmm.dtype_out: _add_wide_product}
+"""Operations that a CPU lacks, and what they compute."""
+
 pinned: dict[int, Tensor] = {}
 """Memory of the host that is pinned, by its address; held so that no other gets the same."""
 
@@ -156,7 +168,7 @@ def _done(
     """Do it with the numbers, and put the results where they belong."""
     if name == "_fused_sdp_choice":
         return MATH
-    result = func(*mapped(_numbers, args), **mapped(_numbers, kwargs))
+    result = ON_CUDA_ALONE.get(func, func)(*mapped(_numbers, args), **mapped(_numbers, kwargs))
     if name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], Tensor):
         assert args[0].shape == _numbers(args[0]).shape, f"{name} changes the shape in place: not pretended"
         return args[0]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from drafttrain.losses import losses
+from drafttrain.losses import fused, losses
 from drafttrain.losses.align import align
-from drafttrain.losses.chunked import row_losses
+from drafttrain.losses.chunked import batch_loss, row_losses
 from drafttrain.losses.tvdpp import TVDPPConfig
 from drafttrain.losses.weighted_sum import Term, WeightedSumConfig
 from drafttrain.target import Target
@@ -77,3 +77,26 @@ def in_float32(head: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int],
             return head(states_ND, depth)
 
     return computed
+
+
+@pytest.mark.parametrize("as_promised", [True, False], ids=["in place", "control: a product of its own"])
+def test_the_gradient_of_a_trained_head_is_added_up_in_float32(
+    as_promised: bool, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that it does not matter in how many pieces; products that bfloat16 rounds before they are added differ."""
+    monkeypatch.setattr(fused, "ADDS_IN_FLOAT32", as_promised)
+    drafter = new_drafter("medusa", target)
+    batch = with_target(target, drafter)
+    found = []
+    for chunk_rows in (None, 4):
+        loss = losses.build(LOSSES["forward_kl"])
+        with torch.autocast("cuda", torch.bfloat16):
+            drafted = drafter(batch)
+            made = batch_loss(loss, drafted, align(drafted, batch), batch, vocab_size=257, chunk_rows=chunk_rows)
+        made.total.backward()
+        (weight_VD, *_) = drafted.head.parameters(1)  # type: ignore[attr-defined]
+        found.append(weight_VD.grad.cpu())
+        drafter.zero_grad()
+    whole_VD, pieces_VD = found
+    assert whole_VD.dtype == torch.float32
+    assert bool((whole_VD - pieces_VD).norm() <= 1e-6 * whole_VD.norm()) == as_promised

@@ -17,9 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from drafttrain.core.linear_head import LinearHead
 from drafttrain.core.records import DraftBatch, DraftOutput, LossRows
 from drafttrain.data_gen.packing import pack
-from drafttrain.losses import losses
+from drafttrain.losses import Loss, losses
 from drafttrain.losses.align import align
 from drafttrain.losses.chunked import batch_loss, row_losses
+from drafttrain.target.logits import head_logits, head_of
+from tests.conftest import random_llama
 from tests.losses.test_losses import EVERY, FloatTarget, ToyTarget, V, index, records, rows
 
 SOME = torch.tensor([0, 2, 3, 6])
@@ -207,6 +209,56 @@ def test_under_autocast_fused_losses_multiply_in_bfloat16_as_plain_ones_do(setti
         if value is not None:
             assert value.dtype == torch.float32
             assert (value - plain[name]).norm() <= 0.04 * plain[name].norm(), name
+
+
+class Seeing(Loss):
+    """Cross-entropy that remembers the logits it was given."""
+
+    needs_target = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def per_row(self, rows: LossRows) -> dict[str, Tensor]:
+        self.seen.append(rows.drafter_logits_NV.detach())
+        return {"loss": nn.functional.cross_entropy(rows.drafter_logits_NV.float(), rows.tokens_N, reduction="none")}
+
+
+def through_a_targets_head(function: Any, *, trained: bool, mixed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the logits that a loss sees, those that the target itself makes, and the gradient of the states."""
+    model = random_llama()
+    model.config.final_logit_softcapping = 2.0
+    model.requires_grad_(trained)
+    batch, _ = pack(records(), width=12, weight_of_step=1.0)
+    generator = torch.Generator().manual_seed(3)
+    width = model.config.hidden_size
+    states_BTD = torch.randn(*batch.tokens_BT.shape, width, generator=generator, requires_grad=True)
+    drafted = DraftOutput({1: states_BTD}, head_of(model), lag=1)
+    aligned, loss = align(drafted, batch), Seeing()
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        made = function(loss, drafted, aligned, batch, vocab_size=model.config.vocab_size)
+    (made.total if function is batch_loss else made[0].sum()).backward()
+    assert states_BTD.grad is not None
+    own_NV = head_logits(model, states_BTD.detach().flatten(0, 1)[aligned.drafter_N])
+    return torch.cat(loss.seen), own_NV, states_BTD.grad
+
+
+@pytest.mark.parametrize("function", [batch_loss, row_losses])
+def test_a_frozen_head_stays_in_its_own_type_under_autocast_bit_for_bit(function):
+    """What a drafter is trained through is the head that validates and decodes."""
+    seen_NV, own_NV, gradient_BTD = through_a_targets_head(function, trained=False, mixed=True)
+    assert seen_NV.dtype == torch.float32
+    assert torch.equal(seen_NV, own_NV)
+    assert torch.equal(gradient_BTD, through_a_targets_head(function, trained=False, mixed=False)[2])
+
+
+@pytest.mark.parametrize("function", [batch_loss, row_losses])
+def test_control_a_trained_head_is_rounded_by_autocast(function):
+    seen_NV, own_NV, gradient_BTD = through_a_targets_head(function, trained=True, mixed=True)
+    assert seen_NV.dtype == torch.bfloat16
+    assert not torch.equal(seen_NV.float(), own_NV)
+    assert not torch.equal(gradient_BTD, through_a_targets_head(function, trained=True, mixed=False)[2])
 
 
 @pytest.mark.parametrize("kind", ["lk_hybrid", "tvdpp", "ce"])

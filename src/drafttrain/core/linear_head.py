@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from drafttrain.core.own_type import own_type
+
 
 class LinearHead:
     """A `records.Head` of one output matrix a depth.
@@ -34,10 +36,14 @@ class LinearHead:
         self.after = after
 
     def __call__(self, states_ND: Tensor, depth: int) -> Tensor:
-        """Return logits_NV; they are where the states are, also where the matrix is on another device."""
+        """Return logits_NV; they are where the states are, also where the matrix is on another device.
+
+        A frozen matrix multiplies in its own type, as that of the target does where it reads and decodes.
+        """
         linear = self.linear(depth)
         entering_ND = self.entering(states_ND).to(linear.weight.device, linear.weight.dtype)
-        logits_NV: Tensor = linear(entering_ND).to(states_ND.device)
+        with own_type(linear.weight):
+            logits_NV: Tensor = linear(entering_ND).to(states_ND.device)
         return logits_NV if self.after is None else self.after(logits_NV)
 
     def entering(self, states_ND: Tensor) -> Tensor:

@@ -26,6 +26,9 @@ KEPT_BYTES = 4 * 2**30
 KEPT_LOGITS_BYTES = 256 * 2**20
 """The same of the drafter's logits."""
 
+ADDS_IN_FLOAT32 = torch.__version__ >= "2.11"
+"""Since then, at the latest, a product of half types on CUDA can be added to a float32 matrix where it stands."""
+
 Totals = tuple[Tensor, Tensor, Tensor | None]
 """(the sum over rows, loss_N, acceptance_N), the last two without gradient."""
 
@@ -215,10 +218,11 @@ class _Work:
         return _Logits(states_nD, entering_nD, multiplied_nD, logits_nV)
 
     def _matrix(self, weight_VD: Tensor) -> Tensor:
-        """Return the rows of the shared ids, in the type that autocast multiplies in."""
+        """Return the rows of the shared ids, in the type that autocast multiplies in; frozen ones in their own."""
         key, kind = id(weight_VD), weight_VD.device.type
         if key not in self._cast:
-            mixed = torch.is_autocast_enabled(kind) and weight_VD.dtype != torch.float64
+            trained = weight_VD.requires_grad and weight_VD.dtype != torch.float64
+            mixed = trained and torch.is_autocast_enabled(kind)
             dtype = torch.get_autocast_dtype(kind) if mixed else weight_VD.dtype
             self._cast[key] = weight_VD.detach()[: self.values.vocab_size].to(dtype)
         return self._cast[key]
@@ -235,15 +239,14 @@ class _Work:
         layer = self.head.linear(part.depth)
         if self._needs(id(layer.weight)):
             gradient_VD = self._gradient(id(layer.weight))[: self.values.vocab_size]
-            if gradient_VD.dtype == gradient_nV.dtype:
-                gradient_VD.addmm_(gradient_nV.t(), made.multiplied_nD)
-            else:
-                gradient_VD.add_(gradient_nV.t() @ made.multiplied_nD)
+            _add_product(gradient_VD, gradient_nV.t(), made.multiplied_nD)
         if layer.bias is not None and self._needs(id(layer.bias)):
             self._gradient(id(layer.bias))[: self.values.vocab_size].add_(
                 gradient_nV.sum(dim=0, dtype=layer.bias.dtype)
             )
-        gradient_nD = gradient_nV @ self._matrix(layer.weight)
+        matrix_VD = self._matrix(layer.weight)
+        with torch.autocast(matrix_VD.device.type, enabled=False):
+            gradient_nD = gradient_nV @ matrix_VD
         self._pull_states(part, made, gradient_nD.to(made.entering_nD.dtype))
 
     def _pull_states(self, part: Part, made: _Logits, gradient_nD: Tensor) -> None:
@@ -282,3 +285,14 @@ class _Work:
             if name not in found:
                 found[name] = value_n.new_zeros(len(self.values.rows.tokens_N))
             found[name][part.rows] = value_n.detach()
+
+
+def _add_product(sum_VD: Tensor, left_Vn: Tensor, right_nD: Tensor) -> None:
+    """Add a product to a sum, which may be of a wider type."""
+    if sum_VD.dtype == left_Vn.dtype:
+        sum_VD.addmm_(left_Vn, right_nD)
+    elif ADDS_IN_FLOAT32 and sum_VD.is_cuda and sum_VD.dtype == torch.float32:
+        # One pass over the sum, and nothing is rounded on the way; as a temporary, the product is as large as the matrix.
+        torch.addmm(sum_VD, left_Vn, right_nD, out_dtype=torch.float32, out=sum_VD)
+    else:
+        sum_VD.add_(left_Vn @ right_nD)

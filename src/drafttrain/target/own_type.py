@@ -1,4 +1,4 @@
-"""A frozen model computes in the type of its weights: a training's autocast would round a float32 target, and cast its weights again each time."""
+"""A frozen model computes in the type of its weights, under the autocast of a training too."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-import torch
+from drafttrain.core.own_type import own_type
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -17,11 +17,7 @@ def in_own_type(call: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[
 
     @wraps(call)
     def taken_out(model: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        weight = model.get_output_embeddings().weight
-        kind = weight.device.type
-        if weight.requires_grad or not torch.amp.is_autocast_available(kind):
-            return call(model, *args, **kwargs)
-        with torch.autocast(kind, enabled=False):
+        with own_type(model.get_output_embeddings().weight):
             return call(model, *args, **kwargs)
 
     return taken_out
