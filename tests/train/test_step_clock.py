@@ -164,6 +164,27 @@ def test_operations_are_the_same_however_often_rows_are_written(target, tmp_path
     assert int(once["step_flops"]) == pytest.approx(sum(int(row["step_flops"]) for row in every) / 3, abs=1)
 
 
+def test_after_a_checkpoint_that_counted_no_operations_a_row_is_of_the_steps_since(target, tmp_path):
+    """As older versions wrote them: neither operations nor the step of the last row."""
+
+    def continued(name: str) -> Any:
+        return rows(tmp_path / name, feature_drafter("eagle", target).float(), target, max_steps=3, log_every_steps=3)
+
+    for name in ("old", "new"):
+        drafter = feature_drafter("eagle", target).float()
+        rows(tmp_path / name, drafter, target, max_steps=2, log_every_steps=1, checkpoint_every_steps=2)
+    path = tmp_path / "old" / "checkpoints" / "step-00000002.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["flops"]
+    (of_log,) = (state for state in checkpoint["callbacks"].values() if "last_row" in state)
+    del of_log["last_row"]
+    torch.save(checkpoint, path)
+    old, new = continued("old"), continued("new")
+    assert [row["step"] for row in old] == ["1", "2", "3"]
+    assert old[2]["step_flops"] == new[2]["step_flops"]
+    assert int(old[2]["step_flops"]) > 0
+
+
 def test_columns_that_depend_on_the_machine_are_named():
     assert set(COLUMNS) - set(TIMES) == {
         *("step", "loss", "acceptance_rate", "one_minus_acceptance_rate", "lr", "grad_norm", "skipped_steps", "tokens"),

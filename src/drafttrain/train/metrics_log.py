@@ -55,8 +55,8 @@ class MetricsLog(StepEnd):
         self.columns = [*COLUMNS, *(f"validation_{name}" for name in figures)]
         self._unwritten: list[dict[str, Any]] = []
         """Rows that a full disk did not take."""
-        self._last_row = 0
-        """The step of the last row."""
+        self._last_row: int | None = 0
+        """The step of the last row; None: the checkpoint that was resumed from does not say."""
         self._tokens = 0
         self._own_tokens = 0
         self._seconds_before = 0.0
@@ -65,6 +65,9 @@ class MetricsLog(StepEnd):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Open the file; after a resume, forget rows of steps that are taken again."""
         self._began = time.perf_counter()
+        if self._last_row is None:
+            # An older version wrote the checkpoint; it counted no operations, so those of the next row begin here.
+            self._last_row = trainer.global_step
         if not trainer.is_global_zero:
             return
         rows = []
@@ -92,7 +95,7 @@ class MetricsLog(StepEnd):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up what was counted."""
         self._tokens, self._seconds_before = state_dict["tokens"], state_dict["seconds"]
-        self._last_row = state_dict.get("last_row", 0)
+        self._last_row = state_dict.get("last_row")
 
     @property
     def _seconds(self) -> float:
@@ -138,7 +141,7 @@ class MetricsLog(StepEnd):
             times: Seconds of each phase, of all processes together.
             timed: The steps that they are of: after a resume those of this run alone.
         """
-        steps = max(1, step - self._last_row)
+        steps = max(1, step - (self._last_row or 0))
         row = {"step_flops": str(round(flops / steps))}
         if not timed:
             return row
