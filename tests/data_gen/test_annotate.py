@@ -184,7 +184,7 @@ def test_texts_are_held_out_whole_and_a_killed_labelling_continues(frozen, tiny_
     again = annotate(settings, texts, frozen, tmp_path / "labelled")
     assert [path.read_bytes() for path in files] == bytes_before
     np.testing.assert_array_equal(again.train.labels_N, first.train.labels_N)
-    with pytest.raises(DataError, match="another plan"):
+    with pytest.raises(DataError, match="of an older version of drafttrain: remove this folder"):
         annotate(AcceptanceLabelSettings(held_out=0.3), texts, frozen, tmp_path / "labelled")
 
 

@@ -108,7 +108,10 @@ def annotate(settings: Any, data: TrainingData, frozen: Frozen, folder: Path) ->
     }
     plan, done = folder / "plan.json", folder / "labelled.json"
     if plan.exists() and json.loads(plan.read_text(encoding="utf-8")) != json.loads(json.dumps(about)):
-        raise DataError(f"{folder}: holds labels of another plan; remove the folder or give the run another name")
+        raise DataError(
+            f"{folder}: holds labels of another annotator, target, drafter, seed or text, or of an older version of drafttrain: "
+            "remove this folder, and the tokens are labelled again, or give the run another name (name=...)"
+        )
     if not done.exists():
         write_json(plan, about)
         annotator: Annotator = annotators.build(settings, frozen)
