@@ -14,8 +14,10 @@ from drafttrain.config.bundled import find_recipe
 from drafttrain.config.check import Checker
 from drafttrain.config.fields import fields_of
 from drafttrain.config.nodes import MAX_BYTES, Node, Problem, apply_override, read_yaml, shortened
+from drafttrain.config.older import read_as_now
 from drafttrain.config.recipe import Recipe
 from drafttrain.config.smoke import shrink
+from drafttrain.core.console import say_once
 from drafttrain.core.errors import RecipeError
 
 T = TypeVar("T")
@@ -25,7 +27,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, smoke: bool 
     """Return the recipe of a file, a run folder or a bundled name.
 
     Args:
-        path: A YAML file, a run folder with its recipe.yaml, or the name of a bundled recipe (`demo`).
+        path: A YAML file, a run folder with its recipe.yaml (also one that an older version wrote), or the name of a bundled
+            recipe (`demo`).
         overrides: `section.key=value`, applied before anything is checked; items of lists by number.
         smoke: Shrink it to some 20 steps through every stage.
 
@@ -33,7 +36,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, smoke: bool 
         RecipeError: With every problem, each with its line or override.
     """
     file = find_recipe(path)
-    recipe = read_recipe(_text_of(file, source=str(path)), overrides, source=str(path))
+    of_run = Path(path).is_dir()
+    recipe = read_recipe(_text_of(file, source=str(path)), overrides, source=str(path), of_run=of_run)
     return shrink(recipe) if smoke else recipe
 
 
@@ -48,9 +52,15 @@ def _text_of(file: Path, *, source: str) -> str:
         raise RecipeError(source, [f"cannot be read: {error.strerror}"]) from error
 
 
-def read_recipe(text: str, overrides: Sequence[str] = (), *, source: str) -> Recipe:
-    """Return the recipe of a YAML text."""
+def read_recipe(text: str, overrides: Sequence[str] = (), *, source: str, of_run: bool = False) -> Recipe:
+    """Return the recipe of a YAML text.
+
+    Args:
+        of_run: It stands in a run folder: one that an older version wrote there is read as what it meant.
+    """
     root, problems = read_yaml(text, source=source)
+    if of_run and (notes := read_as_now(root)):
+        say_once(f"{source}: an older version began this run; read {', '.join(notes)}")
     for override in overrides:
         problems += apply_override(root, override)
     if not isinstance(root.value, dict):

@@ -100,7 +100,7 @@ class RunFolder:
             RecipeError: It cannot be read.
         """
         # A logger that is not installed here is no reason not to read a run: none is compared.
-        return load_recipe(str(self.recipe), ["train.loggers=[csv]"]) if self.recipe.exists() else None
+        return load_recipe(str(self.path), ["train.loggers=[csv]"]) if self.recipe.exists() else None
 
     def open(self, recipe: Recipe, *, quiet: bool = False, evaluates_only: bool = False) -> None:
         """Take the folder for a recipe, or continue in it; figures of another evaluation or another export are dropped.

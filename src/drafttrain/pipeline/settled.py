@@ -10,7 +10,7 @@ from drafttrain.core.console import say
 
 
 def settled(recipe: Recipe, held: Recipe | None) -> Recipe:
-    """Return a recipe without `auto` in `target.dtype` and `train.precision`.
+    """Return a recipe without `auto` in `target.dtype` and `train.precision`, and with `train.tf32` said.
 
     A run that began keeps the types that it began with, also where it goes on on another kind of device.
 
@@ -26,16 +26,19 @@ def settled(recipe: Recipe, held: Recipe | None) -> Recipe:
     }
     began = {} if held is None else {"target.dtype": held.target.dtype, "train.precision": held.train.precision}
     chosen: dict[str, Any] = here | {key: began[key] for key in began if _left_open(recipe, key)}
-    if differs := [
-        f"{key}: {chosen[key]} (auto would be {here[key]} here)" for key in here if chosen[key] != here[key]
-    ]:
+    if (tf32 := recipe.train.tf32) is None:
+        tf32 = held is None or held.train.tf32 is not False
+    differs = [f"{key}: {chosen[key]} (auto would be {here[key]} here)" for key in here if chosen[key] != here[key]]
+    if device_type == "cuda" and recipe.train.tf32 is None and not tf32:
+        differs.append("train.tf32: false")
+    if differs:
         say(f"{recipe.name}: goes on as it began: {', '.join(differs)}")
     elif held is None and device_type == "cuda":
         say(f"{recipe.name}: {', '.join(f'{key}: {value}' for key, value in chosen.items())}")
     return replace(
         recipe,
         target=replace(recipe.target, dtype=chosen["target.dtype"]),
-        train=replace(recipe.train, precision=chosen["train.precision"]),
+        train=replace(recipe.train, precision=chosen["train.precision"], tf32=tf32),
     )
 
 

@@ -27,7 +27,7 @@ def float32_products(settings: TrainSettings, device: torch.device) -> Iterator[
         return
     # The names that Lightning reads too; torch refuses a mixture of these and of `fp32_precision`.
     before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = settings.tf32
+    torch.backends.cuda.matmul.allow_tf32 = settings.tf32 is not False
     try:
         yield
     finally:
@@ -41,7 +41,7 @@ def note_on_float32(settings: TrainSettings, device: torch.device, target: Targe
     keys: Sequence[str] = [key for key, there in chosen.items() if there]
     if device.type != "cuda" or not keys:
         return None
-    if settings.tf32:
+    if settings.tf32 is not False:
         return f"{', '.join(keys)}: matrices are multiplied in TF32 (train.tf32)"
     return (
         f"{', '.join(keys)} without TF32: products of matrices take about {SLOWER_THAN_TF32} times as long as in TF32 "

@@ -74,10 +74,10 @@ class TrainSettings:
         help="fp32, or bf16-mixed: autocast, fp32 weights. auto: bf16-mixed for a drafter on CUDA, else fp32. A run keeps what it "
         "began with.",
     )
-    tf32: bool = setting(
-        True,
+    tf32: bool | None = setting(
+        None,
         help="Training on CUDA multiplies float32 matrices in TF32: 10 bits of their mantissa, some 7 times as fast. The evaluation "
-        "never does.",
+        "never does. null: true; a run keeps what it began with.",
     )
     loss_chunk_rows: int | None = setting(
         None, help="Rows of logits that exist at once; null: what fits into 256 MiB, on a CPU 24 MiB.", ge=1
