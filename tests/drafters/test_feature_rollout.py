@@ -11,7 +11,7 @@ import torch
 
 from drafttrain.core.packed_documents import ReadSlots
 from drafttrain.core.records import Record
-from drafttrain.data_gen.packing import pack
+from drafttrain.data_gen.packing import as_padding, pack
 from drafttrain.drafters import feature_layer
 from drafttrain.losses.align import align, planned
 from drafttrain.target.packed_attention import Columns
@@ -136,6 +136,24 @@ def test_a_batch_without_trained_rows_has_a_backward_pass(target):
     batch = replace(batch, loss_mask_BT=torch.zeros_like(batch.loss_mask_BT))
     sum(states.sum() for states in drafter(batch).states_BTD.values()).backward()
     assert drafter.midlayer.mlp.up_proj.weight.grad is not None
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("eagle3", {}), ("eagle", {"num_steps": 3, "feature_noise": 0.0})])
+@pytest.mark.parametrize("plan", [False, True])
+def test_a_batch_without_trained_rows_rolls_out_one_slot(target, kind, settings, plan):
+    """A process that has no records of a step calls the layer as often as the others, and does not hold them up."""
+    drafter = feature_drafter(kind, target, **settings).train()
+    batch = masked(target, drafter)
+    batch = replace(as_padding(batch), target=batch.target)
+    seen: list[int] = []
+    drafter.layer.mlp.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+    batch = planned(batch, drafter.rows_asked(), slots=drafter.reads_slots) if plan else batch
+    states = drafter(batch).states_BTD
+    assert {depth: states_BTD.shape[:2] for depth, states_BTD in states.items()} == dict.fromkeys(
+        states, batch.tokens_BT.shape
+    )
+    steps = drafter.own["num_steps"]
+    assert seen == [batch.shape.rollout(steps).queries] * steps == [1] * steps
 
 
 @pytest.mark.parametrize("kind", ["eagle3", "eagle"])

@@ -5,6 +5,7 @@ import torch
 import transformers
 
 from drafttrain.core.packed_documents import PackedDocuments
+from drafttrain.target import documents
 from drafttrain.target.documents import document_states, takes_mask, tells_documents_apart
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -84,3 +85,30 @@ def test_a_model_that_looks_at_everything_takes_our_mask_for_the_one_that_it_mak
     alone_BT = torch.arange(8).repeat(2, 1)
     one_BTD, _ = document_states(model, tokens_BT, alone_BT, documents=PackedDocuments.of(alone_BT))
     assert torch.equal(one_BTD, document_states(model, tokens_BT, alone_BT)[0])
+
+
+@pytest.mark.parametrize(
+    ("error", "masked_only", "raised"),
+    [
+        (TypeError("no such mask"), True, False),
+        (RuntimeError("a peer is gone"), False, True),
+        (torch.OutOfMemoryError("no memory"), True, True),
+        (torch.distributed.DistBackendError("a peer is gone"), True, True),
+    ],
+)
+def test_what_is_no_fault_of_the_mask_is_not_taken_for_one(error, masked_only, raised, monkeypatch):
+    model = transformers.AutoModelForCausalLM.from_config(MODELS["llama"][0]).eval()
+    assert tells_documents_apart(model)
+    final = documents._final
+
+    def failing(model, tokens_BT, positions_BT, mask_B1TT=None):
+        if masked_only and mask_B1TT is None:
+            return final(model, tokens_BT, positions_BT)
+        raise error
+
+    monkeypatch.setattr(documents, "_final", failing)
+    if raised:
+        with pytest.raises(type(error), match=str(error)):
+            takes_mask(model)
+    else:
+        assert not takes_mask(model)

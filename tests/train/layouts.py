@@ -48,6 +48,15 @@ def records_of(step: int, *, count: int = BATCH) -> list[Record]:
     return records
 
 
+def unlike(step: int) -> list[DraftBatch]:
+    """Return a row that holds two documents in the first process, and one that a document fills in the others."""
+    generator, here = torch.Generator().manual_seed(step), world()
+    texts = [torch.randint(1, 257, (length,), generator=generator).tolist() for length in (6, 6, 12)]
+    records = [Record(f"{step}.{n}", text, [False] + [True] * (len(text) - 1)) for n, text in enumerate(texts)]
+    own = records if here.size == 1 else records[:2] if here.rank == 0 else records[2:]
+    return [pack(own, width=12, weight_of_step=21.0, step=step)[0]]
+
+
 def of_step(
     step: int, *, records_per_device: int | None = None, count: int = BATCH, mean_of_means: bool = False
 ) -> list[DraftBatch]:
@@ -82,6 +91,8 @@ def run(
     target_folder: str | None = None,
     sharded: bool = True,
     logged: bool = False,
+    unlike_rows: bool = False,
+    deepspeed_file: str | None = None,
     **settings: Any,
 ) -> list[float]:
     """Train and return the loss of every step.
@@ -93,7 +104,12 @@ def run(
         of_kind: Settings of another kind.
         target_folder: Where the target is read from, spread over the processes or not; None: it is made in memory.
         logged: The batches of the first process know the target's law already, those of the others do not.
+        unlike_rows: The rows are those of `unlike`.
+        deepspeed_file: Takes the place of `stage`.
     """
+    section = None if stage is None else DeepSpeedSettings(stage=stage)  # type: ignore[arg-type]
+    if deepspeed_file is not None:
+        section = DeepSpeedSettings(config=deepspeed_file)
     wanted = TrainSettings(
         max_steps=steps,
         batch_size=count,
@@ -107,7 +123,7 @@ def run(
         eval_every_steps=0,
         log_every_steps=1,
         checkpoint_every_steps=3,
-        deepspeed=None if stage is None else DeepSpeedSettings(stage=stage),  # type: ignore[arg-type]
+        deepspeed=section,
     )
     target, whole = (
         Target(random_llama(num_layers=4), byte_tokenizer(), name="tiny", fingerprint="") for _ in range(2)
@@ -121,6 +137,8 @@ def run(
         made = entry.component.create(entry.settings(**(of_kind or {})), target=target, tokenizer=target.tokenizer)
         made.fit_vocabulary(lambda: np.arange(257))
     of_own = partial(of_step, records_per_device=records_per_device, count=count, mean_of_means=mean_of_means)
+    if unlike_rows:
+        of_own = unlike
     train(
         made,
         losses.build(losses.entry(loss).settings(**({"scope": "batch"} if loss == "tvdpp" else {}))),

@@ -63,7 +63,11 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Layouts:
     poisoned = [(folder / f"poisoned-{stage}", {"stage": stage, "as": "poisoned"}) for stage in (0, 2, 3)]
     rarely = {"records_per_device": 2, "log_every_steps": 100, "checkpoint_every_steps": 100}
     census = (folder / "census", {"as": "census"} | rarely)
-    in_processes([*layouts, *poisoned, census])
+    # No weight is too small to be spread out.
+    spread = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    (folder / "spread.json").write_text(json.dumps({"zero_optimization": spread}))
+    unlike = (folder / "unlike", {"unlike_rows": True, "deepspeed_file": str(folder / "spread.json")})
+    in_processes([*layouts, *poisoned, census, unlike])
     return layouts
 
 
@@ -224,6 +228,14 @@ def test_two_processes(plain: dict[str, list[float]], two: Layouts) -> None:
         for name, weight in first.items():
             for other in others:
                 torch.testing.assert_close(other[name], weight, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.processes
+def test_processes_whose_rows_are_packed_differently_run_a_spread_drafter_equally_often(
+    two: Layouts, tmp_path: Path
+) -> None:
+    """What a model can do is tried by forwards of its own: in all processes, also in one whose rows do not need it."""
+    assert curve(two[0][0].parent / "unlike") == pytest.approx(run(tmp_path, unlike_rows=True), **CLOSE)
 
 
 @pytest.mark.processes

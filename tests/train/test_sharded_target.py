@@ -45,6 +45,7 @@ def two(tmp_path_factory: pytest.TempPathFactory, target_folder: str) -> Layouts
         for number, (kind, of_kind) in enumerate(KINDS.items())
     ]
     layouts += [(folder / "logged", {"logged": True, "records_per_device": 2}), (folder / "whole", {"sharded": False})]
+    layouts += [(folder / "unlike", {"unlike_rows": True})]
     layouts = [(place, layout | {"target_folder": target_folder}) for place, layout in layouts]
     in_processes(layouts)
     return layouts
@@ -57,6 +58,11 @@ def test_every_kind_learns_the_same_from_a_target_that_is_spread_out(two: Layout
         assert curve(two[0][0].parent / kind) == pytest.approx(alone, **CLOSE), kind
     for name in ("logged", "whole"):
         assert curve(two[0][0].parent / name) == pytest.approx(curve(tmp_path / "causal_lm"), **CLOSE), name
+
+
+@pytest.mark.processes
+def test_processes_whose_rows_are_packed_differently_run_the_target_equally_often(two: Layouts, tmp_path: Path) -> None:
+    assert curve(two[0][0].parent / "unlike") == pytest.approx(run(tmp_path, unlike_rows=True), **CLOSE)
 
 
 @pytest.mark.processes

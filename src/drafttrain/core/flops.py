@@ -41,6 +41,8 @@ class BatchShape:
         """Return what a rollout of lag 1 has to compute for these labels (`core.packed_documents.ReadSlots`)."""
         # The last state that is read is two before the last label; the first one its deepest step is that of the first label.
         ends = [(max(0, first - num_steps - 1), last - 1) for first, last in self.spans]
+        # Without any, one slot keeps the step of all processes alike.
+        ends = ends or [(0, 1)]
         return RolloutShape(
             columns=sum(end for _, end in ends),
             queries=sum(end - start for start, end in ends),

@@ -80,8 +80,11 @@ class ReadSlots(_Moved):
 
     @classmethod
     def of(cls, trained_R: Tensor, positions_BT: Tensor) -> ReadSlots:
-        """Return what the trained slots need, given as flat positions; every slot where there are none."""
+        """Return what the trained slots need, given as flat positions; where there are none, one slot."""
         start_N = positions_BT.flatten() == 0
+        if not len(trained_R):
+            # A process without records runs the same modules as the others, on as little as they take.
+            trained_R = trained_R.new_zeros(1)
         number_N = start_N.cumsum(0) - 1
         slot_N = torch.arange(len(number_N), device=number_N.device)
         count, trained_number_R = int(number_N[-1]) + 1, number_N[trained_R]
@@ -89,7 +92,7 @@ class ReadSlots(_Moved):
         last_L = slot_N.new_full((count,), -1).scatter_reduce(0, trained_number_R, trained_R, "amax")
         seen_N = slot_N <= last_L[number_N]
         looks_C = (slot_N >= first_L[number_N])[seen_N]
-        if not len(trained_R) or bool(looks_C.all() & seen_N.all()):
+        if bool(looks_C.all() & seen_N.all()):
             return cls.all(positions_BT)
         number_C = number_N[seen_N]
         columns_L = number_C.bincount(minlength=count)

@@ -50,7 +50,7 @@ def document_states(
     Raises:
         CheckpointError: What is made of these states is not what the model makes of them (`check_logits`).
     """
-    check_logits(model)
+    try_out(model)
     if tells_documents_apart(model):
         with taps(model, TargetNeeds(hidden=hidden)) as seen, _attention(model, positions_BT, documents) as by_kernel:
             mask_B1TT = None if by_kernel else _mask(model, positions_BT, documents)
@@ -62,6 +62,21 @@ def document_states(
     places = _own_rows(positions_BT)
     final_BTD, *others = (state[places].unflatten(0, tokens_BT.shape) for state in states)
     return final_BTD, dict(zip(map(int, seen), others, strict=True))
+
+
+def try_out(model: Any) -> None:
+    """Find out all that reading packed rows asks of a model, once a model, by short forwards in one order.
+
+    Processes among which the weights are spread must run a model equally often: whether something is tried must not depend on the
+    rows of one of them.
+
+    Raises:
+        CheckpointError: What is made of its final states is not what the model makes of them (`check_logits`).
+    """
+    check_logits(model)
+    tells_documents_apart(model)
+    reads_packed(model)
+    takes_mask(model)
 
 
 def as_read(model: Any, values_BT: Tensor, positions_BT: Tensor) -> Tensor:
@@ -133,7 +148,12 @@ def takes_mask(model: Any) -> bool:
 def _try_mask(model: Any) -> bool:
     try:
         states_2SD = _second_documents(model, masked=True)
-    except Exception:  # what a model raises that wants a mask of another form differs by model
+    except (torch.OutOfMemoryError, torch.distributed.DistError):
+        raise
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        # What a model raises that wants a mask of another form differs by model. What fails without a mask too, as a device or
+        # another process that is gone, is raised by this forward.
+        _second_documents(model)
         return False
     return _alike(states_2SD, _second_documents(model))
 
@@ -169,9 +189,10 @@ def _second_documents(model: Any, *, masked: bool = False) -> Tensor:
     was_training = model.training
     model.eval()
     mask_21TT = _same_document_before(positions_2T) if masked else None
-    states_2SD = _final(model, tokens_2T, positions_2T, mask_21TT)[:, TRIED:].float()
-    model.train(was_training)
-    return states_2SD
+    try:
+        return _final(model, tokens_2T, positions_2T, mask_21TT)[:, TRIED:].float()
+    finally:
+        model.train(was_training)
 
 
 def _alike(one: Tensor, other: Tensor, *, up_to: float = 1e-4) -> bool:

@@ -14,7 +14,7 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.tensors import TensorFiles
 from drafttrain.target.absent import bare_model, target_folder
 from drafttrain.target.anatomy import blocks, trunk
-from drafttrain.target.documents import reads_packed, tells_documents_apart
+from drafttrain.target.documents import try_out
 from drafttrain.target.frozen import (
     Target,
     TargetSettings,
@@ -22,7 +22,6 @@ from drafttrain.target.frozen import (
     load_target_tokenizer,
     pick_device,
 )
-from drafttrain.target.logits import check_logits
 from drafttrain.target.skeleton import fill, stored_tensors
 from drafttrain.target.weights_digest import add_to_digest
 from drafttrain.train.strategy import join_deepspeed, whole
@@ -45,10 +44,8 @@ class ShardedTarget(Target):
         for block in blocks(model):
             _gather_around(block)
         trunk(model).register_forward_pre_hook(lambda *_: self._begin_forward())
-        # Each is tried once, by short texts: here, where all processes are.
-        check_logits(model)
-        tells_documents_apart(model)
-        reads_packed(model)
+        # Here, where all processes are.
+        try_out(model)
 
     @classmethod
     def load(cls, settings: TargetSettings) -> ShardedTarget:
