@@ -27,9 +27,9 @@ def settled(recipe: Recipe, held: Recipe | None) -> Recipe:
     began = {} if held is None else {"target.dtype": held.target.dtype, "train.precision": held.train.precision}
     chosen: dict[str, Any] = here | {key: began[key] for key in began if _left_open(recipe, key)}
     if (tf32 := recipe.train.tf32) is None:
-        tf32 = held is None or held.train.tf32 is not False
+        tf32 = True if held is None else held.train.tf32
     differs = [f"{key}: {chosen[key]} (auto would be {here[key]} here)" for key in here if chosen[key] != here[key]]
-    if device_type == "cuda" and recipe.train.tf32 is None and not tf32:
+    if device_type == "cuda" and recipe.train.tf32 is None and tf32 is False:
         differs.append("train.tf32: false")
     if differs:
         say(f"{recipe.name}: goes on as it began: {', '.join(differs)}")
