@@ -46,7 +46,6 @@ from drafttrain.pipeline.training import train_drafter
 
 THREADS = 1
 NUM_STEPS = 3
-BATCH = 16
 
 
 def main() -> None:
@@ -59,6 +58,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[6e-3, 2e-2, 4e-2, 8e-2])
     parser.add_argument("--their-rates", type=float, nargs="+", default=[5e-4, 2e-3, 6e-3])
     parser.add_argument("--their-lengths", type=int, nargs="+", default=[512, 1024, 2048])
+    parser.add_argument("--batch", type=int, default=16, help="our records an optimizer step")
     parser.add_argument("--loss", default="forward_kl")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -85,13 +85,16 @@ def main() -> None:
 
 
 def run_of(arguments: argparse.Namespace, rate: float, folder: Path) -> Run:
-    """Return a run of this project with one learning rate."""
-    arguments.steps = arguments.records * arguments.epochs // BATCH
+    """Return a run of this project with one learning rate; the one that only writes the texts has always the same recipe."""
+    batch = arguments.batch
+    if folder.name == "texts":
+        rate, batch = 6e-3, 16
+    arguments.steps = arguments.records * arguments.epochs // batch
     recipe = the_recipe(arguments)
     recipe["drafter"] = {"kind": "eagle3", "num_steps": NUM_STEPS}
     train: Any = recipe["train"]
     train |= {
-        "batch_size": BATCH,
+        "batch_size": batch,
         "lr": rate,
         "warmup_steps": min(20, arguments.steps),
         "eval_every_steps": 0,
@@ -134,7 +137,7 @@ def arms(
     """Train one arm of each side, or take up what it left; return their names with CPU seconds and folders."""
     found = []
     if rate is not None:
-        name = f"ours-{rate:g}"
+        name = f"ours-{arguments.batch}-{rate:g}"
         file = arguments.out / name / "arm.json"
         if not file.exists():
             subprocess.run([sys.executable, *sys.argv, "--one", str(rate)], check=True)
@@ -146,7 +149,7 @@ def arms(
 
 def ours(arguments: argparse.Namespace, rate: float) -> None:
     """Train one arm in this process, which has done nothing else; write its CPU seconds."""
-    run = run_of(arguments, rate, arguments.out / f"ours-{rate:g}")
+    run = run_of(arguments, rate, arguments.out / f"ours-{arguments.batch}-{rate:g}")
     training_data(run)
     began = cpu_seconds()
     train_drafter(run)
