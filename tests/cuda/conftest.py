@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip all where CUDA cannot be pretended."""
     from tests.cuda import plugin
 
-    if preload.library is None:
+    if preload.loaded_guard is None:
         for item in items:
             if item.path.parent == preload.SOURCE.parent:
                 item.add_marker(pytest.mark.skip(reason=plugin.reason))

@@ -18,7 +18,7 @@ KEPT = Path(__file__).parents[2] / ".pytest_cache" / "pretended_cuda"
 """Beside what pytest keeps: not under version control, and dropped with it."""
 COMPILERS = ("c++", "g++", "clang++")
 
-library: ctypes.CDLL | None = None
+loaded_guard: ctypes.CDLL | None = None
 """The guard, once it is loaded."""
 
 
@@ -32,8 +32,8 @@ def load() -> None:
     Raises:
         NotPossible: There is no compiler, torch has its own CUDA, or was imported already.
     """
-    global library
-    if library is not None:
+    global loaded_guard
+    if loaded_guard is not None:
         return
     if "torch" in sys.modules:
         raise NotPossible("torch was imported before the guard: start with `python -m pytest -p tests.cuda.plugin`")
@@ -45,7 +45,7 @@ def load() -> None:
     needed = [path for path in (torch / "lib").iterdir() if path.name.startswith("libgomp")]
     for path in [*needed, torch / "lib" / "libc10.so", torch / "lib" / "libtorch_cpu.so"]:
         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-    library = ctypes.CDLL(str(guard), mode=ctypes.RTLD_GLOBAL)
+    loaded_guard = ctypes.CDLL(str(guard), mode=ctypes.RTLD_GLOBAL)
 
 
 def built(torch: Path) -> Path:
@@ -73,11 +73,11 @@ def built(torch: Path) -> Path:
 
 def current_device() -> int:
     """Return the device that is current in this thread."""
-    assert library is not None
-    return int(library.pretended_current_device())
+    assert loaded_guard is not None
+    return int(loaded_guard.pretended_current_device())
 
 
 def set_device(index: int) -> None:
     """Make a device current in this thread."""
-    assert library is not None
-    library.pretended_set_device(index)
+    assert loaded_guard is not None
+    loaded_guard.pretended_set_device(index)

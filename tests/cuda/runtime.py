@@ -200,7 +200,7 @@ def _of_torch_cuda(num_devices: int) -> dict[str, Any]:
 @contextmanager
 def gpus(num_devices: int = 1) -> Iterator[None]:
     """Have so many GPUs inside the block, in all threads that are started there."""
-    assert preload.library is not None, "the guard is loaded before torch: python -m pytest -p tests.cuda.plugin"
+    assert preload.loaded_guard is not None, "the guard is loaded before torch: python -m pytest -p tests.cuda.plugin"
     begin = threading.Thread._bootstrap_inner  # type: ignore[attr-defined]
 
     def in_mode(thread: threading.Thread) -> None:
