@@ -18,7 +18,8 @@ from typing import Any
 
 from drafttrain.checkpoint import read_drafter
 from drafttrain.core.console import progress, table
-from drafttrain.core.records import Generation, Prompt, Sampling
+from drafttrain.core.generations import Generation
+from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.eval.acceptance.lossless import Lossless
 from drafttrain.eval.engine import Engine
 from drafttrain.eval.length.cumulative_reject import CumulativeReject, CumulativeRejectSettings
@@ -27,8 +28,8 @@ from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.statistics import ratio_difference, ratio_interval
 from drafttrain.heads import check_made_for
-from drafttrain.target import Target, TargetSettings
-from drafttrain.target.frozen import resolve_folder
+from drafttrain.target_model import Target, TargetSettings
+from drafttrain.target_model.frozen import resolve_folder
 
 FIXED = (1, 2, 3, 4, 5, 6, 8, 10)
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

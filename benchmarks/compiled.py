@@ -15,15 +15,17 @@ from typing import Any
 import torch
 
 from drafttrain.config.load import load_recipe
+from drafttrain.core.batches import DraftBatch
 from drafttrain.core.provenance import commit, processor
-from drafttrain.core.records import DraftBatch, Record, TargetNeeds
+from drafttrain.core.target_rows import TargetNeeds
+from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import drafters
 from drafttrain.eval.statistics import ratio_of_ratios
 from drafttrain.losses import losses
 from drafttrain.losses.align import align, planned
 from drafttrain.losses.chunked import batch_loss, summed
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 from drafttrain.train.compiled import compile_step
 from drafttrain.train.optimizer import build_optimizer
 

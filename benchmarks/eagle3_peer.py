@@ -31,18 +31,18 @@ from stories260k import openings, the_recipe
 from drafttrain.config.load import load_recipe
 from drafttrain.core.files import write_json
 from drafttrain.core.provenance import commit, processor
+from drafttrain.environments.environment import check_installed, python_of
 from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.statistics import ratio_of_ratios
 from drafttrain.eval.table import interval
-from drafttrain.export.engines import checked_installed
-from drafttrain.export.engines.environment import check_installed, python_of
 from drafttrain.importers.convert import import_folder
 from drafttrain.pipeline import gen
 from drafttrain.pipeline.data import training_data
 from drafttrain.pipeline.exporting import export_best
 from drafttrain.pipeline.run import Run
 from drafttrain.pipeline.training import train_drafter
+from drafttrain.serving.engines import checked_installed
 
 THREADS = 1
 NUM_STEPS = 3
@@ -200,7 +200,7 @@ def their_arm(arguments: argparse.Namespace, length: int, rate: float) -> tuple[
 
 def taps_of(arguments: argparse.Namespace) -> list[int]:
     """Return the blocks that both sides tap."""
-    from drafttrain.drafters.eagle3 import taps_of as places
+    from drafttrain.drafters.eagle.eagle3 import taps_of as places
 
     config = json.loads((Path(arguments.model) / "config.json").read_text(encoding="utf-8"))
     return places(config["num_hidden_layers"])

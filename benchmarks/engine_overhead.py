@@ -15,13 +15,13 @@ from transformers import DynamicCache
 
 from drafttrain.checkpoint import read_drafter
 from drafttrain.core.provenance import commit, processor
-from drafttrain.core.records import Prompt, Sampling
+from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.eval.acceptance.lossless import Lossless
 from drafttrain.eval.engine import Engine
 from drafttrain.eval.ledger import Ledger
 from drafttrain.eval.length.fixed import FixedLength
 from drafttrain.eval.statistics import ratio_of_ratios
-from drafttrain.target import Target, TargetSettings
+from drafttrain.target_model import Target, TargetSettings
 
 
 def main() -> None:

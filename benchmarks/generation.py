@@ -91,7 +91,7 @@ def work(arguments: argparse.Namespace) -> None:
     """Write the batch of each number that is asked for."""
     import torch
 
-    from drafttrain.core.records import Sampling
+    from drafttrain.core.texts import Sampling
     from drafttrain.data_gen.backends import Task
     from drafttrain.data_gen.backends.builtin import continuations
 
@@ -114,7 +114,7 @@ def target_of(name: str) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from drafttrain.target import Target, TargetSettings
+    from drafttrain.target_model import Target, TargetSettings
 
     demo = Target.load(TargetSettings(device="cpu"))
     if name == "demo":

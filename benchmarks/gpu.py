@@ -31,16 +31,18 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from drafttrain.config.load import load_recipe
 from drafttrain.config.recipe import Recipe
-from drafttrain.core.processes import first, together, without_launcher, world
+from drafttrain.core.batches import DraftBatch
 from drafttrain.core.provenance import commit, processor
-from drafttrain.core.records import DraftBatch, Record
+from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.data_gen.shares import own_shares
+from drafttrain.distributed.collectives import together
+from drafttrain.distributed.world import is_first, without_launcher, world
 from drafttrain.drafters import drafters
-from drafttrain.drafters.causal_lm import CausalLMDrafter
+from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.losses import losses
-from drafttrain.target import Target
-from drafttrain.target.frozen import pick_device
+from drafttrain.target_model import Target
+from drafttrain.target_model.frozen import pick_device
 from drafttrain.train.deepspeed_settings import DeepSpeedSettings
 from drafttrain.train.peak import peak_of
 from drafttrain.train.run import train
@@ -195,7 +197,7 @@ def measured(case: Case) -> dict[str, Any]:
             vocab_size=target.num_tokens,
             folder=Path(folder),
         )
-        rows = list(csv.DictReader((Path(folder) / "metrics.csv").open())) if first() else []
+        rows = list(csv.DictReader((Path(folder) / "metrics.csv").open())) if is_first() else []
     figures = {
         "parameters": sum(p.numel() for p in drafter.parameters()),
         "micro_batch": settings.largest_micro_batch(world().size),

@@ -17,14 +17,14 @@ import torch
 from drafttrain.checkpoint import read_drafter
 from drafttrain.config.load import load_recipe
 from drafttrain.core.console import table
-from drafttrain.core.records import Record
+from drafttrain.core.texts import Record
 from drafttrain.data_gen.annotate import Frozen, annotators
-from drafttrain.data_gen.labelled import LabelledTokens
+from drafttrain.data_gen.stored.labelled_tokens import LabelledTokens
 from drafttrain.eval.calibration import auc, ece
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.heads import HeadRows, load_head, probabilities
-from drafttrain.target import Target
-from drafttrain.target.frozen import resolve_folder
+from drafttrain.target_model import Target
+from drafttrain.target_model.frozen import resolve_folder
 
 
 def figures(head: Any, rows: HeadRows) -> list[str]:

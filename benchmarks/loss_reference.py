@@ -8,8 +8,9 @@ import sys
 
 import torch
 
+from drafttrain.core.loss_rows import LossRows
 from drafttrain.core.probability import acceptance_rate
-from drafttrain.core.records import LossRows, RowIndex
+from drafttrain.core.target_rows import RowIndex
 from drafttrain.losses import losses
 from drafttrain.losses.tvdpp import TVDPPConfig
 

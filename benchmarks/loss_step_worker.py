@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from drafttrain.core.records import Record, TargetNeeds
+from drafttrain.core.target_rows import TargetNeeds
+from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import drafters
 from drafttrain.losses import chunked, losses
 from drafttrain.losses.align import align
-from drafttrain.target import Target, TargetSettings
+from drafttrain.target_model import Target, TargetSettings
 from drafttrain.train.optimizer import build_optimizer
 from drafttrain.train.settings import TrainSettings
 

@@ -34,8 +34,7 @@ from drafttrain.checkpoint import read_drafter
 from drafttrain.config.load import load_recipe
 from drafttrain.core.files import write_json
 from drafttrain.core.provenance import commit, processor
-from drafttrain.core.records import Record, Sampling
-from drafttrain.data_gen.serving_logs.intake import Served
+from drafttrain.core.texts import Record, Sampling
 from drafttrain.drafters import Drafter
 from drafttrain.eval.statistics import ratio_difference, ratio_interval
 from drafttrain.losses import losses
@@ -44,9 +43,10 @@ from drafttrain.online.learner import Learner
 from drafttrain.online.plausible import surprise
 from drafttrain.online.promotion import request_counts
 from drafttrain.pipeline.drafter_folder import write_drafter
-from drafttrain.pipeline.online import online_run
+from drafttrain.pipeline.online_run import online_run
 from drafttrain.pipeline.run import Run
-from drafttrain.target import Target
+from drafttrain.recorder.intake import Served
+from drafttrain.target_model import Target
 
 STREAM, TESTED = 180, 60
 """Requests of the stream, and clean ones that are tested on."""
@@ -146,11 +146,11 @@ def learned(out: Path, kind: str, loss: str, share: float) -> dict[str, Any]:
     write_log(out / "logs" / "log.jsonl", stream)
     learning = online_run(run.recipe, run.folder, target)
     learning.once()
-    (lane,) = learning.lanes.values()
+    (route,) = learning.routes.values()
     drafters = {
         "start": read_drafter(run.folder.start, target),
-        "promoted": read_drafter(lane.versions.path(lane.versions.current()), target),
-        "filtered": lane.learner.drafter,
+        "promoted": read_drafter(route.versions.path(route.versions.current()), target),
+        "filtered": route.learner.drafter,
         "unguarded": unguarded(run, list(learning.intake.served())),
     }
     clean = [record_of(line) for line in lines[STREAM : STREAM + TESTED]]
@@ -161,8 +161,8 @@ def learned(out: Path, kind: str, loss: str, share: float) -> dict[str, Any]:
             for which, drafter in drafters.items()
         },
         "nats": {which: nats(target, drafter, nonsense) for which, drafter in drafters.items()},
-        "set_aside": lane.counts["implausible"],
-        "published": Counter(event["event"] for event in lane.versions.history())["published"] - 1,
+        "set_aside": route.counts["implausible"],
+        "published": Counter(event["event"] for event in route.versions.history())["published"] - 1,
     }
     write_json(done, found)
     return found

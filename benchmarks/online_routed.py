@@ -30,23 +30,24 @@ from tests.online.target_server import shipped
 from drafttrain.checkpoint import About, read_drafter
 from drafttrain.core.files import write_json
 from drafttrain.core.provenance import commit, processor
-from drafttrain.core.records import Record, Sampling, TargetNeeds
+from drafttrain.core.target_rows import TargetNeeds
+from drafttrain.core.texts import Record, Sampling
 from drafttrain.data_gen.backends.builtin import continuations
-from drafttrain.data_gen.formats import Encoder
+from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.packing import pack
-from drafttrain.data_gen.serving_logs.intake import Intake
 from drafttrain.data_gen.sources import sources
-from drafttrain.drafters.causal_lm import CausalLMDrafter, CausalLMSettings
-from drafttrain.drafters.cut import cut_from
+from drafttrain.drafters.causal_lm.cut import cut_from
+from drafttrain.drafters.causal_lm.module import CausalLMDrafter, CausalLMSettings
 from drafttrain.eval.statistics import ratio_difference, ratio_interval
 from drafttrain.export.hf import export_hf
 from drafttrain.losses.forward_kl import ForwardKL
-from drafttrain.online.lane import Workshop
 from drafttrain.online.loop import OnlineRun, metrics
 from drafttrain.online.promotion import request_counts
+from drafttrain.online.route import Workshop
 from drafttrain.online.router import Router
 from drafttrain.online.settings import OnlineSettings, RouterSettings
-from drafttrain.target import Target, TargetSettings
+from drafttrain.recorder.intake import Intake
+from drafttrain.target_model import Target, TargetSettings
 from drafttrain.train.settings import TrainSettings
 
 K = 5
@@ -65,7 +66,7 @@ class Arm:
 
     router: Literal["tag"] | None
     every: int
-    """Requests of a lane between two updates."""
+    """Requests of a route between two updates."""
     batch_size: int
 
 
@@ -75,7 +76,7 @@ ARMS = {
     "half the batch": Arm("tag", EVERY // 2, 8),
     "twice the tokens": Arm("tag", EVERY // 2, 16),
 }
-"""What the three routed arms are called says how a lane differs from the shared drafter; the first two spend as many tokens as it."""
+"""What the three routed arms are called says how a route differs from the shared drafter; the first two spend as many tokens as it."""
 SIZES = {"two layers": None, "one layer": 64}
 """builtin:drafter as it is, or its first layer with so many feed-forward neurons."""
 BUDGETS = {"one layer": [4, 24], "two layers": [4]}
@@ -200,8 +201,8 @@ class Bench:
             run = self._run(cell, folder)
             run.once()
             rows = metrics(folder)
-            for name, lane in run.lanes.items():
-                self.export(lane.learner.drafter, folder / "learned" / (name or "all"))
+            for name, route in run.routes.items():
+                self.export(route.learner.drafter, folder / "learned" / (name or "all"))
             about = {"positions": sum(row["positions"] for row in rows), "updates": len(rows)}
             for part in ("online", "drafters"):
                 shutil.rmtree(folder / part)

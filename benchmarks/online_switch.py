@@ -31,7 +31,7 @@ from drafttrain.eval import table
 from drafttrain.eval.statistics import ratio_difference, ratio_interval
 from drafttrain.online.drift import drift
 from drafttrain.online.loop import metrics
-from drafttrain.target import Target, TargetSettings
+from drafttrain.target_model import Target, TargetSettings
 
 MAX_TOKENS = 48
 COMPARED = 48

@@ -13,10 +13,10 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from drafttrain.core.records import Sampling
+from drafttrain.core.texts import Sampling
 from drafttrain.data_gen.backends import Task
 from drafttrain.data_gen.backends.builtin import continuations
-from drafttrain.target import Target, TargetSettings
+from drafttrain.target_model import Target, TargetSettings
 
 NUM_REQUESTS = 240
 """Of each kind."""

@@ -96,11 +96,11 @@ def turn(name: str, num_steps: int) -> dict[str, list[float]]:
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     from drafttrain.config.load import load_recipe
-    from drafttrain.core.records import Record
+    from drafttrain.core.texts import Record
     from drafttrain.data_gen.packing import pack
     from drafttrain.drafters import drafters
     from drafttrain.losses import losses
-    from drafttrain.target import Target
+    from drafttrain.target_model import Target
     from drafttrain.train.run import train
 
     recipe: Any = load_recipe(name)

@@ -24,7 +24,7 @@ from drafttrain.config.recipe import Recipe
 from drafttrain.core.provenance import commit
 from drafttrain.drafters import drafters
 from drafttrain.losses import losses
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 from drafttrain.train.step_cost import StepCost, Trained, step_cost
 
 OUT = Path(__file__).with_suffix(".md")

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from drafttrain.config.load import load_recipe
+from drafttrain.core.batches import DraftBatch
+from drafttrain.core.loss_rows import LossRows
 from drafttrain.core.provenance import commit, processor
-from drafttrain.core.records import DraftBatch, LossRows
 from drafttrain.drafters import drafters
 from drafttrain.eval.statistics import ratio_of_ratios
 from drafttrain.losses import losses

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 import yaml
 
-from drafttrain.core.records import Sampling
+from drafttrain.core.texts import Sampling
 from drafttrain.data_gen.backends import Task
 from drafttrain.data_gen.backends.builtin import continuations
-from drafttrain.target import Target, TargetSettings
+from drafttrain.target_model import Target, TargetSettings
 
 OPENING, TEST = 24, 64
 

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from drafttrain.target import Target, TargetSettings
+from drafttrain.target_model import Target, TargetSettings
 
 torch.set_num_threads(1)
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from drafttrain import pipeline
 from drafttrain.config.load import load_recipe
-from drafttrain.core.processes import without_launcher
+from drafttrain.distributed.world import without_launcher
 from drafttrain.pipeline.exporting import export_best
 from drafttrain.pipeline.run import Run
 from drafttrain.pipeline.training import train_drafter

@@ -17,18 +17,20 @@ MODULES = sorted(ROOT.rglob("*.py"))
 # A room may import the rooms of the lines above its own.
 ORDER = """
 core
-losses target
+distributed
+losses target_model
 drafters
 heads
 checkpoint
+environments
 data_gen
 eval
 export
-importers
-train
+importers serving
+train recorder
 online
 config
-pipeline launch
+pipeline
 cli
 __main__
 """
@@ -37,7 +39,7 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER.split("\n")) for room in r
 TRAIN_ONLY = {"lightning", "pytorch_lightning", "lightning_fabric", "deepspeed"}
 HTTP = {"fastapi", "starlette", "uvicorn", "flask", "aiohttp", "httpx", "requests", "http", "socketserver", "urllib3"}
 # Besides the room online: texts may be written by a server that serves the target, and an engine's worker asks the server that it starts.
-HTTP_CLIENTS = {"data_gen/completions.py": "aiohttp", "export/engines/llama_cpp_worker.py": "http.client"}
+HTTP_CLIENTS = {"data_gen/openai_client.py": "aiohttp", "serving/engines/llama_cpp_worker.py": "http.client"}
 
 
 def imported(module: Path) -> Iterator[tuple[str, int]]:
@@ -87,8 +89,8 @@ def test_an_import_to_the_right_is_noticed(tmp_path):
     module = tmp_path / "module.py"
     module.write_text("def f():\n    from drafttrain import pipeline\n    import drafttrain.train.run\n")
     assert [wrong_direction("eval", name) for name, _ in imported(module)] == [True, True]
-    assert not wrong_direction("eval", "drafttrain.core.records")
-    assert wrong_direction("losses", "drafttrain.target.frozen")
+    assert not wrong_direction("eval", "drafttrain.core.batches")
+    assert wrong_direction("losses", "drafttrain.target_model.frozen")
 
 
 def test_lightning_and_deepspeed_are_imported_in_train_only():

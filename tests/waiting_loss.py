@@ -51,6 +51,6 @@ def wait_for(place: Path, running: subprocess.Popen[bytes], *, ranks: int = 1) -
         time.sleep(0.01)
 
 
-def let_go(place: Path) -> None:
+def release(place: Path) -> None:
     """Let them go on."""
     (place / "go").touch()

@@ -8,7 +8,7 @@ import torch
 
 from drafttrain.data_gen.stdlib_text import documents
 from drafttrain.eval.repetition import tokens_before_repetition
-from drafttrain.target import Target, TargetSettings
+from drafttrain.target_model import Target, TargetSettings
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import write_json
 from drafttrain.core.foreign import check_folder, read_json
 from drafttrain.drafters import Drafter, drafters
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 
 ABOUT = "drafttrain.json"
 

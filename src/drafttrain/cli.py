@@ -61,7 +61,8 @@ def fit(
     """Do all of a recipe: generate data, train, export, evaluate. Run again, it continues; what is done is skipped."""
     with exit_codes(debug=debug):
         loaded, run_folder = _recipe_and_run_folder(recipe, overrides, smoke=smoke, runs=runs)
-        from drafttrain import launch, pipeline
+        from drafttrain import pipeline
+        from drafttrain.distributed import launch
 
         if (count := launch.processes_wanted(loaded)) > 1:
             raise typer.Exit(launch.relaunch(count, max_restarts=loaded.train.max_restarts))
@@ -75,7 +76,8 @@ def gen(
     """Only generate the data of a recipe with its target."""
     with exit_codes(debug=debug):
         loaded, run_folder = _recipe_and_run_folder(recipe, overrides, smoke=smoke, runs=runs)
-        from drafttrain import launch, pipeline
+        from drafttrain import pipeline
+        from drafttrain.distributed import launch
 
         if (count := launch.processes_wanted(loaded)) > 1:
             raise typer.Exit(launch.relaunch(count, max_restarts=loaded.train.max_restarts))
@@ -103,7 +105,7 @@ def online(
             if not 1 <= len(rest) <= (2 if word == "rollback" else 1):
                 raise RecipeError("arguments", [f"drafttrain online {word} RUN: give a run folder"])
             from drafttrain import pipeline
-            from drafttrain.pipeline.online import show_status
+            from drafttrain.pipeline.online_run import show_status
 
             if word == "status":
                 show_status(Path(rest[0]))
@@ -234,8 +236,8 @@ def install(
 ) -> None:
     """Make the environment of a serving engine, in the user's cache, outside of any project."""
     with exit_codes(debug=debug):
-        from drafttrain.export.engines import checked_installed
-        from drafttrain.export.engines.environment import install as make
+        from drafttrain.environments.environment import install as make
+        from drafttrain.serving.engines import checked_installed
 
         for engine in checked_installed(names):
             say(f"{engine.name}: ready in {make(engine)}")
@@ -244,8 +246,8 @@ def install(
 @engines_app.command(name="list")
 def list_engines() -> None:
     """List the serving engines that can prove an export, and where their environments are."""
-    from drafttrain.export.engines import checked_installed
-    from drafttrain.export.engines.environment import is_installed, python_of
+    from drafttrain.environments.environment import is_installed, python_of
+    from drafttrain.serving.engines import checked_installed
 
     rows = []
     for engine in checked_installed([]):
@@ -324,7 +326,7 @@ def evaluate(
         named, overrides = _apart(what or [])
         if server is not None:
             _check_served(named, server, smoke=smoke)
-            from drafttrain.pipeline.live import LiveQuestion, evaluate_server
+            from drafttrain.pipeline.check_server import LiveQuestion, evaluate_server
 
             question = LiveQuestion(server, engine, model, api_key_variable)
             drafter = Path(named[0]) if named else None
@@ -412,8 +414,8 @@ def record(
 ) -> None:
     """Stand before a server with the OpenAI protocol and record what it answers, for {kind: serving_logs, path: DIR}."""
     with exit_codes(debug=debug):
-        from drafttrain.online.recorder import record as serve
-        from drafttrain.online.recorder_settings import RecorderSettings
+        from drafttrain.recorder.proxy import record as serve
+        from drafttrain.recorder.settings import RecorderSettings
 
         serve(
             RecorderSettings(
@@ -533,9 +535,9 @@ def main() -> None:
 
 def _first_alone() -> None:
     """Leave what one process does to the first of those that a launcher started."""
-    from drafttrain.core.processes import first
+    from drafttrain.distributed.world import is_first
 
-    if not first():
+    if not is_first():
         raise typer.Exit(0)
 
 

@@ -18,7 +18,7 @@ from drafttrain.config.schema import recipe_schema
 from drafttrain.core.errors import RecipeError
 from drafttrain.drafters import drafters
 from drafttrain.losses import losses
-from drafttrain.target import TargetSettings
+from drafttrain.target_model import TargetSettings
 
 BUNDLED = [recipe.path for recipe in bundled_recipes()]
 DEMO = find_recipe("demo")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from drafttrain.core import divergence_kernel as kernel
-from drafttrain.core.records import LossRows
+from drafttrain.core.loss_rows import LossRows
 
 
 def rows(columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

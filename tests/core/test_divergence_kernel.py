@@ -67,7 +67,7 @@ def test_on_a_gpu_it_gives_what_pytorch_gives():
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("no GPU here")
-    from drafttrain.core.records import LossRows
+    from drafttrain.core.loss_rows import LossRows
     from tests.core.kernel_in_interpreter import difference, rows
 
     for columns in (7, 5000, 128_256):

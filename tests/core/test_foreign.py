@@ -15,8 +15,8 @@ from drafttrain.core.foreign import MAX_DEPTH, check_folder, own_files, read_jso
 from drafttrain.core.tensors import check_finite, read_tensors
 from drafttrain.export.folder import read_files
 from drafttrain.importers.convert import import_folder
-from drafttrain.target import Target, TargetSettings
-from drafttrain.target.frozen import load_causal_lm
+from drafttrain.target_model import Target, TargetSettings
+from drafttrain.target_model.frozen import load_causal_lm
 
 DEEP = "[" * 100_000 + "]" * 100_000
 

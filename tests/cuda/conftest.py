@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from drafttrain.drafters import Drafter
-from drafttrain.target import Target, TargetSettings
+from drafttrain.target_model import Target, TargetSettings
 from tests.cuda import preload
 from tests.cuda.happenings import Happenings, happenings
 from tests.cuda.models import decoding_drafter

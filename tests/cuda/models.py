@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from drafttrain.core.records import DraftBatch, Prompt, Record
+from drafttrain.core.batches import DraftBatch
+from drafttrain.core.texts import Prompt, Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import Drafter, drafters
 from drafttrain.eval.acceptance import acceptance_rules
 from drafttrain.eval.engine import Engine
 from drafttrain.eval.length import length_policies
 from drafttrain.heads import heads
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 from tests.cuda.kinds import drafter_settings
 
 PROMPTS = [Prompt(f"p{number}", list(range(1 + number, 10 + 4 * number))) for number in range(2)]

@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from drafttrain.core.records import DraftBatch, TargetNeeds
+from drafttrain.core.batches import DraftBatch
+from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.drafters import Drafter
 from drafttrain.losses import losses
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 from drafttrain.train.run import train
 from drafttrain.train.settings import TrainSettings
 from tests.cuda.models import packed

@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from drafttrain.core.records import Record, Sampling, TargetNeeds
+from drafttrain.core.target_rows import TargetNeeds
+from drafttrain.core.texts import Record, Sampling
 from drafttrain.data_gen.annotate import Frozen, annotators
 from drafttrain.data_gen.backends import Task
 from drafttrain.data_gen.backends.builtin import continuations
-from drafttrain.data_gen.cache import Wanted, build_cache, with_stored
 from drafttrain.data_gen.checkers import checkers
 from drafttrain.data_gen.packing import pack
 from drafttrain.data_gen.settings import DataSettings
-from drafttrain.data_gen.told import _Texts, told
-from drafttrain.target import Target
+from drafttrain.data_gen.stored.target_cache import Wanted, build_cache, with_stored
+from drafttrain.data_gen.stored.validation_target import _Texts, told
+from drafttrain.target_model import Target
 from tests.cuda.kinds import KINDS
 from tests.cuda.models import new_drafter, texts
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from drafttrain.core.records import Sampling
 from drafttrain.core.registry import Registry
+from drafttrain.core.texts import Sampling
 from drafttrain.drafters import Drafter
 from drafttrain.eval.acceptance import acceptance_rules
 from drafttrain.eval.acceptance.lossless import LosslessSettings
@@ -18,7 +18,7 @@ from drafttrain.eval.length.fixed import FixedLengthSettings
 from drafttrain.eval.length.tree import TreeSettings
 from drafttrain.eval.proposers import proposers
 from drafttrain.eval.replay import Text, expected_rounds, replay_rows
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 from tests.cuda.kinds import KINDS
 from tests.cuda.models import MAX_NEW_TOKENS, PROMPTS, engine, head_folder, packed
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from drafttrain.target import Target, TargetSettings, packed_kernels, packed_reading
-from drafttrain.target.documents import reads_packed
+from drafttrain.target_model import Target, TargetSettings, packed_kernels, packed_reading
+from drafttrain.target_model.documents import reads_packed
 from tests.cuda.happenings import Happenings
 from tests.cuda.kinds import loss_settings
 from tests.cuda.models import new_drafter
 from tests.cuda.steps import trained, with_target
-from tests.target.flash_numbers import flash_numbers
+from tests.target_model.flash_numbers import flash_numbers
 
 pytestmark = pytest.mark.pretended_cuda
 

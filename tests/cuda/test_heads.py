@@ -11,7 +11,7 @@ import torch
 
 from drafttrain.config.load import read_recipe
 from drafttrain.config.recipe import Recipe
-from drafttrain.core.records import Sampling
+from drafttrain.core.texts import Sampling
 from drafttrain.data_gen.annotate import annotators
 from drafttrain.drafters import Drafter
 from drafttrain.eval.acceptance import acceptance_rules
@@ -23,7 +23,7 @@ from drafttrain.pipeline.data import training_data
 from drafttrain.pipeline.exporting import export_trained_head, training_result
 from drafttrain.pipeline.head import figures_of_head, fit_head, labelled_tokens
 from drafttrain.pipeline.run import Run
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 from tests.cuda.kinds import write_texts
 from tests.cuda.models import PROMPTS, engine
 

@@ -15,7 +15,7 @@ from drafttrain.losses.align import align
 from drafttrain.losses.chunked import batch_loss, row_losses
 from drafttrain.losses.tvdpp import TVDPPConfig
 from drafttrain.losses.weighted_sum import Term, WeightedSumConfig
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 from tests.cuda.models import new_drafter
 from tests.cuda.steps import with_target
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from drafttrain.core.processes import without_launcher
+from drafttrain.distributed.world import without_launcher
 from drafttrain.pipeline.run import Run
 from drafttrain.pipeline.training import train_drafter
 from tests.cuda.kinds import IN_PROCESSES, KINDS, recipe, write_texts

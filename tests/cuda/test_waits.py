@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from drafttrain.core.records import Sampling
+from drafttrain.core.texts import Sampling
 from drafttrain.data_gen.backends import Task
 from drafttrain.data_gen.backends.builtin import continuations
 from drafttrain.drafters import Drafter
@@ -20,7 +20,7 @@ from drafttrain.eval.acceptance.lossless import LosslessSettings
 from drafttrain.eval.ledger import Ledger
 from drafttrain.eval.length.fixed import FixedLengthSettings
 from drafttrain.eval.length.tree import TreeSettings
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 from tests.cuda.happenings import Happenings
 from tests.cuda.kinds import KINDS, loss_settings
 from tests.cuda.models import PROMPTS, engine, new_drafter, texts

@@ -18,7 +18,8 @@ import torch.distributed as dist  # noqa: E402
 
 from drafttrain.config.recipe import Recipe  # noqa: E402
 from drafttrain.core.errors import Interrupted  # noqa: E402
-from drafttrain.core.processes import first, together, wait_for_all  # noqa: E402
+from drafttrain.distributed.collectives import together, wait_for_all  # noqa: E402
+from drafttrain.distributed.world import first  # noqa: E402
 from drafttrain.pipeline.run import Run  # noqa: E402
 from drafttrain.pipeline.training import train_drafter  # noqa: E402
 from tests.cuda.groups import groups_of_devices  # noqa: E402
@@ -30,7 +31,7 @@ from tests.cuda.runtime import gpus  # noqa: E402
 def train_twice(made: Recipe, folder: Path) -> None:
     """Train until the second process is asked to stop, then to the end."""
     run = Run(made, folder)
-    if not first():
+    if not is_first():
         ask_to_stop(run)
     try:
         train_drafter(run)

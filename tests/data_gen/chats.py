@@ -5,8 +5,8 @@ from typing import Any
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from drafttrain.core.records import Record
-from drafttrain.data_gen.formats import Encoder
+from drafttrain.core.texts import Record
+from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.record_keys import Reading
 from tests.conftest import byte_tokenizer
 

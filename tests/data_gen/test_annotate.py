@@ -9,22 +9,23 @@ import pytest
 import torch
 
 from drafttrain.core.errors import CheckpointError, DataError
+from drafttrain.core.proposals import Budget, Context
 from drafttrain.core.random import stream
-from drafttrain.core.records import Budget, Context, Prompt, Record, Sampling
+from drafttrain.core.texts import Prompt, Record, Sampling
 from drafttrain.data_gen.annotate import Frozen
 from drafttrain.data_gen.annotate.acceptance import AcceptanceLabels, AcceptanceLabelSettings, acceptance_labels, mixed
-from drafttrain.data_gen.formats import Encoder
-from drafttrain.data_gen.labelled import annotate
-from drafttrain.data_gen.prepare import TrainingData
+from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.sources import Item
-from drafttrain.data_gen.store import open_store
+from drafttrain.data_gen.stored.labelled_tokens import annotate
+from drafttrain.data_gen.stored.records import open_store
+from drafttrain.data_gen.training_data import TrainingData
 from drafttrain.drafters import drafters
-from drafttrain.drafters.causal_lm import CausalLMDrafter
+from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.eval.acceptance.lossless import Lossless
 from drafttrain.eval.engine import Engine
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
-from drafttrain.target.weights_digest import weights_digest
+from drafttrain.target_model.weights_digest import weights_digest
 from tests.conftest import random_llama
 from tests.drafters.feature_models import feature_drafter, feature_target
 

@@ -13,18 +13,18 @@ import torch
 from drafttrain import pipeline
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import DataError
-from drafttrain.core.records import TargetNeeds
-from drafttrain.data_gen.cache import _as_array, _as_tensor
-from drafttrain.data_gen.prepare import TrainingData, attach_cache, prepare
+from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.sources.text import TextSettings
-from drafttrain.data_gen.told import ToldTarget
-from drafttrain.drafters.kangaroo import KangarooDrafter, KangarooSettings
+from drafttrain.data_gen.stored.target_cache import _as_array, _as_tensor
+from drafttrain.data_gen.stored.validation_target import CachedTarget
+from drafttrain.data_gen.training_data import TrainingData, attach_cache, prepare
+from drafttrain.drafters.kangaroo.module import KangarooDrafter, KangarooSettings
 from drafttrain.losses import losses
 from drafttrain.losses.forward_kl import ForwardKLConfig
-from drafttrain.target import Target
-from drafttrain.target.anatomy import trunk
-from drafttrain.target.documents import takes_mask
+from drafttrain.target_model import Target
+from drafttrain.target_model.anatomy import trunk
+from drafttrain.target_model.documents import takes_mask
 
 NEEDS = TargetNeeds(hidden=(0, 1), final=True)
 
@@ -155,7 +155,7 @@ def test_nothing_is_read_that_is_not_asked_for(text, tiny_target):
     assert set(cache.stored(record, 3, ["final", "tail"])) == {"final", "tail"}
     text_T = data.stores[0][record].tokens
     tokens_BT, positions_BT = torch.tensor(text_T)[None], torch.arange(len(text_T))[None]
-    told = ToldTarget(tiny_target, [*([] for _ in range(record)), text_T], cache)
+    told = CachedTarget(tiny_target, [*([] for _ in range(record)), text_T], cache)
     seen, live = (
         one.read(tokens_BT, positions_BT, TargetNeeds(hidden=(1,), final=True)) for one in (told, tiny_target)
     )

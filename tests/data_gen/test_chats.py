@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 
 from drafttrain.core.errors import DataError
-from drafttrain.core.records import Record
+from drafttrain.core.texts import Record
 from drafttrain.data_gen.bad_item import BadItem
-from drafttrain.data_gen.formats import Encoder
-from drafttrain.data_gen.prepare import prepare
+from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.sources import RecordSettings
 from drafttrain.data_gen.sources.hub import Hub, HubSettings
 from drafttrain.data_gen.sources.jsonl import JSONLSettings, lines
 from drafttrain.data_gen.sources.parquet import Parquet, ParquetSettings
+from drafttrain.data_gen.training_data import prepare
 from tests.data_gen.chats import ASKS, BOS, CHATML, GENERATION, RICH, chat_encoder, chat_tokenizer, read, shown
 
 ASKED = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from drafttrain.core.errors import DataError
 from drafttrain.data_gen.bad_item import BadItem
-from drafttrain.data_gen.formats import Encoder
+from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.plain_ids import continuation_ids, plain_ids
 from drafttrain.data_gen.serving_logs.encoding import ExchangeEncoder
 from drafttrain.data_gen.serving_logs.exchange import Exchange

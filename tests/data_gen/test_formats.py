@@ -7,13 +7,13 @@ import pytest
 
 from drafttrain.core.errors import DataError
 from drafttrain.data_gen.bad_item import BadItem
-from drafttrain.data_gen.formats import Encoder
+from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.sources import sources
 from drafttrain.data_gen.sources.hub import HubSettings
 from drafttrain.data_gen.sources.jsonl import JSONL, JSONLSettings
 from drafttrain.data_gen.sources.parquet import Parquet, ParquetSettings
 from drafttrain.data_gen.sources.text import Text, TextSettings
-from drafttrain.data_gen.store import open_store
+from drafttrain.data_gen.stored.records import open_store
 from tests.conftest import byte_tokenizer
 
 MARKED = "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}|{% endgeneration %}{% else %}{{ m['content'] }}|{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"

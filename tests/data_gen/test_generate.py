@@ -7,16 +7,17 @@ import pytest
 import torch
 
 from drafttrain.core.errors import DataError
-from drafttrain.core.records import Sampling, TargetNeeds
+from drafttrain.core.target_rows import TargetNeeds
+from drafttrain.core.texts import Sampling
 from drafttrain.data_gen.backends import Task, builtin
 from drafttrain.data_gen.backends.builtin import continuations
-from drafttrain.data_gen.cache import RowCache
 from drafttrain.data_gen.generate import generate
-from drafttrain.data_gen.prepare import attach_cache, generate_texts, prepare
 from drafttrain.data_gen.settings import DataSettings, GenerateSettings
 from drafttrain.data_gen.sources.generated import GeneratedSettings
 from drafttrain.data_gen.sources.jsonl import JSONLSettings
 from drafttrain.data_gen.sources.text import TextSettings
+from drafttrain.data_gen.stored.target_cache import RowCache
+from drafttrain.data_gen.training_data import attach_cache, generate_texts, prepare
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from drafttrain.core.errors import DataError
-from drafttrain.core.records import Prompt, Record, Sampling
+from drafttrain.core.texts import Prompt, Record, Sampling
 from drafttrain.data_gen.annotate import Frozen
 from drafttrain.data_gen.annotate.counterfactual import Counterfactual, CounterfactualSettings
 from drafttrain.data_gen.annotate.marked import Marked, MarkedSettings, labels_of
@@ -18,18 +18,18 @@ from drafttrain.data_gen.annotate.states import states_of
 from drafttrain.data_gen.backends import Task
 from drafttrain.data_gen.backends.builtin import continuations
 from drafttrain.data_gen.checkers.numeric import NumericSettings
-from drafttrain.data_gen.formats import Encoder
-from drafttrain.data_gen.labelled import annotate
-from drafttrain.data_gen.prepare import TrainingData
+from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.sources import Item
-from drafttrain.data_gen.store import open_store
-from drafttrain.drafters.causal_lm import CausalLMDrafter
+from drafttrain.data_gen.stored.labelled_tokens import annotate
+from drafttrain.data_gen.stored.records import open_store
+from drafttrain.data_gen.training_data import TrainingData
+from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.eval.acceptance.lossless import Lossless
 from drafttrain.eval.engine import Engine
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
-from drafttrain.target.anatomy import final_norm
-from drafttrain.target.logits import head_logits
+from drafttrain.target_model.anatomy import final_norm
+from drafttrain.target_model.logits import head_logits
 from tests.conftest import random_llama
 from tests.drafters.feature_models import feature_drafter, feature_target
 

@@ -12,15 +12,15 @@ import torch
 from drafttrain.data_gen.annotate import Frozen
 from drafttrain.data_gen.annotate.acceptance import AcceptanceLabelSettings
 from drafttrain.data_gen.generate import generate
-from drafttrain.data_gen.labelled import annotate
 from drafttrain.data_gen.names import Names, problem_of
-from drafttrain.data_gen.prepare import TrainingData, prepare
 from drafttrain.data_gen.serving_logs.settings import ServingLogsSettings
 from drafttrain.data_gen.settings import DataSettings, GenerateSettings
 from drafttrain.data_gen.sources.jsonl import JSONLSettings
 from drafttrain.data_gen.sources.parquet import ParquetSettings
 from drafttrain.data_gen.sources.text import TextSettings
-from drafttrain.drafters.causal_lm import CausalLMDrafter
+from drafttrain.data_gen.stored.labelled_tokens import annotate
+from drafttrain.data_gen.training_data import TrainingData, prepare
+from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from tests.conftest import byte_tokenizer, random_llama
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from drafttrain.core.records import Record
-from drafttrain.data_gen.overlap import contaminated
+from drafttrain.core.texts import Record
+from drafttrain.data_gen.contamination import contaminated
 from drafttrain.data_gen.packing import pack, plan
 from drafttrain.data_gen.sampler import Sampler, _interleaved
 from drafttrain.data_gen.settings import DataSettings
@@ -152,7 +152,7 @@ def test_rows_padded_to_a_multiple_are_no_wider_than_they_may_be_and_hold_the_sa
 
 def test_packed_rows_equal_rows_alone(tiny_target):
     """The target says of a packed document what it says of it alone: attention does not cross documents."""
-    from drafttrain.core.records import TargetNeeds
+    from drafttrain.core.target_rows import TargetNeeds
 
     generator = torch.Generator().manual_seed(0)
     records = [

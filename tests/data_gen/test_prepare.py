@@ -10,12 +10,12 @@ from drafttrain.config.load import read_recipe
 from drafttrain.config.smoke import shrink
 from drafttrain.core.errors import DataError
 from drafttrain.core.files import sha256_of
-from drafttrain.data_gen.formats import Encoder
-from drafttrain.data_gen.prepare import TrainingData, generate_texts, prepare
+from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.sources.generated import Generated, GeneratedSettings
 from drafttrain.data_gen.sources.jsonl import JSONL, JSONLSettings
 from drafttrain.data_gen.sources.text import TextSettings
+from drafttrain.data_gen.training_data import TrainingData, generate_texts, prepare
 from tests.conftest import byte_tokenizer
 
 TEMPLATE = (

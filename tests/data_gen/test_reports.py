@@ -7,10 +7,10 @@ from transformers import AutoTokenizer
 
 from drafttrain.core.errors import DataError
 from drafttrain.data_gen.bad_item import BadItem
-from drafttrain.data_gen.formats import Encoder
-from drafttrain.data_gen.prepare import prepare
+from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.sources.jsonl import JSONL, JSONLSettings, lines
+from drafttrain.data_gen.training_data import prepare
 from tests.data_gen.chats import BOS, GENERATION, RICH, chat_encoder, read
 
 TOOL = (

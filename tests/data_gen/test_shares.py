@@ -16,17 +16,18 @@ from hypothesis import strategies as st
 from drafttrain.config.bundled import bundled_recipes
 from drafttrain.config.dump import dump_recipe
 from drafttrain.config.load import load_recipe, read_recipe
+from drafttrain.core.batches import DraftBatch
 from drafttrain.core.errors import RecipeError
-from drafttrain.core.records import DraftBatch, TargetNeeds
-from drafttrain.data_gen.prepare import TrainingData, prepare
+from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.shares import num_micro_batches, own_shares
 from drafttrain.data_gen.sources.text import TextSettings
+from drafttrain.data_gen.training_data import TrainingData, prepare
 from drafttrain.drafters import Drafter, drafters
 from drafttrain.losses import losses
 from drafttrain.losses.align import align
 from drafttrain.losses.chunked import batch_loss, normalised, summed
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 from drafttrain.train.preflight import check_processes
 from tests.conftest import byte_tokenizer, random_llama
 

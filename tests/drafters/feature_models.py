@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drafttrain.core.records import DraftBatch, Record
+from drafttrain.core.batches import DraftBatch
+from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import drafters
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 from tests.conftest import byte_tokenizer, random_llama
 
 

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from drafttrain.core.errors import CheckpointError
-from drafttrain.drafters.causal_lm import CausalLMDrafter, CausalLMSettings
-from drafttrain.target import Target, TargetSettings
+from drafttrain.drafters.causal_lm.module import CausalLMDrafter, CausalLMSettings
+from drafttrain.target_model import Target, TargetSettings
 
 
 def test_scratch_has_the_parameters_that_its_sizes_give(tiny_target: Target) -> None:

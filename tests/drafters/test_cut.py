@@ -9,11 +9,11 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from drafttrain.core.errors import CheckpointError
-from drafttrain.drafters.causal_lm import CausalLMDrafter, CausalLMSettings
-from drafttrain.drafters.cut import cut_from, spread
-from drafttrain.target import Target
-from drafttrain.target.anatomy import blocks
-from drafttrain.target.frozen import load_causal_lm
+from drafttrain.drafters.causal_lm.cut import cut_from, spread
+from drafttrain.drafters.causal_lm.module import CausalLMDrafter, CausalLMSettings
+from drafttrain.target_model import Target
+from drafttrain.target_model.anatomy import blocks
+from drafttrain.target_model.frozen import load_causal_lm
 from tests.conftest import random_llama
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "pad_token_id": 0}

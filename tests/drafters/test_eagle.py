@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import smooth_l1_loss
 
 from drafttrain.checkpoint import read_drafter
-from drafttrain.drafters.eagle import EagleSettings, noise
+from drafttrain.drafters.eagle.eagle1 import EagleSettings, noise
 from tests.drafters.feature_models import feature_drafter, feature_target, packed
 from tests.drafters.test_eagle3 import exported
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from drafttrain.checkpoint import About, read_drafter
 from drafttrain.core.errors import CheckpointError
-from drafttrain.drafters.eagle3 import Eagle3Drafter, Eagle3Settings, taps_of
+from drafttrain.drafters.eagle.eagle3 import Eagle3Drafter, Eagle3Settings, taps_of
 from drafttrain.export.hf import export_hf
 from tests.drafters.feature_models import feature_drafter, feature_target, packed
 

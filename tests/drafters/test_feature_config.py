@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from drafttrain.checkpoint import read_about, read_drafter
+from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.records import DraftBatch, DraftOutput
-from drafttrain.drafters.eagle3 import Eagle3Drafter, Eagle3Settings
+from drafttrain.drafters.eagle.eagle3 import Eagle3Drafter, Eagle3Settings
 from drafttrain.export import DrafterFiles
 from drafttrain.export.folder import read_files
 from drafttrain.export.layout import layout_problems
-from drafttrain.export.serve import best_length, read_evaluation
 from drafttrain.losses.align import align
-from drafttrain.target import Target, TargetSettings
+from drafttrain.serving.serve_config import best_length, read_evaluation
+from drafttrain.target_model import Target, TargetSettings
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from drafttrain.core.records import Budget, DraftStep
-from drafttrain.drafters.feature_drafts import DraftTree
+from drafttrain.core.proposals import Budget, DraftStep
+from drafttrain.drafters.eagle.drafts import DraftTree
 
 R = 5
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from drafttrain.drafters.feature_norm import Norm
+from drafttrain.drafters.eagle.norm import Norm
 from tests.drafters.feature_models import feature_drafter, feature_target, packed
 
 

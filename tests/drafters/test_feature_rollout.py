@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from drafttrain.core.packed_documents import ReadSlots
-from drafttrain.core.records import Record
+from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import as_padding, pack
-from drafttrain.drafters import feature_layer
+from drafttrain.drafters.eagle import layer as feature_layer
 from drafttrain.losses.align import align, planned
-from drafttrain.target.packed_attention import Columns
+from drafttrain.target_model.packed_attention import Columns
 from tests.drafters.feature_models import chain_logits, feature_drafter, feature_target, packed
 
 STEPS = 4

@@ -7,9 +7,9 @@ import torch
 import transformers
 from torch import nn
 
-from drafttrain.drafters.eagle3 import Eagle3Drafter, Eagle3Settings
-from drafttrain.target import Target
-from drafttrain.target.anatomy import final_norm
+from drafttrain.drafters.eagle.eagle3 import Eagle3Drafter, Eagle3Settings
+from drafttrain.target_model import Target
+from drafttrain.target_model.anatomy import final_norm
 from tests.conftest import byte_tokenizer
 from tests.eval.decoding import PROMPTS, decode, greedy
 

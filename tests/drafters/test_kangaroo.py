@@ -13,31 +13,25 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from drafttrain.config.load import load_recipe
+from drafttrain.core.batches import DraftBatch
 from drafttrain.core.errors import CheckpointError, RecipeError
-from drafttrain.core.records import (
-    Budget,
-    Context,
-    DraftBatch,
-    Prompt,
-    Record,
-    Sampling,
-    TargetNeeds,
-    TargetOutput,
-)
+from drafttrain.core.proposals import Budget, Context
+from drafttrain.core.target_rows import TargetNeeds, TargetOutput
+from drafttrain.core.texts import Prompt, Record, Sampling
 from drafttrain.data_gen.packing import pack
-from drafttrain.drafters.kangaroo import KangarooDrafter, KangarooSettings
+from drafttrain.drafters.kangaroo.module import KangarooDrafter, KangarooSettings
 from drafttrain.eval.ledger import Ledger
 from drafttrain.eval.length.confidence import Confidence, ConfidenceSettings
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.eval.replay import Text, expected_rounds, replay_rows
 from drafttrain.losses.align import align, planned
-from drafttrain.target import Target
-from drafttrain.target.anatomy import blocks, final_norm
-from drafttrain.target.logits import head_logits
+from drafttrain.target_model import Target
+from drafttrain.target_model.anatomy import blocks, final_norm
+from drafttrain.target_model.logits import head_logits
 from tests.conftest import byte_tokenizer, random_llama
 from tests.eval.decoding import PROMPTS, chi_square, decode, greedy
 from tests.squares import Squares
-from tests.target.test_frozen import ARCHITECTURES
+from tests.target_model.test_frozen import ARCHITECTURES
 
 EXIT = 2
 
@@ -110,7 +104,7 @@ def test_it_starts_as_the_raw_early_exit(name):
 
 def test_the_size_of_the_papers_adapter():
     """67 M for a target of width 4096 (Vicuna-7B): arXiv 2404.18911."""
-    from drafttrain.drafters.kangaroo import Adapter
+    from drafttrain.drafters.kangaroo.module import Adapter
 
     with torch.device("meta"):
         adapter = Adapter(torch.nn.RMSNorm(4096), 4096, num_heads=32, rope_theta=1e4)
@@ -528,6 +522,6 @@ def test_trees_are_refused(target):
 
 
 def target_output_of(count: int) -> list[Any]:
-    from drafttrain.core.records import TargetOutput
+    from drafttrain.core.target_rows import TargetOutput
 
     return [TargetOutput() for _ in range(count)]

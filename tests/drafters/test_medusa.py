@@ -11,11 +11,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from drafttrain.core.batches import DraftBatch
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.records import DraftBatch, Prompt, Record, TargetNeeds, TargetOutput
+from drafttrain.core.target_rows import TargetNeeds, TargetOutput
+from drafttrain.core.texts import Prompt, Record
 from drafttrain.data_gen.packing import pack
-from drafttrain.drafters.medusa import TREE, Medusa, MedusaSettings
-from drafttrain.drafters.static_tree import best_paths
+from drafttrain.drafters.medusa.module import TREE, Medusa, MedusaSettings
+from drafttrain.drafters.medusa.static_tree import best_paths
 from drafttrain.eval.ledger import Ledger
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.eval.length.tree import TreeLength, TreeSettings
@@ -23,10 +25,10 @@ from drafttrain.eval.replay import Text
 from drafttrain.losses.align import align
 from drafttrain.losses.ce import CrossEntropy, CrossEntropyConfig
 from drafttrain.losses.chunked import row_losses
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 from tests.conftest import byte_tokenizer, random_llama
 from tests.eval.decoding import PROMPTS, V, chi_square, decode, greedy, rounds_of_replay, small_target, standard_error
-from tests.target.test_tree_calls import architectures, build
+from tests.target_model.test_tree_calls import architectures, build
 
 D = 32
 CHAIN = FixedLength(FixedLengthSettings(3))
@@ -242,7 +244,7 @@ def test_the_output_has_the_targets_law(draft: str):
 
 
 def test_control_the_law_of_another_head_changes_the_output(monkeypatch):
-    from drafttrain.drafters import medusa_proposer
+    from drafttrain.drafters.medusa import proposer as medusa_proposer
 
     honest = medusa_proposer.chain
     monkeypatch.setattr(

@@ -13,19 +13,20 @@ from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
 from drafttrain.checkpoint import About, write_about
+from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.records import DraftBatch, DraftOutput, Prompt, Record
+from drafttrain.core.texts import Prompt, Record
 from drafttrain.data_gen.packing import pack
-from drafttrain.drafters.lora import LoraAdapter, LoraSettings, LowRank, merged
-from drafttrain.drafters.medusa import ADAPTER, JointSettings, Medusa, MedusaSettings
+from drafttrain.drafters.medusa.lora import LoraAdapter, LoraSettings, LowRank, merged
+from drafttrain.drafters.medusa.module import ADAPTER, JointSettings, Medusa, MedusaSettings
 from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.losses.align import align
 from drafttrain.losses.ce import CrossEntropy, CrossEntropyConfig
 from drafttrain.losses.chunked import batch_loss
 from drafttrain.losses.random_rows import chosen
-from drafttrain.target import Target, TargetSettings
-from drafttrain.target.documents import tells_documents_apart
+from drafttrain.target_model import Target, TargetSettings
+from drafttrain.target_model.documents import tells_documents_apart
 from drafttrain.train.optimizer import build_optimizer
 from drafttrain.train.settings import TrainSettings
 from tests.conftest import byte_tokenizer, random_llama

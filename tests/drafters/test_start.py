@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from drafttrain.checkpoint import About, write_about
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.records import Prompt
+from drafttrain.core.texts import Prompt
 from drafttrain.drafters import drafters
-from drafttrain.target import Target, TargetSettings
+from drafttrain.target_model import Target, TargetSettings
 from tests.export import folders
 from tests.export.trained import learn
 

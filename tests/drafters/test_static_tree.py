@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from drafttrain.drafters.static_tree import Path, best_paths, non_increasing, within
+from drafttrain.drafters.medusa.static_tree import Path, best_paths, non_increasing, within
 
 
 def table(seed: int, heads: int, ranks: int) -> list[list[float]]:

@@ -10,13 +10,13 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from drafttrain.core.records import Prompt, Sampling
+from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.drafters import Drafter
 from drafttrain.eval.acceptance.lossless import Lossless
 from drafttrain.eval.engine import Engine
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.eval.replay import Text, expected_rounds, replay_rows
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 from tests.conftest import byte_tokenizer, random_llama
 
 V = 257

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from drafttrain.core.errors import CheckpointError
+from drafttrain.core.generations import Generation, Round
 from drafttrain.core.probability import draw, sampling_probs
-from drafttrain.core.records import DraftStep, Generation, More, Round, Sampling, Verdict
-from drafttrain.drafters.chain_proposer import ChainProposer
+from drafttrain.core.proposals import DraftStep, More, Verdict
+from drafttrain.core.texts import Sampling
+from drafttrain.drafters.causal_lm.proposer import ChainProposer
 from drafttrain.eval.acceptance.lossless import Lossless
 from drafttrain.eval.engine import Engine
 from drafttrain.eval.ledger import Ledger

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from drafttrain.core.records import Prompt, Sampling
-from drafttrain.drafters.causal_lm import CausalLMDrafter
-from drafttrain.drafters.chain_proposer import ChainProposer
+from drafttrain.core.texts import Prompt, Sampling
+from drafttrain.drafters.causal_lm.module import CausalLMDrafter
+from drafttrain.drafters.causal_lm.proposer import ChainProposer
 from drafttrain.eval.acceptance.lenience import Lenience, LenienceSettings
 from drafttrain.eval.acceptance.lossless import Lossless
 from drafttrain.eval.engine import Engine
@@ -21,7 +21,7 @@ from drafttrain.eval.metrics import counts_of, mbsu, totals_of
 from drafttrain.eval.proposers.ngram import Ngram
 from drafttrain.eval.proposers.none import NoDraft
 from drafttrain.eval.replay import Text, expected_rounds, replay_rows
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 from tests.conftest import byte_tokenizer, random_llama
 from tests.eval.decoding import (
     PROMPTS,

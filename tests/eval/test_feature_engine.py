@@ -11,10 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from drafttrain.core.records import Budget, Context, DraftStep, Prompt, Record, Sampling, TargetNeeds, Verdict
+from drafttrain.core.proposals import Budget, Context, DraftStep, Verdict
+from drafttrain.core.target_rows import TargetNeeds
+from drafttrain.core.texts import Prompt, Record, Sampling
 from drafttrain.data_gen.packing import pack
-from drafttrain.drafters import feature_drafts
-from drafttrain.drafters.feature_proposer import FeatureProposer
+from drafttrain.drafters.eagle import drafts as feature_drafts
+from drafttrain.drafters.eagle.proposer import FeatureProposer
 from drafttrain.eval.acceptance.lossless import Lossless
 from drafttrain.eval.engine import Engine
 from drafttrain.eval.ledger import Ledger
@@ -24,11 +26,11 @@ from drafttrain.eval.replay import Text, expected_rounds, replay_rows
 from drafttrain.losses import losses
 from drafttrain.losses.align import align
 from drafttrain.losses.chunked import row_losses
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 from tests.conftest import byte_tokenizer
 from tests.drafters.feature_models import feature_drafter, feature_target
 from tests.eval.decoding import chi_square, greedy
-from tests.target.test_frozen import ARCHITECTURES
+from tests.target_model.test_frozen import ARCHITECTURES
 
 PROMPTS = [Prompt(str(i), list(range(1 + i, 2 + i + size))) for i, size in enumerate((0, 5, 11))]
 """One of a single token: its first round has nothing to draft from."""
@@ -252,10 +254,10 @@ def small() -> Any:
 @pytest.mark.parametrize(("temperature", "policy"), [(1.0, None), (1.0, Tree(5, 2, 3))])
 def test_the_output_has_the_targets_law_with_a_smaller_vocabulary(small, temperature, policy):
     target, drafter = small
-    assert law_of(target, drafter, temperature, policy=policy) > 1e-3
+    assert distribution_of(target, drafter, temperature, policy=policy) > 1e-3
 
 
-def law_of(target: Any, drafter: Any, temperature: float, *, policy: Any = None, samples: int = 1200) -> float:
+def distribution_of(target: Any, drafter: Any, temperature: float, *, policy: Any = None, samples: int = 1200) -> float:
     def arrange(engine: Engine) -> None:
         if policy is not None:
             engine.policy = policy
@@ -273,7 +275,7 @@ def test_control_a_law_that_is_not_scattered_changes_the_output(small, monkeypat
         lambda probs, vocabulary, *, size: torch.nn.functional.pad(probs, (0, size - len(vocabulary))),
     )
     target, drafter = small
-    assert law_of(target, drafter, 1.0, samples=800) < 1e-3
+    assert distribution_of(target, drafter, 1.0, samples=800) < 1e-3
 
 
 def test_control_a_law_with_mass_on_tokens_that_cannot_be_drawn_changes_the_output(small, monkeypatch):
@@ -285,4 +287,4 @@ def test_control_a_law_with_mass_on_tokens_that_cannot_be_drawn_changes_the_outp
 
     monkeypatch.setattr(feature_drafts, "over_target_vocabulary", spread)
     target, drafter = small
-    assert law_of(target, drafter, 1.0, samples=800) < 1e-3
+    assert distribution_of(target, drafter, 1.0, samples=800) < 1e-3

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from drafttrain.core.errors import DataError
-from drafttrain.core.records import Generation, Round
+from drafttrain.core.generations import Generation, Round
 from drafttrain.eval.evaluate import FORMAT, read_result
 from drafttrain.eval.gate import shortfalls
 from drafttrain.eval.metrics import counts_of, mbsu, totals_of

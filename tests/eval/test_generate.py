@@ -9,13 +9,14 @@ import pytest
 from transformers import GenerationConfig, LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from drafttrain.checkpoint import About, write_about
-from drafttrain.core.records import Generation, Prompt
-from drafttrain.drafters.medusa import Medusa, MedusaSettings
+from drafttrain.core.generations import Generation
+from drafttrain.core.texts import Prompt
+from drafttrain.drafters.medusa.module import Medusa, MedusaSettings
 from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.generate import generate
 from drafttrain.eval.proposers.none import NoDraft
 from drafttrain.eval.settings import EvalSettings
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 from tests.conftest import byte_tokenizer, random_llama
 from tests.eval.decoding import PROMPTS, decode
 

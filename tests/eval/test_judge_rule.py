@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from drafttrain.core.errors import CheckpointError
+from drafttrain.core.proposals import Exactness, NodeKind, chain, fixed_chain
 from drafttrain.core.random import stream
-from drafttrain.core.records import Exactness, NodeKind, TargetNeeds, chain, fixed_chain
-from drafttrain.drafters.chain_proposer import ChainProposer
+from drafttrain.core.target_rows import TargetNeeds
+from drafttrain.drafters.causal_lm.proposer import ChainProposer
 from drafttrain.eval.acceptance.judge import Judge, JudgeRuleSettings
 from drafttrain.eval.acceptance.lossless import Lossless
 from drafttrain.heads.judge import JudgeHead, JudgeSettings

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
-from drafttrain.core.records import Prompt, Sampling
+from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.data_gen.backends import Task
 from drafttrain.data_gen.backends.builtin import continuations
-from drafttrain.drafters.causal_lm import CausalLMDrafter
-from drafttrain.target import Target
+from drafttrain.drafters.causal_lm.module import CausalLMDrafter
+from drafttrain.target_model import Target
 from tests.conftest import byte_tokenizer, random_llama
 from tests.eval.decoding import decode, greedy
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from drafttrain.core.records import Record, Sampling
+from drafttrain.core.texts import Record, Sampling
 from drafttrain.data_gen.annotate import Frozen
 from drafttrain.data_gen.annotate.states import states_of
 from drafttrain.data_gen.groups import TOKENS_AT_ONCE
-from drafttrain.drafters.causal_lm import CausalLMDrafter
+from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.eval.replay import Text, replay_rows
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 from tests.conftest import byte_tokenizer, random_llama
 from tests.eval.decoding import noisy
 

@@ -17,14 +17,14 @@ from drafttrain.checkpoint import About, write_about
 from drafttrain.core.console import say, table
 from drafttrain.core.files import write_json
 from drafttrain.core.printable import printable
-from drafttrain.drafters.medusa import Medusa, MedusaSettings
+from drafttrain.drafters.medusa.module import Medusa, MedusaSettings
 from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.report import PHASES, label, write_report
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.eval.table import show
 from drafttrain.export.card import model_card
 from drafttrain.export.markdown import block, code, plain
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 from drafttrain.train import step_clock
 from tests.conftest import byte_tokenizer, random_llama
 from tests.eval.decoding import PROMPTS

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 
-from drafttrain.core.records import Generation
+from drafttrain.core.generations import Generation
 from drafttrain.eval.evaluate import compare
 from drafttrain.eval.gate import shortfalls
 from drafttrain.eval.metrics import PromptCounts
@@ -22,8 +22,8 @@ from drafttrain.eval.statistics import (
     share_interval,
 )
 from drafttrain.eval.table import interval, p_value
-from drafttrain.export.promise import promise_of
 from drafttrain.online.drift import drift
+from drafttrain.serving.promise import promise_of
 from tests.eval.simulated import EQUALS, FIGURES, SHARES, block_efficiency
 
 EVALUATIONS = 1200

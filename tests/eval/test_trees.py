@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from drafttrain.core.records import Budget, DraftStep, Sampling, fixed_tree
-from drafttrain.drafters.chain_proposer import ChainProposer
+from drafttrain.core.proposals import Budget, DraftStep, fixed_tree
+from drafttrain.core.texts import Sampling
+from drafttrain.drafters.causal_lm.proposer import ChainProposer
 from drafttrain.drafters.dynamic_tree import DynamicTree
 from drafttrain.eval.length.fixed import FixedLengthSettings
 from drafttrain.eval.length.tree import TreeLength, TreeSettings
 from drafttrain.eval.proposers.ngram import Ngram
 from drafttrain.eval.settings import EvalSettings, length_label
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 from tests.conftest import byte_tokenizer, random_llama
 from tests.eval.decoding import PROMPTS, V, chi_square, decode, greedy, noisy, small_target
 
@@ -125,7 +126,7 @@ def test_the_output_of_trees_has_the_targets_law(temperature):
 def test_control_a_child_that_is_dropped_for_its_token_changes_the_law():
     """Children drawn from q, of which one is then dropped because of which token it is, verified as if it had never been."""
     from drafttrain.core.probability import draw, sampling_probs
-    from drafttrain.core.records import NodeKind, chain
+    from drafttrain.core.proposals import NodeKind, chain
 
     class Drops(ChainProposer):
         def propose(self, budgets: Any, sampling: Sampling, generators: Any, more: Any) -> Any:

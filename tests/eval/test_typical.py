@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from drafttrain.core.probability import sampling_probs
-from drafttrain.core.records import Exactness, Proposal, Sampling, fixed_chain, fixed_tree
-from drafttrain.drafters.chain_proposer import ChainProposer
+from drafttrain.core.proposals import Exactness, Proposal, fixed_chain, fixed_tree
+from drafttrain.core.texts import Sampling
+from drafttrain.drafters.causal_lm.proposer import ChainProposer
 from drafttrain.eval.acceptance.lossless import Lossless
 from drafttrain.eval.acceptance.typical import Typical, TypicalSettings
 from drafttrain.eval.length.tree import TreeLength, TreeSettings

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from drafttrain.core.records import DrawLaw, NodeKind, Proposal, chain, fixed_chain
-from drafttrain.eval import verify
+from drafttrain.core.proposals import DrawMode, NodeKind, Proposal, chain, fixed_chain
+from drafttrain.eval import verification as verify
 from drafttrain.eval.acceptance.lenience import lenient
-from drafttrain.eval.verify import walk
+from drafttrain.eval.verification import walk
 
 EXACT = 1e-12
 
@@ -66,7 +66,7 @@ def laws(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> Tenso
     return x / x.sum(-1, keepdim=True)
 
 
-def emitted_law(
+def emitted_distribution(
     p: list[Tensor], q: list[Tensor], *, depth: int, propose: Callable[..., Proposal] | None = None, **options: object
 ) -> dict[tuple[int, ...], float]:
     """Return the law of the first two tokens when a chain of `depth` is drafted from q and verified against p.
@@ -115,13 +115,13 @@ def case(vocabulary: int, depth: int, seed: int) -> tuple[list[Tensor], list[Ten
 @pytest.mark.parametrize("seed", range(5))
 def test_a_sampled_chain_keeps_the_law(vocabulary, depth, seed):
     p, q = case(vocabulary, depth, seed)
-    assert distance(emitted_law(p, q, depth=depth), p) < EXACT
+    assert distance(emitted_distribution(p, q, depth=depth), p) < EXACT
 
 
 def test_disjoint_supports_keep_the_law():
     p = [torch.tensor([0.5, 0.5, 0, 0]).double(), torch.tensor([0.5, 0.5, 0, 0]).double().expand(4, 4)]
     q = [p[0].flip(0), p[1].flip(1)]
-    assert distance(emitted_law(p, q, depth=1), p) < EXACT
+    assert distance(emitted_distribution(p, q, depth=1), p) < EXACT
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -140,7 +140,7 @@ def test_a_fixed_chain_keeps_the_law(seed):
     assert distance(outcomes(run), p) < EXACT
 
 
-@pytest.mark.parametrize("draw", list(DrawLaw))
+@pytest.mark.parametrize("draw", list(DrawMode))
 @pytest.mark.parametrize("mixed", [False, True])
 def test_siblings_keep_the_law(draw, mixed):
     """Three children of the root, drawn with or without replacement; the first one FIXED when mixed."""
@@ -152,7 +152,7 @@ def test_siblings_keep_the_law(draw, mixed):
             law, tokens = q, [2] if mixed else []
             while len(tokens) < 3:
                 tokens.append(script.draw(law))
-                if draw is DrawLaw.WITHOUT_REPLACEMENT:
+                if draw is DrawMode.WITHOUT_REPLACEMENT:
                     law = law.clone()
                     law[tokens[-1]] = 0
                     law = law / law.sum()
@@ -177,15 +177,17 @@ def test_siblings_keep_the_law(draw, mixed):
 
 
 def worst(**change: object) -> float:
-    return max(distance(emitted_law(*case(4, 2, seed), depth=2, **change), case(4, 2, seed)[0]) for seed in range(4))  # type: ignore[arg-type]
+    return max(
+        distance(emitted_distribution(*case(4, 2, seed), depth=2, **change), case(4, 2, seed)[0]) for seed in range(4)
+    )  # type: ignore[arg-type]
 
 
 def test_control_a_greedy_draft_treated_as_sampled():
     p, q = case(4, 1, 0)
     greedy = [torch.nn.functional.one_hot(law.argmax(-1), 4).double() for law in q]
     soft = lambda d, r: chain([0, *d], kind=NodeKind.SAMPLED, q_rows_RV=q[0][None])  # noqa: E731
-    assert distance(emitted_law(p, greedy, depth=1, propose=soft), p) > 0.05
-    assert distance(emitted_law(p, greedy, depth=1), p) < EXACT
+    assert distance(emitted_distribution(p, greedy, depth=1, propose=soft), p) > 0.05
+    assert distance(emitted_distribution(p, greedy, depth=1), p) < EXACT
 
 
 def test_control_a_missing_residual(monkeypatch):

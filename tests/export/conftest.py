@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from drafttrain.export.convert import read_target_config
-from drafttrain.target import Target, TargetSettings
+from drafttrain.target_model import Target, TargetSettings
 from tests.export import folders
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from drafttrain.checkpoint import About, write_about
 from drafttrain.drafters import drafters
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "causal_lm": {"num_layers": 1, "hidden_size": 32, "num_heads": 1},

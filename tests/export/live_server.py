@@ -8,10 +8,10 @@ from typing import Any
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 
-from drafttrain.core.records import Prompt, Sampling
+from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.drafters import Drafter
-from drafttrain.export.verify import decode, served_counts
-from drafttrain.target import Target
+from drafttrain.serving.comparison import decode, served_counts
+from drafttrain.target_model import Target
 
 ENGINES = ("0", "1")
 """Two label sets, as two engines behind one address have."""

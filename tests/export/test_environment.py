@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from drafttrain.export import engines
-from drafttrain.export.engines import engine_of
-from drafttrain.export.engines.environment import RUNNER, EngineError, ask, folder_of, install, is_installed
+from drafttrain.environments.environment import RUNNER, EngineError, ask, folder_of, install, is_installed
+from drafttrain.serving import engines
+from drafttrain.serving.engines import engine_of
 
 
 @pytest.fixture

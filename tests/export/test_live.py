@@ -11,12 +11,12 @@ from typer.testing import CliRunner
 
 from drafttrain.checkpoint import About, read_drafter
 from drafttrain.cli import app
-from drafttrain.core.records import Sampling
+from drafttrain.core.texts import Sampling
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.export.hf import export_hf
-from drafttrain.export.promise import Promise
-from drafttrain.export.verify import decode, served_counts
-from drafttrain.target import Target, TargetSettings
+from drafttrain.serving.comparison import decode, served_counts
+from drafttrain.serving.promise import Promise
+from drafttrain.target_model import Target, TargetSettings
 from tests.data_gen.backends.completions_server import serving
 from tests.export.live_server import DecodingServer
 from tests.online.test_learning import near_copy

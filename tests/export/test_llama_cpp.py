@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from drafttrain.cli import app
 from drafttrain.core.errors import CheckpointError
-from drafttrain.export.engines import Job, ServingEngine, Use, engine_of
-from drafttrain.export.engines.llama_cpp_worker import _difference, _in_type
 from drafttrain.export.gguf_file import FILE, read_gguf
+from drafttrain.serving.engines import Job, ServingEngine, Use, engine_of
+from drafttrain.serving.engines.llama_cpp_worker import _difference, _in_type
 from tests.export.test_gguf import MODELS, change_tensors, exported, merging_tokenizer, saved
 from tests.export.test_serve import evaluation
 

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from drafttrain.cli import app
 from drafttrain.core.errors import CheckpointError
 from drafttrain.export.convert import converted
-from drafttrain.export.engines import Job, Use, engine_of
-from drafttrain.export.engines.openvino_worker import counters
 from drafttrain.export.openvino_graph import read_graph
+from drafttrain.serving.engines import Job, Use, engine_of
+from drafttrain.serving.engines.openvino_worker import counters
 from tests.conftest import byte_tokenizer
 from tests.export import folders
 

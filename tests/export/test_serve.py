@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from drafttrain.cli import app
 from drafttrain.core.errors import CheckpointError
 from drafttrain.export.card import ORIGIN, SERVED, model_card, with_engines
-from drafttrain.export.serve import best_length
-from drafttrain.target import Target, TargetSettings
+from drafttrain.serving.serve_config import best_length
+from drafttrain.target_model import Target, TargetSettings
 from tests.export import folders
 
 

@@ -10,10 +10,10 @@ import torch
 
 from drafttrain.checkpoint import read_drafter
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.records import Prompt
-from drafttrain.export.engines import Habits, Job, Use, engine_of
-from drafttrain.export.engines.transformers_worker import Rounds, answer_to
-from drafttrain.export.verify import Side, compare, evaluator_side
+from drafttrain.core.texts import Prompt
+from drafttrain.serving.comparison import Side, compare, evaluator_side
+from drafttrain.serving.engines import Habits, Job, Use, engine_of
+from drafttrain.serving.engines.transformers_worker import Rounds, answer_to
 from tests.export import folders
 from tests.export.test_verify import likely
 

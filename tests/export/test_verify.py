@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from drafttrain.checkpoint import read_drafter
-from drafttrain.core.records import Budget, Context, Prompt, Sampling
-from drafttrain.export.engines import Habits, Job
-from drafttrain.export.verify import Narrowed, Served, Side, compare, decode, evaluator_side, served_counts
-from drafttrain.target import Target, TargetSettings
+from drafttrain.core.proposals import Budget, Context
+from drafttrain.core.texts import Prompt, Sampling
+from drafttrain.serving.comparison import Narrowed, Served, Side, compare, decode, evaluator_side, served_counts
+from drafttrain.serving.engines import Habits, Job
+from drafttrain.target_model import Target, TargetSettings
 from tests.export import folders
 from tests.export.trained import learn
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from drafttrain.core.records import Prompt, Record, Sampling
+from drafttrain.core.texts import Prompt, Record, Sampling
 from drafttrain.data_gen.packing import pack
 from drafttrain.eval.acceptance.lossless import Lossless
 from drafttrain.eval.engine import Engine
@@ -17,7 +17,7 @@ from drafttrain.eval.proposers.none import NoDraft
 from drafttrain.losses.align import align
 from drafttrain.losses.ce import CrossEntropy
 from drafttrain.losses.chunked import row_losses
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 
 
 def learn(drafter: Any, target: Target, prompts: Sequence[Prompt], *, steps: int, new_tokens: int, lr: float) -> Any:

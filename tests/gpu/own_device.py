@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from drafttrain.core.processes import together, world
-from drafttrain.target.frozen import pick_device
+from drafttrain.distributed.collectives import together
+from drafttrain.distributed.world import world
+from drafttrain.target_model.frozen import pick_device
 
 if __name__ == "__main__":
     with together(timeout_seconds=120):

@@ -12,7 +12,7 @@ from typing import Any
 
 from drafttrain.config.dump import dump_recipe
 from drafttrain.config.recipe import Recipe
-from drafttrain.core.processes import without_launcher
+from drafttrain.distributed.world import without_launcher
 from drafttrain.pipeline.data import write_texts as write_data
 from drafttrain.pipeline.run import Run
 from drafttrain.pipeline.training import train_drafter

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.packed_documents import ReadSlots
-from drafttrain.target import packed_kernels
-from drafttrain.target.packed_kernels import FlashOnCPU, FlashOnCUDA, Pieces
-from tests.target.flash_numbers import flash_numbers
-from tests.target.test_packed_attention import DOCUMENTS, positions_of, states
+from drafttrain.target_model import packed_kernels
+from drafttrain.target_model.packed_kernels import FlashOnCPU, FlashOnCUDA, Pieces
+from tests.target_model.flash_numbers import flash_numbers
+from tests.target_model.test_packed_attention import DOCUMENTS, positions_of, states
 
 pytestmark = pytest.mark.gpu
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from drafttrain.core.errors import Interrupted
-from drafttrain.core.records import Sampling
+from drafttrain.core.texts import Sampling
 from drafttrain.eval.acceptance.lossless import LosslessSettings
 from drafttrain.eval.length.fixed import FixedLengthSettings
 from drafttrain.eval.length.tree import TreeSettings
@@ -20,7 +20,7 @@ from drafttrain.pipeline.evaluating import evaluated
 from drafttrain.pipeline.exporting import export_best
 from drafttrain.pipeline.run import Run
 from drafttrain.pipeline.training import train_drafter
-from drafttrain.target import Target, TargetSettings
+from drafttrain.target_model import Target, TargetSettings
 from tests.cuda.kinds import KINDS
 from tests.cuda.models import PROMPTS, engine, new_drafter
 from tests.cuda.test_recipes import stop_in_step

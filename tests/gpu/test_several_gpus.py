@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from drafttrain.core.processes import without_launcher
+from drafttrain.distributed.world import without_launcher
 from tests.gpu.conftest import ON
 from tests.gpu.runs import FP32, fitted, losses, recipe_on
 

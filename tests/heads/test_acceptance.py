@@ -11,7 +11,7 @@ import torch
 from drafttrain.core.errors import CheckpointError
 from drafttrain.heads import HeadRows, MadeFor, check_made_for, load_head, probabilities
 from drafttrain.heads.acceptance import AcceptanceHead, AcceptanceSettings, prior_corrected
-from drafttrain.target.frozen import fingerprint_of
+from drafttrain.target_model.frozen import fingerprint_of
 
 
 def head(**settings: object) -> AcceptanceHead:
@@ -71,7 +71,7 @@ def test_with_rms_norm_the_scale_of_a_state_does_not_matter():
 
 
 def test_the_loss_of_a_step_does_not_depend_on_its_micro_batches():
-    from drafttrain.data_gen.labelled import RowOrder
+    from drafttrain.data_gen.stored.labelled_tokens import RowOrder
     from drafttrain.losses.chunked import normalised
 
     one = head()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from drafttrain.core.records import Prompt, Sampling
+from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.eval.acceptance.lossless import Lossless
 from drafttrain.eval.engine import Engine
 from drafttrain.eval.length.fixed import FixedLength
 from drafttrain.eval.proposers.none import NoDraft
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 
 
 def drafted_and_plain(drafter: Any, target: Target) -> tuple[list[list[int]], list[list[int]]]:

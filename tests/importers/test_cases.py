@@ -11,7 +11,7 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.export import exporters
 from drafttrain.export.convert import check_exported, export_as, exporter_of, read_target_config
 from drafttrain.importers.convert import import_folder
-from drafttrain.target import Target, TargetSettings
+from drafttrain.target_model import Target, TargetSettings
 from tests.importers.decoding import drafted_and_plain
 
 HERE = ("gguf", "hf", "sglang", "speculators", "vllm")

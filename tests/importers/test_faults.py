@@ -22,7 +22,7 @@ from drafttrain.importers.convert import converted, import_folder, layout_of
 from drafttrain.importers.eagle3 import offsets
 from drafttrain.importers.reading import read_given, read_pickle
 from drafttrain.importers.target import TargetFiles
-from drafttrain.target import Target, TargetSettings
+from drafttrain.target_model import Target, TargetSettings
 from tests.conftest import byte_tokenizer, random_llama
 from tests.importers import given
 

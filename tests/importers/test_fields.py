@@ -12,7 +12,7 @@ from drafttrain.checkpoint import read_drafter
 from drafttrain.core.errors import CheckpointError
 from drafttrain.importers import Imported
 from drafttrain.importers.convert import import_folder
-from drafttrain.target import Target, TargetSettings
+from drafttrain.target_model import Target, TargetSettings
 from tests.importers import given
 
 LAYER = "transformer_layer_config"

@@ -13,14 +13,14 @@ import torch
 
 from drafttrain.checkpoint import read_about, read_drafter
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.records import Record
+from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import drafters
-from drafttrain.drafters.medusa import JointSettings
+from drafttrain.drafters.medusa.module import JointSettings
 from drafttrain.export.convert import export_as, read_target_config
-from drafttrain.export.engines import engine_of
 from drafttrain.importers.convert import import_folder
-from drafttrain.target import Target, TargetSettings
+from drafttrain.serving.engines import engine_of
+from drafttrain.target_model import Target, TargetSettings
 from tests.conftest import byte_tokenizer, random_llama
 from tests.drafters.feature_models import packed
 from tests.export import folders

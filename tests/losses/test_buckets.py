@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from drafttrain.core.loss_rows import LossRows
 from drafttrain.core.probability import acceptance_rate
-from drafttrain.core.records import LossRows, NamedRows
+from drafttrain.core.target_rows import NamedRows
 from drafttrain.losses import losses
 from drafttrain.losses.buckets import in_buckets, known_acceptance
 from tests.losses.test_losses import V, index, rows

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.probability import acceptance_rate, over_target_vocabulary
-from drafttrain.core.records import DraftBatch, DraftOutput, Record, RowIndex
+from drafttrain.core.target_rows import RowIndex
+from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.losses import losses
 from drafttrain.losses.align import align

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.linear_head import LinearHead
-from drafttrain.core.records import DraftBatch, DraftOutput, LossRows
+from drafttrain.core.loss_rows import LossRows
 from drafttrain.data_gen.packing import pack
 from drafttrain.losses import Loss, losses
 from drafttrain.losses.align import align
 from drafttrain.losses.chunked import batch_loss, row_losses
-from drafttrain.target.logits import head_logits, head_of
+from drafttrain.target_model.logits import head_logits, head_of
 from tests.conftest import random_llama
 from tests.losses.test_losses import EVERY, FloatTarget, ToyTarget, V, index, records, rows
 

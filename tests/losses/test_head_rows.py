@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from drafttrain.core.records import DraftBatch, DraftOutput, TargetNeeds, TargetRows
+from drafttrain.core.batches import DraftBatch, DraftOutput
+from drafttrain.core.target_rows import TargetNeeds, TargetRows
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import drafters
-from drafttrain.drafters.lora import LoraSettings
-from drafttrain.drafters.medusa import JointSettings, Medusa, MedusaSettings
+from drafttrain.drafters.medusa.lora import LoraSettings
+from drafttrain.drafters.medusa.module import JointSettings, Medusa, MedusaSettings
 from drafttrain.losses import Loss, losses
 from drafttrain.losses.align import align
 from drafttrain.losses.chunked import batch_loss
-from drafttrain.target import Target
-from drafttrain.target.frozen import LiveRows
+from drafttrain.target_model import Target
+from drafttrain.target_model.frozen import LiveRows
 from tests.conftest import byte_tokenizer, random_llama
 from tests.losses.test_losses import records
 

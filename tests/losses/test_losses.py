@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.linear_head import LinearHead
+from drafttrain.core.loss_rows import LossRows
 from drafttrain.core.probability import acceptance_rate
-from drafttrain.core.records import DraftBatch, DraftOutput, LossRows, Record, RowIndex
+from drafttrain.core.target_rows import RowIndex
+from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.losses import Loss, losses
 from drafttrain.losses.align import align

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from drafttrain.core.records import AlignedRows, DraftBatch, DraftOutput, Record, RowsAsked, TargetOutput
+from drafttrain.core.batches import DraftBatch, DraftOutput
+from drafttrain.core.target_rows import AlignedRows, RowsAsked, TargetOutput
+from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.losses.align import align, planned
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 
 
 def batch_of(seed: int) -> DraftBatch:

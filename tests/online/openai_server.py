@@ -14,11 +14,11 @@ import aiohttp
 from aiohttp import web
 
 from drafttrain.data_gen.serving_logs.redaction import redactor
-from drafttrain.online.capture import line_of
-from drafttrain.online.record_files import RecordFiles
-from drafttrain.online.recorder import Recorder
-from drafttrain.online.recorder_settings import RecorderSettings
-from drafttrain.online.relay import STATUS_PATH
+from drafttrain.recorder.capture import line_of
+from drafttrain.recorder.proxy import Recorder
+from drafttrain.recorder.record_files import RecordFiles
+from drafttrain.recorder.relay import STATUS_PATH
+from drafttrain.recorder.settings import RecorderSettings
 from tests.data_gen.serving_logs.log_lines import ids
 
 

@@ -14,15 +14,16 @@ import aiohttp
 from aiohttp import web
 
 from drafttrain.checkpoint import read_drafter
-from drafttrain.core.records import Generation, Prompt, Sampling
+from drafttrain.core.generations import Generation
 from drafttrain.core.roles import Proposer
+from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.data_gen.serving_logs.lines import log_files
 from drafttrain.eval.acceptance.lossless import Lossless
 from drafttrain.eval.engine import Engine
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.eval.proposers.none import NoDraft
-from drafttrain.online.capture import events
-from drafttrain.target import Target
+from drafttrain.recorder.capture import events
+from drafttrain.target_model import Target
 
 NUM_DRAFT_TOKENS = 5
 PROMPTS_AT_ONCE = 16

@@ -20,13 +20,13 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from drafttrain.checkpoint import About, read_drafter
-from drafttrain.data_gen.serving_logs.intake import Intake
 from drafttrain.data_gen.serving_logs.settings import ServingLogsSettings
-from drafttrain.drafters.causal_lm import CausalLMDrafter
+from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.export.hf import export_hf
 from drafttrain.online.loop import metrics
 from drafttrain.online.versions import Versions, publish_first
-from drafttrain.target import Target
+from drafttrain.recorder.intake import Intake
+from drafttrain.target_model import Target
 from tests.conftest import random_llama
 from tests.data_gen.serving_logs.log_lines import chat_encoder
 from tests.online.openai_server import Server, chat_request, post, served, status
@@ -214,7 +214,7 @@ def test_a_killed_learner_ends_as_one_that_was_not(tmp_path: Path, tiny_target: 
         run = online_run(folder, tiny_target, first, **changes)
         run.once()
         ends.append(run)
-    after_kills, uninterrupted = (run.lanes[""] for run in ends)
+    after_kills, uninterrupted = (run.routes[""] for run in ends)
     found = Counter(one.record.id for one in ends[0].intake.served())
     lost, twice = len(lines) - len(found), sum(times > 1 for times in found.values())
     tell("learner", kills, lost=lost, twice=twice, unloadable=0, of=f"{len(lines)} requests")

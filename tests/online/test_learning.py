@@ -7,10 +7,9 @@ import copy
 import pytest
 import torch
 
-from drafttrain.core.records import Prompt, Record, Sampling
+from drafttrain.core.texts import Prompt, Record, Sampling
 from drafttrain.data_gen.serving_logs.duplicates import Mark
-from drafttrain.data_gen.serving_logs.intake import Served
-from drafttrain.drafters.causal_lm import CausalLMDrafter
+from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.eval.acceptance.lossless import Lossless
 from drafttrain.eval.engine import Engine
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
@@ -19,6 +18,7 @@ from drafttrain.online.buffer import HeldOut, ReplayBuffer
 from drafttrain.online.learner import Learner
 from drafttrain.online.plausible import surprise
 from drafttrain.online.positions import refused_positions
+from drafttrain.recorder.intake import Served
 from drafttrain.train.settings import TrainSettings
 from tests.conftest import random_llama
 

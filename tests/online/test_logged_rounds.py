@@ -6,15 +6,15 @@ import json
 
 import torch
 
-from drafttrain.core.records import Sampling
-from drafttrain.data_gen.serving_logs.intake import Served
+from drafttrain.core.texts import Sampling
 from drafttrain.data_gen.serving_logs.redaction import redactor
-from drafttrain.drafters.causal_lm import CausalLMDrafter
+from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.losses.forward_kl import ForwardKL
-from drafttrain.online.capture import Capture, line_of
 from drafttrain.online.learner import Learner
 from drafttrain.online.loop import metrics, status
 from drafttrain.online.positions import refused_positions
+from drafttrain.recorder.capture import Capture, line_of
+from drafttrain.recorder.intake import Served
 from drafttrain.train.settings import TrainSettings
 from tests.online.test_learning import K, near_copy, refused_by_the_engine, serve
 from tests.online.test_loop import online_run, start
@@ -47,13 +47,13 @@ def test_logged_refusals_are_those_of_the_engine_and_cost_no_forward(tmp_path, t
     logged(records, rounds, tmp_path / "logs" / "a.jsonl")
     assert run.intake.take() == len(records)
     requests: list[Served] = list(run.intake.served())
-    lane = run.lanes[""]
+    route = run.routes[""]
     forwards: list[str] = []
     handles = [
         model.get_input_embeddings().register_forward_pre_hook(lambda *_, name=name: forwards.append(name))
-        for name, model in (("target", tiny_target.model), ("drafter", lane.serving.model))
+        for name, model in (("target", tiny_target.model), ("drafter", route.serving.model))
     ]
-    found = {one.record.id: list(one.record.refused) for one in lane._with_refusals(requests)}
+    found = {one.record.id: list(one.record.refused) for one in route._with_refusals(requests)}
     assert forwards == []
     expected = {r.id: [3 + place for place in refused_by_the_engine(of)] for r, of in zip(records, rounds, strict=True)}
     assert found == {id: places for id, places in expected.items() if places}
@@ -61,7 +61,7 @@ def test_logged_refusals_are_those_of_the_engine_and_cost_no_forward(tmp_path, t
     replayed = refused_positions(tiny_target, drafter, records, Sampling(), num_draft_tokens=K, seed=0)
     assert dict(zip(expected, replayed, strict=True)) == expected
     unknown = [Served(r, "", one.mark) for r, one in zip(records, requests, strict=True)]
-    lane._with_refusals(unknown)
+    route._with_refusals(unknown)
     assert {"target", "drafter"} <= set(forwards), "without events both models are asked"
     for handle in handles:
         handle.remove()
@@ -79,7 +79,7 @@ def test_served_block_efficiency_is_that_of_the_logged_rounds(tmp_path, tiny_tar
     ]
     rows = metrics(tmp_path / "run")
     assert [row["served_block_efficiency"] for row in rows] == expected
-    assert status(tmp_path / "run")["lanes"][""]["served_block_efficiency"] == expected[-1] > 1
+    assert status(tmp_path / "run")["routes"][""]["served_block_efficiency"] == expected[-1] > 1
 
 
 def test_only_rows_before_logged_refusals_get_a_gradient(tmp_path, tiny_target):

@@ -11,11 +11,10 @@ import torch
 from drafttrain.checkpoint import About, read_drafter
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import DataError, DrafttrainError
-from drafttrain.core.records import Prompt, Sampling
+from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.data_gen.backends import Task
 from drafttrain.data_gen.backends.builtin import continuations
-from drafttrain.data_gen.formats import Encoder
-from drafttrain.data_gen.serving_logs.intake import Intake
+from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.sources import sources
 from drafttrain.eval.acceptance.lossless import Lossless
 from drafttrain.eval.engine import Engine
@@ -24,13 +23,14 @@ from drafttrain.eval.proposers.none import NoDraft
 from drafttrain.export.hf import export_hf
 from drafttrain.losses import Loss
 from drafttrain.losses.forward_kl import ForwardKL
-from drafttrain.online.lane import Workshop
 from drafttrain.online.loop import OnlineRun, metrics, status
 from drafttrain.online.report import write_online_report
+from drafttrain.online.route import Workshop
 from drafttrain.online.settings import OnlineSettings
 from drafttrain.online.versions import Versions
 from drafttrain.pipeline.commands import learn_online
 from drafttrain.pipeline.folder import RunFolder
+from drafttrain.recorder.intake import Intake
 from drafttrain.train.settings import TrainSettings
 from tests.online.test_learning import K, near_copy
 
@@ -134,14 +134,14 @@ def test_served_block_efficiency_rises_and_the_text_stays_the_targets(tmp_path, 
     assert any(row.get("promoted") for row in rows)
     assert last > served[0] + 0.1
     found = status(tmp_path / "run")
-    assert found["lanes"][""]["published"] >= 2
+    assert found["routes"][""]["published"] >= 2
     assert found["lines"] == {"used": 48}
     assert "published" in (tmp_path / "report.html").read_text()
     # Somebody steps back: what is served is the version before, and learning follows it.
-    lane = run.lanes[""]
-    _, replaced = lane.versions.rollback()
-    lane.look_at_current()
-    assert lane.version == replaced
+    route = run.routes[""]
+    _, replaced = route.versions.rollback()
+    route.look_at_current()
+    assert route.version == replaced
 
 
 @pytest.mark.parametrize("resumed", [False, True])
@@ -162,9 +162,9 @@ def test_a_worse_candidate_and_forged_answers_change_nothing(tmp_path, tiny_targ
         run = online_run(tmp_path, tiny_target, first, steps=2)
     run.once()
     # A drafter that is the target cannot become better.
-    assert run.lanes[""].versions.current() == "0000"
-    assert run.lanes[""].counts["requests"] == 24
-    assert {event["event"] for event in run.lanes[""].versions.history()} <= {"published", "refused"}
+    assert run.routes[""].versions.current() == "0000"
+    assert run.routes[""].counts["requests"] == 24
+    assert {event["event"] for event in run.routes[""].versions.history()} <= {"published", "refused"}
 
 
 def test_a_run_that_was_cut_short_ends_as_one_that_was_not(tmp_path, tiny_target):
@@ -180,10 +180,10 @@ def test_a_run_that_was_cut_short_ends_as_one_that_was_not(tmp_path, tiny_target
                 run._take()
             # What was done after the last state was written is lost with the process: a batch that led to no update, and an update.
             assert (run.batches, run._saved) == (3, 2)
-            run.lanes[""].update()
+            run.routes[""].update()
             run = online_run(place, tiny_target, first, steps=2, max_lines=5, every_requests=8)
         run.once()
-        weights.append(run.lanes[""].learner.state()["drafter"])
+        weights.append(run.routes[""].learner.state()["drafter"])
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name
 
@@ -219,7 +219,7 @@ def killed_at_save(run: OnlineRun) -> None:
 
 
 def served_in_turn(run: OnlineRun) -> list[str]:
-    return [one["version"] for one in run.lanes[""].versions.history() if one["event"] == "published"]
+    return [one["version"] for one in run.routes[""].versions.history() if one["event"] == "published"]
 
 
 def test_a_kill_behind_several_publishes_of_one_batch_publishes_none_of_them_again(tmp_path, tiny_target):
@@ -233,8 +233,8 @@ def test_a_kill_behind_several_publishes_of_one_batch_publishes_none_of_them_aga
     run.once()
     assert [row["promoted"] for row in metrics(tmp_path / "run")] == [True, False, True]
     assert served_in_turn(run) == ["0000", "0001", "0002"]
-    assert run.lanes[""].version == run.lanes[""].versions.current() == "0002"
-    assert run.lanes[""].versions.names() == ["0001", "0002"]
+    assert run.routes[""].version == run.routes[""].versions.current() == "0002"
+    assert run.routes[""].versions.names() == ["0001", "0002"]
 
 
 def test_a_kill_behind_the_first_publish_leaves_what_it_serves(tmp_path, tiny_target):
@@ -242,11 +242,11 @@ def test_a_kill_behind_the_first_publish_leaves_what_it_serves(tmp_path, tiny_ta
     run = online_run(tmp_path, tiny_target, first, **EAGER)
     write_log(tiny_target, tmp_path / "logs" / "a.jsonl", prompts(0, 32))
     killed_at_save(run)
-    assert run.lanes[""].versions.current() == "0001"
+    assert run.routes[""].versions.current() == "0001"
     # Where minutes count, other requests come to the same update after the kill, and it may be no better on them.
     run = online_run(tmp_path, tiny_target, first, **EAGER | {"significance": 1e-9})
     run.once()
-    assert run.lanes[""].version == run.lanes[""].versions.current() == "0001"
+    assert run.routes[""].version == run.routes[""].versions.current() == "0001"
     read_drafter((tmp_path / "run" / "drafters" / "current").resolve(), tiny_target)
 
 
@@ -255,10 +255,10 @@ def test_what_was_taken_back_after_a_kill_is_not_published_again(tmp_path, tiny_
     run = online_run(tmp_path, tiny_target, first, **EAGER)
     write_log(tiny_target, tmp_path / "logs" / "a.jsonl", prompts(0, 32))
     killed_at_save(run)
-    assert run.lanes[""].versions.rollback() == ("0001", "0000")
+    assert run.routes[""].versions.rollback() == ("0001", "0000")
     run = online_run(tmp_path, tiny_target, first, **EAGER)
     run.once()
-    assert run.lanes[""].version == run.lanes[""].versions.current() == "0000"
+    assert run.routes[""].version == run.routes[""].versions.current() == "0000"
     assert metrics(tmp_path / "run")[-1]["reason"] == "it was published before, and taken back"
 
 
@@ -268,7 +268,7 @@ def test_a_step_back_while_a_candidate_is_judged_stays(tmp_path, tiny_target):
     log = tmp_path / "logs" / "a.jsonl"
     write_log(tiny_target, log, prompts(0, 96)[:64])
     run.once()
-    lane, versions = run.lanes[""], run.lanes[""].versions
+    route, versions = run.routes[""], run.routes[""].versions
     assert versions.current() == "0001"
 
     class SteppedBack(Versions):
@@ -279,14 +279,14 @@ def test_a_step_back_while_a_candidate_is_judged_stays(tmp_path, tiny_target):
             self.rollback()
             return version
 
-    lane.versions = SteppedBack(versions.folder)
+    route.versions = SteppedBack(versions.folder)
     write_log(tiny_target, log, prompts(0, 96)[64:])
     run.once()
     row = metrics(tmp_path / "run")[-1]
     assert (row["promoted"], row["reason"]) == (False, "another version is served by now")
     assert (versions.current(), versions.names()) == ("0000", ["0000", "0001"])
-    lane.look_at_current()
-    assert lane.version == "0000"
+    route.look_at_current()
+    assert route.version == "0000"
 
 
 def test_a_learner_and_other_stages_keep_out_of_each_others_folder(tmp_path, monkeypatch):
@@ -309,9 +309,9 @@ def test_what_a_killed_learner_was_writing_is_removed_by_the_next_one(tmp_path):
 
 def test_minutes_count_on_where_the_clock_was_set_back(tmp_path, tiny_target):
     run = online_run(tmp_path, tiny_target, start(tmp_path, tiny_target), every_requests=None, every_minutes=5.0)
-    lane = run.lanes[""]
-    assert not lane.is_time()
-    lane.updated_at -= 5 * 60
-    assert lane.is_time()
-    lane.updated_at += 24 * 60 * 60
-    assert lane.is_time()
+    route = run.routes[""]
+    assert not route.is_time()
+    route.updated_at -= 5 * 60
+    assert route.is_time()
+    route.updated_at += 24 * 60 * 60
+    assert route.is_time()

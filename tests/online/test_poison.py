@@ -11,19 +11,19 @@ import pytest
 import torch
 
 from drafttrain.checkpoint import read_drafter
-from drafttrain.core.records import Record, Sampling
+from drafttrain.core.texts import Record, Sampling
 from drafttrain.data_gen.serving_logs.duplicates import Mark
-from drafttrain.data_gen.serving_logs.intake import Served
 from drafttrain.drafters import Drafter
-from drafttrain.drafters.causal_lm import CausalLMDrafter
+from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.eval.statistics import Interval, ratio_difference
 from drafttrain.losses.ce import CrossEntropy
 from drafttrain.losses.forward_kl import ForwardKL
 from drafttrain.online.buffer import ReplayBuffer
-from drafttrain.online.lane import Workshop
 from drafttrain.online.learner import Learner
 from drafttrain.online.promotion import request_counts
-from drafttrain.target import Target
+from drafttrain.online.route import Workshop
+from drafttrain.recorder.intake import Served
+from drafttrain.target_model import Target
 from tests.online.test_learning import K
 from tests.online.test_loop import online_run, prompts, serve, start
 
@@ -123,7 +123,7 @@ def test_what_a_poisoned_stream_promotes_is_no_worse_on_clean_requests(tmp_path:
         (folder / "logs" / "a.jsonl").write_text("".join(json.dumps(poisoned[number]) + "\n" for number in order))
         run = online_run(folder, tiny_target, first, loss=loss)
         run.once()
-        versions = run.lanes[""].versions
+        versions = run.routes[""].versions
         found = gain(tiny_target, read_drafter(versions.path(versions.current()), tiny_target), first, tested)
         assert found.high >= 0
         # Where the target gives the labels, nonsense does not keep a better drafter from being promoted.

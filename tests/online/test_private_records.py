@@ -12,8 +12,8 @@ import pytest
 
 from drafttrain.data_gen.serving_logs.pseudonyms import SALT_FILE, Pseudonyms
 from drafttrain.data_gen.serving_logs.redaction import redactor
-from drafttrain.online.capture import Capture, line_of
-from drafttrain.online.line_worker import LineWorker
+from drafttrain.recorder.capture import Capture, line_of
+from drafttrain.recorder.line_worker import LineWorker
 from tests.data_gen.serving_logs.log_lines import chat, chat_encoder, ids, read
 
 KEY = "gh" + "p_" + "a1B2c3D4e5F6g7H8i9J0k1L2m3N4o5P6q7R8"

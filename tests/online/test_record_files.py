@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from drafttrain.data_gen.serving_logs.exchange import Refused
-from drafttrain.online.capture import Capture
-from drafttrain.online.record_files import RecordFiles
+from drafttrain.recorder.capture import Capture
+from drafttrain.recorder.record_files import RecordFiles
 
 
 def capture(number: int) -> Capture:

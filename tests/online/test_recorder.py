@@ -18,10 +18,10 @@ import aiohttp
 import pytest
 
 from drafttrain.data_gen.serving_logs.exchange import Refused
-from drafttrain.online.asking import Asking, StrippedEvents
-from drafttrain.online.capture import Capture
-from drafttrain.online.line_worker import LineWorker
-from drafttrain.online.recorder_settings import RecorderSettings
+from drafttrain.recorder.asking import Asking, StrippedEvents
+from drafttrain.recorder.capture import Capture
+from drafttrain.recorder.line_worker import LineWorker
+from drafttrain.recorder.settings import RecorderSettings
 from tests.data_gen.serving_logs.log_lines import chat_encoder, ids, read
 from tests.online import own_redaction
 from tests.online.openai_server import Server, chat_request, post, recorded, served

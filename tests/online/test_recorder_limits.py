@@ -21,13 +21,13 @@ import pytest
 
 from drafttrain.core.errors import RecipeError
 from drafttrain.data_gen.serving_logs.exchange import Refused
-from drafttrain.online.accepting import most_clients
-from drafttrain.online.capture import Capture, line_of
-from drafttrain.online.record_files import RecordFiles
-from drafttrain.online.recorder import Recorder
-from drafttrain.online.recorder_settings import RecorderSettings
-from drafttrain.online.unpacked import CODINGS, unpacked
-from drafttrain.online.upstream import Upstream
+from drafttrain.recorder.accepting import most_clients
+from drafttrain.recorder.capture import Capture, line_of
+from drafttrain.recorder.proxy import Recorder
+from drafttrain.recorder.record_files import RecordFiles
+from drafttrain.recorder.settings import RecorderSettings
+from drafttrain.recorder.unpacked import CODINGS, unpacked
+from drafttrain.recorder.upstream import Upstream
 from tests.online.openai_server import Server, chat_request, post, recorded, served, status
 from tests.online.test_recorder import Process
 from tests.online.wire_cases import ANSWER, JSON, OK, answer_sized, request, sized

@@ -10,22 +10,22 @@ import pytest
 import torch
 
 from drafttrain.checkpoint import About, read_drafter
-from drafttrain.core.records import Record, Sampling
+from drafttrain.core.texts import Record, Sampling
 from drafttrain.data_gen.backends import Task
 from drafttrain.data_gen.backends.builtin import continuations
-from drafttrain.data_gen.formats import Encoder
-from drafttrain.data_gen.serving_logs.intake import Intake
+from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.sources import sources
-from drafttrain.drafters.causal_lm import CausalLMDrafter, CausalLMSettings
+from drafttrain.drafters.causal_lm.module import CausalLMDrafter, CausalLMSettings
 from drafttrain.eval.statistics import ratio_difference
 from drafttrain.export.hf import export_hf
 from drafttrain.losses.forward_kl import ForwardKL
-from drafttrain.online.lane import Workshop
 from drafttrain.online.loop import OnlineRun, metrics
 from drafttrain.online.promotion import request_counts
+from drafttrain.online.route import Workshop
 from drafttrain.online.router import Router
 from drafttrain.online.settings import OnlineSettings, RouterSettings
-from drafttrain.target import Target, TargetSettings
+from drafttrain.recorder.intake import Intake
+from drafttrain.target_model import Target, TargetSettings
 from drafttrain.train.settings import TrainSettings
 from tests.conftest import byte_tokenizer, random_llama
 
@@ -39,7 +39,7 @@ PROMPT, ANSWER = 5, 12
 """Tokens after the mark: drawn, then written by the rule."""
 K = 4
 EVERY, UPDATES = 24, 2
-"""Requests between two updates, and how many each lane makes."""
+"""Requests between two updates, and how many each route makes."""
 
 
 def rules() -> list[list[int]]:
@@ -174,11 +174,11 @@ def test_two_routed_drafters_beat_a_shared_one_and_each_is_worse_on_the_other_ro
     shared = learned(target, tmp_path / "shared", log, None)
     routed = learned(target, tmp_path / "routed", log, settings)
 
-    # Equal cost: the same requests, and a lane makes half of the updates that the shared drafter makes.
+    # Equal cost: the same requests, and a route makes half of the updates that the shared drafter makes.
     spent = [[row["positions"] for row in metrics(tmp_path / name)] for name in ("shared", "routed")]
     assert len(spent[0]) == len(spent[1]) == len(DOMAINS) * UPDATES
     assert sum(spent[0]) == sum(spent[1])
-    assert [len({row["lane"] for row in metrics(tmp_path / name)}) for name in ("shared", "routed")] == [1, 2]
+    assert [len({row["route"] for row in metrics(tmp_path / name)}) for name in ("shared", "routed")] == [1, 2]
 
     # Prompts that nobody tagged; a serving stack has the router's file and the links to what is published.
     draws = torch.Generator().manual_seed(9)
@@ -186,8 +186,8 @@ def test_two_routed_drafters_beat_a_shared_one_and_each_is_worse_on_the_other_ro
     router = Router.load(tmp_path / "routed" / "drafters" / "router.safetensors", settings)
     routes = [router.route_of_prompt(prompt) for prompt in prompts]
     assert sum(route == DOMAINS[number % 2] for number, route in enumerate(routes)) >= 61
-    published = {name: lane.versions.path(lane.versions.current()) for name, lane in routed.lanes.items()}
-    one = shared.lanes[""].versions
+    published = {name: route.versions.path(route.versions.current()) for name, route in routed.routes.items()}
+    one = shared.routes[""].versions
     by_shared = counted(target, [one.path(one.current())] * len(prompts), prompts)
     by_routed = counted(target, [published[route] for route in routes], prompts)
     assert gain(by_routed, by_shared).low > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from drafttrain.core.records import Record
+from drafttrain.core.texts import Record
 from drafttrain.online.drift import drift
 from drafttrain.online.router import Router
 from drafttrain.online.settings import RouterSettings

@@ -10,14 +10,14 @@ import aiohttp
 import pytest
 
 from drafttrain.config.load import load_recipe
-from drafttrain.core.records import Record
+from drafttrain.core.texts import Record
 from drafttrain.eval.statistics import ratio_difference
 from drafttrain.losses.forward_kl import ForwardKL
 from drafttrain.online.drift import drift
 from drafttrain.online.learner import Learner
 from drafttrain.online.loop import OnlineRun, metrics, status
 from drafttrain.pipeline.drafter_folder import write_drafter
-from drafttrain.pipeline.online import online_run, report
+from drafttrain.pipeline.online_run import online_run, report
 from drafttrain.pipeline.run import Run
 from tests.online.openai_server import recorded, served
 from tests.online.openai_server import status as recorder_status
@@ -113,7 +113,7 @@ def test_block_efficiency_falls_where_the_traffic_changes_and_recovers(tmp_path:
     # The recovery: the last version against the first, on the last requests, which nothing was learned from when they were served.
     last = answered[-BURST:]
     assert {one.version for one in last} != {"0000"}
-    first = decoded_again(run.target, learning.lanes[""].versions.path("0000"), [one.generation for one in last])
+    first = decoded_again(run.target, learning.routes[""].versions.path("0000"), [one.generation for one in last])
     parts = [tuple(zip(*(one.counts for one in some), strict=True)) for some in (last, first)]
     assert ratio_difference(*parts).low > 0
     # The page draws what the server's own rounds gave.

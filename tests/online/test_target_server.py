@@ -11,12 +11,12 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from drafttrain.data_gen.formats import Encoder
-from drafttrain.data_gen.serving_logs.intake import Intake
+from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.sources import sources
-from drafttrain.online.capture import events
 from drafttrain.online.versions import Versions, publish_first
-from drafttrain.target import Target, TargetSettings
+from drafttrain.recorder.capture import events
+from drafttrain.recorder.intake import Intake
+from drafttrain.target_model import Target, TargetSettings
 from tests.online.openai_server import post, recorded, served
 from tests.online.target_server import TargetServer, own_texts
 

@@ -18,8 +18,8 @@ import pytest
 import uvloop
 from aiohttp import web
 
-from drafttrain.online.recorder import Recorder
-from drafttrain.online.relay import LOOP_HEADER
+from drafttrain.recorder.proxy import Recorder
+from drafttrain.recorder.relay import LOOP_HEADER
 from tests.online.openai_server import recorded, served
 from tests.online.wire_cases import HOST, NUM_CASES, PASSED, REFUSED, Case, Exchange
 

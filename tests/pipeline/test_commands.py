@@ -26,7 +26,7 @@ from drafttrain.core.files import clear_leftovers
 from drafttrain.pipeline import folder as run_folder
 from drafttrain.pipeline.data import dropped_prompts, training_data
 from drafttrain.pipeline.run import Run
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 from drafttrain.train.metrics_log import COLUMNS, TIMES
 from drafttrain.train.result import folder_of_step
 from tests import waiting_loss
@@ -244,7 +244,7 @@ def test_a_killed_training_continues_bit_for_bit(recipe, tmp_path, kill):
         )
     waiting_loss.wait_for(tmp_path, process)
     process.send_signal(kill)
-    waiting_loss.let_go(tmp_path)
+    waiting_loss.release(tmp_path)
     assert process.wait() == (75 if kill is signal.SIGTERM else -signal.SIGKILL)
     assert (broken / "tiny" / "checkpoints" / f"step-{waiting_loss.STEP:08d}.ckpt").exists() is (kill is signal.SIGTERM)
     assert not (broken / "tiny" / "train.json").exists()

@@ -14,8 +14,8 @@ from drafttrain.cli import app
 from drafttrain.config.bundled import bundled_recipes
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import CheckpointError, RecipeError
-from drafttrain.drafters.medusa import JointSettings
-from drafttrain.export.engines.environment import EngineError
+from drafttrain.drafters.medusa.module import JointSettings
+from drafttrain.environments.environment import EngineError
 from drafttrain.export.settings import ExportSettings
 from drafttrain.pipeline.engines import (
     check_engines,
@@ -27,8 +27,8 @@ from drafttrain.pipeline.engines import (
     served_folder,
     write_formats,
 )
-from drafttrain.target import Target, TargetSettings
-from drafttrain.target.frozen import resolve_folder
+from drafttrain.target_model import Target, TargetSettings
+from drafttrain.target_model.frozen import resolve_folder
 from tests.export import folders
 
 

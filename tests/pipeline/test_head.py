@@ -19,7 +19,7 @@ from drafttrain import pipeline
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import CheckpointError, GateError, RecipeError
 from drafttrain.core.files import sha256_of
-from drafttrain.data_gen.labelled import LabelledTokens
+from drafttrain.data_gen.stored.labelled_tokens import LabelledTokens
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.pipeline.head import fit_head
 from drafttrain.train.metrics_log import TIMES

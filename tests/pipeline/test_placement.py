@@ -20,7 +20,7 @@ from drafttrain.pipeline.data import training_data, write_texts
 from drafttrain.pipeline.exporting import export_best
 from drafttrain.pipeline.run import Run
 from drafttrain.pipeline.training import train_drafter
-from drafttrain.target.anatomy import blocks
+from drafttrain.target_model.anatomy import blocks
 from tests.conftest import random_llama
 from tests.kills import rows
 from tests.test_processes import RECIPE, command
@@ -130,7 +130,7 @@ def test_a_text_that_was_not_stored_is_refused(recipe: Path, tmp_path: Path) -> 
     run = Run(load_recipe(recipe, [ABSENT]), tmp_path / "run", placement="absent")
     write_texts(run)
     training_data(run)
-    target = run.told_target
+    target = run.cached_target
     tokens_BT = torch.arange(1, 7)[None]
     with pytest.raises(DataError, match="none of the 1 validation texts"):
         target.read(tokens_BT, torch.arange(6)[None], run.drafter.needs())

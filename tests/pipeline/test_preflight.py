@@ -17,7 +17,7 @@ from drafttrain.core.errors import DataError, RecipeError
 from drafttrain.pipeline.data import _prepared as training_texts
 from drafttrain.pipeline.preflight import check_drafters, check_parts
 from drafttrain.pipeline.run import Run
-from drafttrain.target import TargetSettings
+from drafttrain.target_model import TargetSettings
 
 RECIPE = """
 name: tiny

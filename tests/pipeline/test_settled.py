@@ -11,7 +11,7 @@ from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import RecipeError
 from drafttrain.pipeline.run import Run
 from drafttrain.pipeline.settled import settled
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 from drafttrain.train.precision import float32_products, note_on_float32
 from drafttrain.train.settings import TrainSettings
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from drafttrain.core.records import Prompt
+from drafttrain.core.texts import Prompt
 from drafttrain.eval.prompts import read_prompts
-from drafttrain.export.engines import Job, Served
-from drafttrain.export.verify import plain_served
-from drafttrain.target import Target, TargetSettings
-from drafttrain.target.frozen import resolve_folder
+from drafttrain.serving.comparison import plain_served
+from drafttrain.serving.engines import Job, Served
+from drafttrain.target_model import Target, TargetSettings
+from drafttrain.target_model.frozen import resolve_folder
 from tests.export import folders
 from tests.export.trained import learn
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from drafttrain.environments.environment import check_installed, folder_of
 from drafttrain.export import sglang, vllm
-from drafttrain.export.engines import engine_of
-from drafttrain.export.engines.environment import check_installed, folder_of
 from drafttrain.importers.eagle3 import VARIANTS
+from drafttrain.serving.engines import engine_of
 
 pytestmark = pytest.mark.serving
 

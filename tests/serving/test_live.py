@@ -14,15 +14,15 @@ from typer.testing import CliRunner
 
 from drafttrain.checkpoint import read_drafter
 from drafttrain.cli import app
-from drafttrain.core.records import Prompt, Sampling
-from drafttrain.data_gen.formats import Encoder
+from drafttrain.core.texts import Prompt, Sampling
+from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.serving_logs.settings import ServingLogsSettings
 from drafttrain.data_gen.sources.serving_logs import ServingLogs
 from drafttrain.eval.prompts import read_prompts
-from drafttrain.export.engines import engine_of, environment
-from drafttrain.export.verify import decode, served_counts
-from drafttrain.target import Target, TargetSettings
-from drafttrain.target.frozen import resolve_folder
+from drafttrain.serving.comparison import decode, served_counts
+from drafttrain.serving.engines import engine_of, environment
+from drafttrain.target_model import Target, TargetSettings
+from drafttrain.target_model.frozen import resolve_folder
 from tests.serving.vllm_server import TARGET, vllm_server
 
 pytestmark = pytest.mark.serving

@@ -16,15 +16,15 @@ from typer.testing import CliRunner
 
 from drafttrain.checkpoint import read_drafter
 from drafttrain.cli import app
-from drafttrain.core.records import Prompt
+from drafttrain.core.texts import Prompt
+from drafttrain.environments.environment import ask, check_installed, root
 from drafttrain.export.convert import export_as, read_target_config
-from drafttrain.export.engines import Job, ServingEngine, engine_of
-from drafttrain.export.engines.environment import ask, check_installed, root
-from drafttrain.export.engines.llama_cpp import TARGETS
 from drafttrain.export.gguf_file import FILE, read_gguf, write_gguf
-from drafttrain.export.verify import Comparison, compare_with_engine
-from drafttrain.target import Target, TargetSettings
-from drafttrain.target.frozen import resolve_folder
+from drafttrain.serving.comparison import Comparison, compare_with_engine
+from drafttrain.serving.engines import Job, ServingEngine, engine_of
+from drafttrain.serving.engines.llama_cpp import TARGETS
+from drafttrain.target_model import Target, TargetSettings
+from drafttrain.target_model.frozen import resolve_folder
 from tests.export.test_gguf import BIASED, SIZES, WAYS, change, merging_tokenizer, rope, saved
 
 pytestmark = pytest.mark.serving

@@ -18,14 +18,15 @@ from typer.testing import CliRunner
 from drafttrain.checkpoint import read_drafter
 from drafttrain.cli import app
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.records import Prompt, TargetNeeds
+from drafttrain.core.target_rows import TargetNeeds
+from drafttrain.core.texts import Prompt
+from drafttrain.environments.environment import EngineError, ask, check_installed
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.export.convert import check_exported, export_as, read_target_config
-from drafttrain.export.engines import Job, ServingEngine, Use, engine_of
-from drafttrain.export.engines.environment import EngineError, ask, check_installed
-from drafttrain.export.verify import Comparison, compare_with_engine, plain_served
-from drafttrain.target import Target, TargetSettings
-from drafttrain.target.frozen import resolve_folder
+from drafttrain.serving.comparison import Comparison, compare_with_engine, plain_served
+from drafttrain.serving.engines import Job, ServingEngine, Use, engine_of
+from drafttrain.target_model import Target, TargetSettings
+from drafttrain.target_model.frozen import resolve_folder
 from tests.export import folders
 from tests.export.trained import learn
 from tests.serving.conftest import NEW_TOKENS, SETTINGS, STEPS

@@ -10,12 +10,12 @@ import torch
 
 from drafttrain.checkpoint import read_drafter
 from drafttrain.core.errors import CheckpointError
+from drafttrain.environments.environment import check_installed
 from drafttrain.export.convert import export_as, read_target_config
-from drafttrain.export.engines import checked_installed
-from drafttrain.export.engines.environment import check_installed
-from drafttrain.export.engines.speculators import SpeculatorsLibrary
 from drafttrain.importers.convert import import_folder
-from drafttrain.target import Target, TargetSettings
+from drafttrain.serving.engines import checked_installed
+from drafttrain.serving.engines.speculators import SpeculatorsLibrary
+from drafttrain.target_model import Target, TargetSettings
 from tests.drafters.feature_models import packed
 from tests.export import folders
 

@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 from drafttrain.checkpoint import read_drafter
 from drafttrain.cli import app
+from drafttrain.environments.environment import check_installed
 from drafttrain.export.convert import export_as, read_target_config
-from drafttrain.export.engines import ServingEngine, engine_of
-from drafttrain.export.engines.environment import check_installed
-from drafttrain.export.verify import Comparison, compare_with_engine
-from drafttrain.target.frozen import resolve_folder
+from drafttrain.serving.comparison import Comparison, compare_with_engine
+from drafttrain.serving.engines import ServingEngine, engine_of
+from drafttrain.target_model.frozen import resolve_folder
 from tests.export import folders
 
 pytestmark = pytest.mark.serving

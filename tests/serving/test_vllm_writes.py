@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from drafttrain.core.errors import DataError
-from drafttrain.core.processes import without_launcher
 from drafttrain.data_gen.backends.openai import OpenAISettings
 from drafttrain.data_gen.backends.vllm import VllmSettings
 from drafttrain.data_gen.generate import generate
 from drafttrain.data_gen.settings import GenerateSettings
 from drafttrain.data_gen.sources.text import TextSettings
-from drafttrain.export.engines import engine_of, environment
-from drafttrain.target import Target, TargetSettings
+from drafttrain.distributed.world import without_launcher
+from drafttrain.serving.engines import engine_of, environment
+from drafttrain.target_model import Target, TargetSettings
 from tests.serving.vllm_server import TARGET, vllm_server
 
 pytestmark = pytest.mark.serving

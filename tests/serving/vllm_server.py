@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from drafttrain.export.engines import engine_of, environment
-from drafttrain.target.frozen import resolve_folder
+from drafttrain.serving.engines import engine_of, environment
+from drafttrain.target_model.frozen import resolve_folder
 
 TARGET = "builtin:target"
 START_SECONDS = 240.0

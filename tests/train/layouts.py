@@ -17,14 +17,17 @@ import numpy as np
 import torch
 
 from drafttrain.cli import exit_codes
-from drafttrain.core.processes import first, joined, together, world
-from drafttrain.core.records import DraftBatch, Record, TargetNeeds
+from drafttrain.core.batches import DraftBatch
+from drafttrain.core.target_rows import TargetNeeds
+from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import as_padding, pack
 from drafttrain.data_gen.shares import own_shares
+from drafttrain.distributed.collectives import joined, together
+from drafttrain.distributed.world import is_first, world
 from drafttrain.drafters import drafters
-from drafttrain.drafters.causal_lm import CausalLMDrafter
+from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.losses import losses
-from drafttrain.target import Target, TargetSettings
+from drafttrain.target_model import Target, TargetSettings
 from drafttrain.train import checkpoint_file
 from drafttrain.train.checkpoint_file import PIECE_BYTES
 from drafttrain.train.deepspeed_settings import DeepSpeedSettings
@@ -143,7 +146,7 @@ def run(
         made,
         losses.build(losses.entry(loss).settings(**({"scope": "batch"} if loss == "tvdpp" else {}))),
         target=target,
-        of_step=partial(with_law, target=whole, of_step=of_own) if logged and first() else of_own,
+        of_step=partial(with_distribution, target=whole, of_step=of_own) if logged and is_first() else of_own,
         estimate=estimate,
         settings=replace(wanted, **settings),
         vocab_size=257,
@@ -188,7 +191,7 @@ def held_numbers() -> int:
     return sum(found.values())
 
 
-def with_law(step: int, *, target: Target, of_step: Any) -> list[DraftBatch]:
+def with_distribution(step: int, *, target: Target, of_step: Any) -> list[DraftBatch]:
     """Return the micro-batches of a step with the target's law, as a log of its serving has it."""
     batches = []
     for batch in of_step(step):
@@ -230,7 +233,7 @@ class PoisonedElsewhere(CausalLMDrafter):
 
     def forward(self, batch: DraftBatch) -> Any:
         drafted = super().forward(batch)
-        poisoned = batch.step in (2, 4) and not first()
+        poisoned = batch.step in (2, 4) and not is_first()
         return replace(drafted, extra_loss=torch.tensor(float("nan"))) if poisoned else drafted
 
 

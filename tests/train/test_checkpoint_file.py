@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from drafttrain.core.batches import DraftBatch
 from drafttrain.core.errors import DrafttrainError, Interrupted
-from drafttrain.core.records import DraftBatch
-from drafttrain.drafters.causal_lm import CausalLMDrafter
+from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.train import checkpoint_file, preflight
 from drafttrain.train.checkpoint_file import CheckpointFile, on_host
 from drafttrain.train.host_memory import free_host_bytes

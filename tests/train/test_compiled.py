@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import DrafttrainError, RecipeError
 from drafttrain.drafters import Drafter, drafters
-from drafttrain.drafters.lora import LoraSettings
-from drafttrain.drafters.medusa import JointSettings
+from drafttrain.drafters.medusa.lora import LoraSettings
+from drafttrain.drafters.medusa.module import JointSettings
 from drafttrain.pipeline.data import FEW_WIDTHS, own_batches
 from drafttrain.train import compiled
 from drafttrain.train.settings import TrainSettings

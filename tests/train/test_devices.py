@@ -9,13 +9,13 @@ import torch
 from lightning.fabric.strategies.deepspeed import _validate_device_index_selection
 
 from drafttrain.config.load import load_recipe
-from drafttrain.core import processes
 from drafttrain.core.errors import DrafttrainError, RecipeError
-from drafttrain.core.processes import for_own_program, without_launcher, world
+from drafttrain.distributed import collectives
+from drafttrain.distributed.world import for_own_program, without_launcher, world
 from drafttrain.heads import HeadRows, probabilities
 from drafttrain.heads.acceptance import AcceptanceHead, AcceptanceSettings
 from drafttrain.pipeline.commands import _of_devices
-from drafttrain.target.frozen import pick_device
+from drafttrain.target_model.frozen import pick_device
 from drafttrain.train.run import placement
 from drafttrain.train.settings import TrainSettings
 
@@ -56,7 +56,7 @@ def test_a_process_takes_its_device_of_those_that_it_sees(
     """Of all of the machine, or of its own alone (`srun --gpus-per-task=1`); for Lightning and DeepSpeed too."""
     rank_of_four(monkeypatch, 3, launcher=launcher)
     taken = machine_of(monkeypatch, visible)
-    here = processes._on_own_device(world())
+    here = collectives._on_own_device(world())
     assert (taken, here.local_rank, os.environ["LOCAL_RANK"]) == ([own], own, str(own))
     assert (world().rank, world().size, world().local_rank) == (3, 4, own)
     placed = placement(torch.device("cuda"), TrainSettings())
@@ -96,7 +96,7 @@ def test_a_program_that_a_process_starts_gets_the_device_of_the_process(
     rank_of_four(monkeypatch, 3, launcher="torchrun")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
     machine_of(monkeypatch, max(1, len(shown.split(","))))
-    processes._on_own_device(world())
+    collectives._on_own_device(world())
     assert for_own_program(os.environ)["CUDA_VISIBLE_DEVICES"] == expected
 
 
@@ -112,7 +112,7 @@ def test_a_device_that_cuda_refuses_is_named(monkeypatch: pytest.MonkeyPatch) ->
         pytest.raises(
             DrafttrainError, match=r"rank 3 on \S+: CUDA device 3 of the 4 that it sees cannot be used: .* busy$"
         ),
-        processes.together(timeout_seconds=1),
+        collectives.together(timeout_seconds=1),
     ):
         pass
 

@@ -14,15 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from drafttrain.core.batches import DraftBatch
 from drafttrain.core.flops import BatchShape, RolloutShape, attention, matrix, parameters_of, total
-from drafttrain.core.records import DraftBatch, Record, TargetNeeds
+from drafttrain.core.target_rows import TargetNeeds
+from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import drafters
-from drafttrain.drafters.medusa import JointSettings
+from drafttrain.drafters.medusa.module import JointSettings
 from drafttrain.losses import losses
 from drafttrain.losses.align import planned
-from drafttrain.target import Target
-from drafttrain.target.work import trunk_products
+from drafttrain.target_model import Target
+from drafttrain.target_model.work import trunk_products
 from drafttrain.train.flops import distill_flops
 from drafttrain.train.run import train
 from drafttrain.train.settings import TrainSettings

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from drafttrain.data_gen.labelled import RowOrder
+from drafttrain.data_gen.stored.labelled_tokens import RowOrder
 from drafttrain.eval.head_figures import held_out_estimate
 from drafttrain.heads import HeadRows
 from drafttrain.heads.acceptance import AcceptanceHead, AcceptanceSettings

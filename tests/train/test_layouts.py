@@ -14,12 +14,12 @@ import torch
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from safetensors.torch import load_file
 
+from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.errors import DrafttrainError
-from drafttrain.core.processes import without_launcher
-from drafttrain.core.records import DraftBatch, DraftOutput
-from drafttrain.drafters.causal_lm import CausalLMDrafter
-from drafttrain.drafters.lora import LoraSettings
-from drafttrain.drafters.medusa import JointSettings
+from drafttrain.distributed.world import without_launcher
+from drafttrain.drafters.causal_lm.module import CausalLMDrafter
+from drafttrain.drafters.medusa.lora import LoraSettings
+from drafttrain.drafters.medusa.module import JointSettings
 from drafttrain.train import strategy
 from drafttrain.train.deepspeed_settings import DeepSpeedSettings
 from drafttrain.train.optimizer import Share

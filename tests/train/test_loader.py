@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
+from drafttrain.core.batches import DraftBatch
 from drafttrain.core.errors import Interrupted
-from drafttrain.core.records import DraftBatch, Record
+from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import pack
-from drafttrain.drafters.causal_lm import CausalLMDrafter
+from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.losses import losses
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 from drafttrain.train.loader import Steps
 from drafttrain.train.run import train
 from drafttrain.train.settings import TrainSettings

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from drafttrain.core.batches import DraftBatch
 from drafttrain.core.errors import DrafttrainError
-from drafttrain.core.records import DraftBatch
-from drafttrain.drafters.causal_lm import CausalLMDrafter
+from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from tests.train.layouts import run
 
 

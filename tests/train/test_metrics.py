@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from drafttrain.core.records import DraftBatch, Record, TargetNeeds
+from drafttrain.core.batches import DraftBatch
+from drafttrain.core.target_rows import TargetNeeds
+from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.losses import losses
 from drafttrain.losses.align import align
 from drafttrain.losses.chunked import row_losses
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 from drafttrain.train.run import train
 from drafttrain.train.settings import TrainSettings
 from tests.conftest import byte_tokenizer, random_llama

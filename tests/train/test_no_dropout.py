@@ -10,10 +10,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from drafttrain.drafters.causal_lm import CausalLMDrafter
-from drafttrain.drafters.cut import cut_from
+from drafttrain.drafters.causal_lm.cut import cut_from
+from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.losses import losses
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 from drafttrain.train.run import train
 from drafttrain.train.settings import TrainSettings
 from tests.conftest import byte_tokenizer

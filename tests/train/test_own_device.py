@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from drafttrain.core.records import DraftBatch, TargetOutput
+from drafttrain.core.batches import DraftBatch
+from drafttrain.core.target_rows import TargetOutput
 from drafttrain.drafters import drafters
-from drafttrain.drafters.eagle3 import Eagle3Drafter, Eagle3Settings
-from drafttrain.target import Target
+from drafttrain.drafters.eagle.eagle3 import Eagle3Drafter, Eagle3Settings
+from drafttrain.target_model import Target
 from tests.conftest import byte_tokenizer, random_llama
 
 THERE_AND_BACK = "Cannot copy out of meta tensor"

@@ -23,7 +23,7 @@ def test_ranks_whose_parent_is_killed_leave_before_the_next_run_begins(tiny_fold
     running.wait()
     orphans = set(life.processes())
     assert orphans
-    waiting_loss.let_go(tmp_path)
+    waiting_loss.release(tmp_path)
     life.end()
     assert not orphans & set(life.processes())
     whole = tmp_path / "whole"
@@ -46,7 +46,7 @@ def test_a_rank_that_is_killed_is_started_again(launcher: str, rank: int, tiny_f
     assert ranks
     for process in ranks:
         kill(process)
-    waiting_loss.let_go(tmp_path)
+    waiting_loss.release(tmp_path)
     assert running.wait(timeout=300) == 0, life.said()
     said = life.said()
     assert "restart 1 of" in said

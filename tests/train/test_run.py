@@ -12,13 +12,14 @@ import typer
 from lightning.fabric.accelerators.mps import MPSAccelerator
 
 from drafttrain.cli import exit_codes
+from drafttrain.core.batches import DraftBatch
 from drafttrain.core.errors import DrafttrainError, Interrupted
-from drafttrain.core.records import DraftBatch, Record, Sampling
+from drafttrain.core.texts import Record, Sampling
 from drafttrain.data_gen.packing import pack
-from drafttrain.drafters.causal_lm import CausalLMDrafter
+from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.eval.replay import Text, replay_rows
 from drafttrain.losses import losses
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 from drafttrain.train.checkpoints import newest_checkpoint
 from drafttrain.train.result import TrainResult
 from drafttrain.train.run import placement, train

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from drafttrain.cli import app
 from drafttrain.core.errors import RecipeError
-from drafttrain.target import Target, TargetSettings
-from drafttrain.target.anatomy import blocks
+from drafttrain.target_model import Target, TargetSettings
+from drafttrain.target_model.anatomy import blocks
 from tests.conftest import byte_tokenizer, random_llama
 from tests.train.layouts import curve, run, states_digest
 from tests.train.test_layouts import CLOSE, Layouts, in_processes

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from drafttrain.config.load import load_recipe
 from drafttrain.drafters import drafters
 from drafttrain.losses import losses
-from drafttrain.target import Target
-from drafttrain.target.packed_attention import Columns
+from drafttrain.target_model import Target
+from drafttrain.target_model.packed_attention import Columns
 from drafttrain.train.step_cost import Counted, StepCost, Trained, step_cost
 from tests.squares import Squares
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from drafttrain.core.processes import without_launcher
+from drafttrain.distributed.world import without_launcher
 from tests.train.layouts import curve, run
 
 pytestmark = pytest.mark.multi_host

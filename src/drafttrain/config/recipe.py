@@ -13,12 +13,12 @@ from drafttrain.data_gen.settings import DataSettings
 from drafttrain.drafters import drafters
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.export import exporters
-from drafttrain.export.engines import engines
 from drafttrain.export.settings import ExportSettings
 from drafttrain.heads import heads
 from drafttrain.losses import losses
 from drafttrain.online.settings import OnlineSettings
-from drafttrain.target.frozen import TargetSettings
+from drafttrain.serving.engines import engines
+from drafttrain.target_model.frozen import TargetSettings
 from drafttrain.train.settings import TrainSettings
 
 TRAINED = (("drafter", "loss"), ("head",))

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-    from drafttrain.core.records import DraftBatch
-
 EARLY = 64
 """Labels are counted by place up to here; no rollout is longer."""
 
@@ -60,29 +58,6 @@ class RolloutShape:
     """Slots that look, at every step."""
     pairs: int
     """Pairs of one that looks and one that it looks at."""
-
-
-def shape_of(batch: DraftBatch) -> BatchShape:
-    """Count a micro-batch: on its device, which a GPU is waited for, so before it is moved there."""
-    read_BT = batch.documents_BT >= 0
-    positions_N = batch.positions_BT[read_BT]
-    labels_N = batch.positions_BT[read_BT & batch.loss_mask_BT]
-    early = labels_N[labels_N < EARLY].bincount(minlength=EARLY).tolist()
-    pairs = int(positions_N.sum()) + len(positions_N)
-    return BatchShape(len(positions_N), pairs, len(labels_N), tuple(early), tuple(_spans(batch)))
-
-
-def _spans(batch: DraftBatch) -> Iterable[tuple[int, int]]:
-    chosen_BT = batch.loss_mask_BT & (batch.documents_BT >= 0) & (batch.positions_BT >= 2)
-    position_N, (documents, place_N) = (
-        batch.positions_BT[chosen_BT],
-        batch.documents_BT[chosen_BT].unique(return_inverse=True),
-    )
-    empty = documents.new_zeros(len(documents))
-    first, last = (
-        empty.scatter_reduce(0, place_N, position_N, how, include_self=False).tolist() for how in ("amin", "amax")
-    )
-    return zip(first, last, strict=True)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from drafttrain.core.records import Sampling
+from drafttrain.core.texts import Sampling
 
 
 def sampling_probs(logits_NV: Tensor, sampling: Sampling) -> Tensor:

@@ -77,8 +77,8 @@ class Registry:
             return
         self._scanned = True
         package = importlib.import_module(self.package)
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{self.package}.{module.name}")
+        for module in pkgutil.walk_packages(package.__path__, f"{self.package}."):
+            importlib.import_module(module.name)
 
 
 def component_mapping(settings: Any) -> dict[str, Any]:

@@ -5,21 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
-from drafttrain.core.records import (
-    Budget,
-    Context,
-    DraftStep,
-    Exactness,
-    ForwardEvent,
-    Generation,
-    LayerState,
-    More,
-    Proposal,
-    Sampling,
-    TargetNeeds,
-    TargetOutput,
-    Verdict,
-)
+from drafttrain.core.generations import ForwardEvent, Generation
+from drafttrain.core.proposals import Budget, Context, DraftStep, Exactness, LayerState, More, Proposal, Verdict
+from drafttrain.core.target_rows import TargetNeeds, TargetOutput
+from drafttrain.core.texts import Sampling
 
 if TYPE_CHECKING:
     import torch

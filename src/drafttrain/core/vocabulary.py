@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.probability import over_target_vocabulary, sampling_probs
-from drafttrain.core.records import Sampling
+from drafttrain.core.texts import Sampling
 
 
 class DraftVocabulary:

@@ -15,16 +15,17 @@ from typing import Any
 from drafttrain.core.console import progress, say
 from drafttrain.core.errors import DataError
 from drafttrain.core.files import sha256_of, write_json, write_text
-from drafttrain.core.processes import first, first_before_others, own_share, wait_for_all
 from drafttrain.core.random import stream_seed
-from drafttrain.core.records import Sampling
+from drafttrain.core.texts import Sampling
 from drafttrain.data_gen.backends import AskEngine, Backend, Outcome, Plan, Task, backends
-from drafttrain.data_gen.formats import Encoder
+from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.names import Names, content_name, shared_names
 from drafttrain.data_gen.quarantine import read_items
 from drafttrain.data_gen.settings import GenerateSettings
 from drafttrain.data_gen.sources import PromptSource, Source, content_of, sources
-from drafttrain.target import Target
+from drafttrain.distributed.collectives import first_before_others, own_share, wait_for_all
+from drafttrain.distributed.world import is_first
+from drafttrain.target_model import Target
 
 
 def generate(
@@ -84,7 +85,7 @@ def generate(
             _store(folder, number, own[number], outcomes, target)
     wait_for_all("texts are generated")
     with first_before_others("it writes the manifest"):
-        if first():
+        if is_first():
             for left in folder.glob("answers-*.jsonl"):
                 # A kill struck after a shard was stored and before a backend threw away what it was made of.
                 left.unlink()

@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import torch
 
-from drafttrain.core.records import DraftBatch, Record
+from drafttrain.core.batches import DraftBatch
+from drafttrain.core.texts import Record
 
 
 def plan(lengths: Sequence[int], *, width: int) -> list[list[int]]:

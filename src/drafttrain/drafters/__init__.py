@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
+from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
-from drafttrain.core.records import DraftBatch, DraftOutput, RowsAsked, TargetNeeds
 from drafttrain.core.registry import Registry
 from drafttrain.core.roles import ForwardListener, Proposer
+from drafttrain.core.target_rows import RowsAsked, TargetNeeds
 
 if TYPE_CHECKING:
-    from drafttrain.target import Target
+    from drafttrain.target_model import Target
 
 drafters = Registry("drafter", "drafttrain.drafters")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from drafttrain.core.records import Budget, Proposal, fixed_tree
+from drafttrain.core.proposals import Budget, Proposal, fixed_tree
 
 
 class DynamicTree:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.probability import draw_each, sampling_probs
-from drafttrain.core.records import Sampling
+from drafttrain.core.texts import Sampling
 
 
 def next_tokens(

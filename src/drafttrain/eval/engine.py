@@ -14,20 +14,10 @@ from torch import Tensor
 
 from drafttrain.core.console import say_once
 from drafttrain.core.device_time import Span
+from drafttrain.core.generations import Generation, Round
 from drafttrain.core.probability import sampling_probs, without_padding
+from drafttrain.core.proposals import Budget, Context, Proposal, Verdict
 from drafttrain.core.random import stream
-from drafttrain.core.records import (
-    Budget,
-    Context,
-    Generation,
-    Prompt,
-    Proposal,
-    Round,
-    Sampling,
-    TargetNeeds,
-    TargetOutput,
-    Verdict,
-)
 from drafttrain.core.roles import (
     AcceptanceRule,
     DraftsInTarget,
@@ -36,8 +26,10 @@ from drafttrain.core.roles import (
     LengthPolicy,
     Proposer,
 )
-from drafttrain.target import Target
-from drafttrain.target.cached_lm import CachedLM
+from drafttrain.core.target_rows import TargetNeeds, TargetOutput
+from drafttrain.core.texts import Prompt, Sampling
+from drafttrain.target_model import Target
+from drafttrain.target_model.cached_lm import CachedLM
 
 
 @dataclass

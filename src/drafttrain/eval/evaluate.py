@@ -12,9 +12,11 @@ from typing import Any
 
 from drafttrain.checkpoint import read_about, read_drafter
 from drafttrain.core.console import progress, say
+from drafttrain.core.generations import Generation
+from drafttrain.core.proposals import Exactness
 from drafttrain.core.provenance import provenance
-from drafttrain.core.records import Exactness, Generation, Prompt, Sampling
 from drafttrain.core.roles import CostAware
+from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.data_gen.checkers import checkers
 from drafttrain.drafters import Drafter
 from drafttrain.eval.acceptance import acceptance_rules
@@ -31,7 +33,7 @@ from drafttrain.eval.replay import Text, expected_rounds, replay_rows
 from drafttrain.eval.settings import EvalSettings, length_label
 from drafttrain.eval.statistics import ratio_difference, ratio_interval, ratio_of_ratios
 from drafttrain.heads import check_made_for
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 
 FORMAT = 3
 """Version of eval.json; docs/eval_json.md describes it."""

@@ -9,8 +9,9 @@ import torch
 from transformers import GenerationConfig
 
 from drafttrain.core.device_time import Span
-from drafttrain.core.records import Generation, Prompt
-from drafttrain.target import Target
+from drafttrain.core.generations import Generation
+from drafttrain.core.texts import Prompt
+from drafttrain.target_model import Target
 
 
 @torch.no_grad()

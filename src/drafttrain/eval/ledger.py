@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from drafttrain.core.records import ForwardEvent
+from drafttrain.core.generations import ForwardEvent
 
 
 @dataclass

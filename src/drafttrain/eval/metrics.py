@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from drafttrain.core.records import Generation, Round
+from drafttrain.core.generations import Generation, Round
 from drafttrain.eval.repetition import tokens_before_repetition
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from drafttrain.core.records import Generation
-from drafttrain.target import Target
+from drafttrain.core.generations import Generation
+from drafttrain.target_model import Target
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Logit gaps, relative to the largest logit, below which two tokens are equally good to a sum of this precision."""

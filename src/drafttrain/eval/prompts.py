@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from drafttrain.core.errors import DataError
-from drafttrain.core.records import Prompt
+from drafttrain.core.texts import Prompt
 from drafttrain.data_gen.bad_item import BadItem
-from drafttrain.data_gen.formats import Encoder
+from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.sources.jsonl import lines
 
 BUILTIN = "builtin:"

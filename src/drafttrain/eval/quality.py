@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from drafttrain.core.records import Generation, Prompt
+from drafttrain.core.generations import Generation
+from drafttrain.core.texts import Prompt
 from drafttrain.data_gen.checkers import Checker
 from drafttrain.eval.statistics import share_difference, share_interval
 

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 
 from drafttrain.core.probability import acceptance_rate, sampling_probs, without_padding
-from drafttrain.core.records import Record, Sampling, TargetNeeds
+from drafttrain.core.target_rows import TargetNeeds
+from drafttrain.core.texts import Record, Sampling
 from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.data_gen.groups import groups
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import Drafter
 from drafttrain.losses.align import align
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 
 LOGITS_AT_ONCE = 1 << 27
 """Logits of one model that exist at once: 1,046 rows of 128,256 tokens, 0.5 GB in float32."""

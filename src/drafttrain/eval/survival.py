@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.records import DraftStep
+from drafttrain.core.proposals import DraftStep
 from drafttrain.heads import TokenHead, load_head
 
 

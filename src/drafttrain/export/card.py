@@ -9,8 +9,8 @@ from typing import Any
 
 from drafttrain.drafters import drafters
 from drafttrain.eval.table import interval, number, p_value
-from drafttrain.export.engines import ServingEngine, Use, engine_of, engines
 from drafttrain.export.markdown import block, code, plain
+from drafttrain.serving.engines import ServingEngine, Use, engine_of, engines
 
 USE = "## Use\n\n"
 SERVED = "## In serving engines"

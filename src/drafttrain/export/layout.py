@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from drafttrain.core.foreign import shown
-from drafttrain.drafters import eagle, eagle3
-from drafttrain.drafters.draft_vocabulary import vocabulary_problems
-from drafttrain.drafters.eagle import FC_BIAS
-from drafttrain.drafters.feature_config import config_problems
+from drafttrain.drafters.eagle import eagle1, eagle3
+from drafttrain.drafters.eagle.config_problems import config_problems
+from drafttrain.drafters.eagle.draft_vocabulary import vocabulary_problems
+from drafttrain.drafters.eagle.eagle1 import FC_BIAS
 from drafttrain.export import DrafterFiles
 
-OWN_FIELDS = {"eagle": eagle.own_defaults, "eagle3": eagle3.own_defaults}
+OWN_FIELDS = {"eagle": eagle1.own_defaults, "eagle3": eagle3.own_defaults}
 """What the folders of these kinds keep of their settings."""
 
 Shapes = dict[str, tuple[int, ...]]

@@ -91,7 +91,7 @@ class OpenVinoExporter(Exporter):
         Raises:
             EngineError: OpenVINO is not installed here, or cannot convert this.
         """
-        from drafttrain.export.engines.openvino import convert
+        from drafttrain.serving.engines.openvino import convert
 
         with tempfile.TemporaryDirectory(prefix="drafttrain-") as temporary:
             tensors = {name: tensor for name, tensor in files.tensors.items() if name != FREQUENCIES}

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from drafttrain.core.settings import setting
 from drafttrain.export import exporters
-from drafttrain.export.engines import engines
+from drafttrain.serving.engines import engines
 
 
 @dataclass

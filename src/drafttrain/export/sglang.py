@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from drafttrain.drafters.eagle import FC_BIAS
+from drafttrain.drafters.eagle.eagle1 import FC_BIAS
 from drafttrain.export import DrafterFiles, Exporter, exporters
 from drafttrain.export.layout import layout_problems
 from drafttrain.export.target_logits import cap_of

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from drafttrain.export.layout import text_config
-from drafttrain.target.logits import CAPPED_AT, finished_logits
+from drafttrain.target_model.logits import CAPPED_AT, finished_logits
 
 
 def scale_of(target_config: Mapping[str, Any]) -> float:

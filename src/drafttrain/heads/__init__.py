@@ -20,8 +20,8 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.foreign import read_json
 from drafttrain.core.registry import Registry
 from drafttrain.core.tensors import load_into
-from drafttrain.target import Target
-from drafttrain.target.frozen import fingerprint_of
+from drafttrain.target_model import Target
+from drafttrain.target_model.frozen import fingerprint_of
 
 heads = Registry("head", "drafttrain.heads")
 

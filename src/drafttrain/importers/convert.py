@@ -15,13 +15,13 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import folder_beside, write_json
 from drafttrain.core.foreign import READ, on_one_screen, own_files
 from drafttrain.core.tensors import read_tensors
-from drafttrain.drafters.medusa import ADAPTER, TREE
+from drafttrain.drafters.medusa.module import ADAPTER, TREE
 from drafttrain.export.layout import layout_problems
 from drafttrain.importers import Given, Imported, Importer, importers
 from drafttrain.importers.reading import read_given
 from drafttrain.importers.target import TargetFiles
 from drafttrain.importers.unread import why_unread
-from drafttrain.target.frozen import check_same_tokenizer, load_tokenizer, num_ids, tokenizer_fingerprint
+from drafttrain.target_model.frozen import check_same_tokenizer, load_tokenizer, num_ids, tokenizer_fingerprint
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drafttrain.drafters.feature_layer import Rotary
-from drafttrain.drafters.feature_target import llama_config
+from drafttrain.drafters.eagle.layer import Rotary
+from drafttrain.drafters.eagle.target_parts import llama_config
 from drafttrain.importers import Given
 from drafttrain.importers.naming import without
 from drafttrain.importers.target import TargetFiles

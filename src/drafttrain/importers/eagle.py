@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from drafttrain.drafters.eagle import FC_BIAS, own_defaults
+from drafttrain.drafters.eagle.eagle1 import FC_BIAS, own_defaults
 from drafttrain.export import DrafterFiles
 from drafttrain.export.layout import LAYOUTS
 from drafttrain.export.target_logits import scale_of

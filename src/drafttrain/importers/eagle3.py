@@ -14,8 +14,8 @@ from torch import Tensor
 
 from drafttrain.checkpoint import ABOUT
 from drafttrain.core.errors import CheckpointError
-from drafttrain.drafters.draft_vocabulary import vocabulary_problems
-from drafttrain.drafters.eagle3 import Eagle3Settings, taps_of
+from drafttrain.drafters.eagle.draft_vocabulary import vocabulary_problems
+from drafttrain.drafters.eagle.eagle3 import Eagle3Settings, taps_of
 from drafttrain.export import DrafterFiles
 from drafttrain.export.layout import LAYOUTS
 from drafttrain.export.sglang import READ_IN as SGLANG

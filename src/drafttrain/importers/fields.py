@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
 from drafttrain.core.foreign import shown
-from drafttrain.drafters.feature_layer import Rotary
-from drafttrain.drafters.feature_target import ENDLESS, ROPE_SCALINGS, llama_config, one_layer
+from drafttrain.drafters.eagle.layer import Rotary
+from drafttrain.drafters.eagle.target_parts import ENDLESS, ROPE_SCALINGS, llama_config, one_layer
 from drafttrain.export.layout import rope_problems
 from drafttrain.importers import Given
 from drafttrain.importers.naming import listed, without

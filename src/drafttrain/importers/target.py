@@ -13,7 +13,7 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.foreign import read_json
 from drafttrain.export.layout import text_config
 from drafttrain.export.target_weights import embedding_of, head_of
-from drafttrain.target.frozen import fingerprint_of, load_tokenizer, num_ids, resolve_folder
+from drafttrain.target_model.frozen import fingerprint_of, load_tokenizer, num_ids, resolve_folder
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from drafttrain.core.records import LossRows, RowIndex
+from drafttrain.core.loss_rows import LossRows
 from drafttrain.core.registry import Registry
+from drafttrain.core.target_rows import RowIndex
 
 losses = Registry("loss", "drafttrain.losses")
 

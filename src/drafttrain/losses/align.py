@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from drafttrain.core.flops import shape_of
+from drafttrain.core.batches import DraftBatch, DraftOutput, Plan, shape_of
 from drafttrain.core.packed_documents import PackedDocuments, ReadSlots
-from drafttrain.core.records import AlignedRows, DraftBatch, DraftOutput, Plan, RowIndex, RowsAsked
+from drafttrain.core.target_rows import AlignedRows, RowIndex, RowsAsked
 
 
 def align(drafted: DraftOutput, batch: DraftBatch, *, block_length: int = 1) -> AlignedRows:

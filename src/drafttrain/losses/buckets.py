@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from drafttrain.core.records import LossRows, NamedRows
+from drafttrain.core.loss_rows import LossRows
+from drafttrain.core.target_rows import NamedRows
 
 NONE = -69.0
 """Log-probability that stands for none (1e-30): logarithms stay finite."""

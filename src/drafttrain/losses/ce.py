@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from drafttrain.core.records import LossRows
+from drafttrain.core.loss_rows import LossRows
 from drafttrain.losses import Loss, losses
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from drafttrain.core.processes import shared
-from drafttrain.core.records import AlignedRows, DraftBatch, DraftOutput
+from drafttrain.core.batches import DraftBatch, DraftOutput
+from drafttrain.core.target_rows import AlignedRows
+from drafttrain.distributed.collectives import shared
 from drafttrain.losses import Loss
 from drafttrain.losses.align import align
 from drafttrain.losses.fused import are_spread, can_be_fused, fused_loss

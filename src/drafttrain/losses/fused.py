@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from drafttrain.core.batches import DraftOutput
 from drafttrain.core.linear_head import LinearHead
-from drafttrain.core.records import DraftOutput
 from drafttrain.losses.pieces import ACCEPTANCE, Part, Piece, RowValues, TargetPiece, target_of
 
 KEPT_BYTES = 4 * 2**30

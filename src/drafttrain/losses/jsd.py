@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.divergences import kl_divergence, log_ratio
-from drafttrain.core.records import LossRows
+from drafttrain.core.loss_rows import LossRows
 from drafttrain.core.settings import setting
 from drafttrain.losses import Loss, losses
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.divergences import log_ratio
-from drafttrain.core.records import LossRows
+from drafttrain.core.loss_rows import LossRows
 from drafttrain.losses import Loss, losses
 
 

@@ -12,15 +12,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from drafttrain.core.records import (
-    AlignedRows,
-    DraftBatch,
-    DraftOutput,
-    LossRows,
-    NamedRows,
-    NamedTargetRows,
-    RowIndex,
-)
+from drafttrain.core.batches import DraftBatch, DraftOutput
+from drafttrain.core.loss_rows import LossRows
+from drafttrain.core.target_rows import AlignedRows, NamedRows, NamedTargetRows, RowIndex
 from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.losses import Loss
 from drafttrain.losses.buckets import in_buckets, known_acceptance

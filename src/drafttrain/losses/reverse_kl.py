@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from drafttrain.core.divergences import kl_divergence, log_ratio
-from drafttrain.core.records import LossRows
+from drafttrain.core.loss_rows import LossRows
 from drafttrain.losses import Loss, losses
 
 

@@ -10,8 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from drafttrain.core.records import LossRows, RowIndex
+from drafttrain.core.loss_rows import LossRows
 from drafttrain.core.settings import setting
+from drafttrain.core.target_rows import RowIndex
 from drafttrain.losses import Loss, losses
 from drafttrain.losses.groups import groups
 from drafttrain.losses.random_rows import uniform

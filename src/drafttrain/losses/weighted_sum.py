@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drafttrain.core.records import LossRows, RowIndex
+from drafttrain.core.loss_rows import LossRows
 from drafttrain.core.settings import setting
+from drafttrain.core.target_rows import RowIndex
 from drafttrain.losses import Loss, losses
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from drafttrain.core.random import stream_seed
-from drafttrain.data_gen.serving_logs.intake import Served, served_as_json, served_from_json
+from drafttrain.recorder.intake import Served, served_as_json, served_from_json
 
 
 class ReplayBuffer:

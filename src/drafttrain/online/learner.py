@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 
-from drafttrain.core.records import DraftBatch, Record, TargetNeeds, TargetOutput
-from drafttrain.data_gen.logged_law import with_logged
+from drafttrain.core.batches import DraftBatch
+from drafttrain.core.target_rows import TargetNeeds, TargetOutput
+from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import pack
+from drafttrain.data_gen.stored.logged_distribution import with_logged
 from drafttrain.drafters import Drafter
 from drafttrain.losses import Loss
 from drafttrain.losses.align import align
 from drafttrain.losses.chunked import batch_loss, normalised, summed
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 from drafttrain.train.optimizer import build_optimizer
 from drafttrain.train.precision import float32_products, training_autocast
 from drafttrain.train.settings import TrainSettings

@@ -21,10 +21,10 @@ import torch
 from drafttrain.core.console import say
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.core.files import write_text, written_beside
-from drafttrain.data_gen.serving_logs.intake import Intake
-from drafttrain.online.lane import Lane, Workshop
+from drafttrain.online.route import Route, Workshop
 from drafttrain.online.router import Router
 from drafttrain.online.versions import Versions, publish_first
+from drafttrain.recorder.intake import Intake
 
 UNSAVED_BATCHES = 64
 """Without an update the state is written that seldom: after a kill, batches are sorted into the buffers again."""
@@ -43,7 +43,7 @@ class OnlineRun:
         self.folder = folder
         settings = shop.online
         self.router = Router(settings.router) if settings.router else None
-        self.lanes: dict[str, Lane] = {}
+        self.routes: dict[str, Route] = {}
         for name in self.router.routes if self.router else [""]:
             versions = Versions(
                 folder / "drafters" / name,
@@ -53,7 +53,7 @@ class OnlineRun:
             )
             versions.mend()
             publish_first(versions, start)
-            self.lanes[name] = Lane(name, shop, versions)
+            self.routes[name] = Route(name, shop, versions)
         self.batches = 0
         """Batches of the intake that were learned from."""
         self._saved = 0
@@ -70,21 +70,21 @@ class OnlineRun:
             return
         state = torch.load(self._state, weights_only=True, map_location=self.shop.target.device)
         self.batches = self._saved = state["batches"]
-        for name, lane in self.lanes.items():
-            lane.restore(state["lanes"][name])
+        for name, route in self.routes.items():
+            route.restore(state["routes"][name])
         if self.router:
             self.router.restore(state["router"])
-        kept = [row for row in metrics(self.folder) if row["update"] <= self.lanes[row["lane"]].counts["updates"]]
+        kept = [row for row in metrics(self.folder) if row["update"] <= self.routes[row["route"]].counts["updates"]]
         write_text(self._metrics, "".join(json.dumps(row) + "\n" for row in kept))
-        say(f"continuing after {sum(lane.counts['requests'] for lane in self.lanes.values()):,} requests")
+        say(f"continuing after {sum(route.counts['requests'] for route in self.routes.values()):,} requests")
 
     def once(self) -> None:
         """Learn from the logs that there are."""
         while self._take():
             pass
-        for lane in self.lanes.values():
-            if self.shop.online.every_minutes is not None and lane.counts["requests"]:
-                self._note(lane.update())
+        for route in self.routes.values():
+            if self.shop.online.every_minutes is not None and route.counts["requests"]:
+                self._note(route.update())
         self._save()
 
     def for_ever(self, after_update: Callable[[], None]) -> None:
@@ -92,10 +92,10 @@ class OnlineRun:
         while True:
             updates = self._updates()
             taken = self._take()
-            for lane in self.lanes.values():
-                lane.look_at_current()
-                if lane.is_time():
-                    self._note(lane.update())
+            for route in self.routes.values():
+                route.look_at_current()
+                if route.is_time():
+                    self._note(route.update())
                     self._save()
             if self._updates() > updates:
                 after_update()
@@ -103,22 +103,22 @@ class OnlineRun:
                 time.sleep(self.shop.online.poll_seconds)
 
     def _updates(self) -> int:
-        return sum(lane.counts["updates"] for lane in self.lanes.values())
+        return sum(route.counts["updates"] for route in self.routes.values())
 
     def _take(self) -> bool:
         """Learn from the next batch; tell whether there was one."""
         if self.batches == self.intake.num_batches and self.intake.take(max_lines=self.shop.online.max_lines) is None:
             return False
         requests = list(self.intake.served(first_batch=self.batches, stop_batch=self.batches + 1))
-        for lane in self.lanes.values():
-            lane.look_at_current()
-        by_lane: dict[str, list[Any]] = {name: [] for name in self.lanes}
+        for route in self.routes.values():
+            route.look_at_current()
+        by_route: dict[str, list[Any]] = {name: [] for name in self.routes}
         for one in requests:
-            by_lane[self.router.route(one.record) if self.router else ""].append(one)
+            by_route[self.router.route(one.record) if self.router else ""].append(one)
         if self.router:
             self.router.learn([one.record for one in requests])
             self.router.save(self.folder / "drafters" / "router.safetensors")
-        rows = [row for name, lane in self.lanes.items() for row in lane.take(by_lane[name])]
+        rows = [row for name, route in self.routes.items() for row in route.take(by_route[name])]
         self._note(rows)
         self.batches += 1
         if rows or self.batches - self._saved >= UNSAVED_BATCHES:
@@ -133,7 +133,7 @@ class OnlineRun:
     def _save(self) -> None:
         state = {
             "batches": self.batches,
-            "lanes": {name: lane.state() for name, lane in self.lanes.items()},
+            "routes": {name: route.state() for name, route in self.routes.items()},
             "router": self.router.state() if self.router else {},
         }
         with written_beside(self._state) as temporary:
@@ -141,8 +141,8 @@ class OnlineRun:
         self._saved = self.batches
         # What the state before this one stood on was needed until now.
         self.intake.forget(stop_batch=self._saved)
-        for lane in self.lanes.values():
-            lane.versions.prune(held=lane.version)
+        for route in self.routes.values():
+            route.versions.prune(held=route.version)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -155,7 +155,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def lanes_of(folder: Path) -> dict[str, Versions]:
+def routes_of(folder: Path) -> dict[str, Versions]:
     """Return the published versions of a run, by route.
 
     Raises:
@@ -180,11 +180,11 @@ def status(folder: Path) -> dict[str, Any]:
     cursor = folder / "online" / "intake" / "cursor.json"
     lines = json.loads(cursor.read_text(encoding="utf-8"))["lines"] if cursor.exists() else {}
     rows = metrics(folder)
-    lanes = {}
-    for name, versions in lanes_of(folder).items():
-        own = [row for row in rows if row["lane"] == name]
+    routes = {}
+    for name, versions in routes_of(folder).items():
+        own = [row for row in rows if row["route"] == name]
         events = Counter(event["event"] for event in versions.history())
-        lanes[name] = {
+        routes[name] = {
             "serving": versions.current(),
             "updates": own[-1]["update"] if own else 0,
             "requests": own[-1]["requests"] if own else 0,
@@ -197,4 +197,4 @@ def status(folder: Path) -> dict[str, Any]:
         }
     used = {"used", "announces"}
     quarantine = {kind: count for kind, count in lines.items() if kind not in used}
-    return {"lines": lines, "quarantine": quarantine, "lanes": lanes}
+    return {"lines": lines, "quarantine": quarantine, "routes": routes}

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 
 from drafttrain.core.probability import without_padding
-from drafttrain.core.records import Record, TargetNeeds
+from drafttrain.core.target_rows import TargetNeeds
+from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import pack
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 
 RECORDS_AT_ONCE = 8
 

@@ -9,10 +9,10 @@ import random
 from collections.abc import Sequence
 
 from drafttrain.core.random import stream_seed
-from drafttrain.core.records import Record, Sampling
+from drafttrain.core.texts import Record, Sampling
 from drafttrain.drafters import Drafter
 from drafttrain.eval.replay import ReplayRows, Text, replay_rows
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 
 
 def text_of(record: Record) -> Text:

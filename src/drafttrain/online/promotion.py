@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from drafttrain.checkpoint import read_drafter
-from drafttrain.core.records import Prompt, Record, Sampling
+from drafttrain.core.texts import Prompt, Record, Sampling
 from drafttrain.drafters import Drafter
 from drafttrain.eval.acceptance.lossless import Lossless, LosslessSettings
 from drafttrain.eval.engine import Engine
@@ -18,7 +18,7 @@ from drafttrain.eval.proposers.none import NoDraft
 from drafttrain.eval.replay import expected_rounds, replay_rows
 from drafttrain.eval.statistics import ratio_difference
 from drafttrain.online.positions import text_of
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 
 PARITY_TOKENS = 32
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from drafttrain.core.files import write_text
 from drafttrain.eval.report import label, page, picture
-from drafttrain.online.loop import lanes_of, metrics, status
+from drafttrain.online.loop import metrics, routes_of, status
 
 
 def write_online_report(folder: Path, path: Path, *, title: str) -> None:
     """Write the report of a run folder."""
     rows = metrics(folder)
-    events = [{"lane": name} | event for name, versions in lanes_of(folder).items() for event in versions.history()]
+    events = [{"route": name} | event for name, versions in routes_of(folder).items() for event in versions.history()]
     events.sort(key=lambda event: event["at"])
     plot = picture(lambda axes: _efficiency(axes, rows), columns=2)
     template = (resources.files("drafttrain") / "online" / "report.html").read_text(encoding="utf-8")
@@ -24,11 +24,11 @@ def write_online_report(folder: Path, path: Path, *, title: str) -> None:
 
 
 def _efficiency(axes: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    for name in dict.fromkeys(row["lane"] for row in rows):
-        own = [row for row in rows if row["lane"] == name and "block_efficiency" in row]
+    for name in dict.fromkeys(row["route"] for row in rows):
+        own = [row for row in rows if row["route"] == name and "block_efficiency" in row]
         requests = [row["requests"] for row in own]
         (line,) = axes[0].plot(requests, [row["block_efficiency"] for row in own], label=label(name or "drafter"))
-        logged = [row for row in rows if row["lane"] == name and "served_block_efficiency" in row]
+        logged = [row for row in rows if row["route"] == name and "served_block_efficiency" in row]
         axes[0].plot(
             [row["requests"] for row in logged],
             [row["served_block_efficiency"] for row in logged],

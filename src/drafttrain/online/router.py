@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from drafttrain.core.files import written_beside
-from drafttrain.core.records import Record
 from drafttrain.core.tensors import read_tensors
+from drafttrain.core.texts import Record
 from drafttrain.online.settings import RouterSettings
 
 LR = 0.5

@@ -17,7 +17,8 @@ from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError, DrafttrainError, RecipeError
 from drafttrain.core.files import clear_leftovers, write_json
-from drafttrain.core.processes import first, first_before_others, launched, together, wait_for_all, world
+from drafttrain.distributed.collectives import first_before_others, together, wait_for_all
+from drafttrain.distributed.world import is_first, launched, world
 from drafttrain.pipeline.data import dropped_prompts, training_data, write_texts
 from drafttrain.pipeline.drafter_folder import write_drafter
 from drafttrain.pipeline.engines import Stand, check_engines, check_writer, only, write_and_verify
@@ -26,7 +27,7 @@ from drafttrain.pipeline.exporting import command_line, export_and_judge
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.pipeline.head import fit_head, labelled_tokens
 from drafttrain.pipeline.inputs import inputs_of, is_evaluated_on, target_inputs
-from drafttrain.pipeline.online import online_run, report, show_status
+from drafttrain.pipeline.online_run import online_run, report, show_status
 from drafttrain.pipeline.preflight import check_drafters, check_parts
 from drafttrain.pipeline.run import Run, quiet_libraries
 from drafttrain.pipeline.settled import settled
@@ -50,7 +51,7 @@ def fit(recipe: Recipe, folder: Path, *, above: Sequence[str] = ()) -> None:
         with _all_processes(recipe, folder, held):
             made = _checked_and_made(recipe, folder, above=above)
             run = Run(made, folder, placement=recipe.train.target_placement)
-            if first() and not run.folder.train_done.exists():
+            if is_first() and not run.folder.train_done.exists():
                 # Figures of an export of what was there so far; a kill after the training would let them stand for its end.
                 run.folder.drop_figures()
             write_texts(run)
@@ -58,7 +59,7 @@ def fit(recipe: Recipe, folder: Path, *, above: Sequence[str] = ()) -> None:
                 _fit_head(run)
             else:
                 train_drafter(run)
-        if first():
+        if is_first():
             run.leave_the_others()
             export_and_judge(run)
 
@@ -73,7 +74,7 @@ def gen(recipe: Recipe, folder: Path) -> None:
         data = training_data(run)
         if run.placement == "absent":
             # The training asks for it, and its target may not be there then.
-            _ = run.told_target
+            _ = run.cached_target
         if run.recipe.head is not None:
             with first_before_others("it labels draft tokens"):
                 labelled_tokens(run.recipe, run.folder, run.target, data)
@@ -201,7 +202,7 @@ def evaluate_drafters(
     from drafttrain.checkpoint import read_about
     from drafttrain.eval.report import write_report
     from drafttrain.eval.table import show
-    from drafttrain.target import Target
+    from drafttrain.target_model import Target
 
     quiet_libraries()
     of_target, settings = load_sections(["target", "eval"], overrides)
@@ -251,18 +252,18 @@ def learn_online(recipe: Recipe, folder: Path, *, once: bool = False) -> None:
 
 def rollback(folder: Path, *, route: str | None = None) -> None:
     """Serve the version again that the current one replaced; one of several drafters is named by its route."""
-    from drafttrain.online.loop import lanes_of
+    from drafttrain.online.loop import routes_of
     from drafttrain.online.versions import Versions
 
-    lanes = lanes_of(folder)
-    if (route or "") not in lanes:
-        known = ", ".join(name for name in lanes if name)
+    routes = routes_of(folder)
+    if (route or "") not in routes:
+        known = ", ".join(name for name in routes if name)
         raise RecipeError("arguments", [f"several drafters are here: give one of {known} after the folder"])
     held = RunFolder(folder).held()
     settings = held.online if held is not None and held.online is not None else None
     hook = settings.on_publish if settings else []
     timeout = settings.hook_timeout_seconds if settings else 60.0
-    versions = Versions(lanes[route or ""].folder, hook=hook, hook_timeout_seconds=timeout)
+    versions = Versions(routes[route or ""].folder, hook=hook, hook_timeout_seconds=timeout)
     before, now = versions.rollback()
     say(f"{versions.folder / 'current'}: {now} again, instead of {before}")
 
@@ -301,7 +302,7 @@ def _checked_and_made(recipe: Recipe, folder: Path, *, above: Sequence[str] = ()
 def _check_parts(recipe: Recipe, folder: Path) -> None:
     """Look once whether the parts of a recipe fit together; a finished training does not read its data again."""
     with first_before_others("it looks whether target, drafter, data and export fit together"):
-        if first():
+        if is_first():
             quiet_libraries()
             check_parts(recipe, data=not RunFolder(folder).train_done.exists())
 
@@ -325,7 +326,7 @@ def _all_processes(recipe: Recipe, folder: Path, held: contextlib.ExitStack) -> 
 
             check_processes(recipe.name, dump_recipe(recipe), folder, settings)
         with first_before_others("it takes the run folder and clears what a killed run left"):
-            if first():
+            if is_first():
                 held.enter_context(RunFolder(folder).taken())
                 clear_leftovers(folder)
         yield
@@ -335,7 +336,7 @@ def _of_devices(recipe: Recipe) -> Iterator[str]:
     """Tell which devices of the recipe are not here, or cannot be trained on by the processes that are there."""
     import torch
 
-    from drafttrain.target.frozen import pick_device
+    from drafttrain.target_model.frozen import pick_device
 
     places = {"train.device": recipe.train.device, "target.device": recipe.target.device}
     for key, device in places.items():
@@ -361,7 +362,7 @@ def _fit_head(run: Run) -> None:
 
 def folders_of(drafters: Sequence[str]) -> list[Path]:
     """Return the local folders of drafters, or every one that cannot be found."""
-    from drafttrain.target.frozen import resolve_folder
+    from drafttrain.target_model.frozen import resolve_folder
 
     folders, problems = [], []
     for name in drafters:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drafttrain.core.errors import DataError
-from drafttrain.core.processes import first_before_others, world
+from drafttrain.distributed.collectives import first_before_others
+from drafttrain.distributed.world import world
 
 if TYPE_CHECKING:
     from drafttrain.config.recipe import Recipe
-    from drafttrain.data_gen.prepare import TrainingData
+    from drafttrain.data_gen.training_data import TrainingData
     from drafttrain.losses import Loss
     from drafttrain.pipeline.run import Run
 
@@ -20,11 +22,11 @@ FEW_WIDTHS = 128
 
 
 def write_texts(run: Run) -> None:
-    from drafttrain.data_gen.prepare import generate_texts
-    from drafttrain.export.engines import checked_installed
-    from drafttrain.export.engines.environment import ask
+    from drafttrain.data_gen.training_data import generate_texts
+    from drafttrain.environments.environment import ask
+    from drafttrain.serving.engines import checked_installed
 
-    def ask_engine(name: str, worker: str, request: Mapping[str, Any]) -> dict[str, Any]:
+    def ask_engine(name: str, worker: Path, request: Mapping[str, Any]) -> dict[str, Any]:
         (engine,) = checked_installed([name])
         return ask(engine, request, worker=worker, timeout_seconds=None)
 
@@ -33,7 +35,7 @@ def write_texts(run: Run) -> None:
 
 def training_data(run: Run) -> TrainingData:
     """Return the training data, what the target knows of it cached where the recipe says so; note which prompts it spoils."""
-    from drafttrain.data_gen.prepare import attach_cache
+    from drafttrain.data_gen.training_data import attach_cache
 
     recipe = run.recipe
     with first_before_others("it encodes the sources"):
@@ -57,9 +59,9 @@ def training_data(run: Run) -> TrainingData:
 
 def _prepared(run: Run) -> TrainingData:
     from drafttrain.core.digests import files_digest
-    from drafttrain.data_gen.prepare import prepare
+    from drafttrain.data_gen.training_data import prepare
     from drafttrain.pipeline.preflight import target_parts
-    from drafttrain.target.frozen import tokenizer_files, tokenizer_folder
+    from drafttrain.target_model.frozen import tokenizer_files, tokenizer_folder
 
     data = prepare(
         run.recipe.data,
@@ -94,7 +96,7 @@ def _check_rows(data: TrainingData, *, num_rows: int, tokenizer: Any) -> None:
 
 
 def _note_overlap(run: Run, data: TrainingData) -> None:
-    from drafttrain.data_gen.prepare import drop_contaminated
+    from drafttrain.data_gen.training_data import drop_contaminated
     from drafttrain.eval.prompts import read_prompts
 
     wanted = run.recipe.eval

@@ -27,7 +27,7 @@ def write_drafter(run: Run, drafter: Drafter, folder: Path, *, steps: int) -> No
 
 def calibrate(run: Run, drafter: Drafter, folder: Path) -> None:
     """Write what the drafter fits on the validation texts into the folder of its weights."""
-    from drafttrain.core.records import Record
+    from drafttrain.core.texts import Record
     from drafttrain.data_gen.groups import groups
     from drafttrain.data_gen.packing import pack
     from drafttrain.drafters import Drafter
@@ -44,7 +44,7 @@ def calibrate(run: Run, drafter: Drafter, folder: Path) -> None:
         batch, _ = pack(records, width=max(len(record.tokens) for record in records), weight_of_step=1.0)
         batches.append(batch.to(run.target.device))
     own = next(drafter.parameters()).device
-    target = drafter.adapted(run.told_target)
+    target = drafter.adapted(run.cached_target)
     for name, content in drafter.to(run.target.device).calibrate(target, batches).items():
         write_json(folder / name, content)
     drafter.to(own)
@@ -53,7 +53,7 @@ def calibrate(run: Run, drafter: Drafter, folder: Path) -> None:
 def export_weights(run: Run, weights: Path, folder: Path, *, steps: int) -> None:
     from drafttrain.checkpoint import About
     from drafttrain.export.hf import export_hf
-    from drafttrain.target.frozen import num_ids, tokenizer_fingerprint
+    from drafttrain.target_model.frozen import num_ids, tokenizer_fingerprint
 
     recipe = run.recipe
     about = About(

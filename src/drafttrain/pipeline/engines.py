@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from drafttrain.eval.settings import EvalSettings
     from drafttrain.export.settings import ExportSettings
     from drafttrain.pipeline.run import Run
-    from drafttrain.target import Target
-    from drafttrain.target.frozen import TargetSettings
+    from drafttrain.target_model import Target
+    from drafttrain.target_model.frozen import TargetSettings
 
 DRAFTER_FORMAT = "hf"
 ENGINES = "engine.json"
@@ -52,9 +52,9 @@ def check_engines(settings: ExportSettings, kind: str | None, *, where: Path) ->
         CheckpointError: Naming the engines that run this kind.
         EngineError: Naming the command that installs one.
     """
+    from drafttrain.environments.environment import check_installed
     from drafttrain.export.convert import exporter_of
-    from drafttrain.export.engines import engine_of
-    from drafttrain.export.engines.environment import check_installed
+    from drafttrain.serving.engines import engine_of
 
     for name in settings.verify:
         if kind is not None:
@@ -74,9 +74,9 @@ def check_writer(recipe: Recipe, texts: Path) -> None:
         RecipeError: Naming the command that installs it, and who writes texts without it.
     """
     from drafttrain.data_gen.backends.vllm import environment_on
-    from drafttrain.export.engines import checked_installed
-    from drafttrain.export.engines.environment import is_installed
-    from drafttrain.target.frozen import kind_of_device
+    from drafttrain.environments.environment import is_installed
+    from drafttrain.serving.engines import checked_installed
+    from drafttrain.target_model.frozen import kind_of_device
 
     generate = recipe.data.generate
     if generate is None or generate.backend.kind != "vllm" or (texts / "manifest.json").exists():
@@ -100,7 +100,7 @@ def formats_of(settings: ExportSettings) -> list[str]:
 
     The drafter folder itself is the format `hf`; an engine that wants no other reads it there.
     """
-    from drafttrain.export.engines import engine_of
+    from drafttrain.serving.engines import engine_of
 
     formats = list(dict.fromkeys(settings.to))
     for name in settings.verify:
@@ -112,14 +112,14 @@ def formats_of(settings: ExportSettings) -> list[str]:
 
 def _target_config(target: TargetSettings) -> dict[str, Any]:
     from drafttrain.export.convert import read_target_config
-    from drafttrain.target.frozen import resolve_folder
+    from drafttrain.target_model.frozen import resolve_folder
 
     return read_target_config(resolve_folder(target.model or "", revision=target.revision), name=_told_name(target))
 
 
 def _told_name(target: TargetSettings) -> str:
     """Return how files name a target to an engine, which knows no builtin one."""
-    from drafttrain.target.frozen import BUILTIN, resolve_folder
+    from drafttrain.target_model.frozen import BUILTIN, resolve_folder
 
     name = target.model or ""
     return str(resolve_folder(name)) if name.startswith(BUILTIN) else name
@@ -168,7 +168,7 @@ def verified(
         source: The drafter folder that the formats were made from, which the evaluator reads.
         target: The target where it is loaded already.
     """
-    from drafttrain.target import Target
+    from drafttrain.target_model import Target
 
     if not stand.export.verify:
         return []
@@ -201,10 +201,10 @@ def serve_command(folder: Path, engine: str, *, target: str | None) -> str:
         target: Its name; None: the one that the drafter was made for.
     """
     from drafttrain.checkpoint import read_about
-    from drafttrain.export.engines import Use, engine_of, engines
     from drafttrain.export.folder import kind_of, read_files
-    from drafttrain.export.serve import best_length, read_evaluation
-    from drafttrain.target.frozen import BUILTIN, resolve_folder
+    from drafttrain.serving.engines import Use, engine_of, engines
+    from drafttrain.serving.serve_config import best_length, read_evaluation
+    from drafttrain.target_model.frozen import BUILTIN, resolve_folder
 
     if engine not in engines.names():
         raise CheckpointError(engines.unknown(engine))
@@ -254,8 +254,8 @@ def _verified_in(
     from drafttrain.checkpoint import read_drafter
     from drafttrain.eval.prompts import read_prompts
     from drafttrain.export.convert import check_exported, read_target_config
-    from drafttrain.export.engines import Job, engine_of
-    from drafttrain.export.verify import SAMPLED_TEMPERATURE, compare_with_engine, plain_served
+    from drafttrain.serving.comparison import SAMPLED_TEMPERATURE, compare_with_engine, plain_served
+    from drafttrain.serving.engines import Job, engine_of
 
     engine = engine_of(name)
     drafter = read_drafter(source, target)
@@ -307,7 +307,7 @@ def _verified_in(
 @contextmanager
 def served_folder(settings: TargetSettings, standing: Target, target: Target) -> Iterator[Path]:
     """Yield the folder of the target that a drafter stands on: its own, or one with the adapters merged into it."""
-    from drafttrain.target.frozen import resolve_folder
+    from drafttrain.target_model.frozen import resolve_folder
 
     if standing is target:
         yield resolve_folder(settings.model or "", revision=settings.revision)
@@ -327,7 +327,7 @@ def only(settings: ExportSettings, formats: Sequence[str], kind: str, *, verify:
         CheckpointError: A format has no engine to prove it.
     """
     from drafttrain.export.convert import exporter_of
-    from drafttrain.export.engines import engine_of, engines
+    from drafttrain.serving.engines import engine_of, engines
 
     for format in formats:
         exporter_of(format)

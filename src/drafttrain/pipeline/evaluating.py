@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drafttrain.core.errors import DrafttrainError, Interrupted
-from drafttrain.core.processes import without_launcher
+from drafttrain.distributed.world import without_launcher
 from drafttrain.pipeline.data import dropped_prompts
 from drafttrain.pipeline.head import exported_head, figures_of_head, with_own_head
 
 if TYPE_CHECKING:
-    from drafttrain.core.records import Prompt
+    from drafttrain.core.texts import Prompt
     from drafttrain.eval.settings import EvalSettings
     from drafttrain.pipeline.run import Run
-    from drafttrain.target import Target
+    from drafttrain.target_model import Target
 
 
 def evaluated_elsewhere(run: Run) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def evaluated_elsewhere(run: Run) -> dict[str, Any]:
 
 def evaluated_head(run: Run) -> dict[str, Any]:
     """Evaluate the frozen drafter with what the run's head decides, and the head on held-out draft tokens."""
-    from drafttrain.target.frozen import resolve_folder
+    from drafttrain.target_model.frozen import resolve_folder
 
     settings = with_own_head(run.recipe.eval, exported_head(run.folder))
     folders = {"drafter": resolve_folder(run.recipe.head.drafter)}

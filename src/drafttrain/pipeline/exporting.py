@@ -51,7 +51,7 @@ def export_and_judge(run: Run) -> None:
             say(f"exported: {exported} (no target in this recipe, so nothing to evaluate it against)")
             return
         # The evaluation loads a target of its own: two would have to fit the device.
-        run.let_go()
+        run.release()
         result = evaluated_elsewhere(run)
     resolved, command = run.resolved, command_line()
     best, last = done.best, done.last

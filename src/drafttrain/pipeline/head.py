@@ -10,23 +10,24 @@ from typing import TYPE_CHECKING, Any
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import folder_beside
-from drafttrain.core.processes import first_before_others, world
+from drafttrain.distributed.collectives import first_before_others
+from drafttrain.distributed.world import world
 
 if TYPE_CHECKING:
     from drafttrain.config.recipe import Recipe
-    from drafttrain.data_gen.labelled import LabelledTokens
-    from drafttrain.data_gen.prepare import TrainingData
+    from drafttrain.data_gen.stored.labelled_tokens import LabelledTokens
+    from drafttrain.data_gen.training_data import TrainingData
     from drafttrain.heads import MadeFor
     from drafttrain.pipeline.folder import RunFolder
-    from drafttrain.target import Target
+    from drafttrain.target_model import Target
 
 
 def labelled_tokens(recipe: Recipe, folder: RunFolder, target: Target, data: TrainingData) -> LabelledTokens:
     """Return the labelled draft tokens of a run; those of an earlier run of the same recipe are taken up."""
     from drafttrain.checkpoint import read_drafter
     from drafttrain.data_gen.annotate import Frozen
-    from drafttrain.data_gen.labelled import annotate
-    from drafttrain.target.frozen import resolve_folder
+    from drafttrain.data_gen.stored.labelled_tokens import annotate
+    from drafttrain.target_model.frozen import resolve_folder
 
     drafter = read_drafter(resolve_folder(recipe.head.drafter), target).eval().requires_grad_(False)
     frozen = Frozen(target, drafter, recipe.seed, layer=getattr(recipe.head, "layer", -1))
@@ -40,10 +41,10 @@ def fit_head(recipe: Recipe, folder: RunFolder, labelled: LabelledTokens) -> Non
         return
     import torch
 
-    from drafttrain.data_gen.labelled import RowOrder
+    from drafttrain.data_gen.stored.labelled_tokens import RowOrder
     from drafttrain.eval.head_figures import held_out_estimate
     from drafttrain.heads import TokenHead, heads
-    from drafttrain.target.frozen import pick_device
+    from drafttrain.target_model.frozen import pick_device
     from drafttrain.train.run import train_head
 
     torch.manual_seed(recipe.seed)
@@ -74,7 +75,7 @@ def fit_head(recipe: Recipe, folder: RunFolder, labelled: LabelledTokens) -> Non
 
 def export_trained_head(recipe: Recipe, folder: RunFolder, target: Target, *, trained: Path) -> None:
     """Write the folder of the head."""
-    from drafttrain.data_gen.labelled import LabelledTokens
+    from drafttrain.data_gen.stored.labelled_tokens import LabelledTokens
     from drafttrain.export.head import export_head
 
     export_head(
@@ -89,7 +90,7 @@ def export_trained_head(recipe: Recipe, folder: RunFolder, target: Target, *, tr
 
 def _made_for(recipe: Recipe, target: Target) -> MadeFor:
     from drafttrain.heads import MadeFor
-    from drafttrain.target.frozen import fingerprint_of, resolve_folder
+    from drafttrain.target_model.frozen import fingerprint_of, resolve_folder
 
     drafter = recipe.head.drafter
     return MadeFor(target.name, target.fingerprint, drafter, fingerprint_of(resolve_folder(drafter)))
@@ -122,7 +123,7 @@ def with_own_head(settings: Any, head: Path) -> Any:
 
 def figures_of_head(recipe: Recipe, folder: RunFolder) -> Mapping[str, Any]:
     """Return what the exported head says of the held-out draft tokens."""
-    from drafttrain.data_gen.labelled import LabelledTokens
+    from drafttrain.data_gen.stored.labelled_tokens import LabelledTokens
     from drafttrain.eval.head_figures import head_figures
 
     rows = LabelledTokens(folder.data / "labelled").held_out

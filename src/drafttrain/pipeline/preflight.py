@@ -63,7 +63,7 @@ class Parts:
         """
         from transformers import AutoConfig
 
-        from drafttrain.target.model_folder import in_one_line
+        from drafttrain.target_model.model_folder import in_one_line
 
         try:
             config: Any = AutoConfig.from_pretrained(str(self.folder), trust_remote_code=self._trust)
@@ -74,7 +74,7 @@ class Parts:
     @cached_property
     def tokenizer(self) -> Any:
         """Its tokenizer."""
-        from drafttrain.target.frozen import load_tokenizer
+        from drafttrain.target_model.frozen import load_tokenizer
 
         return load_tokenizer(self.tokenizer_folder, trust_remote_code=self._trust)
 
@@ -86,7 +86,7 @@ class Parts:
     @cached_property
     def num_ids(self) -> int:
         """Ids of its tokenizer."""
-        from drafttrain.target.frozen import num_ids
+        from drafttrain.target_model.frozen import num_ids
 
         return num_ids(self.tokenizer)
 
@@ -101,7 +101,7 @@ class Parts:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from drafttrain.target.anatomy import position_limit
+        from drafttrain.target_model.anatomy import position_limit
 
         try:
             with torch.device("meta"):
@@ -116,12 +116,12 @@ class Parts:
         Raises:
             CheckpointError: Saying what it is.
         """
-        from drafttrain.target.model_folder import check_causal_lm
+        from drafttrain.target_model.model_folder import check_causal_lm
 
         check_causal_lm(self.folder, trust_remote_code=self._trust)
 
     def _folder_of(self, name: str, revision: str | None) -> Path:
-        from drafttrain.target.frozen import cached_folder, resolve_folder
+        from drafttrain.target_model.frozen import cached_folder, resolve_folder
 
         if name.startswith(MADE_BY):
             raise NotHere(name)
@@ -294,7 +294,7 @@ def _positions(target: Parts, recipe: Recipe) -> Iterator[str]:
 def _formats(target: Parts, recipe: Recipe) -> Iterator[str]:
     """Yield why a format of the export has no place for a drafter of this target."""
     from drafttrain.export import exporters
-    from drafttrain.target.ends import end_of_text
+    from drafttrain.target_model.ends import end_of_text
 
     for name in recipe.export.to:
         found = (
@@ -336,8 +336,8 @@ def _of_start(drafter: Parts, target: Parts, recipe: Recipe) -> Iterator[str]:
 def _same_tokenizer(drafter: Parts, target: Parts) -> Iterator[str]:
     from drafttrain.core.foreign import read_json
     from drafttrain.export.layout import text_config
-    from drafttrain.target.frozen import check_same_tokenizer
-    from drafttrain.target.model_folder import check_model_files
+    from drafttrain.target_model.frozen import check_same_tokenizer
+    from drafttrain.target_model.model_folder import check_model_files
 
     check_model_files(drafter.folder)
     check_same_tokenizer(target.tokenizer, drafter.tokenizer, drafter=drafter.name)

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any, cast
 
 from drafttrain.config.dump import dump_recipe
 from drafttrain.config.recipe import Recipe
-from drafttrain.core.processes import first, first_before_others
+from drafttrain.distributed.collectives import first_before_others
+from drafttrain.distributed.world import is_first
 from drafttrain.pipeline.data import dropped_prompts
 from drafttrain.pipeline.evaluating import check_lengths
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.pipeline.settled import settled
 
 if TYPE_CHECKING:
-    from drafttrain.core.records import Sampling
+    from drafttrain.core.texts import Sampling
     from drafttrain.drafters import Drafter
     from drafttrain.eval.replay import Text
-    from drafttrain.target import Target
+    from drafttrain.target_model import Target
 
 
 class Run:
@@ -46,7 +47,7 @@ class Run:
         with first_before_others("it opens the run folder"):
             # The others find what the first one settled.
             recipe = settled(recipe, self.folder.held())
-            if first():
+            if is_first():
                 self.folder.open(recipe, quiet=quiet, evaluates_only=evaluates_only)
         self.recipe = recipe
         self.resolved = dump_recipe(recipe)
@@ -64,26 +65,26 @@ class Run:
 
     def _load_target(self) -> Target:
         if self.placement == "absent":
-            from drafttrain.target.absent import AbsentTarget
+            from drafttrain.target_model.absent import AbsentTarget
 
             return AbsentTarget.load(self.recipe.target)
         if self.placement == "sharded":
             from drafttrain.train.sharded_target import ShardedTarget
 
             return ShardedTarget.load(self.recipe.target)
-        from drafttrain.target import Target
+        from drafttrain.target_model import Target
 
         return Target.load(self.recipe.target)
 
     @functools.cached_property
-    def told_target(self) -> Target:
+    def cached_target(self) -> Target:
         """The target as it answers on the validation texts: itself where it is whole, else what was stored of it, once.
 
         Every process must have come here before one of them needs it alone.
         """
         if self.placement == "replicated":
             return self.target
-        from drafttrain.data_gen.told import told
+        from drafttrain.data_gen.stored.validation_target import told
 
         texts, _ = self.validation_texts
         return told(
@@ -99,13 +100,13 @@ class Run:
         """Go on in this process alone: a target that is spread over all cannot be run any more."""
         if self.placement == "sharded":
             self.placement = "absent"
-            self.let_go()
+            self.release()
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Let go of target and drafter, and of the memory of their device; who asks for one again loads it again."""
         import torch
 
-        for name in ("target", "told_target", "drafter"):
+        for name in ("target", "cached_target", "drafter"):
             self.__dict__.pop(name, None)
         gc.collect()
         if torch.cuda.is_available():
@@ -114,24 +115,24 @@ class Run:
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The target's tokenizer; read without any weights when there is no target."""
-        from drafttrain.target.frozen import load_target_tokenizer
+        from drafttrain.target_model.frozen import load_target_tokenizer
 
         return load_target_tokenizer(self.recipe.target)
 
     @property
     def num_tokens(self) -> int:
         """Ids that target, drafter and tokenizer share."""
-        from drafttrain.target.frozen import num_ids
+        from drafttrain.target_model.frozen import num_ids
 
         return self.target.num_tokens if self.has_target() else num_ids(self.tokenizer)
 
     @functools.cached_property
     def validation_texts(self) -> tuple[list[Text], Sampling]:
         """What the target writes after the validation prompts, and how it is drawn."""
-        from drafttrain.core.records import Sampling
+        from drafttrain.core.texts import Sampling
         from drafttrain.data_gen.backends import Task
         from drafttrain.data_gen.backends.builtin import continuations
-        from drafttrain.data_gen.told import kept_continuations
+        from drafttrain.data_gen.stored.validation_target import kept_continuations
         from drafttrain.eval.prompts import read_prompts
         from drafttrain.eval.repetition import tokens_before_repetition
         from drafttrain.eval.replay import Text
@@ -168,7 +169,7 @@ class Run:
         import torch
 
         from drafttrain.drafters import drafters
-        from drafttrain.target.frozen import pick_device
+        from drafttrain.target_model.frozen import pick_device
 
         torch.manual_seed(self.recipe.seed)
         target = self.target if self.has_target() else None

@@ -7,15 +7,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from drafttrain.core.console import say
-from drafttrain.core.processes import first, first_before_others, shared, wait_for_all
+from drafttrain.distributed.collectives import first_before_others, shared, wait_for_all
+from drafttrain.distributed.world import is_first
 from drafttrain.pipeline.data import loss_of, own_batches, training_data
 from drafttrain.pipeline.drafter_folder import export_weights, write_drafter
 
 if TYPE_CHECKING:
-    from drafttrain.data_gen.prepare import TrainingData
+    from drafttrain.data_gen.training_data import TrainingData
     from drafttrain.drafters import Drafter
     from drafttrain.pipeline.run import Run
-    from drafttrain.target import Target
+    from drafttrain.target_model import Target
 
 
 def train_drafter(run: Run) -> None:
@@ -28,9 +29,9 @@ def train_drafter(run: Run) -> None:
 
     recipe = run.recipe
     data = training_data(run)
-    target = told_target = None
+    target = cached_target = None
     if run.has_target():
-        target, told_target = run.target, run.told_target
+        target, cached_target = run.target, run.cached_target
         target.rest()
     drafter = start_of(run, data)
     loss = loss_of(recipe)
@@ -41,12 +42,12 @@ def train_drafter(run: Run) -> None:
         loss,
         target=target if loss.needs_target or drafter.needs() != _nothing() else None,
         of_step=own_batches(data, settings, device=device_of(drafter)),
-        estimate=_estimator(run, told_target) if told_target is not None else None,
+        estimate=_estimator(run, cached_target) if cached_target is not None else None,
         settings=settings,
         vocab_size=run.num_tokens,
         folder=run.folder.train,
     )
-    if first():
+    if is_first():
         run.folder.drop_figures()
 
 
@@ -82,7 +83,7 @@ def _pretrain(run: Run, plain: TrainingData) -> None:
         folder=folder,
     )
     with first_before_others("it writes the drafter's start"):
-        if first():
+        if is_first():
             export_weights(run, folder / done.drafter, run.folder.start, steps=done.last_step)
 
 
@@ -96,7 +97,7 @@ def num_trained(drafter: Drafter) -> int:
 
 
 def _nothing() -> Any:
-    from drafttrain.core.records import TargetNeeds
+    from drafttrain.core.target_rows import TargetNeeds
 
     return TargetNeeds()
 

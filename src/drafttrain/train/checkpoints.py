@@ -20,7 +20,8 @@ from lightning.pytorch import LightningModule, Trainer
 from drafttrain.core.console import say
 from drafttrain.core.errors import DrafttrainError, Interrupted
 from drafttrain.core.files import folder_beside
-from drafttrain.core.processes import at_step, first, first_before_others, shared, sums_later, world
+from drafttrain.distributed.collectives import at_step, first_before_others, shared, sums_later
+from drafttrain.distributed.world import is_first, world
 from drafttrain.train.callbacks import StepEnd
 from drafttrain.train.checkpoint_file import CheckpointFile
 from drafttrain.train.full_disk import could_be_written, only_full
@@ -133,7 +134,7 @@ class Checkpoints(StepEnd):
             return
         what, failure = f"{self._path(step)}, the checkpoint of step {step}", None
         with first_before_others(f"it writes the checkpoint of step {step}"):
-            if first() and (error := self.file.finished()):
+            if is_first() and (error := self.file.finished()):
                 failure = self._no_room(error, what)
         could_be_written(what, failure, settings=self.settings, instead=self._before())
 
@@ -175,7 +176,7 @@ class Checkpoints(StepEnd):
 def save_trained(module: StepModule, folder: Path) -> None:
     """Write the trained weights as a folder, whole or not at all, from the first process; all must call it."""
     with whole(module.trained.parameters()):
-        if first():
+        if is_first():
             with folder_beside(folder) as temporary:
                 module.trained.save(temporary)
 
@@ -183,7 +184,7 @@ def save_trained(module: StepModule, folder: Path) -> None:
 def newest_checkpoint_for_all(folder: Path) -> Path | None:
     """Return the checkpoint that every process continues from: the first one looks which can be read."""
     with first_before_others("it looks for the newest checkpoint"):
-        found = newest_checkpoint(folder) if first() else None
+        found = newest_checkpoint(folder) if is_first() else None
     name = shared(None if found is None else found.name)[0]
     return None if name is None else folder / name
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.errors import DrafttrainError
-from drafttrain.core.records import LossRows
+from drafttrain.core.loss_rows import LossRows
 from drafttrain.drafters import Drafter
 from drafttrain.losses import Loss
 

@@ -7,7 +7,7 @@ import os
 
 from drafttrain.core.console import say
 from drafttrain.core.errors import DrafttrainError
-from drafttrain.core.processes import shared
+from drafttrain.distributed.collectives import shared
 from drafttrain.train.settings import TrainSettings
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 import torch
 
 from drafttrain.core.errors import DrafttrainError
-from drafttrain.core.processes import world
-from drafttrain.drafters.feature_target import weight_bytes
-from drafttrain.target.anatomy import blocks
+from drafttrain.distributed.world import world
+from drafttrain.drafters.eagle.target_parts import weight_bytes
+from drafttrain.target_model.anatomy import blocks
 from drafttrain.train.module import DistillModule, StepModule
 from drafttrain.train.settings import TrainSettings
 

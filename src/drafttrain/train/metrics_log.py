@@ -14,7 +14,8 @@ from lightning.pytorch import LightningModule, Trainer
 from drafttrain.core.console import say
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.core.files import written_beside
-from drafttrain.core.processes import sums_over_processes, world
+from drafttrain.distributed.collectives import sums_over_processes
+from drafttrain.distributed.world import world
 from drafttrain.train.callbacks import StepEnd
 from drafttrain.train.full_disk import only_full
 from drafttrain.train.module import StepModule

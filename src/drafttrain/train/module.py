@@ -13,17 +13,18 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from drafttrain.core.batches import DraftBatch
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError, DrafttrainError
-from drafttrain.core.processes import sums_over_processes
-from drafttrain.core.records import DraftBatch, TargetNeeds, TargetOutput
+from drafttrain.core.target_rows import TargetNeeds, TargetOutput
+from drafttrain.distributed.collectives import sums_over_processes
 from drafttrain.drafters import Drafter
 from drafttrain.heads import HeadBatch, TokenHead
 from drafttrain.losses import Loss
 from drafttrain.losses.align import align, planned
 from drafttrain.losses.chunked import batch_loss, normalised, summed
-from drafttrain.target import Target
-from drafttrain.target.frozen import LiveRows
+from drafttrain.target_model import Target
+from drafttrain.target_model.frozen import LiveRows
 from drafttrain.train.flops import distill_flops, head_flops
 from drafttrain.train.optimizer import build_optimizer, learning_rate_scale
 from drafttrain.train.settings import TrainSettings

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 from drafttrain.train.settings import TrainSettings
 
 SLOWER_THAN_TF32, SLOWER_THAN_BFLOAT16 = 7, 15

@@ -13,7 +13,8 @@ import drafttrain
 from drafttrain.core.console import say
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.core.files import write_text
-from drafttrain.core.processes import agree, first, first_before_others, say_world, shared, world
+from drafttrain.distributed.collectives import agree, first_before_others, say_world, shared
+from drafttrain.distributed.world import is_first, world
 from drafttrain.train.host_memory import free_host_bytes
 from drafttrain.train.settings import TrainSettings
 
@@ -63,11 +64,11 @@ def _check_folder(folder: Path) -> None:
     mark = folder / ".same_folder"
     token = str(shared(uuid.uuid4().hex)[0])
     with first_before_others("it marks the run folder"):
-        if first():
+        if is_first():
             write_text(mark, token)
         seen = mark.exists() and mark.read_text(encoding="utf-8") == token
     answers = shared([seen, f"rank {world().rank} on {os.uname().nodename}"])
-    if first():
+    if is_first():
         mark.unlink(missing_ok=True)
     blind = [who for sees, who in answers if not sees]
     if blind:

@@ -14,15 +14,16 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
+from drafttrain.core.batches import DraftBatch
 from drafttrain.core.console import say
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.core.files import write_json
-from drafttrain.core.processes import agree, first, wait_for_all, world
-from drafttrain.core.records import DraftBatch
+from drafttrain.distributed.collectives import agree, wait_for_all
+from drafttrain.distributed.world import is_first, world
 from drafttrain.drafters import Drafter
 from drafttrain.heads import HeadBatch, TokenHead
 from drafttrain.losses import Loss
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 from drafttrain.train.callbacks import FrozenTarget, Progress
 from drafttrain.train.checkpoints import Checkpoints, newest_checkpoint_for_all, save_trained
 from drafttrain.train.compiled import compile_step
@@ -190,7 +191,7 @@ def _finish(module: StepModule, validation: Validation | None, *, folder: Path) 
             f"best step {result.best_step} ({name.replace('_', ' ')} {best:.3f} on held-out data), last step {steps} ({last:.3f}): "
             "the best is exported"
         )
-    if first():
+    if is_first():
         write_json(folder / "train.json", asdict(result))
     return result
 

@@ -12,18 +12,18 @@ from torch import nn
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.tensors import TensorFiles
-from drafttrain.target.absent import bare_model, target_folder
-from drafttrain.target.anatomy import blocks, trunk
-from drafttrain.target.documents import try_out
-from drafttrain.target.frozen import (
+from drafttrain.target_model.absent import bare_model, target_folder
+from drafttrain.target_model.anatomy import blocks, trunk
+from drafttrain.target_model.documents import try_out
+from drafttrain.target_model.frozen import (
     Target,
     TargetSettings,
     fingerprint_of,
     load_target_tokenizer,
     pick_device,
 )
-from drafttrain.target.skeleton import fill, stored_tensors
-from drafttrain.target.weights_digest import add_to_digest
+from drafttrain.target_model.skeleton import fill, stored_tensors
+from drafttrain.target_model.weights_digest import add_to_digest
 from drafttrain.train.strategy import join_deepspeed, whole
 
 CONFIG = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}

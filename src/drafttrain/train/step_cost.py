@@ -21,17 +21,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
+from drafttrain.core.batches import DraftBatch
 from drafttrain.core.flops import attention
-from drafttrain.core.records import DraftBatch, Record, TargetNeeds, TargetOutput
+from drafttrain.core.target_rows import TargetNeeds, TargetOutput
+from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import Drafter
 from drafttrain.losses import Loss
 from drafttrain.losses.align import align, planned
 from drafttrain.losses.chunked import batch_loss, summed
 from drafttrain.losses.pieces import PIECE_BYTES
-from drafttrain.target import Target
-from drafttrain.target.anatomy import taps, trunk
-from drafttrain.target.packed_reading import packed
+from drafttrain.target_model import Target
+from drafttrain.target_model.anatomy import taps, trunk
+from drafttrain.target_model.packed_reading import packed
 from drafttrain.train.flops import distill_flops
 
 ADAMW_BYTES = 8

@@ -18,7 +18,7 @@ from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
-from drafttrain.core.processes import World
+from drafttrain.distributed.world import World
 from drafttrain.train.checkpoint_file import CheckpointFile, on_host
 from drafttrain.train.settings import TrainSettings
 from drafttrain.train.zero_state import give_shares, load_optimizer_state, load_weights, optimizer_state, weights

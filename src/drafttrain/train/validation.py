@@ -14,7 +14,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from drafttrain.core.console import say
 from drafttrain.core.files import write_json
-from drafttrain.core.processes import first, shared
+from drafttrain.distributed.collectives import shared
+from drafttrain.distributed.world import is_first
 from drafttrain.train.callbacks import StepEnd
 from drafttrain.train.checkpoints import save_trained
 from drafttrain.train.full_disk import could_be_written, only_full
@@ -95,7 +96,7 @@ class Validation(StepEnd):
         path = folder_of_step(self.folder, step)
         try:
             save_trained(module, path)
-            if first():
+            if is_first():
                 write_json(self.folder / "best.json", ranked)
                 self._drop_others(ranked)
         except OSError as error:

@@ -13,10 +13,10 @@ from typing import Any
 
 from aiohttp import web
 
-from drafttrain.core.records import Sampling
+from drafttrain.core.texts import Sampling
 from drafttrain.data_gen.backends import Task
 from drafttrain.data_gen.backends.builtin import continuations
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 
 Fault = Callable[[web.Request, dict[str, Any]], Any]
 """What is answered in place of the right answer."""

@@ -16,14 +16,14 @@ from aiohttp import web
 
 from drafttrain.core.console import progress
 from drafttrain.core.errors import DataError
-from drafttrain.core.records import Sampling
+from drafttrain.core.texts import Sampling
 from drafttrain.data_gen.backends import Plan, Task
 from drafttrain.data_gen.backends.openai import OpenAI, OpenAISettings
 from drafttrain.data_gen.generate import generate
 from drafttrain.data_gen.settings import GenerateSettings
 from drafttrain.data_gen.sources.generated import Generated, GeneratedSettings
 from drafttrain.data_gen.sources.text import TextSettings
-from drafttrain.target import Target, TargetSettings
+from drafttrain.target_model import Target, TargetSettings
 from tests.data_gen.backends.completions_server import (
     CompletionsServer,
     changed,

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from drafttrain.core.processes import without_launcher
-from drafttrain.target import Target, TargetSettings
+from drafttrain.distributed.world import without_launcher
+from drafttrain.target_model import Target, TargetSettings
 from tests.data_gen.backends.completions_server import CompletionsServer, Fault, serving, status
 
 NUM_RECORDS = 14

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from drafttrain.core.errors import DataError
-from drafttrain.core.records import Sampling
+from drafttrain.core.texts import Sampling
 from drafttrain.data_gen.backends import Task
 from drafttrain.data_gen.backends.builtin import continuations
 from drafttrain.data_gen.backends.vllm import WORKER, VllmSettings, environment_on
 from drafttrain.data_gen.generate import generate
 from drafttrain.data_gen.settings import GenerateSettings
 from drafttrain.data_gen.sources.text import TextSettings
-from drafttrain.export.engines import checked_installed, environment
-from drafttrain.target import Target
+from drafttrain.serving.engines import checked_installed, environment
+from drafttrain.target_model import Target
 
 
 class Engine:

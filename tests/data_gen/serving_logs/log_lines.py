@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from drafttrain.core.records import Record
+from drafttrain.core.texts import Record
 from drafttrain.data_gen.bad_item import BadItem
-from drafttrain.data_gen.formats import Encoder
+from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.serving_logs.settings import ServingLogsSettings
 from drafttrain.data_gen.sources.serving_logs import ServingLogs
 from tests.conftest import byte_tokenizer

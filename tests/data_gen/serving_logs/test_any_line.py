@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drafttrain.data_gen.prepare import prepare
 from drafttrain.data_gen.quarantine import read_items
-from drafttrain.data_gen.serving_logs.intake import Intake
 from drafttrain.data_gen.serving_logs.settings import ServingLogsSettings
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.sources.serving_logs import ServingLogs
+from drafttrain.data_gen.training_data import prepare
+from drafttrain.recorder.intake import Intake
 from tests.data_gen.serving_logs.log_lines import chat, chat_encoder, completion, ids, read, write
 
 ENCODER = chat_encoder(max_length=64)

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from drafttrain.core.errors import DataError
-from drafttrain.data_gen.serving_logs.intake import Intake
 from drafttrain.data_gen.serving_logs.settings import ServingLogsSettings
+from drafttrain.recorder.intake import Intake
 from tests.data_gen.serving_logs.log_lines import chat_encoder, completion, ids
 
 ENCODER = chat_encoder(max_length=64)
@@ -201,7 +201,7 @@ def test_a_copy_is_read_on_where_its_original_was_cut_before_all_of_it_was_read(
 
 
 def test_of_logs_that_are_gone_no_more_is_remembered_than_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("drafttrain.data_gen.serving_logs.following.MAX_PLACES", 5)
+    monkeypatch.setattr("drafttrain.recorder.growing_logs.MAX_PLACES", 5)
     log = tmp_path / "logs" / "a.jsonl"
     reader = intake(tmp_path)
     for number in range(12):

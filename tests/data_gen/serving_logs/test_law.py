@@ -12,12 +12,12 @@ import torch
 
 from drafttrain import pipeline
 from drafttrain.config.load import load_recipe
-from drafttrain.core.records import NamedTargetRows, TargetNeeds
-from drafttrain.data_gen.prepare import TrainingData, attach_cache, prepare
+from drafttrain.core.target_rows import NamedTargetRows, TargetNeeds
 from drafttrain.data_gen.serving_logs.settings import ServingLogsSettings
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.sources.jsonl import JSONLSettings
-from drafttrain.drafters.causal_lm import CausalLMDrafter, CausalLMSettings
+from drafttrain.data_gen.training_data import TrainingData, attach_cache, prepare
+from drafttrain.drafters.causal_lm.module import CausalLMDrafter, CausalLMSettings
 from drafttrain.losses.forward_kl import ForwardKL, ForwardKLConfig
 from drafttrain.train.module import DistillModule
 from drafttrain.train.settings import TrainSettings
@@ -100,8 +100,8 @@ def test_a_micro_batch_of_logged_records_trains_without_the_target_and_another_o
 
 def test_no_cache_of_the_law_is_built_where_the_log_has_it(data, tiny_target, tmp_path):
     only = only_logs(data)
-    assert only.is_law_logged(num_records=4)
-    assert not data.is_law_logged(num_records=4)
+    assert only.has_logged_distribution(num_records=4)
+    assert not data.has_logged_distribution(num_records=4)
     attach_cache(only, tmp_path / "c", tiny_target, num_records=4, needs=TargetNeeds())
     assert only.caches == [None]
     attach_cache(only, tmp_path / "c", tiny_target, num_records=4, needs=TargetNeeds(final=True))
@@ -112,12 +112,12 @@ def test_no_cache_of_the_law_is_built_where_the_log_has_it(data, tiny_target, tm
 
 
 def test_the_mass_of_the_tail_is_reported(data):
-    about = data.stores[0].meta["logged_law"]
+    about = data.stores[0].meta["logged_distribution"]
     law = [data.stores[0].law[i] for i in range(2)]
     tails = np.concatenate([1 - np.exp(one.log_probs_NK).sum(axis=1) for one in law])
     assert about["rows"] == 16
     assert np.isclose(about["mean_tail_mass"], tails.mean(), atol=1e-5)
-    assert "logged_law" not in data.stores[1].meta
+    assert "logged_distribution" not in data.stores[1].meta
 
 
 @pytest.mark.slow

@@ -9,15 +9,15 @@ import tracemalloc
 import pytest
 
 from drafttrain.core.errors import DataError
-from drafttrain.data_gen.prepare import prepare
 from drafttrain.data_gen.serving_logs.settings import ServingLogsSettings
 from drafttrain.data_gen.settings import DataSettings
+from drafttrain.data_gen.training_data import prepare
 from tests.data_gen.serving_logs.log_lines import chat, chat_encoder, completion, ids, read, write
 
 MAX_LINE_MB = 0.25
 
 
-def with_law(rng: random.Random) -> dict:
+def with_distribution(rng: random.Random) -> dict:
     tokens = ids("good")
     rows = [{f"token_id:{token}": -0.1, f"token_id:{token + 1}": -rng.uniform(3, 9)} for token in tokens]
     own = [f"token_id:{token}" for token in tokens]
@@ -36,7 +36,7 @@ def places(value, path=()):
 
 def hostile(rng: random.Random) -> bytes:
     """Return a line that was good before something was done to it."""
-    good = rng.choice([with_law, lambda r: chat(f"q{r.random()}", f"a{r.random()}")])(rng)
+    good = rng.choice([with_distribution, lambda r: chat(f"q{r.random()}", f"a{r.random()}")])(rng)
     junk = [
         None, True, -1, 10**30, 1e308, float("nan"), float("-inf"), "", "\x00", "\ud800", "x" * rng.choice([10, 5000, 300_000]),
         [], {}, [[[]]], {"a": {"b": []}}, "token_id:99999999999", [70_000], [-1], ["a"], "<|end|>", 3.5, "\u202e", "\ufffd",

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
-from drafttrain.core.records import Record
 from drafttrain.core.registry import Registry
 from drafttrain.core.settings import setting
+from drafttrain.core.texts import Record
 from drafttrain.drafters import Drafter
 from drafttrain.heads import HeadRows
-from drafttrain.target import Target
+from drafttrain.target_model import Target
 
 annotators = Registry("annotator", "drafttrain.data_gen.annotate")
 

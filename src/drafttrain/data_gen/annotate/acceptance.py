@@ -12,11 +12,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.probability import draw, sampling_probs, without_padding
 from drafttrain.core.random import stream
-from drafttrain.core.records import DraftBatch, DraftOutput, Record, Sampling, TargetNeeds
 from drafttrain.core.settings import setting
+from drafttrain.core.target_rows import TargetNeeds
+from drafttrain.core.texts import Record, Sampling
 from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.data_gen.annotate import AnnotateSettings, Frozen, annotators
 from drafttrain.data_gen.packing import pack

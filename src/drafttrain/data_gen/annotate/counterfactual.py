@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from drafttrain.core.records import Record, Sampling, TargetNeeds
 from drafttrain.core.settings import setting
+from drafttrain.core.target_rows import TargetNeeds
+from drafttrain.core.texts import Record, Sampling
 from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.data_gen.annotate import Frozen, JudgeLabelSettings, annotators
 from drafttrain.data_gen.annotate.states import states_of

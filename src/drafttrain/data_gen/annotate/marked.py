@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import torch
 
 from drafttrain.core.errors import DataError
-from drafttrain.core.records import Record
 from drafttrain.core.settings import setting
+from drafttrain.core.texts import Record
 from drafttrain.data_gen.annotate import Frozen, JudgeLabelSettings, annotators
 from drafttrain.data_gen.annotate.states import states_of
 from drafttrain.data_gen.names import problem_of

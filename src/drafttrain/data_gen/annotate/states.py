@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from drafttrain.core.records import Record, TargetNeeds
+from drafttrain.core.target_rows import TargetNeeds
+from drafttrain.core.texts import Record
 from drafttrain.data_gen.annotate import Frozen
 from drafttrain.data_gen.groups import groups
 from drafttrain.data_gen.packing import pack

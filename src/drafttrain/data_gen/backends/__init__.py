@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from drafttrain.core.console import Progress
-from drafttrain.core.records import Sampling
 from drafttrain.core.registry import Registry
+from drafttrain.core.texts import Sampling
 
 if TYPE_CHECKING:
-    from drafttrain.target import Target
+    from drafttrain.target_model import Target
 
 backends = Registry("generation backend", "drafttrain.data_gen.backends")
 
-AskEngine = Callable[[str, str, Mapping[str, Any]], dict[str, Any]]
+AskEngine = Callable[[str, Path, Mapping[str, Any]], dict[str, Any]]
 """(engine, worker file, request) -> answer. Engines are of a room further right: the pipeline hands this in."""
 
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from drafttrain.core.console import Progress, say_once
 from drafttrain.core.probability import sampling_probs
-from drafttrain.core.processes import any_of
 from drafttrain.core.random import stream
-from drafttrain.core.records import Sampling
+from drafttrain.core.texts import Sampling
 from drafttrain.data_gen.backends import Outcome, Plan, Task, backends
-from drafttrain.target import Target
-from drafttrain.target.cached_lm import CachedLM
+from drafttrain.distributed.collectives import any_of
+from drafttrain.target_model import Target
+from drafttrain.target_model.cached_lm import CachedLM
 
 
 @dataclass

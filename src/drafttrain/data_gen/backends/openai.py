@@ -20,14 +20,14 @@ from drafttrain.core.errors import DataError
 from drafttrain.core.random import stream_seed
 from drafttrain.core.settings import setting
 from drafttrain.data_gen.backends import NOT_REPRODUCIBLE, Outcome, Plan, Task, backends, unusable
-from drafttrain.data_gen.formats import Encoder
+from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.serving_logs.encoding import ExchangeEncoder
 from drafttrain.data_gen.serving_logs.exchange import Refused
 from drafttrain.data_gen.serving_logs.openai import exchanges
 from drafttrain.data_gen.serving_logs.untrusted import guard
 
 if TYPE_CHECKING:
-    from drafttrain.data_gen.completions import Completions
+    from drafttrain.data_gen.openai_client import Completions
 
 EXTENSIONS = {"return_token_ids": True, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 """What vLLM and SGLang understand besides. A server takes what is left out from the model's own generation_config.json, and the
@@ -132,7 +132,7 @@ class OpenAI:
         self, number: int, shard: Sequence[Task], kept_file: Path, key: str | None, bar: Progress
     ) -> list[Outcome]:
         # Imported here: who reads a recipe needs no HTTP.
-        from drafttrain.data_gen.completions import Completions, Patience
+        from drafttrain.data_gen.openai_client import Completions, Patience
 
         chosen = self.settings
         patience = Patience(chosen.retries, chosen.backoff_seconds, chosen.longest_wait_seconds, chosen.timeout_seconds)
@@ -174,7 +174,7 @@ class OpenAI:
         return [outcomes[place] for place in range(len(shard))]
 
     async def _asked(self, server: Completions, task: Task, answers: _Answers) -> Outcome:
-        from drafttrain.data_gen.completions import NotAnswered
+        from drafttrain.data_gen.openai_client import NotAnswered
 
         retries = 0
         try:

@@ -16,9 +16,10 @@ from drafttrain.core.errors import DataError
 from drafttrain.core.random import stream_seed
 from drafttrain.core.settings import setting
 from drafttrain.data_gen.backends import NOT_REPRODUCIBLE, Outcome, Plan, Task, backends, unusable
-from drafttrain.target.frozen import fingerprint_of, resolve_folder
+from drafttrain.environments import environment
+from drafttrain.target_model.frozen import fingerprint_of, resolve_folder
 
-WORKER = "vllm_writer.py"
+WORKER = Path(environment.__file__).with_name("vllm_writer.py")
 ON_CPU, ON_CUDA = "vllm", "vllm-cuda"
 """The environments that hold vLLM, by the kind of device that it runs on."""
 LARGEST_SEED = 2**31

@@ -12,9 +12,9 @@ from functools import cached_property
 
 import numpy as np
 
-from drafttrain.core.records import LoggedLaw, Record
+from drafttrain.core.texts import LoggedDistribution, Record
 from drafttrain.data_gen.bad_item import BadItem
-from drafttrain.data_gen.formats import Encoder
+from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.plain_ids import continuation_ids
 from drafttrain.data_gen.serving_logs.exchange import Exchange, Law, Refused
 from drafttrain.data_gen.serving_logs.private.values import spells_private
@@ -181,7 +181,7 @@ class ExchangeEncoder:
         end = tokenizer.eos_token_id
         return None if end is None else int(end)
 
-    def _rows(self, law: Law | None, answer: Sequence[int], labels: int) -> LoggedLaw | None:
+    def _rows(self, law: Law | None, answer: Sequence[int], labels: int) -> LoggedDistribution | None:
         """Return the law at the labels; None where a label has no row, or one that says too little.
 
         Raises:
@@ -209,7 +209,7 @@ class ExchangeEncoder:
         for number, known in enumerate(rows):
             ids_NK[number, : len(known)] = list(known)
             log_probs_NK[number, : len(known)] = list(known.values())
-        return LoggedLaw(ids_NK, log_probs_NK)
+        return LoggedDistribution(ids_NK, log_probs_NK)
 
     def named_ids(self, law: Law | None) -> list[int] | None:
         """Return the answered ids as the log-probabilities name them, where all of them are ids or spell one token only."""

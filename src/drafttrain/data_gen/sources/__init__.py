@@ -12,8 +12,8 @@ from drafttrain.core.registry import Registry, component_mapping
 from drafttrain.core.settings import setting
 
 if TYPE_CHECKING:
-    from drafttrain.core.records import Record
-    from drafttrain.data_gen.formats import Encoder
+    from drafttrain.core.texts import Record
+    from drafttrain.data_gen.encoder import Encoder
 
 sources = Registry("source", "drafttrain.data_gen.sources")
 

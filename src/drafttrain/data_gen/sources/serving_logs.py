@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from drafttrain.core.records import Record
-from drafttrain.data_gen.formats import Encoder
+from drafttrain.core.texts import Record
+from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.serving_logs.encoding import ExchangeEncoder
 from drafttrain.data_gen.serving_logs.exchange import Exchange, Refused
 from drafttrain.data_gen.serving_logs.lines import DAMAGED, Line, lines, log_files, opened

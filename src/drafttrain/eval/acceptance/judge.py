@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.records import Exactness, Proposal, TargetNeeds
+from drafttrain.core.proposals import Exactness, Proposal
 from drafttrain.core.settings import setting
+from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.eval.acceptance import acceptance_rules
-from drafttrain.eval.verify import Dice, walk
+from drafttrain.eval.verification import Dice, walk
 from drafttrain.heads import load_head
 from drafttrain.heads.judge import JudgeHead
 

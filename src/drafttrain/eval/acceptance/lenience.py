@@ -10,10 +10,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from drafttrain.core.records import Exactness, Proposal, TargetNeeds
+from drafttrain.core.proposals import Exactness, Proposal
 from drafttrain.core.settings import setting
+from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.eval.acceptance import acceptance_rules
-from drafttrain.eval.verify import Dice, walk
+from drafttrain.eval.verification import Dice, walk
 
 
 @dataclass

@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from drafttrain.core.records import Exactness, Proposal, TargetNeeds
+from drafttrain.core.proposals import Exactness, Proposal
+from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.eval.acceptance import acceptance_rules
-from drafttrain.eval.verify import Dice, walk
+from drafttrain.eval.verification import Dice, walk
 
 
 @dataclass

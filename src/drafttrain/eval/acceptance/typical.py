@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.probability import draw
-from drafttrain.core.records import Exactness, Proposal, TargetNeeds
+from drafttrain.core.proposals import Exactness, Proposal
 from drafttrain.core.settings import setting
+from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.eval.acceptance import acceptance_rules
-from drafttrain.eval.verify import TokenProbs
+from drafttrain.eval.verification import TokenProbs
 
 
 @dataclass

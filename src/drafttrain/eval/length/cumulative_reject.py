@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from drafttrain.core.records import Budget, Context, DraftStep, More, Verdict
+from drafttrain.core.proposals import Budget, Context, DraftStep, More, Verdict
 from drafttrain.core.settings import setting
 from drafttrain.eval.length import length_policies
 from drafttrain.eval.survival import Survival

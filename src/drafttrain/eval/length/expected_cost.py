@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from drafttrain.core.records import Budget, Context, DraftStep, Generation, More, Verdict
+from drafttrain.core.generations import Generation
+from drafttrain.core.proposals import Budget, Context, DraftStep, More, Verdict
 from drafttrain.core.reduce import Rate
 from drafttrain.core.settings import setting
 from drafttrain.eval.length import length_policies

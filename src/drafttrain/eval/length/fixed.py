@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from drafttrain.core.records import Budget, Context, DraftStep, Verdict
+from drafttrain.core.proposals import Budget, Context, DraftStep, Verdict
 from drafttrain.core.settings import setting
 from drafttrain.eval.length import length_policies
 

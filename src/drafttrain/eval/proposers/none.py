@@ -5,18 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from drafttrain.core.records import (
-    Budget,
-    Context,
-    DraftStep,
-    More,
-    Proposal,
-    Sampling,
-    TargetNeeds,
-    TargetOutput,
-    Verdict,
-    fixed_chain,
-)
+from drafttrain.core.proposals import Budget, Context, DraftStep, More, Proposal, Verdict, fixed_chain
+from drafttrain.core.target_rows import TargetNeeds, TargetOutput
+from drafttrain.core.texts import Sampling
 from drafttrain.eval.proposers import proposers
 
 

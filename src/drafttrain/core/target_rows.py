@@ -1,0 +1,172 @@
+"""What is read from the target for a batch: which states and logits are needed, and the rows of them.
+
+B = sequences, T = positions, V = vocabulary, D = hidden, K = draft depth, N = rows (trained positions, or nodes of a tree)
+
+Indices. `hidden_BTD[i]`, i = 0..n, is the residual stream ENTERING block i (0 the embedding, n after the last block, BEFORE
+the final norm); `final_BTD` is the state after the final norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+# ---------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class TargetNeeds:
+    """What is asked of the target; nothing else is computed or stored."""
+
+    logits: bool = False
+    hidden: tuple[int, ...] = ()
+    """States by the block that they enter; n or -1: after the last block, before the final norm."""
+    final: bool = False
+
+    def __or__(self, other: TargetNeeds) -> TargetNeeds:
+        hidden = tuple(sorted({*self.hidden, *other.hidden}))
+        return TargetNeeds(self.logits or other.logits, hidden, self.final or other.final)
+
+
+@dataclass(frozen=True)
+class TargetOutput:
+    """What the frozen target knows about a batch: only what was asked for."""
+
+    logits_BTV: Tensor | None = None
+    hidden_BTD: Mapping[int, Tensor] = field(default_factory=dict)
+    final_BTD: Tensor | None = None
+
+    def has(self, needs: TargetNeeds) -> bool:
+        """Tell whether everything that is needed is here."""
+        return (
+            (self.logits_BTV is not None or not needs.logits)
+            and (self.final_BTD is not None or not needs.final)
+            and set(needs.hidden) <= set(self.hidden_BTD)
+        )
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> TargetOutput:
+        """Return the same of changed tensors: moved, pinned."""
+        return TargetOutput(
+            logits_BTV=None if self.logits_BTV is None else change(self.logits_BTV),
+            hidden_BTD={index: change(state) for index, state in self.hidden_BTD.items()},
+            final_BTD=None if self.final_BTD is None else change(self.final_BTD),
+        )
+
+    def to(self, device: Any) -> TargetOutput:
+        """Return the same on `device`."""
+        return self.each(lambda tensor: tensor.to(device))
+
+
+class TargetRows(Protocol):
+    """The target's law at chosen positions of a batch, from a live model or from a cache."""
+
+    def at(self, index_N: Tensor) -> Tensor:
+        """Return logits_NV (or log-probabilities) of the token AFTER each flat position b * T + t."""
+        ...
+
+
+@dataclass(frozen=True)
+class NamedRows:
+    """Rows of a law of which K tokens are known by name."""
+
+    ids_NK: Tensor
+    """-1 where a row names fewer tokens."""
+    log_probs_NK: Tensor
+    """-inf there."""
+
+    @property
+    def tail_N(self) -> Tensor:
+        """The mass of all tokens that are not named."""
+        return (1 - self.log_probs_NK.double().exp().sum(dim=-1)).clamp_min(0).to(self.log_probs_NK.dtype)
+
+
+@runtime_checkable
+class NamedTargetRows(Protocol):
+    """A law of which only some tokens are known by name, as serving logs have it."""
+
+    def named(self, index_N: Tensor) -> NamedRows:
+        """Return what is known of the law of the token AFTER each flat position b * T + t."""
+        ...
+
+
+@runtime_checkable
+class StoredTargetRows(Protocol):
+    """A law that comes with its batch, and goes where the batch goes."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> TargetRows:
+        """Return the same of changed tensors: moved, pinned."""
+        ...
+
+
+@dataclass(frozen=True)
+class RowIndex:
+    """Where loss rows come from; the same order as the rows."""
+
+    sequence_N: Tensor
+    depth_N: Tensor
+    block_N: Tensor
+    """Rows of one block are the successive depths of one draft: of one root, or of one window of a chain."""
+    step: int = 0
+    deepest: int = 0
+    """The largest depth that there can be, known without asking the device; 0: not known."""
+    learnable_N: Tensor | None = None
+    """Rows that count; None: all. The others have loss 0, and no part in means or blocks."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> RowIndex:
+        """Return the same of changed tensors: moved, pinned, cut."""
+        return replace(
+            self,
+            sequence_N=change(self.sequence_N),
+            depth_N=change(self.depth_N),
+            block_N=change(self.block_N),
+            learnable_N=None if self.learnable_N is None else change(self.learnable_N),
+        )
+
+    def part(self, chosen: slice) -> RowIndex:
+        """Return the index of some rows."""
+        return self.each(lambda tensor: tensor[chosen])
+
+
+@dataclass(frozen=True)
+class RowsAsked:
+    """Which rows of a batch are asked for: what `losses.align` needs to know of a drafter and a loss."""
+
+    depths: tuple[int, ...]
+    lag: int
+    block_length: int = 1
+    """Rows of a drafter of depth 1 that form one block."""
+
+
+@dataclass(frozen=True)
+class AlignedRows:
+    """The N trained rows of a batch, depth by depth: where the drafter, the target and the label of each are."""
+
+    drafter_N: Tensor
+    """Flat position b * T + t of the drafter's state."""
+    target_N: Tensor
+    """Flat position of the target's state whose law is over the same token."""
+    tokens_N: Tensor
+    """The label."""
+    seed_N: Tensor
+    """A number of the row that does not depend on its micro-batch."""
+    index: RowIndex
+    counts: Mapping[int, int]
+    """Rows of each depth of the drafter, in their order."""
+    targets_on_host: Tensor
+    """`target_N` on the CPU, wherever the batch is: pieces are cut by it without asking the device."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> AlignedRows:
+        """Return the same of changed tensors: moved, pinned."""
+        return replace(
+            self,
+            drafter_N=change(self.drafter_N),
+            target_N=change(self.target_N),
+            tokens_N=change(self.tokens_N),
+            seed_N=change(self.seed_N),
+            index=self.index.each(change),
+        )

@@ -1,0 +1,186 @@
+"""From an item of a source to records: its form, its tokens, and which of them are labels. docs/data.md has the forms."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from drafttrain.core.console import say
+from drafttrain.core.texts import Record
+from drafttrain.data_gen.bad_item import BadItem
+from drafttrain.data_gen.chat import Chat, answer_key, chat_of, prompt_is_chat
+from drafttrain.data_gen.chat_template import ChatTemplate
+from drafttrain.data_gen.plain_ids import continuation_ids
+from drafttrain.data_gen.raw_text import RawText
+from drafttrain.data_gen.record_keys import FOR_TEMPLATE, Reading, form_of
+from drafttrain.data_gen.token_rows import token_row
+from drafttrain.data_gen.turns import text_of, unicode_text
+from drafttrain.target_model.frozen import num_ids
+
+TOKENS = ("tokens", "input_ids")
+UNTEMPLATED = (
+    "text under 'prompt' is read as it is, without the chat template that the tokenizer has; "
+    "\"chat\": true in the record, or its text under 'question', makes a chat of it"
+)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns items into token ids by one tokenizer."""
+
+    tokenizer: Any
+    max_length: int
+    reading: Reading = field(default_factory=Reading)
+    """How the records of the source at hand are read."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """What a user should know of how records were read, and of how many."""
+
+    @cached_property
+    def size(self) -> int:
+        """Ids of the tokenizer, from 0."""
+        return num_ids(self.tokenizer)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The tokenizer's chat template."""
+        return ChatTemplate(self.tokenizer, self.notes)
+
+    @cached_property
+    def raw(self) -> RawText:
+        """Reads text without a template."""
+        return RawText(self.tokenizer, self.template)
+
+    def reading_as(self, settings: Any) -> Encoder:
+        """Return an encoder for the records of a source, by its settings."""
+        names = ("rename", "roles", "ignore_keys")
+        reading = Reading(**{name: getattr(settings, name) for name in names if hasattr(settings, name)})
+        return replace(self, reading=reading, notes=Counter())
+
+    def report(self, name: str) -> None:
+        """Print the notes on how records were read."""
+        for note, count in self.notes.items():
+            say(f"{name}: {count:,} records: {note}")
+
+    def records(self, value: Mapping[str, Any], *, id: str) -> list[Record]:
+        """Return the records of an item: several for plain text longer than `max_length`.
+
+        Raises:
+            BadItem: The item has no known form, a key that is not understood, or nothing in it is a label.
+        """
+        form, value = form_of(value, self.reading)
+        id, domain = _id(value, id), str(value.get("domain", ""))
+        if form == "text":
+            return self._windows(value["text"], id=id, domain=domain)
+        if form in TOKENS:
+            parts = [token_row(form, value, num_ids=self.size)]
+        elif form == "prompt" and not prompt_is_chat(value):
+            parts = [self._completion(value)]
+        else:
+            parts = [(part.tokens, part.mask()) for part in self.template.parts(chat_of(form, value, self.reading))]
+        records = [
+            Record(id if len(parts) == 1 else f"{id}@{i}", tokens[: self.max_length], mask, domain=domain)
+            for i, (tokens, whole_mask) in enumerate(parts)
+            for mask in [whole_mask[: self.max_length]]
+            if any(mask[1:])
+        ]
+        if not records:
+            raise BadItem(f"no token of the first {self.max_length} is a label (an answer that is trained)")
+        return records
+
+    def prompts(self, value: Mapping[str, Any], *, id: str, prompt_tokens: int | None) -> list[tuple[str, list[int]]]:
+        """Return (id, tokens) of the prompts of an item: chats up to the last answer, text in pieces.
+
+        Raises:
+            BadItem: The item has no known form, or gives no prompt that leaves room for an answer within `max_length`.
+        """
+        form, value = form_of(value, self.reading)
+        id = _id(value, id)
+        tokens = self._prompt(form, value)
+        prompts = [(id, tokens)]
+        if prompt_tokens is not None and form in ("text", *TOKENS):
+            pieces = [tokens[start : start + prompt_tokens] for start in range(0, len(tokens), prompt_tokens)]
+            prompts = [(f"{id}@{i * prompt_tokens}", p) for i, p in enumerate(pieces) if len(p) == prompt_tokens]
+            if not prompts:
+                raise BadItem(f"{len(tokens)} tokens, fewer than the {prompt_tokens} of a prompt")
+        fitting = [(id, tokens) for id, tokens in prompts if 0 < len(tokens) < self.max_length]
+        if not fitting:
+            raise BadItem(f"a prompt must have 1..{self.max_length - 1} tokens: this one has {len(prompts[0][1])}")
+        return fitting
+
+    def frame(self) -> tuple[list[int], list[int]]:
+        """Return what the chat template puts before and after every prompt; nothing where there is no template."""
+        return self.template.around
+
+    def text(self, text: Any) -> list[int]:
+        """Return the ids of text as a server reads it: with all that the tokenizer adds, even where the text has it already."""
+        return list(self.tokenizer(text_of(text, "text")).input_ids)
+
+    def chat_ids(
+        self, messages: Sequence[dict[str, Any]], arguments: Mapping[str, Any], *, add_generation_prompt: bool = False
+    ) -> list[int]:
+        """Return the ids of a chat as the target reads it.
+
+        Args:
+            arguments: What the template itself is handed, such as enable_thinking.
+
+        Raises:
+            BadItem: There is no template, it refuses the chat, or an argument means something to the tokenizer.
+        """
+        chat = Chat(list(messages), [False] * len(messages), arguments=arguments)
+        return self.template.ids(self.template.text(chat, asks=add_generation_prompt))
+
+    def _prompt(self, form: str, value: Mapping[str, Any]) -> list[int]:
+        """Return the ids of an item before anything is cut."""
+        if form in TOKENS:
+            return token_row(form, value, num_ids=self.size)[0]
+        if form == "text":
+            return self.raw.begun(text_of(value["text"], "text"))
+        if form == "prompt" and not prompt_is_chat(value):
+            return self._raw_prompt(value)
+        return self.template.prompt(chat_of(form, value, self.reading))
+
+    def _raw_prompt(self, value: Mapping[str, Any]) -> list[int]:
+        if unread := [key for key in FOR_TEMPLATE if value.get(key)]:
+            raise BadItem(
+                f"{unread[0]}: no template reads it beside a 'prompt' of text; give messages, or \"chat\": true"
+            )
+        text = text_of(value["prompt"], "prompt")
+        if self.template.exists and "chat" not in value and not self.raw.has_special(text):
+            self.notes[UNTEMPLATED] += 1
+        return self.raw.begun(text)
+
+    def _windows(self, text: Any, *, id: str, domain: str) -> list[Record]:
+        """Cut a document, its end marked where the tokenizer has a token for that."""
+        tokens = self.raw.begun(text_of(text, "text"))
+        end = self.raw.ended(tokens)[len(tokens) :]
+        pieces = [(start, tokens[start : start + self.max_length]) for start in range(0, len(tokens), self.max_length)]
+        if end:
+            start, last = pieces.pop()
+            # Where the end is one token too many, the first one makes room: it has nothing before it and is no label.
+            over = max(0, len(last) + len(end) - self.max_length)
+            pieces.append((start + over, [*last, *end][over:]))
+        records = [
+            Record(f"{id}@{start}", piece, [True] * len(piece), domain=domain)
+            for start, piece in pieces
+            if len(piece) > 1
+        ]
+        if not records:
+            raise BadItem("text: is one token, which has nothing before it and is no label")
+        return records
+
+    def _completion(self, value: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
+        key = answer_key("prompt", value)
+        if key is None:
+            raise BadItem("prompt: no completion is beside it, so nothing is a label")
+        before = self._raw_prompt(value)
+        after = self.raw.ended(continuation_ids(self.tokenizer, text_of(value[key], key)))
+        stop = self.raw.end_of(after) or len(after)
+        return before + after, [False] * len(before) + [True] * stop + [False] * (len(after) - stop)
+
+
+def _id(value: Mapping[str, Any], default: str) -> str:
+    given = value.get("id")
+    return unicode_text(default if given is None else str(given), "id")

@@ -1,0 +1,349 @@
+"""What the target knows of the records that training will read, stored so that a step need not run the target.
+
+B = sequences, T = positions, R = B * T, N = rows, V = vocabulary, D = hidden, K = tokens of a top-k row
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from drafttrain.core.batches import DraftBatch
+from drafttrain.core.console import progress, say
+from drafttrain.core.errors import DataError
+from drafttrain.core.files import write_json, written_beside
+from drafttrain.core.target_rows import TargetNeeds, TargetOutput, TargetRows
+from drafttrain.core.texts import Record
+from drafttrain.data_gen.packing import pack
+from drafttrain.distributed.collectives import any_of, first_before_others, own_share, wait_for_all
+from drafttrain.distributed.world import is_first
+from drafttrain.target_model import Target
+from drafttrain.target_model.frozen import LiveRows
+from drafttrain.target_model.logits import head_logits
+
+TOKENS_A_SHARD = 16_384
+TOKENS_A_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is stored of the target."""
+
+    law: Literal["states", "full", "top_k"] | None
+    """In what form its law is stored; None: nobody asks for it."""
+    states: TargetNeeds
+    """The states that are stored as they are."""
+    top_k: int
+    dtype: Literal["float32", "bfloat16", "float16"]
+    """Type of stored states."""
+
+    @property
+    def final(self) -> bool:
+        """The final state is asked for by itself, or because the law is made of it; it is stored once."""
+        return self.states.final or self.law == "states"
+
+    @property
+    def arrays(self) -> list[str]:
+        """Names of the stored arrays."""
+        law = {"full": ["logits"], "top_k": ["ids", "log_probs", "tail"]}.get(self.law or "", [])
+        return [*law, *(f"hidden_{index}" for index in self.states.hidden), *(["final"] if self.final else [])]
+
+    def bytes_a_row(self, target: Target) -> int:
+        """Return the bytes of one token."""
+        law = {"full": 4 * target.num_tokens, "top_k": 8 * min(self.top_k, target.num_tokens) + 4}
+        width = int(target.model.get_output_embeddings().weight.shape[1])
+        size: int = getattr(torch, self.dtype).itemsize
+        return law.get(self.law or "", 0) + size * width * (len(self.states.hidden) + self.final)
+
+    def __str__(self) -> str:
+        law = [f"law ({self.law})"] if self.law else []
+        hidden = [f"hidden state {index}" for index in self.states.hidden]
+        return ", ".join([*law, *hidden, *(["final state"] if self.final else [])])
+
+
+class Texts(Protocol):
+    """Encoded records by number: a store, or texts that are held in memory."""
+
+    @property
+    def meta(self) -> Mapping[str, Any]:
+        """With `about`: what the content depends on."""
+        ...
+
+    @property
+    def starts(self) -> Any:
+        """Where each record begins among the tokens of all, and the end."""
+        ...
+
+    def __getitem__(self, index: int) -> Record:
+        """Return a record."""
+        ...
+
+
+class RowCache:
+    """What is stored of one store's records: one row a token, holding the states there and the law of the token after it.
+
+    `states` lets the target's own head make the whole law of the final hidden state; `full` keeps logits; `top_k` keeps the
+    largest log-probabilities, and spreads the mass of the tail evenly over the other tokens.
+    """
+
+    def __init__(self, folder: Path, target: Target, wanted: Wanted) -> None:
+        about = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
+        self.wanted = wanted
+        self._model = target.model
+        self._num_tokens: int = about["num_tokens"]
+        self._starts: dict[int, int] = {int(record): start for record, start in about["starts"].items()}
+        self._shard_starts = [int(start) for start in about["shard_starts"]]
+        self._shards = [
+            {
+                name: np.load(folder / f"{name}-{i:05d}.npy", mmap_mode="r", allow_pickle=False)
+                for name in about["arrays"]
+            }
+            for i in range(len(self._shard_starts))
+        ]
+
+    def has(self, record: int) -> bool:
+        """Tell whether the record's rows are stored."""
+        return record in self._starts
+
+    def stored(self, record: int, count: int, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Return arrays of the first `count` rows of a record as they were written.
+
+        Args:
+            names: Nothing else is read; None: all that is stored.
+        """
+        chosen = self.wanted.arrays if names is None else names
+        return {name: _as_tensor(np.array(self.rows(name, record, count)), self.wanted.dtype) for name in chosen}
+
+    def rows(self, name: str, record: int, count: int) -> Any:
+        """Return the first rows of a record of one array, still on the disk."""
+        start = self._starts[record]
+        shard = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
+        begin = start - self._shard_starts[shard]
+        return self._shards[shard][name][begin : begin + count]
+
+    def target_rows(self, arrays: Mapping[str, Tensor]) -> TargetRows:
+        """Return the law at every position of a batch: the target's own head makes it of the final state, or it is stored itself."""
+        if self.wanted.law == "states":
+            return LiveRows(self._model, arrays["final"])
+        flat = {name: array.flatten(0, 1) for name, array in arrays.items()}
+        if self.wanted.law == "full":
+            return FullRows(flat["logits"])
+        return TopRows(flat["ids"], flat["log_probs"], flat["tail"], num_tokens=self._num_tokens)
+
+
+@dataclass(frozen=True)
+class FullRows:
+    """The target's whole law at every position, stored."""
+
+    logits_RV: Tensor
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> FullRows:
+        """Return the same of changed tensors."""
+        return FullRows(change(self.logits_RV))
+
+    def at(self, index_N: Tensor) -> Tensor:
+        """Return logits_NV of the token after each flat position."""
+        return self.logits_RV[index_N]
+
+
+@dataclass(frozen=True)
+class TopRows:
+    """The largest log-probabilities of the target at every position; the mass of the tail is spread evenly over the other tokens."""
+
+    ids_RK: Tensor
+    log_probs_RK: Tensor
+    tail_R: Tensor
+    num_tokens: int
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> TopRows:
+        """Return the same of changed tensors."""
+        return TopRows(change(self.ids_RK), change(self.log_probs_RK), change(self.tail_R), self.num_tokens)
+
+    def at(self, index_N: Tensor) -> Tensor:
+        """Return log-probabilities of the token after each flat position."""
+        ids_NK = self.ids_RK[index_N].long()
+        others = self.num_tokens - ids_NK.shape[1]
+        tail_N = self.tail_R[index_N].clamp_min(1e-30)
+        fill_NV = (tail_N / max(1, others)).log()[:, None].expand(-1, self.num_tokens)
+        return fill_NV.scatter(1, ids_NK, self.log_probs_RK[index_N])
+
+
+def with_stored(
+    batch: DraftBatch,
+    places: Sequence[tuple[int, int]],
+    members: Sequence[tuple[RowCache, int, int]],
+) -> DraftBatch:
+    """Return a packed batch with what is stored of the target, in the types that it is stored in: its law, and states.
+
+    Args:
+        places: Where each record begins in the batch.
+        members: For each record its cache, its number there, and its tokens; all caches hold the same things.
+    """
+    cache = members[0][0]
+    wanted = cache.wanted
+    arrays = {name: _laid_out(name, batch.tokens_BT.shape, places, members) for name in wanted.arrays}
+    target = TargetOutput(
+        hidden_BTD={index: arrays[f"hidden_{index}"] for index in wanted.states.hidden},
+        final_BTD=arrays["final"] if wanted.states.final else None,
+    )
+    return replace(batch, target=target, target_rows=cache.target_rows(arrays) if wanted.law else batch.target_rows)
+
+
+def _laid_out(
+    name: str,
+    shape: tuple[int, ...],
+    places: Sequence[tuple[int, int]],
+    members: Sequence[tuple[RowCache, int, int]],
+) -> Tensor:
+    """Return one array in the form of a batch; 0 at padding."""
+    cache, record, count = members[0]
+    like = cache.rows(name, record, count)
+    # numpy copies in this thread alone; torch would start others beside those that compute.
+    array = np.zeros((*shape, *like.shape[1:]), like.dtype)
+    for (row, column), (cache, record, count) in zip(places, members, strict=True):
+        array[row, column : column + count] = cache.rows(name, record, count)
+    return _as_tensor(array, cache.wanted.dtype)
+
+
+def build_cache(
+    folder: Path, store: Texts, records: Sequence[int], target: Target, *, wanted: Wanted, max_gb: float
+) -> RowCache:
+    """Write what is wanted of these records, shard by shard; shards that an earlier run wrote stay.
+
+    Raises:
+        DataError: The cache would be larger than `max_gb`. Nothing was written.
+    """
+    sizes = [int(store.starts[i + 1] - store.starts[i]) for i in records]
+    total = sum(sizes) * wanted.bytes_a_row(target)
+    say(f"cache of the target's {wanted}: {len(records):,} records, {sum(sizes):,} tokens, {total / 1e9:.2f} GB")
+    if total > max_gb * 1e9:
+        raise DataError(
+            f"data.cache needs {total / 1e9:.2f} GB for the target's {wanted}, data.max_cache_gb allows {max_gb:g}. "
+            "Choose top_k or states, cache_dtype bfloat16, fewer records, or a higher bound."
+        )
+    shards = _shards(records, sizes)
+    about = {
+        "wanted": asdict(wanted),
+        "target_fingerprint": target.fingerprint,
+        "num_tokens": target.num_tokens,
+        "store": store.meta["about"],
+        "records": list(map(int, records)),
+    }
+    with first_before_others("it looks through the cache"):
+        _check_plan(folder, about)
+    paths = [{name: folder / f"{name}-{number:05d}.npy" for name in wanted.arrays} for number in range(len(shards))]
+    missing = [number for number in range(len(shards)) if not all(path.exists() for path in paths[number].values())]
+    own = own_share(missing)
+    size_of = dict(zip(map(int, records), sizes, strict=True))
+    tokens = [sum(size_of[i] for i in shard) for shard in shards]
+    if any_of(bool(own)):
+        bar_of = progress("caching what the target knows", total=sum(tokens[n] for n in own), unit="tokens")
+        with target.at_work() as live, bar_of as bar:
+            for number in own:
+                rows = _rows([store[i].tokens for i in shards[number]], live, wanted)
+                for name, path in paths[number].items():
+                    with written_beside(path) as temporary, temporary.open("wb") as file:
+                        np.save(file, rows[name])
+                bar.advance(tokens[number])
+    wait_for_all("the cache is written")
+    starts = dict(zip(map(int, records), np.cumsum([0, *sizes])[:-1].tolist(), strict=True))
+    shard_starts = [starts[int(shard[0])] for shard in shards]
+    content = about | {"arrays": wanted.arrays, "starts": starts, "shard_starts": shard_starts}
+    with first_before_others("it closes the cache"):
+        if is_first():
+            write_json(folder / "cache.json", content)
+    return RowCache(folder, target, wanted)
+
+
+def _check_plan(folder: Path, about: dict[str, Any]) -> None:
+    """Keep shards of the same plan; drop those of another."""
+    path = folder / "plan.json"
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(about)):
+        for stale in [*folder.glob("*.npy"), folder / "cache.json"]:
+            stale.unlink(missing_ok=True)
+    write_json(path, about)
+
+
+def _shards(records: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
+    shards: list[list[int]] = [[]]
+    held = 0
+    for record, size in zip(records, sizes, strict=True):
+        if held + size > TOKENS_A_SHARD and shards[-1]:
+            shards.append([])
+            held = 0
+        shards[-1].append(int(record))
+        held += size
+    return [shard for shard in shards if shard]
+
+
+@torch.no_grad()
+def _rows(texts: Sequence[Sequence[int]], target: Target, wanted: Wanted) -> dict[str, Any]:
+    """Return the arrays of some records, one after the other."""
+    made: dict[str, list[Any]] = {}
+    batch: list[Sequence[int]] = []
+    groups: list[list[Sequence[int]]] = []
+    for text in texts:
+        if batch and sum(map(len, batch)) + len(text) > TOKENS_A_BATCH:
+            groups.append(batch)
+            batch = []
+        batch.append(text)
+    groups.append(batch)
+    for group in groups:
+        width = max(map(len, group))
+        records = [Record("", text, [True] * len(text)) for text in group]
+        packed, places = pack(records, width=width, weight_of_step=1.0)
+        needs = wanted.states | TargetNeeds(final=wanted.final or wanted.law is not None)
+        seen = target.read(packed.tokens_BT, packed.positions_BT, needs)
+        for (row, column), text in zip(places, group, strict=True):
+            span = (row, slice(column, column + len(text)))
+            for name, array in _arrays(seen, span, target, wanted).items():
+                made.setdefault(name, []).append(array)
+    return {name: np.concatenate(arrays) for name, arrays in made.items()}
+
+
+def _arrays(seen: TargetOutput, span: tuple[int, slice], target: Target, wanted: Wanted) -> dict[str, Any]:
+    """Return the arrays of one record of a batch."""
+    arrays = {f"hidden_{index}": _as_array(state[span], wanted.dtype) for index, state in seen.hidden_BTD.items()}
+    if seen.final_BTD is None:
+        return arrays
+    if wanted.final:
+        arrays["final"] = _as_array(seen.final_BTD[span], wanted.dtype)
+    return arrays | _law(seen.final_BTD[span], target, wanted)
+
+
+def _law(final_ND: Tensor, target: Target, wanted: Wanted) -> dict[str, Any]:
+    if wanted.law in (None, "states"):
+        return {}
+    logits_NV = head_logits(target.model, final_ND)[:, : target.num_tokens].float()
+    if wanted.law == "full":
+        return {"logits": logits_NV.cpu().numpy()}
+    log_probs_NV = logits_NV.log_softmax(-1)
+    top = log_probs_NV.topk(min(wanted.top_k, target.num_tokens), dim=-1)
+    tail_N = (1 - top.values.double().exp().sum(-1)).clamp_min(0).float()
+    return {
+        "ids": top.indices.int().cpu().numpy(),
+        "log_probs": top.values.cpu().numpy(),
+        "tail": tail_N.cpu().numpy(),
+    }
+
+
+def _as_array(states_ND: Tensor, dtype: str) -> Any:
+    """Return states as numpy holds them: it has no bfloat16, so its bits stand in an int16 array."""
+    stored_ND = states_ND.to(getattr(torch, dtype)).cpu()
+    if not torch.isfinite(stored_ND).all():
+        raise DataError(
+            f"data.cache_dtype: a state of the target does not fit into {dtype}: choose bfloat16 or float32"
+        )
+    return stored_ND.view(torch.int16).numpy() if dtype == "bfloat16" else stored_ND.numpy()
+
+
+def _as_tensor(array: Any, dtype: str) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if dtype == "bfloat16" and tensor.dtype == torch.int16 else tensor

@@ -1,0 +1,134 @@
+"""What the target wrote after the validation prompts and knew there, stored: a drafter is then measured without running it.
+
+B = sequences, T = positions, D = hidden
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from drafttrain.core.errors import DataError
+from drafttrain.core.files import write_json
+from drafttrain.core.packed_documents import PackedDocuments
+from drafttrain.core.target_rows import TargetNeeds, TargetOutput
+from drafttrain.core.texts import Record
+from drafttrain.data_gen.backends import Task
+from drafttrain.data_gen.backends.builtin import continuations
+from drafttrain.data_gen.stored.target_cache import RowCache, Wanted, build_cache
+from drafttrain.distributed.collectives import first_before_others, shared
+from drafttrain.distributed.world import is_first
+from drafttrain.target_model import Target
+
+
+def kept_continuations(
+    path: Path, tasks: Sequence[Task], target: Target, *, max_new_tokens: int, seed: int
+) -> list[list[int]]:
+    """Return what the target writes after each prompt; of the same target and prompts, it is written once and kept in `path`."""
+    about = {
+        "target_fingerprint": target.fingerprint,
+        "dtype": str(target.model.dtype).removeprefix("torch."),
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "tasks": [[task.id, list(map(int, task.prompt)), asdict(task.sampling)] for task in tasks],
+    }
+    kept = shared(_kept(path, about) if is_first() else None)[0]
+    if kept is not None:
+        return list(kept)
+    with target.at_work() as live:
+        # Every process writes all of them: they are few, and a target that is spread out needs every process.
+        texts = continuations(tasks, live, max_new_tokens=max_new_tokens, seed=seed)
+    with first_before_others("it keeps the validation texts"):
+        if is_first():
+            write_json(path, {"about": about, "texts": texts})
+    return texts
+
+
+def _kept(path: Path, about: Mapping[str, Any]) -> list[list[int]] | None:
+    if not path.exists():
+        return None
+    held = json.loads(path.read_text(encoding="utf-8"))
+    return held["texts"] if held["about"] == json.loads(json.dumps(about)) else None
+
+
+class CachedTarget(Target):
+    """A target that answers on some texts only, with what it knew of them before; its head turns that into its law.
+
+    Args:
+        target: Its embedding, norm and head are used, its blocks never.
+        texts: By the number of their rows in the cache.
+    """
+
+    def __init__(self, target: Target, texts: Sequence[Sequence[int]], cache: RowCache) -> None:
+        super().__init__(target.model, target.tokenizer, name=target.name, fingerprint=target.fingerprint)
+        self._number = {tuple(text): number for number, text in enumerate(texts)}
+        self._cache = cache
+
+    def read(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor,
+        needs: TargetNeeds,
+        *,
+        documents: PackedDocuments | None = None,
+    ) -> TargetOutput:
+        """Return what is stored of the documents of packed rows; 0 at padding.
+
+        Raises:
+            DataError: A document is none of the texts, or more is asked for than was stored.
+        """
+        wanted = self._cache.wanted
+        if needs.logits or not set(needs.hidden) <= set(wanted.states.hidden):
+            raise DataError(f"of the validation texts the target's {wanted} is stored, and more is asked for: {needs}")
+        names = {index: f"hidden_{index}" for index in needs.hidden}
+        width = int(self.model.get_output_embeddings().weight.shape[1])
+        states = {
+            name: torch.zeros(*tokens_BT.shape, width, dtype=self.model.dtype, device=self.device)
+            for name in [*names.values(), *(["final"] if needs.final else [])]
+        }
+        for row, (tokens, positions) in enumerate(zip(tokens_BT.tolist(), positions_BT.tolist(), strict=True)):
+            begins = [column for column, position in enumerate(positions) if position == 0]
+            for begin, end in zip(begins, [*begins[1:], len(tokens)], strict=True):
+                for name, rows in self._rows(tuple(tokens[begin:end]), states).items():
+                    states[name][row, begin:end] = rows.to(states[name])
+        hidden_BTD = {index: states[name] for index, name in names.items()}
+        return TargetOutput(hidden_BTD=hidden_BTD, final_BTD=states.get("final"))
+
+    def _rows(self, text: tuple[int, ...], names: Iterable[str]) -> dict[str, Tensor]:
+        number = self._number.get(text)
+        if number is not None:
+            return self._cache.stored(number, len(text), names)
+        if any(text):
+            raise DataError(
+                f"a text of {len(text)} tokens is read that is none of the {len(self._number)} validation texts"
+            )
+        return {}
+
+
+class _Texts:
+    """Texts as records with numbers."""
+
+    def __init__(self, texts: Sequence[Sequence[int]]) -> None:
+        self._texts = texts
+        self.meta = {"about": {"texts": [list(map(int, text)) for text in texts]}}
+        self.starts = np.concatenate([[0], np.cumsum([len(text) for text in texts])])
+
+    def __getitem__(self, index: int) -> Record:
+        text = self._texts[index]
+        return Record(str(index), text, [True] * len(text))
+
+
+def told(
+    folder: Path, texts: Sequence[Sequence[int]], target: Target, *, needs: TargetNeeds, dtype: Any, max_gb: float
+) -> CachedTarget:
+    """Return the target as it answers on these texts, storing what a drafter needs and the final state, where it is not stored yet."""
+    wanted = Wanted(None, needs | TargetNeeds(final=True), 0, dtype)
+    cache = build_cache(folder, _Texts(texts), range(len(texts)), target, wanted=wanted, max_gb=max_gb)
+    return CachedTarget(target, texts, cache)

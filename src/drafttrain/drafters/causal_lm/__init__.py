@@ -1,0 +1,1 @@
+"""The independent drafter: a separate, smaller causal LM."""

@@ -1,0 +1,192 @@
+"""A drafter cut out of its target: embedding, head, evenly spread blocks, the strongest feed-forward neurons.
+
+F = feed-forward width
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drafttrain.core.errors import CheckpointError
+from drafttrain.target_model.anatomy import blocks
+from drafttrain.target_model.block_range import replaced_forwards
+
+BLOCK_NUMBERS = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "cross_attention_layers", "hybrid_layer_ids")
+"""Fields that name blocks by their numbers; other lists with an entry for each block have it at the block's place."""
+FIRST_BLOCKS = ("first_k_dense_replace", "num_dense_layers", "max_window_layers")
+"""Fields that count blocks from the first on."""
+NOT_OF_BLOCKS = ("_token_id", "_multipliers", "_limit")
+"""Ends of names of lists that may have as many entries as there are blocks, and mean something else."""
+AT_ITS_PLACE = ("layer_idx", "layer_id", "layer_number", "layer_index", "block_idx", "num_hidden_layers")
+"""Ends of names under which a module knows its block's number, or how many there are."""
+TOLERANCE = 1e-4
+"""Difference of float32 logits, relative to the largest, that rounding explains."""
+
+
+def cut_from(model: Any, *, num_layers: int, width: int | None) -> Any:
+    """Return a drafter of some of the target's blocks, which computes what these blocks compute in the target.
+
+    Raises:
+        CheckpointError: The target has fewer blocks, a feed-forward block of another shape than gate, up, down, or a
+            configuration that cannot describe these blocks alone.
+    """
+    total = len(blocks(model))
+    if num_layers > total:
+        raise CheckpointError(f"drafter.num_layers must be 1..{total} for this target, got {num_layers}")
+    kept = spread(total, num_layers)
+    try:
+        whole = copy.deepcopy(model).float().eval()
+        if width is not None:
+            for index in kept:
+                _narrow(blocks(whole)[index], width)
+        # Rebuilt from the configuration, so that what is trained is what a loader of the folder will build.
+        fresh = type(model)(cut_config(model.config, kept, total=total, width=width)).float().eval()
+        loaded = fresh.load_state_dict(_renumbered(whole, kept), strict=False)
+        problems = [f"{name} is missing" for name in loaded.missing_keys]
+        problems += [f"{name} has no place in it" for name in loaded.unexpected_keys]
+        problems = problems or _differences(whole, fresh, kept, width=width)
+    except CheckpointError:
+        raise
+    except (
+        Exception
+    ) as error:  # a configuration, a block or a quantised weight of another's code raises whatever it likes
+        problems = [" ".join(str(error).split())[:300]]
+    if problems:
+        raise CheckpointError(
+            f"drafter.init: target: blocks {', '.join(map(str, kept))} of {type(model).__name__} cannot be a model of their own: "
+            f"{'; '.join(problems[:3])}. Use init: scratch or checkpoint, or another num_layers"
+        )
+    return fresh.requires_grad_(True)
+
+
+def spread(total: int, count: int) -> list[int]:
+    """Return `count` layer numbers spread evenly over 0..total-1, first and last among them where count allows."""
+    if count == 1:
+        return [0]
+    return [round(i * (total - 1) / (count - 1)) for i in range(count)]
+
+
+def cut_config(config: Any, kept: Sequence[int], *, total: int, width: int | None) -> Any:
+    """Return the configuration of a model of these blocks alone.
+
+    What it says of each block, under whatever name, it says of the same block at its new place.
+    """
+    from transformers import PreTrainedConfig
+
+    fields: dict[str, Any] = copy.deepcopy(config.to_dict())
+    text = config.get_text_config()
+    own = fields if text is config else next(fields[name] for name in fields if getattr(config, name, None) is text)
+    names = {name: text.attribute_map.get(name, name) for name in ("num_hidden_layers", "intermediate_size")}
+    of_all_models = PreTrainedConfig().to_dict()
+    for name, value in own.items():
+        if name not in of_all_models and not name.endswith(NOT_OF_BLOCKS):
+            own[name] = _of_kept(name, value, kept, total=total)
+    if "attention_types" in own and "attention_layers" in own:
+        # GPT-Neo says it twice: by block, and as patterns with their repetitions.
+        own["attention_types"] = [[[kind], 1] for kind in own["attention_layers"]]
+    own[names["num_hidden_layers"]] = len(kept)
+    if width is not None:
+        own[names["intermediate_size"]] = width
+    return type(config).from_dict(fields)
+
+
+def _of_kept(name: str, value: Any, kept: Sequence[int], *, total: int) -> Any:
+    if name in BLOCK_NUMBERS and isinstance(value, list | tuple):
+        return [new for new, old in enumerate(kept) if old in value]
+    if name in FIRST_BLOCKS and isinstance(value, int):
+        return sum(old < value for old in kept)
+    if isinstance(value, list | tuple) and len(value) == total:
+        return [value[old] for old in kept]
+    if isinstance(value, dict) and value and {*map(str, value)} <= {*map(str, range(total))}:
+        new = {str(old): new for new, old in enumerate(kept)}
+        return {type(key)(new[str(key)]): one for key, one in value.items() if str(key) in new}
+    return value
+
+
+def _renumbered(whole: Any, kept: Sequence[int]) -> dict[str, Tensor]:
+    """Return the weights of a model of these blocks alone."""
+    stack = blocks(whole)
+    prefix = next(name for name, module in whole.named_modules() if module is stack) + "."
+    new = {str(old): str(place) for place, old in enumerate(kept)}
+    renumbered = {}
+    for name, tensor in whole.state_dict().items():
+        number, dot, rest = name.removeprefix(prefix).partition(".")
+        if not name.startswith(prefix):
+            renumbered[name] = tensor
+        elif number in new:
+            renumbered[prefix + new[number] + dot + rest] = tensor
+    return renumbered
+
+
+@torch.no_grad()
+def _differences(whole: Any, fresh: Any, kept: Sequence[int], *, width: int | None) -> list[str]:
+    """Return in what the model of these blocks differs from the target when the others pass on what they are given."""
+    found = [
+        problem
+        for new, old in enumerate(kept)
+        for problem in _settings_that_differ(blocks(whole)[old], blocks(fresh)[new], old=old, new=new, width=width)
+    ]
+    size = int(whole.get_input_embeddings().weight.shape[0])
+    tokens_BT = torch.arange(1, 9)[None] % size
+    passing = {block: _passing(block.forward) for index, block in enumerate(blocks(whole)) if index not in kept}
+    tokens_BT = tokens_BT.to(whole.get_input_embeddings().weight.device)
+    with replaced_forwards(passing):
+        wanted_BTV = whole(input_ids=tokens_BT, use_cache=False).logits
+    fresh.to(tokens_BT.device)
+    difference = float((fresh(input_ids=tokens_BT, use_cache=False).logits - wanted_BTV).abs().max())
+    if difference > TOLERANCE * float(wanted_BTV.abs().max()):
+        found.append(f"its logits differ by {difference / float(wanted_BTV.abs().max()):.1%} of the largest one")
+    return found
+
+
+def _passing(own: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a block's forward that returns what it is given, in the form that the block's own has."""
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = own(hidden_states, *args, **kwargs)
+        return type(output)([hidden_states, *output[1:]]) if isinstance(output, tuple | list) else hidden_states
+
+    return forward
+
+
+def _settings_that_differ(block: nn.Module, cut: nn.Module, *, old: int, new: int, width: int | None) -> list[str]:
+    """Return what is set differently at a block's new place, such as a window that a short text does not reach."""
+    pairs = zip(block.named_modules(), cut.modules(), strict=True)
+    return [
+        f"block {old} has {f'{path}.' if path else ''}{name} {value!r}, at place {new} it has {there!r}"
+        for (path, module), other in pairs
+        for name, value in _plain(module).items()
+        if (there := vars(other).get(name)) != value
+        and not name.endswith(AT_ITS_PLACE)
+        and (width is None or there != width)
+    ]
+
+
+def _plain(module: nn.Module) -> Mapping[str, Any]:
+    plain = (bool, int, float, str, type(None))
+    return {name: value for name, value in vars(module).items() if isinstance(value, plain) and name[0] != "_"}
+
+
+def _narrow(layer: Any, width: int) -> None:
+    """Keep the feed-forward neurons with the largest product of weight norms."""
+    mlp = getattr(layer, "mlp", None)
+    if mlp is None or not all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")):
+        raise CheckpointError("drafter.intermediate_size: this target has no gate/up/down feed-forward block to narrow")
+    full = mlp.gate_proj.weight.shape[0]
+    if width > full:
+        raise CheckpointError(f"drafter.intermediate_size must be 1..{full} for this target, got {width}")
+    with torch.no_grad():
+        strength_F = (
+            mlp.gate_proj.weight.norm(dim=1) * mlp.up_proj.weight.norm(dim=1) * mlp.down_proj.weight.norm(dim=0)
+        )
+        kept = strength_F.topk(width).indices.sort().values
+        for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+            linear = getattr(mlp, name)
+            linear.weight = torch.nn.Parameter(linear.weight.index_select(dim, kept).clone())
+            if linear.bias is not None and dim == 0:
+                linear.bias = torch.nn.Parameter(linear.bias[kept].clone())

@@ -1,0 +1,206 @@
+"""The independent drafter: a separate, smaller causal LM with the target's tokenizer.
+
+B = sequences, T = positions, V = vocabulary, D = hidden
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from torch.utils.checkpoint import checkpoint
+
+from drafttrain.core.batches import DraftBatch, DraftOutput
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.flops import BatchShape, Products, matrix
+from drafttrain.core.roles import ForwardListener, Proposer
+from drafttrain.core.settings import setting
+from drafttrain.drafters import Drafter, drafters
+from drafttrain.drafters.causal_lm.cut import cut_from
+from drafttrain.drafters.causal_lm.proposer import ChainProposer
+from drafttrain.drafters.eagle.target_parts import ENDLESS, positions_of
+from drafttrain.target_model import Target
+from drafttrain.target_model.anatomy import blocks
+from drafttrain.target_model.attention import drafter_attention
+from drafttrain.target_model.documents import document_states
+from drafttrain.target_model.ends import end_of_text
+from drafttrain.target_model.frozen import check_same_tokenizer, load_causal_lm, load_tokenizer, num_ids, resolve_folder
+from drafttrain.target_model.logits import head_of
+from drafttrain.target_model.work import head_parameters, trunk_products
+
+
+@dataclass
+class CausalLMSettings:
+    """A separate small causal LM."""
+
+    init: Literal["scratch", "checkpoint", "target"] = setting(
+        "scratch",
+        help="scratch: random Llama of the size below; checkpoint: trained weights; target: every n-th layer of the target.",
+    )
+    checkpoint: str | None = setting(None, help="checkpoint: folder or hub id, with the target's tokenizer.")
+    num_layers: int = setting(2, help="scratch, target: decoder layers.", ge=1)
+    hidden_size: int = setting(96, help="scratch: width.", ge=8)
+    intermediate_size: int | None = setting(
+        None,
+        help="Feed-forward width; target: the strongest neurons are kept. null: 8/3 hidden, or the target's.",
+        ge=1,
+    )
+    num_heads: int = setting(3, help="scratch: attention heads; serving engines want hidden/heads of 32 or more.", ge=1)
+    num_kv_heads: int | None = setting(None, help="scratch: key-value heads; null: as many as heads.", ge=1)
+    draft: Literal["sampled", "greedy"] = setting(
+        "sampled", help="At temperature > 0: draft by sampling, or by argmax as vLLM does (then the node is FIXED)."
+    )
+
+    def check(self) -> list[str]:
+        """Return what is wrong across fields."""
+        problems = []
+        if self.init == "checkpoint" and not self.checkpoint:
+            problems.append("checkpoint: init 'checkpoint' needs a folder or hub id")
+        if self.init != "checkpoint" and self.checkpoint:
+            problems.append(f"checkpoint: is not used with init {self.init!r}; set init: checkpoint")
+        if self.init == "scratch" and self.hidden_size % self.num_heads:
+            problems.append(f"num_heads: {self.num_heads} does not divide hidden_size {self.hidden_size}")
+        if self.num_kv_heads and self.num_heads % self.num_kv_heads:
+            problems.append(f"num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}")
+        return problems
+
+
+@drafters.register("causal_lm", CausalLMSettings)
+class CausalLMDrafter(Drafter):
+    """An independent drafter; lag 0, depth 1: its row t is the law of token t + 1.
+
+    Source: Leviathan et al. 2022, arXiv 2211.17192; distilled as in Goel et al. 2024, arXiv 2403.00858.
+    """
+
+    kind = "causal_lm"
+    lag = 0
+    recomputes = True
+    compiles = True
+    serving: ClassVar[str] = "Any engine that drafts with a plain language model of the target's tokenizer can read it."
+
+    def __init__(self, model: Any, *, draft: str = "sampled") -> None:
+        super().__init__()
+        self.model = model
+        self.draft = draft
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch between training and evaluation; the model itself always computes what it computes when it drafts.
+
+        Dropout, dropped layers and noise in a router, whatever the configuration calls them, would make a drafter that is equal
+        to its target differ from it, and a resumed run from one that was never stopped.
+        """
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    @classmethod
+    def why_whole_target(cls, settings: CausalLMSettings) -> str | None:
+        """Return that its layers are cut out of the target's, if they are."""
+        return "init: target cuts the drafter out of the target's blocks" if settings.init == "target" else None
+
+    @classmethod
+    def create(cls, settings: CausalLMSettings, *, target: Target | None, tokenizer: Any) -> CausalLMDrafter:
+        """Return the drafter at its start."""
+        if settings.init == "scratch":
+            model = from_scratch(
+                settings,
+                vocab_size=target.vocab_size if target else num_ids(tokenizer),
+                num_positions=positions_of(target.model.config) if target else None,
+                tokenizer=tokenizer,
+            )
+        elif settings.init == "target":
+            if target is None:
+                raise CheckpointError(
+                    "drafter.init is 'target' but target.model is null: nothing to cut the drafter from"
+                )
+            model = cut_from(target.model, num_layers=settings.num_layers, width=settings.intermediate_size)
+        else:
+            assert settings.checkpoint is not None
+            folder = resolve_folder(settings.checkpoint)
+            check_same_tokenizer(tokenizer, load_tokenizer(folder), drafter=settings.checkpoint)
+            model = load_causal_lm(folder, attention=drafter_attention(target and target.model))
+        return cls(model, draft=settings.draft)
+
+    def compile_with(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Compile each layer; all have the same code, so it is done once."""
+        for block in blocks(self.model):
+            block.__dict__["forward"] = compiled(block.forward)
+
+    def recompute_activations(self) -> None:
+        """Keep only what enters each layer."""
+        # Hugging Face's own switch acts in training mode alone, which the model is never in.
+        for block in blocks(self.model):
+            block.__dict__["forward"] = partial(checkpoint, block.forward, use_reentrant=False)
+
+    def forward(self, batch: DraftBatch) -> DraftOutput:
+        """Return the states of depth 1."""
+        states_BTD, _ = document_states(
+            self.model, batch.tokens_BT, batch.positions_BT, documents=batch.packed_documents
+        )
+        return DraftOutput({1: states_BTD}, head_of(self.model), self.lag)
+
+    def products(self, shape: BatchShape) -> Iterator[Products]:
+        """Yield those of all blocks, and of the head for each trained label."""
+        yield from trunk_products(self.model, shape, gradients=2)
+        yield matrix(head_parameters(self.model), shape.rows(1), gradients=2)
+
+    def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
+        """Return the chain proposer over this model."""
+        return ChainProposer(
+            self.model,
+            target_vocab_size=target.vocab_size,
+            num_tokens=target.num_tokens,
+            listener=listener,
+            draft=self.draft,
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write a plain Hugging Face folder."""
+        self.model.save_pretrained(folder)
+
+    @classmethod
+    def load(cls, folder: Path, target: Target, dtype: Any = None) -> CausalLMDrafter:
+        """Read a plain Hugging Face folder, refusing another tokenizer than the target's."""
+        check_same_tokenizer(target.tokenizer, load_tokenizer(folder), drafter=str(folder))
+        attention = drafter_attention(target.model)
+        model = load_causal_lm(folder, dtype=dtype or "float32", attention=attention).eval().to(target.device)
+        if problem := rows_problem(int(model.get_input_embeddings().weight.shape[0]), target.num_tokens):
+            raise CheckpointError(f"{folder}/config.json: {problem}")
+        return cls(model)
+
+
+def rows_problem(rows: int, num_tokens: int) -> str | None:
+    """Return why a model of so many embedding rows cannot draft for a target of so many tokens."""
+    if rows >= num_tokens:
+        return None
+    return f"vocab_size is {rows}, the target's tokenizer has {num_tokens} tokens: the last ones have no row"
+
+
+def from_scratch(settings: CausalLMSettings, *, vocab_size: int, num_positions: int | None, tokenizer: Any) -> Any:
+    """Return a random Llama of the size that the settings give.
+
+    Args:
+        num_positions: Of the target: engines stop drafting at the drafter's own. None: those that the tokenizer names, if any.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    num_positions = num_positions or int(min(tokenizer.model_max_length, ENDLESS))
+    width = settings.intermediate_size or 8 * round(settings.hidden_size / 3)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=settings.hidden_size,
+        intermediate_size=width,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_heads,
+        num_key_value_heads=settings.num_kv_heads or settings.num_heads,
+        head_dim=settings.hidden_size // settings.num_heads,
+        max_position_embeddings=num_positions,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=end_of_text(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)

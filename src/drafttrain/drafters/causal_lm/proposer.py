@@ -1,0 +1,177 @@
+"""A causal LM that drafts chains, one token after the other, or trees: the inference side of the independent drafter.
+
+V = vocabulary, R = rows of q
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from drafttrain.core.proposals import Budget, Context, DraftStep, More, NodeKind, Proposal, Verdict, chain
+from drafttrain.core.roles import ForwardListener
+from drafttrain.core.target_rows import TargetNeeds, TargetOutput
+from drafttrain.core.texts import Sampling
+from drafttrain.drafters.dynamic_tree import DynamicTree
+from drafttrain.drafters.next_tokens import next_tokens
+from drafttrain.target_model.cached_lm import CachedLM
+
+
+class ChainProposer:
+    """Drafts chains by sampling from its own law, or by argmax (at temperature 0 the two are the same), and top-k trees.
+
+    Args:
+        target_vocab_size: Width of the rows of q.
+        num_tokens: Ids that the tokenizer can produce; the drafter's other rows are padding and carry no mass.
+        draft: `sampled`, or `greedy`: a FIXED node at every temperature, as vLLM drafts.
+    """
+
+    needs = TargetNeeds()
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        target_vocab_size: int,
+        num_tokens: int | None = None,
+        listener: ForwardListener | None = None,
+        draft: str = "sampled",
+    ) -> None:
+        self._lm = CachedLM(model, name="drafter", listener=listener)
+        self._width = target_vocab_size
+        rows = int(model.get_output_embeddings().weight.shape[0])
+        self._shared = min(rows, target_vocab_size, num_tokens or target_vocab_size)
+        self._greedy = draft == "greedy"
+        self._contexts: list[Context] = []
+        self._pending: list[int] = []
+        """Committed tokens that the last `propose` read, by sequence; what it read after them are draft tokens."""
+
+    def why_alone(self, longest: int) -> str | None:
+        """Return why sequences of up to so many tokens are drafted one at a time; None: together."""
+        return self._lm.why_alone(longest)
+
+    def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
+        """Read the prompts, all but their last tokens."""
+        self._contexts = list(contexts)
+        self._lm.begin([context.tokens[:-1] for context in contexts])
+
+    def propose(
+        self,
+        budgets: Sequence[Budget],
+        sampling: Sampling,
+        generators: Sequence[torch.Generator],
+        more: Callable[[DraftStep], bool | More],
+    ) -> list[Proposal]:
+        """Return one chain a sequence, or one tree where the budgets are wider than 1."""
+        if any(budget.width > 1 for budget in budgets):
+            return self._trees(budgets, more)
+        fixed = self._greedy or sampling.temperature == 0
+        drafted = [[context.tokens[-1]] for context in self._contexts]
+        laws: list[list[Tensor]] = [[] for _ in self._contexts]
+        # What the cache lacks of the committed text: the root, and after a whole block was accepted its last token too.
+        inputs = [
+            context.tokens[length:] if budget.nodes else []
+            for context, length, budget in zip(self._contexts, self._lm.lengths, budgets, strict=True)
+        ]
+        self._pending = [len(tokens) for tokens in inputs]
+        needs = TargetNeeds(logits=True, final=any(budget.states for budget in budgets))
+        for depth in range(1, max((budget.nodes for budget in budgets), default=0) + 1):
+            seen = self._lm.forward(inputs, needs=needs) if any(inputs) else []
+            inputs = [[] for _ in inputs]
+            asked: dict[int, tuple[Tensor, bool | More]] = {}
+            for sequence, output in enumerate(seen):
+                if output.logits_BTV is None or not output.logits_BTV.shape[1]:
+                    continue
+                logits_V = output.logits_BTV[0, -1, : self._shared]
+                state_D = None if output.final_BTD is None else output.final_BTD[0, -1]
+                answer = more(DraftStep(sequence, depth, logits_V, state_D, drafted[sequence][-1]))
+                if answer:
+                    asked[sequence] = logits_V, answer
+            tokens, drawn_from = next_tokens(
+                [logits_V for logits_V, _ in asked.values()], sampling, [generators[i] for i in asked], fixed=fixed
+            )
+            for (sequence, (_, answer)), token, law_V in zip(asked.items(), tokens, drawn_from, strict=True):
+                drafted[sequence].append(token)
+                if law_V is not None:
+                    laws[sequence].append(law_V)
+                if depth < budgets[sequence].nodes and answer is not More.LAST:
+                    inputs[sequence] = [token]
+        return [self._proposal(tokens, rows, fixed) for tokens, rows in zip(drafted, laws, strict=True)]
+
+    def _trees(self, budgets: Sequence[Budget], more: Callable[[DraftStep], bool | More]) -> list[Proposal]:
+        """Return one FIXED tree a sequence: one call a level.
+
+        A call of the cache can not leave its nodes pending for the next one, which would look at all of them: so every level
+        reads the whole tree again, and nothing but committed text stays.
+        """
+        trees = [DynamicTree(c.tokens[-1], budget) for c, budget in zip(self._contexts, budgets, strict=True)]
+        inputs = [
+            context.tokens[length:] if tree.frontier else []
+            for context, length, tree in zip(self._contexts, self._lm.lengths, trees, strict=True)
+        ]
+        if not any(inputs):
+            return [tree.proposal() for tree in trees]
+        seen = self._lm.forward(inputs)
+        self._lm.keep([range(len(tokens)) for tokens in inputs])
+        # The root is in the cache now, so below it the tree begins at node 1.
+        rows = [[len(tokens) - 1] for tokens in inputs]
+        while True:
+            for sequence, (tree, output) in enumerate(zip(trees, seen, strict=True)):
+                if tree.frontier:
+                    _grow(tree, output, rows[sequence], sequence, more, shared=self._shared)
+            if not any(tree.frontier for tree in trees):
+                return [tree.proposal() for tree in trees]
+            rows = [[node - 1 for node in tree.frontier] for tree in trees]
+            seen = self._lm.forward(
+                [tree.tokens[1:] if tree.frontier else [] for tree in trees],
+                parents=[[max(p - 1, -1) for p in tree.parents[1:]] if tree.frontier else [] for tree in trees],
+            )
+            self._lm.keep([[] for _ in trees])
+
+    def _proposal(self, tokens: list[int], laws: list[Tensor], fixed: bool) -> Proposal:
+        if fixed or not laws:
+            return chain(tokens, kind=NodeKind.FIXED)
+        q_rows_RV = pad(torch.stack(laws), (0, self._width - self._shared))
+        return chain(tokens, kind=NodeKind.SAMPLED, q_rows_RV=q_rows_RV)
+
+    def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
+        """Keep what was committed: the tokens read before drafting and the accepted draft tokens among those read."""
+        cache = self._lm.cache
+        read = [length - kept for length, kept in zip(cache.lengths, cache.kept, strict=True)]
+        if any(read):
+            self._lm.keep(
+                [
+                    range(min(count, pending + verdict.num_accepted))
+                    for count, pending, verdict in zip(read, self._pending, verdicts, strict=True)
+                ]
+            )
+
+    def drop(self, keep: Sequence[int]) -> None:
+        """Keep only these sequences."""
+        self._contexts = [self._contexts[i] for i in keep]
+        self._lm.drop(keep)
+
+
+def _grow(
+    tree: DynamicTree,
+    output: TargetOutput,
+    rows: list[int],
+    sequence: int,
+    more: Callable[[DraftStep], bool | More],
+    *,
+    shared: int,
+) -> None:
+    """Add the children of a tree's frontier, whose laws are these rows of a call."""
+    assert output.logits_BTV is not None
+    # Rows that follow each other need no index on the device.
+    together = rows == list(range(rows[0], rows[0] + len(rows)))
+    logits_MV = output.logits_BTV[0, slice(rows[0], rows[-1] + 1) if together else rows, :shared]
+    expand = [
+        bool(more(DraftStep(sequence, tree.depth + 1, logits_V, token=tree.tokens[node])))
+        for node, logits_V in zip(tree.frontier, logits_MV, strict=True)
+    ]
+    tree.grow(logits_MV.float().log_softmax(dim=-1), expand)

@@ -1,0 +1,77 @@
+"""What drafters that feed on the target's features share: embedding, proposer, folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+
+from torch import Tensor, nn
+
+from drafttrain.core.batches import DraftBatch
+from drafttrain.core.packed_documents import ReadSlots
+from drafttrain.core.roles import ForwardListener, Proposer
+from drafttrain.core.target_rows import RowsAsked
+from drafttrain.drafters import Drafter
+from drafttrain.drafters.eagle.layer import computing_type
+from drafttrain.drafters.eagle.proposer import FeatureProposer
+from drafttrain.drafters.eagle.rollout import FeatureModel
+from drafttrain.drafters.eagle.target_parts import TargetParts, save_folder
+from drafttrain.losses.align import read_slots
+
+if TYPE_CHECKING:
+    from drafttrain.target_model import Target
+
+
+class FeatureDrafter(Drafter):
+    """A drafter of one layer over (embedding of the next token, feature); a subclass is a `FeatureModel`."""
+
+    config: dict[str, Any]
+    own: dict[str, Any]
+    """What training and drafting are told, and no engine reads."""
+    compiles = True
+    reads_slots: ClassVar[bool] = True
+    fc: nn.Linear
+    _parts: TargetParts
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """Return embedded_BTD."""
+        return self._parts.embed(tokens_BT, dtype=computing_type(self.fc.weight))
+
+    def rows_asked(self) -> list[RowsAsked]:
+        """Return the rows of every step of the rollout."""
+        return [self._rows_of(self.own["num_steps"])]
+
+    def slots(self, batch: DraftBatch, *, num_steps: int) -> ReadSlots:
+        """Return the slots whose states are read: in training those of its rows."""
+        return read_slots(batch, self._rows_of(num_steps)) if self.training else ReadSlots.all(batch.positions_BT)
+
+    def _rows_of(self, num_steps: int) -> RowsAsked:
+        return RowsAsked(tuple(range(1, num_steps + 1)), self.lag)
+
+    def compile_with(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Compile the layer around its attention, which is a kernel already."""
+        model = cast(FeatureModel, self)
+        self.__dict__["entering"] = compiled(model.entering)
+        model.layer.__dict__["finish"] = compiled(model.layer.finish)
+
+    def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
+        """Return the proposer of chains and dynamic trees."""
+        return FeatureProposer(
+            cast(FeatureModel, self),
+            vocab_size=target.vocab_size,
+            num_tokens=target.num_tokens,
+            device=target.device,
+            listener=listener,
+            greedy=self.draft == "greedy",
+        )
+
+    def trained_as(self, own: dict[str, Any]) -> Self:
+        """Train on from here with settings of its own."""
+        self.config["drafttrain"] = self.own = own
+        self.draft = own["draft"]
+        return self.train()
+
+    def save(self, folder: Path) -> None:
+        """Write the folder under the names that serving engines load."""
+        save_folder(folder, self.config, self)

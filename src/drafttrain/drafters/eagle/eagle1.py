@@ -1,0 +1,239 @@
+"""EAGLE-1: one decoder layer that predicts the target's next final feature; the target's own head turns it into a law.
+
+B = sequences, T = positions, V = vocabulary, D = hidden, N = rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import smooth_l1_loss
+
+from drafttrain.core.batches import DraftBatch, DraftOutput
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
+from drafttrain.core.settings import setting
+from drafttrain.core.target_rows import RowsAsked, TargetNeeds, TargetOutput
+from drafttrain.drafters import drafters
+from drafttrain.drafters.eagle.drafter import FeatureDrafter
+from drafttrain.drafters.eagle.layer import FeatureLayer
+from drafttrain.drafters.eagle.rollout import rollout
+from drafttrain.drafters.eagle.target_parts import (
+    TargetParts,
+    layer_config,
+    llama_config,
+    load_weights,
+    read_config,
+    weight_bytes,
+)
+from drafttrain.drafters.start import HELP, folder_to_start_from, said_by_the_folder
+from drafttrain.losses.align import align
+from drafttrain.losses.random_rows import uniform
+from drafttrain.target_model import Target
+
+NOISE_LENGTH = 512
+"""Tokens of a document whose features get noise of the amplitude that is set; longer ones get less."""
+
+FC_BIAS = "eagle_fc_bias"
+"""Field of config.json: fc has a bias. Not `bias`, which engines take for biases of the attention."""
+
+
+@dataclass
+class EagleSettings:
+    """One layer that predicts the target's next final feature, read by the target's own head (EAGLE-1)."""
+
+    checkpoint: str | None = setting(None, help=HELP)
+    num_steps: int = setting(1, help="Draft tokens that training rolls out at every position; 1 as in the paper.", ge=1)
+    step_decay: float = setting(0.8, help="Factor on both losses from each of these steps to the next.", gt=0, le=1)
+    feature_weight: float = setting(1.0, help="Factor on the smooth L1 distance to the target's own feature.", ge=0)
+    loss_weight: float = setting(
+        0.1, help="Factor on the recipe's loss; the paper's cross-entropy with the target's law is forward_kl.", ge=0
+    )
+    feature_noise: float = setting(
+        0.2, help="Width of the uniform noise on the features that training reads, for a document of 512 tokens.", ge=0
+    )
+    num_heads: int | None = setting(None, help="Attention heads; null: the target's.", ge=1)
+    num_kv_heads: int | None = setting(None, help="Key-value heads; null: the target's.", ge=1)
+    intermediate_size: int | None = setting(None, help="Feed-forward width; null: the target's.", ge=1)
+    draft: Literal["sampled", "greedy"] = setting(
+        "sampled",
+        help="Chains at temperature > 0: draft by sampling, or by argmax as vLLM does (then the node is FIXED).",
+    )
+
+    def check(self) -> list[str]:
+        """Return what is wrong across fields."""
+        problems = said_by_the_folder(self, ("num_heads", "num_kv_heads", "intermediate_size"))
+        if self.num_heads and self.num_kv_heads and self.num_heads % self.num_kv_heads:
+            problems.append(f"num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}")
+        if not self.feature_weight and not self.loss_weight:
+            problems.append("feature_weight: 0 and loss_weight 0 leave nothing to learn")
+        return problems
+
+
+OWN = ("num_steps", "step_decay", "feature_weight", "loss_weight", "feature_noise", "draft")
+"""Settings that the folder keeps."""
+
+
+def own_defaults() -> dict[str, Any]:
+    """Return what the folder keeps of the settings, as it is by default."""
+    return {name: getattr(EagleSettings(), name) for name in OWN}
+
+
+@drafters.register("eagle", EagleSettings)
+class EagleDrafter(FeatureDrafter):
+    """Row t of depth d says token t + d + 1 (lag 1), from final features up to token t and the tokens up to t + d.
+
+    Source: Li et al. 2024, EAGLE, arXiv 2401.15077.
+    """
+
+    kind = "eagle"
+    lag = 1
+    needs_target = True
+    serving: ClassVar[str] = "It drafts trees in the embedded evaluator only."
+
+    def __init__(self, config: dict[str, Any], parts: TargetParts) -> None:
+        super().__init__()
+        self.config = config
+        self.own = config["drafttrain"]
+        self.draft = self.own["draft"]
+        self._parts = parts
+        layer, width = llama_config(config), config["hidden_size"]
+        # vLLM drops a bias here silently, so none is trained unless the folder to start from has one; an input norm it refuses.
+        self.fc = nn.Linear(2 * width, width, bias=config.get(FC_BIAS, False))
+        nn.init.normal_(self.fc.weight, std=layer.initializer_range)
+        self.layers = nn.ModuleList([FeatureLayer(layer, input_size=width)])
+
+    @classmethod
+    def create(cls, settings: EagleSettings, *, target: Target | None, tokenizer: Any) -> EagleDrafter:
+        """Return the drafter at its start."""
+        if target is None:
+            raise CheckpointError("drafter.kind eagle reads the target's final states, but target.model is null")
+        own = {name: getattr(settings, name) for name in OWN}
+        if settings.checkpoint is not None:
+            return cls.load(folder_to_start_from(settings.checkpoint, target, kind=cls.kind), target).trained_as(own)
+        config = {
+            "architectures": ["LlamaForCausalLM"],
+            **layer_config(
+                target,
+                num_heads=settings.num_heads,
+                num_kv_heads=settings.num_kv_heads,
+                intermediate_size=settings.intermediate_size,
+            ),
+            "drafttrain": own,
+        }
+        return cls(config, TargetParts(target))
+
+    def needs(self) -> TargetNeeds:
+        """Return the state after the final norm."""
+        return TargetNeeds(final=True)
+
+    def rows_asked(self) -> list[RowsAsked]:
+        """Return the rows of every step, which the distance to the features reads too."""
+        return 2 * super().rows_asked()
+
+    def forward(self, batch: DraftBatch) -> DraftOutput:
+        """Return the states of every step, and in training their distance to the target's own features."""
+        assert batch.target is not None, "the module reads the target for a drafter that needs it"
+        features_BTD = self.features(batch.target)
+        hidden_BTD = features_BTD
+        if self.training and self.own["feature_noise"]:
+            hidden_BTD = hidden_BTD + self.own["feature_noise"] * noise(batch, width=hidden_BTD.shape[-1]).to(
+                hidden_BTD
+            )
+        num_steps = batch.num_depths or self.own["num_steps"]
+        states = rollout(self, batch, hidden_BTD, num_steps=num_steps, slots=self.slots(batch, num_steps=num_steps))
+        decay = {depth: self.own["step_decay"] ** (depth - 1) for depth in states}
+        weights = {depth: self.own["loss_weight"] * factor for depth, factor in decay.items()}
+        drafted = DraftOutput(states, self._parts.linear_head, self.lag, depth_weights=weights)
+        if not self.training or not self.own["feature_weight"]:
+            return drafted
+        distance = self.own["feature_weight"] * feature_distance(drafted, batch, features_BTD, decay)
+        return DraftOutput(states, self._parts.linear_head, self.lag, depth_weights=weights, extra_loss=distance)
+
+    def products(self, shape: BatchShape) -> Iterator[Products]:
+        """Yield those of every step of the rollout; its own few keys of earlier steps are not counted."""
+        rollout = shape.rollout(self.own["num_steps"])
+        for depth in range(1, self.own["num_steps"] + 1):
+            entering = rollout.columns if depth == 1 else rollout.queries
+            # What the first step reads is not trained.
+            yield matrix(parameters_of(self.fc), entering, gradients=1 if depth == 1 else 2)
+            yield from self.layer.products(rollout, remembered=entering)
+            yield matrix(self._parts.head_parameters, shape.rows(depth + self.lag), gradients=1)
+
+    @property
+    def layer(self) -> FeatureLayer:
+        """The decoder layer."""
+        layer = self.layers[0]
+        assert isinstance(layer, FeatureLayer)
+        return layer
+
+    @property
+    def vocabulary(self) -> None:
+        """The target's own."""
+        return
+
+    def features(self, seen: TargetOutput) -> Tensor:
+        """Return features_BTD: the state after the final norm."""
+        assert seen.final_BTD is not None, "it was asked for"
+        return seen.final_BTD.to(self.fc.weight)
+
+    def fused(self, features_BTF: Tensor) -> Tensor:
+        """Return the features as they are."""
+        return features_BTF
+
+    def entering(self, embedded_BTD: Tensor, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the joined input, which is the residual stream too."""
+        joined_BTD: Tensor = self.fc(torch.cat([embedded_BTD, hidden_BTD], dim=-1))
+        return joined_BTD, joined_BTD
+
+    def fed_back(self, state_BTD: Tensor) -> Tensor:
+        """Return the predicted feature."""
+        return state_BTD
+
+    def head(self, states_ND: Tensor, depth: int) -> Tensor:
+        """Return logits_NV, by the target's head without another norm."""
+        return self._parts.head(states_ND)
+
+    def weight_bytes(self) -> tuple[int, int, int, int]:
+        """Return the bytes of: nothing that fuses, the layer with what joins its inputs, the target's head, an embedding row."""
+        return 0, weight_bytes(self.fc, self.layers), self._parts.head_bytes, self._parts.embedding_row_bytes
+
+    @classmethod
+    def load(cls, folder: Path, target: Target, dtype: Any = None) -> EagleDrafter:
+        """Read what `save` wrote, refusing a target of another shape."""
+        drafter = cls(read_config(folder, target, own=own_defaults()), TargetParts(target))
+        load_weights(folder, drafter, dtype=dtype or "float32")
+        return drafter.eval().to(target.device)
+
+
+def feature_distance(drafted: DraftOutput, batch: DraftBatch, features_BTD: Tensor, decay: dict[int, float]) -> Tensor:
+    """Return the sum over trained rows of the smooth L1 distance, mean over D, to the feature that the row predicts.
+
+    A row's label is token u; the state that the target says it from is the one at u - 1, and that is what it predicts.
+    """
+    rows = align(drafted, batch)
+    features_RD = features_BTD.flatten(0, 1)
+    total, first = features_RD.new_zeros(()), 0
+    for depth, count in rows.counts.items():
+        chosen = slice(first, first + count)
+        predicted_ND = drafted.states_BTD[depth].flatten(0, 1)[rows.drafter_N[chosen]]
+        distance_ND = smooth_l1_loss(predicted_ND, features_RD[rows.target_N[chosen]], reduction="none")
+        total = total + decay[depth] * distance_ND.mean(dim=-1).sum()
+        first += count
+    return total
+
+
+def noise(batch: DraftBatch, *, width: int) -> Tensor:
+    """Return noise_BTD, uniform in (-1/2, 1/2) times 512 / tokens of the document.
+
+    A function of step, document and position alone, so that neither packing nor a resume changes it.
+    """
+    uniform_BTD = uniform(batch.seed_BT.flatten(), width).view(*batch.seed_BT.shape, width)
+    document_N = (batch.positions_BT.flatten() == 0).cumsum(0) - 1
+    length_N = torch.zeros_like(document_N).scatter_add(0, document_N, torch.ones_like(document_N))[document_N]
+    return (uniform_BTD - 0.5) * (NOISE_LENGTH / length_N.view_as(batch.positions_BT)[..., None])

@@ -1,0 +1,325 @@
+"""EAGLE-3: one decoder layer over features of three depths of the target, trained on its own rollouts, with its own vocabulary.
+
+B = sequences, T = positions, V = the target's vocabulary, R = the drafter's, D = hidden, F = 3 D, N = rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from drafttrain.core.batches import DraftBatch, DraftOutput
+from drafttrain.core.console import say
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
+from drafttrain.core.linear_head import LinearHead
+from drafttrain.core.settings import setting
+from drafttrain.core.target_rows import TargetNeeds, TargetOutput
+from drafttrain.drafters import drafters
+from drafttrain.drafters.eagle.draft_vocabulary import vocabulary_problems
+from drafttrain.drafters.eagle.drafter import FeatureDrafter
+from drafttrain.drafters.eagle.layer import FeatureLayer, computing_type
+from drafttrain.drafters.eagle.norm import Norm
+from drafttrain.drafters.eagle.rollout import rollout
+from drafttrain.drafters.eagle.target_parts import (
+    TargetParts,
+    layer_config,
+    llama_config,
+    load_weights,
+    read_config,
+    weight_bytes,
+)
+from drafttrain.drafters.start import HELP, folder_to_start_from, said_by_the_folder
+from drafttrain.target_model import Target
+from drafttrain.target_model.anatomy import blocks
+
+NUM_TAPS = 3
+
+SAID_BY_FOLDER = (
+    *("taps", "draft_vocab_size", "num_heads", "num_kv_heads", "intermediate_size"),
+    *("head_init", "norm_before_fc", "fc_norm", "norm_output", "norm_before_residual"),
+)
+"""Settings that the folder to start from has made already."""
+
+
+@dataclass
+class Eagle3Settings:
+    """One layer over the target's hidden states of three depths, trained on its own rollouts (EAGLE-3)."""
+
+    checkpoint: str | None = setting(None, help=HELP)
+    taps: list[int] | None = setting(
+        None,
+        help="Blocks whose incoming hidden states are read, three of 0..layers - 1, rising; null: an early, the middle and a "
+        "late one.",
+        ge=0,
+    )
+    draft_vocab_size: int | None = setting(
+        None, help="Tokens that the drafter can say, the most frequent labels of the data; null: all.", ge=1
+    )
+    num_steps: int = setting(5, help="Draft tokens that training rolls out at every position.", ge=1)
+    step_decay: float = setting(0.8, help="Factor on the loss from each of these steps to the next.", gt=0, le=1)
+    num_heads: int | None = setting(None, help="Attention heads; null: the target's.", ge=1)
+    num_kv_heads: int | None = setting(None, help="Key-value heads; null: the target's.", ge=1)
+    intermediate_size: int | None = setting(None, help="Feed-forward width; null: the target's.", ge=1)
+    head_init: Literal["target", "random"] = setting(
+        "target", help="Start of head and final norm: the target's (its rows of the draft vocabulary), or random."
+    )
+    norm_before_fc: bool = setting(False, help="Norm the three tapped states as one before they are fused.")
+    fc_norm: bool = setting(False, help="Norm each tapped state before they are fused (EAGLE-3.1).")
+    norm_output: bool = setting(False, help="Feed the state back after the final norm (EAGLE-3.1), not before it.")
+    norm_before_residual: bool = setting(
+        False, help="The residual stream starts from the normed fused state, not from the state itself."
+    )
+    draft: Literal["sampled", "greedy"] = setting(
+        "sampled",
+        help="Chains at temperature > 0: draft by sampling, or by argmax as vLLM does (then the node is FIXED).",
+    )
+
+    def check(self) -> list[str]:
+        """Return what is wrong across fields."""
+        problems = said_by_the_folder(self, SAID_BY_FOLDER)
+        if self.taps is not None and (len(self.taps) != NUM_TAPS or sorted(set(self.taps)) != self.taps):
+            problems.append(f"taps: three different blocks in rising order are needed, got {self.taps}")
+        if self.num_heads and self.num_kv_heads and self.num_heads % self.num_kv_heads:
+            problems.append(f"num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}")
+        return problems
+
+    def smoke(self) -> Eagle3Settings:
+        """Return a copy that rolls out no more than it must to be tested."""
+        from dataclasses import replace
+
+        return replace(self, num_steps=min(self.num_steps, 3))
+
+
+class MidLayer(FeatureLayer):
+    """The layer with its two input norms: of the embedding and of the hidden input, which are read side by side."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config, input_size=2 * config.hidden_size)
+        self.input_layernorm = Norm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hidden_norm = Norm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+OWN = ("num_steps", "step_decay", "head_init", "draft")
+"""Settings that the folder keeps."""
+
+
+def own_defaults() -> dict[str, Any]:
+    """Return what the folder keeps of the settings, as it is by default."""
+    return {name: getattr(Eagle3Settings(), name) for name in OWN}
+
+
+@drafters.register("eagle3", Eagle3Settings)
+class Eagle3Drafter(FeatureDrafter):
+    """Row t of depth d says token t + d + 1 (lag 1), from features up to token t and the tokens up to t + d.
+
+    Source: Li et al. 2025, EAGLE-3, arXiv 2503.01840.
+    """
+
+    kind = "eagle3"
+    lag = 1
+    needs_target = True
+    serving: ClassVar[str] = "It drafts trees in the embedded evaluator only."
+
+    def __init__(self, config: dict[str, Any], parts: TargetParts) -> None:
+        super().__init__()
+        self.config = config
+        self.own = config["drafttrain"]
+        self.draft = self.own["draft"]
+        self.taps: tuple[int, ...] = tuple(config["eagle_aux_hidden_state_layer_ids"])
+        self._parts = parts
+        self._keeps_vocabulary = False
+        layer, width, eps = llama_config(config), config["hidden_size"], config["rms_norm_eps"]
+        self.input_norm = Norm(NUM_TAPS * width, eps=eps) if config.get("norm_before_fc") else None
+        self.fc = nn.Linear(NUM_TAPS * width, width, bias=False)
+        self.midlayer = MidLayer(layer)
+        self.norm = Norm(width, eps=eps)
+        self.lm_head = nn.Linear(width, config["draft_vocab_size"], bias=False)
+        for linear in (self.fc, self.lm_head):
+            nn.init.normal_(linear.weight, std=layer.initializer_range)
+        self.fc_norm = nn.ModuleList(Norm(width, eps=eps) for _ in self.taps) if config["fc_norm"] else None
+        self.d2t: Tensor | None
+        self.t2d: Tensor | None
+        same = config["draft_vocab_size"] == config["vocab_size"]
+        self.register_buffer("d2t", None if same else torch.zeros(config["draft_vocab_size"], dtype=torch.long))
+        self.register_buffer("t2d", None if same else torch.arange(config["vocab_size"]) < config["draft_vocab_size"])
+
+    @classmethod
+    def create(cls, settings: Eagle3Settings, *, target: Target | None, tokenizer: Any) -> Eagle3Drafter:
+        """Return the drafter at its start; its vocabulary is the first ids until `fit_vocabulary` has chosen."""
+        if target is None:
+            raise CheckpointError("drafter.kind eagle3 reads the target's hidden states, but target.model is null")
+        own = {name: getattr(settings, name) for name in OWN}
+        if settings.checkpoint is not None:
+            made = cls.load(folder_to_start_from(settings.checkpoint, target, kind=cls.kind), target).trained_as(own)
+            made._keeps_vocabulary = True
+            return made
+        size = settings.draft_vocab_size or target.vocab_size
+        if size > target.num_tokens and size != target.vocab_size:
+            raise CheckpointError(
+                f"drafter.draft_vocab_size must be 1..{target.num_tokens} for this target, got {size}"
+            )
+        config = {
+            "architectures": ["LlamaForCausalLMEagle3"],
+            **layer_config(
+                target,
+                num_heads=settings.num_heads,
+                num_kv_heads=settings.num_kv_heads,
+                intermediate_size=settings.intermediate_size,
+            ),
+            "draft_vocab_size": size,
+            "target_hidden_size": int(target.model.config.get_text_config().hidden_size),
+            "eagle_aux_hidden_state_layer_ids": taps_of(len(blocks(target.model)), settings.taps),
+            "norm_before_fc": settings.norm_before_fc,
+            "fc_norm": settings.fc_norm,
+            "norm_output": settings.norm_output,
+            "norm_before_residual": settings.norm_before_residual,
+            "drafttrain": own,
+        }
+        drafter = cls(config, TargetParts(target))
+        drafter._start_head()
+        return drafter
+
+    def fit_vocabulary(self, label_counts: Callable[[], Any]) -> None:
+        """Take the most frequent labels; of equally frequent ones the lower ids. A drafter that was trained keeps its own."""
+        if self.d2t is None or self.t2d is None or self._keeps_vocabulary:
+            return
+        counts = torch.as_tensor(label_counts())[: len(self.t2d)]
+        counts_V = torch.zeros(len(self.t2d), dtype=torch.float64)
+        counts_V[: len(counts)] = counts
+        vocabulary_R = counts_V.sort(descending=True, stable=True).indices[: len(self.d2t)].sort().values
+        self.d2t.copy_(vocabulary_R - torch.arange(len(vocabulary_R)))
+        self.t2d.zero_()[vocabulary_R] = True
+        self._start_head()
+        share = float(counts_V[vocabulary_R].sum() / counts_V.sum())
+        say(f"draft vocabulary: {len(self.d2t):,} of {len(self.t2d):,} tokens, {share:.2%} of the labels")
+
+    @torch.no_grad()
+    def _start_head(self) -> None:
+        """Start from the target's own head, the rows of this vocabulary, and its final norm."""
+        if self.own["head_init"] == "random":
+            return
+        ids_R = torch.arange(self.config["vocab_size"]) if self.vocabulary is None else self.vocabulary
+        self.lm_head.weight.copy_(self._parts.head_rows(ids_R))
+        self.norm.weight.copy_(self._parts.final_gain())
+
+    def needs(self) -> TargetNeeds:
+        """Return the three taps."""
+        return TargetNeeds(hidden=self.taps)
+
+    def forward(self, batch: DraftBatch) -> DraftOutput:
+        """Return the states of every step of the rollout."""
+        assert batch.target is not None, "the module reads the target for a drafter that needs it"
+        num_steps = batch.num_depths or self.own["num_steps"]
+        slots = self.slots(batch, num_steps=num_steps)
+        states = rollout(self, batch, self.features(batch.target), num_steps=num_steps, slots=slots)
+        weights = {depth: self.own["step_decay"] ** (depth - 1) for depth in states}
+        return DraftOutput(states, self._head, self.lag, depth_weights=weights, vocabulary=self.vocabulary)
+
+    def products(self, shape: BatchShape) -> Iterator[Products]:
+        """Yield those of the fusion and of every step of the rollout; its own few keys of earlier steps are not counted."""
+        normed = self.input_norm is not None or self.fc_norm is not None
+        rollout = shape.rollout(self.own["num_steps"])
+        yield matrix(parameters_of(self.fc), rollout.columns, gradients=2 if normed else 1)
+        for depth in range(1, self.own["num_steps"] + 1):
+            yield from self.layer.products(rollout, remembered=rollout.columns if depth == 1 else rollout.queries)
+            yield matrix(parameters_of(self.lm_head), shape.rows(depth + self.lag), gradients=2)
+
+    @property
+    def layer(self) -> FeatureLayer:
+        """The decoder layer."""
+        return self.midlayer
+
+    @property
+    def vocabulary(self) -> Tensor | None:
+        """The target's id of each token of the drafter."""
+        return None if self.d2t is None else torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
+
+    def features(self, seen: TargetOutput) -> Tensor:
+        """Return features_BTF: the tapped states side by side."""
+        return torch.cat([seen.hidden_BTD[tap] for tap in self.taps], dim=-1).to(
+            self.fc.weight.device, computing_type(self.fc.weight)
+        )
+
+    def fused(self, features_BTF: Tensor) -> Tensor:
+        """Return hidden_BTD."""
+        if self.input_norm is not None:
+            features_BTF = self.input_norm(features_BTF)
+        if self.fc_norm is not None:
+            pieces = features_BTF.chunk(NUM_TAPS, dim=-1)
+            features_BTF = torch.cat([norm(piece) for norm, piece in zip(self.fc_norm, pieces, strict=True)], dim=-1)
+        hidden_BTD: Tensor = self.fc(features_BTF)
+        return hidden_BTD
+
+    def entering(self, embedded_BTD: Tensor, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both inputs normed, side by side, and the hidden input as the residual stream."""
+        normed_BTD = self.midlayer.hidden_norm(hidden_BTD)
+        inputs_BTX = torch.cat([self.midlayer.input_layernorm(embedded_BTD), normed_BTD], dim=-1)
+        return inputs_BTX, normed_BTD if self.config["norm_before_residual"] else hidden_BTD
+
+    def fed_back(self, state_BTD: Tensor) -> Tensor:
+        """Return the layer's output, before the final norm unless `norm_output`."""
+        return self.norm(state_BTD) if self.config["norm_output"] else state_BTD
+
+    @property
+    def _head(self) -> LinearHead:
+        return LinearHead(lambda _: self.lm_head, before=self.norm)
+
+    def head(self, states_ND: Tensor, depth: int) -> Tensor:
+        """Return logits_NR."""
+        logits_NR: Tensor = self.lm_head(self.norm(states_ND))
+        return logits_NR
+
+    def weight_bytes(self) -> tuple[int, int, int, int]:
+        """Return the bytes of fusion, layer, head with its norm, and an embedding row."""
+        fusion = [part for part in (self.input_norm, self.fc_norm, self.fc) if part is not None]
+        head = weight_bytes(self.norm, self.lm_head)
+        return weight_bytes(*fusion), weight_bytes(self.midlayer), head, self._parts.embedding_row_bytes
+
+    @classmethod
+    def load(cls, folder: Path, target: Target, dtype: Any = None) -> Eagle3Drafter:
+        """Read what `save` wrote, refusing a target of another shape."""
+        config = read_config(folder, target, own=own_defaults())
+        config |= {
+            "eagle_aux_hidden_state_layer_ids": taps_of(
+                len(blocks(target.model)), config.get("eagle_aux_hidden_state_layer_ids")
+            ),
+            "draft_vocab_size": config.get("draft_vocab_size") or config["vocab_size"],
+        }
+        drafter = cls(config, TargetParts(target))
+        load_weights(folder, drafter, dtype=dtype or "float32")
+        maps = (drafter.d2t, drafter.t2d)
+        problems = [] if maps[0] is None or maps[1] is None else vocabulary_problems(maps[0], maps[1])
+        if problems:
+            raise CheckpointError(f"{folder}/model.safetensors: {problems[0]}")
+        return drafter.eval().to(target.device)
+
+
+def taps_of(num_layers: int, given: Sequence[int] | None = None) -> list[int]:
+    """Return the three blocks whose incoming states are read: those given, or an early, the middle and a late one.
+
+    From ten layers on they are EAGLE-3's: 2, half, and three before the end.
+
+    Raises:
+        CheckpointError: The target has too few layers, or the taps are equal or out of range.
+    """
+    if num_layers < NUM_TAPS:
+        raise CheckpointError(
+            f"drafter.kind eagle3 needs a target of at least {NUM_TAPS} layers, this one has {num_layers}"
+        )
+    if given is not None:
+        taps = list(given)
+        if len(taps) != NUM_TAPS or sorted(set(taps)) != taps or not 0 <= taps[0] <= taps[-1] < num_layers:
+            raise CheckpointError(
+                f"drafter.taps must be three different blocks in rising order, of 0..{num_layers - 1} for this target "
+                f"({num_layers} layers), got {taps}"
+            )
+        return taps
+    if num_layers >= 10:
+        return [2, num_layers // 2, num_layers - 3]
+    return [int(num_layers > NUM_TAPS), num_layers // 2, num_layers - 1]

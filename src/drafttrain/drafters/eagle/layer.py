@@ -1,0 +1,145 @@
+"""The one decoder layer of a drafter that reads the target's features, as Llama's: its projections may read more than its stream.
+
+B = sequences, T = positions (N = those of one call), C = keys (columns), H = heads, G = key-value heads, d = width of a head,
+D = hidden, X = width of what the projections read
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention, silu
+
+from drafttrain.core.flops import Products, RolloutShape, attention, matrix, parameters_of
+from drafttrain.drafters.eagle.norm import Norm
+
+
+class FeatureLayer(nn.Module):
+    """Rotary attention with grouped keys, then a SwiGLU block; no bias anywhere.
+
+    The norms before the projections belong to the drafter's kind, so they are not here.
+    """
+
+    def __init__(self, config: Any, *, input_size: int) -> None:
+        super().__init__()
+        self.self_attn = Projections(config, input_size=input_size)
+        self.post_attention_layernorm = Norm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = SwiGLU(config)
+        self._rotary = Rotary(config)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+
+    def project(self, inputs_BTX: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (query_BHTd, key_BGTd, value_BGTd), rotated to their positions."""
+        return self.asked(inputs_BTX, positions_BT), *self.remembered(inputs_BTX, positions_BT)
+
+    def asked(self, inputs_BTX: Tensor, positions_BT: Tensor) -> Tensor:
+        """Return query_BHTd."""
+        return self._rotary.turned(self.self_attn.split(self.self_attn.q_proj(inputs_BTX)), positions_BT)
+
+    def remembered(self, inputs_BTX: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (key_BGTd, value_BGTd)."""
+        key, value = (
+            self.self_attn.split(linear(inputs_BTX)) for linear in (self.self_attn.k_proj, self.self_attn.v_proj)
+        )
+        return self._rotary.turned(key, positions_BT), value
+
+    def products(self, shape: RolloutShape, *, remembered: int) -> Iterator[Products]:
+        """Yield what one step of a rollout takes, and its gradients.
+
+        Args:
+            remembered: Slots whose keys and values it makes.
+        """
+        keys_and_values = parameters_of(self.self_attn.k_proj, self.self_attn.v_proj)
+        yield matrix(keys_and_values, remembered, gradients=2)
+        yield matrix(parameters_of(self) - keys_and_values, shape.queries, gradients=2)
+        yield attention(self.self_attn.q_proj.out_features, shape.pairs, gradients=2)
+
+    def finish(self, attended_BHTd: Tensor, residual_BTD: Tensor) -> Tensor:
+        """Return the stream after the layer."""
+        stream_BTD = residual_BTD + self.self_attn.o_proj(attended_BHTd.transpose(1, 2).flatten(2))
+        return stream_BTD + self.mlp(self.post_attention_layernorm(stream_BTD))
+
+
+class Projections(nn.Module):
+    """Query, key, value and output projections."""
+
+    def __init__(self, config: Any, *, input_size: int) -> None:
+        super().__init__()
+        self.head_dim: int = config.head_dim
+        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(input_size, queries, bias=False)
+        self.k_proj = nn.Linear(input_size, keys, bias=False)
+        self.v_proj = nn.Linear(input_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+    def split(self, projected_BTY: Tensor) -> Tensor:
+        """Return heads_BHTd."""
+        return projected_BTY.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class SwiGLU(nn.Module):
+    """The feed-forward block."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, states_BTD: Tensor) -> Tensor:
+        """Return down(silu(gate) * up)."""
+        down: Tensor = self.down_proj(silu(self.gate_proj(states_BTD)) * self.up_proj(states_BTD))
+        return down
+
+
+class Rotary:
+    """Rotary angles with the scaling that the configuration names. No module: a cast of the weights must not round them."""
+
+    def __init__(self, config: Any) -> None:
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        self._embedding = LlamaRotaryEmbedding(config=config)
+
+    @property
+    def frequencies(self) -> Tensor:
+        """Angle per position of every pair of coordinates."""
+        frequencies: Tensor = self._embedding.inv_freq
+        return frequencies
+
+    def __call__(self, positions_BT: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (cos_BTd, sin_BTd) in the type of `like`."""
+        cos_BTd, sin_BTd = self._embedding.to(like.device)(like, positions_BT)
+        return cos_BTd, sin_BTd
+
+    def turned(self, states_BHTd: Tensor, positions_BT: Tensor) -> Tensor:
+        """Return states rotated to their positions."""
+        return rotated(states_BHTd, *self(positions_BT, states_BHTd))
+
+
+def computing_type(weight: Tensor) -> torch.dtype:
+    """Return the type that products with this weight are computed in: autocast's where it is on."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def rotated(states_BHTd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:
+    """Return states turned by the angles of their positions; the halves of a head are the two coordinates."""
+    left, right = states_BHTd.chunk(2, dim=-1)
+    turned_BHTd = torch.cat([-right, left], dim=-1)
+    return states_BHTd * cos_BTd[:, None] + turned_BHTd * sin_BTd[:, None]
+
+
+def attend(query_BHTd: Tensor, keys_BGCd: Tensor, values_BGCd: Tensor, allowed_BTC: Tensor) -> Tensor:
+    """Return attended_BHTd.
+
+    Args:
+        allowed_BTC: The columns that each query may look at, at least one.
+    """
+    return scaled_dot_product_attention(
+        query_BHTd, keys_BGCd, values_BGCd, attn_mask=allowed_BTC[:, None], enable_gqa=True
+    )

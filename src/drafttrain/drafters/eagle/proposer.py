@@ -1,0 +1,280 @@
+"""A drafter that reads the target's features, at inference: chains and dynamic trees for a list of sequences.
+
+B = sequences, N = slots or draft tokens of one call (the longest sequence's), F = width of what is read of the target,
+D = hidden, R = the drafter's vocabulary, C = columns of the cache
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.device_time import Span
+from drafttrain.core.generations import ForwardEvent
+from drafttrain.core.proposals import Budget, Context, DraftStep, More, Proposal, Verdict, fixed_chain
+from drafttrain.core.roles import ForwardListener
+from drafttrain.core.target_rows import TargetOutput
+from drafttrain.core.texts import Sampling
+from drafttrain.core.vocabulary import DraftVocabulary
+from drafttrain.drafters.eagle.cache import FeatureCache
+from drafttrain.drafters.eagle.drafts import Draft, DraftChain, DraftNode, DraftTree, grow_chains
+from drafttrain.drafters.eagle.layer import attend
+from drafttrain.drafters.eagle.rollout import FeatureModel
+
+
+class FeatureProposer:
+    """Drafts from the target's features of the committed text, then from its own states.
+
+    The cache holds committed slots only, each computed from the target's true features; a slot is read when the token after it
+    is known. The last committed slot is always unread when a round begins: reading it gives the first draft token.
+
+    Args:
+        vocab_size: Width of the rows of q.
+        num_tokens: Ids that the tokenizer can produce; the others carry no mass.
+        greedy: Chains at temperature > 0 are FIXED, by the likeliest token, as some engines draft.
+    """
+
+    def __init__(
+        self,
+        model: FeatureModel,
+        *,
+        vocab_size: int,
+        num_tokens: int,
+        device: torch.device,
+        listener: ForwardListener | None = None,
+        greedy: bool = False,
+    ) -> None:
+        self.needs = model.needs()
+        self._model = model
+        self._vocab_size = vocab_size
+        self._device = device
+        # On the host, where ids are looked up, and on the device, where distributions are spread over the target's ids.
+        self._vocabulary_R = DraftVocabulary(model.vocabulary, num_tokens=num_tokens).ids_R.cpu()
+        self._ids = self._vocabulary_R.tolist()
+        self._vocabulary_on_device_R = self._vocabulary_R.to(device)
+        self._bytes = model.weight_bytes()
+        self._listener = listener
+        self._greedy = greedy
+        self._sampling = Sampling()
+        self._contexts: list[Context] = []
+        self._cache = FeatureCache(0)
+        self._unread: list[list[Tensor]] = []
+        """By sequence, features_NF of the committed slots that the cache lacks, in pieces."""
+
+    @torch.no_grad()
+    def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
+        """Read the prompts' slots but the last."""
+        self._contexts = list(contexts)
+        self._cache = FeatureCache(len(contexts))
+        self._unread = [[] for _ in contexts]
+        self._note(seen, [len(context.tokens) - 1 for context in contexts])
+        sizes = [max(0, _count(pieces) - 1) for pieces in self._unread]
+        if any(sizes):
+            span = Span(self._device)
+            context = self._cached(sizes)
+            self._read(sizes)
+            self._tell(sizes, context=context, fused=True, head=False, prefill=True, span=span)
+
+    @torch.no_grad()
+    def propose(
+        self,
+        budgets: Sequence[Budget],
+        sampling: Sampling,
+        generators: Sequence[torch.Generator],
+        more: Callable[[DraftStep], bool | More],
+    ) -> list[Proposal]:
+        """Return one chain, or where the budget is wider one tree, a sequence."""
+        drafts: dict[int, Draft] = {}
+        for number, (budget, pieces) in enumerate(zip(budgets, self._unread, strict=True)):
+            # After a prompt of one token there is nothing yet to draft from.
+            if budget.nodes > 0 and budget.depth > 0 and pieces:
+                drafts[number] = self._draft(number, budget, generators[number], more)
+        if drafts:
+            self._sampling = sampling
+            self._grow_from_features(drafts)
+            ancestors: dict[int, list[list[int]]] = {number: [] for number in drafts}
+            while any(draft.frontier for draft in drafts.values()):
+                self._grow_from_drafts(drafts, ancestors)
+            self._cache.forget_drafts()
+        return [
+            drafts[number].proposal() if number in drafts else fixed_chain(context.tokens[-1], [])
+            for number, context in enumerate(self._contexts)
+        ]
+
+    def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
+        """Note the target's features of the accepted path; the states that drafting fed on are forgotten already."""
+        self._note(seen, [len(verdict.path) for verdict in verdicts])
+
+    def drop(self, keep: Sequence[int]) -> None:
+        """Keep only these sequences."""
+        self._contexts = [self._contexts[i] for i in keep]
+        self._unread = [self._unread[i] for i in keep]
+        self._cache.select(keep)
+
+    def _draft(
+        self,
+        number: int,
+        budget: Budget,
+        generator: torch.Generator,
+        more: Callable[[DraftStep], bool | More],
+    ) -> Draft:
+        root = self._contexts[number].tokens[-1]
+        if budget.width > 1:
+            return DraftTree(root, budget, sequence=number, vocabulary_R=self._vocabulary_R, more=more)
+        return DraftChain(
+            root,
+            budget,
+            sequence=number,
+            vocabulary_R=self._vocabulary_on_device_R,
+            vocab_size=self._vocab_size,
+            generator=generator,
+            more=more,
+        )
+
+    def _grow_from_features(self, drafts: dict[int, Draft]) -> None:
+        """Read the committed slots that the cache lacks; the last one's state gives the first draft token."""
+        span = Span(self._device)
+        sizes = [_count(pieces) if number in drafts else 0 for number, pieces in enumerate(self._unread)]
+        context = self._cached(sizes)
+        states_BND = self._read(sizes)
+        numbers = list(drafts)
+        last_BD = self._rows(states_BND, [(number, sizes[number] - 1) for number in numbers])
+        logits_BR = self._model.head(last_BD, 1)
+        self._tell(sizes, context=context, fused=True, head=True, prefill=False, span=span)
+        self._grow(list(drafts.values()), [1] * len(drafts), logits_BR, last_BD)
+
+    def _grow_from_drafts(self, drafts: dict[int, Draft], ancestors: dict[int, list[list[int]]]) -> None:
+        """Read the frontiers of all drafts in one call."""
+        span = Span(self._device)
+        frontiers = [drafts[number].frontier if number in drafts else [] for number in range(len(self._contexts))]
+        sizes = [len(frontier) for frontier in frontiers]
+        context = self._cached(sizes) + sum(len(ancestors[number]) for number in drafts if sizes[number])
+        states_BND = self._read_drafts(frontiers, ancestors)
+        rows = [(number, node) for number, size in enumerate(sizes) for node in range(size)]
+        states_FD = self._rows(states_BND, rows)
+        depth = max(frontier[0].depth for frontier in frontiers if frontier) + 1
+        logits_FR = self._model.head(states_FD, depth)
+        self._tell(sizes, context=context, fused=False, head=True, prefill=False, span=span)
+        growing = [number for number, size in enumerate(sizes) if size]
+        self._grow([drafts[number] for number in growing], [sizes[number] for number in growing], logits_FR, states_FD)
+
+    def _grow(self, drafts: Sequence[Draft], sizes: Sequence[int], logits_FR: Tensor, states_FD: Tensor) -> None:
+        """Draft after the frontiers of these drafts, whose rows stand one behind the other."""
+        chains = []
+        first = 0
+        for draft, size in zip(drafts, sizes, strict=True):
+            if isinstance(draft, DraftTree):
+                draft.grow(logits_FR[first : first + size], states_FD[first : first + size])
+            else:
+                assert isinstance(draft, DraftChain)
+                chains.append((draft, first))
+            first += size
+        if not chains:
+            return
+        if len(chains) < len(logits_FR):
+            index_N = torch.tensor([row for _, row in chains]).to(logits_FR.device)
+            logits_FR, states_FD = logits_FR[index_N], states_FD[index_N]
+        grow_chains(
+            [chain for chain, _ in chains],
+            logits_FR,
+            states_FD,
+            ids=self._ids,
+            sampling=self._sampling,
+            greedy=self._greedy,
+        )
+
+    def _rows(self, states_BND: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
+        """Return the rows at (sequence, node); their index is copied to the device once."""
+        width = states_BND.shape[1]
+        index_F = torch.tensor([number * width + node for number, node in places]).to(states_BND.device)
+        return states_BND.flatten(0, 1).index_select(0, index_F)
+
+    def _read(self, sizes: Sequence[int]) -> Tensor:
+        """Read the first unread slots of every sequence into the cache; return states_BND."""
+        width = max(sizes)
+        starts = list(self._cache.lengths)
+        template = next(piece for pieces in self._unread for piece in pieces)
+        features_BNF = template.new_zeros(len(sizes), width, template.shape[-1])
+        tokens_BN = torch.zeros(len(sizes), width, dtype=torch.long)
+        for row, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+            if size:
+                whole_NF = torch.cat(self._unread[row])
+                features_BNF[row, :size] = whole_NF[:size]
+                tokens_BN[row, :size] = torch.tensor(self._contexts[row].tokens[start + 1 : start + 1 + size])
+                self._unread[row] = [whole_NF[size:]] if len(whole_NF) > size else []
+        positions_BN = torch.tensor(starts)[:, None] + torch.arange(width)
+        tokens_BN, positions_BN = torch.stack([tokens_BN, positions_BN]).to(self._device)
+        hidden_BND = self._model.fused(features_BNF)
+        inputs_BNX, residual_BND = self._model.entering(self._model.embed(tokens_BN), hidden_BND)
+        query, key, value = self._model.layer.project(inputs_BNX, positions_BN)
+        columns = self._cache.commit(key, value, sizes)
+        allowed_BNC = self._cache.committed_before(starts, width=width).to(self._device)
+        return self._model.layer.finish(attend(query, *columns, allowed_BNC), residual_BND)
+
+    def _read_drafts(self, frontiers: Sequence[Sequence[DraftNode]], ancestors: dict[int, list[list[int]]]) -> Tensor:
+        """Read draft tokens behind the committed slots, each seeing its own path; return states_BND.
+
+        Args:
+            ancestors: By sequence and node in the order of reading, the draft columns of its path, its own included.
+        """
+        width, lengths = max(map(len, frontiers)), self._cache.lengths
+        example_D = next(node.state_D for frontier in frontiers for node in frontier)
+        hidden_BND = example_D.new_zeros(len(frontiers), width, len(example_D))
+        tokens_BN = torch.zeros(len(frontiers), width, dtype=torch.long)
+        positions_BN = torch.zeros(len(frontiers), width, dtype=torch.long)
+        first = self._cache.num_draft_columns
+        path_BNP = torch.zeros(len(frontiers), width, first + width, dtype=torch.bool)
+        for row, frontier in enumerate(frontiers):
+            before = list(ancestors.get(row, ()))
+            for place, node in enumerate(frontier):
+                hidden_BND[row, place] = node.state_D
+                tokens_BN[row, place] = node.token
+                positions_BN[row, place] = lengths[row] - 1 + node.depth
+                path = [*(before[node.parent] if node.parent >= 0 else ()), first + place]
+                path_BNP[row, place, path] = True
+                ancestors[row].append(path)
+        tokens_BN, positions_BN = torch.stack([tokens_BN, positions_BN]).to(self._device)
+        hidden_BND = self._model.fed_back(hidden_BND)
+        inputs_BNX, residual_BND = self._model.entering(self._model.embed(tokens_BN), hidden_BND)
+        query, key, value = self._model.layer.project(inputs_BNX, positions_BN)
+        columns = self._cache.add_drafts(key, value)
+        text_BNC = self._cache.committed_before([length - 1 for length in lengths], width=1).expand(-1, width, -1)
+        # Padding, which nobody reads, looks at the first draft column: a softmax needs something.
+        path_BNP[..., 0] |= ~path_BNP.any(dim=-1)
+        allowed_BNC = torch.cat([text_BNC, path_BNP], dim=-1).to(self._device)
+        return self._model.layer.finish(attend(query, *columns, allowed_BNC), residual_BND)
+
+    def _note(self, seen: Sequence[TargetOutput], sizes: Sequence[int]) -> None:
+        for pieces, output, size in zip(self._unread, seen, sizes, strict=True):
+            if size:
+                pieces.append(self._model.features(output)[0, :size])
+
+    def _cached(self, sizes: Sequence[int]) -> int:
+        """Return the committed slots of the sequences that a call reads."""
+        return sum(length for length, size in zip(self._cache.lengths, sizes, strict=True) if size)
+
+    def _tell(self, sizes: Sequence[int], *, context: int, fused: bool, head: bool, prefill: bool, span: Span) -> None:
+        """Tell the ledger of one call: the layer once, the head and what fuses features where they ran."""
+        if self._listener is None:
+            return
+        fusion, layer, head_bytes, row = self._bytes
+        num_tokens = sum(sizes)
+        weights = layer + (fusion if fused else 0) + (head_bytes if head else 0) + row * num_tokens
+        self._listener(
+            ForwardEvent(
+                model="drafter",
+                num_tokens=num_tokens,
+                context=context,
+                num_sequences=sum(size > 0 for size in sizes),
+                num_layers=1,
+                bytes_read=weights + self._cache.bytes_per_slot() * (context + num_tokens),
+                span=span.end(),
+                prefill=prefill,
+            )
+        )
+
+
+def _count(pieces: Sequence[Tensor]) -> int:
+    return sum(len(piece) for piece in pieces)

@@ -1,0 +1,101 @@
+"""The training-time test: a drafter that feeds on its own states is trained on the states that it will meet.
+
+B = sequences, T = positions, D = hidden, F = width of what is read of the target, R = the drafter's vocabulary,
+X = width of what the layer's projections read, C, M: see `core.packed_documents`, H = heads, d = width of a head
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from drafttrain.core.batches import DraftBatch
+from drafttrain.core.packed_documents import ReadSlots
+from drafttrain.core.target_rows import TargetNeeds, TargetOutput
+from drafttrain.drafters.eagle.layer import FeatureLayer
+from drafttrain.target_model.packed_attention import Columns
+
+
+class FeatureModel(Protocol):
+    """What a rollout and a proposer need of a drafter that reads the target's features.
+
+    Slot t holds the target's features of token t and the embedding of token t + 1; the layer's state there says token t + 2.
+    Each further draft token embeds the token before it and takes the layer's last state in place of the features.
+    """
+
+    @property
+    def layer(self) -> FeatureLayer:
+        """The decoder layer."""
+        ...
+
+    @property
+    def vocabulary(self) -> Tensor | None:
+        """The target's id of each token of the drafter; None: the vocabularies are the same."""
+        ...
+
+    def needs(self) -> TargetNeeds:
+        """Return what is read of the target."""
+        ...
+
+    def features(self, seen: TargetOutput) -> Tensor:
+        """Return features_BTF of what the target knows."""
+        ...
+
+    def fused(self, features_BTF: Tensor) -> Tensor:
+        """Return hidden_BTD of the features, in the width of the layer."""
+        ...
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """Return embedded_BTD, by the target's own embedding."""
+        ...
+
+    def entering(self, embedded_BTD: Tensor, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (what the layer's projections read, the stream that its output is added to)."""
+        ...
+
+    def fed_back(self, state_BTD: Tensor) -> Tensor:
+        """Return the hidden input of the next draft token, from the layer's state."""
+        ...
+
+    def head(self, states_ND: Tensor, depth: int) -> Tensor:
+        """Return logits_NR of the layer's states."""
+        ...
+
+    def weight_bytes(self) -> tuple[int, int, int, int]:
+        """Return the bytes of: what fuses features, the layer, the head, an embedding row."""
+        ...
+
+
+def rollout(
+    model: FeatureModel, batch: DraftBatch, features_BTF: Tensor, *, num_steps: int, slots: ReadSlots
+) -> dict[int, Tensor]:
+    """Return the layer's states of depths 1..num_steps, at the slots of packed rows that are read; 0 elsewhere.
+
+    Step k = 0, 1, ... embeds the token k + 1 places ahead at position t + k, and takes the state of the step before at the same
+    slot. It sees the keys of the features (step 0) up to its slot in its document, and of the steps since then only its
+    own: what a chain of k draft tokens after slot t would hold in its cache.
+
+    Source: Li et al. 2025, EAGLE-3, arXiv 2503.01840, 3.2.
+    """
+    positions_1C, hidden_1CD = slots.columns(batch.positions_BT), model.fused(slots.columns(features_BTF))
+    inputs_1CX, residual_1CD = model.entering(model.embed(_ahead(batch, slots, 1)), hidden_1CD)
+    columns = Columns(*model.layer.remembered(inputs_1CX, positions_1C), slots.documents)
+    # From here on only what is read goes through the layer.
+    inputs_1MX, residual_1MD, positions_1M = map(slots.queries, (inputs_1CX, residual_1CD, positions_1C))
+    own: list[tuple[Tensor, Tensor]] = []
+    states: dict[int, Tensor] = {}
+    for step in range(num_steps):
+        if step:
+            hidden_1MD = model.fed_back(states[step])
+            embedded_1MD = model.embed(slots.queries(_ahead(batch, slots, step + 1)))
+            inputs_1MX, residual_1MD = model.entering(embedded_1MD, hidden_1MD)
+            own.append(model.layer.remembered(inputs_1MX, positions_1M + step))
+        query_1HMd = model.layer.asked(inputs_1MX, positions_1M + step)
+        states[step + 1] = model.layer.finish(columns.attend(query_1HMd, own), residual_1MD)
+    return {depth: slots.spread(state_1MD, batch.tokens_BT) for depth, state_1MD in states.items()}
+
+
+def _ahead(batch: DraftBatch, slots: ReadSlots, places: int) -> Tensor:
+    """Return the token so many places ahead of each column; what follows a document's end is read by no trained row."""
+    return slots.columns(batch.tokens_BT.flatten().roll(-places).view_as(batch.tokens_BT))

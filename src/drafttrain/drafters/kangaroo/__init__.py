@@ -1,0 +1,1 @@
+"""Kangaroo: the target's first blocks and an adapter."""

@@ -1,0 +1,284 @@
+"""Kangaroo: the target's first blocks, an adapter of one attention block and two norms, the target's own head.
+
+B = sequences, T = positions, D = hidden, H = heads, d = width of a head, N = rows, V = vocabulary
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from drafttrain.core.batches import DraftBatch, DraftOutput
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.flops import BatchShape, Products, attention, matrix, parameters_of
+from drafttrain.core.foreign import read_json
+from drafttrain.core.packed_documents import PackedDocuments
+from drafttrain.core.roles import ForwardListener, Proposer
+from drafttrain.core.settings import setting
+from drafttrain.core.target_rows import TargetNeeds
+from drafttrain.core.tensors import load_into
+from drafttrain.drafters import Drafter, drafters
+from drafttrain.drafters.kangaroo.proposer import Attend, EarlyExitProposer
+from drafttrain.target_model import Target
+from drafttrain.target_model.anatomy import blocks, final_norm
+from drafttrain.target_model.logits import head_of
+from drafttrain.target_model.packed_attention import Columns
+from drafttrain.target_model.work import head_parameters
+
+CONFIG_KEYS = ("exit_layer", "hidden_size", "num_attention_heads", "rope_theta", "draft", "target_fingerprint")
+
+
+@dataclass
+class KangarooSettings:
+    """An adapter behind the target's first blocks; the head is the target's own."""
+
+    exit_layer: int = setting(
+        2, help="Blocks of the target that run before the adapter: 1 to one less than it has.", ge=1
+    )
+    num_heads: int | None = setting(None, help="Attention heads of the adapter; null: as many as the target.", ge=1)
+    draft: Literal["sampled", "greedy"] = setting(
+        "sampled", help="At temperature > 0: draft by sampling, or by argmax (then the node is FIXED)."
+    )
+
+
+@drafters.register("kangaroo", KangarooSettings)
+class KangarooDrafter(Drafter):
+    """g = norm_out(f + attention(norm_in(f))), f the state that enters block `exit_layer`; the head reads g.
+
+    Lag 0, depth 1: row t is the law of token t + 1, as the target's own row t is. It starts as the raw early exit: the
+    attention adds nothing and norm_out is the target's final norm. The target is no submodule: it is neither trained nor
+    stored.
+
+    Source: Liu et al. 2024, Kangaroo, arXiv 2404.18911; key names as in its code's adapter.
+    """
+
+    kind = "kangaroo"
+    compiles = True
+    lag = 0
+    needs_target = True
+    serving = """\
+No serving engine loads an adapter behind a target's first layers yet; these figures are the embedded evaluator's.
+
+    drafttrain eval DRAFTER --target TARGET"""
+
+    def __init__(self, target: Target, *, exit_layer: int, num_heads: int, rope_theta: float, draft: str) -> None:
+        super().__init__()
+        total = len(blocks(target.model))
+        if not 1 <= exit_layer < total:
+            raise CheckpointError(
+                f"exit_layer must be 1..{total - 1} for this target ({total} layers), got {exit_layer}"
+            )
+        self.exit_layer = exit_layer
+        self.draft = draft
+        self.adapter = Adapter(final_norm(target.model), _width(target), num_heads=num_heads, rope_theta=rope_theta)
+        self._model = (target.model,)
+        self._fingerprint = target.fingerprint
+
+    @classmethod
+    def create(cls, settings: KangarooSettings, *, target: Target | None, tokenizer: Any) -> KangarooDrafter:
+        """Return the raw early exit."""
+        if target is None:
+            raise CheckpointError("drafter kangaroo is made from its target, but target.model is null")
+        config = target.model.config.get_text_config()
+        rope = getattr(config, "rope_parameters", None) or {}
+        drafter = cls(
+            target,
+            exit_layer=settings.exit_layer,
+            num_heads=settings.num_heads or int(config.num_attention_heads),
+            rope_theta=float(rope.get("rope_theta", 10_000.0)),
+            draft=settings.draft,
+        )
+        return drafter.double() if target.model.dtype == torch.float64 else drafter
+
+    def needs(self) -> TargetNeeds:
+        """Return the state that enters the exit layer."""
+        return TargetNeeds(hidden=(self.exit_layer,))
+
+    def forward(self, batch: DraftBatch) -> DraftOutput:
+        """Return the states of depth 1, from the target's states of the batch."""
+        assert batch.target is not None, "whoever reads the target reads what `needs` says"
+        exit_BTD = batch.target.hidden_BTD[self.exit_layer]
+        documents = batch.packed_documents or PackedDocuments.of(batch.positions_BT)
+
+        def in_its_document(query_BHTd: Tensor, keys_BHTd: Tensor, values_BHTd: Tensor) -> Tensor:
+            return Columns(keys_BHTd, values_BHTd, documents).attend(query_BHTd)
+
+        states_BTD = self.adapter(exit_BTD, batch.positions_BT, in_its_document)
+        return DraftOutput({1: states_BTD}, head_of(*self._model), self.lag)
+
+    def compile_with(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Compile the adapter around its attention, which is a kernel already."""
+        for layer in self.adapter.blocks:
+            layer.__dict__["project"] = compiled(layer.project)
+            layer.__dict__["finish"] = compiled(layer.finish)
+        self.adapter.norm.__dict__["forward"] = compiled(self.adapter.norm.forward)
+
+    def products(self, shape: BatchShape) -> Iterator[Products]:
+        """Yield those of the adapter, and of the target's head, which is not trained, for each trained label."""
+        (model,) = self._model
+        yield matrix(parameters_of(self.adapter), shape.positions, gradients=2)
+        yield attention(self.adapter.width, shape.pairs, gradients=2)
+        yield matrix(head_parameters(model), shape.rows(1), gradients=1)
+
+    def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
+        """Return the proposer that runs inside the target's own cache."""
+        return EarlyExitProposer(
+            self.adapter,
+            target.model,
+            exit_layer=self.exit_layer,
+            num_tokens=target.num_tokens,
+            listener=listener,
+            draft=self.draft,
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter alone."""
+        adapter = self.adapter
+        values = (self.exit_layer, adapter.width, adapter.num_heads, adapter.rope_theta, self.draft, self._fingerprint)
+        config = {"model_type": self.kind} | dict(zip(CONFIG_KEYS, values, strict=True))
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        tensors = {name: tensor.contiguous() for name, tensor in self.adapter.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    @classmethod
+    def load(cls, folder: Path, target: Target, dtype: Any = None) -> KangarooDrafter:
+        """Read an adapter for the target that it was trained behind.
+
+        Raises:
+            CheckpointError: The files are damaged, or belong to another target.
+        """
+        config = read_json(folder / "config.json")
+        missing = [key for key in CONFIG_KEYS if key not in config]
+        if missing:
+            raise CheckpointError(f"{folder / 'config.json'}: {', '.join(missing)} missing: not a Kangaroo adapter's")
+        if config["hidden_size"] != _width(target):
+            raise CheckpointError(
+                f"{folder}: made for a target of width {config['hidden_size']}, {target.name} has {_width(target)}"
+            )
+        if config["target_fingerprint"] != target.fingerprint:
+            raise CheckpointError(
+                f"{folder}: trained behind the layers of a target with fingerprint {config['target_fingerprint']}, "
+                f"{target.name} has {target.fingerprint}. Train an adapter for this target, or pass the one it was made for."
+            )
+        drafter = cls(
+            target,
+            exit_layer=config["exit_layer"],
+            num_heads=config["num_attention_heads"],
+            rope_theta=config["rope_theta"],
+            draft=config["draft"],
+        )
+        drafter.to(target.device, getattr(torch, dtype) if dtype else target.model.dtype)
+        load_into(drafter.adapter, folder / "model.safetensors")
+        return drafter.eval()
+
+
+class Adapter(nn.Module):
+    """One attention block without a feed-forward part, and the norm behind it: 4 D^2 + two norms.
+
+    Args:
+        last_norm: The target's final norm; `norm` starts as a copy of it.
+    """
+
+    def __init__(self, last_norm: nn.Module, width: int, *, num_heads: int, rope_theta: float) -> None:
+        super().__init__()
+        if width % (2 * num_heads):
+            raise CheckpointError(
+                f"drafter.num_heads: {num_heads} heads of even size do not divide the target's width {width}"
+            )
+        self.width = width
+        self.num_heads = num_heads
+        self.rope_theta = rope_theta
+        self.layers = nn.ModuleList([AttentionBlock(width, num_heads=num_heads, rope_theta=rope_theta)])
+        self.norm = _trainable_copy(last_norm)
+
+    @property
+    def blocks(self) -> list[AttentionBlock]:
+        """The attention block, under the name that the paper's code gives its weights."""
+        return cast("list[AttentionBlock]", list(self.layers))
+
+    def forward(self, exit_BTD: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
+        """Return states that the target's head turns into logits.
+
+        Args:
+            exit_BTD: States that enter the exit layer.
+        """
+        states_BTD = exit_BTD.to(next(self.parameters()).dtype)
+        for layer in self.blocks:
+            states_BTD = layer.finish(attend(*layer.project(states_BTD, positions_BT)), states_BTD)
+        normed_BTD: Tensor = self.norm(states_BTD)
+        return normed_BTD
+
+
+class AttentionBlock(nn.Module):
+    """f + attention(norm(f)), in the two parts around the attention itself."""
+
+    def __init__(self, width: int, *, num_heads: int, rope_theta: float) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(width, eps=1e-6)
+        self.self_attn = Projections(width, num_heads=num_heads, rope_theta=rope_theta)
+
+    def project(self, states_BTD: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (query_BHTd, keys_BHTd, values_BHTd)."""
+        return self.self_attn.project(self.input_layernorm(states_BTD), positions_BT)
+
+    def finish(self, attended_BHTd: Tensor, states_BTD: Tensor) -> Tensor:
+        """Return the states with what the attention adds to them."""
+        added_BTD: Tensor = self.self_attn.o_proj(attended_BHTd.transpose(1, 2).flatten(2))
+        return states_BTD + added_BTD
+
+
+class Projections(nn.Module):
+    """Of causal attention with rotary positions; it adds nothing at the start."""
+
+    def __init__(self, width: int, *, num_heads: int, rope_theta: float) -> None:
+        super().__init__()
+        self.head_size = width // num_heads
+        self.rope_theta = rope_theta
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+        for projection in (self.q_proj, self.k_proj, self.v_proj):
+            nn.init.normal_(projection.weight, std=width**-0.5)
+        nn.init.zeros_(self.o_proj.weight)
+
+    def project(self, normed_BTD: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (query_BHTd, keys_BHTd, values_BHTd), the first two turned by their positions."""
+        query_BHTd, key_BHTd, value_BHTd = (
+            projection(normed_BTD).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query_BHTd, key_BHTd = (rotated(x, positions_BT, theta=self.rope_theta) for x in (query_BHTd, key_BHTd))
+        return query_BHTd, key_BHTd, value_BHTd
+
+
+def rotated(x_BHTd: Tensor, positions_BT: Tensor, *, theta: float) -> Tensor:
+    """Return queries or keys turned by their positions: dimension i is paired with i + d/2."""
+    half = x_BHTd.shape[-1] // 2
+    speed_d = theta ** -(torch.arange(half, device=x_BHTd.device, dtype=torch.float64) / half)
+    angle_BTd = positions_BT.to(x_BHTd.device)[..., None] * speed_d
+    cos_B1Td, sin_B1Td = angle_BTd.cos()[:, None].to(x_BHTd.dtype), angle_BTd.sin()[:, None].to(x_BHTd.dtype)
+    first, second = x_BHTd[..., :half], x_BHTd[..., half:]
+    return torch.cat([first * cos_B1Td - second * sin_B1Td, second * cos_B1Td + first * sin_B1Td], dim=-1)
+
+
+def _trainable_copy(norm: nn.Module) -> nn.Module:
+    """Return a norm of its own with the same weights, float32 or wider."""
+    own = {
+        id(weight): nn.Parameter(weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True))
+        for weight in norm.parameters()
+    }
+    # What a copy has copied already it does not copy again.
+    return copy.deepcopy(norm, own)
+
+
+def _width(target: Target) -> int:
+    return int(target.model.config.get_text_config().hidden_size)

@@ -1,0 +1,1 @@
+"""Medusa: several heads on the target's last hidden state."""

@@ -1,0 +1,160 @@
+"""Medusa's heads at inference: one call a round, from the target's state before the root to a chain or a tree.
+
+V = vocabulary, D = hidden, M = sequences that draft, R = ranks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from drafttrain.core.device_time import Span
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.generations import ForwardEvent
+from drafttrain.core.probability import draw_each, sampling_probs
+from drafttrain.core.proposals import (
+    Budget,
+    Context,
+    DraftStep,
+    More,
+    NodeKind,
+    Proposal,
+    Verdict,
+    chain,
+    fixed_chain,
+    fixed_tree,
+)
+from drafttrain.core.roles import ForwardListener
+from drafttrain.core.target_rows import TargetNeeds, TargetOutput
+from drafttrain.core.texts import Sampling
+from drafttrain.drafters.medusa.static_tree import Path, within
+
+if TYPE_CHECKING:
+    from drafttrain.drafters.medusa.module import Medusa
+
+
+class MedusaProposer:
+    """Head d speaks of the token d places after the root, whatever stands between: it needs no cache.
+
+    A chain is each head's best guess (FIXED), or at temperature > 0 a draw from each head (SAMPLED). A tree takes the
+    heads' best guesses where the calibrated paths say (FIXED).
+
+    Args:
+        num_tokens: Ids that the tokenizer can produce; the other rows of the heads are padding and carry no mass.
+    """
+
+    needs = TargetNeeds(final=True)
+
+    def __init__(self, medusa: Medusa, *, num_tokens: int, listener: ForwardListener | None = None) -> None:
+        self._medusa = medusa
+        self._num_tokens = num_tokens
+        self._listener = listener
+        self._contexts: list[Context] = []
+        self._states: list[Tensor | None] = []
+        """By sequence, the target's state of the token before the root; None: the root is the first token of all."""
+
+    def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
+        """Take the state of the last prompt token but one."""
+        self._contexts = list(contexts)
+        self._states = [_last(output) for output in seen]
+
+    @torch.no_grad()
+    def propose(
+        self,
+        budgets: Sequence[Budget],
+        sampling: Sampling,
+        generators: Sequence[torch.Generator],
+        more: Callable[[DraftStep], bool | More],
+    ) -> list[Proposal]:
+        """Return one chain or tree a sequence."""
+        logits = self._logits(budgets)
+        made = []
+        for sequence, (context, budget) in enumerate(zip(self._contexts, budgets, strict=True)):
+            root = context.tokens[-1]
+            laws = logits.get(sequence, [])
+            depth = 0
+            for logits_V in laws:
+                answer = more(DraftStep(sequence, depth + 1, logits_V))
+                depth += bool(answer)
+                if answer is not True:
+                    break
+            if budget.width > 1:
+                made.append(self._tree(root, laws[:depth], budget))
+            else:
+                made.append(self._chain(root, laws[: min(depth, budget.nodes)], sampling, generators[sequence]))
+        return made
+
+    def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
+        """Take the state of the last accepted node: the target's own token behind it is the next root."""
+        self._states = [_last(output) for output in seen]
+
+    def drop(self, keep: Sequence[int]) -> None:
+        """Keep only these sequences."""
+        self._contexts = [self._contexts[i] for i in keep]
+        self._states = [self._states[i] for i in keep]
+
+    def _logits(self, budgets: Sequence[Budget]) -> dict[int, list[Tensor]]:
+        """Return the logits of every head that the budget reaches, by sequence that drafts."""
+        depths = {
+            sequence: min(budget.depth, self._medusa.num_heads)
+            for sequence, (budget, state) in enumerate(zip(budgets, self._states, strict=True))
+            if state is not None and budget.nodes
+        }
+        if not depths:
+            return {}
+        deepest = max(depths.values())
+        span = Span(next(self._medusa.parameters()).device)
+        final_MD = torch.stack([state for i, state in enumerate(self._states) if i in depths and state is not None])
+        by_head = [
+            self._medusa.head(self._medusa.states(final_MD, depth), depth)[:, : self._num_tokens]
+            for depth in range(1, deepest + 1)
+        ]
+        found = {
+            sequence: [logits_MV[row] for logits_MV in by_head[:depth]]
+            for row, (sequence, depth) in enumerate(depths.items())
+        }
+        if self._listener is not None:
+            self._listener(self._event(len(depths), deepest, span.end()))
+        return found
+
+    def _chain(self, root: int, laws: list[Tensor], sampling: Sampling, generator: torch.Generator) -> Proposal:
+        if sampling.temperature == 0 or self._medusa.draft == "greedy" or not laws:
+            return fixed_chain(root, torch.stack(laws).argmax(dim=-1).tolist() if laws else [])
+        q_rows_RV = sampling_probs(torch.stack(laws), sampling)
+        tokens = draw_each(q_rows_RV, [generator] * len(laws))
+        padding = self._medusa.vocab_size - q_rows_RV.shape[1]
+        return chain([root, *tokens], kind=NodeKind.SAMPLED, q_rows_RV=pad(q_rows_RV, (0, padding)))
+
+    def _tree(self, root: int, laws: list[Tensor], budget: Budget) -> Proposal:
+        if self._medusa.paths is None:
+            raise CheckpointError(
+                "these Medusa heads have no medusa_tree.json, so they draft chains only: use eval.length of kind fixed, "
+                "or heads that drafttrain exported"
+            )
+        paths = within(self._medusa.paths, nodes=budget.nodes, depth=len(laws), width=budget.width)
+        guesses = torch.stack(laws).topk(min(budget.width, len(laws[0])), dim=-1).indices.tolist() if laws else []
+        place: dict[Path, int] = {(): 0} | {path: number for number, path in enumerate(paths, start=1)}
+        return fixed_tree(root, [(guesses[len(path) - 1][path[-1]], place[path[:-1]]) for path in paths])
+
+    def _event(self, num_sequences: int, depth: int, span: Span) -> ForwardEvent:
+        medusa = self._medusa
+        weights = [*medusa.blocks[:depth].parameters(), *medusa.lm_heads[:depth].parameters()]
+        return ForwardEvent(
+            model="drafter",
+            num_tokens=num_sequences,
+            context=0,
+            num_sequences=num_sequences,
+            num_layers=depth,
+            bytes_read=sum(w.numel() * w.element_size() for w in weights),
+            span=span,
+        )
+
+
+def _last(output: TargetOutput) -> Tensor | None:
+    """Return the target's state of the last token that was read; None where none was."""
+    final_BTD = output.final_BTD
+    return None if final_BTD is None or not final_BTD.shape[1] else final_BTD[0, -1]

@@ -1,0 +1,165 @@
+"""The one walk that verifies every lossless proposal: chains and trees, sampled, fixed and mixed, greedy as the limit.
+
+N = nodes, V = vocabulary
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.probability import draw, residual
+from drafttrain.core.proposals import DrawMode, NodeKind, Proposal
+
+FIXED = NodeKind.FIXED.value
+
+
+class Chance(Protocol):
+    """Where a verdict's random decisions come from."""
+
+    def accept(self, chance: float) -> bool:
+        """Decide with this chance (1 or more: always)."""
+        ...
+
+    def draw(self, law_V: Tensor) -> int:
+        """Draw one token."""
+        ...
+
+
+class Dice:
+    """Decisions drawn from one random stream."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+
+    def accept(self, chance: float) -> bool:
+        return float(torch.rand((), dtype=torch.float64, generator=self._generator)) < chance
+
+    def draw(self, law_V: Tensor) -> int:
+        return draw(law_V, self._generator)
+
+
+def walk(
+    proposal: Proposal,
+    target_probs_NV: Tensor,
+    chance: Chance,
+    *,
+    credit: Callable[[float], float] | None = None,
+    overrule: Callable[[int], bool] | None = None,
+) -> tuple[list[int], int]:
+    """Return (accepted path from the root, the token after it), emitted with exactly the law of the target.
+
+    Siblings are tested in the order in which they were drawn: a child drawn from q is accepted with chance p(x) / q(x), and a
+    rejection leaves the residual p <- norm(max(p - q, 0)) to the next one. FIXED is the case q = 1 at x. A group that is all
+    FIXED is settled by one draw y ~ p and descent into the child that carries y: the same law with one random number.
+
+    Args:
+        proposal: The tree.
+        target_probs_NV: The target's law after every node, by the same sampling rule as everywhere.
+        chance: Decides.
+        credit: Lossy: tests credit(p(x)) in place of p(x). The residual stays that of p.
+        overrule: Lossy: asked of a node's children in draw order when none of them was accepted; the first yes is kept.
+
+    Source: Leviathan et al. 2022, arXiv 2211.17192, algorithm 1, for chains; Miao et al. 2023, SpecInfer, arXiv 2305.09781,
+    for siblings drawn independently; Jeon et al. 2024, arXiv 2402.14160, for siblings drawn without replacement.
+    """
+    tokens, kinds = proposal.tokens_N.tolist(), proposal.kinds_N.tolist()
+    children = _children(proposal)
+    probs = TokenProbs(proposal, target_probs_NV)
+    path = [0]
+    while True:
+        group = children[path[-1]]
+        target_V = target_probs_NV[path[-1]]
+        if credit is None and all(kinds[child] == FIXED for child in group):
+            token = chance.draw(target_V)
+            match = next((child for child in group if tokens[child] == token), None)
+            match = _overruled(group, overrule) if match is None else match
+            if match is None:
+                return path, token
+            path.append(match)
+            continue
+        drafter_V = _distribution_of_children(proposal, path[-1])
+        for child in group:
+            drawn_from_V = drafter_V if kinds[child] != FIXED else None
+            if child == group[0]:
+                target, drafter = probs.of(child)
+            else:
+                target = float(target_V[tokens[child]])
+                drafter = 1.0 if drawn_from_V is None else float(drawn_from_V[tokens[child]])
+            if chance.accept(_ratio(target, drafter, credit)):
+                path.append(child)
+                break
+            target_V = residual(target_V, _one_hot(target_V, tokens[child]) if drawn_from_V is None else drawn_from_V)
+            if drawn_from_V is not None and proposal.draw is DrawMode.WITHOUT_REPLACEMENT:
+                drafter_V = residual(drawn_from_V, _one_hot(drawn_from_V, tokens[child]))
+        else:
+            kept = _overruled(group, overrule)
+            if kept is None:
+                return path, chance.draw(target_V)
+            path.append(kept)
+
+
+def _overruled(group: Sequence[int], overrule: Callable[[int], bool] | None) -> int | None:
+    """Return the first child that is kept although the walk refused it."""
+    return None if overrule is None else next((child for child in group if overrule(child)), None)
+
+
+def _children(proposal: Proposal) -> dict[int, list[int]]:
+    """Return the children of every node in draw order."""
+    children: dict[int, list[int]] = defaultdict(list)
+    for node, parent in enumerate(proposal.parents_N.tolist()):
+        children[parent].append(node)
+    return children
+
+
+def _distribution_of_children(proposal: Proposal, node: int) -> Tensor | None:
+    """Return the law that the SAMPLED children of a node were drawn from."""
+    if proposal.q_rows_RV is None or proposal.q_row_N is None:
+        return None
+    row = int(proposal.q_row_N[node])
+    return proposal.q_rows_RV[row] if row >= 0 else None
+
+
+class TokenProbs:
+    """What the models give each draft token, before any rejection: read of the device for all nodes at once, when first asked."""
+
+    def __init__(self, proposal: Proposal, target_probs_NV: Tensor) -> None:
+        self._proposal = proposal
+        self._target_probs_NV = target_probs_NV
+        self._found: list[list[float]] | None = None
+
+    def of(self, node: int) -> tuple[float, float]:
+        """Return (p(x), q(x)) of a node's token x; q is 1 where it is FIXED."""
+        if self._found is None:
+            self._found = self._read()
+        return self._found[0][node], self._found[1][node]
+
+    def _read(self) -> list[list[float]]:
+        one, device = self._proposal, self._target_probs_NV.device
+        parents_N, tokens_N = one.parents_N[1:], one.tokens_N[1:]
+        rows_N = torch.zeros_like(parents_N) if one.q_row_N is None else one.q_row_N[parents_N].clamp_min(0)
+        parents_N, tokens_N, rows_N = torch.stack([parents_N, tokens_N, rows_N]).to(device)
+        target_N = self._target_probs_NV[parents_N, tokens_N].double()
+        drafter_N = torch.ones_like(target_N)
+        if one.q_rows_RV is not None:
+            drafter_N = one.q_rows_RV[rows_N, tokens_N].double()
+        target, drafter = torch.stack([target_N, drafter_N]).tolist()
+        kinds = one.kinds_N[1:].tolist()
+        drafter = [1.0 if kind == FIXED else chance for kind, chance in zip(kinds, drafter, strict=True)]
+        return [[1.0, *target], [1.0, *drafter]]  # nobody asks for the root's
+
+
+def _ratio(target: float, drafter: float, credit: Callable[[float], float] | None) -> float:
+    """Return p(x) / q(x), not cut at 1."""
+    # A token without mass can not have been drawn; rejecting it keeps the law all the same.
+    return (target if credit is None else credit(target)) / drafter if drafter > 0 else 0.0
+
+
+def _one_hot(like_V: Tensor, token: int) -> Tensor:
+    one_V = torch.zeros_like(like_V)
+    one_V[token] = 1.0
+    return one_V

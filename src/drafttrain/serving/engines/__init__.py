@@ -1,0 +1,190 @@
+"""Serving engines that prove an export: one file an engine, and one for the worker that runs in the engine's own environment."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from drafttrain.core.errors import CheckpointError, RecipeError
+from drafttrain.core.registry import Registry
+
+engines = Registry("serving engine", "drafttrain.serving.engines")
+libraries = Registry("library", "drafttrain.serving.engines")
+"""Software that loads exports and does not serve them: only installed, listed and asked."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What one prompt gave in an engine; the counters are of its speculation, zero without any."""
+
+    tokens: Sequence[int]
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted: int = 0
+    accepted_at: Sequence[int] = ()
+    """Rounds that kept at least i draft tokens, i = 1, 2, ..."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What an engine is asked to decode, prompt by prompt."""
+
+    target: Path
+    prompts: Sequence[Sequence[int]]
+    max_new_tokens: int
+    temperatures: Sequence[float]
+    dtype: str
+    max_length: int
+    """Tokens of prompt and output, drafts past the end included."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """A drafter folder, and how an engine drafts with it."""
+
+    folder: str
+    """As the engine is told it: an absolute path, or the word that stands for one."""
+    kind: str
+    num_draft_tokens: int
+    draft: str
+    """At temperature > 0: sampled or greedy; what the engine's own `draft` returned."""
+
+
+@dataclass(frozen=True)
+class Habits:
+    """How an engine goes about a text, where engines differ; the evaluator decodes and counts alike beside it."""
+
+    first_alone: bool = True
+    """The first token of an output comes before any draft; else the first round drafts too."""
+    past_end: bool = True
+    """Rounds draft in full past the end of an output, and count what they accept there; else neither."""
+    ends: frozenset[int] = frozenset()
+    """Tokens that end a text, and are its last."""
+    draft_top_k: int = 0
+    """Sampled drafts are of so many likeliest tokens of the drafter's law; 0: of all."""
+
+
+@dataclass(frozen=True)
+class CounterNames:
+    """What an engine calls the counters of its /metrics, which it may have once for each of several label sets."""
+
+    num_drafts: str
+    num_draft_tokens: str
+    num_accepted: str
+    accepted_at: str
+    """One for each draft position, which its label `position` counts from 0."""
+    num_requests: str
+    """Requests that ended, whoever made them."""
+    num_tokens: str
+    """New tokens of all requests."""
+
+
+class Installed(ABC):
+    """Software of others in an environment of its own: how that is made, and what is run in it."""
+
+    name: ClassVar[str]
+    pins: ClassVar[tuple[str, ...]]
+    """What pip installs; nothing: it runs in drafttrain's own Python."""
+    removed: ClassVar[tuple[str, ...]] = ()
+    """What pip brings with it that breaks it, and is taken out again."""
+    size: ClassVar[str] = "some gigabytes, some minutes"
+    """What its environment takes."""
+    worker: ClassVar[Path]
+    """File that runs in the environment: `python worker REQUEST ANSWER`."""
+    formats: ClassVar[tuple[str, ...]]
+    """Export formats that it loads; the first is the one to use."""
+    methods: ClassVar[Mapping[str, str]]
+    """The kinds of drafter that it runs, and how it calls each."""
+
+
+class ServingEngine(Installed):
+    """One engine: how it is asked to decode, and how it counts."""
+
+    samples: ClassVar[bool] = True
+    """It is asked at temperature > 0 too; else its answer is the greedy run alone."""
+    counters: ClassVar[CounterNames | None] = None
+    """What its server counts; None: nothing that could be read."""
+
+    def check_kind(self, folder: Path, kind: str) -> None:
+        """Refuse a kind of drafter that this engine has no method for.
+
+        Raises:
+            CheckpointError: Naming the kinds that it has one for, and the engines that run this one.
+        """
+        if kind in self.methods:
+            return
+        able = [name for name in engines.names() if kind in engine_of(name).methods]
+        raise CheckpointError(
+            f"{folder}: {self.name} runs no drafter of kind {kind}, only {', '.join(self.methods)}. "
+            f"Engines for {kind}: {', '.join(able) or 'none; decode with drafttrain eval'}"
+        )
+
+    @abstractmethod
+    def draft(self, kind: str, wanted: str) -> str:
+        """Return how it drafts at temperature > 0: `sampled` from the drafter's law or `greedy`, as wanted where it can."""
+
+    def habits(self, target: Path) -> Habits:
+        """Return how it goes about the texts of a target."""
+        return Habits()
+
+    def target_as(self, folder: Path, dtype: str | None = None) -> Path:
+        """Return what it loads of a target's folder: the folder, or a file that is made of it."""
+        return folder
+
+    @abstractmethod
+    def request(self, job: Job, use: Use | None) -> dict[str, Any]:
+        """Return the request of a job; without a drafter to use, the target alone."""
+
+    @abstractmethod
+    def served(self, answer: Mapping[str, Any]) -> list[list[Served]]:
+        """Return what the prompts gave, temperature by temperature."""
+
+    @abstractmethod
+    def problems(self, drafter: Path, kind: str, target_config: Mapping[str, Any]) -> list[str]:
+        """Return why this engine cannot run a drafter, its files apart."""
+
+    def misread(self, drafter: Path, kind: str) -> list[str]:
+        """Return why this engine would take a drafter for something else, wherever it runs."""
+        return []
+
+    @abstractmethod
+    def command(self, target: str, use: Use) -> str:
+        """Return the command line that serves a target with a drafter."""
+
+
+def engine_of(name: str) -> ServingEngine:
+    """Return the engine of a name.
+
+    Raises:
+        KeyError: There is none.
+    """
+    engine: ServingEngine = engines.entry(name).component()
+    return engine
+
+
+def checked_installed(names: Sequence[str]) -> list[Installed]:
+    """Return engines and libraries by the names that a user gave; none: all.
+
+    Raises:
+        RecipeError: With every name that is none.
+    """
+    known = {name: registry for registry in (engines, libraries) for name in registry.names()}
+    unknown = [engines.unknown(name) for name in names if name not in known]
+    if unknown:
+        raise RecipeError("arguments", [f"{line}; libraries: {', '.join(libraries.names())}" for line in unknown])
+    return [known[name].entry(name).component() for name in names or sorted(known)]
+
+
+def checked_engines(names: Sequence[str]) -> list[ServingEngine]:
+    """Return engines by the names that a user gave.
+
+    Raises:
+        RecipeError: With every name that is none.
+    """
+    unknown = [engines.unknown(name) for name in names if name not in engines.names()]
+    if unknown:
+        raise RecipeError("arguments", unknown)
+    return [engine_of(name) for name in names]

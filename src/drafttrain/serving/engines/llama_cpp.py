@@ -1,0 +1,138 @@
+"""llama.cpp: its own server, as `xllamacpp` builds it for PyPI. Pins and facts are of 2026.10.11549 (llama.cpp b11549), tried with it.
+
+It drafts chains greedily, or with `--spec-draft-sampling probabilistic` among the ten likeliest tokens of the drafter's law.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from drafttrain.core.console import say
+from drafttrain.core.files import sha256_of, written_beside
+from drafttrain.environments.environment import root
+from drafttrain.export.convert import read_target_config
+from drafttrain.export.gguf import GgufExporter, write_model
+from drafttrain.export.gguf_file import FILE
+from drafttrain.export.gguf_tokenizer import END, SECOND_END, TOKENS, GgufTokenizer
+from drafttrain.serving.engines import Habits, Job, Served, ServingEngine, Use, engines
+from drafttrain.target_model.frozen import fingerprint_of
+
+ENDS = frozenset(
+    [
+        "<|endoftext|>",
+        "<|end|>",
+        "<|im_end|>",
+        "<|ifm|im_end|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|end_of_text|>",
+        "<|return|>",
+        "<|call|>",
+        "<|calls|>",
+        "<|flush|>",
+        "<end_of_turn>",
+        "<end_of_utterance>",
+        "<turn|>",
+        "<|tool_response>",
+        "<eos>",
+        "</s>",
+        "<EOT>",
+        "_<EOT>",
+        "[EOT]",
+        "[EOS]",
+        "<｜end▁of▁sentence｜>",
+        "<|fim_pad|>",
+        "<fim_pad>",
+        "<|fim_repo|>",
+        "<|repo_name|>",
+        "<fim-repo>",
+        "<|file_sep|>",
+    ]
+)
+"""Tokens that end a text for llama.cpp by what they are called, whatever the model says."""
+
+TARGETS = "llama.cpp-targets"
+"""Folder beside the environments."""
+
+DRAFT_TOP_K = 10
+"""Of the drafter's law, in its probabilistic drafting; its source says so, and its counters."""
+
+
+@dataclass
+class LlamaCpp:
+    """llama.cpp in an environment of its own."""
+
+
+@engines.register("llama.cpp", LlamaCpp)
+class LlamaCppEngine(ServingEngine):
+    """The server of llama.cpp in the worker's process, asked over HTTP."""
+
+    name = "llama.cpp"
+    pins = ("xllamacpp==2026.10.11549", "gguf==0.19.0")
+    size = "200 MB, a minute"
+    worker = Path(__file__).with_name("llama_cpp_worker.py")
+    formats = ("gguf",)
+    methods: ClassVar[Mapping[str, str]] = GgufExporter.reads
+
+    def draft(self, kind: str, wanted: str) -> str:
+        """Return how it drafts: as wanted."""
+        return wanted
+
+    def habits(self, target: Path) -> Habits:
+        """Return its habits; the tokens that end a text are those of the target's vocabulary."""
+        config = read_target_config(target, name=str(target))
+        said = GgufTokenizer(target, vocab_size=config["vocab_size"]).fields(config)
+        ends = {said[key] for key in (END, SECOND_END) if key in said}
+        ends |= {number for number, token in enumerate(said[TOKENS]) if token in ENDS}
+        return Habits(past_end=False, ends=frozenset(ends), draft_top_k=DRAFT_TOP_K)
+
+    def target_as(self, folder: Path, dtype: str | None = None) -> Path:
+        """Return the target as a GGUF file, beside the environments: written once for its weights, tokenizer and type.
+
+        Raises:
+            CheckpointError: It cannot be written as GGUF.
+        """
+        parts = [fingerprint_of(folder), sha256_of(folder / "tokenizer.json"), str(dtype)]
+        key = hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+        path = root() / TARGETS / f"{key}.gguf"
+        if not path.exists():
+            say(f"llama.cpp: writing the target as {path}")
+            with written_beside(path) as temporary:
+                write_model(folder, temporary, dtype=dtype)
+        return path
+
+    def request(self, job: Job, use: Use | None) -> dict[str, Any]:
+        """Return the request that llama_cpp_worker.py describes."""
+        return {
+            "target": str(self.target_as(job.target, job.dtype)),
+            "drafter": None if use is None else str(Path(use.folder) / FILE),
+            "num_draft_tokens": 0 if use is None else use.num_draft_tokens,
+            "draft": "probabilistic" if use is not None and use.draft == "sampled" else "greedy",
+            "dtype": job.dtype,
+            "context": job.max_length,
+            "prompts": [list(prompt) for prompt in job.prompts],
+            "runs": [{"temperature": t, "max_tokens": job.max_new_tokens, "seed": 0} for t in job.temperatures],
+            "texts": [],
+        }
+
+    def served(self, answer: Mapping[str, Any]) -> list[list[Served]]:
+        """Return the prompts of every run."""
+        return [[Served(**prompt) for prompt in run["prompts"]] for run in answer["runs"]]
+
+    def problems(self, drafter: Path, kind: str, target_config: Mapping[str, Any]) -> list[str]:
+        """Return nothing: what it cannot run is not written as GGUF."""
+        return []
+
+    def command(self, target: str, use: Use) -> str:
+        """Return `llama-server ...`; a drafter that no type of speculation is named for would be loaded and never asked."""
+        sampled = " --spec-draft-sampling probabilistic" if use.draft == "sampled" else ""
+        model = target if target.endswith(".gguf") else f"{target}.gguf"
+        return (
+            f"llama-server -m {shlex.quote(model)} -md {shlex.quote(f'{use.folder}/{FILE}')} --spec-type {self.methods[use.kind]} "
+            f"--spec-draft-n-max {use.num_draft_tokens}{sampled} --metrics"
+        )

@@ -1,0 +1,127 @@
+"""OpenVINO GenAI on a CPU: drafts chains, greedily. Pins and facts are of 2026.4.1.0 and optimum-intel 2.2.0, tried with them.
+
+It is not asked at temperature > 0: its sampling with a drafter does not write the target's law (docs/serving.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from drafttrain.core.console import say
+from drafttrain.core.files import folder_beside, sha256_of
+from drafttrain.core.foreign import read_json
+from drafttrain.environments import environment
+from drafttrain.environments.environment import ask, root
+from drafttrain.export.openvino import OpenVinoExporter, taps_problems
+from drafttrain.export.openvino_graph import GRAPH
+from drafttrain.serving.engines import Habits, Job, Served, ServingEngine, Use, engines
+from drafttrain.target_model.frozen import fingerprint_of
+
+CONVERTER = Path(environment.__file__).with_name("openvino_converter.py")
+
+
+@dataclass
+class OpenVino:
+    """OpenVINO GenAI in an environment of its own."""
+
+
+@engines.register("openvino", OpenVino)
+class OpenVinoEngine(ServingEngine):
+    """`LLMPipeline` with a draft model."""
+
+    name = "openvino"
+    pins = (
+        "openvino-genai==2026.4.1.0",
+        "openvino-tokenizers==2026.4.1.0",
+        "optimum-intel[openvino]==2.2.0",
+        "torch==2.13.0",
+        "transformers==5.5.4",
+        # For EAGLE-3 alone, whose class is beside those that need them; later ones break transformers 5.5.4.
+        "huggingface-hub==1.21.0",
+        "diffusers==0.39.0",
+        "einops==0.8.2",
+    )
+    # What pip picks is built for another torch, and breaks the import.
+    removed = ("torchvision",)
+    size = "2 GB, some minutes"
+    worker = Path(__file__).with_name("openvino_worker.py")
+    formats = ("openvino",)
+    methods: ClassVar[Mapping[str, str]] = OpenVinoExporter.reads
+    samples = False
+
+    def draft(self, kind: str, wanted: str) -> str:
+        """Return `greedy`: it is asked greedily alone."""
+        return "greedy"
+
+    def habits(self, target: Path) -> Habits:
+        """Return its habits: no draft past the end."""
+        return Habits(past_end=False)
+
+    def target_as(self, folder: Path, dtype: str | None = None) -> Path:
+        """Return the target as OpenVINO reads it, beside the environments: converted once for its weights and tokenizer.
+
+        Raises:
+            EngineError: It cannot be converted.
+        """
+        parts = [fingerprint_of(folder), sha256_of(folder / "tokenizer.json"), *self.pins]
+        converted = root() / "openvino-targets" / hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+        if not (converted / GRAPH).exists():
+            say(f"openvino: converting the target into {converted}")
+            with folder_beside(converted) as temporary:
+                convert(folder, temporary)
+        return converted
+
+    def request(self, job: Job, use: Use | None) -> dict[str, Any]:
+        """Return the request that openvino_worker.py describes."""
+        return {
+            "target": str(self.target_as(job.target, job.dtype)),
+            "drafter": None if use is None else use.folder,
+            "num_draft_tokens": 0 if use is None else use.num_draft_tokens,
+            "dtype": job.dtype,
+            "prompts": [list(prompt) for prompt in job.prompts],
+            "max_tokens": job.max_new_tokens,
+        }
+
+    def served(self, answer: Mapping[str, Any]) -> list[list[Served]]:
+        """Return the prompts of the one run that there is."""
+        return [[Served(**prompt) for prompt in answer["prompts"]]]
+
+    def problems(self, drafter: Path, kind: str, target_config: Mapping[str, Any]) -> list[str]:
+        """Return what stands against this drafter's target."""
+        config = read_json(drafter / "config.json")
+        return taps_problems(config, target_config) if kind == "eagle3" else []
+
+    def command(self, target: str, use: Use) -> str:
+        """Return Python that decodes."""
+        return f"""\
+import openvino_genai
+
+drafter = openvino_genai.draft_model({json.dumps(use.folder)}, "CPU")
+pipeline = openvino_genai.LLMPipeline({json.dumps(target)}, "CPU", draft_model=drafter)
+config = openvino_genai.GenerationConfig()
+config.max_new_tokens = 128
+config.do_sample = False
+config.num_assistant_tokens = {use.num_draft_tokens}
+print(pipeline.generate("Once upon a time", config))"""
+
+
+def convert(source: Path, folder: Path, *, taps: Sequence[int] | None = None) -> None:
+    """Write a Hugging Face folder, of a target or a drafter, as OpenVINO reads it: in the engine's environment, in float32.
+
+    Args:
+        taps: Of EAGLE-3: the blocks of the target whose outputs it reads.
+
+    Raises:
+        EngineError: OpenVINO is not installed here, or cannot convert this.
+    """
+    request = {
+        "source": str(source.resolve()),
+        "folder": str(folder.resolve()),
+        "taps": None if taps is None else list(taps),
+    }
+    ask(OpenVinoEngine(), request, worker=CONVERTER)

@@ -1,0 +1,55 @@
+"""The speculators library, which trains and loads drafters in its own format: its loader and its layer beside ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.tensors import read_tensors
+from drafttrain.environments.environment import ask
+from drafttrain.serving.engines import Installed, libraries
+
+
+@dataclass
+class Speculators:
+    """The library speculators."""
+
+
+@libraries.register("speculators", Speculators)
+class SpeculatorsLibrary(Installed):
+    """Computes the logits of a folder; it serves nothing."""
+
+    name = "speculators"
+    pins = ("speculators==0.9.0", "torch==2.13.0")
+    removed = ("torchvision", "torchaudio", "torchcodec")
+    size = "2 GB, a minute"
+    worker = Path(__file__).with_name("speculators_worker.py")
+    formats = ("speculators",)
+    methods: ClassVar[Mapping[str, str]] = {"eagle3": "eagle3"}
+
+    def logits(
+        self, folder: Path, features_BTF: Tensor, tokens_BT: Tensor, *, num_steps: int, work: Path
+    ) -> list[Tensor]:
+        """Return logits_BTR of every draft step, of one row.
+
+        Args:
+            features_BTF: The tapped states of the target side by side.
+            tokens_BT: At each place the token after it, which the first step embeds.
+            work: Folder for what goes there and back.
+
+        Raises:
+            EngineError: The library is not installed here, or refuses the folder.
+        """
+        from safetensors.torch import save_file
+
+        asked, answered = (work.resolve() / name for name in ("asked.safetensors", "answered.safetensors"))
+        save_file({"features": features_BTF.contiguous(), "tokens": tokens_BT.contiguous()}, asked)
+        request: dict[str, Any] = {"folder": str(folder.resolve()), "num_steps": num_steps}
+        ask(self, request | {"asked": str(asked), "answered": str(answered)})
+        held = read_tensors(answered)
+        return [torch.as_tensor(held[f"logits.{step}"]) for step in range(num_steps)]

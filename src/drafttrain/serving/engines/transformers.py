@@ -1,0 +1,73 @@
+"""Hugging Face's own assisted generation, `generate(assistant_model=...)`, in drafttrain's Python: it needs transformers anyway.
+
+What is compared is the release that the user has; its loop, its cache and its rule are its own, and the worker is a process that
+knows nothing of drafttrain. An environment of its own would prove another release than the one that serves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from drafttrain.serving.engines import Habits, Job, Served, ServingEngine, Use, engines
+
+
+@dataclass
+class Transformers:
+    """Transformers, as drafttrain itself imports it."""
+
+
+@engines.register("transformers", Transformers)
+class TransformersEngine(ServingEngine):
+    """`generate`, one prompt at a time: it refuses batches."""
+
+    name = "transformers"
+    pins = ()
+    worker = Path(__file__).with_name("transformers_worker.py")
+    formats = ("hf",)
+    methods: ClassVar[Mapping[str, str]] = {"causal_lm": "assistant_model"}
+
+    def draft(self, kind: str, wanted: str) -> str:
+        """Return `sampled`: at temperature > 0 the assistant draws as the target does."""
+        return "sampled"
+
+    def habits(self, target: Path) -> Habits:
+        """Return its habits: it drafts from the first token on, and never past the end."""
+        return Habits(first_alone=False, past_end=False)
+
+    def request(self, job: Job, use: Use | None) -> dict[str, Any]:
+        """Return the request that transformers_worker.py describes."""
+        return {
+            "target": str(job.target.resolve()),
+            "assistant": None if use is None else use.folder,
+            "num_draft_tokens": 0 if use is None else use.num_draft_tokens,
+            "dtype": job.dtype,
+            "prompts": [list(prompt) for prompt in job.prompts],
+            "runs": [{"temperature": t, "max_tokens": job.max_new_tokens, "seed": 0} for t in job.temperatures],
+        }
+
+    def served(self, answer: Mapping[str, Any]) -> list[list[Served]]:
+        """Return the prompts of every run."""
+        return [[Served(**prompt) for prompt in run["prompts"]] for run in answer["runs"]]
+
+    def problems(self, drafter: Path, kind: str, target_config: Mapping[str, Any]) -> list[str]:
+        """Return nothing: what transformers cannot load was not trained."""
+        return []
+
+    def command(self, target: str, use: Use) -> str:
+        """Return Python that decodes; the length is the assistant's to keep, which else changes it as it goes."""
+        return f"""\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({json.dumps(target)})
+target = AutoModelForCausalLM.from_pretrained({json.dumps(target)})
+assistant = AutoModelForCausalLM.from_pretrained({json.dumps(use.folder)})
+assistant.generation_config.num_assistant_tokens = {use.num_draft_tokens}
+assistant.generation_config.num_assistant_tokens_schedule = "constant"
+assistant.generation_config.assistant_confidence_threshold = 0.0
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+output = target.generate(**inputs, assistant_model=assistant, do_sample=False, max_new_tokens=128)
+print(tokenizer.decode(output[0]))"""

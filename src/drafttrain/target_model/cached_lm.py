@@ -1,0 +1,388 @@
+"""Any Hugging Face causal LM over a list of sequences with a key-value cache: one call reads all nodes of all of them.
+
+B = sequences, N = nodes of one call (the longest sequence's), V = vocabulary, D = hidden
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from drafttrain.core.device_time import Span
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.generations import ForwardEvent
+from drafttrain.core.proposals import LayerState
+from drafttrain.core.roles import ForwardListener
+from drafttrain.core.target_rows import TargetNeeds, TargetOutput
+from drafttrain.target_model.anatomy import blocks, position_limit, taps, trunk
+from drafttrain.target_model.block_range import block_range
+from drafttrain.target_model.ragged_cache import RaggedCache, Tree, is_chain
+
+FULL_ATTENTION = ("full_attention", "attention")
+SLIDING_ATTENTION = ("sliding_attention", "chunked_attention", "local_attention")
+MASKED_ATTENTION = ("sdpa", "eager")
+PARTS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Differences, relative to the largest logit, that the rounding of two calls explains."""
+
+
+class CachedLM:
+    """A causal LM and the cache of the sequences that it is reading.
+
+    `forward` reads new tokens, which are then pending; `keep` decides which of them stay. Rows of two calls with different
+    padding differ by rounding: in float32 by about 1e-6.
+
+    After `split_at` the first blocks can read tokens on their own (`run_first_blocks`), and `forward` continues from their
+    states. The cache stays one: the blocks of both calls keep their keys and values in it, and `keep` rolls all of them back.
+    """
+
+    def __init__(self, model: Any, *, name: str, listener: ForwardListener | None = None) -> None:
+        self.model = model
+        self.name = name
+        self.listener = listener
+        self.device = next(model.parameters()).device
+        self._config = model.config.get_text_config()
+        self._window = _window(self._config, name=name)
+        _refuse_states_that_cannot_roll_back(model, name=name)
+        self._trunk = trunk(model)
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._position_limit = position_limit(model)
+        self._weights = _WeightBytes(model)
+        self._num_layers = int(self._config.num_hidden_layers)
+        self.split: int | None = None
+        self.cache = RaggedCache(0)
+        """Of all blocks, or of those from the split on."""
+        self._first_cache: RaggedCache | None = None
+        """Of the blocks before the split."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens in the cache by sequence, pending ones included."""
+        return self.cache.lengths
+
+    def why_alone(self, longest: int) -> str | None:
+        """Return why sequences of up to so many tokens are read one at a time, and no trees; None: they can be read together."""
+        attention = self._config._attn_implementation
+        if attention not in MASKED_ATTENTION:
+            return f"target.attention {attention} takes no mask of ours, {' and '.join(MASKED_ATTENTION)} do"
+        if not self._takes_positions:
+            return f"{type(self.model).__name__} takes no position_ids"
+        if self._window is not None and longest >= self._window:
+            return f"texts reach its sliding window of {self._window} tokens"
+        return None
+
+    def split_at(self, layer: int) -> None:
+        """Let blocks 0..layer-1 be run on their own from now on.
+
+        Raises:
+            CheckpointError: This model does not say the same when it is run in two parts.
+        """
+        if not 1 <= layer < self._num_layers:
+            raise CheckpointError(
+                f"{self.name}: blocks can be split at 1..{self._num_layers - 1} ({self._num_layers} layers), got {layer}"
+            )
+        self.split = layer
+        listener, self.listener = self.listener, None
+        try:
+            same = self._says_the_same_in_two_parts()
+        except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError, CheckpointError) as error:
+            raise CheckpointError(
+                f"{self.name}: {type(self.model).__name__} cannot be run in two parts at block {layer}: {error}"
+            ) from error
+        finally:
+            self.listener = listener
+        if not same:
+            raise CheckpointError(
+                f"{self.name}: {type(self.model).__name__} says something else when it is run in two parts at block {layer}"
+            )
+
+    def begin(self, prompts: Sequence[Sequence[int]], *, needs: TargetNeeds | None = None) -> list[TargetOutput]:
+        """Forget everything and read these prompts in one call; any of them may be empty."""
+        self.cache = RaggedCache(len(prompts))
+        if self.split is not None:
+            self._first_cache = RaggedCache(len(prompts), layers=slice(self.split))
+            self.cache = RaggedCache(len(prompts), layers=slice(self.split, None), beside=self._first_cache.hf)
+        seen = self.forward(prompts, needs=needs or TargetNeeds(), prefill=True)
+        for cache in self._caches():
+            cache.commit()
+        return seen
+
+    def forward(
+        self,
+        tokens: Sequence[Sequence[int]],
+        *,
+        parents: Sequence[Tree] | None = None,
+        needs: TargetNeeds | None = None,
+        prefill: bool = False,
+        resume: Sequence[LayerState | None] | None = None,
+    ) -> list[TargetOutput]:
+        """Read new tokens of every sequence; return what was asked for by sequence, each a batch of one.
+
+        Args:
+            tokens: Nodes by sequence; a sequence with none is left alone.
+            parents: The tree of each sequence (see `Tree`); None: all are chains.
+            needs: What to return; logits when left out. Without logits the head does not run.
+            prefill: Reads a prompt (told to the ledger).
+            resume: What `run_first_blocks` gave for these very tokens, by sequence: the call continues from there.
+        """
+        states = [one for one in resume or () if one is not None]
+        if states and (len(states) < len(tokens) or any(one.layer != self.split for one in states)):
+            raise CheckpointError(
+                f"{self.name}: a call continues all of its sequences from block {self.split}, or none of them"
+            )
+        needs = needs or TargetNeeds(logits=True)
+        passed = [index for index in needs.hidden if states and index < states[0].layer]
+        if passed:
+            raise CheckpointError(
+                f"{self.name}: hidden state {passed[0]} is gone when a call continues from block {self.split}"
+            )
+        return self._read(
+            tokens,
+            parents=parents,
+            needs=needs,
+            running=range(self.split if states and self.split else 0, self._num_layers),
+            entering=[one.hidden_ND for one in states] or None,
+            prefill=prefill,
+        )
+
+    def run_first_blocks(self, tokens: Sequence[Sequence[int]]) -> list[LayerState]:
+        """Read new tokens with the blocks before the split alone; return the states that enter the block after them.
+
+        They are pending like all others, and in this order: until `keep`, `forward` must be given the same tokens, and their
+        states to resume from.
+        """
+        assert self.split is not None, "split_at comes first"
+        needs = TargetNeeds(hidden=(self.split,))
+        seen = self._read(tokens, parents=None, needs=needs, running=range(self.split))
+        return [LayerState(self.split, one.hidden_BTD[self.split][0]) for one in seen if one.hidden_BTD]
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Read and keep one token of every sequence; return logits_BV after it."""
+        output, _ = self._run(
+            [[token] for token in tokens],
+            parents=None,
+            needs=TargetNeeds(logits=True),
+            running=range(self._num_layers),
+        )
+        self.cache.commit()
+        logits_BV: Tensor = output.logits[:, -1]
+        return logits_BV
+
+    def keep(self, nodes: Sequence[Sequence[int]]) -> None:
+        """Keep these of every sequence's tokens read since the last `keep` (a path down the tree), forget the others."""
+        for cache in self._caches():
+            cache.keep(nodes)
+
+    def drop(self, keep: Sequence[int]) -> None:
+        """Keep only these sequences, in this order: the others are finished."""
+        for cache in self._caches():
+            cache.select(keep)
+
+    def _caches(self) -> list[RaggedCache]:
+        return [self.cache] if self._first_cache is None else [self._first_cache, self.cache]
+
+    def _caches_of(self, running: range) -> list[RaggedCache]:
+        """Return the caches of the blocks of `running`, one for each side of the split."""
+        caches = self._caches()
+        return caches if len(running) == self._num_layers else caches[:1] if 0 in running else caches[1:]
+
+    @torch.no_grad()
+    def _read(
+        self,
+        tokens: Sequence[Sequence[int]],
+        *,
+        parents: Sequence[Tree] | None,
+        needs: TargetNeeds,
+        running: range,
+        entering: Sequence[Tensor] | None = None,
+        prefill: bool = False,
+    ) -> list[TargetOutput]:
+        """Read new tokens with the blocks of `running`; return what was asked for by sequence."""
+        sizes = [len(nodes) for nodes in tokens]
+        if not any(sizes):
+            return [TargetOutput() for _ in tokens]
+        output, seen = self._run(
+            tokens, parents=parents, needs=needs, running=running, entering=entering, prefill=prefill
+        )
+        return [
+            TargetOutput(
+                logits_BTV=output.logits[row : row + 1, :size] if needs.logits else None,
+                hidden_BTD={int(i): state[row : row + 1, :size] for i, state in seen.items() if i != "final"},
+                final_BTD=seen["final"][row : row + 1, :size] if needs.final else None,
+            )
+            for row, size in enumerate(sizes)
+        ]
+
+    @torch.no_grad()
+    def _run(
+        self,
+        tokens: Sequence[Sequence[int]],
+        *,
+        parents: Sequence[Tree] | None,
+        needs: TargetNeeds,
+        running: range,
+        entering: Sequence[Tensor] | None = None,
+        prefill: bool = False,
+    ) -> tuple[Any, dict[int | str, Tensor]]:
+        """Read new tokens with the blocks of `running`; return the model's output and its states, all sequences together."""
+        sizes = [len(nodes) for nodes in tokens]
+        width = max(sizes)
+        span = Span(self.device)
+        trees = [None] * len(tokens) if parents is None else [None if is_chain(tree) else tree for tree in parents]
+        caches = self._caches_of(running)
+        tokens_BN = torch.tensor([[*nodes, *[0] * (width - len(nodes))] for nodes in tokens])
+        positions_BN = self._positions(caches[0], sizes, trees, width=width)
+        # Both in one copy to the device.
+        tokens_BN, positions_BN = torch.stack([tokens_BN, positions_BN]).to(self.device)
+        arguments: dict[str, Any] = {
+            "input_ids": tokens_BN,
+            "attention_mask": self._mask(caches[0], trees, width),
+            "past_key_values": caches[0].hf,
+            "use_cache": True,
+        }
+        if self._takes_positions:
+            arguments["position_ids"] = positions_BN
+        tapped: Any = taps(self.model, needs) if needs.hidden or needs.final else nullcontext({})
+        whole = len(running) == self._num_layers
+        with (
+            tapped as seen,
+            nullcontext() if whole else block_range(self.model, running, entering_BND=_stacked(entering, width)),
+        ):
+            output = (self.model if needs.logits else self._trunk)(**arguments)
+        context = sum(length for length, size in zip(caches[0].lengths, sizes, strict=True) if size)
+        for cache in caches:
+            cache.appended(sizes, width=width)
+        if self.listener is not None:
+            self.listener(
+                self._event(
+                    sizes, context=context, running=running, head=needs.logits, prefill=prefill, span=span.end()
+                )
+            )
+        return output, dict(seen)
+
+    def _says_the_same_in_two_parts(self) -> bool:
+        """Tell whether tokens read one by one by the first blocks, then together by the others, give the logits of one call."""
+        if not self._takes_positions:
+            raise CheckpointError("it takes no position_ids")
+        context, nodes = [0, 1, 2], [2, 1, 0]
+        self.begin([context])
+        states = [self.run_first_blocks([[node]])[0].hidden_ND for node in nodes]
+        (parts,) = self.forward([nodes], resume=[LayerState(self.split or 0, torch.cat(states))])
+        self.begin([context])
+        (whole,) = self.forward([nodes])
+        assert parts.logits_BTV is not None
+        assert whole.logits_BTV is not None
+        scale = float(whole.logits_BTV.abs().max())
+        difference = float((parts.logits_BTV - whole.logits_BTV).abs().max())
+        return difference <= PARTS_TOLERANCE[self.model.dtype] * scale
+
+    def _positions(
+        self, cache: RaggedCache, sizes: Sequence[int], trees: Sequence[Tree | None], *, width: int
+    ) -> Tensor:
+        """Return the position of every node, none past those that the model has embeddings for."""
+        positions_BN = cache.positions(sizes, trees, width=width)
+        last = int(positions_BN.max())
+        if self._takes_positions and self._position_limit is not None and last >= self._position_limit:
+            raise CheckpointError(
+                f"{self.name}: token {last + 1} is past the {self._position_limit} positions that "
+                f"{type(self.model).__name__} has embeddings for: use shorter prompts or fewer new tokens"
+            )
+        return positions_BN
+
+    def _mask(self, cache: RaggedCache, trees: Sequence[Tree | None], width: int) -> Tensor | None:
+        """Return the additive mask, or None where the model's own causal mask is right."""
+        allowed_BNC = cache.allowed(trees, width=width)
+        if allowed_BNC is None:
+            return None
+        self._check_mask(allowed_BNC.shape[-1])
+        dtype, allowed_BNC = self.model.dtype, allowed_BNC.to(self.device)
+        mask_BNC = torch.zeros(allowed_BNC.shape, dtype=dtype, device=self.device)
+        return mask_BNC.masked_fill_(~allowed_BNC, torch.finfo(dtype).min)[:, None]
+
+    def _check_mask(self, columns: int) -> None:
+        """Refuse trees and ragged batches where the model does not take a mask of ours."""
+        if why := self.why_alone(columns):
+            raise CheckpointError(f"{self.name}: {why}: decode one sequence at a time, in chains")
+
+    def _event(
+        self, sizes: Sequence[int], *, context: int, running: range, head: bool, prefill: bool, span: Span
+    ) -> ForwardEvent:
+        num_tokens, num_sequences = sum(sizes), sum(size > 0 for size in sizes)
+        return ForwardEvent(
+            model=self.name if running.stop == self._num_layers else f"{self.name}'s first blocks",
+            num_tokens=num_tokens,
+            context=context,
+            num_sequences=num_sequences,
+            num_layers=len(running),
+            bytes_read=self._bytes_read(num_tokens, context, running=running, head=head),
+            span=span,
+            prefill=prefill,
+            plain_bytes=self._bytes_read(num_sequences, context, running=range(self._num_layers), head=True),
+        )
+
+    def _bytes_read(self, num_tokens: int, context: int, *, running: range, head: bool) -> int:
+        body = self._weights.body
+        if len(running) < self._num_layers:
+            body = self._weights.of_blocks(running, rest=running.stop == self._num_layers)
+        weights = body + self._weights.row * num_tokens + (self._weights.head if head else 0)
+        state = sum(cache.bytes_per_token() for cache in self._caches_of(running))
+        return weights + state * (context + num_tokens)
+
+
+def _stacked(rows: Sequence[Tensor] | None, width: int) -> Tensor | None:
+    """Return the rows of all sequences side by side, padded."""
+    return None if rows is None else torch.stack([pad(row_ND, (0, 0, 0, width - len(row_ND))) for row_ND in rows])
+
+
+class _WeightBytes:
+    """Bytes of weights that a call touches: all of the body, one row of each embedding a token, the head if it runs.
+
+    A tied embedding is counted as rows going in and as the whole head going out. All experts of a mixture are counted.
+    """
+
+    def __init__(self, model: Any) -> None:
+        embeddings = {m.weight: m for m in model.modules() if isinstance(m, nn.Embedding)}
+        head_module = model.get_output_embeddings()
+        head = set() if head_module is None else set(head_module.parameters())
+        parameters = set(model.parameters())
+        self._model = model
+        self.row = sum(w.shape[1] * w.element_size() for w in embeddings)
+        self.head = sum(w.numel() * w.element_size() for w in head)
+        self.body = sum(w.numel() * w.element_size() for w in parameters - set(embeddings) - head)
+
+    def of_blocks(self, running: range, *, rest: bool) -> int:
+        """Return the bytes of these blocks; with `rest` also of what is no block, embedding or head: the final norm."""
+        return sum(self._by_block[index] for index in running) + (self.body - sum(self._by_block) if rest else 0)
+
+    @cached_property
+    def _by_block(self) -> list[int]:
+        return [sum(w.numel() * w.element_size() for w in set(block.parameters())) for block in blocks(self._model)]
+
+
+def _window(config: Any, *, name: str) -> int | None:
+    """Return the sliding window in tokens; None: every layer looks at everything.
+
+    Raises:
+        CheckpointError: A layer keeps a state that cannot be rolled back.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ())
+    unknown = sorted(kinds - {*FULL_ATTENTION, *SLIDING_ATTENTION})
+    if unknown:
+        raise CheckpointError(
+            f"{name}: layers of kind {', '.join(unknown)} keep a state that cannot be rolled back; "
+            f"models of {', '.join((*FULL_ATTENTION, *SLIDING_ATTENTION))} layers can be decoded"
+        )
+    sliding = bool(kinds & set(SLIDING_ATTENTION)) if kinds else getattr(config, "use_sliding_window", True)
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    return int(window) if sliding and window else None
+
+
+def _refuse_states_that_cannot_roll_back(model: Any, *, name: str) -> None:
+    if getattr(model, "_is_stateful", False):
+        raise CheckpointError(f"{name}: {type(model).__name__} keeps a recurrent state, which cannot be rolled back")

@@ -1,0 +1,140 @@
+"""From the final state to logits, as the model itself goes on from there; compared with it once a model.
+
+B = sequences, T = positions, V = vocabulary, D = hidden, N = rows
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from drafttrain.core.batches import Head
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.linear_head import LinearHead
+from drafttrain.target_model.anatomy import stack_holder, trunk
+from drafttrain.target_model.block_range import replaced_forwards
+from drafttrain.target_model.own_type import in_own_type
+
+DIVIDED_BY = ("logits_scaling", "logits_mup_width_multiplier")
+"""Granite, MiniCPM3; Inkling."""
+MULTIPLIED_BY = ("logit_scale", "lm_head_multiplier")
+"""Cohere; Falcon-H1."""
+CAPPED_AT = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Gemma 2 to 4, NanoChat; RecurrentGemma; xLSTM."""
+MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax",)
+"""Models that take Granite's field the other way round."""
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+"""Differences, relative to the largest logit, that rounding explains."""
+
+_compared: WeakSet[nn.Module] = WeakSet()
+
+
+@in_own_type
+def head_logits(model: Any, states_ND: Tensor) -> Tensor:
+    """Return the logits of states after the final norm, with the scale or soft cap that the architecture adds.
+
+    They are where the states are, also where the model is on another device.
+    """
+    head = model.get_output_embeddings()
+    logits_NV = head(states_ND.to(head.weight.device)).to(states_ND.device)
+    return finished_logits(model.config.get_text_config(), logits_NV)
+
+
+def head_of(model: Any) -> Head:
+    """Return the model's head as losses take it apart; a function where it is no plain matrix (quantised, adapted)."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return lambda states_ND, depth: head_logits(model, states_ND.to(model.dtype))
+    return LinearHead(lambda depth: head, after=finisher(model.config.get_text_config()))
+
+
+def finisher(config: Any) -> Callable[[Tensor], Tensor] | None:
+    """Return the scale or soft cap of the architecture as a function; None: it has none."""
+    names = (*DIVIDED_BY, *MULTIPLIED_BY, *CAPPED_AT)
+    return partial(finished_logits, config) if any(getattr(config, name, None) for name in names) else None
+
+
+def finished_logits(config: Any, logits: Tensor) -> Tensor:
+    """Return the products of an output matrix with the scale or soft cap of the architecture."""
+    divides = DIVIDED_BY if config.model_type not in MULTIPLIES_BY_LOGITS_SCALING else ()
+    for name in (*DIVIDED_BY, *MULTIPLIED_BY):
+        if scale := getattr(config, name, None):
+            logits = logits / scale if name in divides else logits * scale
+    for name in CAPPED_AT:
+        if cap := getattr(config, name, None):
+            logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+@torch.no_grad()
+def check_logits(model: Any) -> None:
+    """Compare what is computed of the final state with the model's own logits on a short text, once a model.
+
+    Decoding takes the model's own logits; training, caches, replay and alpha compute them of the final state. A model whose blocks
+    have no weights goes on from random states in place of the text's.
+
+    Raises:
+        CheckpointError: They differ by more than rounding explains.
+    """
+    if model in _compared:
+        return
+    embedding = model.get_input_embeddings().weight
+    device = embedding.device
+    # ZeRO-3 leaves no rows of the embedding here outside of a forward.
+    tokens_BT = torch.arange(1, 9, device=device)[None] % int(model.config.get_text_config().vocab_size)
+    was_training = model.training
+    model.eval()
+    with torch.autocast(device.type, enabled=False):
+        if any(parameter.is_meta for parameter in model.parameters()):
+            generator = torch.Generator().manual_seed(0)
+            width = int(model.get_output_embeddings().weight.shape[1])
+            states_BTD = torch.randn(1, 8, width, generator=generator).to(device, embedding.dtype)
+            with _final_states(model, states_BTD):
+                own_BTV = model(input_ids=tokens_BT, use_cache=False).logits
+        else:
+            states_BTD = trunk(model)(input_ids=tokens_BT, use_cache=False).last_hidden_state
+            own_BTV = model(input_ids=tokens_BT, use_cache=False).logits
+        difference = _difference(model, states_BTD, own_BTV)
+    model.train(was_training)
+    if difference > TOLERANCE.get(model.dtype, max(TOLERANCE.values())):
+        known = ", ".join((*DIVIDED_BY, *MULTIPLIED_BY, *CAPPED_AT))
+        raise CheckpointError(
+            f"{model.config.name_or_path or 'model'}: {type(model).__name__} makes its logits of its final state in a way that is "
+            f"not known here: they differ by {difference:.1%} of the largest one from the product with its output matrix and what "
+            f"its configuration says under {known}. Training and alpha would use another distribution than decoding, so it can be "
+            "decoded, but neither trained for nor replayed"
+        )
+    _compared.add(model)
+
+
+def _difference(model: Any, states_BTD: Tensor, own_BTV: Tensor) -> float:
+    """Return how far our logits are from the model's own, in units of the largest of these."""
+    try:
+        ours_BTV = head_logits(model, states_BTD)
+    except RuntimeError:
+        # A layer of its own stands between the final state and a matrix of another width.
+        return float("inf")
+    # Some models leave the padding out of their own.
+    distance_BTV = (own_BTV - ours_BTV[..., : own_BTV.shape[-1]]).abs()
+    return float(distance_BTV.max() / own_BTV.abs().max())
+
+
+@contextlib.contextmanager
+def _final_states(model: Any, states_BTD: Tensor) -> Iterator[None]:
+    """Within this context the model goes on from these final states, whatever it is given to read."""
+    given = _TrunkOutput([states_BTD])
+    with replaced_forwards({module: lambda *_, **__: given for module in (trunk(model), stack_holder(model))}):
+        yield
+
+
+class _TrunkOutput(tuple[Tensor, ...]):
+    """The final state alone; architectures ask for other parts by many names."""
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        return self[0] if name == "last_hidden_state" else None

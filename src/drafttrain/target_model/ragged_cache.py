@@ -1,0 +1,194 @@
+"""One Hugging Face key-value cache for sequences of different lengths, rolled back to the nodes that were accepted.
+
+B = sequences, C = columns of the cache, N = nodes of one call (the longest sequence's), W = columns kept
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.errors import CheckpointError
+from drafttrain.target_model.growing_layer import GrowingCache
+
+Tree = Sequence[int]
+"""The parent of every node of a call, -1 for a child of the last cached token; a chain is -1, 0, 1, ..."""
+
+
+def is_chain(parents: Tree) -> bool:
+    """Tell whether every node is the child of the one before it."""
+    return all(parent == index - 1 for index, parent in enumerate(parents))
+
+
+def depths(parents: Tree) -> list[int]:
+    """Return how far below the cached text every node stands; 0 is its direct child."""
+    found: list[int] = []
+    for parent in parents:
+        found.append(found[parent] + 1 if parent >= 0 else 0)
+    return found
+
+
+def ancestors(parents: Tree) -> Tensor:
+    """Return allowed_NN: which nodes a node may look at, itself included."""
+    allowed_NN = torch.eye(len(parents), dtype=torch.bool)
+    for index, parent in enumerate(parents):
+        if parent >= 0:
+            allowed_NN[index] |= allowed_NN[parent]
+    return allowed_NN
+
+
+class RaggedCache:
+    """The cached tokens of B sequences. Between two calls of `keep` tokens are pending: read, but not yet decided on.
+
+    After `keep` every sequence fills the columns from the left. While nothing is ragged there is no mask, and rolling back
+    is a slice. Which columns hold what is known on the host: a call copies to the device what it needs of that, once.
+
+    Args:
+        layers: The layers in its care, when the blocks of a model do not all read their tokens in the same calls.
+        beside: The Hugging Face cache that holds the layers before those.
+    """
+
+    def __init__(self, num_sequences: int, *, layers: slice = slice(None), beside: GrowingCache | None = None) -> None:
+        self.hf: GrowingCache = GrowingCache() if beside is None else _LayersFrom(layers.start, beside)
+        self._in_care = layers
+        self.lengths = [0] * num_sequences
+        """Cached tokens by sequence, pending ones included."""
+        self.kept = [0] * num_sequences
+        """Cached tokens by sequence at the last `keep`."""
+        self.columns = 0
+        """Of the longest sequence's tokens, pending ones and padding included."""
+        self._real_BC: Tensor | None = None
+        """Which columns hold a token; None: all do."""
+
+    def positions(self, sizes: Sequence[int], trees: Sequence[Tree | None], *, width: int) -> Tensor:
+        """Return the position of every node; padding stands on 0."""
+        return torch.tensor(
+            [
+                [
+                    *(range(length, length + size) if tree is None else (length + depth for depth in depths(tree))),
+                    *[0] * (width - size),
+                ]
+                for length, size, tree in zip(self.lengths, sizes, trees, strict=True)
+            ]
+        )
+
+    def allowed(self, trees: Sequence[Tree | None], *, width: int) -> Tensor | None:
+        """Return which columns, then nodes, each node may look at; None where plain causal attention is right."""
+        if self._real_BC is None and all(tree is None for tree in trees):
+            return None
+        allowed_BNC = torch.ones(len(trees), width, self.columns + width, dtype=torch.bool)
+        if self._real_BC is not None:
+            allowed_BNC[:, :, : self.columns] = self._real_BC[:, None]
+        new_BNN = allowed_BNC[:, :, self.columns :]
+        new_BNN.tril_()
+        for row, tree in enumerate(trees):
+            if tree is not None:
+                new_BNN[row, : len(tree), : len(tree)] = ancestors(tree)
+        return allowed_BNC
+
+    def appended(self, sizes: Sequence[int], *, width: int) -> None:
+        """Count the nodes that a call of the model has just added to the layers."""
+        self._check_layers(width)
+        if self._real_BC is not None or min(sizes) < width:
+            new_BN = torch.arange(width) < torch.tensor(sizes)[:, None]
+            self._real_BC = torch.cat([self._real(), new_BN], dim=1)
+        self.columns += width
+        self.lengths = [length + size for length, size in zip(self.lengths, sizes, strict=True)]
+
+    def commit(self) -> None:
+        """Keep everything that one call has read, as after a prefill."""
+        self.kept = list(self.lengths)
+
+    def keep(self, nodes: Sequence[Sequence[int]]) -> None:
+        """Keep these pending tokens of every sequence, in order, and forget the others."""
+        lengths = [kept + len(chosen) for kept, chosen in zip(self.kept, nodes, strict=True)]
+        width = max(lengths)
+        prefix = all(chosen[-1] == len(chosen) - 1 for chosen in nodes if chosen)
+        if self._real_BC is not None or not prefix:
+            self._gather(nodes, width=width)
+        for layer in self._layers():
+            layer.show(width)
+        self.lengths = lengths
+        self.kept = list(lengths)
+        self._fit(width)
+
+    def select(self, sequences: Sequence[int]) -> None:
+        """Keep only these sequences, in this order; nothing may be pending."""
+        assert self.lengths == self.kept, "decide on the pending tokens before sequences are dropped"
+        self.lengths = [self.lengths[i] for i in sequences]
+        self.kept = list(self.lengths)
+        width = max(self.lengths, default=0)
+        rows_B = torch.tensor(list(sequences), dtype=torch.long)
+        # What `commit` kept may still stand behind padding.
+        columns_BW = torch.arange(width)[None] if self._real_BC is None else self._order()[rows_B, :width]
+        for layer in self._layers():
+            # One copy where the layers are on one device.
+            rows_B, columns_BW = rows_B.to(layer.device), columns_BW.to(layer.device)
+            layer.select(rows_B, columns_BW)
+        self._fit(width)
+
+    def bytes_per_token(self) -> int:
+        """Return the cache's bytes of one token of one sequence, over all layers; 0 before the first call."""
+        return sum(
+            state.shape[1] * state.shape[3] * state.element_size()
+            for layer in self._layers()
+            for state in (layer.keys, layer.values)
+        )
+
+    def _gather(self, nodes: Sequence[Sequence[int]], *, width: int) -> None:
+        """Move the chosen pending tokens of every row to the left, directly behind what was kept before."""
+        # Columns before `first` stay: they hold kept tokens of every row, none of them behind padding.
+        first = min(*self.kept, int(self._real().all(dim=0).to(torch.uint8).cumprod(dim=0).sum()))
+        token_BW = torch.arange(width).repeat(len(nodes), 1)
+        for row, (kept, chosen) in enumerate(zip(self.kept, nodes, strict=True)):
+            token_BW[row, kept : kept + len(chosen)] = kept + torch.tensor(list(chosen), dtype=torch.long)
+        columns_BW = self._order().gather(1, token_BW)[:, first:]
+        for layer in self._layers():
+            columns_BW = columns_BW.to(layer.device)  # one copy where the layers are on one device
+            layer.move(columns_BW, first=first)
+
+    def _real(self) -> Tensor:
+        """Return real_BC: which columns hold a token."""
+        return torch.ones(len(self.lengths), self.columns, dtype=torch.bool) if self._real_BC is None else self._real_BC
+
+    def _order(self) -> Tensor:
+        """Return order_BC: the columns that hold tokens, in order, then the others."""
+        return self._real().logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+
+    def _fit(self, width: int) -> None:
+        ragged = min(self.lengths, default=0) < width
+        self.columns = width
+        self._real_BC = torch.arange(width) < torch.tensor(self.lengths)[:, None] if ragged else None
+
+    def _layers(self) -> list[Any]:
+        """Return the layers in its care that hold states; a layer that shares another's has none."""
+        layers: list[Any] = list(self.hf.layers)[self._in_care]
+        return [layer for layer in layers if layer.is_initialized]
+
+    def _check_layers(self, width: int) -> None:
+        if self.columns:
+            return
+        for layer in self._layers():
+            if layer.keys.ndim != 4 or layer.keys.shape[2] != width or layer.values.shape[2] != width:
+                raise CheckpointError(
+                    f"a {type(layer).__name__} does not keep one key and value a token: this model's cache cannot be rolled back"
+                )
+
+
+class _LayersFrom(GrowingCache):
+    """The same layers as another cache; asked how much is cached, it answers for the layers from `first` on."""
+
+    def __init__(self, first: int, whole: GrowingCache) -> None:
+        super().__init__()
+        self.layers = whole.layers
+        self._first = first
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return int(super().get_seq_length(max(layer_idx, self._first)))
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, max(layer_idx, self._first))
+        return sizes
