@@ -19,7 +19,7 @@ import torch.distributed as dist  # noqa: E402
 from drafttrain.config.recipe import Recipe  # noqa: E402
 from drafttrain.core.errors import Interrupted  # noqa: E402
 from drafttrain.distributed.collectives import together, wait_for_all  # noqa: E402
-from drafttrain.distributed.world import first  # noqa: E402
+from drafttrain.distributed.world import is_first  # noqa: E402
 from drafttrain.pipeline.run import Run  # noqa: E402
 from drafttrain.pipeline.training import train_drafter  # noqa: E402
 from tests.cuda.groups import groups_of_devices  # noqa: E402
