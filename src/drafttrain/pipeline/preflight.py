@@ -74,7 +74,7 @@ class Parts:
     @cached_property
     def tokenizer(self) -> Any:
         """Its tokenizer."""
-        from drafttrain.target_model.frozen import load_tokenizer
+        from drafttrain.target_model.tokenizer import load_tokenizer
 
         return load_tokenizer(self.tokenizer_folder, trust_remote_code=self._trust)
 
@@ -86,7 +86,7 @@ class Parts:
     @cached_property
     def num_ids(self) -> int:
         """Ids of its tokenizer."""
-        from drafttrain.target_model.frozen import num_ids
+        from drafttrain.target_model.tokenizer import num_ids
 
         return num_ids(self.tokenizer)
 
@@ -121,7 +121,7 @@ class Parts:
         check_causal_lm(self.folder, trust_remote_code=self._trust)
 
     def _folder_of(self, name: str, revision: str | None) -> Path:
-        from drafttrain.target_model.frozen import cached_folder, resolve_folder
+        from drafttrain.target_model.folders import cached_folder, resolve_folder
 
         if name.startswith(MADE_BY):
             raise NotHere(name)
@@ -336,8 +336,8 @@ def _of_start(drafter: Parts, target: Parts, recipe: Recipe) -> Iterator[str]:
 def _same_tokenizer(drafter: Parts, target: Parts) -> Iterator[str]:
     from drafttrain.core.foreign import read_json
     from drafttrain.export.layout import text_config
-    from drafttrain.target_model.frozen import check_same_tokenizer
     from drafttrain.target_model.model_folder import check_model_files
+    from drafttrain.target_model.tokenizer import check_same_tokenizer
 
     check_model_files(drafter.folder)
     check_same_tokenizer(target.tokenizer, drafter.tokenizer, drafter=drafter.name)

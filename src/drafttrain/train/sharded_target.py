@@ -14,15 +14,13 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.tensors import TensorFiles
 from drafttrain.target_model.absent import bare_model, target_folder
 from drafttrain.target_model.anatomy import blocks, trunk
+from drafttrain.target_model.device import pick_device
 from drafttrain.target_model.documents import try_out
-from drafttrain.target_model.frozen import (
-    Target,
-    TargetSettings,
-    fingerprint_of,
-    load_target_tokenizer,
-    pick_device,
-)
+from drafttrain.target_model.folders import fingerprint_of
+from drafttrain.target_model.settings import TargetSettings
 from drafttrain.target_model.skeleton import fill, stored_tensors
+from drafttrain.target_model.target import Target
+from drafttrain.target_model.tokenizer import load_target_tokenizer
 from drafttrain.target_model.weights_digest import add_to_digest
 from drafttrain.train.strategy import join_deepspeed, whole
 

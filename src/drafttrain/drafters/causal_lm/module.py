@@ -27,8 +27,10 @@ from drafttrain.target_model.anatomy import blocks
 from drafttrain.target_model.attention import drafter_attention
 from drafttrain.target_model.documents import document_states
 from drafttrain.target_model.ends import end_of_text
-from drafttrain.target_model.frozen import check_same_tokenizer, load_causal_lm, load_tokenizer, num_ids, resolve_folder
+from drafttrain.target_model.folders import resolve_folder
+from drafttrain.target_model.loading import load_causal_lm
 from drafttrain.target_model.logits import head_of
+from drafttrain.target_model.tokenizer import check_same_tokenizer, load_tokenizer, num_ids
 from drafttrain.target_model.work import head_parameters, trunk_products
 
 
