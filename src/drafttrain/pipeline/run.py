@@ -65,7 +65,7 @@ class Run:
 
     def _load_target(self) -> Target:
         if self.placement == "absent":
-            from drafttrain.target_model.absent import AbsentTarget
+            from drafttrain.target_model.absent_target import AbsentTarget
 
             return AbsentTarget.load(self.recipe.target)
         if self.placement == "sharded":

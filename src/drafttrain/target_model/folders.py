@@ -9,7 +9,7 @@ from pathlib import Path
 
 from drafttrain.core import digests
 from drafttrain.core.errors import CheckpointError
-from drafttrain.target_model.model_folder import check_model_files, no_folder
+from drafttrain.target_model.folder_checks import check_model_files, no_folder
 
 BUILTIN = "builtin:"
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py")

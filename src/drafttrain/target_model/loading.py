@@ -11,9 +11,9 @@ from drafttrain.core.console import say_once
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.tensors import check_finite, check_number_types
 from drafttrain.target_model.attention import refuse_attention
-from drafttrain.target_model.model_folder import check_causal_lm, in_one_line
-from drafttrain.target_model.sizes import refuse_sizes
-from drafttrain.target_model.wrapped import language_model_inside, loader_of
+from drafttrain.target_model.folder_checks import check_causal_lm, in_one_line
+from drafttrain.target_model.multimodal import auto_class_for, language_model_inside
+from drafttrain.target_model.weight_shapes import refuse_wrong_shapes
 
 
 def load_causal_lm(
@@ -29,7 +29,7 @@ def load_causal_lm(
     """
     check_causal_lm(folder, trust_remote_code=trust_remote_code)
     try:
-        loaded: Any = loader_of(folder, trust_remote_code=trust_remote_code).from_pretrained(
+        loaded: Any = auto_class_for(folder, trust_remote_code=trust_remote_code).from_pretrained(
             str(folder),
             dtype="auto" if dtype == "stored" else getattr(torch, dtype),
             attn_implementation=attention,
@@ -39,7 +39,7 @@ def load_causal_lm(
         )
     except Exception as error:  # what the content of a folder, or the code that comes with it, leads transformers to
         refuse_attention(folder, attention, trust_remote_code=trust_remote_code)
-        refuse_sizes(folder, trust_remote_code=trust_remote_code)
+        refuse_wrong_shapes(folder, trust_remote_code=trust_remote_code)
         raise CheckpointError(f"{folder}: no causal LM could be read here: {in_one_line(error)}") from error
     model, report = loaded
     model = language_model_inside(model, folder)

@@ -19,7 +19,7 @@ from drafttrain.core.target_rows import TargetNeeds, TargetOutput, TargetRows
 from drafttrain.target_model.anatomy import position_limit
 from drafttrain.target_model.device import pick_device
 from drafttrain.target_model.documents import document_states
-from drafttrain.target_model.ends import end_ids, say_ends
+from drafttrain.target_model.end_tokens import end_ids, report_end_tokens
 from drafttrain.target_model.folders import fingerprint_of, resolve_folder
 from drafttrain.target_model.live_rows import LiveRows
 from drafttrain.target_model.loading import load_causal_lm
@@ -91,7 +91,7 @@ class Target:
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a text: all that generation config, configuration and tokenizer name, as engines stop."""
-        say_ends(self.model, self.tokenizer, name=self.name)
+        report_end_tokens(self.model, self.tokenizer, name=self.name)
         return end_ids(self.model, self.tokenizer)
 
     @torch.no_grad()

@@ -9,8 +9,8 @@ from typing import Any
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.foreign import check_folder
+from drafttrain.target_model.folder_checks import in_one_line
 from drafttrain.target_model.folders import resolve_folder
-from drafttrain.target_model.model_folder import in_one_line
 from drafttrain.target_model.settings import TargetSettings
 
 TOKENIZER_FILES = (
