@@ -84,10 +84,10 @@ class Run:
         """
         if self.placement == "replicated":
             return self.target
-        from drafttrain.data_gen.stored.validation_target import told
+        from drafttrain.data_gen.stored.validation_target import cached_target
 
         texts, _ = self.validation_texts
-        return told(
+        return cached_target(
             self.folder.validation,
             [[*text.prompt, *text.new] for text in texts],
             self.target,
@@ -132,7 +132,7 @@ class Run:
         from drafttrain.core.texts import Sampling
         from drafttrain.data_gen.backends import Task
         from drafttrain.data_gen.backends.builtin import continuations
-        from drafttrain.data_gen.stored.validation_target import kept_continuations
+        from drafttrain.data_gen.stored.validation_target import cached_continuations
         from drafttrain.eval.prompts import read_prompts
         from drafttrain.eval.repetition import tokens_before_repetition
         from drafttrain.eval.replay import Text
@@ -153,7 +153,7 @@ class Run:
         if self.placement == "replicated":
             written = continuations(tasks, self.target, **limits)
         else:
-            written = kept_continuations(self.folder.validation / "texts.json", tasks, self.target, **limits)
+            written = cached_continuations(self.folder.validation / "texts.json", tasks, self.target, **limits)
         if wanted.repetition_ngram:
             written = [new[: max(1, tokens_before_repetition(new, ngram=wanted.repetition_ngram))] for new in written]
         texts = [Text(task.id, task.prompt, new) for task, new in zip(tasks, written, strict=True)]
