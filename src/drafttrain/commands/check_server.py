@@ -28,7 +28,8 @@ from drafttrain.serving.engines import CounterNames, engine_of, engines
 from drafttrain.serving.live_server import PATIENCE, LiveFigures, LiveServer, served_model
 from drafttrain.serving.promise import TOLERANCE, promise_of
 from drafttrain.serving.serve_config import read_evaluation
-from drafttrain.target_model.frozen import BUILTIN, load_target_tokenizer, resolve_folder
+from drafttrain.target_model.folders import BUILTIN, resolve_folder
+from drafttrain.target_model.tokenizer import load_target_tokenizer
 
 SERVER = "server.json"
 TAKEN_OVER = ("prompts", "prompt_tokens", "max_new_tokens", "top_p", "top_k")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drafttrain.core.errors import CheckpointError, RecipeError
-from drafttrain.target_model.frozen import resolve_folder
+from drafttrain.target_model.folders import resolve_folder
 
 
 def folders_of(drafters: Sequence[str]) -> list[Path]:

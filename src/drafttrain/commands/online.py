@@ -10,8 +10,8 @@ from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say, table
 from drafttrain.core.errors import RecipeError
 from drafttrain.core.files import clear_leftovers
-from drafttrain.online.loop import routes_of, status
 from drafttrain.online.report import write_online_report
+from drafttrain.online.run_files import routes_of, status
 from drafttrain.online.versions import Versions
 from drafttrain.pipeline.drafter_folder import write_drafter
 from drafttrain.pipeline.folder import RunFolder

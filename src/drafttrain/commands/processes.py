@@ -15,7 +15,7 @@ from drafttrain.core.files import clear_leftovers
 from drafttrain.distributed.collectives import first_before_others, together
 from drafttrain.distributed.world import is_first, launched, world
 from drafttrain.pipeline.folder import RunFolder
-from drafttrain.target_model.frozen import pick_device
+from drafttrain.target_model.device import pick_device
 from drafttrain.train.preflight import check_processes
 
 

@@ -14,7 +14,7 @@ from drafttrain.pipeline.engines import folder_as
 from drafttrain.pipeline.folder import exported_in
 from drafttrain.serving.engines import Use, engine_of, engines
 from drafttrain.serving.serve_config import best_length, read_evaluation
-from drafttrain.target_model.frozen import BUILTIN, resolve_folder
+from drafttrain.target_model.folders import BUILTIN, resolve_folder
 
 
 def serve_command(folder: Path, engine: str, *, target: str | None) -> str:

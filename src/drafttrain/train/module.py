@@ -24,7 +24,7 @@ from drafttrain.losses import Loss
 from drafttrain.losses.align import align, planned
 from drafttrain.losses.chunked import batch_loss, normalised, summed
 from drafttrain.target_model import Target
-from drafttrain.target_model.frozen import LiveRows
+from drafttrain.target_model.live_rows import LiveRows
 from drafttrain.train.flops import distill_flops, head_flops
 from drafttrain.train.optimizer import build_optimizer, learning_rate_scale
 from drafttrain.train.settings import TrainSettings
