@@ -15,7 +15,7 @@ from drafttrain.config.load import read_recipe
 from drafttrain.pipeline.data import write_texts as write_data
 from drafttrain.pipeline.run import Run
 from drafttrain.pipeline.training import train_drafter
-from drafttrain.train.module import HeadModule
+from drafttrain.train.head import HeadModule
 from tests.cuda.happenings import Happenings
 from tests.cuda.kinds import KINDS, recipe, write_texts
 

@@ -19,7 +19,7 @@ from drafttrain.data_gen.sources.jsonl import JSONLSettings
 from drafttrain.data_gen.training_data import TrainingData, attach_cache, prepare
 from drafttrain.drafters.causal_lm.module import CausalLMDrafter, CausalLMSettings
 from drafttrain.losses.forward_kl import ForwardKL, ForwardKLConfig
-from drafttrain.train.module import DistillModule
+from drafttrain.train.distill import DistillModule
 from drafttrain.train.settings import TrainSettings
 from tests.data_gen.serving_logs.log_lines import completion, ids, write
 
