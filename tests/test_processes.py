@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from drafttrain import launch, pipeline
+from drafttrain import pipeline
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import DrafttrainError, Interrupted, RecipeError
+from drafttrain.distributed import launch
 from drafttrain.distributed.collectives import first_before_others, own_share, shared, wait_for_all
 from drafttrain.distributed.world import LAUNCHED, TORCHRUN, World, without_launcher, world
 from drafttrain.train.offload import refuse_stale_lock

@@ -11,7 +11,7 @@ import torch
 from drafttrain.core.errors import CheckpointError
 from drafttrain.heads import HeadRows, MadeFor, check_made_for, load_head, probabilities
 from drafttrain.heads.acceptance import AcceptanceHead, AcceptanceSettings, prior_corrected
-from drafttrain.target_model.frozen import fingerprint_of
+from drafttrain.target_model.folders import fingerprint_of
 
 
 def head(**settings: object) -> AcceptanceHead:

@@ -15,7 +15,7 @@ from drafttrain.distributed.world import for_own_program, without_launcher, worl
 from drafttrain.heads import HeadRows, probabilities
 from drafttrain.heads.acceptance import AcceptanceHead, AcceptanceSettings
 from drafttrain.pipeline.commands import _of_devices
-from drafttrain.target_model.frozen import pick_device
+from drafttrain.target_model.device import pick_device
 from drafttrain.train.run import placement
 from drafttrain.train.settings import TrainSettings
 

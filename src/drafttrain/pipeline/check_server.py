@@ -127,7 +127,7 @@ def _taken_over(result: Mapping[str, Any] | None) -> list[str]:
 def _prompts(of_target: Any, settings: EvalSettings, result: Mapping[str, Any] | None) -> list[Prompt]:
     """Return the prompts: where they are of the evaluation's own set, those that it used."""
     from drafttrain.eval.prompts import read_prompts
-    from drafttrain.target_model.frozen import load_target_tokenizer
+    from drafttrain.target_model.tokenizer import load_target_tokenizer
 
     prompts = read_prompts(settings.prompts, load_target_tokenizer(of_target), prompt_tokens=settings.prompt_tokens)
     if result is not None and all(getattr(settings, name) == result["settings"][name] for name in TAKEN_OVER[:2]):
@@ -157,7 +157,7 @@ async def _served(
     from drafttrain.core.texts import Sampling
     from drafttrain.data_gen.openai_client import Completions
     from drafttrain.serving.live_server import PATIENCE, LiveServer, served_model
-    from drafttrain.target_model.frozen import BUILTIN, resolve_folder
+    from drafttrain.target_model.folders import BUILTIN, resolve_folder
 
     if target.startswith(BUILTIN):
         target = str(resolve_folder(target))

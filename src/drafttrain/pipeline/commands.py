@@ -252,7 +252,7 @@ def learn_online(recipe: Recipe, folder: Path, *, once: bool = False) -> None:
 
 def rollback(folder: Path, *, route: str | None = None) -> None:
     """Serve the version again that the current one replaced; one of several drafters is named by its route."""
-    from drafttrain.online.loop import routes_of
+    from drafttrain.online.run_files import routes_of
     from drafttrain.online.versions import Versions
 
     routes = routes_of(folder)
@@ -336,7 +336,7 @@ def _of_devices(recipe: Recipe) -> Iterator[str]:
     """Tell which devices of the recipe are not here, or cannot be trained on by the processes that are there."""
     import torch
 
-    from drafttrain.target_model.frozen import pick_device
+    from drafttrain.target_model.device import pick_device
 
     places = {"train.device": recipe.train.device, "target.device": recipe.target.device}
     for key, device in places.items():
@@ -362,7 +362,7 @@ def _fit_head(run: Run) -> None:
 
 def folders_of(drafters: Sequence[str]) -> list[Path]:
     """Return the local folders of drafters, or every one that cannot be found."""
-    from drafttrain.target_model.frozen import resolve_folder
+    from drafttrain.target_model.folders import resolve_folder
 
     folders, problems = [], []
     for name in drafters:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from drafttrain.export.settings import ExportSettings
     from drafttrain.pipeline.run import Run
     from drafttrain.target_model import Target
-    from drafttrain.target_model.frozen import TargetSettings
+    from drafttrain.target_model.settings import TargetSettings
 
 DRAFTER_FORMAT = "hf"
 ENGINES = "engine.json"
@@ -76,7 +76,7 @@ def check_writer(recipe: Recipe, texts: Path) -> None:
     from drafttrain.data_gen.backends.vllm import environment_on
     from drafttrain.environments.environment import is_installed
     from drafttrain.serving.engines import checked_installed
-    from drafttrain.target_model.frozen import kind_of_device
+    from drafttrain.target_model.device import kind_of_device
 
     generate = recipe.data.generate
     if generate is None or generate.backend.kind != "vllm" or (texts / "manifest.json").exists():
@@ -112,14 +112,14 @@ def formats_of(settings: ExportSettings) -> list[str]:
 
 def _target_config(target: TargetSettings) -> dict[str, Any]:
     from drafttrain.export.convert import read_target_config
-    from drafttrain.target_model.frozen import resolve_folder
+    from drafttrain.target_model.folders import resolve_folder
 
     return read_target_config(resolve_folder(target.model or "", revision=target.revision), name=_told_name(target))
 
 
 def _told_name(target: TargetSettings) -> str:
     """Return how files name a target to an engine, which knows no builtin one."""
-    from drafttrain.target_model.frozen import BUILTIN, resolve_folder
+    from drafttrain.target_model.folders import BUILTIN, resolve_folder
 
     name = target.model or ""
     return str(resolve_folder(name)) if name.startswith(BUILTIN) else name
@@ -204,7 +204,7 @@ def serve_command(folder: Path, engine: str, *, target: str | None) -> str:
     from drafttrain.export.folder import kind_of, read_files
     from drafttrain.serving.engines import Use, engine_of, engines
     from drafttrain.serving.serve_config import best_length, read_evaluation
-    from drafttrain.target_model.frozen import BUILTIN, resolve_folder
+    from drafttrain.target_model.folders import BUILTIN, resolve_folder
 
     if engine not in engines.names():
         raise CheckpointError(engines.unknown(engine))
@@ -307,7 +307,7 @@ def _verified_in(
 @contextmanager
 def served_folder(settings: TargetSettings, standing: Target, target: Target) -> Iterator[Path]:
     """Yield the folder of the target that a drafter stands on: its own, or one with the adapters merged into it."""
-    from drafttrain.target_model.frozen import resolve_folder
+    from drafttrain.target_model.folders import resolve_folder
 
     if standing is target:
         yield resolve_folder(settings.model or "", revision=settings.revision)
