@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from drafttrain.commands.fit import _fit_head
 from drafttrain.config.load import read_recipe
-from drafttrain.pipeline.commands import _fit_head
 from drafttrain.pipeline.data import write_texts as write_data
 from drafttrain.pipeline.run import Run
 from drafttrain.pipeline.training import train_drafter

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from drafttrain import pipeline
+from drafttrain.commands.fit import fit
 from drafttrain.config.load import load_recipe
 from drafttrain.core.target_rows import NamedTargetRows, TargetNeeds
 from drafttrain.data_gen.serving_logs.settings import ServingLogsSettings
@@ -140,7 +140,7 @@ eval: {{num_prompts: 2, max_new_tokens: 6, prompt_tokens: 6, speed_prompts: 1, p
        validation_prompts: {prompts}}}
 """
     )
-    pipeline.fit(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "run")
+    fit(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "run")
     (about,) = [json.loads(path.read_text()) for path in (tmp_path / "run").rglob("meta.json")]
     assert (about["records"], about["set_aside_by"]) == (12, {"not_a_record": 1, "duplicate": 1})
     with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
