@@ -112,7 +112,7 @@ def _counters_of(engine: str) -> CounterNames:
 def _drafter(given: Path) -> tuple[Path, About | None, dict[str, Any]]:
     """Return the folder that was given, and what it or the drafter of this run says of itself and of its evaluation."""
     from drafttrain.checkpoint import read_about
-    from drafttrain.serving.serve_config import read_evaluation
+    from drafttrain.serving.draft_length import read_evaluation
 
     place = exported_in(given)
     return given, read_about(place), read_evaluation(place)

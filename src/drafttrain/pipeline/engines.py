@@ -201,8 +201,8 @@ def serve_command(folder: Path, engine: str, *, target: str | None) -> str:
     """
     from drafttrain.checkpoint import read_about
     from drafttrain.export.folder import kind_of, read_files
+    from drafttrain.serving.draft_length import best_length, read_evaluation
     from drafttrain.serving.engines import Use, engine_of, engines
-    from drafttrain.serving.serve_config import best_length, read_evaluation
     from drafttrain.target_model.frozen import BUILTIN, resolve_folder
 
     if engine not in engines.names():
@@ -253,8 +253,9 @@ def _verified_in(
     from drafttrain.checkpoint import read_drafter
     from drafttrain.eval.prompts import read_prompts
     from drafttrain.export.convert import check_exported, read_target_config
-    from drafttrain.serving.comparison import SAMPLED_TEMPERATURE, compare_with_engine, plain_served
+    from drafttrain.serving.comparison import compare_with_engine, plain_output
     from drafttrain.serving.engines import Job, engine_of
+    from drafttrain.serving.problems import SAMPLED_TEMPERATURE
 
     engine = engine_of(name)
     drafter = read_drafter(source, target)
@@ -288,7 +289,7 @@ def _verified_in(
             if found := engine.problems(folder, drafter.kind, target_config):
                 raise CheckpointError("\n  ".join([f"{name} cannot run {folder}:", *found]))
             say(f"{name}: serving {len(prompts)} prompts with {folder}")
-            plain = plain or plain_served(engine, job)
+            plain = plain or plain_output(engine, job)
             comparison = compare_with_engine(
                 engine,
                 folder,
