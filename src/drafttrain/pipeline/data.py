@@ -53,7 +53,7 @@ def _prepared(run: Run) -> TrainingData:
     from drafttrain.core.digests import files_digest
     from drafttrain.data_gen.training_data import prepare
     from drafttrain.pipeline.preflight import target_parts
-    from drafttrain.target_model.frozen import tokenizer_files, tokenizer_folder
+    from drafttrain.target_model.tokenizer import tokenizer_files, tokenizer_folder
 
     data = prepare(
         run.recipe.data,

@@ -23,7 +23,7 @@ from drafttrain.environments.known import VLLM_CPU
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.serving.reference import count_rounds, decode
 from drafttrain.target_model import Target, TargetSettings
-from drafttrain.target_model.frozen import resolve_folder
+from drafttrain.target_model.folders import resolve_folder
 from tests.serving.engines_installed.vllm_server import TARGET, vllm_server
 
 pytestmark = pytest.mark.serving

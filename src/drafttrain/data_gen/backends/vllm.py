@@ -18,7 +18,7 @@ from drafttrain.core.settings import setting
 from drafttrain.data_gen.backends import NOT_REPRODUCIBLE, Outcome, Plan, Task, backends, unusable
 from drafttrain.environments.environment import Environment, ask
 from drafttrain.environments.known import VLLM_CPU, VLLM_CUDA
-from drafttrain.target_model.frozen import fingerprint_of, resolve_folder
+from drafttrain.target_model.folders import fingerprint_of, resolve_folder
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 LARGEST_SEED = 2**31

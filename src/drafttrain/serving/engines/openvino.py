@@ -20,7 +20,7 @@ from drafttrain.environments.known import OPENVINO
 from drafttrain.export.openvino import OpenVinoExporter, taps_problems
 from drafttrain.export.openvino_graph import GRAPH, write_graph
 from drafttrain.serving.engines import Conventions, DecodedPrompt, Job, ServingEngine, Use, engines
-from drafttrain.target_model.frozen import fingerprint_of
+from drafttrain.target_model.folders import fingerprint_of
 
 
 @dataclass
