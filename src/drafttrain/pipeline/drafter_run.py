@@ -19,7 +19,6 @@ from drafttrain.data_gen.training_data import TrainingData, attach_cache
 from drafttrain.distributed.collectives import first_before_others, shared, wait_for_all
 from drafttrain.distributed.world import is_first
 from drafttrain.drafters import Drafter, drafters
-from drafttrain.export.card import model_card
 from drafttrain.export.drafter import CalibrationTexts, DrafterExporter
 from drafttrain.losses import Loss, losses
 from drafttrain.losses.ce import CrossEntropy
@@ -27,6 +26,7 @@ from drafttrain.pipeline.data import contaminated_prompts, own_batches, training
 from drafttrain.pipeline.evaluating import evaluated
 from drafttrain.pipeline.run import Run
 from drafttrain.pipeline.validation import Validation
+from drafttrain.serving.card import model_card
 from drafttrain.target_model import Target
 from drafttrain.target_model.device import pick_device
 from drafttrain.target_model.tokenizer import num_ids, tokenizer_fingerprint

@@ -31,8 +31,9 @@ from drafttrain.pipeline.formats import (
 from drafttrain.pipeline.run import Run, quiet_libraries
 from drafttrain.pipeline.validation import draft_length
 from drafttrain.serving.card import in_format, with_engines
-from drafttrain.serving.comparison import SAMPLED_TEMPERATURE, compare_with_engine, plain_served
+from drafttrain.serving.comparison import compare_with_engine, plain_output
 from drafttrain.serving.engines import Job, engine_of, engines
+from drafttrain.serving.problems import SAMPLED_TEMPERATURE
 from drafttrain.target_model import Target
 from drafttrain.target_model.folders import resolve_folder
 from drafttrain.target_model.settings import TargetSettings
@@ -143,7 +144,7 @@ def _verified_in(
             if found := engine.problems(folder, drafter.kind, target_config):
                 raise CheckpointError("\n  ".join([f"{name} cannot run {folder}:", *found]))
             say(f"{name}: serving {len(prompts)} prompts with {folder}")
-            plain = plain or plain_served(engine, job)
+            plain = plain or plain_output(engine, job)
             comparison = compare_with_engine(
                 engine,
                 folder,
