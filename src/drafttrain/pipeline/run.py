@@ -65,7 +65,7 @@ class Run:
 
     def _load_target(self) -> Target:
         if self.placement == "absent":
-            from drafttrain.target_model.absent import AbsentTarget
+            from drafttrain.target_model.absent_target import AbsentTarget
 
             return AbsentTarget.load(self.recipe.target)
         if self.placement == "sharded":
@@ -115,14 +115,14 @@ class Run:
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The target's tokenizer; read without any weights when there is no target."""
-        from drafttrain.target_model.frozen import load_target_tokenizer
+        from drafttrain.target_model.tokenizer import load_target_tokenizer
 
         return load_target_tokenizer(self.recipe.target)
 
     @property
     def num_tokens(self) -> int:
         """Ids that target, drafter and tokenizer share."""
-        from drafttrain.target_model.frozen import num_ids
+        from drafttrain.target_model.tokenizer import num_ids
 
         return self.target.num_tokens if self.has_target() else num_ids(self.tokenizer)
 
@@ -169,7 +169,7 @@ class Run:
         import torch
 
         from drafttrain.drafters import drafters
-        from drafttrain.target_model.frozen import pick_device
+        from drafttrain.target_model.device import pick_device
 
         torch.manual_seed(self.recipe.seed)
         target = self.target if self.has_target() else None
