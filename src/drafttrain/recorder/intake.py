@@ -23,13 +23,11 @@ from drafttrain.core.files import write_json, write_text
 from drafttrain.core.texts import LoggedDistribution, Record
 from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.serving_logs.duplicates import Mark
-from drafttrain.data_gen.serving_logs.encoding import ExchangeEncoder
 from drafttrain.data_gen.serving_logs.exchange import Refused
 from drafttrain.data_gen.serving_logs.lines import Line
 from drafttrain.data_gen.serving_logs.pseudonyms import Pseudonyms
-from drafttrain.data_gen.serving_logs.reading import Reading
+from drafttrain.data_gen.serving_logs.reading import LogReader
 from drafttrain.data_gen.serving_logs.settings import ServingLogsSettings
-from drafttrain.data_gen.serving_logs.untrusted import guard
 from drafttrain.data_gen.sources import content_of
 from drafttrain.recorder.growing_logs import Place, follow
 
@@ -78,8 +76,7 @@ class Intake:
         self.choices_set_aside = Counter[str](state.get("choices_set_aside", {}))
         """Answers that were set aside of lines of which another one is used."""
         self._places = [Place(**place | {"states": tuple(place["states"])}) for place in state["places"]]
-        self._reading = Reading(self.settings, model=state["model"], pseudonyms=Pseudonyms(self.folder))
-        self._exchanges = ExchangeEncoder(self._encoder, self._reading.redact, law=self.settings.law)
+        self._reader = LogReader(self.settings, model=state["model"], pseudonyms=Pseudonyms(self.folder))
         kept = [number for path in self.folder.glob("batch-*.jsonl") if (number := _number(path)) < self.num_batches]
         self._first = min(kept, default=self.num_batches)
         self._sizes: dict[int, int] = {}
@@ -87,7 +84,7 @@ class Intake:
             self._sizes[number] = 0
             for served in self.served(first_batch=number, stop_batch=number + 1):
                 self._sizes[number] += 1
-                self._reading.duplicates.remember(served.mark)
+                self._reader.duplicates.remember(served.mark)
 
     @property
     def num_lines(self) -> int:
@@ -131,22 +128,17 @@ class Intake:
         return len(taken)
 
     def _line(self, line: Line) -> tuple[list[Served], list[Refused]]:
-        if line.data is None:
-            return [], [Refused("too_long", "longer than max_line_mb allows")]
         taken, reasons = [], []
-        for found in self._reading.line(line.data):
+        for found in self._reader.exchanges(line):
             if isinstance(found, Refused):
                 reasons.append(found)
                 continue
-            exchange, mark = found
             try:
-                with guard():
-                    record = self._exchanges.record(exchange)
+                record = self._reader.record(found, self._encoder)
             except Refused as reason:
                 reasons.append(reason)
             else:
-                self._reading.duplicates.remember(mark)
-                taken.append(Served(record, exchange.user, mark))
+                taken.append(Served(record, found.exchange.user, found.mark))
         return taken, reasons
 
     def _commit(self, places: list[Place]) -> None:
@@ -155,7 +147,7 @@ class Intake:
         state = {
             "about": self._about,
             "batches": self.num_batches,
-            "model": self._reading.model,
+            "model": self._reader.model,
             "lines": dict(self.counts),
             "choices_set_aside": dict(self.choices_set_aside),
             "places": [asdict(place) for place in places],
