@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from stories260k import openings, the_recipe
 
+from drafttrain.commands.gen import gen
 from drafttrain.config.load import load_recipe
 from drafttrain.core.files import write_json
 from drafttrain.core.provenance import commit, processor
@@ -37,7 +38,6 @@ from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.statistics import ratio_of_ratios
 from drafttrain.eval.table import interval
 from drafttrain.importers.convert import import_folder
-from drafttrain.pipeline import gen
 from drafttrain.pipeline.data import training_data
 from drafttrain.pipeline.exporting import export_best
 from drafttrain.pipeline.run import Run

@@ -13,7 +13,7 @@ from drafttrain.eval.prompts import read_prompts
 from drafttrain.serving.comparison import plain_served
 from drafttrain.serving.engines import Job, Served
 from drafttrain.target_model import Target, TargetSettings
-from drafttrain.target_model.frozen import resolve_folder
+from drafttrain.target_model.folders import resolve_folder
 from tests.export import folders
 from tests.export.trained import learn
 

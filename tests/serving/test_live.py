@@ -22,7 +22,7 @@ from drafttrain.eval.prompts import read_prompts
 from drafttrain.serving.comparison import decode, served_counts
 from drafttrain.serving.engines import engine_of, environment
 from drafttrain.target_model import Target, TargetSettings
-from drafttrain.target_model.frozen import resolve_folder
+from drafttrain.target_model.folders import resolve_folder
 from tests.serving.vllm_server import TARGET, vllm_server
 
 pytestmark = pytest.mark.serving

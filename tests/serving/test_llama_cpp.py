@@ -24,7 +24,7 @@ from drafttrain.serving.comparison import Comparison, compare_with_engine
 from drafttrain.serving.engines import Job, ServingEngine, engine_of
 from drafttrain.serving.engines.llama_cpp import TARGETS
 from drafttrain.target_model import Target, TargetSettings
-from drafttrain.target_model.frozen import resolve_folder
+from drafttrain.target_model.folders import resolve_folder
 from tests.export.test_gguf import BIASED, SIZES, WAYS, change, merging_tokenizer, rope, saved
 
 pytestmark = pytest.mark.serving

@@ -26,7 +26,7 @@ from drafttrain.export.convert import check_exported, export_as, read_target_con
 from drafttrain.serving.comparison import Comparison, compare_with_engine, plain_served
 from drafttrain.serving.engines import Job, ServingEngine, Use, engine_of
 from drafttrain.target_model import Target, TargetSettings
-from drafttrain.target_model.frozen import resolve_folder
+from drafttrain.target_model.folders import resolve_folder
 from tests.export import folders
 from tests.export.trained import learn
 from tests.serving.conftest import NEW_TOKENS, SETTINGS, STEPS

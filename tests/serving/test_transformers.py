@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from drafttrain.cli import app
-from drafttrain.target_model.frozen import resolve_folder
+from drafttrain.target_model.folders import resolve_folder
 
 pytestmark = pytest.mark.serving
 

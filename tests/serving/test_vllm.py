@@ -15,7 +15,7 @@ from drafttrain.environments.environment import check_installed
 from drafttrain.export.convert import export_as, read_target_config
 from drafttrain.serving.comparison import Comparison, compare_with_engine
 from drafttrain.serving.engines import ServingEngine, engine_of
-from drafttrain.target_model.frozen import resolve_folder
+from drafttrain.target_model.folders import resolve_folder
 from tests.export import folders
 
 pytestmark = pytest.mark.serving

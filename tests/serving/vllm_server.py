@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from drafttrain.serving.engines import engine_of, environment
-from drafttrain.target_model.frozen import resolve_folder
+from drafttrain.target_model.folders import resolve_folder
 
 TARGET = "builtin:target"
 START_SECONDS = 240.0

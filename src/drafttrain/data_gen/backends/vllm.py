@@ -17,7 +17,7 @@ from drafttrain.core.random import stream_seed
 from drafttrain.core.settings import setting
 from drafttrain.data_gen.backends import NOT_REPRODUCIBLE, Outcome, Plan, Task, backends, unusable
 from drafttrain.environments import environment
-from drafttrain.target_model.frozen import fingerprint_of, resolve_folder
+from drafttrain.target_model.folders import fingerprint_of, resolve_folder
 
 WORKER = Path(environment.__file__).with_name("vllm_writer.py")
 ON_CPU, ON_CUDA = "vllm", "vllm-cuda"

@@ -20,7 +20,7 @@ from drafttrain.export.gguf import GgufExporter, write_model
 from drafttrain.export.gguf_file import FILE
 from drafttrain.export.gguf_tokenizer import END, SECOND_END, TOKENS, GgufTokenizer
 from drafttrain.serving.engines import Habits, Job, Served, ServingEngine, Use, engines
-from drafttrain.target_model.frozen import fingerprint_of
+from drafttrain.target_model.folders import fingerprint_of
 
 ENDS = frozenset(
     [

@@ -20,7 +20,7 @@ from drafttrain.environments.environment import ask, root
 from drafttrain.export.openvino import OpenVinoExporter, taps_problems
 from drafttrain.export.openvino_graph import GRAPH
 from drafttrain.serving.engines import Habits, Job, Served, ServingEngine, Use, engines
-from drafttrain.target_model.frozen import fingerprint_of
+from drafttrain.target_model.folders import fingerprint_of
 
 CONVERTER = Path(environment.__file__).with_name("openvino_converter.py")
 

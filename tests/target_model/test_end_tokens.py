@@ -12,7 +12,7 @@ from drafttrain.core.texts import Sampling
 from drafttrain.data_gen.backends import Task
 from drafttrain.data_gen.backends.builtin import continuations
 from drafttrain.target_model import Target, TargetSettings
-from drafttrain.target_model.ends import end_ids
+from drafttrain.target_model.end_tokens import end_ids
 
 SaveLlama = Callable[..., Path]
 

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, GPT
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.tensors import TensorFiles
 from drafttrain.target_model import Target, TargetSettings
-from drafttrain.target_model.absent import AbsentTarget, bare_model, outer_model
+from drafttrain.target_model.absent_target import AbsentTarget, bare_model, outer_model
 from drafttrain.target_model.anatomy import blocks, final_norm
 from drafttrain.target_model.logits import head_logits
-from drafttrain.target_model.skeleton import fill, skeleton, stored_tensors
+from drafttrain.target_model.meta_model import load_tensors, meta_model, stored_tensors
 from tests.conftest import byte_tokenizer, random_llama
 
 SMALL: dict[str, Any] = {
@@ -74,7 +74,7 @@ def test_the_outer_parts_are_those_of_the_loaded_target_and_the_blocks_have_no_w
 def test_a_skeleton_that_is_filled_is_the_model(folder: Path) -> None:
     settings = TargetSettings(model=str(folder))
     model = bare_model(settings)
-    fill(model, stored_tensors(model), TensorFiles(folder), device=torch.device("cpu"))
+    load_tensors(model, stored_tensors(model), TensorFiles(folder), device=torch.device("cpu"))
     whole = Target.load(settings)
     assert Target(model, None, name="", fingerprint="").weights_digest() == whole.weights_digest()
     tokens_BT = torch.arange(20)[None]
@@ -91,8 +91,8 @@ def test_a_type_of_its_own_and_generation_settings_are_taken_over(tiny_folder: P
 
 def test_weights_under_other_names_are_refused_naming_one(tiny_folder: Path, tmp_path: Path) -> None:
     cpu = torch.device("cpu")
-    model = skeleton(tiny_folder, dtype="float32", attention="sdpa", trust_remote_code=False, device=cpu)
+    model = meta_model(tiny_folder, dtype="float32", attention="sdpa", trust_remote_code=False, device=cpu)
     with pytest.raises(
         CheckpointError, match=r"no tensor for model.embed_tokens.weight in its files.*use .*replicated"
     ):
-        fill(model, stored_tensors(model), TensorFiles(tmp_path), device=cpu)
+        load_tensors(model, stored_tensors(model), TensorFiles(tmp_path), device=cpu)

@@ -35,13 +35,13 @@ def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return _union(ends_by_place(model, tokenizer).values())
 
 
-def end_of_text(tokenizer: Any) -> int | None:
+def end_of_text_id(tokenizer: Any) -> int | None:
     """Return the id that is written behind a text that has none: the tokenizer's own end."""
     ids = _ids(tokenizer.eos_token_id)
     return ids[0] if ids else None
 
 
-def say_ends(model: Any, tokenizer: Any, *, name: str) -> None:
+def report_end_tokens(model: Any, tokenizer: Any, *, name: str) -> None:
     """Report places that name different ends, in one line."""
     places = ends_by_place(model, tokenizer)
     if len({frozenset(ids) for ids in places.values()}) > 1:

@@ -19,17 +19,14 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.packed_documents import PackedDocuments
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.tensors import TensorFiles
-from drafttrain.target_model.frozen import (
-    Target,
-    TargetSettings,
-    fingerprint_of,
-    load_target_tokenizer,
-    number_type,
-    pick_device,
-    resolve_folder,
-)
+from drafttrain.target_model.device import pick_device
+from drafttrain.target_model.folders import fingerprint_of, resolve_folder
 from drafttrain.target_model.logits import check_logits
-from drafttrain.target_model.skeleton import fill, outer_modules, skeleton, stored_tensors
+from drafttrain.target_model.meta_model import load_tensors, meta_model, outer_modules, stored_tensors
+from drafttrain.target_model.number_type import number_type
+from drafttrain.target_model.settings import TargetSettings
+from drafttrain.target_model.target import Target
+from drafttrain.target_model.tokenizer import load_target_tokenizer
 
 
 def target_folder(settings: TargetSettings) -> Path:
@@ -45,7 +42,7 @@ def target_folder(settings: TargetSettings) -> Path:
 
 def bare_model(settings: TargetSettings) -> Any:
     """Return the target's model without any weights."""
-    return skeleton(
+    return meta_model(
         target_folder(settings),
         dtype=number_type(settings),
         attention=settings.attention,
@@ -57,7 +54,7 @@ def bare_model(settings: TargetSettings) -> Any:
 def outer_model(settings: TargetSettings) -> Any:
     """Return the target's model with the weights of embedding, final norm and head alone, read from its files."""
     model, files = bare_model(settings), TensorFiles(target_folder(settings))
-    fill(model, stored_tensors(*outer_modules(model)), files, device=pick_device(settings.device))
+    load_tensors(model, stored_tensors(*outer_modules(model)), files, device=pick_device(settings.device))
     return model
 
 

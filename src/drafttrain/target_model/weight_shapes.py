@@ -10,7 +10,7 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.tensors import shapes_in
 
 
-def refuse_sizes(folder: Path, *, trust_remote_code: bool) -> None:
+def refuse_wrong_shapes(folder: Path, *, trust_remote_code: bool) -> None:
     """Refuse a folder whose weights have other sizes than config.json gives; anything else that is wrong is left to others.
 
     Raises:

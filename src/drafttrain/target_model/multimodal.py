@@ -10,7 +10,7 @@ import torch
 from drafttrain.core.console import say_once
 
 
-def is_wrapper(config: Any) -> bool:
+def wraps_language_model(config: Any) -> bool:
     """Return whether a configuration is of a model around a language model that has a class of its own."""
     from transformers import AutoModelForCausalLM
 
@@ -18,7 +18,7 @@ def is_wrapper(config: Any) -> bool:
     return text is not config and type(text) in AutoModelForCausalLM._model_mapping
 
 
-def loader_of(folder: Path, *, trust_remote_code: bool) -> Any:
+def auto_class_for(folder: Path, *, trust_remote_code: bool) -> Any:
     """Return the class of transformers that loads the model of a folder: as a causal LM, or whole with what is around one."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
@@ -32,7 +32,7 @@ def language_model_inside(model: Any, folder: Path) -> Any:
     """Return the language model of a multimodal model, with its head; any other model as it is."""
     from transformers import AutoModelForCausalLM
 
-    if not is_wrapper(model.config):
+    if not wraps_language_model(model.config):
         return model
     head, decoder = model.get_output_embeddings(), model.get_decoder()
     config = decoder.config

@@ -13,13 +13,13 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.tensors import TensorFiles
 from drafttrain.target_model.anatomy import final_norm
 from drafttrain.target_model.attention import refuse_attention
-from drafttrain.target_model.model_folder import check_causal_lm, in_one_line
-from drafttrain.target_model.wrapped import is_wrapper
+from drafttrain.target_model.folder_checks import check_causal_lm, in_one_line
+from drafttrain.target_model.multimodal import wraps_language_model
 
 META = torch.device("meta")
 
 
-def skeleton(folder: Path, *, dtype: str, attention: str, trust_remote_code: bool, device: torch.device) -> Any:
+def meta_model(folder: Path, *, dtype: str, attention: str, trust_remote_code: bool, device: torch.device) -> Any:
     """Return the causal LM of a folder without weights: they are on the meta device, which has no memory.
 
     What is computed and not stored, such as rotary frequencies, is there.
@@ -45,8 +45,8 @@ def skeleton(folder: Path, *, dtype: str, attention: str, trust_remote_code: boo
         raise CheckpointError(
             f"{folder}: no causal LM could be made of its configuration: {in_one_line(error)}"
         ) from error
-    if is_wrapper(config) or getattr(config, "quantization_config", None):
-        what = "a multimodal model" if is_wrapper(config) else "a quantized model"
+    if wraps_language_model(config) or getattr(config, "quantization_config", None):
+        what = "a multimodal model" if wraps_language_model(config) else "a quantized model"
         raise CheckpointError(
             f"{folder}: single weights of {what} are not read: use train.target_placement: replicated"
         )
@@ -75,8 +75,8 @@ def stored_tensors(*modules: nn.Module) -> list[Tensor]:
     return [tensor for module in modules for _, tensor in _named(module)]
 
 
-def fill(model: Any, wanted: Iterable[Tensor], files: TensorFiles, *, device: torch.device) -> None:
-    """Put what the files hold in place of these tensors of a skeleton; tied ones are read once and stay tied.
+def load_tensors(model: Any, wanted: Iterable[Tensor], files: TensorFiles, *, device: torch.device) -> None:
+    """Put what the files hold in place of these tensors of a model on the meta device; tied ones are read once and stay tied.
 
     Raises:
         CheckpointError: The files name one otherwise than the model does, or give it another shape.

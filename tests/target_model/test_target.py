@@ -20,14 +20,10 @@ from drafttrain.core.tensors import read_tensors
 from drafttrain.target_model import Target, TargetSettings
 from drafttrain.target_model.anatomy import blocks
 from drafttrain.target_model.cached_lm import CachedLM
-from drafttrain.target_model.frozen import (
-    check_same_tokenizer,
-    fingerprint_of,
-    load_causal_lm,
-    load_tokenizer,
-    resolve_folder,
-)
+from drafttrain.target_model.folders import fingerprint_of, resolve_folder
+from drafttrain.target_model.loading import load_causal_lm
 from drafttrain.target_model.logits import head_logits
+from drafttrain.target_model.tokenizer import check_same_tokenizer, load_tokenizer
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 ARCHITECTURES = {

@@ -23,8 +23,10 @@ from transformers import (
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.target_model import Target, TargetSettings
-from drafttrain.target_model.frozen import load_causal_lm, load_tokenizer, resolve_folder
+from drafttrain.target_model.folders import resolve_folder
+from drafttrain.target_model.loading import load_causal_lm
 from drafttrain.target_model.logits import check_logits
+from drafttrain.target_model.tokenizer import load_tokenizer
 from tests.conftest import byte_tokenizer
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
