@@ -86,7 +86,7 @@ def numbered(target: Target, folder: Path, *, number: int) -> None:
 
 def publish_for_ever(target: Target, folder: Path) -> None:
     versions = Versions(folder, keep=3)
-    versions.mend()
+    versions.repair()
     for number in count(max(map(int, versions.names())) + 1):
         version = versions.add(lambda f, n=number: numbered(target, f, number=n), update=number)
         versions.publish(version)
@@ -104,7 +104,7 @@ def test_current_loads_after_a_publish_was_killed(tmp_path: Path, tiny_target: T
         drafter = read_drafter((folder / "current").resolve(), tiny_target)
         assert int(drafter.model.get_input_embeddings().weight[0, 0]) == int(os.readlink(folder / "current"))
     versions = Versions(folder)
-    versions.mend()
+    versions.repair()
     assert [one["version"] for one in versions.history() if one["event"] == "published"][-1] == versions.current()
     print_row("publish", kills, lost=0, twice=0, unloadable=0, of=f"{int(versions.current())} versions published")
     assert int(versions.current()) >= kills
@@ -132,7 +132,7 @@ def test_a_killed_learner_ends_as_one_that_was_not(tmp_path: Path, tiny_target: 
     def learn_on() -> None:
         run = online_run(place, tiny_target, first, **changes)
         while True:
-            run.once()
+            run.learn_once()
             time.sleep(0.001)
 
     for number in range(kills):
@@ -143,7 +143,7 @@ def test_a_killed_learner_ends_as_one_that_was_not(tmp_path: Path, tiny_target: 
     ends = []
     for folder in (place, whole):
         run = online_run(folder, tiny_target, first, **changes)
-        run.once()
+        run.learn_once()
         ends.append(run)
     after_kills, uninterrupted = (run.routes[""] for run in ends)
     found = Counter(one.record.id for one in ends[0].intake.served())

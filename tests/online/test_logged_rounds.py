@@ -70,7 +70,7 @@ def test_served_block_efficiency_is_that_of_the_logged_rounds(tmp_path, tiny_tar
     run = online_run(tmp_path, tiny_target, first, every_requests=2, steps=1)
     records, rounds = serve(tiny_target, near_copy(tiny_target, noise=0.4))
     logged(records, rounds, tmp_path / "logs" / "a.jsonl")
-    run.once()
+    run.learn_once()
     expected = [
         sum(sum(record.loss_mask) for record in records[i : i + 2]) / sum(map(len, rounds[i : i + 2]))
         for i in range(0, len(records), 2)

@@ -76,7 +76,7 @@ async def the_loop(run: OnlineRun, server: TargetServer, logs: Path, bursts: Seq
     async with served(server.app()) as upstream, recorded(upstream, logs, token_ids=True) as (address, recorder):
         async with aiohttp.ClientSession() as session:
             for prompts in bursts:
-                run.once()
+                run.learn_once()
                 said += await burst(address, prompts)
                 while (now := await recorder_status(session, address))["written"] < len(server.answered):
                     assert not now["dropped"]
