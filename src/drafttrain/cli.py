@@ -230,25 +230,18 @@ def install(
     """Make the environment of a serving engine, in the user's cache, outside of any project."""
     with exit_codes(debug=debug):
         from drafttrain.environments.environment import install as make
-        from drafttrain.serving.engines import checked_installed
+        from drafttrain.environments.known import environments_of
 
-        for engine in checked_installed(names):
-            say(f"{engine.name}: ready in {make(engine)}")
+        for environment in environments_of(names):
+            say(f"{environment.name}: ready in {make(environment)}")
 
 
 @engines_app.command(name="list")
 def list_engines() -> None:
     """List the serving engines that can prove an export, and where their environments are."""
-    from drafttrain.environments.environment import is_installed, python_of
-    from drafttrain.serving.engines import checked_installed
+    from drafttrain.serving.engines import table_rows
 
-    rows = []
-    for engine in checked_installed([]):
-        where = str(python_of(engine).parents[1]) if is_installed(engine) else "not installed"
-        rows.append(
-            [engine.name, " ".join(engine.pins) or "none", " ".join(engine.methods), " ".join(engine.formats), where]
-        )
-    table(rows, columns=["engine", "pins", "kinds", "formats", "where"])
+    table(table_rows(), columns=["engine", "pins", "kinds", "formats", "where"])
 
 
 @app.command(name="eval")

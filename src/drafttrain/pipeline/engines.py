@@ -58,9 +58,9 @@ def check_engines(settings: ExportSettings, kind: str | None, *, where: Path) ->
     for name in settings.verify:
         if kind is not None:
             engine_of(name).check_kind(where, kind)
-        check_installed(engine_of(name))
-    for writer in filter(None, (exporter_of(format).engine for format in formats_of(settings))):
-        check_installed(engine_of(writer))
+        check_installed(engine_of(name).environment)
+    for writer in filter(None, (exporter_of(format).environment for format in formats_of(settings))):
+        check_installed(writer)
 
 
 def check_writer(recipe: Recipe, texts: Path) -> None:
@@ -74,16 +74,15 @@ def check_writer(recipe: Recipe, texts: Path) -> None:
     """
     from drafttrain.data_gen.backends.vllm import environment_on
     from drafttrain.environments.environment import is_installed
-    from drafttrain.serving.engines import checked_installed
     from drafttrain.target_model.device import kind_of_device
 
     generate = recipe.data.generate
     if generate is None or generate.backend.kind != "vllm" or (texts / "manifest.json").exists():
         return
-    name = environment_on(kind_of_device(recipe.target.device))
-    if not is_installed(checked_installed([name])[0]):
+    environment = environment_on(kind_of_device(recipe.target.device))
+    if not is_installed(environment):
         problem = (
-            f"data.generate.backend: vllm is not installed here: drafttrain engines install {name}; or let drafttrain write the "
+            f"data.generate.backend: vllm is not installed here: drafttrain engines install {environment.name}; or let drafttrain write the "
             "texts itself, more slowly: 'data.generate.backend={kind: builtin}'"
         )
         raise RecipeError(recipe.name, [problem])
@@ -184,7 +183,7 @@ def write_engine_card(
     folder: Path, source: Path, comparisons: Sequence[dict[str, Any]], *, format: str = DRAFTER_FORMAT
 ) -> None:
     """Write the card of a folder in a format: the source's, with what engines did."""
-    from drafttrain.export.card import in_format, with_engines
+    from drafttrain.serving.card import in_format, with_engines
 
     card = source / "README.md"
     text = card.read_text(encoding="utf-8") if card.exists() else f"# {source.name}\n"
