@@ -27,7 +27,6 @@ from tests.online.openai_server import served
 from tests.online.target_server import Answered, TargetServer, ask, decoded_again, own_texts, shipped
 
 from drafttrain.core.provenance import commit, processor
-from drafttrain.eval import table
 from drafttrain.eval.statistics import ratio_difference, ratio_interval
 from drafttrain.online.drift import drift
 from drafttrain.online.loop import metrics
@@ -184,7 +183,7 @@ def columns(some: list[Answered]) -> tuple[tuple[int, ...], ...]:
 def interval(counts: Counts) -> str:
     """Return block efficiency with its interval over requests."""
     tokens, rounds = zip(*counts, strict=True)
-    return table.interval(ratio_interval(tokens, rounds).json())
+    return ratio_interval(tokens, rounds).text()
 
 
 def draw(path: Path, answered: list[Answered], *, switch: int) -> None:

@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from drafttrain.config.dump import dump_recipe
 from drafttrain.config.load import load_recipe, load_sections
@@ -16,13 +15,14 @@ from drafttrain.config.made_by import MADE_BY, made_by_recipes
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError, DrafttrainError, RecipeError
-from drafttrain.core.files import clear_leftovers, write_json
+from drafttrain.core.files import clear_leftovers
 from drafttrain.distributed.collectives import first_before_others, together, wait_for_all
 from drafttrain.distributed.world import is_first, launched, world
+from drafttrain.eval.result import Result
 from drafttrain.pipeline.data import dropped_prompts, training_data, write_texts
 from drafttrain.pipeline.drafter_folder import write_drafter
 from drafttrain.pipeline.engines import Stand, check_engines, check_writer, only, write_and_verify
-from drafttrain.pipeline.evaluating import evaluated, evaluated_head
+from drafttrain.pipeline.evaluating import evaluated, evaluated_head, with_inputs
 from drafttrain.pipeline.exporting import command_line, export_and_judge
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.pipeline.head import fit_head, labelled_tokens
@@ -160,7 +160,7 @@ def import_drafter(folder: Path, *, target: str | None, out: Path | None) -> Non
     say(f"imported: {out} (drafter.kind {made.files.kind})")
 
 
-def evaluate_recipe(recipe: Recipe, folder: Path) -> dict[str, Any]:
+def evaluate_recipe(recipe: Recipe, folder: Path) -> Result:
     """Evaluate the exported files of a run, beside its own start, and write eval.json."""
     from drafttrain.eval.table import show
 
@@ -183,8 +183,8 @@ def evaluate_recipe(recipe: Recipe, folder: Path) -> dict[str, Any]:
         if run.folder.start.exists():
             folders["start"] = run.folder.start
         result = evaluated(folders, run.target, recipe.eval, dropped=dropped_prompts(run, recipe.eval.prompts))
-    result |= {"inputs": inputs_of(run.recipe, only=is_evaluated_on)}
-    write_json(run.folder.eval, result)
+    result = with_inputs(result, inputs_of(run.recipe, only=is_evaluated_on))
+    result.write(run.folder.eval)
     show(result)
     return result
 
@@ -219,13 +219,13 @@ def evaluate_drafters(
     check_drafters(of_target, [str(one) for one in folders])
     loaded = Target.load(of_target)
     result = evaluated(dict(zip(names, folders, strict=True)), loaded, settings, dropped=())
-    result |= {"inputs": target_inputs(replace(of_target, model=loaded.name), settings.prompts)}
+    result = with_inputs(result, target_inputs(replace(of_target, model=loaded.name), settings.prompts))
     show(result)
     if out is None and not Path(drafters[0]).is_dir():
         say("eval.json and report.html: not written, --out DIR says where to")
         return
     out = out or folders[0]
-    write_json(out / "eval.json", result)
+    result.write(out / "eval.json")
     write_report(out / "report.html", result, title=folders[0].name, metrics=None, command=command_line())
     say(f"written: {out / 'eval.json'}, {out / 'report.html'}")
 
