@@ -1,13 +1,18 @@
-# Two commands for a newcomer: `make demo` and `make test`. Each makes what it needs.
+# Two commands for a newcomer: `make demo` and `make test`. Each installs what it needs into .venv.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
+QUICK = tests/test_architecture.py tests/config tests/core tests/losses tests/eval
 
-.PHONY: demo test test-processes test-cuda test-full test-serving test-serving-kinds gpu-check check format install clean
+.PHONY: demo quick test docs words test-processes test-cuda test-full test-serving test-serving-kinds gpu-check check format install clean
 
 demo: $(INSTALLED)
 	$(BIN)/drafttrain fit recipes/demo.yaml
+
+# Under a minute, before a push: the losses, the evaluator's identities, recipes, the architecture.
+quick: $(INSTALLED)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -n 2 $(QUICK)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -n 2
@@ -27,12 +32,12 @@ SERVING = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -m servin
 
 test-serving: $(INSTALLED)
 	$(BIN)/drafttrain engines install vllm llama.cpp openvino speculators
-	$(SERVING) tests/serving
+	$(SERVING) tests/serving/engines_installed
 
 # One configuration a kind, in vLLM.
 test-serving-kinds: $(INSTALLED)
 	$(BIN)/drafttrain engines install vllm
-	$(SERVING) tests/serving/test_vllm.py -k "each_kind and not speculators"
+	$(SERVING) tests/serving/engines_installed/test_vllm.py -k "each_kind and not speculators"
 
 # For whoever has a GPU: the tests that need one or several, then the benchmarks; writes benchmarks/gpu.md (docs/gpu.md).
 gpu-check: $(INSTALLED)
@@ -41,10 +46,18 @@ gpu-check: $(INSTALLED)
 	$(BIN)/python benchmarks/gpu.py || failed=1; \
 	exit $$failed
 
-check: $(INSTALLED)
+check: $(INSTALLED) words
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Words that are no English of this field (CONTRIBUTING.md says what to write); "law of large numbers" is meant.
+words:
+	@! grep -rniwE --include='*.py' --include='*.md' --include='*.html' --include='*.yaml' \
+	  "laws?|un?told|anew|hands? out|otherwise than|mended|optimiser" src docs recipes README.md CHANGELOG.md | grep -v "law of large numbers"
+
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -29,7 +29,7 @@ from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.statistics import ratio_difference, ratio_interval
 from drafttrain.heads import check_made_for
 from drafttrain.target_model import Target, TargetSettings
-from drafttrain.target_model.frozen import resolve_folder
+from drafttrain.target_model.folders import resolve_folder
 
 FIXED = (1, 2, 3, 4, 5, 6, 8, 10)
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -42,7 +42,7 @@ from drafttrain.drafters import drafters
 from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.losses import losses
 from drafttrain.target_model import Target
-from drafttrain.target_model.frozen import pick_device
+from drafttrain.target_model.device import pick_device
 from drafttrain.train.deepspeed_settings import DeepSpeedSettings
 from drafttrain.train.peak import peak_of
 from drafttrain.train.run import train

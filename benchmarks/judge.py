@@ -24,7 +24,7 @@ from drafttrain.eval.calibration import auc, ece
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.heads import HeadRows, load_head, probabilities
 from drafttrain.target_model import Target
-from drafttrain.target_model.frozen import resolve_folder
+from drafttrain.target_model.folders import resolve_folder
 
 
 def figures(head: Any, rows: HeadRows) -> list[str]:

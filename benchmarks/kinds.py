@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from drafttrain.commands.gen import gen
 from drafttrain.config.load import load_recipe
 from drafttrain.core.files import write_json
 from drafttrain.core.provenance import commit, processor
@@ -27,7 +28,6 @@ from drafttrain.eval.length.tree import TreeSettings
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.result import Result, read_result
 from drafttrain.eval.settings import length_label
-from drafttrain.pipeline import gen
 from drafttrain.pipeline.data import dropped_prompts
 from drafttrain.pipeline.exporting import export_best
 from drafttrain.pipeline.run import Run

@@ -29,7 +29,7 @@ from tests.online.target_server import Answered, TargetServer, ask, decoded_agai
 from drafttrain.core.provenance import commit, processor
 from drafttrain.eval.statistics import ratio_difference, ratio_interval
 from drafttrain.online.drift import drift
-from drafttrain.online.loop import metrics
+from drafttrain.online.run_files import metrics
 from drafttrain.target_model import Target, TargetSettings
 
 MAX_TOKENS = 48

@@ -31,6 +31,7 @@ train recorder
 online
 config
 pipeline
+commands
 cli
 __main__
 """
@@ -90,7 +91,7 @@ def test_an_import_to_the_right_is_noticed(tmp_path):
     module.write_text("def f():\n    from drafttrain import pipeline\n    import drafttrain.train.run\n")
     assert [wrong_direction("eval", name) for name, _ in imported(module)] == [True, True]
     assert not wrong_direction("eval", "drafttrain.core.batches")
-    assert wrong_direction("losses", "drafttrain.target_model.frozen")
+    assert wrong_direction("losses", "drafttrain.target_model.target")
 
 
 def test_lightning_and_deepspeed_are_imported_in_train_only():

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from drafttrain.core.random import stream
 from drafttrain.data_gen.stdlib_text import documents
-from drafttrain.target_model.frozen import load_tokenizer
+from drafttrain.target_model.tokenizer import load_tokenizer
 from drafttrain.train.optimizer import build_optimizer
 from drafttrain.train.settings import TrainSettings
 

@@ -17,7 +17,8 @@ from torch.nn.functional import cross_entropy
 
 from drafttrain.core.random import stream
 from drafttrain.data_gen.stdlib_text import documents
-from drafttrain.target_model.frozen import load_causal_lm, load_tokenizer
+from drafttrain.target_model.loading import load_causal_lm
+from drafttrain.target_model.tokenizer import load_tokenizer
 from drafttrain.train.optimizer import build_optimizer
 from drafttrain.train.settings import TrainSettings
 

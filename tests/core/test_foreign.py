@@ -16,7 +16,7 @@ from drafttrain.core.tensors import check_finite, read_tensors
 from drafttrain.export.folder import read_files
 from drafttrain.importers.convert import import_folder
 from drafttrain.target_model import Target, TargetSettings
-from drafttrain.target_model.frozen import load_causal_lm
+from drafttrain.target_model.loading import load_causal_lm
 
 DEEP = "[" * 100_000 + "]" * 100_000
 

@@ -20,7 +20,7 @@ from drafttrain.data_gen.checkers import checkers
 from drafttrain.data_gen.packing import pack
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.stored.target_cache import Wanted, build_cache, with_stored
-from drafttrain.data_gen.stored.validation_target import _Texts, told
+from drafttrain.data_gen.stored.validation_target import _Texts, cached_target
 from drafttrain.target_model import Target
 from tests.cuda.kinds import KINDS
 from tests.cuda.models import new_drafter, texts
@@ -109,7 +109,7 @@ def test_every_cache_is_written_and_read_by_a_batch(form: Any, target: Target, t
 def test_a_stored_target_answers_on_the_device(target: Target, tmp_path: Path) -> None:
     records = texts((14, 11))
     needs = TargetNeeds(hidden=(1, 2))
-    stored = told(tmp_path, [one.tokens for one in records], target, needs=needs, dtype="bfloat16", max_gb=1)
+    stored = cached_target(tmp_path, [one.tokens for one in records], target, needs=needs, dtype="bfloat16", max_gb=1)
     batch, _ = pack(records, width=32, weight_of_step=1.0)
     seen = stored.read(batch.tokens_BT, batch.positions_BT, needs | TargetNeeds(final=True))
     assert all(state.is_cuda for state in (*seen.hidden_BTD.values(), seen.final_BTD))

@@ -9,7 +9,8 @@ from drafttrain.config.load import load_recipe
 from drafttrain.data_gen.checkers.numeric import Numeric, NumericSettings
 from drafttrain.data_gen.sources.addition import WORDINGS, Addition, AdditionSettings, problem, solution
 from drafttrain.eval.prompts import prompt_file
-from drafttrain.target_model.frozen import load_tokenizer, resolve_folder
+from drafttrain.target_model.folders import resolve_folder
+from drafttrain.target_model.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize(("first", "second", "digits"), [(47, 85, 2), (0, 0, 2), (99, 99, 2), (507, 493, 3), (4, 5, 1)])

@@ -13,7 +13,7 @@ from drafttrain.drafters.causal_lm.cut import cut_from, spread
 from drafttrain.drafters.causal_lm.module import CausalLMDrafter, CausalLMSettings
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import blocks
-from drafttrain.target_model.frozen import load_causal_lm
+from drafttrain.target_model.loading import load_causal_lm
 from tests.conftest import random_llama
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "pad_token_id": 0}

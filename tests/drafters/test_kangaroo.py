@@ -31,7 +31,7 @@ from drafttrain.target_model.logits import head_logits
 from tests.conftest import byte_tokenizer, random_llama
 from tests.eval.decoding import PROMPTS, chi_square, decode, greedy
 from tests.squares import Squares
-from tests.target_model.test_frozen import ARCHITECTURES
+from tests.target_model.test_target import ARCHITECTURES
 
 EXIT = 2
 

@@ -30,7 +30,7 @@ from drafttrain.target_model import Target
 from tests.conftest import byte_tokenizer
 from tests.drafters.feature_models import feature_drafter, feature_target
 from tests.eval.decoding import chi_square, greedy
-from tests.target_model.test_frozen import ARCHITECTURES
+from tests.target_model.test_target import ARCHITECTURES
 
 PROMPTS = [Prompt(str(i), list(range(1 + i, 2 + i + size))) for i, size in enumerate((0, 5, 11))]
 """One of a single token: its first round has nothing to draft from."""

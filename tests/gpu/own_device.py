@@ -10,7 +10,7 @@ import torch
 
 from drafttrain.distributed.collectives import together
 from drafttrain.distributed.world import world
-from drafttrain.target_model.frozen import pick_device
+from drafttrain.target_model.device import pick_device
 
 if __name__ == "__main__":
     with together(timeout_seconds=120):

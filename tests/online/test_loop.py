@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from drafttrain.checkpoint import About, read_drafter
+from drafttrain.commands.online import learn_online
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import DataError, DrafttrainError
 from drafttrain.core.texts import Prompt, Sampling
@@ -23,12 +24,12 @@ from drafttrain.eval.proposers.none import NoDraft
 from drafttrain.export.hf import export_hf
 from drafttrain.losses import Loss
 from drafttrain.losses.forward_kl import ForwardKL
-from drafttrain.online.loop import OnlineRun, metrics, status
+from drafttrain.online.loop import OnlineRun
 from drafttrain.online.report import write_online_report
 from drafttrain.online.route import Workshop
+from drafttrain.online.run_files import metrics, status
 from drafttrain.online.settings import OnlineSettings
 from drafttrain.online.versions import Versions
-from drafttrain.pipeline.commands import learn_online
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.recorder.intake import Intake
 from drafttrain.train.settings import TrainSettings

@@ -28,7 +28,7 @@ from drafttrain.pipeline.engines import (
     write_formats,
 )
 from drafttrain.target_model import Target, TargetSettings
-from drafttrain.target_model.frozen import resolve_folder
+from drafttrain.target_model.folders import resolve_folder
 from tests.export import folders
 
 

@@ -14,7 +14,7 @@ from drafttrain.drafters.causal_lm.module import CausalLMDrafter, CausalLMSettin
 from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.target_model import Target, TargetSettings
-from drafttrain.target_model.absent import AbsentTarget
+from drafttrain.target_model.absent_target import AbsentTarget
 from tests.conftest import byte_tokenizer
 from tests.eval.decoding import decode, greedy
 

@@ -14,7 +14,7 @@ from drafttrain.core.texts import Sampling
 from drafttrain.drafters.medusa.module import Medusa, MedusaSettings
 from drafttrain.eval.replay import Text, replay_rows
 from drafttrain.target_model import Target, TargetSettings
-from drafttrain.target_model.absent import AbsentTarget
+from drafttrain.target_model.absent_target import AbsentTarget
 from drafttrain.target_model.cached_lm import CachedLM
 from drafttrain.target_model.logits import check_logits, head_logits
 from tests.conftest import byte_tokenizer, random_llama

@@ -12,7 +12,7 @@ from transformers.integrations import sdpa_attention
 
 from drafttrain.core.packed_documents import PackedDocuments
 from drafttrain.target_model import packed_reading
-from drafttrain.target_model.documents import document_states, reads_packed, tells_documents_apart, try_out
+from drafttrain.target_model.documents import document_states, probe, reads_packed, tells_documents_apart
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2}
@@ -65,7 +65,7 @@ def test_packed_documents_have_the_states_that_they_have_alone(name: str) -> Non
 
 def test_neither_a_mask_nor_repeated_heads_and_the_attention_of_before_afterwards(monkeypatch) -> None:
     model, (_, tokens, positions) = model_of("llama"), rows()
-    try_out(model)
+    probe(model)
     assert reads_packed(model)
     seen = []
     monkeypatch.setattr(sdpa_attention, "repeat_kv", lambda *_: pytest.fail("heads are repeated"))

@@ -16,7 +16,7 @@ from drafttrain.target_model import cached_lm
 from drafttrain.target_model.anatomy import blocks, final_norm
 from drafttrain.target_model.block_range import block_range
 from drafttrain.target_model.cached_lm import CachedLM
-from tests.target_model.test_frozen import ARCHITECTURES, SMALL
+from tests.target_model.test_target import ARCHITECTURES, SMALL
 
 # Gemma 2 alternates layers with and without a sliding window: a block must keep its number when others rest.
 MODELS = ARCHITECTURES | {

@@ -24,7 +24,7 @@ from drafttrain.drafters.medusa.module import JointSettings
 from drafttrain.losses import losses
 from drafttrain.losses.align import planned
 from drafttrain.target_model import Target
-from drafttrain.target_model.work import trunk_products
+from drafttrain.target_model.matrix_products import trunk_products
 from drafttrain.train.flops import distill_flops
 from drafttrain.train.run import train
 from drafttrain.train.settings import TrainSettings

@@ -18,7 +18,7 @@ from drafttrain.heads import heads
 from drafttrain.losses import losses
 from drafttrain.online.settings import OnlineSettings
 from drafttrain.serving.engines import engines
-from drafttrain.target_model.frozen import TargetSettings
+from drafttrain.target_model.settings import TargetSettings
 from drafttrain.train.settings import TrainSettings
 
 TRAINED = (("drafter", "loss"), ("head",))

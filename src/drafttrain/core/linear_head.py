@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from drafttrain.core.own_type import own_type
+from drafttrain.core.autocast import no_autocast_if_frozen
 
 
 class LinearHead:
@@ -42,7 +42,7 @@ class LinearHead:
         """
         linear = self.linear(depth)
         entering_ND = self.entering(states_ND).to(linear.weight.device, linear.weight.dtype)
-        with own_type(linear.weight):
+        with no_autocast_if_frozen(linear.weight):
             logits_NV: Tensor = linear(entering_ND).to(states_ND.device)
         return logits_NV if self.after is None else self.after(logits_NV)
 

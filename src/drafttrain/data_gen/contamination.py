@@ -1,27 +1,32 @@
-"""Which prompts of an evaluation share a long run of tokens with the training text."""
+"""Contamination: evaluation prompts that share a long run of tokens with the training text."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+
+from drafttrain.core.files import write_json
 
 _PRIME = np.uint64(0x100000001B3)
 
 
 Key = TypeVar("Key", bound=Hashable)
-"""What tells prompts apart."""
+"""Identifies a prompt."""
 
 
 def contaminated(
     prompts: Mapping[Key, Sequence[int]], texts: Iterable[np.ndarray[Any, Any]], *, ngram: int
 ) -> list[Key]:
-    """Return the keys of prompts that share `ngram` tokens in a row with one of the texts, in order.
+    """Return the keys of the contaminated prompts in order: they share `ngram` tokens in a row with one of the texts.
 
     Args:
         prompts: Tokens by key.
-        texts: Arrays of tokens; no n-gram is looked for across two of them.
+        texts: Arrays of tokens; an n-gram never spans two of them.
+        ngram: 0 turns the check off.
     """
     if ngram == 0:
         return []
@@ -38,6 +43,17 @@ def contaminated(
             window = tuple(int(token) for token in text[place : place + ngram])
             found |= {id for id in owners[int(hashes[place])] if window in exact[id]}
     return [id for id in prompts if id in found]
+
+
+def write_contamination(path: Path, found: Sequence[Key], *, num_prompts: int, ngram: int) -> None:
+    """Write the keys of the contaminated prompts to a file."""
+    write_json(path, {"ngram": ngram, "prompts": num_prompts, "dropped": found})
+
+
+def read_contamination(path: Path) -> list[Any]:
+    """Return the keys that `write_contamination` wrote; a tuple comes back as a list."""
+    found: list[Any] = json.loads(path.read_text(encoding="utf-8"))["dropped"]
+    return found
 
 
 def _ngrams(tokens: Sequence[int], ngram: int) -> set[tuple[int, ...]]:

@@ -18,7 +18,7 @@ from drafttrain.data_gen.raw_text import RawText
 from drafttrain.data_gen.record_keys import FOR_TEMPLATE, Reading, form_of
 from drafttrain.data_gen.token_rows import token_row
 from drafttrain.data_gen.turns import text_of, unicode_text
-from drafttrain.target_model.frozen import num_ids
+from drafttrain.target_model.tokenizer import num_ids
 
 TOKENS = ("tokens", "input_ids")
 UNTEMPLATED = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,10 @@ import numpy as np
 
 from drafttrain.core.batches import DraftBatch
 from drafttrain.core.console import say
-from drafttrain.core.files import write_json
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.texts import LoggedDistribution
-from drafttrain.data_gen.backends import AskEngine
 from drafttrain.data_gen.chat_template import common_start
-from drafttrain.data_gen.contamination import Key, contaminated
+from drafttrain.data_gen.contamination import Key, contaminated, write_contamination
 from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.generate import generate
 from drafttrain.data_gen.packing import as_padding, pack
@@ -42,8 +41,6 @@ class TrainingData:
 
     def plain(self) -> TrainingData:
         """Return the data without what the target writes."""
-        from dataclasses import replace
-
         kept = [i for i, source in enumerate(self.settings.sources) if source.kind != "generated"]
         settings = replace(self.settings, sources=[self.settings.sources[i] for i in kept])
         return TrainingData([self.stores[i] for i in kept], settings, self.encoder, seed=self.sampler.seed)
@@ -144,7 +141,6 @@ def generate_texts(
     folder: Path,
     *,
     seed: int,
-    ask_engine: AskEngine | None = None,
 ) -> None:
     """Write what the target is to write, where it is not written yet."""
     if settings.generate is not None:
@@ -154,7 +150,6 @@ def generate_texts(
             folder / "generated",
             seed=seed,
             max_length=settings.max_length,
-            ask_engine=ask_engine,
         )
 
 
@@ -174,8 +169,6 @@ def prepare(
         content.pop("weight")
         about = {"source": content, "max_length": settings.max_length, "tokenizer": tokenizer_fingerprint}
         if chosen.kind == "generated" and chosen.path is None:
-            from dataclasses import replace
-
             chosen = replace(chosen, path=str(folder / "generated"))
         source: Source = sources.build(chosen)
         if isinstance(source, Versioned):
@@ -223,13 +216,13 @@ def attach_cache(
             )
 
 
-def drop_contaminated(data: TrainingData, prompts: Mapping[Key, Sequence[int]], path: Path) -> list[Key]:
-    """Note and return the keys of contaminated prompts."""
+def note_contamination(data: TrainingData, prompts: Mapping[Key, Sequence[int]], path: Path) -> list[Key]:
+    """Write the keys of contaminated prompts to a file and return them."""
     found = data.contaminated(prompts)
     if found:
         say(
-            f"{len(found)} of {len(prompts)} evaluation prompts share {data.settings.overlap_ngram} tokens in a row with the "
-            "training text: they are dropped"
+            f"contamination: {len(found)} of {len(prompts)} evaluation prompts share {data.settings.overlap_ngram} tokens in "
+            "a row with the training text and are not evaluated"
         )
-    write_json(path, {"ngram": data.settings.overlap_ngram, "prompts": len(prompts), "dropped": found})
+    write_contamination(path, found, num_prompts=len(prompts), ngram=data.settings.overlap_ngram)
     return found

@@ -9,7 +9,8 @@ from typing import Any
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.foreign import read_json
 from drafttrain.target_model import Target
-from drafttrain.target_model.frozen import check_same_tokenizer, load_tokenizer, resolve_folder
+from drafttrain.target_model.folders import resolve_folder
+from drafttrain.target_model.tokenizer import check_same_tokenizer, load_tokenizer
 
 HELP = "Start from this drafter folder or hub id of the same kind (drafttrain import makes one); null: from scratch."
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from drafttrain.core.errors import CheckpointError
-from drafttrain.target_model.frozen import load_tokenizer
+from drafttrain.target_model.tokenizer import load_tokenizer
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """Types of tokens."""

@@ -21,7 +21,7 @@ from drafttrain.core.foreign import read_json
 from drafttrain.core.registry import Registry
 from drafttrain.core.tensors import load_into
 from drafttrain.target_model import Target
-from drafttrain.target_model.frozen import fingerprint_of
+from drafttrain.target_model.folders import fingerprint_of
 
 heads = Registry("head", "drafttrain.heads")
 

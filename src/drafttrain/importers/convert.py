@@ -21,7 +21,7 @@ from drafttrain.importers import Given, Imported, Importer, importers
 from drafttrain.importers.reading import read_given
 from drafttrain.importers.target import TargetFiles
 from drafttrain.importers.unread import why_unread
-from drafttrain.target_model.frozen import check_same_tokenizer, load_tokenizer, num_ids, tokenizer_fingerprint
+from drafttrain.target_model.tokenizer import check_same_tokenizer, load_tokenizer, num_ids, tokenizer_fingerprint
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 

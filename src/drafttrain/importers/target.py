@@ -13,7 +13,8 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.foreign import read_json
 from drafttrain.export.layout import text_config
 from drafttrain.export.target_weights import embedding_of, head_of
-from drafttrain.target_model.frozen import fingerprint_of, load_tokenizer, num_ids, resolve_folder
+from drafttrain.target_model.folders import fingerprint_of, resolve_folder
+from drafttrain.target_model.tokenizer import load_tokenizer, num_ids
 
 
 @dataclass(frozen=True)

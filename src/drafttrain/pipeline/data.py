@@ -1,10 +1,8 @@
-"""The stage of the data: texts that the target writes, records, what the target knows of them, prompts that they spoil."""
+"""The stage of the data: texts that the target writes, records, what the target knows of them, contaminated prompts."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from drafttrain.core.errors import DataError
@@ -23,18 +21,12 @@ FEW_WIDTHS = 128
 
 def write_texts(run: Run) -> None:
     from drafttrain.data_gen.training_data import generate_texts
-    from drafttrain.environments.environment import ask
-    from drafttrain.serving.engines import checked_installed
 
-    def ask_engine(name: str, worker: Path, request: Mapping[str, Any]) -> dict[str, Any]:
-        (engine,) = checked_installed([name])
-        return ask(engine, request, worker=worker, timeout_seconds=None)
-
-    generate_texts(run.recipe.data, lambda: run.target, run.folder.data, seed=run.recipe.seed, ask_engine=ask_engine)
+    generate_texts(run.recipe.data, lambda: run.target, run.folder.data, seed=run.recipe.seed)
 
 
 def training_data(run: Run) -> TrainingData:
-    """Return the training data, what the target knows of it cached where the recipe says so; note which prompts it spoils."""
+    """Return the training data, what the target knows of it cached where the recipe says so; note which prompts it contaminates."""
     from drafttrain.data_gen.training_data import attach_cache
 
     recipe = run.recipe
@@ -51,9 +43,9 @@ def training_data(run: Run) -> TrainingData:
             law=loss_of(recipe).needs_target,
             needs=run.drafter.needs(),
         )
-    with first_before_others("it looks for overlap with the evaluation prompts"):
+    with first_before_others("it looks for contaminated evaluation prompts"):
         if not run.folder.overlap.exists():
-            _note_overlap(run, data)
+            _note_contamination(run, data)
     return data
 
 
@@ -61,7 +53,7 @@ def _prepared(run: Run) -> TrainingData:
     from drafttrain.core.digests import files_digest
     from drafttrain.data_gen.training_data import prepare
     from drafttrain.pipeline.preflight import target_parts
-    from drafttrain.target_model.frozen import tokenizer_files, tokenizer_folder
+    from drafttrain.target_model.tokenizer import tokenizer_files, tokenizer_folder
 
     data = prepare(
         run.recipe.data,
@@ -95,8 +87,8 @@ def _check_rows(data: TrainingData, *, num_rows: int, tokenizer: Any) -> None:
         )
 
 
-def _note_overlap(run: Run, data: TrainingData) -> None:
-    from drafttrain.data_gen.training_data import drop_contaminated
+def _note_contamination(run: Run, data: TrainingData) -> None:
+    from drafttrain.data_gen.training_data import note_contamination
     from drafttrain.eval.prompts import read_prompts
 
     wanted = run.recipe.eval
@@ -105,15 +97,17 @@ def _note_overlap(run: Run, data: TrainingData) -> None:
         for file in dict.fromkeys([wanted.prompts, wanted.validation_prompts])
         for prompt in read_prompts(file, run.tokenizer, prompt_tokens=wanted.prompt_tokens)
     }
-    drop_contaminated(data, prompts, run.folder.overlap)
+    note_contamination(data, prompts, run.folder.overlap)
 
 
 def dropped_prompts(run: Run, file: str) -> list[str]:
-    """Return the ids of a file's prompts that the training text spoils; files that are new to the run are looked up now."""
+    """Return the ids of a file's prompts that the training text contaminates; files that are new to the run are looked up now."""
+    from drafttrain.data_gen.contamination import read_contamination
+
     path = run.folder.overlap
     if not path.exists() and run.folder.data.exists():
-        _note_overlap(run, _prepared(run))
-    found = json.loads(path.read_text(encoding="utf-8"))["dropped"] if path.exists() else []
+        _note_contamination(run, _prepared(run))
+    found = read_contamination(path) if path.exists() else []
     return [id for name, id in found if name == file]
 
 

@@ -53,7 +53,7 @@ def calibrate(run: Run, drafter: Drafter, folder: Path) -> None:
 def export_weights(run: Run, weights: Path, folder: Path, *, steps: int) -> None:
     from drafttrain.checkpoint import About
     from drafttrain.export.hf import export_hf
-    from drafttrain.target_model.frozen import num_ids, tokenizer_fingerprint
+    from drafttrain.target_model.tokenizer import num_ids, tokenizer_fingerprint
 
     recipe = run.recipe
     about = About(

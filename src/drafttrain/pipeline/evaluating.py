@@ -46,7 +46,7 @@ def evaluated_elsewhere(run: Run) -> Result:
 
 def evaluated_head(run: Run) -> Result:
     """Evaluate the frozen drafter with what the run's head decides, and the head on held-out draft tokens."""
-    from drafttrain.target_model.frozen import resolve_folder
+    from drafttrain.target_model.folders import resolve_folder
 
     settings = with_own_head(run.recipe.eval, exported_head(run.folder))
     folders = {"drafter": resolve_folder(run.recipe.head.drafter)}

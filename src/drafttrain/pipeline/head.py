@@ -27,7 +27,7 @@ def labelled_tokens(recipe: Recipe, folder: RunFolder, target: Target, data: Tra
     from drafttrain.checkpoint import read_drafter
     from drafttrain.data_gen.annotate import Frozen
     from drafttrain.data_gen.stored.labelled_tokens import annotate
-    from drafttrain.target_model.frozen import resolve_folder
+    from drafttrain.target_model.folders import resolve_folder
 
     drafter = read_drafter(resolve_folder(recipe.head.drafter), target).eval().requires_grad_(False)
     frozen = Frozen(target, drafter, recipe.seed, layer=getattr(recipe.head, "layer", -1))
@@ -44,7 +44,7 @@ def fit_head(recipe: Recipe, folder: RunFolder, labelled: LabelledTokens) -> Non
     from drafttrain.data_gen.stored.labelled_tokens import RowOrder
     from drafttrain.eval.head_figures import held_out_estimate
     from drafttrain.heads import TokenHead, heads
-    from drafttrain.target_model.frozen import pick_device
+    from drafttrain.target_model.device import pick_device
     from drafttrain.train.run import train_head
 
     torch.manual_seed(recipe.seed)
@@ -90,7 +90,7 @@ def export_trained_head(recipe: Recipe, folder: RunFolder, target: Target, *, tr
 
 def _made_for(recipe: Recipe, target: Target) -> MadeFor:
     from drafttrain.heads import MadeFor
-    from drafttrain.target_model.frozen import fingerprint_of, resolve_folder
+    from drafttrain.target_model.folders import fingerprint_of, resolve_folder
 
     drafter = recipe.head.drafter
     return MadeFor(target.name, target.fingerprint, drafter, fingerprint_of(resolve_folder(drafter)))

@@ -13,7 +13,7 @@ from drafttrain.core.errors import DrafttrainError
 
 if TYPE_CHECKING:
     from drafttrain.config.recipe import Recipe
-    from drafttrain.target_model.frozen import TargetSettings
+    from drafttrain.target_model.settings import TargetSettings
 
 TARGET, TOKENIZER, GENERATION = "target.model", "target.tokenizer", "target.model (generation config)"
 PROMPTS, VALIDATION, GENERATED_FROM = "eval.prompts", "eval.validation_prompts", "data.generate.prompts"
@@ -109,7 +109,8 @@ def _readers(recipe: Recipe) -> Iterator[Reader]:
 
 def _of_target(settings: TargetSettings) -> Iterator[Reader]:
     from drafttrain.core.digests import files_digest
-    from drafttrain.target_model.frozen import fingerprint_of, resolve_folder, tokenizer_files, tokenizer_folder
+    from drafttrain.target_model.folders import fingerprint_of, resolve_folder
+    from drafttrain.target_model.tokenizer import tokenizer_files, tokenizer_folder
 
     def folder() -> Path:
         return resolve_folder(str(settings.model), revision=settings.revision)
@@ -134,7 +135,7 @@ def _of_source(key: str, settings: Any) -> Reader:
 
 
 def _of_folder(key: str, name: str | None) -> Reader:
-    from drafttrain.target_model.frozen import fingerprint_of, resolve_folder
+    from drafttrain.target_model.folders import fingerprint_of, resolve_folder
 
     return key, name, lambda: fingerprint_of(resolve_folder(str(name)))
 

@@ -63,7 +63,7 @@ class Parts:
         """
         from transformers import AutoConfig
 
-        from drafttrain.target_model.model_folder import in_one_line
+        from drafttrain.target_model.folder_checks import in_one_line
 
         try:
             config: Any = AutoConfig.from_pretrained(str(self.folder), trust_remote_code=self._trust)
@@ -74,7 +74,7 @@ class Parts:
     @cached_property
     def tokenizer(self) -> Any:
         """Its tokenizer."""
-        from drafttrain.target_model.frozen import load_tokenizer
+        from drafttrain.target_model.tokenizer import load_tokenizer
 
         return load_tokenizer(self.tokenizer_folder, trust_remote_code=self._trust)
 
@@ -86,7 +86,7 @@ class Parts:
     @cached_property
     def num_ids(self) -> int:
         """Ids of its tokenizer."""
-        from drafttrain.target_model.frozen import num_ids
+        from drafttrain.target_model.tokenizer import num_ids
 
         return num_ids(self.tokenizer)
 
@@ -116,12 +116,12 @@ class Parts:
         Raises:
             CheckpointError: Saying what it is.
         """
-        from drafttrain.target_model.model_folder import check_causal_lm
+        from drafttrain.target_model.folder_checks import check_causal_lm
 
         check_causal_lm(self.folder, trust_remote_code=self._trust)
 
     def _folder_of(self, name: str, revision: str | None) -> Path:
-        from drafttrain.target_model.frozen import cached_folder, resolve_folder
+        from drafttrain.target_model.folders import cached_folder, resolve_folder
 
         if name.startswith(MADE_BY):
             raise NotHere(name)
@@ -294,13 +294,13 @@ def _positions(target: Parts, recipe: Recipe) -> Iterator[str]:
 def _formats(target: Parts, recipe: Recipe) -> Iterator[str]:
     """Yield why a format of the export has no place for a drafter of this target."""
     from drafttrain.export import exporters
-    from drafttrain.target_model.ends import end_of_text
+    from drafttrain.target_model.end_tokens import end_of_text_id
 
     for name in recipe.export.to:
         found = (
             exporters.entry(name)
             .component()
-            .target_problems(target.tokenizer_folder, num_rows=target.num_rows, end=end_of_text(target.tokenizer))
+            .target_problems(target.tokenizer_folder, num_rows=target.num_rows, end=end_of_text_id(target.tokenizer))
         )
         yield from (f"export.to: {name}: {target.name}: {problem}" for problem in found)
 
@@ -336,8 +336,8 @@ def _of_start(drafter: Parts, target: Parts, recipe: Recipe) -> Iterator[str]:
 def _same_tokenizer(drafter: Parts, target: Parts) -> Iterator[str]:
     from drafttrain.core.foreign import read_json
     from drafttrain.export.layout import text_config
-    from drafttrain.target_model.frozen import check_same_tokenizer
-    from drafttrain.target_model.model_folder import check_model_files
+    from drafttrain.target_model.folder_checks import check_model_files
+    from drafttrain.target_model.tokenizer import check_same_tokenizer
 
     check_model_files(drafter.folder)
     check_same_tokenizer(target.tokenizer, drafter.tokenizer, drafter=drafter.name)

@@ -65,7 +65,7 @@ class Run:
 
     def _load_target(self) -> Target:
         if self.placement == "absent":
-            from drafttrain.target_model.absent import AbsentTarget
+            from drafttrain.target_model.absent_target import AbsentTarget
 
             return AbsentTarget.load(self.recipe.target)
         if self.placement == "sharded":
@@ -84,10 +84,10 @@ class Run:
         """
         if self.placement == "replicated":
             return self.target
-        from drafttrain.data_gen.stored.validation_target import told
+        from drafttrain.data_gen.stored.validation_target import cached_target
 
         texts, _ = self.validation_texts
-        return told(
+        return cached_target(
             self.folder.validation,
             [[*text.prompt, *text.new] for text in texts],
             self.target,
@@ -115,14 +115,14 @@ class Run:
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The target's tokenizer; read without any weights when there is no target."""
-        from drafttrain.target_model.frozen import load_target_tokenizer
+        from drafttrain.target_model.tokenizer import load_target_tokenizer
 
         return load_target_tokenizer(self.recipe.target)
 
     @property
     def num_tokens(self) -> int:
         """Ids that target, drafter and tokenizer share."""
-        from drafttrain.target_model.frozen import num_ids
+        from drafttrain.target_model.tokenizer import num_ids
 
         return self.target.num_tokens if self.has_target() else num_ids(self.tokenizer)
 
@@ -132,7 +132,7 @@ class Run:
         from drafttrain.core.texts import Sampling
         from drafttrain.data_gen.backends import Task
         from drafttrain.data_gen.backends.builtin import continuations
-        from drafttrain.data_gen.stored.validation_target import kept_continuations
+        from drafttrain.data_gen.stored.validation_target import cached_continuations
         from drafttrain.eval.prompts import read_prompts
         from drafttrain.eval.repetition import tokens_before_repetition
         from drafttrain.eval.replay import Text
@@ -153,7 +153,7 @@ class Run:
         if self.placement == "replicated":
             written = continuations(tasks, self.target, **limits)
         else:
-            written = kept_continuations(self.folder.validation / "texts.json", tasks, self.target, **limits)
+            written = cached_continuations(self.folder.validation / "texts.json", tasks, self.target, **limits)
         if wanted.repetition_ngram:
             written = [new[: max(1, tokens_before_repetition(new, ngram=wanted.repetition_ngram))] for new in written]
         texts = [Text(task.id, task.prompt, new) for task, new in zip(tasks, written, strict=True)]
@@ -169,7 +169,7 @@ class Run:
         import torch
 
         from drafttrain.drafters import drafters
-        from drafttrain.target_model.frozen import pick_device
+        from drafttrain.target_model.device import pick_device
 
         torch.manual_seed(self.recipe.seed)
         target = self.target if self.has_target() else None

@@ -17,7 +17,8 @@ def settled(recipe: Recipe, held: Recipe | None) -> Recipe:
     Args:
         held: The recipe of the run that is in the folder already.
     """
-    from drafttrain.target_model.frozen import kind_of_device, number_type
+    from drafttrain.target_model.device import kind_of_device
+    from drafttrain.target_model.number_type import number_type
 
     device_type = kind_of_device(recipe.target.device if recipe.train.device == "auto" else recipe.train.device)
     here = {

@@ -18,7 +18,7 @@ from drafttrain.eval.interval import Interval
 from drafttrain.eval.statistics import ratio_interval
 from drafttrain.serving.engines import CounterNames
 from drafttrain.serving.prometheus_counters import LiveCounters, read_counters
-from drafttrain.target_model.frozen import fingerprint_of
+from drafttrain.target_model.folders import fingerprint_of
 
 METRICS = "/metrics"
 PATIENCE = Patience(retries=2, backoff_seconds=1.0, longest_wait_seconds=60.0, timeout_seconds=600.0)

@@ -17,11 +17,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from drafttrain.core.autocast import in_own_precision
 from drafttrain.core.packed_documents import PackedDocuments
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.target_model.anatomy import taps, trunk
 from drafttrain.target_model.logits import check_logits
-from drafttrain.target_model.own_type import in_own_type
 from drafttrain.target_model.packed_reading import NotPlain, may_be_read_packed, packed, through_every_block
 
 TRIED = 4
@@ -32,7 +32,7 @@ _packed: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _masked: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-@in_own_type
+@in_own_precision
 def document_states(
     model: Any,
     tokens_BT: Tensor,
@@ -50,7 +50,7 @@ def document_states(
     Raises:
         CheckpointError: What is made of these states is not what the model makes of them (`check_logits`).
     """
-    try_out(model)
+    probe(model)
     if tells_documents_apart(model):
         with taps(model, TargetNeeds(hidden=hidden)) as seen, _attention(model, positions_BT, documents) as by_kernel:
             mask_B1TT = None if by_kernel else _mask(model, positions_BT, documents)
@@ -64,7 +64,7 @@ def document_states(
     return final_BTD, dict(zip(map(int, seen), others, strict=True))
 
 
-def try_out(model: Any) -> None:
+def probe(model: Any) -> None:
     """Find out all that reading packed rows asks of a model, once a model, by short forwards in one order.
 
     Processes among which the weights are spread must run a model equally often: whether something is tried must not depend on the

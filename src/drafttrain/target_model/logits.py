@@ -14,12 +14,12 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from drafttrain.core.autocast import in_own_precision
 from drafttrain.core.batches import Head
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.linear_head import LinearHead
 from drafttrain.target_model.anatomy import stack_holder, trunk
 from drafttrain.target_model.block_range import replaced_forwards
-from drafttrain.target_model.own_type import in_own_type
 
 DIVIDED_BY = ("logits_scaling", "logits_mup_width_multiplier")
 """Granite, MiniCPM3; Inkling."""
@@ -35,7 +35,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, tor
 _compared: WeakSet[nn.Module] = WeakSet()
 
 
-@in_own_type
+@in_own_precision
 def head_logits(model: Any, states_ND: Tensor) -> Tensor:
     """Return the logits of states after the final norm, with the scale or soft cap that the architecture adds.
 

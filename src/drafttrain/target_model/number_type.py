@@ -6,11 +6,23 @@ from pathlib import Path
 
 from drafttrain.core.foreign import read_json
 from drafttrain.core.tensors import elements_by_type
+from drafttrain.target_model.device import kind_of_device
+from drafttrain.target_model.folders import resolve_folder
+from drafttrain.target_model.settings import TargetSettings
 
 MANY = 1_000_000_000
 """Weights above which a target is held in a half type on a GPU: float32 would take twice the memory at a fraction of the speed."""
 HALF_TYPES = {"BF16": "bfloat16", "F16": "float16"}
 """As the headers of safetensors name them, and torch."""
+
+
+def number_type(settings: TargetSettings) -> str:
+    """Return the type that the settings name, and where they say auto what that is here."""
+    if settings.dtype != "auto" or settings.model is None:
+        return settings.dtype
+    if kind_of_device(settings.device) != "cuda":
+        return "float32"
+    return type_on_gpu(resolve_folder(settings.model, revision=settings.revision))
 
 
 def type_on_gpu(folder: Path) -> str:

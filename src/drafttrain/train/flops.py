@@ -8,7 +8,7 @@ from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of, t
 from drafttrain.drafters import Drafter
 from drafttrain.heads import TokenHead
 from drafttrain.target_model import Target
-from drafttrain.target_model.work import head_parameters, trunk_products
+from drafttrain.target_model.matrix_products import head_parameters, trunk_products
 
 
 def distill_flops(drafter: Drafter, target: Target | None, shape: BatchShape, *, reads: bool, head: bool) -> int:

@@ -12,17 +12,15 @@ from torch import nn
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.tensors import TensorFiles
-from drafttrain.target_model.absent import bare_model, target_folder
+from drafttrain.target_model.absent_target import bare_model, target_folder
 from drafttrain.target_model.anatomy import blocks, trunk
-from drafttrain.target_model.documents import try_out
-from drafttrain.target_model.frozen import (
-    Target,
-    TargetSettings,
-    fingerprint_of,
-    load_target_tokenizer,
-    pick_device,
-)
-from drafttrain.target_model.skeleton import fill, stored_tensors
+from drafttrain.target_model.device import pick_device
+from drafttrain.target_model.documents import probe
+from drafttrain.target_model.folders import fingerprint_of
+from drafttrain.target_model.meta_model import load_tensors, stored_tensors
+from drafttrain.target_model.settings import TargetSettings
+from drafttrain.target_model.target import Target
+from drafttrain.target_model.tokenizer import load_target_tokenizer
 from drafttrain.target_model.weights_digest import add_to_digest
 from drafttrain.train.strategy import join_deepspeed, whole
 
@@ -45,7 +43,7 @@ class ShardedTarget(Target):
             _gather_around(block)
         trunk(model).register_forward_pre_hook(lambda *_: self._begin_forward())
         # Here, where all processes are.
-        try_out(model)
+        probe(model)
 
     @classmethod
     def load(cls, settings: TargetSettings) -> ShardedTarget:
@@ -62,9 +60,11 @@ class ShardedTarget(Target):
         _refuse_mixed_types(model, settings)
         stack = blocks(model)
         of_blocks = {id(tensor) for tensor in stored_tensors(stack)}
-        fill(model, [tensor for tensor in stored_tensors(model) if id(tensor) not in of_blocks], files, device=device)
+        load_tensors(
+            model, [tensor for tensor in stored_tensors(model) if id(tensor) not in of_blocks], files, device=device
+        )
         for block in stack:
-            fill(model, stored_tensors(block), files, device=device)
+            load_tensors(model, stored_tensors(block), files, device=device)
             deepspeed.zero.Init(module=block, config_dict_or_path=CONFIG)
         tokenizer = load_target_tokenizer(settings)
         return cls(model, tokenizer, name=str(settings.model), fingerprint=fingerprint_of(folder))

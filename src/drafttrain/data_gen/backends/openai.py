@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import Any, Literal, TextIO
 
 from drafttrain.core.console import Progress, say
 from drafttrain.core.errors import DataError
@@ -21,13 +21,11 @@ from drafttrain.core.random import stream_seed
 from drafttrain.core.settings import setting
 from drafttrain.data_gen.backends import NOT_REPRODUCIBLE, Outcome, Plan, Task, backends, unusable
 from drafttrain.data_gen.encoder import Encoder
+from drafttrain.data_gen.openai_client import Completions, NotAnswered, Patience
 from drafttrain.data_gen.serving_logs.encoding import ExchangeEncoder
 from drafttrain.data_gen.serving_logs.exchange import Refused
 from drafttrain.data_gen.serving_logs.openai import exchanges
 from drafttrain.data_gen.serving_logs.untrusted import guard
-
-if TYPE_CHECKING:
-    from drafttrain.data_gen.openai_client import Completions
 
 EXTENSIONS = {"return_token_ids": True, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 """What vLLM and SGLang understand besides. A server takes what is left out from the model's own generation_config.json, and the
@@ -131,9 +129,6 @@ class OpenAI:
     async def _written(
         self, number: int, shard: Sequence[Task], kept_file: Path, key: str | None, bar: Progress
     ) -> list[Outcome]:
-        # Imported here: who reads a recipe needs no HTTP.
-        from drafttrain.data_gen.openai_client import Completions, Patience
-
         chosen = self.settings
         patience = Patience(chosen.retries, chosen.backoff_seconds, chosen.longest_wait_seconds, chosen.timeout_seconds)
         outcomes = _kept(kept_file, shard)
@@ -174,8 +169,6 @@ class OpenAI:
         return [outcomes[place] for place in range(len(shard))]
 
     async def _asked(self, server: Completions, task: Task, answers: _Answers) -> Outcome:
-        from drafttrain.data_gen.openai_client import NotAnswered
-
         retries = 0
         try:
             with guard():

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 from drafttrain.core.digests import text_digest
 from drafttrain.core.registry import Registry, component_mapping
 from drafttrain.core.settings import setting
+from drafttrain.data_gen.record_keys import KEYS
+from drafttrain.data_gen.turns import ROLES
 
 if TYPE_CHECKING:
     from drafttrain.core.texts import Record
@@ -54,9 +56,6 @@ class RecordSettings(WeightedSettings):
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
-        from drafttrain.data_gen.record_keys import KEYS
-        from drafttrain.data_gen.turns import ROLES
-
         problems = [
             f"rename: {new!r} is no key of a record. Known: {', '.join(KEYS)}" for new in self.rename if new not in KEYS
         ]

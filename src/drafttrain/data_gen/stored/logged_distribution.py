@@ -6,6 +6,7 @@ N = rows (labels), K = tokens named of a row's law, V = vocabulary
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,6 @@ def with_logged(
     Args:
         places: Where each record begins in the batch.
     """
-    from dataclasses import replace
-
     width = batch.tokens_BT.shape[1]
     row_of_position = torch.full((batch.tokens_BT.numel(),), -1, dtype=torch.long)
     taken, most = 0, max(law.ids_NK.shape[1] for law in laws)

@@ -28,7 +28,7 @@ from drafttrain.distributed.world import is_first
 from drafttrain.target_model import Target
 
 
-def kept_continuations(
+def cached_continuations(
     path: Path, tasks: Sequence[Task], target: Target, *, max_new_tokens: int, seed: int
 ) -> list[list[int]]:
     """Return what the target writes after each prompt; of the same target and prompts, it is written once and kept in `path`."""
@@ -39,9 +39,9 @@ def kept_continuations(
         "seed": seed,
         "tasks": [[task.id, list(map(int, task.prompt)), asdict(task.sampling)] for task in tasks],
     }
-    kept = shared(_kept(path, about) if is_first() else None)[0]
-    if kept is not None:
-        return list(kept)
+    stored = shared(_stored(path, about) if is_first() else None)[0]
+    if stored is not None:
+        return list(stored)
     with target.at_work() as live:
         # Every process writes all of them: they are few, and a target that is spread out needs every process.
         texts = continuations(tasks, live, max_new_tokens=max_new_tokens, seed=seed)
@@ -51,7 +51,7 @@ def kept_continuations(
     return texts
 
 
-def _kept(path: Path, about: Mapping[str, Any]) -> list[list[int]] | None:
+def _stored(path: Path, about: Mapping[str, Any]) -> list[list[int]] | None:
     if not path.exists():
         return None
     held = json.loads(path.read_text(encoding="utf-8"))
@@ -125,7 +125,7 @@ class _Texts:
         return Record(str(index), text, [True] * len(text))
 
 
-def told(
+def cached_target(
     folder: Path, texts: Sequence[Sequence[int]], target: Target, *, needs: TargetNeeds, dtype: Any, max_gb: float
 ) -> CachedTarget:
     """Return the target as it answers on these texts, storing what a drafter needs and the final state, where it is not stored yet."""

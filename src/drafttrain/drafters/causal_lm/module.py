@@ -26,10 +26,12 @@ from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import blocks
 from drafttrain.target_model.attention import drafter_attention
 from drafttrain.target_model.documents import document_states
-from drafttrain.target_model.ends import end_of_text
-from drafttrain.target_model.frozen import check_same_tokenizer, load_causal_lm, load_tokenizer, num_ids, resolve_folder
+from drafttrain.target_model.end_tokens import end_of_text_id
+from drafttrain.target_model.folders import resolve_folder
+from drafttrain.target_model.loading import load_causal_lm
 from drafttrain.target_model.logits import head_of
-from drafttrain.target_model.work import head_parameters, trunk_products
+from drafttrain.target_model.matrix_products import head_parameters, trunk_products
+from drafttrain.target_model.tokenizer import check_same_tokenizer, load_tokenizer, num_ids
 
 
 @dataclass
@@ -200,7 +202,7 @@ def from_scratch(settings: CausalLMSettings, *, vocab_size: int, num_positions: 
         max_position_embeddings=num_positions,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=end_of_text(tokenizer),
+        eos_token_id=end_of_text_id(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
     return LlamaForCausalLM(config)

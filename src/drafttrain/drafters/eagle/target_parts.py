@@ -19,7 +19,7 @@ from drafttrain.drafters.eagle.config_problems import config_problems
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import final_norm
 from drafttrain.target_model.logits import head_logits, head_of
-from drafttrain.target_model.work import head_parameters
+from drafttrain.target_model.matrix_products import head_parameters
 
 ROPE_SCALINGS = ("linear", "dynamic", "yarn", "llama3")
 """Kinds of rotary scaling that one layer of Llama's can take over."""

@@ -30,8 +30,8 @@ from drafttrain.drafters.kangaroo.proposer import Attend, EarlyExitProposer
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import blocks, final_norm
 from drafttrain.target_model.logits import head_of
+from drafttrain.target_model.matrix_products import head_parameters
 from drafttrain.target_model.packed_attention import Columns
-from drafttrain.target_model.work import head_parameters
 
 CONFIG_KEYS = ("exit_layer", "hidden_size", "num_attention_heads", "rope_theta", "draft", "target_fingerprint")
 

@@ -38,9 +38,9 @@ from drafttrain.losses.align import align
 from drafttrain.losses.forward_kl import ForwardKL, ForwardKLConfig
 from drafttrain.target_model import Target
 from drafttrain.target_model.documents import as_read, document_states
-from drafttrain.target_model.frozen import LiveRows
+from drafttrain.target_model.live_rows import LiveRows
 from drafttrain.target_model.logits import finished_logits, finisher, head_of
-from drafttrain.target_model.work import head_parameters, trunk_products
+from drafttrain.target_model.matrix_products import head_parameters, trunk_products
 
 TREE = "medusa_tree.json"
 """Beside config.json: the tree, and the table of accuracies that it was built from. Serving engines pass over it."""

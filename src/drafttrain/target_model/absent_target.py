@@ -1,0 +1,110 @@
+"""A target that is not loaded: what stands around its blocks is read, and the whole only while it must say something new.
+
+B = sequences, T = positions
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.console import say
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.packed_documents import PackedDocuments
+from drafttrain.core.target_rows import TargetNeeds, TargetOutput
+from drafttrain.core.tensors import TensorFiles
+from drafttrain.target_model.device import pick_device
+from drafttrain.target_model.folders import fingerprint_of, resolve_folder
+from drafttrain.target_model.logits import check_logits
+from drafttrain.target_model.meta_model import load_tensors, meta_model, outer_modules, stored_tensors
+from drafttrain.target_model.number_type import number_type
+from drafttrain.target_model.settings import TargetSettings
+from drafttrain.target_model.target import Target
+from drafttrain.target_model.tokenizer import load_target_tokenizer
+
+
+def target_folder(settings: TargetSettings) -> Path:
+    """Return the folder of the target.
+
+    Raises:
+        CheckpointError: There is no target, or no such folder.
+    """
+    if settings.model is None:
+        raise CheckpointError("target.model is null: this step needs a target")
+    return resolve_folder(settings.model, revision=settings.revision)
+
+
+def bare_model(settings: TargetSettings) -> Any:
+    """Return the target's model without any weights."""
+    return meta_model(
+        target_folder(settings),
+        dtype=number_type(settings),
+        attention=settings.attention,
+        trust_remote_code=settings.trust_remote_code,
+        device=pick_device(settings.device),
+    )
+
+
+def outer_model(settings: TargetSettings) -> Any:
+    """Return the target's model with the weights of embedding, final norm and head alone, read from its files."""
+    model, files = bare_model(settings), TensorFiles(target_folder(settings))
+    load_tensors(model, stored_tensors(*outer_modules(model)), files, device=pick_device(settings.device))
+    return model
+
+
+class AbsentTarget(Target):
+    """Configuration, embedding, final norm and head; the blocks have no weights."""
+
+    def __init__(self, settings: TargetSettings, model: Any, tokenizer: Any, *, fingerprint: str) -> None:
+        super().__init__(model, tokenizer, name=str(settings.model), fingerprint=fingerprint)
+        self._settings = settings
+        self._whole: Target | None = None
+
+    @classmethod
+    def load(cls, settings: TargetSettings) -> AbsentTarget:
+        """Read the outer parts of a target from its folder."""
+        model, fingerprint = outer_model(settings), fingerprint_of(target_folder(settings))
+        check_logits(model)
+        return cls(settings, model, load_target_tokenizer(settings), fingerprint=fingerprint)
+
+    @contextmanager
+    def at_work(self) -> Iterator[Target]:
+        """Yield the whole target, which stays until `rest`."""
+        if self._whole is None:
+            say(f"{self.name}: loaded whole, for what is not stored yet")
+            self._whole = Target.load(self._settings)
+        yield self._whole
+
+    def rest(self) -> None:
+        """Let go of the whole target."""
+        if self._whole is None:
+            return
+        say(f"{self.name}: let go of, the training does without it")
+        self._whole = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def read(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor,
+        needs: TargetNeeds,
+        *,
+        documents: PackedDocuments | None = None,
+    ) -> TargetOutput:
+        """Refuse: it cannot be run.
+
+        Raises:
+            CheckpointError: Always.
+        """
+        raise CheckpointError(
+            f"{self.name}: is not loaded (train.target_placement: absent), and what it says of a text that is read now is not "
+            "stored: use sharded or replicated"
+        )

@@ -1,0 +1,82 @@
+"""Model folders: found by name, fetched from the hub, and fingerprinted."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from importlib import resources
+from pathlib import Path
+
+from drafttrain.core import digests
+from drafttrain.core.errors import CheckpointError
+from drafttrain.target_model.folder_checks import check_model_files, no_folder
+
+BUILTIN = "builtin:"
+HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py")
+"""Files of a model of the hub that are fetched."""
+
+
+def resolve_folder(name: str, *, revision: str | None = None) -> Path:
+    """Return the local folder of a builtin name, a path or a hub id (which is fetched).
+
+    Raises:
+        CheckpointError: There is no such folder, and no such id in the hub or its cache.
+    """
+    if name.startswith(BUILTIN):
+        folder = Path(str(resources.files("drafttrain") / "builtin" / name.removeprefix(BUILTIN)))
+        if folder.is_dir():
+            return folder
+        known = sorted(f"{BUILTIN}{path.name}" for path in folder.parent.glob("*") if path.is_dir())
+        raise CheckpointError(f"{name}: no such builtin. Available: {', '.join(known) or 'none'}")
+    folder = Path(os.path.expanduser(name))  # where a user is unknown, the name stays
+    if folder.is_dir():
+        return folder
+    if reason := no_folder(name):
+        raise CheckpointError(f"{name}: {reason}")
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise CheckpointError(f"{name}: no such folder (a hub id has the form owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_PATTERNS)))
+    except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(
+            f"{name}: neither a local folder nor a hub id that could be fetched ({type(error).__name__})"
+        ) from error
+
+
+def cached_folder(name: str, *, revision: str | None = None) -> Path | None:
+    """Return the local folder of a name without asking the hub; None: a hub id that was not fetched.
+
+    Raises:
+        CheckpointError: There is no such folder, and the name is no hub id.
+    """
+    local = name.startswith((BUILTIN, ".", "/", "~")) or name.count("/") != 1 or Path(name).exists()
+    if local:
+        return resolve_folder(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(
+            snapshot_download(name, revision=revision, allow_patterns=list(HUB_PATTERNS), local_files_only=True)
+        )
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return folder if any(folder.glob("*.safetensors")) else None
+
+
+def fingerprint_of(folder: Path) -> str:
+    """Return a short digest of a model folder: its configuration and its weights (`core.digests` says which bytes of them)."""
+    check_model_files(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for path in [folder / "config.json", *files]:
+        digest.update(f"{path.name}:{digests.weights_digest(path)}\n".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,55 @@
+"""Loads the causal LM of a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drafttrain.core.console import say_once
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.tensors import check_finite, check_number_types
+from drafttrain.target_model.attention import refuse_attention
+from drafttrain.target_model.folder_checks import check_causal_lm, in_one_line
+from drafttrain.target_model.multimodal import auto_class_for, language_model_inside
+from drafttrain.target_model.weight_shapes import refuse_wrong_shapes
+
+
+def load_causal_lm(
+    folder: Path, *, dtype: str = "float32", attention: str | None = "sdpa", trust_remote_code: bool = False
+) -> Any:
+    """Return the causal LM of a folder, from safetensors only.
+
+    Args:
+        attention: Of transformers; None: the quickest that the model and this machine have.
+
+    Raises:
+        CheckpointError: There is none, or not with this attention.
+    """
+    check_causal_lm(folder, trust_remote_code=trust_remote_code)
+    try:
+        loaded: Any = auto_class_for(folder, trust_remote_code=trust_remote_code).from_pretrained(
+            str(folder),
+            dtype="auto" if dtype == "stored" else getattr(torch, dtype),
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # what the content of a folder, or the code that comes with it, leads transformers to
+        refuse_attention(folder, attention, trust_remote_code=trust_remote_code)
+        refuse_wrong_shapes(folder, trust_remote_code=trust_remote_code)
+        raise CheckpointError(f"{folder}: no causal LM could be read here: {in_one_line(error)}") from error
+    model, report = loaded
+    model = language_model_inside(model, folder)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CheckpointError(f"{folder}: {len(missing)} weights are missing from the file: {', '.join(missing[:5])}")
+    if unread := sorted(report["unexpected_keys"]):
+        more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+        say_once(f"{folder}: weights that the model has no place for are not read: {', '.join(unread[:3])}{more}")
+    if getattr(model.config, "quantization_config", None) is None:
+        check_finite(model.state_dict(), where=str(folder))
+        check_number_types(folder)
+    return model

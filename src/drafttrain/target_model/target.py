@@ -1,0 +1,142 @@
+"""The target: one frozen Hugging Face causal LM behind one small interface.
+
+B = sequences, T = positions
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.packed_documents import PackedDocuments
+from drafttrain.core.target_rows import TargetNeeds, TargetOutput, TargetRows
+from drafttrain.target_model.anatomy import position_limit
+from drafttrain.target_model.device import pick_device
+from drafttrain.target_model.documents import document_states
+from drafttrain.target_model.end_tokens import end_ids, report_end_tokens
+from drafttrain.target_model.folders import fingerprint_of, resolve_folder
+from drafttrain.target_model.live_rows import LiveRows
+from drafttrain.target_model.loading import load_causal_lm
+from drafttrain.target_model.logits import head_logits
+from drafttrain.target_model.number_type import number_type
+from drafttrain.target_model.settings import TargetSettings
+from drafttrain.target_model.tokenizer import load_target_tokenizer, num_ids, tokenizer_fingerprint
+from drafttrain.target_model.weights_digest import weights_digest
+
+
+class Target:
+    """A frozen causal LM, its tokenizer, and their fingerprints."""
+
+    spread: ClassVar[bool] = False
+    """Its weights are spread over the processes, which must all run it together."""
+
+    def __init__(self, model: Any, tokenizer: Any, *, name: str, fingerprint: str) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.fingerprint = fingerprint
+
+    @classmethod
+    def load(cls, settings: TargetSettings) -> Target:
+        """Read a target from its folder or hub id."""
+        if settings.model is None:
+            raise CheckpointError("target.model is null: this step needs a target")
+        folder, device = resolve_folder(settings.model, revision=settings.revision), pick_device(settings.device)
+        model = load_causal_lm(
+            folder,
+            dtype=number_type(settings),
+            attention=settings.attention,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        model.to(device)
+        return cls(model, load_target_tokenizer(settings), name=settings.model, fingerprint=fingerprint_of(folder))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the target runs."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+    def check_length(self, length: int, *, what: str) -> None:
+        """Refuse texts that are longer than the positions that the target has embeddings for.
+
+        Raises:
+            CheckpointError: Naming `what` to shorten.
+        """
+        limit = position_limit(self.model)
+        if limit is not None and length > limit:
+            raise CheckpointError(f"{what}: {length} tokens are more than the {limit} positions of {self.name}")
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the target's head, padding included."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def num_tokens(self) -> int:
+        """Ids that the tokenizer can produce; ids from here to `vocab_size` are padding."""
+        return min(self.vocab_size, num_ids(self.tokenizer))
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """Digest of the tokenizer's map."""
+        return tokenizer_fingerprint(self.tokenizer)
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text: all that generation config, configuration and tokenizer name, as engines stop."""
+        report_end_tokens(self.model, self.tokenizer, name=self.name)
+        return end_ids(self.model, self.tokenizer)
+
+    @torch.no_grad()
+    def read(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor,
+        needs: TargetNeeds,
+        *,
+        documents: PackedDocuments | None = None,
+    ) -> TargetOutput:
+        """Return what the target knows of packed rows: a document sees nothing of the others in its row.
+
+        Args:
+            documents: Where they lie, if it is known: see `document_states`.
+        """
+        final_BTD, hidden_BTD = document_states(
+            self.model,
+            tokens_BT.to(self.device),
+            positions_BT.to(self.device),
+            hidden=needs.hidden,
+            documents=documents and documents.each(lambda tensor: tensor.to(self.device)),
+        )
+        return TargetOutput(
+            logits_BTV=head_logits(self.model, final_BTD) if needs.logits else None,
+            hidden_BTD=hidden_BTD,
+            final_BTD=final_BTD if needs.final else None,
+        )
+
+    def rows_of(self, seen: TargetOutput) -> TargetRows:
+        """Return the law over a batch whose final states were read."""
+        assert seen.final_BTD is not None, "read the batch with TargetNeeds(final=True)"
+        return LiveRows(self.model, seen.final_BTD)
+
+    @contextmanager
+    def at_work(self) -> Iterator[Target]:
+        """Yield the target that runs on this process's own share of a work, whatever the others have to do.
+
+        Every process of the run must enter, also one without a share.
+        """
+        yield self
+
+    def rest(self) -> None:
+        """Let go of what only `at_work` needs: training begins."""
+
+    def weights_digest(self) -> str:
+        """Return the digest of the weights in memory, to prove that they stayed frozen."""
+        return weights_digest(self.model)

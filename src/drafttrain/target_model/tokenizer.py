@@ -1,0 +1,90 @@
+"""Tokenizers: loading, fingerprints, and the check that a drafter shares its target's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.foreign import check_folder
+from drafttrain.target_model.folder_checks import in_one_line
+from drafttrain.target_model.folders import resolve_folder
+from drafttrain.target_model.settings import TargetSettings
+
+TOKENIZER_FILES = (
+    *(
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.*",
+        "merges.txt",
+    ),
+    *("*.model", "chat_template.*", "additional_chat_templates/*.jinja"),
+)
+
+
+def load_target_tokenizer(settings: TargetSettings) -> Any:
+    """Return the tokenizer that the settings name, without reading any weights."""
+    return load_tokenizer(tokenizer_folder(settings), trust_remote_code=settings.trust_remote_code)
+
+
+def tokenizer_folder(settings: TargetSettings) -> Path:
+    """Return the folder of the tokenizer that the settings name."""
+    name = settings.tokenizer or settings.model
+    assert name is not None, "TargetSettings.check asks for one of them"
+    return resolve_folder(name, revision=settings.revision if settings.tokenizer is None else None)
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer of a folder."""
+    from transformers import AutoTokenizer
+
+    check_folder(folder)
+    if not tokenizer_files(folder):
+        raise CheckpointError(
+            f"{folder}: no tokenizer here (no tokenizer.json): give its folder, as target.tokenizer of a target"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raises plain Exceptions, and what the content of a broken file leads to
+        raise CheckpointError(f"{folder}: no tokenizer could be read here: {in_one_line(error)}") from error
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that decide how text and chats become ids."""
+    return sorted(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file())
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Return a short digest of the map from tokens to ids."""
+    pairs = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
+
+
+def num_ids(tokenizer: Any) -> int:
+    """Return how many ids a tokenizer can produce, from 0."""
+    return int(max(tokenizer.get_vocab().values())) + 1
+
+
+def check_same_tokenizer(target_tokenizer: Any, drafter_tokenizer: Any, *, drafter: str) -> None:
+    """Refuse a drafter whose tokenizer differs from the target's in one token, naming it.
+
+    Raises:
+        CheckpointError: With the first tokens that differ.
+    """
+    ours, theirs = target_tokenizer.get_vocab(), drafter_tokenizer.get_vocab()
+    different = sorted(
+        (token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)),
+        key=lambda token: ours.get(token, theirs.get(token)),
+    )
+    if different:
+        shown = ", ".join(
+            f"{t!r} (target {ours.get(t, 'none')}, drafter {theirs.get(t, 'none')})" for t in different[:5]
+        )
+        raise CheckpointError(
+            f"{drafter}: its tokenizer differs from the target's in {len(different)} of {len(ours)} tokens: {shown}. "
+            "Use a drafter with the target's own tokenizer."
+        )
