@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from drafttrain.checkpoint import About, read_drafter
 from drafttrain.cli import app
 from drafttrain.core.texts import Sampling
+from drafttrain.eval.interval import Interval
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.export.hf import export_hf
 from drafttrain.serving.promise import Promise
@@ -175,7 +176,7 @@ def test_require_without_a_server_is_refused(drafter):
 
 
 def test_a_promise_is_kept_within_its_interval_or_its_tolerance():
-    wide, narrow = Promise(2.0, 1.5, 2.5, None, "decoded"), Promise(2.0, 1.999, 2.001, None, "decoded")
+    wide, narrow = (Promise(Interval(2.0, low, high), None, "decoded") for low, high in ((1.5, 2.5), (1.999, 2.001)))
     assert [wide.verdict(x, x) for x in (1.49, 1.51, 2.49, 2.51)] == ["below", "kept", "kept", "above"]
     assert [narrow.verdict(x, x) for x in (1.95, 1.97, 2.03, 2.05)] == ["below", "kept", "kept", "above"]
     # A figure that is itself known up to an interval only.
