@@ -22,7 +22,7 @@ from drafttrain.drafters.medusa.module import ADAPTER, JointSettings, Medusa, Me
 from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.losses.align import align
-from drafttrain.losses.ce import CrossEntropy, CrossEntropyConfig
+from drafttrain.losses.ce import CrossEntropy, CrossEntropySettings
 from drafttrain.losses.chunked import batch_loss
 from drafttrain.losses.random_rows import chosen
 from drafttrain.target_model import Target, TargetSettings
@@ -59,7 +59,7 @@ def train(medusa: Medusa, batch: DraftBatch, *, steps: int) -> None:
     optimizer = torch.optim.Adam(medusa.parameters(), lr=1e-2)
     for step in range(steps):
         drafted = medusa(replace(batch, step=step))
-        loss = CrossEntropy(CrossEntropyConfig())
+        loss = CrossEntropy(CrossEntropySettings())
         assert drafted.beside is not None
         optimizer.zero_grad()
         made = batch_loss(loss, drafted, align(drafted, batch), batch, vocab_size=V)

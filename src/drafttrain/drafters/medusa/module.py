@@ -35,7 +35,7 @@ from drafttrain.drafters.medusa.static_tree import Path as TreePath
 from drafttrain.drafters.medusa.static_tree import best_paths, non_increasing
 from drafttrain.drafters.start import HELP, folder_to_start_from, said_by_the_folder
 from drafttrain.losses.align import align
-from drafttrain.losses.forward_kl import ForwardKL, ForwardKLConfig
+from drafttrain.losses.forward_kl import ForwardKL, ForwardKLSettings
 from drafttrain.target_model import Target
 from drafttrain.target_model.documents import as_read, document_states
 from drafttrain.target_model.live_rows import LiveRows
@@ -254,7 +254,7 @@ class Medusa(Drafter):
             # What a cache holds of the distribution may be a part of it.
             rows = target.rows_of(batch.target)
         states = DraftOutput({1: final_BTD}, head_of(target.model), lag=0)
-        return Beside(states, ForwardKL(ForwardKLConfig()), rows)
+        return Beside(states, ForwardKL(ForwardKLSettings()), rows)
 
     @property
     def _head(self) -> LinearHead:
