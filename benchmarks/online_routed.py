@@ -41,10 +41,11 @@ from drafttrain.drafters.causal_lm.module import CausalLMDrafter, CausalLMSettin
 from drafttrain.eval.statistics import ratio_difference, ratio_interval
 from drafttrain.export.hf import export_hf
 from drafttrain.losses.forward_kl import ForwardKL
-from drafttrain.online.loop import OnlineRun, metrics
+from drafttrain.online.loop import OnlineRun
 from drafttrain.online.promotion import request_counts
 from drafttrain.online.route import Workshop
 from drafttrain.online.router import Router
+from drafttrain.online.run_files import metrics
 from drafttrain.online.settings import OnlineSettings, RouterSettings
 from drafttrain.recorder.intake import Intake
 from drafttrain.target_model import Target, TargetSettings

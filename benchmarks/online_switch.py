@@ -30,7 +30,7 @@ from drafttrain.core.provenance import commit, processor
 from drafttrain.eval import table
 from drafttrain.eval.statistics import ratio_difference, ratio_interval
 from drafttrain.online.drift import drift
-from drafttrain.online.loop import metrics
+from drafttrain.online.run_files import metrics
 from drafttrain.target_model import Target, TargetSettings
 
 MAX_TOKENS = 48

@@ -171,7 +171,7 @@ def test_an_online_report_shows_any_name_of_a_lane():
     figures = {"block_efficiency": 1.5, "candidate": 1.6, "promoted": True, "drift_p_value": 0.5}
     for some in (NAMES[:4], ["_hidden", *NAMES[6:9]], NAMES[9:13], NAMES[13:]):
         rows = [
-            {"lane": name, "requests": n, "served_block_efficiency": 1.4} | figures for name in some for n in (1, 2)
+            {"route": name, "requests": n, "served_block_efficiency": 1.4} | figures for name in some for n in (1, 2)
         ]
         (drawn,) = pictures(f'"{picture(lambda axes, rows=rows: _efficiency(axes, rows), columns=2)}"')
         assert (" _hidden" in drawn) == ("_hidden" in some)

@@ -23,7 +23,7 @@ from drafttrain.checkpoint import About, read_drafter
 from drafttrain.data_gen.serving_logs.settings import ServingLogsSettings
 from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.export.hf import export_hf
-from drafttrain.online.loop import metrics
+from drafttrain.online.run_files import metrics
 from drafttrain.online.versions import Versions, publish_first
 from drafttrain.recorder.intake import Intake
 from drafttrain.target_model import Target

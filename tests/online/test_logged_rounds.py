@@ -11,8 +11,8 @@ from drafttrain.data_gen.serving_logs.redaction import redactor
 from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.losses.forward_kl import ForwardKL
 from drafttrain.online.learner import Learner
-from drafttrain.online.loop import metrics, status
 from drafttrain.online.positions import refused_positions
+from drafttrain.online.run_files import metrics, status
 from drafttrain.recorder.capture import Capture, line_of
 from drafttrain.recorder.intake import Served
 from drafttrain.train.settings import TrainSettings

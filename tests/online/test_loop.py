@@ -23,9 +23,10 @@ from drafttrain.eval.proposers.none import NoDraft
 from drafttrain.export.hf import export_hf
 from drafttrain.losses import Loss
 from drafttrain.losses.forward_kl import ForwardKL
-from drafttrain.online.loop import OnlineRun, metrics, status
+from drafttrain.online.loop import OnlineRun
 from drafttrain.online.report import write_online_report
 from drafttrain.online.route import Workshop
+from drafttrain.online.run_files import metrics, status
 from drafttrain.online.settings import OnlineSettings
 from drafttrain.online.versions import Versions
 from drafttrain.pipeline.commands import learn_online

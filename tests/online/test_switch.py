@@ -15,7 +15,8 @@ from drafttrain.eval.statistics import ratio_difference
 from drafttrain.losses.forward_kl import ForwardKL
 from drafttrain.online.drift import drift
 from drafttrain.online.learner import Learner
-from drafttrain.online.loop import OnlineRun, metrics, status
+from drafttrain.online.loop import OnlineRun
+from drafttrain.online.run_files import metrics, status
 from drafttrain.pipeline.drafter_folder import write_drafter
 from drafttrain.pipeline.online_run import online_run, report
 from drafttrain.pipeline.run import Run

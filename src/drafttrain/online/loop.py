@@ -8,10 +8,8 @@ drafters/             the versions of the drafter, or drafters/ROUTE/ and the ro
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,10 @@ from typing import Any
 import torch
 
 from drafttrain.core.console import say
-from drafttrain.core.errors import DrafttrainError
 from drafttrain.core.files import write_text, written_beside
 from drafttrain.online.route import Route, Workshop
 from drafttrain.online.router import Router
+from drafttrain.online.run_files import metrics, with_current_keys
 from drafttrain.online.versions import Versions, publish_first
 from drafttrain.recorder.intake import Intake
 
@@ -68,7 +66,8 @@ class OnlineRun:
             # A kill behind the first publish starts again from what was served before it.
             self._save()
             return
-        state = torch.load(self._state, weights_only=True, map_location=self.shop.target.device)
+        stored = torch.load(self._state, weights_only=True, map_location=self.shop.target.device)
+        state = with_current_keys(stored)
         self.batches = self._saved = state["batches"]
         for name, route in self.routes.items():
             route.restore(state["routes"][name])
@@ -143,58 +142,3 @@ class OnlineRun:
         self.intake.forget(stop_batch=self._saved)
         for route in self.routes.values():
             route.versions.prune(held=route.version)
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of all updates of a run; half a line that a kill left is none."""
-    path = folder / "online" / "metrics.jsonl"
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
-
-
-def routes_of(folder: Path) -> dict[str, Versions]:
-    """Return the published versions of a run, by route.
-
-    Raises:
-        DrafttrainError: Nothing was published in this folder.
-    """
-    # Looking through the versions themselves would meet one that is just being removed.
-    drafters = folder / "drafters"
-    routes = [path for path in drafters.glob("*") if not path.name.isdigit()]
-    links = [folder / "current" for folder in (drafters, *sorted(routes))]
-    found = {
-        "" if link.parent == drafters else link.parent.name: Versions(link.parent)
-        for link in links
-        if link.is_symlink()
-    }
-    if not found:
-        raise DrafttrainError(f"{folder}: no drafter was published here: drafttrain online RECIPE does")
-    return found
-
-
-def status(folder: Path) -> dict[str, Any]:
-    """Return how far a run is: lines of the logs, updates, promotions, what is served."""
-    cursor = folder / "online" / "intake" / "cursor.json"
-    lines = json.loads(cursor.read_text(encoding="utf-8"))["lines"] if cursor.exists() else {}
-    rows = metrics(folder)
-    routes = {}
-    for name, versions in routes_of(folder).items():
-        own = [row for row in rows if row["route"] == name]
-        events = Counter(event["event"] for event in versions.history())
-        routes[name] = {
-            "serving": versions.current(),
-            "updates": own[-1]["update"] if own else 0,
-            "requests": own[-1]["requests"] if own else 0,
-            "block_efficiency": next((r["block_efficiency"] for r in reversed(own) if "block_efficiency" in r), None),
-            "served_block_efficiency": next(
-                (r["served_block_efficiency"] for r in reversed(own) if "served_block_efficiency" in r), None
-            ),
-            "drift_p_value": own[-1].get("drift_p_value") if own else None,
-            **{event: events[event] for event in ("published", "refused", "rolled_back", "hook_failed")},
-        }
-    used = {"used", "announces"}
-    quarantine = {kind: count for kind, count in lines.items() if kind not in used}
-    return {"lines": lines, "quarantine": quarantine, "routes": routes}

@@ -10,7 +10,7 @@ from typing import Any
 
 from drafttrain.core.files import write_text
 from drafttrain.eval.report import label, page, picture
-from drafttrain.online.loop import metrics, routes_of, status
+from drafttrain.online.run_files import metrics, routes_of, status
 
 
 def write_online_report(folder: Path, path: Path, *, title: str) -> None:

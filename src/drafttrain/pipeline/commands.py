@@ -252,7 +252,7 @@ def learn_online(recipe: Recipe, folder: Path, *, once: bool = False) -> None:
 
 def rollback(folder: Path, *, route: str | None = None) -> None:
     """Serve the version again that the current one replaced; one of several drafters is named by its route."""
-    from drafttrain.online.loop import routes_of
+    from drafttrain.online.run_files import routes_of
     from drafttrain.online.versions import Versions
 
     routes = routes_of(folder)

@@ -45,7 +45,7 @@ def online_run(recipe: Recipe, folder: RunFolder, target: Target) -> OnlineRun:
 
 def show_status(folder: Path) -> dict[str, Any]:
     """Print how far the learning of a run is, and return it."""
-    from drafttrain.online.loop import status
+    from drafttrain.online.run_files import status
 
     found = status(folder)
     columns = [
