@@ -104,7 +104,7 @@ def test_it_starts_as_the_raw_early_exit(name):
 
 def test_the_size_of_the_papers_adapter():
     """67 M for a target of width 4096 (Vicuna-7B): arXiv 2404.18911."""
-    from drafttrain.drafters.kangaroo.module import Adapter
+    from drafttrain.drafters.kangaroo.adapter import Adapter
 
     with torch.device("meta"):
         adapter = Adapter(torch.nn.RMSNorm(4096), 4096, num_heads=32, rope_theta=1e4)

@@ -16,7 +16,8 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Prompt, Record
 from drafttrain.data_gen.packing import pack
-from drafttrain.drafters.medusa.module import TREE, Medusa, MedusaSettings
+from drafttrain.drafters.medusa.folder import TREE
+from drafttrain.drafters.medusa.module import Medusa, MedusaSettings
 from drafttrain.drafters.medusa.static_tree import best_paths
 from drafttrain.eval.ledger import Ledger
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings

@@ -17,8 +17,9 @@ from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.texts import Prompt, Record
 from drafttrain.data_gen.packing import pack
+from drafttrain.drafters.medusa.folder import ADAPTER
 from drafttrain.drafters.medusa.lora import LoraAdapter, LoraSettings, LowRank, merged
-from drafttrain.drafters.medusa.module import ADAPTER, JointSettings, Medusa, MedusaSettings
+from drafttrain.drafters.medusa.module import JointSettings, Medusa, MedusaSettings
 from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.losses.align import align

@@ -21,7 +21,6 @@ from drafttrain.core.settings import setting
 from drafttrain.drafters import Drafter, drafters
 from drafttrain.drafters.causal_lm.cut import cut_from
 from drafttrain.drafters.causal_lm.proposer import ChainProposer
-from drafttrain.drafters.eagle.target_parts import ENDLESS, positions_of
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import blocks
 from drafttrain.target_model.attention import drafter_attention
@@ -31,6 +30,7 @@ from drafttrain.target_model.folders import resolve_folder
 from drafttrain.target_model.loading import load_causal_lm
 from drafttrain.target_model.logits import head_of
 from drafttrain.target_model.matrix_products import head_parameters, trunk_products
+from drafttrain.target_model.positions import UNLIMITED_POSITIONS, max_positions
 from drafttrain.target_model.tokenizer import check_same_tokenizer, load_tokenizer, num_ids
 
 
@@ -110,7 +110,7 @@ class CausalLMDrafter(Drafter):
             model = from_scratch(
                 settings,
                 vocab_size=target.vocab_size if target else num_ids(tokenizer),
-                num_positions=positions_of(target.model.config) if target else None,
+                num_positions=max_positions(target.model.config) if target else None,
                 tokenizer=tokenizer,
             )
         elif settings.init == "target":
@@ -189,7 +189,7 @@ def from_scratch(settings: CausalLMSettings, *, vocab_size: int, num_positions: 
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    num_positions = num_positions or int(min(tokenizer.model_max_length, ENDLESS))
+    num_positions = num_positions or int(min(tokenizer.model_max_length, UNLIMITED_POSITIONS))
     width = settings.intermediate_size or 8 * round(settings.hidden_size / 3)
     config = LlamaConfig(
         vocab_size=vocab_size,

@@ -18,13 +18,13 @@ from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetOutput
 from drafttrain.core.texts import Sampling
 from drafttrain.core.vocabulary import DraftVocabulary
-from drafttrain.drafters.eagle.cache import FeatureCache
+from drafttrain.drafters.eagle.cache import EagleCache
 from drafttrain.drafters.eagle.drafts import Draft, DraftChain, DraftNode, DraftTree, grow_chains
 from drafttrain.drafters.eagle.layer import attend
-from drafttrain.drafters.eagle.rollout import FeatureModel
+from drafttrain.drafters.eagle.rollout import EagleModel
 
 
-class FeatureProposer:
+class EagleProposer:
     """Drafts from the target's features of the committed text, then from its own states.
 
     The cache holds committed slots only, each computed from the target's true features; a slot is read when the token after it
@@ -38,7 +38,7 @@ class FeatureProposer:
 
     def __init__(
         self,
-        model: FeatureModel,
+        model: EagleModel,
         *,
         vocab_size: int,
         num_tokens: int,
@@ -59,7 +59,7 @@ class FeatureProposer:
         self._greedy = greedy
         self._sampling = Sampling()
         self._contexts: list[Context] = []
-        self._cache = FeatureCache(0)
+        self._cache = EagleCache(0)
         self._unread: list[list[Tensor]] = []
         """By sequence, features_NF of the committed slots that the cache lacks, in pieces."""
 
@@ -67,7 +67,7 @@ class FeatureProposer:
     def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
         """Read the prompts' slots but the last."""
         self._contexts = list(contexts)
-        self._cache = FeatureCache(len(contexts))
+        self._cache = EagleCache(len(contexts))
         self._unread = [[] for _ in contexts]
         self._note(seen, [len(context.tokens) - 1 for context in contexts])
         sizes = [max(0, _count(pieces) - 1) for pieces in self._unread]

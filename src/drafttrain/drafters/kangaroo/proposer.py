@@ -25,9 +25,6 @@ from drafttrain.drafters.next_tokens import next_tokens
 from drafttrain.target_model.logits import head_logits
 from drafttrain.target_model.ragged_cache import RaggedCache
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""From (query_BHTd, keys_BHTd, values_BHTd) of an adapter to attended_BHTd: it knows which positions each one may look at."""
-
 
 @dataclass
 class _Chain:
@@ -42,7 +39,7 @@ class _Chain:
     """The length policy wants no further token."""
 
 
-class EarlyExitProposer:
+class KangarooProposer:
     """Drafts chains: first blocks, adapter, the target's head; by sampling, or by argmax.
 
     A draft token is read by the first blocks whether or not another one follows it, since the target continues from the states

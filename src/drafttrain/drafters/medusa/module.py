@@ -6,7 +6,6 @@ B = sequences, T = positions, V = vocabulary, D = hidden, K = heads, R = ranks, 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,41 +15,30 @@ from typing import Any, ClassVar, Literal
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
 from drafttrain.core.batches import Beside, DraftBatch, DraftOutput
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import write_json
 from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
-from drafttrain.core.foreign import read_json
 from drafttrain.core.linear_head import LinearHead
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
 from drafttrain.core.target_rows import RowsAsked, TargetNeeds
-from drafttrain.core.tensors import load_into, shapes_in
+from drafttrain.core.tensors import load_into
 from drafttrain.drafters import Drafter, drafters
+from drafttrain.drafters.medusa.blocks import ResidualBlocks, uninitialized_linear
+from drafttrain.drafters.medusa.calibration import calibrated_tree
+from drafttrain.drafters.medusa.folder import ADAPTER, TREE, read_config, read_tree
 from drafttrain.drafters.medusa.lora import LoraAdapter, LoraSettings, merged
 from drafttrain.drafters.medusa.proposer import MedusaProposer
 from drafttrain.drafters.medusa.static_tree import Path as TreePath
-from drafttrain.drafters.medusa.static_tree import best_paths, non_increasing
-from drafttrain.drafters.start import HELP, folder_to_start_from, said_by_the_folder
-from drafttrain.losses.align import align
+from drafttrain.drafters.warm_start import CHECKPOINT_HELP, checkpoint_folder, settings_fixed_by_checkpoint
 from drafttrain.losses.forward_kl import ForwardKL, ForwardKLSettings
 from drafttrain.target_model import Target
 from drafttrain.target_model.documents import as_read, document_states
 from drafttrain.target_model.live_rows import LiveRows
 from drafttrain.target_model.logits import finished_logits, finisher, head_of
 from drafttrain.target_model.matrix_products import head_parameters, trunk_products
-
-TREE = "medusa_tree.json"
-"""Beside config.json: the tree, and the table of accuracies that it was built from. Serving engines pass over it."""
-
-ADAPTER = "adapter"
-"""Medusa-2: the folder of the adapters, in peft's format. The target needs them to be the one that the heads stand on."""
-
-TREE_NODES = 256
-CALIBRATED_RANKS = 10
-ROWS_AT_ONCE = 2048
 
 
 @dataclass
@@ -80,7 +68,7 @@ class JointSettings:
 class MedusaSettings:
     """Heads on the target's last hidden state."""
 
-    checkpoint: str | None = setting(None, help=HELP)
+    checkpoint: str | None = setting(None, help=CHECKPOINT_HELP)
     num_heads: int = setting(4, help="Heads; head k guesses the token k places after the root.", ge=1)
     num_layers: int = setting(1, help="Residual blocks of a head.", ge=1)
     decay: float = setting(0.8, help="The loss of head k counts decay^k.", gt=0, le=1)
@@ -93,7 +81,7 @@ class MedusaSettings:
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
-        return said_by_the_folder(self, ("num_heads", "num_layers"))
+        return settings_fixed_by_checkpoint(self, ("num_heads", "num_layers"))
 
 
 @drafters.register("medusa", MedusaSettings)
@@ -129,10 +117,10 @@ class Medusa(Drafter):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(_Blocks(hidden_size, num_layers, device=device) for _ in range(num_heads))
+        self.blocks = nn.ModuleList(ResidualBlocks(hidden_size, num_layers, device=device) for _ in range(num_heads))
         # Whoever makes heads writes their matrices: drawing them first, on the CPU, takes minutes of a large vocabulary.
         self.lm_heads = nn.ModuleList(
-            _unwritten_linear(hidden_size, vocab_size, bias=False, device=device) for _ in range(num_heads)
+            uninitialized_linear(hidden_size, vocab_size, bias=False, device=device) for _ in range(num_heads)
         )
         self.num_heads = num_heads
         self.num_layers = num_layers
@@ -168,7 +156,7 @@ class Medusa(Drafter):
         if settings.checkpoint is None:
             made = cls._like_head(head.weight, settings, target)
         else:
-            made = cls.load(folder_to_start_from(settings.checkpoint, target, kind=cls.kind), target, "float32").train()
+            made = cls.load(checkpoint_folder(settings.checkpoint, target, kind=cls.kind), target, "float32").train()
             if made.adapter_folder is not None:
                 raise CheckpointError(
                     f"drafter.checkpoint: {made.adapter_folder}: heads on an adapted target (Medusa-2) are not trained on"
@@ -306,33 +294,9 @@ class Medusa(Drafter):
 
     @torch.no_grad()
     def calibrate(self, target: Target, batches: Iterable[DraftBatch]) -> Mapping[str, Any]:
-        """Return the file of the tree: how often each guess of each head is right on held-out text, and what follows from it."""
-        hits_KR = torch.zeros(self.num_heads, min(CALIBRATED_RANKS, target.num_tokens), dtype=torch.long)
-        counts_K = torch.zeros(self.num_heads, dtype=torch.long)
-        for batch in batches:
-            seen = target.read(batch.tokens_BT, batch.positions_BT, self.needs())
-            assert seen.final_BTD is not None
-            drafted = self._drafted(seen.final_BTD)
-            rows = align(drafted, batch)
-            first = 0
-            for depth, count in rows.counts.items():
-                states_RD = drafted.states_BTD[depth].flatten(0, 1)
-                for begin in range(first, first + count, ROWS_AT_ONCE):
-                    chosen = slice(begin, min(begin + ROWS_AT_ONCE, first + count))
-                    logits_NV = self.head(states_RD[rows.drafter_N[chosen]], depth)[:, : target.num_tokens]
-                    guesses_NR = logits_NV.topk(hits_KR.shape[1], dim=-1).indices
-                    hits_KR[depth - 1] += (guesses_NR == rows.tokens_N[chosen][:, None]).sum(0).cpu()
-                counts_K[depth - 1] += count
-                first += count
-        accuracy_KR = (hits_KR / counts_K.clamp_min(1)[:, None]).tolist()
-        smooth_KR = [non_increasing(row) for row in accuracy_KR]
-        return {
-            TREE: {
-                "num_positions": counts_K.tolist(),
-                "accuracy": accuracy_KR,
-                "paths": best_paths(smooth_KR, TREE_NODES),
-            }
-        }
+        """Return the file of the tree, from how often each guess of each head is right on held-out text."""
+        drafts = ((batch, self._drafted(_final(target, batch))) for batch in batches)
+        return {TREE: calibrated_tree(drafts, self.head, num_heads=self.num_heads, num_tokens=target.num_tokens)}
 
     def save(self, folder: Path) -> None:
         """Write the layout of `method: medusa`."""
@@ -363,7 +327,7 @@ class Medusa(Drafter):
         Raises:
             CheckpointError: Keys are missing, or the sizes are not the target's.
         """
-        config = _config(folder)
+        config = read_config(folder)
         made_for = (config["vocab_size"], config["hidden_size"])
         sizes = tuple(target.model.get_output_embeddings().weight.shape)
         if made_for != sizes:
@@ -378,7 +342,7 @@ class Medusa(Drafter):
             vocab_size=config["vocab_size"],
             target_config=target.model.config.get_text_config(),
             draft=config.get("drafttrain_draft", "sampled"),
-            paths=_paths(folder),
+            paths=read_tree(folder),
             device=target.device,
         )
         if (folder / ADAPTER).is_dir():
@@ -389,56 +353,8 @@ class Medusa(Drafter):
         return made.eval()
 
 
-class _Blocks(nn.Module):
-    """Residual blocks x + SiLU(W x + b), the identity at their start."""
-
-    def __init__(self, hidden_size: int, num_layers: int, *, device: torch.device | str = "cpu") -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(
-            _unwritten_linear(hidden_size, hidden_size, bias=True, device=device) for _ in range(num_layers)
-        )
-        for parameter in self.layers.parameters():
-            nn.init.zeros_(parameter)
-
-    def forward(self, states_ND: Tensor) -> Tensor:
-        for layer in self.layers:
-            states_ND = states_ND + silu(layer(states_ND))
-        return states_ND
-
-
-def _unwritten_linear(num_inputs: int, num_outputs: int, *, bias: bool, device: torch.device | str) -> nn.Linear:
-    """Return a linear map whose weights are to be written: drawing half a billion of them first takes seconds.
-
-    As torch's `skip_init`, which tensors without numbers (`train.step_cost`) do not bear.
-    """
-    made = nn.Linear(num_inputs, num_outputs, bias=bias, device="meta")
-    for name, weight in list(made.named_parameters()):
-        setattr(made, name, nn.Parameter(torch.empty_like(weight, device=device)))
-    return made
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """Return config.json with every key that is needed."""
-    config = read_json(folder / "config.json")
-    needed = ("hidden_size", "vocab_size", "num_heads", "num_hidden_layers", "medusa_fc_bias")
-    missing = [key for key in needed if key not in config]
-    if missing:
-        raise CheckpointError(f"{folder / 'config.json'}: no {', '.join(missing)}: not a folder of model_type medusa")
-    held = shapes_in(folder)
-    for key, pattern in (("num_heads", r"blocks\.(\d+)\."), ("num_hidden_layers", r"blocks\.\d+\.layers\.(\d+)\.")):
-        count = len({match[1] for name in held if (match := re.match(pattern, name))})
-        if config[key] != count:
-            raise CheckpointError(f"{folder / 'config.json'}: {key} is {config[key]!r:.60}, the weights have {count}")
-    if not config["medusa_fc_bias"]:
-        raise CheckpointError(f"{folder / 'config.json'}: medusa_fc_bias is false: heads without biases are not read")
-    return config
-
-
-def _paths(folder: Path) -> list[TreePath] | None:
-    path = folder / TREE
-    if not path.exists():
-        return None
-    try:
-        return [tuple(map(int, one)) for one in read_json(path)["paths"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a tree: {error}") from error
+def _final(target: Target, batch: DraftBatch) -> Tensor:
+    """Return the target's final_BTD of a batch."""
+    final_BTD = target.read(batch.tokens_BT, batch.positions_BT, TargetNeeds(final=True)).final_BTD
+    assert final_BTD is not None
+    return final_BTD

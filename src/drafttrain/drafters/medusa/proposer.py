@@ -6,10 +6,10 @@ V = vocabulary, D = hidden, M = sequences that draft, R = ranks
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from drafttrain.core.device_time import Span
@@ -33,8 +33,24 @@ from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Sampling
 from drafttrain.drafters.medusa.static_tree import Path, within
 
-if TYPE_CHECKING:
-    from drafttrain.drafters.medusa.module import Medusa
+
+class MedusaHeads(Protocol):
+    """What drafting needs of the heads."""
+
+    num_heads: int
+    vocab_size: int
+    draft: str
+    paths: list[Path] | None
+    blocks: nn.ModuleList
+    lm_heads: nn.ModuleList
+
+    def states(self, final_ND: Tensor, depth: int) -> Tensor:
+        """Return the states that a head's output matrix reads."""
+        ...
+
+    def head(self, states_ND: Tensor, depth: int) -> Tensor:
+        """Return logits_NV of a head."""
+        ...
 
 
 class MedusaProposer:
@@ -49,8 +65,8 @@ class MedusaProposer:
 
     needs = TargetNeeds(final=True)
 
-    def __init__(self, medusa: Medusa, *, num_tokens: int, listener: ForwardListener | None = None) -> None:
-        self._medusa = medusa
+    def __init__(self, heads: MedusaHeads, *, num_tokens: int, listener: ForwardListener | None = None) -> None:
+        self._heads = heads
         self._num_tokens = num_tokens
         self._listener = listener
         self._contexts: list[Context] = []
@@ -100,17 +116,17 @@ class MedusaProposer:
     def _logits(self, budgets: Sequence[Budget]) -> dict[int, list[Tensor]]:
         """Return the logits of every head that the budget reaches, by sequence that drafts."""
         depths = {
-            sequence: min(budget.depth, self._medusa.num_heads)
+            sequence: min(budget.depth, self._heads.num_heads)
             for sequence, (budget, state) in enumerate(zip(budgets, self._states, strict=True))
             if state is not None and budget.nodes
         }
         if not depths:
             return {}
         deepest = max(depths.values())
-        span = Span(next(self._medusa.parameters()).device)
+        span = Span(next(self._heads.blocks.parameters()).device)
         final_MD = torch.stack([state for i, state in enumerate(self._states) if i in depths and state is not None])
         by_head = [
-            self._medusa.head(self._medusa.states(final_MD, depth), depth)[:, : self._num_tokens]
+            self._heads.head(self._heads.states(final_MD, depth), depth)[:, : self._num_tokens]
             for depth in range(1, deepest + 1)
         ]
         found = {
@@ -122,27 +138,26 @@ class MedusaProposer:
         return found
 
     def _chain(self, root: int, laws: list[Tensor], sampling: Sampling, generator: torch.Generator) -> Proposal:
-        if sampling.temperature == 0 or self._medusa.draft == "greedy" or not laws:
+        if sampling.temperature == 0 or self._heads.draft == "greedy" or not laws:
             return fixed_chain(root, torch.stack(laws).argmax(dim=-1).tolist() if laws else [])
         q_rows_RV = sampling_probs(torch.stack(laws), sampling)
         tokens = draw_each(q_rows_RV, [generator] * len(laws))
-        padding = self._medusa.vocab_size - q_rows_RV.shape[1]
+        padding = self._heads.vocab_size - q_rows_RV.shape[1]
         return chain([root, *tokens], kind=NodeKind.SAMPLED, q_rows_RV=pad(q_rows_RV, (0, padding)))
 
     def _tree(self, root: int, laws: list[Tensor], budget: Budget) -> Proposal:
-        if self._medusa.paths is None:
+        if self._heads.paths is None:
             raise CheckpointError(
                 "these Medusa heads have no medusa_tree.json, so they draft chains only: use eval.length of kind fixed, "
                 "or heads that drafttrain exported"
             )
-        paths = within(self._medusa.paths, nodes=budget.nodes, depth=len(laws), width=budget.width)
+        paths = within(self._heads.paths, nodes=budget.nodes, depth=len(laws), width=budget.width)
         guesses = torch.stack(laws).topk(min(budget.width, len(laws[0])), dim=-1).indices.tolist() if laws else []
         place: dict[Path, int] = {(): 0} | {path: number for number, path in enumerate(paths, start=1)}
         return fixed_tree(root, [(guesses[len(path) - 1][path[-1]], place[path[:-1]]) for path in paths])
 
     def _event(self, num_sequences: int, depth: int, span: Span) -> ForwardEvent:
-        medusa = self._medusa
-        weights = [*medusa.blocks[:depth].parameters(), *medusa.lm_heads[:depth].parameters()]
+        weights = [*self._heads.blocks[:depth].parameters(), *self._heads.lm_heads[:depth].parameters()]
         return ForwardEvent(
             model="drafter",
             num_tokens=num_sequences,

@@ -12,10 +12,12 @@ from drafttrain.target_model import Target
 from drafttrain.target_model.folders import resolve_folder
 from drafttrain.target_model.tokenizer import check_same_tokenizer, load_tokenizer
 
-HELP = "Start from this drafter folder or hub id of the same kind (drafttrain import makes one); null: from scratch."
+CHECKPOINT_HELP = (
+    "Start from this drafter folder or hub id of the same kind (drafttrain import makes one); null: from scratch."
+)
 
 
-def said_by_the_folder(settings: Any, names: Iterable[str]) -> list[str]:
+def settings_fixed_by_checkpoint(settings: Any, names: Iterable[str]) -> list[str]:
     """Return one line for every setting that is given though the folder to start from says it."""
     if settings.checkpoint is None:
         return []
@@ -27,7 +29,7 @@ def said_by_the_folder(settings: Any, names: Iterable[str]) -> list[str]:
     ]
 
 
-def folder_to_start_from(checkpoint: str, target: Target, *, kind: str) -> Path:
+def checkpoint_folder(checkpoint: str, target: Target, *, kind: str) -> Path:
     """Return the folder of a drafter of this kind for this target.
 
     Raises:
