@@ -32,12 +32,12 @@ SERVING = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/pytest -m servin
 
 test-serving: $(INSTALLED)
 	$(BIN)/drafttrain engines install vllm llama.cpp openvino speculators
-	$(SERVING) tests/serving
+	$(SERVING) tests/serving/engines_installed
 
 # One configuration a kind, in vLLM.
 test-serving-kinds: $(INSTALLED)
 	$(BIN)/drafttrain engines install vllm
-	$(SERVING) tests/serving/test_vllm.py -k "each_kind and not speculators"
+	$(SERVING) tests/serving/engines_installed/test_vllm.py -k "each_kind and not speculators"
 
 # For whoever has a GPU: the tests that need one or several, then the benchmarks; writes benchmarks/gpu.md (docs/gpu.md).
 gpu-check: $(INSTALLED)

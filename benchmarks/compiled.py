@@ -23,8 +23,8 @@ from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import drafters
 from drafttrain.eval.statistics import ratio_of_ratios
 from drafttrain.losses import losses
-from drafttrain.losses.align import align, planned
-from drafttrain.losses.chunked import batch_loss, summed
+from drafttrain.losses.align import planned
+from drafttrain.losses.step import batch_loss
 from drafttrain.target_model import Target
 from drafttrain.train.compiled import compile_step
 from drafttrain.train.optimizer import build_optimizer
@@ -42,10 +42,8 @@ class Arm:
 
     def step(self, batch: DraftBatch) -> None:
         """Take one step."""
-        drafted = self.drafter(batch)
-        rows = align(drafted, batch, block_length=getattr(self.loss, "block_length", 1))
-        made = batch_loss(self.loss, drafted, rows, batch, vocab_size=self.vocab_size, measured=False)
-        total = summed(made, drafted) / batch.weight_of_step
+        made = batch_loss(self.drafter, self.loss, batch, vocab_size=self.vocab_size)
+        total = made.total / batch.weight_of_step
         total.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()

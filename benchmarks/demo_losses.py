@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
+from drafttrain.commands.gen import gen
 from drafttrain.config.load import load_recipe
 from drafttrain.core.provenance import commit, processor
 from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.table import interval
-from drafttrain.pipeline import gen
 from drafttrain.pipeline.data import dropped_prompts
 from drafttrain.pipeline.exporting import export_best
 from drafttrain.pipeline.run import Run

@@ -28,21 +28,21 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from stories260k import openings, the_recipe
 
+from drafttrain.commands.gen import gen
 from drafttrain.config.load import load_recipe
 from drafttrain.core.files import write_json
 from drafttrain.core.provenance import commit, processor
 from drafttrain.environments.environment import check_installed, python_of
+from drafttrain.environments.known import SPECULATORS
 from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.statistics import ratio_of_ratios
 from drafttrain.eval.table import interval
 from drafttrain.importers.convert import import_folder
-from drafttrain.pipeline import gen
 from drafttrain.pipeline.data import training_data
 from drafttrain.pipeline.exporting import export_best
 from drafttrain.pipeline.run import Run
 from drafttrain.pipeline.training import train_drafter
-from drafttrain.serving.engines import checked_installed
 
 THREADS = 1
 NUM_STEPS = 3
@@ -67,7 +67,7 @@ def main() -> None:
     if arguments.one:
         ours(arguments, float(arguments.one))
         return
-    check_installed(library())
+    check_installed(SPECULATORS)
     arguments.out.mkdir(parents=True, exist_ok=True)
     if not (arguments.out / "train.jsonl").exists():
         openings(arguments.model, arguments.out, arguments.records)
@@ -206,11 +206,6 @@ def taps_of(arguments: argparse.Namespace) -> list[int]:
     return places(config["num_hidden_layers"])
 
 
-def library() -> Any:
-    """Return the library speculators with its environment."""
-    return checked_installed(["speculators"])[0]
-
-
 def ask(arguments: argparse.Namespace, what: str, request: Any, **more: Any) -> None:
     """Let the environment of speculators do one thing."""
     file = arguments.out / "request.json"
@@ -219,7 +214,7 @@ def ask(arguments: argparse.Namespace, what: str, request: Any, **more: Any) -> 
     log = arguments.out / "speculators.log"
     with log.open("a", encoding="utf-8") as lines:
         done = subprocess.run(
-            [str(python_of(library())), str(worker), str(file)], stdout=lines, stderr=lines, check=False
+            [str(python_of(SPECULATORS)), str(worker), str(file)], stdout=lines, stderr=lines, check=False
         )
     if done.returncode:
         raise SystemExit(f"speculators failed, see {log}")

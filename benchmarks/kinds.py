@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from drafttrain.commands.gen import gen
 from drafttrain.config.load import load_recipe
 from drafttrain.core.files import write_json
 from drafttrain.core.provenance import commit, processor
@@ -28,7 +29,6 @@ from drafttrain.eval.metrics import PromptCounts
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.settings import length_label
 from drafttrain.eval.table import interval
-from drafttrain.pipeline import gen
 from drafttrain.pipeline.data import dropped_prompts
 from drafttrain.pipeline.exporting import export_best
 from drafttrain.pipeline.run import Run

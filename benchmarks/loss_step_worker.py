@@ -18,8 +18,9 @@ from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import drafters
-from drafttrain.losses import chunked, losses
+from drafttrain.losses import losses
 from drafttrain.losses.align import align
+from drafttrain.losses.step import drafted_loss
 from drafttrain.target_model import Target, TargetSettings
 from drafttrain.train.optimizer import build_optimizer
 from drafttrain.train.settings import TrainSettings
@@ -145,9 +146,7 @@ class Step:
 
     def _total(self, drafted: Any, batch: Any) -> Any:
         rows, sizes = align(drafted, batch), {"vocab_size": self.target.num_tokens, "measured": False}
-        if hasattr(chunked, "batch_loss"):
-            return chunked.batch_loss(self.loss, drafted, rows, batch, **sizes).total
-        return chunked.row_losses(self.loss, drafted, rows, batch, **sizes)[0].sum()
+        return drafted_loss(self.loss, drafted, rows, batch, **sizes).total
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import json
 from pathlib import Path
 
 from drafttrain.checkpoint import read_about
+from drafttrain.commands.export import convert_drafter
 from drafttrain.core.errors import GateError
-from drafttrain.pipeline import export_drafter_as
 
 
 def main() -> None:
@@ -37,9 +37,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for folder in arguments.drafters:
         try:
-            export_drafter_as(
-                str(folder), [arguments.format], overrides, target=arguments.target, verify=True, out=None
-            )
+            convert_drafter(str(folder), [arguments.format], overrides, target=arguments.target, verify=True, out=None)
         except GateError as error:
             print(error)
         for one in json.loads((folder / "engine.json").read_text(encoding="utf-8")):

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from drafttrain.commands.gen import gen
 from drafttrain.config.load import load_recipe
 from drafttrain.core.batches import DraftBatch
 from drafttrain.core.loss_rows import LossRows
@@ -27,7 +28,6 @@ from drafttrain.eval.statistics import ratio_of_ratios
 from drafttrain.losses import losses
 from drafttrain.losses.align import align
 from drafttrain.losses.pieces import CPU_PIECE_BYTES
-from drafttrain.pipeline import gen
 from drafttrain.pipeline.data import training_data
 from drafttrain.pipeline.run import Run
 from drafttrain.train.optimizer import build_optimizer, learning_rate_scale

@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from drafttrain import pipeline
+from drafttrain.commands.gen import gen
 from drafttrain.config.load import load_recipe
 from drafttrain.distributed.world import without_launcher
 from drafttrain.pipeline.exporting import export_best
@@ -78,7 +78,7 @@ def write_recipe(folder: Path, target: Path) -> Path:
 def uninterrupted(recipe: Path, folder: Path) -> Path:
     """Return the folder of a run in this process, up to its drafter."""
     loaded = load_recipe(recipe)
-    pipeline.gen(loaded, folder)
+    gen(loaded, folder)
     run = Run(loaded, folder)
     train_drafter(run)
     export_best(run)

@@ -31,6 +31,7 @@ train recorder
 online
 config
 pipeline
+commands
 cli
 __main__
 """

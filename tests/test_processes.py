@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from drafttrain import pipeline
+from drafttrain.commands.export import export_run
+from drafttrain.commands.fit import fit
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import DrafttrainError, Interrupted, RecipeError
 from drafttrain.distributed import launch
@@ -73,7 +74,7 @@ def test_two_processes_make_the_data_and_the_drafter_of_one(recipe: Path, tmp_pa
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert not operators.exists(), "an operator was built at start"
-    pipeline.fit(load_recipe(recipe), tmp_path / "one" / "pair")
+    fit(load_recipe(recipe), tmp_path / "one" / "pair")
     one, two = tmp_path / "one" / "pair", tmp_path / "two" / "pair"
     for made in [*(one / "data").rglob("*.jsonl"), *(one / "data").rglob("*.npy")]:
         other = two / made.relative_to(one)
@@ -117,20 +118,20 @@ def test_a_request_to_stop_reaches_all_processes_and_the_same_command_continues(
 @pytest.mark.processes
 def test_a_training_that_has_not_ended_is_exported_from_its_checkpoint(recipe: Path, tmp_path: Path) -> None:
     loaded, folder = load_recipe(recipe, ["train.eval_every_steps=0"]), tmp_path / "run"
-    pipeline.fit(loaded, folder)
+    fit(loaded, folder)
     whole = load_file(folder / "drafter" / "model.safetensors")
     (folder / "train.json").unlink()
-    pipeline.export(loaded, folder)
+    export_run(loaded, folder)
     early = load_file(folder / "drafter" / "model.safetensors")
     stored = torch.load(folder / "checkpoints" / "step-00000004.ckpt")["state_dict"]
     assert all(torch.equal(stored[f"trained.model.{name}"], weight) for name, weight in early.items())
     assert any(not torch.equal(early[name], whole[name]) for name in whole)
     # The training goes on, and what it ends with is exported in its place.
-    pipeline.fit(loaded, folder)
+    fit(loaded, folder)
     final = load_file(folder / "drafter" / "model.safetensors")
     assert all(torch.equal(final[name], whole[name]) for name in whole)
     with pytest.raises(DrafttrainError, match="nothing is trained here yet"):
-        pipeline.export(loaded, tmp_path / "empty")
+        export_run(loaded, tmp_path / "empty")
 
 
 def test_a_checkpoint_of_adapters_holds_no_target(tiny_folder: Path, recipe: Path, tmp_path: Path) -> None:
@@ -139,7 +140,7 @@ def test_a_checkpoint_of_adapters_holds_no_target(tiny_folder: Path, recipe: Pat
         "{kind: medusa, num_heads: 1, num_layers: 1, joint: {lora: {rank: 2}}}",
     )
     recipe.write_text(text.replace("cache: top_k", "cache: none"))
-    pipeline.fit(load_recipe(recipe), tmp_path / "run")
+    fit(load_recipe(recipe), tmp_path / "run")
     stored = torch.load(tmp_path / "run" / "checkpoints" / "step-00000004.ckpt")["state_dict"]
     assert any("adapter" in name for name in stored)
     trained = sum(value.numel() for value in stored.values())

@@ -1,4 +1,4 @@
-"""The command line: arguments in, exit code out. What a command does is in `drafttrain.pipeline` and `drafttrain.config`."""
+"""The command line: arguments in, exit code out. What a command does is in `drafttrain.commands` and `drafttrain.config`."""
 
 import re
 import signal
@@ -61,12 +61,10 @@ def fit(
     """Do all of a recipe: generate data, train, export, evaluate. Run again, it continues; what is done is skipped."""
     with exit_codes(debug=debug):
         loaded, run_folder = _recipe_and_run_folder(recipe, overrides, smoke=smoke, runs=runs)
-        from drafttrain import pipeline
-        from drafttrain.distributed import launch
+        _relaunch(loaded)
+        from drafttrain.commands.fit import fit
 
-        if (count := launch.processes_wanted(loaded)) > 1:
-            raise typer.Exit(launch.relaunch(count, max_restarts=loaded.train.max_restarts))
-        pipeline.fit(loaded, run_folder)
+        fit(loaded, run_folder)
 
 
 @app.command()
@@ -76,12 +74,10 @@ def gen(
     """Only generate the data of a recipe with its target."""
     with exit_codes(debug=debug):
         loaded, run_folder = _recipe_and_run_folder(recipe, overrides, smoke=smoke, runs=runs)
-        from drafttrain import pipeline
-        from drafttrain.distributed import launch
+        _relaunch(loaded)
+        from drafttrain.commands.gen import gen
 
-        if (count := launch.processes_wanted(loaded)) > 1:
-            raise typer.Exit(launch.relaunch(count, max_restarts=loaded.train.max_restarts))
-        pipeline.gen(loaded, run_folder)
+        gen(loaded, run_folder)
 
 
 @app.command()
@@ -104,18 +100,17 @@ def online(
         if word in ("status", "rollback"):
             if not 1 <= len(rest) <= (2 if word == "rollback" else 1):
                 raise RecipeError("arguments", [f"drafttrain online {word} RUN: give a run folder"])
-            from drafttrain import pipeline
-            from drafttrain.pipeline.online_run import show_status
+            from drafttrain.commands.online import rollback, show_status
 
             if word == "status":
                 show_status(Path(rest[0]))
             else:
-                pipeline.rollback(Path(rest[0]), route=rest[1] if len(rest) > 1 else None)
+                rollback(Path(rest[0]), route=rest[1] if len(rest) > 1 else None)
             return
         loaded, run_folder = _recipe_and_run_folder(word, rest, smoke=smoke, runs=runs)
-        from drafttrain import pipeline
+        from drafttrain.commands.online import learn_online
 
-        pipeline.learn_online(loaded, run_folder)
+        learn_online(loaded, run_folder)
 
 
 @app.command()
@@ -160,18 +155,16 @@ def export(
         from drafttrain.config.bundled import is_recipe
 
         _check_export(what, to or [], verify=verify, target=target, out=out)
-        if to and not is_recipe(what):
-            from drafttrain import pipeline
+        from drafttrain.commands.export import convert_drafter, convert_run, export_run
 
-            pipeline.export_drafter_as(what, to, overrides or [], target=target, verify=verify, out=out)
+        if to and not is_recipe(what):
+            convert_drafter(what, to, overrides or [], target=target, verify=verify, out=out)
             return
         loaded, run_folder = _recipe_and_run_folder(what, overrides, smoke=smoke, runs=runs)
-        from drafttrain import pipeline
-
         if to:
-            pipeline.export_run_as(loaded, run_folder, to, verify=verify, out=out)
+            convert_run(loaded, run_folder, to, verify=verify, out=out)
         else:
-            pipeline.export(loaded, run_folder)
+            export_run(loaded, run_folder)
 
 
 @app.command(name="import")
@@ -198,9 +191,9 @@ def import_drafter(
 ) -> None:
     """Make a drafter folder of one that somebody else trained: train on from it, evaluate it, export it."""
     with exit_codes(debug=debug):
-        from drafttrain import pipeline
+        from drafttrain.commands.import_drafter import import_drafter
 
-        pipeline.import_drafter(folder, target=target, out=out)
+        import_drafter(folder, target=target, out=out)
 
 
 @app.command(name="serve-config")
@@ -224,7 +217,7 @@ def serve_config(
 ) -> None:
     """Print the command that serves a drafter, with the draft length that its evaluation found best."""
     with exit_codes(debug=debug):
-        from drafttrain.pipeline.engines import serve_command
+        from drafttrain.commands.serve_config import serve_command
 
         typer.echo(serve_command(drafter, engine, target=target))
 
@@ -237,25 +230,18 @@ def install(
     """Make the environment of a serving engine, in the user's cache, outside of any project."""
     with exit_codes(debug=debug):
         from drafttrain.environments.environment import install as make
-        from drafttrain.serving.engines import checked_installed
+        from drafttrain.environments.known import environments_of
 
-        for engine in checked_installed(names):
-            say(f"{engine.name}: ready in {make(engine)}")
+        for environment in environments_of(names):
+            say(f"{environment.name}: ready in {make(environment)}")
 
 
 @engines_app.command(name="list")
 def list_engines() -> None:
     """List the serving engines that can prove an export, and where their environments are."""
-    from drafttrain.environments.environment import is_installed, python_of
-    from drafttrain.serving.engines import checked_installed
+    from drafttrain.serving.engines import table_rows
 
-    rows = []
-    for engine in checked_installed([]):
-        where = str(python_of(engine).parents[1]) if is_installed(engine) else "not installed"
-        rows.append(
-            [engine.name, " ".join(engine.pins) or "none", " ".join(engine.methods), " ".join(engine.formats), where]
-        )
-    table(rows, columns=["engine", "pins", "kinds", "formats", "where"])
+    table(table_rows(), columns=["engine", "pins", "kinds", "formats", "where"])
 
 
 @app.command(name="eval")
@@ -326,23 +312,21 @@ def evaluate(
         named, overrides = _apart(what or [])
         if server is not None:
             _check_served(named, server, smoke=smoke)
-            from drafttrain.pipeline.check_server import LiveQuestion, evaluate_server
+            from drafttrain.commands.check_server import LiveQuestion, evaluate_server
 
             question = LiveQuestion(server, engine, model, api_key_variable)
             drafter = Path(named[0]) if named else None
             evaluate_server(drafter, question, overrides, target=target, out=out, require=require)
             return
         _check_no_server(model, api_key_variable, require=require)
+        from drafttrain.commands.evaluate import evaluate_drafters, evaluate_recipe
+
         if len(named) == 1 and target is None and out is None and is_recipe(named[0]):
             loaded, run_folder = _recipe_and_run_folder(named[0], overrides, smoke=smoke, runs=runs)
-            from drafttrain import pipeline
-
-            pipeline.evaluate_recipe(loaded, run_folder)
+            evaluate_recipe(loaded, run_folder)
             return
         _check_drafters(named, smoke=smoke)
-        from drafttrain import pipeline
-
-        pipeline.evaluate_drafters(named, target, overrides, out=out)
+        evaluate_drafters(named, target, overrides, out=out)
 
 
 @recipe_app.command(name="list")
@@ -531,6 +515,14 @@ def main() -> None:
     """Run the command line; DeepSpeed's launcher adds a word of its own, which the environment says too."""
     sys.argv = [word for word in sys.argv if not word.startswith("--local_rank=")]
     app()
+
+
+def _relaunch(recipe: "Recipe") -> None:
+    """Leave the work to several processes where the recipe wants them."""
+    from drafttrain.distributed import launch
+
+    if (count := launch.processes_wanted(recipe)) > 1:
+        raise typer.Exit(launch.relaunch(count, max_restarts=recipe.train.max_restarts))
 
 
 def _first_alone() -> None:

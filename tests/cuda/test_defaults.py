@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from drafttrain.commands.fit import _fit_head
 from drafttrain.config.load import read_recipe
-from drafttrain.pipeline.commands import _fit_head
 from drafttrain.pipeline.data import write_texts as write_data
 from drafttrain.pipeline.run import Run
 from drafttrain.pipeline.training import train_drafter
-from drafttrain.train.module import HeadModule
+from drafttrain.train.head import HeadModule
 from tests.cuda.happenings import Happenings
 from tests.cuda.kinds import KINDS, recipe, write_texts
 

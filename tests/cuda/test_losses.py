@@ -12,7 +12,8 @@ from torch import Tensor
 
 from drafttrain.losses import fused, losses
 from drafttrain.losses.align import align
-from drafttrain.losses.chunked import batch_loss, row_losses
+from drafttrain.losses.chunked import row_losses
+from drafttrain.losses.step import drafted_loss
 from drafttrain.losses.tvdpp import TVDPPSettings
 from drafttrain.losses.weighted_sum import Term, WeightedSumSettings
 from drafttrain.target_model import Target
@@ -92,7 +93,7 @@ def test_the_gradient_of_a_trained_head_is_added_up_in_float32(
         loss = losses.build(LOSSES["forward_kl"])
         with torch.autocast("cuda", torch.bfloat16):
             drafted = drafter(batch)
-            made = batch_loss(loss, drafted, align(drafted, batch), batch, vocab_size=257, chunk_rows=chunk_rows)
+            made = drafted_loss(loss, drafted, align(drafted, batch), batch, vocab_size=257, chunk_rows=chunk_rows)
         made.total.backward()
         (weight_VD, *_) = drafted.head.parameters(1)  # type: ignore[attr-defined]
         found.append(weight_VD.grad.cpu())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from drafttrain import pipeline
+from drafttrain.commands.gen import gen
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import DataError
 from drafttrain.core.target_rows import TargetNeeds
@@ -226,4 +226,4 @@ def test_a_drafter_whose_needs_cannot_be_stored_says_so(text, tiny_folder, tiny_
     )
     monkeypatch.setattr(KangarooDrafter, "needs", lambda self: TargetNeeds(logits=True))
     with pytest.raises(DataError, match=r"data\.cache: kangaroo: .*logits of every token; set data\.cache: none"):
-        pipeline.gen(load_recipe(recipe), tmp_path / "run")
+        gen(load_recipe(recipe), tmp_path / "run")

@@ -25,8 +25,7 @@ from drafttrain.data_gen.sources.text import TextSettings
 from drafttrain.data_gen.training_data import TrainingData, prepare
 from drafttrain.drafters import Drafter, drafters
 from drafttrain.losses import losses
-from drafttrain.losses.align import align
-from drafttrain.losses.chunked import batch_loss, normalised, summed
+from drafttrain.losses.step import batch_loss, share_of_step
 from drafttrain.target_model import Target
 from drafttrain.train.preflight import check_processes
 from tests.conftest import byte_tokenizer, random_llama
@@ -143,9 +142,8 @@ def gradient(
     for batch in batches:
         seen = target.read(batch.tokens_BT, batch.positions_BT, drafter.needs() | TargetNeeds(final=True))
         batch = replace(batch, target=seen, target_rows=target.rows_of(seen))
-        drafted = drafter(batch)
-        made_loss = batch_loss(measure, drafted, align(drafted, batch), batch, vocab_size=target.num_tokens)
-        total = normalised(summed(made_loss, drafted), batch, world_size=world_size, accumulation=count)
+        made_loss = batch_loss(drafter, measure, batch, vocab_size=target.num_tokens)
+        total = share_of_step(made_loss.total, batch, world_size=world_size, accumulation=count)
         parts = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
         found = {name: part for name, part in zip(trained, parts, strict=True) if part is not None}
         names.append(set(found))

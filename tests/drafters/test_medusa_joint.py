@@ -24,8 +24,8 @@ from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.losses.align import align
 from drafttrain.losses.ce import CrossEntropy, CrossEntropySettings
-from drafttrain.losses.chunked import batch_loss
 from drafttrain.losses.random_rows import chosen
+from drafttrain.losses.step import drafted_loss
 from drafttrain.target_model import Target, TargetSettings
 from drafttrain.target_model.documents import tells_documents_apart
 from drafttrain.train.optimizer import build_optimizer
@@ -53,7 +53,7 @@ def targets_loss(drafted: DraftOutput, batch: DraftBatch) -> float:
     assert beside is not None
     batch = replace(batch, target_rows=beside.target_rows)
     rows = align(beside.drafted, batch)
-    return float(batch_loss(beside.loss, beside.drafted, rows, batch, vocab_size=V).total.detach())
+    return float(drafted_loss(beside.loss, beside.drafted, rows, batch, vocab_size=V).total.detach())
 
 
 def train(medusa: Medusa, batch: DraftBatch, *, steps: int) -> None:
@@ -63,7 +63,7 @@ def train(medusa: Medusa, batch: DraftBatch, *, steps: int) -> None:
         loss = CrossEntropy(CrossEntropySettings())
         assert drafted.beside is not None
         optimizer.zero_grad()
-        made = batch_loss(loss, drafted, align(drafted, batch), batch, vocab_size=V)
+        made = drafted_loss(loss, drafted, align(drafted, batch), batch, vocab_size=V)
         (made.total / batch.weight_of_step).backward()
         optimizer.step()
 

@@ -22,8 +22,8 @@ from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.report import PHASES, label, write_report
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.eval.table import show
-from drafttrain.export.card import model_card
 from drafttrain.export.markdown import block, code, plain
+from drafttrain.serving.card import model_card
 from drafttrain.target_model import Target
 from drafttrain.train import step_clock
 from tests.conftest import byte_tokenizer, random_llama

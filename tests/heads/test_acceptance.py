@@ -72,7 +72,7 @@ def test_with_rms_norm_the_scale_of_a_state_does_not_matter():
 
 def test_the_loss_of_a_step_does_not_depend_on_its_micro_batches():
     from drafttrain.data_gen.stored.labelled_tokens import RowOrder
-    from drafttrain.losses.chunked import normalised
+    from drafttrain.losses.step import share_of_step
 
     one = head()
     rows = HeadRows(torch.randn(40, 8), torch.rand(40))
@@ -82,7 +82,7 @@ def test_the_loss_of_a_step_does_not_depend_on_its_micro_batches():
         parts = order.of_step(3, batch_size=12, records_per_device=records_per_device)
         accumulation = len(parts)
         losses = [
-            normalised(
+            share_of_step(
                 one.loss(one(b.rows.features_ND), b.rows.labels_N).sum(), b, world_size=1, accumulation=accumulation
             )
             for b in parts

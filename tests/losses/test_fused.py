@@ -20,7 +20,8 @@ from drafttrain.core.loss_rows import LossRows
 from drafttrain.data_gen.packing import pack
 from drafttrain.losses import Loss, losses
 from drafttrain.losses.align import align
-from drafttrain.losses.chunked import batch_loss, row_losses
+from drafttrain.losses.chunked import row_losses
+from drafttrain.losses.step import drafted_loss
 from drafttrain.target_model.logits import head_logits, head_of
 from tests.conftest import random_llama
 from tests.losses.test_losses import EVERY, FloatTarget, ToyTarget, V, index, records, rows
@@ -160,7 +161,7 @@ def gradients(
             head = drafted.head
             drafted = replace(drafted, head=lambda states_ND, depth: head(states_ND, depth))
         aligned = align(drafted, batch, block_length=getattr(loss, "block_length", 1))
-        made = batch_loss(loss, drafted, aligned, batch, vocab_size=V, chunk_rows=chunk)
+        made = drafted_loss(loss, drafted, aligned, batch, vocab_size=V, chunk_rows=chunk)
     (2 * made.total).backward()
     found = {name: weight.grad for name, weight in drafter.named_parameters()}
     return found | {"total": made.total.detach(), "loss_N": made.loss_N, "acceptance_N": made.acceptance_N}
@@ -239,13 +240,13 @@ def through_a_targets_head(function: Any, *, trained: bool, mixed: bool) -> tupl
     aligned, loss = align(drafted, batch), Seeing()
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         made = function(loss, drafted, aligned, batch, vocab_size=model.config.vocab_size)
-    (made.total if function is batch_loss else made[0].sum()).backward()
+    (made.total if function is drafted_loss else made[0].sum()).backward()
     assert states_BTD.grad is not None
     own_NV = head_logits(model, states_BTD.detach().flatten(0, 1)[aligned.drafter_N])
     return torch.cat(loss.seen), own_NV, states_BTD.grad
 
 
-@pytest.mark.parametrize("function", [batch_loss, row_losses])
+@pytest.mark.parametrize("function", [drafted_loss, row_losses])
 def test_a_frozen_head_stays_in_its_own_type_under_autocast_bit_for_bit(function):
     """What a drafter is trained through is the head that validates and decodes."""
     seen_NV, own_NV, gradient_BTD = through_a_targets_head(function, trained=False, mixed=True)
@@ -254,7 +255,7 @@ def test_a_frozen_head_stays_in_its_own_type_under_autocast_bit_for_bit(function
     assert torch.equal(gradient_BTD, through_a_targets_head(function, trained=False, mixed=False)[2])
 
 
-@pytest.mark.parametrize("function", [batch_loss, row_losses])
+@pytest.mark.parametrize("function", [drafted_loss, row_losses])
 def test_control_a_trained_head_is_rounded_by_autocast(function):
     seen_NV, own_NV, gradient_BTD = through_a_targets_head(function, trained=True, mixed=True)
     assert seen_NV.dtype == torch.bfloat16
@@ -273,7 +274,7 @@ def test_nothing_as_wide_as_the_vocabulary_is_kept_for_the_backward_pass(kind):
         def __init__(self, tensor: Tensor) -> None:
             self.tensor = tensor
 
-    for function in (row_losses, batch_loss):
+    for function in (row_losses, drafted_loss):
         packed: list[weakref.ref[Held]] = []
 
         def pack_held(tensor: Tensor, packed: list[weakref.ref[Held]] = packed) -> Held:
@@ -295,7 +296,7 @@ def test_a_fused_gradient_is_given_once():
     batch = replace(batch, target_rows=ToyTarget(batch))
     drafted = drafter(batch)
     loss = losses.build(losses.entry("forward_kl").settings())
-    total = batch_loss(loss, drafted, align(drafted, batch), batch, vocab_size=V).total
+    total = drafted_loss(loss, drafted, align(drafted, batch), batch, vocab_size=V).total
     total.backward(retain_graph=True)
     with pytest.raises(AssertionError, match="given once"):
         total.backward()
@@ -307,7 +308,7 @@ def test_a_sum_that_is_no_number_makes_every_gradient_none():
     batch = replace(batch, target_rows=ToyTarget(batch))
     drafted = drafter(batch)
     loss = losses.build(losses.entry("forward_kl").settings())
-    total = batch_loss(loss, drafted, align(drafted, batch), batch, vocab_size=V).total
+    total = drafted_loss(loss, drafted, align(drafted, batch), batch, vocab_size=V).total
     (total * math.nan).backward()
     assert all(torch.isnan(weight.grad).any() for weight in drafter.parameters() if weight.grad is not None)
 
@@ -346,7 +347,7 @@ def test_no_loss_asks_the_device_for_anything(settings, vocabulary, fused):
         drafted = replace(drafted, head=lambda states_ND, depth: head(states_ND, depth))
     aligned = align(drafted, batch, block_length=getattr(loss, "block_length", 1))
     with Asked() as asked:
-        batch_loss(loss, drafted, aligned, batch, vocab_size=V, chunk_rows=5).total.backward()
+        drafted_loss(loss, drafted, aligned, batch, vocab_size=V, chunk_rows=5).total.backward()
         loss.end_of_step()
     assert asked.found == []
 

@@ -18,7 +18,7 @@ from drafttrain.drafters.medusa.lora import LoraSettings
 from drafttrain.drafters.medusa.module import JointSettings, Medusa, MedusaSettings
 from drafttrain.losses import Loss, losses
 from drafttrain.losses.align import align
-from drafttrain.losses.chunked import batch_loss
+from drafttrain.losses.step import drafted_loss
 from drafttrain.target_model import Target
 from drafttrain.target_model.live_rows import LiveRows
 from tests.conftest import byte_tokenizer, random_llama
@@ -91,7 +91,7 @@ def test_the_targets_head_runs_once_a_position_and_the_drafters_twice_a_row_at_m
     matrices = [drafted.head.linear(depth).weight for depth in drafted.states_BTD]
     shared = any(matrix is target.model.get_output_embeddings().weight for matrix in matrices)
     with Products(matrices) as products:
-        total = batch_loss(chosen, drafted, rows, batch, vocab_size=257, chunk_rows=chunk, measured=True).total
+        total = drafted_loss(chosen, drafted, rows, batch, vocab_size=257, chunk_rows=chunk, measured=True).total
         total.backward()
     asked = torch.cat(counted.asked)
     assert asked.tolist() == rows.target_N.unique().tolist()
@@ -135,7 +135,7 @@ def test_of_medusa_2_the_targets_head_runs_once_a_position_for_its_own_loss_and_
     loss = loss_called(name)
     rows = align(drafted, batch, block_length=getattr(loss, "block_length", 1))
     with Products([target.model.get_output_embeddings().weight]) as products:
-        batch_loss(loss, drafted, rows, batch, vocab_size=257, chunk_rows=chunk).total.backward()
+        drafted_loss(loss, drafted, rows, batch, vocab_size=257, chunk_rows=chunk).total.backward()
     positions = align(drafted.beside.drafted, batch).target_N
     assert len(positions) > rows.counts[1]
     assert torch.cat(asked).tolist() == positions.tolist()
@@ -153,12 +153,12 @@ def test_of_medusa_2_the_total_is_that_of_both_losses_alone(name, chunk):
         loss, beside = loss_called(name), drafted.beside
         rows = align(drafted, batch, block_length=getattr(loss, "block_length", 1))
         if together:
-            made = batch_loss(loss, drafted, rows, batch, vocab_size=257, chunk_rows=chunk)
+            made = drafted_loss(loss, drafted, rows, batch, vocab_size=257, chunk_rows=chunk)
             total = made.total
         else:
-            made = batch_loss(loss, replace(drafted, beside=None), rows, batch, vocab_size=257)
+            made = drafted_loss(loss, replace(drafted, beside=None), rows, batch, vocab_size=257)
             own_batch = replace(batch, target_rows=beside.target_rows)
-            own = batch_loss(beside.loss, beside.drafted, align(beside.drafted, batch), own_batch, vocab_size=257)
+            own = drafted_loss(beside.loss, beside.drafted, align(beside.drafted, batch), own_batch, vocab_size=257)
             assert own.total > 1e-3
             total = made.total + own.total
         total.backward()
@@ -186,7 +186,7 @@ def test_a_head_that_is_only_a_function_runs_again_but_not_the_targets(kind, set
 
     rows = align(drafted, batch)
     loss = losses.build(losses.entry("lk_hybrid").settings())
-    batch_loss(loss, replace(drafted, head=counting), rows, batch, vocab_size=257, chunk_rows=5).total.backward()
+    drafted_loss(loss, replace(drafted, head=counting), rows, batch, vocab_size=257, chunk_rows=5).total.backward()
     assert torch.cat(batch.target_rows.asked).tolist() == rows.target_N.unique().tolist()
     assert sum(ran) == 2 * len(rows.tokens_N)
 
@@ -201,7 +201,7 @@ def test_both_ways_train_the_same(kind, settings):
             head = drafted.head
             drafted = replace(drafted, head=lambda states_ND, depth, head=head: head(states_ND, depth))
         loss = losses.build(losses.entry("lk_hybrid").settings())
-        chosen = batch_loss(loss, drafted, align(drafted, batch), batch, vocab_size=257, chunk_rows=7)
+        chosen = drafted_loss(loss, drafted, align(drafted, batch), batch, vocab_size=257, chunk_rows=7)
         assert chosen.total.grad_fn.name().startswith("_Fused") == fused
         chosen.total.backward()
         found.append({name: weight.grad for name, weight in drafter.named_parameters() if weight.requires_grad})

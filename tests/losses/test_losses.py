@@ -20,8 +20,9 @@ from drafttrain.losses import Loss, losses
 from drafttrain.losses.align import align
 from drafttrain.losses.block_acceptance import BlockAcceptanceSettings
 from drafttrain.losses.ce import CrossEntropySettings
-from drafttrain.losses.chunked import batch_loss, normalised, row_losses
+from drafttrain.losses.chunked import row_losses
 from drafttrain.losses.jsd import JSDSettings
+from drafttrain.losses.step import drafted_loss, share_of_step
 from drafttrain.losses.tvdpp import TVDPPSettings
 from drafttrain.losses.weighted_sum import Term, WeightedSumSettings
 
@@ -281,7 +282,7 @@ def step_gradient(
     chunk: int | None = None,
     roll: int = 2,
     vocabulary: Tensor | None = None,
-    normalise: Any = normalised,
+    normalise: Any = share_of_step,
     toy: type[Toy] = Toy,
 ) -> Tensor:
     """Return the gradient of the last of `roll` optimizer steps that are laid out in micro-batches of these sizes."""
@@ -304,7 +305,7 @@ def step_gradient(
             batch = replace(batch, target_rows=ToyTarget(batch))
             drafted = drafter(batch)
             aligned = align(drafted, batch, block_length=getattr(loss, "block_length", 1))
-            total = batch_loss(loss, drafted, aligned, batch, vocab_size=V, chunk_rows=chunk).total
+            total = drafted_loss(loss, drafted, aligned, batch, vocab_size=V, chunk_rows=chunk).total
             normalise(total, batch, world_size=1, accumulation=1).backward()
             first += size
         loss.end_of_step()

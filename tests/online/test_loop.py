@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from drafttrain.checkpoint import About, read_drafter
+from drafttrain.commands.online import learn_online
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import DataError, DrafttrainError
 from drafttrain.core.texts import Prompt, Sampling
@@ -29,7 +30,6 @@ from drafttrain.online.route import Workshop
 from drafttrain.online.run_files import metrics, status
 from drafttrain.online.settings import OnlineSettings
 from drafttrain.online.versions import Versions
-from drafttrain.pipeline.commands import learn_online
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.recorder.intake import Intake
 from drafttrain.train.settings import TrainSettings

@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from drafttrain import pipeline
 from drafttrain.checkpoint import read_drafter
 from drafttrain.cli import _recipe_and_run_folder, app
+from drafttrain.commands.evaluate import evaluate_recipe
+from drafttrain.commands.export import export_run
+from drafttrain.commands.fit import fit
 from drafttrain.config.bundled import bundled_recipes
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import DrafttrainError, GateError, RecipeError
@@ -76,7 +78,7 @@ def command(*words: object) -> list[str]:
 def test_fit_goes_all_the_way_and_a_second_time_does_nothing(recipe, tmp_path, capfd):
     tree = "eval.also=[{kind: tree, num_draft_tokens: 8, depth: 3, width: 2}]"
     loaded = load_recipe(recipe, [tree, "export.to=[vllm]"])
-    pipeline.fit(loaded, tmp_path / "run")
+    fit(loaded, tmp_path / "run")
     folder = tmp_path / "run"
     for name in (
         "recipe.yaml",
@@ -104,15 +106,15 @@ def test_fit_goes_all_the_way_and_a_second_time_does_nothing(recipe, tmp_path, c
     assert sum(p.numel() for p in model.parameters()) == result["drafters"]["drafter"]["parameters"]
     before = (folder / "drafter" / "model.safetensors").stat().st_mtime
     capfd.readouterr()
-    pipeline.fit(loaded, folder)
+    fit(loaded, folder)
     assert (folder / "drafter" / "model.safetensors").stat().st_mtime == before
     assert capfd.readouterr().err.count("done before, skipped") == 3
     with pytest.raises(RecipeError, match="another recipe"):
-        pipeline.fit(load_recipe(recipe, ["seed=1"]), folder)
+        fit(load_recipe(recipe, ["seed=1"]), folder)
     # A folder that an earlier version made, before a key existed, goes on.
     held = (folder / "recipe.yaml").read_text()
     (folder / "recipe.yaml").write_text(held.replace("  pretrain: null\n", ""))
-    pipeline.fit(loaded, folder)
+    fit(loaded, folder)
     page = (folder / "report.html").read_text()
     assert page.count("data:image/svg+xml") == 3
     assert 'src="http' not in page
@@ -121,7 +123,7 @@ def test_fit_goes_all_the_way_and_a_second_time_does_nothing(recipe, tmp_path, c
 def test_a_gate_that_is_not_met_rejects_the_drafter_and_says_by_how_much(recipe, tmp_path):
     loaded = load_recipe(recipe, ["export.require.block_efficiency=5.5", "drafter.draft=greedy", "export.to=[vllm]"])
     with pytest.raises(GateError, match=r"required 5\.5") as caught:
-        pipeline.fit(loaded, tmp_path / "run")
+        fit(loaded, tmp_path / "run")
     assert caught.value.exit_code == 3
     for rejected in ("drafter.rejected", "drafter.rejected.vllm"):
         assert (tmp_path / "run" / rejected / "model.safetensors").exists()
@@ -134,11 +136,11 @@ def test_a_trained_run_is_judged_evaluated_and_exported_anew_without_being_train
     folder = tmp_path / "run"
     quick = ["eval.temperatures=[0]", "eval.speed_prompts=0", "train.eval_every_steps=0"]
     strict, lax = [*quick, "export.require.block_efficiency=5.5"], [*quick, "export.require.block_efficiency=0.5"]
-    for stage, more in ((pipeline.fit, []), (pipeline.export, ["export.dtype=bfloat16"])):
+    for stage, more in ((fit, []), (export_run, ["export.dtype=bfloat16"])):
         with pytest.raises(GateError):
             stage(load_recipe(recipe, [*strict, *more]), folder)
     trained, evaluated = ((folder / name).stat().st_mtime_ns for name in ("train.json", "eval.json"))
-    pipeline.fit(load_recipe(recipe, [*lax, "export.dtype=bfloat16", "name=other"]), folder)
+    fit(load_recipe(recipe, [*lax, "export.dtype=bfloat16", "name=other"]), folder)
     assert (folder / "eval.json").stat().st_mtime_ns == evaluated, "another floor needs no new figures"
     assert not (folder / "drafter.rejected").exists()
     assert {tensor.dtype for tensor in load_file(folder / "drafter" / "model.safetensors").values()} == {torch.bfloat16}
@@ -146,31 +148,31 @@ def test_a_trained_run_is_judged_evaluated_and_exported_anew_without_being_train
     lines = ["the quick brown fox jumps over", "nothing of this was read"]
     (tmp_path / "other.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     other = [f"eval.prompts={tmp_path / 'other.jsonl'}", "eval.prompt_tokens=20"]
-    result = pipeline.evaluate_recipe(load_recipe(recipe, [*quick, *other]), folder)
+    result = evaluate_recipe(load_recipe(recipe, [*quick, *other]), folder)
     assert (result["prompts_dropped_for_overlap"], result["num_prompts"]) == (1, 1), "other prompts, the same text"
     assert (folder / "train.json").stat().st_mtime_ns == trained
     assert (folder / "eval.json").exists()
     Run(load_recipe(recipe, lax), folder)
     assert not (folder / "eval.json").exists(), "figures of other settings do not stand for this recipe's"
     with pytest.raises(RecipeError, match="another recipe"):
-        pipeline.evaluate_recipe(load_recipe(recipe, ["train.lr=1e-5"]), folder)
+        evaluate_recipe(load_recipe(recipe, ["train.lr=1e-5"]), folder)
 
 
 def test_another_step_that_was_kept_can_be_exported(recipe, tmp_path):
     quick = ["eval.temperatures=[0]", "eval.speed_prompts=0", "train.keep_best=2"]
     folder = tmp_path / "run"
-    pipeline.fit(load_recipe(recipe, quick), folder)
+    fit(load_recipe(recipe, quick), folder)
     best, second = (one["step"] for one in json.loads((folder / "best.json").read_text()))
     about = folder / "drafter" / "drafttrain.json"
     assert json.loads(about.read_text())["trained_steps"] == best
-    pipeline.export(load_recipe(recipe, [*quick, f"export.step={second}"]), folder)
+    export_run(load_recipe(recipe, [*quick, f"export.step={second}"]), folder)
     assert json.loads(about.read_text())["trained_steps"] == second
     exported, kept = (
         load_file(path / "model.safetensors") for path in (folder / "drafter", folder_of_step(folder, second))
     )
     assert all(torch.equal(exported[name], kept[name]) for name in kept)
     with pytest.raises(DrafttrainError, match=r"no weights are kept of step 5; of these: \d+, \d+ \(train.keep_best\)"):
-        pipeline.export(load_recipe(recipe, [*quick, "export.step=5"]), folder)
+        export_run(load_recipe(recipe, [*quick, "export.step=5"]), folder)
 
 
 def test_while_it_trains_a_run_keeps_to_its_evaluation(recipe, tmp_path):
@@ -259,10 +261,10 @@ def test_a_killed_training_continues_bit_for_bit(recipe, tmp_path, kill):
 
 def test_a_run_whose_last_checkpoint_is_its_last_step_ends_as_it_would_have(recipe, tmp_path):
     loaded = load_recipe(recipe)
-    pipeline.fit(loaded, tmp_path / "run")
+    fit(loaded, tmp_path / "run")
     before = (tmp_path / "run" / "train.json").read_text()
     (tmp_path / "run" / "train.json").unlink()
-    pipeline.fit(loaded, tmp_path / "run")
+    fit(loaded, tmp_path / "run")
     assert (tmp_path / "run" / "train.json").read_text() == before
 
 
@@ -284,7 +286,7 @@ def test_pretraining_comes_first_reads_plain_text_only_and_its_end_is_the_start(
     wanted = ["train.pretrain={max_steps: 6, batch_size: 4, warmup_steps: 1}", "export.dtype=float32"]
     generated = f"data.generate={{num_records: 4, max_new_tokens: 4, prompt_tokens: 6, prompts: {text}}}"
     more = [generated, f"data.sources=[{{kind: generated, weight: 9}}, {text}]"]
-    pipeline.fit(load_recipe(recipe, wanted + more), tmp_path / "run")
+    fit(load_recipe(recipe, wanted + more), tmp_path / "run")
     folder = tmp_path / "run"
     ours, kept = (load_file(folder / name / "model.safetensors") for name in ("start", "pretrain/last"))
     assert all(torch.equal(ours[key], kept[key]) for key in kept)
@@ -298,7 +300,7 @@ def test_pretraining_comes_first_reads_plain_text_only_and_its_end_is_the_start(
 
 
 def test_eval_runs_where_lightning_and_deepspeed_are_not_installed(recipe, tmp_path):
-    pipeline.fit(load_recipe(recipe), tmp_path / "run")
+    fit(load_recipe(recipe), tmp_path / "run")
     blocked = (
         "import sys\n"
         "for name in ('lightning', 'pytorch_lightning', 'deepspeed'): sys.modules[name] = None\n"
@@ -351,6 +353,6 @@ def test_every_recipe_runs_with_smoke(name, tmp_path):
     short = [] if name == "demo" else ["eval.max_new_tokens=8", "eval.temperatures=[0]", "train.max_steps=10"]
     short += ["train.warmup_steps=5"] if short else []
     recipe = load_recipe(name, [*short, *overrides.get(name, [])], smoke=True)
-    pipeline.fit(recipe, tmp_path / "run")
+    fit(recipe, tmp_path / "run")
     trained = "head" if recipe.head is not None else "drafters/current" if recipe.online is not None else "drafter"
     assert (tmp_path / "run" / trained / "model.safetensors").exists()

@@ -15,7 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from drafttrain import pipeline
+from drafttrain.commands.evaluate import evaluate_drafters
+from drafttrain.commands.fit import fit
+from drafttrain.commands.gen import gen
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import CheckpointError, GateError, RecipeError
 from drafttrain.core.files import sha256_of
@@ -61,7 +63,7 @@ def test_a_head_goes_all_the_way_and_its_models_stay_as_they_are(recipe, tmp_pat
     frozen = [Path(loaded.head.drafter) / "model.safetensors", Path(loaded.target.model) / "model.safetensors"]
     before = [sha256_of(path) for path in frozen]
     folder = tmp_path / "run"
-    pipeline.fit(loaded, folder)
+    fit(loaded, folder)
     assert [sha256_of(path) for path in frozen] == before
     for name in ("metrics.csv", "eval.json", "report.html", "head/README.md", "head/config.json", "start/config.json"):
         assert (folder / name).stat().st_size > 0, name
@@ -80,7 +82,7 @@ def test_a_head_goes_all_the_way_and_its_models_stay_as_they_are(recipe, tmp_pat
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows if row["validation_ece"]] == ["0", "6", "12"]
     capfd.readouterr()
-    pipeline.fit(loaded, folder)
+    fit(loaded, folder)
     assert capfd.readouterr().err.count("done before, skipped") == 2
     # Its head goes with these two models and with no others.
     with_head = [
@@ -88,15 +90,15 @@ def test_a_head_goes_all_the_way_and_its_models_stay_as_they_are(recipe, tmp_pat
         *("eval.max_new_tokens=2", "eval.temperatures=[0]", "eval.speed_prompts=0"),
         f"eval.length={{kind: cumulative_reject, head: {folder / 'head'}}}",
     ]
-    pipeline.evaluate_drafters([loaded.head.drafter], loaded.target.model, with_head, out=tmp_path)
+    evaluate_drafters([loaded.head.drafter], loaded.target.model, with_head, out=tmp_path)
     other = str(save_llama(seed=7, num_layers=1))
     with pytest.raises(CheckpointError, match=r"made for the drafter \S+ \(\w+\), not \S+ \(\w+\)\. Train a head"):
-        pipeline.evaluate_drafters([other], loaded.target.model, with_head, out=tmp_path)
+        evaluate_drafters([other], loaded.target.model, with_head, out=tmp_path)
 
 
 def test_a_head_is_trained_where_its_target_is(recipe, tmp_path):
     """On `meta`, where no trainer can be: before, a head stayed on the CPU wherever its target was."""
-    pipeline.gen(load_recipe(recipe), tmp_path / "run")
+    gen(load_recipe(recipe), tmp_path / "run")
     elsewhere = load_recipe(recipe, ["target.device=meta"])
     with pytest.raises(ValueError, match="accelerator='meta'"):
         fit_head(elsewhere, RunFolder(tmp_path / "run"), LabelledTokens(tmp_path / "run" / "data" / "labelled"))
@@ -117,7 +119,7 @@ def test_a_model_that_another_recipe_makes_is_made_first_and_once(recipe, tmp_pa
     made.write_text(DRAFTER.format(tokenizer=tiny_folder, text=tmp_path / "text.txt"))
     loaded = load_recipe(recipe, [f"head.drafter=recipe:{made}"])
     for first in (True, False):
-        pipeline.gen(loaded, runs / "head")
+        gen(loaded, runs / "head")
         said = capfd.readouterr().err
         assert f"head: drafter is what made makes: {runs / 'made'}" in said
         assert ("training: done before, skipped" in said) is not first
@@ -128,7 +130,7 @@ def test_a_model_that_another_recipe_makes_is_made_first_and_once(recipe, tmp_pa
         made.read_text().replace("num_layers", f"init: checkpoint, checkpoint: 'recipe:{made}', num_layers")
     )
     with pytest.raises(RecipeError, match="cannot need what it makes: head needs made needs made"):
-        pipeline.gen(loaded, tmp_path / "other" / "head")
+        gen(loaded, tmp_path / "other" / "head")
 
 
 @pytest.mark.slow
@@ -142,7 +144,7 @@ def test_a_head_of_a_drafter_on_the_targets_features_goes_all_the_way(recipe, tm
     text = text.replace("{kind: causal_lm, num_layers: 1, hidden_size: 32, num_heads: 1}", kind)
     made.write_text(text.replace("kind: ce", "kind: forward_kl") + small.format(tmp_path / "prompts.jsonl"))
     changes = [f"head.drafter=recipe:{made}", f"target.model={target}", "head.rms_norm=true"]
-    pipeline.fit(load_recipe(recipe, changes), tmp_path / "runs" / "head")
+    fit(load_recipe(recipe, changes), tmp_path / "runs" / "head")
     result = json.loads((tmp_path / "runs" / "head" / "eval.json").read_text())
     assert all(one["parity"]["exact"] for one in result["temperatures"][0]["drafters"].values())
     assert result["head"]["made_for"]["drafter"] == str(tmp_path / "runs" / "made" / "drafter")
@@ -151,7 +153,7 @@ def test_a_head_of_a_drafter_on_the_targets_features_goes_all_the_way(recipe, tm
 @pytest.mark.slow
 def test_a_head_below_the_gate_is_set_aside(recipe, tmp_path):
     with pytest.raises(GateError, match=r"required 12"):
-        pipeline.fit(load_recipe(recipe, ["export.require.block_efficiency=12"]), tmp_path / "run")
+        fit(load_recipe(recipe, ["export.require.block_efficiency=12"]), tmp_path / "run")
     assert (tmp_path / "run" / "head.rejected" / "model.safetensors").exists()
     assert not (tmp_path / "run" / "head").exists()
 

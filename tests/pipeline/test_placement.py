@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from drafttrain import pipeline
+from drafttrain.commands.gen import gen
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import CheckpointError, DataError, RecipeError
 from drafttrain.pipeline import exporting
@@ -78,7 +78,7 @@ def test_every_kind_trains_from_what_was_stored_and_its_target_is_never_read(
     kind: str, recipe: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     of_kind = [f"drafter={KINDS[kind]}", "train.max_steps=3"]
-    pipeline.gen(load_recipe(recipe, [*of_kind, ABSENT]), tmp_path / "absent")
+    gen(load_recipe(recipe, [*of_kind, ABSENT]), tmp_path / "absent")
     request.getfixturevalue("no_model_is_read")
     run = trained(recipe, tmp_path / "absent", *of_kind, ABSENT)
     assert all(parameter.is_meta for parameter in blocks(run.target.model).parameters())
@@ -86,7 +86,7 @@ def test_every_kind_trains_from_what_was_stored_and_its_target_is_never_read(
         assert Run(load_recipe(recipe), tmp_path / "control").target
     request.getfixturevalue("monkeypatch").undo()
     Run(load_recipe(recipe, of_kind), tmp_path / "absent")  # It is the same run, wherever its target is.
-    pipeline.gen(load_recipe(recipe, of_kind), tmp_path / "whole")
+    gen(load_recipe(recipe, of_kind), tmp_path / "whole")
     trained(recipe, tmp_path / "whole", *of_kind)
     assert rows(tmp_path / "absent") == rows(tmp_path / "whole"), "validation included"
     for file in (tmp_path / "whole" / "drafter").glob("*.safetensors"):
@@ -184,7 +184,7 @@ def test_two_processes_that_share_a_target_write_cache_and_train_as_one(recipe: 
     sharded = ("train.devices=2", "train.deepspeed.stage=3", "train.target_placement=sharded")
     done = command("fit", recipe, "--runs", tmp_path / "two", drafter, *sharded)
     assert done.returncode == 0, done.stderr[-4000:]
-    pipeline.gen(load_recipe(recipe, [drafter]), tmp_path / "one")
+    gen(load_recipe(recipe, [drafter]), tmp_path / "one")
     trained(recipe, tmp_path / "one", drafter)
     one, two = tmp_path / "one", tmp_path / "two" / "pair"
     for made in [*(one / "data").rglob("*.jsonl"), *(one / "data").rglob("*.npy")]:

@@ -1,192 +1,125 @@
-"""llama.cpp loads what is exported as GGUF and does with it what the embedded evaluator does. Needs its environment: make test-serving."""
+"""What llama.cpp is asked: a target that is written once, tokens that end texts by their names, weights in the type that is compared."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from typer.testing import CliRunner
 
-from drafttrain.checkpoint import read_drafter
 from drafttrain.cli import app
-from drafttrain.core.texts import Prompt
-from drafttrain.environments.environment import ask, check_installed, root
-from drafttrain.export.convert import export_as, read_target_config
-from drafttrain.export.gguf_file import FILE, read_gguf, write_gguf
-from drafttrain.serving.comparison import Comparison, compare_with_engine
-from drafttrain.serving.engines import Job, ServingEngine, engine_of
-from drafttrain.serving.engines.llama_cpp import TARGETS
-from drafttrain.target_model import Target, TargetSettings
-from drafttrain.target_model.folders import resolve_folder
-from tests.export.test_gguf import BIASED, SIZES, WAYS, change, merging_tokenizer, rope, saved
+from drafttrain.core.errors import CheckpointError
+from drafttrain.export.gguf_file import FILE, read_gguf
+from drafttrain.serving.engines import Job, ServingEngine, Use, engine_of
+from drafttrain.serving.engines.llama_cpp_worker import _difference, _in_type
+from tests.export.test_gguf import MODELS, change_tensors, exported, merging_tokenizer, saved
+from tests.serving.test_serve_config import evaluation
 
-pytestmark = pytest.mark.serving
-
-TARGET, DRAFTER = "builtin:target", "builtin:drafter"
-NUM_DRAFT_TOKENS = 4
-NEW_TOKENS = 32
-WHOLE = SIZES | {"vocab_size": len(merging_tokenizer())}
-"""Without padding, which a random model draws, and llama.cpp takes for tokens."""
+USE = Use("the/drafter.gguf", "causal_lm", 3, "sampled")
 
 
-@pytest.fixture(scope="module")
-def engine() -> Iterator[ServingEngine]:
-    """The engine; that it is not installed is an error here, not a reason to pass. The targets of these tests are not kept."""
-    llama_cpp = engine_of("llama.cpp")
-    check_installed(llama_cpp)
-    targets = root() / TARGETS
-    before = set(targets.glob("*"))
-    yield llama_cpp
-    for made in set(targets.glob("*")) - before:
-        made.unlink()
+@pytest.fixture
+def engine(monkeypatch, tmp_path) -> ServingEngine:
+    monkeypatch.setenv("DRAFTTRAIN_ENGINES", str(tmp_path / "engines"))
+    return engine_of("llama.cpp")
 
 
-def compared(
-    engine: ServingEngine, folder: Path, exported: Path, target: Target, prompts: list[Prompt], *, draft: str
-) -> Comparison:
-    """Serve an exported drafter and compare it with the folder that it was exported from."""
-    drafter = read_drafter(folder, target)
-    drafter.draft = draft
-    tokens = [p.tokens for p in prompts]
-    job = Job(resolve_folder(target.name), tokens, NEW_TOKENS, [0.0, 1.0], "float32", 128)
-    return compare_with_engine(engine, exported, drafter, target, prompts, job, num_draft_tokens=NUM_DRAFT_TOKENS)
+@pytest.fixture
+def target(tmp_path) -> Path:
+    return saved(MODELS["llama"](), tmp_path / "target", dtype=torch.bfloat16)
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory) -> Path:
-    """The drafter of the package, whose weights are bfloat16: the engine is given them in float32, as vLLM takes them."""
-    out = tmp_path_factory.mktemp("exported") / "drafter.gguf"
-    target_config = read_target_config(resolve_folder(TARGET), name=TARGET)
-    export_as("gguf", resolve_folder(DRAFTER), out, target_config=target_config)
-    return out
+def test_a_target_is_written_once_for_its_weights_and_type(engine, target):
+    first = engine.target_as(target, "float32")
+    written = first.stat().st_mtime_ns
+    assert engine.target_as(target, "float32") == first
+    assert first.stat().st_mtime_ns == written
+    metadata, tensors = read_gguf(first)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert metadata["general.file_type"] == 0
+    own = engine.target_as(target)
+    assert own != first
+    assert read_gguf(own)[1]["blk.0.attn_q.weight"].dtype == torch.bfloat16
+    change_tensors(lambda t: t["model.norm.weight"].mul_(2))(target)
+    assert engine.target_as(target, "float32") != first
 
 
-@pytest.mark.parametrize("draft", ["greedy", "sampled"])
-def test_a_trained_drafter_gives_the_same_tokens_and_the_same_counts(draft, engine, exported, target, prompts):
-    found = compared(engine, resolve_folder(DRAFTER), exported, target, prompts, draft=draft)
-    assert found.problems == ()
-    assert found.draft == draft
-    assert found.lossless.exact
-    assert found.same_target.exact
-    theirs, ours = found.greedy["engine"], found.greedy["evaluator"]
-    assert theirs == ours
-    assert 0 < theirs.accepted_at[1] < theirs.accepted_at[0] < theirs.num_drafts
+def test_texts_end_where_llama_cpp_ends_them(engine, tmp_path):
+    """By the two ids of the configuration, and by names that it knows whatever the configuration says."""
+    tokenizer = merging_tokenizer()
+    tokenizer.add_tokens(["<|im_end|>", "<|not_an_end|>"], special_tokens=True)
+    target = saved(MODELS["llama"](), tmp_path / "target", tokenizer)
+    habits = engine.habits(target)
+    assert habits.ends == {0, 1, tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    assert not habits.past_end
 
 
-def unpermuted(tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
-    plain = load_file(resolve_folder(DRAFTER) / "model.safetensors")
-    tensors["blk.0.attn_k.weight"] = plain["model.layers.0.self_attn.k_proj.weight"]
+def test_sampled_drafts_are_asked_for_by_name(engine, target):
+    job = Job(target, [[1, 2]], 8, [0.0, 1.0], "float32", 64)
+    asked = engine.request(job, USE)
+    assert (asked["drafter"], asked["draft"], asked["num_draft_tokens"]) == (
+        f"the/drafter.gguf/{FILE}",
+        "probabilistic",
+        3,
+    )
+    assert engine.request(job, replace(USE, draft="greedy"))["draft"] == "greedy"
+    alone = engine.request(job, None)
+    assert (alone["drafter"], alone["target"]) == (None, asked["target"])
 
 
-def turned(tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
-    metadata["llama.rope.freq_base"] = 500.0
+def test_the_worker_widens_weights_and_changes_nothing_else(target, tmp_path):
+    file = exported(target, tmp_path / "out") / FILE
+    wider = _in_type(str(file), "float32", str(tmp_path / "wider.gguf"))
+    (before, narrow), (after, wide) = read_gguf(file), read_gguf(Path(wider))
+    assert after == before
+    assert narrow.keys() == wide.keys()
+    assert all(torch.equal(wide[name], narrow[name].float()) for name in narrow)
+    assert {tensor.dtype for tensor in wide.values()} == {torch.float32}
+    assert _in_type(wider, "float32", "not written") == wider
+    assert _in_type(str(file), "bfloat16", "not written") == str(file)
 
 
-@pytest.mark.parametrize("fault", [unpermuted, turned])
-def test_damage_that_llama_cpp_loads_in_silence_shows_in_its_counters(
-    fault, engine, exported, target, prompts, tmp_path
-):
-    damaged = Path(shutil.copytree(exported, tmp_path / "damaged"))
-    metadata, tensors = read_gguf(damaged / FILE)
-    fault(tensors, metadata)
-    write_gguf(damaged / FILE, metadata, tensors)
-    found = compared(engine, resolve_folder(DRAFTER), damaged, target, prompts, draft="greedy")
-    assert found.lossless.exact
-    assert "drafts otherwise than the evaluator" in found.problems[0]
+def test_counters_of_a_prompt_are_what_the_server_has_more_than_before():
+    before = {"num_drafts": 3, "num_draft_tokens": 9, "num_accepted": 2, "accepted_at": []}
+    after = {"num_drafts": 5, "num_draft_tokens": 14, "num_accepted": 4, "accepted_at": [3, 1, 0]}
+    assert _difference(before, after) == {
+        "num_drafts": 2,
+        "num_draft_tokens": 5,
+        "num_accepted": 2,
+        "accepted_at": [3, 1, 0],
+    }
 
 
-MODELS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**WHOLE, **BIASED)),
-    "linear": lambda: LlamaForCausalLM(LlamaConfig(**WHOLE, **rope(rope_type="linear"))),
-    "llama3": lambda: LlamaForCausalLM(
-        LlamaConfig(**WHOLE, **rope(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0))
-    ),
-    "yarn": lambda: Qwen3ForCausalLM(Qwen3Config(**WHOLE, head_dim=16, **rope(rope_type="yarn"))),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**WHOLE)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**WHOLE, head_dim=16, tie_word_embeddings=True)),
-}
-
-
-def noisy(model: Any) -> Any:
-    """Return a drafter that is often right and often wrong: the target itself, a little of its weights noise."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return model
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_every_architecture_computes_and_ends_texts_as_here(kind, engine, tmp_path):
-    """Random models, whose texts end at any place: two of their tokens are ends."""
-    torch.manual_seed(0)
-    folder = saved(MODELS[kind](), tmp_path / "target")
-    target = Target.load(TargetSettings(model=str(folder)))
-    source = tmp_path / "drafter"
-    shutil.copytree(folder, source)
-    noisy(Target.load(TargetSettings(model=str(folder))).model).save_pretrained(source)
-    out = tmp_path / "drafter.gguf"
-    export_as("gguf", source, out, target_config=read_target_config(folder, name=str(folder)))
-    generator = torch.Generator().manual_seed(5)
-    prompts = [Prompt(str(n), torch.randint(2, 262, (8,), generator=generator).tolist()) for n in range(12)]
-    found = compared(engine, source, out, target, prompts, draft="greedy")
-    assert found.problems == ()
-    assert found.greedy["engine"] == found.greedy["evaluator"]
-    assert 0 < found.greedy["engine"].num_accepted < found.greedy["engine"].num_draft_tokens
-
-
-TEXTS = [
-    "abc 12 ab 1234567,89  ab\n\n\tabc ab",
-    "It's WE'LL they're\r\n  ünïcode — 漢字 😀 ab<|stop|>12 hello abhello",
-    "  \n x  \n\n   y123 1 22 333 4444 ab'abc",
-]
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_llama_cpp_splits_text_as_the_tokenizer_does(way, engine, tmp_path):
-    tokenizer = merging_tokenizer(way)
-    folder = saved(MODELS["llama"](), tmp_path / "target", tokenizer)
-    request = engine.request(Job(folder, [[2, 3]], 1, [0.0], "float32", 64), None)
-    answer = ask(engine, request | {"texts": TEXTS})
-    assert answer["tokenized"] == [tokenizer(text)["input_ids"] for text in TEXTS]
-
-
-def test_a_way_to_split_under_another_name_is_seen(engine, tmp_path):
-    """The control of the test above: digits one by one are not digits by three."""
-    tokenizer = merging_tokenizer("qwen2")
-    folder = saved(MODELS["llama"](), tmp_path / "target", tokenizer)
-    request = engine.request(Job(folder, [[2, 3]], 1, [0.0], "float32", 64), None)
-    metadata, tensors = read_gguf(Path(request["target"]))
-    wrong = tmp_path / "wrong.gguf"
-    write_gguf(wrong, metadata | {"tokenizer.ggml.pre": "gpt-2"}, tensors)
-    answer = ask(engine, request | {"texts": TEXTS, "target": str(wrong)})
-    assert answer["tokenized"] != [tokenizer(text)["input_ids"] for text in TEXTS]
-
-
-def test_the_command_line_exports_proves_and_writes_both_columns_into_the_card(engine, tmp_path):
-    source = Path(shutil.copytree(resolve_folder(DRAFTER), tmp_path / "drafter"))
-    words = ["export", str(source), "export.verify_prompts=3", "export.verify_tokens=16", "--to", "gguf", "--verify"]
-    done = CliRunner().invoke(app, [*words, "--target", TARGET])
+def test_serve_config_wants_the_format_that_the_engine_reads_and_finds_it_beside(engine, target, tmp_path):
+    drafter = Path(shutil.copytree(target, tmp_path / "drafter"))
+    (drafter / "eval.json").write_text(json.dumps(evaluation({1: 1.5, 3: 2.5}, length=3, cost=0.1)))
+    words = ["serve-config", str(drafter), "--engine", "llama.cpp", "--target", "some/target"]
+    early = CliRunner().invoke(app, words)
+    assert early.exit_code == 1
+    assert f"llama.cpp reads gguf: drafttrain export {drafter} --to gguf" in early.stderr
+    out = exported(drafter, tmp_path / "drafter.gguf")
+    done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.stderr
-    assert "llama.cpp (gguf): passed" in done.stderr
-    for folder in (source, tmp_path / "drafter.gguf"):
-        (comparison,) = json.loads((folder / "engine.json").read_text())
-        assert comparison["greedy"]["engine"] == comparison["greedy"]["evaluator"]
-        card = (folder / "README.md").read_text()
-        assert f"| temperature 0: drafts | {comparison['greedy']['engine']['num_drafts']} | " in card
+    assert done.stdout == (
+        f"llama-server -m some/target.gguf -md {out / FILE} --spec-type draft-simple --spec-draft-n-max 3 "
+        "--spec-draft-sampling probabilistic --metrics\n"
+    )
 
 
-def test_a_target_that_cannot_be_written_is_named(engine, tmp_path):
-    drafter = saved(MODELS["llama"](), tmp_path / "drafter")
-    folder = Path(shutil.copytree(drafter, tmp_path / "target"))
-    change(folder, hidden_act="gelu")
-    done = CliRunner().invoke(app, ["export", str(drafter), "--to", "gguf", "--target", str(folder), "--verify"])
-    assert done.exit_code == 1
-    assert f"{folder}: cannot be written as GGUF" in done.stderr
-    assert "hidden_act is 'gelu'" in done.stderr
+def test_a_local_target_is_named_as_the_file_that_is_written_of_it(engine, target, tmp_path):
+    drafter = Path(shutil.copytree(target, tmp_path / "drafter"))
+    (drafter / "eval.json").write_text(json.dumps(evaluation({1: 1.5, 3: 2.5}, length=3, cost=0.1)))
+    exported(drafter, tmp_path / "drafter.gguf")
+    done = CliRunner().invoke(app, ["serve-config", str(drafter), "--engine", "llama.cpp", "--target", str(target)])
+    assert f"llama-server -m {engine.target_as(target)} -md " in done.stdout
+
+
+def test_other_kinds_are_refused_with_the_engines_that_run_them(engine):
+    with pytest.raises(
+        CheckpointError, match=r"llama\.cpp runs no drafter of kind eagle3, only causal_lm\. Engines for eagle3: .*vllm"
+    ):
+        engine.check_kind(Path("drafter"), "eagle3")

@@ -1,290 +1,51 @@
-"""OpenVINO GenAI loads what is exported and does with it what the embedded evaluator does. Needs its environment: make test-serving."""
+"""OpenVINO as an engine: its steps add up to its totals, and it is asked to decode greedily."""
 
 from __future__ import annotations
 
-import copy
 import json
-import re
-import shutil
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file
-from typer.testing import CliRunner
 
-from drafttrain.checkpoint import read_drafter
-from drafttrain.cli import app
-from drafttrain.core.errors import CheckpointError
-from drafttrain.core.target_rows import TargetNeeds
-from drafttrain.core.texts import Prompt
-from drafttrain.environments.environment import EngineError, ask, check_installed
-from drafttrain.eval.prompts import read_prompts
-from drafttrain.export.convert import check_exported, export_as, read_target_config
-from drafttrain.serving.comparison import Comparison, compare_with_engine, plain_served
-from drafttrain.serving.engines import Job, ServingEngine, Use, engine_of
-from drafttrain.target_model import Target, TargetSettings
-from drafttrain.target_model.folders import resolve_folder
-from tests.export import folders
-from tests.export.trained import learn
-from tests.serving.conftest import NEW_TOKENS, SETTINGS, STEPS
-
-pytestmark = pytest.mark.serving
-
-TARGET = "builtin:target"
-NUM_DRAFT_TOKENS = 3
-PLACES = (0, 1, 3, 5, 7, 9)
-"""Of the embedded target's blocks in one of ten layers."""
-
-DEEP = """
-name: deep
-target: {{model: null, tokenizer: "builtin:target"}}
-drafter: {{kind: causal_lm, init: checkpoint, checkpoint: "{start}"}}
-loss: {{kind: ce}}
-data: {{max_length: 128, overlap_ngram: 0, sources: [{{kind: stdlib, split: held_out}}]}}
-train: {{max_steps: 30, batch_size: 8, lr: 6e-3, warmup_steps: 0, eval_every_steps: 0}}
-"""
-"""Trains a target from a start: all its parameters, on plain text."""
-
-GRAPH, WEIGHTS = "openvino_model.xml", "openvino_model.bin"
+from drafttrain.serving.engines import Job, Use, engine_of
+from drafttrain.serving.engines.openvino_worker import counters
 
 
-@pytest.fixture(scope="module")
-def engine() -> ServingEngine:
-    """The engine; that it is not installed is an error here, not a reason to pass."""
-    openvino = engine_of("openvino")
-    check_installed(openvino)
-    return openvino
+def test_the_snippet_has_the_length_and_the_folders():
+    code = engine_of("openvino").command("the/target", Use("the/drafter", "eagle3", 4, "greedy"))
+    compile(code, "snippet", "exec")
+    assert "num_assistant_tokens = 4" in code
+    assert 'draft_model("the/drafter", "CPU")' in code
+    compile(engine_of("transformers").command("a", Use("b", "causal_lm", 2, "sampled")), "snippet", "exec")
 
 
-@pytest.fixture(scope="module")
-def target_config() -> dict[str, Any]:
-    return read_target_config(resolve_folder(TARGET), name=TARGET)
-
-
-@pytest.fixture(scope="module")
-def prompts(target) -> list[Prompt]:
-    return read_prompts("builtin:test", target.tokenizer, prompt_tokens=24, limit=8)
-
-
-@pytest.fixture(scope="module")
-def exported(learned, target_config, tmp_path_factory):
-    """A function that returns the OpenVINO folder of a kind; made once a kind."""
-    made: dict[str, Path] = {}
-
-    def folder(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = tmp_path_factory.mktemp("exported") / "out"
-            export_as("openvino", learned(kind), made[kind], target_config=target_config)
-        return made[kind]
-
-    return folder
-
-
-@pytest.fixture(scope="module")
-def served(engine, target, prompts, job, plain, learned):
-    """A function that serves an exported folder and compares it with the folder of its kind that has learned."""
-
-    def compared(kind: str, folder: Path) -> Comparison:
-        drafter = read_drafter(learned(kind), target)
-        return compare_with_engine(
-            engine, folder, drafter, target, prompts, job, num_draft_tokens=NUM_DRAFT_TOKENS, plain=plain
-        )
-
-    return compared
-
-
-@pytest.mark.parametrize("kind", ["causal_lm", "eagle3"])
-def test_each_kind_gives_the_same_tokens_and_the_same_counts(kind, served, exported):
-    found = served(kind, exported(kind))
-    assert found.problems == ()
-    assert found.lossless.exact
-    assert found.same_target.exact
-    theirs, ours = found.greedy["engine"], found.greedy["evaluator"]
-    assert theirs == ours
-    assert 0 < theirs.accepted_at[1] < theirs.accepted_at[0] < theirs.num_drafts
-    assert found.json()["sampled"] is None
-
-
-def change_graph(folder: Path, taps: str) -> None:
-    path = folder / GRAPH
-    changed, times = re.subn(
-        r'<hidden_layers_list value="[^"]*"', f'<hidden_layers_list value="{taps}"', path.read_text()
-    )
-    assert times == 1
-    path.write_text(changed)
-
-
-def forget_taps(folder: Path) -> None:
-    path = folder / GRAPH
-    path.write_text(re.sub(r"<hidden_layers_list [^>]*/>", "", path.read_text()))
-
-
-def constant(folder: Path, name: str) -> tuple[int, int]:
-    """Return where a constant of a graph begins and how long it is."""
-    layer = re.search(
-        rf'name="{re.escape(name)}" type="Const".*?offset="(\d+)" size="(\d+)"', (folder / GRAPH).read_text(), re.S
-    )
-    assert layer
-    return int(layer[1]), int(layer[2])
-
-
-def change_constant(folder: Path, name: str, kind: type, change) -> None:
-    start, size = constant(folder, name)
-    whole = bytearray((folder / WEIGHTS).read_bytes())
-    values = np.frombuffer(bytes(whole[start : start + size]), dtype=kind)
-    whole[start : start + size] = change(values).astype(kind).tobytes()
-    (folder / WEIGHTS).write_bytes(bytes(whole))
-
-
-def shift_taps(folder: Path) -> None:
-    change_graph(folder, "1 3 4")
-
-
-def swap_columns(folder: Path) -> None:
-    change_constant(
-        folder, "self.model.fc.weight", np.float32, lambda v: v.reshape(-1, 3, 192)[:, [1, 0, 2]].reshape(-1)
-    )
-
-
-def shift_map(folder: Path) -> None:
-    change_constant(folder, "self.model.d2t", np.int64, lambda v: v + 1)
-
-
-def turn_slower(folder: Path) -> None:
-    change_constant(
-        folder, "__module.model.rotary_emb/aten::to/Convert", np.float32, lambda v: v / np.arange(1, len(v) + 1)
-    )
+def test_rounds_are_counted_by_what_the_steps_gave():
+    # 10 tokens, K = 3: the first alone, then 2 kept, none, 3 kept; the last is the target's own, without a draft.
+    counted = {"num_drafts": 3, "num_draft_tokens": 9, "num_accepted": 5, "accepted_at": [2, 2, 1]}
+    assert counters([1, 3, 1, 4, 1], (9, 5), 3, 10) == counted
+    # A last round with all of its drafts kept is missing in the totals.
+    last = {"num_drafts": 3, "num_draft_tokens": 9, "num_accepted": 5, "accepted_at": [2, 2, 1]}
+    assert counters([1, 3, 1, 4], (6, 2), 3, 9) == last
 
 
 @pytest.mark.parametrize(
-    ("damage", "named"),
-    [
-        (shift_taps, r"hidden_layers_list is \[1, 3, 4\], must be \["),
-        (swap_columns, r"fc\.weight: \d+ of \d+ values differ"),
-        (shift_map, "d2t: 3072 of 3072 values differ"),
-        (turn_slower, r"rotary_emb\.inv_freq: 15 of 16 values differ"),
-    ],
+    ("steps", "totals", "max_tokens"), [([1, 3, 1, 4, 1], (9, 4), 10), ([1, 3], (3, 2), 9), ([2, 3, 4], (6, 5), 9)]
 )
-def test_a_damaged_graph_is_named_and_is_counted_otherwise(
-    damage, named, served, exported, learned, target_config, tmp_path
-):
-    folder = Path(shutil.copytree(exported("eagle3"), tmp_path / "out"))
-    check_exported("openvino", learned("eagle3"), folder, target_config=target_config)
-    damage(folder)
-    with pytest.raises(CheckpointError, match=named):
-        check_exported("openvino", learned("eagle3"), folder, target_config=target_config)
-    found = served("eagle3", folder)
-    assert found.lossless.exact
-    assert "drafts otherwise than the evaluator" in found.problems[0]
+def test_steps_that_do_not_add_up_are_no_counters(steps, totals, max_tokens):
+    with pytest.raises(RuntimeError, match="the steps gave"):
+        counters(steps, totals, 3, max_tokens)
 
 
-def test_a_truncated_file_is_named(exported, learned, target_config, tmp_path):
-    folder = Path(shutil.copytree(exported("causal_lm"), tmp_path / "out"))
-    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match=r"openvino_model\.bin: the weights cannot be read: model\.layers\.0"):
-        check_exported("openvino", learned("causal_lm"), folder, target_config=target_config)
-
-
-def test_without_the_note_openvino_refuses_a_target_of_few_layers(engine, exported, job, tmp_path):
-    """Why the taps are written into the graph: else it picks blocks itself, and only of ten or more."""
-    folder = Path(shutil.copytree(exported("eagle3"), tmp_path / "out"))
-    forget_taps(folder)
-    with pytest.raises(EngineError, match="num_decoder_layers >= 10"):
-        ask(engine, engine.request(job, Use(str(folder), "eagle3", NUM_DRAFT_TOKENS, "greedy")))
-
-
-@pytest.fixture(scope="module")
-def grown(target, tmp_path_factory) -> Path:
-    """The embedded target with blocks between its own that change nothing: ten layers."""
-    config = copy.deepcopy(target.model.config)
-    config.num_hidden_layers = 10
-    torch.manual_seed(0)
-    model = type(target.model)(config).eval()
-    state = model.state_dict()
-    for name in state:
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            state[name].zero_()
-    for name, tensor in target.model.state_dict().items():
-        state[re.sub(r"layers\.(\d+)", lambda found: f"layers.{PLACES[int(found[1])]}", name)].copy_(tensor)
-    folder = tmp_path_factory.mktemp("grown") / "target"
-    model.save_pretrained(folder)
-    target.tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def deep(grown, tmp_path_factory) -> Path:
-    """The grown target after a brief training of all its parameters: none of its blocks is idle any more."""
-    folder = tmp_path_factory.mktemp("deep")
-    recipe = folder / "deep.yaml"
-    recipe.write_text(DEEP.format(start=grown))
-    done = CliRunner().invoke(app, ["fit", str(recipe), "--runs", str(folder)])
-    assert done.exit_code == 0, done.stderr
-    return folder / "deep" / "drafter"
-
-
-@torch.no_grad()
-def changes(folder: Path, prompt: Prompt) -> list[float]:
-    """Return by how much each block of a target changes the states of a text, relative to them."""
-    target = Target.load(TargetSettings(model=str(folder)))
-    tokens_BT = torch.tensor([prompt.tokens])
-    needs = TargetNeeds(hidden=tuple(range(11)))
-    hidden_BTD = target.read(tokens_BT, torch.arange(tokens_BT.shape[1])[None], needs).hidden_BTD
-    return [float((hidden_BTD[i + 1] - hidden_BTD[i]).norm() / hidden_BTD[i].norm()) for i in range(10)]
-
-
-def test_the_brief_training_leaves_no_block_idle(grown, deep, prompts):
-    before, after = changes(grown, prompts[0]), changes(deep, prompts[0])
-    assert [i for i, change in enumerate(before) if change == 0] == [i for i in range(10) if i not in PLACES]
-    assert min(after) > 0.01
-    states = [load_file(folder / "model.safetensors") for folder in (grown, deep)]
-    assert [name for name in states[0] if torch.equal(states[0][name], states[1][name])] == []
-
-
-def test_of_ten_layers_openvino_picks_the_blocks_that_the_note_names(engine, deep, prompts, tmp_path):
-    """Its own choice is [3, 6, 8] as the drafter's config counts them: with and without the note, the evaluator's counts."""
-    target = Target.load(TargetSettings(model=str(deep)))
-    drafter = folders.drafter_of("eagle3", target, scale=0.05, taps=[3, 6, 8], **SETTINGS["eagle3"])
-    learn(drafter, target, prompts[:4], steps=STEPS, new_tokens=NEW_TOKENS, lr=3e-3)
-    source, folder = folders.save(drafter, tmp_path / "drafter", target), tmp_path / "out"
-    export_as("openvino", source, folder, target_config=read_target_config(deep, name="deep"))
-    job = Job(deep, [p.tokens for p in prompts], NEW_TOKENS, [0.0, 1.0], "float32", 128)
-    plain, drafter = plain_served(engine, job), read_drafter(source, target)
-
-    def compared() -> Comparison:
-        return compare_with_engine(
-            engine, folder, drafter, target, prompts, job, num_draft_tokens=NUM_DRAFT_TOKENS, plain=plain
-        )
-
-    noted = compared()
-    assert noted.problems == ()
-    assert 0 < noted.greedy["engine"].accepted_at[1] < noted.greedy["engine"].num_drafts
-    change_graph(folder, "1 4 6")
-    assert "drafts otherwise than the evaluator" in compared().problems[0]
-    forget_taps(folder)
-    assert compared().greedy == noted.greedy
-
-
-def test_the_command_line_exports_proves_and_writes_both_columns_into_the_card(engine, learned, tmp_path):
-    source = Path(shutil.copytree(learned("eagle3"), tmp_path / "drafter"))
-    words = [
-        "export",
-        str(source),
-        "export.verify_prompts=2",
-        "export.verify_tokens=16",
-        "--to",
-        "openvino",
-        "--verify",
-    ]
-    done = CliRunner().invoke(app, words)
-    assert done.exit_code == 0, done.stderr
-    assert "openvino (openvino): passed" in done.stderr
-    for folder in (source, tmp_path / "drafter.openvino"):
-        (comparison,) = json.loads((folder / "engine.json").read_text())
-        assert comparison["greedy"]["engine"] == comparison["greedy"]["evaluator"]
-        card = (folder / "README.md").read_text()
-        assert f"| temperature 0: drafts | {comparison['greedy']['engine']['num_drafts']} | " in card
-        assert "It is not asked at temperature above 0." in card
+def test_the_request_is_greedy_whatever_is_asked(tmp_path, monkeypatch):
+    engine = engine_of("openvino")
+    monkeypatch.setattr(type(engine), "target_as", lambda self, folder, dtype=None: folder)
+    job = Job(tmp_path, [[1, 2]], 8, [0.0, 1.0], "float32", 64)
+    request = engine.request(job, Use("the/drafter", "causal_lm", 3, engine.draft("causal_lm", "sampled")))
+    assert not engine.samples
+    assert json.loads(json.dumps(request)) == {
+        "target": str(tmp_path),
+        "drafter": "the/drafter",
+        "num_draft_tokens": 3,
+        "dtype": "float32",
+        "prompts": [[1, 2]],
+        "max_tokens": 8,
+    }

@@ -8,13 +8,13 @@ import pytest
 import torch
 from lightning.fabric.strategies.deepspeed import _validate_device_index_selection
 
+from drafttrain.commands.processes import device_problems
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import DrafttrainError, RecipeError
 from drafttrain.distributed import collectives
 from drafttrain.distributed.world import for_own_program, without_launcher, world
 from drafttrain.heads import HeadRows, probabilities
 from drafttrain.heads.acceptance import AcceptanceHead, AcceptanceSettings
-from drafttrain.pipeline.commands import _of_devices
 from drafttrain.target_model.device import pick_device
 from drafttrain.train.run import placement
 from drafttrain.train.settings import TrainSettings
@@ -179,7 +179,7 @@ def test_several_processes_refuse_a_device_that_they_cannot_share(
 ) -> None:
     rank_of_four(monkeypatch, 0, launcher="torchrun")
     machine_of(monkeypatch, count)
-    said = list(_of_devices(load_recipe("tiny_eagle3", overrides)))
+    said = list(device_problems(load_recipe("tiny_eagle3", overrides)))
     assert len(said) == len(expected)
     assert all(sentence.startswith(start) for sentence, start in zip(said, expected, strict=True))
 
@@ -197,6 +197,6 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_written(
 ) -> None:
     machine_of(monkeypatch, 0)
     recipe = load_recipe("tiny_eagle3", [f"{key}=cuda"])
-    assert list(_of_devices(recipe)) == [
+    assert list(device_problems(recipe)) == [
         f"{key}: device cuda: no such CUDA device here, there is none: choose one of them, cpu or auto"
     ]

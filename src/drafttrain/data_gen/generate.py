@@ -17,7 +17,7 @@ from drafttrain.core.errors import DataError
 from drafttrain.core.files import sha256_of, write_json, write_text
 from drafttrain.core.random import stream_seed
 from drafttrain.core.texts import Sampling
-from drafttrain.data_gen.backends import AskEngine, Backend, Outcome, Plan, Task, backends
+from drafttrain.data_gen.backends import Backend, Outcome, Plan, Task, backends
 from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.names import Names, content_name, shared_names
 from drafttrain.data_gen.quarantine import read_items
@@ -35,15 +35,11 @@ def generate(
     *,
     seed: int,
     max_length: int,
-    ask_engine: AskEngine | None = None,
 ) -> Path:
     """Write the shards that are missing, then the manifest; return the folder. Several processes share the shards out.
 
     Which texts are decoded together is part of the plan, because padding moves logits by rounding: a shard depends on the
     recipe, never on where an earlier run was killed.
-
-    Args:
-        ask_engine: How an engine in its own environment is asked, for the backends that have one.
 
     Raises:
         DataError: The folder holds shards of another plan, target or tokenizer; or the backend cannot go on.
@@ -56,7 +52,6 @@ def generate(
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
             seed=seed,
-            ask_engine=ask_engine,
         ),
     )
     about = {

@@ -14,7 +14,6 @@ from drafttrain.core.batches import DraftBatch
 from drafttrain.core.console import say
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.texts import LoggedDistribution
-from drafttrain.data_gen.backends import AskEngine
 from drafttrain.data_gen.chat_template import common_start
 from drafttrain.data_gen.contamination import Key, contaminated, write_contamination
 from drafttrain.data_gen.encoder import Encoder
@@ -142,7 +141,6 @@ def generate_texts(
     folder: Path,
     *,
     seed: int,
-    ask_engine: AskEngine | None = None,
 ) -> None:
     """Write what the target is to write, where it is not written yet."""
     if settings.generate is not None:
@@ -152,7 +150,6 @@ def generate_texts(
             folder / "generated",
             seed=seed,
             max_length=settings.max_length,
-            ask_engine=ask_engine,
         )
 
 

@@ -1,1 +1,1 @@
-"""Environments of serving engines, each made once from its pins, outside of any project."""
+"""Environments of serving engines and libraries: each is installed once from its pins and asked through a worker file."""

@@ -1,4 +1,4 @@
-"""The environment of an engine: made once by its pins, in the user's cache, and asked by a worker that knows nothing of drafttrain."""
+"""One environment of other people's software: installed once from its pins into the user's cache, and asked through a worker file."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,10 @@ from drafttrain.core.console import say
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.core.files import write_json
 from drafttrain.distributed.world import for_own_program
-from drafttrain.serving.engines import Installed
 
 ROOT_VARIABLE = "DRAFTTRAIN_ENGINES"
 INSTALLED = "installed.json"
-"""Written last: an environment without it was left half made."""
+"""Written last: an environment without it is incomplete."""
 
 LAST_LINES = 25
 RUNNER = Path(__file__).with_name("in_engine.py")
@@ -29,7 +29,23 @@ TIMEOUT_SECONDS = 3600.0
 
 
 class EngineError(DrafttrainError):
-    """An engine that is not installed, could not be, or did not answer."""
+    """An engine is not installed, could not be installed, or did not answer."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A Python environment that holds one engine or library, apart from drafttrain's own."""
+
+    name: str
+    """What `drafttrain engines install` calls it."""
+    pins: tuple[str, ...] = ()
+    """What pip installs; empty: the software runs in drafttrain's own Python."""
+    removed: tuple[str, ...] = ()
+    """Packages that pip installs as dependencies and that break the import: they are uninstalled again."""
+    size: str = "some gigabytes, some minutes"
+    """Disk space and time of the installation."""
+    serves: bool = True
+    """Whether a serving engine runs in it that `export.verify` can name; else it only writes texts or loads exports."""
 
 
 def root() -> Path:
@@ -40,91 +56,83 @@ def root() -> Path:
     return (Path(cache) if cache else Path.home() / ".cache") / "drafttrain" / "engines"
 
 
-def folder_of(engine: Installed) -> Path:
-    """Return where the environment of these pins is or would be."""
-    key = json.dumps([engine.pins, engine.removed, sys.version_info[:2]])
-    return root() / f"{engine.name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+def folder_of(environment: Environment) -> Path:
+    """Return the folder of an environment, whether it is installed or not; other pins give another folder."""
+    key = json.dumps([environment.pins, environment.removed, sys.version_info[:2]])
+    return root() / f"{environment.name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
 
-def python_of(engine: Installed) -> Path:
-    """Return the Python that an engine's worker runs in: of its environment, or this one where it needs no other."""
-    return folder_of(engine) / "bin" / "python" if engine.pins else Path(sys.executable)
+def python_of(environment: Environment) -> Path:
+    """Return the Python that runs the workers of an environment; without pins, this one."""
+    return folder_of(environment) / "bin" / "python" if environment.pins else Path(sys.executable)
 
 
-def is_installed(engine: Installed) -> bool:
-    """Tell whether the environment of these pins is whole."""
-    return not engine.pins or (folder_of(engine) / INSTALLED).is_file()
+def is_installed(environment: Environment) -> bool:
+    """Return whether an environment is completely installed."""
+    return not environment.pins or (folder_of(environment) / INSTALLED).is_file()
 
 
-def check_installed(engine: Installed) -> None:
-    """Refuse to go on without the environment of an engine.
+def check_installed(environment: Environment) -> None:
+    """Check that an environment is installed.
 
     Raises:
-        EngineError: It is not there.
+        EngineError: It is not installed; the message names the command that installs it.
     """
-    if not is_installed(engine):
+    if not is_installed(environment):
         raise EngineError(
-            f"{engine.name} is not installed here ({folder_of(engine)}): drafttrain engines install {engine.name}"
+            f"{environment.name} is not installed in {folder_of(environment)}. "
+            f"Run: drafttrain engines install {environment.name}"
         )
 
 
-def install(engine: Installed) -> Path:
-    """Make the environment of an engine, or find it made.
+def install(environment: Environment) -> Path:
+    """Install an environment unless it is there already; return its folder.
 
     Raises:
-        EngineError: pip could not: there is no registry, or it lacks a pin.
+        EngineError: pip failed: there is no package registry, or it lacks a pin.
     """
-    folder = folder_of(engine)
-    if not engine.pins:
+    folder = folder_of(environment)
+    if not environment.pins:
         return Path(sys.prefix)
-    if is_installed(engine):
-        say(f"{engine.name}: installed already in {folder}")
+    if is_installed(environment):
+        say(f"{environment.name}: already installed in {folder}")
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    say(f"{engine.name}: installing {', '.join(engine.pins)} into {folder} ({engine.size})")
-    # Isolated: what PYTHONPATH has must not pass for what is installed.
+    say(f"{environment.name}: installing {', '.join(environment.pins)} into {folder} ({environment.size})")
+    # -I: packages on PYTHONPATH must not count as installed here.
     pip = [str(folder / "bin" / "python"), "-I", "-m", "pip"]
-    _made([sys.executable, "-m", "venv", str(folder)], engine)
-    _made([*pip, "install", "--quiet", "--disable-pip-version-check", *engine.pins], engine)
-    if engine.removed:
-        _made([*pip, "uninstall", "--quiet", "--yes", *engine.removed], engine)
-    write_json(folder / INSTALLED, {"pins": engine.pins, "removed": engine.removed})
+    _run([sys.executable, "-m", "venv", str(folder)], environment)
+    _run([*pip, "install", "--quiet", "--disable-pip-version-check", *environment.pins], environment)
+    if environment.removed:
+        _run([*pip, "uninstall", "--quiet", "--yes", *environment.removed], environment)
+    write_json(folder / INSTALLED, {"pins": environment.pins, "removed": environment.removed})
     return folder
 
 
 def ask(
-    engine: Installed,
+    environment: Environment,
+    worker: Path,
     request: Mapping[str, Any],
     *,
-    worker: Path | None = None,
     timeout_seconds: float | None = TIMEOUT_SECONDS,
 ) -> dict[str, Any]:
-    """Run a worker of the engine on a request and return its answer.
+    """Run a worker in an environment on a request and return its answer.
 
     Args:
-        worker: Its file; None: the one that proves exports.
-        timeout_seconds: None: for as long as it takes.
+        worker: A Python file with a function `answer_to(request)`; it cannot import drafttrain.
+        timeout_seconds: None: no limit.
 
     Raises:
-        EngineError: The engine is not installed here, or it failed; with the last lines that it wrote.
+        EngineError: The environment is not installed, or the worker failed; the message ends with its last log lines.
     """
-    check_installed(engine)
+    check_installed(environment)
     with tempfile.TemporaryDirectory(prefix="drafttrain-") as temporary:
         asked, answered, log = (Path(temporary) / name for name in ("request.json", "answer.json", "log.txt"))
         write_json(asked, dict(request))
+        # -I: the worker sees the packages of its own environment only.
+        command = [*map(str, (python_of(environment), "-I", RUNNER, worker, asked, answered))]
         with log.open("w", encoding="utf-8") as written:
-            # Isolated: nothing of this process's environment of packages is seen by the engine's.
-            command = [
-                str(python_of(engine)),
-                "-I",
-                str(RUNNER),
-                str(worker or engine.worker),
-                str(asked),
-                str(answered),
-            ]
-            # Nor is a launcher's: an engine that takes itself for one of several processes waits for the others.
-            environment = for_own_program(os.environ)
             try:
                 code = subprocess.run(
                     command,
@@ -133,25 +141,27 @@ def ask(
                     check=False,
                     timeout=timeout_seconds,
                     cwd=temporary,
-                    env=environment,
+                    # An engine that sees the variables of torchrun would wait for the other ranks.
+                    env=for_own_program(os.environ),
                 ).returncode
             except subprocess.TimeoutExpired as error:
-                raise EngineError(f"{engine.name} did not answer within {error.timeout:g} seconds") from error
+                raise EngineError(f"{environment.name} did not answer within {timeout_seconds:g} seconds") from error
         last = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:])
         if not answered.exists():
-            raise EngineError(f"{engine.name} ended with exit code {code} and no answer:\n{last}")
+            raise EngineError(f"{environment.name} stopped with exit code {code} and no answer:\n{last}")
         answer: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
     if "error" in answer:
-        raise EngineError(f"{engine.name} could not run this: {answer['error']}\n{last}")
+        raise EngineError(f"{environment.name} failed: {answer['error']}\n{last}")
     return answer
 
 
-def _made(command: list[str], engine: Installed) -> None:
+def _run(command: list[str], environment: Environment) -> None:
+    """Run one step of an installation."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = "\n".join((done.stdout + done.stderr).splitlines()[-LAST_LINES:])
         raise EngineError(
-            f"{engine.name} could not be installed: `{' '.join(command[1:])}` ended with {done.returncode}. It needs a "
-            f"package registry that has {', '.join(engine.pins)} and what they need (a torch of local version +cpu is in "
-            f"PyTorch's own CPU index: PIP_EXTRA_INDEX_URL).\n{last}"
+            f"{environment.name} could not be installed: `{' '.join(command[1:])}` ended with exit code {done.returncode}. "
+            f"It needs a package registry with {', '.join(environment.pins)} and their dependencies (a torch with local "
+            f"version +cpu is in PyTorch's own CPU index: set PIP_EXTRA_INDEX_URL).\n{last}"
         )

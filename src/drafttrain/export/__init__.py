@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from drafttrain.core.registry import Registry
+from drafttrain.environments.environment import Environment
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,8 +40,8 @@ class Exporter(ABC):
     """The kinds of drafter that it can hold, and how loaders of it call each."""
     readers: ClassVar[str]
     """Who reads it."""
-    engine: ClassVar[str | None] = None
-    """The serving engine whose environment writes it, where none of ours can."""
+    environment: ClassVar[Environment | None] = None
+    """The environment whose software writes it; None: drafttrain writes it."""
     fields_in: ClassVar[str] = "config.json"
     """The file that holds what `DrafterFiles.config` says."""
 

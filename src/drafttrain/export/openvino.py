@@ -16,10 +16,11 @@ import torch
 
 from drafttrain.checkpoint import ABOUT
 from drafttrain.core.files import write_json
+from drafttrain.environments.known import OPENVINO
 from drafttrain.export import DrafterFiles, Exporter, exporters
 from drafttrain.export.folder import kind_of, read_config, write_folder
 from drafttrain.export.layout import layout_problems, text_config
-from drafttrain.export.openvino_graph import GRAPH, read_graph
+from drafttrain.export.openvino_graph import GRAPH, read_graph, write_graph
 
 TAPS = "hidden_layers_list"
 """In the graph's own notes: the blocks whose output EAGLE-3 reads; without it OpenVINO picks them, and only from 10 layers on."""
@@ -46,7 +47,7 @@ class OpenVinoExporter(Exporter):
 
     reads: ClassVar[Mapping[str, str]] = {"causal_lm": "draft_model", "eagle3": "draft_model (eagle3_mode)"}
     readers = "OpenVINO GenAI"
-    engine = "openvino"
+    environment = OPENVINO
 
     def refusals(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
         """Return what OpenVINO would refuse, or compute otherwise without a word."""
@@ -91,12 +92,10 @@ class OpenVinoExporter(Exporter):
         Raises:
             EngineError: OpenVINO is not installed here, or cannot convert this.
         """
-        from drafttrain.serving.engines.openvino import convert
-
         with tempfile.TemporaryDirectory(prefix="drafttrain-") as temporary:
             tensors = {name: tensor for name, tensor in files.tensors.items() if name != FREQUENCIES}
             write_folder(replace(files, tensors=tensors), source, Path(temporary))
-            convert(Path(temporary), folder, taps=files.config.get(TAPS))
+            write_graph(Path(temporary), folder, taps=files.config.get(TAPS))
         write_json(folder / "config.json", dict(files.config))
         if (source / ABOUT).exists():
             shutil.copyfile(source / ABOUT, folder / ABOUT)

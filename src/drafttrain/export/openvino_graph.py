@@ -1,4 +1,4 @@
-"""The weights in OpenVINO's files, read without OpenVINO: an XML graph, and its constants one behind the other in a file.
+"""OpenVINO's files, written in its own environment and read without it: an XML graph, and its constants one behind the other.
 
 A matrix keeps the name that its module had; a vector is a constant without one, called here after the module that multiplies by it or
 adds it.
@@ -8,20 +8,40 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from drafttrain.core.errors import CheckpointError
+from drafttrain.environments.environment import ask
+from drafttrain.environments.known import OPENVINO
 
+WORKER = Path(__file__).with_name("openvino_worker.py")
 GRAPH = "openvino_model.xml"
 WEIGHTS = "openvino_model.bin"
 TYPES = {"f32": np.float32, "f16": np.float16, "i64": np.int64, "i32": np.int32}
 NAMED = "self."
 MODULE = re.compile(r"__module\.(.+)/aten::(\w+)/")
 LEAVES = {"Multiply": "weight", "Add": "bias"}
+
+
+def write_graph(source: Path, folder: Path, *, taps: Sequence[int] | None = None) -> None:
+    """Convert a Hugging Face folder, of a target or a drafter, to OpenVINO's files in float32, in OpenVINO's environment.
+
+    Args:
+        taps: EAGLE-3 only: the blocks of the target whose outputs it reads.
+
+    Raises:
+        EngineError: OpenVINO is not installed here, or cannot convert this folder.
+    """
+    request = {
+        "source": str(source.resolve()),
+        "folder": str(folder.resolve()),
+        "taps": None if taps is None else list(taps),
+    }
+    ask(OPENVINO, WORKER, request)
 
 
 def read_graph(folder: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:

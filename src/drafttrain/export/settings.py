@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from drafttrain.core.settings import setting
+from drafttrain.environments.known import engine_names, unknown_engine
 from drafttrain.export import exporters
-from drafttrain.serving.engines import engines
 
 
 @dataclass
@@ -42,7 +42,7 @@ class ExportSettings:
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
         problems = [f"to: {exporters.unknown(name)}" for name in self.to if name not in exporters.names()]
-        problems += [f"verify: {engines.unknown(name)}" for name in self.verify if name not in engines.names()]
+        problems += [f"verify: {unknown_engine(name)}" for name in self.verify if name not in engine_names()]
         for key, value in self.require.items():
             if key not in self.KEYS:
                 problems.append(f"require.{key}: unknown figure. Available: {', '.join(self.KEYS)}")

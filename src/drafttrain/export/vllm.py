@@ -7,13 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from drafttrain.environments.known import VLLM_RELEASE
 from drafttrain.export import DrafterFiles, Exporter, exporters
 from drafttrain.export.folder import read_config
 from drafttrain.export.layout import counts_outputs, layout_problems
 from drafttrain.export.target_logits import cap_of, scale_of
-
-READ_IN = "0.32.0"
-"""The release of vLLM whose source says what this file does."""
 
 ON_FINAL_STATE = ("eagle", "medusa")
 """Kinds whose logits are scaled as the target's are: they learned with its head, or from its state through heads like it."""
@@ -57,7 +55,7 @@ class VllmExporter(Exporter):
             config["logit_scale"] = scale
         if cap := cap_of(target_config):
             notes = (
-                f"the target's soft cap of {cap:g} on logits has no place in vLLM {READ_IN}: sampled drafts are drawn without it",
+                f"the target's soft cap of {cap:g} on logits has no place in vLLM {VLLM_RELEASE}: sampled drafts are drawn without it",
             )
         return replace(source, config=config, notes=notes)
 
@@ -79,6 +77,6 @@ def fc_bias_problems(files: DrafterFiles) -> list[str]:
     if files.kind != "eagle" or bias_D is None:
         return []
     return [
-        f"fc.bias: {int((bias_D != 0).sum())} of {bias_D.numel()} values are not zero: vLLM {READ_IN} drops them silently "
+        f"fc.bias: {int((bias_D != 0).sum())} of {bias_D.numel()} values are not zero: vLLM {VLLM_RELEASE} drops them silently "
         "and drafts worse; SGLang uses them (--to sglang)"
     ]

@@ -16,10 +16,10 @@ from drafttrain.checkpoint import ABOUT
 from drafttrain.core.errors import CheckpointError
 from drafttrain.drafters.eagle.draft_vocabulary import vocabulary_problems
 from drafttrain.drafters.eagle.eagle3 import Eagle3Settings, taps_of
+from drafttrain.environments.known import VLLM_RELEASE as VLLM
 from drafttrain.export import DrafterFiles
 from drafttrain.export.layout import LAYOUTS
 from drafttrain.export.sglang import READ_IN as SGLANG
-from drafttrain.export.vllm import READ_IN as VLLM
 from drafttrain.importers import Given, Imported, Importer, importers
 from drafttrain.importers.copies import without_angles, without_copies
 from drafttrain.importers.fields import layer_fields, layer_problems, size_problems, unknown_fields, without_other_forms

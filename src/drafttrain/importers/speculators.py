@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from drafttrain.environments.known import VLLM_RELEASE as VLLM
 from drafttrain.export import DrafterFiles
 from drafttrain.export.speculators import VERSION
-from drafttrain.export.vllm import READ_IN as VLLM
 from drafttrain.importers import Given, Imported, Importer, importers
 from drafttrain.importers.eagle3 import OWN, eagle3_files, taps_read
 from drafttrain.importers.fields import HEAD_NORMS, layer_problems, unknown_fields, without_other_forms

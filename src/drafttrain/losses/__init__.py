@@ -24,6 +24,11 @@ class Loss(nn.Module, ABC):
     needs_target: ClassVar[bool] = True
 
     @property
+    def block_length(self) -> int:
+        """Rows of a drafter of depth 1 that form one block."""
+        return 1
+
+    @property
     def pointwise(self) -> bool:
         """Whether `combine` may be called with some of the rows at a time: it looks at one row alone, or adds up what it saw."""
         return type(self).combine is Loss.combine

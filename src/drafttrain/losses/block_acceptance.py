@@ -33,7 +33,12 @@ class BlockAcceptance(Loss):
 
     def __init__(self, settings: BlockAcceptanceSettings | None = None) -> None:
         super().__init__()
-        self.block_length = (settings or BlockAcceptanceSettings()).block_length
+        self.settings = settings or BlockAcceptanceSettings()
+
+    @property
+    def block_length(self) -> int:
+        """Draft tokens of a block."""
+        return self.settings.block_length
 
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
         """Return the acceptance rate of each row."""

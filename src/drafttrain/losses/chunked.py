@@ -5,9 +5,8 @@ N = rows, D = hidden
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,8 +16,7 @@ from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.target_rows import AlignedRows
 from drafttrain.distributed.collectives import shared
 from drafttrain.losses import Loss
-from drafttrain.losses.align import align
-from drafttrain.losses.fused import are_spread, can_be_fused, fused_loss
+from drafttrain.losses.fused import are_spread
 from drafttrain.losses.pieces import (
     ACCEPTANCE,
     NO_ROWS,
@@ -35,59 +33,6 @@ LEARNABLE = "learnable"
 
 WHOLE_BYTES = 256 * 2**20
 """Logits up to this size are kept for the backward pass; larger ones are computed again, piece by piece."""
-
-
-class Weighted(Protocol):
-    """A micro-batch that knows what the whole optimizer step weighs."""
-
-    @property
-    def weight_of_step(self) -> float: ...
-
-
-@dataclass(frozen=True)
-class BatchLoss:
-    """The loss of a micro-batch."""
-
-    total: Tensor
-    """The sum over rows, by which everything is trained; with what is trained beside the drafts."""
-    loss_N: Tensor
-    """float32, without gradient."""
-    acceptance_N: Tensor | None
-    """Without gradient; None when there is no target or it is not measured."""
-
-
-def batch_loss(
-    loss: Loss,
-    drafted: DraftOutput,
-    rows: AlignedRows,
-    batch: DraftBatch,
-    *,
-    vocab_size: int,
-    chunk_rows: int | None = None,
-    measured: bool = True,
-) -> BatchLoss:
-    """Return the loss of a micro-batch: the sum of `row_losses`, and of those that the drafter trains beside its drafts.
-
-    The gradient is taken while a piece of logits is there, where the head's parts and its weights are at hand; a head that is only
-    a function, or whose weights are spread over processes, runs again in the backward pass.
-    """
-    sizes: dict[str, Any] = {"vocab_size": vocab_size, "chunk_rows": chunk_rows}
-    values = RowValues(loss, drafted, rows, batch, vocab_size=vocab_size, measured=measured)
-    terms = [(values, drafted)]
-    if (beside := drafted.beside) is not None:
-        its_rows, its_batch = align(beside.drafted, batch), replace(batch, target_rows=beside.target_rows)
-        its = RowValues(beside.loss, beside.drafted, its_rows, its_batch, vocab_size=vocab_size, measured=False)
-        terms.append((its, beside.drafted))
-        together = torch.is_grad_enabled() and all(can_be_fused(each) for _, each in terms)
-        if not together or not values.can_share_target(its):
-            alone = batch_loss(loss, replace(drafted, beside=None), rows, batch, **sizes, measured=measured)
-            added = batch_loss(beside.loss, beside.drafted, its_rows, its_batch, **sizes, measured=False)
-            return replace(alone, total=alone.total + added.total)
-    if not can_be_fused(drafted) or not torch.is_grad_enabled():
-        loss_N, acceptance_N = row_losses(loss, drafted, rows, batch, **sizes, measured=measured)
-        return BatchLoss(loss_N.sum(), loss_N.detach(), acceptance_N)
-    size = piece_size(rows, columns=max(each.columns for each, _ in terms), chunk_rows=chunk_rows)
-    return BatchLoss(*fused_loss(terms, pieces([each.rows for each, _ in terms], size)))
 
 
 def row_losses(
@@ -155,16 +100,3 @@ def _of_states(
 ) -> dict[str, Tensor]:
     """Return the named values of the rows of a part; inside, and only here, their logits exist."""
     return values.of(part, target, drafted.head(states_ND, part.depth)[:, : values.vocab_size])
-
-
-def summed(made: BatchLoss, drafted: DraftOutput) -> Tensor:
-    """Return the sum over a micro-batch's rows, with what the drafter adds by itself."""
-    return made.total if drafted.extra_loss is None else made.total + drafted.extra_loss
-
-
-def normalised(total: Tensor, batch: Weighted, *, world_size: int, accumulation: int) -> Tensor:
-    """Return the micro-batch's part of the mean over all trained positions of an optimiser step, from its sum.
-
-    Ranks and micro-batches are averaged by those who add gradients up, hence the two factors.
-    """
-    return total * (world_size * accumulation / batch.weight_of_step)

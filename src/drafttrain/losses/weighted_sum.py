@@ -66,39 +66,43 @@ class WeightedSum(Loss):
         self.parts = torch.nn.ModuleList(losses.build(term.loss) for term in settings.terms)
 
     @property
+    def _losses(self) -> list[Loss]:
+        return list(self.parts)  # type: ignore[arg-type]
+
+    @property
     def needs_target(self) -> bool:  # type: ignore[override]
-        """Tell whether any part does."""
-        return any(part.needs_target for part in self.parts)
+        """Whether any part does."""
+        return any(part.needs_target for part in self._losses)
 
     @property
     def pointwise(self) -> bool:
         """Whether every part is."""
-        return all(part.pointwise for part in self.parts)
+        return all(part.pointwise for part in self._losses)
 
     @property
     def block_length(self) -> int:
         """The longest block that a part reads."""
-        return max(int(getattr(part, "block_length", 1)) for part in self.parts)
+        return max(part.block_length for part in self._losses)
 
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
         """Return every part's values under its number."""
         return {
             f"{number}.{name}": value
-            for number, part in enumerate(self.parts)
-            for name, value in part.per_row(rows).items()  # type: ignore[operator]
+            for number, part in enumerate(self._losses)
+            for name, value in part.per_row(rows).items()
         }
 
     def combine(self, values: Mapping[str, Tensor], index: RowIndex) -> Tensor:
         """Return the weighted sum of the parts."""
         total = torch.zeros(())
-        for number, (part, term) in enumerate(zip(self.parts, self.weights, strict=True)):
+        for number, (part, term) in enumerate(zip(self._losses, self.weights, strict=True)):
             own = {
                 name.split(".", 1)[1]: value for name, value in values.items() if name.split(".", 1)[0] == str(number)
             }
-            total = total + term.at(index.step) * part.combine(own, index)  # type: ignore[operator]
+            total = total + term.at(index.step) * part.combine(own, index)
         return total
 
     def end_of_step(self) -> None:
         """Let every part roll what it carries."""
-        for part in self.parts:
-            part.end_of_step()  # type: ignore[operator]
+        for part in self._losses:
+            part.end_of_step()

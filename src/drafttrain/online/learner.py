@@ -18,8 +18,7 @@ from drafttrain.data_gen.packing import pack
 from drafttrain.data_gen.stored.logged_distribution import with_logged
 from drafttrain.drafters import Drafter
 from drafttrain.losses import Loss
-from drafttrain.losses.align import align
-from drafttrain.losses.chunked import batch_loss, normalised, summed
+from drafttrain.losses.step import batch_loss, share_of_step
 from drafttrain.target_model import Target
 from drafttrain.train.optimizer import build_optimizer
 from drafttrain.train.precision import float32_products, training_autocast
@@ -73,19 +72,14 @@ class Learner:
         device = self.target.device
         with float32_products(self.settings, device):
             with training_autocast(self.settings, device):
-                drafted = self.drafter(batch)
-                rows = align(drafted, batch, block_length=getattr(self.loss, "block_length", 1))
                 made = batch_loss(
+                    self.drafter,
                     self.loss,
-                    drafted,
-                    rows,
                     batch,
                     vocab_size=self.num_tokens,
                     chunk_rows=self.settings.loss_chunk_rows,
-                    measured=False,
                 )
-                total = summed(made, drafted)
-            normalised(total, batch, world_size=1, accumulation=1).backward()
+            share_of_step(made.total, batch, world_size=1, accumulation=1).backward()
         skipped = not self._clipped()
         if not skipped:
             for group in self.optimizer.param_groups:
@@ -94,7 +88,7 @@ class Learner:
         self.loss.end_of_step()
         self.steps += 1
         self.drafter.eval()
-        return Step(float(total.detach()) / max(1, len(made.loss_N)), len(made.loss_N), skipped)
+        return Step(float(made.total.detach()) / max(1, len(made.loss_N)), len(made.loss_N), skipped)
 
     def _batch(self, records: Sequence[Record], *, positions: str) -> DraftBatch:
         labelled = [recorded_only(record) if positions == "refused" else record for record in records]

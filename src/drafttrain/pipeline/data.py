@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from drafttrain.core.errors import DataError
@@ -22,14 +21,8 @@ FEW_WIDTHS = 128
 
 def write_texts(run: Run) -> None:
     from drafttrain.data_gen.training_data import generate_texts
-    from drafttrain.environments.environment import ask
-    from drafttrain.serving.engines import checked_installed
 
-    def ask_engine(name: str, worker: Path, request: Mapping[str, Any]) -> dict[str, Any]:
-        (engine,) = checked_installed([name])
-        return ask(engine, request, worker=worker, timeout_seconds=None)
-
-    generate_texts(run.recipe.data, lambda: run.target, run.folder.data, seed=run.recipe.seed, ask_engine=ask_engine)
+    generate_texts(run.recipe.data, lambda: run.target, run.folder.data, seed=run.recipe.seed)
 
 
 def training_data(run: Run) -> TrainingData:

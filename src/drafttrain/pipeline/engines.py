@@ -14,7 +14,6 @@ from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError, GateError, RecipeError
 from drafttrain.core.files import write_json, write_text
 from drafttrain.pipeline.data import dropped_prompts
-from drafttrain.pipeline.folder import exported_in
 from drafttrain.pipeline.run import quiet_libraries
 
 if TYPE_CHECKING:
@@ -59,9 +58,9 @@ def check_engines(settings: ExportSettings, kind: str | None, *, where: Path) ->
     for name in settings.verify:
         if kind is not None:
             engine_of(name).check_kind(where, kind)
-        check_installed(engine_of(name))
-    for writer in filter(None, (exporter_of(format).engine for format in formats_of(settings))):
-        check_installed(engine_of(writer))
+        check_installed(engine_of(name).environment)
+    for writer in filter(None, (exporter_of(format).environment for format in formats_of(settings))):
+        check_installed(writer)
 
 
 def check_writer(recipe: Recipe, texts: Path) -> None:
@@ -75,16 +74,15 @@ def check_writer(recipe: Recipe, texts: Path) -> None:
     """
     from drafttrain.data_gen.backends.vllm import environment_on
     from drafttrain.environments.environment import is_installed
-    from drafttrain.serving.engines import checked_installed
     from drafttrain.target_model.device import kind_of_device
 
     generate = recipe.data.generate
     if generate is None or generate.backend.kind != "vllm" or (texts / "manifest.json").exists():
         return
-    name = environment_on(kind_of_device(recipe.target.device))
-    if not is_installed(checked_installed([name])[0]):
+    environment = environment_on(kind_of_device(recipe.target.device))
+    if not is_installed(environment):
         problem = (
-            f"data.generate.backend: vllm is not installed here: drafttrain engines install {name}; or let drafttrain write the "
+            f"data.generate.backend: vllm is not installed here: drafttrain engines install {environment.name}; or let drafttrain write the "
             "texts itself, more slowly: 'data.generate.backend={kind: builtin}'"
         )
         raise RecipeError(recipe.name, [problem])
@@ -185,67 +183,13 @@ def write_engine_card(
     folder: Path, source: Path, comparisons: Sequence[dict[str, Any]], *, format: str = DRAFTER_FORMAT
 ) -> None:
     """Write the card of a folder in a format: the source's, with what engines did."""
-    from drafttrain.export.card import in_format, with_engines
+    from drafttrain.serving.card import in_format, with_engines
 
     card = source / "README.md"
     text = card.read_text(encoding="utf-8") if card.exists() else f"# {source.name}\n"
     if format != DRAFTER_FORMAT:
         text = in_format(text, format)
     write_text(folder / "README.md", with_engines(text, comparisons) if comparisons else text)
-
-
-def serve_command(folder: Path, engine: str, *, target: str | None) -> str:
-    """Return the command that serves a drafter with the draft length that its evaluation found best.
-
-    Args:
-        target: Its name; None: the one that the drafter was made for.
-    """
-    from drafttrain.checkpoint import read_about
-    from drafttrain.export.folder import kind_of, read_files
-    from drafttrain.serving.engines import Use, engine_of, engines
-    from drafttrain.serving.serve_config import best_length, read_evaluation
-    from drafttrain.target_model.folders import BUILTIN, resolve_folder
-
-    if engine not in engines.names():
-        raise CheckpointError(engines.unknown(engine))
-    folder = exported_in(folder)
-    about = read_about(folder)
-    target = target or (about.target if about else None)
-    if not target:
-        raise CheckpointError(f"{folder}: does not say which target it was made for: give --target")
-    serving, kind = engine_of(engine), kind_of(folder)
-    serving.check_kind(folder, kind)
-    readable = _readable(folder, serving.formats, engine)
-    if found := serving.misread(readable, kind):
-        raise CheckpointError("\n  ".join([f"{engine} cannot run {readable}:", *found]))
-    if target.startswith(BUILTIN) or Path(target).is_dir():
-        target = str(serving.target_as(resolve_folder(target)))
-    best = best_length(
-        read_evaluation(folder), most=read_files(folder).config.get("num_heads") if kind == "medusa" else None
-    )
-    say(
-        f"{best.num_draft_tokens} draft tokens: block efficiency {best.block_efficiency:.2f}, memory-bound speed-up {best.mbsu:.2f} "
-        "(replay of greedy text, bytes read)"
-    )
-    draft = serving.draft(kind, about.draft if about else "sampled")
-    return serving.command(target, Use(str(readable.resolve()), kind, best.num_draft_tokens, draft))
-
-
-def _readable(folder: Path, formats: Sequence[str], engine: str) -> Path:
-    """Return the folder of a drafter that an engine reads: this one, or one beside it in another format.
-
-    Raises:
-        CheckpointError: There is none.
-    """
-    from drafttrain.export.convert import exporter_of
-
-    for format in formats:
-        for candidate in (folder, folder_as(folder, format)):
-            if exporter_of(format).holds(candidate):
-                return candidate
-    raise CheckpointError(
-        f"{folder}: {engine} reads {', '.join(formats)}: drafttrain export {folder} --to {formats[0]}"
-    )
 
 
 def _verified_in(

@@ -30,8 +30,8 @@ def export_and_judge(run: Run) -> None:
     from drafttrain.eval.gate import shortfalls
     from drafttrain.eval.report import write_report
     from drafttrain.eval.table import show
-    from drafttrain.export.card import model_card
     from drafttrain.export.head import head_card
+    from drafttrain.serving.card import model_card
 
     recipe, folder = run.recipe, run.folder
     of_head = recipe.head is not None

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from drafttrain.config.recipe import Recipe
-from drafttrain.core.console import say, table
+from drafttrain.core.console import say
 from drafttrain.pipeline.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -43,55 +42,9 @@ def online_run(recipe: Recipe, folder: RunFolder, target: Target) -> OnlineRun:
     return OnlineRun(shop, intake, folder.path, start=folder.start)
 
 
-def show_status(folder: Path) -> dict[str, Any]:
-    """Print how far the learning of a run is, and return it."""
-    from drafttrain.online.run_files import status
-
-    found = status(folder)
-    columns = [
-        "drafter",
-        "serving",
-        "requests",
-        "updates",
-        "published",
-        "refused",
-        "rolled back",
-        "block efficiency",
-        "as logged",
-        "drift p",
-    ]
-    rows = [
-        [
-            name or "drafter",
-            route["serving"],
-            route["requests"],
-            route["updates"],
-            route["published"],
-            route["refused"],
-            route["rolled_back"],
-            _number(route["block_efficiency"]),
-            _number(route["served_block_efficiency"]),
-            _number(route["drift_p_value"]),
-        ]
-        for name, route in found["routes"].items()
-    ]
-    table(
-        rows,
-        columns=columns,
-        title=f"{folder}: block efficiency by replay on recent held-out requests, and of the rounds in the logs",
-    )
-    lines = ", ".join(f"{kind} {count:,}" for kind, count in found["lines"].items()) or "none yet"
-    say(f"lines of the logs: {lines}")
-    return found
-
-
 def report(folder: RunFolder, *, title: str) -> None:
     """Write the page of the run."""
     from drafttrain.online.report import write_online_report
 
     write_online_report(folder.path, folder.report, title=title)
     say(f"report:  {folder.report}")
-
-
-def _number(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.3f}"

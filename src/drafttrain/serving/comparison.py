@@ -132,7 +132,9 @@ class Comparison:
 
 def plain_served(engine: ServingEngine, job: Job) -> list[Served]:
     """Return the engine's own greedy output, without a drafter; one answer serves all drafters of a target."""
-    (greedy,) = engine.served(ask(engine, engine.request(replace(job, temperatures=[0.0]), None)))
+    (greedy,) = engine.served(
+        ask(engine.environment, engine.worker, engine.request(replace(job, temperatures=[0.0]), None))
+    )
     return greedy
 
 
@@ -172,9 +174,8 @@ def compare_with_engine(
     drafter.draft = engine.draft(drafter.kind, drafter.draft)
     plain = plain if plain is not None else plain_served(engine, job)
     job = job if engine.samples else replace(job, temperatures=[0.0])
-    answer = ask(
-        engine, engine.request(job, Use(str(exported.resolve()), drafter.kind, num_draft_tokens, drafter.draft))
-    )
+    use = Use(str(exported.resolve()), drafter.kind, num_draft_tokens, drafter.draft)
+    answer = ask(engine.environment, engine.worker, engine.request(job, use))
     return compare(
         Side(plain, *engine.served(answer)),
         evaluator_side(

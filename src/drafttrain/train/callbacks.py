@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from drafttrain.core.console import progress
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.target_model import Target
-from drafttrain.train.module import StepModule
 from drafttrain.train.settings import TrainSettings
+from drafttrain.train.step_module import StepModule
 
 
 class StepEnd(Callback):

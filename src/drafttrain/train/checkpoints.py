@@ -25,8 +25,8 @@ from drafttrain.distributed.world import is_first, world
 from drafttrain.train.callbacks import StepEnd
 from drafttrain.train.checkpoint_file import CheckpointFile
 from drafttrain.train.full_disk import could_be_written, only_full
-from drafttrain.train.module import StepModule
 from drafttrain.train.settings import TrainSettings
+from drafttrain.train.step_module import StepModule
 from drafttrain.train.strategy import whole
 
 UNREADABLE = (

@@ -13,8 +13,9 @@ from drafttrain.core.errors import DrafttrainError
 from drafttrain.core.weights import weight_bytes
 from drafttrain.distributed.world import world
 from drafttrain.target_model.anatomy import blocks
-from drafttrain.train.module import DistillModule, StepModule
+from drafttrain.train.distill import DistillModule
 from drafttrain.train.settings import TrainSettings
+from drafttrain.train.step_module import StepModule
 
 OF_CPU = "can't allocate memory"
 """What torch's CPU allocator says; on CUDA there is a class of its own."""

@@ -18,10 +18,10 @@ from drafttrain.distributed.collectives import sums_over_processes
 from drafttrain.distributed.world import world
 from drafttrain.train.callbacks import StepEnd
 from drafttrain.train.full_disk import only_full
-from drafttrain.train.module import StepModule
 from drafttrain.train.peak import peak_of
 from drafttrain.train.settings import TrainSettings
 from drafttrain.train.step_clock import PHASES
+from drafttrain.train.step_module import StepModule
 from drafttrain.train.validation import Validation
 
 COLUMNS = (

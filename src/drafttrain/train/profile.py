@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from drafttrain.core.console import say
 from drafttrain.train.callbacks import StepEnd
-from drafttrain.train.module import StepModule
+from drafttrain.train.step_module import StepModule
 
 
 class Profile(StepEnd):

@@ -27,15 +27,17 @@ from drafttrain.target_model import Target
 from drafttrain.train.callbacks import FrozenTarget, Progress
 from drafttrain.train.checkpoints import Checkpoints, newest_checkpoint_for_all, save_trained
 from drafttrain.train.compiled import compile_step
+from drafttrain.train.distill import DistillModule
+from drafttrain.train.head import HeadModule
 from drafttrain.train.loader import StepData
 from drafttrain.train.memory import advice_on_memory
 from drafttrain.train.metrics_log import MetricsLog
-from drafttrain.train.module import DistillModule, HeadModule, StepModule
 from drafttrain.train.precision import float32_products, note_on_float32
 from drafttrain.train.preflight import check_disk, has_room_for_a_copy
 from drafttrain.train.profile import Profile
 from drafttrain.train.result import TrainResult, folder_of_step
 from drafttrain.train.settings import TrainSettings
+from drafttrain.train.step_module import StepModule
 from drafttrain.train.strategy import ZeroStrategy
 from drafttrain.train.validation import HeldOut, Validation
 

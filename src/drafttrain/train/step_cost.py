@@ -21,16 +21,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-from drafttrain.core.batches import DraftBatch
+from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.flops import attention
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import Drafter
 from drafttrain.losses import Loss
-from drafttrain.losses.align import align, planned
-from drafttrain.losses.chunked import batch_loss, summed
 from drafttrain.losses.pieces import PIECE_BYTES
+from drafttrain.losses.step import batch_loss, with_plan
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import taps, trunk
 from drafttrain.target_model.packed_reading import packed
@@ -92,7 +91,7 @@ def step_cost(build: Callable[[], Trained], *, rows: int, width: int, prompt: in
     with FakeTensorMode(allow_non_fake_inputs=True):
         made = build()
     # Outside of it: what is computed of weights and states has no numbers, where rows begin and end has.
-    batch = _planned(batch, made)
+    batch = with_plan(made.drafter, made.loss, batch)
     drafter = made.drafter.train()
     weights = [*drafter.parameters(), *drafter.buffers()]
     frozen = [*made.target.model.parameters(), *made.target.model.buffers()]
@@ -112,33 +111,29 @@ def step_cost(build: Callable[[], Trained], *, rows: int, width: int, prompt: in
     )
 
 
-def _planned(batch: DraftBatch, made: Trained) -> DraftBatch:
-    of_loss, *others = made.drafter.rows_asked()
-    block_length = getattr(made.loss, "block_length", 1)
-    return planned(batch, [replace(of_loss, block_length=block_length), *others], slots=made.drafter.reads_slots)
-
-
 def _needs(made: Trained) -> TargetNeeds:
     return made.drafter.needs() | TargetNeeds(final=made.loss.needs_target)
 
 
 def _step(made: Trained, batch: DraftBatch, *, mixed: bool, own: Sequence[Tensor]) -> int:
-    """Take the step; return what the drafter's forward kept."""
+    """Take the step; return the bytes that the drafter's forward keeps."""
+    sizes: dict[int, int] = {}
+
+    def drafted(batch: DraftBatch) -> DraftOutput:
+        with _kept(own) as kept:
+            made_of_it: DraftOutput = made.drafter(batch)
+        sizes.update(kept)
+        return made_of_it
+
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         seen = _read(made.target, batch, _needs(made))
         rows = made.target.rows_of(seen) if made.loss.needs_target else None
         batch = replace(batch, target=seen, target_rows=rows)
-        with _kept(own) as kept:
-            drafted = made.drafter(batch)
-        aligned = align(drafted, batch, block_length=getattr(made.loss, "block_length", 1))
         # As large as on a GPU, which these tensors are not on.
         chunk_rows = made.chunk_rows or PIECE_BYTES // (4 * made.vocab_size)
-        loss = batch_loss(
-            made.loss, drafted, aligned, batch, vocab_size=made.vocab_size, chunk_rows=chunk_rows, measured=False
-        )
-        total = summed(loss, drafted)
-    total.backward()
-    return sum(kept.values())
+        loss = batch_loss(drafted, made.loss, batch, vocab_size=made.vocab_size, chunk_rows=chunk_rows)
+    loss.total.backward()
+    return sum(sizes.values())
 
 
 @torch.no_grad()

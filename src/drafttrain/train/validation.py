@@ -19,10 +19,10 @@ from drafttrain.distributed.world import is_first
 from drafttrain.train.callbacks import StepEnd
 from drafttrain.train.checkpoints import save_trained
 from drafttrain.train.full_disk import could_be_written, only_full
-from drafttrain.train.module import StepModule
 from drafttrain.train.precision import training_autocast
 from drafttrain.train.result import folder_of_step, kept_steps
 from drafttrain.train.settings import TrainSettings
+from drafttrain.train.step_module import StepModule
 from drafttrain.train.strategy import whole
 
 

@@ -1,48 +1,56 @@
-"""Texts by an engine in its own environment: what it wrote before it died is taken up. The engine itself: tests/serving."""
+"""Texts by an engine in its own environment: shards that it wrote before it died are kept. The engine itself: tests/serving."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+import venv
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from drafttrain.core.errors import DataError
-from drafttrain.core.texts import Sampling
-from drafttrain.data_gen.backends import Task
-from drafttrain.data_gen.backends.builtin import continuations
-from drafttrain.data_gen.backends.vllm import WORKER, VllmSettings, environment_on
+from drafttrain.data_gen.backends.vllm import VllmSettings, environment_on
 from drafttrain.data_gen.generate import generate
 from drafttrain.data_gen.settings import GenerateSettings
 from drafttrain.data_gen.sources.text import TextSettings
-from drafttrain.serving.engines import checked_installed, environment
+from drafttrain.environments.environment import EngineError, folder_of
+from drafttrain.environments.known import VLLM_CPU, VLLM_CUDA
 from drafttrain.target_model import Target
 
 
-class Engine:
-    """Stands where the engine's process is: takes its request, writes the files that it asks for, by the target's own decoding."""
+@pytest.fixture
+def stub(monkeypatch, tmp_path) -> Stub:
+    """The environment of vLLM for CPUs: a Python of its own whose vLLM is stub_vllm.py."""
+    monkeypatch.setenv("DRAFTTRAIN_ENGINES", str(tmp_path / "engines"))
+    return Stub(tmp_path, monkeypatch)
 
-    def __init__(self, target: Target, *, dies_after: int | None = None) -> None:
-        self.target = target
-        self.dies_after = dies_after
-        self.shards = 0
 
-    def __call__(self, name: str, worker: str, request: Mapping[str, Any]) -> dict[str, Any]:
-        assert (name, worker) == ("vllm", WORKER)
-        for shard in request["shards"]:
-            if self.shards == self.dies_after:
-                raise environment.EngineError("killed")
-            self.shards += 1
-            Path(shard["file"]).write_text(json.dumps([self._text(text, request) for text in shard["texts"]]))
-        return {"version": "0"}
+class Stub:
+    """An environment that is installed, and what its engine was asked."""
 
-    def _text(self, text: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
-        task = Task("", text["prompt"], Sampling(text["temperature"], text["top_p"]))
-        (tokens,) = continuations([task], self.target, max_new_tokens=request["max_tokens"], seed=text["seed"])
-        return {"tokens": tokens, "finish": "stop" if tokens[-1] in self.target.eos_token_ids else "length"}
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+        self._log = folder / "generate.log"
+        home = folder_of(VLLM_CPU)
+        venv.create(home, with_pip=False, symlinks=True)
+        (packages,) = home.glob("lib/python*/site-packages")
+        shutil.copyfile(Path(__file__).with_name("stub_vllm.py"), packages / "vllm.py")
+        (home / "installed.json").write_text("{}")
+        monkeypatch.setenv("STUB_VLLM_LOG", str(self._log))
+
+    def dies_after(self, num_shards: int | None) -> None:
+        """Let the engine's process die when it is asked for one more shard."""
+        if num_shards is None:
+            self._monkeypatch.delenv("STUB_VLLM_DIES_AFTER", raising=False)
+        else:
+            self._monkeypatch.setenv("STUB_VLLM_DIES_AFTER", str(num_shards))
+
+    @property
+    def num_shards(self) -> int:
+        """Shards that were written so far, by all processes."""
+        return len(self._log.read_text().splitlines()) if self._log.exists() else 0
 
 
 @pytest.fixture
@@ -64,18 +72,18 @@ def shards(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("dies_after", [0, 2])
-def test_an_engine_that_dies_is_asked_for_the_rest_only(settings, tiny_target, tmp_path, dies_after):
-    ours = shards(generate(settings, tiny_target, tmp_path / "b", seed=0, max_length=64))
+def test_an_engine_that_dies_is_asked_for_the_rest_only(settings, stub, tiny_target, tmp_path, dies_after):
     settings = replace(settings, backend=VllmSettings())
     arguments = {"seed": 0, "max_length": 64}
-    with pytest.raises(environment.EngineError):
-        generate(
-            settings, tiny_target, tmp_path / "g", ask_engine=Engine(tiny_target, dies_after=dies_after), **arguments
-        )
-    again = Engine(tiny_target)
-    folder = generate(settings, tiny_target, tmp_path / "g", ask_engine=again, **arguments)
-    assert shards(folder) == ours
-    assert again.shards == len(ours) - dies_after
+    whole = shards(generate(settings, tiny_target, tmp_path / "whole", **arguments))
+    assert stub.num_shards == len(whole) == 3
+    stub.dies_after(dies_after)
+    with pytest.raises(EngineError, match="vllm stopped with exit code 3"):
+        generate(settings, tiny_target, tmp_path / "texts", **arguments)
+    stub.dies_after(None)
+    folder = generate(settings, tiny_target, tmp_path / "texts", **arguments)
+    assert shards(folder) == whole
+    assert stub.num_shards == 2 * len(whole), "no shard was written again"
     assert not list(folder.glob("answers-*"))
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["settings"]["backend"] == {"kind": "vllm", "dtype": "float32"}
@@ -83,15 +91,21 @@ def test_an_engine_that_dies_is_asked_for_the_rest_only(settings, tiny_target, t
     assert manifest["reproducible"]["sampled"] is False
 
 
+def test_records_hold_the_tokens_of_the_engine(settings, stub, tiny_target, tmp_path):
+    folder = generate(replace(settings, backend=VllmSettings()), tiny_target, tmp_path / "g", seed=0, max_length=64)
+    lines = (folder / "shard-00000.jsonl").read_text().splitlines()
+    for record in map(json.loads, lines):
+        prompt = record["tokens"][:10]
+        assert record["tokens"][10:] == [(sum(prompt) + i) % 200 + 5 for i in range(6)]
+        assert record["loss_mask"] == [0] * 10 + [1] * 6
+
+
 def test_a_folder_that_holds_another_model_by_now_is_refused(settings, tiny_target, tmp_path):
     other = Target(tiny_target.model, tiny_target.tokenizer, name=tiny_target.name, fingerprint="another")
     settings = replace(settings, backend=VllmSettings())
     with pytest.raises(DataError, match="is not the target that is loaded"):
-        generate(settings, other, tmp_path / "g", seed=0, max_length=64, ask_engine=Engine(tiny_target))
+        generate(settings, other, tmp_path / "g", seed=0, max_length=64)
 
 
 def test_a_target_on_a_gpu_asks_the_build_for_gpus() -> None:
-    assert [environment_on(device) for device in ("cpu", "cuda")] == ["vllm", "vllm-cuda"]
-    on_cpu, on_cuda = checked_installed(["vllm", "vllm-cuda"])
-    assert on_cpu.pins[0].partition("==")[2] == on_cuda.pins[0].partition("==")[2]
-    assert on_cuda.pins[0].startswith("vllm==")
+    assert [environment_on(device) for device in ("cpu", "cuda")] == [VLLM_CPU, VLLM_CUDA]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from drafttrain import pipeline
+from drafttrain.commands.fit import fit
 from drafttrain.config.load import load_recipe
 from drafttrain.core.target_rows import NamedTargetRows, TargetNeeds
 from drafttrain.data_gen.serving_logs.settings import ServingLogsSettings
@@ -19,7 +19,7 @@ from drafttrain.data_gen.sources.jsonl import JSONLSettings
 from drafttrain.data_gen.training_data import TrainingData, attach_cache, prepare
 from drafttrain.drafters.causal_lm.module import CausalLMDrafter, CausalLMSettings
 from drafttrain.losses.forward_kl import ForwardKL, ForwardKLSettings
-from drafttrain.train.module import DistillModule
+from drafttrain.train.distill import DistillModule
 from drafttrain.train.settings import TrainSettings
 from tests.data_gen.serving_logs.log_lines import completion, ids, write
 
@@ -140,7 +140,7 @@ eval: {{num_prompts: 2, max_new_tokens: 6, prompt_tokens: 6, speed_prompts: 1, p
        validation_prompts: {prompts}}}
 """
     )
-    pipeline.fit(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "run")
+    fit(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "run")
     (about,) = [json.loads(path.read_text()) for path in (tmp_path / "run").rglob("meta.json")]
     assert (about["records"], about["set_aside_by"]) == (12, {"not_a_record": 1, "duplicate": 1})
     with (tmp_path / "run" / "metrics.csv").open(newline="") as file:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from drafttrain.target_model import Target
 
 backends = Registry("generation backend", "drafttrain.data_gen.backends")
-
-AskEngine = Callable[[str, Path, Mapping[str, Any]], dict[str, Any]]
-"""(engine, worker file, request) -> answer. Engines are of a room further right: the pipeline hands this in."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,6 @@ class Plan:
     max_new_tokens: int
     batch_size: int
     seed: int
-    ask_engine: AskEngine | None = None
 
 
 class Backend(Protocol):

@@ -16,12 +16,11 @@ from drafttrain.core.errors import DataError
 from drafttrain.core.random import stream_seed
 from drafttrain.core.settings import setting
 from drafttrain.data_gen.backends import NOT_REPRODUCIBLE, Outcome, Plan, Task, backends, unusable
-from drafttrain.environments import environment
+from drafttrain.environments.environment import Environment, ask
+from drafttrain.environments.known import VLLM_CPU, VLLM_CUDA
 from drafttrain.target_model.folders import fingerprint_of, resolve_folder
 
-WORKER = Path(environment.__file__).with_name("vllm_writer.py")
-ON_CPU, ON_CUDA = "vllm", "vllm-cuda"
-"""The environments that hold vLLM, by the kind of device that it runs on."""
+WORKER = Path(__file__).with_name("vllm_worker.py")
 LARGEST_SEED = 2**31
 
 
@@ -39,9 +38,9 @@ class VllmSettings:
         return replace(self, memory_gb=min(self.memory_gb, 1.0))
 
 
-def environment_on(device: str) -> str:
+def environment_on(device: str) -> Environment:
     """Return the environment that writes texts on a kind of device."""
-    return ON_CUDA if device == "cuda" else ON_CPU
+    return VLLM_CUDA if device == "cuda" else VLLM_CPU
 
 
 @backends.register("vllm", VllmSettings)
@@ -73,9 +72,8 @@ class Vllm:
         if len(missing) < len(shards):
             say(f"{len(shards) - len(missing)} of {len(shards)} shards were answered before")
         if missing:
-            assert self.plan.ask_engine is not None, "the pipeline hands it in"
             request = self._request({number: shards[number] for number in missing}, answered)
-            self.plan.ask_engine(environment_on(self.plan.target.device.type), WORKER, request)
+            ask(environment_on(self.plan.target.device.type), WORKER, request, timeout_seconds=None)
         for number, shard in shards.items():
             texts = json.loads(answered[number].read_text(encoding="utf-8"))
             outcomes = [self._outcome(text) for text in texts]

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from drafttrain.core.errors import CheckpointError, RecipeError
+from drafttrain.core.errors import CheckpointError
 from drafttrain.core.registry import Registry
+from drafttrain.environments.environment import Environment, is_installed, python_of
+from drafttrain.environments.known import environments_of
 
 engines = Registry("serving engine", "drafttrain.serving.engines")
 libraries = Registry("library", "drafttrain.serving.engines")
-"""Software that loads exports and does not serve them: only installed, listed and asked."""
+"""Software that loads exports and does not serve them."""
 
 
 @dataclass(frozen=True)
@@ -82,25 +84,24 @@ class CounterNames:
     """New tokens of all requests."""
 
 
-class Installed(ABC):
-    """Software of others in an environment of its own: how that is made, and what is run in it."""
+class Loader(ABC):
+    """Software of others that loads exported drafters, in an environment of its own."""
 
-    name: ClassVar[str]
-    pins: ClassVar[tuple[str, ...]]
-    """What pip installs; nothing: it runs in drafttrain's own Python."""
-    removed: ClassVar[tuple[str, ...]] = ()
-    """What pip brings with it that breaks it, and is taken out again."""
-    size: ClassVar[str] = "some gigabytes, some minutes"
-    """What its environment takes."""
+    environment: ClassVar[Environment]
     worker: ClassVar[Path]
-    """File that runs in the environment: `python worker REQUEST ANSWER`."""
+    """The file that runs in the environment to verify an export."""
     formats: ClassVar[tuple[str, ...]]
     """Export formats that it loads; the first is the one to use."""
     methods: ClassVar[Mapping[str, str]]
-    """The kinds of drafter that it runs, and how it calls each."""
+    """The kinds of drafter that it runs, and its own name for each."""
+
+    @property
+    def name(self) -> str:
+        """Its name, which is that of its environment."""
+        return self.environment.name
 
 
-class ServingEngine(Installed):
+class ServingEngine(Loader):
     """One engine: how it is asked to decode, and how it counts."""
 
     samples: ClassVar[bool] = True
@@ -165,26 +166,14 @@ def engine_of(name: str) -> ServingEngine:
     return engine
 
 
-def checked_installed(names: Sequence[str]) -> list[Installed]:
-    """Return engines and libraries by the names that a user gave; none: all.
-
-    Raises:
-        RecipeError: With every name that is none.
-    """
-    known = {name: registry for registry in (engines, libraries) for name in registry.names()}
-    unknown = [engines.unknown(name) for name in names if name not in known]
-    if unknown:
-        raise RecipeError("arguments", [f"{line}; libraries: {', '.join(libraries.names())}" for line in unknown])
-    return [known[name].entry(name).component() for name in names or sorted(known)]
-
-
-def checked_engines(names: Sequence[str]) -> list[ServingEngine]:
-    """Return engines by the names that a user gave.
-
-    Raises:
-        RecipeError: With every name that is none.
-    """
-    unknown = [engines.unknown(name) for name in names if name not in engines.names()]
-    if unknown:
-        raise RecipeError("arguments", unknown)
-    return [engine_of(name) for name in names]
+def table_rows() -> list[list[str]]:
+    """Return a row for every environment: its name, pins, kinds, formats, and where it is installed."""
+    rows = []
+    for environment in environments_of([]):
+        name = environment.name
+        registry = next((one for one in (engines, libraries) if name in one.names()), None)
+        loader: Loader | None = registry.entry(name).component() if registry else None
+        methods, formats = (loader.methods, loader.formats) if loader else ({}, ())
+        where = str(python_of(environment).parents[1]) if is_installed(environment) else "not installed"
+        rows.append([name, " ".join(environment.pins) or "none", " ".join(methods), " ".join(formats), where])
+    return rows

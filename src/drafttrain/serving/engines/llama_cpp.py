@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from drafttrain.core.console import say
 from drafttrain.core.files import sha256_of, written_beside
 from drafttrain.environments.environment import root
+from drafttrain.environments.known import LLAMA_CPP
 from drafttrain.export.convert import read_target_config
 from drafttrain.export.gguf import GgufExporter, write_model
 from drafttrain.export.gguf_file import FILE
@@ -72,9 +73,7 @@ class LlamaCpp:
 class LlamaCppEngine(ServingEngine):
     """The server of llama.cpp in the worker's process, asked over HTTP."""
 
-    name = "llama.cpp"
-    pins = ("xllamacpp==2026.10.11549", "gguf==0.19.0")
-    size = "200 MB, a minute"
+    environment = LLAMA_CPP
     worker = Path(__file__).with_name("llama_cpp_worker.py")
     formats = ("gguf",)
     methods: ClassVar[Mapping[str, str]] = GgufExporter.reads

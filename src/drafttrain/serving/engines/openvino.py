@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,14 +15,12 @@ from typing import Any, ClassVar
 from drafttrain.core.console import say
 from drafttrain.core.files import folder_beside, sha256_of
 from drafttrain.core.foreign import read_json
-from drafttrain.environments import environment
-from drafttrain.environments.environment import ask, root
+from drafttrain.environments.environment import root
+from drafttrain.environments.known import OPENVINO
 from drafttrain.export.openvino import OpenVinoExporter, taps_problems
-from drafttrain.export.openvino_graph import GRAPH
+from drafttrain.export.openvino_graph import GRAPH, write_graph
 from drafttrain.serving.engines import Habits, Job, Served, ServingEngine, Use, engines
 from drafttrain.target_model.folders import fingerprint_of
-
-CONVERTER = Path(environment.__file__).with_name("openvino_converter.py")
 
 
 @dataclass
@@ -34,21 +32,7 @@ class OpenVino:
 class OpenVinoEngine(ServingEngine):
     """`LLMPipeline` with a draft model."""
 
-    name = "openvino"
-    pins = (
-        "openvino-genai==2026.4.1.0",
-        "openvino-tokenizers==2026.4.1.0",
-        "optimum-intel[openvino]==2.2.0",
-        "torch==2.13.0",
-        "transformers==5.5.4",
-        # For EAGLE-3 alone, whose class is beside those that need them; later ones break transformers 5.5.4.
-        "huggingface-hub==1.21.0",
-        "diffusers==0.39.0",
-        "einops==0.8.2",
-    )
-    # What pip picks is built for another torch, and breaks the import.
-    removed = ("torchvision",)
-    size = "2 GB, some minutes"
+    environment = OPENVINO
     worker = Path(__file__).with_name("openvino_worker.py")
     formats = ("openvino",)
     methods: ClassVar[Mapping[str, str]] = OpenVinoExporter.reads
@@ -68,12 +52,12 @@ class OpenVinoEngine(ServingEngine):
         Raises:
             EngineError: It cannot be converted.
         """
-        parts = [fingerprint_of(folder), sha256_of(folder / "tokenizer.json"), *self.pins]
+        parts = [fingerprint_of(folder), sha256_of(folder / "tokenizer.json"), *self.environment.pins]
         converted = root() / "openvino-targets" / hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
         if not (converted / GRAPH).exists():
             say(f"openvino: converting the target into {converted}")
             with folder_beside(converted) as temporary:
-                convert(folder, temporary)
+                write_graph(folder, temporary)
         return converted
 
     def request(self, job: Job, use: Use | None) -> dict[str, Any]:
@@ -108,20 +92,3 @@ config.max_new_tokens = 128
 config.do_sample = False
 config.num_assistant_tokens = {use.num_draft_tokens}
 print(pipeline.generate("Once upon a time", config))"""
-
-
-def convert(source: Path, folder: Path, *, taps: Sequence[int] | None = None) -> None:
-    """Write a Hugging Face folder, of a target or a drafter, as OpenVINO reads it: in the engine's environment, in float32.
-
-    Args:
-        taps: Of EAGLE-3: the blocks of the target whose outputs it reads.
-
-    Raises:
-        EngineError: OpenVINO is not installed here, or cannot convert this.
-    """
-    request = {
-        "source": str(source.resolve()),
-        "folder": str(folder.resolve()),
-        "taps": None if taps is None else list(taps),
-    }
-    ask(OpenVinoEngine(), request, worker=CONVERTER)

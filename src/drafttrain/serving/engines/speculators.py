@@ -12,7 +12,8 @@ from torch import Tensor
 
 from drafttrain.core.tensors import read_tensors
 from drafttrain.environments.environment import ask
-from drafttrain.serving.engines import Installed, libraries
+from drafttrain.environments.known import SPECULATORS
+from drafttrain.serving.engines import Loader, libraries
 
 
 @dataclass
@@ -21,13 +22,10 @@ class Speculators:
 
 
 @libraries.register("speculators", Speculators)
-class SpeculatorsLibrary(Installed):
+class SpeculatorsLibrary(Loader):
     """Computes the logits of a folder; it serves nothing."""
 
-    name = "speculators"
-    pins = ("speculators==0.9.0", "torch==2.13.0")
-    removed = ("torchvision", "torchaudio", "torchcodec")
-    size = "2 GB, a minute"
+    environment = SPECULATORS
     worker = Path(__file__).with_name("speculators_worker.py")
     formats = ("speculators",)
     methods: ClassVar[Mapping[str, str]] = {"eagle3": "eagle3"}
@@ -50,6 +48,6 @@ class SpeculatorsLibrary(Installed):
         asked, answered = (work.resolve() / name for name in ("asked.safetensors", "answered.safetensors"))
         save_file({"features": features_BTF.contiguous(), "tokens": tokens_BT.contiguous()}, asked)
         request: dict[str, Any] = {"folder": str(folder.resolve()), "num_steps": num_steps}
-        ask(self, request | {"asked": str(asked), "answered": str(answered)})
+        ask(self.environment, self.worker, request | {"asked": str(asked), "answered": str(answered)})
         held = read_tensors(answered)
         return [torch.as_tensor(held[f"logits.{step}"]) for step in range(num_steps)]

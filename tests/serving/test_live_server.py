@@ -18,8 +18,8 @@ from drafttrain.serving.comparison import decode, served_counts
 from drafttrain.serving.promise import Promise
 from drafttrain.target_model import Target, TargetSettings
 from tests.data_gen.backends.completions_server import serving
-from tests.export.live_server import DecodingServer
 from tests.online.test_learning import near_copy
+from tests.serving.live_server import DecodingServer
 
 K = 3
 TOKENS = 10

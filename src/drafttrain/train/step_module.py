@@ -1,12 +1,8 @@
-"""The training step: drafter (or head), loss, one division.
-
-B = sequences, T = positions, V = vocabulary, N = trained positions
-"""
+"""What every training shares around its step: sums for the log, clipping, skipped steps, optimizer and schedule."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,16 +12,9 @@ from torch import Tensor
 from drafttrain.core.batches import DraftBatch
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError, DrafttrainError
-from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.distributed.collectives import sums_over_processes
-from drafttrain.drafters import Drafter
 from drafttrain.heads import HeadBatch, TokenHead
-from drafttrain.losses import Loss
-from drafttrain.losses.align import align, planned
-from drafttrain.losses.chunked import batch_loss, normalised, summed
-from drafttrain.target_model import Target
-from drafttrain.target_model.live_rows import LiveRows
-from drafttrain.train.flops import distill_flops, head_flops
+from drafttrain.losses.step import share_of_step
 from drafttrain.train.optimizer import build_optimizer, learning_rate_scale
 from drafttrain.train.settings import TrainSettings
 from drafttrain.train.step_clock import StepClock
@@ -78,28 +67,28 @@ class StepModule(LightningModule):
         """Wait for the next batch."""
         self.clock.enter("fetch")
 
-    def _scaled(self, total: Tensor, batch: DraftBatch | HeadBatch) -> Tensor:
+    def scaled(self, total: Tensor, batch: DraftBatch | HeadBatch) -> Tensor:
         """Return a micro-batch's sum, scaled so that the gradients of a step add up to the mean over its positions.
 
-        A sum that is no finite number makes every gradient none, on all processes, so that the step is skipped: a gradient may
-        be finite where its loss is not.
+        If the sum is not finite, every gradient becomes NaN, on all processes, and the step is skipped: a gradient can be finite
+        although its loss is not.
         """
-        scaled = normalised(
+        share = share_of_step(
             total, batch, world_size=self.trainer.world_size, accumulation=self.trainer.accumulate_grad_batches
         )
-        return scaled * (1 + 0 * total.detach())
+        return share * (1 + 0 * total.detach())
 
     def planned(self, batch: Any) -> Any:
         """Return a micro-batch with what the host can find out about it, before it is sent to the device."""
         return batch
 
-    def _count(self, *parts: Tensor | float) -> None:
+    def count(self, *parts: Tensor | float) -> None:
         """Add to the sums, from the first on; they stay where the loss is until somebody reads them."""
         self.sums_4 = self.sums_4.to(self.device)
         for number, part in enumerate(parts):
             self.sums_4[number].add_(part.detach() if isinstance(part, Tensor) else part)
 
-    def _writes_a_row(self) -> bool:
+    def writes_a_row(self) -> bool:
         """Tell whether metrics.csv gets a row after this step."""
         step, settings = self.global_step + 1, self.settings
         grids = (settings.log_every_steps, settings.eval_every_steps)
@@ -200,95 +189,3 @@ def ordinal(number: int) -> str:
     """Return 1st, 2nd, 3rd, 4th ..."""
     ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
     return f"{number}{ending}"
-
-
-class HeadModule(StepModule):
-    """Trains a head on labelled draft tokens."""
-
-    trained: TokenHead
-
-    def training_step(self, batch: HeadBatch, batch_idx: int) -> Tensor:
-        """Return the loss of a micro-batch: a sum over rows, divided by the weights of all rows of the step."""
-        self.clock.enter("forward")
-        self.flops += head_flops(self.trained, len(batch.rows))
-        labels_N = batch.rows.labels_N
-        loss_N = self.trained.loss(self.trained(batch.rows.features_ND), labels_N)
-        weight = self.trained.weights(labels_N).sum()
-        self._count(loss_N.detach().sum(), weight)
-        return self._scaled(loss_N.sum(), batch)
-
-
-class DistillModule(StepModule):
-    """Trains a drafter against a frozen target. The target is no submodule: it never enters a checkpoint.
-
-    Args:
-        target: None when neither the drafter nor the loss asks for one, or when batches bring cached rows.
-        vocab_size: Ids that target, drafter and tokenizer share; logits are cut to these.
-    """
-
-    trained: Drafter
-
-    def __init__(
-        self, drafter: Drafter, loss: Loss, *, target: Target | None, settings: TrainSettings, vocab_size: int
-    ) -> None:
-        super().__init__(drafter, settings=settings)
-        self.loss = loss
-        self.vocab_size = vocab_size
-        self.target = target
-
-    def planned(self, batch: DraftBatch) -> DraftBatch:
-        """Return a micro-batch with the rows that the loss and the drafter will ask for."""
-        of_loss, *others = self.trained.rows_asked()
-        block_length = getattr(self.loss, "block_length", 1)
-        return planned(batch, [replace(of_loss, block_length=block_length), *others], slots=self.trained.reads_slots)
-
-    def training_step(self, batch: DraftBatch, batch_idx: int) -> Tensor:
-        """Return the loss of a micro-batch, scaled so that the gradients of a step add up to the mean over its positions."""
-        batch = self._with_target(batch)
-        self.clock.enter("forward")
-        drafted = self.trained(batch)
-        rows = align(drafted, batch, block_length=getattr(self.loss, "block_length", 1))
-        made = batch_loss(
-            self.loss,
-            drafted,
-            rows,
-            batch,
-            vocab_size=self.vocab_size,
-            chunk_rows=self.settings.loss_chunk_rows,
-            measured=self._writes_a_row(),
-        )
-        loss_N, acceptance_N = made.loss_N, made.acceptance_N
-        acceptance = () if acceptance_N is None else (acceptance_N.sum(), len(acceptance_N))
-        total = summed(made, drafted)
-        self._count(total, len(loss_N), *acceptance)
-        return self._scaled(total, batch)
-
-    def _with_target(self, batch: DraftBatch) -> DraftBatch:
-        needs = self.trained.needs()
-        rows_needed = self.loss.needs_target and batch.target_rows is None
-        reads = rows_needed or not (batch.target or TargetOutput()).has(needs)
-        head = rows_needed or (self.loss.needs_target and isinstance(batch.target_rows, LiveRows))
-        self.flops += distill_flops(self.trained, self.target, batch.shape, reads=reads, head=head)
-        if not self._read_by_any(reads):
-            return batch
-        assert self.target is not None, "the pipeline loads a target when the drafter or the loss needs one"
-        seen = self.target.read(
-            batch.tokens_BT,
-            batch.positions_BT,
-            needs | TargetNeeds(final=rows_needed),
-            documents=batch.packed_documents,
-        )
-        if not reads:
-            return batch
-        rows = self.target.rows_of(seen) if rows_needed else batch.target_rows
-        return replace(batch, target=seen.to(batch.tokens_BT.device), target_rows=rows)
-
-    def _read_by_any(self, reads: bool) -> bool:
-        """Tell whether this process runs the target; one that is spread out is run by all where one process needs it."""
-        if self.target is None or not self.target.spread:
-            return reads
-        return sums_over_processes([reads])[0] > 0
-
-    def end_of_step(self) -> None:
-        """Let the loss roll what it carries from step to step."""
-        self.loss.end_of_step()

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from drafttrain.cli import app
 from drafttrain.core.errors import CheckpointError
-from drafttrain.export.card import ORIGIN, SERVED, model_card, with_engines
+from drafttrain.serving.card import ORIGIN, SERVED, model_card, with_engines
 from drafttrain.serving.serve_config import best_length
 from drafttrain.target_model import Target, TargetSettings
 from tests.export import folders

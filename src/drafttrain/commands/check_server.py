@@ -9,22 +9,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from drafttrain.checkpoint import About, read_about
 from drafttrain.config.load import load_sections
 from drafttrain.core.console import say, table
 from drafttrain.core.errors import DataError, GateError, RecipeError
 from drafttrain.core.files import write_json
 from drafttrain.core.provenance import provenance
+from drafttrain.core.texts import Prompt, Sampling
+from drafttrain.data_gen.openai_client import Completions
+from drafttrain.eval.prompts import read_prompts
+from drafttrain.eval.settings import EvalSettings
+from drafttrain.eval.table import interval, number
 from drafttrain.pipeline.folder import exported_in
 from drafttrain.pipeline.run import quiet_libraries
-
-if TYPE_CHECKING:
-    from drafttrain.checkpoint import About
-    from drafttrain.core.texts import Prompt
-    from drafttrain.eval.settings import EvalSettings
-    from drafttrain.serving.engines import CounterNames
-    from drafttrain.serving.live_server import LiveFigures
+from drafttrain.serving.engines import CounterNames, engine_of, engines
+from drafttrain.serving.live_server import PATIENCE, LiveFigures, LiveServer, served_model
+from drafttrain.serving.promise import TOLERANCE, promise_of
+from drafttrain.serving.serve_config import read_evaluation
+from drafttrain.target_model.folders import BUILTIN, resolve_folder
+from drafttrain.target_model.tokenizer import load_target_tokenizer
 
 SERVER = "server.json"
 TAKEN_OVER = ("prompts", "prompt_tokens", "max_new_tokens", "top_p", "top_k")
@@ -97,8 +102,6 @@ def evaluate_server(
 
 
 def _counters_of(engine: str) -> CounterNames:
-    from drafttrain.serving.engines import engine_of, engines
-
     able = [name for name in engines.names() if engine_of(name).counters is not None]
     found = engine_of(engine).counters if engine in able else None
     if found is None:
@@ -111,9 +114,6 @@ def _counters_of(engine: str) -> CounterNames:
 
 def _drafter(given: Path) -> tuple[Path, About | None, dict[str, Any]]:
     """Return the folder that was given, and what it or the drafter of this run says of itself and of its evaluation."""
-    from drafttrain.checkpoint import read_about
-    from drafttrain.serving.serve_config import read_evaluation
-
     place = exported_in(given)
     return given, read_about(place), read_evaluation(place)
 
@@ -126,9 +126,6 @@ def _taken_over(result: Mapping[str, Any] | None) -> list[str]:
 
 def _prompts(of_target: Any, settings: EvalSettings, result: Mapping[str, Any] | None) -> list[Prompt]:
     """Return the prompts: where they are of the evaluation's own set, those that it used."""
-    from drafttrain.eval.prompts import read_prompts
-    from drafttrain.target_model.tokenizer import load_target_tokenizer
-
     prompts = read_prompts(settings.prompts, load_target_tokenizer(of_target), prompt_tokens=settings.prompt_tokens)
     if result is not None and all(getattr(settings, name) == result["settings"][name] for name in TAKEN_OVER[:2]):
         used = _counted(result, temperature=None)
@@ -154,11 +151,6 @@ async def _served(
     settings: EvalSettings,
     result: Mapping[str, Any] | None,
 ) -> tuple[list[LiveFigures], str]:
-    from drafttrain.core.texts import Sampling
-    from drafttrain.data_gen.openai_client import Completions
-    from drafttrain.serving.live_server import PATIENCE, LiveServer, served_model
-    from drafttrain.target_model.folders import BUILTIN, resolve_folder
-
     if target.startswith(BUILTIN):
         target = str(resolve_folder(target))
     base_url = question.url.rstrip("/").removesuffix("/v1") + "/v1"
@@ -196,9 +188,6 @@ def _key(question: LiveQuestion) -> str | None:
 
 def _judged(figures: LiveFigures, settings: EvalSettings, result: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return what server.json holds of a temperature: figures, promise, and whether it is kept."""
-    from drafttrain.eval.table import interval
-    from drafttrain.serving.promise import TOLERANCE, promise_of
-
     served = figures.block_efficiency()
     same_prompts = {window.id for window in figures.windows} == set(_counted(result, temperature=figures.temperature))
     told = figures.json() | {"block_efficiency": served.json(), "same_prompts": same_prompts}
@@ -224,8 +213,6 @@ def _judged(figures: LiveFigures, settings: EvalSettings, result: Mapping[str, A
 
 
 def _show(row: Mapping[str, Any], *, title: str) -> None:
-    from drafttrain.eval.table import interval, number
-
     promise = row["promise"] or {}
     promised = interval(promise, 3) if promise else "n/a"
     rows = [["block efficiency", interval(row["block_efficiency"], 3), promised]]

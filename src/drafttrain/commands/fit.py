@@ -1,0 +1,58 @@
+"""drafttrain fit: all stages of a recipe."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from drafttrain.commands.made_models import checked_and_made
+from drafttrain.commands.online import learn_online
+from drafttrain.commands.processes import all_processes
+from drafttrain.config.recipe import Recipe
+from drafttrain.distributed.collectives import first_before_others
+from drafttrain.distributed.world import is_first
+from drafttrain.pipeline.data import training_data, write_texts
+from drafttrain.pipeline.engines import check_engines, check_writer
+from drafttrain.pipeline.exporting import export_and_judge
+from drafttrain.pipeline.folder import RunFolder
+from drafttrain.pipeline.head import fit_head, labelled_tokens
+from drafttrain.pipeline.run import Run
+from drafttrain.pipeline.training import train_drafter
+
+
+def fit(recipe: Recipe, folder: Path, *, above: Sequence[str] = ()) -> None:
+    """Do all stages of a recipe; the finished ones are skipped. With a section `online`: learn once from the logs there are.
+
+    Several processes generate, cache and train together; then the first one exports and evaluates.
+
+    Args:
+        above: Recipes that wait for what this one makes.
+    """
+    if recipe.online is not None:
+        learn_online(recipe, folder, once=True)
+        return
+    check_engines(recipe.export, recipe.drafter.kind if recipe.drafter else None, where=folder)
+    check_writer(recipe, RunFolder(folder).data / "generated")
+    with contextlib.ExitStack() as held:
+        with all_processes(recipe, folder, held):
+            made = checked_and_made(recipe, folder, above=above)
+            run = Run(made, folder, placement=recipe.train.target_placement)
+            if is_first() and not run.folder.train_done.exists():
+                # Figures of an export of what was there so far; a kill after the training would let them stand for its end.
+                run.folder.drop_figures()
+            write_texts(run)
+            if run.recipe.head is not None:
+                _fit_head(run)
+            else:
+                train_drafter(run)
+        if is_first():
+            run.leave_the_others()
+            export_and_judge(run)
+
+
+def _fit_head(run: Run) -> None:
+    data = training_data(run)
+    with first_before_others("it labels draft tokens"):
+        labelled = labelled_tokens(run.recipe, run.folder, run.target, data)
+    fit_head(run.recipe, run.folder, labelled)

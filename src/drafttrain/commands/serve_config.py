@@ -1,0 +1,63 @@
+"""drafttrain serve-config: the command that serves a drafter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from drafttrain.checkpoint import read_about
+from drafttrain.core.console import say
+from drafttrain.core.errors import CheckpointError
+from drafttrain.export.convert import exporter_of
+from drafttrain.export.folder import kind_of, read_files
+from drafttrain.pipeline.engines import folder_as
+from drafttrain.pipeline.folder import exported_in
+from drafttrain.serving.engines import Use, engine_of, engines
+from drafttrain.serving.serve_config import best_length, read_evaluation
+from drafttrain.target_model.folders import BUILTIN, resolve_folder
+
+
+def serve_command(folder: Path, engine: str, *, target: str | None) -> str:
+    """Return the command that serves a drafter with the draft length that its evaluation found best.
+
+    Args:
+        target: Its name; None: the one that the drafter was made for.
+    """
+    if engine not in engines.names():
+        raise CheckpointError(engines.unknown(engine))
+    folder = exported_in(folder)
+    about = read_about(folder)
+    target = target or (about.target if about else None)
+    if not target:
+        raise CheckpointError(f"{folder}: does not say which target it was made for: give --target")
+    serving, kind = engine_of(engine), kind_of(folder)
+    serving.check_kind(folder, kind)
+    readable = _readable(folder, serving.formats, engine)
+    if found := serving.misread(readable, kind):
+        raise CheckpointError("\n  ".join([f"{engine} cannot run {readable}:", *found]))
+    if target.startswith(BUILTIN) or Path(target).is_dir():
+        target = str(serving.target_as(resolve_folder(target)))
+    best = best_length(
+        read_evaluation(folder), most=read_files(folder).config.get("num_heads") if kind == "medusa" else None
+    )
+    say(
+        f"{best.num_draft_tokens} draft tokens: block efficiency {best.block_efficiency:.2f}, memory-bound speed-up {best.mbsu:.2f} "
+        "(replay of greedy text, bytes read)"
+    )
+    draft = serving.draft(kind, about.draft if about else "sampled")
+    return serving.command(target, Use(str(readable.resolve()), kind, best.num_draft_tokens, draft))
+
+
+def _readable(folder: Path, formats: Sequence[str], engine: str) -> Path:
+    """Return the folder of a drafter that an engine reads: this one, or one beside it in another format.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    for format in formats:
+        for candidate in (folder, folder_as(folder, format)):
+            if exporter_of(format).holds(candidate):
+                return candidate
+    raise CheckpointError(
+        f"{folder}: {engine} reads {', '.join(formats)}: drafttrain export {folder} --to {formats[0]}"
+    )

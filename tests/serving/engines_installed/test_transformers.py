@@ -1,0 +1,29 @@
+"""Hugging Face's assisted generation proves an export of the command line, in a process of its own: make test-serving."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from drafttrain.cli import app
+from drafttrain.target_model.folders import resolve_folder
+
+pytestmark = pytest.mark.serving
+
+
+def test_the_shipped_drafter_is_kept_token_for_token_and_count_for_count(tmp_path):
+    source = Path(shutil.copytree(resolve_folder("builtin:drafter"), tmp_path / "drafter"))
+    words = ["export", str(source), "--target", "builtin:target", "--to", "hf", "--verify"]
+    words += ["export.verify=[transformers]", "export.verify_prompts=8", "export.verify_tokens=48"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.stderr
+    assert "transformers (hf): passed" in done.stderr
+    (comparison,) = json.loads((source / "engine.json").read_text())
+    theirs, ours = (comparison["greedy"][side] for side in ("engine", "evaluator"))
+    assert theirs == ours
+    assert 0 < theirs["accepted_at"][1] < theirs["accepted_at"][0] < theirs["num_drafts"]
+    assert comparison["sampled"]["text_p_value"] > 0.01

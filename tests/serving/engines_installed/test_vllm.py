@@ -1,0 +1,116 @@
+"""vLLM loads what is exported and does with it what the embedded evaluator does. Needs its environment: make test-serving."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from drafttrain.checkpoint import read_drafter
+from drafttrain.cli import app
+from drafttrain.environments.environment import check_installed
+from drafttrain.export.convert import export_as, read_target_config
+from drafttrain.serving.comparison import Comparison, compare_with_engine
+from drafttrain.serving.engines import ServingEngine, engine_of
+from drafttrain.target_model.folders import resolve_folder
+from tests.export import folders
+
+pytestmark = pytest.mark.serving
+
+TARGET = "builtin:target"
+NUM_DRAFT_TOKENS = 3
+
+
+@pytest.fixture(scope="module")
+def engine() -> ServingEngine:
+    """The engine; that it is not installed is an error here, not a reason to pass."""
+    vllm = engine_of("vllm")
+    check_installed(vllm.environment)
+    return vllm
+
+
+@pytest.fixture(scope="module")
+def served(engine, target, prompts, job, plain, learned):
+    """A function that serves an exported folder and compares it with the folder that it was exported from."""
+
+    def compared(kind: str, exported: Path, *, draft: str = "sampled") -> Comparison:
+        drafter = read_drafter(learned(kind), target)
+        drafter.draft = draft
+        return compare_with_engine(
+            engine,
+            exported,
+            drafter,
+            target,
+            prompts,
+            job,
+            num_draft_tokens=NUM_DRAFT_TOKENS,
+            plain=plain,
+        )
+
+    return compared
+
+
+@pytest.mark.parametrize(
+    ("kind", "format", "draft"),
+    [
+        ("causal_lm", "vllm", "sampled"),
+        ("medusa", "vllm", "greedy"),
+        ("eagle", "vllm", "sampled"),
+        ("eagle3", "vllm", "sampled"),
+        ("eagle3", "speculators", "greedy"),
+        ("eagle3 norm_before_fc", "vllm", "sampled"),
+    ],
+)
+def test_each_kind_gives_the_same_tokens_and_the_same_counts(kind, format, draft, served, learned, tmp_path):
+    export_as(
+        format, learned(kind), tmp_path / "out", target_config=read_target_config(resolve_folder(TARGET), name=TARGET)
+    )
+    found = served(kind, tmp_path / "out", draft=draft)
+    assert found.problems == ()
+    assert found.draft == draft
+    assert found.lossless.exact
+    assert found.same_target.exact
+    theirs, ours = found.greedy["engine"], found.greedy["evaluator"]
+    assert theirs == ours
+    # Something is proven only where drafts are kept, lost, and kept beyond the first.
+    assert 0 < theirs.accepted_at[1] < theirs.accepted_at[0] < theirs.num_drafts
+
+
+@pytest.mark.parametrize(
+    "fault", [folders.drop_hidden_norm, folders.alter_rope_everywhere, folders.swap_columns, folders.shift_d2t]
+)
+def test_damage_that_vllm_loads_in_silence_shows_in_its_counters(fault, served, learned, tmp_path):
+    """Behind the checks of names and values, which catch these too, the comparison is a second net."""
+    exported = tmp_path / "out"
+    export_as(
+        "vllm", learned("eagle3"), exported, target_config=read_target_config(resolve_folder(TARGET), name=TARGET)
+    )
+    folders.damage(exported, fault)
+    found = served("eagle3", exported)
+    assert found.lossless.exact
+    assert "drafts otherwise than the evaluator" in found.problems[0]
+
+
+def test_a_bias_that_vllm_drops_changes_nothing_there(served, learned, tmp_path):
+    """Why a bias is refused at the export: vLLM loads the folder and counts as if it had none."""
+    exported = Path(shutil.copytree(learned("eagle"), tmp_path / "out"))
+    folders.damage(exported, folders.add_fc_bias)
+    assert served("eagle", exported).problems == ()
+
+
+def test_the_command_line_exports_proves_and_writes_both_columns_into_the_card(engine, learned, tmp_path):
+    source = Path(shutil.copytree(learned("medusa"), tmp_path / "drafter"))
+    words = ["export", str(source), "export.verify_prompts=3", "export.verify_tokens=16", "--to", "vllm", "--verify"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.stderr
+    assert "vllm (vllm): passed" in done.stderr
+    for folder in (source, tmp_path / "drafter.vllm"):
+        (comparison,) = json.loads((folder / "engine.json").read_text())
+        assert comparison["verdict"] == "passed"
+        assert comparison["greedy"]["engine"] == comparison["greedy"]["evaluator"]
+        card = (folder / "README.md").read_text()
+        assert f"| temperature 0: drafts | {comparison['greedy']['engine']['num_drafts']} | " in card
+        assert card.count("## In serving engines") == 1
