@@ -1,4 +1,4 @@
-"""What every drafter offers, and the registry of their kinds."""
+"""What every drafter offers, and the registry of the kinds."""
 
 from __future__ import annotations
 
@@ -21,62 +21,62 @@ drafters = Registry("drafter", "drafttrain.drafters")
 
 
 class Drafter(nn.Module, ABC):
-    """A module that proposes the target's next tokens; made by `create` or read by `load`."""
+    """A trainable module that proposes the target's next tokens. `create` makes one, `load` reads one from a folder."""
 
     kind: ClassVar[str]
     lag: ClassVar[int]
-    """Row t of depth d is the law of token t + d + lag: 0 when the drafter sees the root, 1 when it sees features before it."""
+    """Row t of depth d is the distribution of token t + d + lag: 0 if the drafter sees the root, 1 if it sees only features
+    before it."""
     needs_target: ClassVar[bool] = False
-    """It is made from its target and cannot be trained without one."""
+    """It is created from its target and cannot be trained without one."""
     recomputes: ClassVar[bool] = False
-    """It has a stack of layers whose activations `recompute_activations` need not keep."""
+    """`recompute_activations` can trade time for memory: it has a stack of layers."""
     compiles: ClassVar[bool] = False
-    """It has parts that `compile_with` replaces."""
+    """`compile_with` replaces parts of it."""
+    reads_slots: ClassVar[bool] = False
+    """In training, its forward computes only the positions that the rows of its loss need."""
     draft: str = "sampled"
-    """At temperature > 0: `sampled` from its own law, or `greedy`: its argmax, as some engines draft."""
+    """At temperature > 0: `sampled` draws from its distribution; `greedy` takes the argmax, as some engines draft."""
     serving: ClassVar[str] = "No serving engine loads this kind: decode with `drafttrain eval DRAFTER`."
-    """What its card says of serving it, beside the commands of the engines that run its kind."""
+    """What its model card says about serving, next to the commands of the engines that run this kind."""
 
     @classmethod
     @abstractmethod
     def create(cls, settings: Any, *, target: Target | None, tokenizer: Any) -> Drafter:
-        """Return the drafter at its start, as its settings say."""
+        """Return the drafter as training starts from it."""
 
     @classmethod
     def why_whole_target(cls, settings: Any) -> str | None:
-        """Return why training by these settings needs the target's blocks themselves, whole; None: what is read of it will do."""
+        """Return why these settings need the target's blocks themselves; None: the target's outputs are enough."""
         return None
 
     @property
     def deepest(self) -> int | None:
-        """Draft tokens of a round at most; None: it goes on from its own tokens for as long as it is asked."""
+        """The most draft tokens per round; None: no limit, it continues from its own tokens."""
         return None
-
-    def needs(self) -> TargetNeeds:
-        """Return what this drafter reads of the target at training time (the loss adds its own)."""
-        return TargetNeeds()
-
-    reads_slots: ClassVar[bool] = False
-    """Its forward in training computes only what the rows of its loss need."""
-
-    def rows_asked(self) -> Sequence[RowsAsked]:
-        """Return which rows training reads: first those of the loss, then those of its own forward.
-
-        They are found before a batch is sent to a device; others are found there, and the host waits.
-        """
-        return [RowsAsked((1,), self.lag)]
 
     @property
     def compares_with_target(self) -> bool:
-        """It reads the target's distribution in training, whatever its loss reads."""
+        """Training reads the target's distribution, even if the loss does not."""
         return False
 
+    def needs(self) -> TargetNeeds:
+        """Return what this drafter reads from the target in training. The loss adds its own needs."""
+        return TargetNeeds()
+
+    def rows_asked(self) -> Sequence[RowsAsked]:
+        """Return which rows training reads: first those of the loss, then those of the drafter's own forward.
+
+        These rows are found on the host before a batch is sent to a device. Finding others makes the host wait for the device.
+        """
+        return [RowsAsked((1,), self.lag)]
+
     def why_not_cached(self) -> str | None:
-        """Return why what this drafter reads of the target cannot be stored before training; None: it can."""
+        """Return why the target outputs that this drafter reads cannot be cached before training; None: they can."""
         return "it reads the target's logits of every token" if self.needs().logits else None
 
     def fit_vocabulary(self, label_counts: Callable[[], Any]) -> None:
-        """Choose the tokens that this drafter can say, before its start is written; most kinds have the target's own.
+        """Choose the drafter's vocabulary before its initial weights are written. Most kinds use the target's.
 
         Args:
             label_counts: Computes how often each token id is a label in training.
@@ -88,37 +88,37 @@ class Drafter(nn.Module, ABC):
 
     @abstractmethod
     def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
-        """Return the drafter at inference, for this target."""
+        """Return the proposer that drafts for this target at inference."""
 
     def products(self, shape: BatchShape) -> Iterator[Products]:
-        """Yield the matrix products of a training step of this kind, its head included, as `core.flops` counts them.
+        """Yield the matrix products of a training step, head included, as `core.flops` counts them.
 
-        By default every matrix is read at every position.
+        By default every weight is used at every position.
         """
         yield matrix(parameters_of(self), shape.positions, gradients=2)
 
     def recompute_activations(self) -> None:
-        """Compute activations again in the backward pass from now on, instead of keeping them."""
+        """From now on, recompute activations in the backward pass instead of storing them."""
         raise NotImplementedError(f"{self.kind}: recomputes is False")
 
     def compile_with(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Put compiled functions in place of those that take most of a training step; no weight gets another name."""
+        """Replace the most expensive functions of a training step by compiled ones. Weights keep their names."""
         raise NotImplementedError(f"{self.kind}: compiles is False")
 
     def lr_factor(self, name: str) -> float:
-        """Return what the learning rate is multiplied by for the parameter of this name."""
+        """Return the factor on the learning rate for the parameter of this name."""
         return 1.0
 
     def adapted(self, target: Target) -> Target:
-        """Return the target that the exported drafter stands on: the given one, or a copy with what was trained on top of it."""
+        """Return the target that the exported drafter drafts for: the given one, or a copy with trained adapters."""
         return target
 
     def standing_on(self, target: Target) -> AbstractContextManager[None]:
-        """Make `target` the one that the drafter in training stands on, for the calls inside."""
+        """Within this context, `target` has the adapters of the drafter in training, if there are any."""
         return nullcontext()
 
     def calibrate(self, target: Target, batches: Iterable[DraftBatch]) -> Mapping[str, Any]:
-        """Return what is fitted on held-out text of the target after training: JSON files of the drafter folder, by name."""
+        """Fit what is calibrated on held-out text after training; return JSON files of the drafter folder, by name."""
         return {}
 
     @abstractmethod
@@ -128,4 +128,4 @@ class Drafter(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def load(cls, folder: Path, target: Target, dtype: Any = None) -> Drafter:
-        """Read what `save` wrote."""
+        """Read the folder that `save` wrote."""

@@ -75,7 +75,7 @@ class EagleProposer:
             span = Span(self._device)
             context = self._cached(sizes)
             self._read(sizes)
-            self._tell(sizes, context=context, fused=True, head=False, prefill=True, span=span)
+            self._report(sizes, context=context, fused=True, head=False, prefill=True, span=span)
 
     @torch.no_grad()
     def propose(
@@ -142,7 +142,7 @@ class EagleProposer:
         numbers = list(drafts)
         last_BD = self._rows(states_BND, [(number, sizes[number] - 1) for number in numbers])
         logits_BR = self._model.head(last_BD, 1)
-        self._tell(sizes, context=context, fused=True, head=True, prefill=False, span=span)
+        self._report(sizes, context=context, fused=True, head=True, prefill=False, span=span)
         self._grow(list(drafts.values()), [1] * len(drafts), logits_BR, last_BD)
 
     def _grow_from_drafts(self, drafts: dict[int, Draft], ancestors: dict[int, list[list[int]]]) -> None:
@@ -156,7 +156,7 @@ class EagleProposer:
         states_FD = self._rows(states_BND, rows)
         depth = max(frontier[0].depth for frontier in frontiers if frontier) + 1
         logits_FR = self._model.head(states_FD, depth)
-        self._tell(sizes, context=context, fused=False, head=True, prefill=False, span=span)
+        self._report(sizes, context=context, fused=False, head=True, prefill=False, span=span)
         growing = [number for number, size in enumerate(sizes) if size]
         self._grow([drafts[number] for number in growing], [sizes[number] for number in growing], logits_FR, states_FD)
 
@@ -255,7 +255,9 @@ class EagleProposer:
         """Return the committed slots of the sequences that a call reads."""
         return sum(length for length, size in zip(self._cache.lengths, sizes, strict=True) if size)
 
-    def _tell(self, sizes: Sequence[int], *, context: int, fused: bool, head: bool, prefill: bool, span: Span) -> None:
+    def _report(
+        self, sizes: Sequence[int], *, context: int, fused: bool, head: bool, prefill: bool, span: Span
+    ) -> None:
         """Tell the ledger of one call: the layer once, the head and what fuses features where they ran."""
         if self._listener is None:
             return

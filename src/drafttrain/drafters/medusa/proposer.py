@@ -91,17 +91,19 @@ class MedusaProposer:
         made = []
         for sequence, (context, budget) in enumerate(zip(self._contexts, budgets, strict=True)):
             root = context.tokens[-1]
-            laws = logits.get(sequence, [])
+            logits_by_head = logits.get(sequence, [])
             depth = 0
-            for logits_V in laws:
+            for logits_V in logits_by_head:
                 answer = more(DraftStep(sequence, depth + 1, logits_V))
                 depth += bool(answer)
                 if answer is not True:
                     break
             if budget.width > 1:
-                made.append(self._tree(root, laws[:depth], budget))
+                made.append(self._tree(root, logits_by_head[:depth], budget))
             else:
-                made.append(self._chain(root, laws[: min(depth, budget.nodes)], sampling, generators[sequence]))
+                made.append(
+                    self._chain(root, logits_by_head[: min(depth, budget.nodes)], sampling, generators[sequence])
+                )
         return made
 
     def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
@@ -137,22 +139,28 @@ class MedusaProposer:
             self._listener(self._event(len(depths), deepest, span.end()))
         return found
 
-    def _chain(self, root: int, laws: list[Tensor], sampling: Sampling, generator: torch.Generator) -> Proposal:
-        if sampling.temperature == 0 or self._heads.draft == "greedy" or not laws:
-            return fixed_chain(root, torch.stack(laws).argmax(dim=-1).tolist() if laws else [])
-        q_rows_RV = sampling_probs(torch.stack(laws), sampling)
-        tokens = draw_each(q_rows_RV, [generator] * len(laws))
+    def _chain(
+        self, root: int, logits_by_head: list[Tensor], sampling: Sampling, generator: torch.Generator
+    ) -> Proposal:
+        if sampling.temperature == 0 or self._heads.draft == "greedy" or not logits_by_head:
+            return fixed_chain(root, torch.stack(logits_by_head).argmax(dim=-1).tolist() if logits_by_head else [])
+        q_rows_RV = sampling_probs(torch.stack(logits_by_head), sampling)
+        tokens = draw_each(q_rows_RV, [generator] * len(logits_by_head))
         padding = self._heads.vocab_size - q_rows_RV.shape[1]
         return chain([root, *tokens], kind=NodeKind.SAMPLED, q_rows_RV=pad(q_rows_RV, (0, padding)))
 
-    def _tree(self, root: int, laws: list[Tensor], budget: Budget) -> Proposal:
+    def _tree(self, root: int, logits_by_head: list[Tensor], budget: Budget) -> Proposal:
         if self._heads.paths is None:
             raise CheckpointError(
                 "these Medusa heads have no medusa_tree.json, so they draft chains only: use eval.length of kind fixed, "
                 "or heads that drafttrain exported"
             )
-        paths = within(self._heads.paths, nodes=budget.nodes, depth=len(laws), width=budget.width)
-        guesses = torch.stack(laws).topk(min(budget.width, len(laws[0])), dim=-1).indices.tolist() if laws else []
+        paths = within(self._heads.paths, nodes=budget.nodes, depth=len(logits_by_head), width=budget.width)
+        guesses = (
+            torch.stack(logits_by_head).topk(min(budget.width, len(logits_by_head[0])), dim=-1).indices.tolist()
+            if logits_by_head
+            else []
+        )
         place: dict[Path, int] = {(): 0} | {path: number for number, path in enumerate(paths, start=1)}
         return fixed_tree(root, [(guesses[len(path) - 1][path[-1]], place[path[:-1]]) for path in paths])
 
