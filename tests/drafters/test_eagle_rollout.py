@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from drafttrain.core.packed_documents import ReadSlots
+from drafttrain.core.batches import ReadSlots
 from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import as_padding, pack
 from drafttrain.drafters.eagle import layer as eagle_layer

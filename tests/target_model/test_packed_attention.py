@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from drafttrain.core.packed_documents import PackedDocuments, ReadSlots
+from drafttrain.core.batches import PackedDocuments, ReadSlots
 from drafttrain.target_model import packed_attention, packed_kernels
 from drafttrain.target_model.packed_attention import Columns
 from drafttrain.target_model.packed_kernels import FlashOnCPU, FlashOnCUDA, Pieces

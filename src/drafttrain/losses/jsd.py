@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drafttrain.core.divergences import kl_divergence, log_ratio
-from drafttrain.core.loss_rows import LossRows
+from drafttrain.core.loss_rows import LossRows, kl_divergence, log_ratio
 from drafttrain.core.settings import setting
 from drafttrain.losses import Loss, losses
 

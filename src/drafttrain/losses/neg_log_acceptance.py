@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drafttrain.core.divergences import log_ratio
-from drafttrain.core.loss_rows import LossRows
+from drafttrain.core.loss_rows import LossRows, log_ratio
 from drafttrain.losses import Loss, losses
 
 

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from drafttrain.core.divergences import kl_divergence, log_ratio
-from drafttrain.core.loss_rows import LossRows
+from drafttrain.core.loss_rows import LossRows, kl_divergence, log_ratio
 from drafttrain.losses import Loss, losses
 
 

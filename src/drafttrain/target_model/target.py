@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from drafttrain.core.batches import PackedDocuments
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.packed_documents import PackedDocuments
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput, TargetRows
 from drafttrain.target_model.device import pick_device
 from drafttrain.target_model.documents import document_states

@@ -8,8 +8,7 @@ from typing import Any, ClassVar, Self, cast
 
 from torch import Tensor, nn
 
-from drafttrain.core.batches import DraftBatch
-from drafttrain.core.packed_documents import ReadSlots
+from drafttrain.core.batches import DraftBatch, ReadSlots
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.target_rows import RowsAsked
 from drafttrain.drafters import Drafter

@@ -1,7 +1,7 @@
 """The training-time test: a drafter that feeds on its own states is trained on the states that it will meet.
 
 B = sequences, T = positions, D = hidden, F = width of what is read of the target, R = the drafter's vocabulary,
-X = width of what the layer's projections read, C, M: see `core.packed_documents`, H = heads, d = width of a head
+X = width of what the layer's projections read, C, M: see `core.batches`, H = heads, d = width of a head
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from drafttrain.core.batches import DraftBatch
-from drafttrain.core.packed_documents import ReadSlots
+from drafttrain.core.batches import DraftBatch, ReadSlots
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.drafters.eagle.layer import EagleLayer
 from drafttrain.target_model.packed_attention import Columns

@@ -15,11 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from drafttrain.core.batches import DraftBatch, DraftOutput
+from drafttrain.core.batches import DraftBatch, DraftOutput, PackedDocuments
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.flops import BatchShape, Products, attention, matrix, parameters_of
 from drafttrain.core.foreign import read_json
-from drafttrain.core.packed_documents import PackedDocuments
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
 from drafttrain.core.target_rows import TargetNeeds

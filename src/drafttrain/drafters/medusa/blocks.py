@@ -11,7 +11,7 @@ from torch.nn.functional import silu
 
 
 class ResidualBlocks(nn.Module):
-    """Residual blocks x + SiLU(W x + b), the identity at their start."""
+    """Residual blocks x + SiLU(W x + b). They start as the identity."""
 
     def __init__(self, hidden_size: int, num_layers: int, *, device: torch.device | str = "cpu") -> None:
         super().__init__()
@@ -28,9 +28,9 @@ class ResidualBlocks(nn.Module):
 
 
 def uninitialized_linear(num_inputs: int, num_outputs: int, *, bias: bool, device: torch.device | str) -> nn.Linear:
-    """Return a linear map whose weights are to be written: drawing half a billion of them first takes seconds.
+    """Return a linear layer with uninitialized weights: drawing half a billion random numbers first takes seconds.
 
-    As torch's `skip_init`, which tensors without numbers (`train.step_cost`) do not bear.
+    Like torch's `skip_init`, but it also works with fake tensors (`train.step_cost`).
     """
     made = nn.Linear(num_inputs, num_outputs, bias=bias, device="meta")
     for name, weight in list(made.named_parameters()):

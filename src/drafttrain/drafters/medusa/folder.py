@@ -12,29 +12,36 @@ from drafttrain.core.tensors import shapes_in
 from drafttrain.drafters.medusa.static_tree import Path as TreePath
 
 TREE = "medusa_tree.json"
-"""Beside config.json: the tree, and the table of accuracies that it was built from. Serving engines pass over it."""
+"""The calibrated tree and its table of accuracies, next to config.json. Serving engines ignore this file."""
 ADAPTER = "adapter"
-"""Medusa-2: the folder of the adapters, in peft's format. The target needs them to be the one that the heads stand on."""
+"""Medusa-2: the folder of the adapters, in peft's format. The heads work only on the target with these adapters."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return config.json with every key that is needed."""
+    """Return config.json.
+
+    Raises:
+        CheckpointError: Keys are missing, or do not fit the weights.
+    """
     config = read_json(folder / "config.json")
     needed = ("hidden_size", "vocab_size", "num_heads", "num_hidden_layers", "medusa_fc_bias")
     missing = [key for key in needed if key not in config]
     if missing:
-        raise CheckpointError(f"{folder / 'config.json'}: no {', '.join(missing)}: not a folder of model_type medusa")
+        raise CheckpointError(f"{folder / 'config.json'}: no {', '.join(missing)}: not a Medusa folder")
     held = shapes_in(folder)
     for key, pattern in (("num_heads", r"blocks\.(\d+)\."), ("num_hidden_layers", r"blocks\.\d+\.layers\.(\d+)\.")):
         count = len({match[1] for name in held if (match := re.match(pattern, name))})
         if config[key] != count:
             raise CheckpointError(f"{folder / 'config.json'}: {key} is {config[key]!r:.60}, the weights have {count}")
     if not config["medusa_fc_bias"]:
-        raise CheckpointError(f"{folder / 'config.json'}: medusa_fc_bias is false: heads without biases are not read")
+        raise CheckpointError(
+            f"{folder / 'config.json'}: medusa_fc_bias is false: heads without biases are not supported"
+        )
     return config
 
 
 def read_tree(folder: Path) -> list[TreePath] | None:
+    """Return the nodes of the calibrated tree, best first; None: the folder has none."""
     path = folder / TREE
     if not path.exists():
         return None

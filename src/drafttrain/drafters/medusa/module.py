@@ -1,4 +1,4 @@
-"""Medusa: heads on the target's last hidden state, each of which guesses one place further ahead.
+"""Medusa: heads on the target's final state; each one predicts one token further ahead.
 
 B = sequences, T = positions, V = vocabulary, D = hidden, K = heads, R = ranks, M = sequences that draft, N = rows
 """
@@ -45,13 +45,13 @@ from drafttrain.target_model.matrix_products import head_parameters, trunk_produ
 class JointSettings:
     """Medusa-2: low-rank adapters on the target are trained together with the heads.
 
-    The target's own law is kept by KL against the same network without adapters.
+    A KL divergence from the same network without adapters preserves the target's own distribution.
     """
 
     lora: LoraSettings = setting(LoraSettings(), help="The adapters.")
     head_coefficient: float = setting(0.2, help="Factor on the heads' loss beside the KL of the target.", gt=0)
     head_warmup_steps: int = setting(
-        0, help="Steps over which that factor rises from 0 as sin(pi/2 step/steps); 0: constant.", ge=0
+        0, help="Steps over which this factor rises from 0 as sin(pi/2 step/steps); 0: constant.", ge=0
     )
     head_lr_multiplier: float = setting(
         4.0, help="The heads learn at train.lr times this, the adapters at train.lr.", gt=0
@@ -66,17 +66,18 @@ class JointSettings:
 
 @dataclass
 class MedusaSettings:
-    """Heads on the target's last hidden state."""
+    """Heads on the target's final hidden state."""
 
     checkpoint: str | None = setting(None, help=CHECKPOINT_HELP)
-    num_heads: int = setting(4, help="Heads; head k guesses the token k places after the root.", ge=1)
-    num_layers: int = setting(1, help="Residual blocks of a head.", ge=1)
-    decay: float = setting(0.8, help="The loss of head k counts decay^k.", gt=0, le=1)
+    num_heads: int = setting(4, help="Heads; head k predicts the token k places after the root.", ge=1)
+    num_layers: int = setting(1, help="Residual blocks per head.", ge=1)
+    decay: float = setting(0.8, help="The loss of head k has weight decay^k.", gt=0, le=1)
     draft: Literal["sampled", "greedy"] = setting(
-        "sampled", help="Chains at temperature > 0: sampled by head, or each head's best guess as vLLM drafts."
+        "sampled", help="Chains at temperature > 0: a draw from each head, or each head's argmax as vLLM drafts."
     )
     joint: JointSettings | None = setting(
-        None, help="Medusa-2: adapters on the target, trained with the heads; null: Medusa-1, the target as it is."
+        None,
+        help="Medusa-2: adapters on the target, trained with the heads; null: Medusa-1, the target stays as it is.",
     )
 
     def check(self) -> list[str]:
@@ -86,10 +87,10 @@ class MedusaSettings:
 
 @drafters.register("medusa", MedusaSettings)
 class Medusa(Drafter):
-    """K heads of residual blocks and an output matrix each; lag 1, and the depth d is the head's number.
+    """K heads, each with residual blocks and an output matrix. Lag 1; depth d is the number of the head.
 
-    Blocks begin as the identity (weight and bias zero) and output matrices as copies of the target's head, so every head
-    begins equal to it. Each head has blocks of its own.
+    Blocks start as the identity (weight and bias zero) and output matrices as copies of the target's head, so every head
+    starts equal to the target's. No head shares its blocks with another.
 
     Source: Cai et al. 2024, Medusa, arXiv 2401.10774, 2.1.
     """
@@ -99,8 +100,8 @@ class Medusa(Drafter):
     lag = 1
     needs_target = True
     serving: ClassVar[str] = (
-        "vLLM drafts chains of each head's best guess; the tree beside the weights is read by the embedded evaluator only.\n"
-        "Where there is a folder adapter/, TARGET is the target with that adapter."
+        "vLLM drafts chains of each head's best guess; only the embedded evaluator reads the tree next to the weights.\n"
+        "If there is a folder adapter/, TARGET is the target with that adapter."
     )
 
     def __init__(
@@ -118,7 +119,7 @@ class Medusa(Drafter):
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(ResidualBlocks(hidden_size, num_layers, device=device) for _ in range(num_heads))
-        # Whoever makes heads writes their matrices: drawing them first, on the CPU, takes minutes of a large vocabulary.
+        # The caller writes these matrices. Drawing them first, on the CPU, takes minutes for a large vocabulary.
         self.lm_heads = nn.ModuleList(
             uninitialized_linear(hidden_size, vocab_size, bias=False, device=device) for _ in range(num_heads)
         )
@@ -130,28 +131,28 @@ class Medusa(Drafter):
         self.draft = draft
         self.joint: JointSettings | None = None
         self.adapter: LoraAdapter | None = None
-        """Adapters in training."""
+        """The adapters in training."""
         self.adapter_folder: Path | None = None
-        """Adapters that were read: the heads stand on the target with these."""
+        """The adapters that were loaded: the heads work only on the target with these."""
         self.paths = paths
-        """The calibrated tree, best nodes first; None: chains only."""
+        """The calibrated tree, best nodes first; None: only chains can be drafted."""
         self._target_config = target_config
         self._target: Target | None = None
 
     @classmethod
     def why_whole_target(cls, settings: MedusaSettings) -> str | None:
-        """Return that adapters are trained inside the target, if they are."""
+        """Return the reason if adapters are trained inside the target."""
         return None if settings.joint is None else "joint: adapters are trained inside the target's blocks"
 
     @classmethod
     def create(cls, settings: MedusaSettings, *, target: Target | None, tokenizer: Any) -> Medusa:
-        """Return heads that all equal the target's own head."""
+        """Return heads that all start equal to the target's own head."""
         if target is None:
-            raise CheckpointError("drafter.kind is 'medusa' but target.model is null: its heads stand on the target")
+            raise CheckpointError("drafter.kind is 'medusa' but target.model is null: the heads need a target")
         head = target.model.get_output_embeddings()
         if getattr(head, "bias", None) is not None:
             raise CheckpointError(
-                f"{target.name}: its output head has a bias, for which the Medusa layout has no place: use another drafter.kind"
+                f"{target.name}: its output head has a bias, which Medusa's layout cannot store: use another drafter.kind"
             )
         if settings.checkpoint is None:
             made = cls._like_head(head.weight, settings, target)
@@ -159,7 +160,7 @@ class Medusa(Drafter):
             made = cls.load(checkpoint_folder(settings.checkpoint, target, kind=cls.kind), target, "float32").train()
             if made.adapter_folder is not None:
                 raise CheckpointError(
-                    f"drafter.checkpoint: {made.adapter_folder}: heads on an adapted target (Medusa-2) are not trained on"
+                    f"drafter.checkpoint: {made.adapter_folder}: training cannot continue from heads on an adapted target (Medusa-2)"
                 )
             made.decay, made.draft, made.paths = settings.decay, settings.draft, None
         if settings.joint is not None:
@@ -170,6 +171,7 @@ class Medusa(Drafter):
 
     @classmethod
     def _like_head(cls, weight_VD: Tensor, settings: MedusaSettings, target: Target) -> Medusa:
+        """Return heads whose output matrices are copies of this weight."""
         vocab_size, hidden_size = weight_VD.shape
         made = cls(
             num_heads=settings.num_heads,
@@ -188,25 +190,25 @@ class Medusa(Drafter):
 
     @property
     def deepest(self) -> int:
-        """One draft token a head."""
+        """One draft token per head."""
         return self.num_heads
 
     def needs(self) -> TargetNeeds:
-        """Return what the heads stand on: the state after the final norm."""
+        """Return what the heads read: the state after the final norm."""
         return TargetNeeds(final=True)
 
     def rows_asked(self) -> list[RowsAsked]:
-        """Return the rows of every head, and in joint training those of the target itself."""
+        """Return the rows of every head, and in joint training also those of the target itself."""
         of_target = [] if self.joint is None else [RowsAsked((1,), 0)]
         return [RowsAsked(tuple(range(1, self.num_heads + 1)), self.lag), *of_target]
 
     @property
     def compares_with_target(self) -> bool:
-        """In joint training, whatever the loss of the heads."""
+        """True in joint training, whatever the loss of the heads."""
         return self.joint is not None
 
     def forward(self, batch: DraftBatch) -> DraftOutput:
-        """Return the states of every head before its output matrix."""
+        """Return, for every head, the states that its output matrix reads."""
         final_BTD = batch.target.final_BTD if batch.target is not None else None
         assert final_BTD is not None, "the module reads the target first"
         factor, beside = 1.0, None
@@ -223,7 +225,7 @@ class Medusa(Drafter):
         return DraftOutput(states_BTD, self._head, self.lag)
 
     def _adapted(self, batch: DraftBatch) -> Tensor:
-        """Return the final states of the target with its adapters on; gradients reach the adapters."""
+        """Return the final states of the target with its adapters; gradients reach the adapters."""
         assert self.adapter is not None
         assert self._target is not None
         model = self._target.model
@@ -233,13 +235,13 @@ class Medusa(Drafter):
         return final_BTD
 
     def _of_target(self, final_BTD: Tensor, batch: DraftBatch) -> Beside:
-        """Return the target with adapters, whose distribution is kept by KL(target without adapters, target with them)."""
+        """Return the loss term KL(target without adapters || target with adapters)."""
         target = self._target
         assert target is not None
         assert batch.target is not None
         rows = batch.target_rows
         if not isinstance(rows, LiveRows):
-            # What a cache holds of the distribution may be a part of it.
+            # A cache may store only a part of the distribution.
             rows = target.rows_of(batch.target)
         states = DraftOutput({1: final_BTD}, head_of(target.model), lag=0)
         return Beside(states, ForwardKL(ForwardKLSettings()), rows)
@@ -249,7 +251,7 @@ class Medusa(Drafter):
         return LinearHead(lambda depth: self.lm_heads[depth - 1], after=finisher(self._target_config))
 
     def states(self, final_ND: Tensor, depth: int) -> Tensor:
-        """Return what the residual blocks of a head make of the target's states."""
+        """Return the output of a head's residual blocks on the target's states."""
         states: Tensor = self.blocks[depth - 1](final_ND.to(next(self.parameters()).dtype))
         return states
 
@@ -263,11 +265,11 @@ class Medusa(Drafter):
             head.__dict__["forward"] = compiled(head.forward)
 
     def products(self, shape: BatchShape) -> Iterator[Products]:
-        """Yield those of every head; of Medusa-2 also those of the target with its adapters, and of its head on their states."""
+        """Yield the products of every head; for Medusa-2 also those of the target with adapters, and of its own head."""
         joint = self.adapter is not None
         for depth in range(1, self.num_heads + 1):
             for number in range(self.num_layers):
-                # What the first block reads is trained only where the target is adapted.
+                # The input of the first block needs a gradient only if the target has adapters in training.
                 yield matrix(self.hidden_size**2, shape.positions, gradients=2 if joint or number else 1)
             yield matrix(parameters_of(self.lm_heads[depth - 1]), shape.rows(depth + self.lag), gradients=2)
         if joint:
@@ -277,7 +279,7 @@ class Medusa(Drafter):
             yield matrix(head_parameters(self._target.model), shape.rows(1), gradients=1)
 
     def lr_factor(self, name: str) -> float:
-        """Return what train.lr is multiplied by for a parameter."""
+        """Return the factor on train.lr for a parameter."""
         return 1.0 if self.joint is None or name.startswith("adapter.") else self.joint.head_lr_multiplier
 
     def adapted(self, target: Target) -> Target:
@@ -285,11 +287,11 @@ class Medusa(Drafter):
         return target if self.adapter_folder is None else merged(target, self.adapter_folder)
 
     def standing_on(self, target: Target) -> AbstractContextManager[None]:
-        """Put the adapters in training on the target for the calls inside."""
+        """Within this context the target has the adapters in training."""
         return nullcontext() if self.adapter is None else self.adapter.applied(target.model)
 
     def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
-        """Return the heads at inference."""
+        """Return the proposer that drafts with these heads."""
         return MedusaProposer(self, num_tokens=target.num_tokens, listener=listener)
 
     @torch.no_grad()
@@ -299,7 +301,7 @@ class Medusa(Drafter):
         return {TREE: calibrated_tree(drafts, self.head, num_heads=self.num_heads, num_tokens=target.num_tokens)}
 
     def save(self, folder: Path) -> None:
-        """Write the layout of `method: medusa`."""
+        """Write the layout of vLLM's `method: medusa`."""
         config = {
             "architectures": ["MedusaModel"],
             "model_type": "medusa",
@@ -322,7 +324,10 @@ class Medusa(Drafter):
 
     @classmethod
     def load(cls, folder: Path, target: Target, dtype: Any = None) -> Medusa:
-        """Read a Medusa folder made for a target of the same sizes; in the target's type unless told otherwise.
+        """Read a Medusa folder for a target of the same sizes.
+
+        Args:
+            dtype: Type of the weights; None: the target's.
 
         Raises:
             CheckpointError: Keys are missing, or the sizes are not the target's.
@@ -333,7 +338,7 @@ class Medusa(Drafter):
         if made_for != sizes:
             raise CheckpointError(
                 f"{folder}: heads of (vocabulary, hidden size) {made_for}, this target, {target.name}, has {sizes}: "
-                "pass the target that they were made for"
+                "use the target that they were made for"
             )
         made = cls(
             num_heads=config["num_heads"],

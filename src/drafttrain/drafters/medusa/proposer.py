@@ -1,4 +1,4 @@
-"""Medusa's heads at inference: one call a round, from the target's state before the root to a chain or a tree.
+"""Medusa's proposer: one call of the heads per round, on the target's state before the root, gives a chain or a tree.
 
 V = vocabulary, D = hidden, M = sequences that draft, R = ranks
 """
@@ -54,13 +54,13 @@ class MedusaHeads(Protocol):
 
 
 class MedusaProposer:
-    """Head d speaks of the token d places after the root, whatever stands between: it needs no cache.
+    """Head d predicts the token d places after the root, whatever stands between. So drafting needs no cache.
 
-    A chain is each head's best guess (FIXED), or at temperature > 0 a draw from each head (SAMPLED). A tree takes the
-    heads' best guesses where the calibrated paths say (FIXED).
+    A chain is the argmax of each head (FIXED), or at temperature > 0 a draw from each head (SAMPLED). A tree takes the
+    best guesses of each head along the calibrated paths (FIXED).
 
     Args:
-        num_tokens: Ids that the tokenizer can produce; the other rows of the heads are padding and carry no mass.
+        num_tokens: Ids that the tokenizer can produce; the other rows of the heads are padding and get no probability.
     """
 
     needs = TargetNeeds(final=True)
@@ -71,10 +71,10 @@ class MedusaProposer:
         self._listener = listener
         self._contexts: list[Context] = []
         self._states: list[Tensor | None] = []
-        """By sequence, the target's state of the token before the root; None: the root is the first token of all."""
+        """By sequence, the target's state of the token before the root; None: the root is the first token."""
 
     def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
-        """Take the state of the last prompt token but one."""
+        """Store the target's state of the last token before each root."""
         self._contexts = list(contexts)
         self._states = [_last(output) for output in seen]
 
@@ -86,7 +86,7 @@ class MedusaProposer:
         generators: Sequence[torch.Generator],
         more: Callable[[DraftStep], bool | More],
     ) -> list[Proposal]:
-        """Return one chain or tree a sequence."""
+        """Return one chain or tree per sequence."""
         logits = self._logits(budgets)
         made = []
         for sequence, (context, budget) in enumerate(zip(self._contexts, budgets, strict=True)):
@@ -107,7 +107,7 @@ class MedusaProposer:
         return made
 
     def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
-        """Take the state of the last accepted node: the target's own token behind it is the next root."""
+        """Store the state of the last accepted node: the target's token after it is the next root."""
         self._states = [_last(output) for output in seen]
 
     def drop(self, keep: Sequence[int]) -> None:
@@ -116,7 +116,7 @@ class MedusaProposer:
         self._states = [self._states[i] for i in keep]
 
     def _logits(self, budgets: Sequence[Budget]) -> dict[int, list[Tensor]]:
-        """Return the logits of every head that the budget reaches, by sequence that drafts."""
+        """Return, by sequence that drafts, the logits of every head within its budget."""
         depths = {
             sequence: min(budget.depth, self._heads.num_heads)
             for sequence, (budget, state) in enumerate(zip(budgets, self._states, strict=True))
