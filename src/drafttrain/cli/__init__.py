@@ -22,7 +22,3 @@ def main() -> None:
     # DeepSpeed's launcher adds --local_rank, which the environment has too.
     sys.argv = [word for word in sys.argv if not word.startswith("--local_rank=")]
     app()
-
-
-if __name__ == "__main__":
-    main()

@@ -47,7 +47,7 @@ def routes_of(folder: Path) -> dict[str, Versions]:
         if link.is_symlink()
     }
     if not found:
-        raise DrafttrainError(f"{folder}: no drafter was published here: drafttrain online RECIPE does")
+        raise DrafttrainError(f"{folder}: no drafter was published here: run drafttrain online run RECIPE first")
     return found
 
 

@@ -88,7 +88,7 @@ class OnlineSettings:
         "are replaced.",
     )
     hook_timeout_seconds: float = setting(60.0, help="It is ended after that time.", gt=0)
-    poll_seconds: float = setting(2.0, help="`drafttrain online` looks for new lines that often.", gt=0)
+    poll_seconds: float = setting(2.0, help="Seconds between two looks for new log lines.", gt=0)
     max_lines: int = setting(256, help="Lines that are taken up at once.", ge=1)
     resamples: int = setting(2000, help="Permutations of the test of drift.", ge=100)
     router: RouterSettings | None = setting(None, help="Several drafters for parts of the traffic; null: one for all.")
