@@ -78,7 +78,7 @@ def test_every_head_is_trained_where_its_target_is(
     assert set(devices) == {"cuda"}
     run.export_best()
     figures = head_figures(run.folder.head, run.folder.start, labelled.held_out, kind=kind)
-    assert figures["rows"] > 0
+    assert figures.rows > 0
     decode_with(kind, str(run.folder.head), target, drafter_of("causal_lm"))
 
 

@@ -8,7 +8,7 @@ from drafttrain.checkpoint import read_drafter
 from drafttrain.core.texts import Record
 from drafttrain.data_gen.serving_logs.duplicates import Mark
 from drafttrain.losses.forward_kl import ForwardKL
-from drafttrain.online.route import Route, Workshop
+from drafttrain.online.route import OnlineSetup, Route
 from drafttrain.online.settings import OnlineSettings
 from drafttrain.online.versions import Versions, publish_first
 from drafttrain.recorder.intake import Served
@@ -20,7 +20,7 @@ def test_an_online_version_of_medusa_has_its_tree(tmp_path, tiny_target):
     start = folders.save(folders.drafter_of("medusa", tiny_target), tmp_path / "start", tiny_target)
     versions = Versions(tmp_path / "drafters")
     publish_first(versions, start)
-    shop = Workshop(
+    setup = OnlineSetup(
         target=tiny_target,
         online=OnlineSettings(),
         train=TrainSettings(batch_size=4, warmup_steps=0, schedule="constant"),
@@ -30,7 +30,7 @@ def test_an_online_version_of_medusa_has_its_tree(tmp_path, tiny_target):
         dtype="float32",
         seed=0,
     )
-    route = Route("", shop, versions)
+    route = Route("", setup, versions)
     for number in range(4):
         tokens = [(7 * number + 3 * i) % 250 + 1 for i in range(20)]
         route.held_out.add(Served(Record(str(number), tokens, [False] * 8 + [True] * 12), "", Mark(str(number), "")))

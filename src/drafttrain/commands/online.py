@@ -29,10 +29,10 @@ def learn_online(recipe: Recipe, folder: Path, *, once: bool = False) -> None:
         run.write_start()
         learning = online_run(run.recipe, run.folder, run.target)
         if once:
-            learning.once()
+            learning.learn_once()
             report(run.folder, title=recipe.name)
         else:
-            learning.for_ever(lambda: write_online_report(folder, run.folder.report, title=recipe.name))
+            learning.learn_forever(lambda: write_online_report(folder, run.folder.report, title=recipe.name))
     show_status(folder)
 
 

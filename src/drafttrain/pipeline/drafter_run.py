@@ -19,6 +19,7 @@ from drafttrain.data_gen.training_data import TrainingData, attach_cache
 from drafttrain.distributed.collectives import first_before_others, shared, wait_for_all
 from drafttrain.distributed.world import is_first
 from drafttrain.drafters import Drafter, drafters
+from drafttrain.eval.result import Result
 from drafttrain.export.drafter import CalibrationTexts, DrafterExporter
 from drafttrain.losses import Loss, losses
 from drafttrain.losses.ce import CrossEntropy
@@ -164,7 +165,7 @@ class DrafterRun(Run):
         say(f"the training has not ended: {newest} is exported")
         return TrainResult("last", reached, reached)
 
-    def evaluate(self) -> dict[str, Any]:
+    def evaluate(self) -> Result:
         """Evaluate the exported drafter beside the run's own start."""
         folders = {"drafter": self.folder.exported(self.what)}
         if self.folder.start.exists():
@@ -172,7 +173,7 @@ class DrafterRun(Run):
         settings = self.recipe.eval
         return evaluated(folders, self.target, settings, dropped=contaminated_prompts(self, settings.prompts))
 
-    def card(self, result: dict[str, Any], *, command: str) -> str:
+    def card(self, result: Result, *, command: str) -> str:
         """Return the README of the drafter folder."""
         return model_card(self.recipe.name, result, drafter="drafter", recipe=self.resolved, command=command)
 

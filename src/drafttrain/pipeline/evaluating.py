@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -16,12 +15,14 @@ from drafttrain.core.texts import Prompt
 from drafttrain.distributed.world import without_launcher
 from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.prompts import read_prompts
+from drafttrain.eval.result import Input, Result, read_result
 from drafttrain.eval.settings import EvalSettings
+from drafttrain.pipeline.inputs import Inputs
 from drafttrain.pipeline.run import Run
 from drafttrain.target_model import Target
 
 
-def evaluated_elsewhere(run: Run) -> dict[str, Any]:
+def evaluated_elsewhere(run: Run) -> Result:
     """Evaluate in a fresh process that has read nothing but the files, and never imports the trainer."""
     command = [sys.executable, "-m", "drafttrain.cli", "eval", str(run.folder.path)]
     environment = without_launcher(os.environ)
@@ -38,11 +39,10 @@ def evaluated_elsewhere(run: Run) -> dict[str, Any]:
         raise Interrupted("stopped during the evaluation: run the same command to continue")
     if code != 0:
         raise DrafttrainError(f"the evaluation failed with exit code {code}")
-    result: dict[str, Any] = json.loads(run.folder.eval.read_text(encoding="utf-8"))
-    return result
+    return read_result(run.folder.eval)
 
 
-def evaluated(folders: Mapping[str, Path], target: Target, settings: Any, *, dropped: Sequence[str]) -> dict[str, Any]:
+def evaluated(folders: Mapping[str, Path], target: Target, settings: Any, *, dropped: Sequence[str]) -> Result:
     prompts = read_prompts(
         settings.prompts,
         target.tokenizer,
@@ -52,7 +52,12 @@ def evaluated(folders: Mapping[str, Path], target: Target, settings: Any, *, dro
     )
     check_lengths(target, prompts, settings)
     result = evaluate(folders, target, prompts, replace(settings, num_prompts=None))
-    return result | {"prompts_dropped_for_overlap": len(dropped)}
+    return replace(result, prompts_dropped_for_overlap=len(dropped))
+
+
+def with_inputs(result: Result, inputs: Inputs) -> Result:
+    """Return a result with the paths that it read and their digests."""
+    return replace(result, inputs={key: Input(**one) for key, one in inputs.items()})
 
 
 def check_lengths(target: Target, prompts: Sequence[Prompt], settings: EvalSettings) -> None:

@@ -16,6 +16,7 @@ from drafttrain.data_gen.stored.labelled_tokens import LabelledTokens, RowOrder,
 from drafttrain.distributed.collectives import first_before_others
 from drafttrain.distributed.world import world
 from drafttrain.eval.head_figures import head_figures, held_out_estimate
+from drafttrain.eval.result import Result
 from drafttrain.export.head import export_head, head_card
 from drafttrain.heads import MadeFor, TokenHead, heads
 from drafttrain.pipeline.data import contaminated_prompts, training_data
@@ -101,7 +102,7 @@ class HeadRun(Run):
         """Refuse: only validated steps of a head are exported."""
         raise DrafttrainError(f"{self.folder.path}: the head has no validated step yet: drafttrain fit does all stages")
 
-    def evaluate(self) -> dict[str, Any]:
+    def evaluate(self) -> Result:
         """Evaluate the frozen drafter under the head's decisions, and the head on held-out draft tokens."""
         recipe, exported = self.recipe, self.folder.exported(self.what)
         result = evaluated(
@@ -112,9 +113,9 @@ class HeadRun(Run):
         )
         held_out = LabelledTokens(self.folder.labelled).held_out
         figures = head_figures(exported, self.folder.start, held_out, kind=recipe.head.kind)
-        return result | {"head": figures}
+        return replace(result, head=figures)
 
-    def card(self, result: dict[str, Any], *, command: str) -> str:
+    def card(self, result: Result, *, command: str) -> str:
         """Return the README of the head's folder."""
         return head_card(self.recipe.name, result, recipe=self.resolved, command=command)
 

@@ -12,9 +12,9 @@ from typing import Any
 from drafttrain.core.console import say
 from drafttrain.core.errors import GateError
 from drafttrain.core.files import write_text
-from drafttrain.eval.evaluate import read_result
 from drafttrain.eval.gate import shortfalls
 from drafttrain.eval.report import write_report
+from drafttrain.eval.result import current_result
 from drafttrain.eval.table import show
 from drafttrain.pipeline.evaluating import evaluated_elsewhere
 from drafttrain.pipeline.formats import folder_as, formats_of
@@ -31,7 +31,7 @@ def export_and_judge(run: Run) -> None:
     recipe, folder = run.recipe, run.folder
     exported, rejected = folder.path / run.what, folder.rejected(run.what)
     done = run.training_result()
-    result = read_result(folder.eval) if exported.exists() or rejected.exists() else None
+    result = current_result(folder.eval) if exported.exists() or rejected.exists() else None
     if result is not None:
         say("export and evaluation: done before, skipped")
         show(result)

@@ -8,7 +8,7 @@ from drafttrain.data_gen.encoder import Encoder
 from drafttrain.losses import losses
 from drafttrain.online.loop import OnlineRun
 from drafttrain.online.report import write_online_report
-from drafttrain.online.route import Workshop
+from drafttrain.online.route import OnlineSetup
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.pipeline.validation import draft_length
 from drafttrain.recorder.intake import Intake
@@ -24,7 +24,7 @@ def online_run(recipe: Recipe, folder: RunFolder, target: Target) -> OnlineRun:
         folder.path / "online" / "intake",
         about=target.tokenizer_fingerprint,
     )
-    shop = Workshop(
+    setup = OnlineSetup(
         target=target,
         online=recipe.online,
         train=recipe.train,
@@ -34,7 +34,7 @@ def online_run(recipe: Recipe, folder: RunFolder, target: Target) -> OnlineRun:
         dtype=recipe.export.dtype,
         seed=recipe.seed,
     )
-    return OnlineRun(shop, intake, folder.path, start=folder.start)
+    return OnlineRun(setup, intake, folder.path, start=folder.start)
 
 
 def report(folder: RunFolder, *, title: str) -> None:

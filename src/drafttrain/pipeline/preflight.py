@@ -22,10 +22,10 @@ from drafttrain.data_gen.sources import Versioned, sources
 from drafttrain.eval.prompts import prompt_file
 from drafttrain.export import exporters
 from drafttrain.export.layout import text_config
-from drafttrain.target_model.anatomy import position_limit
 from drafttrain.target_model.end_tokens import end_of_text_id
 from drafttrain.target_model.folder_checks import check_causal_lm, check_model_files, in_one_line
 from drafttrain.target_model.folders import cached_folder, resolve_folder
+from drafttrain.target_model.positions import position_limit
 from drafttrain.target_model.tokenizer import check_same_tokenizer, load_tokenizer, num_ids
 
 FIRST_SHOWN = 3

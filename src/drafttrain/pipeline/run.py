@@ -24,6 +24,7 @@ from drafttrain.core.errors import DrafttrainError
 from drafttrain.data_gen.training_data import TrainingData
 from drafttrain.distributed.collectives import first_before_others
 from drafttrain.distributed.world import is_first
+from drafttrain.eval.result import Result
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.pipeline.settled import settled
 from drafttrain.target_model import Target
@@ -78,11 +79,11 @@ class Run(ABC):
         """Write the exported folder from what the training left."""
 
     @abstractmethod
-    def evaluate(self) -> dict[str, Any]:
+    def evaluate(self) -> Result:
         """Evaluate the exported files; return what eval.json holds."""
 
     @abstractmethod
-    def card(self, result: dict[str, Any], *, command: str) -> str:
+    def card(self, result: Result, *, command: str) -> str:
         """Return the README of the exported folder."""
 
     @abstractmethod
