@@ -11,15 +11,15 @@ from drafttrain.losses import Loss, losses
 
 
 @dataclass
-class NegLogAcceptanceConfig:
+class NegLogAcceptanceSettings:
     """-log acceptance rate: TVD that learns faster where the drafter is still bad."""
 
 
-@losses.register("neg_log_acceptance", NegLogAcceptanceConfig)
+@losses.register("neg_log_acceptance", NegLogAcceptanceSettings)
 class NegLogAcceptance(Loss):
     """-log sum_x min(p, q), nats."""
 
-    def __init__(self, settings: NegLogAcceptanceConfig | None = None) -> None:
+    def __init__(self, settings: NegLogAcceptanceSettings | None = None) -> None:
         super().__init__()
 
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:

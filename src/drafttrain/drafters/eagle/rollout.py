@@ -12,11 +12,11 @@ from torch import Tensor
 
 from drafttrain.core.batches import DraftBatch, ReadSlots
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
-from drafttrain.drafters.eagle.layer import FeatureLayer
+from drafttrain.drafters.eagle.layer import EagleLayer
 from drafttrain.target_model.packed_attention import Columns
 
 
-class FeatureModel(Protocol):
+class EagleModel(Protocol):
     """What a rollout and a proposer need of a drafter that reads the target's features.
 
     Slot t holds the target's features of token t and the embedding of token t + 1; the layer's state there says token t + 2.
@@ -24,7 +24,7 @@ class FeatureModel(Protocol):
     """
 
     @property
-    def layer(self) -> FeatureLayer:
+    def layer(self) -> EagleLayer:
         """The decoder layer."""
         ...
 
@@ -67,7 +67,7 @@ class FeatureModel(Protocol):
 
 
 def rollout(
-    model: FeatureModel, batch: DraftBatch, features_BTF: Tensor, *, num_steps: int, slots: ReadSlots
+    model: EagleModel, batch: DraftBatch, features_BTF: Tensor, *, num_steps: int, slots: ReadSlots
 ) -> dict[int, Tensor]:
     """Return the layer's states of depths 1..num_steps, at the slots of packed rows that are read; 0 elsewhere.
 
