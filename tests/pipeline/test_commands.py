@@ -26,7 +26,7 @@ from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import DrafttrainError, GateError, RecipeError
 from drafttrain.core.files import clear_leftovers
 from drafttrain.pipeline import folder as run_folder
-from drafttrain.pipeline.data import dropped_prompts, training_data
+from drafttrain.pipeline.data import contaminated_prompts, training_data
 from drafttrain.pipeline.run import Run
 from drafttrain.target_model import Target
 from drafttrain.train.metrics_log import COLUMNS, TIMES
@@ -277,8 +277,8 @@ def test_a_test_prompt_in_the_training_text_is_dropped_whatever_the_other_prompt
     files = [f"eval.prompts={tmp_path / 'test.jsonl'}", f"eval.validation_prompts={tmp_path / 'validation.jsonl'}"]
     run = Run(load_recipe(recipe, [*files, "eval.prompt_tokens=20"]), tmp_path / "run")
     training_data(run)
-    assert dropped_prompts(run, str(tmp_path / "test.jsonl")) == ["1"]
-    assert dropped_prompts(run, str(tmp_path / "validation.jsonl")) == []
+    assert contaminated_prompts(run, str(tmp_path / "test.jsonl")) == ["1"]
+    assert contaminated_prompts(run, str(tmp_path / "validation.jsonl")) == []
 
 
 def test_pretraining_comes_first_reads_plain_text_only_and_its_end_is_the_start(recipe, tmp_path):

@@ -17,7 +17,7 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import write_json
 from drafttrain.eval.report import write_report
 from drafttrain.eval.table import show
-from drafttrain.pipeline.data import dropped_prompts
+from drafttrain.pipeline.data import contaminated_prompts
 from drafttrain.pipeline.evaluating import evaluated, evaluated_head
 from drafttrain.pipeline.exporting import command_line
 from drafttrain.pipeline.folder import RunFolder
@@ -47,7 +47,7 @@ def evaluate_recipe(recipe: Recipe, folder: Path) -> dict[str, Any]:
         folders = {"drafter": exported}
         if run.folder.start.exists():
             folders["start"] = run.folder.start
-        result = evaluated(folders, run.target, recipe.eval, dropped=dropped_prompts(run, recipe.eval.prompts))
+        result = evaluated(folders, run.target, recipe.eval, dropped=contaminated_prompts(run, recipe.eval.prompts))
     result |= {"inputs": inputs_of(run.recipe, only=is_evaluated_on)}
     write_json(run.folder.eval, result)
     show(result)

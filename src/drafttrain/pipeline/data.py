@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from drafttrain.core.errors import DataError
+from drafttrain.data_gen.contamination import read_contamination
 from drafttrain.distributed.collectives import first_before_others
 from drafttrain.distributed.world import world
 
@@ -44,7 +45,7 @@ def training_data(run: Run) -> TrainingData:
             needs=run.drafter.needs(),
         )
     with first_before_others("it looks for contaminated evaluation prompts"):
-        if not run.folder.overlap.exists():
+        if not run.folder.contamination.exists():
             _note_contamination(run, data)
     return data
 
@@ -97,18 +98,15 @@ def _note_contamination(run: Run, data: TrainingData) -> None:
         for file in dict.fromkeys([wanted.prompts, wanted.validation_prompts])
         for prompt in read_prompts(file, run.tokenizer, prompt_tokens=wanted.prompt_tokens)
     }
-    note_contamination(data, prompts, run.folder.overlap)
+    note_contamination(data, prompts, run.folder.contamination)
 
 
-def dropped_prompts(run: Run, file: str) -> list[str]:
+def contaminated_prompts(run: Run, file: str) -> list[str]:
     """Return the ids of a file's prompts that the training text contaminates; files that are new to the run are looked up now."""
-    from drafttrain.data_gen.contamination import read_contamination
-
-    path = run.folder.overlap
+    path = run.folder.contamination
     if not path.exists() and run.folder.data.exists():
         _note_contamination(run, _prepared(run))
-    found = read_contamination(path) if path.exists() else []
-    return [id for name, id in found if name == file]
+    return read_contamination(path, prompts=file)
 
 
 def own_batches(data: Any, settings: Any, *, device: Any) -> Callable[[int], list[Any]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError, GateError, RecipeError
 from drafttrain.core.files import write_json, write_text
-from drafttrain.pipeline.data import dropped_prompts
+from drafttrain.pipeline.data import contaminated_prompts
 from drafttrain.pipeline.run import quiet_libraries
 
 if TYPE_CHECKING:
@@ -311,7 +311,7 @@ def in_engines(run: Run, source: Path) -> list[dict[str, Any]]:
         say("further formats: done before, skipped")
         return json.loads(done.read_text(encoding="utf-8")) if settings.verify else []
     folders = write_formats(source, settings, run.recipe.target)
-    dropped = dropped_prompts(run, run.recipe.eval.prompts)
+    dropped = contaminated_prompts(run, run.recipe.eval.prompts)
     stand = Stand(run.recipe.target, run.recipe.eval, settings, dropped)
     whole = run.target if settings.verify and run.placement == "replicated" else None
     return verified(source, folders, stand, whole)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from drafttrain.core.errors import DrafttrainError, Interrupted
 from drafttrain.distributed.world import without_launcher
-from drafttrain.pipeline.data import dropped_prompts
+from drafttrain.pipeline.data import contaminated_prompts
 from drafttrain.pipeline.head import exported_head, figures_of_head, with_own_head
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def evaluated_head(run: Run) -> dict[str, Any]:
 
     settings = with_own_head(run.recipe.eval, exported_head(run.folder))
     folders = {"drafter": resolve_folder(run.recipe.head.drafter)}
-    result = evaluated(folders, run.target, settings, dropped=dropped_prompts(run, run.recipe.eval.prompts))
+    result = evaluated(folders, run.target, settings, dropped=contaminated_prompts(run, run.recipe.eval.prompts))
     return result | {"head": figures_of_head(run.recipe, run.folder)}
 
 

@@ -28,7 +28,7 @@ from drafttrain.export.settings import ExportSettings
 from drafttrain.pipeline import inputs
 
 PROMPT_SETTINGS = ("prompts", "validation_prompts", "prompt_tokens")
-"""Settings of the evaluation that decide which of its prompts overlap with the training text."""
+"""Settings of the evaluation that decide which of its prompts are contaminated."""
 
 
 WAIT_SECONDS = 60.0
@@ -45,7 +45,7 @@ class RunFolder:
         self.inputs = path / "inputs.json"
         self.data = path / "data"
         self.validation = self.data / "validation"
-        self.overlap = self.data / "contaminated.json"
+        self.contamination = self.data / "contaminated.json"
         self.pretrain = path / "pretrain"
         self.train = path
         self.train_done = path / "train.json"
@@ -136,7 +136,7 @@ class RunFolder:
             say(f"{self.path}: eval or export is another than before: what it gave is made anew")
             self.drop_figures()
         if any(getattr(held.eval, name) != getattr(recipe.eval, name) for name in PROMPT_SETTINGS):
-            self.overlap.unlink(missing_ok=True)
+            self.contamination.unlink(missing_ok=True)
 
     def _check_inputs(self, recipe: Recipe, *, evaluates_only: bool) -> None:
         """Refuse content that is not what the training here reads; of the evaluation's, drop what was made of the content before.
@@ -164,7 +164,7 @@ class RunFolder:
             words = ", ".join(dict.fromkeys(changed.values()))
             say(f"{self.path}: {words}: changed since this run read it: what was made of it is made again")
             self.drop_figures()
-            self.overlap.unlink(missing_ok=True)
+            self.contamination.unlink(missing_ok=True)
         if trained_on:
             relabelled = any(key.startswith(inputs.LABELS) for key in trained_on)
             for made in (self.start, self.validation, *([self.data / "labelled"] if relabelled else [])):

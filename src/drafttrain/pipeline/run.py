@@ -12,7 +12,7 @@ from drafttrain.config.dump import dump_recipe
 from drafttrain.config.recipe import Recipe
 from drafttrain.distributed.collectives import first_before_others
 from drafttrain.distributed.world import is_first
-from drafttrain.pipeline.data import dropped_prompts
+from drafttrain.pipeline.data import contaminated_prompts
 from drafttrain.pipeline.evaluating import check_lengths
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.pipeline.settled import settled
@@ -144,7 +144,7 @@ class Run:
             wanted.validation_prompts,
             self.tokenizer,
             prompt_tokens=wanted.prompt_tokens,
-            dropped=dropped_prompts(self, wanted.validation_prompts),
+            dropped=contaminated_prompts(self, wanted.validation_prompts),
             limit=recipe.train.eval_prompts,
         )
         check_lengths(self.target, prompts, wanted)
