@@ -15,7 +15,8 @@ from drafttrain.core.texts import Record, Sampling
 from drafttrain.data_gen.serving_logs.duplicates import Mark
 from drafttrain.drafters import Drafter
 from drafttrain.drafters.causal_lm.module import CausalLMDrafter
-from drafttrain.eval.statistics import Interval, ratio_difference
+from drafttrain.eval.interval import Interval
+from drafttrain.eval.statistics import ratio_difference
 from drafttrain.losses.ce import CrossEntropy
 from drafttrain.losses.forward_kl import ForwardKL
 from drafttrain.online.buffer import ReplayBuffer

@@ -24,13 +24,11 @@ from drafttrain.core.files import write_json, write_text
 from drafttrain.core.texts import LoggedDistribution, Record
 from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.serving_logs.duplicates import Mark
-from drafttrain.data_gen.serving_logs.encoding import ExchangeEncoder
 from drafttrain.data_gen.serving_logs.exchange import Refused
 from drafttrain.data_gen.serving_logs.lines import Line
 from drafttrain.data_gen.serving_logs.pseudonyms import Pseudonyms
-from drafttrain.data_gen.serving_logs.reading import Reading
+from drafttrain.data_gen.serving_logs.reading import LogReader
 from drafttrain.data_gen.serving_logs.settings import ServingLogsSettings
-from drafttrain.data_gen.serving_logs.untrusted import guard
 from drafttrain.data_gen.sources import content_of
 from drafttrain.recorder.growing_logs import Place, follow
 
@@ -80,8 +78,7 @@ class Intake:
         self.quarantined_choices = Counter[str](state.get("choices_set_aside", {}))
         """Quarantined answers of lines with another answer that is used."""
         self._places = [Place(**place | {"states": tuple(place["states"])}) for place in state["places"]]
-        self._reading = Reading(self.settings, model=state["model"], pseudonyms=Pseudonyms(self.folder))
-        self._exchanges = ExchangeEncoder(self._encoder, self._reading.redact, law=self.settings.law)
+        self._reader = LogReader(self.settings, model=state["model"], pseudonyms=Pseudonyms(self.folder))
         kept = [number for path in self.folder.glob("batch-*.jsonl") if (number := _number(path)) < self.num_batches]
         self._first = min(kept, default=self.num_batches)
         self._sizes: dict[int, int] = {}
@@ -89,7 +86,7 @@ class Intake:
             self._sizes[number] = 0
             for served in self.served(first_batch=number, stop_batch=number + 1):
                 self._sizes[number] += 1
-                self._reading.duplicates.remember(served.mark)
+                self._reader.duplicates.remember(served.mark)
 
     @property
     def num_lines(self) -> int:
@@ -133,22 +130,17 @@ class Intake:
         return len(found_records)
 
     def _line(self, line: Line) -> tuple[list[Served], list[Refused]]:
-        if line.data is None:
-            return [], [Refused("too_long", "longer than max_line_mb allows")]
         found_records, reasons = [], []
-        for found in self._reading.line(line.data):
+        for found in self._reader.exchanges(line):
             if isinstance(found, Refused):
                 reasons.append(found)
                 continue
-            exchange, mark = found
             try:
-                with guard():
-                    record = self._exchanges.record(exchange)
+                record = self._reader.record(found, self._encoder)
             except Refused as reason:
                 reasons.append(reason)
             else:
-                self._reading.duplicates.remember(mark)
-                found_records.append(Served(record, exchange.user, mark))
+                found_records.append(Served(record, found.exchange.user, found.mark))
         return found_records, reasons
 
     def _commit(self, places: list[Place]) -> None:
@@ -157,7 +149,7 @@ class Intake:
         state = {
             "about": self._about,
             "batches": self.num_batches,
-            "model": self._reading.model,
+            "model": self._reader.model,
             "lines": dict(self.counts),
             "choices_set_aside": dict(self.quarantined_choices),
             "places": [asdict(place) for place in places],

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from drafttrain.core.packed_documents import ReadSlots
+from drafttrain.core.batches import ReadSlots
 from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import as_padding, pack
-from drafttrain.drafters.eagle import layer as feature_layer
+from drafttrain.drafters.eagle import layer as eagle_layer
 from drafttrain.losses.align import align, planned
 from drafttrain.target_model.packed_attention import Columns
-from tests.drafters.feature_models import chain_logits, feature_drafter, feature_target, packed
+from tests.drafters.eagle_models import chain_logits, eagle_drafter, eagle_target, packed
 
 STEPS = 4
 LENGTHS = (9, 7, 12)
@@ -29,7 +29,7 @@ KINDS = [
 
 @pytest.fixture(scope="module")
 def target() -> Any:
-    return feature_target()
+    return eagle_target()
 
 
 def largest_difference(target: Any, drafter: Any, *, width: int) -> list[float]:
@@ -50,32 +50,32 @@ def largest_difference(target: Any, drafter: Any, *, width: int) -> list[float]:
 @pytest.mark.parametrize(("kind", "settings"), KINDS)
 @pytest.mark.parametrize("width", [12, 22])  # one document a row, padded; two documents in a row
 def test_step_k_of_the_rollout_is_a_chain_of_k_draft_tokens(target, kind, settings, width):
-    drafter = feature_drafter(kind, target, **settings)
+    drafter = eagle_drafter(kind, target, **settings)
     assert max(largest_difference(target, drafter, width=width)) < 1e-5
 
 
 def test_the_identity_holds_in_float32(target):
-    drafter = feature_drafter("eagle3", target, scale=0.1).float()
+    drafter = eagle_drafter("eagle3", target, scale=0.1).float()
     assert max(largest_difference(target, drafter, width=22)) < 1e-5
 
 
 def test_control_a_position_that_does_not_advance_breaks_the_identity(target, monkeypatch):
-    drafter = feature_drafter("eagle3", target)
-    turned = feature_layer.Rotary.turned
+    drafter = eagle_drafter("eagle3", target)
+    turned = eagle_layer.Rotary.turned
     batch, _ = packed(target, drafter, LENGTHS, width=22)
     all_1N = batch.positions_BT.flatten()[None]
 
     def stuck(self: Any, states: Any, positions: Any) -> Any:
         return turned(self, states, all_1N if positions.shape == all_1N.shape else positions)
 
-    monkeypatch.setattr(feature_layer.Rotary, "turned", stuck)
+    monkeypatch.setattr(eagle_layer.Rotary, "turned", stuck)
     differences = largest_difference(target, drafter, width=22)
     assert differences[0] < 1e-5
     assert min(differences[1:]) > 1e-2
 
 
 def test_control_a_missing_key_of_its_own_breaks_the_identity(target, monkeypatch):
-    drafter = feature_drafter("eagle3", target)
+    drafter = eagle_drafter("eagle3", target)
     attend = Columns.attend
     monkeypatch.setattr(Columns, "attend", lambda self, query, own: attend(self, query, own[-1:]))
     differences = largest_difference(target, drafter, width=22)
@@ -105,7 +105,7 @@ def trained_states(drafter: Any, batch: Any) -> tuple[list[Any], list[Any]]:
 @pytest.mark.parametrize(("kind", "settings"), [*KINDS[:2], ("eagle", {"num_steps": 3, "feature_noise": 0.0})])
 @pytest.mark.parametrize("plan", [False, True])
 def test_training_computes_what_trained_rows_need_and_nothing_else_changes(target, kind, settings, plan):
-    drafter = feature_drafter(kind, target, **settings)
+    drafter = eagle_drafter(kind, target, **settings)
     batch = masked(target, drafter)
     whole = trained_states(drafter.eval(), batch)
     seen: list[int] = []
@@ -121,7 +121,7 @@ def test_training_computes_what_trained_rows_need_and_nothing_else_changes(targe
 
 
 def test_control_slots_that_begin_one_too_late_are_not_enough(target, monkeypatch):
-    drafter = feature_drafter("eagle3", target, num_steps=3)
+    drafter = eagle_drafter("eagle3", target, num_steps=3)
     batch = masked(target, drafter)
     whole, _ = trained_states(drafter.eval(), batch)
     of = ReadSlots.of
@@ -131,7 +131,7 @@ def test_control_slots_that_begin_one_too_late_are_not_enough(target, monkeypatc
 
 
 def test_a_batch_without_trained_rows_has_a_backward_pass(target):
-    drafter = feature_drafter("eagle3", target).train()
+    drafter = eagle_drafter("eagle3", target).train()
     batch = masked(target, drafter)
     batch = replace(batch, loss_mask_BT=torch.zeros_like(batch.loss_mask_BT))
     sum(states.sum() for states in drafter(batch).states_BTD.values()).backward()
@@ -142,7 +142,7 @@ def test_a_batch_without_trained_rows_has_a_backward_pass(target):
 @pytest.mark.parametrize("plan", [False, True])
 def test_a_batch_without_trained_rows_rolls_out_one_slot(target, kind, settings, plan):
     """A process that has no records of a step calls the layer as often as the others, and does not hold them up."""
-    drafter = feature_drafter(kind, target, **settings).train()
+    drafter = eagle_drafter(kind, target, **settings).train()
     batch = masked(target, drafter)
     batch = replace(as_padding(batch), target=batch.target)
     seen: list[int] = []
@@ -159,7 +159,7 @@ def test_a_batch_without_trained_rows_rolls_out_one_slot(target, kind, settings,
 @pytest.mark.parametrize("kind", ["eagle3", "eagle"])
 def test_the_loss_of_a_copy_task_is_low_at_its_own_shift_only(target, kind):
     """Row t of depth d is the law of token t + d + 1: a head that says the last token that was embedded says token t + d."""
-    drafter = feature_drafter(kind, target)
+    drafter = eagle_drafter(kind, target)
     texts = [list(range(5, 16)), list(range(40, 60))]
     batch, _ = pack([Record("", text, [True] * len(text)) for text in texts], width=40, weight_of_step=1.0)
     batch = replace(batch, target=target.read(batch.tokens_BT, batch.positions_BT, drafter.needs()), num_depths=3)

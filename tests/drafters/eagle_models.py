@@ -17,13 +17,13 @@ from drafttrain.target_model import Target
 from tests.conftest import byte_tokenizer, random_llama
 
 
-def feature_target(*, vocab_size: int = 257, num_layers: int = 4, hidden_size: int = 32, seed: int = 0) -> Target:
+def eagle_target(*, vocab_size: int = 257, num_layers: int = 4, hidden_size: int = 32, seed: int = 0) -> Target:
     """Return a random float64 target that is deep enough for three taps."""
     model = random_llama(num_layers=num_layers, vocab_size=vocab_size, hidden_size=hidden_size, seed=seed).double()
     return Target(model, byte_tokenizer(), name="tiny", fingerprint="")
 
 
-def feature_drafter(kind: str, target: Target, *, seed: int = 1, scale: float = 0.2, **settings: Any) -> Any:
+def eagle_drafter(kind: str, target: Target, *, seed: int = 1, scale: float = 0.2, **settings: Any) -> Any:
     """Return a float64 drafter of this kind; matrices are drawn anew with a deviation of `scale`."""
     torch.manual_seed(seed)
     entry: Any = drafters.entry(kind)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,11 +18,7 @@ from drafttrain.commands.export import export_run
 from drafttrain.commands.fit import fit
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import DrafttrainError, Interrupted, RecipeError
-from drafttrain.distributed import launch
-from drafttrain.distributed.collectives import first_before_others, own_share, shared, wait_for_all
-from drafttrain.distributed.world import LAUNCHED, TORCHRUN, World, without_launcher, world
-from drafttrain.train.offload import refuse_stale_lock
-from drafttrain.train.preflight import check_disk
+from drafttrain.distributed.world import without_launcher
 
 RECIPE = """
 name: pair
@@ -147,115 +142,3 @@ def test_a_checkpoint_of_adapters_holds_no_target(tiny_folder: Path, recipe: Pat
     head = 257 * 32 + 32 * 32 + 32
     low_rank = 2 * 2 * (2 * 32 + 32 + 16)
     assert trained == head + low_rank, sorted(stored)
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({}, World()),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, World()),
-        (
-            {
-                "RANK": "3",
-                "WORLD_SIZE": "4",
-                "LOCAL_RANK": "1",
-                "LOCAL_WORLD_SIZE": "2",
-                "MASTER_ADDR": "a",
-                "MASTER_PORT": "1",
-            },
-            World(3, 4, 1, 2),
-        ),
-        (
-            {
-                **{"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4(x2)"},
-                **{"SLURM_STEP_NODELIST": "gpu[03-05,09]", "SLURM_JOB_ID": "77"},
-            },
-            World(5, 8, 1, 4),
-        ),
-    ],
-)
-def test_launchers_say_who_a_process_is(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: World
-) -> None:
-    for name in [*TORCHRUN, "LOCAL_WORLD_SIZE"]:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert world() == expected
-
-
-@pytest.mark.parametrize(
-    ("recipe", "overrides", "wanted"),
-    [
-        ("tiny_eagle3", [], 8),
-        ("tiny_eagle3", ["train.devices=2"], 2),
-        ("tiny_acceptance", [], 1),
-        ("tiny_acceptance", ["train.devices=2"], 2),
-        ("online", [], 1),
-    ],
-)
-def test_a_process_a_gpu_but_for_heads_and_online_learning(
-    monkeypatch: pytest.MonkeyPatch, recipe: str, overrides: list[str], wanted: int
-) -> None:
-    """Online learning is one process, and a head is small: on a machine of eight GPUs neither starts eight."""
-    for name in LAUNCHED:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    assert launch.processes_wanted(load_recipe(recipe, overrides)) == wanted
-
-
-def test_a_launcher_that_says_half_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in TORCHRUN:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RecipeError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT"):
-        world()
-
-
-@pytest.mark.parametrize(
-    ("codes", "expected"),
-    [
-        ([-9, 75], DrafttrainError.exit_code),
-        ([75, 75], Interrupted.exit_code),
-        ([1, 2], RecipeError.exit_code),
-        ([2, -15], RecipeError.exit_code),
-        ([1, -9], DrafttrainError.exit_code),
-        ([-11], DrafttrainError.exit_code),
-    ],
-)
-def test_of_processes_that_failed_the_one_that_says_why_is_heard(codes: list[int], expected: int) -> None:
-    failures = [SimpleNamespace(exitcode=code, timestamp=at) for at, code in enumerate(codes)]
-    assert launch._code(failures) == expected
-
-
-def test_a_wait_in_a_turn_is_refused_also_where_there_is_one_process() -> None:
-    message = "waits for the others while it writes, and they wait for that"
-    with pytest.raises(AssertionError, match=message), first_before_others("it writes"):
-        wait_for_all("they are done")
-    with first_before_others("it writes"):
-        for wait in (lambda: shared(1), lambda: own_share([1]), first_before_others("it reads").__enter__):
-            with pytest.raises(AssertionError, match="while it writes"):
-                wait()
-    assert shared(1) == [1], "and after it is allowed again"
-
-
-def test_a_disk_too_small_for_checkpoints_is_refused(tmp_path: Path) -> None:
-    check_disk(tmp_path, num_trained=1000)
-    with pytest.raises(DrafttrainError, match=r"need 36,?000\.00 GB"):
-        check_disk(tmp_path, num_trained=10**12)
-    for step in (3, 6, 9):
-        (tmp_path / f"step-{step:08d}.ckpt").touch()
-    with pytest.raises(DrafttrainError, match=r"need 12,?000\.00 GB \(3 at once, 2 are there\)"):
-        check_disk(tmp_path, num_trained=10**12)
-
-
-def test_a_stale_lock_of_a_build_is_named(tmp_path: Path) -> None:
-    refuse_stale_lock(tmp_path)
-    lock = tmp_path / "lock"
-    lock.touch()
-    refuse_stale_lock(tmp_path)
-    hour_ago = time.time() - 3600
-    os.utime(lock, (hour_ago, hour_ago))
-    with pytest.raises(DrafttrainError, match="lock: the lock of a build"):
-        refuse_stale_lock(tmp_path)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from drafttrain.distributed import collectives
-from drafttrain.distributed.group import BEAT_SECONDS, PeerError
+from drafttrain.distributed.heartbeat import BEAT_SECONDS, PeerError
 from drafttrain.distributed.lifelines import Lifelines
 from drafttrain.distributed.world import without_launcher
 
@@ -23,7 +23,7 @@ HEAD = """
 import os, sys, time
 from pathlib import Path
 import drafttrain.distributed.collectives as processes
-from drafttrain.distributed.group import PeerError
+from drafttrain.distributed.heartbeat import PeerError
 from drafttrain.distributed.collectives import together, wait_for_all
 
 here, folder = processes.world(), Path(sys.argv[1])

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from drafttrain.drafters.eagle.norm import Norm
-from tests.drafters.feature_models import feature_drafter, feature_target, packed
+from drafttrain.drafters.eagle.rms_norm import Norm
+from tests.drafters.eagle_models import eagle_drafter, eagle_target, packed
 
 
 def norm(dtype: torch.dtype) -> tuple[Norm, Tensor, Tensor]:
@@ -40,8 +40,8 @@ def test_a_state_of_zeros_has_finite_gradients() -> None:
 
 @pytest.mark.parametrize("kind", ["eagle3", "eagle"])
 def test_under_autocast_nothing_is_kept_in_float32_that_is_as_large_as_the_stream(kind: str) -> None:
-    target = feature_target()
-    drafter = feature_drafter(kind, target).float().train()
+    target = eagle_target()
+    drafter = eagle_drafter(kind, target).float().train()
     batch, _ = packed(target, drafter, (12, 9), width=21)
     stream = batch.tokens_BT.numel() * drafter.config["hidden_size"]
     own = {p.data_ptr() for p in drafter.parameters()}

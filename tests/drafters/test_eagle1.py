@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import smooth_l1_loss
 
 from drafttrain.checkpoint import read_drafter
-from drafttrain.drafters.eagle.eagle1 import EagleSettings, noise
-from tests.drafters.feature_models import feature_drafter, feature_target, packed
+from drafttrain.drafters.eagle.eagle1 import Eagle1Settings, noise
+from tests.drafters.eagle_models import eagle_drafter, eagle_target, packed
 from tests.drafters.test_eagle3 import exported
 
 NAMES = {
@@ -26,11 +26,11 @@ NAMES = {
 
 @pytest.fixture(scope="module")
 def target() -> Any:
-    return feature_target()
+    return eagle_target()
 
 
 def test_the_exported_folder_has_vllms_names_and_reads_back(target, tmp_path):
-    drafter = feature_drafter("eagle", target)
+    drafter = eagle_drafter("eagle", target)
     folder = exported(drafter, target, tmp_path)
     tensors = load_file(folder / "model.safetensors")
     assert set(tensors) == NAMES  # no head, no input norm, no bias: engines refuse or drop them
@@ -44,13 +44,13 @@ def test_the_exported_folder_has_vllms_names_and_reads_back(target, tmp_path):
 
 
 def test_parameters_are_as_many_as_the_formula_says(target):
-    drafter = feature_drafter("eagle", target, intermediate_size=48)
+    drafter = eagle_drafter("eagle", target, intermediate_size=48)
     d, q, kv, i = 32, 32, 16, 48
     assert sum(p.numel() for p in drafter.parameters()) == 2 * d * d + d * (q + 2 * kv) + q * d + 3 * d * i + d
 
 
 def test_the_law_is_the_targets_own_head_on_the_predicted_feature(target):
-    drafter = feature_drafter("eagle", target)
+    drafter = eagle_drafter("eagle", target)
     batch, _ = packed(target, drafter, (8,), width=8)
     drafted = drafter(batch)
     head = target.model.get_output_embeddings()
@@ -61,9 +61,7 @@ def test_the_law_is_the_targets_own_head_on_the_predicted_feature(target):
 
 
 def test_the_regression_is_against_the_feature_of_the_next_token(target):
-    drafter = feature_drafter(
-        "eagle", target, num_steps=2, step_decay=0.5, feature_weight=3.0, feature_noise=0.0
-    ).train()
+    drafter = eagle_drafter("eagle", target, num_steps=2, step_decay=0.5, feature_weight=3.0, feature_noise=0.0).train()
     batch, _ = packed(target, drafter, (7, 6), width=13)
     mask_BT = batch.loss_mask_BT.clone()
     mask_BT[0, :4] = False
@@ -86,7 +84,7 @@ def test_the_regression_is_against_the_feature_of_the_next_token(target):
 
 
 def test_noise_belongs_to_the_position_and_shrinks_with_the_document(target):
-    drafter = feature_drafter("eagle", target)
+    drafter = eagle_drafter("eagle", target)
     together, places = packed(target, drafter, (6, 12), width=18)
     whole = noise(together, width=64)
     for (row, column), number, length in zip(places, (0, 1), (6, 12), strict=True):
@@ -104,7 +102,7 @@ def test_noise_belongs_to_the_position_and_shrinks_with_the_document(target):
 
 
 def test_only_training_reads_noise(target):
-    drafter = feature_drafter("eagle", target)
+    drafter = eagle_drafter("eagle", target)
     batch, _ = packed(target, drafter, (8,), width=8)
     quiet = drafter(batch).states_BTD[1]
     assert torch.equal(drafter(batch).states_BTD[1], quiet)
@@ -112,4 +110,4 @@ def test_only_training_reads_noise(target):
 
 
 def test_settings_that_leave_nothing_to_learn_are_refused():
-    assert "nothing to learn" in EagleSettings(feature_weight=0, loss_weight=0).check()[0]
+    assert "nothing to learn" in Eagle1Settings(feature_weight=0, loss_weight=0).check()[0]

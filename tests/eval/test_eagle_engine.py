@@ -15,8 +15,8 @@ from drafttrain.core.proposals import Budget, Context, DraftStep, Verdict
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.texts import Prompt, Record, Sampling
 from drafttrain.data_gen.packing import pack
-from drafttrain.drafters.eagle import drafts as feature_drafts
-from drafttrain.drafters.eagle.proposer import FeatureProposer
+from drafttrain.drafters.eagle import drafts as eagle_drafts
+from drafttrain.drafters.eagle.proposer import EagleProposer
 from drafttrain.eval.acceptance.lossless import Lossless
 from drafttrain.eval.engine import Engine
 from drafttrain.eval.ledger import Ledger
@@ -28,7 +28,7 @@ from drafttrain.losses.align import align
 from drafttrain.losses.chunked import row_losses
 from drafttrain.target_model import Target
 from tests.conftest import byte_tokenizer
-from tests.drafters.feature_models import feature_drafter, feature_target
+from tests.drafters.eagle_models import eagle_drafter, eagle_target
 from tests.eval.decoding import chi_square, greedy
 from tests.target_model.test_target import ARCHITECTURES
 
@@ -69,7 +69,7 @@ ARMS = [
 
 @pytest.fixture(scope="module")
 def target() -> Any:
-    return feature_target()
+    return eagle_target()
 
 
 @functools.cache
@@ -85,7 +85,7 @@ def taught(kind: str, target: Target, **settings: Any) -> Any:
 
 @functools.cache
 def _taught(kind: str, target: Target, settings: tuple[tuple[str, Any], ...]) -> Any:
-    drafter = feature_drafter(kind, target, **dict(settings))
+    drafter = eagle_drafter(kind, target, **dict(settings))
     drafter.fit_vocabulary(lambda: np.bincount([token for text in written(target) for token in text], minlength=257))
     drafter.train()
     drafter.own = drafter.own | {"feature_noise": 0.0}
@@ -121,7 +121,7 @@ def decode(target: Any, drafter: Any, policy: Any, *, prompts=PROMPTS, temperatu
 @pytest.mark.parametrize(("kind", "settings", "policy"), ARMS)
 def test_greedy_output_is_the_targets_own_together_and_alone(target, kind, settings, policy):
     """Where little is accepted and where much is; a batch takes the very rounds that each prompt takes alone."""
-    unskilled = decode(target, feature_drafter(kind, target, **settings), policy, new=8)
+    unskilled = decode(target, eagle_drafter(kind, target, **settings), policy, new=8)
     assert [g.tokens for g in unskilled] == [list(text[:8]) for text in written(target)]
     drafter = taught(kind, target, **settings)
     together = decode(target, drafter, policy)
@@ -143,7 +143,7 @@ def test_greedy_output_is_the_targets_own_on_every_architecture(name):
     other = Target(model, byte_tokenizer(), name=name, fingerprint="")
     prompts = [Prompt("0", [5, 6]), Prompt("1", [9, 8, 7, 6, 5])]
     for kind in ("eagle3", "eagle"):
-        drafter = feature_drafter(kind, other, **({"draft_vocab_size": 50} if kind == "eagle3" else {}))
+        drafter = eagle_drafter(kind, other, **({"draft_vocab_size": 50} if kind == "eagle3" else {}))
         for policy in (CHAIN, TREE):
             found = decode(other, drafter, policy, prompts=prompts, new=8)
             assert [g.tokens for g in found] == [greedy(other, prompt, 8) for prompt in prompts]
@@ -185,7 +185,7 @@ def test_the_cache_holds_the_slots_of_the_committed_text_made_of_true_features(t
     drafter = taught("eagle3", target)
     checked = 0
 
-    class Watched(FeatureProposer):
+    class Watched(EagleProposer):
         def propose(self, *arguments: Any) -> Any:
             nonlocal checked
             proposals = super().propose(*arguments)
@@ -245,8 +245,8 @@ def test_every_forward_of_the_drafter_is_in_the_ledger(target):
 @pytest.fixture(scope="module")
 def small() -> Any:
     """A target of 8 tokens, and a drafter that can say 5 of them."""
-    target = feature_target(vocab_size=8, num_layers=3, hidden_size=16)
-    drafter = feature_drafter("eagle3", target, draft_vocab_size=5, scale=0.5)
+    target = eagle_target(vocab_size=8, num_layers=3, hidden_size=16)
+    drafter = eagle_drafter("eagle3", target, draft_vocab_size=5, scale=0.5)
     drafter.fit_vocabulary(lambda: np.array([3, 9, 0, 7, 0, 5, 4, 0]))
     return target, drafter
 
@@ -270,7 +270,7 @@ def distribution_of(target: Any, drafter: Any, temperature: float, *, policy: An
 def test_control_a_law_that_is_not_scattered_changes_the_output(small, monkeypatch):
     """The rows of q are left in the order of the drafter's own ids."""
     monkeypatch.setattr(
-        feature_drafts,
+        eagle_drafts,
         "over_target_vocabulary",
         lambda probs, vocabulary, *, size: torch.nn.functional.pad(probs, (0, size - len(vocabulary))),
     )
@@ -280,11 +280,11 @@ def test_control_a_law_that_is_not_scattered_changes_the_output(small, monkeypat
 
 def test_control_a_law_with_mass_on_tokens_that_cannot_be_drawn_changes_the_output(small, monkeypatch):
     """The rows of q are normalised as if the missing tokens had their share."""
-    scatter = feature_drafts.over_target_vocabulary
+    scatter = eagle_drafts.over_target_vocabulary
 
     def spread(probs: Any, vocabulary: Any, *, size: int) -> Any:
         return 0.6 * scatter(probs, vocabulary, size=size) + 0.4 / size
 
-    monkeypatch.setattr(feature_drafts, "over_target_vocabulary", spread)
+    monkeypatch.setattr(eagle_drafts, "over_target_vocabulary", spread)
     target, drafter = small
     assert distribution_of(target, drafter, 1.0, samples=800) < 1e-3

@@ -72,13 +72,13 @@ def save_medusa(target: Target, tmp_path: Path) -> Path:
 def test_a_setting_that_the_folder_says_is_refused(kind, setting, value):
     settings: Any = drafters.entry(kind).settings
     (problem,) = settings(checkpoint="folder", **{setting: value}).check()
-    assert problem == f"{setting}: is not used with checkpoint, the folder says it: leave it out"
+    assert problem == f"{setting}: the checkpoint fixes it: leave it out"
     assert not settings(**{setting: value}).check()
 
 
 def test_a_folder_of_another_kind_or_of_others_is_refused(folder, target, tmp_path):
     source = folder("eagle")
-    with pytest.raises(CheckpointError, match=r"is of kind eagle, drafter\.kind is eagle3"):
+    with pytest.raises(CheckpointError, match=r"has kind eagle, drafter\.kind is eagle3"):
         started("eagle3", target, source)
     (source / "drafttrain.json").unlink()
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Starting from a drafter folder: what its settings may not say then, and which folders are refused."""
+"""Training that starts from a drafter folder: which settings are refused then, and which folders."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from drafttrain.target_model import Target
 from drafttrain.target_model.folders import resolve_folder
 from drafttrain.target_model.tokenizer import check_same_tokenizer, load_tokenizer
 
-HELP = "Start from this drafter folder or hub id of the same kind (drafttrain import makes one); null: from scratch."
+CHECKPOINT_HELP = (
+    "Start from this drafter folder or hub id of the same kind (drafttrain import makes one); null: from scratch."
+)
 
 
-def said_by_the_folder(settings: Any, names: Iterable[str]) -> list[str]:
-    """Return one line for every setting that is given though the folder to start from says it."""
+def settings_fixed_by_checkpoint(settings: Any, names: Iterable[str]) -> list[str]:
+    """Return one line for every setting that is given although the checkpoint fixes it."""
     if settings.checkpoint is None:
         return []
     fresh = type(settings)()
     return [
-        f"{name}: is not used with checkpoint, the folder says it: leave it out"
+        f"{name}: the checkpoint fixes it: leave it out"
         for name in names
         if getattr(settings, name) != getattr(fresh, name)
     ]
 
 
-def folder_to_start_from(checkpoint: str, target: Target, *, kind: str) -> Path:
+def checkpoint_folder(checkpoint: str, target: Target, *, kind: str) -> Path:
     """Return the folder of a drafter of this kind for this target.
 
     Raises:
-        CheckpointError: There is none, it was made by others and not imported, or is of another kind or tokenizer.
+        CheckpointError: There is none, it was not imported first, or its kind or tokenizer differs.
     """
     folder = resolve_folder(checkpoint)
     path = folder / "drafttrain.json"
@@ -39,9 +41,9 @@ def folder_to_start_from(checkpoint: str, target: Target, *, kind: str) -> Path:
         held = read_json(path).get("kind")
     except CheckpointError as error:
         raise CheckpointError(
-            f"drafter.checkpoint: not of a drafter folder: {error}. One that others made: drafttrain import FOLDER"
+            f"drafter.checkpoint: not a drafter folder: {error}. To convert another project's: drafttrain import FOLDER"
         ) from error
     if held != kind:
-        raise CheckpointError(f"drafter.checkpoint: {checkpoint} is of kind {held}, drafter.kind is {kind}")
+        raise CheckpointError(f"drafter.checkpoint: {checkpoint} has kind {held}, drafter.kind is {kind}")
     check_same_tokenizer(target.tokenizer, load_tokenizer(folder), drafter=checkpoint)
     return folder
