@@ -22,15 +22,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from recorder import started
-from tests.online.openai_server import served
 from tests.online.target_server import Answered, TargetServer, ask, decoded_again, own_texts, shipped
+from tests.recorder.openai_server import served
 
 from drafttrain.core.provenance import commit, processor
 from drafttrain.eval.statistics import ratio_difference, ratio_interval
 from drafttrain.online.drift import drift
 from drafttrain.online.run_files import metrics
 from drafttrain.target_model import Target, TargetSettings
+from recorder import started
 
 MAX_TOKENS = 48
 COMPARED = 48

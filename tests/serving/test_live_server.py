@@ -15,8 +15,8 @@ from drafttrain.core.texts import Sampling
 from drafttrain.eval.interval import Interval
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.export.hf import export_hf
-from drafttrain.serving.comparison import decode, served_counts
 from drafttrain.serving.promise import Promise
+from drafttrain.serving.reference import count_rounds, decode
 from drafttrain.target_model import Target, TargetSettings
 from tests.data_gen.backends.completions_server import serving
 from tests.online.test_learning import near_copy
@@ -76,7 +76,7 @@ def test_the_counters_of_a_server_are_set_beside_the_promise(target, drafter, tm
     result = json.loads((drafter / "eval.json").read_text())
     counted = {one["id"]: one["num_tokens"] for one in result["temperatures"][0]["drafters"]["drafter"]["prompts"]}
     ours = [
-        served_counts(one, max_new_tokens=counted[prompt.id])
+        count_rounds(one, max_new_tokens=counted[prompt.id])
         for prompt in prompts
         for one in decode(
             target,

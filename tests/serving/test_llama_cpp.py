@@ -52,9 +52,9 @@ def test_texts_end_where_llama_cpp_ends_them(engine, tmp_path):
     tokenizer = merging_tokenizer()
     tokenizer.add_tokens(["<|im_end|>", "<|not_an_end|>"], special_tokens=True)
     target = saved(MODELS["llama"](), tmp_path / "target", tokenizer)
-    habits = engine.habits(target)
-    assert habits.ends == {0, 1, tokenizer.convert_tokens_to_ids("<|im_end|>")}
-    assert not habits.past_end
+    conventions = engine.conventions(target)
+    assert conventions.end_tokens == {0, 1, tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    assert not conventions.drafts_past_end
 
 
 def test_sampled_drafts_are_asked_for_by_name(engine, target):

@@ -16,7 +16,7 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.eval.interval import Interval
 from drafttrain.eval.result import EvaluatedDrafter, Result, VllmFigures
 from drafttrain.serving.card import ORIGIN, SERVED, model_card, with_engines
-from drafttrain.serving.serve_config import best_length
+from drafttrain.serving.draft_length import best_length
 from drafttrain.target_model import Target, TargetSettings
 from tests.eval import results
 from tests.export import folders
@@ -90,11 +90,11 @@ def comparison(**changes: Any) -> dict[str, Any]:
 
 def test_the_card_shows_both_columns_and_replaces_what_it_said_before():
     card = f"# A\n\n## Use\n\nuse it\n\n{ORIGIN}\n\nhere\n"
-    failed = with_engines(card, [comparison(verdict="failed", problems=["it drafts otherwise"])])
-    assert "Problem: it drafts otherwise" in failed
+    failed = with_engines(card, [comparison(verdict="failed", problems=["it drafts differently"])])
+    assert "Problem: it drafts differently" in failed
     once = with_engines(failed, [comparison()])
     assert once.count(SERVED) == 1
-    assert "drafts otherwise" not in once
+    assert "drafts differently" not in once
     assert "| temperature 0: accepted | 5 | 5 |" in once
     assert "| temperature 1: accepted | 4 | 3 |" in once
     assert once.index("use it") < once.index(SERVED) < once.index(ORIGIN)

@@ -25,10 +25,10 @@ from drafttrain.eval.result import Result
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.pipeline.folder import exported_in
 from drafttrain.pipeline.run import quiet_libraries
+from drafttrain.serving.draft_length import read_evaluation
 from drafttrain.serving.engines import CounterNames, engine_of, engines
 from drafttrain.serving.live_server import PATIENCE, LiveFigures, LiveServer, served_model
 from drafttrain.serving.promise import TOLERANCE, promise_of
-from drafttrain.serving.serve_config import read_evaluation
 from drafttrain.target_model.folders import BUILTIN, resolve_folder
 from drafttrain.target_model.tokenizer import load_target_tokenizer
 

@@ -21,7 +21,7 @@ from drafttrain.data_gen.sources.serving_logs import ServingLogs
 from drafttrain.environments.environment import check_installed
 from drafttrain.environments.known import VLLM_CPU
 from drafttrain.eval.prompts import read_prompts
-from drafttrain.serving.comparison import decode, served_counts
+from drafttrain.serving.reference import count_rounds, decode
 from drafttrain.target_model import Target, TargetSettings
 from drafttrain.target_model.folders import resolve_folder
 from tests.serving.engines_installed.vllm_server import TARGET, vllm_server
@@ -73,7 +73,7 @@ def test_the_counters_of_a_vllm_server_are_those_of_the_evaluator_and_the_promis
             max_new_tokens=length,
             num_draft_tokens=K,
         )
-        ours.append(served_counts(one, max_new_tokens=length))
+        ours.append(count_rounds(one, max_new_tokens=length))
     names = ("num_drafts", "num_draft_tokens", "num_accepted")
     assert {name: row["counters"][name] for name in names} == {
         name: sum(getattr(one, name) for one in ours) for name in names
