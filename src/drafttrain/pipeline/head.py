@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from drafttrain.data_gen.stored.labelled_tokens import LabelledTokens
     from drafttrain.data_gen.training_data import TrainingData
     from drafttrain.eval.result import HeadFigures
-    from drafttrain.heads import MadeFor
+    from drafttrain.heads.token_head import MadeFor
     from drafttrain.pipeline.folder import RunFolder
     from drafttrain.target_model import Target
 
@@ -89,7 +89,7 @@ def export_trained_head(recipe: Recipe, folder: RunFolder, target: Target, *, tr
 
 
 def _made_for(recipe: Recipe, target: Target) -> MadeFor:
-    from drafttrain.heads import MadeFor
+    from drafttrain.heads.token_head import MadeFor
     from drafttrain.target_model.folders import fingerprint_of, resolve_folder
 
     drafter = recipe.head.drafter
