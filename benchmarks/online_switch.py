@@ -113,7 +113,7 @@ class Learner:
 
     def start(self) -> None:
         """Start it, or go on."""
-        words = ["online", "online", f"data.sources.0.path={self.out / 'logs'}", "--runs", str(self.out)]
+        words = ["online", "run", "online", f"data.sources.0.path={self.out / 'logs'}", "--runs", str(self.out)]
         with (self.out / "learner.log").open("a") as log:
             command = [sys.executable, "-m", "drafttrain", *words]
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)

@@ -53,9 +53,9 @@ def drafter(target, tmp_path_factory) -> Path:
 
 
 def asked(server: DecodingServer, *words: object, code: int = 0) -> tuple[str, str]:
-    """Run `drafttrain eval --server` against a server; return its output."""
+    """Run `drafttrain check-server` against a server; return its output."""
     with serving(server) as url:
-        done = CliRunner().invoke(app, ["eval", "--server", url, *map(str, words)])
+        done = CliRunner().invoke(app, ["check-server", *map(str, words), url])
     assert done.exit_code == code, done.stderr
     return done.stdout, done.stderr
 
@@ -144,35 +144,33 @@ def test_a_server_that_cannot_tell_says_why_in_one_line(target, drafter, save_ll
     assert "is kept" in asked(elsewhere, drafter, "--model", "served", "--out", tmp_path)[1]
     _, stderr = asked(elsewhere, drafter, "--model", "other", code=1)
     assert "serves no model 'other'. Available: served" in stderr
-    gone = CliRunner().invoke(app, ["eval", str(drafter), "--server", "http://127.0.0.1:9"])
+    gone = CliRunner().invoke(app, ["check-server", str(drafter), "http://127.0.0.1:9"])
     assert gone.exit_code == 1
     assert "http://127.0.0.1:9/v1/models: no list of models" in gone.stderr
+
+
+SILENT = "http://127.0.0.1:9"
+"""An address where nobody listens."""
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--engine", "sglang"], "its server counts no draft tokens. Engines whose counters are read: vllm"),
-        (["--engine", "vlm"], "Engines whose counters are read: vllm"),
-        ([], "give DRAFTER, or --target"),
-        (["nowhere"], "nowhere: no such folder"),
-        (["--server", "http://me:secret@host"], "holds a name or a key"),
-        (["--server", "me:secret@host"], "holds a name or a key"),
-        (["--server", "host/?key=secret"], "holds a name or a key"),
-        (["--server", "host:8000"], "must begin with http:// or https://"),
+        (["--engine", "sglang", SILENT], "its server counts no draft tokens. Engines whose counters are read: vllm"),
+        (["--engine", "vlm", SILENT], "Engines whose counters are read: vllm"),
+        ([SILENT], "give DRAFTER, or --target"),
+        (["nowhere", SILENT], "nowhere: no such folder"),
+        (["http://me:secret@host"], "holds a name or a key"),
+        (["me:secret@host"], "holds a name or a key"),
+        (["host/?key=secret"], "holds a name or a key"),
+        (["host:8000"], "must begin with http:// or https://"),
     ],
 )
 def test_arguments_that_mean_nothing_are_refused(words, said):
-    done = CliRunner().invoke(app, ["eval", "--server", "http://127.0.0.1:9", *words])
+    done = CliRunner().invoke(app, ["check-server", *words])
     assert done.exit_code == 2
     assert said in done.stderr
     assert "secret" not in done.stderr
-
-
-def test_require_without_a_server_is_refused(drafter):
-    done = CliRunner().invoke(app, ["eval", str(drafter), "--require"])
-    assert done.exit_code == 2
-    assert "are for --server URL" in done.stderr
 
 
 def test_a_promise_is_kept_within_its_interval_or_its_tolerance():
