@@ -38,7 +38,7 @@ SETTINGS = [
 ]
 
 
-def tuned(run: Run, lines: Sequence[dict], *, steps: int) -> None:
+def tuned(run: DrafterRun, lines: Sequence[dict], *, steps: int) -> None:
     """Train the first drafter of the run on earlier requests."""
     records = []
     for line in lines:
