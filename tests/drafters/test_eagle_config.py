@@ -19,7 +19,7 @@ from drafttrain.export import DrafterFiles
 from drafttrain.export.folder import read_files
 from drafttrain.export.layout import layout_problems
 from drafttrain.losses.align import align
-from drafttrain.serving.serve_config import best_length, read_evaluation
+from drafttrain.serving.draft_length import best_length, read_evaluation
 from drafttrain.target_model import Target, TargetSettings
 
 

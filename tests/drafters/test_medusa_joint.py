@@ -183,13 +183,13 @@ def test_the_evaluator_decodes_with_the_adapted_target_and_says_so(target: Targe
     prompts = [Prompt(str(i), [1 + i, 2, 3]) for i in range(3)]
     settings = EvalSettings(max_new_tokens=16, temperatures=[0.0], speed_prompts=0)
     result = evaluate({"drafter": folder, "start": start}, target, prompts, settings)
-    assert result["drafters"]["start"]["target"] == target.name
-    assert result["drafters"]["drafter"]["target"] == f"{target.name} with adapter"
-    found = result["temperatures"][0]["drafters"]
-    assert found["drafter"]["parity"]["exact"]
-    assert found["start"]["parity"]["exact"]
-    texts = ["".join(piece["text"] for piece in sample["pieces"]) for sample in found["drafter"]["samples"]]
-    others = ["".join(piece["text"] for piece in sample["pieces"]) for sample in found["start"]["samples"]]
+    assert result.drafters["start"].target == target.name
+    assert result.drafters["drafter"].target == f"{target.name} with adapter"
+    found = result.temperatures[0].drafters
+    assert found["drafter"].parity.exact
+    assert found["start"].parity.exact
+    texts = ["".join(piece.text for piece in sample.pieces) for sample in found["drafter"].samples]
+    others = ["".join(piece.text for piece in sample.pieces) for sample in found["start"].samples]
     assert texts != others  # two targets, and each drafter is exact for its own
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from drafttrain.commands.named_drafters import folders_of
 from drafttrain.config.load import load_sections
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.errors import CheckpointError, DrafttrainError
+from drafttrain.data_gen.contamination import read_contamination
 from drafttrain.pipeline.engines import Stand, check_engines, only, write_and_verify
 from drafttrain.pipeline.exporting import export_and_judge
 from drafttrain.pipeline.folder import RunFolder
@@ -40,7 +40,7 @@ def convert_run(recipe: Recipe, folder: Path, formats: Sequence[str], *, verify:
     source = next((place for place in (here.drafter, here.rejected) if place.exists()), None)
     if source is None or recipe.drafter is None:
         raise CheckpointError(f"{folder}: no drafter was exported here yet: drafttrain fit does all stages")
-    dropped = json.loads(here.overlap.read_text(encoding="utf-8"))["dropped"] if here.overlap.exists() else []
+    dropped = read_contamination(here.overlap) if here.overlap.exists() else []
     stand = Stand(
         target=recipe.target,
         eval=recipe.eval,

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import re
-import resource
 import signal
 import socket
 import subprocess
@@ -17,14 +14,11 @@ from typing import Any
 import aiohttp
 import pytest
 
-from drafttrain.data_gen.serving_logs.exchange import Refused
-from drafttrain.recorder.asking import Asking, StrippedEvents
-from drafttrain.recorder.capture import Capture
-from drafttrain.recorder.line_worker import LineWorker
+from drafttrain.recorder.extra_fields import ExtraFields, StrippedEvents
 from drafttrain.recorder.settings import RecorderSettings
 from tests.data_gen.serving_logs.log_lines import chat_encoder, ids, read
-from tests.online import own_redaction
-from tests.online.openai_server import Server, chat_request, post, recorded, served
+from tests.recorder.openai_server import Server, chat_request, post, recorded, served
+from tests.recorder.process import Process, takes_connections
 
 REQUESTS = {
     "chat": chat_request("Why?"),
@@ -76,7 +70,7 @@ def test_answers_pass_unchanged_and_are_read_again_as_training_text(tmp_path, ex
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
 def test_an_event_is_passed_on_as_soon_as_it_is_whole_whatever_ends_its_lines(end):
-    asking = Asking.of(b'{"prompt": "x", "stream": true}', chat=False, logprobs=0, token_ids=True)
+    asking = ExtraFields.of(b'{"prompt": "x", "stream": true}', chat=False, logprobs=0, token_ids=True)
     said, passed = b'data: {"choices":[{"text":"a","token_ids":[1]}]}', b'data: {"choices":[{"text":"a"}]}'
     events = StrippedEvents(asking)
     for _ in range(2):
@@ -189,62 +183,7 @@ def test_an_unreachable_server_is_told_and_a_client_that_leaves_is_counted(tmp_p
         asyncio.run(run())
 
 
-# ---------------------------------------------------------------- the command, as a process
-
-
-class Process:
-    """`drafttrain record` in a process of its own."""
-
-    def __init__(
-        self,
-        upstream: str,
-        out: Path,
-        *more: str,
-        limit_bytes: int | None = None,
-        open_files: tuple[int, int] | None = None,
-    ) -> None:
-        def limited() -> None:
-            if limit_bytes is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
-            if open_files is not None:
-                resource.setrlimit(resource.RLIMIT_NOFILE, open_files)
-
-        command = [
-            sys.executable,
-            "-m",
-            "drafttrain.cli",
-            "record",
-            "--upstream",
-            upstream,
-            "--port",
-            "0",
-            "--out",
-            str(out),
-            *more,
-        ]
-        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=limited)
-        self.pid = self._process.pid
-        assert self._process.stderr is not None
-        self.said = line = self._process.stderr.readline()
-        found = re.search(r"recording on (http://127\.0\.0\.1:\d+) ", line)
-        assert found, line + self._process.stderr.read()
-        self.address = found.group(1)
-
-    def stop(self, number: signal.Signals) -> tuple[int, str]:
-        """Send a signal and return the exit code and what was said since."""
-        os.kill(self._process.pid, number)
-        said = self._process.communicate(timeout=60)[1]
-        return self._process.returncode, said
-
-
-async def takes_connections(address: str) -> bool:
-    """Tell whether something listens there."""
-    try:
-        _, writer = await asyncio.open_connection("127.0.0.1", int(address.rpartition(":")[2]))
-    except ConnectionRefusedError:
-        return False
-    writer.close()
-    return True
+# ---------------------------------------------------------------- the command
 
 
 def test_sigterm_lets_open_requests_finish_and_writes_all_that_waits(tmp_path):
@@ -301,46 +240,3 @@ def test_only_this_machine_is_listened_to_unless_told_otherwise_and_a_wrong_addr
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "--upstream: must be an address such as http://127.0.0.1:8000" in done.stderr
-
-
-def capture(text: str) -> Capture:
-    asked, answered = {"prompt": text}, {"choices": [{"text": " ok", "finish_reason": "stop"}]}
-    return Capture("r", "/v1/completions", json.dumps(asked).encode(), json.dumps(answered).encode(), False, 0.0)
-
-
-def test_lines_are_made_in_another_process_that_may_die_and_print():
-    worker = LineWorker(redact=True, redact_with=f"{own_redaction.__name__}.printing")
-    try:
-        assert (
-            json.loads(worker(capture("I am Rumpelstilzchen, a@b.example")))["request"]["prompt"]
-            == "I am [name], [e-mail]"
-        )
-        with pytest.raises(Refused, match="unreadable"):
-            worker(capture("die"))
-        assert json.loads(worker(capture("again")))["request"]["prompt"] == "again"
-        with pytest.raises(Refused, match="not_json"):
-            worker(Capture("r", "", b"{", b"{", False, 0.0))
-    finally:
-        worker.close()
-
-
-def test_a_redaction_that_never_ends_costs_one_record():
-    worker = LineWorker(redact=True, redact_with=f"{own_redaction.__name__}.printing", longest_seconds=1.0)
-    try:
-        with pytest.raises(Refused, match="unreadable"):
-            worker(capture("hang"))
-        worker.longest_seconds = 60.0
-        assert json.loads(worker(capture("again")))["request"]["prompt"] == "again"
-    finally:
-        worker.close()
-
-
-def test_a_signal_to_all_processes_of_the_recorder_costs_no_record():
-    worker = LineWorker(redact=True, redact_with=None)
-    try:
-        worker(capture("first"))
-        assert worker._process is not None
-        worker._process.send_signal(signal.SIGTERM)
-        assert json.loads(worker(capture("second")))["request"]["prompt"] == "second"
-    finally:
-        worker.close()

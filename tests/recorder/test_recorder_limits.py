@@ -4,33 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gzip
-import json
 import re
 import resource
 import signal
 import socket
 import time
-import tracemalloc
-import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
 import pytest
 
-from drafttrain.core.errors import RecipeError
-from drafttrain.data_gen.serving_logs.exchange import Refused
 from drafttrain.recorder.accepting import most_clients
-from drafttrain.recorder.capture import Capture, line_of
-from drafttrain.recorder.proxy import Recorder
-from drafttrain.recorder.record_files import RecordFiles
-from drafttrain.recorder.settings import RecorderSettings
-from drafttrain.recorder.unpacked import CODINGS, unpacked
-from drafttrain.recorder.upstream import Upstream
-from tests.online.openai_server import Server, chat_request, post, recorded, served, status
-from tests.online.test_recorder import Process
-from tests.online.wire_cases import ANSWER, JSON, OK, answer_sized, request, sized
+from tests.recorder.openai_server import Server, chat_request, connected, post, recorded, served, status
+from tests.recorder.process import Process
+from tests.recorder.wire_cases import ANSWER, JSON, OK, answer_sized, request, sized
 
 PASSWORD, KEY = "pass-word-1234", "sk-abcdefghijklmnopqrstuvwxyz"
 
@@ -63,10 +51,6 @@ async def until(wanted: object, found: object) -> None:
     async with asyncio.timeout(30):
         while found() != wanted:  # type: ignore[operator]
             await asyncio.sleep(0.005)
-
-
-async def connected(address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    return await asyncio.open_connection("127.0.0.1", int(address.rpartition(":")[2]))
 
 
 # ---------------------------------------------------------------- clients that leave, or do not go on
@@ -209,7 +193,7 @@ def test_clients_beyond_the_bound_are_refused_and_counted(tmp_path):
             assert (kinds.count(b"200"), kinds.count(b"503")) == (40, 20)
             assert recorder.counts == {"offered": 40, "refused": 20}
             # Who has left makes room.
-            await until(0, lambda: len(recorder.relays.open))
+            await until(0, lambda: len(recorder.shared.open))
             assert [one[9:12] for one in await crowd(address, 40)] == [b"200"] * 40
 
     asyncio.run(run())
@@ -242,181 +226,6 @@ def test_the_soft_limit_of_open_files_is_raised_as_far_as_clients_need():
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-# ---------------------------------------------------------------- memory
-
-
-def bomb(coding: str) -> bytes:
-    """Return 64 MiB of nothing, packed."""
-    if coding == "br":
-        packed: bytes = pytest.importorskip("brotli", minversion="1.2").compress(bytes(2**26), quality=1)
-        return packed
-    if coding == "zstd":
-        packed = pytest.importorskip("zstandard").compress(bytes(2**26))
-        return packed
-    return gzip.compress(bytes(2**26), 1) if coding == "gzip" else zlib.compress(bytes(2**26), 1)
-
-
-@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd"])
-def test_a_bomb_costs_no_more_than_the_limit(coding):
-    packed = bomb(coding)
-    made = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for encoding, body in ((coding, packed), (f"{coding}, gzip", gzip.compress(packed))):
-        tracemalloc.start()
-        with pytest.raises(Refused, match="too_large"):
-            unpacked(body, encoding, limit=2**20)
-        assert tracemalloc.get_traced_memory()[1] < 3 * 2**20
-        tracemalloc.stop()
-    # What the libraries hold is not Python's.
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - made < 16 * 2**10
-
-
-def test_compressed_requests_and_answers_are_recorded_unpacked_within_the_limit():
-    packed = gzip.compress(JSON), gzip.compress(gzip.compress(ANSWER))
-    capture = Capture("r", "/v1/completions", packed[0], packed[1], False, 0.0, "gzip", "GZIP, x-gzip")
-    line = json.loads(line_of(capture, None))
-    assert (line["request"], line["response"]) == (json.loads(JSON), json.loads(ANSWER))
-    with pytest.raises(Refused, match="too_large"):
-        line_of(capture, None, record_bytes=len(JSON) + len(ANSWER) - 1)
-    assert line_of(capture, None, record_bytes=len(JSON) + 80)
-
-
-@pytest.mark.parametrize(
-    ("body", "encoding"),
-    [
-        (b"x", "gzip"),
-        (gzip.compress(b"x" * 99, mtime=0)[:-9], "gzip"),
-        (b"", "deflate"),
-        (b"x", "own"),
-        (b"x", "gzip," * 9),
-    ],
-    ids=["not gzip", "cut off", "empty", "unknown", "too many"],
-)
-def test_what_cannot_be_unpacked_is_refused_by_its_kind(body, encoding):
-    with pytest.raises(Refused, match="coding"):
-        unpacked(body, encoding, limit=100)
-    assert set(CODINGS) == {"gzip", "x-gzip", "deflate", "br", "zstd"}
-
-
-def test_a_request_that_is_too_long_passes_and_holds_no_memory(tmp_path):
-    async def run() -> None:
-        server = Server()
-        for more in ({}, {"token_ids": True}):
-            async with (
-                served(server.app()) as upstream,
-                recorded(upstream, tmp_path / "a", record_bytes=5000, **more) as (address, recorder),
-                recorded(upstream, tmp_path / "b", queue_bytes=5000, **more) as (full_address, full),
-                aiohttp.ClientSession() as session,
-            ):
-                asked = chat_request("Why? " * 2000)
-                answer = await post(session, upstream, asked)
-                assert await post(session, address, asked) == await post(session, full_address, asked) == answer
-                assert recorder.files.dropped == {"too_large": 1}
-                assert full.files.dropped == {"slow": 1}
-                assert await post(session, address, chat_request("Why?"))
-                assert recorder.relays.held.size == full.relays.held.size == 0
-                assert recorder.counts == {"offered": 2}
-
-    asyncio.run(run())
-
-
-# ---------------------------------------------------------------- addresses
-
-
-def not_listened(tmp_path: Path, upstream: str, port: int) -> str:
-    """Return why a recorder does not start."""
-
-    async def run() -> None:
-        settings = RecorderSettings(upstream=upstream, out=tmp_path, port=port)
-        files = RecordFiles(tmp_path, lambda capture: b"", rotate_bytes=1, queue_bytes=1)
-        async with Recorder(settings, files).listening():
-            pass
-
-    with pytest.raises(RecipeError) as error:
-        asyncio.run(run())
-    return str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("host", "name"),
-    [
-        ("127.0.0.1", "127.0.0.1"),
-        ("127.0.0.1", "localhost"),
-        ("127.0.0.1", "0.0.0.0"),
-        ("127.0.0.1", "[::ffff:127.0.0.1]"),
-        ("0.0.0.0", "127.0.0.3"),
-        ("0.0.0.0", socket.gethostname()),
-    ],
-)
-def test_an_upstream_that_is_the_recorder_itself_is_refused_at_start(tmp_path, host, name):
-    with socket.create_server((host, 0)) as listening:
-        port = listening.getsockname()[1]
-        assert Upstream.of(f"http://{name}:{port}").is_one_of([listening])
-        assert not Upstream.of(f"http://{name}:{port % 60_000 + 1}").is_one_of([listening])
-        assert not Upstream.of(f"http://192.0.2.1:{port}").is_one_of([listening])
-    if host == "127.0.0.1":
-        assert "is the recorder itself" in not_listened(tmp_path, f"http://me:{PASSWORD}@{name}:{port}", port)
-        assert PASSWORD not in not_listened(tmp_path, f"http://me:{PASSWORD}@{name}:{port}", port)
-
-
-def test_a_port_that_is_taken_is_one_sentence(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        assert f"--port {port}: cannot be listened on" in not_listened(tmp_path, "http://127.0.0.1:1", port)
-
-
-def test_recorders_in_a_circle_answer_that_they_are(tmp_path):
-    async def run() -> None:
-        with socket.create_server(("127.0.0.1", 0)) as reserved:
-            port = reserved.getsockname()[1]
-        async with recorded(f"http://127.0.0.1:{port}", tmp_path) as (address, first):
-            second = Recorder(
-                type(first.settings)(upstream=address, out=tmp_path, port=port),
-                first.files,
-            )
-            async with second.listening():
-                reader, writer = await connected(address)
-                writer.write(request())
-                assert (await reader.read()).startswith(b"HTTP/1.1 508 ")
-                writer.close()
-                assert first.counts["loops"] == 1
-                assert second.counts["loops"] == 0
-
-    asyncio.run(run())
-
-
-def test_an_address_may_have_a_path_and_a_password_that_is_never_shown(tmp_path):
-    found = Upstream.of(f"https://me:{PASSWORD}%40@host.example/base/")
-    assert found.shown == "https://host.example/base"
-    assert found.authorization == b"Basic bWU6cGFzcy13b3JkLTEyMzRA"
-    assert Upstream.of("http://[::1]:80").authority == "[::1]"
-    for wrong in (
-        "ftp://me:{}@h",
-        "me:{}@h:80",
-        "http://me:{}@h:99999",
-        "http://me:a@{}@:80",
-        "http://me:{}@h/?x",
-        "//me:{}@h",
-    ):
-        with pytest.raises(RecipeError, match="--upstream: must be an address") as error:
-            Upstream.of(wrong.format(PASSWORD))
-        assert PASSWORD not in str(error.value)
-
-    async def run() -> None:
-        server = Server()
-        async with served(server.app()) as upstream, aiohttp.ClientSession() as session:
-            named = upstream.replace("//", f"//me:{PASSWORD}@") + "/v1"
-            async with recorded(named, tmp_path) as (address, recorder):
-                async with session.post(address + "/chat/completions", json=chat_request("Why?")) as answer:
-                    assert answer.status == 200
-                assert "Authorization" in server.asked[0][1]
-                await post(session, address.replace("/v1", ""), chat_request("Why?"))
-                async with session.get(address + "/_recorder") as answer:
-                    assert PASSWORD not in await answer.text()
-                assert recorder.status()["upstream"] == upstream + "/v1"
-
-    asyncio.run(run())
-
-
 def test_nothing_of_a_request_gets_into_the_log(tmp_path):
     async def run() -> str:
         server = Server()
@@ -439,7 +248,7 @@ def test_nothing_of_a_request_gets_into_the_log(tmp_path):
             async with session.post(process.address + f"/v1/completions?key={KEY}", json=body) as answer:
                 assert answer.status == 200
             _, said = await asyncio.to_thread(process.stop, signal.SIGTERM)
-            return process.said + said
+            return process.first_line + said
 
     said = asyncio.run(run())
     assert KEY not in said

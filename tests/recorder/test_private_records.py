@@ -218,3 +218,31 @@ def test_the_process_that_makes_lines_uses_the_salt_of_its_folder(tmp_path):
         worker.close()
     assert written["request"]["user"] == Pseudonyms(tmp_path)("bob")
     assert "user" not in json.loads(line_of(capture, REDACT))["request"]
+
+
+def test_the_recorder_keeps_numbers_of_draft_tokens_and_not_what_they_spell():
+    choice = {
+        "index": 0,
+        "text": "ab",
+        "speculative": {"drafted": [[7, 8], [9]], "accepted": [1, 0], "note": "a@b.example"},
+    }
+    capture = Capture(
+        "1", "/v1/completions", b'{"prompt":"p"}', json.dumps({"choices": [choice]}).encode(), streamed=False, time=0.0
+    )
+    written = json.loads(line_of(capture, redactor(builtin=True, own=None)))
+    assert written["response"]["choices"][0]["speculative"] == {"drafted": [2, 1], "accepted": [1, 0]}
+    # Whoever keeps everything keeps these too.
+    assert json.loads(line_of(capture, None))["response"]["choices"][0] == choice
+
+
+def test_rounds_of_a_text_that_the_recorder_had_to_change_are_not_kept():
+    def recorded(text: str) -> dict:
+        choice = {"index": 0, "text": text, "speculative": {"drafted": [2, 1], "accepted": [1, 0]}}
+        metrics = {"speculative_decoding": {"per_step_drafted": [2, 1], "per_step_accepted": [1, 0]}}
+        body = json.dumps({"choices": [choice], "metrics": metrics}).encode()
+        capture = Capture("1", "/v1/completions", b'{"prompt":"p"}', body, streamed=False, time=0.0)
+        return json.loads(line_of(capture, redactor(builtin=True, own=None)))["response"]
+
+    kept, changed = recorded("ask bob"), recorded("ask bob@mail.example")
+    assert ("speculative" in kept["choices"][0], "speculative_decoding" in kept["metrics"]) == (True, True)
+    assert ("speculative" in changed["choices"][0], "speculative_decoding" in changed["metrics"]) == (False, False)

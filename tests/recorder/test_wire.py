@@ -18,10 +18,10 @@ import pytest
 import uvloop
 from aiohttp import web
 
+from drafttrain.recorder.own_answers import LOOP_HEADER
 from drafttrain.recorder.proxy import Recorder
-from drafttrain.recorder.relay import LOOP_HEADER
-from tests.online.openai_server import recorded, served
-from tests.online.wire_cases import HOST, NUM_CASES, PASSED, REFUSED, Case, Exchange
+from tests.recorder.openai_server import recorded, served
+from tests.recorder.wire_cases import HOST, NUM_CASES, PASSED, REFUSED, Case, Exchange
 
 RESET = struct.pack("ii", 1, 0)
 OWN = re.compile(rb"\r\n" + LOOP_HEADER + rb": [0-9a-f]{32}(?=\r\n)")

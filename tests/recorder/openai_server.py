@@ -15,9 +15,9 @@ from aiohttp import web
 
 from drafttrain.data_gen.serving_logs.redaction import redactor
 from drafttrain.recorder.capture import line_of
+from drafttrain.recorder.own_answers import STATUS_PATH
 from drafttrain.recorder.proxy import Recorder
 from drafttrain.recorder.record_files import RecordFiles
-from drafttrain.recorder.relay import STATUS_PATH
 from drafttrain.recorder.settings import RecorderSettings
 from tests.data_gen.serving_logs.log_lines import ids
 
@@ -143,6 +143,11 @@ async def recorded(upstream: str, out: Path, **settings: Any) -> AsyncIterator[t
             yield f"http://127.0.0.1:{number}", recorder
     finally:
         files.close()
+
+
+async def connected(address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Open a connection to an address."""
+    return await asyncio.open_connection("127.0.0.1", int(address.rpartition(":")[2]))
 
 
 def chat_request(question: str, **more: Any) -> dict[str, Any]:

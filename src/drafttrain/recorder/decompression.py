@@ -1,4 +1,4 @@
-"""Takes what was compressed apart for the record, within a limit: a few bytes may stand for gigabytes."""
+"""Decompresses bodies for the record, within a limit: a few bytes may decompress to gigabytes."""
 
 from __future__ import annotations
 
@@ -9,46 +9,46 @@ from typing import Any
 
 from drafttrain.data_gen.serving_logs.exchange import Refused
 
-MOST_CODINGS = 3
-"""One over the other; nobody needs two."""
+MAX_CODINGS = 3
+"""Codings of one body. More than one is unusual."""
 STEP = 2**16
-"""Bytes that are unpacked at once."""
+"""Bytes that are decompressed at once."""
 
 
-def unpacked(body: bytes, encoding: str, *, limit: int) -> bytes:
+def decompressed(body: bytes, encoding: str, *, limit: int) -> bytes:
     """Return a body without its content codings.
 
     Args:
-        encoding: The value of Content-Encoding; the last coding was applied last.
-        limit: Bytes that it, and whatever is between, may have.
+        encoding: Value of Content-Encoding. The last coding was applied last.
+        limit: Maximum bytes of the result and of every intermediate one.
 
     Raises:
-        Refused: It is too large, damaged, or in a coding that nothing here can read.
+        Refused: The body is too large or damaged, or its coding is not supported.
     """
     codings = [name for name in (one.strip().lower() for one in encoding.split(",")) if name not in ("", "identity")]
-    if len(codings) > MOST_CODINGS:
-        raise Refused("coding", f"{len(codings)} content codings, one over the other")
+    if len(codings) > MAX_CODINGS:
+        raise Refused("coding", f"{len(codings)} content codings, at most {MAX_CODINGS} are supported")
     for coding in reversed(codings):
         if coding not in CODINGS:
-            raise Refused("coding", "a content coding that is not known")
+            raise Refused("coding", "unknown content coding")
         pieces, size = [], 0
         try:
             for piece in CODINGS[coding](body):
                 size += len(piece)
                 if size > limit:
-                    raise Refused("too_large", f"unpacked it has more than {limit} bytes")
+                    raise Refused("too_large", f"longer than {limit} bytes when decompressed")
                 pieces.append(piece)
         except Refused:
             raise
         except Exception as error:
-            # Each library has an exception of its own for what is damaged.
-            raise Refused("coding", f"a body that is no {coding}: {type(error).__name__}") from error
+            # Each library raises its own exception for damaged data.
+            raise Refused("coding", f"the body is not valid {coding}: {type(error).__name__}") from error
         body = b"".join(pieces)
     return body
 
 
 def _gzip(body: bytes) -> Iterator[bytes]:
-    # Several may stand one behind the other.
+    # A body may consist of several gzip members.
     while body:
         reader = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
         yield from _inflated(reader, body)
@@ -56,7 +56,7 @@ def _gzip(body: bytes) -> Iterator[bytes]:
 
 
 def _deflate(body: bytes) -> Iterator[bytes]:
-    # The standard means zlib's form; some send the bare one, which begins otherwise.
+    # The standard requires the zlib format. Some servers send raw deflate, which has another first byte.
     is_zlib = len(body) >= 2 and body[0] & 15 == 8 and int.from_bytes(body[:2], "big") % 31 == 0
     yield from _inflated(zlib.decompressobj(wbits=zlib.MAX_WBITS if is_zlib else -zlib.MAX_WBITS), body)
 
@@ -73,7 +73,7 @@ def _inflated(reader: zlib._Decompress, body: bytes) -> Iterator[bytes]:
 def _brotli(body: bytes) -> Iterator[bytes]:
     reader = _imported("brotli").Decompressor()
     if not hasattr(reader, "can_accept_more_data"):
-        raise Refused("coding", "br needs brotli 1.2 or newer: older ones unpack without a limit")
+        raise Refused("coding", "br needs brotli 1.2 or newer: older versions decompress without a limit")
     piece = reader.process(body, output_buffer_limit=STEP)
     while piece or not reader.is_finished():
         if not piece and reader.can_accept_more_data():
@@ -83,7 +83,7 @@ def _brotli(body: bytes) -> Iterator[bytes]:
 
 
 def _zstd(body: bytes) -> Iterator[bytes]:
-    # A frame may ask for a window as large as memory; browsers and servers use at most 8 MiB.
+    # A frame may request a window as large as memory. Browsers and servers use at most 8 MiB.
     module = _imported("zstandard")
     reader = module.ZstdDecompressor(max_window_size=2**23).stream_reader(body, read_across_frames=True)
     while piece := reader.read(STEP):

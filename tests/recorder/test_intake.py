@@ -283,7 +283,7 @@ def test_what_is_taken_up_is_what_was_read_law_and_user_included(tmp_path):
 def test_other_settings_need_another_folder(tmp_path):
     append(tmp_path / "logs" / "a.jsonl", "1")
     intake(tmp_path).take()
-    with pytest.raises(DataError, match="was begun with other settings"):
+    with pytest.raises(DataError, match="written with other settings"):
         intake(tmp_path, redact=False)
 
 
