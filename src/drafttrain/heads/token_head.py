@@ -72,6 +72,10 @@ class TokenHead(nn.Module, ABC):
         """Return the calibrated probability of each row."""
         return self(features_ND).float().sigmoid()
 
+    def uncorrected(self, features_ND: Tensor) -> Tensor | None:
+        """Return the probability of each row before the head corrects it; None: it corrects nothing."""
+        return None
+
     def lr_factor(self, name: str) -> float:
         """Return the factor on the learning rate for the parameter of this name."""
         return 1.0
