@@ -63,7 +63,5 @@ def no_autocast_if_frozen(weight: Tensor) -> AbstractContextManager[object]:
 
     Autocast would round a frozen float32 model to bfloat16, and cast its weights again in every forward.
     """
-    kind = weight.device.type
-    if weight.requires_grad or not torch.amp.is_autocast_available(kind):
-        return nullcontext()
-    return torch.autocast(kind, enabled=False)
+    frozen = not weight.requires_grad and torch.amp.is_autocast_available(weight.device.type)
+    return torch.autocast(weight.device.type, enabled=False) if frozen else nullcontext()

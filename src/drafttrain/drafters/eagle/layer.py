@@ -166,8 +166,9 @@ class Rotary:
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """Return the type in which products with this weight are computed: autocast's if it is on, else the weight's."""
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    return (
+        torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else weight.dtype
+    )
 
 
 def rotated(states_BHTd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:
