@@ -179,7 +179,7 @@ def test_alternatives_that_are_named_by_ids_are_looked_at_where_the_tokenizer_is
     path.write_text("".join(json.dumps(served(words)) + "\n" for words in ("harmless words", KEY)))
     records, kinds = read(path, encoder=chat_encoder(max_length=128), near_duplicates=None)
     assert kinds == []
-    assert [record.law is not None for record in records] == [True, False]
+    assert [record.logged is not None for record in records] == [True, False]
 
 
 def test_a_user_is_written_by_a_pseudonym_alone(tmp_path):

@@ -1,4 +1,4 @@
-"""The target's distribution, computed from its final states row by row.
+"""The target's distribution at chosen rows, computed from its final states.
 
 B = sequences, T = positions, V = vocabulary, D = hidden, N = rows
 """
@@ -15,14 +15,14 @@ from drafttrain.target_model.logits import head_logits
 
 
 class LiveRows:
-    """The target's law from its final states: the head runs only on the rows that are asked for."""
+    """The target's distribution from its final states. The head runs only on the requested rows."""
 
     def __init__(self, model: Any, final_BTD: Tensor) -> None:
         self._model = model
         self._final_BTD = final_BTD
 
     def each(self, change: Callable[[Tensor], Tensor]) -> LiveRows:
-        """Return the same of changed tensors: moved, pinned."""
+        """Return a copy with changed tensors: moved, pinned."""
         return LiveRows(self._model, change(self._final_BTD))
 
     def at(self, index_N: Tensor) -> Tensor:
@@ -30,5 +30,5 @@ class LiveRows:
         with torch.no_grad():
             final_RD = self._final_BTD.flatten(0, 1)
             final_ND = final_RD.index_select(0, index_N.to(final_RD.device))
-            # Stored states may have another type than the head.
+            # Cached states may have another type than the head.
             return head_logits(self._model, final_ND.to(self._model.dtype)).to(index_N.device)
