@@ -36,13 +36,11 @@ from drafttrain.environments.environment import check_installed, python_of
 from drafttrain.environments.known import SPECULATORS
 from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.prompts import read_prompts
+from drafttrain.eval.result import Result
 from drafttrain.eval.statistics import ratio_of_ratios
-from drafttrain.eval.table import interval
 from drafttrain.importers.convert import import_folder
 from drafttrain.pipeline.data import training_data
-from drafttrain.pipeline.exporting import export_best
-from drafttrain.pipeline.run import Run
-from drafttrain.pipeline.training import train_drafter
+from drafttrain.pipeline.drafter_run import DrafterRun
 
 THREADS = 1
 NUM_STEPS = 3
@@ -84,7 +82,7 @@ def main() -> None:
     print(table(arguments, shared, done, positions))
 
 
-def run_of(arguments: argparse.Namespace, rate: float, folder: Path) -> Run:
+def run_of(arguments: argparse.Namespace, rate: float, folder: Path) -> DrafterRun:
     """Return a run of this project with one learning rate; the one that only writes the texts has always the same recipe."""
     batch = arguments.batch
     if folder.name == "texts":
@@ -107,10 +105,10 @@ def run_of(arguments: argparse.Namespace, rate: float, folder: Path) -> Run:
     if not (folder / "data").exists() and folder.name != "texts":
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "data").symlink_to(data)
-    return Run(load_recipe(str(file)), folder, quiet=True)
+    return DrafterRun(load_recipe(str(file)), folder, quiet=True)
 
 
-def write_for_them(arguments: argparse.Namespace, run: Run) -> int:
+def write_for_them(arguments: argparse.Namespace, run: DrafterRun) -> int:
     """Write the records of the training, with their states, for speculators; return how many positions one epoch has."""
     records = [store[i] for store in training_data(run).stores for i in range(len(store))]
     folder = arguments.out / "theirs"
@@ -152,9 +150,9 @@ def ours(arguments: argparse.Namespace, rate: float) -> None:
     run = run_of(arguments, rate, arguments.out / f"ours-{arguments.batch}-{rate:g}")
     training_data(run)
     began = cpu_seconds()
-    train_drafter(run)
+    run.train()
     seconds = cpu_seconds() - began
-    export_best(run)
+    run.export_best()
     write_json(
         run.folder.path / "arm.json",
         {"seconds": seconds, "steps": run.recipe.train.max_steps, "drafter": str(run.folder.drafter)},
@@ -220,16 +218,16 @@ def ask(arguments: argparse.Namespace, what: str, request: Any, **more: Any) -> 
         raise SystemExit(f"speculators failed, see {log}")
 
 
-def validated(arguments: argparse.Namespace, shared: Run, name: str, drafter: Path) -> dict[str, float]:
+def validated(arguments: argparse.Namespace, shared: DrafterRun, name: str, drafter: Path) -> dict[str, float]:
     """Return the greedy block efficiency on the validation prompts, decoded once."""
     file = arguments.out / name / "validation.json"
     if not file.exists():
         result = decoded(shared, {name: drafter}, shared.recipe.eval.validation_prompts, [0.0])
-        write_json(file, result["temperatures"][0]["drafters"][name]["block_efficiency"])
+        write_json(file, result.temperatures[0].drafters[name].block_efficiency.json())
     return {"validation": json.loads(file.read_text(encoding="utf-8"))["value"]}
 
 
-def decoded(run: Run, drafters: dict[str, Path], file: str, temperatures: list[float]) -> dict[str, Any]:
+def decoded(run: DrafterRun, drafters: dict[str, Path], file: str, temperatures: list[float]) -> Result:
     """Decode all prompts of a file with drafters in chains."""
     wanted = run.recipe.eval
     prompts = read_prompts(file, run.tokenizer, prompt_tokens=wanted.prompt_tokens, dropped=[], limit=None)
@@ -239,7 +237,7 @@ def decoded(run: Run, drafters: dict[str, Path], file: str, temperatures: list[f
     return evaluate(drafters, run.target, prompts, settings)
 
 
-def table(arguments: argparse.Namespace, shared: Run, done: dict[str, dict[str, Any]], positions: int) -> str:
+def table(arguments: argparse.Namespace, shared: DrafterRun, done: dict[str, dict[str, Any]], positions: int) -> str:
     """Return both sides' best, held against each other on the test prompts, and the speeds of all arms."""
     best = {}
     for side in ("ours", "speculators"):
@@ -255,17 +253,17 @@ def table(arguments: argparse.Namespace, shared: Run, done: dict[str, dict[str, 
         for name, arm in done.items()
     ]
     lines += ["", "| temperature | ours | speculators | ours less speculators, paired |", "|---|---|---|---|"]
-    for part in result["temperatures"]:
-        values = [interval(part["drafters"][name]["block_efficiency"]) for name in best.values()]
-        (gain,) = part["comparisons"].values()
-        lines.append(f"| {part['temperature']:g} | {' | '.join(values)} | {interval(gain['block_efficiency'])} |")
+    for part in result.temperatures:
+        values = [part.drafters[name].block_efficiency.text() for name in best.values()]
+        (gain,) = part.comparisons.values()
+        lines.append(f"| {part.temperature:g} | {' | '.join(values)} | {gain.block_efficiency.text()} |")
     mine = [arm["seconds"] for name, arm in done.items() if name.startswith("ours")]
     length = best["speculators"].split("-")[1]
     for said, prefix in (("its best arm's length", f"speculators-{length}-"), ("all its arms", "speculators-")):
         theirs = [arm["seconds"] for name, arm in done.items() if name.startswith(prefix)]
         count = min(len(mine), len(theirs))
         found = ratio_of_ratios(([work] * count, mine[:count]), ([work] * count, theirs[:count]))
-        lines.append(f"\nPositions a CPU second, ours / speculators ({said}): {interval(found.json())}")
+        lines.append(f"\nPositions a CPU second, ours / speculators ({said}): {found.text()}")
     fastest = min((arm["seconds"], name) for name, arm in done.items() if name.startswith("speculators"))
     chosen = done[best["ours"]]["seconds"]
     lines.append(f"\nOur best arm / its fastest arm ({fastest[1]}): {fastest[0] / chosen:.2f}")

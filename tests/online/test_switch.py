@@ -17,12 +17,11 @@ from drafttrain.online.drift import drift
 from drafttrain.online.learner import Learner
 from drafttrain.online.loop import OnlineRun
 from drafttrain.online.run_files import metrics, status
-from drafttrain.pipeline.drafter_folder import write_drafter
+from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.pipeline.online_run import online_run, report
-from drafttrain.pipeline.run import Run
-from tests.online.openai_server import recorded, served
-from tests.online.openai_server import status as recorder_status
 from tests.online.target_server import TargetServer, ask, decoded_again, own_texts, shipped
+from tests.recorder.openai_server import recorded, served
+from tests.recorder.openai_server import status as recorder_status
 
 MAX_TOKENS = 32
 BURST = 24
@@ -39,7 +38,7 @@ SETTINGS = [
 ]
 
 
-def tuned(run: Run, lines: Sequence[dict], *, steps: int) -> None:
+def tuned(run: DrafterRun, lines: Sequence[dict], *, steps: int) -> None:
     """Train the run's first drafter on what was served yesterday."""
     records = []
     for line in lines:
@@ -76,7 +75,7 @@ async def the_loop(run: OnlineRun, server: TargetServer, logs: Path, bursts: Seq
     async with served(server.app()) as upstream, recorded(upstream, logs, token_ids=True) as (address, recorder):
         async with aiohttp.ClientSession() as session:
             for prompts in bursts:
-                run.once()
+                run.learn_once()
                 said += await burst(address, prompts)
                 while (now := await recorder_status(session, address))["written"] < len(server.answered):
                     assert not now["dropped"]
@@ -89,10 +88,10 @@ async def the_loop(run: OnlineRun, server: TargetServer, logs: Path, bursts: Seq
 def test_block_efficiency_falls_where_the_traffic_changes_and_recovers(tmp_path: Path) -> None:
     logs = tmp_path / "logs"
     logs.mkdir()
-    run = Run(load_recipe("online", [*SETTINGS, f"data.sources.0.path={logs}"]), tmp_path / "run")
+    run = DrafterRun(load_recipe("online", [*SETTINGS, f"data.sources.0.path={logs}"]), tmp_path / "run")
     before, after = shipped("assertions"), shipped("tables")
     tuned(run, before[BURST:], steps=36)
-    write_drafter(run, run.drafter, run.folder.start, steps=36)
+    run.write_start(steps=36)
     learning = online_run(run.recipe, run.folder, run.target)
     server = TargetServer(run.target, tmp_path / "run" / "drafters")
     texts = [[line["request"]["prompt"] for line in lines] for lines in (before, after)]

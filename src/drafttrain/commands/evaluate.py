@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from drafttrain.checkpoint import read_about
 from drafttrain.commands.made_models import with_models_made
@@ -14,42 +13,33 @@ from drafttrain.config.load import load_sections
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.files import write_json
 from drafttrain.eval.report import write_report
+from drafttrain.eval.result import Result
 from drafttrain.eval.table import show
-from drafttrain.pipeline.data import dropped_prompts
-from drafttrain.pipeline.evaluating import evaluated, evaluated_head
-from drafttrain.pipeline.exporting import command_line
+from drafttrain.pipeline.evaluating import evaluated, with_inputs
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.pipeline.inputs import inputs_of, is_evaluated_on, target_inputs
+from drafttrain.pipeline.judging import command_line
+from drafttrain.pipeline.kinds import kind_of_run
 from drafttrain.pipeline.preflight import check_drafters, check_parts
-from drafttrain.pipeline.run import Run, quiet_libraries
+from drafttrain.pipeline.run import quiet_libraries
 from drafttrain.target_model import Target
 
 
-def evaluate_recipe(recipe: Recipe, folder: Path) -> dict[str, Any]:
+def evaluate_recipe(recipe: Recipe, folder: Path) -> Result:
     """Evaluate the exported files of a run, beside its own start, and write eval.json."""
-    here = RunFolder(folder)
-    what, places = (
-        ("head", (here.head, here.rejected_head)) if recipe.head else ("drafter", (here.drafter, here.rejected))
-    )
-    exported = next((place for place in places if place.exists()), None)
+    here, kind = RunFolder(folder), kind_of_run(recipe)
+    here.exported(kind.what)
     held = here.held()
-    if held is None or exported is None:
-        raise CheckpointError(f"{folder}: no {what} was exported here yet: drafttrain fit does all stages")
+    if held is None:
+        raise CheckpointError(f"{folder}: no {kind.what} was exported here yet: drafttrain fit does all stages")
     recipe = with_models_made(recipe, folder.parent)
     check_parts(recipe, data=False)
-    # The files were exported as the run says, whatever the recipe now asks of an export.
-    run = Run(replace(recipe, export=held.export), folder, quiet=True, evaluates_only=True)
-    if recipe.head is not None:
-        result = evaluated_head(run)
-    else:
-        folders = {"drafter": exported}
-        if run.folder.start.exists():
-            folders["start"] = run.folder.start
-        result = evaluated(folders, run.target, recipe.eval, dropped=dropped_prompts(run, recipe.eval.prompts))
-    result |= {"inputs": inputs_of(run.recipe, only=is_evaluated_on)}
-    write_json(run.folder.eval, result)
+    # The files were exported with the settings of the run, whatever the recipe now says about an export.
+    run = kind(replace(recipe, export=held.export), folder, quiet=True, evaluates_only=True)
+    result = run.evaluate()
+    result = with_inputs(result, inputs_of(run.recipe, only=is_evaluated_on))
+    result.write(run.folder.eval)
     show(result)
     return result
 
@@ -79,12 +69,12 @@ def evaluate_drafters(
     check_drafters(of_target, [str(one) for one in folders])
     loaded = Target.load(of_target)
     result = evaluated(dict(zip(names, folders, strict=True)), loaded, settings, dropped=())
-    result |= {"inputs": target_inputs(replace(of_target, model=loaded.name), settings.prompts)}
+    result = with_inputs(result, target_inputs(replace(of_target, model=loaded.name), settings.prompts))
     show(result)
     if out is None and not Path(drafters[0]).is_dir():
         say("eval.json and report.html: not written, --out DIR says where to")
         return
     out = out or folders[0]
-    write_json(out / "eval.json", result)
+    result.write(out / "eval.json")
     write_report(out / "report.html", result, title=folders[0].name, metrics=None, command=command_line())
     say(f"written: {out / 'eval.json'}, {out / 'report.html'}")

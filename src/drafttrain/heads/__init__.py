@@ -29,6 +29,18 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 
 
+class HeadSettings:
+    """What the settings of every head offer."""
+
+    drafter: str
+    """Folder or hub id of the frozen drafter whose tokens are labelled, or recipe:NAME."""
+
+    @property
+    def layer(self) -> int:
+        """State of the target that is stored beside each draft token; -1: after the last block, before the final norm."""
+        return -1
+
+
 @dataclass(frozen=True)
 class HeadRows:
     """Labelled draft tokens: what the frozen model held of each, and how much it deserved to be kept, 0..1."""
@@ -88,6 +100,10 @@ class TokenHead(nn.Module, ABC):
     def probability(self, features_ND: Tensor) -> Tensor:
         """Return the calibrated chance of each row."""
         return self(features_ND).float().sigmoid()
+
+    def uncorrected(self, features_ND: Tensor) -> Tensor | None:
+        """Return the chance of each row before the head corrects it; None: it corrects nothing."""
+        return None
 
     def lr_factor(self, name: str) -> float:
         """Return what the learning rate is multiplied by for the parameter of this name."""

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, silu
 
 from drafttrain.core.settings import setting
-from drafttrain.heads import HeadRows, TokenHead, heads, probabilities
+from drafttrain.heads import HeadRows, HeadSettings, TokenHead, heads, probabilities
 
 
 @dataclass
-class JudgeSettings:
+class JudgeSettings(HeadSettings):
     """Tells draft tokens that matter from those that do not. LOSSY where its rule is used."""
 
     drafter: str = setting(

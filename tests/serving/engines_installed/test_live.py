@@ -1,4 +1,4 @@
-"""`drafttrain eval --server` against vLLM itself: its counters are the evaluator's, number for number. make test-serving."""
+"""`drafttrain check-server` against vLLM itself: its counters are the evaluator's, number for number. make test-serving."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def drafter(tmp_path) -> Path:
 
 
 def evaluated(url: str, drafter: Path, *words: str) -> tuple[int, str, dict]:
-    done = CliRunner().invoke(app, ["eval", str(drafter), "--target", TARGET, "--server", url, *words])
+    done = CliRunner().invoke(app, ["check-server", str(drafter), url, "--target", TARGET, *words])
     path = drafter / "server.json"
     return done.exit_code, done.stderr, json.loads(path.read_text())["temperatures"][0] if path.exists() else {}
 
