@@ -40,12 +40,11 @@ def convert_run(recipe: Recipe, folder: Path, formats: Sequence[str], *, verify:
     here = RunFolder(folder)
     recipe = settled(with_models_made(recipe, folder.parent), here.held())
     source = here.exported("drafter")
-    dropped = read_contamination(here.contamination) if here.contamination.exists() else []
     served_with = ServedWith(
         target=recipe.target,
         eval=recipe.eval,
         export=with_formats(recipe.export, formats, recipe.drafter.kind, verify=verify),
-        dropped=[id for name, id in dropped if name == recipe.eval.prompts],
+        dropped=read_contamination(here.contamination, prompts=recipe.eval.prompts),
     )
     write_and_verify(source, served_with, out=out)
 

@@ -10,7 +10,10 @@ import torch
 
 from drafttrain.eval.calibration import calibration
 from drafttrain.eval.result import HeadFigures
-from drafttrain.heads import HeadRows, TokenHead, load_head, probabilities
+from drafttrain.heads import TokenHead
+from drafttrain.heads.folder import load_head
+from drafttrain.heads.rows import HeadRows
+from drafttrain.heads.token_head import probabilities
 
 
 def held_out_estimate(head: TokenHead, rows: HeadRows) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, rms_norm, silu
 
 from drafttrain.core.settings import setting
-from drafttrain.heads import HeadSettings, TokenHead, heads
+from drafttrain.heads.token_head import HeadSettings, TokenHead, heads
 
 
 @dataclass

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, silu
 
 from drafttrain.core.settings import setting
-from drafttrain.heads import HeadRows, HeadSettings, TokenHead, heads, probabilities
+from drafttrain.heads.rows import HeadRows
+from drafttrain.heads.token_head import HeadSettings, TokenHead, heads, probabilities
 
 
 @dataclass

@@ -111,8 +111,7 @@ def contaminated_prompts(run: Run, file: str) -> list[str]:
     path = run.folder.contamination
     if not path.exists() and run.folder.data.exists():
         _note_contamination(run, _prepared(run))
-    found = read_contamination(path) if path.exists() else []
-    return [id for name, id in found if name == file]
+    return read_contamination(path, prompts=file)
 
 
 def own_batches(data: Any, settings: Any, *, device: Any) -> Callable[[int], list[Any]]:

@@ -28,7 +28,7 @@ from drafttrain.export.settings import ExportSettings
 from drafttrain.pipeline import inputs
 
 PROMPT_SETTINGS = ("prompts", "validation_prompts", "prompt_tokens")
-"""Settings of the evaluation that decide which of its prompts overlap with the training text."""
+"""Settings of the evaluation that decide which of its prompts are contaminated."""
 
 
 WAIT_SECONDS = 60.0

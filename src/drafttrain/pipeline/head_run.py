@@ -18,7 +18,7 @@ from drafttrain.distributed.world import world
 from drafttrain.eval.head_figures import head_figures, held_out_estimate
 from drafttrain.eval.result import Result
 from drafttrain.export.head import export_head, head_card
-from drafttrain.heads import MadeFor, TokenHead, heads
+from drafttrain.heads.token_head import MadeFor, TokenHead, heads
 from drafttrain.pipeline.data import contaminated_prompts, training_data
 from drafttrain.pipeline.evaluating import evaluated
 from drafttrain.pipeline.run import Run

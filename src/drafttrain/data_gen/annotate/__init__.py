@@ -11,7 +11,7 @@ from drafttrain.core.registry import Registry
 from drafttrain.core.settings import setting
 from drafttrain.core.texts import Record
 from drafttrain.drafters import Drafter
-from drafttrain.heads import HeadRows
+from drafttrain.heads.rows import HeadRows
 from drafttrain.target_model import Target
 
 annotators = Registry("annotator", "drafttrain.data_gen.annotate")

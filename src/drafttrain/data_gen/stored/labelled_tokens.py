@@ -26,7 +26,8 @@ from drafttrain.data_gen.names import Names, shared_names
 from drafttrain.data_gen.sampler import Sampler
 from drafttrain.data_gen.shares import own_shares
 from drafttrain.data_gen.training_data import TrainingData
-from drafttrain.heads import HeadBatch, HeadRows, TokenHead
+from drafttrain.heads import TokenHead
+from drafttrain.heads.rows import HeadBatch, HeadRows
 from drafttrain.target_model.weights_digest import weights_digest
 
 RECORDS_A_SHARD = 32
