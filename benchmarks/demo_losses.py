@@ -19,7 +19,7 @@ from drafttrain.config.load import load_recipe
 from drafttrain.core.provenance import commit, processor
 from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.prompts import read_prompts
-from drafttrain.eval.table import interval
+from drafttrain.eval.result import Result
 from drafttrain.pipeline.data import dropped_prompts
 from drafttrain.pipeline.exporting import export_best
 from drafttrain.pipeline.run import Run
@@ -78,14 +78,14 @@ def arm(arguments: Any, loss: str, rate: float) -> tuple[TrainResult, Path]:
     return export_best(run), run.folder.drafter
 
 
-def show(result: dict[str, Any], rates: dict[str, float]) -> None:
+def show(result: Result, rates: dict[str, float]) -> None:
     """Print the comparison."""
     print("\n| temperature | tvdpp | ce | tvdpp - ce, paired | p |\n|---|---|---|---|---|")
-    for part in result["temperatures"]:
-        cells = [f"{interval(part['drafters'][loss]['block_efficiency'])} (lr {rates[loss]:g})" for loss in LOSSES]
-        (found,) = part["comparisons"].values()
-        difference = interval(found["block_efficiency"], 3)
-        print(f"| {part['temperature']:g} | {cells[0]} | {cells[1]} | {difference} | {found['p_value']:.2g} |")
+    for part in result.temperatures:
+        cells = [f"{part.drafters[loss].block_efficiency.text()} (lr {rates[loss]:g})" for loss in LOSSES]
+        (found,) = part.comparisons.values()
+        difference = found.block_efficiency.text(3)
+        print(f"| {part.temperature:g} | {cells[0]} | {cells[1]} | {difference} | {found.p_value:.2g} |")
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ from drafttrain.environments.environment import check_installed, python_of
 from drafttrain.environments.known import SPECULATORS
 from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.prompts import read_prompts
+from drafttrain.eval.result import Result
 from drafttrain.eval.statistics import ratio_of_ratios
-from drafttrain.eval.table import interval
 from drafttrain.importers.convert import import_folder
 from drafttrain.pipeline.data import training_data
 from drafttrain.pipeline.exporting import export_best
@@ -225,11 +225,11 @@ def validated(arguments: argparse.Namespace, shared: Run, name: str, drafter: Pa
     file = arguments.out / name / "validation.json"
     if not file.exists():
         result = decoded(shared, {name: drafter}, shared.recipe.eval.validation_prompts, [0.0])
-        write_json(file, result["temperatures"][0]["drafters"][name]["block_efficiency"])
+        write_json(file, result.temperatures[0].drafters[name].block_efficiency.json())
     return {"validation": json.loads(file.read_text(encoding="utf-8"))["value"]}
 
 
-def decoded(run: Run, drafters: dict[str, Path], file: str, temperatures: list[float]) -> dict[str, Any]:
+def decoded(run: Run, drafters: dict[str, Path], file: str, temperatures: list[float]) -> Result:
     """Decode all prompts of a file with drafters in chains."""
     wanted = run.recipe.eval
     prompts = read_prompts(file, run.tokenizer, prompt_tokens=wanted.prompt_tokens, dropped=[], limit=None)
@@ -255,17 +255,17 @@ def table(arguments: argparse.Namespace, shared: Run, done: dict[str, dict[str, 
         for name, arm in done.items()
     ]
     lines += ["", "| temperature | ours | speculators | ours less speculators, paired |", "|---|---|---|---|"]
-    for part in result["temperatures"]:
-        values = [interval(part["drafters"][name]["block_efficiency"]) for name in best.values()]
-        (gain,) = part["comparisons"].values()
-        lines.append(f"| {part['temperature']:g} | {' | '.join(values)} | {interval(gain['block_efficiency'])} |")
+    for part in result.temperatures:
+        values = [part.drafters[name].block_efficiency.text() for name in best.values()]
+        (gain,) = part.comparisons.values()
+        lines.append(f"| {part.temperature:g} | {' | '.join(values)} | {gain.block_efficiency.text()} |")
     mine = [arm["seconds"] for name, arm in done.items() if name.startswith("ours")]
     length = best["speculators"].split("-")[1]
     for said, prefix in (("its best arm's length", f"speculators-{length}-"), ("all its arms", "speculators-")):
         theirs = [arm["seconds"] for name, arm in done.items() if name.startswith(prefix)]
         count = min(len(mine), len(theirs))
         found = ratio_of_ratios(([work] * count, mine[:count]), ([work] * count, theirs[:count]))
-        lines.append(f"\nPositions a CPU second, ours / speculators ({said}): {interval(found.json())}")
+        lines.append(f"\nPositions a CPU second, ours / speculators ({said}): {found.text()}")
     fastest = min((arm["seconds"], name) for name, arm in done.items() if name.startswith("speculators"))
     chosen = done[best["ours"]]["seconds"]
     lines.append(f"\nOur best arm / its fastest arm ({fastest[1]}): {fastest[0] / chosen:.2f}")

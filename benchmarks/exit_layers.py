@@ -6,15 +6,14 @@ Each layer is a run of its own under --runs (continued when the command is given
 """
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from drafttrain.config.load import load_recipe
-from drafttrain.eval.table import interval
+from drafttrain.eval.interval import Interval
+from drafttrain.eval.result import DrafterFigures, Result, read_result
 
 
 def main() -> None:
@@ -27,7 +26,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     layers = [int(layer) for layer in arguments.layers.split(",")]
     name = load_recipe(arguments.recipe, arguments.overrides).name
-    results: dict[int, dict[str, Any]] = {}
+    results: dict[int, Result] = {}
     texts: Path | None = None
     for layer in layers:
         run = arguments.runs / f"{name}_exit{layer}"
@@ -38,37 +37,37 @@ def main() -> None:
         command = [sys.executable, "-m", "drafttrain.cli", "fit", arguments.recipe, *own, "--runs", str(arguments.runs)]
         subprocess.run(command, check=True)
         texts = generated
-        results[layer] = json.loads((run / "eval.json").read_text(encoding="utf-8"))
+        results[layer] = read_result(run / "eval.json")
     print(table(results))
 
 
-def table(results: dict[int, dict[str, Any]]) -> str:
+def table(results: dict[int, Result]) -> str:
     """Return the figures by layer and temperature; `start` is the raw exit of the same layer."""
     some = next(iter(results.values()))
-    length = ", ".join(f"{key} {value}" for key, value in some["settings"]["length"].items())
+    length = ", ".join(f"{key} {value}" for key, value in some.settings["length"].items())
     lines = [
-        f"{some['num_prompts']} prompts, {length}, 95 % intervals over prompts, "
-        f"{some['drafters']['drafter']['parameters']:,} parameters trained for each layer",
+        f"{some.num_prompts} prompts, {length}, 95 % intervals over prompts, "
+        f"{some.drafters['drafter'].parameters:,} parameters trained for each layer",
         "",
         "| temperature | exit layer | block efficiency | over the raw exit, paired | alpha | MBSU |",
         "|---|---|---|---|---|---|",
     ]
-    for number, part in enumerate(some["temperatures"]):
+    for number, part in enumerate(some.temperatures):
         for layer, result in results.items():
-            here = result["temperatures"][number]
-            figures, gain = here["drafters"]["drafter"], here["comparisons"]["drafter - start"]["block_efficiency"]
+            here = result.temperatures[number]
+            figures, gain = here.drafters["drafter"], here.comparisons["drafter - start"].block_efficiency
             lines.append(
-                f"| {part['temperature']:g} | {layer} | {interval(figures['block_efficiency'])} | {interval(gain)} "
-                f"| {interval(figures['alpha'])} | {interval(_mbsu(figures))} |"
+                f"| {part.temperature:g} | {layer} | {figures.block_efficiency.text()} | {gain.text()} "
+                f"| {figures.alpha.text()} | {_mbsu(figures).text()} |"
             )
     lines += ["", "The interval of MBSU is that of block efficiency, at the bytes of the mean round."]
     return "\n".join(lines)
 
 
-def _mbsu(figures: dict[str, Any]) -> dict[str, float]:
-    tau = figures["block_efficiency"]
-    scale = figures["mbsu"] / tau["value"]
-    return tau | {end: None if tau[end] is None else scale * tau[end] for end in ("value", "low", "high")}
+def _mbsu(figures: DrafterFigures) -> Interval:
+    tau = figures.block_efficiency
+    scale = figures.mbsu / tau.value
+    return Interval(scale * tau.value, scale * tau.low, scale * tau.high, tau.num_prompts)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from tests.eval.simulated import EQUALS, FIGURES, SHARES, Figure, block_efficien
 
 from drafttrain.core.provenance import commit, processor
 from drafttrain.core.random import stream_seed
-from drafttrain.eval.statistics import Interval
+from drafttrain.eval.interval import Interval
 from drafttrain.online.drift import drift
 
 PROMPTS = (8, 12, 32, 80)

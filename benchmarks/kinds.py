@@ -12,10 +12,9 @@ Each arm is a run of its own; what is done already is taken up when the command 
 import argparse
 import json
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,12 +22,12 @@ from drafttrain.commands.gen import gen
 from drafttrain.config.load import load_recipe
 from drafttrain.core.files import write_json
 from drafttrain.core.provenance import commit, processor
-from drafttrain.eval.evaluate import compare, evaluate
+from drafttrain.eval.evaluate import evaluate
+from drafttrain.eval.figures import compare
 from drafttrain.eval.length.tree import TreeSettings
-from drafttrain.eval.metrics import PromptCounts
 from drafttrain.eval.prompts import read_prompts
+from drafttrain.eval.result import Result, read_result
 from drafttrain.eval.settings import length_label
-from drafttrain.eval.table import interval
 from drafttrain.pipeline.data import dropped_prompts
 from drafttrain.pipeline.exporting import export_best
 from drafttrain.pipeline.run import Run
@@ -146,12 +145,22 @@ def trained(arguments: argparse.Namespace, kind: str, rate: float, shared: Run) 
     return run
 
 
-def tested(folder: Path, kind: str, run: Run, rate: float) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Tested:
+    """The best drafter of a kind on the test prompts."""
+
+    result: Result
+    mbsu_by_token_a_round: dict[str, float]
+    """Memory-bound speed-up over block efficiency, by arm."""
+    rate: float
+    trained_parameters: int
+
+
+def tested(folder: Path, kind: str, run: Run, rate: float) -> Tested:
     """Return the figures on the test prompts, decoded once and kept."""
-    file, wanted = folder / "eval.json", run.recipe.eval
-    if file.exists():
-        result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return result
+    file, more, wanted = folder / "eval.json", folder / "arm.json", run.recipe.eval
+    if file.exists() and more.exists():
+        return Tested(read_result(file), **json.loads(more.read_text(encoding="utf-8")))
     prompts, validation = (
         read_prompts(
             name,
@@ -169,51 +178,49 @@ def tested(folder: Path, kind: str, run: Run, rate: float) -> dict[str, Any]:
     result = evaluate({kind: run.folder.drafter, "start": run.folder.start}, run.target, prompts, settings)
     # Bytes are those of one sequence decoded alone; a round's depend on its draft length, hardly on which text it is.
     alone = replace(settings, batch_size=1, temperatures=[0.0])
-    (part,) = evaluate({kind: run.folder.drafter}, run.target, validation[:2], alone)["temperatures"]
-    result["mbsu_by_token_a_round"] = {
-        arm: figures["mbsu"] * figures["target_calls_per_token"] for arm, figures in part["drafters"].items()
-    }
+    (part,) = evaluate({kind: run.folder.drafter}, run.target, validation[:2], alone).temperatures
+    mbsu = {arm: figures.mbsu * figures.target_calls_per_token for arm, figures in part.drafters.items()}
     count = sum(p.numel() for p in run.drafter.parameters() if p.requires_grad)
-    write_json(file, result | {"rate": rate, "trained_parameters": count})
-    print(f"{kind}: evaluated in {result['seconds']:.0f} s", flush=True)
-    return tested(folder, kind, run, rate)
+    result.write(file)
+    write_json(more, {"mbsu_by_token_a_round": mbsu, "rate": rate, "trained_parameters": count})
+    print(f"{kind}: evaluated in {result.seconds:.0f} s", flush=True)
+    return Tested(result, mbsu, rate, count)
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
+def table(results: dict[str, Tested]) -> str:
     """Return the figures by kind, draft and temperature."""
     lines = [
         "| kind | trained parameters | rate | draft | temperature | block efficiency | its start | gain, paired | MBSU | parity |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     tree = f" ({length_label(TREE)})"
-    for kind, result in results.items():
+    for kind, one in results.items():
         for draft, suffix in (("chain", ""), ("tree", tree)):
             if suffix and kind in NO_TREE:
                 lines.append(f"| `{kind}` | | | no tree | | {NO_TREE[kind]} | | | | |")
                 continue
-            for part in result["temperatures"]:
-                head = f"| `{kind}` | {result['trained_parameters']:,} | {result['rate']:g} | {draft} | {part['temperature']:g} |"
-                figures, start = part["drafters"][kind + suffix], part["drafters"]["start" + suffix]
-                mbsu = result["mbsu_by_token_a_round"][kind + suffix] * figures["block_efficiency"]["value"]
-                gain = part["comparisons"][f"{kind}{suffix} - start{suffix}"]["block_efficiency"]
+            for part in one.result.temperatures:
+                head = f"| `{kind}` | {one.trained_parameters:,} | {one.rate:g} | {draft} | {part.temperature:g} |"
+                figures, start = part.drafters[kind + suffix], part.drafters["start" + suffix]
+                mbsu = one.mbsu_by_token_a_round[kind + suffix] * figures.block_efficiency.value
+                gain = part.comparisons[f"{kind}{suffix} - start{suffix}"].block_efficiency
                 lines.append(
-                    f"{head} {interval(figures['block_efficiency'])} | {start['block_efficiency']['value']:.2f} "
-                    f"| {interval(gain)} | {mbsu:.2f} | {figures.get('parity', {}).get('text', '')} |"
+                    f"{head} {figures.block_efficiency.text()} | {start.block_efficiency.value:.2f} "
+                    f"| {gain.text()} | {mbsu:.2f} | {figures.parity or ''} |"
                 )
     return "\n".join(lines)
 
 
-def order(results: dict[str, dict[str, Any]]) -> str:
+def order(results: dict[str, Tested]) -> str:
     """Return the kinds from the best chain to the worst, each less the next one on the same prompts."""
     lines = []
     for number, temperature in enumerate((0.0, 1.0)):
-        figures = {kind: result["temperatures"][number]["drafters"][kind] for kind, result in results.items()}
-        ranked = sorted(figures, key=lambda kind: -figures[kind]["block_efficiency"]["value"])
-        counts = {kind: [PromptCounts(**one) for one in figures[kind]["prompts"]] for kind in ranked}
-        parts = [f"{ranked[0]} {figures[ranked[0]]['block_efficiency']['value']:.2f}"]
+        figures = {kind: one.result.temperatures[number].drafters[kind] for kind, one in results.items()}
+        ranked = sorted(figures, key=lambda kind: -figures[kind].block_efficiency.value)
+        parts = [f"{ranked[0]} {figures[ranked[0]].block_efficiency.value:.2f}"]
         for above, kind in pairwise(ranked):
-            found = compare(counts[above], counts[kind])["block_efficiency"]
-            parts.append(f"{kind} {figures[kind]['block_efficiency']['value']:.2f} (below by {interval(found)})")
+            found = compare(figures[above].prompts, figures[kind].prompts).block_efficiency
+            parts.append(f"{kind} {figures[kind].block_efficiency.value:.2f} (below by {found.text()})")
         lines.append(f"\nOrder of the chains at temperature {temperature:g}: {', '.join(parts)}.")
     return "\n".join(lines)
 

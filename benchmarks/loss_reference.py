@@ -12,7 +12,7 @@ from drafttrain.core.loss_rows import LossRows
 from drafttrain.core.probability import acceptance_rate
 from drafttrain.core.target_rows import RowIndex
 from drafttrain.losses import losses
-from drafttrain.losses.tvdpp import TVDPPConfig
+from drafttrain.losses.tvdpp import TVDPPSettings
 
 V, STEPS, BATCH, LR = 32, 600, 256, 3e-3
 
@@ -21,7 +21,7 @@ def main() -> None:
     """Train with each loss and print the table."""
     torch.set_num_threads(1)
     chosen = {name: losses.entry(name).settings() for name in losses.names() if name != "sum"}
-    chosen["tvdpp sampled"] = TVDPPConfig(estimator="sampled", scope="batch")
+    chosen["tvdpp sampled"] = TVDPPSettings(estimator="sampled", scope="batch")
     failed = False
     print("| loss | at first | after | lift |\n|---|---|---|---|")
     for name, settings in chosen.items():

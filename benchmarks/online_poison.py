@@ -145,7 +145,7 @@ def learned(out: Path, kind: str, loss: str, share: float) -> dict[str, Any]:
     stream, forged = poisoned(target, run, lines[:STREAM], kind, share)
     write_log(out / "logs" / "log.jsonl", stream)
     learning = online_run(run.recipe, run.folder, target)
-    learning.once()
+    learning.learn_once()
     (route,) = learning.routes.values()
     drafters = {
         "start": read_drafter(run.folder.start, target),

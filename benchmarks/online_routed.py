@@ -43,7 +43,7 @@ from drafttrain.export.hf import export_hf
 from drafttrain.losses.forward_kl import ForwardKL
 from drafttrain.online.loop import OnlineRun
 from drafttrain.online.promotion import request_counts
-from drafttrain.online.route import Workshop
+from drafttrain.online.route import OnlineSetup
 from drafttrain.online.router import Router
 from drafttrain.online.run_files import metrics
 from drafttrain.online.settings import OnlineSettings, RouterSettings
@@ -200,7 +200,7 @@ class Bench:
             shutil.rmtree(folder, ignore_errors=True)
             began = time.process_time()
             run = self._run(cell, folder)
-            run.once()
+            run.learn_once()
             rows = metrics(folder)
             for name, route in run.routes.items():
                 self.export(route.learner.drafter, folder / "learned" / (name or "all"))
@@ -224,7 +224,7 @@ class Bench:
             max_lines=10_000,
             router=RouterSettings(kind=arm.router, routes=list(KINDS)) if arm.router else None,
         )
-        shop = Workshop(
+        setup = OnlineSetup(
             target=self.target,
             online=online,
             train=TrainSettings(batch_size=arm.batch_size, lr=cell.rate, schedule="constant", warmup_steps=4),
@@ -236,7 +236,7 @@ class Bench:
         )
         source = sources.entry("serving_logs").settings(path=str(self.out / "logs"), near_duplicates=None)
         intake = Intake(source, Encoder(self.target.tokenizer, MAX_LENGTH), folder / "online" / "intake")
-        return OnlineRun(shop, intake, folder, start=self.start(cell.size))
+        return OnlineRun(setup, intake, folder, start=self.start(cell.size))
 
     def counts(self, folder: Path, records: Sequence[Record]) -> Counts:
         """Return tokens and rounds of each request with the drafter of a folder."""

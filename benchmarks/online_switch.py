@@ -22,16 +22,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from recorder import started
-from tests.online.openai_server import served
 from tests.online.target_server import Answered, TargetServer, ask, decoded_again, own_texts, shipped
+from tests.recorder.openai_server import served
 
 from drafttrain.core.provenance import commit, processor
-from drafttrain.eval import table
 from drafttrain.eval.statistics import ratio_difference, ratio_interval
 from drafttrain.online.drift import drift
 from drafttrain.online.run_files import metrics
 from drafttrain.target_model import Target, TargetSettings
+from recorder import started
 
 MAX_TOKENS = 48
 COMPARED = 48
@@ -114,7 +113,7 @@ class Learner:
 
     def start(self) -> None:
         """Start it, or go on."""
-        words = ["online", "online", f"data.sources.0.path={self.out / 'logs'}", "--runs", str(self.out)]
+        words = ["online", "run", "online", f"data.sources.0.path={self.out / 'logs'}", "--runs", str(self.out)]
         with (self.out / "learner.log").open("a") as log:
             command = [sys.executable, "-m", "drafttrain", *words]
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
@@ -184,7 +183,7 @@ def columns(some: list[Answered]) -> tuple[tuple[int, ...], ...]:
 def interval(counts: Counts) -> str:
     """Return block efficiency with its interval over requests."""
     tokens, rounds = zip(*counts, strict=True)
-    return table.interval(ratio_interval(tokens, rounds).json())
+    return ratio_interval(tokens, rounds).text()
 
 
 def draw(path: Path, answered: list[Answered], *, switch: int) -> None:

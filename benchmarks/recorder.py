@@ -26,7 +26,6 @@ from aiohttp import web
 
 from drafttrain.core.provenance import commit, processor
 from drafttrain.eval.statistics import ratio_difference
-from drafttrain.eval.table import interval
 
 WAYS = ["direct", "direct again", "relay", "recorder"]
 
@@ -191,9 +190,7 @@ def report(arguments: argparse.Namespace, milliseconds: dict, busy: float, statu
     for percent in (50, 90, 99):
         of_round = {name: np.percentile(rounds, percent, axis=1) for name, rounds in by_way.items()}
         ones = np.ones(len(direct))
-        cells = [
-            interval(ratio_difference((of_round[one], ones), (of_round[other], ones)).json()) for one, other in compared
-        ]
+        cells = [ratio_difference((of_round[one], ones), (of_round[other], ones)).text() for one, other in compared]
         print(f"| p{percent} of a round, mean | {of_round[WAYS[0]].mean():.2f} | {' | '.join(cells)} |")
     for percent in (50, 99):
         # A machine that others use stalls a round now and then, by more than anything that is measured here.

@@ -12,22 +12,22 @@ import time
 from pathlib import Path
 
 from drafttrain.losses import losses
-from drafttrain.losses.tvdpp import TVDPP, TVDPPConfig
+from drafttrain.losses.tvdpp import TVDPP, TVDPPSettings
 
 STEP = 17
 """The step, of those that a process takes, at whose end it waits."""
 PLUGIN = [f"plugins=[{__name__}]", "loss={kind: waits, scope: batch}"]
 
 
-class WaitsConfig(TVDPPConfig):
+class WaitsSettings(TVDPPSettings):
     """As TVD++."""
 
 
-@losses.register("waits", WaitsConfig)
+@losses.register("waits", WaitsSettings)
 class Waits(TVDPP):
     """TVD++, with a break."""
 
-    def __init__(self, settings: WaitsConfig | None = None) -> None:
+    def __init__(self, settings: WaitsSettings | None = None) -> None:
         super().__init__(settings)
         self._steps = 0
 

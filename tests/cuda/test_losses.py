@@ -14,8 +14,8 @@ from drafttrain.losses import fused, losses
 from drafttrain.losses.align import align
 from drafttrain.losses.chunked import row_losses
 from drafttrain.losses.step import drafted_loss
-from drafttrain.losses.tvdpp import TVDPPConfig
-from drafttrain.losses.weighted_sum import Term, WeightedSumConfig
+from drafttrain.losses.tvdpp import TVDPPSettings
+from drafttrain.losses.weighted_sum import Term, WeightedSumSettings
 from drafttrain.target_model import Target
 from tests.cuda.models import new_drafter
 from tests.cuda.steps import with_target
@@ -32,9 +32,9 @@ def every_loss() -> dict[str, Any]:
         if not required:
             found[name] = settings()
     for scope in ("batch", "position"):
-        found[f"tvdpp {scope}"] = TVDPPConfig(scope=scope)  # type: ignore[arg-type]
-    found["tvdpp sampled"] = TVDPPConfig(estimator="sampled", num_samples=3)
-    found["sum"] = WeightedSumConfig([Term(found["forward_kl"]), Term(found["tvd"], 0.5)])
+        found[f"tvdpp {scope}"] = TVDPPSettings(scope=scope)  # type: ignore[arg-type]
+    found["tvdpp sampled"] = TVDPPSettings(estimator="sampled", num_samples=3)
+    found["sum"] = WeightedSumSettings([Term(found["forward_kl"]), Term(found["tvd"], 0.5)])
     return found
 
 

@@ -55,5 +55,5 @@ def test_every_kind_goes_all_the_way_on_one_gpu(
     assert done.last_step == made.train.max_steps
     folders = {"drafter": run.folder.drafter, "start": run.folder.start}
     result = evaluated(folders, run.target, made.eval, dropped=[])
-    assert result["temperatures"][0]["drafters"]["drafter"]["parity"]["exact"]
+    assert result.temperatures[0].drafters["drafter"].parity.exact
     assert cuda.operations > 1000

@@ -27,7 +27,7 @@ from drafttrain.eval.engine import Engine
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.target_model.weights_digest import weights_digest
 from tests.conftest import random_llama
-from tests.drafters.feature_models import feature_drafter, feature_target
+from tests.drafters.eagle_models import eagle_drafter, eagle_target
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_mixing_at_its_ends(frozen, drafter):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_a_drafter_that_is_the_target_is_always_accepted(temperature):
     """Also where the target's head has rows that no tokenizer produces, and much of the mass: 43 of 300 here."""
-    target = feature_target(vocab_size=300)
+    target = eagle_target(vocab_size=300)
     drafter = CausalLMDrafter(target.model).eval()
     records = [Record(str(i), list(range(i, i + 12)), [True] * 12) for i in range(1, 9)]
     rows = labelled(Frozen(target, drafter, 0), records, temperature=temperature, mixing=0.0)
@@ -197,7 +197,7 @@ def test_labels_that_would_be_too_large_are_refused(frozen, tiny_target, tmp_pat
 
 
 def test_a_drafter_without_states_of_its_draft_tokens_is_refused(frozen):
-    medusa = feature_target()
+    medusa = eagle_target()
     drafter = drafters.entry("medusa").component.create(
         drafters.entry("medusa").settings(), target=medusa, tokenizer=medusa.tokenizer
     )
@@ -211,8 +211,8 @@ def test_a_drafter_without_states_of_its_draft_tokens_is_refused(frozen):
 )
 def test_every_kind_that_drafts_token_by_token_is_labelled_with_the_states_that_decoding_has(kind, settings):
     """The last token of a text is drafted: its state and label are those of the first draft token of a round there."""
-    target = feature_target()
-    drafter = feature_drafter(kind, target, **settings)
+    target = eagle_target()
+    drafter = eagle_drafter(kind, target, **settings)
     annotator = AcceptanceLabels(AcceptanceLabelSettings(temperature=0.0, mixing=0.0), Frozen(target, drafter, 0))
     text = [5, 9, 200, 31, 44, 8, 8, 17]
     found = []

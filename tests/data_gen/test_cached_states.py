@@ -21,7 +21,7 @@ from drafttrain.data_gen.stored.validation_target import CachedTarget
 from drafttrain.data_gen.training_data import TrainingData, attach_cache, prepare
 from drafttrain.drafters.kangaroo.module import KangarooDrafter, KangarooSettings
 from drafttrain.losses import losses
-from drafttrain.losses.forward_kl import ForwardKLConfig
+from drafttrain.losses.forward_kl import ForwardKLSettings
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import trunk
 from drafttrain.target_model.documents import takes_mask
@@ -197,7 +197,7 @@ def curve(text: Path, target: Target, *, cache: str) -> tuple[list[float], int]:
     settings.loggers = ["csv"]
     train(
         drafter,
-        losses.build(ForwardKLConfig()),
+        losses.build(ForwardKLSettings()),
         target=target,
         of_step=lambda step: data.of_step(step, batch_size=4),
         estimate=None,

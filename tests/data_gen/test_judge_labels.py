@@ -31,7 +31,7 @@ from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.target_model.anatomy import final_norm
 from drafttrain.target_model.logits import head_logits
 from tests.conftest import random_llama
-from tests.drafters.feature_models import feature_drafter, feature_target
+from tests.drafters.eagle_models import eagle_drafter, eagle_target
 
 NEW = 12
 
@@ -109,8 +109,8 @@ def test_the_walk_finds_what_a_slow_plain_version_finds(frozen):
 )
 def test_the_walk_tries_the_tokens_that_decoding_drafts(kind, settings):
     """By the target's ids whatever the drafter's own are; after a prompt of one token as well, where some drafters draft nothing."""
-    target = feature_target(vocab_size=300)
-    drafter = feature_drafter(kind, target, **settings)
+    target = eagle_target(vocab_size=300)
+    drafter = eagle_drafter(kind, target, **settings)
     if "draft_vocab_size" in settings:
         drafter.fit_vocabulary(lambda: torch.arange(257.0))
         assert drafter.vocabulary.tolist() == list(range(137, 257))

@@ -16,7 +16,7 @@ from drafttrain.checkpoint import About, read_drafter
 from drafttrain.core.errors import CheckpointError
 from drafttrain.drafters.eagle.eagle3 import Eagle3Drafter, Eagle3Settings, taps_of
 from drafttrain.export.hf import export_hf
-from tests.drafters.feature_models import feature_drafter, feature_target, packed
+from tests.drafters.eagle_models import eagle_drafter, eagle_target, packed
 
 LAYER = [
     "input_layernorm",
@@ -30,7 +30,7 @@ NAMES = {"fc.weight", "norm.weight", "lm_head.weight", *(f"midlayer.{part}.weigh
 
 @pytest.fixture(scope="module")
 def target() -> Any:
-    return feature_target()
+    return eagle_target()
 
 
 @pytest.mark.parametrize("num_layers", range(3, 81))
@@ -56,11 +56,11 @@ def test_equal_or_impossible_taps_are_refused(target, taps):
 def test_a_recipe_with_equal_taps_is_refused_and_so_is_a_shallow_target():
     assert "three different" in Eagle3Settings(taps=[1, 1, 2]).check()[0]
     with pytest.raises(CheckpointError, match="at least 3 layers, this one has 2"):
-        Eagle3Drafter.create(Eagle3Settings(), target=feature_target(num_layers=2), tokenizer=None)
+        Eagle3Drafter.create(Eagle3Settings(), target=eagle_target(num_layers=2), tokenizer=None)
 
 
 def test_only_the_taps_are_read_and_every_tap_matters(target):
-    drafter = feature_drafter("eagle3", target, taps=[0, 2, 3])
+    drafter = eagle_drafter("eagle3", target, taps=[0, 2, 3])
     batch, _ = packed(target, drafter, (8,), width=8)
     assert set(batch.target.hidden_BTD) == {0, 2, 3}
     before = drafter(batch).states_BTD[1]
@@ -75,14 +75,14 @@ def test_only_the_taps_are_read_and_every_tap_matters(target):
 @pytest.mark.parametrize("norm", [None, "fc_norm", "norm_before_fc"])
 def test_parameters_are_as_many_as_the_formula_says(target, size, norm):
     more = {} if norm is None else {norm: True}
-    drafter = feature_drafter("eagle3", target, draft_vocab_size=size, intermediate_size=48, **more)
+    drafter = eagle_drafter("eagle3", target, draft_vocab_size=size, intermediate_size=48, **more)
     d, q, kv, i, v = 32, 32, 16, 48, size or 257
     wanted = 3 * d * d + 2 * d * (q + 2 * kv) + q * d + 3 * d * i + v * d + 4 * d + 3 * d * (norm is not None)
     assert sum(p.numel() for p in drafter.parameters()) == wanted
 
 
 def test_the_draft_vocabulary_is_the_most_frequent_labels(target):
-    drafter = feature_drafter("eagle3", target, draft_vocab_size=4)
+    drafter = eagle_drafter("eagle3", target, draft_vocab_size=4)
     counts = np.zeros(200)
     counts[[9, 30, 31, 120, 7]] = [5, 8, 8, 2, 2]
     drafter.fit_vocabulary(lambda: counts)
@@ -101,7 +101,7 @@ def test_a_draft_vocabulary_larger_than_the_tokenizers_is_refused(target):
 
 @pytest.mark.parametrize("size", [None, 40])
 def test_the_exported_folder_has_the_official_names_and_reads_back(target, tmp_path, size):
-    drafter = feature_drafter("eagle3", target, draft_vocab_size=size, draft="greedy", num_steps=2)
+    drafter = eagle_drafter("eagle3", target, draft_vocab_size=size, draft="greedy", num_steps=2)
     drafter.fit_vocabulary(lambda: np.arange(257))
     folder = exported(drafter, target, tmp_path)
     tensors = load_file(folder / "model.safetensors")
@@ -129,7 +129,7 @@ def test_the_exported_folder_has_the_official_names_and_reads_back(target, tmp_p
 
 
 def test_a_folder_with_a_tensor_too_many_too_few_or_of_another_shape_is_refused(target, tmp_path):
-    folder = exported(feature_drafter("eagle3", target, draft_vocab_size=40), target, tmp_path)
+    folder = exported(eagle_drafter("eagle3", target, draft_vocab_size=40), target, tmp_path)
     path = folder / "model.safetensors"
     tensors = load_file(path)
     tensors["fc.bias"] = torch.zeros(32)
@@ -141,9 +141,9 @@ def test_a_folder_with_a_tensor_too_many_too_few_or_of_another_shape_is_refused(
 
 
 def test_a_target_of_another_width_is_refused(target, tmp_path):
-    folder = exported(feature_drafter("eagle3", target), target, tmp_path)
+    folder = exported(eagle_drafter("eagle3", target), target, tmp_path)
     with pytest.raises(CheckpointError, match="hidden_size is 32, this target, tiny, has 48"):
-        Eagle3Drafter.load(folder, feature_target(hidden_size=48))
+        Eagle3Drafter.load(folder, eagle_target(hidden_size=48))
 
 
 def exported(drafter: Any, target: Any, folder: Path) -> Path:

@@ -104,7 +104,7 @@ def test_it_starts_as_the_raw_early_exit(name):
 
 def test_the_size_of_the_papers_adapter():
     """67 M for a target of width 4096 (Vicuna-7B): arXiv 2404.18911."""
-    from drafttrain.drafters.kangaroo.module import Adapter
+    from drafttrain.drafters.kangaroo.adapter import Adapter
 
     with torch.device("meta"):
         adapter = Adapter(torch.nn.RMSNorm(4096), 4096, num_heads=32, rope_theta=1e4)
@@ -282,7 +282,7 @@ def test_a_recipe_without_a_target_is_refused(tmp_path):
 
 def test_a_training_that_broke_off_continues_bit_for_bit(target, tmp_path):
     from drafttrain.losses import losses
-    from drafttrain.losses.forward_kl import ForwardKLConfig
+    from drafttrain.losses.forward_kl import ForwardKLSettings
     from drafttrain.train.run import train
     from drafttrain.train.settings import TrainSettings
 
@@ -298,7 +298,7 @@ def test_a_training_that_broke_off_continues_bit_for_bit(target, tmp_path):
                 raise OSError("the power went")
             return [replace(batch_of([[step + 1, 2, 3, 4, 5 + step]]), weight_of_step=4.0, step=step)]
 
-        loss = losses.build(ForwardKLConfig())
+        loss = losses.build(ForwardKLSettings())
         drafter = made(target)
         arguments = {"target": target, "of_step": of_step, "estimate": None, "settings": settings}
         train(drafter.train(), loss, **arguments, vocab_size=257, folder=folder)

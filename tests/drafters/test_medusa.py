@@ -16,14 +16,15 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Prompt, Record
 from drafttrain.data_gen.packing import pack
-from drafttrain.drafters.medusa.module import TREE, Medusa, MedusaSettings
+from drafttrain.drafters.medusa.folder import TREE
+from drafttrain.drafters.medusa.module import Medusa, MedusaSettings
 from drafttrain.drafters.medusa.static_tree import best_paths
 from drafttrain.eval.ledger import Ledger
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.eval.length.tree import TreeLength, TreeSettings
 from drafttrain.eval.replay import Text
 from drafttrain.losses.align import align
-from drafttrain.losses.ce import CrossEntropy, CrossEntropyConfig
+from drafttrain.losses.ce import CrossEntropy, CrossEntropySettings
 from drafttrain.losses.chunked import row_losses
 from drafttrain.target_model import Target
 from tests.conftest import byte_tokenizer, random_llama
@@ -74,7 +75,9 @@ def train(medusa: Medusa, batch: DraftBatch, *, steps: int, lr: float = 1e-2) ->
     optimizer = torch.optim.Adam(medusa.parameters(), lr=lr)
     for _ in range(steps):
         drafted = medusa(batch)
-        loss_N, _ = row_losses(CrossEntropy(CrossEntropyConfig()), drafted, align(drafted, batch), batch, vocab_size=V)
+        loss_N, _ = row_losses(
+            CrossEntropy(CrossEntropySettings()), drafted, align(drafted, batch), batch, vocab_size=V
+        )
         optimizer.zero_grad()
         (loss_N.sum() / batch.weight_of_step).backward()
         optimizer.step()
@@ -155,7 +158,7 @@ def test_the_loss_of_a_head_counts_decay_to_its_number(target: Target):
     for decay in (1.0, 0.5):
         drafted = create(target, num_heads=3, decay=decay).double()(batch)
         rows = align(drafted, batch)
-        loss_N, _ = row_losses(CrossEntropy(CrossEntropyConfig()), drafted, rows, batch, vocab_size=V)
+        loss_N, _ = row_losses(CrossEntropy(CrossEntropySettings()), drafted, rows, batch, vocab_size=V)
         loss[decay] = [part.sum().item() for part in loss_N.split(list(rows.counts.values()))]
     assert loss[0.5] == pytest.approx([0.5**k * whole for k, whole in enumerate(loss[1.0], start=1)])
 

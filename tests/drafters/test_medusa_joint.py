@@ -17,12 +17,13 @@ from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.texts import Prompt, Record
 from drafttrain.data_gen.packing import pack
+from drafttrain.drafters.medusa.folder import ADAPTER
 from drafttrain.drafters.medusa.lora import LoraAdapter, LoraSettings, LowRank, merged
-from drafttrain.drafters.medusa.module import ADAPTER, JointSettings, Medusa, MedusaSettings
+from drafttrain.drafters.medusa.module import JointSettings, Medusa, MedusaSettings
 from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.losses.align import align
-from drafttrain.losses.ce import CrossEntropy, CrossEntropyConfig
+from drafttrain.losses.ce import CrossEntropy, CrossEntropySettings
 from drafttrain.losses.random_rows import chosen
 from drafttrain.losses.step import drafted_loss
 from drafttrain.target_model import Target, TargetSettings
@@ -59,7 +60,7 @@ def train(medusa: Medusa, batch: DraftBatch, *, steps: int) -> None:
     optimizer = torch.optim.Adam(medusa.parameters(), lr=1e-2)
     for step in range(steps):
         drafted = medusa(replace(batch, step=step))
-        loss = CrossEntropy(CrossEntropyConfig())
+        loss = CrossEntropy(CrossEntropySettings())
         assert drafted.beside is not None
         optimizer.zero_grad()
         made = drafted_loss(loss, drafted, align(drafted, batch), batch, vocab_size=V)
@@ -182,24 +183,24 @@ def test_the_evaluator_decodes_with_the_adapted_target_and_says_so(target: Targe
     prompts = [Prompt(str(i), [1 + i, 2, 3]) for i in range(3)]
     settings = EvalSettings(max_new_tokens=16, temperatures=[0.0], speed_prompts=0)
     result = evaluate({"drafter": folder, "start": start}, target, prompts, settings)
-    assert result["drafters"]["start"]["target"] == target.name
-    assert result["drafters"]["drafter"]["target"] == f"{target.name} with adapter"
-    found = result["temperatures"][0]["drafters"]
-    assert found["drafter"]["parity"]["exact"]
-    assert found["start"]["parity"]["exact"]
-    texts = ["".join(piece["text"] for piece in sample["pieces"]) for sample in found["drafter"]["samples"]]
-    others = ["".join(piece["text"] for piece in sample["pieces"]) for sample in found["start"]["samples"]]
+    assert result.drafters["start"].target == target.name
+    assert result.drafters["drafter"].target == f"{target.name} with adapter"
+    found = result.temperatures[0].drafters
+    assert found["drafter"].parity.exact
+    assert found["start"].parity.exact
+    texts = ["".join(piece.text for piece in sample.pieces) for sample in found["drafter"].samples]
+    others = ["".join(piece.text for piece in sample.pieces) for sample in found["start"].samples]
     assert texts != others  # two targets, and each drafter is exact for its own
 
 
 def test_adapters_that_do_not_fit_are_refused(target: Target, trained: Medusa, tmp_path: Path, save_llama: Any):
-    with pytest.raises(CheckpointError, match=r"no linear map called c_attn\. It has .*q_proj"):
+    with pytest.raises(CheckpointError, match=r"no linear layer called c_attn\. It has .*q_proj"):
         LoraAdapter(replace(LORA, target_modules=["c_attn"]), target.model)
     trained.save(tmp_path)
     other = Target.load(TargetSettings(model=str(save_llama(hidden_size=64))))
     with pytest.raises(CheckpointError, match="another shape"):
         merged(other, tmp_path / ADAPTER)
-    with pytest.raises(CheckpointError, match="no adapter could be read"):
+    with pytest.raises(CheckpointError, match="cannot read an adapter"):
         merged(target, tmp_path)
     assert LoraSettings(target_modules=[]).check()
     assert isinstance(trained.adapter, nn.Module)
@@ -258,6 +259,8 @@ def test_a_map_that_does_not_read_every_token_once_has_no_dropout(target: Target
     seed_BT = torch.zeros(1, 4, dtype=torch.long)
     with (
         adapter.applied(target.model, seed_BT=seed_BT),
-        pytest.raises(CheckpointError, match=r"lora\.dropout: .*q_proj does not read every token once.* set it to 0"),
+        pytest.raises(
+            CheckpointError, match=r"lora\.dropout: .*q_proj does not read every token exactly once.* set it to 0"
+        ),
     ):
         target.model(TOKENS)

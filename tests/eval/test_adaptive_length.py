@@ -23,7 +23,7 @@ from drafttrain.eval.length.cumulative_reject import CumulativeReject, Cumulativ
 from drafttrain.eval.length.expected_cost import ExpectedCost, ExpectedCostSettings
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.heads.acceptance import AcceptanceHead, AcceptanceSettings
-from tests.drafters.feature_models import feature_drafter, feature_target
+from tests.drafters.eagle_models import eagle_drafter, eagle_target
 from tests.eval.decoding import PROMPTS, V, chi_square, decode, greedy, noisy, small_target
 from tests.eval.test_engine import target as target
 
@@ -84,8 +84,8 @@ def test_greedy_output_is_the_targets_own_and_no_forward_is_wasted(target, tmp_p
 @pytest.mark.parametrize("name", ["cumulative", "cost"])
 def test_drafters_on_the_targets_features_stop_by_a_head_too(kind, settings, name, tmp_path):
     """Alone and together, greedy and drawn: the target's own text, or the same draws; lengths differ from round to round."""
-    target = feature_target()
-    drafter = feature_drafter(kind, target, **settings)
+    target = eagle_target()
+    drafter = eagle_drafter(kind, target, **settings)
     head = write_head(tmp_path, 32)
 
     def found(prompts: Any, temperature: float) -> list[Any]:
@@ -277,8 +277,8 @@ def test_the_cost_of_a_draft_is_all_of_a_round_that_is_not_the_verifying_call(tm
 )
 def test_the_measured_cost_holds_every_forward_of_the_draft(kind, settings):
     """Kangaroo drafts with the target's first blocks too: its adapter alone is not what a draft token costs."""
-    target, ledger = feature_target(), Ledger()
-    proposer = feature_drafter(kind, target, **settings).proposer(target, ledger.append)
+    target, ledger = eagle_target(), Ledger()
+    proposer = eagle_drafter(kind, target, **settings).proposer(target, ledger.append)
     engine = Engine(
         target,
         proposer,

@@ -40,5 +40,5 @@ def test_auc_is_the_chance_of_the_right_order():
 
 def test_all_figures_of_one_set():
     found = calibration([0.2, 0.8], [0.0, 1.0])
-    assert (found["count"], found["auc"], found["mean_label"]) == (2, 1.0, 0.5)
-    assert [one["count"] for one in found["reliability"]] == [1, 1]
+    assert (found.count, found.auc, found.mean_label) == (2, 1.0, 0.5)
+    assert [one.count for one in found.reliability] == [1, 1]

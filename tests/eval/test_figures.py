@@ -1,20 +1,21 @@
 """Figures from counts, by hand; intervals that know what was paired; prompts and gate that say what is wrong."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from drafttrain.core.errors import DataError
 from drafttrain.core.generations import Generation, Round
-from drafttrain.eval.evaluate import FORMAT, read_result
 from drafttrain.eval.gate import shortfalls
+from drafttrain.eval.interval import Interval
 from drafttrain.eval.metrics import counts_of, mbsu, totals_of
+from drafttrain.eval.parity import Parity
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.replay import ReplayRows, expected_rounds
 from drafttrain.eval.statistics import ratio_difference, ratio_interval
 from tests.conftest import byte_tokenizer
+from tests.eval import results
 
 
 def generation(accepted: list[int], drafted: int = 5) -> Generation:
@@ -88,14 +89,13 @@ def test_a_paired_interval_is_narrower_than_what_the_prompts_vary():
 
 
 def test_the_gate_says_by_how_much():
-    figures = {
-        "block_efficiency": {"value": 1.9, "low": 1.8, "high": 2.0},
-        "mbsu": 1.1,
-        "parity": {"exact": False, "text": "63 of 64 outputs equal"},
-    }
-    result = {"temperatures": [{"temperature": 0, "drafters": {"d": figures}, "comparisons": {}}]}
+    figures = results.figures(
+        block_efficiency=Interval(1.9, 1.8, 2.0, 64),
+        mbsu=1.1,
+        parity=Parity(False, 64, 63, [], "63 of 64 outputs equal"),
+    )
     require = {"block_efficiency": 2.0, "mbsu": 1.0, "parity": True, "gain_over_start": 0.1}
-    assert shortfalls(result, require, drafter="d") == [
+    assert shortfalls(results.result({"d": figures}), require, drafter="d") == [
         "block_efficiency: 1.900, required 2: 0.100 short",
         "parity: 63 of 64 outputs equal",
         "gain_over_start: was not measured",
@@ -129,12 +129,3 @@ def test_all_bad_prompts_are_told_at_once(tmp_path):
     assert byte_tokenizer().decode(list(prompt.tokens)) == "abcd"
     with pytest.raises(DataError, match="no prompt is left"):
         read_prompts(str(path), byte_tokenizer(), prompt_tokens=4, dropped=["a"])
-
-
-def test_a_result_of_another_layout_is_made_anew(tmp_path: Path) -> None:
-    path = tmp_path / "eval.json"
-    assert read_result(path) is None
-    path.write_text(json.dumps({"format": FORMAT - 1}))
-    assert read_result(path) is None
-    path.write_text(json.dumps({"format": FORMAT}))
-    assert read_result(path) == {"format": FORMAT}

@@ -15,6 +15,7 @@ from drafttrain.drafters.medusa.module import Medusa, MedusaSettings
 from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.generate import generate
 from drafttrain.eval.proposers.none import NoDraft
+from drafttrain.eval.result import AtTemperature
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.target_model import Target
 from tests.conftest import byte_tokenizer, random_llama
@@ -75,26 +76,26 @@ def test_it_stops_where_plain_decoding_stops(target):
     assert len(shorter[0].tokens) <= 6
 
 
-def evaluated(target: Target, folder: Path) -> dict[str, Any]:
+def evaluated(target: Target, folder: Path) -> AtTemperature:
     Medusa.create(MedusaSettings(num_heads=2), target=target, tokenizer=target.tokenizer).save(folder)
     write_about(folder, About("medusa", target.name, "", target.tokenizer_fingerprint, target.vocab_size, 0))
     settings = EvalSettings(max_new_tokens=NEW, temperatures=[0.0], speed_prompts=3, repetition_ngram=0)
-    return evaluate({"drafter": folder}, target, PROMPTS, settings)["temperatures"][0]  # type: ignore[no-any-return]
+    return evaluate({"drafter": folder}, target, PROMPTS, settings).temperatures[0]
 
 
 def test_it_is_warmed_up_as_the_arms_are(target, tmp_path, monkeypatch):
     called: list[int] = []
     own = target.model.generate
     monkeypatch.setattr(target.model, "generate", lambda tokens, **words: called.append(1) or own(tokens, **words))
-    same = evaluated(target, tmp_path)["plain"]["same_prompts"]
-    assert same["num_prompts"] == 3
+    same = evaluated(target, tmp_path).plain.same_prompts
+    assert same.num_prompts == 3
     assert len(called) == 1 + 3
 
 
 def test_an_evaluation_tells_that_generate_writes_the_same_text(target, tmp_path):
     target.model.generation_config = GenerationConfig(eos_token_id=[0], pad_token_id=0, repetition_penalty=1.8)
-    same = evaluated(target, tmp_path)["plain"]["same_prompts"]
-    assert (same["transformers_generate_equal"], same["transformers_generate_comparable"]) == (3, True)
+    same = evaluated(target, tmp_path).plain.same_prompts
+    assert (same.transformers_generate_equal, same.transformers_generate_comparable) == (3, True)
 
 
 def test_another_text_is_counted_by_its_own_tokens_and_is_no_baseline(target, tmp_path):
@@ -105,9 +106,9 @@ def test_another_text_is_counted_by_its_own_tokens_and_is_no_baseline(target, tm
     )
     target.model.generation_config = GenerationConfig(eos_token_id=kept, pad_token_id=0)
     part = evaluated(target, tmp_path)
-    same = part["plain"]["same_prompts"]
-    assert not same["transformers_generate_comparable"]
-    assert part["drafters"]["drafter"]["speedup"]["baseline"] == "plain decoding, same engine"
+    same = part.plain.same_prompts
+    assert not same.transformers_generate_comparable
+    assert part.drafters["drafter"].speedup.baseline == "plain decoding, same engine"
     found = generate(PROMPTS[0], target, max_new_tokens=NEW)
     assert len(found.tokens) == 1, "it ends at once"
 

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import base64
-import copy
 import json
 import re
 import sys
+from dataclasses import replace
 from io import BytesIO, TextIOWrapper
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
 from drafttrain.checkpoint import About, write_about
 from drafttrain.core.console import say, table
-from drafttrain.core.files import write_json
 from drafttrain.core.printable import printable
 from drafttrain.drafters.medusa.module import Medusa, MedusaSettings
 from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.report import PHASES, label, write_report
+from drafttrain.eval.result import Piece, Result
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.eval.table import show
 from drafttrain.export.markdown import block, code, plain
@@ -52,7 +51,7 @@ NAMES = [
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
     """One evaluation of two drafters, `A` and `B`."""
     target = Target(random_llama().double(), byte_tokenizer(), name="T", fingerprint="")
     folder = tmp_path_factory.mktemp("report") / "drafter"
@@ -63,18 +62,23 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return evaluate({"A": folder, "B": folder}, target, PROMPTS[:2], settings)
 
 
-def renamed(result: dict[str, Any], name: str) -> dict[str, Any]:
+def renamed(result: Result, name: str) -> Result:
     """Return a result in which a drafter, its comparison, the target and all texts are called this."""
-    found = copy.deepcopy(result)
-    found["target"]["name"] = name
-    found["drafters"] = {name: found["drafters"]["A"] | {"target": name}, "B": found["drafters"]["B"]}
-    for part in found["temperatures"]:
-        part["drafters"] = {name: part["drafters"]["A"], "B": part["drafters"]["B"]}
-        part["comparisons"] = {f"{name} - B": part["comparisons"]["A - B"]}
-        for sample in part["drafters"][name]["samples"]:
-            sample["prompt"] = name
-            sample["pieces"] = [{"text": name, "drafted": True}]
-    return found
+    (part,) = result.temperatures
+    samples = [
+        replace(sample, prompt=name, pieces=[Piece(name, drafted=True)]) for sample in part.drafters["A"].samples
+    ]
+    part = replace(
+        part,
+        drafters={name: replace(part.drafters["A"], samples=samples), "B": part.drafters["B"]},
+        comparisons={f"{name} - B": part.comparisons["A - B"]},
+    )
+    return replace(
+        result,
+        target=replace(result.target, name=name),
+        drafters={name: replace(result.drafters["A"], target=name), "B": result.drafters["B"]},
+        temperatures=[part],
+    )
 
 
 def pictures(page: str) -> list[str]:
@@ -128,7 +132,7 @@ def test_tables_json_and_cards_take_any_name(result, name, tmp_path, capsys):
     show(found)
     shown = capsys.readouterr()
     assert "\x1b" not in shown.out + shown.err
-    write_json(tmp_path / "eval.json", found)
+    found.write(tmp_path / "eval.json")
     assert next(iter(json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))["drafters"])) == name
     card = model_card(name, found, drafter=name, recipe=f"name: {name}", command=name)
     rows = [line for line in card.splitlines() if line.startswith("|")]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 
 import numpy as np
 import pytest
 
 from drafttrain.core.generations import Generation
-from drafttrain.eval.evaluate import compare
+from drafttrain.eval.figures import compare
 from drafttrain.eval.gate import shortfalls
+from drafttrain.eval.interval import Interval, p_value
 from drafttrain.eval.metrics import PromptCounts
 from drafttrain.eval.quality import agreement, task_score
+from drafttrain.eval.result import PairedComparison
 from drafttrain.eval.statistics import (
     ratio_difference,
     ratio_interval,
@@ -21,9 +22,9 @@ from drafttrain.eval.statistics import (
     share_difference,
     share_interval,
 )
-from drafttrain.eval.table import interval, p_value
 from drafttrain.online.drift import drift
 from drafttrain.serving.promise import promise_of
+from tests.eval import results
 from tests.eval.simulated import EQUALS, FIGURES, SHARES, block_efficiency
 
 EVALUATIONS = 1200
@@ -130,10 +131,10 @@ def test_all_solved_of_twelve_is_not_all_of_all():
     assert same.low == -same.high < -0.1
     assert share_difference([1] * 12, [0] * 12).low > 0.3
     outputs = [Generation(str(i), "", [1], [2, 3, 4], [], 0, 0, 0, 0) for i in range(12)]
-    told = agreement(outputs, outputs)
-    assert told["equal_outputs"]["low"] < 0.8
-    assert told["tokens_before_difference"]["low"] < 0.8
-    assert task_score([1.0] * 12, [1.0] * 12)["less_the_targets"]["high"] > 0.1
+    found = agreement(outputs, outputs)
+    assert found.equal_outputs.low < 0.8
+    assert found.tokens_before_difference.low < 0.8
+    assert task_score([1.0] * 12, [1.0] * 12).less_the_targets.high > 0.1
 
 
 # ---------------------------------------------------------------- few prompts
@@ -145,18 +146,19 @@ def test_few_prompts_are_told_wherever_an_interval_is_printed():
     assert str(ratio_interval(tokens[:7], rounds[:7])).endswith("] (not reliable, n = 7)")
     assert str(ratio_interval([20], [10])) == "2.000 (no interval, n = 1)"
     one = compare([PromptCounts("a", "", 20, 10, 50, 10, (), ())], [PromptCounts("a", "", 22, 10, 50, 12, (), ())])
-    assert interval(json.loads(json.dumps(one["block_efficiency"])), 1) == "-0.2 (no interval, n = 1)"
-    assert p_value(one["p_value"]) == p_value(None) == "p n/a"
-    # An eval.json of before tells no number of prompts.
-    assert interval({"value": 2.0, "low": 1.0, "high": 3.0}) == "2.00 [1.00, 3.00]"
+    assert one.block_efficiency.text(1) == "-0.2 (no interval, n = 1)"
+    assert p_value(one.p_value) == p_value(None) == "p n/a"
+    # An eval.json of an earlier version does not store the number of prompts.
+    assert Interval(2.0, 1.0, 3.0).text() == "2.00 [1.00, 3.00]"
 
 
 def test_the_gate_tells_that_a_lower_bound_is_of_few_prompts():
     def said(prompts: int) -> list[str]:
         parts = [([24.0, 20, 30, 25, 27, 22, 23, 26][:prompts], [10.0] * prompts), ([22.0] * prompts, [10.0] * prompts)]
-        gain = {"block_efficiency": ratio_difference(*parts).json()}
-        part = {"temperature": 0, "drafters": {"d": {}}, "comparisons": {"d - start": gain}}
-        return shortfalls({"temperatures": [part]}, {"gain_over_start": 2.0}, drafter="d")
+        found = ratio_difference(*parts)
+        gain = PairedComparison(found.interval(), found.p_value)
+        evaluated = results.result({"d": results.figures()}, comparisons={"d - start": gain})
+        return shortfalls(evaluated, {"gain_over_start": 2.0}, drafter="d")
 
     assert said(8)[0].startswith("gain_over_start: ")
     assert "not reliable" not in said(8)[0]
@@ -165,15 +167,10 @@ def test_the_gate_tells_that_a_lower_bound_is_of_few_prompts():
 
 
 def test_a_promise_of_one_prompt_is_its_value_alone():
-    figure = ratio_interval([20], [10]).json() | {"low": None, "high": None}
-    figures = {"block_efficiency": figure, "acceptance_by_position": [1.0], "replay": {}}
-    result = {
-        "drafters": {"d": {}},
-        "exactness": "distribution",
-        "settings": {"length": {"kind": "fixed", "num_draft_tokens": 1}},
-        "temperatures": [{"temperature": 0, "drafters": {"d": figures}}],
-    }
-    promise = promise_of(result, temperature=0, num_draft_tokens=1)
+    figures = results.figures(
+        length={"kind": "fixed", "num_draft_tokens": 1}, block_efficiency=ratio_interval([20], [10])
+    )
+    promise = promise_of(results.result({"d": figures}), temperature=0, num_draft_tokens=1)
     assert promise is not None
-    assert interval(promise.json(), 1) == "2.0 (no interval, n = 1)"
+    assert promise.block_efficiency.text(1) == "2.0 (no interval, n = 1)"
     assert [promise.verdict(x, x) for x in (1.9, 2.0, 2.1)] == ["below", "kept", "above"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from drafttrain.core.packed_documents import ReadSlots
+from drafttrain.core.batches import ReadSlots
 from drafttrain.target_model import packed_kernels
 from drafttrain.target_model.packed_kernels import FlashOnCPU, FlashOnCUDA, Pieces
 from tests.target_model.flash_numbers import flash_numbers

@@ -72,7 +72,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     export_best(run)
     folders = {"drafter": run.folder.drafter, "start": run.folder.start}
     result = evaluated(folders, run.target, made.eval, dropped=[])
-    assert result["temperatures"][0]["drafters"]["drafter"]["block_efficiency"]["value"] >= 1
+    assert result.temperatures[0].drafters["drafter"].block_efficiency.value >= 1
 
 
 @pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])

@@ -22,7 +22,7 @@ from drafttrain.importers.convert import import_folder
 from drafttrain.serving.engines import engine_of
 from drafttrain.target_model import Target, TargetSettings
 from tests.conftest import byte_tokenizer, random_llama
-from tests.drafters.feature_models import packed
+from tests.drafters.eagle_models import packed
 from tests.export import folders
 from tests.importers import given
 from tests.importers.decoding import drafted_and_plain

@@ -15,11 +15,11 @@ from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.losses import losses
 from drafttrain.losses.align import align
-from drafttrain.losses.ce import CrossEntropyConfig
+from drafttrain.losses.ce import CrossEntropySettings
 from drafttrain.losses.chunked import row_losses
-from drafttrain.losses.forward_kl import ForwardKLConfig
-from drafttrain.losses.tvdpp import TVDPPConfig
-from drafttrain.losses.weighted_sum import Term, WeightedSumConfig
+from drafttrain.losses.forward_kl import ForwardKLSettings
+from drafttrain.losses.tvdpp import TVDPPSettings
+from drafttrain.losses.weighted_sum import Term, WeightedSumSettings
 from tests.losses.test_losses import EVERY, Toy, ToyOfParts, ToyTarget, V, records, step_gradient
 
 SOME = torch.tensor([0, 2, 3, 6])
@@ -44,7 +44,7 @@ def measured(settings: Any, vocabulary: Tensor | None = SOME, *, chunk: int | No
 
 
 def test_the_loss_sees_the_targets_law_renormalised_on_the_vocabulary():
-    found = measured(ForwardKLConfig())
+    found = measured(ForwardKLSettings())
     p, q = found["target"][:, SOME], found["drafter"]
     p = p / p.sum(-1, keepdim=True)
     can = torch.isin(found["target"].argmax(-1), SOME)
@@ -54,7 +54,7 @@ def test_the_loss_sees_the_targets_law_renormalised_on_the_vocabulary():
 
 
 def test_rows_whose_likeliest_token_is_missing_teach_nothing():
-    found = measured(ForwardKLConfig())
+    found = measured(ForwardKLSettings())
     cannot = ~torch.isin(found["target"].argmax(-1), SOME)
     assert (found["loss"][cannot] == 0).all()
     gradients = torch.autograd.grad(found["loss"][cannot].sum(), found["parameters"], allow_unused=True)
@@ -62,7 +62,7 @@ def test_rows_whose_likeliest_token_is_missing_teach_nothing():
 
 
 def test_the_acceptance_rate_is_over_the_targets_whole_vocabulary():
-    found = measured(TVDPPConfig())
+    found = measured(TVDPPSettings())
     q = over_target_vocabulary(found["drafter"], SOME, size=V)
     torch.testing.assert_close(found["acceptance"], acceptance_rate(found["target"], q))
     p = found["target"][:, SOME]
@@ -90,28 +90,28 @@ def test_control_a_mean_over_all_positions_depends_on_padding():
     def mean(total: Tensor, batch: DraftBatch, **_: Any) -> Tensor:
         return total / batch.tokens_BT.numel()
 
-    settings = ForwardKLConfig()
+    settings = ForwardKLSettings()
     whole = step_gradient(settings, sizes=[6], vocabulary=SOME, normalise=mean)
     padded = step_gradient(settings, sizes=[6], extra=9, vocabulary=SOME, normalise=mean)
     assert not torch.allclose(whole, padded, rtol=0.1)
 
 
 def test_hard_labels_outside_the_vocabulary_teach_nothing():
-    found = measured(CrossEntropyConfig())
+    found = measured(CrossEntropySettings())
     can = torch.isin(found["labels"], SOME)
     assert 0 < can.sum() < len(can)
     place = torch.searchsorted(SOME, found["labels"]).clamp(max=len(SOME) - 1)
     wanted = torch.where(can, -found["drafter"].gather(1, place[:, None])[:, 0].log(), 0.0)
     torch.testing.assert_close(found["loss"], wanted.float())
     # In a sum with a loss that has the target, rows are chosen by the target, and only the hard part loses such labels.
-    both = WeightedSumConfig(terms=[Term(loss=ForwardKLConfig()), Term(loss=CrossEntropyConfig(), weight=0.5)])
-    soft, hard = measured(ForwardKLConfig()), torch.isin(found["target"].argmax(-1), SOME) * found["loss"]
+    both = WeightedSumSettings(terms=[Term(loss=ForwardKLSettings()), Term(loss=CrossEntropySettings(), weight=0.5)])
+    soft, hard = measured(ForwardKLSettings()), torch.isin(found["target"].argmax(-1), SOME) * found["loss"]
     torch.testing.assert_close(measured(both)["loss"], soft["loss"] + 0.5 * hard)
 
 
 def test_the_rewards_mean_of_tvdpp_is_over_rows_that_can_be_learned():
-    found = measured(TVDPPConfig(scope="batch"))
-    loss = losses.build(TVDPPConfig(scope="batch"))
+    found = measured(TVDPPSettings(scope="batch"))
+    loss = losses.build(TVDPPSettings(scope="batch"))
     batch, _ = pack(records(), width=12, weight_of_step=1.0)
     batch = replace(batch, target_rows=ToyTarget(batch))
     drafted = Toy(SOME)(batch)
@@ -155,7 +155,7 @@ def test_depth_weights_apply_beside_a_smaller_vocabulary():
     states = drafter.table_VD[batch.tokens_BT]
     plain = DraftOutput({1: states, 2: states}, drafter.head, lag=1, vocabulary=SOME)
     rows = align(plain, batch)
-    loss = losses.build(ForwardKLConfig())
+    loss = losses.build(ForwardKLSettings())
     first, _ = row_losses(loss, plain, rows, batch, vocab_size=V)
     second, _ = row_losses(loss, replace(plain, depth_weights={2: 0.25}), rows, batch, vocab_size=V)
     torch.testing.assert_close(second, first * torch.where(rows.index.depth_N == 2, 0.25, 1.0))

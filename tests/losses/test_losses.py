@@ -18,13 +18,13 @@ from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.losses import Loss, losses
 from drafttrain.losses.align import align
-from drafttrain.losses.block_acceptance import BlockAcceptanceConfig
-from drafttrain.losses.ce import CrossEntropyConfig
+from drafttrain.losses.block_acceptance import BlockAcceptanceSettings
+from drafttrain.losses.ce import CrossEntropySettings
 from drafttrain.losses.chunked import row_losses
-from drafttrain.losses.jsd import JSDConfig
+from drafttrain.losses.jsd import JSDSettings
 from drafttrain.losses.step import drafted_loss, share_of_step
-from drafttrain.losses.tvdpp import TVDPPConfig
-from drafttrain.losses.weighted_sum import Term, WeightedSumConfig
+from drafttrain.losses.tvdpp import TVDPPSettings
+from drafttrain.losses.weighted_sum import Term, WeightedSumSettings
 
 V = 7
 
@@ -32,13 +32,16 @@ V = 7
 def settings_of(name: str) -> Any:
     """Return settings of a loss as a recipe would make them; a sum gets two parts."""
     if name == "sum":
-        parts = [Term(loss=TVDPPConfig()), Term(loss=CrossEntropyConfig(), weight=0.5, final_weight=0.1, until_step=4)]
-        return WeightedSumConfig(terms=parts)
+        parts = [
+            Term(loss=TVDPPSettings()),
+            Term(loss=CrossEntropySettings(), weight=0.5, final_weight=0.1, until_step=4),
+        ]
+        return WeightedSumSettings(terms=parts)
     return losses.entry(name).settings()
 
 
 VARIANTS = [(name, settings_of(name)) for name in losses.names()] + [
-    (f"tvdpp-{estimator}-{scope}", TVDPPConfig(estimator=estimator, scope=scope, num_samples=4))
+    (f"tvdpp-{estimator}-{scope}", TVDPPSettings(estimator=estimator, scope=scope, num_samples=4))
     for estimator in ("exact", "sampled")
     for scope in ("position", "sequence", "batch")
 ]
@@ -88,7 +91,7 @@ def test_gradient_of_tvd_is_a_policy_gradient():
 @pytest.mark.parametrize("scope", ["position", "sequence", "batch"])
 def test_gradient_of_exact_tvdpp_is_that_of_tvd_over_sigma(scope):
     given = rows()
-    loss = losses.build(TVDPPConfig(scope=scope, eps=1e-300))
+    loss = losses.build(TVDPPSettings(scope=scope, eps=1e-300))
     with torch.no_grad():
         loss.previous_mean.fill_(0.3)
     p, q = (logits.softmax(-1) for logits in (given.target_logits_NV, given.drafter_logits_NV))
@@ -109,14 +112,14 @@ def test_gradient_of_exact_tvdpp_is_that_of_tvd_over_sigma(scope):
 
 def test_sampled_tvdpp_is_unbiased_and_less_noisy_than_the_raw_reward():
     given = rows(count=1)
-    exact = losses.build(TVDPPConfig(scope="batch", eps=1e-12))
+    exact = losses.build(TVDPPSettings(scope="batch", eps=1e-12))
     wanted = gradient(exact.combine(exact.per_row(given), index(1)), given)
     many = 40_000
     drafter = given.drafter_logits_NV.detach().repeat(many, 1).requires_grad_(True)
     wide = LossRows(
         drafter, given.target_logits_NV.repeat(many, 1), torch.zeros(many, dtype=torch.long), torch.arange(many)
     )
-    sampled = losses.build(TVDPPConfig(estimator="sampled", scope="batch", eps=1e-12))
+    sampled = losses.build(TVDPPSettings(estimator="sampled", scope="batch", eps=1e-12))
     per_sample = torch.autograd.grad(
         sampled.combine(sampled.per_row(wide), index(many)).sum(), drafter, retain_graph=True
     )[0]
@@ -135,9 +138,9 @@ def test_pinsker_bounds_tvd_by_both_directions_of_kl():
 
 def test_jsd_ends_in_the_two_kls_and_is_at_most_log_two():
     given = rows()
-    small = losses.build(JSDConfig(beta=1e-5)).per_row(given)["loss"] / 1e-5
+    small = losses.build(JSDSettings(beta=1e-5)).per_row(given)["loss"] / 1e-5
     torch.testing.assert_close(small, value("forward_kl", given), rtol=1e-3, atol=1e-6)
-    large = losses.build(JSDConfig(beta=1 - 1e-5)).per_row(given)["loss"] / 1e-5
+    large = losses.build(JSDSettings(beta=1 - 1e-5)).per_row(given)["loss"] / 1e-5
     torch.testing.assert_close(large, value("reverse_kl", given), rtol=1e-3, atol=1e-6)
     assert (value("jsd", given) <= math.log(2) + 1e-6).all()
 
@@ -188,12 +191,12 @@ def test_block_acceptance_is_the_expected_length_and_its_gradient_the_products()
 
 
 def test_a_sum_cuts_its_blocks_once():
-    def blocks(*lengths: int) -> WeightedSumConfig:
-        return WeightedSumConfig(terms=[Term(loss=BlockAcceptanceConfig(block_length=n)) for n in lengths])
+    def blocks(*lengths: int) -> WeightedSumSettings:
+        return WeightedSumSettings(terms=[Term(loss=BlockAcceptanceSettings(block_length=n)) for n in lengths])
 
     assert blocks(3, 3).check() == []
     assert blocks(5, 3).check() == ["terms: block_length [3, 5]: one sum cuts its blocks once"]
-    assert WeightedSumConfig(terms=[*blocks(3).terms, Term(loss=blocks(4))]).check() != []
+    assert WeightedSumSettings(terms=[*blocks(3).terms, Term(loss=blocks(4))]).check() != []
 
 
 def test_weights_of_a_sum_follow_their_schedule():
@@ -358,11 +361,11 @@ def test_control_a_sigma_of_the_micro_batch_depends_on_the_layout():
 
     def gradient_of(sizes: list[int]) -> Tensor:
         original = losses.entry("tvdpp").component
-        losses._entries["tvdpp"] = type(losses.entry("tvdpp"))("tvdpp", PerMicroBatch, TVDPPConfig)
+        losses._entries["tvdpp"] = type(losses.entry("tvdpp"))("tvdpp", PerMicroBatch, TVDPPSettings)
         try:
-            return step_gradient(TVDPPConfig(), sizes=sizes)
+            return step_gradient(TVDPPSettings(), sizes=sizes)
         finally:
-            losses._entries["tvdpp"] = type(losses.entry("tvdpp"))("tvdpp", original, TVDPPConfig)
+            losses._entries["tvdpp"] = type(losses.entry("tvdpp"))("tvdpp", original, TVDPPSettings)
 
     assert not torch.allclose(gradient_of([6]), gradient_of([2, 4]), rtol=1e-3)
 
@@ -399,7 +402,7 @@ def test_align_is_a_copy_task(lag, depths):
         }
         drafted = DraftOutput(states, lambda states_ND, depth: states_ND, lag=lag)
         aligned = align(drafted, batch)
-        loss_N, _ = row_losses(losses.build(CrossEntropyConfig()), drafted, aligned, batch, vocab_size=V)
+        loss_N, _ = row_losses(losses.build(CrossEntropySettings()), drafted, aligned, batch, vocab_size=V)
         expected = sum(sum(r.loss_mask[d + lag :]) for r in records() for d in depths)
         assert len(loss_N) == expected
         assert (loss_N.max() < 1e-6) == (error == 0)

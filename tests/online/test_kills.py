@@ -1,12 +1,10 @@
-"""Recorder, learner and publish, killed at seeded moments: nothing that was acknowledged is lost or read twice, and `current` always loads."""
+"""Learner and publisher are killed at seeded moments: no request is lost or read twice, and `current` always loads."""
 
 from __future__ import annotations
 
-import asyncio
 import multiprocessing
 import os
 import random
-import re
 import signal
 import time
 from collections import Counter
@@ -14,29 +12,22 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 
-import aiohttp
 import pytest
 import torch
 from transformers.utils.logging import disable_progress_bar
 
 from drafttrain.checkpoint import About, read_drafter
-from drafttrain.data_gen.serving_logs.settings import ServingLogsSettings
 from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.export.hf import export_hf
 from drafttrain.online.run_files import metrics
 from drafttrain.online.versions import Versions, publish_first
-from drafttrain.recorder.intake import Intake
 from drafttrain.target_model import Target
 from tests.conftest import random_llama
-from tests.data_gen.serving_logs.log_lines import chat_encoder
-from tests.online.openai_server import Server, chat_request, post, served, status
 from tests.online.test_loop import online_run, prompts, serve, start
-from tests.online.test_recorder import Process
 
 KILLS = [pytest.param(3, marks=pytest.mark.processes), pytest.param(20, marks=pytest.mark.slow)]
-ENCODER = chat_encoder(max_length=64)
 Moments = Iterator[float]
-"""Seconds from when a life is at work to its kill."""
+"""Seconds from when a process is at work until it is killed."""
 
 
 def moments(kind: str, *, longest: float) -> Moments:
@@ -45,68 +36,8 @@ def moments(kind: str, *, longest: float) -> Moments:
         yield draws.uniform(0, longest)
 
 
-def tell(kind: str, kills: int, *, lost: int, twice: int, unloadable: int | str, of: str) -> None:
+def print_row(kind: str, kills: int, *, lost: int, twice: int, unloadable: int | str, of: str) -> None:
     print(f"\n| {kind} | {kills} | {of} | {lost} | {twice} | {unloadable} |")
-
-
-# ---------------------------------------------------------------- the recorder
-
-
-async def recorded_until_killed(upstream: str, logs: Path, names: Iterator[str], moment: float) -> list[str]:
-    """Ask through a recorder of its own until it is killed; return what it acknowledged as written."""
-    process, asked, written = await asyncio.to_thread(Process, upstream, logs), [], 0
-    try:
-        async with aiohttp.ClientSession() as session:
-            while True:
-                asked.append(next(names))
-                await post(session, process.address, chat_request(asked[-1], stream=len(asked) % 2 == 0))
-                before, written = written, (await status(session, process.address))["written"]
-                if written and not before:
-                    asyncio.get_running_loop().call_later(moment, os.kill, process.pid, signal.SIGKILL)
-    except (aiohttp.ClientError, ConnectionError):
-        # One client asks, so they are written in the order in which they were asked.
-        code, _ = await asyncio.to_thread(process.stop, signal.SIGKILL)
-        assert code == -signal.SIGKILL
-    return asked[:written]
-
-
-def taken(logs: Path, folder: Path) -> list[str]:
-    """Read on in the logs as a process that was just started does; return the questions of all that was ever taken up."""
-    reader = Intake(ServingLogsSettings(path=str(logs), near_duplicates=None), ENCODER, folder)
-    while reader.take(max_lines=5) is not None:
-        pass
-    texts = [ENCODER.tokenizer.decode(one.record.tokens) for one in reader.served()]
-    return [re.findall(r"Question \d+", text)[0] for text in texts]
-
-
-@pytest.mark.parametrize("kills", KILLS)
-def test_a_killed_recorder_loses_no_record_that_was_acknowledged(tmp_path: Path, kills: int) -> None:
-    logs, acknowledged = tmp_path / "logs", []
-    names, when = (f"Question {number}" for number in count()), moments("recorder", longest=0.5)
-
-    async def run() -> None:
-        async with served(Server().app()) as upstream:
-            for _ in range(kills):
-                acknowledged.extend(await recorded_until_killed(upstream, logs, names, next(when)))
-                taken(logs, tmp_path / "taken")
-
-    asyncio.run(run())
-    found = Counter(taken(logs, tmp_path / "taken"))
-    lost, twice = set(acknowledged) - set(found), [name for name, times in found.items() if times > 1]
-    tell(
-        "recorder",
-        kills,
-        lost=len(lost),
-        twice=len(twice),
-        unloadable="n/a",
-        of=f"{len(acknowledged)} records acknowledged",
-    )
-    assert len(acknowledged) >= kills
-    assert not lost
-    assert not twice
-
-
-# ---------------------------------------------------------------- processes that publish
 
 
 def killed(work: Callable[[], None], begun: Callable[[], object], moment: float) -> None:
@@ -155,7 +86,7 @@ def numbered(target: Target, folder: Path, *, number: int) -> None:
 
 def publish_for_ever(target: Target, folder: Path) -> None:
     versions = Versions(folder, keep=3)
-    versions.mend()
+    versions.repair()
     for number in count(max(map(int, versions.names())) + 1):
         version = versions.add(lambda f, n=number: numbered(target, f, number=n), update=number)
         versions.publish(version)
@@ -173,9 +104,9 @@ def test_current_loads_after_a_publish_was_killed(tmp_path: Path, tiny_target: T
         drafter = read_drafter((folder / "current").resolve(), tiny_target)
         assert int(drafter.model.get_input_embeddings().weight[0, 0]) == int(os.readlink(folder / "current"))
     versions = Versions(folder)
-    versions.mend()
+    versions.repair()
     assert [one["version"] for one in versions.history() if one["event"] == "published"][-1] == versions.current()
-    tell("publish", kills, lost=0, twice=0, unloadable=0, of=f"{int(versions.current())} versions published")
+    print_row("publish", kills, lost=0, twice=0, unloadable=0, of=f"{int(versions.current())} versions published")
     assert int(versions.current()) >= kills
 
 
@@ -201,7 +132,7 @@ def test_a_killed_learner_ends_as_one_that_was_not(tmp_path: Path, tiny_target: 
     def learn_on() -> None:
         run = online_run(place, tiny_target, first, **changes)
         while True:
-            run.once()
+            run.learn_once()
             time.sleep(0.001)
 
     for number in range(kills):
@@ -212,12 +143,12 @@ def test_a_killed_learner_ends_as_one_that_was_not(tmp_path: Path, tiny_target: 
     ends = []
     for folder in (place, whole):
         run = online_run(folder, tiny_target, first, **changes)
-        run.once()
+        run.learn_once()
         ends.append(run)
     after_kills, uninterrupted = (run.routes[""] for run in ends)
     found = Counter(one.record.id for one in ends[0].intake.served())
     lost, twice = len(lines) - len(found), sum(times > 1 for times in found.values())
-    tell("learner", kills, lost=lost, twice=twice, unloadable=0, of=f"{len(lines)} requests")
+    print_row("learner", kills, lost=lost, twice=twice, unloadable=0, of=f"{len(lines)} requests")
     assert (lost, twice, after_kills.counts["requests"]) == (0, 0, len(lines))
     rows = [[(row["update"], row.get("promoted")) for row in metrics(folder / "run")] for folder in (place, whole)]
     assert rows[0] == rows[1]

@@ -7,13 +7,11 @@ import json
 import torch
 
 from drafttrain.core.texts import Sampling
-from drafttrain.data_gen.serving_logs.redaction import redactor
 from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.losses.forward_kl import ForwardKL
 from drafttrain.online.learner import Learner
 from drafttrain.online.positions import refused_positions
 from drafttrain.online.run_files import metrics, status
-from drafttrain.recorder.capture import Capture, line_of
 from drafttrain.recorder.intake import Served
 from drafttrain.train.settings import TrainSettings
 from tests.online.test_learning import K, near_copy, refused_by_the_engine, serve
@@ -72,7 +70,7 @@ def test_served_block_efficiency_is_that_of_the_logged_rounds(tmp_path, tiny_tar
     run = online_run(tmp_path, tiny_target, first, every_requests=2, steps=1)
     records, rounds = serve(tiny_target, near_copy(tiny_target, noise=0.4))
     logged(records, rounds, tmp_path / "logs" / "a.jsonl")
-    run.once()
+    run.learn_once()
     expected = [
         sum(sum(record.loss_mask) for record in records[i : i + 2]) / sum(map(len, rounds[i : i + 2]))
         for i in range(0, len(records), 2)
@@ -111,31 +109,3 @@ def test_only_rows_before_logged_refusals_get_a_gradient(tmp_path, tiny_target):
     rows = seen[0][0].abs().sum(-1).nonzero()[:, 0].tolist()
     assert rows == [place - 1 for place in places[record.id]]
     assert step.positions == len(rows) < sum(record.loss_mask)
-
-
-def test_the_recorder_keeps_numbers_of_draft_tokens_and_not_what_they_spell():
-    choice = {
-        "index": 0,
-        "text": "ab",
-        "speculative": {"drafted": [[7, 8], [9]], "accepted": [1, 0], "note": "a@b.example"},
-    }
-    capture = Capture(
-        "1", "/v1/completions", b'{"prompt":"p"}', json.dumps({"choices": [choice]}).encode(), streamed=False, time=0.0
-    )
-    written = json.loads(line_of(capture, redactor(builtin=True, own=None)))
-    assert written["response"]["choices"][0]["speculative"] == {"drafted": [2, 1], "accepted": [1, 0]}
-    # Whoever keeps everything keeps these too.
-    assert json.loads(line_of(capture, None))["response"]["choices"][0] == choice
-
-
-def test_rounds_of_a_text_that_the_recorder_had_to_change_are_not_kept():
-    def recorded(text: str) -> dict:
-        choice = {"index": 0, "text": text, "speculative": {"drafted": [2, 1], "accepted": [1, 0]}}
-        metrics = {"speculative_decoding": {"per_step_drafted": [2, 1], "per_step_accepted": [1, 0]}}
-        body = json.dumps({"choices": [choice], "metrics": metrics}).encode()
-        capture = Capture("1", "/v1/completions", b'{"prompt":"p"}', body, streamed=False, time=0.0)
-        return json.loads(line_of(capture, redactor(builtin=True, own=None)))["response"]
-
-    kept, changed = recorded("ask bob"), recorded("ask bob@mail.example")
-    assert ("speculative" in kept["choices"][0], "speculative_decoding" in kept["metrics"]) == (True, True)
-    assert ("speculative" in changed["choices"][0], "speculative_decoding" in changed["metrics"]) == (False, False)

@@ -26,7 +26,7 @@ from drafttrain.losses import Loss
 from drafttrain.losses.forward_kl import ForwardKL
 from drafttrain.online.loop import OnlineRun
 from drafttrain.online.report import write_online_report
-from drafttrain.online.route import Workshop
+from drafttrain.online.route import OnlineSetup
 from drafttrain.online.run_files import metrics, status
 from drafttrain.online.settings import OnlineSettings
 from drafttrain.online.versions import Versions
@@ -58,7 +58,7 @@ def start(tmp_path: Path, target, *, noise: float = 0.3) -> Path:
 
 def online_run(tmp_path: Path, target, first: Path, *, loss: type[Loss] = ForwardKL, **changes) -> OnlineRun:
     online = OnlineSettings(**SETTINGS | changes)
-    shop = Workshop(
+    setup = OnlineSetup(
         target=target,
         online=online,
         train=TrainSettings(lr=2e-3, batch_size=16, warmup_steps=0, schedule="constant"),
@@ -70,7 +70,7 @@ def online_run(tmp_path: Path, target, first: Path, *, loss: type[Loss] = Forwar
     )
     settings = sources.entry("serving_logs").settings(path=str(tmp_path / "logs"), near_duplicates=None)
     intake = Intake(settings, Encoder(target.tokenizer, 40), tmp_path / "run" / "online" / "intake")
-    return OnlineRun(shop, intake, tmp_path / "run", start=first)
+    return OnlineRun(setup, intake, tmp_path / "run", start=first)
 
 
 def prompts(domain: int, count: int, *, first: int = 0) -> list[Prompt]:
@@ -124,10 +124,10 @@ def test_served_block_efficiency_rises_and_the_text_stays_the_targets(tmp_path, 
     run = online_run(tmp_path, tiny_target, first)
     drafters, log = tmp_path / "run" / "drafters", tmp_path / "logs" / "a.jsonl"
     served = [serve(tiny_target, drafters, log, prompts(0, 24))]
-    run.once()
+    run.learn_once()
     served.append(serve(tiny_target, drafters, log, prompts(0, 24, first=24)))
     with pytest.raises(Stopped):
-        run.for_ever(lambda: page(tmp_path))
+        run.learn_forever(lambda: page(tmp_path))
     last = serve(tiny_target, drafters, log, prompts(0, 24, first=200))
     rows = metrics(tmp_path / "run")
     # Updates happen exactly at their interval.
@@ -141,7 +141,7 @@ def test_served_block_efficiency_rises_and_the_text_stays_the_targets(tmp_path, 
     # Somebody steps back: what is served is the version before, and learning follows it.
     route = run.routes[""]
     _, replaced = route.versions.rollback()
-    route.look_at_current()
+    route.follow_rollback()
     assert route.version == replaced
 
 
@@ -161,7 +161,7 @@ def test_a_worse_candidate_and_forged_answers_change_nothing(tmp_path, tiny_targ
     if resumed:
         run.intake.take(max_lines=10)
         run = online_run(tmp_path, tiny_target, first, steps=2)
-    run.once()
+    run.learn_once()
     # A drafter that is the target cannot become better.
     assert run.routes[""].versions.current() == "0000"
     assert run.routes[""].counts["requests"] == 24
@@ -183,7 +183,7 @@ def test_a_run_that_was_cut_short_ends_as_one_that_was_not(tmp_path, tiny_target
             assert (run.batches, run._saved) == (3, 2)
             run.routes[""].update()
             run = online_run(place, tiny_target, first, steps=2, max_lines=5, every_requests=8)
-        run.once()
+        run.learn_once()
         weights.append(run.routes[""].learner.state()["drafter"])
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name
@@ -231,7 +231,7 @@ def test_a_kill_behind_several_publishes_of_one_batch_publishes_none_of_them_aga
     assert served_in_turn(run) == ["0000", "0001", "0002"]
     # What a restart starts from is still here, though so many newer ones are.
     run = online_run(tmp_path, tiny_target, first, **EAGER)
-    run.once()
+    run.learn_once()
     assert [row["promoted"] for row in metrics(tmp_path / "run")] == [True, False, True]
     assert served_in_turn(run) == ["0000", "0001", "0002"]
     assert run.routes[""].version == run.routes[""].versions.current() == "0002"
@@ -246,7 +246,7 @@ def test_a_kill_behind_the_first_publish_leaves_what_it_serves(tmp_path, tiny_ta
     assert run.routes[""].versions.current() == "0001"
     # Where minutes count, other requests come to the same update after the kill, and it may be no better on them.
     run = online_run(tmp_path, tiny_target, first, **EAGER | {"significance": 1e-9})
-    run.once()
+    run.learn_once()
     assert run.routes[""].version == run.routes[""].versions.current() == "0001"
     read_drafter((tmp_path / "run" / "drafters" / "current").resolve(), tiny_target)
 
@@ -258,9 +258,9 @@ def test_what_was_taken_back_after_a_kill_is_not_published_again(tmp_path, tiny_
     killed_at_save(run)
     assert run.routes[""].versions.rollback() == ("0001", "0000")
     run = online_run(tmp_path, tiny_target, first, **EAGER)
-    run.once()
+    run.learn_once()
     assert run.routes[""].version == run.routes[""].versions.current() == "0000"
-    assert metrics(tmp_path / "run")[-1]["reason"] == "it was published before, and taken back"
+    assert metrics(tmp_path / "run")[-1]["reason"] == "published before a restart, then rolled back"
 
 
 def test_a_step_back_while_a_candidate_is_judged_stays(tmp_path, tiny_target):
@@ -268,7 +268,7 @@ def test_a_step_back_while_a_candidate_is_judged_stays(tmp_path, tiny_target):
     run = online_run(tmp_path, tiny_target, first, **EAGER)
     log = tmp_path / "logs" / "a.jsonl"
     write_log(tiny_target, log, prompts(0, 96)[:64])
-    run.once()
+    run.learn_once()
     route, versions = run.routes[""], run.routes[""].versions
     assert versions.current() == "0001"
 
@@ -282,11 +282,11 @@ def test_a_step_back_while_a_candidate_is_judged_stays(tmp_path, tiny_target):
 
     route.versions = SteppedBack(versions.folder)
     write_log(tiny_target, log, prompts(0, 96)[64:])
-    run.once()
+    run.learn_once()
     row = metrics(tmp_path / "run")[-1]
-    assert (row["promoted"], row["reason"]) == (False, "another version is served by now")
+    assert (row["promoted"], row["reason"]) == (False, "another version was published or rolled back meanwhile")
     assert (versions.current(), versions.names()) == ("0000", ["0000", "0001"])
-    route.look_at_current()
+    route.follow_rollback()
     assert route.version == "0000"
 
 
@@ -311,8 +311,8 @@ def test_what_a_killed_learner_was_writing_is_removed_by_the_next_one(tmp_path):
 def test_minutes_count_on_where_the_clock_was_set_back(tmp_path, tiny_target):
     run = online_run(tmp_path, tiny_target, start(tmp_path, tiny_target), every_requests=None, every_minutes=5.0)
     route = run.routes[""]
-    assert not route.is_time()
+    assert not route.update_is_due()
     route.updated_at -= 5 * 60
-    assert route.is_time()
+    assert route.update_is_due()
     route.updated_at += 24 * 60 * 60
-    assert route.is_time()
+    assert route.update_is_due()

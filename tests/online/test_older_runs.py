@@ -28,7 +28,7 @@ def test_a_run_of_an_older_version_is_resumed_and_reported(tmp_path, tiny_target
     drafters, log = tmp_path / "run" / "drafters", tmp_path / "logs" / "a.jsonl"
     run = online_run(tmp_path, tiny_target, first, steps=2)
     serve(tiny_target, drafters, log, prompts(0, 24))
-    run.once()
+    run.learn_once()
     written = metrics(tmp_path / "run")
     write_as_an_older_version(tmp_path / "run")
     assert metrics(tmp_path / "run") == written
@@ -39,6 +39,6 @@ def test_a_run_of_an_older_version_is_resumed_and_reported(tmp_path, tiny_target
     for name, value in run.routes[""].learner.state()["drafter"].items():
         assert torch.equal(value, resumed.routes[""].learner.state()["drafter"][name]), name
     serve(tiny_target, drafters, log, prompts(0, 24, first=24))
-    resumed.once()
+    resumed.learn_once()
     assert [row["requests"] for row in metrics(tmp_path / "run")] == [24, 48]
     assert '"lane"' not in (tmp_path / "run" / "online" / "metrics.jsonl").read_text()

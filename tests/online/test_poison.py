@@ -15,13 +15,14 @@ from drafttrain.core.texts import Record, Sampling
 from drafttrain.data_gen.serving_logs.duplicates import Mark
 from drafttrain.drafters import Drafter
 from drafttrain.drafters.causal_lm.module import CausalLMDrafter
-from drafttrain.eval.statistics import Interval, ratio_difference
+from drafttrain.eval.interval import Interval
+from drafttrain.eval.statistics import ratio_difference
 from drafttrain.losses.ce import CrossEntropy
 from drafttrain.losses.forward_kl import ForwardKL
 from drafttrain.online.buffer import ReplayBuffer
 from drafttrain.online.learner import Learner
 from drafttrain.online.promotion import request_counts
-from drafttrain.online.route import Workshop
+from drafttrain.online.route import OnlineSetup
 from drafttrain.recorder.intake import Served
 from drafttrain.target_model import Target
 from tests.online.test_learning import K
@@ -70,24 +71,24 @@ def gain(target: Target, drafter: Drafter, first: Path, records: Sequence[Record
     return ratio_difference(*(tuple(zip(*one, strict=True)) for one in counts))
 
 
-def unguarded(shop: Workshop, first: Path, records: Sequence[Record]) -> CausalLMDrafter:
+def unguarded(setup: OnlineSetup, first: Path, records: Sequence[Record]) -> CausalLMDrafter:
     """Return what the learner makes of all requests in as many steps as a run takes, with neither filter nor gate."""
-    drafter = read_drafter(first, shop.target)
+    drafter = read_drafter(first, setup.target)
     assert isinstance(drafter, CausalLMDrafter)
     learner = Learner(
         drafter,
-        shop.loss(),
-        target=shop.target,
-        settings=shop.train,
-        max_length=shop.max_length,
-        num_tokens=shop.target.num_tokens,
+        setup.loss(),
+        target=setup.target,
+        settings=setup.train,
+        max_length=setup.max_length,
+        num_tokens=setup.target.num_tokens,
     )
-    online = shop.online
-    buffer = ReplayBuffer(online.buffer, recent=online.recent, user_quota=online.user_quota, seed=shop.seed)
+    online = setup.online
+    buffer = ReplayBuffer(online.buffer, recent=online.recent, user_quota=online.user_quota, seed=setup.seed)
     for number, record in enumerate(records, 1):
         buffer.add(Served(record, "", Mark(record.id, "")))
         for _ in range(online.steps if number % online.every_requests == 0 else 0):
-            drawn = buffer.draw(shop.train.batch_size, step=learner.steps, recent=online.recent)
+            drawn = buffer.draw(setup.train.batch_size, step=learner.steps, recent=online.recent)
             learner.step([one.record for one in drawn], positions=online.positions)
     return drafter
 
@@ -116,23 +117,23 @@ def test_what_a_poisoned_stream_promotes_is_no_worse_on_clean_requests(tmp_path:
     forged = nonsense(own[STREAM:], draws)
     poisoned = [*own[:STREAM], *forged]
     order = draws.sample(range(len(own)), len(own))
-    shops = {}
+    setups = {}
     for loss in (CrossEntropy, ForwardKL):
         folder = tmp_path / loss.__name__
         (folder / "logs").mkdir(parents=True)
         (folder / "logs" / "a.jsonl").write_text("".join(json.dumps(poisoned[number]) + "\n" for number in order))
         run = online_run(folder, tiny_target, first, loss=loss)
-        run.once()
+        run.learn_once()
         versions = run.routes[""].versions
         found = gain(tiny_target, read_drafter(versions.path(versions.current()), tiny_target), first, tested)
         assert found.high >= 0
         # Where the target gives the labels, nonsense does not keep a better drafter from being promoted.
         assert found.low > 0 or loss is CrossEntropy
-        shops[loss] = run.shop
+        setups[loss] = run.setup
     # Hard labels are what stands in the log: with neither filter nor gate, what is served gets worse. (So it does on as many
     # requests that are all the target's own: they are few. It is the gate that holds it.) And nonsense is learned.
     learned, not_poisoned = (
-        unguarded(shops[CrossEntropy], first, [record_of(stream[number]) for number in order])
+        unguarded(setups[CrossEntropy], first, [record_of(stream[number]) for number in order])
         for stream in (poisoned, own)
     )
     assert gain(tiny_target, learned, first, tested).high < 0

@@ -21,7 +21,7 @@ from drafttrain.export.hf import export_hf
 from drafttrain.losses.forward_kl import ForwardKL
 from drafttrain.online.loop import OnlineRun
 from drafttrain.online.promotion import request_counts
-from drafttrain.online.route import Workshop
+from drafttrain.online.route import OnlineSetup
 from drafttrain.online.router import Router
 from drafttrain.online.run_files import metrics
 from drafttrain.online.settings import OnlineSettings, RouterSettings
@@ -124,7 +124,7 @@ def learned(target: Target, place: Path, log: Path, router: RouterSettings | Non
         parity_prompts=1,
         router=router,
     )
-    shop = Workshop(
+    setup = OnlineSetup(
         target=target,
         online=online,
         train=TrainSettings(lr=1e-2, batch_size=12, warmup_steps=0, schedule="constant"),
@@ -136,9 +136,9 @@ def learned(target: Target, place: Path, log: Path, router: RouterSettings | Non
     )
     source = sources.entry("serving_logs").settings(path=str(log), near_duplicates=None)
     run = OnlineRun(
-        shop, Intake(source, Encoder(target.tokenizer, 40), place / "online" / "intake"), place, start=place / "start"
+        setup, Intake(source, Encoder(target.tokenizer, 40), place / "online" / "intake"), place, start=place / "start"
     )
-    run.once()
+    run.learn_once()
     return run
 
 

@@ -20,9 +20,9 @@ from drafttrain.online.run_files import metrics, status
 from drafttrain.pipeline.drafter_folder import write_drafter
 from drafttrain.pipeline.online_run import online_run, report
 from drafttrain.pipeline.run import Run
-from tests.online.openai_server import recorded, served
-from tests.online.openai_server import status as recorder_status
 from tests.online.target_server import TargetServer, ask, decoded_again, own_texts, shipped
+from tests.recorder.openai_server import recorded, served
+from tests.recorder.openai_server import status as recorder_status
 
 MAX_TOKENS = 32
 BURST = 24
@@ -76,7 +76,7 @@ async def the_loop(run: OnlineRun, server: TargetServer, logs: Path, bursts: Seq
     async with served(server.app()) as upstream, recorded(upstream, logs, token_ids=True) as (address, recorder):
         async with aiohttp.ClientSession() as session:
             for prompts in bursts:
-                run.once()
+                run.learn_once()
                 said += await burst(address, prompts)
                 while (now := await recorder_status(session, address))["written"] < len(server.answered):
                     assert not now["dropped"]

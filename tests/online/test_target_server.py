@@ -17,8 +17,8 @@ from drafttrain.online.versions import Versions, publish_first
 from drafttrain.recorder.capture import events
 from drafttrain.recorder.intake import Intake
 from drafttrain.target_model import Target, TargetSettings
-from tests.online.openai_server import post, recorded, served
 from tests.online.target_server import TargetServer, own_texts
+from tests.recorder.openai_server import post, recorded, served
 
 FORMS = [
     {"prompt": "import os\n", "stream": False},

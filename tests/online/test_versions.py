@@ -38,7 +38,7 @@ def start(tmp_path: Path) -> Path:
 
 def test_versions_are_published_in_turn_and_taken_back(tmp_path):
     versions = Versions(tmp_path / "drafters", keep=2)
-    with pytest.raises(CheckpointError, match="nothing is published"):
+    with pytest.raises(CheckpointError, match="no published version"):
         versions.current()
     publish_first(versions, start(tmp_path))
     publish_first(versions, start(tmp_path))
@@ -50,10 +50,10 @@ def test_versions_are_published_in_turn_and_taken_back(tmp_path):
     assert versions.names() == ["0001", "0002", "0003"]
     versions.prune(held="0003")
     assert versions.names() == ["0002", "0003"]
-    assert versions.made_by(3) == "0003"
+    assert versions.of_update(3) == "0003"
     assert versions.rollback() == ("0003", "0002")
     assert os.readlink(tmp_path / "drafters" / "current") == "0002"
-    with pytest.raises(CheckpointError, match="no longer kept"):
+    with pytest.raises(CheckpointError, match="was removed"):
         versions.rollback()
     assert [one["event"] for one in versions.history()] == ["published"] * 4 + ["rolled_back"]
 
@@ -92,7 +92,7 @@ def test_a_hook_that_leaves_a_server_running_has_ended_when_it_ended(tmp_path):
     publish_first(versions, start(tmp_path))
     # It is still there, or nothing is proven.
     os.kill(int((tmp_path / "server").read_text()), signal.SIGKILL)
-    assert [one["event"] for one in versions.history()] == ["published", "told"]
+    assert [one["event"] for one in versions.history()] == ["published", "hook_ran"]
 
 
 def test_a_hook_that_a_kill_kept_from_running_is_run_at_the_next_start(tmp_path):
@@ -104,7 +104,7 @@ def test_a_hook_that_a_kill_kept_from_running_is_run_at_the_next_start(tmp_path)
     quiet = Versions(tmp_path / "drafters")
     quiet.publish(quiet.add(lambda f: write(f, number=1), update=1))
     for _ in range(2):
-        Versions(tmp_path / "drafters", hook=hook).mend()
+        Versions(tmp_path / "drafters", hook=hook).repair()
     assert said.read_text().split() == ["0000", "0001"]
 
 
@@ -115,10 +115,10 @@ def test_a_removal_that_was_killed_half_way_leaves_no_version(tmp_path, monkeypa
     with monkeypatch.context() as killed:
         # The first file goes, and then the process.
         killed.setattr("shutil.rmtree", lambda path, **_: (Path(path) / "published.json").unlink(missing_ok=True))
-        versions.drop(refused)
-    versions.mend()
+        versions.remove(refused)
+    versions.repair()
     assert versions.names() == ["0000"]
-    assert versions.made_by(1) is None
+    assert versions.of_update(1) is None
     assert [path.name for path in versions.folder.iterdir() if path.name.startswith(".")] == []
 
 
@@ -170,13 +170,13 @@ def test_a_history_with_half_a_line_is_read_and_gone_on_with(tmp_path):
     publish_first(versions, start(tmp_path))
     path = tmp_path / "drafters" / "history.jsonl"
     path.write_text(path.read_text() + '{"event": "publ')
-    versions.note("rejected", update=4)
+    versions.log_event("rejected", update=4)
     assert [one["event"] for one in versions.history()] == ["published", "rejected"]
 
 
 def publish_for_ever(folder: Path) -> None:
     versions = Versions(folder, keep=3)
-    versions.mend()
+    versions.repair()
     number = max(map(int, versions.names())) + 1
     while True:
         version = versions.add(lambda f, n=number: write(f, number=n), update=number)
@@ -210,7 +210,7 @@ def test_current_is_whole_after_a_kill_at_any_moment(tmp_path, moments):
         assert process.exitcode == -signal.SIGKILL, "the publisher fell before it was killed"
         assert whole(folder / "current")
         versions = Versions(folder)
-        versions.mend()
+        versions.repair()
         assert not [path for path in folder.iterdir() if path.name.startswith(".")]
         switched = [one for one in versions.history() if one["event"] == "published"]
         assert switched[-1]["version"] == versions.current()

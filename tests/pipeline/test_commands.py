@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from drafttrain.checkpoint import read_drafter
-from drafttrain.cli import _recipe_and_run_folder, app
+from drafttrain.cli import app
+from drafttrain.cli.app import recipe_and_run_folder
 from drafttrain.commands.evaluate import evaluate_recipe
 from drafttrain.commands.export import export_run
 from drafttrain.commands.fit import fit
@@ -226,8 +227,8 @@ def test_a_run_that_is_not_there_leaves_nothing_behind(command, recipe, tmp_path
 def test_a_run_folder_with_another_name_is_another_run(recipe, tmp_path):
     Run(load_recipe(recipe), tmp_path / "tiny")
     at = {"smoke": False, "runs": tmp_path / "runs"}
-    assert _recipe_and_run_folder(str(tmp_path / "tiny"), [], **at)[1] == tmp_path / "tiny"
-    assert _recipe_and_run_folder(str(tmp_path / "tiny"), ["name=other"], **at)[1] == tmp_path / "runs" / "other"
+    assert recipe_and_run_folder(str(tmp_path / "tiny"), [], **at)[1] == tmp_path / "tiny"
+    assert recipe_and_run_folder(str(tmp_path / "tiny"), ["name=other"], **at)[1] == tmp_path / "runs" / "other"
 
 
 @pytest.mark.parametrize("kill", [pytest.param(signal.SIGKILL, marks=pytest.mark.processes), signal.SIGTERM])

@@ -22,8 +22,8 @@ from drafttrain.pipeline.run import Run
 from drafttrain.pipeline.training import train_drafter
 from drafttrain.target_model.anatomy import blocks
 from tests.conftest import random_llama
+from tests.distributed.test_two_processes import RECIPE, command
 from tests.kills import rows
-from tests.test_processes import RECIPE, command
 
 KINDS = {
     "causal_lm": "{kind: causal_lm, num_layers: 1, hidden_size: 16, num_heads: 1}",

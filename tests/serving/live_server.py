@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 
 from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.drafters import Drafter
-from drafttrain.serving.comparison import decode, served_counts
+from drafttrain.serving.reference import count_rounds, decode
 from drafttrain.target_model import Target
 
 ENGINES = ("0", "1")
@@ -86,7 +86,7 @@ class DecodingServer:
         engine = ENGINES[number % 2]
 
         def count() -> None:
-            served = served_counts(one, max_new_tokens=asked["max_tokens"])
+            served = count_rounds(one, max_new_tokens=asked["max_tokens"])
             self.requests.labels(engine, "length").inc()
             self.tokens.labels(engine).inc(len(served.tokens))
             self.drafts.labels(engine).inc(served.num_drafts)

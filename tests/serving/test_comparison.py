@@ -14,8 +14,10 @@ import torch
 from drafttrain.checkpoint import read_drafter
 from drafttrain.core.proposals import Budget, Context
 from drafttrain.core.texts import Prompt, Sampling
-from drafttrain.serving.comparison import Narrowed, Served, Side, compare, decode, evaluator_side, served_counts
-from drafttrain.serving.engines import Habits, Job
+from drafttrain.serving.comparison import compare
+from drafttrain.serving.engines import Conventions, DecodedPrompt, Job
+from drafttrain.serving.reference import TopKProposer, count_rounds, decode, evaluator_side
+from drafttrain.serving.sides import Side
 from drafttrain.target_model import Target, TargetSettings
 from tests.export import folders
 from tests.export.trained import learn
@@ -49,8 +51,8 @@ def likely(target: Target, folder: Path) -> Path:
 
 
 def counted_by_hand(
-    target: Target, drafter: Target, prompt: list[int], new_tokens: int, length: int, habits: Habits
-) -> Served:
+    target: Target, drafter: Target, prompt: list[int], new_tokens: int, length: int, conventions: Conventions
+) -> DecodedPrompt:
     """Decode greedily as engines do, without a cache: one token first, then drafts until the text is long enough or has ended."""
 
     def next_token(model: Target, tokens: list[int]) -> int:
@@ -58,15 +60,15 @@ def counted_by_hand(
 
     tokens = [*prompt, next_token(target, prompt)]
     rounds = []
-    while len(tokens) < len(prompt) + new_tokens and not habits.ends & {*tokens[len(prompt) :]}:
+    while len(tokens) < len(prompt) + new_tokens and not conventions.end_tokens & {*tokens[len(prompt) :]}:
         fits = len(prompt) + new_tokens - len(tokens) - 1
-        count = length if habits.past_end else min(length, fits)
+        count = length if conventions.drafts_past_end else min(length, fits)
         drafted = list(tokens)
         for _ in range(count):
             drafted.append(next_token(drafter, drafted))
         kept = 0
         while kept < count and next_token(target, tokens) == drafted[len(tokens)]:
-            if drafted[len(tokens)] in habits.ends:
+            if drafted[len(tokens)] in conventions.end_tokens:
                 # It counts as the token that was not drafted.
                 break
             tokens.append(drafted[len(tokens)])
@@ -75,9 +77,9 @@ def counted_by_hand(
         if count:
             rounds.append((count, kept))
     text = tokens[len(prompt) :][:new_tokens]
-    ended = [place for place, token in enumerate(text) if token in habits.ends]
+    ended = [place for place, token in enumerate(text) if token in conventions.end_tokens]
     accepted_at = [sum(kept >= i for _, kept in rounds) for i in range(1, max((n for n, _ in rounds), default=0) + 1)]
-    return Served(
+    return DecodedPrompt(
         text[: ended[0] + 1] if ended else text,
         len(rounds),
         sum(count for count, _ in rounds),
@@ -89,20 +91,24 @@ def counted_by_hand(
 ENDS = frozenset(range(0, 257, 9))
 
 
-@pytest.mark.parametrize("habits", [Habits(), Habits(past_end=False, ends=ENDS)], ids=["vllm", "llama.cpp"])
-def test_rounds_are_counted_as_an_engine_counts_them(habits, target, prompts, tmp_path):
+@pytest.mark.parametrize(
+    "conventions", [Conventions(), Conventions(drafts_past_end=False, end_tokens=ENDS)], ids=["vllm", "llama.cpp"]
+)
+def test_rounds_are_counted_as_an_engine_counts_them(conventions, target, prompts, tmp_path):
     folder = likely(target, tmp_path / "drafter")
     drafter, model = read_drafter(folder, target), Target.load(TargetSettings(model=str(folder)))
     lengths = {"max_new_tokens": NEW_TOKENS, "num_draft_tokens": NUM_DRAFT_TOKENS}
-    outputs = decode(target, drafter, prompts, Sampling(), **lengths, habits=habits)
-    ours = [served_counts(one, max_new_tokens=NEW_TOKENS, habits=habits) for one in outputs]
+    outputs = decode(target, drafter, prompts, Sampling(), **lengths, conventions=conventions)
+    ours = [count_rounds(one, max_new_tokens=NEW_TOKENS, conventions=conventions) for one in outputs]
     with torch.no_grad():
-        wanted = [counted_by_hand(target, model, list(p.tokens), NEW_TOKENS, NUM_DRAFT_TOKENS, habits) for p in prompts]
+        wanted = [
+            counted_by_hand(target, model, list(p.tokens), NEW_TOKENS, NUM_DRAFT_TOKENS, conventions) for p in prompts
+        ]
     assert ours == wanted
     accepted = sum(one.num_accepted for one in wanted)
     assert 0 < accepted < sum(one.num_draft_tokens for one in wanted)
-    assert bool(habits.ends) == any(len(one.tokens) < NEW_TOKENS for one in wanted)
-    if habits.past_end:
+    assert bool(conventions.end_tokens) == any(len(one.tokens) < NEW_TOKENS for one in wanted)
+    if conventions.drafts_past_end:
         # Some round was cut by the end: the output is shorter than what its rounds gave.
         assert sum(one.num_accepted + one.num_drafts + 1 for one in ours) > sum(len(one.tokens) for one in ours)
 
@@ -118,12 +124,12 @@ def test_of_its_one_likeliest_token_a_drafter_samples_the_greedy_chain(target, p
         return proposal.tokens_N.tolist()
 
     greedy = drafted(drafter.proposer(target), Sampling())
-    assert drafted(Narrowed(drafter.proposer(target), 1), Sampling(1.0)) == greedy
+    assert drafted(TopKProposer(drafter.proposer(target), 1), Sampling(1.0)) == greedy
     assert drafted(drafter.proposer(target), Sampling(1.0)) != greedy
 
 
 def test_texts_that_ended_before_any_draft_are_no_part_of_the_difference(sides, target, prompts, job):
-    ended = Served(sides.sampled[0].tokens[:1])
+    ended = DecodedPrompt(sides.sampled[0].tokens[:1])
     short = replace(sides, sampled=[ended, *sides.sampled[1:]])
     found = compared(short, sides, target, prompts, job)
     rest = slice(1, None)
@@ -169,36 +175,36 @@ def test_a_drafter_is_equal_to_itself(sides, target, prompts, job):
 @pytest.mark.parametrize(
     "fault", [folders.swap_columns, folders.alter_rope_everywhere, folders.flatten_hidden_norm, folders.swap_rows]
 )
-def test_a_damaged_drafter_is_told_apart_by_its_counters(fault, eagle3, sides, target, prompts, job, tmp_path):
+def test_a_damaged_drafter_changes_the_counts(fault, eagle3, sides, target, prompts, job, tmp_path):
     damaged = folders.damage(Path(shutil.copytree(eagle3, tmp_path / "damaged")), fault)
     other = evaluator_side(target, read_drafter(damaged, target), prompts, job, num_draft_tokens=NUM_DRAFT_TOKENS)
     found = compared(other, sides, target, prompts, job)
     assert found.lossless.exact
-    assert "drafts otherwise than the evaluator" in found.problems[0]
+    assert "drafts differently from the evaluator" in found.problems[0]
     assert found.json()["verdict"] == "failed"
 
 
-def test_output_that_is_not_the_engines_own_is_told(sides, target, prompts, job):
+def test_output_that_differs_from_the_targets_fails(sides, target, prompts, job):
     wrong = replace(sides.greedy[0], tokens=[7, *sides.greedy[0].tokens[1:]])
     lossy = compared(replace(sides, greedy=[wrong, *sides.greedy[1:]]), sides, target, prompts, job)
-    assert "does not write what it writes without" in lossy.problems[0]
+    assert "with the drafter differs from its output without" in lossy.problems[0]
     other_target = [replace(one, tokens=[9, *one.tokens[1:]]) for one in sides.plain]
     strange = compared(replace(sides, plain=other_target, greedy=other_target), sides, target, prompts, job)
-    assert "does not write what the evaluator's target writes" in strange.problems[0]
+    assert "without a drafter differs from that of the evaluator's target" in strange.problems[0]
     assert "no prompt is left" in strange.problems[1]
 
 
-def test_an_engine_that_accepts_by_another_law_is_told_apart(sides, target, prompts, job):
+def test_an_engine_with_another_acceptance_rate_fails(sides, target, prompts, job):
     lucky = [replace(one, num_accepted=one.num_draft_tokens) for one in sides.sampled]
     found = compared(replace(sides, sampled=lucky), sides, target, prompts, job)
     assert len(found.problems) == 1
-    assert "at temperature 1 vllm accepts otherwise" in found.problems[0]
+    assert "at temperature 1 vllm accepts differently" in found.problems[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_engine_that_never_drafts_is_told(dtype, sides, target, prompts, job):
+def test_an_engine_that_never_drafts_fails(dtype, sides, target, prompts, job):
     """llama.cpp without a type of speculation, for one: it loads the drafter and does not ask it."""
-    plain = [Served(one.tokens) for one in sides.greedy]
+    plain = [DecodedPrompt(one.tokens) for one in sides.greedy]
     target = (
         target
         if dtype == torch.float32
@@ -206,12 +212,12 @@ def test_an_engine_that_never_drafts_is_told(dtype, sides, target, prompts, job)
     )
     found = compared(replace(sides, greedy=plain), sides, target, prompts, job)
     assert any("did not draft: its counters are zero" in problem for problem in found.problems)
-    undrafted = replace(sides, sampled=[Served(one.tokens) for one in sides.sampled])
+    undrafted = replace(sides, sampled=[DecodedPrompt(one.tokens) for one in sides.sampled])
     found = compared(undrafted, sides, target, prompts, job)
     assert any("at temperature 1 vllm did not draft" in problem for problem in found.problems)
 
 
-def test_a_sampled_text_that_is_not_of_the_targets_law_is_told_apart(sides, target, prompts, job):
+def test_sampled_text_from_another_distribution_fails(sides, target, prompts, job):
     """What a wrong temperature, or noise in its place, does to the text; acceptance alone would not show it."""
     generator = torch.Generator().manual_seed(1)
     noise = [
@@ -219,4 +225,4 @@ def test_a_sampled_text_that_is_not_of_the_targets_law_is_told_apart(sides, targ
     ]
     found = compared(replace(sides, sampled=noise), sides, target, prompts, job)
     assert len(found.problems) == 1
-    assert "vllm does not write the target's law" in found.problems[0]
+    assert "vllm does not sample from the target's distribution" in found.problems[0]

@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 from drafttrain.checkpoint import About, read_drafter
 from drafttrain.cli import app
 from drafttrain.core.texts import Sampling
+from drafttrain.eval.interval import Interval
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.export.hf import export_hf
-from drafttrain.serving.comparison import decode, served_counts
 from drafttrain.serving.promise import Promise
+from drafttrain.serving.reference import count_rounds, decode
 from drafttrain.target_model import Target, TargetSettings
 from tests.data_gen.backends.completions_server import serving
 from tests.online.test_learning import near_copy
@@ -52,9 +53,9 @@ def drafter(target, tmp_path_factory) -> Path:
 
 
 def asked(server: DecodingServer, *words: object, code: int = 0) -> tuple[str, str]:
-    """Run `drafttrain eval --server` against a server; return its output."""
+    """Run `drafttrain check-server` against a server; return its output."""
     with serving(server) as url:
-        done = CliRunner().invoke(app, ["eval", "--server", url, *map(str, words)])
+        done = CliRunner().invoke(app, ["check-server", *map(str, words), url])
     assert done.exit_code == code, done.stderr
     return done.stdout, done.stderr
 
@@ -75,7 +76,7 @@ def test_the_counters_of_a_server_are_set_beside_the_promise(target, drafter, tm
     result = json.loads((drafter / "eval.json").read_text())
     counted = {one["id"]: one["num_tokens"] for one in result["temperatures"][0]["drafters"]["drafter"]["prompts"]}
     ours = [
-        served_counts(one, max_new_tokens=counted[prompt.id])
+        count_rounds(one, max_new_tokens=counted[prompt.id])
         for prompt in prompts
         for one in decode(
             target,
@@ -143,39 +144,37 @@ def test_a_server_that_cannot_tell_says_why_in_one_line(target, drafter, save_ll
     assert "is kept" in asked(elsewhere, drafter, "--model", "served", "--out", tmp_path)[1]
     _, stderr = asked(elsewhere, drafter, "--model", "other", code=1)
     assert "serves no model 'other'. Available: served" in stderr
-    gone = CliRunner().invoke(app, ["eval", str(drafter), "--server", "http://127.0.0.1:9"])
+    gone = CliRunner().invoke(app, ["check-server", str(drafter), "http://127.0.0.1:9"])
     assert gone.exit_code == 1
     assert "http://127.0.0.1:9/v1/models: no list of models" in gone.stderr
+
+
+SILENT = "http://127.0.0.1:9"
+"""An address where nobody listens."""
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--engine", "sglang"], "its server counts no draft tokens. Engines whose counters are read: vllm"),
-        (["--engine", "vlm"], "Engines whose counters are read: vllm"),
-        ([], "give DRAFTER, or --target"),
-        (["nowhere"], "nowhere: no such folder"),
-        (["--server", "http://me:secret@host"], "holds a name or a key"),
-        (["--server", "me:secret@host"], "holds a name or a key"),
-        (["--server", "host/?key=secret"], "holds a name or a key"),
-        (["--server", "host:8000"], "must begin with http:// or https://"),
+        (["--engine", "sglang", SILENT], "its server counts no draft tokens. Engines whose counters are read: vllm"),
+        (["--engine", "vlm", SILENT], "Engines whose counters are read: vllm"),
+        ([SILENT], "give DRAFTER, or --target"),
+        (["nowhere", SILENT], "nowhere: no such folder"),
+        (["http://me:secret@host"], "holds a name or a key"),
+        (["me:secret@host"], "holds a name or a key"),
+        (["host/?key=secret"], "holds a name or a key"),
+        (["host:8000"], "must begin with http:// or https://"),
     ],
 )
 def test_arguments_that_mean_nothing_are_refused(words, said):
-    done = CliRunner().invoke(app, ["eval", "--server", "http://127.0.0.1:9", *words])
+    done = CliRunner().invoke(app, ["check-server", *words])
     assert done.exit_code == 2
     assert said in done.stderr
     assert "secret" not in done.stderr
 
 
-def test_require_without_a_server_is_refused(drafter):
-    done = CliRunner().invoke(app, ["eval", str(drafter), "--require"])
-    assert done.exit_code == 2
-    assert "are for --server URL" in done.stderr
-
-
 def test_a_promise_is_kept_within_its_interval_or_its_tolerance():
-    wide, narrow = Promise(2.0, 1.5, 2.5, None, "decoded"), Promise(2.0, 1.999, 2.001, None, "decoded")
+    wide, narrow = (Promise(Interval(2.0, low, high), None, "decoded") for low, high in ((1.5, 2.5), (1.999, 2.001)))
     assert [wide.verdict(x, x) for x in (1.49, 1.51, 2.49, 2.51)] == ["below", "kept", "kept", "above"]
     assert [narrow.verdict(x, x) for x in (1.95, 1.97, 2.03, 2.05)] == ["below", "kept", "kept", "above"]
     # A figure that is itself known up to an interval only.

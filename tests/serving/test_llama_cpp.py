@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -53,9 +52,9 @@ def test_texts_end_where_llama_cpp_ends_them(engine, tmp_path):
     tokenizer = merging_tokenizer()
     tokenizer.add_tokens(["<|im_end|>", "<|not_an_end|>"], special_tokens=True)
     target = saved(MODELS["llama"](), tmp_path / "target", tokenizer)
-    habits = engine.habits(target)
-    assert habits.ends == {0, 1, tokenizer.convert_tokens_to_ids("<|im_end|>")}
-    assert not habits.past_end
+    conventions = engine.conventions(target)
+    assert conventions.end_tokens == {0, 1, tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    assert not conventions.drafts_past_end
 
 
 def test_sampled_drafts_are_asked_for_by_name(engine, target):
@@ -96,7 +95,7 @@ def test_counters_of_a_prompt_are_what_the_server_has_more_than_before():
 
 def test_serve_config_wants_the_format_that_the_engine_reads_and_finds_it_beside(engine, target, tmp_path):
     drafter = Path(shutil.copytree(target, tmp_path / "drafter"))
-    (drafter / "eval.json").write_text(json.dumps(evaluation({1: 1.5, 3: 2.5}, length=3, cost=0.1)))
+    evaluation({1: 1.5, 3: 2.5}, length=3, cost=0.1).write(drafter / "eval.json")
     words = ["serve-config", str(drafter), "--engine", "llama.cpp", "--target", "some/target"]
     early = CliRunner().invoke(app, words)
     assert early.exit_code == 1
@@ -112,7 +111,7 @@ def test_serve_config_wants_the_format_that_the_engine_reads_and_finds_it_beside
 
 def test_a_local_target_is_named_as_the_file_that_is_written_of_it(engine, target, tmp_path):
     drafter = Path(shutil.copytree(target, tmp_path / "drafter"))
-    (drafter / "eval.json").write_text(json.dumps(evaluation({1: 1.5, 3: 2.5}, length=3, cost=0.1)))
+    evaluation({1: 1.5, 3: 2.5}, length=3, cost=0.1).write(drafter / "eval.json")
     exported(drafter, tmp_path / "drafter.gguf")
     done = CliRunner().invoke(app, ["serve-config", str(drafter), "--engine", "llama.cpp", "--target", str(target)])
     assert f"llama-server -m {engine.target_as(target)} -md " in done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,25 @@ from typer.testing import CliRunner
 
 from drafttrain.cli import app
 from drafttrain.core.errors import CheckpointError
+from drafttrain.eval.interval import Interval
+from drafttrain.eval.result import EvaluatedDrafter, Result, VllmFigures
 from drafttrain.serving.card import ORIGIN, SERVED, model_card, with_engines
-from drafttrain.serving.serve_config import best_length
+from drafttrain.serving.draft_length import best_length
 from drafttrain.target_model import Target, TargetSettings
+from tests.eval import results
 from tests.export import folders
 
 
-def evaluation(replay: dict[int, float], *, length: int, cost: float) -> dict[str, Any]:
+def evaluation(replay: dict[int, float], *, length: int, cost: float) -> Result:
     """Return an evaluation whose chains of `length` cost 1 + `cost` a draft token."""
     taken = replay[length]
-    arm = {
-        "length": {"kind": "fixed", "num_draft_tokens": length},
-        "replay": {str(k): {"value": value} for k, value in replay.items()},
-        "mbsu": taken / (1 + cost * length),
-        "vllm": {"num_drafts": 100, "num_draft_tokens": 100 * length, "mean_acceptance_length": taken},
-    }
-    tree = arm | {"length": {"kind": "tree"}, "replay": {}}
-    settings = {"length": arm["length"]}
-    return {"settings": settings, "temperatures": [{"temperature": 0, "drafters": {"tree": tree, "drafter": arm}}]}
+    arm = results.figures(
+        length={"kind": "fixed", "num_draft_tokens": length},
+        replay={str(k): Interval(value, value, value) for k, value in replay.items()},
+        mbsu=taken / (1 + cost * length),
+        vllm=VllmFigures(100, 100 * length, 0, taken, 0.0, []),
+    )
+    return results.result({"tree": replace(arm, length={"kind": "tree"}, replay={}), "drafter": arm})
 
 
 @pytest.mark.parametrize(("cost", "best"), [(0.0, 8), (0.1, 4), (0.3, 2), (2.0, 1)])
@@ -45,10 +47,9 @@ def test_no_longer_than_the_drafter_has_heads():
 
 
 def test_an_evaluation_without_chains_has_no_best_length():
-    result = evaluation({2: 2.0}, length=2, cost=0.0)
-    result["temperatures"][0]["drafters"].pop("drafter")
+    tree = results.figures(length={"kind": "tree", "num_draft_tokens": 24})
     with pytest.raises(CheckpointError, match="no chain of fixed length"):
-        best_length(result)
+        best_length(results.result({"tree": tree}))
 
 
 def counts(accepted: int) -> dict[str, Any]:
@@ -89,11 +90,11 @@ def comparison(**changes: Any) -> dict[str, Any]:
 
 def test_the_card_shows_both_columns_and_replaces_what_it_said_before():
     card = f"# A\n\n## Use\n\nuse it\n\n{ORIGIN}\n\nhere\n"
-    failed = with_engines(card, [comparison(verdict="failed", problems=["it drafts otherwise"])])
-    assert "Problem: it drafts otherwise" in failed
+    failed = with_engines(card, [comparison(verdict="failed", problems=["it drafts differently"])])
+    assert "Problem: it drafts differently" in failed
     once = with_engines(failed, [comparison()])
     assert once.count(SERVED) == 1
-    assert "drafts otherwise" not in once
+    assert "drafts differently" not in once
     assert "| temperature 0: accepted | 5 | 5 |" in once
     assert "| temperature 1: accepted | 4 | 3 |" in once
     assert once.index("use it") < once.index(SERVED) < once.index(ORIGIN)
@@ -106,7 +107,7 @@ def evaluated(save_llama, tmp_path):
     target = Target.load(TargetSettings(model=str(save_llama(num_layers=4))))
 
     def folder(kind: str):
-        (tmp_path / "eval.json").write_text(json.dumps(evaluation({1: 1.5, 3: 2.5, 5: 2.6}, length=3, cost=0.1)))
+        evaluation({1: 1.5, 3: 2.5, 5: 2.6}, length=3, cost=0.1).write(tmp_path / "eval.json")
         return folders.save(folders.drafter_of(kind, target), tmp_path / "drafter", target)
 
     return folder
@@ -173,19 +174,9 @@ def test_serve_config_hands_vllm_no_folder_whose_taps_it_would_misread(evaluated
     assert "vllm reads vllm, hf, speculators" in done.stderr
 
 
-def result_of(kind: str, *, deepest: int | None) -> dict[str, Any]:
-    """Return what a card needs of an evaluation with five draft tokens."""
-    interval = {"value": 1.5, "low": 1.4, "high": 1.6}
-    figures = {"block_efficiency": interval, "alpha": interval, "draft_acceptance_rate": 0.1, "mbsu": 1.0}
-    return {
-        "exactness": "distribution",
-        "num_prompts": 2,
-        "settings": {"length": {"kind": "fixed", "num_draft_tokens": 5}},
-        "temperatures": [{"temperature": 0, "drafters": {"drafter": figures}}],
-        "drafters": {"drafter": {"kind": kind, "deepest": deepest, "about": None}},
-        "target": {"name": "the/target", "fingerprint": "0"},
-        "provenance": {"commit": "", "date": "", "machine": {"processor": ""}},
-    }
+def result_of(kind: str, *, deepest: int | None) -> Result:
+    """Return an evaluation with five draft tokens a round."""
+    return results.result(about=EvaluatedDrafter("drafter", kind, 1, deepest, None, "the/target"))
 
 
 @pytest.mark.parametrize(("deepest", "wanted"), [(3, 3), (None, 5), (8, 5)])

@@ -11,9 +11,11 @@ import torch
 from drafttrain.checkpoint import read_drafter
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.texts import Prompt
-from drafttrain.serving.comparison import Side, compare, evaluator_side
-from drafttrain.serving.engines import Habits, Job, Use, engine_of
+from drafttrain.serving.comparison import compare
+from drafttrain.serving.engines import Conventions, Job, Use, engine_of
 from drafttrain.serving.engines.transformers_worker import Rounds, answer_to
+from drafttrain.serving.reference import evaluator_side
+from drafttrain.serving.sides import Side
 from tests.export import folders
 from tests.serving.test_comparison import likely
 
@@ -41,7 +43,7 @@ def drafter(target, tmp_path_factory) -> Path:
 def served(job: Job, folder: Path | None) -> list:
     """Return what `generate` does, in this process: the worker's own code."""
     use = None if folder is None else Use(str(folder), "causal_lm", NUM_DRAFT_TOKENS, "sampled")
-    return ENGINE.served(answer_to(ENGINE.request(job, use)))
+    return ENGINE.decoded(answer_to(ENGINE.request(job, use)))
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +54,12 @@ def theirs(job, drafter) -> Side:
 
 @pytest.fixture(scope="module")
 def ours(target, drafter, prompts, job) -> Side:
-    return evaluated(target, drafter, prompts, job, ENGINE.habits(job.target))
+    return evaluated(target, drafter, prompts, job, ENGINE.conventions(job.target))
 
 
-def evaluated(target, drafter: Path, prompts, job, habits: Habits) -> Side:
+def evaluated(target, drafter: Path, prompts, job, conventions: Conventions) -> Side:
     drafter = read_drafter(drafter, target)
-    return evaluator_side(target, drafter, prompts, job, num_draft_tokens=NUM_DRAFT_TOKENS, habits=habits)
+    return evaluator_side(target, drafter, prompts, job, num_draft_tokens=NUM_DRAFT_TOKENS, conventions=conventions)
 
 
 def compared(theirs: Side, ours: Side, target, prompts, job):
@@ -74,19 +76,19 @@ def test_generate_writes_the_same_and_counts_the_same(theirs, ours, target, prom
     assert 0 < counts.accepted_at[1] < counts.accepted_at[0]
 
 
-@pytest.mark.parametrize("habits", [Habits(past_end=False), Habits(first_alone=False)])
-def test_an_engine_that_goes_about_it_otherwise_is_counted_otherwise(habits, theirs, target, drafter, prompts, job):
-    found = compared(theirs, evaluated(target, drafter, prompts, job, habits), target, prompts, job)
-    assert "transformers drafts otherwise than the evaluator" in found.problems[0]
+@pytest.mark.parametrize("conventions", [Conventions(drafts_past_end=False), Conventions(first_token_alone=False)])
+def test_other_conventions_give_other_counts(conventions, theirs, target, drafter, prompts, job):
+    found = compared(theirs, evaluated(target, drafter, prompts, job, conventions), target, prompts, job)
+    assert "transformers drafts differently from the evaluator" in found.problems[0]
 
 
-def test_a_damaged_drafter_is_told_apart_by_its_counters(theirs, ours, target, prompts, job, tmp_path):
+def test_a_damaged_drafter_changes_the_counts(theirs, ours, target, prompts, job, tmp_path):
     damaged = likely(target, tmp_path / "drafter")
     folders.damage(damaged, folders.alter_rope_everywhere)
     (greedy,) = served(replace(job, temperatures=[0.0]), damaged)
     found = compared(replace(theirs, greedy=greedy), ours, target, prompts, job)
     assert found.lossless.exact
-    assert "drafts otherwise than the evaluator" in found.problems[0]
+    assert "drafts differently from the evaluator" in found.problems[0]
 
 
 def test_rounds_that_do_not_add_up_are_no_counters():

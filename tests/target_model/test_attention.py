@@ -81,4 +81,4 @@ def test_the_gemma2_pair_of_the_cases_decodes_exactly(shared_folder: Path) -> No
     prompts = [Prompt(str(i), [5 + i, 6, 7, *range(9, 9 + i)]) for i in range(2)]
     settings = EvalSettings(max_new_tokens=48, temperatures=[0.0], speed_prompts=0, resamples=100, batch_size=2)
     result = evaluate({"drafter": folder / "gemma2_draft"}, target, prompts, settings)
-    assert result["temperatures"][0]["drafters"]["drafter"]["parity"]["exact"]
+    assert result.temperatures[0].drafters["drafter"].parity.exact

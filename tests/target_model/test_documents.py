@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from drafttrain.core.packed_documents import PackedDocuments
+from drafttrain.core.batches import PackedDocuments
 from drafttrain.target_model import documents
 from drafttrain.target_model.documents import document_states, takes_mask, tells_documents_apart
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from drafttrain.core.packed_documents import PackedDocuments, ReadSlots
-from drafttrain.target_model import packed_kernels
+from drafttrain.core.batches import PackedDocuments, ReadSlots
+from drafttrain.target_model import packed_attention, packed_kernels
 from drafttrain.target_model.packed_attention import Columns
 from drafttrain.target_model.packed_kernels import FlashOnCPU, FlashOnCUDA, Pieces
 from tests.target_model.flash_numbers import flash_numbers
@@ -31,7 +31,7 @@ def _numbers() -> Iterator[None]:
 
 @pytest.fixture(params=KERNELS)
 def kernel(request: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(packed_kernels, "kernel_for", lambda query: request.param)
+    monkeypatch.setattr(packed_attention, "kernel_for", lambda query: request.param)
     monkeypatch.setattr(packed_kernels, "PIECE_SLOTS", 5)
     return request.param
 

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 from transformers.integrations import sdpa_attention
 
-from drafttrain.core.packed_documents import PackedDocuments
+from drafttrain.core.batches import PackedDocuments
 from drafttrain.target_model import packed_reading
 from drafttrain.target_model.documents import document_states, probe, reads_packed, tells_documents_apart
 

@@ -21,7 +21,7 @@ from drafttrain.target_model import Target
 from drafttrain.train.run import train
 from drafttrain.train.settings import TrainSettings
 from tests.conftest import byte_tokenizer, random_llama
-from tests.drafters.feature_models import feature_drafter
+from tests.drafters.eagle_models import eagle_drafter
 
 LR = 0.5
 
@@ -59,7 +59,7 @@ def rows(folder: Path, drafter: Any, target: Target, **settings: Any) -> list[di
 
 def test_lr_is_the_one_that_moved_the_weights(target, tmp_path):
     """Of a step by plain gradient descent: as long as its gradient, times the learning rate."""
-    drafter = feature_drafter("eagle", target).float()
+    drafter = eagle_drafter("eagle", target).float()
     before = [p.detach().clone() for p in drafter.parameters() if p.requires_grad]
     (row,) = rows(tmp_path, drafter, target, max_steps=1, log_every_steps=1)
     after = [p.detach() for p in drafter.parameters() if p.requires_grad]
@@ -69,7 +69,7 @@ def test_lr_is_the_one_that_moved_the_weights(target, tmp_path):
 
 
 def test_the_loss_has_what_the_drafter_adds(target, tmp_path):
-    drafter = feature_drafter("eagle", target, feature_noise=0.0).float().train()
+    drafter = eagle_drafter("eagle", target, feature_noise=0.0).float().train()
     (batch,) = of_step(0)
     seen = target.read(batch.tokens_BT, batch.positions_BT, drafter.needs() | TargetNeeds(final=True))
     batch = replace(batch, target=seen, target_rows=target.rows_of(seen))
@@ -87,7 +87,7 @@ def test_the_loss_has_what_the_drafter_adds(target, tmp_path):
 def test_a_row_has_the_same_figures_however_often_rows_are_written(target, tmp_path, kind, settings):
     """All but the loss, which is the mean of the steps since the row before."""
     seldom, often = (
-        rows(tmp_path / str(every), feature_drafter(kind, target, **settings).float(), target, log_every_steps=every)
+        rows(tmp_path / str(every), eagle_drafter(kind, target, **settings).float(), target, log_every_steps=every)
         for every in (2, 1)
     )
     assert [row["step"] for row in seldom] == ["2", "4"]
@@ -101,7 +101,7 @@ def test_a_row_has_the_same_figures_however_often_rows_are_written(target, tmp_p
 
 def test_steps_without_a_position_have_no_loss(target, tmp_path):
     """A drafter that looks at the token before the root learns nothing of texts of two tokens."""
-    drafter = feature_drafter("eagle", target).float()
+    drafter = eagle_drafter("eagle", target).float()
     texts = [pack([Record("a", [5, 9], [False, True])], width=2, weight_of_step=1.0)[0]]
     train(
         drafter,

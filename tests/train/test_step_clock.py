@@ -19,7 +19,7 @@ from drafttrain.train.metrics_log import COLUMNS, TIMES
 from drafttrain.train.peak import PEAK_TFLOPS, peak_of, peak_tflops
 from drafttrain.train.settings import TrainSettings
 from drafttrain.train.step_clock import PENDING, PHASES, StepClock
-from tests.drafters.feature_models import feature_drafter
+from tests.drafters.eagle_models import eagle_drafter
 from tests.train.test_metrics import rows, target
 
 __all__ = ["target"]
@@ -127,7 +127,7 @@ def test_a_device_that_is_behind_is_waited_for_once_a_row(on_device):
 
 def test_a_row_explains_its_steps(target, tmp_path, clock_time, monkeypatch):
     """Means over its steps; a checkpoint is in the row after it, and no part of what the utilization is measured by."""
-    drafter = feature_drafter("eagle3", target).float()
+    drafter = eagle_drafter("eagle3", target).float()
     slower = clock_time.passes
     monkeypatch.setattr(target, "read", slower(2, target.read))
     monkeypatch.setattr(drafter, "forward", slower(3, drafter.forward))
@@ -144,21 +144,21 @@ def test_a_row_explains_its_steps(target, tmp_path, clock_time, monkeypatch):
 
 
 def test_the_phases_of_a_step_take_time(target, tmp_path):
-    for row in rows(tmp_path, feature_drafter("eagle3", target).float(), target, log_every_steps=2):
+    for row in rows(tmp_path, eagle_drafter("eagle3", target).float(), target, log_every_steps=2):
         phases = [float(row[f"{phase}_ms"]) for phase in ("fetch", "target", "forward", "backward", "optimizer")]
         assert min(phases) > 0
         assert sum(phases) <= float(row["step_ms"]) + 0.01
 
 
 def test_without_a_peak_there_is_no_utilization(target, tmp_path):
-    (row,) = rows(tmp_path, feature_drafter("eagle", target).float(), target, max_steps=1, log_every_steps=1)
+    (row,) = rows(tmp_path, eagle_drafter("eagle", target).float(), target, max_steps=1, log_every_steps=1)
     assert row["mfu"] == ""
     assert int(row["step_flops"]) > 0
 
 
 def test_operations_are_the_same_however_often_rows_are_written(target, tmp_path):
     (once,), every = (
-        rows(tmp_path / str(n), feature_drafter("eagle", target).float(), target, max_steps=3, log_every_steps=n)
+        rows(tmp_path / str(n), eagle_drafter("eagle", target).float(), target, max_steps=3, log_every_steps=n)
         for n in (3, 1)
     )
     assert int(once["step_flops"]) == pytest.approx(sum(int(row["step_flops"]) for row in every) / 3, abs=1)
@@ -168,10 +168,10 @@ def test_after_a_checkpoint_that_counted_no_operations_a_row_is_of_the_steps_sin
     """As older versions wrote them: neither operations nor the step of the last row."""
 
     def continued(name: str) -> Any:
-        return rows(tmp_path / name, feature_drafter("eagle", target).float(), target, max_steps=3, log_every_steps=3)
+        return rows(tmp_path / name, eagle_drafter("eagle", target).float(), target, max_steps=3, log_every_steps=3)
 
     for name in ("old", "new"):
-        drafter = feature_drafter("eagle", target).float()
+        drafter = eagle_drafter("eagle", target).float()
         rows(tmp_path / name, drafter, target, max_steps=2, log_every_steps=1, checkpoint_every_steps=2)
     path = tmp_path / "old" / "checkpoints" / "step-00000002.ckpt"
     checkpoint = torch.load(path, weights_only=True)
@@ -224,7 +224,7 @@ def test_every_peak_is_found_by_its_own_name():
 
 
 def test_a_trace_has_the_steps_that_were_asked_for(target, tmp_path):
-    drafter = feature_drafter("eagle", target).float()
+    drafter = eagle_drafter("eagle", target).float()
     rows(tmp_path, drafter, target, max_steps=4, log_every_steps=4, profile_steps=[2, 3])
     (path,) = tmp_path.glob("trace*.json")
     assert path.name == "trace-steps-2-3.json"
@@ -260,11 +260,11 @@ def test_what_explains_a_step_may_change_between_two_runs():
 
 
 def test_rows_of_an_older_run_are_kept(target, tmp_path):
-    rows(tmp_path, feature_drafter("eagle", target).float(), target, max_steps=2, checkpoint_every_steps=2)
+    rows(tmp_path, eagle_drafter("eagle", target).float(), target, max_steps=2, checkpoint_every_steps=2)
     path = tmp_path / "metrics.csv"
     with path.open(newline="") as file:
         table = list(csv.DictReader(file))
     old = [name for name in table[0] if not name.endswith(("_ms", "_flops", "mfu"))]
     path.write_text("\n".join([",".join(old), *(",".join(row[name] for name in old) for row in table)]) + "\n")
-    after = rows(tmp_path, feature_drafter("eagle", target).float(), target, max_steps=4)
+    after = rows(tmp_path, eagle_drafter("eagle", target).float(), target, max_steps=4)
     assert [row["loss"] for row in after][:-1] == [row["loss"] for row in table]

@@ -19,15 +19,16 @@ from drafttrain.core.files import write_json
 from drafttrain.core.provenance import provenance
 from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.data_gen.openai_client import Completions
+from drafttrain.eval.interval import interval_of, number
 from drafttrain.eval.prompts import read_prompts
+from drafttrain.eval.result import Result
 from drafttrain.eval.settings import EvalSettings
-from drafttrain.eval.table import interval, number
 from drafttrain.pipeline.folder import exported_in
 from drafttrain.pipeline.run import quiet_libraries
+from drafttrain.serving.draft_length import read_evaluation
 from drafttrain.serving.engines import CounterNames, engine_of, engines
 from drafttrain.serving.live_server import PATIENCE, LiveFigures, LiveServer, served_model
 from drafttrain.serving.promise import TOLERANCE, promise_of
-from drafttrain.serving.serve_config import read_evaluation
 from drafttrain.target_model.folders import BUILTIN, resolve_folder
 from drafttrain.target_model.tokenizer import load_target_tokenizer
 
@@ -112,34 +113,34 @@ def _counters_of(engine: str) -> CounterNames:
     return found
 
 
-def _drafter(given: Path) -> tuple[Path, About | None, dict[str, Any]]:
+def _drafter(given: Path) -> tuple[Path, About | None, Result]:
     """Return the folder that was given, and what it or the drafter of this run says of itself and of its evaluation."""
     place = exported_in(given)
     return given, read_about(place), read_evaluation(place)
 
 
-def _taken_over(result: Mapping[str, Any] | None) -> list[str]:
+def _taken_over(result: Result | None) -> list[str]:
     if result is None:
         return []
-    return [f"eval.{name}={json.dumps(result['settings'][name])}" for name in TAKEN_OVER]
+    return [f"eval.{name}={json.dumps(result.settings[name])}" for name in TAKEN_OVER]
 
 
-def _prompts(of_target: Any, settings: EvalSettings, result: Mapping[str, Any] | None) -> list[Prompt]:
+def _prompts(of_target: Any, settings: EvalSettings, result: Result | None) -> list[Prompt]:
     """Return the prompts: where they are of the evaluation's own set, those that it used."""
     prompts = read_prompts(settings.prompts, load_target_tokenizer(of_target), prompt_tokens=settings.prompt_tokens)
-    if result is not None and all(getattr(settings, name) == result["settings"][name] for name in TAKEN_OVER[:2]):
+    if result is not None and all(getattr(settings, name) == result.settings[name] for name in TAKEN_OVER[:2]):
         used = _counted(result, temperature=None)
         prompts = [prompt for prompt in prompts if prompt.id in used]
     return prompts[: settings.num_prompts]
 
 
-def _counted(result: Mapping[str, Any] | None, *, temperature: float | None) -> dict[str, int]:
+def _counted(result: Result | None, *, temperature: float | None) -> dict[str, int]:
     """Return how many tokens of each prompt the evaluation counted: up to where a text repeats itself; None: at any temperature."""
     if result is None:
         return {}
-    parts = [part for part in result["temperatures"] if temperature in (None, part["temperature"])]
-    figures = [next(iter(part["drafters"].values())) for part in parts]
-    return {one["id"]: one["num_tokens"] for of_part in figures[:1] for one in of_part["prompts"]}
+    parts = [part for part in result.temperatures if temperature in (None, part.temperature)]
+    figures = [next(iter(part.drafters.values())) for part in parts]
+    return {one.id: one.num_tokens for of_part in figures[:1] for one in of_part.prompts}
 
 
 async def _served(
@@ -149,7 +150,7 @@ async def _served(
     about: About | None,
     prompts: Sequence[Prompt],
     settings: EvalSettings,
-    result: Mapping[str, Any] | None,
+    result: Result | None,
 ) -> tuple[list[LiveFigures], str]:
     if target.startswith(BUILTIN):
         target = str(resolve_folder(target))
@@ -186,7 +187,7 @@ def _key(question: LiveQuestion) -> str | None:
     return key
 
 
-def _judged(figures: LiveFigures, settings: EvalSettings, result: Mapping[str, Any] | None) -> dict[str, Any]:
+def _judged(figures: LiveFigures, settings: EvalSettings, result: Result | None) -> dict[str, Any]:
     """Return what server.json holds of a temperature: figures, promise, and whether it is kept."""
     served = figures.block_efficiency()
     same_prompts = {window.id for window in figures.windows} == set(_counted(result, temperature=figures.temperature))
@@ -206,7 +207,7 @@ def _judged(figures: LiveFigures, settings: EvalSettings, result: Mapping[str, A
     }[verdict]
     on = "on its prompts" if same_prompts else "on other prompts than the evaluation's, or not all of them"
     why = (
-        f"{words}: block efficiency {interval(served.json(), 3)} served, {interval(promise.json(), 3)} promised "
+        f"{words}: block efficiency {served.text(3)} served, {promise.block_efficiency.text(3)} promised "
         f"({promise.measured}), {on}; tolerance {TOLERANCE:.0%}"
     )
     return told | {"promise": promise.json(), "verdict": verdict, "why": why}
@@ -214,8 +215,8 @@ def _judged(figures: LiveFigures, settings: EvalSettings, result: Mapping[str, A
 
 def _show(row: Mapping[str, Any], *, title: str) -> None:
     promise = row["promise"] or {}
-    promised = interval(promise, 3) if promise else "n/a"
-    rows = [["block efficiency", interval(row["block_efficiency"], 3), promised]]
+    promised = interval_of(promise).text(3) if promise else "n/a"
+    rows = [["block efficiency", interval_of(row["block_efficiency"]).text(3), promised]]
     served = row["acceptance_by_position"]
     positions = promise.get("acceptance_by_position") or [None] * len(served)
     for i, shares in enumerate(zip_longest(served, positions[: len(served)])):

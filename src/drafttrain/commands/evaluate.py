@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from drafttrain.checkpoint import read_about
 from drafttrain.commands.made_models import with_models_made
@@ -14,11 +13,11 @@ from drafttrain.config.load import load_sections
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.files import write_json
 from drafttrain.eval.report import write_report
+from drafttrain.eval.result import Result
 from drafttrain.eval.table import show
 from drafttrain.pipeline.data import contaminated_prompts
-from drafttrain.pipeline.evaluating import evaluated, evaluated_head
+from drafttrain.pipeline.evaluating import evaluated, evaluated_head, with_inputs
 from drafttrain.pipeline.exporting import command_line
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.pipeline.inputs import inputs_of, is_evaluated_on, target_inputs
@@ -27,7 +26,7 @@ from drafttrain.pipeline.run import Run, quiet_libraries
 from drafttrain.target_model import Target
 
 
-def evaluate_recipe(recipe: Recipe, folder: Path) -> dict[str, Any]:
+def evaluate_recipe(recipe: Recipe, folder: Path) -> Result:
     """Evaluate the exported files of a run, beside its own start, and write eval.json."""
     here = RunFolder(folder)
     what, places = (
@@ -48,8 +47,8 @@ def evaluate_recipe(recipe: Recipe, folder: Path) -> dict[str, Any]:
         if run.folder.start.exists():
             folders["start"] = run.folder.start
         result = evaluated(folders, run.target, recipe.eval, dropped=contaminated_prompts(run, recipe.eval.prompts))
-    result |= {"inputs": inputs_of(run.recipe, only=is_evaluated_on)}
-    write_json(run.folder.eval, result)
+    result = with_inputs(result, inputs_of(run.recipe, only=is_evaluated_on))
+    result.write(run.folder.eval)
     show(result)
     return result
 
@@ -79,12 +78,12 @@ def evaluate_drafters(
     check_drafters(of_target, [str(one) for one in folders])
     loaded = Target.load(of_target)
     result = evaluated(dict(zip(names, folders, strict=True)), loaded, settings, dropped=())
-    result |= {"inputs": target_inputs(replace(of_target, model=loaded.name), settings.prompts)}
+    result = with_inputs(result, target_inputs(replace(of_target, model=loaded.name), settings.prompts))
     show(result)
     if out is None and not Path(drafters[0]).is_dir():
         say("eval.json and report.html: not written, --out DIR says where to")
         return
     out = out or folders[0]
-    write_json(out / "eval.json", result)
+    result.write(out / "eval.json")
     write_report(out / "report.html", result, title=folders[0].name, metrics=None, command=command_line())
     say(f"written: {out / 'eval.json'}, {out / 'report.html'}")

@@ -30,10 +30,10 @@ def learn_online(recipe: Recipe, folder: Path, *, once: bool = False) -> None:
         write_drafter(run, run.drafter, run.folder.start, steps=0)
         learning = online_run(run.recipe, run.folder, run.target)
         if once:
-            learning.once()
+            learning.learn_once()
             report(run.folder, title=recipe.name)
         else:
-            learning.for_ever(lambda: write_online_report(folder, run.folder.report, title=recipe.name))
+            learning.learn_forever(lambda: write_online_report(folder, run.folder.report, title=recipe.name))
     show_status(folder)
 
 

@@ -12,8 +12,8 @@ from drafttrain.export.convert import exporter_of
 from drafttrain.export.folder import kind_of, read_files
 from drafttrain.pipeline.engines import folder_as
 from drafttrain.pipeline.folder import exported_in
+from drafttrain.serving.draft_length import best_length, read_evaluation
 from drafttrain.serving.engines import Use, engine_of, engines
-from drafttrain.serving.serve_config import best_length, read_evaluation
 from drafttrain.target_model.folders import BUILTIN, resolve_folder
 
 

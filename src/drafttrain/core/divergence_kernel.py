@@ -1,6 +1,6 @@
 """KL(p || q) and the overlap of p and q in one Triton kernel, and their gradient in another: logits are read three times in all.
 
-In place of some twenty passes over tensors as wide as the vocabulary. Imported only where Triton is (`core.kernels`); on a CPU
+In place of some twenty passes over tensors as wide as the vocabulary. Imported only where Triton is installed; on a CPU
 Triton's interpreter runs it (TRITON_INTERPRET=1), which the tests do.
 
 N = rows, V = vocabulary

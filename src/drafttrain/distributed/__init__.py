@@ -1,1 +1,1 @@
-"""Several processes that train together: who they are, how they wait for each other, who is missing."""
+"""Training in several processes: ranks, collectives, and noticing a process that died."""

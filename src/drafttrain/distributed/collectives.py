@@ -1,4 +1,4 @@
-"""What the processes of a run do together: join, wait, share values, sum. With one process nothing waits."""
+"""What the processes of a run do together: join, wait, exchange values, sum. A single process never waits."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from typing import Any
 
 from drafttrain.core.console import say
 from drafttrain.core.errors import DrafttrainError
-from drafttrain.distributed.group import Group, PeerError
-from drafttrain.distributed.world import TORCHRUN, World, environment, has_cuda, is_first, world
+from drafttrain.distributed.group import Group
+from drafttrain.distributed.heartbeat import PeerError
+from drafttrain.distributed.world import TORCHRUN, World, is_first, launcher_environment, world
+
+CONNECTION_ERRORS = (
+    *("connection closed by peer", "timed out waiting", "connection reset", "nccl error", "broken pipe"),
+    *("socket closed", "pair closure"),
+)
+"""Messages of a collective that another process left, in lower case."""
 
 _joined: Group | None = None
 _turn: str | None = None
-"""What the process does while the others wait for their turn, or have had it."""
-
-
-def joined() -> Group | None:
-    """Return the group of this process; None: it is alone."""
-    return _joined
+"""What this process does inside `first_before_others`, while others wait for it."""
 
 
 @contextlib.contextmanager
 def together(*, timeout_seconds: float) -> Iterator[Group | None]:
-    """Join the other processes for the block; one process just goes on.
+    """Join the other processes for the block; a single process does nothing.
 
     Raises:
-        PeerError: Another one is gone; the message says who, when and after which step.
+        PeerError: Another process died; the message names it, the time and the last step.
     """
     global _joined
     here = world()
@@ -51,7 +53,7 @@ def together(*, timeout_seconds: float) -> Iterator[Group | None]:
     except PeerError:
         raise
     except BaseException as error:
-        if _is_of_a_connection(error):
+        if _is_connection_error(error):
             raise PeerError(group.why(error)) from error
         group.failed(error)
         raise
@@ -61,52 +63,20 @@ def together(*, timeout_seconds: float) -> Iterator[Group | None]:
             group.close()
 
 
-def _on_own_device(here: World) -> World:
-    """Return this process with the number of its CUDA device, which is the current one from now on.
-
-    Launchers that show each process its own device alone (`srun --gpus-per-task=1`, Kubernetes) number the processes of a
-    machine from 0 all the same.
-
-    Raises:
-        DrafttrainError: CUDA refuses the device.
-    """
-    env = environment()
-    os.environ.update({name: env[name] for name in TORCHRUN})
-    if not has_cuda():
-        return here
-    import torch
-
-    count = torch.cuda.device_count()
-    number = here.local_rank % count
-    try:
-        torch.cuda.set_device(number)
-    except RuntimeError as error:  # a device that another program holds alone, or one that is broken
-        reason = str(error).splitlines()[0]
-        raise DrafttrainError(
-            f"{here.name}: CUDA device {number} of the {count} that it sees cannot be used: {reason}"
-        ) from error
-    # Lightning, DeepSpeed and transformers all take it for the number of the device.
-    os.environ["LOCAL_RANK"] = str(number)
-    return replace(here, local_rank=number)
-
-
-def _is_of_a_connection(error: BaseException) -> bool:
-    """Tell whether a collective failed because another process left it."""
-    import torch.distributed as dist
-
-    if isinstance(error, dist.DistError):
-        return True
-    words = (
-        *("connection closed by peer", "timed out waiting", "connection reset", "nccl error", "broken pipe"),
-        *("socket closed", "pair closure"),
-    )
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+def joined() -> Group | None:
+    """Return the group of this process; None: it runs alone."""
+    return _joined
 
 
 def shared(value: Any) -> list[Any]:
     """Return every process's value, by rank."""
     _refuse_to_wait()
     return [value] if _joined is None else _joined.shared(value)
+
+
+def any_of(flag: bool) -> bool:
+    """Return whether the flag is true in any process; all get the same answer."""
+    return any(shared(flag))
 
 
 def sums_over_processes(numbers: Sequence[float]) -> list[float]:
@@ -116,15 +86,10 @@ def sums_over_processes(numbers: Sequence[float]) -> list[float]:
 
 
 def sums_later(numbers: Sequence[float]) -> Callable[[], list[float]]:
-    """Begin to add up numbers on the host over all processes, and return what waits for the sums."""
+    """Start to sum numbers on the host over all processes; return a function that waits for the sums."""
     _refuse_to_wait()
     own = [float(number) for number in numbers]
     return (lambda: own) if _joined is None else _joined.sums_later(own)
-
-
-def any_of(flag: bool) -> bool:
-    """Tell whether a process says yes; all get the same answer."""
-    return any(shared(flag))
 
 
 def agree(what: str, value: Any) -> None:
@@ -151,9 +116,9 @@ def wait_for_all(what: str) -> None:
 
 @contextlib.contextmanager
 def first_before_others(what: str) -> Iterator[None]:
-    """Let the first process go through the block alone; then the others, which find what it made.
+    """Run the block in rank 0 first, then in the others, which find what rank 0 made.
 
-    Nothing inside may wait for the others: they come only after it. That is refused also where there is one process.
+    Nothing inside may wait for the other processes: they come only after it. This is refused in a single process too.
     """
     global _turn
     _refuse_to_wait()
@@ -168,30 +133,67 @@ def first_before_others(what: str) -> Iterator[None]:
         _joined.wait(what, ranks=range(0))
 
 
-def _refuse_to_wait() -> None:
-    assert _turn is None, f"a process waits for the others while {_turn}, and they wait for that"
-
-
-def at_step(step: int) -> None:
-    """Let the pulse say how far this process is."""
-    if _joined is not None:
-        _joined.step = step
-
-
 def own_share(pieces: Sequence[int]) -> list[int]:
-    """Return the pieces of work that are this process's; the first process's list is the one that is shared out."""
+    """Return this process's share of the pieces of work; rank 0's list is the one that is divided."""
     here = world() if _joined is not None else World()
     every: list[int] = shared(list(pieces))[0]
     return every[here.rank :: here.size]
 
 
+def at_step(step: int) -> None:
+    """Report the optimizer step of this process in its heartbeat."""
+    if _joined is not None:
+        _joined.step = step
+
+
 def say_world() -> None:
-    """Say how many processes there are."""
+    """Log how many processes and hosts there are."""
     if _joined is not None:
         hosts = list(dict.fromkeys(shared(socket.gethostname())))
         again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         allowed = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "")
         restart = f", restart {again} of {allowed}" if again else ""
-        say(
-            f"{_joined.here.size} processes on {len(hosts)} host{'s' if len(hosts) != 1 else ''}: {', '.join(hosts)}{restart}"
-        )
+        plural = "s" if len(hosts) != 1 else ""
+        say(f"{_joined.here.size} processes on {len(hosts)} host{plural}: {', '.join(hosts)}{restart}")
+
+
+def _on_own_device(here: World) -> World:
+    """Make this process's CUDA device the current one; return the process with the number of that device.
+
+    Launchers that show each process only its own device (`srun --gpus-per-task=1`, Kubernetes) still number the processes
+    of a machine from 0.
+
+    Raises:
+        DrafttrainError: CUDA refuses the device.
+    """
+    import torch
+
+    env = launcher_environment()
+    os.environ.update({name: env[name] for name in TORCHRUN})
+    if not torch.cuda.is_available():
+        return here
+    count = torch.cuda.device_count()
+    number = here.local_rank % count
+    try:
+        torch.cuda.set_device(number)
+    except RuntimeError as error:  # the device is broken, or another program holds it exclusively
+        reason = str(error).splitlines()[0]
+        raise DrafttrainError(
+            f"{here.name}: CUDA device {number} of the {count} visible ones cannot be used: {reason}"
+        ) from error
+    # Lightning, DeepSpeed and transformers read the number of the device from here.
+    os.environ["LOCAL_RANK"] = str(number)
+    return replace(here, local_rank=number)
+
+
+def _is_connection_error(error: BaseException) -> bool:
+    """Return whether a collective failed because another process left it."""
+    import torch.distributed as dist
+
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in CONNECTION_ERRORS)
+
+
+def _refuse_to_wait() -> None:
+    assert _turn is None, f"a process waits for the others while {_turn}, and they wait for that"

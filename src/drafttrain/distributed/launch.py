@@ -1,4 +1,4 @@
-"""Several processes on this machine, one a device: torchrun starts them, this command waits for them."""
+"""Starts a training in several processes on this machine, one per device, through torchrun's launcher."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from drafttrain.core.errors import GateError, Interrupted, RecipeError
 from drafttrain.distributed.world import launched
 
 STOP_SECONDS = 300
-"""How long processes that are asked to stop may take."""
+"""How long processes may take to stop."""
 REFUSALS = (RecipeError.exit_code, GateError.exit_code)
-"""Exit codes of processes that would say the same again."""
+"""Exit codes that a restart would not change."""
 
 
 def processes_wanted(settings: Any) -> int:
-    """Return how many processes a training is to have that no launcher started.
+    """Return how many processes a training needs, if no launcher started it.
 
-    A head is small and online learning is one process: both get several only where `train.devices` asks for them.
+    A head is small and online learning is one process: both get several only if `train.devices` says so.
 
     Args:
         settings: The recipe: its `train`, `head` and `online` and, for the device of the target, `target`.
@@ -38,7 +38,7 @@ def processes_wanted(settings: Any) -> int:
         alone = one_device or settings.head is not None or settings.online is not None
         return 1 if alone else max(1, found)
     if found and not one_device and asked > found:
-        raise RecipeError("train.devices", [f"{asked} devices are asked for, this machine has {found}"])
+        raise RecipeError("train.devices", [f"{asked} devices requested, this machine has {found}"])
     return int(asked)
 
 
@@ -46,18 +46,18 @@ def relaunch(count: int, *, max_restarts: int) -> int:
     """Run this command again in `count` processes; return the exit code of the first one that failed, or 0.
 
     Args:
-        max_restarts: When one of them dies, all are started again, so often at most; they go on from the last checkpoint.
-            What they said no to, or ended on purpose, is not tried again.
+        max_restarts: How often all processes are restarted after one died; they resume from the last checkpoint.
+            A refusal or an intended stop is not retried.
 
     Raises:
-        Interrupted: This process was asked to stop; all finished their step and saved.
+        Interrupted: This process was asked to stop; all finished their step and saved a checkpoint.
     """
     say(f"starting {count} processes on this machine (train.devices)")
     code = _in_processes(count)
     for restart in range(1, max_restarts + 1):
         if code in (0, Interrupted.exit_code, *REFUSALS):
             break
-        say(f"a process is gone: restart {restart} of {max_restarts}")
+        say(f"a process died: restart {restart} of {max_restarts}")
         code = _in_processes(count)
     return code
 
@@ -70,7 +70,7 @@ def _in_processes(count: int) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    # Asked to stop, processes finish a step and save: that takes longer than the half minute after which they would be killed.
+    # Processes that are asked to stop finish a step and save a checkpoint. The default of 30 s would kill them before.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(STOP_SECONDS))
     config = LaunchConfig(
         min_nodes=1,
@@ -95,9 +95,9 @@ def _in_processes(count: int) -> int:
 
 
 def _code(failures: Iterable[Any]) -> int:
-    """Return the exit code of processes that failed: what one said no with, 1 where one died, else that of the first."""
+    """Return the exit code of failed processes: a refusal's, 1 if a process died, else that of the first to fail."""
     codes = [int(failure.exitcode) for failure in sorted(failures, key=lambda failure: failure.timestamp)]
     if refused := [code for code in codes if code in REFUSALS]:
         return refused[0]
-    # When one is killed, the others are asked to stop and say that they were: no end that was wished for.
+    # After one was killed the others are asked to stop and exit as interrupted, which nobody asked for.
     return 1 if min(codes, default=0) <= 0 else codes[0]

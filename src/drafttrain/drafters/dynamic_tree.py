@@ -1,4 +1,4 @@
-"""A tree that grows level by level where the drafter is surest, then keeps its likeliest nodes.
+"""EAGLE-2's dynamic tree: it grows level by level at the likeliest nodes, then keeps the likeliest nodes of all levels.
 
 M = nodes of the frontier, V = vocabulary
 """
@@ -12,13 +12,14 @@ from drafttrain.core.proposals import Budget, Proposal, fixed_tree
 
 
 class DynamicTree:
-    """The tree of one sequence. A node's score is the log-probability of its path by the drafter's own laws.
+    """The tree of one sequence. A node's score is the drafter's log-probability of the path to it.
 
-    The choices depend on the drafter's laws and the committed text alone and the nodes are FIXED, so the output stays lossless.
+    The tree depends only on the drafter's distributions and the committed text, and its nodes are FIXED: decoding stays
+    lossless.
 
     Args:
         root: The last committed token.
-        budget: Each frontier node gets up to `width` children; of each level the best `width` nodes are the next frontier.
+        budget: Each frontier node gets up to `width` children. The best `width` nodes of a level are the next frontier.
 
     Source: Li et al. 2024, EAGLE-2, arXiv 2406.16858, 4.
     """
@@ -28,7 +29,7 @@ class DynamicTree:
         self.tokens = [root]
         self.parents = [-1]
         self.frontier = [0] if budget.nodes else []
-        """Nodes whose children are drafted next; empty: the tree is grown."""
+        """Nodes whose children are drafted next; empty: the tree is complete."""
         self._scores = [0.0]
         self.depth = 0
         """Levels grown so far."""
@@ -37,12 +38,12 @@ class DynamicTree:
         """Add the children of the frontier.
 
         Args:
-            log_q_MV: The drafter's log-law after each frontier node.
+            log_q_MV: The drafter's log-probabilities after each frontier node.
             expand: Which frontier nodes get children; None: all.
         """
         width = min(self.budget.width, log_q_MV.shape[-1])
         best = log_q_MV.topk(width, dim=-1)
-        # Both are exact in float64, and the device is read once.
+        # One read of the device for both; float64 holds scores and ids exactly.
         scores, tokens = torch.stack([best.values.double(), best.indices.double()]).tolist()
         first = len(self.tokens)
         for row, node in enumerate(self.frontier):
@@ -57,7 +58,7 @@ class DynamicTree:
         self.frontier = sorted(level[:width]) if self.depth < self.budget.depth else []
 
     def proposal(self) -> Proposal:
-        """Return the likeliest nodes: a parent is at least as likely as its children and comes before them."""
+        """Return the likeliest nodes. A parent is at least as likely as its children, so it is kept and comes first."""
         ranked = sorted(range(1, len(self.tokens)), key=lambda node: (-self._scores[node], node))
         kept = sorted(ranked[: self.budget.nodes])
         place = {0: 0} | {node: number for number, node in enumerate(kept, start=1)}

@@ -1,4 +1,4 @@
-"""The next draft token of every sequence that drafts on: drawn, or the likeliest one.
+"""The next draft token of each sequence: sampled or greedy.
 
 N = sequences that draft, V = the drafter's vocabulary
 """
@@ -17,12 +17,12 @@ from drafttrain.core.texts import Sampling
 def next_tokens(
     logits: Sequence[Tensor], sampling: Sampling, generators: Sequence[torch.Generator], *, fixed: bool
 ) -> tuple[list[int], list[Tensor | None]]:
-    """Return a token for each sequence, and the distribution that it was drawn from; the device is read once for all.
+    """Return the next token of each sequence, and the distribution it was drawn from. The device is read once for all.
 
     Args:
         logits: logits_V of each sequence.
-        generators: Of each sequence, for its draw.
-        fixed: The likeliest token, from no distribution.
+        generators: One per sequence, for its draw.
+        fixed: Take the likeliest token; its distribution is None.
     """
     if not logits:
         return [], []

@@ -5,7 +5,8 @@ N = predictions
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,21 @@ class Bin:
     """Their mean; nan where there are none."""
     observed: float
     """The mean of their labels."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """All figures of predictions."""
+
+    count: int
+    mean_label: float
+    mean_predicted: float
+    log_likelihood: float
+    brier: float
+    ece: float
+    auc: float
+    reliability: Sequence[Bin]
+    """The ranges that contain predictions."""
 
 
 def reliability(predicted_N: ArrayLike, labels_N: ArrayLike, *, num_bins: int = NUM_BINS) -> list[Bin]:
@@ -78,19 +94,19 @@ def auc(predicted_N: ArrayLike, labels_N: ArrayLike) -> float:
     return float((kept_at * (below + refused_at / 2)).sum() / pairs) if pairs else float("nan")
 
 
-def calibration(predicted_N: ArrayLike, labels_N: ArrayLike) -> dict[str, Any]:
+def calibration(predicted_N: ArrayLike, labels_N: ArrayLike) -> Calibration:
     """Return all figures of predictions."""
     predicted, labels = _arrays(predicted_N, labels_N)
-    return {
-        "count": len(labels),
-        "mean_label": float(labels.mean()),
-        "mean_predicted": float(predicted.mean()),
-        "log_likelihood": log_likelihood(predicted, labels),
-        "brier": brier(predicted, labels),
-        "ece": ece(predicted, labels),
-        "auc": auc(predicted, labels),
-        "reliability": [asdict(one) for one in reliability(predicted, labels) if one.count],
-    }
+    return Calibration(
+        count=len(labels),
+        mean_label=float(labels.mean()),
+        mean_predicted=float(predicted.mean()),
+        log_likelihood=log_likelihood(predicted, labels),
+        brier=brier(predicted, labels),
+        ece=ece(predicted, labels),
+        auc=auc(predicted, labels),
+        reliability=[one for one in reliability(predicted, labels) if one.count],
+    )
 
 
 def _arrays(predicted_N: ArrayLike, labels_N: ArrayLike) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -9,19 +9,18 @@ from typing import Any
 import torch
 
 from drafttrain.eval.calibration import calibration
+from drafttrain.eval.result import HeadFigures
 from drafttrain.heads import HeadRows, TokenHead, load_head, probabilities
 
 
 def held_out_estimate(head: TokenHead, rows: HeadRows) -> dict[str, Any]:
     """Return what training watches: figures on held-out tokens by name, and `said`."""
     figures = calibration(probabilities(head, rows), rows.labels_N)
-    said = (
-        f"held-out log-likelihood {figures['log_likelihood']:.4f}  AUC {figures['auc']:.3f}  ECE {figures['ece']:.4f}"
-    )
-    return figures | {"said": said}
+    said = f"held-out log-likelihood {figures.log_likelihood:.4f}  AUC {figures.auc:.3f}  ECE {figures.ece:.4f}"
+    return asdict(figures) | {"said": said}
 
 
-def head_figures(folder: Path, start: Path, rows: HeadRows, *, kind: str) -> dict[str, Any]:
+def head_figures(folder: Path, start: Path, rows: HeadRows, *, kind: str) -> HeadFigures:
     """Return the figures of an exported head, read from its files."""
     loaded = load_head(folder, kind=kind)
     variants = {
@@ -31,11 +30,11 @@ def head_figures(folder: Path, start: Path, rows: HeadRows, *, kind: str) -> dic
     if getattr(loaded.head.settings, "prior_correct", False):
         with torch.no_grad():
             variants["trained, not prior-corrected"] = loaded.head(rows.features_ND).sigmoid()
-    return {
-        "kind": kind,
-        "made_for": asdict(loaded.made_for) if loaded.made_for else None,
-        "parameters": sum(p.numel() for p in loaded.head.parameters()),
-        "settings": asdict(loaded.head.settings),
-        "rows": len(rows),
-        "held_out": {name: calibration(predicted_N, rows.labels_N) for name, predicted_N in variants.items()},
-    }
+    return HeadFigures(
+        kind=kind,
+        made_for=loaded.made_for,
+        parameters=sum(p.numel() for p in loaded.head.parameters()),
+        settings=asdict(loaded.head.settings),
+        rows=len(rows),
+        held_out={name: calibration(predicted_N, rows.labels_N) for name, predicted_N in variants.items()},
+    )

@@ -32,35 +32,22 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Parity:
-    """Of all prompts: how many outputs are equal, and where the others part."""
+    """How many outputs of all prompts are equal, and where the others differ."""
 
+    exact: bool
+    """All outputs are equal, token for token."""
     num_prompts: int
-    divergences: tuple[Divergence, ...]
-
-    @property
-    def exact(self) -> bool:
-        """All outputs are equal, token for token."""
-        return not self.divergences
+    num_equal: int
+    divergences: Sequence[Divergence]
+    text: str
+    """The same in one line."""
 
     def __str__(self) -> str:
-        equal = self.num_prompts - len(self.divergences)
-        if self.exact:
-            return f"exact: {equal} of {self.num_prompts} outputs equal, token for token"
-        worst = max(self.divergences, key=lambda one: abs(one.logit_gap))
-        kind = "near ties" if all(one.near_tie for one in self.divergences) else "NOT LOSSLESS"
-        return (
-            f"{equal} of {self.num_prompts} outputs equal; {kind}: largest logit gap {worst.logit_gap:.2g} "
-            f"at token {worst.position} of {worst.id}"
-        )
+        return self.text
 
     def json(self) -> dict[str, Any]:
-        """Return what eval.json holds."""
-        return {
-            "exact": self.exact,
-            "num_prompts": self.num_prompts,
-            "num_equal": self.num_prompts - len(self.divergences),
-            "divergences": [asdict(one) for one in self.divergences],
-        }
+        """Return the content as JSON files hold it."""
+        return asdict(self)
 
 
 def parity(plain: Sequence[Generation], drafted: Sequence[Generation], target: Target) -> Parity:
@@ -70,7 +57,20 @@ def parity(plain: Sequence[Generation], drafted: Sequence[Generation], target: T
         for ours, theirs in zip(drafted, plain, strict=True)
         if (divergence := _first_difference(theirs, ours, target)) is not None
     ]
-    return Parity(len(plain), tuple(found))
+    equal = len(plain) - len(found)
+    return Parity(not found, len(plain), equal, found, _in_words(len(plain), found))
+
+
+def _in_words(num_prompts: int, divergences: Sequence[Divergence]) -> str:
+    equal = num_prompts - len(divergences)
+    if not divergences:
+        return f"exact: {equal} of {num_prompts} outputs equal, token for token"
+    worst = max(divergences, key=lambda one: abs(one.logit_gap))
+    kind = "near ties" if all(one.near_tie for one in divergences) else "NOT LOSSLESS"
+    return (
+        f"{equal} of {num_prompts} outputs equal; {kind}: largest logit gap {worst.logit_gap:.2g} "
+        f"at token {worst.position} of {worst.id}"
+    )
 
 
 @torch.no_grad()

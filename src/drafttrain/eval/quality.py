@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from drafttrain.core.generations import Generation
 from drafttrain.core.texts import Prompt
 from drafttrain.data_gen.checkers import Checker
+from drafttrain.eval.interval import Interval
 from drafttrain.eval.statistics import share_difference, share_interval
 
 
-def agreement(own: Sequence[Generation], found: Sequence[Generation]) -> dict[str, Any]:
-    """Return how far outputs are the target's own: outputs that are equal, and tokens before the first difference."""
+@dataclass(frozen=True)
+class Agreement:
+    """How far the outputs of a lossy rule equal the target's own."""
+
+    equal_outputs: Interval
+    """Share of outputs that are equal, token for token."""
+    tokens_before_difference: Interval
+    """Share of tokens before the first difference."""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Share of prompts that the outputs solve."""
+
+    score: Interval
+    less_the_targets: Interval
+    """The share, less that of the target's own outputs, paired over prompts."""
+
+
+def agreement(own: Sequence[Generation], found: Sequence[Generation]) -> Agreement:
+    """Compare outputs with the target's own."""
     same = [float(list(a.tokens) == list(b.tokens)) for a, b in zip(own, found, strict=True)]
     before = [_common(a.tokens, b.tokens) for a, b in zip(own, found, strict=True)]
     lengths = [max(len(a.tokens), len(b.tokens)) for a, b in zip(own, found, strict=True)]
-    return {
-        "equal_outputs": share_interval(same, [1] * len(same)).json(),
-        "tokens_before_difference": share_interval(before, lengths).json(),
-    }
+    return Agreement(share_interval(same, [1] * len(same)), share_interval(before, lengths))
 
 
 def solved(
@@ -32,12 +50,9 @@ def solved(
     ]
 
 
-def task_score(found: Sequence[float], own: Sequence[float]) -> dict[str, Any]:
-    """Return the share solved, and the difference to the target's own, paired over prompts."""
-    return {
-        "score": share_interval(found, [1] * len(found)).json(),
-        "less_the_targets": share_difference(found, own).json(),
-    }
+def task_score(found: Sequence[float], own: Sequence[float]) -> TaskScore:
+    """Return the share of prompts solved, and the difference from the target's own share."""
+    return TaskScore(share_interval(found, [1] * len(found)), share_difference(found, own).interval())
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
@@ -13,12 +14,13 @@ from typing import Any
 
 from drafttrain.core.files import write_text
 from drafttrain.core.printable import printable
-from drafttrain.eval.table import bounds, number, p_value
+from drafttrain.eval.interval import number, p_value
+from drafttrain.eval.result import DrafterFigures, HeadFigures, Result
 
 LABEL_CHARACTERS = 60
 
 
-def write_report(path: Path, result: Mapping[str, Any], *, title: str, metrics: Path | None, command: str) -> None:
+def write_report(path: Path, result: Result, *, title: str, metrics: Path | None, command: str) -> None:
     """Write the report of an evaluation.
 
     Args:
@@ -41,11 +43,11 @@ def write_report(path: Path, result: Mapping[str, Any], *, title: str, metrics: 
     plots.append(
         ("Block efficiency against draft length", text, picture(lambda axes: _lengths(axes, result), columns=1))
     )
-    if "head" in result:
+    if (head := result.head) is not None:
         text = "Mean label by predicted chance on held-out draft tokens; on the diagonal a chance is what it says."
-        plots.append(("Reliability of the head", text, picture(lambda axes: _reliability(axes, result), columns=1)))
+        plots.append(("Reliability of the head", text, picture(lambda axes: _reliability(axes, head), columns=1)))
     html = page(template).render(
-        title=title, result=result, plots=plots, command=command, number=number, bounds=bounds, p_value=p_value
+        title=title, result=result, plots=plots, command=command, number=number, p_value=p_value
     )
     write_text(path, html)
 
@@ -147,51 +149,48 @@ def _times(axes: Sequence[Any], rows: Sequence[Mapping[str, str]]) -> None:
         axes[1].set(xlabel="step", title="needed TFLOP/s (the device's peak is not known)", ylim=(0, None))
 
 
-def _arms(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+def _arms(result: Result) -> list[tuple[str, DrafterFigures]]:
     return [
-        (label(f"{name}, temperature {part['temperature']:g}"), figures)
-        for part in result["temperatures"]
-        for name, figures in part["drafters"].items()
+        (label(f"{name}, temperature {part.temperature:g}"), figures)
+        for part in result.temperatures
+        for name, figures in part.drafters.items()
     ]
 
 
-def _positions(axes: Sequence[Any], result: Mapping[str, Any]) -> None:
+def _positions(axes: Sequence[Any], result: Result) -> None:
     for name, figures in _arms(result):
-        places = range(1, len(figures["acceptance_by_position"]) + 1)
-        (line,) = axes[0].plot(places, figures["acceptance_by_position"], "o-", label=name)
-        conditional = [float("nan") if value is None else value for value in figures["conditional_acceptance"]]
-        axes[0].plot(places, conditional, "--", color=line.get_color(), alpha=0.6)
+        places = range(1, len(figures.acceptance_by_position) + 1)
+        (line,) = axes[0].plot(places, figures.acceptance_by_position, "o-", label=name)
+        axes[0].plot(places, figures.conditional_acceptance, "--", color=line.get_color(), alpha=0.6)
     axes[0].set(xlabel="draft position", ylabel="share kept", ylim=(0, 1))
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(fontsize=8, frameon=False)
 
 
-def _reliability(axes: Sequence[Any], result: Mapping[str, Any]) -> None:
+def _reliability(axes: Sequence[Any], head: HeadFigures) -> None:
     axes[0].plot([0, 1], [0, 1], ":", color="#888")
-    for name, figures in result["head"]["held_out"].items():
-        bins = figures["reliability"]
-        label = f"{name}, ECE {figures['ece']:.3f}"
-        axes[0].plot([one["predicted"] for one in bins], [one["observed"] for one in bins], "o-", label=label)
+    for name, figures in head.held_out.items():
+        bins = figures.reliability
+        text = f"{name}, ECE {figures.ece:.3f}"
+        axes[0].plot([one.predicted for one in bins], [one.observed for one in bins], "o-", label=text)
     axes[0].set(xlabel="predicted chance", ylabel="mean label", xlim=(0, 1), ylim=(0, 1))
     axes[0].legend(fontsize=8, frameon=False)
 
 
-def _lengths(axes: Sequence[Any], result: Mapping[str, Any]) -> None:
-    main = result["settings"]["length"]
+def _lengths(axes: Sequence[Any], result: Result) -> None:
+    main = result.settings["length"]
     for name, figures in _arms(result):
-        length = figures.get("length", main)
-        if length != main:
+        if figures.length != main:
             continue  # replay is of chains: the further lengths of a drafter would draw its line once more
-        if not figures["replay"]:
+        if not figures.replay:
             continue  # a lossy rule's text cannot be replayed
-        lengths = [int(k) for k in figures["replay"]]
-        values = list(figures["replay"].values())
-        (line,) = axes[0].plot(lengths, [v["value"] for v in values], label=name)
-        if None not in [v["low"] for v in values]:  # one prompt has no interval
-            bounds = [[v[name] for v in values] for name in ("low", "high")]
-            axes[0].fill_between(lengths, *bounds, color=line.get_color(), alpha=0.15, lw=0)
-        if length["kind"] == "fixed":
-            axes[0].plot(length["num_draft_tokens"], figures["block_efficiency"]["value"], "o", color=line.get_color())
+        lengths, values = [int(k) for k in figures.replay], list(figures.replay.values())
+        (line,) = axes[0].plot(lengths, [v.value for v in values], label=name)
+        if not any(math.isnan(v.low) for v in values):  # one prompt has no interval
+            lows, highs = [v.low for v in values], [v.high for v in values]
+            axes[0].fill_between(lengths, lows, highs, color=line.get_color(), alpha=0.15, lw=0)
+        if main["kind"] == "fixed":
+            axes[0].plot(main["num_draft_tokens"], figures.block_efficiency.value, "o", color=line.get_color())
     axes[0].set(xlabel="draft tokens a round", ylabel="block efficiency")
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(fontsize=8, frameon=False)

@@ -1,6 +1,6 @@
 """Settings of the evaluation."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from drafttrain.core.settings import setting
@@ -65,6 +65,15 @@ class EvalSettings:
             problems.append(f"also: {label} is there twice (eval.length counts)")
         return problems
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the section as eval.json holds it: every component with its kind."""
+        return asdict(self) | {
+            "rule": component_as_dict(self.rule),
+            "length": component_as_dict(self.length),
+            "also": [component_as_dict(length) for length in self.also],
+            "checker": component_as_dict(self.checker) if self.checker else None,
+        }
+
     def smoke(self) -> "EvalSettings":
         """Return a copy with a handful of short outputs."""
         return replace(
@@ -75,6 +84,11 @@ class EvalSettings:
             speed_prompts=min(self.speed_prompts, 2),
             also=self.also[:1],
         )
+
+
+def component_as_dict(settings: Any) -> dict[str, Any]:
+    """Return the settings of a component, its kind first."""
+    return {"kind": settings.kind} | asdict(settings)
 
 
 def length_label(length: Any) -> str:

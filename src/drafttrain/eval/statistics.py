@@ -7,46 +7,17 @@ benchmarks/interval_coverage.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from drafttrain.eval.table import interval
+from drafttrain.eval.interval import Comparison, Interval
 
 CONFIDENCE = 0.95
 ROUNDING = 1e-12
 """Errors below this part of a value are those of floating point."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A value with its 95 % interval over prompts; one prompt has none, and the bounds are nan."""
-
-    value: float
-    low: float
-    high: float
-    num_prompts: int
-
-    def __str__(self) -> str:
-        return interval(self.json(), 3)
-
-    def json(self) -> dict[str, float]:
-        """Return what eval.json holds."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Comparison(Interval):
-    """Two ways of decoding the same prompts; p < 0.05 where the interval leaves out that they are equal."""
-
-    p_value: float
-    """Two-sided; nan for one prompt."""
-
-    def json(self) -> dict[str, float]:
-        """Return what eval.json holds: the interval, the p-value stands beside it."""
-        return {name: value for name, value in asdict(self).items() if name != "p_value"}
 
 
 Part = tuple[ArrayLike, ArrayLike]
@@ -95,7 +66,7 @@ class _Estimate:
             p_value = float(2 * stats.t.sf(distance / self.error, self.freedom))
         else:
             p_value = float(distance <= ROUNDING)
-        return Comparison(self.value, *self.bounds(), self.num_prompts, p_value)
+        return Comparison(self.value, *self.bounds(), self.num_prompts, p_value=p_value)
 
 
 def _estimate(parts: Sequence[Part], of_ratios: Callable[..., Any]) -> _Estimate:
@@ -157,12 +128,12 @@ def share_difference(first: ArrayLike, second: ArrayLike) -> Comparison:
     differences_P = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
     value, count = float(differences_P.mean()), len(differences_P)
     if count < 2:
-        return Comparison(value, float("nan"), float("nan"), count, float("nan"))
+        return Comparison(value, float("nan"), float("nan"), count, p_value=float("nan"))
     added_P = np.append(differences_P, [1.0, -1.0])
     centre, error = float(added_P.mean()), float(added_P.std() / np.sqrt(len(added_P)))
     reach = error * _normal_quantile()
     p_value = float(2 * stats.norm.sf(abs(centre) / error))
-    return Comparison(value, max(-1.0, centre - reach), min(1.0, centre + reach), count, p_value)
+    return Comparison(value, max(-1.0, centre - reach), min(1.0, centre + reach), count, p_value=p_value)
 
 
 def _normal_quantile() -> float:

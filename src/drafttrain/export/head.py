@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import folder_beside
-from drafttrain.eval.table import interval
+from drafttrain.eval.interval import number
+from drafttrain.eval.result import Result
 from drafttrain.export.markdown import block, code, plain
 from drafttrain.heads import HeadRows, MadeFor, load_head
 
@@ -39,23 +38,26 @@ def export_head(trained: Path, folder: Path, *, kind: str, held_out: HeadRows, m
             raise CheckpointError(f"{folder}: {len(wrong)} tensors read back differ from what was written: {wrong[:5]}")
 
 
-def head_card(name: str, result: Mapping[str, Any], *, recipe: str, command: str) -> str:
+def head_card(name: str, result: Result, *, recipe: str, command: str) -> str:
     """Return README.md of a head's folder.
 
     Args:
         result: What `evaluate` returned, with `head`.
         recipe: The resolved recipe.
     """
-    head, made = result["head"], result["provenance"]
+    head, made = result.head, result.provenance
+    assert head is not None
+    made_for = head.made_for
+    assert made_for is not None
     figures = [
-        f"| {label} | {part['log_likelihood']:.4f} | {part['auc']:.3f} | {part['ece']:.4f} | {part['brier']:.4f} |"
-        for label, part in head["held_out"].items()
+        f"| {label} | {part.log_likelihood:.4f} | {part.auc:.3f} | {part.ece:.4f} | {part.brier:.4f} |"
+        for label, part in head.held_out.items()
     ]
     rows = [
-        f"| {part['temperature']:g} | {plain(arm)} | {interval(one['block_efficiency'])} | {one['draft_acceptance_rate']:.2f} "
-        f"| {one['mbsu']:.2f} |"
-        for part in result["temperatures"]
-        for arm, one in part["drafters"].items()
+        f"| {part.temperature:g} | {plain(arm)} | {one.block_efficiency.text()} | {number(one.draft_acceptance_rate)} "
+        f"| {number(one.mbsu)} |"
+        for part in result.temperatures
+        for arm, one in part.drafters.items()
     ]
     nl = "\n"
     return f"""---
@@ -63,14 +65,14 @@ tags: [speculative-decoding]
 ---
 # {plain(name)}
 
-A head of kind `{head["kind"]}` for the target {code(head["made_for"]["target"])} and the drafter {code(head["made_for"]["drafter"])}, which
-stay as they are. {head["parameters"]:,} parameters. Figures on {head["rows"]:,} held-out draft tokens:
+A head of kind `{head.kind}` for the target {code(made_for.target)} and the drafter {code(made_for.drafter)}, which
+stay as they are. {head.parameters:,} parameters. Figures on {head.rows:,} held-out draft tokens:
 
 | | log-likelihood | AUC | ECE | Brier |
 |---|---|---|---|---|
 {nl.join(figures)}
 
-Decoding with it ({result["num_prompts"]} prompts, 95 % intervals over prompts; the embedded evaluator on these files):
+Decoding with it ({result.num_prompts} prompts, 95 % intervals over prompts; the embedded evaluator on these files):
 
 | temperature | | block efficiency | draft acceptance rate | MBSU |
 |---|---|---|---|---|
@@ -78,7 +80,7 @@ Decoding with it ({result["num_prompts"]} prompts, 95 % intervals over prompts; 
 
 ## Where it comes from
 
-{code(command)}, commit `{made["commit"] or "unknown"}`, {made["date"]}, {made["machine"]["processor"]}.
+{code(command)}, commit `{made.commit or "unknown"}`, {made.date}, {made.machine.processor}.
 
 {block(recipe, "yaml")}
 """

@@ -15,7 +15,7 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import folder_beside, write_json
 from drafttrain.core.foreign import READ, on_one_screen, own_files
 from drafttrain.core.tensors import read_tensors
-from drafttrain.drafters.medusa.module import ADAPTER, TREE
+from drafttrain.drafters.medusa.folder import ADAPTER, TREE
 from drafttrain.export.layout import layout_problems
 from drafttrain.importers import Given, Imported, Importer, importers
 from drafttrain.importers.reading import read_given

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from drafttrain.drafters.eagle.layer import Rotary
-from drafttrain.drafters.eagle.target_parts import llama_config
+from drafttrain.drafters.eagle.layer_config import llama_config
 from drafttrain.importers import Given
 from drafttrain.importers.naming import without
 from drafttrain.importers.target import TargetFiles

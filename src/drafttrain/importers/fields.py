@@ -10,11 +10,12 @@ from typing import Any, TypeGuard
 
 from drafttrain.core.foreign import shown
 from drafttrain.drafters.eagle.layer import Rotary
-from drafttrain.drafters.eagle.target_parts import ENDLESS, ROPE_SCALINGS, llama_config, one_layer
+from drafttrain.drafters.eagle.layer_config import ROPE_SCALINGS, llama_config, one_layer
 from drafttrain.export.layout import rope_problems
 from drafttrain.importers import Given
 from drafttrain.importers.naming import listed, without
 from drafttrain.importers.target import TargetFiles
+from drafttrain.target_model.positions import UNLIMITED_POSITIONS
 
 SILENT = (
     *("architectures", "auto_map", "_name_or_path", "dtype", "torch_dtype", "transformers_version", "torchscript"),
@@ -185,7 +186,7 @@ def layer_fields(config: Mapping[str, Any], target: TargetFiles) -> tuple[dict[s
     if eps is not None and not _is_positive(eps):
         found.append(f"config.json: rms_norm_eps must be a number above 0, got {shown(eps)}")
     if positions is None:
-        positions = target.num_positions or ENDLESS
+        positions = target.num_positions or UNLIMITED_POSITIONS
         notes.append(f"config.json: max_position_embeddings is left out: taken as {positions}, the target's")
     if eps is None:
         notes.append(f"config.json: rms_norm_eps is left out: taken as {DEFAULT_EPS}, as Llama's loaders do")
@@ -202,7 +203,7 @@ def layer_fields(config: Mapping[str, Any], target: TargetFiles) -> tuple[dict[s
         num_key_value_heads=groups,
         head_dim=config.get("head_dim") or width // heads,
         rms_norm_eps=float(eps) if _is_positive(eps) else DEFAULT_EPS,
-        max_position_embeddings=positions if _is_size(positions) else ENDLESS,
+        max_position_embeddings=positions if _is_size(positions) else UNLIMITED_POSITIONS,
         rope=rope,
     )
     fields["vocab_size"] = config["vocab_size"]

@@ -11,8 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from drafttrain.core.batches import DraftBatch, DraftOutput, Plan, shape_of
-from drafttrain.core.packed_documents import PackedDocuments, ReadSlots
+from drafttrain.core.batches import DraftBatch, DraftOutput, PackedDocuments, Plan, ReadSlots, shape_of
 from drafttrain.core.target_rows import AlignedRows, RowIndex, RowsAsked
 
 

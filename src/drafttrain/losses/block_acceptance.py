@@ -17,13 +17,13 @@ _BEYOND = 1 << 40
 
 
 @dataclass
-class BlockAcceptanceConfig:
+class BlockAcceptanceSettings:
     """Draft tokens of a block that are expected to be lost. A depth after one that is never accepted learns nothing: warm up."""
 
     block_length: int = setting(5, help="Draft tokens of a block.", ge=1)
 
 
-@losses.register("block_acceptance", BlockAcceptanceConfig)
+@losses.register("block_acceptance", BlockAcceptanceSettings)
 class BlockAcceptance(Loss):
     """1 - (1/K) sum_{k<=K} prod_{i<=k} a_i over the K depths of a block, a_i the acceptance rates; the same for all its rows.
 
@@ -31,9 +31,9 @@ class BlockAcceptance(Loss):
     A depth that is left out between others (the drafter's vocabulary lacks what the target would say) is never accepted.
     """
 
-    def __init__(self, settings: BlockAcceptanceConfig | None = None) -> None:
+    def __init__(self, settings: BlockAcceptanceSettings | None = None) -> None:
         super().__init__()
-        self.settings = settings or BlockAcceptanceConfig()
+        self.settings = settings or BlockAcceptanceSettings()
 
     @property
     def block_length(self) -> int:

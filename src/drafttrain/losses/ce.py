@@ -12,17 +12,17 @@ from drafttrain.losses import Loss, losses
 
 
 @dataclass
-class CrossEntropyConfig:
+class CrossEntropySettings:
     """Cross-entropy with the data's own token; asks for no target."""
 
 
-@losses.register("ce", CrossEntropyConfig)
+@losses.register("ce", CrossEntropySettings)
 class CrossEntropy(Loss):
     """-log q(label), nats."""
 
     needs_target: ClassVar[bool] = False
 
-    def __init__(self, settings: CrossEntropyConfig | None = None) -> None:
+    def __init__(self, settings: CrossEntropySettings | None = None) -> None:
         super().__init__()
 
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:

@@ -10,15 +10,15 @@ from drafttrain.losses import Loss, losses
 
 
 @dataclass
-class ForwardKLConfig:
+class ForwardKLSettings:
     """KL(p || q): the drafter covers all that the target may say. A good first choice for greedy decoding."""
 
 
-@losses.register("forward_kl", ForwardKLConfig)
+@losses.register("forward_kl", ForwardKLSettings)
 class ForwardKL(Loss):
     """sum_x p(x) log(p(x) / q(x)), nats. Source: Hinton et al. 2015; Zhou et al. 2023, DistillSpec, arXiv 2310.08461."""
 
-    def __init__(self, settings: ForwardKLConfig | None = None) -> None:
+    def __init__(self, settings: ForwardKLSettings | None = None) -> None:
         super().__init__()
 
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drafttrain.core.divergences import kl_divergence, log_ratio
-from drafttrain.core.loss_rows import LossRows
+from drafttrain.core.loss_rows import LossRows, kl_divergence, log_ratio
 from drafttrain.core.settings import setting
 from drafttrain.losses import Loss, losses
 
 
 @dataclass
-class JSDConfig:
+class JSDSettings:
     """Generalised Jensen-Shannon divergence, bounded."""
 
     beta: float = setting(
@@ -22,16 +21,16 @@ class JSDConfig:
     )
 
 
-@losses.register("jsd", JSDConfig)
+@losses.register("jsd", JSDSettings)
 class JSD(Loss):
     """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
 
     Source: Agarwal et al. 2023, arXiv 2306.13649; Zhou et al. 2023, DistillSpec, arXiv 2310.08461.
     """
 
-    def __init__(self, settings: JSDConfig | None = None) -> None:
+    def __init__(self, settings: JSDSettings | None = None) -> None:
         super().__init__()
-        self.beta = (settings or JSDConfig()).beta
+        self.beta = (settings or JSDSettings()).beta
 
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
         """Return the divergence of each row."""

@@ -12,19 +12,19 @@ from drafttrain.losses import Loss, losses
 
 
 @dataclass
-class LKHybridConfig:
+class LKHybridSettings:
     """Forward KL that turns into TVD as the acceptance rate grows."""
 
     rate: float = setting(3.0, help="The KL's share of a row is exp(-rate x acceptance rate).", gt=0)
 
 
-@losses.register("lk_hybrid", LKHybridConfig)
+@losses.register("lk_hybrid", LKHybridSettings)
 class LKHybrid(Loss):
     """w KL(p || q) + (1 - w) TVD(p, q), w = exp(-rate sg[acceptance rate]) by row."""
 
-    def __init__(self, settings: LKHybridConfig | None = None) -> None:
+    def __init__(self, settings: LKHybridSettings | None = None) -> None:
         super().__init__()
-        self.rate = (settings or LKHybridConfig()).rate
+        self.rate = (settings or LKHybridSettings()).rate
 
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
         """Return the loss of each row."""

@@ -6,21 +6,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drafttrain.core.divergences import log_ratio
-from drafttrain.core.loss_rows import LossRows
+from drafttrain.core.loss_rows import LossRows, log_ratio
 from drafttrain.losses import Loss, losses
 
 
 @dataclass
-class NegLogAcceptanceConfig:
+class NegLogAcceptanceSettings:
     """-log acceptance rate: TVD that learns faster where the drafter is still bad."""
 
 
-@losses.register("neg_log_acceptance", NegLogAcceptanceConfig)
+@losses.register("neg_log_acceptance", NegLogAcceptanceSettings)
 class NegLogAcceptance(Loss):
     """-log sum_x min(p, q), nats."""
 
-    def __init__(self, settings: NegLogAcceptanceConfig | None = None) -> None:
+    def __init__(self, settings: NegLogAcceptanceSettings | None = None) -> None:
         super().__init__()
 
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:

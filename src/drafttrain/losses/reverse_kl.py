@@ -5,21 +5,20 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from drafttrain.core.divergences import kl_divergence, log_ratio
-from drafttrain.core.loss_rows import LossRows
+from drafttrain.core.loss_rows import LossRows, kl_divergence, log_ratio
 from drafttrain.losses import Loss, losses
 
 
 @dataclass
-class ReverseKLConfig:
+class ReverseKLSettings:
     """KL(q || p): the drafter avoids what the target would not say."""
 
 
-@losses.register("reverse_kl", ReverseKLConfig)
+@losses.register("reverse_kl", ReverseKLSettings)
 class ReverseKL(Loss):
     """sum_x q(x) log(q(x) / p(x)), nats. Source: Zhou et al. 2023, DistillSpec, arXiv 2310.08461."""
 
-    def __init__(self, settings: ReverseKLConfig | None = None) -> None:
+    def __init__(self, settings: ReverseKLSettings | None = None) -> None:
         super().__init__()
 
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:

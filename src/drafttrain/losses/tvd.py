@@ -10,15 +10,15 @@ from drafttrain.losses import Loss, losses
 
 
 @dataclass
-class TVDConfig:
+class TVDSettings:
     """1 - acceptance rate: what sampling at temperature 1 pays for a rejected draft."""
 
 
-@losses.register("tvd", TVDConfig)
+@losses.register("tvd", TVDSettings)
 class TVD(Loss):
     """0.5 sum_x |p - q| = 1 - sum_x min(p, q). Source: Leviathan et al. 2022, arXiv 2211.17192, 3.2."""
 
-    def __init__(self, settings: TVDConfig | None = None) -> None:
+    def __init__(self, settings: TVDSettings | None = None) -> None:
         super().__init__()
 
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:

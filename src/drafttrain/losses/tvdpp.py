@@ -19,7 +19,7 @@ from drafttrain.losses.random_rows import uniform
 
 
 @dataclass
-class TVDPPConfig:
+class TVDPPSettings:
     """TVD with an advantage-normalised reward; serves sampling at temperature 1. Exact: its gradient is grad(TVD) / sigma."""
 
     estimator: Literal["exact", "sampled"] = setting(
@@ -38,7 +38,7 @@ class TVDPPConfig:
         return []
 
 
-@losses.register("tvdpp", TVDPPConfig)
+@losses.register("tvdpp", TVDPPSettings)
 class TVDPP(Loss):
     """-E_{x~q} [A(x) log q(x)] with A = (r - mu) / (sigma + eps), r(x) = 1 where p(x) > q(x); r, A and q are not differentiated.
 
@@ -52,9 +52,9 @@ class TVDPP(Loss):
     previous_mean: Tensor
     sums_2: Tensor
 
-    def __init__(self, settings: TVDPPConfig | None = None) -> None:
+    def __init__(self, settings: TVDPPSettings | None = None) -> None:
         super().__init__()
-        self.settings = settings or TVDPPConfig()
+        self.settings = settings or TVDPPSettings()
         self.register_buffer("previous_mean", torch.tensor(0.5))
         self.register_buffer("sums_2", torch.zeros(2, dtype=torch.float64))
 

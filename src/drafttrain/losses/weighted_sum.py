@@ -37,7 +37,7 @@ class Term:
 
 
 @dataclass
-class WeightedSumConfig:
+class WeightedSumSettings:
     """A weighted sum of losses with schedules."""
 
     terms: list[Term] = setting(help="The losses with their weights.")
@@ -53,14 +53,14 @@ class WeightedSumConfig:
         """Return the lengths of blocks that the terms ask for, those of sums inside too."""
         inner = [term.loss for term in self.terms]
         own = {loss.block_length for loss in inner if hasattr(loss, "block_length")}
-        return own.union(*(loss.block_lengths() for loss in inner if isinstance(loss, WeightedSumConfig)))
+        return own.union(*(loss.block_lengths() for loss in inner if isinstance(loss, WeightedSumSettings)))
 
 
-@losses.register("sum", WeightedSumConfig)
+@losses.register("sum", WeightedSumSettings)
 class WeightedSum(Loss):
     """sum_i w_i(step) loss_i."""
 
-    def __init__(self, settings: WeightedSumConfig) -> None:
+    def __init__(self, settings: WeightedSumSettings) -> None:
         super().__init__()
         self.weights = settings.terms
         self.parts = torch.nn.ModuleList(losses.build(term.loss) for term in settings.terms)

@@ -1,6 +1,6 @@
-"""Online learning: what a serving stack sees becomes a better drafter, and a worse one is never published.
+"""Online learning: the requests of a serving stack train the drafter, and a drafter is published only if it is better.
 
-A batch of requests goes one way: the intake of `data_gen.serving_logs` -> `plausible` -> `router` -> a `route`, which is one drafter:
-held out or `buffer` -> `learner` -> `promotion` -> `versions`. `loop` drives it and `state` is one file, so a kill costs what came
-since the last update.
+Each batch of requests takes the same way: `recorder.intake` -> `router` -> a `route` (one drafter), which filters by `plausible` and
+puts a request into the held-out set or the `buffer`; then `learner` -> `promotion` -> `versions`. `loop` drives it. All state is in one
+file that is written after each update, so a kill costs only the work since the last one.
 """

@@ -1,6 +1,6 @@
-"""The replay buffer: the newest requests, and a fair sample of all that came before them.
+"""The replay buffer: the newest requests, and a uniform sample of all earlier ones.
 
-Source: Vitter 1985, Random Sampling with a Reservoir; the quota makes one user's requests a reservoir of their own.
+Source: Vitter 1985, Random Sampling with a Reservoir. The quota gives each user a reservoir of their own.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from drafttrain.recorder.intake import Served, served_as_json, served_from_json
 
 
 class ReplayBuffer:
-    """Two parts: what leaves the recent one is offered to the reservoir. A pure function of the seed and what was added.
+    """Requests that leave the recent part are offered to the reservoir. The content depends only on the seed and the added requests.
 
     Args:
         recent: Share of the capacity for the newest requests.
-        user_quota: Share of each part that one user may have. Requests that name no user are not limited.
+        user_quota: Maximum share of one user in each part. Requests without a user are not limited.
     """
 
     def __init__(self, capacity: int, *, recent: float, user_quota: float, seed: int) -> None:
@@ -30,14 +30,14 @@ class ReplayBuffer:
         self.recent: list[Served] = []
         self.reservoir: list[Served] = []
         self._offered = 0
-        """Requests that the reservoir was offered."""
+        """Number of requests offered to the reservoir."""
         self._offered_by = Counter[str]()
 
     def __len__(self) -> int:
         return len(self.recent) + len(self.reservoir)
 
     def add(self, served: Served) -> None:
-        """Take up a request; the user's oldest one goes when there are too many of the same user."""
+        """Add a request. If the user has too many, their oldest one leaves the recent part."""
         self.recent.append(served)
         own = [i for i, other in enumerate(self.recent) if served.user and other.user == served.user]
         if len(own) > self._quotas["recent"]:
@@ -46,7 +46,7 @@ class ReplayBuffer:
             self._offer(self.recent.pop(0))
 
     def _offer(self, served: Served) -> None:
-        """Keep a request with the chance that makes the reservoir a fair sample."""
+        """Keep a request with the probability that makes the reservoir a uniform sample."""
         self._offered += 1
         self._offered_by[served.user] += 1
         draws = random.Random(stream_seed(self._seed, "reservoir", self._offered))
@@ -61,12 +61,12 @@ class ReplayBuffer:
             return
         elif (place := draws.randrange(self._offered)) < len(self.reservoir):
             left, self.reservoir[place] = self.reservoir[place], served
-        # There may be any number of users: who has nothing here begins anew.
+        # The number of users is unbounded: the count of a user with no request left in the reservoir is dropped.
         if all(other.user != left.user for other in self.reservoir):
             del self._offered_by[left.user]
 
     def draw(self, count: int, *, step: int, recent: float) -> list[Served]:
-        """Return a batch: each request from the recent part with chance `recent`, from the reservoir else, and once at most."""
+        """Return a batch without repetition: each request comes from the recent part with probability `recent`, else from the reservoir."""
         draws = random.Random(stream_seed(self._seed, "batch", step))
         parts = [draws.sample(part, len(part)) for part in (self.recent, self.reservoir)]
         batch: list[Served] = []
@@ -76,12 +76,12 @@ class ReplayBuffer:
         return batch
 
     def state(self) -> dict[str, Any]:
-        """Return what `restore` needs, as JSON can hold it."""
+        """Return the state for `restore`, in JSON types."""
         parts = {name: [served_as_json(one) for one in getattr(self, name)] for name in ("recent", "reservoir")}
         return parts | {"offered": self._offered, "offered_by": dict(self._offered_by)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Stand where `state` was written."""
+        """Restore a state."""
         self.recent, self.reservoir = (_read(state[name]) for name in ("recent", "reservoir"))
         self._offered, self._offered_by = state["offered"], Counter(state["offered_by"])
 
@@ -89,8 +89,8 @@ class ReplayBuffer:
 class HeldOut:
     """The newest requests that are never trained on.
 
-    The same quota holds, so that no user alone decides what is better. An answer counts once: a server that is stuck says the same to
-    everybody, and a candidate that knows it by heart would look better than it is.
+    The quota holds here too, so that no single user decides which drafter is better. Of requests with equal answers only the newest is
+    kept: a server that repeats one answer would make a candidate that memorized it look better than it is.
     """
 
     def __init__(self, window: int, *, user_quota: float) -> None:
@@ -99,7 +99,7 @@ class HeldOut:
         self.requests: list[Served] = []
 
     def add(self, served: Served) -> None:
-        """Take up a request; the oldest one goes, that of the same user where they have too many, or the one with the same answer."""
+        """Add a request. It replaces one with the same answer, else the user's oldest one beyond the quota, else the oldest one."""
         answer = _answer(served)
         self.requests = [*(other for other in self.requests if _answer(other) != answer), served]
         own = [i for i, other in enumerate(self.requests) if served.user and other.user == served.user]
@@ -109,11 +109,11 @@ class HeldOut:
             self.requests.pop(0)
 
     def state(self) -> list[dict[str, Any]]:
-        """Return what `restore` needs, as JSON can hold it."""
+        """Return the state for `restore`, in JSON types."""
         return [served_as_json(one) for one in self.requests]
 
     def restore(self, state: Sequence[dict[str, Any]]) -> None:
-        """Stand where `state` was written."""
+        """Restore a state."""
         self.requests = _read(state)
 
 

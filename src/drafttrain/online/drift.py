@@ -1,4 +1,4 @@
-"""Has the traffic moved away from the drafter? Block efficiency of recent requests against those it was promoted on."""
+"""Tests for drift: the block efficiency on recent requests against the requests on which the drafter was promoted."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Drift:
-    """Recent traffic against that of the promotion, by replay of the current drafter."""
+    """Recent traffic against the traffic at promotion, by replay of the current drafter."""
 
     then: float
-    """Block efficiency when it was promoted."""
+    """Block efficiency on the requests of the promotion."""
     now: float
+    """Block efficiency on recent requests."""
     p_value: float
-    """Chance of so large a fall when both are drawn from the same traffic."""
+    """Probability of a drop this large if both come from the same traffic."""
 
     def json(self) -> dict[str, float]:
-        """Return what a row of the metrics holds."""
+        """Return the values for a row of the metrics."""
         return asdict(self)
 
 
 def drift(then: Sequence[Sequence[float]], now: Sequence[Sequence[float]], *, resamples: int, seed: int) -> Drift:
-    """Return the fall of block efficiency and its one-sided p-value by permutation over requests.
+    """Return the drop of block efficiency and its one-sided p-value, by permutation over requests.
 
     Args:
-        then: (tokens, expected rounds) of each request that the current drafter was promoted on.
-        now: The same of the recent ones.
+        then: (tokens, expected rounds) of each request on which the current drafter was promoted.
+        now: (tokens, expected rounds) of each recent request.
     """
     before_R2, after_R2 = np.asarray(then, dtype=float), np.asarray(now, dtype=float)
     pooled_R2, count = np.concatenate([before_R2, after_R2]), len(before_R2)

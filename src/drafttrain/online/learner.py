@@ -1,4 +1,4 @@
-"""The update: some optimizer steps of a drafter on requests from the buffer, the loss at the recorded positions only.
+"""The update: optimizer steps of a drafter on requests from the buffer, with the loss at refused positions or at all labels.
 
 B = sequences, T = positions, N = trained positions
 """
@@ -27,26 +27,26 @@ from drafttrain.train.settings import TrainSettings
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step was."""
+    """The result of one optimizer step."""
 
     loss: float
-    """Mean over its positions."""
+    """Mean over the positions."""
     positions: int
     skipped: bool
-    """The gradient was not finite, and nothing was changed."""
+    """The gradient was not finite, so no parameter changed."""
 
 
-def recorded_only(record: Record) -> Record:
+def refused_labels_only(record: Record) -> Record:
     """Return the record with labels at its refused positions only.
 
-    The label is the token that corrects the draft; the row that erred is the one before it, and `losses.align` alone knows that.
+    The label is the token that replaced the draft token. The row that predicted it is one position earlier; only `losses.align` shifts.
     """
     refused = set(record.refused or ())
     return replace(record, loss_mask=[i in refused for i in range(len(record.tokens))])
 
 
 class Learner:
-    """A drafter in training and its optimizer; the learning rate is constant, as traffic has no end."""
+    """A drafter in training and its optimizer. The learning rate is constant after the warm-up, because traffic has no end."""
 
     def __init__(
         self, drafter: Drafter, loss: Loss, *, target: Target, settings: TrainSettings, max_length: int, num_tokens: int
@@ -61,10 +61,10 @@ class Learner:
         self.optimizer = build_optimizer(drafter, settings, lr_factor=drafter.lr_factor)
 
     def step(self, records: Sequence[Record], *, positions: str) -> Step:
-        """Take one optimizer step on these requests.
+        """Take one optimizer step on some requests.
 
         Args:
-            positions: `refused`: where `Record.refused` says; `all`: at all labels.
+            positions: `refused`: the loss is taken at `Record.refused`; `all`: at all labels.
         """
         batch = self._batch(records, positions=positions)
         self.drafter.train()
@@ -80,7 +80,7 @@ class Learner:
                     chunk_rows=self.settings.loss_chunk_rows,
                 )
             share_of_step(made.total, batch, world_size=1, accumulation=1).backward()
-        skipped = not self._clipped()
+        skipped = not self._clip_gradient()
         if not skipped:
             for group in self.optimizer.param_groups:
                 group["lr"] = group.setdefault("peak", group["lr"]) * self._warm_up()
@@ -91,23 +91,25 @@ class Learner:
         return Step(float(made.total.detach()) / max(1, len(made.loss_N)), len(made.loss_N), skipped)
 
     def _batch(self, records: Sequence[Record], *, positions: str) -> DraftBatch:
-        labelled = [recorded_only(record) if positions == "refused" else record for record in records]
+        labelled = [refused_labels_only(record) if positions == "refused" else record for record in records]
         weight = float(max(1, sum(sum(record.loss_mask[1:]) for record in labelled)))
         batch, places = pack(labelled, width=self.max_length, weight_of_step=weight, step=self.steps)
-        laws = [record.law for record in records]
-        if all(law is not None for law in laws):
-            # The law is logged at all labels, the refused ones among them.
-            batch = with_logged(batch, places, records, [law for law in laws if law], num_tokens=self.num_tokens)
+        logged = [record.law for record in records]
+        if all(one is not None for one in logged):
+            # The target's distribution is logged at all labels, so it is at the refused ones too.
+            batch = with_logged(batch, places, records, [one for one in logged if one], num_tokens=self.num_tokens)
         batch = batch.to(self.target.device)
         needs = self.drafter.needs()
         rows_needed = self.loss.needs_target and batch.target_rows is None
         if needs == TargetNeeds() and not rows_needed:
             return replace(batch, target=TargetOutput())
-        seen = self.target.read(batch.tokens_BT, batch.positions_BT, needs | TargetNeeds(final=rows_needed))
-        return replace(batch, target=seen, target_rows=self.target.rows_of(seen) if rows_needed else batch.target_rows)
+        output = self.target.read(batch.tokens_BT, batch.positions_BT, needs | TargetNeeds(final=rows_needed))
+        return replace(
+            batch, target=output, target_rows=self.target.rows_of(output) if rows_needed else batch.target_rows
+        )
 
-    def _clipped(self) -> bool:
-        """Clip the gradient, and tell whether it is finite."""
+    def _clip_gradient(self) -> bool:
+        """Clip the gradient and return whether it is finite."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm or float("inf"))
         return bool(torch.isfinite(norm))
@@ -116,7 +118,7 @@ class Learner:
         return min(1.0, (self.steps + 1) / (self.settings.warmup_steps + 1))
 
     def state(self) -> dict[str, Any]:
-        """Return what `restore` needs."""
+        """Return the state for `restore`."""
         trained = {name for name, p in self.drafter.named_parameters() if p.requires_grad}
         return {
             "drafter": {name: value for name, value in self.drafter.state_dict().items() if name in trained},
@@ -126,7 +128,7 @@ class Learner:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Stand where `state` was written."""
+        """Restore a state."""
         self.drafter.load_state_dict(state["drafter"], strict=False)
         self.loss.load_state_dict(state["loss"])
         self.optimizer.load_state_dict(state["optimizer"])

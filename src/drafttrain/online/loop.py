@@ -1,7 +1,7 @@
-"""From logs to published drafters, once or for ever; after a kill, what came since the last update is done again.
+"""Online learning in a run folder, once or forever. After a kill, the work since the last update is repeated.
 
-online/intake/        what was taken up of the logs
-online/state.pt       all drafters in training, their buffers and counts, whole after every update
+online/intake/        records that were read from the logs
+online/state.pt       all drafters in training, their buffers and counts; replaced as a whole after every update
 online/metrics.jsonl  a row for each update
 drafters/             the versions of the drafter, or drafters/ROUTE/ and the router
 """
@@ -18,28 +18,28 @@ import torch
 
 from drafttrain.core.console import say
 from drafttrain.core.files import write_text, written_beside
-from drafttrain.online.route import Route, Workshop
+from drafttrain.online.route import OnlineSetup, Route
 from drafttrain.online.router import Router
 from drafttrain.online.run_files import metrics, with_current_keys
 from drafttrain.online.versions import Versions, publish_first
 from drafttrain.recorder.intake import Intake
 
-UNSAVED_BATCHES = 64
-"""Without an update the state is written that seldom: after a kill, batches are sorted into the buffers again."""
+MAX_UNSAVED_BATCHES = 64
+"""Without an update, the state is written after this many batches. After a kill, later batches are processed again."""
 
 
 class OnlineRun:
     """Learning in a run folder.
 
     Args:
-        start: The drafter that everything starts with, as an exported folder.
+        start: Exported folder of the first drafter.
     """
 
-    def __init__(self, shop: Workshop, intake: Intake, folder: Path, *, start: Path) -> None:
-        self.shop = shop
+    def __init__(self, setup: OnlineSetup, intake: Intake, folder: Path, *, start: Path) -> None:
+        self.setup = setup
         self.intake = intake
         self.folder = folder
-        settings = shop.online
+        settings = setup.online
         self.router = Router(settings.router) if settings.router else None
         self.routes: dict[str, Route] = {}
         for name in self.router.routes if self.router else [""]:
@@ -49,13 +49,13 @@ class OnlineRun:
                 hook=settings.on_publish,
                 hook_timeout_seconds=settings.hook_timeout_seconds,
             )
-            versions.mend()
+            versions.repair()
             publish_first(versions, start)
-            self.routes[name] = Route(name, shop, versions)
+            self.routes[name] = Route(name, setup, versions)
         self.batches = 0
-        """Batches of the intake that were learned from."""
+        """Batches of the intake that were processed."""
         self._saved = 0
-        """Of these, the ones that the state on the disk holds."""
+        """Batches that the state on disk includes."""
         self._state = folder / "online" / "state.pt"
         self._metrics = folder / "online" / "metrics.jsonl"
         self._resume()
@@ -63,10 +63,10 @@ class OnlineRun:
     def _resume(self) -> None:
         if not self._state.exists():
             self._metrics.unlink(missing_ok=True)
-            # A kill behind the first publish starts again from what was served before it.
+            # After a kill behind the first publish, the run restarts from the version before it.
             self._save()
             return
-        stored = torch.load(self._state, weights_only=True, map_location=self.shop.target.device)
+        stored = torch.load(self._state, weights_only=True, map_location=self.setup.target.device)
         state = with_current_keys(stored)
         self.batches = self._saved = state["batches"]
         for name, route in self.routes.items():
@@ -75,42 +75,42 @@ class OnlineRun:
             self.router.restore(state["router"])
         kept = [row for row in metrics(self.folder) if row["update"] <= self.routes[row["route"]].counts["updates"]]
         write_text(self._metrics, "".join(json.dumps(row) + "\n" for row in kept))
-        say(f"continuing after {sum(route.counts['requests'] for route in self.routes.values()):,} requests")
+        say(f"resumed after {sum(route.counts['requests'] for route in self.routes.values()):,} requests")
 
-    def once(self) -> None:
-        """Learn from the logs that there are."""
+    def learn_once(self) -> None:
+        """Learn from all log lines that exist now."""
         while self._take():
             pass
         for route in self.routes.values():
-            if self.shop.online.every_minutes is not None and route.counts["requests"]:
-                self._note(route.update())
+            if self.setup.online.every_minutes is not None and route.counts["requests"]:
+                self._log_metrics(route.update())
         self._save()
 
-    def for_ever(self, after_update: Callable[[], None]) -> None:
-        """Go on as the logs grow, until the process is told to stop."""
+    def learn_forever(self, after_update: Callable[[], None]) -> None:
+        """Learn as the logs grow, until the process is stopped."""
         while True:
             updates = self._updates()
             taken = self._take()
             for route in self.routes.values():
-                route.look_at_current()
-                if route.is_time():
-                    self._note(route.update())
+                route.follow_rollback()
+                if route.update_is_due():
+                    self._log_metrics(route.update())
                     self._save()
             if self._updates() > updates:
                 after_update()
             if not taken:
-                time.sleep(self.shop.online.poll_seconds)
+                time.sleep(self.setup.online.poll_seconds)
 
     def _updates(self) -> int:
         return sum(route.counts["updates"] for route in self.routes.values())
 
     def _take(self) -> bool:
-        """Learn from the next batch; tell whether there was one."""
-        if self.batches == self.intake.num_batches and self.intake.take(max_lines=self.shop.online.max_lines) is None:
+        """Learn from the next batch. Return whether there was one."""
+        if self.batches == self.intake.num_batches and self.intake.take(max_lines=self.setup.online.max_lines) is None:
             return False
         requests = list(self.intake.served(first_batch=self.batches, stop_batch=self.batches + 1))
         for route in self.routes.values():
-            route.look_at_current()
+            route.follow_rollback()
         by_route: dict[str, list[Any]] = {name: [] for name in self.routes}
         for one in requests:
             by_route[self.router.route(one.record) if self.router else ""].append(one)
@@ -118,13 +118,13 @@ class OnlineRun:
             self.router.learn([one.record for one in requests])
             self.router.save(self.folder / "drafters" / "router.safetensors")
         rows = [row for name, route in self.routes.items() for row in route.take(by_route[name])]
-        self._note(rows)
+        self._log_metrics(rows)
         self.batches += 1
-        if rows or self.batches - self._saved >= UNSAVED_BATCHES:
+        if rows or self.batches - self._saved >= MAX_UNSAVED_BATCHES:
             self._save()
         return True
 
-    def _note(self, rows: list[dict[str, Any]]) -> None:
+    def _log_metrics(self, rows: list[dict[str, Any]]) -> None:
         self._metrics.parent.mkdir(parents=True, exist_ok=True)
         with self._metrics.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -138,7 +138,7 @@ class OnlineRun:
         with written_beside(self._state) as temporary:
             torch.save(state, temporary)
         self._saved = self.batches
-        # What the state before this one stood on was needed until now.
+        # The previous state still needed older batches and versions.
         self.intake.forget(stop_batch=self._saved)
         for route in self.routes.values():
             route.versions.prune(held=route.version)

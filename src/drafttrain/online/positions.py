@@ -1,4 +1,6 @@
-"""Where the target refused the drafter's token, by replay of the rounds on the text; what a stack logged of them is in the records.
+"""Finds the positions at which the target refused a draft token, by replaying the rounds on the text.
+
+If the serving stack logged its rounds, the records hold these positions already.
 
 T = new tokens of a text, K = draft tokens
 """
@@ -16,7 +18,7 @@ from drafttrain.target_model import Target
 
 
 def text_of(record: Record) -> Text:
-    """Return a record as a prompt and what the target wrote after it; an answer is the end of its record."""
+    """Return a record as prompt and answer. The answer is the labelled end of a record."""
     start = len(record.tokens) - sum(record.loss_mask)
     return Text(record.id, list(record.tokens[:start]), list(record.tokens[start:]))
 
@@ -24,18 +26,18 @@ def text_of(record: Record) -> Text:
 def refused_positions(
     target: Target, drafter: Drafter, records: Sequence[Record], sampling: Sampling, *, num_draft_tokens: int, seed: int
 ) -> list[list[int]]:
-    """Return for each record the positions of the tokens that the target put in place of a refused draft token.
+    """Return for each record the positions of the tokens with which the target replaced a refused draft token.
 
-    Greedy drafts: the served text decides their fate whatever it was drawn with, so these are the rounds as they were served.
-    Sampled ones: a round is drawn, by streams named by the record.
+    With greedy drafts, the served text alone decides which draft tokens are accepted, so the replayed rounds equal the served ones.
+    With sampled drafts, the rounds are sampled, with a random stream for each record.
     """
     texts = [text_of(record) for record in records]
     rows = replay_rows(target, drafter, texts, sampling, num_depths=num_draft_tokens, any_text=True)
     found = []
     for text, row in zip(texts, rows, strict=True):
-        # A text that the length ended has the target's own token last: the engine drafts none for that place.
+        # If the length limit ended the text, the target itself wrote the last token: the engine drafts none for that position.
         drafted_for = len(text.new) if text.new[-1] in target.eos_token_ids else len(text.new) - 1
-        # An id that a log gave several requests names no draws by itself.
+        # Several requests of a log may share an id, so the text is part of the name of the stream.
         named = (text.id, text.prompt, text.new)
         refused = _refusals(row, num_draft_tokens, drafted_for=drafted_for, seed=stream_seed(seed, *named))
         found.append([len(text.prompt) + place for place in refused])
@@ -43,9 +45,10 @@ def refused_positions(
 
 
 def _refusals(rows: ReplayRows, num_draft_tokens: int, *, drafted_for: int, seed: int) -> list[int]:
-    """Return the new tokens at which a round ended with a refusal.
+    """Return the indices of the new tokens at which a round ended with a refusal.
 
-    The token after a round of which all was kept corrects nothing and is none of them; so is one that no draft token was for.
+    The token after a round with all draft tokens accepted corrects nothing, so it is not among them. Neither is a token that was not
+    drafted.
     """
     draws = random.Random(seed)
     count = len(rows.acceptance_T)

@@ -1,4 +1,4 @@
-"""Candidate against current on held-out requests of the same stream, by their files; better is only what is better for sure."""
+"""Compares the exported candidate with the current drafter on held-out requests. A gain must be statistically significant."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PARITY_TOKENS = 32
 def request_counts(
     target: Target, drafter: Drafter, records: Sequence[Record], sampling: Sampling, *, num_draft_tokens: int
 ) -> list[tuple[float, float]]:
-    """Return (tokens, expected rounds) of each request, by replay: their sums' ratio is the block efficiency."""
+    """Return (tokens, expected rounds) of each request, by replay. The ratio of their sums is the block efficiency."""
     texts = [text_of(record) for record in records]
     rows = replay_rows(target, drafter, texts, sampling, num_depths=num_draft_tokens)
     return [
@@ -36,22 +36,22 @@ def request_counts(
 
 @dataclass(frozen=True)
 class Judgement:
-    """Whether a candidate is to be published, and why."""
+    """Whether a candidate is published, and why."""
 
     promoted: bool
     reason: str
     block_efficiency: float
-    """The candidate's."""
+    """Block efficiency of the candidate."""
     current: float
-    """The current drafter's on the same requests."""
+    """Block efficiency of the current drafter on the same requests."""
     difference: dict[str, float]
-    """With its 95 % interval, paired over requests."""
+    """Difference with its 95 % interval, paired over requests."""
     p_value: float
     parity: str
     num_requests: int
 
     def json(self) -> dict[str, Any]:
-        """Return what the history holds."""
+        """Return the values for the history."""
         return asdict(self)
 
 
@@ -66,7 +66,7 @@ def judge(
     significance: float,
     parity_prompts: int,
 ) -> tuple[Judgement, list[tuple[float, float]]]:
-    """Compare two drafter folders; return the judgement, and the candidate's counts by request."""
+    """Compare two drafter folders. Return the judgement, and the counts of the candidate by request."""
     folders = (candidate, current)
     drafters = [read_drafter(folder, target) for folder in folders]
     ours, theirs = (
@@ -74,26 +74,26 @@ def judge(
     )
     parts = [tuple(zip(*counts, strict=True)) for counts in (ours, theirs)]
     gain = ratio_difference(*parts)  # type: ignore[arg-type]
-    said, lossless = "", True
-    reason = ""
+    parity_report, lossless = "", True
     if not gain.value > 0:
-        reason = "it is no better than the current one"
+        reason = "not better than the current version"
     elif not gain.p_value < significance:
-        reason = "the gain could be chance"
+        reason = "the gain is not significant"
     else:
-        said, lossless = greedy_parity(
+        parity_report, lossless = greedy_parity(
             drafters[0], target, records[-parity_prompts:], num_draft_tokens=num_draft_tokens
         )
-        reason = "better" if lossless else "its files do not decode as the target alone does"
+        reason = "better" if lossless else "the exported files do not decode the same text as the target alone"
     efficiency, before = (sum(part[0]) / sum(part[1]) for part in parts)
     promoted = reason == "better"
-    return Judgement(promoted, reason, efficiency, before, gain.json(), gain.p_value, said, len(records)), ours
+    judgement = Judgement(promoted, reason, efficiency, before, gain.json(), gain.p_value, parity_report, len(records))
+    return judgement, ours
 
 
 def greedy_parity(
     drafter: Drafter, target: Target, records: Sequence[Record], *, num_draft_tokens: int
 ) -> tuple[str, bool]:
-    """Decode prompts of requests with and without a drafter; return what parity says, and whether all is equal but near ties."""
+    """Decode prompts with and without a drafter. Return the parity report, and whether all outputs are equal except near ties."""
     prompts = []
     for number, record in enumerate(records):
         text = text_of(record)

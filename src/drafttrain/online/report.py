@@ -1,4 +1,4 @@
-"""The page of an online run: block efficiency over the requests, promotions, drifts, what was set aside."""
+"""The report of an online run: block efficiency over requests, promotions, drift, quarantined lines."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _efficiency(axes: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> None:
             [row["served_block_efficiency"] for row in logged],
             "--",
             color=line.get_color(),
-            label=label(f"{name or 'drafter'}, rounds as logged") if logged else None,
+            label=label(f"{name or 'drafter'}, logged rounds") if logged else None,
         )
         better = [row for row in own if row.get("promoted")]
         axes[0].plot([r["requests"] for r in better], [r["candidate"] for r in better], "^", color=line.get_color())
@@ -45,7 +45,7 @@ def _efficiency(axes: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> None:
     axes[0].set(
         xlabel="requests",
         ylabel="block efficiency",
-        title="served drafter; triangles: promoted; dotted: traffic drifts",
+        title="served drafter; triangles: promoted; dotted: drift detected",
     )
     axes[1].set(xlabel="requests", ylabel="p-value", title="drift")
     if rows:

@@ -1,4 +1,4 @@
-"""One drafter and its part of the traffic: what is learned, what is held out, which version is served."""
+"""One drafter and its part of the traffic: training, held-out requests, and the served version."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from drafttrain.train.settings import TrainSettings
 
 
 @dataclass(frozen=True)
-class Workshop:
-    """What all drafters of a run share."""
+class OnlineSetup:
+    """Target and settings that all routes of a run share."""
 
     target: Target
     online: OnlineSettings
@@ -40,70 +40,70 @@ class Workshop:
     max_length: int
     num_draft_tokens: int
     dtype: str
-    """Of exported weights."""
+    """Data type of exported weights."""
     seed: int
 
 
 class Route:
-    """A drafter that follows its traffic.
+    """A drafter that learns from its traffic.
 
     Args:
-        name: Of the route; empty: the only one.
+        name: Name of the route; empty: the only route.
     """
 
-    def __init__(self, name: str, shop: Workshop, versions: Versions) -> None:
+    def __init__(self, name: str, setup: OnlineSetup, versions: Versions) -> None:
         self.name = name
-        self.shop = shop
+        self.setup = setup
         self.versions = versions
-        online = shop.online
-        self.buffer = ReplayBuffer(online.buffer, recent=online.recent, user_quota=online.user_quota, seed=shop.seed)
+        online = setup.online
+        self.buffer = ReplayBuffer(online.buffer, recent=online.recent, user_quota=online.user_quota, seed=setup.seed)
         self.held_out = HeldOut(online.window, user_quota=online.user_quota)
         self.counts = Counter[str]()
-        """Requests, those that were set aside as implausible, updates, candidates; tokens and rounds as logged since the last update."""
+        """Requests, implausible ones, updates and candidates; also the logged tokens and rounds since the last update."""
         self.refused_in_a_row = 0
         self.drifted = False
         self.promoted_on: list[tuple[float, float]] = []
-        """(tokens, rounds) of the requests that the current version was promoted on."""
+        """(tokens, rounds) of the requests on which the current version was promoted."""
         self.updated_at = time.time()
         self.version = versions.current()
         self._sampling = Sampling(online.temperature)
         self._start_from_current()
 
     def _start_from_current(self) -> None:
-        """Learn on from the version that is served."""
+        """Restart learning from the served version."""
         self.learner = Learner(
             self._read(dtype="float32"),
-            self.shop.loss(),
-            target=self.shop.target,
-            settings=self.shop.train,
-            max_length=self.shop.max_length,
-            num_tokens=self.shop.target.num_tokens,
+            self.setup.loss(),
+            target=self.setup.target,
+            settings=self.setup.train,
+            max_length=self.setup.max_length,
+            num_tokens=self.setup.target.num_tokens,
         )
         self.serving = self._read()
         self.refused_in_a_row = 0
 
     def _read(self, *, dtype: str | None = None) -> Drafter:
-        return read_drafter(self.versions.path(self.version), self.shop.target, dtype=dtype)
+        return read_drafter(self.versions.path(self.version), self.setup.target, dtype=dtype)
 
-    def look_at_current(self) -> None:
-        """Follow somebody who took a version back: learning starts again from what is served."""
+    def follow_rollback(self) -> None:
+        """If someone rolled a version back, restart learning from the served version."""
         current = self.versions.current()
-        # A version of a later update is our own, published before a kill; that update will come again.
+        # A version of a later update was published by this run before a kill. That update is repeated.
         if current != self.version and self.versions.about(current)["update"] <= self.counts["updates"]:
-            say(f"{self._said}{current} is served instead of {self.version}: learning starts again from it")
+            say(f"{self._prefix}{current} is served instead of {self.version}: learning restarts from it")
             self.version, self.promoted_on = current, []
             self._start_from_current()
 
     def take(self, requests: Sequence[Served]) -> list[dict[str, Any]]:
-        """Take up requests in their order, updating whenever it is time; return a row of metrics for each update."""
+        """Add requests in order, and update whenever one is due. Return a row of metrics for each update."""
         rows = []
-        every = self.shop.online.every_requests
+        every = self.setup.online.every_requests
         position = 0
         while position < len(requests):
             until = len(requests) if every is None else position + every - self.counts["requests"] % every
             group = requests[position:until]
             self._count_served(group)
-            self._sort(group)
+            self._split(group)
             self.counts["requests"] += len(group)
             position += len(group)
             if every is not None and self.counts["requests"] % every == 0:
@@ -111,20 +111,20 @@ class Route:
         return rows
 
     def _count_served(self, group: Sequence[Served]) -> None:
-        """Add up what the serving stack logged of its own rounds."""
+        """Count the tokens and rounds that the serving stack logged."""
         logged = [one.record for one in group if one.record.num_rounds is not None]
         self.counts["served_tokens"] += sum(sum(record.loss_mask) for record in logged)
         self.counts["served_rounds"] += sum(record.num_rounds or 0 for record in logged)
 
-    def is_time(self) -> bool:
-        """Tell whether the minutes between two updates are over."""
-        minutes = self.shop.online.every_minutes
-        # Where the clock was set back nobody knows how long it is: waiting for it to come round again would take that long.
+    def update_is_due(self) -> bool:
+        """Return whether `every_minutes` have passed since the last update."""
+        minutes = self.setup.online.every_minutes
+        # If the clock was set back, the elapsed time is unknown: update now instead of waiting for the clock to catch up.
         return minutes is not None and not 0 <= time.time() - self.updated_at < 60 * minutes
 
-    def _sort(self, group: Sequence[Served]) -> None:
-        """Hold some requests out, put the others with their refused positions into the buffer."""
-        online, target = self.shop.online, self.shop.target
+    def _split(self, group: Sequence[Served]) -> None:
+        """Hold some requests out, and put the others with their refused positions into the buffer."""
+        online, target = self.setup.online, self.setup.target
         kept = list(group)
         if online.implausible is not None:
             found = surprise(target, [one.record for one in kept])
@@ -133,8 +133,8 @@ class Route:
         learned = []
         for one in kept:
             start = len(one.record.tokens) - sum(one.record.loss_mask)
-            # By the prompt, so that the same one is never on both sides.
-            side = stream_seed(self.shop.seed, "held out", tuple(one.record.tokens[:start])) / 2**63
+            # Split by prompt, so that equal prompts never end up on both sides.
+            side = stream_seed(self.setup.seed, "held out", tuple(one.record.tokens[:start])) / 2**63
             if side < online.held_out:
                 self.held_out.add(one)
             else:
@@ -143,16 +143,16 @@ class Route:
             self.buffer.add(one)
 
     def _with_refusals(self, requests: Sequence[Served]) -> list[Served]:
-        """Return those of which a token was refused, with its position: as logged, else by replay of the served drafter."""
+        """Return the requests with refused positions, from the log or else by replay of the served drafter."""
         unknown = [one.record for one in requests if one.record.refused is None]
         found = (
             refused_positions(
-                self.shop.target,
+                self.setup.target,
                 self.serving,
                 unknown,
                 self._sampling,
-                num_draft_tokens=self.shop.num_draft_tokens,
-                seed=self.shop.seed,
+                num_draft_tokens=self.setup.num_draft_tokens,
+                seed=self.setup.seed,
             )
             if unknown
             else []
@@ -165,8 +165,8 @@ class Route:
         return [one for one in marked if one.record.refused]
 
     def update(self) -> list[dict[str, Any]]:
-        """Learn from the buffer; then look for drift, and whether the candidate is better. Return a row of metrics."""
-        online = self.shop.online
+        """Learn from the buffer, test for drift, and judge the candidate. Return a row of metrics."""
+        online = self.setup.online
         self.updated_at = time.time()
         self.counts["updates"] += 1
         row: dict[str, Any] = {
@@ -188,33 +188,33 @@ class Route:
         row |= self._drift()
         enough = len(self.held_out.requests) >= online.min_held_out
         if enough and len(self.buffer) and self.counts["updates"] % online.promote_every == 0:
-            row |= self._consider()
+            row |= self._judge_candidate()
         return [row]
 
     def _step(self) -> Any:
-        online = self.shop.online
+        online = self.setup.online
         recent = 1.0 if self.drifted else online.recent
-        drawn = self.buffer.draw(self.shop.train.batch_size, step=self.learner.steps, recent=recent)
+        drawn = self.buffer.draw(self.setup.train.batch_size, step=self.learner.steps, recent=recent)
         return self.learner.step([one.record for one in drawn], positions=online.positions)
 
     def _drift(self) -> dict[str, Any]:
-        """Compare recent traffic with that of the last promotion."""
-        online = self.shop.online
+        """Compare recent traffic with the traffic of the last promotion."""
+        online = self.setup.online
         recent = [one.record for one in self.held_out.requests[-max(online.min_held_out, online.window // 2) :]]
         if len(recent) < online.min_held_out:
             return {}
         counts = request_counts(
-            self.shop.target, self.serving, recent, self._sampling, num_draft_tokens=self.shop.num_draft_tokens
+            self.setup.target, self.serving, recent, self._sampling, num_draft_tokens=self.setup.num_draft_tokens
         )
         if not self.promoted_on:
             self.promoted_on = counts
-        found = drift(self.promoted_on, counts, resamples=online.resamples, seed=self.shop.seed)
+        found = drift(self.promoted_on, counts, resamples=online.resamples, seed=self.setup.seed)
         drifted = found.p_value < online.significance
         if drifted and not self.drifted:
             say(
-                f"{self._said}the traffic drifts: block efficiency {found.then:.2f} -> {found.now:.2f}, p = {found.p_value:.2g}"
+                f"{self._prefix}traffic drift: block efficiency {found.then:.2f} -> {found.now:.2f}, p = {found.p_value:.2g}"
             )
-        # While it does, batches are drawn from the newest requests alone.
+        # While the traffic drifts, batches are drawn from the newest requests only.
         self.drifted = drifted
         return {
             "block_efficiency": found.now,
@@ -223,29 +223,29 @@ class Route:
             "drifted": drifted,
         }
 
-    def _consider(self) -> dict[str, Any]:
-        """Export the candidate, hold it against the current version by their files, and publish it or not."""
-        online, update = self.shop.online, self.counts["updates"]
+    def _judge_candidate(self) -> dict[str, Any]:
+        """Export the candidate, compare it with the current version, and publish it if it is better."""
+        online, update = self.setup.online, self.counts["updates"]
         self.counts["candidates"] += 1
-        made = self.versions.made_by(update)
-        version = made or self.versions.add(self._export, update=update)
+        exported_before = self.versions.of_update(update)
+        version = exported_before or self.versions.add(self._export, update=update)
         judgement, counts = judge(
             self.versions.path(version),
             self.versions.path(self.version),
-            self.shop.target,
+            self.setup.target,
             [one.record for one in self.held_out.requests],
             sampling=self._sampling,
-            num_draft_tokens=self.shop.num_draft_tokens,
+            num_draft_tokens=self.setup.num_draft_tokens,
             significance=online.significance,
             parity_prompts=online.parity_prompts,
         )
-        judgement = self._published_before(judgement) if made else self._published(version, judgement)
-        said = f"{judgement.current:.2f} -> {judgement.block_efficiency:.2f}, p = {judgement.p_value:.2g}: {judgement.reason}"
-        say(f"{self._said}update {update}: {said}")
+        judgement = self._published_before(judgement) if exported_before else self._published(version, judgement)
+        change = f"{judgement.current:.2f} -> {judgement.block_efficiency:.2f}, p = {judgement.p_value:.2g}"
+        say(f"{self._prefix}update {update}: {change}: {judgement.reason}")
         if not judgement.promoted:
-            if not made:
-                self.versions.drop(version)
-            self.versions.note("refused", update=update, **judgement.json())
+            if not exported_before:
+                self.versions.remove(version)
+            self.versions.log_event("refused", update=update, **judgement.json())
             self.refused_in_a_row += 1
             if self.refused_in_a_row >= online.restart_after:
                 self._start_from_current()
@@ -256,22 +256,22 @@ class Route:
         return {"candidate": judgement.block_efficiency, "promoted": True, "reason": judgement.reason}
 
     def _published(self, version: str, judgement: Judgement) -> Judgement:
-        """Publish a candidate that is better; return the judgement with what became of it."""
+        """Publish a candidate that is better. Return the judgement, corrected if it could not be published."""
         if not judgement.promoted or self.versions.publish(version, instead_of=self.version, **judgement.json()):
             return judgement
-        return replace(judgement, promoted=False, reason="another version is served by now")
+        return replace(judgement, promoted=False, reason="another version was published or rolled back meanwhile")
 
     def _published_before(self, judgement: Judgement) -> Judgement:
-        """Return the judgement on what this update published before a kill: that stands, unless somebody took it back since."""
+        """Return the judgement for an update that published before a kill: it stands unless the version was rolled back since."""
         served = self.versions.about(self.versions.current())
         if served["update"] < self.counts["updates"]:
-            return replace(judgement, promoted=False, reason="it was published before, and taken back")
+            return replace(judgement, promoted=False, reason="published before a restart, then rolled back")
         return replace(judgement, promoted=True)
 
     def _export(self, folder: Path) -> None:
-        """Write the drafter in training as serving stacks load it."""
+        """Export the drafter in training for serving stacks."""
         about = read_about(self.versions.path(self.version))
-        assert isinstance(about, About), "versions are exports of ours"
+        assert isinstance(about, About), "versions are drafttrain exports"
         weights = folder / "weights"
         weights.mkdir()
         self.learner.drafter.save(weights)
@@ -280,9 +280,9 @@ class Route:
         export_hf(
             weights,
             exported,
-            tokenizer=self.shop.target.tokenizer,
+            tokenizer=self.setup.target.tokenizer,
             about=replace(about, trained_steps=steps),
-            dtype=self.shop.dtype,
+            dtype=self.setup.dtype,
         )
         for path in sorted(exported.iterdir()):
             path.rename(folder / path.name)
@@ -292,11 +292,11 @@ class Route:
         weights.rmdir()
 
     @property
-    def _said(self) -> str:
+    def _prefix(self) -> str:
         return f"{self.name}: " if self.name else ""
 
     def state(self) -> dict[str, Any]:
-        """Return what `restore` needs."""
+        """Return the state for `restore`."""
         return {
             "version": self.version,
             "counts": dict(self.counts),
@@ -310,7 +310,7 @@ class Route:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Stand where `state` was written."""
+        """Restore a state."""
         self.version = state["version"]
         self._start_from_current()
         self.counts = Counter(state["counts"])

@@ -1,4 +1,4 @@
-"""Which drafter a request goes to: by its tag, or by the words of its prompt.
+"""Chooses the drafter for a request: by its tag, or by the tokens of its prompt.
 
 F = features (hashed token ids), R = routes
 """
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,7 +24,7 @@ DECAY = 1e-4
 
 
 class Router:
-    """Names a route for a request; a serving stack reads it with `Router.load` and asks `route_of_prompt`."""
+    """Chooses a route for each request. A serving stack loads it with `Router.load` and calls `route_of_prompt`."""
 
     def __init__(self, settings: RouterSettings) -> None:
         self.settings = settings
@@ -33,7 +34,7 @@ class Router:
         self.examples = 0
 
     def route(self, record: Record) -> str:
-        """Return the route of a served request."""
+        """Return the route of a logged request."""
         if record.domain in self.routes:
             return record.domain
         return self.route_of_prompt(_prompt(record))
@@ -66,9 +67,7 @@ class Router:
 
     @staticmethod
     def load(path: Path, settings: RouterSettings) -> Router:
-        """Read what `save` wrote."""
-        from safetensors import safe_open
-
+        """Load a router that `save` wrote."""
         router = Router(settings)
         tensors = read_tensors(path)
         router.weights_FR, router.bias_R = tensors["weights_FR"], tensors["bias_R"]
@@ -77,17 +76,17 @@ class Router:
         return router
 
     def state(self) -> dict[str, Tensor | int]:
-        """Return what `restore` needs."""
+        """Return the state for `restore`."""
         return {"weights_FR": self.weights_FR, "bias_R": self.bias_R, "examples": self.examples}
 
     def restore(self, state: dict[str, Tensor | int]) -> None:
-        """Stand where `state` was written."""
+        """Restore a state."""
         for name, value in state.items():
             setattr(self, name, value)
 
 
 def features(tokens: Sequence[int], num_buckets: int) -> Tensor:
-    """Return the hashed bag of a prompt's token ids, of length 1."""
+    """Return the hashed bag of token ids of a prompt, normalized to length 1."""
     buckets_T = (torch.tensor(list(tokens), dtype=torch.long) * 2654435761) % 2**32 % num_buckets
     bag_F = torch.bincount(buckets_T, minlength=num_buckets).float().log1p()
     return bag_F / bag_F.norm().clamp_min(1e-9)

@@ -1,4 +1,4 @@
-"""Read what an online run wrote: metrics, published versions and its status. Imports no torch, so that `status` is quick."""
+"""Reads the files of an online run: metrics, published versions and status. Imports no torch, so that `status` is quick."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def with_current_keys(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of all updates of a run; half a line that a kill left is none."""
+    """Return the metrics of all updates of a run. An incomplete line that a kill left is ignored."""
     path = folder / "online" / "metrics.jsonl"
     rows: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
@@ -35,9 +35,9 @@ def routes_of(folder: Path) -> dict[str, Versions]:
     """Return the published versions of a run, by route.
 
     Raises:
-        DrafttrainError: Nothing was published in this folder.
+        DrafttrainError: No drafter is published in this folder.
     """
-    # Looking through the versions themselves would meet one that is just being removed.
+    # Folders of versions are skipped: one may be removed at this moment.
     drafters = folder / "drafters"
     routes = [path for path in drafters.glob("*") if not path.name.isdigit()]
     links = [folder / "current" for folder in (drafters, *sorted(routes))]
@@ -47,12 +47,12 @@ def routes_of(folder: Path) -> dict[str, Versions]:
         if link.is_symlink()
     }
     if not found:
-        raise DrafttrainError(f"{folder}: no drafter was published here: drafttrain online RECIPE does")
+        raise DrafttrainError(f"no published drafter in {folder}. Run drafttrain online first.")
     return found
 
 
 def status(folder: Path) -> dict[str, Any]:
-    """Return how far a run is: lines of the logs, updates, promotions, what is served."""
+    """Return the progress of a run: log lines, updates, promotions and the served versions."""
     cursor = folder / "online" / "intake" / "cursor.json"
     lines = json.loads(cursor.read_text(encoding="utf-8"))["lines"] if cursor.exists() else {}
     rows = metrics(folder)

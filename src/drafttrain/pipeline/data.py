@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from drafttrain.core.errors import DataError
@@ -112,8 +113,8 @@ def contaminated_prompts(run: Run, file: str) -> list[str]:
 def own_batches(data: Any, settings: Any, *, device: Any) -> Callable[[int], list[Any]]:
     """Return the micro-batches of a step that are this process's, for training on a device."""
     here = world()
-    return lambda step: data.of_step(
-        step,
+    return partial(
+        data.of_step,
         batch_size=settings.batch_size,
         records_per_device=settings.records_per_device,
         rank=here.rank,

@@ -198,8 +198,9 @@ def _verified_in(
     from drafttrain.checkpoint import read_drafter
     from drafttrain.eval.prompts import read_prompts
     from drafttrain.export.convert import check_exported, read_target_config
-    from drafttrain.serving.comparison import SAMPLED_TEMPERATURE, compare_with_engine, plain_served
+    from drafttrain.serving.comparison import compare_with_engine, plain_output
     from drafttrain.serving.engines import Job, engine_of
+    from drafttrain.serving.problems import SAMPLED_TEMPERATURE
 
     engine = engine_of(name)
     drafter = read_drafter(source, target)
@@ -233,7 +234,7 @@ def _verified_in(
             if found := engine.problems(folder, drafter.kind, target_config):
                 raise CheckpointError("\n  ".join([f"{name} cannot run {folder}:", *found]))
             say(f"{name}: serving {len(prompts)} prompts with {folder}")
-            plain = plain or plain_served(engine, job)
+            plain = plain or plain_output(engine, job)
             comparison = compare_with_engine(
                 engine,
                 folder,

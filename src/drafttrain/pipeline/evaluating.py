@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from drafttrain.core.errors import DrafttrainError, Interrupted
 from drafttrain.distributed.world import without_launcher
+from drafttrain.eval.result import Input, Result, read_result
 from drafttrain.pipeline.data import contaminated_prompts
 from drafttrain.pipeline.head import exported_head, figures_of_head, with_own_head
+from drafttrain.pipeline.inputs import Inputs
 
 if TYPE_CHECKING:
     from drafttrain.core.texts import Prompt
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from drafttrain.target_model import Target
 
 
-def evaluated_elsewhere(run: Run) -> dict[str, Any]:
+def evaluated_elsewhere(run: Run) -> Result:
     """Evaluate in a fresh process that has read nothing but the files, and never imports the trainer."""
     command = [sys.executable, "-m", "drafttrain.cli", "eval", str(run.folder.path)]
     environment = without_launcher(os.environ)
@@ -40,21 +41,20 @@ def evaluated_elsewhere(run: Run) -> dict[str, Any]:
         raise Interrupted("stopped during the evaluation: run the same command to continue")
     if code != 0:
         raise DrafttrainError(f"the evaluation failed with exit code {code}")
-    result: dict[str, Any] = json.loads(run.folder.eval.read_text(encoding="utf-8"))
-    return result
+    return read_result(run.folder.eval)
 
 
-def evaluated_head(run: Run) -> dict[str, Any]:
+def evaluated_head(run: Run) -> Result:
     """Evaluate the frozen drafter with what the run's head decides, and the head on held-out draft tokens."""
     from drafttrain.target_model.folders import resolve_folder
 
     settings = with_own_head(run.recipe.eval, exported_head(run.folder))
     folders = {"drafter": resolve_folder(run.recipe.head.drafter)}
     result = evaluated(folders, run.target, settings, dropped=contaminated_prompts(run, run.recipe.eval.prompts))
-    return result | {"head": figures_of_head(run.recipe, run.folder)}
+    return replace(result, head=figures_of_head(run.recipe, run.folder))
 
 
-def evaluated(folders: Mapping[str, Path], target: Target, settings: Any, *, dropped: Sequence[str]) -> dict[str, Any]:
+def evaluated(folders: Mapping[str, Path], target: Target, settings: Any, *, dropped: Sequence[str]) -> Result:
     from drafttrain.eval.evaluate import evaluate
     from drafttrain.eval.prompts import read_prompts
 
@@ -67,7 +67,12 @@ def evaluated(folders: Mapping[str, Path], target: Target, settings: Any, *, dro
     )
     check_lengths(target, prompts, settings)
     result = evaluate(folders, target, prompts, replace(settings, num_prompts=None))
-    return result | {"prompts_dropped_for_overlap": len(dropped)}
+    return replace(result, prompts_dropped_for_overlap=len(dropped))
+
+
+def with_inputs(result: Result, inputs: Inputs) -> Result:
+    """Return a result with the paths that it read and their digests."""
+    return replace(result, inputs={key: Input(**one) for key, one in inputs.items()})
 
 
 def check_lengths(target: Target, prompts: Sequence[Prompt], settings: EvalSettings) -> None:

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 def export_and_judge(run: Run) -> None:
     """Export the best weights, evaluate the files in a process of their own, write card and report, hold the gate."""
-    from drafttrain.eval.evaluate import read_result
     from drafttrain.eval.gate import shortfalls
     from drafttrain.eval.report import write_report
+    from drafttrain.eval.result import current_result
     from drafttrain.eval.table import show
     from drafttrain.export.head import head_card
     from drafttrain.serving.card import model_card
@@ -37,7 +37,7 @@ def export_and_judge(run: Run) -> None:
     of_head = recipe.head is not None
     exported, rejected = (folder.head, folder.rejected_head) if of_head else (folder.drafter, folder.rejected)
     done = training_result(run)
-    before = read_result(folder.eval)
+    before = current_result(folder.eval)
     if before is not None and (exported.exists() or rejected.exists()):
         say("export and evaluation: done before, skipped")
         result = before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from drafttrain.config.recipe import Recipe
     from drafttrain.data_gen.stored.labelled_tokens import LabelledTokens
     from drafttrain.data_gen.training_data import TrainingData
+    from drafttrain.eval.result import HeadFigures
     from drafttrain.heads import MadeFor
     from drafttrain.pipeline.folder import RunFolder
     from drafttrain.target_model import Target
@@ -121,7 +121,7 @@ def with_own_head(settings: Any, head: Path) -> Any:
     return replace(settings, **changes)
 
 
-def figures_of_head(recipe: Recipe, folder: RunFolder) -> Mapping[str, Any]:
+def figures_of_head(recipe: Recipe, folder: RunFolder) -> HeadFigures:
     """Return what the exported head says of the held-out draft tokens."""
     from drafttrain.data_gen.stored.labelled_tokens import LabelledTokens
     from drafttrain.eval.head_figures import head_figures

@@ -18,7 +18,7 @@ def online_run(recipe: Recipe, folder: RunFolder, target: Target) -> OnlineRun:
     from drafttrain.data_gen.encoder import Encoder
     from drafttrain.losses import losses
     from drafttrain.online.loop import OnlineRun
-    from drafttrain.online.route import Workshop
+    from drafttrain.online.route import OnlineSetup
     from drafttrain.recorder.intake import Intake
 
     assert recipe.online is not None
@@ -29,7 +29,7 @@ def online_run(recipe: Recipe, folder: RunFolder, target: Target) -> OnlineRun:
         about=target.tokenizer_fingerprint,
     )
     length = recipe.eval.length
-    shop = Workshop(
+    setup = OnlineSetup(
         target=target,
         online=recipe.online,
         train=recipe.train,
@@ -39,7 +39,7 @@ def online_run(recipe: Recipe, folder: RunFolder, target: Target) -> OnlineRun:
         dtype=recipe.export.dtype,
         seed=recipe.seed,
     )
-    return OnlineRun(shop, intake, folder.path, start=folder.start)
+    return OnlineRun(setup, intake, folder.path, start=folder.start)
 
 
 def report(folder: RunFolder, *, title: str) -> None:

@@ -101,7 +101,7 @@ class Parts:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from drafttrain.target_model.anatomy import position_limit
+        from drafttrain.target_model.positions import position_limit
 
         try:
             with torch.device("meta"):

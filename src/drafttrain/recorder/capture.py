@@ -1,4 +1,4 @@
-"""What one request and its answer leave behind, as a line that serving logs are read from."""
+"""Turns one request and its answer into a line of the serving log."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from drafttrain.data_gen.serving_logs.redaction import Redact
 from drafttrain.data_gen.serving_logs.rounds import logged_rounds
 from drafttrain.data_gen.serving_logs.stream import merged
 from drafttrain.data_gen.serving_logs.untrusted import decoded, parsed
+from drafttrain.recorder.decompression import decompressed
 from drafttrain.recorder.settings import RECORD_BYTES
-from drafttrain.recorder.unpacked import unpacked
 
 MAX_DEPTH = 32
 KEPT = (
@@ -25,7 +25,7 @@ KEPT = (
     "max_completion_tokens", "max_tokens", "messages", "min_p", "model", "n", "prompt", "seed", "stop", "stream", "suffix",
     "temperature", "tools", "top_k", "top_logprobs", "top_p", "user",
 )  # fmt: skip
-"""Keys of a request that are written; others may be anything, credentials too. Headers are never even handed here."""
+"""Keys of a request that are written. Other keys may hold anything, even credentials. Headers never get here."""
 KEPT_OF_ANSWER = (
     "choices", "created", "error", "id", "metrics", "model", "object", "prompt_token_ids", "service_tier", "system_fingerprint", "usage",
 )  # fmt: skip
@@ -35,15 +35,15 @@ KEPT_OF_CHOICE = (
 KEPT_OF_TURN = (
     "content", "function_call", "name", "reasoning", "reasoning_content", "refusal", "role", "tool_call_id", "tool_calls",
 )  # fmt: skip
-"""Keys of an answer, its choices and the turns of a chat that are written where redaction is on."""
+"""With redaction, only these keys of an answer, its choices and the turns of a chat are written."""
 ENDPOINT = re.compile(r"(?:/v\d)?(?:/chat)?/completions\Z")
 SPELLED = ("token_ids", "prompt_token_ids", "logprobs", "speculative", "speculative_decoding")
-"""Keys of an answer that spell its text once more, or say where in it something was."""
+"""Keys of an answer that repeat its text, or refer to positions in it."""
 
 
 @dataclass(frozen=True)
 class Capture:
-    """The bytes that passed."""
+    """The bytes of one request and its answer."""
 
     id: str
     path: str
@@ -51,39 +51,39 @@ class Capture:
     response: bytes
     streamed: bool
     time: float
-    """Seconds since 1970, at the request."""
+    """When the request began, in seconds since 1970."""
     request_encoding: str = ""
-    """Content codings of the request, as its header names them."""
+    """Value of the request's Content-Encoding header."""
     response_encoding: str = ""
 
     @property
     def size(self) -> int:
-        """Bytes that are held."""
+        """Bytes of both bodies."""
         return len(self.request) + len(self.response)
 
 
 def line_of(
     capture: Capture, redact: Redact | None, *, record_bytes: int = RECORD_BYTES, pseudonyms: Pseudonyms | None = None
 ) -> bytes:
-    """Return the line of a capture, without what must not be kept.
+    """Return the log line of a capture, redacted.
 
     Args:
-        redact: None: everything may be kept.
-        record_bytes: Request and answer, unpacked, may have so many bytes together.
-        pseudonyms: Of the users; None: who asked is left out.
+        redact: None: nothing is redacted.
+        record_bytes: Maximum bytes of request and answer together, decompressed.
+        pseudonyms: Pseudonyms of users; None: users are not logged.
 
     Raises:
-        Refused: The bytes are of no known form, or cannot be looked through for what must not be kept.
+        Refused: The format is unknown, or private data cannot be ruled out.
     """
-    asked_bytes = unpacked(capture.request, capture.request_encoding, limit=record_bytes)
-    left = record_bytes - len(asked_bytes)
-    answered_bytes = unpacked(capture.response, capture.response_encoding, limit=left)
-    asked = parsed(decoded(asked_bytes), max_depth=MAX_DEPTH)
+    request_bytes = decompressed(capture.request, capture.request_encoding, limit=record_bytes)
+    left = record_bytes - len(request_bytes)
+    response_bytes = decompressed(capture.response, capture.response_encoding, limit=left)
+    asked = parsed(decoded(request_bytes), max_depth=MAX_DEPTH)
     request = {key: asked[key] for key in KEPT if key in asked}
     if capture.streamed:
-        response = merged(parsed(event, max_depth=MAX_DEPTH) for event in events(decoded(answered_bytes)))
+        response = merged(parsed(event, max_depth=MAX_DEPTH) for event in events(decoded(response_bytes)))
     else:
-        response = parsed(decoded(answered_bytes), max_depth=MAX_DEPTH)
+        response = parsed(decoded(response_bytes), max_depth=MAX_DEPTH)
     user = request.pop("user", None)
     if redact is not None:
         request, response = _redacted(request, response, redact)
@@ -95,7 +95,7 @@ def line_of(
 
 
 def events(stream: str) -> Iterator[str]:
-    """Yield the data of server-sent events, but not the one that says the stream is done."""
+    """Yield the data of server-sent events, except the final [DONE]."""
     for event in stream.replace("\r\n", "\n").split("\n\n"):
         data = "\n".join(line[5:].strip() for line in event.split("\n") if line.startswith("data:"))
         if data and data != "[DONE]":
@@ -105,19 +105,19 @@ def events(stream: str) -> Iterator[str]:
 def _redacted(
     request: dict[str, Any], response: dict[str, Any], redact: Redact
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return both without what must not be kept; ids and log-probabilities go where they could spell it.
+    """Return both without private data. Ids and log-probabilities are removed if they could spell it.
 
     Raises:
-        Refused: The prompt is token ids alone: what they spell cannot be looked at here.
+        Refused: The prompt is token ids only, and there is no tokenizer here to read them.
     """
     prompt = request.get("prompt")
     if isinstance(prompt, list) and any(isinstance(one, int | list) for one in prompt):
-        raise Refused("ids_only", "the prompt is token ids alone: what they spell cannot be looked at here")
+        raise Refused("ids_only", "the prompt is token ids only, and the recorder has no tokenizer to read them")
     request, response = _kept_of_request(request), _kept_of_answer(response)
     texts = _without(response, SPELLED)
     kept_request, kept_texts = (without_private(part, redact, max_depth=MAX_DEPTH) for part in (request, texts))
     choices = response.get("choices") or []
-    # What was called is spelled by the ids, and not kept as text.
+    # The ids would spell the arguments of tool calls.
     called = any(mapping(mapping(one, "choices").get("message") or {}, "message").get("tool_calls") for one in choices)
     changed = (kept_request, kept_texts) != (request, texts) or called
     if changed:
@@ -128,7 +128,7 @@ def _redacted(
 
 
 def _with_counts(choice: dict[str, Any]) -> dict[str, Any]:
-    """Return a choice with the numbers of its draft tokens in place of their ids: refused ones spell what is in no text here."""
+    """Return a choice with numbers of draft tokens instead of their ids. Refused tokens spell text that no redaction has seen."""
     rounds = logged_rounds(choice.get("speculative"), "speculative")
     if rounds is None:
         return choice
@@ -137,7 +137,7 @@ def _with_counts(choice: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kept_of_request(request: dict[str, Any]) -> dict[str, Any]:
-    """Return a request whose turns hold what is read of them: pictures and files are named by their kind alone, addresses go."""
+    """Return a request with only the known keys of its turns. Of pictures and files only the type remains."""
     if not isinstance(request.get("messages"), list):
         return request
     return request | {"messages": [_kept_of_turn(turn) for turn in request["messages"]]}
@@ -169,7 +169,7 @@ def _kept_of_turn(turn: Any) -> Any:
 
 
 def _without_alternatives(choice: dict[str, Any], redact: Redact) -> dict[str, Any]:
-    """Return a choice without its log-probabilities where the tokens that were not answered spell what must not be kept."""
+    """Return a choice without its log-probabilities if the alternative tokens spell private data."""
     logged = choice.get("logprobs")
     if not isinstance(logged, dict):
         return choice
@@ -177,7 +177,7 @@ def _without_alternatives(choice: dict[str, Any], redact: Redact) -> dict[str, A
         rows = [mapping(row, "logprobs") for row in logged["content"]]
         tops = [[row, *(mapping(one, "logprobs") for one in row.get("top_logprobs") or [])] for row in rows]
         alternatives = [[str(one.get("token", "")) for one in row] for row in tops]
-        # The bytes of a token spell it once more.
+        # The bytes repeat the token.
         logged = _without(logged, ("bytes",))
     else:
         listed = zip(logged.get("tokens") or [], logged.get("top_logprobs") or [], strict=False)
@@ -188,7 +188,7 @@ def _without_alternatives(choice: dict[str, Any], redact: Redact) -> dict[str, A
 
 
 def _endpoint(path: str) -> str:
-    """Return which endpoint was asked: what stands before it, or behind it, may be a key."""
+    """Return the endpoint only: the rest of the path, or the query, may hold a key."""
     found = ENDPOINT.search(path.partition("?")[0])
     return found[0] if found else ""
 

@@ -1,7 +1,7 @@
-"""Where a message of HTTP/1 begins and ends in the bytes that pass.
+"""Finds where HTTP/1 messages begin and end.
 
-Requests come from anybody: one that two readers could cut in different places is refused. Answers come from the server that was
-named: what cannot be followed passes on unread.
+Requests are untrusted: one that two parsers could split in different places is refused. Answers come from the configured server: one
+that cannot be parsed is passed on and not recorded.
 
 Source: Fielding, Nottingham and Reschke 2022, "HTTP/1.1", RFC 9112, sections 2 to 7.
 """
@@ -15,9 +15,9 @@ from types import MappingProxyType
 from typing import Protocol
 from urllib.parse import unquote_to_bytes
 
-LONGEST_HEAD = 256 * 2**10
-"""Bytes of a request line or status line with its headers; trailers may be as long."""
-LONGEST_CHUNK_LINE = 4096
+MAX_HEAD_BYTES = 256 * 2**10
+"""Maximum bytes of a head (first line and headers), and of the trailers."""
+MAX_CHUNK_LINE_BYTES = 4096
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])")
 FIELD = re.compile(rb"(" + TOKEN + rb"):[ \t]*([^\x00\r\n]*)")
@@ -25,11 +25,11 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t\x20-\x7e\x80-\xff]*)?")
 STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([0-9]{3})(?: [^\r\n]*)?")
 END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
 FRAMING_FIELDS = (b"content-length", b"transfer-encoding", b"host")
-"""Fields that must not come behind a body: a reader that adds trailers to the headers would cut differently."""
+"""Fields that must not be trailers: a parser that merges trailers into the headers would split the message differently."""
 
 
 class Malformed(ValueError):
-    """A request that cannot be cut in one way only; `status` is what its client is told."""
+    """A request that could be parsed in more than one way. The client receives `status`."""
 
     def __init__(self, reason: str, status: int = 400) -> None:
         super().__init__(reason)
@@ -42,25 +42,25 @@ class Body(Protocol):
     done: bool
 
     def feed(self, data: bytes, position: int, content: list[bytes]) -> int:
-        """Return where in `data` the body ends, or the end of `data`, and add what it holds, without framing, to `content`."""
+        """Return where the body ends in `data`, or the end of `data`. Append the content, without framing, to `content`."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """The first line and the headers of a message, and the bytes that they came in."""
+    """The first line and the headers of a message, and their raw bytes."""
 
     raw: bytes
     line: tuple[bytes, ...]
-    """Method, target and minor version of a request; minor version and status of an answer."""
+    """A request: method, target and minor version. An answer: minor version and status."""
     headers: tuple[tuple[bytes, bytes], ...]
-    """Names in small letters."""
+    """Names are in lower case."""
 
     def values(self, name: bytes) -> list[bytes]:
-        """Return the values of a header, in their order."""
+        """Return the values of a header, in order."""
         return [value for one, value in self.headers if one == name]
 
     def value(self, name: bytes) -> bytes:
-        """Return the values of a header as one, in small letters."""
+        """Return the values of a header, joined and in lower case."""
         return b",".join(self.values(name)).strip().lower()
 
     def rewritten(
@@ -71,7 +71,7 @@ class Head:
         dropped: Collection[bytes] = (),
         added: Sequence[bytes] = (),
     ) -> bytes:
-        """Return the bytes of the head with some headers changed; all others keep theirs."""
+        """Return the head with some headers changed. All others keep their bytes."""
         first, *fields = self.raw.strip(b"\r\n").split(b"\n")
         named = [(one.partition(b":")[0].strip().lower(), one.rstrip(b"\r")) for one in fields]
         kept = [replaced.get(name, one) for name, one in named if name not in dropped]
@@ -88,7 +88,7 @@ class Request(Head):
 
     @property
     def target(self) -> bytes:
-        """What stands between method and version."""
+        """The request target, such as /v1/models."""
         return self.line[1]
 
     @property
@@ -98,7 +98,7 @@ class Request(Head):
 
     @property
     def path(self) -> str:
-        """The path, also of a target in absolute form, without its query and without percent-encoding."""
+        """The decoded path without the query, also if the target is in absolute form."""
         path = self.target.partition(b"?")[0]
         if not path.startswith(b"/"):
             path = b"/" + path.partition(b"://")[2].partition(b"/")[2]
@@ -106,14 +106,14 @@ class Request(Head):
 
     @property
     def leaves_http(self) -> bool:
-        """Whether the answer decides what the bytes behind the request are."""
+        """Whether the answer decides what the bytes after the request are."""
         return self.method == b"CONNECT" or bool(self.values(b"upgrade"))
 
     def body(self) -> Body:
-        """Return what follows the body.
+        """Return a parser of the body.
 
         Raises:
-            Malformed: Its length can be read in several ways.
+            Malformed: Its length is ambiguous.
         """
         codings, lengths = self.values(b"transfer-encoding"), self.values(b"content-length")
         if codings:
@@ -142,7 +142,7 @@ class Answer(Head):
         return int(self.line[1])
 
     def body(self, request: Request) -> Body:
-        """Return what follows the body; ambiguous ones as most clients read them."""
+        """Return a parser of the body. An ambiguous length is read as most clients read it."""
         tunnel = request.method == b"CONNECT" and self.status // 100 == 2
         if tunnel or request.method == b"HEAD" or self.status // 100 == 1 or self.status in (204, 304):
             return Sized(0)
@@ -153,7 +153,7 @@ class Answer(Head):
 
 
 class Sized:
-    """A body of so many bytes."""
+    """A body of known length."""
 
     def __init__(self, size: int) -> None:
         self._left = size
@@ -180,10 +180,10 @@ class UntilClosed:
 
 
 class Chunked:
-    """A body in chunks, and the trailers behind it.
+    """A body in chunks, and its trailers.
 
     Args:
-        strict: Refuse what some readers understand differently; else what cannot be read at all.
+        strict: Refuse everything that parsers read in different ways; otherwise only input that cannot be parsed.
     """
 
     def __init__(self, *, strict: bool) -> None:
@@ -198,7 +198,7 @@ class Chunked:
         """See `Body`.
 
         Raises:
-            Malformed: These are no chunks.
+            Malformed: The chunks are invalid.
         """
         while position < len(data) and not self.done:
             if self._awaits == "data":
@@ -215,15 +215,15 @@ class Chunked:
             if self._line.endswith(b"\n"):
                 line, self._line = self._line, b""
                 self._take(line)
-            elif len(self._line) > (LONGEST_HEAD if self._awaits == "trailer" else LONGEST_CHUNK_LINE):
-                raise Malformed("a line of a chunk is too long")
+            elif len(self._line) > (MAX_HEAD_BYTES if self._awaits == "trailer" else MAX_CHUNK_LINE_BYTES):
+                raise Malformed("a chunk line is too long")
             elif self._awaits == "gap" and self._line != b"\r":
                 raise Malformed("a chunk is longer than its size")
         return position
 
     def _take(self, line: bytes) -> None:
         if self._strict and not line.endswith(b"\r\n"):
-            raise Malformed("a line of a chunk must end with CR LF")
+            raise Malformed("a chunk line must end with CR LF")
         line = line[:-2] if line.endswith(b"\r\n") else line[:-1]
         if self._awaits == "gap":
             if line:
@@ -232,40 +232,40 @@ class Chunked:
         elif self._awaits == "size":
             found = CHUNK_LINE.fullmatch(line if self._strict else line.partition(b";")[0].strip())
             if not found:
-                raise Malformed("the size of a chunk must be hexadecimal")
+                raise Malformed("the chunk size must be hexadecimal")
             self._left = int(found[1], 16)
             self._awaits = "data" if self._left else "trailer"
         elif line:
             self._trailers += len(line)
             field = FIELD.fullmatch(line)
-            if self._strict and (not field or field[1].lower() in FRAMING_FIELDS or self._trailers > LONGEST_HEAD):
-                raise Malformed("a trailer is none that may stand behind a body")
+            if self._strict and (not field or field[1].lower() in FRAMING_FIELDS or self._trailers > MAX_HEAD_BYTES):
+                raise Malformed("invalid trailer")
         else:
             self.done = True
 
 
 def request_head(data: bytes) -> Request | None:
-    """Return the head that bytes begin with; None: it is not whole yet.
+    """Return the head at the beginning of the data; None: it is incomplete.
 
     Raises:
-        Malformed: It is no request of HTTP/1, or its lines can be cut in several ways.
+        Malformed: It is not an HTTP/1 request, or its lines are ambiguous.
     """
-    # Some clients send an empty line behind a body.
+    # Some clients send an empty line after a body.
     start = len(data) - len(data.lstrip(b"\r\n")) if data[:1] in (b"\r", b"\n") else 0
     if data[:start] not in (b"", b"\r\n", b"\r"):
-        raise Malformed("empty lines stand where a request should")
+        raise Malformed("empty lines before the request")
     end = data.find(b"\r\n\r\n", start)
     if end < 0:
-        if len(data) > LONGEST_HEAD:
-            raise Malformed(f"the head of a request is longer than {LONGEST_HEAD} bytes", 431)
+        if len(data) > MAX_HEAD_BYTES:
+            raise Malformed(f"the request head is longer than {MAX_HEAD_BYTES} bytes", 431)
         line, newline, _ = data[start:].partition(b"\n")
         if newline and not REQUEST_LINE.fullmatch(line[:-1]):
-            raise Malformed("no request line of HTTP/1.0 or HTTP/1.1")
+            raise Malformed("the first line is not a request line of HTTP/1.0 or HTTP/1.1")
         return None
     first, *lines = data[start:end].split(b"\r\n")
     found = REQUEST_LINE.fullmatch(first)
     if not found:
-        raise Malformed("no request line of HTTP/1.0 or HTTP/1.1")
+        raise Malformed("the first line is not a request line of HTTP/1.0 or HTTP/1.1")
     fields = [FIELD.fullmatch(line) for line in lines]
     headers = tuple((field[1].lower(), field[2].strip(b" \t")) for field in fields if field)
     if len(headers) != len(lines):
@@ -274,20 +274,20 @@ def request_head(data: bytes) -> Request | None:
 
 
 def answer_head(data: bytes, position: int) -> Answer | None:
-    """Return the head that stands at a position; None: it is not whole yet.
+    """Return the head at a position; None: it is incomplete.
 
     Raises:
-        Malformed: It is none of HTTP/1.
+        Malformed: It is not an HTTP/1 head.
     """
     end = END_OF_HEAD.search(data, position)
     if not end:
-        if len(data) - position > LONGEST_HEAD or b"HTTP/"[: len(data) - position] != data[position : position + 5]:
-            raise Malformed("no head of an answer")
+        if len(data) - position > MAX_HEAD_BYTES or b"HTTP/"[: len(data) - position] != data[position : position + 5]:
+            raise Malformed("not the head of an answer")
         return None
     first, *lines = data[position : end.start()].split(b"\n")
     found = STATUS_LINE.fullmatch(first.rstrip(b"\r"))
     if not found:
-        raise Malformed("no status line of HTTP/1")
+        raise Malformed("not an HTTP/1 status line")
     parts = [line.partition(b":") for line in lines]
     headers = tuple((name.strip().lower(), value.strip()) for name, _, value in parts)
     return Answer(data[position : end.end()], found.groups(), headers)

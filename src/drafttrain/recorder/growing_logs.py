@@ -1,7 +1,7 @@
-"""Reads on in a folder of logs that is written meanwhile: which files were read how far, by what they hold and not by their names.
+"""Reads a folder of logs while it is written. Files are recognized by their content, not by their names.
 
-A log that is rotated is renamed, copied and cut, or packed; all of these leave the bytes that were read before where they were,
-so a file goes on where a place ends whose first and last bytes it has.
+Rotation renames a log, copies and truncates it, or compresses it. All of these leave the bytes that were read before at their offsets.
+So a file continues a place if it has the place's first and last bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from drafttrain.data_gen.serving_logs.lines import DAMAGED, Line, lines, log_fil
 
 DIGEST_BYTES = 4096
 MAX_PLACES = 1000
-"""Logs that are remembered when their files are gone."""
+"""Logs that are remembered after their files are gone."""
 MAX_STATES = 8
 
 
@@ -28,18 +28,18 @@ class Place:
     """How far one log was read."""
 
     offset: int = 0
-    """Bytes of whole lines, unpacked."""
+    """Bytes of complete lines, decompressed."""
     head: str = ""
     """Digest of the first of these bytes."""
     tail: str = ""
     """Digest of the last of these bytes."""
     inode: int = 0
     states: tuple[str, ...] = field(default=())
-    """Files (inode, size, time) of which nothing was left to read, copies included."""
+    """Files (inode, size, time) that were read to their end, including copies."""
 
     @staticmethod
     def of(file: IO[bytes], offset: int, **more: object) -> Place | None:
-        """Return the place that ends at a byte of a file; None: the file is shorter."""
+        """Return the place that ends at an offset of a file; None: the file is shorter."""
         length = min(DIGEST_BYTES, offset)
         file.seek(0)
         head = file.read(length)
@@ -48,14 +48,14 @@ class Place:
         return Place(offset, _digest(head), _digest(tail), **more) if len(tail) == length else None  # type: ignore[arg-type]
 
     def ends_in(self, file: IO[bytes]) -> bool:
-        """Tell whether a file begins with the bytes that were read, as far as their first and last ones tell."""
+        """Return whether a file begins with the bytes that were read, judged by the first and last of them."""
         found = Place.of(file, self.offset)
         return found is not None and (self.offset == 0 or (found.head, found.tail) == (self.head, self.tail))
 
 
 @dataclass(frozen=True)
 class _Listed:
-    """A file as it was when the folder was listed; rotation may give its name to another one at any later moment."""
+    """A file when the folder was listed. Rotation may give its name to another file at any moment."""
 
     path: Path
     inode: int
@@ -64,27 +64,27 @@ class _Listed:
 
     @contextmanager
     def opened(self) -> Iterator[IO[bytes]]:
-        """Open the file for reading, unpacked.
+        """Open the file for reading, decompressed.
 
         Raises:
-            FileNotFoundError: It has another name by now, or is gone.
+            FileNotFoundError: It was renamed or removed.
         """
         with opened(self.path) as file:
             if os.fstat(file.fileno()).st_ino != self.inode:
-                raise FileNotFoundError(f"{self.path}: another file by now")
+                raise FileNotFoundError(f"{self.path}: replaced by another file")
             yield file
 
 
 CHANGED = (FileNotFoundError, *DAMAGED)
-"""What reading a file raises that was rotated or is packed meanwhile: it waits for the next listing."""
+"""Raised when a file is rotated or compressed while it is read. It is read after the next listing."""
 
 
 def follow(
     path: str, places: Sequence[Place], *, max_line_bytes: int, max_lines: int
 ) -> tuple[list[tuple[str, Line]], list[Place]]:
-    """Return the next whole lines behind the places, each with where it stands, and the places behind these lines.
+    """Return the next complete lines after the places, each with its position, and the places after these lines.
 
-    A line that is still written waits; so does a gzip file that does not end yet, and a file that changes its name meanwhile.
+    An incomplete line is left for the next call, and so is a gzip file without its end, or a file that is renamed meanwhile.
 
     Raises:
         DataError: There is no log, and none was read before.
@@ -95,10 +95,10 @@ def follow(
     except DataError:
         if not places:
             raise
-        files = []  # Between the two steps of a rotation there is no log.
+        files = []  # In the middle of a rotation there may be no log.
     done = {state for place in places for state in place.states}
     found: list[tuple[str, Line]] = []
-    # What was empty may be the start of a copy: it shows with its first bytes what it is.
+    # An empty file may become a copy: its first bytes will show it.
     to_read = [file for file in files if file.size and file.state not in done]
     for file, number in _assigned(to_read, files, places):
         if len(found) >= max_lines:
@@ -110,9 +110,9 @@ def follow(
 
 
 def _without_old(places: list[Place], files: list[_Listed]) -> list[Place]:
-    """Return the places without the oldest ones of which no file is left, where these are too many."""
+    """Return the places, without the oldest ones whose files are gone if there are too many of those."""
     inodes, states = {file.inode for file in files}, {file.state for file in files}
-    # A file that was cut has its inode still, and is another log.
+    # A truncated file keeps its inode and is another log.
     newest = {place.inode: number for number, place in enumerate(places)}
     gone = [
         number
@@ -124,7 +124,7 @@ def _without_old(places: list[Place], files: list[_Listed]) -> list[Place]:
 
 
 def _listed(path: str) -> list[_Listed]:
-    """Return the files there are, in the order of `log_files`; one that has two names at once is listed once."""
+    """Return the files in the order of `log_files`. A file with two names is listed once."""
     files: dict[str, _Listed] = {}
     for file in log_files(path):
         with suppress(FileNotFoundError):
@@ -135,10 +135,10 @@ def _listed(path: str) -> list[_Listed]:
 
 
 def _assigned(files: list[_Listed], listed: list[_Listed], places: list[Place]) -> list[tuple[_Listed, int]]:
-    """Return each file to read with the number of its place, new ones included; a copy of what another one holds waits for it.
+    """Return each file to read with the number of its place, including new ones. A copy of another file is not read.
 
     Args:
-        listed: All files, those included of which nothing is left to read.
+        listed: All files, including those that were read to their end.
     """
     logs: list[_Log] = []
     for file in files:
@@ -150,7 +150,7 @@ def _assigned(files: list[_Listed], listed: list[_Listed], places: list[Place]) 
             (number for other, number in chosen if other.may_begin_with(log) and log.begins(other.file)), None
         )
         if original is not None:
-            # Before all of it was read it may still be what is left of the log.
+            # As long as it was not read completely, it may become the only file of this log.
             if log.size <= places[original].offset:
                 states = (*places[original].states, log.file.state)[-MAX_STATES:]
                 places[original] = replace(places[original], states=states)
@@ -161,7 +161,7 @@ def _assigned(files: list[_Listed], listed: list[_Listed], places: list[Place]) 
 
 
 def _number_of(log: _Log, places: list[Place], *, taken: set[int]) -> int:
-    """Return the place that a log is read on from; one that has none, or whose place another log goes on from too, gets its own."""
+    """Return the number of the place from which to read a log. A new log gets a new place, and so does the second log of one place."""
     number, inode = log.number, log.file.inode
     if number is not None and number not in taken:
         places[number] = replace(places[number], inode=inode)
@@ -171,10 +171,10 @@ def _number_of(log: _Log, places: list[Place], *, taken: set[int]) -> int:
 
 
 def _read_on(file: _Listed, place: Place, max_line_bytes: int, max_lines: int) -> tuple[list[tuple[str, Line]], Place]:
-    """Return the next whole lines of a file and the place behind them.
+    """Return the next complete lines of a file, and the place after them.
 
     Raises:
-        FileNotFoundError: The file was renamed, or cut while it was read; what was read of it counts for nothing.
+        FileNotFoundError: The file was renamed or truncated while it was read, so its lines are discarded.
     """
     found: list[tuple[str, Line]] = []
     with file.opened() as opened_file:
@@ -189,43 +189,43 @@ def _read_on(file: _Listed, place: Place, max_line_bytes: int, max_lines: int) -
             found.append((f"{file.path}@{offset}", line))
             offset = line.end
         states = (*place.states, file.state)[-MAX_STATES:] if at_end else place.states
-        behind = Place.of(opened_file, offset, inode=file.inode, states=states)
-        if behind is None or not place.ends_in(opened_file):
-            raise FileNotFoundError(f"{file.path}: was cut while it was read")
-    return found, behind
+        place_after = Place.of(opened_file, offset, inode=file.inode, states=states)
+        if place_after is None or not place.ends_in(opened_file):
+            raise FileNotFoundError(f"{file.path}: truncated while it was read")
+    return found, place_after
 
 
 class _Log:
-    """A file as far as it was written when it was opened; it may be the rest of a log, or a copy of one."""
+    """The content of a file when it was opened. It may continue a log, or be a copy of one."""
 
     def __init__(self, opened_file: IO[bytes], file: _Listed, places: Sequence[Place]) -> None:
         self.file = file
-        self._packed = file.path.suffix == ".gz"
-        self.size = _size(opened_file, packed=self._packed)
+        self._is_compressed = file.path.suffix == ".gz"
+        self.size = _size(opened_file, is_compressed=self._is_compressed)
         opened_file.seek(0)
         self._start = opened_file.read(DIGEST_BYTES)
         self._heads: dict[int, str] = {}
         whole = Place.of(opened_file, self.size)
         if whole is None:
-            raise FileNotFoundError(f"{file.path}: was cut while it was read")
+            raise FileNotFoundError(f"{file.path}: truncated while it was read")
         self._whole = whole
-        self.number = self._number(opened_file, places)
-        """Of the place that it goes on from."""
+        self.number = self._continued_place(opened_file, places)
+        """Number of the place that this file continues."""
 
     @property
     def rank(self) -> tuple[int, bool, Path]:
-        """The longer of two logs that begin alike is the one to read."""
-        return self.size, not self._packed, self.file.path
+        """Of two logs with the same beginning, the longer one is read."""
+        return self.size, not self._is_compressed, self.file.path
 
-    def _number(self, opened_file: IO[bytes], places: Sequence[Place]) -> int | None:
-        """Return the number of the place that this file goes on from: of several, where it was read furthest."""
-        # By their offsets: a packed file is not begun again for each.
+    def _continued_place(self, opened_file: IO[bytes], places: Sequence[Place]) -> int | None:
+        """Return the number of the place that this file continues; of several, the one with the highest offset."""
+        # Sorted by offset, so that a compressed file is decompressed only once.
         by_offset = sorted(enumerate(places), key=lambda one: (one[1].offset, one[1].inode == self.file.inode))
-        matching = [number for number, place in by_offset if self._goes_on(opened_file, place)]
+        matching = [number for number, place in by_offset if self._continues(opened_file, place)]
         return matching[-1] if matching else None
 
-    def _goes_on(self, opened_file: IO[bytes], place: Place) -> bool:
-        """Tell whether the file begins with the bytes that were read up to a place."""
+    def _continues(self, opened_file: IO[bytes], place: Place) -> bool:
+        """Return whether the file begins with the bytes that were read up to a place."""
         if place.offset == 0:
             return place.inode == self.file.inode
         length = min(DIGEST_BYTES, place.offset)
@@ -235,26 +235,26 @@ class _Log:
         return _digest(opened_file.read(length)) == place.tail
 
     def may_begin_with(self, other: _Log) -> bool:
-        """Tell whether the first bytes of both are the same."""
+        """Return whether both files may have the same first bytes."""
         return self._start.startswith(other._start)
 
     def begins(self, file: _Listed) -> bool:
-        """Tell whether another file begins with all that this one holds."""
+        """Return whether another file begins with the whole content of this one."""
         with suppress(*CHANGED), file.opened() as opened_file:
             return self._whole.ends_in(opened_file)
         return False
 
     def is_being_copied(self, listed: Sequence[_Listed], places: Sequence[Place]) -> bool:
-        """Tell whether this is the start of a log that was read further, and whose copy is still written."""
+        """Return whether this is an incomplete copy of a log that was read further."""
         is_start = len(self._start) == DIGEST_BYTES and any(
             self.size < place.offset and self._whole.head == place.head for place in places
         )
-        if self.number is not None or self._packed or not is_start:
+        if self.number is not None or self._is_compressed or not is_start:
             return False
         others = (file for file in listed if file.inode != self.file.inode and file.size > self.size)
         if any(file.path.suffix != ".gz" and self.begins(file) for file in others):
             return True
-        # A copy whose original was cut since it was opened is whole by now.
+        # If the original was truncated since it was opened, the copy is complete by now.
         with suppress(FileNotFoundError):
             return self.file.path.stat().st_size != self.size
         return True
@@ -265,9 +265,9 @@ class _Log:
         return self._heads[length]
 
 
-def _size(file: IO[bytes], *, packed: bool) -> int:
-    """Return the size of a file, unpacked; a gzip file is read to its end, which tells whether it is whole."""
-    if not packed:
+def _size(file: IO[bytes], *, is_compressed: bool) -> int:
+    """Return the decompressed size of a file. A gzip file is read to its end, which shows whether it is complete."""
+    if not is_compressed:
         return os.fstat(file.fileno()).st_size
     size = 0
     while piece := file.read(1 << 20):

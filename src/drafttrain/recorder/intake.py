@@ -1,10 +1,11 @@
-"""Takes up what is new in a folder of logs, batch by batch, so that a kill at any moment loses nothing and doubles nothing.
+"""Reads new lines of a folder of logs, batch by batch. A kill at any moment neither loses nor duplicates a record.
 
-    batch-00000012.jsonl   the records of a batch; quarantine-00000012.jsonl what was set aside, if anything
-    cursor.json            how many batches there are, and where in the logs the last one ends
+    batch-00000012.jsonl        the records of a batch
+    quarantine-00000012.jsonl   its quarantined lines, if there are any
+    cursor.json                 the number of batches, and the positions in the logs after the last one
 
-A batch counts from the moment cursor.json is renamed: it names the batch and the places behind it together. A batch that a kill left
-without is written again from the same lines.
+A batch is committed when cursor.json is renamed, which sets the number of batches and the positions together. A batch that a kill left
+uncommitted is written again from the same lines.
 """
 
 from __future__ import annotations
@@ -34,24 +35,25 @@ from drafttrain.recorder.growing_logs import Place, follow
 
 @dataclass(frozen=True)
 class Served:
-    """A record that was taken up."""
+    """A record of a served request."""
 
     record: Record
     user: str
-    """The pseudonym of who asked; empty: the log does not say."""
+    """Pseudonym of the user; empty: the log names no user."""
     mark: Mark
 
 
 class Intake:
-    """What was taken up of one folder of logs.
+    """The records that were read from one folder of logs.
 
-    An answer whose request vLLM logged before a restart is set aside as `no_request`: waiting requests are in memory only.
+    vLLM logs a request and its answer on separate lines. An answer whose request was logged before a restart of this process is
+    quarantined as `no_request`, because waiting requests are in memory only.
 
     Args:
-        about: What the records depend on besides the settings, such as the fingerprint of the tokenizer.
+        about: Other inputs that the records depend on, such as the fingerprint of the tokenizer.
 
     Raises:
-        DataError: The folder was begun with other settings.
+        DataError: The folder was written with other settings.
     """
 
     def __init__(self, settings: ServingLogsSettings, encoder: Encoder, folder: Path, *, about: Any = None) -> None:
@@ -63,18 +65,18 @@ class Intake:
         self._resume()
 
     def _resume(self) -> None:
-        """Stand where cursor.json says."""
+        """Restore the state of cursor.json."""
         cursor = self.folder / "cursor.json"
         state: dict[str, Any] = {"about": self._about, "batches": 0, "model": "", "places": []}
         if cursor.exists():
             state = json.loads(cursor.read_text(encoding="utf-8"))
             if state["about"] != self._about:
-                raise DataError(f"{self.folder}: was begun with other settings; give the intake another folder")
+                raise DataError(f"{self.folder}: written with other settings; choose another folder for the intake")
         self.num_batches: int = state["batches"]
         self.counts = Counter[str](state.get("lines", {}))
-        """Lines by what became of them: used, announces (the request of an answer), or the kind of reason."""
-        self.choices_set_aside = Counter[str](state.get("choices_set_aside", {}))
-        """Answers that were set aside of lines of which another one is used."""
+        """Lines by outcome: used, announces (a request whose answer follows), or the kind of quarantine."""
+        self.quarantined_choices = Counter[str](state.get("choices_set_aside", {}))
+        """Quarantined answers of lines with another answer that is used."""
         self._places = [Place(**place | {"states": tuple(place["states"])}) for place in state["places"]]
         self._reader = LogReader(self.settings, model=state["model"], pseudonyms=Pseudonyms(self.folder))
         kept = [number for path in self.folder.glob("batch-*.jsonl") if (number := _number(path)) < self.num_batches]
@@ -88,20 +90,20 @@ class Intake:
 
     @property
     def num_lines(self) -> int:
-        """Lines that were read; empty ones are none."""
+        """Number of lines read, without empty ones."""
         return self.counts.total()
 
     def take(self, *, max_lines: int = 1000) -> int | None:
-        """Take up the next lines and return how many records they gave; None: there was nothing new."""
+        """Read the next lines and return the number of records; None: there was no new line."""
         try:
-            return self._take(max_lines)
+            return self._read_batch(max_lines)
         except BaseException:
-            # What was remembered of lines that are not committed must not hide them from the next attempt.
+            # Uncommitted lines must not count as duplicates in the next attempt.
             self._resume()
             raise
 
-    def _take(self, max_lines: int) -> int | None:
-        found, places = follow(
+    def _read_batch(self, max_lines: int) -> int | None:
+        next_lines, places = follow(
             self.settings.path,
             self._places,
             max_line_bytes=int(self.settings.max_line_mb * 2**20),
@@ -109,26 +111,26 @@ class Intake:
         )
         if places == self._places:
             return None
-        taken: list[Served] = []
+        found_records: list[Served] = []
         refused: list[dict[str, str]] = []
-        for where, line in found:
+        for where, line in next_lines:
             if line.data is None or line.data.strip():
                 records, reasons = self._line(line)
-                taken += records
+                found_records += records
                 refused += [{"where": where, "reason": str(reason)} for reason in reasons]
                 kinds = [reason.kind for reason in reasons]
                 self.counts["used" if records else kinds[0] if kinds else "announces"] += 1
-                self.choices_set_aside.update(kinds if records else kinds[1:])
+                self.quarantined_choices.update(kinds if records else kinds[1:])
         number = f"{self.num_batches:08d}.jsonl"
-        for name, entries in (("batch", [served_as_json(served) for served in taken]), ("quarantine", refused)):
+        for name, entries in (("batch", [served_as_json(served) for served in found_records]), ("quarantine", refused)):
             if entries or name == "batch":
                 write_text(self.folder / f"{name}-{number}", "".join(json.dumps(entry) + "\n" for entry in entries))
-        self._sizes[self.num_batches] = len(taken)
+        self._sizes[self.num_batches] = len(found_records)
         self._commit(places)
-        return len(taken)
+        return len(found_records)
 
     def _line(self, line: Line) -> tuple[list[Served], list[Refused]]:
-        taken, reasons = [], []
+        found_records, reasons = [], []
         for found in self._reader.exchanges(line):
             if isinstance(found, Refused):
                 reasons.append(found)
@@ -138,8 +140,8 @@ class Intake:
             except Refused as reason:
                 reasons.append(reason)
             else:
-                taken.append(Served(record, found.exchange.user, found.mark))
-        return taken, reasons
+                found_records.append(Served(record, found.exchange.user, found.mark))
+        return found_records, reasons
 
     def _commit(self, places: list[Place]) -> None:
         self._places = places
@@ -149,13 +151,13 @@ class Intake:
             "batches": self.num_batches,
             "model": self._reader.model,
             "lines": dict(self.counts),
-            "choices_set_aside": dict(self.choices_set_aside),
+            "choices_set_aside": dict(self.quarantined_choices),
             "places": [asdict(place) for place in places],
         }
         write_json(self.folder / "cursor.json", state)
 
     def forget(self, *, stop_batch: int) -> None:
-        """Remove batches before this one, as far as new exchanges are no longer compared with theirs."""
+        """Remove older batches, except those that new records are still compared with."""
         newer = sum(self._sizes.values())
         while self._first < stop_batch and newer - self._sizes[self._first] >= self.settings.remembered:
             newer -= self._sizes.pop(self._first)
@@ -164,7 +166,7 @@ class Intake:
             self._first += 1
 
     def served(self, *, first_batch: int = 0, stop_batch: int | None = None) -> Iterator[Served]:
-        """Yield what was taken up, in its order, but for what was forgotten."""
+        """Yield the records in order, without removed batches."""
         for number in range(max(first_batch, self._first), self.num_batches if stop_batch is None else stop_batch):
             with (self.folder / f"batch-{number:08d}.jsonl").open(encoding="utf-8") as file:
                 for line in file:
@@ -176,7 +178,7 @@ def _number(path: Path) -> int:
 
 
 def served_as_json(served: Served) -> dict[str, Any]:
-    """Return what was taken up as JSON can hold it, without the user's name."""
+    """Return a record in JSON types. The user is a pseudonym already."""
     record, law = served.record, served.record.law
     value: dict[str, Any] = {
         "id": record.id,
@@ -198,7 +200,7 @@ def served_as_json(served: Served) -> dict[str, Any]:
 
 
 def served_from_json(value: dict[str, Any]) -> Served:
-    """Return what `served_as_json` wrote."""
+    """Return a record that `served_as_json` wrote."""
     prompt, count = value["prompt_tokens"], len(value["tokens"])
     law = None
     if "law_ids" in value:

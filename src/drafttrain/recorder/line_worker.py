@@ -1,4 +1,4 @@
-"""Makes lines of captures in a process of its own: looking through a long answer would hold the interpreter that passes tokens on."""
+"""Makes log lines in a separate process: redacting a long answer would block the interpreter that relays tokens."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from drafttrain.recorder.capture import Capture, line_of
 from drafttrain.recorder.settings import RECORD_BYTES
 
 SIZE = struct.Struct(">cQ")
-"""A message: L(ine), R(efused) or C(apture), its bytes, and they follow."""
+"""Header of a message: L(ine), R(efused) or C(apture), and the number of bytes that follow."""
 NICE = 5
-LONGEST_SECONDS = 120.0
-"""A line that takes longer is given up; the longest answers take some seconds."""
+MAX_SECONDS = 120.0
+"""A line that takes longer is dropped. The longest answers take a few seconds."""
 
 
 class LineWorker:
-    """Hands captures to the process and returns their lines; a process that died, or does not come to an end, is started again.
+    """Sends captures to the process and returns their lines. A process that died or hangs is started again.
 
     Args:
-        redact: Take out what `redaction` knows.
+        redact: Use the built-in redaction.
         redact_with: Dotted name of the user's function.
-        record_bytes: What a capture may have unpacked.
-        folder: Of the records, whose salt makes pseudonyms of users; None: who asked is left out.
+        record_bytes: Maximum bytes of a capture, decompressed.
+        folder: Folder of the records, which holds the salt for pseudonyms; None: users are not logged.
     """
 
     def __init__(
@@ -44,9 +44,9 @@ class LineWorker:
         redact_with: str | None,
         record_bytes: int = RECORD_BYTES,
         folder: Path | None = None,
-        longest_seconds: float = LONGEST_SECONDS,
+        max_seconds: float = MAX_SECONDS,
     ) -> None:
-        self.longest_seconds = longest_seconds
+        self.max_seconds = max_seconds
         self._settings = json.dumps(
             {
                 "builtin": redact,
@@ -61,7 +61,7 @@ class LineWorker:
         """Return the line of a capture.
 
         Raises:
-            Refused: It must not, or cannot, be kept.
+            Refused: It cannot be recorded.
         """
         self.start()
         assert self._process is not None
@@ -69,23 +69,23 @@ class LineWorker:
         assert self._process.stdout is not None
         try:
             _send(self._process.stdin, b"C", pickle.dumps(capture))
-            if not _answers(self._process.stdout, self.longest_seconds):
+            if not _has_data(self._process.stdout, self.max_seconds):
                 self._process.kill()
             tag, answer = _receive(self._process.stdout)
         except (OSError, EOFError) as error:
             self.close()
-            raise Refused("unreadable", "the process that makes lines died of it") from error
+            raise Refused("unreadable", "the line worker died") from error
         if tag == b"R":
-            raise Refused(answer.decode(), "see the kinds of docs/serving_logs.md")
+            raise Refused(answer.decode(), "see the kinds in docs/serving_logs.md")
         return answer
 
     def start(self) -> None:
-        """Start the process, where it does not run."""
+        """Start the process if it is not running."""
         if self._process is None:
             self._process = self._started()
 
     def interrupt(self) -> None:
-        """Give up the line that is made, from another thread."""
+        """Give up the current line; called from another thread."""
         if (process := self._process) is not None:
             process.kill()
 
@@ -100,25 +100,25 @@ class LineWorker:
             self._process = None
 
     def _started(self) -> subprocess.Popen[bytes]:
-        # The user's function is found where this process would find it.
+        # The worker has to find the user's function where this process would.
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         command = [sys.executable, "-m", __name__, self._settings]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
 
 def main() -> None:
-    """Answer captures on the standard input until it ends, as it does when the recorder is killed."""
-    # Who stops all processes of a service at once means the recorder, which has this one write what waits.
+    """Read captures from standard input until it ends, which it also does if the recorder is killed."""
+    # A signal to the whole process group is meant for the recorder, which still needs this worker for the lines that wait.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     os.nice(NICE)
     settings = json.loads(sys.argv[1])
     record_bytes = settings.pop("record_bytes")
     folder = settings.pop("folder")
-    # The arguments of a process are everybody's to read: the salt is read here.
+    # Other users can read the arguments of a process, so the salt is read from its file.
     pseudonyms = Pseudonyms(Path(folder)) if folder else None
     redact = redactor(**settings) if settings["builtin"] or settings["own"] else None
-    # What the user's function prints must not stand between the answers.
+    # Output of the user's function must not end up between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     while True:
@@ -133,7 +133,7 @@ def main() -> None:
         except Refused as reason:
             _send(answers, b"R", reason.kind.encode())
         except Exception:
-            # What passes is anybody's, and whatever it does must not end the process.
+            # Captures are untrusted: none of them may end the process.
             _send(answers, b"R", b"unreadable")
 
 
@@ -143,8 +143,8 @@ def _send(pipe: IO[bytes], tag: bytes, message: bytes) -> None:
     pipe.flush()
 
 
-def _answers(pipe: IO[bytes], seconds: float) -> bool:
-    """Tell whether there is something to read, or an end, within some seconds."""
+def _has_data(pipe: IO[bytes], seconds: float) -> bool:
+    """Return whether data, or the end of the pipe, arrives in time."""
     poll = select.poll()
     poll.register(pipe, select.POLLIN)
     return bool(poll.poll(1000 * seconds))

@@ -1,4 +1,4 @@
-"""Writes records beside the requests, never in their way: a thread, a bounded queue, and a count of what had to be dropped."""
+"""Writes records without delaying requests: a thread, a bounded queue, and counts of dropped records."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from drafttrain.data_gen.serving_logs.exchange import Refused
 from drafttrain.recorder.capture import Capture
 
 FLUSH_SECONDS = 1.0
-"""For the last write, where time to stop is over."""
+"""For the last write after the time limit."""
 
 
 class RecordFiles:
-    """Files of records in a folder; a line counts as written once it is on the disk.
+    """Files of records in a folder. A line counts as written once it is on disk.
 
     Args:
-        line: Makes the line of a capture, or raises `Refused`.
-        rotate_bytes: A larger file is closed and the next one begun.
-        queue_bytes: Captures that may wait.
+        line: Returns the line of a capture, or raises `Refused`.
+        rotate_bytes: A larger file is closed, and the next one is opened.
+        queue_bytes: Maximum bytes of captures that wait.
     """
 
     def __init__(self, folder: Path, line: Callable[[Capture], bytes], *, rotate_bytes: int, queue_bytes: int) -> None:
@@ -43,15 +43,15 @@ class RecordFiles:
         self._change = threading.Condition()
         self._closing = False
         self._gives_up = False
-        self._thread = threading.Thread(target=self._write_on, name="records", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="records", daemon=True)
 
     def start(self) -> None:
-        """Begin to write."""
+        """Start the writing thread."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._thread.start()
 
     def offer(self, capture: Capture) -> None:
-        """Take a capture to be written, or drop it: never waits for the disk."""
+        """Queue a capture, or drop it if the queue is full. Never waits for the disk."""
         with self._change:
             if self._queued_bytes + capture.size > self._queue_bytes or self._closing:
                 self.dropped["slow"] += 1
@@ -61,11 +61,11 @@ class RecordFiles:
             self._change.notify()
 
     def close(self, *, within_seconds: float | None = None, interrupt: Callable[[], None] = lambda: None) -> None:
-        """Write what waits, and stop.
+        """Write the captures that wait, and stop.
 
         Args:
-            within_seconds: What is not written by then is dropped; None: all is written.
-            interrupt: Gives up the line that is being made.
+            within_seconds: Captures that are not written by then are dropped; None: all are written.
+            interrupt: Stops the making of the current line.
         """
         with self._change:
             self._closing = True
@@ -80,10 +80,10 @@ class RecordFiles:
 
     @property
     def queued(self) -> int:
-        """Captures that wait."""
+        """Number of captures that wait."""
         return len(self._queue)
 
-    def _write_on(self) -> None:
+    def _run(self) -> None:
         while True:
             with self._change:
                 while not self._queue and not self._closing:
@@ -97,7 +97,7 @@ class RecordFiles:
                 self._queued_bytes -= sum(capture.size for capture in captures)
 
     def _write(self, captures: list[Capture]) -> None:
-        """Write some captures, those of a file together."""
+        """Write some captures, with one write per file."""
         lines: list[bytes] = []
         for capture in captures:
             if self._gives_up:
@@ -108,7 +108,7 @@ class RecordFiles:
             except Refused as reason:
                 self.dropped["stopped" if self._gives_up else reason.kind] += 1
             except Exception:
-                # What passes is anybody's, and whatever it does must not end the thread.
+                # Captures are untrusted: none of them may end the thread.
                 self.dropped["unreadable"] += 1
             if self._size + sum(map(len, lines)) >= self._rotate_bytes:
                 self._commit(lines)
@@ -116,49 +116,49 @@ class RecordFiles:
         self._commit(lines)
 
     def _commit(self, lines: list[bytes]) -> None:
-        """Write lines, and count them as written when the disk has confirmed them."""
+        """Write lines, and count them as written when they are on disk."""
         while lines:
             count = self._appended(lines)
             if count == len(lines):
                 return
-            # A full disk, or one that is gone: what did not fit is dropped, and the next lines try a file of their own.
+            # The disk is full or gone: the line that failed is dropped, and the next ones go to a new file.
             self.dropped["disk"] += 1
             lines = lines[count + 1 :]
             self._close_file()
 
     def _appended(self, lines: list[bytes]) -> int:
-        """Return how many lines, of the first ones, are on the disk."""
+        """Append lines, and return how many of them are on disk."""
         count = 0
         try:
             handle = self._opened()
             end = self._size
             try:
                 for line in lines:
-                    _write_whole(handle, line)
+                    _write_fully(handle, line)
                     end += len(line)
                     count += 1
             except OSError:
-                # The part of a line that did fit is none.
+                # Remove the part of the line that was written.
                 os.ftruncate(handle, end)
             os.fsync(handle)
             removed = os.fstat(handle).st_nlink == 0
         except OSError:
-            self._take_back()
+            self._discard_uncommitted()
             return 0
         if removed:
-            # Somebody removed the file meanwhile, and the lines with it.
+            # Another process removed the file, and the lines with it.
             self._close_file()
             return self._appended(lines)
         self._size = end
         self.written += count
         if end == 0:
-            self._take_back()
+            self._discard_uncommitted()
         elif self._size >= self._rotate_bytes:
             self._close_file()
         return count
 
     def _opened(self) -> int:
-        """Return the file to write on in: a new one where there is none, or where the last one's name means another by now."""
+        """Return the file to append to: a new one if there is none, or if the name of the last one belongs to another file now."""
         if self._handle is not None and not self._is_there(self._handle):
             self._close_file()
         while self._handle is None:
@@ -166,9 +166,9 @@ class RecordFiles:
             self._number += 1
             began = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
             self.file = f"records-{began}-{os.getpid()}-{self._number:06d}.jsonl"
-            # In two containers two recorders may be the same process.
+            # Two recorders in two containers may have the same process id.
             with contextlib.suppress(FileExistsError):
-                # Behind its end, wherever that is: somebody may copy and cut it.
+                # Append: log rotation may copy and truncate the file.
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
                 self._handle = os.open(self.folder / self.file, flags, 0o600)
                 sync_folder(self.folder)
@@ -180,23 +180,23 @@ class RecordFiles:
             return os.path.samestat(os.stat(self.folder / self.file), os.fstat(handle))
         return False
 
-    def _take_back(self) -> None:
+    def _discard_uncommitted(self) -> None:
         if self._handle is not None:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._handle, self._size)
                 if self._size == 0:
-                    # As long as the disk is full there would be one more for each record.
+                    # While the disk is full, each record would leave another empty file.
                     (self.folder / self.file).unlink()
             self._close_file()
 
     def _close_file(self) -> None:
         if self._handle is not None:
             with contextlib.suppress(OSError):
-                os.close(self._handle)  # All that counts is on the disk.
+                os.close(self._handle)  # Everything that counts as written is on disk.
             self._handle, self._size = None, 0
 
 
-def _write_whole(handle: int, line: bytes) -> None:
+def _write_fully(handle: int, line: bytes) -> None:
     rest = memoryview(line)
     while rest:
         rest = rest[os.write(handle, rest) :]

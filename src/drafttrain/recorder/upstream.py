@@ -1,4 +1,4 @@
-"""The address of the server behind the recorder: how it is reached, and what of it may be shown."""
+"""The address of the server behind the recorder, with and without its credentials."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ EXAMPLE = "http://127.0.0.1:8000"
 
 @dataclass(frozen=True)
 class Upstream:
-    """Where requests go."""
+    """A parsed address."""
 
     scheme: str
     host: str
     port: int
     path: str
-    """What stands before the path of each request."""
+    """Prefix of the path of each request."""
     authorization: bytes | None
-    """Header value of the name and password in the address, for requests that have none."""
+    """Authorization header from the name and password in the address, for requests without one."""
 
     @staticmethod
     def of(address: str) -> Upstream:
-        """Return an address taken apart.
+        """Parse an address.
 
         Raises:
-            RecipeError: It is none.
+            RecipeError: The address is not valid.
         """
         try:
             parts = urlsplit(address)
@@ -52,7 +52,7 @@ class Upstream:
 
     @property
     def authority(self) -> str:
-        """Host and port, as a Host header names them."""
+        """Host and port as in a Host header."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == (443 if self.scheme == "https" else 80) else f"{host}:{self.port}"
 
@@ -62,7 +62,7 @@ class Upstream:
         return f"{self.scheme}://{self.authority}{self.path}"
 
     def is_one_of(self, listening: Iterable[socket.socket]) -> bool:
-        """Return whether a connection to the address would arrive at one of these sockets. Blocks while the name is resolved."""
+        """Return whether a connection to the address would reach one of these sockets. Blocks while the name is resolved."""
         own = [one.getsockname()[:2] for one in listening]
         if self.port not in {port for _, port in own}:
             return False
@@ -70,7 +70,7 @@ class Upstream:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         except OSError:
             return False
-        addresses = {_reached(one[4][0]) for one in found}
+        addresses = {_destination(one[4][0]) for one in found}
         for host, port in own:
             mine = _plain(host)
             if port == self.port and any(
@@ -82,19 +82,19 @@ class Upstream:
 
 
 def _plain(address: str | int) -> Address:
-    """Return an address without its zone, mapped ones as the IPv4 address."""
+    """Return an address without its zone. A mapped address is returned as IPv4."""
     found = ipaddress.ip_address(str(address).partition("%")[0])
     return getattr(found, "ipv4_mapped", None) or found
 
 
-def _reached(address: str | int) -> Address:
-    """Return the address that a connection arrives at: who connects to 'any' reaches this machine."""
+def _destination(address: str | int) -> Address:
+    """Return the address that a connection reaches: the unspecified address means this machine."""
     found = _plain(address)
     return _plain("127.0.0.1" if found.version == 4 else "::1") if found.is_unspecified else found
 
 
 def _is_local(address: Address) -> bool:
-    """Return whether this machine has an address: only its own can be bound."""
+    """Return whether an address belongs to this machine: only such an address can be bound."""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as one:
@@ -105,6 +105,6 @@ def _is_local(address: Address) -> bool:
 
 
 def _wrong(must: str, address: str) -> RecipeError:
-    # What stands before an @ or behind a ? may be a password, and this goes into logs.
+    # The part before an @ or after a ? may be a password, and this message goes into logs.
     hidden = re.sub(r"[?#].*", "?...", re.sub(r"(^|//).*@", r"\1...@", address, flags=re.S), flags=re.S)
     return RecipeError("arguments", [f"--upstream: {must}, got {hidden!r}"])

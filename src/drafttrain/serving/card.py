@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from drafttrain.drafters import drafters
-from drafttrain.eval.table import interval, number, p_value
+from drafttrain.eval.interval import number, p_value
+from drafttrain.eval.result import Result
 from drafttrain.export.markdown import block, code, plain
 from drafttrain.serving.engines import ServingEngine, Use, engine_of, engines
 
@@ -26,7 +27,7 @@ NUM_DRAFT_TOKENS = 5
 """In a command, where the evaluation has no fixed length."""
 
 
-def model_card(name: str, result: Mapping[str, Any], *, drafter: str, recipe: str, command: str) -> str:
+def model_card(name: str, result: Result, *, drafter: str, recipe: str, command: str) -> str:
     """Return README.md of a drafter folder.
 
     Args:
@@ -35,21 +36,20 @@ def model_card(name: str, result: Mapping[str, Any], *, drafter: str, recipe: st
         recipe: The resolved recipe.
     """
     rows = []
-    lossy = " LOSSY" if result["exactness"] == "lossy" else ""
-    for part in result["temperatures"]:
-        figures = part["drafters"][drafter]
+    lossy = " LOSSY" if result.lossy else ""
+    for part in result.temperatures:
+        figures = part.drafters[drafter]
         rows.append(
-            f"| {part['temperature']:g}{lossy} | {interval(figures['block_efficiency'])} | {interval(figures['alpha'])} "
-            f"| {number(figures['draft_acceptance_rate'])} | {number(figures['mbsu'])} |"
+            f"| {part.temperature:g}{lossy} | {figures.block_efficiency.text()} | {figures.alpha.text()} "
+            f"| {number(figures.draft_acceptance_rate)} | {number(figures.mbsu)} |"
         )
-    parities = [
-        p["drafters"][drafter]["parity"]["text"] for p in result["temperatures"] if "parity" in p["drafters"][drafter]
-    ]
-    target, made = result["target"], result["provenance"]
-    length = ", ".join(f"{key} {value}" for key, value in result["settings"]["length"].items())
-    parity_line = f"Greedy parity with the target: {parities[0]}." if parities else "Greedy parity was not measured."
-    if lossy:
-        rule = result["settings"]["rule"]["kind"]
+    parities = [part.drafters[drafter].parity for part in result.temperatures]
+    found = next((parity for parity in parities if parity is not None), None)
+    parity_line = f"Greedy parity with the target: {found.text}." if found else "Greedy parity was not measured."
+    target, made = result.target, result.provenance
+    length = ", ".join(f"{key} {value}" for key, value in result.settings["length"].items())
+    if result.lossy:
+        rule = result.settings["rule"]["kind"]
         parity_line = f"**LOSSY**: measured with the acceptance rule `{rule}`, whose output is not the target's own."
     nl = "\n"
     return f"""---
@@ -59,33 +59,32 @@ tags: [speculative-decoding, draft-model]
 ---
 # {plain(name)}
 
-A drafter for speculative decoding with the target {code(target["name"])} (fingerprint {code(target["fingerprint"])}). It proposes
+A drafter for speculative decoding with the target {code(target.name)} (fingerprint {code(target.fingerprint)}). It proposes
 tokens; the target decides. It is no model to talk to by itself.
 
 | temperature | block efficiency | alpha | draft acceptance rate | MBSU |
 |---|---|---|---|---|
 {nl.join(rows)}
 
-{result["num_prompts"]} prompts, {length}, 95 % intervals over prompts; measured on these files with the embedded evaluator.
+{result.num_prompts} prompts, {length}, 95 % intervals over prompts; measured on these files with the embedded evaluator.
 {parity_line}
 
 {USE}{_use(result, drafter)}
 
 {ORIGIN}
 
-{code(command)}, commit `{made["commit"] or "unknown"}`, {made["date"]}, {made["machine"]["processor"]}.
+{code(command)}, commit `{made.commit or "unknown"}`, {made.date}, {made.machine.processor}.
 
 {block(recipe, "yaml")}
 """
 
 
-def _use(result: Mapping[str, Any], drafter: str) -> str:
+def _use(result: Result, drafter: str) -> str:
     """Return the command of every engine that runs this kind of drafter, and what else there is to know."""
-    told = result["drafters"][drafter]
-    kind, length = told["kind"], result["settings"]["length"]
-    wanted = (told["about"] or {}).get("draft", "sampled")
+    about, length = result.drafters[drafter], result.settings["length"]
+    kind, wanted = about.kind, about.about.draft if about.about else "sampled"
     num_draft_tokens = length.get("depth") or length.get("num_draft_tokens") or NUM_DRAFT_TOKENS
-    num_draft_tokens = min(num_draft_tokens, told.get("deepest") or num_draft_tokens)
+    num_draft_tokens = min(num_draft_tokens, about.deepest or num_draft_tokens)
     blocks = [WORDS]
     for engine in map(engine_of, engines.names()):
         if kind in engine.methods:

@@ -14,7 +14,8 @@ from drafttrain.core.errors import CheckpointError, DataError
 from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.data_gen.backends.openai import EXTENSIONS
 from drafttrain.data_gen.openai_client import Completions, NotAnswered, Patience
-from drafttrain.eval.statistics import Interval, ratio_interval
+from drafttrain.eval.interval import Interval
+from drafttrain.eval.statistics import ratio_interval
 from drafttrain.serving.engines import CounterNames
 from drafttrain.serving.prometheus_counters import LiveCounters, read_counters
 from drafttrain.target_model.folders import fingerprint_of

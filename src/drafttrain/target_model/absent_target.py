@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drafttrain.core.batches import PackedDocuments
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.packed_documents import PackedDocuments
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.tensors import TensorFiles
 from drafttrain.target_model.device import pick_device

@@ -18,8 +18,6 @@ NORM_PATHS = (
     *("final_layernorm", "final_norm", "norm_f", "embedding_norm", "layer_norm", "layernorm"),
 )
 
-POSITION_EMBEDDINGS = ("wpe", "embed_positions", "position_embeddings")
-
 
 def trunk(model: Any) -> nn.Module:
     """Return the model below the head; its `last_hidden_state` is the state after the final norm."""
@@ -42,15 +40,6 @@ def stack_holder(model: Any) -> nn.Module:
 def final_norm(model: Any) -> nn.Module:
     """Return the norm between the last block and the head."""
     return _first(trunk(model), NORM_PATHS, model, "a final norm")
-
-
-def position_limit(model: Any) -> int | None:
-    """Return how many positions a model has learnt embeddings for; None where positions are computed (rotary, ALiBi)."""
-    learnt = any(
-        isinstance(module, nn.Embedding) and name.rpartition(".")[2] in POSITION_EMBEDDINGS
-        for name, module in model.named_modules()
-    )
-    return int(model.config.get_text_config().max_position_embeddings) if learnt else None
 
 
 @contextlib.contextmanager

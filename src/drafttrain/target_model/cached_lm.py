@@ -21,8 +21,9 @@ from drafttrain.core.generations import ForwardEvent
 from drafttrain.core.proposals import LayerState
 from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
-from drafttrain.target_model.anatomy import blocks, position_limit, taps, trunk
+from drafttrain.target_model.anatomy import blocks, taps, trunk
 from drafttrain.target_model.block_range import block_range
+from drafttrain.target_model.positions import position_limit
 from drafttrain.target_model.ragged_cache import RaggedCache, Tree, is_chain
 
 FULL_ATTENTION = ("full_attention", "attention")

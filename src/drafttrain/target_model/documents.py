@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from drafttrain.core.autocast import in_own_precision
-from drafttrain.core.packed_documents import PackedDocuments
+from drafttrain.core.batches import PackedDocuments
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.target_model.anatomy import taps, trunk
 from drafttrain.target_model.logits import check_logits

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from drafttrain.core.packed_documents import PackedDocuments
-from drafttrain.target_model import packed_kernels
-from drafttrain.target_model.packed_kernels import inner
+from drafttrain.core.batches import PackedDocuments
+from drafttrain.target_model.packed_kernels import inner, kernel_for
 
 
 class Columns:
@@ -61,7 +60,7 @@ class _Attention(torch.autograd.Function):
         *own: Tensor,
     ) -> Tensor:
         with _given_types(query_NHd):
-            kernel = packed_kernels.kernel_for(query_NHd)
+            kernel = kernel_for(query_NHd)
             attended_NHd, normaliser_NH = kernel.forward(query_NHd, keys_NGd, values_NGd, documents, scale)
             scores = [scale * inner(query_NHd, _to_heads(key, query_NHd)) for key in own[::2]]
             if own:

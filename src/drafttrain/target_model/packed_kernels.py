@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from drafttrain.core.packed_documents import PackedDocuments
+from drafttrain.core.batches import PackedDocuments
 
 PIECE_SLOTS = 512
 """Slots of a document whose scores exist at once where there is no kernel."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from drafttrain.core.packed_documents import PackedDocuments
+from drafttrain.core.batches import PackedDocuments
 from drafttrain.target_model.anatomy import blocks
 from drafttrain.target_model.packed_attention import Columns
 from drafttrain.target_model.packed_kernels import flash_on_cuda

@@ -13,10 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from drafttrain.core.batches import PackedDocuments
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.packed_documents import PackedDocuments
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput, TargetRows
-from drafttrain.target_model.anatomy import position_limit
 from drafttrain.target_model.device import pick_device
 from drafttrain.target_model.documents import document_states
 from drafttrain.target_model.end_tokens import end_ids, report_end_tokens
@@ -25,6 +24,7 @@ from drafttrain.target_model.live_rows import LiveRows
 from drafttrain.target_model.loading import load_causal_lm
 from drafttrain.target_model.logits import head_logits
 from drafttrain.target_model.number_type import number_type
+from drafttrain.target_model.positions import position_limit
 from drafttrain.target_model.settings import TargetSettings
 from drafttrain.target_model.tokenizer import load_target_tokenizer, num_ids, tokenizer_fingerprint
 from drafttrain.target_model.weights_digest import weights_digest

@@ -41,7 +41,6 @@ class Progress(StepEnd):
         self.settings = settings
         self._stack = ExitStack()
         self._bar: Any = None
-        self._tokens = 0
         self._began = 0.0
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -50,13 +49,10 @@ class Progress(StepEnd):
         self._bar.advance(trainer.global_step)
         self._began = time.perf_counter()
 
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Count tokens."""
-        self._tokens += batch.num_tokens * trainer.world_size  # as if all had as many: a rate for the eye
-
     def on_step_end(self, trainer: Trainer, module: StepModule, step: int) -> None:
         """Move the bar."""
-        per_second = self._tokens / max(1e-9, time.perf_counter() - self._began)
+        tokens = module.tokens * trainer.world_size  # As if all processes had as many: only a display.
+        per_second = tokens / max(1e-9, time.perf_counter() - self._began)
         self._bar.note(f"{per_second:,.0f} tokens/s")
         self._bar.advance(1)
 

@@ -6,6 +6,7 @@ B = sequences, T = positions, N = trained positions
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
@@ -66,7 +67,7 @@ class DistillModule(StepModule):
         rows_needed = self.loss.needs_target and batch.target_rows is None
         reads = rows_needed or not (batch.target or TargetOutput()).has(needs)
         head = rows_needed or (self.loss.needs_target and isinstance(batch.target_rows, LiveRows))
-        self.flops += distill_flops(self.trained, self.target, batch.shape, reads=reads, head=head)
+        self.count_later(partial(distill_flops, self.trained, self.target, batch.shape, reads=reads, head=head))
         if not self._read_by_any(reads):
             return batch
         assert self.target is not None, "the pipeline loads a target when the drafter or the loss needs one"

@@ -5,6 +5,8 @@ N = rows (draft tokens), D = hidden
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from drafttrain.heads import HeadBatch, TokenHead
@@ -20,7 +22,7 @@ class HeadModule(StepModule):
     def training_step(self, batch: HeadBatch, batch_idx: int) -> Tensor:
         """Return the loss of a micro-batch: a sum over rows, divided by the weights of all rows of the step."""
         self.clock.enter("forward")
-        self.flops += head_flops(self.trained, len(batch.rows))
+        self.count_later(partial(head_flops, self.trained, len(batch.rows)))
         labels_N = batch.rows.labels_N
         loss_N = self.trained.loss(self.trained(batch.rows.features_ND), labels_N)
         weight = self.trained.weights(labels_N).sum()

@@ -136,8 +136,10 @@ class StepData(LightningDataModule):
         return planned if self._side is None else self._side.pinned(planned)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Return a micro-batch on the device."""
-        return batch.to(device) if self._side is None else self._side.received(batch)
+        """Return a micro-batch on the device; it is made on the CPU."""
+        if self._side is not None:
+            return self._side.received(batch)
+        return batch if device.type == "cpu" else batch.to(device)
 
     def close(self) -> None:
         """Let no thread outlive the training."""

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import torch
 
 from drafttrain.core.errors import DrafttrainError
+from drafttrain.core.weights import weight_bytes
 from drafttrain.distributed.world import world
-from drafttrain.drafters.eagle.target_parts import weight_bytes
 from drafttrain.target_model.anatomy import blocks
 from drafttrain.train.distill import DistillModule
 from drafttrain.train.settings import TrainSettings

@@ -59,7 +59,9 @@ class MetricsLog(StepEnd):
         self._last_row: int | None = 0
         """The step of the last row; None: the checkpoint that was resumed from does not say."""
         self._tokens = 0
-        self._own_tokens = 0
+        """Tokens that all processes have read, those before a resume included."""
+        self._own_tokens = self._own_counted = 0
+        """Tokens that this process has read in this run, and how many of these are in `_tokens`."""
         self._seconds_before = 0.0
         self._began = time.perf_counter()
 
@@ -85,8 +87,8 @@ class MetricsLog(StepEnd):
 
     def _count_all(self) -> None:
         """Add what all processes read since the last call; all must call it."""
-        self._tokens += round(sums_over_processes([self._own_tokens])[0])
-        self._own_tokens = 0
+        self._tokens += round(sums_over_processes([self._own_tokens - self._own_counted])[0])
+        self._own_counted = self._own_tokens
 
     def state_dict(self) -> dict[str, Any]:
         """Carry what was counted through a resume, also between two rows; all processes ask for it."""
@@ -102,12 +104,9 @@ class MetricsLog(StepEnd):
     def _seconds(self) -> float:
         return self._seconds_before + time.perf_counter() - self._began
 
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Count tokens read."""
-        self._own_tokens += batch.num_tokens
-
     def on_step_end(self, trainer: Trainer, module: StepModule, step: int) -> None:
         """Write a row every N steps, at validations and at the end."""
+        self._own_tokens = module.tokens
         validated = self.validation is not None and bool(self.validation.latest)
         if step % self.settings.log_every_steps and step != self.settings.max_steps and not validated:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,8 +43,10 @@ class StepModule(LightningModule):
         self.groups: list[dict[str, Any]] = []
         """The optimizer's groups as it was built with."""
         self.clock = StepClock()
-        self.flops = 0
-        """Operations that the micro-batches since the last row need, on this process."""
+        self.tokens = 0
+        """Tokens that this process has read in this run, padding left out."""
+        self._flops = 0
+        self._uncounted: list[Callable[[], int]] = []
         self._in_a_row = 0
         self.strict_loading = False
 
@@ -51,8 +54,25 @@ class StepModule(LightningModule):
         """Start the clock where the weights are."""
         self.clock.begin(self.device)
 
+    @property
+    def flops(self) -> int:
+        """Operations that the micro-batches since the last row need, on this process."""
+        self._flops += sum(count() for count in self._uncounted)
+        self._uncounted.clear()
+        return self._flops
+
+    @flops.setter
+    def flops(self, value: int) -> None:
+        self._flops = value
+        self._uncounted.clear()
+
+    def count_later(self, count: Callable[[], int]) -> None:
+        """Add the operations of a micro-batch when `flops` is read: a step does not wait for this arithmetic."""
+        self._uncounted.append(count)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Leave the phase that waits for a batch."""
+        """Leave the phase that waits for a batch, and count its tokens."""
+        self.tokens += batch.num_tokens
         self.clock.enter("target")
 
     def on_before_backward(self, loss: Tensor) -> None:

@@ -18,7 +18,7 @@ from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.sources.jsonl import JSONLSettings
 from drafttrain.data_gen.training_data import TrainingData, attach_cache, prepare
 from drafttrain.drafters.causal_lm.module import CausalLMDrafter, CausalLMSettings
-from drafttrain.losses.forward_kl import ForwardKL, ForwardKLConfig
+from drafttrain.losses.forward_kl import ForwardKL, ForwardKLSettings
 from drafttrain.train.distill import DistillModule
 from drafttrain.train.settings import TrainSettings
 from tests.data_gen.serving_logs.log_lines import completion, ids, write
@@ -64,7 +64,7 @@ def only_logs(data: TrainingData) -> TrainingData:
 
 def module(target: Any, read_by: Any) -> DistillModule:
     drafter = CausalLMDrafter.create(CausalLMSettings(), target=target, tokenizer=target.tokenizer)
-    loss = ForwardKL(ForwardKLConfig())
+    loss = ForwardKL(ForwardKLSettings())
     return DistillModule(drafter, loss, target=read_by, settings=TrainSettings(), vocab_size=target.num_tokens)
 
 

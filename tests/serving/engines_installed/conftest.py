@@ -10,8 +10,8 @@ import pytest
 
 from drafttrain.core.texts import Prompt
 from drafttrain.eval.prompts import read_prompts
-from drafttrain.serving.comparison import plain_served
-from drafttrain.serving.engines import Job, Served
+from drafttrain.serving.comparison import plain_output
+from drafttrain.serving.engines import DecodedPrompt, Job
 from drafttrain.target_model import Target, TargetSettings
 from drafttrain.target_model.folders import resolve_folder
 from tests.export import folders
@@ -44,9 +44,9 @@ def job(prompts) -> Job:
 
 
 @pytest.fixture(scope="module")
-def plain(engine, job) -> Sequence[Served]:
+def plain(engine, job) -> Sequence[DecodedPrompt]:
     """What the engine of a module writes without a drafter; asked for once."""
-    return plain_served(engine, job)
+    return plain_output(engine, job)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""`drafttrain eval --server` against vLLM itself: its counters are the evaluator's, number for number. make test-serving."""
+"""`drafttrain check-server` against vLLM itself: its counters are the evaluator's, number for number. make test-serving."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from drafttrain.data_gen.sources.serving_logs import ServingLogs
 from drafttrain.environments.environment import check_installed
 from drafttrain.environments.known import VLLM_CPU
 from drafttrain.eval.prompts import read_prompts
-from drafttrain.serving.comparison import decode, served_counts
+from drafttrain.serving.reference import count_rounds, decode
 from drafttrain.target_model import Target, TargetSettings
 from drafttrain.target_model.folders import resolve_folder
 from tests.serving.engines_installed.vllm_server import TARGET, vllm_server
@@ -45,7 +45,7 @@ def drafter(tmp_path) -> Path:
 
 
 def evaluated(url: str, drafter: Path, *words: str) -> tuple[int, str, dict]:
-    done = CliRunner().invoke(app, ["eval", str(drafter), "--target", TARGET, "--server", url, *words])
+    done = CliRunner().invoke(app, ["check-server", str(drafter), url, "--target", TARGET, *words])
     path = drafter / "server.json"
     return done.exit_code, done.stderr, json.loads(path.read_text())["temperatures"][0] if path.exists() else {}
 
@@ -73,7 +73,7 @@ def test_the_counters_of_a_vllm_server_are_those_of_the_evaluator_and_the_promis
             max_new_tokens=length,
             num_draft_tokens=K,
         )
-        ours.append(served_counts(one, max_new_tokens=length))
+        ours.append(count_rounds(one, max_new_tokens=length))
     names = ("num_drafts", "num_draft_tokens", "num_accepted")
     assert {name: row["counters"][name] for name in names} == {
         name: sum(getattr(one, name) for one in ours) for name in names

@@ -99,7 +99,7 @@ def test_damage_that_llama_cpp_loads_in_silence_shows_in_its_counters(
     write_gguf(damaged / FILE, metadata, tensors)
     found = compared(engine, resolve_folder(DRAFTER), damaged, target, prompts, draft="greedy")
     assert found.lossless.exact
-    assert "drafts otherwise than the evaluator" in found.problems[0]
+    assert "drafts differently from the evaluator" in found.problems[0]
 
 
 MODELS: dict[str, Callable[[], Any]] = {

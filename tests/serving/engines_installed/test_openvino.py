@@ -23,7 +23,7 @@ from drafttrain.core.texts import Prompt
 from drafttrain.environments.environment import EngineError, ask, check_installed
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.export.convert import check_exported, export_as, read_target_config
-from drafttrain.serving.comparison import Comparison, compare_with_engine, plain_served
+from drafttrain.serving.comparison import Comparison, compare_with_engine, plain_output
 from drafttrain.serving.engines import Job, ServingEngine, Use, engine_of
 from drafttrain.target_model import Target, TargetSettings
 from drafttrain.target_model.folders import resolve_folder
@@ -168,7 +168,7 @@ def turn_slower(folder: Path) -> None:
         (turn_slower, r"rotary_emb\.inv_freq: 15 of 16 values differ"),
     ],
 )
-def test_a_damaged_graph_is_named_and_is_counted_otherwise(
+def test_a_damaged_graph_is_named_and_changes_the_counts(
     damage, named, served, exported, learned, target_config, tmp_path
 ):
     folder = Path(shutil.copytree(exported("eagle3"), tmp_path / "out"))
@@ -178,7 +178,7 @@ def test_a_damaged_graph_is_named_and_is_counted_otherwise(
         check_exported("openvino", learned("eagle3"), folder, target_config=target_config)
     found = served("eagle3", folder)
     assert found.lossless.exact
-    assert "drafts otherwise than the evaluator" in found.problems[0]
+    assert "drafts differently from the evaluator" in found.problems[0]
 
 
 def test_a_truncated_file_is_named(exported, learned, target_config, tmp_path):
@@ -253,7 +253,7 @@ def test_of_ten_layers_openvino_picks_the_blocks_that_the_note_names(engine, dee
     source, folder = folders.save(drafter, tmp_path / "drafter", target), tmp_path / "out"
     export_as("openvino", source, folder, target_config=read_target_config(deep, name="deep"))
     job = Job(deep, [p.tokens for p in prompts], NEW_TOKENS, [0.0, 1.0], "float32", 128)
-    plain, drafter = plain_served(engine, job), read_drafter(source, target)
+    plain, drafter = plain_output(engine, job), read_drafter(source, target)
 
     def compared() -> Comparison:
         return compare_with_engine(
@@ -264,7 +264,7 @@ def test_of_ten_layers_openvino_picks_the_blocks_that_the_note_names(engine, dee
     assert noted.problems == ()
     assert 0 < noted.greedy["engine"].accepted_at[1] < noted.greedy["engine"].num_drafts
     change_graph(folder, "1 4 6")
-    assert "drafts otherwise than the evaluator" in compared().problems[0]
+    assert "drafts differently from the evaluator" in compared().problems[0]
     forget_taps(folder)
     assert compared().greedy == noted.greedy
 

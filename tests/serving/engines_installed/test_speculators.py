@@ -16,7 +16,7 @@ from drafttrain.export.convert import export_as, read_target_config
 from drafttrain.importers.convert import import_folder
 from drafttrain.serving.engines.speculators import SpeculatorsLibrary
 from drafttrain.target_model import Target, TargetSettings
-from tests.drafters.feature_models import packed
+from tests.drafters.eagle_models import packed
 from tests.export import folders
 
 pytestmark = pytest.mark.serving

@@ -91,7 +91,7 @@ def test_damage_that_vllm_loads_in_silence_shows_in_its_counters(fault, served, 
     folders.damage(exported, fault)
     found = served("eagle3", exported)
     assert found.lossless.exact
-    assert "drafts otherwise than the evaluator" in found.problems[0]
+    assert "drafts differently from the evaluator" in found.problems[0]
 
 
 def test_a_bias_that_vllm_drops_changes_nothing_there(served, learned, tmp_path):

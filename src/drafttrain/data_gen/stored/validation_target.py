@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from drafttrain.core.batches import PackedDocuments
 from drafttrain.core.errors import DataError
 from drafttrain.core.files import write_json
-from drafttrain.core.packed_documents import PackedDocuments
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Record
 from drafttrain.data_gen.backends import Task

@@ -1,4 +1,4 @@
-"""A drafter cut out of its target: embedding, head, evenly spread blocks, the strongest feed-forward neurons.
+"""A drafter cut from its target: embedding, head, evenly spaced blocks, the strongest feed-forward neurons.
 
 F = feed-forward width
 """
@@ -17,23 +17,23 @@ from drafttrain.target_model.anatomy import blocks
 from drafttrain.target_model.block_range import replaced_forwards
 
 BLOCK_NUMBERS = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "cross_attention_layers", "hybrid_layer_ids")
-"""Fields that name blocks by their numbers; other lists with an entry for each block have it at the block's place."""
+"""Config fields that list blocks by number. Any other list as long as the stack has one entry per block."""
 FIRST_BLOCKS = ("first_k_dense_replace", "num_dense_layers", "max_window_layers")
-"""Fields that count blocks from the first on."""
+"""Config fields that count blocks from the first one."""
 NOT_OF_BLOCKS = ("_token_id", "_multipliers", "_limit")
-"""Ends of names of lists that may have as many entries as there are blocks, and mean something else."""
+"""Suffixes of config lists that may happen to have as many entries as there are blocks, but are not by block."""
 AT_ITS_PLACE = ("layer_idx", "layer_id", "layer_number", "layer_index", "block_idx", "num_hidden_layers")
-"""Ends of names under which a module knows its block's number, or how many there are."""
+"""Suffixes of attributes in which a module stores its block's number, or the number of blocks."""
 TOLERANCE = 1e-4
-"""Difference of float32 logits, relative to the largest, that rounding explains."""
+"""Largest difference of float32 logits, relative to the largest logit, that rounding explains."""
 
 
 def cut_from(model: Any, *, num_layers: int, width: int | None) -> Any:
-    """Return a drafter of some of the target's blocks, which computes what these blocks compute in the target.
+    """Return a drafter made of some of the target's blocks. It computes exactly what they compute in the target.
 
     Raises:
-        CheckpointError: The target has fewer blocks, a feed-forward block of another shape than gate, up, down, or a
-            configuration that cannot describe these blocks alone.
+        CheckpointError: The target has fewer blocks, its feed-forward block is not gate/up/down, or its configuration
+            cannot describe these blocks alone.
     """
     total = len(blocks(model))
     if num_layers > total:
@@ -44,7 +44,7 @@ def cut_from(model: Any, *, num_layers: int, width: int | None) -> Any:
         if width is not None:
             for index in kept:
                 _narrow(blocks(whole)[index], width)
-        # Rebuilt from the configuration, so that what is trained is what a loader of the folder will build.
+        # Built from the configuration: what is trained is then exactly what loading the folder builds.
         fresh = type(model)(cut_config(model.config, kept, total=total, width=width)).float().eval()
         loaded = fresh.load_state_dict(_renumbered(whole, kept), strict=False)
         problems = [f"{name} is missing" for name in loaded.missing_keys]
@@ -52,30 +52,25 @@ def cut_from(model: Any, *, num_layers: int, width: int | None) -> Any:
         problems = problems or _differences(whole, fresh, kept, width=width)
     except CheckpointError:
         raise
-    except (
-        Exception
-    ) as error:  # a configuration, a block or a quantised weight of another's code raises whatever it likes
+    except Exception as error:  # third-party configurations, blocks and quantized weights raise anything
         problems = [" ".join(str(error).split())[:300]]
     if problems:
         raise CheckpointError(
-            f"drafter.init: target: blocks {', '.join(map(str, kept))} of {type(model).__name__} cannot be a model of their own: "
+            f"drafter.init: target: blocks {', '.join(map(str, kept))} of {type(model).__name__} do not work as a model of their own: "
             f"{'; '.join(problems[:3])}. Use init: scratch or checkpoint, or another num_layers"
         )
     return fresh.requires_grad_(True)
 
 
 def spread(total: int, count: int) -> list[int]:
-    """Return `count` layer numbers spread evenly over 0..total-1, first and last among them where count allows."""
+    """Return `count` layer numbers spread evenly over 0..total-1, including first and last if count > 1."""
     if count == 1:
         return [0]
     return [round(i * (total - 1) / (count - 1)) for i in range(count)]
 
 
 def cut_config(config: Any, kept: Sequence[int], *, total: int, width: int | None) -> Any:
-    """Return the configuration of a model of these blocks alone.
-
-    What it says of each block, under whatever name, it says of the same block at its new place.
-    """
+    """Return the configuration of a model of these blocks alone: entries by block move with their block."""
     from transformers import PreTrainedConfig
 
     fields: dict[str, Any] = copy.deepcopy(config.to_dict())
@@ -87,7 +82,7 @@ def cut_config(config: Any, kept: Sequence[int], *, total: int, width: int | Non
         if name not in of_all_models and not name.endswith(NOT_OF_BLOCKS):
             own[name] = _of_kept(name, value, kept, total=total)
     if "attention_types" in own and "attention_layers" in own:
-        # GPT-Neo says it twice: by block, and as patterns with their repetitions.
+        # GPT-Neo stores it twice: by block, and as patterns with repetitions.
         own["attention_types"] = [[[kind], 1] for kind in own["attention_layers"]]
     own[names["num_hidden_layers"]] = len(kept)
     if width is not None:
@@ -109,7 +104,7 @@ def _of_kept(name: str, value: Any, kept: Sequence[int], *, total: int) -> Any:
 
 
 def _renumbered(whole: Any, kept: Sequence[int]) -> dict[str, Tensor]:
-    """Return the weights of a model of these blocks alone."""
+    """Return the weights of the chosen blocks under their new numbers, and all weights outside the blocks."""
     stack = blocks(whole)
     prefix = next(name for name, module in whole.named_modules() if module is stack) + "."
     new = {str(old): str(place) for place, old in enumerate(kept)}
@@ -125,7 +120,7 @@ def _renumbered(whole: Any, kept: Sequence[int]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _differences(whole: Any, fresh: Any, kept: Sequence[int], *, width: int | None) -> list[str]:
-    """Return in what the model of these blocks differs from the target when the others pass on what they are given."""
+    """Return how the cut model differs from the target with all other blocks skipped."""
     found = [
         problem
         for new, old in enumerate(kept)
@@ -140,12 +135,12 @@ def _differences(whole: Any, fresh: Any, kept: Sequence[int], *, width: int | No
     fresh.to(tokens_BT.device)
     difference = float((fresh(input_ids=tokens_BT, use_cache=False).logits - wanted_BTV).abs().max())
     if difference > TOLERANCE * float(wanted_BTV.abs().max()):
-        found.append(f"its logits differ by {difference / float(wanted_BTV.abs().max()):.1%} of the largest one")
+        found.append(f"its logits differ by {difference / float(wanted_BTV.abs().max()):.1%} of the largest logit")
     return found
 
 
 def _passing(own: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a block's forward that returns what it is given, in the form that the block's own has."""
+    """Return a forward that skips the block: it returns its input, in the type of the block's own output."""
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         output = own(hidden_states, *args, **kwargs)
@@ -155,10 +150,10 @@ def _passing(own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _settings_that_differ(block: nn.Module, cut: nn.Module, *, old: int, new: int, width: int | None) -> list[str]:
-    """Return what is set differently at a block's new place, such as a window that a short text does not reach."""
+    """Return which attributes differ at a block's new place, such as a window that a short text does not reach."""
     pairs = zip(block.named_modules(), cut.modules(), strict=True)
     return [
-        f"block {old} has {f'{path}.' if path else ''}{name} {value!r}, at place {new} it has {there!r}"
+        f"block {old} has {f'{path}.' if path else ''}{name} {value!r}, at position {new} it has {there!r}"
         for (path, module), other in pairs
         for name, value in _plain(module).items()
         if (there := vars(other).get(name)) != value

@@ -21,7 +21,6 @@ from drafttrain.core.settings import setting
 from drafttrain.drafters import Drafter, drafters
 from drafttrain.drafters.causal_lm.cut import cut_from
 from drafttrain.drafters.causal_lm.proposer import ChainProposer
-from drafttrain.drafters.eagle.target_parts import ENDLESS, positions_of
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import blocks
 from drafttrain.target_model.attention import drafter_attention
@@ -31,6 +30,7 @@ from drafttrain.target_model.folders import resolve_folder
 from drafttrain.target_model.loading import load_causal_lm
 from drafttrain.target_model.logits import head_of
 from drafttrain.target_model.matrix_products import head_parameters, trunk_products
+from drafttrain.target_model.positions import UNLIMITED_POSITIONS, max_positions
 from drafttrain.target_model.tokenizer import check_same_tokenizer, load_tokenizer, num_ids
 
 
@@ -40,7 +40,7 @@ class CausalLMSettings:
 
     init: Literal["scratch", "checkpoint", "target"] = setting(
         "scratch",
-        help="scratch: random Llama of the size below; checkpoint: trained weights; target: every n-th layer of the target.",
+        help="scratch: a random Llama of the size below. checkpoint: trained weights. target: evenly spaced target layers.",
     )
     checkpoint: str | None = setting(None, help="checkpoint: folder or hub id, with the target's tokenizer.")
     num_layers: int = setting(2, help="scratch, target: decoder layers.", ge=1)
@@ -72,7 +72,7 @@ class CausalLMSettings:
 
 @drafters.register("causal_lm", CausalLMSettings)
 class CausalLMDrafter(Drafter):
-    """An independent drafter; lag 0, depth 1: its row t is the law of token t + 1.
+    """An independent drafter. Lag 0, depth 1: row t is the distribution of token t + 1.
 
     Source: Leviathan et al. 2022, arXiv 2211.17192; distilled as in Goel et al. 2024, arXiv 2403.00858.
     """
@@ -81,7 +81,7 @@ class CausalLMDrafter(Drafter):
     lag = 0
     recomputes = True
     compiles = True
-    serving: ClassVar[str] = "Any engine that drafts with a plain language model of the target's tokenizer can read it."
+    serving: ClassVar[str] = "Any engine that drafts with a separate language model of the same tokenizer can load it."
 
     def __init__(self, model: Any, *, draft: str = "sampled") -> None:
         super().__init__()
@@ -89,10 +89,10 @@ class CausalLMDrafter(Drafter):
         self.draft = draft
 
     def train(self, mode: bool = True) -> Self:
-        """Switch between training and evaluation; the model itself always computes what it computes when it drafts.
+        """Switch between training and evaluation mode, but keep the model itself in evaluation mode.
 
-        Dropout, dropped layers and noise in a router, whatever the configuration calls them, would make a drafter that is equal
-        to its target differ from it, and a resumed run from one that was never stopped.
+        Dropout, skipped layers and router noise would make a drafter that equals its target differ from it, and a resumed
+        run differ from one that never stopped.
         """
         super().train(mode)
         self.model.eval()
@@ -100,23 +100,23 @@ class CausalLMDrafter(Drafter):
 
     @classmethod
     def why_whole_target(cls, settings: CausalLMSettings) -> str | None:
-        """Return that its layers are cut out of the target's, if they are."""
-        return "init: target cuts the drafter out of the target's blocks" if settings.init == "target" else None
+        """Return the reason if its layers are cut from the target's."""
+        return "init: target cuts the drafter from the target's blocks" if settings.init == "target" else None
 
     @classmethod
     def create(cls, settings: CausalLMSettings, *, target: Target | None, tokenizer: Any) -> CausalLMDrafter:
-        """Return the drafter at its start."""
+        """Return the drafter as training starts from it."""
         if settings.init == "scratch":
             model = from_scratch(
                 settings,
                 vocab_size=target.vocab_size if target else num_ids(tokenizer),
-                num_positions=positions_of(target.model.config) if target else None,
+                num_positions=max_positions(target.model.config) if target else None,
                 tokenizer=tokenizer,
             )
         elif settings.init == "target":
             if target is None:
                 raise CheckpointError(
-                    "drafter.init is 'target' but target.model is null: nothing to cut the drafter from"
+                    "drafter.init is 'target' but target.model is null: there is no target to cut the drafter from"
                 )
             model = cut_from(target.model, num_layers=settings.num_layers, width=settings.intermediate_size)
         else:
@@ -127,13 +127,13 @@ class CausalLMDrafter(Drafter):
         return cls(model, draft=settings.draft)
 
     def compile_with(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Compile each layer; all have the same code, so it is done once."""
+        """Compile each layer. They share their code, so it is compiled once."""
         for block in blocks(self.model):
             block.__dict__["forward"] = compiled(block.forward)
 
     def recompute_activations(self) -> None:
-        """Keep only what enters each layer."""
-        # Hugging Face's own switch acts in training mode alone, which the model is never in.
+        """Store only the input of each layer."""
+        # Hugging Face's own switch acts only in training mode, which the model is never in.
         for block in blocks(self.model):
             block.__dict__["forward"] = partial(checkpoint, block.forward, use_reentrant=False)
 
@@ -145,7 +145,7 @@ class CausalLMDrafter(Drafter):
         return DraftOutput({1: states_BTD}, head_of(self.model), self.lag)
 
     def products(self, shape: BatchShape) -> Iterator[Products]:
-        """Yield those of all blocks, and of the head for each trained label."""
+        """Yield the products of all blocks, and of the head for each trained label."""
         yield from trunk_products(self.model, shape, gradients=2)
         yield matrix(head_parameters(self.model), shape.rows(1), gradients=2)
 
@@ -165,7 +165,7 @@ class CausalLMDrafter(Drafter):
 
     @classmethod
     def load(cls, folder: Path, target: Target, dtype: Any = None) -> CausalLMDrafter:
-        """Read a plain Hugging Face folder, refusing another tokenizer than the target's."""
+        """Read a plain Hugging Face folder; refuse a tokenizer that differs from the target's."""
         check_same_tokenizer(target.tokenizer, load_tokenizer(folder), drafter=str(folder))
         attention = drafter_attention(target.model)
         model = load_causal_lm(folder, dtype=dtype or "float32", attention=attention).eval().to(target.device)
@@ -175,7 +175,7 @@ class CausalLMDrafter(Drafter):
 
 
 def rows_problem(rows: int, num_tokens: int) -> str | None:
-    """Return why a model of so many embedding rows cannot draft for a target of so many tokens."""
+    """Return why a model with `rows` embedding rows cannot draft for a target with `num_tokens` tokens; None: it can."""
     if rows >= num_tokens:
         return None
     return f"vocab_size is {rows}, the target's tokenizer has {num_tokens} tokens: the last ones have no row"
@@ -185,11 +185,11 @@ def from_scratch(settings: CausalLMSettings, *, vocab_size: int, num_positions: 
     """Return a random Llama of the size that the settings give.
 
     Args:
-        num_positions: Of the target: engines stop drafting at the drafter's own. None: those that the tokenizer names, if any.
+        num_positions: The target's: engines stop drafting at the drafter's own limit. None: the tokenizer's, if it has one.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    num_positions = num_positions or int(min(tokenizer.model_max_length, ENDLESS))
+    num_positions = num_positions or int(min(tokenizer.model_max_length, UNLIMITED_POSITIONS))
     width = settings.intermediate_size or 8 * round(settings.hidden_size / 3)
     config = LlamaConfig(
         vocab_size=vocab_size,

@@ -1,4 +1,4 @@
-"""A causal LM that drafts chains, one token after the other, or trees: the inference side of the independent drafter.
+"""The proposer of the independent drafter: a causal LM that drafts chains token by token, or trees level by level.
 
 V = vocabulary, R = rows of q
 """
@@ -22,12 +22,12 @@ from drafttrain.target_model.cached_lm import CachedLM
 
 
 class ChainProposer:
-    """Drafts chains by sampling from its own law, or by argmax (at temperature 0 the two are the same), and top-k trees.
+    """Drafts chains by sampling or argmax (the same at temperature 0), and dynamic trees.
 
     Args:
         target_vocab_size: Width of the rows of q.
-        num_tokens: Ids that the tokenizer can produce; the drafter's other rows are padding and carry no mass.
-        draft: `sampled`, or `greedy`: a FIXED node at every temperature, as vLLM drafts.
+        num_tokens: Ids that the tokenizer can produce; the drafter's other rows are padding and get no probability.
+        draft: `sampled`, or `greedy`: FIXED nodes at every temperature, as vLLM drafts.
     """
 
     needs = TargetNeeds()
@@ -48,14 +48,14 @@ class ChainProposer:
         self._greedy = draft == "greedy"
         self._contexts: list[Context] = []
         self._pending: list[int] = []
-        """Committed tokens that the last `propose` read, by sequence; what it read after them are draft tokens."""
+        """By sequence: how many committed tokens the last `propose` read. What it read after them are draft tokens."""
 
     def why_alone(self, longest: int) -> str | None:
-        """Return why sequences of up to so many tokens are drafted one at a time; None: together."""
+        """Return why sequences of up to `longest` tokens must be drafted one at a time; None: they can be batched."""
         return self._lm.why_alone(longest)
 
     def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
-        """Read the prompts, all but their last tokens."""
+        """Read the prompts without their last tokens."""
         self._contexts = list(contexts)
         self._lm.begin([context.tokens[:-1] for context in contexts])
 
@@ -66,13 +66,13 @@ class ChainProposer:
         generators: Sequence[torch.Generator],
         more: Callable[[DraftStep], bool | More],
     ) -> list[Proposal]:
-        """Return one chain a sequence, or one tree where the budgets are wider than 1."""
+        """Return one chain per sequence, or one tree if the budgets are wider than 1."""
         if any(budget.width > 1 for budget in budgets):
             return self._trees(budgets, more)
         fixed = self._greedy or sampling.temperature == 0
         drafted = [[context.tokens[-1]] for context in self._contexts]
-        laws: list[list[Tensor]] = [[] for _ in self._contexts]
-        # What the cache lacks of the committed text: the root, and after a whole block was accepted its last token too.
+        q_rows: list[list[Tensor]] = [[] for _ in self._contexts]
+        # Committed tokens that the cache lacks: the root, and the last draft token if the whole chain was accepted.
         inputs = [
             context.tokens[length:] if budget.nodes else []
             for context, length, budget in zip(self._contexts, self._lm.lengths, budgets, strict=True)
@@ -94,19 +94,19 @@ class ChainProposer:
             tokens, drawn_from = next_tokens(
                 [logits_V for logits_V, _ in asked.values()], sampling, [generators[i] for i in asked], fixed=fixed
             )
-            for (sequence, (_, answer)), token, law_V in zip(asked.items(), tokens, drawn_from, strict=True):
+            for (sequence, (_, answer)), token, q_V in zip(asked.items(), tokens, drawn_from, strict=True):
                 drafted[sequence].append(token)
-                if law_V is not None:
-                    laws[sequence].append(law_V)
+                if q_V is not None:
+                    q_rows[sequence].append(q_V)
                 if depth < budgets[sequence].nodes and answer is not More.LAST:
                     inputs[sequence] = [token]
-        return [self._proposal(tokens, rows, fixed) for tokens, rows in zip(drafted, laws, strict=True)]
+        return [self._proposal(tokens, rows, fixed) for tokens, rows in zip(drafted, q_rows, strict=True)]
 
     def _trees(self, budgets: Sequence[Budget], more: Callable[[DraftStep], bool | More]) -> list[Proposal]:
-        """Return one FIXED tree a sequence: one call a level.
+        """Return one FIXED tree per sequence, with one call per level.
 
-        A call of the cache can not leave its nodes pending for the next one, which would look at all of them: so every level
-        reads the whole tree again, and nothing but committed text stays.
+        Nodes that stay pending in the cache would be visible to all nodes of the next call. So every level reads the whole
+        tree again, and only committed text stays in the cache.
         """
         trees = [DynamicTree(c.tokens[-1], budget) for c, budget in zip(self._contexts, budgets, strict=True)]
         inputs = [
@@ -117,7 +117,7 @@ class ChainProposer:
             return [tree.proposal() for tree in trees]
         seen = self._lm.forward(inputs)
         self._lm.keep([range(len(tokens)) for tokens in inputs])
-        # The root is in the cache now, so below it the tree begins at node 1.
+        # The root is cached now, so the calls below read the tree from node 1.
         rows = [[len(tokens) - 1] for tokens in inputs]
         while True:
             for sequence, (tree, output) in enumerate(zip(trees, seen, strict=True)):
@@ -132,14 +132,14 @@ class ChainProposer:
             )
             self._lm.keep([[] for _ in trees])
 
-    def _proposal(self, tokens: list[int], laws: list[Tensor], fixed: bool) -> Proposal:
-        if fixed or not laws:
+    def _proposal(self, tokens: list[int], q_rows: list[Tensor], fixed: bool) -> Proposal:
+        if fixed or not q_rows:
             return chain(tokens, kind=NodeKind.FIXED)
-        q_rows_RV = pad(torch.stack(laws), (0, self._width - self._shared))
+        q_rows_RV = pad(torch.stack(q_rows), (0, self._width - self._shared))
         return chain(tokens, kind=NodeKind.SAMPLED, q_rows_RV=q_rows_RV)
 
     def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
-        """Keep what was committed: the tokens read before drafting and the accepted draft tokens among those read."""
+        """Keep committed tokens in the cache: those read before drafting, and the accepted draft tokens."""
         cache = self._lm.cache
         read = [length - kept for length, kept in zip(cache.lengths, cache.kept, strict=True)]
         if any(read):
@@ -165,9 +165,9 @@ def _grow(
     *,
     shared: int,
 ) -> None:
-    """Add the children of a tree's frontier, whose laws are these rows of a call."""
+    """Add the children of a tree's frontier, whose logits are these rows of a call."""
     assert output.logits_BTV is not None
-    # Rows that follow each other need no index on the device.
+    # A contiguous range needs no index on the device.
     together = rows == list(range(rows[0], rows[0] + len(rows)))
     logits_MV = output.logits_BTV[0, slice(rows[0], rows[-1] + 1) if together else rows, :shared]
     expand = [

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
-class FeatureCache:
+class EagleCache:
     """Committed slots are computed from the target's true features and stay; draft tokens are added behind them and forgotten."""
 
     def __init__(self, num_sequences: int) -> None:

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 from torch import Tensor, nn
 
-from drafttrain.core.batches import DraftBatch
-from drafttrain.core.packed_documents import ReadSlots
+from drafttrain.core.batches import DraftBatch, ReadSlots
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.target_rows import RowsAsked
 from drafttrain.drafters import Drafter
+from drafttrain.drafters.eagle.folder import save_folder
 from drafttrain.drafters.eagle.layer import computing_type
-from drafttrain.drafters.eagle.proposer import FeatureProposer
-from drafttrain.drafters.eagle.rollout import FeatureModel
-from drafttrain.drafters.eagle.target_parts import TargetParts, save_folder
+from drafttrain.drafters.eagle.proposer import EagleProposer
+from drafttrain.drafters.eagle.rollout import EagleModel
+from drafttrain.drafters.eagle.target_parts import TargetParts
 from drafttrain.losses.align import read_slots
-
-if TYPE_CHECKING:
-    from drafttrain.target_model import Target
+from drafttrain.target_model import Target
 
 
-class FeatureDrafter(Drafter):
-    """A drafter of one layer over (embedding of the next token, feature); a subclass is a `FeatureModel`."""
+class EagleDrafter(Drafter):
+    """A drafter of one layer over (embedding of the next token, feature); a subclass is a `EagleModel`."""
 
     config: dict[str, Any]
     own: dict[str, Any]
@@ -51,14 +49,14 @@ class FeatureDrafter(Drafter):
 
     def compile_with(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Compile the layer around its attention, which is a kernel already."""
-        model = cast(FeatureModel, self)
+        model = cast(EagleModel, self)
         self.__dict__["entering"] = compiled(model.entering)
         model.layer.__dict__["finish"] = compiled(model.layer.finish)
 
     def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
         """Return the proposer of chains and dynamic trees."""
-        return FeatureProposer(
-            cast(FeatureModel, self),
+        return EagleProposer(
+            cast(EagleModel, self),
             vocab_size=target.vocab_size,
             num_tokens=target.num_tokens,
             device=target.device,

@@ -61,7 +61,7 @@ class DraftChain:
         self.generator = generator
         self.frontier: list[DraftNode] = []
         self._tokens = [root]
-        self._laws: list[Tensor] = []
+        self._q_rows: list[Tensor] = []
         self._limit = min(budget.nodes, budget.depth)
         self._sequence = sequence
         self._vocabulary_R = vocabulary_R
@@ -75,25 +75,25 @@ class DraftChain:
         self._answer = self._more(DraftStep(self._sequence, len(self._tokens), logits_R, state_D, self._tokens[-1]))
         return bool(self._answer)
 
-    def take(self, token: int, law_R: Tensor | None) -> None:
+    def take(self, token: int, q_R: Tensor | None) -> None:
         """Draft a token.
 
         Args:
             token: The target's id.
-            law_R: The distribution that it was drawn from; None: it was not.
+            q_R: The distribution that it was drawn from; None: it was not.
         """
         depth = len(self._tokens)
         self._tokens.append(token)
-        if law_R is not None:
-            self._laws.append(law_R)
+        if q_R is not None:
+            self._q_rows.append(q_R)
         if depth < self._limit and self._answer is not More.LAST:
             self.frontier = [DraftNode(token, depth, depth - 2, self._state_D)]
 
     def proposal(self) -> Proposal:
-        """Return the chain; drawn tokens carry their laws over the target's vocabulary."""
-        if not self._laws:
+        """Return the chain; drawn tokens carry their q_rows over the target's vocabulary."""
+        if not self._q_rows:
             return chain(self._tokens, kind=NodeKind.FIXED)
-        q_rows_RV = over_target_vocabulary(torch.stack(self._laws), self._vocabulary_R, size=self._vocab_size)
+        q_rows_RV = over_target_vocabulary(torch.stack(self._q_rows), self._vocabulary_R, size=self._vocab_size)
         return chain(self._tokens, kind=NodeKind.SAMPLED, q_rows_RV=q_rows_RV)
 
 
@@ -174,11 +174,11 @@ def grow_chains(
         for draft, logits_R, state_D in zip(chains, logits_NR, states_ND, strict=True)
         if draft.wants(logits_R, state_D)
     ]
-    places, laws = next_tokens(
+    places, q_rows = next_tokens(
         [logits_R for _, logits_R in wanting],
         sampling,
         [draft.generator for draft, _ in wanting],
         fixed=greedy or sampling.temperature == 0,
     )
-    for (draft, _), place, law_R in zip(wanting, places, laws, strict=True):
-        draft.take(ids[place], law_R)
+    for (draft, _), place, q_R in zip(wanting, places, q_rows, strict=True):
+        draft.take(ids[place], q_R)

@@ -19,19 +19,15 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
 from drafttrain.core.settings import setting
 from drafttrain.core.target_rows import RowsAsked, TargetNeeds, TargetOutput
+from drafttrain.core.weights import weight_bytes
 from drafttrain.drafters import drafters
-from drafttrain.drafters.eagle.drafter import FeatureDrafter
-from drafttrain.drafters.eagle.layer import FeatureLayer
+from drafttrain.drafters.eagle.drafter import EagleDrafter
+from drafttrain.drafters.eagle.folder import load_weights, read_config
+from drafttrain.drafters.eagle.layer import EagleLayer
+from drafttrain.drafters.eagle.layer_config import layer_config, llama_config
 from drafttrain.drafters.eagle.rollout import rollout
-from drafttrain.drafters.eagle.target_parts import (
-    TargetParts,
-    layer_config,
-    llama_config,
-    load_weights,
-    read_config,
-    weight_bytes,
-)
-from drafttrain.drafters.start import HELP, folder_to_start_from, said_by_the_folder
+from drafttrain.drafters.eagle.target_parts import TargetParts
+from drafttrain.drafters.warm_start import CHECKPOINT_HELP, checkpoint_folder, settings_fixed_by_checkpoint
 from drafttrain.losses.align import align
 from drafttrain.losses.random_rows import uniform
 from drafttrain.target_model import Target
@@ -44,10 +40,10 @@ FC_BIAS = "eagle_fc_bias"
 
 
 @dataclass
-class EagleSettings:
+class Eagle1Settings:
     """One layer that predicts the target's next final feature, read by the target's own head (EAGLE-1)."""
 
-    checkpoint: str | None = setting(None, help=HELP)
+    checkpoint: str | None = setting(None, help=CHECKPOINT_HELP)
     num_steps: int = setting(1, help="Draft tokens that training rolls out at every position; 1 as in the paper.", ge=1)
     step_decay: float = setting(0.8, help="Factor on both losses from each of these steps to the next.", gt=0, le=1)
     feature_weight: float = setting(1.0, help="Factor on the smooth L1 distance to the target's own feature.", ge=0)
@@ -67,7 +63,7 @@ class EagleSettings:
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
-        problems = said_by_the_folder(self, ("num_heads", "num_kv_heads", "intermediate_size"))
+        problems = settings_fixed_by_checkpoint(self, ("num_heads", "num_kv_heads", "intermediate_size"))
         if self.num_heads and self.num_kv_heads and self.num_heads % self.num_kv_heads:
             problems.append(f"num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}")
         if not self.feature_weight and not self.loss_weight:
@@ -81,11 +77,11 @@ OWN = ("num_steps", "step_decay", "feature_weight", "loss_weight", "feature_nois
 
 def own_defaults() -> dict[str, Any]:
     """Return what the folder keeps of the settings, as it is by default."""
-    return {name: getattr(EagleSettings(), name) for name in OWN}
+    return {name: getattr(Eagle1Settings(), name) for name in OWN}
 
 
-@drafters.register("eagle", EagleSettings)
-class EagleDrafter(FeatureDrafter):
+@drafters.register("eagle", Eagle1Settings)
+class Eagle1Drafter(EagleDrafter):
     """Row t of depth d says token t + d + 1 (lag 1), from final features up to token t and the tokens up to t + d.
 
     Source: Li et al. 2024, EAGLE, arXiv 2401.15077.
@@ -106,16 +102,16 @@ class EagleDrafter(FeatureDrafter):
         # vLLM drops a bias here silently, so none is trained unless the folder to start from has one; an input norm it refuses.
         self.fc = nn.Linear(2 * width, width, bias=config.get(FC_BIAS, False))
         nn.init.normal_(self.fc.weight, std=layer.initializer_range)
-        self.layers = nn.ModuleList([FeatureLayer(layer, input_size=width)])
+        self.layers = nn.ModuleList([EagleLayer(layer, input_size=width)])
 
     @classmethod
-    def create(cls, settings: EagleSettings, *, target: Target | None, tokenizer: Any) -> EagleDrafter:
+    def create(cls, settings: Eagle1Settings, *, target: Target | None, tokenizer: Any) -> Eagle1Drafter:
         """Return the drafter at its start."""
         if target is None:
             raise CheckpointError("drafter.kind eagle reads the target's final states, but target.model is null")
         own = {name: getattr(settings, name) for name in OWN}
         if settings.checkpoint is not None:
-            return cls.load(folder_to_start_from(settings.checkpoint, target, kind=cls.kind), target).trained_as(own)
+            return cls.load(checkpoint_folder(settings.checkpoint, target, kind=cls.kind), target).trained_as(own)
         config = {
             "architectures": ["LlamaForCausalLM"],
             **layer_config(
@@ -166,10 +162,10 @@ class EagleDrafter(FeatureDrafter):
             yield matrix(self._parts.head_parameters, shape.rows(depth + self.lag), gradients=1)
 
     @property
-    def layer(self) -> FeatureLayer:
+    def layer(self) -> EagleLayer:
         """The decoder layer."""
         layer = self.layers[0]
-        assert isinstance(layer, FeatureLayer)
+        assert isinstance(layer, EagleLayer)
         return layer
 
     @property
@@ -204,7 +200,7 @@ class EagleDrafter(FeatureDrafter):
         return 0, weight_bytes(self.fc, self.layers), self._parts.head_bytes, self._parts.embedding_row_bytes
 
     @classmethod
-    def load(cls, folder: Path, target: Target, dtype: Any = None) -> EagleDrafter:
+    def load(cls, folder: Path, target: Target, dtype: Any = None) -> Eagle1Drafter:
         """Read what `save` wrote, refusing a target of another shape."""
         drafter = cls(read_config(folder, target, own=own_defaults()), TargetParts(target))
         load_weights(folder, drafter, dtype=dtype or "float32")

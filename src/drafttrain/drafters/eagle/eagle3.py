@@ -20,27 +20,23 @@ from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
 from drafttrain.core.linear_head import LinearHead
 from drafttrain.core.settings import setting
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
+from drafttrain.core.weights import weight_bytes
 from drafttrain.drafters import drafters
 from drafttrain.drafters.eagle.draft_vocabulary import vocabulary_problems
-from drafttrain.drafters.eagle.drafter import FeatureDrafter
-from drafttrain.drafters.eagle.layer import FeatureLayer, computing_type
-from drafttrain.drafters.eagle.norm import Norm
+from drafttrain.drafters.eagle.drafter import EagleDrafter
+from drafttrain.drafters.eagle.folder import load_weights, read_config
+from drafttrain.drafters.eagle.layer import EagleLayer, computing_type
+from drafttrain.drafters.eagle.layer_config import layer_config, llama_config
+from drafttrain.drafters.eagle.rms_norm import Norm
 from drafttrain.drafters.eagle.rollout import rollout
-from drafttrain.drafters.eagle.target_parts import (
-    TargetParts,
-    layer_config,
-    llama_config,
-    load_weights,
-    read_config,
-    weight_bytes,
-)
-from drafttrain.drafters.start import HELP, folder_to_start_from, said_by_the_folder
+from drafttrain.drafters.eagle.target_parts import TargetParts
+from drafttrain.drafters.warm_start import CHECKPOINT_HELP, checkpoint_folder, settings_fixed_by_checkpoint
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import blocks
 
 NUM_TAPS = 3
 
-SAID_BY_FOLDER = (
+FIXED_BY_CHECKPOINT = (
     *("taps", "draft_vocab_size", "num_heads", "num_kv_heads", "intermediate_size"),
     *("head_init", "norm_before_fc", "fc_norm", "norm_output", "norm_before_residual"),
 )
@@ -51,7 +47,7 @@ SAID_BY_FOLDER = (
 class Eagle3Settings:
     """One layer over the target's hidden states of three depths, trained on its own rollouts (EAGLE-3)."""
 
-    checkpoint: str | None = setting(None, help=HELP)
+    checkpoint: str | None = setting(None, help=CHECKPOINT_HELP)
     taps: list[int] | None = setting(
         None,
         help="Blocks whose incoming hidden states are read, three of 0..layers - 1, rising; null: an early, the middle and a "
@@ -82,7 +78,7 @@ class Eagle3Settings:
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
-        problems = said_by_the_folder(self, SAID_BY_FOLDER)
+        problems = settings_fixed_by_checkpoint(self, FIXED_BY_CHECKPOINT)
         if self.taps is not None and (len(self.taps) != NUM_TAPS or sorted(set(self.taps)) != self.taps):
             problems.append(f"taps: three different blocks in rising order are needed, got {self.taps}")
         if self.num_heads and self.num_kv_heads and self.num_heads % self.num_kv_heads:
@@ -96,7 +92,7 @@ class Eagle3Settings:
         return replace(self, num_steps=min(self.num_steps, 3))
 
 
-class MidLayer(FeatureLayer):
+class MidLayer(EagleLayer):
     """The layer with its two input norms: of the embedding and of the hidden input, which are read side by side."""
 
     def __init__(self, config: Any) -> None:
@@ -115,7 +111,7 @@ def own_defaults() -> dict[str, Any]:
 
 
 @drafters.register("eagle3", Eagle3Settings)
-class Eagle3Drafter(FeatureDrafter):
+class Eagle3Drafter(EagleDrafter):
     """Row t of depth d says token t + d + 1 (lag 1), from features up to token t and the tokens up to t + d.
 
     Source: Li et al. 2025, EAGLE-3, arXiv 2503.01840.
@@ -156,7 +152,7 @@ class Eagle3Drafter(FeatureDrafter):
             raise CheckpointError("drafter.kind eagle3 reads the target's hidden states, but target.model is null")
         own = {name: getattr(settings, name) for name in OWN}
         if settings.checkpoint is not None:
-            made = cls.load(folder_to_start_from(settings.checkpoint, target, kind=cls.kind), target).trained_as(own)
+            made = cls.load(checkpoint_folder(settings.checkpoint, target, kind=cls.kind), target).trained_as(own)
             made._keeps_vocabulary = True
             return made
         size = settings.draft_vocab_size or target.vocab_size
@@ -231,7 +227,7 @@ class Eagle3Drafter(FeatureDrafter):
             yield matrix(parameters_of(self.lm_head), shape.rows(depth + self.lag), gradients=2)
 
     @property
-    def layer(self) -> FeatureLayer:
+    def layer(self) -> EagleLayer:
         """The decoder layer."""
         return self.midlayer
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from drafttrain.core.flops import Products, RolloutShape, attention, matrix, parameters_of
-from drafttrain.drafters.eagle.norm import Norm
+from drafttrain.drafters.eagle.rms_norm import Norm
 
 
-class FeatureLayer(nn.Module):
+class EagleLayer(nn.Module):
     """Rotary attention with grouped keys, then a SwiGLU block; no bias anywhere.
 
     The norms before the projections belong to the drafter's kind, so they are not here.

@@ -18,13 +18,13 @@ from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetOutput
 from drafttrain.core.texts import Sampling
 from drafttrain.core.vocabulary import DraftVocabulary
-from drafttrain.drafters.eagle.cache import FeatureCache
+from drafttrain.drafters.eagle.cache import EagleCache
 from drafttrain.drafters.eagle.drafts import Draft, DraftChain, DraftNode, DraftTree, grow_chains
 from drafttrain.drafters.eagle.layer import attend
-from drafttrain.drafters.eagle.rollout import FeatureModel
+from drafttrain.drafters.eagle.rollout import EagleModel
 
 
-class FeatureProposer:
+class EagleProposer:
     """Drafts from the target's features of the committed text, then from its own states.
 
     The cache holds committed slots only, each computed from the target's true features; a slot is read when the token after it
@@ -38,7 +38,7 @@ class FeatureProposer:
 
     def __init__(
         self,
-        model: FeatureModel,
+        model: EagleModel,
         *,
         vocab_size: int,
         num_tokens: int,
@@ -59,7 +59,7 @@ class FeatureProposer:
         self._greedy = greedy
         self._sampling = Sampling()
         self._contexts: list[Context] = []
-        self._cache = FeatureCache(0)
+        self._cache = EagleCache(0)
         self._unread: list[list[Tensor]] = []
         """By sequence, features_NF of the committed slots that the cache lacks, in pieces."""
 
@@ -67,7 +67,7 @@ class FeatureProposer:
     def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
         """Read the prompts' slots but the last."""
         self._contexts = list(contexts)
-        self._cache = FeatureCache(len(contexts))
+        self._cache = EagleCache(len(contexts))
         self._unread = [[] for _ in contexts]
         self._note(seen, [len(context.tokens) - 1 for context in contexts])
         sizes = [max(0, _count(pieces) - 1) for pieces in self._unread]
@@ -75,7 +75,7 @@ class FeatureProposer:
             span = Span(self._device)
             context = self._cached(sizes)
             self._read(sizes)
-            self._tell(sizes, context=context, fused=True, head=False, prefill=True, span=span)
+            self._report(sizes, context=context, fused=True, head=False, prefill=True, span=span)
 
     @torch.no_grad()
     def propose(
@@ -142,7 +142,7 @@ class FeatureProposer:
         numbers = list(drafts)
         last_BD = self._rows(states_BND, [(number, sizes[number] - 1) for number in numbers])
         logits_BR = self._model.head(last_BD, 1)
-        self._tell(sizes, context=context, fused=True, head=True, prefill=False, span=span)
+        self._report(sizes, context=context, fused=True, head=True, prefill=False, span=span)
         self._grow(list(drafts.values()), [1] * len(drafts), logits_BR, last_BD)
 
     def _grow_from_drafts(self, drafts: dict[int, Draft], ancestors: dict[int, list[list[int]]]) -> None:
@@ -156,7 +156,7 @@ class FeatureProposer:
         states_FD = self._rows(states_BND, rows)
         depth = max(frontier[0].depth for frontier in frontiers if frontier) + 1
         logits_FR = self._model.head(states_FD, depth)
-        self._tell(sizes, context=context, fused=False, head=True, prefill=False, span=span)
+        self._report(sizes, context=context, fused=False, head=True, prefill=False, span=span)
         growing = [number for number, size in enumerate(sizes) if size]
         self._grow([drafts[number] for number in growing], [sizes[number] for number in growing], logits_FR, states_FD)
 
@@ -255,7 +255,9 @@ class FeatureProposer:
         """Return the committed slots of the sequences that a call reads."""
         return sum(length for length, size in zip(self._cache.lengths, sizes, strict=True) if size)
 
-    def _tell(self, sizes: Sequence[int], *, context: int, fused: bool, head: bool, prefill: bool, span: Span) -> None:
+    def _report(
+        self, sizes: Sequence[int], *, context: int, fused: bool, head: bool, prefill: bool, span: Span
+    ) -> None:
         """Tell the ledger of one call: the layer once, the head and what fuses features where they ran."""
         if self._listener is None:
             return

@@ -1,7 +1,7 @@
 """The training-time test: a drafter that feeds on its own states is trained on the states that it will meet.
 
 B = sequences, T = positions, D = hidden, F = width of what is read of the target, R = the drafter's vocabulary,
-X = width of what the layer's projections read, C, M: see `core.packed_documents`, H = heads, d = width of a head
+X = width of what the layer's projections read, C, M: see `core.batches`, H = heads, d = width of a head
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from typing import Protocol
 
 from torch import Tensor
 
-from drafttrain.core.batches import DraftBatch
-from drafttrain.core.packed_documents import ReadSlots
+from drafttrain.core.batches import DraftBatch, ReadSlots
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
-from drafttrain.drafters.eagle.layer import FeatureLayer
+from drafttrain.drafters.eagle.layer import EagleLayer
 from drafttrain.target_model.packed_attention import Columns
 
 
-class FeatureModel(Protocol):
+class EagleModel(Protocol):
     """What a rollout and a proposer need of a drafter that reads the target's features.
 
     Slot t holds the target's features of token t and the embedding of token t + 1; the layer's state there says token t + 2.
@@ -25,7 +24,7 @@ class FeatureModel(Protocol):
     """
 
     @property
-    def layer(self) -> FeatureLayer:
+    def layer(self) -> EagleLayer:
         """The decoder layer."""
         ...
 
@@ -68,7 +67,7 @@ class FeatureModel(Protocol):
 
 
 def rollout(
-    model: FeatureModel, batch: DraftBatch, features_BTF: Tensor, *, num_steps: int, slots: ReadSlots
+    model: EagleModel, batch: DraftBatch, features_BTF: Tensor, *, num_steps: int, slots: ReadSlots
 ) -> dict[int, Tensor]:
     """Return the layer's states of depths 1..num_steps, at the slots of packed rows that are read; 0 elsewhere.
 

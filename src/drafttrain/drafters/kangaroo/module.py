@@ -5,28 +5,27 @@ B = sequences, T = positions, D = hidden, H = heads, d = width of a head, N = ro
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from drafttrain.core.batches import DraftBatch, DraftOutput
+from drafttrain.core.batches import DraftBatch, DraftOutput, PackedDocuments
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.flops import BatchShape, Products, attention, matrix, parameters_of
 from drafttrain.core.foreign import read_json
-from drafttrain.core.packed_documents import PackedDocuments
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.tensors import load_into
 from drafttrain.drafters import Drafter, drafters
-from drafttrain.drafters.kangaroo.proposer import Attend, EarlyExitProposer
+from drafttrain.drafters.kangaroo.adapter import Adapter
+from drafttrain.drafters.kangaroo.proposer import KangarooProposer
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import blocks, final_norm
 from drafttrain.target_model.logits import head_of
@@ -130,7 +129,7 @@ No serving engine loads an adapter behind a target's first layers yet; these fig
 
     def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
         """Return the proposer that runs inside the target's own cache."""
-        return EarlyExitProposer(
+        return KangarooProposer(
             self.adapter,
             target.model,
             exit_layer=self.exit_layer,
@@ -178,106 +177,6 @@ No serving engine loads an adapter behind a target's first layers yet; these fig
         drafter.to(target.device, getattr(torch, dtype) if dtype else target.model.dtype)
         load_into(drafter.adapter, folder / "model.safetensors")
         return drafter.eval()
-
-
-class Adapter(nn.Module):
-    """One attention block without a feed-forward part, and the norm behind it: 4 D^2 + two norms.
-
-    Args:
-        last_norm: The target's final norm; `norm` starts as a copy of it.
-    """
-
-    def __init__(self, last_norm: nn.Module, width: int, *, num_heads: int, rope_theta: float) -> None:
-        super().__init__()
-        if width % (2 * num_heads):
-            raise CheckpointError(
-                f"drafter.num_heads: {num_heads} heads of even size do not divide the target's width {width}"
-            )
-        self.width = width
-        self.num_heads = num_heads
-        self.rope_theta = rope_theta
-        self.layers = nn.ModuleList([AttentionBlock(width, num_heads=num_heads, rope_theta=rope_theta)])
-        self.norm = _trainable_copy(last_norm)
-
-    @property
-    def blocks(self) -> list[AttentionBlock]:
-        """The attention block, under the name that the paper's code gives its weights."""
-        return cast("list[AttentionBlock]", list(self.layers))
-
-    def forward(self, exit_BTD: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
-        """Return states that the target's head turns into logits.
-
-        Args:
-            exit_BTD: States that enter the exit layer.
-        """
-        states_BTD = exit_BTD.to(next(self.parameters()).dtype)
-        for layer in self.blocks:
-            states_BTD = layer.finish(attend(*layer.project(states_BTD, positions_BT)), states_BTD)
-        normed_BTD: Tensor = self.norm(states_BTD)
-        return normed_BTD
-
-
-class AttentionBlock(nn.Module):
-    """f + attention(norm(f)), in the two parts around the attention itself."""
-
-    def __init__(self, width: int, *, num_heads: int, rope_theta: float) -> None:
-        super().__init__()
-        self.input_layernorm = nn.RMSNorm(width, eps=1e-6)
-        self.self_attn = Projections(width, num_heads=num_heads, rope_theta=rope_theta)
-
-    def project(self, states_BTD: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (query_BHTd, keys_BHTd, values_BHTd)."""
-        return self.self_attn.project(self.input_layernorm(states_BTD), positions_BT)
-
-    def finish(self, attended_BHTd: Tensor, states_BTD: Tensor) -> Tensor:
-        """Return the states with what the attention adds to them."""
-        added_BTD: Tensor = self.self_attn.o_proj(attended_BHTd.transpose(1, 2).flatten(2))
-        return states_BTD + added_BTD
-
-
-class Projections(nn.Module):
-    """Of causal attention with rotary positions; it adds nothing at the start."""
-
-    def __init__(self, width: int, *, num_heads: int, rope_theta: float) -> None:
-        super().__init__()
-        self.head_size = width // num_heads
-        self.rope_theta = rope_theta
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
-        for projection in (self.q_proj, self.k_proj, self.v_proj):
-            nn.init.normal_(projection.weight, std=width**-0.5)
-        nn.init.zeros_(self.o_proj.weight)
-
-    def project(self, normed_BTD: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (query_BHTd, keys_BHTd, values_BHTd), the first two turned by their positions."""
-        query_BHTd, key_BHTd, value_BHTd = (
-            projection(normed_BTD).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        query_BHTd, key_BHTd = (rotated(x, positions_BT, theta=self.rope_theta) for x in (query_BHTd, key_BHTd))
-        return query_BHTd, key_BHTd, value_BHTd
-
-
-def rotated(x_BHTd: Tensor, positions_BT: Tensor, *, theta: float) -> Tensor:
-    """Return queries or keys turned by their positions: dimension i is paired with i + d/2."""
-    half = x_BHTd.shape[-1] // 2
-    speed_d = theta ** -(torch.arange(half, device=x_BHTd.device, dtype=torch.float64) / half)
-    angle_BTd = positions_BT.to(x_BHTd.device)[..., None] * speed_d
-    cos_B1Td, sin_B1Td = angle_BTd.cos()[:, None].to(x_BHTd.dtype), angle_BTd.sin()[:, None].to(x_BHTd.dtype)
-    first, second = x_BHTd[..., :half], x_BHTd[..., half:]
-    return torch.cat([first * cos_B1Td - second * sin_B1Td, second * cos_B1Td + first * sin_B1Td], dim=-1)
-
-
-def _trainable_copy(norm: nn.Module) -> nn.Module:
-    """Return a norm of its own with the same weights, float32 or wider."""
-    own = {
-        id(weight): nn.Parameter(weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True))
-        for weight in norm.parameters()
-    }
-    # What a copy has copied already it does not copy again.
-    return copy.deepcopy(norm, own)
 
 
 def _width(target: Target) -> int:

@@ -25,9 +25,6 @@ from drafttrain.drafters.next_tokens import next_tokens
 from drafttrain.target_model.logits import head_logits
 from drafttrain.target_model.ragged_cache import RaggedCache
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""From (query_BHTd, keys_BHTd, values_BHTd) of an adapter to attended_BHTd: it knows which positions each one may look at."""
-
 
 @dataclass
 class _Chain:
@@ -37,12 +34,12 @@ class _Chain:
     """The root, then the draft tokens."""
     states: list[Tensor]
     """By node, the row that enters the exit layer."""
-    laws: list[Tensor] = field(default_factory=list)
+    q_rows: list[Tensor] = field(default_factory=list)
     ended: bool = False
     """The length policy wants no further token."""
 
 
-class EarlyExitProposer:
+class KangarooProposer:
     """Drafts chains: first blocks, adapter, the target's head; by sampling, or by argmax.
 
     A draft token is read by the first blocks whether or not another one follows it, since the target continues from the states
@@ -147,10 +144,10 @@ class EarlyExitProposer:
         drawn, drawn_from = next_tokens(
             list(asked.values()), sampling, [generators[i] for i in asked], fixed=self._fixed
         )
-        for sequence, token, law_V in zip(asked, drawn, drawn_from, strict=True):
+        for sequence, token, q_V in zip(asked, drawn, drawn_from, strict=True):
             tokens[sequence] = [token]
-            if law_V is not None:
-                self._chains[sequence].laws.append(law_V)
+            if q_V is not None:
+                self._chains[sequence].q_rows.append(q_V)
         return tokens
 
     def _first_blocks(self, tokens: Sequence[Sequence[int]]) -> list[Any]:
@@ -160,10 +157,10 @@ class EarlyExitProposer:
         return [one.hidden_ND[0] if len(one.hidden_ND) else None for one in states]
 
     def _proposal(self, one: _Chain) -> Proposal:
-        if self._fixed or not one.laws:
+        if self._fixed or not one.q_rows:
             proposal = chain(one.tokens, kind=NodeKind.FIXED)
         else:
-            q_rows_RV = pad(torch.stack(one.laws), (0, self._width - self._shared))
+            q_rows_RV = pad(torch.stack(one.q_rows), (0, self._width - self._shared))
             proposal = chain(one.tokens, kind=NodeKind.SAMPLED, q_rows_RV=q_rows_RV)
         return replace(proposal, resume=LayerState(self._exit_layer, torch.stack(one.states)))
 
@@ -246,7 +243,7 @@ class _CachedAdapter:
             logits_NV = head_logits(self._model, last_ND)
             for row, sequence in enumerate(chosen):
                 found[sequence] = (last_ND[row], logits_NV[row])
-        self._tell(sizes, context=context, head=head, span=span)
+        self._report(sizes, context=context, head=head, span=span)
         return found
 
     def _attend(self, allowed_BNC: Tensor, query_BHNd: Tensor, keys_BHNd: Tensor, values_BHNd: Tensor) -> Tensor:
@@ -254,7 +251,7 @@ class _CachedAdapter:
         keys_BHCd, values_BHCd = self._cache.hf.update(keys_BHNd, values_BHNd, 0)
         return scaled_dot_product_attention(query_BHNd, keys_BHCd, values_BHCd, attn_mask=allowed_BNC[:, None])
 
-    def _tell(self, sizes: Sequence[int], *, context: int, head: bool, span: Span) -> None:
+    def _report(self, sizes: Sequence[int], *, context: int, head: bool, span: Span) -> None:
         """Enter the call in the ledger: the adapter's weights, its cache, and the head that it shares with the target."""
         if self._listener is None:
             return

@@ -1,4 +1,4 @@
-"""Low-rank adapters on a frozen target, put on for one forward by hooks and written in peft's format.
+"""Low-rank adapters on a frozen target: applied by hooks during a forward, stored in peft's format.
 
 R = rank, I = inputs, O = outputs of a linear map
 """
@@ -32,18 +32,18 @@ PREFIX = "base_model.model."
 
 @dataclass
 class LoraSettings:
-    """Low-rank adapters on linear maps of the target."""
+    """Low-rank adapters on linear layers of the target."""
 
     rank: int = setting(32, help="Rank of an adapter.", ge=1)
-    alpha: float = setting(16.0, help="An adapter's output counts alpha / rank.", gt=0)
+    alpha: float = setting(16.0, help="An adapter's output is multiplied by alpha / rank.", gt=0)
     dropout: float = setting(
         0.05,
-        help="Share of an adapter's inputs that is dropped in training, by step, document and position alone.",
+        help="Dropout on an adapter's inputs. The choice depends only on step, document and position.",
         ge=0,
         lt=1,
     )
     target_modules: list[str] = setting(
-        ["q_proj", "v_proj"], help="Linear maps of every block that get an adapter, by the last part of their name."
+        ["q_proj", "v_proj"], help="Linear layers of every block that get an adapter, by the last part of their name."
     )
 
     def check(self) -> list[str]:
@@ -52,7 +52,7 @@ class LoraSettings:
 
 
 class LowRank(nn.Module):
-    """The adapter of one linear map; a module of its own, so that who spreads its weights out knows when they are used."""
+    """The adapter of one linear layer. A module of its own, so that ZeRO-3 gathers its weights when they are used."""
 
     def __init__(self, settings: LoraSettings, weight_OI: Tensor) -> None:
         super().__init__()
@@ -64,10 +64,10 @@ class LowRank(nn.Module):
         self.scale = settings.alpha / settings.rank
 
     def forward(self, inputs: Tensor, seeds: Tensor | None = None) -> Tensor:
-        """Return what is added to the map's output.
+        """Return what is added to the layer's output.
 
         Args:
-            seeds: A number of each row of the inputs, which says what of it is dropped; None: nothing is.
+            seeds: A seed per input row, which decides what dropout drops; None: no dropout.
         """
         inputs = inputs.to(self.down.dtype)
         if seeds is not None:
@@ -78,7 +78,7 @@ class LowRank(nn.Module):
 
 
 class LoraAdapter(nn.Module):
-    """Adapters W x + (alpha / rank) B A x with B zero at the start. The target's own modules and weights are not touched.
+    """Adapters W x + (alpha / rank) B A x; B starts at zero. The target's own modules and weights stay as they are.
 
     Source: Hu et al. 2021, LoRA, arXiv 2106.09685.
     """
@@ -89,20 +89,20 @@ class LoraAdapter(nn.Module):
         self.names = _linear_names(model, settings.target_modules)
         self.maps = nn.ModuleList(LowRank(settings, model.get_submodule(name).weight) for name in self.names)
         self.on = False
-        """The hooks are on the target now."""
+        """The hooks are installed now."""
         self._seed_BT: Tensor | None = None
 
     @property
     def changes_something(self) -> bool:
-        """Whether any adapter is not zero."""
+        """Some adapter is not zero."""
         return any(bool(one.get_parameter("up").any()) for one in self.maps)
 
     @contextlib.contextmanager
     def applied(self, model: Any, *, seed_BT: Tensor | None = None) -> Iterator[None]:
-        """Put the adapters on for the calls inside.
+        """Within this context the model's linear layers have their adapters.
 
         Args:
-            seed_BT: A number of each token as the model reads them: the adapters drop inputs by these; None: they drop nothing.
+            seed_BT: A seed per token, in the layout that the model reads, for dropout; None: no dropout.
         """
         self._seed_BT = seed_BT if self.settings.dropout else None
         handles = [
@@ -124,18 +124,18 @@ class LoraAdapter(nn.Module):
         return add
 
     def _seeds(self, index: int, inputs: Tensor) -> Tensor | None:
-        """Return a number of each row that a map reads, another one for every map."""
+        """Return a seed for each row that a layer reads; they differ between layers."""
         if self._seed_BT is None:
             return None
         if inputs.shape[:-1].numel() != self._seed_BT.numel():
             raise CheckpointError(
-                f"drafter.joint.lora.dropout: {self.names[index]} does not read every token once, so what is dropped cannot be a "
-                "function of the token's place: set it to 0, or leave that map out of target_modules"
+                f"drafter.joint.lora.dropout: {self.names[index]} does not read every token exactly once, so dropout cannot "
+                "depend on the token's position: set it to 0, or remove that layer from target_modules"
             )
         return self._seed_BT.to(inputs.device) * 1_000_003 + index
 
     def save(self, folder: Path, *, target: str) -> None:
-        """Write a folder that `PeftModel.from_pretrained` and serving engines read."""
+        """Write a folder that `PeftModel.from_pretrained` and serving engines load."""
         folder.mkdir()
         config = {
             "peft_type": "LORA",
@@ -158,7 +158,7 @@ class LoraAdapter(nn.Module):
 
 
 def merged(target: Target, folder: Path) -> Target:
-    """Return a copy of a target with the adapters of a folder added to its weights.
+    """Return a copy of a target whose weights have a folder's adapters merged in.
 
     Raises:
         CheckpointError: The adapters do not fit the target.
@@ -168,7 +168,7 @@ def merged(target: Target, folder: Path) -> Target:
         tensors = read_tensors(folder / WEIGHTS)
         scale = config["lora_alpha"] / config["r"]
     except (CheckpointError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{folder}: no adapter could be read here: {error}") from error
+        raise CheckpointError(f"{folder}: cannot read an adapter: {error}") from error
     model = copy.deepcopy(target.model)
     names = {key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in tensors}
     for name in sorted(names):
@@ -176,9 +176,13 @@ def merged(target: Target, folder: Path) -> Target:
         try:
             weight_OI = model.get_submodule(name).weight
         except AttributeError as error:
-            raise CheckpointError(f"{folder}: {target.name} has no {name}: made for another target") from error
+            raise CheckpointError(
+                f"{folder}: {target.name} has no {name}: the adapter was made for another target"
+            ) from error
         if weight_OI.shape != (up_OR.shape[0], down_RI.shape[1]):
-            raise CheckpointError(f"{folder}: {name} of {target.name} has another shape: made for another target")
+            raise CheckpointError(
+                f"{folder}: {name} of {target.name} has another shape: the adapter was made for another target"
+            )
         with torch.no_grad():
             wide = torch.promote_types(weight_OI.dtype, torch.float32)
             added_OI = scale * (up_OR.to(weight_OI.device, wide) @ down_RI.to(weight_OI.device, wide))
@@ -187,14 +191,14 @@ def merged(target: Target, folder: Path) -> Target:
 
 
 def _linear_names(model: Any, wanted: list[str]) -> list[str]:
-    """Return the full names of the linear maps that end in one of the wanted names."""
+    """Return the full names of the linear layers whose names end in one of the wanted ones."""
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     chosen = [name for name in linear if name.rsplit(".", 1)[-1] in wanted]
     missing = [one for one in wanted if all(name.rsplit(".", 1)[-1] != one for name in chosen)]
     if missing:
         known = sorted({name.rsplit(".", 1)[-1] for name in linear})
         raise CheckpointError(
-            f"drafter.joint.lora.target_modules: this target has no linear map called {', '.join(missing)}. "
+            f"drafter.joint.lora.target_modules: this target has no linear layer called {', '.join(missing)}. "
             f"It has {', '.join(known)}"
         )
     return chosen

@@ -1,4 +1,4 @@
-"""Medusa: heads on the target's last hidden state, each of which guesses one place further ahead.
+"""Medusa: heads on the target's final state; each one predicts one token further ahead.
 
 B = sequences, T = positions, V = vocabulary, D = hidden, K = heads, R = ranks, M = sequences that draft, N = rows
 """
@@ -6,7 +6,6 @@ B = sequences, T = positions, V = vocabulary, D = hidden, K = heads, R = ranks, 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,54 +15,43 @@ from typing import Any, ClassVar, Literal
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
 from drafttrain.core.batches import Beside, DraftBatch, DraftOutput
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import write_json
 from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
-from drafttrain.core.foreign import read_json
 from drafttrain.core.linear_head import LinearHead
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
 from drafttrain.core.target_rows import RowsAsked, TargetNeeds
-from drafttrain.core.tensors import load_into, shapes_in
+from drafttrain.core.tensors import load_into
 from drafttrain.drafters import Drafter, drafters
+from drafttrain.drafters.medusa.blocks import ResidualBlocks, uninitialized_linear
+from drafttrain.drafters.medusa.calibration import calibrated_tree
+from drafttrain.drafters.medusa.folder import ADAPTER, TREE, read_config, read_tree
 from drafttrain.drafters.medusa.lora import LoraAdapter, LoraSettings, merged
 from drafttrain.drafters.medusa.proposer import MedusaProposer
 from drafttrain.drafters.medusa.static_tree import Path as TreePath
-from drafttrain.drafters.medusa.static_tree import best_paths, non_increasing
-from drafttrain.drafters.start import HELP, folder_to_start_from, said_by_the_folder
-from drafttrain.losses.align import align
-from drafttrain.losses.forward_kl import ForwardKL, ForwardKLConfig
+from drafttrain.drafters.warm_start import CHECKPOINT_HELP, checkpoint_folder, settings_fixed_by_checkpoint
+from drafttrain.losses.forward_kl import ForwardKL, ForwardKLSettings
 from drafttrain.target_model import Target
 from drafttrain.target_model.documents import as_read, document_states
 from drafttrain.target_model.live_rows import LiveRows
 from drafttrain.target_model.logits import finished_logits, finisher, head_of
 from drafttrain.target_model.matrix_products import head_parameters, trunk_products
 
-TREE = "medusa_tree.json"
-"""Beside config.json: the tree, and the table of accuracies that it was built from. Serving engines pass over it."""
-
-ADAPTER = "adapter"
-"""Medusa-2: the folder of the adapters, in peft's format. The target needs them to be the one that the heads stand on."""
-
-TREE_NODES = 256
-CALIBRATED_RANKS = 10
-ROWS_AT_ONCE = 2048
-
 
 @dataclass
 class JointSettings:
     """Medusa-2: low-rank adapters on the target are trained together with the heads.
 
-    The target's own law is kept by KL against the same network without adapters.
+    A KL divergence from the same network without adapters preserves the target's own distribution.
     """
 
     lora: LoraSettings = setting(LoraSettings(), help="The adapters.")
     head_coefficient: float = setting(0.2, help="Factor on the heads' loss beside the KL of the target.", gt=0)
     head_warmup_steps: int = setting(
-        0, help="Steps over which that factor rises from 0 as sin(pi/2 step/steps); 0: constant.", ge=0
+        0, help="Steps over which this factor rises from 0 as sin(pi/2 step/steps); 0: constant.", ge=0
     )
     head_lr_multiplier: float = setting(
         4.0, help="The heads learn at train.lr times this, the adapters at train.lr.", gt=0
@@ -78,30 +66,31 @@ class JointSettings:
 
 @dataclass
 class MedusaSettings:
-    """Heads on the target's last hidden state."""
+    """Heads on the target's final hidden state."""
 
-    checkpoint: str | None = setting(None, help=HELP)
-    num_heads: int = setting(4, help="Heads; head k guesses the token k places after the root.", ge=1)
-    num_layers: int = setting(1, help="Residual blocks of a head.", ge=1)
-    decay: float = setting(0.8, help="The loss of head k counts decay^k.", gt=0, le=1)
+    checkpoint: str | None = setting(None, help=CHECKPOINT_HELP)
+    num_heads: int = setting(4, help="Heads; head k predicts the token k places after the root.", ge=1)
+    num_layers: int = setting(1, help="Residual blocks per head.", ge=1)
+    decay: float = setting(0.8, help="The loss of head k has weight decay^k.", gt=0, le=1)
     draft: Literal["sampled", "greedy"] = setting(
-        "sampled", help="Chains at temperature > 0: sampled by head, or each head's best guess as vLLM drafts."
+        "sampled", help="Chains at temperature > 0: a draw from each head, or each head's argmax as vLLM drafts."
     )
     joint: JointSettings | None = setting(
-        None, help="Medusa-2: adapters on the target, trained with the heads; null: Medusa-1, the target as it is."
+        None,
+        help="Medusa-2: adapters on the target, trained with the heads; null: Medusa-1, the target stays as it is.",
     )
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
-        return said_by_the_folder(self, ("num_heads", "num_layers"))
+        return settings_fixed_by_checkpoint(self, ("num_heads", "num_layers"))
 
 
 @drafters.register("medusa", MedusaSettings)
 class Medusa(Drafter):
-    """K heads of residual blocks and an output matrix each; lag 1, and the depth d is the head's number.
+    """K heads, each with residual blocks and an output matrix. Lag 1; depth d is the number of the head.
 
-    Blocks begin as the identity (weight and bias zero) and output matrices as copies of the target's head, so every head
-    begins equal to it. Each head has blocks of its own.
+    Blocks start as the identity (weight and bias zero) and output matrices as copies of the target's head, so every head
+    starts equal to the target's. No head shares its blocks with another.
 
     Source: Cai et al. 2024, Medusa, arXiv 2401.10774, 2.1.
     """
@@ -111,8 +100,8 @@ class Medusa(Drafter):
     lag = 1
     needs_target = True
     serving: ClassVar[str] = (
-        "vLLM drafts chains of each head's best guess; the tree beside the weights is read by the embedded evaluator only.\n"
-        "Where there is a folder adapter/, TARGET is the target with that adapter."
+        "vLLM drafts chains of each head's best guess; only the embedded evaluator reads the tree next to the weights.\n"
+        "If there is a folder adapter/, TARGET is the target with that adapter."
     )
 
     def __init__(
@@ -129,10 +118,10 @@ class Medusa(Drafter):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(_Blocks(hidden_size, num_layers, device=device) for _ in range(num_heads))
-        # Whoever makes heads writes their matrices: drawing them first, on the CPU, takes minutes of a large vocabulary.
+        self.blocks = nn.ModuleList(ResidualBlocks(hidden_size, num_layers, device=device) for _ in range(num_heads))
+        # The caller writes these matrices. Drawing them first, on the CPU, takes minutes for a large vocabulary.
         self.lm_heads = nn.ModuleList(
-            _unwritten_linear(hidden_size, vocab_size, bias=False, device=device) for _ in range(num_heads)
+            uninitialized_linear(hidden_size, vocab_size, bias=False, device=device) for _ in range(num_heads)
         )
         self.num_heads = num_heads
         self.num_layers = num_layers
@@ -142,36 +131,36 @@ class Medusa(Drafter):
         self.draft = draft
         self.joint: JointSettings | None = None
         self.adapter: LoraAdapter | None = None
-        """Adapters in training."""
+        """The adapters in training."""
         self.adapter_folder: Path | None = None
-        """Adapters that were read: the heads stand on the target with these."""
+        """The adapters that were loaded: the heads work only on the target with these."""
         self.paths = paths
-        """The calibrated tree, best nodes first; None: chains only."""
+        """The calibrated tree, best nodes first; None: only chains can be drafted."""
         self._target_config = target_config
         self._target: Target | None = None
 
     @classmethod
     def why_whole_target(cls, settings: MedusaSettings) -> str | None:
-        """Return that adapters are trained inside the target, if they are."""
+        """Return the reason if adapters are trained inside the target."""
         return None if settings.joint is None else "joint: adapters are trained inside the target's blocks"
 
     @classmethod
     def create(cls, settings: MedusaSettings, *, target: Target | None, tokenizer: Any) -> Medusa:
-        """Return heads that all equal the target's own head."""
+        """Return heads that all start equal to the target's own head."""
         if target is None:
-            raise CheckpointError("drafter.kind is 'medusa' but target.model is null: its heads stand on the target")
+            raise CheckpointError("drafter.kind is 'medusa' but target.model is null: the heads need a target")
         head = target.model.get_output_embeddings()
         if getattr(head, "bias", None) is not None:
             raise CheckpointError(
-                f"{target.name}: its output head has a bias, for which the Medusa layout has no place: use another drafter.kind"
+                f"{target.name}: its output head has a bias, which Medusa's layout cannot store: use another drafter.kind"
             )
         if settings.checkpoint is None:
             made = cls._like_head(head.weight, settings, target)
         else:
-            made = cls.load(folder_to_start_from(settings.checkpoint, target, kind=cls.kind), target, "float32").train()
+            made = cls.load(checkpoint_folder(settings.checkpoint, target, kind=cls.kind), target, "float32").train()
             if made.adapter_folder is not None:
                 raise CheckpointError(
-                    f"drafter.checkpoint: {made.adapter_folder}: heads on an adapted target (Medusa-2) are not trained on"
+                    f"drafter.checkpoint: {made.adapter_folder}: training cannot continue from heads on an adapted target (Medusa-2)"
                 )
             made.decay, made.draft, made.paths = settings.decay, settings.draft, None
         if settings.joint is not None:
@@ -182,6 +171,7 @@ class Medusa(Drafter):
 
     @classmethod
     def _like_head(cls, weight_VD: Tensor, settings: MedusaSettings, target: Target) -> Medusa:
+        """Return heads whose output matrices are copies of this weight."""
         vocab_size, hidden_size = weight_VD.shape
         made = cls(
             num_heads=settings.num_heads,
@@ -200,25 +190,25 @@ class Medusa(Drafter):
 
     @property
     def deepest(self) -> int:
-        """One draft token a head."""
+        """One draft token per head."""
         return self.num_heads
 
     def needs(self) -> TargetNeeds:
-        """Return what the heads stand on: the state after the final norm."""
+        """Return what the heads read: the state after the final norm."""
         return TargetNeeds(final=True)
 
     def rows_asked(self) -> list[RowsAsked]:
-        """Return the rows of every head, and in joint training those of the target itself."""
+        """Return the rows of every head, and in joint training also those of the target itself."""
         of_target = [] if self.joint is None else [RowsAsked((1,), 0)]
         return [RowsAsked(tuple(range(1, self.num_heads + 1)), self.lag), *of_target]
 
     @property
     def compares_with_target(self) -> bool:
-        """In joint training, whatever the loss of the heads."""
+        """True in joint training, whatever the loss of the heads."""
         return self.joint is not None
 
     def forward(self, batch: DraftBatch) -> DraftOutput:
-        """Return the states of every head before its output matrix."""
+        """Return, for every head, the states that its output matrix reads."""
         final_BTD = batch.target.final_BTD if batch.target is not None else None
         assert final_BTD is not None, "the module reads the target first"
         factor, beside = 1.0, None
@@ -235,7 +225,7 @@ class Medusa(Drafter):
         return DraftOutput(states_BTD, self._head, self.lag)
 
     def _adapted(self, batch: DraftBatch) -> Tensor:
-        """Return the final states of the target with its adapters on; gradients reach the adapters."""
+        """Return the final states of the target with its adapters; gradients reach the adapters."""
         assert self.adapter is not None
         assert self._target is not None
         model = self._target.model
@@ -245,23 +235,23 @@ class Medusa(Drafter):
         return final_BTD
 
     def _of_target(self, final_BTD: Tensor, batch: DraftBatch) -> Beside:
-        """Return the target with adapters, whose distribution is kept by KL(target without adapters, target with them)."""
+        """Return the loss term KL(target without adapters || target with adapters)."""
         target = self._target
         assert target is not None
         assert batch.target is not None
         rows = batch.target_rows
         if not isinstance(rows, LiveRows):
-            # What a cache holds of the distribution may be a part of it.
+            # A cache may store only a part of the distribution.
             rows = target.rows_of(batch.target)
         states = DraftOutput({1: final_BTD}, head_of(target.model), lag=0)
-        return Beside(states, ForwardKL(ForwardKLConfig()), rows)
+        return Beside(states, ForwardKL(ForwardKLSettings()), rows)
 
     @property
     def _head(self) -> LinearHead:
         return LinearHead(lambda depth: self.lm_heads[depth - 1], after=finisher(self._target_config))
 
     def states(self, final_ND: Tensor, depth: int) -> Tensor:
-        """Return what the residual blocks of a head make of the target's states."""
+        """Return the output of a head's residual blocks on the target's states."""
         states: Tensor = self.blocks[depth - 1](final_ND.to(next(self.parameters()).dtype))
         return states
 
@@ -275,11 +265,11 @@ class Medusa(Drafter):
             head.__dict__["forward"] = compiled(head.forward)
 
     def products(self, shape: BatchShape) -> Iterator[Products]:
-        """Yield those of every head; of Medusa-2 also those of the target with its adapters, and of its head on their states."""
+        """Yield the products of every head; for Medusa-2 also those of the target with adapters, and of its own head."""
         joint = self.adapter is not None
         for depth in range(1, self.num_heads + 1):
             for number in range(self.num_layers):
-                # What the first block reads is trained only where the target is adapted.
+                # The input of the first block needs a gradient only if the target has adapters in training.
                 yield matrix(self.hidden_size**2, shape.positions, gradients=2 if joint or number else 1)
             yield matrix(parameters_of(self.lm_heads[depth - 1]), shape.rows(depth + self.lag), gradients=2)
         if joint:
@@ -289,7 +279,7 @@ class Medusa(Drafter):
             yield matrix(head_parameters(self._target.model), shape.rows(1), gradients=1)
 
     def lr_factor(self, name: str) -> float:
-        """Return what train.lr is multiplied by for a parameter."""
+        """Return the factor on train.lr for a parameter."""
         return 1.0 if self.joint is None or name.startswith("adapter.") else self.joint.head_lr_multiplier
 
     def adapted(self, target: Target) -> Target:
@@ -297,45 +287,21 @@ class Medusa(Drafter):
         return target if self.adapter_folder is None else merged(target, self.adapter_folder)
 
     def standing_on(self, target: Target) -> AbstractContextManager[None]:
-        """Put the adapters in training on the target for the calls inside."""
+        """Within this context the target has the adapters in training."""
         return nullcontext() if self.adapter is None else self.adapter.applied(target.model)
 
     def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
-        """Return the heads at inference."""
+        """Return the proposer that drafts with these heads."""
         return MedusaProposer(self, num_tokens=target.num_tokens, listener=listener)
 
     @torch.no_grad()
     def calibrate(self, target: Target, batches: Iterable[DraftBatch]) -> Mapping[str, Any]:
-        """Return the file of the tree: how often each guess of each head is right on held-out text, and what follows from it."""
-        hits_KR = torch.zeros(self.num_heads, min(CALIBRATED_RANKS, target.num_tokens), dtype=torch.long)
-        counts_K = torch.zeros(self.num_heads, dtype=torch.long)
-        for batch in batches:
-            seen = target.read(batch.tokens_BT, batch.positions_BT, self.needs())
-            assert seen.final_BTD is not None
-            drafted = self._drafted(seen.final_BTD)
-            rows = align(drafted, batch)
-            first = 0
-            for depth, count in rows.counts.items():
-                states_RD = drafted.states_BTD[depth].flatten(0, 1)
-                for begin in range(first, first + count, ROWS_AT_ONCE):
-                    chosen = slice(begin, min(begin + ROWS_AT_ONCE, first + count))
-                    logits_NV = self.head(states_RD[rows.drafter_N[chosen]], depth)[:, : target.num_tokens]
-                    guesses_NR = logits_NV.topk(hits_KR.shape[1], dim=-1).indices
-                    hits_KR[depth - 1] += (guesses_NR == rows.tokens_N[chosen][:, None]).sum(0).cpu()
-                counts_K[depth - 1] += count
-                first += count
-        accuracy_KR = (hits_KR / counts_K.clamp_min(1)[:, None]).tolist()
-        smooth_KR = [non_increasing(row) for row in accuracy_KR]
-        return {
-            TREE: {
-                "num_positions": counts_K.tolist(),
-                "accuracy": accuracy_KR,
-                "paths": best_paths(smooth_KR, TREE_NODES),
-            }
-        }
+        """Return the file of the tree, from how often each guess of each head is right on held-out text."""
+        drafts = ((batch, self._drafted(_final(target, batch))) for batch in batches)
+        return {TREE: calibrated_tree(drafts, self.head, num_heads=self.num_heads, num_tokens=target.num_tokens)}
 
     def save(self, folder: Path) -> None:
-        """Write the layout of `method: medusa`."""
+        """Write the layout of vLLM's `method: medusa`."""
         config = {
             "architectures": ["MedusaModel"],
             "model_type": "medusa",
@@ -358,18 +324,21 @@ class Medusa(Drafter):
 
     @classmethod
     def load(cls, folder: Path, target: Target, dtype: Any = None) -> Medusa:
-        """Read a Medusa folder made for a target of the same sizes; in the target's type unless told otherwise.
+        """Read a Medusa folder for a target of the same sizes.
+
+        Args:
+            dtype: Type of the weights; None: the target's.
 
         Raises:
             CheckpointError: Keys are missing, or the sizes are not the target's.
         """
-        config = _config(folder)
+        config = read_config(folder)
         made_for = (config["vocab_size"], config["hidden_size"])
         sizes = tuple(target.model.get_output_embeddings().weight.shape)
         if made_for != sizes:
             raise CheckpointError(
                 f"{folder}: heads of (vocabulary, hidden size) {made_for}, this target, {target.name}, has {sizes}: "
-                "pass the target that they were made for"
+                "use the target that they were made for"
             )
         made = cls(
             num_heads=config["num_heads"],
@@ -378,7 +347,7 @@ class Medusa(Drafter):
             vocab_size=config["vocab_size"],
             target_config=target.model.config.get_text_config(),
             draft=config.get("drafttrain_draft", "sampled"),
-            paths=_paths(folder),
+            paths=read_tree(folder),
             device=target.device,
         )
         if (folder / ADAPTER).is_dir():
@@ -389,56 +358,8 @@ class Medusa(Drafter):
         return made.eval()
 
 
-class _Blocks(nn.Module):
-    """Residual blocks x + SiLU(W x + b), the identity at their start."""
-
-    def __init__(self, hidden_size: int, num_layers: int, *, device: torch.device | str = "cpu") -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(
-            _unwritten_linear(hidden_size, hidden_size, bias=True, device=device) for _ in range(num_layers)
-        )
-        for parameter in self.layers.parameters():
-            nn.init.zeros_(parameter)
-
-    def forward(self, states_ND: Tensor) -> Tensor:
-        for layer in self.layers:
-            states_ND = states_ND + silu(layer(states_ND))
-        return states_ND
-
-
-def _unwritten_linear(num_inputs: int, num_outputs: int, *, bias: bool, device: torch.device | str) -> nn.Linear:
-    """Return a linear map whose weights are to be written: drawing half a billion of them first takes seconds.
-
-    As torch's `skip_init`, which tensors without numbers (`train.step_cost`) do not bear.
-    """
-    made = nn.Linear(num_inputs, num_outputs, bias=bias, device="meta")
-    for name, weight in list(made.named_parameters()):
-        setattr(made, name, nn.Parameter(torch.empty_like(weight, device=device)))
-    return made
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """Return config.json with every key that is needed."""
-    config = read_json(folder / "config.json")
-    needed = ("hidden_size", "vocab_size", "num_heads", "num_hidden_layers", "medusa_fc_bias")
-    missing = [key for key in needed if key not in config]
-    if missing:
-        raise CheckpointError(f"{folder / 'config.json'}: no {', '.join(missing)}: not a folder of model_type medusa")
-    held = shapes_in(folder)
-    for key, pattern in (("num_heads", r"blocks\.(\d+)\."), ("num_hidden_layers", r"blocks\.\d+\.layers\.(\d+)\.")):
-        count = len({match[1] for name in held if (match := re.match(pattern, name))})
-        if config[key] != count:
-            raise CheckpointError(f"{folder / 'config.json'}: {key} is {config[key]!r:.60}, the weights have {count}")
-    if not config["medusa_fc_bias"]:
-        raise CheckpointError(f"{folder / 'config.json'}: medusa_fc_bias is false: heads without biases are not read")
-    return config
-
-
-def _paths(folder: Path) -> list[TreePath] | None:
-    path = folder / TREE
-    if not path.exists():
-        return None
-    try:
-        return [tuple(map(int, one)) for one in read_json(path)["paths"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a tree: {error}") from error
+def _final(target: Target, batch: DraftBatch) -> Tensor:
+    """Return the target's final_BTD of a batch."""
+    final_BTD = target.read(batch.tokens_BT, batch.positions_BT, TargetNeeds(final=True)).final_BTD
+    assert final_BTD is not None
+    return final_BTD

@@ -1,4 +1,4 @@
-"""Medusa's heads at inference: one call a round, from the target's state before the root to a chain or a tree.
+"""Medusa's proposer: one call of the heads per round, on the target's state before the root, gives a chain or a tree.
 
 V = vocabulary, D = hidden, M = sequences that draft, R = ranks
 """
@@ -6,10 +6,10 @@ V = vocabulary, D = hidden, M = sequences that draft, R = ranks
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from drafttrain.core.device_time import Span
@@ -33,32 +33,48 @@ from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Sampling
 from drafttrain.drafters.medusa.static_tree import Path, within
 
-if TYPE_CHECKING:
-    from drafttrain.drafters.medusa.module import Medusa
+
+class MedusaHeads(Protocol):
+    """What drafting needs of the heads."""
+
+    num_heads: int
+    vocab_size: int
+    draft: str
+    paths: list[Path] | None
+    blocks: nn.ModuleList
+    lm_heads: nn.ModuleList
+
+    def states(self, final_ND: Tensor, depth: int) -> Tensor:
+        """Return the states that a head's output matrix reads."""
+        ...
+
+    def head(self, states_ND: Tensor, depth: int) -> Tensor:
+        """Return logits_NV of a head."""
+        ...
 
 
 class MedusaProposer:
-    """Head d speaks of the token d places after the root, whatever stands between: it needs no cache.
+    """Head d predicts the token d places after the root, whatever stands between. So drafting needs no cache.
 
-    A chain is each head's best guess (FIXED), or at temperature > 0 a draw from each head (SAMPLED). A tree takes the
-    heads' best guesses where the calibrated paths say (FIXED).
+    A chain is the argmax of each head (FIXED), or at temperature > 0 a draw from each head (SAMPLED). A tree takes the
+    best guesses of each head along the calibrated paths (FIXED).
 
     Args:
-        num_tokens: Ids that the tokenizer can produce; the other rows of the heads are padding and carry no mass.
+        num_tokens: Ids that the tokenizer can produce; the other rows of the heads are padding and get no probability.
     """
 
     needs = TargetNeeds(final=True)
 
-    def __init__(self, medusa: Medusa, *, num_tokens: int, listener: ForwardListener | None = None) -> None:
-        self._medusa = medusa
+    def __init__(self, heads: MedusaHeads, *, num_tokens: int, listener: ForwardListener | None = None) -> None:
+        self._heads = heads
         self._num_tokens = num_tokens
         self._listener = listener
         self._contexts: list[Context] = []
         self._states: list[Tensor | None] = []
-        """By sequence, the target's state of the token before the root; None: the root is the first token of all."""
+        """By sequence, the target's state of the token before the root; None: the root is the first token."""
 
     def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
-        """Take the state of the last prompt token but one."""
+        """Store the target's state of the last token before each root."""
         self._contexts = list(contexts)
         self._states = [_last(output) for output in seen]
 
@@ -70,26 +86,28 @@ class MedusaProposer:
         generators: Sequence[torch.Generator],
         more: Callable[[DraftStep], bool | More],
     ) -> list[Proposal]:
-        """Return one chain or tree a sequence."""
+        """Return one chain or tree per sequence."""
         logits = self._logits(budgets)
         made = []
         for sequence, (context, budget) in enumerate(zip(self._contexts, budgets, strict=True)):
             root = context.tokens[-1]
-            laws = logits.get(sequence, [])
+            logits_by_head = logits.get(sequence, [])
             depth = 0
-            for logits_V in laws:
+            for logits_V in logits_by_head:
                 answer = more(DraftStep(sequence, depth + 1, logits_V))
                 depth += bool(answer)
                 if answer is not True:
                     break
             if budget.width > 1:
-                made.append(self._tree(root, laws[:depth], budget))
+                made.append(self._tree(root, logits_by_head[:depth], budget))
             else:
-                made.append(self._chain(root, laws[: min(depth, budget.nodes)], sampling, generators[sequence]))
+                made.append(
+                    self._chain(root, logits_by_head[: min(depth, budget.nodes)], sampling, generators[sequence])
+                )
         return made
 
     def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
-        """Take the state of the last accepted node: the target's own token behind it is the next root."""
+        """Store the state of the last accepted node: the target's token after it is the next root."""
         self._states = [_last(output) for output in seen]
 
     def drop(self, keep: Sequence[int]) -> None:
@@ -98,19 +116,19 @@ class MedusaProposer:
         self._states = [self._states[i] for i in keep]
 
     def _logits(self, budgets: Sequence[Budget]) -> dict[int, list[Tensor]]:
-        """Return the logits of every head that the budget reaches, by sequence that drafts."""
+        """Return, by sequence that drafts, the logits of every head within its budget."""
         depths = {
-            sequence: min(budget.depth, self._medusa.num_heads)
+            sequence: min(budget.depth, self._heads.num_heads)
             for sequence, (budget, state) in enumerate(zip(budgets, self._states, strict=True))
             if state is not None and budget.nodes
         }
         if not depths:
             return {}
         deepest = max(depths.values())
-        span = Span(next(self._medusa.parameters()).device)
+        span = Span(next(self._heads.blocks.parameters()).device)
         final_MD = torch.stack([state for i, state in enumerate(self._states) if i in depths and state is not None])
         by_head = [
-            self._medusa.head(self._medusa.states(final_MD, depth), depth)[:, : self._num_tokens]
+            self._heads.head(self._heads.states(final_MD, depth), depth)[:, : self._num_tokens]
             for depth in range(1, deepest + 1)
         ]
         found = {
@@ -121,28 +139,33 @@ class MedusaProposer:
             self._listener(self._event(len(depths), deepest, span.end()))
         return found
 
-    def _chain(self, root: int, laws: list[Tensor], sampling: Sampling, generator: torch.Generator) -> Proposal:
-        if sampling.temperature == 0 or self._medusa.draft == "greedy" or not laws:
-            return fixed_chain(root, torch.stack(laws).argmax(dim=-1).tolist() if laws else [])
-        q_rows_RV = sampling_probs(torch.stack(laws), sampling)
-        tokens = draw_each(q_rows_RV, [generator] * len(laws))
-        padding = self._medusa.vocab_size - q_rows_RV.shape[1]
+    def _chain(
+        self, root: int, logits_by_head: list[Tensor], sampling: Sampling, generator: torch.Generator
+    ) -> Proposal:
+        if sampling.temperature == 0 or self._heads.draft == "greedy" or not logits_by_head:
+            return fixed_chain(root, torch.stack(logits_by_head).argmax(dim=-1).tolist() if logits_by_head else [])
+        q_rows_RV = sampling_probs(torch.stack(logits_by_head), sampling)
+        tokens = draw_each(q_rows_RV, [generator] * len(logits_by_head))
+        padding = self._heads.vocab_size - q_rows_RV.shape[1]
         return chain([root, *tokens], kind=NodeKind.SAMPLED, q_rows_RV=pad(q_rows_RV, (0, padding)))
 
-    def _tree(self, root: int, laws: list[Tensor], budget: Budget) -> Proposal:
-        if self._medusa.paths is None:
+    def _tree(self, root: int, logits_by_head: list[Tensor], budget: Budget) -> Proposal:
+        if self._heads.paths is None:
             raise CheckpointError(
                 "these Medusa heads have no medusa_tree.json, so they draft chains only: use eval.length of kind fixed, "
                 "or heads that drafttrain exported"
             )
-        paths = within(self._medusa.paths, nodes=budget.nodes, depth=len(laws), width=budget.width)
-        guesses = torch.stack(laws).topk(min(budget.width, len(laws[0])), dim=-1).indices.tolist() if laws else []
+        paths = within(self._heads.paths, nodes=budget.nodes, depth=len(logits_by_head), width=budget.width)
+        guesses = (
+            torch.stack(logits_by_head).topk(min(budget.width, len(logits_by_head[0])), dim=-1).indices.tolist()
+            if logits_by_head
+            else []
+        )
         place: dict[Path, int] = {(): 0} | {path: number for number, path in enumerate(paths, start=1)}
         return fixed_tree(root, [(guesses[len(path) - 1][path[-1]], place[path[:-1]]) for path in paths])
 
     def _event(self, num_sequences: int, depth: int, span: Span) -> ForwardEvent:
-        medusa = self._medusa
-        weights = [*medusa.blocks[:depth].parameters(), *medusa.lm_heads[:depth].parameters()]
+        weights = [*self._heads.blocks[:depth].parameters(), *self._heads.lm_heads[:depth].parameters()]
         return ForwardEvent(
             model="drafter",
             num_tokens=num_sequences,

@@ -1,4 +1,4 @@
-"""The tree that a table of accuracies asks for: which guesses of which head are worth a node.
+"""The best static tree for a table of accuracies: which guesses of which heads become nodes.
 
 K = heads, R = ranks
 """
@@ -9,16 +9,16 @@ import heapq
 from collections.abc import Sequence
 
 Path = tuple[int, ...]
-"""A node by the ranks on the way to it: (0, 2) is the third guess of head 2 under the first guess of head 1."""
+"""A node, by the ranks on its path: (0, 2) is the third guess of head 2 under the first guess of head 1."""
 
 Table = Sequence[Sequence[float]]
-"""accuracy_KR[k][i]: chance that guess i of head k + 1 is right."""
+"""accuracy_KR[k][i]: probability that guess i of head k + 1 is right."""
 
 
 def non_increasing(accuracies_R: Sequence[float]) -> list[float]:
-    """Return the nearest table that does not grow with rank: neighbours out of order share their mean.
+    """Return the nearest row that does not increase with rank: neighbours out of order get their mean.
 
-    Without it the greedy tree would not be the best one: a better guess could hide behind a worse sibling.
+    Otherwise the greedy construction would not be optimal: a better guess could hide behind a worse sibling.
     """
     pools: list[tuple[float, int]] = []
     for value in accuracies_R:
@@ -33,9 +33,9 @@ def non_increasing(accuracies_R: Sequence[float]) -> list[float]:
 def best_paths(accuracy_KR: Table, num_nodes: int) -> list[Path]:
     """Return the nodes of the tree with the largest expected number of accepted tokens, best first.
 
-    A node is worth the product of the accuracies on its path; greedily adding the best next sibling or first child is
-    optimal where ranks do not increase. Every beginning of the list is the best tree of its size, and so is what a limit of
-    depth or of children leaves of it.
+    A node's value is the product of the accuracies on its path. Adding the best next sibling or first child greedily is
+    optimal for non-increasing rows. So every prefix of the list is the best tree of its size, also after limits on depth
+    or on children are applied.
 
     Args:
         accuracy_KR: Each head's row non-increasing in rank.
@@ -63,5 +63,5 @@ def best_paths(accuracy_KR: Table, num_nodes: int) -> list[Path]:
 
 
 def within(paths: Sequence[Path], *, nodes: int, depth: int, width: int) -> list[Path]:
-    """Return the best of the paths that keep to a depth and to so many children a node."""
+    """Return the best `nodes` paths within a depth and a number of children per node."""
     return [path for path in paths if len(path) <= depth and max(path) < width][:nodes]

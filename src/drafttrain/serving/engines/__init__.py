@@ -19,7 +19,7 @@ libraries = Registry("library", "drafttrain.serving.engines")
 
 
 @dataclass(frozen=True)
-class Served:
+class DecodedPrompt:
     """What one prompt gave in an engine; the counters are of its speculation, zero without any."""
 
     tokens: Sequence[int]
@@ -56,14 +56,14 @@ class Use:
 
 
 @dataclass(frozen=True)
-class Habits:
+class Conventions:
     """How an engine goes about a text, where engines differ; the evaluator decodes and counts alike beside it."""
 
-    first_alone: bool = True
+    first_token_alone: bool = True
     """The first token of an output comes before any draft; else the first round drafts too."""
-    past_end: bool = True
+    drafts_past_end: bool = True
     """Rounds draft in full past the end of an output, and count what they accept there; else neither."""
-    ends: frozenset[int] = frozenset()
+    end_tokens: frozenset[int] = frozenset()
     """Tokens that end a text, and are its last."""
     draft_top_k: int = 0
     """Sampled drafts are of so many likeliest tokens of the drafter's law; 0: of all."""
@@ -127,9 +127,9 @@ class ServingEngine(Loader):
     def draft(self, kind: str, wanted: str) -> str:
         """Return how it drafts at temperature > 0: `sampled` from the drafter's law or `greedy`, as wanted where it can."""
 
-    def habits(self, target: Path) -> Habits:
+    def conventions(self, target: Path) -> Conventions:
         """Return how it goes about the texts of a target."""
-        return Habits()
+        return Conventions()
 
     def target_as(self, folder: Path, dtype: str | None = None) -> Path:
         """Return what it loads of a target's folder: the folder, or a file that is made of it."""
@@ -140,7 +140,7 @@ class ServingEngine(Loader):
         """Return the request of a job; without a drafter to use, the target alone."""
 
     @abstractmethod
-    def served(self, answer: Mapping[str, Any]) -> list[list[Served]]:
+    def decoded(self, answer: Mapping[str, Any]) -> list[list[DecodedPrompt]]:
         """Return what the prompts gave, temperature by temperature."""
 
     @abstractmethod

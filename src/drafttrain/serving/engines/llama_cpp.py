@@ -20,7 +20,7 @@ from drafttrain.export.convert import read_target_config
 from drafttrain.export.gguf import GgufExporter, write_model
 from drafttrain.export.gguf_file import FILE
 from drafttrain.export.gguf_tokenizer import END, SECOND_END, TOKENS, GgufTokenizer
-from drafttrain.serving.engines import Habits, Job, Served, ServingEngine, Use, engines
+from drafttrain.serving.engines import Conventions, DecodedPrompt, Job, ServingEngine, Use, engines
 from drafttrain.target_model.folders import fingerprint_of
 
 ENDS = frozenset(
@@ -82,13 +82,13 @@ class LlamaCppEngine(ServingEngine):
         """Return how it drafts: as wanted."""
         return wanted
 
-    def habits(self, target: Path) -> Habits:
-        """Return its habits; the tokens that end a text are those of the target's vocabulary."""
+    def conventions(self, target: Path) -> Conventions:
+        """Return its conventions; the tokens that end a text are those of the target's vocabulary."""
         config = read_target_config(target, name=str(target))
         said = GgufTokenizer(target, vocab_size=config["vocab_size"]).fields(config)
         ends = {said[key] for key in (END, SECOND_END) if key in said}
         ends |= {number for number, token in enumerate(said[TOKENS]) if token in ENDS}
-        return Habits(past_end=False, ends=frozenset(ends), draft_top_k=DRAFT_TOP_K)
+        return Conventions(drafts_past_end=False, end_tokens=frozenset(ends), draft_top_k=DRAFT_TOP_K)
 
     def target_as(self, folder: Path, dtype: str | None = None) -> Path:
         """Return the target as a GGUF file, beside the environments: written once for its weights, tokenizer and type.
@@ -119,9 +119,9 @@ class LlamaCppEngine(ServingEngine):
             "texts": [],
         }
 
-    def served(self, answer: Mapping[str, Any]) -> list[list[Served]]:
+    def decoded(self, answer: Mapping[str, Any]) -> list[list[DecodedPrompt]]:
         """Return the prompts of every run."""
-        return [[Served(**prompt) for prompt in run["prompts"]] for run in answer["runs"]]
+        return [[DecodedPrompt(**prompt) for prompt in run["prompts"]] for run in answer["runs"]]
 
     def problems(self, drafter: Path, kind: str, target_config: Mapping[str, Any]) -> list[str]:
         """Return nothing: what it cannot run is not written as GGUF."""

@@ -19,7 +19,7 @@ from drafttrain.environments.environment import root
 from drafttrain.environments.known import OPENVINO
 from drafttrain.export.openvino import OpenVinoExporter, taps_problems
 from drafttrain.export.openvino_graph import GRAPH, write_graph
-from drafttrain.serving.engines import Habits, Job, Served, ServingEngine, Use, engines
+from drafttrain.serving.engines import Conventions, DecodedPrompt, Job, ServingEngine, Use, engines
 from drafttrain.target_model.folders import fingerprint_of
 
 
@@ -42,9 +42,9 @@ class OpenVinoEngine(ServingEngine):
         """Return `greedy`: it is asked greedily alone."""
         return "greedy"
 
-    def habits(self, target: Path) -> Habits:
-        """Return its habits: no draft past the end."""
-        return Habits(past_end=False)
+    def conventions(self, target: Path) -> Conventions:
+        """Return its conventions: no draft past the end."""
+        return Conventions(drafts_past_end=False)
 
     def target_as(self, folder: Path, dtype: str | None = None) -> Path:
         """Return the target as OpenVINO reads it, beside the environments: converted once for its weights and tokenizer.
@@ -71,9 +71,9 @@ class OpenVinoEngine(ServingEngine):
             "max_tokens": job.max_new_tokens,
         }
 
-    def served(self, answer: Mapping[str, Any]) -> list[list[Served]]:
+    def decoded(self, answer: Mapping[str, Any]) -> list[list[DecodedPrompt]]:
         """Return the prompts of the one run that there is."""
-        return [[Served(**prompt) for prompt in answer["prompts"]]]
+        return [[DecodedPrompt(**prompt) for prompt in answer["prompts"]]]
 
     def problems(self, drafter: Path, kind: str, target_config: Mapping[str, Any]) -> list[str]:
         """Return what stands against this drafter's target."""

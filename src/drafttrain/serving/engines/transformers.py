@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from drafttrain.environments.known import TRANSFORMERS
-from drafttrain.serving.engines import Habits, Job, Served, ServingEngine, Use, engines
+from drafttrain.serving.engines import Conventions, DecodedPrompt, Job, ServingEngine, Use, engines
 
 
 @dataclass
@@ -34,9 +34,9 @@ class TransformersEngine(ServingEngine):
         """Return `sampled`: at temperature > 0 the assistant draws as the target does."""
         return "sampled"
 
-    def habits(self, target: Path) -> Habits:
-        """Return its habits: it drafts from the first token on, and never past the end."""
-        return Habits(first_alone=False, past_end=False)
+    def conventions(self, target: Path) -> Conventions:
+        """Return its conventions: it drafts from the first token on, and never past the end."""
+        return Conventions(first_token_alone=False, drafts_past_end=False)
 
     def request(self, job: Job, use: Use | None) -> dict[str, Any]:
         """Return the request that transformers_worker.py describes."""
@@ -49,9 +49,9 @@ class TransformersEngine(ServingEngine):
             "runs": [{"temperature": t, "max_tokens": job.max_new_tokens, "seed": 0} for t in job.temperatures],
         }
 
-    def served(self, answer: Mapping[str, Any]) -> list[list[Served]]:
+    def decoded(self, answer: Mapping[str, Any]) -> list[list[DecodedPrompt]]:
         """Return the prompts of every run."""
-        return [[Served(**prompt) for prompt in run["prompts"]] for run in answer["runs"]]
+        return [[DecodedPrompt(**prompt) for prompt in run["prompts"]] for run in answer["runs"]]
 
     def problems(self, drafter: Path, kind: str, target_config: Mapping[str, Any]) -> list[str]:
         """Return nothing: what transformers cannot load was not trained."""

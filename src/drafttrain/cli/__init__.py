@@ -1,0 +1,24 @@
+"""The command line: arguments in, exit code out. A file a group of commands; the work is in `drafttrain.commands`.
+
+Commands import their work inside the function: `drafttrain --help` and a wrong argument need no torch.
+"""
+
+import sys
+
+from drafttrain.cli import check_server, engines, evaluate, formats, online, recipes, record, stages
+from drafttrain.cli.app import app
+
+__all__ = ["app", "main"]
+
+for group in (stages, evaluate, formats, check_server, record):
+    group.add_to(app)
+app.add_typer(online.app, name="online")
+app.add_typer(recipes.app, name="recipe")
+app.add_typer(engines.app, name="engines")
+
+
+def main() -> None:
+    """Run the command line."""
+    # DeepSpeed's launcher adds --local_rank, which the environment has too.
+    sys.argv = [word for word in sys.argv if not word.startswith("--local_rank=")]
+    app()

@@ -1,0 +1,58 @@
+"""`import` and `serve-config`: drafters of other trainers, and how a drafter is served."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from drafttrain.cli.app import Debug, Target, exit_codes
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command(name="import")(import_drafter)
+    app.command(name="serve-config")(serve_config)
+
+
+def import_drafter(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER",
+            help="EAGLE-3, EAGLE-1, Medusa, speculators, or a plain causal LM.",
+            show_default=False,
+        ),
+    ],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target", metavar="MODEL", help="Its target. Default: the one that its files name.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="The drafter folder. Default: FOLDER.drafter.", show_default=False),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Convert a drafter of another trainer into a drafter folder, to train, evaluate or export it."""
+    with exit_codes(debug=debug):
+        from drafttrain.commands.import_drafter import import_drafter
+
+        import_drafter(folder, target=target, out=out)
+
+
+def serve_config(
+    drafter: Annotated[
+        Path,
+        typer.Argument(metavar="DRAFTER", help="An evaluated drafter folder, or its run folder.", show_default=False),
+    ],
+    engine: Annotated[str, typer.Option("--engine", metavar="ENGINE", help="The serving engine.")] = "vllm",
+    target: Target = None,
+    debug: Debug = False,
+) -> None:
+    """Print the command that serves a drafter, with the draft length that its evaluation found best."""
+    with exit_codes(debug=debug):
+        from drafttrain.commands.serve_config import serve_command
+
+        typer.echo(serve_command(drafter, engine, target=target))

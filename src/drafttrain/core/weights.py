@@ -1,0 +1,10 @@
+"""Sizes of weights in memory."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def weight_bytes(*modules: nn.Module) -> int:
+    """Return the bytes of all parameters of modules."""
+    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())

@@ -1,0 +1,131 @@
+"""What every drafter offers, and the registry of the kinds."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+from drafttrain.core.batches import DraftBatch, DraftOutput
+from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
+from drafttrain.core.registry import Registry
+from drafttrain.core.roles import ForwardListener, Proposer
+from drafttrain.core.target_rows import RowsAsked, TargetNeeds
+from drafttrain.target_model import Target
+
+drafters = Registry("drafter", "drafttrain.drafters")
+
+
+class Drafter(nn.Module, ABC):
+    """A trainable module that proposes the target's next tokens. `create` makes one, `load` reads one from a folder."""
+
+    kind: ClassVar[str]
+    lag: ClassVar[int]
+    """Row t of depth d is the distribution of token t + d + lag: 0 if the drafter sees the root, 1 if it sees only features
+    before it."""
+    needs_target: ClassVar[bool] = False
+    """It is created from its target and cannot be trained without one."""
+    recomputes: ClassVar[bool] = False
+    """`recompute_activations` can trade time for memory: it has a stack of layers."""
+    compiles: ClassVar[bool] = False
+    """`compile_with` replaces parts of it."""
+    reads_slots: ClassVar[bool] = False
+    """In training, its forward computes only the positions that the rows of its loss need."""
+    draft: str = "sampled"
+    """At temperature > 0: `sampled` draws from its distribution; `greedy` takes the argmax, as some engines draft."""
+    serving: ClassVar[str] = "No serving engine loads this kind: decode with `drafttrain eval DRAFTER`."
+    """What its model card says about serving, next to the commands of the engines that run this kind."""
+
+    @classmethod
+    @abstractmethod
+    def create(cls, settings: Any, *, target: Target | None, tokenizer: Any) -> Drafter:
+        """Return the drafter as training starts from it."""
+
+    @classmethod
+    def why_whole_target(cls, settings: Any) -> str | None:
+        """Return why these settings need the target's blocks themselves; None: the target's outputs are enough."""
+        return None
+
+    @property
+    def deepest(self) -> int | None:
+        """The most draft tokens per round; None: no limit, it continues from its own tokens."""
+        return None
+
+    @property
+    def compares_with_target(self) -> bool:
+        """Training reads the target's distribution, even if the loss does not."""
+        return False
+
+    def needs(self) -> TargetNeeds:
+        """Return what this drafter reads from the target in training. The loss adds its own needs."""
+        return TargetNeeds()
+
+    def rows_asked(self) -> Sequence[RowsAsked]:
+        """Return which rows training reads: first those of the loss, then those of the drafter's own forward.
+
+        These rows are found on the host before a batch is sent to a device. Finding others makes the host wait for the device.
+        """
+        return [RowsAsked((1,), self.lag)]
+
+    def why_not_cached(self) -> str | None:
+        """Return why the target outputs that this drafter reads cannot be cached before training; None: they can."""
+        return "it reads the target's logits of every token" if self.needs().logits else None
+
+    def fit_vocabulary(self, label_counts: Callable[[], Any]) -> None:
+        """Choose the drafter's vocabulary before its initial weights are written. Most kinds use the target's.
+
+        Args:
+            label_counts: Computes how often each token id is a label in training.
+        """
+
+    @abstractmethod
+    def forward(self, batch: DraftBatch) -> DraftOutput:
+        """Return the states of every depth."""
+
+    @abstractmethod
+    def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
+        """Return the proposer that drafts for this target at inference."""
+
+    def products(self, shape: BatchShape) -> Iterator[Products]:
+        """Yield the matrix products of a training step, head included, as `core.flops` counts them.
+
+        By default every weight is used at every position.
+        """
+        yield matrix(parameters_of(self), shape.positions, gradients=2)
+
+    def recompute_activations(self) -> None:
+        """From now on, recompute activations in the backward pass instead of storing them."""
+        raise NotImplementedError(f"{self.kind}: recomputes is False")
+
+    def compile_with(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Replace the most expensive functions of a training step by compiled ones. Weights keep their names."""
+        raise NotImplementedError(f"{self.kind}: compiles is False")
+
+    def lr_factor(self, name: str) -> float:
+        """Return the factor on the learning rate for the parameter of this name."""
+        return 1.0
+
+    def adapted(self, target: Target) -> Target:
+        """Return the target that the exported drafter drafts for: the given one, or a copy with trained adapters."""
+        return target
+
+    def standing_on(self, target: Target) -> AbstractContextManager[None]:
+        """Within this context, `target` has the adapters of the drafter in training, if there are any."""
+        return nullcontext()
+
+    def calibrate(self, target: Target, batches: Iterable[DraftBatch]) -> Mapping[str, Any]:
+        """Fit what is calibrated on held-out text after training; return JSON files of the drafter folder, by name."""
+        return {}
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write config.json and model.safetensors."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: Path, target: Target, dtype: Any = None) -> Drafter:
+        """Read the folder that `save` wrote."""

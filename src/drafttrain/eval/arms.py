@@ -1,0 +1,142 @@
+"""Arms: ways of decoding the same prompts, in turns, and the baseline that their speed is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from drafttrain.core.console import progress
+from drafttrain.core.generations import Generation
+from drafttrain.core.roles import CostAware
+from drafttrain.core.texts import Prompt, Sampling
+from drafttrain.drafters import Drafter
+from drafttrain.eval.acceptance import acceptance_rules
+from drafttrain.eval.engine import Engine
+from drafttrain.eval.generate import generate as transformers_generate
+from drafttrain.eval.ledger import Ledger
+from drafttrain.eval.length import length_policies
+from drafttrain.eval.parity import parity
+from drafttrain.eval.proposers.none import NoDraft
+from drafttrain.eval.settings import EvalSettings
+from drafttrain.target_model import Target
+
+CALIBRATION_PROMPTS = 2
+"""Decoded once more after the warm-up, for a length policy that weighs tokens against time."""
+
+
+@dataclass
+class Arm:
+    """One way of decoding the same prompts: plain, or with one drafter."""
+
+    name: str
+    engine: Engine
+    ledger: Ledger
+    length: Any
+    """Settings of its length policy."""
+    target: Target
+    """The given target, or the drafter's own: with the adapters that it was exported with."""
+    drafter: Drafter | None = None
+    generations: list[Generation] = field(default_factory=list)
+
+    @classmethod
+    def create(
+        cls,
+        name: str,
+        drafter: Drafter | None,
+        target: Target,
+        sampling: Sampling,
+        settings: EvalSettings,
+        *,
+        length: Any,
+    ) -> Arm:
+        """Return an arm that has not decoded yet.
+
+        Args:
+            drafter: None: plain decoding.
+        """
+        ledger = Ledger()
+        proposer = NoDraft() if drafter is None else drafter.proposer(target, ledger.append)
+        engine = Engine(
+            target,
+            proposer,
+            rule=acceptance_rules.build(settings.rule),
+            policy=length_policies.build(length),
+            sampling=sampling,
+            max_new_tokens=settings.max_new_tokens,
+            seed=settings.seed,
+            listener=ledger.append,
+        )
+        return cls(name, engine, ledger, length, target, drafter)
+
+    def tokens_and_seconds(self) -> tuple[list[int], list[float]]:
+        """Return new tokens and time of each prompt."""
+        return [len(one.tokens) for one in self.generations], [one.seconds for one in self.generations]
+
+
+def decode(
+    arms: Sequence[Arm], prompts: Sequence[Prompt], settings: EvalSettings, *, generate: int
+) -> list[Generation]:
+    """Decode every prompt with every arm, in turns whose order alternates.
+
+    Args:
+        generate: Number of prompts that transformers' generate decodes too, if they are decoded one at a time.
+
+    Returns:
+        The outputs of transformers' generate with the target of the first arm.
+    """
+    by_generate = prompts[:generate] if settings.batch_size == 1 else []
+    for arm in arms:
+        arm.engine.generate(prompts[:1])
+        if isinstance(arm.engine.policy, CostAware):
+            arm.engine.policy.calibrate(arm.engine.generate(prompts[:CALIBRATION_PROMPTS]))
+        arm.ledger.events.clear()
+    for prompt in by_generate[:1]:
+        transformers_generate(prompt, arms[0].target, max_new_tokens=settings.max_new_tokens)
+    generated: list[Generation] = []
+    groups = [prompts[i : i + settings.batch_size] for i in range(0, len(prompts), settings.batch_size)]
+    temperature = arms[0].engine.sampling.temperature
+    with progress(f"decoding at temperature {temperature:g}", total=len(prompts), unit="prompts") as bar:
+        for number, group in enumerate(groups):
+            for arm in arms if number % 2 == 0 else reversed(arms):
+                arm.generations += arm.engine.generate(group)
+            for prompt in by_generate[number : number + 1]:
+                generated.append(transformers_generate(prompt, arms[0].target, max_new_tokens=settings.max_new_tokens))
+            bar.advance(len(group))
+    return generated
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The target alone, decoded in turns with the drafters: tokens and seconds of the first prompts."""
+
+    name: str
+    tokens: Sequence[int]
+    seconds: Sequence[float]
+
+
+def faster_baseline(plain: Arm, generated: Sequence[Generation]) -> Baseline:
+    """Return the faster of plain decoding and transformers' generate on the same prompts.
+
+    transformers' generate counts only where it writes the same text as plain decoding.
+    """
+    if (
+        generated
+        and writes_same_text(plain, generated)
+        and tokens_per_second(generated) > tokens_per_second(plain.generations[: len(generated)])
+    ):
+        name, found = "transformers' generate", generated
+    else:
+        name, found = "plain decoding, same engine", plain.generations
+    return Baseline(name, [len(g.tokens) for g in found], [g.seconds for g in found])
+
+
+def writes_same_text(plain: Arm, generated: Sequence[Generation]) -> bool:
+    """Return whether transformers' generate writes the same text as plain decoding; near ties are not counted."""
+    found = parity(plain.generations[: len(generated)], generated, plain.target)
+    return all(one.near_tie for one in found.divergences)
+
+
+def tokens_per_second(generations: Sequence[Generation]) -> float:
+    """Return the new tokens of all outputs over the time of all."""
+    return sum(len(g.tokens) for g in generations) / sum(g.seconds for g in generations)

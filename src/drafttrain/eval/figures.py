@@ -1,0 +1,193 @@
+"""From the rounds and forwards of an arm to its figures in the result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from drafttrain.core.generations import Generation
+from drafttrain.core.proposals import Exactness
+from drafttrain.core.texts import Prompt, Sampling
+from drafttrain.data_gen.checkers import checkers
+from drafttrain.eval.arms import Arm, Baseline, tokens_per_second, writes_same_text
+from drafttrain.eval.interval import Interval
+from drafttrain.eval.metrics import PromptCounts, Totals, counts_of, histogram, mbsu, totals_of
+from drafttrain.eval.parity import parity
+from drafttrain.eval.quality import TaskScore, agreement, solved, task_score
+from drafttrain.eval.replay import Text, expected_rounds, replay_rows
+from drafttrain.eval.result import (
+    DrafterFigures,
+    PairedComparison,
+    Piece,
+    PlainFigures,
+    SamePrompts,
+    Sample,
+    Seconds,
+    Speedup,
+    VllmFigures,
+)
+from drafttrain.eval.settings import EvalSettings, component_as_dict
+from drafttrain.eval.statistics import ratio_difference, ratio_interval, ratio_of_ratios
+from drafttrain.target_model import Target
+
+NUM_SAMPLES = 4
+
+
+def prompt_counts(arm: Arm, settings: EvalSettings) -> list[PromptCounts]:
+    """Return the counts of every prompt, up to the first repetition in its output."""
+    return [counts_of(one, repetition_ngram=settings.repetition_ngram) for one in arm.generations]
+
+
+def drafter_figures(
+    arm: Arm, baseline: Baseline, plain: Arm, prompts: Sequence[Prompt], sampling: Sampling, settings: EvalSettings
+) -> DrafterFigures:
+    """Return all figures of one drafter at one temperature.
+
+    Args:
+        plain: Plain decoding with the same target.
+    """
+    counts = prompt_counts(arm, settings)
+    totals, whole = totals_of(counts), totals_of([counts_of(one) for one in arm.generations])
+    ledger, lossy = arm.ledger, arm.engine.rule.exactness is Exactness.LOSSY
+    greedy = sampling.temperature == 0
+    alpha, replay = _replayed(arm, counts, sampling, settings)
+    return DrafterFigures(
+        length=component_as_dict(arm.length),
+        block_efficiency=ratio_interval([c.num_tokens for c in counts], [c.num_rounds for c in counts]),
+        draft_acceptance_rate=totals.draft_acceptance_rate,
+        acceptance_by_position=totals.acceptance_by_position,
+        conditional_acceptance=totals.conditional_acceptance,
+        acceptance_histogram=histogram(arm.generations),
+        mbsu=mbsu(
+            num_tokens=whole.num_tokens,
+            num_rounds=whole.num_rounds,
+            plain_bytes=ledger.plain_bytes(),
+            bytes_read=ledger.bytes_read(),
+        ),
+        target_calls=ledger.calls("target"),
+        drafter_calls=ledger.calls("drafter"),
+        target_calls_per_token=whole.num_rounds / whole.num_tokens,
+        discarded_draft_tokens_per_token=(whole.num_draft_tokens - whole.num_accepted) / whole.num_tokens,
+        tokens_per_second=ratio_interval(*arm.tokens_and_seconds()),
+        speedup=_speedup(arm, baseline),
+        seconds=_seconds(arm.generations),
+        vllm=_vllm_figures(whole),
+        domains=_domains(counts),
+        prompts=counts,
+        samples=[_sample(one, arm.target) for one in arm.generations[:NUM_SAMPLES]],
+        alpha=alpha,
+        replay=replay,
+        exactness=arm.engine.rule.exactness.value,
+        task=None if settings.checker is None else _task_score(arm, plain, prompts, settings),
+        agreement=agreement(plain.generations, arm.generations) if greedy and lossy else None,
+        parity=parity(plain.generations, arm.generations, arm.target) if greedy and not lossy else None,
+    )
+
+
+def _speedup(arm: Arm, baseline: Baseline) -> Speedup:
+    tokens, seconds = arm.tokens_and_seconds()
+    same = len(baseline.tokens)
+    found = ratio_of_ratios((tokens[:same], seconds[:same]), (baseline.tokens, baseline.seconds))
+    return Speedup(found.value, found.low, found.high, same, baseline=baseline.name)
+
+
+def _seconds(generations: Sequence[Generation]) -> Seconds:
+    return Seconds(
+        prefill_seconds=sum(one.prefill_seconds for one in generations),
+        draft_seconds=sum(one.draft_seconds for one in generations),
+        verify_seconds=sum(one.verify_seconds for one in generations),
+        seconds=sum(one.seconds for one in generations),
+    )
+
+
+def _vllm_figures(whole: Totals) -> VllmFigures:
+    return VllmFigures(
+        num_drafts=whole.num_rounds,
+        num_draft_tokens=whole.num_draft_tokens,
+        num_accepted_tokens=whole.num_accepted,
+        mean_acceptance_length=1 + whole.num_accepted / whole.num_rounds,
+        draft_acceptance_rate=whole.draft_acceptance_rate,
+        acceptance_rate_per_position=whole.acceptance_by_position,
+    )
+
+
+def _replayed(
+    arm: Arm, counts: Sequence[PromptCounts], sampling: Sampling, settings: EvalSettings
+) -> tuple[Interval, dict[str, Interval]]:
+    """Return the acceptance rate, and block efficiency by draft length, by replay on the emitted text."""
+    assert arm.drafter is not None
+    texts = [
+        Text(one.id, list(one.prompt_tokens), list(one.tokens[: count.num_tokens]))
+        for one, count in zip(arm.generations, counts, strict=True)
+    ]
+    rows = replay_rows(arm.target, arm.drafter, texts, sampling, num_depths=max(settings.replay_lengths, default=0))
+    tokens = [len(text.new) for text in texts]
+    alpha = ratio_interval([r.acceptance_T.sum() for r in rows], tokens)
+    if arm.engine.rule.exactness is Exactness.LOSSY:
+        # Replay assumes that the text was drawn from the target's distribution; that of a lossy rule was not.
+        return alpha, {}
+    return alpha, {
+        str(k): ratio_interval(tokens, [expected_rounds(r, k) for r in rows]) for k in settings.replay_lengths
+    }
+
+
+def _task_score(arm: Arm, plain: Arm, prompts: Sequence[Prompt], settings: EvalSettings) -> TaskScore:
+    checker = checkers.build(settings.checker)
+    found, own = (solved(checker, arm.target.tokenizer, prompts, one.generations) for one in (arm, plain))
+    return task_score(found, own)
+
+
+def plain_figures(plain: Arm, generated: Sequence[Generation]) -> PlainFigures:
+    """Return the figures of plain decoding.
+
+    Args:
+        generated: Outputs of transformers' generate on the first prompts.
+    """
+    return PlainFigures(
+        num_tokens=sum(len(one.tokens) for one in plain.generations),
+        target_calls=plain.ledger.calls("target"),
+        tokens_per_second=tokens_per_second(plain.generations),
+        same_prompts=_same_prompts(plain, generated) if generated else None,
+    )
+
+
+def _same_prompts(plain: Arm, generated: Sequence[Generation]) -> SamePrompts:
+    own = plain.generations[: len(generated)]
+    pairs = zip(own, generated, strict=True)
+    return SamePrompts(
+        num_prompts=len(generated),
+        plain_tokens_per_second=tokens_per_second(own),
+        transformers_generate_tokens_per_second=tokens_per_second(generated),
+        transformers_generate_equal=sum(list(one.tokens) == list(other.tokens) for one, other in pairs),
+        transformers_generate_comparable=writes_same_text(plain, generated),
+    )
+
+
+def compare(first: Sequence[PromptCounts], second: Sequence[PromptCounts]) -> PairedComparison:
+    """Return the difference in block efficiency of two drafters on the same prompts, first less second."""
+    assert [c.id for c in first] == [c.id for c in second]
+    parts = [([c.num_tokens for c in counts], [c.num_rounds for c in counts]) for counts in (first, second)]
+    found = ratio_difference(*parts)
+    return PairedComparison(found.interval(), found.p_value)
+
+
+def relative_speed(arm: Arm, other: Arm) -> Interval:
+    """Return the tokens per second of an arm over those of another, on the same prompts, in turns."""
+    return ratio_of_ratios(arm.tokens_and_seconds(), other.tokens_and_seconds()).interval()
+
+
+def _domains(counts: Sequence[PromptCounts]) -> dict[str, float]:
+    """Return block efficiency by domain; empty where there is one domain only."""
+    names = sorted({c.domain for c in counts})
+    if len(names) < 2:
+        return {}
+    return {name: totals_of([c for c in counts if c.domain == name]).block_efficiency for name in names}
+
+
+def _sample(one: Generation, target: Target) -> Sample:
+    """Return an output token by token, with who chose each: the drafter (accepted) or the target."""
+    pieces = []
+    for part in one.rounds:
+        emitted = one.tokens[part.start : part.start + part.num_emitted]
+        for place, token in enumerate(emitted):
+            pieces.append(Piece(target.tokenizer.decode([token]), drafted=place < part.num_accepted))
+    return Sample(one.id, target.tokenizer.decode(list(one.prompt_tokens)), pieces)

@@ -1,0 +1,288 @@
+"""The result of an evaluation: these dataclasses are eval.json, field by field; docs/eval_json.md describes every field.
+
+A field whose default is None is left out of the file while it is None. A number that was not measured is nan here and null
+in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from drafttrain.checkpoint import About
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.files import write_json
+from drafttrain.core.foreign import read_json
+from drafttrain.eval.calibration import Calibration
+from drafttrain.eval.interval import Interval
+from drafttrain.eval.metrics import PromptCounts
+from drafttrain.eval.parity import Parity
+from drafttrain.eval.quality import Agreement, TaskScore
+from drafttrain.eval.typed_json import from_json, to_json
+from drafttrain.heads import MadeFor
+
+FORMAT = 3
+"""Version of eval.json."""
+LOSSY = "lossy"
+
+
+@dataclass(frozen=True)
+class EvaluatedTarget:
+    """The target that the drafters were evaluated with."""
+
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class EvaluatedDrafter:
+    """One drafter folder, read from disk."""
+
+    folder: str
+    kind: str
+    parameters: int
+    deepest: int | None
+    """Draft tokens of a round at most; None: no limit."""
+    about: About | None
+    """Content of its drafttrain.json; None: it has none."""
+    target: str
+    """Name of the target that it was decoded with: another one where the folder contains an adapter."""
+
+
+@dataclass(frozen=True)
+class SamePrompts:
+    """Both baselines on the prompts that transformers' generate decoded too."""
+
+    num_prompts: int
+    plain_tokens_per_second: float
+    transformers_generate_tokens_per_second: float
+    transformers_generate_equal: int
+    transformers_generate_comparable: bool
+
+
+@dataclass(frozen=True)
+class PlainFigures:
+    """Plain decoding of the target, without a drafter."""
+
+    num_tokens: int
+    target_calls: int
+    tokens_per_second: float
+    same_prompts: SamePrompts | None = None
+    """None: transformers' generate was not measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speedup(Interval):
+    """Tokens per second of a drafter over those of its baseline; `num_prompts` counts the prompts of both."""
+
+    baseline: str
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Time by phase, summed over prompts."""
+
+    prefill_seconds: float
+    draft_seconds: float
+    verify_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class VllmFigures:
+    """The same counts under the names of vLLM's metrics, over whole outputs."""
+
+    num_drafts: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    mean_acceptance_length: float
+    draft_acceptance_rate: float
+    acceptance_rate_per_position: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token of a sample as text."""
+
+    text: str
+    drafted: bool
+    """An accepted draft token; else one that the target chose."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One output, token by token."""
+
+    id: str
+    prompt: str
+    pieces: Sequence[Piece]
+
+
+@dataclass(frozen=True)
+class DrafterFigures:
+    """All figures of one drafter at one temperature and one draft length."""
+
+    length: Mapping[str, Any]
+    block_efficiency: Interval
+    draft_acceptance_rate: float
+    acceptance_by_position: Sequence[float]
+    conditional_acceptance: Sequence[float]
+    acceptance_histogram: Mapping[str, int]
+    mbsu: float
+    target_calls: int
+    drafter_calls: int
+    target_calls_per_token: float
+    discarded_draft_tokens_per_token: float
+    tokens_per_second: Interval
+    speedup: Speedup
+    seconds: Seconds
+    vllm: VllmFigures
+    domains: Mapping[str, float]
+    prompts: Sequence[PromptCounts]
+    samples: Sequence[Sample]
+    alpha: Interval
+    replay: Mapping[str, Interval]
+    exactness: str
+    task: TaskScore | None = None
+    agreement: Agreement | None = None
+    parity: Parity | None = None
+
+    @property
+    def lossy(self) -> bool:
+        """Whether the acceptance rule changes the distribution of the output."""
+        return self.exactness == LOSSY
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """Two drafters on the same prompts, first less second."""
+
+    block_efficiency: Interval
+    p_value: float
+    speed: Interval | None = None
+    """Tokens per second of the first over those of the second; only between draft lengths of one drafter."""
+
+
+@dataclass(frozen=True)
+class AtTemperature:
+    """Everything that was measured at one temperature."""
+
+    temperature: float
+    plain: PlainFigures
+    drafters: Mapping[str, DrafterFigures]
+    comparisons: Mapping[str, PairedComparison]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The machine that evaluated."""
+
+    system: str
+    processor: str
+    cpus: int | None
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Command, versions, machine and date of the evaluation."""
+
+    command: Sequence[str]
+    date: str
+    commit: str
+    python: str
+    packages: Mapping[str, str]
+    machine: Machine
+
+
+@dataclass(frozen=True)
+class HeadFigures:
+    """Predictions of an exported head on held-out draft tokens."""
+
+    kind: str
+    made_for: MadeFor | None
+    parameters: int
+    settings: Mapping[str, Any]
+    rows: int
+    held_out: Mapping[str, Calibration]
+    """`untrained` and `trained`, and others by name."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """A path of the recipe whose content was read."""
+
+    path: str
+    digest: Any
+    """Digest of the content, a list where it consists of several files; None: not known."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `evaluate` returns, and eval.json holds."""
+
+    format: int
+    target: EvaluatedTarget
+    drafters: Mapping[str, EvaluatedDrafter]
+    settings: Mapping[str, Any]
+    """The section `eval` of the recipe as it was used."""
+    num_prompts: int
+    exactness: str
+    """Of the configured acceptance rule: `distribution` or `lossy`."""
+    temperatures: Sequence[AtTemperature]
+    provenance: Provenance
+    trainer_loaded: bool
+    seconds: float
+    prompts_dropped_for_overlap: int | None = None
+    head: HeadFigures | None = None
+    inputs: Mapping[str, Input] | None = None
+
+    @property
+    def lossy(self) -> bool:
+        """Whether the configured acceptance rule changes the distribution of the output."""
+        return self.exactness == LOSSY
+
+    @property
+    def greedy_or_first(self) -> AtTemperature:
+        """Return temperature 0 where it was evaluated, else the first temperature."""
+        return next((part for part in self.temperatures if part.temperature == 0), self.temperatures[0])
+
+    def json(self) -> dict[str, Any]:
+        """Return the content of eval.json."""
+        content: dict[str, Any] = to_json(self)
+        return content
+
+    def write(self, path: Path) -> None:
+        """Write eval.json."""
+        write_json(path, self.json())
+
+
+def read_result(path: Path) -> Result:
+    """Read an eval.json.
+
+    Raises:
+        CheckpointError: It is missing, or not the result of an evaluation.
+    """
+    content = read_json(path)
+    try:
+        return from_json(Result, _completed(content))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CheckpointError(f"{path}: not an evaluation ({why}). Run drafttrain eval again.") from error
+
+
+def current_result(path: Path) -> Result | None:
+    """Return the evaluation of a file; None where there is no file, or one in an older format: evaluate again."""
+    if not path.exists() or read_json(path).get("format") != FORMAT:
+        return None
+    return read_result(path)
+
+
+def _completed(content: dict[str, Any]) -> dict[str, Any]:
+    """Add what evaluations of earlier versions did not store of each drafter: they had one length and one rule."""
+    for part in content["temperatures"]:
+        for figures in part["drafters"].values():
+            figures.setdefault("length", content["settings"]["length"])
+            figures.setdefault("exactness", content["exactness"])
+    return content

@@ -1,0 +1,65 @@
+"""How many tokens to draft in an engine, from what an evaluation measured, and the command that serves with so many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from drafttrain.core.errors import CheckpointError
+from drafttrain.eval.result import Result, read_result
+
+
+@dataclass(frozen=True)
+class DraftLength:
+    """One length, and what it promises."""
+
+    num_draft_tokens: int
+    block_efficiency: float
+    mbsu: float
+    """Memory-bound speed-up; it grows with block efficiency and falls with the cost of drafting."""
+
+
+def best_length(result: Result, *, most: int | None = None) -> DraftLength:
+    """Return the chain length of the highest memory-bound speed-up, at temperature 0 where it was evaluated.
+
+    The bytes of a round with K draft tokens are taken as 1 + c K plain calls; c is that of the evaluation's own length.
+
+    Args:
+        most: The longest draft that the drafter has.
+
+    Raises:
+        CheckpointError: No chain of fixed length was evaluated, or its figures make no sense.
+    """
+    try:
+        return max(_lengths(result, most=most), key=lambda one: one.mbsu)
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CheckpointError(f"eval.json: no draft length can be computed from it ({why}). Evaluate again.") from error
+
+
+def _lengths(result: Result, *, most: int | None) -> list[DraftLength]:
+    arms = [arm for arm in result.greedy_or_first.drafters.values() if arm.length["kind"] == "fixed" and arm.replay]
+    if not arms:
+        raise CheckpointError(
+            "eval.json: no chain of fixed length was evaluated (eval.length.kind: fixed): nothing to choose from"
+        )
+    figures = arms[0]
+    drafted = figures.vllm.num_draft_tokens / figures.vllm.num_drafts
+    cost = (figures.vllm.mean_acceptance_length / figures.mbsu - 1) / drafted
+    return [
+        DraftLength(int(key), replayed.value, replayed.value / (1 + cost * int(key)))
+        for key, replayed in figures.replay.items()
+        if most is None or int(key) <= most
+    ]
+
+
+def read_evaluation(folder: Path) -> Result:
+    """Return the evaluation of a drafter folder: in it, or in the run folder that it lies in.
+
+    Raises:
+        CheckpointError: There is none, or it cannot be read.
+    """
+    for path in (folder / "eval.json", folder.parent / "eval.json"):
+        if path.is_file():
+            return read_result(path)
+    raise CheckpointError(f"{folder}: no eval.json here or in its run folder: drafttrain eval {folder}")
