@@ -42,7 +42,7 @@ def training_data(run: Run) -> TrainingData:
             run.folder.data,
             run.target,
             num_records=recipe.train.max_steps * recipe.train.batch_size,
-            law=loss_of(recipe).needs_target,
+            distribution=loss_of(recipe).needs_target,
             needs=run.drafter.needs(),
         )
     with first_before_others("it looks for contaminated evaluation prompts"):
