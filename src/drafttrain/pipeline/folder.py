@@ -50,10 +50,9 @@ class RunFolder:
         self.train = path
         self.train_done = path / "train.json"
         self.start = path / "start"
+        self.labelled = self.data / "labelled"
         self.drafter = path / "drafter"
-        self.rejected = path / "drafter.rejected"
         self.head = path / "head"
-        self.rejected_head = path / "head.rejected"
         self.eval = path / "eval.json"
         self.report = path / "report.html"
 
@@ -78,6 +77,21 @@ class RunFolder:
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
             yield
+
+    def rejected(self, what: str) -> Path:
+        """Return where a drafter or head goes that does not meet the gate."""
+        return self.path / f"{what}.rejected"
+
+    def exported(self, what: str) -> Path:
+        """Return the exported drafter or head, or the rejected one.
+
+        Raises:
+            CheckpointError: None was exported yet.
+        """
+        for place in (self.path / what, self.rejected(what)):
+            if place.exists():
+                return place
+        raise CheckpointError(f"{self.path}: no {what} was exported here yet: drafttrain fit does all stages")
 
     def has_weights(self) -> bool:
         """Tell whether a training was here, ended or not."""
@@ -167,7 +181,7 @@ class RunFolder:
             self.contamination.unlink(missing_ok=True)
         if trained_on:
             relabelled = any(key.startswith(inputs.LABELS) for key in trained_on)
-            for made in (self.start, self.validation, *([self.data / "labelled"] if relabelled else [])):
+            for made in (self.start, self.validation, *([self.labelled] if relabelled else [])):
                 shutil.rmtree(made, ignore_errors=True)
         write_json(self.inputs, inputs.merged(held, now))
 
@@ -192,7 +206,7 @@ def exported_in(given: Path) -> Path:
         CheckpointError: There is none.
     """
     run = RunFolder(given)
-    for place in (given, run.drafter, run.rejected):
+    for place in (given, run.drafter, run.rejected("drafter")):
         if (place / "config.json").is_file() or (place / ABOUT).is_file():
             return place
     raise CheckpointError(f"{given}: neither a drafter folder nor a run with an exported drafter")
