@@ -72,7 +72,7 @@ def test_replay_by_start_is_not_replay_by_place():
     flags = np.array([0.8, 0.6, 0.5, 0.3, 0.2])
     by_depth = ReplayRows("x", np.tile(flags, (4000, 1)), np.full(4000, 0.8))
     expected = 1 + np.cumprod(flags).sum()
-    # kept_TK[t, i] belongs to the round that starts at t.
+    # accepted_TK[t, i] belongs to the round that starts at t.
     assert 4000 / expected_rounds(by_depth, 5) == pytest.approx(expected, rel=5e-3)
 
 
@@ -98,7 +98,7 @@ def test_the_gate_says_by_how_much():
     assert shortfalls(results.result({"d": figures}), require, drafter="d") == [
         "block_efficiency: 1.900, required 2: 0.100 short",
         "parity: 63 of 64 outputs equal",
-        "gain_over_start: was not measured",
+        "gain_over_start: not measured",
     ]
 
 

@@ -46,7 +46,7 @@ def test_figures_are_those_of_one_text_at_a_time(target: Target) -> None:
     for text, row in zip(texts(), together, strict=True):
         (alone,) = replay_rows(target, drafter, [text], Sampling(1.0))
         assert row.id == alone.id == text.id
-        np.testing.assert_allclose(row.kept_TK, alone.kept_TK, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(row.accepted_TK, alone.accepted_TK, rtol=0, atol=1e-10)
         np.testing.assert_allclose(row.acceptance_T, alone.acceptance_T, rtol=0, atol=1e-10)
 
 

@@ -163,7 +163,7 @@ def test_the_gate_tells_that_a_lower_bound_is_of_few_prompts():
     assert said(8)[0].startswith("gain_over_start: ")
     assert "not reliable" not in said(8)[0]
     assert said(4)[0].endswith("(not reliable, n = 4)")
-    assert said(1) == ["gain_over_start: was not measured (no interval, n = 1)"]
+    assert said(1) == ["gain_over_start: not measured (no interval, n = 1)"]
 
 
 def test_a_promise_of_one_prompt_is_its_value_alone():

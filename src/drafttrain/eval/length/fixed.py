@@ -11,7 +11,7 @@ from drafttrain.eval.length import length_policies
 class FixedLengthSettings:
     """Draft the same number of tokens in every round."""
 
-    num_draft_tokens: int = setting(5, help="Draft tokens a round.", ge=1)
+    num_draft_tokens: int = setting(5, help="Draft tokens per round.", ge=1)
 
 
 @length_policies.register("fixed", FixedLengthSettings)
