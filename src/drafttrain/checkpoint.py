@@ -1,4 +1,4 @@
-"""The drafter folder: what a serving stack loads, with one file of ours that says what it is and which target it was made for."""
+"""The drafter folder: the files that a serving stack loads, and drafttrain.json, which names its kind and its target."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ABOUT = "drafttrain.json"
 
 @dataclass(frozen=True)
 class About:
-    """What a drafter folder says of itself."""
+    """The contents of drafttrain.json."""
 
     kind: str
     target: str
@@ -31,12 +31,16 @@ class About:
 
 
 def write_about(folder: Path, about: About) -> None:
-    """Write our file into a drafter folder; loaders of other projects pass over it."""
+    """Write drafttrain.json into a drafter folder. Other loaders ignore it."""
     write_json(folder / ABOUT, asdict(about))
 
 
 def read_about(folder: Path) -> About | None:
-    """Return what the folder says of itself; None for a plain Hugging Face model that somebody else made."""
+    """Return the contents of drafttrain.json; None: a plain Hugging Face model from another project.
+
+    Raises:
+        CheckpointError: The file is damaged, or fields have wrong types.
+    """
     path = folder / ABOUT
     if not path.exists():
         return None
@@ -58,7 +62,7 @@ def read_drafter(folder: Path, target: Target, *, dtype: str | None = None) -> D
     """Return the drafter of a folder, ready to propose for `target`.
 
     Args:
-        dtype: Type of its weights; None: the target's, as engines run it.
+        dtype: Type of its weights; None: the target's, as in serving engines.
 
     Raises:
         CheckpointError: The folder is missing, damaged, of an unknown kind, or made for another tokenizer.
@@ -83,8 +87,8 @@ def _check_target(folder: Path, about: About, target: Target) -> None:
     if about.tokenizer_fingerprint != target.tokenizer_fingerprint:
         raise CheckpointError(
             f"{folder} was trained for {about.target} (vocabulary {about.vocab_size}), this target, {target.name}, has "
-            f"another tokenizer (vocabulary {target.vocab_size}). Train a drafter for this target, or pass the target it "
+            f"another tokenizer (vocabulary {target.vocab_size}). Train a drafter for this target, or use the target it "
             "was made for."
         )
     if about.target_fingerprint not in ("", target.fingerprint):
-        say(f"note: {folder} was trained for {about.target} with other weights than {target.name}")
+        say(f"note: {folder} was trained for {about.target}, whose weights differ from those of {target.name}")

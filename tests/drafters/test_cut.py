@@ -86,7 +86,7 @@ def test_a_cut_from_its_folder_is_the_target_with_its_other_blocks_silent(
             transformers.DiffLlamaConfig(
                 **{k: v for k, v in LLAMA.items() if k != "head_dim"} | {"num_key_value_heads": 2}
             ),
-            r"block 3 has self_attn\.lambda_init 0\.5\d*, at place 1 it has 0\.3",
+            r"block 3 has self_attn\.lambda_init 0\.5\d*, at position 1 it has 0\.3",
         ),
         (
             transformers.GPT2Config(

@@ -109,5 +109,5 @@ def test_only_training_reads_noise(target):
     assert not torch.allclose(drafter.train()(batch).states_BTD[1], quiet)
 
 
-def test_settings_that_leave_nothing_to_learn_are_refused():
-    assert "nothing to learn" in Eagle1Settings(feature_weight=0, loss_weight=0).check()[0]
+def test_settings_without_any_loss_are_refused():
+    assert "there is no loss left" in Eagle1Settings(feature_weight=0, loss_weight=0).check()[0]

@@ -61,14 +61,14 @@ def test_the_identity_holds_in_float32(target):
 
 def test_control_a_position_that_does_not_advance_breaks_the_identity(target, monkeypatch):
     drafter = eagle_drafter("eagle3", target)
-    turned = eagle_layer.Rotary.turned
+    rotate = eagle_layer.Rotary.rotate
     batch, _ = packed(target, drafter, LENGTHS, width=22)
     all_1N = batch.positions_BT.flatten()[None]
 
     def stuck(self: Any, states: Any, positions: Any) -> Any:
-        return turned(self, states, all_1N if positions.shape == all_1N.shape else positions)
+        return rotate(self, states, all_1N if positions.shape == all_1N.shape else positions)
 
-    monkeypatch.setattr(eagle_layer.Rotary, "turned", stuck)
+    monkeypatch.setattr(eagle_layer.Rotary, "rotate", stuck)
     differences = largest_difference(target, drafter, width=22)
     assert differences[0] < 1e-5
     assert min(differences[1:]) > 1e-2

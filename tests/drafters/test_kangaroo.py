@@ -517,7 +517,7 @@ def test_control_a_stop_that_looks_at_a_hidden_token_changes_the_law(small):
 def test_trees_are_refused(target):
     proposer = made(target).proposer(target)
     proposer.begin([Context("a", [1], 1)], target_output_of(1))
-    with pytest.raises(CheckpointError, match="drafts chains: choose a length policy of width 1"):
+    with pytest.raises(CheckpointError, match="drafts chains only: use a length policy of width 1"):
         proposer.propose([Budget(8, 4, width=2)], Sampling(), [torch.Generator()], lambda step: True)
 
 

@@ -82,7 +82,7 @@ def test_a_folder_of_another_kind_or_of_others_is_refused(folder, target, tmp_pa
         started("eagle3", target, source)
     (source / "drafttrain.json").unlink()
     with pytest.raises(
-        CheckpointError, match=r"not of a drafter folder: .*drafttrain\.json: no such file.* drafttrain import"
+        CheckpointError, match=r"not a drafter folder: .*drafttrain\.json: no such file.* drafttrain import"
     ):
         started("eagle", target, source)
     folders.damage(source, lambda tensors, config: config.pop("drafttrain"))

@@ -127,5 +127,5 @@ def test_all_bad_prompts_are_reported_at_once(tmp_path):
     path.write_text(json.dumps({"id": "a", "text": "abcdefgh"}))
     (prompt,) = read_prompts(str(path), byte_tokenizer(), prompt_tokens=4)
     assert byte_tokenizer().decode(list(prompt.tokens)) == "abcd"
-    with pytest.raises(DataError, match="all 1 prompts are contaminated"):
+    with pytest.raises(DataError, match="no prompt is left of 1"):
         read_prompts(str(path), byte_tokenizer(), prompt_tokens=4, dropped=["a"])

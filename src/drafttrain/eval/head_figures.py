@@ -30,9 +30,10 @@ def head_figures(folder: Path, start: Path, rows: HeadRows, *, kind: str) -> Hea
         "untrained": probabilities(load_head(start, kind=kind).head, rows),
         "trained": probabilities(loaded.head, rows),
     }
-    if getattr(loaded.head.settings, "prior_correct", False):
-        with torch.no_grad():
-            variants["trained, not prior-corrected"] = loaded.head(rows.features_ND).sigmoid()
+    with torch.no_grad():
+        uncorrected = loaded.head.uncorrected(rows.features_ND)
+    if uncorrected is not None:
+        variants["trained, not prior-corrected"] = uncorrected
     return HeadFigures(
         kind=kind,
         made_for=loaded.made_for,

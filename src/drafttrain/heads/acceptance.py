@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, rms_norm, silu
 
 from drafttrain.core.settings import setting
-from drafttrain.heads.token_head import TokenHead, heads
+from drafttrain.heads.token_head import HeadSettings, TokenHead, heads
 
 
 @dataclass
-class AcceptanceSettings:
+class AcceptanceSettings(HeadSettings):
     """Predicts whether a draft token will be accepted; length policies use it to stop drafting."""
 
     drafter: str = setting(
@@ -86,6 +86,10 @@ class AcceptanceHead(TokenHead):
         """Return the probability of acceptance, without the bias of `reject_weight` if `prior_correct` is set."""
         biased_N = self(features_ND).float().sigmoid()
         return prior_corrected(biased_N, self.settings.reject_weight) if self.settings.prior_correct else biased_N
+
+    def uncorrected(self, features_ND: Tensor) -> Tensor | None:
+        """Return the probability with the bias of `reject_weight`; None where `prior_correct` is off."""
+        return self(features_ND).sigmoid() if self.settings.prior_correct else None
 
 
 def prior_corrected(biased_N: Tensor, reject_weight: float) -> Tensor:

@@ -14,11 +14,11 @@ from torch.nn.functional import logsigmoid, silu
 
 from drafttrain.core.settings import setting
 from drafttrain.heads.rows import HeadRows
-from drafttrain.heads.token_head import TokenHead, heads, probabilities
+from drafttrain.heads.token_head import HeadSettings, TokenHead, heads, probabilities
 
 
 @dataclass
-class JudgeSettings:
+class JudgeSettings(HeadSettings):
     """Predicts whether a rejected draft token would change the answer. LOSSY where its rule is used."""
 
     drafter: str = setting(

@@ -34,6 +34,18 @@ class MadeFor:
     drafter_fingerprint: str
 
 
+class HeadSettings:
+    """What the settings of every head offer."""
+
+    drafter: str
+    """Folder or hub id of the frozen drafter whose tokens are labelled, or recipe:NAME."""
+
+    @property
+    def layer(self) -> int:
+        """State of the target that is stored beside each draft token; -1: after the last block, before the final norm."""
+        return -1
+
+
 class TokenHead(nn.Module, ABC):
     """A small module that scores draft tokens from hidden states of a frozen model; it does not depend on that model."""
 
@@ -59,6 +71,10 @@ class TokenHead(nn.Module, ABC):
     def probability(self, features_ND: Tensor) -> Tensor:
         """Return the calibrated probability of each row."""
         return self(features_ND).float().sigmoid()
+
+    def uncorrected(self, features_ND: Tensor) -> Tensor | None:
+        """Return the probability of each row before the head corrects it; None: it corrects nothing."""
+        return None
 
     def lr_factor(self, name: str) -> float:
         """Return the factor on the learning rate for the parameter of this name."""

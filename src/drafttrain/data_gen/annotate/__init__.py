@@ -25,6 +25,11 @@ class AnnotateSettings:
         0.2, help="Share of the texts whose tokens are not trained on: figures come from them.", gt=0, lt=1
     )
 
+    @property
+    def min_share(self) -> float:
+        """Share of the tokens that each label must have."""
+        return 0.0
+
 
 @dataclass(kw_only=True)
 class JudgeLabelSettings(AnnotateSettings):

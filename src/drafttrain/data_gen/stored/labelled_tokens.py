@@ -133,7 +133,7 @@ def annotate(settings: Any, data: TrainingData, frozen: Frozen, folder: Path) ->
         assert weights_digest(frozen.drafter) == about["drafter_digest"], "labelling changed the drafter"
         write_json(done, about | {"shards": len(shards)})
     labelled = LabelledTokens(folder)
-    _check_shares(labelled.train.labels_N, least=getattr(settings, "min_share", 0.0))
+    _check_shares(labelled.train.labels_N, least=settings.min_share)
     say(
         f"labelled tokens: {len(labelled.train):,} to train on, mean label {float(labelled.train.labels_N.mean()):.3f}; "
         f"{len(labelled.held_out):,} held out"

@@ -1,4 +1,4 @@
-"""The keys and values of one layer for sequences of different lengths: committed slots, and draft tokens that are soon forgotten.
+"""The keys and values of the layer, for sequences of different lengths: committed slots, and the draft tokens of one round.
 
 B = sequences, C = columns of committed slots, N = new slots of one call, P = columns of draft tokens, G = key-value heads,
 d = width of a head
@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 
 class EagleCache:
-    """Committed slots are computed from the target's true features and stay; draft tokens are added behind them and forgotten."""
+    """Committed slots come from the target's own features and stay; draft tokens stand after them for one round."""
 
     def __init__(self, num_sequences: int) -> None:
         self.lengths = [0] * num_sequences
@@ -26,11 +26,11 @@ class EagleCache:
 
     @property
     def num_draft_columns(self) -> int:
-        """Columns of draft tokens, padding included."""
+        """Columns of draft tokens, including padding."""
         return self._drafts[0].shape[2] if self._drafts else 0
 
     def commit(self, key_BGNd: Tensor, value_BGNd: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Add the first `size` new slots of every sequence behind its own; return all columns."""
+        """Append the first `size` new slots of every sequence; return all columns."""
         new = [key_BGNd, value_BGNd]
         if not self._committed:
             self._committed = [states.new_zeros(*states.shape[:2], 0, states.shape[3]) for states in new]
@@ -44,7 +44,7 @@ class EagleCache:
         return grown[0], grown[1]
 
     def add_drafts(self, key_BGNd: Tensor, value_BGNd: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the draft tokens of one call; return all columns, committed ones first."""
+        """Append the draft tokens of one call; return all columns, committed ones first."""
         new = [key_BGNd, value_BGNd]
         old = self._drafts or [states[:, :, :0] for states in new]
         self._drafts = [torch.cat(pair, dim=2) for pair in zip(old, new, strict=True)]
@@ -52,18 +52,18 @@ class EagleCache:
         return keys, values
 
     def forget_drafts(self) -> None:
-        """Forget all draft tokens."""
+        """Drop all draft tokens."""
         self._drafts = []
 
     def committed_before(self, starts: Sequence[int], *, width: int) -> Tensor:
-        """Return allowed_BNC: the columns up to each of `width` slots that begin at `starts`, the slot's own included."""
+        """Return allowed_BNC: for each of `width` slots from `starts` on, the columns up to and including the slot."""
         columns = self._committed[0].shape[2] if self._committed else 0
         last_BN = torch.tensor(list(starts))[:, None] + torch.arange(width)
         return torch.arange(columns) <= last_BN[:, :, None]
 
     def select(self, sequences: Sequence[int]) -> None:
         """Keep only these sequences, in this order."""
-        assert not self._drafts, "forget the draft tokens before sequences are dropped"
+        assert not self._drafts, "drop the draft tokens before the sequences"
         self.lengths = [self.lengths[i] for i in sequences]
         width = max(self.lengths, default=0)
         rows_B = torch.tensor(list(sequences), dtype=torch.long)

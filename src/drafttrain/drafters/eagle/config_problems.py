@@ -1,4 +1,4 @@
-"""config.json of an EAGLE drafter of ours: every field that the layer or its training reads is of the type that they need."""
+"""Checks the types of the fields that are read from an EAGLE drafter's config.json."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ DRAFTS = ("sampled", "greedy")
 
 
 def config_problems(config: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    """Return one line for every field that is of another type than is read.
+    """Return one line for every field with a wrong type.
 
     Args:
-        own: Values of the kind's own fields by default: those that `drafttrain` must hold.
+        own: Defaults of the kind's own fields, which the section `drafttrain` must contain.
     """
     sizes = [*SIZES, *(key for key in ("max_position_embeddings", "draft_vocab_size") if config.get(key) is not None)]
     found = [

@@ -1,4 +1,4 @@
-"""What drafters that feed on the target's features share: embedding, proposer, folder."""
+"""The base of EAGLE-1 and EAGLE-3: embedding, proposer and folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.target_rows import RowsAsked
 from drafttrain.drafters import Drafter
 from drafttrain.drafters.eagle.folder import save_folder
-from drafttrain.drafters.eagle.layer import computing_type
+from drafttrain.drafters.eagle.layer import compute_dtype
 from drafttrain.drafters.eagle.proposer import EagleProposer
 from drafttrain.drafters.eagle.rollout import EagleModel
 from drafttrain.drafters.eagle.target_parts import TargetParts
@@ -22,11 +22,11 @@ from drafttrain.target_model import Target
 
 
 class EagleDrafter(Drafter):
-    """A drafter of one layer over (embedding of the next token, feature); a subclass is a `EagleModel`."""
+    """A drafter of one layer over (embedding of the next token, target feature). Subclasses implement `EagleModel`."""
 
     config: dict[str, Any]
     own: dict[str, Any]
-    """What training and drafting are told, and no engine reads."""
+    """Settings of training and drafting, stored in config.json under `drafttrain`; engines ignore them."""
     compiles = True
     reads_slots: ClassVar[bool] = True
     fc: nn.Linear
@@ -34,21 +34,21 @@ class EagleDrafter(Drafter):
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """Return embedded_BTD."""
-        return self._parts.embed(tokens_BT, dtype=computing_type(self.fc.weight))
+        return self._parts.embed(tokens_BT, dtype=compute_dtype(self.fc.weight))
 
     def rows_asked(self) -> list[RowsAsked]:
         """Return the rows of every step of the rollout."""
         return [self._rows_of(self.own["num_steps"])]
 
     def slots(self, batch: DraftBatch, *, num_steps: int) -> ReadSlots:
-        """Return the slots whose states are read: in training those of its rows."""
+        """Return the slots whose states are read: in training those of the trained rows, else all."""
         return read_slots(batch, self._rows_of(num_steps)) if self.training else ReadSlots.all(batch.positions_BT)
 
     def _rows_of(self, num_steps: int) -> RowsAsked:
         return RowsAsked(tuple(range(1, num_steps + 1)), self.lag)
 
     def compile_with(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Compile the layer around its attention, which is a kernel already."""
+        """Compile the layer except for its attention, which is a kernel already."""
         model = cast(EagleModel, self)
         self.__dict__["entering"] = compiled(model.entering)
         model.layer.__dict__["finish"] = compiled(model.layer.finish)
@@ -65,11 +65,11 @@ class EagleDrafter(Drafter):
         )
 
     def trained_as(self, own: dict[str, Any]) -> Self:
-        """Train on from here with settings of its own."""
+        """Return this drafter in training mode, with these training settings."""
         self.config["drafttrain"] = self.own = own
         self.draft = own["draft"]
         return self.train()
 
     def save(self, folder: Path) -> None:
-        """Write the folder under the names that serving engines load."""
+        """Write the folder with the weight names that serving engines load."""
         save_folder(folder, self.config, self)

@@ -1,6 +1,6 @@
-"""What one sequence drafts in one round, token by token: a chain, or EAGLE-2's dynamic tree.
+"""The draft of one sequence in one round: a chain, or EAGLE-2's dynamic tree.
 
-Both are told the drafter's law after each node of the frontier, and say which nodes are to be read next.
+Both take the drafter's distribution after each frontier node, and return which nodes to read next.
 
 R = the drafter's vocabulary, F = nodes of the frontier, D = hidden
 """
@@ -23,12 +23,12 @@ from drafttrain.drafters.next_tokens import next_tokens
 
 @dataclass(frozen=True)
 class DraftNode:
-    """A draft token whose children are to be drafted: it must be read by the layer."""
+    """A draft token whose children will be drafted: the layer must read it."""
 
     token: int
     depth: int
     parent: int
-    """Number of its parent among the nodes that this draft had read, in order; -1: the committed text."""
+    """Number of its parent in the order in which the draft's nodes were read; -1: the committed text."""
     state_D: Tensor
     """The layer's state that the token was drafted from."""
 
@@ -37,15 +37,15 @@ class Draft(Protocol):
     """One sequence's draft of a round."""
 
     frontier: list[DraftNode]
-    """Nodes to be read next; empty: the draft is complete."""
+    """Nodes to read next; empty: the draft is complete."""
 
     def proposal(self) -> Proposal:
-        """Return what was drafted."""
+        """Return the draft."""
         ...
 
 
 class DraftChain:
-    """One token after the other: drawn from the drafter's law, or its likeliest."""
+    """A chain: each token is drawn from the drafter's distribution, or is its argmax."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class DraftChain:
         self._more = more
 
     def wants(self, logits_R: Tensor, state_D: Tensor) -> bool:
-        """Return whether the length policy wants a token of this distribution; `take` it then."""
+        """Return whether the length policy wants a token from this distribution. If so, call `take`."""
         self.frontier = []
         self._state_D = state_D
         self._answer = self._more(DraftStep(self._sequence, len(self._tokens), logits_R, state_D, self._tokens[-1]))
@@ -80,7 +80,7 @@ class DraftChain:
 
         Args:
             token: The target's id.
-            q_R: The distribution that it was drawn from; None: it was not.
+            q_R: The distribution it was drawn from; None: it is the argmax.
         """
         depth = len(self._tokens)
         self._tokens.append(token)
@@ -90,7 +90,7 @@ class DraftChain:
             self.frontier = [DraftNode(token, depth, depth - 2, self._state_D)]
 
     def proposal(self) -> Proposal:
-        """Return the chain; drawn tokens carry their q_rows over the target's vocabulary."""
+        """Return the chain. Drawn tokens carry their distributions over the target's vocabulary."""
         if not self._q_rows:
             return chain(self._tokens, kind=NodeKind.FIXED)
         q_rows_RV = over_target_vocabulary(torch.stack(self._q_rows), self._vocabulary_R, size=self._vocab_size)
@@ -98,7 +98,7 @@ class DraftChain:
 
 
 class DraftTree:
-    """EAGLE-2's dynamic tree: level by level the drafter's likeliest nodes are read; FIXED, whatever the temperature.
+    """EAGLE-2's dynamic tree: level by level, the likeliest nodes are read. Its nodes are FIXED at every temperature.
 
     Source: Li et al. 2024, EAGLE-2, arXiv 2406.16858, 4.
     """
@@ -118,10 +118,10 @@ class DraftTree:
         self._vocabulary_R = vocabulary_R
         self._more = more
         self._read = {0: -1}
-        """By node of the tree, its number in the order of reading; the root is committed text."""
+        """By node of the tree, its number in the order of reading; -1 for the root, which is committed text."""
 
     def grow(self, logits_FR: Tensor, states_FD: Tensor) -> None:
-        """Add the children of the frontier, where the length policy says so, and choose the next frontier."""
+        """Add the children of frontier nodes that the length policy allows, and choose the next frontier."""
         tree, row_of = self._tree, {node: row for row, node in enumerate(self._tree.frontier)}
         logits_FR = logits_FR[:, : len(self._vocabulary_R)]
         expand = [
@@ -161,12 +161,12 @@ def grow_chains(
     sampling: Sampling,
     greedy: bool,
 ) -> None:
-    """Draft one more token in every chain whose length policy wants one; the device is read once.
+    """Draft one more token in every chain whose length policy wants one. The device is read once.
 
     Args:
         logits_NR: Of each chain, after its last token.
         ids: The target's id of each of the drafter's tokens.
-        greedy: The likeliest token at every temperature.
+        greedy: Take the argmax at every temperature.
     """
     logits_NR = logits_NR[:, : len(ids)]
     wanting = [

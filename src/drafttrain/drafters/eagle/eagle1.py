@@ -1,4 +1,4 @@
-"""EAGLE-1: one decoder layer that predicts the target's next final feature; the target's own head turns it into a law.
+"""EAGLE-1: one decoder layer predicts the target's next final feature; the target's own head turns it into a distribution.
 
 B = sequences, T = positions, V = vocabulary, D = hidden, N = rows
 """
@@ -33,32 +33,32 @@ from drafttrain.losses.random_rows import uniform
 from drafttrain.target_model import Target
 
 NOISE_LENGTH = 512
-"""Tokens of a document whose features get noise of the amplitude that is set; longer ones get less."""
+"""Document length at which the noise has the amplitude of the setting; longer documents get less."""
 
 FC_BIAS = "eagle_fc_bias"
-"""Field of config.json: fc has a bias. Not `bias`, which engines take for biases of the attention."""
+"""Field of config.json: fc has a bias. Not `bias`, which engines read as biases of the attention."""
 
 
 @dataclass
 class Eagle1Settings:
-    """One layer that predicts the target's next final feature, read by the target's own head (EAGLE-1)."""
+    """One layer that predicts the target's next final feature, for the target's own head (EAGLE-1)."""
 
     checkpoint: str | None = setting(None, help=CHECKPOINT_HELP)
-    num_steps: int = setting(1, help="Draft tokens that training rolls out at every position; 1 as in the paper.", ge=1)
-    step_decay: float = setting(0.8, help="Factor on both losses from each of these steps to the next.", gt=0, le=1)
-    feature_weight: float = setting(1.0, help="Factor on the smooth L1 distance to the target's own feature.", ge=0)
+    num_steps: int = setting(1, help="Draft tokens rolled out at every position in training; 1 as in the paper.", ge=1)
+    step_decay: float = setting(0.8, help="Factor on both losses from one of these steps to the next.", gt=0, le=1)
+    feature_weight: float = setting(1.0, help="Weight of the smooth L1 distance to the target's own feature.", ge=0)
     loss_weight: float = setting(
-        0.1, help="Factor on the recipe's loss; the paper's cross-entropy with the target's law is forward_kl.", ge=0
+        0.1, help="Weight of the recipe's loss. The paper's cross-entropy with the target is forward_kl.", ge=0
     )
     feature_noise: float = setting(
-        0.2, help="Width of the uniform noise on the features that training reads, for a document of 512 tokens.", ge=0
+        0.2, help="Width of the uniform noise on features in training, for a document of 512 tokens.", ge=0
     )
     num_heads: int | None = setting(None, help="Attention heads; null: the target's.", ge=1)
     num_kv_heads: int | None = setting(None, help="Key-value heads; null: the target's.", ge=1)
     intermediate_size: int | None = setting(None, help="Feed-forward width; null: the target's.", ge=1)
     draft: Literal["sampled", "greedy"] = setting(
         "sampled",
-        help="Chains at temperature > 0: draft by sampling, or by argmax as vLLM does (then the node is FIXED).",
+        help="Chains at temperature > 0: draft by sampling, or by argmax as vLLM does (then nodes are FIXED).",
     )
 
     def check(self) -> list[str]:
@@ -67,22 +67,22 @@ class Eagle1Settings:
         if self.num_heads and self.num_kv_heads and self.num_heads % self.num_kv_heads:
             problems.append(f"num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}")
         if not self.feature_weight and not self.loss_weight:
-            problems.append("feature_weight: 0 and loss_weight 0 leave nothing to learn")
+            problems.append("feature_weight: both it and loss_weight are 0: there is no loss left")
         return problems
 
 
 OWN = ("num_steps", "step_decay", "feature_weight", "loss_weight", "feature_noise", "draft")
-"""Settings that the folder keeps."""
+"""Settings that are stored in the drafter folder."""
 
 
 def own_defaults() -> dict[str, Any]:
-    """Return what the folder keeps of the settings, as it is by default."""
+    """Return the defaults of the settings that are stored in the drafter folder."""
     return {name: getattr(Eagle1Settings(), name) for name in OWN}
 
 
 @drafters.register("eagle", Eagle1Settings)
 class Eagle1Drafter(EagleDrafter):
-    """Row t of depth d says token t + d + 1 (lag 1), from final features up to token t and the tokens up to t + d.
+    """Row t of depth d predicts token t + d + 1 (lag 1), from final features up to token t and tokens up to t + d.
 
     Source: Li et al. 2024, EAGLE, arXiv 2401.15077.
     """
@@ -99,14 +99,14 @@ class Eagle1Drafter(EagleDrafter):
         self.draft = self.own["draft"]
         self._parts = parts
         layer, width = llama_config(config), config["hidden_size"]
-        # vLLM drops a bias here silently, so none is trained unless the folder to start from has one; an input norm it refuses.
+        # vLLM ignores a bias here silently, so none is trained unless the checkpoint has one. It refuses an input norm.
         self.fc = nn.Linear(2 * width, width, bias=config.get(FC_BIAS, False))
         nn.init.normal_(self.fc.weight, std=layer.initializer_range)
         self.layers = nn.ModuleList([EagleLayer(layer, input_size=width)])
 
     @classmethod
     def create(cls, settings: Eagle1Settings, *, target: Target | None, tokenizer: Any) -> Eagle1Drafter:
-        """Return the drafter at its start."""
+        """Return the drafter as training starts from it."""
         if target is None:
             raise CheckpointError("drafter.kind eagle reads the target's final states, but target.model is null")
         own = {name: getattr(settings, name) for name in OWN}
@@ -129,12 +129,12 @@ class Eagle1Drafter(EagleDrafter):
         return TargetNeeds(final=True)
 
     def rows_asked(self) -> list[RowsAsked]:
-        """Return the rows of every step, which the distance to the features reads too."""
+        """Return the rows of every step, twice: for the loss, and for the distance to the features."""
         return 2 * super().rows_asked()
 
     def forward(self, batch: DraftBatch) -> DraftOutput:
-        """Return the states of every step, and in training their distance to the target's own features."""
-        assert batch.target is not None, "the module reads the target for a drafter that needs it"
+        """Return the states of every step, and in training the loss on their distance to the target's features."""
+        assert batch.target is not None, "the trainer reads what `needs` returns"
         features_BTD = self.features(batch.target)
         hidden_BTD = features_BTD
         if self.training and self.own["feature_noise"]:
@@ -152,13 +152,13 @@ class Eagle1Drafter(EagleDrafter):
         return DraftOutput(states, self._parts.linear_head, self.lag, depth_weights=weights, extra_loss=distance)
 
     def products(self, shape: BatchShape) -> Iterator[Products]:
-        """Yield those of every step of the rollout; its own few keys of earlier steps are not counted."""
+        """Yield the products of every rollout step. Attention to a slot's own keys of earlier steps is not counted."""
         rollout = shape.rollout(self.own["num_steps"])
         for depth in range(1, self.own["num_steps"] + 1):
             entering = rollout.columns if depth == 1 else rollout.queries
-            # What the first step reads is not trained.
+            # The inputs of the first step need no gradient.
             yield matrix(parameters_of(self.fc), entering, gradients=1 if depth == 1 else 2)
-            yield from self.layer.products(rollout, remembered=entering)
+            yield from self.layer.products(rollout, num_keys=entering)
             yield matrix(self._parts.head_parameters, shape.rows(depth + self.lag), gradients=1)
 
     @property
@@ -170,12 +170,12 @@ class Eagle1Drafter(EagleDrafter):
 
     @property
     def vocabulary(self) -> None:
-        """The target's own."""
+        """None: the vocabulary is the target's."""
         return
 
     def features(self, seen: TargetOutput) -> Tensor:
         """Return features_BTD: the state after the final norm."""
-        assert seen.final_BTD is not None, "it was asked for"
+        assert seen.final_BTD is not None, "the trainer reads what `needs` returns"
         return seen.final_BTD.to(self.fc.weight)
 
     def fused(self, features_BTF: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ class Eagle1Drafter(EagleDrafter):
         return features_BTF
 
     def entering(self, embedded_BTD: Tensor, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the joined input, which is the residual stream too."""
+        """Return the fused input, which is also the residual stream."""
         joined_BTD: Tensor = self.fc(torch.cat([embedded_BTD, hidden_BTD], dim=-1))
         return joined_BTD, joined_BTD
 
@@ -192,25 +192,25 @@ class Eagle1Drafter(EagleDrafter):
         return state_BTD
 
     def head(self, states_ND: Tensor, depth: int) -> Tensor:
-        """Return logits_NV, by the target's head without another norm."""
+        """Return logits_NV from the target's head, without another norm."""
         return self._parts.head(states_ND)
 
     def weight_bytes(self) -> tuple[int, int, int, int]:
-        """Return the bytes of: nothing that fuses, the layer with what joins its inputs, the target's head, an embedding row."""
+        """Return the bytes of (no fusion, the layer with fc, the target's head, one embedding row)."""
         return 0, weight_bytes(self.fc, self.layers), self._parts.head_bytes, self._parts.embedding_row_bytes
 
     @classmethod
     def load(cls, folder: Path, target: Target, dtype: Any = None) -> Eagle1Drafter:
-        """Read what `save` wrote, refusing a target of another shape."""
+        """Read the folder that `save` wrote; refuse a target with other sizes."""
         drafter = cls(read_config(folder, target, own=own_defaults()), TargetParts(target))
         load_weights(folder, drafter, dtype=dtype or "float32")
         return drafter.eval().to(target.device)
 
 
 def feature_distance(drafted: DraftOutput, batch: DraftBatch, features_BTD: Tensor, decay: dict[int, float]) -> Tensor:
-    """Return the sum over trained rows of the smooth L1 distance, mean over D, to the feature that the row predicts.
+    """Return the smooth L1 distance of each trained row to the feature it predicts, mean over D, summed over rows.
 
-    A row's label is token u; the state that the target says it from is the one at u - 1, and that is what it predicts.
+    A row whose label is token u predicts the target's state at u - 1, from which the target predicts u.
     """
     rows = align(drafted, batch)
     features_RD = features_BTD.flatten(0, 1)
@@ -227,7 +227,7 @@ def feature_distance(drafted: DraftOutput, batch: DraftBatch, features_BTD: Tens
 def noise(batch: DraftBatch, *, width: int) -> Tensor:
     """Return noise_BTD, uniform in (-1/2, 1/2) times 512 / tokens of the document.
 
-    A function of step, document and position alone, so that neither packing nor a resume changes it.
+    It depends only on step, document and position, so neither packing nor a resumed run changes it.
     """
     uniform_BTD = uniform(batch.seed_BT.flatten(), width).view(*batch.seed_BT.shape, width)
     document_N = (batch.positions_BT.flatten() == 0).cumsum(0) - 1

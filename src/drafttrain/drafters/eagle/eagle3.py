@@ -1,4 +1,4 @@
-"""EAGLE-3: one decoder layer over features of three depths of the target, trained on its own rollouts, with its own vocabulary.
+"""EAGLE-3: one decoder layer over the target's states at three depths, trained on its own rollouts; its vocabulary may be smaller.
 
 B = sequences, T = positions, V = the target's vocabulary, R = the drafter's, D = hidden, F = 3 D, N = rows
 """
@@ -6,7 +6,7 @@ B = sequences, T = positions, V = the target's vocabulary, R = the drafter's, D 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +25,7 @@ from drafttrain.drafters import drafters
 from drafttrain.drafters.eagle.draft_vocabulary import vocabulary_problems
 from drafttrain.drafters.eagle.drafter import EagleDrafter
 from drafttrain.drafters.eagle.folder import load_weights, read_config
-from drafttrain.drafters.eagle.layer import EagleLayer, computing_type
+from drafttrain.drafters.eagle.layer import EagleLayer, compute_dtype
 from drafttrain.drafters.eagle.layer_config import layer_config, llama_config
 from drafttrain.drafters.eagle.rms_norm import Norm
 from drafttrain.drafters.eagle.rollout import rollout
@@ -40,7 +40,7 @@ FIXED_BY_CHECKPOINT = (
     *("taps", "draft_vocab_size", "num_heads", "num_kv_heads", "intermediate_size"),
     *("head_init", "norm_before_fc", "fc_norm", "norm_output", "norm_before_residual"),
 )
-"""Settings that the folder to start from has made already."""
+"""Settings that the checkpoint to start from fixes."""
 
 
 @dataclass
@@ -50,30 +50,30 @@ class Eagle3Settings:
     checkpoint: str | None = setting(None, help=CHECKPOINT_HELP)
     taps: list[int] | None = setting(
         None,
-        help="Blocks whose incoming hidden states are read, three of 0..layers - 1, rising; null: an early, the middle and a "
+        help="Three blocks of 0..layers - 1, in rising order, whose input states are read; null: an early, the middle and a "
         "late one.",
         ge=0,
     )
     draft_vocab_size: int | None = setting(
-        None, help="Tokens that the drafter can say, the most frequent labels of the data; null: all.", ge=1
+        None, help="Size of the drafter's vocabulary: the most frequent labels of the data; null: all tokens.", ge=1
     )
-    num_steps: int = setting(5, help="Draft tokens that training rolls out at every position.", ge=1)
-    step_decay: float = setting(0.8, help="Factor on the loss from each of these steps to the next.", gt=0, le=1)
+    num_steps: int = setting(5, help="Draft tokens rolled out at every position in training.", ge=1)
+    step_decay: float = setting(0.8, help="Factor on the loss from one of these steps to the next.", gt=0, le=1)
     num_heads: int | None = setting(None, help="Attention heads; null: the target's.", ge=1)
     num_kv_heads: int | None = setting(None, help="Key-value heads; null: the target's.", ge=1)
     intermediate_size: int | None = setting(None, help="Feed-forward width; null: the target's.", ge=1)
     head_init: Literal["target", "random"] = setting(
-        "target", help="Start of head and final norm: the target's (its rows of the draft vocabulary), or random."
+        "target", help="Initial head and final norm: the target's (the head's rows of the draft vocabulary), or random."
     )
-    norm_before_fc: bool = setting(False, help="Norm the three tapped states as one before they are fused.")
-    fc_norm: bool = setting(False, help="Norm each tapped state before they are fused (EAGLE-3.1).")
-    norm_output: bool = setting(False, help="Feed the state back after the final norm (EAGLE-3.1), not before it.")
+    norm_before_fc: bool = setting(False, help="Apply one norm to the three concatenated states before fc.")
+    fc_norm: bool = setting(False, help="Apply a norm to each tapped state before fc (EAGLE-3.1).")
+    norm_output: bool = setting(False, help="Feed back the state after the final norm (EAGLE-3.1), not before it.")
     norm_before_residual: bool = setting(
-        False, help="The residual stream starts from the normed fused state, not from the state itself."
+        False, help="The residual stream starts from the normed fused state, not from the fused state."
     )
     draft: Literal["sampled", "greedy"] = setting(
         "sampled",
-        help="Chains at temperature > 0: draft by sampling, or by argmax as vLLM does (then the node is FIXED).",
+        help="Chains at temperature > 0: draft by sampling, or by argmax as vLLM does (then nodes are FIXED).",
     )
 
     def check(self) -> list[str]:
@@ -86,14 +86,12 @@ class Eagle3Settings:
         return problems
 
     def smoke(self) -> Eagle3Settings:
-        """Return a copy that rolls out no more than it must to be tested."""
-        from dataclasses import replace
-
+        """Return a copy with few rollout steps, enough for a test."""
         return replace(self, num_steps=min(self.num_steps, 3))
 
 
 class MidLayer(EagleLayer):
-    """The layer with its two input norms: of the embedding and of the hidden input, which are read side by side."""
+    """The layer with a norm for each of its two inputs, the embedding and the hidden state, which it reads concatenated."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config, input_size=2 * config.hidden_size)
@@ -102,17 +100,17 @@ class MidLayer(EagleLayer):
 
 
 OWN = ("num_steps", "step_decay", "head_init", "draft")
-"""Settings that the folder keeps."""
+"""Settings that are stored in the drafter folder."""
 
 
 def own_defaults() -> dict[str, Any]:
-    """Return what the folder keeps of the settings, as it is by default."""
+    """Return the defaults of the settings that are stored in the drafter folder."""
     return {name: getattr(Eagle3Settings(), name) for name in OWN}
 
 
 @drafters.register("eagle3", Eagle3Settings)
 class Eagle3Drafter(EagleDrafter):
-    """Row t of depth d says token t + d + 1 (lag 1), from features up to token t and the tokens up to t + d.
+    """Row t of depth d predicts token t + d + 1 (lag 1), from features up to token t and tokens up to t + d.
 
     Source: Li et al. 2025, EAGLE-3, arXiv 2503.01840.
     """
@@ -147,7 +145,7 @@ class Eagle3Drafter(EagleDrafter):
 
     @classmethod
     def create(cls, settings: Eagle3Settings, *, target: Target | None, tokenizer: Any) -> Eagle3Drafter:
-        """Return the drafter at its start; its vocabulary is the first ids until `fit_vocabulary` has chosen."""
+        """Return the drafter as training starts from it. Its vocabulary is the first ids until `fit_vocabulary` runs."""
         if target is None:
             raise CheckpointError("drafter.kind eagle3 reads the target's hidden states, but target.model is null")
         own = {name: getattr(settings, name) for name in OWN}
@@ -182,7 +180,7 @@ class Eagle3Drafter(EagleDrafter):
         return drafter
 
     def fit_vocabulary(self, label_counts: Callable[[], Any]) -> None:
-        """Take the most frequent labels; of equally frequent ones the lower ids. A drafter that was trained keeps its own."""
+        """Choose the most frequent labels, ties by lower id. A drafter loaded from a checkpoint keeps its vocabulary."""
         if self.d2t is None or self.t2d is None or self._keeps_vocabulary:
             return
         counts = torch.as_tensor(label_counts())[: len(self.t2d)]
@@ -197,7 +195,7 @@ class Eagle3Drafter(EagleDrafter):
 
     @torch.no_grad()
     def _start_head(self) -> None:
-        """Start from the target's own head, the rows of this vocabulary, and its final norm."""
+        """Copy the target's head (the rows of this vocabulary) and its final norm."""
         if self.own["head_init"] == "random":
             return
         ids_R = torch.arange(self.config["vocab_size"]) if self.vocabulary is None else self.vocabulary
@@ -210,7 +208,7 @@ class Eagle3Drafter(EagleDrafter):
 
     def forward(self, batch: DraftBatch) -> DraftOutput:
         """Return the states of every step of the rollout."""
-        assert batch.target is not None, "the module reads the target for a drafter that needs it"
+        assert batch.target is not None, "the trainer reads what `needs` returns"
         num_steps = batch.num_depths or self.own["num_steps"]
         slots = self.slots(batch, num_steps=num_steps)
         states = rollout(self, batch, self.features(batch.target), num_steps=num_steps, slots=slots)
@@ -218,12 +216,15 @@ class Eagle3Drafter(EagleDrafter):
         return DraftOutput(states, self._head, self.lag, depth_weights=weights, vocabulary=self.vocabulary)
 
     def products(self, shape: BatchShape) -> Iterator[Products]:
-        """Yield those of the fusion and of every step of the rollout; its own few keys of earlier steps are not counted."""
+        """Yield the products of the fusion and of every rollout step.
+
+        Attention to a slot's own keys of earlier steps is not counted.
+        """
         normed = self.input_norm is not None or self.fc_norm is not None
         rollout = shape.rollout(self.own["num_steps"])
         yield matrix(parameters_of(self.fc), rollout.columns, gradients=2 if normed else 1)
         for depth in range(1, self.own["num_steps"] + 1):
-            yield from self.layer.products(rollout, remembered=rollout.columns if depth == 1 else rollout.queries)
+            yield from self.layer.products(rollout, num_keys=rollout.columns if depth == 1 else rollout.queries)
             yield matrix(parameters_of(self.lm_head), shape.rows(depth + self.lag), gradients=2)
 
     @property
@@ -233,13 +234,13 @@ class Eagle3Drafter(EagleDrafter):
 
     @property
     def vocabulary(self) -> Tensor | None:
-        """The target's id of each token of the drafter."""
+        """The target's id of each token in the drafter's vocabulary; None: the vocabularies are the same."""
         return None if self.d2t is None else torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
 
     def features(self, seen: TargetOutput) -> Tensor:
-        """Return features_BTF: the tapped states side by side."""
+        """Return features_BTF: the tapped states, concatenated."""
         return torch.cat([seen.hidden_BTD[tap] for tap in self.taps], dim=-1).to(
-            self.fc.weight.device, computing_type(self.fc.weight)
+            self.fc.weight.device, compute_dtype(self.fc.weight)
         )
 
     def fused(self, features_BTF: Tensor) -> Tensor:
@@ -253,13 +254,13 @@ class Eagle3Drafter(EagleDrafter):
         return hidden_BTD
 
     def entering(self, embedded_BTD: Tensor, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both inputs normed, side by side, and the hidden input as the residual stream."""
+        """Return both inputs normed and concatenated, and the hidden state as the residual stream."""
         normed_BTD = self.midlayer.hidden_norm(hidden_BTD)
         inputs_BTX = torch.cat([self.midlayer.input_layernorm(embedded_BTD), normed_BTD], dim=-1)
         return inputs_BTX, normed_BTD if self.config["norm_before_residual"] else hidden_BTD
 
     def fed_back(self, state_BTD: Tensor) -> Tensor:
-        """Return the layer's output, before the final norm unless `norm_output`."""
+        """Return the layer's output; with `norm_output`, after the final norm."""
         return self.norm(state_BTD) if self.config["norm_output"] else state_BTD
 
     @property
@@ -272,14 +273,14 @@ class Eagle3Drafter(EagleDrafter):
         return logits_NR
 
     def weight_bytes(self) -> tuple[int, int, int, int]:
-        """Return the bytes of fusion, layer, head with its norm, and an embedding row."""
+        """Return the bytes of (the fusion, the layer, the head with its norm, one embedding row)."""
         fusion = [part for part in (self.input_norm, self.fc_norm, self.fc) if part is not None]
         head = weight_bytes(self.norm, self.lm_head)
         return weight_bytes(*fusion), weight_bytes(self.midlayer), head, self._parts.embedding_row_bytes
 
     @classmethod
     def load(cls, folder: Path, target: Target, dtype: Any = None) -> Eagle3Drafter:
-        """Read what `save` wrote, refusing a target of another shape."""
+        """Read the folder that `save` wrote; refuse a target with other sizes."""
         config = read_config(folder, target, own=own_defaults())
         config |= {
             "eagle_aux_hidden_state_layer_ids": taps_of(
@@ -297,12 +298,12 @@ class Eagle3Drafter(EagleDrafter):
 
 
 def taps_of(num_layers: int, given: Sequence[int] | None = None) -> list[int]:
-    """Return the three blocks whose incoming states are read: those given, or an early, the middle and a late one.
+    """Return the three blocks whose input states are read: those given, or an early, the middle and a late one.
 
-    From ten layers on they are EAGLE-3's: 2, half, and three before the end.
+    With ten layers or more the defaults are EAGLE-3's: 2, half, and three before the end.
 
     Raises:
-        CheckpointError: The target has too few layers, or the taps are equal or out of range.
+        CheckpointError: The target has too few layers, or the taps are out of range or not in rising order.
     """
     if num_layers < NUM_TAPS:
         raise CheckpointError(

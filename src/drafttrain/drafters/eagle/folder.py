@@ -27,22 +27,22 @@ def save_folder(folder: Path, config: dict[str, Any], module: nn.Module) -> None
 
 
 def read_config(folder: Path, target: Target, *, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return config.json of a folder that was made for targets of this width.
+    """Return config.json of a drafter folder that fits this target.
 
     Args:
-        own: The kind's own fields, as they are by default.
+        own: Defaults of the kind's own fields.
 
     Raises:
-        CheckpointError: It was not, or it is no folder of ours.
+        CheckpointError: It has another width or vocabulary, or it is not a drafter folder of this project.
     """
     config = read_json(folder / "config.json")
     if "drafttrain" not in config:
         raise CheckpointError(
-            f"{folder}/config.json: no key drafttrain: written for an engine or by others; drafttrain import {folder} "
-            "makes a drafter folder of it"
+            f"{folder}/config.json: no key drafttrain: written for an engine or by another project. "
+            f"Run drafttrain import {folder} to convert it"
         )
     if problems := config_problems(config, own):
-        raise CheckpointError("\n  ".join([f"{folder}: not a drafter that can be read", *problems]))
+        raise CheckpointError("\n  ".join([f"{folder}: this drafter cannot be loaded", *problems]))
     width, vocabulary = int(target.model.config.get_text_config().hidden_size), target.vocab_size
     for key, wanted in (("hidden_size", width), ("vocab_size", vocabulary)):
         if config.get(key) != wanted:
@@ -53,6 +53,6 @@ def read_config(folder: Path, target: Target, *, own: Mapping[str, Any]) -> dict
 
 
 def load_weights(folder: Path, module: nn.Module, *, dtype: Any) -> None:
-    """Read model.safetensors into a module of exactly these names and shapes, as weights of `dtype`."""
+    """Read model.safetensors into a module with exactly these names and shapes; weights become `dtype`."""
     module.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     load_into(module, folder / "model.safetensors")

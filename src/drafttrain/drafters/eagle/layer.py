@@ -1,4 +1,4 @@
-"""The one decoder layer of a drafter that reads the target's features, as Llama's: its projections may read more than its stream.
+"""The one decoder layer of an EAGLE drafter: a Llama layer whose projections may read more than the residual stream.
 
 B = sequences, T = positions (N = those of one call), C = keys (columns), H = heads, G = key-value heads, d = width of a head,
 D = hidden, X = width of what the projections read
@@ -20,7 +20,7 @@ from drafttrain.drafters.eagle.rms_norm import Norm
 class EagleLayer(nn.Module):
     """Rotary attention with grouped keys, then a SwiGLU block; no bias anywhere.
 
-    The norms before the projections belong to the drafter's kind, so they are not here.
+    The norms before the projections differ between EAGLE-1 and EAGLE-3, so they are not here.
     """
 
     def __init__(self, config: Any, *, input_size: int) -> None:
@@ -35,32 +35,32 @@ class EagleLayer(nn.Module):
 
     def project(self, inputs_BTX: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (query_BHTd, key_BGTd, value_BGTd), rotated to their positions."""
-        return self.asked(inputs_BTX, positions_BT), *self.remembered(inputs_BTX, positions_BT)
+        return self.queries(inputs_BTX, positions_BT), *self.keys_and_values(inputs_BTX, positions_BT)
 
-    def asked(self, inputs_BTX: Tensor, positions_BT: Tensor) -> Tensor:
+    def queries(self, inputs_BTX: Tensor, positions_BT: Tensor) -> Tensor:
         """Return query_BHTd."""
-        return self._rotary.turned(self.self_attn.split(self.self_attn.q_proj(inputs_BTX)), positions_BT)
+        return self._rotary.rotate(self.self_attn.split(self.self_attn.q_proj(inputs_BTX)), positions_BT)
 
-    def remembered(self, inputs_BTX: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_and_values(self, inputs_BTX: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Return (key_BGTd, value_BGTd)."""
         key, value = (
             self.self_attn.split(linear(inputs_BTX)) for linear in (self.self_attn.k_proj, self.self_attn.v_proj)
         )
-        return self._rotary.turned(key, positions_BT), value
+        return self._rotary.rotate(key, positions_BT), value
 
-    def products(self, shape: RolloutShape, *, remembered: int) -> Iterator[Products]:
-        """Yield what one step of a rollout takes, and its gradients.
+    def products(self, shape: RolloutShape, *, num_keys: int) -> Iterator[Products]:
+        """Yield the matrix products of one rollout step and of its gradients.
 
         Args:
-            remembered: Slots whose keys and values it makes.
+            num_keys: Slots whose keys and values the step computes.
         """
-        keys_and_values = parameters_of(self.self_attn.k_proj, self.self_attn.v_proj)
-        yield matrix(keys_and_values, remembered, gradients=2)
-        yield matrix(parameters_of(self) - keys_and_values, shape.queries, gradients=2)
+        of_keys = parameters_of(self.self_attn.k_proj, self.self_attn.v_proj)
+        yield matrix(of_keys, num_keys, gradients=2)
+        yield matrix(parameters_of(self) - of_keys, shape.queries, gradients=2)
         yield attention(self.self_attn.q_proj.out_features, shape.pairs, gradients=2)
 
     def finish(self, attended_BHTd: Tensor, residual_BTD: Tensor) -> Tensor:
-        """Return the stream after the layer."""
+        """Return the residual stream after the layer."""
         stream_BTD = residual_BTD + self.self_attn.o_proj(attended_BHTd.transpose(1, 2).flatten(2))
         return stream_BTD + self.mlp(self.post_attention_layernorm(stream_BTD))
 
@@ -98,7 +98,7 @@ class SwiGLU(nn.Module):
 
 
 class Rotary:
-    """Rotary angles with the scaling that the configuration names. No module: a cast of the weights must not round them."""
+    """Rotary angles with the configured scaling. Not a module: casting the weights must not round the angles."""
 
     def __init__(self, config: Any) -> None:
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -116,29 +116,29 @@ class Rotary:
         cos_BTd, sin_BTd = self._embedding.to(like.device)(like, positions_BT)
         return cos_BTd, sin_BTd
 
-    def turned(self, states_BHTd: Tensor, positions_BT: Tensor) -> Tensor:
+    def rotate(self, states_BHTd: Tensor, positions_BT: Tensor) -> Tensor:
         """Return states rotated to their positions."""
         return rotated(states_BHTd, *self(positions_BT, states_BHTd))
 
 
-def computing_type(weight: Tensor) -> torch.dtype:
-    """Return the type that products with this weight are computed in: autocast's where it is on."""
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """Return the type in which products with this weight are computed: autocast's if it is on, else the weight's."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def rotated(states_BHTd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:
-    """Return states turned by the angles of their positions; the halves of a head are the two coordinates."""
+    """Return states rotated by the angles of their positions; the two halves of a head are the two coordinates."""
     left, right = states_BHTd.chunk(2, dim=-1)
-    turned_BHTd = torch.cat([-right, left], dim=-1)
-    return states_BHTd * cos_BTd[:, None] + turned_BHTd * sin_BTd[:, None]
+    quarter_turn_BHTd = torch.cat([-right, left], dim=-1)
+    return states_BHTd * cos_BTd[:, None] + quarter_turn_BHTd * sin_BTd[:, None]
 
 
 def attend(query_BHTd: Tensor, keys_BGCd: Tensor, values_BGCd: Tensor, allowed_BTC: Tensor) -> Tensor:
     """Return attended_BHTd.
 
     Args:
-        allowed_BTC: The columns that each query may look at, at least one.
+        allowed_BTC: The columns that each query may attend to, at least one.
     """
     return scaled_dot_product_attention(
         query_BHTd, keys_BGCd, values_BGCd, attn_mask=allowed_BTC[:, None], enable_gqa=True

@@ -10,13 +10,13 @@ from drafttrain.target_model import Target
 from drafttrain.target_model.positions import UNLIMITED_POSITIONS, max_positions
 
 ROPE_SCALINGS = ("linear", "dynamic", "yarn", "llama3")
-"""Kinds of rotary scaling that one layer of Llama's can take over."""
+"""Kinds of rotary scaling that a Llama layer supports."""
 
 
 def layer_config(
     target: Target, *, num_heads: int | None, num_kv_heads: int | None, intermediate_size: int | None
 ) -> dict[str, Any]:
-    """Return the fields of LlamaConfig for one layer on this target: its width, and what the settings leave out, are its own.
+    """Return the fields of LlamaConfig for one layer on this target. Width and unset sizes are the target's.
 
     Raises:
         CheckpointError: The heads do not divide the target's width.
@@ -72,7 +72,7 @@ def one_layer(
         "rms_norm_eps": rms_norm_eps,
         "max_position_embeddings": max_position_embeddings,
         "rope_parameters": dict(rope),
-        # Engines of before transformers 5 read these two.
+        # Engines built for transformers 4 read these two.
         "rope_theta": rope["rope_theta"],
         "rope_scaling": None
         if rope["rope_type"] == "default"
@@ -103,7 +103,7 @@ def llama_config(fields: dict[str, Any]) -> Any:
 
 
 def _rope_parameters(config: Any) -> dict[str, Any]:
-    """Return the target's rotary base and scaling; the base alone where its scaling is none that a Llama layer has."""
+    """Return the target's rotary base, and its scaling if a Llama layer supports it."""
     given = getattr(config, "rope_parameters", None) or {}
     given = given.get("full_attention", given)
     theta = given.get("rope_theta", 10000.0)

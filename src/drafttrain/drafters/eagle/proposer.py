@@ -1,4 +1,4 @@
-"""A drafter that reads the target's features, at inference: chains and dynamic trees for a list of sequences.
+"""The proposer of EAGLE drafters: chains and dynamic trees for a list of sequences.
 
 B = sequences, N = slots or draft tokens of one call (the longest sequence's), F = width of what is read of the target,
 D = hidden, R = the drafter's vocabulary, C = columns of the cache
@@ -27,13 +27,13 @@ from drafttrain.drafters.eagle.rollout import EagleModel
 class EagleProposer:
     """Drafts from the target's features of the committed text, then from its own states.
 
-    The cache holds committed slots only, each computed from the target's true features; a slot is read when the token after it
-    is known. The last committed slot is always unread when a round begins: reading it gives the first draft token.
+    The cache holds committed slots, each computed from the target's own features. A slot can be read once the token after
+    it is known. So at the start of a round the last committed slot is unread; reading it gives the first draft token.
 
     Args:
         vocab_size: Width of the rows of q.
-        num_tokens: Ids that the tokenizer can produce; the others carry no mass.
-        greedy: Chains at temperature > 0 are FIXED, by the likeliest token, as some engines draft.
+        num_tokens: Ids that the tokenizer can produce; the others get no probability.
+        greedy: Chains are FIXED at every temperature: the argmax, as some engines draft.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class EagleProposer:
         self._model = model
         self._vocab_size = vocab_size
         self._device = device
-        # On the host, where ids are looked up, and on the device, where distributions are spread over the target's ids.
+        # On the host for looking up ids, on the device for mapping distributions to the target's ids.
         self._vocabulary_R = DraftVocabulary(model.vocabulary, num_tokens=num_tokens).ids_R.cpu()
         self._ids = self._vocabulary_R.tolist()
         self._vocabulary_on_device_R = self._vocabulary_R.to(device)
@@ -61,15 +61,15 @@ class EagleProposer:
         self._contexts: list[Context] = []
         self._cache = EagleCache(0)
         self._unread: list[list[Tensor]] = []
-        """By sequence, features_NF of the committed slots that the cache lacks, in pieces."""
+        """By sequence, features_NF of committed slots that are not cached yet, in pieces."""
 
     @torch.no_grad()
     def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
-        """Read the prompts' slots but the last."""
+        """Read all slots of the prompts except the last."""
         self._contexts = list(contexts)
         self._cache = EagleCache(len(contexts))
         self._unread = [[] for _ in contexts]
-        self._note(seen, [len(context.tokens) - 1 for context in contexts])
+        self._store_features(seen, [len(context.tokens) - 1 for context in contexts])
         sizes = [max(0, _count(pieces) - 1) for pieces in self._unread]
         if any(sizes):
             span = Span(self._device)
@@ -85,10 +85,10 @@ class EagleProposer:
         generators: Sequence[torch.Generator],
         more: Callable[[DraftStep], bool | More],
     ) -> list[Proposal]:
-        """Return one chain, or where the budget is wider one tree, a sequence."""
+        """Return one chain per sequence, or one tree if its budget is wider than 1."""
         drafts: dict[int, Draft] = {}
         for number, (budget, pieces) in enumerate(zip(budgets, self._unread, strict=True)):
-            # After a prompt of one token there is nothing yet to draft from.
+            # After a prompt of one token there are no features yet.
             if budget.nodes > 0 and budget.depth > 0 and pieces:
                 drafts[number] = self._draft(number, budget, generators[number], more)
         if drafts:
@@ -104,8 +104,8 @@ class EagleProposer:
         ]
 
     def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
-        """Note the target's features of the accepted path; the states that drafting fed on are forgotten already."""
-        self._note(seen, [len(verdict.path) for verdict in verdicts])
+        """Store the target's features of the accepted path. The draft tokens have left the cache already."""
+        self._store_features(seen, [len(verdict.path) for verdict in verdicts])
 
     def drop(self, keep: Sequence[int]) -> None:
         """Keep only these sequences."""
@@ -134,7 +134,7 @@ class EagleProposer:
         )
 
     def _grow_from_features(self, drafts: dict[int, Draft]) -> None:
-        """Read the committed slots that the cache lacks; the last one's state gives the first draft token."""
+        """Read the committed slots that are not cached yet; the state of the last one gives the first draft token."""
         span = Span(self._device)
         sizes = [_count(pieces) if number in drafts else 0 for number, pieces in enumerate(self._unread)]
         context = self._cached(sizes)
@@ -161,7 +161,11 @@ class EagleProposer:
         self._grow([drafts[number] for number in growing], [sizes[number] for number in growing], logits_FR, states_FD)
 
     def _grow(self, drafts: Sequence[Draft], sizes: Sequence[int], logits_FR: Tensor, states_FD: Tensor) -> None:
-        """Draft after the frontiers of these drafts, whose rows stand one behind the other."""
+        """Extend these drafts after their frontiers.
+
+        Args:
+            sizes: Rows of each draft in `logits_FR` and `states_FD`, in order.
+        """
         chains = []
         first = 0
         for draft, size in zip(drafts, sizes, strict=True):
@@ -186,7 +190,7 @@ class EagleProposer:
         )
 
     def _rows(self, states_BND: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
-        """Return the rows at (sequence, node); their index is copied to the device once."""
+        """Return the rows at (sequence, node), with one copy of the index to the device."""
         width = states_BND.shape[1]
         index_F = torch.tensor([number * width + node for number, node in places]).to(states_BND.device)
         return states_BND.flatten(0, 1).index_select(0, index_F)
@@ -214,10 +218,10 @@ class EagleProposer:
         return self._model.layer.finish(attend(query, *columns, allowed_BNC), residual_BND)
 
     def _read_drafts(self, frontiers: Sequence[Sequence[DraftNode]], ancestors: dict[int, list[list[int]]]) -> Tensor:
-        """Read draft tokens behind the committed slots, each seeing its own path; return states_BND.
+        """Read draft tokens after the committed slots, each attending to its own path; return states_BND.
 
         Args:
-            ancestors: By sequence and node in the order of reading, the draft columns of its path, its own included.
+            ancestors: By sequence and node in the order of reading, the draft columns of its path, including its own.
         """
         width, lengths = max(map(len, frontiers)), self._cache.lengths
         example_D = next(node.state_D for frontier in frontiers for node in frontier)
@@ -241,12 +245,13 @@ class EagleProposer:
         query, key, value = self._model.layer.project(inputs_BNX, positions_BN)
         columns = self._cache.add_drafts(key, value)
         text_BNC = self._cache.committed_before([length - 1 for length in lengths], width=1).expand(-1, width, -1)
-        # Padding, which nobody reads, looks at the first draft column: a softmax needs something.
+        # Padding attends to the first draft column, because a softmax needs at least one. Nobody reads its output.
         path_BNP[..., 0] |= ~path_BNP.any(dim=-1)
         allowed_BNC = torch.cat([text_BNC, path_BNP], dim=-1).to(self._device)
         return self._model.layer.finish(attend(query, *columns, allowed_BNC), residual_BND)
 
-    def _note(self, seen: Sequence[TargetOutput], sizes: Sequence[int]) -> None:
+    def _store_features(self, seen: Sequence[TargetOutput], sizes: Sequence[int]) -> None:
+        """Append the features of the first `size` tokens of every sequence to the unread ones."""
         for pieces, output, size in zip(self._unread, seen, sizes, strict=True):
             if size:
                 pieces.append(self._model.features(output)[0, :size])
@@ -258,7 +263,7 @@ class EagleProposer:
     def _report(
         self, sizes: Sequence[int], *, context: int, fused: bool, head: bool, prefill: bool, span: Span
     ) -> None:
-        """Tell the ledger of one call: the layer once, the head and what fuses features where they ran."""
+        """Report one call to the listener: the layer, and the head and the fusion if they ran."""
         if self._listener is None:
             return
         fusion, layer, head_bytes, row = self._bytes

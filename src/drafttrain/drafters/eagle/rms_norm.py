@@ -1,4 +1,4 @@
-"""RMS norm that keeps the type of its input, and for the backward pass its input alone.
+"""RMS norm that returns the type of its input, and stores only the input for the backward pass.
 
 D = hidden; ... any shape before it
 """
@@ -14,10 +14,10 @@ from torch.nn.functional import rms_norm
 
 
 class Norm(nn.RMSNorm):
-    """states / root mean square * weight, reckoned in float32 or wider whatever the type of the states.
+    """states / root mean square * weight, computed in float32 or wider.
 
-    Under autocast CUDA's norms would return float32 and keep a copy of that type, and each projection after them would cast and
-    keep one of its own.
+    Under autocast CUDA's norms return float32 and store a float32 copy, and each projection after them casts and stores
+    another copy.
     """
 
     def forward(self, states: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ class Norm(nn.RMSNorm):
 
 
 class _Normed(torch.autograd.Function):
-    """As PyTorch's kernel for CUDA; elsewhere it has none, and keeps five tensors."""
+    """Like PyTorch's CUDA kernel. Elsewhere PyTorch has no fused kernel, and stores five tensors."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight_D: Tensor, eps: float) -> Tensor:

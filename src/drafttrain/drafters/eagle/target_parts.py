@@ -16,7 +16,7 @@ from drafttrain.target_model.matrix_products import head_parameters
 
 
 class TargetParts:
-    """The target's embedding and head. No module, so that neither is trained nor saved with the drafter."""
+    """The target's embedding and head. Not a module, so neither is trained or saved with the drafter."""
 
     def __init__(self, target: Target) -> None:
         self._model = target.model
@@ -34,21 +34,21 @@ class TargetParts:
 
     @property
     def linear_head(self) -> Head:
-        """The head, in its parts where it is a plain matrix."""
+        """The head as losses use it: in parts if it is a plain matrix."""
         return head_of(self._model)
 
     def head_rows(self, ids_R: Tensor) -> Tensor:
-        """Return the head's rows of some tokens."""
+        """Return the head's rows for these token ids."""
         weight_VD = self._model.get_output_embeddings().weight.detach()
         rows_RD: Tensor = weight_VD[ids_R.to(weight_VD.device)]
         return rows_RD
 
     def final_gain(self) -> Tensor:
-        """Return gain_D, what the final norm multiplies a normed state by: ones where it has no weight."""
+        """Return gain_D, the factor that the final norm applies to a normed state; ones if it has no weight."""
         norm: Any = final_norm(self._model)
         embedding = self._embedding.weight
-        # Of a state of one size everywhere and its opposite, so that neither a bias nor what the norm calls its weight matters;
-        # a large one, so that its epsilon does not.
+        # Measured on a state of constant magnitude and on its negative, so that neither a bias nor the name of the weight
+        # matters. The magnitude is large, so that epsilon does not matter.
         sign_D = (1 - 2 * (torch.arange(embedding.shape[1], device=embedding.device) % 2)).to(embedding.dtype)
         with torch.no_grad():
             up_D, down_D = norm(torch.stack([1024 * sign_D, -1024 * sign_D])[None])[0]
@@ -57,7 +57,7 @@ class TargetParts:
 
     @property
     def embedding_row_bytes(self) -> int:
-        """Bytes that one token reads of the embedding."""
+        """Bytes of one embedding row."""
         weight = self._embedding.weight
         return int(weight.shape[1] * weight.element_size())
 

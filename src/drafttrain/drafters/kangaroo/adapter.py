@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from drafttrain.core.errors import CheckpointError
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""From (query_BHTd, keys_BHTd, values_BHTd) of an adapter to attended_BHTd: it knows which positions each one may look at."""
+"""Maps an adapter's (query_BHTd, keys_BHTd, values_BHTd) to attended_BHTd; it knows which positions a query may attend to."""
 
 
 class Adapter(nn.Module):
-    """One attention block without a feed-forward part, and the norm behind it: 4 D^2 + two norms.
+    """One attention block without a feed-forward part, and a norm after it: 4 D^2 weights and two norms.
 
     Args:
         last_norm: The target's final norm; `norm` starts as a copy of it.
@@ -39,11 +39,11 @@ class Adapter(nn.Module):
 
     @property
     def blocks(self) -> list[AttentionBlock]:
-        """The attention block, under the name that the paper's code gives its weights."""
+        """The attention blocks: one. `layers` is the name in the paper's code."""
         return cast("list[AttentionBlock]", list(self.layers))
 
     def forward(self, exit_BTD: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
-        """Return states that the target's head turns into logits.
+        """Return the states that the target's head reads.
 
         Args:
             exit_BTD: States that enter the exit layer.
@@ -56,7 +56,7 @@ class Adapter(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """f + attention(norm(f)), in the two parts around the attention itself."""
+    """f + attention(norm(f)), as the two functions before and after the attention."""
 
     def __init__(self, width: int, *, num_heads: int, rope_theta: float) -> None:
         super().__init__()
@@ -68,13 +68,13 @@ class AttentionBlock(nn.Module):
         return self.self_attn.project(self.input_layernorm(states_BTD), positions_BT)
 
     def finish(self, attended_BHTd: Tensor, states_BTD: Tensor) -> Tensor:
-        """Return the states with what the attention adds to them."""
+        """Return the states plus the output of the attention."""
         added_BTD: Tensor = self.self_attn.o_proj(attended_BHTd.transpose(1, 2).flatten(2))
         return states_BTD + added_BTD
 
 
 class Projections(nn.Module):
-    """Of causal attention with rotary positions; it adds nothing at the start."""
+    """Projections of causal attention with rotary positions. The output projection starts at zero."""
 
     def __init__(self, width: int, *, num_heads: int, rope_theta: float) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Projections(nn.Module):
         nn.init.zeros_(self.o_proj.weight)
 
     def project(self, normed_BTD: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (query_BHTd, keys_BHTd, values_BHTd), the first two turned by their positions."""
+        """Return (query_BHTd, keys_BHTd, values_BHTd), the first two rotated to their positions."""
         query_BHTd, key_BHTd, value_BHTd = (
             projection(normed_BTD).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -99,7 +99,7 @@ class Projections(nn.Module):
 
 
 def rotated(x_BHTd: Tensor, positions_BT: Tensor, *, theta: float) -> Tensor:
-    """Return queries or keys turned by their positions: dimension i is paired with i + d/2."""
+    """Return queries or keys rotated to their positions: dimension i is paired with i + d/2."""
     half = x_BHTd.shape[-1] // 2
     speed_d = theta ** -(torch.arange(half, device=x_BHTd.device, dtype=torch.float64) / half)
     angle_BTd = positions_BT.to(x_BHTd.device)[..., None] * speed_d
@@ -109,10 +109,10 @@ def rotated(x_BHTd: Tensor, positions_BT: Tensor, *, theta: float) -> Tensor:
 
 
 def _trainable_copy(norm: nn.Module) -> nn.Module:
-    """Return a norm of its own with the same weights, float32 or wider."""
+    """Return a copy of the norm with trainable weights of float32 or wider."""
     own = {
         id(weight): nn.Parameter(weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True))
         for weight in norm.parameters()
     }
-    # What a copy has copied already it does not copy again.
+    # deepcopy takes these weights from its memo instead of copying them.
     return copy.deepcopy(norm, own)

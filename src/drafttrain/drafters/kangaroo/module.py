@@ -1,4 +1,4 @@
-"""Kangaroo: the target's first blocks, an adapter of one attention block and two norms, the target's own head.
+"""Kangaroo: the target's first blocks, then an adapter of one attention block and two norms, then the target's own head.
 
 B = sequences, T = positions, D = hidden, H = heads, d = width of a head, N = rows, V = vocabulary
 """
@@ -37,26 +37,24 @@ CONFIG_KEYS = ("exit_layer", "hidden_size", "num_attention_heads", "rope_theta",
 
 @dataclass
 class KangarooSettings:
-    """An adapter behind the target's first blocks; the head is the target's own."""
+    """An adapter after the target's first blocks; the head is the target's own."""
 
-    exit_layer: int = setting(
-        2, help="Blocks of the target that run before the adapter: 1 to one less than it has.", ge=1
-    )
+    exit_layer: int = setting(2, help="Target blocks before the adapter: from 1 to one less than the target has.", ge=1)
     num_heads: int | None = setting(None, help="Attention heads of the adapter; null: as many as the target.", ge=1)
     draft: Literal["sampled", "greedy"] = setting(
-        "sampled", help="At temperature > 0: draft by sampling, or by argmax (then the node is FIXED)."
+        "sampled", help="At temperature > 0: draft by sampling, or by argmax (then nodes are FIXED)."
     )
 
 
 @drafters.register("kangaroo", KangarooSettings)
 class KangarooDrafter(Drafter):
-    """g = norm_out(f + attention(norm_in(f))), f the state that enters block `exit_layer`; the head reads g.
+    """g = norm_out(f + attention(norm_in(f))), where f is the state that enters block `exit_layer`; the head reads g.
 
-    Lag 0, depth 1: row t is the law of token t + 1, as the target's own row t is. It starts as the raw early exit: the
-    attention adds nothing and norm_out is the target's final norm. The target is no submodule: it is neither trained nor
-    stored.
+    Lag 0, depth 1: row t is the distribution of token t + 1, like the target's own row t. It starts as the raw early exit:
+    the attention adds nothing, and norm_out is the target's final norm. The target is not a submodule, so it is neither
+    trained nor stored.
 
-    Source: Liu et al. 2024, Kangaroo, arXiv 2404.18911; key names as in its code's adapter.
+    Source: Liu et al. 2024, Kangaroo, arXiv 2404.18911; weights are named as in the paper's code.
     """
 
     kind = "kangaroo"
@@ -64,7 +62,7 @@ class KangarooDrafter(Drafter):
     lag = 0
     needs_target = True
     serving = """\
-No serving engine loads an adapter behind a target's first layers yet; these figures are the embedded evaluator's.
+No serving engine loads an adapter after a target's first layers yet; these figures are from the embedded evaluator.
 
     drafttrain eval DRAFTER --target TARGET"""
 
@@ -85,7 +83,9 @@ No serving engine loads an adapter behind a target's first layers yet; these fig
     def create(cls, settings: KangarooSettings, *, target: Target | None, tokenizer: Any) -> KangarooDrafter:
         """Return the raw early exit."""
         if target is None:
-            raise CheckpointError("drafter kangaroo is made from its target, but target.model is null")
+            raise CheckpointError(
+                "drafter.kind is 'kangaroo' but target.model is null: its first blocks are the target's"
+            )
         config = target.model.config.get_text_config()
         rope = getattr(config, "rope_parameters", None) or {}
         drafter = cls(
@@ -103,7 +103,7 @@ No serving engine loads an adapter behind a target's first layers yet; these fig
 
     def forward(self, batch: DraftBatch) -> DraftOutput:
         """Return the states of depth 1, from the target's states of the batch."""
-        assert batch.target is not None, "whoever reads the target reads what `needs` says"
+        assert batch.target is not None, "the trainer reads what `needs` returns"
         exit_BTD = batch.target.hidden_BTD[self.exit_layer]
         documents = batch.packed_documents or PackedDocuments.of(batch.positions_BT)
 
@@ -114,21 +114,21 @@ No serving engine loads an adapter behind a target's first layers yet; these fig
         return DraftOutput({1: states_BTD}, head_of(*self._model), self.lag)
 
     def compile_with(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Compile the adapter around its attention, which is a kernel already."""
+        """Compile the adapter except for its attention, which is a kernel already."""
         for layer in self.adapter.blocks:
             layer.__dict__["project"] = compiled(layer.project)
             layer.__dict__["finish"] = compiled(layer.finish)
         self.adapter.norm.__dict__["forward"] = compiled(self.adapter.norm.forward)
 
     def products(self, shape: BatchShape) -> Iterator[Products]:
-        """Yield those of the adapter, and of the target's head, which is not trained, for each trained label."""
+        """Yield the products of the adapter, and of the target's frozen head for each trained label."""
         (model,) = self._model
         yield matrix(parameters_of(self.adapter), shape.positions, gradients=2)
         yield attention(self.adapter.width, shape.pairs, gradients=2)
         yield matrix(head_parameters(model), shape.rows(1), gradients=1)
 
     def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
-        """Return the proposer that runs inside the target's own cache."""
+        """Return the proposer, which uses the target's own cache."""
         return KangarooProposer(
             self.adapter,
             target.model,
@@ -139,7 +139,7 @@ No serving engine loads an adapter behind a target's first layers yet; these fig
         )
 
     def save(self, folder: Path) -> None:
-        """Write the adapter alone."""
+        """Write the adapter only."""
         adapter = self.adapter
         values = (self.exit_layer, adapter.width, adapter.num_heads, adapter.rope_theta, self.draft, self._fingerprint)
         config = {"model_type": self.kind} | dict(zip(CONFIG_KEYS, values, strict=True))
@@ -149,23 +149,23 @@ No serving engine loads an adapter behind a target's first layers yet; these fig
 
     @classmethod
     def load(cls, folder: Path, target: Target, dtype: Any = None) -> KangarooDrafter:
-        """Read an adapter for the target that it was trained behind.
+        """Read an adapter for the target that it was trained on.
 
         Raises:
-            CheckpointError: The files are damaged, or belong to another target.
+            CheckpointError: The files are damaged, or the adapter was trained on another target.
         """
         config = read_json(folder / "config.json")
         missing = [key for key in CONFIG_KEYS if key not in config]
         if missing:
-            raise CheckpointError(f"{folder / 'config.json'}: {', '.join(missing)} missing: not a Kangaroo adapter's")
+            raise CheckpointError(f"{folder / 'config.json'}: {', '.join(missing)} missing: not a Kangaroo adapter")
         if config["hidden_size"] != _width(target):
             raise CheckpointError(
                 f"{folder}: made for a target of width {config['hidden_size']}, {target.name} has {_width(target)}"
             )
         if config["target_fingerprint"] != target.fingerprint:
             raise CheckpointError(
-                f"{folder}: trained behind the layers of a target with fingerprint {config['target_fingerprint']}, "
-                f"{target.name} has {target.fingerprint}. Train an adapter for this target, or pass the one it was made for."
+                f"{folder}: trained on a target with fingerprint {config['target_fingerprint']}, "
+                f"{target.name} has {target.fingerprint}. Train an adapter for this target, or use the one it was made for."
             )
         drafter = cls(
             target,

@@ -1,4 +1,4 @@
-"""Drafting with the target's own first blocks: they run once a token, and the target continues from their states.
+"""Drafting with the target's own first blocks: they run once per token, and the target continues from their states.
 
 B = sequences, N = new rows of one call, C = cached rows, D = hidden, H = heads, d = width of a head, V = vocabulary, R = rows of q
 """
@@ -28,28 +28,28 @@ from drafttrain.target_model.ragged_cache import RaggedCache
 
 @dataclass
 class _Chain:
-    """One sequence's draft in the making."""
+    """The draft of one sequence, so far."""
 
     tokens: list[int]
     """The root, then the draft tokens."""
     states: list[Tensor]
-    """By node, the row that enters the exit layer."""
+    """By node, the state that enters the exit layer."""
     q_rows: list[Tensor] = field(default_factory=list)
     ended: bool = False
-    """The length policy wants no further token."""
+    """The length policy stopped it."""
 
 
 class KangarooProposer:
-    """Drafts chains: first blocks, adapter, the target's head; by sampling, or by argmax.
+    """Drafts chains with the first blocks, the adapter and the target's head, by sampling or argmax.
 
-    A draft token is read by the first blocks whether or not another one follows it, since the target continues from the states
-    of all nodes. The adapter reads it only when another one is to be drafted.
+    The first blocks read every draft token, even the last one, because the target continues from the states of all nodes.
+    The adapter reads a token only if another one is drafted after it.
 
     Args:
-        adapter: From states that enter the exit layer to states that the head reads, given how to attend.
-        model: The target; its head is used.
-        num_tokens: Ids that the tokenizer can produce; other rows of the head are padding and carry no mass.
-        draft: `sampled`, or `greedy`: a FIXED node at every temperature.
+        adapter: Maps states that enter the exit layer to states that the head reads.
+        model: The target, for its head.
+        num_tokens: Ids that the tokenizer can produce; the other rows of the head are padding and get no probability.
+        draft: `sampled`, or `greedy`: FIXED nodes at every temperature.
     """
 
     def __init__(
@@ -73,15 +73,15 @@ class KangarooProposer:
         self._contexts: list[Context] = []
         self._chains: list[_Chain] = []
         self._unread: list[list[Tensor]] = []
-        """By sequence, states of committed tokens that the adapter has not read yet."""
+        """By sequence, the states of committed tokens that the adapter has not read yet."""
 
     def share(self, blocks: FirstBlocks) -> None:
-        """Take the target's first blocks."""
+        """Store the target's first blocks, split at the exit layer."""
         blocks.split_at(self._exit_layer)
         self._blocks = blocks
 
     def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
-        """Let the adapter read the prompts, from the states that the target's first blocks gave."""
+        """Run the adapter over the prompts, on the states from the target's first blocks."""
         self._contexts = list(contexts)
         self._unread = [[] for _ in contexts]
         rows = [list(one.hidden_BTD[self._exit_layer][0]) if one.hidden_BTD else [] for one in seen]
@@ -94,9 +94,9 @@ class KangarooProposer:
         generators: Sequence[torch.Generator],
         more: Callable[[DraftStep], bool | More],
     ) -> list[Proposal]:
-        """Return one chain a sequence, with the states of its nodes."""
+        """Return one chain per sequence, with the states of its nodes."""
         if any(budget.width > 1 for budget in budgets):
-            raise CheckpointError("a drafter of kind kangaroo drafts chains: choose a length policy of width 1")
+            raise CheckpointError("a drafter of kind kangaroo drafts chains only: use a length policy of width 1")
         longest = [min(budget.nodes, budget.depth) for budget in budgets]
         self._fixed = self._greedy or sampling.temperature == 0
         roots = [context.tokens[-1:] for context in self._contexts]
@@ -127,7 +127,7 @@ class KangarooProposer:
         generators: Sequence[torch.Generator],
         more: Callable[[DraftStep], bool | More],
     ) -> list[list[int]]:
-        """Return the next draft token of every sequence that has one."""
+        """Return the next draft token of each sequence, as a list of one or none."""
         tokens: list[list[int]] = [[] for _ in inputs]
         if not any(inputs):
             return tokens
@@ -151,8 +151,8 @@ class KangarooProposer:
         return tokens
 
     def _first_blocks(self, tokens: Sequence[Sequence[int]]) -> list[Any]:
-        """Return the state of the one new token of every sequence; None where there is none."""
-        assert self._blocks is not None, "the engine shares the target's blocks before it begins"
+        """Return the state of each sequence's new token; None where there is none."""
+        assert self._blocks is not None, "the engine calls `share` before `begin`"
         states = self._blocks.run_first_blocks(tokens)
         return [one.hidden_ND[0] if len(one.hidden_ND) else None for one in states]
 
@@ -165,7 +165,7 @@ class KangarooProposer:
         return replace(proposal, resume=LayerState(self._exit_layer, torch.stack(one.states)))
 
     def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
-        """Keep what the adapter read of the committed text, and the states of what it did not read of it."""
+        """Keep committed text in the adapter's cache, and the states of committed tokens that it has not read."""
         kept = []
         for sequence, verdict in enumerate(verdicts):
             committed = [*self._unread[sequence], *(self._chains[sequence].states[node] for node in verdict.path)]
@@ -181,7 +181,7 @@ class KangarooProposer:
 
 
 class _CachedAdapter:
-    """The adapter with its own keys and values, and the target's head behind it."""
+    """The adapter with its own key-value cache, followed by the target's head."""
 
     def __init__(self, adapter: Any, model: Any, *, listener: ForwardListener | None) -> None:
         self._module = adapter
@@ -194,22 +194,22 @@ class _CachedAdapter:
 
     @property
     def num_pending(self) -> list[int]:
-        """Rows read since the last `keep`, by sequence."""
+        """Tokens read since the last `keep`, by sequence."""
         return [length - kept for length, kept in zip(self._cache.lengths, self._cache.kept, strict=True)]
 
     def begin(self, rows: Sequence[Sequence[Tensor]]) -> None:
-        """Forget everything and read the states of prompts."""
+        """Empty the cache and read the states of prompts."""
         self._cache = RaggedCache(len(rows))
         if any(rows):
             self._read(rows, head=False)
         self._cache.commit()
 
     def read(self, rows: Sequence[Sequence[Tensor]]) -> list[tuple[Tensor, Tensor] | None]:
-        """Read new rows; return (state, logits) of the last one of each sequence; None where there are none."""
+        """Read new states; return (state, logits) of each sequence's last one; None where there is none."""
         return self._read(rows, head=True)
 
     def keep(self, counts: Sequence[int]) -> None:
-        """Keep the first so many pending rows of every sequence."""
+        """Keep the first `counts` pending tokens of every sequence."""
         if any(self.num_pending):
             self._cache.keep([range(count) for count in counts])
 
@@ -247,12 +247,12 @@ class _CachedAdapter:
         return found
 
     def _attend(self, allowed_BNC: Tensor, query_BHNd: Tensor, keys_BHNd: Tensor, values_BHNd: Tensor) -> Tensor:
-        """Cache the new keys and values, and attend to the allowed ones of all."""
+        """Cache the new keys and values, and attend to the allowed ones among all."""
         keys_BHCd, values_BHCd = self._cache.hf.update(keys_BHNd, values_BHNd, 0)
         return scaled_dot_product_attention(query_BHNd, keys_BHCd, values_BHCd, attn_mask=allowed_BNC[:, None])
 
     def _report(self, sizes: Sequence[int], *, context: int, head: bool, span: Span) -> None:
-        """Enter the call in the ledger: the adapter's weights, its cache, and the head that it shares with the target."""
+        """Report the call to the listener: the adapter's weights, its cache, and the head it shares with the target."""
         if self._listener is None:
             return
         num_tokens = sum(sizes)

@@ -1,1 +1,1 @@
-"""Medusa: several heads on the target's last hidden state."""
+"""Medusa: several heads on the target's final hidden state."""

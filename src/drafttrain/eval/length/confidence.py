@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from drafttrain.core.proposals import Budget, Context, DraftStep, Verdict
 from drafttrain.core.settings import setting
-from drafttrain.eval.length import length_policies
+from drafttrain.eval.length import LengthSettings, length_policies
 
 
 @dataclass
-class ConfidenceSettings:
+class ConfidenceSettings(LengthSettings):
     """Draft another token while the drafter's next distribution has a likely one."""
 
     threshold: float = setting(

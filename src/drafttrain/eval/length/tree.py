@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from drafttrain.core.proposals import Budget, Context, DraftStep, Verdict
 from drafttrain.core.settings import setting
-from drafttrain.eval.length import length_policies
+from drafttrain.eval.length import LengthSettings, length_policies
 
 
 @dataclass
-class TreeSettings:
+class TreeSettings(LengthSettings):
     """Draft a tree: several candidates for each position, verified in one target call."""
 
     num_draft_tokens: int = setting(24, help="Nodes of the tree without its root.", ge=1)
@@ -16,6 +16,11 @@ class TreeSettings:
         5, help="Levels of the tree; a drafter with heads goes no deeper than its number of heads.", ge=1
     )
     width: int = setting(4, help="Most children of a node.", ge=2)
+
+    @property
+    def chain_length(self) -> int:
+        """The levels of the tree."""
+        return self.depth
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
