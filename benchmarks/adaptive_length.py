@@ -27,7 +27,7 @@ from drafttrain.eval.length.expected_cost import ExpectedCost, ExpectedCostSetti
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.statistics import ratio_difference, ratio_interval
-from drafttrain.heads import check_made_for
+from drafttrain.heads.folder import check_made_for
 from drafttrain.target_model import Target, TargetSettings
 from drafttrain.target_model.folders import resolve_folder
 

@@ -20,10 +20,8 @@ from drafttrain.core.provenance import commit, processor
 from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.result import Result
-from drafttrain.pipeline.data import dropped_prompts
-from drafttrain.pipeline.exporting import export_best
-from drafttrain.pipeline.run import Run
-from drafttrain.pipeline.training import train_drafter
+from drafttrain.pipeline.data import contaminated_prompts
+from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.train.result import TrainResult
 
 LOSSES = ("tvdpp", "ce")
@@ -50,8 +48,8 @@ def main() -> None:
             found = done.best
             print(f"| {loss} | {rate:g} | {done.best_step} | {found:.3f} |", flush=True)
             best[loss] = max(best.get(loss, (0.0, 0.0, drafter)), (found, rate, drafter))
-    run = Run(base, arguments.folder / "base", quiet=True)
-    dropped = dropped_prompts(run, base.eval.prompts)
+    run = DrafterRun(base, arguments.folder / "base", quiet=True)
+    dropped = contaminated_prompts(run, base.eval.prompts)
     prompts = read_prompts(
         base.eval.prompts,
         run.tokenizer,
@@ -73,9 +71,9 @@ def arm(arguments: Any, loss: str, rate: float) -> tuple[TrainResult, Path]:
     folder = arguments.folder / recipe.name
     if not (folder / "data").exists():
         shutil.copytree(arguments.folder / "base" / "data", folder / "data")
-    run = Run(recipe, folder, quiet=True)
-    train_drafter(run)
-    return export_best(run), run.folder.drafter
+    run = DrafterRun(recipe, folder, quiet=True)
+    run.train()
+    return run.export_best(), run.folder.drafter
 
 
 def show(result: Result, rates: dict[str, float]) -> None:

@@ -40,9 +40,7 @@ from drafttrain.eval.result import Result
 from drafttrain.eval.statistics import ratio_of_ratios
 from drafttrain.importers.convert import import_folder
 from drafttrain.pipeline.data import training_data
-from drafttrain.pipeline.exporting import export_best
-from drafttrain.pipeline.run import Run
-from drafttrain.pipeline.training import train_drafter
+from drafttrain.pipeline.drafter_run import DrafterRun
 
 THREADS = 1
 NUM_STEPS = 3
@@ -84,7 +82,7 @@ def main() -> None:
     print(table(arguments, shared, done, positions))
 
 
-def run_of(arguments: argparse.Namespace, rate: float, folder: Path) -> Run:
+def run_of(arguments: argparse.Namespace, rate: float, folder: Path) -> DrafterRun:
     """Return a run of this project with one learning rate; the one that only writes the texts has always the same recipe."""
     batch = arguments.batch
     if folder.name == "texts":
@@ -107,10 +105,10 @@ def run_of(arguments: argparse.Namespace, rate: float, folder: Path) -> Run:
     if not (folder / "data").exists() and folder.name != "texts":
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "data").symlink_to(data)
-    return Run(load_recipe(str(file)), folder, quiet=True)
+    return DrafterRun(load_recipe(str(file)), folder, quiet=True)
 
 
-def write_for_them(arguments: argparse.Namespace, run: Run) -> int:
+def write_for_them(arguments: argparse.Namespace, run: DrafterRun) -> int:
     """Write the records of the training, with their states, for speculators; return how many positions one epoch has."""
     records = [store[i] for store in training_data(run).stores for i in range(len(store))]
     folder = arguments.out / "theirs"
@@ -152,9 +150,9 @@ def ours(arguments: argparse.Namespace, rate: float) -> None:
     run = run_of(arguments, rate, arguments.out / f"ours-{arguments.batch}-{rate:g}")
     training_data(run)
     began = cpu_seconds()
-    train_drafter(run)
+    run.train()
     seconds = cpu_seconds() - began
-    export_best(run)
+    run.export_best()
     write_json(
         run.folder.path / "arm.json",
         {"seconds": seconds, "steps": run.recipe.train.max_steps, "drafter": str(run.folder.drafter)},
@@ -220,7 +218,7 @@ def ask(arguments: argparse.Namespace, what: str, request: Any, **more: Any) -> 
         raise SystemExit(f"speculators failed, see {log}")
 
 
-def validated(arguments: argparse.Namespace, shared: Run, name: str, drafter: Path) -> dict[str, float]:
+def validated(arguments: argparse.Namespace, shared: DrafterRun, name: str, drafter: Path) -> dict[str, float]:
     """Return the greedy block efficiency on the validation prompts, decoded once."""
     file = arguments.out / name / "validation.json"
     if not file.exists():
@@ -229,7 +227,7 @@ def validated(arguments: argparse.Namespace, shared: Run, name: str, drafter: Pa
     return {"validation": json.loads(file.read_text(encoding="utf-8"))["value"]}
 
 
-def decoded(run: Run, drafters: dict[str, Path], file: str, temperatures: list[float]) -> Result:
+def decoded(run: DrafterRun, drafters: dict[str, Path], file: str, temperatures: list[float]) -> Result:
     """Decode all prompts of a file with drafters in chains."""
     wanted = run.recipe.eval
     prompts = read_prompts(file, run.tokenizer, prompt_tokens=wanted.prompt_tokens, dropped=[], limit=None)
@@ -239,7 +237,7 @@ def decoded(run: Run, drafters: dict[str, Path], file: str, temperatures: list[f
     return evaluate(drafters, run.target, prompts, settings)
 
 
-def table(arguments: argparse.Namespace, shared: Run, done: dict[str, dict[str, Any]], positions: int) -> str:
+def table(arguments: argparse.Namespace, shared: DrafterRun, done: dict[str, dict[str, Any]], positions: int) -> str:
     """Return both sides' best, held against each other on the test prompts, and the speeds of all arms."""
     best = {}
     for side in ("ours", "speculators"):

@@ -22,7 +22,9 @@ from drafttrain.data_gen.annotate import Frozen, annotators
 from drafttrain.data_gen.stored.labelled_tokens import LabelledTokens
 from drafttrain.eval.calibration import auc, ece
 from drafttrain.eval.prompts import read_prompts
-from drafttrain.heads import HeadRows, load_head, probabilities
+from drafttrain.heads.folder import load_head
+from drafttrain.heads.rows import HeadRows
+from drafttrain.heads.token_head import probabilities
 from drafttrain.target_model import Target
 from drafttrain.target_model.folders import resolve_folder
 

@@ -28,10 +28,8 @@ from drafttrain.eval.length.tree import TreeSettings
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.result import Result, read_result
 from drafttrain.eval.settings import length_label
-from drafttrain.pipeline.data import dropped_prompts
-from drafttrain.pipeline.exporting import export_best
-from drafttrain.pipeline.run import Run
-from drafttrain.pipeline.training import train_drafter
+from drafttrain.pipeline.data import contaminated_prompts
+from drafttrain.pipeline.drafter_run import DrafterRun
 
 EQUAL = (
     "data.sources=[{kind: generated}]",
@@ -87,7 +85,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     base = load_recipe(arguments.recipe, [*changes(arguments, "causal_lm"), "data.cache=none"])
     gen(base, arguments.out / "texts")
-    shared = Run(base, arguments.out / "texts", quiet=True)
+    shared = DrafterRun(base, arguments.out / "texts", quiet=True)
     best = {kind: best_of(arguments, kind, shared) for kind in arguments.kinds}
     if arguments.validation_only:
         return
@@ -104,18 +102,18 @@ def changes(arguments: argparse.Namespace, kind: str) -> list[str]:
     return [*EQUAL, *KINDS[kind], *(one for one in given if ":" not in one.split("=")[0])]
 
 
-def best_of(arguments: argparse.Namespace, kind: str, shared: Run) -> tuple[Run, float]:
+def best_of(arguments: argparse.Namespace, kind: str, shared: DrafterRun) -> tuple[DrafterRun, float]:
     """Train a kind with rates of the grid, upwards for as long as that helps; return the best run and its rate.
 
     Args:
         shared: Has the target, and what it writes after the validation prompts: the same for all arms.
     """
-    runs: dict[float, Run] = {}
+    runs: dict[float, DrafterRun] = {}
     found: dict[float, float] = {}
     for rate in (one for one in arguments.rates if one >= FIRST_RATE.get(kind, 0.0)):
         began = time.perf_counter()
         run = runs[rate] = trained(arguments, kind, rate, shared)
-        done = export_best(run)
+        done = run.export_best()
         found[rate] = done.best
         print(
             f"{kind}, rate {rate:g}: validation {found[rate]:.3f} at step {done.best_step}, "
@@ -129,7 +127,7 @@ def best_of(arguments: argparse.Namespace, kind: str, shared: Run) -> tuple[Run,
     return runs[rate], rate
 
 
-def trained(arguments: argparse.Namespace, kind: str, rate: float, shared: Run) -> Run:
+def trained(arguments: argparse.Namespace, kind: str, rate: float, shared: DrafterRun) -> DrafterRun:
     """Return the trained run of one arm. The rate is that of what is added: Medusa-2's adapters learn at a quarter of it."""
     own = [f"train.lr={rate / 4 if kind == 'medusa2' else rate:g}", f"name={kind}-{rate:g}"]
     recipe = load_recipe(arguments.recipe, [*changes(arguments, kind), *own])
@@ -139,9 +137,9 @@ def trained(arguments: argparse.Namespace, kind: str, rate: float, shared: Run) 
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.exists():
             link.symlink_to(place.resolve())
-    run = Run(recipe, folder, quiet=True)
+    run = DrafterRun(recipe, folder, quiet=True)
     run.target, run.validation_texts = shared.target, shared.validation_texts
-    train_drafter(run)
+    run.train()
     return run
 
 
@@ -156,7 +154,7 @@ class Tested:
     trained_parameters: int
 
 
-def tested(folder: Path, kind: str, run: Run, rate: float) -> Tested:
+def tested(folder: Path, kind: str, run: DrafterRun, rate: float) -> Tested:
     """Return the figures on the test prompts, decoded once and kept."""
     file, more, wanted = folder / "eval.json", folder / "arm.json", run.recipe.eval
     if file.exists() and more.exists():
@@ -166,7 +164,7 @@ def tested(folder: Path, kind: str, run: Run, rate: float) -> Tested:
             name,
             run.tokenizer,
             prompt_tokens=wanted.prompt_tokens,
-            dropped=dropped_prompts(run, name),
+            dropped=contaminated_prompts(run, name),
             limit=wanted.num_prompts,
         )
         for name in (wanted.prompts, wanted.validation_prompts)

@@ -42,9 +42,8 @@ from drafttrain.online.buffer import ReplayBuffer
 from drafttrain.online.learner import Learner
 from drafttrain.online.plausible import surprise
 from drafttrain.online.promotion import request_counts
-from drafttrain.pipeline.drafter_folder import write_drafter
+from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.pipeline.online_run import online_run
-from drafttrain.pipeline.run import Run
 from drafttrain.recorder.intake import Served
 from drafttrain.target_model import Target
 
@@ -138,9 +137,9 @@ def learned(out: Path, kind: str, loss: str, share: float) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(done.read_text())
         return found
     recipe = load_recipe("online", [*SETTINGS, f"loss.kind={loss}", f"data.sources.0.path={out / 'logs'}"])
-    run = Run(recipe, out / "run", quiet=True)
+    run = DrafterRun(recipe, out / "run", quiet=True)
     target = run.target
-    write_drafter(run, run.drafter, run.folder.start, steps=0)
+    run.write_start()
     lines = shipped("assertions")
     stream, forged = poisoned(target, run, lines[:STREAM], kind, share)
     write_log(out / "logs" / "log.jsonl", stream)
@@ -168,7 +167,7 @@ def learned(out: Path, kind: str, loss: str, share: float) -> dict[str, Any]:
     return found
 
 
-def unguarded(run: Run, requests: Sequence[Served]) -> Drafter:
+def unguarded(run: DrafterRun, requests: Sequence[Served]) -> Drafter:
     """Return the start drafter after the same steps on all requests, whoever wrote the answers; nothing is held out."""
     recipe = run.recipe
     online = recipe.online
@@ -204,7 +203,7 @@ def nats(target: Target, drafter: Drafter, records: Sequence[Record]) -> float |
 def set_aside(out: Path, kinds: Sequence[str], share: float) -> list[str]:
     """Return the rows of what the filter makes of each kind: this needs no learning."""
     recipe = load_recipe("online", [*SETTINGS, f"data.sources.0.path={out / 'logs'}"])
-    run = Run(recipe, out / "filter", quiet=True)
+    run = DrafterRun(recipe, out / "filter", quiet=True)
     lines, rows = shipped("assertions")[:STREAM], []
     for kind in kinds:
         stream, forged = poisoned(run.target, run, lines, kind, share)
@@ -217,7 +216,7 @@ def set_aside(out: Path, kinds: Sequence[str], share: float) -> list[str]:
 
 
 def poisoned(
-    target: Target, run: Run, lines: Sequence[dict[str, Any]], kind: str, share: float
+    target: Target, run: DrafterRun, lines: Sequence[dict[str, Any]], kind: str, share: float
 ) -> tuple[list[dict[str, Any]], set[int]]:
     """Return the stream, lines in their order, a part of them with forged answers; and which."""
     draws = random.Random(kind)
@@ -239,7 +238,7 @@ def poisoned(
     return found, forged
 
 
-def drawn(run: Run, target: Target, prompt: list[int], count: int, number: int) -> list[list[int]]:
+def drawn(run: DrafterRun, target: Target, prompt: list[int], count: int, number: int) -> list[list[int]]:
     """Return what the drafter writes by itself at temperature 1."""
     model = run.drafter.model
     torch.manual_seed(number)

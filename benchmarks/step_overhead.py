@@ -29,7 +29,7 @@ from drafttrain.losses import losses
 from drafttrain.losses.align import align
 from drafttrain.losses.pieces import CPU_PIECE_BYTES
 from drafttrain.pipeline.data import training_data
-from drafttrain.pipeline.run import Run
+from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.train.optimizer import build_optimizer, learning_rate_scale
 from drafttrain.train.run import train
 
@@ -46,7 +46,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     recipe = load_recipe(arguments.recipe)
     gen(recipe, arguments.run)
-    run = Run(recipe, arguments.run, quiet=True)
+    run = DrafterRun(recipe, arguments.run, quiet=True)
     data = training_data(run)
     settings = replace(recipe.train, max_steps=arguments.steps + 2, eval_every_steps=0, loggers=["csv"])
     start = drafters.entry(recipe.drafter.kind).component.create(

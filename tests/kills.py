@@ -24,9 +24,7 @@ from safetensors.torch import load_file
 from drafttrain.commands.gen import gen
 from drafttrain.config.load import load_recipe
 from drafttrain.distributed.world import without_launcher
-from drafttrain.pipeline.exporting import export_best
-from drafttrain.pipeline.run import Run
-from drafttrain.pipeline.training import train_drafter
+from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.train.metrics_log import TIMES
 
 RECIPE = """
@@ -79,9 +77,9 @@ def uninterrupted(recipe: Path, folder: Path) -> Path:
     """Return the folder of a run in this process, up to its drafter."""
     loaded = load_recipe(recipe)
     gen(loaded, folder)
-    run = Run(loaded, folder)
-    train_drafter(run)
-    export_best(run)
+    run = DrafterRun(loaded, folder)
+    run.train()
+    run.export_best()
     return folder
 
 

@@ -11,8 +11,8 @@ from drafttrain.config.load import load_recipe
 from drafttrain.config.older import READ
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.errors import RecipeError
+from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.pipeline.folder import RunFolder
-from drafttrain.pipeline.run import Run
 from drafttrain.pipeline.settled import settled
 
 HELD = Path(__file__).parent / "older_run.yaml"
@@ -51,16 +51,16 @@ def test_a_run_goes_on_by_its_folder_and_by_its_recipe(folder: Path, capfd: pyte
     )
     assert (recipe.train.records_per_device, recipe.train.tf32, recipe.target.dtype) == (None, False, "float32")
     assert settled(recipe, None) == recipe
-    run = Run(load_recipe("tiny_eagle3"), folder)
+    run = DrafterRun(load_recipe("tiny_eagle3"), folder)
     said = capfd.readouterr().err
     assert f"{folder}: continuing" in said
     assert "older version" not in said, "it is said once, however often the folder is read"
     assert run.recipe == recipe
-    again = Run(load_recipe("tiny_eagle3"), folder)
+    again = DrafterRun(load_recipe("tiny_eagle3"), folder)
     assert again.recipe == recipe, "and once more, now that the folder is written as today"
     assert "older version" not in capfd.readouterr().err
     with pytest.raises(RecipeError, match=r"(?s)another recipe.*tf32: true"):
-        Run(load_recipe("tiny_eagle3", ["train.tf32=true"]), folder)
+        DrafterRun(load_recipe("tiny_eagle3", ["train.tf32=true"]), folder)
 
 
 @pytest.mark.parametrize(

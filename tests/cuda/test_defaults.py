@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from drafttrain.commands.fit import _fit_head
 from drafttrain.config.load import read_recipe
 from drafttrain.pipeline.data import write_texts as write_data
-from drafttrain.pipeline.run import Run
-from drafttrain.pipeline.training import train_drafter
+from drafttrain.pipeline.drafter_run import DrafterRun
+from drafttrain.pipeline.head_run import HeadRun
 from drafttrain.train.head import HeadModule
 from tests.cuda.happenings import Happenings
 from tests.cuda.kinds import KINDS, recipe, write_texts
@@ -30,12 +29,12 @@ def test_a_drafter_trains_in_bf16_mixed_on_a_float32_target(
     write_texts(tmp_path)
     made = recipe(KINDS[name], target=target_folder, folder=tmp_path)
     target = replace(made.target, dtype="auto", device="auto")
-    run = Run(replace(made, target=target, train=replace(made.train, precision="auto")), tmp_path / "run")
+    run = DrafterRun(replace(made, target=target, train=replace(made.train, precision="auto")), tmp_path / "run")
     assert (run.recipe.target.dtype, run.recipe.train.precision) == ("float32", "bf16-mixed")
     write_data(run)
     assert run.target.device.type == "cuda"
     assert run.target.model.dtype == torch.float32
-    train_drafter(run)
+    run.train()
     said = capfd.readouterr().err
     assert "target.dtype: float32, train.precision: bf16-mixed" in said
     assert said.count("target.dtype: float32: matrices are multiplied in TF32 (train.tf32)") == 1
@@ -57,7 +56,7 @@ def test_a_head_trains_on_the_gpu(
         "train": {"max_steps": 4, "batch_size": 16, "warmup_steps": 1, "eval_every_steps": 2, "loggers": ["csv"]},
         "eval": dict.fromkeys(("prompts", "validation_prompts"), str(tmp_path / "prompts.jsonl")),
     }
-    run = Run(read_recipe(json.dumps({"name": "head", **sections}), source="head"), tmp_path / "run")
+    run = HeadRun(read_recipe(json.dumps({"name": "head", **sections}), source="head"), tmp_path / "run")
     assert run.recipe.train.precision == "fp32"
     places: set[tuple[str, str]] = set()
     step = HeadModule.training_step
@@ -67,6 +66,6 @@ def test_a_head_trains_on_the_gpu(
         return step(self, batch, index)
 
     monkeypatch.setattr(HeadModule, "training_step", looked_at)
-    _fit_head(run)
+    run.train()
     assert places == {("cuda", "cuda")}
     assert cuda.operations > 100

@@ -16,13 +16,11 @@ from drafttrain.data_gen.annotate import annotators
 from drafttrain.drafters import Drafter
 from drafttrain.eval.acceptance import acceptance_rules
 from drafttrain.eval.acceptance.lossless import LosslessSettings
+from drafttrain.eval.head_figures import head_figures
 from drafttrain.eval.length import length_policies
 from drafttrain.eval.length.fixed import FixedLengthSettings
 from drafttrain.heads import heads
-from drafttrain.pipeline.data import training_data
-from drafttrain.pipeline.exporting import export_trained_head, training_result
-from drafttrain.pipeline.head import figures_of_head, fit_head, labelled_tokens
-from drafttrain.pipeline.run import Run
+from drafttrain.pipeline.head_run import HeadRun
 from drafttrain.target_model import Target
 from tests.cuda.kinds import write_texts
 from tests.cuda.models import PROMPTS, engine
@@ -68,19 +66,19 @@ def test_every_head_is_trained_where_its_target_is(
 ) -> None:
     write_texts(tmp_path)
     drafter = save_llama(seed=0, num_layers=1)
-    run = Run(recipe_of(kind, target=target_folder, drafter=drafter, folder=tmp_path), tmp_path / "run")
-    labelled = labelled_tokens(run.recipe, run.folder, run.target, training_data(run))
+    run = HeadRun(recipe_of(kind, target=target_folder, drafter=drafter, folder=tmp_path), tmp_path / "run")
+    labelled = run.label()
     devices = []
     hook = torch.nn.modules.module.register_module_forward_pre_hook(
         lambda module, inputs: devices.append(inputs[0].device.type) if type(module) is head_class else None
     )
     head_class = heads.entry(kind).component
-    fit_head(run.recipe, run.folder, labelled)
+    run.fit_head(labelled)
     hook.remove()
     assert set(devices) == {"cuda"}
-    trained = run.folder.train / training_result(run).drafter
-    export_trained_head(run.recipe, run.folder, run.target, trained=trained)
-    assert figures_of_head(run.recipe, run.folder)["rows"] > 0
+    run.export_best()
+    figures = head_figures(run.folder.head, run.folder.start, labelled.held_out, kind=kind)
+    assert figures.rows > 0
     decode_with(kind, str(run.folder.head), target, drafter_of("causal_lm"))
 
 

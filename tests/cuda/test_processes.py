@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from drafttrain.distributed.world import without_launcher
-from drafttrain.pipeline.run import Run
-from drafttrain.pipeline.training import train_drafter
+from drafttrain.pipeline.drafter_run import DrafterRun
 from tests.cuda.kinds import IN_PROCESSES, KINDS, recipe, write_texts
 
 pytestmark = pytest.mark.pretended_cuda
@@ -57,7 +56,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, target_folder: Path) -> Path
     folder = tmp_path_factory.mktemp("two")
     write_texts(folder)
     shutil.copytree(target_folder, folder / "target")
-    train_drafter(Run(recipe(KINDS[IN_PROCESSES], target=target_folder, folder=folder), folder / "alone"))
+    DrafterRun(recipe(KINDS[IN_PROCESSES], target=target_folder, folder=folder), folder / "alone").train()
     return folder
 
 

@@ -12,17 +12,15 @@ import torch
 
 from drafttrain.core.errors import Interrupted
 from drafttrain.pipeline.data import write_texts as write_data
+from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.pipeline.evaluating import evaluated
-from drafttrain.pipeline.exporting import export_best
-from drafttrain.pipeline.run import Run
-from drafttrain.pipeline.training import train_drafter
 from tests.cuda.happenings import Happenings
 from tests.cuda.kinds import KINDS, recipe, write_texts
 
 pytestmark = pytest.mark.pretended_cuda
 
 
-def stop_in_step(run: Run, step: int) -> None:
+def stop_in_step(run: DrafterRun, step: int) -> None:
     """Ask this process to stop when the drafter is trained in a step, from 0."""
     calls = []
 
@@ -41,17 +39,17 @@ def test_every_kind_goes_all_the_way_on_one_gpu(
 ) -> None:
     write_texts(tmp_path)
     made = recipe(KINDS[name], target=target_folder, folder=tmp_path)
-    run = Run(made, tmp_path / "run")
+    run = DrafterRun(made, tmp_path / "run")
     write_data(run)
     assert run.target.device == next(run.drafter.parameters()).device == torch.device("cuda:0")
     stop_in_step(run, 0)
     with pytest.raises(Interrupted):
-        train_drafter(run)
+        run.train()
     assert (run.folder.train / "checkpoints" / "step-00000001.ckpt").exists()
     # As another process does, which has nothing but the files.
-    run = Run(made, tmp_path / "run")
-    train_drafter(run)
-    done = export_best(run)
+    run = DrafterRun(made, tmp_path / "run")
+    run.train()
+    done = run.export_best()
     assert done.last_step == made.train.max_steps
     folders = {"drafter": run.folder.drafter, "start": run.folder.start}
     result = evaluated(folders, run.target, made.eval, dropped=[])

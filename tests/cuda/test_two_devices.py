@@ -9,9 +9,7 @@ import torch
 
 from drafttrain.core.errors import RecipeError
 from drafttrain.pipeline.data import write_texts as write_data
-from drafttrain.pipeline.exporting import export_best
-from drafttrain.pipeline.run import Run
-from drafttrain.pipeline.training import train_drafter
+from drafttrain.pipeline.drafter_run import DrafterRun
 from tests.cuda.kinds import KINDS, recipe, write_texts
 
 pytestmark = pytest.mark.pretended_cuda
@@ -28,9 +26,9 @@ def test_every_kind_trains_beside_its_target_or_is_refused_by_name(
             recipe(kind, target=target_folder, folder=tmp_path, train={"device": "cuda:1"})
         return
     made = recipe(kind, target=target_folder, folder=tmp_path, train={"device": "cuda:1", "max_steps": 2})
-    run = Run(made, tmp_path / "run")
+    run = DrafterRun(made, tmp_path / "run")
     assert next(run.drafter.parameters()).device == torch.device("cuda:1")
     write_data(run)
-    train_drafter(run)
-    export_best(run)
+    run.train()
+    run.export_best()
     assert (run.folder.drafter / "model.safetensors").exists()

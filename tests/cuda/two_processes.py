@@ -20,8 +20,7 @@ from drafttrain.config.recipe import Recipe  # noqa: E402
 from drafttrain.core.errors import Interrupted  # noqa: E402
 from drafttrain.distributed.collectives import together, wait_for_all  # noqa: E402
 from drafttrain.distributed.world import is_first  # noqa: E402
-from drafttrain.pipeline.run import Run  # noqa: E402
-from drafttrain.pipeline.training import train_drafter  # noqa: E402
+from drafttrain.pipeline.drafter_run import DrafterRun  # noqa: E402
 from tests.cuda.groups import groups_of_devices  # noqa: E402
 from tests.cuda.happenings import happenings  # noqa: E402
 from tests.cuda.kinds import IN_PROCESSES, KINDS, recipe  # noqa: E402
@@ -30,19 +29,19 @@ from tests.cuda.runtime import gpus  # noqa: E402
 
 def train_twice(made: Recipe, folder: Path) -> None:
     """Train until the second process is asked to stop, then to the end."""
-    run = Run(made, folder)
+    run = DrafterRun(made, folder)
     if not is_first():
         ask_to_stop(run)
     try:
-        train_drafter(run)
+        run.train()
     except Interrupted:
         wait_for_all("they begin again")
     else:
         raise AssertionError("a process was asked to stop")
-    train_drafter(Run(made, folder))
+    DrafterRun(made, folder).train()
 
 
-def ask_to_stop(run: Run) -> None:
+def ask_to_stop(run: DrafterRun) -> None:
     """Ask this process to stop in its first step."""
 
     def ask(module: torch.nn.Module, _: object) -> None:

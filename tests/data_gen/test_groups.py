@@ -1,10 +1,10 @@
-"""What is read together is bounded by tokens, padding included, whatever the lengths of the texts."""
+"""Texts that are read together are bounded by tokens, whatever their lengths."""
 
 import random
 
 import pytest
 
-from drafttrain.data_gen.groups import groups
+from drafttrain.data_gen.groups import TOKENS_IN_ORDER, groups, groups_in_order
 
 
 @pytest.mark.parametrize("tokens", [1, 100, 16_384])
@@ -21,3 +21,9 @@ def test_a_group_holds_at_most_so_many_tokens_or_one_text(tokens: int) -> None:
 def test_texts_of_like_length_are_read_together_the_longest_first() -> None:
     assert groups([3, 9, 2, 10], tokens=20) == [[3, 1], [0, 2]]
     assert groups([], tokens=20) == []
+
+
+def test_groups_in_order_are_consecutive_and_bounded_by_the_tokens_of_their_texts() -> None:
+    assert groups_in_order([3, 7, 1, 20, 10, 1], tokens=10) == [[0, 1], [2], [3], [4], [5]]
+    assert groups_in_order([], tokens=10) == []
+    assert TOKENS_IN_ORDER == 4096, "another number moves the logits of caches by rounding"

@@ -20,7 +20,7 @@ from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.report import PHASES, label, write_report
 from drafttrain.eval.result import Piece, Result
 from drafttrain.eval.settings import EvalSettings
-from drafttrain.eval.table import show
+from drafttrain.eval.table import CARRIES_OVER, THIS_MACHINE, show
 from drafttrain.export.markdown import block, code, plain
 from drafttrain.serving.card import model_card
 from drafttrain.target_model import Target
@@ -139,6 +139,22 @@ def test_tables_json_and_cards_take_any_name(result, name, tmp_path, capsys):
     assert {line.count("|") for line in rows} == {6}, "no cell is cut in two"
     assert sum(line.startswith("# ") for line in card.splitlines()) == 1
     card.encode("utf-8")
+
+
+def test_counts_and_times_are_shown_in_two_tables(result, tmp_path, capsys):
+    """The figures that depend on the machine are in the second table only: on stdout, in the report and in the card."""
+    show(result)
+    card = model_card("N", result, drafter="A", recipe="", command="")
+    write_report(tmp_path / "report.html", result, title="T", metrics=None, command="")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    shown = [(capsys.readouterr().out, THIS_MACHINE), (card, "measured times"), (page, THIS_MACHINE)]
+    for text, second in shown:
+        counted, timed = text[text.index(CARRIES_OVER) :].split(second, 1)
+        assert all(name in counted for name in ("block efficiency", "alpha", "MBSU"))
+        assert "tokens/s" not in counted
+        assert "tokens/s" in timed
+    assert shown[0][0].count("exact 2/2") == 2
+    assert "transformers' generate, first 1 prompts" in shown[0][0]
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

@@ -22,8 +22,9 @@ from drafttrain.eval.head_figures import head_figures
 from drafttrain.eval.length.fixed import FixedLengthSettings
 from drafttrain.eval.result import FORMAT, Input, Result, current_result, read_result
 from drafttrain.eval.settings import EvalSettings
-from drafttrain.heads import HeadRows, MadeFor
 from drafttrain.heads.acceptance import AcceptanceHead, AcceptanceSettings
+from drafttrain.heads.rows import HeadRows
+from drafttrain.heads.token_head import MadeFor
 from drafttrain.target_model import Target
 from tests.conftest import byte_tokenizer, random_llama
 from tests.eval.decoding import PROMPTS

@@ -14,8 +14,7 @@ from drafttrain.config.dump import dump_recipe
 from drafttrain.config.recipe import Recipe
 from drafttrain.distributed.world import without_launcher
 from drafttrain.pipeline.data import write_texts as write_data
-from drafttrain.pipeline.run import Run
-from drafttrain.pipeline.training import train_drafter
+from drafttrain.pipeline.drafter_run import DrafterRun
 from tests.cuda.kinds import KINDS, Kind, recipe, write_texts
 
 FP32 = {"precision": "fp32", "tf32": False, "optimizer": "sgd", "lr": 0.1, "max_steps": 4, "eval_every_steps": 0}
@@ -32,9 +31,9 @@ def recipe_on(device: str, name: str, *, target: Path, folder: Path, dtype: str 
 
 def trained(made: Recipe, folder: Path) -> list[dict[str, str]]:
     """Train, and return the rows of metrics.csv."""
-    run = Run(made, folder)
+    run = DrafterRun(made, folder)
     write_data(run)
-    train_drafter(run)
+    run.train()
     return rows(folder)
 
 

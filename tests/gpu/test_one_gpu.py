@@ -16,10 +16,8 @@ from drafttrain.eval.length.fixed import FixedLengthSettings
 from drafttrain.eval.length.tree import TreeSettings
 from drafttrain.eval.proposers.none import NoDraft
 from drafttrain.pipeline.data import write_texts as write_data
+from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.pipeline.evaluating import evaluated
-from drafttrain.pipeline.exporting import export_best
-from drafttrain.pipeline.run import Run
-from drafttrain.pipeline.training import train_drafter
 from drafttrain.target_model import Target, TargetSettings
 from tests.cuda.kinds import KINDS
 from tests.cuda.models import PROMPTS, engine, new_drafter
@@ -59,17 +57,17 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     """A whole recipe, bf16-mixed on a bf16 target: stopped after a step, continued, validated, exported, evaluated."""
     made = recipe_on(device, name, target=target_folder, folder=tmp_path, dtype="bfloat16")
     whole = losses(trained(made, tmp_path / "whole"))
-    run = Run(made, tmp_path / "stopped")
+    run = DrafterRun(made, tmp_path / "stopped")
     write_data(run)
     assert run.target.device == next(run.drafter.parameters()).device == torch.device(device)
     stop_in_step(run, 0)
     with pytest.raises(Interrupted):
-        train_drafter(run)
-    run = Run(made, tmp_path / "stopped")
-    train_drafter(run)
+        run.train()
+    run = DrafterRun(made, tmp_path / "stopped")
+    run.train()
     # Gradients are added up by atomic operations, in any order.
     assert losses(rows(tmp_path / "stopped")) == pytest.approx(whole, rel=1e-2)
-    export_best(run)
+    run.export_best()
     folders = {"drafter": run.folder.drafter, "start": run.folder.start}
     result = evaluated(folders, run.target, made.eval, dropped=[])
     assert result.temperatures[0].drafters["drafter"].block_efficiency.value >= 1

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from drafttrain.core.errors import CheckpointError
-from drafttrain.heads import HeadRows, MadeFor, check_made_for, load_head, probabilities
 from drafttrain.heads.acceptance import AcceptanceHead, AcceptanceSettings, prior_corrected
+from drafttrain.heads.folder import check_made_for, load_head
+from drafttrain.heads.rows import HeadRows
+from drafttrain.heads.token_head import MadeFor, probabilities
 from drafttrain.target_model.folders import fingerprint_of
 
 
@@ -106,12 +108,12 @@ def test_a_folder_gives_the_same_head_back(tmp_path):
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no config.json here"):
+    with pytest.raises(CheckpointError, match=r"not the folder of a head: it has no config\.json"):
         load_head(tmp_path, kind="acceptance")
     head().save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"kind": "other"}))
-    with pytest.raises(CheckpointError, match="kind 'other', 'acceptance' is needed"):
+    with pytest.raises(CheckpointError, match="kind 'other', but 'acceptance' is needed"):
         load_head(tmp_path, kind="acceptance")
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 16}))
     with pytest.raises(CheckpointError, match="tensors are wrong"):
@@ -121,18 +123,18 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 def test_a_head_goes_with_the_models_that_it_was_made_for_and_with_no_others(tmp_path, tiny_target, save_llama):
     drafter, other = save_llama(seed=0, num_layers=1), save_llama(seed=1, num_layers=1)
     own = MadeFor(tiny_target.name, tiny_target.fingerprint, str(drafter), fingerprint_of(drafter))
-    folders = {name: tmp_path / name for name in ("own", "of_another_target", "unsaid")}
+    folders = {name: tmp_path / name for name in ("own", "of_another_target", "of_unknown_models")}
     for folder in folders.values():
         folder.mkdir()
     head().save(folders["own"], own)
     head().save(folders["of_another_target"], replace(own, target="other/target", target_fingerprint="0" * 16))
-    head().save(folders["unsaid"])
+    head().save(folders["of_unknown_models"])
     check_made_for(folders["own"], target=tiny_target, drafter=drafter)
-    check_made_for(folders["unsaid"], target=tiny_target, drafter=other)
-    for name, used, told in [
+    check_made_for(folders["of_unknown_models"], target=tiny_target, drafter=other)
+    for name, used, message in [
         ("own", other, "made for the drafter"),
         ("of_another_target", drafter, r"made for the target other/target \(0{16}\), not"),
         ("of_another_target", other, r"made for the target .* and the drafter"),
     ]:
-        with pytest.raises(CheckpointError, match=told):
+        with pytest.raises(CheckpointError, match=message):
             check_made_for(folders[name], target=tiny_target, drafter=used)

@@ -7,8 +7,10 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from drafttrain.eval.calibration import auc
-from drafttrain.heads import HeadRows, load_head, probabilities
+from drafttrain.heads.folder import load_head
 from drafttrain.heads.judge import JudgeHead, JudgeSettings, threshold_of_recall
+from drafttrain.heads.rows import HeadRows
+from drafttrain.heads.token_head import probabilities
 
 
 def judge(hidden_size: int = 8, **settings: object) -> JudgeHead:

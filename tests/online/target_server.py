@@ -1,4 +1,4 @@
-"""A serving stack in small: the OpenAI protocol, a target decoded by the engine, and the drafter that `current` names, read anew for each request."""
+"""A small serving stack: the OpenAI protocol, the engine, and the drafter that `current` names at each request."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ PROMPTS_AT_ONCE = 16
 
 
 def engine(target: Target, proposer: Proposer, *, max_tokens: int) -> Engine:
-    """Return the greedy engine of the server; without drafts it writes the target's own text."""
+    """Return the greedy engine of the server. Without drafts it writes the target's own text."""
     policy = FixedLength(FixedLengthSettings(num_draft_tokens=NUM_DRAFT_TOKENS))
     return Engine(target, proposer, rule=Lossless(), policy=policy, sampling=Sampling(), max_new_tokens=max_tokens)
 
 
 def own_texts(target: Target, generations: Sequence[Generation]) -> list[list[int]]:
-    """Return what the target alone writes after the prompts of these; one that differs is decoded again by itself."""
+    """Return what the target alone writes after the same prompts. A text that differs is decoded again, alone."""
     alone = engine(target, NoDraft(), max_tokens=max(len(one.tokens) for one in generations))
     found = []
     for start in range(0, len(generations), PROMPTS_AT_ONCE):
         some = generations[start : start + PROMPTS_AT_ONCE]
         prompts = [Prompt(one.id, one.prompt_tokens) for one in some]
         for prompt, one, plain in zip(prompts, some, alone.generate(prompts), strict=True):
-            # Sums over a batch are rounded in another order, and of two equally good tokens the other one may win.
+            # Sums over a batch are rounded in another order, which may change the choice between two equally likely tokens.
             own = plain if list(plain.tokens) == list(one.tokens) else alone.generate([prompt])[0]
             found.append(list(map(int, own.tokens)))
     return found
@@ -54,17 +54,17 @@ class Answered:
     """A request that was served."""
 
     version: str
-    """Of the drafter."""
+    """Version of the drafter."""
     generation: Generation
 
     @property
     def counts(self) -> tuple[int, int]:
-        """Tokens and rounds: their sums' ratio is the block efficiency."""
+        """Tokens and rounds. The ratio of their sums is the block efficiency."""
         return len(self.generation.tokens), len(self.generation.rounds)
 
 
 def decoded_again(target: Target, drafter: Path, generations: Sequence[Generation]) -> list[Answered]:
-    """Decode the same prompts with another version, to as many tokens."""
+    """Decode the same prompts with another version, to the same lengths."""
     proposer = read_drafter(drafter, target).proposer(target)
     prompts = [(Prompt(one.id, one.prompt_tokens), len(one.tokens)) for one in generations]
     return [
@@ -74,7 +74,7 @@ def decoded_again(target: Target, drafter: Path, generations: Sequence[Generatio
 
 
 def shipped(kind: str) -> list[dict[str, Any]]:
-    """Return the lines of one kind of the log that comes with drafttrain."""
+    """Return the lines of one domain of the bundled log."""
     (path,) = log_files("builtin:serving_log")
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if line["domain"] == kind]
@@ -122,20 +122,20 @@ class TargetServer:
         if not asked.get("stream"):
             merged = {name: [one for piece in pieces for one in piece[name]] for name in ("token_ids", "rounds")}
             whole = {"text": "".join(piece["text"] for piece in pieces)} | merged
-            return web.json_response(self._said(asked, answered, whole, chat=chat, key="message"))
+            return web.json_response(self._message(asked, answered, whole, chat=chat, key="message"))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
         for place, piece in enumerate(pieces):
             last = place == len(pieces) - 1
-            said = self._said(asked, answered, piece, chat=chat, key="delta", first=place == 0, last=last)
-            await response.write(b"data: " + json.dumps(said).encode() + b"\n\n")
+            message = self._message(asked, answered, piece, chat=chat, key="delta", first=place == 0, last=last)
+            await response.write(b"data: " + json.dumps(message).encode() + b"\n\n")
         await response.write(b"data: [DONE]\n\n")
         await response.write_eof()
         return response
 
     def _decode(self, prompt: Prompt, max_tokens: int) -> Answered:
         with self._one_at_a_time:
-            # The link is resolved once: a version is never changed, and another one may be published at any moment.
+            # Resolve the link once: a version never changes, but another one may be published at any moment.
             folder = (self.drafters / "current").resolve()
             if folder.name != self._version:
                 self._proposer = read_drafter(folder, self.target).proposer(self.target)
@@ -144,17 +144,17 @@ class TargetServer:
             return Answered(folder.name, generation)
 
     def _pieces(self, generation: Generation) -> Any:
-        """Yield what each round wrote: ids, the text that is whole by then, and the round itself."""
-        ends, tokens, said = self.target.eos_token_ids, list(map(int, generation.tokens)), ""
+        """Yield for each round its ids, its text (complete characters only), and the round itself."""
+        ends, tokens, sent = self.target.eos_token_ids, list(map(int, generation.tokens)), ""
         for one in generation.rounds:
             until = one.start + one.num_emitted
             text = self.target.tokenizer.decode([t for t in tokens[:until] if t not in ends])
-            # Half a character waits for its other half.
+            # An incomplete character waits for its other bytes.
             text = text if until == len(tokens) else text.rstrip("\ufffd")
-            yield {"text": text[len(said) :], "token_ids": tokens[one.start : until], "rounds": [one]}
-            said = text
+            yield {"text": text[len(sent) :], "token_ids": tokens[one.start : until], "rounds": [one]}
+            sent = text
 
-    def _said(
+    def _message(
         self,
         asked: dict[str, Any],
         answered: Answered,
@@ -191,5 +191,5 @@ async def ask(session: aiohttp.ClientSession, address: str, prompt: str, *, stre
     async with session.post(address + "/v1/completions", json=asked) as answer:
         body = await answer.text()
         assert answer.status == 200, body
-    said = events(body) if stream else [body]
-    return "".join(json.loads(one)["choices"][0]["text"] for one in said)
+    messages = events(body) if stream else [body]
+    return "".join(json.loads(one)["choices"][0]["text"] for one in messages)

@@ -41,10 +41,10 @@ def print_row(kind: str, kills: int, *, lost: int, twice: int, unloadable: int |
 
 
 def killed(work: Callable[[], None], begun: Callable[[], object], moment: float) -> None:
-    """Do work in a process of its own and kill it at a moment after what `begun` returns has changed."""
+    """Do work in another process. Kill it some time after the value of `begun` has changed."""
 
     def quiet() -> None:
-        # The bar has a lock that all processes share: one that is killed while it draws would hold it for ever.
+        # All processes share the lock of the progress bar: one that is killed while it draws would never release it.
         disable_progress_bar()
         work()
 
@@ -54,7 +54,7 @@ def killed(work: Callable[[], None], begun: Callable[[], object], moment: float)
     until = time.monotonic() + 300
     while begun() == before:
         assert process.is_alive(), "the work ended by itself"
-        assert time.monotonic() < until, "the work did not begin: a kill would prove nothing"
+        assert time.monotonic() < until, "the work did not begin, so a kill would prove nothing"
         time.sleep(0.001)
     time.sleep(moment)
     assert process.pid is not None
@@ -64,7 +64,7 @@ def killed(work: Callable[[], None], begun: Callable[[], object], moment: float)
 
 
 def stamp(path: Path) -> int:
-    """Return when a file was replaced last; 0: there is none."""
+    """Return when a file was last replaced; 0: it does not exist."""
     try:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
@@ -72,7 +72,7 @@ def stamp(path: Path) -> int:
 
 
 def numbered(target: Target, folder: Path, *, number: int) -> None:
-    """Write a drafter of which both the weights and what is said of them name a number."""
+    """Write a drafter with a number in both its weights and its metadata."""
     drafter = CausalLMDrafter(random_llama(seed=1))
     with torch.no_grad():
         drafter.model.get_input_embeddings().weight[0, 0] = number
@@ -94,13 +94,13 @@ def publish_for_ever(target: Target, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kills", KILLS)
-def test_current_loads_after_a_publish_was_killed(tmp_path: Path, tiny_target: Target, kills: int) -> None:
+def test_current_loads_after_a_publisher_was_killed(tmp_path: Path, tiny_target: Target, kills: int) -> None:
     folder, when = tmp_path / "drafters", moments("publish", longest=0.2)
     numbered(tiny_target, tmp_path / "start", number=0)
     publish_first(Versions(folder), tmp_path / "start")
     for _ in range(kills):
         killed(lambda: publish_for_ever(tiny_target, folder), lambda: os.readlink(folder / "current"), next(when))
-        # Before anything is mended, as a serving stack would meet it.
+        # Before any repair, as a serving stack would find it.
         drafter = read_drafter((folder / "current").resolve(), tiny_target)
         assert int(drafter.model.get_input_embeddings().weight[0, 0]) == int(os.readlink(folder / "current"))
     versions = Versions(folder)
@@ -111,7 +111,7 @@ def test_current_loads_after_a_publish_was_killed(tmp_path: Path, tiny_target: T
 
 
 @pytest.mark.parametrize("kills", KILLS)
-def test_a_killed_learner_ends_as_one_that_was_not(tmp_path: Path, tiny_target: Target, kills: int) -> None:
+def test_a_killed_learner_ends_as_an_uninterrupted_one(tmp_path: Path, tiny_target: Target, kills: int) -> None:
     changes = {
         "steps": 8,
         "every_requests": 8,

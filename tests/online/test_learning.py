@@ -1,4 +1,4 @@
-"""What is learned: the refused positions, nothing else, from a buffer in which no user weighs too much."""
+"""Learning uses only the refused positions, from a buffer in which no user has too large a share."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from drafttrain.online.buffer import HeldOut, ReplayBuffer
 from drafttrain.online.learner import Learner
 from drafttrain.online.plausible import surprise
 from drafttrain.online.positions import refused_positions
+from drafttrain.online.promotion import request_counts
 from drafttrain.recorder.intake import Served
 from drafttrain.train.settings import TrainSettings
 from tests.conftest import random_llama
@@ -26,7 +27,7 @@ K = 3
 
 
 def near_copy(target, *, noise: float, seed: int = 1) -> CausalLMDrafter:
-    """Return a drafter that is refused now and then: the target with its weights disturbed."""
+    """Return a drafter that is refused sometimes: the target with noise on its weights."""
     torch.manual_seed(seed)
     model = copy.deepcopy(target.model).requires_grad_(True)
     with torch.no_grad():
@@ -36,7 +37,7 @@ def near_copy(target, *, noise: float, seed: int = 1) -> CausalLMDrafter:
 
 
 def serve(target, drafter, *, temperature: float = 0.0, count: int = 6, tokens: int = 24):
-    """Decode prompts with the engine, greedy drafts; return their records and their rounds."""
+    """Decode prompts with the engine and greedy drafts. Return their records and their rounds."""
     drafter.draft = "greedy"
     engine = Engine(
         target,
@@ -64,13 +65,13 @@ def refused_by_the_engine(rounds) -> list[int]:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_recorded_positions_are_the_refusals_of_the_engine(tiny_target, temperature):
+def test_replayed_refusals_equal_those_of_the_engine(tiny_target, temperature):
     drafter = near_copy(tiny_target, noise=0.4)
     records, rounds = serve(tiny_target, drafter, temperature=temperature)
     expected = [[3 + place for place in refused_by_the_engine(r)] for r in rounds]
     assert refused_positions(tiny_target, drafter, records, Sampling(), num_draft_tokens=K, seed=0) == expected
-    assert any(expected), "nothing was refused: nothing is proven"
-    # The token after a round of which all was kept is no refusal; a recorder of every round's last token would say so.
+    assert any(expected), "no token was refused, so the test proves nothing"
+    # The token after a round with all draft tokens accepted is not a refusal, so the last tokens of all rounds are different.
     all_rounds = [[3 + r.start + r.num_accepted for r in rs] for rs in rounds]
     assert all_rounds != expected
 
@@ -96,7 +97,7 @@ def test_the_gradient_is_zero_where_nothing_was_refused(tiny_target):
     step = learner.step([record], positions="refused")
     assert step.positions == len(record.refused)
     rows = seen[0][0].abs().sum(-1).nonzero()[:, 0].tolist()
-    # The row that erred is the one before the token that corrects it.
+    # The wrong prediction is in the row before the token that corrects it.
     assert rows == [place - 1 for place in record.refused]
     learner.step([record], positions="all")
     assert len(seen[1][0].abs().sum(-1).nonzero()) == sum(record.loss_mask) > len(rows)
@@ -111,7 +112,7 @@ def names(requests) -> list[str]:
     return [one.record.id for one in requests]
 
 
-def test_a_buffer_is_the_same_after_a_kill_and_no_user_has_more_than_the_quota():
+def test_a_restored_buffer_continues_as_before_and_no_user_exceeds_the_quota():
     def filled(stop: int) -> ReplayBuffer:
         buffer = ReplayBuffer(40, recent=0.5, user_quota=0.1, seed=1)
         for number in range(stop):
@@ -128,7 +129,7 @@ def test_a_buffer_is_the_same_after_a_kill_and_no_user_has_more_than_the_quota()
     assert names(again.draw(8, step=4, recent=0.5)) == names(whole.draw(8, step=4, recent=0.5))
     for part in (whole.recent, whole.reservoir):
         assert sum(one.user == "loud" for one in part) <= 2
-    # Old requests are still here, and the newest of others are all here.
+    # Some old requests are still in the reservoir.
     assert min(int(name[1:]) for name in names(whole.reservoir)) < 150
     held_out = HeldOut(20, user_quota=0.1)
     for number in range(100):
@@ -136,26 +137,26 @@ def test_a_buffer_is_the_same_after_a_kill_and_no_user_has_more_than_the_quota()
     assert sum(one.user == "loud" for one in held_out.requests) == 2
 
 
-def test_users_that_are_seen_once_are_not_remembered_for_ever():
+def test_users_without_requests_in_the_reservoir_are_forgotten():
     buffer = ReplayBuffer(20, recent=0.5, user_quota=0.1, seed=1)
     for number in range(500):
         buffer.add(request(number, user=f"user{number}"))
     assert len(buffer.state()["offered_by"]) <= 10
 
 
-def test_an_answer_that_is_always_the_same_is_compared_on_once():
+def test_equal_answers_are_held_out_only_once():
     held_out = HeldOut(20, user_quota=1.0)
     for number in range(15):
         held_out.add(request(number))
         stuck = request(7)
         stuck.record.tokens[0] = 100 + number
         held_out.add(stuck)
-    # The newest one of them.
+    # The newest one is kept.
     assert [one.record.tokens[0] for one in held_out.requests if one.record.tokens[1:] == [2, 10]] == [114]
     assert len(held_out.requests) == 15
 
 
-def test_the_reservoir_is_a_fair_sample():
+def test_the_reservoir_is_a_uniform_sample():
     counts = torch.zeros(60)
     for seed in range(400):
         buffer = ReplayBuffer(12, recent=0.17, user_quota=1.0, seed=seed)
@@ -169,7 +170,7 @@ def test_the_reservoir_is_a_fair_sample():
     assert float((old - 69).abs().max()) < 5 * 7.6
 
 
-def test_what_the_target_did_not_write_is_told_from_what_it_did(tiny_target):
+def test_answers_that_the_target_did_not_write_are_detected(tiny_target):
     drafter = near_copy(tiny_target, noise=0.1)
     own = [*serve(tiny_target, drafter, temperature=1.0)[0], *serve(tiny_target, drafter)[0]]
     assert max(surprise(tiny_target, own)) < 3
@@ -179,14 +180,12 @@ def test_what_the_target_did_not_write_is_told_from_what_it_did(tiny_target):
         for r in own
         if len(r.tokens) > 20
     ]
-    # A few tokens of a flat law say little, so it takes length to be sure.
+    # A few tokens of a flat distribution carry little evidence, so the texts must be long.
     assert len(forged) > 4
     assert min(surprise(tiny_target, forged)) > 3
 
 
 def test_learning_at_refused_positions_raises_block_efficiency(tiny_target):
-    from drafttrain.online.promotion import request_counts
-
     drafter = CausalLMDrafter(random_llama(seed=0).requires_grad_(True))
     with torch.no_grad():
         for name, parameter in drafter.model.named_parameters():

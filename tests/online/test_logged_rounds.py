@@ -1,4 +1,4 @@
-"""Speculative events in a log: where they are, nobody decodes anything to know what was refused, and only that is learned."""
+"""Logged speculative rounds: refused positions come from the log without any forward pass, and only those are learned."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.online.test_loop import online_run, start
 
 
 def logged(records, rounds, log) -> None:
-    """Write a log of these answers with the rounds that the engine made of them."""
+    """Write a log of these answers with the rounds of the engine."""
     log.parent.mkdir(exist_ok=True)
     with log.open("w") as file:
         for record, of_record in zip(records, rounds, strict=True):
@@ -37,7 +37,7 @@ def logged(records, rounds, log) -> None:
             file.write(json.dumps(line) + "\n")
 
 
-def test_logged_refusals_are_those_of_the_engine_and_cost_no_forward(tmp_path, tiny_target):
+def test_logged_refusals_equal_those_of_the_engine_and_cost_no_forward(tmp_path, tiny_target):
     first = start(tmp_path, tiny_target)
     run = online_run(tmp_path, tiny_target, first, positions="refused", held_out=0.01, implausible=None, steps=1)
     drafter = near_copy(tiny_target, noise=0.4)
@@ -55,17 +55,17 @@ def test_logged_refusals_are_those_of_the_engine_and_cost_no_forward(tmp_path, t
     assert forwards == []
     expected = {r.id: [3 + place for place in refused_by_the_engine(of)] for r, of in zip(records, rounds, strict=True)}
     assert found == {id: places for id, places in expected.items() if places}
-    # The same, computed by replay of the drafter that served, which does cost forwards.
+    # Replay of the served drafter finds the same positions, at the cost of forwards.
     replayed = refused_positions(tiny_target, drafter, records, Sampling(), num_draft_tokens=K, seed=0)
     assert dict(zip(expected, replayed, strict=True)) == expected
     unknown = [Served(r, "", one.mark) for r, one in zip(records, requests, strict=True)]
     route._with_refusals(unknown)
-    assert {"target", "drafter"} <= set(forwards), "without events both models are asked"
+    assert {"target", "drafter"} <= set(forwards), "without logged rounds both models run"
     for handle in handles:
         handle.remove()
 
 
-def test_served_block_efficiency_is_that_of_the_logged_rounds(tmp_path, tiny_target):
+def test_served_block_efficiency_equals_that_of_the_logged_rounds(tmp_path, tiny_target):
     first = start(tmp_path, tiny_target)
     run = online_run(tmp_path, tiny_target, first, every_requests=2, steps=1)
     records, rounds = serve(tiny_target, near_copy(tiny_target, noise=0.4))

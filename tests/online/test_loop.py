@@ -1,4 +1,4 @@
-"""The whole loop on a tiny target: real engine, real logs on disk, versions that are swapped between requests."""
+"""The whole loop on a tiny target: real engine, real logs on disk, and versions that change between requests."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def online_run(tmp_path: Path, target, first: Path, *, loss: type[Loss] = Forwar
 
 
 def prompts(domain: int, count: int, *, first: int = 0) -> list[Prompt]:
-    """Return prompts of bytes of one half of the alphabet."""
+    """Return prompts of bytes from one half of the alphabet."""
     draws = torch.Generator().manual_seed(100 * domain + first)
     low = 1 + 128 * domain
     return [
@@ -84,7 +84,7 @@ def prompts(domain: int, count: int, *, first: int = 0) -> list[Prompt]:
 
 
 def serve(target, folder: Path, log: Path, wanted: list[Prompt]) -> float:
-    """Decode as a server would with the version that `folder/current` names, append to the log, and return block efficiency."""
+    """Decode with the version that `folder/current` names, append to the log, and return the block efficiency."""
     log.parent.mkdir(exist_ok=True)
     drafter = read_drafter((folder / "current").resolve(), target)
     policy = FixedLength(FixedLengthSettings(num_draft_tokens=K))
@@ -96,9 +96,9 @@ def serve(target, folder: Path, log: Path, wanted: list[Prompt]) -> float:
     with log.open("a") as file:
         for prompt in wanted:
             one, plain = (engine.generate([prompt])[0] for engine in engines)
-            assert list(one.tokens) == list(plain.tokens), "served text is the target's own, whatever drafts"
+            assert list(one.tokens) == list(plain.tokens), "the served text is the target's own with any drafter"
             rounds, tokens = rounds + len(one.rounds), tokens + len(one.tokens)
-            # Random bytes are no text that a log may hold: ids are.
+            # Random bytes are not valid text, so the log holds ids.
             choice = {"message": {"role": "assistant", "content": None}, "token_ids": list(map(int, one.tokens))}
             line = {
                 "id": prompt.id,
@@ -110,11 +110,11 @@ def serve(target, folder: Path, log: Path, wanted: list[Prompt]) -> float:
 
 
 class Stopped(Exception):
-    """As when the process is told to stop."""
+    """Stands for the end of the process."""
 
 
-def page(tmp_path: Path) -> None:
-    """Write the page, as an endless run does after each update, and stop it."""
+def write_report_and_stop(tmp_path: Path) -> None:
+    """Write the report, as an endless run does after each update, and stop."""
     write_online_report(tmp_path / "run", tmp_path / "report.html", title="t")
     raise Stopped
 
@@ -127,7 +127,7 @@ def test_served_block_efficiency_rises_and_the_text_stays_the_targets(tmp_path, 
     run.learn_once()
     served.append(serve(tiny_target, drafters, log, prompts(0, 24, first=24)))
     with pytest.raises(Stopped):
-        run.learn_forever(lambda: page(tmp_path))
+        run.learn_forever(lambda: write_report_and_stop(tmp_path))
     last = serve(tiny_target, drafters, log, prompts(0, 24, first=200))
     rows = metrics(tmp_path / "run")
     # Updates happen exactly at their interval.
@@ -138,7 +138,7 @@ def test_served_block_efficiency_rises_and_the_text_stays_the_targets(tmp_path, 
     assert found["routes"][""]["published"] >= 2
     assert found["lines"] == {"used": 48}
     assert "published" in (tmp_path / "report.html").read_text()
-    # Somebody steps back: what is served is the version before, and learning follows it.
+    # After a rollback, the previous version is served and learning follows it.
     route = run.routes[""]
     _, replaced = route.versions.rollback()
     route.follow_rollback()
@@ -162,13 +162,13 @@ def test_a_worse_candidate_and_forged_answers_change_nothing(tmp_path, tiny_targ
         run.intake.take(max_lines=10)
         run = online_run(tmp_path, tiny_target, first, steps=2)
     run.learn_once()
-    # A drafter that is the target cannot become better.
+    # A drafter equal to the target cannot become better.
     assert run.routes[""].versions.current() == "0000"
     assert run.routes[""].counts["requests"] == 24
     assert {event["event"] for event in run.routes[""].versions.history()} <= {"published", "refused"}
 
 
-def test_a_run_that_was_cut_short_ends_as_one_that_was_not(tmp_path, tiny_target):
+def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path, tiny_target):
     weights = []
     for cut in (False, True):
         place = tmp_path / str(cut)
@@ -179,7 +179,7 @@ def test_a_run_that_was_cut_short_ends_as_one_that_was_not(tmp_path, tiny_target
         if cut:
             for _ in range(3):
                 run._take()
-            # What was done after the last state was written is lost with the process: a batch that led to no update, and an update.
+            # Work after the last saved state is lost with the process: here a batch without an update, and an update.
             assert (run.batches, run._saved) == (3, 2)
             run.routes[""].update()
             run = online_run(place, tiny_target, first, steps=2, max_lines=5, every_requests=8)
@@ -190,11 +190,11 @@ def test_a_run_that_was_cut_short_ends_as_one_that_was_not(tmp_path, tiny_target
 
 
 EAGER = {"every_requests": 32, "steps": 20, "min_held_out": 5, "window": 64, "keep_versions": 2, "significance": 0.1}
-"""Settings with which the first update is published, and the third."""
+"""Settings with which the first and the third update are published."""
 
 
 def write_log(target, log: Path, wanted: list[Prompt]) -> None:
-    """Append what the target says, as `serve` does, decoded at once."""
+    """Append the target's answers as `serve` does, decoded in one batch."""
     log.parent.mkdir(exist_ok=True)
     tasks = [Task(prompt.id, list(prompt.tokens), Sampling()) for prompt in wanted]
     with log.open("a") as file:
@@ -209,7 +209,7 @@ def write_log(target, log: Path, wanted: list[Prompt]) -> None:
 
 
 def killed_at_save(run: OnlineRun) -> None:
-    """Learn from the next batch as far as a process that is killed before it has written its state."""
+    """Learn from the next batch, and stop before the state is written."""
 
     def killed() -> None:
         raise Stopped
@@ -223,13 +223,13 @@ def served_in_turn(run: OnlineRun) -> list[str]:
     return [one["version"] for one in run.routes[""].versions.history() if one["event"] == "published"]
 
 
-def test_a_kill_behind_several_publishes_of_one_batch_publishes_none_of_them_again(tmp_path, tiny_target):
+def test_versions_published_before_a_kill_are_not_published_again(tmp_path, tiny_target):
     first = start(tmp_path, tiny_target, noise=0.6)
     run = online_run(tmp_path, tiny_target, first, **EAGER)
     write_log(tiny_target, tmp_path / "logs" / "a.jsonl", prompts(0, 96))
     killed_at_save(run)
     assert served_in_turn(run) == ["0000", "0001", "0002"]
-    # What a restart starts from is still here, though so many newer ones are.
+    # The version from which a restart resumes was kept in spite of newer ones.
     run = online_run(tmp_path, tiny_target, first, **EAGER)
     run.learn_once()
     assert [row["promoted"] for row in metrics(tmp_path / "run")] == [True, False, True]
@@ -238,20 +238,20 @@ def test_a_kill_behind_several_publishes_of_one_batch_publishes_none_of_them_aga
     assert run.routes[""].versions.names() == ["0001", "0002"]
 
 
-def test_a_kill_behind_the_first_publish_leaves_what_it_serves(tmp_path, tiny_target):
+def test_a_kill_after_the_first_publish_keeps_the_served_version(tmp_path, tiny_target):
     first = start(tmp_path, tiny_target, noise=0.6)
     run = online_run(tmp_path, tiny_target, first, **EAGER)
     write_log(tiny_target, tmp_path / "logs" / "a.jsonl", prompts(0, 32))
     killed_at_save(run)
     assert run.routes[""].versions.current() == "0001"
-    # Where minutes count, other requests come to the same update after the kill, and it may be no better on them.
+    # With every_minutes, the repeated update sees other requests, and the version may not be better on them.
     run = online_run(tmp_path, tiny_target, first, **EAGER | {"significance": 1e-9})
     run.learn_once()
     assert run.routes[""].version == run.routes[""].versions.current() == "0001"
     read_drafter((tmp_path / "run" / "drafters" / "current").resolve(), tiny_target)
 
 
-def test_what_was_taken_back_after_a_kill_is_not_published_again(tmp_path, tiny_target):
+def test_a_version_rolled_back_after_a_kill_is_not_published_again(tmp_path, tiny_target):
     first = start(tmp_path, tiny_target, noise=0.6)
     run = online_run(tmp_path, tiny_target, first, **EAGER)
     write_log(tiny_target, tmp_path / "logs" / "a.jsonl", prompts(0, 32))
@@ -263,7 +263,7 @@ def test_what_was_taken_back_after_a_kill_is_not_published_again(tmp_path, tiny_
     assert metrics(tmp_path / "run")[-1]["reason"] == "published before a restart, then rolled back"
 
 
-def test_a_step_back_while_a_candidate_is_judged_stays(tmp_path, tiny_target):
+def test_a_rollback_while_a_candidate_is_judged_is_respected(tmp_path, tiny_target):
     first = start(tmp_path, tiny_target, noise=0.6)
     run = online_run(tmp_path, tiny_target, first, **EAGER)
     log = tmp_path / "logs" / "a.jsonl"
@@ -272,15 +272,15 @@ def test_a_step_back_while_a_candidate_is_judged_stays(tmp_path, tiny_target):
     route, versions = run.routes[""], run.routes[""].versions
     assert versions.current() == "0001"
 
-    class SteppedBack(Versions):
-        """Somebody takes the current version back as soon as a candidate is written."""
+    class RolledBack(Versions):
+        """Rolls the current version back as soon as a candidate is written."""
 
         def add(self, *args, **kwargs):
             version = super().add(*args, **kwargs)
             self.rollback()
             return version
 
-    route.versions = SteppedBack(versions.folder)
+    route.versions = RolledBack(versions.folder)
     write_log(tiny_target, log, prompts(0, 96)[64:])
     run.learn_once()
     row = metrics(tmp_path / "run")[-1]
@@ -290,7 +290,7 @@ def test_a_step_back_while_a_candidate_is_judged_stays(tmp_path, tiny_target):
     assert route.version == "0000"
 
 
-def test_a_learner_and_other_stages_keep_out_of_each_others_folder(tmp_path, monkeypatch):
+def test_a_learner_refuses_a_folder_that_another_stage_uses(tmp_path, monkeypatch):
     monkeypatch.setattr("drafttrain.pipeline.folder.WAIT_SECONDS", 0.1)
     with (
         RunFolder(tmp_path / "run").taken(),
@@ -299,7 +299,7 @@ def test_a_learner_and_other_stages_keep_out_of_each_others_folder(tmp_path, mon
         learn_online(load_recipe("online"), tmp_path / "run")
 
 
-def test_what_a_killed_learner_was_writing_is_removed_by_the_next_one(tmp_path):
+def test_leftovers_of_a_killed_learner_are_removed_by_the_next_one(tmp_path):
     left = tmp_path / "run" / "online" / ".state.pt.abc.part"
     left.parent.mkdir(parents=True)
     left.write_text("half")
@@ -308,7 +308,7 @@ def test_what_a_killed_learner_was_writing_is_removed_by_the_next_one(tmp_path):
     assert not left.exists()
 
 
-def test_minutes_count_on_where_the_clock_was_set_back(tmp_path, tiny_target):
+def test_an_update_is_due_after_the_clock_was_set_back(tmp_path, tiny_target):
     run = online_run(tmp_path, tiny_target, start(tmp_path, tiny_target), every_requests=None, every_minutes=5.0)
     route = run.routes[""]
     assert not route.update_is_due()

@@ -1,4 +1,4 @@
-"""A run folder that an older version wrote, whose routes were called lanes, is resumed and reported."""
+"""A run folder of an older version, which called routes lanes, is resumed and reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nonsense in the stream, where neither learner nor gate ever sees a clean one: what is promoted is no worse on clean requests."""
+"""With forged answers in the stream, a promoted drafter is not worse on clean requests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.online.test_learning import K
 from tests.online.test_loop import online_run, prompts, serve, start
 
 STREAM, NONSENSE, TESTED = 84, 36, 48
-"""Requests: clean ones of the stream, forged ones of it (30 % of all), clean ones that are in no stream."""
+"""Requests: clean ones in the stream, forged ones in the stream (30 %), and clean ones for the test."""
 
 
 def read_log(log: Path) -> list[dict]:
@@ -37,13 +37,13 @@ def read_log(log: Path) -> list[dict]:
 
 
 def forged(line: dict, ids: Sequence[int]) -> dict:
-    """Return a line with another answer."""
+    """Return a log line with another answer."""
     choice = line["response"]["choices"][0] | {"token_ids": list(ids)}
     return line | {"response": line["response"] | {"choices": [choice]}}
 
 
 def nonsense(lines: Sequence[dict], draws: random.Random) -> list[dict]:
-    """Return the lines with random tokens, one token again and again, their own in another order, or one answer for all."""
+    """Return the lines with wrong answers: random tokens, one repeated token, shuffled tokens, or the same answer for all."""
     answers = [line["response"]["choices"][0]["token_ids"] for line in lines]
     found = []
     for number, (line, answer) in enumerate(zip(lines, answers, strict=True)):
@@ -63,7 +63,7 @@ def record_of(line: dict) -> Record:
 
 
 def gain(target: Target, drafter: Drafter, first: Path, records: Sequence[Record]) -> Interval:
-    """Return by how much a drafter's block efficiency on clean requests is above that of the first one, paired."""
+    """Return the gain of block efficiency over the first drafter on clean requests, paired."""
     counts = [
         request_counts(target, one, records, Sampling(), num_draft_tokens=K)
         for one in (drafter, read_drafter(first, target))
@@ -72,7 +72,7 @@ def gain(target: Target, drafter: Drafter, first: Path, records: Sequence[Record
 
 
 def unguarded(setup: OnlineSetup, first: Path, records: Sequence[Record]) -> CausalLMDrafter:
-    """Return what the learner makes of all requests in as many steps as a run takes, with neither filter nor gate."""
+    """Train on all requests with the same number of steps as a run, without filter and without promotion test."""
     drafter = read_drafter(first, setup.target)
     assert isinstance(drafter, CausalLMDrafter)
     learner = Learner(
@@ -95,7 +95,7 @@ def unguarded(setup: OnlineSetup, first: Path, records: Sequence[Record]) -> Cau
 
 @torch.no_grad()
 def nats(drafter: CausalLMDrafter, records: Sequence[Record]) -> float:
-    """Return what a token of these answers costs a drafter."""
+    """Return the mean cross-entropy of a drafter on the tokens of these answers."""
     costs = []
     for record in records:
         tokens_BT, label_N = torch.tensor([record.tokens]), torch.tensor(record.loss_mask).nonzero()[:, 0]
@@ -105,10 +105,12 @@ def nats(drafter: CausalLMDrafter, records: Sequence[Record]) -> float:
 
 
 @pytest.mark.processes
-def test_what_a_poisoned_stream_promotes_is_no_worse_on_clean_requests(tmp_path: Path, tiny_target: Target) -> None:
+def test_a_drafter_promoted_on_a_poisoned_stream_is_not_worse_on_clean_requests(
+    tmp_path: Path, tiny_target: Target
+) -> None:
     first = start(tmp_path, tiny_target, noise=0.1)
     online_run(tmp_path, tiny_target, first)
-    # What the target says does not depend on the drafter that it is served with.
+    # The text of the target does not depend on the drafter.
     wanted = prompts(0, STREAM + NONSENSE + TESTED)
     serve(tiny_target, tmp_path / "run" / "drafters", tmp_path / "all" / "a.jsonl", wanted)
     lines = read_log(tmp_path / "all" / "a.jsonl")
@@ -127,15 +129,15 @@ def test_what_a_poisoned_stream_promotes_is_no_worse_on_clean_requests(tmp_path:
         versions = run.routes[""].versions
         found = gain(tiny_target, read_drafter(versions.path(versions.current()), tiny_target), first, tested)
         assert found.high >= 0
-        # Where the target gives the labels, nonsense does not keep a better drafter from being promoted.
+        # If the target provides the labels, forged answers do not prevent the promotion of a better drafter.
         assert found.low > 0 or loss is CrossEntropy
         setups[loss] = run.setup
-    # Hard labels are what stands in the log: with neither filter nor gate, what is served gets worse. (So it does on as many
-    # requests that are all the target's own: they are few. It is the gate that holds it.) And nonsense is learned.
+    # Hard labels come from the log, so without filter and promotion test the drafter gets worse and learns the forged answers.
+    # (With so few requests it also gets worse on clean ones only. The promotion test prevents this.)
     learned, not_poisoned = (
         unguarded(setups[CrossEntropy], first, [record_of(stream[number]) for number in order])
         for stream in (poisoned, own)
     )
     assert gain(tiny_target, learned, first, tested).high < 0
-    said = [record_of(line) for line in forged]
-    assert nats(learned, said) < nats(not_poisoned, said) - 0.5
+    wrong = [record_of(line) for line in forged]
+    assert nats(learned, wrong) < nats(not_poisoned, wrong) - 0.5

@@ -1,4 +1,4 @@
-"""Two routed drafters against one shared one of the same size, on a stream of two domains that contradict each other."""
+"""Two routed drafters against a shared one of the same size, on a stream of two contradicting domains."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ MARKS = [200, 201]
 """First token of a text, by domain."""
 SYMBOLS = range(40, 72)
 PROMPT, ANSWER = 5, 12
-"""Tokens after the mark: drawn, then written by the rule."""
+"""Tokens after the mark: a random prompt, then an answer by the rule."""
 K = 4
 EVERY, UPDATES = 24, 2
-"""Requests between two updates, and how many each route makes."""
+"""Requests between two updates, and updates per route."""
 
 
 def rules() -> list[list[int]]:
-    """Return for each domain what follows each symbol: a cycle through all of them."""
+    """Return for each domain the follower of each symbol: a cycle through all symbols."""
     draws = torch.Generator().manual_seed(0)
     found = []
     for _ in DOMAINS:
@@ -56,13 +56,13 @@ def rules() -> list[list[int]]:
 
 
 def opened(domain: int, draws: torch.Generator) -> list[int]:
-    """Return a prompt: both domains have the same ones behind their marks."""
+    """Return a random prompt. The domains differ only in the mark."""
     return [MARKS[domain], *(SYMBOLS[i] for i in torch.randint(len(SYMBOLS), (PROMPT,), generator=draws).tolist())]
 
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
-    """A target that was taught both rules, and to go by the mark."""
+    """A target that was trained on both rules and chooses by the mark."""
     model, rule = random_llama(seed=0).train(), torch.tensor(rules())
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     draws = torch.Generator().manual_seed(1)
@@ -84,13 +84,13 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
 
 
 def answered(target: Target, prompts: Sequence[list[int]]) -> list[list[int]]:
-    """Return what the target writes."""
+    """Return the answers of the target."""
     tasks = [Task(str(number), prompt, Sampling()) for number, prompt in enumerate(prompts)]
     return continuations(tasks, target, max_new_tokens=ANSWER, seed=0)
 
 
 def write_log(target: Target, path: Path) -> None:
-    """Write requests of the two domains in turn."""
+    """Write requests that alternate between the domains."""
     draws = torch.Generator().manual_seed(2)
     prompts = [opened(number % 2, draws) for number in range(2 * EVERY * UPDATES)]
     path.parent.mkdir()
@@ -107,7 +107,7 @@ def write_log(target: Target, path: Path) -> None:
 
 
 def learned(target: Target, place: Path, log: Path, router: RouterSettings | None) -> OnlineRun:
-    """Return a run that has learned from the log once."""
+    """Return a run after it has learned from the log once."""
     settings = CausalLMSettings(num_layers=1, hidden_size=8, num_heads=1)
     torch.manual_seed(3)
     CausalLMDrafter.create(settings, target=target, tokenizer=target.tokenizer).save(place / "weights")
@@ -146,7 +146,7 @@ Counts = list[tuple[float, float]]
 
 
 def counted(target: Target, folders: Sequence[Path], prompts: Sequence[list[int]]) -> Counts:
-    """Return tokens and rounds of prompts, each served with the drafter of its folder."""
+    """Return tokens and rounds of each prompt, served with the drafter of its folder."""
     records = [
         Record(str(number), [*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
         for number, (prompt, answer) in enumerate(zip(prompts, answered(target, prompts), strict=True))
@@ -161,7 +161,7 @@ def counted(target: Target, folders: Sequence[Path], prompts: Sequence[list[int]
 
 
 def gain(first: Counts, second: Counts):
-    """Return block efficiency of the first less that of the second, paired over prompts."""
+    """Return the difference of block efficiency, first minus second, paired over prompts."""
     parts = [tuple(zip(*counts, strict=True)) for counts in (first, second)]
     return ratio_difference(parts[0], parts[1])
 
@@ -175,13 +175,13 @@ def test_two_routed_drafters_beat_a_shared_one_and_each_is_worse_on_the_other_ro
     shared = learned(target, tmp_path / "shared", log, None)
     routed = learned(target, tmp_path / "routed", log, settings)
 
-    # Equal cost: the same requests, and a route makes half of the updates that the shared drafter makes.
+    # Equal cost: the same requests, and each route makes half of the updates of the shared drafter.
     spent = [[row["positions"] for row in metrics(tmp_path / name)] for name in ("shared", "routed")]
     assert len(spent[0]) == len(spent[1]) == len(DOMAINS) * UPDATES
     assert sum(spent[0]) == sum(spent[1])
     assert [len({row["route"] for row in metrics(tmp_path / name)}) for name in ("shared", "routed")] == [1, 2]
 
-    # Prompts that nobody tagged; a serving stack has the router's file and the links to what is published.
+    # Prompts without a tag. A serving stack has the file of the router and the links to the published versions.
     draws = torch.Generator().manual_seed(9)
     prompts = [opened(number % 2, draws) for number in range(64)]
     router = Router.load(tmp_path / "routed" / "drafters" / "router.safetensors", settings)
@@ -192,7 +192,7 @@ def test_two_routed_drafters_beat_a_shared_one_and_each_is_worse_on_the_other_ro
     by_shared = counted(target, [one.path(one.current())] * len(prompts), prompts)
     by_routed = counted(target, [published[route] for route in routes], prompts)
     assert gain(by_routed, by_shared).low > 0
-    # The same two drafters behind a router that errs know less than the one that learned of everything.
+    # With every request on the wrong route, the two drafters are worse than the shared one.
     other = dict(zip(DOMAINS, reversed(DOMAINS), strict=True))
     by_wrong = counted(target, [published[other[route]] for route in routes], prompts)
     assert gain(by_wrong, by_shared).high < 0

@@ -1,4 +1,4 @@
-"""Which drafter a request goes to, and whether the traffic has moved."""
+"""The router chooses the right drafter, and drift of the traffic is detected."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def record(domain: str, number: int, *, tagged: bool) -> Record:
     return Record(str(number), [*prompt, 7], [False] * 16 + [True], domain=domain if tagged else "")
 
 
-def test_a_classifier_learns_the_routes_of_requests_without_a_tag(tmp_path):
+def test_a_classifier_learns_to_route_requests_without_a_tag(tmp_path):
     settings = RouterSettings(kind="classifier", routes=["prose", "code"], min_examples=20)
     router = Router(settings)
     assert router.route(record("code", 0, tagged=False)) == "prose"
@@ -32,7 +32,7 @@ def test_a_classifier_learns_the_routes_of_requests_without_a_tag(tmp_path):
     assert [by_tag.route(record("code", 1, tagged=tagged)) for tagged in (True, False)] == ["code", "prose"]
 
 
-def test_drift_is_seen_where_there_is_one_and_seldom_where_there_is_none():
+def test_drift_is_detected_and_false_alarms_are_rare():
     generator = np.random.default_rng(0)
 
     def requests(rounds: float, count: int = 24) -> list[tuple[float, float]]:
@@ -41,5 +41,5 @@ def test_drift_is_seen_where_there_is_one_and_seldom_where_there_is_none():
     assert drift(requests(8), requests(11), resamples=300, seed=0).p_value < 0.01
     assert drift(requests(11), requests(8), resamples=300, seed=0).p_value > 0.9
     false_alarms = [drift(requests(8), requests(8), resamples=200, seed=i).p_value < 0.05 for i in range(100)]
-    # 5 of 100 are expected, more than 13 once in two thousand times.
+    # 5 of 100 are expected; more than 13 happen once in two thousand runs.
     assert sum(false_alarms) <= 13

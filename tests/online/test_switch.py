@@ -1,4 +1,4 @@
-"""The whole loop on loopback: server, recorder, learner; the traffic changes in the middle, and the drafter follows it."""
+"""The whole loop on loopback: server, recorder and learner. The traffic changes in the middle, and the drafter adapts."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from drafttrain.online.drift import drift
 from drafttrain.online.learner import Learner
 from drafttrain.online.loop import OnlineRun
 from drafttrain.online.run_files import metrics, status
-from drafttrain.pipeline.drafter_folder import write_drafter
+from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.pipeline.online_run import online_run, report
-from drafttrain.pipeline.run import Run
 from tests.online.target_server import TargetServer, ask, decoded_again, own_texts, shipped
 from tests.recorder.openai_server import recorded, served
 from tests.recorder.openai_server import status as recorder_status
@@ -39,8 +38,8 @@ SETTINGS = [
 ]
 
 
-def tuned(run: Run, lines: Sequence[dict], *, steps: int) -> None:
-    """Train the run's first drafter on what was served yesterday."""
+def tuned(run: DrafterRun, lines: Sequence[dict], *, steps: int) -> None:
+    """Train the first drafter of the run on earlier requests."""
     records = []
     for line in lines:
         choice = line["response"]["choices"][0]
@@ -62,7 +61,7 @@ def tuned(run: Run, lines: Sequence[dict], *, steps: int) -> None:
 
 
 async def burst(address: str, prompts: Sequence[str]) -> list[str]:
-    """Ask for one answer after another, every other one as a stream, and return what the client reads."""
+    """Request one answer after another, every other one as a stream. Return the texts that the client receives."""
     async with aiohttp.ClientSession() as session:
         return [
             await ask(session, address, prompt, stream=number % 2 == 1, max_tokens=MAX_TOKENS)
@@ -71,53 +70,55 @@ async def burst(address: str, prompts: Sequence[str]) -> list[str]:
 
 
 async def the_loop(run: OnlineRun, server: TargetServer, logs: Path, bursts: Sequence[Sequence[str]]) -> list[str]:
-    """Serve bursts through the recorder and learn from its logs between them; return what the client read."""
-    said: list[str] = []
+    """Serve bursts through the recorder and learn from its logs between them. Return the texts that the client received."""
+    texts: list[str] = []
     async with served(server.app()) as upstream, recorded(upstream, logs, token_ids=True) as (address, recorder):
         async with aiohttp.ClientSession() as session:
             for prompts in bursts:
                 run.learn_once()
-                said += await burst(address, prompts)
+                texts += await burst(address, prompts)
                 while (now := await recorder_status(session, address))["written"] < len(server.answered):
                     assert not now["dropped"]
                     await asyncio.sleep(0.01)
         assert not recorder.files.dropped
-    return said
+    return texts
 
 
 @pytest.mark.processes
-def test_block_efficiency_falls_where_the_traffic_changes_and_recovers(tmp_path: Path) -> None:
+def test_block_efficiency_falls_when_the_traffic_changes_and_recovers(tmp_path: Path) -> None:
     logs = tmp_path / "logs"
     logs.mkdir()
-    run = Run(load_recipe("online", [*SETTINGS, f"data.sources.0.path={logs}"]), tmp_path / "run")
+    run = DrafterRun(load_recipe("online", [*SETTINGS, f"data.sources.0.path={logs}"]), tmp_path / "run")
     before, after = shipped("assertions"), shipped("tables")
     tuned(run, before[BURST:], steps=36)
-    write_drafter(run, run.drafter, run.folder.start, steps=36)
+    run.write_start(steps=36)
     learning = online_run(run.recipe, run.folder, run.target)
     server = TargetServer(run.target, tmp_path / "run" / "drafters")
     texts = [[line["request"]["prompt"] for line in lines] for lines in (before, after)]
     bursts = [texts[0][:BURST], *(texts[1][BURST * i : BURST * (i + 1)] for i in range(5))]
-    said = asyncio.run(the_loop(learning, server, logs, bursts))
+    received = asyncio.run(the_loop(learning, server, logs, bursts))
 
-    # At every moment and across swaps, the text is the target's own; the client reads it as it is.
+    # Across all versions, the text is the target's own, and the client receives it unchanged.
     answered = server.answered
-    for one, own, text in zip(answered, own_texts(run.target, [one.generation for one in answered]), said, strict=True):
+    for one, own, text in zip(
+        answered, own_texts(run.target, [one.generation for one in answered]), received, strict=True
+    ):
         assert list(map(int, one.generation.tokens)) == own, one.generation.id
         assert text == run.target.tokenizer.decode(own, skip_special_tokens=True)
     assert len({one.version for one in answered}) > 1
     assert status(tmp_path / "run")["lines"] == {"used": len(answered) - BURST}
 
     counts = [[one.counts for one in answered[BURST * i : BURST * (i + 1)]] for i in range(len(bursts))]
-    # The fall: the same drafter, requests of the two kinds.
+    # The drop: the same drafter on requests of both kinds.
     assert {one.version for one in answered[: 2 * BURST]} == {"0000"}
     assert drift(counts[0], counts[1], resamples=2000, seed=0).p_value < 0.05
-    # The recovery: the last version against the first, on the last requests, which nothing was learned from when they were served.
+    # The recovery: last version against the first one on the last requests, which were not trained on when they were served.
     last = answered[-BURST:]
     assert {one.version for one in last} != {"0000"}
     first = decoded_again(run.target, learning.routes[""].versions.path("0000"), [one.generation for one in last])
     parts = [tuple(zip(*(one.counts for one in some), strict=True)) for some in (last, first)]
     assert ratio_difference(*parts).low > 0
-    # The page draws what the server's own rounds gave.
+    # The report shows the block efficiency of the server's own rounds.
     rows = metrics(tmp_path / "run")
     served = [row["served_block_efficiency"] for row in rows]
     assert served == [sum(n for n, _ in some) / sum(r for _, r in some) for some in counts[: len(served)]]

@@ -1,4 +1,4 @@
-"""The small serving stack of the loop's test: what it says in every form of the protocol is what its engine wrote, and a log can be read from it."""
+"""The small serving stack of the loop test: in every form of the protocol it sends the text of its engine, and its log can be read."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def target() -> Target:
 
 
 def read(body: bytes, *, stream: bool) -> str:
-    """Return the text that a client reads."""
-    said = [json.loads(one)["choices"][0] for one in (events(body.decode()) if stream else [body.decode()])]
-    assert not any("token_ids" in one for one in said), "nobody but the recorder asked for ids"
-    parts = [one.get("text", (one.get("delta") or one.get("message") or {}).get("content")) for one in said]
+    """Return the text that a client receives."""
+    choices = [json.loads(one)["choices"][0] for one in (events(body.decode()) if stream else [body.decode()])]
+    assert not any("token_ids" in one for one in choices), "only the recorder requested ids"
+    parts = [one.get("text", (one.get("delta") or one.get("message") or {}).get("content")) for one in choices]
     return "".join(parts)
 
 
 async def asked(server: TargetServer, versions: Versions, logs: Path) -> list[str]:
-    """Ask in every form, through the recorder; in the middle another version is published."""
-    said = []
+    """Send requests in every form through the recorder. Publish another version in the middle."""
+    texts = []
     first = versions.path(versions.current())
     async with (
         served(server.app()) as upstream,
@@ -56,20 +56,20 @@ async def asked(server: TargetServer, versions: Versions, logs: Path) -> list[st
                     versions.add(lambda folder: shutil.copytree(first, folder, dirs_exist_ok=True), update=1)
                 )
             request = form | {"model": "target", "max_tokens": 12}
-            said.append(read(await post(session, address, request), stream=form["stream"]))
-    return said
+            texts.append(read(await post(session, address, request), stream=form["stream"]))
+    return texts
 
 
-def test_every_form_says_the_targets_own_text_and_the_log_holds_its_ids(tmp_path: Path, target: Target) -> None:
+def test_every_form_returns_the_targets_own_text_and_the_log_holds_its_ids(tmp_path: Path, target: Target) -> None:
     versions = Versions(tmp_path / "drafters")
     publish_first(versions, Path(str(resources.files("drafttrain") / "builtin" / "drafter")))
     server = TargetServer(target, versions.folder)
-    said = asyncio.run(asked(server, versions, tmp_path / "logs"))
+    received = asyncio.run(asked(server, versions, tmp_path / "logs"))
     answered = server.answered
     assert [one.version for one in answered] == ["0000", "0000", "0001", "0001"]
     own = own_texts(target, [one.generation for one in answered])
     assert [list(map(int, one.generation.tokens)) for one in answered] == own
-    assert said == [target.tokenizer.decode(ids, skip_special_tokens=True) for ids in own]
+    assert received == [target.tokenizer.decode(ids, skip_special_tokens=True) for ids in own]
     settings = sources.entry("serving_logs").settings(path=str(tmp_path / "logs"))
     intake = Intake(settings, Encoder(target.tokenizer, 96), tmp_path / "intake")
     assert intake.take() == len(FORMS)

@@ -1,4 +1,4 @@
-"""Publishing: `current` is always a whole drafter, whenever the publisher is killed; a step back is one switch."""
+"""Publishing: `current` is always a complete drafter, even if the publisher is killed. A rollback is one switch."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def write(folder: Path, *, number: int) -> None:
         (folder / name).write_text(json.dumps({"number": number}) * 200)
 
 
-def whole(folder: Path) -> bool:
-    """Tell whether both files of a version are there and of one publish."""
+def is_complete(folder: Path) -> bool:
+    """Return whether both files of a version are there and from the same publish."""
     texts = {(folder / name).read_text() for name in ("config.json", "model.safetensors")}
     return len(texts) == 1
 
@@ -36,7 +36,7 @@ def start(tmp_path: Path) -> Path:
     return folder
 
 
-def test_versions_are_published_in_turn_and_taken_back(tmp_path):
+def test_versions_are_published_in_order_and_rolled_back(tmp_path):
     versions = Versions(tmp_path / "drafters", keep=2)
     with pytest.raises(CheckpointError, match="no published version"):
         versions.current()
@@ -59,11 +59,11 @@ def test_versions_are_published_in_turn_and_taken_back(tmp_path):
 
 
 def test_the_hook_gets_the_version_and_its_failure_changes_nothing(tmp_path):
-    said = tmp_path / "said"
-    code = f"import sys; open({str(said)!r}, 'a').write(' '.join(sys.argv[1:]))"
+    output = tmp_path / "output"
+    code = f"import sys; open({str(output)!r}, 'a').write(' '.join(sys.argv[1:]))"
     versions = Versions(tmp_path / "drafters", hook=[sys.executable, "-c", code, "{version}", "{path}; rm -rf x"])
     publish_first(versions, start(tmp_path))
-    assert said.read_text() == f"0000 {(tmp_path / 'drafters' / '0000').resolve()}; rm -rf x"
+    assert output.read_text() == f"0000 {(tmp_path / 'drafters' / '0000').resolve()}; rm -rf x"
     failing = Versions(tmp_path / "drafters", hook=[sys.executable, "-c", "raise SystemExit('no server')"])
     failing.publish(failing.add(lambda f: write(f, number=1), update=1))
     assert failing.current() == "0001"
@@ -71,49 +71,49 @@ def test_the_hook_gets_the_version_and_its_failure_changes_nothing(tmp_path):
     assert "no server" in failing.history()[-1]["problem"]
 
 
-def test_what_the_hook_tells_last_is_what_is_served(tmp_path):
-    # It takes back what it was told of, as one that tries the drafter out might.
-    said, folder = tmp_path / "said", tmp_path / "drafters"
+def test_the_last_run_of_the_hook_gets_the_served_version(tmp_path):
+    # This hook rolls the new version back, as one that tests the drafter might.
+    output, folder = tmp_path / "output", tmp_path / "drafters"
     code = (
         "import sys; from pathlib import Path; from drafttrain.online.versions import Versions;"
         f"sys.argv[1] == '0001' and Versions(Path({str(folder)!r})).rollback();"
-        f"open({str(said)!r}, 'a').write(sys.argv[1] + ' ')"
+        f"open({str(output)!r}, 'a').write(sys.argv[1] + ' ')"
     )
     versions = Versions(folder, hook=[sys.executable, "-c", code, "{version}"])
     publish_first(versions, start(tmp_path))
     versions.publish(versions.add(lambda f: write(f, number=1), update=1))
     assert versions.current() == "0000"
-    assert said.read_text().split() == ["0000", "0001", "0000"]
+    assert output.read_text().split() == ["0000", "0001", "0000"]
 
 
-def test_a_hook_that_leaves_a_server_running_has_ended_when_it_ended(tmp_path):
+def test_a_hook_may_leave_a_server_running(tmp_path):
     hook = ["sh", "-c", f"sleep 60 & echo $! > {tmp_path / 'server'}"]
     versions = Versions(tmp_path / "drafters", hook=hook, hook_timeout_seconds=20)
     publish_first(versions, start(tmp_path))
-    # It is still there, or nothing is proven.
+    # The server must still be running, else the test proves nothing.
     os.kill(int((tmp_path / "server").read_text()), signal.SIGKILL)
     assert [one["event"] for one in versions.history()] == ["published", "hook_ran"]
 
 
-def test_a_hook_that_a_kill_kept_from_running_is_run_at_the_next_start(tmp_path):
-    said = tmp_path / "said"
-    hook = [sys.executable, "-c", f"import sys; open({str(said)!r}, 'a').write(sys.argv[1] + ' ')", "{version}"]
+def test_a_hook_that_did_not_run_because_of_a_kill_runs_at_the_next_start(tmp_path):
+    output = tmp_path / "output"
+    hook = [sys.executable, "-c", f"import sys; open({str(output)!r}, 'a').write(sys.argv[1] + ' ')", "{version}"]
     versions = Versions(tmp_path / "drafters", hook=hook)
     publish_first(versions, start(tmp_path))
-    # As far as a publish that is killed before its hook comes.
+    # Like a publish that is killed before its hook runs.
     quiet = Versions(tmp_path / "drafters")
     quiet.publish(quiet.add(lambda f: write(f, number=1), update=1))
     for _ in range(2):
         Versions(tmp_path / "drafters", hook=hook).repair()
-    assert said.read_text().split() == ["0000", "0001"]
+    assert output.read_text().split() == ["0000", "0001"]
 
 
-def test_a_removal_that_was_killed_half_way_leaves_no_version(tmp_path, monkeypatch):
+def test_an_interrupted_removal_leaves_no_version(tmp_path, monkeypatch):
     versions = Versions(tmp_path / "drafters", keep=2)
     publish_first(versions, start(tmp_path))
     refused = versions.add(lambda f: write(f, number=1), update=1)
     with monkeypatch.context() as killed:
-        # The first file goes, and then the process.
+        # The process is killed after the first file is removed.
         killed.setattr("shutil.rmtree", lambda path, **_: (Path(path) / "published.json").unlink(missing_ok=True))
         versions.remove(refused)
     versions.repair()
@@ -122,7 +122,7 @@ def test_a_removal_that_was_killed_half_way_leaves_no_version(tmp_path, monkeypa
     assert [path.name for path in versions.folder.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_candidate_is_published_only_in_place_of_what_it_was_compared_with(tmp_path):
+def test_a_candidate_replaces_only_the_version_it_was_compared_with(tmp_path):
     versions = Versions(tmp_path / "drafters")
     publish_first(versions, start(tmp_path))
     versions.publish(versions.add(lambda f: write(f, number=1), update=1))
@@ -141,7 +141,7 @@ def roll_back_for_ever(folder: Path) -> None:
             versions.rollback()
 
 
-def test_a_step_back_in_the_midst_of_a_publish_leaves_current_whole(tmp_path):
+def test_a_rollback_during_a_publish_leaves_current_complete(tmp_path):
     folder = tmp_path / "drafters"
     publish_first(Versions(folder), start(tmp_path))
     context = multiprocessing.get_context("fork")
@@ -162,10 +162,10 @@ def test_a_step_back_in_the_midst_of_a_publish_leaves_current_whole(tmp_path):
             process.kill()
             process.join()
     assert steps >= 40
-    assert whole(folder / "current")
+    assert is_complete(folder / "current")
 
 
-def test_a_history_with_half_a_line_is_read_and_gone_on_with(tmp_path):
+def test_a_history_with_an_incomplete_line_is_read_and_continued(tmp_path):
     versions = Versions(tmp_path / "drafters")
     publish_first(versions, start(tmp_path))
     path = tmp_path / "drafters" / "history.jsonl"
@@ -186,13 +186,13 @@ def publish_for_ever(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("moments", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_current_is_whole_after_a_kill_at_any_moment(tmp_path, moments):
+def test_current_is_complete_after_a_kill_at_any_moment(tmp_path, moments):
     folder = tmp_path / "drafters"
     publish_first(Versions(folder), start(tmp_path))
     draws = random.Random(moments)
     context = multiprocessing.get_context("fork")
     lives = 0
-    # On a busy machine all of the first lives may end before anything is published: these prove nothing.
+    # On a busy machine the first processes may be killed before they publish anything: those prove nothing.
     while lives < moments or Versions(folder).current() == "0000":
         lives += 1
         process = context.Process(target=publish_for_ever, args=(folder,))
@@ -201,14 +201,14 @@ def test_current_is_whole_after_a_kill_at_any_moment(tmp_path, moments):
         while time.monotonic() < until:
             seen = (folder / "current").resolve()
             try:
-                assert whole(seen)
+                assert is_complete(seen)
             except FileNotFoundError:
-                # So many versions were published since that it is one of those no longer kept.
+                # So many versions were published since that this one was removed.
                 assert (folder / "current").resolve() != seen
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        assert process.exitcode == -signal.SIGKILL, "the publisher fell before it was killed"
-        assert whole(folder / "current")
+        assert process.exitcode == -signal.SIGKILL, "the publisher ended before it was killed"
+        assert is_complete(folder / "current")
         versions = Versions(folder)
         versions.repair()
         assert not [path for path in folder.iterdir() if path.name.startswith(".")]

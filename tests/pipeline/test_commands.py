@@ -27,8 +27,8 @@ from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import DrafttrainError, GateError, RecipeError
 from drafttrain.core.files import clear_leftovers
 from drafttrain.pipeline import folder as run_folder
-from drafttrain.pipeline.data import dropped_prompts, training_data
-from drafttrain.pipeline.run import Run
+from drafttrain.pipeline.data import contaminated_prompts, training_data
+from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.target_model import Target
 from drafttrain.train.metrics_log import COLUMNS, TIMES
 from drafttrain.train.result import folder_of_step
@@ -153,7 +153,7 @@ def test_a_trained_run_is_judged_evaluated_and_exported_anew_without_being_train
     assert (result["prompts_dropped_for_overlap"], result["num_prompts"]) == (1, 1), "other prompts, the same text"
     assert (folder / "train.json").stat().st_mtime_ns == trained
     assert (folder / "eval.json").exists()
-    Run(load_recipe(recipe, lax), folder)
+    DrafterRun(load_recipe(recipe, lax), folder)
     assert not (folder / "eval.json").exists(), "figures of other settings do not stand for this recipe's"
     with pytest.raises(RecipeError, match="another recipe"):
         evaluate_recipe(load_recipe(recipe, ["train.lr=1e-5"]), folder)
@@ -178,11 +178,11 @@ def test_another_step_that_was_kept_can_be_exported(recipe, tmp_path):
 
 def test_while_it_trains_a_run_keeps_to_its_evaluation(recipe, tmp_path):
     loaded = load_recipe(recipe)
-    Run(loaded, tmp_path / "run")
-    Run(load_recipe(recipe, ["name=other", "export.require.alpha=0.1", "train.loggers=[]"]), tmp_path / "run")
+    DrafterRun(loaded, tmp_path / "run")
+    DrafterRun(load_recipe(recipe, ["name=other", "export.require.alpha=0.1", "train.loggers=[]"]), tmp_path / "run")
     for changed in ("eval.max_new_tokens=9", "export.dtype=bfloat16"):
         with pytest.raises(RecipeError, match="another recipe"):
-            Run(load_recipe(recipe, [changed]), tmp_path / "run")
+            DrafterRun(load_recipe(recipe, [changed]), tmp_path / "run")
 
 
 def test_two_runs_do_not_work_in_one_folder(tmp_path, monkeypatch):
@@ -225,7 +225,7 @@ def test_a_run_that_is_not_there_leaves_nothing_behind(command, recipe, tmp_path
 
 
 def test_a_run_folder_with_another_name_is_another_run(recipe, tmp_path):
-    Run(load_recipe(recipe), tmp_path / "tiny")
+    DrafterRun(load_recipe(recipe), tmp_path / "tiny")
     at = {"smoke": False, "runs": tmp_path / "runs"}
     assert recipe_and_run_folder(str(tmp_path / "tiny"), [], **at)[1] == tmp_path / "tiny"
     assert recipe_and_run_folder(str(tmp_path / "tiny"), ["name=other"], **at)[1] == tmp_path / "runs" / "other"
@@ -276,10 +276,10 @@ def test_a_test_prompt_in_the_training_text_is_dropped_whatever_the_other_prompt
     for name, lines in (("test", spoiled), ("validation", clean)):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     files = [f"eval.prompts={tmp_path / 'test.jsonl'}", f"eval.validation_prompts={tmp_path / 'validation.jsonl'}"]
-    run = Run(load_recipe(recipe, [*files, "eval.prompt_tokens=20"]), tmp_path / "run")
+    run = DrafterRun(load_recipe(recipe, [*files, "eval.prompt_tokens=20"]), tmp_path / "run")
     training_data(run)
-    assert dropped_prompts(run, str(tmp_path / "test.jsonl")) == ["1"]
-    assert dropped_prompts(run, str(tmp_path / "validation.jsonl")) == []
+    assert contaminated_prompts(run, str(tmp_path / "test.jsonl")) == ["1"]
+    assert contaminated_prompts(run, str(tmp_path / "validation.jsonl")) == []
 
 
 def test_pretraining_comes_first_reads_plain_text_only_and_its_end_is_the_start(recipe, tmp_path):

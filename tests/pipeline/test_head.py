@@ -22,8 +22,7 @@ from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import CheckpointError, GateError, RecipeError
 from drafttrain.core.files import sha256_of
 from drafttrain.data_gen.stored.labelled_tokens import LabelledTokens
-from drafttrain.pipeline.folder import RunFolder
-from drafttrain.pipeline.head import fit_head
+from drafttrain.pipeline.head_run import HeadRun
 from drafttrain.train.metrics_log import TIMES
 
 RECIPE = """
@@ -101,7 +100,7 @@ def test_a_head_is_trained_where_its_target_is(recipe, tmp_path):
     gen(load_recipe(recipe), tmp_path / "run")
     elsewhere = load_recipe(recipe, ["target.device=meta"])
     with pytest.raises(ValueError, match="accelerator='meta'"):
-        fit_head(elsewhere, RunFolder(tmp_path / "run"), LabelledTokens(tmp_path / "run" / "data" / "labelled"))
+        HeadRun(elsewhere, tmp_path / "elsewhere").fit_head(LabelledTokens(tmp_path / "run" / "data" / "labelled"))
 
 
 DRAFTER = """

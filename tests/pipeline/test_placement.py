@@ -15,11 +15,9 @@ from safetensors.torch import load_file
 from drafttrain.commands.gen import gen
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import CheckpointError, DataError, RecipeError
-from drafttrain.pipeline import exporting
+from drafttrain.pipeline import judging
 from drafttrain.pipeline.data import training_data, write_texts
-from drafttrain.pipeline.exporting import export_best
-from drafttrain.pipeline.run import Run
-from drafttrain.pipeline.training import train_drafter
+from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.target_model.anatomy import blocks
 from tests.conftest import random_llama
 from tests.distributed.test_two_processes import RECIPE, command
@@ -46,12 +44,12 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, save_llama: Any) -> Path:
     return path
 
 
-def trained(recipe: Path, folder: Path, *overrides: str) -> Run:
+def trained(recipe: Path, folder: Path, *overrides: str) -> DrafterRun:
     """Train a drafter and export it, without the evaluation that needs a target."""
     loaded = load_recipe(recipe, list(overrides))
-    run = Run(loaded, folder, placement=loaded.train.target_placement)
-    train_drafter(run)
-    export_best(run)
+    run = DrafterRun(loaded, folder, placement=loaded.train.target_placement)
+    run.train()
+    run.export_best()
     return run
 
 
@@ -83,9 +81,9 @@ def test_every_kind_trains_from_what_was_stored_and_its_target_is_never_read(
     run = trained(recipe, tmp_path / "absent", *of_kind, ABSENT)
     assert all(parameter.is_meta for parameter in blocks(run.target.model).parameters())
     with pytest.raises(CheckpointError, match="a model was read"):
-        assert Run(load_recipe(recipe), tmp_path / "control").target
+        assert DrafterRun(load_recipe(recipe), tmp_path / "control").target
     request.getfixturevalue("monkeypatch").undo()
-    Run(load_recipe(recipe, of_kind), tmp_path / "absent")  # It is the same run, wherever its target is.
+    DrafterRun(load_recipe(recipe, of_kind), tmp_path / "absent")  # It is the same run, wherever its target is.
     gen(load_recipe(recipe, of_kind), tmp_path / "whole")
     trained(recipe, tmp_path / "whole", *of_kind)
     assert rows(tmp_path / "absent") == rows(tmp_path / "whole"), "validation included"
@@ -99,10 +97,10 @@ def test_every_kind_trains_from_what_was_stored_and_its_target_is_never_read(
 def test_a_target_is_loaded_for_what_is_missing_and_let_go_of_before_the_training(recipe: Path, tmp_path: Path) -> None:
     before = len(target_layers_in_memory())
     loaded = load_recipe(recipe, [ABSENT, f"drafter={KINDS['causal_lm']}", "train.max_steps=3", "train.device=cpu"])
-    run = Run(loaded, tmp_path / "run", placement="absent")
+    run = DrafterRun(loaded, tmp_path / "run", placement="absent")
     write_texts(run)
     assert len(target_layers_in_memory()) == before + 3, "the census sees a target that is loaded"
-    train_drafter(run)
+    run.train()
     assert len(target_layers_in_memory()) == before
 
 
@@ -113,24 +111,24 @@ class Looked(Exception):
 def test_the_evaluation_starts_when_the_training_has_let_go_of_its_target(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def look(_: Run) -> None:
+    def look(_: DrafterRun) -> None:
         raise Looked(len(target_layers_in_memory()))
 
     before = len(target_layers_in_memory())
-    run = Run(load_recipe(recipe, [f"drafter={KINDS['kangaroo']}", "train.max_steps=2"]), tmp_path / "run")
+    run = DrafterRun(load_recipe(recipe, [f"drafter={KINDS['kangaroo']}", "train.max_steps=2"]), tmp_path / "run")
     write_texts(run)
-    train_drafter(run)
+    run.train()
     assert len(target_layers_in_memory()) == before + 3
-    monkeypatch.setattr(exporting, "evaluated_elsewhere", look)
+    monkeypatch.setattr(judging, "evaluated_elsewhere", look)
     with pytest.raises(Looked, match=f"^{before}$"):
-        exporting.export_and_judge(run)
+        judging.export_and_judge(run)
 
 
 def test_a_text_that_was_not_stored_is_refused(recipe: Path, tmp_path: Path) -> None:
-    run = Run(load_recipe(recipe, [ABSENT]), tmp_path / "run", placement="absent")
+    run = DrafterRun(load_recipe(recipe, [ABSENT]), tmp_path / "run", placement="absent")
     write_texts(run)
     training_data(run)
-    target = run.cached_target
+    target = run.validation.target
     tokens_BT = torch.arange(1, 7)[None]
     with pytest.raises(DataError, match="none of the 1 validation texts"):
         target.read(tokens_BT, torch.arange(6)[None], run.drafter.needs())

@@ -9,7 +9,7 @@ import torch
 
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import RecipeError
-from drafttrain.pipeline.run import Run
+from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.pipeline.settled import settled
 from drafttrain.target_model import Target
 from drafttrain.train.precision import float32_products, note_on_float32
@@ -59,16 +59,16 @@ def test_a_run_goes_on_in_the_types_that_it_began_in(
 ) -> None:
     recipe = load_recipe("tiny_eagle3")
     assert (recipe.target.dtype, recipe.train.precision) == ("auto", "auto")
-    for run in (Run(recipe, tmp_path), Run(recipe, tmp_path)):
+    for run in (DrafterRun(recipe, tmp_path), DrafterRun(recipe, tmp_path)):
         held = load_recipe(str(tmp_path / "recipe.yaml"))
         assert (held.target.dtype, held.train.precision) == ("float32", "fp32")
         assert run.recipe == held
     request.getfixturevalue("cuda")
     capfd.readouterr()
-    assert Run(recipe, tmp_path).recipe.train.precision == "fp32"
+    assert DrafterRun(recipe, tmp_path).recipe.train.precision == "fp32"
     assert "goes on as it began: train.precision: fp32 (auto would be bf16-mixed here)" in capfd.readouterr().err
     with pytest.raises(RecipeError, match=r"(?s)another recipe.*precision: bf16-mixed"):
-        Run(load_recipe("tiny_eagle3", ["train.precision=bf16-mixed"]), tmp_path)
+        DrafterRun(load_recipe("tiny_eagle3", ["train.precision=bf16-mixed"]), tmp_path)
 
 
 @pytest.mark.parametrize("allowed", [True, False])

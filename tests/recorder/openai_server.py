@@ -1,4 +1,4 @@
-"""A small server with the OpenAI protocol, and clients, on loopback: real sockets, answers that are known."""
+"""A small server with the OpenAI protocol and known answers, and clients, on real loopback sockets."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from tests.data_gen.serving_logs.log_lines import ids
 
 
 class Server:
-    """Answers `answer` token by token (a token is a character), and keeps what it was asked.
+    """Sends `answer` token by token (a token is a character), and keeps the requests.
 
     Args:
-        holds: Before the last token of a stream it waits until `go_on` is set.
+        holds: Before the last token of a stream, wait until `may_finish` is set.
     """
 
     def __init__(self, answer: str = " answer", *, pause: float = 0.0, holds: bool = False) -> None:
         self.answer = answer
         self.pause = pause
-        self.held, self.go_on = asyncio.Event(), asyncio.Event()
+        self.is_waiting, self.may_finish = asyncio.Event(), asyncio.Event()
         if not holds:
-            self.go_on.set()
+            self.may_finish.set()
         self.asked: list[tuple[dict[str, Any], dict[str, str]]] = []
 
     def app(self) -> web.Application:
@@ -69,8 +69,8 @@ class Server:
             if self.pause:
                 await asyncio.sleep(self.pause)
             if number == len(pieces) - 1:
-                self.held.set()
-                await self.go_on.wait()
+                self.is_waiting.set()
+                await self.may_finish.wait()
             chunk = self._chunk(asked, [piece], chat=chat, last=number == len(pieces) - 1, first=number == 0)
             await response.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
         await response.write(b"data: [DONE]\n\n")
@@ -131,7 +131,7 @@ async def served(app: web.Application) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def recorded(upstream: str, out: Path, **settings: Any) -> AsyncIterator[tuple[str, Recorder]]:
-    """Stand a recorder before a server and yield its address; what waits is written at the end."""
+    """Start a recorder in front of a server and yield its address. Waiting records are written at the end."""
     chosen = RecorderSettings(upstream=upstream, out=out, port=0, **settings)
     redact = redactor(builtin=True, own=None) if chosen.redact else None
     line = partial(line_of, redact=redact, record_bytes=chosen.record_bytes)
@@ -155,7 +155,7 @@ def chat_request(question: str, **more: Any) -> dict[str, Any]:
 
 
 async def post(session: aiohttp.ClientSession, address: str, asked: dict[str, Any]) -> bytes:
-    """Return the bytes of an answer."""
+    """Send a request and return the bytes of the answer."""
     path = "/v1/chat/completions" if "messages" in asked else "/v1/completions"
     headers = {"Authorization": "Bearer very-secret-token-1234"}
     async with session.post(address + path, json=asked, headers=headers) as answer:

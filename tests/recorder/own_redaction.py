@@ -1,11 +1,11 @@
-"""A redaction of a user's, in a module that is imported in a moment."""
+"""A redaction function of a user, in a module that imports quickly."""
 
 import os
 import time
 
 
 def printing(text: str) -> str:
-    """Hide a name; print, and end the process at one word, or never come to an end at another."""
+    """Hide a name and print. The text "die" ends the process, and "hang" never returns."""
     print("looked at", len(text))
     if text == "die":
         os._exit(1)

@@ -45,7 +45,7 @@ def startup_error(tmp_path: Path, upstream: str, port: int) -> str:
         ("0.0.0.0", socket.gethostname()),
     ],
 )
-def test_an_upstream_that_is_the_recorder_itself_is_refused_at_start(tmp_path, host, name):
+def test_an_upstream_that_is_the_recorder_itself_is_an_error(tmp_path, host, name):
     with socket.create_server((host, 0)) as listening:
         port = listening.getsockname()[1]
         assert Upstream.of(f"http://{name}:{port}").is_one_of([listening])
@@ -58,13 +58,13 @@ def test_an_upstream_that_is_the_recorder_itself_is_refused_at_start(tmp_path, h
         assert PASSWORD not in startup_error(tmp_path, f"http://me:{PASSWORD}@{name}:{port}", port)
 
 
-def test_a_port_that_is_taken_is_one_sentence(tmp_path):
+def test_a_port_in_use_is_a_one_line_error(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"--port {port}: cannot listen" in startup_error(tmp_path, "http://127.0.0.1:1", port)
 
 
-def test_recorders_in_a_circle_answer_that_they_are(tmp_path):
+def test_recorders_that_forward_to_each_other_detect_the_loop(tmp_path):
     async def run() -> None:
         with socket.create_server(("127.0.0.1", 0)) as reserved:
             port = reserved.getsockname()[1]
@@ -84,7 +84,7 @@ def test_recorders_in_a_circle_answer_that_they_are(tmp_path):
     asyncio.run(run())
 
 
-def test_an_address_may_have_a_path_and_a_password_that_is_never_shown(tmp_path):
+def test_an_address_may_have_a_path_and_its_password_is_never_shown(tmp_path):
     found = Upstream.of(f"https://me:{PASSWORD}%40@host.example/base/")
     assert found.shown == "https://host.example/base"
     assert found.authorization == b"Basic bWU6cGFzcy13b3JkLTEyMzRA"

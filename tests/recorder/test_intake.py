@@ -1,4 +1,4 @@
-"""A folder that is written while it is read: every line once, whatever becomes of its files and of the reader."""
+"""A folder that is read while it is written: every line is read once, despite rotation and kills of the reader."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def take_all(reader: Intake, **how: Any) -> list[str]:
     return taken(reader)
 
 
-def test_lines_are_taken_once_and_a_line_that_is_still_written_waits(tmp_path):
+def test_lines_are_read_once_and_an_incomplete_line_waits(tmp_path):
     log = tmp_path / "logs" / "a.jsonl"
     append(log, "1", "2")
     append(log, "3", end="")
@@ -71,12 +71,12 @@ def copy_and_truncate(log: Path) -> None:
     os.truncate(log, 0)
 
 
-def pack(log: Path) -> None:
+def compress(log: Path) -> None:
     log.with_name("a.jsonl.1.gz").write_bytes(gzip.compress(log.read_bytes()))
     log.unlink()
 
 
-@pytest.mark.parametrize("rotate", [rename, copy_and_truncate, pack])
+@pytest.mark.parametrize("rotate", [rename, copy_and_truncate, compress])
 @pytest.mark.parametrize("read_before", [True, False])
 def test_a_rotated_file_is_read_to_its_end_and_not_twice(tmp_path, rotate, read_before):
     log = tmp_path / "logs" / "a.jsonl"
@@ -88,27 +88,27 @@ def test_a_rotated_file_is_read_to_its_end_and_not_twice(tmp_path, rotate, read_
     rotate(log)
     append(log, "4")
     assert sorted(take_all(reader)) == ["1", "2", "3", "4"]
-    assert reader.counts == {"used": 4}  # No duplicate was even read.
+    assert reader.counts == {"used": 4}  # No line was read twice.
     assert intake(tmp_path).take() is None
 
 
-def test_a_copy_beside_its_original_and_a_gzip_file_that_is_not_whole_are_not_read(tmp_path):
+def test_a_copy_of_a_log_and_an_incomplete_gzip_file_are_not_read(tmp_path):
     log = tmp_path / "logs" / "a.jsonl"
     append(log, "1", "2")
     reader = intake(tmp_path)
     take_all(reader)
     shutil.copy(log, log.with_name("a.jsonl.1"))
-    packed = gzip.compress(log.read_bytes())
-    (tmp_path / "logs" / "a.jsonl.1.gz").write_bytes(packed[:-8])
+    compressed = gzip.compress(log.read_bytes())
+    (tmp_path / "logs" / "a.jsonl.1.gz").write_bytes(compressed[:-8])
     take_all(reader)
     append(log, "3")
     assert take_all(reader) == ["1", "2", "3"]
-    (tmp_path / "logs" / "a.jsonl.1.gz").write_bytes(packed)
+    (tmp_path / "logs" / "a.jsonl.1.gz").write_bytes(compressed)
     take_all(reader)
     assert reader.counts["used"] == 3
 
 
-def test_a_log_that_is_being_rotated_is_waited_for_and_one_that_never_was_is_an_error(tmp_path):
+def test_a_log_missing_during_rotation_is_waited_for_and_one_that_never_existed_is_an_error(tmp_path):
     log = tmp_path / "logs" / "a.jsonl"
     with pytest.raises(DataError, match="no such file"):
         intake(tmp_path, path=str(log)).take()
@@ -121,7 +121,7 @@ def test_a_log_that_is_being_rotated_is_waited_for_and_one_that_never_was_is_an_
     assert take_all(reader) == ["1", "2"]
 
 
-def test_a_copy_that_is_still_written_is_not_read(tmp_path):
+def test_an_incomplete_copy_is_not_read(tmp_path):
     log = tmp_path / "logs" / "a.jsonl"
     names = [str(number) for number in range(100)]
     append(log, *names)
@@ -138,7 +138,7 @@ def test_a_copy_that_is_still_written_is_not_read(tmp_path):
 
 
 def same_start(path: Path, *names: str) -> None:
-    """Append lines that begin alike, as where each request opens with the same long words of the system."""
+    """Append lines with the same beginning, such as requests with the same long system prompt."""
     path.parent.mkdir(exist_ok=True)
     with path.open("a") as file:
         for name in names:
@@ -147,7 +147,7 @@ def same_start(path: Path, *names: str) -> None:
             )
 
 
-def test_a_new_log_that_begins_as_an_older_one_does_is_read_at_once(tmp_path):
+def test_a_new_log_with_the_same_beginning_as_an_older_one_is_read_at_once(tmp_path):
     log = tmp_path / "logs" / "a.jsonl"
     same_start(log, "1", "2", "3")
     reader = intake(tmp_path)
@@ -158,7 +158,7 @@ def test_a_new_log_that_begins_as_an_older_one_does_is_read_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("longer", ["a", "b"])
-def test_two_logs_whose_first_line_is_the_same_are_both_read(tmp_path, longer):
+def test_two_logs_with_the_same_first_line_are_both_read(tmp_path, longer):
     logs = tmp_path / "logs"
     append(logs / "a.jsonl", "warm-up")
     reader = intake(tmp_path)
@@ -172,11 +172,11 @@ def test_two_logs_whose_first_line_is_the_same_are_both_read(tmp_path, longer):
     assert {"last of a", "last of b"} <= set(take_all(reader))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_of_a_log_and_its_copy_that_both_were_never_read_one_is_read(tmp_path, packed):
+@pytest.mark.parametrize("compressed", [False, True])
+def test_of_an_unread_log_and_its_copy_only_one_is_read(tmp_path, compressed):
     log = tmp_path / "logs" / "a.jsonl"
     append(log, *"123")
-    if packed:
+    if compressed:
         log.with_name("a.jsonl.1.gz").write_bytes(gzip.compress(log.read_bytes()))
     else:
         shutil.copy(log, log.with_name("a.jsonl.1"))
@@ -188,7 +188,7 @@ def test_of_a_log_and_its_copy_that_both_were_never_read_one_is_read(tmp_path, p
     assert reader.counts == {"used": 5}
 
 
-def test_a_copy_is_read_on_where_its_original_was_cut_before_all_of_it_was_read(tmp_path):
+def test_a_copy_is_read_if_its_original_was_truncated_before_it_was_read_completely(tmp_path):
     log = tmp_path / "logs" / "a.jsonl"
     append(log, "1")
     reader = intake(tmp_path)
@@ -200,7 +200,7 @@ def test_a_copy_is_read_on_where_its_original_was_cut_before_all_of_it_was_read(
     assert take_all(reader) == list("12345")
 
 
-def test_of_logs_that_are_gone_no_more_is_remembered_than_is_told(tmp_path, monkeypatch):
+def test_only_max_places_logs_are_remembered_after_their_files_are_gone(tmp_path, monkeypatch):
     monkeypatch.setattr("drafttrain.recorder.growing_logs.MAX_PLACES", 5)
     log = tmp_path / "logs" / "a.jsonl"
     reader = intake(tmp_path)
@@ -215,7 +215,7 @@ def test_of_logs_that_are_gone_no_more_is_remembered_than_is_told(tmp_path, monk
     assert reader.counts == {"used": 12}
 
 
-def test_a_file_that_is_written_anew_under_the_same_name_is_a_new_one(tmp_path):
+def test_a_truncated_file_with_new_lines_is_a_new_log(tmp_path):
     log = tmp_path / "logs" / "a.jsonl"
     append(log, "1", "2")
     reader = intake(tmp_path)
@@ -225,7 +225,7 @@ def test_a_file_that_is_written_anew_under_the_same_name_is_a_new_one(tmp_path):
     assert take_all(reader) == ["1", "2", "3", "4", "5"]
 
 
-def test_every_line_is_accounted_for_and_duplicates_are_known_after_a_restart(tmp_path):
+def test_every_line_is_counted_and_duplicates_are_recognized_after_a_restart(tmp_path):
     log = tmp_path / "logs" / "a.jsonl"
     append(log, "1", "1")
     with log.open("a") as file:
@@ -241,15 +241,15 @@ def test_every_line_is_accounted_for_and_duplicates_are_known_after_a_restart(tm
     assert len(entries) == 4
 
 
-def test_batches_that_nothing_is_compared_with_go_once_they_were_learned_and_a_restart_knows_the_others(tmp_path):
+def test_old_batches_are_removed_and_a_restart_still_finds_duplicates_of_the_others(tmp_path):
     log = tmp_path / "logs" / "a.jsonl"
     append(log, *"12345678")
     reader = intake(tmp_path, remembered=3)
     assert take_all(reader, max_lines=2) == list("12345678")
     reader.forget(stop_batch=1)
-    assert taken(reader) == list("345678"), "batches that were not learned stay"
+    assert taken(reader) == list("345678"), "batches after stop_batch stay"
     reader.forget(stop_batch=4)
-    assert taken(reader) == list("5678"), "so do those that duplicates are found by"
+    assert taken(reader) == list("5678"), "batches that duplicates are found by stay too"
     append(log, "7", "9")
     reader = intake(tmp_path, remembered=3)
     assert take_all(reader) == list("56789")
@@ -259,7 +259,7 @@ def test_batches_that_nothing_is_compared_with_go_once_they_were_learned_and_a_r
     ]  # fmt: skip
 
 
-def test_what_is_taken_up_is_what_was_read_law_and_user_included(tmp_path):
+def test_stored_records_keep_the_logged_distribution_and_the_pseudonym(tmp_path):
     tokens = ids("ok")
     rows = [{f"token_id:{token}": -0.1, "token_id:9": -4.0, "token_id:8": -5.0} for token in tokens]
     rows[1].popitem()
@@ -287,7 +287,7 @@ def test_other_settings_need_another_folder(tmp_path):
         intake(tmp_path, redact=False)
 
 
-def _read_on(tmp_path: Path) -> None:
+def _read_forever(tmp_path: Path) -> None:
     reader = intake(tmp_path)
     while True:
         if reader.take(max_lines=7) is None:
@@ -316,13 +316,13 @@ def survive(tmp_path: Path, *, rotate: Callable[[Path, int], None], kills: int) 
 
     for _ in range(kills):
         before, until = batches(), None
-        child = process.Process(target=_read_on, args=(tmp_path,))
+        child = process.Process(target=_read_forever, args=(tmp_path,))
         child.start()
         begun = time.monotonic()
-        # The moment counts from when the reader is at work, however slow the machine is.
+        # The time counts from the first batch, because the machine may be slow.
         while until is None or time.monotonic() < until:
-            assert child.is_alive(), "the reader fell before it was killed"
-            assert until is not None or time.monotonic() < begun + 120, "the reader took up nothing"
+            assert child.is_alive(), "the reader ended before it was killed"
+            assert until is not None or time.monotonic() < begun + 120, "the reader read nothing"
             names.append(f"line {len(names)}")
             append(log, names[-1])
             time.sleep(0.001)
@@ -333,19 +333,19 @@ def survive(tmp_path: Path, *, rotate: Callable[[Path, int], None], kills: int) 
                 until = time.monotonic() + rng.uniform(0.02, 0.2)
         os.kill(child.pid, signal.SIGKILL)
         child.join()
-        assert child.exitcode == -signal.SIGKILL, "the reader fell before it was killed"
+        assert child.exitcode == -signal.SIGKILL, "the reader ended before it was killed"
     reader = intake(tmp_path)
     found = take_all(reader)
-    assert sorted(found) == sorted(names)  # None is lost and none is doubled.
+    assert sorted(found) == sorted(names)  # No line is lost or read twice.
     assert reader.counts == {"used": len(names)}
 
 
 @pytest.mark.parametrize("rotate", [rename_on, copy_on])
-def test_a_kill_loses_no_record_and_doubles_none(tmp_path, rotate):
+def test_a_kill_neither_loses_nor_duplicates_a_record(tmp_path, rotate):
     survive(tmp_path, rotate=rotate, kills=3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rotate", [rename_on, copy_on])
-def test_many_kills_lose_no_record_and_double_none(tmp_path, rotate):
+def test_many_kills_neither_lose_nor_duplicate_a_record(tmp_path, rotate):
     survive(tmp_path, rotate=rotate, kills=100)

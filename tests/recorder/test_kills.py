@@ -24,7 +24,7 @@ from tests.recorder.process import Process
 KILLS = [pytest.param(3, marks=pytest.mark.processes), pytest.param(20, marks=pytest.mark.slow)]
 ENCODER = chat_encoder(max_length=64)
 Moments = Iterator[float]
-"""Seconds from when a life is at work to its kill."""
+"""Seconds from the first acknowledged record until the kill."""
 
 
 def moments(kind: str, *, longest: float) -> Moments:
@@ -34,7 +34,7 @@ def moments(kind: str, *, longest: float) -> Moments:
 
 
 async def recorded_until_killed(upstream: str, logs: Path, names: Iterator[str], moment: float) -> list[str]:
-    """Ask through a recorder of its own until it is killed; return what it acknowledged as written."""
+    """Send requests through a new recorder until it is killed. Return the requests that it acknowledged as written."""
     process, asked, written = await asyncio.to_thread(Process, upstream, logs), [], 0
     try:
         async with aiohttp.ClientSession() as session:
@@ -45,14 +45,14 @@ async def recorded_until_killed(upstream: str, logs: Path, names: Iterator[str],
                 if written and not before:
                     asyncio.get_running_loop().call_later(moment, os.kill, process.pid, signal.SIGKILL)
     except (aiohttp.ClientError, ConnectionError):
-        # One client asks, so they are written in the order in which they were asked.
+        # There is one client, so records are written in the order of the requests.
         code, _ = await asyncio.to_thread(process.stop, signal.SIGKILL)
         assert code == -signal.SIGKILL
     return asked[:written]
 
 
 def taken(logs: Path, folder: Path) -> list[str]:
-    """Read on in the logs as a process that was just started does; return the questions of all that was ever taken up."""
+    """Read the logs as a process that was just started. Return the questions of all records that were ever read."""
     reader = Intake(ServingLogsSettings(path=str(logs), near_duplicates=None), ENCODER, folder)
     while reader.take(max_lines=5) is not None:
         pass
@@ -61,7 +61,7 @@ def taken(logs: Path, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("kills", KILLS)
-def test_a_killed_recorder_loses_no_record_that_was_acknowledged(tmp_path: Path, kills: int) -> None:
+def test_a_killed_recorder_loses_no_acknowledged_record(tmp_path: Path, kills: int) -> None:
     logs, acknowledged = tmp_path / "logs", []
     names, when = (f"Question {number}" for number in count()), moments("recorder", longest=0.5)
 

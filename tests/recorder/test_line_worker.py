@@ -1,4 +1,4 @@
-"""Lines are made in another process, which may die, hang or print without harm to other records."""
+"""Lines are made in another process, which may die, hang or print without affecting other records."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def capture(text: str) -> Capture:
     return Capture("r", "/v1/completions", json.dumps(asked).encode(), json.dumps(answered).encode(), False, 0.0)
 
 
-def test_lines_are_made_in_another_process_that_may_die_and_print():
+def test_a_worker_that_prints_or_dies_affects_no_other_record():
     worker = LineWorker(redact=True, redact_with=f"{own_redaction.__name__}.printing")
     try:
         assert (
@@ -34,7 +34,7 @@ def test_lines_are_made_in_another_process_that_may_die_and_print():
         worker.close()
 
 
-def test_a_redaction_that_never_ends_costs_one_record():
+def test_a_redaction_that_hangs_costs_one_record():
     worker = LineWorker(redact=True, redact_with=f"{own_redaction.__name__}.printing", max_seconds=1.0)
     try:
         with pytest.raises(Refused, match="unreadable"):
@@ -45,7 +45,7 @@ def test_a_redaction_that_never_ends_costs_one_record():
         worker.close()
 
 
-def test_a_signal_to_all_processes_of_the_recorder_costs_no_record():
+def test_a_signal_to_the_process_group_costs_no_record():
     worker = LineWorker(redact=True, redact_with=None)
     try:
         worker(capture("first"))

@@ -20,7 +20,7 @@ from tests.recorder.wire_cases import ANSWER, JSON
 
 
 def bomb(coding: str) -> bytes:
-    """Return 64 MiB of nothing, packed."""
+    """Return 64 MiB of zeros, compressed."""
     if coding == "br":
         packed: bytes = pytest.importorskip("brotli", minversion="1.2").compress(bytes(2**26), quality=1)
         return packed
@@ -31,20 +31,20 @@ def bomb(coding: str) -> bytes:
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd"])
-def test_a_bomb_costs_no_more_than_the_limit(coding):
-    packed = bomb(coding)
+def test_a_decompression_bomb_costs_no_more_than_the_limit(coding):
+    compressed = bomb(coding)
     made = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for encoding, body in ((coding, packed), (f"{coding}, gzip", gzip.compress(packed))):
+    for encoding, body in ((coding, compressed), (f"{coding}, gzip", gzip.compress(compressed))):
         tracemalloc.start()
         with pytest.raises(Refused, match="too_large"):
             decompressed(body, encoding, limit=2**20)
         assert tracemalloc.get_traced_memory()[1] < 3 * 2**20
         tracemalloc.stop()
-    # What the libraries hold is not Python's.
+    # tracemalloc does not see memory that the libraries allocate.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - made < 16 * 2**10
 
 
-def test_compressed_requests_and_answers_are_recorded_unpacked_within_the_limit():
+def test_compressed_messages_are_recorded_decompressed_within_the_limit():
     packed = gzip.compress(JSON), gzip.compress(gzip.compress(ANSWER))
     capture = Capture("r", "/v1/completions", packed[0], packed[1], False, 0.0, "gzip", "GZIP, x-gzip")
     line = json.loads(line_of(capture, None))
@@ -65,13 +65,13 @@ def test_compressed_requests_and_answers_are_recorded_unpacked_within_the_limit(
     ],
     ids=["not gzip", "cut off", "empty", "unknown", "too many"],
 )
-def test_what_cannot_be_unpacked_is_refused_by_its_kind(body, encoding):
+def test_a_body_that_cannot_be_decompressed_is_refused(body, encoding):
     with pytest.raises(Refused, match="coding"):
         decompressed(body, encoding, limit=100)
     assert set(CODINGS) == {"gzip", "x-gzip", "deflate", "br", "zstd"}
 
 
-def test_a_request_that_is_too_long_passes_and_holds_no_memory(tmp_path):
+def test_a_request_that_is_too_long_is_relayed_and_not_buffered(tmp_path):
     async def run() -> None:
         server = Server()
         for more in ({}, {"token_ids": True}):

@@ -1,4 +1,4 @@
-"""No place of a request or an answer lets a secret through into a record."""
+"""No part of a request or an answer can carry a secret into a record."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.data_gen.serving_logs.log_lines import chat, chat_encoder, ids, read
 
 KEY = "gh" + "p_" + "a1B2c3D4e5F6g7H8i9J0k1L2m3N4o5P6q7R8"
 WEAK = "Sommer" + "2024x"
-"""A password that only its name tells."""
+"""A password that only its key reveals."""
 REDACT = redactor(builtin=True, own=None)
 
 
@@ -44,7 +44,7 @@ def turn(**turn: Any) -> dict[str, Any]:
 
 
 def logged(*rows: tuple[str, ...]) -> dict[str, Any]:
-    """Return the log-probabilities of tokens: by position, the answered one and others."""
+    """Return log-probabilities: at each position, the answered token and alternatives."""
     content = [
         {
             "token": own,
@@ -128,32 +128,32 @@ def check(text: str) -> None:
 
 
 @pytest.mark.parametrize("place", REQUESTS)
-def test_no_place_of_a_request_lets_a_secret_through(place):
+def test_no_part_of_a_request_leaks_a_secret(place):
     asked = chat("q", "a")
     check(line(asked["request"] | REQUESTS[place], asked["response"]))
 
 
 @pytest.mark.parametrize("place", CHOICES)
-def test_no_place_of_an_answer_lets_a_secret_through(place):
+def test_no_part_of_an_answer_leaks_a_secret(place):
     asked = chat("q", "a", choice=copy.deepcopy(CHOICES[place]))
     check(line(asked["request"], asked["response"]))
 
 
 @pytest.mark.parametrize("place", RESPONSES)
-def test_no_place_beside_the_answers_lets_a_secret_through(place):
+def test_no_part_outside_the_choices_leaks_a_secret(place):
     asked = chat("q", "a")
     check(line(asked["request"], asked["response"] | RESPONSES[place]))
 
 
 @pytest.mark.parametrize("path", [f"/k/{WEAK}/v1/chat/completions", f"/v1/chat/completions?api_key={WEAK}"])
-def test_of_a_path_the_endpoint_is_written(path):
+def test_only_the_endpoint_of_a_path_is_recorded(path):
     asked = chat("q", "a")
     text = line(asked["request"], asked["response"], path=path)
     check(text)
     assert json.loads(text)["path"] == "/v1/chat/completions"
 
 
-def test_what_holds_no_secret_is_written_as_it_came():
+def test_messages_without_secrets_are_recorded_unchanged():
     call = json.dumps({"path": "src/a.py", "max_tokens": 4096, "token": "eos_token", "limit": 1.5, "password": None})
     asked = chat("Fix token=tokenizer.eos_token_id", "a", choice=logged(("a", "b"), ("c",)))
     asked["request"] |= {"temperature": 0.5, "seed": 4821, "stop": ["###"], "tools": [{"function": {"name": "run"}}]}
@@ -165,7 +165,7 @@ def test_what_holds_no_secret_is_written_as_it_came():
     assert [one["token"] for one in tops] == ["a", "b"]
 
 
-def test_alternatives_that_are_named_by_ids_are_looked_at_where_the_tokenizer_is(tmp_path):
+def test_alternatives_given_as_ids_are_checked_by_the_reader_with_a_tokenizer(tmp_path):
     def served(words: str) -> dict[str, Any]:
         own, other = ids("x" * len(words)), ids(words)
         rows = [{f"token_id:{a}": -0.1, f"token_id:{b}": -3.0} for a, b in zip(own, other, strict=True)]
@@ -182,14 +182,14 @@ def test_alternatives_that_are_named_by_ids_are_looked_at_where_the_tokenizer_is
     assert [record.logged is not None for record in records] == [True, False]
 
 
-def test_a_user_is_written_by_a_pseudonym_alone(tmp_path):
+def test_a_user_is_recorded_only_as_a_pseudonym(tmp_path):
     asked = chat("q", "a")
     text = line(asked["request"] | {"user": WEAK}, asked["response"], pseudonyms=Pseudonyms(tmp_path))
     check(text)
     assert json.loads(text)["request"]["user"] == Pseudonyms(tmp_path)(WEAK)
 
 
-def test_users_are_told_apart_within_a_folder_and_by_nobody_without_its_salt(tmp_path):
+def test_pseudonyms_distinguish_users_within_a_folder_only_with_its_salt(tmp_path):
     a, b = Pseudonyms(tmp_path / "a"), Pseudonyms(tmp_path / "b")
     assert not (tmp_path / "a").exists()
     assert a("bob") == Pseudonyms(tmp_path / "a")("bob") != a("eve")
@@ -200,7 +200,7 @@ def test_users_are_told_apart_within_a_folder_and_by_nobody_without_its_salt(tmp
         assert len(set(pool.map(lambda _: Pseudonyms(tmp_path / "c")("bob"), range(32)))) == 1
 
 
-def test_the_process_that_makes_lines_uses_the_salt_of_its_folder(tmp_path):
+def test_the_line_worker_uses_the_salt_of_its_folder(tmp_path):
     asked = chat("q", "a")
     asked["request"]["user"] = "bob"
     capture = Capture(
@@ -220,7 +220,7 @@ def test_the_process_that_makes_lines_uses_the_salt_of_its_folder(tmp_path):
     assert "user" not in json.loads(line_of(capture, REDACT))["request"]
 
 
-def test_the_recorder_keeps_numbers_of_draft_tokens_and_not_what_they_spell():
+def test_numbers_of_draft_tokens_are_recorded_instead_of_their_ids():
     choice = {
         "index": 0,
         "text": "ab",
@@ -231,11 +231,11 @@ def test_the_recorder_keeps_numbers_of_draft_tokens_and_not_what_they_spell():
     )
     written = json.loads(line_of(capture, redactor(builtin=True, own=None)))
     assert written["response"]["choices"][0]["speculative"] == {"drafted": [2, 1], "accepted": [1, 0]}
-    # Whoever keeps everything keeps these too.
+    # Without redaction, the ids are recorded.
     assert json.loads(line_of(capture, None))["response"]["choices"][0] == choice
 
 
-def test_rounds_of_a_text_that_the_recorder_had_to_change_are_not_kept():
+def test_rounds_of_a_redacted_text_are_not_recorded():
     def recorded(text: str) -> dict:
         choice = {"index": 0, "text": text, "speculative": {"drafted": [2, 1], "accepted": [1, 0]}}
         metrics = {"speculative_decoding": {"per_step_drafted": [2, 1], "per_step_accepted": [1, 0]}}

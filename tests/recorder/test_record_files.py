@@ -1,4 +1,4 @@
-"""Whatever becomes of the files of records while they are written, what counts as written can be read."""
+"""Records that count as written can be read, even if their files are renamed, truncated, removed or the disk is full."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def wanted(*numbers: int) -> list[str]:
     return [line(capture(number)).decode().strip() for number in numbers]
 
 
-def test_recorders_that_begin_a_file_in_the_same_second_write_two(tmp_path):
-    # As in containers, where each of them is process 1.
+def test_two_recorders_that_open_a_file_in_the_same_second_write_two_files(tmp_path):
+    # In containers, both may have process id 1.
     first, second = Recording(tmp_path), Recording(tmp_path)
     first.write(1)
     second.write(2)
@@ -64,7 +64,7 @@ def test_recorders_that_begin_a_file_in_the_same_second_write_two(tmp_path):
     assert sorted(first.lines) == wanted(1, 2)
 
 
-def test_a_file_that_is_removed_is_written_no_further(recording):
+def test_after_a_file_is_removed_a_new_one_is_written(recording):
     recording.write(1)
     (recording.folder / recording.files.file).unlink()
     recording.write(2, 3)
@@ -76,7 +76,7 @@ def test_a_file_that_is_removed_is_written_no_further(recording):
     assert not recording.files.dropped
 
 
-def test_a_file_that_is_copied_and_cut_goes_on_at_its_start(recording):
+def test_after_a_file_is_copied_and_truncated_writing_continues_at_its_start(recording):
     recording.write(1, 2)
     path = recording.folder / recording.files.file
     shutil.copy(path, path.with_suffix(".old"))
@@ -86,7 +86,7 @@ def test_a_file_that_is_copied_and_cut_goes_on_at_its_start(recording):
     assert sorted(recording.lines) == wanted(1, 2, 3)
 
 
-def test_a_file_that_is_renamed_keeps_what_was_written_and_what_comes(recording):
+def test_after_a_file_is_renamed_no_record_is_lost(recording):
     recording.write(1)
     path = recording.folder / recording.files.file
     path.rename(path.with_suffix(".1"))
@@ -96,7 +96,7 @@ def test_a_file_that_is_renamed_keeps_what_was_written_and_what_comes(recording)
 
 @contextlib.contextmanager
 def no_room(limit: int) -> Iterator[None]:
-    """Let no file grow beyond some bytes."""
+    """Let no file grow beyond a limit in bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
@@ -105,7 +105,7 @@ def no_room(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_leaves_whole_lines_and_no_empty_files(recording):
+def test_a_full_disk_leaves_complete_lines_and_no_empty_files(recording):
     recording.write(1)
     with no_room(len(line(capture(1))) + 5):
         recording.write(2)
@@ -118,7 +118,7 @@ def test_a_full_disk_leaves_whole_lines_and_no_empty_files(recording):
     assert len(list(recording.folder.iterdir())) == 2
 
 
-def test_a_full_disk_keeps_the_lines_that_fit_and_drops_the_others(recording):
+def test_a_full_disk_drops_only_the_lines_that_do_not_fit(recording):
     size = len(line(capture(1)))
     with no_room(2 * size + 5):
         recording.files._write([capture(number) for number in range(1, 6)])
@@ -127,7 +127,7 @@ def test_a_full_disk_keeps_the_lines_that_fit_and_drops_the_others(recording):
     assert recording.files.dropped == {"disk": 1}
 
 
-def test_a_line_that_is_too_long_for_the_disk_costs_no_other(tmp_path):
+def test_a_line_that_does_not_fit_costs_no_other_line(tmp_path):
     def uneven(capture: Capture) -> bytes:
         return b'"' + b"x" * (90 if capture.id == "2" else 5) + b'"\n'
 
@@ -139,14 +139,14 @@ def test_a_line_that_is_too_long_for_the_disk_costs_no_other(tmp_path):
     assert [len(path.read_bytes()) for path in sorted(tmp_path.iterdir())] == [8, 8]
 
 
-def test_what_is_not_written_in_time_is_dropped_and_counted(tmp_path):
+def test_records_not_written_in_time_are_dropped_and_counted(tmp_path):
     going, go_on = threading.Event(), threading.Event()
 
     def slow(capture: Capture) -> bytes:
         if capture.id == "2":
             going.set()
             go_on.wait(30)
-            raise Refused("unreadable", "the process that makes lines was ended")
+            raise Refused("unreadable", "the line worker was stopped")
         return line(capture)
 
     files = RecordFiles(tmp_path, slow, rotate_bytes=10, queue_bytes=2**20)

@@ -1,4 +1,4 @@
-"""What passes is unchanged, what was said is written and read again, and nothing the recorder does keeps a client waiting."""
+"""The recorder relays messages unchanged, its records can be read as training text, and no client waits for it."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ REQUESTS = {
 
 
 def texts(out: Path, **settings: Any) -> list[str]:
-    """Return the recorded texts as a source of training text reads them."""
+    """Return the recorded texts as the data source reads them."""
     records, kinds = read(out, **settings)
     assert kinds == []
     return [chat_encoder().tokenizer.decode(record.tokens) for record in records]
 
 
 def ask(out: Path, requests: list[dict[str, Any]], *, server: Server | None = None, **settings: Any) -> tuple[Any, ...]:
-    """Return the answers of a server and of a recorder before it, one request after the other, and the recorder."""
+    """Send requests directly and through a recorder. Return both lists of answers, and the recorder."""
 
     async def both() -> tuple[Any, ...]:
         async with (
@@ -52,14 +52,14 @@ def ask(out: Path, requests: list[dict[str, Any]], *, server: Server | None = No
 
 
 @pytest.mark.parametrize("extra", [{}, {"logprobs": 2}, {"token_ids": True}, {"logprobs": 2, "token_ids": True}])
-def test_answers_pass_unchanged_and_are_read_again_as_training_text(tmp_path, extra):
+def test_answers_are_relayed_unchanged_and_read_as_training_text(tmp_path, extra):
     direct, through, recorder = ask(tmp_path, list(REQUESTS.values()), **extra)
     if extra:
-        # Events are written anew where something is taken out of them: the same values.
+        # Events without their extra fields are serialized again, with the same values.
         direct, through = ([_values(answer) for answer in answers] for answers in (direct, through))
     assert through == direct
     assert recorder.files.written == 4
-    end = "" if extra else "<|end|>"  # Where ids are logged, no end is made up.
+    end = "" if extra else "<|end|>"  # With logged ids, no end token is added.
     asked = ["<user>Why?", "<user>Why now?"]
     template = "<assistant>" if extra.get("token_ids") else "<|end|><assistant>"
     chats = [f"{one}{template} answer{end}" for one in asked]
@@ -69,13 +69,13 @@ def test_answers_pass_unchanged_and_are_read_again_as_training_text(tmp_path, ex
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
-def test_an_event_is_passed_on_as_soon_as_it_is_whole_whatever_ends_its_lines(end):
-    asking = ExtraFields.of(b'{"prompt": "x", "stream": true}', chat=False, logprobs=0, token_ids=True)
-    said, passed = b'data: {"choices":[{"text":"a","token_ids":[1]}]}', b'data: {"choices":[{"text":"a"}]}'
-    events = StrippedEvents(asking)
+def test_an_event_is_relayed_as_soon_as_it_is_complete_with_any_line_end(end):
+    extra = ExtraFields.of(b'{"prompt": "x", "stream": true}', chat=False, logprobs=0, token_ids=True)
+    original, stripped = b'data: {"choices":[{"text":"a","token_ids":[1]}]}', b'data: {"choices":[{"text":"a"}]}'
+    events = StrippedEvents(extra)
     for _ in range(2):
-        assert events.feed(said[:20]) == b""
-        assert events.feed(said[20:] + end + end) == passed + end + end
+        assert events.feed(original[:20]) == b""
+        assert events.feed(original[20:] + end + end) == stripped + end + end
     assert events.feed(b"data: [DONE]" + end + end) + events.end() == b"data: [DONE]" + end + end
 
 
@@ -85,7 +85,7 @@ def _values(answer: bytes) -> list[Any]:
     return [json.loads(line[5:]) for line in answer.split(b"\n\n") if line and b"[DONE]" not in line]
 
 
-def test_nothing_more_is_asked_for_than_the_user_says(tmp_path):
+def test_the_server_receives_only_the_extra_fields_that_were_configured(tmp_path):
     server = Server()
     ask(tmp_path / "a", [REQUESTS["chat"]], server=server)
     (direct, _), (through, _) = server.asked
@@ -97,14 +97,14 @@ def test_nothing_more_is_asked_for_than_the_user_says(tmp_path):
     assert server.asked[3][0] == REQUESTS["completion"] | more | {"logprobs": 3}
 
 
-def test_a_client_keeps_what_it_asked_for_itself(tmp_path):
+def test_a_client_receives_the_fields_that_it_requested_itself(tmp_path):
     asked = REQUESTS["completion"] | {"logprobs": 1, "return_token_ids": True}
     direct, through, _ = ask(tmp_path, [asked], logprobs=5, token_ids=True)
     assert through == direct
     assert json.loads(through[0])["choices"][0]["token_ids"] == ids(" answer")
 
 
-def test_other_requests_pass_and_credentials_reach_the_server_and_no_file(tmp_path):
+def test_other_requests_are_relayed_and_credentials_are_never_recorded(tmp_path):
     async def run() -> None:
         server = Server()
         async with (
@@ -129,7 +129,7 @@ def test_other_requests_pass_and_credentials_reach_the_server_and_no_file(tmp_pa
         assert secret not in written
 
 
-def test_what_must_be_hidden_is_not_written_and_neither_are_ids_that_spell_it(tmp_path):
+def test_private_data_is_not_recorded_and_neither_are_ids_that_spell_it(tmp_path):
     asked = [chat_request("I am bob@mail.example"), {"model": "m", "prompt": ids("bob@mail.example")}]
     _, through, recorder = ask(tmp_path, asked, logprobs=2, token_ids=True)
     assert all(json.loads(answer)["choices"] for answer in through)
@@ -140,7 +140,7 @@ def test_what_must_be_hidden_is_not_written_and_neither_are_ids_that_spell_it(tm
     assert texts(tmp_path) == ["<user>I am [e-mail]<|end|><assistant> answer<|end|>"]
 
 
-def test_files_are_rotated_by_size_and_a_full_queue_drops_and_counts(tmp_path):
+def test_files_are_rotated_by_size_and_a_full_queue_drops_records(tmp_path):
     asked = [chat_request(f"Question {number}") for number in range(6)]
     _, _, recorder = ask(tmp_path / "a", asked, rotate_bytes=400)
     assert recorder.files.written == 6
@@ -154,7 +154,7 @@ def test_files_are_rotated_by_size_and_a_full_queue_drops_and_counts(tmp_path):
     assert recorder.files.dropped == {"too_large": 6}
 
 
-def test_an_unreachable_server_is_told_and_a_client_that_leaves_is_counted(tmp_path):
+def test_an_unreachable_server_is_an_error_and_a_client_that_disconnects_is_counted(tmp_path):
     async def run() -> None:
         async with (
             recorded(f"http://127.0.0.1:{not_listening.getsockname()[1]}", tmp_path) as (address, recorder),
@@ -186,44 +186,44 @@ def test_an_unreachable_server_is_told_and_a_client_that_leaves_is_counted(tmp_p
 # ---------------------------------------------------------------- the command
 
 
-def test_sigterm_lets_open_requests_finish_and_writes_all_that_waits(tmp_path):
+def test_sigterm_lets_open_requests_finish_and_writes_waiting_records(tmp_path):
     async def run() -> None:
         server = Server("slow answer", holds=True)
         async with served(server.app()) as upstream, aiohttp.ClientSession() as session:
             process = await asyncio.to_thread(Process, upstream, tmp_path)
             asking = asyncio.create_task(post(session, process.address, REQUESTS["chat, streamed"]))
-            await server.held.wait()
+            await server.is_waiting.wait()
             stopping = asyncio.create_task(asyncio.to_thread(process.stop, signal.SIGTERM))
-            # It has heard the signal when it takes no new connections.
+            # It has received the signal once it accepts no new connections.
             while await takes_connections(process.address):
                 await asyncio.sleep(0.01)
-            server.go_on.set()
-            code, said = await stopping
+            server.may_finish.set()
+            code, log = await stopping
             assert (await asking).endswith(b"[DONE]\n\n")
             assert code == 0
-            assert "1 records written" in said
+            assert "1 records written" in log
 
     asyncio.run(run())
     assert texts(tmp_path) == ["<user>Why now?<|end|><assistant>slow answer<|end|>"]
 
 
-def test_where_the_disk_is_full_requests_succeed_and_drops_are_counted(tmp_path):
+def test_with_a_full_disk_requests_succeed_and_drops_are_counted(tmp_path):
     async def run() -> None:
         async with served(Server("y" * 100).app()) as upstream, aiohttp.ClientSession() as session:
             process = await asyncio.to_thread(Process, upstream, tmp_path, limit_bytes=200)
             direct = await post(session, upstream, REQUESTS["chat"])
             for _ in range(3):
                 assert await post(session, process.address, REQUESTS["chat"]) == direct
-            code, said = await asyncio.to_thread(process.stop, signal.SIGTERM)
+            code, log = await asyncio.to_thread(process.stop, signal.SIGTERM)
             assert code == 0
-            assert "0 records written" in said
-            assert "dropped: disk 3" in said
+            assert "0 records written" in log
+            assert "dropped: disk 3" in log
 
     asyncio.run(run())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_this_machine_is_listened_to_unless_told_otherwise_and_a_wrong_address_is_told():
+def test_the_default_host_is_loopback_and_an_invalid_upstream_is_an_error():
     assert RecorderSettings(upstream="http://x", out=Path(), port=0).host == "127.0.0.1"
     command = [
         sys.executable,

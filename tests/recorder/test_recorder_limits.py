@@ -1,4 +1,4 @@
-"""What anybody may do to the recorder costs a bounded amount, is counted, and tells nobody a secret."""
+"""No client can exhaust the recorder or make it log a secret, and every outcome is counted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PASSWORD, KEY = "pass-word-1234", "sk-abcdefghijklmnopqrstuvwxyz"
 
 @contextlib.asynccontextmanager
 async def scripted(answer: bytes) -> AsyncIterator[tuple[str, list[str]]]:
-    """Serve an answer to each request, and keep what became of the connections."""
+    """Serve one answer to every request, and track which connections are still open."""
     ends: list[str] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -47,17 +47,17 @@ async def scripted(answer: bytes) -> AsyncIterator[tuple[str, list[str]]]:
 
 
 async def until(wanted: object, found: object) -> None:
-    """Wait until a function returns what is wanted."""
+    """Wait until a function returns a value."""
     async with asyncio.timeout(30):
         while found() != wanted:  # type: ignore[operator]
             await asyncio.sleep(0.005)
 
 
-# ---------------------------------------------------------------- clients that leave, or do not go on
+# ---------------------------------------------------------------- clients that disconnect or stall
 
 
 @pytest.mark.parametrize("how", ["closes", "resets"])
-def test_a_client_that_leaves_before_the_first_byte_ends_its_request_at_the_server(tmp_path, how):
+def test_a_client_that_disconnects_before_the_first_byte_ends_its_request_at_the_server(tmp_path, how):
     async def run() -> None:
         async with scripted(b"") as (upstream, ends), recorded(upstream, tmp_path) as (address, recorder):
             clients = [await connected(address) for _ in range(20)]
@@ -75,7 +75,7 @@ def test_a_client_that_leaves_before_the_first_byte_ends_its_request_at_the_serv
     asyncio.run(run())
 
 
-def test_who_only_ends_its_own_side_still_gets_the_answer(tmp_path):
+def test_a_client_that_only_closes_its_sending_side_still_receives_the_answer(tmp_path):
     async def run() -> None:
         async with scripted(OK) as (upstream, _), recorded(upstream, tmp_path) as (address, recorder):
             reader, writer = await connected(address)
@@ -91,9 +91,9 @@ def test_who_only_ends_its_own_side_still_gets_the_answer(tmp_path):
 @pytest.mark.parametrize(
     "half", [b"POST /v1/comp", b"POST / HTTP/1.1\r\nHost: x\r\n", sized(JSON)[:-3], request() + b"GET /"]
 )
-def test_a_request_that_is_not_sent_to_its_end_is_ended_and_counted(tmp_path, half):
+def test_an_unfinished_request_times_out_and_is_counted(tmp_path, half):
     async def run() -> None:
-        # The server answers once, and waits for the end of what has a body.
+        # The server answers once, and waits for the end of a request with a body.
         async with (
             scripted(b"" if half.startswith(b"POST") else OK) as (upstream, ends),
             recorded(upstream, tmp_path, request_seconds=0.1) as (address, recorder),
@@ -108,7 +108,7 @@ def test_a_request_that_is_not_sent_to_its_end_is_ended_and_counted(tmp_path, ha
             assert answers.startswith(b"HTTP/1.1 408 ")
             assert recorder.counts["timed_out"] == 1
             await until(0, lambda: ends.count("open"))
-            # Who connects and says nothing is sent away as well.
+            # A client that connects and sends nothing is disconnected too.
             reader, writer = await connected(address)
             assert await reader.read() == b""
             writer.close()
@@ -117,7 +117,7 @@ def test_a_request_that_is_not_sent_to_its_end_is_ended_and_counted(tmp_path, ha
     asyncio.run(run())
 
 
-def test_a_slow_answer_is_no_slow_request(tmp_path):
+def test_a_slow_answer_does_not_time_out_the_request(tmp_path):
     async def run() -> None:
         server = Server("x" * 5, pause=0.1)
         async with (
@@ -135,13 +135,13 @@ def test_a_slow_answer_is_no_slow_request(tmp_path):
 
 
 async def crowd(address: str, number: int) -> list[bytes]:
-    """Ask on so many connections, close none before all are answered, and return the answers."""
+    """Send a request on each of many connections, close none before all are answered, and return the answers."""
 
     async def ask() -> bytes:
         nonlocal waiting
         reader, writer = await connected(address)
         try:
-            # Who is refused is told at once, and may see the end before it has asked.
+            # A refused client is answered at once, maybe before it has sent its request.
             with contextlib.suppress(ConnectionError):
                 writer.write(sized(JSON))
             head = await reader.readuntil(b"\r\n\r\n")
@@ -160,7 +160,7 @@ async def crowd(address: str, number: int) -> list[bytes]:
 
 
 def served_or_refused(tmp_path: Path, number: int, *, most: int, open_files: tuple[int, int]) -> None:
-    """Ask a recorder of `most` clients with so many at once; each is answered, and counted."""
+    """Connect many clients at once to a recorder that allows `most`. Each is answered and counted."""
 
     async def run() -> None:
         async with scripted(answer_sized()) as (upstream, _):
@@ -183,7 +183,7 @@ def served_or_refused(tmp_path: Path, number: int, *, most: int, open_files: tup
     asyncio.run(run())
 
 
-def test_clients_beyond_the_bound_are_refused_and_counted(tmp_path):
+def test_clients_beyond_the_limit_are_refused_and_counted(tmp_path):
     async def run() -> None:
         async with (
             scripted(answer_sized()) as (upstream, _),
@@ -192,7 +192,7 @@ def test_clients_beyond_the_bound_are_refused_and_counted(tmp_path):
             kinds = [one[9:12] for one in await crowd(address, 60)]
             assert (kinds.count(b"200"), kinds.count(b"503")) == (40, 20)
             assert recorder.counts == {"offered": 40, "refused": 20}
-            # Who has left makes room.
+            # Disconnected clients free their places.
             await until(0, lambda: len(recorder.shared.open))
             assert [one[9:12] for one in await crowd(address, 40)] == [b"200"] * 40
 
@@ -209,7 +209,7 @@ def test_2000_clients_at_once_above_the_soft_limit_are_served_or_refused(tmp_pat
     served_or_refused(tmp_path, 2000, most=most, open_files=open_files)
 
 
-def test_the_soft_limit_of_open_files_is_raised_as_far_as_clients_need():
+def test_the_soft_limit_of_open_files_is_raised_as_needed():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < 4096:
         pytest.skip("needs 4,096 open files")
@@ -226,7 +226,7 @@ def test_the_soft_limit_of_open_files_is_raised_as_far_as_clients_need():
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_nothing_of_a_request_gets_into_the_log(tmp_path):
+def test_no_part_of_a_request_gets_into_the_log(tmp_path):
     async def run() -> str:
         server = Server()
         async with served(server.app()) as upstream, aiohttp.ClientSession() as session:
@@ -247,21 +247,21 @@ def test_nothing_of_a_request_gets_into_the_log(tmp_path):
             body = {"prompt": "Why?", "api_key": KEY}
             async with session.post(process.address + f"/v1/completions?key={KEY}", json=body) as answer:
                 assert answer.status == 200
-            _, said = await asyncio.to_thread(process.stop, signal.SIGTERM)
-            return process.first_line + said
+            _, log = await asyncio.to_thread(process.stop, signal.SIGTERM)
+            return process.first_line + log
 
-    said = asyncio.run(run())
-    assert KEY not in said
-    assert PASSWORD not in said
-    assert "4 malformed" in said
-    assert "2 timed out" in said
+    log = asyncio.run(run())
+    assert KEY not in log
+    assert PASSWORD not in log
+    assert "4 malformed" in log
+    assert "2 timed out" in log
     assert all(KEY not in path.read_text() for path in tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------- the end
 
 
-def test_sigterm_ends_within_its_time_and_counts_what_it_cut(tmp_path):
+def test_sigterm_ends_within_the_grace_time_and_counts_aborted_requests(tmp_path):
     async def run() -> None:
         server = Server("endless", holds=True)
         async with served(server.app()) as upstream, aiohttp.ClientSession() as session:
@@ -272,18 +272,18 @@ def test_sigterm_ends_within_its_time_and_counts_what_it_cut(tmp_path):
                     await asyncio.sleep(0.02)
             asking = asyncio.create_task(post(session, process.address, chat_request("Why?", stream=True)))
             silent = await connected(process.address)
-            await server.held.wait()
+            await server.is_waiting.wait()
             began = time.monotonic()
-            code, said = await asyncio.to_thread(process.stop, signal.SIGTERM)
+            code, log = await asyncio.to_thread(process.stop, signal.SIGTERM)
             took = time.monotonic() - began
             with pytest.raises(aiohttp.ClientError):
                 await asking
-            # An open stream was waited for without end; a busy machine needs some seconds to end a process.
+            # Without the limit, the open stream would never end. A busy machine needs some seconds to end a process.
             assert took < 30
             silent[1].close()
             assert code == 0
-            assert "1 aborted" in said
-            assert "1 records written" in said
-            server.go_on.set()
+            assert "1 aborted" in log
+            assert "1 records written" in log
+            server.may_finish.set()
 
     asyncio.run(run())

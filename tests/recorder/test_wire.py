@@ -1,4 +1,4 @@
-"""A client that stands before the recorder reads and causes what it would without: the same bytes, and the same ends."""
+"""Client and server see the same bytes and the same disconnects with the recorder as without it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SECONDS = 20.0
 
 
 class ScriptedServer:
-    """Answers what the case says, understands nothing, and keeps the bytes that it got."""
+    """Sends the answers of the case without parsing requests, and keeps the bytes it received."""
 
     def __init__(self) -> None:
         self.case: Case | None = None
@@ -63,7 +63,7 @@ async def _asked(reader: asyncio.StreamReader, one: Exchange) -> bytes:
 
 @dataclass
 class StrictServer:
-    """A real server that refuses what is not clear, and keeps the paths that it was asked for."""
+    """A real server that refuses ambiguous requests, and keeps the requested paths."""
 
     paths: list[str] = field(default_factory=list)
 
@@ -80,7 +80,7 @@ class StrictServer:
 
 @dataclass
 class Wire:
-    """Servers, and recorders before them."""
+    """Servers, each with a recorder in front."""
 
     scripted: ScriptedServer
     strict: StrictServer
@@ -92,7 +92,7 @@ class Wire:
 def wire(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wire]:
     ready: Future[tuple[Wire, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
 
-    async def stand(folder: Path) -> None:
+    async def serve_all(folder: Path) -> None:
         scripted, strict, stop = ScriptedServer(), StrictServer(), asyncio.Event()
         server = await asyncio.start_server(scripted.serve, "127.0.0.1", 0, limit=2**20)
         port = server.sockets[0].getsockname()[1]
@@ -109,7 +109,7 @@ def wire(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wire]:
 
     def run() -> None:
         try:
-            uvloop.run(stand(tmp_path_factory.mktemp("wire")))
+            uvloop.run(serve_all(tmp_path_factory.mktemp("wire")))
         except BaseException as error:
             if not ready.done():
                 ready.set_exception(error)
@@ -124,7 +124,7 @@ def wire(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wire]:
 
 
 def asked(port: int, case: Case) -> tuple[bytes, str]:
-    """Ask as a client does that knows how long its answers are, and return them and how the connection ended."""
+    """Send the requests of a case. Return the answers and how the connection ended. The length of each answer is known."""
     got, wanted = b"", 0
     with socket.create_connection(("127.0.0.1", port), timeout=SECONDS) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -151,7 +151,7 @@ def asked(port: int, case: Case) -> tuple[bytes, str]:
 
 
 @pytest.mark.parametrize("case", PASSED, ids=lambda case: case.name)
-def test_bytes_and_ends_are_those_of_the_server(wire: Wire, case: Case) -> None:
+def test_bytes_and_disconnects_equal_those_without_the_recorder(wire: Wire, case: Case) -> None:
     results = []
     for name in ("scripted", "recorder"):
         wire.scripted.case, wire.scripted.got = case, Future()
@@ -160,25 +160,25 @@ def test_bytes_and_ends_are_those_of_the_server(wire: Wire, case: Case) -> None:
     (direct, direct_got), (through, through_got) = results
     last = case.exchanges[-1]
     if last.end == "reset":
-        # What a reset overtakes is anybody's.
+        # A reset may overtake bytes that were sent before it.
         assert through[1] == direct[1] == "reset"
         assert last.answer.startswith(through[0])
     else:
         assert through == direct
         assert direct[0] == b"".join(one.answer for one in case.exchanges)
-    # The server is asked by its own name, and told who stands before it; nothing else.
+    # The server sees its own host name and the mark of the recorder, and no other change.
     own_name = b"Host: 127.0.0.1:%d\r\n" % wire.ports["scripted"]
     through_got, marks = OWN.subn(b"", through_got.replace(own_name, HOST))
     assert marks == len(case.exchanges)
     if last.after == 0 and last.end == "close":
-        # It left without reading the rest.
+        # The server disconnected without reading the rest.
         assert direct_got.startswith(through_got)
     else:
         assert through_got == direct_got.removeprefix(b"\r\n")
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_two_readers_would_cut_differently_is_refused(wire: Wire, name: str) -> None:
+def test_an_ambiguous_request_is_refused(wire: Wire, name: str) -> None:
     def status(port: int) -> tuple[list[bytes], list[str]]:
         wire.strict.paths.clear()
         got = b""
@@ -200,6 +200,6 @@ def test_there_are_enough_cases():
     assert NUM_CASES >= 67 + 44
 
 
-def test_status_answers(wire: Wire) -> None:
+def test_no_client_is_left_connected(wire: Wire) -> None:
     status: dict[str, Any] = wire.recorder.status()
     assert status["clients"] == 0

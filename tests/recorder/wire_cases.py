@@ -1,4 +1,4 @@
-"""Requests as bytes and the answers to them: what a recorder has to pass on as it is, and what it must not."""
+"""Raw requests and answers: those that the recorder must relay unchanged, and ambiguous ones that it must refuse."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ UPGRADE = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
 
 @dataclass(frozen=True)
 class Exchange:
-    """What a client sends, one after the other, and what the server answers to it."""
+    """A request of a client and the answer of the server."""
 
     request: tuple[bytes, ...]
-    """Its first line names the case; the pieces are sent one by one."""
+    """Pieces that are sent one by one."""
     answer: bytes = OK
     after: int | None = None
-    """Bytes behind the head that the server waits for; None: all."""
+    """Bytes after the head that the server waits for; None: all."""
     end: str = ""
-    """What the server does then: nothing, `close` or `reset`."""
+    """How the server ends the connection: not at all, `close` or `reset`."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Some exchanges on a connection."""
+    """Exchanges on one connection."""
 
     name: str
     exchanges: tuple[Exchange, ...]
@@ -127,7 +127,7 @@ BODIES = [
     one("chunks with extensions", chunked(b'4;a=b;c="d e"\r\n{"a"\r\n3;x\r\n:1}\r\n0;last\r\n\r\n')),
     one("chunks of upper-case size", chunked(b"00A\r\n0123456789\r\nA\r\n0123456789\r\n000\r\n\r\n")),
     one("trailers", chunked(chunks(JSON, end=b"0\r\nX-Sum: 1\r\nx-more:2\r\n\r\n"), b"Trailer: X-Sum\r\n")),
-    one("chunks, spelled otherwise", request(b"POST /x HTTP/1.1", b"tRANSFER-eNCODING:  CHUNKED \r\n", chunks(b"ab"))),
+    one("chunks, spelled differently", request(b"POST /x HTTP/1.1", b"tRANSFER-eNCODING:  CHUNKED \r\n", chunks(b"ab"))),
     one("chunks that are also compressed on the way", request(b"POST /x HTTP/1.1", b"TE: gzip\r\nTransfer-Encoding: gzip, chunked\r\n",
         chunks(gzip.compress(b"ab")))),
     one("piece by piece", tuple(sized(JSON)[n : n + 7] for n in range(0, len(sized(JSON)), 7)), answer_sized()),
@@ -183,7 +183,7 @@ ANSWERS += [
     one("answer and close", request(), answer(headers=b"Connection: close\r\nContent-Length: 2\r\n", body=b"ok"), end="close"),
     one("Set-Cookie twice", request(), answer(headers=b"Set-Cookie: a=1; Path=/\r\nSet-Cookie: b=2, c\r\nContent-Length: 0\r\n")),
     one("answer's header of 60 kB", request(), answer(headers=b"X: " + b"y" * 60_000 + b"\r\nContent-Length: 0\r\n")),
-    one("answer's header spelled otherwise", request(), b"HTTP/1.1 200 OK\r\ncontent-LENGTH:2\r\nX:  a \r\nDate: x\r\n\r\nok"),
+    one("answer's header spelled differently", request(), b"HTTP/1.1 200 OK\r\ncontent-LENGTH:2\r\nX:  a \r\nDate: x\r\n\r\nok"),
     one("answer's lines end with LF", request(), b"HTTP/1.1 200 OK\nContent-Length: 2\n\nok"),
     one("answer that folds a header", request(), b"HTTP/1.1 200 OK\r\nX: a\r\n b\r\nContent-Length: 2\r\n\r\nok"),
     one("answer of 1 MB", request(), answer(headers=b"Content-Length: 1000000\r\n", body=b"m" * 1_000_000)),
@@ -193,16 +193,16 @@ ANSWERS += [
     one("events until the end", sized(JSON), answer(headers=EVENTS + b"Connection: close\r\n", body=STREAM), end="close"),
     one("events of HTTP/1.0", sized(JSON, line=b"POST /v1/completions HTTP/1.0"), answer(headers=EVENTS, body=STREAM, version=b"1.0"),
         end="close"),
-    one("no HTTP", request(), b"SSH-2.0-x\r\n", end="close"),
+    one("not HTTP", request(), b"SSH-2.0-x\r\n", end="close"),
     one("no answer", request(), b"", end="close"),
     one("half a head", request(), b"HTTP/1.1 200 OK\r\nX: ", end="close"),
     one("less than its length", sized(JSON), answer(headers=b"Content-Length: 100\r\n", body=b"less"), end="close"),
-    one("chunks that are cut", sized(JSON), answer(headers=b"Transfer-Encoding: chunked\r\n", body=b"5\r\nab"), end="close"),
+    one("truncated chunks", sized(JSON), answer(headers=b"Transfer-Encoding: chunked\r\n", body=b"5\r\nab"), end="close"),
     one("chunks without an end", sized(JSON), answer(headers=b"Transfer-Encoding: chunked\r\n", body=b"2\r\nab\r\n"), end="close"),
-    one("chunks that are none", sized(JSON), answer(headers=b"Transfer-Encoding: chunked\r\n", body=b"xyz\r\nab\r\n"), end="close"),
+    one("invalid chunks", sized(JSON), answer(headers=b"Transfer-Encoding: chunked\r\n", body=b"xyz\r\nab\r\n"), end="close"),
     one("a reset", sized(JSON), answer(headers=b"Content-Length: 100\r\n", body=b"less"), end="reset"),
     one("a reset before the answer", sized(JSON), b"", end="reset"),
-    one("more than was asked for", request(), OK + b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n", end="close"),
+    one("more answers than requests", request(), OK + b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n", end="close"),
     one("a websocket", (request(headers=UPGRADE), b"\x81\x85mask-hello\r\n\r\n"),
         answer(b"101 Switching Protocols", UPGRADE) + b"\x81\x05hello" + bytes(range(256)), after=0),
     one("a tunnel", (request(b"CONNECT x.example:443 HTTP/1.1"), b"\x16\x03\x01"), answer(b"200 Connected") + b"\x16\x03\x03", after=0),
@@ -218,11 +218,11 @@ SERIES = (
 CONNECTIONS = [
     Case("one after the other", SERIES),
     Case("all at once", SERIES, at_once=True),
-    Case("one behind an upgrade that is refused", (Exchange((request(headers=UPGRADE),)), *SERIES), at_once=True),
-    Case("one behind a close", (SERIES[0], Exchange((request(headers=b"Connection: close\r\n"),), OK, end="close"))),
-    Case("one behind an error", (Exchange((sized(JSON),), answer(b"500 No", b"Content-Length: 0\r\n")), *SERIES)),
+    Case("one after an upgrade that is refused", (Exchange((request(headers=UPGRADE),)), *SERIES), at_once=True),
+    Case("one after a close", (SERIES[0], Exchange((request(headers=b"Connection: close\r\n"),), OK, end="close"))),
+    Case("one after an error", (Exchange((sized(JSON),), answer(b"500 No", b"Content-Length: 0\r\n")), *SERIES)),
     Case(
-        "one behind early hints",
+        "one after early hints",
         (Exchange((request(),), b"HTTP/1.1 103 Early Hints\r\n\r\n" + OK), *SERIES),
         at_once=True,
     ),
@@ -230,7 +230,7 @@ CONNECTIONS = [
 
 PASSED = [*METHODS, *TARGETS, *HEADERS, *BODIES, *ANSWERS, *CONNECTIONS]
 
-# ---------------------------------------------------------------- what two readers would cut in different places
+# ---------------------------------------------------------------- requests that parsers would split differently
 
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from drafttrain.cli import exit_codes
+from drafttrain.cli.app import exit_codes
 from drafttrain.core.batches import DraftBatch
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.texts import Record

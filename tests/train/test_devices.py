@@ -13,8 +13,9 @@ from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import DrafttrainError, RecipeError
 from drafttrain.distributed import collectives
 from drafttrain.distributed.world import for_own_program, without_launcher, world
-from drafttrain.heads import HeadRows, probabilities
 from drafttrain.heads.acceptance import AcceptanceHead, AcceptanceSettings
+from drafttrain.heads.rows import HeadRows
+from drafttrain.heads.token_head import probabilities
 from drafttrain.target_model.device import pick_device
 from drafttrain.train.run import placement
 from drafttrain.train.settings import TrainSettings

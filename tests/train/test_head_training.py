@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from drafttrain.data_gen.stored.labelled_tokens import RowOrder
 from drafttrain.eval.head_figures import held_out_estimate
-from drafttrain.heads import HeadRows
 from drafttrain.heads.acceptance import AcceptanceHead, AcceptanceSettings
+from drafttrain.heads.rows import HeadRows
 from drafttrain.train.metrics_log import TIMES
 from drafttrain.train.result import TrainResult
 from drafttrain.train.run import train_head

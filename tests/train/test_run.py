@@ -11,7 +11,7 @@ import torch
 import typer
 from lightning.fabric.accelerators.mps import MPSAccelerator
 
-from drafttrain.cli import exit_codes
+from drafttrain.cli.app import exit_codes
 from drafttrain.core.batches import DraftBatch
 from drafttrain.core.errors import DrafttrainError, Interrupted
 from drafttrain.core.texts import Record, Sampling

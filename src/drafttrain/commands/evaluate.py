@@ -16,37 +16,28 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.eval.report import write_report
 from drafttrain.eval.result import Result
 from drafttrain.eval.table import show
-from drafttrain.pipeline.data import dropped_prompts
-from drafttrain.pipeline.evaluating import evaluated, evaluated_head, with_inputs
-from drafttrain.pipeline.exporting import command_line
+from drafttrain.pipeline.evaluating import evaluated, with_inputs
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.pipeline.inputs import inputs_of, is_evaluated_on, target_inputs
+from drafttrain.pipeline.judging import command_line
+from drafttrain.pipeline.kinds import kind_of_run
 from drafttrain.pipeline.preflight import check_drafters, check_parts
-from drafttrain.pipeline.run import Run, quiet_libraries
+from drafttrain.pipeline.run import quiet_libraries
 from drafttrain.target_model import Target
 
 
 def evaluate_recipe(recipe: Recipe, folder: Path) -> Result:
     """Evaluate the exported files of a run, beside its own start, and write eval.json."""
-    here = RunFolder(folder)
-    what, places = (
-        ("head", (here.head, here.rejected_head)) if recipe.head else ("drafter", (here.drafter, here.rejected))
-    )
-    exported = next((place for place in places if place.exists()), None)
+    here, kind = RunFolder(folder), kind_of_run(recipe)
+    here.exported(kind.what)
     held = here.held()
-    if held is None or exported is None:
-        raise CheckpointError(f"{folder}: no {what} was exported here yet: drafttrain fit does all stages")
+    if held is None:
+        raise CheckpointError(f"{folder}: no {kind.what} was exported here yet: drafttrain fit does all stages")
     recipe = with_models_made(recipe, folder.parent)
     check_parts(recipe, data=False)
-    # The files were exported as the run says, whatever the recipe now asks of an export.
-    run = Run(replace(recipe, export=held.export), folder, quiet=True, evaluates_only=True)
-    if recipe.head is not None:
-        result = evaluated_head(run)
-    else:
-        folders = {"drafter": exported}
-        if run.folder.start.exists():
-            folders["start"] = run.folder.start
-        result = evaluated(folders, run.target, recipe.eval, dropped=dropped_prompts(run, recipe.eval.prompts))
+    # The files were exported with the settings of the run, whatever the recipe now says about an export.
+    run = kind(replace(recipe, export=held.export), folder, quiet=True, evaluates_only=True)
+    result = run.evaluate()
     result = with_inputs(result, inputs_of(run.recipe, only=is_evaluated_on))
     result.write(run.folder.eval)
     show(result)

@@ -13,10 +13,11 @@ from drafttrain.config.load import load_sections
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.errors import CheckpointError, DrafttrainError
 from drafttrain.data_gen.contamination import read_contamination
-from drafttrain.pipeline.engines import Stand, check_engines, only, write_and_verify
-from drafttrain.pipeline.exporting import export_and_judge
 from drafttrain.pipeline.folder import RunFolder
-from drafttrain.pipeline.run import Run, quiet_libraries
+from drafttrain.pipeline.judging import export_and_judge
+from drafttrain.pipeline.kinds import kind_of_run
+from drafttrain.pipeline.run import quiet_libraries
+from drafttrain.pipeline.serving import ServedWith, check_engines, with_formats, write_and_verify
 from drafttrain.pipeline.settled import settled
 
 
@@ -28,7 +29,8 @@ def export_run(recipe: Recipe, folder: Path) -> None:
     if not RunFolder(folder).has_weights():
         raise DrafttrainError(f"{folder}: nothing is trained here yet: drafttrain fit does all stages")
     check_engines(recipe.export, recipe.drafter.kind if recipe.drafter else None, where=folder)
-    run = Run(checked_and_made(recipe, folder), folder)
+    recipe = checked_and_made(recipe, folder)
+    run = kind_of_run(recipe)(recipe, folder)
     run.folder.drop_figures()
     export_and_judge(run)
 
@@ -37,17 +39,14 @@ def convert_run(recipe: Recipe, folder: Path, formats: Sequence[str], *, verify:
     """Write the exported drafter of a run in further formats, and prove them in serving engines or not."""
     here = RunFolder(folder)
     recipe = settled(with_models_made(recipe, folder.parent), here.held())
-    source = next((place for place in (here.drafter, here.rejected) if place.exists()), None)
-    if source is None or recipe.drafter is None:
-        raise CheckpointError(f"{folder}: no drafter was exported here yet: drafttrain fit does all stages")
-    dropped = read_contamination(here.overlap) if here.overlap.exists() else []
-    stand = Stand(
+    source = here.exported("drafter")
+    served_with = ServedWith(
         target=recipe.target,
         eval=recipe.eval,
-        export=only(recipe.export, formats, recipe.drafter.kind, verify=verify),
-        dropped=[id for name, id in dropped if name == recipe.eval.prompts],
+        export=with_formats(recipe.export, formats, recipe.drafter.kind, verify=verify),
+        dropped=read_contamination(here.contamination, prompts=recipe.eval.prompts),
     )
-    write_and_verify(source, stand, out=out)
+    write_and_verify(source, served_with, out=out)
 
 
 def convert_drafter(
@@ -72,9 +71,9 @@ def convert_drafter(
     target = target or (about.target if about else None)
     if not target and not any(override.startswith("target.model=") for override in overrides):
         raise CheckpointError(f"{drafter}: does not say which target it was made for: give --target")
-    stand = Stand(
+    served_with = ServedWith(
         target=replace(of_target, model=target) if target else of_target,
         eval=of_eval,
-        export=only(of_export, formats, about.kind if about else "causal_lm", verify=verify),
+        export=with_formats(of_export, formats, about.kind if about else "causal_lm", verify=verify),
     )
-    write_and_verify(source, stand, out=out)
+    write_and_verify(source, served_with, out=out)

@@ -10,15 +10,12 @@ from drafttrain.commands.made_models import checked_and_made
 from drafttrain.commands.online import learn_online
 from drafttrain.commands.processes import all_processes
 from drafttrain.config.recipe import Recipe
-from drafttrain.distributed.collectives import first_before_others
 from drafttrain.distributed.world import is_first
-from drafttrain.pipeline.data import training_data, write_texts
-from drafttrain.pipeline.engines import check_engines, check_writer
-from drafttrain.pipeline.exporting import export_and_judge
+from drafttrain.pipeline.data import check_writer, write_texts
 from drafttrain.pipeline.folder import RunFolder
-from drafttrain.pipeline.head import fit_head, labelled_tokens
-from drafttrain.pipeline.run import Run
-from drafttrain.pipeline.training import train_drafter
+from drafttrain.pipeline.judging import export_and_judge
+from drafttrain.pipeline.kinds import kind_of_run
+from drafttrain.pipeline.serving import check_engines
 
 
 def fit(recipe: Recipe, folder: Path, *, above: Sequence[str] = ()) -> None:
@@ -37,22 +34,12 @@ def fit(recipe: Recipe, folder: Path, *, above: Sequence[str] = ()) -> None:
     with contextlib.ExitStack() as held:
         with all_processes(recipe, folder, held):
             made = checked_and_made(recipe, folder, above=above)
-            run = Run(made, folder, placement=recipe.train.target_placement)
+            run = kind_of_run(made)(made, folder, placement=recipe.train.target_placement)
             if is_first() and not run.folder.train_done.exists():
                 # Figures of an export of what was there so far; a kill after the training would let them stand for its end.
                 run.folder.drop_figures()
             write_texts(run)
-            if run.recipe.head is not None:
-                _fit_head(run)
-            else:
-                train_drafter(run)
+            run.train()
         if is_first():
             run.leave_the_others()
             export_and_judge(run)
-
-
-def _fit_head(run: Run) -> None:
-    data = training_data(run)
-    with first_before_others("it labels draft tokens"):
-        labelled = labelled_tokens(run.recipe, run.folder, run.target, data)
-    fit_head(run.recipe, run.folder, labelled)

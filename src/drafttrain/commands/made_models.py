@@ -14,6 +14,7 @@ from drafttrain.core.errors import RecipeError
 from drafttrain.distributed.collectives import first_before_others, wait_for_all
 from drafttrain.distributed.world import is_first
 from drafttrain.pipeline.folder import RunFolder
+from drafttrain.pipeline.kinds import kind_of_run
 from drafttrain.pipeline.preflight import check_parts
 from drafttrain.pipeline.run import quiet_libraries
 
@@ -37,8 +38,7 @@ def with_models_made(recipe: Recipe, runs: Path, *, above: Sequence[str] = ()) -
         say(f"{recipe.name}: {key} is what {made.name} makes: {runs / made.name}")
         fit(made, runs / made.name, above=path[:-1])
         wait_for_all(f"{made.name} is exported")
-        of_run = RunFolder(runs / made.name)
-        setattr(settings, key, str(of_run.head if made.head is not None else of_run.drafter))
+        setattr(settings, key, str(runs / made.name / kind_of_run(made).what))
     return recipe
 
 

@@ -13,10 +13,9 @@ from drafttrain.core.files import clear_leftovers
 from drafttrain.online.report import write_online_report
 from drafttrain.online.run_files import routes_of, status
 from drafttrain.online.versions import Versions
-from drafttrain.pipeline.drafter_folder import write_drafter
+from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.pipeline.online_run import online_run, report
-from drafttrain.pipeline.run import Run
 
 
 def learn_online(recipe: Recipe, folder: Path, *, once: bool = False) -> None:
@@ -26,8 +25,8 @@ def learn_online(recipe: Recipe, folder: Path, *, once: bool = False) -> None:
     with RunFolder(folder).taken():
         clear_leftovers(folder)
         check_run_parts(recipe, folder)
-        run = Run(recipe, folder)
-        write_drafter(run, run.drafter, run.folder.start, steps=0)
+        run = DrafterRun(recipe, folder)
+        run.write_start()
         learning = online_run(run.recipe, run.folder, run.target)
         if once:
             learning.learn_once()

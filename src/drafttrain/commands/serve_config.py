@@ -10,8 +10,8 @@ from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError
 from drafttrain.export.convert import exporter_of
 from drafttrain.export.folder import kind_of, read_files
-from drafttrain.pipeline.engines import folder_as
 from drafttrain.pipeline.folder import exported_in
+from drafttrain.pipeline.formats import folder_as
 from drafttrain.serving.draft_length import best_length, read_evaluation
 from drafttrain.serving.engines import Use, engine_of, engines
 from drafttrain.target_model.folders import BUILTIN, resolve_folder

@@ -46,14 +46,16 @@ def contaminated(
 
 
 def write_contamination(path: Path, found: Sequence[Key], *, num_prompts: int, ngram: int) -> None:
-    """Write the keys of the contaminated prompts to a file."""
+    """Write the keys of the contaminated prompts, (file of prompts, id) each."""
     write_json(path, {"ngram": ngram, "prompts": num_prompts, "dropped": found})
 
 
-def read_contamination(path: Path) -> list[Any]:
-    """Return the keys that `write_contamination` wrote; a tuple comes back as a list."""
-    found: list[Any] = json.loads(path.read_text(encoding="utf-8"))["dropped"]
-    return found
+def read_contamination(path: Path, *, prompts: str) -> list[str]:
+    """Return the ids of the contaminated prompts of one file of prompts; none where nothing was written to `path`."""
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))["dropped"]
+    return [id for name, id in found if name == prompts]
 
 
 def _ngrams(tokens: Sequence[int], ngram: int) -> set[tuple[int, ...]]:

@@ -126,8 +126,8 @@ def _tasks(
         ),
         quarantine,
         name="data.generate.prompts",
-        max_items=getattr(settings.prompts, "max_items", None),
-        max_lost_share=getattr(settings.prompts, "max_lost_share", 1.0),
+        max_items=settings.prompts.max_items,
+        max_lost_share=settings.prompts.max_lost_share,
     )
     prompts = [(names.own(id), tokens) for id, tokens in found]
     encoder.report("data.generate.prompts")

@@ -178,7 +178,7 @@ def prepare(
             source,
             encoder.reading_as(chosen),
             about=json.loads(json.dumps(about)),
-            max_lost_share=getattr(chosen, "max_lost_share", 1.0),
+            max_lost_share=chosen.max_lost_share,
         )
         say(f"source {chosen.kind}: {len(store):,} records, {len(store.tokens):,} tokens, weight {chosen.weight:g}")
         if logged := store.meta.get("logged_distribution"):

@@ -29,7 +29,7 @@ from drafttrain.eval.result import (
 )
 from drafttrain.eval.settings import EvalSettings, length_label
 from drafttrain.eval.typed_json import from_json
-from drafttrain.heads import check_made_for
+from drafttrain.heads.folder import check_made_for
 from drafttrain.target_model import Target
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from drafttrain.core.generations import Generation
 from drafttrain.core.proposals import Exactness
+from drafttrain.core.registry import component_mapping
 from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.data_gen.checkers import checkers
 from drafttrain.eval.arms import Arm, Baseline, tokens_per_second, writes_same_text
@@ -25,7 +26,7 @@ from drafttrain.eval.result import (
     Speedup,
     VllmFigures,
 )
-from drafttrain.eval.settings import EvalSettings, component_as_dict
+from drafttrain.eval.settings import EvalSettings
 from drafttrain.eval.statistics import ratio_difference, ratio_interval, ratio_of_ratios
 from drafttrain.target_model import Target
 
@@ -51,7 +52,7 @@ def drafter_figures(
     greedy = sampling.temperature == 0
     alpha, replay = _replayed(arm, counts, sampling, settings)
     return DrafterFigures(
-        length=component_as_dict(arm.length),
+        length=component_mapping(arm.length),
         block_efficiency=ratio_interval([c.num_tokens for c in counts], [c.num_rounds for c in counts]),
         draft_acceptance_rate=totals.draft_acceptance_rate,
         acceptance_by_position=totals.acceptance_by_position,

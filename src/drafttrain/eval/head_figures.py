@@ -10,7 +10,10 @@ import torch
 
 from drafttrain.eval.calibration import calibration
 from drafttrain.eval.result import HeadFigures
-from drafttrain.heads import HeadRows, TokenHead, load_head, probabilities
+from drafttrain.heads import TokenHead
+from drafttrain.heads.folder import load_head
+from drafttrain.heads.rows import HeadRows
+from drafttrain.heads.token_head import probabilities
 
 
 def held_out_estimate(head: TokenHead, rows: HeadRows) -> dict[str, Any]:
@@ -27,9 +30,10 @@ def head_figures(folder: Path, start: Path, rows: HeadRows, *, kind: str) -> Hea
         "untrained": probabilities(load_head(start, kind=kind).head, rows),
         "trained": probabilities(loaded.head, rows),
     }
-    if getattr(loaded.head.settings, "prior_correct", False):
-        with torch.no_grad():
-            variants["trained, not prior-corrected"] = loaded.head(rows.features_ND).sigmoid()
+    with torch.no_grad():
+        uncorrected = loaded.head.uncorrected(rows.features_ND)
+    if uncorrected is not None:
+        variants["trained, not prior-corrected"] = uncorrected
     return HeadFigures(
         kind=kind,
         made_for=loaded.made_for,

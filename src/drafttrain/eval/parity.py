@@ -45,6 +45,11 @@ class Parity:
     def __str__(self) -> str:
         return self.text
 
+    def short(self) -> str:
+        """Return the share of equal outputs for a table cell, and whether the others are near ties."""
+        share = f"{self.num_equal}/{self.num_prompts}"
+        return f"exact {share}" if self.exact else f"{share}, {_cause(self.divergences)}"
+
     def json(self) -> dict[str, Any]:
         """Return the content as JSON files hold it."""
         return asdict(self)
@@ -61,14 +66,17 @@ def parity(plain: Sequence[Generation], drafted: Sequence[Generation], target: T
     return Parity(not found, len(plain), equal, found, _in_words(len(plain), found))
 
 
+def _cause(divergences: Sequence[Divergence]) -> str:
+    return "near ties" if all(one.near_tie for one in divergences) else "NOT LOSSLESS"
+
+
 def _in_words(num_prompts: int, divergences: Sequence[Divergence]) -> str:
     equal = num_prompts - len(divergences)
     if not divergences:
         return f"exact: {equal} of {num_prompts} outputs equal, token for token"
     worst = max(divergences, key=lambda one: abs(one.logit_gap))
-    kind = "near ties" if all(one.near_tie for one in divergences) else "NOT LOSSLESS"
     return (
-        f"{equal} of {num_prompts} outputs equal; {kind}: largest logit gap {worst.logit_gap:.2g} "
+        f"{equal} of {num_prompts} outputs equal; {_cause(divergences)}: largest logit gap {worst.logit_gap:.2g} "
         f"at token {worst.position} of {worst.id}"
     )
 

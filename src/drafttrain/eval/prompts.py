@@ -73,5 +73,7 @@ def read_prompts(
     encoder.report(path.name)
     kept = [prompt for prompt in found if prompt.id not in dropped]
     if not kept:
-        raise DataError(f"{path}: no prompt is left of {len(found)} ({len(dropped)} overlap with the training text)")
+        raise DataError(
+            f"{path}: no prompt is left of {len(found)} ({len(dropped)} are contaminated by the training text)"
+        )
     return kept[:limit]

@@ -16,6 +16,7 @@ from drafttrain.core.files import write_text
 from drafttrain.core.printable import printable
 from drafttrain.eval.interval import number, p_value
 from drafttrain.eval.result import DrafterFigures, HeadFigures, Result
+from drafttrain.eval.table import CARRIES_OVER_CAPTION, THIS_MACHINE_CAPTION, baseline_speeds, in_words, parity_cell
 
 LABEL_CHARACTERS = 60
 
@@ -47,7 +48,17 @@ def write_report(path: Path, result: Result, *, title: str, metrics: Path | None
         text = "Mean label by predicted chance on held-out draft tokens; on the diagonal a chance is what it says."
         plots.append(("Reliability of the head", text, picture(lambda axes: _reliability(axes, head), columns=1)))
     html = page(template).render(
-        title=title, result=result, plots=plots, command=command, number=number, p_value=p_value
+        title=title,
+        result=result,
+        plots=plots,
+        command=command,
+        carries_over=CARRIES_OVER_CAPTION,
+        this_machine=THIS_MACHINE_CAPTION,
+        number=number,
+        p_value=p_value,
+        parity_cell=parity_cell,
+        baseline_speeds=baseline_speeds,
+        in_words=in_words,
     )
     write_text(path, html)
 

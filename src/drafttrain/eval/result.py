@@ -21,7 +21,7 @@ from drafttrain.eval.metrics import PromptCounts
 from drafttrain.eval.parity import Parity
 from drafttrain.eval.quality import Agreement, TaskScore
 from drafttrain.eval.typed_json import from_json, to_json
-from drafttrain.heads import MadeFor
+from drafttrain.heads.token_head import MadeFor
 
 FORMAT = 3
 """Version of eval.json."""

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from drafttrain.core.registry import component_mapping
 from drafttrain.core.settings import setting
 from drafttrain.data_gen.checkers import checkers
 from drafttrain.eval.acceptance import acceptance_rules
@@ -68,10 +69,10 @@ class EvalSettings:
     def as_dict(self) -> dict[str, Any]:
         """Return the section as eval.json holds it: every component with its kind."""
         return asdict(self) | {
-            "rule": component_as_dict(self.rule),
-            "length": component_as_dict(self.length),
-            "also": [component_as_dict(length) for length in self.also],
-            "checker": component_as_dict(self.checker) if self.checker else None,
+            "rule": component_mapping(self.rule),
+            "length": component_mapping(self.length),
+            "also": [component_mapping(length) for length in self.also],
+            "checker": component_mapping(self.checker) if self.checker else None,
         }
 
     def smoke(self) -> "EvalSettings":
@@ -84,11 +85,6 @@ class EvalSettings:
             speed_prompts=min(self.speed_prompts, 2),
             also=self.also[:1],
         )
-
-
-def component_as_dict(settings: Any) -> dict[str, Any]:
-    """Return the settings of a component, its kind first."""
-    return {"kind": settings.kind} | asdict(settings)
 
 
 def length_label(length: Any) -> str:

@@ -8,7 +8,8 @@ import torch
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.proposals import DraftStep
-from drafttrain.heads import TokenHead, load_head
+from drafttrain.heads import TokenHead
+from drafttrain.heads.folder import load_head
 
 
 class Survival:

@@ -1,33 +1,55 @@
-"""What an evaluation prints."""
+"""What an evaluation prints: a table of what carries over to other machines, and one of what was measured on this one."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from drafttrain.core.console import say, table
 from drafttrain.eval.interval import number, p_value
-from drafttrain.eval.result import AtTemperature, DrafterFigures, HeadFigures, Result, SamePrompts
+from drafttrain.eval.result import AtTemperature, DrafterFigures, HeadFigures, PlainFigures, Result
+
+CARRIES_OVER = "What carries over to a GPU"
+CARRIES_OVER_CAPTION = "counts of tokens, calls and bytes, the same on any machine"
+THIS_MACHINE = "On this machine"
+THIS_MACHINE_CAPTION = "measured times; speed-up is over the baseline on the same prompts"
+COUNTED_COLUMNS = ("temperature", "drafter", "block efficiency", "alpha", "draft acc. rate", "MBSU", "greedy parity")
+TIMED_COLUMNS = ("temperature", "drafter", "tokens/s", "speed-up", "baseline")
 
 
 def show(result: Result) -> None:
-    """Print the figures of every drafter at every temperature, then comparisons and parity."""
-    columns = ["temperature", "drafter", "block efficiency", "alpha", "draft acc. rate", "MBSU", "tokens/s", "speed-up"]
-    rows = [_row(part, name, figures) for part in result.temperatures for name, figures in part.drafters.items()]
-    draft = ", ".join(f"{key} {value}" for key, value in result.settings["length"].items())
-    title = f"{result.num_prompts} prompts, target {result.target.name}; {draft}; 95 % intervals over prompts"
-    table(rows, columns=columns, title=title)
-    for name, about in result.drafters.items():
-        if about.target != result.target.name:
-            say(f"note: {name} decodes with {about.target}: its parity and its speed-up are against that target")
+    """Print the two tables, then what needs a sentence: differences, lossy rules, comparisons, heads."""
+    length, machine = in_words(result.settings["length"]), result.provenance.machine
+    about = (
+        f"{result.num_prompts} prompts, target {result.target.name}; {length}; brackets: 95 % intervals over prompts"
+    )
+    rows = [_counted_row(part, *arm) for part in result.temperatures for arm in part.drafters.items()]
+    table(rows, columns=COUNTED_COLUMNS, title=f"\n{CARRIES_OVER}: {CARRIES_OVER_CAPTION}\n{about}")
+    rows = [row for part in result.temperatures for row in _timed_rows(part)]
+    where = f"{THIS_MACHINE} ({machine.processor}, {machine.cpus} CPUs)"
+    table(rows, columns=TIMED_COLUMNS, title=f"\n{where}: {THIS_MACHINE_CAPTION}")
+    for name, drafter in result.drafters.items():
+        if drafter.target != result.target.name:
+            say(f"note: {name} decodes with {drafter.target}: its parity and its speed-up are against that target")
     for part in result.temperatures:
         for name, figures in part.drafters.items():
             _show_quality(part, name, figures)
         _show_comparisons(part)
-        if part.plain.same_prompts is not None:
-            _show_baselines(part.plain.same_prompts)
+        _show_baselines(part.plain)
     if result.head is not None:
         _show_head(result.head)
 
 
-def _row(part: AtTemperature, name: str, figures: DrafterFigures) -> list[str]:
+def in_words(component: Mapping[str, object]) -> str:
+    """Return the settings of a component in one line."""
+    return ", ".join(f"{key} {value}" for key, value in component.items())
+
+
+def parity_cell(figures: DrafterFigures) -> str:
+    """Return the greedy parity of a drafter; `-` where it is not defined: sampled text, or a lossy rule."""
+    return "-" if figures.parity is None else figures.parity.short()
+
+
+def _counted_row(part: AtTemperature, name: str, figures: DrafterFigures) -> list[str]:
     return [
         f"{part.temperature:g}",
         name + (" (LOSSY)" if figures.lossy else ""),
@@ -35,23 +57,48 @@ def _row(part: AtTemperature, name: str, figures: DrafterFigures) -> list[str]:
         figures.alpha.text(),
         number(figures.draft_acceptance_rate),
         number(figures.mbsu),
-        f"{figures.tokens_per_second.value:.0f}",
-        figures.speedup.text(),
+        parity_cell(figures),
     ]
 
 
+def _timed_rows(part: AtTemperature) -> list[list[str]]:
+    """Return the speeds of the drafters at one temperature, then those of the baselines."""
+    temperature = f"{part.temperature:g}"
+    rows = [
+        [
+            temperature,
+            name + (" (LOSSY)" if figures.lossy else ""),
+            f"{figures.tokens_per_second.value:.0f}",
+            figures.speedup.text(),
+            figures.speedup.baseline,
+        ]
+        for name, figures in part.drafters.items()
+    ]
+    return rows + [[temperature, name, f"{speed:.0f}", "-", "-"] for name, speed in baseline_speeds(part.plain)]
+
+
+def baseline_speeds(plain: PlainFigures) -> list[tuple[str, float]]:
+    """Return the tokens per second of decoding without a drafter, by name."""
+    found = [("plain decoding", plain.tokens_per_second)]
+    if (same := plain.same_prompts) is not None:
+        on = f"first {same.num_prompts} prompts"
+        found.append((f"plain decoding, {on}", same.plain_tokens_per_second))
+        found.append((f"transformers' generate, {on}", same.transformers_generate_tokens_per_second))
+    return found
+
+
 def _show_quality(part: AtTemperature, name: str, figures: DrafterFigures) -> None:
-    if figures.parity is not None:
+    if figures.parity is not None and not figures.parity.exact:
         say(f"greedy parity of {name}: {figures.parity.text}")
     if figures.agreement is not None:
         say(
-            f"LOSSY {name}: {figures.agreement.equal_outputs.value:.1%} of the outputs are the target's own, "
-            f"{figures.agreement.tokens_before_difference.value:.1%} of their tokens stand before a difference"
+            f"LOSSY {name}: {figures.agreement.equal_outputs.value:.1%} of the outputs equal the target's own; "
+            f"{figures.agreement.tokens_before_difference.value:.1%} of the tokens come before the first difference"
         )
     if figures.task is not None:
         say(
-            f"temperature {part.temperature:g}: {name}: {figures.task.score.value:.1%} of the prompts solved; less the "
-            f"target's own: {figures.task.less_the_targets.text(3)}, paired"
+            f"temperature {part.temperature:g}: {name} solves {figures.task.score.value:.1%} of the prompts; minus the "
+            f"target's own share: {figures.task.less_the_targets.text(3)}, paired over prompts"
         )
 
 
@@ -60,20 +107,21 @@ def _show_comparisons(part: AtTemperature) -> None:
         say(
             f"temperature {part.temperature:g}: {name}: block efficiency {found.block_efficiency.text(3)}, "
             f"paired over prompts ({p_value(found.p_value)})"
-            + (f"; speed {found.speed.text()} of the other's" if found.speed else "")
+            + (f"; {found.speed.text()} times as many tokens/s" if found.speed else "")
         )
 
 
-def _show_baselines(same: SamePrompts) -> None:
-    say(
-        f"baselines on {same.num_prompts} prompts: plain decoding {same.plain_tokens_per_second:.0f} tokens/s, "
-        f"transformers' generate {same.transformers_generate_tokens_per_second:.0f} tokens/s"
-    )
-    if same.transformers_generate_equal < same.num_prompts:
-        apart = "the others part at near ties" if same.transformers_generate_comparable else "so it is no baseline"
+def _show_baselines(plain: PlainFigures) -> None:
+    same = plain.same_prompts
+    if same is not None and same.transformers_generate_equal < same.num_prompts:
+        others = (
+            "the others differ at near ties"
+            if same.transformers_generate_comparable
+            else "so it does not count as a baseline"
+        )
         say(
-            f"transformers' generate writes the text of plain decoding in {same.transformers_generate_equal} of "
-            f"{same.num_prompts} prompts; {apart}"
+            "transformers' generate writes the same text as plain decoding for "
+            f"{same.transformers_generate_equal} of {same.num_prompts} prompts; {others}"
         )
 
 

@@ -11,7 +11,9 @@ from drafttrain.core.files import folder_beside
 from drafttrain.eval.interval import number
 from drafttrain.eval.result import Result
 from drafttrain.export.markdown import block, code, plain
-from drafttrain.heads import HeadRows, MadeFor, load_head
+from drafttrain.heads.folder import load_head
+from drafttrain.heads.rows import HeadRows
+from drafttrain.heads.token_head import MadeFor
 
 
 def export_head(trained: Path, folder: Path, *, kind: str, held_out: HeadRows, made_for: MadeFor, dtype: str) -> None:

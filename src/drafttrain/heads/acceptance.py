@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, rms_norm, silu
 
 from drafttrain.core.settings import setting
-from drafttrain.heads import TokenHead, heads
+from drafttrain.heads.token_head import HeadSettings, TokenHead, heads
 
 
 @dataclass
-class AcceptanceSettings:
+class AcceptanceSettings(HeadSettings):
     """Predicts whether a draft token will be kept; a length policy stops drafting by it."""
 
     drafter: str = setting(
@@ -84,6 +84,10 @@ class AcceptanceHead(TokenHead):
         """Return the chance of acceptance, its bias taken out where the settings say so."""
         biased_N = self(features_ND).float().sigmoid()
         return prior_corrected(biased_N, self.settings.reject_weight) if self.settings.prior_correct else biased_N
+
+    def uncorrected(self, features_ND: Tensor) -> Tensor | None:
+        """Return the chance as it was trained, biased towards rejection."""
+        return self(features_ND).sigmoid() if self.settings.prior_correct else None
 
 
 def prior_corrected(biased_N: Tensor, reject_weight: float) -> Tensor:

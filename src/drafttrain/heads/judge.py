@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, silu
 
 from drafttrain.core.settings import setting
-from drafttrain.heads import HeadRows, TokenHead, heads, probabilities
+from drafttrain.heads.rows import HeadRows
+from drafttrain.heads.token_head import HeadSettings, TokenHead, heads, probabilities
 
 
 @dataclass
-class JudgeSettings:
+class JudgeSettings(HeadSettings):
     """Tells draft tokens that matter from those that do not. LOSSY where its rule is used."""
 
     drafter: str = setting(

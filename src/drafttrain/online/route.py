@@ -14,13 +14,13 @@ from drafttrain.core.console import say
 from drafttrain.core.random import stream_seed
 from drafttrain.core.texts import Sampling
 from drafttrain.drafters import Drafter
-from drafttrain.export.hf import export_hf
+from drafttrain.export.drafter import CalibrationTexts, DrafterExporter
 from drafttrain.losses import Loss
 from drafttrain.online.buffer import HeldOut, ReplayBuffer
 from drafttrain.online.drift import drift
 from drafttrain.online.learner import Learner
 from drafttrain.online.plausible import surprise
-from drafttrain.online.positions import refused_positions
+from drafttrain.online.positions import refused_positions, text_of
 from drafttrain.online.promotion import Judgement, judge, request_counts
 from drafttrain.online.settings import OnlineSettings
 from drafttrain.online.versions import Versions
@@ -272,24 +272,15 @@ class Route:
         """Export the drafter in training for serving stacks."""
         about = read_about(self.versions.path(self.version))
         assert isinstance(about, About), "versions are drafttrain exports"
-        weights = folder / "weights"
-        weights.mkdir()
-        self.learner.drafter.save(weights)
-        steps = about.trained_steps + self.learner.steps
-        exported = folder / "export"
-        export_hf(
-            weights,
-            exported,
-            tokenizer=self.setup.target.tokenizer,
-            about=replace(about, trained_steps=steps),
-            dtype=self.setup.dtype,
+        held_out = [text_of(one.record) for one in self.held_out.requests]
+        exporter = DrafterExporter(
+            about, self.setup.target.tokenizer, self.setup.dtype, lambda: CalibrationTexts(held_out, self.setup.target)
         )
+        exported = folder / "export"
+        exporter.from_memory(self.learner.drafter, exported, steps=about.trained_steps + self.learner.steps)
         for path in sorted(exported.iterdir()):
             path.rename(folder / path.name)
         exported.rmdir()
-        for path in sorted(weights.iterdir()):
-            path.unlink()
-        weights.rmdir()
 
     @property
     def _prefix(self) -> str:

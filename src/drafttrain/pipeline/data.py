@@ -1,61 +1,69 @@
-"""The stage of the data: texts that the target writes, records, what the target knows of them, contaminated prompts."""
+"""The data of a run: texts that the target writes, encoded records, contaminated prompts, batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from drafttrain.core.errors import DataError
+from drafttrain.config.recipe import Recipe
+from drafttrain.core.digests import files_digest
+from drafttrain.core.errors import DataError, RecipeError
+from drafttrain.data_gen.backends.vllm import environment_on
+from drafttrain.data_gen.contamination import read_contamination
+from drafttrain.data_gen.training_data import TrainingData, generate_texts, note_contamination, prepare
 from drafttrain.distributed.collectives import first_before_others
 from drafttrain.distributed.world import world
-
-if TYPE_CHECKING:
-    from drafttrain.config.recipe import Recipe
-    from drafttrain.data_gen.training_data import TrainingData
-    from drafttrain.losses import Loss
-    from drafttrain.pipeline.run import Run
+from drafttrain.environments.environment import is_installed
+from drafttrain.eval.prompts import read_prompts
+from drafttrain.pipeline.preflight import target_parts
+from drafttrain.pipeline.run import Run
+from drafttrain.target_model.device import kind_of_device
+from drafttrain.target_model.tokenizer import tokenizer_files, tokenizer_folder
 
 FEW_WIDTHS = 128
 """A GPU, and what is compiled, reads rows of a multiple of so many slots: kernels are chosen by shape, and few shapes occur."""
 
 
 def write_texts(run: Run) -> None:
-    from drafttrain.data_gen.training_data import generate_texts
-
+    """Let the target write the texts of `data.generate`; those that are there are skipped."""
     generate_texts(run.recipe.data, lambda: run.target, run.folder.data, seed=run.recipe.seed)
 
 
-def training_data(run: Run) -> TrainingData:
-    """Return the training data, what the target knows of it cached where the recipe says so; note which prompts it contaminates."""
-    from drafttrain.data_gen.training_data import attach_cache
+def check_writer(recipe: Recipe, texts: Path) -> None:
+    """Refuse a recipe whose texts vLLM is to write where it is not installed, before a target is loaded.
 
-    recipe = run.recipe
+    Args:
+        texts: Folder of what is written; once it is whole, nobody writes any more.
+
+    Raises:
+        RecipeError: Naming the command that installs it, and who writes texts without it.
+    """
+    generate = recipe.data.generate
+    if generate is None or generate.backend.kind != "vllm" or (texts / "manifest.json").exists():
+        return
+    environment = environment_on(kind_of_device(recipe.target.device))
+    if not is_installed(environment):
+        problem = (
+            f"data.generate.backend: vllm is not installed here: drafttrain engines install {environment.name}; or let drafttrain write the "
+            "texts itself, more slowly: 'data.generate.backend={kind: builtin}'"
+        )
+        raise RecipeError(recipe.name, [problem])
+
+
+def training_data(run: Run) -> TrainingData:
+    """Return the training data, the target's outputs cached where the recipe says so; store which prompts it contaminates."""
     with first_before_others("it encodes the sources"):
         data = _prepared(run)
-    if recipe.drafter is not None and recipe.data.cache != "none" and run.has_target():
-        if reason := run.drafter.why_not_cached():
-            raise DataError(f"data.cache: {recipe.drafter.kind}: {reason}; set data.cache: none")
-        attach_cache(
-            data,
-            run.folder.data,
-            run.target,
-            num_records=recipe.train.max_steps * recipe.train.batch_size,
-            law=loss_of(recipe).needs_target,
-            needs=run.drafter.needs(),
-        )
+    run.cache_target(data)
     with first_before_others("it looks for contaminated evaluation prompts"):
-        if not run.folder.overlap.exists():
+        if not run.folder.contamination.exists():
             _note_contamination(run, data)
     return data
 
 
 def _prepared(run: Run) -> TrainingData:
-    from drafttrain.core.digests import files_digest
-    from drafttrain.data_gen.training_data import prepare
-    from drafttrain.pipeline.preflight import target_parts
-    from drafttrain.target_model.tokenizer import tokenizer_files, tokenizer_folder
-
     data = prepare(
         run.recipe.data,
         run.folder.data,
@@ -89,27 +97,21 @@ def _check_rows(data: TrainingData, *, num_rows: int, tokenizer: Any) -> None:
 
 
 def _note_contamination(run: Run, data: TrainingData) -> None:
-    from drafttrain.data_gen.training_data import note_contamination
-    from drafttrain.eval.prompts import read_prompts
-
     wanted = run.recipe.eval
     prompts = {
         (file, prompt.id): prompt.tokens
         for file in dict.fromkeys([wanted.prompts, wanted.validation_prompts])
         for prompt in read_prompts(file, run.tokenizer, prompt_tokens=wanted.prompt_tokens)
     }
-    note_contamination(data, prompts, run.folder.overlap)
+    note_contamination(data, prompts, run.folder.contamination)
 
 
-def dropped_prompts(run: Run, file: str) -> list[str]:
+def contaminated_prompts(run: Run, file: str) -> list[str]:
     """Return the ids of a file's prompts that the training text contaminates; files that are new to the run are looked up now."""
-    from drafttrain.data_gen.contamination import read_contamination
-
-    path = run.folder.overlap
+    path = run.folder.contamination
     if not path.exists() and run.folder.data.exists():
         _note_contamination(run, _prepared(run))
-    found = read_contamination(path) if path.exists() else []
-    return [id for name, id in found if name == file]
+    return read_contamination(path, prompts=file)
 
 
 def own_batches(data: Any, settings: Any, *, device: Any) -> Callable[[int], list[Any]]:
@@ -123,10 +125,3 @@ def own_batches(data: Any, settings: Any, *, device: Any) -> Callable[[int], lis
         world_size=here.size,
         multiple=FEW_WIDTHS if settings.compile or device.type == "cuda" else 1,
     )
-
-
-def loss_of(recipe: Recipe) -> Loss:
-    from drafttrain.losses import losses
-
-    loss: Loss = losses.build(recipe.loss)
-    return loss

@@ -8,20 +8,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from drafttrain.core.errors import DrafttrainError, Interrupted
+from drafttrain.core.texts import Prompt
 from drafttrain.distributed.world import without_launcher
+from drafttrain.eval.evaluate import evaluate
+from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.result import Input, Result, read_result
-from drafttrain.pipeline.data import dropped_prompts
-from drafttrain.pipeline.head import exported_head, figures_of_head, with_own_head
+from drafttrain.eval.settings import EvalSettings
 from drafttrain.pipeline.inputs import Inputs
-
-if TYPE_CHECKING:
-    from drafttrain.core.texts import Prompt
-    from drafttrain.eval.settings import EvalSettings
-    from drafttrain.pipeline.run import Run
-    from drafttrain.target_model import Target
+from drafttrain.pipeline.run import Run
+from drafttrain.target_model import Target
 
 
 def evaluated_elsewhere(run: Run) -> Result:
@@ -44,20 +42,7 @@ def evaluated_elsewhere(run: Run) -> Result:
     return read_result(run.folder.eval)
 
 
-def evaluated_head(run: Run) -> Result:
-    """Evaluate the frozen drafter with what the run's head decides, and the head on held-out draft tokens."""
-    from drafttrain.target_model.folders import resolve_folder
-
-    settings = with_own_head(run.recipe.eval, exported_head(run.folder))
-    folders = {"drafter": resolve_folder(run.recipe.head.drafter)}
-    result = evaluated(folders, run.target, settings, dropped=dropped_prompts(run, run.recipe.eval.prompts))
-    return replace(result, head=figures_of_head(run.recipe, run.folder))
-
-
 def evaluated(folders: Mapping[str, Path], target: Target, settings: Any, *, dropped: Sequence[str]) -> Result:
-    from drafttrain.eval.evaluate import evaluate
-    from drafttrain.eval.prompts import read_prompts
-
     prompts = read_prompts(
         settings.prompts,
         target.tokenizer,

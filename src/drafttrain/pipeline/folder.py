@@ -28,7 +28,7 @@ from drafttrain.export.settings import ExportSettings
 from drafttrain.pipeline import inputs
 
 PROMPT_SETTINGS = ("prompts", "validation_prompts", "prompt_tokens")
-"""Settings of the evaluation that decide which of its prompts overlap with the training text."""
+"""Settings of the evaluation that decide which of its prompts are contaminated."""
 
 
 WAIT_SECONDS = 60.0
@@ -45,15 +45,14 @@ class RunFolder:
         self.inputs = path / "inputs.json"
         self.data = path / "data"
         self.validation = self.data / "validation"
-        self.overlap = self.data / "contaminated.json"
+        self.contamination = self.data / "contaminated.json"
         self.pretrain = path / "pretrain"
         self.train = path
         self.train_done = path / "train.json"
         self.start = path / "start"
+        self.labelled = self.data / "labelled"
         self.drafter = path / "drafter"
-        self.rejected = path / "drafter.rejected"
         self.head = path / "head"
-        self.rejected_head = path / "head.rejected"
         self.eval = path / "eval.json"
         self.report = path / "report.html"
 
@@ -78,6 +77,21 @@ class RunFolder:
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
             yield
+
+    def rejected(self, what: str) -> Path:
+        """Return where a drafter or head goes that does not meet the gate."""
+        return self.path / f"{what}.rejected"
+
+    def exported(self, what: str) -> Path:
+        """Return the exported drafter or head, or the rejected one.
+
+        Raises:
+            CheckpointError: None was exported yet.
+        """
+        for place in (self.path / what, self.rejected(what)):
+            if place.exists():
+                return place
+        raise CheckpointError(f"{self.path}: no {what} was exported here yet: drafttrain fit does all stages")
 
     def has_weights(self) -> bool:
         """Tell whether a training was here, ended or not."""
@@ -136,7 +150,7 @@ class RunFolder:
             say(f"{self.path}: eval or export is another than before: what it gave is made anew")
             self.drop_figures()
         if any(getattr(held.eval, name) != getattr(recipe.eval, name) for name in PROMPT_SETTINGS):
-            self.overlap.unlink(missing_ok=True)
+            self.contamination.unlink(missing_ok=True)
 
     def _check_inputs(self, recipe: Recipe, *, evaluates_only: bool) -> None:
         """Refuse content that is not what the training here reads; of the evaluation's, drop what was made of the content before.
@@ -164,10 +178,10 @@ class RunFolder:
             words = ", ".join(dict.fromkeys(changed.values()))
             say(f"{self.path}: {words}: changed since this run read it: what was made of it is made again")
             self.drop_figures()
-            self.overlap.unlink(missing_ok=True)
+            self.contamination.unlink(missing_ok=True)
         if trained_on:
             relabelled = any(key.startswith(inputs.LABELS) for key in trained_on)
-            for made in (self.start, self.validation, *([self.data / "labelled"] if relabelled else [])):
+            for made in (self.start, self.validation, *([self.labelled] if relabelled else [])):
                 shutil.rmtree(made, ignore_errors=True)
         write_json(self.inputs, inputs.merged(held, now))
 
@@ -192,7 +206,7 @@ def exported_in(given: Path) -> Path:
         CheckpointError: There is none.
     """
     run = RunFolder(given)
-    for place in (given, run.drafter, run.rejected):
+    for place in (given, run.drafter, run.rejected("drafter")):
         if (place / "config.json").is_file() or (place / ABOUT).is_file():
             return place
     raise CheckpointError(f"{given}: neither a drafter folder nor a run with an exported drafter")

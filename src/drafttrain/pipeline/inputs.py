@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from drafttrain.config.recipe import Recipe, components_of
+from drafttrain.core.digests import files_digest, text_digest
 from drafttrain.core.errors import DrafttrainError
-
-if TYPE_CHECKING:
-    from drafttrain.config.recipe import Recipe
-    from drafttrain.target_model.settings import TargetSettings
+from drafttrain.data_gen.sources import Versioned, sources
+from drafttrain.eval.prompts import prompt_file
+from drafttrain.target_model.folders import fingerprint_of, resolve_folder
+from drafttrain.target_model.settings import TargetSettings
+from drafttrain.target_model.tokenizer import tokenizer_files, tokenizer_folder
 
 TARGET, TOKENIZER, GENERATION = "target.model", "target.tokenizer", "target.model (generation config)"
 PROMPTS, VALIDATION, GENERATED_FROM = "eval.prompts", "eval.validation_prompts", "data.generate.prompts"
@@ -108,10 +111,6 @@ def _readers(recipe: Recipe) -> Iterator[Reader]:
 
 
 def _of_target(settings: TargetSettings) -> Iterator[Reader]:
-    from drafttrain.core.digests import files_digest
-    from drafttrain.target_model.folders import fingerprint_of, resolve_folder
-    from drafttrain.target_model.tokenizer import tokenizer_files, tokenizer_folder
-
     def folder() -> Path:
         return resolve_folder(str(settings.model), revision=settings.revision)
 
@@ -125,8 +124,6 @@ def _of_target(settings: TargetSettings) -> Iterator[Reader]:
 
 
 def _of_source(key: str, settings: Any) -> Reader:
-    from drafttrain.data_gen.sources import Versioned, sources
-
     def digest() -> Any:
         source = sources.build(settings)
         return source.version() if isinstance(source, Versioned) else None
@@ -135,35 +132,24 @@ def _of_source(key: str, settings: Any) -> Reader:
 
 
 def _of_folder(key: str, name: str | None) -> Reader:
-    from drafttrain.target_model.folders import fingerprint_of, resolve_folder
-
     return key, name, lambda: fingerprint_of(resolve_folder(str(name)))
 
 
 def _of_files(key: str, settings: Any) -> Iterator[Reader]:
     """Yield the files that a component and those inside it read: marked answers, unit tests."""
-    from drafttrain.config.recipe import components_of
-
     for part in components_of(settings):
         yield _of_file(f"{key} ({part.kind})", getattr(part, "path", None))
 
 
 def _of_file(key: str, path: str | None) -> Reader:
-    from drafttrain.core.digests import text_digest
-
     return key, path, lambda: text_digest(Path(str(path)).expanduser())
 
 
 def _of_prompts(key: str, name: str) -> Reader:
-    from drafttrain.core.digests import text_digest
-    from drafttrain.eval.prompts import prompt_file
-
     return key, name, lambda: text_digest(prompt_file(name))
 
 
 def _heads(settings: Any) -> Iterator[str]:
-    from drafttrain.config.recipe import components_of
-
     for part in components_of(settings):
         if isinstance(head := getattr(part, "head", None), str):
             yield head

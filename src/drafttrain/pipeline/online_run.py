@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say
+from drafttrain.data_gen.encoder import Encoder
+from drafttrain.losses import losses
+from drafttrain.online.loop import OnlineRun
+from drafttrain.online.report import write_online_report
+from drafttrain.online.route import OnlineSetup
 from drafttrain.pipeline.folder import RunFolder
-
-if TYPE_CHECKING:
-    from drafttrain.online.loop import OnlineRun
-    from drafttrain.target_model import Target
+from drafttrain.pipeline.validation import draft_length
+from drafttrain.recorder.intake import Intake
+from drafttrain.target_model import Target
 
 
 def online_run(recipe: Recipe, folder: RunFolder, target: Target) -> OnlineRun:
     """Return the learning of a recipe where it stands; `start/` is written before."""
-    from drafttrain.data_gen.encoder import Encoder
-    from drafttrain.losses import losses
-    from drafttrain.online.loop import OnlineRun
-    from drafttrain.online.route import OnlineSetup
-    from drafttrain.recorder.intake import Intake
-
     assert recipe.online is not None
     intake = Intake(
         recipe.data.sources[0],
@@ -28,14 +24,13 @@ def online_run(recipe: Recipe, folder: RunFolder, target: Target) -> OnlineRun:
         folder.path / "online" / "intake",
         about=target.tokenizer_fingerprint,
     )
-    length = recipe.eval.length
     setup = OnlineSetup(
         target=target,
         online=recipe.online,
         train=recipe.train,
         loss=lambda: losses.build(recipe.loss),
         max_length=recipe.data.max_length,
-        num_draft_tokens=getattr(length, "depth", getattr(length, "num_draft_tokens", 5)),
+        num_draft_tokens=draft_length(recipe.eval),
         dtype=recipe.export.dtype,
         seed=recipe.seed,
     )
@@ -44,7 +39,5 @@ def online_run(recipe: Recipe, folder: RunFolder, target: Target) -> OnlineRun:
 
 def report(folder: RunFolder, *, title: str) -> None:
     """Write the page of the run."""
-    from drafttrain.online.report import write_online_report
-
     write_online_report(folder.path, folder.report, title=title)
     say(f"report:  {folder.report}")

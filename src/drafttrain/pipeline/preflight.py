@@ -8,14 +8,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from drafttrain.config.made_by import MADE_BY
+from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError, DataError, RecipeError
-
-if TYPE_CHECKING:
-    from drafttrain.config.recipe import Recipe
+from drafttrain.core.foreign import check_folder, read_json
+from drafttrain.data_gen.sources import Versioned, sources
+from drafttrain.eval.prompts import prompt_file
+from drafttrain.export import exporters
+from drafttrain.export.layout import text_config
+from drafttrain.target_model.end_tokens import end_of_text_id
+from drafttrain.target_model.folder_checks import check_causal_lm, check_model_files, in_one_line
+from drafttrain.target_model.folders import cached_folder, resolve_folder
+from drafttrain.target_model.positions import position_limit
+from drafttrain.target_model.tokenizer import check_same_tokenizer, load_tokenizer, num_ids
 
 FIRST_SHOWN = 3
 
@@ -61,9 +72,6 @@ class Parts:
         Raises:
             CheckpointError: transformers cannot read it.
         """
-        from transformers import AutoConfig
-
-        from drafttrain.target_model.folder_checks import in_one_line
 
         try:
             config: Any = AutoConfig.from_pretrained(str(self.folder), trust_remote_code=self._trust)
@@ -74,8 +82,6 @@ class Parts:
     @cached_property
     def tokenizer(self) -> Any:
         """Its tokenizer."""
-        from drafttrain.target_model.tokenizer import load_tokenizer
-
         return load_tokenizer(self.tokenizer_folder, trust_remote_code=self._trust)
 
     @property
@@ -86,8 +92,6 @@ class Parts:
     @cached_property
     def num_ids(self) -> int:
         """Ids of its tokenizer."""
-        from drafttrain.target_model.tokenizer import num_ids
-
         return num_ids(self.tokenizer)
 
     @property
@@ -98,10 +102,6 @@ class Parts:
     @property
     def learnt_positions(self) -> int | None:
         """How many positions it has learnt embeddings for; None where they are computed, or it is none that could be built."""
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        from drafttrain.target_model.positions import position_limit
 
         try:
             with torch.device("meta"):
@@ -116,13 +116,9 @@ class Parts:
         Raises:
             CheckpointError: Saying what it is.
         """
-        from drafttrain.target_model.folder_checks import check_causal_lm
-
         check_causal_lm(self.folder, trust_remote_code=self._trust)
 
     def _folder_of(self, name: str, revision: str | None) -> Path:
-        from drafttrain.target_model.folders import cached_folder, resolve_folder
-
         if name.startswith(MADE_BY):
             raise NotHere(name)
         if self._fetch:
@@ -293,9 +289,6 @@ def _positions(target: Parts, recipe: Recipe) -> Iterator[str]:
 
 def _formats(target: Parts, recipe: Recipe) -> Iterator[str]:
     """Yield why a format of the export has no place for a drafter of this target."""
-    from drafttrain.export import exporters
-    from drafttrain.target_model.end_tokens import end_of_text_id
-
     for name in recipe.export.to:
         found = (
             exporters.entry(name)
@@ -317,8 +310,6 @@ def _window(config: Any, recipe: Recipe) -> str | None:
 
 def _of_start(drafter: Parts, target: Parts, recipe: Recipe) -> Iterator[str]:
     """Yield why a drafter cannot be trained on from a folder."""
-    from drafttrain.core.foreign import check_folder, read_json
-
     if recipe.drafter.kind == "causal_lm":
         drafter.check_causal_lm()
     else:
@@ -334,11 +325,6 @@ def _of_start(drafter: Parts, target: Parts, recipe: Recipe) -> Iterator[str]:
 
 
 def _same_tokenizer(drafter: Parts, target: Parts) -> Iterator[str]:
-    from drafttrain.core.foreign import read_json
-    from drafttrain.export.layout import text_config
-    from drafttrain.target_model.folder_checks import check_model_files
-    from drafttrain.target_model.tokenizer import check_same_tokenizer
-
     check_model_files(drafter.folder)
     check_same_tokenizer(target.tokenizer, drafter.tokenizer, drafter=drafter.name)
     rows = text_config(read_json(drafter.folder / "config.json")).get("vocab_size")
@@ -349,9 +335,6 @@ def _same_tokenizer(drafter: Parts, target: Parts) -> Iterator[str]:
 
 def _of_texts(recipe: Recipe) -> Iterator[str]:
     """Yield the files of text that are not here."""
-    from drafttrain.data_gen.sources import Versioned, sources
-    from drafttrain.eval.prompts import prompt_file
-
     places = {f"data.sources.{number}": source for number, source in enumerate(recipe.data.sources)}
     if recipe.data.generate is not None:
         places["data.generate.prompts"] = recipe.data.generate.prompts

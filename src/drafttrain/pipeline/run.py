@@ -1,36 +1,48 @@
-"""A recipe at work in its folder: what the stages share."""
+"""A recipe at work in its folder: what runs of every kind share, and what each kind must do.
+
+`DrafterRun` trains a drafter, `HeadRun` a head; `kind_of_run` picks the one that a recipe asks for.
+"""
 
 from __future__ import annotations
 
 import functools
 import gc
+import json
 import os
+from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, ClassVar
+
+import torch
+import transformers
 
 from drafttrain.config.dump import dump_recipe
 from drafttrain.config.recipe import Recipe
+from drafttrain.core.console import say
+from drafttrain.core.errors import DrafttrainError
+from drafttrain.data_gen.training_data import TrainingData
 from drafttrain.distributed.collectives import first_before_others
 from drafttrain.distributed.world import is_first
-from drafttrain.pipeline.data import dropped_prompts
-from drafttrain.pipeline.evaluating import check_lengths
+from drafttrain.eval.result import Result
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.pipeline.settled import settled
-
-if TYPE_CHECKING:
-    from drafttrain.core.texts import Sampling
-    from drafttrain.drafters import Drafter
-    from drafttrain.eval.replay import Text
-    from drafttrain.target_model import Target
+from drafttrain.target_model import Target
+from drafttrain.target_model.absent_target import AbsentTarget
+from drafttrain.target_model.tokenizer import load_target_tokenizer, num_ids
+from drafttrain.train.result import TrainResult, folder_of_step, kept_steps
 
 
-class Run:
-    """A recipe at work in its folder; what is loaded once is shared by the stages.
+class Run(ABC):
+    """A recipe at work in its folder; its stages share what is loaded.
 
     Args:
-        placement: Of the target, while data is made and a drafter trained (`train.target_placement`).
-        evaluates_only: What is trained here is only evaluated.
+        placement: Where the target is during data generation and training (`train.target_placement`).
+        evaluates_only: Nothing is trained: inputs that only a training reads are not checked.
     """
+
+    what: ClassVar[str]
+    """What is trained, and the name of its folder: drafter or head."""
 
     def __init__(
         self,
@@ -45,150 +57,126 @@ class Run:
         self.placement = placement
         self.folder = RunFolder(folder)
         with first_before_others("it opens the run folder"):
-            # The others find what the first one settled.
+            # The others read the settings that the first process settled.
             recipe = settled(recipe, self.folder.held())
             if is_first():
                 self.folder.open(recipe, quiet=quiet, evaluates_only=evaluates_only)
         self.recipe = recipe
         self.resolved = dump_recipe(recipe)
         if recipe.train.num_threads:
-            import torch
-
             torch.set_num_threads(recipe.train.num_threads)
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Make the data that the training reads, once its texts are there: records, cached target outputs, labels."""
+
+    @abstractmethod
+    def train(self) -> None:
+        """Train from the start, or continue where an earlier run stopped; skipped when it is done."""
+
+    @abstractmethod
+    def export(self, done: TrainResult) -> None:
+        """Write the exported folder from what the training left."""
+
+    @abstractmethod
+    def evaluate(self) -> Result:
+        """Evaluate the exported files; return what eval.json holds."""
+
+    @abstractmethod
+    def card(self, result: Result, *, command: str) -> str:
+        """Return the README of the exported folder."""
+
+    @abstractmethod
+    def weights_so_far(self) -> TrainResult:
+        """Return the weights of a training that has not ended and has no validated step yet.
+
+        Raises:
+            DrafttrainError: There are none.
+        """
+
+    def cache_target(self, data: TrainingData) -> None:  # noqa: B027  a head reads labels, and nothing is cached for it
+        """Cache the target's outputs on the training data, where the recipe asks for it."""
+
+    def export_best(self) -> TrainResult:
+        """Export the best weights of the training; return what the training gave."""
+        done = self.training_result()
+        self.export(done)
+        return done
+
+    def training_result(self) -> TrainResult:
+        """Return what the training gave; with `export.step`, or before the training has ended, of a step that it has weights of.
+
+        Raises:
+            DrafttrainError: There are no such weights.
+        """
+        folder, step = self.folder, self.recipe.export.step
+        done = None
+        if folder.train_done.exists():
+            done = TrainResult(**json.loads(folder.train_done.read_text(encoding="utf-8")))
+        if done and step is None:
+            return done
+        kept = {one["step"]: one for one in kept_steps(folder.train)}
+        if step is not None and step not in kept:
+            there = ", ".join(map(str, sorted(kept))) or "none"
+            raise DrafttrainError(
+                f"{folder.path}: no weights are kept of step {step}; of these: {there} (train.keep_best)"
+            )
+        if not kept:
+            return self.weights_so_far()
+        chosen = next(iter(kept)) if step is None else step
+        weights = str(folder_of_step(folder.train, chosen).relative_to(folder.train))
+        if done:
+            return replace(done, drafter=weights, best_step=chosen, best=kept[chosen][done.best_by])
+        say(f"the training has not ended: step {chosen} of {self.recipe.train.max_steps} is exported")
+        return TrainResult(weights, chosen, chosen)
+
+    def has_target(self) -> bool:
+        """Return whether the recipe names a target."""
+        return self.recipe.target.model is not None
 
     @functools.cached_property
     def target(self) -> Target:
-        """The target; loading it takes the time that it takes."""
+        """The target, loaded when it is first asked for."""
         target = self._load_target()
         target.check_length(self.recipe.data.max_length, what="data.max_length")
         return target
 
     def _load_target(self) -> Target:
         if self.placement == "absent":
-            from drafttrain.target_model.absent_target import AbsentTarget
-
             return AbsentTarget.load(self.recipe.target)
         if self.placement == "sharded":
+            # It imports lightning, which an evaluation and an export run without.
             from drafttrain.train.sharded_target import ShardedTarget
 
             return ShardedTarget.load(self.recipe.target)
-        from drafttrain.target_model import Target
-
         return Target.load(self.recipe.target)
 
     @functools.cached_property
-    def cached_target(self) -> Target:
-        """The target as it answers on the validation texts: itself where it is whole, else what was stored of it, once.
-
-        Every process must have come here before one of them needs it alone.
-        """
-        if self.placement == "replicated":
-            return self.target
-        from drafttrain.data_gen.stored.validation_target import cached_target
-
-        texts, _ = self.validation_texts
-        return cached_target(
-            self.folder.validation,
-            [[*text.prompt, *text.new] for text in texts],
-            self.target,
-            needs=self.drafter.needs(),
-            dtype=self.recipe.data.cache_dtype,
-            max_gb=self.recipe.data.max_cache_gb,
-        )
-
-    def leave_the_others(self) -> None:
-        """Go on in this process alone: a target that is spread over all cannot be run any more."""
-        if self.placement == "sharded":
-            self.placement = "absent"
-            self.release()
-
-    def release(self) -> None:
-        """Let go of target and drafter, and of the memory of their device; who asks for one again loads it again."""
-        import torch
-
-        for name in ("target", "cached_target", "drafter"):
-            self.__dict__.pop(name, None)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    @functools.cached_property
     def tokenizer(self) -> Any:
-        """The target's tokenizer; read without any weights when there is no target."""
-        from drafttrain.target_model.tokenizer import load_target_tokenizer
-
+        """The target's tokenizer, read without any weights."""
         return load_target_tokenizer(self.recipe.target)
 
     @property
     def num_tokens(self) -> int:
         """Ids that target, drafter and tokenizer share."""
-        from drafttrain.target_model.tokenizer import num_ids
-
         return self.target.num_tokens if self.has_target() else num_ids(self.tokenizer)
 
-    @functools.cached_property
-    def validation_texts(self) -> tuple[list[Text], Sampling]:
-        """What the target writes after the validation prompts, and how it is drawn."""
-        from drafttrain.core.texts import Sampling
-        from drafttrain.data_gen.backends import Task
-        from drafttrain.data_gen.backends.builtin import continuations
-        from drafttrain.data_gen.stored.validation_target import cached_continuations
-        from drafttrain.eval.prompts import read_prompts
-        from drafttrain.eval.repetition import tokens_before_repetition
-        from drafttrain.eval.replay import Text
+    def leave_the_others(self) -> None:
+        """Continue in this process alone: a target that is spread over all processes cannot be run any more."""
+        if self.placement == "sharded":
+            self.placement = "absent"
+            self.release()
 
-        recipe, wanted = self.recipe, self.recipe.eval
-        temperature = wanted.temperatures[0]
-        sampling = Sampling() if temperature == 0 else Sampling(temperature, wanted.top_p, wanted.top_k)
-        prompts = read_prompts(
-            wanted.validation_prompts,
-            self.tokenizer,
-            prompt_tokens=wanted.prompt_tokens,
-            dropped=dropped_prompts(self, wanted.validation_prompts),
-            limit=recipe.train.eval_prompts,
-        )
-        check_lengths(self.target, prompts, wanted)
-        tasks = [Task(prompt.id, list(prompt.tokens), sampling) for prompt in prompts]
-        limits = {"max_new_tokens": wanted.max_new_tokens, "seed": recipe.seed}
-        if self.placement == "replicated":
-            written = continuations(tasks, self.target, **limits)
-        else:
-            written = cached_continuations(self.folder.validation / "texts.json", tasks, self.target, **limits)
-        if wanted.repetition_ngram:
-            written = [new[: max(1, tokens_before_repetition(new, ngram=wanted.repetition_ngram))] for new in written]
-        texts = [Text(task.id, task.prompt, new) for task, new in zip(tasks, written, strict=True)]
-        return texts, sampling
-
-    @functools.cached_property
-    def drafter(self) -> Drafter:
-        """The drafter as its settings make it, before anything is trained."""
-        return self.new_drafter(self.recipe.drafter)
-
-    def new_drafter(self, settings: Any) -> Drafter:
-        """Return the drafter of these settings on its device: by default the target's, or where a target would be."""
-        import torch
-
-        from drafttrain.drafters import drafters
-        from drafttrain.target_model.device import pick_device
-
-        torch.manual_seed(self.recipe.seed)
-        target = self.target if self.has_target() else None
-        entry = cast(Any, drafters.entry(settings.kind).component)
-        drafter: Drafter = entry.create(settings, target=target, tokenizer=self.tokenizer)
-        if self.recipe.train.device != "auto":
-            return drafter.to(pick_device(self.recipe.train.device))
-        return drafter.to(target.device if target is not None else pick_device(self.recipe.target.device))
-
-    def has_target(self) -> bool:
-        """Tell whether the recipe names a target."""
-        return self.recipe.target.model is not None
+    def release(self) -> None:
+        """Release the loaded models and the memory of their device; they are loaded again when they are asked for."""
+        self.__dict__.pop("target", None)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def quiet_libraries() -> None:
-    """Silence bars and hints of transformers; our own lines say what a user needs."""
-    import torch
-    import transformers
-
+    """Silence the bars and hints of transformers; our own lines hold what a user needs."""
     # DeepSpeed, which Lightning imports, would otherwise warn that it had to look for a device.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say
+from drafttrain.target_model.device import kind_of_device
+from drafttrain.target_model.number_type import number_type
 
 
 def settled(recipe: Recipe, held: Recipe | None) -> Recipe:
@@ -17,9 +19,6 @@ def settled(recipe: Recipe, held: Recipe | None) -> Recipe:
     Args:
         held: The recipe of the run that is in the folder already.
     """
-    from drafttrain.target_model.device import kind_of_device
-    from drafttrain.target_model.number_type import number_type
-
     device_type = kind_of_device(recipe.target.device if recipe.train.device == "auto" else recipe.train.device)
     here = {
         "target.dtype": number_type(recipe.target),

@@ -179,7 +179,7 @@ def _number(path: Path) -> int:
 
 def served_as_json(served: Served) -> dict[str, Any]:
     """Return a record in JSON types. The user is a pseudonym already."""
-    record, law = served.record, served.record.logged
+    record, logged = served.record, served.record.logged
     value: dict[str, Any] = {
         "id": record.id,
         "domain": record.domain,
@@ -192,24 +192,24 @@ def served_as_json(served: Served) -> dict[str, Any]:
         value["refused"] = list(record.refused)
     if record.num_rounds is not None:
         value["rounds"] = record.num_rounds
-    if law is not None:
-        known_NK = law.ids_NK >= 0
-        value["law_ids"] = [ids[known].tolist() for ids, known in zip(law.ids_NK, known_NK, strict=True)]
-        value["law_log_probs"] = [row[known].tolist() for row, known in zip(law.log_probs_NK, known_NK, strict=True)]
+    if logged is not None:
+        known_NK = logged.ids_NK >= 0
+        value["law_ids"] = [ids[known].tolist() for ids, known in zip(logged.ids_NK, known_NK, strict=True)]
+        value["law_log_probs"] = [row[known].tolist() for row, known in zip(logged.log_probs_NK, known_NK, strict=True)]
     return value
 
 
 def served_from_json(value: dict[str, Any]) -> Served:
     """Return a record that `served_as_json` wrote."""
     prompt, count = value["prompt_tokens"], len(value["tokens"])
-    law = None
+    logged = None
     if "law_ids" in value:
         width = max(map(len, value["law_ids"]))
         ids_NK = np.full((len(value["law_ids"]), width), -1, dtype=np.int32)
         log_probs_NK = np.full(ids_NK.shape, -np.inf, dtype=np.float32)
         for row, (ids, log_probs) in enumerate(zip(value["law_ids"], value["law_log_probs"], strict=True)):
             ids_NK[row, : len(ids)], log_probs_NK[row, : len(ids)] = ids, log_probs
-        law = LoggedDistribution(ids_NK, log_probs_NK)
+        logged = LoggedDistribution(ids_NK, log_probs_NK)
     mask = [False] * prompt + [True] * (count - prompt)
     record = Record(
         value["id"],
@@ -218,6 +218,6 @@ def served_from_json(value: dict[str, Any]) -> Served:
         domain=value["domain"],
         refused=value.get("refused"),
         num_rounds=value.get("rounds"),
-        logged=law,
+        logged=logged,
     )
     return Served(record, value["user"], Mark(*value["mark"]))

@@ -10,6 +10,12 @@ from typing import Any
 from drafttrain.drafters import drafters
 from drafttrain.eval.interval import number, p_value
 from drafttrain.eval.result import Result
+from drafttrain.eval.table import (
+    CARRIES_OVER,
+    CARRIES_OVER_CAPTION,
+    THIS_MACHINE_CAPTION,
+    in_words,
+)
 from drafttrain.export.markdown import block, code, plain
 from drafttrain.serving.engines import ServingEngine, Use, engine_of, engines
 
@@ -35,19 +41,24 @@ def model_card(name: str, result: Result, *, drafter: str, recipe: str, command:
         drafter: Name of the judged drafter in it.
         recipe: The resolved recipe.
     """
-    rows = []
+    rows, times = [], []
     lossy = " LOSSY" if result.lossy else ""
     for part in result.temperatures:
-        figures = part.drafters[drafter]
+        figures, temperature = part.drafters[drafter], f"{part.temperature:g}{lossy}"
         rows.append(
-            f"| {part.temperature:g}{lossy} | {figures.block_efficiency.text()} | {figures.alpha.text()} "
+            f"| {temperature} | {figures.block_efficiency.text()} | {figures.alpha.text()} "
             f"| {number(figures.draft_acceptance_rate)} | {number(figures.mbsu)} |"
+        )
+        speed = figures.speedup
+        times.append(
+            f"| {temperature} | {figures.tokens_per_second.value:.0f} | {speed.text()} | {plain(speed.baseline)} "
+            f"| {speed.num_prompts} |"
         )
     parities = [part.drafters[drafter].parity for part in result.temperatures]
     found = next((parity for parity in parities if parity is not None), None)
     parity_line = f"Greedy parity with the target: {found.text}." if found else "Greedy parity was not measured."
     target, made = result.target, result.provenance
-    length = ", ".join(f"{key} {value}" for key, value in result.settings["length"].items())
+    length = in_words(result.settings["length"])
     if result.lossy:
         rule = result.settings["rule"]["kind"]
         parity_line = f"**LOSSY**: measured with the acceptance rule `{rule}`, whose output is not the target's own."
@@ -62,12 +73,20 @@ tags: [speculative-decoding, draft-model]
 A drafter for speculative decoding with the target {code(target.name)} (fingerprint {code(target.fingerprint)}). It proposes
 tokens; the target decides. It is no model to talk to by itself.
 
+{CARRIES_OVER}: {CARRIES_OVER_CAPTION}.
+
 | temperature | block efficiency | alpha | draft acceptance rate | MBSU |
 |---|---|---|---|---|
 {nl.join(rows)}
 
 {result.num_prompts} prompts, {length}, 95 % intervals over prompts; measured on these files with the embedded evaluator.
 {parity_line}
+
+On {made.machine.processor}: {THIS_MACHINE_CAPTION}.
+
+| temperature | tokens/s | speed-up | baseline | prompts |
+|---|---|---|---|---|
+{nl.join(times)}
 
 {USE}{_use(result, drafter)}
 

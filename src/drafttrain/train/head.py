@@ -9,7 +9,8 @@ from functools import partial
 
 from torch import Tensor
 
-from drafttrain.heads import HeadBatch, TokenHead
+from drafttrain.heads import TokenHead
+from drafttrain.heads.rows import HeadBatch
 from drafttrain.train.flops import head_flops
 from drafttrain.train.step_module import StepModule
 

@@ -21,7 +21,8 @@ from drafttrain.core.files import write_json
 from drafttrain.distributed.collectives import agree, wait_for_all
 from drafttrain.distributed.world import is_first, world
 from drafttrain.drafters import Drafter
-from drafttrain.heads import HeadBatch, TokenHead
+from drafttrain.heads import TokenHead
+from drafttrain.heads.rows import HeadBatch
 from drafttrain.losses import Loss
 from drafttrain.target_model import Target
 from drafttrain.train.callbacks import FrozenTarget, Progress

@@ -14,7 +14,8 @@ from drafttrain.core.batches import DraftBatch
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError, DrafttrainError
 from drafttrain.distributed.collectives import sums_over_processes
-from drafttrain.heads import HeadBatch, TokenHead
+from drafttrain.heads import TokenHead
+from drafttrain.heads.rows import HeadBatch
 from drafttrain.losses.step import share_of_step
 from drafttrain.train.optimizer import build_optimizer, learning_rate_scale
 from drafttrain.train.settings import TrainSettings

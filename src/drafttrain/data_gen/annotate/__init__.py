@@ -11,7 +11,7 @@ from drafttrain.core.registry import Registry
 from drafttrain.core.settings import setting
 from drafttrain.core.texts import Record
 from drafttrain.drafters import Drafter
-from drafttrain.heads import HeadRows
+from drafttrain.heads.rows import HeadRows
 from drafttrain.target_model import Target
 
 annotators = Registry("annotator", "drafttrain.data_gen.annotate")
@@ -24,6 +24,11 @@ class AnnotateSettings:
     held_out: float = setting(
         0.2, help="Share of the texts whose tokens are not trained on: figures come from them.", gt=0, lt=1
     )
+
+    @property
+    def min_share(self) -> float:
+        """Share of the tokens that each label must have."""
+        return 0.0
 
 
 @dataclass(kw_only=True)

@@ -22,7 +22,7 @@ from drafttrain.core.texts import Record, Sampling
 from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.data_gen.annotate import AnnotateSettings, Frozen, annotators
 from drafttrain.data_gen.packing import pack
-from drafttrain.heads import HeadRows
+from drafttrain.heads.rows import HeadRows
 
 
 @dataclass(kw_only=True)

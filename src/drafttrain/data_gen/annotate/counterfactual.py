@@ -21,7 +21,7 @@ from drafttrain.data_gen.backends import Task
 from drafttrain.data_gen.backends.builtin import continuations
 from drafttrain.data_gen.checkers import Checker, checkers
 from drafttrain.data_gen.packing import pack
-from drafttrain.heads import HeadRows
+from drafttrain.heads.rows import HeadRows
 
 
 @dataclass(kw_only=True)

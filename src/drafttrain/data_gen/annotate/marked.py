@@ -20,7 +20,7 @@ from drafttrain.data_gen.annotate import Frozen, JudgeLabelSettings, annotators
 from drafttrain.data_gen.annotate.states import states_of
 from drafttrain.data_gen.names import problem_of
 from drafttrain.data_gen.plain_ids import front_of, plain_ids
-from drafttrain.heads import HeadRows
+from drafttrain.heads.rows import HeadRows
 
 
 @dataclass(kw_only=True)

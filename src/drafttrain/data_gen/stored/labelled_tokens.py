@@ -26,7 +26,8 @@ from drafttrain.data_gen.names import Names, shared_names
 from drafttrain.data_gen.sampler import Sampler
 from drafttrain.data_gen.shares import own_shares
 from drafttrain.data_gen.training_data import TrainingData
-from drafttrain.heads import HeadBatch, HeadRows, TokenHead
+from drafttrain.heads import TokenHead
+from drafttrain.heads.rows import HeadBatch, HeadRows
 from drafttrain.target_model.weights_digest import weights_digest
 
 RECORDS_A_SHARD = 32
@@ -132,7 +133,7 @@ def annotate(settings: Any, data: TrainingData, frozen: Frozen, folder: Path) ->
         assert weights_digest(frozen.drafter) == about["drafter_digest"], "labelling changed the drafter"
         write_json(done, about | {"shards": len(shards)})
     labelled = LabelledTokens(folder)
-    _check_shares(labelled.train.labels_N, least=getattr(settings, "min_share", 0.0))
+    _check_shares(labelled.train.labels_N, least=settings.min_share)
     say(
         f"labelled tokens: {len(labelled.train):,} to train on, mean label {float(labelled.train.labels_N.mean()):.3f}; "
         f"{len(labelled.held_out):,} held out"

@@ -21,6 +21,7 @@ from drafttrain.core.errors import DataError
 from drafttrain.core.files import write_json, written_beside
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput, TargetRows
 from drafttrain.core.texts import Record
+from drafttrain.data_gen.groups import groups_in_order
 from drafttrain.data_gen.packing import pack
 from drafttrain.distributed.collectives import any_of, first_before_others, own_share, wait_for_all
 from drafttrain.distributed.world import is_first
@@ -29,7 +30,6 @@ from drafttrain.target_model.live_rows import LiveRows
 from drafttrain.target_model.logits import head_logits
 
 TOKENS_A_SHARD = 16_384
-TOKENS_A_BATCH = 4096
 
 
 @dataclass(frozen=True)
@@ -272,30 +272,15 @@ def _check_plan(folder: Path, about: dict[str, Any]) -> None:
 
 
 def _shards(records: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
-    shards: list[list[int]] = [[]]
-    held = 0
-    for record, size in zip(records, sizes, strict=True):
-        if held + size > TOKENS_A_SHARD and shards[-1]:
-            shards.append([])
-            held = 0
-        shards[-1].append(int(record))
-        held += size
-    return [shard for shard in shards if shard]
+    return [[int(records[i]) for i in group] for group in groups_in_order(sizes, tokens=TOKENS_A_SHARD)]
 
 
 @torch.no_grad()
 def _rows(texts: Sequence[Sequence[int]], target: Target, wanted: Wanted) -> dict[str, Any]:
     """Return the arrays of some records, one after the other."""
     made: dict[str, list[Any]] = {}
-    batch: list[Sequence[int]] = []
-    groups: list[list[Sequence[int]]] = []
-    for text in texts:
-        if batch and sum(map(len, batch)) + len(text) > TOKENS_A_BATCH:
-            groups.append(batch)
-            batch = []
-        batch.append(text)
-    groups.append(batch)
-    for group in groups:
+    for numbers in groups_in_order([len(text) for text in texts]):
+        group = [texts[i] for i in numbers]
         width = max(map(len, group))
         records = [Record("", text, [True] * len(text)) for text in group]
         packed, places = pack(records, width=width, weight_of_step=1.0)

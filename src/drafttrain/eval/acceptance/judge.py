@@ -19,7 +19,7 @@ from drafttrain.core.settings import setting
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.eval.acceptance import acceptance_rules
 from drafttrain.eval.verification import Dice, walk
-from drafttrain.heads import load_head
+from drafttrain.heads.folder import load_head
 from drafttrain.heads.judge import JudgeHead
 
 

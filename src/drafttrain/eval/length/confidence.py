@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from drafttrain.core.proposals import Budget, Context, DraftStep, Verdict
 from drafttrain.core.settings import setting
-from drafttrain.eval.length import length_policies
+from drafttrain.eval.length import LengthSettings, length_policies
 
 
 @dataclass
-class ConfidenceSettings:
+class ConfidenceSettings(LengthSettings):
     """Draft on while the next draft law has a likely token."""
 
     threshold: float = setting(0.4, help="Stop where the next draft law's largest probability is below.", ge=0, le=1)

@@ -5,12 +5,12 @@ from functools import cached_property
 
 from drafttrain.core.proposals import Budget, Context, DraftStep, More, Verdict
 from drafttrain.core.settings import setting
-from drafttrain.eval.length import length_policies
+from drafttrain.eval.length import LengthSettings, length_policies
 from drafttrain.eval.survival import Survival
 
 
 @dataclass
-class CumulativeRejectSettings:
+class CumulativeRejectSettings(LengthSettings):
     """Draft on while 1 - prod a_i is at most a threshold; a_i is the predicted acceptance of draft token i."""
 
     threshold: float = setting(

@@ -8,12 +8,12 @@ from drafttrain.core.generations import Generation
 from drafttrain.core.proposals import Budget, Context, DraftStep, More, Verdict
 from drafttrain.core.reduce import Rate
 from drafttrain.core.settings import setting
-from drafttrain.eval.length import length_policies
+from drafttrain.eval.length import LengthSettings, length_policies
 from drafttrain.eval.survival import Survival
 
 
 @dataclass
-class ExpectedCostSettings:
+class ExpectedCostSettings(LengthSettings):
     """Draft the number of tokens that maximises expected tokens a second."""
 
     draft_cost: float | None = setting(

@@ -4,14 +4,19 @@ from dataclasses import dataclass
 
 from drafttrain.core.proposals import Budget, Context, DraftStep, Verdict
 from drafttrain.core.settings import setting
-from drafttrain.eval.length import length_policies
+from drafttrain.eval.length import LengthSettings, length_policies
 
 
 @dataclass
-class FixedLengthSettings:
+class FixedLengthSettings(LengthSettings):
     """Draft the same number of tokens in every round."""
 
     num_draft_tokens: int = setting(5, help="Draft tokens a round.", ge=1)
+
+    @property
+    def chain_length(self) -> int:
+        """The length of every round."""
+        return self.num_draft_tokens
 
 
 @length_policies.register("fixed", FixedLengthSettings)

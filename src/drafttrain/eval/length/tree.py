@@ -4,16 +4,21 @@ from dataclasses import dataclass
 
 from drafttrain.core.proposals import Budget, Context, DraftStep, Verdict
 from drafttrain.core.settings import setting
-from drafttrain.eval.length import length_policies
+from drafttrain.eval.length import LengthSettings, length_policies
 
 
 @dataclass
-class TreeSettings:
+class TreeSettings(LengthSettings):
     """Draft a tree: several guesses for each place, verified in one target call."""
 
     num_draft_tokens: int = setting(24, help="Nodes of the tree, the root not counted.", ge=1)
     depth: int = setting(5, help="Levels of the tree; no drafter goes deeper than it has heads.", ge=1)
     width: int = setting(4, help="Children of a node at most.", ge=2)
+
+    @property
+    def chain_length(self) -> int:
+        """The levels of the tree."""
+        return self.depth
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""

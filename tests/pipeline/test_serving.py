@@ -17,16 +17,9 @@ from drafttrain.core.errors import CheckpointError, RecipeError
 from drafttrain.drafters.medusa.module import JointSettings
 from drafttrain.environments.environment import EngineError
 from drafttrain.export.settings import ExportSettings
-from drafttrain.pipeline.engines import (
-    check_engines,
-    check_writer,
-    folder_as,
-    formats_are_current,
-    formats_of,
-    only,
-    served_folder,
-    write_formats,
-)
+from drafttrain.pipeline.data import check_writer
+from drafttrain.pipeline.formats import folder_as, formats_are_current, formats_of, write_formats
+from drafttrain.pipeline.serving import check_engines, served_folder, with_formats
 from drafttrain.target_model import Target, TargetSettings
 from drafttrain.target_model.folders import resolve_folder
 from tests.export import folders
@@ -96,13 +89,15 @@ def test_an_engine_brings_the_format_that_it_reads():
 
 
 def test_a_format_is_proven_in_the_engines_that_read_it_and_run_the_kind():
-    assert only(ExportSettings(), ["vllm"], "medusa", verify=True).verify == ["vllm"]
-    assert only(ExportSettings(), ["hf"], "medusa", verify=True).verify == ["vllm"]
-    assert only(ExportSettings(), ["hf"], "causal_lm", verify=True).verify == ["transformers", "vllm"]
-    assert only(ExportSettings(verify=["transformers"]), ["hf"], "causal_lm", verify=True).verify == ["transformers"]
-    assert only(ExportSettings(verify=["vllm"]), ["hf"], "causal_lm", verify=False).verify == []
+    assert with_formats(ExportSettings(), ["vllm"], "medusa", verify=True).verify == ["vllm"]
+    assert with_formats(ExportSettings(), ["hf"], "medusa", verify=True).verify == ["vllm"]
+    assert with_formats(ExportSettings(), ["hf"], "causal_lm", verify=True).verify == ["transformers", "vllm"]
+    assert with_formats(ExportSettings(verify=["transformers"]), ["hf"], "causal_lm", verify=True).verify == [
+        "transformers"
+    ]
+    assert with_formats(ExportSettings(verify=["vllm"]), ["hf"], "causal_lm", verify=False).verify == []
     with pytest.raises(CheckpointError, match="no engine here runs causal_lm and reads sglang"):
-        only(ExportSettings(), ["sglang"], "causal_lm", verify=True)
+        with_formats(ExportSettings(), ["sglang"], "causal_lm", verify=True)
 
 
 def test_an_engine_that_cannot_run_the_kind_is_refused_before_anything_is_done(monkeypatch, tmp_path):

@@ -1,0 +1,226 @@
+"""The run that trains a drafter: from its start, pretrained or not, to the best weights as a drafter folder."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+
+from drafttrain.checkpoint import About
+from drafttrain.core.console import say
+from drafttrain.core.errors import CheckpointError, DataError, DrafttrainError
+from drafttrain.core.files import folder_beside
+from drafttrain.core.target_rows import TargetNeeds
+from drafttrain.data_gen.training_data import TrainingData, attach_cache
+from drafttrain.distributed.collectives import first_before_others, shared, wait_for_all
+from drafttrain.distributed.world import is_first
+from drafttrain.drafters import Drafter, drafters
+from drafttrain.eval.result import Result
+from drafttrain.export.drafter import CalibrationTexts, DrafterExporter
+from drafttrain.losses import Loss, losses
+from drafttrain.losses.ce import CrossEntropy
+from drafttrain.pipeline.data import contaminated_prompts, own_batches, training_data
+from drafttrain.pipeline.evaluating import evaluated
+from drafttrain.pipeline.run import Run
+from drafttrain.pipeline.validation import Validation
+from drafttrain.serving.card import model_card
+from drafttrain.target_model import Target
+from drafttrain.target_model.device import pick_device
+from drafttrain.target_model.tokenizer import num_ids, tokenizer_fingerprint
+from drafttrain.train.result import TrainResult
+from drafttrain.train.settings import TrainSettings
+
+
+class DrafterRun(Run):
+    """A run that trains a drafter."""
+
+    what: ClassVar[str] = "drafter"
+
+    def prepare(self) -> None:
+        """Encode the sources and cache the target's outputs on them."""
+        training_data(self)
+        if self.placement == "absent":
+            # The training reads it, and may have no target that could be run.
+            _ = self.validation.target
+
+    def train(self) -> None:
+        """Train from the start to the best step, or continue where an earlier run stopped; skipped when it is done."""
+        if self.folder.train_done.exists():
+            say("training: done before, skipped")
+            return
+        wait_for_all("they begin to train")
+        data = training_data(self)
+        if self.has_target():
+            _ = self.target, self.validation.target
+            self.target.rest()
+        drafter, loss = self.start(data), self.loss()
+        reads_target = loss.needs_target or drafter.needs() != TargetNeeds()
+        self._trained(
+            "training",
+            drafter,
+            loss,
+            data,
+            self.recipe.train,
+            target=self.target if self.has_target() and reads_target else None,
+            estimator=self.validation.estimator if self.has_target() else None,
+            folder=self.folder.train,
+        )
+        if is_first():
+            self.folder.drop_figures()
+
+    def start(self, data: TrainingData) -> Drafter:
+        """Return the drafter as distillation finds it, pretrained or not, and export it as the run's start."""
+        if self.recipe.train.pretrain is None:
+            self.drafter.fit_vocabulary(data.label_counts)
+            with first_before_others("it writes the drafter's start"):
+                self.write_start()
+            return self.drafter
+        if not all(shared(self.folder.start.exists())):
+            self._pretrain(data.plain())
+        return self.new_drafter(replace(self.recipe.drafter, init="checkpoint", checkpoint=str(self.folder.start)))
+
+    def write_start(self, *, steps: int = 0) -> None:
+        """Export the drafter in memory as the run's start, unless there is one."""
+        if not self.folder.start.exists():
+            self.exporter().from_memory(self.drafter, self.folder.start, steps=steps)
+
+    def _pretrain(self, plain: TrainingData) -> None:
+        """Train on plain text with cross-entropy, and export the result as the start."""
+        settings, folder = self.recipe.train.of_pretraining(), self.folder.pretrain
+        done = self._trained("pretraining", self.drafter, CrossEntropy(), plain, settings, folder=folder)
+        with first_before_others("it writes the drafter's start"):
+            if is_first():
+                self.exporter().from_weights(folder / done.drafter, self.folder.start, steps=done.last_step)
+
+    def _trained(
+        self,
+        what: str,
+        drafter: Drafter,
+        loss: Loss,
+        data: TrainingData,
+        settings: TrainSettings,
+        *,
+        target: Target | None = None,
+        estimator: Callable[[], Callable[[Any], Mapping[str, Any]]] | None = None,
+        folder: Path,
+    ) -> TrainResult:
+        # It imports lightning, which an evaluation and an export run without.
+        from drafttrain.train.run import train
+
+        parameters = sum(p.numel() for p in drafter.parameters() if p.requires_grad)
+        say(f"{what} {parameters:,} parameters for {settings.max_steps:,} steps")
+        return train(
+            drafter,
+            loss,
+            target=target,
+            of_step=own_batches(data, settings, device=next(drafter.parameters()).device),
+            estimate=estimator() if estimator else None,
+            settings=settings,
+            vocab_size=self.num_tokens,
+            folder=folder,
+        )
+
+    def export(self, done: TrainResult) -> None:
+        """Write the drafter folder from the weights of the training."""
+        self.exporter().from_weights(self.folder.train / done.drafter, self.folder.drafter, steps=done.best_step)
+
+    def exporter(self) -> DrafterExporter:
+        """Return what writes the drafter folders of this run."""
+        recipe = self.recipe
+        about = About(
+            kind=recipe.drafter.kind,
+            target=recipe.target.model or "",
+            target_fingerprint=self.target.fingerprint if self.has_target() else "",
+            tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
+            vocab_size=num_ids(self.tokenizer),
+            trained_steps=0,
+            draft=recipe.drafter.draft,
+        )
+        return DrafterExporter(about, self.tokenizer, recipe.export.dtype, self._calibration)
+
+    def _calibration(self) -> CalibrationTexts:
+        return CalibrationTexts(self.validation.texts, self.validation.target)
+
+    def weights_so_far(self) -> TrainResult:
+        """Write the weights of the newest checkpoint as `last/`."""
+        # They import lightning, which an export of a training that has ended runs without.
+        from drafttrain.train.checkpoints import newest_checkpoint, weights_of_checkpoint
+
+        folder = self.folder
+        newest = newest_checkpoint(folder.train / "checkpoints")
+        if newest is None:
+            raise DrafttrainError(f"{folder.path}: no checkpoint that can be read: drafttrain fit does all stages")
+        reached, trained = weights_of_checkpoint(newest)
+        drafter = self.start(training_data(self))
+        missing = {name for name, p in drafter.named_parameters() if p.requires_grad} - trained.keys()
+        if missing:
+            raise CheckpointError(f"{newest}: lacks weights of this recipe's drafter: {', '.join(sorted(missing)[:5])}")
+        drafter.load_state_dict(trained, strict=False)
+        with folder_beside(folder.train / "last") as temporary:
+            drafter.save(temporary)
+        say(f"the training has not ended: {newest} is exported")
+        return TrainResult("last", reached, reached)
+
+    def evaluate(self) -> Result:
+        """Evaluate the exported drafter beside the run's own start."""
+        folders = {"drafter": self.folder.exported(self.what)}
+        if self.folder.start.exists():
+            folders["start"] = self.folder.start
+        settings = self.recipe.eval
+        return evaluated(folders, self.target, settings, dropped=contaminated_prompts(self, settings.prompts))
+
+    def card(self, result: Result, *, command: str) -> str:
+        """Return the README of the drafter folder."""
+        return model_card(self.recipe.name, result, drafter="drafter", recipe=self.resolved, command=command)
+
+    def cache_target(self, data: TrainingData) -> None:
+        """Cache what drafter and loss read of the target on the training data, where the recipe asks for it."""
+        recipe = self.recipe
+        if recipe.data.cache == "none" or not self.has_target():
+            return
+        if reason := self.drafter.why_not_cached():
+            raise DataError(f"data.cache: {recipe.drafter.kind}: {reason}; set data.cache: none")
+        attach_cache(
+            data,
+            self.folder.data,
+            self.target,
+            num_records=recipe.train.max_steps * recipe.train.batch_size,
+            law=self.loss().needs_target,
+            needs=self.drafter.needs(),
+        )
+
+    def loss(self) -> Loss:
+        """Return the loss of the recipe."""
+        loss: Loss = losses.build(self.recipe.loss)
+        return loss
+
+    @functools.cached_property
+    def validation(self) -> Validation:
+        """The texts, target and estimate that the drafter is validated with."""
+        return Validation(self, lambda: self.drafter.needs())
+
+    @functools.cached_property
+    def drafter(self) -> Drafter:
+        """The drafter that the settings describe, before any training."""
+        return self.new_drafter(self.recipe.drafter)
+
+    def new_drafter(self, settings: Any) -> Drafter:
+        """Return a drafter of these settings on `train.device`: by default the target's, or where a target would be."""
+        recipe = self.recipe
+        torch.manual_seed(recipe.seed)
+        target = self.target if self.has_target() else None
+        entry = cast(Any, drafters.entry(settings.kind).component)
+        drafter: Drafter = entry.create(settings, target=target, tokenizer=self.tokenizer)
+        if recipe.train.device != "auto":
+            return drafter.to(pick_device(recipe.train.device))
+        return drafter.to(target.device if target is not None else pick_device(recipe.target.device))
+
+    def release(self) -> None:
+        """Release target and drafter."""
+        self.__dict__.pop("drafter", None)
+        self.validation.release()
+        super().release()

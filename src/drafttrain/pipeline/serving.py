@@ -1,0 +1,226 @@
+"""Serving engines that prove an export: they serve a drafter in a format, and are compared with the evaluator."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from drafttrain.checkpoint import read_drafter
+from drafttrain.core.console import say
+from drafttrain.core.errors import CheckpointError, GateError
+from drafttrain.core.files import write_json, write_text
+from drafttrain.environments.environment import check_installed
+from drafttrain.eval.prompts import read_prompts
+from drafttrain.eval.settings import EvalSettings
+from drafttrain.export.convert import check_exported, exporter_of, read_target_config
+from drafttrain.export.folder import kind_of
+from drafttrain.export.settings import ExportSettings
+from drafttrain.pipeline.data import contaminated_prompts
+from drafttrain.pipeline.formats import (
+    DRAFTER_FORMAT,
+    formats_are_current,
+    formats_of,
+    name_for_engines,
+    write_formats,
+)
+from drafttrain.pipeline.run import Run, quiet_libraries
+from drafttrain.pipeline.validation import draft_length
+from drafttrain.serving.card import in_format, with_engines
+from drafttrain.serving.comparison import compare_with_engine, plain_output
+from drafttrain.serving.engines import Job, engine_of, engines
+from drafttrain.serving.problems import SAMPLED_TEMPERATURE
+from drafttrain.target_model import Target
+from drafttrain.target_model.folders import resolve_folder
+from drafttrain.target_model.settings import TargetSettings
+
+ENGINES = "engine.json"
+"""In a drafter folder: how serving engines compared with the evaluator."""
+
+
+@dataclass(frozen=True)
+class ServedWith:
+    """What a drafter is served and judged with."""
+
+    target: TargetSettings
+    eval: EvalSettings
+    export: ExportSettings
+    dropped: Sequence[str] = ()
+    """Prompts that the training text spoils."""
+
+
+def check_engines(settings: ExportSettings, kind: str | None, *, where: Path) -> None:
+    """Refuse engines that cannot run the drafter or are not installed, before anything is done for them.
+
+    Args:
+        kind: Of the drafter; None: there is none.
+        where: What the message is about.
+
+    Raises:
+        CheckpointError: Naming the engines that run this kind.
+        EngineError: Naming the command that installs one.
+    """
+
+    for name in settings.verify:
+        if kind is not None:
+            engine_of(name).check_kind(where, kind)
+        check_installed(engine_of(name).environment)
+    for writer in filter(None, (exporter_of(format).environment for format in formats_of(settings))):
+        check_installed(writer)
+
+
+def verified(
+    source: Path, folders: dict[str, Path], served_with: ServedWith, target: Target | None = None
+) -> list[dict[str, Any]]:
+    """Let every engine serve the formats that it reads; return the comparisons, and write them into the folders.
+
+    Args:
+        source: The drafter folder that the formats were made from, which the evaluator reads.
+        target: The target where it is loaded already.
+    """
+
+    if not served_with.export.verify:
+        return []
+    target = target or Target.load(served_with.target)
+    found = [
+        one for name in served_with.export.verify for one in _verified_in(name, source, folders, served_with, target)
+    ]
+    for folder in (source, *folders.values()):
+        of_folder = [one for one in found if folder == source or folders.get(one["format"]) == folder]
+        if of_folder:
+            write_json(folder / ENGINES, of_folder)
+    return found
+
+
+def write_engine_card(
+    folder: Path, source: Path, comparisons: Sequence[dict[str, Any]], *, format: str = DRAFTER_FORMAT
+) -> None:
+    """Write the card of a folder in a format: the source's, with what engines did."""
+
+    card = source / "README.md"
+    text = card.read_text(encoding="utf-8") if card.exists() else f"# {source.name}\n"
+    if format != DRAFTER_FORMAT:
+        text = in_format(text, format)
+    write_text(folder / "README.md", with_engines(text, comparisons) if comparisons else text)
+
+
+def _verified_in(
+    name: str, source: Path, folders: dict[str, Path], served_with: ServedWith, target: Target
+) -> Iterator[dict[str, Any]]:
+
+    engine = engine_of(name)
+    drafter = read_drafter(source, target)
+    engine.check_kind(source, drafter.kind)
+    prompts = read_prompts(
+        served_with.eval.prompts,
+        target.tokenizer,
+        prompt_tokens=served_with.eval.prompt_tokens,
+        dropped=served_with.dropped,
+        limit=served_with.export.verify_prompts,
+    )
+    depth = draft_length(served_with.eval)
+    num_draft_tokens = min(depth, drafter.deepest or depth)
+    new_tokens = served_with.export.verify_tokens
+    longest = max(len(prompt.tokens) for prompt in prompts) + new_tokens + 2 * num_draft_tokens
+    standing = drafter.adapted(target)
+    with served_folder(served_with.target, standing, target) as target_folder:
+        job = Job(
+            target=target_folder,
+            prompts=[prompt.tokens for prompt in prompts],
+            max_new_tokens=new_tokens,
+            temperatures=[0.0, SAMPLED_TEMPERATURE],
+            dtype=str(target.model.dtype).removeprefix("torch."),
+            max_length=longest,
+        )
+        target_config = read_target_config(target_folder, name=name_for_engines(served_with.target))
+        plain = None
+        readable = {format: folder for format, folder in folders.items() if format in engine.formats}
+        for format, folder in (readable or {DRAFTER_FORMAT: source}).items():
+            check_exported(format, source, folder, target_config=target_config)
+            if found := engine.problems(folder, drafter.kind, target_config):
+                raise CheckpointError("\n  ".join([f"{name} cannot run {folder}:", *found]))
+            say(f"{name}: serving {len(prompts)} prompts with {folder}")
+            plain = plain or plain_output(engine, job)
+            comparison = compare_with_engine(
+                engine,
+                folder,
+                drafter,
+                standing,
+                prompts,
+                job,
+                num_draft_tokens=num_draft_tokens,
+                plain=plain,
+            )
+            say(f"{name} ({format}): {comparison}")
+            yield {"format": format, **comparison.json()}
+
+
+@contextmanager
+def served_folder(settings: TargetSettings, standing: Target, target: Target) -> Iterator[Path]:
+    """Yield the folder of the target that a drafter stands on: its own, or one with the adapters merged into it."""
+
+    if standing is target:
+        yield resolve_folder(settings.model or "", revision=settings.revision)
+        return
+    with tempfile.TemporaryDirectory(prefix="drafttrain-") as temporary:
+        standing.model.save_pretrained(temporary)
+        standing.tokenizer.save_pretrained(temporary)
+        yield Path(temporary)
+
+
+def with_formats(settings: ExportSettings, formats: Sequence[str], kind: str, *, verify: bool) -> ExportSettings:
+    """Return export settings of these formats alone, not proven, or in every engine that reads one and runs this kind.
+
+    Engines that the settings name are the only ones then.
+
+    Raises:
+        CheckpointError: A format has no engine to prove it.
+    """
+
+    for format in formats:
+        exporter_of(format)
+    able = [name for name in settings.verify or engines.names() if kind in engine_of(name).methods]
+    proving = [name for name in able if set(engine_of(name).formats) & set(formats)] if verify else []
+    unread = [f for f in formats if verify and not any(f in engine_of(name).formats for name in proving)]
+    if unread:
+        raise CheckpointError(
+            f"--verify: no engine here runs {kind} and reads {', '.join(unread)}. Engines: {', '.join(engines.names())}"
+        )
+    return replace(settings, to=list(formats), verify=proving)
+
+
+def write_and_verify(source: Path, served_with: ServedWith, *, out: Path | None) -> None:
+
+    quiet_libraries()
+    check_engines(served_with.export, kind_of(source), where=source)
+    folders = write_formats(source, served_with.export, served_with.target, out=out)
+    comparisons = verified(source, folders, served_with)
+    for format, folder in folders.items():
+        write_engine_card(folder, source, [one for one in comparisons if one["format"] == format], format=format)
+    if comparisons:
+        write_engine_card(source, source, comparisons)
+    failed = [f"{one['engine']} ({one['format']}): {problem}" for one in comparisons for problem in one["problems"]]
+    if failed:
+        raise GateError(
+            "a serving engine does not do what the evaluator does:\n" + "\n".join(f"  {line}" for line in failed)
+        )
+
+
+def served_by_engines(run: Run, source: Path) -> list[dict[str, Any]]:
+    """Write the further formats of a run's drafter and let engines prove them; what was done before is kept."""
+    settings, done = run.recipe.export, source / ENGINES
+    if not settings.to and not settings.verify:
+        return []
+    formats = formats_of(settings)
+    if formats and formats_are_current(source, formats, run.recipe.target) and (done.exists() or not settings.verify):
+        say("further formats: done before, skipped")
+        return json.loads(done.read_text(encoding="utf-8")) if settings.verify else []
+    folders = write_formats(source, settings, run.recipe.target)
+    dropped = contaminated_prompts(run, run.recipe.eval.prompts)
+    served_with = ServedWith(run.recipe.target, run.recipe.eval, settings, dropped)
+    whole = run.target if settings.verify and run.placement == "replicated" else None
+    return verified(source, folders, served_with, whole)

@@ -1,0 +1,117 @@
+"""Validation of a drafter in training: the texts, the target's outputs on them, and the estimate of block efficiency.
+
+The texts are what the target writes after the validation prompts; every draft length is estimated on them by replay.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from drafttrain.core.target_rows import TargetNeeds
+from drafttrain.core.texts import Sampling
+from drafttrain.data_gen.backends import Task
+from drafttrain.data_gen.backends.builtin import continuations
+from drafttrain.data_gen.stored.validation_target import cached_continuations, cached_target
+from drafttrain.eval.prompts import read_prompts
+from drafttrain.eval.repetition import tokens_before_repetition
+from drafttrain.eval.replay import Text, expected_rounds, replay_rows
+from drafttrain.eval.settings import EvalSettings
+from drafttrain.pipeline.data import contaminated_prompts
+from drafttrain.pipeline.evaluating import check_lengths
+from drafttrain.pipeline.run import Run
+from drafttrain.target_model import Target
+
+
+class Validation:
+    """What a run validates its drafter with; each part is made once, when it is first asked for.
+
+    Args:
+        needs: Returns what the drafter reads of the target.
+    """
+
+    def __init__(self, run: Run, needs: Callable[[], TargetNeeds]) -> None:
+        self._run = run
+        self._needs = needs
+
+    @functools.cached_property
+    def sampling(self) -> Sampling:
+        """How the target draws the texts: as at the first temperature of the evaluation."""
+        settings = self._run.recipe.eval
+        temperature = settings.temperatures[0]
+        return Sampling() if temperature == 0 else Sampling(temperature, settings.top_p, settings.top_k)
+
+    @functools.cached_property
+    def texts(self) -> list[Text]:
+        """The validation prompts with the target's continuations, cut before they repeat themselves."""
+        run, settings = self._run, self._run.recipe.eval
+        prompts = read_prompts(
+            settings.validation_prompts,
+            run.tokenizer,
+            prompt_tokens=settings.prompt_tokens,
+            dropped=contaminated_prompts(run, settings.validation_prompts),
+            limit=run.recipe.train.eval_prompts,
+        )
+        check_lengths(run.target, prompts, settings)
+        tasks = [Task(prompt.id, list(prompt.tokens), self.sampling) for prompt in prompts]
+        written = self._written(tasks)
+        if settings.repetition_ngram:
+            written = [new[: max(1, tokens_before_repetition(new, ngram=settings.repetition_ngram))] for new in written]
+        return [Text(task.id, task.prompt, new) for task, new in zip(tasks, written, strict=True)]
+
+    def _written(self, tasks: list[Task]) -> list[list[int]]:
+        run = self._run
+        limits = {"max_new_tokens": run.recipe.eval.max_new_tokens, "seed": run.recipe.seed}
+        if run.placement == "replicated":
+            return continuations(tasks, run.target, **limits)
+        return cached_continuations(run.folder.validation / "texts.json", tasks, run.target, **limits)
+
+    @functools.cached_property
+    def target(self) -> Target:
+        """The target itself where it is whole, else its stored outputs on the validation texts.
+
+        A target that is not whole is run by all processes together: each must have asked once before one asks alone.
+        """
+        run, data = self._run, self._run.recipe.data
+        if run.placement == "replicated":
+            return run.target
+        return cached_target(
+            run.folder.validation,
+            [[*text.prompt, *text.new] for text in self.texts],
+            run.target,
+            needs=self._needs(),
+            dtype=data.cache_dtype,
+            max_gb=data.max_cache_gb,
+        )
+
+    def release(self) -> None:
+        """Release the target; the texts stay."""
+        self.__dict__.pop("target", None)
+
+    def estimator(self) -> Callable[[Any], Mapping[str, Any]]:
+        """Return the function that estimates a drafter's block efficiency by replay on the validation texts."""
+        settings, texts, target = self._run.recipe.eval, self.texts, self.target
+        tokens = sum(len(text.new) for text in texts)
+        length = draft_length(settings)
+        lengths = sorted({*settings.replay_lengths, length})
+
+        def estimate(drafter: Any) -> dict[str, Any]:
+            with drafter.standing_on(target):
+                rows = replay_rows(target, drafter, texts, self.sampling, num_depths=max(lengths))
+            by_length = {k: tokens / sum(expected_rounds(r, k) for r in rows) for k in lengths}
+            alpha = sum(float(r.acceptance_T.sum()) for r in rows) / tokens
+            said = "  ".join(f"K={k}: {value:.2f}" for k, value in by_length.items())
+            return {
+                "block_efficiency": by_length[length],
+                "alpha": alpha,
+                "said": f"block efficiency by replay {said}  alpha {alpha:.3f}",
+            }
+
+        return estimate
+
+
+def draft_length(settings: EvalSettings) -> int:
+    """Return how many draft tokens a round has under the evaluation's length policy, or its depth where it drafts a tree."""
+    length: int = getattr(settings.length, "depth", getattr(settings.length, "num_draft_tokens", 5))
+    return length
