@@ -188,7 +188,10 @@ def test_while_it_trains_a_run_keeps_to_its_evaluation(recipe, tmp_path):
 def test_two_runs_do_not_work_in_one_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "WAIT_SECONDS", 0.3)
     folder = run_folder.RunFolder(tmp_path / "run")
-    with folder.taken(), pytest.raises(DrafttrainError, match=f"another run is at work.*process {os.getpid()} on"):
+    with (
+        folder.taken(),
+        pytest.raises(DrafttrainError, match=f"another run is using this folder.*process {os.getpid()} on"),
+    ):
         folder.taken().__enter__()
     with folder.taken():
         pass
