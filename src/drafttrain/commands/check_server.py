@@ -67,7 +67,7 @@ def evaluate_server(
         out: Folder of server.json; None: the drafter's.
 
     Raises:
-        GateError: With `require`, if the server is below the evaluation or there is nothing to compare with.
+        GateError: With `require`, if the promise is not kept, or there is none.
     """
     quiet_libraries()
     names = _counters_of(access.engine)
@@ -99,17 +99,17 @@ def evaluate_server(
         f"temperature {row['temperature']:g}: {row['why']}" for row in rows if row["verdict"] in ("below", "none")
     ]
     if require and failed:
-        raise GateError("\n  ".join(["the server is below what the evaluation predicts:", *failed]))
+        raise GateError("\n  ".join(["the server does not keep the promise of the evaluation:", *failed]))
 
 
 def _counters_of(engine: str) -> CounterNames:
     able = [name for name in engines.names() if engine_of(name).counters is not None]
     found = engine_of(engine).counters if engine in able else None
     if found is None:
-        why = "its server has no counters of draft tokens" if engine in (*engines.names(), "sglang") else "unknown engine"
-        raise RecipeError(
-            "arguments", [f"--engine {engine}: {why}. Engines with counters: {', '.join(able)}"]
+        why = (
+            "its server has no counters of draft tokens" if engine in (*engines.names(), "sglang") else "unknown engine"
         )
+        raise RecipeError("arguments", [f"--engine {engine}: {why}. Engines with counters: {', '.join(able)}"])
     return found
 
 
@@ -188,7 +188,7 @@ def _key(access: ServerAccess) -> str | None:
 
 
 def _judged(figures: LiveFigures, settings: EvalSettings, result: Result | None) -> dict[str, Any]:
-    """Return the entry of server.json for a temperature: served figures, predicted figures, and the verdict."""
+    """Return the entry of server.json for a temperature: served figures, promised figures, and the verdict."""
     served = figures.block_efficiency()
     same_prompts = {window.id for window in figures.windows} == set(_counted(result, temperature=figures.temperature))
     entry = figures.json() | {"block_efficiency": served.json(), "same_prompts": same_prompts}
@@ -201,13 +201,13 @@ def _judged(figures: LiveFigures, settings: EvalSettings, result: Result | None)
     between = (served.value, served.value) if same_prompts else (served.low, served.high)
     verdict = promise.verdict(*(served.value if bound != bound else bound for bound in between))
     words = {
-        "kept": "as predicted",
-        "above": "above the prediction",
-        "below": "below the prediction",
+        "kept": "the promise is kept",
+        "above": "more than promised",
+        "below": "the promise is not kept",
     }[verdict]
     on = "on the evaluation's prompts" if same_prompts else "on other prompts, or only some of the evaluation's"
     why = (
-        f"{words}: block efficiency {served.text(3)} served, {promise.block_efficiency.text(3)} predicted "
+        f"{words}: block efficiency {served.text(3)} served, {promise.block_efficiency.text(3)} promised "
         f"({promise.measured}), {on}; tolerance {TOLERANCE:.0%}"
     )
     return entry | {"promise": promise.json(), "verdict": verdict, "why": why}
@@ -225,7 +225,7 @@ def _show(row: Mapping[str, Any], *, title: str) -> None:
         rows.append([label, f"{row['counters'][name]:,}", ""])
     title += f": {row['num_prompts']} prompts, temperature {row['temperature']:g}"
     title += f", draft tokens a round: {row['num_draft_tokens']}"
-    table(rows, columns=["", "served", "predicted"], title=title)
+    table(rows, columns=["", "served", "promised"], title=title)
     if row["num_prompts_shared"]:
         say(
             f"{row['num_prompts_shared']} more prompts are not counted: the server answered other requests meanwhile, and its "
