@@ -94,7 +94,7 @@ def test_every_shipped_kind_has_parts_that_are_compiled():
 @pytest.mark.parametrize(
     ("recipe", "overrides", "said"),
     [
-        ("tiny_acceptance", [], "a head has no part that is compiled"),
+        ("tiny_acceptance", [], "a head has no part to compile"),
         ("online", [], "online learning has no part that is compiled"),
         ("demo", ["train.deepspeed={stage: 3}"], "use stage 0, 1 or 2"),
     ],

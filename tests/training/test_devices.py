@@ -169,7 +169,7 @@ def test_a_numbered_device_is_refused_where_it_cannot_be_taken(overrides: list[s
     [
         (["target.device=cuda:1"], 4, ["target.device: cuda:1 is one device, and there are 4 processes"]),
         (["train.device=cuda:1"], 4, ["train.device: cuda:1 is one device, and there are 4 processes"]),
-        (["target.device=cpu"], 4, ["target.device: cpu: DeepSpeed trains on CUDA wherever it sees a device"]),
+        (["target.device=cpu"], 4, ["target.device: cpu: DeepSpeed trains on CUDA if it sees a device"]),
         (["target.device=cpu"], 0, []),
         (["target.device=cuda"], 4, []),
         ([], 4, []),

@@ -153,7 +153,7 @@ class DrafterRun(Run):
         folder = self.folder
         newest = newest_checkpoint(folder.train / "checkpoints")
         if newest is None:
-            raise DrafttrainError(f"{folder.path}: no checkpoint that can be read: drafttrain fit does all stages")
+            raise DrafttrainError(f"{folder.path}: no readable checkpoint. Run drafttrain fit first")
         reached, trained = weights_of_checkpoint(newest)
         drafter = self.start(training_data(self))
         missing = {name for name, p in drafter.named_parameters() if p.requires_grad} - trained.keys()
@@ -162,7 +162,7 @@ class DrafterRun(Run):
         drafter.load_state_dict(trained, strict=False)
         with folder_beside(folder.train / "last") as temporary:
             drafter.save(temporary)
-        say(f"the training has not ended: {newest} is exported")
+        say(f"the training is not finished: {newest} is exported")
         return TrainResult("last", reached, reached)
 
     def evaluate(self) -> Result:

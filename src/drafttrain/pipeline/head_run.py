@@ -100,7 +100,7 @@ class HeadRun(Run):
 
     def weights_so_far(self) -> TrainResult:
         """Refuse: only validated steps of a head are exported."""
-        raise DrafttrainError(f"{self.folder.path}: the head has no validated step yet: drafttrain fit does all stages")
+        raise DrafttrainError(f"{self.folder.path}: the head has no validated step yet. Run drafttrain fit first")
 
     def evaluate(self) -> Result:
         """Evaluate the frozen drafter under the head's decisions, and the head on held-out draft tokens."""
