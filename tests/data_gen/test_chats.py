@@ -110,8 +110,8 @@ def test_the_recipe_names_roles_keys_and_what_to_ignore():
     assert read(coder, spoken) == [PLAIN]
     problems = RecordSettings(roles={"wizard": "mage"}, rename={"mesages": "dialog"}).check()
     assert [problem.partition(". Known")[0] for problem in problems] == [
-        "rename: 'mesages' is no key of a record",
-        "roles: 'wizard': 'mage' is no role",
+        "rename: 'mesages' is not a key of a record",
+        "roles: 'wizard': 'mage' is not a role",
     ]
 
 

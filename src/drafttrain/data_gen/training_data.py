@@ -19,9 +19,8 @@ from drafttrain.data_gen.contamination import Key, contaminated, write_contamina
 from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.generate import generate
 from drafttrain.data_gen.packing import as_padding, pack
-from drafttrain.data_gen.sampler import Sampler
+from drafttrain.data_gen.sampler import Sampler, own_shares
 from drafttrain.data_gen.settings import DataSettings
-from drafttrain.data_gen.shares import own_shares
 from drafttrain.data_gen.sources import Source, Versioned, content_of, sources
 from drafttrain.data_gen.stored.logged_distribution import with_logged
 from drafttrain.data_gen.stored.records import Store, open_store

@@ -67,7 +67,7 @@ class ExchangeEncoder:
             domain=exchange.domain,
             refused=None if refused is None else [len(prompt) + place for place in refused if place < labels],
             num_rounds=None if exchange.rounds is None or labels < len(answer) else len(exchange.rounds),
-            law=self._rows(logprobs, answer, labels),
+            logged=self._rows(logprobs, answer, labels),
         )
 
     def prompt(self, exchange: Exchange) -> list[int]:

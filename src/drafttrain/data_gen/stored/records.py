@@ -127,7 +127,7 @@ def _encode(folder: Path, source: Source, encoder: Encoder, *, about: dict[str, 
         sizes.append(len(record.tokens))
         tokens.extend(record.tokens)
         masks.extend(record.loss_mask)
-        logged.append(record.law)
+        logged.append(record.logged)
     np.save(folder / "tokens.npy", tokens.array())
     np.save(folder / "mask.npy", masks.array())
     np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))

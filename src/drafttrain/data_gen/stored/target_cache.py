@@ -26,8 +26,7 @@ from drafttrain.data_gen.packing import pack
 from drafttrain.distributed.collectives import any_of, first_before_others, own_share, wait_for_all
 from drafttrain.distributed.world import is_first
 from drafttrain.target_model import Target
-from drafttrain.target_model.live_rows import LiveRows
-from drafttrain.target_model.logits import head_logits
+from drafttrain.target_model.logits import LiveRows, head_logits
 
 TOKENS_A_SHARD = 16_384
 
