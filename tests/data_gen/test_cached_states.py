@@ -170,7 +170,7 @@ def test_a_state_that_does_not_fit_is_refused():
     assert torch.equal(_as_tensor(_as_array(state_ND, "bfloat16"), "bfloat16"), state_ND.bfloat16())
 
 
-def test_another_need_makes_the_cache_anew(text, tiny_target):
+def test_another_need_rebuilds_the_cache(text, tiny_target):
     cached(text, tiny_target, TargetNeeds(hidden=(0,)), cache="states")
     before = files(text)["hidden_0"]
     cached(text, tiny_target, TargetNeeds(hidden=(1,)), cache="states")
