@@ -111,7 +111,7 @@ def test_a_device_that_cuda_refuses_is_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "set_device", refuse)
     with (
         pytest.raises(
-            DrafttrainError, match=r"rank 3 on \S+: CUDA device 3 of the 4 that it sees cannot be used: .* busy$"
+            DrafttrainError, match=r"rank 3 on \S+: CUDA device 3 of the 4 visible ones cannot be used: .* busy$"
         ),
         collectives.together(timeout_seconds=1),
     ):
@@ -130,8 +130,8 @@ def test_a_device_is_taken_by_name(monkeypatch: pytest.MonkeyPatch, name: str, c
 @pytest.mark.parametrize(
     ("name", "count", "expected"),
     [
-        ("cuda", 0, "no such CUDA device here, there is none"),
-        ("cuda:2", 2, "there is cuda:0, cuda:1"),
+        ("cuda", 0, "no such CUDA device. Available: none"),
+        ("cuda:2", 2, "Available: cuda:0, cuda:1"),
         ("gpu", 2, "device 'gpu': must be cpu, cuda, cuda:1"),
     ],
 )
@@ -199,5 +199,5 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_written(
     machine_of(monkeypatch, 0)
     recipe = load_recipe("tiny_eagle3", [f"{key}=cuda"])
     assert list(device_problems(recipe)) == [
-        f"{key}: device cuda: no such CUDA device here, there is none: choose one of them, cpu or auto"
+        f"{key}: device cuda: no such CUDA device. Available: none. Choose one of them, cpu or auto"
     ]

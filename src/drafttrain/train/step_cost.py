@@ -32,7 +32,7 @@ from drafttrain.losses.pieces import PIECE_BYTES
 from drafttrain.losses.step import batch_loss, with_plan
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import taps, trunk
-from drafttrain.target_model.packed_reading import packed
+from drafttrain.target_model.packed_forward import packed
 from drafttrain.train.flops import distill_flops
 
 ADAMW_BYTES = 8

@@ -94,11 +94,12 @@ def test_top_k_rows_are_the_law_at_the_labels(tmp_path, form):
     assert kinds == []
     assert labels(record) == "ok"
     found = [
-        dict(zip(*pair, strict=True)) for pair in zip(record.law.ids_NK.tolist(), record.law.log_probs_NK, strict=True)
+        dict(zip(*pair, strict=True))
+        for pair in zip(record.logged.ids_NK.tolist(), record.logged.log_probs_NK, strict=True)
     ]
     assert [sorted(row) for row in found] == [sorted(row) for row in rows]
     assert np.isclose(found[0][tokens[0]], -0.1)
-    assert read(tmp_path / "a.jsonl", law=False)[0][0].law is None
+    assert read(tmp_path / "a.jsonl", law=False)[0][0].logged is None
 
 
 @pytest.mark.parametrize(
@@ -153,7 +154,7 @@ def test_sglang_writes_all_of_a_request_when_it_is_finished(tmp_path):
     lines += [done | {"obj": cut[0], "out": out}, done | {"out": {"meta_info": about}}]
     records, kinds = read(write(tmp_path / "sglang.log", lines))
     assert [whole(record) for record in records] == ["Two more"]
-    assert records[0].law.ids_NK.shape == (5, 2)
+    assert records[0].logged.ids_NK.shape == (5, 2)
     assert kinds == ["wrong_type", "no_text"]
 
 

@@ -1,7 +1,7 @@
-"""Packed rows through the models of transformers without a mask: each document by itself, by flash attention.
+"""Runs a transformers model on packed rows without a mask: flash attention reads each document by itself.
 
-As soon as a row holds two documents or padding, transformers makes a dense mask, and SDPA, which takes no mask with grouped heads,
-reads keys and values once for each head of the queries.
+If a row has two documents or padding, transformers makes a dense mask. SDPA supports no mask with grouped heads, so it then
+reads keys and values once per query head.
 
 B = sequences, T = positions, H = heads, G = key-value heads, d = width of a head
 """
@@ -21,21 +21,21 @@ from drafttrain.target_model.packed_attention import Columns
 from drafttrain.target_model.packed_kernels import flash_on_cuda
 
 NAME = "drafttrain_packed"
-"""Our attention in the registry of transformers, which makes no mask for a name that it does not know."""
+"""The name of this attention in transformers' registry. For an unknown name transformers makes no mask."""
 
 BEYOND = ("sliding_window", "softcap", "s_aux", "position_bias", "cache")
-"""Arguments of an attention that is more than a softmax over all columns so far."""
+"""Arguments of an attention that is not a plain causal softmax."""
 
 _documents: ContextVar[PackedDocuments | None] = ContextVar("documents of the rows that are read", default=None)
 _calls: ContextVar[list[int] | None] = ContextVar("calls of the attention, where they are counted", default=None)
 
 
 class NotPlain(Exception):
-    """An attention that is more than a softmax over all columns so far."""
+    """The model's attention is not a plain causal softmax."""
 
 
 def may_be_read_packed(model: Any) -> bool:
-    """Return whether all layers attend to everything before, and this machine has flash attention for them."""
+    """Return whether all layers have full causal attention, and this machine has flash attention for them."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -49,10 +49,13 @@ def may_be_read_packed(model: Any) -> bool:
 
 @contextmanager
 def packed(model: Any, documents: PackedDocuments) -> Iterator[list[int]]:
-    """Let every attention of the model look at these documents one by one; yield a list that gets an item for each call.
+    """Within this context every attention of the model reads these documents one by one.
+
+    Yields:
+        A list that gets one item per call of the attention.
 
     Raises:
-        NotPlain: In a forward, from an attention that is more.
+        NotPlain: In a forward, if the attention is not a plain causal softmax.
     """
     _register()
     given = {id(config): (config, config._attn_implementation) for config in _configs(model)}
@@ -99,7 +102,7 @@ def _attention(
     is_causal: bool | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """Return (attended_BTHd, None), as transformers wants it."""
+    """Return (attended_BTHd, None), the form that transformers expects."""
     documents, calls = _documents.get(), _calls.get()
     assert documents is not None, "only within `packed`"
     assert calls is not None

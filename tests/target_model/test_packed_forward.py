@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.integrations import sdpa_attention
 
 from drafttrain.core.batches import PackedDocuments
-from drafttrain.target_model import packed_reading
+from drafttrain.target_model import packed_forward
 from drafttrain.target_model.documents import document_states, probe, reads_packed, tells_documents_apart
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -31,7 +31,7 @@ MODELS = {
 @pytest.fixture(autouse=True)
 def flash_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read packed on the CPU too, by its own kernel."""
-    monkeypatch.setattr(packed_reading, "flash_on_cuda", lambda *_: True)
+    monkeypatch.setattr(packed_forward, "flash_on_cuda", lambda *_: True)
 
 
 def model_of(name: str) -> Any:
@@ -69,8 +69,8 @@ def test_neither_a_mask_nor_repeated_heads_and_the_attention_of_before_afterward
     assert reads_packed(model)
     seen = []
     monkeypatch.setattr(sdpa_attention, "repeat_kv", lambda *_: pytest.fail("heads are repeated"))
-    columns = packed_reading.Columns
-    monkeypatch.setattr(packed_reading, "Columns", lambda k, v, d: seen.append(k.shape) or columns(k, v, d))
+    columns = packed_forward.Columns
+    monkeypatch.setattr(packed_forward, "Columns", lambda k, v, d: seen.append(k.shape) or columns(k, v, d))
     with torch.no_grad():
         document_states(model, tokens, positions, documents=PackedDocuments.of(positions))
     assert seen == [(2, 2, 13, 8)] * 2
@@ -81,7 +81,7 @@ def test_a_forward_with_gradients_is_read_with_a_mask(monkeypatch: pytest.Monkey
     """A checkpoint computes blocks again in the backward pass, when the model's attention is that of before."""
     model, (_, tokens, positions) = model_of("llama"), rows()
     assert reads_packed(model)
-    monkeypatch.setattr(packed_reading, "Columns", lambda *_: pytest.fail("read packed"))
+    monkeypatch.setattr(packed_forward, "Columns", lambda *_: pytest.fail("read packed"))
     document_states(model, tokens, positions)[0].sum().backward()
 
 
@@ -92,6 +92,6 @@ def test_an_attention_that_the_user_chose_stays() -> None:
 
 def test_control_a_model_that_does_not_hand_its_attention_over_is_read_as_before(monkeypatch) -> None:
     model = model_of("llama")
-    monkeypatch.setattr(packed_reading, "_configs", lambda _: [])
+    monkeypatch.setattr(packed_forward, "_configs", lambda _: [])
     assert tells_documents_apart(model)
     assert not reads_packed(model)
