@@ -90,7 +90,7 @@ def test_the_best_weights_that_had_no_room_are_not_called_the_best(tmp_path: Pat
         def estimate(_: Any) -> dict[str, Any]:
             value = next(values)
             limit_files(5_000 if value == 3.0 else None)
-            return {"block_efficiency": value, "alpha": 0.1, "said": "measured"}
+            return {"block_efficiency": value, "alpha": 0.1, "message": "measured"}
 
         return estimate
 
@@ -111,7 +111,7 @@ def test_the_best_steps_keep_their_weights_in_order(tmp_path: Path) -> None:
     measured = cycle(values.values())
 
     def estimate(_: Any) -> dict[str, Any]:
-        return {"block_efficiency": next(measured), "alpha": 0.1, "said": "measured"}
+        return {"block_efficiency": next(measured), "alpha": 0.1, "message": "measured"}
 
     folder = tmp_path / "run"
     run(folder, steps=8, estimate=estimate, eval_every_steps=2, checkpoint_every_steps=100, keep_best=3)

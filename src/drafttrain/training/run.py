@@ -58,7 +58,7 @@ def train(
 
     Args:
         of_step: The micro-batches of an optimizer step on this rank; a thread calls it, so it must leave all models alone.
-        estimate: From a drafter to `{"block_efficiency", "alpha", "said"}` on held-out prompts.
+        estimate: From a drafter to `{"block_efficiency", "alpha", "message"}` on held-out prompts.
         folder: Gets metrics.csv, checkpoints/, best/ and train.json.
 
     Raises:
@@ -89,7 +89,7 @@ def train_head(
 
     Args:
         of_step: The micro-batches of an optimizer step; a thread calls it.
-        estimate: From a head to `{"log_likelihood", "auc", "ece", "said"}` on held-out tokens.
+        estimate: From a head to `{"log_likelihood", "auc", "ece", "message"}` on held-out tokens.
         folder: Gets metrics.csv, checkpoints/, best/ and train.json.
 
     Raises:

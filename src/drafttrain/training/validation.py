@@ -31,7 +31,7 @@ class HeldOut:
     """What is measured of the weights on held-out data."""
 
     estimate: Callable[[Any], Mapping[str, Any]]
-    """From a drafter or head in evaluation mode to its figures by name, and `said`: a line for the user."""
+    """From a drafter or head in evaluation mode to its figures by name, and `message`: the line that is logged."""
     figures: tuple[str, ...] = ("alpha", "block_efficiency")
     best_by: str = "block_efficiency"
     """The figure that picks the best step: the larger, the better."""
@@ -88,7 +88,7 @@ class Validation(StepEnd):
         ranked = sorted([*others, self.last], key=lambda one: -one[figure])[: self.settings.keep_best]
         if new and self.last in ranked and self._keep(module, step, ranked):
             self.kept = ranked
-        say(f"step {step}: {self.latest['said']}")
+        say(f"step {step}: {self.latest['message']}")
 
     def _keep(self, module: StepModule, step: int, ranked: list[dict[str, Any]]) -> bool:
         """Write the weights, from the first process; tell whether the disk had room for them."""
