@@ -170,7 +170,9 @@ def test_a_recipe_trains_a_drafter_or_a_head():
         "line 1: loss: missing. The loss of a drafter, by kind; a head has its own.",
     ]
     drafter = ["head=null", "drafter={kind: causal_lm}", "loss={kind: ce}"]
-    assert problems(HEAD, *drafter) == ["line 6: data.annotate: labels are for a head, and this recipe does not train one"]
+    assert problems(HEAD, *drafter) == [
+        "line 6: data.annotate: labels are for a head, and this recipe does not train one"
+    ]
 
 
 def test_a_loss_that_compares_with_the_target_needs_one():

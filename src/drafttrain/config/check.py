@@ -191,7 +191,9 @@ class Checker:
                 node, path, describe(hint), advice=f': write "{shortened(str(node.text))}"' if quote else ""
             )
         if isinstance(value, str) and "${" in value:
-            return self.refuse(node, path, f"references such as {shortened(value)} are not resolved: write the value itself")
+            return self.refuse(
+                node, path, f"references such as {shortened(value)} are not resolved: write the value itself"
+            )
         if isinstance(value, str) and (problem := _text_problem(value)):
             return self.refuse(node, path, f"{problem}, got {_shown(node)}")
         if hint in (int, float):
