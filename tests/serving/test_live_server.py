@@ -108,7 +108,7 @@ def test_another_length_is_held_against_the_replay_and_an_unknown_one_against_no
     assert row["promise"]["measured"] == "replay"
     assert row["verdict"] == "kept"
     _, stderr = asked(server_of(target, drafter, num_draft_tokens=5), drafter, "--out", tmp_path, "--require", code=3)
-    assert "no evaluation of chains of 5 draft tokens at this temperature is known" in stderr
+    assert "there is no evaluation of chains of 5 draft tokens at this temperature" in stderr
 
 
 def test_a_server_with_a_worse_drafter_does_not_keep_the_promise(target, drafter, tmp_path):
@@ -123,14 +123,14 @@ def test_a_server_with_a_worse_drafter_does_not_keep_the_promise(target, drafter
 
 def test_what_others_were_served_meanwhile_is_left_out(target, drafter, tmp_path):
     _, stderr = asked(server_of(target, drafter, others=[1, 2]), drafter, "--out", tmp_path)
-    assert "2 further prompts are left out: other requests were served meanwhile" in stderr
+    assert "2 more prompts are not counted: the server answered other requests meanwhile" in stderr
     (row,) = json.loads((tmp_path / "server.json").read_text())["temperatures"]
     assert (row["num_prompts"], row["num_prompts_shared"]) == (PROMPTS - 2, 2)
     # The rounds of the others, 7 each, are in none of these.
     assert row["counters"]["num_draft_tokens"] == K * row["counters"]["num_drafts"]
     assert not row["same_prompts"]
     _, stderr = asked(server_of(target, drafter, others=list(range(PROMPTS))), drafter, "--out", tmp_path, code=1)
-    assert "others were served all the time" in stderr
+    assert "also served other clients all the time" in stderr
 
 
 def test_a_server_that_cannot_tell_says_why_in_one_line(target, drafter, save_llama, tmp_path):
@@ -138,7 +138,7 @@ def test_a_server_that_cannot_tell_says_why_in_one_line(target, drafter, save_ll
     assert "the server decodes without a drafter" in stderr
     other = str(save_llama(seed=5))
     _, stderr = asked(server_of(target, drafter, root=other), drafter, code=1)
-    assert f"serves {other}, and the drafter was made for {target.name}" in stderr
+    assert f"serves {other}, but the drafter was made for {target.name}" in stderr
     # Whoever vouches for a name is believed.
     elsewhere = server_of(target, drafter, root="/models/elsewhere")
     assert "is kept" in asked(elsewhere, drafter, "--model", "served", "--out", tmp_path)[1]
@@ -156,9 +156,9 @@ SILENT = "http://127.0.0.1:9"
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--engine", "sglang", SILENT], "its server counts no draft tokens. Engines whose counters are read: vllm"),
-        (["--engine", "vlm", SILENT], "Engines whose counters are read: vllm"),
-        ([SILENT], "give DRAFTER, or --target"),
+        (["--engine", "sglang", SILENT], "its server has no counters of draft tokens. Engines with counters: vllm"),
+        (["--engine", "vlm", SILENT], "Engines with counters: vllm"),
+        ([SILENT], "give DRAFTER or --target"),
         (["nowhere", SILENT], "nowhere: no such folder"),
         (["http://me:secret@host"], "holds a name or a key"),
         (["me:secret@host"], "holds a name or a key"),
