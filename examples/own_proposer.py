@@ -8,6 +8,7 @@ The engine verifies whatever a proposer drafts, so the text is the target's own:
 import argparse
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -55,7 +56,7 @@ class MostFrequentFollower:
 def followers(tokens: Sequence[int], count: int) -> list[int]:
     """Return a chain of most frequent followers, shorter where a token was never followed."""
     counts: dict[int, Counter[int]] = defaultdict(Counter)
-    for token, follower in zip(tokens, tokens[1:], strict=False):
+    for token, follower in pairwise(tokens):
         counts[token][follower] += 1
     chain, last = [], tokens[-1]
     while len(chain) < count and counts[last]:

@@ -78,11 +78,12 @@ def train(
 ) -> Path:
     """Run all stages of a recipe: data, training, export, evaluation. Called again, it continues where it stopped.
 
-    A loss, drafter kind or data source that the calling script registered can be named in the recipe.
+    The training runs in this process; for several devices use `drafttrain fit`. A loss, drafter kind or source of your own is
+    named in `plugins`, by the module that registers it.
 
     Args:
         recipe: A YAML file, or the name of a bundled recipe.
-        overrides: Values of the recipe by key, such as `{"train.lr": 3e-4, "loss.kind": "mine"}`.
+        overrides: Values of the recipe by key, such as `{"train.lr": 3e-4, "plugins": ["my_loss"]}`.
         folder: The run folder. Default: `runs/<name of the recipe>`.
         smoke: Shrink the recipe to 20 steps through every stage.
 
