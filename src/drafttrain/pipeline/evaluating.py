@@ -25,7 +25,8 @@ from drafttrain.target_model import Target
 def evaluated_elsewhere(run: Run) -> Result:
     """Evaluate in a new process, which reads only the exported files and never imports the trainer."""
     command = [sys.executable, "-m", "drafttrain", "eval", str(run.folder.path)]
-    environment = without_launcher(os.environ)
+    # A plugin that this process can import, the new one can import too.
+    environment = without_launcher(os.environ) | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     if run.recipe.train.num_threads:
         environment["OMP_NUM_THREADS"] = str(run.recipe.train.num_threads)
     process = subprocess.Popen(command, env=environment)
