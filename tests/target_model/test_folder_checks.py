@@ -57,7 +57,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "empty": (lambda at: folder_with(at), "is empty"),
     "no config": (
         lambda at: folder_with(at, notes__txt="a"),
-        "no config.json here: not a model folder (it holds notes.txt)",
+        "no config.json here: not a model folder (it contains notes.txt)",
     ),
     "no weights": (lambda at: folder_with(at, config__json={"model_type": "llama"}), "a configuration without weights"),
     "pickled": (

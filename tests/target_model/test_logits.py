@@ -130,7 +130,7 @@ def test_a_target_without_its_blocks_is_compared_too(
     whole = Target.load(TargetSettings(model=str(tmp_path)))
     torch.testing.assert_close(head_logits(absent.model, states_ND), head_logits(whole.model, states_ND))
     monkeypatch.setattr("drafttrain.target_model.logits.MULTIPLIED_BY", ("hidden_size",))
-    with pytest.raises(CheckpointError, match="in a way that is not known"):
+    with pytest.raises(CheckpointError, match="in an unknown way"):
         AbsentTarget.load(TargetSettings(model=str(tmp_path)))
 
 

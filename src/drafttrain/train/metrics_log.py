@@ -185,8 +185,8 @@ class MetricsLog(StepEnd):
             os.truncate(self.path, before)
             if self.settings.on_full_disk == "stop":
                 raise DrafttrainError(
-                    f"{self.path}: {failure.strerror}. Make room and run the same command to continue, or let the run go on "
-                    "with train.on_full_disk=continue"
+                    f"{self.path}: {failure.strerror}. Make room and run the same command to continue, or continue without "
+                    "it with train.on_full_disk=continue"
                 ) from error
             say(f"{self.path}: {failure.strerror}: {len(self._unwritten)} rows wait for room")
             return
