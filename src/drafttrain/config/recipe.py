@@ -50,7 +50,9 @@ class Recipe:
     data: DataSettings = setting(help="Where text comes from, and what the target generates.")
     train: TrainSettings = field(default_factory=TrainSettings, metadata={"help": "How the drafter is trained."})
     eval: EvalSettings = field(default_factory=EvalSettings, metadata={"help": "How the exported files are evaluated."})
-    export: ExportSettings = field(default_factory=ExportSettings, metadata={"help": "What is exported, and the gate it must meet."})
+    export: ExportSettings = field(
+        default_factory=ExportSettings, metadata={"help": "What is exported, and the gate it must meet."}
+    )
     online: OnlineSettings | None = setting(
         None, help="Learn from serving logs as they grow; null: train once on fixed data."
     )
@@ -87,7 +89,9 @@ class Recipe:
             problems.append(f"train.compile: {what} has no part to compile: leave it out")
         if self.train.activation_checkpointing and not getattr(_component(self.drafter), "recomputes", False):
             what = f"drafter {self.drafter.kind}" if self.drafter is not None else "a head"
-            problems.append(f"train.activation_checkpointing: {what} has no stack of layers whose activations could be recomputed")
+            problems.append(
+                f"train.activation_checkpointing: {what} has no stack of layers whose activations could be recomputed"
+            )
         return problems
 
     def _exports(self) -> Iterator[str]:
