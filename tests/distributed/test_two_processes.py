@@ -121,7 +121,7 @@ def test_a_training_that_has_not_ended_is_exported_from_its_checkpoint(recipe: P
     stored = torch.load(folder / "checkpoints" / "step-00000004.ckpt")["state_dict"]
     assert all(torch.equal(stored[f"trained.model.{name}"], weight) for name, weight in early.items())
     assert any(not torch.equal(early[name], whole[name]) for name in whole)
-    # The training goes on, and what it ends with is exported in its place.
+    # The training continues, and its end is exported instead.
     fit(loaded, folder)
     final = load_file(folder / "drafter" / "model.safetensors")
     assert all(torch.equal(final[name], whole[name]) for name in whole)
