@@ -1,4 +1,4 @@
-"""Drafter folders of every kind on a tiny target, as training exports them, and how to damage one."""
+"""Drafter folders of every kind on a tiny target, as training exports them, and ways to damage one."""
 
 from __future__ import annotations
 

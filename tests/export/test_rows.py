@@ -1,4 +1,4 @@
-"""A drafter whose vocabulary is padded otherwise than its target's."""
+"""A drafter whose vocabulary is padded differently from its target's."""
 
 from collections.abc import Callable
 from pathlib import Path

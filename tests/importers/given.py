@@ -1,4 +1,4 @@
-"""Folders as other projects write them, name by name, for a target of width 32 with 257 tokens; random, and no tensor without effect.
+"""Folders in the layouts of other projects, for a target of width 32 with 257 tokens; random, and every tensor has an effect.
 
 V = the target's vocabulary, R = the drafter's
 """
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from drafttrain.target_model import Target
 
 WIDTH, INNER, VOCABULARY, ROWS = 32, 48, 257, 100
 TAPS = [1, 2, 3]
@@ -193,3 +195,14 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(
         left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
     )
+
+
+def made(layout: str, target: Target) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a sound file and configuration of a layout."""
+    return {
+        "eagle3": lambda: (eagle3_tensors(), eagle3_config()),
+        "speculators": lambda: (eagle3_tensors("layers.0."), speculators_config(target.name)),
+        "eagle": lambda: (eagle_tensors(), {"architectures": ["EagleLlamaForCausalLM"], **LLAMA}),
+        "medusa": lambda: (medusa_tensors(), medusa_config(target.name)),
+        "vllm medusa": lambda: (vllm_medusa_tensors(), vllm_medusa_config()),
+    }[layout]()

@@ -1,4 +1,4 @@
-"""A small server on loopback that decodes with a drafter by drafttrain's engine, as vLLM does, and counts it in vLLM's own names."""
+"""A small server on loopback that decodes with a drafter in drafttrain's engine and counts like vLLM, under vLLM's names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from drafttrain.serving.reference import count_rounds, decode
 from drafttrain.target_model import Target
 
 ENGINES = ("0", "1")
-"""Two label sets, as two engines behind one address have."""
+"""Two label sets, as of two engines behind one address."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The comparison with an engine: it counts as engines count, passes on the same drafter, and tells a damaged one apart."""
+"""The comparison with an engine: it counts as engines count, passes on the same drafter, and fails on a damaged one."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_rounds_are_counted_as_an_engine_counts_them(conventions, target, prompt
         assert sum(one.num_accepted + one.num_drafts + 1 for one in ours) > sum(len(one.tokens) for one in ours)
 
 
-def test_of_its_one_likeliest_token_a_drafter_samples_the_greedy_chain(target, prompts, tmp_path):
+def test_with_top_k_1_a_drafter_samples_the_greedy_chain(target, prompts, tmp_path):
     drafter = read_drafter(likely(target, tmp_path / "drafter"), target)
 
     def drafted(proposer: Any, sampling: Sampling) -> list[int]:
@@ -128,7 +128,7 @@ def test_of_its_one_likeliest_token_a_drafter_samples_the_greedy_chain(target, p
     assert drafted(drafter.proposer(target), Sampling(1.0)) != greedy
 
 
-def test_texts_that_ended_before_any_draft_are_no_part_of_the_difference(sides, target, prompts, job):
+def test_texts_that_ended_before_any_draft_do_not_count_in_the_difference(sides, target, prompts, job):
     ended = DecodedPrompt(sides.sampled[0].tokens[:1])
     short = replace(sides, sampled=[ended, *sides.sampled[1:]])
     found = compared(short, sides, target, prompts, job)

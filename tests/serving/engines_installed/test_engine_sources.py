@@ -1,4 +1,4 @@
-"""What this project states of engines is read again in their sources, in the release that the statement names: make test-serving."""
+"""Our statements about engines, checked in the source of the named releases. Needs vLLM's environment: make test-serving."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_vllm_has_no_bias_in_the_fc_of_eagle(vllm_models):
     assert fc_biases(vllm_models / "llama_eagle.py") == ["False"]
 
 
-def test_vllm_takes_the_window_of_layer_types_alone(vllm_models):
+def test_vllm_reads_the_window_of_layer_types_only(vllm_models):
     read = fields_read(vllm_models / "llama.py")
     assert "layer_types" in read
     assert not {"use_sliding_window", "max_window_layers"} & read

@@ -1,4 +1,4 @@
-"""vLLM loads what is exported and does with it what the embedded evaluator does. Needs its environment: make test-serving."""
+"""vLLM loads exports and decodes like the embedded evaluator. Needs its environment: make test-serving."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_each_kind_gives_the_same_tokens_and_the_same_counts(kind, format, draft
 @pytest.mark.parametrize(
     "fault", [folders.drop_hidden_norm, folders.alter_rope_everywhere, folders.swap_columns, folders.shift_d2t]
 )
-def test_damage_that_vllm_loads_in_silence_shows_in_its_counters(fault, served, learned, tmp_path):
+def test_damage_that_vllm_silently_loads_shows_in_its_counters(fault, served, learned, tmp_path):
     """Behind the checks of names and values, which catch these too, the comparison is a second net."""
     exported = tmp_path / "out"
     export_as(
