@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from drafttrain.target_model import Target, TargetSettings, packed_kernels, packed_reading
+from drafttrain.target_model import Target, TargetSettings, packed_forward, packed_kernels
 from drafttrain.target_model.documents import reads_packed
 from tests.cuda.happenings import Happenings
 from tests.cuda.kinds import loss_settings
@@ -25,7 +25,7 @@ def halves(device: torch.device, dtype: torch.dtype, width: int) -> bool:
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (packed_kernels, packed_reading):
+    for module in (packed_kernels, packed_forward):
         monkeypatch.setattr(module, "flash_on_cuda", halves)
 
 
@@ -48,7 +48,7 @@ def states_and_gradients(kind: str) -> list[Tensor]:
 @pytest.mark.parametrize("kind", ["eagle", "eagle3"])
 def test_states_and_gradients_are_those_without_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = states_and_gradients(kind)
-    for module in (packed_kernels, packed_reading):
+    for module in (packed_kernels, packed_forward):
         monkeypatch.setattr(module, "flash_on_cuda", halves)
     with flash_numbers() as calls:
         fused = states_and_gradients(kind)

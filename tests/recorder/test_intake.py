@@ -274,8 +274,8 @@ def test_stored_records_keep_the_logged_distribution_and_the_pseudonym(tmp_path)
     assert served.record.domain == "code"
     assert served.record.tokens == [*ids("Q"), *tokens]
     assert served.record.loss_mask == [False, True, True]
-    assert served.record.law.ids_NK.tolist() == [[tokens[0], 9, 8], [tokens[1], 9, -1]]
-    assert np.isneginf(served.record.law.log_probs_NK[1, 2])
+    assert served.record.logged.ids_NK.tolist() == [[tokens[0], 9, 8], [tokens[1], 9, -1]]
+    assert np.isneginf(served.record.logged.log_probs_NK[1, 2])
     assert served.user
     assert "somebody" not in (tmp_path / "taken" / "batch-00000000.jsonl").read_text()
 

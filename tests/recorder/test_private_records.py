@@ -179,7 +179,7 @@ def test_alternatives_given_as_ids_are_checked_by_the_reader_with_a_tokenizer(tm
     path.write_text("".join(json.dumps(served(words)) + "\n" for words in ("harmless words", KEY)))
     records, kinds = read(path, encoder=chat_encoder(max_length=128), near_duplicates=None)
     assert kinds == []
-    assert [record.law is not None for record in records] == [True, False]
+    assert [record.logged is not None for record in records] == [True, False]
 
 
 def test_a_user_is_recorded_only_as_a_pseudonym(tmp_path):

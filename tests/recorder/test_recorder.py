@@ -65,7 +65,7 @@ def test_answers_are_relayed_unchanged_and_read_as_training_text(tmp_path, extra
     chats = [f"{one}{template} answer{end}" for one in asked]
     assert sorted(texts(tmp_path, near_duplicates=None)) == sorted([*chats, f"Once answer{end}", f"Twice answer{end}"])
     records, _ = read(tmp_path, near_duplicates=None)
-    assert all((record.law is not None) == ("logprobs" in extra) for record in records)
+    assert all((record.logged is not None) == ("logprobs" in extra) for record in records)
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
@@ -228,7 +228,7 @@ def test_the_default_host_is_loopback_and_an_invalid_upstream_is_an_error():
     command = [
         sys.executable,
         "-m",
-        "drafttrain.cli",
+        "drafttrain",
         "record",
         "--upstream",
         "localhost:8000",

@@ -46,13 +46,13 @@ def gemma2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(Gemma2ForCausalLM._supports_sdpa, reason="this transformers runs Gemma 2 with sdpa")
 @pytest.mark.parametrize("load", [Target.load, AbsentTarget.load], ids=["whole", "absent"])
 def test_an_attention_that_a_target_does_not_have_is_refused_with_one_that_it_has(load: Any, gemma2: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"does not run with attention 'sdpa' here: set target.attention: eager$"):
+    with pytest.raises(CheckpointError, match=r"does not support attention 'sdpa' here: set target.attention: eager$"):
         load(TargetSettings(model=str(gemma2)))
 
 
 def test_an_attention_that_is_not_installed_is_refused_in_one_line(tiny_folder: Path) -> None:
     settings = TargetSettings(model=str(tiny_folder), attention="flash_attention_2")
-    with pytest.raises(CheckpointError, match=r"does not run with attention 'flash_attention_2' here: set .*: sdpa$"):
+    with pytest.raises(CheckpointError, match=r"does not support attention 'flash_attention_2' here: set .*: sdpa$"):
         Target.load(settings)
 
 

@@ -57,16 +57,16 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "empty": (lambda at: folder_with(at), "is empty"),
     "no config": (
         lambda at: folder_with(at, notes__txt="a"),
-        "no config.json here: not a model folder (it holds notes.txt)",
+        "no config.json here: not a model folder (it contains notes.txt)",
     ),
     "no weights": (lambda at: folder_with(at, config__json={"model_type": "llama"}), "a configuration without weights"),
     "pickled": (
         lambda at: folder_with(at, config__json={}, pytorch_model__bin=""),
         "pickled weights are not read: pytorch_model.bin",
     ),
-    "gguf": (lambda at: folder_with(at, model__gguf=""), "holds GGUF files"),
+    "gguf": (lambda at: folder_with(at, model__gguf=""), "contains GGUF files"),
     "diffusers": (lambda at: folder_with(at, model_index__json={}), "is a pipeline of diffusers"),
-    "original": (lambda at: folder_with(at, params__json={}), "not in the layout of Hugging Face"),
+    "original": (lambda at: folder_with(at, params__json={}), "not in Hugging Face's layout"),
     "adapter alone": (lambda at: folder_with(at, adapter_config__json={"peft_type": "LORA"}), "names no base model"),
     "adapter without its base": (
         lambda at: folder_with(at, adapter_config__json={"base_model_name_or_path": "/nowhere/base"}),
@@ -91,7 +91,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
             config__json={"model_type": "llama"},
             model__safetensors__index__json={"weight_map": {"a": "1.safetensors"}},
         ),
-        "1 of 1 files that model.safetensors.index.json names are missing: 1.safetensors",
+        "1 of 1 files named in model.safetensors.index.json are missing: 1.safetensors",
     ),
     "encoder": (
         lambda at: folder_with(
@@ -103,7 +103,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda at: folder_with(
             at, config__json=T5Config(architectures=["T5ForConditionalGeneration"]).to_dict(), model__safetensors=""
         ),
-        "T5ForConditionalGeneration is an encoder with a decoder",
+        "T5ForConditionalGeneration is an encoder-decoder model",
     ),
     "unknown": (lambda at: llama_with(at, model_type="no_such"), "does not know model_type 'no_such'"),
     "nameless": (lambda at: llama_with(at, model_type=None), "model_type is missing"),
@@ -113,9 +113,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "unknown quantization": (
         lambda at: llama_with(at, quantization_config={"quant_method": "no_such"}),
-        "quantized by 'no_such', which transformers does not know",
+        "quantized by 'no_such', which transformers does not support",
     ),
-    "damaged weights": (lambda at: llama_with(at), "no causal LM could be read here"),
+    "damaged weights": (lambda at: llama_with(at), "cannot load a causal LM"),
 }
 
 

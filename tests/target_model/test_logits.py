@@ -99,9 +99,9 @@ def test_logits_that_are_made_in_an_unknown_way_are_refused_by_name() -> None:
     text = Text("a", [1, 2], [3, 4])
     drafter = Medusa.create(MedusaSettings(num_heads=1), target=target, tokenizer=target.tokenizer)
     for _ in range(2):
-        with pytest.raises(CheckpointError, match=r"Bent makes its logits .* differ by 33\.3% of the largest one"):
+        with pytest.raises(CheckpointError, match=r"Bent computes its logits .* differ by 33\.3% of the largest one"):
             replay_rows(target, drafter, [text], Sampling())
-    with pytest.raises(CheckpointError, match="Bent makes its logits"):
+    with pytest.raises(CheckpointError, match="Bent computes its logits"):
         target.read(torch.ones(1, 4, dtype=torch.long), torch.arange(4)[None], TargetNeeds(final=True))
 
 
@@ -115,7 +115,7 @@ def test_logits_that_are_made_in_an_unknown_way_are_refused_by_name() -> None:
 )
 def test_a_layer_between_the_final_state_and_the_output_matrix_is_refused(config: Any) -> None:
     model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(CheckpointError, match=rf"{type(model).__name__} makes its logits"):
+    with pytest.raises(CheckpointError, match=rf"{type(model).__name__} computes its logits"):
         target_of(model).read(torch.ones(1, 4, dtype=torch.long), torch.arange(4)[None], TargetNeeds(final=True))
 
 
@@ -130,7 +130,7 @@ def test_a_target_without_its_blocks_is_compared_too(
     whole = Target.load(TargetSettings(model=str(tmp_path)))
     torch.testing.assert_close(head_logits(absent.model, states_ND), head_logits(whole.model, states_ND))
     monkeypatch.setattr("drafttrain.target_model.logits.MULTIPLIED_BY", ("hidden_size",))
-    with pytest.raises(CheckpointError, match="in a way that is not known"):
+    with pytest.raises(CheckpointError, match="in an unknown way"):
         AbsentTarget.load(TargetSettings(model=str(tmp_path)))
 
 

@@ -1,7 +1,7 @@
-"""What a person sees of a run: status lines and progress on stderr, final tables on stdout.
+"""Console output: status lines and progress on stderr, final tables on stdout.
 
-A terminal gets bars; a file or a pipe gets a plain line every few seconds and one at the end. With several processes only
-the first one speaks.
+A terminal gets progress bars; a file or a pipe gets a line every few seconds and one at the end. With several processes
+only rank 0 prints.
 """
 
 import functools
@@ -26,25 +26,25 @@ stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def say(text: str) -> None:
-    """Print one status line; where it cannot be printed (a log on a disk that is full) the work goes on without it."""
+    """Print one status line. If that fails (a log on a full disk), the run continues without it."""
     if _first_process():
         with suppress(OSError):
             stderr.print(printable(text, encoding=stderr.encoding), markup=False)
 
 
 def complain(text: str) -> None:
-    """Print an error in its own words, brackets and all."""
+    """Print an error as it is, including square brackets."""
     stderr.print(printable(text, encoding=stderr.encoding), style="red", markup=False)
 
 
 @functools.cache
 def say_once(text: str) -> None:
-    """Say what is worth one line, however often it comes up."""
+    """Print a status line once, however often it is called with the same text."""
     say(text)
 
 
 class Progress:
-    """One long stage: how much is done, how fast, how long it still takes."""
+    """The progress of one long stage: count, rate, time left."""
 
     def __init__(self, description: str, total: int | None, unit: str) -> None:
         self.description = description
@@ -53,36 +53,36 @@ class Progress:
         self.done = 0
         self._note = ""
         self._began = time.monotonic()
-        # The first report starts the clock: it holds the warm-up, or what an earlier run had done.
+        # The rate counts from the first report: that one contains the warm-up, or the work of an earlier run.
         self._first: tuple[int, float] | None = None
 
     def advance(self, count: int = 1) -> None:
-        """Count `count` more units as done."""
+        """Add `count` units to those done."""
         self.done += count
         if self._first is None:
             self._first = (self.done, time.monotonic())
         self._show()
 
     def note(self, text: str) -> None:
-        """Show a few words beside the numbers until the next note."""
+        """Show a few words next to the numbers until the next note."""
         self._note = text
         self._show()
 
     def close(self, *, failed: bool) -> None:
-        """Say how it ended."""
+        """Report the end of the stage."""
 
     def _show(self) -> None:
-        """Bring what is shown up to date."""
+        """Update the display."""
 
     @property
     def rate(self) -> float | None:
-        """Units a second since the first report."""
+        """Units per second since the first report."""
         if self._first is None or self.done == self._first[0]:
             return None
         return (self.done - self._first[0]) / max(1e-9, time.monotonic() - self._first[1])
 
     def status(self) -> str:
-        """Return what a line or a bar says: count, share, rate, time left, note."""
+        """Return the text of a line or a bar: count, share, rate, time left, note."""
         parts = [f"{self.done:,} {self.unit}"]
         if self.total is not None:
             parts = [f"{self.done:,}/{self.total:,} {self.unit} ({self.done / max(1, self.total):.0%})"]
@@ -94,7 +94,7 @@ class Progress:
 
 
 class _PlainProgress(Progress):
-    """Log lines for an output that is no terminal."""
+    """Log lines for an output that is not a terminal."""
 
     def __init__(self, description: str, total: int | None, unit: str) -> None:
         super().__init__(description, total, unit)
@@ -111,7 +111,7 @@ class _PlainProgress(Progress):
 
 
 class _BarProgress(Progress):
-    """A bar on a terminal; bars that are open at the same time share one display."""
+    """A bar on a terminal. Bars that are open at the same time share one display."""
 
     display: "RichProgress | None" = None
     """The display that all open bars share; None while no bar is open."""
@@ -142,7 +142,7 @@ class _BarProgress(Progress):
 
 @contextmanager
 def progress(description: str, total: int | None, unit: str) -> Iterator[Progress]:
-    """Show how a stage of `total` units (None: unknown) goes on, with rate and time left, until the block ends."""
+    """Show the progress of a stage of `total` units (None: unknown) until the block ends."""
     shown: Progress
     if not _first_process():
         shown = Progress(description, total, unit)
@@ -159,7 +159,7 @@ def progress(description: str, total: int | None, unit: str) -> Iterator[Progres
 
 
 def table(rows: Sequence[Sequence[object]], *, columns: Sequence[str], title: str = "") -> None:
-    """Print a final table on stdout: drawn on a terminal, aligned plain text elsewhere. Numbers stand to the right."""
+    """Print a final table on stdout: drawn on a terminal, aligned plain text elsewhere. Numbers are right-aligned."""
     if not _first_process():
         return
     out = Console(highlight=False)
@@ -181,7 +181,7 @@ def duration(seconds: float) -> str:
 
 
 def _first_process() -> bool:
-    """Tell whether this process is the one that speaks; launchers number the others."""
+    """Return whether this process prints: rank 0, by the launcher's variables."""
     numbers = ("RANK",) if "RANK" in os.environ else ("NODE_RANK", "LOCAL_RANK")
     return all(os.environ.get(name, "0") == "0" for name in numbers)
 
@@ -227,10 +227,10 @@ def _plain(cells: list[list[str]], *, columns: Sequence[str], right: Sequence[bo
 
 
 def _numeric(cell: str) -> bool:
-    """Tell whether a cell begins as a number does; an empty one may stand among numbers."""
+    """Return whether a cell starts like a number, or is empty."""
     return not cell or cell.lstrip("+-<>=~ ")[:1].isdigit() or cell in ("-", "nan")
 
 
 def _number(value: float) -> str:
-    """Return a rate with three digits that tell something."""
+    """Return a rate with three significant digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""How long a device worked on something, measured without waiting for it."""
+"""Measures device time without waiting for the device."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 class Span:
-    """The time of a device from here to `end`.
+    """The device time from construction to `end`.
 
-    On CUDA both are events among the work that is asked of the device. Only reading `seconds` waits for them, so read it when all is
-    done: a wait within a loop would be part of what the loop is measured by.
+    On CUDA both are events in the stream. Only reading `seconds` waits for them, so read it after the loop: a wait inside a
+    measured loop would count as part of it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -29,14 +29,14 @@ class Span:
 
     @cached_property
     def seconds(self) -> float:
-        """The time between; waits until the device has come so far."""
-        assert self._ended is not None, "it has not ended"
+        """The time between; waits until the device has passed `end`."""
+        assert self._ended is not None, "call `end` first"
         if self._device.type != "cuda":
             return float(self._ended - self._began)
         if not self._ended.query():
             self._ended.synchronize()
         seconds = float(self._began.elapsed_time(self._ended)) / 1000
-        self._began = self._ended = ()  # events are a resource of the device
+        self._began = self._ended = ()  # release the events, which the device has a limited number of
         return seconds
 
     def _now(self) -> Any:

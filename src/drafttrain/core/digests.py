@@ -1,10 +1,10 @@
-"""Digests of what a path holds: whole files of text, weights by their header and samples, so that 100 GB take seconds.
+"""Digests of files: text is read whole; large weights are sampled, so that 100 GB take seconds.
 
-A file of weights of at most `WHOLE_BYTES` is read whole. Of a larger one these are read: its size, its header (name, type, shape and
-place of every tensor), and the beginning, middle and end of every tensor. Any training changes those. What changes single rows in
-between, and leaves all that as it was, is not seen.
+A weights file of at most `WHOLE_BYTES` is read whole. From a larger one, the digest covers its size, its header (name, type,
+shape and offsets of every tensor), and the beginning, middle and end of every tensor. Any training changes these. An edit
+of single rows in between is not noticed.
 
-Digests of large files are kept in the user's cache by path, size, time of change and inode.
+Digests of large files are cached in the user's cache folder by path, size, modification time and inode.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from drafttrain.core.files import sha256_of, write_json
 WHOLE_BYTES = 64 << 20
 BLOCK_BYTES = 4096
 NUM_BLOCKS = 4096
-"""Of a file without a header that can be read."""
+"""Samples of a file without a readable header."""
 MAX_HEADER_BYTES = 100 << 20
 SETTLED_SECONDS = 2.0
-"""A file that changed less than this ago may change again within one tick of the clock of its disk: it is not cached."""
+"""A file modified more recently than this may change again within its disk's clock resolution, so it is not cached."""
 
 
 def text_digest(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, all of them."""
+    """Return the SHA-256 of all of a file's bytes."""
     return _cached(path, "whole", sha256_of)
 
 
 def weights_digest(path: Path) -> str:
-    """Return a digest of a file of weights: SHA-256 of all its bytes, or of samples where it is large."""
+    """Return the digest of a weights file: SHA-256 of all its bytes, or of samples if it is large."""
     return _cached(path, "sampled", _sampled) if path.stat().st_size > WHOLE_BYTES else sha256_of(path)
 
 
@@ -58,7 +58,7 @@ def _sampled(path: Path) -> str:
 
 
 def _places(file: BinaryIO, size: int) -> Iterator[int]:
-    """Yield where the blocks begin that stand for a file."""
+    """Yield the offsets of the blocks that are sampled."""
     length = int.from_bytes(file.read(8), "little")
     try:
         if not 0 < length <= min(MAX_HEADER_BYTES, size - 8):

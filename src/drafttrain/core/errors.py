@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 
 class DrafttrainError(Exception):
-    """A run that cannot go on for a reason its user can read and mend."""
+    """A run cannot continue, for a reason that its user can read and fix."""
 
     exit_code = 1
 
 
 class RecipeError(DrafttrainError):
-    """A recipe, an override or an argument that is wrong; holds every problem that was found, not the first."""
+    """A recipe, an override or an argument is wrong. Contains all problems found, not only the first."""
 
     exit_code = 2
 
@@ -22,15 +22,15 @@ class RecipeError(DrafttrainError):
 
 
 class DataError(DrafttrainError):
-    """Training text, prompts or a manifest that cannot be used."""
+    """Training text, prompts or a manifest cannot be used."""
 
 
 class CheckpointError(DrafttrainError):
-    """A model folder that is damaged, incomplete, or made for something else."""
+    """A model folder is damaged, incomplete, or made for something else."""
 
 
 class GateError(DrafttrainError):
-    """The exported drafter is below what `export.require` asks for."""
+    """The exported drafter does not reach the limits of `export.require`."""
 
     exit_code = 3
 

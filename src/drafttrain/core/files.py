@@ -1,6 +1,6 @@
-"""Files that are whole or absent: written beside and renamed.
+"""Atomic files: written under a temporary name, then renamed.
 
-What is being written is called `.<name>.<letters>.part`; what a killed writer left can be told by that, and removed.
+Temporary names are `.<name>.<letters>.part`, so that leftovers of a killed process can be recognized and removed.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 @contextlib.contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder and rename it to `path` when the block ends well."""
+    """Yield a temporary path in the same folder; rename it to `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(handle)
@@ -37,7 +37,7 @@ def written_beside(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder_beside(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; it replaces `path` when the block ends well."""
+    """Yield a temporary folder next to `path`; it replaces `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     os.chmod(temporary, 0o755)
@@ -45,7 +45,7 @@ def folder_beside(path: Path) -> Iterator[Path]:
         try:
             yield temporary
         except SafetensorError as error:
-            # Readers name their own; what is left is a file that could not be written (a full disk, a limit on sizes).
+            # Readers raise errors of their own. What is left is a failed write: a full disk, a size limit.
             raise OSError(0, str(error), str(path)) from error
         old = path.with_name(f".{path.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -58,9 +58,9 @@ def folder_beside(path: Path) -> Iterator[Path]:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what writers in a folder were at when they were killed; nobody may be writing there now.
+    """Remove the leftovers of killed processes in a folder. No process may be writing there now.
 
-    A folder that was moved away to be replaced, and was not, comes back.
+    A folder that was moved away to be replaced is restored if its replacement never came.
     """
     for old in list(folder.rglob(".*.old")):
         path = old.with_name(old.name[1:].removesuffix(".old"))
@@ -74,12 +74,12 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def lock(file: int, *, wait: bool) -> bool:
-    """Lock an open file against other processes until it is closed; tell whether it is ours.
+    """Lock an open file against other processes until it is closed; return whether this process has the lock.
 
-    Some disks of networks have no locks: there all may.
+    Some network disks have no locks; there it always returns True.
 
     Args:
-        wait: Until another process lets go of it.
+        wait: Wait until another process releases it.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -91,7 +91,7 @@ def lock(file: int, *, wait: bool) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the disk confirm the names in a folder; a file's own confirmation says nothing of its name."""
+    """Flush a folder's entries to disk: fsync of a file does not flush its name."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -100,13 +100,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole text file; halves of surrogate pairs, which UTF-8 has not, as `\\udcff`, which JSON reads back."""
+    """Write a text file atomically. Unpaired surrogates are written as `\\udcff`, which JSON reads back."""
     with written_beside(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a whole JSON file, keys in the order given; a number that is none becomes null, as JSON has no word for it."""
+    """Write a JSON file atomically, keys in the order given. NaN and infinity become null: JSON cannot express them."""
     write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 

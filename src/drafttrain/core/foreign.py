@@ -1,6 +1,6 @@
-"""A model folder that somebody else made: what could hang a reader, fill the memory or lead it elsewhere is refused first.
+"""Checks of untrusted model folders: refuses files that could hang a reader, fill the memory or link elsewhere.
 
-Every reader of such a folder calls `check_folder` before other libraries see it, and reads its JSON by `read_json`.
+Every reader of such a folder calls `check_folder` before other libraries see it, and reads JSON with `read_json`.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.printable import shown
 
 READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".bin", ".pt", ".gguf")
-"""How files end that some reader opens."""
+"""Suffixes of files that some reader opens."""
 
 MAX_BYTES = 64 << 20
-"""Of a JSON file that is read whole. The largest known, tokenizer_config.json with its added tokens, has some MB."""
+"""Limit of a JSON file that is read whole. The largest known (tokenizer_config.json with added tokens) has a few MB."""
 MAX_DEPTH = 64
 MAX_TEMPLATE = 256 << 10
-"""Of a chat template, which takes seconds to compile where it is longer; known ones have some tens of kB."""
+"""Limit of a chat template: longer ones take seconds to compile. Known ones have tens of kB."""
 
 CONFIGURATIONS = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("adapter_config.json", "chat_template.json", "drafttrain.json"),
 )
-"""JSON objects that loaders read whole; other JSON in a folder may be anything."""
+"""JSON files that loaders read whole. Other JSON files in a folder are not checked."""
 
 MAPPINGS = ("text_config", "quantization_config", "auto_map", "generation_config")
 ABOVE_ZERO = (
@@ -41,7 +41,7 @@ ABOVE_ZERO = (
     "n_layer",
 )
 FINITE = ("eps", "epsilon", "theta", "factor", "scale", "scaling", "multiplier", "scalar")
-"""How the names of fields end that are factors; a time may be without end."""
+"""Suffixes of fields that must be finite factors. Other numbers, such as times, may be infinite."""
 NAMES = ("model_type", "hidden_act", "hidden_activation", "activation_function", "dtype", "torch_dtype", "kind")
 LARGEST = {
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 4096),
@@ -51,14 +51,14 @@ LARGEST = {
     **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "vocab_size", "draft_vocab_size"), 1 << 26),
     **dict.fromkeys(("max_position_embeddings", "n_positions"), 1 << 31),
 }
-"""Sizes by which memory is taken before any weight is read, each above all that are known by far."""
+"""Limits of sizes by which memory is allocated before any weight is read; each is far above all known values."""
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder whose files cannot be read in bounded time and memory, or whose configuration is of other types.
+    """Refuse a folder whose files cannot be read in bounded time and memory, or whose configuration has wrong types.
 
     Raises:
-        CheckpointError: There is no such folder, or with every problem of its files.
+        CheckpointError: There is no such folder; or lists every problem of its files.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
@@ -73,7 +73,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object of a JSON file.
 
     Raises:
-        CheckpointError: It is missing, too large, nested too deep, or not a JSON object.
+        CheckpointError: It is missing, too large, nested too deeply, or not a JSON object.
     """
     try:
         if not path.is_file():
@@ -93,15 +93,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def own_files(folder: Path, *, suffixes: Collection[str] | None = None) -> list[Path]:
-    """Return the files and folders under a folder, refusing links that lead out of it: what is copied must be its own.
+    """Return the files and folders under a folder, before it is copied; refuse links that lead out of it.
 
-    The cache of the hub keeps the files of a snapshot in `blobs` beside it; those are its own too.
+    Links of a hub snapshot into its cache's `blobs` are allowed.
 
     Args:
-        suffixes: How the names of files end that matter; None: all do.
+        suffixes: Suffixes of the files to check; None: all.
 
     Raises:
-        CheckpointError: With every link that leads elsewhere, and every file that is not a regular one.
+        CheckpointError: Lists every link that leads elsewhere, and every file that is not a regular one.
     """
     roots = [folder.resolve()]
     if folder.resolve().parent.name == "snapshots":
@@ -114,10 +114,10 @@ def own_files(folder: Path, *, suffixes: Collection[str] | None = None) -> list[
         try:
             real = path.resolve()
         except RuntimeError:
-            problems.append(f"{path.relative_to(folder)}: a link that leads to itself")
+            problems.append(f"{path.relative_to(folder)}: a link to itself")
             continue
         if not any(real.is_relative_to(root) for root in roots):
-            problems.append(f"{path.relative_to(folder)}: a link to {real}, outside of the folder")
+            problems.append(f"{path.relative_to(folder)}: a link to {real}, outside the folder")
         elif not (path.is_file() or path.is_dir()):
             problems.append(f"{path.relative_to(folder)}: not a regular file")
     if problems:
@@ -126,7 +126,7 @@ def own_files(folder: Path, *, suffixes: Collection[str] | None = None) -> list[
 
 
 def field_problems(config: Mapping[str, Any], *, prefix: str = "") -> Iterator[str]:
-    """Yield one line for every field of a model's configuration that is of a type or size that no loader expects."""
+    """Yield one line for every field of a model's configuration with a type or size that loaders do not expect."""
     for key, value in config.items():
         where = f"{prefix}{key}"
         if key in NAMES and not isinstance(value, str | None):
@@ -175,7 +175,7 @@ def _problems(path: Path) -> Iterator[str]:
 
 
 def _template_bytes(given: Any) -> int:
-    """Return the length of a template, or of the longest of several by name."""
+    """Return the length of a template, or of the longest of several named ones."""
     held = [
         one.get("template") if isinstance(one, dict) else one for one in (given if isinstance(given, list) else [given])
     ]
@@ -184,7 +184,7 @@ def _template_bytes(given: Any) -> int:
 
 
 def _are_numbers(value: Any) -> bool:
-    """Return whether a value is a number, or none; a list has one of each layer."""
+    """Return whether a value is a number or None, or a list of these (one per layer)."""
     return all(type(one) in (int, float, type(None)) for one in (value if isinstance(value, list) else [value]))
 
 
@@ -205,6 +205,6 @@ def _deeper_than(value: Any, depth: int) -> bool:
 
 
 def on_one_screen(problems: Sequence[str]) -> list[str]:
-    """Return the first 20 lines of a message, the longest shortened: names and values in them are a stranger's."""
+    """Return the first 20 lines of a message, long ones shortened: they contain untrusted names and values."""
     lines = [line if len(line) <= 800 else f"{line[:800]}..." for line in problems[:20]]
     return lines + ([f"and {len(problems) - len(lines)} more"] if len(problems) > len(lines) else [])

@@ -1,4 +1,4 @@
-"""What decoding recorded: forwards, rounds, generations."""
+"""Records of decoding: forwards, rounds, generations."""
 
 from __future__ import annotations
 
@@ -22,21 +22,18 @@ class ForwardEvent:
     num_sequences: int
     num_layers: int
     bytes_read: int
-    """Weights, shared ones each time they are read, and cache."""
+    """Bytes of weights and of the cache; shared weights count each time they are read."""
     span: Span
-    """When the device was at it."""
+    """The device time of the forward."""
     prefill: bool = False
-    """Reads a prompt, before the first round."""
+    """It reads a prompt, before the first round."""
     plain_bytes: int = 0
-    """What a plain call would have read here: one token a sequence, after the same cached tokens."""
+    """Bytes that plain decoding would have read here: one token per sequence, after the same cached tokens."""
 
     @property
     def seconds(self) -> float:
-        """How long the device was at it; waits for the device, so ask when the decoding is over."""
+        """Device time. Reading it waits for the device, so read it after decoding."""
         return self.span.seconds
-
-
-# ---------------------------------------------------------------- what decoding leaves behind
 
 
 @dataclass(frozen=True)
@@ -46,32 +43,32 @@ class Round:
     start: int
     """Tokens of the generation before this round: the round's first emitted token is `tokens[start]`."""
     num_draft_tokens: int
-    """Nodes drafted, the root not counted."""
+    """Nodes drafted, without the root."""
     max_depth: int
-    """Depth of the deepest node that was drafted; for a chain, the same number."""
+    """Depth of the deepest drafted node; for a chain, the same as `num_draft_tokens`."""
     num_accepted: int
-    """Draft tokens kept, counted after the cut by EOS or length."""
+    """Accepted draft tokens, after the cut by EOS or length."""
     num_emitted: int
-    """Tokens committed: `num_accepted + 1`, or `num_accepted` when an accepted EOS ended the text."""
+    """Committed tokens: `num_accepted + 1`, or `num_accepted` if an accepted EOS ended the text."""
     reason: str
     """reject, leaf, eos or length."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One prompt's output and how it came about."""
+    """One prompt's output, its rounds and its times."""
 
     id: str
     domain: str
     prompt_tokens: Sequence[int]
     tokens: Sequence[int]
-    """The new tokens, an ending EOS included; the same as all rounds' emitted tokens in order."""
+    """The new tokens, including a final EOS: the emitted tokens of all rounds, in order."""
     rounds: Sequence[Round]
     prefill_seconds: float
-    """Reading the prompt, target and drafter; this sequence's share when several are decoded together."""
+    """Reading the prompt, target and drafter. Times are this sequence's share if several are decoded together."""
     draft_seconds: float
-    """Proposing and keeping the proposer's cache; this sequence's share."""
+    """Proposing, and updating the proposer's cache."""
     verify_seconds: float
-    """Target calls of the rounds, their verdicts, keeping the target's cache; this sequence's share."""
+    """Target calls of the rounds, their verdicts, and updating the target's cache."""
     seconds: float
-    """From before the prefill to the end, everything; this sequence's share. Decoding alone: less `prefill_seconds`."""
+    """From before the prefill to the end. Subtract `prefill_seconds` for decoding alone."""

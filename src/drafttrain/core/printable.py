@@ -1,17 +1,17 @@
-"""Text from outside (names, paths, outputs) as a page, a picture, a log or a terminal can show it."""
+"""Escapes text from outside (names, paths, outputs) so that terminals, logs and files can show it."""
 
 import unicodedata
 
 KEPT = "\n\t"
 UNPRINTABLE = ("Cc", "Cs")
-"""Control characters, which a terminal obeys, and halves of surrogate pairs, which no encoding has."""
+"""Control characters, which a terminal would execute, and halves of surrogate pairs, which cannot be encoded."""
 
 
 def printable(text: str, *, encoding: str = "utf-8") -> str:
-    """Return text with escapes such as `\\x1b` and `\\udcff` for what cannot be shown.
+    """Return text with escapes such as `\\x1b` and `\\udcff` for characters that cannot be shown.
 
     Args:
-        encoding: What the output writes; characters that it does not have are escaped too.
+        encoding: The output's encoding. Characters that it lacks are escaped too.
     """
     if text.isascii() and text.isprintable():
         return text

@@ -12,10 +12,10 @@ from drafttrain.core.texts import Sampling
 
 
 def sampling_probs(logits_NV: Tensor, sampling: Sampling) -> Tensor:
-    """Return the law that a token is drawn from: temperature, then top-k, then top-p.
+    """Return the distribution a token is drawn from: temperature, then top-k, then top-p.
 
-    Temperature 0 gives one-hot rows (the first of equal maxima), so greedy decoding is the same code.
-    At least float32; float64 stays float64. `-inf` logits carry no mass.
+    Temperature 0 gives one-hot rows (the first of equal maxima), so greedy decoding needs no code of its own.
+    At least float32; float64 stays float64. `-inf` logits get no probability.
     """
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     if sampling.temperature == 0:
@@ -34,7 +34,7 @@ def sampling_probs(logits_NV: Tensor, sampling: Sampling) -> Tensor:
 
 
 def without_padding(logits_NV: Tensor, *, num_tokens: int) -> Tensor:
-    """Return logits in which the ids that no tokenizer produces, `num_tokens` and above, carry no mass."""
+    """Return logits with -inf at the ids that the tokenizer cannot produce, `num_tokens` and above."""
     if logits_NV.shape[-1] <= num_tokens:
         return logits_NV
     padding_V = torch.arange(logits_NV.shape[-1], device=logits_NV.device) >= num_tokens
@@ -47,14 +47,14 @@ def normalised(mass_NV: Tensor) -> Tensor:
 
 
 def over_target_vocabulary(probs_NR: Tensor, vocabulary_R: Tensor, *, size: int) -> Tensor:
-    """Return laws over a drafter's vocabulary as laws over the target's `size` tokens: no mass on the others."""
+    """Return distributions over a drafter's vocabulary as distributions over the target's `size` tokens."""
     probs_NV = probs_NR.new_zeros(*probs_NR.shape[:-1], size)
     probs_NV[..., vocabulary_R] = probs_NR
     return probs_NV
 
 
 def acceptance_rate(target_probs_NV: Tensor, drafter_probs_NV: Tensor) -> Tensor:
-    """Return the chance that a token drawn from the drafter survives verification, by row: 1 - TVD.
+    """Return, by row, the probability that a token drawn from the drafter survives verification: 1 - TVD.
 
     Source: Leviathan et al. 2022, Fast Inference from Transformers via Speculative Decoding, arXiv 2211.17192, 3.2.
     """
@@ -62,9 +62,9 @@ def acceptance_rate(target_probs_NV: Tensor, drafter_probs_NV: Tensor) -> Tensor
 
 
 def residual(target_probs_V: Tensor, drafter_probs_V: Tensor) -> Tensor:
-    """Return the law of the token after a rejection: the normalised positive part of p - q.
+    """Return the distribution of the token after a rejection: the normalized positive part of p - q.
 
-    Where the two laws are equal a rejection has no probability, and the target's own law is returned.
+    If p equals q a rejection has probability 0; then p is returned.
     """
     excess_V = (target_probs_V - drafter_probs_V).clamp_min(0.0)
     total = excess_V.sum()
@@ -72,22 +72,23 @@ def residual(target_probs_V: Tensor, drafter_probs_V: Tensor) -> Tensor:
 
 
 def draw(probs_V: Tensor, generator: torch.Generator | None) -> int:
-    """Return one token drawn from a law by inverting its distribution function at one uniform number.
+    """Return one token, by inverting the cumulative distribution at one uniform number.
 
-    One number of the stream a draw, whatever the law: so two decoders that settle every token by one draw emit the same text.
+    A draw takes exactly one number from the stream, whatever the distribution. So two decoders with one draw per token emit
+    the same text.
     """
     return draw_each(probs_V[None], [generator])[0]
 
 
 def draw_each(probs_NV: Tensor, generators: Sequence[torch.Generator | None]) -> list[int]:
-    """Return one token drawn from each law, as `draw` does with the row's generator; the device is read once."""
+    """Return one token per row, as `draw` does with the row's generator. The device is read once."""
     uniforms = [float(torch.rand(1, dtype=torch.float64, generator=generator)) for generator in generators]
     below_NV = probs_NV.cumsum(dim=-1, dtype=torch.float64)
     if len(uniforms) == 1:
-        wanted_N1 = below_NV[:, -1:] * uniforms[0]  # a number is handed to the device with the call, a tensor is copied
+        wanted_N1 = below_NV[:, -1:] * uniforms[0]  # a number is an argument of the kernel, a tensor needs a copy
     else:
         wanted_N1 = below_NV[:, -1:] * torch.tensor(uniforms, dtype=torch.float64).to(probs_NV.device)[:, None]
-    # `right`: a token without mass is never the first whose sum is above the number.
+    # `right=True`: a token of probability 0 is never the first whose cumulative sum exceeds the number.
     index_N1 = torch.searchsorted(below_NV, wanted_N1, right=True).clamp(max=probs_NV.shape[-1] - 1)
     drawn: list[int] = index_N1[:, 0].tolist()
     return drawn

@@ -1,4 +1,4 @@
-"""Proposals of a drafter and the verdicts on them.
+"""Proposals of a drafter, and the verdicts on them.
 
 B = sequences, T = positions, V = vocabulary, D = hidden, K = draft depth, N = rows (trained positions, or nodes of a tree)
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Exactness(Enum):
-    """What an acceptance rule keeps of the target's output."""
+    """What an acceptance rule preserves of the target's output."""
 
     DISTRIBUTION = "distribution"
     GREEDY = "greedy"
@@ -24,7 +24,7 @@ class Exactness(Enum):
 
 
 class NodeKind(Enum):
-    """How a draft token came about; values are stored in `Proposal.kinds_N`."""
+    """How a draft token was chosen; values are stored in `Proposal.kinds_N`."""
 
     ROOT = 0
     SAMPLED = 1
@@ -49,51 +49,51 @@ class Context:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much may be drafted in one round, the root not counted: a chain where `width` is 1, else a tree."""
+    """How much may be drafted in one round, without the root: a chain if `width` is 1, else a tree."""
 
     nodes: int
     depth: int
     width: int = 1
-    """Children of a node at most."""
+    """Most children of a node."""
     states: bool = False
-    """The policy reads `DraftStep.hidden_D`, which costs a drafter some time to hand out."""
+    """The policy reads `DraftStep.hidden_D`, which takes the drafter some time."""
 
     def within(self, depth: int) -> Budget:
-        """Return the budget cut to a depth; the nodes to what a tree of this depth and width can hold."""
+        """Return the budget limited to a depth, and to the nodes of a full tree of that depth and width."""
         depth = min(self.depth, depth)
         full = sum(self.width**level for level in range(1, depth + 1))
         return Budget(min(self.nodes, full), depth, self.width, self.states)
 
 
 class More(Enum):
-    """An answer of a stopping rule between yes and no."""
+    """An answer of a length policy between yes and no."""
 
     LAST = "last"
-    """Draft this token, whose law is there already, and stop without reading it: the next law costs a forward, this one none."""
+    """Draft this token, whose distribution is already computed, and stop: the next distribution would cost a forward."""
 
 
 @dataclass(frozen=True)
 class DraftStep:
-    """What a stopping rule may look at. The token is there only if it is already in the tree (the filtration rule)."""
+    """What a length policy may use to decide. It must not see the token that is not drafted yet (the filtration rule)."""
 
     sequence: int
     depth: int
     logits_V: Tensor
     """The drafter's logits of the draft token that would be next."""
     hidden_D: Tensor | None = None
-    """The drafter's last hidden state where it read the newest token of the branch."""
+    """The drafter's last hidden state at the newest token of the branch."""
     token: int | None = None
-    """That newest token: at depth 1 the root, then a draft token that is in the tree."""
+    """The newest token of the branch: at depth 1 the root, then a draft token."""
 
     @cached_property
     def q_row_V(self) -> Tensor:
-        """The drafter's law at temperature 1, whatever the sampling: at temperature 0 a one-hot law would say nothing."""
+        """The drafter's distribution at temperature 1, whatever the sampling: a one-hot row would carry no information."""
         return self.logits_V.float().softmax(dim=-1)
 
 
 @dataclass(frozen=True)
 class LayerState:
-    """The target continues from block `layer` with these rows instead of running its first blocks again."""
+    """States from which the target continues at block `layer`, instead of running its first blocks again."""
 
     layer: int
     hidden_ND: Tensor
@@ -112,24 +112,24 @@ class Proposal:
     kinds_N: Tensor
     """NodeKind values. SAMPLED: drawn from a row of q; FIXED: deterministic given the committed text."""
     q_rows_RV: Tensor | None = None
-    """Laws over the TARGET's vocabulary that SAMPLED children were drawn from."""
+    """Distributions over the TARGET's vocabulary from which SAMPLED children were drawn."""
     q_row_N: Tensor | None = None
-    """By node, the row of q_rows_RV its CHILDREN were drawn from; -1: no sampled children."""
+    """By node, the row of q_rows_RV from which its CHILDREN were drawn; -1: no sampled children."""
     draw: DrawMode = DrawMode.IID
     resume: LayerState | None = None
 
     @property
     def num_draft_tokens(self) -> int:
-        """Draft tokens: all nodes but the root."""
+        """Draft tokens: all nodes except the root."""
         return len(self.tokens_N) - 1
 
 
 def chain(tokens: Sequence[int], *, kind: NodeKind, q_rows_RV: Tensor | None = None) -> Proposal:
-    """Return the chain proposal of a root and the draft tokens behind it.
+    """Return a chain: the root, then the draft tokens.
 
     Args:
         tokens: The root, then the draft tokens.
-        q_rows_RV: SAMPLED: the law of each draft token, in order.
+        q_rows_RV: For SAMPLED: the distribution of each draft token, in order.
     """
     import torch
 
@@ -146,7 +146,7 @@ def chain(tokens: Sequence[int], *, kind: NodeKind, q_rows_RV: Tensor | None = N
 
 
 def fixed_chain(root: int, drafted: Sequence[int]) -> Proposal:
-    """Return a FIXED chain behind the root."""
+    """Return a FIXED chain after the root."""
     return chain([root, *drafted], kind=NodeKind.FIXED)
 
 
@@ -154,7 +154,7 @@ def fixed_tree(root: int, nodes: Sequence[tuple[int, int]]) -> Proposal:
     """Return a FIXED tree under the root.
 
     Args:
-        nodes: (token, parent) of node 1, 2, ...; the parent is a smaller node number, 0 the root. Siblings in draft order.
+        nodes: (token, parent) of nodes 1, 2, ... A parent has a smaller number; 0 is the root. Siblings in draft order.
     """
     import torch
 
@@ -172,12 +172,12 @@ def fixed_tree(root: int, nodes: Sequence[tuple[int, int]]) -> Proposal:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one proposal."""
+    """The result of verifying one proposal."""
 
     path: Sequence[int]
     """Accepted nodes from the root (always 0) down."""
     tokens: Sequence[int]
-    """Tokens emitted: the accepted draft tokens, then the target's own (absent when cut by EOS or length)."""
+    """Emitted tokens: the accepted draft tokens, then the target's own (absent if cut by EOS or length)."""
     num_draft_tokens: int
     max_depth: int
     """Depth of the deepest node that was drafted."""
@@ -186,5 +186,5 @@ class Verdict:
 
     @property
     def num_accepted(self) -> int:
-        """Draft tokens kept."""
+        """Accepted draft tokens."""
         return len(self.path) - 1

@@ -1,4 +1,4 @@
-"""Where a number comes from: command, commit, versions, machine, date."""
+"""Where a result comes from: command, commit, versions, machine, date."""
 
 import datetime
 import os
@@ -23,7 +23,7 @@ PACKAGES = (
 
 
 def provenance() -> dict[str, Any]:
-    """Return what a reader needs to repeat a run."""
+    """Return the information needed to repeat a run."""
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -35,7 +35,7 @@ def provenance() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Return the commit of the source tree, with `+` when it has changes, or '' outside a checkout."""
+    """Return the commit of the source tree, with `+` if there are local changes; '' outside a checkout."""
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""Random streams named by what they are for, so that no draw depends on the order of other draws."""
+"""Random streams named by their purpose, so that no draw depends on the order of other draws."""
 
 from __future__ import annotations
 

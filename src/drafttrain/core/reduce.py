@@ -1,4 +1,4 @@
-"""Sums and counts that are added up everywhere and divided once."""
+"""Rates as sums and counts, which are added first and divided once."""
 
 from dataclasses import dataclass
 

@@ -23,7 +23,7 @@ class Registry:
     """The components of one kind, found by importing every module of the package that holds them.
 
     Args:
-        kind: What a member is called in messages ("loss", "drafter").
+        kind: The name of a member in messages ("loss", "drafter").
         package: The package whose modules register members when imported.
     """
 
@@ -34,7 +34,7 @@ class Registry:
         self._scanned = False
 
     def register(self, name: str, settings: type) -> Callable[[T], T]:
-        """Return the decorator that adds a class under `name`; its settings get a `kind` equal to that name."""
+        """Return the decorator that adds a class under `name`. The attribute `kind` of its settings becomes that name."""
 
         def add(component: T) -> T:
             known = self._entries.get(name)
@@ -67,7 +67,7 @@ class Registry:
         return self.entry(settings.kind).component(settings, *args, **kwargs)
 
     def unknown(self, name: str) -> str:
-        """Return the sentence that says that `name` is no member, and which are."""
+        """Return the message for an unknown `name`: the nearest member, and all members."""
         near = difflib.get_close_matches(name, self.names(), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         return f"unknown {self.kind} {name!r}.{hint} Available: {', '.join(self.names())}"
@@ -82,5 +82,5 @@ class Registry:
 
 
 def component_mapping(settings: Any) -> dict[str, Any]:
-    """Return the settings of a component as a recipe writes them: its kind and its own keys."""
+    """Return the settings of a component as in a recipe: its kind and its own keys."""
     return {"kind": settings.kind} | asdict(settings)

@@ -1,4 +1,4 @@
-"""The roles of decoding, as Protocols: what a component must offer, and nothing of how."""
+"""The roles of decoding, as Protocols."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 class Proposer(Protocol):
-    """A drafter, or a training-free method, at inference. Owns its cache; serves a list of sequences."""
+    """A drafter, or a training-free method, at inference. It owns its cache and drafts for a list of sequences."""
 
     needs: TargetNeeds
-    """What it wants to see of the target for committed tokens."""
+    """What it reads from the target for committed tokens."""
 
     def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
-        """Start on new sequences whose prompts the target has read up to, not including, the last token."""
+        """Start new sequences. The target has read their prompts without the last token."""
         ...
 
     def propose(
@@ -32,11 +32,11 @@ class Proposer(Protocol):
         generators: Sequence[torch.Generator],
         more: Callable[[DraftStep], bool | More],
     ) -> list[Proposal]:
-        """Return one tree a sequence; budget 0 gives the root alone. `more` is asked before each further draft token."""
+        """Return one tree per sequence; budget 0 gives only the root. Call `more` before each further draft token."""
         ...
 
     def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
-        """Keep or roll back the cache. The contexts already hold the emitted tokens."""
+        """Update the cache to the committed text. The contexts already contain the emitted tokens."""
         ...
 
     def drop(self, keep: Sequence[int]) -> None:
@@ -45,10 +45,10 @@ class Proposer(Protocol):
 
 
 class FirstBlocks(Protocol):
-    """The target's first blocks, which run on their own in the cache that the target's call then continues from."""
+    """The target's first blocks, run on their own. The target's call then continues from the same cache."""
 
     def split_at(self, layer: int) -> None:
-        """Let blocks 0..layer-1 be run on their own from now on."""
+        """From now on, allow running blocks 0..layer-1 on their own."""
         ...
 
     def run_first_blocks(self, tokens: Sequence[Sequence[int]]) -> list[LayerState]:
@@ -58,30 +58,30 @@ class FirstBlocks(Protocol):
 
 @runtime_checkable
 class DraftsInTarget(Protocol):
-    """A proposer that drafts with the target's own first blocks; its proposals say where the target continues."""
+    """A proposer that drafts with the target's own first blocks. Its proposals contain the state to continue from."""
 
     def share(self, blocks: FirstBlocks) -> None:
-        """Take the blocks of the target that verifies, before `begin`."""
+        """Store the blocks of the verifying target. Called before `begin`."""
         ...
 
 
 @runtime_checkable
 class DraftsWithOwnCache(Protocol):
-    """A proposer with a language model of its own, which may not be able to read several sequences together."""
+    """A proposer with its own language model, which may not be able to read several sequences at once."""
 
     def why_alone(self, longest: int) -> str | None:
-        """Return why sequences of up to so many tokens are read one at a time; None: they can be read together."""
+        """Return why sequences of up to `longest` tokens must be read one at a time; None: they can be batched."""
         ...
 
 
 class AcceptanceRule(Protocol):
-    """Which draft tokens are kept. A pure function; may own frozen head weights, never a language model."""
+    """Decides which draft tokens are accepted. A pure function; it may own frozen head weights, but no language model."""
 
     exactness: ClassVar[Exactness]
 
     @property
     def needs(self) -> TargetNeeds:
-        """The state of the nodes that it is handed: one layer, or the final state, or none."""
+        """The target states of the nodes that it reads: of one layer, the final ones, or none."""
         ...
 
     def __call__(
@@ -96,27 +96,27 @@ class AcceptanceRule(Protocol):
 
 
 class LengthPolicy(Protocol):
-    """How many tokens to draft, and when to stop drafting."""
+    """Decides how many tokens to draft, and when to stop."""
 
     def budget(self, context: Context) -> Budget:
-        """Return the most that the next round may draft."""
+        """Return the largest draft of the next round."""
         ...
 
     def more(self, step: DraftStep) -> bool | More:
-        """Tell whether to draft another token; LAST: this one, and none after it."""
+        """Return whether to draft another token; LAST: this one, and none after it."""
         ...
 
     def observe(self, verdict: Verdict) -> None:
-        """Learn from a round."""
+        """Update from the verdict of a round."""
         ...
 
 
 @runtime_checkable
 class CostAware(Protocol):
-    """A length policy that weighs tokens against time: it is shown a few outputs before the first that counts."""
+    """A length policy that weighs tokens against time. It is calibrated on a few outputs before the measured ones."""
 
     def calibrate(self, generations: Sequence[Generation]) -> None:
-        """Learn from their times what a draft token and a target call cost."""
+        """Estimate the cost of a draft token and of a target call from the times of these outputs."""
         ...
 
 

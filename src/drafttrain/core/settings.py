@@ -1,4 +1,4 @@
-"""How a settings dataclass declares a field: default, meaning, unit and range, in one line."""
+"""Declares a field of a settings dataclass: default, meaning, unit and range, in one call."""
 
 import copy
 from dataclasses import MISSING, field, is_dataclass
@@ -18,15 +18,15 @@ def setting(
     registry: Registry | None = None,
     unless: str | None = None,
 ) -> Any:
-    """Return a dataclass field whose metadata a recipe is checked against and `recipe show` prints.
+    """Return a dataclass field with metadata. Recipes are checked against it, and `recipe show` prints it.
 
     Args:
-        default: The value when the recipe is silent; left out, the recipe must give one.
+        default: The value if the recipe gives none. Without a default the recipe must give a value.
         help: What the field means, with its unit.
         ge, gt, le, lt: The range of a number (of every number of a list).
         registry: The value is a component: a mapping with `kind` and that kind's own settings.
             A list type means a list of such mappings.
-        unless: The recipe must give a value, whatever the default is, unless it gives this other key of the section.
+        unless: The recipe must give a value even if there is a default, unless it gives this other key of the section.
     """
     metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt, "registry": registry, "unless": unless}
     if default is MISSING:

@@ -1,4 +1,4 @@
-"""Weights in files: read whole, or tensor by tensor, or named as damaged."""
+"""Reads weights from safetensors files, whole or tensor by tensor, and refuses damaged ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file.
 
     Raises:
-        CheckpointError: It is missing, truncated or none, or holds a number that is not finite.
+        CheckpointError: It is missing, truncated, not a safetensors file, or contains NaN or infinity.
     """
     with _readable(path):
         tensors = load_file(path)
@@ -29,7 +29,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turn what reading a file of weights raises into an error that names the file."""
+    """Turn errors from reading a weights file into one that names the file."""
     if path.exists() and not path.is_file():
         raise CheckpointError(f"{path}: not a regular file")
     try:
@@ -39,10 +39,11 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def load_into(module: nn.Module, path: Path) -> None:
-    """Read a file into a module of exactly these names, shapes and kinds of number.
+    """Read a file into a module with exactly the same names, shapes and kinds of number.
 
     Raises:
-        CheckpointError: A tensor is missing, has another shape or holds integers, or is unknown, which engines ignore silently.
+        CheckpointError: A tensor is missing, has another shape, or is an integer; or there is an unknown tensor, which
+            engines would ignore silently.
     """
     stored, wanted = read_tensors(path), module.state_dict()
     problems = [f"{name}: missing" for name in wanted if name not in stored]
@@ -61,7 +62,7 @@ def load_into(module: nn.Module, path: Path) -> None:
 
 
 def check_finite(tensors: Mapping[str, Tensor], *, where: str) -> None:
-    """Refuse weights that hold NaN or infinity.
+    """Refuse weights that contain NaN or infinity.
 
     Raises:
         CheckpointError: Naming the tensors.
@@ -75,7 +76,7 @@ def check_finite(tensors: Mapping[str, Tensor], *, where: str) -> None:
 def _not_finite(tensor: Tensor) -> str | None:
     if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
         return None
-    # One sum reads the tensor once; only where it is not finite (or overflows) each number is looked at.
+    # The sum reads the tensor once. Single numbers are checked only if it is not finite (or overflows).
     summed = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     numbers = tensor if tensor.itemsize > 1 else tensor.to(summed)
     if bool(numbers.sum(dtype=summed).isfinite()):
@@ -85,7 +86,7 @@ def _not_finite(tensor: Tensor) -> str | None:
 
 
 def check_number_types(folder: Path) -> None:
-    """Refuse a model folder whose files hold weights of integers or complex numbers: loaders would take them for real ones silently.
+    """Refuse integer or complex weights in a model folder: loaders would convert them to real numbers silently.
 
     Raises:
         CheckpointError: Naming the file and its first tensors.
@@ -105,7 +106,7 @@ def check_number_types(folder: Path) -> None:
 
 
 def elements_by_type(folder: Path) -> dict[str, int]:
-    """Return how many numbers of each type the files of a model folder hold, by safetensors' name of it, from their headers."""
+    """Return, by safetensors' name of the type, how many numbers a model folder contains. Only headers are read."""
     found: dict[str, int] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with _readable(path), safe_open(path, framework="pt") as file:
@@ -117,7 +118,7 @@ def elements_by_type(folder: Path) -> dict[str, int]:
 
 
 def shapes_in(folder: Path) -> dict[str, list[int]]:
-    """Return the shapes of the tensors of a model folder, from the headers of its files."""
+    """Return the shapes of the tensors in a model folder. Only headers are read."""
     found: dict[str, list[int]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with _readable(path), safe_open(path, framework="pt") as file:
@@ -126,10 +127,10 @@ def shapes_in(folder: Path) -> dict[str, list[int]]:
 
 
 class TensorFiles:
-    """The tensors of a model folder by name, each read alone.
+    """The tensors of a model folder by name, each read when needed.
 
     Raises:
-        CheckpointError: A file is truncated or none.
+        CheckpointError: A file is truncated or not a safetensors file.
     """
 
     def __init__(self, folder: Path) -> None:

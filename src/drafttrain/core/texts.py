@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from logits; the same rule is used on target and drafter rows."""
+    """How a token is drawn from logits. The same rule applies to target and drafter."""
 
     temperature: float = 0.0
     """0 is greedy."""
@@ -23,41 +20,38 @@ class Sampling:
 
 @dataclass(frozen=True)
 class LoggedDistribution:
-    """What a log says of the target's law at the labels of a record, in their order: some tokens by name, the rest by its mass.
+    """The target's distribution as a log stores it, at each label of a record: some tokens by id, the rest as one tail.
 
-    K = tokens named at most
+    N = labels, K = the most tokens stored per label
     """
 
     ids_NK: Any
-    """int32 array; -1 where a row names fewer tokens."""
+    """int32 array; -1 where a row stores fewer tokens."""
     log_probs_NK: Any
-    """float32 array; -inf there. What the row's probabilities lack to 1 is the tail."""
+    """float32 array; -inf there. The tail is 1 minus the sum of the row's probabilities."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One text with what is to be learned of it."""
+    """One text, and which of its tokens are labels."""
 
     id: str
     tokens: Sequence[int]
     loss_mask: Sequence[bool]
-    """True where the token is a training label."""
+    """True if the token is a training label."""
     domain: str = ""
     sampling: Sampling | None = None
-    """How the target drew the labelled tokens; None: it did not."""
+    """How the target sampled the labels; None: it did not write them."""
     drawn_by: str = ""
-    """Fingerprint or version of the model that drew them."""
+    """Fingerprint or version of the model that sampled them."""
     refused: Sequence[int] | None = None
-    """Positions where the target refused the drafter's token (serving logs); None: not known."""
+    """Positions where the target rejected the drafter's token (serving logs); None: unknown."""
     num_rounds: int | None = None
-    """Rounds of speculation that wrote the labelled tokens (serving logs); None: not known."""
+    """Rounds of speculative decoding that wrote the labels (serving logs); None: unknown."""
     cache: str = ""
-    """Where what the target knows of this record is stored; empty: nowhere."""
-    law: LoggedDistribution | None = None
-    """What a serving log says of the target's law; None: nothing."""
-
-
-# ---------------------------------------------------------------- decoding
+    """Where the target's outputs on this record are cached; empty: nowhere."""
+    logged: LoggedDistribution | None = None
+    """The target's distribution from a serving log; None: not logged."""
 
 
 @dataclass(frozen=True)
@@ -68,4 +62,4 @@ class Prompt:
     tokens: Sequence[int]
     domain: str = ""
     answer: str = ""
-    """The right answer, where a checker compares with one."""
+    """The correct answer, if a checker compares with one."""

@@ -1,4 +1,4 @@
-"""A drafter's ids and the target's: the one place that maps them.
+"""The map between a drafter's token ids and the target's.
 
 N = rows, V = the target's ids, R = tokens that can be drafted, W = width of the drafter's head
 """
@@ -13,12 +13,12 @@ from drafttrain.core.texts import Sampling
 
 
 class DraftVocabulary:
-    """The tokens that a drafter can draft, by the target's ids.
+    """The tokens that a drafter can draft, as the target's ids.
 
     Args:
-        own_R: The target's id of each token of a drafter with a vocabulary of its own; None: its ids are the target's. Of these
-            the ids behind the tokenizer's last are padding, which is never drafted.
-        num_tokens: Ids of the tokenizer.
+        own_R: The target's id of each token in the drafter's own vocabulary; None: its ids are the target's, without the
+            padding after the tokenizer's last id.
+        num_tokens: Ids that the tokenizer can produce.
     """
 
     def __init__(self, own_R: Tensor | None, *, num_tokens: int) -> None:
@@ -29,16 +29,16 @@ class DraftVocabulary:
         return logits_NW[..., : len(self.ids_R)]
 
     def likeliest(self, logits_NW: Tensor) -> Tensor:
-        """Return the target's id of the token that each row drafts greedily."""
+        """Return the target's id of each row's argmax among the tokens that can be drafted."""
         return self.ids_R.to(logits_NW.device)[self.logits(logits_NW).argmax(dim=-1)]
 
     def probs(self, logits_NW: Tensor, sampling: Sampling, *, size: int) -> Tensor:
-        """Return probs_NV, the distribution that each row drafts from, over the target's `size` ids."""
+        """Return probs_NV, each row's drafting distribution over the target's `size` ids."""
         probs_NR = sampling_probs(self.logits(logits_NW), sampling)
         return over_target_vocabulary(probs_NR, self.ids_R[: probs_NR.shape[-1]].to(probs_NR.device), size=size)
 
     def places(self, *, size: int) -> Tensor:
-        """Return by id of the target the drafter's own; -1 where it cannot draft that token."""
+        """Return, by target id, the drafter's id; -1 if it cannot draft the token."""
         places_V = self.ids_R.new_full((size,), -1)
         places_V[self.ids_R] = torch.arange(len(self.ids_R), device=self.ids_R.device)
         return places_V

@@ -1,56 +1,32 @@
-"""The report: one HTML file with everything in it that people look for first."""
+"""report.html: one file with tables, pictures and samples of an evaluation."""
 
 from __future__ import annotations
 
-import base64
 import csv
-import io
 import math
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from drafttrain.core.files import write_text
-from drafttrain.core.printable import printable
 from drafttrain.eval.interval import number, p_value
+from drafttrain.eval.page import label, page, picture
 from drafttrain.eval.result import DrafterFigures, HeadFigures, Result
 from drafttrain.eval.table import CARRIES_OVER_CAPTION, THIS_MACHINE_CAPTION, baseline_speeds, in_words, parity_cell
-
-LABEL_CHARACTERS = 60
 
 
 def write_report(path: Path, result: Result, *, title: str, metrics: Path | None, command: str) -> None:
     """Write the report of an evaluation.
 
     Args:
-        result: What `evaluate` returned.
-        metrics: metrics.csv of the training; None when a folder is evaluated without its run.
+        metrics: metrics.csv of the training; None: a folder is evaluated without its run.
     """
     template = (resources.files("drafttrain") / "eval" / "report.html").read_text(encoding="utf-8")
-    plots = []
-    if metrics is not None and metrics.exists():
-        rows = _read(metrics)
-        if any(row.get("step_ms") for row in rows):
-            text = "Loss and acceptance over steps; milliseconds of a step by what they went to, and how well the device was used."
-            drawing = picture(lambda axes: _explained(axes, rows), columns=2, rows=2)
-        else:
-            text, drawing = "Loss and acceptance over steps.", picture(lambda axes: _training(axes, rows), columns=2)
-        plots.append(("Training", text, drawing))
-    text = "Share of rounds that keep the i-th draft token; dashed: of those that kept the one before it."
-    plots.append(("Acceptance by position", text, picture(lambda axes: _positions(axes, result), columns=1)))
-    text = "By replay on the emitted text, bands are 95 % intervals over prompts; points: the loop itself."
-    plots.append(
-        ("Block efficiency against draft length", text, picture(lambda axes: _lengths(axes, result), columns=1))
-    )
-    if (head := result.head) is not None:
-        text = "Mean label by predicted chance on held-out draft tokens; on the diagonal a chance is what it says."
-        plots.append(("Reliability of the head", text, picture(lambda axes: _reliability(axes, head), columns=1)))
     html = page(template).render(
         title=title,
         result=result,
-        plots=plots,
+        plots=[*_plots_of_training(metrics), *_plots_of_result(result)],
         command=command,
         carries_over=CARRIES_OVER_CAPTION,
         this_machine=THIS_MACHINE_CAPTION,
@@ -63,14 +39,31 @@ def write_report(path: Path, result: Result, *, title: str, metrics: Path | None
     write_text(path, html)
 
 
-def page(template: str) -> Any:
-    """Return a page in which all that is filled in is text, whatever it holds."""
-    import jinja2
+Plot = tuple[str, str, str]
+"""Heading, caption, and the picture as a data URL."""
 
-    def finalize(value: Any) -> Any:
-        return printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
-    return jinja2.Environment(autoescape=True, finalize=finalize).from_string(template)
+def _plots_of_training(metrics: Path | None) -> list[Plot]:
+    if metrics is None or not metrics.exists():
+        return []
+    rows = _read(metrics)
+    if any(row.get("step_ms") for row in rows):
+        caption = "Loss and acceptance rate over steps; time of a step by phase, and utilization of the device."
+        return [("Training", caption, picture(lambda axes: _training_and_times(axes, rows), columns=2, rows=2))]
+    caption = "Loss and acceptance rate over steps."
+    return [("Training", caption, picture(lambda axes: _training(axes, rows), columns=2))]
+
+
+def _plots_of_result(result: Result) -> list[Plot]:
+    caption = "Share of rounds that accept the i-th draft token; dashed: of those that accepted the one before it."
+    plots = [("Acceptance by position", caption, picture(lambda axes: _positions(axes, result), columns=1))]
+    caption = "By replay on the emitted text, with 95 % intervals over prompts; points: measured by decoding."
+    drawing = picture(lambda axes: _lengths(axes, result), columns=1)
+    plots.append(("Block efficiency against draft length", caption, drawing))
+    if (head := result.head) is not None:
+        caption = "Mean label by prediction on held-out draft tokens; a calibrated head is on the diagonal."
+        plots.append(("Reliability of the head", caption, picture(lambda axes: _reliability(axes, head), columns=1)))
+    return plots
 
 
 def _read(path: Path) -> list[dict[str, str]]:
@@ -78,36 +71,7 @@ def _read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def label(text: str) -> str:
-    """Return a name from outside as a label of a picture: no mathematics, in the legend, and of bearable length."""
-    shown = printable(text)
-    if len(shown) > LABEL_CHARACTERS:
-        shown = shown[: LABEL_CHARACTERS - 3] + "..."
-    # matplotlib sets what stands between two dollars as mathematics, and leaves what begins with a _ out of the legend.
-    return (" " + shown if shown.startswith("_") else shown).replace("$", r"\$")
-
-
-def picture(draw: Callable[[Any], None], *, columns: int, rows: int = 1) -> str:
-    """Return a drawing as a data URL."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.6 * columns + 0.4, 3.2 * rows), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25)
-    draw(axes)
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        # A name in a script that the font does not have is drawn as boxes.
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _explained(axes: Sequence[Any], rows: Sequence[Mapping[str, str]]) -> None:
+def _training_and_times(axes: Sequence[Any], rows: Sequence[Mapping[str, str]]) -> None:
     _training(axes[:2], rows)
     _times(axes[2:], rows)
 
@@ -139,7 +103,7 @@ PHASES = {
     "validation": "#7a5c99",
     "checkpoint": "#5b7553",
 }
-"""What a step's time goes to, each a column of metrics.csv, from the bottom of the picture up."""
+"""Phases of a step, each a column of metrics.csv, from the bottom of the picture to the top."""
 
 
 def _times(axes: Sequence[Any], rows: Sequence[Mapping[str, str]]) -> None:
@@ -157,7 +121,7 @@ def _times(axes: Sequence[Any], rows: Sequence[Mapping[str, str]]) -> None:
     else:
         rates = [int(row["step_flops"]) / float(row["step_ms"]) / 1e9 for row in timed]
         axes[1].plot(steps, rates, color="#1f6f8b")
-        axes[1].set(xlabel="step", title="needed TFLOP/s (the device's peak is not known)", ylim=(0, None))
+        axes[1].set(xlabel="step", title="needed TFLOP/s (the device's peak is unknown)", ylim=(0, None))
 
 
 def _arms(result: Result) -> list[tuple[str, DrafterFigures]]:
@@ -173,7 +137,7 @@ def _positions(axes: Sequence[Any], result: Result) -> None:
         places = range(1, len(figures.acceptance_by_position) + 1)
         (line,) = axes[0].plot(places, figures.acceptance_by_position, "o-", label=name)
         axes[0].plot(places, figures.conditional_acceptance, "--", color=line.get_color(), alpha=0.6)
-    axes[0].set(xlabel="draft position", ylabel="share kept", ylim=(0, 1))
+    axes[0].set(xlabel="draft position", ylabel="share accepted", ylim=(0, 1))
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(fontsize=8, frameon=False)
 
@@ -184,7 +148,7 @@ def _reliability(axes: Sequence[Any], head: HeadFigures) -> None:
         bins = figures.reliability
         text = f"{name}, ECE {figures.ece:.3f}"
         axes[0].plot([one.predicted for one in bins], [one.observed for one in bins], "o-", label=text)
-    axes[0].set(xlabel="predicted chance", ylabel="mean label", xlim=(0, 1), ylim=(0, 1))
+    axes[0].set(xlabel="prediction", ylabel="mean label", xlim=(0, 1), ylim=(0, 1))
     axes[0].legend(fontsize=8, frameon=False)
 
 
@@ -192,7 +156,7 @@ def _lengths(axes: Sequence[Any], result: Result) -> None:
     main = result.settings["length"]
     for name, figures in _arms(result):
         if figures.length != main:
-            continue  # replay is of chains: the further lengths of a drafter would draw its line once more
+            continue  # replay is about chains: further lengths of a drafter would draw the same line again
         if not figures.replay:
             continue  # a lossy rule's text cannot be replayed
         lengths, values = [int(k) for k in figures.replay], list(figures.replay.values())
@@ -202,6 +166,6 @@ def _lengths(axes: Sequence[Any], result: Result) -> None:
             axes[0].fill_between(lengths, lows, highs, color=line.get_color(), alpha=0.15, lw=0)
         if main["kind"] == "fixed":
             axes[0].plot(main["num_draft_tokens"], figures.block_efficiency.value, "o", color=line.get_color())
-    axes[0].set(xlabel="draft tokens a round", ylabel="block efficiency")
+    axes[0].set(xlabel="draft tokens per round", ylabel="block efficiency")
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(fontsize=8, frameon=False)

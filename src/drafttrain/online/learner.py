@@ -20,9 +20,9 @@ from drafttrain.drafters import Drafter
 from drafttrain.losses import Loss
 from drafttrain.losses.step import batch_loss, share_of_step
 from drafttrain.target_model import Target
-from drafttrain.train.optimizer import build_optimizer
-from drafttrain.train.precision import float32_products, training_autocast
-from drafttrain.train.settings import TrainSettings
+from drafttrain.training.optimizer import build_optimizer
+from drafttrain.training.precision import float32_products, training_autocast
+from drafttrain.training.settings import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Learner:
         labelled = [refused_labels_only(record) if positions == "refused" else record for record in records]
         weight = float(max(1, sum(sum(record.loss_mask[1:]) for record in labelled)))
         batch, places = pack(labelled, width=self.max_length, weight_of_step=weight, step=self.steps)
-        logged = [record.law for record in records]
+        logged = [record.logged for record in records]
         if all(one is not None for one in logged):
             # The target's distribution is logged at all labels, so it is at the refused ones too.
             batch = with_logged(batch, places, records, [one for one in logged if one], num_tokens=self.num_tokens)

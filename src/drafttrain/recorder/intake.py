@@ -179,7 +179,7 @@ def _number(path: Path) -> int:
 
 def served_as_json(served: Served) -> dict[str, Any]:
     """Return a record in JSON types. The user is a pseudonym already."""
-    record, logged = served.record, served.record.law
+    record, logged = served.record, served.record.logged
     value: dict[str, Any] = {
         "id": record.id,
         "domain": record.domain,
@@ -218,6 +218,6 @@ def served_from_json(value: dict[str, Any]) -> Served:
         domain=value["domain"],
         refused=value.get("refused"),
         num_rounds=value.get("rounds"),
-        law=logged,
+        logged=logged,
     )
     return Served(record, value["user"], Mark(*value["mark"]))

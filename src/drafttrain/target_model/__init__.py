@@ -1,4 +1,4 @@
-"""The target: one frozen Hugging Face causal LM behind one small interface, and the cache that decoding needs."""
+"""The target: a frozen Hugging Face causal LM behind a small interface, and its cache for decoding."""
 
 from drafttrain.target_model.settings import TargetSettings
 from drafttrain.target_model.target import Target

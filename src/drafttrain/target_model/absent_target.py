@@ -1,4 +1,4 @@
-"""A target that is not loaded: what stands around its blocks is read, and the whole only while it must say something new.
+"""A target without its blocks, for training from cached outputs. The whole target is loaded only to compute missing ones.
 
 B = sequences, T = positions
 """
@@ -41,7 +41,7 @@ def target_folder(settings: TargetSettings) -> Path:
 
 
 def bare_model(settings: TargetSettings) -> Any:
-    """Return the target's model without any weights."""
+    """Return the target's model on the meta device, without weights."""
     return meta_model(
         target_folder(settings),
         dtype=number_type(settings),
@@ -52,14 +52,14 @@ def bare_model(settings: TargetSettings) -> Any:
 
 
 def outer_model(settings: TargetSettings) -> Any:
-    """Return the target's model with the weights of embedding, final norm and head alone, read from its files."""
+    """Return the target's model with only the weights of embedding, final norm and head."""
     model, files = bare_model(settings), TensorFiles(target_folder(settings))
     load_tensors(model, stored_tensors(*outer_modules(model)), files, device=pick_device(settings.device))
     return model
 
 
 class AbsentTarget(Target):
-    """Configuration, embedding, final norm and head; the blocks have no weights."""
+    """Configuration, embedding, final norm and head. The blocks have no weights."""
 
     def __init__(self, settings: TargetSettings, model: Any, tokenizer: Any, *, fingerprint: str) -> None:
         super().__init__(model, tokenizer, name=str(settings.model), fingerprint=fingerprint)
@@ -68,24 +68,24 @@ class AbsentTarget(Target):
 
     @classmethod
     def load(cls, settings: TargetSettings) -> AbsentTarget:
-        """Read the outer parts of a target from its folder."""
+        """Load everything outside a target's blocks from its folder."""
         model, fingerprint = outer_model(settings), fingerprint_of(target_folder(settings))
         check_logits(model)
         return cls(settings, model, load_target_tokenizer(settings), fingerprint=fingerprint)
 
     @contextmanager
     def at_work(self) -> Iterator[Target]:
-        """Yield the whole target, which stays until `rest`."""
+        """Yield the whole target. It stays in memory until `rest`."""
         if self._whole is None:
-            say(f"{self.name}: loaded whole, for what is not stored yet")
+            say(f"{self.name}: loaded with its blocks, to compute outputs that are not cached yet")
             self._whole = Target.load(self._settings)
         yield self._whole
 
     def rest(self) -> None:
-        """Let go of the whole target."""
+        """Release the whole target."""
         if self._whole is None:
             return
-        say(f"{self.name}: let go of, the training does without it")
+        say(f"{self.name}: blocks released, training reads cached outputs")
         self._whole = None
         gc.collect()
         if torch.cuda.is_available():
@@ -99,12 +99,12 @@ class AbsentTarget(Target):
         *,
         documents: PackedDocuments | None = None,
     ) -> TargetOutput:
-        """Refuse: it cannot be run.
+        """Refuse to run without blocks.
 
         Raises:
             CheckpointError: Always.
         """
         raise CheckpointError(
-            f"{self.name}: is not loaded (train.target_placement: absent), and what it says of a text that is read now is not "
-            "stored: use sharded or replicated"
+            f"{self.name}: is not loaded (train.target_placement: absent), and its outputs on this text are not cached. "
+            "Use train.target_placement: sharded or replicated"
         )

@@ -1,4 +1,4 @@
-"""Where a Hugging Face causal LM keeps its parts: trunk, blocks, final norm, head; and taps on them by hooks.
+"""The parts of a Hugging Face causal LM: trunk, blocks, final norm. And hooks that read its hidden states.
 
 B = sequences, T = positions, D = hidden
 """
@@ -20,9 +20,9 @@ NORM_PATHS = (
 
 
 def trunk(model: Any) -> nn.Module:
-    """Return the model below the head; its `last_hidden_state` is the state after the final norm."""
+    """Return the model without its head; its `last_hidden_state` is the state after the final norm."""
     base: nn.Module = model.base_model
-    # Llama 4 looks for its trunk under a name that it does not have, and is then its own.
+    # Llama 4 looks for its trunk under a wrong name, so its `base_model` is the model itself.
     return base if base is not model else model.get_submodule("model")
 
 
@@ -32,7 +32,7 @@ def blocks(model: Any) -> nn.ModuleList:
 
 
 def stack_holder(model: Any) -> nn.Module:
-    """Return the module whose blocks these are: the trunk, or its decoder. Its output begins with the final state."""
+    """Return the module that contains the blocks: the trunk, or its decoder. The first output is the final state."""
     stack = blocks(model)
     return next(module for module in trunk(model).modules() if any(child is stack for child in module.children()))
 
@@ -46,7 +46,7 @@ def final_norm(model: Any) -> nn.Module:
 def taps(model: Any, needs: TargetNeeds) -> Iterator[dict[int | str, Tensor]]:
     """Yield a dict that a forward fills: i -> state entering block i, and 'final' -> state after the final norm.
 
-    Hooks, because in transformers 5 the last of `hidden_states` is already normed.
+    It uses hooks, because in transformers 5 the last of `hidden_states` is already normed.
     """
     seen: dict[int | str, Tensor] = {}
     handles = []
@@ -57,8 +57,8 @@ def taps(model: Any, needs: TargetNeeds) -> Iterator[dict[int | str, Tensor]]:
             state = args[0] if args else kwargs["hidden_states"]
             if state.ndim != 3:
                 raise CheckpointError(
-                    f"{type(model).__name__}: {state.shape[-2]} residual streams enter its blocks, where one is expected: drafters "
-                    "that read hidden states of it cannot be trained"
+                    f"{type(model).__name__}: its blocks have {state.shape[-2]} residual streams, one is expected: drafters "
+                    "that read its hidden states cannot be trained"
                 )
             seen[index] = state
 
@@ -72,7 +72,7 @@ def taps(model: Any, needs: TargetNeeds) -> Iterator[dict[int | str, Tensor]]:
         module = stack[index] if 0 <= index < len(stack) else final_norm(model)
         handles.append(module.register_forward_pre_hook(entering(index), with_kwargs=True))
     if needs.final:
-        # Not the norm's output: OPT may have a projection behind it, or no norm.
+        # Not the norm's output: OPT may have a projection after it, or no norm.
         holder = stack_holder(model)
         handles.append(holder.register_forward_hook(lambda *hooked: seen.__setitem__("final", hooked[2][0])))
     try:

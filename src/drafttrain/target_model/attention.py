@@ -1,4 +1,4 @@
-"""Which attention of transformers a model runs with: the one that was asked for, or the quickest that it has."""
+"""The attention implementation of a model: the requested one, or the fastest that it supports."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from drafttrain.core.errors import CheckpointError
 
 
 def drafter_attention(target_model: Any | None) -> str | None:
-    """Return the attention of a drafter that is a language model; None: the quickest that the drafter has.
+    """Return the attention of a drafter that is a language model; None: the fastest that it supports.
 
-    Eager attention of the target is eager attention of its drafter too. Any other is not handed on: the drafter may be of another
-    architecture, and is trained in another type than its target runs in.
+    If the target uses eager attention, so does its drafter. Other values are not inherited: the drafter may have another
+    architecture, and is trained in another type.
     """
     eager = target_model is not None and target_model.config._attn_implementation == "eager"
     return "eager" if eager else None
 
 
 def refuse_attention(folder: Path, attention: str | None, *, trust_remote_code: bool) -> None:
-    """Refuse an attention that the model of a folder does not have, or for which something is not installed.
+    """Refuse an attention that the model of a folder does not support, or that needs a missing package.
 
     Raises:
-        CheckpointError: Naming our setting, and a value that works.
+        CheckpointError: Names the setting, and a value that works.
     """
     from transformers import AutoConfig
 
@@ -36,11 +36,11 @@ def refuse_attention(folder: Path, attention: str | None, *, trust_remote_code: 
             return
         model = _built(config, None, trust_remote_code=trust_remote_code)
     except Exception:
-        # Something else is wrong with the folder.
+        # The folder has another problem, which the caller reports.
         return
     if model is not None:
         raise CheckpointError(
-            f"{folder}: {type(model).__name__} does not run with attention {attention!r} here: "
+            f"{folder}: {type(model).__name__} does not support attention {attention!r} here: "
             f"set target.attention: {model.config._attn_implementation}"
         )
 

@@ -1,4 +1,4 @@
-"""Some of a model's blocks alone, by the model's own forward: the others pass on what they are given.
+"""Runs only some of a model's blocks with the model's own forward: the others return their input.
 
 B = sequences, N = nodes, D = hidden
 """
@@ -16,22 +16,22 @@ from drafttrain.target_model.anatomy import blocks, final_norm
 
 @contextlib.contextmanager
 def block_range(model: Any, running: range, *, entering_BND: Tensor | None = None) -> Iterator[None]:
-    """Within this context the trunk runs the blocks of `running` alone.
+    """Within this context the trunk runs only the blocks of `running`.
 
-    Masks, positions and cache indices stay the model's own business, whatever its architecture: blocks keep their places
-    in the list, those outside the range only hand their input on. Where the range ends before the last block, the final
-    norm hands on too, so that `last_hidden_state` is the state that enters block `running.stop`.
+    Masks, positions and cache indices are the model's own, whatever its architecture: blocks keep their places in the
+    list, and those outside the range return their input. If the range ends before the last block, the final norm also
+    returns its input, so `last_hidden_state` is the state that enters block `running.stop`.
 
     Args:
-        entering_BND: What enters block `running.start`; needed where that is not the first.
+        entering_BND: The state that enters block `running.start`; needed unless that is the first block.
     """
     stack = blocks(model)
     outside = [index for index in range(len(stack)) if index not in running]
     resting: list[nn.Module] = [stack[index] for index in outside]
-    assert (entering_BND is None) == (running.start == 0), "the first block reads tokens, every later one stored states"
+    assert (entering_BND is None) == (running.start == 0), "only the first block reads tokens: any other needs states"
     if running.stop < len(stack):
         resting.append(final_norm(model))
-    forwards: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(resting, _hand_on)
+    forwards: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(resting, _return_input)
     if entering_BND is not None:
         forwards[stack[running.start - 1]] = lambda *_, **__: entering_BND
     with replaced_forwards(forwards):
@@ -40,8 +40,8 @@ def block_range(model: Any, running: range, *, entering_BND: Tensor | None = Non
 
 @contextlib.contextmanager
 def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Within this context these modules compute something else."""
-    # Libraries that place a model on devices keep a `forward` of their own on the module: it comes back.
+    """Within this context these modules have other forwards."""
+    # Libraries that place a model on devices set a `forward` on the instance: it is restored.
     before = {module: module.__dict__.get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():
@@ -55,5 +55,5 @@ def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Itera
                 module.__dict__["forward"] = own
 
 
-def _hand_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+def _return_input(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
     return hidden_states

@@ -1,4 +1,4 @@
-"""Any Hugging Face causal LM over a list of sequences with a key-value cache: one call reads all nodes of all of them.
+"""A Hugging Face causal LM with a key-value cache over a list of sequences: one call reads all new tokens of all of them.
 
 B = sequences, N = nodes of one call (the longest sequence's), V = vocabulary, D = hidden
 """
@@ -30,17 +30,17 @@ FULL_ATTENTION = ("full_attention", "attention")
 SLIDING_ATTENTION = ("sliding_attention", "chunked_attention", "local_attention")
 MASKED_ATTENTION = ("sdpa", "eager")
 PARTS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Differences, relative to the largest logit, that the rounding of two calls explains."""
+"""Largest differences, relative to the largest logit, that the rounding of two calls explains."""
 
 
 class CachedLM:
-    """A causal LM and the cache of the sequences that it is reading.
+    """A causal LM and the cache of the sequences that it reads.
 
-    `forward` reads new tokens, which are then pending; `keep` decides which of them stay. Rows of two calls with different
+    `forward` reads new tokens, which are then pending; `keep` decides which of them stay in the cache. Calls with different
     padding differ by rounding: in float32 by about 1e-6.
 
     After `split_at` the first blocks can read tokens on their own (`run_first_blocks`), and `forward` continues from their
-    states. The cache stays one: the blocks of both calls keep their keys and values in it, and `keep` rolls all of them back.
+    states. Both calls use the same cache, and `keep` rolls back all blocks.
     """
 
     def __init__(self, model: Any, *, name: str, listener: ForwardListener | None = None) -> None:
@@ -58,20 +58,20 @@ class CachedLM:
         self._num_layers = int(self._config.num_hidden_layers)
         self.split: int | None = None
         self.cache = RaggedCache(0)
-        """Of all blocks, or of those from the split on."""
+        """The cache of all blocks, or of those from the split on."""
         self._first_cache: RaggedCache | None = None
-        """Of the blocks before the split."""
+        """The cache of the blocks before the split."""
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens in the cache by sequence, pending ones included."""
+        """Tokens in the cache by sequence, including pending ones."""
         return self.cache.lengths
 
     def why_alone(self, longest: int) -> str | None:
-        """Return why sequences of up to so many tokens are read one at a time, and no trees; None: they can be read together."""
+        """Return why sequences of up to `longest` tokens are read one at a time, and without trees; None: no such limit."""
         attention = self._config._attn_implementation
         if attention not in MASKED_ATTENTION:
-            return f"target.attention {attention} takes no mask of ours, {' and '.join(MASKED_ATTENTION)} do"
+            return f"target.attention {attention} does not accept custom masks, {' and '.join(MASKED_ATTENTION)} do"
         if not self._takes_positions:
             return f"{type(self.model).__name__} takes no position_ids"
         if self._window is not None and longest >= self._window:
@@ -79,10 +79,10 @@ class CachedLM:
         return None
 
     def split_at(self, layer: int) -> None:
-        """Let blocks 0..layer-1 be run on their own from now on.
+        """From now on, allow running blocks 0..layer-1 on their own.
 
         Raises:
-            CheckpointError: This model does not say the same when it is run in two parts.
+            CheckpointError: This model's outputs change when it is run in two parts.
         """
         if not 1 <= layer < self._num_layers:
             raise CheckpointError(
@@ -91,7 +91,7 @@ class CachedLM:
         self.split = layer
         listener, self.listener = self.listener, None
         try:
-            same = self._says_the_same_in_two_parts()
+            same = self._is_same_in_two_parts()
         except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError, CheckpointError) as error:
             raise CheckpointError(
                 f"{self.name}: {type(self.model).__name__} cannot be run in two parts at block {layer}: {error}"
@@ -100,11 +100,11 @@ class CachedLM:
             self.listener = listener
         if not same:
             raise CheckpointError(
-                f"{self.name}: {type(self.model).__name__} says something else when it is run in two parts at block {layer}"
+                f"{self.name}: {type(self.model).__name__} gives other logits when it is run in two parts at block {layer}"
             )
 
     def begin(self, prompts: Sequence[Sequence[int]], *, needs: TargetNeeds | None = None) -> list[TargetOutput]:
-        """Forget everything and read these prompts in one call; any of them may be empty."""
+        """Empty the cache and read these prompts in one call. Prompts may be empty."""
         self.cache = RaggedCache(len(prompts))
         if self.split is not None:
             self._first_cache = RaggedCache(len(prompts), layers=slice(self.split))
@@ -123,25 +123,25 @@ class CachedLM:
         prefill: bool = False,
         resume: Sequence[LayerState | None] | None = None,
     ) -> list[TargetOutput]:
-        """Read new tokens of every sequence; return what was asked for by sequence, each a batch of one.
+        """Read new tokens of every sequence; return the requested outputs of each, as a batch of one.
 
         Args:
-            tokens: Nodes by sequence; a sequence with none is left alone.
+            tokens: Nodes by sequence; may be empty for some.
             parents: The tree of each sequence (see `Tree`); None: all are chains.
-            needs: What to return; logits when left out. Without logits the head does not run.
-            prefill: Reads a prompt (told to the ledger).
-            resume: What `run_first_blocks` gave for these very tokens, by sequence: the call continues from there.
+            needs: What to return; by default logits. Without logits the head does not run.
+            prefill: The call reads prompts (reported to the listener).
+            resume: The results of `run_first_blocks` for exactly these tokens, by sequence: the call continues from there.
         """
         states = [one for one in resume or () if one is not None]
         if states and (len(states) < len(tokens) or any(one.layer != self.split for one in states)):
             raise CheckpointError(
-                f"{self.name}: a call continues all of its sequences from block {self.split}, or none of them"
+                f"{self.name}: a call must continue all of its sequences from block {self.split}, or none"
             )
         needs = needs or TargetNeeds(logits=True)
         passed = [index for index in needs.hidden if states and index < states[0].layer]
         if passed:
             raise CheckpointError(
-                f"{self.name}: hidden state {passed[0]} is gone when a call continues from block {self.split}"
+                f"{self.name}: hidden state {passed[0]} is not available when a call continues from block {self.split}"
             )
         return self._read(
             tokens,
@@ -153,12 +153,12 @@ class CachedLM:
         )
 
     def run_first_blocks(self, tokens: Sequence[Sequence[int]]) -> list[LayerState]:
-        """Read new tokens with the blocks before the split alone; return the states that enter the block after them.
+        """Read new tokens with only the blocks before the split; return the states that enter the next block.
 
-        They are pending like all others, and in this order: until `keep`, `forward` must be given the same tokens, and their
-        states to resume from.
+        The tokens are then pending. Before `keep`, `forward` must read the same tokens in the same order, resuming from
+        these states.
         """
-        assert self.split is not None, "split_at comes first"
+        assert self.split is not None, "call split_at first"
         needs = TargetNeeds(hidden=(self.split,))
         seen = self._read(tokens, parents=None, needs=needs, running=range(self.split))
         return [LayerState(self.split, one.hidden_BTD[self.split][0]) for one in seen if one.hidden_BTD]
@@ -176,12 +176,12 @@ class CachedLM:
         return logits_BV
 
     def keep(self, nodes: Sequence[Sequence[int]]) -> None:
-        """Keep these of every sequence's tokens read since the last `keep` (a path down the tree), forget the others."""
+        """Keep these of each sequence's pending tokens (a path down the tree), and drop the others."""
         for cache in self._caches():
             cache.keep(nodes)
 
     def drop(self, keep: Sequence[int]) -> None:
-        """Keep only these sequences, in this order: the others are finished."""
+        """Keep only these sequences, in this order. The others are finished."""
         for cache in self._caches():
             cache.select(keep)
 
@@ -204,7 +204,7 @@ class CachedLM:
         entering: Sequence[Tensor] | None = None,
         prefill: bool = False,
     ) -> list[TargetOutput]:
-        """Read new tokens with the blocks of `running`; return what was asked for by sequence."""
+        """Read new tokens with the blocks of `running`; return the requested outputs by sequence."""
         sizes = [len(nodes) for nodes in tokens]
         if not any(sizes):
             return [TargetOutput() for _ in tokens]
@@ -231,7 +231,7 @@ class CachedLM:
         entering: Sequence[Tensor] | None = None,
         prefill: bool = False,
     ) -> tuple[Any, dict[int | str, Tensor]]:
-        """Read new tokens with the blocks of `running`; return the model's output and its states, all sequences together."""
+        """Read new tokens with the blocks of `running`; return the model's output and its hidden states, batched."""
         sizes = [len(nodes) for nodes in tokens]
         width = max(sizes)
         span = Span(self.device)
@@ -239,7 +239,7 @@ class CachedLM:
         caches = self._caches_of(running)
         tokens_BN = torch.tensor([[*nodes, *[0] * (width - len(nodes))] for nodes in tokens])
         positions_BN = self._positions(caches[0], sizes, trees, width=width)
-        # Both in one copy to the device.
+        # One copy to the device for both.
         tokens_BN, positions_BN = torch.stack([tokens_BN, positions_BN]).to(self.device)
         arguments: dict[str, Any] = {
             "input_ids": tokens_BN,
@@ -267,8 +267,8 @@ class CachedLM:
             )
         return output, dict(seen)
 
-    def _says_the_same_in_two_parts(self) -> bool:
-        """Tell whether tokens read one by one by the first blocks, then together by the others, give the logits of one call."""
+    def _is_same_in_two_parts(self) -> bool:
+        """Return whether running the first blocks token by token, then the others at once, gives the logits of one call."""
         if not self._takes_positions:
             raise CheckpointError("it takes no position_ids")
         context, nodes = [0, 1, 2], [2, 1, 0]
@@ -286,18 +286,22 @@ class CachedLM:
     def _positions(
         self, cache: RaggedCache, sizes: Sequence[int], trees: Sequence[Tree | None], *, width: int
     ) -> Tensor:
-        """Return the position of every node, none past those that the model has embeddings for."""
+        """Return the position of every node.
+
+        Raises:
+            CheckpointError: A position is beyond the model's embeddings.
+        """
         positions_BN = cache.positions(sizes, trees, width=width)
         last = int(positions_BN.max())
         if self._takes_positions and self._position_limit is not None and last >= self._position_limit:
             raise CheckpointError(
-                f"{self.name}: token {last + 1} is past the {self._position_limit} positions that "
-                f"{type(self.model).__name__} has embeddings for: use shorter prompts or fewer new tokens"
+                f"{self.name}: token {last + 1} is beyond the {self._position_limit} position embeddings of "
+                f"{type(self.model).__name__}: use shorter prompts or fewer new tokens"
             )
         return positions_BN
 
     def _mask(self, cache: RaggedCache, trees: Sequence[Tree | None], width: int) -> Tensor | None:
-        """Return the additive mask, or None where the model's own causal mask is right."""
+        """Return the additive mask; None: the model's own causal mask is right."""
         allowed_BNC = cache.allowed(trees, width=width)
         if allowed_BNC is None:
             return None
@@ -307,7 +311,7 @@ class CachedLM:
         return mask_BNC.masked_fill_(~allowed_BNC, torch.finfo(dtype).min)[:, None]
 
     def _check_mask(self, columns: int) -> None:
-        """Refuse trees and ragged batches where the model does not take a mask of ours."""
+        """Refuse trees and ragged batches if the model does not accept custom masks."""
         if why := self.why_alone(columns):
             raise CheckpointError(f"{self.name}: {why}: decode one sequence at a time, in chains")
 
@@ -337,14 +341,14 @@ class CachedLM:
 
 
 def _stacked(rows: Sequence[Tensor] | None, width: int) -> Tensor | None:
-    """Return the rows of all sequences side by side, padded."""
+    """Return the rows of all sequences as a padded batch."""
     return None if rows is None else torch.stack([pad(row_ND, (0, 0, 0, width - len(row_ND))) for row_ND in rows])
 
 
 class _WeightBytes:
-    """Bytes of weights that a call touches: all of the body, one row of each embedding a token, the head if it runs.
+    """Bytes of weights that a call reads: the whole body, one embedding row per token, and the head if it runs.
 
-    A tied embedding is counted as rows going in and as the whole head going out. All experts of a mixture are counted.
+    A tied embedding counts as rows on input and as the whole head on output. All experts of a mixture count.
     """
 
     def __init__(self, model: Any) -> None:
@@ -358,7 +362,7 @@ class _WeightBytes:
         self.body = sum(w.numel() * w.element_size() for w in parameters - set(embeddings) - head)
 
     def of_blocks(self, running: range, *, rest: bool) -> int:
-        """Return the bytes of these blocks; with `rest` also of what is no block, embedding or head: the final norm."""
+        """Return the bytes of these blocks; with `rest` also of everything else outside embedding and head."""
         return sum(self._by_block[index] for index in running) + (self.body - sum(self._by_block) if rest else 0)
 
     @cached_property
@@ -367,17 +371,17 @@ class _WeightBytes:
 
 
 def _window(config: Any, *, name: str) -> int | None:
-    """Return the sliding window in tokens; None: every layer looks at everything.
+    """Return the sliding window in tokens; None: every layer attends to everything.
 
     Raises:
-        CheckpointError: A layer keeps a state that cannot be rolled back.
+        CheckpointError: A layer has a state that cannot be rolled back.
     """
     kinds = set(getattr(config, "layer_types", None) or ())
     unknown = sorted(kinds - {*FULL_ATTENTION, *SLIDING_ATTENTION})
     if unknown:
         raise CheckpointError(
-            f"{name}: layers of kind {', '.join(unknown)} keep a state that cannot be rolled back; "
-            f"models of {', '.join((*FULL_ATTENTION, *SLIDING_ATTENTION))} layers can be decoded"
+            f"{name}: layers of kind {', '.join(unknown)} have a state that cannot be rolled back. "
+            f"Supported layers: {', '.join((*FULL_ATTENTION, *SLIDING_ATTENTION))}"
         )
     sliding = bool(kinds & set(SLIDING_ATTENTION)) if kinds else getattr(config, "use_sliding_window", True)
     window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
@@ -386,4 +390,4 @@ def _window(config: Any, *, name: str) -> int | None:
 
 def _refuse_states_that_cannot_roll_back(model: Any, *, name: str) -> None:
     if getattr(model, "_is_stateful", False):
-        raise CheckpointError(f"{name}: {type(model).__name__} keeps a recurrent state, which cannot be rolled back")
+        raise CheckpointError(f"{name}: {type(model).__name__} has a recurrent state, which cannot be rolled back")

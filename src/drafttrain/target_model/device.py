@@ -8,7 +8,7 @@ from drafttrain.core.errors import DrafttrainError
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device that a setting names; auto is cuda where there is one.
+    """Return the device of a setting; auto is cuda if available.
 
     Raises:
         DrafttrainError: There is no such device.
@@ -23,11 +23,11 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= count:
         there = ", ".join(f"cuda:{number}" for number in range(count)) or "none"
         raise DrafttrainError(
-            f"device {name}: no such CUDA device here, there is {there}: choose one of them, cpu or auto"
+            f"device {name}: no such CUDA device. Available: {there}. Choose one of them, cpu or auto"
         )
     return device
 
 
 def kind_of_device(name: str) -> str:
-    """Return the kind of device that a setting names, cuda or cpu, whether or not it is here; auto is cuda where there is one."""
+    """Return the kind of device of a setting, cuda or cpu, even if this machine lacks it; auto is cuda if available."""
     return pick_device("auto").type if name == "auto" else name.partition(":")[0]

@@ -1,7 +1,7 @@
-"""States of packed rows, in which documents must not see each other.
+"""Hidden states of packed rows, in which documents must not attend to each other.
 
-Most models tell documents apart by positions that restart, when there is neither a mask nor a cache. One that does not (it has
-no positions, or adds its own bias for distance) reads each document in a row of its own.
+Without a mask and a cache, most models separate documents by positions that restart at 0. A model that does not (it has no
+positions, or adds its own bias for distance) reads each document in a row of its own.
 
 B = sequences, T = positions, L = documents, S = tokens of the longest document, D = hidden
 """
@@ -17,22 +17,21 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from drafttrain.core.autocast import in_own_precision
 from drafttrain.core.batches import PackedDocuments
+from drafttrain.core.linear_head import no_autocast_if_frozen
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.target_model.anatomy import taps, trunk
 from drafttrain.target_model.logits import check_logits
-from drafttrain.target_model.packed_reading import NotPlain, may_be_read_packed, packed, through_every_block
+from drafttrain.target_model.packed_forward import NotPlain, may_be_read_packed, packed, through_every_block
 
-TRIED = 4
-"""Tokens of each document that is tried."""
+PROBE_TOKENS = 4
+"""Tokens of each document in a probe."""
 
 _apart: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _packed: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _masked: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-@in_own_precision
 def document_states(
     model: Any,
     tokens_BT: Tensor,
@@ -41,37 +40,41 @@ def document_states(
     hidden: tuple[int, ...] = (),
     documents: PackedDocuments | None = None,
 ) -> tuple[Tensor, Mapping[int, Tensor]]:
-    """Return (final_BTD, the residual streams asked for by index) of packed rows.
+    """Return (final_BTD, the requested residual streams by index) of packed rows.
 
     Args:
-        positions_BT: Restart at 0 with each document, padding being one too.
-        documents: Where these lie, if the caller knows: looking for them makes the host wait for a GPU.
+        positions_BT: They restart at 0 with each document; padding is a document too.
+        documents: Where the documents are, if known. Finding them makes the host wait for a GPU.
 
     Raises:
-        CheckpointError: What is made of these states is not what the model makes of them (`check_logits`).
+        CheckpointError: Logits computed from these states differ from the model's own (`check_logits`).
     """
-    probe(model)
-    if tells_documents_apart(model):
-        with taps(model, TargetNeeds(hidden=hidden)) as seen, _attention(model, positions_BT, documents) as by_kernel:
-            mask_B1TT = None if by_kernel else _mask(model, positions_BT, documents)
-            final_BTD = _final(model, tokens_BT, positions_BT, mask_B1TT)
-        return final_BTD, {int(index): state for index, state in seen.items()}
-    with taps(model, TargetNeeds(hidden=hidden)) as seen:
-        final_LSD = _final(model, as_read(model, tokens_BT, positions_BT), None)
-    states = [final_LSD, *seen.values()]
-    places = _own_rows(positions_BT)
-    final_BTD, *others = (state[places].unflatten(0, tokens_BT.shape) for state in states)
-    return final_BTD, dict(zip(map(int, seen), others, strict=True))
+    with no_autocast_if_frozen(model.get_output_embeddings().weight):
+        probe(model)
+        if tells_documents_apart(model):
+            with (
+                taps(model, TargetNeeds(hidden=hidden)) as seen,
+                _attention(model, positions_BT, documents) as by_kernel,
+            ):
+                mask_B1TT = None if by_kernel else _mask(model, positions_BT, documents)
+                final_BTD = _final(model, tokens_BT, positions_BT, mask_B1TT)
+            return final_BTD, {int(index): state for index, state in seen.items()}
+        with taps(model, TargetNeeds(hidden=hidden)) as seen:
+            final_LSD = _final(model, as_read(model, tokens_BT, positions_BT), None)
+        states = [final_LSD, *seen.values()]
+        places = _own_rows(positions_BT)
+        final_BTD, *others = (state[places].unflatten(0, tokens_BT.shape) for state in states)
+        return final_BTD, dict(zip(map(int, seen), others, strict=True))
 
 
 def probe(model: Any) -> None:
-    """Find out all that reading packed rows asks of a model, once a model, by short forwards in one order.
+    """Find out once per model, by short forwards in a fixed order, how it reads packed rows.
 
-    Processes among which the weights are spread must run a model equally often: whether something is tried must not depend on the
-    rows of one of them.
+    Processes that share sharded weights must run the model equally often, so whether a probe runs must not depend on the
+    rows of one process.
 
     Raises:
-        CheckpointError: What is made of its final states is not what the model makes of them (`check_logits`).
+        CheckpointError: Logits computed from its final states differ from the model's own (`check_logits`).
     """
     check_logits(model)
     tells_documents_apart(model)
@@ -80,7 +83,7 @@ def probe(model: Any) -> None:
 
 
 def as_read(model: Any, values_BT: Tensor, positions_BT: Tensor) -> Tensor:
-    """Return values of the tokens of packed rows as `document_states` lays the tokens out for this model; 0 where there is none."""
+    """Return values of tokens in the layout in which `document_states` gives the tokens to this model; 0 at padding."""
     if tells_documents_apart(model):
         return values_BT
     document_R, column_R = _own_rows(positions_BT)
@@ -90,19 +93,19 @@ def as_read(model: Any, values_BT: Tensor, positions_BT: Tensor) -> Tensor:
 
 
 def _own_rows(positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the row and column of every token when each document has a row of its own: positions restart with each."""
+    """Return the row and column of every token if each document gets a row of its own."""
     return (positions_BT == 0).flatten().cumsum(0) - 1, positions_BT.flatten()
 
 
 def tells_documents_apart(model: Any) -> bool:
-    """Tell whether positions that restart keep this model's documents apart; tried once a model, on two short ones."""
+    """Return whether restarting positions separate this model's documents. Probed once per model, on two short ones."""
     if model not in _apart:
         _apart[model] = _takes_positions(model) and _try(model)
     return _apart[model]
 
 
 def reads_packed(model: Any) -> bool:
-    """Return whether flash attention reads this model's documents one by one; tried once a model."""
+    """Return whether flash attention can read this model's documents one by one. Probed once per model."""
     if model not in _packed:
         _packed[model] = may_be_read_packed(model) and tells_documents_apart(model) and _try_packed(model)
     return _packed[model]
@@ -110,8 +113,8 @@ def reads_packed(model: Any) -> bool:
 
 @contextmanager
 def _attention(model: Any, positions_BT: Tensor, documents: PackedDocuments | None) -> Iterator[bool]:
-    """Yield whether the model's attention reads these documents by a kernel inside the block."""
-    # With gradients, what a checkpoint computes again would run outside of the context.
+    """Within this context the model's attention reads the documents by the kernel, if it can; yield whether it does."""
+    # With gradients, recomputed activations would run outside the context.
     if torch.is_grad_enabled() or not reads_packed(model):
         yield False
         return
@@ -120,9 +123,9 @@ def _attention(model: Any, positions_BT: Tensor, documents: PackedDocuments | No
 
 
 def _mask(model: Any, positions_BT: Tensor, documents: PackedDocuments | None) -> Tensor | None:
-    """Return the mask that transformers would make of these positions; None: it is to make one.
+    """Return the mask that transformers would make from these positions; None: leave it to transformers.
 
-    To find out whether a row holds several documents it waits for the device; here the host knows.
+    Transformers waits for the device to find out whether a row has several documents. Here the host knows.
     """
     known = documents is not None and documents.on_host is not None and len(documents.on_host) > len(positions_BT)
     return _same_document_before(positions_BT) if known and takes_mask(model) else None
@@ -134,7 +137,7 @@ def _same_document_before(positions_BT: Tensor) -> Tensor:
 
 
 def takes_mask(model: Any) -> bool:
-    """Return whether this model takes a whole mask in place of the one that it makes of positions; tried once a model."""
+    """Return whether this model accepts a full mask instead of the one it makes from positions. Probed once per model."""
     if model not in _masked:
         config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -151,8 +154,8 @@ def _try_mask(model: Any) -> bool:
     except (torch.OutOfMemoryError, torch.distributed.DistError):
         raise
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        # What a model raises that wants a mask of another form differs by model. What fails without a mask too, as a device or
-        # another process that is gone, is raised by this forward.
+        # Models raise different errors for a mask of the wrong form. An error that has another cause, such as a lost device
+        # or process, also occurs without a mask: this forward raises it.
         _second_documents(model)
         return False
     return _alike(states_2SD, _second_documents(model))
@@ -161,7 +164,7 @@ def _try_mask(model: Any) -> bool:
 @torch.no_grad()
 def _try_packed(model: Any) -> bool:
     plain_2SD = _second_documents(model)
-    documents = PackedDocuments.of(torch.arange(TRIED, device=plain_2SD.device).repeat(2, 2))
+    documents = PackedDocuments.of(torch.arange(PROBE_TOKENS, device=plain_2SD.device).repeat(2, 2))
     try:
         with packed(model, documents) as calls:
             states_2SD = _second_documents(model)
@@ -176,21 +179,21 @@ def _try(model: Any) -> bool:
 
 
 def _second_documents(model: Any, *, masked: bool = False) -> Tensor:
-    """Return the states of the second document of two rows, of which only the first document differs.
+    """Return the states of the second document in two rows that differ only in their first document.
 
     Args:
-        masked: By a mask that is made here.
+        masked: Separate the documents by a mask that is made here.
     """
-    # ZeRO-3 leaves no rows of the embedding here outside of a forward.
+    # Under ZeRO-3 the embedding has no rows outside a forward.
     size = int(model.config.get_text_config().vocab_size)
     device = model.get_input_embeddings().weight.device
     tokens_2T = torch.tensor([[*range(1, 5), *range(5, 9)], [*range(11, 15), *range(5, 9)]], device=device) % size
-    positions_2T = torch.arange(TRIED, device=device).repeat(2, 2)
+    positions_2T = torch.arange(PROBE_TOKENS, device=device).repeat(2, 2)
     was_training = model.training
     model.eval()
     mask_21TT = _same_document_before(positions_2T) if masked else None
     try:
-        return _final(model, tokens_2T, positions_2T, mask_21TT)[:, TRIED:].float()
+        return _final(model, tokens_2T, positions_2T, mask_21TT)[:, PROBE_TOKENS:].float()
     finally:
         model.train(was_training)
 
@@ -202,7 +205,7 @@ def _alike(one: Tensor, other: Tensor, *, up_to: float = 1e-4) -> bool:
 def _final(model: Any, tokens_BT: Tensor, positions_BT: Tensor | None, mask_B1TT: Tensor | None = None) -> Tensor:
     """Return the state after the final norm.
 
-    No cache, and no mask but a whole one: with either, transformers attends across documents.
+    Without a cache, and with a full mask or none: otherwise transformers attends across documents.
     """
     positions = {} if positions_BT is None else {"position_ids": positions_BT}
     states_BTD: Tensor = trunk(model)(

@@ -1,7 +1,7 @@
-"""The tokens that end a text: the union of what generation config, configuration and tokenizer name, as serving engines stop.
+"""The tokens that end a text: the union of those in the generation config, the configuration and the tokenizer.
 
-vLLM stops at the ends of its generation config (of config.json where that file is missing) and at the tokenizer's. A text that goes on
-behind one of them is none that it would have served. Every reader of end tokens comes here.
+vLLM stops at the end tokens of generation_config.json (or config.json if that file is missing) and of the tokenizer. A text
+that continues after one of them cannot come from it. All code that needs end tokens uses this module.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ GENERATION, CONFIGURATION, TOKENIZER = "generation config", "configuration", "to
 
 
 def ends_by_place(model: Any, tokenizer: Any) -> dict[str, tuple[int, ...]]:
-    """Return by place the ids that end a text there; places that name none are left out.
+    """Return the end tokens by the place that names them. Places without any are left out.
 
     Args:
-        model: None where there is only a tokenizer.
+        model: None if there is only a tokenizer.
     """
     places: dict[str, Any] = {}
     if model is not None:
@@ -31,25 +31,25 @@ def ends_by_place(model: Any, tokenizer: Any) -> dict[str, tuple[int, ...]]:
 
 
 def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Return the ids that end a text: those of the generation config first, then what other places add."""
+    """Return the ids that end a text: those of the generation config first, then those of other places."""
     return _union(ends_by_place(model, tokenizer).values())
 
 
 def end_of_text_id(tokenizer: Any) -> int | None:
-    """Return the id that is written behind a text that has none: the tokenizer's own end."""
+    """Return the id to append to a text without an end token: the tokenizer's own."""
     ids = _ids(tokenizer.eos_token_id)
     return ids[0] if ids else None
 
 
 def report_end_tokens(model: Any, tokenizer: Any, *, name: str) -> None:
-    """Report places that name different ends, in one line."""
+    """Log one line if the places name different end tokens."""
     places = ends_by_place(model, tokenizer)
     if len({frozenset(ids) for ids in places.values()}) > 1:
-        say_once(f"{name}: {_in_words(places, tokenizer)}: a text ends at any of them, as engines stop")
+        say_once(f"{name}: {_in_words(places, tokenizer)}: a text ends at any of them, as in engines")
 
 
 def _named_in(config: Any) -> Any:
-    """Return the ends that a configuration names itself: what its class fills in, nobody has named."""
+    """Return the end tokens that a configuration names itself, without its class's defaults."""
     file = Path(config.name_or_path) / "config.json"
     if not config.name_or_path or not file.is_file():
         return config.get_text_config().to_diff_dict().get("eos_token_id")
@@ -60,7 +60,7 @@ def _named_in(config: Any) -> Any:
 
 def _ids(given: Any) -> tuple[int, ...]:
     listed = given if isinstance(given, list | tuple) else [given]
-    # Some write -1 where a text has no end.
+    # Some configurations use -1 for no end token.
     return tuple(one for one in listed if type(one) is int and 0 <= one < 1 << 31)
 
 

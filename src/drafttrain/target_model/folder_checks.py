@@ -1,6 +1,6 @@
-"""What a folder holds that somebody gives as a model: a causal LM, or one sentence that says what it is instead and what to give.
+"""Checks that a folder contains a causal LM. If not, one sentence says what it contains and what to give instead.
 
-Only names of files and configurations are read, so that it takes no longer for 100 GB.
+Only file names and configurations are read, so it takes no longer for 100 GB.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ LONGEST_SENTENCE = 300
 
 
 def check_model_files(folder: Path) -> None:
-    """Refuse a folder that holds no configuration and weights of a model.
+    """Refuse a folder without the configuration and weights of a model.
 
     Raises:
-        CheckpointError: In one sentence: what it holds, and what to give instead.
+        CheckpointError: Says in one sentence what it contains, and what to give instead.
     """
     names = sorted(path.name for path in folder.iterdir())
     if reason := _no_configuration(folder, names) or _no_weights(folder, names):
@@ -36,10 +36,10 @@ def check_model_files(folder: Path) -> None:
 
 
 def check_causal_lm(folder: Path, *, trust_remote_code: bool = False) -> None:
-    """Refuse a folder that holds no causal LM that can be loaded here.
+    """Refuse a folder without a causal LM that can be loaded here.
 
     Raises:
-        CheckpointError: In one sentence: what it holds, and what to give instead.
+        CheckpointError: Says in one sentence what it contains, and what to give instead.
     """
     check_model_files(folder)
     check_folder(folder)
@@ -49,20 +49,20 @@ def check_causal_lm(folder: Path, *, trust_remote_code: bool = False) -> None:
 
 
 def no_folder(name: str) -> str | None:
-    """Return what a path is that is no folder; None: there is nothing."""
-    path = Path(os.path.expanduser(name))  # where a user is unknown, the name stays
+    """Return what a path is if it is not a folder; None: it is a folder, or does not exist."""
+    path = Path(os.path.expanduser(name))  # an unknown user leaves the name as it is
     if path.is_dir() or not path.exists():
         return None
     if path.suffix == ".gguf":
-        return "is a GGUF file, which llama.cpp reads: give the folder with config.json and *.safetensors that it was made from"
-    return "is a file: give the folder that holds config.json and *.safetensors"
+        return "is a GGUF file for llama.cpp: give the folder with config.json and *.safetensors that it was made from"
+    return "is a file: give the folder with config.json and *.safetensors"
 
 
 def in_one_line(error: BaseException) -> str:
-    """Return the message of another library as a part of a sentence."""
+    """Return the message of another library's error in one line."""
     words = " ".join(str(error).split())
     if isinstance(error, KeyError | ArithmeticError | AssertionError | TypeError | AttributeError) or not words:
-        # Their words alone are a name, or nothing that tells what is wrong.
+        # Their messages alone are a name or nothing, and do not explain the problem.
         words = f"{type(error).__name__}: {words}"
     return words if len(words) <= LONGEST_SENTENCE else f"{words[:LONGEST_SENTENCE]}..."
 
@@ -78,26 +78,30 @@ def _no_configuration(folder: Path, names: list[str]) -> str | None:
     if "model_index.json" in names:
         return "is a pipeline of diffusers (model_index.json), not a language model"
     if any(name.endswith(".gguf") for name in names):
-        return "holds GGUF files, which llama.cpp reads: give the folder with config.json and *.safetensors that they were made from"
+        return (
+            "contains GGUF files for llama.cpp: give the folder with config.json and *.safetensors they were made from"
+        )
     if "params.json" in names or any(name.endswith((".pth", ".nemo", ".distcp")) for name in names):
-        return "is not in the layout of Hugging Face (no config.json): convert it first"
+        return "is not in Hugging Face's layout (no config.json): convert it first"
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    return f"no config.json here: not a model folder (it holds {shown})"
+    return f"no config.json here: not a model folder (it contains {shown})"
 
 
 def _adapter(folder: Path) -> str:
-    """Return how a folder with an adapter alone becomes a model."""
+    """Return how to turn a folder with only an adapter into a model."""
     held = read_json(folder / "adapter_config.json")
     kind, base = held.get("peft_type") or "LoRA", held.get("base_model_name_or_path")
     if isinstance(base, str) and len(base) > LONGEST_SENTENCE:
-        return f"is an adapter, and its base_model_name_or_path is no name of a model: {shown(base)}"
+        return f"is an adapter, and its base_model_name_or_path is not the name of a model: {shown(base)}"
     what = (
         f"is an adapter ({kind if isinstance(kind, str) else shown(kind):.60}, adapter_config.json), not a whole model"
     )
     if not isinstance(base, str) or not base:
-        return f"{what}, and names no base model: write base_model_name_or_path into adapter_config.json, then merge the two"
+        return (
+            f"{what}, and names no base model: add base_model_name_or_path to adapter_config.json, then merge the two"
+        )
     if (base.startswith((".", "/", "~")) or base.count("/") != 1) and not os.path.isdir(os.path.expanduser(base)):
-        return f"{what}, and its base model {base!r} is not here: bring it, or correct base_model_name_or_path, then merge the two"
+        return f"{what}, and its base model {base!r} is not here: copy it, or fix base_model_name_or_path, then merge the two"
     own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     return f"{what}, for {base}: {MERGE.format(folder=folder, tokenizer=folder if own else base)}"
 
@@ -109,13 +113,13 @@ def _no_weights(folder: Path, names: list[str]) -> str | None:
             return f"{INDEX}: weight_map must map tensors to files"
         if missing := sorted({str(file) for file in shards.values()} - set(names)):
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-            return f"{len(missing)} of {len(set(shards.values()))} files that {INDEX} names are missing: {shown}: fetch it again"
+            return f"{len(missing)} of {len(set(shards.values()))} files named in {INDEX} are missing: {shown}: fetch them again"
     if any(name.endswith(".safetensors") for name in names):
         return None
     if pickled := [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]:
         return (
-            f"no *.safetensors here (pickled weights are not read: {pickled[0]}): load it by transformers and "
-            "save_pretrained it"
+            f"no *.safetensors here (pickled weights are not read: {pickled[0]}): load it with transformers and "
+            "save it with save_pretrained"
         )
     return "no *.safetensors here: a configuration without weights"
 
@@ -136,15 +140,15 @@ def _other_architecture(config: Mapping[str, Any], *, trust_remote_code: bool) -
     if "AutoModelForCausalLM" in (config.get("auto_map") or {}):
         if trust_remote_code or kind in CAUSAL:
             return None
-        return f"{name} brings code of its own (auto_map): read it, then set target.trust_remote_code: true"
+        return f"{name} comes with its own code (auto_map): read it, then set target.trust_remote_code: true"
     if kind is None:
-        return "config.json: model_type is missing: not a model of transformers"
+        return "config.json: model_type is missing: not a transformers model"
     if kind not in CONFIG_MAPPING_NAMES:
         return f"config.json: transformers {__version__} does not know model_type {kind!r}"
     if config.get("is_encoder_decoder") or (
         kind not in CAUSAL and name.endswith("ForConditionalGeneration") and "text_config" not in config
     ):
-        return f"{name} is an encoder with a decoder (seq2seq): drafters are trained for decoder-only language models"
+        return f"{name} is an encoder-decoder model (seq2seq): drafters are trained for decoder-only language models"
     if kind in MASKED and not config.get("is_decoder"):
         return f"{name} is an encoder (model_type {kind}): drafters are trained for decoder-only language models"
     inner = (config.get("text_config") or {}).get("model_type")
@@ -155,7 +159,7 @@ def _other_architecture(config: Mapping[str, Any], *, trust_remote_code: bool) -
 
 
 def _cannot_be_unpacked(config: Mapping[str, Any]) -> str | None:
-    """Return why quantized weights cannot be used here."""
+    """Return why quantized weights cannot be used here; None: they can."""
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 
     given = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
@@ -170,8 +174,10 @@ def _cannot_be_unpacked(config: Mapping[str, Any]) -> str | None:
         return "config.json: quantization_config names no quant_method"
     known = f"{method}_4bit" if method == "bitsandbytes" else method
     if known not in AUTO_QUANTIZER_MAPPING:
-        return f"quantized by {method!r}, which transformers does not know: give the weights before they were quantized"
-    return _said_by(
+        return (
+            f"quantized by {method!r}, which transformers does not support: give the weights from before quantization"
+        )
+    return _refusal_of(
         lambda: AutoHfQuantizer.from_config(json.loads(json.dumps(given)), pre_quantized=True).validate_environment(
             device_map=None, dtype=None
         ),
@@ -179,10 +185,10 @@ def _cannot_be_unpacked(config: Mapping[str, Any]) -> str | None:
     )
 
 
-def _said_by(check: Callable[[], Any], what: str) -> str | None:
+def _refusal_of(check: Callable[[], Any], what: str) -> str | None:
     """Return why a library cannot do something here; None: it can."""
     try:
         check()
-    except Exception as error:  # each method checks what it wants in its own way
-        return f"{what}: {in_one_line(error)}; or give the weights before they were quantized"
+    except Exception as error:  # each method has its own checks
+        return f"{what}: {in_one_line(error)}; or give the weights from before quantization"
     return None

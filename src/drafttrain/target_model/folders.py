@@ -13,14 +13,14 @@ from drafttrain.target_model.folder_checks import check_model_files, no_folder
 
 BUILTIN = "builtin:"
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py")
-"""Files of a model of the hub that are fetched."""
+"""Files that are fetched from a hub model."""
 
 
 def resolve_folder(name: str, *, revision: str | None = None) -> Path:
-    """Return the local folder of a builtin name, a path or a hub id (which is fetched).
+    """Return the local folder of a builtin name, a path, or a hub id (which is fetched).
 
     Raises:
-        CheckpointError: There is no such folder, and no such id in the hub or its cache.
+        CheckpointError: There is no such folder, and no such id on the hub or in its cache.
     """
     if name.startswith(BUILTIN):
         folder = Path(str(resources.files("drafttrain") / "builtin" / name.removeprefix(BUILTIN)))
@@ -28,7 +28,7 @@ def resolve_folder(name: str, *, revision: str | None = None) -> Path:
             return folder
         known = sorted(f"{BUILTIN}{path.name}" for path in folder.parent.glob("*") if path.is_dir())
         raise CheckpointError(f"{name}: no such builtin. Available: {', '.join(known) or 'none'}")
-    folder = Path(os.path.expanduser(name))  # where a user is unknown, the name stays
+    folder = Path(os.path.expanduser(name))  # an unknown user leaves the name as it is
     if folder.is_dir():
         return folder
     if reason := no_folder(name):
@@ -47,15 +47,15 @@ def resolve_folder(name: str, *, revision: str | None = None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_PATTERNS)))
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
-            f"{name}: neither a local folder nor a hub id that could be fetched ({type(error).__name__})"
+            f"{name}: not a local folder, and fetching it from the hub failed ({type(error).__name__})"
         ) from error
 
 
 def cached_folder(name: str, *, revision: str | None = None) -> Path | None:
-    """Return the local folder of a name without asking the hub; None: a hub id that was not fetched.
+    """Return the local folder of a name without access to the hub; None: a hub id that is not in the local cache.
 
     Raises:
-        CheckpointError: There is no such folder, and the name is no hub id.
+        CheckpointError: There is no such folder, and the name is not a hub id.
     """
     local = name.startswith((BUILTIN, ".", "/", "~")) or name.count("/") != 1 or Path(name).exists()
     if local:
@@ -73,7 +73,7 @@ def cached_folder(name: str, *, revision: str | None = None) -> Path | None:
 
 
 def fingerprint_of(folder: Path) -> str:
-    """Return a short digest of a model folder: its configuration and its weights (`core.digests` says which bytes of them)."""
+    """Return a short digest of a model folder: its configuration and its weights (sampled as in `core.digests`)."""
     check_model_files(folder)
     files = sorted(folder.glob("*.safetensors"))
     digest = hashlib.sha256()

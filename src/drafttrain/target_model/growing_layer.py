@@ -1,4 +1,4 @@
-"""Keys and values of one layer in memory that is taken ahead: a new token is written behind the others, not joined to a copy of them.
+"""A key-value cache with preallocated memory: new tokens are written in place instead of concatenated to a copy.
 
 B = sequences, G = key-value heads, C = columns, d = width of a head
 """
@@ -12,14 +12,14 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 COLUMNS_AT_ONCE = 64
-"""Columns are taken in multiples of this."""
+"""Memory is allocated in multiples of this many columns."""
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """A layer of a Hugging Face cache. `keys` and `values` are the columns in use, a view of the memory that was taken.
+    """A layer of a Hugging Face cache. `keys` and `values` are views of the used columns.
 
-    It grows by an eighth, rounded up to a multiple of 64 columns: no more than that stands empty. Columns that were never written are 0: a softmax gives what is masked no
-    weight, but no weight times a NaN would be one.
+    It grows by an eighth, rounded up to a multiple of 64 columns, so at most that much is unused. Unused columns are 0: a
+    masked column has weight 0 in the softmax, but 0 times a NaN would be NaN.
     """
 
     keys: Tensor
@@ -28,10 +28,10 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._taken: list[Tensor] = []
-        """[keys, values] with room; empty before the first call."""
+        """[keys, values] with unused columns; empty before the first call."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take no column yet."""
+        """Set type and device, with no columns yet."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self._taken = [
             states.new_zeros(*states.shape[:-2], 0, states.shape[-1]) for states in (key_states, value_states)
@@ -40,7 +40,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self.show(0)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write new columns behind those in use; return all."""
+        """Write new columns after the used ones; return all used ones."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         begin, count = self.keys.shape[-2], key_states.shape[-2]
@@ -51,12 +51,12 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def reserve(self, columns: int) -> None:
-        """Have room for so many columns; those in use stay."""
+        """Allocate at least this many columns; used ones keep their contents."""
         if columns <= self._taken[0].shape[-2]:
             return
         used = self.keys.shape[-2]
         room = _whole(max(columns, used + used // 8))
-        # One after the other, so that keys and values never stand twice at the same time.
+        # One after the other, so that only one of them exists twice at a time.
         for index, states in enumerate(self._taken):
             grown = states.new_zeros(*states.shape[:-2], room, states.shape[-1])
             grown.narrow(-2, 0, used).copy_(states.narrow(-2, 0, used))
@@ -64,21 +64,21 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
             self.show(used)
 
     def show(self, columns: int) -> None:
-        """Have the first so many columns in use."""
+        """Make the first `columns` columns the used ones."""
         self.keys, self.values = (states.narrow(-2, 0, columns) for states in self._taken)
 
     def move(self, columns_BW: Tensor, *, first: int) -> None:
-        """Write into columns `first`, `first` + 1, ... of every sequence what now stands in its columns `columns_BW`."""
+        """Copy each sequence's columns `columns_BW` to its columns `first`, `first` + 1, ..."""
         for states in self._taken:
             index = columns_BW[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
             states.narrow(2, first, columns_BW.shape[1]).copy_(states.gather(2, index))
 
     def select(self, rows_B: Tensor, columns_BW: Tensor) -> None:
-        """Keep these sequences, and of each these columns, in order."""
+        """Keep only these sequences and these columns of each, in order."""
         columns = columns_BW.shape[1]
         for index, states in enumerate(self._taken):
             kept = states.new_zeros(len(rows_B), states.shape[1], _whole(columns), states.shape[3])
-            # Rows and columns are chosen in one copy.
+            # One copy selects rows and columns.
             kept.narrow(2, 0, columns).copy_(states.transpose(1, 2)[rows_B[:, None], columns_BW].transpose(1, 2))
             self._taken[index] = kept
             self.show(0)
@@ -88,7 +88,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 class GrowingCache(DynamicCache):  # type: ignore[misc]
     """A Hugging Face cache of growing layers.
 
-    Without a configuration every layer keeps all columns; models with a sliding window mask the old ones themselves.
+    Without a configuration every layer stores all columns. Models with a sliding window mask the old ones themselves.
     """
 
     def __init__(self) -> None:
@@ -97,5 +97,5 @@ class GrowingCache(DynamicCache):  # type: ignore[misc]
 
 
 def _whole(columns: int) -> int:
-    """Return the next multiple of the columns that are taken at once."""
+    """Return the next multiple of COLUMNS_AT_ONCE."""
     return -(-columns // COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE

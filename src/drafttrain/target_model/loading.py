@@ -19,13 +19,13 @@ from drafttrain.target_model.weight_shapes import refuse_wrong_shapes
 def load_causal_lm(
     folder: Path, *, dtype: str = "float32", attention: str | None = "sdpa", trust_remote_code: bool = False
 ) -> Any:
-    """Return the causal LM of a folder, from safetensors only.
+    """Return the causal LM of a folder. Only safetensors are read.
 
     Args:
-        attention: Of transformers; None: the quickest that the model and this machine have.
+        attention: Implementation of transformers; None: the fastest that the model and this machine support.
 
     Raises:
-        CheckpointError: There is none, or not with this attention.
+        CheckpointError: It cannot be loaded, or does not support this attention.
     """
     check_causal_lm(folder, trust_remote_code=trust_remote_code)
     try:
@@ -37,18 +37,18 @@ def load_causal_lm(
             use_safetensors=True,
             output_loading_info=True,
         )
-    except Exception as error:  # what the content of a folder, or the code that comes with it, leads transformers to
+    except Exception as error:  # broken files and third-party code raise anything
         refuse_attention(folder, attention, trust_remote_code=trust_remote_code)
         refuse_wrong_shapes(folder, trust_remote_code=trust_remote_code)
-        raise CheckpointError(f"{folder}: no causal LM could be read here: {in_one_line(error)}") from error
+        raise CheckpointError(f"{folder}: cannot load a causal LM: {in_one_line(error)}") from error
     model, report = loaded
     model = language_model_inside(model, folder)
     missing = sorted(report["missing_keys"])
     if missing:
-        raise CheckpointError(f"{folder}: {len(missing)} weights are missing from the file: {', '.join(missing[:5])}")
+        raise CheckpointError(f"{folder}: {len(missing)} weights are missing from its files: {', '.join(missing[:5])}")
     if unread := sorted(report["unexpected_keys"]):
         more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
-        say_once(f"{folder}: weights that the model has no place for are not read: {', '.join(unread[:3])}{more}")
+        say_once(f"{folder}: ignored weights that the model does not have: {', '.join(unread[:3])}{more}")
     if getattr(model.config, "quantization_config", None) is None:
         check_finite(model.state_dict(), where=str(folder))
         check_number_types(folder)

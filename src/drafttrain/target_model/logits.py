@@ -1,4 +1,4 @@
-"""From the final state to logits, as the model itself goes on from there; compared with it once a model.
+"""Computes logits from the final state as the model itself does, and checks that once per model.
 
 B = sequences, T = positions, V = vocabulary, D = hidden, N = rows
 """
@@ -14,10 +14,9 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from drafttrain.core.autocast import in_own_precision
 from drafttrain.core.batches import Head
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.linear_head import LinearHead
+from drafttrain.core.linear_head import LinearHead, no_autocast_if_frozen
 from drafttrain.target_model.anatomy import stack_holder, trunk
 from drafttrain.target_model.block_range import replaced_forwards
 
@@ -28,26 +27,46 @@ MULTIPLIED_BY = ("logit_scale", "lm_head_multiplier")
 CAPPED_AT = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 """Gemma 2 to 4, NanoChat; RecurrentGemma; xLSTM."""
 MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax",)
-"""Models that take Granite's field the other way round."""
+"""Models that multiply by Granite's field instead of dividing."""
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-"""Differences, relative to the largest logit, that rounding explains."""
+"""Largest differences, relative to the largest logit, that rounding explains."""
 
 _compared: WeakSet[nn.Module] = WeakSet()
 
 
-@in_own_precision
 def head_logits(model: Any, states_ND: Tensor) -> Tensor:
-    """Return the logits of states after the final norm, with the scale or soft cap that the architecture adds.
+    """Return the logits of states after the final norm, including the scale or soft cap of the architecture.
 
-    They are where the states are, also where the model is on another device.
+    They are on the device of the states, even if the model is on another one.
     """
     head = model.get_output_embeddings()
-    logits_NV = head(states_ND.to(head.weight.device)).to(states_ND.device)
-    return finished_logits(model.config.get_text_config(), logits_NV)
+    with no_autocast_if_frozen(head.weight):
+        logits_NV = head(states_ND.to(head.weight.device)).to(states_ND.device)
+        return finished_logits(model.config.get_text_config(), logits_NV)
+
+
+class LiveRows:
+    """The target's distribution from its final states. The head runs only on the requested rows."""
+
+    def __init__(self, model: Any, final_BTD: Tensor) -> None:
+        self._model = model
+        self._final_BTD = final_BTD
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> LiveRows:
+        """Return a copy with changed tensors: moved, pinned."""
+        return LiveRows(self._model, change(self._final_BTD))
+
+    def at(self, index_N: Tensor) -> Tensor:
+        """Return logits_NV of the token after each flat position."""
+        with torch.no_grad():
+            final_RD = self._final_BTD.flatten(0, 1)
+            final_ND = final_RD.index_select(0, index_N.to(final_RD.device))
+            # Cached states may have another type than the head.
+            return head_logits(self._model, final_ND.to(self._model.dtype)).to(index_N.device)
 
 
 def head_of(model: Any) -> Head:
-    """Return the model's head as losses take it apart; a function where it is no plain matrix (quantised, adapted)."""
+    """Return the model's head: in parts for the losses, or as a function if it is not a plain matrix (quantized, adapted)."""
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         return lambda states_ND, depth: head_logits(model, states_ND.to(model.dtype))
@@ -61,7 +80,7 @@ def finisher(config: Any) -> Callable[[Tensor], Tensor] | None:
 
 
 def finished_logits(config: Any, logits: Tensor) -> Tensor:
-    """Return the products of an output matrix with the scale or soft cap of the architecture."""
+    """Return logits with the scale or soft cap of the architecture, from the output matrix's products."""
     divides = DIVIDED_BY if config.model_type not in MULTIPLIES_BY_LOGITS_SCALING else ()
     for name in (*DIVIDED_BY, *MULTIPLIED_BY):
         if scale := getattr(config, name, None):
@@ -74,10 +93,10 @@ def finished_logits(config: Any, logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_logits(model: Any) -> None:
-    """Compare what is computed of the final state with the model's own logits on a short text, once a model.
+    """Compare logits computed from the final state with the model's own, on a short text, once per model.
 
-    Decoding takes the model's own logits; training, caches, replay and alpha compute them of the final state. A model whose blocks
-    have no weights goes on from random states in place of the text's.
+    Decoding uses the model's own logits; training, caches, replay and alpha compute them from the final state. For a model
+    whose blocks have no weights, random states take the place of the text's.
 
     Raises:
         CheckpointError: They differ by more than rounding explains.
@@ -86,7 +105,7 @@ def check_logits(model: Any) -> None:
         return
     embedding = model.get_input_embeddings().weight
     device = embedding.device
-    # ZeRO-3 leaves no rows of the embedding here outside of a forward.
+    # Under ZeRO-3 the embedding has no rows outside a forward.
     tokens_BT = torch.arange(1, 9, device=device)[None] % int(model.config.get_text_config().vocab_size)
     was_training = model.training
     model.eval()
@@ -105,36 +124,35 @@ def check_logits(model: Any) -> None:
     if difference > TOLERANCE.get(model.dtype, max(TOLERANCE.values())):
         known = ", ".join((*DIVIDED_BY, *MULTIPLIED_BY, *CAPPED_AT))
         raise CheckpointError(
-            f"{model.config.name_or_path or 'model'}: {type(model).__name__} makes its logits of its final state in a way that is "
-            f"not known here: they differ by {difference:.1%} of the largest one from the product with its output matrix and what "
-            f"its configuration says under {known}. Training and alpha would use another distribution than decoding, so it can be "
-            "decoded, but neither trained for nor replayed"
+            f"{model.config.name_or_path or 'model'}: {type(model).__name__} computes its logits in an unknown way: they differ "
+            f"by {difference:.1%} of the largest one from its output matrix applied to its final state with {known}. Training and "
+            "alpha would use another distribution than decoding, so this model can be decoded, but not trained for or replayed"
         )
     _compared.add(model)
 
 
 def _difference(model: Any, states_BTD: Tensor, own_BTV: Tensor) -> float:
-    """Return how far our logits are from the model's own, in units of the largest of these."""
+    """Return the largest difference from the model's own logits, relative to the largest logit."""
     try:
         ours_BTV = head_logits(model, states_BTD)
     except RuntimeError:
-        # A layer of its own stands between the final state and a matrix of another width.
+        # The output matrix has another width: the model has a layer between it and the final state.
         return float("inf")
-    # Some models leave the padding out of their own.
+    # Some models remove the padding from their own logits.
     distance_BTV = (own_BTV - ours_BTV[..., : own_BTV.shape[-1]]).abs()
     return float(distance_BTV.max() / own_BTV.abs().max())
 
 
 @contextlib.contextmanager
 def _final_states(model: Any, states_BTD: Tensor) -> Iterator[None]:
-    """Within this context the model goes on from these final states, whatever it is given to read."""
+    """Within this context the model's final states are these, whatever tokens it reads."""
     given = _TrunkOutput([states_BTD])
     with replaced_forwards({module: lambda *_, **__: given for module in (trunk(model), stack_holder(model))}):
         yield
 
 
 class _TrunkOutput(tuple[Tensor, ...]):
-    """The final state alone; architectures ask for other parts by many names."""
+    """An output with only the final state: all other attributes are None."""
 
     def __getattr__(self, name: str) -> Tensor | None:
         return self[0] if name == "last_hidden_state" else None

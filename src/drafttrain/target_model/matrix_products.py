@@ -1,4 +1,4 @@
-"""What a causal LM has to compute of a batch, as matrix products."""
+"""The matrix products of a causal LM on a batch, for counting FLOPs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from drafttrain.target_model.anatomy import blocks
 def trunk_products(
     model: Any, shape: BatchShape, *, gradients: int, num_blocks: int | None = None
 ) -> Iterator[Products]:
-    """Yield the products of the blocks: all of them, or the first so many.
+    """Yield the products of all blocks, or of the first `num_blocks`.
 
-    Every block is taken to attend to all tokens before; of experts only those that a token is sent to are counted.
+    Every block is counted as attending to all earlier tokens. Of experts, only those that a token is routed to count.
     """
     config = model.config.get_text_config()
     width = _query_width(config)
@@ -24,7 +24,7 @@ def trunk_products(
 
 
 def head_parameters(model: Any) -> int:
-    """Return the parameters of the head, which is read once for each row that asks for it."""
+    """Return the parameters of the head, which is used once per requested row."""
     return parameters_of(model.get_output_embeddings())
 
 
@@ -34,7 +34,7 @@ def _query_width(config: Any) -> int:
 
 
 def _active_experts(config: Any) -> float:
-    """Return the share of a block's experts that one token is sent to."""
+    """Return the share of a block's experts to which one token is routed."""
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     experts = next((int(count) for name in names if (count := getattr(config, name, None))), 0)
     sent_to = getattr(config, "num_experts_per_tok", None)

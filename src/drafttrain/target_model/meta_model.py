@@ -1,4 +1,4 @@
-"""A target whose weights are not read: its modules, and those of them whose weights are then read alone from the files."""
+"""A model on the meta device, and loading some of its weights from its files."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ META = torch.device("meta")
 
 
 def meta_model(folder: Path, *, dtype: str, attention: str, trust_remote_code: bool, device: torch.device) -> Any:
-    """Return the causal LM of a folder without weights: they are on the meta device, which has no memory.
+    """Return the causal LM of a folder on the meta device, without weights.
 
-    What is computed and not stored, such as rotary frequencies, is there.
+    Buffers that are computed and not stored, such as rotary frequencies, are on `device`.
 
     Raises:
-        CheckpointError: No causal LM could be made of the folder's configuration.
+        CheckpointError: The folder's configuration does not give a causal LM.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -40,15 +40,15 @@ def meta_model(folder: Path, *, dtype: str, attention: str, trust_remote_code: b
                 attn_implementation=attention,
                 trust_remote_code=trust_remote_code,
             )
-    except Exception as error:  # what the content of a configuration leads transformers to
+    except Exception as error:  # broken configurations raise anything
         refuse_attention(folder, attention, trust_remote_code=trust_remote_code)
         raise CheckpointError(
-            f"{folder}: no causal LM could be made of its configuration: {in_one_line(error)}"
+            f"{folder}: cannot build a causal LM from its configuration: {in_one_line(error)}"
         ) from error
     if wraps_language_model(config) or getattr(config, "quantization_config", None):
         what = "a multimodal model" if wraps_language_model(config) else "a quantized model"
         raise CheckpointError(
-            f"{folder}: single weights of {what} are not read: use train.target_placement: replicated"
+            f"{folder}: single weights of {what} cannot be loaded: use train.target_placement: replicated"
         )
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(str(folder))
@@ -57,29 +57,30 @@ def meta_model(folder: Path, *, dtype: str, attention: str, trust_remote_code: b
 
 
 def _compute_buffers(model: Any, device: torch.device) -> None:
+    """Compute the buffers that are not stored in files."""
     for name, buffer in list(model.named_buffers()):
         parent, _, own = name.rpartition(".")
         model.get_submodule(parent)._buffers[own] = torch.empty_like(buffer, device=device)
-    # Random numbers of weights go nowhere on the meta device; a run's own must not depend on it.
+    # Weights on the meta device are also drawn. The run's own random numbers must not depend on it.
     with torch.random.fork_rng(devices=[]):
         model.initialize_weights()
 
 
 def outer_modules(model: Any) -> list[nn.Module]:
-    """Return what stands around the blocks: embedding, final norm, head."""
+    """Return the modules outside the blocks: embedding, final norm, head."""
     return [model.get_input_embeddings(), final_norm(model), model.get_output_embeddings()]
 
 
 def stored_tensors(*modules: nn.Module) -> list[Tensor]:
-    """Return the weights and buffers of modules that files hold."""
+    """Return the weights of modules, and the buffers that are stored in files."""
     return [tensor for module in modules for _, tensor in _named(module)]
 
 
 def load_tensors(model: Any, wanted: Iterable[Tensor], files: TensorFiles, *, device: torch.device) -> None:
-    """Put what the files hold in place of these tensors of a model on the meta device; tied ones are read once and stay tied.
+    """Replace these tensors of a model on the meta device by those in the files. Tied tensors stay tied.
 
     Raises:
-        CheckpointError: The files name one otherwise than the model does, or give it another shape.
+        CheckpointError: A tensor is not in the files under a known name, or has another shape there.
     """
     in_files = _names_in_files(model, files)
     names: dict[int, list[str]] = {}
@@ -104,7 +105,7 @@ def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _names_in_files(model: Any, files: TensorFiles) -> dict[str, str]:
-    """Return the files' name of each tensor of the model that they hold as it is: transformers renames some as it loads."""
+    """Return the name in the files of each tensor that needs no conversion: transformers renames some on loading."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -127,13 +128,13 @@ def _read(
 ) -> Tensor:
     if stored is None:
         raise CheckpointError(
-            f"{files.folder}: no tensor for {name} in its files: {type(model).__name__} is stored in another form than it is "
-            "loaded in, so single weights cannot be read: use train.target_placement: replicated"
+            f"{files.folder}: no tensor for {name} in its files: {type(model).__name__} is converted on loading, so single "
+            "weights cannot be loaded: use train.target_placement: replicated"
         )
     value = files.read(stored)
     if value.shape != tensor.shape:
         raise CheckpointError(
-            f"{files.folder}: {stored} has shape {list(value.shape)}, the model wants {list(tensor.shape)}"
+            f"{files.folder}: {stored} has shape {list(value.shape)}, the model needs {list(tensor.shape)}"
         )
     value = value.to(device, tensor.dtype)
     return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value

@@ -1,4 +1,4 @@
-"""The language model inside of a multimodal one: drafters are trained on text, and its other parts are not needed."""
+"""The language model inside a multimodal model: drafters are trained on text, so the other parts are not needed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from drafttrain.core.console import say_once
 
 
 def wraps_language_model(config: Any) -> bool:
-    """Return whether a configuration is of a model around a language model that has a class of its own."""
+    """Return whether a configuration is of a model that contains a language model with its own class."""
     from transformers import AutoModelForCausalLM
 
     text = config.get_text_config()
@@ -19,7 +19,7 @@ def wraps_language_model(config: Any) -> bool:
 
 
 def auto_class_for(folder: Path, *, trust_remote_code: bool) -> Any:
-    """Return the class of transformers that loads the model of a folder: as a causal LM, or whole with what is around one."""
+    """Return the auto class of transformers that loads a folder: as a causal LM, or as a multimodal model around one."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
@@ -29,7 +29,7 @@ def auto_class_for(folder: Path, *, trust_remote_code: bool) -> Any:
 
 
 def language_model_inside(model: Any, folder: Path) -> Any:
-    """Return the language model of a multimodal model, with its head; any other model as it is."""
+    """Return the language model of a multimodal model, with its head. Any other model is returned as it is."""
     from transformers import AutoModelForCausalLM
 
     if not wraps_language_model(model.config):
@@ -43,5 +43,5 @@ def language_model_inside(model: Any, folder: Path) -> Any:
     inside.set_output_embeddings(head)
     inside.generation_config = model.generation_config
     inside.config._name_or_path = str(folder)
-    say_once(f"{folder}: {type(model).__name__}: the language model inside, {type(inside).__name__}, is the target")
+    say_once(f"{folder}: {type(model).__name__}: its language model, {type(inside).__name__}, is the target")
     return inside

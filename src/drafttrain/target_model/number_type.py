@@ -1,4 +1,4 @@
-"""The type of a target's weights in memory where its settings leave it open: decided by the device, the size and the files."""
+"""The type of the target's weights in memory. `auto` depends on the device, the size of the model and its files."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from drafttrain.target_model.folders import resolve_folder
 from drafttrain.target_model.settings import TargetSettings
 
 MANY = 1_000_000_000
-"""Weights above which a target is held in a half type on a GPU: float32 would take twice the memory at a fraction of the speed."""
+"""Above this many weights a GPU holds the target in 16 bits: float32 would take twice the memory and be much slower."""
 HALF_TYPES = {"BF16": "bfloat16", "F16": "float16"}
-"""As the headers of safetensors name them, and torch."""
+"""Names in safetensors headers, and torch's names."""
 
 
 def number_type(settings: TargetSettings) -> str:
-    """Return the type that the settings name, and where they say auto what that is here."""
+    """Return the type of the settings, with `auto` resolved for this machine."""
     if settings.dtype != "auto" or settings.model is None:
         return settings.dtype
     if kind_of_device(settings.device) != "cuda":
@@ -26,9 +26,9 @@ def number_type(settings: TargetSettings) -> str:
 
 
 def type_on_gpu(folder: Path) -> str:
-    """Return the type that a target is best held in on a GPU, read off its files without loading them.
+    """Return the type in which a GPU holds a target. Only headers of its files are read.
 
-    Of more than a billion weights, or of quantized ones: the half type that most of it is stored in, or bfloat16. Else float32.
+    Above a billion weights, or if quantized: the 16-bit type of most of its weights, or bfloat16. Else float32.
     """
     elements = elements_by_type(folder)
     config = read_json(folder / "config.json")

@@ -1,8 +1,8 @@
-"""Attention of packed rows: over the columns of the query's document, and keys of its own, in one softmax.
+"""Attention of packed rows: one softmax over the columns of the query's document and over keys of the query's own.
 
-The columns are attended by a kernel that also returns the logarithm of its normaliser. The whole softmax's normaliser adds the
-own scores, and both parts are weighed by their share in it: exact, and no matrix of scores is kept. Given the normaliser and
-the output of the whole softmax, the kernel's backward pass returns the whole softmax's gradients.
+A kernel attends to the columns and also returns the logarithm of its normalizer. The whole softmax's normalizer adds the
+scores of the own keys, and each part is weighted by its share. This is exact, and no score matrix is stored. Given the
+normalizer and the output of the whole softmax, the kernel's backward pass returns the whole softmax's gradients.
 
 Source: Milakov and Gimelshein 2018, Online normalizer calculation for softmax, arXiv 1805.02867.
 
@@ -25,7 +25,7 @@ from drafttrain.target_model.packed_kernels import inner, kernel_for
 
 
 class Columns:
-    """Keys and values of every slot, of packed documents that do not see each other."""
+    """Keys and values of all slots of packed documents, which do not attend to each other."""
 
     def __init__(self, keys_BGTd: Tensor, values_BGTd: Tensor, documents: PackedDocuments) -> None:
         self.keys_NGd, self.values_NGd = _slots(keys_BGTd), _slots(values_BGTd)
@@ -34,11 +34,11 @@ class Columns:
     def attend(
         self, query_BHTd: Tensor, own: Sequence[tuple[Tensor, Tensor]] = (), *, scale: float | None = None
     ) -> Tensor:
-        """Return attended_BHTd: each query sees the columns of its document up to its own place, and what is its own.
+        """Return attended_BHTd: each query attends to its document's columns up to its own slot, and to its own keys.
 
         Args:
-            own: Further (key_BGTd, value_BGTd) of which a query sees only the one at its own place.
-            scale: Factor on the scores; None: one over the root of the width.
+            own: Further (key_BGTd, value_BGTd); a query attends only to the one at its own slot.
+            scale: Factor on the scores; None: 1 / sqrt(d).
         """
         states = [_slots(states_BGTd) for pair in own for states_BGTd in pair]
         scale = 1 / math.sqrt(query_BHTd.shape[-1]) if scale is None else scale
@@ -100,15 +100,15 @@ def _slots(states_BHTd: Tensor) -> Tensor:
 
 
 def _to_heads(states_NGd: Tensor, query_NHd: Tensor) -> Tensor:
-    """Return states_NHd: each key-value head once for each of its queries."""
+    """Return states_NHd: each key-value head repeated for each of its query heads."""
     return states_NGd.repeat_interleave(query_NHd.shape[1] // states_NGd.shape[1], dim=1)
 
 
 def _summed(states_NHd: Tensor, like_NGd: Tensor) -> Tensor:
-    """Return states_NGd: the sum over the queries of each key-value head."""
+    """Return states_NGd: the sum over the query heads of each key-value head."""
     return states_NHd.unflatten(1, (like_NGd.shape[1], -1)).sum(dim=2).to(like_NGd.dtype)
 
 
 def _given_types(like: Tensor) -> torch.autocast:
-    """Return the context in which nothing is cast: autocast would round scores that are wide on purpose."""
+    """Return a context without autocast, which would round scores that are float32 on purpose."""
     return torch.autocast(like.device.type, enabled=False)

@@ -1,12 +1,13 @@
-"""Causal attention within each of many packed documents, whose queries are at its last columns, that returns its normaliser too.
+"""Kernels of causal attention within packed documents that also return the normalizer. Queries are at the last columns.
 
-A backward pass computes its weights again, as exp(score - normaliser), from the normaliser and the output that it is given: if
-those are of a softmax over more than these columns, so are the gradients.
+The backward pass recomputes the weights as exp(score - normalizer) from the normalizer and the output it is given. If those
+belong to a softmax over more than these columns, so do the gradients.
 
 Source: Dao 2023, FlashAttention-2, arXiv 2307.08691, 3.1.
 
-N = queries of all documents (or their columns), one after another, M = queries of a document, H = heads, G = key-value heads, d = width of a head;
-of one piece of a document: S = slots, Q = S H / G queries of a key-value head, C = columns
+N = queries of all documents (or their columns), one after another, M = queries of a document, H = heads,
+G = key-value heads, d = width of a head; in one piece of a document: S = slots, Q = S H / G queries of a key-value head,
+C = columns
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from torch import Tensor
 from drafttrain.core.batches import PackedDocuments
 
 PIECE_SLOTS = 512
-"""Slots of a document whose scores exist at once where there is no kernel."""
+"""Slots of a document whose scores exist at the same time if there is no flash attention."""
 
 FLASH_WIDTHS = range(8, 193, 8)
-"""Widths of a head that flash attention takes, in both passes, on every GPU that runs it."""
+"""Head widths that flash attention supports, in both passes, on every GPU that runs it."""
 
 FLASH_CAPABILITY = (8, 0)
-"""CUDA's compute capability from which on there is flash attention: Ampere."""
+"""The lowest CUDA compute capability with flash attention: Ampere."""
 
 
 class Kernel(Protocol):
@@ -35,7 +36,7 @@ class Kernel(Protocol):
     def forward(
         query_NHd: Tensor, keys_NGd: Tensor, values_NGd: Tensor, documents: PackedDocuments, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """Return (attended_NHd, normaliser_NH): the logarithm of the sum of the exponentials of the scores, float32 or wider."""
+        """Return (attended_NHd, normaliser_NH): the second is the logsumexp of the scores, in float32 or wider."""
         ...
 
     @staticmethod
@@ -49,7 +50,7 @@ class Kernel(Protocol):
         documents: PackedDocuments,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients in query, keys and values of a softmax with this output and normaliser."""
+        """Return the gradients of query, keys and values for a softmax with this output and normalizer."""
         ...
 
 
@@ -105,7 +106,7 @@ class FlashOnCUDA:
         documents: PackedDocuments,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients in query, keys and values."""
+        """Return the gradients of query, keys and values."""
         gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
             gradient_NHd.contiguous(),
             query_NHd,
@@ -119,7 +120,7 @@ class FlashOnCUDA:
             max_k=documents.longest,
             dropout_p=0.0,
             is_causal=True,
-            # Of a dropout that there is not.
+            # Only used with dropout.
             rng_state=torch.zeros(2, dtype=torch.uint64, device=query_NHd.device),
             unused=torch.empty(0, device=query_NHd.device),
             scale=scale,
@@ -158,7 +159,7 @@ class FlashOnCPU:
         documents: PackedDocuments,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients in query, keys and values."""
+        """Return the gradients of query, keys and values."""
         found = (torch.empty_like(query_NHd), torch.empty_like(keys_NGd), torch.empty_like(values_NGd))
         for own, seen in documents.slices:
             gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -177,7 +178,7 @@ class FlashOnCPU:
 
 
 def _causal(query_NHd: Tensor, own: slice, seen: slice, scale: float) -> dict[str, Any]:
-    """Return how the kernel is told that queries are at the last of the columns: it knows squares alone."""
+    """Return the arguments by which the kernel aligns queries with the last columns: by itself it knows only squares."""
     queries, columns = own.stop - own.start, seen.stop - seen.start
     if queries == columns:
         return {"is_causal": True, "scale": scale}
@@ -191,7 +192,7 @@ def _one(states_MHd: Tensor) -> Tensor:
 
 
 class Pieces:
-    """Matrix products over a piece of a document and the columns up to its end, on every device and in every type."""
+    """Plain matrix products over one piece of a document and the columns up to its end, for any device and type."""
 
     @staticmethod
     def forward(
@@ -223,7 +224,7 @@ class Pieces:
         documents: PackedDocuments,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients in query, keys and values."""
+        """Return the gradients of query, keys and values."""
         drift_NH1, normaliser_NH1 = inner(gradient_NHd, attended_NHd)[..., None], normaliser_NH[..., None]
         in_query = torch.empty_like(query_NHd)
         in_keys, in_values = (torch.zeros_like(states, dtype=wide_type(states)) for states in (keys_NGd, values_NGd))
@@ -244,7 +245,7 @@ class Pieces:
 
 
 def _behind(documents: PackedDocuments, query_NHd: Tensor, groups: int) -> Tensor:
-    """Return what is added to the scores of a piece at the end of the longest document: -inf at the columns behind a query.
+    """Return the mask of a piece at the end of the longest document: -inf at the columns after a query.
 
     Of a smaller piece and fewer columns it is the corner, the last of both.
     """
@@ -267,7 +268,7 @@ def _largest(documents: PackedDocuments) -> int:
 
 
 def _pieces(documents: PackedDocuments) -> list[tuple[slice, slice]]:
-    """Return the slots of each piece, and those that it may see: of its document up to its own end."""
+    """Return the slots of each piece, and those it may attend to: its document's, up to the end of the piece."""
     found = []
     for own, seen in documents.slices:
         for start in range(own.start, own.stop, PIECE_SLOTS):
@@ -282,7 +283,7 @@ def _by_group(states_SHd: Tensor, groups: int) -> Tensor:
 
 
 def _write(states_SHd: Tensor, states_GQd: Tensor) -> None:
-    """Write what `_by_group` laid out to where it came from."""
+    """Write states in the layout of `_by_group` back to their slots."""
     groups = len(states_GQd)
     states_SHd.unflatten(1, (groups, -1)).copy_(states_GQd.unflatten(1, (len(states_SHd), -1)).transpose(0, 1))
 
@@ -293,5 +294,5 @@ def inner(left_NHd: Tensor, right_NHd: Tensor) -> Tensor:
 
 
 def wide_type(like: Tensor) -> torch.dtype:
-    """Return the type that sums and exponentials are kept in."""
+    """Return the type for sums and exponentials: float32 or wider."""
     return torch.promote_types(like.dtype, torch.float32)

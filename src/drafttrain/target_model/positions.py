@@ -1,4 +1,4 @@
-"""How many positions a model has."""
+"""The number of positions of a model."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import nn
 
 POSITION_EMBEDDINGS = ("wpe", "embed_positions", "position_embeddings")
 UNLIMITED_POSITIONS = 1 << 20
-"""Positions that a drafter has whose target names no end of its own: rotary angles know none."""
+"""Positions of a drafter whose target names no limit: rotary angles have none."""
 
 
 def position_limit(model: Any) -> int | None:
-    """Return how many positions a model has learnt embeddings for; None where positions are computed (rotary, ALiBi)."""
+    """Return the number of learned position embeddings; None: positions are computed (rotary, ALiBi)."""
     learnt = any(
         isinstance(module, nn.Embedding) and name.rpartition(".")[2] in POSITION_EMBEDDINGS
         for name, module in model.named_modules()
@@ -21,5 +21,5 @@ def position_limit(model: Any) -> int | None:
 
 
 def max_positions(config: Any) -> int | None:
-    """Return the positions that a target's configuration names: engines serve no text beyond them, nor beyond the drafter's own."""
+    """Return the positions in a model's configuration. Engines serve no text beyond the target's or the drafter's."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)

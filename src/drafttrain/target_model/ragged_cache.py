@@ -1,4 +1,4 @@
-"""One Hugging Face key-value cache for sequences of different lengths, rolled back to the nodes that were accepted.
+"""A Hugging Face key-value cache for sequences of different lengths, which can be rolled back to the accepted nodes.
 
 B = sequences, C = columns of the cache, N = nodes of one call (the longest sequence's), W = columns kept
 """
@@ -19,12 +19,12 @@ Tree = Sequence[int]
 
 
 def is_chain(parents: Tree) -> bool:
-    """Tell whether every node is the child of the one before it."""
+    """Return whether every node is the child of the one before it."""
     return all(parent == index - 1 for index, parent in enumerate(parents))
 
 
 def depths(parents: Tree) -> list[int]:
-    """Return how far below the cached text every node stands; 0 is its direct child."""
+    """Return the depth of every node below the cached text; a direct child has depth 0."""
     found: list[int] = []
     for parent in parents:
         found.append(found[parent] + 1 if parent >= 0 else 0)
@@ -32,7 +32,7 @@ def depths(parents: Tree) -> list[int]:
 
 
 def ancestors(parents: Tree) -> Tensor:
-    """Return allowed_NN: which nodes a node may look at, itself included."""
+    """Return allowed_NN: the nodes that each node may attend to, including itself."""
     allowed_NN = torch.eye(len(parents), dtype=torch.bool)
     for index, parent in enumerate(parents):
         if parent >= 0:
@@ -41,30 +41,30 @@ def ancestors(parents: Tree) -> Tensor:
 
 
 class RaggedCache:
-    """The cached tokens of B sequences. Between two calls of `keep` tokens are pending: read, but not yet decided on.
+    """The cached tokens of B sequences. Tokens read since the last `keep` are pending.
 
-    After `keep` every sequence fills the columns from the left. While nothing is ragged there is no mask, and rolling back
-    is a slice. Which columns hold what is known on the host: a call copies to the device what it needs of that, once.
+    After `keep` every sequence fills the columns from the left. If all lengths are equal there is no mask, and rolling back
+    is a slice. The host knows the contents of the columns; a call copies what it needs to the device once.
 
     Args:
-        layers: The layers in its care, when the blocks of a model do not all read their tokens in the same calls.
-        beside: The Hugging Face cache that holds the layers before those.
+        layers: The layers it manages, if a model's blocks do not all read their tokens in the same calls.
+        beside: The Hugging Face cache with the layers before those.
     """
 
     def __init__(self, num_sequences: int, *, layers: slice = slice(None), beside: GrowingCache | None = None) -> None:
         self.hf: GrowingCache = GrowingCache() if beside is None else _LayersFrom(layers.start, beside)
-        self._in_care = layers
+        self._managed = layers
         self.lengths = [0] * num_sequences
-        """Cached tokens by sequence, pending ones included."""
+        """Cached tokens by sequence, including pending ones."""
         self.kept = [0] * num_sequences
         """Cached tokens by sequence at the last `keep`."""
         self.columns = 0
-        """Of the longest sequence's tokens, pending ones and padding included."""
+        """Columns in use, including pending tokens and padding."""
         self._real_BC: Tensor | None = None
-        """Which columns hold a token; None: all do."""
+        """Which columns contain a token; None: all do."""
 
     def positions(self, sizes: Sequence[int], trees: Sequence[Tree | None], *, width: int) -> Tensor:
-        """Return the position of every node; padding stands on 0."""
+        """Return the position of every node; 0 for padding."""
         return torch.tensor(
             [
                 [
@@ -76,7 +76,7 @@ class RaggedCache:
         )
 
     def allowed(self, trees: Sequence[Tree | None], *, width: int) -> Tensor | None:
-        """Return which columns, then nodes, each node may look at; None where plain causal attention is right."""
+        """Return which columns, then nodes, each node may attend to; None: plain causal attention is right."""
         if self._real_BC is None and all(tree is None for tree in trees):
             return None
         allowed_BNC = torch.ones(len(trees), width, self.columns + width, dtype=torch.bool)
@@ -90,7 +90,7 @@ class RaggedCache:
         return allowed_BNC
 
     def appended(self, sizes: Sequence[int], *, width: int) -> None:
-        """Count the nodes that a call of the model has just added to the layers."""
+        """Register the nodes that a call of the model has just added to the layers."""
         self._check_layers(width)
         if self._real_BC is not None or min(sizes) < width:
             new_BN = torch.arange(width) < torch.tensor(sizes)[:, None]
@@ -99,11 +99,11 @@ class RaggedCache:
         self.lengths = [length + size for length, size in zip(self.lengths, sizes, strict=True)]
 
     def commit(self) -> None:
-        """Keep everything that one call has read, as after a prefill."""
+        """Keep all pending tokens, as after a prefill."""
         self.kept = list(self.lengths)
 
     def keep(self, nodes: Sequence[Sequence[int]]) -> None:
-        """Keep these pending tokens of every sequence, in order, and forget the others."""
+        """Keep these pending tokens of every sequence, in order, and drop the others."""
         lengths = [kept + len(chosen) for kept, chosen in zip(self.kept, nodes, strict=True)]
         width = max(lengths)
         prefix = all(chosen[-1] == len(chosen) - 1 for chosen in nodes if chosen)
@@ -117,21 +117,21 @@ class RaggedCache:
 
     def select(self, sequences: Sequence[int]) -> None:
         """Keep only these sequences, in this order; nothing may be pending."""
-        assert self.lengths == self.kept, "decide on the pending tokens before sequences are dropped"
+        assert self.lengths == self.kept, "keep or drop the pending tokens before sequences are dropped"
         self.lengths = [self.lengths[i] for i in sequences]
         self.kept = list(self.lengths)
         width = max(self.lengths, default=0)
         rows_B = torch.tensor(list(sequences), dtype=torch.long)
-        # What `commit` kept may still stand behind padding.
+        # Tokens kept by `commit` may still be to the right of padding.
         columns_BW = torch.arange(width)[None] if self._real_BC is None else self._order()[rows_B, :width]
         for layer in self._layers():
-            # One copy where the layers are on one device.
+            # One copy if all layers are on one device.
             rows_B, columns_BW = rows_B.to(layer.device), columns_BW.to(layer.device)
             layer.select(rows_B, columns_BW)
         self._fit(width)
 
     def bytes_per_token(self) -> int:
-        """Return the cache's bytes of one token of one sequence, over all layers; 0 before the first call."""
+        """Return the bytes of one token of one sequence, over all layers; 0 before the first call."""
         return sum(
             state.shape[1] * state.shape[3] * state.element_size()
             for layer in self._layers()
@@ -139,23 +139,23 @@ class RaggedCache:
         )
 
     def _gather(self, nodes: Sequence[Sequence[int]], *, width: int) -> None:
-        """Move the chosen pending tokens of every row to the left, directly behind what was kept before."""
-        # Columns before `first` stay: they hold kept tokens of every row, none of them behind padding.
+        """Move the chosen pending tokens of every row to the left, directly after the kept ones."""
+        # Columns before `first` stay: they contain kept tokens of every row, without padding in between.
         first = min(*self.kept, int(self._real().all(dim=0).to(torch.uint8).cumprod(dim=0).sum()))
         token_BW = torch.arange(width).repeat(len(nodes), 1)
         for row, (kept, chosen) in enumerate(zip(self.kept, nodes, strict=True)):
             token_BW[row, kept : kept + len(chosen)] = kept + torch.tensor(list(chosen), dtype=torch.long)
         columns_BW = self._order().gather(1, token_BW)[:, first:]
         for layer in self._layers():
-            columns_BW = columns_BW.to(layer.device)  # one copy where the layers are on one device
+            columns_BW = columns_BW.to(layer.device)  # one copy if all layers are on one device
             layer.move(columns_BW, first=first)
 
     def _real(self) -> Tensor:
-        """Return real_BC: which columns hold a token."""
+        """Return real_BC: which columns contain a token."""
         return torch.ones(len(self.lengths), self.columns, dtype=torch.bool) if self._real_BC is None else self._real_BC
 
     def _order(self) -> Tensor:
-        """Return order_BC: the columns that hold tokens, in order, then the others."""
+        """Return order_BC: the columns with tokens, in order, then the others."""
         return self._real().logical_not().to(torch.uint8).argsort(dim=1, stable=True)
 
     def _fit(self, width: int) -> None:
@@ -164,8 +164,8 @@ class RaggedCache:
         self._real_BC = torch.arange(width) < torch.tensor(self.lengths)[:, None] if ragged else None
 
     def _layers(self) -> list[Any]:
-        """Return the layers in its care that hold states; a layer that shares another's has none."""
-        layers: list[Any] = list(self.hf.layers)[self._in_care]
+        """Return the managed layers with states; a layer that shares another's states has none."""
+        layers: list[Any] = list(self.hf.layers)[self._managed]
         return [layer for layer in layers if layer.is_initialized]
 
     def _check_layers(self, width: int) -> None:
@@ -174,12 +174,12 @@ class RaggedCache:
         for layer in self._layers():
             if layer.keys.ndim != 4 or layer.keys.shape[2] != width or layer.values.shape[2] != width:
                 raise CheckpointError(
-                    f"a {type(layer).__name__} does not keep one key and value a token: this model's cache cannot be rolled back"
+                    f"a {type(layer).__name__} does not store one key and value per token: this model's cache cannot be rolled back"
                 )
 
 
 class _LayersFrom(GrowingCache):
-    """The same layers as another cache; asked how much is cached, it answers for the layers from `first` on."""
+    """The same layers as another cache, but its lengths are those of the layers from `first` on."""
 
     def __init__(self, first: int, whole: GrowingCache) -> None:
         super().__init__()

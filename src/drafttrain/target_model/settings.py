@@ -1,4 +1,4 @@
-"""Settings of the target: which model it is, in which type and on which device it runs."""
+"""Settings of the target: which model, in which type, on which device."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from drafttrain.core.settings import setting
 
 @dataclass
 class TargetSettings:
-    """The frozen model whose output must be kept."""
+    """The frozen model whose output distribution must be preserved."""
 
     model: str | None = setting(
         "builtin:target",
-        help="A local folder, a hub id, builtin:target, or recipe:NAME, what that recipe makes; null: no target, only a tokenizer.",
+        help="A local folder, a hub id, builtin:target, or recipe:NAME for that recipe's model; null: only a tokenizer.",
     )
     tokenizer: str | None = setting(None, help="Folder or hub id of the tokenizer; null: the model's own.")
     revision: str | None = setting(None, help="Branch, tag or commit of a hub id.")
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64", "stored"] = setting(
         "auto",
-        help="Type of the target's weights in memory. auto: on CUDA, above a billion weights, the half type that they are stored "
-        "in, or bfloat16; else float32. stored: as in its files. A run keeps what it began with.",
+        help="Type of the target's weights in memory. auto: on CUDA, above a billion weights, the 16-bit type of its files, "
+        "or bfloat16; else float32. stored: as in its files. A resumed run keeps its first type.",
     )
-    device: str = setting("auto", help="cpu, cuda, cuda:1 ...; auto: cuda where there is one.")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = setting("sdpa", help="Attention of transformers.")
-    trust_remote_code: bool = setting(False, help="Run code that comes with the model.")
+    device: str = setting("auto", help="cpu, cuda, cuda:1 ...; auto: cuda if available.")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = setting(
+        "sdpa", help="Attention implementation of transformers."
+    )
+    trust_remote_code: bool = setting(False, help="Run Python code from the model's folder.")
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""

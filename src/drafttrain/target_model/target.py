@@ -1,4 +1,4 @@
-"""The target: one frozen Hugging Face causal LM behind one small interface.
+"""The target: a frozen Hugging Face causal LM behind a small interface.
 
 B = sequences, T = positions
 """
@@ -20,9 +20,8 @@ from drafttrain.target_model.device import pick_device
 from drafttrain.target_model.documents import document_states
 from drafttrain.target_model.end_tokens import end_ids, report_end_tokens
 from drafttrain.target_model.folders import fingerprint_of, resolve_folder
-from drafttrain.target_model.live_rows import LiveRows
 from drafttrain.target_model.loading import load_causal_lm
-from drafttrain.target_model.logits import head_logits
+from drafttrain.target_model.logits import LiveRows, head_logits
 from drafttrain.target_model.number_type import number_type
 from drafttrain.target_model.positions import position_limit
 from drafttrain.target_model.settings import TargetSettings
@@ -31,10 +30,10 @@ from drafttrain.target_model.weights_digest import weights_digest
 
 
 class Target:
-    """A frozen causal LM, its tokenizer, and their fingerprints."""
+    """A frozen causal LM with its tokenizer and the fingerprints of both."""
 
     spread: ClassVar[bool] = False
-    """Its weights are spread over the processes, which must all run it together."""
+    """Its weights are sharded over the processes, which must all run it together."""
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str, fingerprint: str) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -44,7 +43,7 @@ class Target:
 
     @classmethod
     def load(cls, settings: TargetSettings) -> Target:
-        """Read a target from its folder or hub id."""
+        """Load a target from its folder or hub id."""
         if settings.model is None:
             raise CheckpointError("target.model is null: this step needs a target")
         folder, device = resolve_folder(settings.model, revision=settings.revision), pick_device(settings.device)
@@ -59,15 +58,18 @@ class Target:
 
     @property
     def device(self) -> torch.device:
-        """Where the target runs."""
+        """The device of the target."""
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
 
     def check_length(self, length: int, *, what: str) -> None:
-        """Refuse texts that are longer than the positions that the target has embeddings for.
+        """Refuse texts that are longer than the target's position embeddings.
+
+        Args:
+            what: The setting to reduce, for the error.
 
         Raises:
-            CheckpointError: Naming `what` to shorten.
+            CheckpointError: They are too long.
         """
         limit = position_limit(self.model)
         if limit is not None and length > limit:
@@ -75,7 +77,7 @@ class Target:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the target's head, padding included."""
+        """Rows of the target's head, including padding."""
         return int(self.model.get_output_embeddings().weight.shape[0])
 
     @property
@@ -85,12 +87,12 @@ class Target:
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
-        """Digest of the tokenizer's map."""
+        """Digest of the tokenizer's map from tokens to ids."""
         return tokenizer_fingerprint(self.tokenizer)
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end a text: all that generation config, configuration and tokenizer name, as engines stop."""
+        """Tokens that end a text: those in the generation config, the configuration and the tokenizer, as in engines."""
         report_end_tokens(self.model, self.tokenizer, name=self.name)
         return end_ids(self.model, self.tokenizer)
 
@@ -103,17 +105,19 @@ class Target:
         *,
         documents: PackedDocuments | None = None,
     ) -> TargetOutput:
-        """Return what the target knows of packed rows: a document sees nothing of the others in its row.
+        """Return the target's outputs on packed rows. Documents in a row do not attend to each other.
 
         Args:
-            documents: Where they lie, if it is known: see `document_states`.
+            documents: Where the documents are, if known: see `document_states`.
         """
+        if documents is not None and documents.bounds.device != self.device:
+            documents = documents.each(lambda tensor: tensor.to(self.device))
         final_BTD, hidden_BTD = document_states(
             self.model,
             tokens_BT.to(self.device),
             positions_BT.to(self.device),
             hidden=needs.hidden,
-            documents=documents and documents.each(lambda tensor: tensor.to(self.device)),
+            documents=documents,
         )
         return TargetOutput(
             logits_BTV=head_logits(self.model, final_BTD) if needs.logits else None,
@@ -122,21 +126,21 @@ class Target:
         )
 
     def rows_of(self, seen: TargetOutput) -> TargetRows:
-        """Return the law over a batch whose final states were read."""
+        """Return the target's distribution over a batch whose final states were read."""
         assert seen.final_BTD is not None, "read the batch with TargetNeeds(final=True)"
         return LiveRows(self.model, seen.final_BTD)
 
     @contextmanager
     def at_work(self) -> Iterator[Target]:
-        """Yield the target that runs on this process's own share of a work, whatever the others have to do.
+        """Yield a target that this process can run on its own share of the work, however much the others have.
 
-        Every process of the run must enter, also one without a share.
+        Every process of the run must enter the context, even one without a share.
         """
         yield self
 
     def rest(self) -> None:
-        """Let go of what only `at_work` needs: training begins."""
+        """Release what only `at_work` needs, before training."""
 
     def weights_digest(self) -> str:
-        """Return the digest of the weights in memory, to prove that they stayed frozen."""
+        """Return the digest of the weights in memory, to check that they stayed frozen."""
         return weights_digest(self.model)

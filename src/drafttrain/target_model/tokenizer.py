@@ -1,4 +1,4 @@
-"""Tokenizers: loading, fingerprints, and the check that a drafter shares its target's."""
+"""Tokenizers: loading, fingerprints, and the check that a drafter has the same one as its target."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ TOKENIZER_FILES = (
 
 
 def load_target_tokenizer(settings: TargetSettings) -> Any:
-    """Return the tokenizer that the settings name, without reading any weights."""
+    """Return the target's tokenizer without reading any weights."""
     return load_tokenizer(tokenizer_folder(settings), trust_remote_code=settings.trust_remote_code)
 
 
 def tokenizer_folder(settings: TargetSettings) -> Path:
-    """Return the folder of the tokenizer that the settings name."""
+    """Return the folder of the target's tokenizer."""
     name = settings.tokenizer or settings.model
     assert name is not None, "TargetSettings.check asks for one of them"
     return resolve_folder(name, revision=settings.revision if settings.tokenizer is None else None)
@@ -45,16 +45,16 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     check_folder(folder)
     if not tokenizer_files(folder):
         raise CheckpointError(
-            f"{folder}: no tokenizer here (no tokenizer.json): give its folder, as target.tokenizer of a target"
+            f"{folder}: no tokenizer here (no tokenizer.json): give its folder (for a target: target.tokenizer)"
         )
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except Exception as error:  # tokenizers raises plain Exceptions, and what the content of a broken file leads to
-        raise CheckpointError(f"{folder}: no tokenizer could be read here: {in_one_line(error)}") from error
+    except Exception as error:  # tokenizers raises plain Exceptions, and broken files raise anything
+        raise CheckpointError(f"{folder}: cannot load the tokenizer: {in_one_line(error)}") from error
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Return the files of a folder that decide how text and chats become ids."""
+    """Return the files of a folder that determine how text and chats become token ids."""
     return sorted(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file())
 
 
@@ -65,15 +65,15 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def num_ids(tokenizer: Any) -> int:
-    """Return how many ids a tokenizer can produce, from 0."""
+    """Return how many ids a tokenizer can produce: its largest id + 1."""
     return int(max(tokenizer.get_vocab().values())) + 1
 
 
 def check_same_tokenizer(target_tokenizer: Any, drafter_tokenizer: Any, *, drafter: str) -> None:
-    """Refuse a drafter whose tokenizer differs from the target's in one token, naming it.
+    """Refuse a drafter whose tokenizer differs from the target's in any token.
 
     Raises:
-        CheckpointError: With the first tokens that differ.
+        CheckpointError: Lists the first tokens that differ.
     """
     ours, theirs = target_tokenizer.get_vocab(), drafter_tokenizer.get_vocab()
     different = sorted(
@@ -86,5 +86,5 @@ def check_same_tokenizer(target_tokenizer: Any, drafter_tokenizer: Any, *, draft
         )
         raise CheckpointError(
             f"{drafter}: its tokenizer differs from the target's in {len(different)} of {len(ours)} tokens: {shown}. "
-            "Use a drafter with the target's own tokenizer."
+            "Use a drafter with the same tokenizer as the target."
         )

@@ -1,4 +1,4 @@
-"""Whether the weights in a model folder have the sizes that its configuration gives, from the headers of its files alone."""
+"""Compares the shapes of the weights in a model folder with its configuration. Only headers are read."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from drafttrain.core.tensors import shapes_in
 
 
 def refuse_wrong_shapes(folder: Path, *, trust_remote_code: bool) -> None:
-    """Refuse a folder whose weights have other sizes than config.json gives; anything else that is wrong is left to others.
+    """Refuse a folder whose weights do not have the shapes of its config.json. Other problems are left to the caller.
 
     Raises:
-        CheckpointError: Naming the first of them.
+        CheckpointError: Lists the first of them.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -30,4 +30,6 @@ def refuse_wrong_shapes(folder: Path, *, trust_remote_code: bool) -> None:
     wrong = [name for name in held if name in wanted and held[name] != wanted[name]]
     if wrong:
         shown = "; ".join(f"{name}: shape {held[name]}, must be {wanted[name]}" for name in wrong[:3])
-        raise CheckpointError(f"{folder}: {len(wrong)} weights do not have the sizes that config.json gives: {shown}")
+        raise CheckpointError(
+            f"{folder}: {len(wrong)} weights do not have the shapes that config.json implies: {shown}"
+        )

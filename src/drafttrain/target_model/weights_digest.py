@@ -1,4 +1,4 @@
-"""A digest of weights in memory, computed where they are: a GPU reads its own in milliseconds, and nothing is copied to the host.
+"""A digest of weights in memory, computed on their device: a GPU takes milliseconds, and nothing is copied to the host.
 
 W = words of 8 bytes
 """
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 WORD_BYTES = 8
 WORDS_AT_ONCE = {"cpu": 1 << 16}
-"""What stays in a CPU's cache: five times as fast as SHA-256."""
+"""As many as stay in a CPU's cache: five times as fast as SHA-256."""
 WORDS_AT_ONCE_ELSEWHERE = 1 << 24
 
 
 def weights_digest(module: nn.Module) -> str:
-    """Return the digest of all parameters and buffers in memory; the same on every device."""
+    """Return the digest of all parameters and buffers in memory. It is the same on every device."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         add_to_digest(digest, name, tensor)
@@ -26,7 +26,7 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def add_to_digest(digest: Any, name: str, tensor: Tensor) -> None:
-    """Add a named tensor to a digest; one without memory adds its name."""
+    """Add a named tensor to a digest. A tensor on the meta device adds only its name."""
     digest.update(name.encode())
     if not tensor.is_meta:
         digest.update(f" {tensor.dtype} {list(tensor.shape)} {_weighted_sum(tensor)}\n".encode())
@@ -34,10 +34,10 @@ def add_to_digest(digest: Any, name: str, tensor: Tensor) -> None:
 
 @torch.no_grad()
 def _weighted_sum(tensor: Tensor) -> int:
-    """Return the sum of a tensor's words, each times an odd number of its own, modulo 2^64.
+    """Return the sum of a tensor's words modulo 2^64, each multiplied by a different odd number.
 
-    An odd number times a difference that is not 0 is not 0 modulo 2^64: a change of one word always changes the sum, and two
-    words that change places do too unless they are equal.
+    An odd number times a nonzero difference is not 0 modulo 2^64. So changing one word always changes the sum, and so does
+    swapping two different words.
     """
     bytes_B = tensor.detach().contiguous().flatten().view(torch.uint8)
     if rest := -len(bytes_B) % WORD_BYTES:
