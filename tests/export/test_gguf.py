@@ -220,9 +220,9 @@ def change(folder: Path, **fields: Any) -> None:
 
 def change_tokenizer(edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     def changed(folder: Path) -> None:
-        said = json.loads((folder / "tokenizer.json").read_text())
-        edit(said)
-        (folder / "tokenizer.json").write_text(json.dumps(said))
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        edit(tokenizer)
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
     return changed
 

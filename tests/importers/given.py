@@ -58,8 +58,8 @@ def layer(prefix: str, *, reads: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def said_ids(*, seed: int = 4) -> Tensor:
-    """Return the ids that the drafter can say, rising."""
+def drafter_ids(*, seed: int = 4) -> Tensor:
+    """Return the target ids in the drafter's vocabulary, in rising order."""
     return torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(seed))[:ROWS].sort().values
 
 
@@ -75,7 +75,7 @@ def eagle3_tensors(prefix: str = "midlayer.") -> dict[str, Tensor]:
             "lm_head.weight": (ROWS, WIDTH),
         }
     )
-    ids_R = said_ids()
+    ids_R = drafter_ids()
     t2d_V = torch.zeros(VOCABULARY, dtype=torch.bool)
     t2d_V[ids_R] = True
     return {**tensors, "d2t": ids_R - torch.arange(ROWS), "t2d": t2d_V}
@@ -100,7 +100,7 @@ def specforge_config() -> dict[str, Any]:
 
 
 def modelopt_config() -> dict[str, Any]:
-    """Return a configuration whose taps count the outputs of blocks, with all that ModelOpt's exports say of the layer."""
+    """Return a configuration whose taps count the outputs of blocks, with all fields that ModelOpt's exports have on the layer."""
     config = eagle3_config(
         eagle_config={
             "eagle_aux_hidden_state_layer_ids": [0, 1, 2],
@@ -191,7 +191,7 @@ def held(folder: Path) -> dict[str, Tensor]:
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    """Tell whether two files hold the same tensors under the same names."""
+    """Return whether two files hold the same tensors under the same names."""
     return left.keys() == right.keys() and all(
         left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
     )

@@ -297,7 +297,7 @@ def test_copies_of_the_targets_tensors_are_dropped(target, tmp_path):
 def test_a_map_of_ids_is_written_as_offsets(target, tmp_path):
     """d2t[i] = the target's id of i, as some files have it; as offsets it would name other tokens."""
     tensors, config = given.made("eagle3", target)
-    tensors |= {"d2t": given.said_ids(), "t2d": tensors["t2d"].to(torch.uint8)}
+    tensors |= {"d2t": given.drafter_ids(), "t2d": tensors["t2d"].to(torch.uint8)}
     imported = import_folder(given.write(tmp_path / "theirs", tensors, config), tmp_path / "out", target=target.name)
     assert given.same(given.held(tmp_path / "out"), given.eagle3_tensors())
     assert "d2t: holds the target's ids; written as offsets, target id - draft id" in imported.notes
@@ -340,10 +340,10 @@ def test_a_plain_lm_with_fewer_rows_than_the_target_has_tokens_is_refused(target
     folder = tmp_path / "theirs"
     random_llama(seed=3, vocab_size=100).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    said = "vocab_size is 100, the target's tokenizer has 257 tokens: the last ones have no row"
-    with pytest.raises(CheckpointError, match=said):
+    message = "vocab_size is 100, the target's tokenizer has 257 tokens: the last ones have no row"
+    with pytest.raises(CheckpointError, match=message):
         import_folder(folder, tmp_path / "out", target=target.name)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         read_drafter(folder, target)
 
 

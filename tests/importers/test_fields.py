@@ -115,7 +115,7 @@ def added(prefix: str, *names: str) -> dict[str, torch.Tensor]:
     return {prefix + name: torch.ones(2) for name in names}
 
 
-# (fields, tensors by the layer's prefix, what the one line says)
+# (fields, tensors by the layer's prefix, what its one line contains)
 FORMS: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
     ({"attention_bias": True}, ("self_attn.q_proj.bias", "self_attn.o_proj.bias"), "projections would have biases"),
     (
@@ -203,7 +203,7 @@ def test_the_draft_length_of_a_speculators_folder_is_kept(target, tmp_path):
     assert made.files.config["drafttrain"]["num_steps"] == 7
 
 
-# (tensor that is added or field, what the one line says)
+# (tensor that is added or field, what its one line contains)
 KINDS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (
         {},
@@ -240,7 +240,7 @@ def test_many_tensors_of_one_pattern_are_one_line(target, tmp_path):
 
 
 def test_heads_are_as_many_as_the_file_holds(target, tmp_path):
-    """The authors' published configurations say 2 beside 5, and their own loader says so too."""
+    """The authors' published configurations have 2 where the file has 5, and so has their own loader."""
     config = given.medusa_config(target.name, heads=2)
     given.write(tmp_path / "theirs", given.medusa_tensors(heads=5), config, file="medusa_lm_head.pt")
     made = import_folder(tmp_path / "theirs", tmp_path / "out")

@@ -156,13 +156,13 @@ def test_an_exported_drafter_is_imported_unchanged(kind, format, target, tmp_pat
     assert about is not None
     assert (about.kind, about.target, about.target_fingerprint) == (kind, target.name, target.fingerprint)
     batch, _ = packed(target, read_drafter(source, target), (9,), width=9)
-    laws = []
+    logits = []
     for folder in (source, tmp_path / "again"):
         drafter = read_drafter(folder, target)
         with torch.no_grad():
             drafted = drafter(batch)
-            laws.append(drafted.head(drafted.states_BTD[1].flatten(0, 1), 1))
-    assert torch.equal(*laws)
+            logits.append(drafted.head(drafted.states_BTD[1].flatten(0, 1), 1))
+    assert torch.equal(*logits)
 
 
 def plain_eagle3(
@@ -232,7 +232,7 @@ def test_an_imported_eagle3_computes_the_distributions_of_its_file(name, target,
     before_residual = layout.config(target.name).get("norm_before_residual", False)
     wanted_TR = plain_eagle3(ours(layout), target, tokens, norm_before_residual=before_residual)
     assert torch.allclose(law_TR, wanted_TR, atol=1e-4)
-    assert torch.equal(drafter.vocabulary, given.said_ids())
+    assert torch.equal(drafter.vocabulary, given.drafter_ids())
 
 
 def test_a_missing_norm_before_residual_is_true_and_the_note_names_how_others_read_it(target, tmp_path):

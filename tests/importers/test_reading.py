@@ -1,4 +1,4 @@
-"""What cannot be read or written is refused: pickles with code, unknown layouts, weights that are there twice, a place that is taken."""
+"""What cannot be read or written is refused: pickles with code, unknown layouts, weights that are there twice, an occupied place."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def target(save_llama) -> Target:
     return Target.load(TargetSettings(model=str(save_llama(num_layers=4))))
 
 
-class Runs:
-    """What a pickle must not bring in."""
+class CodeInPickle:
+    """An object whose unpickling would run code."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return print, ("run",)
@@ -32,7 +32,7 @@ class Runs:
 
 def test_a_pickle_with_more_than_tensors_is_refused_and_not_run(target, tmp_path, capsys):
     folder = given.write(tmp_path / "theirs", {}, given.medusa_config(target.name), file="medusa_lm_head.pt")
-    torch.save({**given.medusa_tensors(), "extra": Runs()}, folder / "medusa_lm_head.pt")
+    torch.save({**given.medusa_tensors(), "extra": CodeInPickle()}, folder / "medusa_lm_head.pt")
     with pytest.raises(CheckpointError, match=r"medusa_lm_head\.pt: refused: .* holds more than tensors"):
         import_folder(folder, tmp_path / "out", target=target.name)
     assert "run" not in capsys.readouterr().out

@@ -66,24 +66,26 @@ def counted_by_hand(
         drafted = list(tokens)
         for _ in range(count):
             drafted.append(next_token(drafter, drafted))
-        kept = 0
-        while kept < count and next_token(target, tokens) == drafted[len(tokens)]:
+        accepted = 0
+        while accepted < count and next_token(target, tokens) == drafted[len(tokens)]:
             if drafted[len(tokens)] in conventions.end_tokens:
                 # It counts as the token that was not drafted.
                 break
             tokens.append(drafted[len(tokens)])
-            kept += 1
+            accepted += 1
         tokens.append(next_token(target, tokens))
         if count:
-            rounds.append((count, kept))
+            rounds.append((count, accepted))
     text = tokens[len(prompt) :][:new_tokens]
     ended = [place for place, token in enumerate(text) if token in conventions.end_tokens]
-    accepted_at = [sum(kept >= i for _, kept in rounds) for i in range(1, max((n for n, _ in rounds), default=0) + 1)]
+    accepted_at = [
+        sum(accepted >= i for _, accepted in rounds) for i in range(1, max((n for n, _ in rounds), default=0) + 1)
+    ]
     return DecodedPrompt(
         text[: ended[0] + 1] if ended else text,
         len(rounds),
         sum(count for count, _ in rounds),
-        sum(kept for _, kept in rounds),
+        sum(accepted for _, accepted in rounds),
         accepted_at,
     )
 

@@ -69,8 +69,8 @@ def test_the_counters_of_a_server_are_compared_with_the_promise(target, drafter,
     # Counted only after the answer, as it may happen.
     server = server_of(target, drafter, late=2)
     stdout, stderr = asked(server, drafter, "--require", "--out", tmp_path)
-    told = json.loads((tmp_path / "server.json").read_text())
-    (row,) = told["temperatures"]
+    report = json.loads((tmp_path / "server.json").read_text())
+    (row,) = report["temperatures"]
     # The same, decoded here without a server.
     prompts = read_prompts(str(drafter.parent / "prompts.jsonl"), target.tokenizer, prompt_tokens=None)
     result = json.loads((drafter / "eval.json").read_text())
@@ -154,7 +154,7 @@ SILENT = "http://127.0.0.1:9"
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--engine", "sglang", SILENT], "its server has no counters of draft tokens. Engines with counters: vllm"),
         (["--engine", "vlm", SILENT], "Engines with counters: vllm"),
@@ -166,10 +166,10 @@ SILENT = "http://127.0.0.1:9"
         (["host:8000"], "must begin with http:// or https://"),
     ],
 )
-def test_arguments_that_mean_nothing_are_refused(words, said):
+def test_arguments_that_mean_nothing_are_refused(words, message):
     done = CliRunner().invoke(app, ["check-server", *words])
     assert done.exit_code == 2
-    assert said in done.stderr
+    assert message in done.stderr
     assert "secret" not in done.stderr
 
 

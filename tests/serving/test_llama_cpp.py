@@ -48,7 +48,7 @@ def test_a_target_is_written_once_for_its_weights_and_type(engine, target):
 
 
 def test_texts_end_where_llama_cpp_ends_them(engine, tmp_path):
-    """By the two ids of the configuration, and by names that it knows whatever the configuration says."""
+    """By the two ids in the configuration, and by token texts that it knows, whatever the configuration has."""
     tokenizer = merging_tokenizer()
     tokenizer.add_tokens(["<|im_end|>", "<|not_an_end|>"], special_tokens=True)
     target = saved(MODELS["llama"](), tmp_path / "target", tokenizer)

@@ -19,10 +19,10 @@ def test_the_snippet_has_the_length_and_the_folders():
 
 
 def test_rounds_are_counted_by_what_the_steps_gave():
-    # 10 tokens, K = 3: the first alone, then 2 kept, none, 3 kept; the last is the target's own, without a draft.
+    # 10 tokens, K = 3: the first alone, then 2 accepted, none, 3 accepted; the last is the target's own, without a draft.
     counted = {"num_drafts": 3, "num_draft_tokens": 9, "num_accepted": 5, "accepted_at": [2, 2, 1]}
     assert counters([1, 3, 1, 4, 1], (9, 5), 3, 10) == counted
-    # A last round with all of its drafts kept is missing in the totals.
+    # A last round with all of its drafts accepted is missing in the totals.
     last = {"num_drafts": 3, "num_draft_tokens": 9, "num_accepted": 5, "accepted_at": [2, 2, 1]}
     assert counters([1, 3, 1, 4], (6, 2), 3, 9) == last
 

@@ -57,7 +57,7 @@ def fields_read(path: Path) -> set[str]:
 
 
 def fc_biases(path: Path) -> list[str | None]:
-    """Return what a file says of the bias of each `fc`; None: nothing."""
+    """Return the argument `bias` of each `fc` in a file; None: it has none."""
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if (
@@ -77,7 +77,7 @@ def test_sglang_reads_every_variant_of_eagle3_but_those_that_are_refused(sglang_
 
 
 def test_sglang_has_a_bias_in_the_fc_of_eagle(sglang_models):
-    """torch's Linear has one unless told otherwise."""
+    """torch's Linear has a bias by default."""
     assert fc_biases(sglang_models / "llama_eagle.py") == [None]
 
 

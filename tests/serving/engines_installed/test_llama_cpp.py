@@ -38,7 +38,7 @@ WHOLE = SIZES | {"vocab_size": len(merging_tokenizer())}
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[ServingEngine]:
-    """The engine; that it is not installed is an error here, not a reason to pass. The targets of these tests are not kept."""
+    """The engine; if it is not installed, the tests fail. The converted targets of these tests are deleted."""
     llama_cpp = engine_of("llama.cpp")
     check_installed(llama_cpp.environment)
     targets = root() / TARGETS

@@ -53,7 +53,7 @@ GRAPH, WEIGHTS = "openvino_model.xml", "openvino_model.bin"
 
 @pytest.fixture(scope="module")
 def engine() -> ServingEngine:
-    """The engine; that it is not installed is an error here, not a reason to pass."""
+    """The engine; if it is not installed, the tests fail."""
     openvino = engine_of("openvino")
     check_installed(openvino.environment)
     return openvino

@@ -28,7 +28,7 @@ LENGTH = 128
 
 @pytest.fixture(scope="module")
 def library() -> SpeculatorsLibrary:
-    """The library; that it is not installed is an error here, not a reason to pass."""
+    """The library; if it is not installed, the tests fail."""
     check_installed(SPECULATORS)
     return SpeculatorsLibrary()
 

@@ -26,7 +26,7 @@ NUM_DRAFT_TOKENS = 3
 
 @pytest.fixture(scope="module")
 def engine() -> ServingEngine:
-    """The engine; that it is not installed is an error here, not a reason to pass."""
+    """The engine; if it is not installed, the tests fail."""
     vllm = engine_of("vllm")
     check_installed(vllm.environment)
     return vllm
@@ -75,7 +75,7 @@ def test_each_kind_gives_the_same_tokens_and_the_same_counts(kind, format, draft
     assert found.same_target.exact
     theirs, ours = found.greedy["engine"], found.greedy["evaluator"]
     assert theirs == ours
-    # Something is proven only where drafts are kept, lost, and kept beyond the first.
+    # The comparison is meaningful only if drafts are accepted, rejected, and accepted beyond the first.
     assert 0 < theirs.accepted_at[1] < theirs.accepted_at[0] < theirs.num_drafts
 
 
