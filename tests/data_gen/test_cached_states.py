@@ -180,8 +180,8 @@ def test_another_need_rebuilds_the_cache(text, tiny_target):
 
 def curve(text: Path, target: Target, *, cache: str) -> tuple[list[float], int]:
     """Train a Kangaroo adapter for some steps; return its losses and how often the target was run."""
-    from drafttrain.train.run import train
-    from drafttrain.train.settings import TrainSettings
+    from drafttrain.training.run import train
+    from drafttrain.training.settings import TrainSettings
 
     torch.manual_seed(0)
     drafter = KangarooDrafter.create(KangarooSettings(exit_layer=1), target=target, tokenizer=None)

@@ -27,7 +27,7 @@ from drafttrain.drafters import Drafter, drafters
 from drafttrain.losses import losses
 from drafttrain.losses.step import batch_loss, share_of_step
 from drafttrain.target_model import Target
-from drafttrain.train.preflight import check_processes
+from drafttrain.training.preflight import check_processes
 from tests.conftest import byte_tokenizer, random_llama
 
 WORLDS = (1, 2, 4, 8, 64)
