@@ -150,7 +150,7 @@ def test_a_trained_run_is_judged_evaluated_and_exported_anew_without_being_train
     (tmp_path / "other.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     other = [f"eval.prompts={tmp_path / 'other.jsonl'}", "eval.prompt_tokens=20"]
     result = evaluate_recipe(load_recipe(recipe, [*quick, *other]), folder)
-    assert (result["prompts_dropped_for_overlap"], result["num_prompts"]) == (1, 1), "other prompts, the same text"
+    assert (result.prompts_dropped_for_overlap, result.num_prompts) == (1, 1), "other prompts, the same text"
     assert (folder / "train.json").stat().st_mtime_ns == trained
     assert (folder / "eval.json").exists()
     DrafterRun(load_recipe(recipe, lax), folder)
