@@ -26,7 +26,7 @@ from drafttrain.export.markdown import block, code, plain
 from drafttrain.online.report import _efficiency
 from drafttrain.serving.card import model_card
 from drafttrain.target_model import Target
-from drafttrain.train import step_clock
+from drafttrain.training import step_clock
 from tests.conftest import byte_tokenizer, random_llama
 from tests.eval.decoding import PROMPTS
 
