@@ -1,4 +1,4 @@
-"""Run with TRITON_INTERPRET=1, which Triton reads when it is first imported: the kernel's numbers beside PyTorch's, as JSON."""
+"""Run with TRITON_INTERPRET=1 (Triton reads it on import): prints the kernel's numbers and PyTorch's, as JSON."""
 
 import json
 

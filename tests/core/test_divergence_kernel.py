@@ -26,7 +26,7 @@ def python(*arguments: str, interpreted: bool) -> str:
     return done.stdout
 
 
-def test_its_sums_and_gradients_are_those_of_pytorch():
+def test_sums_and_gradients_equal_pytorchs():
     """In both types, rows shorter and longer than a block, a token without mass, a row that is met, logits far apart."""
     found = json.loads(python("-m", "tests.core.kernel_in_interpreter", interpreted=True))
     assert len(found) == 6

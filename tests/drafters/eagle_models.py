@@ -1,4 +1,4 @@
-"""Tiny drafters that read features, with weights large enough that every part of them matters; and a plain rollout of one."""
+"""Tiny EAGLE drafters with weights large enough that every part matters, and a plain rollout of one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def eagle_target(*, vocab_size: int = 257, num_layers: int = 4, hidden_size: int
 
 
 def eagle_drafter(kind: str, target: Target, *, seed: int = 1, scale: float = 0.2, **settings: Any) -> Any:
-    """Return a float64 drafter of this kind; matrices are drawn anew with a deviation of `scale`."""
+    """Return a float64 drafter of this kind; matrices are drawn again with a standard deviation of `scale`."""
     torch.manual_seed(seed)
     entry: Any = drafters.entry(kind)
     drafter = entry.component.create(entry.settings(**settings), target=target, tokenizer=target.tokenizer).double()

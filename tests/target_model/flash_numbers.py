@@ -46,7 +46,7 @@ def flash_numbers() -> Iterator[list[tuple[int, ...]]]:
         return attended.to(given), scores_HNN.logsumexp(dim=-1), torch.empty(0), torch.empty(0), torch.empty(0)
 
     def backward(grad, query, key, value, out, lse, cum_seq_q, cum_seq_k, *rest, scale):  # type: ignore[no-untyped-def]
-        # The formula of the kernel: weights from the normaliser that is given, their drift from the output that is given.
+        # The formula of the kernel: weights from the normalizer that is given, their drift from the output that is given.
         heads, groups, given = query.shape[1], key.shape[1], query.dtype
         grad, query, key, value, out = (wide(x) for x in (grad, query, key, value, out))
         weights_HNN = (causal(query, key, (cum_seq_q, cum_seq_k), scale) - lse[:, :, None]).exp()

@@ -1,4 +1,4 @@
-"""A frozen target computes in the type of its weights, under the autocast of a training too; a drafter in training does not."""
+"""A frozen target ignores the training's autocast; a drafter in training does not."""
 
 from __future__ import annotations
 

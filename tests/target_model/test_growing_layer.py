@@ -1,4 +1,4 @@
-"""The cache that grows in place holds what one that is joined anew each time holds, and copies it seldom."""
+"""The growing cache has the contents of one that is concatenated at every step, with few copies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def states(columns: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(3, 2, columns, 4), torch.randn(3, 2, columns, 4)
 
 
-def test_a_growing_layer_holds_what_a_joined_one_holds() -> None:
+def test_a_growing_layer_equals_a_concatenated_one() -> None:
     growing, joined = GrowingLayer(), DynamicLayer()
     for columns in (5, 1, 70, 1, 200, 1):
         new = states(columns)
@@ -32,7 +32,7 @@ def test_a_growing_layer_holds_what_a_joined_one_holds() -> None:
     assert growing.get_seq_length() == joined.get_seq_length()
 
 
-def test_a_growing_layer_copies_seldom_and_leaves_little_empty() -> None:
+def test_a_growing_layer_copies_rarely_and_wastes_little_memory() -> None:
     layer = GrowingLayer()
     layer.update(*states(300))
     places, most_empty = set(), 0
@@ -45,7 +45,7 @@ def test_a_growing_layer_copies_seldom_and_leaves_little_empty() -> None:
     assert most_empty < COLUMNS_AT_ONCE
 
 
-def test_what_was_never_written_cannot_spoil_a_softmax() -> None:
+def test_unwritten_columns_cannot_turn_a_softmax_into_nan() -> None:
     """It is masked, but 0 times a NaN is a NaN."""
     layer = GrowingLayer()
     layer.update(*states(3))
@@ -53,7 +53,7 @@ def test_what_was_never_written_cannot_spoil_a_softmax() -> None:
     assert not layer._taken[1][:, :, 3:].any()
 
 
-def test_sequences_and_columns_are_chosen_in_one_copy() -> None:
+def test_sequences_and_columns_are_selected_in_one_copy() -> None:
     layer = GrowingLayer()
     keys, values = states(6)
     layer.update(keys, values)
@@ -87,7 +87,7 @@ def calls_of(num_texts: int, *, new: int, temperature: float) -> dict[str, int]:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_step_of_generation_reads_the_device_once_whatever_the_batch(temperature: float) -> None:
-    """Its calls do not grow with the texts; a token more joins no cache anew."""
+    """The calls do not grow with the texts; one more token does not copy the cache."""
     few, many = (calls_of(count, new=8, temperature=temperature) for count in (2, 12))
     longer = calls_of(12, new=9, temperature=temperature)
     for name, count in many.items():

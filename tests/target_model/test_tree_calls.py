@@ -1,4 +1,4 @@
-"""One call over a tree says of every node what reading its path alone says, on the architectures whose masks differ."""
+"""One call over a tree gives every node the logits of its path read alone, for architectures with different masks."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def error(model: Any, text: list[int], seen: Any, parents: list[int], tokens: li
 
 @pytest.mark.parametrize("name", list(architectures()))
 @torch.no_grad()
-def test_a_node_sees_its_path_alone_also_after_the_cache_was_gathered(name):
+def test_a_node_attends_only_to_its_path_even_after_a_gather(name):
     model = build(name)
     lm = CachedLM(model, name=name)
     lm.begin([text[:-1] for text in PROMPTS])
@@ -91,7 +91,7 @@ def test_a_node_sees_its_path_alone_also_after_the_cache_was_gathered(name):
 
 
 @torch.no_grad()
-def test_control_a_tree_read_as_a_chain_says_something_else():
+def test_control_a_tree_read_as_a_chain_gives_other_logits():
     model = build("llama")
     lm = CachedLM(model, name="llama")
     lm.begin([PROMPTS[0]])

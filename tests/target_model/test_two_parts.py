@@ -112,7 +112,7 @@ def test_the_bytes_of_two_parts_are_those_of_one_call():
     assert prefill.bytes_read == 3 * (block + 5 * cached) + 5 * embedding_row + 32 * 8
 
 
-def test_blocks_outside_the_range_rest_and_come_back():
+def test_blocks_outside_the_range_are_skipped_and_restored():
     model = random_model("llama")
     before = [module.__dict__.get("forward") for module in (*blocks(model), final_norm(model))]
     tokens_BT = torch.tensor([[1, 2, 3]])

@@ -84,7 +84,7 @@ class DistillModule(StepModule):
 
     def _read_by_any(self, reads: bool) -> bool:
         """Tell whether this process runs the target; one that is spread out is run by all where one process needs it."""
-        if self.target is None or not self.target.spread:
+        if self.target is None or not self.target.sharded:
             return reads
         return sums_over_processes([reads])[0] > 0
 

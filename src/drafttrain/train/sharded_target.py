@@ -31,10 +31,10 @@ class ShardedTarget(Target):
     """Embedding, final norm and head are whole in every process, as drafters use them; of each block a process holds its share.
 
     A forward gathers one block after the other, so all processes must run it equally often. Where each has work of its own,
-    `at_work` lets those that are done take part until the last one is.
+    `for_own_share` lets those that are done take part until the last one is.
     """
 
-    spread: ClassVar[bool] = True
+    sharded: ClassVar[bool] = True
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str, fingerprint: str) -> None:
         super().__init__(model, tokenizer, name=name, fingerprint=fingerprint)
@@ -74,7 +74,7 @@ class ShardedTarget(Target):
             _any(True, self.device)
 
     @contextmanager
-    def at_work(self) -> Iterator[Target]:
+    def for_own_share(self) -> Iterator[Target]:
         """Yield the target; on leaving, run it with the others for as long as one of them needs it."""
         self._in_rounds = True
         try:
