@@ -70,7 +70,7 @@ def test_a_killed_process_is_noticed_at_once_even_by_a_waiting_one(tmp_path: Pat
     while not (tmp_path / "there").exists():
         assert running[killed].poll() is None, running[killed].communicate()[1]
         time.sleep(0.01)
-    time.sleep(4 * BEAT_SECONDS)  # Its own beat, then that of the other one, so that its step was heard of.
+    time.sleep(4 * BEAT_SECONDS)  # Its own heartbeat, then the other one's, so that its step is known.
     running[killed].send_signal(signal.SIGKILL)
     began = time.monotonic()
     output = running[1 - killed].communicate(timeout=60)[1]

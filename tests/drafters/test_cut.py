@@ -70,7 +70,7 @@ def test_a_cut_drafter_is_the_target_with_its_other_blocks_skipped(name: str, nu
     tokens = torch.randint(1, 61, (1, 40))
     for index, block in enumerate(blocks(model)):
         if index not in spread(4, num_layers):
-            # What such a block adds to the stream is 0 then.
+            # Such a block then adds 0 to the stream.
             for parameter in block.parameters():
                 parameter.zero_()
     found = load_causal_lm(tmp_path, attention=model.config._attn_implementation)(tokens).logits

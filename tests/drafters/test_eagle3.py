@@ -86,7 +86,7 @@ def test_the_draft_vocabulary_is_the_most_frequent_labels(target):
     counts = np.zeros(200)
     counts[[9, 30, 31, 120, 7]] = [5, 8, 8, 2, 2]
     drafter.fit_vocabulary(lambda: counts)
-    assert drafter.vocabulary.tolist() == [7, 9, 30, 31]  # of the two with 2 the lower id
+    assert drafter.vocabulary.tolist() == [7, 9, 30, 31]  # of the two labels with count 2, the lower id
     assert drafter.d2t.tolist() == [7, 8, 28, 28]  # offsets, not ids
     assert drafter.t2d.nonzero()[:, 0].tolist() == [7, 9, 30, 31]
     assert drafter.t2d.dtype == torch.bool

@@ -114,7 +114,7 @@ def test_training_computes_only_what_trained_rows_need(target, kind, settings, p
     for ours, theirs in zip(trained_states(drafter.train(), batch), whole, strict=True):
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
-    # Slot t of depth d speaks of token t + d + 1: from the first answer less the deepest step to the last token but two.
+    # Slot t of depth d predicts token t + d + 1: from the first label minus the deepest step to the third-last token.
     steps = drafter.own["num_steps"]
     first = max(0, 5 - steps - 1), max(0, 6 - steps - 1)
     assert seen == [(16 - first[0]) + (8 - first[1])] * steps
@@ -174,7 +174,7 @@ def test_the_loss_of_a_copy_task_is_low_at_its_own_shift_only(target, kind):
     drafter.embed = watched
     drafted = drafter(batch)
     rows = align(drafted, batch)
-    # Texts that count: the token after the one that was embedded last is the label, at this shift and at no other.
+    # In counting texts the label is the last embedded token plus 1, at this shift and at no other.
     embedded_N = torch.cat([embedded[d].flatten()[rows.drafter_N[rows.index.depth_N == d]] for d in (1, 2, 3)])
     assert torch.equal(embedded_N + 1, rows.tokens_N)
     for wrong in (0, 2):

@@ -425,10 +425,10 @@ def test_first_blocks_run_once_per_node_and_every_forward_is_recorded(target):
         handles.append(block.self_attn.register_forward_pre_hook(count, with_kwargs=True))
     proposer = drafter.proposer(target, ledger.append)
     engine_of = {"prompts": PROMPTS[1:2], "temperature": 1.0, "stop_tokens": ()}
-    decode(target, proposer, **engine_of, new=1)  # the trial of the split is counted here, and left out
+    decode(target, proposer, **engine_of, new=1)  # the check of the split is counted here, and excluded
     ledger.events.clear()
     tokens_by_block[:], calls_by_block[:] = [0] * 4, [0] * 4
-    trial = 3 + 3 + 3 + 3  # tokens that the trial at the engine's start reads with every block
+    trial = 3 + 3 + 3 + 3  # tokens that the check at the engine's start reads with every block
     (generation,) = decode(target, proposer, **engine_of, listener=ledger.append, new=30)
     for handle in handles:
         handle.remove()

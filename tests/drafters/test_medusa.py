@@ -118,7 +118,7 @@ def test_every_head_starts_equal_to_the_targets_head_bit_for_bit(tiny_target: Ta
 def test_the_number_of_parameters_shows_that_no_block_is_shared(target: Target, heads: int, layers: int):
     medusa = create(target, num_heads=heads, num_layers=layers)
     assert sum(p.numel() for p in medusa.parameters()) == heads * (layers * (D * D + D) + V * D)
-    # The control: the slip that the field knows, one block standing in for all.
+    # Control: the known bug in which all heads share one block.
     block = torch.nn.Linear(D, D)
     shared = torch.nn.ModuleList([torch.nn.Sequential(*[block] * layers) for _ in range(heads)])
     formula = heads * layers * (D * D + D)

@@ -6,7 +6,7 @@ import transformers
 
 from drafttrain.core.batches import PackedDocuments
 from drafttrain.target_model import documents
-from drafttrain.target_model.documents import document_states, takes_mask, separates_documents
+from drafttrain.target_model.documents import document_states, separates_documents, takes_mask
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 MODELS = {

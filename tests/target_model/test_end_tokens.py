@@ -33,7 +33,7 @@ def named(folder: Path, file: str, **fields: Any) -> Path:
         (None, 6, {0, 6}),
         ([5, 7], 6, {0, 5, 6, 7}),
         ([0], [0], {0}),
-        # What LlamaConfig fills in where nobody names an end is 2; named, it is one.
+        # LlamaConfig's default end token is 2. It counts only if the file names it.
         (5, 2, {0, 2, 5}),
     ],
 )

@@ -26,7 +26,7 @@ def test_a_growing_layer_equals_a_concatenated_one() -> None:
         new = states(columns)
         for ours, theirs in zip(growing.update(*new), joined.update(*new), strict=True):
             assert torch.equal(ours, theirs)
-        # Roll back by one, and write over what is forgotten.
+        # Roll back by one, and overwrite the dropped column.
         growing.show(growing.keys.shape[2] - 1)
         joined.crop(-1)
     assert growing.get_seq_length() == joined.get_seq_length()

@@ -29,9 +29,9 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 0,
 }
 CONFIGS = {
-    # Its embedding multiplies by a number that is computed and not stored, its head is the embedding.
+    # Its embedding multiplies by a computed buffer that is not stored; its head is tied to the embedding.
     "gemma3": Gemma3TextConfig(**SMALL, head_dim=16),
-    # Its files may leave the trunk's prefix out, and it has learnt positions.
+    # Its files may leave the trunk's prefix out, and it has learned positions.
     "gpt2": GPT2Config(vocab_size=257, n_embd=32, n_layer=2, n_head=2, n_positions=64),
     # Its head has another name in the files.
     "gpt_neox": GPTNeoXConfig(**SMALL),

@@ -21,7 +21,7 @@ MODELS = {
     "qwen3": (transformers.Qwen3Config(**LLAMA, head_dim=8), True),
     "granite": (transformers.GraniteConfig(**LLAMA, attention_multiplier=0.7), True),
     "gpt2": (transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4), True),
-    # A window, tokens that each head attends to besides, positions that do not keep documents apart.
+    # A window, extra tokens that each head attends to, positions that do not separate documents.
     "mistral": (transformers.MistralConfig(**LLAMA, sliding_window=4), False),
     "gemma3": (transformers.Gemma3TextConfig(**LLAMA, head_dim=8, sliding_window=4), False),
     "bloom": (transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4), False),

@@ -75,9 +75,9 @@ def test_a_node_attends_only_to_its_path_even_after_a_gather(name):
     lm = CachedLM(model, name=name)
     lm.begin([text[:-1] for text in PROMPTS])
     texts = [list(text) for text in PROMPTS]
-    kept = [[0, 1, 3, 6], [0, 2, 5, 7]]  # nodes of root + tree: paths that are no beginnings of the call
+    kept = [[0, 1, 3, 6], [0, 2, 5, 7]]  # nodes of root + tree: paths that are not prefixes of the call
     for _ in range(3):
-        # Node 0 is the root, the last committed token; the tree hangs under it.
+        # Node 0 is the root, the last committed token; the tree is below it.
         parents = [-1, *(parent + 1 for parent in TREE)]
         nodes = [[text[-1], *TOKENS] for text in texts]
         needs = TargetNeeds(logits=True, final=True)

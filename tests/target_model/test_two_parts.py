@@ -18,7 +18,7 @@ from drafttrain.target_model.block_range import block_range
 from drafttrain.target_model.cached_lm import CachedLM
 from tests.target_model.test_target import ARCHITECTURES, SMALL
 
-# Gemma 2 alternates layers with and without a sliding window: a block must keep its number when others rest.
+# Gemma 2 alternates layers with and without a sliding window: a block must keep its number when others are skipped.
 MODELS = ARCHITECTURES | {
     "gemma2": Gemma2Config(**SMALL, intermediate_size=48, num_key_value_heads=1, head_dim=16, sliding_window=32)
 }
@@ -137,7 +137,7 @@ def test_a_model_that_cannot_be_run_in_two_parts_is_refused(monkeypatch):
         CheckpointError, match=r"BloomForCausalLM cannot be run in two parts at block 1: .*position_ids"
     ):
         CachedLM(bloom, name="target").split_at(1)
-    # The control of the trial itself: states that get lost between the parts are noticed.
+    # Control of the check itself: states lost between the parts are noticed.
     monkeypatch.setattr(cached_lm, "_stacked", lambda rows, width: rows and torch.stack(list(rows)) * 0.9)
     with pytest.raises(CheckpointError, match="gives other logits when it is run in two parts"):
         CachedLM(random_model("llama"), name="target").split_at(1)
