@@ -34,7 +34,7 @@ def main() -> None:
         if texts is not None and texts.exists() and not generated.exists():
             shutil.copytree(texts, generated)
         own = [*arguments.overrides, f"name={run.name}", f"drafter.exit_layer={layer}", "export.require={}"]
-        command = [sys.executable, "-m", "drafttrain.cli", "fit", arguments.recipe, *own, "--runs", str(arguments.runs)]
+        command = [sys.executable, "-m", "drafttrain", "fit", arguments.recipe, *own, "--runs", str(arguments.runs)]
         subprocess.run(command, check=True)
         texts = generated
         results[layer] = read_result(run / "eval.json")

@@ -35,7 +35,7 @@ from drafttrain.core.batches import DraftBatch
 from drafttrain.core.provenance import commit, processor
 from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import pack
-from drafttrain.data_gen.shares import own_shares
+from drafttrain.data_gen.sampler import own_shares
 from drafttrain.distributed.collectives import together
 from drafttrain.distributed.world import is_first, without_launcher, world
 from drafttrain.drafters import drafters

@@ -112,7 +112,7 @@ async def measure(arguments: argparse.Namespace) -> None:
         between = started([sys.executable, __file__, "--relay", server[1].rpartition(":")[2]])
         more = ["--logprobs", str(arguments.logprobs)] if arguments.logprobs else []
         command = ["record", "--upstream", server[1], "--port", "0", "--out", out, *more]
-        recorder = started([sys.executable, "-m", "drafttrain.cli", *command])
+        recorder = started([sys.executable, "-m", "drafttrain", *command])
         addresses = dict(zip(WAYS, (server[1], server[1], between[1], recorder[1]), strict=True))
         milliseconds: dict[str, list[np.ndarray]] = {name: [] for name in WAYS}
         draws = random.Random(0)

@@ -45,7 +45,7 @@ def main() -> None:
     recipe.write_text(yaml.safe_dump(the_recipe(arguments), sort_keys=False), encoding="utf-8")
     for stage in arguments.stages:
         began = time.perf_counter()
-        command = [sys.executable, "-m", "drafttrain.cli", stage, str(recipe), "--runs", str(arguments.out)]
+        command = [sys.executable, "-m", "drafttrain", stage, str(recipe), "--runs", str(arguments.out)]
         subprocess.run(command, check=True)
         print(f"{stage}: {time.perf_counter() - began:.0f} s")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,11 @@ def text(tmp_path) -> Path:
 
 
 def cached(
-    text: Path, target: Target, needs: TargetNeeds, *, law: bool = True, folder: str = "d", **settings: Any
+    text: Path, target: Target, needs: TargetNeeds, *, distribution: bool = True, folder: str = "d", **settings: Any
 ) -> TrainingData:
     chosen = DataSettings(sources=[TextSettings(path=str(text))], max_length=32, **settings)
     data = prepare(chosen, text.parent / folder, tokenizer=target.tokenizer, tokenizer_fingerprint="x", seed=0)
-    attach_cache(data, text.parent / folder, target, num_records=24, law=law, needs=needs)
+    attach_cache(data, text.parent / folder, target, num_records=24, distribution=distribution, needs=needs)
     return data
 
 
@@ -81,10 +82,10 @@ def test_what_is_read_is_what_was_written_bit_for_bit(text, tiny_target):
 
 
 @pytest.mark.parametrize(
-    ("kind", "law", "needs", "names"),
+    ("kind", "distribution", "needs", "names"),
     [
         ("states", True, TargetNeeds(), {"final"}),
-        ("states", True, TargetNeeds(final=True), {"final"}),  # once, though two ask for it
+        ("states", True, TargetNeeds(final=True), {"final"}),  # stored once for both
         ("states", True, TargetNeeds(hidden=(1,)), {"final", "hidden_1"}),
         ("states", False, TargetNeeds(hidden=(1,)), {"hidden_1"}),
         ("full", True, TargetNeeds(final=True), {"logits", "final"}),
@@ -93,11 +94,11 @@ def test_what_is_read_is_what_was_written_bit_for_bit(text, tiny_target):
         ("none", True, NEEDS, set()),
     ],
 )
-def test_nothing_is_stored_or_brought_that_nobody_asked_for(text, tiny_target, kind, law, needs, names):
-    data = cached(text, tiny_target, needs, law=law, cache=kind)
+def test_only_needed_outputs_are_stored_and_carried_by_batches(text, tiny_target, kind, distribution, needs, names):
+    data = cached(text, tiny_target, needs, distribution=distribution, cache=kind)
     assert set(files(text)) == names
     (batch,) = data.of_step(0, batch_size=4)
-    assert (batch.target_rows is not None) == (law and kind != "none")
+    assert (batch.target_rows is not None) == (distribution and kind != "none")
     if names:
         assert batch.target is not None
         assert set(batch.target.hidden_BTD) == set(needs.hidden)
@@ -105,18 +106,18 @@ def test_nothing_is_stored_or_brought_that_nobody_asked_for(text, tiny_target, k
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_its_bytes_are_told_before_and_bounded(text, tiny_target, dtype, capfd):
+def test_its_size_is_printed_before_it_is_written_and_limited(text, tiny_target, dtype, capfd):
     data = cached(text, tiny_target, NEEDS, cache="states", cache_dtype=dtype)
     cache = data.caches[0]
     assert cache is not None
     tokens = sum(len(data.stores[0][record].tokens) for record in cache._starts)
     size = sum(array.nbytes for array in files(text).values())
     assert size == tokens * cache.wanted.bytes_a_row(tiny_target) == tokens * 3 * 32 * (4 if dtype == "float32" else 2)
-    told = " ".join(capfd.readouterr().err.split())
-    assert "law (states), hidden state 0, hidden state 1, final state" in told
-    bound = (size - 1) / 1e9
+    message = " ".join(capfd.readouterr().err.split())
+    assert "distribution (states), hidden state 0, hidden state 1, final state" in message
+    limit = (size - 1) / 1e9
     with pytest.raises(DataError, match=r"data\.max_cache_gb allows"):
-        cached(text, tiny_target, NEEDS, folder="e", cache="states", cache_dtype=dtype, max_cache_gb=bound)
+        cached(text, tiny_target, NEEDS, folder="e", cache="states", cache_dtype=dtype, max_cache_gb=limit)
     assert not list((text.parent / "e").glob("0-cache/*.npy"))
     cached(text, tiny_target, NEEDS, folder="e", cache="states", cache_dtype=dtype, max_cache_gb=(size + 1) / 1e9)
 
@@ -137,7 +138,7 @@ def test_stored_states_keep_their_type_until_they_are_where_they_are_used(text, 
     (batch,) = data.of_step(0, batch_size=8)
     states = [batch.target.final_BTD, *batch.target.hidden_BTD.values()]
     assert {state.dtype for state in states} == {getattr(torch, dtype)}
-    # The law is made of the same tensor, so a batch takes it to the device once.
+    # The distribution is computed from the same tensor, so a batch takes it to the device once.
     moved = []
     batch.each(lambda tensor: moved.append(tensor.data_ptr()) or tensor)
     assert len(set(moved)) == len(moved) == 4 + len(states)
@@ -164,7 +165,7 @@ def test_nothing_is_read_that_is_not_asked_for(text, tiny_target):
 
 def test_a_state_that_does_not_fit_is_refused():
     state_ND = torch.tensor([[1e6, 1.0]])
-    with pytest.raises(DataError, match="does not fit into float16"):
+    with pytest.raises(DataError, match="overflows float16"):
         _as_array(state_ND, "float16")
     assert torch.equal(_as_tensor(_as_array(state_ND, "bfloat16"), "bfloat16"), state_ND.bfloat16())
 
@@ -227,3 +228,16 @@ def test_a_drafter_whose_needs_cannot_be_stored_says_so(text, tiny_folder, tiny_
     monkeypatch.setattr(KangarooDrafter, "needs", lambda self: TargetNeeds(logits=True))
     with pytest.raises(DataError, match=r"data\.cache: kangaroo: .*logits of every token; set data\.cache: none"):
         gen(load_recipe(recipe), tmp_path / "run")
+
+
+def test_a_cache_whose_plan_an_earlier_version_wrote_is_kept(text, tiny_target):
+    cached(text, tiny_target, NEEDS, cache="states")
+    folder = text.parent / "d" / "0-cache"
+    plan = json.loads((folder / "plan.json").read_text())
+    plan["wanted"] = {"law" if key == "distribution" else key: value for key, value in plan["wanted"].items()}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("*.npy")}
+    cached(text, tiny_target, NEEDS, cache="states")
+    assert times == {path: path.stat().st_mtime_ns for path in folder.glob("*.npy")}
+    cached(text, tiny_target, NEEDS, cache="full")
+    assert list(folder.glob("logits-*.npy"))

@@ -58,7 +58,7 @@ def test_an_answer_behind_a_space_is_told_apart(answer):
 @pytest.mark.parametrize("answer", ["on", "b", "\nb"])
 def test_a_logged_answer_to_a_chat_is_a_continuation_too(answer):
     tokenizer = spaced_tokenizer()
-    encoder = ExchangeEncoder(Encoder(tokenizer, 100), lambda text: text, law=False)
+    encoder = ExchangeEncoder(Encoder(tokenizer, 100), lambda text: text, logprobs=False)
     record = encoder.record(Exchange("x", [{"role": "user", "content": "q"}], answer))
     labels = [token for token, flag in zip(record.tokens, record.loss_mask, strict=True) if flag]
     assert "".join(tokenizer.convert_ids_to_tokens(labels)) == answer.replace(" ", "▁")

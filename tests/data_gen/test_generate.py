@@ -1,4 +1,4 @@
-"""What the target writes: byte-identical however often it was killed; the cache: bit for bit, and the live target's law."""
+"""What the target writes: byte-identical however often it was killed; the cache: bit for bit, and the live target's distribution."""
 
 import json
 

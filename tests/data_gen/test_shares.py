@@ -19,8 +19,8 @@ from drafttrain.config.load import load_recipe, read_recipe
 from drafttrain.core.batches import DraftBatch
 from drafttrain.core.errors import RecipeError
 from drafttrain.core.target_rows import TargetNeeds
+from drafttrain.data_gen.sampler import num_micro_batches, own_shares
 from drafttrain.data_gen.settings import DataSettings
-from drafttrain.data_gen.shares import num_micro_batches, own_shares
 from drafttrain.data_gen.sources.text import TextSettings
 from drafttrain.data_gen.training_data import TrainingData, prepare
 from drafttrain.drafters import Drafter, drafters

@@ -15,7 +15,7 @@ from drafttrain.checkpoint import read_about, read_drafter
 from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.errors import CheckpointError
 from drafttrain.drafters.eagle.eagle3 import Eagle3Drafter, Eagle3Settings
-from drafttrain.export import DrafterFiles
+from drafttrain.export.drafter_files import DrafterFiles
 from drafttrain.export.folder import read_files
 from drafttrain.export.layout import layout_problems
 from drafttrain.losses.align import align
@@ -97,7 +97,7 @@ def test_heads_that_the_file_does_not_have_are_refused_at_once(count: Any) -> No
 def test_a_causal_lm_of_another_kind_is_one_problem() -> None:
     files = DrafterFiles("causal_lm", {"model_type": "medusa"}, {})
     (problem,) = layout_problems(files, {})
-    assert "no causal_lm can be made of it" in problem
+    assert "no causal_lm can be built from it" in problem
     assert len(problem) < 300
 
 

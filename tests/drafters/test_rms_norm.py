@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from drafttrain.drafters.eagle.rms_norm import Norm
+from drafttrain.drafters.eagle.layer import Norm
 from tests.drafters.eagle_models import eagle_drafter, eagle_target, packed
 
 

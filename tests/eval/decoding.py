@@ -1,4 +1,4 @@
-"""Tiny targets, text that is decoded with them, and the two checks of it that every proposer must pass: its law, and replay."""
+"""Tiny targets, decoding with them, and two checks that every proposer must pass: output distribution, and replay."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ def chi_square(
     temperature: float,
     *,
     samples: int = 2500,
-    spoil: Any = None,
+    prepare: Any = None,
     policy: Any = None,
     target: Target | None = None,
 ) -> float:
-    """T2: return the p-value of the law of the first two new tokens against the target's, enumerated."""
+    """Return the p-value of the first two sampled tokens against the target's distribution, which is enumerated."""
     if target is None:
         target = Target(model, byte_tokenizer(), name="small", fingerprint="")
     engine = Engine(
@@ -80,26 +80,25 @@ def chi_square(
         max_new_tokens=4,
         stop_tokens=(),
     )
-    if spoil:
-        spoil(engine)
+    if prepare:
+        prepare(engine)
     prompts = [Prompt(str(i), [1, 2, 3]) for i in range(samples)]
     found = [
         tuple(g.tokens[1:3]) for start in range(0, samples, 500) for g in engine.generate(prompts[start : start + 500])
     ]
-    law = torch.zeros(8, 8, dtype=torch.float64)
     with torch.no_grad():
         first = (model(torch.tensor([[1, 2, 3]])).logits[0, -1] / temperature).softmax(-1)
         after = model(torch.tensor([[1, 2, 3, a] for a in range(8)])).logits[:, -1].div(temperature).softmax(-1)
         pairs = [[1, 2, 3, a, b] for a in range(8) for b in range(8)]
         third = model(torch.tensor(pairs)).logits[:, -1].div(temperature).softmax(-1).view(8, 8, 8)
-    law = torch.einsum("a,ab,abc->bc", first, after, third).flatten()
+    wanted = torch.einsum("a,ab,abc->bc", first, after, third).flatten()
     counts = torch.zeros(64, dtype=torch.float64)
     for b, c in found:
         counts[8 * b + c] += 1
-    order = law.argsort(descending=True)
-    large = [int(i) for i in order if law[i] * samples >= 5]
+    order = wanted.argsort(descending=True)
+    large = [int(i) for i in order if wanted[i] * samples >= 5]
     observed = [float(counts[i]) for i in large] + [samples - sum(float(counts[i]) for i in large)]
-    expected = [float(law[i]) * samples for i in large] + [samples * (1 - sum(float(law[i]) for i in large))]
+    expected = [float(wanted[i]) * samples for i in large] + [samples * (1 - sum(float(wanted[i]) for i in large))]
     if expected[-1] < 5:
         observed[-2:], expected[-2:] = [sum(observed[-2:])], [sum(expected[-2:])]
     return float(stats.chisquare(observed, expected, sum_check=False).pvalue)
@@ -108,15 +107,17 @@ def chi_square(
 def rounds_of_replay(
     target: Target, drafter: Drafter, prompts: Sequence[Prompt], *, temperature: float, num_draft_tokens: Sequence[int]
 ) -> list[Tensor]:
-    """T7: return by how many rounds the loop and replay differ in each text that the loop decoded with the first of these lengths.
+    """Return the difference in rounds between decoding and replay, for each text.
 
     Args:
-        num_draft_tokens: Replay is asked for each of them; for another one than the loop's it should differ.
+        num_draft_tokens: Decoded with the first, replayed with each of them. At other lengths replay should differ.
     """
     policy = FixedLength(FixedLengthSettings(num_draft_tokens[0]))
     options: dict[str, Any] = {"prompts": prompts, "temperature": temperature, "policy": policy, "new": 32}
     found = decode(target, drafter.proposer(target), stop_tokens=(), **options)
-    assert any(len(one.rounds) < len(one.tokens) for one in found), "no draft was kept: there is nothing to compare"
+    assert any(len(one.rounds) < len(one.tokens) for one in found), (
+        "no draft token was accepted: there is nothing to compare"
+    )
     texts = [Text(one.id, list(one.prompt_tokens), list(one.tokens)) for one in found]
     rows = replay_rows(target, drafter, texts, Sampling(temperature))
     return [

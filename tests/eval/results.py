@@ -1,4 +1,4 @@
-"""Complete results with made-up figures, for tests of what reads them."""
+"""Complete results with made-up figures, for tests of their readers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ INTERVAL = Interval(1.5, 1.4, 1.6, 8)
 
 
 def figures(**changes: Any) -> DrafterFigures:
-    """Return figures of a drafter with five draft tokens a round."""
+    """Return figures of a drafter with five draft tokens per round."""
     made = DrafterFigures(
         length={"kind": "fixed", "num_draft_tokens": 5},
         block_efficiency=INTERVAL,

@@ -1,4 +1,4 @@
-"""Evaluations whose true figures are known, drawn at random: what intervals and p-values are tried on.
+"""Random evaluations whose true figures are known, for tests of intervals and p-values.
 
 E = evaluations, P = prompts
 """
@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from drafttrain.eval.interval import Interval
 from drafttrain.eval.statistics import (
-    Interval,
     ratio_difference,
     ratio_interval,
     ratio_of_ratios,
@@ -28,13 +28,13 @@ Part = tuple[Array, Array]
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of an evaluation: how prompts are drawn, how it is estimated, and what is true."""
+    """A figure of an evaluation: how prompts are drawn, how it is estimated, and its true value."""
 
     draw: Callable[[Any, int], list[Part]]
-    """From a generator and a number of prompts to the parts of the figure."""
+    """Draws so many prompts; returns the parts of the figure."""
     estimate: Callable[..., Interval]
     of_sums: Callable[..., float]
-    """From the ratios of sums over all prompts that there are."""
+    """Computes the figure from ratios of sums."""
 
     def evaluations(self, generator: Any, *, count: int, num_prompts: int) -> list[Interval]:
         """Return the estimates of independent evaluations."""
@@ -50,15 +50,15 @@ class Figure:
 
 
 def rounds(generator: Any, acceptance_P: Array, tokens_P: Array) -> Array:
-    """Return the rounds of texts: each keeps draft tokens up to the first that is refused, at most 5, and adds one."""
+    """Return the rounds of texts: each accepts draft tokens up to the first rejected one, at most 5, and adds one."""
     most = int(tokens_P.max())
-    refused = generator.geometric(1 - acceptance_P[:, None], size=(len(acceptance_P), most))
-    written = np.minimum(refused, NUM_DRAFT_TOKENS + 1).cumsum(axis=1)
+    rejected = generator.geometric(1 - acceptance_P[:, None], size=(len(acceptance_P), most))
+    written = np.minimum(rejected, NUM_DRAFT_TOKENS + 1).cumsum(axis=1)
     return 1.0 + (written < tokens_P[:, None]).sum(axis=1)
 
 
 def texts(generator: Any, count: int, *, shortest: int = 4) -> tuple[Array, Array]:
-    """Return acceptance rates and lengths of texts: some are cut at 64 tokens, others end before."""
+    """Return acceptance rates and lengths of texts: some are cut at 64 tokens, others end earlier."""
     lengths_P = generator.integers(shortest, 96, count).clip(max=64).astype(float)
     return generator.beta(6, 4, count), lengths_P
 
@@ -122,13 +122,13 @@ FIGURES = {
     "speed-up": Figure(speed_up, ratio_of_ratios, lambda a, b: a / b),
     "difference of two drafters, paired": Figure(two_drafters(0.4), ratio_difference, lambda a, b: a - b),
 }
-"""Of these an interval holds the truth in 95 % of the evaluations."""
+"""Their intervals should contain the truth in 95 % of the evaluations."""
 
 EQUALS = {
     "difference in block efficiency": Figure(two_drafters(0.0), ratio_difference, lambda a, b: a - b),
     "quotient of speeds": Figure(equal_speeds, ratio_of_ratios, lambda a, b: a / b),
 }
-"""Two drafters that are equal: 5 % of the evaluations find that they are not."""
+"""Two equal drafters: 5 % of the evaluations should find a difference."""
 
 SHARES = {
     "share of prompts solved": Figure(solved, lambda one: share_interval(*one), lambda a: a),
@@ -136,4 +136,4 @@ SHARES = {
         both_solved, lambda one, other: share_difference(one[0], other[0]), lambda a, b: a - b
     ),
 }
-"""Prompts succeed or fail: few values are possible, and an interval holds the truth in 95 % or more."""
+"""Prompts succeed or fail: few values are possible, and the interval covers 95 % or more."""

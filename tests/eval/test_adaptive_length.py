@@ -1,4 +1,4 @@
-"""Length policies over an acceptance head: their edges, the output's law, what they cost, and a chain whose answer is known."""
+"""Length policies with an acceptance head: edge cases, output distribution, cost, and a chain whose optimum is known."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.eval.test_engine import target as target
 
 
 def write_head(folder: Path, hidden_size: int, *, gain: float = 8.0) -> str:
-    """Write a random head whose chances are spread over 0..1."""
+    """Write a random head whose predictions are spread over 0..1."""
     torch.manual_seed(0)
     head = AcceptanceHead(AcceptanceSettings(num_blocks=1), hidden_size)
     with torch.no_grad():
@@ -39,7 +39,7 @@ def write_head(folder: Path, hidden_size: int, *, gain: float = 8.0) -> str:
 
 
 def known_head(folder: Path) -> str:
-    """Write a head that reads the chance itself: its one feature is the chance's logit."""
+    """Write a head whose prediction is exact: its one feature is the logit of the acceptance."""
     head = AcceptanceHead(AcceptanceSettings(num_blocks=0, prior_correct=False), 1)
     with torch.no_grad():
         head.output.weight.fill_(1.0)
@@ -83,7 +83,7 @@ def test_greedy_output_is_the_targets_own_and_no_forward_is_wasted(target, tmp_p
 )
 @pytest.mark.parametrize("name", ["cumulative", "cost"])
 def test_drafters_on_the_targets_features_stop_by_a_head_too(kind, settings, name, tmp_path):
-    """Alone and together, greedy and drawn: the target's own text, or the same draws; lengths differ from round to round."""
+    """Alone and in a batch, greedy and sampled: the same text; lengths differ from round to round."""
     target = eagle_target()
     drafter = eagle_drafter(kind, target, **settings)
     head = write_head(tmp_path, 32)
@@ -109,7 +109,7 @@ def small() -> tuple[Any, Any]:
     return model, noisy(model, 0.15)
 
 
-def test_the_output_has_the_targets_law_whatever_the_head_says(small, tmp_path):
+def test_the_output_has_the_targets_distribution_whatever_the_head_predicts(small, tmp_path):
     model, drafter = small
     head = write_head(tmp_path, 16)
     policies = (
@@ -119,17 +119,17 @@ def test_the_output_has_the_targets_law_whatever_the_head_says(small, tmp_path):
     for policy in policies:
         lengths: set[int] = set()
 
-        def spoil(engine: Any, policy: Any = policy, lengths: set[int] = lengths) -> None:
+        def change(engine: Any, policy: Any = policy, lengths: set[int] = lengths) -> None:
             observe = policy.observe
             policy.observe = lambda verdict: (lengths.add(verdict.num_draft_tokens), observe(verdict))
             engine.policy = policy
 
-        assert chi_square(model, ChainProposer(drafter, target_vocab_size=8), 1.0, spoil=spoil) > 1e-3
+        assert chi_square(model, ChainProposer(drafter, target_vocab_size=8), 1.0, prepare=change) > 1e-3
         assert len(lengths) > 1
 
 
-def test_control_a_stop_that_looks_at_a_token_it_then_drops_changes_the_law(small):
-    """The filtration rule: the token that would be drawn next is peeked at, and the draft ends before it if it is odd."""
+def test_control_a_stop_that_reads_a_token_and_drops_it_changes_the_distribution(small):
+    """Breaks the filtration rule: the next token is read before it is in the tree, and dropped if it is odd."""
     model, drafter = small
     proposer = ChainProposer(drafter, target_vocab_size=8)
 
@@ -144,7 +144,7 @@ def test_control_a_stop_that_looks_at_a_token_it_then_drops_changes_the_law(smal
     policy = Peeking(FixedLengthSettings(2))
     engine_sampling: list[Any] = []
 
-    def spoil(engine: Any) -> None:
+    def change(engine: Any) -> None:
         engine.policy = policy
         engine_sampling[:] = [engine.sampling]
         propose = proposer.propose
@@ -155,7 +155,7 @@ def test_control_a_stop_that_looks_at_a_token_it_then_drops_changes_the_law(smal
 
         proposer.propose = watched  # type: ignore[method-assign]
 
-    assert chi_square(model, proposer, 1.0, spoil=spoil) < 1e-3
+    assert chi_square(model, proposer, 1.0, prepare=change) < 1e-3
 
 
 # ---------------------------------------------------------------- a chain whose chances are known
@@ -169,7 +169,7 @@ def chance(place: int) -> float:
 
 
 def drafted_by(policy: Any, place: int) -> int:
-    """Return how many tokens a policy drafts from a place of the chain."""
+    """Return the number of tokens that a policy drafts from a position of the chain."""
     for depth in range(1, MAX_TOKENS + 1):
         newest = chance(place + depth - 2)  # of the draft token that was read last
         hidden_D = torch.tensor([math.log(newest / (1 - newest))])
@@ -182,7 +182,7 @@ def drafted_by(policy: Any, place: int) -> int:
 
 
 def expected_cost(lengths: Any) -> float:
-    """Return the expected cost of the whole chain, exactly: lengths[t] tokens are drafted at t, or the best number."""
+    """Return the exact expected cost of the chain where lengths[t] tokens are drafted at t, or the best number."""
     costs = np.zeros(LENGTH + MAX_TOKENS + 2)
     for place in reversed(range(LENGTH)):
         options = range(MAX_TOKENS + 1) if lengths is None else [lengths[place]]
@@ -212,14 +212,14 @@ def test_a_threshold_costs_less_than_any_fixed_length_and_no_less_than_the_oracl
     best = min(by_threshold.values())
     assert oracle < best < 0.97 * fixed
     assert best < 1.12 * oracle
-    # The control: a head that knows nothing makes the same rule a fixed length.
+    # Control: with an uninformed head the same rule is a fixed length.
     blind = CumulativeReject(CumulativeRejectSettings(threshold=0.5, max_tokens=MAX_TOKENS))
     blind.survival = type("Blind", (), {"after": lambda self, step: 0.8 ** (step.depth - 1)})()
     assert len({drafted_by(blind, place) for place in range(LENGTH)}) == 1
 
 
-def test_weighing_cost_yields_more_a_second_than_any_fixed_length(tmp_path):
-    """The policy as it is, learning its rate from rounds that are drawn."""
+def test_expected_cost_yields_more_per_second_than_any_fixed_length(tmp_path):
+    """The policy learns its rate from sampled rounds."""
     policy = ExpectedCost(
         ExpectedCostSettings(
             draft_cost=DRAFT_COST, target_cost=TARGET_COST, max_tokens=MAX_TOKENS, head=known_head(tmp_path)
@@ -237,11 +237,11 @@ def test_weighing_cost_yields_more_a_second_than_any_fixed_length(tmp_path):
     assert policy.rate == pytest.approx(place / cost)
 
 
-def test_at_a_given_rate_weighing_cost_is_a_threshold(tmp_path):
+def test_at_a_given_rate_expected_cost_is_a_threshold(tmp_path):
     """It stops where alive * a^2 / t_draft < rate: a cumulative threshold of 1 - rate t_draft / a^2."""
     head = known_head(tmp_path)
     policy = ExpectedCost(ExpectedCostSettings(draft_cost=1.0, target_cost=4.0, max_tokens=MAX_TOKENS, head=head))
-    policy._kept.add(0.8 * 1e9 - 1, 1e9 - 1)  # 0.8 in all
+    policy._accepted.add(0.8 * 1e9 - 1, 1e9 - 1)  # 0.8 in all
     threshold = 1 - 0.25 / 0.8**2
     other = cumulative(head, threshold, max_tokens=MAX_TOKENS)
     lengths = [drafted_by(policy, place) for place in range(len(PATTERN))]
@@ -249,7 +249,7 @@ def test_at_a_given_rate_weighing_cost_is_a_threshold(tmp_path):
     assert len(set(lengths)) > 1
 
 
-def test_the_cost_of_a_draft_is_all_of_a_round_that_is_not_the_verifying_call(tmp_path):
+def test_the_cost_of_a_draft_is_a_round_without_the_verifying_call(tmp_path):
     policy = ExpectedCost(ExpectedCostSettings(head=known_head(tmp_path), max_tokens=4))
     assert drafted_by(policy, 6) == MAX_TOKENS, "not measured: it drafts as far as it is let"
 
@@ -275,8 +275,8 @@ def test_the_cost_of_a_draft_is_all_of_a_round_that_is_not_the_verifying_call(tm
     ("kind", "settings"),
     [("kangaroo", {"exit_layer": 2}), ("eagle", {}), ("eagle3", {"draft_vocab_size": 120}), ("medusa", {})],
 )
-def test_the_measured_cost_holds_every_forward_of_the_draft(kind, settings):
-    """Kangaroo drafts with the target's first blocks too: its adapter alone is not what a draft token costs."""
+def test_the_measured_cost_includes_every_forward_of_the_draft(kind, settings):
+    """Kangaroo also drafts with the target's first blocks: its adapter is only a part of the cost."""
     target, ledger = eagle_target(), Ledger()
     proposer = eagle_drafter(kind, target, **settings).proposer(target, ledger.append)
     engine = Engine(
@@ -303,5 +303,5 @@ def test_the_measured_cost_holds_every_forward_of_the_draft(kind, settings):
 
 def test_a_head_of_another_width_is_refused(target, tmp_path):
     policy = cumulative(write_head(tmp_path, 16), 0.5)
-    with pytest.raises(CheckpointError, match="made for a drafter of width 16, this one has 32"):
+    with pytest.raises(CheckpointError, match="made for a drafter of width 16, this drafter has 32"):
         decode(target, ChainProposer(noisy(target.model, 0.02), target_vocab_size=V), policy=policy)

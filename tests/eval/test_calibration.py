@@ -1,4 +1,4 @@
-"""Figures of predicted chances, against cases by hand and slow plain versions."""
+"""Figures of predicted probabilities, against cases by hand and slow plain versions."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def test_ece_by_hand():
     assert sum(one.count for one in reliability([0.0, 1.0], [0, 1])) == 2
 
 
-def test_true_chances_are_calibrated_and_shifted_ones_are_not():
+def test_true_probabilities_are_calibrated_and_shifted_ones_are_not():
     rng = np.random.default_rng(0)
     chances = rng.random(20_000)
     labels = rng.random(20_000) < chances
@@ -24,14 +24,14 @@ def test_true_chances_are_calibrated_and_shifted_ones_are_not():
     assert brier(chances, labels) < brier(chances**2, labels)
 
 
-def test_auc_is_the_chance_of_the_right_order():
+def test_auc_is_the_probability_of_the_right_order():
     rng = np.random.default_rng(1)
     predicted, labels = rng.integers(0, 6, 60) / 5, rng.integers(0, 2, 60)
     pairs = [(p > r) + 0.5 * (p == r) for p in predicted[labels == 1] for r in predicted[labels == 0]]
     assert auc(predicted, labels) == pytest.approx(np.mean(pairs))
     assert auc(predicted, 1 - labels) == pytest.approx(1 - np.mean(pairs))
     assert np.isnan(auc(predicted, np.ones(60)))
-    # A soft label is both at once.
+    # A soft label counts on both sides.
     soft = rng.random(60)
     twice = auc(np.r_[predicted, predicted], np.r_[np.ones(60), np.zeros(60)])
     assert twice == pytest.approx(0.5)

@@ -1,4 +1,4 @@
-"""Drafters that read features in the loop: greedy identity, output law, replay, batches, cache, ledger."""
+"""Drafters that read features, in the loop: greedy identity, output distribution, replay, batches, cache, ledger."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from tests.eval.decoding import chi_square, greedy
 from tests.target_model.test_target import ARCHITECTURES
 
 PROMPTS = [Prompt(str(i), list(range(1 + i, 2 + i + size))) for i, size in enumerate((0, 5, 11))]
-"""One of a single token: its first round has nothing to draft from."""
+"""One prompt has a single token: its first round has nothing to draft from."""
 
 
 class Tree:
-    """A length policy of one tree."""
+    """A length policy with one given tree."""
 
     def __init__(self, nodes: int, depth: int, width: int) -> None:
         self._budget = Budget(nodes, depth, width)
@@ -53,7 +53,7 @@ class Tree:
 
 
 NEW = 24
-"""New tokens a prompt."""
+"""New tokens per prompt."""
 
 CHAIN, TREE = FixedLength(), Tree(12, 4, 3)
 ARMS = [
@@ -74,17 +74,17 @@ def target() -> Any:
 
 @functools.cache
 def written(target: Target) -> tuple[tuple[int, ...], ...]:
-    """Return what the target writes after each prompt."""
+    """Return the target's text after each prompt."""
     return tuple(tuple(greedy(target, prompt, NEW)) for prompt in PROMPTS)
 
 
-def taught(kind: str, target: Target, **settings: Any) -> Any:
-    """Return a drafter that is often right: fitted for a moment on what the target writes after the prompts."""
-    return _taught(kind, target, tuple(settings.items()))
+def trained_briefly(kind: str, target: Target, **settings: Any) -> Any:
+    """Return a drafter that is often right: trained briefly on the target's text after the prompts."""
+    return _trained_briefly(kind, target, tuple(settings.items()))
 
 
 @functools.cache
-def _taught(kind: str, target: Target, settings: tuple[tuple[str, Any], ...]) -> Any:
+def _trained_briefly(kind: str, target: Target, settings: tuple[tuple[str, Any], ...]) -> Any:
     drafter = eagle_drafter(kind, target, **dict(settings))
     drafter.fit_vocabulary(lambda: np.bincount([token for text in written(target) for token in text], minlength=257))
     drafter.train()
@@ -120,10 +120,10 @@ def decode(target: Any, drafter: Any, policy: Any, *, prompts=PROMPTS, temperatu
 
 @pytest.mark.parametrize(("kind", "settings", "policy"), ARMS)
 def test_greedy_output_is_the_targets_own_together_and_alone(target, kind, settings, policy):
-    """Where little is accepted and where much is; a batch takes the very rounds that each prompt takes alone."""
+    """With low and with high acceptance; in a batch every prompt has the same rounds as alone."""
     unskilled = decode(target, eagle_drafter(kind, target, **settings), policy, new=8)
     assert [g.tokens for g in unskilled] == [list(text[:8]) for text in written(target)]
-    drafter = taught(kind, target, **settings)
+    drafter = trained_briefly(kind, target, **settings)
     together = decode(target, drafter, policy)
     assert [g.tokens for g in together] == [list(text) for text in written(target)]
     alone = [decode(target, drafter, policy, prompts=[prompt])[0] for prompt in PROMPTS]
@@ -137,7 +137,7 @@ def test_greedy_output_is_the_targets_own_together_and_alone(target, kind, setti
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_greedy_output_is_the_targets_own_on_every_architecture(name):
-    """Taps, embedding and head of targets that are no Llamas; of these sizes the drafters start from the target's own parts."""
+    """Taps, embedding and head of other architectures than Llama; the drafters start from parts of the target."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(ARCHITECTURES[name]).double().eval()
     other = Target(model, byte_tokenizer(), name=name, fingerprint="")
@@ -151,7 +151,7 @@ def test_greedy_output_is_the_targets_own_on_every_architecture(name):
 
 @pytest.mark.parametrize("kind", ["eagle3", "eagle"])
 def test_a_batch_samples_what_each_prompt_samples_alone(target, kind):
-    drafter = taught(kind, target)
+    drafter = trained_briefly(kind, target)
     for policy in (CHAIN, TREE):
         together = decode(target, drafter, policy, temperature=1.0)
         alone = [decode(target, drafter, policy, prompts=[prompt], temperature=1.0)[0] for prompt in PROMPTS]
@@ -161,8 +161,8 @@ def test_a_batch_samples_what_each_prompt_samples_alone(target, kind):
 @pytest.mark.parametrize(("kind", "settings"), [("eagle3", {"draft_vocab_size": 200}), ("eagle", {})])
 @pytest.mark.parametrize("num_draft_tokens", [1, 3, 5])
 def test_greedy_replay_takes_the_rounds_of_the_loop(target, kind, settings, num_draft_tokens):
-    """What training rolls out is what the proposer drafts: the features of every slot, shifts, positions, vocabulary."""
-    drafter = taught(kind, target, **settings)
+    """Training and proposer roll out the same draft: features of every slot, shifts, positions, vocabulary."""
+    drafter = trained_briefly(kind, target, **settings)
     found = decode(target, drafter, FixedLength(FixedLengthSettings(num_draft_tokens)))
     texts = [Text(g.id, list(g.prompt_tokens), list(g.tokens)) for g in found]
     for depths in (num_draft_tokens, num_draft_tokens + 2):
@@ -174,15 +174,15 @@ def test_greedy_replay_takes_the_rounds_of_the_loop(target, kind, settings, num_
         assert [expected_rounds(r, 2) for r in rows] != pytest.approx([len(g.rounds) for g in found])
 
 
-def test_a_tree_keeps_more_than_a_chain_of_its_depth(target):
-    drafter = taught("eagle3", target)
+def test_a_tree_accepts_more_than_a_chain_of_its_depth(target):
+    drafter = trained_briefly("eagle3", target)
     chain = sum(len(g.rounds) for g in decode(target, drafter, FixedLength(FixedLengthSettings(4))))
     assert sum(len(g.rounds) for g in decode(target, drafter, Tree(24, 4, 4))) < chain
 
 
 def test_the_cache_holds_the_slots_of_the_committed_text_made_of_true_features(target):
-    """After every round the drafter's keys equal those of a fresh reading of the committed text; so no drafted state stays."""
-    drafter = taught("eagle3", target)
+    """After every round the drafter's keys equal those computed from the committed text: no drafted state stays."""
+    drafter = trained_briefly("eagle3", target)
     checked = 0
 
     class Watched(EagleProposer):
@@ -212,8 +212,8 @@ def test_the_cache_holds_the_slots_of_the_committed_text_made_of_true_features(t
 
 
 def test_every_forward_of_the_drafter_is_in_the_ledger(target):
-    """The layer once a draft token, what fuses features once a round; bytes as counted by hand."""
-    drafter = taught("eagle3", target, draft_vocab_size=200)
+    """The layer runs once per draft token, the fusion of features once per round; bytes are counted by hand."""
+    drafter = trained_briefly("eagle3", target, draft_vocab_size=200)
     ledger, policy = Ledger(), FixedLength(FixedLengthSettings(3))
     calls = {"fc": 0, "layer": 0, "head": 0}
     handles = [
@@ -244,7 +244,7 @@ def test_every_forward_of_the_drafter_is_in_the_ledger(target):
 
 @pytest.fixture(scope="module")
 def small() -> Any:
-    """A target of 8 tokens, and a drafter that can say 5 of them."""
+    """A target with 8 tokens, and a drafter with 5 of them."""
     target = eagle_target(vocab_size=8, num_layers=3, hidden_size=16)
     drafter = eagle_drafter("eagle3", target, draft_vocab_size=5, scale=0.5)
     drafter.fit_vocabulary(lambda: np.array([3, 9, 0, 7, 0, 5, 4, 0]))
@@ -252,7 +252,7 @@ def small() -> Any:
 
 
 @pytest.mark.parametrize(("temperature", "policy"), [(1.0, None), (1.0, Tree(5, 2, 3))])
-def test_the_output_has_the_targets_law_with_a_smaller_vocabulary(small, temperature, policy):
+def test_the_output_has_the_targets_distribution_with_a_smaller_vocabulary(small, temperature, policy):
     target, drafter = small
     assert distribution_of(target, drafter, temperature, policy=policy) > 1e-3
 
@@ -263,12 +263,12 @@ def distribution_of(target: Any, drafter: Any, temperature: float, *, policy: An
             engine.policy = policy
 
     return chi_square(
-        target.model, drafter.proposer(target), temperature, samples=samples, target=target, spoil=arrange
+        target.model, drafter.proposer(target), temperature, samples=samples, target=target, prepare=arrange
     )
 
 
-def test_control_a_law_that_is_not_scattered_changes_the_output(small, monkeypatch):
-    """The rows of q are left in the order of the drafter's own ids."""
+def test_control_a_distribution_that_is_not_scattered_changes_the_output(small, monkeypatch):
+    """The rows of q stay in the order of the drafter's own ids."""
     monkeypatch.setattr(
         eagle_drafts,
         "over_target_vocabulary",
@@ -278,8 +278,8 @@ def test_control_a_law_that_is_not_scattered_changes_the_output(small, monkeypat
     assert distribution_of(target, drafter, 1.0, samples=800) < 1e-3
 
 
-def test_control_a_law_with_mass_on_tokens_that_cannot_be_drawn_changes_the_output(small, monkeypatch):
-    """The rows of q are normalised as if the missing tokens had their share."""
+def test_control_a_distribution_with_mass_on_missing_tokens_changes_the_output(small, monkeypatch):
+    """The rows of q are normalized as if the missing tokens could be drawn."""
     scatter = eagle_drafts.over_target_vocabulary
 
     def spread(probs: Any, vocabulary: Any, *, size: int) -> Any:

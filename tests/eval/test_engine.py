@@ -1,4 +1,4 @@
-"""The loop on real (tiny, float64) models: greedy identity, output law, caches, ends of text, the ledger."""
+"""The loop on real (tiny, float64) models: greedy identity, output distribution, caches, ends of text, the ledger."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_greedy_output_is_the_targets_own(target, proposers, name, policy, toget
     assert [g.tokens for g in found] == [greedy(target, prompt, 24) for prompt in PROMPTS]
 
 
-def test_a_perfect_drafter_is_kept_whole_and_nothing_is_drafted_past_the_end(target, proposers):
+def test_a_perfect_draft_is_accepted_whole_and_nothing_is_drafted_past_the_end(target, proposers):
     for new in (1, 2, 6, 7, 12, 13):
         for generation in decode(target, proposers["always right"], new=new):
             assert len(generation.tokens) == new
@@ -86,7 +86,7 @@ def test_an_end_of_text_inside_an_accepted_block_ends_the_text_there(target, pro
 
 
 def test_caches_hold_the_committed_text_after_every_round(target):
-    """T5: what the target says next from its cache equals a fresh reading of the committed text, and so for the drafter."""
+    """The next logits from the cache equal those computed from the committed text, for target and drafter."""
     drafter = noisy(target.model, 0.03)
     proposer = ChainProposer(drafter, target_vocab_size=V)
     engine = Engine(
@@ -124,13 +124,13 @@ def small() -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
 @pytest.mark.parametrize("draft", ["sampled", "greedy"])
-def test_the_output_has_the_targets_law(small, temperature, draft):
+def test_the_output_has_the_targets_distribution(small, temperature, draft):
     model, drafter = small
     assert chi_square(model, ChainProposer(drafter, target_vocab_size=8, draft=draft), temperature) > 1e-3
 
 
-def test_control_a_cache_rolled_back_by_one_too_few_changes_the_law(small):
-    """The target keeps the first rejected token in its cache: the very same test must see it."""
+def test_control_a_cache_rolled_back_by_one_too_few_changes_the_distribution(small):
+    """The first rejected token stays in the target's cache: the same test must detect it."""
 
     def spoil(engine: Engine) -> None:
         keep = engine._lm.keep
@@ -142,10 +142,10 @@ def test_control_a_cache_rolled_back_by_one_too_few_changes_the_law(small):
         engine._lm.keep = too_much  # type: ignore[method-assign]
 
     model, drafter = small
-    assert chi_square(model, ChainProposer(drafter, target_vocab_size=8), 1.0, spoil=spoil) < 1e-3
+    assert chi_square(model, ChainProposer(drafter, target_vocab_size=8), 1.0, prepare=spoil) < 1e-3
 
 
-def test_control_a_greedy_draft_treated_as_sampled_changes_the_law(small, monkeypatch):
+def test_control_a_greedy_draft_treated_as_sampled_changes_the_distribution(small, monkeypatch):
     from drafttrain.drafters import next_tokens
 
     monkeypatch.setattr(next_tokens, "draw_each", lambda probs_NV, generators: probs_NV.argmax(dim=-1).tolist())
@@ -154,7 +154,7 @@ def test_control_a_greedy_draft_treated_as_sampled_changes_the_law(small, monkey
 
 
 def test_replay_agrees_with_the_loop(target):
-    """T7: on the text that the loop emitted, for K = 1, 3, 5, 8: mean per-prompt difference within 4 standard errors."""
+    """On decoded text, for K = 1, 3, 5, 8: the mean difference per prompt is within 4 standard errors."""
     drafter = CausalLMDrafter(noisy(target.model, 0.03))
     prompts = [Prompt(str(i), [1 + i, 2, 3 + i % 7, 5]) for i in range(40)]
     for temperature in (0.0, 1.0):
@@ -171,8 +171,8 @@ def test_replay_agrees_with_the_loop(target):
                     assert shifted.mean().abs() > 4 * error
 
 
-def test_what_the_target_would_not_have_written_is_no_accepted_draft(target):
-    """The log of another model, which is the drafter too and so drafts all of it: the target refuses where its argmax is another."""
+def test_a_token_that_the_target_would_not_write_is_no_accepted_draft(target):
+    """On the log of another model, which is also the drafter, the target rejects where its argmax differs."""
     forger = Target(random_llama(seed=9, num_layers=1).double(), byte_tokenizer(), name="forger", fingerprint="")
     prompt = Prompt("0", [1, 2, 3, 5])
     forged = greedy(forger, prompt, 24)
@@ -200,7 +200,7 @@ def test_block_efficiency_is_one_plus_acceptance_by_position(target, proposers):
 
 
 def test_every_forward_is_in_the_ledger(target):
-    """T8: calls and tokens as counted by hooks; a sequence of one, so every round is one target call."""
+    """Calls and tokens equal those counted by hooks; with one sequence every round is one target call."""
     ledger = Ledger()
     drafter = noisy(target.model, 0.03)
     seen: list[tuple[str, int]] = []
@@ -214,10 +214,10 @@ def test_every_forward_is_in_the_ledger(target):
     (generation,) = decode(target, proposer, prompts=PROMPTS[1:2], temperature=1.0, listener=ledger.append)
     for handle in handles:
         handle.remove()
-    told = [(event.model, event.num_tokens) for event in ledger.events]
-    # The prompts are read without the head, through the trunk, so their calls are not among the hooks'.
+    found = [(event.model, event.num_tokens) for event in ledger.events]
+    # Prompts are read by the trunk without the head, so the hooks do not count them.
     assert [(e.model, e.num_tokens) for e in ledger.rounds()] == seen
-    assert told[:2] == [("target", len(PROMPTS[1].tokens) - 1), ("drafter", len(PROMPTS[1].tokens) - 1)]
+    assert found[:2] == [("target", len(PROMPTS[1].tokens) - 1), ("drafter", len(PROMPTS[1].tokens) - 1)]
     assert ledger.calls("target") == len(generation.rounds)
     assert sum(one.num_emitted for one in generation.rounds) == len(generation.tokens)
     assert ledger.calls("drafter") == sum(one.num_draft_tokens for one in generation.rounds)
@@ -231,7 +231,7 @@ def test_records_of_a_batch_have_their_own_streams(target, proposers):
     assert [g.tokens for g in together] == [g.tokens for g in alone]
 
 
-def test_lenience_keeps_more(target, proposers):
+def test_lenience_accepts_more(target, proposers):
     def kept(rule: Any) -> int:
         found = decode(target, proposers["nearly right"], temperature=1.0, rule=rule, stop_tokens=())
         return -sum(len(g.rounds) for g in found)
@@ -249,7 +249,7 @@ def test_a_drafter_with_a_padded_vocabulary_stays_lossless(target):
 
 
 def test_ids_that_no_tokenizer_produces_are_never_emitted_and_have_no_mass_in_replay():
-    """A target whose head has more rows than its tokenizer has tokens."""
+    """The target's head has more rows than its tokenizer has tokens."""
     padded = Target(random_llama(vocab_size=300).double(), byte_tokenizer(), name="padded", fingerprint="")
     drafter = CausalLMDrafter(noisy(padded.model, 0.02))
     assert padded.num_tokens == V
@@ -264,7 +264,7 @@ def test_ids_that_no_tokenizer_produces_are_never_emitted_and_have_no_mass_in_re
 
 
 def test_replay_of_argmax_drafts_agrees_with_the_loop(target):
-    """FIXED at temperature 1: kept where the text has the drafter's argmax. Read as sampled drafts, replay says another number."""
+    """FIXED at temperature 1: accepted where the text has the drafter's argmax. Replay as sampled drafts gives another number."""
     drafter = CausalLMDrafter(noisy(target.model, 0.03), draft="greedy")
     prompts = [Prompt(str(i), [1 + i, 2, 3 + i % 7, 5]) for i in range(20)]
     policy = FixedLength(FixedLengthSettings(3))
@@ -282,8 +282,8 @@ def test_replay_of_argmax_drafts_agrees_with_the_loop(target):
     assert differences() > 1
 
 
-def test_mbsu_does_not_depend_on_how_many_are_decoded_together(target):
-    """Without drafts it is 1 for any batch: a round reads what a plain call would."""
+def test_mbsu_does_not_depend_on_the_batch_size(target):
+    """Without drafts it is 1 for any batch: a round reads the same bytes as a plain call."""
     for together in (1, 3):
         ledger = Ledger()
         prompts = [Prompt(str(i), [1 + i, 2, 3]) for i in range(together)]

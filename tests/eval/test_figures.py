@@ -1,4 +1,4 @@
-"""Figures from counts, by hand; intervals that know what was paired; prompts and gate that say what is wrong."""
+"""Figures from counts by hand; paired intervals; messages of prompts and gate."""
 
 import json
 
@@ -34,17 +34,17 @@ def test_rates_by_hand():
     assert totals.conditional_acceptance == [3 / 4, 2 / 3, 1 / 2, 1, 1]
 
 
-def test_conditional_acceptance_counts_the_rounds_that_drafted_it_and_kept_what_was_before():
+def test_conditional_acceptance_counts_rounds_that_drafted_the_token_and_accepted_the_one_before():
     def rounds(pairs):
         made = [Round(i, drafted, drafted, kept, kept + 1, "reject") for i, (drafted, kept) in enumerate(pairs)]
         return totals_of([counts_of(Generation("a", "", [1], list(range(99)), made, 0, 0, 0, 1.0))])
 
-    # The first round kept one but drafted no second; the second drafted a second behind a refused first.
+    # The first round accepted one token and drafted no second; the second round rejected its first token.
     assert rounds([(1, 1), (2, 0), (2, 2)]).conditional_acceptance == [2 / 3, 1.0]
     assert rounds([(5, 1), (1, 1)]).conditional_acceptance[:2] == [1.0, 0.0]
 
 
-def test_an_output_counts_up_to_where_it_repeats_itself():
+def test_an_output_counts_up_to_its_first_repetition():
     looping = generation([5] * 10)
     looping = Generation("a", "", [1], [1, 2, 3] * 20, looping.rounds, 0, 0, 0, 1.0)
     assert counts_of(looping, repetition_ngram=12).num_rounds == 3
@@ -67,16 +67,16 @@ def test_replay_of_independent_flags_is_the_geometric_series(k):
     assert count / expected_rounds(rows, k) == pytest.approx((1 - a ** (k + 1)) / (1 - a), rel=2e-3)
 
 
-def test_replay_by_start_is_not_replay_by_place():
-    """Flags that fall with depth: reading a multi-depth drafter as if every place had one flag gives another number."""
+def test_replay_by_start_is_not_replay_by_position():
+    """Where acceptance falls with depth, one acceptance per position gives another number."""
     flags = np.array([0.8, 0.6, 0.5, 0.3, 0.2])
     by_depth = ReplayRows("x", np.tile(flags, (4000, 1)), np.full(4000, 0.8))
     expected = 1 + np.cumprod(flags).sum()
-    # kept_TK[t, i] belongs to the round that starts at t.
+    # accepted_TK[t, i] belongs to the round that starts at t.
     assert 4000 / expected_rounds(by_depth, 5) == pytest.approx(expected, rel=5e-3)
 
 
-def test_a_paired_interval_is_narrower_than_what_the_prompts_vary():
+def test_a_paired_interval_is_narrower_than_the_spread_of_the_prompts():
     generator = np.random.default_rng(0)
     rounds = generator.integers(20, 40, 60)
     tokens = rounds * generator.uniform(1.2, 3.5, 60)
@@ -88,7 +88,7 @@ def test_a_paired_interval_is_narrower_than_what_the_prompts_vary():
     assert paired.p_value < 0.01
 
 
-def test_the_gate_says_by_how_much():
+def test_the_gate_reports_by_how_much_a_figure_is_short():
     figures = results.figures(
         block_efficiency=Interval(1.9, 1.8, 2.0, 64),
         mbsu=1.1,
@@ -98,7 +98,7 @@ def test_the_gate_says_by_how_much():
     assert shortfalls(results.result({"d": figures}), require, drafter="d") == [
         "block_efficiency: 1.900, required 2: 0.100 short",
         "parity: 63 of 64 outputs equal",
-        "gain_over_start: was not measured",
+        "gain_over_start: not measured",
     ]
 
 
@@ -111,13 +111,13 @@ def test_a_file_of_prompts_is_read_like_a_source(tmp_path):
     path.write_bytes(b'{"tokens": [5000]}\n{"tokens": []}\n{"text": "caf\xe9"}\n')
     with pytest.raises(DataError) as caught:
         read_prompts(str(path), byte_tokenizer(), prompt_tokens=4)
-    told = str(caught.value).splitlines()
-    assert [line.split(":")[0] for line in told[1:]] == ["  line 1", "  line 2", "  line 3"]
-    assert "5000 is no id" in told[1]
-    assert "not JSON" in told[3]
+    lines = str(caught.value).splitlines()
+    assert [line.split(":")[0] for line in lines[1:]] == ["  line 1", "  line 2", "  line 3"]
+    assert "5000 is no id" in lines[1]
+    assert "not JSON" in lines[3]
 
 
-def test_all_bad_prompts_are_told_at_once(tmp_path):
+def test_all_bad_prompts_are_reported_at_once(tmp_path):
     path = tmp_path / "p.jsonl"
     lines = ['{"text": "ok"}', "no json", '{"id": "1", "text": "again"}', '{"id": "x"}', "[]"]
     path.write_text("\n".join(lines))
@@ -127,5 +127,5 @@ def test_all_bad_prompts_are_told_at_once(tmp_path):
     path.write_text(json.dumps({"id": "a", "text": "abcdefgh"}))
     (prompt,) = read_prompts(str(path), byte_tokenizer(), prompt_tokens=4)
     assert byte_tokenizer().decode(list(prompt.tokens)) == "abcd"
-    with pytest.raises(DataError, match="no prompt is left"):
+    with pytest.raises(DataError, match="no prompt is left of 1"):
         read_prompts(str(path), byte_tokenizer(), prompt_tokens=4, dropped=["a"])

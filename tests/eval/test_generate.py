@@ -1,4 +1,4 @@
-"""transformers' generate as a baseline: plain decoding's text whatever the model's generation config asks, its own tokens."""
+"""transformers' generate as a baseline writes the text of plain decoding, whatever the model's generation config is."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ CONFIGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda one: next(iter(one)))
-def test_its_text_is_that_of_plain_decoding_whatever_the_generation_config_says(target, config):
+def test_it_writes_the_text_of_plain_decoding_whatever_the_generation_config_is(target, config):
     own = GenerationConfig(eos_token_id=[0], pad_token_id=0, **config)
     target.model.generation_config = own
     for prompt, expected in zip(PROMPTS, plain(target), strict=True):
@@ -83,7 +83,7 @@ def evaluated(target: Target, folder: Path) -> AtTemperature:
     return evaluate({"drafter": folder}, target, PROMPTS, settings).temperatures[0]
 
 
-def test_it_is_warmed_up_as_the_arms_are(target, tmp_path, monkeypatch):
+def test_it_is_warmed_up_like_the_arms(target, tmp_path, monkeypatch):
     called: list[int] = []
     own = target.model.generate
     monkeypatch.setattr(target.model, "generate", lambda tokens, **words: called.append(1) or own(tokens, **words))
@@ -92,14 +92,14 @@ def test_it_is_warmed_up_as_the_arms_are(target, tmp_path, monkeypatch):
     assert len(called) == 1 + 3
 
 
-def test_an_evaluation_tells_that_generate_writes_the_same_text(target, tmp_path):
+def test_an_evaluation_reports_that_generate_writes_the_same_text(target, tmp_path):
     target.model.generation_config = GenerationConfig(eos_token_id=[0], pad_token_id=0, repetition_penalty=1.8)
     same = evaluated(target, tmp_path).plain.same_prompts
     assert (same.transformers_generate_equal, same.transformers_generate_comparable) == (3, True)
 
 
-def test_another_text_is_counted_by_its_own_tokens_and_is_no_baseline(target, tmp_path):
-    """A model class may bring processors of its own, which no configuration turns off."""
+def test_a_different_text_is_counted_by_its_own_tokens_and_is_no_baseline(target, tmp_path):
+    """A model class can have its own logits processors, which no configuration turns off."""
     kept = [*range(200, 257)]
     target.model._get_logits_processor = lambda *_, **__: LogitsProcessorList(
         [SuppressTokensLogitsProcessor(list(range(1, 200)))]
@@ -113,7 +113,7 @@ def test_another_text_is_counted_by_its_own_tokens_and_is_no_baseline(target, tm
     assert len(found.tokens) == 1, "it ends at once"
 
 
-def test_an_empty_list_of_ends_is_none(target):
+def test_without_end_of_text_tokens_it_writes_to_the_limit(target):
     target.model.generation_config = GenerationConfig(pad_token_id=0)
     object.__setattr__(target.tokenizer, "eos_token", None)
     prompt = Prompt("a", [1, 2, 3])

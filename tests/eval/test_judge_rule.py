@@ -1,4 +1,4 @@
-"""The judge's rule: lossless at one end, keeps all at the other, and never keeps less than the lossless rule."""
+"""The judge's rule: lossless at delta 1, accepts all at delta 0, and never accepts less than the lossless rule."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def outputs(target: Any, rule: Any, temperature: float) -> list[Any]:
 def test_at_delta_1_it_is_the_lossless_rule_token_for_token(target, head, temperature):
     lossless = [(one.tokens, one.rounds) for one in outputs(target, Lossless(), temperature)]
     assert [(one.tokens, one.rounds) for one in outputs(target, rule(head, 1.0), temperature)] == lossless
-    # The control: with a judge that decides, the output is another.
+    # Control: at a lower delta the output differs.
     assert [(one.tokens, one.rounds) for one in outputs(target, rule(head, 0.5), temperature)] != lossless
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_at_delta_0_everything_is_kept(target, head, temperature):
+def test_at_delta_0_everything_is_accepted(target, head, temperature):
     for one in outputs(target, rule(head, 0.0), temperature):
         assert all(part.num_accepted == part.num_draft_tokens for part in one.rounds)
     lossless = outputs(target, Lossless(), temperature)
@@ -53,7 +53,7 @@ def test_at_delta_0_everything_is_kept(target, head, temperature):
 
 
 @pytest.mark.parametrize("kind", [NodeKind.FIXED, NodeKind.SAMPLED])
-def test_it_keeps_what_the_lossless_rule_keeps_of_the_same_draft_and_then_more(head, kind):
+def test_it_accepts_what_the_lossless_rule_accepts_of_the_same_draft_and_more(head, kind):
     generator = torch.Generator().manual_seed(0)
     judge, longer, by_delta = rule(head, 0.5), 0, []
     for number in range(200):
@@ -77,7 +77,7 @@ def test_it_keeps_what_the_lossless_rule_keeps_of_the_same_draft_and_then_more(h
     assert sum(low for low, _ in by_delta) > sum(high for _, high in by_delta)
 
 
-def test_only_what_the_judge_passes_is_kept_against_the_target(head):
+def test_only_tokens_that_the_judge_passes_are_accepted_against_the_target(head):
     judge = rule(head, 0.5)
     hidden_ND = torch.randn(4, 32, generator=torch.Generator().manual_seed(3))
     good_N = (judge.head.probability(hidden_ND) > 0.5).tolist()
@@ -117,5 +117,5 @@ def test_it_is_lossy_and_reads_one_layer(target, head):
 
 def test_a_judge_of_another_width_is_refused(tmp_path, target):
     JudgeHead(JudgeSettings(drafter="d"), 16).save(tmp_path)
-    with pytest.raises(CheckpointError, match="made for a target of width 16, this one has 32"):
+    with pytest.raises(CheckpointError, match="made for a target of width 16, this target has 32"):
         outputs(target, rule(str(tmp_path), 0.5), 0.0)

@@ -1,4 +1,4 @@
-"""Texts that a model cannot read together are decoded one at a time, and are the same texts."""
+"""Prompts that a model cannot batch are decoded one at a time, with the same texts."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ def target_of(model: Any) -> Target:
 
 
 @pytest.mark.parametrize("model", [short_window(seed=0), without_positions()], ids=["sliding window", "no positions"])
-def test_prompts_of_different_lengths_have_the_texts_that_they_have_alone(model: Any) -> None:
+def test_prompts_of_different_lengths_have_the_same_texts_as_alone(model: Any) -> None:
     target = target_of(model)
     tasks = [Task(prompt.id, list(prompt.tokens), Sampling()) for prompt in PROMPTS]
     wanted = [greedy(target, prompt, NEW) for prompt in PROMPTS]
@@ -62,13 +62,16 @@ def test_a_drafter_with_a_short_window_drafts_one_prompt_at_a_time(tiny_target: 
     assert [list(one.tokens) for one in found] == [greedy(target, prompt, NEW) for prompt in PROMPTS]
 
 
-def test_it_is_said_once_and_names_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
-    target = Target(short_window(seed=0), byte_tokenizer(), name="said/once", fingerprint="")
+def test_the_reason_is_logged_once(capsys: pytest.CaptureFixture[str]) -> None:
+    target = Target(short_window(seed=0), byte_tokenizer(), name="logged/once", fingerprint="")
     tasks = [Task(prompt.id, list(prompt.tokens), Sampling()) for prompt in PROMPTS]
     for _ in range(2):
         continuations(tasks, target, max_new_tokens=NEW, seed=0)
-    said = capsys.readouterr().err
-    assert said.count("said/once: its texts are written one at a time: texts reach its sliding window of 8 tokens") == 1
+    logged = capsys.readouterr().err
+    assert (
+        logged.count("logged/once: its texts are written one at a time: texts reach its sliding window of 8 tokens")
+        == 1
+    )
 
 
 def test_texts_below_the_window_are_still_read_together(monkeypatch: pytest.MonkeyPatch) -> None:

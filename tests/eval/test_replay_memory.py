@@ -1,4 +1,4 @@
-"""Validation reads a bounded number of tokens at once, and its figures are those of one text at a time."""
+"""Validation reads a bounded number of tokens at once, with the same figures as one text at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.conftest import byte_tokenizer, random_llama
 from tests.eval.decoding import noisy
 
 LENGTHS = [300, 12, 290, 7, 40, 280, 33, 9]
-"""Tokens of the prompts; 10 new ones behind each."""
+"""Tokens of the prompts, each followed by 10 new tokens."""
 
 
 @pytest.fixture
@@ -34,19 +34,19 @@ def texts() -> list[Text]:
 
 
 def watched(model: Any) -> list[int]:
-    """Return the tokens of each call of a model from now on, padding included."""
+    """Return a list that collects the tokens of each later call of a model, padding included."""
     read: list[int] = []
     model.get_input_embeddings().register_forward_hook(lambda module, args, output: read.append(args[0].numel()))
     return read
 
 
-def test_figures_are_those_of_one_text_at_a_time(target: Target) -> None:
+def test_figures_equal_those_of_one_text_at_a_time(target: Target) -> None:
     drafter = CausalLMDrafter(random_llama(seed=3, num_layers=1, hidden_size=16).double())
     together = replay_rows(target, drafter, texts(), Sampling(1.0))
     for text, row in zip(texts(), together, strict=True):
         (alone,) = replay_rows(target, drafter, [text], Sampling(1.0))
         assert row.id == alone.id == text.id
-        np.testing.assert_allclose(row.kept_TK, alone.kept_TK, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(row.accepted_TK, alone.accepted_TK, rtol=0, atol=1e-10)
         np.testing.assert_allclose(row.acceptance_T, alone.acceptance_T, rtol=0, atol=1e-10)
 
 
@@ -62,7 +62,7 @@ def test_validation_of_long_texts_reads_no_more_tokens_than_of_short_ones() -> N
 
 
 def test_states_of_long_texts_are_read_in_bounded_calls() -> None:
-    """The annotators' reading, in the order of the texts."""
+    """As the annotators read them, in the order of the texts."""
     model = random_llama(num_layers=1, hidden_size=8)
     frozen = Frozen(Target(model, byte_tokenizer(), name="t", fingerprint=""), CausalLMDrafter(model), 0)
     texts = [[1 + number] * length for number, length in enumerate([300, 40, 299] * 28)]

@@ -1,4 +1,4 @@
-"""Names and texts from outside reach pages, pictures, tables, cards and JSON as text, whatever they hold."""
+"""Names and texts from outside appear as plain text in pages, pictures, tables, cards and JSON; the two tables."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
 
 
 def renamed(result: Result, name: str) -> Result:
-    """Return a result in which a drafter, its comparison, the target and all texts are called this."""
+    """Return a result in which a drafter, its comparison, the target and all texts have this name."""
     (part,) = result.temperatures
     samples = [
         replace(sample, prompt=name, pieces=[Piece(name, drafted=True)]) for sample in part.drafters["A"].samples
@@ -82,7 +82,7 @@ def renamed(result: Result, name: str) -> Result:
 
 
 def pictures(page: str) -> list[str]:
-    """Return the drawings of a page, each well-formed."""
+    """Return the pictures of a page; each must be well-formed."""
     found = [
         base64.b64decode(data).decode("utf-8") for data in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page)
     ]
@@ -102,7 +102,7 @@ def test_a_report_shows_any_name_as_it_is(result, name, tmp_path):
     drawn = pictures(page)
     assert len(drawn) == 2
     if name.startswith("_") or "$" in name:
-        # What a drawing writes stands in a comment beside its outlines, a minus before another one apart.
+        # A picture has its texts in comments beside their outlines.
         for one in drawn:
             assert f"{name.replace('$', chr(92) + '$')}, temperature 0" in one or f"{name}, temperature 0" in one
 
@@ -111,8 +111,8 @@ def test_a_report_shows_any_name_as_it_is(result, name, tmp_path):
     ("row", "title"),
     [({"mfu": "0.31"}, "utilization (MFU)"), ({"mfu": ""}, "needed TFLOP/s"), ({"step_ms": ""}, None)],
 )
-def test_a_report_draws_where_the_time_of_a_step_went(result, row, title, tmp_path):
-    """Not of a run of before times were kept."""
+def test_a_report_plots_the_time_of_a_step_by_phase(result, row, title, tmp_path):
+    """A run of an earlier version has no times, and no such plot."""
     assert set(PHASES) == set(step_clock.PHASES) - {"other"}
     whole = {"step": "2", "loss": "1.5", "step_ms": "9.0", "step_flops": "1000000"}
     whole |= dict.fromkeys((f"{phase}_ms" for phase in PHASES), "1.0") | row
@@ -169,7 +169,7 @@ def test_outputs_of_any_encoding_are_written(encoding, monkeypatch):
         say(name)
 
 
-def test_what_can_be_shown_stays_and_the_rest_is_escaped():
+def test_printable_characters_stay_and_the_others_are_escaped():
     assert printable("a\tb\nc é 🚀") == "a\tb\nc é 🚀"
     assert printable("\x1b[0m\x00\udcff") == "\\x1b[0m\\x00\\udcff"
     assert printable("é€", encoding="latin-1") == "é\\u20ac"

@@ -1,4 +1,4 @@
-"""Intervals hold the truth as often as they say, p-values are below 0.05 as often as they say, and few prompts are told."""
+"""Intervals contain the truth in 95 % of evaluations, p-values are below 0.05 in 5 %, few prompts are marked."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.eval import results
 from tests.eval.simulated import EQUALS, FIGURES, SHARES, block_efficiency
 
 EVALUATIONS = 1200
-"""Their share is known to 0.6 points: the benchmark has more."""
+"""Known to 0.6 percentage points; the benchmark runs more."""
 PROMPTS = (8, 12, 32, 80)
 
 
@@ -45,7 +45,7 @@ def covered(name, num_prompts):
 
 @pytest.mark.parametrize("num_prompts", PROMPTS)
 @pytest.mark.parametrize("name", FIGURES)
-def test_an_interval_holds_the_truth_in_95_percent_of_the_evaluations(name, num_prompts):
+def test_an_interval_contains_the_truth_in_95_percent_of_the_evaluations(name, num_prompts):
     share, _ = covered(name, num_prompts)
     assert 0.93 <= share <= 0.97
 
@@ -58,19 +58,18 @@ def test_two_equal_drafters_differ_in_5_percent_of_the_evaluations(name, num_pro
     equal = 1.0 if "quotient" in name else 0.0
     significant = [one.p_value < 0.05 for one in found]
     assert 0.03 <= np.mean(significant) <= 0.07
-    assert significant == [not one.low <= equal <= one.high for one in found], "one form: both say the same"
+    assert significant == [not one.low <= equal <= one.high for one in found], "p-value and interval must agree"
 
 
 @pytest.mark.parametrize("num_prompts", PROMPTS)
 @pytest.mark.parametrize("name", SHARES)
-def test_a_share_of_prompts_is_held_in_at_least_93_percent(name, num_prompts):
-    """Few values are possible, so that a share cannot be held in just 95 %."""
+def test_the_interval_of_a_share_contains_the_truth_in_at_least_93_percent(name, num_prompts):
+    """A share has few possible values, so its coverage cannot be exactly 95 %."""
     share, _ = covered(name, num_prompts)
     assert share >= 0.93
 
 
-def test_the_percentiles_of_a_bootstrap_would_not_pass():
-    """The control: what intervals were before."""
+def test_control_bootstrap_percentiles_cover_too_little():
     truth, generator = truth_of("block efficiency"), np.random.default_rng(0)
     ((tokens_P, rounds_P),) = block_efficiency(generator, EVALUATIONS * 12)
     held = 0
@@ -81,7 +80,7 @@ def test_the_percentiles_of_a_bootstrap_would_not_pass():
     assert held / EVALUATIONS < 0.93
 
 
-def test_a_fall_of_traffic_that_is_none_is_seen_in_5_percent():
+def test_drift_without_a_change_is_reported_in_5_percent():
     ((tokens_P, rounds_P),) = block_efficiency(np.random.default_rng(0), 200 * 20)
     requests = np.stack([tokens_P, rounds_P], axis=1).reshape(200, 20, 2)
     alarms = [drift(one[:12], one[12:], resamples=199, seed=0).p_value <= 0.05 for one in requests]
@@ -91,13 +90,13 @@ def test_a_fall_of_traffic_that_is_none_is_seen_in_5_percent():
 # ---------------------------------------------------------------- by hand
 
 
-def test_by_hand_of_three_prompts():
-    """Leaving out a prompt of 2, 4, 6 gives 5, 4, 3; the error is sqrt(2/3 * 2), its t with 2 degrees of freedom 4.303."""
+def test_an_interval_of_three_prompts_by_hand():
+    """Without one of the prompts 2, 4, 6: 5, 4, 3. The error is sqrt(2/3 * 2), t with 2 degrees of freedom is 4.303."""
     found = ratio_interval([2, 4, 6], [1, 1, 1])
     assert found.value == 4
     assert found.high - found.value == pytest.approx(4.302653 * math.sqrt(4 / 3))
     assert found.value - found.low == pytest.approx(found.high - found.value)
-    # The mean of three numbers: Student's own interval.
+    # For the mean of three numbers it is Student's interval.
     paired = ratio_difference(([3, 3, 6], [1, 1, 1]), ([1, 2, 3], [1, 1, 1]))
     assert (paired.value, paired.p_value) == (2.0, pytest.approx(0.07417990))
 
@@ -109,21 +108,21 @@ def test_a_long_text_among_short_ones_leaves_few_degrees_of_freedom():
     assert uneven.high - uneven.low > even.high - even.low
 
 
-def test_what_has_no_spread_has_no_width_and_equal_drafters_are_equal():
+def test_without_spread_an_interval_has_no_width_and_equal_drafters_have_p_1():
     assert (lambda one: (one.low, one.high))(ratio_interval([6.0] * 9, [1.0] * 9)) == (6, 6)
     part = ([11.0, 7, 5, 13], [7.0, 3, 2, 9])
     assert ratio_difference(part, part).p_value == ratio_of_ratios(part, part).p_value == 1
     assert ratio_difference(([2.0] * 4, [1.0] * 4), ([1.0] * 4, [1.0] * 4)).p_value == 0
 
 
-def test_a_prompt_without_rounds_counts_for_nothing():
+def test_a_prompt_without_rounds_does_not_count():
     with_it = ratio_interval([20, 25, 0, 22], [10, 10, 0, 10])
     assert with_it == ratio_interval([20, 25, 22], [10, 10, 10])
     assert ratio_interval([20, 0], [10, 0]).num_prompts == 1
 
 
-def test_all_solved_of_twelve_is_not_all_of_all():
-    """Wilson: 12 of 12 holds 0.757 to 1; where two ways solve the same prompts their difference is not known exactly."""
+def test_twelve_of_twelve_solved_is_not_a_certain_share_of_1():
+    """Wilson: 12 of 12 gives 0.757 to 1. Where both solve the same prompts, the difference still has a width."""
     found = share_interval([1] * 12, [1] * 12)
     assert (found.value, found.low, found.high) == (1, pytest.approx(0.75751, abs=1e-5), 1)
     same = share_difference([1] * 12, [1] * 12)
@@ -140,7 +139,7 @@ def test_all_solved_of_twelve_is_not_all_of_all():
 # ---------------------------------------------------------------- few prompts
 
 
-def test_few_prompts_are_told_wherever_an_interval_is_printed():
+def test_few_prompts_are_marked_wherever_an_interval_is_printed():
     tokens, rounds = [20, 25, 22, 30, 21, 24, 26, 23], [10] * 8
     assert "not reliable" not in str(ratio_interval(tokens, rounds))
     assert str(ratio_interval(tokens[:7], rounds[:7])).endswith("] (not reliable, n = 7)")
@@ -152,21 +151,21 @@ def test_few_prompts_are_told_wherever_an_interval_is_printed():
     assert Interval(2.0, 1.0, 3.0).text() == "2.00 [1.00, 3.00]"
 
 
-def test_the_gate_tells_that_a_lower_bound_is_of_few_prompts():
-    def said(prompts: int) -> list[str]:
+def test_the_gate_marks_a_lower_bound_of_few_prompts():
+    def reported(prompts: int) -> list[str]:
         parts = [([24.0, 20, 30, 25, 27, 22, 23, 26][:prompts], [10.0] * prompts), ([22.0] * prompts, [10.0] * prompts)]
         found = ratio_difference(*parts)
         gain = PairedComparison(found.interval(), found.p_value)
         evaluated = results.result({"d": results.figures()}, comparisons={"d - start": gain})
         return shortfalls(evaluated, {"gain_over_start": 2.0}, drafter="d")
 
-    assert said(8)[0].startswith("gain_over_start: ")
-    assert "not reliable" not in said(8)[0]
-    assert said(4)[0].endswith("(not reliable, n = 4)")
-    assert said(1) == ["gain_over_start: was not measured (no interval, n = 1)"]
+    assert reported(8)[0].startswith("gain_over_start: ")
+    assert "not reliable" not in reported(8)[0]
+    assert reported(4)[0].endswith("(not reliable, n = 4)")
+    assert reported(1) == ["gain_over_start: not measured (no interval, n = 1)"]
 
 
-def test_a_promise_of_one_prompt_is_its_value_alone():
+def test_a_promise_of_one_prompt_has_no_interval():
     figures = results.figures(
         length={"kind": "fixed", "num_draft_tokens": 1}, block_efficiency=ratio_interval([20], [10])
     )

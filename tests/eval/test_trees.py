@@ -1,4 +1,4 @@
-"""Trees in the loop: budgets near the end, greedy identity, the output law, what an arm is called."""
+"""Trees in the loop: budgets near the end, greedy identity, output distribution, labels of arms."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_greedy_output_of_trees_is_the_targets_own(target, scale, together):
         assert all(one.num_accepted == one.max_depth for g in found for one in g.rounds)
 
 
-def test_a_tree_keeps_more_than_the_chain_of_its_depth(target):
+def test_a_tree_accepts_more_than_the_chain_of_its_depth(target):
     drafter = noisy(target.model, 0.05)
     chain = TreeSettings(num_draft_tokens=3, depth=3, width=3)
     tree = TreeSettings(num_draft_tokens=30, depth=3, width=3)
@@ -83,22 +83,22 @@ def test_a_length_policy_written_for_chains_gets_chains_of_ngrams_under_a_tree(t
     assert all(one.num_draft_tokens <= 3 for g in found for one in g.rounds)
 
 
-def test_a_dynamic_tree_with_room_for_all_is_the_best_by_brute_force():
-    """Budget wide enough that nothing is pruned on the way: the kept nodes are the likeliest paths of all."""
+def test_a_dynamic_tree_with_room_for_all_is_the_best_tree_by_brute_force():
+    """With a budget so wide that nothing is pruned early, the chosen nodes are the likeliest of all paths."""
     generator = torch.Generator().manual_seed(0)
-    laws = {(): torch.rand(3, generator=generator).softmax(-1).log()}
+    log_probs = {(): torch.rand(3, generator=generator).softmax(-1).log()}
     for path in [(a,) for a in range(3)]:
-        laws[path] = torch.randn(3, generator=generator).softmax(-1).log()
+        log_probs[path] = torch.randn(3, generator=generator).softmax(-1).log()
     tree = DynamicTree(9, Budget(nodes=7, depth=2, width=3))
-    tree.grow(laws[()][None])
-    tree.grow(torch.stack([laws[(tree.tokens[node],)] for node in tree.frontier]))
+    tree.grow(log_probs[()][None])
+    tree.grow(torch.stack([log_probs[(tree.tokens[node],)] for node in tree.frontier]))
     proposal = tree.proposal()
     paths = [()]
     for token, parent in zip(proposal.tokens_N.tolist()[1:], proposal.parents_N.tolist()[1:], strict=True):
         paths.append((*paths[parent], token))
 
     def score(path: tuple[int, ...]) -> float:
-        return sum(float(laws[path[:i]][path[i]]) for i in range(len(path)))
+        return sum(float(log_probs[path[:i]][path[i]]) for i in range(len(path)))
 
     every = [*((a,) for a in range(3)), *itertools.product(range(3), repeat=2)]
     assert set(paths[1:]) == set(sorted(every, key=score, reverse=True)[:7])
@@ -117,14 +117,14 @@ SMALL_TREE = TreeLength(TreeSettings(num_draft_tokens=5, depth=2, width=2))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
-def test_the_output_of_trees_has_the_targets_law(temperature):
+def test_the_output_of_trees_has_the_targets_distribution(temperature):
     model = small_target().model
     proposer = ChainProposer(noisy(model, 0.15), target_vocab_size=8)
     assert chi_square(model, proposer, temperature, policy=SMALL_TREE) > 1e-3
 
 
-def test_control_a_child_that_is_dropped_for_its_token_changes_the_law():
-    """Children drawn from q, of which one is then dropped because of which token it is, verified as if it had never been."""
+def test_control_dropping_a_child_for_its_token_changes_the_distribution():
+    """One of the children drawn from q is dropped because of its token, and the others are verified as if it never existed."""
     from drafttrain.core.probability import draw, sampling_probs
     from drafttrain.core.proposals import NodeKind, chain
 
@@ -153,10 +153,10 @@ def test_control_a_child_that_is_dropped_for_its_token_changes_the_law():
     assert chi_square(model, proposer, 1.0) < 1e-3
 
 
-def test_arms_are_called_by_what_tells_them_apart():
+def test_labels_of_arms_name_the_settings_that_differ():
     assert length_label(TreeSettings()) == "tree 24"
     assert length_label(TreeSettings(num_draft_tokens=63, depth=4)) == "tree 63, depth 4"
     assert length_label(FixedLengthSettings(3)) == "fixed 3"
     assert EvalSettings(also=[TreeSettings(), TreeSettings(depth=4)]).check() == []
     problems = EvalSettings(also=[TreeSettings(), TreeSettings(), FixedLengthSettings()]).check()
-    assert [problem.split(" is")[0] for problem in problems] == ["also: fixed 5", "also: tree 24"]
+    assert [problem.split(" occurs")[0] for problem in problems] == ["also: fixed 5", "also: tree 24"]

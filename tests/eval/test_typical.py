@@ -1,4 +1,4 @@
-"""Typical acceptance: greedy at temperature 0, monotone in both numbers, lossy and labelled so."""
+"""Typical acceptance: greedy at temperature 0, monotone in epsilon and delta, labelled as lossy."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_at_temperature_zero_it_is_the_greedy_rule(seed):
     assert found == Lossless()(tree, probs_NV, None, generator())
 
 
-def test_lowering_epsilon_or_delta_never_shortens_what_is_kept():
+def test_a_lower_epsilon_or_delta_never_accepts_less():
     grid = [0.9, 0.5, 0.2, 0.05, 0.001]
     grew = 0
     for seed in range(12):
@@ -65,23 +65,23 @@ def test_the_threshold_by_hand_and_the_longest_path():
     thresholds = Typical(settings).thresholds(torch.stack([sure, flat]))
     assert thresholds.tolist() == pytest.approx([0.09, 0.3 / 4])
     assert thresholds[1] == pytest.approx(0.3 * math.exp(-math.log(4)))
-    # Both children of the root pass; the likelier one has no child that does, the other one has.
+    # Both children of the root pass; only the less likely one has a child that passes.
     tree = fixed_tree(9, [(0, 0), (1, 0), (2, 1), (3, 2)])
     probs_NV = torch.tensor([[0.6, 0.4, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0], [0, 0, 1, 0]]).double()
     assert Typical(settings)(tree, probs_NV, None, generator()) == ([0, 2, 4], 2)
-    # Equally long paths: the likelier.
+    # Of equally long paths, the likelier.
     assert Typical(settings)(fixed_tree(9, [(1, 0), (0, 0)]), probs_NV, None, generator())[0] == [0, 2]
     assert Typical(settings)(fixed_chain(9, [2]), probs_NV, None, generator())[0] == [0]
 
 
-def test_it_is_lossy_and_says_so():
-    """The very test that lossless trees pass must see it."""
+def test_it_is_lossy_and_labelled_so():
+    """The test that lossless trees pass must detect it."""
     assert Typical.exactness is Exactness.LOSSY
     model = small_target().model
     proposer = ChainProposer(noisy(model, 0.15), target_vocab_size=8)
     tree = TreeLength(TreeSettings(num_draft_tokens=5, depth=2, width=2))
 
-    def spoil(engine) -> None:
+    def use_the_rule(engine) -> None:
         engine.rule = Typical()
 
-    assert chi_square(model, proposer, 1.0, samples=1000, policy=tree, spoil=spoil) < 1e-3
+    assert chi_square(model, proposer, 1.0, samples=1000, policy=tree, prepare=use_the_rule) < 1e-3

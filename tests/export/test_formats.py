@@ -64,7 +64,7 @@ def test_a_speculators_folder_without_an_embedding_is_named(source, tmp_path, ta
     with pytest.raises(CheckpointError, match=r"embed_tokens\.weight: missing"):
         check_exported("speculators", folder, out, target_config=target_config)
     held = exporter_of("speculators").problems(exporter_of("speculators").read(out), target_config)
-    assert held == ["embed_tokens.weight: missing: speculators computes with uninitialised memory in its place"]
+    assert held == ["embed_tokens.weight: missing: speculators computes with uninitialized memory instead"]
 
 
 def test_the_embedding_of_a_speculators_folder_has_the_type_of_its_weights(source, tmp_path, target, target_config):
@@ -89,7 +89,7 @@ def test_speculators_takes_one_norm_before_fc_and_drafts_as_far_as_training_did(
 )
 def test_a_kind_that_a_format_has_no_place_for_is_refused_with_those_that_have_one(kind, format, source, target_config):
     able = [name for name in exporters.names() if kind in exporter_of(name).reads]
-    with pytest.raises(CheckpointError, match=f"{format} has no place for drafter.kind {kind}") as caught:
+    with pytest.raises(CheckpointError, match=f"{format} cannot hold drafter.kind {kind}") as caught:
         converted(format, source(kind), target_config)
     assert all(name in str(caught.value) for name in able)
 
@@ -103,11 +103,11 @@ FAULTS = [
     ("eagle3", folders.alter_rope_theta, "rope_theta is 500.0, rope_parameters.rope_theta 10000.0"),
     ("eagle3", folders.alter_scaling, r"rope_scaling\.factor is 8\.0, rope_parameters\.factor 2\.0"),
     ("eagle3", folders.truncate_down, r"midlayer\.mlp\.down_proj\.weight: shape \[32, 63\], must be \[32, 64\]"),
-    ("eagle3", folders.add_fc_bias, r"fc\.bias: a bias has no place"),
-    ("eagle", folders.add_fc_bias, r"fc\.bias: 32 of 32 values are not zero: vLLM 0\.32\.0 drops them silently"),
+    ("eagle3", folders.add_fc_bias, r"fc\.bias: this layout has no such bias"),
+    ("eagle", folders.add_fc_bias, r"fc\.bias: 32 of 32 values are not zero: vLLM 0\.32\.0 silently drops them"),
     ("eagle", folders.alter_rope_theta, "rope_theta is 500.0"),
-    ("medusa", folders.forget_biases, "medusa_fc_bias is not true: vLLM drops the biases"),
-    ("medusa", folders.name_attention_heads, "num_attention_heads: loaders take it for num_heads"),
+    ("medusa", folders.forget_biases, "medusa_fc_bias is not true: vLLM silently drops the biases"),
+    ("medusa", folders.name_attention_heads, "num_attention_heads: loaders mistake it for num_heads"),
     ("causal_lm", folders.truncate_down, r"down_proj\.weight: shape"),
 ]
 
@@ -129,7 +129,7 @@ def test_a_folder_that_vllm_would_read_otherwise_is_not_exported(kind, fault, na
         (folders.drop_hidden_norm, r"midlayer\.hidden_norm\.weight: missing"),
         (folders.alter_rope_everywhere, r"rope_parameters\.rope_theta is 500\.0, must be 10000\.0"),
         (folders.truncate_down, r"midlayer\.mlp\.down_proj\.weight: shape"),
-        (folders.add_fc_bias, r"fc\.bias: there must be no such tensor"),
+        (folders.add_fc_bias, r"fc\.bias: this tensor must not be there"),
     ],
 )
 def test_an_exported_folder_that_was_changed_is_held_against_its_source(fault, named, source, tmp_path, target_config):
@@ -222,7 +222,7 @@ def test_engines_are_given_the_soft_cap_of_the_target_or_a_note_says_that_they_h
     folder = source("eagle")
     assert converted("sglang", folder, capped).config["final_logit_softcapping"] == 30
     (note,) = converted("vllm", folder, capped).notes
-    assert "soft cap of 30 on logits has no place in vLLM 0.32.0" in note
+    assert "soft cap of 30 on logits cannot be applied by vLLM 0.32.0" in note
 
 
 def test_a_drafter_for_another_vocabulary_is_refused(source, target_config):

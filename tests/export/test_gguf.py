@@ -202,7 +202,7 @@ def test_a_token_before_every_text_is_said(tmp_path):
     metadata, _ = read_gguf(exported(source, tmp_path / "out") / FILE)
     assert (metadata["tokenizer.ggml.add_bos_token"], metadata["tokenizer.ggml.add_eos_token"]) == (True, False)
     change(source, bos_token_id=1)
-    with pytest.raises(CheckpointError, match=r"surrounds texts with \[0\], config\.json: bos_token_id is 1"):
+    with pytest.raises(CheckpointError, match=r"adds \[0\] to texts, but bos_token_id in config\.json is 1"):
         exported(source, tmp_path / "again")
 
 
@@ -211,7 +211,7 @@ def test_text_that_llama_cpp_does_not_normalise_is_told(tmp_path):
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     source = saved(MODELS["qwen2"](), tmp_path / "source", tokenizer)
     (note,) = converted("gguf", source, config_of(source)).notes
-    assert "what is not in NFC already is tokenized otherwise" in note
+    assert "text that is not in NFC already gets other tokens" in note
 
 
 def change(folder: Path, **fields: Any) -> None:
@@ -242,17 +242,20 @@ def rope(**fields: Any) -> dict[str, Any]:
 
 REFUSED: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: change(f, model_type="gpt2"), "model_type is 'gpt2': only llama, qwen2, qwen3"),
-    (lambda f: change(f, hidden_act="gelu"), "hidden_act is 'gelu': llama.cpp computes silu"),
-    (lambda f: change(f, use_sliding_window=True), "use_sliding_window: llama.cpp looks at the whole text"),
+    (lambda f: change(f, hidden_act="gelu"), "hidden_act is 'gelu': llama.cpp always computes silu"),
+    (lambda f: change(f, use_sliding_window=True), "use_sliding_window: llama.cpp attends to the whole text"),
     (lambda f: change(f, quantization_config={"bits": 4}), "quantization_config"),
     (lambda f: change(f, **rope(rope_type="dynamic")), "rope_type is 'dynamic': only default, linear, llama3, yarn"),
-    (lambda f: change(f, **rope(rope_type="yarn", beta_fast=8)), "rope_parameters.beta_fast is 8: only YaRN's own 32"),
+    (
+        lambda f: change(f, **rope(rope_type="yarn", beta_fast=8)),
+        "rope_parameters.beta_fast is 8: only YaRN's default 32",
+    ),
     (lambda f: change(f, **rope(partial_rotary_factor=0.5)), "partial_rotary_factor"),
-    (lambda f: change(f, eos_token_id=None), "eos_token_id is missing: llama.cpp would end texts at token 11"),
+    (lambda f: change(f, eos_token_id=None), "eos_token_id is missing: llama.cpp would end texts at token id 11"),
     (lambda f: change(f, vocab_size=200), r"embed_tokens.weight: shape \[270, 32\], must be \[200, 32\]"),
     (
         change_tensors(lambda t: t.update({"model.layers.0.mlp.up_proj.bias": torch.ones(48)})),
-        "up_proj.bias: a bias has no place",
+        "up_proj.bias: this layout has no such bias",
     ),
     (change_tensors(lambda t: t.pop("model.norm.weight")), "model.norm.weight: missing"),
     (
@@ -266,18 +269,21 @@ REFUSED: list[tuple[Callable[[Path], Any], str]] = [
     (change_tokenizer(lambda t: t["model"].update(merges=[])), "no merges"),
     (
         change_tokenizer(lambda t: t.update(normalizer={"type": "Lowercase"})),
-        "normalizer Lowercase: llama.cpp takes text as",
+        "normalizer Lowercase: llama.cpp silently skips it",
     ),
     (change_tokenizer(lambda t: t["model"].update(end_of_word_suffix="</w>")), "model.end_of_word_suffix is '</w>'"),
     (change_tokenizer(lambda t: t["model"].update(ignore_merges=True)), "ignore_merges is True: .* False with gpt-2"),
     (
         change_tokenizer(lambda t: t["pre_tokenizer"].update(add_prefix_space=True)),
-        "splits text in a way that has no name",
+        "splits text in a way that has no known name",
     ),
     (change_tokenizer(lambda t: t["added_tokens"][0].update(rstrip=True)), "token '<|end|>' has rstrip"),
-    (change_tokenizer(lambda t: t["added_tokens"][2].update(id=300)), "has token 300, the model only 270 rows"),
+    (
+        change_tokenizer(lambda t: t["added_tokens"][2].update(id=300)),
+        "has token id 300, but the model has only 270 rows",
+    ),
     (change_tokenizer(lambda t: t["model"].update(type="Unigram")), "is Unigram: only byte-level BPE"),
-    (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: no tokenizer could be read here"),
+    (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: cannot be read as a tokenizer"),
 ]
 
 
@@ -321,7 +327,7 @@ def dropped(tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
         (more, r"blk\.0\.ffn_up\.weight: 1 of 1536 values differ"),
         (
             shifted,
-            r"model\.gguf: tokenizer\.ggml\.tokens is a list of 270, .*: entry 0 is '<\|stop\|>', must be '<\|end\|>'",
+            r"model\.gguf: tokenizer\.ggml\.tokens is \[.*: entry 0 is '<\|stop\|>', must be '<\|end\|>'",
         ),
         (turned, r"model\.gguf: llama\.rope\.freq_base is 500\.0, must be 10000\.0"),
         (dropped, r"tokenizer\.ggml\.eot_token_id is missing, must be 1"),
@@ -341,7 +347,7 @@ def test_a_truncated_file_is_named(llama, tmp_path):
     whole = (out / FILE).read_bytes()
     for length in (len(whole) - 100, 3000):
         (out / FILE).write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match=r"model\.gguf: no GGUF file could be read here"):
+        with pytest.raises(CheckpointError, match=r"model\.gguf: cannot be read as a GGUF file"):
             read_gguf(out / FILE)
 
 
@@ -355,7 +361,7 @@ def test_a_tokenizer_without_merges_is_refused_on_the_command_line(tmp_path):
     source = saved(random_llama(), tmp_path / "drafter", byte_tokenizer())
     done = CliRunner().invoke(app, ["export", str(source), "--to", "gguf", "--target", str(source)])
     assert done.exit_code == 1
-    assert "tokenizer.json: no merges" in done.stderr
+    assert "tokenizer.json: has no merges" in done.stderr
 
 
 def test_the_command_line_writes_a_file(llama):

@@ -54,11 +54,11 @@ def narrow_target(tensors, config) -> None:
         ({"fc_norm": True}, None, "fc_norm is True: OpenVINO does not read it"),
         ({"norm_before_fc": True}, None, "norm_before_fc is True: OpenVINO does not read it"),
         ({"norm_before_residual": True}, None, "norm_before_residual is True: OpenVINO does not read it"),
-        ({}, two_taps, r"\[1, 3\]: OpenVINO reads 3 states"),
+        ({}, two_taps, r"\[1, 3\]: OpenVINO reads exactly 3 states"),
         ({}, tap_at_the_embedding, r"\[0, 1, 2\]: OpenVINO reads outputs of the target's blocks, 1\.\.3"),
         ({}, narrow_target, "target_hidden_size is 64, hidden_size 32"),
         ({}, folders.swap_taps, r"eagle_aux_hidden_state_layer_ids is \[2, 1, 3\]"),
-        ({}, folders.add_fc_bias, r"fc\.bias: a bias has no place"),
+        ({}, folders.add_fc_bias, r"fc\.bias: this layout has no such bias"),
         ({}, folders.shift_d2t, "d2t and t2d: name different tokens"),
         ({}, folders.drop_hidden_norm, r"midlayer\.hidden_norm\.weight: missing"),
         ({}, folders.truncate_down, r"midlayer\.mlp\.down_proj\.weight: shape"),
@@ -75,7 +75,7 @@ def test_what_openvino_would_compute_otherwise_is_refused_by_name(settings, faul
 
 @pytest.mark.parametrize("kind", ["medusa", "eagle", "kangaroo"])
 def test_other_kinds_have_no_place_in_it(kind, source, target_config):
-    with pytest.raises(CheckpointError, match=f"openvino has no place for drafter.kind {kind}"):
+    with pytest.raises(CheckpointError, match=f"openvino cannot hold drafter.kind {kind}"):
         converted("openvino", source(kind), target_config)
 
 
@@ -96,7 +96,7 @@ OTHER_MODELS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "has"), [("gpt2", "none"), ("gemma3_text", "one a kind of layer")])
+@pytest.mark.parametrize(("kind", "has"), [("gpt2", "none"), ("gemma3_text", "one for each kind of layer")])
 def test_a_model_without_one_rotary_embedding_is_refused(kind, has, target_config, tmp_path):
     OTHER_MODELS[kind]().save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
@@ -156,5 +156,5 @@ def test_a_file_that_is_cut_short_is_named(graph):
     ):
         read_graph(graph)
     (graph / "openvino_model.xml").write_text("<net>")
-    with pytest.raises(CheckpointError, match="not a graph of OpenVINO"):
+    with pytest.raises(CheckpointError, match="not an OpenVINO graph"):
         read_graph(graph)

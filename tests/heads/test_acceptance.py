@@ -1,4 +1,4 @@
-"""The acceptance head: its loss has the optimum that is said, its blocks are its own, its folder is what was trained."""
+"""The acceptance head: optimum of its loss, separate blocks, and its folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def head(**settings: object) -> AcceptanceHead:
 
 
 def best_score(one: AcceptanceHead, label: float) -> float:
-    """Return the sigmoid at which the loss of a label is least, by a fine grid."""
+    """Return the sigmoid that minimizes the loss of a label, by a fine grid."""
     scores_N = torch.linspace(-8, 8, 160_001, dtype=torch.float64)
     loss_N = one.loss(scores_N, torch.full_like(scores_N, label))
     return float(scores_N[loss_N.argmin()].sigmoid())
@@ -30,8 +30,8 @@ def best_score(one: AcceptanceHead, label: float) -> float:
 
 @pytest.mark.parametrize("weight", [1.0, 2.5, 6.0])
 @pytest.mark.parametrize("label", [0.05, 0.5, 0.9])
-def test_the_weighted_optimum_is_pessimistic_and_prior_correct_takes_that_out(weight, label):
-    """I8: the optimum is a / (a + w (1 - a)), not a."""
+def test_the_weighted_optimum_is_pessimistic_and_prior_correct_removes_that(weight, label):
+    """The optimum is a / (a + w (1 - a)), not a."""
     found = best_score(head(reject_weight=weight), label)
     assert found == pytest.approx(label / (label + weight * (1 - label)), abs=1e-4)
     if weight != 1:
@@ -51,8 +51,8 @@ def test_one_sigmoid_output_is_the_published_two_output_softmax():
     torch.testing.assert_close(head().loss(scores_N2[:, 1] - scores_N2[:, 0], labels_N), expected_N)
 
 
-def test_blocks_have_weights_of_their_own():
-    """Trap: `[block] * n` is one block n times over."""
+def test_blocks_have_their_own_weights():
+    """`[block] * n` would be one block, n times."""
     one = head(num_blocks=3)
     assert sum(p.numel() for p in one.parameters()) == 3 * (8 * 8 + 8) + 8 + 1
     shared = torch.nn.ModuleList([one.blocks[0]] * 3)
@@ -107,7 +107,7 @@ def test_a_folder_gives_the_same_head_back(tmp_path):
     assert not any(p.requires_grad for p in loaded.head.parameters())
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path):
+def test_a_folder_without_such_a_head_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"not the folder of a head: it has no config\.json"):
         load_head(tmp_path, kind="acceptance")
     head().save(tmp_path)
@@ -120,7 +120,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         load_head(tmp_path, kind="acceptance")
 
 
-def test_a_head_goes_with_the_models_that_it_was_made_for_and_with_no_others(tmp_path, tiny_target, save_llama):
+def test_a_head_is_refused_with_other_models_than_it_was_made_for(tmp_path, tiny_target, save_llama):
     drafter, other = save_llama(seed=0, num_layers=1), save_llama(seed=1, num_layers=1)
     own = MadeFor(tiny_target.name, tiny_target.fingerprint, str(drafter), fingerprint_of(drafter))
     folders = {name: tmp_path / name for name in ("own", "of_another_target", "of_unknown_models")}

@@ -45,7 +45,7 @@ def test_the_loss_stays_finite_at_extreme_scores(labels):
     assert torch.isfinite(scores_N.grad).all()
 
 
-def test_a_linear_judge_has_one_weight_a_dimension_and_one_more():
+def test_a_linear_judge_has_one_weight_per_dimension_and_a_bias():
     assert sum(p.numel() for p in judge(4096).parameters()) == 4097
     assert sum(p.numel() for p in judge(16, width=5).parameters()) == 16 * 5 + 5 + 5 + 1
 
@@ -56,7 +56,7 @@ def separable(count: int) -> HeadRows:
     return HeadRows(features_ND, (features_ND[:, 0] + 0.1 * torch.randn(count, generator=generator) > 0.8).float())
 
 
-def test_separable_states_are_separated_and_a_higher_threshold_keeps_fewer(tmp_path):
+def test_separable_states_are_separated_and_a_higher_threshold_accepts_fewer(tmp_path):
     one = judge(recall=0.9)
     rows, held_out = separable(600), separable(900)
     optimizer = torch.optim.Adam(one.parameters(), lr=0.1)
@@ -77,7 +77,7 @@ def test_separable_states_are_separated_and_a_higher_threshold_keeps_fewer(tmp_p
 
 
 @pytest.mark.parametrize(("recall", "threshold"), [(0.25, 0.15), (0.5, 0.25), (0.51, 0.55), (1.0, 0.85)])
-def test_the_threshold_refuses_enough_of_what_matters_and_little_else(recall, threshold):
+def test_the_threshold_rejects_enough_of_what_matters_and_little_else(recall, threshold):
     predicted_N = torch.tensor([0.8, 0.9, 0.1, 0.3, 0.2, 0.95])
     labels_N = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0, 1.0])
     assert threshold_of_recall(predicted_N, labels_N, recall=recall) == pytest.approx(threshold)

@@ -20,8 +20,8 @@ HERE = ("gguf", "hf", "sglang", "speculators", "vllm")
 REFUSED = {
     ("sp_nbf", "sglang"): "norm_before_residual is true: SGLang 0.5.23 has no such variant",
     ("spd_nearest", "sglang"): "norm_before_residual is true: SGLang 0.5.23 has no such variant",
-    ("sa_eagle1_bias", "vllm"): "vLLM 0.32.0 drops them silently",
-    ("gemma2_draft", "gguf"): "model_type is 'gemma2': only llama, qwen2, qwen3 are written as GGUF here",
+    ("sa_eagle1_bias", "vllm"): "vLLM 0.32.0 silently drops them",
+    ("gemma2_draft", "gguf"): "model_type is 'gemma2': only llama, qwen2, qwen3 can be written as GGUF",
 }
 """What a format has no place for, by the effect."""
 

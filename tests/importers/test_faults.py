@@ -158,7 +158,11 @@ FAULTS: list[tuple[str, Any, list[str]]] = [
         ),
         ["positions cannot be scaled as rope_type 'llama3' says"],
     ),
-    ("eagle3", lambda t, c, _: c.update(hidden_act="g" * 10_000), [r"hidden_act is 'g{59}\.\.\., only"]),
+    (
+        "eagle3",
+        lambda t, c, _: c.update(hidden_act="g" * 10_000),
+        [r"hidden_act is 'g{79}\.\.\. \(10,002 characters\), only"],
+    ),
     (
         "eagle3",
         lambda t, c, _: t.update({f"x.{n}": torch.ones(1) for n in range(500)}),

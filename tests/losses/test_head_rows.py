@@ -20,7 +20,7 @@ from drafttrain.losses import Loss, losses
 from drafttrain.losses.align import align
 from drafttrain.losses.step import drafted_loss
 from drafttrain.target_model import Target
-from drafttrain.target_model.live_rows import LiveRows
+from drafttrain.target_model.logits import LiveRows
 from tests.conftest import byte_tokenizer, random_llama
 from tests.losses.test_losses import records
 

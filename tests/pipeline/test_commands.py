@@ -73,7 +73,7 @@ def curve(folder: Path) -> list[tuple[str, ...]]:
 
 
 def command(*words: object) -> list[str]:
-    return [sys.executable, "-m", "drafttrain.cli", *map(str, words)]
+    return [sys.executable, "-m", "drafttrain", *map(str, words)]
 
 
 def test_fit_goes_all_the_way_and_a_second_time_does_nothing(recipe, tmp_path, capfd):

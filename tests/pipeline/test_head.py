@@ -163,7 +163,7 @@ def test_a_killed_training_of_a_head_continues_bit_for_bit(recipe, tmp_path):
     slow = ["train.max_steps=600", "train.eval_every_steps=300", "eval.also=[]"]
 
     def command(runs: Path) -> list[str]:
-        return [sys.executable, "-m", "drafttrain.cli", "fit", str(recipe), *slow, "--runs", str(runs)]
+        return [sys.executable, "-m", "drafttrain", "fit", str(recipe), *slow, "--runs", str(runs)]
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     subprocess.run(command(whole), check=True, env=environment, capture_output=True)

@@ -105,7 +105,7 @@ def test_a_special_token_behind_the_rows_is_a_note(place: Path, capsys: pytest.C
         (["export.to=[gguf]"], "export.to: gguf: target: tokenizer.json: no merges"),
         (["target.model=nowhere/at/all"], "nowhere/at/all: no such folder"),
         (["data.sources.0.path=other.jsonl"], "data.sources.0: other.jsonl: no such file"),
-        (["eval.prompts=other.jsonl"], "eval.prompts: other.jsonl: no such file of prompts"),
+        (["eval.prompts=other.jsonl"], "eval.prompts: other.jsonl: no such file"),
         (["target.tokenizer=./elsewhere"], "./elsewhere: no such folder"),
     ],
 )

@@ -76,7 +76,7 @@ def test_a_builtin_target_is_named_to_engines_by_its_folder(tmp_path):
 
 def test_nothing_is_written_where_one_format_has_no_place_for_the_kind(settings, target, tmp_path):
     source = folders.save(folders.drafter_of("medusa", target), tmp_path / "drafter", target)
-    with pytest.raises(CheckpointError, match=r"speculators has no place for drafter\.kind medusa"):
+    with pytest.raises(CheckpointError, match=r"speculators cannot hold drafter\.kind medusa"):
         write_formats(source, ExportSettings(to=["vllm", "speculators"]), settings)
     assert not folder_as(source, "vllm").exists()
 

@@ -32,7 +32,7 @@ class Process:
         command = [
             sys.executable,
             "-m",
-            "drafttrain.cli",
+            "drafttrain",
             "record",
             "--upstream",
             upstream,

@@ -228,7 +228,7 @@ def test_the_default_host_is_loopback_and_an_invalid_upstream_is_an_error():
     command = [
         sys.executable,
         "-m",
-        "drafttrain.cli",
+        "drafttrain",
         "record",
         "--upstream",
         "localhost:8000",

@@ -130,7 +130,7 @@ def test_what_others_were_served_meanwhile_is_left_out(target, drafter, tmp_path
     assert row["counters"]["num_draft_tokens"] == K * row["counters"]["num_drafts"]
     assert not row["same_prompts"]
     _, stderr = asked(server_of(target, drafter, others=list(range(PROMPTS))), drafter, "--out", tmp_path, code=1)
-    assert "others were served all the time" in stderr
+    assert "also served other clients all the time" in stderr
 
 
 def test_a_server_that_cannot_tell_says_why_in_one_line(target, drafter, save_llama, tmp_path):
@@ -138,7 +138,7 @@ def test_a_server_that_cannot_tell_says_why_in_one_line(target, drafter, save_ll
     assert "the server decodes without a drafter" in stderr
     other = str(save_llama(seed=5))
     _, stderr = asked(server_of(target, drafter, root=other), drafter, code=1)
-    assert f"serves {other}, and the drafter was made for {target.name}" in stderr
+    assert f"serves {other}, but the drafter was made for {target.name}" in stderr
     # Whoever vouches for a name is believed.
     elsewhere = server_of(target, drafter, root="/models/elsewhere")
     assert "is kept" in asked(elsewhere, drafter, "--model", "served", "--out", tmp_path)[1]

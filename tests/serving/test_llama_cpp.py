@@ -16,7 +16,7 @@ from drafttrain.export.gguf_file import FILE, read_gguf
 from drafttrain.serving.engines import Job, ServingEngine, Use, engine_of
 from drafttrain.serving.engines.llama_cpp_worker import _difference, _in_type
 from tests.export.test_gguf import MODELS, change_tensors, exported, merging_tokenizer, saved
-from tests.serving.test_serve_config import evaluation
+from tests.serving.evaluations import evaluation
 
 USE = Use("the/drafter.gguf", "causal_lm", 3, "sampled")
 

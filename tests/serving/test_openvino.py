@@ -31,7 +31,7 @@ def test_rounds_are_counted_by_what_the_steps_gave():
     ("steps", "totals", "max_tokens"), [([1, 3, 1, 4, 1], (9, 4), 10), ([1, 3], (3, 2), 9), ([2, 3, 4], (6, 5), 9)]
 )
 def test_steps_that_do_not_add_up_are_no_counters(steps, totals, max_tokens):
-    with pytest.raises(RuntimeError, match="the steps gave"):
+    with pytest.raises(RuntimeError, match="the steps have"):
         counters(steps, totals, 3, max_tokens)
 
 

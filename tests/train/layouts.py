@@ -21,7 +21,7 @@ from drafttrain.core.batches import DraftBatch
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import as_padding, pack
-from drafttrain.data_gen.shares import own_shares
+from drafttrain.data_gen.sampler import own_shares
 from drafttrain.distributed.collectives import joined, together
 from drafttrain.distributed.world import is_first, world
 from drafttrain.drafters import drafters

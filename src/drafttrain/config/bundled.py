@@ -4,9 +4,9 @@ import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
-from drafttrain.config.nodes import shortened
 from drafttrain.core.errors import RecipeError
 from drafttrain.core.files import write_text
+from drafttrain.core.printable import shortened
 
 SUFFIXES = (".yaml", ".yml")
 

@@ -14,7 +14,8 @@ from dataclasses import MISSING, is_dataclass
 from typing import Any, Literal, Union
 
 from drafttrain.config.fields import BOUNDS, Field, describe, fields_of, kind_of, within
-from drafttrain.config.nodes import Node, Problem, shortened
+from drafttrain.config.nodes import Node, Problem
+from drafttrain.core.printable import shortened
 from drafttrain.core.registry import Registry
 
 LARGEST_INTEGER = 2**63 - 1

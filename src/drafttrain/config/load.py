@@ -13,12 +13,13 @@ from omegaconf.errors import OmegaConfBaseException
 from drafttrain.config.bundled import find_recipe
 from drafttrain.config.check import Checker
 from drafttrain.config.fields import fields_of
-from drafttrain.config.nodes import MAX_BYTES, Node, Problem, apply_override, read_yaml, shortened
+from drafttrain.config.nodes import MAX_BYTES, Node, Problem, apply_override, read_yaml
 from drafttrain.config.older import read_as_now
 from drafttrain.config.recipe import Recipe
 from drafttrain.config.smoke import shrink
 from drafttrain.core.console import say_once
 from drafttrain.core.errors import RecipeError
+from drafttrain.core.printable import shortened
 
 T = TypeVar("T")
 

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from drafttrain.core.errors import RecipeError
+from drafttrain.core.printable import shortened
 
 PLAIN_TAGS = ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")
 MAX_BYTES = 200_000
@@ -80,12 +81,6 @@ def read_yaml(text: str, *, source: str) -> tuple[Node, list[Problem]]:
     if root is None:
         return Node({}, "line 1"), [Problem("line 1", "the recipe is empty")]
     return root, problems
-
-
-def shortened(text: str, *, length: int = 80) -> str:
-    """Return what a message shows of a text: one line, at most `length` characters."""
-    line = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text[: length + 1])
-    return line if len(text) <= length else f"{line[:length]}... ({len(text):,} characters)"
 
 
 def _unwritable(text: str) -> str | None:

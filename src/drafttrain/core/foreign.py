@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from drafttrain.core.errors import CheckpointError
+from drafttrain.core.printable import shown
 
 READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".bin", ".pt", ".gguf")
 """Suffixes of files that some reader opens."""
@@ -207,9 +208,3 @@ def on_one_screen(problems: Sequence[str]) -> list[str]:
     """Return the first 20 lines of a message, long ones shortened: they contain untrusted names and values."""
     lines = [line if len(line) <= 800 else f"{line[:800]}..." for line in problems[:20]]
     return lines + ([f"and {len(problems) - len(lines)} more"] if len(problems) > len(lines) else [])
-
-
-def shown(value: Any) -> str:
-    """Return a value for a message, shortened to 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."

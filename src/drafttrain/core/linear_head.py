@@ -8,11 +8,11 @@ N = rows, V = vocabulary, D = hidden
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-
-from drafttrain.core.autocast import no_autocast_if_frozen
 
 
 class LinearHead:
@@ -56,3 +56,12 @@ class LinearHead:
         linear = self.linear(depth)
         own = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
         return own + ([] if self.before is None else list(self.before.parameters()))
+
+
+def no_autocast_if_frozen(weight: Tensor) -> AbstractContextManager[object]:
+    """Return a context that turns autocast off if the weight is frozen, and changes nothing if it is trained.
+
+    Autocast would round a frozen float32 model to bfloat16, and cast its weights again in every forward.
+    """
+    frozen = not weight.requires_grad and torch.amp.is_autocast_available(weight.device.type)
+    return torch.autocast(weight.device.type, enabled=False) if frozen else nullcontext()

@@ -22,3 +22,14 @@ def printable(text: str, *, encoding: str = "utf-8") -> str:
         for character in text
     )
     return shown.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def shortened(text: str, *, length: int = 80) -> str:
+    """Return a text as a message shows it: one line of at most `length` characters."""
+    line = "".join(character if character.isprintable() else repr(character)[1:-1] for character in text[: length + 1])
+    return line if len(text) <= length else f"{line[:length]}... ({len(text):,} characters)"
+
+
+def shown(value: object) -> str:
+    """Return a value as a message shows it: its repr, shortened."""
+    return shortened(repr(value))

@@ -1,4 +1,8 @@
-"""The one place that owns the order: position n of the stream of records is a pure function of (seed, n).
+"""Which records an optimizer step reads: their order, and which process reads which of them.
+
+Position n of the stream of records is a pure function of (seed, n). The records of a step are dealt in rounds of one record for each
+process: the longest first, from the first process to the last, and in the next round back, so that all processes read about as many
+tokens. A micro-batch is some successive rounds, so that records that are read at the same time have about the same length.
 
 P = records of a window, S = sources, L = lengths that a window may have
 """
@@ -57,6 +61,32 @@ class Sampler:
     def _shuffled(self, source: int, epoch: int) -> Array:
         generator = np.random.Generator(np.random.PCG64(stream_seed(self.seed, "order", source, epoch)))
         return generator.permutation(self.sizes[source])
+
+
+def num_micro_batches(batch_size: int, *, records_per_device: int | None, world_size: int) -> int:
+    """Return how many micro-batches an optimizer step has, the same on every process: as few as hold its records."""
+    return 1 if records_per_device is None else -(-batch_size // (world_size * records_per_device))
+
+
+def own_shares(
+    lengths: Sequence[int], *, records_per_device: int | None, rank: int = 0, world_size: int = 1
+) -> list[list[int]]:
+    """Return the records that one process reads in each micro-batch of a step, by their numbers; some may have none.
+
+    Args:
+        lengths: Tokens of each record of the step.
+        records_per_device: The most records of one micro-batch on one process; None: all that it reads are one micro-batch.
+    """
+    rounds = -(-len(lengths) // world_size)
+    count = num_micro_batches(len(lengths), records_per_device=records_per_device, world_size=world_size)
+    longest_first = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    shares: list[list[int]] = [[] for _ in range(count)]
+    for number in range(rounds):
+        place = rank if number % 2 == 0 else world_size - 1 - rank
+        dealt = longest_first[number * world_size : (number + 1) * world_size]
+        # Rounds are spread evenly over the micro-batches; the order inside of one is that of the step.
+        shares[number * count // rounds] += dealt[place : place + 1]
+    return [sorted(share) for share in shares]
 
 
 def _whole(weights: Sequence[float]) -> list[int]:

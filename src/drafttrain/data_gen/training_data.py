@@ -19,9 +19,8 @@ from drafttrain.data_gen.contamination import Key, contaminated, write_contamina
 from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.generate import generate
 from drafttrain.data_gen.packing import as_padding, pack
-from drafttrain.data_gen.sampler import Sampler
+from drafttrain.data_gen.sampler import Sampler, own_shares
 from drafttrain.data_gen.settings import DataSettings
-from drafttrain.data_gen.shares import own_shares
 from drafttrain.data_gen.sources import Source, Versioned, content_of, sources
 from drafttrain.data_gen.stored.logged_distribution import with_logged
 from drafttrain.data_gen.stored.records import Store, open_store
@@ -40,7 +39,7 @@ class TrainingData:
         self.caches: list[RowCache | None] = [None] * len(self.stores)
 
     def plain(self) -> TrainingData:
-        """Return the data without what the target writes."""
+        """Return the data without the sources that the target generates."""
         kept = [i for i, source in enumerate(self.settings.sources) if source.kind != "generated"]
         settings = replace(self.settings, sources=[self.settings.sources[i] for i in kept])
         return TrainingData([self.stores[i] for i in kept], settings, self.encoder, seed=self.sampler.seed)
@@ -57,8 +56,8 @@ class TrainingData:
     ) -> list[DraftBatch]:
         """Return the micro-batches of one optimizer step on one rank: a pure function of its arguments.
 
-        `weight_of_step` counts the trained positions of all micro-batches on all ranks. A micro-batch for which no record is
-        left holds padding alone: every rank takes the same number of backward passes.
+        `weight_of_step` counts the trained positions of all micro-batches on all ranks. A micro-batch without records holds
+        padding only, so that every rank runs the same number of backward passes.
 
         Args:
             multiple: See `packing.pack`.
@@ -82,10 +81,10 @@ class TrainingData:
         batch, at = pack(records, width=self.settings.max_length, multiple=multiple, weight_of_step=weight, step=step)
         number = np.array([n for n, _, _ in members] + [-1])
         batch.documents_BT[:] = batch.documents_BT.new_tensor(number[batch.documents_BT.numpy()])
-        laws = [self._law(source, index) for _, source, index in members]
-        if all(law is not None for law in laws):
-            # One record without leaves the whole micro-batch to the target, which says more of the others, too.
-            known = [law for law in laws if law is not None]
+        logged = [self._logged(source, index) for _, source, index in members]
+        known = [one for one in logged if one is not None]
+        if len(known) == len(logged):
+            # If one record lacks it, the target runs, and its full distribution is used for the others too.
             batch = with_logged(batch, at, records, known, num_tokens=self.encoder.size)
         cached = []
         for record, (_, source, index) in zip(records, members, strict=True):
@@ -95,17 +94,20 @@ class TrainingData:
             cached.append((cache, index, len(record.tokens)))
         return with_stored(batch, at, cached)
 
-    def _law(self, source: int, record: int) -> LoggedDistribution | None:
-        law = self.stores[source].law
-        return None if law is None else law[record]
+    def _logged(self, source: int, record: int) -> LoggedDistribution | None:
+        distributions = self.stores[source].distributions
+        return None if distributions is None else distributions[record]
 
     def has_logged_distribution(self, *, num_records: int) -> bool:
-        """Tell whether the law of all records that the first `num_records` positions read is in the logs."""
-        laws = ((self.stores[i].law, records) for i, records in enumerate(self.visited(num_records=num_records)))
-        return all(not records or (law is not None and all(map(law.has, records))) for law, records in laws)
+        """Return whether the logs hold the target's distribution for all records that the first `num_records` positions read."""
+        pairs = zip(self.stores, self.visited(num_records=num_records), strict=True)
+        return all(
+            not records or (store.distributions is not None and all(map(store.distributions.has, records)))
+            for store, records in pairs
+        )
 
     def visited(self, *, num_records: int) -> list[list[int]]:
-        """Return by source the records that the first `num_records` positions read, in the order of their numbers."""
+        """Return, by source, the records that the first `num_records` positions read, sorted by number."""
         found: list[set[int]] = [set() for _ in self.stores]
         for position in range(num_records):
             source, record = self.sampler.at(position)
@@ -113,7 +115,7 @@ class TrainingData:
         return [sorted(records) for records in found]
 
     def label_counts(self) -> np.ndarray[Any, Any]:
-        """Return how often each token id is a label in a record as training draws them: sources by their weights."""
+        """Return how often each token id is a label, sources weighted as training draws from them."""
         sizes = [int(store.tokens.max()) + 1 for store in self.stores]
         counts_V = np.zeros(max(sizes))
         for store, source, size in zip(self.stores, self.settings.sources, sizes, strict=True):
@@ -121,17 +123,17 @@ class TrainingData:
         return counts_V
 
     def contaminated(self, prompts: Mapping[Key, Sequence[int]]) -> list[Key]:
-        """Return the keys of prompts that share an n-gram with any record; what a chat template adds is no part of one."""
+        """Return the keys of prompts that share an n-gram with any record, not counting what a chat template adds."""
         before, after = self.encoder.frame()
 
-        def own(tokens: Sequence[int]) -> Sequence[int]:
+        def without_frame(tokens: Sequence[int]) -> Sequence[int]:
             rest = tokens[common_start(tokens, before) :]
             return rest[: len(rest) - common_start(rest[::-1], after[::-1])]
 
         texts = (
             store.tokens[store.starts[i] : store.starts[i + 1]] for store in self.stores for i in range(len(store))
         )
-        prompts = {id: own(tokens) for id, tokens in prompts.items()}
+        prompts = {id: without_frame(tokens) for id, tokens in prompts.items()}
         return contaminated(prompts, texts, ngram=self.settings.overlap_ngram)
 
 
@@ -142,7 +144,7 @@ def generate_texts(
     *,
     seed: int,
 ) -> None:
-    """Write what the target is to write, where it is not written yet."""
+    """Let the target generate the texts of `data.generate` that are still missing."""
     if settings.generate is not None:
         generate(
             settings.generate,
@@ -161,7 +163,7 @@ def prepare(
     tokenizer_fingerprint: str,
     seed: int,
 ) -> TrainingData:
-    """Encode every source, or take up what an earlier run encoded."""
+    """Encode every source, or load the stores of an earlier run."""
     encoder = Encoder(tokenizer, settings.max_length)
     stores = []
     for number, chosen in enumerate(settings.sources):
@@ -183,27 +185,29 @@ def prepare(
         say(f"source {chosen.kind}: {len(store):,} records, {len(store.tokens):,} tokens, weight {chosen.weight:g}")
         if logged := store.meta.get("logged_distribution"):
             say(
-                f"source {chosen.kind}: the log has the target's law of {logged['records']:,} records, up to {logged['named_tokens']} "
-                f"tokens a row; the tail's mass is {logged['mean_tail_mass']:.4f} on average"
+                f"source {chosen.kind}: the log has the target's distribution for {logged['records']:,} records, up to "
+                f"{logged['named_tokens']} tokens a row; the mean tail mass is {logged['mean_tail_mass']:.4f}"
             )
         stores.append(store)
     return TrainingData(stores, settings, encoder, seed=seed)
 
 
 def attach_cache(
-    data: TrainingData, folder: Path, target: Target, *, num_records: int, law: bool = True, needs: TargetNeeds
+    data: TrainingData, folder: Path, target: Target, *, num_records: int, distribution: bool = True, needs: TargetNeeds
 ) -> None:
-    """Store what the target knows of the records that training will read, and let batches bring it.
+    """Cache target outputs on the records that training will read, so that batches carry them.
 
     Args:
-        law: The loss compares with the target's law.
-        needs: What the drafter reads of the target; nothing else is stored.
+        distribution: The loss compares with the target's distribution.
+        needs: Target outputs that the drafter reads; no others are stored.
     """
     settings = data.settings
-    law = law and (settings.cache == "none" or not data.has_logged_distribution(num_records=num_records))
-    if settings.cache == "none" or (not law and needs == TargetNeeds()):
+    if settings.cache == "none":
         return
-    wanted = Wanted(settings.cache if law else None, needs, settings.cache_top_k, settings.cache_dtype)
+    distribution = distribution and not data.has_logged_distribution(num_records=num_records)
+    if not distribution and needs == TargetNeeds():
+        return
+    wanted = Wanted(settings.cache if distribution else None, needs, settings.cache_top_k, settings.cache_dtype)
     for number, records in enumerate(data.visited(num_records=num_records)):
         if records:
             data.caches[number] = build_cache(

@@ -1,6 +1,7 @@
-"""Run a worker in an engine's environment: `python in_engine.py WORKER REQUEST ANSWER`. Knows nothing of drafttrain.
+"""Run a worker in an environment: `python in_engine.py WORKER REQUEST ANSWER`. Does not import drafttrain.
 
-REQUEST and ANSWER are JSON files. The worker is a Python file with a function `answer_to(request)`; what it raises is its answer too.
+REQUEST and ANSWER are JSON files. The worker is a Python file with a function `answer_to(request)`. If it raises, the answer is
+`{"error": ...}`.
 """
 
 import importlib.util
@@ -11,7 +12,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Read a request, write its answer."""
+    """Read a request, run the worker, write its answer."""
     worker, request, answer = (Path(word) for word in sys.argv[1:])
     asked = json.loads(request.read_text(encoding="utf-8"))
     try:
@@ -20,11 +21,11 @@ def main() -> None:
         assert spec.loader is not None
         module = sys.modules[worker.stem] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        said = module.answer_to(asked)
-    except Exception as error:  # whatever the engine raises is its answer
+        result = module.answer_to(asked)
+    except Exception as error:  # an engine may raise anything; the parent reports it
         traceback.print_exc()
-        said = {"error": f"{type(error).__name__}: {error}"}
-    answer.write_text(json.dumps(said), encoding="utf-8")
+        result = {"error": f"{type(error).__name__}: {error}"}
+    answer.write_text(json.dumps(result), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The evaluator: engine, verification, metrics, replay, statistics, report."""
+"""Evaluation: engine, verification, metrics, replay, statistics, result, report."""

@@ -1,4 +1,4 @@
-"""How far predicted chances can be trusted: log-likelihood, Brier score, ECE, AUC, reliability. Pure functions on numbers.
+"""Quality of predicted probabilities: log-likelihood, Brier score, ECE, AUC, reliability. Pure functions on numbers.
 
 N = predictions
 """
@@ -17,15 +17,15 @@ NUM_BINS = 10
 
 @dataclass(frozen=True)
 class Bin:
-    """Predictions of one range."""
+    """Predictions in one range."""
 
     low: float
     high: float
     count: int
     predicted: float
-    """Their mean; nan where there are none."""
+    """Their mean; nan where the range is empty."""
     observed: float
-    """The mean of their labels."""
+    """Mean of their labels."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Calibration:
 
 
 def reliability(predicted_N: ArrayLike, labels_N: ArrayLike, *, num_bins: int = NUM_BINS) -> list[Bin]:
-    """Return predictions against labels in ranges of equal width; labels may be soft."""
+    """Return mean prediction and mean label in ranges of equal width; labels may be soft."""
     predicted, labels = _arrays(predicted_N, labels_N)
     place = np.minimum((predicted * num_bins).astype(int), num_bins - 1)
     bins = []
@@ -57,7 +57,7 @@ def reliability(predicted_N: ArrayLike, labels_N: ArrayLike, *, num_bins: int = 
 
 
 def ece(predicted_N: ArrayLike, labels_N: ArrayLike, *, num_bins: int = NUM_BINS) -> float:
-    """Return the expected calibration error: the mean distance of prediction and label by range, weighted by count.
+    """Return the expected calibration error: |mean prediction - mean label| by range, weighted by count.
 
     Source: Guo et al. 2017, On Calibration of Modern Neural Networks, arXiv 1706.04599, 2.
     """
@@ -67,31 +67,31 @@ def ece(predicted_N: ArrayLike, labels_N: ArrayLike, *, num_bins: int = NUM_BINS
 
 
 def brier(predicted_N: ArrayLike, labels_N: ArrayLike) -> float:
-    """Return the mean squared distance of prediction and label."""
+    """Return the mean squared difference of prediction and label."""
     predicted, labels = _arrays(predicted_N, labels_N)
     return float(((predicted - labels) ** 2).mean())
 
 
 def log_likelihood(predicted_N: ArrayLike, labels_N: ArrayLike) -> float:
-    """Return the mean log-likelihood of the labels, nats, at most 0."""
+    """Return the mean log-likelihood of the labels in nats, at most 0."""
     predicted, labels = _arrays(predicted_N, labels_N)
     inside = predicted.clip(1e-7, 1 - 1e-7)
     return float((labels * np.log(inside) + (1 - labels) * np.log(1 - inside)).mean())
 
 
 def auc(predicted_N: ArrayLike, labels_N: ArrayLike) -> float:
-    """Return the chance that a kept token is predicted above a refused one; nan where one side has no weight.
+    """Return the probability that an accepted token is predicted above a rejected one; nan where one side is empty.
 
-    A soft label counts as both: as kept with its value, as refused with the rest. Ties count half.
+    A soft label counts as accepted with its value, and as rejected with the rest. Ties count half.
     """
     predicted, labels = _arrays(predicted_N, labels_N)
     order = np.argsort(predicted, kind="stable")
-    values, kept, refused = predicted[order], labels[order], 1 - labels[order]
+    values, accepted, rejected = predicted[order], labels[order], 1 - labels[order]
     starts = np.flatnonzero(np.r_[True, values[1:] != values[:-1]])
-    kept_at, refused_at = np.add.reduceat(kept, starts), np.add.reduceat(refused, starts)
-    below = np.r_[0.0, np.cumsum(refused_at)[:-1]]
-    pairs = kept.sum() * refused.sum()
-    return float((kept_at * (below + refused_at / 2)).sum() / pairs) if pairs else float("nan")
+    accepted_at, rejected_at = np.add.reduceat(accepted, starts), np.add.reduceat(rejected, starts)
+    below = np.r_[0.0, np.cumsum(rejected_at)[:-1]]
+    pairs = accepted.sum() * rejected.sum()
+    return float((accepted_at * (below + rejected_at / 2)).sum() / pairs) if pairs else float("nan")
 
 
 def calibration(predicted_N: ArrayLike, labels_N: ArrayLike) -> Calibration:

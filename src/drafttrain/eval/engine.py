@@ -34,7 +34,7 @@ from drafttrain.target_model.cached_lm import CachedLM
 
 @dataclass
 class _Sequence:
-    """One prompt on its way."""
+    """One prompt that is being decoded."""
 
     prompt: Prompt
     context: Context
@@ -56,11 +56,11 @@ class _Sequence:
 
 
 class Engine:
-    """Decodes prompts with a proposer; with `NoDraft` it is plain autoregressive decoding.
+    """Decodes prompts with a proposer; `NoDraft` gives plain autoregressive decoding.
 
     Args:
-        max_new_tokens: New tokens a prompt at most; no round drafts past it.
-        seed: Every prompt has its own streams, for drafting and for verdicts, named by (seed, prompt id).
+        max_new_tokens: Most new tokens per prompt; no round drafts past them.
+        seed: Every prompt has its own random streams for drafting and for verdicts, named by (seed, prompt id).
         stop_tokens: Tokens that end a text; None: the target's own.
     """
 
@@ -93,7 +93,7 @@ class Engine:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
-        """Decode these prompts and return their outputs in order: together, or one at a time where a model cannot read them so."""
+        """Decode prompts together, or one at a time where a model cannot batch them; return the outputs in order."""
         if len(prompts) > 1 and (why := self._why_alone(prompts)):
             say_once(f"prompts are decoded one at a time: {why}")
             return [generation for prompt in prompts for generation in self.generate([prompt])]
@@ -114,7 +114,7 @@ class Engine:
         return [_generation(sequence) for sequence in sequences]
 
     def _why_alone(self, prompts: Sequence[Prompt]) -> str | None:
-        """Return why these prompts are not decoded together; None: they are."""
+        """Return why these prompts cannot be decoded together; None: they can."""
         longest = max(len(prompt.tokens) for prompt in prompts) + self.max_new_tokens
         if why := self._lm.why_one_at_a_time(longest):
             return f"target: {why}"
@@ -147,7 +147,7 @@ class Engine:
             self.proposer.observe(verdicts, [_at(output, v.path) for output, v in zip(seen, verdicts, strict=True)])
 
     def _budget(self, sequence: _Sequence) -> Budget:
-        """The target's own token always fits: one token less than is left may be drafted."""
+        """Return the budget of a round; the target's own token needs one of the remaining tokens."""
         left = self.max_new_tokens - sequence.num_new - 1
         return self.policy.budget(sequence.context).within(left)
 
@@ -155,13 +155,15 @@ class Engine:
         assert output.logits_BTV is not None
         logits_NV = without_padding(output.logits_BTV[0], num_tokens=self._num_tokens)
         target_probs_NV = sampling_probs(logits_NV, self.sampling)
-        path, token = self.rule(proposal, target_probs_NV, _asked_for(self.rule.needs, output), sequence.verdict_stream)
+        path, token = self.rule(
+            proposal, target_probs_NV, _state_for_rule(self.rule.needs, output), sequence.verdict_stream
+        )
         drafted = proposal.tokens_N.tolist()
         tokens = [*(drafted[node] for node in path[1:]), token]
         reason = "leaf" if path[-1] not in proposal.parents_N.tolist() else "reject"
         end = next((place for place, emitted in enumerate(tokens) if emitted in self._stop_tokens), None)
         if end is not None:
-            # An accepted end of text cuts the block: what stood behind it was neither kept nor emitted.
+            # An accepted end of text cuts the block: tokens after it are neither accepted nor emitted.
             tokens, path, reason = tokens[: end + 1], path[: end + 2], "eos"
         elif sequence.num_new + len(tokens) >= self.max_new_tokens:
             reason = "length"
@@ -169,7 +171,7 @@ class Engine:
 
     def _sequence(self, prompt: Prompt) -> _Sequence:
         if not prompt.tokens:
-            raise ValueError(f"prompt {prompt.id!r} is empty: at least one token is needed")
+            raise ValueError(f"prompt {prompt.id!r} is empty: it needs at least one token")
         return _Sequence(
             prompt,
             Context(prompt.id, list(prompt.tokens), len(prompt.tokens)),
@@ -193,19 +195,19 @@ def _commit(sequence: _Sequence, verdict: Verdict) -> None:
     )
 
 
-def _asked_for(needs: TargetNeeds, output: TargetOutput) -> Tensor | None:
-    """Return the one state of the nodes that a rule asked for."""
+def _state_for_rule(needs: TargetNeeds, output: TargetOutput) -> Tensor | None:
+    """Return the one hidden state that the acceptance rule reads, by node."""
     if needs.hidden:
         return output.hidden_BTD[needs.hidden[0]][0]
     return output.final_BTD[0] if needs.final and output.final_BTD is not None else None
 
 
 def _at(output: TargetOutput, path: Sequence[int]) -> TargetOutput:
-    """Return what the target said of the nodes of a path; logits are left out."""
+    """Return the target's states at the nodes of a path, without logits."""
     if not output.hidden_BTD and output.final_BTD is None:
         return output
     states = [*output.hidden_BTD.values(), *([] if output.final_BTD is None else [output.final_BTD])]
-    # A chain's path is a prefix; that of a tree is copied to the device, once.
+    # The path of a chain is a prefix; that of a tree is copied to the device once.
     prefix = list(path) == list(range(len(path)))
     nodes = slice(len(path)) if prefix else torch.tensor(list(path)).to(states[0].device)
     return TargetOutput(
@@ -229,9 +231,9 @@ def _generation(sequence: _Sequence) -> Generation:
 
 
 class _Clock:
-    """The times of the phases of a decoding, each shared out equally to the sequences that were in it.
+    """Times of the phases of a decoding, each divided equally among the sequences that took part.
 
-    They are read at the end: nothing in the loop waits for its own time.
+    Times are read at the end, so that the loop never waits for the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -240,14 +242,14 @@ class _Clock:
 
     @contextmanager
     def phase(self, kind: str, sequences: Sequence[_Sequence]) -> Iterator[None]:
-        """Note the time of a block as one kind of seconds of these sequences."""
+        """Time the block as one phase of these sequences."""
         span = Span(self._device)
         yield
         self._phases.append((span.end(), kind, sequences))
 
     def settle(self) -> None:
-        """Add all times to the seconds of their kind, and to the whole."""
-        _ = self._phases[-1][0].seconds  # the device comes to the last one last: it is the only one to wait for
+        """Add all times to their phase and to the total of each sequence."""
+        _ = self._phases[-1][0].seconds  # the device reaches the last one last: waiting for it is enough
         for span, kind, sequences in self._phases:
             share = span.seconds / max(1, len(sequences))
             for sequence in sequences:

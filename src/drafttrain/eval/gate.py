@@ -1,4 +1,4 @@
-"""The gate: what an export must reach, and by how much it did not."""
+"""The gate: figures that an export must reach, and by how much it misses them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def shortfalls(result: Result, require: Mapping[str, float], *, drafter: str) ->
             continue
         value, beside = _value(name, figures, part, drafter=drafter)
         if value != value:
-            found.append(" ".join([f"{name}: was not measured", *beside]))
+            found.append(" ".join([f"{name}: not measured", *beside]))
         elif not value >= floor:
             found.append(" ".join([f"{name}: {value:.3f}, required {floor:g}: {floor - value:.3f} short", *beside]))
     return found
@@ -27,7 +27,7 @@ def shortfalls(result: Result, require: Mapping[str, float], *, drafter: str) ->
 
 def _parity_shortfall(figures: DrafterFigures) -> list[str]:
     if figures.parity is None:
-        return ["parity: was not measured: eval.temperatures has no 0, or the rule is lossy"]
+        return ["parity: not measured: eval.temperatures has no 0, or the rule is lossy"]
     return [] if figures.parity.exact else [f"parity: {figures.parity.text}"]
 
 

@@ -1,4 +1,4 @@
-"""transformers' generate as a baseline: the target's own greedy text, whatever its generation config asks for."""
+"""transformers' generate as a baseline: the target's greedy text, whatever its generation config contains."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from drafttrain.target_model import Target
 
 @torch.no_grad()
 def generate(prompt: Prompt, target: Target, *, max_new_tokens: int) -> Generation:
-    """Return the text that transformers' generate writes, greedily, and its seconds."""
+    """Return the greedy text of transformers' generate, and its time."""
     tokens = torch.tensor([list(prompt.tokens)], device=target.device)
     with plain_generation(target):
         span = Span(target.device)
@@ -39,10 +39,10 @@ def generate(prompt: Prompt, target: Target, *, max_new_tokens: int) -> Generati
 
 @contextmanager
 def plain_generation(target: Target) -> Iterator[None]:
-    """Let generate know the target's ends of text and nothing else.
+    """Replace the target's generation config by one that has only its end-of-text tokens.
 
-    What a model's own generation config asks for (a repetition penalty, forced or suppressed tokens, a least length, beams)
-    changes the text or the work, and generate takes it over wherever an argument leaves it open.
+    generate reads every argument that it is not given from that config: a repetition penalty, forced or suppressed tokens, a
+    minimum length, beams. All of them change the text or the work.
     """
     own = target.model.generation_config
     target.model.generation_config = GenerationConfig(

@@ -1,4 +1,4 @@
-"""What a head is worth by itself: its predictions on held-out draft tokens, beside those of its untrained start."""
+"""Predictions of a head on held-out draft tokens, compared with those of its untrained start."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from drafttrain.heads.token_head import probabilities
 
 
 def held_out_estimate(head: TokenHead, rows: HeadRows) -> dict[str, Any]:
-    """Return what training watches: figures on held-out tokens by name, and `said`."""
+    """Return the validation figures of training by name, and `said`: the line that is logged."""
     figures = calibration(probabilities(head, rows), rows.labels_N)
     said = f"held-out log-likelihood {figures.log_likelihood:.4f}  AUC {figures.auc:.3f}  ECE {figures.ece:.4f}"
     return asdict(figures) | {"said": said}

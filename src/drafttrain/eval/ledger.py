@@ -1,4 +1,4 @@
-"""Every forward of every model, as it happened: call counts and bytes come from here and nowhere else."""
+"""The ledger records every forward of every model; all call counts and bytes come from it."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ class Ledger:
     events: list[ForwardEvent] = field(default_factory=list)
 
     def append(self, event: ForwardEvent) -> None:
-        """Note one forward."""
+        """Record one forward."""
         self.events.append(event)
 
     def rounds(self, model: str | None = None) -> list[ForwardEvent]:
-        """Return the forwards of the rounds, prompts left out."""
+        """Return the forwards of the rounds, without prefill."""
         return [event for event in self.events if not event.prefill and model in (None, event.model)]
 
     def calls(self, model: str) -> int:
-        """Return how often a model was called in the rounds."""
+        """Return the number of calls of a model in the rounds."""
         return len(self.rounds(model))
 
     def bytes_read(self) -> int:
-        """Return the bytes that all forwards of the rounds read, shared weights each time."""
+        """Return the bytes that all forwards of the rounds read; shared weights count each time they are read."""
         return sum(event.bytes_read for event in self.rounds())
 
     def plain_bytes(self) -> int:
-        """Return the bytes that plain target calls would have read, one in place of each target call."""
+        """Return the bytes that plain calls would have read, one for each target call."""
         return sum(event.plain_bytes for event in self.rounds("target"))

@@ -1,4 +1,4 @@
-"""From generations to figures: counts by prompt, added up, divided once."""
+"""From generations to rates: counts by prompt are added up and divided once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from drafttrain.eval.repetition import tokens_before_repetition
 
 @dataclass(frozen=True)
 class PromptCounts:
-    """What one prompt adds to the sums."""
+    """Counts of one prompt."""
 
     id: str
     domain: str
@@ -21,13 +21,13 @@ class PromptCounts:
     num_draft_tokens: int
     num_accepted: int
     accepted_at: tuple[int, ...]
-    """Rounds that kept at least i draft tokens, i = 1, 2, ..."""
+    """Rounds that accepted at least i draft tokens, i = 1, 2, ..."""
     reached_at: tuple[int, ...]
-    """Rounds that drafted at least i deep and kept at least i - 1."""
+    """Rounds that drafted at least i deep and accepted at least i - 1."""
 
 
 def counted_rounds(generation: Generation, *, repetition_ngram: int) -> Sequence[Round]:
-    """Return the rounds that begin before the output repeats an n-gram of its own; 0: all."""
+    """Return the rounds that begin before the output repeats one of its n-grams; 0: all rounds."""
     if repetition_ngram == 0:
         return generation.rounds
     end = tokens_before_repetition(list(generation.tokens), ngram=repetition_ngram)
@@ -54,7 +54,7 @@ def counts_of(generation: Generation, *, repetition_ngram: int = 0) -> PromptCou
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over prompts, and the rates that they give."""
+    """Counts summed over prompts, and their rates."""
 
     num_tokens: int
     num_rounds: int
@@ -65,7 +65,7 @@ class Totals:
 
     @property
     def block_efficiency(self) -> float:
-        """Tokens a target call, the target's own included."""
+        """Tokens per target call, the target's own token included."""
         return self.num_tokens / self.num_rounds
 
     @property
@@ -75,12 +75,12 @@ class Totals:
 
     @property
     def acceptance_by_position(self) -> list[float]:
-        """Share of all rounds that kept the i-th draft token. 1 + their sum is the block efficiency, truncation apart."""
+        """Share of all rounds that accepted the i-th draft token. 1 + their sum is the block efficiency, except for cut texts."""
         return [count / self.num_rounds for count in self.accepted_at]
 
     @property
     def conditional_acceptance(self) -> list[float]:
-        """Share of the rounds that drafted the i-th token and kept the one before it that kept the i-th."""
+        """Share that accepted the i-th draft token, of the rounds that drafted it and accepted the one before."""
         return [a / b if b else float("nan") for a, b in zip(self.accepted_at, self.reached_at, strict=True)]
 
 
@@ -102,7 +102,7 @@ def totals_of(counts: Sequence[PromptCounts]) -> Totals:
 
 
 def histogram(generations: Sequence[Generation]) -> dict[str, int]:
-    """Return how many rounds kept 0, 1, ... draft tokens."""
+    """Return the number of rounds that accepted 0, 1, ... draft tokens."""
     counted = Counter(one.num_accepted for generation in generations for one in generation.rounds)
     return {str(number): counted[number] for number in sorted(counted)}
 
@@ -111,9 +111,9 @@ def mbsu(*, num_tokens: int, num_rounds: int, plain_bytes: float, bytes_read: fl
     """Return the memory-bound speed-up: block efficiency x bytes of a plain call / bytes of a mean round.
 
     Args:
-        num_tokens, num_rounds: Block efficiency is their ratio; rounds are counted by sequence, so that it is of one sequence
-            however many are decoded together.
-        plain_bytes: Bytes that plain calls would have read, one in place of each target call, for the same sequences.
+        num_tokens, num_rounds: Their ratio is the block efficiency. Rounds are counted by sequence, also where several
+            sequences are decoded together.
+        plain_bytes: Bytes that plain calls would have read, one for each target call, for the same sequences.
         bytes_read: Bytes that all forwards of the same rounds read.
     """
     return num_tokens / num_rounds * plain_bytes / bytes_read

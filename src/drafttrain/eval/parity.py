@@ -1,4 +1,4 @@
-"""Is greedy output token for token the target's own? If not: where it first differs, and how close the choice was."""
+"""Greedy parity: whether outputs equal the target's own, token for token; where they differ, and how close the choice was."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from drafttrain.core.generations import Generation
 from drafttrain.target_model import Target
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Logit gaps, relative to the largest logit, below which two tokens are equally good to a sum of this precision."""
+"""Logit gaps below which two tokens are tied at this precision, relative to the largest logit."""
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first token that differs in one output."""
+    """The first difference of one output."""
 
     id: str
     position: int
@@ -25,9 +25,9 @@ class Divergence:
     plain_token: int
     drafted_token: int
     logit_gap: float
-    """The target's logit of the plain token less that of the other one, after the same text."""
+    """The target's logit of the plain token minus that of the other one, after the same text."""
     near_tie: bool
-    """The gap is within rounding of the target's precision."""
+    """The gap is within the rounding of the target's precision."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Parity:
     num_equal: int
     divergences: Sequence[Divergence]
     text: str
-    """The same in one line."""
+    """Summary in one line."""
 
     def __str__(self) -> str:
         return self.text

@@ -1,4 +1,4 @@
-"""The prompts of an evaluation: a file of JSON lines, or a built-in set cut from held-out text."""
+"""Prompts of an evaluation: a file of JSON lines, or a built-in set from held-out text."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ BUILTIN = "builtin:"
 
 
 def prompt_file(name: str) -> Path:
-    """Return the file of a built-in set or a path."""
+    """Return the file of a built-in set, or the given file."""
     if name.startswith(BUILTIN):
         folder = Path(str(resources.files("drafttrain") / "eval" / "prompts_data"))
         path = folder / f"{name.removeprefix(BUILTIN)}.jsonl"
         if not path.exists():
             known = ", ".join(sorted(f"{BUILTIN}{file.stem}" for file in folder.glob("*.jsonl")))
-            raise DataError(f"{name}: no such built-in prompts. Available: {known}")
+            raise DataError(f"{name}: unknown built-in prompts. Available: {known}")
         return path
     path = Path(name).expanduser()
     if not path.is_file():
-        raise DataError(f"{name}: no such file of prompts (JSON lines)")
+        raise DataError(f"{name}: no such file. Prompts are a file of JSON lines")
     return path
 
 
@@ -43,12 +43,12 @@ def read_prompts(
     """Return the prompts of a file.
 
     Args:
-        prompt_tokens: Plain text is cut to its first tokens.
-        dropped: Ids that are left out (contaminated ones).
-        limit: The first so many of what is left.
+        prompt_tokens: Plain text is cut to so many tokens.
+        dropped: Ids of contaminated prompts, which are left out.
+        limit: Most prompts that are returned.
 
     Raises:
-        DataError: With every line that is no prompt.
+        DataError: With every line that is not a prompt.
     """
     path = prompt_file(name)
     encoder = Encoder(tokenizer, max_length)
@@ -60,7 +60,7 @@ def read_prompts(
             value = item.value
             id = str(number if value.get("id") is None else value["id"])
             if id in seen:
-                raise BadItem(f"id {id!r} is there twice")
+                raise BadItem(f"id {id!r} occurs twice")
             seen.add(id)
             ((_, tokens),) = encoder.prompts(value, id=id, prompt_tokens=None)
             if "text" in value and prompt_tokens is not None:
@@ -69,7 +69,7 @@ def read_prompts(
         except BadItem as reason:
             problems.append(f"  line {number}: {reason}")
     if problems:
-        raise DataError(f"{path}: {len(problems)} lines are no prompts\n" + "\n".join(problems[:20]))
+        raise DataError(f"{path}: {len(problems)} lines are not prompts\n" + "\n".join(problems[:20]))
     encoder.report(path.name)
     kept = [prompt for prompt in found if prompt.id not in dropped]
     if not kept:

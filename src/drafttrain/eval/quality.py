@@ -1,4 +1,4 @@
-"""What a lossy rule costs: agreement with the target's own output, and the score of a checkable task."""
+"""The cost of a lossy rule: agreement with the target's own outputs, and the score of a task with a checker."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def agreement(own: Sequence[Generation], found: Sequence[Generation]) -> Agreeme
 def solved(
     checker: Checker, tokenizer: Any, prompts: Sequence[Prompt], generations: Sequence[Generation]
 ) -> list[float]:
-    """Return 1 for each prompt whose output solves it, else 0."""
+    """Return 1 for every prompt that its output solves, else 0."""
     texts = [tokenizer.decode(list(one.tokens), skip_special_tokens=True) for one in generations]
     return [
         float(checker.correct(text, prompt.answer, id=prompt.id)) for prompt, text in zip(prompts, texts, strict=True)
@@ -56,6 +56,6 @@ def task_score(found: Sequence[float], own: Sequence[float]) -> TaskScore:
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return the tokens before two texts part."""
+    """Return the number of tokens before the first difference of two texts."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))

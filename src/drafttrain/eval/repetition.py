@@ -1,4 +1,4 @@
-"""Where an output begins to repeat itself: a target that loops flatters every drafter."""
+"""Finds where an output begins to repeat itself: repetitions are easy to draft and inflate every rate."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,9 @@ NGRAM = 12
 
 
 def tokens_before_repetition(tokens: Sequence[int], *, ngram: int = NGRAM) -> int:
-    """Return how many tokens come before an n-gram of the same output ends for the second time.
+    """Return the number of tokens before the output completes an n-gram for the second time.
 
-    That token completes the repetition and is not counted; an output without one counts whole.
+    The token that completes it is not counted. An output without repetition counts whole.
     """
     seen: set[tuple[int, ...]] = set()
     for end in range(ngram, len(tokens) + 1):

@@ -1,7 +1,8 @@
 """Block efficiency for all draft lengths at once, from one parallel forward of each model over text of the target.
 
-A committed token is an accepted draft with chance min(p, q)(y) / p(y); so the law of rounds follows from the rows alone. A token that
-the target could not have written (in a log, whoever wrote that) is no draft that it accepts.
+Given that the target wrote token y, it was an accepted draft token with probability min(p, q)(y) / p(y). The distribution
+of the rounds follows from these probabilities alone. A token of probability 0 under the target (in a log of another model)
+is never an accepted draft token.
 
 T = new tokens of a text, K = draft tokens, N = rows
 """
@@ -9,7 +10,7 @@ T = new tokens of a text, K = draft tokens, N = rows
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,13 +26,13 @@ from drafttrain.losses.align import align
 from drafttrain.target_model import Target
 
 LOGITS_AT_ONCE = 1 << 27
-"""Logits of one model that exist at once: 1,046 rows of 128,256 tokens, 0.5 GB in float32."""
+"""Most logits of one model in memory: 1,046 rows of 128,256 tokens, 0.5 GB in float32."""
 ROWS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
 class Text:
-    """A prompt and what the target wrote after it, by the same sampling rule that is replayed."""
+    """A prompt and the text that the target wrote after it, with the sampling that is replayed."""
 
     id: str
     prompt: Sequence[int]
@@ -40,15 +41,16 @@ class Text:
 
 @dataclass(frozen=True)
 class ReplayRows:
-    """What replay needs of one text."""
+    """Acceptance by position of one text."""
 
     id: str
-    kept_TK: np.ndarray[tuple[int, int], np.dtype[np.float64]]
-    """[t, i]: chance that the (i + 1)-th draft token of a round that starts at new token t is the text's and is kept."""
+    accepted_TK: np.ndarray[tuple[int, int], np.dtype[np.float64]]
+    """[t, i]: probability that the (i + 1)-th draft token of a round that starts at new token t is the text's and is
+    accepted."""
     acceptance_T: np.ndarray[tuple[int], np.dtype[np.float64]]
     """Acceptance rate of the first draft token, sum_x min(p, q), by position."""
     deepest: int | None = None
-    """Draft tokens of a round at most; None: the drafter goes on from its own tokens."""
+    """Most draft tokens of a round; None: no limit, the drafter continues from its own tokens."""
 
 
 @torch.no_grad()
@@ -61,13 +63,13 @@ def replay_rows(
     num_depths: int = 0,
     any_text: bool = False,
 ) -> list[ReplayRows]:
-    """Return the rows of texts: a few forwards of each model, no decoding. What is read at once is bounded by tokens (`groups`).
+    """Return the rows of texts from a few forwards of each model, without decoding, batched by number of tokens.
 
     Args:
-        num_depths: Draft tokens of the longest round that will be asked for; a drafter that feeds on its own states rolls
-            out so many. 0: as many as it trains.
-        any_text: The texts may be drawn by another rule than `sampling`: a draft token that is the text's is kept even where this
-            rule never draws it.
+        num_depths: Draft tokens of the longest round that `expected_rounds` will be called with; a drafter that reads its
+            own states is rolled out so far. 0: as far as in training.
+        any_text: The texts may have been drawn with another sampling: a draft token that equals the text's can be accepted
+            even where `sampling` never draws it.
     """
     found: dict[int, ReplayRows] = {}
     for group in groups([len(text.prompt) + len(text.new) for text in texts]):
@@ -79,8 +81,6 @@ def replay_rows(
 def _replay_batch(
     target: Target, drafter: Drafter, texts: Sequence[Text], sampling: Sampling, num_depths: int, *, any_text: bool
 ) -> list[ReplayRows]:
-    from dataclasses import replace
-
     records = [
         Record(text.id, [*text.prompt, *text.new], [False] * len(text.prompt) + [True] * len(text.new))
         for text in texts
@@ -89,23 +89,23 @@ def _replay_batch(
     batch, _ = pack(records, width=width, weight_of_step=1.0)
     seen = target.read(batch.tokens_BT, batch.positions_BT, drafter.needs() | TargetNeeds(final=True))
     target_rows = target.rows_of(seen)
-    # In training a drafter may be on another device than its target.
+    # In training the drafter may be on another device than its target.
     device = next(drafter.parameters()).device
     batch = batch.to(device)
     drafted = drafter(replace(batch, target=seen.to(device), num_depths=num_depths))
-    # An argmax draft is a law with one token: kept where it is the text's, accepted with the chance that the target gives it.
+    # An argmax draft is a distribution with one token: its acceptance rate is the target's probability of that token.
     draft_sampling = Sampling() if drafter.draft == "greedy" else sampling
     rows = align(drafted, batch)
     rows_at_once = max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // target.vocab_size))
     by_depth: dict[int, list[np.ndarray]] = {}  # type: ignore[type-arg]
     first = 0
     for depth, count in rows.counts.items():
-        kept, accepted = np.zeros(count), np.zeros(count)
+        accepted, rate = np.zeros(count), np.zeros(count)
         states_RD = drafted.states_BTD[depth].flatten(0, 1)
         for begin in range(first, first + count, rows_at_once):
             chosen = slice(begin, min(begin + rows_at_once, first + count))
             here = slice(chosen.start - first, chosen.stop - first)
-            kept[here], accepted[here] = _chances(
+            accepted[here], rate[here] = _acceptance(
                 target_rows.at(rows.target_N[chosen]),
                 drafted.head(states_RD[rows.drafter_N[chosen]], depth),
                 rows.tokens_N[chosen],
@@ -117,13 +117,13 @@ def _replay_batch(
             )
         place_N = rows.index.sequence_N[first : first + count].cpu().numpy()
         for number in range(len(texts)):
-            by_depth.setdefault(number, []).append(np.stack([kept[place_N == number], accepted[place_N == number]]))
+            by_depth.setdefault(number, []).append(np.stack([accepted[place_N == number], rate[place_N == number]]))
         first += count
     deepest = len(rows.counts) if len(rows.counts) > 1 else drafter.deepest
     return [_rows_of(text, by_depth[number], deepest) for number, text in enumerate(texts)]
 
 
-def _chances(
+def _acceptance(
     target_logits_NV: torch.Tensor,
     drafter_logits_NV: torch.Tensor,
     tokens_N: torch.Tensor,
@@ -134,37 +134,38 @@ def _chances(
     vocabulary: torch.Tensor | None,
     any_text: bool,
 ) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
-    """Return (chance that the text's token is an accepted draft token, acceptance rate) by row."""
+    """Return (probability that the text's token is an accepted draft token, acceptance rate) by row."""
     target_NV = sampling_probs(without_padding(target_logits_NV, num_tokens=num_tokens), sampling)
     drafted = DraftVocabulary(vocabulary, num_tokens=num_tokens)
     drafter_NV = drafted.probs(drafter_logits_NV, draft_sampling, size=target_NV.shape[-1])
     target_N = target_NV.gather(1, tokens_N[:, None])[:, 0].double()
     drafter_N = drafter_NV.gather(1, tokens_N[:, None])[:, 0].double()
-    kept_N = (drafter_N / target_N.clamp_min(1e-300)).clamp(max=1.0)
+    accepted_N = (drafter_N / target_N.clamp_min(1e-300)).clamp(max=1.0)
     if not any_text:
-        kept_N = torch.where(target_N > 0, kept_N, 0.0)
-    return kept_N.cpu().numpy(), acceptance_rate(target_NV, drafter_NV).double().cpu().numpy()
+        accepted_N = torch.where(target_N > 0, accepted_N, 0.0)
+    return accepted_N.cpu().numpy(), acceptance_rate(target_NV, drafter_NV).double().cpu().numpy()
 
 
 def _rows_of(text: Text, depths: Sequence[np.ndarray], deepest: int | None) -> ReplayRows:  # type: ignore[type-arg]
-    """Lay the rows out by round start: a drafter of depth 1 drafts its next token by itself, one place further on."""
+    """Arrange the rows by the start of the round."""
     count = len(text.new)
-    kept_TK = np.zeros((count, len(depths)))
+    accepted_TK = np.zeros((count, len(depths)))
     acceptance_T = np.zeros(count)
-    for i, (kept, accepted) in enumerate(depths):
-        # Depth i + 1 of a round that starts at t speaks of new token t + i. A drafter that looks at the token before the root
-        # has no row at the start of a prompt of one token, and drafts nothing there.
-        rows = kept[-(count - i) :] if i < count else kept[:0]
-        kept_TK[count - i - len(rows) : count - i, i] = rows
+    for i, (accepted, rate) in enumerate(depths):
+        # Depth i + 1 of a round that starts at t is new token t + i. A drafter that reads the token before the root has no
+        # row at the start of a prompt of one token, and drafts nothing there.
+        rows = accepted[-(count - i) :] if i < count else accepted[:0]
+        accepted_TK[count - i - len(rows) : count - i, i] = rows
         if i == 0:
-            acceptance_T[count - len(accepted) :] = accepted
-    return ReplayRows(text.id, kept_TK, acceptance_T, deepest)
+            acceptance_T[count - len(rate) :] = rate
+    return ReplayRows(text.id, accepted_TK, acceptance_T, deepest)
 
 
 def expected_rounds(rows: ReplayRows, num_draft_tokens: int) -> float:
-    """Return how many rounds of this draft length the text is expected to have taken.
+    """Return the expected number of rounds of this draft length for the text.
 
-    start[t] is the chance that a round starts at new token t: a round that keeps exactly i draft tokens ends i + 1 further on.
+    start[t] is the probability that a round starts at new token t. A round that accepts exactly i draft tokens ends i + 1
+    tokens later.
     """
     count = len(rows.acceptance_T)
     num_draft_tokens = min(num_draft_tokens, rows.deepest or num_draft_tokens)
@@ -175,8 +176,8 @@ def expected_rounds(rows: ReplayRows, num_draft_tokens: int) -> float:
         for i in range(num_draft_tokens):
             if t + i >= count:
                 break
-            kept = rows.kept_TK[t + i, 0] if rows.kept_TK.shape[1] == 1 else rows.kept_TK[t, i]
-            start_T[t + i + 1] += alive * (1 - kept)
-            alive *= kept
+            accepted = rows.accepted_TK[t + i, 0] if rows.accepted_TK.shape[1] == 1 else rows.accepted_TK[t, i]
+            start_T[t + i + 1] += alive * (1 - accepted)
+            alive *= accepted
         start_T[t + num_draft_tokens + 1] += alive
     return float(start_T[:count].sum())

@@ -1,4 +1,4 @@
-"""The report: one HTML file with everything in it that people look for first."""
+"""report.html: one file with tables, pictures and samples of an evaluation."""
 
 from __future__ import annotations
 
@@ -25,27 +25,29 @@ def write_report(path: Path, result: Result, *, title: str, metrics: Path | None
     """Write the report of an evaluation.
 
     Args:
-        result: What `evaluate` returned.
-        metrics: metrics.csv of the training; None when a folder is evaluated without its run.
+        metrics: metrics.csv of the training; None: a folder is evaluated without its run.
     """
     template = (resources.files("drafttrain") / "eval" / "report.html").read_text(encoding="utf-8")
     plots = []
     if metrics is not None and metrics.exists():
         rows = _read(metrics)
         if any(row.get("step_ms") for row in rows):
-            text = "Loss and acceptance over steps; milliseconds of a step by what they went to, and how well the device was used."
+            text = "Loss and acceptance rate over steps; time of a step by phase, and utilization of the device."
             drawing = picture(lambda axes: _explained(axes, rows), columns=2, rows=2)
         else:
-            text, drawing = "Loss and acceptance over steps.", picture(lambda axes: _training(axes, rows), columns=2)
+            text, drawing = (
+                "Loss and acceptance rate over steps.",
+                picture(lambda axes: _training(axes, rows), columns=2),
+            )
         plots.append(("Training", text, drawing))
-    text = "Share of rounds that keep the i-th draft token; dashed: of those that kept the one before it."
+    text = "Share of rounds that accept the i-th draft token; dashed: of those that accepted the one before it."
     plots.append(("Acceptance by position", text, picture(lambda axes: _positions(axes, result), columns=1)))
-    text = "By replay on the emitted text, bands are 95 % intervals over prompts; points: the loop itself."
+    text = "By replay on the emitted text, with 95 % intervals over prompts; points: measured by decoding."
     plots.append(
         ("Block efficiency against draft length", text, picture(lambda axes: _lengths(axes, result), columns=1))
     )
     if (head := result.head) is not None:
-        text = "Mean label by predicted chance on held-out draft tokens; on the diagonal a chance is what it says."
+        text = "Mean label by prediction on held-out draft tokens; a calibrated head is on the diagonal."
         plots.append(("Reliability of the head", text, picture(lambda axes: _reliability(axes, head), columns=1)))
     html = page(template).render(
         title=title,
@@ -64,7 +66,7 @@ def write_report(path: Path, result: Result, *, title: str, metrics: Path | None
 
 
 def page(template: str) -> Any:
-    """Return a page in which all that is filled in is text, whatever it holds."""
+    """Return a template that inserts every value as text, never as HTML."""
     import jinja2
 
     def finalize(value: Any) -> Any:
@@ -79,11 +81,11 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 
 def label(text: str) -> str:
-    """Return a name from outside as a label of a picture: no mathematics, in the legend, and of bearable length."""
+    """Return a name as a label of a picture: not as mathematics, visible in the legend, and not too long."""
     shown = printable(text)
     if len(shown) > LABEL_CHARACTERS:
         shown = shown[: LABEL_CHARACTERS - 3] + "..."
-    # matplotlib sets what stands between two dollars as mathematics, and leaves what begins with a _ out of the legend.
+    # matplotlib reads text between two dollars as mathematics, and hides labels that begin with _ from the legend.
     return (" " + shown if shown.startswith("_") else shown).replace("$", r"\$")
 
 
@@ -101,7 +103,7 @@ def picture(draw: Callable[[Any], None], *, columns: int, rows: int = 1) -> str:
     draw(axes)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        # A name in a script that the font does not have is drawn as boxes.
+        # Characters that the font does not have are drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -139,7 +141,7 @@ PHASES = {
     "validation": "#7a5c99",
     "checkpoint": "#5b7553",
 }
-"""What a step's time goes to, each a column of metrics.csv, from the bottom of the picture up."""
+"""Phases of a step, each a column of metrics.csv, from the bottom of the picture to the top."""
 
 
 def _times(axes: Sequence[Any], rows: Sequence[Mapping[str, str]]) -> None:
@@ -157,7 +159,7 @@ def _times(axes: Sequence[Any], rows: Sequence[Mapping[str, str]]) -> None:
     else:
         rates = [int(row["step_flops"]) / float(row["step_ms"]) / 1e9 for row in timed]
         axes[1].plot(steps, rates, color="#1f6f8b")
-        axes[1].set(xlabel="step", title="needed TFLOP/s (the device's peak is not known)", ylim=(0, None))
+        axes[1].set(xlabel="step", title="needed TFLOP/s (the device's peak is unknown)", ylim=(0, None))
 
 
 def _arms(result: Result) -> list[tuple[str, DrafterFigures]]:
@@ -173,7 +175,7 @@ def _positions(axes: Sequence[Any], result: Result) -> None:
         places = range(1, len(figures.acceptance_by_position) + 1)
         (line,) = axes[0].plot(places, figures.acceptance_by_position, "o-", label=name)
         axes[0].plot(places, figures.conditional_acceptance, "--", color=line.get_color(), alpha=0.6)
-    axes[0].set(xlabel="draft position", ylabel="share kept", ylim=(0, 1))
+    axes[0].set(xlabel="draft position", ylabel="share accepted", ylim=(0, 1))
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(fontsize=8, frameon=False)
 
@@ -184,7 +186,7 @@ def _reliability(axes: Sequence[Any], head: HeadFigures) -> None:
         bins = figures.reliability
         text = f"{name}, ECE {figures.ece:.3f}"
         axes[0].plot([one.predicted for one in bins], [one.observed for one in bins], "o-", label=text)
-    axes[0].set(xlabel="predicted chance", ylabel="mean label", xlim=(0, 1), ylim=(0, 1))
+    axes[0].set(xlabel="prediction", ylabel="mean label", xlim=(0, 1), ylim=(0, 1))
     axes[0].legend(fontsize=8, frameon=False)
 
 
@@ -192,7 +194,7 @@ def _lengths(axes: Sequence[Any], result: Result) -> None:
     main = result.settings["length"]
     for name, figures in _arms(result):
         if figures.length != main:
-            continue  # replay is of chains: the further lengths of a drafter would draw its line once more
+            continue  # replay is about chains: further lengths of a drafter would draw the same line again
         if not figures.replay:
             continue  # a lossy rule's text cannot be replayed
         lengths, values = [int(k) for k in figures.replay], list(figures.replay.values())
@@ -202,6 +204,6 @@ def _lengths(axes: Sequence[Any], result: Result) -> None:
             axes[0].fill_between(lengths, lows, highs, color=line.get_color(), alpha=0.15, lw=0)
         if main["kind"] == "fixed":
             axes[0].plot(main["num_draft_tokens"], figures.block_efficiency.value, "o", color=line.get_color())
-    axes[0].set(xlabel="draft tokens a round", ylabel="block efficiency")
+    axes[0].set(xlabel="draft tokens per round", ylabel="block efficiency")
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(fontsize=8, frameon=False)

@@ -1,4 +1,4 @@
-"""Settings of the evaluation."""
+"""The section `eval` of a recipe."""
 
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -14,56 +14,58 @@ from drafttrain.eval.length.fixed import FixedLengthSettings
 
 @dataclass
 class EvalSettings:
-    """How the exported files are proven."""
+    """How exported drafters are evaluated."""
 
     prompts: str = setting(
         "builtin:test",
-        help="JSON lines with text, messages, prompt or tokens (id and domain if there are); or builtin:test.",
+        help="JSON lines with text, messages, prompt or tokens, and optionally id and domain; or builtin:test.",
     )
     validation_prompts: str = setting(
-        "builtin:validation", help="Prompts that training picks the best step on; never those of the test."
+        "builtin:validation", help="Prompts that the best step is chosen on; never the test prompts."
     )
-    prompt_tokens: int | None = setting(48, help="Plain text is cut to its first tokens; null: the whole text.", ge=1)
-    num_prompts: int | None = setting(None, help="The first so many; null: all.", ge=1)
-    max_new_tokens: int = setting(128, help="New tokens a prompt at most.", ge=1)
-    temperatures: list[float] = setting([0.0, 1.0], help="Each is evaluated on its own; 0 is greedy.", ge=0)
-    top_p: float = setting(1.0, help="Nucleus of target and drafter at temperature > 0.", gt=0, le=1)
-    top_k: int = setting(0, help="Tokens kept at temperature > 0; 0: all.", ge=0)
+    prompt_tokens: int | None = setting(48, help="Plain text is cut to so many tokens; null: not cut.", ge=1)
+    num_prompts: int | None = setting(None, help="Number of prompts, from the first on; null: all.", ge=1)
+    max_new_tokens: int = setting(128, help="Most new tokens per prompt.", ge=1)
+    temperatures: list[float] = setting([0.0, 1.0], help="Temperatures, each evaluated separately; 0 is greedy.", ge=0)
+    top_p: float = setting(1.0, help="Nucleus (top-p) of target and drafter at temperature > 0.", gt=0, le=1)
+    top_k: int = setting(0, help="Most likely tokens that are sampled from at temperature > 0; 0: all.", ge=0)
     length: Any = setting(FixedLengthSettings(), help="How many tokens to draft, by kind.", registry=length_policies)
     also: list[Any] = setting(
         [],
-        help="Further lengths; each is one more arm of every drafter, as `drafter (tree 24)`.",
+        help="Further draft lengths; each drafter is evaluated with each of them, as `drafter (tree 24)`.",
         registry=length_policies,
     )
-    rule: Any = setting(LosslessSettings(), help="Which draft tokens are kept, by kind.", registry=acceptance_rules)
+    rule: Any = setting(LosslessSettings(), help="Which draft tokens are accepted, by kind.", registry=acceptance_rules)
     checker: Any = setting(
         None,
-        help="What tells whether an output solves its prompt, by kind; prompts then bring an `answer`. null: no task score.",
+        help="Decides whether an output solves its prompt, by kind; prompts then need an `answer`. null: no task score.",
         registry=checkers,
     )
     batch_size: int = setting(1, help="Prompts decoded together.", ge=1)
     replay_lengths: list[int] = setting(
-        [1, 2, 3, 4, 5, 6, 8], help="Draft lengths whose block efficiency replay gives.", ge=1
+        [1, 2, 3, 4, 5, 6, 8], help="Draft lengths for which replay computes the block efficiency.", ge=1
     )
     repetition_ngram: int = setting(
         12,
-        help="An output counts up to where it repeats an n-gram of its own: loops flatter a drafter. 0: counts whole.",
+        help="An output counts up to its first repeated n-gram: repetitions are easy to draft. 0: it counts whole.",
         ge=0,
     )
-    speed_prompts: int = setting(16, help="Prompts on which Hugging Face's generate is timed too; 0: none.", ge=0)
+    speed_prompts: int = setting(
+        16, help="Number of prompts on which transformers' generate is timed too; 0: none.", ge=0
+    )
     resamples: int | None = setting(
         None,
-        help="Has no effect: intervals are computed, not resampled. Kept so that recipes that name it are read.",
+        help="Has no effect: intervals are computed, not resampled. Accepted so that older recipes load.",
         ge=100,
     )
-    seed: int = setting(0, help="Names the random streams of the evaluation.", ge=0)
+    seed: int = setting(0, help="Seed of the random streams of the evaluation.", ge=0)
 
     def check(self) -> list[str]:
-        """Return what is wrong across fields."""
+        """Return problems that involve several fields."""
         problems = [] if self.temperatures else ["temperatures: at least one is needed"]
         labels = [length_label(length) for length in (self.length, *self.also)]
         for label in dict.fromkeys(label for label in labels if labels.count(label) > 1):
-            problems.append(f"also: {label} is there twice (eval.length counts)")
+            problems.append(f"also: {label} occurs twice (eval.length counts)")
         return problems
 
     def as_dict(self) -> dict[str, Any]:
@@ -76,7 +78,7 @@ class EvalSettings:
         }
 
     def smoke(self) -> "EvalSettings":
-        """Return a copy with a handful of short outputs."""
+        """Return a copy with a few short outputs."""
         return replace(
             self,
             num_prompts=min(self.num_prompts or 4, 2 if self.also else 4),
@@ -88,7 +90,7 @@ class EvalSettings:
 
 
 def length_label(length: Any) -> str:
-    """Return how an arm of this length policy is called: its kind, its first setting, and others that are not the default."""
+    """Return the label of a length policy: its kind, its first setting, and others that differ from the default."""
     first, *others = [field for field in fields(length) if field.name != "head"]
     value = getattr(length, first.name)
     words = [length.kind, *([f"{value:g}"] if value is not None else [])]

@@ -1,7 +1,7 @@
-"""Intervals and p-values whose unit is the prompt: tokens and rounds inside a prompt depend on each other.
+"""Intervals and p-values over prompts: tokens and rounds of the same prompt depend on each other.
 
-There is one form for ratios of sums (`_estimate`) and one for shares of prompts. Their coverage is measured in
-benchmarks/interval_coverage.py.
+One form is for ratios of sums (`_estimate`), the other for shares of prompts. benchmarks/interval_coverage.py measures
+their coverage.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from drafttrain.eval.interval import Comparison, Interval
 
 CONFIDENCE = 0.95
 ROUNDING = 1e-12
-"""Errors below this part of a value are those of floating point."""
+"""Standard errors below this share of the value come from floating point."""
 
 
 Part = tuple[ArrayLike, ArrayLike]
@@ -70,17 +70,16 @@ class _Estimate:
 
 
 def _estimate(parts: Sequence[Part], of_ratios: Callable[..., Any]) -> _Estimate:
-    """Return a function of ratios of sums with its error over prompts, by leaving out each prompt in turn.
+    """Return a function of ratios of sums, with its standard error over prompts by the jackknife.
 
-    Student's t takes the place of the normal distribution. Long texts weigh more than short ones in a ratio of sums, so the
-    error is known as well as it would be from 1 / sum(share^2) equally long ones: that many, less one, are its degrees of
-    freedom.
+    Student's t is used instead of the normal distribution. Long texts weigh more than short ones in a ratio of sums: the
+    error is known as well as from 1 / sum(share^2) texts of equal length. Its degrees of freedom are that number minus 1.
 
     Source: Tukey 1958, Bias and confidence in not quite large samples, Annals of Mathematical Statistics 29; Kish 1965,
         Survey Sampling, 11.7, for the number of equal weights.
     """
     sums = [(np.asarray(top, dtype=float), np.asarray(bottom, dtype=float)) for top, bottom in parts]
-    # A prompt without any round (or second, or token) to divide by is none of those that the interval is over.
+    # A prompt with nothing to divide by (no round, second or token) does not count for the interval.
     counts_P = np.sum([bottom for _, bottom in sums], axis=0) > 0
     sums = [(top[counts_P], bottom[counts_P]) for top, bottom in sums]
     count = int(counts_P.sum())
@@ -96,10 +95,10 @@ def _estimate(parts: Sequence[Part], of_ratios: Callable[..., Any]) -> _Estimate
 
 
 def share_interval(part: ArrayLike, whole: ArrayLike) -> Interval:
-    """Return sum(part) / sum(whole) over prompts where each prompt's part is all of its whole, or nothing, or between.
+    """Return the share sum(part) / sum(whole) over prompts.
 
-    The spread between prompts says nothing where all of them succeed: Wilson's interval takes the largest that a share can
-    have, which is right where prompts succeed or fail, and wide where parts lie between.
+    Where all prompts succeed, their spread is 0 although the share is not known exactly. Wilson's interval uses the largest
+    spread that a share can have: it is exact where prompts succeed or fail, and wide where they succeed in part.
 
     Source: Wilson 1927, Probable Inference, the Law of Succession, and Statistical Inference, JASA 22.
     """
@@ -115,10 +114,10 @@ def share_interval(part: ArrayLike, whole: ArrayLike) -> Interval:
 
 
 def share_difference(first: ArrayLike, second: ArrayLike) -> Comparison:
-    """Return the difference of the shares of the same prompts that succeed (1) or fail (0) in two ways.
+    """Return the difference of two shares of the same prompts, each of which succeeds (1) or fails (0).
 
-    One prompt that only the first solves and one that only the second solves are added: where both solve the same prompts,
-    the difference is still not known exactly.
+    Two prompts are added: one that only the first solves, and one that only the second solves. So the interval has a width
+    even where both solve the same prompts.
 
     Source: Bonett & Price 2012, Adjusted Wald confidence interval for a difference of binomial proportions based on paired
         data, Journal of Educational and Behavioral Statistics 37(4).

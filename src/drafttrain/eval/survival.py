@@ -1,4 +1,4 @@
-"""The chance that all that was drafted in a round will be kept, by an acceptance head."""
+"""The probability that all draft tokens of a round will be accepted, predicted by an acceptance head."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from drafttrain.heads.folder import load_head
 
 
 class Survival:
-    """Multiplies the head's chances along each sequence's draft.
+    """Multiplies the head's predictions along the draft of each sequence.
 
-    A token counts from the step on that has its hidden state: the step after it was drafted. It is in the tree by then, so
-    whatever is decided by its chance leaves the output lossless.
+    A token counts as soon as its hidden state exists, one step after it was drafted. It is in the tree by then, so decisions
+    that depend on its prediction leave the output lossless.
     """
 
     def __init__(self, head: TokenHead) -> None:
@@ -25,24 +25,26 @@ class Survival:
 
     @classmethod
     def of_folder(cls, folder: str | None) -> Survival:
-        """Read the head of a folder."""
+        """Load the head of a folder."""
         if folder is None:
-            raise CheckpointError("eval.length.head: null means the head of the run's own recipe; name a folder here")
+            raise CheckpointError("eval.length.head: null means the head that the recipe trains. Give a folder here.")
         return cls(load_head(Path(folder), kind="acceptance").head)
 
     def after(self, step: DraftStep) -> float:
-        """Return the chance that all tokens in the tree are kept; at depth 1 nothing is drafted, and it is 1."""
-        alive = 1.0 if step.depth == 1 else self._alive[step.sequence] * self._chance(step)
+        """Return the probability that all tokens in the tree are accepted; 1 at depth 1, where nothing is drafted yet."""
+        alive = 1.0 if step.depth == 1 else self._alive[step.sequence] * self._prediction(step)
         self._alive[step.sequence] = alive
         return alive
 
     @torch.no_grad()
-    def _chance(self, step: DraftStep) -> float:
+    def _prediction(self, step: DraftStep) -> float:
         if step.hidden_D is None:
-            raise CheckpointError("eval.length: this drafter hands out no hidden state of its draft tokens")
+            raise CheckpointError(
+                "eval.length: this drafter has no hidden state of its draft tokens for the acceptance head"
+            )
         if step.hidden_D.shape[-1] != self.head.hidden_size:
             raise CheckpointError(
-                f"eval.length.head: made for a drafter of width {self.head.hidden_size}, this one has {step.hidden_D.shape[-1]}"
+                f"eval.length.head: made for a drafter of width {self.head.hidden_size}, this drafter has {step.hidden_D.shape[-1]}"
             )
         self.head.to(step.hidden_D.device)
         return float(self.head.probability(step.hidden_D[None])[0])

@@ -1,4 +1,4 @@
-"""The one walk that verifies every lossless proposal: chains and trees, sampled, fixed and mixed, greedy as the limit.
+"""The one walk that verifies every proposal losslessly: chains and trees, sampled, fixed and mixed, and greedy.
 
 N = nodes, V = vocabulary
 """
@@ -19,19 +19,19 @@ FIXED = NodeKind.FIXED.value
 
 
 class Chance(Protocol):
-    """Where a verdict's random decisions come from."""
+    """Source of the random decisions of a verdict."""
 
     def accept(self, chance: float) -> bool:
-        """Decide with this chance (1 or more: always)."""
+        """Return True with this probability (1 or more: always)."""
         ...
 
-    def draw(self, law_V: Tensor) -> int:
-        """Draw one token."""
+    def draw(self, probs_V: Tensor) -> int:
+        """Draw one token from a distribution."""
         ...
 
 
 class Dice:
-    """Decisions drawn from one random stream."""
+    """Random decisions from one generator."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self._generator = generator
@@ -39,8 +39,8 @@ class Dice:
     def accept(self, chance: float) -> bool:
         return float(torch.rand((), dtype=torch.float64, generator=self._generator)) < chance
 
-    def draw(self, law_V: Tensor) -> int:
-        return draw(law_V, self._generator)
+    def draw(self, probs_V: Tensor) -> int:
+        return draw(probs_V, self._generator)
 
 
 def walk(
@@ -51,18 +51,19 @@ def walk(
     credit: Callable[[float], float] | None = None,
     overrule: Callable[[int], bool] | None = None,
 ) -> tuple[list[int], int]:
-    """Return (accepted path from the root, the token after it), emitted with exactly the law of the target.
+    """Return (accepted path from the root, the token after it); both have exactly the target's distribution.
 
-    Siblings are tested in the order in which they were drawn: a child drawn from q is accepted with chance p(x) / q(x), and a
-    rejection leaves the residual p <- norm(max(p - q, 0)) to the next one. FIXED is the case q = 1 at x. A group that is all
-    FIXED is settled by one draw y ~ p and descent into the child that carries y: the same law with one random number.
+    Siblings are tested in the order in which they were drawn. A child drawn from q is accepted with probability
+    p(x) / q(x); after a rejection the next sibling is tested against the residual p <- norm(max(p - q, 0)). FIXED is the
+    case q = 1 at x. Where all siblings are FIXED, one draw y ~ p decides, and the walk continues at the child with token
+    y: the same distribution with one random number.
 
     Args:
         proposal: The tree.
-        target_probs_NV: The target's law after every node, by the same sampling rule as everywhere.
-        chance: Decides.
-        credit: Lossy: tests credit(p(x)) in place of p(x). The residual stays that of p.
-        overrule: Lossy: asked of a node's children in draw order when none of them was accepted; the first yes is kept.
+        target_probs_NV: The target's distribution after every node, with temperature, top-k and top-p applied.
+        chance: Source of random decisions.
+        credit: Lossy: test credit(p(x)) instead of p(x). The residual is still that of p.
+        overrule: Lossy: called for the children of a node in draw order when all were rejected; the first True is accepted.
 
     Source: Leviathan et al. 2022, arXiv 2211.17192, algorithm 1, for chains; Miao et al. 2023, SpecInfer, arXiv 2305.09781,
     for siblings drawn independently; Jeon et al. 2024, arXiv 2402.14160, for siblings drawn without replacement.
@@ -97,14 +98,14 @@ def walk(
             if drawn_from_V is not None and proposal.draw is DrawMode.WITHOUT_REPLACEMENT:
                 drafter_V = residual(drawn_from_V, _one_hot(drawn_from_V, tokens[child]))
         else:
-            kept = _overruled(group, overrule)
-            if kept is None:
+            accepted = _overruled(group, overrule)
+            if accepted is None:
                 return path, chance.draw(target_V)
-            path.append(kept)
+            path.append(accepted)
 
 
 def _overruled(group: Sequence[int], overrule: Callable[[int], bool] | None) -> int | None:
-    """Return the first child that is kept although the walk refused it."""
+    """Return the first child that is accepted although the walk rejected it."""
     return None if overrule is None else next((child for child in group if overrule(child)), None)
 
 
@@ -117,7 +118,7 @@ def _children(proposal: Proposal) -> dict[int, list[int]]:
 
 
 def _distribution_of_children(proposal: Proposal, node: int) -> Tensor | None:
-    """Return the law that the SAMPLED children of a node were drawn from."""
+    """Return the distribution that the SAMPLED children of a node were drawn from."""
     if proposal.q_rows_RV is None or proposal.q_row_N is None:
         return None
     row = int(proposal.q_row_N[node])
@@ -125,7 +126,7 @@ def _distribution_of_children(proposal: Proposal, node: int) -> Tensor | None:
 
 
 class TokenProbs:
-    """What the models give each draft token, before any rejection: read of the device for all nodes at once, when first asked."""
+    """Probabilities of the draft tokens before any rejection, copied from the device for all nodes at the first use."""
 
     def __init__(self, proposal: Proposal, target_probs_NV: Tensor) -> None:
         self._proposal = proposal
@@ -133,7 +134,7 @@ class TokenProbs:
         self._found: list[list[float]] | None = None
 
     def of(self, node: int) -> tuple[float, float]:
-        """Return (p(x), q(x)) of a node's token x; q is 1 where it is FIXED."""
+        """Return (p(x), q(x)) of a node's token x; q is 1 where the node is FIXED."""
         if self._found is None:
             self._found = self._read()
         return self._found[0][node], self._found[1][node]
@@ -150,12 +151,12 @@ class TokenProbs:
         target, drafter = torch.stack([target_N, drafter_N]).tolist()
         kinds = one.kinds_N[1:].tolist()
         drafter = [1.0 if kind == FIXED else chance for kind, chance in zip(kinds, drafter, strict=True)]
-        return [[1.0, *target], [1.0, *drafter]]  # nobody asks for the root's
+        return [[1.0, *target], [1.0, *drafter]]  # the root is never tested
 
 
 def _ratio(target: float, drafter: float, credit: Callable[[float], float] | None) -> float:
-    """Return p(x) / q(x), not cut at 1."""
-    # A token without mass can not have been drawn; rejecting it keeps the law all the same.
+    """Return p(x) / q(x), not clamped to 1."""
+    # A token of probability 0 cannot have been drawn; rejecting it keeps the distribution exact.
     return (target if credit is None else credit(target)) / drafter if drafter > 0 else 0.0
 
 

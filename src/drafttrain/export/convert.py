@@ -1,4 +1,4 @@
-"""From a drafter folder to the folder of another format: converted, checked, written, read back."""
+"""Convert a drafter folder to another format: convert, check, write, read back."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import folder_beside
 from drafttrain.core.foreign import read_json
-from drafttrain.export import FOLDER, DrafterFiles, Exporter, exporters
+from drafttrain.core.printable import shown
+from drafttrain.export import FOLDER, Exporter, exporters
+from drafttrain.export.drafter_files import DrafterFiles
 from drafttrain.export.folder import read_files
 from drafttrain.export.rows import with_rows_of
 
-LONGEST_SHOWN = 20
+MAX_SHOWN = 20
 
 
 def read_target_config(folder: Path, *, name: str) -> dict[str, Any]:
-    """Return config.json of a target, with the name that it goes by (`_name_or_path`) and the folder of its weights (`FOLDER`)."""
+    """Return config.json of a target with its name (`_name_or_path`) and the folder of its weights (`FOLDER`)."""
     config = read_json(folder / "config.json")
     return config | {"_name_or_path": name, FOLDER: str(folder)}
 
@@ -34,7 +36,7 @@ def export_as(name: str, source: Path, folder: Path, *, target_config: Mapping[s
         source: A drafter folder as training exports it.
 
     Raises:
-        CheckpointError: The format has no place for this kind, or a loader of it would refuse or drop something.
+        CheckpointError: The format cannot hold this kind, or its loaders would refuse or drop something.
     """
     made = converted(name, source, target_config)
     with folder_beside(folder) as temporary:
@@ -45,10 +47,10 @@ def export_as(name: str, source: Path, folder: Path, *, target_config: Mapping[s
 
 
 def check_exported(name: str, source: Path, folder: Path, *, target_config: Mapping[str, Any]) -> None:
-    """Hold the files of a format against the drafter folder that they were made from.
+    """Check that the files of a format are what its drafter folder converts to.
 
     Raises:
-        CheckpointError: Naming every tensor and field that is not what the source gives.
+        CheckpointError: Lists every tensor and field that differs.
     """
     exporter, wanted = exporter_of(name), converted(name, source, target_config)
     held = exporter.read(folder)
@@ -58,14 +60,14 @@ def check_exported(name: str, source: Path, folder: Path, *, target_config: Mapp
         found.insert(0, f"{ABOUT}: kind is {held.kind}, must be {wanted.kind}")
     found = found or exporter.problems(held, target_config)
     if found:
-        raise CheckpointError(_told(f"{folder}: not what {source} gives as {name}", found))
+        raise CheckpointError(_all_problems(f"{folder}: differs from {source} converted to {name}", found))
 
 
 def exporter_of(name: str) -> Exporter:
     """Return the exporter of a format.
 
     Raises:
-        CheckpointError: There is none.
+        CheckpointError: No format has this name.
     """
     if name not in exporters.names():
         raise CheckpointError(exporters.unknown(name))
@@ -74,16 +76,16 @@ def exporter_of(name: str) -> Exporter:
 
 
 def converted(name: str, source: Path, target_config: Mapping[str, Any]) -> DrafterFiles:
-    """Return a drafter folder's files in a format.
+    """Return the files of a drafter folder, converted to a format.
 
     Raises:
-        CheckpointError: The format has no place for this kind, or a loader of it would refuse or drop something.
+        CheckpointError: The format cannot hold this kind, or its loaders would refuse or drop something.
     """
     exporter, files = exporter_of(name), read_files(source)
     if files.kind not in exporter.reads:
         able = [other for other in exporters.names() if files.kind in exporter_of(other).reads]
         raise CheckpointError(
-            f"{source}: {name} has no place for drafter.kind {files.kind}, only for {', '.join(exporter.reads)}. "
+            f"{source}: {name} cannot hold drafter.kind {files.kind}, only {', '.join(exporter.reads)}. "
             + f"Formats for {files.kind}: "
             + ", ".join(f"{other} (read by {_readers(other, files.kind)})" for other in able)
         )
@@ -91,13 +93,13 @@ def converted(name: str, source: Path, target_config: Mapping[str, Any]) -> Draf
     found = exporter.refusals(files, target_config)
     made = files if found else exporter.convert(files, target_config)
     if found := found or exporter.problems(made, target_config):
-        raise CheckpointError(_told(f"{source}: cannot be exported as {name}", found))
+        raise CheckpointError(_all_problems(f"{source}: cannot be exported as {name}", found))
     return made
 
 
 def _readers(name: str, kind: str) -> str:
     exporter = exporter_of(name)
-    return "drafttrain eval alone" if exporter.reads[kind] == "drafttrain" else exporter.readers
+    return "drafttrain eval only" if exporter.reads[kind] == "drafttrain" else exporter.readers
 
 
 def _differences(wanted: Mapping[str, Any], held: Mapping[str, Any], *, prefix: str = "") -> list[str]:
@@ -107,26 +109,21 @@ def _differences(wanted: Mapping[str, Any], held: Mapping[str, Any], *, prefix: 
         if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
             found += _differences(ours, theirs, prefix=f"{prefix}{key}.")
         elif key not in held:
-            found.append(f"{prefix}{key} is missing, must be {_shown(ours)}")
+            found.append(f"{prefix}{key} is missing, must be {shown(ours)}")
         elif key not in wanted:
-            found.append(f"{prefix}{key} is {_shown(theirs)}: there must be no such key")
+            found.append(f"{prefix}{key} is {shown(theirs)}, but this key must not be there")
         elif ours != theirs:
-            found.append(f"{prefix}{key} is {_shown(theirs)}, must be {_shown(ours)}{_first_apart(ours, theirs)}")
+            found.append(f"{prefix}{key} is {shown(theirs)}, must be {shown(ours)}{_first_difference(ours, theirs)}")
     return found
 
 
-def _shown(value: Any) -> str:
-    """Return a value in words: a vocabulary is too long for a message."""
-    long = isinstance(value, list) and len(value) > LONGEST_SHOWN
-    return f"a list of {len(value)}" if long else repr(value)
-
-
-def _first_apart(ours: Any, theirs: Any) -> str:
-    if not (isinstance(ours, list) and isinstance(theirs, list) and max(len(ours), len(theirs)) > LONGEST_SHOWN):
+def _first_difference(ours: Any, theirs: Any) -> str:
+    """Return where two long lists, such as vocabularies, first differ."""
+    if not (isinstance(ours, list) and isinstance(theirs, list) and max(len(ours), len(theirs)) > MAX_SHOWN):
         return ""
     pairs = enumerate(zip(ours, theirs, strict=False))
-    apart = next(((i, a, b) for i, (a, b) in pairs if a != b), None)
-    return f": entry {apart[0]} is {apart[2]!r}, must be {apart[1]!r}" if apart else ""
+    different = next(((i, a, b) for i, (a, b) in pairs if a != b), None)
+    return f": entry {different[0]} is {different[2]!r}, must be {different[1]!r}" if different else ""
 
 
 def _tensor_differences(wanted: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor]) -> list[str]:
@@ -135,7 +132,7 @@ def _tensor_differences(wanted: Mapping[str, torch.Tensor], held: Mapping[str, t
         if name not in held:
             found.append(f"{name}: missing")
         elif name not in wanted:
-            found.append(f"{name}: there must be no such tensor")
+            found.append(f"{name}: this tensor must not be there")
         elif held[name].shape != wanted[name].shape:
             found.append(f"{name}: shape {list(held[name].shape)}, must be {list(wanted[name].shape)}")
         elif not torch.equal(held[name], wanted[name]):
@@ -143,5 +140,5 @@ def _tensor_differences(wanted: Mapping[str, torch.Tensor], held: Mapping[str, t
     return found
 
 
-def _told(what: str, found: list[str]) -> str:
-    return "\n  ".join([f"{what}: {len(found)} problem{'s' if len(found) > 1 else ''}", *found[:20]])
+def _all_problems(what: str, found: list[str]) -> str:
+    return "\n  ".join([f"{what}: {len(found)} problem{'s' if len(found) > 1 else ''}", *found[:MAX_SHOWN]])

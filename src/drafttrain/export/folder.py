@@ -1,4 +1,4 @@
-"""A drafter folder on disk: config.json, *.safetensors, the tokenizer, and a file of ours. Most formats are such folders."""
+"""A drafter folder on disk: config.json, *.safetensors, the tokenizer and drafttrain.json. Most formats are such folders."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import write_json
 from drafttrain.core.foreign import check_folder, own_files, read_json
 from drafttrain.core.tensors import check_number_types, read_tensors
-from drafttrain.export import DrafterFiles
+from drafttrain.export.drafter_files import DrafterFiles
 
 REPLACED = ("config.json", "README.md", "engine.json", "eval.json", "report.html")
-"""Files that are not copied into the folder of another format: made anew, or told of this one."""
+"""Files that are not copied into the folder of another format: they are written again, or describe this folder only."""
 
 WEIGHTS = (".safetensors", ".safetensors.index.json")
-"""How files of weights end; all that there are become one, and an index would name those that are gone."""
+"""Endings of weight files. All of them become one file, so an index would name files that no longer exist."""
 
 
 def read_files(folder: Path) -> DrafterFiles:
     """Return what is in a drafter folder.
 
     Raises:
-        CheckpointError: It is none, or its weights cannot be read.
+        CheckpointError: It is no drafter folder, or its weights cannot be read.
     """
     check_folder(folder)
     return DrafterFiles(kind_of(folder), read_config(folder), _all_tensors(folder), folder=folder)
@@ -37,7 +37,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json of a drafter folder.
 
     Raises:
-        CheckpointError: There is none that can be read.
+        CheckpointError: It is missing or cannot be read.
     """
     return read_json(folder / "config.json")
 
@@ -49,7 +49,7 @@ def kind_of(folder: Path) -> str:
 
 
 def write_folder(files: DrafterFiles, source: Path, folder: Path) -> None:
-    """Write files, and copy what else the folder has that they come from."""
+    """Write files, and copy everything else from the folder that they were made of."""
     tensors = {key: tensor.contiguous() for key, tensor in files.tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", dict(files.config))

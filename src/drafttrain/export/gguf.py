@@ -17,7 +17,8 @@ import torch
 
 from drafttrain.checkpoint import ABOUT
 from drafttrain.core.errors import CheckpointError
-from drafttrain.export import DrafterFiles, Exporter, exporters
+from drafttrain.export import Exporter, exporters
+from drafttrain.export.drafter_files import DrafterFiles
 from drafttrain.export.folder import kind_of, read_files
 from drafttrain.export.gguf_file import FILE, read_gguf, write_gguf
 from drafttrain.export.gguf_tokenizer import GgufTokenizer
@@ -26,12 +27,12 @@ from drafttrain.export.layout import layout_problems
 
 @dataclass(frozen=True)
 class Architecture:
-    """What llama.cpp makes of a model type."""
+    """How llama.cpp implements a model type."""
 
     permuted: bool
-    """It rotates neighbouring rows of queries and keys; Hugging Face the two halves of a head."""
+    """It rotates adjacent rows of queries and keys; Hugging Face rotates the two halves of a head."""
     biases: tuple[str, ...] = ()
-    """The projections that have a bias in it."""
+    """The projections that may have a bias."""
 
 
 ATTENTION = ("attn_q", "attn_k", "attn_v")
@@ -68,7 +69,7 @@ YARN_DEFAULTS = {
     "mscale_all_dim": None,
     "truncate": True,
 }
-"""What llama.cpp takes of YaRN when a file does not say; other values are not written here."""
+"""llama.cpp's defaults of YaRN; other values cannot be written."""
 
 
 @dataclass
@@ -78,57 +79,57 @@ class GgufFormat:
 
 @exporters.register("gguf", GgufFormat)
 class GgufExporter(Exporter):
-    """Plain language models alone: matrices in the type that they have, vectors in float32, which holds them exactly."""
+    """Plain language models only: matrices in their own type, vectors in float32, which holds them exactly."""
 
     reads: ClassVar[Mapping[str, str]] = {"causal_lm": "draft-simple"}
     readers = "llama.cpp"
     fields_in = FILE
 
     def refusals(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
-        """Return what llama.cpp has no place for, or would read otherwise."""
+        """Return what llama.cpp cannot hold or would read differently."""
         found = config_problems(source.config)
         found = found or [*layout_problems(source, target_config), *_tensor_problems(source)]
         return found or _tokenizer_of(source).problems(source.config)
 
     def target_problems(self, folder: Path, *, num_rows: int, end: int | None) -> list[str]:
-        """Return what of the tokenizer llama.cpp has no place for: the drafter has the same one."""
+        """Return what llama.cpp cannot hold of the target's tokenizer, which is the drafter's too."""
         return GgufTokenizer(folder, vocab_size=num_rows).problems({"eos_token_id": end})
 
     def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
-        """Return metadata and tensors under the names of GGUF."""
+        """Return metadata and tensors under GGUF's names."""
         config = _with_defaults(source.config)
         tokenizer = _tokenizer_of(source)
-        tensors = {name_of(name): _laid_out(name_of(name), value, config) for name, value in source.tensors.items()}
+        tensors = {name_of(name): _as_stored(name_of(name), value, config) for name, value in source.tensors.items()}
         tensors |= _frequencies(config)
         name = source.folder.name if source.folder else "drafter"
         metadata = _metadata(config, name=name, dtype=_dtype(source)) | tokenizer.fields(source.config)
         return replace(source, config=metadata, tensors=tensors, notes=tokenizer.notes(source.config))
 
     def problems(self, files: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
-        """Return nothing: what could be wrong with a file that equals its source is refused before."""
+        """Return nothing: refusals() covers all problems of a file that equals its source."""
         return []
 
     def write(self, files: DrafterFiles, source: Path, folder: Path) -> None:
-        """Write the file, and our word on what it was trained for."""
+        """Write the file, and copy drafttrain.json beside it."""
         write_gguf(folder / FILE, files.config, files.tensors)
         if (source / ABOUT).exists():
             shutil.copyfile(source / ABOUT, folder / ABOUT)
 
     def read(self, folder: Path) -> DrafterFiles:
-        """Return what is in the file of a folder."""
+        """Return the contents of the file in a folder."""
         metadata, tensors = read_gguf(folder / FILE)
         return DrafterFiles(kind_of(folder), metadata, tensors, folder=folder)
 
     def holds(self, folder: Path) -> bool:
-        """Tell whether a folder has such a file."""
+        """Return whether a folder has such a file."""
         return (folder / FILE).is_file()
 
 
 def write_model(folder: Path, path: Path, *, dtype: str | None = None) -> None:
-    """Write the model of a Hugging Face folder, a target for instance, as a GGUF file.
+    """Write the model of a Hugging Face folder, such as a target, as a GGUF file.
 
     Args:
-        dtype: Type of its matrices; None: the one that they have.
+        dtype: Type of its matrices; None: their own.
 
     Raises:
         CheckpointError: llama.cpp would drop or misread something.
@@ -143,7 +144,7 @@ def write_model(folder: Path, path: Path, *, dtype: str | None = None) -> None:
 
 
 def name_of(name: str) -> str:
-    """Return the name in GGUF of a tensor of a Hugging Face checkpoint."""
+    """Return GGUF's name for a tensor of a Hugging Face checkpoint."""
     stem, _, suffix = name.rpartition(".")
     in_layer = LAYER.fullmatch(stem)
     if in_layer:
@@ -152,23 +153,23 @@ def name_of(name: str) -> str:
 
 
 def permuted(weight_QD: torch.Tensor, *, num_heads: int) -> torch.Tensor:
-    """Return the rows of a query or key projection, or of its bias, with those that rotate together side by side."""
+    """Return the rows of a query or key projection, or of its bias, reordered so that rows that rotate together are adjacent."""
     halves = weight_QD.reshape(num_heads, 2, -1, *weight_QD.shape[1:])
     return halves.transpose(1, 2).reshape(weight_QD.shape)
 
 
 def config_problems(config: Mapping[str, Any]) -> list[str]:
-    """Return the fields of a config.json that llama.cpp has no place for, or passes over."""
+    """Return the fields of a config.json that llama.cpp cannot hold or ignores."""
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
-        return [f"config.json: model_type is {kind!r}: only {', '.join(ARCHITECTURES)} are written as GGUF here"]
+        return [f"config.json: model_type is {kind!r}: only {', '.join(ARCHITECTURES)} can be written as GGUF"]
     config, found = _with_defaults(config), []
     if config["hidden_act"] != "silu":
-        found.append(f"config.json: hidden_act is {config['hidden_act']!r}: llama.cpp computes silu, whatever is said")
+        found.append(f"config.json: hidden_act is {config['hidden_act']!r}: llama.cpp always computes silu")
     if "quantization_config" in config:
         found.append("config.json: quantization_config: weights must be float32, float16 or bfloat16")
     if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
-        found.append("config.json: use_sliding_window: llama.cpp looks at the whole text in this architecture")
+        found.append("config.json: use_sliding_window: llama.cpp attends to the whole text in this architecture")
     return found + _rope_problems(config)
 
 
@@ -176,13 +177,13 @@ def _rope_problems(config: Mapping[str, Any]) -> list[str]:
     rope = config["rope_parameters"]
     kind = rope.get("rope_type", "default")
     if kind not in ROPE_TYPES:
-        return [f"config.json: rope_parameters.rope_type is {kind!r}: only {', '.join(ROPE_TYPES)} are written here"]
+        return [f"config.json: rope_parameters.rope_type is {kind!r}: only {', '.join(ROPE_TYPES)} can be written"]
     found = []
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1)) not in (None, 1):
         found.append("config.json: partial_rotary_factor: llama.cpp rotates whole heads in this architecture")
     if kind == "yarn":
         found += [
-            f"config.json: rope_parameters.{key} is {rope[key]!r}: only YaRN's own {value!r} is written here"
+            f"config.json: rope_parameters.{key} is {rope[key]!r}: only YaRN's default {value!r} can be written"
             for key, value in YARN_DEFAULTS.items()
             if rope.get(key, value) != value
         ]
@@ -190,7 +191,7 @@ def _rope_problems(config: Mapping[str, Any]) -> list[str]:
 
 
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a config.json with those that it leaves to transformers' defaults, in their newest names."""
+    """Return the fields of a config.json under their newest names, with transformers' defaults for those left out."""
     from transformers import AutoConfig
 
     own = dict(config)
@@ -207,12 +208,12 @@ def _tensor_problems(source: DrafterFiles) -> list[str]:
         if name.endswith(".bias") and name_of(name).split(".")[-2] not in places:
             found.append(f"{name}: llama.cpp has no such bias in {source.config['model_type']}")
     if len({value.dtype for value in source.tensors.values() if value.dim() > 1}) > 1:
-        found.append("model.safetensors: matrices of several types: a GGUF file says one")
+        found.append("model.safetensors: matrices of several types: a GGUF file names one type")
     return found
 
 
 def _tokenizer_of(source: DrafterFiles) -> GgufTokenizer:
-    assert source.folder is not None, "read from a folder"
+    assert source.folder is not None, "the files were read from a folder"
     return GgufTokenizer(source.folder, vocab_size=source.config["vocab_size"])
 
 
@@ -220,8 +221,8 @@ def _dtype(source: DrafterFiles) -> torch.dtype:
     return next(value.dtype for value in source.tensors.values() if value.dim() > 1)
 
 
-def _laid_out(name: str, value: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
-    """Return a tensor as the file holds it."""
+def _as_stored(name: str, value: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
+    """Return a tensor in the layout and type of the file."""
     part = name.split(".")[-2]
     if ARCHITECTURES[config["model_type"]].permuted and part in ("attn_q", "attn_k"):
         heads = config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
@@ -257,7 +258,7 @@ def _metadata(config: Mapping[str, Any], *, name: str, dtype: torch.dtype) -> di
 
 
 def _scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how positions beyond those of the first training are rotated; llama3's way is a tensor, not a field."""
+    """Return the fields for scaled positions; the scaling of llama3 is a tensor instead."""
     kind = rope.get("rope_type", "default")
     if kind not in ("linear", "yarn"):
         return {}
@@ -268,7 +269,7 @@ def _scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _frequencies(config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Return what llama3's way divides each frequency by."""
+    """Return the factor by which the scaling of llama3 divides each frequency."""
     if config["rope_parameters"].get("rope_type") != "llama3":
         return {}
     from transformers import AutoConfig
@@ -288,5 +289,5 @@ def _head_size(config: Mapping[str, Any]) -> int:
 
 
 def _single(value: float) -> float:
-    """Return a number as float32 holds it."""
+    """Return a number rounded to float32."""
     return float(np.float32(value))

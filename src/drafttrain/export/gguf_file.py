@@ -1,6 +1,6 @@
-"""A GGUF file in memory: metadata by key, tensors by name; written and read back with PyPI's `gguf`, which knows no model.
+"""GGUF files: metadata by key and tensors by name, written and read with PyPI's package `gguf`.
 
-GGUF lists the shape of a tensor with the fastest dimension first; here, as everywhere in PyTorch, it comes last.
+GGUF lists the fastest dimension of a tensor first; here it comes last, as in PyTorch.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 from drafttrain.core.errors import CheckpointError
 
 FILE = "model.gguf"
-"""In an exported folder."""
+"""Name of the file in an exported folder."""
 
 VERSION = "GGUF."
-"""What the reader adds to the metadata of its own begins so."""
+"""Prefix of the keys that the reader itself adds to the metadata."""
 
 
 def package() -> Any:
@@ -38,7 +38,7 @@ def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, to
     """Write a file.
 
     Args:
-        metadata: Text, booleans, whole numbers (uint32), others (float32), and lists; `general.architecture` is one.
+        metadata: Texts, booleans, integers (stored as uint32), floats (float32) and lists; `general.architecture` is required.
         tensors: float32, float16 or bfloat16.
     """
     gguf = package()
@@ -63,13 +63,13 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Return the metadata and the tensors of a file.
 
     Raises:
-        CheckpointError: It is missing, damaged, or quantised.
+        CheckpointError: It is missing, damaged or quantized.
     """
     gguf = package()
     try:
         reader = gguf.GGUFReader(path)
     except (OSError, ValueError, KeyError, IndexError) as error:
-        raise CheckpointError(f"{path}: no GGUF file could be read here: {error}") from error
+        raise CheckpointError(f"{path}: cannot be read as a GGUF file: {error}") from error
     metadata = {name: field.contents() for name, field in reader.fields.items() if not name.startswith(VERSION)}
     return metadata, {tensor.name: _tensor(path, tensor) for tensor in reader.tensors}
 
@@ -79,5 +79,5 @@ def _tensor(path: Path, stored: Any) -> torch.Tensor:
     if kind == "BF16":
         return torch.from_numpy(np.array(stored.data).view(np.int16)).view(torch.bfloat16).reshape(shape)
     if kind not in ("F32", "F16"):
-        raise CheckpointError(f"{path}: {stored.name}: is {kind}; only F32, F16 and BF16 are read")
+        raise CheckpointError(f"{path}: {stored.name}: is of type {kind}, must be F32, F16 or BF16")
     return torch.from_numpy(np.array(stored.data)).reshape(shape)

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer as GGUF holds it: tokens, merges, special ids, and the NAME of its way to split text, which must be known."""
+"""A byte-level BPE tokenizer in GGUF: tokens, merges, special ids, and the name that llama.cpp has for its way to split text."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ END, SECOND_END = "tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"
 TOKENS = "tokenizer.ggml.tokens"
 
 NORMAL_FORM = "NFC"
-"""What Qwen's tokenizer does to text first, and llama.cpp does not: most text is in this form already."""
+"""Unicode form to which Qwen's tokenizer converts text and llama.cpp does not; most text is in this form already."""
 
 Step = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Splitting:
-    """A way to split text before BPE that llama.cpp has, by its name there."""
+    """A way to split text before BPE, under llama.cpp's name for it."""
 
     name: str
     ignore_merges: bool = False
-    """A piece that is a token is taken whole, without merges."""
+    """A piece of text that is a token becomes that token without merges."""
 
 
 BYTES, WORDS = ("ByteLevel", False), ("ByteLevel", True)
@@ -46,58 +46,58 @@ SPLITTINGS: dict[tuple[Step, ...], Splitting] = {
 
 
 class GgufTokenizer:
-    """The tokenizer of a model folder, and what GGUF says of it.
+    """The tokenizer of a model folder, and its fields in GGUF.
 
     Args:
         vocab_size: Rows of the embedding; ids without a token are padding.
 
     Raises:
-        CheckpointError: There is none in the folder.
+        CheckpointError: The folder has no readable tokenizer.json.
     """
 
     def __init__(self, folder: Path, *, vocab_size: int) -> None:
         path = folder / "tokenizer.json"
         try:
-            self._said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            self._json: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: no tokenizer could be read here: {error}") from error
+            raise CheckpointError(f"{path}: cannot be read as a tokenizer: {error}") from error
         self._folder = folder
         self._vocab_size = vocab_size
 
     def problems(self, config: Mapping[str, Any]) -> list[str]:
-        """Return what llama.cpp has no place for, or would do otherwise without a word."""
-        model = self._said["model"]
-        if model["type"] != "BPE" or (self._said.get("decoder") or {}).get("type") != "ByteLevel":
-            return [f"tokenizer.json: is {model['type']}: only byte-level BPE is written as GGUF here"]
+        """Return what llama.cpp cannot hold or would silently do differently."""
+        model = self._json["model"]
+        if model["type"] != "BPE" or (self._json.get("decoder") or {}).get("type") != "ByteLevel":
+            return [f"tokenizer.json: is {model['type']}: only byte-level BPE can be written as GGUF"]
         found = [
-            f"tokenizer.json: model.{key} is {model[key]!r}: llama.cpp has no such thing"
+            f"tokenizer.json: model.{key} is {model[key]!r}: llama.cpp does not support it"
             for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
             if model.get(key)
         ]
         if not model["merges"]:
-            found.append("tokenizer.json: no merges: llama.cpp refuses a vocabulary without any")
+            found.append("tokenizer.json: has no merges: llama.cpp refuses such a vocabulary")
         if self._normalizer not in (None, NORMAL_FORM):
-            found.append(
-                f"tokenizer.json: normalizer {self._normalizer}: llama.cpp takes text as it is, without a word"
-            )
+            found.append(f"tokenizer.json: normalizer {self._normalizer}: llama.cpp silently skips it")
         found += [*self._splitting_problems(), *self._added_problems()]
         if self._ids and max(self._ids) >= self._vocab_size:
-            found.append(f"tokenizer.json: has token {max(self._ids)}, the model only {self._vocab_size} rows")
+            found.append(
+                f"tokenizer.json: has token id {max(self._ids)}, but the model has only {self._vocab_size} rows"
+            )
         if not _ids_of(config.get("eos_token_id")):
-            found.append("config.json: eos_token_id is missing: llama.cpp would end texts at token 11")
+            found.append("config.json: eos_token_id is missing: llama.cpp would end texts at token id 11")
         return found or [*self._surrounding_problems(config)]
 
     def notes(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return what llama.cpp does otherwise with text, not with tokens."""
+        """Return what llama.cpp does differently with text, though not with token ids."""
         notes = []
         if self._normalizer:
             notes.append(
-                f"llama.cpp does not normalise text: what is not in {self._normalizer} already is tokenized otherwise"
+                f"llama.cpp does not normalize text: text that is not in {self._normalizer} already gets other tokens"
             )
         further = _ids_of(config.get("eos_token_id"))[2:]
         if further:
             notes.append(
-                f"GGUF names two tokens that end a text; of {further} llama.cpp knows those whose text it knows"
+                f"GGUF names two tokens that end a text; of {further}, llama.cpp stops only at those whose text it knows"
             )
         return tuple(notes)
 
@@ -110,7 +110,7 @@ class GgufTokenizer:
             "tokenizer.ggml.pre": self._splitting.name,
             TOKENS: [self._ids.get(i, (f"[PAD{i}]", UNUSED))[0] for i in range(self._vocab_size)],
             "tokenizer.ggml.token_type": [self._ids.get(i, ("", UNUSED))[1] for i in range(self._vocab_size)],
-            "tokenizer.ggml.merges": [" ".join(_pair(merge)) for merge in self._said["model"]["merges"]],
+            "tokenizer.ggml.merges": [" ".join(_pair(merge)) for merge in self._json["model"]["merges"]],
             END: ends[0],
             "tokenizer.ggml.add_bos_token": bool(before),
             "tokenizer.ggml.add_eos_token": bool(after),
@@ -132,48 +132,48 @@ class GgufTokenizer:
     @cached_property
     def _ids(self) -> dict[int, tuple[str, int]]:
         """Token and type by id."""
-        known = {token_id: (token, NORMAL) for token, token_id in self._said["model"]["vocab"].items()}
+        known = {token_id: (token, NORMAL) for token, token_id in self._json["model"]["vocab"].items()}
         added = {
             one["id"]: (one["content"], CONTROL if one["special"] else USER_DEFINED)
-            for one in self._said.get("added_tokens") or ()
+            for one in self._json.get("added_tokens") or ()
         }
         return known | added
 
     @property
     def _normalizer(self) -> str | None:
-        said = self._said.get("normalizer")
-        return said["type"] if said else None
+        normalizer = self._json.get("normalizer")
+        return normalizer["type"] if normalizer else None
 
     @property
     def _splitting(self) -> Splitting:
-        return SPLITTINGS[tuple(_steps(self._said.get("pre_tokenizer")))]
+        return SPLITTINGS[tuple(_steps(self._json.get("pre_tokenizer")))]
 
     def _splitting_problems(self) -> list[str]:
-        steps = tuple(_steps(self._said.get("pre_tokenizer")))
+        steps = tuple(_steps(self._json.get("pre_tokenizer")))
         if steps not in SPLITTINGS:
             known = ", ".join(sorted(one.name for one in SPLITTINGS.values()))
             return [
-                f"tokenizer.json: pre_tokenizer {list(steps)} splits text in a way that has no name here ({known}): llama.cpp would "
-                "split it in another, without a word"
+                f"tokenizer.json: pre_tokenizer {list(steps)} splits text in a way that has no known name ({known}): llama.cpp would "
+                "silently split it differently"
             ]
-        splitting, says = SPLITTINGS[steps], bool(self._said["model"].get("ignore_merges"))
-        if splitting.ignore_merges != says:
+        splitting, ignores_merges = SPLITTINGS[steps], bool(self._json["model"].get("ignore_merges"))
+        if splitting.ignore_merges != ignores_merges:
             return [
-                f"tokenizer.json: model.ignore_merges is {says}: llama.cpp has {splitting.ignore_merges} with {splitting.name}"
+                f"tokenizer.json: model.ignore_merges is {ignores_merges}: llama.cpp uses {splitting.ignore_merges} with {splitting.name}"
             ]
         return []
 
     def _added_problems(self) -> list[str]:
         return [
-            f"tokenizer.json: token {one['content']!r} has {flag}: llama.cpp has no such thing for it"
-            for one in self._said.get("added_tokens") or ()
+            f"tokenizer.json: token {one['content']!r} has {flag}: llama.cpp does not support it"
+            for one in self._json.get("added_tokens") or ()
             for flag in ("lstrip", "rstrip", "single_word")
             if one.get(flag)
         ]
 
     @cached_property
     def _surrounding(self) -> tuple[list[int], list[int]]:
-        """Ids that the tokenizer puts before a text and behind it."""
+        """Ids that the tokenizer puts before and after a text."""
         bare = self._tokenizer("a", add_special_tokens=False)["input_ids"]
         whole = self._tokenizer("a")["input_ids"]
         at = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
@@ -182,11 +182,11 @@ class GgufTokenizer:
     def _surrounding_problems(self, config: Mapping[str, Any]) -> Iterator[str]:
         for ids, key in zip(self._surrounding, ("bos_token_id", "eos_token_id"), strict=True):
             if ids and ids != _ids_of(config.get(key))[:1]:
-                yield f"tokenizer.json: surrounds texts with {ids}, config.json: {key} is {config.get(key)}: llama.cpp adds that one"
+                yield f"tokenizer.json: adds {ids} to texts, but {key} in config.json is {config.get(key)}: llama.cpp adds the latter"
 
 
 def _steps(node: Mapping[str, Any] | None) -> Iterator[Step]:
-    """Yield what a pre-tokenizer of tokenizer.json does, step by step."""
+    """Yield the steps of a pre-tokenizer in tokenizer.json."""
     if node is None:
         return
     kind = node["type"]
@@ -204,12 +204,12 @@ def _steps(node: Mapping[str, Any] | None) -> Iterator[Step]:
 
 
 def _pair(merge: Any) -> list[str]:
-    """Return both sides of a merge, which older files write as one text."""
+    """Return both sides of a merge, which older files store as one string."""
     return merge.split(" ") if isinstance(merge, str) else list(merge)
 
 
 def _ids_of(value: Any) -> list[int]:
-    """Return the ids of a field that holds one, several or none."""
+    """Return the ids in a field that holds one, several or none."""
     if value is None:
         return []
     return list(value) if isinstance(value, list) else [value]

@@ -1,4 +1,4 @@
-"""Export of a head: config.json, model.safetensors, and our file that says what it is."""
+"""Export a head: config.json, model.safetensors, and drafttrain's own file that names its kind, target and drafter."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from drafttrain.heads.token_head import MadeFor
 
 
 def export_head(trained: Path, folder: Path, *, kind: str, held_out: HeadRows, made_for: MadeFor, dtype: str) -> None:
-    """Write the folder of a head from the weights that training kept, and read the files back.
+    """Write the folder of a head from the weights that training saved, and read the files back.
 
     Args:
         trained: Folder that `TokenHead.save` wrote.
-        held_out: Tokens that a threshold is chosen on.
+        held_out: Tokens on which a threshold is chosen.
         dtype: Type of the weights in the file.
 
     Raises:
@@ -68,7 +68,7 @@ tags: [speculative-decoding]
 # {plain(name)}
 
 A head of kind `{head.kind}` for the target {code(made_for.target)} and the drafter {code(made_for.drafter)}, which
-stay as they are. {head.parameters:,} parameters. Figures on {head.rows:,} held-out draft tokens:
+stay unchanged. {head.parameters:,} parameters. Figures on {head.rows:,} held-out draft tokens:
 
 | | log-likelihood | AUC | ECE | Brier |
 |---|---|---|---|---|

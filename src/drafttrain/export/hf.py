@@ -1,4 +1,4 @@
-"""Export as a plain Hugging Face folder: config.json, model.safetensors, the target's tokenizer. Other formats start from it."""
+"""Export as a plain Hugging Face folder: config.json, model.safetensors, the target's tokenizer. Other formats are made from it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import folder_beside
 from drafttrain.core.foreign import own_files, read_json
 from drafttrain.core.tensors import read_tensors
-from drafttrain.export import DrafterFiles, Exporter, exporters
+from drafttrain.export import Exporter, exporters
+from drafttrain.export.drafter_files import DrafterFiles
 from drafttrain.export.folder import read_config
 from drafttrain.export.layout import counts_outputs, layout_problems
 
@@ -30,7 +31,7 @@ class HuggingFaceFormat:
 
 @exporters.register("hf", HuggingFaceFormat)
 class HuggingFaceExporter(Exporter):
-    """What training exports, as it is: the layouts that Hugging Face loaders know, and Kangaroo's, which is ours."""
+    """What training exports: the layouts that Hugging Face loaders know, and drafttrain's own for Kangaroo."""
 
     reads: ClassVar[Mapping[str, str]] = {
         "causal_lm": "AutoModelForCausalLM",
@@ -42,20 +43,20 @@ class HuggingFaceExporter(Exporter):
     readers = "transformers (causal_lm), vLLM and SGLang (all but kangaroo), drafttrain"
 
     def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
-        """Return the files as they are."""
+        """Return the files unchanged."""
         return source
 
     def problems(self, files: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
-        """Return where names, shapes or fields are not those of the kind's layout."""
+        """Return names, shapes and fields that differ from the layout of the kind."""
         return layout_problems(files, target_config)
 
     def holds(self, folder: Path) -> bool:
-        """Tell a folder whose taps count blocks that are entered from one of SGLang's."""
+        """Return whether this is such a folder, and not one of SGLang's, whose taps count outputs of blocks."""
         return super().holds(folder) and not counts_outputs(read_config(folder))
 
 
 def export_hf(trained: Path, folder: Path, *, tokenizer: Any, about: About, dtype: str) -> None:
-    """Write the drafter folder from the weights that training kept, and read the files back.
+    """Write the drafter folder from the weights that training saved, and read the files back.
 
     Args:
         trained: Folder that `Drafter.save` wrote.

@@ -1,4 +1,4 @@
-"""What each kind's files must hold, by name and shape: loaders drop an unknown tensor, and leave a missing norm at ones, in silence.
+"""What the files of each kind must hold, by name and shape: loaders silently drop unknown tensors and leave missing norms at one.
 
 V = the target's vocabulary, R = the drafter's, D = hidden
 """
@@ -10,21 +10,21 @@ from typing import Any
 
 import torch
 
-from drafttrain.core.foreign import shown
+from drafttrain.core.printable import shown
 from drafttrain.drafters.eagle import eagle1, eagle3
 from drafttrain.drafters.eagle.config_problems import config_problems
 from drafttrain.drafters.eagle.draft_vocabulary import vocabulary_problems
 from drafttrain.drafters.eagle.eagle1 import FC_BIAS
-from drafttrain.export import DrafterFiles
+from drafttrain.export.drafter_files import DrafterFiles
 
 OWN_FIELDS = {"eagle": eagle1.own_defaults, "eagle3": eagle3.own_defaults}
-"""What the folders of these kinds keep of their settings."""
+"""The settings that the folders of these kinds store."""
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 def layout_problems(files: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
-    """Return one line for everything in the files that is not as the kind's layout wants it; [] for kinds with none.
+    """Return a line for everything in the files that differs from the layout of their kind; [] for kinds without a layout.
 
     Args:
         target_config: config.json of the target.
@@ -39,17 +39,17 @@ def layout_problems(files: DrafterFiles, target_config: Mapping[str, Any]) -> li
         return wrong
     if files.kind == "medusa" and (wrong := _medusa_counts(files)):
         return wrong
-    shapes_of, more = LAYOUTS[files.kind]
+    shapes_of, further_problems = LAYOUTS[files.kind]
     try:
         shapes = shapes_of(files.config)
     except KeyError as error:
         return [f"config.json: {error.args[0]} is missing"]
     except Exception as error:  # transformers checks each model's fields in its own way
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        return [f"config.json: no {files.kind} can be made of it: {said}"]
+        message = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return [f"config.json: no {files.kind} can be built from it: {message}"]
     return [
         *_tensor_problems(files, shapes),
-        *more(files),
+        *further_problems(files),
         *rope_problems(files.config),
         *_target_problems(files.config, target_config),
     ]
@@ -59,17 +59,17 @@ def _tensor_problems(files: DrafterFiles, shapes: Shapes) -> list[str]:
     found = []
     for name in sorted(shapes.keys() | files.tensors.keys()):
         if name not in shapes:
-            why = "a bias has no place in this layout" if name.endswith(".bias") else "this layout has no such tensor"
-            found.append(f"{name}: {why}: loaders drop it without a word, or refuse the file")
+            why = "this layout has no such bias" if name.endswith(".bias") else "this layout has no such tensor"
+            found.append(f"{name}: {why}: loaders silently drop it, or refuse the file")
         elif name not in files.tensors:
-            found.append(f"{name}: missing: loaders leave it as it was made, without a word")
+            found.append(f"{name}: missing: loaders silently leave it at its initial values")
         elif tuple(files.tensors[name].shape) != shapes[name]:
             found.append(f"{name}: shape {list(files.tensors[name].shape)}, must be {list(shapes[name])}")
     return found
 
 
 def rope_problems(config: Mapping[str, Any]) -> list[str]:
-    """Older loaders read rope_theta and rope_scaling, newer ones rope_parameters: they must say the same."""
+    """Return where rope_theta and rope_scaling, which older loaders read, differ from rope_parameters, which newer ones read."""
     new, theta, scaling = (config.get(key) for key in ("rope_parameters", "rope_theta", "rope_scaling"))
     if not (isinstance(new, Mapping | None) and isinstance(scaling, Mapping | None)):
         return ["config.json: rope_parameters and rope_scaling must be mappings"]
@@ -90,12 +90,14 @@ def rope_problems(config: Mapping[str, Any]) -> list[str]:
             ]
     partial = {**config, **(new or {})}.get("partial_rotary_factor", 1)
     if config.get("drafttrain") is not None and partial not in (None, 1):
-        found.append(f"config.json: partial_rotary_factor is {partial}: this layer was trained on whole heads")
+        found.append(
+            f"config.json: partial_rotary_factor is {partial}: this layer was trained with rotation of whole heads"
+        )
     return found
 
 
 def _scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a field says of scaling; `type` is the older name of `rope_type`."""
+    """Return the scaling in a field; `type` is the older name of `rope_type`."""
     rest = {key: value for key, value in rope.items() if key not in ("rope_theta", "type", "partial_rotary_factor")}
     return {"rope_type": rope.get("type", "default"), **rest}
 
@@ -108,7 +110,7 @@ def _target_problems(config: Mapping[str, Any], target_config: Mapping[str, Any]
 
 
 def counts_outputs(config: Mapping[str, Any]) -> bool:
-    """Tell whether taps are said in `eagle_config` alone, where SGLang reads them: as blocks whose output is taken."""
+    """Return whether taps are in `eagle_config` only, where SGLang reads them as blocks whose output is used."""
     return "eagle_config" in config and "eagle_aux_hidden_state_layer_ids" not in config
 
 
@@ -175,9 +177,9 @@ def _medusa_shapes(config: Mapping[str, Any]) -> Shapes:
 
 
 def _medusa_counts(files: DrafterFiles) -> list[str]:
-    """Return whether the numbers of heads and blocks are some, and no more than the file has tensors for: all shapes follow from them."""
+    """Return whether the numbers of heads and blocks, from which all shapes follow, are out of the range that the file allows."""
     return [
-        f"config.json: {key} must be a whole number of 1..{len(files.tensors)}, as many as the file has tensors, got {shown(value)}"
+        f"config.json: {key} must be a whole number of 1..{len(files.tensors)}, the number of tensors in the file, got {shown(value)}"
         for key in ("num_heads", "num_hidden_layers")
         if (value := files.config.get(key)) is not None
         and (type(value) is not int or not 1 <= value <= len(files.tensors))
@@ -194,39 +196,39 @@ def _causal_lm_shapes(config: Mapping[str, Any]) -> Shapes:
         model = AutoModelForCausalLM.from_config(made)
     tied = set(getattr(model, "all_tied_weights_keys", {}) if made.tie_word_embeddings else ())
     held = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    # In memory the experts of a layer are one tensor; in files, which engines read, each has its own.
+    # In memory the experts of a layer are one tensor; in files, which engines read, each expert has its own.
     return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, held).items()}
 
 
-def _no_more(files: DrafterFiles) -> list[str]:
+def _no_problems(files: DrafterFiles) -> list[str]:
     return []
 
 
-def _more_of_eagle3(files: DrafterFiles) -> list[str]:
-    """Return what is wrong with the taps and with the map from the drafter's vocabulary to the target's."""
+def _eagle3_problems(files: DrafterFiles) -> list[str]:
+    """Return the problems of the taps and of the map from the drafter's vocabulary to the target's."""
     taps = list(files.config["eagle_aux_hidden_state_layer_ids"] or ())
     found = []
     if any(type(tap) is not int for tap in taps):
         return [f"config.json: eagle_aux_hidden_state_layer_ids must be a list of whole numbers, got {shown(taps)}"]
     if taps != sorted(set(taps)):
         found.append(
-            f"config.json: eagle_aux_hidden_state_layer_ids is {taps}: loaders take the states in the order of the layers, "
-            "whatever the order here: write them rising, and fc.weight's columns with them"
+            f"config.json: eagle_aux_hidden_state_layer_ids is {taps}: loaders read the states in the order of the layers, "
+            "whatever the order here: list them in rising order, and reorder the columns of fc.weight with them"
         )
     if "d2t" in files.tensors and "t2d" in files.tensors:
         found += vocabulary_problems(files.tensors["d2t"], files.tensors["t2d"])
     return found
 
 
-def _more_of_medusa(files: DrafterFiles) -> list[str]:
-    """Return the keys that loaders take for the number of heads."""
+def _medusa_problems(files: DrafterFiles) -> list[str]:
+    """Return the keys that loaders mistake for the number of heads."""
     wrong = [key for key in files.config if "num" in key and "heads" in key and key != "num_heads"]
-    return [f"config.json: {key}: loaders take it for num_heads: leave it out" for key in wrong]
+    return [f"config.json: {key}: loaders mistake it for num_heads: leave it out" for key in wrong]
 
 
 LAYOUTS: dict[str, tuple[Callable[[Mapping[str, Any]], Shapes], Callable[[DrafterFiles], list[str]]]] = {
-    "causal_lm": (_causal_lm_shapes, _no_more),
-    "medusa": (_medusa_shapes, _more_of_medusa),
-    "eagle": (_eagle_shapes, _no_more),
-    "eagle3": (_eagle3_shapes, _more_of_eagle3),
+    "causal_lm": (_causal_lm_shapes, _no_problems),
+    "medusa": (_medusa_shapes, _medusa_problems),
+    "eagle": (_eagle_shapes, _no_problems),
+    "eagle3": (_eagle3_shapes, _eagle3_problems),
 }

@@ -1,4 +1,4 @@
-"""Export for OpenVINO GenAI: the model as OpenVINO's own graph, written by optimum-intel in the engine's environment, read back here.
+"""Export for OpenVINO GenAI: the model as OpenVINO's graph, written by optimum-intel in its own environment and read back here.
 
 V = the target's vocabulary, R = the drafter's, D = hidden
 """
@@ -17,23 +17,24 @@ import torch
 from drafttrain.checkpoint import ABOUT
 from drafttrain.core.files import write_json
 from drafttrain.environments.known import OPENVINO
-from drafttrain.export import DrafterFiles, Exporter, exporters
+from drafttrain.export import Exporter, exporters
+from drafttrain.export.drafter_files import DrafterFiles
 from drafttrain.export.folder import kind_of, read_config, write_folder
 from drafttrain.export.layout import layout_problems, text_config
 from drafttrain.export.openvino_graph import GRAPH, read_graph, write_graph
 
 TAPS = "hidden_layers_list"
-"""In the graph's own notes: the blocks whose output EAGLE-3 reads; without it OpenVINO picks them, and only from 10 layers on."""
+"""Key in the graph's rt_info: the blocks whose output EAGLE-3 reads. Without it OpenVINO chooses them, and only from 10 layers on."""
 
 NUM_TAPS = 3
 FREQUENCIES = "rotary_emb.inv_freq"
 ONLY_FALSE = {
     "norm_before_residual": "the residual is taken before the norm",
-    "norm_before_fc": "the states that are read are not normed",
-    "fc_norm": "the states that are read are not normed",
-    "norm_output": "what is fed back is not normed",
+    "norm_before_fc": "the tapped states are not normed",
+    "fc_norm": "the tapped states are not normed",
+    "norm_output": "the state that is fed back is not normed",
 }
-"""Fields of EAGLE-3 that OpenVINO's class does not know, and what it computes."""
+"""Fields of EAGLE-3 that OpenVINO's class does not read, and what it computes instead."""
 
 
 @dataclass
@@ -43,26 +44,26 @@ class OpenVinoFormat:
 
 @exporters.register("openvino", OpenVinoFormat)
 class OpenVinoExporter(Exporter):
-    """Plain language models, and EAGLE-3 as optimum-intel knows it; weights in float32, which holds the other types exactly."""
+    """Plain language models, and EAGLE-3 as optimum-intel implements it; weights in float32, which holds the other types exactly."""
 
     reads: ClassVar[Mapping[str, str]] = {"causal_lm": "draft_model", "eagle3": "draft_model (eagle3_mode)"}
     readers = "OpenVINO GenAI"
     environment = OPENVINO
 
     def refusals(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
-        """Return what OpenVINO would refuse, or compute otherwise without a word."""
+        """Return what OpenVINO would refuse or silently compute differently."""
         found = layout_problems(source, target_config)
         if source.kind != "eagle3":
             return found + _rotation_problems(source.config)
         found += [
-            f"config.json: {key} is {source.config[key]!r}: OpenVINO does not read it: there, {what}"
+            f"config.json: {key} is {source.config[key]!r}: OpenVINO does not read it: in OpenVINO, {what}"
             for key, what in ONLY_FALSE.items()
             if source.config.get(key)
         ]
         return [*found, *taps_problems(source.config, target_config)]
 
     def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
-        """Return the weights as the graph names them, and the taps as it counts them."""
+        """Return the weights under the graph's names, and the taps in its numbering."""
         config = {key: value for key, value in source.config.items() if not key.startswith("drafttrain")}
         config["dtype"] = "float32"
         tensors = {
@@ -73,21 +74,21 @@ class OpenVinoExporter(Exporter):
             taps = [tap - 1 for tap in config["eagle_aux_hidden_state_layer_ids"]]
             config[TAPS] = taps
             rows, width = config["draft_vocab_size"], config["hidden_size"]
-            # OpenVINO puts the target's embedding in its place; a map it wants in any case, the other way's none.
+            # OpenVINO replaces the embedding by the target's. It always needs d2t, and never t2d.
             tensors["embed_tokens.weight"] = torch.zeros(config["vocab_size"], width)
             tensors.setdefault("d2t", torch.zeros(rows, dtype=torch.int64))
             tensors.pop("t2d", None)
             notes = (
-                f"{TAPS} is {taps}: OpenVINO names the block whose output is read, the drafter's config the one that it enters",
+                f"{TAPS} is {taps}: OpenVINO names the block whose output is read, the drafter's config the block that the state enters",
             )
         return replace(source, config=config, tensors=tensors | {FREQUENCIES: _frequencies(config)}, notes=notes)
 
     def problems(self, files: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
-        """Return nothing: what could be wrong with a graph that equals its source is refused before."""
+        """Return nothing: refusals() covers all problems of a graph that equals its source."""
         return []
 
     def write(self, files: DrafterFiles, source: Path, folder: Path) -> None:
-        """Let the engine's environment write the graph and the tokenizer; the configuration stays the drafter's own.
+        """Write the graph and the tokenizer in OpenVINO's environment; config.json stays the drafter's own.
 
         Raises:
             EngineError: OpenVINO is not installed here, or cannot convert this.
@@ -101,7 +102,7 @@ class OpenVinoExporter(Exporter):
             shutil.copyfile(source / ABOUT, folder / ABOUT)
 
     def read(self, folder: Path) -> DrafterFiles:
-        """Return what is in the graph of a folder, and beside it."""
+        """Return the contents of a folder: its graph and config.json."""
         kind, config = kind_of(folder), read_config(folder)
         notes, tensors = read_graph(folder)
         if kind == "eagle3":
@@ -110,18 +111,18 @@ class OpenVinoExporter(Exporter):
         return DrafterFiles(kind, config, tensors, folder=folder)
 
     def holds(self, folder: Path) -> bool:
-        """Tell whether a folder has such a graph."""
+        """Return whether a folder has such a graph."""
         return (folder / GRAPH).is_file()
 
 
 def taps_problems(config: Mapping[str, Any], target_config: Mapping[str, Any]) -> list[str]:
-    """Return why OpenVINO cannot give an EAGLE-3 drafter the states that it reads."""
+    """Return why OpenVINO cannot provide the states that an EAGLE-3 drafter reads."""
     taps, width = list(config["eagle_aux_hidden_state_layer_ids"]), config["hidden_size"]
     layers = text_config(target_config).get("num_hidden_layers")
     found = []
     if len(taps) != NUM_TAPS:
         found.append(
-            f"config.json: eagle_aux_hidden_state_layer_ids is {taps}: OpenVINO reads {NUM_TAPS} states, no more and no fewer"
+            f"config.json: eagle_aux_hidden_state_layer_ids is {taps}: OpenVINO reads exactly {NUM_TAPS} states"
         )
     if any(tap < 1 or (layers is not None and tap >= layers) for tap in taps):
         found.append(
@@ -130,25 +131,25 @@ def taps_problems(config: Mapping[str, Any], target_config: Mapping[str, Any]) -
     if (config.get("target_hidden_size") or width) != width:
         found.append(
             f"config.json: target_hidden_size is {config['target_hidden_size']}, hidden_size {width}: OpenVINO gives the drafter the "
-            "target's embedding: they must be the same"
+            "target's embedding, so they must be equal"
         )
     return found
 
 
 def _rotation_problems(config: Mapping[str, Any]) -> list[str]:
-    """Return why a graph could not be held against a configuration: it has not the one rotary embedding that Llama's family has."""
+    """Return that the model lacks the single rotary embedding of the Llama family, without which a graph cannot be checked."""
     rope = getattr(_read(config), "rope_parameters", None)
     if rope is not None and "rope_type" in rope:
         return []
-    has = "one a kind of layer" if rope else "none"
+    has = "one for each kind of layer" if rope else "none"
     return [
-        f"config.json: model_type is {config.get('model_type')!r}: only models with one rotary embedding for all layers are written "
-        f"here, this one has {has}"
+        f"config.json: model_type is {config.get('model_type')!r}: only models with one rotary embedding for all layers are "
+        f"supported, this one has {has}"
     ]
 
 
 def _frequencies(config: Mapping[str, Any]) -> torch.Tensor:
-    """Return the frequencies of the rotary embedding that a configuration means; the graph has them as numbers."""
+    """Return the frequencies of the rotary embedding of a configuration; the graph stores them as numbers."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     frequencies: torch.Tensor = LlamaRotaryEmbedding(_read(config)).inv_freq
@@ -156,7 +157,7 @@ def _frequencies(config: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _read(config: Mapping[str, Any]) -> Any:
-    """Return a configuration as transformers reads it."""
+    """Return a configuration as a transformers object."""
     from transformers import AutoConfig
 
     own = {key: value for key, value in config.items() if key not in ("architectures", TAPS)}

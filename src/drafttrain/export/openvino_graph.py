@@ -1,7 +1,7 @@
-"""OpenVINO's files, written in its own environment and read without it: an XML graph, and its constants one behind the other.
+"""OpenVINO's files, written in its own environment and read without it: an XML graph, and a file of its constants in a row.
 
-A matrix keeps the name that its module had; a vector is a constant without one, called here after the module that multiplies by it or
-adds it.
+A matrix keeps the name that its module had. A vector is a constant without a name; it gets the name of the module that multiplies by
+it or adds it.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ def write_graph(source: Path, folder: Path, *, taps: Sequence[int] | None = None
 
 
 def read_graph(folder: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Return the notes of a graph, and its weights by the names of their modules.
+    """Return the rt_info of a graph, and its weights by the names of their modules.
 
     Raises:
-        CheckpointError: The files are not a graph and its constants, or are cut short.
+        CheckpointError: The files are not a graph and its constants, or are truncated.
     """
     path = folder / GRAPH
     try:
         graph = ElementTree.parse(path).getroot()
         constants = (folder / WEIGHTS).read_bytes()
     except (OSError, ElementTree.ParseError) as error:
-        raise CheckpointError(f"{path}: not a graph of OpenVINO: {error}") from error
+        raise CheckpointError(f"{path}: not an OpenVINO graph: {error}") from error
     layers = {layer.get("id"): layer for layer in graph.iter("layer")}
     readers: dict[str | None, list[ElementTree.Element]] = {}
     for edge in graph.iter("edge"):
@@ -99,5 +99,5 @@ def _value(data: Mapping[str, str], constants: bytes, name: str, folder: Path) -
         )
     shape = [int(side) for side in data["shape"].split(",")]
     value = torch.from_numpy(np.frombuffer(constants[start : start + size], dtype=kind).copy()).reshape(shape)
-    # A vector is stored with an axis of one for each that it is spread over.
+    # A vector is stored with an axis of length one for each axis that it is broadcast over.
     return value.reshape(-1) if value.numel() == max(shape) else value

@@ -1,10 +1,10 @@
-"""Write a Hugging Face folder as OpenVINO reads it. Runs in the engine's own environment, without drafttrain.
+"""Convert a Hugging Face folder to OpenVINO's files. Runs in OpenVINO's own environment, without drafttrain.
 
 `in_engine.py` runs it. The request:
 
     source     folder of a target or a drafter, weights and tokenizer
     folder     where to write
-    taps       of EAGLE-3: the blocks of the target whose outputs it reads; null for others
+    taps       EAGLE-3 only: the blocks of the target whose outputs it reads; else null
 
 The answer: `version`; or `error`.
 """
@@ -31,20 +31,20 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
         task="text-generation-with-past",
         library_name="transformers",
         ov_config=OVConfig(dtype="fp32"),
-        # optimum-intel's class of EAGLE-3 is, to transformers, code that comes with the model.
+        # transformers treats optimum-intel's EAGLE-3 class as code that comes with the model.
         trust_remote_code=taps is not None,
         convert_tokenizer=True,
     )
-    # It says a failure of that in a warning alone; without the file no pipeline drafts.
+    # A failed conversion is only a warning in optimum-intel, but no pipeline drafts without this file.
     if not os.path.exists(os.path.join(folder, TOKENIZER)):
-        raise RuntimeError("the tokenizer was not converted: the warnings above say why")
+        raise RuntimeError("the tokenizer was not converted; the reason is in the warnings above")
     if taps is not None:
         _note(folder, "hidden_layers_list", " ".join(map(str, taps)))
     return {"version": __version__}
 
 
 def _note(folder: str, key: str, value: str) -> None:
-    """Write a note into a graph."""
+    """Write an entry into the rt_info of a graph."""
     import openvino
 
     graph, beside = os.path.join(folder, GRAPH), os.path.join(folder, "noted.xml")

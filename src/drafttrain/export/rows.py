@@ -1,4 +1,4 @@
-"""A plain LM whose vocabulary is padded otherwise than its target's: rows are added or taken away, as engines want equal sizes.
+"""A plain LM whose vocabulary is padded differently from its target's: rows are added or removed, because engines need equal sizes.
 
 V = the target's rows, D = hidden
 """
@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drafttrain.export import DrafterFiles
+from drafttrain.export.drafter_files import DrafterFiles
 from drafttrain.export.layout import text_config
 
 
 def with_rows_of(files: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
-    """Return a drafter's files with as many rows as the target's vocabulary has; other kinds have them from their making.
+    """Return the files of a causal LM with as many rows as the target's vocabulary; other kinds have that many already.
 
-    Both have rows for all tokens of their tokenizer, which is the same: what differs is padding, and no text holds it. A row that is
-    added is 0, so its logit is 0, which is far below that of a likely token.
+    Both models have rows for all tokens of their common tokenizer, so only padding rows differ, and no text holds those. An added row
+    is 0, so its logit is 0, far below that of a likely token.
     """
     rows, own = text_config(target_config).get("vocab_size"), files.config.get("vocab_size")
     if files.kind != "causal_lm" or not isinstance(rows, int) or not isinstance(own, int) or rows == own:
@@ -29,7 +29,7 @@ def with_rows_of(files: DrafterFiles, target_config: Mapping[str, Any]) -> Draft
         name: _fitted(tensor, rows) if tensor.dim() >= 1 and _is_by_token(name) and tensor.shape[0] == own else tensor
         for name, tensor in files.tensors.items()
     }
-    note = f"vocab_size is {own}, the target's {rows}: rows of padding are {'added' if rows > own else 'taken away'}"
+    note = f"vocab_size is {own}, the target's {rows}: rows of padding are {'added' if rows > own else 'removed'}"
     return replace(files, config={**files.config, "vocab_size": rows}, tensors=tensors, notes=(*files.notes, note))
 
 

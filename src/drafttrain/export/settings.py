@@ -10,7 +10,7 @@ from drafttrain.export import exporters
 
 @dataclass
 class ExportSettings:
-    """What is written, and what it must reach."""
+    """The formats to write, and the figures that the drafter must reach."""
 
     format: Literal["hf"] = setting(
         "hf", help="hf: a plain Hugging Face folder, which vLLM, SGLang and transformers read."
@@ -19,19 +19,20 @@ class ExportSettings:
         "float32", help="Type of the exported weights; the evaluation reads these files."
     )
     step: int | None = setting(
-        None, help="Export the weights of this step, one that train.keep_best kept; null: the best one's.", ge=0
+        None, help="Export the weights of this step, which train.keep_best must have kept; null: the best step.", ge=0
     )
     require: dict[str, Any] = setting(
-        {}, help="The gate: lowest block_efficiency (greedy, at eval.num_draft_tokens), alpha, mbsu; parity: true."
+        {},
+        help="The gate: the lowest block_efficiency (greedy, at eval.num_draft_tokens), alpha or mbsu to accept; parity: true.",
     )
 
     to: list[str] = setting(
         [],
-        help="Further formats, each a folder beside the drafter's: vllm, speculators, sglang, gguf, openvino (drafter.vllm, ...).",
+        help="Further formats, each written to a folder beside the drafter's: vllm, speculators, sglang, gguf, openvino (drafter.vllm, ...).",
     )
     verify: list[str] = setting(
         [],
-        help="Serving engines that load the export and must do with it what the evaluator does: vllm, llama.cpp, openvino "
+        help="Serving engines that must decode the export exactly as the evaluator does: vllm, llama.cpp, openvino "
         "(drafttrain engines install vllm), transformers.",
     )
     verify_prompts: int = setting(8, help="Prompts of eval.prompts that an engine decodes.", ge=1)
@@ -53,7 +54,7 @@ class ExportSettings:
         return problems
 
     def smoke(self) -> "ExportSettings":
-        """Return a copy without a floor: twenty steps prove the path, not the figure. Parity is kept."""
+        """Return a copy that requires parity only: twenty steps test the code path, not the figures."""
         return replace(
             self,
             step=None,

@@ -1,4 +1,4 @@
-"""Export for SGLang: EAGLE-3 with its own numbering of taps, EAGLE-1, standalone drafters. Read in the source of 0.5.23, never loaded here."""
+"""Export for SGLang: EAGLE-3 with its own numbering of taps, EAGLE-1, standalone drafters. Written after the source of 0.5.23, never loaded here."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import Any, ClassVar
 import torch
 
 from drafttrain.drafters.eagle.eagle1 import FC_BIAS
-from drafttrain.export import DrafterFiles, Exporter, exporters
+from drafttrain.export import Exporter, exporters
+from drafttrain.export.drafter_files import DrafterFiles
 from drafttrain.export.layout import layout_problems
 from drafttrain.export.target_logits import cap_of
 
 READ_IN = "0.5.23"
-"""The release of SGLang whose source says what this file does; a test reads it again where its wheel can be had."""
+"""The release of SGLang whose source this file follows; a test reads it again if its wheel can be downloaded."""
 
 IGNORED = ("norm_before_residual",)
-"""Variants of EAGLE-3 that its layer has not: it would run another one silently."""
+"""Variants of EAGLE-3 that its layer lacks: it would silently run another one."""
 
 BIAS = "fc.bias"
 
@@ -29,21 +30,21 @@ class SglangFormat:
 
 @exporters.register("sglang", SglangFormat)
 class SglangExporter(Exporter):
-    """The official layouts; taps are the blocks whose OUTPUT is read, in `eagle_config`: one less than ours.
+    """The official layouts; taps, in `eagle_config`, are the blocks whose OUTPUT is read: one less than drafttrain's.
 
-    EAGLE-1's fc has a bias there: the drafter's own, or zeros, as SGLang leaves it random where the file has none.
+    EAGLE-1's fc has a bias in SGLang: the drafter's own, or zeros, because SGLang leaves a missing bias at random values.
     """
 
     reads: ClassVar[Mapping[str, str]] = {"causal_lm": "STANDALONE", "eagle": "EAGLE", "eagle3": "EAGLE3"}
     readers = "SGLang (from its source, not tried)"
 
     def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
-        """Return the files with the taps counted as SGLang does, and the fields that it reads."""
+        """Return the files with SGLang's numbering of taps, and the fields that it reads."""
         config = {key: value for key, value in source.config.items() if not key.startswith("drafttrain")}
         if source.kind == "eagle":
             config.pop(FC_BIAS, None)
             if cap := cap_of(target_config):
-                # Its logits are capped by the drafter's own configuration; a scale it reads nowhere.
+                # SGLang caps logits by the drafter's own configuration; it reads no scale.
                 config["final_logit_softcapping"] = cap
             return _with_bias(replace(source, config=config | {"architectures": ["LlamaForCausalLMEagle"]}))
         if source.kind != "eagle3":
@@ -55,7 +56,7 @@ class SglangExporter(Exporter):
         return replace(source, config=config, notes=(note,))
 
     def problems(self, files: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
-        """Return what SGLang would pass over."""
+        """Return what SGLang would ignore."""
         if files.kind == "eagle":
             return layout_problems(replace(files, config={**files.config, FC_BIAS: True}), target_config)
         if files.kind != "eagle3":
@@ -64,7 +65,7 @@ class SglangExporter(Exporter):
             theirs = files.config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
         except (KeyError, TypeError):
             return [
-                "config.json: eagle_config.eagle_aux_hidden_state_layer_ids is missing: SGLang takes taps of its own"
+                "config.json: eagle_config.eagle_aux_hidden_state_layer_ids is missing: SGLang would use its own taps"
             ]
         taps = [tap + 1 for tap in theirs]
         found = layout_problems(
@@ -72,10 +73,10 @@ class SglangExporter(Exporter):
         )
         if 0 in taps:
             found.append(
-                f"config.json: eagle_aux_hidden_state_layer_ids is {taps}: SGLang reads outputs of blocks, and none comes before the first"
+                f"config.json: eagle_aux_hidden_state_layer_ids is {taps}: SGLang reads outputs of blocks, and no block comes before the first"
             )
         return found + [
-            f"config.json: {key} is true: SGLang {READ_IN} has no such variant, and runs another silently"
+            f"config.json: {key} is true: SGLang {READ_IN} has no such variant and silently runs another"
             for key in IGNORED
             if files.config.get(key)
         ]
@@ -86,4 +87,4 @@ def _with_bias(files: DrafterFiles) -> DrafterFiles:
         return files
     weight_DX = files.tensors["fc.weight"]
     tensors = {**files.tensors, BIAS: torch.zeros(weight_DX.shape[0], dtype=weight_DX.dtype)}
-    return replace(files, tensors=tensors, notes=(f"{BIAS} of zeros is added: SGLang's fc has a bias",))
+    return replace(files, tensors=tensors, notes=(f"{BIAS} is added with zeros: SGLang's fc has a bias",))

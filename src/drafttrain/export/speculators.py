@@ -1,6 +1,6 @@
-"""Export in the `speculators` format: EAGLE-3 with the target's name and embedding inside, which `vllm serve FOLDER` serves as it is.
+"""Export in the `speculators` format: EAGLE-3 with the name and embedding of its target, which `vllm serve FOLDER` serves unchanged.
 
-Read in the source of speculators 0.9.0 and loaded by it; and vLLM's reader of the format in 0.32.0.
+Written after the source of speculators 0.9.0, which loads it, and of vLLM 0.32.0, which reads the format.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from drafttrain.export import FOLDER, DrafterFiles, Exporter, exporters
+from drafttrain.export import FOLDER, Exporter, exporters
+from drafttrain.export.drafter_files import DrafterFiles
 from drafttrain.export.folder import read_config
 from drafttrain.export.layout import layout_problems
 from drafttrain.export.target_weights import embedding_of
 
 HERE, THERE = "layers.0.", "midlayer."
-"""How tensors of the layer begin in this format and in the official one."""
+"""Prefix of the layer's tensors in this format and in the official one."""
 
 OWN_KEYS = (
     "draft_vocab_size",
@@ -27,7 +28,7 @@ OWN_KEYS = (
     "norm_output",
     "norm_before_residual",
 )
-"""Fields of the drafter itself; the others describe its layer."""
+"""Fields of the drafter; the others describe its layer."""
 
 EMBEDDING = "embed_tokens.weight"
 VERSION = "0.9.0"
@@ -42,30 +43,30 @@ class SpeculatorsFormat:
 class SpeculatorsExporter(Exporter):
     """The official EAGLE-3 tensors under `layers.0.`; a config.json of two levels, without a `model_type` on the first.
 
-    norm_before_residual left out is true for vLLM and false for speculators, so it is always written. Tap i is the state entering
-    block i, as here. The embedding is the target's: speculators reads it from the file, and computes with uninitialised memory
-    where it is missing.
+    norm_before_residual is always written: without it, vLLM assumes true and speculators false. Tap i is the state entering
+    block i, as in drafttrain. The embedding is the target's: speculators reads it from the file, and computes with uninitialized
+    memory if it is missing.
     """
 
     reads: ClassVar[Mapping[str, str]] = {"eagle3": "eagle3"}
     readers = "vLLM, speculators"
 
     def refusals(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
-        """Return what the library refuses, and an embedding that was not found."""
+        """Return what the library refuses, and an embedding that cannot be found."""
         found = []
         if source.config.get("norm_before_fc") and source.config.get("fc_norm"):
             found.append(
-                f"config.json: norm_before_fc and fc_norm are both true: speculators {VERSION} takes one of them alone"
+                f"config.json: norm_before_fc and fc_norm are both true: speculators {VERSION} accepts only one of them"
             )
         folder = target_config.get(FOLDER)
         if folder is None or embedding_of(Path(folder)) is None:
             found.append(
-                f"{EMBEDDING}: must be written, and the target's has no tensor under a name that is known here: {folder}"
+                f"{EMBEDDING}: must be written, but the target in {folder} has no embedding under a known name"
             )
         return found
 
     def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
-        """Return the tensors under their other names with the target's embedding, and the fields on two levels."""
+        """Return the tensors under this format's names with the target's embedding, and the fields on two levels."""
         given = source.config
         layer = {
             key: value
@@ -87,7 +88,7 @@ class SpeculatorsExporter(Exporter):
                 "proposal_methods": [
                     {
                         "proposal_type": "greedy",
-                        # vLLM drafts so many, unless its command line says another number.
+                        # vLLM drafts this many tokens unless its command line gives another number.
                         "speculative_tokens": given["drafttrain"]["num_steps"],
                         "verifier_accept_k": 1,
                         "accept_tolerance": 0.0,
@@ -101,7 +102,7 @@ class SpeculatorsExporter(Exporter):
         }
         tensors = {name.replace(THERE, HERE): tensor for name, tensor in source.tensors.items()}
         embedding_VD = embedding_of(Path(target_config[FOLDER]))
-        assert embedding_VD is not None, "refused before"
+        assert embedding_VD is not None, "refusals() checks it"
         tensors[EMBEDDING] = embedding_VD.to(source.tensors["fc.weight"].dtype)
         return replace(source, config=config, tensors=tensors)
 
@@ -113,13 +114,11 @@ class SpeculatorsExporter(Exporter):
         if "model_type" in files.config:
             found.append("config.json: model_type must be in transformer_layer_config only: vLLM refuses it here")
         if "norm_before_residual" not in files.config:
-            found.append(
-                "config.json: norm_before_residual is missing: vLLM takes it to be true, speculators to be false"
-            )
+            found.append("config.json: norm_before_residual is missing: vLLM assumes true, speculators false")
         flat = {**files.config["transformer_layer_config"], **files.config}
         shape = [flat.get("vocab_size"), flat.get("hidden_size")]
         if EMBEDDING not in files.tensors:
-            found.append(f"{EMBEDDING}: missing: speculators computes with uninitialised memory in its place")
+            found.append(f"{EMBEDDING}: missing: speculators computes with uninitialized memory instead")
         elif list(files.tensors[EMBEDDING].shape) != shape:
             found.append(f"{EMBEDDING}: shape {list(files.tensors[EMBEDDING].shape)}, must be {shape}")
         official = {name.replace(HERE, THERE): tensor for name, tensor in files.tensors.items() if name != EMBEDDING}
@@ -127,5 +126,5 @@ class SpeculatorsExporter(Exporter):
         return found + [line.replace(THERE, HERE) for line in same]
 
     def holds(self, folder: Path) -> bool:
-        """Tell by the field that every such folder has."""
+        """Return whether config.json has the field that all such folders have."""
         return super().holds(folder) and "speculators_model_type" in read_config(folder)

@@ -14,12 +14,12 @@ HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 def embedding_of(folder: Path) -> Tensor | None:
-    """Return the embedding of the tokens; None where it goes by a name that is not known here."""
+    """Return the token embedding; None if it has no known name."""
     return _one(folder, EMBEDDINGS)
 
 
 def head_of(folder: Path) -> Tensor | None:
-    """Return the output matrix; None where it has no tensor of its own, or goes by a name that is not known here."""
+    """Return the output matrix; None if it is tied to the embedding or has no known name."""
     return _one(folder, HEADS)
 
 

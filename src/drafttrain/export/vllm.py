@@ -1,4 +1,4 @@
-"""Export for vLLM: what its draft_model, medusa, eagle and eagle3 methods load. Read in the source of 0.32.0 and tried with it."""
+"""Export for vLLM: what its draft_model, medusa, eagle and eagle3 methods load. Written after the source of 0.32.0 and tried with it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from drafttrain.environments.known import VLLM_RELEASE
-from drafttrain.export import DrafterFiles, Exporter, exporters
+from drafttrain.export import Exporter, exporters
+from drafttrain.export.drafter_files import DrafterFiles
 from drafttrain.export.folder import read_config
 from drafttrain.export.layout import counts_outputs, layout_problems
 from drafttrain.export.target_logits import cap_of, scale_of
 
 ON_FINAL_STATE = ("eagle", "medusa")
-"""Kinds whose logits are scaled as the target's are: they learned with its head, or from its state through heads like it."""
+"""Kinds whose logits are scaled like the target's: they were trained through its head, or through heads on its final state."""
 
 
 @dataclass
@@ -26,8 +27,8 @@ class VllmFormat:
 class VllmExporter(Exporter):
     """The layouts of Hugging Face and of the papers' authors, as vLLM reads them.
 
-    Tap i of EAGLE-3 is the state entering block i, here and in vLLM. What vLLM drops in silence is refused: a bias of fc, biases of
-    Medusa's blocks unless medusa_fc_bias is true, the order of the taps (it sorts them), a norm or a d2t that is missing.
+    Tap i of EAGLE-3 is the state entering block i, in drafttrain and in vLLM. What vLLM silently drops is refused: a bias of fc,
+    biases of Medusa's blocks unless medusa_fc_bias is true, the order of the taps (it sorts them), a missing norm or d2t.
     """
 
     reads: ClassVar[Mapping[str, str]] = {
@@ -39,13 +40,13 @@ class VllmExporter(Exporter):
     readers = "vLLM"
 
     def refusals(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
-        """Return that vLLM's fc has no bias, if the drafter's has one."""
+        """Return the bias of the drafter's fc, which vLLM's fc lacks."""
         return fc_bias_problems(source)
 
     def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
-        """Return the files without the fields of ours; the layout is vLLM's already.
+        """Return the files without drafttrain's own fields; the layout is vLLM's already.
 
-        Drafters on the target's final state have its scale of logits, which vLLM reads in their own configuration.
+        Drafters on the target's final state get its logit scale, which vLLM reads from their own configuration.
         """
         config = {key: value for key, value in source.config.items() if not key.startswith("drafttrain")}
         if source.kind not in ON_FINAL_STATE:
@@ -55,7 +56,7 @@ class VllmExporter(Exporter):
             config["logit_scale"] = scale
         if cap := cap_of(target_config):
             notes = (
-                f"the target's soft cap of {cap:g} on logits has no place in vLLM {VLLM_RELEASE}: sampled drafts are drawn without it",
+                f"the target's soft cap of {cap:g} on logits cannot be applied by vLLM {VLLM_RELEASE}: sampled drafts are drawn without it",
             )
         return replace(source, config=config, notes=notes)
 
@@ -63,20 +64,20 @@ class VllmExporter(Exporter):
         """Return what vLLM would refuse or drop."""
         found = [*fc_bias_problems(files), *layout_problems(files, target_config)]
         if files.kind == "medusa" and not files.config.get("medusa_fc_bias"):
-            found.append("config.json: medusa_fc_bias is not true: vLLM drops the biases of the blocks silently")
+            found.append("config.json: medusa_fc_bias is not true: vLLM silently drops the biases of the blocks")
         return found
 
     def holds(self, folder: Path) -> bool:
-        """Tell a folder whose taps count blocks that are entered from one of SGLang's."""
+        """Return whether this is such a folder, and not one of SGLang's, whose taps count outputs of blocks."""
         return super().holds(folder) and not counts_outputs(read_config(folder))
 
 
 def fc_bias_problems(files: DrafterFiles) -> list[str]:
-    """Return that a bias of EAGLE-1's fc would be dropped; one of zeros is none."""
+    """Return that the bias of EAGLE-1's fc would be dropped, if the folder has one."""
     bias_D = files.tensors.get("fc.bias")
     if files.kind != "eagle" or bias_D is None:
         return []
     return [
-        f"fc.bias: {int((bias_D != 0).sum())} of {bias_D.numel()} values are not zero: vLLM {VLLM_RELEASE} drops them silently "
+        f"fc.bias: {int((bias_D != 0).sum())} of {bias_D.numel()} values are not zero: vLLM {VLLM_RELEASE} silently drops them "
         "and drafts worse; SGLang uses them (--to sglang)"
     ]

@@ -1,4 +1,4 @@
-"""The acceptance head: the chance that a draft token will be kept, from the drafter's last hidden state at the token.
+"""The acceptance head predicts whether a draft token will be accepted, from the drafter's last hidden state at the token.
 
 N = rows (draft tokens), D = hidden
 """
@@ -16,19 +16,20 @@ from drafttrain.heads.token_head import HeadSettings, TokenHead, heads
 
 @dataclass
 class AcceptanceSettings(HeadSettings):
-    """Predicts whether a draft token will be kept; a length policy stops drafting by it."""
+    """Predicts whether a draft token will be accepted; length policies use it to stop drafting."""
 
     drafter: str = setting(
-        "builtin:drafter", help="Folder or hub id of the frozen drafter that it reads, or recipe:NAME, made first."
+        "builtin:drafter",
+        help="Frozen drafter whose states are read: folder, hub id, or recipe:NAME, which is trained first.",
     )
-    num_blocks: int = setting(3, help="Residual blocks, each with weights of its own.", ge=0)
+    num_blocks: int = setting(3, help="Number of residual blocks, each with its own weights.", ge=0)
     rms_norm: bool = setting(
         False,
-        help="Scale each state to a root mean square of 1 first: for drafters that hand out states before their norm (EAGLE).",
+        help="Scale each state to a root mean square of 1 first, for drafters whose states are read before their norm (EAGLE).",
     )
-    reject_weight: float = setting(6.0, help="Weight of the part of a label that says reject.", gt=0)
+    reject_weight: float = setting(6.0, help="Weight of the rejected part of a label.", gt=0)
     prior_correct: bool = setting(
-        True, help="Take the bias that reject_weight brings out of the predicted chance again; false: as published."
+        True, help="Remove the bias of reject_weight from the predictions; false: as published."
     )
 
 
@@ -45,12 +46,13 @@ class ResidualBlock(nn.Module):
 
 @heads.register("acceptance", AcceptanceSettings)
 class AcceptanceHead(TokenHead):
-    """Residual blocks and one output, trained by cross-entropy with soft labels in which rejection weighs `reject_weight`.
+    """Residual blocks and one output, trained by cross-entropy on soft labels; rejection has the weight `reject_weight`.
 
-    Two outputs under a softmax, as published, are one output under a sigmoid: only their difference counts.
+    The published head has two outputs under a softmax. Only their difference counts, so one output under a sigmoid is the
+    same.
 
-    Source: Huang et al. 2024, SpecDec++, arXiv 2405.19715, 3.2. There one block is applied `num_blocks` times over (in the
-    published code); here each has its own weights.
+    Source: Huang et al. 2024, SpecDec++, arXiv 2405.19715, 3.2. The published code applies one block `num_blocks` times;
+    here each block has its own weights.
     """
 
     kind = "acceptance"
@@ -81,15 +83,15 @@ class AcceptanceHead(TokenHead):
         return self.settings.reject_weight * (1 - labels_N) + labels_N
 
     def probability(self, features_ND: Tensor) -> Tensor:
-        """Return the chance of acceptance, its bias taken out where the settings say so."""
+        """Return the probability of acceptance, without the bias of `reject_weight` if `prior_correct` is set."""
         biased_N = self(features_ND).float().sigmoid()
         return prior_corrected(biased_N, self.settings.reject_weight) if self.settings.prior_correct else biased_N
 
     def uncorrected(self, features_ND: Tensor) -> Tensor | None:
-        """Return the chance as it was trained, biased towards rejection."""
+        """Return the probability with the bias of `reject_weight`; None where `prior_correct` is off."""
         return self(features_ND).sigmoid() if self.settings.prior_correct else None
 
 
 def prior_corrected(biased_N: Tensor, reject_weight: float) -> Tensor:
-    """Return a = w s / (1 - s + w s): the chance a whose weighted cross-entropy is least at s = a / (a + w (1 - a))."""
+    """Return a = w s / (1 - s + w s): the inverse of s = a / (a + w (1 - a)), which minimizes the weighted cross-entropy."""
     return reject_weight * biased_N / (1 - biased_N + reject_weight * biased_N)

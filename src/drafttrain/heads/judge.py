@@ -1,4 +1,4 @@
-"""The judge: whether a draft token is good enough although the target would have written another, from the target's own state.
+"""The judge decides from the target's state whether a draft token is good enough, although the target prefers another.
 
 N = rows (draft tokens), D = hidden
 """
@@ -19,24 +19,25 @@ from drafttrain.heads.token_head import HeadSettings, TokenHead, heads, probabil
 
 @dataclass
 class JudgeSettings(HeadSettings):
-    """Tells draft tokens that matter from those that do not. LOSSY where its rule is used."""
+    """Predicts whether a rejected draft token would change the answer. LOSSY where its rule is used."""
 
     drafter: str = setting(
-        help="Folder or hub id of the frozen drafter whose tokens are judged, or recipe:NAME, made first."
+        help="Frozen drafter whose tokens are judged: folder, hub id, or recipe:NAME, which is trained first."
     )
     layer: int = setting(
-        -1, help="State of the target that is read: i enters block i; -1: after the last block, before the final norm."
+        -1,
+        help="State of the target that is read: i: the input of block i; -1: after the last block, before the final norm.",
     )
-    width: int = setting(0, help="Hidden width of a small network; 0: linear.", ge=0)
-    error_weight: float = setting(1.0, help="Weight of a token that must not be kept, against 1 of one that may.", gt=0)
+    width: int = setting(0, help="Hidden width of a two-layer network; 0: linear.", ge=0)
+    error_weight: float = setting(1.0, help="Weight of tokens that must be rejected; the others have weight 1.", gt=0)
     focal_gamma: float = setting(
         0.0,
-        help="Exponent that lets rows the judge is sure of count less (focal loss); 0: weighted cross-entropy.",
+        help="Exponent of the focal loss: rows that the judge is sure of count less; 0: weighted cross-entropy.",
         ge=0,
     )
     recall: float = setting(
         0.95,
-        help="Share of the held-out tokens that matter which the threshold must refuse.",
+        help="Share of the held-out tokens that matter which the threshold must reject.",
         gt=0,
         le=1,
     )
@@ -44,7 +45,7 @@ class JudgeSettings(HeadSettings):
 
 @heads.register("judge", JudgeSettings)
 class JudgeHead(TokenHead):
-    """A linear probe, D + 1 parameters, or a small network; trained by class-weighted cross-entropy or focal loss.
+    """A linear probe with D + 1 parameters, or a two-layer network; trained by weighted cross-entropy or focal loss.
 
     Source: Bachmann et al. 2025, Judge Decoding, arXiv 2501.19309, 4; focal loss: Lin et al. 2017, arXiv 1708.02002, 3.2.
     """
@@ -69,28 +70,28 @@ class JudgeHead(TokenHead):
         return scores_N1[:, 0].float()
 
     def loss(self, scores_N: Tensor, labels_N: Tensor) -> Tensor:
-        """Return -w_t (1 - p_t)^gamma log p_t, p_t the chance given to the label and w_t its class's weight."""
+        """Return -w_t (1 - p_t)^gamma log p_t; p_t is the probability given to the label, w_t the weight of its class."""
         gamma = self.settings.focal_gamma
-        kept_N, refused_N = logsigmoid(scores_N), logsigmoid(-scores_N)
-        of_kept_N = -((gamma * refused_N).exp() * kept_N)
-        of_refused_N = -((gamma * kept_N).exp() * refused_N)
-        return labels_N * of_kept_N + self.settings.error_weight * (1 - labels_N) * of_refused_N
+        accepted_N, rejected_N = logsigmoid(scores_N), logsigmoid(-scores_N)
+        of_accepted_N = -((gamma * rejected_N).exp() * accepted_N)
+        of_rejected_N = -((gamma * accepted_N).exp() * rejected_N)
+        return labels_N * of_accepted_N + self.settings.error_weight * (1 - labels_N) * of_rejected_N
 
     def weights(self, labels_N: Tensor) -> Tensor:
-        """Return the class's weight."""
+        """Return the weight of each row's class."""
         return labels_N + self.settings.error_weight * (1 - labels_N)
 
     def finish(self, held_out: HeadRows) -> None:
-        """Set the threshold on held-out tokens."""
+        """Choose the threshold on held-out tokens."""
         self.delta.fill_(
             threshold_of_recall(probabilities(self, held_out), held_out.labels_N, recall=self.settings.recall)
         )
 
 
 def threshold_of_recall(predicted_N: Tensor, labels_N: Tensor, *, recall: float) -> float:
-    """Return a threshold that refuses this share of the tokens that matter, and as few others as that allows.
+    """Return the lowest threshold that rejects this share of the tokens that matter.
 
-    It lies halfway between the last token that must be refused and the next one above it.
+    It is halfway between the last token that must be rejected and the next prediction above it.
     """
     matter_N = predicted_N[labels_N < 0.5].sort().values
     if not len(matter_N):

@@ -13,7 +13,7 @@ from drafttrain.core.registry import Registry
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from drafttrain.export import DrafterFiles
+    from drafttrain.export.drafter_files import DrafterFiles
     from drafttrain.importers.target import TargetFiles
 
 importers = Registry("layout", "drafttrain.importers")

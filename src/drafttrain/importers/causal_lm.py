@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from drafttrain.drafters.causal_lm.module import rows_problem
-from drafttrain.export import DrafterFiles
+from drafttrain.export.drafter_files import DrafterFiles
 from drafttrain.export.layout import LAYOUTS, Shapes
 from drafttrain.importers import Given, Imported, Importer, importers
 from drafttrain.importers.copies import ANGLES

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from drafttrain.drafters.eagle.eagle1 import FC_BIAS, own_defaults
-from drafttrain.export import DrafterFiles
+from drafttrain.export.drafter_files import DrafterFiles
 from drafttrain.export.layout import LAYOUTS
 from drafttrain.export.target_logits import scale_of
 from drafttrain.importers import Given, Imported, Importer, importers

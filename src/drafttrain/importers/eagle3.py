@@ -17,7 +17,7 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.drafters.eagle.draft_vocabulary import vocabulary_problems
 from drafttrain.drafters.eagle.eagle3 import Eagle3Settings, taps_of
 from drafttrain.environments.known import VLLM_RELEASE as VLLM
-from drafttrain.export import DrafterFiles
+from drafttrain.export.drafter_files import DrafterFiles
 from drafttrain.export.layout import LAYOUTS
 from drafttrain.export.sglang import READ_IN as SGLANG
 from drafttrain.importers import Given, Imported, Importer, importers

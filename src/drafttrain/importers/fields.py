@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
-from drafttrain.core.foreign import shown
+from drafttrain.core.printable import shown
 from drafttrain.drafters.eagle.layer import Rotary
 from drafttrain.drafters.eagle.layer_config import ROPE_SCALINGS, llama_config, one_layer
 from drafttrain.export.layout import rope_problems

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from drafttrain.export import DrafterFiles
+from drafttrain.export.drafter_files import DrafterFiles
 from drafttrain.export.layout import LAYOUTS, Shapes
 from drafttrain.importers import Given, Imported, Importer, importers
 from drafttrain.importers.fields import TENSORS_UNSEEN, size_problems, target_problems, unknown_fields

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from drafttrain.environments.known import VLLM_RELEASE as VLLM
-from drafttrain.export import DrafterFiles
+from drafttrain.export.drafter_files import DrafterFiles
 from drafttrain.export.speculators import VERSION
 from drafttrain.importers import Given, Imported, Importer, importers
 from drafttrain.importers.eagle3 import OWN, eagle3_files, taps_read

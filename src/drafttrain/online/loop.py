@@ -63,7 +63,7 @@ class OnlineRun:
     def _resume(self) -> None:
         if not self._state.exists():
             self._metrics.unlink(missing_ok=True)
-            # After a kill behind the first publish, the run restarts from the version before it.
+            # After a kill that follows the first publish, the run restarts from the version before it.
             self._save()
             return
         stored = torch.load(self._state, weights_only=True, map_location=self.setup.target.device)

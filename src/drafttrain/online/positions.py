@@ -53,13 +53,13 @@ def _refusals(rows: ReplayRows, num_draft_tokens: int, *, drafted_for: int, seed
     draws = random.Random(seed)
     count = len(rows.acceptance_T)
     depth = min(num_draft_tokens, rows.deepest or num_draft_tokens)
-    single = rows.kept_TK.shape[1] == 1
+    single = rows.accepted_TK.shape[1] == 1
     refused, start = [], 0
     while start < count:
         drafted = min(depth, drafted_for - start)
         place = start
         while place < start + drafted:
-            if draws.random() >= rows.kept_TK[place, 0 if single else place - start]:
+            if draws.random() >= rows.accepted_TK[place, 0 if single else place - start]:
                 refused.append(place)
                 break
             place += 1

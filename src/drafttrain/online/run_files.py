@@ -47,7 +47,7 @@ def routes_of(folder: Path) -> dict[str, Versions]:
         if link.is_symlink()
     }
     if not found:
-        raise DrafttrainError(f"no published drafter in {folder}. Run drafttrain online first.")
+        raise DrafttrainError(f"no published drafter in {folder}. Run drafttrain online run first.")
     return found
 
 

@@ -189,7 +189,7 @@ class DrafterRun(Run):
             self.folder.data,
             self.target,
             num_records=recipe.train.max_steps * recipe.train.batch_size,
-            law=self.loss().needs_target,
+            distribution=self.loss().needs_target,
             needs=self.drafter.needs(),
         )
 

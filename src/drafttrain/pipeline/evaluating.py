@@ -24,7 +24,7 @@ from drafttrain.target_model import Target
 
 def evaluated_elsewhere(run: Run) -> Result:
     """Evaluate in a fresh process that has read nothing but the files, and never imports the trainer."""
-    command = [sys.executable, "-m", "drafttrain.cli", "eval", str(run.folder.path)]
+    command = [sys.executable, "-m", "drafttrain", "eval", str(run.folder.path)]
     environment = without_launcher(os.environ)
     if run.recipe.train.num_threads:
         environment["OMP_NUM_THREADS"] = str(run.recipe.train.num_threads)

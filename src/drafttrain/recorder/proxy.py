@@ -184,7 +184,7 @@ async def _serve(recorder: Recorder) -> float:
                 last_summary = summary
             if recorder.counts["refused"] > refused:
                 refused = recorder.counts["refused"]
-                say(f"refused {refused:,} clients with 503: {recorder.shared.max_clients:,} are connected")
+                say(f"refused {refused:,} clients with 503: at most {recorder.shared.max_clients:,} at once")
         stopped_at = time.monotonic()
     return stopped_at
 

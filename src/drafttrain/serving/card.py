@@ -1,4 +1,4 @@
-"""The model card: what the drafter yields, how to use it, where it comes from."""
+"""The model card: figures of the drafter, how to use it, where it comes from."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ USE = "## Use\n\n"
 SERVED = "## In serving engines"
 ORIGIN = "## Where it comes from"
 
-WORDS = (
-    "TARGET is the target's folder or hub id, DRAFTER the folder that the training exported (format `hf`), DRAFTER.FORMAT what\n"
-    "`drafttrain export DRAFTER --to FORMAT` writes beside it."
+PLACEHOLDERS = (
+    "TARGET is the target's folder or hub id, DRAFTER the folder that training exported (format `hf`), DRAFTER.FORMAT the folder\n"
+    "that `drafttrain export DRAFTER --to FORMAT` writes beside it."
 )
-"""What the words in the commands mean."""
+"""Explains the placeholders in the commands."""
 
 NUM_DRAFT_TOKENS = 5
-"""In a command, where the evaluation has no fixed length."""
+"""In a command, if the evaluation has no fixed length."""
 
 
 def model_card(name: str, result: Result, *, drafter: str, recipe: str, command: str) -> str:
@@ -61,7 +61,7 @@ def model_card(name: str, result: Result, *, drafter: str, recipe: str, command:
     length = in_words(result.settings["length"])
     if result.lossy:
         rule = result.settings["rule"]["kind"]
-        parity_line = f"**LOSSY**: measured with the acceptance rule `{rule}`, whose output is not the target's own."
+        parity_line = f"**LOSSY**: measured with the acceptance rule `{rule}`, which changes the target's output."
     nl = "\n"
     return f"""---
 library_name: transformers
@@ -71,7 +71,7 @@ tags: [speculative-decoding, draft-model]
 # {plain(name)}
 
 A drafter for speculative decoding with the target {code(target.name)} (fingerprint {code(target.fingerprint)}). It proposes
-tokens; the target decides. It is no model to talk to by itself.
+tokens; the target decides. It is not a chat model by itself.
 
 {CARRIES_OVER}: {CARRIES_OVER_CAPTION}.
 
@@ -99,58 +99,58 @@ On {made.machine.processor}: {THIS_MACHINE_CAPTION}.
 
 
 def _use(result: Result, drafter: str) -> str:
-    """Return the command of every engine that runs this kind of drafter, and what else there is to know."""
+    """Return the command of every engine that runs this kind of drafter, and the notes of the kind."""
     about, length = result.drafters[drafter], result.settings["length"]
     kind, wanted = about.kind, about.about.draft if about.about else "sampled"
     num_draft_tokens = length.get("depth") or length.get("num_draft_tokens") or NUM_DRAFT_TOKENS
     num_draft_tokens = min(num_draft_tokens, about.deepest or num_draft_tokens)
-    blocks = [WORDS]
+    blocks = [PLACEHOLDERS]
     for engine in map(engine_of, engines.names()):
         if kind in engine.methods:
             use = Use(_folder(engine), kind, num_draft_tokens, engine.draft(kind, wanted))
-            # Without a word between them, two blocks of code would be one.
+            # Without text between them, two blocks of code would be one.
             blocks += [f"{engine.name}:", textwrap.indent(engine.command("TARGET", use), "    ")]
     component: Any = drafters.entry(kind).component
     return "\n\n".join([*blocks, component.serving])
 
 
 def _folder(engine: ServingEngine) -> str:
-    """Return the word for what an engine loads: `WORDS` says what it means."""
+    """Return the placeholder for the folder that an engine loads; `PLACEHOLDERS` explains it."""
     return "DRAFTER" if "hf" in engine.formats else f"DRAFTER.{engine.formats[0]}"
 
 
 def in_format(card: str, format: str) -> str:
-    """Return the card of a folder that was written in a format, with a word on which of the folders in its commands it is."""
+    """Return the card of a folder in another format, which says which folder of the commands it is."""
     before, use, after = card.partition(USE)
     return f"{before}{use}This folder is DRAFTER.{format}. {after}" if use else card
 
 
 def with_engines(card: str, comparisons: Sequence[Mapping[str, Any]]) -> str:
-    """Return a card with what serving engines did beside the evaluator; what an earlier one said of them is replaced.
+    """Return a card with the comparisons of serving engines and evaluator, in place of earlier ones.
 
     Args:
         comparisons: What `Comparison.json` returned, each with its `format`.
     """
     card = re.sub(rf"{SERVED}\n.*?(?=^## |\Z)", "", card, flags=re.DOTALL | re.MULTILINE)
-    section = "\n\n".join([SERVED, *(_beside(one) for one in comparisons)]) + "\n\n"
+    section = "\n\n".join([SERVED, *(_comparison(one) for one in comparisons)]) + "\n\n"
     before, origin, after = card.partition(ORIGIN)
     return before.rstrip() + "\n\n" + section + origin + after
 
 
-def _beside(one: Mapping[str, Any]) -> str:
-    """Return a comparison: the verdict, and both columns."""
+def _comparison(one: Mapping[str, Any]) -> str:
+    """Return the section of a comparison: the verdict and the counters of both sides."""
     sides = ("engine", "evaluator")
-    asked = {"temperature 0": one["greedy"]}
-    sampled = "It is not asked at temperature above 0."
+    runs = {"temperature 0": one["greedy"]}
+    sampled = "It was not run at temperature above 0."
     if part := one["sampled"]:
         temperature = f"temperature {part['temperature']:g}"
-        asked[temperature] = part
+        runs[temperature] = part
         sampled = (
-            f"At {temperature}, drafts {one['draft']}, acceptance is the same with {p_value(part['p_value'])}, and so is the "
-            f"likelihood of the text, with {p_value(part['text_p_value'])}."
+            f"At {temperature}, drafts {one['draft']}, acceptance does not differ ({p_value(part['p_value'])}), nor does "
+            f"the likelihood of the text ({p_value(part['text_p_value'])})."
         )
     rows = []
-    for label, part in asked.items():
+    for label, part in runs.items():
         for name, key in (("drafts", "num_drafts"), ("draft tokens", "num_draft_tokens"), ("accepted", "num_accepted")):
             rows.append([f"{label}: {name}", *(f"{part[side][key]:,}" for side in sides)])
         rows.append(
@@ -161,7 +161,7 @@ def _beside(one: Mapping[str, Any]) -> str:
         f"**{one['engine']} {one['version']}, format `{one['format']}`: {one['verdict']}.** {one['num_prompts']} prompts, "
         f"{one['max_new_tokens']} tokens each, {one['num_draft_tokens']} draft tokens, {one['dtype']}; with the drafter and without: "
         f"{one['lossless']['text']}. {sampled}",
-        *(f"The engine's build was mended to be asked: {what}." for what in one["repaired"]),
+        *(f"The engine's build was patched for this run: {what}." for what in one["repaired"]),
         *(f"Problem: {plain(problem)}" for problem in one["problems"]),
         "",
         f"| | {one['engine']} | embedded evaluator |",

@@ -1,4 +1,4 @@
-"""How many tokens to draft in an engine, from what an evaluation measured, and the command that serves with so many."""
+"""How many tokens to draft in an engine: the length that an evaluation measured to be the fastest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from drafttrain.eval.result import Result, read_result
 
 @dataclass(frozen=True)
 class DraftLength:
-    """One length, and what it promises."""
+    """One draft length, and its expected figures."""
 
     num_draft_tokens: int
     block_efficiency: float
@@ -20,15 +20,15 @@ class DraftLength:
 
 
 def best_length(result: Result, *, most: int | None = None) -> DraftLength:
-    """Return the chain length of the highest memory-bound speed-up, at temperature 0 where it was evaluated.
+    """Return the chain length with the highest memory-bound speed-up, at temperature 0 if that was evaluated.
 
-    The bytes of a round with K draft tokens are taken as 1 + c K plain calls; c is that of the evaluation's own length.
+    A round with K draft tokens is assumed to read as many bytes as 1 + c K plain calls, with the evaluation's own c.
 
     Args:
-        most: The longest draft that the drafter has.
+        most: The longest draft that the drafter can make; None: any.
 
     Raises:
-        CheckpointError: No chain of fixed length was evaluated, or its figures make no sense.
+        CheckpointError: No chain of fixed length was evaluated, or its figures are inconsistent.
     """
     try:
         return max(_lengths(result, most=most), key=lambda one: one.mbsu)
@@ -41,7 +41,7 @@ def _lengths(result: Result, *, most: int | None) -> list[DraftLength]:
     arms = [arm for arm in result.greedy_or_first.drafters.values() if arm.length["kind"] == "fixed" and arm.replay]
     if not arms:
         raise CheckpointError(
-            "eval.json: no chain of fixed length was evaluated (eval.length.kind: fixed): nothing to choose from"
+            "eval.json: no chain of fixed length was evaluated. Evaluate with eval.length.kind: fixed."
         )
     figures = arms[0]
     drafted = figures.vllm.num_draft_tokens / figures.vllm.num_drafts
@@ -54,7 +54,7 @@ def _lengths(result: Result, *, most: int | None) -> list[DraftLength]:
 
 
 def read_evaluation(folder: Path) -> Result:
-    """Return the evaluation of a drafter folder: in it, or in the run folder that it lies in.
+    """Return the evaluation of a drafter folder, from that folder or from its run folder.
 
     Raises:
         CheckpointError: There is none, or it cannot be read.
@@ -62,4 +62,4 @@ def read_evaluation(folder: Path) -> Result:
     for path in (folder / "eval.json", folder.parent / "eval.json"):
         if path.is_file():
             return read_result(path)
-    raise CheckpointError(f"{folder}: no eval.json here or in its run folder: drafttrain eval {folder}")
+    raise CheckpointError(f"{folder}: no eval.json here or in its run folder. Run: drafttrain eval {folder}")

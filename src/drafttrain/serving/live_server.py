@@ -1,4 +1,4 @@
-"""Prompts decoded by a live server, one at a time, with what its counters rose by for each: its speculation on that prompt alone."""
+"""Prompts decoded by a live server one at a time; the increase of its counters is the speculation on each prompt."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from drafttrain.target_model.folders import fingerprint_of
 METRICS = "/metrics"
 PATIENCE = Patience(retries=2, backoff_seconds=1.0, longest_wait_seconds=60.0, timeout_seconds=600.0)
 SETTLE_SECONDS = 5.0
-"""An answer may be there before its last step is counted."""
+"""How long to wait for the counters of an answer: it may arrive before its last step is counted."""
 POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
 class Window:
-    """One prompt: what its answer was, and what the server counted from before the request to after it."""
+    """One prompt: the length of its output, and the increase of the counters during the request."""
 
     id: str
     num_tokens: int
@@ -37,21 +37,21 @@ class Window:
 
     @property
     def is_ours_alone(self) -> bool:
-        """Whether nobody else's request ended or got a token meanwhile, by the server's own counts."""
+        """Whether, by the server's counters, no other request ended or got a token during this one."""
         return self.rise.num_requests == 1 and self.rise.num_tokens == self.num_tokens
 
 
 @dataclass(frozen=True)
 class LiveFigures:
-    """What a server did with prompts at a temperature."""
+    """The figures of a server on prompts at one temperature."""
 
     temperature: float
     num_draft_tokens: int
-    """Of a round, as the server is set up."""
+    """Draft tokens of a round, as the server is configured."""
     windows: Sequence[Window]
-    """Those that are ours alone; the figures are of them."""
+    """Windows without other clients' requests; the figures are computed on these."""
     num_shared: int
-    """Windows that were left out, because others were served meanwhile."""
+    """Windows left out because the server also served other clients."""
 
     def block_efficiency(self) -> Interval:
         """Return 1 + accepted / drafts, with its interval over prompts."""
@@ -62,10 +62,10 @@ class LiveFigures:
 
     @property
     def acceptance_by_position(self) -> list[float]:
-        """Share of the rounds that kept the i-th draft token."""
+        """Share of the rounds that accepted the i-th draft token."""
         drafts = self.total("num_drafts")
-        kept = (sum(window.rise.accepted_at[i] for window in self.windows) for i in range(self.num_draft_tokens))
-        return [count / drafts for count in kept]
+        accepted = (sum(window.rise.accepted_at[i] for window in self.windows) for i in range(self.num_draft_tokens))
+        return [count / drafts for count in accepted]
 
     def total(self, counter: str) -> int:
         """Return the sum of a counter over the windows."""
@@ -85,11 +85,11 @@ class LiveFigures:
 
 
 class LiveServer:
-    """A server with the OpenAI protocol and counters.
+    """A server that speaks the OpenAI protocol and has counters.
 
     Args:
-        completions: Asked within its block.
-        model: As the server calls it.
+        completions: An open client.
+        model: The server's name for the model.
     """
 
     def __init__(self, completions: Completions, names: CounterNames, *, model: str) -> None:
@@ -99,23 +99,23 @@ class LiveServer:
         self._where = completions.base_url.removesuffix("/v1") + METRICS
 
     async def counters(self) -> LiveCounters:
-        """Return the counters now.
+        """Return the current counters.
 
         Raises:
-            DataError: The server is gone, or does not count drafts.
+            DataError: The server cannot be reached, or does not count drafts.
         """
         return read_counters(await self._completions.page(METRICS), self._names, where=self._where)
 
     async def figures(
         self, prompts: Sequence[Prompt], sampling: Sampling, *, max_new_tokens: Mapping[str, int]
     ) -> LiveFigures:
-        """Decode prompts one at a time and return what the server counted.
+        """Decode prompts one at a time and return the server's figures.
 
         Args:
-            max_new_tokens: By prompt.
+            max_new_tokens: By the id of the prompt.
 
         Raises:
-            DataError: Others were served all the time, or nothing was drafted.
+            DataError: Every request overlapped with another client's, or nothing was drafted.
         """
         windows = []
         with progress(f"serving at temperature {sampling.temperature:g}", total=len(prompts), unit="prompts") as bar:
@@ -129,15 +129,15 @@ class LiveServer:
             requests, tokens = rises
             own = sum(window.num_tokens for window in windows)
             raise DataError(
-                f"{self._where}: counted {requests:,} requests and {tokens:,} tokens while {len(windows):,} requests of ours got "
-                f"{own:,}: others were served all the time, and the counters are theirs too. Ask when they are not"
+                f"{self._where}: counted {requests:,} requests and {tokens:,} tokens, but our {len(windows):,} requests got "
+                f"{own:,}: the server also served other clients all the time. Check it when they are idle"
             )
         figures = LiveFigures(
             sampling.temperature, len(alone[0].rise.accepted_at), alone, num_shared=len(windows) - len(alone)
         )
         if not figures.total("num_drafts"):
             raise DataError(
-                f"{self._where}: no draft was counted for {len(alone):,} requests: the server does not speculate"
+                f"{self._where}: counted no draft during {len(alone):,} requests: the server does not speculate"
             )
         return figures
 
@@ -160,39 +160,39 @@ class LiveServer:
         usage = answer.get("usage")
         count = usage.get("completion_tokens") if isinstance(usage, Mapping) else None
         if type(count) is not int:
-            raise DataError(f"{self._completions.base_url}: an answer does not say how many tokens it has (usage)")
+            raise DataError(f"{self._completions.base_url}: an answer has no usage.completion_tokens")
         began = time.monotonic()
         rise = await self.counters() - before
         while (rise.num_requests < 1 or rise.num_tokens < count) and time.monotonic() < began + SETTLE_SECONDS:
             await asyncio.sleep(POLL_SECONDS)
             rise = await self.counters() - before
         if min(vars(rise)[name] for name in ("num_drafts", "num_accepted", "num_requests", "num_tokens")) < 0:
-            raise DataError(f"{self._where}: counters fell: the server was started again meanwhile")
+            raise DataError(f"{self._where}: counters decreased: the server was restarted meanwhile")
         return Window(prompt.id, count, rise)
 
 
 def served_model(cards: Sequence[Mapping[str, Any]], target: str, *, fingerprint: str, where: str) -> str:
-    """Return how a server calls the target of a drafter.
+    """Return the server's name for the target of a drafter.
 
-    A card with the model's folder (`root`), where that is a folder here too, is told by the fingerprint; others by their names.
+    Where `root` is a folder on this machine, the fingerprint of its weights decides; otherwise the names do.
 
     Args:
-        cards: What /v1/models lists.
+        cards: The models in /v1/models.
         target: The folder or hub id that the drafter was made for.
-        fingerprint: Its fingerprint; empty: not known.
+        fingerprint: The target's fingerprint; empty: unknown.
 
     Raises:
-        CheckpointError: It serves other models, which are named.
+        CheckpointError: The server serves other models; names them.
     """
-    # Adapters are listed beside the model that they stand on.
+    # Adapters are listed too, with the model that they extend as `parent`.
     models = [card for card in cards if not card.get("parent")]
     for card in models:
         if _is_of(card, target, fingerprint):
             return str(card.get("id"))
     served = ", ".join(dict.fromkeys(str(card.get("root") or card.get("id")) for card in models)) or "no model"
     raise CheckpointError(
-        f"{where}: serves {served}, and the drafter was made for {target}. If that is the same model under another name, say how "
-        "the server calls it: --model NAME"
+        f"{where}: serves {served}, but the drafter was made for {target}. If that is the same model under another name, "
+        "give the server's name for it: --model NAME"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a live server counts, as its /metrics page says it in Prometheus text: sums over label sets, compared before and after."""
+"""Counters of a live server, read from its /metrics page in Prometheus text and summed over label sets."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from drafttrain.serving.engines import CounterNames
 
 @dataclass(frozen=True)
 class LiveCounters:
-    """Counters at a moment, or what they rose by between two."""
+    """Counters at one moment, or their increase between two moments."""
 
     num_drafts: int
     num_draft_tokens: int
     num_accepted: int
     accepted_at: tuple[int, ...]
-    """As many as the server drafts tokens in a round."""
+    """One entry for each draft position of a round."""
     num_requests: int
     num_tokens: int
 
@@ -34,15 +34,15 @@ class LiveCounters:
 
 
 def read_counters(page: str, names: CounterNames, *, where: str) -> LiveCounters:
-    """Return the counters of a page; the same counter of several engines or processes is added up.
+    """Return the counters of a page, summed over engines and processes.
 
     Args:
-        where: Its address, for messages.
+        where: Address of the page, for messages.
 
     Raises:
-        DataError: The page is not in this form, or lacks a counter: the server does not speculate, or is another engine.
+        DataError: The page is not Prometheus text or lacks a counter: the server does not speculate, or is another engine.
     """
-    # Imported here: reading exports needs no such page.
+    # Imported here, so that only check-server needs the package.
     from prometheus_client.parser import text_string_to_metric_families
 
     sums: dict[str, float] = defaultdict(float)
@@ -50,7 +50,7 @@ def read_counters(page: str, names: CounterNames, *, where: str) -> LiveCounters
     try:
         for family in text_string_to_metric_families(page):
             if family.type == "counter":
-                # Known, and not counted yet under any label.
+                # The counter exists, even if it has no sample yet.
                 sums[f"{family.name}_total"] += 0
             for sample in family.samples:
                 sums[sample.name] += sample.value
@@ -60,13 +60,11 @@ def read_counters(page: str, names: CounterNames, *, where: str) -> LiveCounters
             name: int(sums[called]) for name, called in vars(names).items() if name != "accepted_at" and called in sums
         }
     except (ValueError, KeyError, OverflowError) as error:
-        raise DataError(f"{where}: not counters in Prometheus text: {type(error).__name__}: {error}") from error
+        raise DataError(f"{where}: not Prometheus text: {type(error).__name__}: {error}") from error
     missing = [called for called in vars(names).values() if called not in sums]
     if missing == [names.num_drafts, names.num_draft_tokens, names.num_accepted, names.accepted_at]:
-        raise DataError(
-            f"{where}: counts no drafts ({names.num_drafts} is missing): the server decodes without a drafter"
-        )
+        raise DataError(f"{where}: has no counter {names.num_drafts}: the server decodes without a drafter")
     if missing or sorted(by_position) != list(range(len(by_position))):
         lacking = ", ".join(missing) or "some of the draft positions"
-        raise DataError(f"{where}: {lacking} not counted here: another engine, or another version of it")
+        raise DataError(f"{where}: has no counter {lacking}: it is another engine or another version")
     return LiveCounters(accepted_at=tuple(int(by_position[i]) for i in range(len(by_position))), **found)

@@ -1,4 +1,4 @@
-"""What an evaluation promises of a drafter with so many draft tokens, and whether a served figure keeps it."""
+"""The block efficiency that an evaluation promises at a draft length, and whether a server keeps the promise."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Promise:
     acceptance_by_position: Sequence[float] | None
     """None: another draft length was decoded."""
     measured: str
-    """decoded: at this draft length; replay: computed from the rows of a decoding at another one."""
+    """decoded: at this draft length; replay: computed from the rows decoded at another length."""
 
     def verdict(self, low: float, high: float) -> Verdict:
         """Compare a served block efficiency; kept: within the interval or the tolerance, whichever is wider.
 
         Args:
-            low, high: Bounds of the served figure; on the very prompts of the evaluation both are the figure itself.
+            low, high: Bounds of the served figure; on the evaluation's own prompts both are the figure itself.
         """
         promised = self.block_efficiency
         lowest, highest = (promised.value if bound != bound else bound for bound in (promised.low, promised.high))
@@ -53,7 +53,7 @@ class Promise:
 
 
 def promise_of(result: Result, *, temperature: float, num_draft_tokens: int) -> Promise | None:
-    """Return what an evaluation promises at a temperature with chains of so many draft tokens; None: nothing."""
+    """Return the promise of an evaluation at a temperature and draft length; None: it makes none."""
     arms = _fixed_arms(result, temperature=temperature)
     for length, figures in arms:
         if length == num_draft_tokens:
@@ -65,7 +65,7 @@ def promise_of(result: Result, *, temperature: float, num_draft_tokens: int) -> 
 
 
 def _fixed_arms(result: Result, *, temperature: float) -> list[tuple[int, DrafterFigures]]:
-    """Return (draft tokens, figures) of the judged drafter's chains of a fixed length at a temperature, without loss."""
+    """Return (draft tokens, figures) of the judged drafter's lossless chains of fixed length at a temperature."""
     part = next((one for one in result.temperatures if one.temperature == temperature), None)
     judged = next(iter(result.drafters))
     return [

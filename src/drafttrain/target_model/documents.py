@@ -17,8 +17,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from drafttrain.core.autocast import in_own_precision
 from drafttrain.core.batches import PackedDocuments
+from drafttrain.core.linear_head import no_autocast_if_frozen
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.target_model.anatomy import taps, trunk
 from drafttrain.target_model.logits import check_logits
@@ -32,7 +32,6 @@ _packed: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _masked: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-@in_own_precision
 def document_states(
     model: Any,
     tokens_BT: Tensor,
@@ -50,18 +49,22 @@ def document_states(
     Raises:
         CheckpointError: Logits computed from these states differ from the model's own (`check_logits`).
     """
-    probe(model)
-    if separates_documents(model):
-        with taps(model, TargetNeeds(hidden=hidden)) as seen, _attention(model, positions_BT, documents) as by_kernel:
-            mask_B1TT = None if by_kernel else _mask(model, positions_BT, documents)
-            final_BTD = _final(model, tokens_BT, positions_BT, mask_B1TT)
-        return final_BTD, {int(index): state for index, state in seen.items()}
-    with taps(model, TargetNeeds(hidden=hidden)) as seen:
-        final_LSD = _final(model, as_read(model, tokens_BT, positions_BT), None)
-    states = [final_LSD, *seen.values()]
-    places = _own_rows(positions_BT)
-    final_BTD, *others = (state[places].unflatten(0, tokens_BT.shape) for state in states)
-    return final_BTD, dict(zip(map(int, seen), others, strict=True))
+    with no_autocast_if_frozen(model.get_output_embeddings().weight):
+        probe(model)
+        if separates_documents(model):
+            with (
+                taps(model, TargetNeeds(hidden=hidden)) as seen,
+                _attention(model, positions_BT, documents) as by_kernel,
+            ):
+                mask_B1TT = None if by_kernel else _mask(model, positions_BT, documents)
+                final_BTD = _final(model, tokens_BT, positions_BT, mask_B1TT)
+            return final_BTD, {int(index): state for index, state in seen.items()}
+        with taps(model, TargetNeeds(hidden=hidden)) as seen:
+            final_LSD = _final(model, as_read(model, tokens_BT, positions_BT), None)
+        states = [final_LSD, *seen.values()]
+        places = _own_rows(positions_BT)
+        final_BTD, *others = (state[places].unflatten(0, tokens_BT.shape) for state in states)
+        return final_BTD, dict(zip(map(int, seen), others, strict=True))
 
 
 def probe(model: Any) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.foreign import check_folder, read_json, shown
+from drafttrain.core.foreign import check_folder, read_json
+from drafttrain.core.printable import shown
 
 INDEX = "model.safetensors.index.json"
 MERGE = (

@@ -14,10 +14,9 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from drafttrain.core.autocast import in_own_precision
 from drafttrain.core.batches import Head
 from drafttrain.core.errors import CheckpointError
-from drafttrain.core.linear_head import LinearHead
+from drafttrain.core.linear_head import LinearHead, no_autocast_if_frozen
 from drafttrain.target_model.anatomy import stack_holder, trunk
 from drafttrain.target_model.block_range import replaced_forwards
 
@@ -35,15 +34,35 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, tor
 _compared: WeakSet[nn.Module] = WeakSet()
 
 
-@in_own_precision
 def head_logits(model: Any, states_ND: Tensor) -> Tensor:
     """Return the logits of states after the final norm, including the scale or soft cap of the architecture.
 
     They are on the device of the states, even if the model is on another one.
     """
     head = model.get_output_embeddings()
-    logits_NV = head(states_ND.to(head.weight.device)).to(states_ND.device)
-    return finished_logits(model.config.get_text_config(), logits_NV)
+    with no_autocast_if_frozen(head.weight):
+        logits_NV = head(states_ND.to(head.weight.device)).to(states_ND.device)
+        return finished_logits(model.config.get_text_config(), logits_NV)
+
+
+class LiveRows:
+    """The target's distribution from its final states. The head runs only on the requested rows."""
+
+    def __init__(self, model: Any, final_BTD: Tensor) -> None:
+        self._model = model
+        self._final_BTD = final_BTD
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> LiveRows:
+        """Return a copy with changed tensors: moved, pinned."""
+        return LiveRows(self._model, change(self._final_BTD))
+
+    def at(self, index_N: Tensor) -> Tensor:
+        """Return logits_NV of the token after each flat position."""
+        with torch.no_grad():
+            final_RD = self._final_BTD.flatten(0, 1)
+            final_ND = final_RD.index_select(0, index_N.to(final_RD.device))
+            # Cached states may have another type than the head.
+            return head_logits(self._model, final_ND.to(self._model.dtype)).to(index_N.device)
 
 
 def head_of(model: Any) -> Head:

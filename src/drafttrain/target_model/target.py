@@ -20,9 +20,8 @@ from drafttrain.target_model.device import pick_device
 from drafttrain.target_model.documents import document_states
 from drafttrain.target_model.end_tokens import end_ids, report_end_tokens
 from drafttrain.target_model.folders import fingerprint_of, resolve_folder
-from drafttrain.target_model.live_rows import LiveRows
 from drafttrain.target_model.loading import load_causal_lm
-from drafttrain.target_model.logits import head_logits
+from drafttrain.target_model.logits import LiveRows, head_logits
 from drafttrain.target_model.number_type import number_type
 from drafttrain.target_model.positions import position_limit
 from drafttrain.target_model.settings import TargetSettings
@@ -111,12 +110,14 @@ class Target:
         Args:
             documents: Where the documents are, if known: see `document_states`.
         """
+        if documents is not None and documents.bounds.device != self.device:
+            documents = documents.each(lambda tensor: tensor.to(self.device))
         final_BTD, hidden_BTD = document_states(
             self.model,
             tokens_BT.to(self.device),
             positions_BT.to(self.device),
             hidden=needs.hidden,
-            documents=documents and documents.each(lambda tensor: tensor.to(self.device)),
+            documents=documents,
         )
         return TargetOutput(
             logits_BTV=head_logits(self.model, final_BTD) if needs.logits else None,

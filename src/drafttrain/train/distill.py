@@ -17,7 +17,7 @@ from drafttrain.drafters import Drafter
 from drafttrain.losses import Loss
 from drafttrain.losses.step import batch_loss, with_plan
 from drafttrain.target_model import Target
-from drafttrain.target_model.live_rows import LiveRows
+from drafttrain.target_model.logits import LiveRows
 from drafttrain.train.flops import distill_flops
 from drafttrain.train.settings import TrainSettings
 from drafttrain.train.step_module import StepModule

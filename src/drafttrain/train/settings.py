@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import ClassVar, Literal
 
 from drafttrain.core.settings import setting
-from drafttrain.data_gen.shares import num_micro_batches
+from drafttrain.data_gen.sampler import num_micro_batches
 from drafttrain.train.deepspeed_settings import DeepSpeedSettings
 
 

@@ -68,21 +68,21 @@ def test_chunks_bring_a_round_each_and_a_record_that_is_cut_keeps_what_is_in_it(
 @pytest.mark.parametrize(
     ("speculative", "why"),
     [
-        ({"drafted": [3, 3], "accepted": [1]}, "lists of one length"),
-        ({"drafted": 3, "accepted": 1}, "lists of one length"),
-        ({}, "lists of one length"),
-        ({"drafted": [3, 3], "accepted": [4, 3]}, "keeps 0 to all"),
-        ({"drafted": [3, 3], "accepted": [-1, 3]}, "keeps 0 to all"),
-        ({"drafted": [True, 9], "accepted": [True, 5]}, "keeps 0 to all"),
-        ({"drafted": [3.5, 9], "accepted": [1, 5]}, "keeps 0 to all"),
-        ({"drafted": [["b"], 9], "accepted": [1, 5]}, "whole numbers"),
-        ({"drafted": [3, 3], "accepted": [1, 3]}, "rounds of 6 tokens, an answer of 8"),
-        ({"drafted": [9, 3], "accepted": [8, 1]}, "begins behind the 8 tokens"),
-        ({"drafted": [[1, 2, 3], 9], "accepted": [2, 5]}, "kept other tokens"),
+        ({"drafted": [3, 3], "accepted": [1]}, "lists of the same length"),
+        ({"drafted": 3, "accepted": 1}, "lists of the same length"),
+        ({}, "lists of the same length"),
+        ({"drafted": [3, 3], "accepted": [4, 3]}, "accept between 0 and all"),
+        ({"drafted": [3, 3], "accepted": [-1, 3]}, "accept between 0 and all"),
+        ({"drafted": [True, 9], "accepted": [True, 5]}, "accept between 0 and all"),
+        ({"drafted": [3.5, 9], "accepted": [1, 5]}, "accept between 0 and all"),
+        ({"drafted": [["b"], 9], "accepted": [1, 5]}, "must be integers"),
+        ({"drafted": [3, 3], "accepted": [1, 3]}, "the rounds have 6 tokens, the answer 8"),
+        ({"drafted": [9, 3], "accepted": [8, 1]}, "begins after the 8 tokens"),
+        ({"drafted": [[1, 2, 3], 9], "accepted": [2, 5]}, "accepted other tokens"),
         ({"drafted": [10**30], "accepted": [10**29]}, ""),
     ],
 )
-def test_rounds_that_cannot_be_are_set_aside_with_their_reason(tmp_path, speculative, why):
+def test_impossible_rounds_are_quarantined_with_their_reason(tmp_path, speculative, why):
     path = write(tmp_path / "a.jsonl", [line(**speculative)])
     records, kinds = read(path)
     if not why:
@@ -98,8 +98,8 @@ def test_rounds_that_cannot_be_are_set_aside_with_their_reason(tmp_path, specula
         checked()
 
 
-def test_a_last_round_that_an_end_of_text_cut_refused_nothing():
-    # An end of text among the kept ones: nothing stands behind it.
+def test_a_last_round_that_an_end_of_text_cut_rejected_nothing():
+    # An end of text among the accepted tokens: nothing follows it.
     assert refusals([LoggedRound(3, 1), LoggedRound(3, 2)], [4, 5, 6, 0]) == [1]
-    with pytest.raises(Refused, match="an answer of 9"):
+    with pytest.raises(Refused, match="the answer 9"):
         refusals([LoggedRound(3, 1), LoggedRound(3, 2)], [1] * 9)

@@ -207,7 +207,7 @@ class _Answers:
         longest = max(len(task.prompt) for task in shard)
         # Longer than any right answer: a longer one is to be told, not cut.
         self._encoder = Encoder(plan.target.tokenizer, longest + 2 * plan.max_new_tokens + 1)
-        self._exchanges = ExchangeEncoder(self._encoder, lambda words: words, law=False)
+        self._exchanges = ExchangeEncoder(self._encoder, lambda words: words, logprobs=False)
 
     def prompt(self, task: Task) -> list[int] | str:
         """Return a prompt as it is sent.
@@ -242,7 +242,7 @@ class _Answers:
             raise Refused("short", f"cut after {counted} tokens, {most} were asked for")
         ids = "served"
         if exchange.answer_ids is None:
-            named = self._exchanges.named_ids(exchange.law)
+            named = self._exchanges.named_ids(exchange.logprobs)
             exchange = replace(exchange, answer_ids=named)
             ids = "text" if named is None else "spelled"
         if ids == "served" and "\ufffd" in (exchange.answer or ""):

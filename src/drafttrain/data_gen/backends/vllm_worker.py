@@ -1,15 +1,15 @@
-"""Write texts in vLLM. Runs in vLLM's own environment, without drafttrain: `in_engine.py` runs it.
+"""Write texts in vLLM. Runs in vLLM's own environment without drafttrain; `in_engine.py` starts it.
 
 The request:
 
     target                folder of the target
     dtype, max_model_len, max_num_seqs, memory_gb (of keys and values), on_cuda
-    max_tokens            new tokens of a text
+    max_tokens            new tokens of each text
     ends                  token ids that end a text
     shards                [{file, texts: [{prompt (token ids), temperature, top_p, seed}]}]
 
-Each shard's texts, [{tokens, finish}], are written into its file as soon as they are there, whole or not at all. The answer:
-`version`; or `error`.
+Each shard's texts, [{tokens, finish}], are written to its file as soon as the shard is done, completely or not at all. The
+answer: `version`; or `error`.
 """
 
 import json
@@ -28,7 +28,7 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
     """Write all shards and return the answer to a request."""
     os.environ.update(SETTINGS)
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = f"{request['memory_gb']:g}"
-    # Small models wait for their threads: 40 times as long with two, on a machine of two cores.
+    # With more threads small models are slower: 40 times with two, on a machine of two cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import vllm
 
@@ -39,7 +39,7 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
         max_num_seqs=request["max_num_seqs"],
         enforce_eager=not request["on_cuda"],
         seed=0,
-        # On a CPU the environment says it; on a GPU the target and the drafter have the rest of the memory.
+        # On a CPU the environment variable sets it; on a GPU the target and the drafter need the rest of the memory.
         **({"kv_cache_memory_bytes": int(request["memory_gb"] * 1e9)} if request["on_cuda"] else {}),
     )
     for shard in request["shards"]:
@@ -66,7 +66,7 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(path: str, value: Any) -> None:
-    """Write beside and rename."""
+    """Write to a file beside it and rename that."""
     beside = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.writer.part")
     with open(beside, "w", encoding="utf-8") as file:
         json.dump(value, file)

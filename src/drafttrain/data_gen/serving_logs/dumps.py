@@ -1,4 +1,4 @@
-"""Dumps that hold what was said and nothing else: chats, ShareGPT conversations, prompt and completion."""
+"""Dumps that hold text and nothing else: chats, ShareGPT conversations, prompt and completion."""
 
 from __future__ import annotations
 
@@ -12,43 +12,45 @@ SYSTEM = ("system", "system_prompt")
 
 
 def is_dump(value: Mapping[str, Any]) -> bool:
-    """Tell whether a line is of such a dump."""
+    """Return whether a line is of such a dump."""
     return "conversations" in value or "messages" in value or _is_completion(value)
 
 
 def exchanges(value: dict[str, Any], *, id: str) -> list[Exchange]:
-    """Return an exchange for each answer of the assistant: what it read is what was said before.
+    """Return an exchange for each answer of the assistant; its prompt is all turns before it.
 
     Raises:
-        Refused: A part is of the wrong type, or nobody answers.
+        Refused: A part has the wrong type, or there is no answer.
     """
     id = str(value.get("id") or id)
     about: dict[str, Any] = {
         name: value[name] for name in ("model", "domain", "user") if isinstance(value.get(name), str)
     }
     if _is_completion(value):
-        prompt, untold = _prompt(value["prompt"])
-        return [Exchange(id, prompt, text(value["completion"], "completion"), finish="stop", untold=untold, **about)]
-    said, untold = _turns(value)
+        prompt, incomplete = _prompt(value["prompt"])
+        return [
+            Exchange(id, prompt, text(value["completion"], "completion"), finish="stop", incomplete=incomplete, **about)
+        ]
+    chat, incomplete = _turns(value)
     given: list[dict[str, Any]] = value["messages"] if "messages" in value else value["conversations"]
     trained = [all(turn.get(flag) not in (0, False) for flag in FLAGS) for turn in given]
     arguments = mapping(value.get("chat_template_kwargs") or {}, "chat_template_kwargs")
     about["template_arguments"] = {k: v for k, v in arguments.items() if isinstance(v, bool | int | float | str)}
     if value.get("tools") or value.get("functions"):
-        untold = "tool_calls"
+        incomplete = "tool_calls"
     system = [{"role": "system", "content": text(value[key], key)} for key in SYSTEM if value.get(key)]
-    if system and said[0]["role"] != "system":
-        said = [system[0], *said]
+    if system and chat[0]["role"] != "system":
+        chat = [system[0], *chat]
         trained = [False, *trained]
-    elif system and system[0] != said[0]:
-        untold = untold or "two_systems"
+    elif system and system[0] != chat[0]:
+        incomplete = incomplete or "two_systems"
     found = [
-        Exchange(f"{id}@{i}", said[:i], turn["content"], finish="stop", untold=untold, **about)
-        for i, turn in enumerate(said)
+        Exchange(f"{id}@{i}", chat[:i], turn["content"], finish="stop", incomplete=incomplete, **about)
+        for i, turn in enumerate(chat)
         if turn["role"] == "assistant" and i > 0 and trained[i]
     ]
     if not found:
-        raise Refused("empty", "no answer of the assistant is here")
+        raise Refused("empty", "has no answer of the assistant")
     return found
 
 
@@ -63,15 +65,15 @@ def _prompt(value: Any) -> tuple[str | list[dict[str, str]], str]:
 def _turns(value: dict[str, Any]) -> tuple[list[dict[str, str]], str]:
     if "messages" in value:
         return turns(value["messages"], "messages")
-    said, untold = [], ""
+    chat, incomplete = [], ""
     for number, turn in enumerate(sequence(value["conversations"], "conversations")):
         here = mapping(turn, f"conversations.{number}")
         role = here.get("from", here.get("role"))
         word = role.lower() if isinstance(role, str) else str(role)
         if word not in ROLES:
-            untold = untold or "unknown_role"
+            incomplete = incomplete or "unknown_role"
         if word in CALLS or here.get("tool_calls"):
-            untold = untold or "tool_calls"
+            incomplete = incomplete or "tool_calls"
         words = text(here.get("value", here.get("content")), f"conversations.{number}.value")
-        said.append({"role": ROLES.get(word, word), "content": words})
-    return said, untold
+        chat.append({"role": ROLES.get(word, word), "content": words})
+    return chat, incomplete

@@ -1,7 +1,7 @@
-"""Which exchanges say again what an earlier one said, word by word or nearly so.
+"""Finds exchanges that repeat an earlier one, word for word or nearly.
 
 Nearly: MinHash signatures of the words' 3-grams, in bands (Broder 1997, On the resemblance and containment of documents). A
-library would bring more than the few lines that are needed.
+library would be larger than these few lines.
 
 H = hashes of a signature, G = n-grams
 """
@@ -21,7 +21,7 @@ NUM_HASHES = 64
 BANDS = 8
 NGRAM = 3
 PROMPT_TAIL = 2000
-"""Characters of the last turn that count: a long system prompt would make all exchanges near duplicates."""
+"""Characters of the last turn that are compared: a long system prompt would make all exchanges near duplicates."""
 _PRIME = np.uint64(2**31 - 1)
 _FACTORS_H2 = np.random.Generator(np.random.PCG64(20)).integers(1, 2**31 - 1, size=(NUM_HASHES, 2), dtype=np.uint64)
 
@@ -32,15 +32,15 @@ class Mark:
 
     exact: str
     near: str
-    """The signature in hexadecimal digits; empty: too few words to compare, or nobody asks."""
+    """The signature in hexadecimal digits; empty: too few words to compare, or near duplicates are not looked for."""
 
 
 class Duplicates:
     """Remembers the newest exchanges.
 
     Args:
-        similarity: Share of common n-grams from which two are near duplicates; None: only equal ones are looked for.
-        remembered: Exchanges that are compared with.
+        similarity: Two exchanges that share this much of their n-grams are near duplicates; None: only equal ones are found.
+        remembered: Exchanges that a new one is compared with.
     """
 
     def __init__(self, *, similarity: float | None, remembered: int) -> None:
@@ -52,15 +52,15 @@ class Duplicates:
         self._count = 0
 
     def mark(self, exchange: Exchange) -> Mark:
-        """Return what there is to remember of an exchange.
+        """Return the mark of an exchange, to be remembered once it is used.
 
         Raises:
-            Refused: An earlier one said the same, or nearly so.
+            Refused: It repeats an earlier exchange, or nearly.
         """
-        asked, answered = _said(exchange)
-        digest = hashlib.blake2b(f"{asked}\0{answered}".encode("utf-8", "replace"), digest_size=16).hexdigest()
+        question, answer = _texts(exchange)
+        digest = hashlib.blake2b(f"{question}\0{answer}".encode("utf-8", "replace"), digest_size=16).hexdigest()
         if digest in self._exact:
-            raise Refused("duplicate", "the same was asked and answered before")
+            raise Refused("duplicate", "an earlier exchange has the same question and answer")
         if self._similarity is None or exchange.answer is None:
             return Mark(digest, "")
         last = exchange.prompt[-1]["content"] if isinstance(exchange.prompt, list) else exchange.prompt or ""
@@ -69,7 +69,7 @@ class Duplicates:
             return Mark(digest, "")
         for other in {self._bands[key] for key in _keys(signature_H) if key in self._bands}:
             if float((self._signatures[other] == signature_H).mean()) >= self._similarity:
-                raise Refused("near_duplicate", "nearly the same was asked and answered before")
+                raise Refused("near_duplicate", "an earlier exchange has nearly the same question and answer")
         return Mark(digest, signature_H.tobytes().hex())
 
     def remember(self, mark: Mark) -> None:
@@ -91,14 +91,14 @@ class Duplicates:
 
 
 def _keys(signature_H: np.ndarray[Any, Any]) -> list[tuple[int, bytes]]:
-    """Return the bands of a signature: near duplicates have one in common almost surely."""
+    """Return the bands of a signature: near duplicates almost surely share one."""
     return [(band, row.tobytes()) for band, row in enumerate(signature_H.reshape(BANDS, -1))]
 
 
-def _said(exchange: Exchange) -> tuple[str, str]:
-    """Return what was asked and what was answered, as text or, where there is none, as ids."""
-    asked = exchange.prompt if exchange.prompt is not None else exchange.prompt_ids
-    return str(asked), exchange.answer if exchange.answer is not None else str(exchange.answer_ids)
+def _texts(exchange: Exchange) -> tuple[str, str]:
+    """Return question and answer as text, or as ids where there is no text."""
+    question = exchange.prompt if exchange.prompt is not None else exchange.prompt_ids
+    return str(question), exchange.answer if exchange.answer is not None else str(exchange.answer_ids)
 
 
 def _signature(words: str) -> np.ndarray[Any, Any] | None:

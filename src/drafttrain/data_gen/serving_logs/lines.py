@@ -1,4 +1,4 @@
-"""The lines of log files: plain or gzip, whole ones only, and never more of one in memory than is allowed."""
+"""The lines of log files, plain or gzip; a line longer than the limit is never held in memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from drafttrain.core.errors import DataError
 
 ROTATED = re.compile(r"^(.*?)\.(?:(\d{1,6})|(\d{4}-\d\d-\d\d[\w.-]*?))$")
 BUILTIN = "builtin:"
-"""Logs that come with drafttrain."""
+"""Prefix of logs that come with drafttrain."""
 SKIP_BYTES = 1 << 20
 DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)
-"""What reading a gzip file raises that is cut off or is none."""
+"""Exceptions for a gzip file that is cut off, or is not one."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,15 @@ class Line:
     """One line."""
 
     end: int
-    """Bytes of the (unpacked) file up to the next line."""
+    """Offset of the next line in the (unpacked) file, in bytes."""
     data: bytes | None
-    """None: it was longer than is allowed."""
+    """None: it was longer than the limit."""
     whole: bool = True
     """False: the file ends before the line does."""
 
 
 def log_files(path: str) -> list[Path]:
-    """Return the files of a folder, a path, a pattern or a builtin log: of rotated ones, which end in .1 or a date, the oldest first.
+    """Return the files of a folder, a path, a pattern or a builtin log; rotated files (.1, or a date at the end) oldest first.
 
     Raises:
         DataError: There is no such folder or file.
@@ -60,7 +60,7 @@ def opened(path: Path) -> IO[bytes]:
 
 
 def lines(file: IO[bytes], *, start: int, max_bytes: int) -> Iterator[Line]:
-    """Yield the lines from byte `start` on, where the file stands; the last one even if it is not whole."""
+    """Yield the lines from byte `start`, where the file is positioned; the last one even if it is incomplete."""
     end = start
     while piece := file.readline(max_bytes + 1):
         end += len(piece)

@@ -1,8 +1,8 @@
 """The OpenAI protocol's chat and text completions, as gateways, recorders and batch jobs log them.
 
 A line holds the request (under `request` or `body`, or at the top) and the response (under `response`, or at the top): whole, or
-as the list of its chunks. vLLM's and SGLang's additions (token ids) are read where they are, and so are what was
-drafted and kept for an answer: `speculative` of a choice, or vLLM's `metrics.speculative_decoding`.
+as the list of its chunks. vLLM's and SGLang's additions (token ids) are read where present, and so are the rounds of
+speculation: `speculative` of a choice, or vLLM's `metrics.speculative_decoding`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 from drafttrain.data_gen.serving_logs.exchange import (
     Exchange,
-    Law,
     LoggedRound,
+    LogProbs,
     Refused,
     count,
     ids,
@@ -27,11 +27,11 @@ from drafttrain.data_gen.serving_logs.rounds import logged_rounds, vllm_rounds
 from drafttrain.data_gen.serving_logs.stream import merged
 
 ID_PREFIX = "token_id:"
-"""How vLLM spells a token where it is asked for ids (return_tokens_as_token_ids)."""
+"""How vLLM writes a token when ids are requested (return_tokens_as_token_ids)."""
 
 
 def is_openai(value: Mapping[str, Any]) -> bool:
-    """Tell whether a line is of this protocol."""
+    """Return whether a line is of this protocol."""
     return "choices" in value or "response" in value or "chunks" in value
 
 
@@ -47,12 +47,12 @@ def exchanges(value: dict[str, Any], *, id: str) -> list[Exchange]:
     usage = mapping(response.get("usage") or {}, "usage")
     choices = [mapping(one, f"choices.{i}") for i, one in enumerate(sequence(response.get("choices"), "choices"))]
     if not choices:
-        raise Refused("empty", "choices: no answer is here")
-    whole = str(value.get("id") or response.get("id") or id)
+        raise Refused("empty", "choices: has no answer")
+    base = str(value.get("id") or response.get("id") or id)
     answered = count(usage.get("completion_tokens"), "usage.completion_tokens") if len(choices) == 1 else None
     return [
         Exchange(
-            id=whole if len(choices) == 1 else f"{whole}@{i}",
+            id=base if len(choices) == 1 else f"{base}@{i}",
             **asked | _prompt_ids(response, choice),
             **_answer(choice, f"choices.{i}"),
             rounds=_rounds(response, choices, i),
@@ -80,18 +80,18 @@ def _response(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _asked(request: dict[str, Any], response: dict[str, Any]) -> dict[str, Any]:
-    """Return what an exchange holds of the request."""
-    untold = ""
+    """Return the fields of an exchange that come from the request."""
+    incomplete = ""
     prompt: Any = None
     prompt_ids = None
     if "messages" in request:
-        prompt, untold = turns(request["messages"], "messages")
-        untold = "tool_calls" if request.get("tools") or request.get("functions") else untold
+        prompt, incomplete = turns(request["messages"], "messages")
+        incomplete = "tool_calls" if request.get("tools") or request.get("functions") else incomplete
         if request.get("chat_template"):
-            # A template from a log is a program from a stranger: it is not run.
-            untold = "chat_template"
+            # A template in a log is a stranger's program: it is never run.
+            incomplete = "chat_template"
         if request.get("continue_final_message") or request.get("add_generation_prompt") is False:
-            untold = untold or "continued"
+            incomplete = incomplete or "continued"
     elif isinstance(request.get("prompt"), list):
         prompts = request["prompt"]
         if all(type(one) is int for one in prompts):
@@ -99,7 +99,7 @@ def _asked(request: dict[str, Any], response: dict[str, Any]) -> dict[str, Any]:
         elif len(prompts) == 1:
             prompt = text(prompts[0], "prompt.0")
         else:
-            raise Refused("several_prompts", "prompt: one text, or token ids, is read; a list of texts is not")
+            raise Refused("several_prompts", "prompt: must be one text or token ids, got a list of texts")
     else:
         prompt = text(request.get("prompt"), "prompt")
     if request.get("echo") or request.get("suffix"):
@@ -108,7 +108,7 @@ def _asked(request: dict[str, Any], response: dict[str, Any]) -> dict[str, Any]:
     return {
         "prompt": prompt,
         "prompt_ids": prompt_ids,
-        "untold": untold,
+        "incomplete": incomplete,
         "model": _word(response.get("model")) or _word(request.get("model")),
         "user": _word(request.get("user")),
         "stops_on_text": bool(request.get("stop")),
@@ -122,7 +122,7 @@ def _prompt_ids(response: dict[str, Any], choice: dict[str, Any]) -> dict[str, A
 
 
 def _answer(choice: dict[str, Any], key: str) -> dict[str, Any]:
-    """Return what an exchange holds of a choice."""
+    """Return the fields of an exchange that come from a choice."""
     answer: str | None
     if "message" in choice:
         message = mapping(choice["message"], f"{key}.message")
@@ -137,19 +137,19 @@ def _answer(choice: dict[str, Any], key: str) -> dict[str, Any]:
     return {
         "answer": answer,
         "answer_ids": ids(choice.get("token_ids"), f"{key}.token_ids"),
-        "law": _law(choice.get("logprobs"), f"{key}.logprobs"),
+        "logprobs": _logprobs(choice.get("logprobs"), f"{key}.logprobs"),
         "finish": "stop_text" if stopped_on_text else finish if isinstance(finish, str) else "",
     }
 
 
 def _rounds(response: dict[str, Any], choices: Sequence[dict[str, Any]], i: int) -> Sequence[LoggedRound] | None:
     found = logged_rounds(choices[i].get("speculative"), f"choices.{i}.speculative")
-    # Of a response: whose rounds they are is known where there is one answer.
+    # vLLM reports rounds by response: they belong to an answer only if it is the only one.
     return vllm_rounds(response) if found is None and len(choices) == 1 else found
 
 
-def _law(logged: Any, key: str) -> Law | None:
-    """Return what is logged of the law, in the form of chats or the older one of text completions."""
+def _logprobs(logged: Any, key: str) -> LogProbs | None:
+    """Return the logged log-probabilities, in the form of chats or the older one of text completions."""
     if logged is None:
         return None
     logged = mapping(logged, key)
@@ -160,7 +160,7 @@ def _law(logged: Any, key: str) -> Law | None:
     tokens, values = sequence(logged["tokens"], key), sequence(logged["token_logprobs"], key)
     tops = sequence(logged.get("top_logprobs") or [None] * len(tokens), key)
     if not len(tokens) == len(values) == len(tops):
-        raise Refused("logprobs", f"{key}: tokens, token_logprobs and top_logprobs are not of one length")
+        raise Refused("logprobs", f"{key}: tokens, token_logprobs and top_logprobs differ in length")
     rows = []
     for token, value, top in zip(tokens, values, tops, strict=True):
         others = mapping(top or {}, f"{key}.top_logprobs").items()

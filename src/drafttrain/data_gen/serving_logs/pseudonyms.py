@@ -1,4 +1,4 @@
-"""Names of users as records hold them: equal for equal users of one folder, and of use to nobody without the folder's salt."""
+"""Pseudonyms of users: the same user of one folder gets the same one, and nobody can compute it without the folder's salt."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from contextlib import suppress
 from pathlib import Path
 
 SALT_FILE = ".user-salt"
-"""Hidden, so that no reader of a folder of logs takes it for one."""
+"""A hidden file, so that it is never read as a log."""
 SALT_BYTES = 32
 
 
 class Pseudonyms:
     """The pseudonyms of a folder.
 
-    Its salt is made when the first user is named; only its owner may read the file. Without a salt anybody who has a list of users
-    would find each in the records by its digest.
+    Its salt is made for the first user; only its owner may read the file. Without a salt, anybody with a list of users
+    could find each user in the records by the digest.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -34,11 +34,11 @@ class Pseudonyms:
     def _read(self) -> bytes:
         if not self._path.exists():
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            # Made with mode 0600.
+            # Created with mode 0600.
             handle, name = tempfile.mkstemp(prefix=f"{SALT_FILE}.", suffix=".part", dir=self._path.parent)
             with os.fdopen(handle, "w") as file:
                 file.write(secrets.token_hex(SALT_BYTES))
-            # Of two processes that begin at once, one makes it.
+            # Two processes may start at once: the first one's salt stays.
             with suppress(FileExistsError):
                 os.link(name, self._path)
             os.unlink(name)

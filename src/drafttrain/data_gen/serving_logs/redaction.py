@@ -1,4 +1,4 @@
-"""What must not be kept is taken out of text before anything is written: what `private` finds, and what the user adds."""
+"""Removes private content from text before anything is written: what `private` finds, then the user's own function."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from drafttrain.data_gen.serving_logs.private.values import without_private
 FINDERS = (issued_keys.find, named_secrets.find, emails.find, numbers.find, phones.find)
 
 MOST_PASSES = 8
-"""Over one text; the second finds nothing in nearly all."""
+"""Passes over one text; in nearly all texts the second finds nothing."""
 
 Redact = Callable[[str], str]
 
 
 def redactor(*, builtin: bool, own: str | None) -> Redact:
-    """Return the function from text to text that may be kept.
+    """Return the function that removes private content from text.
 
     Args:
         builtin: E-mail addresses, telephone, card and account numbers, public addresses of hosts, keys and passwords.
-        own: Dotted name of the user's function `(text) -> text`, called after that.
+        own: Dotted name of the user's function `(text) -> text`, called after the built-in redaction.
 
     Raises:
         DataError: The user's function cannot be found.
@@ -40,7 +40,7 @@ def redactor(*, builtin: bool, own: str | None) -> Redact:
             try:
                 words = step(words)
             except Exception as error:
-                # A stranger's function may fail in any way; what it has not seen to the end is not kept.
+                # The user's function may fail in any way; text that it did not process is not kept.
                 raise Refused("redaction", f"{name} failed: {type(error).__name__}") from error
             if not isinstance(words, str):
                 raise Refused("redaction", f"{name} returned {type(words).__name__}, not text")
@@ -52,22 +52,22 @@ def redactor(*, builtin: bool, own: str | None) -> Redact:
 def without_personal(text: str) -> str:
     """Return text with placeholders for what `private` finds in it.
 
-    Linear in the length of the text; done again, it changes nothing.
+    Linear in the length of the text, and idempotent.
     """
     for _ in range(MOST_PASSES):
         spans = [span for find in FINDERS for span in find(text)]
         if not spans:
             break
-        # What stood apart may stand together now, and be judged by other words.
+        # Pieces that were apart may be adjacent now, and have other words around them.
         text = replaced(text, spans)
     return text
 
 
 def redacted(exchange: Exchange, redact: Redact) -> Exchange:
-    """Return an exchange that may be kept. Where its text had to change, its ids, its law and its rounds, which spell the old one, are gone.
+    """Return an exchange without private content. Where its text changed, ids, log-probabilities and rounds are removed: they hold the old text.
 
-    An answer ends where its first change begins: what stands in its place the target did not write, and what follows it was
-    written after something else.
+    An answer ends where its first change begins: the target did not write the placeholder, and what follows was written after
+    another text.
     """
     prompt: Any = exchange.prompt
     if isinstance(prompt, str):
@@ -90,9 +90,15 @@ def redacted(exchange: Exchange, redact: Redact) -> Exchange:
         length = next((i for i, equal in enumerate(same) if not equal), min(len(answer), len(exchange.answer)))
         kept = replace(kept, answer=answer[:length], finish="redacted")
     if not kept.answer:
-        raise Refused("redacted", "nothing of the answer may be kept")
+        raise Refused("redacted", "nothing is left of the answer")
     return replace(
-        kept, prompt_ids=None, answer_ids=None, law=None, rounds=None, num_prompt_tokens=None, num_answer_tokens=None
+        kept,
+        prompt_ids=None,
+        answer_ids=None,
+        logprobs=None,
+        rounds=None,
+        num_prompt_tokens=None,
+        num_answer_tokens=None,
     )
 
 
@@ -103,6 +109,6 @@ def _imported(name: str) -> Redact:
     except (ImportError, AttributeError, ValueError) as error:
         raise DataError(f"redact_with: {name}: cannot be imported: {error}") from error
     if not callable(found):
-        raise DataError(f"redact_with: {name}: is no function of text")
+        raise DataError(f"redact_with: {name}: is not a function of text")
     redact: Redact = found
     return redact

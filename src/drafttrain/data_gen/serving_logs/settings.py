@@ -15,33 +15,33 @@ class ServingLogsSettings(WeightedSettings):
     path: str = setting(help="A folder of logs, a file, a pattern such as logs/*.jsonl*, or builtin:serving_log.")
     max_lost_share: float = setting(
         1.0,
-        help="Share of the exchanges that may be quarantined; logs hold duplicates and much that cannot be used. More of them stop "
-        "the run.",
+        help="Share of the exchanges that may be quarantined; more stop the run. Logs hold duplicates and much that cannot be used.",
         ge=0,
         le=1,
     )
     model: str | None = setting(
-        None, help="Name under which the target is served; other models' answers are set aside. null: the first one's."
+        None,
+        help="Name under which the target is served; answers of other models are quarantined. null: the model of the first answer.",
     )
     law: bool = setting(
         True,
-        help="Train on logged top-k log-probabilities where there are any (the target's own, at temperature 1): the target is not "
-        "asked again. Their tail is one bucket.",
+        help="Train on logged top-k log-probabilities where available (the target's, at temperature 1) instead of running the "
+        "target. Their tail is one bucket.",
     )
     redact: bool = setting(
         True,
-        help="Take out e-mail addresses, telephone, card and account numbers, public IP addresses, keys and passwords before anything is written.",
+        help="Remove e-mail addresses, telephone, card and account numbers, public IP addresses, keys and passwords before anything is written.",
     )
     redact_with: str | None = setting(
         None,
-        help="Your function (text) -> text by its dotted name, called after that; it returns text that may be kept as it is.",
+        help="Dotted name of your own function (text) -> text, called after the built-in redaction.",
     )
     near_duplicates: float | None = setting(
         0.9,
-        help="Share of common word 3-grams from which an exchange is set aside; null: only equal ones are.",
+        help="An exchange that shares this much of its word 3-grams with an earlier one is quarantined; null: only equal ones.",
         gt=0,
         le=1,
     )
-    remembered: int = setting(100_000, help="Exchanges that a new one is compared with, the newest ones.", ge=1)
-    max_line_mb: float = setting(8.0, help="Longer lines are set aside without being held.", gt=0)
-    max_depth: int = setting(32, help="Levels of a line's JSON; deeper ones are set aside.", ge=4)
+    remembered: int = setting(100_000, help="How many of the newest exchanges a new one is compared with.", ge=1)
+    max_line_mb: float = setting(8.0, help="Longer lines are quarantined without being read into memory.", gt=0)
+    max_depth: int = setting(32, help="Levels of a line's JSON; deeper lines are quarantined.", ge=4)

@@ -1,4 +1,4 @@
-"""The chunks of a streamed answer put together again, as the server would have answered at once."""
+"""Merges the chunks of a streamed answer into the response that the server would have sent without streaming."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from drafttrain.data_gen.serving_logs.exchange import mapping, sequence
 
 
 def merged(chunks: Iterable[Any]) -> dict[str, Any]:
-    """Return one response: texts, token ids and log-probabilities of all chunks one after the other, by choice."""
+    """Return one response: texts, token ids and log-probabilities of all chunks joined, by choice."""
     whole: dict[str, Any] = {}
     choices: dict[Any, dict[str, Any]] = {}
     for number, chunk in enumerate(chunks):
@@ -28,7 +28,7 @@ def merged(chunks: Iterable[Any]) -> dict[str, Any]:
 
 
 def _add(choice: dict[str, Any], part: dict[str, Any]) -> None:
-    """Add a chunk's part of a choice; pieces of text are kept as a list until all are there."""
+    """Add a chunk's part of a choice; pieces of text stay a list until the last chunk."""
     for name in ("finish_reason", "stop_reason", "prompt_token_ids", "matched_stop"):
         if part.get(name) is not None:
             choice[name] = part[name]
@@ -52,7 +52,7 @@ def _add(choice: dict[str, Any], part: dict[str, Any]) -> None:
                 if isinstance(value, str):
                     message.setdefault(name, []).append(value)
             elif name == "tool_calls" and value:
-                # What was called is not needed, that something was is: the text is not all of the answer then.
+                # That a tool was called matters, not which: the text is not all of the answer then.
                 message["tool_calls"] = [{}]
 
 

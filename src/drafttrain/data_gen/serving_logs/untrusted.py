@@ -1,4 +1,4 @@
-"""From a line of bytes that anybody may have written to a JSON object within limits."""
+"""From a line of untrusted bytes to a JSON object within limits."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from drafttrain.data_gen.bad_item import BadItem
 from drafttrain.data_gen.serving_logs.exchange import Refused
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
-"""What no text of a chat holds: control characters but tab and line ends, and halves of surrogate pairs."""
+"""Never part of a chat's text: control characters except tab and line ends, and halves of surrogate pairs."""
 
 
 @contextmanager
 def guard() -> Iterator[None]:
-    """Turn whatever a line of a log makes the block raise into a reason to quarantine that line.
+    """Turn any exception that a line of a log causes into a reason to quarantine that line.
 
-    Everything that is done with a line stands under this guard. Without it one line would end the reader, and again at every
-    restart, as its place is stored behind the line only once the line is accounted for. The reason does not repeat the line.
+    Everything that reads a line runs under this guard. Without it one line would stop the reader, and again at every restart,
+    because the place behind a line is stored only after the line is counted. The reason never repeats the line.
 
     Raises:
         Refused: The block failed.
@@ -31,14 +31,14 @@ def guard() -> Iterator[None]:
         raise
     except BadItem as error:
         raise Refused(
-            "no_tokens", "its text gives none within data.max_length by this tokenizer and its chat template"
+            "no_tokens", "this tokenizer and its chat template give no usable tokens within data.max_length"
         ) from error
     except (MemoryError, OSError):
-        raise  # Of the machine and not of the line: lines are bounded.
+        raise  # Caused by the machine, not by the line: lines are bounded.
     except Exception as error:
         raise Refused("unreadable", f"reading it failed with {type(error).__name__}") from error
     except BaseException as error:
-        # What the Rust of tokenizers raises when it panics is no Exception.
+        # A panic in the Rust code of tokenizers is not an Exception.
         if type(error).__name__ != "PanicException":
             raise
         raise Refused("unreadable", "the tokenizer panicked") from error
@@ -60,24 +60,24 @@ def parsed(line: str, *, max_depth: int) -> dict[str, Any]:
     """Return the JSON object of a line.
 
     Raises:
-        Refused: It is none, is nested too deep, or holds what is no text or no number.
+        Refused: It is not an object, is nested too deeply, or holds invalid text or numbers.
     """
     try:
         value = json.loads(line, parse_constant=_no_number)
     except RecursionError as error:
         raise Refused("too_deep", f"more than {max_depth} levels") from error
     except ValueError as error:
-        raise Refused("not_json", "cut off, or no JSON") from error
+        raise Refused("not_json", "cut off, or not JSON") from error
     if not isinstance(value, dict):
-        raise Refused("wrong_type", f"a JSON object is needed, got {type(value).__name__}")
+        raise Refused("wrong_type", f"must be a JSON object, got {type(value).__name__}")
     _check(value, max_depth=max_depth)
     return value
 
 
 def check_text(words: str) -> None:
-    """Refuse text with control characters or half characters."""
+    """Refuse text with control characters or halves of surrogate pairs."""
     if CONTROL.search(words):
-        raise Refused("control_characters", "text holds control characters, or half a surrogate pair")
+        raise Refused("control_characters", "text holds control characters or half a surrogate pair")
 
 
 def _check(value: Any, *, max_depth: int) -> None:
@@ -95,4 +95,4 @@ def _check(value: Any, *, max_depth: int) -> None:
 
 
 def _no_number(word: str) -> float:
-    raise Refused("not_a_number", f"{word} stands where a number should be")
+    raise Refused("not_a_number", f"{word} is not a number")

@@ -23,8 +23,7 @@ from drafttrain.core.texts import Record
 from drafttrain.data_gen.annotate import Annotator, Frozen, annotators
 from drafttrain.data_gen.groups import groups
 from drafttrain.data_gen.names import Names, shared_names
-from drafttrain.data_gen.sampler import Sampler
-from drafttrain.data_gen.shares import own_shares
+from drafttrain.data_gen.sampler import Sampler, own_shares
 from drafttrain.data_gen.training_data import TrainingData
 from drafttrain.heads import TokenHead
 from drafttrain.heads.rows import HeadBatch, HeadRows

@@ -1,6 +1,6 @@
-"""What serving logs say of the target's law, stored with the records and read by the training step in place of the target.
+"""The target's distribution from serving logs, stored with the records; the training step reads it instead of running the target.
 
-N = rows (labels), K = tokens named of a row's law, V = vocabulary
+N = rows (labels), K = tokens named in a row, V = vocabulary
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from drafttrain.core.texts import LoggedDistribution, Record
 
 FILES = ("law_ids.npy", "law_log_probs.npy", "law_starts.npy")
 LEAST = 1e-30
-"""Probability that stands for none: logarithms stay finite."""
+"""Smallest probability of a tail, so that its logarithm is finite."""
 
 
 class DistributionStore:
-    """The logged law of a store's records, by number."""
+    """The logged distributions of a store's records, by number."""
 
     def __init__(self, folder: Path) -> None:
         self._ids, self._log_probs, self._starts = (
@@ -33,11 +33,11 @@ class DistributionStore:
 
     @staticmethod
     def open(folder: Path) -> DistributionStore | None:
-        """Return what is stored in a folder; None: nothing."""
+        """Return the distributions stored in a folder; None: there are none."""
         return DistributionStore(folder) if (folder / FILES[0]).exists() else None
 
     def has(self, record: int) -> bool:
-        """Tell whether the law at a record's labels is known."""
+        """Return whether a record has logged distributions at its labels."""
         return bool(self._starts[record] < self._starts[record + 1])
 
     def __getitem__(self, record: int) -> LoggedDistribution | None:
@@ -47,15 +47,15 @@ class DistributionStore:
         return LoggedDistribution(np.array(self._ids[rows]), np.array(self._log_probs[rows]))
 
 
-def write_distributions(folder: Path, laws: Sequence[LoggedDistribution | None]) -> dict[str, Any]:
-    """Write the laws of all records of a store, nothing where none has one, and return what there is to report."""
-    known = [law for law in laws if law is not None]
+def write_distributions(folder: Path, logged: Sequence[LoggedDistribution | None]) -> dict[str, Any]:
+    """Write the logged distributions of a store's records and return their statistics; without any, write and return nothing."""
+    known = [one for one in logged if one is not None]
     if not known:
         return {}
-    width = max(law.ids_NK.shape[1] for law in known)
-    ids_NK = np.concatenate([_widened(law.ids_NK, width, -1) for law in known])
-    log_probs_NK = np.concatenate([_widened(law.log_probs_NK, width, -np.inf) for law in known])
-    counts = [0 if law is None else len(law.ids_NK) for law in laws]
+    width = max(one.ids_NK.shape[1] for one in known)
+    ids_NK = np.concatenate([_widened(one.ids_NK, width, -1) for one in known])
+    log_probs_NK = np.concatenate([_widened(one.log_probs_NK, width, -np.inf) for one in known])
+    counts = [0 if one is None else len(one.ids_NK) for one in logged]
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     for name, array in zip(FILES, (ids_NK, log_probs_NK, starts), strict=True):
         np.save(folder / name, array)
@@ -70,7 +70,7 @@ def write_distributions(folder: Path, laws: Sequence[LoggedDistribution | None])
 
 
 class LoggedRows:
-    """The target's law over a micro-batch of which all records have a logged one."""
+    """The target's distribution over a micro-batch whose records all have a logged one."""
 
     def __init__(self, ids_NK: Tensor, log_probs_NK: Tensor, row_of_position: Tensor, *, num_tokens: int) -> None:
         self._ids_NK = ids_NK
@@ -79,7 +79,7 @@ class LoggedRows:
         self._num_tokens = num_tokens
 
     def each(self, change: Callable[[Tensor], Tensor]) -> LoggedRows:
-        """Return the same of changed tensors: moved, pinned."""
+        """Return a copy with `change` applied to every tensor (moved, pinned)."""
         return LoggedRows(
             change(self._ids_NK),
             change(self._log_probs_NK),
@@ -88,17 +88,17 @@ class LoggedRows:
         )
 
     def named(self, index_N: Tensor) -> NamedRows:
-        """Return what is known of the law of the token after each flat position."""
+        """Return the logged distribution of the token after each flat position."""
         rows_N = self._row_of_position[index_N]
         return NamedRows(self._ids_NK[rows_N], self._log_probs_NK[rows_N])
 
     def at(self, index_N: Tensor) -> Tensor:
-        """Return log-probabilities over the vocabulary, the tail spread evenly: for drafters with a vocabulary of their own."""
+        """Return log-probabilities over the vocabulary, the tail spread evenly: for drafters with their own vocabulary."""
         named = self.named(index_N)
         others_N = (self._num_tokens - (named.ids_NK >= 0).sum(-1)).clamp_min(1)
         fill_N = (named.tail_N.clamp_min(LEAST) / others_N).log()
         fill_NV = fill_N[:, None].repeat(1, self._num_tokens + 1)
-        # Places that name no token go into a column that is cut off.
+        # Unused places are scattered into one extra column, which is cut off.
         where_NK = torch.where(named.ids_NK >= 0, named.ids_NK, self._num_tokens)
         return fill_NV.scatter(1, where_NK, named.log_probs_NK)[:, : self._num_tokens]
 
@@ -107,25 +107,25 @@ def with_logged(
     batch: DraftBatch,
     places: Sequence[tuple[int, int]],
     records: Sequence[Record],
-    laws: Sequence[LoggedDistribution],
+    logged: Sequence[LoggedDistribution],
     *,
     num_tokens: int,
 ) -> DraftBatch:
-    """Return a packed batch with the logged law of its records.
+    """Return a packed batch with the logged distributions of its records.
 
     Args:
         places: Where each record begins in the batch.
     """
     width = batch.tokens_BT.shape[1]
     row_of_position = torch.full((batch.tokens_BT.numel(),), -1, dtype=torch.long)
-    taken, most = 0, max(law.ids_NK.shape[1] for law in laws)
-    for (row, column), record, law in zip(places, records, laws, strict=True):
+    taken, most = 0, max(one.ids_NK.shape[1] for one in logged)
+    for (row, column), record, one in zip(places, records, logged, strict=True):
         labels = np.flatnonzero(record.loss_mask)
-        # The law of a label is that of the position before it.
+        # The distribution of a label is at the position before it.
         row_of_position[row * width + column + torch.from_numpy(labels) - 1] = torch.arange(taken, taken + len(labels))
-        taken += len(law.ids_NK)
-    ids_NK = torch.from_numpy(np.concatenate([_widened(law.ids_NK, most, -1) for law in laws])).long()
-    log_probs_NK = torch.from_numpy(np.concatenate([_widened(law.log_probs_NK, most, -np.inf) for law in laws]))
+        taken += len(one.ids_NK)
+    ids_NK = torch.from_numpy(np.concatenate([_widened(one.ids_NK, most, -1) for one in logged])).long()
+    log_probs_NK = torch.from_numpy(np.concatenate([_widened(one.log_probs_NK, most, -np.inf) for one in logged]))
     rows = LoggedRows(ids_NK, log_probs_NK, row_of_position, num_tokens=num_tokens)
     return replace(batch, target_rows=rows)
 

@@ -1,6 +1,6 @@
-"""Encoded records on disk, read by number without loading the rest.
+"""Encoded records on disk, read by number without loading the others.
 
-The arrays of a store are plain .npy files: tokens and masks of all records one after the other, and where each begins.
+A store is a folder of .npy files: tokens and masks of all records joined, and where each record begins.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from drafttrain.data_gen.sources import Item, RecordSource, Source
 from drafttrain.data_gen.stored.logged_distribution import DistributionStore, write_distributions
 
 ENCODING = 2
-"""Of how records are made of items; what another one made is made again."""
+"""Version of the encoding; a store of another version is encoded again."""
 
 
 class Store:
@@ -35,13 +35,13 @@ class Store:
         self._mask = np.load(folder / "mask.npy", mmap_mode="r", allow_pickle=False)
         self._starts = np.load(folder / "starts.npy", allow_pickle=False)
         self.ids: list[str] = json.loads((folder / "ids.json").read_text(encoding="utf-8"))
-        """Names of the records; no two are the same."""
+        """Names of the records; all differ."""
         labels = np.concatenate([[0], np.cumsum(self._mask, dtype=np.int64)])
         first = np.asarray(self._mask)[self._starts[:-1]].astype(np.int64)
         self.num_labels = labels[self._starts[1:]] - labels[self._starts[:-1]] - first
-        """Trained positions by record; a first token has nothing before it and is none."""
-        self.law = DistributionStore.open(folder)
-        """What serving logs say of the target's law; None: nothing."""
+        """Trained positions by record; a first token has nothing before it and is not trained."""
+        self.distributions = DistributionStore.open(folder)
+        """The target's distribution from serving logs; None: not logged."""
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -51,17 +51,17 @@ class Store:
         return Record(self.ids[index], self._tokens[start:stop].tolist(), self._mask[start:stop].tolist())
 
     def length(self, index: int) -> int:
-        """Return how many tokens a record has."""
+        """Return the number of tokens of a record."""
         return int(self._starts[index + 1] - self._starts[index])
 
     @property
     def tokens(self) -> np.ndarray[Any, Any]:
-        """All records' tokens, one after the other."""
+        """The tokens of all records, joined."""
         return self._tokens
 
     @property
     def labels(self) -> np.ndarray[Any, Any]:
-        """All tokens that are trained, one after the other."""
+        """The trained tokens of all records, joined."""
         return np.asarray(self._tokens[self._mask])
 
     @property
@@ -73,14 +73,14 @@ class Store:
 def open_store(
     folder: Path, source: Source, encoder: Encoder, *, about: dict[str, Any], max_lost_share: float = 1.0
 ) -> Store:
-    """Return the store of a source, encoding it first if it was not encoded from the same things before.
+    """Return the store of a source; encode it first unless a store of the same content exists.
 
     Args:
-        about: What the content depends on (settings, tokenizer); another one makes the store anew.
+        about: What the content depends on (settings, tokenizer); when it changes, the source is encoded again.
         max_lost_share: Share of the items that may be quarantined.
 
     Raises:
-        DataError: More of them are, or nothing is left.
+        DataError: More items are quarantined, or none is left.
     """
     about = about | {"encoding": ENCODING}
     if (folder / "meta.json").exists():
@@ -102,7 +102,7 @@ def _name(about: dict[str, Any]) -> str:
 def _encode(folder: Path, source: Source, encoder: Encoder, *, about: dict[str, Any], max_lost_share: float) -> None:
     names, own_ids, sizes = Names(), list[str](), list[int]()
     tokens, masks = _Growing(np.uint32), _Growing(np.bool_)
-    laws: list[LoggedDistribution | None] = []
+    logged: list[LoggedDistribution | None] = []
     settings, quarantine = about["source"], folder / "quarantine.jsonl"
     read_well = 0
 
@@ -127,7 +127,7 @@ def _encode(folder: Path, source: Source, encoder: Encoder, *, about: dict[str, 
         sizes.append(len(record.tokens))
         tokens.extend(record.tokens)
         masks.extend(record.loss_mask)
-        laws.append(record.logged)
+        logged.append(record.logged)
     np.save(folder / "tokens.npy", tokens.array())
     np.save(folder / "mask.npy", masks.array())
     np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
@@ -144,13 +144,13 @@ def _encode(folder: Path, source: Source, encoder: Encoder, *, about: dict[str, 
         "set_aside": sum(reasons.values()),
         "set_aside_by": dict(reasons.most_common(20)),
     }
-    if law := write_distributions(folder, laws):
-        meta["logged_distribution"] = law
+    if statistics := write_distributions(folder, logged):
+        meta["logged_distribution"] = statistics
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
 class _Growing:
-    """An array that grows by pieces."""
+    """An array that is extended piece by piece."""
 
     def __init__(self, dtype: Any) -> None:
         self._dtype = dtype

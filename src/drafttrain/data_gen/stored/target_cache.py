@@ -1,4 +1,4 @@
-"""What the target knows of the records that training will read, stored so that a step need not run the target.
+"""Cached target outputs on the records that training will read, so that a step need not run the target.
 
 B = sequences, T = positions, R = B * T, N = rows, V = vocabulary, D = hidden, K = tokens of a top-k row
 """
@@ -26,50 +26,49 @@ from drafttrain.data_gen.packing import pack
 from drafttrain.distributed.collectives import any_of, first_before_others, own_share, wait_for_all
 from drafttrain.distributed.world import is_first
 from drafttrain.target_model import Target
-from drafttrain.target_model.live_rows import LiveRows
-from drafttrain.target_model.logits import head_logits
+from drafttrain.target_model.logits import LiveRows, head_logits
 
 TOKENS_A_SHARD = 16_384
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is stored of the target."""
+    """Which target outputs are stored."""
 
-    law: Literal["states", "full", "top_k"] | None
-    """In what form its law is stored; None: nobody asks for it."""
+    distribution: Literal["states", "full", "top_k"] | None
+    """How the target's distribution is stored; None: it is not needed."""
     states: TargetNeeds
-    """The states that are stored as they are."""
+    """Hidden states that are stored unchanged."""
     top_k: int
     dtype: Literal["float32", "bfloat16", "float16"]
     """Type of stored states."""
 
     @property
     def final(self) -> bool:
-        """The final state is asked for by itself, or because the law is made of it; it is stored once."""
-        return self.states.final or self.law == "states"
+        """Whether the final state is stored: for itself, or because the distribution is computed from it."""
+        return self.states.final or self.distribution == "states"
 
     @property
     def arrays(self) -> list[str]:
         """Names of the stored arrays."""
-        law = {"full": ["logits"], "top_k": ["ids", "log_probs", "tail"]}.get(self.law or "", [])
-        return [*law, *(f"hidden_{index}" for index in self.states.hidden), *(["final"] if self.final else [])]
+        rows = {"full": ["logits"], "top_k": ["ids", "log_probs", "tail"]}.get(self.distribution or "", [])
+        return [*rows, *(f"hidden_{index}" for index in self.states.hidden), *(["final"] if self.final else [])]
 
     def bytes_a_row(self, target: Target) -> int:
-        """Return the bytes of one token."""
-        law = {"full": 4 * target.num_tokens, "top_k": 8 * min(self.top_k, target.num_tokens) + 4}
+        """Return the bytes stored for one token."""
+        rows = {"full": 4 * target.num_tokens, "top_k": 8 * min(self.top_k, target.num_tokens) + 4}
         width = int(target.model.get_output_embeddings().weight.shape[1])
         size: int = getattr(torch, self.dtype).itemsize
-        return law.get(self.law or "", 0) + size * width * (len(self.states.hidden) + self.final)
+        return rows.get(self.distribution or "", 0) + size * width * (len(self.states.hidden) + self.final)
 
     def __str__(self) -> str:
-        law = [f"law ({self.law})"] if self.law else []
+        distribution = [f"distribution ({self.distribution})"] if self.distribution else []
         hidden = [f"hidden state {index}" for index in self.states.hidden]
-        return ", ".join([*law, *hidden, *(["final state"] if self.final else [])])
+        return ", ".join([*distribution, *hidden, *(["final state"] if self.final else [])])
 
 
 class Texts(Protocol):
-    """Encoded records by number: a store, or texts that are held in memory."""
+    """Encoded records by number: a store, or texts in memory."""
 
     @property
     def meta(self) -> Mapping[str, Any]:
@@ -78,7 +77,7 @@ class Texts(Protocol):
 
     @property
     def starts(self) -> Any:
-        """Where each record begins among the tokens of all, and the end."""
+        """Where each record begins in the joined tokens, and the end."""
         ...
 
     def __getitem__(self, index: int) -> Record:
@@ -87,10 +86,10 @@ class Texts(Protocol):
 
 
 class RowCache:
-    """What is stored of one store's records: one row a token, holding the states there and the law of the token after it.
+    """Cached target outputs of one store: one row a token, with the states there and the distribution of the next token.
 
-    `states` lets the target's own head make the whole law of the final hidden state; `full` keeps logits; `top_k` keeps the
-    largest log-probabilities, and spreads the mass of the tail evenly over the other tokens.
+    `states` stores final states, from which the target's own head computes the exact distribution; `full` stores logits; `top_k`
+    stores the largest log-probabilities and spreads the rest of the probability evenly over the other tokens.
     """
 
     def __init__(self, folder: Path, target: Target, wanted: Wanted) -> None:
@@ -109,43 +108,43 @@ class RowCache:
         ]
 
     def has(self, record: int) -> bool:
-        """Tell whether the record's rows are stored."""
+        """Return whether the record's rows are stored."""
         return record in self._starts
 
     def stored(self, record: int, count: int, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Return arrays of the first `count` rows of a record as they were written.
+        """Return arrays of the first `count` rows of a record, in their stored types.
 
         Args:
-            names: Nothing else is read; None: all that is stored.
+            names: Arrays to read; None: all.
         """
         chosen = self.wanted.arrays if names is None else names
         return {name: _as_tensor(np.array(self.rows(name, record, count)), self.wanted.dtype) for name in chosen}
 
     def rows(self, name: str, record: int, count: int) -> Any:
-        """Return the first rows of a record of one array, still on the disk."""
+        """Return the first rows of a record of one array, memory-mapped."""
         start = self._starts[record]
         shard = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
         begin = start - self._shard_starts[shard]
         return self._shards[shard][name][begin : begin + count]
 
     def target_rows(self, arrays: Mapping[str, Tensor]) -> TargetRows:
-        """Return the law at every position of a batch: the target's own head makes it of the final state, or it is stored itself."""
-        if self.wanted.law == "states":
+        """Return the distribution at every position of a batch: computed by the target's head from final states, or stored itself."""
+        if self.wanted.distribution == "states":
             return LiveRows(self._model, arrays["final"])
         flat = {name: array.flatten(0, 1) for name, array in arrays.items()}
-        if self.wanted.law == "full":
+        if self.wanted.distribution == "full":
             return FullRows(flat["logits"])
         return TopRows(flat["ids"], flat["log_probs"], flat["tail"], num_tokens=self._num_tokens)
 
 
 @dataclass(frozen=True)
 class FullRows:
-    """The target's whole law at every position, stored."""
+    """Stored logits of the target at every position."""
 
     logits_RV: Tensor
 
     def each(self, change: Callable[[Tensor], Tensor]) -> FullRows:
-        """Return the same of changed tensors."""
+        """Return a copy with `change` applied to every tensor."""
         return FullRows(change(self.logits_RV))
 
     def at(self, index_N: Tensor) -> Tensor:
@@ -155,7 +154,7 @@ class FullRows:
 
 @dataclass(frozen=True)
 class TopRows:
-    """The largest log-probabilities of the target at every position; the mass of the tail is spread evenly over the other tokens."""
+    """The largest log-probabilities of the target at every position; the rest is spread evenly over the other tokens."""
 
     ids_RK: Tensor
     log_probs_RK: Tensor
@@ -163,7 +162,7 @@ class TopRows:
     num_tokens: int
 
     def each(self, change: Callable[[Tensor], Tensor]) -> TopRows:
-        """Return the same of changed tensors."""
+        """Return a copy with `change` applied to every tensor."""
         return TopRows(change(self.ids_RK), change(self.log_probs_RK), change(self.tail_R), self.num_tokens)
 
     def at(self, index_N: Tensor) -> Tensor:
@@ -180,11 +179,11 @@ def with_stored(
     places: Sequence[tuple[int, int]],
     members: Sequence[tuple[RowCache, int, int]],
 ) -> DraftBatch:
-    """Return a packed batch with what is stored of the target, in the types that it is stored in: its law, and states.
+    """Return a packed batch with the stored target outputs, in their stored types.
 
     Args:
         places: Where each record begins in the batch.
-        members: For each record its cache, its number there, and its tokens; all caches hold the same things.
+        members: For each record its cache, its number there, and its number of tokens; all caches store the same outputs.
     """
     cache = members[0][0]
     wanted = cache.wanted
@@ -193,7 +192,9 @@ def with_stored(
         hidden_BTD={index: arrays[f"hidden_{index}"] for index in wanted.states.hidden},
         final_BTD=arrays["final"] if wanted.states.final else None,
     )
-    return replace(batch, target=target, target_rows=cache.target_rows(arrays) if wanted.law else batch.target_rows)
+    return replace(
+        batch, target=target, target_rows=cache.target_rows(arrays) if wanted.distribution else batch.target_rows
+    )
 
 
 def _laid_out(
@@ -202,10 +203,10 @@ def _laid_out(
     places: Sequence[tuple[int, int]],
     members: Sequence[tuple[RowCache, int, int]],
 ) -> Tensor:
-    """Return one array in the form of a batch; 0 at padding."""
+    """Return one array laid out like the batch; 0 at padding."""
     cache, record, count = members[0]
     like = cache.rows(name, record, count)
-    # numpy copies in this thread alone; torch would start others beside those that compute.
+    # numpy copies in this thread; torch would start more threads beside those that compute.
     array = np.zeros((*shape, *like.shape[1:]), like.dtype)
     for (row, column), (cache, record, count) in zip(places, members, strict=True):
         array[row, column : column + count] = cache.rows(name, record, count)
@@ -215,7 +216,7 @@ def _laid_out(
 def build_cache(
     folder: Path, store: Texts, records: Sequence[int], target: Target, *, wanted: Wanted, max_gb: float
 ) -> RowCache:
-    """Write what is wanted of these records, shard by shard; shards that an earlier run wrote stay.
+    """Write the wanted outputs of these records, shard by shard; shards of an earlier run are kept.
 
     Raises:
         DataError: The cache would be larger than `max_gb`. Nothing was written.
@@ -226,7 +227,7 @@ def build_cache(
     if total > max_gb * 1e9:
         raise DataError(
             f"data.cache needs {total / 1e9:.2f} GB for the target's {wanted}, data.max_cache_gb allows {max_gb:g}. "
-            "Choose top_k or states, cache_dtype bfloat16, fewer records, or a higher bound."
+            "Choose top_k or states, cache_dtype bfloat16, fewer records, or a higher limit."
         )
     shards = _shards(records, sizes)
     about = {
@@ -236,7 +237,7 @@ def build_cache(
         "store": store.meta["about"],
         "records": list(map(int, records)),
     }
-    with first_before_others("it looks through the cache"):
+    with first_before_others("it checks the cache"):
         _check_plan(folder, about)
     paths = [{name: folder / f"{name}-{number:05d}.npy" for name in wanted.arrays} for number in range(len(shards))]
     missing = [number for number in range(len(shards)) if not all(path.exists() for path in paths[number].values())]
@@ -244,7 +245,7 @@ def build_cache(
     size_of = dict(zip(map(int, records), sizes, strict=True))
     tokens = [sum(size_of[i] for i in shard) for shard in shards]
     if any_of(bool(own)):
-        bar_of = progress("caching what the target knows", total=sum(tokens[n] for n in own), unit="tokens")
+        bar_of = progress("caching target outputs", total=sum(tokens[n] for n in own), unit="tokens")
         with target.for_own_share() as live, bar_of as bar:
             for number in own:
                 rows = _rows([store[i].tokens for i in shards[number]], live, wanted)
@@ -256,19 +257,25 @@ def build_cache(
     starts = dict(zip(map(int, records), np.cumsum([0, *sizes])[:-1].tolist(), strict=True))
     shard_starts = [starts[int(shard[0])] for shard in shards]
     content = about | {"arrays": wanted.arrays, "starts": starts, "shard_starts": shard_starts}
-    with first_before_others("it closes the cache"):
+    with first_before_others("it completes the cache"):
         if is_first():
             write_json(folder / "cache.json", content)
     return RowCache(folder, target, wanted)
 
 
 def _check_plan(folder: Path, about: dict[str, Any]) -> None:
-    """Keep shards of the same plan; drop those of another."""
+    """Keep shards of the same plan; remove those of another."""
     path = folder / "plan.json"
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(about)):
+    if path.exists() and not _same_plan(json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(about))):
         for stale in [*folder.glob("*.npy"), folder / "cache.json"]:
             stale.unlink(missing_ok=True)
     write_json(path, about)
+
+
+def _same_plan(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    # Earlier versions wrote another name for `distribution`: the wanted outputs are compared by value, in their order.
+    wanted = [list(plan["wanted"].values()) for plan in (one, other)]
+    return wanted[0] == wanted[1] and one | {"wanted": None} == other | {"wanted": None}
 
 
 def _shards(records: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
@@ -277,14 +284,14 @@ def _shards(records: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
 
 @torch.no_grad()
 def _rows(texts: Sequence[Sequence[int]], target: Target, wanted: Wanted) -> dict[str, Any]:
-    """Return the arrays of some records, one after the other."""
+    """Return the arrays of some records, joined."""
     made: dict[str, list[Any]] = {}
     for numbers in groups_in_order([len(text) for text in texts]):
         group = [texts[i] for i in numbers]
         width = max(map(len, group))
         records = [Record("", text, [True] * len(text)) for text in group]
         packed, places = pack(records, width=width, weight_of_step=1.0)
-        needs = wanted.states | TargetNeeds(final=wanted.final or wanted.law is not None)
+        needs = wanted.states | TargetNeeds(final=wanted.final or wanted.distribution is not None)
         seen = target.read(packed.tokens_BT, packed.positions_BT, needs)
         for (row, column), text in zip(places, group, strict=True):
             span = (row, slice(column, column + len(text)))
@@ -300,14 +307,14 @@ def _arrays(seen: TargetOutput, span: tuple[int, slice], target: Target, wanted:
         return arrays
     if wanted.final:
         arrays["final"] = _as_array(seen.final_BTD[span], wanted.dtype)
-    return arrays | _law(seen.final_BTD[span], target, wanted)
+    return arrays | _distribution(seen.final_BTD[span], target, wanted)
 
 
-def _law(final_ND: Tensor, target: Target, wanted: Wanted) -> dict[str, Any]:
-    if wanted.law in (None, "states"):
+def _distribution(final_ND: Tensor, target: Target, wanted: Wanted) -> dict[str, Any]:
+    if wanted.distribution in (None, "states"):
         return {}
     logits_NV = head_logits(target.model, final_ND)[:, : target.num_tokens].float()
-    if wanted.law == "full":
+    if wanted.distribution == "full":
         return {"logits": logits_NV.cpu().numpy()}
     log_probs_NV = logits_NV.log_softmax(-1)
     top = log_probs_NV.topk(min(wanted.top_k, target.num_tokens), dim=-1)
@@ -320,12 +327,10 @@ def _law(final_ND: Tensor, target: Target, wanted: Wanted) -> dict[str, Any]:
 
 
 def _as_array(states_ND: Tensor, dtype: str) -> Any:
-    """Return states as numpy holds them: it has no bfloat16, so its bits stand in an int16 array."""
+    """Return states as a numpy array; numpy has no bfloat16, so its bits are stored as int16."""
     stored_ND = states_ND.to(getattr(torch, dtype)).cpu()
     if not torch.isfinite(stored_ND).all():
-        raise DataError(
-            f"data.cache_dtype: a state of the target does not fit into {dtype}: choose bfloat16 or float32"
-        )
+        raise DataError(f"data.cache_dtype: a state of the target overflows {dtype}: choose bfloat16 or float32")
     return stored_ND.view(torch.int16).numpy() if dtype == "bfloat16" else stored_ND.numpy()
 
 

@@ -1,4 +1,4 @@
-"""What the target wrote after the validation prompts and knew there, stored: a drafter is then measured without running it.
+"""Cached target outputs on the validation prompts, so that drafters can be validated without running the target.
 
 B = sequences, T = positions, D = hidden
 """
@@ -31,7 +31,7 @@ from drafttrain.target_model import Target
 def cached_continuations(
     path: Path, tasks: Sequence[Task], target: Target, *, max_new_tokens: int, seed: int
 ) -> list[list[int]]:
-    """Return what the target writes after each prompt; of the same target and prompts, it is written once and kept in `path`."""
+    """Return the target's continuation of each prompt; for the same target and prompts it is generated once and stored in `path`."""
     about = {
         "target_fingerprint": target.fingerprint,
         "dtype": str(target.model.dtype).removeprefix("torch."),
@@ -43,9 +43,9 @@ def cached_continuations(
     if stored is not None:
         return list(stored)
     with target.for_own_share() as live:
-        # Every process writes all of them: they are few, and a target that is spread out needs every process.
+        # Every process generates all of them: they are few, and a sharded target needs every process.
         texts = continuations(tasks, live, max_new_tokens=max_new_tokens, seed=seed)
-    with first_before_others("it keeps the validation texts"):
+    with first_before_others("it stores the validation texts"):
         if is_first():
             write_json(path, {"about": about, "texts": texts})
     return texts
@@ -54,16 +54,16 @@ def cached_continuations(
 def _stored(path: Path, about: Mapping[str, Any]) -> list[list[int]] | None:
     if not path.exists():
         return None
-    held = json.loads(path.read_text(encoding="utf-8"))
-    return held["texts"] if held["about"] == json.loads(json.dumps(about)) else None
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    return stored["texts"] if stored["about"] == json.loads(json.dumps(about)) else None
 
 
 class CachedTarget(Target):
-    """A target that answers on some texts only, with what it knew of them before; its head turns that into its law.
+    """The target's stored outputs on the validation texts; its head turns stored final states into its distribution.
 
     Args:
-        target: Its embedding, norm and head are used, its blocks never.
-        texts: By the number of their rows in the cache.
+        target: Its embedding, norm and head are used, its blocks never run.
+        texts: Text number i has the rows of record i in the cache.
     """
 
     def __init__(self, target: Target, texts: Sequence[Sequence[int]], cache: RowCache) -> None:
@@ -79,14 +79,14 @@ class CachedTarget(Target):
         *,
         documents: PackedDocuments | None = None,
     ) -> TargetOutput:
-        """Return what is stored of the documents of packed rows; 0 at padding.
+        """Return the stored states of the documents in packed rows; 0 at padding.
 
         Raises:
-            DataError: A document is none of the texts, or more is asked for than was stored.
+            DataError: A document is not one of the texts, or a state is needed that was not stored.
         """
         wanted = self._cache.wanted
         if needs.logits or not set(needs.hidden) <= set(wanted.states.hidden):
-            raise DataError(f"of the validation texts the target's {wanted} is stored, and more is asked for: {needs}")
+            raise DataError(f"stored for the validation texts: the target's {wanted}; needed: {needs}")
         names = {index: f"hidden_{index}" for index in needs.hidden}
         width = int(self.model.get_output_embeddings().weight.shape[1])
         states = {
@@ -107,13 +107,13 @@ class CachedTarget(Target):
             return self._cache.stored(number, len(text), names)
         if any(text):
             raise DataError(
-                f"a text of {len(text)} tokens is read that is none of the {len(self._number)} validation texts"
+                f"a text of {len(text)} tokens is not one of the {len(self._number)} stored validation texts"
             )
         return {}
 
 
 class _Texts:
-    """Texts as records with numbers."""
+    """Texts in memory, read as numbered records."""
 
     def __init__(self, texts: Sequence[Sequence[int]]) -> None:
         self._texts = texts
@@ -128,7 +128,7 @@ class _Texts:
 def cached_target(
     folder: Path, texts: Sequence[Sequence[int]], target: Target, *, needs: TargetNeeds, dtype: Any, max_gb: float
 ) -> CachedTarget:
-    """Return the target as it answers on these texts, storing what a drafter needs and the final state, where it is not stored yet."""
+    """Return the target's stored outputs on these texts; store what the drafter needs and the final states first if they are missing."""
     wanted = Wanted(None, needs | TargetNeeds(final=True), 0, dtype)
     cache = build_cache(folder, _Texts(texts), range(len(texts)), target, wanted=wanted, max_gb=max_gb)
     return CachedTarget(target, texts, cache)

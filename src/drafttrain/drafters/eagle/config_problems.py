@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from drafttrain.core.foreign import shown
+from drafttrain.core.printable import shown
 
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 DRAFTS = ("sampled", "greedy")

@@ -1,4 +1,8 @@
-"""The base of EAGLE-1 and EAGLE-3: embedding, proposer and folder."""
+"""The base of EAGLE-1 and EAGLE-3: the rollout that both are trained by, embedding, proposer and folder.
+
+B = sequences, T = positions, D = hidden, F = width of what is read of the target, X = width of what the layer's projections read,
+C, M: see `core.batches`, H = heads, d = width of a head
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,12 @@ from drafttrain.core.target_rows import RowsAsked
 from drafttrain.drafters import Drafter
 from drafttrain.drafters.eagle.folder import save_folder
 from drafttrain.drafters.eagle.layer import compute_dtype
+from drafttrain.drafters.eagle.model import EagleModel
 from drafttrain.drafters.eagle.proposer import EagleProposer
-from drafttrain.drafters.eagle.rollout import EagleModel
 from drafttrain.drafters.eagle.target_parts import TargetParts
 from drafttrain.losses.align import read_slots
 from drafttrain.target_model import Target
+from drafttrain.target_model.packed_attention import Columns
 
 
 class EagleDrafter(Drafter):
@@ -73,3 +78,39 @@ class EagleDrafter(Drafter):
     def save(self, folder: Path) -> None:
         """Write the folder with the weight names that serving engines load."""
         save_folder(folder, self.config, self)
+
+
+def rollout(
+    model: EagleModel, batch: DraftBatch, features_BTF: Tensor, *, num_steps: int, slots: ReadSlots
+) -> dict[int, Tensor]:
+    """Return the layer's states of depths 1..num_steps at the slots that are read; 0 elsewhere.
+
+    The training-time test: the drafter is trained on its own states, as it will meet them at inference.
+
+    Step k = 0, 1, ... embeds the token k + 1 places ahead at position t + k, and reads the state of step k - 1 at the same
+    slot. It attends to the keys of step 0 up to its slot, within its document, and to the keys of later steps at its own
+    slot only: exactly the cache of a chain of k draft tokens after slot t.
+
+    Source: Li et al. 2025, EAGLE-3, arXiv 2503.01840, 3.2.
+    """
+    positions_1C, hidden_1CD = slots.columns(batch.positions_BT), model.fused(slots.columns(features_BTF))
+    inputs_1CX, residual_1CD = model.entering(model.embed(_ahead(batch, slots, 1)), hidden_1CD)
+    columns = Columns(*model.layer.keys_and_values(inputs_1CX, positions_1C), slots.documents)
+    # From here on the layer computes only the slots that are read.
+    inputs_1MX, residual_1MD, positions_1M = map(slots.queries, (inputs_1CX, residual_1CD, positions_1C))
+    own: list[tuple[Tensor, Tensor]] = []
+    states: dict[int, Tensor] = {}
+    for step in range(num_steps):
+        if step:
+            hidden_1MD = model.fed_back(states[step])
+            embedded_1MD = model.embed(slots.queries(_ahead(batch, slots, step + 1)))
+            inputs_1MX, residual_1MD = model.entering(embedded_1MD, hidden_1MD)
+            own.append(model.layer.keys_and_values(inputs_1MX, positions_1M + step))
+        query_1HMd = model.layer.queries(inputs_1MX, positions_1M + step)
+        states[step + 1] = model.layer.finish(columns.attend(query_1HMd, own), residual_1MD)
+    return {depth: slots.spread(state_1MD, batch.tokens_BT) for depth, state_1MD in states.items()}
+
+
+def _ahead(batch: DraftBatch, slots: ReadSlots, places: int) -> Tensor:
+    """Return the token `places` ahead of each column. No trained row reads beyond its document's end."""
+    return slots.columns(batch.tokens_BT.flatten().roll(-places).view_as(batch.tokens_BT))

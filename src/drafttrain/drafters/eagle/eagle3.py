@@ -23,12 +23,10 @@ from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.weights import weight_bytes
 from drafttrain.drafters import drafters
 from drafttrain.drafters.eagle.draft_vocabulary import vocabulary_problems
-from drafttrain.drafters.eagle.drafter import EagleDrafter
+from drafttrain.drafters.eagle.drafter import EagleDrafter, rollout
 from drafttrain.drafters.eagle.folder import load_weights, read_config
-from drafttrain.drafters.eagle.layer import EagleLayer, compute_dtype
+from drafttrain.drafters.eagle.layer import EagleLayer, Norm, compute_dtype
 from drafttrain.drafters.eagle.layer_config import layer_config, llama_config
-from drafttrain.drafters.eagle.rms_norm import Norm
-from drafttrain.drafters.eagle.rollout import rollout
 from drafttrain.drafters.eagle.target_parts import TargetParts
 from drafttrain.drafters.warm_start import CHECKPOINT_HELP, checkpoint_folder, settings_fixed_by_checkpoint
 from drafttrain.target_model import Target

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from drafttrain.core.flops import Products, RolloutShape, attention, matrix, parameters_of
-from drafttrain.drafters.eagle.rms_norm import Norm
 
 
 class EagleLayer(nn.Module):
@@ -97,6 +97,49 @@ class SwiGLU(nn.Module):
         return down
 
 
+class Norm(nn.RMSNorm):
+    """RMS norm that returns the type of its input, computed in float32 or wider; its backward pass needs only the input.
+
+    Under autocast CUDA's norms return float32 and store a float32 copy, and each projection after them casts and stores
+    another copy.
+    """
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return normed states of the same type."""
+        weight_D = self.weight.to(states.dtype)
+        with torch.autocast(states.device.type, enabled=False):
+            if states.is_cuda:
+                return rms_norm(states, self.normalized_shape, weight_D, self.eps)
+            normed: Tensor = _Normed.apply(states, weight_D, self.eps)
+        return normed
+
+
+class _Normed(torch.autograd.Function):
+    """Like PyTorch's CUDA kernel. Elsewhere PyTorch has no fused kernel, and stores five tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        wide = _wide(states)
+        factor = (wide.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(states, factor, weight_D)
+        return (wide * factor).mul_(weight_D).to(states.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        states, factor, weight_D = ctx.saved_tensors
+        normed, wide = _wide(states) * factor, _wide(gradient)
+        in_weight_D = (wide * normed).flatten(0, -2).sum(dim=0)
+        in_normed = wide * weight_D
+        drift = (in_normed * normed).mean(dim=-1, keepdim=True)
+        in_states = in_normed.sub_(normed.mul_(drift)).mul_(factor)
+        return in_states.to(states.dtype), in_weight_D.to(weight_D.dtype), None
+
+
+def _wide(states: Tensor) -> Tensor:
+    return states.to(torch.promote_types(states.dtype, torch.float32))
+
+
 class Rotary:
     """Rotary angles with the configured scaling. Not a module: casting the weights must not round the angles."""
 
@@ -123,8 +166,9 @@ class Rotary:
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """Return the type in which products with this weight are computed: autocast's if it is on, else the weight's."""
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return (
+        torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else weight.dtype
+    )
 
 
 def rotated(states_BHTd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.drafters.eagle.cache import EagleCache
 from drafttrain.drafters.eagle.drafts import Draft, DraftChain, DraftNode, DraftTree, grow_chains
 from drafttrain.drafters.eagle.layer import attend
-from drafttrain.drafters.eagle.rollout import EagleModel
+from drafttrain.drafters.eagle.model import EagleModel
 
 
 class EagleProposer:

@@ -36,8 +36,7 @@ from drafttrain.drafters.warm_start import CHECKPOINT_HELP, checkpoint_folder, s
 from drafttrain.losses.forward_kl import ForwardKL, ForwardKLSettings
 from drafttrain.target_model import Target
 from drafttrain.target_model.documents import as_read, document_states
-from drafttrain.target_model.live_rows import LiveRows
-from drafttrain.target_model.logits import finished_logits, finisher, head_of
+from drafttrain.target_model.logits import LiveRows, finished_logits, finisher, head_of
 from drafttrain.target_model.matrix_products import head_parameters, trunk_products
 
 

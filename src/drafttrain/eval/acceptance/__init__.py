@@ -1,4 +1,4 @@
-"""Acceptance rules, one file each: which draft tokens are kept."""
+"""Acceptance rules, one file each: which draft tokens are accepted."""
 
 from drafttrain.core.registry import Registry
 

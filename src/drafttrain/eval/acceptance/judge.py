@@ -1,4 +1,4 @@
-"""Judge: keep a draft token that the lossless rule keeps, or that a judge finds good enough. LOSSY: the output's law changes.
+"""Judge: accept a draft token if the lossless rule or a judge accepts it. LOSSY: the output's distribution changes.
 
 N = nodes, V = vocabulary, D = hidden
 """
@@ -25,20 +25,21 @@ from drafttrain.heads.judge import JudgeHead
 
 @dataclass
 class JudgeRuleSettings:
-    """Lossless rule or judge, whichever keeps more. Lossy below delta 1."""
+    """Accept what the lossless rule or a judge accepts. Lossy below delta 1."""
 
     delta: float | None = setting(
         None,
-        help="A token whose chance to be good is above is kept; null: the judge's own threshold; 1: lossless; 0: keeps all.",
+        help="Accept a token that the judge finds good with a probability above this. null: the judge's own threshold; "
+        "1: lossless; 0: accept all.",
         ge=0,
         le=1,
     )
-    head: str | None = setting(None, help="Folder of a judge; null: the one that this recipe trains.")
+    head: str | None = setting(None, help="Folder of a judge; null: the judge that this recipe trains.")
 
 
 @acceptance_rules.register("judge", JudgeRuleSettings)
 class Judge:
-    """Where the lossless walk would refuse all children of a node, the first of them that the judge passes is kept.
+    """Where the lossless walk rejects all children of a node, the first child that the judge passes is accepted.
 
     Source: Bachmann et al. 2025, Judge Decoding, arXiv 2501.19309, 4.
     """
@@ -50,9 +51,9 @@ class Judge:
 
     @cached_property
     def head(self) -> JudgeHead:
-        """The judge, read when it is first needed."""
+        """The judge, loaded at its first use."""
         if self.settings.head is None:
-            raise CheckpointError("eval.rule.head: null means the judge of the run's own recipe; name a folder here")
+            raise CheckpointError("eval.rule.head: null means the judge that the recipe trains. Give a folder here.")
         head = load_head(Path(self.settings.head), kind="judge").head
         assert isinstance(head, JudgeHead)
         return head
@@ -66,15 +67,15 @@ class Judge:
     def __call__(
         self, proposal: Proposal, target_probs_NV: Tensor, node_hidden_ND: Tensor | None, generator: torch.Generator
     ) -> tuple[list[int], int]:
-        assert node_hidden_ND is not None, "the engine hands the layer that `needs` names"
+        assert node_hidden_ND is not None, "the engine passes the layer that `needs` names"
         if node_hidden_ND.shape[-1] != self.head.hidden_size:
             raise CheckpointError(
-                f"eval.rule.head: made for a target of width {self.head.hidden_size}, this one has {node_hidden_ND.shape[-1]}"
+                f"eval.rule.head: made for a target of width {self.head.hidden_size}, this target has {node_hidden_ND.shape[-1]}"
             )
         delta = float(self.head.delta) if self.settings.delta is None else self.settings.delta
         self.head.to(node_hidden_ND.device)
         good_N = self.head.probability(node_hidden_ND).tolist()
-        # A chance of exactly 0 is a matter of rounding: at delta 0 everything is kept.
+        # A probability can be rounded to exactly 0; at delta 0 such a token is accepted too.
         return walk(
             proposal, target_probs_NV, Dice(generator), overrule=lambda node: delta == 0 or good_N[node] > delta
         )

@@ -1,4 +1,4 @@
-"""Lenience: accept draft tokens that the target finds less likely than the drafter does. LOSSY: the output's law changes.
+"""Lenience: accept more of the tokens to which the drafter gives too much probability. LOSSY: the distribution changes.
 
 N = nodes, V = vocabulary, D = hidden
 """
@@ -24,12 +24,12 @@ class LenienceSettings:
     form: Literal["linear", "square", "exponent"] = setting(
         "linear", help="f(p): linear p / epsilon, square p / epsilon^2, exponent p^epsilon."
     )
-    epsilon: float = setting(0.5, help="1 is lossless; the smaller, the more is accepted.", gt=0, le=1)
+    epsilon: float = setting(0.5, help="1 is lossless; smaller values accept more.", gt=0, le=1)
 
 
 @acceptance_rules.register("lenience", LenienceSettings)
 class Lenience:
-    """Lossy acceptance; a rejection is followed by a draw from norm(max(p - q, 0)), the residual of the lossless rule.
+    """Lossy acceptance. After a rejection a token is drawn from norm(max(p - q, 0)), the residual of the lossless rule.
 
     Source: Zhou et al. 2023, DistillSpec, arXiv 2310.08461; the residual is this project's choice.
     """
@@ -48,7 +48,7 @@ class Lenience:
 
 
 def lenient(form: str, epsilon: float) -> Callable[[float], float]:
-    """Return f: what a target probability counts for."""
+    """Return f, which raises the target's probability of a token."""
     forms: dict[str, Callable[[float], float]] = {
         "linear": lambda p: p / epsilon,
         "square": lambda p: p / epsilon**2,

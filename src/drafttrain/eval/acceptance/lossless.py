@@ -1,4 +1,4 @@
-"""The lossless rule: the output has exactly the target's law; at temperature 0, exactly its greedy text.
+"""The lossless rule: the output has exactly the target's distribution; at temperature 0 it is exactly the greedy text.
 
 N = nodes, V = vocabulary, D = hidden
 """
@@ -17,12 +17,12 @@ from drafttrain.eval.verification import Dice, walk
 
 @dataclass
 class LosslessSettings:
-    """Keep exactly the target's law."""
+    """Keep the output exactly distributed as the target's."""
 
 
 @acceptance_rules.register("lossless", LosslessSettings)
 class Lossless:
-    """Speculative sampling, by the one walk."""
+    """Speculative sampling, by the walk in eval/verification.py."""
 
     exactness: ClassVar[Exactness] = Exactness.DISTRIBUTION
     needs = TargetNeeds()

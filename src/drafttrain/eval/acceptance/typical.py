@@ -1,4 +1,4 @@
-"""Typical acceptance: keep draft tokens that the target finds likely enough for how sure it is. LOSSY: the output's law changes.
+"""Typical acceptance: accept tokens that are likely for the entropy of the target. LOSSY: the distribution changes.
 
 N = nodes, V = vocabulary, D = hidden
 """
@@ -22,17 +22,17 @@ from drafttrain.eval.verification import TokenProbs
 class TypicalSettings:
     """Accept x iff p(x) > min(epsilon, delta exp(-H(p))). Lossy above temperature 0."""
 
-    epsilon: float = setting(0.09, help="A token at least this likely is always kept.", gt=0, lt=1)
+    epsilon: float = setting(0.09, help="A token at least this likely is always accepted.", gt=0, lt=1)
     delta: float = setting(
-        0.3, help="Share of exp(-entropy) that a token needs where the target is unsure; sqrt(epsilon) is usual.", gt=0
+        0.3, help="A token needs this share of exp(-entropy) where the target is unsure; sqrt(epsilon) is usual.", gt=0
     )
 
 
 @acceptance_rules.register("typical", TypicalSettings)
 class Typical:
-    """Keeps the longest path whose every token passes, of equally long ones the likeliest; then a token of the target's own law.
+    """Accepts the longest path of which every token passes, then draws a token from the target's distribution.
 
-    At temperature 0 the law has one token, which alone passes: greedy decoding.
+    Of equally long paths the likeliest is accepted. At temperature 0 only the greedy token passes: greedy decoding.
 
     Source: Cai et al. 2024, Medusa, arXiv 2401.10774, 2.3.1.
     """
@@ -49,19 +49,19 @@ class Typical:
         threshold_N = self.thresholds(target_probs_NV).tolist()
         parents = proposal.parents_N.tolist()
         probs = TokenProbs(proposal, target_probs_NV)
-        # By kept node: its depth and the log-probability of its path.
-        kept = {0: (0, 0.0)}
+        # By accepted node: its depth and the log-probability of its path.
+        accepted = {0: (0, 0.0)}
         for node in range(1, len(parents)):
             parent = parents[node]
-            if parent in kept and (chance := probs.of(node)[0]) > threshold_N[parent]:
-                depth, log_p = kept[parent]
-                kept[node] = (depth + 1, log_p + math.log(chance))
-        path = [max(kept, key=lambda node: kept[node])]
+            if parent in accepted and (chance := probs.of(node)[0]) > threshold_N[parent]:
+                depth, log_p = accepted[parent]
+                accepted[node] = (depth + 1, log_p + math.log(chance))
+        path = [max(accepted, key=lambda node: accepted[node])]
         while path[0]:
             path.insert(0, parents[path[0]])
         return path, draw(target_probs_NV[path[-1]], generator)
 
     def thresholds(self, target_probs_NV: Tensor) -> Tensor:
-        """Return, by row, what a token's probability has to exceed."""
+        """Return the threshold of a token's probability, by row."""
         entropy_N = torch.special.entr(target_probs_NV.double()).sum(dim=-1)
         return (self.settings.delta * torch.exp(-entropy_N)).clamp_max(self.settings.epsilon)

@@ -1,4 +1,4 @@
-"""Stop drafting when the drafter is not sure of the next token.
+"""Stop drafting where the drafter is unsure of the next token.
 
 V = vocabulary
 """
@@ -12,11 +12,13 @@ from drafttrain.eval.length import LengthSettings, length_policies
 
 @dataclass
 class ConfidenceSettings(LengthSettings):
-    """Draft on while the next draft law has a likely token."""
+    """Draft another token while the drafter's next distribution has a likely one."""
 
-    threshold: float = setting(0.4, help="Stop where the next draft law's largest probability is below.", ge=0, le=1)
-    min_tokens: int = setting(1, help="Draft tokens a round at least.", ge=0)
-    max_tokens: int = setting(12, help="Draft tokens a round at most.", ge=1)
+    threshold: float = setting(
+        0.4, help="Stop where the largest probability of the drafter's next distribution is below this.", ge=0, le=1
+    )
+    min_tokens: int = setting(1, help="Draft tokens per round at least.", ge=0)
+    max_tokens: int = setting(12, help="Draft tokens per round at most.", ge=1)
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
@@ -27,7 +29,7 @@ class ConfidenceSettings(LengthSettings):
 
 @length_policies.register("confidence", ConfidenceSettings)
 class Confidence:
-    """Stops on a statistic of the law before a token is drawn from it, so the output stays lossless."""
+    """Decides by the drafter's distribution before a token is drawn from it, so the output stays lossless."""
 
     def __init__(self, settings: ConfidenceSettings | None = None) -> None:
         self.settings = settings or ConfidenceSettings()

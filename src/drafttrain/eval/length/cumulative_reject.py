@@ -1,4 +1,4 @@
-"""Stop drafting when a rejection somewhere in the draft has become likely, by an acceptance head."""
+"""Stop drafting when an acceptance head predicts that some draft token will be rejected."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,14 +11,14 @@ from drafttrain.eval.survival import Survival
 
 @dataclass
 class CumulativeRejectSettings(LengthSettings):
-    """Draft on while 1 - prod a_i is at most a threshold; a_i is the predicted acceptance of draft token i."""
+    """Draft while 1 - prod a_i is at most a threshold; a_i is the predicted acceptance of draft token i."""
 
     threshold: float = setting(
-        0.5, help="Largest chance that something was refused at which drafting goes on; 1: always, below 0: never."
+        0.5, help="Drafting continues while the probability of a rejection is at most this; 1: always, below 0: never."
     )
-    min_tokens: int = setting(1, help="Draft tokens a round at least.", ge=1)
-    max_tokens: int = setting(16, help="Draft tokens a round at most.", ge=1)
-    head: str | None = setting(None, help="Folder of an acceptance head; null: the one that this recipe trains.")
+    min_tokens: int = setting(1, help="Draft tokens per round at least.", ge=1)
+    max_tokens: int = setting(16, help="Draft tokens per round at most.", ge=1)
+    head: str | None = setting(None, help="Folder of an acceptance head; null: the head that this recipe trains.")
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
@@ -29,7 +29,7 @@ class CumulativeRejectSettings(LengthSettings):
 
 @length_policies.register("cumulative_reject", CumulativeRejectSettings)
 class CumulativeReject:
-    """Lossless: a token that makes the chance too large is in the draft already, and so is the one whose law is known by then.
+    """Lossless: every token that the decision depends on is in the draft already, and stays in it.
 
     Source: Huang et al. 2024, SpecDec++, arXiv 2405.19715, 3.1: the optimal rule has this form.
     """
@@ -39,7 +39,7 @@ class CumulativeReject:
 
     @cached_property
     def survival(self) -> Survival:
-        """The running product; the head is read when it is first asked."""
+        """The running product; the head is loaded at its first use."""
         return Survival.of_folder(self.settings.head)
 
     def budget(self, context: Context) -> Budget:

@@ -11,7 +11,7 @@ from drafttrain.eval.length import LengthSettings, length_policies
 class FixedLengthSettings(LengthSettings):
     """Draft the same number of tokens in every round."""
 
-    num_draft_tokens: int = setting(5, help="Draft tokens a round.", ge=1)
+    num_draft_tokens: int = setting(5, help="Draft tokens per round.", ge=1)
 
     @property
     def chain_length(self) -> int:

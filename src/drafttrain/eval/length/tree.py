@@ -9,11 +9,13 @@ from drafttrain.eval.length import LengthSettings, length_policies
 
 @dataclass
 class TreeSettings(LengthSettings):
-    """Draft a tree: several guesses for each place, verified in one target call."""
+    """Draft a tree: several candidates for each position, verified in one target call."""
 
-    num_draft_tokens: int = setting(24, help="Nodes of the tree, the root not counted.", ge=1)
-    depth: int = setting(5, help="Levels of the tree; no drafter goes deeper than it has heads.", ge=1)
-    width: int = setting(4, help="Children of a node at most.", ge=2)
+    num_draft_tokens: int = setting(24, help="Nodes of the tree without its root.", ge=1)
+    depth: int = setting(
+        5, help="Levels of the tree; a drafter with heads goes no deeper than its number of heads.", ge=1
+    )
+    width: int = setting(4, help="Most children of a node.", ge=2)
 
     @property
     def chain_length(self) -> int:
@@ -29,7 +31,7 @@ class TreeSettings(LengthSettings):
 
 @length_policies.register("tree", TreeSettings)
 class TreeLength:
-    """A fixed budget of nodes; which nodes it is spent on is the proposer's choice."""
+    """A fixed number of nodes; the proposer chooses which ones."""
 
     def __init__(self, settings: TreeSettings | None = None) -> None:
         self.settings = settings or TreeSettings()

@@ -1,4 +1,4 @@
-"""Prompt lookup: draft what followed the last tokens where they stood before."""
+"""Prompt lookup: draft the tokens that followed the same n-gram earlier in the text."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from drafttrain.eval.proposers import proposers
 
 @dataclass
 class NgramSettings:
-    """Draft what followed the same n-gram earlier in the text."""
+    """Draft the tokens that followed the same n-gram earlier in the text."""
 
-    max_ngram: int = setting(3, help="Longest n-gram looked up, in tokens; shorter ones follow.", ge=1)
-    min_ngram: int = setting(1, help="Shortest n-gram looked up, in tokens.", ge=1)
+    max_ngram: int = setting(3, help="Longest n-gram that is looked up, in tokens; then shorter ones.", ge=1)
+    min_ngram: int = setting(1, help="Shortest n-gram that is looked up, in tokens.", ge=1)
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
@@ -27,7 +27,7 @@ class NgramSettings:
 
 
 class NgramIndex:
-    """Where every n-gram of a growing text last ended, the text's own end left out."""
+    """The latest position of every n-gram of a growing text, except the one at its end."""
 
     def __init__(self, settings: NgramSettings) -> None:
         self._sizes = range(settings.max_ngram, settings.min_ngram - 1, -1)
@@ -35,7 +35,7 @@ class NgramIndex:
         self._read = 0
 
     def continuation(self, tokens: Sequence[int], count: int) -> Sequence[int]:
-        """Return up to `count` tokens that followed the latest earlier place of the longest known n-gram."""
+        """Return up to `count` tokens that followed the latest occurrence of the longest known n-gram."""
         for end in range(self._read, len(tokens)):
             for size in self._sizes:
                 if end >= size:
@@ -50,7 +50,7 @@ class NgramIndex:
 
 @proposers.register("ngram", NgramSettings)
 class Ngram:
-    """A FIXED chain copied from the text so far. It has no law, so a length policy's stop is not asked.
+    """A FIXED chain, copied from the text so far. It has no distribution, so length policies cannot stop it.
 
     Source: Saxena 2023, Prompt Lookup Decoding.
     """

@@ -1,4 +1,4 @@
-"""No draft at all: plain autoregressive decoding by the same engine, the baseline of every speed-up."""
+"""No draft: plain autoregressive decoding by the same engine, the baseline of every speed-up."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class NoDraftSettings:
 
 @proposers.register("none", NoDraftSettings)
 class NoDraft:
-    """Proposes the root alone."""
+    """Proposes only the root."""
 
     needs = TargetNeeds()
 

@@ -1,4 +1,4 @@
-"""Serving engines that prove an export: one file an engine, and one for the worker that runs in the engine's own environment."""
+"""Serving engines that verify exports: a file for each engine, and one for the worker that runs in its environment."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ libraries = Registry("library", "drafttrain.serving.engines")
 
 @dataclass(frozen=True)
 class DecodedPrompt:
-    """What one prompt gave in an engine; the counters are of its speculation, zero without any."""
+    """The output for one prompt, with the counters of its speculation; zero without a drafter."""
 
     tokens: Sequence[int]
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted: int = 0
     accepted_at: Sequence[int] = ()
-    """Rounds that kept at least i draft tokens, i = 1, 2, ..."""
+    """Number of rounds that accepted at least i draft tokens, i = 1, 2, ..."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What an engine is asked to decode, prompt by prompt."""
+    """What an engine decodes, prompt by prompt."""
 
     target: Path
     prompts: Sequence[Sequence[int]]
@@ -40,7 +40,7 @@ class Job:
     temperatures: Sequence[float]
     dtype: str
     max_length: int
-    """Tokens of prompt and output, drafts past the end included."""
+    """Of prompt and output in tokens, drafts past the end included."""
 
 
 @dataclass(frozen=True)
@@ -48,38 +48,38 @@ class Use:
     """A drafter folder, and how an engine drafts with it."""
 
     folder: str
-    """As the engine is told it: an absolute path, or the word that stands for one."""
+    """As the engine gets it: an absolute path, or a placeholder for one."""
     kind: str
     num_draft_tokens: int
     draft: str
-    """At temperature > 0: sampled or greedy; what the engine's own `draft` returned."""
+    """At temperature > 0: sampled or greedy, as the engine's method `draft` returned."""
 
 
 @dataclass(frozen=True)
 class Conventions:
-    """How an engine goes about a text, where engines differ; the evaluator decodes and counts alike beside it."""
+    """How an engine decodes and counts, where engines differ; the evaluator follows it in a comparison."""
 
     first_token_alone: bool = True
-    """The first token of an output comes before any draft; else the first round drafts too."""
+    """The first token of an output comes before any draft; else the first round drafts already."""
     drafts_past_end: bool = True
-    """Rounds draft in full past the end of an output, and count what they accept there; else neither."""
+    """Rounds draft past the end of an output, and count what they accept there; else neither."""
     end_tokens: frozenset[int] = frozenset()
-    """Tokens that end a text, and are its last."""
+    """Tokens that end a text; the text includes them."""
     draft_top_k: int = 0
-    """Sampled drafts are of so many likeliest tokens of the drafter's law; 0: of all."""
+    """Sampled drafts come from the k likeliest tokens of the drafter's distribution; 0: from all."""
 
 
 @dataclass(frozen=True)
 class CounterNames:
-    """What an engine calls the counters of its /metrics, which it may have once for each of several label sets."""
+    """An engine's names for the counters on its /metrics page; a counter may have several label sets."""
 
     num_drafts: str
     num_draft_tokens: str
     num_accepted: str
     accepted_at: str
-    """One for each draft position, which its label `position` counts from 0."""
+    """One for each draft position; its label `position` counts from 0."""
     num_requests: str
-    """Requests that ended, whoever made them."""
+    """Requests that ended, of all clients."""
     num_tokens: str
     """New tokens of all requests."""
 
@@ -102,53 +102,53 @@ class Loader(ABC):
 
 
 class ServingEngine(Loader):
-    """One engine: how it is asked to decode, and how it counts."""
+    """One engine: its requests, its answers, and how it counts."""
 
     samples: ClassVar[bool] = True
-    """It is asked at temperature > 0 too; else its answer is the greedy run alone."""
+    """It also runs at temperature > 0; else its answer holds the greedy run only."""
     counters: ClassVar[CounterNames | None] = None
-    """What its server counts; None: nothing that could be read."""
+    """The counters of its server; None: it has none that can be read."""
 
     def check_kind(self, folder: Path, kind: str) -> None:
-        """Refuse a kind of drafter that this engine has no method for.
+        """Check that this engine can run a kind of drafter.
 
         Raises:
-            CheckpointError: Naming the kinds that it has one for, and the engines that run this one.
+            CheckpointError: It cannot; names the kinds that it runs, and the engines that run this kind.
         """
         if kind in self.methods:
             return
         able = [name for name in engines.names() if kind in engine_of(name).methods]
         raise CheckpointError(
             f"{folder}: {self.name} runs no drafter of kind {kind}, only {', '.join(self.methods)}. "
-            f"Engines for {kind}: {', '.join(able) or 'none; decode with drafttrain eval'}"
+            f"Engines for {kind}: {', '.join(able) or 'none; use drafttrain eval'}"
         )
 
     @abstractmethod
     def draft(self, kind: str, wanted: str) -> str:
-        """Return how it drafts at temperature > 0: `sampled` from the drafter's law or `greedy`, as wanted where it can."""
+        """Return how it drafts at temperature > 0: `sampled` or `greedy`; as wanted if it can."""
 
     def conventions(self, target: Path) -> Conventions:
-        """Return how it goes about the texts of a target."""
+        """Return how it decodes and counts with a target."""
         return Conventions()
 
     def target_as(self, folder: Path, dtype: str | None = None) -> Path:
-        """Return what it loads of a target's folder: the folder, or a file that is made of it."""
+        """Return what it loads as the target: the folder, or files converted from it."""
         return folder
 
     @abstractmethod
     def request(self, job: Job, use: Use | None) -> dict[str, Any]:
-        """Return the request of a job; without a drafter to use, the target alone."""
+        """Return the request of a job; use None: by the target alone."""
 
     @abstractmethod
     def decoded(self, answer: Mapping[str, Any]) -> list[list[DecodedPrompt]]:
-        """Return what the prompts gave, temperature by temperature."""
+        """Return the outputs in an answer: by temperature, then by prompt."""
 
     @abstractmethod
     def problems(self, drafter: Path, kind: str, target_config: Mapping[str, Any]) -> list[str]:
-        """Return why this engine cannot run a drafter, its files apart."""
+        """Return why this engine cannot run a drafter whose files are in order."""
 
     def misread(self, drafter: Path, kind: str) -> list[str]:
-        """Return why this engine would take a drafter for something else, wherever it runs."""
+        """Return why this engine would misread a drafter, on any device."""
         return []
 
     @abstractmethod
@@ -160,7 +160,7 @@ def engine_of(name: str) -> ServingEngine:
     """Return the engine of a name.
 
     Raises:
-        KeyError: There is none.
+        KeyError: No engine has this name.
     """
     engine: ServingEngine = engines.entry(name).component()
     return engine

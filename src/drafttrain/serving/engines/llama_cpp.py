@@ -1,6 +1,6 @@
-"""llama.cpp: its own server, as `xllamacpp` builds it for PyPI. Pins and facts are of 2026.10.11549 (llama.cpp b11549), tried with it.
+"""llama.cpp: its own server, as `xllamacpp` builds it for PyPI. Tried with 2026.10.11549 (llama.cpp b11549).
 
-It drafts chains greedily, or with `--spec-draft-sampling probabilistic` among the ten likeliest tokens of the drafter's law.
+It drafts chains greedily, or with `--spec-draft-sampling probabilistic` from the ten likeliest tokens of the drafter.
 """
 
 from __future__ import annotations
@@ -55,23 +55,23 @@ ENDS = frozenset(
         "<|file_sep|>",
     ]
 )
-"""Tokens that end a text for llama.cpp by what they are called, whatever the model says."""
+"""Tokens that end a text in llama.cpp because of their text, whatever the model's configuration says."""
 
 TARGETS = "llama.cpp-targets"
-"""Folder beside the environments."""
+"""Folder of converted targets, beside the environments."""
 
 DRAFT_TOP_K = 10
-"""Of the drafter's law, in its probabilistic drafting; its source says so, and its counters."""
+"""Of its probabilistic drafting; seen in its source and in its counters."""
 
 
 @dataclass
 class LlamaCpp:
-    """llama.cpp in an environment of its own."""
+    """llama.cpp in its own environment."""
 
 
 @engines.register("llama.cpp", LlamaCpp)
 class LlamaCppEngine(ServingEngine):
-    """The server of llama.cpp in the worker's process, asked over HTTP."""
+    """The server of llama.cpp in the worker's process, reached over HTTP."""
 
     environment = LLAMA_CPP
     worker = Path(__file__).with_name("llama_cpp_worker.py")
@@ -79,28 +79,28 @@ class LlamaCppEngine(ServingEngine):
     methods: ClassVar[Mapping[str, str]] = GgufExporter.reads
 
     def draft(self, kind: str, wanted: str) -> str:
-        """Return how it drafts: as wanted."""
+        """Return how it drafts: both ways."""
         return wanted
 
     def conventions(self, target: Path) -> Conventions:
-        """Return its conventions; the tokens that end a text are those of the target's vocabulary."""
+        """Return its conventions, with the tokens of the target's vocabulary that end a text."""
         config = read_target_config(target, name=str(target))
-        said = GgufTokenizer(target, vocab_size=config["vocab_size"]).fields(config)
-        ends = {said[key] for key in (END, SECOND_END) if key in said}
-        ends |= {number for number, token in enumerate(said[TOKENS]) if token in ENDS}
+        fields = GgufTokenizer(target, vocab_size=config["vocab_size"]).fields(config)
+        ends = {fields[key] for key in (END, SECOND_END) if key in fields}
+        ends |= {number for number, token in enumerate(fields[TOKENS]) if token in ENDS}
         return Conventions(drafts_past_end=False, end_tokens=frozenset(ends), draft_top_k=DRAFT_TOP_K)
 
     def target_as(self, folder: Path, dtype: str | None = None) -> Path:
-        """Return the target as a GGUF file, beside the environments: written once for its weights, tokenizer and type.
+        """Return the target as a GGUF file beside the environments; each version of the weights, tokenizer and type is converted once.
 
         Raises:
-            CheckpointError: It cannot be written as GGUF.
+            CheckpointError: The target cannot be written as GGUF.
         """
         parts = [fingerprint_of(folder), sha256_of(folder / "tokenizer.json"), str(dtype)]
         key = hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
         path = root() / TARGETS / f"{key}.gguf"
         if not path.exists():
-            say(f"llama.cpp: writing the target as {path}")
+            say(f"llama.cpp: converting the target to {path}")
             with written_beside(path) as temporary:
                 write_model(folder, temporary, dtype=dtype)
         return path
@@ -120,15 +120,15 @@ class LlamaCppEngine(ServingEngine):
         }
 
     def decoded(self, answer: Mapping[str, Any]) -> list[list[DecodedPrompt]]:
-        """Return the prompts of every run."""
+        """Return the outputs of every run."""
         return [[DecodedPrompt(**prompt) for prompt in run["prompts"]] for run in answer["runs"]]
 
     def problems(self, drafter: Path, kind: str, target_config: Mapping[str, Any]) -> list[str]:
-        """Return nothing: what it cannot run is not written as GGUF."""
+        """Return nothing: a drafter that llama.cpp cannot run is not exported as GGUF."""
         return []
 
     def command(self, target: str, use: Use) -> str:
-        """Return `llama-server ...`; a drafter that no type of speculation is named for would be loaded and never asked."""
+        """Return `llama-server ...`. Without --spec-type it would load the drafter and never use it."""
         sampled = " --spec-draft-sampling probabilistic" if use.draft == "sampled" else ""
         model = target if target.endswith(".gguf") else f"{target}.gguf"
         return (

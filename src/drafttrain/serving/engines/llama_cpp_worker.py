@@ -1,17 +1,17 @@
-"""Decode prompts in llama.cpp's own server and count. Runs without drafttrain: `in_engine.py` runs it.
+"""Decode prompts in llama.cpp's own server and count. Runs without drafttrain; `in_engine.py` starts it.
 
 The request:
 
     target, drafter     GGUF files; drafter null: the target alone
-    num_draft_tokens    of a round
+    num_draft_tokens    draft tokens of a round
     draft               greedy or probabilistic
-    dtype               of keys, values and weights; where weights are stored in another, they are widened beforehand
-    context             tokens of prompt and output
-    prompts             lists of token ids; decoded one by one, so that the counters are those of one prompt
-    runs                [{temperature, max_tokens, seed}], over all prompts each
-    texts               to be tokenized, special tokens in them too
+    dtype               type of keys, values and weights; weights in another type are widened first
+    context             number of tokens of prompt and output
+    prompts             lists of token ids, decoded one by one so that counters belong to one prompt
+    runs                [{temperature, max_tokens, seed}], each over all prompts
+    texts               texts to tokenize, special tokens included
 
-The answer: `version`, for every run its `prompts`, each with `tokens` and the counters of speculation, and `tokenized`; or `error`.
+The answer: `version`; for every run its `prompts`, each with `tokens` and the counters of speculation; `tokenized`. Or `error`.
 """
 
 import http.client
@@ -19,7 +19,7 @@ import json
 from typing import Any
 
 THREADS = 1
-"""Small models wait for their threads, and sums in one order give one result."""
+"""With more threads small models are slower, and sums may come out in another order."""
 
 TIMEOUT_SECONDS = 3600
 CACHE_TYPES = {"float32": "GGML_TYPE_F32", "float16": "GGML_TYPE_F16", "bfloat16": "GGML_TYPE_BF16"}
@@ -51,11 +51,11 @@ def _parameters(xllamacpp: Any, request: dict[str, Any]) -> Any:
     given.cpuparams.n_threads = given.cpuparams_batch.n_threads = THREADS
     given.cache_type_k = given.cache_type_v = cache_type
     given.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    # Neither a text of before nor the size of this machine decides what is computed.
+    # Results must depend neither on earlier texts nor on the size of this machine.
     given.cache_prompt, given.cache_ram_mib, given.fit_params, given.warmup = False, 0, False, False
     given.endpoint_metrics, given.verbosity = True, 1
     if request["drafter"]:
-        # A drafter without a type of speculation is loaded, and never asked.
+        # Without a type of speculation the drafter is loaded and never used.
         given.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
         draft = given.speculative.draft
         draft.mparams.path = _in_type(request["drafter"], request["dtype"], "drafter.gguf")
@@ -67,7 +67,7 @@ def _parameters(xllamacpp: Any, request: dict[str, Any]) -> Any:
 
 
 def _in_type(path: str, dtype: str, wider: str) -> str:
-    """Return a file of the same weights in float32 where this is wanted: llama.cpp computes in the type of the file."""
+    """Return a file with the same weights, in float32 if that is the type: llama.cpp computes in the type of the file."""
     import gguf
     import numpy
 
@@ -99,7 +99,7 @@ def _run(address: str, prompts: list[list[int]], *, temperature: float, max_toke
                 "prompt": prompt,
                 "n_predict": max_tokens,
                 "temperature": temperature,
-                # Its default is a dozen rules, which cut and bend the law that tokens are drawn from.
+                # The default is a dozen samplers that change the distribution.
                 "samplers": ["temperature"],
                 "seed": seed + number,
                 "return_tokens": True,
@@ -111,17 +111,17 @@ def _run(address: str, prompts: list[list[int]], *, temperature: float, max_toke
 
 
 def _tokenized(address: str, text: str) -> list[int]:
-    said = _asked(address, "/tokenize", {"content": text, "add_special": True, "parse_special": True})
-    tokens: list[int] = json.loads(said)["tokens"]
+    answer = _asked(address, "/tokenize", {"content": text, "add_special": True, "parse_special": True})
+    tokens: list[int] = json.loads(answer)["tokens"]
     return tokens
 
 
 def _counters(address: str) -> dict[str, Any]:
-    """Return the counters of speculation so far; the server adds up for as long as it lives."""
+    """Return the counters of speculation since the server started."""
     lines = (line.removeprefix(SPECULATION).rsplit(" ", 1) for line in _asked(address, "/metrics").splitlines())
-    said = {line[0]: int(float(line[1])) for line in lines if not line[0].startswith("#") and len(line) == 2}
-    positions = [value for name, value in said.items() if name.startswith(AT_POSITION)]
-    return {ours: said[theirs] for ours, theirs in COUNTERS.items()} | {"accepted_at": positions}
+    values = {line[0]: int(float(line[1])) for line in lines if not line[0].startswith("#") and len(line) == 2}
+    positions = [value for name, value in values.items() if name.startswith(AT_POSITION)]
+    return {ours: values[theirs] for ours, theirs in COUNTERS.items()} | {"accepted_at": positions}
 
 
 def _difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def _difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]
 
 
 def _asked(address: str, path: str, body: dict[str, Any] | None = None) -> str:
-    """Return what the server in this process answers."""
+    """Return the answer of the server in this process."""
     connection = http.client.HTTPConnection(address, timeout=TIMEOUT_SECONDS)
     method, content = ("GET", None) if body is None else ("POST", json.dumps(body))
     connection.request(method, path, content, {"Content-Type": "application/json"})

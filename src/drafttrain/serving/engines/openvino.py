@@ -1,6 +1,6 @@
-"""OpenVINO GenAI on a CPU: drafts chains, greedily. Pins and facts are of 2026.4.1.0 and optimum-intel 2.2.0, tried with them.
+"""OpenVINO GenAI on a CPU: drafts chains, greedily. Tried with 2026.4.1.0 and optimum-intel 2.2.0.
 
-It is not asked at temperature > 0: its sampling with a drafter does not write the target's law (docs/serving.md).
+It does not run at temperature > 0: with a drafter it does not sample from the target's distribution (docs/serving.md).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from drafttrain.target_model.folders import fingerprint_of
 
 @dataclass
 class OpenVino:
-    """OpenVINO GenAI in an environment of its own."""
+    """OpenVINO GenAI in its own environment."""
 
 
 @engines.register("openvino", OpenVino)
@@ -39,23 +39,23 @@ class OpenVinoEngine(ServingEngine):
     samples = False
 
     def draft(self, kind: str, wanted: str) -> str:
-        """Return `greedy`: it is asked greedily alone."""
+        """Return `greedy`: it runs at temperature 0 only."""
         return "greedy"
 
     def conventions(self, target: Path) -> Conventions:
-        """Return its conventions: no draft past the end."""
+        """Return its conventions: it never drafts past the end."""
         return Conventions(drafts_past_end=False)
 
     def target_as(self, folder: Path, dtype: str | None = None) -> Path:
-        """Return the target as OpenVINO reads it, beside the environments: converted once for its weights and tokenizer.
+        """Return the target in OpenVINO's format beside the environments; each version of weights and tokenizer is converted once.
 
         Raises:
-            EngineError: It cannot be converted.
+            EngineError: The target cannot be converted.
         """
         parts = [fingerprint_of(folder), sha256_of(folder / "tokenizer.json"), *self.environment.pins]
         converted = root() / "openvino-targets" / hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
         if not (converted / GRAPH).exists():
-            say(f"openvino: converting the target into {converted}")
+            say(f"openvino: converting the target to {converted}")
             with folder_beside(converted) as temporary:
                 write_graph(folder, temporary)
         return converted
@@ -72,16 +72,16 @@ class OpenVinoEngine(ServingEngine):
         }
 
     def decoded(self, answer: Mapping[str, Any]) -> list[list[DecodedPrompt]]:
-        """Return the prompts of the one run that there is."""
+        """Return the outputs of the greedy run."""
         return [[DecodedPrompt(**prompt) for prompt in answer["prompts"]]]
 
     def problems(self, drafter: Path, kind: str, target_config: Mapping[str, Any]) -> list[str]:
-        """Return what stands against this drafter's target."""
+        """Return why OpenVINO cannot provide the states of an EAGLE-3 drafter's target."""
         config = read_json(drafter / "config.json")
         return taps_problems(config, target_config) if kind == "eagle3" else []
 
     def command(self, target: str, use: Use) -> str:
-        """Return Python that decodes."""
+        """Return Python code that decodes."""
         return f"""\
 import openvino_genai
 

@@ -1,16 +1,16 @@
-"""Decode prompts in OpenVINO GenAI and count. Runs in its own environment, without drafttrain: `in_engine.py` runs it.
+"""Decode prompts in OpenVINO GenAI and count. Runs in its own environment without drafttrain; `in_engine.py` starts it.
 
 The request:
 
     target, drafter     folders that optimum-intel wrote; drafter null: the target alone
-    num_draft_tokens    of a round
-    dtype               that it computes in
-    prompts             lists of token ids; decoded one by one, so that the counters are those of one prompt
-    max_tokens          new tokens of each
+    num_draft_tokens    draft tokens of a round
+    dtype               type that it computes in
+    prompts             lists of token ids, decoded one by one so that counters belong to one prompt
+    max_tokens          new tokens of each output
 
-The answer: `version`, and `prompts`, each with `tokens` and the counters of speculation; or `error`. OpenVINO gives the tokens of every
-step, and totals of draft and accepted tokens; the totals leave out a round that ends the text with all of its drafts kept. Counted is
-what the steps gave, and it must add up to the totals.
+The answer: `version`, and `prompts`, each with `tokens` and the counters of speculation; or `error`. OpenVINO reports the number of
+tokens of every step, and totals of draft and accepted tokens; the totals leave out a last round whose drafts were all accepted. The
+counters come from the steps, and must add up to the totals.
 """
 
 import os
@@ -25,14 +25,14 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
     import openvino_genai
 
     precision = PRECISIONS[request["dtype"]]
-    # Unless told, a graph keeps keys and values in float16, and processors with bfloat16 compute in it.
+    # By default keys and values are float16, and processors with bfloat16 compute in it.
     properties = {
         "INFERENCE_PRECISION_HINT": precision,
         "KV_CACHE_PRECISION": precision,
         "INFERENCE_NUM_THREADS": 1,
     }
     scheduler = openvino_genai.SchedulerConfig()
-    # A text of before must not decide what is computed.
+    # Results must not depend on earlier texts.
     scheduler.enable_prefix_caching = False
     drafter = {}
     if request["drafter"]:
@@ -57,8 +57,8 @@ def _decoded(pipeline: Any, prompt: list[int], num_draft_tokens: int, max_tokens
     if not num_draft_tokens:
         return {"tokens": tokens}
     steps = [int(size) for size in result.perf_metrics.raw_metrics.m_batch_sizes]
-    said = result.extended_perf_metrics
-    totals = said.get_num_draft_tokens(), said.get_num_accepted_tokens()
+    metrics = result.extended_perf_metrics
+    totals = metrics.get_num_draft_tokens(), metrics.get_num_accepted_tokens()
     return {"tokens": tokens, **counters(steps, totals, num_draft_tokens, max_tokens)}
 
 
@@ -66,27 +66,27 @@ def counters(steps: list[int], totals: tuple[int, int], num_draft_tokens: int, m
     """Return the counters of the rounds that drafted.
 
     Args:
-        steps: Tokens that every step gave; the first reads the prompt.
-        totals: Draft tokens and accepted ones, as OpenVINO has them.
+        steps: Number of tokens of every step; the first step reads the prompt.
+        totals: Draft tokens and accepted tokens, as OpenVINO counts them.
 
     Raises:
-        RuntimeError: The steps are not those of a text of rounds, or do not add up to the totals.
+        RuntimeError: The steps are not a sequence of rounds, or do not add up to the totals.
     """
     rounds, written = [], steps[0]
     for size in steps[1:]:
-        # No draft is made that could not be kept: the last token of a text is the target's own.
+        # OpenVINO drafts no token that could not be accepted: the last token of a text is the target's own.
         rounds.append((min(num_draft_tokens, max_tokens - written - 1), size - 1))
         written += size
     drafted, accepted = (sum(one[i] for one in rounds) for i in (0, 1))
-    unsaid = rounds[-1] if rounds and rounds[-1][0] == rounds[-1][1] else (0, 0)
-    if steps[0] != 1 or written != max_tokens or (drafted - unsaid[0], accepted - unsaid[1]) != totals:
+    uncounted = rounds[-1] if rounds and rounds[-1][0] == rounds[-1][1] else (0, 0)
+    if steps[0] != 1 or written != max_tokens or (drafted - uncounted[0], accepted - uncounted[1]) != totals:
         raise RuntimeError(
-            f"the steps gave {steps} tokens, which is {accepted} accepted of {drafted}; OpenVINO says {totals[1]} of {totals[0]}"
+            f"the steps have {steps} tokens: {accepted} of {drafted} drafts accepted; OpenVINO reports {totals[1]} of {totals[0]}"
         )
     rounds = [one for one in rounds if one[0]]
     return {
         "num_drafts": len(rounds),
         "num_draft_tokens": drafted,
         "num_accepted": accepted,
-        "accepted_at": [sum(kept >= i for _, kept in rounds) for i in range(1, num_draft_tokens + 1)],
+        "accepted_at": [sum(count >= i for _, count in rounds) for i in range(1, num_draft_tokens + 1)],
     }

@@ -1,4 +1,4 @@
-"""The speculators library, which trains and loads drafters in its own format: its loader and its layer beside ours."""
+"""The speculators library, which trains and loads drafters in its own format: its logits, for comparison with drafttrain's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Speculators:
 
 @libraries.register("speculators", Speculators)
 class SpeculatorsLibrary(Loader):
-    """Computes the logits of a folder; it serves nothing."""
+    """Computes the logits of a drafter folder; it serves nothing."""
 
     environment = SPECULATORS
     worker = Path(__file__).with_name("speculators_worker.py")
@@ -33,15 +33,15 @@ class SpeculatorsLibrary(Loader):
     def logits(
         self, folder: Path, features_BTF: Tensor, tokens_BT: Tensor, *, num_steps: int, work: Path
     ) -> list[Tensor]:
-        """Return logits_BTR of every draft step, of one row.
+        """Return logits_BTR of every draft step for one row.
 
         Args:
-            features_BTF: The tapped states of the target side by side.
-            tokens_BT: At each place the token after it, which the first step embeds.
-            work: Folder for what goes there and back.
+            features_BTF: The tapped states of the target, concatenated.
+            tokens_BT: For each position the next token, which the first step embeds.
+            work: Folder for the files that are exchanged.
 
         Raises:
-            EngineError: The library is not installed here, or refuses the folder.
+            EngineError: The library is not installed here, or cannot load the folder.
         """
         from safetensors.torch import save_file
 

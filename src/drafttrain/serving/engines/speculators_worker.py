@@ -1,11 +1,11 @@
-"""Compute the logits of a drafter with the speculators library. Knows nothing of drafttrain: `in_engine.py` runs it.
+"""Compute the logits of a drafter with the speculators library. Runs without drafttrain; `in_engine.py` starts it.
 
 The request:
 
     folder       a drafter in the library's format
-    asked        a file of safetensors: `features` of one row, and `tokens` that the first step embeds
-    answered     where the file of the answer goes: `logits.0`, `logits.1`, ... a step
-    num_steps    of its training-time rollout
+    asked        safetensors file with `features` of one row, and `tokens` that the first step embeds
+    answered     safetensors file to write: `logits.0`, `logits.1`, ..., one for each step
+    num_steps    number of steps of its training-time rollout
 
 The answer: `version`; or `error`.
 """

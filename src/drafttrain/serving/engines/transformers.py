@@ -1,7 +1,7 @@
-"""Hugging Face's own assisted generation, `generate(assistant_model=...)`, in drafttrain's Python: it needs transformers anyway.
+"""Hugging Face's own assisted generation, `generate(assistant_model=...)`, in drafttrain's own Python.
 
-What is compared is the release that the user has; its loop, its cache and its rule are its own, and the worker is a process that
-knows nothing of drafttrain. An environment of its own would prove another release than the one that serves.
+The comparison is with the release that the user has installed, which also serves; its loop, cache and acceptance rule are its own,
+and the worker is a process that does not import drafttrain.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from drafttrain.serving.engines import Conventions, DecodedPrompt, Job, ServingE
 
 @dataclass
 class Transformers:
-    """Transformers, as drafttrain itself imports it."""
+    """Transformers in drafttrain's own Python."""
 
 
 @engines.register("transformers", Transformers)
@@ -35,7 +35,7 @@ class TransformersEngine(ServingEngine):
         return "sampled"
 
     def conventions(self, target: Path) -> Conventions:
-        """Return its conventions: it drafts from the first token on, and never past the end."""
+        """Return its conventions: it drafts from the first token on, never past the end."""
         return Conventions(first_token_alone=False, drafts_past_end=False)
 
     def request(self, job: Job, use: Use | None) -> dict[str, Any]:
@@ -50,15 +50,15 @@ class TransformersEngine(ServingEngine):
         }
 
     def decoded(self, answer: Mapping[str, Any]) -> list[list[DecodedPrompt]]:
-        """Return the prompts of every run."""
+        """Return the outputs of every run."""
         return [[DecodedPrompt(**prompt) for prompt in run["prompts"]] for run in answer["runs"]]
 
     def problems(self, drafter: Path, kind: str, target_config: Mapping[str, Any]) -> list[str]:
-        """Return nothing: what transformers cannot load was not trained."""
+        """Return nothing: training itself loads the drafter with transformers."""
         return []
 
     def command(self, target: str, use: Use) -> str:
-        """Return Python that decodes; the length is the assistant's to keep, which else changes it as it goes."""
+        """Return Python code that decodes with a constant draft length; by default transformers adapts it."""
         return f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

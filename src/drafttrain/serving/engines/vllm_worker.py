@@ -1,14 +1,14 @@
-"""Decode prompts in vLLM and count. Runs in vLLM's own environment, without drafttrain: `in_engine.py` runs it.
+"""Decode prompts in vLLM and count. Runs in vLLM's own environment without drafttrain; `in_engine.py` starts it.
 
 The request:
 
     target               folder of the target
-    speculative_config   what `LLM(speculative_config=...)` takes; null: the target alone
+    speculative_config   argument of `vllm.LLM`; null: the target alone
     dtype, max_model_len
-    prompts              lists of token ids; decoded one by one, so that the counters are those of one prompt
-    runs                 [{temperature, max_tokens, seed}], over all prompts each
+    prompts              lists of token ids, decoded one by one so that counters belong to one prompt
+    runs                 [{temperature, max_tokens, seed}], each over all prompts
 
-The answer: `version`, `repaired` (what of the engine was mended to ask it at all, in words), and for every run its `prompts`,
+The answer: `version`, `repaired` (bugs of the engine that were patched for this run, in words), and for every run its `prompts`,
 each with `tokens` and the counters of speculation; or `error`.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
-    # The engine in this process: errors keep their traceback, and the counters are read between prompts.
+    # With the engine in this process, errors keep their traceback, and counters can be read between prompts.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -34,7 +34,7 @@ COUNTERS = {
 def answer_to(request: dict[str, Any]) -> dict[str, Any]:
     """Return the answer to a request."""
     os.environ.update(SETTINGS)
-    # Small models wait for their threads: 40 times as long with two, on a machine of two cores.
+    # With more threads small models are slower: 40 times with two, on a machine of two cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import vllm
 
@@ -49,17 +49,17 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
         disable_log_stats=False,
         seed=0,
     )
-    # Its CPU kernels are in place once the engine is.
+    # The CPU kernels are registered when the engine is built.
     repaired = _repaired()
     runs = [_run(llm, vllm, request["prompts"], **run) for run in request["runs"]]
     return {"version": vllm.__version__, "repaired": repaired, "runs": runs}
 
 
 def _repaired() -> list[str]:
-    """Mend what is broken in the engine's CPU build, where it is; return what was done.
+    """Patch a bug of the engine's CPU build if this build has it; return what was patched.
 
-    0.32.0 hands a copy of its result's buffer to the kernel that repeats each request's temperature for its draft tokens, and so
-    divides logits by memory that nobody wrote: with speculation and a temperature above 0 its text is not the target's.
+    0.32.0 gives a copy of the result's buffer to the kernel that repeats each request's temperature for its draft tokens, and so
+    divides logits by uninitialized memory: with speculation and a temperature above 0 its text is not the target's.
     """
     import torch
     from vllm.v1.sample import rejection_sampler
@@ -72,7 +72,7 @@ def _repaired() -> list[str]:
     if torch.equal(rejection_sampler.expand_batch_to_tokens(*example), expanded(*example)):
         return []
     rejection_sampler.expand_batch_to_tokens = expanded
-    return ["expand_batch_to_tokens (temperatures of draft tokens were memory that nobody wrote)"]
+    return ["expand_batch_to_tokens (temperatures of draft tokens were uninitialized memory)"]
 
 
 def _run(
@@ -90,7 +90,7 @@ def _run(
 
 
 def _counters(llm: Any) -> dict[str, Any]:
-    """Return the counters of speculation so far; the engine adds up for as long as it lives."""
+    """Return the counters of speculation since the engine was built."""
     found = {metric.name: getattr(metric, "values", getattr(metric, "value", None)) for metric in llm.get_metrics()}
     return {ours: found[theirs] for ours, theirs in COUNTERS.items() if theirs in found}
 

@@ -1,4 +1,4 @@
-"""T1: the walk's output law by enumeration of every draw and every decision; no sampling noise."""
+"""The walk's output distribution, by enumeration of every draw and every decision: no sampling noise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.proposals import DrawMode, NodeKind, Proposal, chain, fixed_chain
-from drafttrain.eval import verification as verify
+from drafttrain.eval import verification
 from drafttrain.eval.acceptance.lenience import lenient
 from drafttrain.eval.verification import walk
 
@@ -19,7 +19,7 @@ EXACT = 1e-12
 
 
 class Script:
-    """Decisions taken from a list, and from there on the first choice; notes the alternatives on the way."""
+    """Takes decisions from a list, then always the first choice; records the alternatives."""
 
     def __init__(self, decisions: list[int]) -> None:
         self.decisions = decisions
@@ -37,28 +37,28 @@ class Script:
         chance = min(1.0, max(0.0, chance))
         return self._choose([chance, 1 - chance]) == 0
 
-    def draw(self, law_V: Tensor) -> int:
-        return self._choose(law_V.tolist())
+    def draw(self, probs_V: Tensor) -> int:
+        return self._choose(probs_V.tolist())
 
 
 def outcomes(run: Callable[[Script], tuple[int, ...]]) -> dict[tuple[int, ...], float]:
-    """Return the law of what `run` gives over all decisions."""
-    law: dict[tuple[int, ...], float] = defaultdict(float)
+    """Return the distribution of what `run` returns, over all decisions."""
+    found: dict[tuple[int, ...], float] = defaultdict(float)
     decisions: list[int] = []
     while True:
         script = Script(decisions)
         outcome = run(script)
-        law[outcome] += script.probability
+        found[outcome] += script.probability
         decisions = [choice for choice, _ in script.taken]
         while decisions and decisions[-1] + 1 >= len(script.taken[len(decisions) - 1][1]):
             decisions.pop()
         if not decisions:
-            return law
+            return found
         decisions[-1] += 1
 
 
-def laws(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Return random laws over the last axis: spread out, or with zeros."""
+def random_distributions(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Return random distributions over the last axis: spread out, or with zeros."""
     x = torch.rand(shape, generator=generator, dtype=torch.float64) + 1e-3
     if kind == "zeros":
         x = x * (torch.rand(shape, generator=generator) > 0.4)
@@ -69,9 +69,9 @@ def laws(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> Tenso
 def emitted_distribution(
     p: list[Tensor], q: list[Tensor], *, depth: int, propose: Callable[..., Proposal] | None = None, **options: object
 ) -> dict[tuple[int, ...], float]:
-    """Return the law of the first two tokens when a chain of `depth` is drafted from q and verified against p.
+    """Return the distribution of the first two tokens of a chain of `depth` drafted from q and verified against p.
 
-    p[0]: law of the first token; p[1][a]: of the second after a; p[2][a, b] of the third. q likewise.
+    p[0]: distribution of the first token; p[1][a]: of the second after a; p[2][a, b]: of the third. q likewise.
     """
     vocabulary = len(p[0])
 
@@ -89,43 +89,43 @@ def emitted_distribution(
             tokens.append(script.draw(p[len(tokens)][tuple(tokens)]))
         return tuple(tokens[:2])
 
-    law = outcomes(run)
-    assert sum(law.values()) == pytest.approx(1, abs=1e-9)
-    assert len(law) <= vocabulary**2
-    return law
+    found = outcomes(run)
+    assert sum(found.values()) == pytest.approx(1, abs=1e-9)
+    assert len(found) <= vocabulary**2
+    return found
 
 
-def distance(law: dict[tuple[int, ...], float], p: list[Tensor]) -> float:
-    """Return the total variation distance from the target's law of two tokens."""
+def distance(found: dict[tuple[int, ...], float], p: list[Tensor]) -> float:
+    """Return the total variation distance from the target's distribution of two tokens."""
     vocabulary = len(p[0])
     pairs = itertools.product(range(vocabulary), repeat=2)
-    return 0.5 * sum(abs(law.get((a, b), 0.0) - float(p[0][a] * p[1][a, b])) for a, b in pairs)
+    return 0.5 * sum(abs(found.get((a, b), 0.0) - float(p[0][a] * p[1][a, b])) for a, b in pairs)
 
 
 def case(vocabulary: int, depth: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     kind = ("spread", "zeros")[seed % 2]
     shapes = [(vocabulary,) * (level + 1) for level in range(max(2, depth + 1))]
-    p = [laws(kind, shape, generator) for shape in shapes]
-    q = p if seed % 5 == 4 else [laws(kind, shape, generator) for shape in shapes]
+    p = [random_distributions(kind, shape, generator) for shape in shapes]
+    q = p if seed % 5 == 4 else [random_distributions(kind, shape, generator) for shape in shapes]
     return p, q
 
 
 @pytest.mark.parametrize(("vocabulary", "depth"), [(6, 1), (4, 2), (3, 2), (2, 3)])
 @pytest.mark.parametrize("seed", range(5))
-def test_a_sampled_chain_keeps_the_law(vocabulary, depth, seed):
+def test_a_sampled_chain_has_the_targets_distribution(vocabulary, depth, seed):
     p, q = case(vocabulary, depth, seed)
     assert distance(emitted_distribution(p, q, depth=depth), p) < EXACT
 
 
-def test_disjoint_supports_keep_the_law():
+def test_disjoint_supports_have_the_targets_distribution():
     p = [torch.tensor([0.5, 0.5, 0, 0]).double(), torch.tensor([0.5, 0.5, 0, 0]).double().expand(4, 4)]
     q = [p[0].flip(0), p[1].flip(1)]
     assert distance(emitted_distribution(p, q, depth=1), p) < EXACT
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_fixed_chain_keeps_the_law(seed):
+def test_a_fixed_chain_has_the_targets_distribution(seed):
     p, q = case(4, 2, seed)
     fixed = [int(q[0].argmax()), int(q[1][q[0].argmax()].argmax())]
     target = [p[0], p[1][fixed[0]], p[2][fixed[0], fixed[1]]]
@@ -142,20 +142,21 @@ def test_a_fixed_chain_keeps_the_law(seed):
 
 @pytest.mark.parametrize("draw", list(DrawMode))
 @pytest.mark.parametrize("mixed", [False, True])
-def test_siblings_keep_the_law(draw, mixed):
+def test_siblings_have_the_targets_distribution(draw, mixed):
     """Three children of the root, drawn with or without replacement; the first one FIXED when mixed."""
     generator = torch.Generator().manual_seed(7)
     for kind in ("spread", "zeros"):
-        p, q = laws(kind, (4,), generator), laws("spread", (4,), generator)
+        p = random_distributions(kind, (4,), generator)
+        q = random_distributions("spread", (4,), generator)
 
         def run(script: Script, p: Tensor = p, q: Tensor = q) -> tuple[int, ...]:
-            law, tokens = q, [2] if mixed else []
+            left, tokens = q, [2] if mixed else []
             while len(tokens) < 3:
-                tokens.append(script.draw(law))
+                tokens.append(script.draw(left))
                 if draw is DrawMode.WITHOUT_REPLACEMENT:
-                    law = law.clone()
-                    law[tokens[-1]] = 0
-                    law = law / law.sum()
+                    left = left.clone()
+                    left[tokens[-1]] = 0
+                    left = left / left.sum()
             fixed, sampled = NodeKind.FIXED.value, NodeKind.SAMPLED.value
             proposal = Proposal(
                 tokens_N=torch.tensor([0, *tokens]),
@@ -169,11 +170,11 @@ def test_siblings_keep_the_law(draw, mixed):
             path, token = walk(proposal, p.expand(4, 4), script)
             return (tokens[path[1] - 1] if len(path) > 1 else token,)
 
-        law = outcomes(run)
-        assert 0.5 * sum(abs(law.get((x,), 0.0) - float(p[x])) for x in range(4)) < EXACT
+        found = outcomes(run)
+        assert 0.5 * sum(abs(found.get((x,), 0.0) - float(p[x])) for x in range(4)) < EXACT
 
 
-# ---------------------------------------------------------------- controls: each of these must be seen to fail
+# ---------------------------------------------------------------- controls: each of these errors must be detected
 
 
 def worst(**change: object) -> float:
@@ -184,14 +185,14 @@ def worst(**change: object) -> float:
 
 def test_control_a_greedy_draft_treated_as_sampled():
     p, q = case(4, 1, 0)
-    greedy = [torch.nn.functional.one_hot(law.argmax(-1), 4).double() for law in q]
+    greedy = [torch.nn.functional.one_hot(row.argmax(-1), 4).double() for row in q]
     soft = lambda d, r: chain([0, *d], kind=NodeKind.SAMPLED, q_rows_RV=q[0][None])  # noqa: E731
     assert distance(emitted_distribution(p, greedy, depth=1, propose=soft), p) > 0.05
     assert distance(emitted_distribution(p, greedy, depth=1), p) < EXACT
 
 
 def test_control_a_missing_residual(monkeypatch):
-    monkeypatch.setattr(verify, "residual", lambda target_V, drafter_V: target_V)
+    monkeypatch.setattr(verification, "residual", lambda target_V, drafter_V: target_V)
     assert worst() > 0.05
 
 
@@ -206,17 +207,17 @@ def test_lenience_is_lossy_and_one_is_lossless():
         assert worst(credit=lenient(form, 1.0)) < EXACT
 
 
-def test_acceptance_grows_as_epsilon_falls():
+def test_a_smaller_epsilon_accepts_more():
     p, q = case(4, 1, 0)
 
     def accepted(epsilon: float) -> float:
-        law = outcomes(
+        found = outcomes(
             lambda s: (
                 len(walk(chain([0, d := s.draw(q[0])], kind=NodeKind.SAMPLED, q_rows_RV=q[0][None]),
                          torch.stack([p[0], p[1][d]]), s, credit=lenient("linear", epsilon))[0]) - 1,
             )
         )  # fmt: skip
-        return law[(1,)]
+        return found[(1,)]
 
     shares = [accepted(epsilon) for epsilon in (1.0, 0.7, 0.4, 0.1)]
     assert shares == sorted(shares)

@@ -1,4 +1,4 @@
-"""The logged law reaches the training step at the right positions, and the target is not asked there."""
+"""The logged distribution reaches the training step at the right positions, and the target does not run there."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TOP_K = 5
 
 @torch.no_grad()
 def served(target: Any, prompt: str, *, count: int = 8) -> dict[str, Any]:
-    """Return the log line of an answer that the target really wrote, with the largest log-probabilities of its law."""
+    """Return the log line of an answer that the target really wrote, with its largest log-probabilities."""
     tokens = ids(prompt)
     logged: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": []}
     for _ in range(count):
@@ -47,7 +47,7 @@ def served(target: Any, prompt: str, *, count: int = 8) -> dict[str, Any]:
 def data(tiny_target, tmp_path) -> TrainingData:
     """Two logged answers in one source, a text in another."""
     log = write(tmp_path / "log.jsonl", [served(tiny_target, prompt) for prompt in ("One", "Another one")])
-    text = write(tmp_path / "text.jsonl", [{"text": "Some words without a law"}])
+    text = write(tmp_path / "text.jsonl", [{"text": "Some words without a distribution"}])
     sources = [ServingLogsSettings(path=str(log), redact=False), JSONLSettings(path=str(text))]
     return prepared(tmp_path, sources, tiny_target)
 
@@ -83,11 +83,11 @@ def test_the_logged_rows_are_the_targets_own_at_every_label(data, tiny_target):
     torch.testing.assert_close(named.tail_N, 1 - best.values.exp().sum(-1), rtol=0, atol=1e-4)
     spread_NV = batch.target_rows.at(index_N)
     torch.testing.assert_close(spread_NV.exp().sum(-1), torch.ones(16), rtol=0, atol=1e-4)
-    # The control: one position further the law is another.
+    # Control: one position earlier the distribution differs.
     assert not torch.allclose(tiny_target.rows_of(seen).at(index_N - 1).log_softmax(-1), log_p_NV, atol=0.1)
 
 
-def test_a_micro_batch_of_logged_records_trains_without_the_target_and_another_one_asks_it(data, tiny_target):
+def test_a_micro_batch_of_logged_records_trains_without_the_target_and_a_mixed_one_runs_it(data, tiny_target):
     (logged,) = only_logs(data).of_step(0, batch_size=2)
     without = module(tiny_target, None)
     assert without._with_target(logged) is logged
@@ -98,7 +98,7 @@ def test_a_micro_batch_of_logged_records_trains_without_the_target_and_another_o
     assert module(tiny_target, tiny_target)._with_target(mixed).target_rows is not None
 
 
-def test_no_cache_of_the_law_is_built_where_the_log_has_it(data, tiny_target, tmp_path):
+def test_no_distribution_is_cached_where_the_log_has_it(data, tiny_target, tmp_path):
     only = only_logs(data)
     assert only.has_logged_distribution(num_records=4)
     assert not data.has_logged_distribution(num_records=4)
@@ -113,8 +113,10 @@ def test_no_cache_of_the_law_is_built_where_the_log_has_it(data, tiny_target, tm
 
 def test_the_mass_of_the_tail_is_reported(data):
     about = data.stores[0].meta["logged_distribution"]
-    law = [data.stores[0].law[i] for i in range(2)]
-    tails = np.concatenate([1 - np.exp(one.log_probs_NK).sum(axis=1) for one in law])
+    distributions = data.stores[0].distributions
+    assert distributions is not None
+    logged = [one for one in (distributions[i] for i in range(2)) if one is not None]
+    tails = np.concatenate([1 - np.exp(one.log_probs_NK).sum(axis=1) for one in logged])
     assert about["rows"] == 16
     assert np.isclose(about["mean_tail_mass"], tails.mean(), atol=1e-5)
     assert "logged_distribution" not in data.stores[1].meta

@@ -1,0 +1,65 @@
+"""What a rollout and a proposer need from an EAGLE drafter.
+
+B = sequences, T = positions, D = hidden, F = width of what is read of the target, R = the drafter's vocabulary,
+X = width of what the layer's projections read
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from drafttrain.core.target_rows import TargetNeeds, TargetOutput
+from drafttrain.drafters.eagle.layer import EagleLayer
+
+
+class EagleModel(Protocol):
+    """What a rollout and a proposer need from an EAGLE drafter.
+
+    Slot t combines the target's features of token t with the embedding of token t + 1; the layer's state there predicts
+    token t + 2. For each further draft token, the layer reads the embedding of the token before it, and its own last state
+    in place of the features.
+    """
+
+    @property
+    def layer(self) -> EagleLayer:
+        """The decoder layer."""
+        ...
+
+    @property
+    def vocabulary(self) -> Tensor | None:
+        """The target's id of each token in the drafter's vocabulary; None: the vocabularies are the same."""
+        ...
+
+    def needs(self) -> TargetNeeds:
+        """Return what is read from the target."""
+        ...
+
+    def features(self, seen: TargetOutput) -> Tensor:
+        """Return features_BTF from the target's outputs."""
+        ...
+
+    def fused(self, features_BTF: Tensor) -> Tensor:
+        """Return the features as hidden_BTD, in the width of the layer."""
+        ...
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """Return embedded_BTD from the target's own embedding."""
+        ...
+
+    def entering(self, embedded_BTD: Tensor, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (the input of the layer's projections, the residual stream)."""
+        ...
+
+    def fed_back(self, state_BTD: Tensor) -> Tensor:
+        """Return the hidden input of the next draft token, made from the layer's state."""
+        ...
+
+    def head(self, states_ND: Tensor, depth: int) -> Tensor:
+        """Return logits_NR from the layer's states."""
+        ...
+
+    def weight_bytes(self) -> tuple[int, int, int, int]:
+        """Return the bytes of (the fusion of features, the layer, the head, one embedding row)."""
+        ...
