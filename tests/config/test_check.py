@@ -168,14 +168,14 @@ def test_null_is_taken_where_none_is_allowed_and_nowhere_else():
     assert load("name: x\npet: {kind: cat, name: null}\nguest: null").guest is None
     assert problems("name: x\ninner: {lr: null}\npet: null") == [
         "line 2: inner.lr: must be a number, got null",
-        "line 3: pet: must be a mapping that names its kind, as in {kind: cat}, got null",
+        "line 3: pet: must be a mapping with its kind, such as {kind: cat}, got null",
     ]
 
 
 def test_a_scalar_where_a_section_belongs_is_refused():
     assert problems("name: x\ninner: 3\npets: cat") == [
         "line 2: inner: must be a section: keys and values, indented below it, got 3",
-        "line 3: pets: must be a list of mappings, each of which names its kind, got 'cat'",
+        "line 3: pets: must be a list of mappings, each with its kind, got 'cat'",
     ]
 
 
@@ -187,9 +187,9 @@ def test_keys_twice_anchors_aliases_and_merge_keys_are_refused():
     text = "name: x\nname: y\ninner: &here\n  lr: 0.1\npet: {kind: cat, name: *here}\nguest:\n  <<: {kind: cat}\n"
     told = problems(text)
     assert "line 2: name: given twice, first in line 1" in told
-    assert "line 3: anchor &here: write the value out, a recipe has no anchors" in told
-    assert "line 5: alias *here: write the value out, a recipe has no anchors" in told
-    assert "line 7: merge key <<: write the keys out, a recipe has no anchors" in told
+    assert "line 3: anchor &here: write the value itself, a recipe has no anchors" in told
+    assert "line 5: alias *here: write the value itself, a recipe has no anchors" in told
+    assert "line 7: merge key <<: write the keys themselves, a recipe has no anchors" in told
 
 
 def test_an_alias_of_itself_ends():
@@ -213,7 +213,7 @@ def test_text_that_is_no_yaml_is_told_with_its_line(text, line):
 
 def test_python_tags_are_refused():
     (told,) = problems("name: !!python/object/apply:os.system ['true']")
-    assert told == "line 1: tag tag:yaml.org,2002:python/object/apply:os.system: only plain values are read"
+    assert told == "line 1: tag tag:yaml.org,2002:python/object/apply:os.system: only plain values are allowed"
 
 
 def test_an_empty_recipe_says_so():
@@ -222,7 +222,7 @@ def test_an_empty_recipe_says_so():
 
 def test_references_are_refused():
     assert problems("name: ${oc.env:HOME}") == [
-        "line 1: name: references like ${oc.env:HOME} are not read: write the value out"
+        "line 1: name: references such as ${oc.env:HOME} are not resolved: write the value itself"
     ]
 
 
@@ -258,12 +258,12 @@ def test_formats_and_engines_that_cannot_take_the_kind_are_refused_before_anythi
         return str(caught.value)
 
     found = problems("export.to=[hf, vllm]", "export.verify=[vllm]")
-    assert "export.to: vllm has no place for drafter.kind kangaroo" in found
+    assert "export.to: vllm does not support drafter.kind kangaroo" in found
     assert "export.verify: vllm has no place for drafter.kind kangaroo" in found
     assert "hf has no place" not in found
     unknown = problems("export.to=[vlm]", "export.verify=[sglang]")
     assert "to: unknown export format 'vlm'. Did you mean 'vllm'?" in unknown
     assert "verify: unknown serving engine 'sglang'" in unknown
     assert load_recipe("tiny_medusa", ["export.to=[vllm]", "export.verify=[vllm]"]).export.verify == ["vllm"]
-    with pytest.raises(RecipeError, match="a head goes to no serving engine"):
+    with pytest.raises(RecipeError, match="no serving engine loads a head"):
         load_recipe("tiny_acceptance", ["export.to=[vllm]"])

@@ -161,16 +161,18 @@ def test_a_recipe_trains_a_drafter_or_a_head():
     assert read_recipe(HEAD, source="h.yaml").loss is None
     told = problems(HEAD, "drafter={kind: causal_lm}", "loss={kind: ce}", "data.annotate=null")
     assert [problem.rpartition("}: ")[2] for problem in told] == [
-        "line 3: head: a recipe trains a drafter or a head; name the frozen drafter in head.drafter",
-        "loss: head acceptance brings its own; leave the section out",
+        "line 3: head: a recipe trains a drafter or a head: name the frozen drafter in head.drafter",
+        "loss: head acceptance has its own loss: leave the section out",
         "override data.annotate=null: data.annotate: head acceptance needs labels of kind acceptance",
     ]
     assert problems(HEAD, "head=null") == [
-        "line 1: drafter: missing. The model or module that is trained, by kind; or a head.",
-        "line 1: loss: missing. What training a drafter minimises, by kind; a head brings its own.",
+        "line 1: drafter: missing. The drafter to train, by kind; or give a head.",
+        "line 1: loss: missing. The loss of a drafter, by kind; a head has its own.",
     ]
     drafter = ["head=null", "drafter={kind: causal_lm}", "loss={kind: ce}"]
-    assert problems(HEAD, *drafter) == ["line 6: data.annotate: labels are for a head, and this recipe trains none"]
+    assert problems(HEAD, *drafter) == [
+        "line 6: data.annotate: labels are for a head, and this recipe does not train one"
+    ]
 
 
 def test_a_loss_that_compares_with_the_target_needs_one():
@@ -204,7 +206,7 @@ def test_a_drafter_cut_out_of_the_target_needs_one():
         "target={model: null, tokenizer: 'builtin:target'}",
         "drafter={kind: causal_lm, init: target}",
     )
-    assert any("nothing to cut the drafter from" in problem for problem in told)
+    assert any("there is no target to cut the drafter from" in problem for problem in told)
 
 
 def test_a_run_folder_is_a_recipe_and_a_drafter_folder_is_none(tmp_path):
@@ -234,12 +236,12 @@ def test_a_plugin_that_fails_is_told_like_other_problems(tmp_path, monkeypatch):
     (tmp_path / "no_python.py").write_text("def (:")
     (tmp_path / "no_luck.py").write_text("1 / 0")
     told = "\n".join(problems(DEMO.read_text(), "plugins=[no_python, no_luck]"))
-    assert "plugins: 'no_python' fails when it is imported: SyntaxError" in told
-    assert "plugins: 'no_luck' fails when it is imported: ZeroDivisionError: division by zero" in told
+    assert "plugins: 'no_python' failed to import: SyntaxError" in told
+    assert "plugins: 'no_luck' failed to import: ZeroDivisionError: division by zero" in told
 
 
 def test_a_logger_that_is_not_installed_is_a_problem_of_the_recipe(monkeypatch):
-    monkeypatch.setattr("drafttrain.train.settings.find_spec", lambda name: None)
+    monkeypatch.setattr("drafttrain.training.settings.find_spec", lambda name: None)
     told = "\n".join(problems(DEMO.read_text(), "train.loggers=[csv, wandb, mlflow]"))
     assert "loggers: 'wandb' is not installed: pip install wandb" in told
     assert "loggers: 'mlflow' is not installed: pip install mlflow" in told

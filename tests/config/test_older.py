@@ -1,4 +1,4 @@
-"""A run folder that an older version wrote is read as what it meant; a recipe of a user is not."""
+"""The recipe of a run folder that an older version wrote is translated to current keys; a user's recipe is not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from drafttrain.config.fields import fields_of
 from drafttrain.config.load import load_recipe
-from drafttrain.config.older import READ
+from drafttrain.config.older import TRANSLATED
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.errors import RecipeError
 from drafttrain.pipeline.drafter_run import DrafterRun
@@ -40,13 +40,13 @@ def test_every_replaced_key_is_read() -> None:
         for section, field in fields_of(Recipe).items()
         if (kept := getattr(field.hint, "REPLACED", None))
     }
-    assert replaced == {"train": sorted(READ)}
+    assert replaced == {"train": sorted(TRANSLATED)}
 
 
 def test_a_run_goes_on_by_its_folder_and_by_its_recipe(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     recipe = load_recipe(str(folder))
     assert capfd.readouterr().err == (
-        f"{folder}: an older version began this run; read train.accumulation: 1 as train.records_per_device: null, "
+        f"{folder}: written by an older version; read train.accumulation: 1 as train.records_per_device: null, "
         "no train.tf32 as train.tf32: false\n"
     )
     assert (recipe.train.records_per_device, recipe.train.tf32, recipe.target.dtype) == (None, False, "float32")
@@ -54,7 +54,7 @@ def test_a_run_goes_on_by_its_folder_and_by_its_recipe(folder: Path, capfd: pyte
     run = DrafterRun(load_recipe("tiny_eagle3"), folder)
     said = capfd.readouterr().err
     assert f"{folder}: continuing" in said
-    assert "older version" not in said, "it is said once, however often the folder is read"
+    assert "older version" not in said, "it is printed once, however often the folder is read"
     assert run.recipe == recipe
     again = DrafterRun(load_recipe("tiny_eagle3"), folder)
     assert again.recipe == recipe, "and once more, now that the folder is written as today"

@@ -20,5 +20,5 @@ def test_a_span_covers_only_the_work_inside_it() -> None:
 
 
 def test_a_span_that_has_not_ended_has_no_time() -> None:
-    with pytest.raises(AssertionError, match="call `end` first"):
+    with pytest.raises(AssertionError, match="`end` first"):
         _ = Span(torch.device("cpu")).seconds

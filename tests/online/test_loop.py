@@ -32,7 +32,7 @@ from drafttrain.online.settings import OnlineSettings
 from drafttrain.online.versions import Versions
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.recorder.intake import Intake
-from drafttrain.train.settings import TrainSettings
+from drafttrain.training.settings import TrainSettings
 from tests.online.test_learning import K, near_copy
 
 SETTINGS = {
@@ -294,7 +294,7 @@ def test_a_learner_refuses_a_folder_that_another_stage_uses(tmp_path, monkeypatc
     monkeypatch.setattr("drafttrain.pipeline.folder.WAIT_SECONDS", 0.1)
     with (
         RunFolder(tmp_path / "run").taken(),
-        pytest.raises(DrafttrainError, match="another run is at work in this folder"),
+        pytest.raises(DrafttrainError, match="another run is using this folder"),
     ):
         learn_online(load_recipe("online"), tmp_path / "run")
 

@@ -30,8 +30,8 @@ from drafttrain.pipeline import folder as run_folder
 from drafttrain.pipeline.data import contaminated_prompts, training_data
 from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.target_model import Target
-from drafttrain.train.metrics_log import COLUMNS, TIMES
-from drafttrain.train.result import folder_of_step
+from drafttrain.training.metrics_log import COLUMNS, TIMES
+from drafttrain.training.result import folder_of_step
 from tests import waiting_loss
 
 RECIPE = """
@@ -150,7 +150,7 @@ def test_a_trained_run_is_judged_evaluated_and_exported_anew_without_being_train
     (tmp_path / "other.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     other = [f"eval.prompts={tmp_path / 'other.jsonl'}", "eval.prompt_tokens=20"]
     result = evaluate_recipe(load_recipe(recipe, [*quick, *other]), folder)
-    assert (result["prompts_dropped_for_overlap"], result["num_prompts"]) == (1, 1), "other prompts, the same text"
+    assert (result.prompts_dropped_for_overlap, result.num_prompts) == (1, 1), "other prompts, the same text"
     assert (folder / "train.json").stat().st_mtime_ns == trained
     assert (folder / "eval.json").exists()
     DrafterRun(load_recipe(recipe, lax), folder)
@@ -172,7 +172,9 @@ def test_another_step_that_was_kept_can_be_exported(recipe, tmp_path):
         load_file(path / "model.safetensors") for path in (folder / "drafter", folder_of_step(folder, second))
     )
     assert all(torch.equal(exported[name], kept[name]) for name in kept)
-    with pytest.raises(DrafttrainError, match=r"no weights are kept of step 5; of these: \d+, \d+ \(train.keep_best\)"):
+    with pytest.raises(
+        DrafttrainError, match=r"no weights of step 5 were kept, only of steps \d+, \d+ \(train.keep_best\)"
+    ):
         export_run(load_recipe(recipe, [*quick, "export.step=5"]), folder)
 
 
@@ -188,7 +190,10 @@ def test_while_it_trains_a_run_keeps_to_its_evaluation(recipe, tmp_path):
 def test_two_runs_do_not_work_in_one_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "WAIT_SECONDS", 0.3)
     folder = run_folder.RunFolder(tmp_path / "run")
-    with folder.taken(), pytest.raises(DrafttrainError, match=f"another run is at work.*process {os.getpid()} on"):
+    with (
+        folder.taken(),
+        pytest.raises(DrafttrainError, match=f"another run is using this folder.*process {os.getpid()} on"),
+    ):
         folder.taken().__enter__()
     with folder.taken():
         pass
@@ -220,7 +225,7 @@ def test_what_a_killed_writer_left_is_removed_and_what_it_was_replacing_comes_ba
 def test_a_run_that_is_not_there_leaves_nothing_behind(command, recipe, tmp_path):
     result = CliRunner().invoke(app, [command, str(recipe), "--runs", str(tmp_path / "runs")])
     assert result.exit_code == 1
-    assert "drafttrain fit does all stages" in result.stderr
+    assert "Run drafttrain fit first" in result.stderr
     assert not (tmp_path / "runs").exists()
 
 

@@ -23,7 +23,7 @@ from drafttrain.core.errors import CheckpointError, GateError, RecipeError
 from drafttrain.core.files import sha256_of
 from drafttrain.data_gen.stored.labelled_tokens import LabelledTokens
 from drafttrain.pipeline.head_run import HeadRun
-from drafttrain.train.metrics_log import TIMES
+from drafttrain.training.metrics_log import TIMES
 
 RECIPE = """
 name: head
@@ -120,7 +120,7 @@ def test_a_model_that_another_recipe_makes_is_made_first_and_once(recipe, tmp_pa
     for first in (True, False):
         gen(loaded, runs / "head")
         said = capfd.readouterr().err
-        assert f"head: drafter is what made makes: {runs / 'made'}" in said
+        assert f"head: drafter is the model of made: {runs / 'made'}" in said
         assert ("training: done before, skipped" in said) is not first
     assert load_recipe(runs / "head").head.drafter == str(runs / "made" / "drafter")
     assert (runs / "made" / "drafter" / "model.safetensors").exists()
@@ -128,7 +128,7 @@ def test_a_model_that_another_recipe_makes_is_made_first_and_once(recipe, tmp_pa
     made.write_text(
         made.read_text().replace("num_layers", f"init: checkpoint, checkpoint: 'recipe:{made}', num_layers")
     )
-    with pytest.raises(RecipeError, match="cannot need what it makes: head needs made needs made"):
+    with pytest.raises(RecipeError, match="cannot need its own model: head needs made needs made"):
         gen(loaded, tmp_path / "other" / "head")
 
 

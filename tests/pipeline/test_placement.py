@@ -147,7 +147,10 @@ def test_a_text_that_was_not_stored_is_refused(recipe: Path, tmp_path: Path) -> 
             ["train.target_placement=sharded", "drafter={kind: medusa, joint: {}}", "data.cache=none"],
             "sharded: drafter.joint: adapters are trained inside",
         ),
-        (["train.target_placement=sharded", "train.devices=1"], "sharded: there is nothing to spread a target over"),
+        (
+            ["train.target_placement=sharded", "train.devices=1"],
+            "sharded: a target cannot be sharded with train.devices 1",
+        ),
         (["train.target_placement=sharded", "target.device=cpu"], "leave target.device at auto, got cpu"),
         (["train.target_placement=sharded", "data.cache=none"], None),
         (["train.device=cuda:1", "train.devices=2"], "train.device: cuda:1 is one device, for 2 processes"),

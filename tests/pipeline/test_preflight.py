@@ -63,7 +63,7 @@ def test_fewer_rows_than_the_tokenizer_has_tokens(place: Path) -> None:
     without_weights(place / "target", vocab_size=250)
     (problem,) = problems()
     assert problem.startswith(
-        "target.model: target has 250 rows, and its tokenizer ids up to 256: 7 tokens have no row"
+        "target.model: target has 250 embedding rows, but its tokenizer has ids up to 256: 7 tokens have no row"
     )
 
 
@@ -80,12 +80,14 @@ def test_a_special_token_behind_the_rows_is_a_note(place: Path, capsys: pytest.C
     tokenizer.save_pretrained(place / "target")
     without_weights(place / "target")
     check_parts(load_recipe("r.yaml"))
-    assert "has 257 rows and none for <pad>" in capsys.readouterr().err
+    assert "has 257 embedding rows and none for <pad>" in capsys.readouterr().err
     run = DrafterRun(load_recipe("r.yaml"), place / "runs" / "tiny")
     assert len(training_texts(run).stores[0]) == 1
     (place / "data.jsonl").write_text('{"text": "good"}\n{"text": "a <pad> b"}\n')
     run = DrafterRun(load_recipe("r.yaml"), place / "runs" / "tiny")
-    with pytest.raises(DataError, match=r"has 257 rows, and none for: source jsonl: .* holds <pad> \(id 257\)"):
+    with pytest.raises(
+        DataError, match=r"has 257 embedding rows, and none for: source jsonl: .* holds <pad> \(id 257\)"
+    ):
         training_texts(run)
 
 
@@ -122,13 +124,13 @@ def test_a_start_with_too_few_rows_another_tokenizer_or_of_another_kind(place: P
     without_weights(place / "start", vocab_size=300)
     check_parts(load_recipe("r.yaml", [start]))
     without_weights(place / "start", vocab_size=200)
-    assert "start has 200 rows, the target's tokenizer 257 tokens" in problems(start)[0]
+    assert "start has 200 embedding rows, but the target's tokenizer has 257 tokens" in problems(start)[0]
     tokenizer = json.loads((place / "start" / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["!!"] = 257
     (place / "start" / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert "its tokenizer differs from the target's in 1 of 257 tokens" in problems(start)[0]
     of_another = "drafter={kind: eagle3, checkpoint: start}"
-    assert "no drafttrain.json here: not a drafter folder" in problems(of_another)[0]
+    assert "no drafttrain.json in it, so it is not a drafter folder" in problems(of_another)[0]
     with pytest.raises(RecipeError, match="its tokenizer differs"):
         check_drafters(TargetSettings(model="target"), ["start"])
 
@@ -145,7 +147,7 @@ def test_all_problems_are_reported_at_once(place: Path) -> None:
 def test_a_sliding_window_is_said_at_the_start(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     without_weights(place / "target", model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=16)
     check_parts(load_recipe("r.yaml"))
-    assert "a sliding window of 16, data.max_length is 40" in capsys.readouterr().err
+    assert "a sliding window of 16 and data.max_length is 40" in capsys.readouterr().err
     without_weights(place / "target", model_type="qwen2", architectures=["Qwen2ForCausalLM"], use_sliding_window=False)
     check_parts(load_recipe("r.yaml"))
     assert "sliding window" not in capsys.readouterr().err
@@ -161,7 +163,7 @@ def test_every_command_looks_first(place: Path, command: list[str]) -> None:
     without_weights(place / "target", vocab_size=250)
     shown = CliRunner().invoke(app, [*command, "r.yaml"])
     assert shown.exit_code == 2
-    assert "target has 250 rows" in shown.output
+    assert "target has 250 embedding rows" in shown.output
     assert not (place / "runs" / "tiny" / "recipe.yaml").exists()
 
 

@@ -12,8 +12,8 @@ from drafttrain.core.errors import RecipeError
 from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.pipeline.settled import settled
 from drafttrain.target_model import Target
-from drafttrain.train.precision import float32_products, note_on_float32
-from drafttrain.train.settings import TrainSettings
+from drafttrain.training.precision import float32_products, note_on_float32
+from drafttrain.training.settings import TrainSettings
 
 CUDA = torch.device("cuda")
 
@@ -66,7 +66,7 @@ def test_a_run_goes_on_in_the_types_that_it_began_in(
     request.getfixturevalue("cuda")
     capfd.readouterr()
     assert DrafterRun(recipe, tmp_path).recipe.train.precision == "fp32"
-    assert "goes on as it began: train.precision: fp32 (auto would be bf16-mixed here)" in capfd.readouterr().err
+    assert "continues as it started: train.precision: fp32 (auto would be bf16-mixed here)" in capfd.readouterr().err
     with pytest.raises(RecipeError, match=r"(?s)another recipe.*precision: bf16-mixed"):
         DrafterRun(load_recipe("tiny_eagle3", ["train.precision=bf16-mixed"]), tmp_path)
 

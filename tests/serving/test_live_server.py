@@ -108,7 +108,7 @@ def test_another_length_is_held_against_the_replay_and_an_unknown_one_against_no
     assert row["promise"]["measured"] == "replay"
     assert row["verdict"] == "kept"
     _, stderr = asked(server_of(target, drafter, num_draft_tokens=5), drafter, "--out", tmp_path, "--require", code=3)
-    assert "no evaluation of chains of 5 draft tokens at this temperature is known" in stderr
+    assert "there is no evaluation of chains of 5 draft tokens at this temperature" in stderr
 
 
 def test_a_server_with_a_worse_drafter_does_not_keep_the_promise(target, drafter, tmp_path):
@@ -123,7 +123,7 @@ def test_a_server_with_a_worse_drafter_does_not_keep_the_promise(target, drafter
 
 def test_what_others_were_served_meanwhile_is_left_out(target, drafter, tmp_path):
     _, stderr = asked(server_of(target, drafter, others=[1, 2]), drafter, "--out", tmp_path)
-    assert "2 further prompts are left out: other requests were served meanwhile" in stderr
+    assert "2 more prompts are not counted: the server answered other requests meanwhile" in stderr
     (row,) = json.loads((tmp_path / "server.json").read_text())["temperatures"]
     assert (row["num_prompts"], row["num_prompts_shared"]) == (PROMPTS - 2, 2)
     # The rounds of the others, 7 each, are in none of these.
@@ -156,9 +156,9 @@ SILENT = "http://127.0.0.1:9"
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--engine", "sglang", SILENT], "its server counts no draft tokens. Engines whose counters are read: vllm"),
-        (["--engine", "vlm", SILENT], "Engines whose counters are read: vllm"),
-        ([SILENT], "give DRAFTER, or --target"),
+        (["--engine", "sglang", SILENT], "its server has no counters of draft tokens. Engines with counters: vllm"),
+        (["--engine", "vlm", SILENT], "Engines with counters: vllm"),
+        ([SILENT], "give DRAFTER or --target"),
         (["nowhere", SILENT], "nowhere: no such folder"),
         (["http://me:secret@host"], "holds a name or a key"),
         (["me:secret@host"], "holds a name or a key"),

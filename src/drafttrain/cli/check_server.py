@@ -60,12 +60,12 @@ def check_server(
         only_first_process()
         named, overrides = names_and_overrides(what)
         _check(named)
-        from drafttrain.commands.check_server import LiveQuestion, evaluate_server
+        from drafttrain.commands.check_server import ServerAccess, evaluate_server
 
         *drafters, url = named
         evaluate_server(
             Path(drafters[0]) if drafters else None,
-            LiveQuestion(url, engine, model, api_key_variable),
+            ServerAccess(url, engine, model, api_key_variable),
             overrides,
             target=target,
             out=out,

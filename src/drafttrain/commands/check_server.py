@@ -1,4 +1,4 @@
-"""A live server's counters over a prompt set, beside what the drafter's evaluation promised."""
+"""drafttrain check-server: a live server's speculation counters, compared with the drafter's evaluation."""
 
 from __future__ import annotations
 
@@ -34,87 +34,87 @@ from drafttrain.target_model.tokenizer import load_target_tokenizer
 
 SERVER = "server.json"
 TAKEN_OVER = ("prompts", "prompt_tokens", "max_new_tokens", "top_p", "top_k")
-"""Settings of the evaluation that hold for the server too, where they are not overridden."""
+"""Settings of the evaluation that are used for the server too, unless they are overridden."""
 
 
 @dataclass(frozen=True)
-class LiveQuestion:
-    """Which server is asked, and how."""
+class ServerAccess:
+    """The server to check, and how to send requests to it."""
 
     url: str
     engine: str
     model: str | None
-    """As the server calls it; None: the one that is the drafter's target."""
+    """The name that the server uses for the model; None: the model that is the drafter's target."""
     api_key_variable: str | None
-    """Environment variable that holds the key; None: none is sent."""
+    """Environment variable that holds the API key; None: no key is sent."""
 
 
 def evaluate_server(
     drafter: Path | None,
-    question: LiveQuestion,
+    access: ServerAccess,
     overrides: Sequence[str],
     *,
     target: str | None,
     out: Path | None,
     require: bool,
 ) -> None:
-    """Let a live server decode prompts and set its counters beside what the drafter's evaluation promised.
+    """Let a live server decode prompts, and compare its counters with the drafter's evaluation.
 
     Args:
-        drafter: The drafter folder that is served, or its run folder; None: nothing is known of a promise.
-        overrides: Of the sections target and eval.
-        target: Its model, whose tokenizer reads the prompts; None: the one that the drafter was made for.
-        out: Folder for server.json; None: the drafter's.
+        drafter: The served drafter folder, or its run folder; None: there is no evaluation to compare with.
+        overrides: Overrides of the sections target and eval.
+        target: The target, whose tokenizer reads the prompts; None: the drafter's own.
+        out: Folder of server.json; None: the drafter's.
 
     Raises:
-        GateError: With `require`, where the promise is not kept or there is none.
+        GateError: With `require`, if the promise is not kept, or there is none.
     """
     quiet_libraries()
-    names = _counters_of(question.engine)
+    names = _counters_of(access.engine)
     folder, about, result = _drafter(drafter) if drafter else (None, None, None)
     of_target, settings = load_sections(["target", "eval"], [*_taken_over(result), *overrides])
     if target is None and not any(word.startswith("target.model=") for word in overrides):
         if about is None:
-            raise RecipeError("arguments", ["which target is served is not known: give DRAFTER, or --target"])
+            raise RecipeError("arguments", ["the served target is unknown: give DRAFTER or --target"])
         target = about.target
     of_target = replace(of_target, model=target or of_target.model)
     if not any(word.startswith("eval.temperatures") for word in overrides):
         settings.temperatures = [0.0]
     prompts = _prompts(of_target, settings, result)
-    figures, model = asyncio.run(_served(question, names, of_target.model, about, prompts, settings, result))
+    figures, model = asyncio.run(_served(access, names, of_target.model, about, prompts, settings, result))
     rows = [_judged(one, settings, result) for one in figures]
     for row in rows:
-        _show(row, title=f"{question.engine} at {question.url}, model {model}")
-    told = {
-        "server": question.url,
-        "engine": question.engine,
+        _show(row, title=f"{access.engine} at {access.url}, model {model}")
+    report = {
+        "server": access.url,
+        "engine": access.engine,
         "model": model,
         "target": of_target.model,
         "drafter": str(drafter) if drafter else None,
         "temperatures": rows,
         "provenance": provenance(),
     }
-    _write(told, out or folder)
+    _write(report, out or folder)
     failed = [
         f"temperature {row['temperature']:g}: {row['why']}" for row in rows if row["verdict"] in ("below", "none")
     ]
     if require and failed:
-        raise GateError("\n  ".join(["the server does not do what was promised:", *failed]))
+        raise GateError("\n  ".join(["the server does not keep the promise of the evaluation:", *failed]))
 
 
 def _counters_of(engine: str) -> CounterNames:
     able = [name for name in engines.names() if engine_of(name).counters is not None]
     found = engine_of(engine).counters if engine in able else None
     if found is None:
-        why = "its server counts no draft tokens" if engine in (*engines.names(), "sglang") else "not known here"
-        raise RecipeError(
-            "arguments", [f"--engine {engine}: {why}. Engines whose counters are read: {', '.join(able)}"]
+        why = (
+            "its server has no counters of draft tokens" if engine in (*engines.names(), "sglang") else "unknown engine"
         )
+        raise RecipeError("arguments", [f"--engine {engine}: {why}. Engines with counters: {', '.join(able)}"])
     return found
 
 
 def _drafter(given: Path) -> tuple[Path, About | None, Result]:
-    """Return the folder that was given, and what it or the drafter of this run says of itself and of its evaluation."""
+    """Return the given folder, with the description and the evaluation of its drafter."""
     place = exported_in(given)
     return given, read_about(place), read_evaluation(place)
 
@@ -126,7 +126,7 @@ def _taken_over(result: Result | None) -> list[str]:
 
 
 def _prompts(of_target: Any, settings: EvalSettings, result: Result | None) -> list[Prompt]:
-    """Return the prompts: where they are of the evaluation's own set, those that it used."""
+    """Return the prompts; if they are the evaluation's own set, only those that it used."""
     prompts = read_prompts(settings.prompts, load_target_tokenizer(of_target), prompt_tokens=settings.prompt_tokens)
     if result is not None and all(getattr(settings, name) == result.settings[name] for name in TAKEN_OVER[:2]):
         used = _counted(result, temperature=None)
@@ -135,7 +135,7 @@ def _prompts(of_target: Any, settings: EvalSettings, result: Result | None) -> l
 
 
 def _counted(result: Result | None, *, temperature: float | None) -> dict[str, int]:
-    """Return how many tokens of each prompt the evaluation counted: up to where a text repeats itself; None: at any temperature."""
+    """Return how many tokens the evaluation counted for each prompt, up to a repetition; `temperature` None: at its first one."""
     if result is None:
         return {}
     parts = [part for part in result.temperatures if temperature in (None, part.temperature)]
@@ -144,7 +144,7 @@ def _counted(result: Result | None, *, temperature: float | None) -> dict[str, i
 
 
 async def _served(
-    question: LiveQuestion,
+    access: ServerAccess,
     names: CounterNames,
     target: str,
     about: About | None,
@@ -154,14 +154,14 @@ async def _served(
 ) -> tuple[list[LiveFigures], str]:
     if target.startswith(BUILTIN):
         target = str(resolve_folder(target))
-    base_url = question.url.rstrip("/").removesuffix("/v1") + "/v1"
-    async with Completions(base_url, _key(question), PATIENCE) as completions:
+    base_url = access.url.rstrip("/").removesuffix("/v1") + "/v1"
+    async with Completions(base_url, _key(access), PATIENCE) as completions:
         cards = await completions.models()
-        if question.model is None:
+        if access.model is None:
             fingerprint = about.target_fingerprint if about else ""
             model = served_model(cards, target, fingerprint=fingerprint, where=base_url)
         else:
-            model = question.model
+            model = access.model
             await completions.check_model(model)
         server = LiveServer(completions, names, model=model)
         await server.counters()
@@ -169,7 +169,7 @@ async def _served(
         for temperature in settings.temperatures:
             greedy = temperature == 0
             sampling = Sampling() if greedy else Sampling(temperature, settings.top_p, settings.top_k)
-            # A greedy text is the evaluation's own: the server is asked for as much of it as was counted there.
+            # A greedy text is the same as in the evaluation, so the server decodes as many tokens as were counted there.
             counted = _counted(result, temperature=temperature) if greedy else {}
             most = settings.max_new_tokens
             lengths = {prompt.id: max(2, min(most, counted.get(prompt.id, most))) for prompt in prompts}
@@ -177,8 +177,8 @@ async def _served(
     return figures, model
 
 
-def _key(question: LiveQuestion) -> str | None:
-    variable = question.api_key_variable
+def _key(access: ServerAccess) -> str | None:
+    variable = access.api_key_variable
     if variable is None:
         return None
     key = os.environ.get(variable, "").strip()
@@ -188,29 +188,29 @@ def _key(question: LiveQuestion) -> str | None:
 
 
 def _judged(figures: LiveFigures, settings: EvalSettings, result: Result | None) -> dict[str, Any]:
-    """Return what server.json holds of a temperature: figures, promise, and whether it is kept."""
+    """Return the entry of server.json for a temperature: served figures, promised figures, and the verdict."""
     served = figures.block_efficiency()
     same_prompts = {window.id for window in figures.windows} == set(_counted(result, temperature=figures.temperature))
-    told = figures.json() | {"block_efficiency": served.json(), "same_prompts": same_prompts}
+    entry = figures.json() | {"block_efficiency": served.json(), "same_prompts": same_prompts}
     length = figures.num_draft_tokens
     promise = promise_of(result, temperature=figures.temperature, num_draft_tokens=length) if result else None
     if promise is None:
-        why = f"no evaluation of chains of {length} draft tokens at this temperature is known"
-        return told | {"promise": None, "verdict": "none", "why": why}
-    # On other prompts, or fewer of them, the served figure is itself known up to its interval only.
+        why = f"there is no evaluation of chains of {length} draft tokens at this temperature"
+        return entry | {"promise": None, "verdict": "none", "why": why}
+    # On other prompts, or only some of them, the served figure has an interval of its own.
     between = (served.value, served.value) if same_prompts else (served.low, served.high)
     verdict = promise.verdict(*(served.value if bound != bound else bound for bound in between))
     words = {
         "kept": "the promise is kept",
-        "above": "more than was promised",
+        "above": "more than promised",
         "below": "the promise is not kept",
     }[verdict]
-    on = "on its prompts" if same_prompts else "on other prompts than the evaluation's, or not all of them"
+    on = "on the evaluation's prompts" if same_prompts else "on other prompts, or only some of the evaluation's"
     why = (
         f"{words}: block efficiency {served.text(3)} served, {promise.block_efficiency.text(3)} promised "
         f"({promise.measured}), {on}; tolerance {TOLERANCE:.0%}"
     )
-    return told | {"promise": promise.json(), "verdict": verdict, "why": why}
+    return entry | {"promise": promise.json(), "verdict": verdict, "why": why}
 
 
 def _show(row: Mapping[str, Any], *, title: str) -> None:
@@ -220,7 +220,7 @@ def _show(row: Mapping[str, Any], *, title: str) -> None:
     served = row["acceptance_by_position"]
     positions = promise.get("acceptance_by_position") or [None] * len(served)
     for i, shares in enumerate(zip_longest(served, positions[: len(served)])):
-        rows.append([f"kept at position {i + 1}", *(number(share, 3) for share in shares)])
+        rows.append([f"accepted at position {i + 1}", *(number(share, 3) for share in shares)])
     for name, label in (("num_drafts", "drafts"), ("num_draft_tokens", "draft tokens"), ("num_accepted", "accepted")):
         rows.append([label, f"{row['counters'][name]:,}", ""])
     title += f": {row['num_prompts']} prompts, temperature {row['temperature']:g}"
@@ -228,15 +228,15 @@ def _show(row: Mapping[str, Any], *, title: str) -> None:
     table(rows, columns=["", "served", "promised"], title=title)
     if row["num_prompts_shared"]:
         say(
-            f"{row['num_prompts_shared']} further prompts are left out: other requests were served meanwhile, and the counters "
-            "rose by theirs too"
+            f"{row['num_prompts_shared']} more prompts are not counted: the server answered other requests meanwhile, and its "
+            "counters include those"
         )
     say(row["why"])
 
 
-def _write(told: Mapping[str, Any], out: Path | None) -> None:
+def _write(report: Mapping[str, Any], out: Path | None) -> None:
     if out is None:
-        say(f"{SERVER}: not written, --out DIR says where to")
+        say(f"{SERVER}: not written: give --out DIR")
         return
-    write_json(out / SERVER, told)
+    write_json(out / SERVER, report)
     say(f"written: {out / SERVER}")

@@ -27,15 +27,15 @@ from drafttrain.target_model import Target
 
 
 def evaluate_recipe(recipe: Recipe, folder: Path) -> Result:
-    """Evaluate the exported files of a run, beside its own start, and write eval.json."""
+    """Evaluate the exported files of a run, compared with its start, and write eval.json."""
     here, kind = RunFolder(folder), kind_of_run(recipe)
     here.exported(kind.what)
     held = here.held()
     if held is None:
-        raise CheckpointError(f"{folder}: no {kind.what} was exported here yet: drafttrain fit does all stages")
+        raise CheckpointError(f"{folder}: no exported {kind.what} here yet. Run drafttrain fit first")
     recipe = with_models_made(recipe, folder.parent)
     check_parts(recipe, data=False)
-    # The files were exported with the settings of the run, whatever the recipe now says about an export.
+    # The files were exported with the settings of the run, so a change of the export settings does not matter here.
     run = kind(replace(recipe, export=held.export), folder, quiet=True, evaluates_only=True)
     result = run.evaluate()
     result = with_inputs(result, inputs_of(run.recipe, only=is_evaluated_on))
@@ -47,12 +47,12 @@ def evaluate_recipe(recipe: Recipe, folder: Path) -> Result:
 def evaluate_drafters(
     drafters: Sequence[str], target: str | None, overrides: Sequence[str], *, out: Path | None = None
 ) -> None:
-    """Evaluate one drafter, or compare two, pairwise: local folders, hub ids or builtin ones.
+    """Evaluate one drafter, or compare two on the same prompts: local folders, hub ids or builtin ones.
 
     Args:
-        target: Its model; left out, the one that the first drafter was made for.
-        overrides: Of the sections target and eval.
-        out: Folder for eval.json and report.html; left out, the first drafter's if it is a local folder.
+        target: The target; None: the first drafter's own.
+        overrides: Overrides of the sections target and eval.
+        out: Folder of eval.json and report.html; None: the first drafter's folder, if it is local.
     """
     quiet_libraries()
     of_target, settings = load_sections(["target", "eval"], overrides)
@@ -60,7 +60,7 @@ def evaluate_drafters(
     if target is None and not any(override.startswith("target.model=") for override in overrides):
         about = read_about(folders[0])
         if about is None:
-            raise CheckpointError(f"{drafters[0]}: does not say which target it was made for: give --target")
+            raise CheckpointError(f"{drafters[0]}: it does not name its target: give --target")
         target = about.target
     names = ["A", "B"] if len(folders) == 2 else ["drafter"]
     for letter, drafter in zip(names, drafters, strict=True):
@@ -72,7 +72,7 @@ def evaluate_drafters(
     result = with_inputs(result, target_inputs(replace(of_target, model=loaded.name), settings.prompts))
     show(result)
     if out is None and not Path(drafters[0]).is_dir():
-        say("eval.json and report.html: not written, --out DIR says where to")
+        say("eval.json and report.html: not written: give --out DIR")
         return
     out = out or folders[0]
     result.write(out / "eval.json")

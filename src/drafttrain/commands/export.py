@@ -22,12 +22,12 @@ from drafttrain.pipeline.settled import settled
 
 
 def export_run(recipe: Recipe, folder: Path) -> None:
-    """Write the drafter folder of a run, evaluate it, and hold it against the gate.
+    """Write the drafter folder of a run, evaluate it, and compare it with the gate.
 
-    A training that has not ended gives what it has: the best weights so far, or those of its newest checkpoint.
+    Of an unfinished training, the best weights so far or those of the newest checkpoint are exported.
     """
     if not RunFolder(folder).has_weights():
-        raise DrafttrainError(f"{folder}: nothing is trained here yet: drafttrain fit does all stages")
+        raise DrafttrainError(f"{folder}: nothing is trained here yet. Run drafttrain fit first")
     check_engines(recipe.export, recipe.drafter.kind if recipe.drafter else None, where=folder)
     recipe = checked_and_made(recipe, folder)
     run = kind_of_run(recipe)(recipe, folder)
@@ -36,7 +36,7 @@ def export_run(recipe: Recipe, folder: Path) -> None:
 
 
 def convert_run(recipe: Recipe, folder: Path, formats: Sequence[str], *, verify: bool, out: Path | None) -> None:
-    """Write the exported drafter of a run in further formats, and prove them in serving engines or not."""
+    """Write the exported drafter of a run in further formats; with `verify`, compare them with serving engines."""
     here = RunFolder(folder)
     recipe = settled(with_models_made(recipe, folder.parent), here.held())
     source = here.exported("drafter")
@@ -58,11 +58,11 @@ def convert_drafter(
     verify: bool,
     out: Path | None,
 ) -> None:
-    """Write a drafter folder in further formats, and prove them in serving engines or not.
+    """Write a drafter folder in further formats; with `verify`, compare them with serving engines.
 
     Args:
-        overrides: Of the sections target, eval and export.
-        target: Its model; left out, the one that the drafter was made for.
+        overrides: Overrides of the sections target, eval and export.
+        target: The target; None: the drafter's own.
     """
     quiet_libraries()
     of_target, of_eval, of_export = load_sections(["target", "eval", "export"], overrides)
@@ -70,7 +70,7 @@ def convert_drafter(
     about = read_about(source)
     target = target or (about.target if about else None)
     if not target and not any(override.startswith("target.model=") for override in overrides):
-        raise CheckpointError(f"{drafter}: does not say which target it was made for: give --target")
+        raise CheckpointError(f"{drafter}: it does not name its target: give --target")
     served_with = ServedWith(
         target=replace(of_target, model=target) if target else of_target,
         eval=of_eval,

@@ -19,12 +19,12 @@ from drafttrain.pipeline.serving import check_engines
 
 
 def fit(recipe: Recipe, folder: Path, *, above: Sequence[str] = ()) -> None:
-    """Do all stages of a recipe; the finished ones are skipped. With a section `online`: learn once from the logs there are.
+    """Run all stages of a recipe; finished stages are skipped. With a section `online`: learn once from the existing logs.
 
     Several processes generate, cache and train together; then the first one exports and evaluates.
 
     Args:
-        above: Recipes that wait for what this one makes.
+        above: Recipes that need the model of this one.
     """
     if recipe.online is not None:
         learn_online(recipe, folder, once=True)
@@ -36,7 +36,7 @@ def fit(recipe: Recipe, folder: Path, *, above: Sequence[str] = ()) -> None:
             made = checked_and_made(recipe, folder, above=above)
             run = kind_of_run(made)(made, folder, placement=recipe.train.target_placement)
             if is_first() and not run.folder.train_done.exists():
-                # Figures of an export of what was there so far; a kill after the training would let them stand for its end.
+                # They are of an export before the end of the training. After a kill they would pass for those of its end.
                 run.folder.drop_figures()
             write_texts(run)
             run.train()

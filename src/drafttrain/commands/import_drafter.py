@@ -1,4 +1,4 @@
-"""drafttrain import: a drafter folder from one that somebody else trained."""
+"""drafttrain import: a drafter folder from the drafter of another project."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from drafttrain.pipeline.run import quiet_libraries
 
 
 def import_drafter(folder: Path, *, target: str | None, out: Path | None) -> None:
-    """Write the drafter folder of one that somebody else trained, and say what was changed on the way.
+    """Convert a drafter of another project into a drafter folder, and print what was changed.
 
     Args:
-        target: What it was made for; left out, what it says itself.
-        out: Left out: beside it.
+        target: The drafter's target; None: the one that its files name.
+        out: The new folder; None: `FOLDER.drafter`.
     """
     quiet_libraries()
     folder = folder.resolve()

@@ -1,4 +1,4 @@
-"""Models that other recipes make: they are made first, and the recipe gets their folders."""
+"""Models that a recipe takes from other recipes (`recipe:NAME`): those recipes run first."""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ from drafttrain.pipeline.run import quiet_libraries
 
 
 def with_models_made(recipe: Recipe, runs: Path, *, above: Sequence[str] = ()) -> Recipe:
-    """Return the recipe with folders where it names other recipes, whose runs in `runs` are brought up to date first.
+    """Run the recipes that a recipe names, and return the recipe with the folders of their models.
+
+    Args:
+        runs: Folder of their run folders.
+        above: Recipes that need the model of this one.
 
     Raises:
-        RecipeError: A recipe needs what it makes itself.
+        RecipeError: A recipe needs its own model.
     """
     # fit imports this file and the trainer; an evaluation and an export run without either.
     from drafttrain.commands.fit import fit
@@ -34,8 +38,8 @@ def with_models_made(recipe: Recipe, runs: Path, *, above: Sequence[str] = ()) -
         made = load_recipe(name)
         path = [*above, recipe.name, made.name]
         if made.name in path[:-1]:
-            raise RecipeError(name, [f"{key}: a recipe cannot need what it makes: {' needs '.join(path)}"])
-        say(f"{recipe.name}: {key} is what {made.name} makes: {runs / made.name}")
+            raise RecipeError(name, [f"{key}: a recipe cannot need its own model: {' needs '.join(path)}"])
+        say(f"{recipe.name}: {key} is the model of {made.name}: {runs / made.name}")
         fit(made, runs / made.name, above=path[:-1])
         wait_for_all(f"{made.name} is exported")
         setattr(settings, key, str(runs / made.name / kind_of_run(made).what))
@@ -43,7 +47,7 @@ def with_models_made(recipe: Recipe, runs: Path, *, above: Sequence[str] = ()) -
 
 
 def checked_and_made(recipe: Recipe, folder: Path, *, above: Sequence[str] = ()) -> Recipe:
-    """Return the recipe with the models that other recipes make, its parts checked before anything is made, and with them."""
+    """Check the parts of a recipe, run the recipes that it names, and check again with their models; return the recipe with them."""
     check_run_parts(recipe, folder)
     if not list(made_by_recipes(recipe)):
         return recipe
@@ -53,8 +57,8 @@ def checked_and_made(recipe: Recipe, folder: Path, *, above: Sequence[str] = ())
 
 
 def check_run_parts(recipe: Recipe, folder: Path) -> None:
-    """Look once whether the parts of a recipe fit together; a finished training does not read its data again."""
-    with first_before_others("it looks whether target, drafter, data and export fit together"):
+    """Check in the first process that the parts of a recipe fit together; a finished training does not need its data."""
+    with first_before_others("it checks that target, drafter, data and export fit together"):
         if is_first():
             quiet_libraries()
             check_parts(recipe, data=not RunFolder(folder).train_done.exists())

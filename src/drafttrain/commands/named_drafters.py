@@ -10,7 +10,11 @@ from drafttrain.target_model.folders import resolve_folder
 
 
 def folders_of(drafters: Sequence[str]) -> list[Path]:
-    """Return the local folders of drafters, or every one that cannot be found."""
+    """Return the local folders of drafters.
+
+    Raises:
+        RecipeError: Naming every drafter that cannot be found.
+    """
     folders, problems = [], []
     for name in drafters:
         try:

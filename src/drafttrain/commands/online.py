@@ -1,4 +1,4 @@
-"""drafttrain online: learn from serving logs, show how far a run is, take a version back."""
+"""drafttrain online: learn from serving logs, show the status of a run, roll a version back."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from drafttrain.pipeline.online_run import online_run, report
 
 
 def learn_online(recipe: Recipe, folder: Path, *, once: bool = False) -> None:
-    """Learn from serving logs and publish what is better: once, or until the process is told to stop."""
+    """Learn from serving logs and publish better versions: once, or until the process is stopped."""
     if recipe.online is None:
-        raise RecipeError(recipe.name, ["online: missing: this recipe trains once; drafttrain fit does"])
+        raise RecipeError(recipe.name, ["online: missing. This recipe does not learn online: run drafttrain fit"])
     with RunFolder(folder).taken():
         clear_leftovers(folder)
         check_run_parts(recipe, folder)
@@ -37,11 +37,11 @@ def learn_online(recipe: Recipe, folder: Path, *, once: bool = False) -> None:
 
 
 def rollback(folder: Path, *, route: str | None = None) -> None:
-    """Serve the version again that the current one replaced; one of several drafters is named by its route."""
+    """Serve the version that the current one replaced; `route` names one of several drafters."""
     routes = routes_of(folder)
     if (route or "") not in routes:
         known = ", ".join(name for name in routes if name)
-        raise RecipeError("arguments", [f"several drafters are here: give one of {known} after the folder"])
+        raise RecipeError("arguments", [f"this run has several drafters: give one of {known} after the folder"])
     held = RunFolder(folder).held()
     settings = held.online if held is not None and held.online is not None else None
     hook = settings.on_publish if settings else []
@@ -52,7 +52,7 @@ def rollback(folder: Path, *, route: str | None = None) -> None:
 
 
 def show_status(folder: Path) -> dict[str, Any]:
-    """Print how far the learning of a run is, and return it."""
+    """Print the status of an online run, and return it."""
     found = status(folder)
     columns = [
         "drafter",
@@ -84,10 +84,10 @@ def show_status(folder: Path) -> dict[str, Any]:
     table(
         rows,
         columns=columns,
-        title=f"{folder}: block efficiency by replay on recent held-out requests, and of the rounds in the logs",
+        title=f"{folder}: block efficiency by replay on recent held-out requests, and as logged by the server",
     )
     lines = ", ".join(f"{kind} {count:,}" for kind, count in found["lines"].items()) or "none yet"
-    say(f"lines of the logs: {lines}")
+    say(f"log lines: {lines}")
     return found
 
 

@@ -1,4 +1,4 @@
-"""The processes of one command: joined, and checked to be able to work together, before anything is loaded."""
+"""The processes of one command: they are joined and checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from drafttrain.distributed.collectives import first_before_others, together
 from drafttrain.distributed.world import is_first, launched, world
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.target_model.device import pick_device
-from drafttrain.train.preflight import check_processes
+from drafttrain.training.preflight import check_processes
 
 
 @contextlib.contextmanager
 def all_processes(recipe: Recipe, folder: Path, held: contextlib.ExitStack) -> Iterator[None]:
-    """Join the processes that a launcher started, and look that they can work together, before anything is loaded.
+    """Join the processes that a launcher started, and check that they can work together.
 
     Args:
-        held: Until it closes, the first process holds the run folder.
+        held: The first process holds the lock of the run folder until this closes.
     """
     settings = recipe.train
     if settings.target_placement == "sharded" and not launched():
-        problem = "there is one process, and nothing to spread a target over: start several (docs/multi-node.md)"
+        problem = "one process cannot shard a target: start several (docs/multi-node.md)"
         raise RecipeError(recipe.name, [f"train.target_placement: sharded: {problem}"])
     if problems := list(device_problems(recipe)):
         raise RecipeError(recipe.name, problems)
     with together(timeout_seconds=settings.timeout_seconds):
         if launched():
             check_processes(recipe.name, dump_recipe(recipe), folder, settings)
-        with first_before_others("it takes the run folder and clears what a killed run left"):
+        with first_before_others("it locks the run folder and removes leftovers of a killed run"):
             if is_first():
                 held.enter_context(RunFolder(folder).taken())
                 clear_leftovers(folder)
@@ -43,7 +43,7 @@ def all_processes(recipe: Recipe, folder: Path, held: contextlib.ExitStack) -> I
 
 
 def device_problems(recipe: Recipe) -> Iterator[str]:
-    """Tell which devices of the recipe are not here, or cannot be trained on by the processes that are there."""
+    """Yield the devices of the recipe that this machine lacks, or that its processes cannot train on."""
     places = {"train.device": recipe.train.device, "target.device": recipe.target.device}
     for key, device in places.items():
         try:
@@ -56,4 +56,4 @@ def device_problems(recipe: Recipe) -> Iterator[str]:
         yield from (f"{key}: {device} is one device, {several}" for key, device in numbered.items())
     key = "target.device" if recipe.train.device == "auto" else "train.device"
     if places[key] == "cpu" and torch.cuda.is_available() and (launched() or recipe.train.deepspeed is not None):
-        yield f"{key}: cpu: DeepSpeed trains on CUDA wherever it sees a device: hide them all with CUDA_VISIBLE_DEVICES="
+        yield f"{key}: cpu: DeepSpeed trains on CUDA if it sees a device. Hide all devices with CUDA_VISIBLE_DEVICES="

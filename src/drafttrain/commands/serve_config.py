@@ -18,10 +18,10 @@ from drafttrain.target_model.folders import BUILTIN, resolve_folder
 
 
 def serve_command(folder: Path, engine: str, *, target: str | None) -> str:
-    """Return the command that serves a drafter with the draft length that its evaluation found best.
+    """Return the command that serves a drafter, with the best draft length of its evaluation.
 
     Args:
-        target: Its name; None: the one that the drafter was made for.
+        target: Name of the target; None: the drafter's own.
     """
     if engine not in engines.names():
         raise CheckpointError(engines.unknown(engine))
@@ -29,7 +29,7 @@ def serve_command(folder: Path, engine: str, *, target: str | None) -> str:
     about = read_about(folder)
     target = target or (about.target if about else None)
     if not target:
-        raise CheckpointError(f"{folder}: does not say which target it was made for: give --target")
+        raise CheckpointError(f"{folder}: it does not name its target: give --target")
     serving, kind = engine_of(engine), kind_of(folder)
     serving.check_kind(folder, kind)
     readable = _readable(folder, serving.formats, engine)
@@ -42,17 +42,17 @@ def serve_command(folder: Path, engine: str, *, target: str | None) -> str:
     )
     say(
         f"{best.num_draft_tokens} draft tokens: block efficiency {best.block_efficiency:.2f}, memory-bound speed-up {best.mbsu:.2f} "
-        "(replay of greedy text, bytes read)"
+        "(by replay of greedy text, and bytes read)"
     )
     draft = serving.draft(kind, about.draft if about else "sampled")
     return serving.command(target, Use(str(readable.resolve()), kind, best.num_draft_tokens, draft))
 
 
 def _readable(folder: Path, formats: Sequence[str], engine: str) -> Path:
-    """Return the folder of a drafter that an engine reads: this one, or one beside it in another format.
+    """Return the folder of a drafter that an engine reads: the given one, or one beside it in another format.
 
     Raises:
-        CheckpointError: There is none.
+        CheckpointError: Naming the command that writes one.
     """
     for format in formats:
         for candidate in (folder, folder_as(folder, format)):

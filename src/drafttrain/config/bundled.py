@@ -1,4 +1,4 @@
-"""The recipes that come with drafttrain, and how a recipe is found by what a user calls it."""
+"""The recipes that come with drafttrain, and how a recipe is found by its path or name."""
 
 import difflib
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ SUFFIXES = (".yaml", ".yml")
 
 @dataclass(frozen=True)
 class BundledRecipe:
-    """One of them."""
+    """A bundled recipe."""
 
     name: str
     path: Path
@@ -24,7 +24,7 @@ class BundledRecipe:
 def bundled_folder() -> Path:
     """Return the folder of the bundled recipes: in the installed package, or at the root of a checkout.
 
-    A checkout links the one to the other, so that a wheel holds the files; where links are not supported, the root has them.
+    In a checkout the first is a link to the second, so that a wheel contains the files. Without support for links, the root is used.
     """
     package = Path(__file__).resolve().parents[1]
     installed = package / "recipes"
@@ -32,13 +32,13 @@ def bundled_folder() -> Path:
 
 
 def bundled_recipes() -> list[BundledRecipe]:
-    """Return them all, by name."""
+    """Return all bundled recipes, sorted by name."""
     paths = sorted(bundled_folder().glob("*.yaml"))
     return [BundledRecipe(path.stem, path, title_of(path.read_text(encoding="utf-8"))) for path in paths]
 
 
 def find_recipe(name: Path | str) -> Path:
-    """Return the file of a recipe given as a path, as a run folder, or as the name of a bundled one.
+    """Return the file of a recipe, given as a path, a run folder, or the name of a bundled recipe.
 
     Raises:
         RecipeError: There is no such file.
@@ -50,7 +50,7 @@ def find_recipe(name: Path | str) -> Path:
         if (path / "recipe.yaml").is_file():
             return path / "recipe.yaml"
         if path.is_dir():
-            raise RecipeError(str(name), ["no recipe.yaml in this folder: it is not a run of drafttrain"])
+            raise RecipeError(str(name), ["no recipe.yaml in this folder, so it is not a run of drafttrain"])
         if path.exists():
             raise RecipeError(str(name), ["not a regular file"])
     except OSError as error:
@@ -64,7 +64,7 @@ def find_recipe(name: Path | str) -> Path:
 
 
 def is_recipe(name: Path | str) -> bool:
-    """Tell whether `name` means a recipe (a file, a run folder, a bundled name) and not a drafter folder."""
+    """Return whether `name` is a recipe (a file, a run folder, a bundled name) and not a drafter folder."""
     path = Path(name)
     if path.is_dir():
         return (path / "recipe.yaml").is_file()
@@ -72,24 +72,24 @@ def is_recipe(name: Path | str) -> bool:
 
 
 def title_of(text: str) -> str:
-    """Return the first comment line of a recipe, editors' mode lines left out."""
+    """Return the first comment line of a recipe, without mode lines of editors."""
     for line in text.splitlines():
-        said = line.strip().lstrip("#").strip()
-        if line.startswith("#") and said and not said.startswith("yaml-language-server"):
-            return said
+        comment = line.strip().lstrip("#").strip()
+        if line.startswith("#") and comment and not comment.startswith("yaml-language-server"):
+            return comment
     return ""
 
 
 def copy_recipe(name: str, to: Path | None = None) -> Path:
-    """Copy a recipe to a file or into a folder (here when left out), and return where it is.
+    """Copy a recipe to a file or into a folder (by default the current one), and return the new path.
 
     Raises:
-        RecipeError: There is no such recipe, or the file is there already.
+        RecipeError: There is no such recipe, or the file exists already.
     """
     source = find_recipe(name)
     path = to or Path(source.name)
     path = path / source.name if path.is_dir() else path
     if path.exists():
-        raise RecipeError(str(path), ["is there already: give another name"])
+        raise RecipeError(str(path), ["exists already: give another name"])
     write_text(path, source.read_text(encoding="utf-8"))
     return path

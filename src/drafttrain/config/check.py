@@ -1,4 +1,4 @@
-"""A tree of values against a settings dataclass: an instance, or every problem at once."""
+"""Checks a tree of values against a settings dataclass: returns an instance, or reports every problem at once."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from drafttrain.core.printable import shortened
 from drafttrain.core.registry import Registry
 
 LARGEST_INTEGER = 2**63 - 1
+"""The largest that tensors, files and other libraries can hold."""
 LONGEST_TEXT = 4096
-"""Characters; a path has no more."""
-"""What tensors, files and other libraries can hold."""
+"""In characters; no path is longer."""
 
 
 class Checker:
-    """Walks nodes against dataclasses and gathers problems; what it returns is whole only while there are none."""
+    """Walks nodes along dataclasses and collects problems; a returned value is valid only if there are none."""
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
@@ -33,19 +33,19 @@ class Checker:
 
     @property
     def _num_faults(self) -> int:
-        """Problems of this walk, and values that the reader of the YAML refused before it."""
+        """Problems of this walk, and values that the YAML reader refused before."""
         return len(self.problems) + self._num_refused
 
     def _skip(self) -> None:
-        """Pass over a value whose problem is reported already: what it belongs to cannot be made."""
+        """Skip a value whose problem is reported already; its parent cannot be built."""
         self._num_refused += 1
 
     def refuse(self, node: Node, path: str, sentence: str) -> None:
-        """Note one problem."""
+        """Add one problem."""
         self.problems.append(Problem(node.where, f"{path}: {sentence}" if path else sentence))
 
     def settings(self, settings: type, node: Node, *, path: str = "", kind: str | None = None, base: Any = None) -> Any:
-        """Return an instance of a settings dataclass; what the recipe leaves out is taken from `base`, then the defaults."""
+        """Return an instance of a settings dataclass; missing keys come from `base`, then from the defaults."""
         if not isinstance(node.value, dict):
             expected = "a section: keys and values, indented below it"
             return self._wrong(node, path, expected)
@@ -83,7 +83,7 @@ class Checker:
         return self._value(field.hint, node, path=path, bounds=field.metadata, base=base)
 
     def _default(self, field: Field, value: Any, node: Node, *, path: str) -> Any:
-        """Return a default in the form that a recipe's own value would get: numbers of their type, components as settings."""
+        """Return a default converted like a value of the recipe: numbers to their type, components to settings."""
         if value is None or is_dataclass(value):
             return value
         if isinstance(value, list) and value and all(map(is_dataclass, value)):
@@ -95,19 +95,19 @@ class Checker:
         if not field.is_list:
             return self._component(field.registry, node, path=path, default=field.default)
         if not isinstance(node.value, list):
-            return self._wrong(node, path, "a list of mappings, each of which names its kind")
+            return self._wrong(node, path, "a list of mappings, each with its kind")
         return [
             self._component(field.registry, item, path=f"{path}.{i}", default=MISSING)
             for i, item in enumerate(node.value)
         ]
 
     def _component(self, registry: Registry, node: Node, *, path: str, default: Any) -> Any:
-        """Return the settings of the component that `kind` names; the default's kind where none is given."""
+        """Return the settings of the component that `kind` names, by default the default's kind."""
         if node.refused:
             return self._skip()
         if not isinstance(node.value, dict):
             name = node.value if node.value in registry.names() else registry.names()[0] if registry.names() else "..."
-            return self._wrong(node, path, f"a mapping that names its kind, as in {{kind: {name}}}")
+            return self._wrong(node, path, f"a mapping with its kind, such as {{kind: {name}}}")
         kind_node = node.value.get("kind")
         default_kind = default.get("kind") if isinstance(default, Mapping) else kind_of(default)
         if kind_node is None and default_kind is None:
@@ -124,11 +124,11 @@ class Checker:
         return self.settings(registry.entry(kind).settings, node, path=path, kind=kind, base=base)
 
     def _from_mapping(self, registry: Registry, mapping: Any, where: str) -> Any:
-        """Return the settings that a default written as a mapping means."""
+        """Return the settings of a default that is written as a mapping."""
         return self._component(registry, _as_node(mapping, where), path="", default=MISSING)
 
     def _value(self, hint: Any, node: Node, *, path: str, bounds: Mapping[str, Any], base: Any = None) -> Any:
-        """Return a value of a type, noting what does not fit."""
+        """Return a value of a type; add a problem if it does not fit."""
         if node.refused:
             return self._skip()
         if is_dataclass(hint):
@@ -148,7 +148,7 @@ class Checker:
         return self._scalar(hint, node, path=path, bounds=bounds)
 
     def _one_of(self, hints: Sequence[Any], node: Node, *, path: str, bounds: Mapping[str, Any]) -> Any:
-        """Return the value by the first type whose form it has."""
+        """Return the value as the first type that it has the form of."""
         for hint in hints:
             if _has_form(hint, node):
                 return self._value(hint, node, path=path, bounds=bounds)
@@ -191,7 +191,9 @@ class Checker:
                 node, path, describe(hint), advice=f': write "{shortened(str(node.text))}"' if quote else ""
             )
         if isinstance(value, str) and "${" in value:
-            return self.refuse(node, path, f"references like {shortened(value)} are not read: write the value out")
+            return self.refuse(
+                node, path, f"references such as {shortened(value)} are not resolved: write the value itself"
+            )
         if isinstance(value, str) and (problem := _text_problem(value)):
             return self.refuse(node, path, f"{problem}, got {_shown(node)}")
         if hint in (int, float):
@@ -207,7 +209,7 @@ class Checker:
             self.refuse(node, path, f"must be {' and '.join(wanted)}, got {_shown(node)}")
 
     def _across_fields(self, made: Any, node: Node, *, path: str) -> None:
-        """Ask the settings themselves; a sentence that begins with a key is told at that key's line."""
+        """Call the settings' own check; a problem that starts with a key is reported at that key's line."""
         check = getattr(made, "check", None)
         for sentence in check() if callable(check) else ():
             at, key = node, sentence.partition(":")[0]
@@ -238,16 +240,16 @@ class Checker:
 
 
 def _text_problem(value: str) -> str | None:
-    """Return why no key can have this text; most are names, paths and patterns."""
+    """Return why this text is not valid for any key; most are names, paths and patterns."""
     if len(value) > LONGEST_TEXT:
         return f"must be at most {LONGEST_TEXT:,} characters"
     if re.match(r"~[\w.-]+/", value) and os.path.expanduser(value) == value:
-        return "must not begin with the home of a user who is unknown here"
+        return "must not start with the home folder of an unknown user"
     return None
 
 
 def _has_form(hint: Any, node: Node) -> bool:
-    """Tell whether a value is of the form that a type wants, its range left aside."""
+    """Return whether a value has the form of a type, whatever its range."""
     origin = typing.get_origin(hint)
     if origin is Literal:
         return node.value in typing.get_args(hint)
@@ -261,7 +263,7 @@ def _has_form(hint: Any, node: Node) -> bool:
 
 
 def _number(node: Node) -> Any:
-    """Return a scalar as a number where it is one: YAML 1.1 reads 1e-4 as text."""
+    """Return a scalar as a number if it is one: YAML 1.1 reads 1e-4 as text."""
     if not isinstance(node.value, str) or node.text is None:
         return node.value
     try:

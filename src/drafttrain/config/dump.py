@@ -1,4 +1,4 @@
-"""A recipe as YAML with every default visible; with comments, what each key means."""
+"""A recipe as YAML with every default, and optionally with a comment that explains each key."""
 
 import json
 from collections.abc import Iterator
@@ -17,15 +17,14 @@ def dump_recipe(recipe: Recipe, *, comments: bool = False) -> str:
     """Return YAML that loads to an equal recipe.
 
     Args:
-        recipe: What to write.
-        comments: Write each key's meaning beside it.
+        comments: Explain each key in a comment.
     """
     lines = list(_settings_lines(recipe, comments=comments))
     return "".join(f"{line}\n" for line in _with_gaps(lines))
 
 
 def plain(value: Any) -> Any:
-    """Return settings as mappings, lists and scalars, `kind` first where there is one."""
+    """Return settings as mappings, lists and scalars, with `kind` first if there is one."""
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if isinstance(value, dict):
@@ -46,7 +45,7 @@ def _settings_lines(settings: Any, *, comments: bool) -> Iterator[str]:
 
 
 def _entry_lines(name: str, value: Any, *, comment: str, comments: bool) -> Iterator[str]:
-    """Yield `name: value`, over several lines where the value is made of settings."""
+    """Yield `name: value`, on several lines if the value consists of settings."""
     note = f"# {comment}" if comment else ""
     if is_dataclass(value) and not fields_of(type(value)) and not kind_of(value):
         yield f"{name}: {{}}  {note}".rstrip()
@@ -67,7 +66,7 @@ def _entry_lines(name: str, value: Any, *, comment: str, comments: bool) -> Iter
 
 
 def _flow(value: Any, *, inside: bool = False) -> str:
-    """Return a scalar, or a list or mapping of scalars, on one line; `inside` brackets more has to be quoted."""
+    """Return a scalar, or a list or mapping of scalars, on one line; more text needs quotes `inside` brackets."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_flow(str(k), inside=True)}: {_flow(v, inside=True)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
@@ -80,7 +79,7 @@ def _flow(value: Any, *, inside: bool = False) -> str:
 
 
 def _with_gaps(lines: list[str]) -> Iterator[str]:
-    """Put an empty line before every section that takes several lines, and after it."""
+    """Put an empty line before and after every section of several lines."""
     was_inside = False
     for i, line in enumerate(lines):
         inside = line.startswith(" ")

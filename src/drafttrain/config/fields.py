@@ -20,30 +20,30 @@ class Field(NamedTuple):
 
     name: str
     hint: Any
-    """The type, None taken out."""
+    """The type, without None."""
     nullable: bool
     metadata: Mapping[str, Any]
     default: Any
-    """MISSING when the recipe must give a value."""
+    """MISSING if the recipe must give a value."""
 
     @property
     def registry(self) -> Registry | None:
-        """The components that the value is one of."""
+        """The registry of the components that the value can be."""
         return self.metadata.get("registry")
 
     @property
     def help(self) -> str:
-        """What the field means."""
+        """The help text of the field."""
         return str(self.metadata.get("help") or "")
 
     def is_missing_from(self, given: Mapping[str, Any]) -> bool:
-        """Tell whether the value must be given because another key, which could stand for it, is not."""
+        """Return whether the value must be given because the key that could replace it is not given."""
         unless = self.metadata.get("unless")
         return unless is not None and (unless not in given or given[unless].value is None)
 
     @property
     def is_list(self) -> bool:
-        """Tell whether the value is a list."""
+        """Whether the value is a list."""
         return typing.get_origin(self.hint) is list or self.hint is list or isinstance(self.default, list)
 
 
@@ -65,12 +65,12 @@ def _hints_of(settings: type) -> dict[str, Any]:
 
 
 def kind_of(settings: Any) -> str | None:
-    """Return the name of the component that an instance of settings configures; None for a plain section."""
+    """Return the kind of the component that settings configure; None for a plain section."""
     return getattr(settings, "kind", None)
 
 
 def within(value: float, bounds: Mapping[str, Any]) -> bool:
-    """Tell whether a number is in the range of its field."""
+    """Return whether a number is in the range of its field."""
     ge, gt, le, lt = (bounds.get(name) for name in BOUNDS)
     return (
         (ge is None or value >= ge)
@@ -81,7 +81,7 @@ def within(value: float, bounds: Mapping[str, Any]) -> bool:
 
 
 def describe(hint: Any) -> str:
-    """Return a type in plain words."""
+    """Return the description of a type for messages."""
     words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "null"}
     if hint in words:
         return words[hint]

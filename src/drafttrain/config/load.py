@@ -1,4 +1,4 @@
-"""From a YAML file and overrides to a Recipe, or to every problem at once."""
+"""Reads a recipe from a YAML file and overrides, or reports every problem at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from drafttrain.config.bundled import find_recipe
 from drafttrain.config.check import Checker
 from drafttrain.config.fields import fields_of
 from drafttrain.config.nodes import MAX_BYTES, Node, Problem, apply_override, read_yaml
-from drafttrain.config.older import read_as_now
+from drafttrain.config.older import translate_to_current
 from drafttrain.config.recipe import Recipe
 from drafttrain.config.smoke import shrink
 from drafttrain.core.console import say_once
@@ -30,8 +30,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, smoke: bool 
     Args:
         path: A YAML file, a run folder with its recipe.yaml (also one that an older version wrote), or the name of a bundled
             recipe (`demo`).
-        overrides: `section.key=value`, applied before anything is checked; items of lists by number.
-        smoke: Shrink it to some 20 steps through every stage.
+        overrides: `section.key=value`, applied before any check; list items by number.
+        smoke: Shrink the recipe to about 20 steps through every stage.
 
     Raises:
         RecipeError: With every problem, each with its line or override.
@@ -57,21 +57,21 @@ def read_recipe(text: str, overrides: Sequence[str] = (), *, source: str, of_run
     """Return the recipe of a YAML text.
 
     Args:
-        of_run: It stands in a run folder: one that an older version wrote there is read as what it meant.
+        of_run: The text is from a run folder; if an older version wrote it, its keys are translated to current ones.
     """
     root, problems = read_yaml(text, source=source)
-    if of_run and (notes := read_as_now(root)):
-        say_once(f"{source}: an older version began this run; read {', '.join(notes)}")
+    if of_run and (notes := translate_to_current(root)):
+        say_once(f"{source}: written by an older version; read {', '.join(notes)}")
     for override in overrides:
         problems += apply_override(root, override)
     if not isinstance(root.value, dict):
-        raise RecipeError(source, ["line 1: a recipe is made of sections: name, target, drafter, ..."])
+        raise RecipeError(source, ["line 1: a recipe consists of sections: name, target, drafter, ..."])
     problems += _import_plugins(root)
     return _checked(Recipe, root, problems, source=source)
 
 
 def load_sections(sections: Sequence[str], overrides: Sequence[str], *, source: str = "arguments") -> list[Any]:
-    """Return sections made of their defaults and of overrides (`eval.temperature=1`), without a recipe.
+    """Return sections built from defaults and overrides (`eval.temperatures=[1]`), without a recipe.
 
     Raises:
         RecipeError: With every problem of the overrides.
@@ -97,13 +97,13 @@ def _checked(settings: type[T], root: Node, problems: list[Problem], *, source: 
     if not problems:
         problems += _no_structured_config(made)
     if problems:
-        told = dict.fromkeys(map(str, sorted(problems, key=lambda problem: problem.order)))
-        raise RecipeError(source, list(told))
+        in_order = dict.fromkeys(map(str, sorted(problems, key=lambda problem: problem.order)))
+        raise RecipeError(source, list(in_order))
     return made
 
 
 def _no_structured_config(made: object) -> list[Problem]:
-    """Ask OmegaConf too, whose structured configs the settings are: whatever it refuses, no room should see."""
+    """Check with OmegaConf too: settings are structured configs, and must be valid as such."""
     try:
         OmegaConf.structured(made)
     except OmegaConfBaseException as error:
@@ -112,7 +112,7 @@ def _no_structured_config(made: object) -> list[Problem]:
 
 
 def _import_plugins(root: Node) -> list[Problem]:
-    """Import modules from outside, so that the kinds they register are known."""
+    """Import the recipe's plugins, which register kinds of their own."""
     node = root.value.get("plugins")
     problems = []
     for item in node.value if node and isinstance(node.value, list) else []:
@@ -122,8 +122,8 @@ def _import_plugins(root: Node) -> list[Problem]:
             name = shortened(str(item.value))
             text = f"plugins: cannot import {name!r} ({shortened(str(error))}). Install it, or put its folder on PYTHONPATH"
             problems.append(Problem(item.where, text))
-        except (Exception, SystemExit) as error:  # whatever the code of a plugin does when it runs
+        except (Exception, SystemExit) as error:  # a plugin runs any code when it is imported
             name = shortened(str(item.value))
-            text = f"plugins: {name!r} fails when it is imported: {type(error).__name__}: {shortened(str(error))}"
+            text = f"plugins: {name!r} failed to import: {type(error).__name__}: {shortened(str(error))}"
             problems.append(Problem(item.where, text))
     return problems

@@ -1,4 +1,4 @@
-"""Models that a recipe names by the recipe that makes them: `recipe:tiny_judge_target`."""
+"""Models that a recipe takes from another recipe: `recipe:tiny_judge_target`."""
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -8,7 +8,7 @@ MADE_BY = "recipe:"
 
 
 def made_by_recipes(settings: Any) -> Iterator[tuple[Any, str]]:
-    """Yield (settings, key) of every key whose value is `recipe:NAME`, in `settings` and in all that they hold."""
+    """Yield (settings, key) of every key with a value `recipe:NAME`, in `settings` and all settings inside them."""
     if isinstance(settings, list):
         for item in settings:
             yield from made_by_recipes(item)

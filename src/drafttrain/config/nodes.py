@@ -1,4 +1,4 @@
-"""YAML text as a tree of values that know where they were written."""
+"""YAML text as a tree of values, each with the line that it comes from."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from drafttrain.core.printable import shortened
 
 PLAIN_TAGS = ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")
 MAX_BYTES = 200_000
-"""Of a recipe: the YAML reader takes a second for more. The longest bundled recipe has 4,000."""
+"""Size limit of a recipe: the YAML reader needs a second for more. The longest bundled recipe has 4,000 bytes."""
 MAX_DEPTH = 32
-"""Of values within values. A recipe needs six."""
+"""Limit of nested values. A recipe needs six levels."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong, and where."""
+    """One problem of a recipe, and its place."""
 
     where: str
     """`line 5`, `override train.lr=2`, or empty."""
@@ -32,7 +32,7 @@ class Problem:
 
     @property
     def order(self) -> tuple[int, int]:
-        """The order in which problems are told: by line, then what has none."""
+        """The order of reports: by line, then problems without a line."""
         word, _, number = self.where.partition(" ")
         return (0, int(number)) if word == "line" else (1, 0)
 
@@ -43,14 +43,14 @@ class Node:
 
     value: Any
     where: str
-    """The line of its key (of the item itself in a list), or the override that gave it."""
+    """The line of its key (in a list, of the item), or the override that set it."""
     text: str | None = None
-    """A scalar as it was written."""
+    """A scalar as written."""
     refused: bool = False
-    """A problem was told already: its value means nothing."""
+    """A problem with the value is reported already, so the value is not used."""
 
     def plain(self) -> Any:
-        """Return the value without places."""
+        """Return the value as plain mappings, lists and scalars."""
         if isinstance(self.value, dict):
             return {key: child.plain() for key, child in self.value.items()}
         if isinstance(self.value, list):
@@ -59,10 +59,10 @@ class Node:
 
 
 def read_yaml(text: str, *, source: str) -> tuple[Node, list[Problem]]:
-    """Return the tree of a YAML text, and what a recipe must not contain: keys twice, anchors, aliases, merge keys.
+    """Return the tree of a YAML text, and what a recipe must not contain: duplicate keys, anchors, aliases, merge keys.
 
     Raises:
-        RecipeError: The text is no YAML, or nested too deep; nothing more can be said of it.
+        RecipeError: The text is not YAML, or nested too deep.
     """
     try:
         root, problems = _tree_of(text, where="line 1")
@@ -76,15 +76,15 @@ def read_yaml(text: str, *, source: str) -> tuple[Node, list[Problem]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""
-        said = ", ".join(part for part in (error.context, error.problem) if part)
-        raise RecipeError(source, [f"{line}not YAML: {shortened(said)}"]) from error
+        reason = ", ".join(part for part in (error.context, error.problem) if part)
+        raise RecipeError(source, [f"{line}not YAML: {shortened(reason)}"]) from error
     if root is None:
         return Node({}, "line 1"), [Problem("line 1", "the recipe is empty")]
     return root, problems
 
 
 def _unwritable(text: str) -> str | None:
-    """Return what forbids to store a text as UTF-8 or to use it in a path: a control character, half of a surrogate pair."""
+    """Return why a text cannot be stored as UTF-8 or used in a path: a control character, or half of a surrogate pair."""
     for character in text:
         if character not in "\t\n\r" and unicodedata.category(character) in ("Cc", "Cs"):
             return f"character U+{ord(character):04X} is not allowed"
@@ -92,7 +92,7 @@ def _unwritable(text: str) -> str | None:
 
 
 def _tree_of(text: str, *, where: str) -> tuple[Node | None, list[Problem]]:
-    """Return the tree of a YAML text (None: it holds nothing), and what must not be in it."""
+    """Return the tree of a YAML text (None if it is empty), and the problems of its form."""
     loader = _Loader(text)
     try:
         root = loader.get_single_node()
@@ -102,7 +102,7 @@ def _tree_of(text: str, *, where: str) -> tuple[Node | None, list[Problem]]:
 
 
 def apply_override(root: Node, override: str) -> Iterator[Problem]:
-    """Set one value of the tree from `section.key=value`; an integer in the path is an item of a list."""
+    """Set one value of the tree from `section.key=value`; an integer in the path selects a list item."""
     where = f"override {shortened(override)}"
     if problem := _unwritable(override):
         yield Problem(where, problem)
@@ -129,7 +129,7 @@ def apply_override(root: Node, override: str) -> Iterator[Problem]:
 
 
 def _step(parent: Node, key: str, *, path: str) -> tuple[Node | None, str | None]:
-    """Return the child called `key` (None: not there yet), or what forbids to go there."""
+    """Return the child `key` (None if it does not exist yet), or the reason why there cannot be one."""
     above = path.rpartition(".")[0]
     if isinstance(parent.value, dict):
         return parent.value.get(key), None
@@ -146,7 +146,7 @@ def _put(parent: Node, key: str, child: Node) -> None:
 
 
 def _value_of(text: str, *, where: str) -> Node:
-    """Return what stands right of `=`: YAML where it is some, else the text itself."""
+    """Return the value of an override: parsed as YAML if it is valid YAML, else the text itself."""
     try:
         node, problems = _tree_of(text, where=where)
     except yaml.YAMLError:
@@ -168,7 +168,7 @@ def _relocate(node: Node, where: str) -> None:
 
 
 class _TooDeepError(yaml.YAMLError):
-    """Values are nested too deep to be read by recursion."""
+    """Values are nested too deep for the recursive reader."""
 
     def __init__(self, start_mark: Any) -> None:
         super().__init__(f"nested deeper than {MAX_DEPTH} levels")
@@ -176,7 +176,7 @@ class _TooDeepError(yaml.YAMLError):
 
 
 class _Loader(yaml.SafeLoader):
-    """A loader that stops at the tree, keeps lines and refuses what would hide the truth of a file."""
+    """A loader that returns the tree with lines, and refuses what would make a recipe hard to read, such as anchors."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -187,13 +187,13 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()
         if self.check_event(yaml.AliasEvent):
-            self._refuse(event, f"alias *{shortened(event.anchor)}: write the value out, a recipe has no anchors")
+            self._refuse(event, f"alias *{shortened(event.anchor)}: write the value itself, a recipe has no anchors")
             self.get_event()
             nothing = yaml.ScalarNode("tag:yaml.org,2002:null", "", event.start_mark, event.end_mark)
             self._aliases.add(id(nothing))
             return nothing
         if event.anchor is not None:
-            self._refuse(event, f"anchor &{shortened(event.anchor)}: write the value out, a recipe has no anchors")
+            self._refuse(event, f"anchor &{shortened(event.anchor)}: write the value itself, a recipe has no anchors")
         if self._depth == MAX_DEPTH:
             raise _TooDeepError(event.start_mark)
         self._depth += 1
@@ -204,7 +204,7 @@ class _Loader(yaml.SafeLoader):
     def node_of(self, raw: Any, *, where: str) -> Node:
         """Return the tree under a raw YAML node."""
         if raw.tag.rpartition(":")[2] not in PLAIN_TAGS:
-            self._refuse(raw, f"tag {shortened(raw.tag)}: only plain values are read")
+            self._refuse(raw, f"tag {shortened(raw.tag)}: only plain values are allowed")
             return Node(None, where, refused=True)
         if isinstance(raw, yaml.MappingNode):
             return Node(self._mapping_of(raw), where)
@@ -231,9 +231,9 @@ class _Loader(yaml.SafeLoader):
         children: dict[str, Node] = {}
         for key, value in raw.value:
             if not isinstance(key, yaml.ScalarNode):
-                self._refuse(key, "a key must be a word")
+                self._refuse(key, "a key must be a plain name")
             elif key.tag == "tag:yaml.org,2002:merge":
-                self._refuse(key, "merge key <<: write the keys out, a recipe has no anchors")
+                self._refuse(key, "merge key <<: write the keys themselves, a recipe has no anchors")
             elif problem := _unwritable(key.value):
                 self._refuse(key, problem)
             elif key.value in children:

@@ -1,4 +1,4 @@
-"""The recipe of a run folder that an older version wrote, read as what it meant then."""
+"""Reads the recipe of a run folder that an older version wrote: its keys are translated to current ones."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Callable
 from drafttrain.config.nodes import Node
 
 
-def read_as_now(root: Node) -> list[str]:
-    """Bring the recipe that stands in a run folder up to today's keys, in place; return what was read as what.
+def translate_to_current(root: Node) -> list[str]:
+    """Translate the recipe of a run folder to current keys, in place; return a note on each change.
 
-    Every version writes all keys of its time, so a replaced key tells its age. A recipe of a user is not read so: its keys mean what they
-    mean today.
+    Every version writes all of its keys, so a replaced key shows an older version. A user's own recipe is not translated:
+    its keys have their current meaning.
     """
     train, target = _section(root, "train"), _section(root, "target")
     if "accumulation" not in train:
         return []
-    notes = [READ[key](train) for key in list(train) if key in READ]
+    notes = [TRANSLATED[key](train) for key in list(train) if key in TRANSLATED]
     if "tf32" not in train:
-        # No training used it then.
+        # Older versions never used TF32.
         notes.append(_put(train, "tf32", Node(False, "", text="false"), before="no train.tf32", path="train"))
     dtype = target.get("dtype")
     if dtype is not None and dtype.value == "auto":
@@ -31,7 +31,7 @@ def read_as_now(root: Node) -> list[str]:
 
 
 def _accumulation(train: dict[str, Node]) -> str:
-    """So many micro-batches of a step are at most so many records each, on each device that the recipe names."""
+    """Translate a number of micro-batches into the most records that one of them had, on each device of the recipe."""
     node = train.pop("accumulation")
     count, batch, devices = node.value, _number(train, "batch_size"), _number(train, "devices") or 1
     most = -(-batch // (count * devices)) if batch and type(count) is int and count > 1 else None
@@ -39,8 +39,8 @@ def _accumulation(train: dict[str, Node]) -> str:
     return _put(train, "records_per_device", made, before=f"train.accumulation: {node.text}", path="train")
 
 
-READ: dict[str, Callable[[dict[str, Node]], str]] = {"accumulation": _accumulation}
-"""What is done with each key of `train` that was replaced."""
+TRANSLATED: dict[str, Callable[[dict[str, Node]], str]] = {"accumulation": _accumulation}
+"""How each replaced key of `train` is translated."""
 
 
 def _put(section: dict[str, Node], key: str, node: Node, *, before: str, path: str) -> str:

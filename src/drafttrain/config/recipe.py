@@ -1,4 +1,4 @@
-"""The recipe: the settings of all rooms, gathered in one dataclass whose sections have one order."""
+"""The recipe: the settings of all rooms in one dataclass, whose sections have a fixed order."""
 
 from __future__ import annotations
 
@@ -19,55 +19,57 @@ from drafttrain.losses import losses
 from drafttrain.online.settings import OnlineSettings
 from drafttrain.serving.engines import engines
 from drafttrain.target_model.settings import TargetSettings
-from drafttrain.train.settings import TrainSettings
+from drafttrain.training.settings import TrainSettings
 
 TRAINED = (("drafter", "loss"), ("head",))
-"""What says what is trained: one of these groups of sections."""
+"""The sections that define what is trained: a recipe has one of these groups."""
 
 MAX_NAME_BYTES = 200
-"""File systems take 255; folders beside the run's have its name and a word more."""
+"""File systems allow 255; some folders beside the run's have a longer name than it."""
 
 
 @dataclass(kw_only=True)
 class Recipe:
-    """One run, whole: from the data to the exported drafter and its proof."""
+    """One whole run, from the data to the exported and evaluated drafter."""
 
     name: str = setting(help="Name of the run and of its folder.")
-    seed: int = setting(0, help="Every random stream of the run is named by it.", ge=0)
-    plugins: list[str] = setting([], help="Modules from outside to import first; they register their own kinds.")
+    seed: int = setting(0, help="Seed of every random stream of the run.", ge=0)
+    plugins: list[str] = setting([], help="Your modules to import first; they register their own kinds.")
     target: TargetSettings = field(
-        default_factory=TargetSettings, metadata={"help": "The frozen model whose output must be kept."}
+        default_factory=TargetSettings, metadata={"help": "The frozen model whose output distribution is preserved."}
     )
     drafter: Any = setting(
-        None, help="The model or module that is trained, by kind; or a head.", registry=drafters, unless="head"
+        None, help="The drafter to train, by kind; or give a head.", registry=drafters, unless="head"
     )
     head: Any = setting(
-        None, help="The head that is trained on a frozen drafter and target, by kind; or a drafter.", registry=heads
+        None, help="The head to train on a frozen drafter and target, by kind; or give a drafter.", registry=heads
     )
     loss: Any = setting(
-        None, help="What training a drafter minimises, by kind; a head brings its own.", registry=losses, unless="head"
+        None, help="The loss of a drafter, by kind; a head has its own.", registry=losses, unless="head"
     )
-    data: DataSettings = setting(help="Where text comes from, and what the target writes of it.")
+    data: DataSettings = setting(help="Where text comes from, and what the target generates.")
     train: TrainSettings = field(default_factory=TrainSettings, metadata={"help": "How the drafter is trained."})
-    eval: EvalSettings = field(default_factory=EvalSettings, metadata={"help": "How the exported files are proven."})
-    export: ExportSettings = field(default_factory=ExportSettings, metadata={"help": "What is written, and the gate."})
+    eval: EvalSettings = field(default_factory=EvalSettings, metadata={"help": "How the exported files are evaluated."})
+    export: ExportSettings = field(
+        default_factory=ExportSettings, metadata={"help": "What is exported, and the gate it must meet."}
+    )
     online: OnlineSettings | None = setting(
-        None, help="Learn from serving logs as they grow; null: train once, on data that is all there."
+        None, help="Learn from serving logs as they grow; null: train once on fixed data."
     )
 
     def check(self) -> list[str]:
         """Return what is wrong across sections."""
         problems = []
         if not self.name.isprintable() or not self.name.strip() or "/" in self.name or self.name.startswith("."):
-            problems.append(f"name: must be usable as the name of a folder, got {self.name!r}")
+            problems.append(f"name: must be a valid folder name, got {self.name!r}")
         if len(self.name.encode()) > MAX_NAME_BYTES:
             problems.append(
-                f"name: a folder is named by it: at most {MAX_NAME_BYTES} bytes, got {len(self.name.encode())}"
+                f"name: it names a folder, so at most {MAX_NAME_BYTES} bytes, got {len(self.name.encode())}"
             )
         if self.head is not None:
             problems += self._of_head()
         elif self.data.annotate is not None:
-            problems.append("data.annotate: labels are for a head, and this recipe trains none")
+            problems.append("data.annotate: labels are for a head, and this recipe does not train one")
         if self.target.model is None:
             problems += self._without_target()
         if self.train.pretrain is not None:
@@ -84,16 +86,18 @@ class Recipe:
         if self.train.compile and (self.online is not None or not getattr(_component(self.drafter), "compiles", False)):
             what = f"drafter {self.drafter.kind}" if self.drafter is not None else "a head"
             what = "online learning" if self.online is not None else what
-            problems.append(f"train.compile: {what} has no part that is compiled: leave it out")
+            problems.append(f"train.compile: {what} has no part to compile: leave it out")
         if self.train.activation_checkpointing and not getattr(_component(self.drafter), "recomputes", False):
             what = f"drafter {self.drafter.kind}" if self.drafter is not None else "a head"
-            problems.append(f"train.activation_checkpointing: {what} has no stack of layers to compute again")
+            problems.append(
+                f"train.activation_checkpointing: {what} has no stack of layers whose activations could be recomputed"
+            )
         return problems
 
     def _exports(self) -> Iterator[str]:
-        """Tell which formats and engines cannot take what this recipe trains."""
+        """Yield the formats and engines that do not support what this recipe trains."""
         if self.head is not None:
-            yield "export.to, export.verify: a head goes to no serving engine; leave them out"
+            yield "export.to, export.verify: no serving engine loads a head: leave them out"
             return
         kind = getattr(self.drafter, "kind", "")
         places = {
@@ -106,68 +110,68 @@ class Recipe:
         }
         for key, kinds in places.items():
             if kind not in kinds:
-                yield f"export.{key} has no place for drafter.kind {kind}, only for {', '.join(kinds)}"
+                yield f"export.{key} does not support drafter.kind {kind}, only {', '.join(kinds)}"
         if self.target.model is None:
             yield "export.to, export.verify: a drafter is exported for its target, but target.model is null"
 
     def _pretraining(self) -> Iterator[str]:
-        """Tell what phase 1 needs that is not here."""
+        """Yield what pretraining needs and the recipe lacks."""
         if getattr(self.drafter, "kind", "") != "causal_lm":
             yield "train.pretrain: only drafter.kind causal_lm is pretrained on plain text"
         plain = [source for source in self.data.sources if getattr(source, "kind", "") != "generated"]
         if not any(getattr(source, "weight", 1.0) for source in plain):
-            yield "train.pretrain: needs plain text: a source in data.sources besides kind generated, of a weight above 0"
+            yield "train.pretrain: needs plain text: a source in data.sources of another kind than generated, with a weight above 0"
 
     def _online(self) -> Iterator[str]:
-        """Tell what online learning cannot do, or would not look at."""
+        """Yield settings that online learning does not support, or would ignore."""
         if self.head is not None:
-            yield "online: a drafter follows its traffic; a head does not"
+            yield "online: only a drafter learns online, not a head"
         if self.target.model is None:
-            yield "online: candidates are compared by the target, but target.model is null"
+            yield "online: candidates are compared with the target, but target.model is null"
         if [getattr(source, "kind", "") for source in self.data.sources] != ["serving_logs"]:
             yield "data.sources: online learning reads one source, of kind serving_logs"
         if self.data.generate is not None or self.data.cache != "none":
             yield "data: online learning neither generates nor caches: leave generate out, and cache at none"
         if self.train.schedule != "constant":
-            yield "train.schedule: traffic has no end: online learning needs constant"
+            yield "train.schedule: online learning has no end, so it needs constant"
         if self.train.pretrain is not None or self.train.deepspeed is not None or (self.train.devices or 1) > 1:
             yield "train: online learning runs in one process, without pretrain and deepspeed"
         if self.train.profile_steps is not None or self.train.peak_tflops is not None:
-            yield "train.profile_steps, train.peak_tflops: the steps of online learning are neither traced nor timed: leave them out"
+            yield "train.profile_steps, train.peak_tflops: steps of online learning are neither profiled nor timed: leave them out"
         if self.train.records_per_device is not None:
-            yield "train.records_per_device: online learning takes whole batches: leave it at null"
+            yield "train.records_per_device: online learning uses whole batches: leave it at null"
 
     def _placement(self) -> Iterator[str]:
-        """Tell what needs the whole target in every process, or a target that is there."""
+        """Yield what needs the whole target in every process, or a target that can be run."""
         placement = self.train.target_placement
         key = f"train.target_placement: {placement}"
         if self.target.model is None:
             yield f"{key}: there is no target to place: target.model is null"
         if self.head is not None:
-            yield f"{key}: labels of draft tokens are made by the target as a whole: a head needs replicated"
+            yield f"{key}: labelling draft tokens needs the whole target: a head needs replicated"
         if self.online is not None:
-            yield f"{key}: online learning reads traffic with its target: it needs replicated"
+            yield f"{key}: online learning runs its target: it needs replicated"
         made_of = _component(self.drafter)
         if made_of is not None and (reason := made_of.why_whole_target(self.drafter)):
             yield f"{key}: drafter.{reason}, and they must be whole in every process: use replicated"
         if placement == "sharded":
             if self.train.devices == 1:
-                yield f"{key}: there is nothing to spread a target over with train.devices 1"
+                yield f"{key}: a target cannot be sharded with train.devices 1"
             if self.target.device != "auto":
-                yield f"{key}: shares are on the processes' own devices: leave target.device at auto, got {self.target.device}"
+                yield f"{key}: shards are on the processes' own devices: leave target.device at auto, got {self.target.device}"
         elif self.data.cache == "none" and (made_of is None or made_of.needs_target or self._loss_needs_target()):
             yield f"{key}: nothing of the target is stored with data.cache none: choose states, full or top_k"
 
     def _own_device(self) -> Iterator[str]:
-        """Tell what cannot be on another device than its target."""
+        """Yield what must be on the device of its target."""
         key = f"train.device: {self.train.device}"
         if self.head is not None or self.online is not None:
-            yield f"{key}: only a drafter of fit has a device of its own: leave it at auto"
+            yield f"{key}: only a drafter that fit trains can have a device of its own: leave it at auto"
         if getattr(self.drafter, "joint", None) is not None:
-            yield f"{key}: drafter.joint trains adapters inside the target, where it is: leave it at auto"
+            yield f"{key}: drafter.joint trains adapters inside the target, on its device: leave it at auto"
 
     def _numbered_devices(self) -> Iterator[str]:
-        """Tell what cannot be on one device of a machine that has several."""
+        """Yield what cannot be on one numbered device."""
         target, train = self.target.device, self.train
         if target.startswith("cuda:") and (train.devices or 1) > 1:
             yield f"target.device: {target} is one device, for {train.devices} processes: leave it at auto"
@@ -184,12 +188,12 @@ class Recipe:
         return any(_registered(losses, kind).needs_target is True for kind in kinds)
 
     def _of_head(self) -> Iterator[str]:
-        """Tell what a recipe that trains a head has too much or too little."""
+        """Yield sections that a recipe of a head must not have, or lacks."""
         kind = self.head.kind
         if self.drafter is not None:
-            yield "head: a recipe trains a drafter or a head; name the frozen drafter in head.drafter"
+            yield "head: a recipe trains a drafter or a head: name the frozen drafter in head.drafter"
         if self.loss is not None:
-            yield f"loss: head {kind} brings its own; leave the section out"
+            yield f"loss: head {kind} has its own loss: leave the section out"
         if self.target.model is None:
             yield "head: labels compare with the target, but target.model is null"
         fitting = [name for name in annotators.names() if _annotator(name).for_head == kind]
@@ -197,17 +201,17 @@ class Recipe:
             yield f"data.annotate: head {kind} needs labels of kind {' or '.join(fitting)}"
 
     def _without_target(self) -> Iterator[str]:
-        """Tell what needs the target that this recipe has not."""
+        """Yield what needs a target, which this recipe lacks."""
         for settings in components_of(self.loss):
             component: Any = losses.entry(settings.kind).component if settings.kind in losses.names() else None
-            # That of a sum is a property of its terms, which are asked themselves.
+            # For a sum this is a property of its terms, which are checked themselves.
             if component is not None and component.needs_target is True:
                 yield f"loss: {settings.kind} compares with the target, but target.model is null"
         kind, made_of = getattr(self.drafter, "kind", ""), _component(self.drafter)
         if made_of is not None and made_of.needs_target:
             yield f"drafter: {kind} is made from its target, but target.model is null"
         if getattr(self.drafter, "init", None) == "target":
-            yield "drafter.init: nothing to cut the drafter from: target.model is null"
+            yield "drafter.init: there is no target to cut the drafter from: target.model is null"
 
 
 def _registered(registry: Registry, name: str) -> Any:
@@ -215,7 +219,7 @@ def _registered(registry: Registry, name: str) -> Any:
 
 
 def _component(settings: Any) -> Any:
-    """Return the class of a drafter's settings; None where there is none."""
+    """Return the drafter class of settings; None if the kind is unknown."""
     kind = getattr(settings, "kind", "")
     return drafters.entry(kind).component if kind in drafters.names() else None
 

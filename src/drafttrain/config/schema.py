@@ -1,4 +1,4 @@
-"""The JSON Schema of a recipe (draft 2020-12), which editors complete and check from."""
+"""The JSON Schema of a recipe (draft 2020-12), for completion and checks in editors."""
 
 import types
 import typing
@@ -18,7 +18,7 @@ WRITTEN_NUMBER = {"type": "string", "pattern": r"^[-+]?[0-9]*\.?[0-9]+[eE][-+]?[
 
 
 def recipe_schema() -> dict[str, Any]:
-    """Return the schema of the recipe, one definition a settings dataclass."""
+    """Return the schema of a recipe, with one definition for each settings dataclass."""
     definitions: dict[str, Any] = {}
     root = _settings(Recipe, definitions)
     trained = {"anyOf": [{"required": list(sections)} for sections in TRAINED]}
@@ -26,7 +26,7 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def _settings(settings: type, definitions: dict[str, Any], *, kind: str | None = None) -> dict[str, Any]:
-    """Return the schema of one dataclass; with `kind`, of the component that it configures."""
+    """Return the schema of one dataclass; with `kind`, of a component of this kind."""
     fields = fields_of(settings)
     properties = {name: _field(field, definitions) for name, field in fields.items()}
     required = [name for name, field in fields.items() if field.default is MISSING]

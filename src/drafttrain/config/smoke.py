@@ -1,4 +1,4 @@
-"""A recipe shrunk to some 20 steps through every stage: does the path work, whatever the figures."""
+"""Shrinks a recipe to about 20 steps through every stage, to test that the stages work."""
 
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
@@ -9,9 +9,9 @@ T = TypeVar("T")
 
 
 def shrink(recipe: Recipe) -> Recipe:
-    """Return a copy in which every section is as small as it knows how to be; the run gets a name of its own.
+    """Return a copy with every section shrunk; the run gets a name of its own.
 
-    Settings that have something to shrink offer `smoke(self) -> Self`; what they hold is shrunk before they are.
+    Settings that can shrink have a method `smoke(self) -> Self`. The settings inside them are shrunk first.
     """
     small = _smaller(recipe)
     return replace(small, name=f"{recipe.name.removesuffix('-smoke')}-smoke")
@@ -29,7 +29,7 @@ def _smaller(value: T) -> T:
 
 
 def _same_kind(copy: T, original: Any) -> T:
-    """Return `copy` under the name of the component that `original` configures."""
+    """Return `copy` with the kind of `original`."""
     if getattr(copy, "kind", None) != getattr(original, "kind", None):
         object.__setattr__(copy, "kind", original.kind)
     return copy

@@ -1,1 +1,1 @@
-"""The stages of a run, gen -> train -> export -> eval: the one room that sees a whole recipe and gives each room its section."""
+"""The stages of a run: gen -> train -> export -> eval. Only this room reads a whole recipe; other rooms get their section."""

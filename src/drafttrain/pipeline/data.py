@@ -17,28 +17,28 @@ from drafttrain.distributed.collectives import first_before_others
 from drafttrain.distributed.world import world
 from drafttrain.environments.environment import is_installed
 from drafttrain.eval.prompts import read_prompts
-from drafttrain.pipeline.preflight import target_parts
+from drafttrain.pipeline.model_parts import target_parts
 from drafttrain.pipeline.run import Run
 from drafttrain.target_model.device import kind_of_device
 from drafttrain.target_model.tokenizer import tokenizer_files, tokenizer_folder
 
 FEW_WIDTHS = 128
-"""A GPU, and what is compiled, reads rows of a multiple of so many slots: kernels are chosen by shape, and few shapes occur."""
+"""On a GPU, and when compiled, row widths are rounded up to this multiple: kernels are chosen by shape, so few shapes should occur."""
 
 
 def write_texts(run: Run) -> None:
-    """Let the target write the texts of `data.generate`; those that are there are skipped."""
+    """Let the target write the texts of `data.generate`; texts that exist are skipped."""
     generate_texts(run.recipe.data, lambda: run.target, run.folder.data, seed=run.recipe.seed)
 
 
 def check_writer(recipe: Recipe, texts: Path) -> None:
-    """Refuse a recipe whose texts vLLM is to write where it is not installed, before a target is loaded.
+    """Refuse a recipe whose texts vLLM writes if vLLM is not installed, before a target is loaded.
 
     Args:
-        texts: Folder of what is written; once it is whole, nobody writes any more.
+        texts: Folder of the generated texts. If it is complete, vLLM is not needed any more.
 
     Raises:
-        RecipeError: Naming the command that installs it, and who writes texts without it.
+        RecipeError: Naming the command that installs vLLM, and the backend that works without it.
     """
     generate = recipe.data.generate
     if generate is None or generate.backend.kind != "vllm" or (texts / "manifest.json").exists():
@@ -53,11 +53,11 @@ def check_writer(recipe: Recipe, texts: Path) -> None:
 
 
 def training_data(run: Run) -> TrainingData:
-    """Return the training data, the target's outputs cached where the recipe says so; store which prompts it contaminates."""
+    """Return the training data. The target's outputs are cached if the recipe says so, and contaminated prompts are stored."""
     with first_before_others("it encodes the sources"):
         data = _prepared(run)
     run.cache_target(data)
-    with first_before_others("it looks for contaminated evaluation prompts"):
+    with first_before_others("it checks the evaluation prompts for contamination"):
         if not run.folder.contamination.exists():
             _note_contamination(run, data)
     return data
@@ -77,10 +77,10 @@ def _prepared(run: Run) -> TrainingData:
 
 
 def _check_rows(data: TrainingData, *, num_rows: int, tokenizer: Any) -> None:
-    """Refuse records with tokens that the target has no row for.
+    """Refuse records with tokens that have no row in the target's embedding.
 
     Raises:
-        DataError: Naming the first one of each source.
+        DataError: Naming the first such token of each source.
     """
     problems = []
     for store, source in zip(data.stores, data.settings.sources, strict=True):
@@ -92,7 +92,7 @@ def _check_rows(data: TrainingData, *, num_rows: int, tokenizer: Any) -> None:
         problems.append(f"source {source.kind}: {record.id} holds {token} (id {store.tokens[place]})")
     if problems:
         raise DataError(
-            f"the target has {num_rows} rows, and none for: {'; '.join(problems)}: take them out of the text"
+            f"the target has {num_rows} embedding rows, and none for: {'; '.join(problems)}. Remove these tokens from the text"
         )
 
 
@@ -107,7 +107,7 @@ def _note_contamination(run: Run, data: TrainingData) -> None:
 
 
 def contaminated_prompts(run: Run, file: str) -> list[str]:
-    """Return the ids of a file's prompts that the training text contaminates; files that are new to the run are looked up now."""
+    """Return the ids of a file's prompts that the training text contains; a file that is new to the run is compared now."""
     path = run.folder.contamination
     if not path.exists() and run.folder.data.exists():
         _note_contamination(run, _prepared(run))
@@ -115,7 +115,7 @@ def contaminated_prompts(run: Run, file: str) -> list[str]:
 
 
 def own_batches(data: Any, settings: Any, *, device: Any) -> Callable[[int], list[Any]]:
-    """Return the micro-batches of a step that are this process's, for training on a device."""
+    """Return the function from a step to the micro-batches of this process, for training on a device."""
     here = world()
     return partial(
         data.of_step,

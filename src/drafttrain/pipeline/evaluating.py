@@ -1,4 +1,4 @@
-"""The stage that evaluates exported files: in a process of its own, which has read nothing but them."""
+"""Evaluation of exported files, in a process of its own that has read nothing else."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from drafttrain.target_model import Target
 
 
 def evaluated_elsewhere(run: Run) -> Result:
-    """Evaluate in a fresh process that has read nothing but the files, and never imports the trainer."""
+    """Evaluate in a new process, which reads only the exported files and never imports the trainer."""
     command = [sys.executable, "-m", "drafttrain", "eval", str(run.folder.path)]
     environment = without_launcher(os.environ)
     if run.recipe.train.num_threads:

@@ -1,4 +1,4 @@
-"""The run folder: which recipe made it, which stages are done."""
+"""The run folder: the recipe that made it, and which stages are done."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ PROMPT_SETTINGS = ("prompts", "validation_prompts", "prompt_tokens")
 
 
 WAIT_SECONDS = 60.0
-"""Processes whose parent was killed leave within a quarter of it."""
+"""Processes whose parent was killed end within a quarter of this time."""
 
 
 class RunFolder:
-    """Names of what a run leaves behind: `runs/<name>/`."""
+    """The files and folders of a run: `runs/<name>/`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -58,10 +58,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
-        """Hold the folder against other runs for the block; a process that is killed lets go of it.
+        """Lock the folder against other runs for the block; a killed process releases the lock.
 
         Raises:
-            DrafttrainError: Another run is at work here, and stays.
+            DrafttrainError: Another run holds the lock and does not end.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("a+", encoding="utf-8") as file:
@@ -70,7 +70,7 @@ class RunFolder:
                 if time.monotonic() > limit:
                     file.seek(0)
                     raise DrafttrainError(
-                        f"{self.path}: another run is at work in this folder ({file.read()}): wait for its end, or stop it"
+                        f"{self.path}: another run is using this folder ({file.read()}). Wait until it ends, or stop it"
                     )
                 time.sleep(0.2)
             file.truncate(0)
@@ -79,7 +79,7 @@ class RunFolder:
             yield
 
     def rejected(self, what: str) -> Path:
-        """Return where a drafter or head goes that does not meet the gate."""
+        """Return the folder of a drafter or head that does not meet the gate."""
         return self.path / f"{what}.rejected"
 
     def exported(self, what: str) -> Path:
@@ -91,40 +91,40 @@ class RunFolder:
         for place in (self.path / what, self.rejected(what)):
             if place.exists():
                 return place
-        raise CheckpointError(f"{self.path}: no {what} was exported here yet: drafttrain fit does all stages")
+        raise CheckpointError(f"{self.path}: no exported {what} here yet. Run drafttrain fit first")
 
     def has_weights(self) -> bool:
-        """Tell whether a training was here, ended or not."""
+        """Return whether a training left weights here, finished or not."""
         return self.train_done.exists() or any((self.train / "checkpoints").glob("step-*.ckpt"))
 
     def _began(self) -> bool:
-        """Return whether anything was trained, in one of two phases or as traffic came."""
+        """Return whether anything was trained: in pretraining, in training or online."""
         pretrained = (self.pretrain / "train.json").exists() or any((self.pretrain / "checkpoints").glob("step-*.ckpt"))
         return self.has_weights() or pretrained or (self.path / "online").exists()
 
     def drop_figures(self) -> None:
-        """Remove the evaluation of other weights or by other settings: it is made anew."""
+        """Remove an evaluation of other weights or settings; it is made again."""
         for path in (self.eval, self.report):
             path.unlink(missing_ok=True)
 
     def held(self) -> Recipe | None:
-        """Return the recipe of the run that is here; None: there is none.
+        """Return the recipe of the run in this folder; None if there is none.
 
         Raises:
-            RecipeError: It cannot be read.
+            RecipeError: The recipe cannot be read.
         """
-        # A logger that is not installed here is no reason not to read a run: none is compared.
+        # Loggers are not compared, so one that is not installed here must not keep a run from being read.
         return load_recipe(str(self.path), ["train.loggers=[csv]"]) if self.recipe.exists() else None
 
     def open(self, recipe: Recipe, *, quiet: bool = False, evaluates_only: bool = False) -> None:
-        """Take the folder for a recipe, or continue in it; figures of another evaluation or another export are dropped.
+        """Open the folder for a recipe, or continue in it; figures of another evaluation or export are removed.
 
         Args:
-            evaluates_only: What only a training reads is not looked at.
+            evaluates_only: Inputs that only a training reads are not checked.
 
         Raises:
-            RecipeError: The folder holds what another recipe trained, or what the same one trained on other content of its paths;
-                what differs is shown.
+            RecipeError: The folder holds a run of another recipe, or of the same recipe with other file contents. The message
+                shows the differences.
         """
         held = self.held()
         if held is not None:
@@ -142,21 +142,21 @@ class RunFolder:
         shown = [line for line in changes if line[:1] in "+-" and line[:3] not in ("+++", "---")]
         if shown:
             advice = "give the run another name (name=...) or remove the folder"
-            raise RecipeError(str(self.path), [f"this folder holds a run of another recipe; {advice}", *shown])
+            raise RecipeError(str(self.path), [f"this folder holds a run of another recipe: {advice}", *shown])
 
     def _drop_stale(self, held: Recipe, recipe: Recipe) -> None:
-        """Remove what was made with other settings than the recipe now has; the stages that made it are done again."""
+        """Remove results of settings that differ from the recipe's; their stages run again."""
         if held.eval != recipe.eval or replace(held.export, require={}) != replace(recipe.export, require={}):
-            say(f"{self.path}: eval or export is another than before: what it gave is made anew")
+            say(f"{self.path}: eval or export has changed: its results are made again")
             self.drop_figures()
         if any(getattr(held.eval, name) != getattr(recipe.eval, name) for name in PROMPT_SETTINGS):
             self.contamination.unlink(missing_ok=True)
 
     def _check_inputs(self, recipe: Recipe, *, evaluates_only: bool) -> None:
-        """Refuse content that is not what the training here reads; of the evaluation's, drop what was made of the content before.
+        """Refuse inputs whose content changed since the training read them; remove results of evaluation inputs that changed.
 
         Raises:
-            RecipeError: Naming what changed.
+            RecipeError: Naming the inputs that changed.
         """
         held = read_json(self.inputs) if self.inputs.exists() else {}
         now = inputs.inputs_of(recipe, only=inputs.is_evaluated_on if evaluates_only else lambda key: True)
@@ -172,11 +172,12 @@ class RunFolder:
         elif (self.data / "generated" / "plan.json").exists():
             written_from = {inputs.GENERATED_FROM, *inputs.OF_TARGET}
             self._refuse(
-                {key: words for key, words in trained_on.items() if key in written_from}, "since texts were made of it"
+                {key: words for key, words in trained_on.items() if key in written_from},
+                "since texts were generated from it",
             )
         if changed:
             words = ", ".join(dict.fromkeys(changed.values()))
-            say(f"{self.path}: {words}: changed since this run read it: what was made of it is made again")
+            say(f"{self.path}: {words}: changed since this run read it: its results are made again")
             self.drop_figures()
             self.contamination.unlink(missing_ok=True)
         if trained_on:
@@ -187,7 +188,7 @@ class RunFolder:
 
     def _refuse(self, changed: Mapping[str, str], since: str) -> None:
         if changed:
-            advice = "bring it back, give the run another name (name=...), or remove the folder"
+            advice = "restore it, give the run another name (name=...), or remove the folder"
             raise RecipeError(
                 str(self.path), [f"{key}: {words} has changed {since}: {advice}" for key, words in changed.items()]
             )
@@ -200,10 +201,10 @@ class RunFolder:
 
 
 def exported_in(given: Path) -> Path:
-    """Return the drafter folder, of any format, that was given: itself, or the one of a run.
+    """Return the drafter folder for a path: the path itself in any format, or the drafter that its run exported.
 
     Raises:
-        CheckpointError: There is none.
+        CheckpointError: The path is neither.
     """
     run = RunFolder(given)
     for place in (given, run.drafter, run.rejected("drafter")):
@@ -213,7 +214,7 @@ def exported_in(given: Path) -> Path:
 
 
 def _trained_by(recipe: Recipe, *, done: bool) -> str:
-    """Return what the trained weights depend on: while they are trained, on how they are validated and on the start's type."""
+    """Return the part of a recipe that the weights depend on; until the training is done, this includes eval and export."""
     recipe = replace(recipe, name="", train=recipe.train.without_layout())
     if done:
         return dump_recipe(replace(recipe, eval=EvalSettings(), export=ExportSettings()))

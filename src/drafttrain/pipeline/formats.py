@@ -19,14 +19,14 @@ DRAFTER_FORMAT = "hf"
 
 
 def folder_as(source: Path, name: str) -> Path:
-    """Return where a drafter folder goes in a format: beside it."""
+    """Return the folder of a drafter in a further format, beside its own."""
     return source.with_name(f"{source.name}.{name}")
 
 
 def formats_of(settings: ExportSettings) -> list[str]:
-    """Return the formats that are written: those asked for, and the first of every engine that reads none of them.
+    """Return the formats to write: those of `export.to`, and one for each engine that reads none of these.
 
-    The drafter folder itself is the format `hf`; an engine that wants no other reads it there.
+    The drafter folder itself is the format `hf`; engines that read it need no other.
     """
 
     formats = list(dict.fromkeys(settings.to))
@@ -45,7 +45,7 @@ def target_config_of(target: TargetSettings) -> dict[str, Any]:
 
 
 def name_for_engines(target: TargetSettings) -> str:
-    """Return how files name a target to an engine, which knows no builtin one."""
+    """Return the name of the target in files for engines: a builtin target by its folder, which engines can load."""
 
     name = target.model or ""
     return str(resolve_folder(name)) if name.startswith(BUILTIN) else name
@@ -54,16 +54,16 @@ def name_for_engines(target: TargetSettings) -> str:
 def write_formats(
     source: Path, settings: ExportSettings, target: TargetSettings, *, out: Path | None = None
 ) -> dict[str, Path]:
-    """Write a drafter folder in every format that is asked for; return the folders by format.
+    """Write a drafter folder in every format of the settings; return the folders by format.
 
     Args:
-        out: Where a single format goes.
+        out: Folder of a single format.
     """
 
     target_config = target_config_of(target)
     folders = {format: out or folder_as(source, format) for format in formats_of(settings)}
     for format in folders:
-        # Nothing is written where one of them cannot be.
+        # If one format cannot be written, none is.
         converted(format, source, target_config)
     for format, folder in folders.items():
         export_as(format, source, folder, target_config=target_config)
@@ -72,7 +72,7 @@ def write_formats(
 
 
 def formats_are_current(source: Path, formats: Sequence[str], target: TargetSettings) -> bool:
-    """Tell whether every format is there, and is what the drafter folder gives."""
+    """Return whether every format exists and matches the drafter folder."""
 
     target_config = target_config_of(target)
     try:

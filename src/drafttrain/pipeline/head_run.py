@@ -24,7 +24,7 @@ from drafttrain.pipeline.evaluating import evaluated
 from drafttrain.pipeline.run import Run
 from drafttrain.target_model.device import pick_device
 from drafttrain.target_model.folders import fingerprint_of, resolve_folder
-from drafttrain.train.result import TrainResult
+from drafttrain.training.result import TrainResult
 
 
 class HeadRun(Run):
@@ -54,7 +54,7 @@ class HeadRun(Run):
             say("training: done before, skipped")
             return
         # It imports lightning, which an evaluation and an export run without.
-        from drafttrain.train.run import train_head
+        from drafttrain.training.run import train_head
 
         settings, here = self.recipe.train, world()
         head = self._start(labelled)
@@ -100,7 +100,7 @@ class HeadRun(Run):
 
     def weights_so_far(self) -> TrainResult:
         """Refuse: only validated steps of a head are exported."""
-        raise DrafttrainError(f"{self.folder.path}: the head has no validated step yet: drafttrain fit does all stages")
+        raise DrafttrainError(f"{self.folder.path}: the head has no validated step yet. Run drafttrain fit first")
 
     def evaluate(self) -> Result:
         """Evaluate the frozen drafter under the head's decisions, and the head on held-out draft tokens."""

@@ -1,6 +1,6 @@
-"""What a run reads from paths of its recipe, by digest: a path whose content changed is another input under the same name.
+"""Digests of the files that a run reads, so that a change behind the same path is noticed.
 
-Digests are kept in `inputs.json` of the run folder, and those that an evaluation read in its `eval.json`.
+`inputs.json` in the run folder stores them; `eval.json` stores those of the evaluation.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from drafttrain.target_model.tokenizer import tokenizer_files, tokenizer_folder
 TARGET, TOKENIZER, GENERATION = "target.model", "target.tokenizer", "target.model (generation config)"
 PROMPTS, VALIDATION, GENERATED_FROM = "eval.prompts", "eval.validation_prompts", "data.generate.prompts"
 LABELS, CHECKER = "data.annotate", "eval.checker"
-"""How the settings of files begin that labels are made by, and that outputs of an evaluation are judged by."""
+"""Key prefixes of the files that make labels, and of the files that check outputs of an evaluation."""
 OF_TARGET = (TARGET, TOKENIZER, GENERATION)
 HEAD = "head."
-"""How the settings of heads that an evaluation reads begin."""
+"""Key prefix of the heads that an evaluation reads."""
 
 Inputs = dict[str, dict[str, Any]]
-"""By key of the recipe: the path that it gives, and the content's digest; null: not known."""
+"""By key of the recipe: its path, and the digest of the content; null if unknown."""
 
 Reader = tuple[str, str | None, Callable[[], Any]]
-"""A key, its path (None: it gives none), and what reads the digest."""
+"""A key, its path (None if it has none), and the function that returns the digest."""
 
 
 def inputs_of(recipe: Recipe, *, only: Callable[[str], bool] = lambda key: True) -> Inputs:
-    """Return what a recipe reads.
+    """Return the inputs of a recipe.
 
     Args:
-        only: Whether a key is wanted: what is not read need not be there.
+        only: Selects keys; files of other keys may be missing.
     """
     return {
         key: {"path": path, "digest": _digest(digest)} for key, path, digest in _readers(recipe) if path and only(key)
@@ -45,18 +45,18 @@ def inputs_of(recipe: Recipe, *, only: Callable[[str], bool] = lambda key: True)
 
 
 def is_evaluated_on(key: str) -> bool:
-    """Return whether an evaluation reads the input."""
+    """Return whether an evaluation reads this input."""
     return key in (*OF_TARGET, PROMPTS) or key.startswith((HEAD, CHECKER))
 
 
 def target_inputs(settings: TargetSettings, prompts: str) -> Inputs:
-    """Return what an evaluation without a recipe reads besides its drafters."""
+    """Return the inputs of an evaluation without a recipe, except its drafters."""
     readers = [*_of_target(settings), _of_prompts(PROMPTS, prompts)]
     return {key: {"path": path, "digest": _digest(digest)} for key, path, digest in readers if path}
 
 
 def changed(held: Mapping[str, Any], now: Inputs) -> dict[str, str]:
-    """Return by key, in words, what has another content than before under the same path; unknown ones are not compared."""
+    """Return a description of each input whose content changed behind the same path, by key; unknown digests are not compared."""
     return {
         key: _in_words(held[key]["digest"], one["digest"], path=one["path"])
         for key, one in now.items()
@@ -68,13 +68,13 @@ def changed(held: Mapping[str, Any], now: Inputs) -> dict[str, str]:
 
 
 def merged(held: Mapping[str, Any], now: Inputs) -> Inputs:
-    """Return the inputs of now, and those of before where now does not know them."""
+    """Return the current inputs, and the stored ones where the current digest is unknown."""
     known = {key: one for key, one in now.items() if one["digest"] is not None or key not in held}
     return {**held, **known}
 
 
 def _in_words(before: Any, now: Any, *, path: str) -> str:
-    """Return the names of files that changed, where a digest lists files."""
+    """Return the path, with the names of changed files if the digest lists files."""
     if not (isinstance(before, list) and isinstance(now, list)):
         return path
     files = [{str(one[0] if isinstance(one, list) else one): one for one in listed} for listed in (before, now)]
@@ -84,7 +84,7 @@ def _in_words(before: Any, now: Any, *, path: str) -> str:
 
 
 def _digest(digest: Callable[[], Any]) -> Any:
-    """Return a digest; None of what is not there: the stage that reads it reports that in its own words."""
+    """Return a digest; None if the file is missing, which the stage that reads it reports."""
     try:
         return digest()
     except (DrafttrainError, OSError):
@@ -136,7 +136,7 @@ def _of_folder(key: str, name: str | None) -> Reader:
 
 
 def _of_files(key: str, settings: Any) -> Iterator[Reader]:
-    """Yield the files that a component and those inside it read: marked answers, unit tests."""
+    """Yield the files that a component and its inner components read: marked answers, unit tests."""
     for part in components_of(settings):
         yield _of_file(f"{key} ({part.kind})", getattr(part, "path", None))
 

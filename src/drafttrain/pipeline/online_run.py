@@ -1,4 +1,4 @@
-"""The stages of a recipe with the section `online`: its run's parts put together, the report, the words of status."""
+"""The run of a recipe with a section `online`, and its report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from drafttrain.target_model import Target
 
 
 def online_run(recipe: Recipe, folder: RunFolder, target: Target) -> OnlineRun:
-    """Return the learning of a recipe where it stands; `start/` is written before."""
+    """Return the online run of a recipe, resumed if it has a state. `start/` must exist."""
     assert recipe.online is not None
     intake = Intake(
         recipe.data.sources[0],
@@ -38,6 +38,6 @@ def online_run(recipe: Recipe, folder: RunFolder, target: Target) -> OnlineRun:
 
 
 def report(folder: RunFolder, *, title: str) -> None:
-    """Write the page of the run."""
+    """Write the report of the run."""
     write_online_report(folder.path, folder.report, title=title)
     say(f"report:  {folder.report}")

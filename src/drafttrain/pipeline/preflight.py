@@ -1,17 +1,13 @@
-"""Whether target, drafter, data and export of a recipe fit together, before anything expensive: from configurations and tokenizers alone.
+"""Checks that target, drafter, data and export of a recipe fit together, before any expensive work.
 
-It takes seconds, loads no weights, and reports all problems at once.
+They read configurations and tokenizers but no weights, take seconds, and report all problems at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
-
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from drafttrain.config.made_by import MADE_BY
 from drafttrain.config.recipe import Recipe
@@ -22,119 +18,20 @@ from drafttrain.data_gen.sources import Versioned, sources
 from drafttrain.eval.prompts import prompt_file
 from drafttrain.export import exporters
 from drafttrain.export.layout import text_config
+from drafttrain.pipeline.model_parts import ModelParts, NotHere, target_parts
 from drafttrain.target_model.end_tokens import end_of_text_id
-from drafttrain.target_model.folder_checks import check_causal_lm, check_model_files, in_one_line
-from drafttrain.target_model.folders import cached_folder, resolve_folder
-from drafttrain.target_model.positions import position_limit
-from drafttrain.target_model.tokenizer import check_same_tokenizer, load_tokenizer, num_ids
+from drafttrain.target_model.folder_checks import check_model_files
+from drafttrain.target_model.tokenizer import check_same_tokenizer
 
 FIRST_SHOWN = 3
 
 
-class NotHere(Exception):
-    """A model that is not on this machine yet: a name of the hub, or what another recipe makes."""
-
-
-class Parts:
-    """A model by its name: folder, configuration, tokenizer, each read when it is asked for.
-
-    Args:
-        key: Of the recipe.
-        fetch: Take it from the hub where it is not here.
-    """
-
-    def __init__(
-        self,
-        key: str,
-        name: str,
-        *,
-        revision: str | None = None,
-        tokenizer: str | None = None,
-        trust_remote_code: bool = False,
-        fetch: bool = True,
-    ) -> None:
-        self.key = key
-        self.name = name
-        self._revision = revision
-        self._tokenizer = tokenizer
-        self._trust = trust_remote_code
-        self._fetch = fetch
-
-    @cached_property
-    def folder(self) -> Path:
-        """Its folder."""
-        return self._folder_of(self.name, self._revision)
-
-    @cached_property
-    def config(self) -> Any:
-        """Configuration of the language model, under the names that transformers has for all of them.
-
-        Raises:
-            CheckpointError: transformers cannot read it.
-        """
-
-        try:
-            config: Any = AutoConfig.from_pretrained(str(self.folder), trust_remote_code=self._trust)
-        except Exception as error:  # what fields of a configuration lead its class to
-            raise CheckpointError(f"{self.folder}/config.json: {in_one_line(error)}") from error
-        return config.get_text_config()
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """Its tokenizer."""
-        return load_tokenizer(self.tokenizer_folder, trust_remote_code=self._trust)
-
-    @property
-    def tokenizer_folder(self) -> Path:
-        """The folder of its tokenizer."""
-        return self._folder_of(self._tokenizer, None) if self._tokenizer else self.folder
-
-    @cached_property
-    def num_ids(self) -> int:
-        """Ids of its tokenizer."""
-        return num_ids(self.tokenizer)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of its embedding."""
-        return int(self.config.vocab_size)
-
-    @property
-    def learnt_positions(self) -> int | None:
-        """How many positions it has learnt embeddings for; None where they are computed, or it is none that could be built."""
-
-        try:
-            with torch.device("meta"):
-                model: Any = AutoModelForCausalLM.from_config(self.config, trust_remote_code=self._trust)
-        except (ImportError, OSError, ValueError, KeyError, RuntimeError):  # the stage that loads it says why
-            return None
-        return position_limit(model)
-
-    def check_causal_lm(self) -> None:
-        """Refuse what is no causal LM.
-
-        Raises:
-            CheckpointError: Saying what it is.
-        """
-        check_causal_lm(self.folder, trust_remote_code=self._trust)
-
-    def _folder_of(self, name: str, revision: str | None) -> Path:
-        if name.startswith(MADE_BY):
-            raise NotHere(name)
-        if self._fetch:
-            return resolve_folder(name, revision=revision)
-        folder = cached_folder(name, revision=revision)
-        if folder is None:
-            raise NotHere(name)
-        return folder
-
-
 def check_parts(recipe: Recipe, *, fetch: bool = True, data: bool = True) -> None:
-    """Refuse parts of a recipe that do not fit together; what is worth one line is reported.
+    """Refuse parts of a recipe that do not fit together; print a note on what is allowed but has a cost.
 
     Args:
-        fetch: Take models from the hub where they are not here; else those are not looked at.
-        data: Files of text must be here.
+        fetch: Download models that are not on this machine; otherwise these are not checked.
+        data: Text files must exist.
 
     Raises:
         RecipeError: With every problem.
@@ -145,19 +42,19 @@ def check_parts(recipe: Recipe, *, fetch: bool = True, data: bool = True) -> Non
 
 
 def problems_of(recipe: Recipe, *, fetch: bool = True, data: bool = True) -> Iterator[str]:
-    """Yield what of a recipe's parts does not fit together."""
+    """Yield every problem between the parts of a recipe."""
     if recipe.target.model is not None:
         target = target_parts(recipe.target, fetch=fetch)
-        yield from _asked(target.key, lambda: _of_target(target, recipe))
+        yield from _problems_under(target.key, lambda: _of_target(target, recipe))
     elif recipe.target.tokenizer is not None:
-        target = Parts("target.tokenizer", recipe.target.tokenizer, fetch=fetch)
-        yield from _asked(target.key, lambda: _reads_tokenizer(target))
+        target = ModelParts("target.tokenizer", recipe.target.tokenizer, fetch=fetch)
+        yield from _problems_under(target.key, lambda: _reads_tokenizer(target))
     if (checkpoint := getattr(recipe.drafter, "checkpoint", None)) is not None:
-        drafter = Parts("drafter.checkpoint", checkpoint, fetch=fetch)
-        yield from _asked(drafter.key, lambda: _of_start(drafter, target, recipe))
+        drafter = ModelParts("drafter.checkpoint", checkpoint, fetch=fetch)
+        yield from _problems_under(drafter.key, lambda: _of_start(drafter, target, recipe))
     if recipe.head is not None:
-        drafter = Parts("head.drafter", recipe.head.drafter, fetch=fetch)
-        yield from _asked(drafter.key, lambda: _same_tokenizer(drafter, target))
+        drafter = ModelParts("head.drafter", recipe.head.drafter, fetch=fetch)
+        yield from _problems_under(drafter.key, lambda: _same_tokenizer(drafter, target))
     if data:
         yield from _of_texts(recipe)
 
@@ -165,37 +62,22 @@ def problems_of(recipe: Recipe, *, fetch: bool = True, data: bool = True) -> Ite
 def check_drafters(target: Any, drafters: Sequence[str], *, source: str = "arguments") -> None:
     """Refuse drafters that cannot be evaluated with a target.
 
-    Args:
-        target: Settings of the target.
-
     Raises:
         RecipeError: With every problem.
     """
     parts = target_parts(target)
-    problems = list(_asked(parts.key, lambda: _rows(parts)))
+    problems = list(_problems_under(parts.key, lambda: _rows(parts)))
     for name in drafters:
-        drafter = Parts(name, name)
-        problems += _asked(name, partial(_same_tokenizer, drafter, parts))
+        drafter = ModelParts(name, name)
+        problems += _problems_under(name, partial(_same_tokenizer, drafter, parts))
     if problems:
         raise RecipeError(source, problems)
 
 
-def target_parts(settings: Any, *, fetch: bool = True) -> Parts:
-    """Return the parts of a target."""
-    return Parts(
-        "target.model",
-        settings.model,
-        revision=settings.revision,
-        tokenizer=settings.tokenizer,
-        trust_remote_code=settings.trust_remote_code,
-        fetch=fetch,
-    )
-
-
 def rows_problem(num_rows: int, tokenizer: Any) -> str | None:
-    """Return why a model of so many rows cannot read what a tokenizer writes.
+    """Return why a model with this number of embedding rows cannot read the ids of a tokenizer; None if it can.
 
-    Special tokens behind the rows, such as one for padding that was added, need not come up in any text.
+    Special tokens beyond the rows, such as an added padding token, need not occur in any text.
     """
     behind = {token: id for token, id in tokenizer.get_vocab().items() if id >= num_rows}
     ordinary = {token: id for token, id in behind.items() if token not in _added(tokenizer)}
@@ -205,8 +87,8 @@ def rows_problem(num_rows: int, tokenizer: Any) -> str | None:
         f"{token!r} ({id})" for token, id in sorted(ordinary.items(), key=lambda one: one[1])[:FIRST_SHOWN]
     )
     return (
-        f"has {num_rows} rows, and its tokenizer ids up to {max(behind.values())}: {len(ordinary)} tokens have no row, as {shown}: "
-        "give the tokenizer that it was trained with"
+        f"has {num_rows} embedding rows, but its tokenizer has ids up to {max(behind.values())}: {len(ordinary)} tokens have no row, "
+        f"such as {shown}. Name the tokenizer that the model was trained with"
     )
 
 
@@ -214,20 +96,20 @@ def _added(tokenizer: Any) -> set[str]:
     return {*tokenizer.all_special_tokens, *map(str, getattr(tokenizer, "added_tokens_encoder", {}))}
 
 
-def _asked(key: str, questions: Callable[[], Iterator[str]]) -> Iterator[str]:
-    """Yield the answers under a key; of what is not here yet none, and of what cannot be read why."""
+def _problems_under(key: str, problems: Callable[[], Iterator[str]]) -> Iterator[str]:
+    """Yield the problems of a model under its key, or why it cannot be read; nothing for a model that is not here yet."""
     try:
-        yield from (f"{key}: {problem}" for problem in questions())
+        yield from (f"{key}: {problem}" for problem in problems())
     except NotHere as model:
         if not str(model).startswith(MADE_BY):
-            say(f"{key}: {model} is not on this machine: not looked at")
+            say(f"{key}: {model} is not on this machine, so it is not checked")
     except CheckpointError as error:
         yield f"{key}: {error}"
     except OSError as error:
         yield f"{key}: {str(error.filename or '')[:200]}: {error.strerror or error}"
 
 
-def _of_target(target: Parts, recipe: Recipe) -> Iterator[str]:
+def _of_target(target: ModelParts, recipe: Recipe) -> Iterator[str]:
     target.check_causal_lm()
     yield from _rows(target)
     yield from _sizes(target, recipe)
@@ -237,24 +119,24 @@ def _of_target(target: Parts, recipe: Recipe) -> Iterator[str]:
         say(f"{target.key}: {note}")
 
 
-def _reads_tokenizer(parts: Parts) -> Iterator[str]:
+def _reads_tokenizer(parts: ModelParts) -> Iterator[str]:
     if not parts.num_ids:
-        yield f"{parts.name}: its tokenizer has no token"
+        yield f"{parts.name}: its tokenizer has no tokens"
 
 
-def _rows(target: Parts) -> Iterator[str]:
+def _rows(target: ModelParts) -> Iterator[str]:
     if problem := rows_problem(target.num_rows, target.tokenizer):
         yield f"{target.name} {problem}"
     elif target.num_ids > target.num_rows:
         names = sorted(token for token, id in target.tokenizer.get_vocab().items() if id >= target.num_rows)
         say(
-            f"{target.key}: {target.name} has {target.num_rows} rows and none for {', '.join(names[:FIRST_SHOWN])}: "
-            "a text must not hold them"
+            f"{target.key}: {target.name} has {target.num_rows} embedding rows and none for "
+            f"{', '.join(names[:FIRST_SHOWN])}: texts must not contain them"
         )
 
 
-def _sizes(target: Parts, recipe: Recipe) -> Iterator[str]:
-    """Yield the settings of a drafter that are beyond its target."""
+def _sizes(target: ModelParts, recipe: Recipe) -> Iterator[str]:
+    """Yield the settings of a drafter that exceed its target."""
     settings = recipe.drafter
     size = getattr(settings, "draft_vocab_size", None)
     if size is not None and size > target.num_ids and size != target.num_rows:
@@ -272,8 +154,8 @@ def _sizes(target: Parts, recipe: Recipe) -> Iterator[str]:
         yield f"drafter.taps must be 0..{layers - 1} for {target.name} ({layers} layers), got {taps}"
 
 
-def _positions(target: Parts, recipe: Recipe) -> Iterator[str]:
-    """Yield texts that are longer than a target with learnt positions can read; of other targets they are reported."""
+def _positions(target: ModelParts, recipe: Recipe) -> Iterator[str]:
+    """Yield text lengths beyond the learned positions of a target; print a note for other targets."""
     named = getattr(target.config, "max_position_embeddings", None)
     lengths = {"data.max_length": recipe.data.max_length, "eval.max_new_tokens": recipe.eval.max_new_tokens + 1}
     longer = {key: length for key, length in lengths.items() if isinstance(named, int) and length > named}
@@ -287,8 +169,8 @@ def _positions(target: Parts, recipe: Recipe) -> Iterator[str]:
             say(f"{key}: {length} tokens are more than the {named} positions that {target.name} was made for")
 
 
-def _formats(target: Parts, recipe: Recipe) -> Iterator[str]:
-    """Yield why a format of the export has no place for a drafter of this target."""
+def _formats(target: ModelParts, recipe: Recipe) -> Iterator[str]:
+    """Yield why a format of the export cannot hold a drafter of this target."""
     for name in recipe.export.to:
         found = (
             exporters.entry(name)
@@ -299,24 +181,24 @@ def _formats(target: Parts, recipe: Recipe) -> Iterator[str]:
 
 
 def _window(config: Any, recipe: Recipe) -> str | None:
-    """Return what a sliding window of the target costs."""
+    """Return a note on the cost of the target's sliding window; None if it has none that matters."""
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     slides = "sliding_attention" in kinds if isinstance(kinds, list) else getattr(config, "use_sliding_window", True)
     longest = recipe.data.max_length
     if not isinstance(window, int) or not slides or window > longest:
         return None
-    return f"a sliding window of {window}, data.max_length is {longest}: texts that reach it are decoded one at a time"
+    return f"the target has a sliding window of {window} and data.max_length is {longest}: longer texts are decoded one at a time"
 
 
-def _of_start(drafter: Parts, target: Parts, recipe: Recipe) -> Iterator[str]:
-    """Yield why a drafter cannot be trained on from a folder."""
+def _of_start(drafter: ModelParts, target: ModelParts, recipe: Recipe) -> Iterator[str]:
+    """Yield why training cannot start from a drafter folder."""
     if recipe.drafter.kind == "causal_lm":
         drafter.check_causal_lm()
     else:
         check_folder(drafter.folder)
         path = drafter.folder / "drafttrain.json"
         if not path.is_file():
-            yield f"{drafter.name}: no drafttrain.json here: not a drafter folder. One that others made: drafttrain import FOLDER"
+            yield f"{drafter.name}: no drafttrain.json in it, so it is not a drafter folder. Import a drafter of another project with: drafttrain import FOLDER"
             return
         if (kind := read_json(path).get("kind")) != recipe.drafter.kind:
             yield f"{drafter.name} is of kind {kind}, drafter.kind is {recipe.drafter.kind}"
@@ -324,17 +206,17 @@ def _of_start(drafter: Parts, target: Parts, recipe: Recipe) -> Iterator[str]:
     yield from _same_tokenizer(drafter, target)
 
 
-def _same_tokenizer(drafter: Parts, target: Parts) -> Iterator[str]:
+def _same_tokenizer(drafter: ModelParts, target: ModelParts) -> Iterator[str]:
     check_model_files(drafter.folder)
     check_same_tokenizer(target.tokenizer, drafter.tokenizer, drafter=drafter.name)
     rows = text_config(read_json(drafter.folder / "config.json")).get("vocab_size")
     ids = target.num_ids if target.key == "target.tokenizer" else min(target.num_ids, target.num_rows)
     if isinstance(rows, int) and rows < ids:
-        yield f"{drafter.name} has {rows} rows, the target's tokenizer {ids} tokens: the last ones have no row"
+        yield f"{drafter.name} has {rows} embedding rows, but the target's tokenizer has {ids} tokens: the last ones have no row"
 
 
 def _of_texts(recipe: Recipe) -> Iterator[str]:
-    """Yield the files of text that are not here."""
+    """Yield the text files that do not exist."""
     places = {f"data.sources.{number}": source for number, source in enumerate(recipe.data.sources)}
     if recipe.data.generate is not None:
         places["data.generate.prompts"] = recipe.data.generate.prompts

@@ -30,7 +30,7 @@ from drafttrain.pipeline.settled import settled
 from drafttrain.target_model import Target
 from drafttrain.target_model.absent_target import AbsentTarget
 from drafttrain.target_model.tokenizer import load_target_tokenizer, num_ids
-from drafttrain.train.result import TrainResult, folder_of_step, kept_steps
+from drafttrain.training.result import TrainResult, folder_of_step, kept_steps
 
 
 class Run(ABC):
@@ -119,7 +119,7 @@ class Run(ABC):
         if step is not None and step not in kept:
             there = ", ".join(map(str, sorted(kept))) or "none"
             raise DrafttrainError(
-                f"{folder.path}: no weights are kept of step {step}; of these: {there} (train.keep_best)"
+                f"{folder.path}: no weights of step {step} were kept, only of steps {there} (train.keep_best)"
             )
         if not kept:
             return self.weights_so_far()
@@ -127,7 +127,7 @@ class Run(ABC):
         weights = str(folder_of_step(folder.train, chosen).relative_to(folder.train))
         if done:
             return replace(done, drafter=weights, best_step=chosen, best=kept[chosen][done.best_by])
-        say(f"the training has not ended: step {chosen} of {self.recipe.train.max_steps} is exported")
+        say(f"the training is not finished: step {chosen} of {self.recipe.train.max_steps} is exported")
         return TrainResult(weights, chosen, chosen)
 
     def has_target(self) -> bool:
@@ -146,7 +146,7 @@ class Run(ABC):
             return AbsentTarget.load(self.recipe.target)
         if self.placement == "sharded":
             # It imports lightning, which an evaluation and an export run without.
-            from drafttrain.train.sharded_target import ShardedTarget
+            from drafttrain.training.sharded_target import ShardedTarget
 
             return ShardedTarget.load(self.recipe.target)
         return Target.load(self.recipe.target)

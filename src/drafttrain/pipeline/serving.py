@@ -1,4 +1,4 @@
-"""Serving engines that prove an export: they serve a drafter in a format, and are compared with the evaluator."""
+"""Serving engines that verify an export: they serve a drafter, and their counts are compared with the evaluator's."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ ENGINES = "engine.json"
 
 @dataclass(frozen=True)
 class ServedWith:
-    """What a drafter is served and judged with."""
+    """Target and settings that a drafter is served with, in an engine and in the evaluator."""
 
     target: TargetSettings
     eval: EvalSettings
     export: ExportSettings
     dropped: Sequence[str] = ()
-    """Prompts that the training text spoils."""
+    """Prompts that the training text contaminates."""
 
 
 def check_engines(settings: ExportSettings, kind: str | None, *, where: Path) -> None:
-    """Refuse engines that cannot run the drafter or are not installed, before anything is done for them.
+    """Refuse engines that cannot run the drafter or are not installed, before any work is done.
 
     Args:
-        kind: Of the drafter; None: there is none.
-        where: What the message is about.
+        kind: Kind of the drafter; None if there is no drafter.
+        where: Path that the message names.
 
     Raises:
         CheckpointError: Naming the engines that run this kind.
@@ -79,8 +79,8 @@ def verified(
     """Let every engine serve the formats that it reads; return the comparisons, and write them into the folders.
 
     Args:
-        source: The drafter folder that the formats were made from, which the evaluator reads.
-        target: The target where it is loaded already.
+        source: The drafter folder that the formats were made from; the evaluator reads it.
+        target: The target, if it is loaded already.
     """
 
     if not served_with.export.verify:
@@ -99,7 +99,7 @@ def verified(
 def write_engine_card(
     folder: Path, source: Path, comparisons: Sequence[dict[str, Any]], *, format: str = DRAFTER_FORMAT
 ) -> None:
-    """Write the card of a folder in a format: the source's, with what engines did."""
+    """Write the card of a folder in a format: the source's card with the comparisons of engines."""
 
     card = source / "README.md"
     text = card.read_text(encoding="utf-8") if card.exists() else f"# {source.name}\n"
@@ -161,7 +161,7 @@ def _verified_in(
 
 @contextmanager
 def served_folder(settings: TargetSettings, standing: Target, target: Target) -> Iterator[Path]:
-    """Yield the folder of the target that a drafter stands on: its own, or one with the adapters merged into it."""
+    """Yield the folder of the target that an engine loads: the target's own, or one with the drafter's adapters merged in."""
 
     if standing is target:
         yield resolve_folder(settings.model or "", revision=settings.revision)
@@ -173,12 +173,12 @@ def served_folder(settings: TargetSettings, standing: Target, target: Target) ->
 
 
 def with_formats(settings: ExportSettings, formats: Sequence[str], kind: str, *, verify: bool) -> ExportSettings:
-    """Return export settings of these formats alone, not proven, or in every engine that reads one and runs this kind.
+    """Return export settings for these formats alone; with `verify`, with every engine that reads one and runs this kind.
 
-    Engines that the settings name are the only ones then.
+    If the settings name engines, only those are considered.
 
     Raises:
-        CheckpointError: A format has no engine to prove it.
+        CheckpointError: No engine can verify a format.
     """
 
     for format in formats:
@@ -205,13 +205,11 @@ def write_and_verify(source: Path, served_with: ServedWith, *, out: Path | None)
         write_engine_card(source, source, comparisons)
     failed = [f"{one['engine']} ({one['format']}): {problem}" for one in comparisons for problem in one["problems"]]
     if failed:
-        raise GateError(
-            "a serving engine does not do what the evaluator does:\n" + "\n".join(f"  {line}" for line in failed)
-        )
+        raise GateError("a serving engine differs from the evaluator:\n" + "\n".join(f"  {line}" for line in failed))
 
 
 def served_by_engines(run: Run, source: Path) -> list[dict[str, Any]]:
-    """Write the further formats of a run's drafter and let engines prove them; what was done before is kept."""
+    """Write the further formats of a run's drafter and verify them in engines; finished work is skipped."""
     settings, done = run.recipe.export, source / ENGINES
     if not settings.to and not settings.verify:
         return []

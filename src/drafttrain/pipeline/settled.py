@@ -1,4 +1,4 @@
-"""What a recipe leaves to the machine, settled once a run: the types that its target and its training compute in."""
+"""Number types that a recipe leaves to the machine (`auto`), decided once a run."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from drafttrain.target_model.number_type import number_type
 
 
 def settled(recipe: Recipe, held: Recipe | None) -> Recipe:
-    """Return a recipe without `auto` in `target.dtype` and `train.precision`, and with `train.tf32` said.
+    """Return a recipe with `target.dtype`, `train.precision` and `train.tf32` decided.
 
-    A run that began keeps the types that it began with, also where it goes on on another kind of device.
+    A run that continues keeps the types that it started with, even on another kind of device.
 
     Args:
-        held: The recipe of the run that is in the folder already.
+        held: The recipe of the run in the folder, if there is one.
     """
     device_type = kind_of_device(recipe.target.device if recipe.train.device == "auto" else recipe.train.device)
     here = {
@@ -32,7 +32,7 @@ def settled(recipe: Recipe, held: Recipe | None) -> Recipe:
     if device_type == "cuda" and recipe.train.tf32 is None and tf32 is False:
         differs.append("train.tf32: false")
     if differs:
-        say(f"{recipe.name}: goes on as it began: {', '.join(differs)}")
+        say(f"{recipe.name}: continues as it started: {', '.join(differs)}")
     elif held is None and device_type == "cuda":
         say(f"{recipe.name}: {', '.join(f'{key}: {value}' for key, value in chosen.items())}")
     return replace(
