@@ -79,7 +79,7 @@ def test_unexpected_fields_are_named(folder, name, content, reason):
 
 
 def test_files_that_nobody_reads_are_ignored(folder):
-    """Logs of a trainer, per-layer sizes, unknown fields, large and deep files of other names."""
+    """A trainer's logs, sizes by layer, unknown fields, large and deeply nested files with other names."""
     (folder / "trainer_state.json").write_text(DEEP)
     (folder / "notes.json").write_text("[1, 2]")
     os.mkfifo(folder / "pipe")
@@ -131,7 +131,7 @@ def test_weights_that_are_not_finite_are_refused_wherever_they_are_read(folder, 
 
 
 def test_large_finite_weights_are_accepted():
-    """The sum of these overflows, none of them does."""
+    """Their sum overflows, but each of them is finite."""
     check_finite({"a.weight": torch.full((64,), 3e38), "b": torch.zeros(0)}, where="x")
 
 
@@ -150,7 +150,7 @@ def test_integer_weights_are_refused_but_maps_of_ids_are_not(folder):
 
 
 def test_a_link_out_of_the_folder_is_not_copied(tmp_path, tiny_target, tiny_folder):
-    """And one inside it, or into the blobs of the hub's cache, is."""
+    """A link inside the folder, or into the blobs of the hub's cache, is copied."""
     secret = tmp_path / "secret"
     secret.write_text("key")
     given = tmp_path / "given"

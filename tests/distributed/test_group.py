@@ -31,7 +31,7 @@ here, folder = processes.world(), Path(sys.argv[1])
 
 
 def started(code: str, folder: Path, *, rank: int, port: int) -> subprocess.Popen[str]:
-    """Start one of two processes as srun does: nobody watches over them but they themselves."""
+    """Start one of two processes as srun does: no launcher watches them."""
     launcher = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     environment = without_launcher(os.environ) | launcher | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "-c", textwrap.dedent(HEAD) + textwrap.dedent(code), str(folder)]
@@ -40,7 +40,7 @@ def started(code: str, folder: Path, *, rank: int, port: int) -> subprocess.Pope
 
 @pytest.fixture
 def port() -> int:
-    """A port that nobody is given by chance: the system's own choice is above these."""
+    """A port outside the range from which the system assigns ports."""
     for number in range(20_000 + os.getpid() % 10_000, 32_000):
         with socket.socket() as tried:
             try:
@@ -83,7 +83,7 @@ def test_a_killed_process_is_noticed_at_once_even_by_a_waiting_one(tmp_path: Pat
 
 @pytest.mark.processes
 def test_the_process_with_the_store_leaves_last(tmp_path: Path, port: int) -> None:
-    """The second one looks only after the first one would have been gone for long."""
+    """The second process checks the store long after the first one would have left."""
     code = """
         real = time.sleep
         if here.rank == 1:
@@ -146,14 +146,14 @@ def test_a_failed_collective_reports_its_cause_if_nobody_died(tmp_path: Path, po
 
 
 def test_lightning_reduces_nothing_in_training() -> None:
-    """Its strategies take tensors to the group of the devices, which serves no numbers of the host."""
+    """Its strategies reduce on the devices' group, which takes no tensors on the host."""
     folder = Path(collectives.__file__).parents[1]
     reduced = [path.name for path in folder.rglob("*.py") if "strategy.reduce(" in path.read_text(encoding="utf-8")]
     assert reduced == []
 
 
 class Store(dict[str, bytes]):
-    """What a store offers, in this process."""
+    """A store in this process."""
 
     def set(self, key: str, value: str) -> None:
         self[key] = value.encode()

@@ -50,7 +50,7 @@ def recipe(tmp_path: Path, tiny_folder: Path) -> Path:
 
 
 def command(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run drafttrain in processes of its own."""
+    """Run drafttrain in a subprocess."""
     return subprocess.run(
         [sys.executable, "-m", "drafttrain", *map(str, words)],
         env=without_launcher(os.environ) | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | environment,

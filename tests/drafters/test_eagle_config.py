@@ -88,7 +88,7 @@ def test_a_map_beyond_the_targets_ids_is_refused(folder: Path, target: Target, s
 
 @pytest.mark.parametrize("count", [4096, "5", 0])
 def test_heads_that_the_file_does_not_have_are_refused_at_once(count: Any) -> None:
-    """4,096 heads of 4,096 blocks took minutes to be missed one by one."""
+    """Reporting 4,096 heads of 4,096 blocks as missing one by one took minutes."""
     config = {"num_heads": count, "num_hidden_layers": count, "hidden_size": 32, "vocab_size": 257}
     files = DrafterFiles("medusa", config, {"lm_heads.0.weight": torch.zeros(257, 32)})
     assert "num_heads must be a whole number of 1..1" in layout_problems(files, {})[0]
@@ -119,7 +119,7 @@ def test_a_damaged_evaluation_is_refused(tmp_path: Path, content: str) -> None:
 
 
 def test_texts_shorter_than_the_rollout_have_no_rows_at_its_depths() -> None:
-    """Four tokens and a rollout of seven: they ended in an error of shapes."""
+    """Four tokens and a rollout of seven once raised a shape error."""
     batch = DraftBatch(
         tokens_BT=torch.arange(4)[None],
         positions_BT=torch.arange(4)[None],

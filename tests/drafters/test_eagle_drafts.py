@@ -15,7 +15,7 @@ R = 5
 
 
 def distribution(path: tuple[int, ...]) -> torch.Tensor:
-    """Return logits after a path of draft tokens: any function of it."""
+    """Return logits after a path of draft tokens: an arbitrary function of the path."""
     generator = torch.Generator().manual_seed(sum((token + 1) * 7**i for i, token in enumerate(path)))
     return 2 * torch.randn(R, generator=generator, dtype=torch.float64)
 

@@ -33,7 +33,7 @@ def target() -> Any:
 
 
 def largest_difference(target: Any, drafter: Any, *, width: int) -> list[float]:
-    """Return by step the largest difference between the rollout of packed rows and chains drafted one by one."""
+    """Return, by step, the largest difference between the packed rollout and chains drafted token by token."""
     batch, places = packed(target, drafter, LENGTHS, width=width)
     with torch.no_grad():
         states = drafter(replace(batch, num_depths=STEPS)).states_BTD
@@ -84,7 +84,7 @@ def test_control_a_missing_key_of_its_own_breaks_the_identity(target, monkeypatc
 
 
 def masked(target: Any, drafter: Any) -> Any:
-    """Return a batch of two rows: two answers in one document, a document without any, one that ends with a question; padding."""
+    """Return a batch of two rows: a document with two answers, one without, one that ends with a question, padding."""
     texts = [list(range(3, 21)), list(range(30, 35)), list(range(40, 54))]
     masks = [[5 <= i < 9 or 14 <= i < 18 for i in range(18)], [False] * 5, [6 <= i < 10 for i in range(14)]]
     records = [Record(str(i), text, mask) for i, (text, mask) in enumerate(zip(texts, masks, strict=True))]
@@ -141,7 +141,7 @@ def test_a_batch_without_trained_rows_has_a_backward_pass(target):
 @pytest.mark.parametrize(("kind", "settings"), [("eagle3", {}), ("eagle", {"num_steps": 3, "feature_noise": 0.0})])
 @pytest.mark.parametrize("plan", [False, True])
 def test_a_batch_without_trained_rows_rolls_out_one_slot(target, kind, settings, plan):
-    """A process that has no records of a step calls the layer as often as the others, and does not hold them up."""
+    """A process without records in a step calls the layer as often as the others, so they need not wait."""
     drafter = eagle_drafter(kind, target, **settings).train()
     batch = masked(target, drafter)
     batch = replace(as_padding(batch), target=batch.target)

@@ -41,7 +41,7 @@ def wrapped(model: Any, fingerprint: str = "") -> Target:
 
 
 def made(target: Target, *, noise: float = 0.0, **settings: Any) -> KangarooDrafter:
-    """Return an adapter at its start, or moved away from it."""
+    """Return an adapter with its initial weights, or with changed ones."""
     torch.manual_seed(1)
     chosen = KangarooSettings(**{"exit_layer": EXIT} | settings)
     drafter = KangarooDrafter.create(chosen, target=target, tokenizer=None)
@@ -58,7 +58,7 @@ def target() -> Target:
 
 @pytest.fixture(scope="module")
 def idle_target() -> Target:
-    """A target whose blocks from the exit on add nothing."""
+    """A target whose blocks after the exit add nothing."""
     model = random_llama(num_layers=4).double()
     with torch.no_grad():
         for block in blocks(model)[EXIT:]:
@@ -87,7 +87,7 @@ TEXTS = [[5, 6, 7, 8, 9, 10], [50, 51, 52], list(range(100, 120))]
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_it_starts_as_the_raw_early_exit(name):
-    """The target's head on its final norm of the state that enters the exit layer; and its size is 4 D^2 and two norms."""
+    """The target's final norm and head on the state that enters the exit layer; 4 D^2 weights and two norms."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(ARCHITECTURES[name]).eval().double()
     target = wrapped(model)
@@ -138,7 +138,7 @@ def plain_states(drafter: KangarooDrafter, exit_BTD: Tensor, batch: DraftBatch) 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("plan", [False, True])
 def test_packed_documents_attend_as_with_a_mask(target, dtype, atol, plan):
-    """States and gradients; two rows, one of several documents, both with padding."""
+    """States and gradients, for two rows with padding, one of them with several documents."""
     drafter = made(target, noise=0.1).to(dtype)
     batch = batch_of([*TEXTS, list(range(60, 75))], width=32)
     assert batch.tokens_BT.shape[0] == 2
@@ -359,7 +359,7 @@ def test_a_prompt_of_one_token_and_an_end_inside_a_block(idle_target):
 
 
 def test_the_proposer_drafts_from_the_trained_modules_distribution(target):
-    """Replay reads the module in one forward, the loop its cache: at temperature 0 they agree round for round."""
+    """Replay uses one forward, the loop its cache: at temperature 0 they agree in every round."""
     drafter = made(target, noise=0.01)
     for length in (1, 4):
         policy = FixedLength(FixedLengthSettings(length))
@@ -371,7 +371,7 @@ def test_the_proposer_drafts_from_the_trained_modules_distribution(target):
 
 
 def test_both_caches_contain_the_committed_text_after_every_round(target):
-    """After partial and whole acceptance, in all layers of the target; the adapter's too, apart from rows it saved to read."""
+    """After partial and full acceptance: all layers of the target, and the adapter except for rows it need not read."""
     from drafttrain.eval.acceptance.lossless import Lossless
     from drafttrain.eval.engine import Engine
 
@@ -410,7 +410,7 @@ def test_both_caches_contain_the_committed_text_after_every_round(target):
 
 
 def test_first_blocks_run_once_per_node_and_every_forward_is_recorded(target):
-    """Counted by hooks on the attention of every block; MBSU's bytes follow."""
+    """Hooks on the attention of every block count the calls, and the bytes for MBSU follow from them."""
     ledger = Ledger()
     drafter = made(target, noise=0.01)
     tokens_by_block = [0] * 4

@@ -85,7 +85,7 @@ def train(medusa: Medusa, batch: DraftBatch, *, steps: int, lr: float = 1e-2) ->
 
 @pytest.fixture(scope="module")
 def trained(target: Target) -> Medusa:
-    """Heads trained on what the target writes, with the tree of their accuracies on other texts of it."""
+    """Heads trained on the target's texts, with a tree calibrated on other texts of the target."""
     medusa = create(target, num_heads=3).double()
     batch = batch_of(texts_of(target, 48, seed=1))
     seen = target.read(batch.tokens_BT, batch.positions_BT, medusa.needs())
@@ -126,7 +126,7 @@ def test_the_number_of_parameters_shows_that_no_block_is_shared(target: Target, 
 
 
 def periodic(period: int, length: int = 40) -> tuple[DraftBatch, torch.Tensor]:
-    """Return a copy task: a permutation of `period` tokens over and over; the target's state is the token, one-hot."""
+    """Return a copy task: a repeated permutation of `period` tokens; the target's state is the token, one-hot."""
     order = torch.randperm(period, generator=torch.Generator().manual_seed(3)) + 1
     tokens_BT = order.repeat(length // period + 1)[None, :length]
     states_BTD = torch.nn.functional.one_hot(tokens_BT, D).double()

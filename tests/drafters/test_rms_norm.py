@@ -55,5 +55,5 @@ def test_under_autocast_no_float32_copy_of_the_stream_is_stored(kind: str) -> No
     with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         drafted = drafter(batch)
     given = 2 if kind == "eagle" else 0
-    """EAGLE-1's loss compares with the features as they are, in both directions of its difference."""
+    """EAGLE-1's loss compares with the features themselves, for both signs of the difference."""
     assert len(wide) <= given * len(drafted.states_BTD), wide

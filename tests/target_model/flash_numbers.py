@@ -17,7 +17,7 @@ def wide(states: Tensor) -> Tensor:
 
 
 def causal(query_MHd: Tensor, keys_CGd: Tensor, bounds: tuple[Tensor, Tensor], scale: float) -> Tensor:
-    """Return scores_HMC of queries at the last columns of each document, -inf across documents and behind the query."""
+    """Return scores_HMC of queries at the last columns of each document, -inf across documents and after the query."""
     numbers, places = [], []
     for states, starts in zip((query_MHd, keys_CGd), bounds, strict=True):
         slots, ends = torch.arange(len(states)), starts[1:].long()
@@ -31,7 +31,7 @@ def causal(query_MHd: Tensor, keys_CGd: Tensor, bounds: tuple[Tensor, Tensor], s
 
 @contextmanager
 def flash_numbers() -> Iterator[list[tuple[int, ...]]]:
-    """Let the operators run on the CPU; yield the shapes of the queries that they were given."""
+    """Run the operators on the CPU within this context; yield the shapes of their queries."""
     calls: list[tuple[int, ...]] = []
 
     def forward(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, debug, *, scale):  # type: ignore[no-untyped-def]

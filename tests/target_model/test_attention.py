@@ -21,7 +21,7 @@ from tests.eval.decoding import decode, greedy
 
 @pytest.fixture(scope="module")
 def gemma2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of a Gemma 2, which transformers runs with eager attention alone."""
+    """A folder of a Gemma 2, which transformers runs only with eager attention."""
     folder = tmp_path_factory.mktemp("gemma2")
     torch.manual_seed(0)
     config = Gemma2Config(

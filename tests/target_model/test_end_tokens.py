@@ -18,7 +18,7 @@ SaveLlama = Callable[..., Path]
 
 
 def named(folder: Path, file: str, **fields: Any) -> Path:
-    """Change fields of a JSON file of a folder; None takes one away."""
+    """Change fields of a JSON file in a folder; None removes a field."""
     path = folder / file
     held = json.loads(path.read_text()) | fields
     path.write_text(json.dumps({key: value for key, value in held.items() if value is not None}))

@@ -40,7 +40,7 @@ PACKAGE = {"gptq": "gptqmodel", "awq": "gptqmodel", "compressed-tensors": "compr
 
 
 def folder_with(folder: Path, **files: Any) -> Path:
-    """Write files, by name with __ for the point; a dict as JSON."""
+    """Write files, given by name with __ for the dot; a dict is written as JSON."""
     folder.mkdir()
     for name, content in files.items():
         text = json.dumps(content) if isinstance(content, dict) else content

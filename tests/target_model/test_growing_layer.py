@@ -46,7 +46,7 @@ def test_a_growing_layer_copies_rarely_and_wastes_little_memory() -> None:
 
 
 def test_unwritten_columns_cannot_turn_a_softmax_into_nan() -> None:
-    """It is masked, but 0 times a NaN is a NaN."""
+    """They are masked, but 0 times NaN is NaN."""
     layer = GrowingLayer()
     layer.update(*states(3))
     assert not layer._taken[0][:, :, 3:].any()
@@ -97,7 +97,7 @@ def test_a_step_of_generation_reads_the_device_once_whatever_the_batch(temperatu
 
 
 def test_a_kept_cache_is_no_larger_than_its_text() -> None:
-    """After rounds of which little was kept, the columns in use are those of the longest text."""
+    """After rounds with few accepted tokens, the used columns are those of the longest text."""
     lm = CachedLM(random_llama(num_layers=1, hidden_size=16), name="t")
     lm.begin([[1, 2, 3], [4]])
     for _ in range(30):

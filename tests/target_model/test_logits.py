@@ -86,7 +86,7 @@ def test_heads_equal_to_the_targets_own_are_always_accepted(name: str) -> None:
 
 
 class Bent(transformers.LlamaForCausalLM):
-    """A model whose logits nobody here knows how to make."""
+    """A model that computes its logits in an unknown way."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)

@@ -17,7 +17,7 @@ BYTES = {"F32": 4, "I32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1}
 
 
 def write_header(folder: Path, tensors: dict[str, tuple[str, list[int]]], **config: Any) -> Path:
-    """Write a model folder whose file of weights has these sizes, and holes in place of numbers."""
+    """Write a model folder whose weights file has these shapes and is sparse, without any numbers."""
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
     header, end = {}, 0
     for name, (kind, shape) in tensors.items():

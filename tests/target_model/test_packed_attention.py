@@ -45,7 +45,7 @@ def states(num_own: int, dtype: torch.dtype, *, documents: Tensor = DOCUMENTS) -
 
 
 def dense(documents: Tensor, query: Tensor, keys: Tensor, values: Tensor, *own: Tensor) -> Tensor:
-    """Return attended_BHTd by the scores of all columns and own keys side by side."""
+    """Return attended_BHTd from one softmax over the scores of all columns and own keys."""
     keys, values, *own = (x.repeat_interleave(HEADS // GROUPS, dim=1) for x in (keys, values, *own))  # type: ignore[assignment]
     length = documents.shape[1]
     allowed = (documents[:, :, None] == documents[:, None]) & torch.ones(length, length, dtype=torch.bool).tril()
@@ -67,7 +67,7 @@ def positions_of(documents: Tensor) -> Tensor:
 
 
 def apart(documents: Tensor) -> PackedDocuments:
-    """Return where the documents of rows of document numbers lie."""
+    """Return where the documents are, from rows of document numbers."""
     return PackedDocuments.of(positions_of(documents))
 
 
@@ -85,7 +85,7 @@ def with_gradients(attend: Any, inputs: list[Tensor]) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_queries_at_the_last_columns_have_the_outputs_and_gradients_of_all_queries(kernel, dtype):
-    """Slots 3..7 of the first document, the single token, one slot of a whole row, none of the padding and of the last ones."""
+    """Slots 3..7 of the first document, the single token, one slot of a full row, none of padding or the last ones."""
     trained = torch.tensor([3, 7, 9 + 17, 37 + 30])
     slots = ReadSlots.of(trained, positions_of(DOCUMENTS))
     read = torch.tensor([*range(3, 8), 26, 67])

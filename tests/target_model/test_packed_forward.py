@@ -30,7 +30,7 @@ MODELS = {
 
 @pytest.fixture(autouse=True)
 def flash_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read packed on the CPU too, by its own kernel."""
+    """Use the kernel on the CPU too."""
     monkeypatch.setattr(packed_forward, "flash_on_cuda", lambda *_: True)
 
 
@@ -78,7 +78,7 @@ def test_no_mask_no_repeated_heads_and_the_attention_is_restored(monkeypatch) ->
 
 
 def test_a_forward_with_gradients_is_read_with_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint computes blocks again in the backward pass, when the model's attention is that of before."""
+    """Activation checkpointing recomputes blocks in the backward pass, after the attention was restored."""
     model, (_, tokens, positions) = model_of("llama"), rows()
     assert reads_packed(model)
     monkeypatch.setattr(packed_forward, "Columns", lambda *_: pytest.fail("read packed"))

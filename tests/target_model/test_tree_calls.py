@@ -59,7 +59,7 @@ def path_of(node: int, parents: list[int]) -> list[int]:
 
 
 def error(model: Any, text: list[int], seen: Any, parents: list[int], tokens: list[int]) -> float:
-    """Return the largest difference, over nodes, of logits and final state from those of the node's path read alone."""
+    """Return the largest difference of a node's logits and final state from those of its path read alone."""
     worst = 0.0
     for node in range(len(tokens)):
         alone = model(torch.tensor([[*text, *(tokens[i] for i in path_of(node, parents))]]), output_hidden_states=True)

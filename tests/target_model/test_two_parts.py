@@ -32,7 +32,7 @@ def random_model(name: str) -> Any:
 
 
 def one_by_one(lm: CachedLM, nodes: list[list[int]]) -> list[LayerState]:
-    """Let the first blocks read the nodes as a drafter does: one a call, shorter chains left out."""
+    """Run the first blocks over the nodes like a drafter: one node per call, without chains that have ended."""
     rows: list[list[torch.Tensor]] = [[] for _ in nodes]
     for place in range(max(map(len, nodes))):
         states = lm.run_first_blocks([chain[place : place + 1] for chain in nodes])
@@ -45,7 +45,7 @@ def one_by_one(lm: CachedLM, nodes: list[list[int]]) -> list[LayerState]:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("layer", [1, 2])
 def test_verifying_from_stored_states_gives_the_logits_of_a_whole_call(name, layer):
-    """Ragged and alone, and again after a partial acceptance; hidden states that pass by are the same too."""
+    """In a ragged batch and alone, also after a partial acceptance. Hidden states on the way are equal too."""
     model = random_model(name)
     for prompts, nodes in [(PROMPTS, NODES), (PROMPTS[:1], NODES[:1])]:
         parts, whole = CachedLM(model, name="target"), CachedLM(model, name="target")
@@ -69,7 +69,7 @@ def test_verifying_from_stored_states_gives_the_logits_of_a_whole_call(name, lay
 
 
 def same_caches(parts: CachedLM, whole: CachedLM) -> None:
-    """All layers of both hold the same keys and values of the same tokens."""
+    """All layers of both have the same keys and values for the same tokens."""
     for ours, theirs in zip(parts.cache.hf.layers, whole.cache.hf.layers, strict=True):
         assert ours.keys.shape == theirs.keys.shape
         for row, length in enumerate(whole.lengths):
@@ -92,7 +92,7 @@ def test_sequences_can_be_dropped_between_rounds():
 
 
 def test_the_bytes_of_two_parts_are_those_of_one_call():
-    """The embedding's rows are looked up in both; nothing else is read twice."""
+    """Both parts look up embedding rows; nothing else is read twice."""
     model = random_model("llama")
     events: list[ForwardEvent] = []
     lm = CachedLM(model, name="target", listener=events.append)
