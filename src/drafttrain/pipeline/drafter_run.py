@@ -56,7 +56,7 @@ class DrafterRun(Run):
         data = training_data(self)
         if self.has_target():
             _ = self.target, self.validation.target
-            self.target.rest()
+            self.target.release()
         drafter, loss = self.start(data), self.loss()
         reads_target = loss.needs_target or drafter.needs() != TargetNeeds()
         self._trained(

@@ -84,7 +84,7 @@ class DistillModule(StepModule):
 
     def _read_by_any(self, reads: bool) -> bool:
         """Return whether this process runs the target; all processes run a sharded target if one of them needs it."""
-        if self.target is None or not self.target.spread:
+        if self.target is None or not self.target.sharded:
             return reads
         return sums_over_processes([reads])[0] > 0
 

@@ -13,7 +13,7 @@ import drafttrain
 from drafttrain.core.console import say
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.core.files import write_text
-from drafttrain.distributed.collectives import agree, first_before_others, say_world, shared
+from drafttrain.distributed.collectives import agree, first_before_others, report_world, shared
 from drafttrain.distributed.world import is_first, world
 from drafttrain.training.host_memory import free_host_bytes
 from drafttrain.training.settings import TrainSettings
@@ -35,7 +35,7 @@ def check_processes(name: str, recipe: str, folder: Path, settings: TrainSetting
         DrafttrainError: Processes differ; each one that differs is named with its host.
     """
     here = world()
-    say_world()
+    report_world()
     agree("the number of processes", here.size)
     versions = [f"{package} {metadata.version(package)}" for package in PACKAGES]
     agree("the versions of the packages", ", ".join(versions))

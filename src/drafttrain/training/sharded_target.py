@@ -31,10 +31,10 @@ class ShardedTarget(Target):
     """Embedding, final norm and head are whole on every process, because drafters use them; each block is partitioned.
 
     A forward gathers one block after the other, so all processes must run it equally often. If the processes have different work,
-    `at_work` keeps those that are done running it until the last one is done.
+    `for_own_share` keeps those that are done running it until the last one is done.
     """
 
-    spread: ClassVar[bool] = True
+    sharded: ClassVar[bool] = True
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str, fingerprint: str) -> None:
         super().__init__(model, tokenizer, name=name, fingerprint=fingerprint)
@@ -74,7 +74,7 @@ class ShardedTarget(Target):
             _any(True, self.device)
 
     @contextmanager
-    def at_work(self) -> Iterator[Target]:
+    def for_own_share(self) -> Iterator[Target]:
         """Yield the target; on exit, keep running it with the other processes until none needs it."""
         self._in_rounds = True
         try:
