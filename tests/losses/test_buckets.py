@@ -1,4 +1,4 @@
-"""A law of which only some tokens are named: what it must equal, and what it must not depend on."""
+"""A distribution of which only some tokens are named: what it must equal, and what it must not depend on."""
 
 from __future__ import annotations
 

@@ -244,7 +244,7 @@ class ToyOfParts(Toy):
 
 
 class ToyTarget:
-    """The target's law by the token before."""
+    """The target's distribution by the token before."""
 
     def __init__(self, batch: DraftBatch) -> None:
         generator = torch.Generator().manual_seed(4)

@@ -25,7 +25,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "eagle": {"num_steps": 2, "feature_noise": 0.0, "feature_weight": 0.0},
     "eagle3": {"num_steps": 2},
 }
-"""That use modules of their target in training; Medusa's heads and a causal LM take states or the law alone."""
+"""That use modules of their target in training; Medusa's heads and a causal LM take states or the distribution alone."""
 
 
 def elsewhere(target: Target) -> Target:
