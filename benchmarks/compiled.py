@@ -26,8 +26,8 @@ from drafttrain.losses import losses
 from drafttrain.losses.align import planned
 from drafttrain.losses.step import batch_loss
 from drafttrain.target_model import Target
-from drafttrain.train.compiled import compile_step
-from drafttrain.train.optimizer import build_optimizer
+from drafttrain.training.compiled import compile_step
+from drafttrain.training.optimizer import build_optimizer
 
 
 class Arm:

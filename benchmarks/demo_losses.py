@@ -22,7 +22,7 @@ from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.result import Result
 from drafttrain.pipeline.data import contaminated_prompts
 from drafttrain.pipeline.drafter_run import DrafterRun
-from drafttrain.train.result import TrainResult
+from drafttrain.training.result import TrainResult
 
 LOSSES = ("tvdpp", "ce")
 

@@ -43,10 +43,10 @@ from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.losses import losses
 from drafttrain.target_model import Target
 from drafttrain.target_model.device import pick_device
-from drafttrain.train.deepspeed_settings import DeepSpeedSettings
-from drafttrain.train.peak import peak_of
-from drafttrain.train.run import train
-from drafttrain.train.settings import TrainSettings
+from drafttrain.training.deepspeed_settings import DeepSpeedSettings
+from drafttrain.training.peak import peak_of
+from drafttrain.training.run import train
+from drafttrain.training.settings import TrainSettings
 
 OUT = Path(__file__).with_suffix(".md")
 RECIPES = ("kd_qwen3_8b_0.6b", "medusa_llama3.1_8b", "kangaroo_llama3.1_8b", "eagle3_llama3.1_8b", "eagle3_qwen3_8b")

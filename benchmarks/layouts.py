@@ -10,8 +10,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.train.layouts import curve, run
-from tests.train.test_layouts import in_processes
+from tests.training.layouts import curve, run
+from tests.training.test_layouts import in_processes
 
 STEPS = 30
 LOSS = "forward_kl"

@@ -22,8 +22,8 @@ from drafttrain.losses import losses
 from drafttrain.losses.align import align
 from drafttrain.losses.step import drafted_loss
 from drafttrain.target_model import Target, TargetSettings
-from drafttrain.train.optimizer import build_optimizer
-from drafttrain.train.settings import TrainSettings
+from drafttrain.training.optimizer import build_optimizer
+from drafttrain.training.settings import TrainSettings
 
 CASES: dict[str, dict[str, Any]] = {
     # recipes/tiny_eagle3.yaml on the embedded target.

@@ -101,7 +101,7 @@ def turn(name: str, num_steps: int) -> dict[str, list[float]]:
     from drafttrain.drafters import drafters
     from drafttrain.losses import losses
     from drafttrain.target_model import Target
-    from drafttrain.train.run import train
+    from drafttrain.training.run import train
 
     recipe: Any = load_recipe(name)
     settings = replace(recipe.train, max_steps=num_steps, eval_every_steps=0, log_every_steps=1, loggers=["csv"])

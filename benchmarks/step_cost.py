@@ -25,7 +25,7 @@ from drafttrain.core.provenance import commit
 from drafttrain.drafters import drafters
 from drafttrain.losses import losses
 from drafttrain.target_model import Target
-from drafttrain.train.step_cost import StepCost, Trained, step_cost
+from drafttrain.training.step_cost import StepCost, Trained, step_cost
 
 OUT = Path(__file__).with_suffix(".md")
 RECIPES = ("eagle3_llama3.1_8b", "eagle3_qwen3_8b", "medusa_llama3.1_8b", "kangaroo_llama3.1_8b")

@@ -30,8 +30,8 @@ from drafttrain.losses.align import align
 from drafttrain.losses.pieces import CPU_PIECE_BYTES
 from drafttrain.pipeline.data import training_data
 from drafttrain.pipeline.drafter_run import DrafterRun
-from drafttrain.train.optimizer import build_optimizer, learning_rate_scale
-from drafttrain.train.run import train
+from drafttrain.training.optimizer import build_optimizer, learning_rate_scale
+from drafttrain.training.run import train
 
 
 def main() -> None:

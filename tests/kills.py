@@ -25,7 +25,7 @@ from drafttrain.commands.gen import gen
 from drafttrain.config.load import load_recipe
 from drafttrain.distributed.world import without_launcher
 from drafttrain.pipeline.drafter_run import DrafterRun
-from drafttrain.train.metrics_log import TIMES
+from drafttrain.training.metrics_log import TIMES
 
 RECIPE = """
 name: life

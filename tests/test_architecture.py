@@ -1,4 +1,4 @@
-"""The walls of the house: imports go one way, heavy ones stay where they are used, and a quick import is quick."""
+"""The structure: imports go one way without circles, heavy ones stay where they are used, files are short."""
 
 import ast
 import subprocess
@@ -14,7 +14,7 @@ import drafttrain
 ROOT = Path(drafttrain.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 
-# A room may import the rooms of the lines above its own.
+# A room may import the rooms in the lines above its own.
 ORDER = """
 core
 distributed
@@ -27,20 +27,23 @@ data_gen
 eval
 export
 importers serving
-train recorder
+training recorder
 online
 config
 pipeline
 commands
-cli
+api cli
 __main__
 """
 RANK = {room: rank for rank, rooms in enumerate(ORDER.split("\n")) for room in rooms.split()}
 
 TRAIN_ONLY = {"lightning", "pytorch_lightning", "lightning_fabric", "deepspeed"}
 HTTP = {"fastapi", "starlette", "uvicorn", "flask", "aiohttp", "httpx", "requests", "http", "socketserver", "urllib3"}
-# Besides the room online: texts may be written by a server that serves the target, and an engine's worker asks the server that it starts.
+# A server may write training texts, and an engine's worker asks the server that it starts. The recorder parses HTTP itself.
 HTTP_CLIENTS = {"data_gen/openai_client.py": "aiohttp", "serving/engines/llama_cpp_worker.py": "http.client"}
+
+MOST_INNER_IMPORTS = 25
+MOST_LINES = 400
 
 
 def imported(module: Path) -> Iterator[tuple[str, int]]:
@@ -88,39 +91,110 @@ def test_imports_go_one_way():
 
 def test_an_import_to_the_right_is_noticed(tmp_path):
     module = tmp_path / "module.py"
-    module.write_text("def f():\n    from drafttrain import pipeline\n    import drafttrain.train.run\n")
+    module.write_text("def f():\n    from drafttrain import pipeline\n    import drafttrain.training.run\n")
     assert [wrong_direction("eval", name) for name, _ in imported(module)] == [True, True]
     assert not wrong_direction("eval", "drafttrain.core.batches")
     assert wrong_direction("losses", "drafttrain.target_model.target")
 
 
-def test_lightning_and_deepspeed_are_imported_in_train_only():
+def test_lightning_and_deepspeed_are_imported_in_training_only():
     wrong = [
         f"{module.relative_to(ROOT)}:{line} imports {name}"
         for module in MODULES
         for name, line in imported(module)
-        if name.split(".")[0] in TRAIN_ONLY and room_of(module) != "train"
+        if name.split(".")[0] in TRAIN_ONLY and room_of(module) != "training"
     ]
     assert not wrong, "\n".join(wrong)
-    settings = {name.split(".")[0] for name, _ in imported(ROOT / "train" / "settings.py")}
+    settings = {name.split(".")[0] for name, _ in imported(ROOT / "training" / "settings.py")}
     assert not settings & TRAIN_ONLY
 
 
-def test_http_is_spoken_online_and_where_a_server_is_asked_for_texts():
+def test_http_libraries_are_imported_only_where_a_server_is_asked():
     wrong = [
         f"{module.relative_to(ROOT)}:{line} imports {name}"
         for module in MODULES
         for name, line in imported(module)
         if (name.split(".")[0] in HTTP or name.startswith("urllib.request"))
-        and room_of(module) != "online"
         and module.relative_to(ROOT).as_posix() not in HTTP_CLIENTS
     ]
     assert not wrong, "\n".join(wrong)
     assert all(client in {name for name, _ in imported(ROOT / module)} for module, client in HTTP_CLIENTS.items())
 
 
-def test_the_package_itself_imports_nothing():
-    assert not list(imported(ROOT / "__init__.py"))
+def module_name(path: Path) -> str:
+    return ".".join(("drafttrain", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def own_imports(tree: ast.AST, known: set[str]) -> Iterator[tuple[str, ast.AST]]:
+    """Yield every module of ours that a tree imports, whether it names the module or something inside."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "drafttrain":
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield (inner if inner in known else str(node.module)), node
+
+
+def without_type_checking(tree: ast.Module) -> ast.Module:
+    """Return a module without the imports that only a type checker reads."""
+    return ast.Module([node for node in tree.body if "TYPE_CHECKING" not in ast.unparse(node)[:20]], [])
+
+
+def graph_of(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Return which modules each module imports, wherever in it; a package is imported with what is in it."""
+    known = set(sources)
+    trees = {name: without_type_checking(ast.parse(text)) for name, text in sources.items()}
+    return {name: {other for other, _ in own_imports(tree, known)} - {name} for name, tree in trees.items()}
+
+
+def circle_in(graph: dict[str, set[str]]) -> list[str]:
+    """Return the modules of one import circle, or nothing."""
+    done: set[str] = set()
+
+    def search(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return []
+        for other in sorted(graph[name]):
+            if found := search(other, [*path, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in sorted(graph) if (found := search(name, []))), [])
+
+
+def test_no_import_circle_is_left():
+    circle = circle_in(graph_of({module_name(path): path.read_text(encoding="utf-8") for path in MODULES}))
+    assert not circle, " -> ".join(circle)
+
+
+def test_control_a_circle_through_a_function_is_found():
+    sources = {"drafttrain.a": "import drafttrain.b\n", "drafttrain.b": "def f():\n    import drafttrain.a\n"}
+    assert circle_in(graph_of(sources)) == ["drafttrain.a", "drafttrain.b", "drafttrain.a"]
+
+
+def test_few_modules_of_ours_are_imported_inside_functions():
+    """Such an import hides what a file needs: it is for the command line alone, and for the heavy trainer."""
+    known = {module_name(path) for path in MODULES}
+    inside: set[str] = set()
+    for path in MODULES:
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                inside |= {f"{path.relative_to(ROOT)}:{node.lineno}" for _, node in own_imports(function, known)}
+    assert len(inside) <= MOST_INNER_IMPORTS, "\n".join(sorted(inside))
+
+
+def test_files_are_short():
+    long = {path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
+    assert not {name: lines for name, lines in long.items() if lines > MOST_LINES}
+
+
+def test_the_package_itself_imports_its_api_only_when_it_is_asked_for():
+    tree = without_type_checking(ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8")))
+    assert not [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom) and node.module != "typing"]
 
 
 @pytest.mark.parametrize("module", ["drafttrain", "drafttrain.cli", "drafttrain.config.bundled"])

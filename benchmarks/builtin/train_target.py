@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from drafttrain.core.random import stream
 from drafttrain.data_gen.stdlib_text import documents
 from drafttrain.target_model.tokenizer import load_tokenizer
-from drafttrain.train.optimizer import build_optimizer
-from drafttrain.train.settings import TrainSettings
+from drafttrain.training.optimizer import build_optimizer
+from drafttrain.training.settings import TrainSettings
 
 LENGTH, ROWS, DECAY = 256, 16, 0.35
 

@@ -19,8 +19,8 @@ from drafttrain.core.random import stream
 from drafttrain.data_gen.stdlib_text import documents
 from drafttrain.target_model.loading import load_causal_lm
 from drafttrain.target_model.tokenizer import load_tokenizer
-from drafttrain.train.optimizer import build_optimizer
-from drafttrain.train.settings import TrainSettings
+from drafttrain.training.optimizer import build_optimizer
+from drafttrain.training.settings import TrainSettings
 
 PROMPT, NEW, ROWS, LENGTH = 48, 128, 32, 256
 

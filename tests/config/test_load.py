@@ -241,7 +241,7 @@ def test_a_plugin_that_fails_is_told_like_other_problems(tmp_path, monkeypatch):
 
 
 def test_a_logger_that_is_not_installed_is_a_problem_of_the_recipe(monkeypatch):
-    monkeypatch.setattr("drafttrain.train.settings.find_spec", lambda name: None)
+    monkeypatch.setattr("drafttrain.training.settings.find_spec", lambda name: None)
     found = "\n".join(problems(DEMO.read_text(), "train.loggers=[csv, wandb, mlflow]"))
     assert "loggers: 'wandb' is not installed: pip install wandb" in found
     assert "loggers: 'mlflow' is not installed: pip install mlflow" in found

@@ -20,5 +20,5 @@ def test_a_span_holds_what_was_done_in_it_and_nothing_after() -> None:
 
 
 def test_a_span_that_has_not_ended_has_no_time() -> None:
-    with pytest.raises(AssertionError, match="call `end` first"):
+    with pytest.raises(AssertionError, match="`end` first"):
         _ = Span(torch.device("cpu")).seconds

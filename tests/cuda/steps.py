@@ -12,8 +12,8 @@ from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.drafters import Drafter
 from drafttrain.losses import losses
 from drafttrain.target_model import Target
-from drafttrain.train.run import train
-from drafttrain.train.settings import TrainSettings
+from drafttrain.training.run import train
+from drafttrain.training.settings import TrainSettings
 from tests.cuda.models import packed
 
 

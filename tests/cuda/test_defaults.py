@@ -14,7 +14,7 @@ from drafttrain.config.load import read_recipe
 from drafttrain.pipeline.data import write_texts as write_data
 from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.pipeline.head_run import HeadRun
-from drafttrain.train.head import HeadModule
+from drafttrain.training.head import HeadModule
 from tests.cuda.happenings import Happenings
 from tests.cuda.kinds import KINDS, recipe, write_texts
 

@@ -8,7 +8,7 @@ import torch
 from drafttrain.losses import losses
 from drafttrain.online.learner import Learner
 from drafttrain.target_model import Target
-from drafttrain.train.settings import TrainSettings
+from drafttrain.training.settings import TrainSettings
 from tests.cuda.kinds import KINDS
 from tests.cuda.models import new_drafter, texts
 

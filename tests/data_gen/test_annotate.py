@@ -201,7 +201,7 @@ def test_a_drafter_without_states_of_its_draft_tokens_is_refused(frozen):
     drafter = drafters.entry("medusa").component.create(
         drafters.entry("medusa").settings(), target=medusa, tokenizer=medusa.tokenizer
     )
-    with pytest.raises(CheckpointError, match="guesses several tokens from one state"):
+    with pytest.raises(CheckpointError, match="proposes several tokens from one state"):
         labelled(Frozen(medusa, drafter, 0))
 
 

@@ -170,7 +170,7 @@ def test_a_state_that_does_not_fit_is_refused():
     assert torch.equal(_as_tensor(_as_array(state_ND, "bfloat16"), "bfloat16"), state_ND.bfloat16())
 
 
-def test_another_need_makes_the_cache_anew(text, tiny_target):
+def test_another_need_rebuilds_the_cache(text, tiny_target):
     cached(text, tiny_target, TargetNeeds(hidden=(0,)), cache="states")
     before = files(text)["hidden_0"]
     cached(text, tiny_target, TargetNeeds(hidden=(1,)), cache="states")
@@ -180,8 +180,8 @@ def test_another_need_makes_the_cache_anew(text, tiny_target):
 
 def curve(text: Path, target: Target, *, cache: str) -> tuple[list[float], int]:
     """Train a Kangaroo adapter for some steps; return its losses and how often the target was run."""
-    from drafttrain.train.run import train
-    from drafttrain.train.settings import TrainSettings
+    from drafttrain.training.run import train
+    from drafttrain.training.settings import TrainSettings
 
     torch.manual_seed(0)
     drafter = KangarooDrafter.create(KangarooSettings(exit_layer=1), target=target, tokenizer=None)

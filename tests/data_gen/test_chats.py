@@ -80,24 +80,24 @@ def test_a_record_is_read_by_all_its_keys(value, text):
     [
         (chat(USER, ANSWER, mask_history=True), "unknown key 'mask_history': it may change.* ignore_keys"),
         (chat(USER, ANSWER | {"train_detail": [1]}), r"unknown key 'train_detail' of messages\.1"),
-        (chat(USER, ANSWER | {"weight": 0.5}), r"messages\.1\.weight: 0, 1, true or false is read, got 0\.5"),
+        (chat(USER, ANSWER | {"weight": 0.5}), r"messages\.1\.weight: must be 0, 1, true or false, got 0\.5"),
         (chat(USER, ANSWER | {"weight": 0}), "no token of the first"),
         (chat(USER, ANSWER, text="q a"), "messages and text: more than one text"),
         (chat({"role": "system", "content": "s"}, USER, ANSWER, system="t"), "two system prompts that differ"),
-        (chat(USER | {"content": [{"type": "image_url", "image_url": "x"}]}, ANSWER), r"messages\.0\.content\.0: a part of type 'image_url'"),
-        (chat(USER | {"tool_calls": CALLS}, ANSWER), "the role 'user' calls no tool"),
+        (chat(USER | {"content": [{"type": "image_url", "image_url": "x"}]}, ANSWER), r"messages\.0\.content\.0: has type 'image_url'"),
+        (chat(USER | {"tool_calls": CALLS}, ANSWER), "the role 'user' cannot call tools"),
         (chat(USER, ANSWER, tools="[{"), "tools: not JSON"),
-        (chat(USER, ANSWER, tools=["f"]), "tools: a list of mappings"),
-        (chat(USER, ANSWER, chat_template_kwargs={"chat_template": "x"}), "chat_template: is no argument"),
+        (chat(USER, ANSWER, tools=["f"]), "tools: must be a list of mappings"),
+        (chat(USER, ANSWER, chat_template_kwargs={"chat_template": "x"}), "chat_template: is not an argument"),
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "f()"}]}, "content: not JSON"),
         ({"prompt": "q", "completion": "a", "tools": [TOOL]}, "tools: no template reads it"),
         ({"prompt": "q", "completion": "a", "response": "b"}, "completion and response"),
         ({"input_ids": [1, 2], "labels": [2, -100]}, r"labels: .*shifted\?"),
-        ({"input_ids": [1, True]}, "whole numbers"),
-        ({"tokens": [1, 2], "loss_mask": [1, 0.5]}, "truth values"),
+        ({"input_ids": [1, True]}, "must be a list of integers"),
+        ({"tokens": [1, 2], "loss_mask": [1, 0.5]}, "must hold flags"),
     ],
 )  # fmt: skip
-def test_what_is_not_understood_is_quarantined_by_its_name(value, reason):
+def test_unknown_content_is_quarantined_by_its_name(value, reason):
     with pytest.raises(BadItem, match=reason):
         read(chat_encoder(RICH), value)
 
@@ -110,8 +110,8 @@ def test_the_recipe_names_roles_keys_and_what_to_ignore():
     assert read(coder, spoken) == [PLAIN]
     problems = RecordSettings(roles={"wizard": "mage"}, rename={"mesages": "dialog"}).check()
     assert [problem.partition(". Known")[0] for problem in problems] == [
-        "rename: 'mesages' is no key of a record",
-        "roles: 'wizard': 'mage' is no role",
+        "rename: 'mesages' is not a key of a record",
+        "roles: 'wizard': 'mage' is not a role",
     ]
 
 
@@ -123,7 +123,7 @@ def test_arguments_of_the_template_are_given_to_it():
 @pytest.mark.parametrize("lost", ["tool_calls", "reasoning_content"])
 def test_a_template_that_leaves_out_what_the_target_wrote_is_refused(lost):
     part = {"tool_calls": CALLS, "reasoning_content": "hm"}[lost]
-    with pytest.raises(BadItem, match=f"leaves '{lost}' of an answer out"):
+    with pytest.raises(BadItem, match=f"leaves out '{lost}' of an answer"):
         read(chat_encoder(CHATML), chat(USER, ANSWER | {lost: part}))
     # What a template does not read of the prompt, the target does not read either.
     assert read(chat_encoder(CHATML), chat(USER, ANSWER, tools=[TOOL])) == [PLAIN]
@@ -141,17 +141,17 @@ REWRITES = (
 )
 
 
-def test_the_templates_marks_are_trained_only_where_prompts_cannot_tell():
+def test_the_templates_marks_are_trained_only_where_prompts_do_not_show_the_answer():
     coder = chat_encoder(REWRITES)
     assert read(coder, chat(USER, ANSWER, USER, ANSWER | {"weight": 0})) == ["q|A: [[a|]]q|A: a|"]
     assert [("marks are trained" in note, count) for note, count in coder.notes.items()] == [(True, 1)]
-    with pytest.raises(BadItem, match="cannot be told apart"):
+    with pytest.raises(BadItem, match="the assistant's tokens are unclear"):
         read(
             chat_encoder(REWRITES.replace("{% generation %}", "").replace("{% endgeneration %}", "")),
             chat(USER, ANSWER),
         )
     wrong = REWRITES.replace("{{ m['content'] }}|{% endgeneration %}", "{% endgeneration %}{{ m['content'] }}|")
-    with pytest.raises(BadItem, match="cannot be told apart"):
+    with pytest.raises(BadItem, match="the assistant's tokens are unclear"):
         read(chat_encoder(wrong), chat(USER, ANSWER))
 
 

@@ -48,7 +48,7 @@ def test_prompt_and_completion_are_read_as_one_text(prompt, completion):
 
 
 @pytest.mark.parametrize("answer", ["on", "b", " on", "\nb"])
-def test_an_answer_behind_a_space_is_told_apart(answer):
+def test_an_answer_after_a_space_has_its_own_tokens(answer):
     tokenizer = spaced_tokenizer()
     (record,) = Encoder(tokenizer, 100).records({"question": "q", "answer": answer}, id="x")
     labels = [token for token, flag in zip(record.tokens, record.loss_mask, strict=True) if flag]
@@ -93,7 +93,7 @@ def test_arguments_of_calls_are_given_as_the_template_takes_them(template, argum
 def test_thoughts_in_an_answer_that_the_template_drops_are_refused():
     drops = CHATML.replace("{{ m['content'] }}", "{{ m['content'].split('</think>')[-1] }}")
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>\nhm\n</think>\n\na"}]
-    with pytest.raises(BadItem, match=r"leaves a part of 'content' of an answer out .turn 1., from 'hm'"):
+    with pytest.raises(BadItem, match=r"leaves out a part of 'content' of an answer .turn 1., from 'hm'"):
         read(chat_encoder(drops), {"messages": turns})
     assert read(chat_encoder(CHATML), {"messages": turns})[0].endswith("[[<think>\nhm\n</think>\n\na<|im_end|>]]\n")
 
@@ -120,7 +120,7 @@ def test_records_as_well_known_sets_have_them(value):
     "value", [{"text": ["a", "b"]}, {"instruction": "q", "output": ["a", "b"]}, {"question": ["q"], "answer": "a"}]
 )
 def test_a_list_where_a_text_belongs_is_no_parts_of_a_turn(value):
-    with pytest.raises(BadItem, match="text is needed, got list"):
+    with pytest.raises(BadItem, match="must be text, got list"):
         read(chat_encoder(RICH), value)
 
 

@@ -1,4 +1,4 @@
-"""Formats, masks, quarantine: what becomes a label, and what is set aside with its reason."""
+"""Formats, masks, quarantine: what becomes a label, and what is quarantined with its reason."""
 
 import json
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_what_follows_the_last_answer_is_read_and_no_label():
     assert encoder().tokenizer.decode(record.tokens) == "<user>hi|<assistant>hello|<user>ok|"
     assert labels(encoder(PLAIN), {"messages": CHAT[:3]}) == "hello|"
     assert labels(encoder(PLAIN), {"messages": CHAT[1:]}) == "bye|"  # and an answer that opens a chat answers nothing
-    with pytest.raises(BadItem, match="writes an answer differently from how it asks for one"):
+    with pytest.raises(BadItem, match="renders an answer differently from its generation prompt"):
         encoder(PLAIN.replace("{% if add_", "{% if messages|length < 3 %}?{% endif %}{% if add_")).records(
             {"messages": CHAT[:2]}, id="x"
         )
@@ -78,13 +78,13 @@ def test_what_follows_the_last_answer_is_read_and_no_label():
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        ({"tokens": [99999]}, "99999 is no id"),
+        ({"tokens": [99999]}, "99999 is not an id"),
         ({"tokens": []}, "0 tokens, fewer than the 10 of a prompt"),
         ({"text": "too short"}, "9 tokens, fewer than the 10 of a prompt"),
         ({"prompt": "x" * 300}, r"a prompt must have 1\.\.199 tokens: this one has 300"),
-        ({"prompt": 5}, "text is needed"),
-        ({"prompt": ["x"]}, r"prompt\.0: a mapping"),
-        ({"completion": "x"}, "no known form: none of"),
+        ({"prompt": 5}, "must be text"),
+        ({"prompt": ["x"]}, r"prompt\.0: must be a mapping"),
+        ({"completion": "x"}, "no known form: has none of"),
     ],
 )
 def test_a_bad_prompt_says_why(value, reason):
@@ -135,14 +135,14 @@ def test_a_text_of_one_token_is_accounted_for():
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        ({}, "no known form: none of messages"),
+        ({}, "no known form: has none of messages"),
         ({"messages": []}, "a list of turns"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "unknown role 'wizard'"),
         ({"messages": CHAT[:1]}, "no token of the first"),
         ({"prompt": "x" * 500, "completion": "y"}, "no token of the first"),
-        ({"text": ""}, "text is needed"),
-        ({"text": 5}, "text is needed"),
-        ({"tokens": [1, 999]}, "999 is no id"),
+        ({"text": ""}, "must be text"),
+        ({"text": 5}, "must be text"),
+        ({"tokens": [1, 999]}, "999 is not an id"),
         ({"text": "half \ud800"}, "half a surrogate pair at character 5"),
         ({"text": "whole", "id": "\ud800"}, "id: .*half a surrogate pair"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, r"unknown role \['user'\]"),

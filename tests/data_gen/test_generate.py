@@ -1,4 +1,4 @@
-"""What the target writes: byte-identical however often it was killed; the cache: bit for bit, and the live target's distribution."""
+"""Generated texts: byte-identical however often the run was killed; the cache: bit for bit, and the live target's distribution."""
 
 import json
 
@@ -85,7 +85,7 @@ def test_a_prompt_used_again_is_drawn_at_every_temperature(settings, tiny_target
     assert all(sorted(temperatures) == [0.0, 0.3, 0.7, 1.0] for temperatures in drawn.values())
 
 
-def test_prompts_that_cannot_be_used_are_told_and_kept_with_their_reasons(settings, tiny_target, tmp_path, capfd):
+def test_unusable_prompts_are_reported_and_quarantined_with_their_reasons(settings, tiny_target, tmp_path, capfd):
     lines = [{"prompt": "good"}, {"tokens": [99999]}, {"prompt": "x" * 64}, {"text": "short"}, {"prompt": "\ud800"}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     settings.prompts = JSONLSettings(path=str(tmp_path / "p.jsonl"), max_lost_share=0.8)

@@ -203,7 +203,7 @@ def test_marks_become_labels_of_the_tokens_that_they_cover(frozen, tmp_path):
 
 
 def test_what_changes_behind_a_mistake_changes_no_row(frozen, tmp_path):
-    """The label leak: a text that goes on in another way has the same rows."""
+    """The label leak: a text that continues differently has the same rows."""
     other = ITEMS[0] | {"completion": "four, no: five, surely", "errors": [[10, 14], [16, 22]]}
     rows = []
     for item in (ITEMS[0], other):
@@ -216,13 +216,13 @@ def test_what_changes_behind_a_mistake_changes_no_row(frozen, tmp_path):
 
 def test_marks_that_fit_nothing_are_refused(frozen, tmp_path):
     wrong = [ITEMS[0] | {"errors": [[3, 99]]}, {"id": "x"}]
-    with pytest.raises(DataError, match=r"(?s)2 lines.*line 1: errors: \[3, 99\] is no span.*line 2"):
+    with pytest.raises(DataError, match=r"(?s)2 lines.*line 1: errors: \[3, 99\] is not a span.*line 2"):
         Marked(MarkedSettings(path=write_marked(tmp_path / "m.jsonl", *wrong)), frozen)
     marked = Marked(MarkedSettings(path=write_marked(tmp_path / "m.jsonl", *ITEMS)), frozen)
     (record,) = Encoder(frozen.target.tokenizer, 64).records(ITEMS[0] | {"completion": "three"}, id="")
     with pytest.raises(DataError, match="its completion is not what"):
         marked.label([record])
-    with pytest.raises(DataError, match="no line with id 'z'"):
+    with pytest.raises(DataError, match="no line has id 'z'"):
         marked.label([Record("z", [1, 2], [False, True])])
 
 
@@ -236,7 +236,7 @@ def test_a_mark_is_found_by_the_id_of_its_problem(frozen, tmp_path):
     (first,), (again,) = (marked.label([replace(record, id=f"{odd['id']}{use}")]) for use in ("", "#1"))
     assert len(first) == 14
     assert torch.equal(first.labels_N, again.labels_N)
-    with pytest.raises(DataError, match="line 2: id 'a' is there twice"):
+    with pytest.raises(DataError, match="line 2: id 'a' occurs twice"):
         Marked(MarkedSettings(path=write_marked(tmp_path / "n.jsonl", ITEMS[0], ITEMS[0])), frozen)
 
 
@@ -266,7 +266,7 @@ def test_a_judge_is_not_trained_where_one_label_is_rare(frozen, tmp_path, clean)
         with pytest.raises(DataError, match=r"data.annotate.min_share asks for 49% of both"):
             labelled(min_share=0.49)
     else:
-        share = f"{clean / 40:.1%} of the draft tokens are good enough to keep and {1 - clean / 40:.1%} are not"
+        share = f"{clean / 40:.1%} of the draft tokens are good enough to accept and {1 - clean / 40:.1%} are not"
         with pytest.raises(DataError, match=f"{share}; data.annotate.min_share asks for 10% of both"):
             labelled()
         labelled(min_share=0.0)

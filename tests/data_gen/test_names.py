@@ -74,7 +74,7 @@ def test_prompts_that_share_an_id_are_answered_by_draws_of_their_own(tiny_target
     records = written(JSONLSettings(path=write_lines(tmp_path / "p.jsonl", shared)), tiny_target, tmp_path / "g")
     assert len({tuple(new(record)) for record in records}) == 4
     assert sorted(record["id"] for record in records) == ["x", "x#1", "x#2", "y"]
-    assert "records with the id of an earlier one, or with its content and no id: 2; each" in " ".join(
+    assert "records that repeat the id of an earlier one, or its content without an id: 2; each" in " ".join(
         capfd.readouterr().err.split()
     )
     assert json.loads((tmp_path / "g" / "manifest.json").read_text())["shared_names"] == 2

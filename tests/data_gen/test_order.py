@@ -111,9 +111,9 @@ def test_a_weight_too_small_to_be_counted_is_refused():
     def problems(*weights: float) -> list[str]:
         return DataSettings(sources=[TextSettings(path="x", weight=weight) for weight in weights]).check()
 
-    assert problems(1, 1e-9) == ["sources: weight 1e-09 beside 1: at most 1 to 10,000, or 0"]
+    assert problems(1, 1e-9) == ["sources: weights 1e-09 and 1: the ratio must be at most 1 to 10,000, or a weight 0"]
     assert problems(1, 1e-4, 0) == []
-    assert problems(0, 0) == ["sources: the weights must not all be 0"]
+    assert problems(0, 0) == ["sources: at least one weight must be above 0"]
 
 
 def test_a_source_without_weight_is_never_read():

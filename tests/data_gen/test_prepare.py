@@ -1,4 +1,4 @@
-"""From the data section to records: what is read of every source, what counts as overlap, what is encoded anew."""
+"""From the data section to records: what is read of every source, what counts as contamination, what is encoded again."""
 
 import json
 from pathlib import Path
@@ -104,7 +104,7 @@ def test_a_shard_that_is_not_what_its_manifest_says_is_refused(tmp_path):
     source = shards(tmp_path / "generated")
     assert [item.value["text"] for item in Generated(source).items()] == [str(number) for number in range(8)]
     write_lines(tmp_path / "generated" / "shard-00000.jsonl", [{"text": str(number)} for number in range(4)])
-    with pytest.raises(DataError, match=r"shard-00000\.jsonl: is not what manifest\.json says"):
+    with pytest.raises(DataError, match=r"shard-00000\.jsonl: differs from manifest\.json"):
         list(Generated(source).items())
 
 

@@ -27,7 +27,7 @@ from drafttrain.drafters import Drafter, drafters
 from drafttrain.losses import losses
 from drafttrain.losses.step import batch_loss, share_of_step
 from drafttrain.target_model import Target
-from drafttrain.train.preflight import check_processes
+from drafttrain.training.preflight import check_processes
 from tests.conftest import byte_tokenizer, random_llama
 
 WORLDS = (1, 2, 4, 8, 64)
@@ -106,7 +106,7 @@ def test_a_bundled_recipe_is_divided_among_any_number_of_devices(
         assert max(len(share) for own in shares for share in own) == most <= (settings.records_per_device or most)
 
 
-def test_the_key_that_was_there_before_is_told_its_successor() -> None:
+def test_the_error_for_a_former_key_names_its_successor() -> None:
     text = "name: x\ndrafter: {kind: causal_lm}\nloss: {kind: ce}\ndata: {sources: [{kind: stdlib}]}\n"
     with pytest.raises(RecipeError) as refused:
         read_recipe(f"{text}train:\n  batch_size: 16\n  accumulation: 8\n", source="x")

@@ -283,8 +283,8 @@ def test_a_recipe_without_a_target_is_refused(tmp_path):
 def test_a_training_that_broke_off_continues_bit_for_bit(target, tmp_path):
     from drafttrain.losses import losses
     from drafttrain.losses.forward_kl import ForwardKLSettings
-    from drafttrain.train.run import train
-    from drafttrain.train.settings import TrainSettings
+    from drafttrain.training.run import train
+    from drafttrain.training.settings import TrainSettings
 
     target = wrapped(copy.deepcopy(target.model).float())
     settings = TrainSettings(

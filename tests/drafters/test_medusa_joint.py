@@ -28,8 +28,8 @@ from drafttrain.losses.random_rows import chosen
 from drafttrain.losses.step import drafted_loss
 from drafttrain.target_model import Target, TargetSettings
 from drafttrain.target_model.documents import tells_documents_apart
-from drafttrain.train.optimizer import build_optimizer
-from drafttrain.train.settings import TrainSettings
+from drafttrain.training.optimizer import build_optimizer
+from drafttrain.training.settings import TrainSettings
 from tests.conftest import byte_tokenizer, random_llama
 from tests.drafters.test_medusa import D, V, batch_of, texts_of
 

@@ -69,7 +69,7 @@ def test_the_reason_is_logged_once(capsys: pytest.CaptureFixture[str]) -> None:
         continuations(tasks, target, max_new_tokens=NEW, seed=0)
     logged = capsys.readouterr().err
     assert (
-        logged.count("logged/once: its texts are written one at a time: texts reach its sliding window of 8 tokens")
+        logged.count("logged/once: its texts are generated one at a time: texts reach its sliding window of 8 tokens")
         == 1
     )
 

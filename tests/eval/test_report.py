@@ -17,14 +17,16 @@ from drafttrain.core.console import say, table
 from drafttrain.core.printable import printable
 from drafttrain.drafters.medusa.module import Medusa, MedusaSettings
 from drafttrain.eval.evaluate import evaluate
-from drafttrain.eval.report import PHASES, label, write_report
+from drafttrain.eval.page import label, picture
+from drafttrain.eval.report import PHASES, write_report
 from drafttrain.eval.result import Piece, Result
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.eval.table import CARRIES_OVER, THIS_MACHINE, show
 from drafttrain.export.markdown import block, code, plain
+from drafttrain.online.report import _efficiency
 from drafttrain.serving.card import model_card
 from drafttrain.target_model import Target
-from drafttrain.train import step_clock
+from drafttrain.training import step_clock
 from tests.conftest import byte_tokenizer, random_llama
 from tests.eval.decoding import PROMPTS
 
@@ -184,10 +186,7 @@ def test_markdown_stays_text():
     assert block("x: ```\n", "yaml") == "````yaml\nx: ```\n````"
 
 
-def test_an_online_report_shows_any_name_of_a_lane():
-    from drafttrain.eval.report import picture
-    from drafttrain.online.report import _efficiency
-
+def test_an_online_report_shows_any_name_of_a_route():
     figures = {"block_efficiency": 1.5, "candidate": 1.6, "promoted": True, "drift_p_value": 0.5}
     for some in (NAMES[:4], ["_hidden", *NAMES[6:9]], NAMES[9:13], NAMES[13:]):
         rows = [

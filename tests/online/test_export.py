@@ -12,7 +12,7 @@ from drafttrain.online.route import OnlineSetup, Route
 from drafttrain.online.settings import OnlineSettings
 from drafttrain.online.versions import Versions, publish_first
 from drafttrain.recorder.intake import Served
-from drafttrain.train.settings import TrainSettings
+from drafttrain.training.settings import TrainSettings
 from tests.export import folders
 
 

@@ -20,7 +20,7 @@ from drafttrain.online.plausible import surprise
 from drafttrain.online.positions import refused_positions
 from drafttrain.online.promotion import request_counts
 from drafttrain.recorder.intake import Served
-from drafttrain.train.settings import TrainSettings
+from drafttrain.training.settings import TrainSettings
 from tests.conftest import random_llama
 
 K = 3

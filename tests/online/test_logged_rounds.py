@@ -13,7 +13,7 @@ from drafttrain.online.learner import Learner
 from drafttrain.online.positions import refused_positions
 from drafttrain.online.run_files import metrics, status
 from drafttrain.recorder.intake import Served
-from drafttrain.train.settings import TrainSettings
+from drafttrain.training.settings import TrainSettings
 from tests.online.test_learning import K, near_copy, refused_by_the_engine, serve
 from tests.online.test_loop import online_run, start
 

@@ -32,7 +32,7 @@ from drafttrain.online.settings import OnlineSettings
 from drafttrain.online.versions import Versions
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.recorder.intake import Intake
-from drafttrain.train.settings import TrainSettings
+from drafttrain.training.settings import TrainSettings
 from tests.online.test_learning import K, near_copy
 
 SETTINGS = {

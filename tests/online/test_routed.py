@@ -27,7 +27,7 @@ from drafttrain.online.run_files import metrics
 from drafttrain.online.settings import OnlineSettings, RouterSettings
 from drafttrain.recorder.intake import Intake
 from drafttrain.target_model import Target, TargetSettings
-from drafttrain.train.settings import TrainSettings
+from drafttrain.training.settings import TrainSettings
 from tests.conftest import byte_tokenizer, random_llama
 
 # C = texts, T = positions, V = vocabulary

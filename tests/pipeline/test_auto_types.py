@@ -12,8 +12,8 @@ from drafttrain.core.errors import RecipeError
 from drafttrain.pipeline.auto_types import resolve_auto_types
 from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.target_model import Target
-from drafttrain.train.precision import float32_products, note_on_float32
-from drafttrain.train.settings import TrainSettings
+from drafttrain.training.precision import float32_products, note_on_float32
+from drafttrain.training.settings import TrainSettings
 
 CUDA = torch.device("cuda")
 

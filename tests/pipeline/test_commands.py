@@ -30,8 +30,8 @@ from drafttrain.pipeline import folder as run_folder
 from drafttrain.pipeline.data import contaminated_prompts, training_data
 from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.target_model import Target
-from drafttrain.train.metrics_log import COLUMNS, TIMES
-from drafttrain.train.result import folder_of_step
+from drafttrain.training.metrics_log import COLUMNS, TIMES
+from drafttrain.training.result import folder_of_step
 from tests import waiting_loss
 
 RECIPE = """

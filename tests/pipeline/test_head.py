@@ -23,7 +23,7 @@ from drafttrain.core.errors import CheckpointError, GateError, RecipeError
 from drafttrain.core.files import sha256_of
 from drafttrain.data_gen.stored.labelled_tokens import LabelledTokens
 from drafttrain.pipeline.head_run import HeadRun
-from drafttrain.train.metrics_log import TIMES
+from drafttrain.training.metrics_log import TIMES
 
 RECIPE = """
 name: head

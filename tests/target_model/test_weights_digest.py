@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.target_model import Target, weights_digest
 from drafttrain.target_model.weights_digest import weights_digest as digest_of
-from drafttrain.train.callbacks import FrozenTarget
+from drafttrain.training.callbacks import FrozenTarget
 from tests.conftest import byte_tokenizer, random_llama
 
 

@@ -16,7 +16,7 @@ from drafttrain.distributed.collectives import first_before_others, together
 from drafttrain.distributed.world import is_first, launched, world
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.target_model.device import pick_device
-from drafttrain.train.preflight import check_processes
+from drafttrain.training.preflight import check_processes
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from drafttrain.losses import losses
 from drafttrain.online.settings import OnlineSettings
 from drafttrain.serving.engines import engines
 from drafttrain.target_model.settings import TargetSettings
-from drafttrain.train.settings import TrainSettings
+from drafttrain.training.settings import TrainSettings
 
 TRAINED = (("drafter", "loss"), ("head",))
 """The sections that define what is trained: a recipe has one of these groups."""

@@ -1,7 +1,7 @@
 """A micro-batch: its tokens, where its documents lie, and what a drafter computes from it.
 
 B = sequences, T = positions, V = vocabulary, D = hidden, K = draft depth, N = rows (trained positions, or nodes of a tree);
-of packed documents: N = slots of all rows, one after another, C = slots that are looked at, M = those that look, L = documents
+of packed documents: N = slots of all rows, one after another, C = columns (slots that are attended to), M = queries, L = documents
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from drafttrain.core.target_rows import AlignedRows, RowsAsked, StoredTargetRows
 
 @dataclass(frozen=True)
 class Plan:
-    """What the host knows of a batch before it is sent to a device, so that nobody has to ask the device and wait."""
+    """What the host computes about a batch before it is sent to a device, so that no later code waits for the device."""
 
     shape: BatchShape
     documents: PackedDocuments
     rows: Mapping[RowsAsked, AlignedRows] = field(default_factory=dict)
     slots: Mapping[RowsAsked, ReadSlots] = field(default_factory=dict)
-    """What these rows need of a drafter."""
+    """The slots that a drafter must compute for these rows."""
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Plan:
-        """Return the same of changed tensors: moved, pinned."""
+        """Return a copy with changed tensors: moved, pinned."""
         return replace(
             self,
             documents=self.documents.each(change),
@@ -49,42 +49,42 @@ class DraftBatch:
     loss_mask_BT: Tensor
     positions_BT: Tensor
     documents_BT: Tensor
-    """Number of the record within the optimiser step, equal for all its tokens; -1 is padding."""
+    """Number of the record within the optimizer step, equal for all its tokens; -1 is padding."""
     weight_of_step: float
-    """Trained positions of all micro-batches of this optimiser step on all ranks."""
+    """Trained positions of all micro-batches of this optimizer step on all ranks."""
     step: int = 0
-    """Optimiser step, from 0."""
+    """Optimizer step, from 0."""
     record_ids: Sequence[str] = ()
-    """Ids of the records, by their number in `documents_BT` less the smallest one."""
+    """Ids of the records, indexed by their number in `documents_BT` minus the smallest one."""
     target: TargetOutput | None = None
     target_rows: TargetRows | None = None
     num_depths: int = 0
-    """Depths that are asked of a drafter that can roll out any number; 0: as many as it trains."""
+    """Depths to compute, for a drafter that can roll out any number; 0: as many as it trains."""
     plan: Plan | None = None
-    """Of exactly these tokens, masks and documents (`losses.align.planned`)."""
+    """Made from exactly these tokens, masks and documents (`losses.align.planned`)."""
 
     @property
     def shape(self) -> BatchShape:
-        """How much there is to compute, padding left out."""
+        """How much there is to compute, without padding."""
         return shape_of(self) if self.plan is None else self.plan.shape
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are read, padding left out."""
+        """Tokens that are read, without padding."""
         return self.shape.positions
 
     @property
     def packed_documents(self) -> PackedDocuments | None:
-        """Where they lie, if the plan says so."""
+        """Where the documents lie; None: there is no plan."""
         return None if self.plan is None else self.plan.documents
 
     @property
     def seed_BT(self) -> Tensor:
-        """A number of each token that step, document and position give, for draws that packing and resuming must not change."""
+        """A seed for each token, from its step, document and position: random draws do not depend on packing or on a resume."""
         return (self.step * 1_000_003 + self.documents_BT) * (1 << 26) + self.positions_BT
 
     def each(self, change: Callable[[Tensor], Tensor]) -> DraftBatch:
-        """Return the batch of changed tensors (moved, pinned): its own, its plan's, and what it holds of the target."""
+        """Return a copy with changed tensors (moved, pinned): its own, its plan's and the target's."""
         change = _once(change)
         plan, rows = self.plan, self.target_rows
         return replace(
@@ -111,32 +111,32 @@ class Head(Protocol):
 
 @dataclass(frozen=True)
 class DraftOutput:
-    """What a drafter says of a batch: by depth d = 1..K, states whose row t is the law of token t + d + lag.
+    """What a drafter computes for a batch: for each depth d = 1..K, states whose row t predicts token t + d + lag.
 
-    States, not logits: a pointwise loss runs the head in chunks, so that no logits tensor need exist.
+    States, not logits: a pointwise loss runs the head in chunks, so that the logits of all rows never exist at once.
     """
 
     states_BTD: Mapping[int, Tensor]
     head: Head
     lag: int
     depth_weights: Mapping[int, float] = field(default_factory=dict)
-    """Factor on the loss of a depth; 1 where it is not named."""
+    """Factor on the loss of a depth; 1 for a depth that is not listed."""
     extra_loss: Tensor | None = None
-    """What the drafter adds to the loss of the step by itself: a sum over trained positions, like the sum of loss_N."""
+    """A loss that the drafter computes itself: a sum over trained positions, added to the sum of loss_N."""
     vocabulary: Tensor | None = None
     """The target's id of each of the drafter's tokens, ascending; None: the vocabularies are the same."""
     beside: Beside | None = None
 
     def logits_BTV(self, depth: int) -> Tensor:
-        """Return the whole logits of one depth."""
+        """Return the logits of one depth at all positions."""
         return self.head(self.states_BTD[depth], depth)
 
 
 @dataclass(frozen=True)
 class Beside:
-    """States that are trained beside a drafter's drafts, by a loss of their own; the loss of the step has its sum over rows.
+    """States that are trained beside a drafter's drafts with their own loss, whose sum over rows is added to the step's loss.
 
-    Where the drafts are compared with the same rows of the target, its head runs once for both.
+    If the drafts are compared with the same rows of the target, its head runs once for both.
     """
 
     drafted: DraftOutput
@@ -146,7 +146,7 @@ class Beside:
 
 
 def shape_of(batch: DraftBatch) -> BatchShape:
-    """Count a micro-batch: on its device, which a GPU is waited for, so before it is moved there."""
+    """Return the sizes of a micro-batch. Call it before the batch is moved: on a GPU the host would wait."""
     read_BT = batch.documents_BT >= 0
     positions_N = batch.positions_BT[read_BT]
     labels_N = batch.positions_BT[read_BT & batch.loss_mask_BT]
@@ -169,7 +169,7 @@ def _spans(batch: DraftBatch) -> Iterable[tuple[int, int]]:
 
 
 def _once(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return a change that gives the same tensor the same result: what two hold is not copied twice."""
+    """Return a change that is applied once to each tensor, so that a shared tensor is not copied twice."""
     done: dict[int, Tensor] = {}
 
     def changed(tensor: Tensor) -> Tensor:
@@ -183,28 +183,28 @@ def _once(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 @dataclass(frozen=True)
 class _Moved:
     def each(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """Return the same of changed tensors: moved, pinned."""
+        """Return a copy with changed tensors: moved, pinned."""
         tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
         return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
 
 
 @dataclass(frozen=True)
 class PackedDocuments(_Moved):
-    """The columns of each document, one document after another, and its queries, which are at the last of them."""
+    """The columns of each document, one document after another, and its queries, which are the last of its columns."""
 
     bounds: Tensor
-    """Where the columns of each document begin, and where the last ones end: int32, as kernels want it."""
+    """First column of each document, then the end of the last one; int32, as attention kernels expect."""
     query_bounds: Tensor
     longest: int
-    """No document has more columns."""
+    """Upper bound on the columns of a document."""
     on_host: tuple[tuple[slice, slice], ...] | None = None
-    """What `slices` returns, where it is known without waiting for a device."""
+    """The result of `slices`, if it is known without waiting for a device."""
 
     @classmethod
     def of(cls, positions_BT: Tensor) -> PackedDocuments:
         """Return the documents of rows whose positions restart at 0 with each; every slot is a column and a query.
 
-        Padding is a document too. The host waits for a device that is no CPU.
+        Padding is a document too. On a GPU the host waits.
         """
         starts = (positions_BT.flatten() == 0).nonzero()[:, 0]
         bounds = torch.cat([starts, starts.new_tensor([positions_BT.numel()])]).int()
@@ -226,16 +226,16 @@ class PackedDocuments(_Moved):
 
 @dataclass(frozen=True)
 class ReadSlots(_Moved):
-    """The slots that a training reads: of each document from its first trained one to its last, and what these look at."""
+    """The slots that a training step computes: from the first trained slot of each document to its last, and the slots they attend to."""
 
     column_C: Tensor | None
     """Flat slot b * T + t of every column; None: all slots are."""
     query_M: Tensor | None
-    """Place among the columns of every query; None: all columns are."""
+    """Index of every query among the columns; None: all columns are queries."""
     documents: PackedDocuments
 
     def each(self, change: Callable[[Tensor], Tensor]) -> ReadSlots:
-        """Return the same of changed tensors."""
+        """Return a copy with changed tensors."""
         return replace(super().each(change), documents=self.documents.each(change))
 
     @classmethod
@@ -245,10 +245,10 @@ class ReadSlots(_Moved):
 
     @classmethod
     def of(cls, trained_R: Tensor, positions_BT: Tensor) -> ReadSlots:
-        """Return what the trained slots need, given as flat positions; where there are none, one slot."""
+        """Return the slots that the trained ones need, which are flat positions; one slot if there are none."""
         start_N = positions_BT.flatten() == 0
         if not len(trained_R):
-            # A process without records runs the same modules as the others, on as little as they take.
+            # A process without records runs the same modules as the others, on the smallest input.
             trained_R = trained_R.new_zeros(1)
         number_N = start_N.cumsum(0) - 1
         slot_N = torch.arange(len(number_N), device=number_N.device)
@@ -268,16 +268,16 @@ class ReadSlots(_Moved):
         return cls(seen_N.nonzero()[:, 0], looks_C.nonzero()[:, 0], documents)
 
     def columns(self, values_BT: Tensor) -> Tensor:
-        """Return the values of the columns, as one row: values_1C."""
+        """Return the values at the columns as one row, values_1C."""
         values_N = values_BT.flatten(0, 1)
         return (values_N if self.column_C is None else values_N.index_select(0, self.column_C))[None]
 
     def queries(self, values_1C: Tensor) -> Tensor:
-        """Return values_1M."""
+        """Return the values at the queries, values_1M."""
         return values_1C if self.query_M is None else values_1C.index_select(1, self.query_M)
 
     def spread(self, values_1M: Tensor, like_BT: Tensor) -> Tensor:
-        """Return values_BT with 0 where nothing is read."""
+        """Return values_BT, 0 at slots that are not computed."""
         if self.column_C is None:
             return values_1M[0].unflatten(0, like_BT.shape)
         slot_M = self.column_C if self.query_M is None else self.column_C[self.query_M]

@@ -1,5 +1,5 @@
-"""The floating-point operations that training needs, counted from shapes alone: two for each multiplication and addition of a
-matrix product. Norms, activations, softmax and what is computed twice to save memory are not counted.
+"""The floating-point operations that training needs, computed from shapes: two for each multiply-add of a matrix product.
+Norms, activations, softmax and recomputation are not counted.
 """
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ if TYPE_CHECKING:
     from torch import nn
 
 EARLY = 64
-"""Labels are counted by place up to here; no rollout is longer."""
+"""Labels are counted by position up to here; no rollout is longer."""
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How much of a micro-batch there is to compute, padding left out."""
+    """How much of a micro-batch there is to compute, without padding."""
 
     positions: int
     """Tokens that are read."""
     pairs: int
-    """Pairs of a token and one that it may look at: n (n + 1) / 2 of a document of n tokens."""
+    """Pairs of a token and one that it attends to: n (n + 1) / 2 in a document of n tokens."""
     labels: int
     """Tokens that are trained labels."""
     early_labels: tuple[int, ...] = ()
-    """Of these, those that are token 0, 1, 2 ... of their document."""
+    """Of these, how many are token 0, 1, 2 ... of their document."""
     spans: tuple[tuple[int, int], ...] = ()
     """The first and the last trained label of each document, of those that have two tokens before them."""
 
     def rows(self, shift: int) -> int:
-        """Return how many trained labels have a token so many places before them in their document."""
+        """Return how many trained labels have a token `shift` places before them in their document."""
         return self.labels - sum(self.early_labels[:shift])
 
     def rollout(self, num_steps: int) -> RolloutShape:
-        """Return what a rollout of lag 1 has to compute for these labels (`core.packed_documents.ReadSlots`)."""
-        # The last state that is read is two before the last label; the first one its deepest step is that of the first label.
+        """Return what a rollout with lag 1 computes for these labels (`core.batches.ReadSlots`)."""
+        # The last computed state is two before the last label; the first one is where the deepest step predicts the first label.
         ends = [(max(0, first - num_steps - 1), last - 1) for first, last in self.spans]
-        # Without any, one slot keeps the step of all processes alike.
+        # Without labels one slot is computed, so that all processes take the same step.
         ends = ends or [(0, 1)]
         return RolloutShape(
             columns=sum(end for _, end in ends),
@@ -53,20 +53,20 @@ class RolloutShape:
     """How much of a micro-batch a rollout computes."""
 
     columns: int
-    """Slots that are looked at."""
+    """Columns: slots that are attended to."""
     queries: int
-    """Slots that look, at every step."""
+    """Queries, at every step."""
     pairs: int
-    """Pairs of one that looks and one that it looks at."""
+    """Pairs of a query and a column that it attends to."""
 
 
 @dataclass(frozen=True)
 class Products:
-    """Matrix products of one kind: so many multiplications forward, and as many again for each gradient."""
+    """Matrix products of one kind: the multiplications of the forward pass, and as many again for each gradient."""
 
     multiplications: int
     gradients: int
-    """0: none; 1: of the weights or of what they multiply; 2: of both."""
+    """0: none; 1: of the weights or of their input; 2: of both."""
 
     @property
     def flops(self) -> int:
@@ -75,12 +75,12 @@ class Products:
 
 
 def matrix(parameters: int, rows: int, *, gradients: int) -> Products:
-    """Return what it takes to multiply rows by a matrix of so many parameters."""
+    """Return the products of multiplying rows by a matrix."""
     return Products(parameters * rows, gradients)
 
 
 def attention(width: int, pairs: int, *, gradients: int) -> Products:
-    """Return what scores and the sums that they weigh take; `width` is that of all query heads together."""
+    """Return the products of attention scores and weighted sums; `width` is that of all query heads together."""
     return Products(2 * width * pairs, gradients)
 
 
@@ -90,7 +90,7 @@ def total(products: Iterable[Products]) -> int:
 
 
 def parameters_of(*modules: nn.Module | None, active: float = 1.0) -> int:
-    """Return the parameters of all matrices in modules that rows are multiplied by: no embeddings, norms or biases.
+    """Return the parameters of all matrices that rows are multiplied by, in these modules: no embeddings, norms or biases.
 
     Args:
         active: Share of a stack of experts' matrices that one row is multiplied by.
@@ -101,7 +101,7 @@ def parameters_of(*modules: nn.Module | None, active: float = 1.0) -> int:
     parts = [part for module in modules if module is not None for part in module.modules()]
     for part in parts:
         if isinstance(part, nn.Linear):
-            # Also right where the weight is packed or spread over processes.
+            # Also right if the weight is packed or partitioned over processes.
             count += part.in_features * part.out_features
         elif not isinstance(part, nn.Embedding):
             shapes = [tuple(getattr(weight, "ds_shape", weight.shape)) for weight in part.parameters(recurse=False)]

@@ -1,6 +1,6 @@
-"""A head in its parts: what stands before its output matrix, the matrix, what the architecture does to the products.
+"""A head in parts: the layers before its output matrix, the matrix, and the architecture's scale or soft cap.
 
-A loss that knows the parts takes their gradients while a few rows of logits are there, and never needs those of all rows.
+A loss that knows the parts computes their gradients while a few rows of logits exist, and never needs the logits of all rows.
 
 N = rows, V = vocabulary, D = hidden
 """
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 
 class LinearHead:
-    """A `records.Head` of one output matrix a depth.
+    """A `batches.Head` with one output matrix for each depth.
 
     Args:
         linear: Returns the `nn.Linear` of a depth.
-        before: What the states pass through first.
-        after: Scale or soft cap of the logits, number by number.
+        before: The layers that the states pass through first.
+        after: Elementwise scale or soft cap of the logits.
     """
 
     def __init__(
@@ -36,9 +36,9 @@ class LinearHead:
         self.after = after
 
     def __call__(self, states_ND: Tensor, depth: int) -> Tensor:
-        """Return logits_NV; they are where the states are, also where the matrix is on another device.
+        """Return logits_NV on the device of the states, even if the matrix is on another device.
 
-        A frozen matrix multiplies in its own type, as that of the target does where it reads and decodes.
+        A frozen matrix multiplies in its own type, as the target's head does when the target reads and decodes.
         """
         linear = self.linear(depth)
         entering_ND = self.entering(states_ND).to(linear.weight.device, linear.weight.dtype)
@@ -47,12 +47,12 @@ class LinearHead:
         return logits_NV if self.after is None else self.after(logits_NV)
 
     def entering(self, states_ND: Tensor) -> Tensor:
-        """Return what the matrix multiplies."""
+        """Return the input of the matrix."""
         entering_ND: Tensor = states_ND if self.before is None else self.before(states_ND)
         return entering_ND
 
     def parameters(self, depth: int) -> list[Tensor]:
-        """Return all weights of a depth: the matrix first, then its bias, then those of what stands before."""
+        """Return all weights of a depth: the matrix, its bias, then those of the layers before it."""
         linear = self.linear(depth)
         own = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
         return own + ([] if self.before is None else list(self.before.parameters()))
@@ -63,5 +63,8 @@ def no_autocast_if_frozen(weight: Tensor) -> AbstractContextManager[object]:
 
     Autocast would round a frozen float32 model to bfloat16, and cast its weights again in every forward.
     """
-    frozen = not weight.requires_grad and torch.amp.is_autocast_available(weight.device.type)
-    return torch.autocast(weight.device.type, enabled=False) if frozen else nullcontext()
+    return (
+        nullcontext()
+        if weight.requires_grad or not torch.amp.is_autocast_available(weight.device.type)
+        else torch.autocast(weight.device.type, enabled=False)
+    )

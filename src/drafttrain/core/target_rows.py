@@ -1,4 +1,4 @@
-"""What is read from the target for a batch: which states and logits are needed, and the rows of them.
+"""What is read from the target for a batch: which states and logits are needed, and their rows.
 
 B = sequences, T = positions, V = vocabulary, D = hidden, K = draft depth, N = rows (trained positions, or nodes of a tree)
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TargetNeeds:
-    """What is asked of the target; nothing else is computed or stored."""
+    """What a drafter or a loss needs from the target; nothing else is computed or stored."""
 
     logits: bool = False
     hidden: tuple[int, ...] = ()
@@ -35,14 +35,14 @@ class TargetNeeds:
 
 @dataclass(frozen=True)
 class TargetOutput:
-    """What the frozen target knows about a batch: only what was asked for."""
+    """The frozen target's outputs for a batch: only those that were requested."""
 
     logits_BTV: Tensor | None = None
     hidden_BTD: Mapping[int, Tensor] = field(default_factory=dict)
     final_BTD: Tensor | None = None
 
     def has(self, needs: TargetNeeds) -> bool:
-        """Tell whether everything that is needed is here."""
+        """Return whether everything that is needed is here."""
         return (
             (self.logits_BTV is not None or not needs.logits)
             and (self.final_BTD is not None or not needs.final)
@@ -50,7 +50,7 @@ class TargetOutput:
         )
 
     def each(self, change: Callable[[Tensor], Tensor]) -> TargetOutput:
-        """Return the same of changed tensors: moved, pinned."""
+        """Return a copy with changed tensors: moved, pinned."""
         return TargetOutput(
             logits_BTV=None if self.logits_BTV is None else change(self.logits_BTV),
             hidden_BTD={index: change(state) for index, state in self.hidden_BTD.items()},
@@ -58,12 +58,12 @@ class TargetOutput:
         )
 
     def to(self, device: Any) -> TargetOutput:
-        """Return the same on `device`."""
+        """Return a copy on `device`."""
         return self.each(lambda tensor: tensor.to(device))
 
 
 class TargetRows(Protocol):
-    """The target's law at chosen positions of a batch, from a live model or from a cache."""
+    """The target's distribution at chosen positions of a batch, from a live model or from a cache."""
 
     def at(self, index_N: Tensor) -> Tensor:
         """Return logits_NV (or log-probabilities) of the token AFTER each flat position b * T + t."""
@@ -72,34 +72,34 @@ class TargetRows(Protocol):
 
 @dataclass(frozen=True)
 class NamedRows:
-    """Rows of a law of which K tokens are known by name."""
+    """Rows of a distribution of which the probabilities of K tokens are known."""
 
     ids_NK: Tensor
-    """-1 where a row names fewer tokens."""
+    """-1 where a row has fewer tokens."""
     log_probs_NK: Tensor
     """-inf there."""
 
     @property
     def tail_N(self) -> Tensor:
-        """The mass of all tokens that are not named."""
+        """The total probability of all other tokens."""
         return (1 - self.log_probs_NK.double().exp().sum(dim=-1)).clamp_min(0).to(self.log_probs_NK.dtype)
 
 
 @runtime_checkable
 class NamedTargetRows(Protocol):
-    """A law of which only some tokens are known by name, as serving logs have it."""
+    """A distribution of which only some tokens are known, as serving logs store it."""
 
     def named(self, index_N: Tensor) -> NamedRows:
-        """Return what is known of the law of the token AFTER each flat position b * T + t."""
+        """Return what is known about the distribution of the token AFTER each flat position b * T + t."""
         ...
 
 
 @runtime_checkable
 class StoredTargetRows(Protocol):
-    """A law that comes with its batch, and goes where the batch goes."""
+    """A distribution that is stored in its batch and moves with it."""
 
     def each(self, change: Callable[[Tensor], Tensor]) -> TargetRows:
-        """Return the same of changed tensors: moved, pinned."""
+        """Return a copy with changed tensors: moved, pinned."""
         ...
 
 
@@ -113,12 +113,12 @@ class RowIndex:
     """Rows of one block are the successive depths of one draft: of one root, or of one window of a chain."""
     step: int = 0
     deepest: int = 0
-    """The largest depth that there can be, known without asking the device; 0: not known."""
+    """Upper bound on the depth, known without waiting for the device; 0: not known."""
     learnable_N: Tensor | None = None
-    """Rows that count; None: all. The others have loss 0, and no part in means or blocks."""
+    """Rows that count; None: all. The others have loss 0 and are left out of means and blocks."""
 
     def each(self, change: Callable[[Tensor], Tensor]) -> RowIndex:
-        """Return the same of changed tensors: moved, pinned, cut."""
+        """Return a copy with changed tensors: moved, pinned, sliced."""
         return replace(
             self,
             sequence_N=change(self.sequence_N),
@@ -134,7 +134,7 @@ class RowIndex:
 
 @dataclass(frozen=True)
 class RowsAsked:
-    """Which rows of a batch are asked for: what `losses.align` needs to know of a drafter and a loss."""
+    """Which rows of a batch are requested: what `losses.align` needs to know about a drafter and a loss."""
 
     depths: tuple[int, ...]
     lag: int
@@ -149,19 +149,19 @@ class AlignedRows:
     drafter_N: Tensor
     """Flat position b * T + t of the drafter's state."""
     target_N: Tensor
-    """Flat position of the target's state whose law is over the same token."""
+    """Flat position of the target's state that predicts the same token."""
     tokens_N: Tensor
     """The label."""
     seed_N: Tensor
-    """A number of the row that does not depend on its micro-batch."""
+    """A seed for the row that does not depend on its micro-batch."""
     index: RowIndex
     counts: Mapping[int, int]
-    """Rows of each depth of the drafter, in their order."""
+    """Number of rows of each depth, in the order of the rows."""
     targets_on_host: Tensor
-    """`target_N` on the CPU, wherever the batch is: pieces are cut by it without asking the device."""
+    """`target_N` on the CPU, wherever the batch is: pieces are planned from it without waiting for the device."""
 
     def each(self, change: Callable[[Tensor], Tensor]) -> AlignedRows:
-        """Return the same of changed tensors: moved, pinned."""
+        """Return a copy with changed tensors: moved, pinned."""
         return replace(
             self,
             drafter_N=change(self.drafter_N),

@@ -5,12 +5,12 @@ from contextlib import contextmanager
 
 
 class BadItem(Exception):
-    """Why an item gives no record; it is put into quarantine."""
+    """Why an item gives no record; the item is quarantined."""
 
 
 @contextmanager
 def foreign(what: str) -> Iterator[None]:
-    """Turn whatever foreign code (a template, a tokenizer) makes of an item into one line.
+    """Turn any exception of foreign code (a template, a tokenizer) into a reason of one line.
 
     Raises:
         BadItem: The block failed.
@@ -22,12 +22,12 @@ def foreign(what: str) -> Iterator[None]:
     except Exception as error:
         raise BadItem(f"{what}: {type(error).__name__}: {one_line(error)}") from error
     except BaseException as error:
-        # What the Rust of tokenizers raises when it panics is no Exception.
+        # A panic in the Rust code of tokenizers is not an Exception.
         if type(error).__name__ != "PanicException":
             raise
         raise BadItem(f"{what}: {one_line(error)}") from error
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an exception says, in one line of bounded length."""
+    """Return an exception's message in one line of limited length."""
     return " ".join(str(error).split())[:200]

@@ -1,4 +1,4 @@
-"""From a record to a chat: its turns, which answers are trained, and what else the chat template is given."""
+"""From a record to a chat: its turns, which answers are trained, and the other inputs of the chat template."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ Turn = tuple[dict[str, Any], bool]
 
 @dataclass(frozen=True)
 class Chat:
-    """A chat as a template is given it."""
+    """A chat as input of a chat template."""
 
     turns: Sequence[dict[str, Any]]
     trained: Sequence[bool]
-    """By turn: whether it is an answer that is trained."""
-    given: Mapping[str, Any] = field(default_factory=dict)
-    """What the template is given beside the turns: tools and documents."""
+    """By turn: whether it is a trained answer."""
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    """Inputs of the template beside the turns: tools and documents."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """chat_template_kwargs of the record."""
+    """`chat_template_kwargs` of the record."""
 
     def until(self, count: int) -> Chat:
         """Return the chat up to its first `count` turns."""
         return replace(self, turns=self.turns[:count], trained=self.trained[:count])
 
     def is_answer(self, number: int) -> bool:
-        """Return whether a turn answers something; one that opens the chat answers nothing."""
+        """Return whether a turn answers another one; the first turn of a chat does not."""
         return number > 0 and self.turns[number]["role"] == "assistant"
 
 
@@ -38,25 +38,25 @@ def chat_of(form: str, value: Mapping[str, Any], reading: Reading) -> Chat:
     """Return the chat of a record of one of the forms that are chats.
 
     Raises:
-        BadItem: A part is missing or of the wrong type.
+        BadItem: A part is missing or has the wrong type.
     """
     turns = _turns(form, value, reading)
     system = [text_of(value[key], key) for key in ("system", "system_prompt") if value.get(key) not in (None, "", [])]
-    said = [turns[0][0]["content"]] if turns[0][0]["role"] == "system" else []
-    if len({*system, *said}) > 1:
+    first = [turns[0][0]["content"]] if turns[0][0]["role"] == "system" else []
+    if len({*system, *first}) > 1:
         raise BadItem("system: two system prompts that differ")
-    if system and not said:
+    if system and not first:
         turns = [({"role": "system", "content": system[0]}, False), *turns]
     return Chat(
         [turn for turn, _ in turns],
         [trained for _, trained in turns],
-        given=_given(value),
+        inputs=_inputs(value),
         arguments=_mapping(json_of(value.get("chat_template_kwargs") or {}, "chat_template_kwargs")),
     )
 
 
 def prompt_is_chat(value: Mapping[str, Any]) -> bool:
-    """Return whether `prompt` holds turns, or its record says that its text is what a user says."""
+    """Return whether `prompt` holds turns, or text that the record marks as a user's turn."""
     return isinstance(value["prompt"], list) or value.get("chat") is True
 
 
@@ -64,10 +64,10 @@ def _turns(form: str, value: Mapping[str, Any], reading: Reading) -> list[Turn]:
     if form in ("messages", "conversations"):
         return read_turns(value[form], form, reading)
     if form == "turns":
-        # The later ones (MT-bench) ask about an answer that is not here.
+        # Later turns (MT-bench) ask about an answer that the record does not hold.
         asked = value["turns"]
         if not isinstance(asked, list) or not asked:
-            raise BadItem("turns: a list of texts is needed")
+            raise BadItem("turns: must be a list of texts")
         return [user(asked[0], "turns.0")] if isinstance(asked[0], str) else read_turns(asked, "turns", reading)
     if form == "prompt":
         return _prompt(value, reading)
@@ -90,10 +90,10 @@ def _prompt(value: Mapping[str, Any], reading: Reading) -> list[Turn]:
 
 
 def answer_key(form: str, value: Mapping[str, Any]) -> str | None:
-    """Return the key under which the answer to a question stands.
+    """Return the key that holds the answer to a question.
 
     Raises:
-        BadItem: It stands under two.
+        BadItem: Two keys hold one.
     """
     found = [key for key in ANSWERS[form] if key in value]
     if len(found) > 1:
@@ -102,34 +102,34 @@ def answer_key(form: str, value: Mapping[str, Any]) -> str | None:
 
 
 def _history(pairs: Any) -> list[Turn]:
-    """Return earlier questions and answers, as LLaMA-Factory's Alpaca records have them."""
+    """Return earlier questions and answers, in the form of LLaMA-Factory's Alpaca records."""
     if not isinstance(pairs, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
-        raise BadItem("history: a list of [question, answer] is needed")
+        raise BadItem("history: must be a list of [question, answer]")
     turns = []
     for number, (question, answer) in enumerate(pairs):
         turns += [user(question, f"history.{number}.0"), assistant(answer, f"history.{number}.1")]
     return turns
 
 
-def _given(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Return tools and documents as templates read them."""
+def _inputs(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return tools and documents in the form that templates read."""
     found: dict[str, Any] = {}
     for key, name in (("functions", "tools"), ("tools", "tools"), ("documents", "documents")):
         if value.get(key) not in (None, "", [], {}):
             listed = json_of(value[key], key)
             if not isinstance(listed, list) or any(not isinstance(one, Mapping) for one in listed):
-                raise BadItem(f"{key}: a list of mappings is needed")
+                raise BadItem(f"{key}: must be a list of mappings")
             if listed:
                 found[name] = [_tool(one) for one in listed] if name == "tools" else listed
     return found
 
 
 def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a tool under `function`, as servers give it to the template."""
+    """Return a tool under `function`, as servers pass it to the template."""
     return dict(tool) if "function" in tool or "name" not in tool else {"type": "function", "function": dict(tool)}
 
 
 def _mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise BadItem(f"chat_template_kwargs: a mapping is needed, got {type(value).__name__}")
+        raise BadItem(f"chat_template_kwargs: must be a mapping, got {type(value).__name__}")
     return dict(value)

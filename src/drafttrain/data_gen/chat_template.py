@@ -1,4 +1,4 @@
-"""What a target reads and writes of a chat: its chat template, the tokens of each answer, and which of them are labels."""
+"""The chat template: the ids of a chat, the tokens of each answer, and which of them are labels."""
 
 from __future__ import annotations
 
@@ -22,16 +22,19 @@ from drafttrain.data_gen.turns import REASONING
 MARKS = re.compile(r"\{%[-+]?\s*generation\b")
 THOUGHT_MARKS = re.compile(r"</?think(?:ing)?>")
 WRITTEN = ("content", "tool_calls", *REASONING)
-"""Keys of an answer that the target wrote: all of them must be in the text, or its label is not what was written."""
-DISAGREE = "the template's {% generation %} marks other tokens than the target writes behind its prompt; the latter are trained"
+"""Keys of an answer that the target wrote: the text must hold all of them, or the labels are not what was written."""
+DISAGREE = (
+    "the template's {% generation %} marks differ from the tokens that the target writes after its prompt; the latter are "
+    "trained"
+)
 MARKS_ALONE = (
-    "the template writes an answer differently from how it asks for one; its {% generation %} marks are trained"
+    "the template renders an answer differently from its generation prompt; its {% generation %} marks are trained"
 )
 
 
 @dataclass(frozen=True)
 class Part:
-    """A chat, or a part of one that is read as a whole, and where the answers in it are."""
+    """A chat, or a part of one that becomes a record, and the places of its answers."""
 
     tokens: list[int]
     answers: list[tuple[int, int, bool]]
@@ -50,7 +53,7 @@ class ChatTemplate:
     """The chat template of a tokenizer.
 
     Args:
-        notes: Counts what a user should know of how records were read.
+        notes: Notes for the user on how records were read, with counts.
     """
 
     tokenizer: Any
@@ -62,7 +65,7 @@ class ChatTemplate:
         return bool(self.tokenizer.chat_template)
 
     def prompt(self, chat: Chat) -> list[int]:
-        """Return the ids that the target reads before it answers the last turn that is no answer."""
+        """Return the ids that the target reads before it answers the last turn of another role."""
         count = len(chat.turns)
         while count and chat.turns[count - 1]["role"] == "assistant":
             count -= 1
@@ -71,17 +74,17 @@ class ChatTemplate:
         return self.ids(self.text(chat.until(count), asks=True))
 
     def parts(self, chat: Chat) -> list[Part]:
-        """Return the whole chat, or parts of it, with its answers: what each adds to the text that asks for it.
+        """Return the whole chat, or parts of it, with its answers: the tokens that each adds to its generation prompt.
 
-        A template that rewrites earlier turns (Qwen3 drops their thoughts) divides the chat: an answer whose context is not
-        the text so far begins a part of its own, the chat up to this answer as the target would read it.
+        A template that rewrites earlier turns (Qwen3 drops their thoughts) splits the chat: an answer whose context differs
+        from the text so far begins a new part, the chat up to this answer as the target would read it.
 
         Raises:
-            BadItem: The template fails, leaves out a part of an answer, or writes answers so that they cannot be told apart.
+            BadItem: The template fails, leaves out a part of an answer, or renders answers so that their tokens are unclear.
         """
         try:
             parts = self._by_prompts(chat)
-        except _NotApart as error:
+        except _NoBoundary as error:
             parts = [self._by_marks(chat, error)]
         else:
             self._compare_with_marks(chat, parts)
@@ -91,20 +94,20 @@ class ChatTemplate:
         """Return a chat as text.
 
         Args:
-            asks: End with what asks for an answer.
+            asks: End with the generation prompt.
 
         Raises:
-            BadItem: There is no template, it fails, or an argument means something to the tokenizer.
+            BadItem: There is no template, it fails, or an argument belongs to the tokenizer.
         """
         return str(self._apply(chat, tokenize=False, add_generation_prompt=asks))
 
     def ids(self, text: str) -> list[int]:
-        """Return the ids of a chat's text, to which the tokenizer adds nothing."""
+        """Return the ids of a chat's text, without special tokens of the tokenizer."""
         return plain_ids(self.tokenizer, text)
 
     @cached_property
     def around(self) -> tuple[list[int], list[int]]:
-        """What the template puts before and after every question; nothing where there is no template."""
+        """Ids that the template puts before and after every question; none without a template."""
         try:
             one, other = (self.prompt(_question(word)) for word in ("a", "Z"))
         except BadItem:
@@ -114,10 +117,10 @@ class ChatTemplate:
 
     @cached_property
     def end(self) -> int | None:
-        """The special token that the template puts behind every answer; None: there is none."""
+        """The special token that the template puts after every answer; None: there is none."""
         try:
             tokens, begin = self._answer(_question("a", answer="b"), 1)
-        except (BadItem, _NotApart):
+        except (BadItem, _NoBoundary):
             return None
         last = tokens[self._end(tokens, begin) - 1]
         return last if last in self._special else None
@@ -138,23 +141,23 @@ class ChatTemplate:
         return parts
 
     def _answer(self, chat: Chat, count: int) -> tuple[list[int], int]:
-        """Return the chat up to one answer, and where the target begins to write it."""
-        asked, answered = self.text(chat.until(count), asks=True), self.text(chat.until(count + 1))
+        """Return the ids of the chat up to one answer, and where the target begins to write it."""
+        prompt, answered = self.text(chat.until(count), asks=True), self.text(chat.until(count + 1))
         self._check_whole(chat, count, answered)
-        if answered.startswith(asked):
-            _check_thoughts(str(chat.turns[count]["content"]), answered[len(asked) :], count)
-        before, tokens = self.ids(asked), self.ids(answered)
-        if not begins(tokens, before) and answered.startswith(asked):
-            # A token reaches over the place where the target begins; it reads the prompt's own tokens.
-            tokens = before + continuation_ids(self.tokenizer, answered[len(asked) :])
+        if answered.startswith(prompt):
+            _check_thoughts(str(chat.turns[count]["content"]), answered[len(prompt) :], count)
+        before, tokens = self.ids(prompt), self.ids(answered)
+        if not begins(tokens, before) and answered.startswith(prompt):
+            # One token spans the end of the prompt; the target reads the tokens of the prompt alone.
+            tokens = before + continuation_ids(self.tokenizer, answered[len(prompt) :])
             if self._decoded(tokens) != self._decoded(self.ids(answered)):
-                raise _NotApart
+                raise _NoBoundary
         if not begins(tokens, before):
-            raise _NotApart
+            raise _NoBoundary
         return tokens, len(before)
 
     def _check_whole(self, chat: Chat, count: int, answered: str) -> None:
-        """Refuse a template that leaves out a part of what the target wrote."""
+        """Refuse a template that leaves out a part of the target's answer."""
         turn = chat.turns[count]
         written = [name for name in WRITTEN if turn.get(name)]
         for name in written if len(written) > 1 or written != ["content"] else []:
@@ -168,12 +171,12 @@ class ChatTemplate:
                 is_lost = False
             if is_lost:
                 raise BadItem(
-                    f"the chat template leaves {name!r} of an answer out (turn {count}): "
-                    "the target's text cannot be known; ignore_keys of the source drops the key"
+                    f"the chat template leaves out {name!r} of an answer (turn {count}): "
+                    "the target's text is not known; ignore_keys of the source drops the key"
                 )
 
-    def _by_marks(self, chat: Chat, error: _NotApart) -> Part:
-        """Return the chat by the template's own marks, where each answer has one that holds its text."""
+    def _by_marks(self, chat: Chat, error: _NoBoundary) -> Part:
+        """Return the chat by the template's {% generation %} marks, if each answer has one that holds its text."""
         marked = self._marked(chat)
         answers = [number for number, turn in enumerate(chat.turns) if turn["role"] == "assistant"]
         if marked is not None:
@@ -187,11 +190,11 @@ class ChatTemplate:
                 flags = [chat.trained[number] and number > 0 for number in answers]
                 return Part(tokens, [(*span, flag) for span, flag in zip(spans, flags, strict=True)])
         raise BadItem(
-            "the chat template writes an answer differently from how it asks for one: the assistant's tokens cannot be told apart"
+            "the chat template renders an answer differently from its generation prompt: the assistant's tokens are unclear"
         ) from error
 
     def _compare_with_marks(self, chat: Chat, parts: Sequence[Part]) -> None:
-        """Count a chat whose marks are not what the target writes."""
+        """Count a chat whose marks differ from what the target writes."""
         if len(parts) != 1 or (marked := self._marked(chat)) is None:
             return
         tokens, mask_T = marked
@@ -200,7 +203,7 @@ class ChatTemplate:
             self.notes[DISAGREE] += 1
 
     def _marked(self, chat: Chat) -> tuple[list[int], list[bool]] | None:
-        """Return ids and the template's own mask; None where it has no marks, or the tokenizer cannot place them."""
+        """Return ids and the mask of the template's marks; None if it has none, or the tokenizer cannot locate them."""
         if not MARKS.search(str(self.tokenizer.chat_template)):
             return None
         try:
@@ -211,23 +214,23 @@ class ChatTemplate:
 
     def _apply(self, chat: Chat, *, calls_in_text: bool | None = None, **wanted: Any) -> Any:
         if not self.exists:
-            raise BadItem("a chat, but the tokenizer has no chat template: give prompt and completion, or text")
+            raise BadItem("a chat, but the tokenizer has no chat template: use prompt and completion, or text")
         # A record must not replace the template, nor ask for tensors.
         if reserved := set(chat.arguments) & set(inspect.signature(self.tokenizer.apply_chat_template).parameters):
-            raise BadItem(f"{min(reserved)}: is no argument of a chat template")
+            raise BadItem(f"{min(reserved)}: is not an argument of a chat template")
         if calls_in_text is None:
             calls_in_text = any("tool_calls" in turn for turn in chat.turns) and self._calls_in_text
-        # A template is a program, and a stranger's chat its input: it may fail in any way.
+        # A template is a program and a stranger's chat its input: it may fail in any way.
         with foreign("the chat template fails on this chat"):
             try:
                 return self.tokenizer.apply_chat_template(
-                    self._turns(chat, calls_in_text=calls_in_text), **chat.given, **wanted, **chat.arguments
+                    self._turns(chat, calls_in_text=calls_in_text), **chat.inputs, **wanted, **chat.arguments
                 )
             except jinja2.TemplateError as error:
                 raise BadItem(f"the chat template refuses this chat: {one_line(error)}") from error
 
     def _turns(self, chat: Chat, *, calls_in_text: bool) -> list[dict[str, Any]]:
-        """Return the turns with thoughts under the name that the template reads: servers and data sets have several."""
+        """Return the turns with thoughts under the key that the template reads: servers and data sets use several."""
         source = str(self.tokenizer.chat_template)
         read = next((name for name in REASONING if name in source), None)
         return [
@@ -240,7 +243,7 @@ class ChatTemplate:
 
     @cached_property
     def _calls_in_text(self) -> bool:
-        """Whether the template wants the arguments of calls as JSON in a text (DeepSeek's does): it fails on an object."""
+        """Whether the template needs the arguments of calls as JSON text (DeepSeek's does) and fails on an object."""
         try:
             self._apply(_CALLED, calls_in_text=False, tokenize=False)
         except BadItem:
@@ -253,7 +256,7 @@ class ChatTemplate:
             return False
 
     def _end(self, tokens: Sequence[int], begin: int) -> int:
-        """Return where the target stops: behind the special token that ends the answer, if only white space follows it."""
+        """Return where the target stops: after the special token that ends the answer, if only white space follows."""
         place = written(self.tokenizer, tokens)
         return place if place > begin and tokens[place - 1] in self._special else len(tokens)
 
@@ -265,12 +268,12 @@ class ChatTemplate:
         return str(self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
 
-class _NotApart(Exception):
-    """An answer is not what follows the text that asks for it."""
+class _NoBoundary(Exception):
+    """An answer does not follow its generation prompt, so its first token is not known."""
 
 
 def written(tokenizer: Any, tokens: Sequence[int]) -> int:
-    """Return how many tokens there are without the white space at the end."""
+    """Return the number of tokens without white space at the end."""
     place = len(tokens)
     while place and not str(tokenizer.decode(tokens[place - 1 : place], clean_up_tokenization_spaces=False)).strip():
         place -= 1
@@ -278,12 +281,12 @@ def written(tokenizer: Any, tokens: Sequence[int]) -> int:
 
 
 def special_ids(tokenizer: Any) -> set[int]:
-    """Return the ids of tokens that were added to a vocabulary by name, special or not."""
+    """Return the ids of tokens that were added to the vocabulary by name, special or not."""
     return {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
 
 
 def common_start(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many tokens two texts share from their start."""
+    """Return the number of tokens that two texts share at their start."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
@@ -295,18 +298,18 @@ def _question(question: str, *, answer: str | None = None) -> Chat:
 
 
 def _check_thoughts(content: str, answer: str, count: int) -> None:
-    """Refuse an answer whose thoughts stand in its content and that the template writes without them (DeepSeek's does)."""
+    """Refuse an answer with thoughts in its content that the template leaves out (DeepSeek's does)."""
     words = "".join(answer.split())
     for part in THOUGHT_MARKS.split(content):
         if "".join(part.split()) not in words:
             raise BadItem(
-                f"the chat template leaves a part of 'content' of an answer out (turn {count}), from {part.strip()[:20]!r}: "
-                "the target's text cannot be known"
+                f"the chat template leaves out a part of 'content' of an answer (turn {count}), from {part.strip()[:20]!r}: "
+                "the target's text is not known"
             )
 
 
 def _with_text(turn: dict[str, Any]) -> dict[str, Any]:
-    """Return a turn with the arguments of its calls as JSON in a text, as OpenAI's API has them."""
+    """Return a turn with the arguments of its calls as JSON text, as in OpenAI's API."""
     if "tool_calls" not in turn:
         return turn
     calls = []
@@ -343,4 +346,4 @@ _CALLED = Chat(
     ],
     [False, True],
 )
-"""A chat whose answer is a call, to see how a template takes it."""
+"""A chat whose answer is a call, to test how a template renders it."""

@@ -1,4 +1,4 @@
-"""From an item of a source to records: its form, its tokens, and which of them are labels. docs/data.md has the forms."""
+"""From an item of a source to records: its form, its tokens, and which of them are labels. docs/data.md lists the forms."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from drafttrain.target_model.tokenizer import num_ids
 
 TOKENS = ("tokens", "input_ids")
 UNTEMPLATED = (
-    "text under 'prompt' is read as it is, without the chat template that the tokenizer has; "
-    "\"chat\": true in the record, or its text under 'question', makes a chat of it"
+    "text under 'prompt' is read without the tokenizer's chat template; \"chat\": true in the record, or the text under "
+    "'question', makes it a chat"
 )
 
 
@@ -34,13 +34,13 @@ class Encoder:
     tokenizer: Any
     max_length: int
     reading: Reading = field(default_factory=Reading)
-    """How the records of the source at hand are read."""
+    """How the records of the current source are read."""
     notes: Counter[str] = field(default_factory=Counter)
-    """What a user should know of how records were read, and of how many."""
+    """Notes for the user on how records were read, with counts."""
 
     @cached_property
     def size(self) -> int:
-        """Ids of the tokenizer, from 0."""
+        """Number of the tokenizer's ids, from 0."""
         return num_ids(self.tokenizer)
 
     @cached_property
@@ -54,7 +54,7 @@ class Encoder:
         return RawText(self.tokenizer, self.template)
 
     def reading_as(self, settings: Any) -> Encoder:
-        """Return an encoder for the records of a source, by its settings."""
+        """Return an encoder for the records of a source with these settings."""
         names = ("rename", "roles", "ignore_keys")
         reading = Reading(**{name: getattr(settings, name) for name in names if hasattr(settings, name)})
         return replace(self, reading=reading, notes=Counter())
@@ -68,7 +68,7 @@ class Encoder:
         """Return the records of an item: several for plain text longer than `max_length`.
 
         Raises:
-            BadItem: The item has no known form, a key that is not understood, or nothing in it is a label.
+            BadItem: The item has no known form, has an unknown key, or has no label.
         """
         form, value = form_of(value, self.reading)
         id, domain = _id(value, id), str(value.get("domain", ""))
@@ -87,14 +87,14 @@ class Encoder:
             if any(mask[1:])
         ]
         if not records:
-            raise BadItem(f"no token of the first {self.max_length} is a label (an answer that is trained)")
+            raise BadItem(f"no token of the first {self.max_length} is a label (part of a trained answer)")
         return records
 
     def prompts(self, value: Mapping[str, Any], *, id: str, prompt_tokens: int | None) -> list[tuple[str, list[int]]]:
-        """Return (id, tokens) of the prompts of an item: chats up to the last answer, text in pieces.
+        """Return (id, tokens) of the prompts of an item: a chat up to its last answer, text in pieces.
 
         Raises:
-            BadItem: The item has no known form, or gives no prompt that leaves room for an answer within `max_length`.
+            BadItem: The item has no known form, or no prompt leaves room for an answer within `max_length`.
         """
         form, value = form_of(value, self.reading)
         id = _id(value, id)
@@ -111,11 +111,11 @@ class Encoder:
         return fitting
 
     def frame(self) -> tuple[list[int], list[int]]:
-        """Return what the chat template puts before and after every prompt; nothing where there is no template."""
+        """Return the ids that the chat template puts before and after every prompt; none without a template."""
         return self.template.around
 
     def text(self, text: Any) -> list[int]:
-        """Return the ids of text as a server reads it: with all that the tokenizer adds, even where the text has it already."""
+        """Return the ids of text as a server reads it: with the tokenizer's special tokens, even if the text has them already."""
         return list(self.tokenizer(text_of(text, "text")).input_ids)
 
     def chat_ids(
@@ -124,16 +124,16 @@ class Encoder:
         """Return the ids of a chat as the target reads it.
 
         Args:
-            arguments: What the template itself is handed, such as enable_thinking.
+            arguments: Arguments of the template, such as enable_thinking.
 
         Raises:
-            BadItem: There is no template, it refuses the chat, or an argument means something to the tokenizer.
+            BadItem: There is no template, it refuses the chat, or an argument belongs to the tokenizer.
         """
         chat = Chat(list(messages), [False] * len(messages), arguments=arguments)
         return self.template.ids(self.template.text(chat, asks=add_generation_prompt))
 
     def _prompt(self, form: str, value: Mapping[str, Any]) -> list[int]:
-        """Return the ids of an item before anything is cut."""
+        """Return all ids of an item, before cutting."""
         if form in TOKENS:
             return token_row(form, value, num_ids=self.size)[0]
         if form == "text":
@@ -145,7 +145,7 @@ class Encoder:
     def _raw_prompt(self, value: Mapping[str, Any]) -> list[int]:
         if unread := [key for key in FOR_TEMPLATE if value.get(key)]:
             raise BadItem(
-                f"{unread[0]}: no template reads it beside a 'prompt' of text; give messages, or \"chat\": true"
+                f"{unread[0]}: no template reads it beside a 'prompt' of text; use messages, or \"chat\": true"
             )
         text = text_of(value["prompt"], "prompt")
         if self.template.exists and "chat" not in value and not self.raw.has_special(text):
@@ -153,13 +153,13 @@ class Encoder:
         return self.raw.begun(text)
 
     def _windows(self, text: Any, *, id: str, domain: str) -> list[Record]:
-        """Cut a document, its end marked where the tokenizer has a token for that."""
+        """Cut a document into records; the last ends with the end-of-text token if the tokenizer has one."""
         tokens = self.raw.begun(text_of(text, "text"))
         end = self.raw.ended(tokens)[len(tokens) :]
         pieces = [(start, tokens[start : start + self.max_length]) for start in range(0, len(tokens), self.max_length)]
         if end:
             start, last = pieces.pop()
-            # Where the end is one token too many, the first one makes room: it has nothing before it and is no label.
+            # If the end token does not fit, drop the first token: it has nothing before it and is not a label.
             over = max(0, len(last) + len(end) - self.max_length)
             pieces.append((start + over, [*last, *end][over:]))
         records = [
@@ -168,13 +168,13 @@ class Encoder:
             if len(piece) > 1
         ]
         if not records:
-            raise BadItem("text: is one token, which has nothing before it and is no label")
+            raise BadItem("text: has one token, which has nothing before it and is not a label")
         return records
 
     def _completion(self, value: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
         key = answer_key("prompt", value)
         if key is None:
-            raise BadItem("prompt: no completion is beside it, so nothing is a label")
+            raise BadItem("prompt: has no completion, so nothing is a label")
         before = self._raw_prompt(value)
         after = self.raw.ended(continuation_ids(self.tokenizer, text_of(value[key], key)))
         stop = self.raw.end_of(after) or len(after)

@@ -1,6 +1,6 @@
-"""Text that the target writes: shards that are whole or absent, so that a killed run goes on where it was.
+"""Texts that the target generates: a shard is complete or absent, so that a killed run continues.
 
-The built-in backend writes them byte for byte the same however often the run was killed.
+The built-in backend writes the same bytes however often the run is killed.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def generate(
     seed: int,
     max_length: int,
 ) -> Path:
-    """Write the shards that are missing, then the manifest; return the folder. Several processes share the shards out.
+    """Write the missing shards, then the manifest; return the folder. Several processes divide the shards.
 
-    Which texts are decoded together is part of the plan, because padding moves logits by rounding: a shard depends on the
-    recipe, never on where an earlier run was killed.
+    The plan fixes which texts are decoded together, because padding moves logits by rounding: a shard depends on the recipe,
+    never on where an earlier run was killed.
 
     Raises:
-        DataError: The folder holds shards of another plan, target or tokenizer; or the backend cannot go on.
+        DataError: The folder holds shards of another plan, target or tokenizer; or the backend cannot continue.
     """
     backend: Backend = backends.build(
         settings.backend,
@@ -82,7 +82,7 @@ def generate(
     with first_before_others("it writes the manifest"):
         if is_first():
             for left in folder.glob("answers-*.jsonl"):
-                # A kill struck after a shard was stored and before a backend threw away what it was made of.
+                # The run was killed between storing a shard and removing the answers it was made of.
                 left.unlink()
             shared = {"shared_names": num_shared} if num_shared else {}
             write_json(manifest, _manifest(about | shared, folder, shards, backend.reproducible()))
@@ -92,7 +92,7 @@ def generate(
 def _content(settings: GenerateSettings, backend: Backend) -> dict[str, Any]:
     """Return the settings that the texts depend on.
 
-    The built-in backend is not named: what was written before there were others stays valid.
+    The built-in backend is not named, so that shards written before other backends existed stay valid.
     """
     content = asdict(settings) | {"prompts": content_of(settings.prompts)}
     del content["backend"]
@@ -110,9 +110,9 @@ def _accounts(folder: Path, number: int) -> Path:
 def _tasks(
     settings: GenerateSettings, target: Target, quarantine: Path, *, seed: int, max_length: int
 ) -> tuple[list[Task], int]:
-    """Return the texts to write, and how many prompts share the name of an earlier one.
+    """Return the texts to write, and how many prompts repeat the name of an earlier one.
 
-    Prompts come in a shuffled order, temperatures in turn; bad prompts go into quarantine.
+    Prompts are shuffled and temperatures used in turn; bad prompts are quarantined.
     """
     encoder = Encoder(target.tokenizer, max_length).reading_as(settings.prompts)
     source: Source = sources.build(settings.prompts)
@@ -136,12 +136,14 @@ def _tasks(
         say(f"data.generate.prompts: {shared_names(num_shared)}")
     prompts.sort(key=lambda prompt: stream_seed(seed, "prompt order", prompt[0]))
     if len(prompts) < settings.num_records:
-        say(f"{len(prompts):,} prompts for {settings.num_records:,} texts: prompts are used again, with other draws")
+        say(
+            f"{len(prompts):,} prompts for {settings.num_records:,} texts: prompts are used again, with other random numbers"
+        )
     tasks = []
     for number in range(settings.num_records):
         again, place = divmod(number, len(prompts))
         id, tokens = prompts[place]
-        # A prompt that is used again goes on to the next temperature: greedy, it would give the same text.
+        # A prompt that is used again takes the next temperature: greedy decoding would repeat the text.
         temperature = settings.temperatures[(place + again) % len(settings.temperatures)]
         sampling = Sampling(temperature, top_p=1.0 if temperature == 0 else settings.top_p)
         tasks.append(Task(names.own(id) if again else id, tokens, sampling))
@@ -149,19 +151,19 @@ def _tasks(
 
 
 def _store(folder: Path, number: int, shard: Sequence[Task], outcomes: Sequence[Outcome], target: Target) -> None:
-    """Write a shard; before it what there is to tell of its texts, and those that were set aside with their reasons."""
-    told = list(zip(shard, outcomes, strict=True))
-    accounts = [{"id": task.id} | _account(outcome) for task, outcome in told if outcome.account]
+    """Write a shard; before it the accounts of its texts, and the quarantined texts with their reasons."""
+    pairs = list(zip(shard, outcomes, strict=True))
+    accounts = [{"id": task.id} | _account(outcome) for task, outcome in pairs if outcome.account]
     refused = [
         {"where": task.id, "reason": outcome.reason, "item": {"tokens": list(task.prompt)}}
-        for task, outcome in told
+        for task, outcome in pairs
         if outcome.tokens is None
     ]
     for name, entries in ((_accounts(folder, number), accounts), (folder / f"quarantine-{number:05d}.jsonl", refused)):
         name.unlink(missing_ok=True)
         if entries:
             write_text(name, "".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in entries))
-    lines = [_line(task, outcome.tokens, target) for task, outcome in told if outcome.tokens is not None]
+    lines = [_line(task, outcome.tokens, target) for task, outcome in pairs if outcome.tokens is not None]
     write_text(_shard(folder, number), "".join(lines))
 
 
@@ -191,8 +193,8 @@ def _manifest(
         lines = path.read_text(encoding="utf-8").splitlines()
         entries.append({"file": path.name, "records": len(lines), "sha256": sha256_of(path)})
         if _accounts(folder, number).exists():
-            told = _accounts(folder, number).read_text(encoding="utf-8").splitlines()
-            accounts += [json.loads(line) for line in told]
+            lines = _accounts(folder, number).read_text(encoding="utf-8").splitlines()
+            accounts += [json.loads(line) for line in lines]
     whole = about | {"shards": entries}
     if reproducible:
         whole["reproducible"] = reproducible
@@ -201,8 +203,8 @@ def _manifest(
         say(f"generated: {_in_words(whole['accounts'])}")
         if inferred := whole["accounts"]["ids"].get("text"):
             say(
-                f"{inferred:,} texts came without token ids: their tokens spell the text and are as many as were written, yet "
-                "some may be divided otherwise (data.generate.backend.logprobs asks for their spelling)"
+                f"{inferred:,} texts came without token ids: their tokens decode to the text and their number is right, but some "
+                "texts may be split differently (data.generate.backend.logprobs asks for each token's text)"
             )
     return whole
 
@@ -223,8 +225,8 @@ def _counts(words: Iterable[str]) -> dict[str, int]:
 
 
 def _in_words(total: dict[str, Any]) -> str:
-    aside = ", ".join(f"{kind} {count:,}" for kind, count in total["set_aside"].items())
+    quarantined = ", ".join(f"{kind} {count:,}" for kind, count in total["set_aside"].items())
     return (
         f"{total['texts']:,} texts, {total['tokens']:,} tokens, {total['retries']:,} requests repeated; "
-        f"set aside: {aside or 'none'}"
+        f"quarantined: {quarantined or 'none'}"
     )

@@ -1,4 +1,4 @@
-"""Names of records. A record's name is its stream of random numbers, so no two have the same, and none says where a file lies."""
+"""Names of records. A name selects the record's random stream, so all names differ, and none depends on where a file lies."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from drafttrain.data_gen.bad_item import BadItem
 
 
 class Names:
-    """Gives every record a name of its own, in the order of the data: one that is taken gets #1, #2, ..."""
+    """Gives every record a unique name, in the order of the data: repeated names get #1, #2, ..."""
 
     def __init__(self) -> None:
         self.num_shared = 0
-        """Records whose own name an earlier one had."""
+        """Records whose name was used before."""
         self._taken: set[str] = set()
         self._next: dict[str, int] = {}
 
     def own(self, name: str) -> str:
-        """Return this name, or where it is taken the next one of it that is free."""
+        """Return this name, or if it is taken, the next free one of its form."""
         own, number = name, self._next.get(name, 0)
         while own in self._taken:
             number += 1
@@ -31,13 +31,13 @@ class Names:
 
 
 def problem_of(name: str) -> str:
-    """Return the name without the number of its use, the id that a problem with tests or marks has in its file."""
+    """Return the name without its number: the id by which files of tests or marks list the problem."""
     whole, mark, number = name.rpartition("#")
     return whole if mark and number.isdecimal() else name
 
 
 def content_name(value: Any) -> str:
-    """Return the name of an item that brings none: a digest of what it holds.
+    """Return the name of an item without an id: a digest of its content.
 
     Raises:
         BadItem: It is nested too deeply.
@@ -50,8 +50,8 @@ def content_name(value: Any) -> str:
 
 
 def shared_names(num_shared: int) -> str:
-    """Return what there is to say of records that share a name."""
+    """Return the note about records that share a name."""
     return (
-        f"records with the id of an earlier one, or with its content and no id: {num_shared:,}; each has random numbers of "
-        "its own"
+        f"records that repeat the id of an earlier one, or its content without an id: {num_shared:,}; each has its own "
+        "random numbers"
     )

@@ -1,7 +1,7 @@
-"""Asks a server that speaks the OpenAI protocol for completions, and for its pages; the only module of this room that speaks HTTP.
+"""Client of a server with the OpenAI protocol: completions, models, and pages such as /metrics. No other module here uses HTTP.
 
-A request is repeated as long as it may be the server's moment. When that does not help, a control request of one token tells
-whether it is the server that is gone, which ends the run, or this one request, which is then set aside.
+A request is repeated while the failure may be temporary. If it keeps failing, a control request of one token shows whether the
+server is gone, which stops the run, or only this request fails, which is then quarantined.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ import aiohttp
 from drafttrain.core.errors import DataError
 
 AGAIN = {408, 429, *range(500, 600)}
-"""Statuses that may be another one the next time."""
+"""Statuses of failures that may be temporary."""
 OF_THE_REQUEST = {400, 413, 422}
-"""Statuses of a request that this server will never answer; every other one is wrong for all requests."""
+"""Statuses of a request that this server will never answer; any other status concerns all requests."""
 ERROR_FINISHES = ("error", "abort")
-"""How an answer ends that the server itself broke off."""
+"""Finish reasons of an answer that the server aborted."""
 LONGEST_BACKOFF_SECONDS = 60.0
 CONNECT_SECONDS = 10.0
 SHOWN = 200
-"""Characters of a server's own words that are repeated."""
+"""Characters of a server's message that are repeated."""
 
 
 class ServerGone(DataError):
-    """The server answers nothing, or refuses everything."""
+    """The server does not answer, or refuses all requests."""
 
 
 class NotAnswered(Exception):
-    """One request that gets no answer, while others do: a kind, a sentence, and how often it was repeated."""
+    """One request gets no answer while others do: a kind, a sentence, and the number of retries."""
 
     def __init__(self, kind: str, sentence: str, retries: int) -> None:
         super().__init__(f"{kind}: {sentence}")
@@ -45,7 +45,7 @@ class NotAnswered(Exception):
 
 
 class _Again(Exception):
-    """A try that failed and may not fail again."""
+    """A try failed, maybe temporarily."""
 
     def __init__(self, kind: str, sentence: str, wait_seconds: float | None = None) -> None:
         super().__init__(sentence)
@@ -55,21 +55,21 @@ class _Again(Exception):
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to try."""
+    """How often and how long to try."""
 
     retries: int
     backoff_seconds: float
-    """Before the first repetition; each further one waits twice as long."""
+    """Wait before the first repetition; it doubles each time."""
     longest_wait_seconds: float
-    """A server that asks for a longer wait ends the run."""
+    """A server that asks for a longer wait stops the run."""
     timeout_seconds: float
 
 
 class Completions:
-    """One server, for as long as the block.
+    """A connection to one server, open for the block.
 
     Args:
-        key: Sent as a bearer token; it is in no message and in no file.
+        key: Sent as a bearer token; never part of a message or a file.
     """
 
     def __init__(self, base_url: str, key: str | None, patience: Patience) -> None:
@@ -95,23 +95,23 @@ class Completions:
         await self._session.close()
 
     async def check_model(self, model: str) -> None:
-        """Refuse a model that the server says it has not; a server that does not list its models is believed.
+        """Refuse a model that is not in the server's list; do nothing if the server lists no models.
 
         Raises:
-            ServerGone: Naming the models that it has.
+            ServerGone: Lists the available models.
         """
         try:
             names = [str(card.get("id")) for card in await self.models()]
         except ServerGone:
-            return  # What is wrong, the first text finds out.
+            return  # The first text will show what is wrong.
         if names and model not in names:
             raise ServerGone(f"{self.base_url}: serves no model {model!r}. Available: {', '.join(names[:20])}")
 
     async def models(self) -> list[dict[str, Any]]:
-        """Return the cards of the models that the server lists.
+        """Return the entries of the server's list of models.
 
         Raises:
-            ServerGone: It does not answer, or not with a list.
+            ServerGone: It does not answer with a list.
         """
         url = f"{self.base_url}/models"
         try:
@@ -121,7 +121,7 @@ class Completions:
         return [card for card in listed if isinstance(card, dict)] if isinstance(listed, list) else []
 
     async def page(self, path: str) -> str:
-        """Return a page of the server beside its protocol, such as /metrics.
+        """Return a page of the server outside the protocol, such as /metrics.
 
         Raises:
             ServerGone: It does not answer, or has no such page.
@@ -133,11 +133,11 @@ class Completions:
             raise ServerGone(f"{url}: no answer ({reason})") from reason
 
     async def complete(self, request: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
-        """Return the answer to a request, and how often it had to be repeated.
+        """Return the answer to a request, and how often the request was repeated.
 
         Raises:
-            NotAnswered: This request gets none.
-            ServerGone: None does.
+            NotAnswered: This request gets no answer.
+            ServerGone: No request does.
         """
         try:
             return await self._with_patience(request, retries=self._patience.retries)
@@ -151,11 +151,11 @@ class Completions:
         try:
             await self._with_patience(control, retries=min(1, self._patience.retries))
         except NotAnswered:
-            return  # It is there, and says no.
+            return  # The server is there and refuses this request.
         except _Again as error:
             raise ServerGone(
                 f"{self.base_url}: no answer after {self._patience.retries + 1} tries ({reason.kind}: {reason}), nor to a "
-                f"request of one token ({error.kind}: {error}). What was answered is kept: the same command continues"
+                f"request of one token ({error.kind}: {error}). Received answers are kept: the same command continues"
             ) from error
 
     async def _with_patience(self, request: Mapping[str, Any], *, retries: int) -> tuple[dict[str, Any], int]:
@@ -169,19 +169,19 @@ class Completions:
                 if wanted is not None and wanted > self._patience.longest_wait_seconds:
                     raise ServerGone(
                         f"{self.base_url}: asks to wait for {wanted:.0f} seconds, longer than longest_wait_seconds. "
-                        "What was answered is kept: the same command continues"
+                        "Received answers are kept: the same command continues"
                     ) from reason
                 if number == retries:
                     raise
                 backoff = min(self._patience.backoff_seconds * 2.0**number, LONGEST_BACKOFF_SECONDS)
-                # Spread out: requests that failed together must not come back together.
+                # Randomized: requests that failed together must not return together.
                 await asyncio.sleep(max(wanted or 0.0, backoff * random.uniform(0.5, 1.0)))
         raise AssertionError("the last try returns or raises")
 
     async def _body(self, method: str, url: str, request: Mapping[str, Any] | None) -> bytes:
-        assert self._session is not None, "asked within the block"
+        assert self._session is not None, "called within the block"
         try:
-            # A redirected POST becomes a GET, and a key must not follow to another host.
+            # A redirected POST becomes a GET, and the key must not go to another host.
             async with self._session.request(method, url, json=request, allow_redirects=False) as response:
                 body = await response.read()
                 status, headers = response.status, response.headers
@@ -196,11 +196,11 @@ class Completions:
             raise NotAnswered(f"http_{status}", self._shown(body.decode("utf-8", "replace")), 0)
         if status != 200:
             words = self._shown(body.decode("utf-8", "replace"))
-            raise ServerGone(f"{url}: answers {status} (wrong address, model or key?): {words}")
+            raise ServerGone(f"{url}: status {status} (wrong address, model or key?): {words}")
         return body
 
     def _shown(self, words: str) -> str:
-        """Return the start of a server's words; some repeat the key that they refuse."""
+        """Return the start of a server's message without the key, which some servers repeat."""
         if self._key:
             words = words.replace(self._key, "(key)")
         return " ".join(words.split())[:SHOWN]
@@ -210,24 +210,24 @@ def _mapping(body: bytes) -> dict[str, Any]:
     try:
         answer = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise _Again("not_json", f"an answer of {len(body)} bytes that is cut off, or no JSON") from error
+        raise _Again("not_json", f"an answer of {len(body)} bytes that is cut off, or not JSON") from error
     if not isinstance(answer, dict):
-        raise _Again("not_json", f"a JSON object is needed, got {type(answer).__name__}")
+        raise _Again("not_json", f"must be a JSON object, got {type(answer).__name__}")
     return answer
 
 
 def _check_whole(answer: Mapping[str, Any]) -> None:
-    """Refuse an answer of status 200 that tells of an error."""
+    """Refuse an answer of status 200 that holds an error."""
     if answer.get("error"):
-        raise _Again("failed", "an error in place of an answer")
+        raise _Again("failed", "an error instead of an answer")
     choices = answer.get("choices")
     for choice in choices if isinstance(choices, list) else []:
         if isinstance(choice, Mapping) and choice.get("finish_reason") in ERROR_FINISHES:
-            raise _Again(f"finish_{choice['finish_reason']}", "the server broke the text off")
+            raise _Again(f"finish_{choice['finish_reason']}", "the server aborted the text")
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Return the seconds that a server asks to wait, which it writes as a number or as a date."""
+    """Return the seconds that a server asks to wait, given as a number or as a date."""
     if value is None:
         return None
     try:

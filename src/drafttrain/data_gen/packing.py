@@ -1,4 +1,4 @@
-"""Records laid side by side in rows: less padding, the same loss.
+"""Packs records side by side into rows: less padding, the same loss.
 
 B = sequences, T = positions
 """
@@ -15,7 +15,7 @@ from drafttrain.core.texts import Record
 
 
 def plan(lengths: Sequence[int], *, width: int) -> list[list[int]]:
-    """Return rows of record numbers, each at most `width` tokens: longest first, into the first row with room."""
+    """Return rows of record numbers, each at most `width` tokens: longest record first, into the first row with room."""
     rows: list[list[int]] = []
     room: list[int] = []
     for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -42,7 +42,7 @@ def pack(
 
     Args:
         width: Tokens a row.
-        multiple: Rows are padded to a multiple of so many slots, or to `width`, so that few shapes occur.
+        multiple: Rows are padded to a multiple of this length, or to `width`, so that few shapes occur.
         first_document: Number of the first record within the optimizer step.
     """
     rows = plan([len(record.tokens) for record in records], width=width)
@@ -80,7 +80,7 @@ def pack(
 
 
 def as_padding(batch: DraftBatch) -> DraftBatch:
-    """Return a batch of the same shape of which nothing is trained or counted."""
+    """Return a batch of the same shape in which no position is trained or counted."""
     nowhere_BT = torch.full_like(batch.documents_BT, -1)
     untrained_BT = torch.zeros_like(batch.loss_mask_BT)
     return replace(batch, documents_BT=nowhere_BT, loss_mask_BT=untrained_BT, record_ids=())

@@ -1,4 +1,4 @@
-"""The ids of text, and of text that continues another: some tokenizers (Llama) put a space before what begins a text."""
+"""The ids of text, and of text that continues another: some tokenizers (Llama) put a space before the start of a text."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from drafttrain.data_gen.bad_item import foreign
 
 FRONTS = ("\n", ".", "a")
-"""What a continuation is read behind, to see its ids without that space; one that no token of the text joins with."""
+"""Texts before which a continuation is encoded, to get its ids without that space; the first that no token joins with is used."""
 
 
 def plain_ids(tokenizer: Any, text: str) -> list[int]:
-    """Return the ids of text, with nothing that the tokenizer adds.
+    """Return the ids of text, without special tokens.
 
     Raises:
         BadItem: The tokenizer fails.
@@ -27,7 +27,7 @@ def begins(tokens: Sequence[int], start: Sequence[int]) -> bool:
 
 
 def continuation_ids(tokenizer: Any, text: str) -> list[int]:
-    """Return the ids of text that continues another, with nothing that the tokenizer adds.
+    """Return the ids of text that continues another, without special tokens.
 
     Raises:
         BadItem: The tokenizer fails.
@@ -37,7 +37,7 @@ def continuation_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def front_of(tokenizer: Any, text: str) -> str:
-    """Return what to put in front of a continuation before it is encoded; nothing where the tokenizer adds no space.
+    """Return the text to put before a continuation when it is encoded; empty if the tokenizer adds no space.
 
     Raises:
         BadItem: The tokenizer fails.
@@ -48,6 +48,6 @@ def front_of(tokenizer: Any, text: str) -> str:
 
 
 def _behind(tokenizer: Any, front: str, text: str) -> list[int] | None:
-    """Return the ids of text behind another; None: a token holds parts of both."""
+    """Return the ids of text after another; None: one token holds parts of both."""
     before, whole = plain_ids(tokenizer, front), plain_ids(tokenizer, front + text)
     return whole[len(before) :] if begins(whole, before) else None

@@ -1,4 +1,4 @@
-"""Items read one by one: those that give nothing are quarantined with their reasons; too many of them stop the run."""
+"""Reads items one by one: items that give nothing are quarantined with their reasons; too many of them stop the run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from drafttrain.data_gen.sources import Item, Source
 T = TypeVar("T")
 
 SHOWN = 3
-"""Quarantined items whose reasons are printed; all are in the file."""
+"""How many reasons are printed; all are in the file."""
 KINDS_SHOWN = 6
 
 
@@ -34,15 +34,15 @@ def read_items(
     max_items: int | None = None,
     max_lost_share: float = 1.0,
 ) -> Iterator[T]:
-    """Yield what `read` makes of the items of a source; write into `file` those of which it makes nothing.
+    """Yield what `read` returns for the items of a source; write the items that it refuses into `file`.
 
     Raises:
-        DataError: Nothing is left, or more than `max_lost_share` of the items is lost.
+        DataError: Nothing is left, or more than `max_lost_share` of the items are quarantined.
     """
     found, lost = 0, Lost()
     with (
         progress(f"reading {name}", total=None, unit="items") as bar,
-        # Whole or absent: every process of a run may read the same source.
+        # The file is complete or absent: several processes of a run may read the same source.
         written_beside(file) as temporary,
         temporary.open("w", encoding="utf-8") as quarantine,
     ):
@@ -50,7 +50,7 @@ def read_items(
             try:
                 if item.problem:
                     raise BadItem(item.problem)
-                # What a private item holds must not be repeated by the reason against it.
+                # A reason must not repeat the content of a private item.
                 with guard() if item.private else nullcontext():
                     values = read(item)
             except BadItem as reason:
@@ -63,7 +63,7 @@ def read_items(
             yield from values
             bar.advance(1)
         if bar.done and not found:
-            raise DataError(lost.told(f"{name}: nothing is left of {bar.done:,} items"))
+            raise DataError(lost.message(f"{name}: nothing is left of {bar.done:,} items"))
         lost.check(bar.done, name=name, max_share=max_lost_share)
     if lost.count:
         say(f"{name}: {lost.count:,} of {bar.done:,} items quarantined with their reasons in {file.name}")
@@ -92,17 +92,17 @@ class Lost:
         self._first.setdefault(kind, f"{where}: {reason}")
 
     def check(self, items: int, *, name: str, max_share: float) -> None:
-        """Stop where more of the items are quarantined than the settings allow.
+        """Stop if more items are quarantined than the settings allow.
 
         Raises:
             DataError: With the reasons counted.
         """
         if self.count > max_share * items:
             what = f"{self.count:,} of {items:,} items are quarantined ({self.count / items:.1%})"
-            raise DataError(self.told(f"{name}: {what}; max_lost_share of the source allows {max_share:.1%}"))
+            raise DataError(self.message(f"{name}: {what}; max_lost_share of the source allows {max_share:.1%}"))
 
-    def told(self, what: str) -> str:
-        """Return a message with the reasons counted, each with the first item that it stopped."""
+    def message(self, what: str) -> str:
+        """Return a message with the count of each kind of reason and its first item."""
         lines = [f"{count:,} x {self._first[kind]}" for kind, count in self.kinds.most_common(KINDS_SHOWN)]
         if len(self.kinds) > KINDS_SHOWN:
             lines.append(f"and {len(self.kinds) - KINDS_SHOWN} more kinds of reasons")
@@ -116,17 +116,17 @@ def _entry(item: Item, reason: str) -> str:
     try:
         return json.dumps(entry | {"item": item.value}, default=str)
     except (RecursionError, ValueError, TypeError):
-        # Nested too deep to be written again: the place and the reason are enough to find it.
+        # Nested too deeply for JSON: the place and the reason are enough to find it.
         return json.dumps(entry)
 
 
 def kind_of(reason: str) -> str:
-    """Return the kind of a reason: its words up to the first colon, without the numbers of turns."""
+    """Return the kind of a reason: its text up to the first colon, without the numbers of turns."""
     return re.sub(r"\.\d+", "", reason.partition(":")[0])[:80]
 
 
 def lost_of(file: Path) -> Lost:
-    """Return what a file of quarantined items holds."""
+    """Return the counts of a file of quarantined items."""
     lost = Lost()
     with file.open(encoding="utf-8") as entries:
         for entry in map(json.loads, entries):

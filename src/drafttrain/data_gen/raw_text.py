@@ -1,4 +1,4 @@
-"""Text that the target reads as it is: the special tokens that a tokenizer puts around it are added only where missing."""
+"""Text that the target reads without a template: the tokenizer's special tokens are added only where they are missing."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from drafttrain.data_gen.plain_ids import begins, plain_ids
 
 @dataclass(frozen=True)
 class RawText:
-    """Reads text by one tokenizer; a text may be a chat that was rendered before."""
+    """Encodes text; a text may be a chat that was rendered before."""
 
     tokenizer: Any
     template: ChatTemplate
 
     def begun(self, text: str) -> list[int]:
-        """Return the ids of text, with what the tokenizer puts in front where the text has none of it."""
+        """Return the ids of text, with the tokenizer's start tokens unless the text has them."""
         tokens = plain_ids(self.tokenizer, text)
         front, _ = self._around
         if begins(tokens, front) or self._is_rendered(tokens):
@@ -27,22 +27,22 @@ class RawText:
         return [*front, *tokens]
 
     def ended(self, tokens: Sequence[int]) -> list[int]:
-        """Return ids with the end of text behind them, where they have no end yet."""
+        """Return ids with the end of text appended, unless they have one."""
         return list(tokens) if self.end_of(tokens) else [*tokens, *self._end]
 
     def end_of(self, tokens: Sequence[int]) -> int:
-        """Return how many tokens there are up to their end of text, behind which only white space may be; 0: they have none."""
+        """Return the number of tokens up to the end of text, after which only white space may follow; 0: there is no end."""
         place = written(self.tokenizer, tokens)
         ends = {*self._end, self.template.end} - {None}
         return place if place and tokens[place - 1] in ends else 0
 
     def _is_rendered(self, tokens: Sequence[int]) -> bool:
-        """Return whether text begins as the chat template begins one, which then says what stands in front."""
+        """Return whether text begins with the chat template's first token: a rendered chat has its start tokens already."""
         first = self.template.around[0][:1]
         return bool(first) and first[0] in special_ids(self.tokenizer) and list(tokens[:1]) == first
 
     def has_special(self, text: str) -> bool:
-        """Return whether text spells a special token, as a chat does that was rendered before."""
+        """Return whether text holds a special token, as a rendered chat does."""
         return not special_ids(self.tokenizer).isdisjoint(plain_ids(self.tokenizer, text))
 
     @property
@@ -52,7 +52,7 @@ class RawText:
 
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
-        """What the tokenizer puts before and after every text."""
+        """Ids that the tokenizer puts before and after every text."""
         bare, whole = plain_ids(self.tokenizer, "a"), list(self.tokenizer("a").input_ids)
         for start in range(len(whole) - len(bare) + 1):
             if whole[start : start + len(bare)] == bare:

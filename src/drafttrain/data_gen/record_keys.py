@@ -1,6 +1,6 @@
 """The keys of a record: which form it has, which keys belong to that form, and which the target never reads.
 
-A key that is none of these changes what the target reads in a way that nobody here knows: the record is quarantined.
+Any other key may change what the target reads in an unknown way: the record is quarantined.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from drafttrain.data_gen.bad_item import BadItem
 
 FOR_TEMPLATE = ("system", "system_prompt", "tools", "functions", "documents", "chat_template_kwargs")
-"""Keys beside the turns that the chat template is given."""
+"""Keys beside the turns that the chat template reads."""
 MASKS = ("loss_mask", "assistant_masks", "completion_mask")
 ANSWERS = {
     "instruction": ("output", "response"),
@@ -20,7 +20,7 @@ ANSWERS = {
     "query": ("response", "answer"),
     "prompt": ("completion", "response"),
 }
-"""By form: the keys under one of which its answer stands."""
+"""By form: the keys that may hold its answer."""
 FORMS: dict[str, tuple[str, ...]] = {
     "messages": FOR_TEMPLATE,
     "conversations": FOR_TEMPLATE,
@@ -33,9 +33,9 @@ FORMS: dict[str, tuple[str, ...]] = {
     "tokens": MASKS,
     "input_ids": ("labels", "attention_mask", *MASKS),
 }
-"""By the key that a form is known by: the other keys that it has."""
+"""By the key that identifies a form: the other keys that it may have."""
 KEYS = sorted({*FORMS, *(key for keys in FORMS.values() for key in keys), "id", "domain"})
-"""Keys of records that are read."""
+"""All keys of records that are read."""
 METADATA = frozenset(
     """
     answer answers answer_id author canonical_solution category categories conversation_id conv_id count created created_at
@@ -46,7 +46,7 @@ METADATA = frozenset(
     time timestamp title token_count token_type_ids top_k top_p topic toxic turn type uid url usage user user_id uuid version
     """.split()  # noqa: SIM905
 )
-"""Keys that describe a record and that no target reads."""
+"""Keys that describe a record; no target reads them."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Reading:
     ignore_keys: Sequence[str] = ()
 
     def without_ignored(self, value: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a mapping without keys that are ignored or null."""
+        """Return a mapping without ignored keys and nulls."""
         return {key: part for key, part in value.items() if part is not None and key not in self.ignore_keys}
 
 
@@ -66,7 +66,7 @@ def form_of(value: Mapping[str, Any], reading: Reading) -> tuple[str, dict[str, 
     """Return the form of a record, and its keys with a value.
 
     Raises:
-        BadItem: It has no known form or two of them, or a key that is not understood.
+        BadItem: It has no known form, or two, or an unknown key.
     """
     renamed = {key: part for key, part in value.items() if key not in reading.rename.values()}
     renamed |= {new: value[old] for new, old in reading.rename.items() if old in value}
@@ -76,10 +76,10 @@ def form_of(value: Mapping[str, Any], reading: Reading) -> tuple[str, dict[str, 
         forms.remove("prompt")
         del found["prompt"]
     if not forms:
-        raise BadItem(f"no known form: none of {', '.join(FORMS)} is here; keys: {_listed(found)}")
+        raise BadItem(f"no known form: has none of {', '.join(FORMS)}; its keys: {_listed(found)}")
     if len(forms) > 1:
         raise BadItem(
-            f"{' and '.join(forms)}: more than one text in one record; name what is not to be read in ignore_keys of the source"
+            f"{' and '.join(forms)}: more than one text in one record; name those not to be read in ignore_keys of the source"
         )
     form = forms[0]
     for key, part in found.items():
@@ -95,11 +95,9 @@ def is_metadata(key: str) -> bool:
 
 
 def unknown(key: str, where: str = "") -> str:
-    """Return what is wrong with a key that is not understood."""
+    """Return the message about an unknown key."""
     place = f" of {where}" if where else ""
-    return (
-        f"unknown key {key!r}{place}: it may change what the target reads; name it in ignore_keys of the source if not"
-    )
+    return f"unknown key {key!r}{place}: it may change what the target reads; if it does not, name it in ignore_keys of the source"
 
 
 def _repeats(prompt: Any, messages: Any) -> bool:

@@ -4,7 +4,7 @@ Position n of the stream of records is a pure function of (seed, n). The records
 process: the longest first, from the first process to the last, and in the next round back, so that all processes read about as many
 tokens. A micro-batch is some successive rounds, so that records that are read at the same time have about the same length.
 
-P = records of a window, S = sources, L = lengths that a window may have
+P = records of a window, S = sources, L = possible lengths of a window
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ LONGEST_WINDOW = 2**15
 class Sampler:
     """Mixes sources in exact shares and shuffles each, epoch by epoch.
 
-    The stream is divided into windows: of the length after which the weights repeat, or where that is longer than
-    `LONGEST_WINDOW`, of the length that they divide most evenly. The records that a window has read so far of a source are never
-    a whole record from its share of them. What a window cannot divide is carried to later ones, so a source of any weight is
-    read in the long run.
+    The stream is divided into windows: of the length after which the weights repeat, or, if that is longer than
+    `LONGEST_WINDOW`, of the length that they divide most evenly. At every place of a window, the number of records read from a
+    source is less than one record away from its share. Remainders are carried to later windows, so that a source of any weight
+    is read in the long run.
 
     Args:
         sizes: Records of each source.
-        weights: Relative shares as they are written: 0.1 is a tenth.
+        weights: Relative shares, read as decimals: 0.1 is a tenth.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], *, seed: int) -> None:
@@ -54,7 +54,7 @@ class Sampler:
         return source, int(self._order(source, epoch)[index])
 
     def _arranged(self, number: int) -> tuple[list[int], Array, Array]:
-        """Return the records of each source before a window, and the window's own order."""
+        """Return the number of records of each source before a window, and the window's order."""
         before_S, after_S = (_apportioned(n * self._length, self._weights_S) for n in (number, number + 1))
         return before_S, *_interleaved(tuple(b - a for a, b in zip(before_S, after_S, strict=True)))
 
@@ -64,18 +64,18 @@ class Sampler:
 
 
 def num_micro_batches(batch_size: int, *, records_per_device: int | None, world_size: int) -> int:
-    """Return how many micro-batches an optimizer step has, the same on every process: as few as hold its records."""
+    """Return the number of micro-batches of an optimizer step, equal on all processes: the fewest that hold its records."""
     return 1 if records_per_device is None else -(-batch_size // (world_size * records_per_device))
 
 
 def own_shares(
     lengths: Sequence[int], *, records_per_device: int | None, rank: int = 0, world_size: int = 1
 ) -> list[list[int]]:
-    """Return the records that one process reads in each micro-batch of a step, by their numbers; some may have none.
+    """Return the numbers of the records that one process reads in each micro-batch of a step; some may have none.
 
     Args:
         lengths: Tokens of each record of the step.
-        records_per_device: The most records of one micro-batch on one process; None: all that it reads are one micro-batch.
+        records_per_device: The most records of one micro-batch on one process; None: all its records form one micro-batch.
     """
     rounds = -(-len(lengths) // world_size)
     count = num_micro_batches(len(lengths), records_per_device=records_per_device, world_size=world_size)
@@ -84,13 +84,13 @@ def own_shares(
     for number in range(rounds):
         place = rank if number % 2 == 0 else world_size - 1 - rank
         dealt = longest_first[number * world_size : (number + 1) * world_size]
-        # Rounds are spread evenly over the micro-batches; the order inside of one is that of the step.
+        # Rounds are spread evenly over the micro-batches; within one, records keep the order of the step.
         shares[number * count // rounds] += dealt[place : place + 1]
     return [sorted(share) for share in shares]
 
 
 def _whole(weights: Sequence[float]) -> list[int]:
-    """Return the smallest whole numbers of the same ratio."""
+    """Return the smallest integers of the same ratio."""
     exact = [Fraction(str(weight)) for weight in weights]
     scale = lcm(*(weight.denominator for weight in exact))
     whole = [int(weight * scale) for weight in exact]
@@ -98,7 +98,7 @@ def _whole(weights: Sequence[float]) -> list[int]:
 
 
 def _window_length(weights_S: Sequence[int]) -> int:
-    """Return the length of windows in which the shares of all sources are whole numbers, or as near to that as can be."""
+    """Return the window length at which the shares of all sources are integers, or nearest to integers."""
     total = sum(weights_S)
     if total <= LONGEST_WINDOW:
         return total
@@ -108,9 +108,9 @@ def _window_length(weights_S: Sequence[int]) -> int:
 
 
 def _apportioned(total: int, weights_S: Sequence[int]) -> list[int]:
-    """Divide a total by weights into whole numbers, none of which is smaller for a larger total.
+    """Divide a total by weights into integers, none of which shrinks when the total grows.
 
-    Each source takes its rounded share of what those before it left, the heaviest first: so errors stay small.
+    Each source takes its rounded share of what the sources before it left, the heaviest first, which keeps errors small.
     """
     shares_S = [0] * len(weights_S)
     left, rest = total, sum(weights_S)
@@ -123,11 +123,11 @@ def _apportioned(total: int, weights_S: Sequence[int]) -> list[int]:
 
 @lru_cache(maxsize=16)
 def _interleaved(counts_S: tuple[int, ...]) -> tuple[Array, Array]:
-    """Return the source of every place of a window, and which one of its source's records there, from 0.
+    """Return, for every place of a window, the source and the number of its record there, from 0.
 
-    A record may be read once its source is `slack` behind its share, and must be before it is more than 1 - slack behind; of
-    those that may be read, the one that must be read first is next. So no source is ever more than 1 - slack from its share,
-    which is the best that can be had.
+    A record may be read once its source is `slack` behind its share, and must be read before it is more than 1 - slack behind.
+    Among the records that may be read, the one with the earliest deadline is next. No source is ever more than 1 - slack away
+    from its share, which is optimal.
 
     Source: Tijdeman 1980, The chairman assignment problem, Discrete Mathematics 32.
     """
@@ -138,7 +138,7 @@ def _interleaved(counts_S: tuple[int, ...]) -> tuple[Array, Array]:
     source_P, nth_P = np.zeros(length, dtype=np.int64), np.zeros(length, dtype=np.int64)
 
     def window(source: int) -> tuple[int, int, int]:
-        """Return the last place of the next record, the source, and its first place, from 1."""
+        """Return the last allowed place of the next record, its source, and its first allowed place, from 1."""
         nth, count = read_S[source], counts_S[source]
         first = -((nth + slack) * length // -count)
         return int((nth + 1 - slack) * length // count) + 1, source, int(first)

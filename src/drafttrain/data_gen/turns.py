@@ -1,4 +1,4 @@
-"""From the turns of a chat as people write them to the turns that a chat template is given."""
+"""From the turns of a chat, in the forms of data sets, to the turns that a chat template reads."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CALLS = ("function_call", "tool_call")
 """Words for a turn whose content is a call, as JSON."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 PASSED = ("name", "tool_call_id", *REASONING)
-"""Keys of a turn that the template is given as they are; calls are too, in one form."""
+"""Keys of a turn that are passed to the template unchanged; calls are passed in one form."""
 FLAGS = ("weight", "loss", "train")
 """Keys of a turn that say whether it is trained."""
 KNOWN = {"role", "from", "content", "value", "tool_calls", "function_call", *PASSED, *FLAGS}
@@ -41,13 +41,13 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def read_turns(turns: Any, key: str, reading: Reading) -> list[tuple[dict[str, Any], bool]]:
-    """Return each turn as a template is given it, and whether it is trained where it is an answer.
+    """Return each turn as input of a template, and whether it is a trained answer.
 
     Raises:
         BadItem: A turn has an unknown role or key, or no text.
     """
     if not isinstance(turns, list) or not turns:
-        raise BadItem(f"{key}: a list of turns is needed")
+        raise BadItem(f"{key}: must be a list of turns")
     return [_turn(turn, f"{key}.{number}", reading) for number, turn in enumerate(turns)]
 
 
@@ -57,13 +57,13 @@ def user(content: Any, key: str) -> tuple[dict[str, Any], bool]:
 
 
 def assistant(content: Any, key: str) -> tuple[dict[str, Any], bool]:
-    """Return an answer that is trained."""
+    """Return a trained answer."""
     return {"role": "assistant", "content": text_of(content, key)}, True
 
 
 def _turn(turn: Any, key: str, reading: Reading) -> tuple[dict[str, Any], bool]:
     if not isinstance(turn, Mapping):
-        raise BadItem(f"{key}: a mapping with role and content is needed")
+        raise BadItem(f"{key}: must be a mapping with role and content")
     given = reading.without_ignored(turn)
     for name, part in given.items():
         if name not in KNOWN and not is_metadata(name) and part not in ("", [], {}):
@@ -75,10 +75,10 @@ def _turn(turn: Any, key: str, reading: Reading) -> tuple[dict[str, Any], bool]:
     if is_call:
         calls, content = [*calls, *_spelled_calls(content, f"{key}.content")], None
     if calls and role != "assistant":
-        raise BadItem(f"{key}.tool_calls: the role {word!r} calls no tool")
+        raise BadItem(f"{key}.tool_calls: the role {word!r} cannot call tools")
     found: dict[str, Any] = {"role": role}
     found |= {name: text_of(given[name], f"{key}.{name}") for name in PASSED if given.get(name) not in (None, "")}
-    # An answer may hold a call or thoughts alone; a tool may return nothing, and a system prompt may be empty.
+    # An answer may hold only a call or thoughts; a tool result and a system prompt may be empty.
     may_be_empty = bool(calls) or any(name in found for name in REASONING) or role in ("system", "tool")
     found["content"] = "" if may_be_empty and content in (None, "", []) else content_of(content, f"{key}.content")
     if calls:
@@ -87,7 +87,7 @@ def _turn(turn: Any, key: str, reading: Reading) -> tuple[dict[str, Any], bool]:
 
 
 def role_of(word: Any, reading: Reading, key: str) -> tuple[str, bool]:
-    """Return the role that templates know a word by, and whether its turn is a call.
+    """Return the templates' role for a word, and whether its turn is a call.
 
     Raises:
         BadItem: The word is unknown.
@@ -99,7 +99,7 @@ def role_of(word: Any, reading: Reading, key: str) -> tuple[str, bool]:
         if known is not None:
             return known, meant in CALLS
     raise BadItem(
-        f"{key}: unknown role {word!r}. Known: {', '.join([*ROLES, *reading.roles])}; roles of the source adds others"
+        f"{key}: unknown role {word!r}. Known: {', '.join([*ROLES, *reading.roles])}; add others in roles of the source"
     )
 
 
@@ -107,11 +107,11 @@ def text_of(value: Any, key: str) -> str:
     """Return text that is not empty.
 
     Raises:
-        BadItem: It is something else.
+        BadItem: It is anything else.
     """
     if not isinstance(value, str) or not value:
         raise BadItem(
-            f"{key}: text is needed, got {type(value).__name__ if not isinstance(value, str) else 'an empty one'}"
+            f"{key}: must be text, got {type(value).__name__ if not isinstance(value, str) else 'an empty one'}"
         )
     return unicode_text(value, key)
 
@@ -120,7 +120,7 @@ def content_of(value: Any, key: str) -> str:
     """Return the text of a turn; parts of text are joined by line ends, as servers do.
 
     Raises:
-        BadItem: It is empty or something else, or holds a picture.
+        BadItem: It is empty, not text, or holds a picture.
     """
     if isinstance(value, list) and value:
         value = "\n".join(_part(part, f"{key}.{number}") for number, part in enumerate(value))
@@ -128,16 +128,16 @@ def content_of(value: Any, key: str) -> str:
 
 
 def unicode_text(text: str, key: str) -> str:
-    """Return text as it is; JSON can spell half a surrogate pair, which is no text."""
+    """Return text unchanged; refuse half a surrogate pair, which JSON can hold and Unicode text cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BadItem(f"{key}: no Unicode text: half a surrogate pair at character {error.start}") from error
+        raise BadItem(f"{key}: not Unicode text: half a surrogate pair at character {error.start}") from error
     return text
 
 
 def json_of(value: Any, key: str) -> Any:
-    """Return what a text spells as JSON; what is no text as it is."""
+    """Return the value of JSON text; anything but text unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -151,10 +151,10 @@ def _part(part: Any, key: str) -> str:
         return part
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     if not isinstance(part, Mapping) or kind not in TEXT_PARTS:
-        raise BadItem(f"{key}: a part of type {kind!r}; only parts of text are read")
+        raise BadItem(f"{key}: has type {kind!r}; only parts of text are read")
     words = part.get("text")
     if not isinstance(words, str):
-        raise BadItem(f"{key}.text: text is needed, got {type(words).__name__}")
+        raise BadItem(f"{key}.text: must be text, got {type(words).__name__}")
     return words
 
 
@@ -163,29 +163,29 @@ def _calls(given: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
     if one := given.get("function_call"):
         found = [*(found if isinstance(found, list) else []), one]
     if not isinstance(found, list):
-        raise BadItem(f"{key}.tool_calls: a list is needed, got {type(found).__name__}")
+        raise BadItem(f"{key}.tool_calls: must be a list, got {type(found).__name__}")
     return [_call(call, f"{key}.tool_calls.{number}") for number, call in enumerate(found)]
 
 
 def _spelled_calls(content: Any, key: str) -> list[dict[str, Any]]:
-    """Return the calls that a turn of the role function_call spells: one, or a list."""
+    """Return the calls in the content of a turn of the role function_call: one, or a list."""
     found = json_of(content, key)
     return [_call(call, key) for call in (found if isinstance(found, list) and found else [found])]
 
 
 def _call(call: Any, key: str) -> dict[str, Any]:
-    """Return a call as templates read it: under `function`, its arguments an object where they spell one, as servers do."""
+    """Return a call as templates read it: under `function`, with arguments parsed to an object where possible, as servers do."""
     call = json_of(call, key)
     about = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(about, Mapping) or not isinstance(about.get("name"), str):
-        raise BadItem(f"{key}: a call with name and arguments is needed")
+        raise BadItem(f"{key}: must be a call with name and arguments")
     arguments = about.get("arguments")
     if isinstance(arguments, str):
         try:
-            spelled = json.loads(arguments)
+            parsed = json.loads(arguments)
         except (ValueError, RecursionError):
-            spelled = None
-        arguments = spelled if isinstance(spelled, dict) else arguments
+            parsed = None
+        arguments = parsed if isinstance(parsed, dict) else arguments
     function = {name: part for name, part in about.items() if name not in ("id", "type")}
     if arguments is not None:
         function["arguments"] = arguments
@@ -194,9 +194,9 @@ def _call(call: Any, key: str) -> dict[str, Any]:
 
 
 def _flag(value: Any, key: str) -> bool:
-    """Return whether a turn is trained; a share of a loss is nothing that a drafter is trained with."""
+    """Return whether a turn is trained; weights between 0 and 1 are refused, because drafters are not trained with them."""
     if not isinstance(value, bool | int | float) or value not in (0, 1):
-        raise BadItem(f"{key}: 0, 1, true or false is read, got {value!r}")
+        raise BadItem(f"{key}: must be 0, 1, true or false, got {value!r}")
     return bool(value)
 
 

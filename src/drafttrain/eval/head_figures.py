@@ -17,10 +17,10 @@ from drafttrain.heads.token_head import probabilities
 
 
 def held_out_estimate(head: TokenHead, rows: HeadRows) -> dict[str, Any]:
-    """Return the validation figures of training by name, and `said`: the line that is logged."""
+    """Return the validation figures of training by name, and `message`: the line that is logged."""
     figures = calibration(probabilities(head, rows), rows.labels_N)
-    said = f"held-out log-likelihood {figures.log_likelihood:.4f}  AUC {figures.auc:.3f}  ECE {figures.ece:.4f}"
-    return asdict(figures) | {"said": said}
+    message = f"held-out log-likelihood {figures.log_likelihood:.4f}  AUC {figures.auc:.3f}  ECE {figures.ece:.4f}"
+    return asdict(figures) | {"message": message}
 
 
 def head_figures(folder: Path, start: Path, rows: HeadRows, *, kind: str) -> HeadFigures:

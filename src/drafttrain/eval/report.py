@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import csv
-import io
 import math
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from drafttrain.core.files import write_text
-from drafttrain.core.printable import printable
 from drafttrain.eval.interval import number, p_value
+from drafttrain.eval.page import label, page, picture
 from drafttrain.eval.result import DrafterFigures, HeadFigures, Result
 from drafttrain.eval.table import CARRIES_OVER_CAPTION, THIS_MACHINE_CAPTION, baseline_speeds, in_words, parity_cell
-
-LABEL_CHARACTERS = 60
 
 
 def write_report(path: Path, result: Result, *, title: str, metrics: Path | None, command: str) -> None:
@@ -28,31 +23,10 @@ def write_report(path: Path, result: Result, *, title: str, metrics: Path | None
         metrics: metrics.csv of the training; None: a folder is evaluated without its run.
     """
     template = (resources.files("drafttrain") / "eval" / "report.html").read_text(encoding="utf-8")
-    plots = []
-    if metrics is not None and metrics.exists():
-        rows = _read(metrics)
-        if any(row.get("step_ms") for row in rows):
-            text = "Loss and acceptance rate over steps; time of a step by phase, and utilization of the device."
-            drawing = picture(lambda axes: _explained(axes, rows), columns=2, rows=2)
-        else:
-            text, drawing = (
-                "Loss and acceptance rate over steps.",
-                picture(lambda axes: _training(axes, rows), columns=2),
-            )
-        plots.append(("Training", text, drawing))
-    text = "Share of rounds that accept the i-th draft token; dashed: of those that accepted the one before it."
-    plots.append(("Acceptance by position", text, picture(lambda axes: _positions(axes, result), columns=1)))
-    text = "By replay on the emitted text, with 95 % intervals over prompts; points: measured by decoding."
-    plots.append(
-        ("Block efficiency against draft length", text, picture(lambda axes: _lengths(axes, result), columns=1))
-    )
-    if (head := result.head) is not None:
-        text = "Mean label by prediction on held-out draft tokens; a calibrated head is on the diagonal."
-        plots.append(("Reliability of the head", text, picture(lambda axes: _reliability(axes, head), columns=1)))
     html = page(template).render(
         title=title,
         result=result,
-        plots=plots,
+        plots=[*_plots_of_training(metrics), *_plots_of_result(result)],
         command=command,
         carries_over=CARRIES_OVER_CAPTION,
         this_machine=THIS_MACHINE_CAPTION,
@@ -65,14 +39,31 @@ def write_report(path: Path, result: Result, *, title: str, metrics: Path | None
     write_text(path, html)
 
 
-def page(template: str) -> Any:
-    """Return a template that inserts every value as text, never as HTML."""
-    import jinja2
+Plot = tuple[str, str, str]
+"""Heading, caption, and the picture as a data URL."""
 
-    def finalize(value: Any) -> Any:
-        return printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
-    return jinja2.Environment(autoescape=True, finalize=finalize).from_string(template)
+def _plots_of_training(metrics: Path | None) -> list[Plot]:
+    if metrics is None or not metrics.exists():
+        return []
+    rows = _read(metrics)
+    if any(row.get("step_ms") for row in rows):
+        caption = "Loss and acceptance rate over steps; time of a step by phase, and utilization of the device."
+        return [("Training", caption, picture(lambda axes: _training_and_times(axes, rows), columns=2, rows=2))]
+    caption = "Loss and acceptance rate over steps."
+    return [("Training", caption, picture(lambda axes: _training(axes, rows), columns=2))]
+
+
+def _plots_of_result(result: Result) -> list[Plot]:
+    caption = "Share of rounds that accept the i-th draft token; dashed: of those that accepted the one before it."
+    plots = [("Acceptance by position", caption, picture(lambda axes: _positions(axes, result), columns=1))]
+    caption = "By replay on the emitted text, with 95 % intervals over prompts; points: measured by decoding."
+    drawing = picture(lambda axes: _lengths(axes, result), columns=1)
+    plots.append(("Block efficiency against draft length", caption, drawing))
+    if (head := result.head) is not None:
+        caption = "Mean label by prediction on held-out draft tokens; a calibrated head is on the diagonal."
+        plots.append(("Reliability of the head", caption, picture(lambda axes: _reliability(axes, head), columns=1)))
+    return plots
 
 
 def _read(path: Path) -> list[dict[str, str]]:
@@ -80,36 +71,7 @@ def _read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def label(text: str) -> str:
-    """Return a name as a label of a picture: not as mathematics, visible in the legend, and not too long."""
-    shown = printable(text)
-    if len(shown) > LABEL_CHARACTERS:
-        shown = shown[: LABEL_CHARACTERS - 3] + "..."
-    # matplotlib reads text between two dollars as mathematics, and hides labels that begin with _ from the legend.
-    return (" " + shown if shown.startswith("_") else shown).replace("$", r"\$")
-
-
-def picture(draw: Callable[[Any], None], *, columns: int, rows: int = 1) -> str:
-    """Return a drawing as a data URL."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.6 * columns + 0.4, 3.2 * rows), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25)
-    draw(axes)
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        # Characters that the font does not have are drawn as boxes.
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _explained(axes: Sequence[Any], rows: Sequence[Mapping[str, str]]) -> None:
+def _training_and_times(axes: Sequence[Any], rows: Sequence[Mapping[str, str]]) -> None:
     _training(axes[:2], rows)
     _times(axes[2:], rows)
 

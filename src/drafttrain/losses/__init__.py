@@ -1,4 +1,4 @@
-"""Losses, one file each. A loss returns one value a row, float32, unreduced; the caller sums, counts and divides once."""
+"""Losses, one file each. A loss returns one value for each row, float32, unreduced; the caller sums, counts and divides once."""
 
 from abc import ABC
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ losses = Registry("loss", "drafttrain.losses")
 
 
 class Loss(nn.Module, ABC):
-    """A loss in two moves, so that no loss ever needs a logits tensor of all rows at once.
+    """A loss in two steps, so that the logits of all rows never exist at once.
 
-    `per_row` looks at one row at a time and runs in chunks straight from hidden states; `combine` sees the few numbers
-    that `per_row` left of every row. A pointwise loss is one whose `combine` only picks `loss`. State that is carried
-    from step to step is a buffer, so it travels in checkpoints.
+    `per_row` computes a few numbers for each row, and runs in chunks from hidden states; `combine` sees these numbers of all
+    rows. The `combine` of a pointwise loss only picks `loss`. State that is carried from step to step is a buffer, so that
+    checkpoints store it.
     """
 
     needs_target: ClassVar[bool] = True
@@ -30,7 +30,7 @@ class Loss(nn.Module, ABC):
 
     @property
     def pointwise(self) -> bool:
-        """Whether `combine` may be called with some of the rows at a time: it looks at one row alone, or adds up what it saw."""
+        """Whether `combine` may be called with a part of the rows: it reads one row at a time, or accumulates sums."""
         return type(self).combine is Loss.combine
 
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
@@ -40,9 +40,9 @@ class Loss(nn.Module, ABC):
     def combine(self, values: Mapping[str, Tensor], index: RowIndex) -> Tensor:
         """Return loss_N of all rows of a micro-batch.
 
-        Rows that are not in `index.learnable_N` get the loss 0 afterwards; a mean over rows leaves them out by itself.
+        Rows that are not in `index.learnable_N` get the loss 0 afterwards; a mean over rows must leave them out itself.
         """
         return values["loss"]
 
     def end_of_step(self) -> None:
-        """Move what was gathered over the micro-batches of an optimiser step into the carried state."""
+        """Update the carried state from the micro-batches of an optimizer step."""

@@ -1,4 +1,4 @@
-"""The only place that shifts: which row of a drafter speaks of which token.
+"""The only place that shifts: which row of a drafter predicts which token.
 
 B = sequences, T = positions, D = hidden, K = depths, N = rows
 """
@@ -16,9 +16,9 @@ from drafttrain.core.target_rows import AlignedRows, RowIndex, RowsAsked
 
 
 def align(drafted: DraftOutput, batch: DraftBatch, *, block_length: int = 1) -> AlignedRows:
-    """Return the rows of all depths whose label is trained: those that the batch brings planned, or found here.
+    """Return the rows of all depths whose label is trained: from the batch's plan if it has them, else computed here.
 
-    Row t of depth d is the law of token t + d + lag, in the same document; the target says its own law of that token at
+    Row t of depth d predicts token t + d + lag of the same document; the target predicts that token at position
     t + d + lag - 1. `loss_mask_BT` is read at the label.
 
     Args:
@@ -30,16 +30,16 @@ def align(drafted: DraftOutput, batch: DraftBatch, *, block_length: int = 1) -> 
 
 
 def read_slots(batch: DraftBatch, asked: RowsAsked) -> ReadSlots:
-    """Return the slots that these rows need of a drafter: those that the batch brings planned, or found here."""
+    """Return the slots that a drafter must compute for these rows: from the batch's plan if it has them, else computed here."""
     planned_slots = batch.plan and batch.plan.slots.get(asked)
     return planned_slots or ReadSlots.of(_rows(batch, asked).drafter_N, batch.positions_BT)
 
 
 def planned(batch: DraftBatch, asked: Sequence[RowsAsked], *, slots: bool = False) -> DraftBatch:
-    """Return a batch that is still on the host with its plan: on a device, each depth's rows would be waited for.
+    """Return a batch with its plan. Call it on the host: on a GPU the host would wait for the rows of each depth.
 
     Args:
-        slots: Plan what the first rows need of a drafter too.
+        slots: Also plan the slots that a drafter computes for the first of these rows.
     """
     rows = {one: _rows(batch, one) for one in dict.fromkeys(asked)}
     of_loss = asked[:1] if slots else []

@@ -1,4 +1,4 @@
-"""Expected length of the accepted block: what block efficiency rewards, not the mean acceptance rate."""
+"""Expected length of the accepted block, which block efficiency rewards, not the mean acceptance rate."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from drafttrain.losses import Loss, losses
 from drafttrain.losses.groups import groups
 
 _BEYOND = 1 << 40
-"""A depth that no row has."""
+"""Larger than any depth."""
 
 
 @dataclass
 class BlockAcceptanceSettings:
-    """Draft tokens of a block that are expected to be lost. A depth after one that is never accepted learns nothing: warm up."""
+    """Share of a block's draft tokens that is expected to be rejected. A depth after one that is never accepted learns nothing: warm up."""
 
     block_length: int = setting(5, help="Draft tokens of a block.", ge=1)
 
@@ -27,8 +27,8 @@ class BlockAcceptanceSettings:
 class BlockAcceptance(Loss):
     """1 - (1/K) sum_{k<=K} prod_{i<=k} a_i over the K depths of a block, a_i the acceptance rates; the same for all its rows.
 
-    A drafter of depth 1 (a chain) is read in windows of K successive positions; a window that the text's end cuts is shorter.
-    A depth that is left out between others (the drafter's vocabulary lacks what the target would say) is never accepted.
+    A drafter of depth 1 (a chain) is read in windows of K successive positions; the last window of a text may be shorter.
+    A depth that cannot be learned (the drafter's vocabulary lacks the target's likeliest token) is never accepted.
     """
 
     def __init__(self, settings: BlockAcceptanceSettings | None = None) -> None:
@@ -45,14 +45,14 @@ class BlockAcceptance(Loss):
         return {"acceptance": rows.acceptance_N}
 
     def combine(self, values: Mapping[str, Tensor], index: RowIndex) -> Tensor:
-        """Return, for each row, the lost share of its block."""
+        """Return the expected rejected share of each row's block."""
         acceptance_N = values["acceptance"]
         counted_N = torch.ones_like(acceptance_N)
         if index.learnable_N is not None:
             counted_N = index.learnable_N.to(acceptance_N.dtype)
         block_N = groups(index.block_N)
         length_B = torch.zeros_like(acceptance_N).index_add(0, block_N, counted_N)
-        # Columns count from the first depth that can be learned. A missing depth has chance 0, so that no product passes it.
+        # Columns count from the first depth that can be learned. A missing depth has acceptance rate 0, so every product with it is 0.
         depth_N = torch.where(counted_N > 0, index.depth_N, _BEYOND)
         first_B = torch.full_like(depth_N, _BEYOND).scatter_reduce(0, block_N, depth_N, "amin")
         column_N = (index.depth_N - first_B[block_N]).clamp_min(0)

@@ -1,6 +1,6 @@
-"""A law of which only some tokens are known by name: each of those is an event, and all other tokens together are one.
+"""A distribution of which only some tokens are known: each of these is an event, and all other tokens together are one.
 
-N = rows, V = vocabulary, K = tokens named, E = events: the named ones and the tail
+N = rows, V = vocabulary, K = known tokens, E = events: the known tokens and the tail
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from drafttrain.core.loss_rows import LossRows
 from drafttrain.core.target_rows import NamedRows
 
 NONE = -69.0
-"""Log-probability that stands for none (1e-30): logarithms stay finite."""
+"""Log-probability that stands for 0 (1e-30), so that logarithms stay finite."""
 
 
 def in_buckets(rows: LossRows, named: NamedRows) -> LossRows:
-    """Return the rows over the events that the target's law is known of, for any loss.
+    """Return the rows over the known events, for any loss.
 
-    Both laws are summed over the tail, so a loss says nothing of how the drafter divides it; a distance is a lower bound of the one
-    over the whole vocabulary, and at most the tails' mass below it.
+    Both distributions are summed over the tail, so a loss does not see how the drafter divides it. A distance is a lower bound of
+    the one over the whole vocabulary, and at most the tails' mass below it.
     """
     log_q_NV = rows.log_q_NV
     size = log_q_NV.shape[1]
@@ -27,7 +27,7 @@ def in_buckets(rows: LossRows, named: NamedRows) -> LossRows:
     ids_NK = named.ids_NK.clamp(0, size - 1)
     log_q_NK = log_q_NV.gather(1, ids_NK).masked_fill(~known_NK, NONE)
     log_p_NK = named.log_probs_NK.masked_fill(~known_NK, NONE).clamp_min(NONE)
-    # Unnamed places would hide token 0, were they not sent to a column of their own.
+    # Unknown places hold id 0; they go to an extra column, so that token 0 is not taken for known.
     taken_NV = torch.zeros(len(ids_NK), size + 1, dtype=torch.bool, device=ids_NK.device)
     taken_NV.scatter_(1, torch.where(known_NK, ids_NK, size), True)
     tail_q_N = log_q_NV.masked_fill(taken_NV[:, :size], NONE).logsumexp(dim=-1)
@@ -43,6 +43,6 @@ def in_buckets(rows: LossRows, named: NamedRows) -> LossRows:
 
 
 def known_acceptance(buckets: LossRows) -> Tensor:
-    """Return the acceptance rate on the named tokens: at most the rate over all, and at least that less the tails' overlap."""
+    """Return the acceptance rate on the known tokens: at most the rate over all tokens, and at least that minus the tails' overlap."""
     log_p_NK, log_q_NK = buckets.log_p_NV[:, :-1], buckets.log_q_NV[:, :-1]
     return torch.minimum(log_p_NK, log_q_NK).exp().sum(dim=-1)

@@ -13,7 +13,7 @@ from drafttrain.losses import Loss, losses
 
 @dataclass
 class CrossEntropySettings:
-    """Cross-entropy with the data's own token; asks for no target."""
+    """Cross-entropy with the token in the data; needs no target."""
 
 
 @losses.register("ce", CrossEntropySettings)

@@ -1,4 +1,4 @@
-"""From aligned rows to the loss of a micro-batch, piece by piece straight from hidden states: no logits tensor of all rows exists.
+"""The loss of aligned rows by autograd, piece by piece from hidden states: the logits of all rows never exist at once.
 
 N = rows, D = hidden
 """
@@ -32,7 +32,7 @@ from drafttrain.losses.pieces import (
 LEARNABLE = "learnable"
 
 WHOLE_BYTES = 256 * 2**20
-"""Logits up to this size are kept for the backward pass; larger ones are computed again, piece by piece."""
+"""Logits up to this size are stored for the backward pass; larger ones are computed again, piece by piece."""
 
 
 def row_losses(
@@ -47,14 +47,14 @@ def row_losses(
 ) -> tuple[Tensor, Tensor | None]:
     """Return (loss_N float32, acceptance_N without gradient, None when there is no target or it is not measured).
 
-    Of a drafter with a vocabulary of its own, rows whose answer it cannot say have loss 0 and no part in `combine`; their
-    acceptance rate, like that of all rows, is over the target's whole vocabulary.
+    For a drafter with its own vocabulary, rows that it cannot learn have loss 0 and are left out of `combine`. The acceptance
+    rate of every row is over the target's whole vocabulary.
 
     Args:
         vocab_size: Ids that target, drafter and tokenizer share; logits are cut to these, so padding has no mass.
         chunk_rows: Rows whose logits exist at once; they are computed again in the backward pass. None: all logits are
-            kept unless they exceed 256 MiB.
-        measured: Compute the acceptance rate, which costs some hundredths of a step.
+            stored unless they exceed 256 MiB.
+        measured: Compute the acceptance rate, which costs a few percent of a step.
     """
     values = RowValues(loss, drafted, rows, batch, vocab_size=vocab_size, measured=measured)
     count = len(rows.tokens_N)
@@ -62,7 +62,7 @@ def row_losses(
     planned = pieces([rows], piece_size(rows, columns=values.columns, chunk_rows=chunk_rows))
     spread = are_spread(drafted) and torch.is_grad_enabled()
     if spread:
-        # ZeRO-3 gathers a head's weights at every call of it: all ranks must make as many, in the same order.
+        # ZeRO-3 gathers a head's weights at every call: all ranks must make the same calls in the same order.
         most, any_again = map(max, zip(*shared([len(planned), again]), strict=True))
         again = bool(any_again)
         planned += [NO_ROWS] * (max(most, 1) - len(planned))
@@ -78,7 +78,7 @@ def row_losses(
                     untrained.append(run(drafted, depth))
                 continue
             states_ND = drafted.states_BTD[part.depth].flatten(0, 1)[rows.drafter_N[part.rows]]
-            # The target's rows stay as its head made them: what is computed of them in the backward pass is not kept.
+            # A copy: the log-probabilities that the backward pass computes again are not stored.
             arguments = (states_ND, part, target and replace(target), drafted, values)
             made = checkpoint(_of_states, *arguments, use_reentrant=False) if again else _of_states(*arguments)
             learnable_N = values.learnable(part, target)
@@ -98,5 +98,5 @@ def row_losses(
 def _of_states(
     states_ND: Tensor, part: Part, target: TargetPiece | None, drafted: DraftOutput, values: RowValues
 ) -> dict[str, Tensor]:
-    """Return the named values of the rows of a part; inside, and only here, their logits exist."""
+    """Return the named values of a part's rows. Their logits exist only inside this function."""
     return values.of(part, target, drafted.head(states_ND, part.depth)[:, : values.vocab_size])

@@ -1,4 +1,4 @@
-"""KL(target || drafter): covers all that the target may say."""
+"""KL(target || drafter): covers all tokens that are likely under the target."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from drafttrain.losses import Loss, losses
 
 @dataclass
 class ForwardKLSettings:
-    """KL(p || q): the drafter covers all that the target may say. A good first choice for greedy decoding."""
+    """KL(p || q): the drafter covers all tokens that are likely under the target. A good first choice for greedy decoding."""
 
 
 @losses.register("forward_kl", ForwardKLSettings)

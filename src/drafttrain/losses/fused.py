@@ -1,7 +1,7 @@
-"""The loss of a micro-batch with its gradient in one go: a piece of logits is made, read, and turned into gradients while it is there.
+"""The loss of a micro-batch and its gradient in one pass: each piece of logits is computed, read and turned into gradients at once.
 
 The idea is that of fused linear cross-entropies (Hsu et al. 2024, Liger Kernel, arXiv 2410.10989, 3.2), for any loss, drafter
-vocabulary and number of depths: nothing as wide as the vocabulary is kept for the backward pass, which only scales.
+vocabulary and number of depths: nothing as wide as the vocabulary is stored for the backward pass, which only scales.
 
 N = rows, n = rows of a part, R = positions of the batch, V = vocabulary, D = hidden
 """
@@ -21,20 +21,20 @@ from drafttrain.core.linear_head import LinearHead
 from drafttrain.losses.pieces import ACCEPTANCE, Part, Piece, RowValues, TargetPiece, target_of
 
 KEPT_BYTES = 4 * 2**30
-"""A loss whose rows depend on each other needs the target twice: its rows up to this size are kept, larger ones computed again."""
+"""A loss whose rows depend on each other reads the target twice: rows up to this size are stored, larger ones computed again."""
 
 KEPT_LOGITS_BYTES = 256 * 2**20
-"""The same of the drafter's logits."""
+"""The same limit for the drafter's logits."""
 
 ADDS_IN_FLOAT32 = torch.__version__ >= "2.11"
-"""Since then, at the latest, a product of half types on CUDA can be added to a float32 matrix where it stands."""
+"""From this version on, CUDA can add a product of half types to a float32 matrix in place."""
 
 Totals = tuple[Tensor, Tensor, Tensor | None]
 """(the sum over rows, loss_N, acceptance_N), the last two without gradient."""
 
 
 def are_spread(drafted: DraftOutput) -> bool:
-    """Return whether ZeRO-3 spreads weights of the drafter's head: it marks them, and they are whole only within a forward."""
+    """Return whether ZeRO-3 partitions weights of the drafter's head; they are gathered only during a forward."""
     head = drafted.head
     return isinstance(head, LinearHead) and any(
         hasattr(weight, "ds_id") for depth in drafted.states_BTD for weight in head.parameters(depth)
@@ -42,7 +42,7 @@ def are_spread(drafted: DraftOutput) -> bool:
 
 
 def can_be_fused(drafted: DraftOutput) -> bool:
-    """Return whether the parts of the drafter's head are known, and all of their weights are where its states are."""
+    """Return whether the parts of the drafter's head are known, with all weights on the device of its states."""
     if not isinstance(drafted.head, LinearHead) or are_spread(drafted):
         return False
     return all(
@@ -53,10 +53,10 @@ def can_be_fused(drafted: DraftOutput) -> bool:
 
 
 def fused_loss(terms: Sequence[tuple[RowValues, DraftOutput]], planned: Sequence[Piece]) -> Totals:
-    """Return the loss of the planned pieces. Its gradient is computed here, and is there for one backward pass.
+    """Return the loss of the planned pieces. Its gradient is computed here, for one backward pass.
 
     Args:
-        terms: The drafts and their loss; then what is trained beside them, which is in the total alone.
+        terms: The drafts with their loss; then the term trained beside them, which is only part of the total.
     """
     works = [_Work(values, drafted) for values, drafted in terms]
     total, loss_N, acceptance_N = _Fused.apply(works, planned, *(given for work in works for given in work.inputs))
@@ -73,7 +73,7 @@ class _Fused(torch.autograd.Function):
         (loss_N, acceptance_N), *others = (work.finish() for work in works)
         ctx.gradients = [gradient for work in works for gradient in work.gradients]
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(told for told in (loss_N, acceptance_N) if told is not None))
+        ctx.mark_non_differentiable(*(value_N for value_N in (loss_N, acceptance_N) if value_N is not None))
         return torch.stack([loss_N.sum(), *(beside_N.sum() for beside_N, _ in others)]).sum(), loss_N, acceptance_N
 
     @staticmethod
@@ -84,7 +84,7 @@ class _Fused(torch.autograd.Function):
 
 
 def _run(works: Sequence[_Work], planned: Sequence[Piece]) -> None:
-    """Let each term read its parts of every piece, with the target's rows of the piece, which are made once."""
+    """Let each term read its parts of every piece. The target's rows of a piece are computed once for all terms."""
     values = [work.values for work in works]
     twice = any(not work.at_once for work in works)
     targets: list[TargetPiece | None] = []
@@ -95,7 +95,7 @@ def _run(works: Sequence[_Work], planned: Sequence[Piece]) -> None:
             works[part.term].read(part, target)
         kept_bytes += 0 if target is None else target.logits_UR.nbytes
         if twice:
-            # A copy, without what was computed of it.
+            # A copy without the log-probabilities computed from it.
             targets.append(replace(target) if target is not None and kept_bytes <= KEPT_BYTES else None)
     for work in works:
         work.combine()
@@ -108,7 +108,7 @@ def _run(works: Sequence[_Work], planned: Sequence[Piece]) -> None:
 
 @dataclass(frozen=True)
 class _Logits:
-    """Logits of a part and what their gradient is turned into."""
+    """Logits of a part, and the tensors that their gradient is propagated to."""
 
     states_nD: Tensor
     entering_nD: Tensor
@@ -117,7 +117,7 @@ class _Logits:
 
 
 class _Work:
-    """One term's forward pass over its parts, and the gradients that it leaves."""
+    """One term's forward pass over its parts, and its gradients."""
 
     def __init__(self, values: RowValues, drafted: DraftOutput) -> None:
         assert isinstance(drafted.head, LinearHead)
@@ -134,13 +134,13 @@ class _Work:
         self._cast: dict[int, Tensor] = {}
         self._kept: dict[int, _Logits] = {}
         self._found: dict[str, Tensor] = {}
-        """The numbers of all rows; of a pointwise loss the loss itself is among them."""
+        """The named values of all rows; for a pointwise loss the loss is one of them."""
         self._learnable: dict[str, Tensor] = {}
         self._slopes: dict[str, Tensor | None] = {}
-        """How the total changes with each of the numbers."""
+        """The derivative of the total in each value."""
 
     def read(self, part: Part, target: TargetPiece | None) -> None:
-        """Take the numbers of a part; of a pointwise loss its gradients too."""
+        """Compute the values of a part; for a pointwise loss also its gradients."""
         made = self._logits(part)
         if not self.at_once:
             self._keep(part, made)
@@ -159,7 +159,7 @@ class _Work:
         self._note(self._found, part, {"loss": loss_n.detach()} | accepted)
 
     def combine(self) -> None:
-        """Make the loss of the numbers of all rows, if it is not made row by row."""
+        """Compute the loss from the values of all rows, unless the loss is pointwise."""
         if self.at_once or not self._found:
             return
         values = self.values
@@ -175,7 +175,7 @@ class _Work:
         values.measured = False
 
     def pull(self, part: Part, target: TargetPiece | None) -> None:
-        """Take the gradients of a part, from how the total changes with its numbers."""
+        """Compute the gradients of a part from the derivatives of the total in its values."""
         start = part.rows.start
         made = self._kept.pop(start) if start in self._kept else self._logits(part)
         with torch.enable_grad():
@@ -190,9 +190,9 @@ class _Work:
             self._pull(part, made, total, logits_nV)
 
     def finish(self) -> tuple[Tensor, Tensor | None]:
-        """Return (loss_N, acceptance_N); the gradients of the total are in `gradients` then.
+        """Return (loss_N, acceptance_N), and complete `gradients`.
 
-        Also where nothing is trained here, gradients must come in the order of the other ranks: ZeRO adds them up by place.
+        Even without trained rows here, the gradients must come in the order of the other ranks: ZeRO reduces them by position.
         """
         for number, (given, needed) in enumerate(zip(self.inputs, self.needed, strict=True)):
             if needed and self.gradients[number] is None:
@@ -218,7 +218,7 @@ class _Work:
         return _Logits(states_nD, entering_nD, multiplied_nD, logits_nV)
 
     def _matrix(self, weight_VD: Tensor) -> Tensor:
-        """Return the rows of the shared ids, in the type that autocast multiplies in; frozen ones in their own."""
+        """Return the matrix rows of the shared ids, in autocast's type; a frozen matrix keeps its own type."""
         key, kind = id(weight_VD), weight_VD.device.type
         if key not in self._cast:
             trained = weight_VD.requires_grad and weight_VD.dtype != torch.float64
@@ -228,7 +228,7 @@ class _Work:
         return self._cast[key]
 
     def _values(self, part: Part, target: TargetPiece | None, made: _Logits) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the logits as a leaf, and the named values of a part, differentiable in them."""
+        """Return the logits as a leaf, and the named values of a part, which are differentiable in them."""
         logits_nV = made.logits_nV.detach().requires_grad_(torch.is_grad_enabled())
         finished_nV = logits_nV if self.head.after is None else self.head.after(logits_nV)
         return logits_nV, self.values.of(part, target, finished_nV)
@@ -250,7 +250,7 @@ class _Work:
         self._pull_states(part, made, gradient_nD.to(made.entering_nD.dtype))
 
     def _pull_states(self, part: Part, made: _Logits, gradient_nD: Tensor) -> None:
-        """Go on from the gradient of what the matrix multiplies."""
+        """Propagate the gradient of the matrix's input to the layers before it and to the states."""
         if self.head.before is not None:
             weights = [weight for weight in self.head.before.parameters() if self._needs(id(weight))]
             gradient_nD, *others = torch.autograd.grad(
@@ -267,7 +267,7 @@ class _Work:
         return self.needed[self.place[name]]
 
     def _gradient(self, name: int) -> Tensor:
-        """Return the gradient of an input as far as it is known."""
+        """Return the gradient of an input, accumulated so far."""
         number = self.place[name]
         known = self.gradients[number]
         if known is None:
@@ -280,7 +280,7 @@ class _Work:
             self._kept[part.rows.start] = made
 
     def _note(self, found: dict[str, Tensor], part: Part, named: dict[str, Tensor]) -> None:
-        """Write the numbers of a part to their places among those of all rows."""
+        """Write the values of a part to its rows."""
         for name, value_n in named.items():
             if name not in found:
                 found[name] = value_n.new_zeros(len(self.values.rows.tokens_N))
@@ -288,11 +288,11 @@ class _Work:
 
 
 def _add_product(sum_VD: Tensor, left_Vn: Tensor, right_nD: Tensor) -> None:
-    """Add a product to a sum, which may be of a wider type."""
+    """Add a product to a sum, which may have a wider type."""
     if sum_VD.dtype == left_Vn.dtype:
         sum_VD.addmm_(left_Vn, right_nD)
     elif ADDS_IN_FLOAT32 and sum_VD.is_cuda and sum_VD.dtype == torch.float32:
-        # One pass over the sum, and nothing is rounded on the way; as a temporary, the product is as large as the matrix.
+        # One pass over the sum without rounding. A temporary product would be as large as the matrix.
         torch.addmm(sum_VD, left_Vn, right_nD, out_dtype=torch.float32, out=sum_VD)
     else:
         sum_VD.add_(left_Vn @ right_nD)

@@ -17,7 +17,7 @@ class JSDSettings:
     """Generalised Jensen-Shannon divergence, bounded."""
 
     beta: float = setting(
-        0.5, help="Towards 0 it turns to beta x forward KL, towards 1 to (1 - beta) x reverse KL.", gt=0, lt=1
+        0.5, help="Towards 0 the loss becomes beta x forward KL, towards 1 (1 - beta) x reverse KL.", gt=0, lt=1
     )
 
 

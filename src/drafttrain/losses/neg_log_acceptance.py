@@ -1,4 +1,4 @@
-"""Negative log of the acceptance rate: TVD's optimum, with steps that grow where acceptance is low."""
+"""Negative log of the acceptance rate: TVD's optimum, with larger gradients where acceptance is low."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from drafttrain.losses import Loss, losses
 
 @dataclass
 class NegLogAcceptanceSettings:
-    """-log acceptance rate: TVD that learns faster where the drafter is still bad."""
+    """-log acceptance rate: TVD that learns faster where the acceptance rate is still low."""
 
 
 @losses.register("neg_log_acceptance", NegLogAcceptanceSettings)
@@ -23,7 +23,7 @@ class NegLogAcceptance(Loss):
         super().__init__()
 
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
-        """Return the loss of each row, finite also where the laws do not overlap in float32."""
+        """Return the loss of each row, finite even if the distributions do not overlap in float32."""
         log_p_NV, log_q_NV = rows.log_p_NV, rows.fixed_log_q_NV
         loss_N = -torch.logsumexp(torch.minimum(log_p_NV, log_q_NV), dim=-1)
 

@@ -1,6 +1,6 @@
-"""Pieces of a loss: the rows of all depths that speak of the same stretch of tokens, so that the target's head runs once a token.
+"""Pieces of a loss: the rows of all depths that predict the same span of tokens, so that the target's head runs once for each token.
 
-N = rows, U = the target's positions of a piece, V = the target's vocabulary, R = the drafter's vocabulary
+N = rows, U = target positions of a piece, V = the target's vocabulary, R = the drafter's vocabulary
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PIECE_BYTES = 256 * 2**20
 """Logits of the target that exist at once."""
 
 CPU_PIECE_BYTES = 24 * 2**20
-"""On a CPU larger tensors leave its caches and are mapped anew each time: arithmetic by element takes four times as long."""
+"""On a CPU larger tensors do not fit its caches and are mapped again each time: elementwise arithmetic takes four times as long."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,17 @@ class Part:
 
     depth: int
     rows: slice
-    """Where they are among the N of their term."""
+    """Which of the N rows of their term."""
     term: int = 0
-    """0: the drafts; else what is trained beside them."""
+    """0: the drafts; else the term that is trained beside them."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of the target's positions, and the rows of each depth whose token the target says from one of them."""
+    """A span of target positions, and the rows of each depth whose token is predicted at one of them."""
 
     positions: slice
-    """Among the rows of the term's first depth, which has all positions."""
+    """A slice of the rows of the term's first depth, which has all positions."""
     parts: tuple[Part, ...]
     term: int = 0
 
@@ -55,9 +55,9 @@ NO_ROWS = Piece(slice(0, 0), ())
 def pieces(terms: Sequence[AlignedRows], size: int) -> list[Piece]:
     """Return the rows of all terms in pieces of at most `size` positions of the target.
 
-    A token that a depth drafts is drafted by all lower ones too, from a later root; and the rows of a depth rise with the position.
-    So the rows of the lowest depth are all positions, and a stretch of them is a stretch of every depth's. It is the one with the
-    most rows, in whichever term: of several terms, each is nested in another in the same way.
+    A token that one depth drafts is also drafted by all lower depths, from later roots, and the rows of a depth are sorted by
+    position. So the lowest depth has all positions, and a span of it is a span of every depth. The depth with the most rows is
+    taken, over all terms: the positions of several terms are nested in the same way.
     """
     found = _Depths.of(terms)
     if not found:
@@ -89,7 +89,7 @@ class _Depths:
 
     @classmethod
     def of(cls, terms: Sequence[AlignedRows]) -> list[_Depths]:
-        """Return those that there are."""
+        """Return the depths that have rows."""
         found = []
         for term, rows in enumerate(terms):
             first = 0
@@ -103,21 +103,21 @@ class _Depths:
 
 
 def _places(targets_N: Tensor, edges: Tensor) -> list[int]:
-    """Return where the positions at the borders stand among those of one depth, and their number."""
+    """Return the index of each border position among those of one depth, then their number."""
     places: list[int] = torch.searchsorted(targets_N, edges).tolist()
     return [*places, len(targets_N)]
 
 
 @dataclass(frozen=True)
 class TargetPiece:
-    """The target's rows of a piece, cut to the drafter's vocabulary, in the type that its head has."""
+    """The target's rows of a piece, cut to the drafter's vocabulary, in the type of its head."""
 
     positions_U: Tensor
     logits_UR: Tensor
     learnable_U: Tensor | None
-    """Where its likeliest token is in the drafter's vocabulary; None: everywhere."""
+    """Whether the target's likeliest token is in the drafter's vocabulary; None: everywhere."""
     log_mass_U: Tensor | None
-    """Logarithm of its mass in the drafter's vocabulary; None: all of it, or nobody asks."""
+    """Logarithm of the target's mass in the drafter's vocabulary; None: it is 1, or it is not needed."""
 
     @cached_property
     def log_p_UR(self) -> Tensor:
@@ -127,7 +127,7 @@ class TargetPiece:
 
 
 class RowValues:
-    """What a loss is given of the rows of a micro-batch, and the numbers that it returns of each.
+    """The inputs of a loss for the rows of a micro-batch, and the values that it returns for each.
 
     Args:
         vocab_size: Ids that target, drafter and tokenizer share; logits are cut to these, so padding has no mass.
@@ -161,7 +161,7 @@ class RowValues:
 
     @cached_property
     def labels_N(self) -> Tensor:
-        """The label of every row by the drafter's own ids; -1 where it lacks it."""
+        """The label of every row in the drafter's own ids; -1 for a token that it lacks."""
         return self.rows.tokens_N if self._draft_id_V is None else self._draft_id_V[self.rows.tokens_N]
 
     @property
@@ -173,11 +173,11 @@ class RowValues:
 
     @property
     def reads_target(self) -> bool:
-        """Whether the target's rows are needed whole."""
+        """Whether the target's whole rows are needed."""
         return self._target is not None and not self._named
 
     def can_share_target(self, other: RowValues) -> bool:
-        """Return whether rows of the target that are made for one are those that the other reads, if both read some."""
+        """Return whether both can read the same rows of the target, if both read any."""
         same = self._target is other._target and self._vocabulary_R is other._vocabulary_R
         return same or not (self.reads_target and other.reads_target)
 
@@ -196,9 +196,9 @@ class RowValues:
         return TargetPiece(positions_U, logits_UR, self._draft_id_V[logits_UV.argmax(dim=-1)] >= 0, log_mass_U)
 
     def learnable(self, part: Part, target: TargetPiece | None) -> Tensor | None:
-        """Return which rows can be learned of a drafter with a vocabulary of its own; None: all.
+        """Return which rows a drafter with its own vocabulary can learn; None: all.
 
-        Those where the target's likeliest token is in it; without a target, those whose label is.
+        A row can be learned if the target's likeliest token is in the vocabulary; without a target, if the label is.
         """
         if self._vocabulary_R is None:
             return None
@@ -221,13 +221,13 @@ class RowValues:
         return values
 
     def combined(self, named: Mapping[str, Tensor], index: RowIndex, learnable_N: Tensor | None) -> Tensor:
-        """Return the loss of rows, float32; of those that cannot be learned it is 0."""
+        """Return the loss of rows, float32; 0 for those that cannot be learned."""
         with torch.autocast(index.sequence_N.device.type, enabled=False):
             loss_N = self.loss.combine(named, replace(index, learnable_N=learnable_N)).float()
         return loss_N if learnable_N is None else torch.where(learnable_N, loss_N, 0.0)
 
     def weights_N(self, factors: Mapping[int, float]) -> Tensor | None:
-        """Return the factor on every row's loss, by its depth; None: all are 1."""
+        """Return the factor on every row's loss, which depends on its depth; None: all are 1."""
         if all(factors.get(depth, 1.0) == 1.0 for depth in self.rows.counts):
             return None
         device = self.rows.tokens_N.device
@@ -256,12 +256,12 @@ class RowValues:
     def _acceptance(self, part: Part, target: TargetPiece | None, rows: LossRows) -> Tensor:
         if target is None or target.log_mass_U is None:
             return rows.acceptance_N.detach()
-        # Not renormalised: what the target would say outside the drafter's vocabulary is never accepted.
+        # Not renormalised: a target token outside the drafter's vocabulary is never accepted.
         mass_N1 = self._at(part, target, target.log_mass_U).exp()[:, None]
         return torch.minimum(rows.p_NV * mass_N1, rows.q_NV).sum(dim=-1)
 
     def _at(self, part: Part, target: TargetPiece, of_position_U: Tensor) -> Tensor:
-        """Return what the rows of a part have of the numbers of a piece's positions."""
+        """Return the values at a piece's positions for the rows of a part."""
         if part.rows.stop - part.rows.start == len(target.positions_U):
             return of_position_U
         places_N = torch.searchsorted(target.positions_U, self.rows.target_N[part.rows])
@@ -269,15 +269,15 @@ class RowValues:
 
 
 def target_of(terms: Sequence[RowValues], piece: Piece) -> TargetPiece | None:
-    """Return the target's rows of a piece, for all terms that read them; None: nobody needs them whole."""
+    """Return the target's rows of a piece, for all terms that read them; None: no term needs whole rows."""
     reading = [values for values in terms if values.reads_target]
     return reading[0].target_at(terms[piece.term].rows.target_N[piece.positions]) if reading else None
 
 
 def nothing_of(drafted: DraftOutput, depth: int) -> Tensor:
-    """Return a zero whose backward pass goes through the states and the head of a depth of which nothing is trained here.
+    """Return a zero whose backward pass goes through the states and the head of a depth without trained rows here.
 
-    Every rank must take the same backward pass.
+    Every rank must run the same backward pass.
     """
     return 0.0 * drafted.head(drafted.states_BTD[depth].flatten(0, 1)[:1], depth).float().sum()
 

@@ -1,6 +1,6 @@
-"""Random numbers that belong to a row: a pure function of its seed, whatever batch the row is in.
+"""Random numbers of a row: a pure function of its seed, in whichever batch the row is.
 
-N = rows, S = numbers a row
+N = rows, S = numbers for each row
 """
 
 import torch
@@ -16,13 +16,13 @@ def uniform(seed_N: Tensor, count: int) -> Tensor:
 
 
 def chosen(seed_N: Tensor, count: int, *, share: float) -> Tensor:
-    """Return chosen_NS: each of S places is True with this chance. One hash decides four of them, by 16 bits each."""
+    """Return chosen_NS: each of S places is True with this probability. One hash decides four places, with 16 bits each."""
     bits_NS = _hashed(seed_N, -(-count // 4)).view(torch.int16)[:, :count]
     return bits_NS < round(share * 2**16) - 2**15
 
 
 def _hashed(seed_N: Tensor, count: int) -> Tensor:
-    """Return 64 random bits, by row and place."""
+    """Return 64 random bits for each row and place."""
     x_NS = seed_N[:, None] * 1_000_003 + torch.arange(1, count + 1, device=seed_N.device)
     x_NS = x_NS * _ODD[0]
     x_NS = (x_NS ^ _shift(x_NS, 30)) * _ODD[1]
@@ -31,5 +31,5 @@ def _hashed(seed_N: Tensor, count: int) -> Tensor:
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Shift right without copying the sign in."""
+    """Shift right without sign extension."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

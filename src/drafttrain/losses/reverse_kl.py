@@ -1,4 +1,4 @@
-"""KL(drafter || target): seeks what the target is sure of."""
+"""KL(drafter || target): seeks the tokens that the target is sure of."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from drafttrain.losses import Loss, losses
 
 @dataclass
 class ReverseKLSettings:
-    """KL(q || p): the drafter avoids what the target would not say."""
+    """KL(q || p): the drafter avoids tokens that are unlikely under the target."""
 
 
 @losses.register("reverse_kl", ReverseKLSettings)

@@ -1,4 +1,4 @@
-"""Total variation distance: one minus the acceptance rate at temperature 1, itself."""
+"""Total variation distance: exactly one minus the acceptance rate at temperature 1."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from drafttrain.losses import Loss, losses
 
 @dataclass
 class TVDSettings:
-    """1 - acceptance rate: what sampling at temperature 1 pays for a rejected draft."""
+    """1 - acceptance rate: the chance that a draft token is rejected at temperature 1."""
 
 
 @losses.register("tvd", TVDSettings)

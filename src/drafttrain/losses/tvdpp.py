@@ -1,6 +1,6 @@
 """TVD++: total variation distance as a policy gradient, with the reward normalised to an advantage.
 
-N = rows, V = vocabulary, S = samples a row
+N = rows, V = vocabulary, S = samples for each row
 """
 
 from collections.abc import Mapping
@@ -26,10 +26,11 @@ class TVDPPSettings:
         "exact", help="exact: expectation over the vocabulary; sampled: over num_samples tokens drawn from the drafter."
     )
     scope: Literal["position", "sequence", "batch"] = setting(
-        "sequence", help="Rows over which the reward's mean and deviation are taken; batch: those of the step before."
+        "sequence",
+        help="Rows over which the reward's mean and standard deviation are computed; batch: all rows of the previous step.",
     )
-    num_samples: int = setting(1, help="sampled: tokens drawn a row.", ge=1)
-    eps: float = setting(1e-6, help="Added to the deviation.", gt=0)
+    num_samples: int = setting(1, help="sampled: tokens drawn for each row.", ge=1)
+    eps: float = setting(1e-6, help="Added to the standard deviation.", gt=0)
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
@@ -42,9 +43,9 @@ class TVDPPSettings:
 class TVDPP(Loss):
     """-E_{x~q} [A(x) log q(x)] with A = (r - mu) / (sigma + eps), r(x) = 1 where p(x) > q(x); r, A and q are not differentiated.
 
-    mu and sigma weigh rewards by the drafter's law. The reward is 0 or 1, so sigma^2 = mu (1 - mu) and one number a row, the
-    mean reward, is all that a scope needs. Scope batch means a whole optimiser step on all ranks: the sums are gathered over
-    micro-batches, and a step uses those of the step before (0.5, 0.5 at first), so that accumulation changes nothing.
+    mu and sigma weigh rewards by the drafter's distribution. The reward is 0 or 1, so sigma^2 = mu (1 - mu), and a scope needs only
+    the mean reward of each row. Scope batch means a whole optimizer step on all ranks: the sums are accumulated over
+    micro-batches, and a step uses those of the previous step (0.5, 0.5 at first), so that accumulation changes nothing.
 
     Source: Goel et al. 2024, Direct Alignment of Draft Model for Speculative Decoding, arXiv 2403.00858.
     """
@@ -59,7 +60,7 @@ class TVDPP(Loss):
         self.register_buffer("sums_2", torch.zeros(2, dtype=torch.float64))
 
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
-        """Return of each row the rewarded sum, the unrewarded sum, and the mean reward."""
+        """Return the rewarded sum, the sum of all, and the mean reward of each row."""
         return self._expected(rows) if self.settings.estimator == "exact" else self._sampled(rows)
 
     def _expected(self, rows: LossRows) -> Mapping[str, Tensor]:
@@ -69,7 +70,7 @@ class TVDPP(Loss):
             "rewarded": rows.with_slope(
                 -(rewarded_NV * log_q_NV).sum(dim=-1), lambda: _reward(p_NV, q_NV).mul_(q_NV).neg_()
             ),
-            # Its gradient is none: with weights q, sum_x q(x) grad log q(x) = 0.
+            # Its gradient is 0: with weights q, sum_x q(x) grad log q(x) = 0.
             "all": -(q_NV * log_q_NV).sum(dim=-1),
             "mean_reward": rewarded_NV.sum(dim=-1),
         }
@@ -111,7 +112,7 @@ class TVDPP(Loss):
 
     @torch.no_grad()
     def end_of_step(self) -> None:
-        """Make this step's mean, over all ranks, the next step's."""
+        """Store this step's mean over all ranks for the next step."""
         if self.settings.scope != "batch":
             return
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -127,7 +128,7 @@ def _reward(p_NV: Tensor, q_NV: Tensor) -> Tensor:
 
 
 def _drawn(log_q_NV: Tensor, rows: LossRows, count: int) -> Tensor:
-    """Return tokens_NS drawn from the drafter, the same for a row whatever micro-batch it is in."""
+    """Return tokens_NS drawn from the drafter; the draws of a row do not depend on its micro-batch."""
     assert rows.seed_N is not None, "align gives every row its seed"
     below_NV = log_q_NV.double().exp().cumsum(dim=-1)
     total_N1 = below_NV[:, -1:]

@@ -20,7 +20,7 @@ class Term:
     loss: Any = setting(help="A loss, by kind.", registry=losses)
     weight: float = setting(1.0, help="Factor on it, until `until_step` where the weight changes.")
     final_weight: float | None = setting(None, help="Factor at `until_step` and after; null: it does not change.")
-    until_step: int = setting(0, help="Optimizer steps over which the weight moves in a line to final_weight.", ge=0)
+    until_step: int = setting(0, help="Optimizer steps over which the weight moves linearly to final_weight.", ge=0)
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
@@ -50,7 +50,7 @@ class WeightedSumSettings:
         return [f"terms: block_length {lengths}: one sum cuts its blocks once"] if len(lengths) > 1 else []
 
     def block_lengths(self) -> set[int]:
-        """Return the lengths of blocks that the terms ask for, those of sums inside too."""
+        """Return the block lengths of all terms, those of nested sums included."""
         inner = [term.loss for term in self.terms]
         own = {loss.block_length for loss in inner if hasattr(loss, "block_length")}
         return own.union(*(loss.block_lengths() for loss in inner if isinstance(loss, WeightedSumSettings)))
@@ -81,7 +81,7 @@ class WeightedSum(Loss):
 
     @property
     def block_length(self) -> int:
-        """The longest block that a part reads."""
+        """The longest block length of any part."""
         return max(part.block_length for part in self._losses)
 
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
@@ -103,6 +103,6 @@ class WeightedSum(Loss):
         return total
 
     def end_of_step(self) -> None:
-        """Let every part roll what it carries."""
+        """End the step in every part."""
         for part in self._losses:
             part.end_of_step()

@@ -20,9 +20,9 @@ from drafttrain.drafters import Drafter
 from drafttrain.losses import Loss
 from drafttrain.losses.step import batch_loss, share_of_step
 from drafttrain.target_model import Target
-from drafttrain.train.optimizer import build_optimizer
-from drafttrain.train.precision import float32_products, training_autocast
-from drafttrain.train.settings import TrainSettings
+from drafttrain.training.optimizer import build_optimizer
+from drafttrain.training.precision import float32_products, training_autocast
+from drafttrain.training.settings import TrainSettings
 
 
 @dataclass(frozen=True)

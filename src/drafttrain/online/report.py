@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from drafttrain.core.files import write_text
-from drafttrain.eval.report import label, page, picture
+from drafttrain.eval.page import label, page, picture
 from drafttrain.online.run_files import metrics, routes_of, status
 
 

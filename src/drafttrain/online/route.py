@@ -26,7 +26,7 @@ from drafttrain.online.settings import OnlineSettings
 from drafttrain.online.versions import Versions
 from drafttrain.recorder.intake import Served
 from drafttrain.target_model import Target
-from drafttrain.train.settings import TrainSettings
+from drafttrain.training.settings import TrainSettings
 
 
 @dataclass(frozen=True)

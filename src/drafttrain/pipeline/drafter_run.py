@@ -31,8 +31,8 @@ from drafttrain.serving.card import model_card
 from drafttrain.target_model import Target
 from drafttrain.target_model.device import pick_device
 from drafttrain.target_model.tokenizer import num_ids, tokenizer_fingerprint
-from drafttrain.train.result import TrainResult
-from drafttrain.train.settings import TrainSettings
+from drafttrain.training.result import TrainResult
+from drafttrain.training.settings import TrainSettings
 
 
 class DrafterRun(Run):
@@ -109,7 +109,7 @@ class DrafterRun(Run):
         folder: Path,
     ) -> TrainResult:
         # It imports lightning, which an evaluation and an export run without.
-        from drafttrain.train.run import train
+        from drafttrain.training.run import train
 
         parameters = sum(p.numel() for p in drafter.parameters() if p.requires_grad)
         say(f"{what} {parameters:,} parameters for {settings.max_steps:,} steps")
@@ -148,7 +148,7 @@ class DrafterRun(Run):
     def weights_so_far(self) -> TrainResult:
         """Write the weights of the newest checkpoint as `last/`."""
         # They import lightning, which an export of a training that has ended runs without.
-        from drafttrain.train.checkpoints import newest_checkpoint, weights_of_checkpoint
+        from drafttrain.training.checkpoints import newest_checkpoint, weights_of_checkpoint
 
         folder = self.folder
         newest = newest_checkpoint(folder.train / "checkpoints")

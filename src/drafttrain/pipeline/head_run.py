@@ -24,7 +24,7 @@ from drafttrain.pipeline.evaluating import evaluate_folders
 from drafttrain.pipeline.run import Run
 from drafttrain.target_model.device import pick_device
 from drafttrain.target_model.folders import fingerprint_of, resolve_folder
-from drafttrain.train.result import TrainResult
+from drafttrain.training.result import TrainResult
 
 
 class HeadRun(Run):
@@ -54,7 +54,7 @@ class HeadRun(Run):
             say("training: done before, skipped")
             return
         # It imports lightning, which an evaluation and an export run without.
-        from drafttrain.train.run import train_head
+        from drafttrain.training.run import train_head
 
         settings, here = self.recipe.train, world()
         head = self._start(labelled)

@@ -30,7 +30,7 @@ from drafttrain.pipeline.folder import RunFolder
 from drafttrain.target_model import Target
 from drafttrain.target_model.absent_target import AbsentTarget
 from drafttrain.target_model.tokenizer import load_target_tokenizer, num_ids
-from drafttrain.train.result import TrainResult, folder_of_step, kept_steps
+from drafttrain.training.result import TrainResult, folder_of_step, kept_steps
 
 
 class Run(ABC):
@@ -146,7 +146,7 @@ class Run(ABC):
             return AbsentTarget.load(self.recipe.target)
         if self.placement == "sharded":
             # It imports lightning, which an evaluation and an export run without.
-            from drafttrain.train.sharded_target import ShardedTarget
+            from drafttrain.training.sharded_target import ShardedTarget
 
             return ShardedTarget.load(self.recipe.target)
         return Target.load(self.recipe.target)

@@ -101,11 +101,11 @@ class Validation:
                 rows = replay_rows(target, drafter, texts, self.sampling, num_depths=max(lengths))
             by_length = {k: tokens / sum(expected_rounds(r, k) for r in rows) for k in lengths}
             alpha = sum(float(r.acceptance_T.sum()) for r in rows) / tokens
-            said = "  ".join(f"K={k}: {value:.2f}" for k, value in by_length.items())
+            efficiencies = "  ".join(f"K={k}: {value:.2f}" for k, value in by_length.items())
             return {
                 "block_efficiency": by_length[length],
                 "alpha": alpha,
-                "said": f"block efficiency by replay {said}  alpha {alpha:.3f}",
+                "message": f"block efficiency by replay {efficiencies}  alpha {alpha:.3f}",
             }
 
         return estimate

@@ -1,4 +1,4 @@
-"""A small server with the OpenAI protocol on loopback whose texts are a target's own, and which fails as it is told."""
+"""A small server with the OpenAI protocol on loopback that returns a target's own texts, and fails on request."""
 
 from __future__ import annotations
 

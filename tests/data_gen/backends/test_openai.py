@@ -1,4 +1,4 @@
-"""A server writes what the target would have written here; whatever fails is told, nothing is lost, nothing is asked for twice."""
+"""A server generates what the target would have generated here; failures are reported, no answer is lost or requested twice."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_text_alone_gives_the_same_records_where_its_tokens_are_sure(tmp_path):
         assert any("return_token_ids" in asked for asked in server.asked) == (name in ("ids", "text"))
 
 
-def test_text_that_other_tokens_spell_too_is_told_apart_by_the_spelling_of_each(tmp_path):
+def test_ambiguous_text_gets_its_tokens_from_the_text_of_each(tmp_path):
     target = Target.load(TargetSettings(model="builtin:target"))
     # As many tokens as `is`, `en`, and no others of the tokenizer's own choice: the text alone is read as `ise`, `n`.
     first, second = (target.tokenizer(word, add_special_tokens=False).input_ids for word in ("is", "en"))
@@ -196,7 +196,7 @@ def test_what_fails_for_a_moment_is_asked_again_and_counted(settings, tiny_targe
         (changed(finish_reason=None), "finish_unknown"),
     ],
 )
-def test_a_text_that_cannot_be_had_is_set_aside_with_its_reason(
+def test_a_text_that_cannot_be_had_is_quarantined_with_its_reason(
     settings, tiny_target, tmp_path, builtin, fault, reason
 ):
     chosen = list(records(builtin).values())[5]
@@ -224,7 +224,7 @@ def test_a_server_that_is_killed_loses_nothing_and_nothing_is_written_twice(
         served(settings, first, tmp_path / "g", retries=1, backoff_seconds=0.5)
     assert not (tmp_path / "g" / "manifest.json").exists()
     kept = len(records(shards(tmp_path / "g"))) + len(entries(tmp_path / "g", "answers-*"))
-    # One whose connection broke off may have been sent and not have arrived: it was not written down, and is asked for again.
+    # A request whose connection broke may have been answered; no answer was stored, so it is requested again.
     assert kept == first.answered.total() == dies_after
     for path in (tmp_path / "g").glob("answers-*"):
         with path.open("a") as file:
@@ -256,11 +256,11 @@ def test_a_server_that_asks_for_time_gets_it(settings, tiny_target, tmp_path, bu
 def test_what_is_wrong_for_every_text_ends_the_run(settings, tiny_target, tmp_path):
     with pytest.raises(DataError, match=r"serves no model 'elsewhere'\. Available: served"):
         served(settings, CompletionsServer(tiny_target), tmp_path / "model", model="elsewhere")
-    with pytest.raises(DataError, match=r"not one of the 4 texts of shard 0 could be used\. The first one: http_422"):
+    with pytest.raises(DataError, match=r"none of the 4 texts of shard 0 can be used\. The first one: http_422"):
         served(settings, CompletionsServer(tiny_target, lambda number, asked: status(422)), tmp_path / "all")
     with pytest.raises(DataError, match="answers 404"):
         served(settings, CompletionsServer(tiny_target, lambda number, asked: status(404)), tmp_path / "address")
-    with pytest.raises(DataError, match="the environment has no NO_SUCH_KEY"):
+    with pytest.raises(DataError, match="the environment variable NO_SUCH_KEY is not set"):
         served(settings, CompletionsServer(tiny_target), tmp_path / "none", api_key_variable="NO_SUCH_KEY")
     assert not list(tmp_path.glob("*/manifest.json"))
 
@@ -274,7 +274,7 @@ def test_a_later_shard_of_which_nothing_can_be_used_ends_no_run_whoever_wrote_th
         backend = OpenAI(OpenAISettings(base_url=url, model="served", retries=0), plan)
         ((number, outcomes),) = backend.write({1: tasks}, bar)
         assert (number, [outcome.tokens for outcome in outcomes]) == (1, [None, None])
-        with pytest.raises(DataError, match="not one of the 2 texts of shard 0"):
+        with pytest.raises(DataError, match="none of the 2 texts of shard 0"):
             list(backend.write({0: tasks}, bar))
 
 
@@ -289,7 +289,7 @@ def test_the_key_is_sent_and_is_in_no_message_and_no_file(settings, tiny_target,
     assert not any(b"sesame" in path.read_bytes() for path in folder.iterdir())
 
 
-def test_sampled_texts_are_told_not_to_be_reproducible(settings, tiny_target, tmp_path):
+def test_sampled_texts_are_reported_as_not_reproducible(settings, tiny_target, tmp_path):
     settings.temperatures = [0.0, 1.0]
     server = CompletionsServer(tiny_target)
     folder = served(settings, server, tmp_path / "g")

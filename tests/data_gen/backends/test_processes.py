@@ -1,4 +1,4 @@
-"""Several processes that have texts written by a server or by an engine: the same records, each shard asked for by one of them."""
+"""Several processes that let a server or an engine generate texts: the same records, each shard requested by one of them."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_two_processes_ask_a_server_for_the_records_of_one_and_for_each_once(tmp
         folder, said = generated(tmp_path, target, server, processes=processes)
         folders.append(folder)
         asked.append(Counter(tuple(one["prompt"]) for one in server.asked))
-        assert set(server.answered.values()) == {1}, "no text is asked for twice"
+        assert set(server.answered.values()) == {1}, "no text is requested twice"
     one, two = folders
     names = {path.name for path in one.glob("*.json*")}
     assert {"shard-00000.jsonl", "shard-00004.jsonl", "manifest.json"} <= names

@@ -41,7 +41,7 @@ class Stub:
         monkeypatch.setenv("STUB_VLLM_LOG", str(self._log))
 
     def dies_after(self, num_shards: int | None) -> None:
-        """Let the engine's process die when it is asked for one more shard."""
+        """Let the engine's process die at the next shard."""
         if num_shards is None:
             self._monkeypatch.delenv("STUB_VLLM_DIES_AFTER", raising=False)
         else:

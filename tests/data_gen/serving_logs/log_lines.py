@@ -1,4 +1,4 @@
-"""Lines as serving stacks write them, for the tests of those who read them."""
+"""Lines as serving stacks write them, for tests of their readers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def completion(prompt: str, answer: str, **choice: Any) -> dict[str, Any]:
 
 
 def write(path: Path, lines: list[Any]) -> Path:
-    """Write values as JSON, bytes and text as they are."""
+    """Write values as JSON, bytes and text unchanged."""
     with path.open("wb") as file:
         for line in lines:
             file.write(
@@ -59,7 +59,7 @@ def write(path: Path, lines: list[Any]) -> Path:
 
 
 def read(path: Path, *, encoder: Encoder | None = None, **settings: Any) -> tuple[list[Record], list[str]]:
-    """Return the records of a log and the kinds of reasons of what was set aside."""
+    """Return the records of a log and the kinds of reasons of quarantined lines."""
     source = ServingLogs(ServingLogsSettings(path=str(path), **settings))
     records: list[Record] = []
     kinds = []

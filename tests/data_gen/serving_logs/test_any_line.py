@@ -1,4 +1,4 @@
-"""Whatever one line of a log holds, it is used, or quarantined with its reason; the cursor moves on, and what follows is read."""
+"""Any line of a log is used, or quarantined with its reason; the cursor advances, and the next line is read."""
 
 from __future__ import annotations
 

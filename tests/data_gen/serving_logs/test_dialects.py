@@ -1,4 +1,4 @@
-"""Each dialect gives the ids that were served, or is set aside; what the target wrote is the only label."""
+"""Each dialect gives the served ids, or the line is quarantined; only the target's answer is a label."""
 
 import gzip
 import json
@@ -111,7 +111,7 @@ def test_top_k_rows_are_the_law_at_the_labels(tmp_path, form):
         ({"token_id:5": -0.1, "token_id:9999": -9}, "wrong_tokenizer"),
     ],
 )
-def test_a_row_that_is_no_law_is_set_aside(tmp_path, row, kind):
+def test_a_row_that_is_not_a_distribution_is_quarantined(tmp_path, row, kind):
     names = list(row)
     logged = {"tokens": names[:1], "token_logprobs": [row[names[0]]], "top_logprobs": [row]}
     text = chat_encoder().tokenizer.decode([5])
@@ -166,7 +166,7 @@ def test_each_answer_of_a_dump_is_an_exchange(tmp_path):
     assert whole(records[1]).startswith("<system>S<|end|><user>a<|end|><assistant>b<|end|><user>c")
 
 
-def test_what_is_not_all_that_the_target_read_is_set_aside_unless_its_ids_are_logged(tmp_path):
+def test_an_incomplete_prompt_is_quarantined_unless_its_ids_are_logged(tmp_path):
     pictured = chat("Q", "A")
     pictured["request"]["messages"][0]["content"] = [{"type": "text", "text": "Q"}, {"type": "image_url"}]
     tools = chat("Q", "A")
@@ -197,7 +197,7 @@ def test_gzip_and_rotation_are_read_oldest_first_and_a_damaged_file_says_so(tmp_
     assert kinds == ["damaged"]
 
 
-def test_other_models_are_set_aside_by_name_or_by_the_first_one(tmp_path):
+def test_answers_of_other_models_are_quarantined_by_name_or_by_the_first_one(tmp_path):
     other = json.loads(json.dumps(completion("1", "a")).replace('"m"', '"other"'))
     path = write(tmp_path / "a.jsonl", [completion("2", "b"), other])
     assert [whole(record) for record in read(path)[0]] == ["2b"]

@@ -19,8 +19,8 @@ from drafttrain.data_gen.sources.jsonl import JSONLSettings
 from drafttrain.data_gen.training_data import TrainingData, attach_cache, prepare
 from drafttrain.drafters.causal_lm.module import CausalLMDrafter, CausalLMSettings
 from drafttrain.losses.forward_kl import ForwardKL, ForwardKLSettings
-from drafttrain.train.distill import DistillModule
-from drafttrain.train.settings import TrainSettings
+from drafttrain.training.distill import DistillModule
+from drafttrain.training.settings import TrainSettings
 from tests.data_gen.serving_logs.log_lines import completion, ids, write
 
 TOP_K = 5

@@ -1,4 +1,4 @@
-"""Whatever a line holds, it is used or set aside with its reason, and nothing that must be hidden reaches the disk."""
+"""Any line is used or quarantined with its reason, and no private content reaches the disk."""
 
 import copy
 import json
@@ -96,12 +96,12 @@ def account(tmp_path, num_lines: int) -> None:
         assert any(record.loss_mask)
 
 
-def test_every_hostile_line_is_used_or_set_aside(tmp_path):
+def test_every_hostile_line_is_used_or_quarantined(tmp_path):
     account(tmp_path, 400)
 
 
 @pytest.mark.slow
-def test_ten_thousand_hostile_lines_are_used_or_set_aside_within_bounded_memory(tmp_path):
+def test_ten_thousand_hostile_lines_are_used_or_quarantined_within_bounded_memory(tmp_path):
     tracemalloc.start()
     account(tmp_path, 10_000)
     _, peak = tracemalloc.get_traced_memory()
@@ -206,14 +206,14 @@ def test_text_that_only_looks_like_numbers_stays(tmp_path):
     assert chat_encoder().tokenizer.decode(record.tokens) == "When?" + answer
 
 
-def test_a_redaction_that_fails_keeps_nothing_and_one_that_is_not_there_is_told(tmp_path):
+def test_a_failing_redaction_keeps_nothing_and_a_missing_one_is_an_error(tmp_path):
     path = write(tmp_path / "a.jsonl", [completion("a", "b")])
     assert read(path, redact_with=f"{__name__}.fails") == ([], ["redaction"])
     with pytest.raises(DataError, match=r"redact_with: no\.such: cannot be imported"):
         read(path, redact_with="no.such")
 
 
-def test_duplicates_exact_and_near_are_set_aside_and_a_common_system_prompt_makes_none(tmp_path):
+def test_duplicates_exact_and_near_are_quarantined_and_a_common_system_prompt_makes_none(tmp_path):
     words = [
         "the",
         "cat",

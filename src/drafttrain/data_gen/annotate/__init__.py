@@ -19,10 +19,10 @@ annotators = Registry("annotator", "drafttrain.data_gen.annotate")
 
 @dataclass(kw_only=True)
 class AnnotateSettings:
-    """What all annotators share."""
+    """Settings of all annotators."""
 
     held_out: float = setting(
-        0.2, help="Share of the texts whose tokens are not trained on: figures come from them.", gt=0, lt=1
+        0.2, help="Share of the texts that are not trained on; the head is measured on them.", gt=0, lt=1
     )
 
     @property
@@ -33,22 +33,25 @@ class AnnotateSettings:
 
 @dataclass(kw_only=True)
 class JudgeLabelSettings(AnnotateSettings):
-    """What annotators for a judge share."""
+    """Settings of all annotators for a judge."""
 
     min_share: float = setting(
-        0.1, help="Both labels must have this share of the tokens: a judge of one class learns nothing.", ge=0, lt=0.5
+        0.1,
+        help="Each label must have at least this share of the tokens: a judge of one class learns nothing.",
+        ge=0,
+        lt=0.5,
     )
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """The models that an annotator reads; neither is changed."""
+    """The models that an annotator reads; both stay frozen."""
 
     target: Target
     drafter: Drafter
     seed: int
     layer: int = -1
-    """Which state of the target a judge reads."""
+    """The target's hidden state that a judge reads."""
 
 
 class Annotator(Protocol):

@@ -1,4 +1,4 @@
-"""Which draft tokens matter: those that, written in place of the target's own, change the answer.
+"""Which draft tokens matter: those that change the answer when they replace the target's token.
 
 N = rows (draft tokens), D = hidden
 """
@@ -26,35 +26,35 @@ from drafttrain.heads.rows import HeadRows
 
 @dataclass(kw_only=True)
 class CounterfactualSettings(JudgeLabelSettings):
-    """Writes on from each token that the drafter would have put otherwise, and compares the answers."""
+    """Replaces each token at which the drafter disagrees, lets the target continue, and compares the answers."""
 
-    checker: Any = setting(help="What reads the answer out of a text, by kind.", registry=checkers)
-    max_new_tokens: int = setting(256, help="New tokens of an answer at most.", ge=1)
-    max_mismatches: int = setting(64, help="Draft tokens a text that are tried at most.", ge=1)
+    checker: Any = setting(help="How the answer is read from a text, by kind.", registry=checkers)
+    max_new_tokens: int = setting(256, help="Most new tokens of an answer.", ge=1)
+    max_mismatches: int = setting(64, help="Most draft tokens that are tried in a text.", ge=1)
 
 
 @dataclass
 class _Walk:
-    """One text on its way."""
+    """The state of one text."""
 
     id: str
     prompt: list[int]
     new: list[int]
     answer: Hashable
     place: int = 0
-    """First new token that was not looked at yet."""
+    """First new token that was not examined yet."""
     tried: list[list[int]] = field(default_factory=list)
-    """Texts up to and with the draft token of each row."""
+    """For each row: the text up to its draft token, included."""
     labels: list[float] = field(default_factory=list)
 
 
 @annotators.register("counterfactual", CounterfactualSettings)
 class Counterfactual:
-    """Walks the places where drafter and target disagree, both greedy, from the first to the last.
+    """Visits the places where drafter and target disagree, both greedy, from the first to the last.
 
-    At each the drafter's token is put in and the target writes on. The answer stays: the token does not matter (label 1), and
-    the walk goes on in the new text, as decoding would. It changes: the token matters (label 0), and the target's own stays.
-    So no row stands behind a token that mattered. Texts without a checkable answer are passed over.
+    At each place the drafter's token is inserted and the target continues. If the answer stays the same, the token does not
+    matter (label 1) and the walk continues in the new text, as decoding would. If it changes, the token matters (label 0) and
+    the target's token stays. So no row follows a token that mattered. Texts without a checkable answer are skipped.
 
     Source: Garipov et al. 2025, AutoJudge, arXiv 2504.20039, 3.1.
     """
@@ -68,7 +68,7 @@ class Counterfactual:
 
     @torch.no_grad()
     def label(self, records: Sequence[Record]) -> list[HeadRows]:
-        """Return the rows of each record; of it only the tokens before its first label are used, as the prompt."""
+        """Return the rows of each record; only the tokens before its first label are used, as the prompt."""
         walks = self.walks(records)
         tried = [text for walk in walks for text in walk.tried]
         records_tried = [Record("", text, [True] * len(text)) for text in tried]
@@ -80,7 +80,7 @@ class Counterfactual:
         return [HeadRows(*part) for part in zip(states_ND.split(sizes), labels_N.split(sizes), strict=True)]
 
     def walks(self, records: Sequence[Record]) -> list[_Walk]:
-        """Return the walk of each record, to its end."""
+        """Return the finished walk of each record."""
         prompts = [list(record.tokens[: _first_label(record)]) for record in records]
         written = self._write([record.id for record in records], prompts)
         walks = [
@@ -95,7 +95,7 @@ class Counterfactual:
         return walks
 
     def _try_next(self, walks: Sequence[_Walk]) -> list[_Walk]:
-        """Settle the next place of disagreement of every text; return the texts that had one."""
+        """Label the next disagreement of every text; return the texts that had one."""
         going: list[_Walk] = []
         tokens: list[int] = []
         for walk, drafted in zip(walks, self._drafted(walks), strict=True):
@@ -121,7 +121,7 @@ class Counterfactual:
         return going
 
     def _write(self, ids: Sequence[str], starts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Return what the target writes greedily after each start."""
+        """Return the target's greedy continuation of each start."""
         if not starts:
             return []
         tasks = [Task(id, start, Sampling()) for id, start in zip(ids, starts, strict=True)]
@@ -134,9 +134,9 @@ class Counterfactual:
         return self.checker.answer(text, id=id)
 
     def _drafted(self, walks: Sequence[_Walk]) -> list[list[int | None]]:
-        """Return the drafter's greedy token, by the target's ids, at every new place of each text; None where it drafts none.
+        """Return the drafter's greedy token, as the target's id, at every new place of each text; None where it drafts none.
 
-        A drafter that looks at the token before the root drafts nothing behind a prompt of one token.
+        A drafter that reads the token before the root cannot draft after a prompt of one token.
         """
         if not walks:
             return []
@@ -160,5 +160,5 @@ class Counterfactual:
 
 
 def _first_label(record: Record) -> int:
-    """Return where the answer begins; a first token has nothing before it and is always read."""
+    """Return where the answer begins; the first token of a record is always part of the prompt."""
     return list(record.loss_mask).index(True, 1)

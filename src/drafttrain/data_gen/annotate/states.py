@@ -1,4 +1,4 @@
-"""The target's states that a judge reads.
+"""The target's hidden states that a judge reads.
 
 B = sequences, T = positions, D = hidden
 """
@@ -19,7 +19,7 @@ from drafttrain.data_gen.packing import pack
 
 @torch.no_grad()
 def states_of(records: Sequence[Record], frozen: Frozen) -> list[Tensor]:
-    """Return states_TD of each text, of the layer that the judge reads, float32."""
+    """Return the float32 states_TD of each text at the layer that the judge reads."""
     found: dict[int, Tensor] = {}
     for group in groups([len(record.tokens) for record in records]):
         part = [records[i] for i in group]

@@ -1,4 +1,4 @@
-"""Who writes the texts of data.generate, one file a kind: drafttrain's own decoding, a server, an engine in its own environment."""
+"""Backends that generate the texts of data.generate, one file a kind: built-in decoding, a server, an engine in its own environment."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ backends = Registry("generation backend", "drafttrain.data_gen.backends")
 
 @dataclass(frozen=True)
 class Task:
-    """One text to write."""
+    """One text to generate."""
 
     id: str
     prompt: Sequence[int]
@@ -28,61 +28,61 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a task."""
+    """The result of a task."""
 
     tokens: Sequence[int] | None
-    """What was written after the prompt, its end included; None: nothing that can be used."""
+    """Tokens after the prompt, the end of text included; None: nothing usable."""
     reason: str = ""
-    """Why there is nothing: a kind, a colon, a sentence."""
+    """Why there is nothing usable: a kind, a colon, a sentence."""
     account: Mapping[str, Any] = field(default_factory=dict)
-    """What there is to tell of it; empty: nothing, and no account is written. `retries`; of a text also `finish`, and `ids`, which
-    says where its token ids are from: served, spelled (one by one), or text (tokenised again)."""
+    """Facts for the manifest: `retries`; for a text also `finish`, and `ids`, the origin of its token ids: served, spelled (the text
+    of each token), or text (the whole text, tokenized again). Empty: no account is written."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What every backend is told."""
+    """Inputs of every backend."""
 
     target: Target
     folder: Path
-    """Of the shards. A backend may keep answers beside them until their shard is stored."""
+    """Folder of the shards. A backend may store answers beside them until their shard is written."""
     max_new_tokens: int
     batch_size: int
     seed: int
 
 
 class Backend(Protocol):
-    """Writes texts shard by shard."""
+    """Generates texts shard by shard."""
 
     def content(self) -> dict[str, Any]:
-        """Return the settings that the texts depend on, as a plan names them; empty: nothing but what every plan names."""
+        """Return the settings that the texts depend on, for the plan; empty: only what every plan holds."""
         ...
 
     def reproducible(self) -> dict[str, Any]:
-        """Return which texts the same recipe would write again, for the manifest; empty: all of them."""
+        """Return, for the manifest, which texts the same recipe would generate again; empty: all of them."""
         ...
 
     def write(self, shards: Mapping[int, Sequence[Task]], bar: Progress) -> Iterator[tuple[int, list[Outcome]]]:
-        """Yield the outcomes of each shard, in the order of its tasks; the last one is stored when the next is asked for."""
+        """Yield the outcomes of each shard, in the order of its tasks; a shard is stored before the next one is requested."""
         ...
 
 
 NOT_REPRODUCIBLE = {
     "greedy": True,
     "sampled": False,
-    "why": "the engine draws by its own random numbers: the seed of the recipe does not give the sampled texts again; greedy "
-    "ones are the target's own but for rounding, which moves a token where two are as good as equal",
+    "why": "the engine uses its own random numbers, so the recipe's seed does not reproduce sampled texts; greedy texts are "
+    "the target's, except where rounding decides between two nearly equal tokens",
 }
 
 
 def unusable(tokens: Sequence[int], finish: str, *, ends: Sequence[int], max_new_tokens: int) -> str:
-    """Return why what an engine wrote is not what the target would have been asked for; empty: it is."""
+    """Return why a text of an engine is not a valid answer to the request; empty: it is valid."""
     if finish not in ("stop", "length"):
-        return f"finish_{finish or 'unknown'}: the text ended otherwise than by its end or by its length"
+        return f"finish_{finish or 'unknown'}: the text ended neither with an end of text nor at its length"
     if set(ends) & set(tokens[:-1]):
-        return "past_end: there are tokens after the end of the text"
+        return "past_end: tokens follow the end of text"
     if len(tokens) > max_new_tokens:
-        return f"long: {len(tokens)} tokens, {max_new_tokens} were asked for"
+        return f"long: {len(tokens)} tokens, {max_new_tokens} were requested"
     if finish == "length" and len(tokens) < max_new_tokens:
-        return f"short: cut after {len(tokens)} tokens, {max_new_tokens} were asked for"
+        return f"short: cut after {len(tokens)} tokens, {max_new_tokens} were requested"
     return ""

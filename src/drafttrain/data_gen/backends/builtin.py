@@ -1,4 +1,4 @@
-"""Texts by drafttrain's own decoding: every record is a pure function of recipe, target and seed.
+"""Texts by built-in decoding: every record is a pure function of recipe, target and seed.
 
 B = sequences, V = vocabulary
 """
@@ -25,22 +25,22 @@ from drafttrain.target_model.cached_lm import CachedLM
 
 @dataclass
 class BuiltinSettings:
-    """The target as drafttrain has it loaded writes the texts."""
+    """The loaded target generates the texts, in this process."""
 
 
 @backends.register("builtin", BuiltinSettings)
 class Builtin:
-    """Decodes texts of one sampling rule and of like prompt lengths together."""
+    """Decodes texts with the same sampling and similar prompt lengths together."""
 
     def __init__(self, settings: BuiltinSettings, plan: Plan) -> None:
         self.plan = plan
 
     def content(self) -> dict[str, Any]:
-        """Return nothing: target and dtype are in every plan."""
+        """Return nothing: every plan holds target and dtype."""
         return {}
 
     def reproducible(self) -> dict[str, Any]:
-        """Return nothing: all texts are."""
+        """Return nothing: all texts are reproducible."""
         return {}
 
     def write(self, shards: Mapping[int, Sequence[Task]], bar: Progress) -> Iterator[tuple[int, list[Outcome]]]:
@@ -67,16 +67,16 @@ class Builtin:
 
 @torch.no_grad()
 def continuations(tasks: Sequence[Task], target: Target, *, max_new_tokens: int, seed: int) -> list[list[int]]:
-    """Return what the target writes after each prompt; all tasks share one sampling rule.
+    """Return the target's continuation of each prompt; all tasks share one sampling rule.
 
-    Every record has its own stream of random numbers, named by (seed, record id): one number a token. Prompts of different lengths
-    are read one at a time where the target cannot read them together.
+    Every record has its own random stream, named by (seed, record id): one number a token. Prompts of different lengths are read
+    one at a time if the target cannot read them together.
     """
     sampling = tasks[0].sampling
     lm = CachedLM(target.model, name="target")
     lengths = {len(task.prompt) for task in tasks}
     if len(lengths) > 1 and (why := lm.why_alone(max(lengths) + max_new_tokens)):
-        say_once(f"{target.name}: its texts are written one at a time: {why}")
+        say_once(f"{target.name}: its texts are generated one at a time: {why}")
         alone = (continuations([task], target, max_new_tokens=max_new_tokens, seed=seed) for task in tasks)
         return [text for (text,) in alone]
     ends = set(target.eos_token_ids)
@@ -96,7 +96,7 @@ def continuations(tasks: Sequence[Task], target: Target, *, max_new_tokens: int,
         if not going:
             break
         if len(going) < len(live):
-            # It costs one copy of the others' cache, less than a row that is read on for nothing.
+            # Copying the cache of the others costs less than decoding rows that have ended.
             lm.drop(going)
             live = [live[place] for place in going]
         inputs = [new[row][-1] for row in live]
@@ -104,7 +104,7 @@ def continuations(tasks: Sequence[Task], target: Target, *, max_new_tokens: int,
 
 
 def _choose(logits_BV: Tensor, sampling: Sampling, numbers_B: Tensor) -> list[int]:
-    """Draw one token a row by inverting its distribution function at the row's number."""
+    """Draw one token a row by inverting its cumulative distribution at the row's number."""
     if sampling.temperature == 0:
         greedy: list[int] = logits_BV.argmax(-1).tolist()
         return greedy

@@ -1,7 +1,7 @@
-"""Texts by a server that serves the target and speaks the OpenAI protocol: `vllm serve`, SGLang, and others.
+"""Texts by a server of the target with the OpenAI protocol: `vllm serve`, SGLang, and others.
 
-Every answer is kept in a file as soon as it comes, until its shard is stored: whoever dies, server or run, nothing that came is
-lost or asked for again. What was under way when the run itself was killed (`concurrency` texts at most) is.
+Every answer is written to a file when it arrives, until its shard is stored: if the server or the run dies, no received answer
+is lost or requested again. Only requests in flight (`concurrency` at most) are repeated.
 """
 
 from __future__ import annotations
@@ -28,56 +28,56 @@ from drafttrain.data_gen.serving_logs.openai import exchanges
 from drafttrain.data_gen.serving_logs.untrusted import guard
 
 EXTENSIONS = {"return_token_ids": True, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-"""What vLLM and SGLang understand besides. A server takes what is left out from the model's own generation_config.json, and the
-text would be of another law than the record says."""
+"""Extensions of vLLM and SGLang. Without them a server uses the model's generation_config.json, and the text would come from
+another distribution than the record states."""
 LARGEST_SEED = 2**31
 
 
 @dataclass
 class OpenAISettings:
-    """A server that serves the target writes the texts; it is asked for text completions by token ids."""
+    """A server of the target generates the texts, by requests for text completions with token ids."""
 
-    base_url: str = setting(help="Address with its version, such as http://127.0.0.1:8000/v1.")
-    model: str = setting(help="The target as the server calls it.")
+    base_url: str = setting(help="Address with the version of the protocol, such as http://127.0.0.1:8000/v1.")
+    model: str = setting(help="The target's name on the server.")
     api_key_variable: str | None = setting(
-        None, help="Environment variable that holds the key; null: none is sent. The key itself belongs in no recipe."
+        None, help="Environment variable with the API key; null: no key is sent. Never write the key into a recipe."
     )
     prompts_as: Literal["token_ids", "text"] = setting(
-        "token_ids", help="How prompts are sent. As text, those that its tokens do not spell again are set aside."
+        "token_ids", help="How prompts are sent. As text, prompts whose text has other token ids are quarantined."
     )
     extensions: bool = setting(
         True,
-        help="Also send what vLLM and SGLang understand besides (return_token_ids, top_k, min_p, repetition_penalty); false for "
-        "servers that refuse keys they do not know. Without token ids answers are tokenised again, or set aside.",
+        help="Also send the extensions of vLLM and SGLang (return_token_ids, top_k, min_p, repetition_penalty); false for servers "
+        "that refuse unknown keys. Answers without token ids are tokenized again, or quarantined.",
     )
     logprobs: bool = setting(
         False,
-        help="Also ask for the log-probability of each token, for servers that give no token ids: how the tokens are spelled one "
-        "by one says which they were. Text alone does not: other tokens, as many, may spell the same.",
+        help="Also request the log-probability of each token, for servers that return no token ids: the text of each token "
+        "identifies it. The whole text does not: as many other tokens may have the same text.",
     )
-    concurrency: int = setting(16, help="Requests at a time, by process.", ge=1)
-    retries: int = setting(5, help="How often a request that failed is repeated.", ge=0)
+    concurrency: int = setting(16, help="Requests in flight, by process.", ge=1)
+    retries: int = setting(5, help="How often a failed request is repeated.", ge=0)
     backoff_seconds: float = setting(
-        1.0, help="Wait before the first repetition; each further one waits twice as long, 60 s at most.", ge=0
+        1.0, help="Wait before the first repetition; it doubles each time, up to 60 s.", ge=0
     )
     longest_wait_seconds: float = setting(
-        600.0, help="A server that asks for a longer wait (Retry-After) ends the run, which can be continued.", gt=0
+        600.0, help="A server that asks for a longer wait (Retry-After) stops the run, which can be continued.", gt=0
     )
-    timeout_seconds: float = setting(600.0, help="Longest that one answer may take.", gt=0)
+    timeout_seconds: float = setting(600.0, help="Time limit of one answer.", gt=0)
 
     def check(self) -> list[str]:
-        """Return what is wrong across fields."""
+        """Return problems between fields."""
         problems = []
-        # What may be a password is not repeated.
+        # Never repeat what may be a password.
         if "@" in self.base_url or "?" in self.base_url:
-            problems.append("base_url: holds a name or a key; name an environment variable in api_key_variable")
+            problems.append("base_url: must not hold a user or a key; name an environment variable in api_key_variable")
         elif not self.base_url.startswith(("http://", "https://")):
             problems.append(f"base_url: must begin with http:// or https://, got {self.base_url!r}")
         return problems
 
 
-# What is about the way and not about the text: a server that comes back elsewhere continues the same shards.
-OF_THE_WAY = (
+# Settings of the connection, not of the texts: a server with another address continues the same shards.
+CONNECTION = (
     "base_url",
     "api_key_variable",
     "concurrency",
@@ -90,26 +90,26 @@ OF_THE_WAY = (
 
 @backends.register("openai", OpenAISettings)
 class OpenAI:
-    """Asks a server, many texts at a time."""
+    """Requests texts from a server, many at a time."""
 
     def __init__(self, settings: OpenAISettings, plan: Plan) -> None:
         self.settings = settings
         self.plan = plan
 
     def content(self) -> dict[str, Any]:
-        """Return the model and how it is asked, not where."""
+        """Return the model and the form of the requests, without the connection."""
         content = asdict(self.settings)
-        return {"kind": "openai"} | {name: value for name, value in content.items() if name not in OF_THE_WAY}
+        return {"kind": "openai"} | {name: value for name, value in content.items() if name not in CONNECTION}
 
     def reproducible(self) -> dict[str, Any]:
-        """Return that sampled texts are not."""
+        """Return that sampled texts are not reproducible."""
         return NOT_REPRODUCIBLE
 
     def write(self, shards: Mapping[int, Sequence[Task]], bar: Progress) -> Iterator[tuple[int, list[Outcome]]]:
         """Yield the outcomes of each shard.
 
         Raises:
-            DataError: The server is gone, refuses everything, or serves another model; answers so far are kept.
+            DataError: The server is gone, refuses all requests, or serves another model; received answers are kept.
         """
         key = self._key()
         for number, shard in shards.items():
@@ -123,7 +123,7 @@ class OpenAI:
             return None
         key = os.environ.get(variable, "").strip()
         if not key:
-            raise DataError(f"data.generate.backend.api_key_variable: the environment has no {variable}")
+            raise DataError(f"data.generate.backend.api_key_variable: the environment variable {variable} is not set")
         return key
 
     async def _written(
@@ -134,7 +134,7 @@ class OpenAI:
         outcomes = _kept(kept_file, shard)
         bar.advance(len(outcomes))
         if outcomes:
-            say(f"shard {number}: {len(outcomes):,} of {len(shard):,} texts were answered before")
+            say(f"shard {number}: {len(outcomes):,} of {len(shard):,} texts were received before")
         answers = _Answers(self.plan, shard, self.settings.prompts_as)
         free = asyncio.Semaphore(chosen.concurrency)
         async with AsyncExitStack() as stack:
@@ -158,12 +158,12 @@ class OpenAI:
                 ours, others = errors.split(DataError)
                 if ours is None or others is not None:
                     raise
-                # The first one ends all requests; the others say the same.
+                # The first error stops all requests; the others repeat it.
                 raise ours.exceptions[0] from None
-        # The first shard alone decides, so that it does not depend on the number of processes who goes on.
+        # Only the first shard decides, so that the outcome does not depend on the number of processes.
         if number == 0 and all(outcome.tokens is None for outcome in outcomes.values()):
             raise DataError(
-                f"{chosen.base_url}: not one of the {len(shard)} texts of shard {number} could be used. "
+                f"{chosen.base_url}: none of the {len(shard)} texts of shard {number} can be used. "
                 f"The first one: {outcomes[0].reason}"
             )
         return [outcomes[place] for place in range(len(shard))]
@@ -199,21 +199,21 @@ class OpenAI:
 
 
 class _Answers:
-    """Makes token ids of what a server answers, by the rules by which serving logs are read."""
+    """Gets token ids from the answers of a server, by the rules for serving logs."""
 
     def __init__(self, plan: Plan, shard: Sequence[Task], prompts_as: str) -> None:
         self._plan = plan
         self._as_text = prompts_as == "text"
         longest = max(len(task.prompt) for task in shard)
-        # Longer than any right answer: a longer one is to be told, not cut.
+        # Longer than any valid answer: a longer one must be refused, not cut.
         self._encoder = Encoder(plan.target.tokenizer, longest + 2 * plan.max_new_tokens + 1)
         self._exchanges = ExchangeEncoder(self._encoder, lambda words: words, logprobs=False)
 
     def prompt(self, task: Task) -> list[int] | str:
-        """Return a prompt as it is sent.
+        """Return a prompt in the form that is sent.
 
         Raises:
-            Refused: Its text would be read as other tokens.
+            Refused: Its text has other token ids.
         """
         tokens = list(task.prompt)
         if not self._as_text:
@@ -224,34 +224,34 @@ class _Answers:
         return words
 
     def read(self, task: Task, answer: Mapping[str, Any]) -> tuple[list[int], dict[str, Any]]:
-        """Return what was written after a prompt, how it ended, and what says which tokens it is.
+        """Return the tokens after a prompt, how the text ended, and the origin of its token ids.
 
         Raises:
-            Refused: It cannot be known which tokens were read and written, or they are not what was asked for.
+            Refused: The tokens that were read or written are not known, or do not match the request.
         """
         prompt, most = list(task.prompt), self._plan.max_new_tokens
-        # Where the server says what it read, that stands in the exchange in place of what it was sent.
+        # If the server reports the prompt that it read, the exchange holds that one.
         found = exchanges({"request": {"prompt": prompt}, "response": dict(answer)}, id=task.id)
         if len(found) != 1:
-            raise Refused("several", f"{len(found)} texts, one was asked for")
+            raise Refused("several", f"{len(found)} texts, one was requested")
         (exchange,) = found
         if exchange.prompt_ids != prompt:
             raise Refused("wrong_prompt", "the server read other tokens than it was sent")
         counted = exchange.num_answer_tokens
         if exchange.finish == "length" and counted is not None and counted < most:
-            raise Refused("short", f"cut after {counted} tokens, {most} were asked for")
+            raise Refused("short", f"cut after {counted} tokens, {most} were requested")
         ids = "served"
         if exchange.answer_ids is None:
             named = self._exchanges.named_ids(exchange.logprobs)
             exchange = replace(exchange, answer_ids=named)
             ids = "text" if named is None else "spelled"
         if ids == "served" and "\ufffd" in (exchange.answer or ""):
-            # Bytes that are no text are spelled differently by different servers: the ids say what was written.
+            # Servers spell bytes that are not text differently: rely on the ids.
             exchange = replace(exchange, answer=None)
         tokens = list(self._exchanges.record(exchange).tokens[len(prompt) :])
         finish = exchange.finish
         if ids == "text" and finish == "length" and len(tokens) != most:
-            raise Refused("retokenised", f"the answer is {len(tokens)} tokens here, {most} where it was written")
+            raise Refused("retokenised", f"the answer has {len(tokens)} tokens here, {most} on the server")
         if reason := unusable(tokens, finish, ends=self._plan.target.eos_token_ids, max_new_tokens=most):
             kind, _, sentence = reason.partition(": ")
             raise Refused(kind, sentence)
@@ -263,14 +263,14 @@ def _kept_file(folder: Path, number: int) -> Path:
 
 
 def _keep(file: TextIO, place: int, task: Task, outcome: Outcome) -> None:
-    """Write an answer down at once."""
+    """Append an answer to the file and flush it."""
     entry = {"place": place, "id": task.id, "tokens": outcome.tokens, "account": outcome.account}
     file.write(json.dumps(entry, separators=(",", ":")) + "\n")
     file.flush()
 
 
 def _kept(path: Path, shard: Sequence[Task]) -> dict[int, Outcome]:
-    """Return what an earlier run was answered, by place; a line that it was killed in is cut off, not answered."""
+    """Return the answers that an earlier run received, by place; an incomplete last line is removed."""
     if not path.exists():
         return {}
     text = path.read_bytes()

@@ -1,6 +1,6 @@
-"""Texts by vLLM in its own environment: token ids in, token ids out, no server between.
+"""Texts by vLLM in its own environment: token ids in, token ids out, without a server.
 
-`drafttrain engines install vllm` makes the one for CPUs, `vllm-cuda` that for GPUs.
+`drafttrain engines install vllm` creates the environment for CPUs, `vllm-cuda` the one for GPUs.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ LARGEST_SEED = 2**31
 
 @dataclass
 class VllmSettings:
-    """vLLM writes the texts, shard by shard, in a process of its own."""
+    """vLLM generates the texts, shard by shard, in its own process."""
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = setting(
-        None, help="Type of the weights in the engine; null: the target's own."
+        None, help="Type of the weights in the engine; null: the target's."
     )
-    memory_gb: float = setting(1.0, help="Keys and values that the engine holds.", gt=0)
+    memory_gb: float = setting(1.0, help="Size of the engine's KV cache.", gt=0)
 
     def smoke(self) -> VllmSettings:
-        """Return a copy that fits beside anything."""
+        """Return a copy that needs little memory."""
         return replace(self, memory_gb=min(self.memory_gb, 1.0))
 
 
 def environment_on(device: str) -> Environment:
-    """Return the environment that writes texts on a kind of device."""
+    """Return the environment for a kind of device."""
     return VLLM_CUDA if device == "cuda" else VLLM_CPU
 
 
 @backends.register("vllm", VllmSettings)
 class Vllm:
-    """Has all missing shards written by one process; those that it wrote before it died are taken up."""
+    """Runs one process for all missing shards; shards that it finished before it died are loaded."""
 
     def __init__(self, settings: VllmSettings, plan: Plan) -> None:
         self.settings = settings
@@ -56,21 +56,21 @@ class Vllm:
         return {"kind": "vllm", "dtype": self._dtype}
 
     def reproducible(self) -> dict[str, Any]:
-        """Return that sampled texts are not."""
+        """Return that sampled texts are not reproducible."""
         return NOT_REPRODUCIBLE
 
     def write(self, shards: Mapping[int, Sequence[Task]], bar: Progress) -> Iterator[tuple[int, list[Outcome]]]:
         """Yield the outcomes of each shard.
 
         Raises:
-            DataError: The folder of the target's name holds another model by now.
+            DataError: The folder of the target's name holds another model now.
         """
         if not shards:
             return
         answered = {number: self.plan.folder / f"answers-{number:05d}.json" for number in shards}
         missing = [number for number, file in answered.items() if not file.exists()]
         if len(missing) < len(shards):
-            say(f"{len(shards) - len(missing)} of {len(shards)} shards were answered before")
+            say(f"{len(shards) - len(missing)} of {len(shards)} shards were finished before")
         if missing:
             request = self._request({number: shards[number] for number in missing}, answered)
             ask(environment_on(self.plan.target.device.type), WORKER, request, timeout_seconds=None)
@@ -90,9 +90,7 @@ class Vllm:
         plan = self.plan
         folder = resolve_folder(plan.target.name)
         if fingerprint_of(folder) != plan.target.fingerprint:
-            raise DataError(
-                f"{folder}: is not the target that is loaded ({plan.target.name}); give its folder as target"
-            )
+            raise DataError(f"{folder}: differs from the loaded target ({plan.target.name}); set target to its folder")
         longest = max(len(task.prompt) for shard in shards.values() for task in shard)
         return {
             "target": str(folder.resolve()),

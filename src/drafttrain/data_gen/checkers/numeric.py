@@ -1,4 +1,4 @@
-"""Numeric answers: the number behind a marker."""
+"""Numeric answers: the number after a marker."""
 
 import re
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ SPACED_DIGITS = re.compile(r"(?<=\d)\s+(?=\d)")
 
 @dataclass
 class NumericSettings:
-    """The number behind the last marker of a text."""
+    """The number after the last marker of a text."""
 
     after: str = setting("answer", help="Marker, as in 'answer' or '####'; empty: the last number of the text.")
-    spaced_digits: bool = setting(False, help="Digits that stand apart by spaces are one number.")
+    spaced_digits: bool = setting(False, help="Digits separated by spaces are one number.")
 
 
 @checkers.register("numeric", NumericSettings)
@@ -42,6 +42,6 @@ class Numeric:
             return None
 
     def correct(self, text: str, reference: str, *, id: str) -> bool:
-        """Tell whether the number is the reference's."""
+        """Return whether the number equals the reference."""
         found = self.answer(text, id=id)
         return found is not None and found == Fraction(reference.replace(",", "").strip())

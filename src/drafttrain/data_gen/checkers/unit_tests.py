@@ -1,4 +1,4 @@
-"""Programs: whether what was written passes its unit tests, run in a process of its own that is fenced in. POSIX only."""
+"""Programs: whether a generated program passes its unit tests, run in a sandboxed process. POSIX only."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ seconds, memory, size = map(int, sys.argv[1:4])
 CLONE_NEWNET, CLONE_NEWUSER = 0x40000000, 0x10000000
 unshare = ctypes.CDLL(None, use_errno=True).unshare
 if unshare(CLONE_NEWNET) and unshare(CLONE_NEWUSER | CLONE_NEWNET):
-    sys.exit(97)  # no network of its own: better not run at all
+    sys.exit(97)  # cannot be cut off from the network: do not run
 for what, limit in (("CPU", seconds), ("AS", memory), ("FSIZE", size), ("NOFILE", 16), ("CORE", 0)):
     number = getattr(resource, "RLIMIT_" + what)
     resource.setrlimit(number, (limit, limit))
 source = sys.stdin.read()
 exec(compile(source, "answer.py", "exec"), {"__name__": "__main__"})
 """
-"""Runs in the child: no network, little time, memory and file space; then the program and its tests."""
+"""Runs in the child: removes the network, limits time, memory and file size, then runs the program and its tests."""
 
 NO_FENCE = 97
 
 
 @dataclass
 class UnitTestsSettings:
-    """Unit tests by problem. Runs what the model wrote on this machine."""
+    """Unit tests by problem. Runs programs that a model wrote on this machine."""
 
-    path: str = setting(help="JSON lines: id, and tests, Python that fails by an exception.")
+    path: str = setting(help="JSON lines: id, and tests: Python that raises an exception on failure.")
     allow_code_execution: bool = setting(False, help="Must be true: programs that a model wrote are run here.")
-    timeout_seconds: int = setting(5, help="Time of one program.", ge=1)
-    memory_mb: int = setting(512, help="Memory of one program.", ge=32)
+    timeout_seconds: int = setting(5, help="Time limit of a program.", ge=1)
+    memory_mb: int = setting(512, help="Memory limit of a program.", ge=32)
     file_mb: int = setting(1, help="Largest file that a program may write; its folder is removed afterwards.", ge=0)
 
     def check(self) -> list[str]:
-        """Return what is wrong across fields."""
+        """Return problems between fields."""
         if not self.allow_code_execution:
             return ["allow_code_execution: must be true: this checker runs programs that a model wrote on this machine"]
         return []
@@ -60,8 +60,8 @@ class UnitTestsSettings:
 class UnitTests:
     """The answer of a program is whether it passes.
 
-    The fence keeps out accidents of generated code, not an attacker: a program can still read and remove what its user can.
-    For text of unknown origin use a machine of its own.
+    The sandbox guards against accidents of generated code, not against an attacker: a program can still read and delete what
+    its user can. For text of unknown origin use a separate machine.
     """
 
     def __init__(self, settings: UnitTestsSettings) -> None:
@@ -79,7 +79,7 @@ class UnitTests:
         path = Path(self.settings.path).expanduser()
         if not path.is_file():
             raise DataError(f"{path}: no such file of unit tests (JSON lines)")
-        # Lines end at \n alone: a program or an id may hold what else ends one.
+        # Split at \n only: a program or an id may hold other line separators.
         lines = [json.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
         return {str(line["id"]): line["tests"] for line in lines}
 
@@ -118,6 +118,6 @@ class UnitTests:
                 process.wait()
         if process.returncode == NO_FENCE:
             raise DataError(
-                "checker unit_tests: this system gives a process no network namespace of its own, so programs are not run"
+                "checker unit_tests: this system cannot give a process its own network namespace, so programs are not run"
             )
         return process.returncode == 0

@@ -1,4 +1,4 @@
-"""Sources of text, one file a kind. A source yields items; what an item holds is in `data_gen.formats`."""
+"""Sources of text, one file a kind. A source yields items; `data_gen.record_keys` lists the forms of an item."""
 
 from __future__ import annotations
 
@@ -24,43 +24,47 @@ SMOKE_ITEMS = 64
 
 @dataclass
 class WeightedSettings:
-    """What all sources share."""
+    """Settings of all sources."""
 
     weight: float = setting(1.0, help="Share of the trained records, relative to the other sources.", ge=0)
-    max_items: int | None = setting(None, help="The first so many items are read; null: all.", ge=1)
+    max_items: int | None = setting(None, help="Read this many items, from the first; null: all.", ge=1)
     max_lost_share: float = setting(
         0.05,
-        help="Share of the items that may be quarantined; more of them stop the run, with the reasons counted.",
+        help="Share of the items that may be quarantined; more stop the run, with counts of the reasons.",
         ge=0,
         le=1,
     )
 
     def smoke(self) -> Self:
-        """Return a copy that reads a few items; whole ones: an item that the run takes is never too long for it."""
+        """Return a copy that reads a few items. They are not shortened: an item that fits the run must fit here."""
         return replace(self, max_items=min(self.max_items or SMOKE_ITEMS, SMOKE_ITEMS))
 
 
 @dataclass(kw_only=True)
 class RecordSettings(WeightedSettings):
-    """What all sources of records share; docs/data.md has the keys of a record."""
+    """Settings of all sources of records; docs/data.md lists the keys of a record."""
 
-    rename: dict[str, str] = setting({}, help="Keys by the name that is wanted here: {text: content}.")
+    rename: dict[str, str] = setting(
+        {}, help="Known key: the name that the records use for it, such as {text: content}."
+    )
     roles: dict[str, str] = setting(
         {},
-        help="Further words for a role: {wizard: assistant}; user, assistant, system, tool and function_call are known.",
+        help="More words for a role, such as {wizard: assistant}; user, assistant, system, tool and function_call are known.",
     )
     ignore_keys: list[str] = setting(
         [],
-        help="Keys of records and of turns that the target does not read; others that are not known quarantine the record.",
+        help="Keys of records and of turns that the target does not read; any other unknown key quarantines the record.",
     )
 
     def check(self) -> list[str]:
-        """Return what is wrong across fields."""
+        """Return problems between fields."""
         problems = [
-            f"rename: {new!r} is no key of a record. Known: {', '.join(KEYS)}" for new in self.rename if new not in KEYS
+            f"rename: {new!r} is not a key of a record. Known: {', '.join(KEYS)}"
+            for new in self.rename
+            if new not in KEYS
         ]
         return problems + [
-            f"roles: {word!r}: {role!r} is no role. Known: {', '.join(ROLES)}"
+            f"roles: {word!r}: {role!r} is not a role. Known: {', '.join(ROLES)}"
             for word, role in self.roles.items()
             if role not in ROLES
         ]
@@ -68,16 +72,16 @@ class RecordSettings(WeightedSettings):
 
 @dataclass(frozen=True)
 class Item:
-    """One raw item and where it stands, for messages and quarantine."""
+    """One raw item and its place, for messages and quarantine."""
 
     where: str
-    """file:line, or the like."""
+    """Such as file:line."""
     value: Any
-    """A mapping, or the raw line where it could not be read as one."""
+    """A mapping, or the raw line if it could not be parsed."""
     problem: str = ""
-    """Why it could not be read; empty: it could."""
+    """Why it could not be read; empty: no problem."""
     private: bool = False
-    """What it holds is written nowhere, not even into quarantine."""
+    """Its content is never written, not even into quarantine."""
 
 
 class Source(Protocol):
@@ -93,13 +97,13 @@ class Versioned(Protocol):
     """A source whose items may change under the same settings, as files do."""
 
     def version(self) -> Any:
-        """Return what changes when its items do, as JSON can hold it."""
+        """Return a JSON value that changes when the items do."""
         ...
 
 
 @runtime_checkable
 class RecordSource(Protocol):
-    """A source that makes records itself: its items say more than their text, such as the ids that were served."""
+    """A source that encodes its own records: its items hold more than text, such as served ids."""
 
     def items(self) -> Iterator[Item]:
         """Yield all items."""
@@ -112,7 +116,7 @@ class RecordSource(Protocol):
 
 @runtime_checkable
 class PromptSource(Protocol):
-    """A source that makes prompts itself."""
+    """A source that encodes its own prompts."""
 
     def items(self) -> Iterator[Item]:
         """Yield all items."""
@@ -124,21 +128,21 @@ class PromptSource(Protocol):
 
 
 def without_nulls(value: Any) -> Any:
-    """Return a row of a table without nulls at any depth: a table has all keys in all rows, a record its own."""
+    """Return a row of a table without nulls at any depth: in a table every row has every key."""
     if isinstance(value, dict):
         return {key: without_nulls(part) for key, part in value.items() if part is not None}
     return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def stamps(paths: Sequence[Path]) -> list[list[Any]]:
-    """Return name, size and digest of files: a copy is the same, an edited one is not."""
+    """Return name, size and digest of files: equal for a copy, different for an edited file."""
     return [[path.name, path.stat().st_size, text_digest(path)] for path in paths]
 
 
 def content_of(settings: Any) -> dict[str, Any]:
     """Return the settings of a source that its items depend on.
 
-    What is not set is left out: what was written before there was such a setting stays valid.
+    Settings at their defaults are left out, so that stores written before a setting existed stay valid.
     """
     mapping = component_mapping(settings)
     mapping.pop("max_lost_share", None)

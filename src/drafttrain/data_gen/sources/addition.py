@@ -18,7 +18,7 @@ WORDINGS = {
     "put": ("put", "write", "note"),
     "carry": ("carry", "keep", "hold"),
 }
-"""Words of one meaning; which of them is written is drawn each time, and no answer depends on it."""
+"""Synonyms: one is drawn each time, and no answer depends on it."""
 
 ANSWER = "answer"
 
@@ -30,22 +30,22 @@ VOCABULARY = (
     *(word for words in WORDINGS.values() for word in words),
     ANSWER,
 )
-"""All words of the task; they stand apart by spaces."""
+"""All words of the task; spaces separate them."""
 
 
 @dataclass(kw_only=True)
 class AdditionSettings(WeightedSettings):
-    """Additions, each solved digit by digit in wordings that vary: prompt, completion, and the answer."""
+    """Additions, each solved digit by digit in varying words: prompt, completion, and answer."""
 
-    num_records: int = setting(4000, help="Problems.", ge=1)
+    num_records: int = setting(4000, help="Number of problems.", ge=1)
     num_digits: int = setting(2, help="Digits of both numbers.", ge=1, le=9)
     split: Literal["train", "held_out"] = setting(
         "train", help="Side of the split: one pair of numbers in ten is held out."
     )
-    seed: int = setting(0, help="Names the draws of numbers and wordings.", ge=0)
+    seed: int = setting(0, help="Seed of the numbers and the words.", ge=0)
 
     def smoke(self) -> AdditionSettings:
-        """Return a copy with a handful of problems."""
+        """Return a copy with a few problems."""
         return replace(self, num_records=min(self.num_records, 40))
 
 
@@ -72,7 +72,7 @@ class Addition:
             yield Item(id, value)
 
     def _numbers(self, rng: random.Random) -> tuple[int, int]:
-        """Draw two numbers until they are of this side."""
+        """Draw two numbers until they belong to this side of the split."""
         while True:
             first, second = (rng.randrange(10**self.settings.num_digits) for _ in range(2))
             if (stream_seed(0, "addition split", first, second) % 10 == 0) == (self.settings.split == "held_out"):

@@ -1,4 +1,4 @@
-"""What the target wrote for this run, or for another one."""
+"""Texts that the target generated, for this run or another one."""
 
 import json
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ from drafttrain.data_gen.sources.jsonl import lines
 
 @dataclass(kw_only=True)
 class GeneratedSettings(WeightedSettings):
-    """Text that the target writes by data.generate; its shards are made first."""
+    """Texts that the target generates by data.generate, before the sources are read."""
 
-    path: str | None = setting(None, help="Folder of shards; null: this run's own.")
+    path: str | None = setting(None, help="Folder of shards; null: this run's.")
 
 
 @sources.register("generated", GeneratedSettings)
@@ -38,21 +38,21 @@ class Generated:
         """Return the shards with their hashes, as the manifest lists them.
 
         Raises:
-            DataError: A shard is not what the manifest says.
+            DataError: A shard differs from the manifest.
         """
         manifest = self._folder() / "manifest.json"
         if not manifest.exists():
-            raise DataError(f"{self._folder()}: no manifest.json here: not a whole folder of shards")
+            raise DataError(f"{self._folder()}: has no manifest.json: not a complete folder of shards")
         shards = json.loads(manifest.read_text(encoding="utf-8"))["shards"]
         for shard in shards:
             path = self._folder() / shard["file"]
             if not path.exists() or sha256_of(path) != shard["sha256"]:
                 raise DataError(
-                    f"{path}: is not what manifest.json says (sha256): remove both, and the run that wrote them writes them again"
+                    f"{path}: differs from manifest.json (sha256): remove both, and the run that wrote them writes them again"
                 )
         return shards
 
     def _folder(self) -> Path:
         if self.settings.path is None:
-            raise DataError("source generated: the shards of this run are not made yet (drafttrain gen)")
+            raise DataError("source generated: the shards of this run are not generated yet: run drafttrain gen")
         return Path(self.settings.path)

@@ -40,14 +40,12 @@ class Hub:
                 wanted.path, wanted.name, split=wanted.split, revision=self._commit or wanted.revision
             )
         except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-            raise DataError(
-                f"{wanted.path}: no data set could be read here (split {wanted.split!r}): {error}"
-            ) from error
+            raise DataError(f"{wanted.path}: no data set can be read here (split {wanted.split!r}): {error}") from error
         for number, row in enumerate(rows):
             yield Item(f"{wanted.path}:{number}", without_nulls(dict(row)))
 
     def version(self) -> Any:
-        """Return the commit of a data set of the hub, or what changes with the files of a folder; None: it is not known."""
+        """Return the commit of a data set of the hub, or a value that changes with the files of a folder; None: unknown."""
         folder = Path(self.settings.path).expanduser()
         if folder.exists():
             return stamps(sorted(path for path in folder.rglob("*") if path.is_file()))
@@ -64,6 +62,6 @@ class Hub:
         try:
             found = huggingface_hub.HfApi().dataset_info(wanted.path, revision=wanted.revision, timeout=TIMEOUT_SECONDS)
         except (HfHubHTTPError, HFValidationError, OSError):
-            # Without the hub, `datasets` reads its own cache; what that holds has no name here.
+            # Offline, `datasets` reads its own cache, whose commit is not known.
             return None
         return found.sha

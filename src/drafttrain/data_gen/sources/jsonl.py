@@ -1,4 +1,4 @@
-"""Records as JSON, packed by gzip or not: an object a line, or one array of objects, whatever its line breaks."""
+"""Records as JSON, gzip or not: one object a line, or one array of objects in any layout."""
 
 import codecs
 import glob
@@ -16,13 +16,13 @@ from drafttrain.core.settings import setting
 from drafttrain.data_gen.sources import Item, RecordSettings, sources, stamps
 
 GZIP = b"\x1f\x8b"
-"""What a gzip file begins with."""
+"""First bytes of a gzip file."""
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
 @dataclass(kw_only=True)
 class JSONLSettings(RecordSettings):
-    """JSON lines, or an array of JSON objects; docs/data.md has the forms of a record."""
+    """JSON lines, or an array of JSON objects; docs/data.md lists the forms of a record."""
 
     path: str = setting(help="A file, or a pattern such as data/*.jsonl.")
 
@@ -35,21 +35,21 @@ class JSONL:
         self.path = settings.path
 
     def items(self) -> Iterator[Item]:
-        """Yield every record; what is no JSON object is yielded with its problem."""
+        """Yield every record; anything but a JSON object is yielded with its problem."""
         for path in matching(self.path):
             for number, item in lines(path):
                 yield replace(item, where=f"{path}:{number}")
 
     def version(self) -> Any:
-        """Return what changes with the files."""
+        """Return a value that changes with the files."""
         return stamps(matching(self.path))
 
 
 def lines(path: Path) -> Iterator[tuple[int, Item]]:
-    """Yield the lines of one file, or the records of its array, with their numbers, from 1; empty lines are left out.
+    """Yield the lines of one file, or the records of its array, numbered from 1; empty lines are skipped.
 
     Raises:
-        DataError: An array is broken: what follows the break cannot be told apart.
+        DataError: An array is broken: records after the break cannot be separated.
     """
     try:
         with _opened(path) as file:
@@ -67,14 +67,14 @@ def lines(path: Path) -> Iterator[tuple[int, Item]]:
 
 
 def _opened(path: Path) -> BinaryIO:
-    """Open a file; what gzip packed is unpacked."""
+    """Open a file, unpacking gzip."""
     with path.open("rb") as file:
         is_packed = file.read(len(GZIP)) == GZIP
     return cast(BinaryIO, gzip.open(path, "rb")) if is_packed else path.open("rb")
 
 
 def _begins_array(file: BinaryIO) -> bool:
-    """Return whether a file is one array: its first line begins one and is not a whole one with other lines behind it."""
+    """Return whether a file is one array: its first line begins an array, and is not a complete one followed by other lines."""
     first = b""
     while not first:
         line = file.readline()
@@ -91,7 +91,7 @@ def _begins_array(file: BinaryIO) -> bool:
 
 
 def _array(path: Path, file: BinaryIO) -> Iterator[tuple[int, Item]]:
-    """Yield the records of an array one by one; the file's text is held, its records are not."""
+    """Yield the records of an array one by one; memory holds the file's text, not all records."""
     try:
         text = file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -109,16 +109,16 @@ def _array(path: Path, file: BinaryIO) -> Iterator[tuple[int, Item]]:
         place = _next(text, place)
         if text[place : place + 1] not in (",", "]"):
             line = text.count("\n", 0, place) + 1
-            raise DataError(f"{path}: line {line}: ',' or ']' is needed behind record {number} of the JSON array")
+            raise DataError(f"{path}: line {line}: ',' or ']' must follow record {number} of the JSON array")
         if text[place] == ",":
             place = _next(text, place + 1)
     if text[place + 1 :].strip():
         line = text.count("\n", 0, place) + 1
-        raise DataError(f"{path}: line {line}: the JSON array ends here, and more follows")
+        raise DataError(f"{path}: line {line}: text follows the end of the JSON array")
 
 
 def _next(text: str, place: int) -> int:
-    """Return where the next character that is no white space stands."""
+    """Return the place of the next character that is not white space."""
     found = SPACE.match(text, place)
     return place if found is None else found.end()
 
@@ -148,5 +148,5 @@ def _item(where: str, line: bytes) -> Item:
 
 def _record(where: str, value: Any) -> Item:
     if not isinstance(value, dict):
-        return Item(where, value, f"a JSON object is needed, got {type(value).__name__}")
+        return Item(where, value, f"must be a JSON object, got {type(value).__name__}")
     return Item(where, value)

@@ -41,5 +41,5 @@ class Parquet:
                     number += 1
 
     def version(self) -> Any:
-        """Return what changes with the files."""
+        """Return a value that changes with the files."""
         return stamps(matching(self.path))

@@ -54,5 +54,5 @@ class ServingLogs:
         return [(found.exchange.id, self._reader.prompt(found, encoder))]
 
     def version(self) -> Any:
-        """Return what changes with the files."""
+        """Return a value that changes with the files."""
         return stamps(log_files(self.settings.path))

@@ -34,7 +34,7 @@ class Text:
                 yield Item(str(path), "", f"not UTF-8: {error}")
 
     def version(self) -> Any:
-        """Return what changes with the files."""
+        """Return a value that changes with the files."""
         return stamps(self._paths())
 
     def _paths(self) -> list[Path]:

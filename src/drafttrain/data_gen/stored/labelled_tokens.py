@@ -34,7 +34,7 @@ ARRAYS = ("features", "labels", "held_out")
 
 
 class LabelledTokens:
-    """All rows of a run: those that train and those that are held out, apart by text."""
+    """All rows of a run, split by text into rows to train on and held-out rows."""
 
     def __init__(self, folder: Path) -> None:
         self.about: dict[str, Any] = json.loads((folder / "labelled.json").read_text(encoding="utf-8"))
@@ -44,7 +44,7 @@ class LabelledTokens:
         self.held_out = HeadRows(features[held_out], labels[held_out])
         if not len(self.train) or not len(self.held_out):
             raise DataError(
-                f"{folder}: {len(self.train)} labelled tokens to train on and {len(self.held_out)} held out: more texts are needed"
+                f"{folder}: {len(self.train)} labelled tokens to train on and {len(self.held_out)} held out: add more texts"
             )
 
     @property
@@ -54,7 +54,7 @@ class LabelledTokens:
 
 
 class RowOrder:
-    """Which rows an optimizer step reads: a pure function of (seed, step)."""
+    """The rows of an optimizer step: a pure function of (seed, step)."""
 
     def __init__(self, rows: HeadRows, head: TokenHead, *, seed: int) -> None:
         self.rows = rows
@@ -81,7 +81,7 @@ class RowOrder:
 
 
 def _labelled(texts: Sequence[Record], annotator: Annotator) -> list[HeadRows]:
-    """Return the rows of each text; an annotator reads the texts that it is given together."""
+    """Return the rows of each text; an annotator reads the texts of a group together."""
     found: dict[int, HeadRows] = {}
     for group in groups([len(text.tokens) for text in texts]):
         found |= dict(zip(group, annotator.label([texts[i] for i in group]), strict=True))
@@ -94,10 +94,10 @@ def paths(folder: Path, shard: int) -> list[Path]:
 
 
 def annotate(settings: Any, data: TrainingData, frozen: Frozen, folder: Path) -> LabelledTokens:
-    """Label the draft tokens of all texts, shard by shard; shards that an earlier run wrote stay.
+    """Label the draft tokens of all texts, shard by shard; shards of an earlier run are kept.
 
     Raises:
-        DataError: The rows would take more than `data.max_cache_gb`. Nothing was written.
+        DataError: The rows would take more than `data.max_cache_gb`.
     """
     about = {
         "annotator": component_mapping(settings),
@@ -110,7 +110,7 @@ def annotate(settings: Any, data: TrainingData, frozen: Frozen, folder: Path) ->
     if plan.exists() and json.loads(plan.read_text(encoding="utf-8")) != json.loads(json.dumps(about)):
         raise DataError(
             f"{folder}: holds labels of another annotator, target, drafter, seed or text, or of an older version of drafttrain: "
-            "remove this folder, and the tokens are labelled again, or give the run another name (name=...)"
+            "remove this folder to label the tokens again, or give the run another name (name=...)"
         )
     if not done.exists():
         write_json(plan, about)
@@ -144,13 +144,13 @@ def _check_shares(labels_N: torch.Tensor, *, least: float) -> None:
     share = float(labels_N.mean())
     if min(share, 1 - share) < least:
         raise DataError(
-            f"{share:.1%} of the draft tokens are good enough to keep and {1 - share:.1%} are not; data.annotate.min_share asks "
-            f"for {least:.0%} of both: take another drafter, or other texts"
+            f"{share:.1%} of the draft tokens are good enough to accept and {1 - share:.1%} are not; data.annotate.min_share requires "
+            f"{least:.0%} of both: use another drafter, or other texts"
         )
 
 
 class _Rows:
-    """Watches the size of what is written."""
+    """Checks the size of written shards against the limit."""
 
     def __init__(self, *, limit_gb: float) -> None:
         self.limit_gb = limit_gb
@@ -166,14 +166,14 @@ class _Rows:
         if expected > self.limit_gb:
             raise DataError(
                 f"the labelled tokens would take about {expected:.2f} GB, data.max_cache_gb allows {self.limit_gb:g}: "
-                "label fewer texts, or allow more"
+                "label fewer texts, or raise the limit"
             )
 
 
 def _arrays(
     records: Sequence[Record], rows: Sequence[HeadRows], *, held_out: float, seed: int
 ) -> tuple[np.ndarray[Any, Any], ...]:
-    """Return the arrays of a shard; a text is held out whole, by its name alone."""
+    """Return the arrays of a shard; a text is held out as a whole, by its name."""
     sides = [
         torch.full((len(part),), stream_seed(seed, "held out", record.id) % 10_000 < 10_000 * held_out)
         for record, part in zip(records, rows, strict=True)

@@ -1,4 +1,4 @@
-"""E-mail addresses, of any script; not what only has their form: remotes of git, products of matrices, versions, pictures of two sizes."""
+"""E-mail addresses in any script, but not lookalikes: git remotes, matrix products, versions, names of images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from drafttrain.data_gen.serving_logs.private.spans import Span
 
 MARKS = r"\u0300-\u036f\u0900-\u0dff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
-"""Vowel signs, which are no letters to `re`."""
+"""Vowel signs, which `re` does not count as letters."""
 LOCAL = re.compile(rf"[\w{MARKS}.!#$%&'*+/=?^`{{|}}~-]{{1,64}}")
 QUOTED_LOCAL = re.compile(r"\"[^\"\n]{1,62}\"")
 LABEL = rf"[\w{MARKS}](?:[\w{MARKS}-]{{0,62}})"
@@ -21,7 +21,7 @@ SPELLED = re.compile(
 FILES = re.compile(
     r"(?:png|jpe?g|gif|svg|webp|ico|bmp|[mc]?js|tsx?|jsx|json|txt|s?css|less|html?|ya?ml|toml|lock|xml|csv|tgz|gz|whl|dll|exe|pdf|mp[34]|wav|ttf|woff2?)"
 )
-"""Ends of names of files that are no ends of hosts."""
+"""File extensions that are not top-level domains."""
 ATTRIBUTES = re.compile(
     r"(?:shape|weights?|transpose|mean|sum|data|grad|values?|view|size|reshape|bias|matrix|inverse|dot|conj|real|imag|length|items?|get|tensor)"
 )
@@ -44,7 +44,7 @@ def _around(text: str, place: int) -> Iterator[Span]:
     domain = DOMAIN.match(text, place + 1)
     if domain is None:
         return
-    # From the sign backwards: from the front, every letter of a long word would begin an address.
+    # Match backwards from the sign: forwards, every letter of a long word could begin an address.
     reversed_before = text[max(0, place - 64) : place][::-1]
     local = QUOTED_LOCAL.match(reversed_before) or LOCAL.match(reversed_before)
     if local is None:
@@ -53,7 +53,7 @@ def _around(text: str, place: int) -> Iterator[Span]:
     if not name.startswith('"'):
         name = re.sub(r"^.*[=?&`|/{}]|^['*!#$%^.]+", "", name)
     if text.endswith("://", 0, place - len(name)):
-        return  # A user of a host.
+        return  # The user part of a URL.
     if not name or _is_code(text, name, domain):
         return
     yield Span(place - len(name), domain.end(), "e-mail")

@@ -1,6 +1,6 @@
-"""Keys that their issuers made recognisable: by a prefix, by their structure, or by the words around a random one.
+"""Keys of known issuers, recognized by a prefix, by their structure, or by the words around a random string.
 
-Forms are detect-secrets' where it has a plugin of the issuer; what it does not know is listed here.
+Patterns come from detect-secrets where it has a plugin for the issuer; the others are listed here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from drafttrain.data_gen.serving_logs.private.randomness import has_random_run, 
 from drafttrain.data_gen.serving_logs.private.spans import PLACEHOLDER, Span
 
 LONG_WORD = re.compile(r"[A-Za-z0-9_.+/=~:-]{16,}")
-"""No key is shorter; what is found is searched for known forms."""
+"""No key is shorter; every match is searched for known forms."""
 FIXED = (
     r"(?:AKIA|ASIA|ABIA|ACCA|AGPA|AROA|AIDA)[A-Z0-9]{16}",
     r"AIza[A-Za-z0-9_-]{35}",
@@ -45,7 +45,7 @@ FIXED = (
     r"sl\.(?:u\.)?[A-Za-z0-9_-]{60,400}",
     r"xprv[1-9A-HJ-NP-Za-km-z]{80,120}",
 )
-"""The form alone is enough."""
+"""Forms that are sufficient by themselves."""
 PREFIXED = (
     r"(?:sk|pk|rk)[-_](?:live|test|prod|proj|ant|or|svcacct|admin|lf|api03)[-_][A-Za-z0-9_-]{16,255}",
     r"sk-[A-Za-z0-9_-]{16,255}",
@@ -58,7 +58,7 @@ PREFIXED = (
     r"xox[a-z]-[A-Za-z0-9-]{10,255}",
     r"xapp-\d-[A-Za-z0-9-]{10,255}",
 )
-"""The rest has to look random as well: `sk_buff_alloc_headroom` is a function."""
+"""Forms whose rest must also look random: `sk_buff_alloc_headroom` is a function."""
 FORM = re.compile(rf"(?<![A-Za-z0-9])(?:(?P<fixed>{'|'.join(FIXED)})|{'|'.join(PREFIXED)})(?![A-Za-z0-9])")
 PAYPAL = re.compile(r"access_token\$(?:production|sandbox)\$[a-z0-9]{16}\$[a-f0-9]{32}")
 WEBHOOK = re.compile(
@@ -83,7 +83,7 @@ END = "-----END "
 BODY = re.compile(r"(?:(?:\s|\\[nrt]|[\"'+,]){1,40}(?:[A-Za-z0-9+/=]{20,}|[A-Za-z-]{2,20}: [^\n]{0,80}))*")
 MOST_BODY = 20_000
 LEAST_BODY = 40
-"""Characters of a key behind its header; code that only names the header has fewer."""
+"""Fewest characters of a key after its header; code that only names the header has fewer."""
 
 
 def find(text: str) -> Iterator[Span]:
@@ -121,7 +121,7 @@ def _in_word(text: str, start: int, stop: int) -> Iterator[Span]:
 
 
 def _random_beside_its_name(text: str, start: int, stop: int) -> Iterator[Span]:
-    """Yield a word that only its randomness and the words before it tell."""
+    """Yield a random word that the words before it call a key."""
     word = text[start:stop]
     if (
         stop - start > 512
@@ -131,7 +131,7 @@ def _random_beside_its_name(text: str, start: int, stop: int) -> Iterator[Span]:
         or ":" in word
     ):
         return
-    # Words before another long one, or before what was redacted, are that one's.
+    # Words before another long word or a placeholder belong to that one.
     before = OTHER_WORD.split(text[max(0, start - CONTEXT_CHARACTERS) : start].rpartition("\n")[2])[-1]
     if CONTEXT.search(before) and not NO_CONTEXT.search(before):
         yield Span(start, stop, "key")
@@ -139,9 +139,9 @@ def _random_beside_its_name(text: str, start: int, stop: int) -> Iterator[Span]:
 
 @cache
 def detect_secrets_forms() -> tuple[tuple[re.Pattern[str], str], ...]:
-    """Return the forms that detect-secrets knows, each with a piece of text that all of its matches hold.
+    """Return the patterns of detect-secrets, each with a substring that all of its matches contain.
 
-    Its other plugins are not taken: keywords and entropy alone change code, and basic_auth and private_key are here by structure.
+    Its other plugins are not used: keywords and entropy alone would change code; basic_auth and private_key are covered here.
     """
     from detect_secrets.plugins.artifactory import ArtifactoryDetector
     from detect_secrets.plugins.aws import AWSKeyDetector
@@ -163,7 +163,7 @@ def detect_secrets_forms() -> tuple[tuple[re.Pattern[str], str], ...]:
 
 
 def _blocks(text: str) -> Iterator[Span]:
-    """Yield private keys in PEM, whole or cut off: each character is looked at a few times at most, however many headers there are."""
+    """Yield private keys in PEM, complete or cut off, in linear time however many headers there are."""
     place, end = 0, -1
     while (start := text.find(BEGIN, place)) >= 0:
         place = start + len(BEGIN)

@@ -1,6 +1,6 @@
-"""Secrets that only their names tell: `password: ...`, `client_secret=...`, headers, options, parameters of addresses, users with passwords.
+"""Secrets recognized by their names: `password: ...`, `client_secret=...`, headers, options, URL parameters, users with passwords.
 
-Code names such things all the time and holds none: a value counts where it is a literal, and no type, path, call or placeholder.
+Code often names secrets without holding one: a value counts only if it is a literal, not a type, path, call or placeholder.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ COMMAND = re.compile(
     r"|(?:unzip|zip|zipcloak|sqlcmd)\b[^\n|&;<>\"'`]{0,120}? -P ?|smbclient\b[^\n|&;<>\"'`]{0,120}? -U ?[^\s%]{1,64}%|\bpass:)"
     r"[\"']?(?P<value>[^\s\"'`<>(){}$-][^\s\"'`<>(){}]{3,256})"
 )
-"""Commands whose short option for a password is another one's port or path."""
+"""Commands whose short password option means a port or a path in other commands."""
 CODES = re.compile(
     r"(?i)\b(?:cvv2?|cvc2?|otp|one-time (?:code|password|passcode)|(?:verification|security|2fa|mfa|confirmation) code)\b(?: (?:code|is|was|number)){0,2}\s?[:=#]?\s?"
     r"(?P<value>\d{3,8})(?!\w|\.\d)"
@@ -61,7 +61,7 @@ CODES = re.compile(
 PHRASE = re.compile(
     r"(?i)\b(?:seed(?: phrase|phrase)|mnemonic(?: phrase)?|recovery (?:phrase|words)|secret phrase)\b[^\n\w]{0,6}(?:is |was )?[\"'`:= ]{0,4}(?P<value>(?:[a-z]{3,8} ){11,23}[a-z]{3,8})\b"
 )
-"""12 to 24 words from which the keys of a wallet are made (BIP 39)."""
+"""12 to 24 words from which the keys of a wallet are derived (BIP 39)."""
 LOGIN_IN_BASE64 = re.compile(
     r"(?i)\b_?auth\\?[\"']?\s?[:=]\s?\\?[\"']?(?P<value>[A-Za-z0-9+/]{8,512}={0,2})(?![A-Za-z0-9+/=])"
 )
@@ -95,7 +95,7 @@ TOKEN_OF_TEXT = re.compile(
 
 
 def find(text: str) -> Iterator[Span]:
-    """Yield the secrets in a text that their names tell."""
+    """Yield the named secrets in a text."""
     for match in ASSIGNED.finditer(text):
         yield from _assigned(text, match)
     for match in SPOKEN.finditer(text):
@@ -130,7 +130,7 @@ def find(text: str) -> Iterator[Span]:
 
 
 def is_named_secret(name: str, value: str) -> bool:
-    """Return whether a value under a name, such as a JSON key, is a secret, whatever it looks like."""
+    """Return whether a value under a name, such as a JSON key, is a secret, in whatever form."""
     found = re.search(rf"(?i)(?:{NAME})\Z", name.replace("-", "_")) or SIGNED.fullmatch(name)
     if not found or not value.strip() or PLACEHOLDER.fullmatch(value) or TOKEN_OF_TEXT.search(name[: found.start()]):
         return False
@@ -158,7 +158,7 @@ def _assigned(text: str, match: re.Match[str]) -> Iterator[Span]:
     words = value[group]
     if not quoted:
         if "!" <= words[0] <= "~":
-            # Between words of Chinese or Japanese there are no spaces.
+            # Chinese and Japanese text has no spaces between words.
             words = CJK.split(words, maxsplit=1)[0]
         words = NEXT_PARAMETER.split(words, maxsplit=1)[0].rstrip(".,!?:" if not words.endswith("...") else "")
         if text[start + len(words) : start + len(words) + 1] in ("(", "[", "{", "<"):
@@ -168,13 +168,13 @@ def _assigned(text: str, match: re.Match[str]) -> Iterator[Span]:
         max(0, match.start() - 1) : match.start()
     ] in ("?", "&", ";")
     judge = _is_password if is_password else _is_token
-    # The first characters tell; all of a value goes.
+    # The first characters decide; the whole value is redacted.
     if words and judge(words[:JUDGED], quoted=quoted, lenient=lenient):
         yield Span(value.start(group), value.start(group) + len(words), "key")
 
 
 def _is_password(value: str, *, quoted: bool, lenient: bool) -> bool:
-    """Return whether a value under the name of a password is one, and no code, type or label."""
+    """Return whether a value named as a password is one, and not code, a type or a label."""
     if len(value) < (3 if quoted else 4) or _is_placeholder(value) or re.search(r"\s", value):
         return False
     letters, digits = any(map(str.isalpha, value)), any(map(str.isdigit, value))
@@ -189,12 +189,12 @@ def _is_password(value: str, *, quoted: bool, lenient: bool) -> bool:
 
 
 def _is_token(value: str, *, quoted: bool, lenient: bool) -> bool:
-    """Return whether a value under the name of a key or token is one."""
+    """Return whether a value named as a key or token is one."""
     if len(value) < 6 or value.startswith(("token_id:", "/", "./", "http", "@")) or re.search(r"\s", value):
         return False
     if re.fullmatch(r"[\d.,_-]+", value):
         return False
-    # Code has paths and calls with digits in them; literals of keys are runs.
+    # Paths and calls in code may hold digits; literals of keys are runs.
     is_literal = quoted and lenient and len(value) >= 8 and not IDENTIFIERS.fullmatch(value)
     return (is_literal or has_random_run(value, length=6 if lenient else 8)) and not _is_placeholder(value)
 
@@ -226,7 +226,7 @@ def _parameters(text: str) -> Iterator[Span]:
 
 
 def _is_login(word: str) -> bool:
-    """Return whether a word in base64 is `user:password`, as files of docker and npm keep it."""
+    """Return whether a base64 word is `user:password`, as in files of docker and npm."""
     try:
         held = base64.b64decode(word, validate=True).decode("utf-8")
     except ValueError:

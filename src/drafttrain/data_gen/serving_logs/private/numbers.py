@@ -1,4 +1,4 @@
-"""Card numbers (Luhn, ISO/IEC 7812), account numbers (IBAN, mod 97, ISO 13616), numbers that states give to people, and addresses of hosts that the whole internet can reach."""
+"""Card numbers (Luhn, ISO/IEC 7812), account numbers (IBAN, mod 97, ISO 13616), national identity numbers, and public IP addresses."""
 
 from __future__ import annotations
 
@@ -56,17 +56,17 @@ IDENTITY = re.compile(
     r"|personalausweis\w{0,8}|身份证|護照|护照|마이넘버|マイナンバー)(?:[ -]?(?:number|num|no\.?|nr\.?|nummer|numéro|#|号码?|號碼?|id)){0,2}(?:\s?[:：#=]\s?|\s(?:is|ist|est|es)\s|\s|(?<=[号码號碼证照]))"
     r"[\"']?(?P<value>(?:[A-Za-z]{1,4}[ -]?)?\d[A-Za-z0-9]{0,20}(?:[ .\-/]\d[A-Za-z0-9]{0,12}){0,5}(?:[ -][A-Z])?)(?![\w(\[=])"
 )
-"""Numbers that states give to people, beside their names."""
+"""National identity numbers, after the word for them."""
 LEAST_IDENTITY = 7
-"""Digits and letters of one; of these at least 5 digits."""
+"""Fewest digits and letters of an identity number; at least 5 must be digits."""
 RESOLVERS = {"8.8.8.8", "8.8.4.4", "1.1.1.1", "1.0.0.1", "9.9.9.9", "208.67.222.222"}
-"""Addresses that stand in everybody's configuration."""
+"""Public resolvers, which many configurations hold."""
 DOCUMENTED = tuple(map(ipaddress.ip_network, ("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "2001:db8::/32")))
-"""Of documentation; people who hide an address of theirs write one of these, and nothing is lost with them."""
+"""Documentation networks: people use them in place of a real address, and redacting them loses nothing."""
 
 
 def find(text: str) -> Iterator[Span]:
-    """Yield the numbers of cards, accounts and people, and the addresses of hosts, in a text."""
+    """Yield the card, account and identity numbers and the public IP addresses in a text."""
     for match in CARD.finditer(text):
         if is_card(match[0]):
             yield Span(match.start(), match.end(), "card")
@@ -104,7 +104,7 @@ def _luhn(digits: str) -> bool:
 
 
 def _iban_stop(text: str, start: int) -> int | None:
-    """Return where an account number ends that begins here."""
+    """Return the end of the account number that begins here; None: there is none."""
     length = IBAN_LENGTHS.get(text[start : start + 2].upper())
     if length is None:
         return None
@@ -127,7 +127,7 @@ def _is_host(text: str, match: re.Match[str]) -> bool:
     if any(int(one) > 255 or (len(one) > 1 and one[0] == "0") for one in octets) or match[0] in RESOLVERS:
         return False
     before = text[max(0, match.start() - 24) : match.start()]
-    # 1.2.3.4 is a version, or a section.
+    # 1.2.3.4 is a version or a section.
     if VERSION.search(before) or all(len(one) == 1 for one in octets) or octets[0] == "0":
         return False
     return _is_public(match[0])

@@ -1,7 +1,7 @@
-"""Telephone numbers: candidates by their form, judged by libphonenumber (`phonenumbers`) in the regions that write them so.
+"""Telephone numbers: candidates by form, checked by libphonenumber (`phonenumbers`) for the regions that use that form.
 
-An international number stands by itself. A national one counts where it is written as numbers are written and some region has it, or behind a
-word such as "call". A bare run of digits is an order, a time, an id.
+An international number needs no context. A national one counts if it is grouped like a telephone number and valid in some region, or
+if it follows a word such as "call". A bare run of digits is an order number, a time or an id.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FORMS = re.compile(
     r"\(\d{3}\) ?\d{3}[-. ]\d{4}|1?[-. ]?[2-9]\d{2}([-.])[2-9]\d{2}\1\d{4}|1[3-9]\d([ -])\d{4}\2\d{4}|\(\d{2,5}\) ?\d{3,5}[ -]\d{3,4}(?:[ -]\d{2,4})?"
     r"|8 ?\(\d{3,5}\) ?\d{1,3}-\d{2}-\d{2}|8[ -]\d{3}[ -]\d{3}[ -]\d{2}[ -]\d{2}|1[358]00[ -]\d{3}[ -]\d{3}"
 )
-"""National forms that nothing else is written in."""
+"""National forms that only telephone numbers have."""
 WORD = re.compile(
     r"(?i)(?:phone|\btel\b|telef|téléph|\bcall\b|\bcell\b|mobile|mobil\b|móvil|\bfax\b|whats ?app|\bsms\b|\btext me|handy|celular|celul|portable|appel|llám|ligue"
     r"|\bring\b|\bruf|anruf|numéro de|телефон|\bтел\b|моб|звон|电话|電話|手机|手機|携帯|号码|전화|연락|फ़ोन|फोन|هاتف|جوال|telefoon|komórk|\bcontact)"
@@ -39,9 +39,9 @@ REGIONS = ("US", "GB", "DE", "FR", "IT", "ES", "JP", "CN", "IN", "BR", "AU", "NL
            "ZA", "IE", "CZ", "GR", "IL", "SG", "HK", "TW", "AR", "CL", "CO", "NZ", "UA", "RO", "HU", "ID", "TH", "VN", "MY", "PH", "SA", "AE", "EG", "NG", "KE", "PK")  # fmt: skip
 OPERATOR = re.compile(r" [-/] |/")
 COUNTED = "0123456789012"
-"""Digits that are listed and not dialled."""
+"""Digits in counting order, not a telephone number."""
 MAX_JUDGED = 2000
-"""Different candidates of a text that are judged; of more, the form decides: a table of numbers must not cost minutes."""
+"""Distinct candidates of a text that are checked; beyond it only the form decides, so that a table of numbers does not take minutes."""
 
 
 def find(text: str) -> Iterator[Span]:
@@ -68,7 +68,7 @@ def find(text: str) -> Iterator[Span]:
 
 
 def _is_named(text: str, start: int, stop: int) -> bool:
-    """Return whether a word for telephones stands before a number, or right behind it."""
+    """Return whether a word for telephones precedes a number, or follows it directly."""
     before = text[max(0, start - WORD_CHARACTERS) : start].rpartition("\n")[2]
     return WORD.search(before) is not None or WORD.search(text[stop : stop + 14].partition("\n")[0]) is not None
 
@@ -84,7 +84,7 @@ def _judged(known: dict[str, bool], number: str, judge: object) -> bool:
 
 @lru_cache(maxsize=1 << 16)
 def _is_international(number: str) -> bool:
-    """Return whether a number with its country's code can be dialled."""
+    """Return whether a number with its country code is valid."""
     if number[0] != "0":
         return _is_possible(number)
     found = _parsed(_dialled(number), None)
@@ -93,7 +93,7 @@ def _is_international(number: str) -> bool:
 
 @lru_cache(maxsize=1 << 16)
 def _is_possible(number: str) -> bool:
-    """Return whether a number with its country's code has a length that numbers have there: made-up ones are not valid, and as private."""
+    """Return whether a number with its country code has a length that its country uses: invented numbers are redacted too."""
     found = _parsed(_dialled(number), None)
     return found is not None and bool(phonenumbers.is_possible_number(found))
 
@@ -111,7 +111,7 @@ def _parsed(number: str, region: str | None) -> phonenumbers.PhoneNumber | None:
 
 @lru_cache(maxsize=1 << 16)
 def _is_written_so(number: str) -> bool:
-    """Return whether a number with a leading 0 is one of some region, in groups as people write them."""
+    """Return whether a number with a leading 0, in usual groups, is valid in some region."""
     digits = re.sub(r"\D", "", number)
     groups = re.findall(r"\d+", number)
     if digits[0] != "0" or digits[1] == "0" or not 9 <= len(digits) <= 12 or len(groups) > 6 or len(groups[0]) < 2:
@@ -124,7 +124,7 @@ def _is_written_so(number: str) -> bool:
 
 @lru_cache(maxsize=1 << 16)
 def _is_somewhere(number: str) -> bool:
-    """Return whether a number behind a word for telephones is one: its length alone is asked where it is written in groups."""
+    """Return whether a number beside a word for telephones is one; for grouped digits the length is enough."""
     digits = re.sub(r"\D", "", number)
     if digits[0] != "0" and OPERATOR.search(number):
         return False

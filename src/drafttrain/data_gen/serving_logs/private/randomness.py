@@ -1,4 +1,4 @@
-"""Does a word look drawn at random, or written by somebody?"""
+"""Whether a word looks random, or written by a person."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ RUN = re.compile(r"[A-Za-z0-9]+")
 
 
 def entropy(word: str) -> float:
-    """Return the bits a character of a word's own distribution of characters."""
+    """Return the entropy of a word's characters, in bits a character."""
     return -sum(n / len(word) * math.log2(n / len(word)) for n in Counter(word).values())
 
 
 def has_random_run(word: str, *, length: int) -> bool:
-    """Return whether some run of letters and digits is this long, and no word or number.
+    """Return whether a run of letters and digits has this length and is neither a word nor a number.
 
-    It mixes letters with digits, or small and capital letters more often than camelCase does.
+    Such a run mixes letters with digits, or switches between small and capital letters more often than camelCase.
     """
     return any(_is_random(run) for run in RUN.findall(word[:4096]) if len(run) >= length)
 
@@ -34,7 +34,7 @@ def _is_random(run: str) -> bool:
 
 
 def is_high_entropy(word: str) -> bool:
-    """Return whether a word of 20 characters or more has small and capital letters and digits, as drawn ones have."""
+    """Return whether a word of at least 20 characters mixes small letters, capitals and digits like a random one."""
     kinds = (str.isdigit, str.islower, str.isupper)
     mixed = all(sum(map(kind, word[:256])) >= 2 for kind in kinds)
     return len(word) >= 20 and mixed and entropy(word[:256]) > 3.5

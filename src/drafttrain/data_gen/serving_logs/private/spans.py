@@ -1,4 +1,4 @@
-"""Places in a text, and the text without them."""
+"""Spans of private content, and a text with placeholders in their place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PLACEHOLDER = re.compile(r"\[(?:key|e-mail|phone|card|iban|id|ip)\]")
 
 
 class Span(NamedTuple):
-    """Characters that must not be kept."""
+    """A range of private characters."""
 
     start: int
     stop: int
@@ -18,7 +18,7 @@ class Span(NamedTuple):
 
 
 def replaced(text: str, spans: Iterable[Span]) -> str:
-    """Return a text with a placeholder for each span; of spans that overlap, one that covers all of them has the first one's kind."""
+    """Return a text with a placeholder for each span; overlapping spans are merged and get the kind of the first."""
     parts: list[str] = []
     end = 0
     kind = ""

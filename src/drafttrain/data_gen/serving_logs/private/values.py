@@ -1,4 +1,4 @@
-"""JSON without what is private: what a text does not tell, the key above it may."""
+"""JSON without private content: a key may show that its value is private even where the value alone does not."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 from drafttrain.data_gen.serving_logs.private.named_secrets import is_named_secret
 
 LONGEST_UNDER_KEY = 256
-"""Characters of a value that is read together with its key; longer ones are texts."""
+"""Longest value that is checked together with its key, in characters; longer values are texts."""
 HIDDEN = "[key]"
 SHORTEST = 6
-"""Characters of a secret that one token spells."""
+"""Shortest token that is checked by itself, in characters."""
 
 
 def without_private(value: Any, redact: Callable[[str], str], *, max_depth: int) -> Any:
-    """Return a value with every text, key and number in it redacted, texts that are JSON themselves (arguments of tools) included.
+    """Return a value with every text, key and number in it redacted, also inside texts that are JSON (arguments of tools).
 
     Args:
-        max_depth: Levels that are looked into; what lies deeper is left out.
+        max_depth: Levels that are read; deeper values are removed.
     """
     if isinstance(value, dict):
         return {
@@ -36,7 +36,7 @@ def without_private(value: Any, redact: Callable[[str], str], *, max_depth: int)
 
 
 def _under(key: str, value: Any, redact: Callable[[str], str], *, max_depth: int) -> Any:
-    """Return a value, or each of a list, as its key lets it be read."""
+    """Return a value, or each value of a list, redacted together with its key."""
     if isinstance(value, list) and max_depth:
         return [_under(key.removesuffix("s"), part, redact, max_depth=max_depth - 1) for part in value]
     if isinstance(value, str | int | float) and not isinstance(value, bool):
@@ -64,13 +64,13 @@ def _text(words: str, redact: Callable[[str], str], *, max_depth: int) -> str:
 
 
 def spells_private(alternatives: Sequence[Sequence[str]], redact: Callable[[str], str]) -> bool:
-    """Return whether tokens that were likely, one after the other, spell what must not be kept.
+    """Return whether alternative tokens, joined by rank, spell private content.
 
     Args:
-        alternatives: By position, the tokens by their rank, the answered one first.
+        alternatives: By position, the tokens by rank, the answered one first.
     """
     ranks = max(map(len, alternatives), default=0)
-    # Where a position has fewer, the answered token stands, as in the text that was nearly written.
+    # A position with fewer tokens uses the answered one, as in the text that was nearly written.
     texts = ["".join(row[rank if rank < len(row) else 0] for row in alternatives if row) for rank in range(ranks)]
     longer = {token for row in alternatives for token in row if len(token) >= SHORTEST}
     return any(redact(words) != words for words in (*texts, *longer))

@@ -1,0 +1,93 @@
+"""The training step of distillation: one micro-batch from the frozen target to the loss that is differentiated.
+
+B = sequences, T = positions, N = trained positions
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from torch import Tensor
+
+from drafttrain.core.batches import DraftBatch
+from drafttrain.core.target_rows import TargetNeeds, TargetOutput
+from drafttrain.distributed.collectives import sums_over_processes
+from drafttrain.drafters import Drafter
+from drafttrain.losses import Loss
+from drafttrain.losses.step import batch_loss, with_plan
+from drafttrain.target_model import Target
+from drafttrain.target_model.logits import LiveRows
+from drafttrain.training.flops import distill_flops
+from drafttrain.training.settings import TrainSettings
+from drafttrain.training.step_module import StepModule
+
+
+class DistillModule(StepModule):
+    """Trains a drafter against a frozen target.
+
+    Args:
+        target: None when neither the drafter nor the loss needs one, or when batches bring cached rows.
+        vocab_size: Ids that target, drafter and tokenizer share; logits are cut to these.
+    """
+
+    trained: Drafter
+
+    def __init__(
+        self, drafter: Drafter, loss: Loss, *, target: Target | None, settings: TrainSettings, vocab_size: int
+    ) -> None:
+        super().__init__(drafter, settings=settings)
+        self.loss = loss
+        self.vocab_size = vocab_size
+        # No submodule: it must never enter a checkpoint.
+        self.target = target
+
+    def training_step(self, batch: DraftBatch, batch_idx: int) -> Tensor:
+        """Return the loss of a micro-batch, scaled so that the gradients of a step add up to the mean over its positions."""
+        batch = self._with_target(batch)
+        self.clock.enter("forward")
+        made = batch_loss(
+            self.trained,
+            self.loss,
+            batch,
+            vocab_size=self.vocab_size,
+            chunk_rows=self.settings.loss_chunk_rows,
+            measured=self.writes_a_row(),
+        )
+        acceptance = () if made.acceptance_N is None else (made.acceptance_N.sum(), len(made.acceptance_N))
+        self.count(made.total, len(made.loss_N), *acceptance)
+        return self.scaled(made.total, batch)
+
+    def planned(self, batch: DraftBatch) -> DraftBatch:
+        """Return a micro-batch with the rows that the loss and the drafter will ask for."""
+        return with_plan(self.trained, self.loss, batch)
+
+    def _with_target(self, batch: DraftBatch) -> DraftBatch:
+        needs = self.trained.needs()
+        rows_needed = self.loss.needs_target and batch.target_rows is None
+        reads = rows_needed or not (batch.target or TargetOutput()).has(needs)
+        head = rows_needed or (self.loss.needs_target and isinstance(batch.target_rows, LiveRows))
+        self.count_later(partial(distill_flops, self.trained, self.target, batch.shape, reads=reads, head=head))
+        if not self._read_by_any(reads):
+            return batch
+        assert self.target is not None, "the pipeline loads a target when the drafter or the loss needs one"
+        seen = self.target.read(
+            batch.tokens_BT,
+            batch.positions_BT,
+            needs | TargetNeeds(final=rows_needed),
+            documents=batch.packed_documents,
+        )
+        if not reads:
+            return batch
+        rows = self.target.rows_of(seen) if rows_needed else batch.target_rows
+        return replace(batch, target=seen.to(batch.tokens_BT.device), target_rows=rows)
+
+    def _read_by_any(self, reads: bool) -> bool:
+        """Tell whether this process runs the target; one that is spread out is run by all where one process needs it."""
+        if self.target is None or not self.target.spread:
+            return reads
+        return sums_over_processes([reads])[0] > 0
+
+    def end_of_step(self) -> None:
+        """Let the loss roll what it carries from step to step."""
+        self.loss.end_of_step()

@@ -1,0 +1,193 @@
+"""The curve of a training: metrics.csv, and the same rows for loggers."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from drafttrain.core.console import say
+from drafttrain.core.errors import DrafttrainError
+from drafttrain.core.files import written_beside
+from drafttrain.distributed.collectives import sums_over_processes
+from drafttrain.distributed.world import world
+from drafttrain.training.callbacks import StepEnd
+from drafttrain.training.full_disk import only_full
+from drafttrain.training.peak import peak_of
+from drafttrain.training.settings import TrainSettings
+from drafttrain.training.step_clock import PHASES
+from drafttrain.training.step_module import StepModule
+from drafttrain.training.validation import Validation
+
+COLUMNS = (
+    "step",
+    "loss",
+    "acceptance_rate",
+    "one_minus_acceptance_rate",
+    "lr",
+    "grad_norm",
+    "skipped_steps",
+    "tokens",
+    "seconds",
+    "step_ms",
+    *(f"{phase}_ms" for phase in PHASES if phase != "other"),
+    "step_flops",
+    "mfu",
+)
+"""Of metrics.csv, before one `validation_` column for each figure that is measured on held-out data."""
+
+TIMES = ("seconds", "step_ms", *(f"{phase}_ms" for phase in PHASES), "mfu")
+"""Columns that differ between two runs that train the same."""
+
+
+class MetricsLog(StepEnd):
+    """Writes metrics.csv (flushed row by row, cut back to the step of a resume) and passes the same rows to loggers."""
+
+    def __init__(self, path: Path, *, settings: TrainSettings, validation: Validation | None) -> None:
+        self.path = path
+        self.settings = settings
+        self.validation = validation
+        figures = validation.held_out.figures if validation else ("alpha", "block_efficiency")
+        self.columns = [*COLUMNS, *(f"validation_{name}" for name in figures)]
+        self._unwritten: list[dict[str, Any]] = []
+        """Rows that a full disk did not take."""
+        self._last_row: int | None = 0
+        """The step of the last row; None: the checkpoint that was resumed from does not say."""
+        self._tokens = 0
+        """Tokens that all processes have read, those before a resume included."""
+        self._own_tokens = self._own_counted = 0
+        """Tokens that this process has read in this run, and how many of these are in `_tokens`."""
+        self._seconds_before = 0.0
+        self._began = time.perf_counter()
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Open the file; after a resume, forget rows of steps that are taken again."""
+        self._began = time.perf_counter()
+        if self._last_row is None:
+            # An older version wrote the checkpoint; it counted no operations, so those of the next row begin here.
+            self._last_row = trainer.global_step
+        if not trainer.is_global_zero:
+            return
+        rows = []
+        if self.path.exists():
+            # A row without its end was being written when the run was killed.
+            whole, _, _ = self.path.read_text(encoding="utf-8").rpartition("\n")
+            rows = [row for row in csv.DictReader(io.StringIO(whole)) if int(row["step"]) <= trainer.global_step]
+        with written_beside(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        if not rows and self.validation is not None and self.validation.latest:
+            self._write(trainer, 0, {})
+
+    def _count_all(self) -> None:
+        """Add what all processes read since the last call; all must call it."""
+        self._tokens += round(sums_over_processes([self._own_tokens - self._own_counted])[0])
+        self._own_counted = self._own_tokens
+
+    def state_dict(self) -> dict[str, Any]:
+        """Carry what was counted through a resume, also between two rows; all processes ask for it."""
+        self._count_all()
+        return {"tokens": self._tokens, "seconds": self._seconds, "last_row": self._last_row}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what was counted."""
+        self._tokens, self._seconds_before = state_dict["tokens"], state_dict["seconds"]
+        self._last_row = state_dict.get("last_row")
+
+    @property
+    def _seconds(self) -> float:
+        return self._seconds_before + time.perf_counter() - self._began
+
+    def on_step_end(self, trainer: Trainer, module: StepModule, step: int) -> None:
+        """Write a row every N steps, at validations and at the end."""
+        self._own_tokens = module.tokens
+        validated = self.validation is not None and bool(self.validation.latest)
+        if step % self.settings.log_every_steps and step != self.settings.max_steps and not validated:
+            return
+        self._count_all()
+        steps, seconds = module.clock.steps, module.clock.read()
+        own = [*module.sums_4.tolist(), module.flops, *seconds.values()]
+        loss, count, acceptance, measured, flops, *times = sums_over_processes(own)
+        module.sums_4.zero_()
+        module.flops = 0
+        rate = acceptance / measured if measured else float("nan")
+        self._write(
+            trainer,
+            step,
+            {
+                "loss": repr(loss / count) if count else "",
+                "acceptance_rate": "" if rate != rate else repr(rate),
+                "one_minus_acceptance_rate": "" if rate != rate else repr(1 - rate),
+                "lr": repr(module.lr),
+                "grad_norm": repr(module.grad_norm),
+                "skipped_steps": str(module.skipped),
+                **self._explained(dict(zip(seconds, times, strict=True)), flops, module, step=step, timed=steps),
+            },
+        )
+        self._last_row = step
+
+    def _explained(
+        self, times: dict[str, float], flops: float, module: StepModule, *, step: int, timed: int
+    ) -> dict[str, str]:
+        """Return what a step took and computed: means over the steps since the last row, and over the processes.
+
+        Args:
+            times: Seconds of each phase, of all processes together.
+            timed: The steps that they are of: after a resume those of this run alone.
+        """
+        steps = max(1, step - (self._last_row or 0))
+        row = {"step_flops": str(round(flops / steps))}
+        if not timed:
+            return row
+        scale = 1000 / (timed * world().size)
+        row |= {f"{phase}_ms": f"{scale * times[phase]:.3f}" for phase in times if phase != "other"}
+        row["step_ms"] = f"{scale * sum(times.values()):.3f}"
+        peak = peak_of(module.device, self.settings.peak_tflops)
+        training = sum(value for phase, value in times.items() if phase not in ("validation", "checkpoint"))
+        if peak is not None and training > 0:
+            # Both are sums over the processes: seconds of devices.
+            row["mfu"] = f"{flops / steps * timed / (training * peak * 1e12):.4f}"
+        return row
+
+    def _write(self, trainer: Trainer, step: int, values: dict[str, str]) -> None:
+        row: dict[str, Any] = {
+            "step": step,
+            "tokens": self._tokens,
+            "seconds": round(self._seconds, 3),
+            **values,
+        }
+        if self.validation is not None and self.validation.latest:
+            row |= {
+                f"validation_{name}": repr(self.validation.latest[name]) for name in self.validation.held_out.figures
+            }
+        if not trainer.is_global_zero:
+            return
+        self._append(row)
+        numbers = {name: float(value) for name, value in row.items() if name != "step" and value != ""}
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        """Write a row, and those that had no room before it; a file that cannot take them stays as it was."""
+        self._unwritten.append(row)
+        before = self.path.stat().st_size
+        try:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns).writerows(self._unwritten)
+        except OSError as error:
+            failure = only_full(error)
+            os.truncate(self.path, before)
+            if self.settings.on_full_disk == "stop":
+                raise DrafttrainError(
+                    f"{self.path}: {failure.strerror}. Make room and run the same command to continue, or let the run go on "
+                    "with train.on_full_disk=continue"
+                ) from error
+            say(f"{self.path}: {failure.strerror}: {len(self._unwritten)} rows wait for room")
+            return
+        self._unwritten.clear()

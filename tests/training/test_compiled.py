@@ -1,0 +1,123 @@
+"""Training under torch.compile: the same curve, weights under the same names, checkpoints that either continues."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from drafttrain.config.load import load_recipe
+from drafttrain.core.errors import DrafttrainError, RecipeError
+from drafttrain.drafters import Drafter, drafters
+from drafttrain.drafters.medusa.lora import LoraSettings
+from drafttrain.drafters.medusa.module import JointSettings
+from drafttrain.pipeline.data import FEW_WIDTHS, own_batches
+from drafttrain.training import compiled
+from drafttrain.training.settings import TrainSettings
+from tests.training.layouts import run
+
+KINDS: list[tuple[str, dict[str, Any], str]] = [
+    ("causal_lm", {"hidden_size": 48, "num_heads": 3, "num_layers": 2}, "tvdpp"),
+    ("kangaroo", {}, "forward_kl"),
+    ("medusa", {"num_heads": 2}, "ce"),
+    ("medusa", {"num_heads": 2, "joint": JointSettings(lora=LoraSettings(rank=2, dropout=0.0))}, "ce"),
+    ("eagle", {"num_steps": 2, "feature_noise": 0.0}, "lk_hybrid"),
+    ("eagle3", {"num_steps": 3, "draft_vocab_size": 100}, "lk_hybrid"),
+]
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Compile without a compiler: functions are traced, and their graphs run as they are. Returns what was compiled."""
+    found: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        found.append(str(graph.graph))
+        return graph.forward
+
+    monkeypatch.setattr(compiled, "BACKEND", backend)
+    torch._dynamo.reset()
+    return found
+
+
+def curve_of(folder: Path, kind: str, of_kind: dict[str, Any], loss: str, **settings: Any) -> list[float]:
+    return run(folder, kind=kind, of_kind=of_kind, loss=loss, **{"steps": 3} | settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "of_kind", "loss"), KINDS)
+def test_the_curve_is_that_of_a_training_that_is_not_compiled(kind, of_kind, loss, traced, tmp_path):
+    plain = curve_of(tmp_path / "plain", kind, of_kind, loss)
+    assert not traced
+    fast = curve_of(tmp_path / "fast", kind, of_kind, loss, compile=True)
+    assert fast == pytest.approx(plain, abs=1e-5)
+    assert len(traced) >= 2, "the drafter and the loss"
+
+
+def test_a_compiled_training_continues_one_that_was_not(traced, tmp_path):
+    whole = curve_of(tmp_path / "whole", *KINDS[0], steps=6)
+    curve_of(tmp_path / "parts", *KINDS[0], steps=3)
+    (tmp_path / "parts" / "train.json").unlink()
+    assert curve_of(tmp_path / "parts", *KINDS[0], steps=6, compile=True) == pytest.approx(whole, abs=1e-5)
+    assert len(traced) >= 2, "the drafter and the loss"
+    stored = [load_file(tmp_path / name / "last" / "model.safetensors") for name in ("whole", "parts")]
+    assert stored[0].keys() == stored[1].keys()
+    for name, weight in stored[0].items():
+        torch.testing.assert_close(stored[1][name], weight, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "kind", "of_kind", "loss"), [(None, *kind) for kind in KINDS] + [(stage, *KINDS[5]) for stage in (0, 2)]
+)
+def test_every_kind_with_the_compiler_of_this_machine(stage, kind, of_kind, loss, tmp_path):
+    if reason := compiled.why_no_compiler(torch.device("cpu")):
+        pytest.skip(reason)
+    torch._dynamo.reset()
+    plain = curve_of(tmp_path / "plain", kind, of_kind, loss, stage=stage)
+    fast = curve_of(tmp_path / "fast", kind, of_kind, loss, stage=stage, compile=True)
+    assert fast == pytest.approx(plain, abs=1e-4)
+
+
+def test_every_shipped_kind_has_parts_that_are_compiled():
+    """A kind from outside that names none is refused by name."""
+    kinds = [drafters.entry(name).component for name in drafters.names()]
+    assert all(kind.compiles for kind in kinds if kind.__module__.startswith("drafttrain."))
+    assert not Drafter.compiles
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "said"),
+    [
+        ("tiny_acceptance", [], "a head has no part to compile"),
+        ("online", [], "online learning has no part that is compiled"),
+        ("demo", ["train.deepspeed={stage: 3}"], "use stage 0, 1 or 2"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused_by_name(recipe, overrides, said):
+    with pytest.raises(RecipeError, match=r"compile.*" + said):
+        load_recipe(recipe, ["train.compile=true", *overrides])
+
+
+def test_without_a_compiler_there_is_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))
+    with pytest.raises(DrafttrainError, match=r"train\.compile: there is no C\+\+ compiler"):
+        curve_of(tmp_path, *KINDS[0], compile=True)
+
+
+def test_rows_of_a_compiled_training_have_few_widths():
+    asked: list[int] = []
+    data = SimpleNamespace(of_step=lambda step, **keywords: asked.append(keywords["multiple"]))
+    for settings in (TrainSettings(), TrainSettings(compile=True)):
+        own_batches(data, settings, device=torch.device("cpu"))(0)
+    assert asked == [1, FEW_WIDTHS]
+
+
+def test_a_run_may_be_compiled_from_one_day_to_the_next():
+    assert replace(TrainSettings(), compile=True).without_layout() == TrainSettings().without_layout()
