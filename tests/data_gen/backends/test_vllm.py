@@ -103,7 +103,7 @@ def test_records_hold_the_tokens_of_the_engine(settings, stub, tiny_target, tmp_
 def test_a_folder_that_now_holds_another_model_is_refused(settings, tiny_target, tmp_path):
     other = Target(tiny_target.model, tiny_target.tokenizer, name=tiny_target.name, fingerprint="another")
     settings = replace(settings, backend=VllmSettings())
-    with pytest.raises(DataError, match="is not the target that is loaded"):
+    with pytest.raises(DataError, match="differs from the loaded target"):
         generate(settings, other, tmp_path / "g", seed=0, max_length=64)
 
 
