@@ -52,12 +52,12 @@ class Comparison(Interval):
         return Interval(self.value, self.low, self.high, self.num_prompts)
 
     def json(self) -> dict[str, Any]:
-        """Return the interval as JSON files hold it; the p-value stands beside it."""
+        """Return the interval as JSON files hold it, without the p-value."""
         return self.interval().json()
 
 
 def interval_of(content: Mapping[str, Any]) -> Interval:
-    """Return the interval that a JSON object holds, beside whatever else."""
+    """Return the interval of a JSON object; other keys are ignored."""
     value, low, high = (float("nan") if content[name] is None else content[name] for name in ("value", "low", "high"))
     return Interval(value, low, high, content["num_prompts"])
 

@@ -18,10 +18,10 @@ from drafttrain.core.proposals import DrawMode, NodeKind, Proposal
 FIXED = NodeKind.FIXED.value
 
 
-class Chance(Protocol):
+class Decisions(Protocol):
     """Source of the random decisions of a verdict."""
 
-    def accept(self, chance: float) -> bool:
+    def accept(self, probability: float) -> bool:
         """Return True with this probability (1 or more: always)."""
         ...
 
@@ -30,14 +30,14 @@ class Chance(Protocol):
         ...
 
 
-class Dice:
+class RandomDecisions:
     """Random decisions from one generator."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self._generator = generator
 
-    def accept(self, chance: float) -> bool:
-        return float(torch.rand((), dtype=torch.float64, generator=self._generator)) < chance
+    def accept(self, probability: float) -> bool:
+        return float(torch.rand((), dtype=torch.float64, generator=self._generator)) < probability
 
     def draw(self, probs_V: Tensor) -> int:
         return draw(probs_V, self._generator)
@@ -46,7 +46,7 @@ class Dice:
 def walk(
     proposal: Proposal,
     target_probs_NV: Tensor,
-    chance: Chance,
+    decisions: Decisions,
     *,
     credit: Callable[[float], float] | None = None,
     overrule: Callable[[int], bool] | None = None,
@@ -61,7 +61,7 @@ def walk(
     Args:
         proposal: The tree.
         target_probs_NV: The target's distribution after every node, with temperature, top-k and top-p applied.
-        chance: Source of random decisions.
+        decisions: Source of random decisions.
         credit: Lossy: test credit(p(x)) instead of p(x). The residual is still that of p.
         overrule: Lossy: called for the children of a node in draw order when all were rejected; the first True is accepted.
 
@@ -76,7 +76,7 @@ def walk(
         group = children[path[-1]]
         target_V = target_probs_NV[path[-1]]
         if credit is None and all(kinds[child] == FIXED for child in group):
-            token = chance.draw(target_V)
+            token = decisions.draw(target_V)
             match = next((child for child in group if tokens[child] == token), None)
             match = _overruled(group, overrule) if match is None else match
             if match is None:
@@ -91,7 +91,7 @@ def walk(
             else:
                 target = float(target_V[tokens[child]])
                 drafter = 1.0 if drawn_from_V is None else float(drawn_from_V[tokens[child]])
-            if chance.accept(_ratio(target, drafter, credit)):
+            if decisions.accept(_ratio(target, drafter, credit)):
                 path.append(child)
                 break
             target_V = residual(target_V, _one_hot(target_V, tokens[child]) if drawn_from_V is None else drawn_from_V)
@@ -100,7 +100,7 @@ def walk(
         else:
             accepted = _overruled(group, overrule)
             if accepted is None:
-                return path, chance.draw(target_V)
+                return path, decisions.draw(target_V)
             path.append(accepted)
 
 
@@ -150,7 +150,7 @@ class TokenProbs:
             drafter_N = one.q_rows_RV[rows_N, tokens_N].double()
         target, drafter = torch.stack([target_N, drafter_N]).tolist()
         kinds = one.kinds_N[1:].tolist()
-        drafter = [1.0 if kind == FIXED else chance for kind, chance in zip(kinds, drafter, strict=True)]
+        drafter = [1.0 if kind == FIXED else prob for kind, prob in zip(kinds, drafter, strict=True)]
         return [[1.0, *target], [1.0, *drafter]]  # the root is never tested
 
 

@@ -1,4 +1,4 @@
-"""What every head offers, and the registry of the kinds.
+"""Base class of all heads, and the registry of their kinds.
 
 N = rows (draft tokens), D = hidden
 """
@@ -35,14 +35,14 @@ class MadeFor:
 
 
 class HeadSettings:
-    """What the settings of every head offer."""
+    """Base class of the settings of all heads."""
 
     drafter: str
     """Folder or hub id of the frozen drafter whose tokens are labelled, or recipe:NAME."""
 
     @property
     def layer(self) -> int:
-        """State of the target that is stored beside each draft token; -1: after the last block, before the final norm."""
+        """State of the target that is stored with each draft token; -1: after the last block, before the final norm."""
         return -1
 
 
@@ -73,7 +73,7 @@ class TokenHead(nn.Module, ABC):
         return self(features_ND).float().sigmoid()
 
     def uncorrected(self, features_ND: Tensor) -> Tensor | None:
-        """Return the probability of each row before the head corrects it; None: it corrects nothing."""
+        """Return the probability of each row before the correction; None: the head has no correction."""
         return None
 
     def lr_factor(self, name: str) -> float:

@@ -18,7 +18,7 @@ from drafttrain.core.proposals import Exactness, Proposal
 from drafttrain.core.settings import setting
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.eval.acceptance import acceptance_rules
-from drafttrain.eval.verification import Dice, walk
+from drafttrain.eval.verification import RandomDecisions, walk
 from drafttrain.heads.folder import load_head
 from drafttrain.heads.judge import JudgeHead
 
@@ -77,5 +77,8 @@ class Judge:
         good_N = self.head.probability(node_hidden_ND).tolist()
         # A probability can be rounded to exactly 0; at delta 0 such a token is accepted too.
         return walk(
-            proposal, target_probs_NV, Dice(generator), overrule=lambda node: delta == 0 or good_N[node] > delta
+            proposal,
+            target_probs_NV,
+            RandomDecisions(generator),
+            overrule=lambda node: delta == 0 or good_N[node] > delta,
         )

@@ -14,7 +14,7 @@ from drafttrain.core.proposals import Exactness, Proposal
 from drafttrain.core.settings import setting
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.eval.acceptance import acceptance_rules
-from drafttrain.eval.verification import Dice, walk
+from drafttrain.eval.verification import RandomDecisions, walk
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Lenience:
         self, proposal: Proposal, target_probs_NV: Tensor, node_hidden_ND: Tensor | None, generator: torch.Generator
     ) -> tuple[list[int], int]:
         credit = None if self.settings.epsilon == 1 else lenient(self.settings.form, self.settings.epsilon)
-        return walk(proposal, target_probs_NV, Dice(generator), credit=credit)
+        return walk(proposal, target_probs_NV, RandomDecisions(generator), credit=credit)
 
 
 def lenient(form: str, epsilon: float) -> Callable[[float], float]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from drafttrain.core.proposals import Exactness, Proposal
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.eval.acceptance import acceptance_rules
-from drafttrain.eval.verification import Dice, walk
+from drafttrain.eval.verification import RandomDecisions, walk
 
 
 @dataclass
@@ -33,4 +33,4 @@ class Lossless:
     def __call__(
         self, proposal: Proposal, target_probs_NV: Tensor, node_hidden_ND: Tensor | None, generator: torch.Generator
     ) -> tuple[list[int], int]:
-        return walk(proposal, target_probs_NV, Dice(generator))
+        return walk(proposal, target_probs_NV, RandomDecisions(generator))

@@ -6,12 +6,12 @@ length_policies = Registry("length policy", "drafttrain.eval.length")
 
 
 class LengthSettings:
-    """What the settings of every length policy offer."""
+    """Base class of the settings of all length policies."""
 
     @property
     def chain_length(self) -> int:
-        """Successive draft tokens of a round, where one number is needed: estimates by replay, exported configurations.
+        """Consecutive draft tokens of a round, for estimates by replay and for exported configurations.
 
-        The default stands for policies whose rounds differ.
+        The default is for policies whose rounds differ in length.
         """
         return 5

@@ -12,9 +12,7 @@ class TreeSettings(LengthSettings):
     """Draft a tree: several candidates for each position, verified in one target call."""
 
     num_draft_tokens: int = setting(24, help="Nodes of the tree without its root.", ge=1)
-    depth: int = setting(
-        5, help="Levels of the tree; a drafter with heads goes no deeper than its number of heads.", ge=1
-    )
+    depth: int = setting(5, help="Levels of the tree; a drafter with heads drafts at most one level per head.", ge=1)
     width: int = setting(4, help="Most children of a node.", ge=2)
 
     @property
