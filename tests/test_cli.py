@@ -140,7 +140,7 @@ def test_copy_writes_the_file_and_never_over_another(tmp_path):
     to = tmp_path / "mine.yaml"
     call("recipe", "copy", recipe.name, str(to))
     assert to.read_text() == recipe.path.read_text()
-    assert "is there already" in call("recipe", "copy", recipe.name, str(to), code=2)[1]
+    assert "exists already" in call("recipe", "copy", recipe.name, str(to), code=2)[1]
 
 
 def test_schema_is_json():

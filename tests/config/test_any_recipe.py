@@ -147,9 +147,9 @@ def test_a_refused_value_does_not_hide_other_problems() -> None:
         read_recipe(
             "name: x\ntrain: {batch_size: *a, lr: -1}\nloss: {kind: *a}\ndata: *b\ntarget: {modle: y}\n", source="r"
         )
-    told = "\n".join(caught.value.problems)
+    found = "\n".join(caught.value.problems)
     for part in ("alias *a", "alias *b", "train.lr: must be", "target.modle: unknown key", "drafter: missing"):
-        assert part in told
+        assert part in found
 
 
 @pytest.mark.parametrize("name", ["a" * 300, "a\nb", " ", ".."])

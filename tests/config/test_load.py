@@ -138,10 +138,10 @@ def test_problems_have_the_form_of_the_design():
 
 
 def test_online_learning_asks_for_logs_and_for_a_rate_that_stays():
-    told = problems(DEMO.read_text(encoding="utf-8") + "\nonline: {every_minutes: 5}\n")
-    assert [problem.partition(": ")[2].partition(":")[0] for problem in told] == ["online.every_requests"]
-    told = problems(DEMO.read_text(encoding="utf-8") + "\nonline: {}\n")
-    assert {problem.partition(": ")[2].partition(":")[0] for problem in told} == {
+    found = problems(DEMO.read_text(encoding="utf-8") + "\nonline: {every_minutes: 5}\n")
+    assert [problem.partition(": ")[2].partition(":")[0] for problem in found] == ["online.every_requests"]
+    found = problems(DEMO.read_text(encoding="utf-8") + "\nonline: {}\n")
+    assert {problem.partition(": ")[2].partition(":")[0] for problem in found} == {
         "data.sources",
         "data",
         "train.schedule",
@@ -159,8 +159,8 @@ data:
 
 def test_a_recipe_trains_a_drafter_or_a_head():
     assert read_recipe(HEAD, source="h.yaml").loss is None
-    told = problems(HEAD, "drafter={kind: causal_lm}", "loss={kind: ce}", "data.annotate=null")
-    assert [problem.rpartition("}: ")[2] for problem in told] == [
+    found = problems(HEAD, "drafter={kind: causal_lm}", "loss={kind: ce}", "data.annotate=null")
+    assert [problem.rpartition("}: ")[2] for problem in found] == [
         "line 3: head: a recipe trains a drafter or a head: name the frozen drafter in head.drafter",
         "loss: head acceptance has its own loss: leave the section out",
         "override data.annotate=null: data.annotate: head acceptance needs labels of kind acceptance",
@@ -177,16 +177,16 @@ def test_a_recipe_trains_a_drafter_or_a_head():
 
 def test_a_loss_that_compares_with_the_target_needs_one():
     text = DEMO.read_text(encoding="utf-8")
-    told = problems(text, "target.model=null", "target.tokenizer=builtin:target", "loss={kind: tvdpp}")
-    assert "override loss={kind: tvdpp}: loss: tvdpp compares with the target, but target.model is null" in told
+    found = problems(text, "target.model=null", "target.tokenizer=builtin:target", "loss={kind: tvdpp}")
+    assert "override loss={kind: tvdpp}: loss: tvdpp compares with the target, but target.model is null" in found
 
 
 def test_a_sum_needs_the_target_that_its_terms_need():
     text = DEMO.read_text(encoding="utf-8")
     arguments = ["target={model: null, tokenizer: 'builtin:target'}", "loss.kind=sum"]
     assert read_recipe(text, [*arguments, "loss.terms=[{loss: {kind: ce}}]"], source="x").target.model is None
-    told = problems(text, *arguments, "loss.terms=[{loss: {kind: ce}}, {loss: {kind: tvd}}]")
-    assert [p.partition("loss: ")[2] for p in told if "compares with the target" in p] == [
+    found = problems(text, *arguments, "loss.terms=[{loss: {kind: ce}}, {loss: {kind: tvd}}]")
+    assert [p.partition("loss: ")[2] for p in found if "compares with the target" in p] == [
         "tvd compares with the target, but target.model is null"
     ]
 
@@ -201,12 +201,12 @@ def test_a_recipe_that_is_not_utf8_says_so_and_a_mark_of_its_order_is_no_text(tm
 
 
 def test_a_drafter_cut_out_of_the_target_needs_one():
-    told = problems(
+    found = problems(
         DEMO.read_text(encoding="utf-8"),
         "target={model: null, tokenizer: 'builtin:target'}",
         "drafter={kind: causal_lm, init: target}",
     )
-    assert any("there is no target to cut the drafter from" in problem for problem in told)
+    assert any("there is no target to cut the drafter from" in problem for problem in found)
 
 
 def test_a_run_folder_is_a_recipe_and_a_drafter_folder_is_none(tmp_path):
@@ -235,17 +235,17 @@ def test_a_plugin_that_fails_is_told_like_other_problems(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "no_python.py").write_text("def (:")
     (tmp_path / "no_luck.py").write_text("1 / 0")
-    told = "\n".join(problems(DEMO.read_text(), "plugins=[no_python, no_luck]"))
-    assert "plugins: 'no_python' failed to import: SyntaxError" in told
-    assert "plugins: 'no_luck' failed to import: ZeroDivisionError: division by zero" in told
+    found = "\n".join(problems(DEMO.read_text(), "plugins=[no_python, no_luck]"))
+    assert "plugins: 'no_python' failed to import: SyntaxError" in found
+    assert "plugins: 'no_luck' failed to import: ZeroDivisionError: division by zero" in found
 
 
 def test_a_logger_that_is_not_installed_is_a_problem_of_the_recipe(monkeypatch):
     monkeypatch.setattr("drafttrain.training.settings.find_spec", lambda name: None)
-    told = "\n".join(problems(DEMO.read_text(), "train.loggers=[csv, wandb, mlflow]"))
-    assert "loggers: 'wandb' is not installed: pip install wandb" in told
-    assert "loggers: 'mlflow' is not installed: pip install mlflow" in told
-    assert "csv'" not in told
+    found = "\n".join(problems(DEMO.read_text(), "train.loggers=[csv, wandb, mlflow]"))
+    assert "loggers: 'wandb' is not installed: pip install wandb" in found
+    assert "loggers: 'mlflow' is not installed: pip install mlflow" in found
+    assert "csv'" not in found
 
 
 def test_plugins_register_kinds_before_they_are_looked_up(tmp_path, monkeypatch):
@@ -267,8 +267,8 @@ def test_plugins_register_kinds_before_they_are_looked_up(tmp_path, monkeypatch)
     finally:
         drafters._entries.pop("hydra", None)
         sys.modules.pop("plugin_of_a_test", None)
-    told = problems(DEMO.read_text(encoding="utf-8"), "plugins=[no_such_module]")
-    assert "plugins: cannot import 'no_such_module'" in told[0]
+    found = problems(DEMO.read_text(encoding="utf-8"), "plugins=[no_such_module]")
+    assert "plugins: cannot import 'no_such_module'" in found[0]
 
 
 def test_every_field_of_every_section_says_what_it_means():

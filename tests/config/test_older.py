@@ -11,9 +11,9 @@ from drafttrain.config.load import load_recipe
 from drafttrain.config.older import TRANSLATED
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.errors import RecipeError
+from drafttrain.pipeline.auto_types import resolve_auto_types
 from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.pipeline.folder import RunFolder
-from drafttrain.pipeline.settled import settled
 
 HELD = Path(__file__).parent / "older_run.yaml"
 """What `fit tiny_eagle3` wrote into its run folder before train.accumulation was replaced."""
@@ -50,7 +50,7 @@ def test_a_run_goes_on_by_its_folder_and_by_its_recipe(folder: Path, capfd: pyte
         "no train.tf32 as train.tf32: false\n"
     )
     assert (recipe.train.records_per_device, recipe.train.tf32, recipe.target.dtype) == (None, False, "float32")
-    assert settled(recipe, None) == recipe
+    assert resolve_auto_types(recipe, None) == recipe
     run = DrafterRun(load_recipe("tiny_eagle3"), folder)
     said = capfd.readouterr().err
     assert f"{folder}: continuing" in said
@@ -76,11 +76,11 @@ def test_micro_batches_become_the_records_that_they_had_at_most(
 
 
 def test_a_type_that_was_as_stored_stays_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    held = RunFolder(older(tmp_path, ("dtype: float32\n  device: auto", "dtype: auto\n  device: auto"))).held()
+    held = RunFolder(older(tmp_path, ("dtype: float32\n  device: auto", "dtype: auto\n  device: auto"))).stored_recipe()
     assert held is not None
     assert held.target.dtype == "stored"
     assert "target.dtype: auto as target.dtype: stored" in capfd.readouterr().err
-    assert settled(load_recipe("tiny_eagle3"), held).target.dtype == "stored"
+    assert resolve_auto_types(load_recipe("tiny_eagle3"), held).target.dtype == "stored"
 
 
 def test_a_recipe_of_a_user_is_told_of_the_new_key(folder: Path) -> None:

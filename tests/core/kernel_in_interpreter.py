@@ -1,4 +1,4 @@
-"""Run with TRITON_INTERPRET=1, which Triton reads when it is first imported: the kernel's numbers beside PyTorch's, as JSON."""
+"""Run with TRITON_INTERPRET=1 (Triton reads it on import): prints the kernel's numbers and PyTorch's, as JSON."""
 
 import json
 
@@ -10,7 +10,7 @@ from drafttrain.core.loss_rows import LossRows
 
 
 def rows(columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return logits, some of them far apart, and log-probabilities: a row that is met exactly, a token of no mass."""
+    """Return logits, some far apart, and log-probabilities with an exactly matched row and a zero-probability token."""
     generator = torch.Generator().manual_seed(columns)
     logits_NV = (4 * torch.randn(6, columns + 3, generator=generator)).to(dtype)
     log_p_NV = (4 * torch.randn(6, columns, generator=generator)).log_softmax(-1)
@@ -21,7 +21,7 @@ def rows(columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def difference(one: Tensor, other: Tensor) -> float:
-    """Return the largest difference, relative to the largest number."""
+    """Return the largest difference, relative to the largest value."""
     assert torch.isfinite(one).all()
     return float((one.float() - other.float()).abs().max() / other.abs().max())
 

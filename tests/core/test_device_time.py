@@ -1,4 +1,4 @@
-"""A span is the time between its beginning and its end, whenever it is read."""
+"""A span measures the time between its start and its end, whenever it is read."""
 
 import time
 
@@ -8,7 +8,7 @@ import torch
 from drafttrain.core.device_time import Span
 
 
-def test_a_span_holds_what_was_done_in_it_and_nothing_after() -> None:
+def test_a_span_covers_only_the_work_inside_it() -> None:
     outer = Span(torch.device("cpu"))
     inner = Span(torch.device("cpu"))
     time.sleep(0.01)

@@ -19,15 +19,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def python(*arguments: str, interpreted: bool) -> str:
-    """Return what another Python prints: Triton decides when it is imported whether it interprets kernels or compiles them."""
+    """Return the output of another Python: Triton decides on import whether it interprets or compiles kernels."""
     environment = os.environ | {"TRITON_INTERPRET": "1" if interpreted else "0"}
     done = subprocess.run([sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_its_sums_and_gradients_are_those_of_pytorch():
-    """In both types, rows shorter and longer than a block, a token without mass, a row that is met, logits far apart."""
+def test_sums_and_gradients_equal_pytorchs():
+    """Both types, rows shorter and longer than a block, a zero-probability token, an exact row, logits far apart."""
     found = json.loads(python("-m", "tests.core.kernel_in_interpreter", interpreted=True))
     assert len(found) == 6
     for name, differences in found.items():

@@ -1,4 +1,4 @@
-"""Folders that others made: what could hang, fill the memory or lead elsewhere is one message, whoever reads it."""
+"""Untrusted model folders: everything that could hang, fill the memory or link elsewhere is one message."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def deep(levels):
         ("config.json", '{"intermediate_size": [64, 1000000000]}', "intermediate_size is [64, 1000000000], at most"),
     ],
 )  # fmt: skip
-def test_what_no_loader_expects_is_named(folder, name, content, reason):
+def test_unexpected_fields_are_named(folder, name, content, reason):
     (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(CheckpointError) as caught:
         check_folder(folder)
@@ -78,8 +78,8 @@ def test_what_no_loader_expects_is_named(folder, name, content, reason):
     assert len(str(caught.value)) < 500
 
 
-def test_what_is_read_by_nobody_is_no_reason_to_refuse(folder):
-    """Logs of a trainer, per-layer sizes, unknown fields, large and deep files of other names."""
+def test_files_that_nobody_reads_are_ignored(folder):
+    """A trainer's logs, sizes by layer, unknown fields, large and deeply nested files with other names."""
     (folder / "trainer_state.json").write_text(DEEP)
     (folder / "notes.json").write_text("[1, 2]")
     os.mkfifo(folder / "pipe")
@@ -91,7 +91,7 @@ def test_what_is_read_by_nobody_is_no_reason_to_refuse(folder):
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "generation_config.json"])
-def test_a_pipe_in_the_place_of_a_file_does_not_hang(folder, name, tiny_target):
+def test_a_pipe_instead_of_a_file_does_not_hang(folder, name, tiny_target):
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
     for read in (
@@ -103,7 +103,7 @@ def test_a_pipe_in_the_place_of_a_file_does_not_hang(folder, name, tiny_target):
             read()
 
 
-def test_several_faults_are_told_together(folder):
+def test_all_problems_are_reported_together(folder):
     (folder / "tokenizer_config.json").write_text("[]")
     changed(folder, model_type=1, hidden_size=1 << 40)
     with pytest.raises(CheckpointError) as caught:
@@ -130,12 +130,12 @@ def test_weights_that_are_not_finite_are_refused_wherever_they_are_read(folder, 
             read()
 
 
-def test_large_finite_weights_are_weights():
-    """The sum of these overflows, none of them does."""
+def test_large_finite_weights_are_accepted():
+    """Their sum overflows, but each of them is finite."""
     check_finite({"a.weight": torch.full((64,), 3e38), "b": torch.zeros(0)}, where="x")
 
 
-def test_weights_of_integers_are_refused_and_maps_of_ids_are_not(folder):
+def test_integer_weights_are_refused_but_maps_of_ids_are_not(folder):
     path = folder / "model.safetensors"
     tensors = load_file(path)
     tensors["model.norm.weight"] = torch.ones(32, dtype=torch.int64)
@@ -150,7 +150,7 @@ def test_weights_of_integers_are_refused_and_maps_of_ids_are_not(folder):
 
 
 def test_a_link_out_of_the_folder_is_not_copied(tmp_path, tiny_target, tiny_folder):
-    """And one inside it, or into the blobs of the hub's cache, is."""
+    """A link inside the folder, or into the blobs of the hub's cache, is copied."""
     secret = tmp_path / "secret"
     secret.write_text("key")
     given = tmp_path / "given"
@@ -178,7 +178,7 @@ def test_a_link_out_of_the_folder_is_not_copied(tmp_path, tiny_target, tiny_fold
         ({"target": None}, "target must be a str, got None"),
     ],
 )
-def test_a_description_of_other_types_is_refused_with_its_fields(tmp_path, content, reason):
+def test_a_description_with_wrong_types_is_refused_naming_its_fields(tmp_path, content, reason):
     about = {
         "kind": "medusa",
         "target": "t",
@@ -232,14 +232,14 @@ def test_a_message_fits_on_one_screen(folder):
 
 
 @pytest.mark.parametrize(("shape", "reason"), [([64, 32], "lm_head|embed_tokens"), ([257, 16], "embed_tokens")])
-def test_weights_of_other_sizes_are_named(folder, shape, reason):
+def test_weights_with_other_shapes_are_named(folder, shape, reason):
     path = folder / "model.safetensors"
     save_file(load_file(path) | {"model.embed_tokens.weight": torch.zeros(shape)}, path, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=rf"do not have the shapes that config.json implies: .*({reason}).*shape"):
         load_causal_lm(folder)
 
 
-def test_weights_that_are_not_read_are_reported(folder, capsys):
+def test_ignored_weights_are_reported(folder, capsys):
     path = folder / "model.safetensors"
     save_file(load_file(path) | {"model.layers.7.odd": torch.zeros(1)}, path, metadata={"format": "pt"})
     load_causal_lm(folder)
@@ -248,7 +248,7 @@ def test_weights_that_are_not_read_are_reported(folder, capsys):
     )
 
 
-def test_weights_of_complex_numbers_are_refused(folder):
+def test_complex_weights_are_refused(folder):
     path = folder / "model.safetensors"
     save_file(load_file(path) | {"model.norm.weight": torch.ones(32, dtype=torch.complex64)}, path)
     with pytest.raises(CheckpointError, match=r"model.norm.weight \(C64\)"):

@@ -13,7 +13,7 @@ import torch
 from drafttrain.core.errors import Interrupted
 from drafttrain.pipeline.data import write_texts as write_data
 from drafttrain.pipeline.drafter_run import DrafterRun
-from drafttrain.pipeline.evaluating import evaluated
+from drafttrain.pipeline.evaluating import evaluate_folders
 from tests.cuda.happenings import Happenings
 from tests.cuda.kinds import KINDS, recipe, write_texts
 
@@ -52,6 +52,6 @@ def test_every_kind_goes_all_the_way_on_one_gpu(
     done = run.export_best()
     assert done.last_step == made.train.max_steps
     folders = {"drafter": run.folder.drafter, "start": run.folder.start}
-    result = evaluated(folders, run.target, made.eval, dropped=[])
+    result = evaluate_folders(folders, run.target, made.eval, dropped=[])
     assert result.temperatures[0].drafters["drafter"].parity.exact
     assert cuda.operations > 1000

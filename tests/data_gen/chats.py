@@ -1,4 +1,4 @@
-"""A tokenizer with the tokens of ChatML, the templates that tests render chats by, and a way to read labels."""
+"""A tokenizer with ChatML tokens, templates for tests, and text with its labels marked."""
 
 from typing import Any
 

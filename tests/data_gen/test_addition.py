@@ -1,4 +1,4 @@
-"""The addition task: right, of known words, its sides apart."""
+"""The addition task: correct, with known words, its sides disjoint."""
 
 import json
 import random
@@ -14,14 +14,14 @@ from drafttrain.target_model.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize(("first", "second", "digits"), [(47, 85, 2), (0, 0, 2), (99, 99, 2), (507, 493, 3), (4, 5, 1)])
-def test_a_solution_ends_in_the_sum_whatever_its_wording(first, second, digits):
+def test_a_solution_ends_in_the_sum_in_any_wording(first, second, digits):
     checker = Numeric(NumericSettings(spaced_digits=True))
     texts = {solution(first, second, num_digits=digits, rng=random.Random(seed)) for seed in range(20)}
     assert len(texts) > 1
     assert {checker.answer(text, id="") for text in texts} == {first + second}
 
 
-def test_the_steps_are_those_of_the_hand():
+def test_the_steps_are_those_of_written_addition():
     words = solution(47, 85, num_digits=2, rng=random.Random(0)).split()
     plain = [next((meaning for meaning, choices in WORDINGS.items() if word in choices), word) for word in words]
     assert " ".join(plain) == (
@@ -51,7 +51,7 @@ def test_every_word_is_a_token_of_the_builtin_tokenizer():
 
 
 def test_no_test_prompt_was_trained_on_or_chosen_by():
-    """The recipes of target, drafter and judge never read a problem that their figures are reported on."""
+    """The recipes of target, drafter and judge never read a problem on which results are reported."""
 
     def problems(name: str) -> set[str]:
         sources = [source for source in load_recipe(name).data.sources if source.kind == "addition"]
@@ -66,6 +66,6 @@ def test_no_test_prompt_was_trained_on_or_chosen_by():
     assert not set(reported) & set(chosen_by)
     for name in ("tiny_judge", "tiny_judge_target", "tiny_judge_drafter"):
         assert not set(reported) & problems(name)
-    # The control: the comparison sees a problem that two draws of one side share.
+    # Control: the comparison sees a problem that two draws of one side share.
     drawn = Addition(AdditionSettings(num_records=300, split="held_out", seed=3)).items()
     assert set(reported) & {item.value["prompt"] for item in drawn}

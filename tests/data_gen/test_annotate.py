@@ -1,4 +1,4 @@
-"""Labels of draft tokens: equal to brute force, mixed as said, of the states that decoding has, the models unchanged."""
+"""Labels of draft tokens: equal to brute force, mixed by share, with the states of decoding, the models unchanged."""
 
 from __future__ import annotations
 
@@ -78,11 +78,11 @@ def test_labels_and_states_equal_brute_force(frozen, temperature):
         states, labels = brute_force(frozen, record, temperature=temperature)
         torch.testing.assert_close(rows.labels_N, torch.tensor(labels), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(rows.features_ND, torch.stack(states), rtol=1e-4, atol=1e-4)
-        # The control: labels of the next position are others.
+        # Control: labels of the next position differ.
         assert not torch.allclose(rows.labels_N.roll(1), torch.tensor(labels), atol=1e-3)
 
 
-def test_a_text_alone_has_the_rows_that_it_has_among_others(frozen):
+def test_a_text_has_the_same_rows_alone_and_among_others(frozen):
     together = labelled(frozen)
     for record, rows in zip(RECORDS, together, strict=True):
         (alone,) = labelled(frozen, [record])
@@ -95,7 +95,7 @@ def test_at_temperature_0_a_label_is_whether_both_would_write_the_same(frozen):
         assert set(rows.labels_N.tolist()) <= {0.0, 1.0}
 
 
-def test_mixing_decides_what_is_read_and_what_is_learned():
+def test_mixing_decides_what_is_read_and_what_is_trained():
     drawn, written = torch.tensor([1, 2, 3, 4]), torch.tensor([1, 9, 3, 9])
     none, all_ = torch.zeros(4, dtype=torch.bool), torch.ones(4, dtype=torch.bool)
     read, ours = mixed(drawn, written, none)
@@ -111,7 +111,7 @@ def test_mixing_at_its_ends(frozen, drafter):
     (all_drawn,), (half,), (all_written,) = (labelled(frozen, long, mixing=m) for m in (0.0, 0.5, 1.0))
     assert len(all_drawn) == 198
     assert 70 < len(half) < 140
-    # At 1 the drafter reads the text as it is; learned is where it would have drawn the text's own token.
+    # At 1 the drafter reads the text unchanged; trained rows are those where it would have drawn the text's token.
     with torch.no_grad():
         states_TD = drafter.model.base_model(torch.tensor([long[0].tokens])).last_hidden_state[0]
     for feature_D in all_written.features_ND:
@@ -121,7 +121,7 @@ def test_mixing_at_its_ends(frozen, drafter):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_a_drafter_that_is_the_target_is_always_accepted(temperature):
-    """Also where the target's head has rows that no tokenizer produces, and much of the mass: 43 of 300 here."""
+    """Also if the target's head has rows without a token, and much of the probability: 43 of 300 here."""
     target = eagle_target(vocab_size=300)
     drafter = CausalLMDrafter(target.model).eval()
     records = [Record(str(i), list(range(i, i + 12)), [True] * 12) for i in range(1, 9)]
@@ -138,8 +138,8 @@ def test_labels_by_hand():
         assert acceptance_labels(target, drafter, torch.tensor(drawn)).tolist() == pytest.approx(expected)
 
 
-def test_the_states_are_those_that_decoding_hands_out(tiny_target, drafter):
-    """DraftStep.hidden_D at depth k + 1 is the state where the drafter read draft token k: the label's own."""
+def test_the_states_are_those_of_decoding(tiny_target, drafter):
+    """DraftStep.hidden_D at depth k + 1 is the state where the drafter read draft token k: that of the label."""
     proposer = drafter.proposer(tiny_target)
     context = Context("x", [5, 9, 200], 3)
     proposer.begin([context], [])
@@ -226,7 +226,7 @@ def test_every_kind_that_drafts_token_by_token_is_labelled_with_the_states_that_
 
 
 def watched_round(target: Any, drafter: Any, prompt: list[int]) -> tuple[torch.Tensor, bool]:
-    """Return the state where the first draft token of a round was read, and whether the token was kept."""
+    """Return the state where the first draft token of a round was read, and whether the token was accepted."""
     steps: list[Any] = []
 
     class Watching(FixedLength):

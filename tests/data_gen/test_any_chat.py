@@ -1,4 +1,4 @@
-"""Whatever a record holds, it gives records or is quarantined with its reason: no crash, and no item is lost from the count."""
+"""Any item gives records or is quarantined with its reason: no crash, and every item is counted."""
 
 import json
 from collections.abc import Callable
@@ -29,7 +29,7 @@ ODD = st.recursive(
 
 
 def mostly(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Values as they should be, and others in a few cases."""
+    """Valid values, and in a few cases invalid ones."""
     return st.integers(0, 30).flatmap(lambda n: ODD if n == 17 else strategy)
 
 
@@ -79,7 +79,7 @@ ANSWERS = {"instruction": "output", "question": "answer", "query": "response", "
 
 
 def record_of(form: str) -> st.SearchStrategy[dict[str, Any]]:
-    """A record of a form, some of its other keys, and sometimes a key of anywhere."""
+    """A record of a form, some of its other keys, and sometimes a key of another form."""
     more = st.lists(st.sampled_from(FORMS[form]).flatmap(keyed), max_size=2) if FORMS[form] else st.just([])
     other = st.lists(st.sampled_from([*KEYS, "odd", "source", "_x"]).flatmap(keyed), max_size=1)
     rare = st.integers(0, 3).flatmap(lambda n: other if n == 3 else st.just([]))
@@ -102,7 +102,7 @@ CODERS = [
 
 
 def outcome(read: Callable[[], list[Any]]) -> tuple[list[Any], str]:
-    """Return what is made of a record, or the reason why nothing is."""
+    """Return the records of an item, or the reason why there are none."""
     try:
         return read(), ""
     except BadItem as reason:

@@ -1,4 +1,4 @@
-"""The cache beside the shards: what the drafter reads of the target, nothing else, as it was written and as the target says it."""
+"""The cache of target outputs: only what the drafter reads, bit for bit as written, and equal to the live target."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def files(text: Path, folder: str = "d") -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["states", "full", "top_k"])
-def test_batches_bring_the_states_that_the_live_target_has(text, tiny_target, kind):
+def test_batches_carry_the_states_of_the_live_target(text, tiny_target, kind):
     data = cached(text, tiny_target, NEEDS, cache=kind)
     for step in range(3):
         (batch,) = data.of_step(step, batch_size=8)
@@ -133,7 +133,7 @@ def test_half_the_bytes_hold_the_rounded_state(text, tiny_target, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_stored_states_keep_their_type_until_they_are_where_they_are_used(text, tiny_target, dtype):
+def test_stored_states_keep_their_type_until_they_are_used(text, tiny_target, dtype):
     data = cached(text, tiny_target, NEEDS, cache="states", cache_dtype=dtype)
     (batch,) = data.of_step(0, batch_size=8)
     states = [batch.target.final_BTD, *batch.target.hidden_BTD.values()]
@@ -147,7 +147,7 @@ def test_stored_states_keep_their_type_until_they_are_where_they_are_used(text, 
     assert torch.equal(batch.target_rows.at(index_N), tiny_target.model.get_output_embeddings()(final_ND))
 
 
-def test_nothing_is_read_that_is_not_asked_for(text, tiny_target):
+def test_only_needed_arrays_are_read(text, tiny_target):
     data = cached(text, tiny_target, NEEDS, cache="top_k")
     cache = data.caches[0]
     record = min(cache._starts)
@@ -163,7 +163,7 @@ def test_nothing_is_read_that_is_not_asked_for(text, tiny_target):
     torch.testing.assert_close(seen.hidden_BTD[1], live.hidden_BTD[1], rtol=1e-5, atol=1e-5)
 
 
-def test_a_state_that_does_not_fit_is_refused():
+def test_a_state_that_overflows_its_type_is_refused():
     state_ND = torch.tensor([[1e6, 1.0]])
     with pytest.raises(DataError, match="overflows float16"):
         _as_array(state_ND, "float16")
@@ -211,7 +211,7 @@ def curve(text: Path, target: Target, *, cache: str) -> tuple[list[float], int]:
         return [float(row["loss"]) for row in csv.DictReader(file)], runs
 
 
-def test_training_from_the_cache_is_training_on_the_live_target_without_running_it(text, tiny_target):
+def test_training_from_the_cache_equals_training_on_the_live_target(text, tiny_target):
     live, runs = curve(text, tiny_target, cache="none")
     stored, stored_runs = curve(text, tiny_target, cache="states")
     assert (runs, stored_runs) == (6, 0)
@@ -219,7 +219,7 @@ def test_training_from_the_cache_is_training_on_the_live_target_without_running_
     assert len({round(loss, 4) for loss in live}) == 6
 
 
-def test_a_drafter_whose_needs_cannot_be_stored_says_so(text, tiny_folder, tiny_target, tmp_path, monkeypatch):
+def test_a_drafter_whose_needs_cannot_be_stored_is_refused(text, tiny_folder, tiny_target, tmp_path, monkeypatch):
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(
         f"name: tiny\ntarget: {{model: {tiny_folder}}}\ndrafter: {{kind: kangaroo, exit_layer: 1}}\nloss: {{kind: forward_kl}}\n"

@@ -1,4 +1,4 @@
-"""Chats as people write them: every key is read, or quarantines the record by its name; labels are what the target writes."""
+"""Chats in the forms of data sets: every key is read or quarantines the record; labels are what the target writes."""
 
 import json
 from pathlib import Path
@@ -71,7 +71,7 @@ def test_a_record_is_read_by_all_its_keys(value, text):
     coder = chat_encoder(RICH)
     assert read(coder, value) == [text]
     ((_, tokens),) = coder.prompts(value, id="x", prompt_tokens=None)
-    # The prompt of a record is what its last answer follows in training.
+    # The prompt of a record is the text before its last answer in training.
     assert coder.tokenizer.decode(tokens) == text.replace("]]", "").rpartition("[[")[0].replace("[[", "")
 
 
@@ -115,7 +115,7 @@ def test_the_recipe_names_roles_keys_and_what_to_ignore():
     ]
 
 
-def test_arguments_of_the_template_are_given_to_it():
+def test_arguments_of_the_template_reach_it():
     value = chat(USER, ANSWER, chat_template_kwargs={"enable_thinking": True})
     assert read(chat_encoder(KWARGS), value) == ["<think>" + PLAIN]
 
@@ -125,11 +125,11 @@ def test_a_template_that_leaves_out_what_the_target_wrote_is_refused(lost):
     part = {"tool_calls": CALLS, "reasoning_content": "hm"}[lost]
     with pytest.raises(BadItem, match=f"leaves out '{lost}' of an answer"):
         read(chat_encoder(CHATML), chat(USER, ANSWER | {lost: part}))
-    # What a template does not read of the prompt, the target does not read either.
+    # Parts of the prompt that a template does not read, the target does not read either.
     assert read(chat_encoder(CHATML), chat(USER, ANSWER, tools=[TOOL])) == [PLAIN]
 
 
-def test_an_answer_that_is_not_trained_is_read_and_no_label():
+def test_an_untrained_answer_is_read_and_not_a_label():
     untrained = ANSWER | {"content": "bad", "loss": 0}
     (text,) = read(chat_encoder(RICH), chat(USER, untrained, USER, ANSWER))
     assert text == PLAIN.replace("[[a", "bad").replace("]]", "") + PLAIN
@@ -178,7 +178,7 @@ def test_special_tokens_are_added_only_where_they_are_missing(value, text):
     assert read(chat_encoder(None, bos=True), value) == [text]
 
 
-def test_what_a_tokenizer_puts_behind_every_text_ends_no_prompt_and_no_text_twice():
+def test_end_tokens_of_the_tokenizer_end_no_prompt_and_no_text_twice():
     from tokenizers import processors
 
     tokenizer = chat_tokenizer(None)
@@ -193,12 +193,12 @@ def test_what_a_tokenizer_puts_behind_every_text_ends_no_prompt_and_no_text_twic
     assert tokenizer.decode(tokens) == "hi"
 
 
-def test_a_rendered_chat_gets_no_start_that_its_template_has_not():
+def test_a_rendered_chat_gets_no_start_token_beyond_its_template():
     (text,) = read(chat_encoder(CHATML, bos=True), {"text": "<|im_start|>user\nq<|im_end|>\n"})
     assert text == "[[<|im_start|>user\nq<|im_end|>\n]]"
 
 
-def test_a_prompt_of_text_is_read_as_it_is_in_every_kind_of_record():
+def test_a_prompt_of_text_is_read_without_a_template_in_every_kind_of_record():
     coder = chat_encoder(CHATML)
     (record,) = coder.records({"prompt": "q", "completion": "a"}, id="x")
     for value in ({"prompt": "q"}, {"prompt": "q", "completion": "a"}, {"prompt": "q", "answer": "7"}):

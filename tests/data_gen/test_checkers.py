@@ -1,4 +1,4 @@
-"""Checkers: the number that is meant; programs that are run only when allowed, and fenced in."""
+"""Checkers: the right number is read; programs run only when allowed, and in a sandbox."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from drafttrain.data_gen.checkers.unit_tests import UnitTests, UnitTestsSettings
         ("34", None),
     ],
 )
-def test_the_number_behind_the_last_marker(text, answer):
+def test_the_number_after_the_last_marker(text, answer):
     assert Numeric().answer(text, id="") == answer
 
 
-def test_digits_apart_are_one_number_only_where_that_is_said():
+def test_digits_with_spaces_are_one_number_only_where_that_is_set():
     assert Numeric(NumericSettings(spaced_digits=True)).answer("answer 0 1 3 2 .", id="") == 132
     assert Numeric().answer("answer 0 1 3 2 .", id="") == 0
     assert Numeric(NumericSettings(after="")).answer("3 and 4", id="") == 4
@@ -64,14 +64,14 @@ def test_a_program_passes_its_tests_or_it_does_not(tmp_path):
     ("program", "seconds"),
     [
         ("while True: pass", 1),
-        # What ends these is another part of the fence, long before their time is up.
+        # Another limit of the sandbox ends these, long before the time limit.
         ("x = bytearray(1 << 30)", 60),
         ("open('big', 'wb').write(b'0' * (2 << 20))", 60),
         ("import socket; socket.create_connection(('127.0.0.1', PORT), timeout=30)", 60),
     ],
 )
 def test_a_program_that_takes_too_much_fails(tmp_path, program, seconds):
-    """Each would pass without the fence, but the first, which would not end: the tests ask for nothing, and something listens."""
+    """Without the sandbox all would pass except the first, which would not end: the tests check nothing, and a server listens."""
     import socket
 
     checker = unit_tests(tmp_path, "pass", timeout_seconds=60, memory_mb=256, file_mb=1)

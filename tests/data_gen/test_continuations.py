@@ -1,4 +1,4 @@
-"""Answers are encoded as continuations: a tokenizer that puts a space before every text puts none into the middle of one."""
+"""Answers are encoded as continuations: a tokenizer that puts a space before every text adds none in the middle of one."""
 
 import gzip
 import json
@@ -20,7 +20,7 @@ WORDS = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}{% 
 
 
 def spaced_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer like Llama's: a space before every text, and tokens that reach over the place where an answer begins."""
+    """A tokenizer like Llama's: a space before every text, and tokens that span the start of an answer."""
     letters = [*"▁abcdefghijklmnopqrstuvwxyz:.\n"]
     merges = [("▁", "o"), ("▁", "▁"), ("▁o", "n")]
     vocab = {token: id for id, token in enumerate(["<unk>", "</s>", *letters, *map("".join, merges)])}
@@ -41,7 +41,7 @@ def test_prompt_and_completion_are_read_as_one_text(prompt, completion):
     tokenizer = spaced_tokenizer()
     (record,) = Encoder(tokenizer, 100).records({"prompt": prompt, "completion": completion}, id="x")
     labels = [token for token, flag in zip(record.tokens, record.loss_mask, strict=True) if flag]
-    # Each token spells its letters; the first one of the text has the space that the tokenizer puts there.
+    # Each token has its letters; the first one of the text also has the space of the tokenizer.
     spelled = "".join(tokenizer.convert_ids_to_tokens(list(record.tokens)))
     assert spelled == "▁" + (prompt + completion).replace(" ", "▁") + "</s>"
     assert "".join(tokenizer.convert_ids_to_tokens(labels)) == completion.replace(" ", "▁") + "</s>"
@@ -79,7 +79,7 @@ TEXT_CALLS = (
 
 @pytest.mark.parametrize("arguments", [{"x": 1}, '{"x": 1}'])
 @pytest.mark.parametrize("template", [TEXT_CALLS, RICH])
-def test_arguments_of_calls_are_given_as_the_template_takes_them(template, arguments):
+def test_arguments_of_calls_have_the_form_that_the_template_reads(template, arguments):
     call = {"function": {"name": "f", "arguments": arguments}}
     chat = {
         "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
@@ -112,19 +112,19 @@ TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
         {"query": "q", "answer": "a"},
     ],
 )
-def test_records_as_well_known_sets_have_them(value):
+def test_records_of_well_known_data_sets_are_read(value):
     assert read(chat_encoder(RICH), value) == [PLAIN]
 
 
 @pytest.mark.parametrize(
     "value", [{"text": ["a", "b"]}, {"instruction": "q", "output": ["a", "b"]}, {"question": ["q"], "answer": "a"}]
 )
-def test_a_list_where_a_text_belongs_is_no_parts_of_a_turn(value):
+def test_a_list_in_place_of_text_is_not_read_as_parts(value):
     with pytest.raises(BadItem, match="must be text, got list"):
         read(chat_encoder(RICH), value)
 
 
-def test_calls_that_a_table_holds_as_json_in_a_text_are_read():
+def test_calls_that_a_table_holds_as_json_text_are_read():
     calls = json.dumps([{"name": "f", "arguments": {"x": 1}}])
     chat = {"messages": [TURNS[0], {"role": "assistant", "content": "", "tool_calls": calls}]}
     assert read(chat_encoder(RICH), chat)[0].endswith(
@@ -133,7 +133,7 @@ def test_calls_that_a_table_holds_as_json_in_a_text_are_read():
 
 
 @pytest.mark.parametrize("text", ['{"text": "a"}\n{"text": "b"}\n', '[{"text": "a"},\n{"text": "b"}]'])
-def test_what_gzip_packed_is_unpacked(tmp_path, text):
+def test_gzip_files_are_unpacked(tmp_path, text):
     path = tmp_path / "d.jsonl.gz"
     path.write_bytes(gzip.compress(text.encode()))
     assert [(number, item.value) for number, item in lines(path)] == [(1, {"text": "a"}), (2, {"text": "b"})]

@@ -19,7 +19,7 @@ from tests.conftest import byte_tokenizer
 MARKED = "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}|{% endgeneration %}{% else %}{{ m['content'] }}|{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 REFUSES = "{% if messages and messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
 FORGETS = "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' and loop.last %}(thought){% endif %}{{ m['content'] }}|{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-"""Like Qwen3's: earlier answers lose their thoughts."""
+"""Like Qwen3's: drops the thoughts of earlier answers."""
 PLAIN = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}|{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 CHAT = [
     {"role": "user", "content": "hi"},
@@ -42,14 +42,14 @@ def labels(coder: Encoder, value: dict) -> str:  # type: ignore[type-arg]
 
 
 @pytest.mark.parametrize("template", [MARKED, PLAIN])
-def test_only_what_the_assistant_says_is_a_label(template):
+def test_only_answers_of_the_assistant_are_labels(template):
     assert labels(encoder(template), {"messages": CHAT}) == "hello|bye|"
     names = {"user": "human", "assistant": "gpt"}
     shared = [{"from": names[m["role"]], "value": m["content"]} for m in CHAT]
     assert labels(encoder(template), {"conversations": shared}) == "hello|bye|"
 
 
-def test_where_earlier_turns_are_rewritten_every_answer_is_learnt_as_the_target_would_read_it():
+def test_where_a_template_rewrites_earlier_turns_each_answer_is_trained_in_the_context_that_the_target_reads():
     coder = encoder(FORGETS)
     found = coder.records({"messages": CHAT}, id="x")
     read = [
@@ -64,7 +64,7 @@ def test_where_earlier_turns_are_rewritten_every_answer_is_learnt_as_the_target_
     assert found[1].tokens[: len(prompt[1])] == prompt[1]
 
 
-def test_what_follows_the_last_answer_is_read_and_no_label():
+def test_turns_after_the_last_answer_are_read_and_not_labels():
     (record,) = encoder(PLAIN).records({"messages": CHAT[:3]}, id="x")
     assert encoder().tokenizer.decode(record.tokens) == "<user>hi|<assistant>hello|<user>ok|"
     assert labels(encoder(PLAIN), {"messages": CHAT[:3]}) == "hello|"
@@ -87,7 +87,7 @@ def test_what_follows_the_last_answer_is_read_and_no_label():
         ({"completion": "x"}, "no known form: has none of"),
     ],
 )
-def test_a_bad_prompt_says_why(value, reason):
+def test_a_bad_prompt_is_refused_with_its_reason(value, reason):
     with pytest.raises(BadItem, match=reason):
         encoder().prompts(value, id="x", prompt_tokens=10)
 
@@ -108,7 +108,7 @@ def test_long_text_is_cut_without_losing_a_token():
 @pytest.mark.parametrize("length", range(1, 34))
 @pytest.mark.parametrize("max_length", [2, 3, 16])
 def test_every_text_ends_with_a_label_that_ends_it(length, max_length):
-    """Also one whose length is a multiple of what a record holds: the end is read behind the text, as any other label."""
+    """Also a text whose length is a multiple of a record's: its end is read after it, like any other label."""
     coder = encoder(max_length=max_length)
     text = ("abcdefghij" * 4)[:length]
     records = coder.records({"text": text}, id="x")
@@ -120,12 +120,12 @@ def test_every_text_ends_with_a_label_that_ends_it(length, max_length):
         start = int(record.id.removeprefix("x@"))
         assert list(record.tokens) == whole[start : start + len(record.tokens)]
         learned |= set(range(start + 1, start + len(record.tokens)))
-    # What a record begins with has nothing before it; where the end takes a place, one more token begins one.
+    # The first token of a record has nothing before it; where the end takes a place, one more record begins.
     assert len(learned) == length + 1 - len(records) - (length % max_length == 0)
     assert length in learned
 
 
-def test_a_text_of_one_token_is_accounted_for():
+def test_a_text_of_one_token_is_quarantined():
     coder = encoder()
     coder.tokenizer.eos_token = None
     with pytest.raises(BadItem, match="one token"):
@@ -150,7 +150,7 @@ def test_a_text_of_one_token_is_accounted_for():
         ({"tokens": [1, 2], "loss_mask": [1]}, "loss_mask"),
     ],
 )
-def test_a_bad_item_says_why(value, reason):
+def test_a_bad_item_is_refused_with_its_reason(value, reason):
     with pytest.raises(BadItem, match=reason):
         encoder(REFUSES + MARKED).records(value, id="x")
 
@@ -160,7 +160,7 @@ def test_a_chat_without_a_template_is_refused():
         encoder().records({"messages": CHAT}, id="x")
 
 
-def test_bad_lines_never_stop_a_run_and_are_kept_with_their_reasons(tmp_path):
+def test_bad_lines_never_stop_a_run_and_are_quarantined_with_their_reasons(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{"text": "good one"}\nnot json\n[1]\n{"txet": 1}\n\n{"text": "good two"}\n')
     store = open_store(

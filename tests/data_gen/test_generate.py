@@ -58,7 +58,7 @@ def test_a_killed_run_ends_with_the_same_bytes(settings, tiny_target, tmp_path, 
     assert contents(generate(settings, tiny_target, tmp_path / "killed", seed=0, max_length=64)) == whole
 
 
-def test_every_record_says_how_it_was_drawn(settings, tiny_target, tmp_path):
+def test_every_record_states_its_sampling(settings, tiny_target, tmp_path):
     folder = generate(settings, tiny_target, tmp_path / "g", seed=0, max_length=64)
     records = [json.loads(line) for _, text in contents(folder).items() for line in text.decode().splitlines()]
     assert [r["sampling"]["temperature"] for r in records[:4]] == [0.0, 0.3, 0.7, 1.0]
@@ -136,7 +136,7 @@ def test_the_cache_reads_what_was_written_and_agrees_with_the_live_target(settin
         assert array.numpy().tobytes() == first[name][:5].tobytes()
 
 
-def test_a_cache_over_its_bound_is_refused_before_it_is_begun(settings, tiny_target, tmp_path):
+def test_a_cache_over_its_limit_is_refused_before_writing(settings, tiny_target, tmp_path):
     chosen = DataSettings(
         sources=[TextSettings(path=str(tmp_path / "text.txt"))], max_length=32, cache="full", max_cache_gb=1e-6
     )

@@ -1,4 +1,4 @@
-"""Labels of the judge: nothing behind a mistake enters the loss; a token matters exactly where it changes the answer."""
+"""Labels of the judge: no token after a mistake enters the loss; a token matters exactly if it changes the answer."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_the_walk_tries_the_tokens_that_decoding_drafts(kind, settings):
 
 
 def first_draft(target: Any, drafter: Any, text: list[int]) -> int | None:
-    """Return what the proposer drafts behind a text, greedily."""
+    """Return the proposer's greedy draft after a text."""
     proposer = drafter.proposer(target)
     engine = Engine(
         target,
@@ -174,8 +174,8 @@ def test_the_state_is_the_one_before_the_final_norm(frozen):
         ([(0, 1)], [0]),
     ],
 )
-def test_tokens_behind_the_first_mistake_have_no_label(errors, labels):
-    """Tokens of two letters each. The control is the case before: without marks all five have a label."""
+def test_tokens_after_the_first_mistake_have_no_label(errors, labels):
+    """Tokens of two letters each. Control: without marks all five have a label."""
     assert labels_of([(0, 2), (2, 4), (4, 6), (6, 8), (8, 10)], errors) == labels
 
 
@@ -195,14 +195,14 @@ def test_marks_become_labels_of_the_tokens_that_they_cover(frozen, tmp_path):
     encoder = Encoder(frozen.target.tokenizer, 64)
     records = [encoder.records({k: v for k, v in item.items() if k != "errors"}, id="")[0] for item in ITEMS]
     first, second = marked.label(records)
-    # One token a letter: ten letters before the mistake, its four, nothing of the "!" behind it.
+    # One token a letter: ten letters before the mistake, its four, none for the "!" after it.
     assert first.labels_N.tolist() == [1.0] * 10 + [0.0] * 4
     assert second.labels_N.tolist() == [1.0] * 3
     (states_TD,) = states_of(records[:1], frozen)
     torch.testing.assert_close(first.features_ND, states_TD[4:18], rtol=1e-4, atol=1e-4)
 
 
-def test_what_changes_behind_a_mistake_changes_no_row(frozen, tmp_path):
+def test_changes_after_a_mistake_change_no_row(frozen, tmp_path):
     """The label leak: a text that continues differently has the same rows."""
     other = ITEMS[0] | {"completion": "four, no: five, surely", "errors": [[10, 14], [16, 22]]}
     rows = []
@@ -214,7 +214,7 @@ def test_what_changes_behind_a_mistake_changes_no_row(frozen, tmp_path):
     assert torch.equal(rows[0].labels_N, rows[1].labels_N)
 
 
-def test_marks_that_fit_nothing_are_refused(frozen, tmp_path):
+def test_marks_that_match_no_text_are_refused(frozen, tmp_path):
     wrong = [ITEMS[0] | {"errors": [[3, 99]]}, {"id": "x"}]
     with pytest.raises(DataError, match=r"(?s)2 lines.*line 1: errors: \[3, 99\] is not a span.*line 2"):
         Marked(MarkedSettings(path=write_marked(tmp_path / "m.jsonl", *wrong)), frozen)
@@ -227,7 +227,7 @@ def test_marks_that_fit_nothing_are_refused(frozen, tmp_path):
 
 
 def test_a_mark_is_found_by_the_id_of_its_problem(frozen, tmp_path):
-    """An id is any text, on one line; a record that is there again has the same marks; an id with two marks has none."""
+    """An id is any text on one line; a repeated record has the same marks; an id with two marks is refused."""
     path = tmp_path / "m.jsonl"
     odd = ITEMS[0] | {"id": "a\u2028b\x85"}
     path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in (odd, ITEMS[1])), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Names are streams of random numbers: of what is read and its order, and no two records share one."""
+"""Names select random streams: they depend on content and order only, and no two records share one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_lines(path: Path, values: list[Any]) -> str:
 
 
 def written(prompts: Any, target: Any, folder: Path, **settings: Any) -> list[dict[str, Any]]:
-    """Return what the target writes after prompts, at temperature 1."""
+    """Return the target's texts after prompts, at temperature 1."""
     chosen = {
         "num_records": 4,
         "temperatures": [1.0],
@@ -54,7 +54,7 @@ def new(record: dict[str, Any]) -> list[int]:
     return [token for token, label in zip(record["tokens"], record["loss_mask"], strict=True) if label]
 
 
-def test_a_name_that_is_taken_is_given_out_with_a_number():
+def test_a_repeated_name_gets_a_number():
     names = Names()
     assert [names.own(name) for name in ("a", "b", "a", "a#1", "a", "a#2", "")] == [
         "a",
@@ -69,7 +69,7 @@ def test_a_name_that_is_taken_is_given_out_with_a_number():
     assert [problem_of(name) for name in ("a", "a#12", "a#1#1", "c#", "f#minor")] == ["a", "a", "a#1", "c#", "f#minor"]
 
 
-def test_prompts_that_share_an_id_are_answered_by_draws_of_their_own(tiny_target, tmp_path, capfd):
+def test_prompts_that_share_an_id_have_their_own_random_numbers(tiny_target, tmp_path, capfd):
     shared = [{"id": "x", "prompt": "tell me"}] * 3 + [{"id": "y", "prompt": "tell me"}]
     records = written(JSONLSettings(path=write_lines(tmp_path / "p.jsonl", shared)), tiny_target, tmp_path / "g")
     assert len({tuple(new(record)) for record in records}) == 4
@@ -78,7 +78,7 @@ def test_prompts_that_share_an_id_are_answered_by_draws_of_their_own(tiny_target
         capfd.readouterr().err.split()
     )
     assert json.loads((tmp_path / "g" / "manifest.json").read_text())["shared_names"] == 2
-    # One that shares its id with none has the draws that it always had.
+    # A prompt with a unique id has the same draws as ever.
     alone = [{"id": "x", "prompt": "tell me"}]
     (only,) = written(
         JSONLSettings(path=write_lines(tmp_path / "q.jsonl", alone)), tiny_target, tmp_path / "h", num_records=1
@@ -142,7 +142,7 @@ def test_a_strange_id_shifts_no_other(tmp_path, strange):
     assert store.meta["shared_names"] == 1
 
 
-def test_labels_of_records_that_share_an_id_are_drawn_apart(tiny_target, tmp_path):
+def test_labels_of_records_that_share_an_id_have_their_own_random_numbers(tiny_target, tmp_path):
     """Within a source and across two, where both count from 0."""
     line = {"id": "0", "tokens": list(range(1, 16))}
     sources = [JSONLSettings(path=write_lines(tmp_path / f"{name}.jsonl", [line] * 20)) for name in "ab"]

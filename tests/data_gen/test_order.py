@@ -33,7 +33,7 @@ def test_nine_to_one_is_counted_in_every_ten():
         [5],
     ],
 )
-def test_a_source_is_never_a_whole_record_from_its_share(weights):
+def test_a_source_is_always_less_than_one_record_from_its_share(weights):
     """From the first record on, for any weights; and a position far away costs no more than the first."""
     num_records = 4000
     sampler = Sampler([10] * len(weights), weights, seed=0)
@@ -43,14 +43,14 @@ def test_a_source_is_never_a_whole_record_from_its_share(weights):
     for source, share in enumerate(shares):
         behind_N = np.cumsum(drawn_N == source) - share * np.arange(1, num_records + 1)
         assert np.abs(behind_N).max() < 1
-        # A share that no window can divide is carried on: exact in the long run, too.
+        # A share that no window can divide is carried over: exact in the long run, too.
         before_S, *_ = sampler._window(10**12 // sampler._length)
         assert abs(before_S[source] - share * (10**12 // sampler._length * sampler._length)) < 2
     assert len({sampler.at(10**12 + n) for n in range(20 * len(weights))}) > 1
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_any_window_of_whole_shares_is_as_even_as_can_be(seed):
+def test_any_window_of_integer_shares_is_as_even_as_possible(seed):
     """Tijdeman's bound, which is tight: 1 - 1 / (2 S - 2) for S sources."""
     rng = random.Random(seed)
     for _ in range(10):
@@ -71,7 +71,7 @@ def test_a_share_that_no_window_can_hold_is_read_in_the_long_run():
 
 
 def test_nine_to_one_keeps_its_order():
-    """Runs that were begun before a mixture had windows go on with the same records."""
+    """Runs started before mixtures had windows continue with the same records."""
     sampler = Sampler([100, 30], [9, 1], seed=0)
     assert [sampler.at(n)[0] for n in range(20)] == [0, 0, 0, 0, 0, 1, 0, 0, 0, 0] * 2
 
@@ -144,14 +144,14 @@ def test_rows_padded_to_a_multiple_are_no_wider_than_they_may_be_and_hold_the_sa
     assert (padded.documents_BT[:, 13:] == -1).all()
     assert torch.equal(padded.documents_BT[:, :13], plain.documents_BT)
     assert torch.equal(padded.tokens_BT[:, :13], plain.tokens_BT)
-    # Padding is one document of its own.
+    # Padding is one separate document.
     assert padded.positions_BT[1, 9:].tolist() == list(range(slots - 9))
-    # A record that is longer than a row may be is not cut.
+    # A record longer than a row is not cut.
     assert pack(records[:1], width=8, multiple=64, weight_of_step=1.0)[0].tokens_BT.shape == (1, 13)
 
 
 def test_packed_rows_equal_rows_alone(tiny_target):
-    """The target says of a packed document what it says of it alone: attention does not cross documents."""
+    """The target's outputs on a packed document equal those on it alone: attention does not cross documents."""
     from drafttrain.core.target_rows import TargetNeeds
 
     generator = torch.Generator().manual_seed(0)

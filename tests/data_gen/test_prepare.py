@@ -41,7 +41,7 @@ def smoked(data: str) -> DataSettings:
     return shrink(read_recipe(text, source="x")).data
 
 
-def test_what_a_template_puts_around_every_chat_is_no_overlap(tmp_path):
+def test_tokens_of_the_template_are_not_contamination(tmp_path):
     source = write_lines(
         tmp_path / "a.jsonl", [{"text": "<system>You are a helpful assistant.|<user says>Tell me about the sea."}]
     )
@@ -58,7 +58,7 @@ def test_what_a_template_puts_around_every_chat_is_no_overlap(tmp_path):
     assert data.contaminated(plain) == ["text"]
 
 
-def test_smoke_reads_some_items_of_a_source_and_whole_ones(tmp_path):
+def test_smoke_reads_a_few_whole_items_of_a_source(tmp_path):
     chat = [{"role": "user", "content": "q" * 150}, {"role": "assistant", "content": "a" * 20}]
     source = write_lines(tmp_path / "a.jsonl", [{"messages": chat}] * 200)
     small = smoked(f"{{sources: [{{kind: jsonl, path: {source.path}}}], max_length: 256}}")
@@ -100,7 +100,7 @@ def shards(folder: Path) -> GeneratedSettings:
     return GeneratedSettings(path=str(folder))
 
 
-def test_a_shard_that_is_not_what_its_manifest_says_is_refused(tmp_path):
+def test_a_shard_that_differs_from_its_manifest_is_refused(tmp_path):
     source = shards(tmp_path / "generated")
     assert [item.value["text"] for item in Generated(source).items()] == [str(number) for number in range(8)]
     write_lines(tmp_path / "generated" / "shard-00000.jsonl", [{"text": str(number)} for number in range(4)])
@@ -108,7 +108,7 @@ def test_a_shard_that_is_not_what_its_manifest_says_is_refused(tmp_path):
         list(Generated(source).items())
 
 
-def test_brackets_in_a_folder_are_no_pattern(tmp_path):
+def test_brackets_in_the_name_of_a_folder_are_not_a_pattern(tmp_path):
     assert len(list(Generated(shards(tmp_path / "r[1]")).items())) == 8
     source = write_lines(tmp_path / "r[1]" / "a.jsonl", [{"text": "one"}])
     assert len(list(JSONL(source).items())) == 1

@@ -83,7 +83,7 @@ def reports(shared_folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", RIGHT)
-def test_a_report_is_read_right(reports, name):
+def test_a_report_is_read_correctly(reports, name):
     coder = chat_encoder(RICH)
     for (_, item), right in zip(lines(reports / name / "data.jsonl"), RIGHT[name], strict=True):
         try:
@@ -112,7 +112,7 @@ def test_an_array_is_read_whole(reports, name):
     assert found == [[turn("user", f"question {i}") + answer(f"answer {i}")] for i in range(50)]
 
 
-def test_a_mark_at_the_start_and_windows_line_ends_are_no_part_of_a_text(reports):
+def test_a_byte_order_mark_and_windows_line_ends_are_not_part_of_a_text(reports):
     items = list(JSONL(JSONLSettings(path=str(reports / "07-json-array" / "bom_crlf.jsonl"))).items())
     assert [item.value for item in items] == [{"text": f"naïve café {i} 😀👩\u200d🔬 你好\u2028x"} for i in range(4)]
 
@@ -120,7 +120,7 @@ def test_a_mark_at_the_start_and_windows_line_ends_are_no_part_of_a_text(reports
 def test_labels_are_what_the_target_writes_whatever_a_template_marks(reports):
     coder = chat_encoder(GENERATION)
     texts = [read(coder, item.value) for _, item in lines(reports / "08-generation-span" / "data.jsonl")]
-    # The report's template ends its lines behind blocks, where Jinja takes the line ends out.
+    # The report's template has line ends after blocks, where Jinja removes them.
     a, b, space, smile = (answer(words)[:-1] for words in ("A", "B", "ends in space   ", "emoji 😀"))
     more = turn("user", "more user words")
     assert texts == [

@@ -1,4 +1,4 @@
-"""Which process reads what of a step: every record once, none above the limit, and the gradient is that of one process."""
+"""Which process reads which records of a step: each record once, limits hold, and the gradient is that of one process."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def data(tmp_path: Path, target: Target) -> TrainingData:
 def gradient(
     made: Drafter, target: Target, batches: list[DraftBatch], *, world_size: int, loss: str = "forward_kl"
 ) -> dict[str, torch.Tensor]:
-    """Return the mean over processes and micro-batches of their gradients, as those who add them up take it."""
+    """Return the mean over processes and micro-batches of their gradients, as collectives average them."""
     drafter = copy.deepcopy(made)
     measure = losses.build(losses.entry(loss).settings())
     count = len(batches) // world_size
@@ -172,7 +172,7 @@ def test_the_gradient_of_a_step_is_the_same_in_any_world(kind: str, data: Traini
         parts = gradient(made, target, batches, world_size=world_size)
         for name, value in whole.items():
             torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-6, msg=f"{world_size} {at_once} {name}")
-    # The control: micro-batches that know their own weight alone give another gradient.
+    # Control: micro-batches weighted by themselves give another gradient.
     own = [
         replace(batch, weight_of_step=float(batch.loss_mask_BT[:, 1:].sum()) * 3)
         for batch in (b for rank in range(3) for b in data.of_step(3, batch_size=size, rank=rank, world_size=3))

@@ -7,7 +7,7 @@ import pytest
 from drafttrain.distributed.collectives import first_before_others, own_share, shared, wait_for_all
 
 
-def test_a_wait_in_a_turn_is_refused_also_where_there_is_one_process() -> None:
+def test_waiting_inside_first_before_others_is_refused_even_in_one_process() -> None:
     message = "waits for the others while it writes, and they wait for that"
     with pytest.raises(AssertionError, match=message), first_before_others("it writes"):
         wait_for_all("they are done")

@@ -1,4 +1,4 @@
-"""Processes that joined: one that is killed is seen at once, wherever the others wait, and whoever holds the store leaves last."""
+"""A killed process is noticed at once wherever the others wait, and the process with the store leaves last."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ here, folder = processes.world(), Path(sys.argv[1])
 
 
 def started(code: str, folder: Path, *, rank: int, port: int) -> subprocess.Popen[str]:
-    """Start one of two processes as srun does: nobody watches over them but they themselves."""
+    """Start one of two processes as srun does: no launcher watches them."""
     launcher = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     environment = without_launcher(os.environ) | launcher | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "-c", textwrap.dedent(HEAD) + textwrap.dedent(code), str(folder)]
@@ -40,7 +40,7 @@ def started(code: str, folder: Path, *, rank: int, port: int) -> subprocess.Pope
 
 @pytest.fixture
 def port() -> int:
-    """A port that nobody is given by chance: the system's own choice is above these."""
+    """A port outside the range from which the system assigns ports."""
     for number in range(20_000 + os.getpid() % 10_000, 32_000):
         with socket.socket() as tried:
             try:
@@ -53,9 +53,7 @@ def port() -> int:
 
 @pytest.mark.processes
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_process_that_is_killed_is_seen_at_once_also_where_it_is_only_waited_for(
-    tmp_path: Path, port: int, killed: int
-) -> None:
+def test_a_killed_process_is_noticed_at_once_even_by_a_waiting_one(tmp_path: Path, port: int, killed: int) -> None:
     code = f"""
         try:
             with together(timeout_seconds=600):
@@ -72,20 +70,20 @@ def test_a_process_that_is_killed_is_seen_at_once_also_where_it_is_only_waited_f
     while not (tmp_path / "there").exists():
         assert running[killed].poll() is None, running[killed].communicate()[1]
         time.sleep(0.01)
-    time.sleep(4 * BEAT_SECONDS)  # Its own beat, then that of the other one, so that its step was heard of.
+    time.sleep(4 * BEAT_SECONDS)  # Its own heartbeat, then the other one's, so that its step is known.
     running[killed].send_signal(signal.SIGKILL)
     began = time.monotonic()
-    said = running[1 - killed].communicate(timeout=60)[1]
+    output = running[1 - killed].communicate(timeout=60)[1]
     assert time.monotonic() - began < 30
     running[killed].communicate()
     assert running[1 - killed].returncode == PeerError.exit_code
-    assert f"rank {killed} on " in said
-    assert "is gone (last heard of at step 7)" in said
+    assert f"rank {killed} on " in output
+    assert "is gone (last heard of at step 7)" in output
 
 
 @pytest.mark.processes
-def test_the_process_with_the_store_stays_until_the_others_have_left(tmp_path: Path, port: int) -> None:
-    """The second one looks only after the first one would have been gone for long."""
+def test_the_process_with_the_store_leaves_last(tmp_path: Path, port: int) -> None:
+    """The second process checks the store long after the first one would have left."""
     code = """
         real = time.sleep
         if here.rank == 1:
@@ -97,13 +95,13 @@ def test_the_process_with_the_store_stays_until_the_others_have_left(tmp_path: P
                     real(0.01)
     """
     running = [started(code, tmp_path, rank=rank, port=port) for rank in (0, 1)]
-    said = [process.communicate(timeout=60)[1] for process in running]
-    assert [process.returncode for process in running] == [0, 0], said
+    output = [process.communicate(timeout=60)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], output
 
 
 @pytest.mark.processes
-def test_numbers_of_the_host_are_added_up_where_the_group_serves_gpus_alone(tmp_path: Path, port: int) -> None:
-    """As nccl does: a group that is bound to cuda refuses a tensor on the CPU, which is tried first."""
+def test_host_numbers_are_summed_if_the_main_group_takes_only_gpu_tensors(tmp_path: Path, port: int) -> None:
+    """Like nccl: a group that is bound to cuda refuses a tensor on the CPU, which is tried first."""
     code = """
         import torch
         import torch.distributed as dist
@@ -123,13 +121,13 @@ def test_numbers_of_the_host_are_added_up_where_the_group_serves_gpus_alone(tmp_
             wait_for_all("the end")
     """
     running = [started(code, tmp_path, rank=rank, port=port) for rank in (0, 1)]
-    said = [process.communicate(timeout=60)[1] for process in running]
-    assert [process.returncode for process in running] == [0, 0], said
+    output = [process.communicate(timeout=60)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], output
 
 
 @pytest.mark.processes
-def test_a_collective_that_fails_while_all_live_says_why(tmp_path: Path, port: int) -> None:
-    """As nccl does where two processes took one device: nobody is gone, and what it says last is what helps."""
+def test_a_failed_collective_reports_its_cause_if_nobody_died(tmp_path: Path, port: int) -> None:
+    """Like nccl if two processes took the same device: nobody died, and the end of its message names the cause."""
     code = """
         import torch.distributed as dist
         words = "NCCL error in: NCCLUtils.cpp:77, invalid usage\\nLast error:\\nDuplicate GPU detected : rank 1 and rank 0"
@@ -141,21 +139,21 @@ def test_a_collective_that_fails_while_all_live_says_why(tmp_path: Path, port: i
             sys.exit(1)
     """
     running = [started(code, tmp_path, rank=rank, port=port) for rank in (0, 1)]
-    said = [process.communicate(timeout=60)[1] for process in running]
+    output = [process.communicate(timeout=60)[1] for process in running]
     assert any(
-        "a collective failed: " in one and "Duplicate GPU detected : rank 1 and rank 0." in one for one in said
-    ), said
+        "a collective failed: " in one and "Duplicate GPU detected : rank 1 and rank 0." in one for one in output
+    ), output
 
 
-def test_nothing_in_training_is_reduced_by_lightning() -> None:
-    """Its strategies take tensors to the group of the devices, which serves no numbers of the host."""
+def test_lightning_reduces_nothing_in_training() -> None:
+    """Its strategies reduce on the devices' group, which takes no tensors on the host."""
     folder = Path(collectives.__file__).parents[1]
     reduced = [path.name for path in folder.rglob("*.py") if "strategy.reduce(" in path.read_text(encoding="utf-8")]
     assert reduced == []
 
 
 class Store(dict[str, bytes]):
-    """What a store offers, in this process."""
+    """A store in this process."""
 
     def set(self, key: str, value: str) -> None:
         self[key] = value.encode()
@@ -164,7 +162,7 @@ class Store(dict[str, bytes]):
         return self[key]
 
 
-def test_a_line_is_cut_when_its_other_end_is_gone_and_strangers_are_not_let_in() -> None:
+def test_a_lifeline_is_cut_with_its_other_end_and_strangers_are_rejected() -> None:
     store = Store()
     first = Lifelines(store, rank=0, host="127.0.0.1")
     address, port, _ = store["lifelines"].decode().split()

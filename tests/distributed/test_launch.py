@@ -23,7 +23,7 @@ from drafttrain.distributed.world import LAUNCHED
         ("online", [], 1),
     ],
 )
-def test_a_process_a_gpu_but_for_heads_and_online_learning(
+def test_one_process_per_gpu_except_for_heads_and_online_learning(
     monkeypatch: pytest.MonkeyPatch, recipe: str, overrides: list[str], wanted: int
 ) -> None:
     """Online learning is one process, and a head is small: on a machine of eight GPUs neither starts eight."""
@@ -44,6 +44,6 @@ def test_a_process_a_gpu_but_for_heads_and_online_learning(
         ([-11], DrafttrainError.exit_code),
     ],
 )
-def test_of_processes_that_failed_the_one_that_says_why_is_heard(codes: list[int], expected: int) -> None:
+def test_the_exit_code_is_that_of_the_process_with_a_reason(codes: list[int], expected: int) -> None:
     failures = [SimpleNamespace(exitcode=code, timestamp=at) for at, code in enumerate(codes)]
     assert launch._code(failures) == expected

@@ -1,4 +1,4 @@
-"""`drafttrain fit` in two processes on one machine: the same data, the same drafter; what cannot work says so in seconds."""
+"""`drafttrain fit` in two processes gives the data and the drafter of one process, and refuses within seconds."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def recipe(tmp_path: Path, tiny_folder: Path) -> Path:
 
 
 def command(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run drafttrain in processes of its own."""
+    """Run drafttrain in a subprocess."""
     return subprocess.run(
         [sys.executable, "-m", "drafttrain", *map(str, words)],
         env=without_launcher(os.environ) | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | environment,
@@ -80,7 +80,7 @@ def test_two_processes_make_the_data_and_the_drafter_of_one(recipe: Path, tmp_pa
     assert done.stderr.count("training: done") == 1, "only the first process speaks"
 
 
-def test_what_is_refused_is_refused_in_seconds_and_not_tried_again(recipe: Path, tmp_path: Path) -> None:
+def test_a_refusal_takes_seconds_and_is_not_retried(recipe: Path, tmp_path: Path) -> None:
     layout = ("train.devices=2", "train.max_restarts=2")
     done = command("fit", recipe, "--runs", tmp_path, *layout, "train.batch_size=0")
     assert done.returncode == RecipeError.exit_code, done.stderr[-2000:]
@@ -111,7 +111,7 @@ def test_a_request_to_stop_reaches_all_processes_and_the_same_command_continues(
 
 
 @pytest.mark.processes
-def test_a_training_that_has_not_ended_is_exported_from_its_checkpoint(recipe: Path, tmp_path: Path) -> None:
+def test_an_unfinished_training_is_exported_from_its_checkpoint(recipe: Path, tmp_path: Path) -> None:
     loaded, folder = load_recipe(recipe, ["train.eval_every_steps=0"]), tmp_path / "run"
     fit(loaded, folder)
     whole = load_file(folder / "drafter" / "model.safetensors")
@@ -121,7 +121,7 @@ def test_a_training_that_has_not_ended_is_exported_from_its_checkpoint(recipe: P
     stored = torch.load(folder / "checkpoints" / "step-00000004.ckpt")["state_dict"]
     assert all(torch.equal(stored[f"trained.model.{name}"], weight) for name, weight in early.items())
     assert any(not torch.equal(early[name], whole[name]) for name in whole)
-    # The training goes on, and what it ends with is exported in its place.
+    # The training continues, and its end is exported instead.
     fit(loaded, folder)
     final = load_file(folder / "drafter" / "model.safetensors")
     assert all(torch.equal(final[name], whole[name]) for name in whole)
@@ -129,7 +129,7 @@ def test_a_training_that_has_not_ended_is_exported_from_its_checkpoint(recipe: P
         export_run(loaded, tmp_path / "empty")
 
 
-def test_a_checkpoint_of_adapters_holds_no_target(tiny_folder: Path, recipe: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_adapters_does_not_contain_the_target(tiny_folder: Path, recipe: Path, tmp_path: Path) -> None:
     text = recipe.read_text().replace(
         "{kind: causal_lm, num_layers: 1, hidden_size: 32, num_heads: 1}",
         "{kind: medusa, num_heads: 1, num_layers: 1, joint: {lora: {rank: 2}}}",

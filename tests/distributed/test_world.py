@@ -33,7 +33,7 @@ from drafttrain.distributed.world import TORCHRUN, World, world
         ),
     ],
 )
-def test_launchers_say_who_a_process_is(
+def test_the_world_is_read_from_each_launchers_variables(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: World
 ) -> None:
     for name in [*TORCHRUN, "LOCAL_WORLD_SIZE"]:
@@ -43,7 +43,7 @@ def test_launchers_say_who_a_process_is(
     assert world() == expected
 
 
-def test_a_launcher_that_says_half_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_incomplete_launcher_variables_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "1")

@@ -1,4 +1,4 @@
-"""Tiny drafters that read features, with weights large enough that every part of them matters; and a plain rollout of one."""
+"""Tiny EAGLE drafters with weights large enough that every part matters, and a plain rollout of one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def eagle_target(*, vocab_size: int = 257, num_layers: int = 4, hidden_size: int
 
 
 def eagle_drafter(kind: str, target: Target, *, seed: int = 1, scale: float = 0.2, **settings: Any) -> Any:
-    """Return a float64 drafter of this kind; matrices are drawn anew with a deviation of `scale`."""
+    """Return a float64 drafter of this kind; matrices are drawn again with a standard deviation of `scale`."""
     torch.manual_seed(seed)
     entry: Any = drafters.entry(kind)
     drafter = entry.component.create(entry.settings(**settings), target=target, tokenizer=target.tokenizer).double()
@@ -42,7 +42,7 @@ def eagle_drafter(kind: str, target: Target, *, seed: int = 1, scale: float = 0.
 def packed(
     target: Target, drafter: Any, lengths: tuple[int, ...], *, width: int, seed: int = 2
 ) -> tuple[DraftBatch, list[Any]]:
-    """Return random documents laid side by side, read by the target; and where each begins."""
+    """Return random packed documents, read by the target, and where each one starts."""
     generator = torch.Generator().manual_seed(seed)
     texts = [torch.randint(1, target.vocab_size, (n,), generator=generator).tolist() for n in lengths]
     batch, places = pack([Record("", text, [True] * len(text)) for text in texts], width=width, weight_of_step=1.0)
@@ -50,7 +50,7 @@ def packed(
 
 
 def chain_logits(drafter: Any, target: Target, tokens: list[int], slot: int, num_steps: int) -> list[Tensor]:
-    """Return the logits of a chain of draft tokens after `slot`, one token at a time with a cache that is a plain list."""
+    """Return the logits of a chain of draft tokens after `slot`, token by token, with a plain list as the cache."""
     text = torch.tensor([tokens])
     seen = target.read(text, torch.arange(len(tokens))[None], drafter.needs())
     hidden_TD = drafter.fused(drafter.features(seen))[0]

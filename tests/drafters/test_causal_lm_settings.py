@@ -1,4 +1,4 @@
-"""Starts of the independent drafter: from scratch, from a checkpoint."""
+"""How the independent drafter starts: from scratch or from a checkpoint."""
 
 from pathlib import Path
 from string import ascii_lowercase
@@ -13,7 +13,7 @@ from drafttrain.drafters.causal_lm.module import CausalLMDrafter, CausalLMSettin
 from drafttrain.target_model import Target, TargetSettings
 
 
-def test_scratch_has_the_parameters_that_its_sizes_give(tiny_target: Target) -> None:
+def test_scratch_has_the_number_of_parameters_of_its_sizes(tiny_target: Target) -> None:
     settings = CausalLMSettings(hidden_size=32, num_layers=2, num_heads=1, intermediate_size=80)
     drafter = CausalLMDrafter.create(settings, target=tiny_target, tokenizer=tiny_target.tokenizer)
     layer = 4 * 32 * 32 + 3 * 32 * 80 + 2 * 32
@@ -46,7 +46,7 @@ def test_a_drafter_without_a_target_has_a_row_for_every_id_of_a_tokenizer_with_h
 
 
 def tokenizer_with_holes() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of letters whose ids begin at 0 and go on at 276."""
+    """Return a tokenizer of letters whose ids start at 0 and continue at 276."""
     vocabulary = {"<|end|>": 0} | {letter: 275 + number for number, letter in enumerate(ascii_lowercase)}
     model = models.BPE(vocab=vocabulary, merges=[])
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), eos_token="<|end|>", pad_token="<|end|>")

@@ -1,4 +1,4 @@
-"""A drafter cut out of its target computes what the chosen blocks compute in the target, whatever tells blocks apart."""
+"""A drafter cut from its target computes what the chosen blocks compute in the target."""
 
 from pathlib import Path
 from typing import Any
@@ -63,16 +63,14 @@ MODELS: dict[str, Any] = {
 @torch.no_grad()
 @pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_cut_from_its_folder_is_the_target_with_its_other_blocks_silent(
-    name: str, num_layers: int, tmp_path: Path
-) -> None:
+def test_a_cut_drafter_is_the_target_with_its_other_blocks_skipped(name: str, num_layers: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(MODELS[name]).eval()
     cut_from(model, num_layers=num_layers, width=None).save_pretrained(tmp_path)
     tokens = torch.randint(1, 61, (1, 40))
     for index, block in enumerate(blocks(model)):
         if index not in spread(4, num_layers):
-            # What such a block adds to the stream is 0 then.
+            # Such a block then adds 0 to the stream.
             for parameter in block.parameters():
                 parameter.zero_()
     found = load_causal_lm(tmp_path, attention=model.config._attn_implementation)(tokens).logits
@@ -97,7 +95,7 @@ def test_a_cut_from_its_folder_is_the_target_with_its_other_blocks_silent(
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )
-def test_blocks_that_depend_on_their_place_are_refused_in_one_line(config: Any, message: str) -> None:
+def test_blocks_that_depend_on_their_position_are_refused_in_one_line(config: Any, message: str) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -118,7 +116,7 @@ def test_cutting_all_layers_at_full_width_is_the_target_itself() -> None:
     assert all(parameter.requires_grad for parameter in copy.parameters())
 
 
-def test_a_cut_keeps_spread_layers_and_the_strongest_neurons() -> None:
+def test_a_cut_keeps_evenly_spaced_layers_and_the_strongest_neurons() -> None:
     assert spread(6, 3) == [0, 2, 5]
     assert spread(4, 1) == [0]
     model = random_llama(num_layers=3)

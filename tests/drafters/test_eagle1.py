@@ -43,19 +43,19 @@ def test_the_exported_folder_has_vllms_names_and_reads_back(target, tmp_path):
     assert torch.equal(drafter(batch).logits_BTV(1), again(batch).logits_BTV(1))
 
 
-def test_parameters_are_as_many_as_the_formula_says(target):
+def test_the_number_of_parameters_follows_the_formula(target):
     drafter = eagle_drafter("eagle", target, intermediate_size=48)
     d, q, kv, i = 32, 32, 16, 48
     assert sum(p.numel() for p in drafter.parameters()) == 2 * d * d + d * (q + 2 * kv) + q * d + 3 * d * i + d
 
 
-def test_the_law_is_the_targets_own_head_on_the_predicted_feature(target):
+def test_the_distribution_is_the_targets_own_head_on_the_predicted_feature(target):
     drafter = eagle_drafter("eagle", target)
     batch, _ = packed(target, drafter, (8,), width=8)
     drafted = drafter(batch)
     head = target.model.get_output_embeddings()
     assert torch.equal(drafted.logits_BTV(1), head(drafted.states_BTD[1]))
-    # A perfect prediction has the target's own law of the token after the next.
+    # A perfect prediction has the target's own distribution of the token after the next.
     perfect = drafter.head(batch.target.final_BTD[:, 1:], 1)
     torch.testing.assert_close(perfect, target.model(batch.tokens_BT).logits[:, 1:])
 
@@ -83,7 +83,7 @@ def test_the_regression_is_against_the_feature_of_the_next_token(target):
     assert drafter.eval()(batch).extra_loss is None
 
 
-def test_noise_belongs_to_the_position_and_shrinks_with_the_document(target):
+def test_noise_depends_on_the_position_and_shrinks_with_the_document(target):
     drafter = eagle_drafter("eagle", target)
     together, places = packed(target, drafter, (6, 12), width=18)
     whole = noise(together, width=64)

@@ -1,4 +1,4 @@
-"""EAGLE-3: taps, draft vocabulary, what its folder holds, how many parameters it has."""
+"""EAGLE-3: taps, draft vocabulary, contents of its folder, number of parameters."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def target() -> Any:
 
 
 @pytest.mark.parametrize("num_layers", range(3, 81))
-def test_taps_are_three_different_blocks_spread_over_any_depth(num_layers):
+def test_taps_are_three_different_blocks_for_any_depth(num_layers):
     early, middle, late = taps_of(num_layers)
     assert 0 <= early < middle < late < num_layers
     assert early <= num_layers / 3
@@ -73,7 +73,7 @@ def test_only_the_taps_are_read_and_every_tap_matters(target):
 
 @pytest.mark.parametrize("size", [None, 40])
 @pytest.mark.parametrize("norm", [None, "fc_norm", "norm_before_fc"])
-def test_parameters_are_as_many_as_the_formula_says(target, size, norm):
+def test_the_number_of_parameters_follows_the_formula(target, size, norm):
     more = {} if norm is None else {norm: True}
     drafter = eagle_drafter("eagle3", target, draft_vocab_size=size, intermediate_size=48, **more)
     d, q, kv, i, v = 32, 32, 16, 48, size or 257
@@ -86,7 +86,7 @@ def test_the_draft_vocabulary_is_the_most_frequent_labels(target):
     counts = np.zeros(200)
     counts[[9, 30, 31, 120, 7]] = [5, 8, 8, 2, 2]
     drafter.fit_vocabulary(lambda: counts)
-    assert drafter.vocabulary.tolist() == [7, 9, 30, 31]  # of the two with 2 the lower id
+    assert drafter.vocabulary.tolist() == [7, 9, 30, 31]  # of the two labels with count 2, the lower id
     assert drafter.d2t.tolist() == [7, 8, 28, 28]  # offsets, not ids
     assert drafter.t2d.nonzero()[:, 0].tolist() == [7, 9, 30, 31]
     assert drafter.t2d.dtype == torch.bool

@@ -1,4 +1,4 @@
-"""A folder of an EAGLE drafter whose config.json or maps were damaged is one message, by the key, wherever it is read."""
+"""Damaged config.json files or vocabulary maps of EAGLE drafters are refused with the key, by every reader."""
 
 from __future__ import annotations
 
@@ -65,20 +65,20 @@ def changed(folder: Path, **fields: Any) -> None:
         ({"eagle_aux_hidden_state_layer_ids": [1, "x", 3]}, "eagle_aux_hidden_state_layer_ids must be a list of whole"),
     ],
 )
-def test_fields_of_other_types_are_named(folder: Path, target: Target, fields: dict[str, Any], reason: str) -> None:
+def test_fields_with_wrong_types_are_named(folder: Path, target: Target, fields: dict[str, Any], reason: str) -> None:
     changed(folder, **fields)
     with pytest.raises(CheckpointError, match=reason):
         read_drafter(folder, target)
     assert layout_problems(read_files(folder), {"vocab_size": 257})
 
 
-def test_the_folder_without_damage_is_read(folder: Path, target: Target) -> None:
+def test_the_undamaged_folder_is_loaded(folder: Path, target: Target) -> None:
     assert read_drafter(folder, target).kind == "eagle3"
     assert not layout_problems(read_files(folder), {"vocab_size": 257})
 
 
 @pytest.mark.parametrize("shift", [10**12, -(10**6), 200])
-def test_a_map_that_leaves_the_targets_ids_is_refused(folder: Path, target: Target, shift: int) -> None:
+def test_a_map_beyond_the_targets_ids_is_refused(folder: Path, target: Target, shift: int) -> None:
     path = folder / "model.safetensors"
     tensors = load_file(path)
     save_file(tensors | {"d2t": tensors["d2t"] + shift}, path, metadata={"format": "pt"})
@@ -88,7 +88,7 @@ def test_a_map_that_leaves_the_targets_ids_is_refused(folder: Path, target: Targ
 
 @pytest.mark.parametrize("count", [4096, "5", 0])
 def test_heads_that_the_file_does_not_have_are_refused_at_once(count: Any) -> None:
-    """4,096 heads of 4,096 blocks took minutes to be missed one by one."""
+    """Reporting 4,096 heads of 4,096 blocks as missing one by one took minutes."""
     config = {"num_heads": count, "num_hidden_layers": count, "hidden_size": 32, "vocab_size": 257}
     files = DrafterFiles("medusa", config, {"lm_heads.0.weight": torch.zeros(257, 32)})
     assert "num_heads must be a whole number of 1..1" in layout_problems(files, {})[0]
@@ -101,7 +101,7 @@ def test_a_causal_lm_of_another_kind_is_one_problem() -> None:
     assert len(problem) < 300
 
 
-def test_a_way_to_draft_that_is_unknown_is_refused(folder: Path) -> None:
+def test_an_unknown_value_of_draft_is_refused(folder: Path) -> None:
     about = json.loads((folder / "drafttrain.json").read_text())
     (folder / "drafttrain.json").write_text(json.dumps(about | {"draft": "zip"}))
     with pytest.raises(CheckpointError, match="draft must be sampled or greedy, got 'zip'"):
@@ -112,14 +112,14 @@ def test_a_way_to_draft_that_is_unknown_is_refused(folder: Path) -> None:
     "content",
     ["[]", "[" * 100_000, '{"temperatures": 5}', '{"temperatures": []}', '{"temperatures": [{"temperature": 0}]}'],
 )
-def test_an_evaluation_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+def test_a_damaged_evaluation_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "eval.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"eval\.json"):
         best_length(read_evaluation(tmp_path))
 
 
 def test_texts_shorter_than_the_rollout_have_no_rows_at_its_depths() -> None:
-    """Four tokens and a rollout of seven: they ended in an error of shapes."""
+    """Four tokens and a rollout of seven once raised a shape error."""
     batch = DraftBatch(
         tokens_BT=torch.arange(4)[None],
         positions_BT=torch.arange(4)[None],

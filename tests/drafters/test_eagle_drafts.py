@@ -1,4 +1,4 @@
-"""The dynamic tree against brute force: the likeliest nodes of all, and of those that a beam has scored."""
+"""The dynamic tree against brute force: it has the likeliest nodes of all that a beam has scored."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from drafttrain.drafters.eagle.drafts import DraftTree
 R = 5
 
 
-def law(path: tuple[int, ...]) -> torch.Tensor:
-    """Return logits after a path of draft tokens: any function of it."""
+def distribution(path: tuple[int, ...]) -> torch.Tensor:
+    """Return logits after a path of draft tokens: an arbitrary function of the path."""
     generator = torch.Generator().manual_seed(sum((token + 1) * 7**i for i, token in enumerate(path)))
     return 2 * torch.randn(R, generator=generator, dtype=torch.float64)
 
 
 def grown(budget: Budget, *, more: Any = lambda step: True) -> Any:
-    """Return the tree that the laws above give; the states carry the paths, so a wrong parent would be noticed."""
+    """Return the tree that the distributions above give; the states carry the paths, so a wrong parent would be noticed."""
     tree = DraftTree(99, budget, sequence=0, vocabulary_R=torch.arange(10, 10 + R), more=more)
     read: list[tuple[int, ...]] = []
-    tree.grow(law(())[None], torch.zeros(1, 1))
+    tree.grow(distribution(())[None], torch.zeros(1, 1))
     while tree.frontier:
         paths = []
         for node in tree.frontier:
@@ -32,7 +32,7 @@ def grown(budget: Budget, *, more: Any = lambda step: True) -> Any:
             paths.append((*before, node.token - 10))
             assert len(paths[-1]) == node.depth
         read += paths
-        tree.grow(torch.stack([law(path) for path in paths]), torch.zeros(len(paths), 1))
+        tree.grow(torch.stack([distribution(path) for path in paths]), torch.zeros(len(paths), 1))
     return tree.proposal()
 
 
@@ -45,7 +45,7 @@ def paths_of(proposal: Any) -> set[tuple[int, ...]]:
 
 
 def score(path: tuple[int, ...]) -> float:
-    return sum(float(law(path[:i]).log_softmax(0)[path[i]]) for i in range(len(path)))
+    return sum(float(distribution(path[:i]).log_softmax(0)[path[i]]) for i in range(len(path)))
 
 
 @pytest.mark.parametrize(("nodes", "depth"), [(1, 3), (3, 3), (4, 4), (4, 1)])
@@ -60,7 +60,9 @@ def test_a_larger_tree_is_the_likeliest_of_the_nodes_that_the_beam_scored(nodes,
     beam: list[tuple[int, ...]] = [()]
     scored: list[tuple[int, ...]] = []
     for _ in range(depth):
-        children = [(*path, int(token)) for path in beam for token in law(path).argsort(descending=True)[:width]]
+        children = [
+            (*path, int(token)) for path in beam for token in distribution(path).argsort(descending=True)[:width]
+        ]
         scored += children
         beam = sorted(children, key=score, reverse=True)[:width]
     wanted = sorted(scored, key=score, reverse=True)[:nodes]
@@ -69,7 +71,7 @@ def test_a_larger_tree_is_the_likeliest_of_the_nodes_that_the_beam_scored(nodes,
     assert proposal.num_draft_tokens == min(nodes, len(scored))
 
 
-def test_every_node_stands_after_its_parent_and_equal_scores_lose_no_parent():
+def test_every_node_comes_after_its_parent_even_with_equal_scores():
     proposal = grown(Budget(12, 4, width=3))
     assert all(parent < node for node, parent in enumerate(proposal.parents_N.tolist()))
     # A child that is certain is as likely as its parent: the parent is kept first.
@@ -94,4 +96,4 @@ def test_the_length_policy_is_asked_of_every_node_of_the_frontier():
     assert asked[0].token == 99
     for step in asked[1:3]:
         assert step.token is not None
-        assert torch.equal(step.logits_V, law((step.token - 10,)))
+        assert torch.equal(step.logits_V, distribution((step.token - 10,)))

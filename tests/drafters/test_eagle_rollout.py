@@ -1,4 +1,4 @@
-"""The training-time test against real drafting: the logits of step k are those of a chain of k tokens with its cache."""
+"""The training-time test equals real drafting: step k has the logits of a chain of k tokens with its cache."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def target() -> Any:
 
 
 def largest_difference(target: Any, drafter: Any, *, width: int) -> list[float]:
-    """Return by step the largest difference between the rollout of packed rows and chains drafted one by one."""
+    """Return, by step, the largest difference between the packed rollout and chains drafted token by token."""
     batch, places = packed(target, drafter, LENGTHS, width=width)
     with torch.no_grad():
         states = drafter(replace(batch, num_depths=STEPS)).states_BTD
@@ -84,7 +84,7 @@ def test_control_a_missing_key_of_its_own_breaks_the_identity(target, monkeypatc
 
 
 def masked(target: Any, drafter: Any) -> Any:
-    """Return a batch of two rows: two answers in one document, a document without any, one that ends with a question; padding."""
+    """Return a batch of two rows: a document with two answers, one without, one that ends with a question, padding."""
     texts = [list(range(3, 21)), list(range(30, 35)), list(range(40, 54))]
     masks = [[5 <= i < 9 or 14 <= i < 18 for i in range(18)], [False] * 5, [6 <= i < 10 for i in range(14)]]
     records = [Record(str(i), text, mask) for i, (text, mask) in enumerate(zip(texts, masks, strict=True))]
@@ -104,7 +104,7 @@ def trained_states(drafter: Any, batch: Any) -> tuple[list[Any], list[Any]]:
 
 @pytest.mark.parametrize(("kind", "settings"), [*KINDS[:2], ("eagle", {"num_steps": 3, "feature_noise": 0.0})])
 @pytest.mark.parametrize("plan", [False, True])
-def test_training_computes_what_trained_rows_need_and_nothing_else_changes(target, kind, settings, plan):
+def test_training_computes_only_what_trained_rows_need(target, kind, settings, plan):
     drafter = eagle_drafter(kind, target, **settings)
     batch = masked(target, drafter)
     whole = trained_states(drafter.eval(), batch)
@@ -114,13 +114,13 @@ def test_training_computes_what_trained_rows_need_and_nothing_else_changes(targe
     for ours, theirs in zip(trained_states(drafter.train(), batch), whole, strict=True):
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
-    # Slot t of depth d speaks of token t + d + 1: from the first answer less the deepest step to the last token but two.
+    # Slot t of depth d predicts token t + d + 1: from the first label minus the deepest step to the third-last token.
     steps = drafter.own["num_steps"]
     first = max(0, 5 - steps - 1), max(0, 6 - steps - 1)
     assert seen == [(16 - first[0]) + (8 - first[1])] * steps
 
 
-def test_control_slots_that_begin_one_too_late_are_not_enough(target, monkeypatch):
+def test_control_slots_that_start_one_too_late_are_not_enough(target, monkeypatch):
     drafter = eagle_drafter("eagle3", target, num_steps=3)
     batch = masked(target, drafter)
     whole, _ = trained_states(drafter.eval(), batch)
@@ -141,7 +141,7 @@ def test_a_batch_without_trained_rows_has_a_backward_pass(target):
 @pytest.mark.parametrize(("kind", "settings"), [("eagle3", {}), ("eagle", {"num_steps": 3, "feature_noise": 0.0})])
 @pytest.mark.parametrize("plan", [False, True])
 def test_a_batch_without_trained_rows_rolls_out_one_slot(target, kind, settings, plan):
-    """A process that has no records of a step calls the layer as often as the others, and does not hold them up."""
+    """A process without records in a step calls the layer as often as the others, so they need not wait."""
     drafter = eagle_drafter(kind, target, **settings).train()
     batch = masked(target, drafter)
     batch = replace(as_padding(batch), target=batch.target)
@@ -158,26 +158,26 @@ def test_a_batch_without_trained_rows_rolls_out_one_slot(target, kind, settings,
 
 @pytest.mark.parametrize("kind", ["eagle3", "eagle"])
 def test_the_loss_of_a_copy_task_is_low_at_its_own_shift_only(target, kind):
-    """Row t of depth d is the law of token t + d + 1: a head that says the last token that was embedded says token t + d."""
+    """Row t of depth d predicts token t + d + 1, so a head that repeats the last embedded token predicts token t + d."""
     drafter = eagle_drafter(kind, target)
     texts = [list(range(5, 16)), list(range(40, 60))]
     batch, _ = pack([Record("", text, [True] * len(text)) for text in texts], width=40, weight_of_step=1.0)
     batch = replace(batch, target=target.read(batch.tokens_BT, batch.positions_BT, drafter.needs()), num_depths=3)
-    said: dict[int, Any] = {}
+    embedded: dict[int, Any] = {}
     embed = drafter.embed
     steps = itertools.count(1)
 
     def watched(tokens: Any) -> Any:
-        said[next(steps)] = tokens
+        embedded[next(steps)] = tokens
         return embed(tokens)
 
     drafter.embed = watched
     drafted = drafter(batch)
     rows = align(drafted, batch)
-    # Texts that count: the token after the one that was embedded last is the label, at this shift and at no other.
-    embedded_N = torch.cat([said[d].flatten()[rows.drafter_N[rows.index.depth_N == d]] for d in (1, 2, 3)])
+    # In counting texts the label is the last embedded token plus 1, at this shift and at no other.
+    embedded_N = torch.cat([embedded[d].flatten()[rows.drafter_N[rows.index.depth_N == d]] for d in (1, 2, 3)])
     assert torch.equal(embedded_N + 1, rows.tokens_N)
     for wrong in (0, 2):
         moved = align(replace(drafted, lag=wrong), batch)
-        embedded_N = torch.cat([said[d].flatten()[moved.drafter_N[moved.index.depth_N == d]] for d in (1, 2, 3)])
+        embedded_N = torch.cat([embedded[d].flatten()[moved.drafter_N[moved.index.depth_N == d]] for d in (1, 2, 3)])
         assert (embedded_N + 1 == moved.tokens_N).float().mean() < 0.1

@@ -1,4 +1,4 @@
-"""EAGLE-3 starts from the gain of its target's final norm, whatever that norm is made of."""
+"""EAGLE-3 starts from the gain of its target's final norm, for any kind of norm."""
 
 from typing import Any
 

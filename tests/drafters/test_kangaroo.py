@@ -1,4 +1,4 @@
-"""Kangaroo: the raw early exit at its start, the target when its last blocks say nothing, and one run of the first blocks."""
+"""Kangaroo: it starts as the raw early exit, equals the target if the last blocks do nothing, and runs first blocks once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def wrapped(model: Any, fingerprint: str = "") -> Target:
 
 
 def made(target: Target, *, noise: float = 0.0, **settings: Any) -> KangarooDrafter:
-    """Return an adapter at its start, or moved away from it."""
+    """Return an adapter with its initial weights, or with changed ones."""
     torch.manual_seed(1)
     chosen = KangarooSettings(**{"exit_layer": EXIT} | settings)
     drafter = KangarooDrafter.create(chosen, target=target, tokenizer=None)
@@ -58,7 +58,7 @@ def target() -> Target:
 
 @pytest.fixture(scope="module")
 def idle_target() -> Target:
-    """A target whose blocks from the exit on add nothing."""
+    """A target whose blocks after the exit add nothing."""
     model = random_llama(num_layers=4).double()
     with torch.no_grad():
         for block in blocks(model)[EXIT:]:
@@ -87,7 +87,7 @@ TEXTS = [[5, 6, 7, 8, 9, 10], [50, 51, 52], list(range(100, 120))]
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_it_starts_as_the_raw_early_exit(name):
-    """The target's head on its final norm of the state that enters the exit layer; and its size is 4 D^2 and two norms."""
+    """The target's final norm and head on the state that enters the exit layer; 4 D^2 weights and two norms."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(ARCHITECTURES[name]).eval().double()
     target = wrapped(model)
@@ -111,7 +111,7 @@ def test_the_size_of_the_papers_adapter():
     assert sum(p.numel() for p in adapter.parameters()) == 4 * 4096**2 + 2 * 4096 == 67_117_056
 
 
-def test_documents_do_not_see_each_other_and_none_sees_ahead(target):
+def test_attention_is_causal_and_stays_in_the_document(target):
     drafter = made(target, noise=0.1)
     together = batch_of(TEXTS, width=32)
     assert together.tokens_BT.shape[0] == 1
@@ -137,8 +137,8 @@ def plain_states(drafter: KangarooDrafter, exit_BTD: Tensor, batch: DraftBatch) 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("plan", [False, True])
-def test_packed_documents_attend_as_a_mask_says(target, dtype, atol, plan):
-    """States and gradients; two rows, one of several documents, both with padding."""
+def test_packed_documents_attend_as_with_a_mask(target, dtype, atol, plan):
+    """States and gradients, for two rows with padding, one of them with several documents."""
     drafter = made(target, noise=0.1).to(dtype)
     batch = batch_of([*TEXTS, list(range(60, 75))], width=32)
     assert batch.tokens_BT.shape[0] == 2
@@ -156,7 +156,7 @@ def test_packed_documents_attend_as_a_mask_says(target, dtype, atol, plan):
     assert all(bool(gradient.any()) for gradient in found[0])
 
 
-def test_no_mask_and_no_scores_exist_and_the_memory_that_is_kept_grows_with_the_text_alone(target):
+def test_no_mask_no_scores_and_memory_linear_in_the_text(target):
     drafter = made(target, noise=0.1)
 
     def kept(width: int, forward: Any) -> tuple[int, bool]:
@@ -184,7 +184,7 @@ def test_no_mask_and_no_scores_exist_and_the_memory_that_is_kept_grows_with_the_
 
 
 def test_rows_of_one_token_before_are_aligned(idle_target):
-    """Lag 0: where the blocks behind the exit say nothing, the drafter's rows are the target's rows of the same labels."""
+    """Lag 0: if the blocks after the exit do nothing, the drafter's rows are the target's rows of the same labels."""
     drafter = made(idle_target)
     batch = batch_of(TEXTS)
     seen = idle_target.read(batch.tokens_BT, batch.positions_BT, TargetNeeds(hidden=(EXIT,), final=True))
@@ -231,7 +231,7 @@ def test_only_the_adapter_is_trained_and_training_lifts_the_acceptance_rate(targ
 # ---------------------------------------------------------------- the folder
 
 
-def test_the_folder_holds_the_adapter_alone_under_the_papers_names_and_reads_back(target, tmp_path):
+def test_the_folder_has_only_the_adapter_with_the_papers_names_and_reads_back(target, tmp_path):
     drafter = made(target, noise=0.1, num_heads=4, draft="greedy")
     drafter.save(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -258,7 +258,7 @@ def test_a_folder_of_another_target_is_refused(target, tmp_path, other):
         KangarooDrafter.load(tmp_path, wrapped(model, fingerprint))
 
 
-def test_what_cannot_be_made_is_refused(target):
+def test_impossible_settings_are_refused(target):
     for layer in (4, 40):
         with pytest.raises(
             CheckpointError, match=rf"exit_layer must be 1\.\.3 for this target \(4 layers\), got {layer}"
@@ -280,7 +280,7 @@ def test_a_recipe_without_a_target_is_refused(tmp_path):
         load_recipe(recipe)
 
 
-def test_a_training_that_broke_off_continues_bit_for_bit(target, tmp_path):
+def test_an_interrupted_training_resumes_bit_for_bit(target, tmp_path):
     from drafttrain.losses import losses
     from drafttrain.losses.forward_kl import ForwardKLSettings
     from drafttrain.training.run import train
@@ -318,7 +318,7 @@ def test_a_training_that_broke_off_continues_bit_for_bit(target, tmp_path):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_drafter_that_equals_its_target_is_always_right(idle_target, temperature):
+def test_a_drafter_equal_to_its_target_is_always_accepted(idle_target, temperature):
     for generation in decode(
         idle_target, made(idle_target).proposer(idle_target), temperature=temperature, stop_tokens=()
     ):
@@ -358,8 +358,8 @@ def test_a_prompt_of_one_token_and_an_end_inside_a_block(idle_target):
         assert generation.tokens == plain[: plain.index(stop) + 1]
 
 
-def test_the_loop_drafts_what_the_trained_module_says(target):
-    """Replay reads the module in one forward, the loop its cache: at temperature 0 they agree round for round."""
+def test_the_proposer_drafts_from_the_trained_modules_distribution(target):
+    """Replay uses one forward, the loop its cache: at temperature 0 they agree in every round."""
     drafter = made(target, noise=0.01)
     for length in (1, 4):
         policy = FixedLength(FixedLengthSettings(length))
@@ -370,8 +370,8 @@ def test_the_loop_drafts_what_the_trained_module_says(target):
         assert 0 < sum(r.acceptance_T.mean() for r in rows) < 3
 
 
-def test_both_caches_hold_the_committed_text_after_every_round(target):
-    """After partial and whole acceptance, in all layers of the target; the adapter's too, apart from rows it saved to read."""
+def test_both_caches_contain_the_committed_text_after_every_round(target):
+    """After partial and full acceptance: all layers of the target, and the adapter except for rows it need not read."""
     from drafttrain.eval.acceptance.lossless import Lossless
     from drafttrain.eval.engine import Engine
 
@@ -409,8 +409,8 @@ def test_both_caches_hold_the_committed_text_after_every_round(target):
     assert {("reject", 0), ("leaf", 1)} <= found, "partial and whole acceptance must both have been seen"
 
 
-def test_the_first_blocks_run_once_a_node_and_every_forward_is_in_the_ledger(target):
-    """Counted by hooks on the attention of every block; MBSU's bytes follow."""
+def test_first_blocks_run_once_per_node_and_every_forward_is_recorded(target):
+    """Hooks on the attention of every block count the calls, and the bytes for MBSU follow from them."""
     ledger = Ledger()
     drafter = made(target, noise=0.01)
     tokens_by_block = [0] * 4
@@ -425,10 +425,10 @@ def test_the_first_blocks_run_once_a_node_and_every_forward_is_in_the_ledger(tar
         handles.append(block.self_attn.register_forward_pre_hook(count, with_kwargs=True))
     proposer = drafter.proposer(target, ledger.append)
     engine_of = {"prompts": PROMPTS[1:2], "temperature": 1.0, "stop_tokens": ()}
-    decode(target, proposer, **engine_of, new=1)  # the trial of the split is counted here, and left out
+    decode(target, proposer, **engine_of, new=1)  # the check of the split is counted here, and excluded
     ledger.events.clear()
     tokens_by_block[:], calls_by_block[:] = [0] * 4, [0] * 4
-    trial = 3 + 3 + 3 + 3  # tokens that the trial at the engine's start reads with every block
+    trial = 3 + 3 + 3 + 3  # tokens that the check at the engine's start reads with every block
     (generation,) = decode(target, proposer, **engine_of, listener=ledger.append, new=30)
     for handle in handles:
         handle.remove()
@@ -459,7 +459,7 @@ def drafted(target: Target, threshold: float, *, max_tokens: int = 4) -> list[in
     return [one.num_draft_tokens for g in found for one in g.rounds if one.start < 40 - max_tokens]
 
 
-def test_a_threshold_of_nought_never_stops_and_one_above_one_always_does(target):
+def test_a_threshold_of_zero_never_stops_and_one_above_one_always_does(target):
     assert set(drafted(target, 0.0)) == {4}
     assert set(drafted(target, 1.5)) == {1}
     assert {1, 4} < set(drafted(target, 0.04))
@@ -474,7 +474,7 @@ STOP = Confidence(ConfidenceSettings(threshold=0.235, min_tokens=0, max_tokens=2
 
 
 @pytest.mark.parametrize("draft", ["sampled", "greedy"])
-def test_the_output_has_the_targets_law_when_drafting_stops_early(small, draft):
+def test_the_output_has_the_targets_distribution_when_drafting_stops_early(small, draft):
     proposer = made(small, noise=0.1, draft=draft).proposer(small)
     lengths: set[int] = set()
     propose = proposer.propose
@@ -489,8 +489,8 @@ def test_the_output_has_the_targets_law_when_drafting_stops_early(small, draft):
     assert lengths == {0, 1, 2}, "the rule must have stopped at every length"
 
 
-def test_control_a_stop_that_looks_at_a_hidden_token_changes_the_law(small):
-    """A drawn token is dropped for what it is, and the verifier is not told."""
+def test_control_a_stop_that_depends_on_the_drawn_token_changes_the_distribution(small):
+    """It drops a drawn token by its value, which the verifier does not know."""
     proposer = made(small, noise=0.1).proposer(small)
     propose = proposer.propose
 

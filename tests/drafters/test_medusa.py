@@ -1,4 +1,4 @@
-"""Medusa: equal to the head at its start, head k speaks of t + k + 1, blocks of its own, files that engines load, lossless."""
+"""Medusa: heads start equal to the target's, head k predicts t + k + 1, own blocks, files for engines, lossless decoding."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def target() -> Target:
     return Target(random_llama().double(), byte_tokenizer(), name="tiny", fingerprint="")
 
 
-def test_heads_are_made_where_they_will_be_and_no_random_ones_before(target: Target, tmp_path: Path) -> None:
+def test_heads_are_created_on_their_device_without_random_weights(target: Target, tmp_path: Path) -> None:
     before = torch.get_rng_state()
     create(target, num_heads=2).save(tmp_path)
     Medusa.load(tmp_path, target)
@@ -85,7 +85,7 @@ def train(medusa: Medusa, batch: DraftBatch, *, steps: int, lr: float = 1e-2) ->
 
 @pytest.fixture(scope="module")
 def trained(target: Target) -> Medusa:
-    """Heads trained on what the target writes, with the tree of their accuracies on other texts of it."""
+    """Heads trained on the target's texts, with a tree calibrated on other texts of the target."""
     medusa = create(target, num_heads=3).double()
     batch = batch_of(texts_of(target, 48, seed=1))
     seen = target.read(batch.tokens_BT, batch.positions_BT, medusa.needs())
@@ -115,10 +115,10 @@ def test_every_head_starts_equal_to_the_targets_head_bit_for_bit(tiny_target: Ta
 
 
 @pytest.mark.parametrize(("heads", "layers"), [(1, 1), (3, 1), (2, 3)])
-def test_parameters_are_as_many_as_the_formula_says_so_no_block_is_shared(target: Target, heads: int, layers: int):
+def test_the_number_of_parameters_shows_that_no_block_is_shared(target: Target, heads: int, layers: int):
     medusa = create(target, num_heads=heads, num_layers=layers)
     assert sum(p.numel() for p in medusa.parameters()) == heads * (layers * (D * D + D) + V * D)
-    # The control: the slip that the field knows, one block standing in for all.
+    # Control: the known bug in which all heads share one block.
     block = torch.nn.Linear(D, D)
     shared = torch.nn.ModuleList([torch.nn.Sequential(*[block] * layers) for _ in range(heads)])
     formula = heads * layers * (D * D + D)
@@ -126,7 +126,7 @@ def test_parameters_are_as_many_as_the_formula_says_so_no_block_is_shared(target
 
 
 def periodic(period: int, length: int = 40) -> tuple[DraftBatch, torch.Tensor]:
-    """Return a copy task: a permutation of `period` tokens over and over; the target's state is the token, one-hot."""
+    """Return a copy task: a repeated permutation of `period` tokens; the target's state is the token, one-hot."""
     order = torch.randperm(period, generator=torch.Generator().manual_seed(3)) + 1
     tokens_BT = order.repeat(length // period + 1)[None, :length]
     states_BTD = torch.nn.functional.one_hot(tokens_BT, D).double()
@@ -142,7 +142,7 @@ def periodic(period: int, length: int = 40) -> tuple[DraftBatch, torch.Tensor]:
 
 
 @pytest.mark.parametrize("permuted", [False, True])
-def test_head_k_learns_the_token_k_plus_one_places_on_and_no_other(target: Target, permuted: bool):
+def test_head_k_learns_the_token_k_plus_one_places_ahead_and_no_other(target: Target, permuted: bool):
     batch, tokens_T = periodic(7)
     medusa = create(target, num_heads=3).double()
     train(medusa, replace(batch, tokens_BT=tokens_T.roll(1)[None]) if permuted else batch, steps=60)
@@ -152,7 +152,7 @@ def test_head_k_learns_the_token_k_plus_one_places_on_and_no_other(target: Targe
         assert right == (0 if permuted else 1)
 
 
-def test_the_loss_of_a_head_counts_decay_to_its_number(target: Target):
+def test_the_loss_of_head_k_has_weight_decay_to_the_k(target: Target):
     batch, _ = periodic(7)
     loss = {}
     for decay in (1.0, 0.5):
@@ -166,7 +166,7 @@ def test_the_loss_of_a_head_counts_decay_to_its_number(target: Target):
 # ---------------------------------------------------------------- training rows, proposals and the loop agree
 
 
-def test_a_proposal_is_what_the_training_row_before_its_root_says(target: Target, trained: Medusa):
+def test_a_proposal_comes_from_the_training_row_before_its_root(target: Target, trained: Medusa):
     (text,) = texts_of(target, 1, seed=5)
     batch = batch_of([text])
     seen = target.read(batch.tokens_BT, batch.positions_BT, trained.needs())
@@ -216,7 +216,7 @@ def test_greedy_output_is_the_targets_own_on_every_architecture(name: str):
         assert [g.tokens for g in found] == [greedy(target, prompt, 12) for prompt in PROMPTS]
 
 
-def test_the_tree_keeps_more_than_the_chain(target: Target, trained: Medusa):
+def test_the_tree_accepts_more_than_the_chain(target: Target, trained: Medusa):
     prompts = [Prompt(text.id, text.prompt) for text in texts_of(target, 12, seed=7)]
     rounds = [
         sum(
@@ -240,13 +240,13 @@ def small_medusa(**settings: Any) -> tuple[Any, Medusa]:
 
 
 @pytest.mark.parametrize("draft", ["sampled", "greedy", "tree"])
-def test_the_output_has_the_targets_law(draft: str):
+def test_the_output_has_the_targets_distribution(draft: str):
     target, medusa = small_medusa(draft="greedy" if draft == "greedy" else "sampled")
     policy = TreeLength(TreeSettings(num_draft_tokens=5, depth=2, width=2)) if draft == "tree" else None
     assert chi_square(target.model, medusa.proposer(target), 1.0, samples=1500, policy=policy) > 1e-3
 
 
-def test_control_the_law_of_another_head_changes_the_output(monkeypatch):
+def test_control_the_distribution_of_another_head_changes_the_output(monkeypatch):
     from drafttrain.drafters.medusa import proposer as medusa_proposer
 
     honest = medusa_proposer.chain
@@ -259,7 +259,7 @@ def test_control_the_law_of_another_head_changes_the_output(monkeypatch):
     assert chi_square(target.model, medusa.proposer(target), 1.0, samples=1500) < 1e-3
 
 
-def test_one_call_a_round_reads_the_heads_that_it_uses(target: Target, trained: Medusa):
+def test_one_call_per_round_reads_only_the_heads_it_uses(target: Target, trained: Medusa):
     ledger = Ledger()
     policy = FixedLength(FixedLengthSettings(2))
     (found,) = decode(target, trained.proposer(target, ledger.append), prompts=PROMPTS[1:2], policy=policy, new=20)
@@ -323,7 +323,7 @@ def folder(trained: Medusa, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_folder_without_a_tree_drafts_chains_and_says_why_not_trees(target: Target, folder: Path):
+def test_a_folder_without_a_tree_drafts_chains_and_refuses_trees(target: Target, folder: Path):
     read = Medusa.load(folder, target)
     assert read.paths is None
     decode(target, read.proposer(target), policy=CHAIN, new=8)
@@ -348,7 +348,7 @@ def test_a_folder_that_does_not_fit_is_refused(target: Target, folder: Path, cha
         Medusa.load(folder, target)
 
 
-def test_what_heads_can_not_stand_on_is_refused(target: Target):
+def test_targets_without_a_suitable_head_are_refused(target: Target):
     with pytest.raises(CheckpointError, match=r"target\.model is null"):
         Medusa.create(MedusaSettings(), target=None, tokenizer=target.tokenizer)
     model = random_llama()

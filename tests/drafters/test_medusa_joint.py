@@ -1,4 +1,4 @@
-"""Medusa-2: adapters that leave the target as it is when they are off, a KL that keeps its law, files that peft reads."""
+"""Medusa-2: adapters that can be removed exactly, a KL that preserves the target's distribution, files that peft loads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from drafttrain.losses.ce import CrossEntropy, CrossEntropySettings
 from drafttrain.losses.random_rows import chosen
 from drafttrain.losses.step import drafted_loss
 from drafttrain.target_model import Target, TargetSettings
-from drafttrain.target_model.documents import tells_documents_apart
+from drafttrain.target_model.documents import separates_documents
 from drafttrain.training.optimizer import build_optimizer
 from drafttrain.training.settings import TrainSettings
 from tests.conftest import byte_tokenizer, random_llama
@@ -48,7 +48,7 @@ def read(target: Target, medusa: Medusa, *, seed: int = 1) -> DraftBatch:
 
 
 def targets_loss(drafted: DraftOutput, batch: DraftBatch) -> float:
-    """Return what is trained beside the heads, alone."""
+    """Return the loss that is trained next to the heads."""
     beside = drafted.beside
     assert beside is not None
     batch = replace(batch, target_rows=beside.target_rows)
@@ -81,7 +81,7 @@ def trained(target: Target) -> Medusa:
     return medusa.eval()
 
 
-def test_with_the_adapters_off_the_target_is_the_base_bit_for_bit(target: Target):
+def test_without_adapters_the_target_is_the_base_bit_for_bit(target: Target):
     before, digest = target.model(TOKENS).logits, target.weights_digest()
     medusa = create(target)
     train(medusa, read(target, medusa), steps=3)
@@ -144,7 +144,7 @@ def test_parameters_are_those_of_the_heads_and_the_formula_of_the_adapters(targe
     assert count == 2 * (D * D + D + V * D) + 2 * LORA.rank * ((D + D) + (2 * D + D))
 
 
-def test_heads_learn_at_their_own_rate(target: Target):
+def test_heads_have_their_own_learning_rate(target: Target):
     medusa = create(target, head_lr_multiplier=3.0)
     for name in ("adamw", "muon"):
         settings = TrainSettings(lr=0.1, optimizer=name)  # type: ignore[arg-type]
@@ -155,7 +155,7 @@ def test_heads_learn_at_their_own_rate(target: Target):
             assert rates[id(parameter)] == pytest.approx(0.1 if key.startswith("adapter") else 0.3)
 
 
-def test_peft_reads_the_adapter_and_says_what_the_hooks_say(target: Target, trained: Medusa, tmp_path: Path):
+def test_peft_loads_the_adapter_and_gives_the_logits_of_the_hooks(target: Target, trained: Medusa, tmp_path: Path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -174,7 +174,7 @@ def test_peft_reads_the_adapter_and_says_what_the_hooks_say(target: Target, trai
     assert (ours - target.model(TOKENS).logits).abs().max() > 1e-3
 
 
-def test_the_evaluator_decodes_with_the_adapted_target_and_says_so(target: Target, trained: Medusa, tmp_path: Path):
+def test_the_evaluator_decodes_with_the_adapted_target_and_logs_it(target: Target, trained: Medusa, tmp_path: Path):
     folder, start = tmp_path / "drafter", tmp_path / "start"
     for path, medusa in ((folder, trained), (start, create(target))):
         path.mkdir()
@@ -207,14 +207,14 @@ def test_adapters_that_do_not_fit_are_refused(target: Target, trained: Medusa, t
 
 
 @pytest.mark.parametrize("apart", [True, False], ids=["packed", "a row each"])
-def test_dropout_is_a_function_of_step_document_and_place(apart: bool) -> None:
+def test_dropout_depends_only_on_step_document_and_position(apart: bool) -> None:
     lora = replace(LORA, dropout=0.4, target_modules=["q_proj", "v_proj"])
     model = random_llama().double()
     if not apart:
         config = OPTConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=2)
         config.word_embed_proj_dim = 32
         model = OPTForCausalLM(config).double()
-    assert tells_documents_apart(model) == apart
+    assert separates_documents(model) == apart
     whole = Target(model, byte_tokenizer(), name="tiny", fingerprint="")
     settings = MedusaSettings(num_heads=1, joint=JointSettings(lora=lora))
     medusa = Medusa.create(settings, target=whole, tokenizer=whole.tokenizer).double()
@@ -254,7 +254,7 @@ def test_dropout_drops_the_share_that_is_set_and_keeps_the_mean() -> None:
     assert float((share_I - 0.25).abs().max()) < 5 * math.sqrt(0.25 * 0.75 / 40_000)
 
 
-def test_a_map_that_does_not_read_every_token_once_has_no_dropout(target: Target) -> None:
+def test_dropout_is_refused_for_a_layer_that_does_not_read_every_token_once(target: Target) -> None:
     adapter = LoraAdapter(replace(LORA, dropout=0.1), target.model)
     seed_BT = torch.zeros(1, 4, dtype=torch.long)
     with (

@@ -1,4 +1,4 @@
-"""The norm of drafters that read features: PyTorch's numbers, and the type of its input under autocast too."""
+"""The norm of EAGLE drafters: PyTorch's numbers, in the type of its input even under autocast."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_a_state_of_zeros_has_finite_gradients() -> None:
 
 
 @pytest.mark.parametrize("kind", ["eagle3", "eagle"])
-def test_under_autocast_nothing_is_kept_in_float32_that_is_as_large_as_the_stream(kind: str) -> None:
+def test_under_autocast_no_float32_copy_of_the_stream_is_stored(kind: str) -> None:
     target = eagle_target()
     drafter = eagle_drafter(kind, target).float().train()
     batch, _ = packed(target, drafter, (12, 9), width=21)
@@ -55,5 +55,5 @@ def test_under_autocast_nothing_is_kept_in_float32_that_is_as_large_as_the_strea
     with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         drafted = drafter(batch)
     given = 2 if kind == "eagle" else 0
-    """EAGLE-1's loss compares with the features as they are, in both directions of its difference."""
+    """EAGLE-1's loss compares with the features themselves, for both signs of the difference."""
     assert len(wide) <= given * len(drafted.states_BTD), wide

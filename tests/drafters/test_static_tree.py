@@ -1,4 +1,4 @@
-"""The greedy tree is the best one; accuracies out of order are pooled first, and must be."""
+"""The greedy tree is the best one. Accuracies that increase with rank are pooled first."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_greedy_tree_is_the_best_of_its_size(seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_what_a_limit_leaves_of_it_is_the_best_within_the_limit(seed):
+def test_the_tree_within_a_limit_is_the_best_within_the_limit(seed):
     accuracy_KR = table(seed, heads=3, ranks=3)
     paths = best_paths(accuracy_KR, 99)
     assert len(paths) == 3 + 9 + 27
@@ -53,7 +53,7 @@ def test_what_a_limit_leaves_of_it_is_the_best_within_the_limit(seed):
         assert worth(found, accuracy_KR) == pytest.approx(brute_force(accuracy_KR, 3, depth=depth, width=width))
 
 
-def test_a_parent_comes_before_its_children_and_nothing_is_twice():
+def test_a_parent_comes_before_its_children_and_no_node_twice():
     paths = best_paths(table(0, heads=4, ranks=10), 256)
     assert len(set(paths)) == 256
     assert all(len(path) == 1 or paths.index(path[:-1]) < place for place, path in enumerate(paths))
@@ -75,6 +75,6 @@ def test_pooling_is_the_nearest_table_that_does_not_increase():
         assert sum(pooled) == pytest.approx(sum(raw))
 
 
-def test_control_without_pooling_the_order_of_siblings_misleads():
+def test_control_without_pooling_the_tree_is_not_the_best():
     with pytest.raises(AssertionError):
         best_paths([[0.1, 0.8], [0.5, 0.4]], 3)

@@ -1,4 +1,4 @@
-"""A drafter that starts from a folder is the one in it, keeps its vocabulary, and learns on."""
+"""A drafter that starts from a folder equals the one in it, keeps its vocabulary, and continues training."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def started(kind: str, target: Target, checkpoint: Path, **settings: Any) -> Any
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_the_drafter_of_the_folder_and_learns_on(kind, folder, target, tmp_path):
+def test_it_starts_as_the_drafter_of_the_folder_and_continues_training(kind, folder, target, tmp_path):
     torch.manual_seed(99)
     source = folder(kind)
     drafter = started(kind, target, source)
@@ -55,7 +55,7 @@ def test_it_is_the_drafter_of_the_folder_and_learns_on(kind, folder, target, tmp
     assert all(not torch.equal(now[name], before[name]) for name in matrices)
 
 
-def test_settings_of_training_are_the_recipes(folder, target, tmp_path):
+def test_training_settings_come_from_the_recipe(folder, target, tmp_path):
     drafter = started("eagle3", target, folder("eagle3"), num_steps=2, draft="greedy")
     assert (drafter.own["num_steps"], drafter.draft, drafter.config["drafttrain"]["draft"]) == (2, "greedy", "greedy")
     assert started("medusa", target, save_medusa(target, tmp_path), decay=0.5).decay == 0.5
@@ -69,14 +69,14 @@ def save_medusa(target: Target, tmp_path: Path) -> Path:
     ("kind", "setting", "value"),
     [("medusa", "num_heads", 2), ("eagle", "intermediate_size", 8), ("eagle3", "taps", [0, 1, 2])],
 )
-def test_a_setting_that_the_folder_says_is_refused(kind, setting, value):
+def test_a_setting_that_the_checkpoint_fixes_is_refused(kind, setting, value):
     settings: Any = drafters.entry(kind).settings
     (problem,) = settings(checkpoint="folder", **{setting: value}).check()
     assert problem == f"{setting}: the checkpoint fixes it: leave it out"
     assert not settings(**{setting: value}).check()
 
 
-def test_a_folder_of_another_kind_or_of_others_is_refused(folder, target, tmp_path):
+def test_a_folder_of_another_kind_or_project_is_refused(folder, target, tmp_path):
     source = folder("eagle")
     with pytest.raises(CheckpointError, match=r"has kind eagle, drafter\.kind is eagle3"):
         started("eagle3", target, source)

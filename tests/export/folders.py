@@ -1,4 +1,4 @@
-"""Drafter folders of every kind on a tiny target, as training exports them, and how to damage one."""
+"""Drafter folders of every kind on a tiny target, as training exports them, and ways to damage one."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def alter_rope_theta(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -
 
 
 def alter_scaling(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
-    """Of both fields that say it, loaders of transformers 5 take the older one."""
+    """If both fields are there, loaders of transformers 5 read the older one."""
     config["rope_parameters"] = {**config["rope_parameters"], "rope_type": "linear", "factor": 2.0}
     config["rope_scaling"] = {"rope_type": "linear", "factor": 8.0}
 

@@ -1,4 +1,4 @@
-"""Formats: the same tensors under the names that loaders read; what a loader would drop in silence is an error that names it."""
+"""Formats: the same tensors under the loaders' names; what a loader would silently drop is an error that names it."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_speculators_takes_one_norm_before_fc_and_drafts_as_far_as_training_did(
 @pytest.mark.parametrize(
     ("kind", "format"), [("kangaroo", "vllm"), ("medusa", "speculators"), ("eagle", "speculators")]
 )
-def test_a_kind_that_a_format_has_no_place_for_is_refused_with_those_that_have_one(kind, format, source, target_config):
+def test_a_kind_that_a_format_cannot_hold_is_refused_with_the_formats_that_can(kind, format, source, target_config):
     able = [name for name in exporters.names() if kind in exporter_of(name).reads]
     with pytest.raises(CheckpointError, match=f"{format} cannot hold drafter.kind {kind}") as caught:
         converted(format, source(kind), target_config)
@@ -113,7 +113,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("kind", "fault", "named"), FAULTS)
-def test_a_folder_that_vllm_would_read_otherwise_is_not_exported(kind, fault, named, source, target_config):
+def test_a_folder_that_vllm_would_misread_is_not_exported(kind, fault, named, source, target_config):
     folder = source(kind)
     converted("vllm", folder, target_config)
     folders.damage(folder, fault)
@@ -132,7 +132,7 @@ def test_a_folder_that_vllm_would_read_otherwise_is_not_exported(kind, fault, na
         (folders.add_fc_bias, r"fc\.bias: this tensor must not be there"),
     ],
 )
-def test_an_exported_folder_that_was_changed_is_held_against_its_source(fault, named, source, tmp_path, target_config):
+def test_a_changed_export_differs_from_its_source(fault, named, source, tmp_path, target_config):
     folder, out = source("eagle3"), tmp_path / "out"
     export_as("vllm", folder, out, target_config=target_config)
     check_exported("vllm", folder, out, target_config=target_config)
@@ -164,7 +164,7 @@ def test_weights_in_several_files_become_one_without_their_index(source, tmp_pat
     assert all(torch.equal(held[name], tensors[name]) for name in held)
 
 
-def test_experts_go_by_the_names_that_they_have_in_files(target_config, tmp_path):
+def test_experts_have_the_names_of_files(target_config, tmp_path):
     sizes = {
         "vocab_size": 257,
         "hidden_size": 32,
@@ -217,7 +217,7 @@ def test_vllm_finds_the_targets_scale_of_logits_in_the_drafter(kind, fields, sca
     assert made.config.get("logit_scale") == scale
 
 
-def test_engines_are_given_the_soft_cap_of_the_target_or_a_note_says_that_they_have_none(source, target_config):
+def test_engines_get_the_soft_cap_of_the_target_or_a_note_reports_that_they_cannot(source, target_config):
     capped = target_config | {"final_logit_softcapping": 30.0}
     folder = source("eagle")
     assert converted("sglang", folder, capped).config["final_logit_softcapping"] == 30
@@ -231,7 +231,7 @@ def test_a_drafter_for_another_vocabulary_is_refused(source, target_config):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_damages_are_of_what_the_drafter_reads(kind, source, target):
+def test_the_damages_change_what_the_drafter_computes(kind, source, target):
     """A control: without a damage every kind is read back; its tensors are none that could be left out unseen."""
     drafter = read_drafter(source(kind), target)
     assert all(not torch.equal(p, torch.ones_like(p)) for name, p in drafter.named_parameters() if "model." not in name)

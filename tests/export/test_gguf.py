@@ -1,4 +1,4 @@
-"""GGUF holds what the drafter folder holds: read by transformers it computes the same, and what llama.cpp would misread is refused."""
+"""GGUF: transformers computes the same from the file, and what llama.cpp would misread is refused."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True)),
 }
 UNTOLD: dict[str, dict[str, Any]] = {"llama with biases": BIASED, "qwen3": {"head_dim": 16}}
-"""What transformers does not take from the file."""
+"""Fields that transformers does not read from the file."""
 
 
 def saved(model: Any, folder: Path, tokenizer: Any = None, *, dtype: torch.dtype = torch.float32) -> Path:
@@ -193,7 +193,7 @@ def test_every_way_to_split_that_is_known_is_one_that_tokenizers_write():
     assert {one.name for one in SPLITTINGS.values()} == WAYS.keys()
 
 
-def test_a_token_before_every_text_is_said(tmp_path):
+def test_a_token_before_every_text_is_in_the_file(tmp_path):
     tokenizer = merging_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|end|> $A", special_tokens=[("<|end|>", 0)]
@@ -206,7 +206,7 @@ def test_a_token_before_every_text_is_said(tmp_path):
         exported(source, tmp_path / "again")
 
 
-def test_text_that_llama_cpp_does_not_normalise_is_told(tmp_path):
+def test_a_note_reports_text_that_llama_cpp_does_not_normalize(tmp_path):
     tokenizer = merging_tokenizer("qwen2")
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     source = saved(MODELS["qwen2"](), tmp_path / "source", tokenizer)
@@ -220,9 +220,9 @@ def change(folder: Path, **fields: Any) -> None:
 
 def change_tokenizer(edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     def changed(folder: Path) -> None:
-        said = json.loads((folder / "tokenizer.json").read_text())
-        edit(said)
-        (folder / "tokenizer.json").write_text(json.dumps(said))
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        edit(tokenizer)
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
     return changed
 
@@ -333,7 +333,7 @@ def dropped(tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
         (dropped, r"tokenizer\.ggml\.eot_token_id is missing, must be 1"),
     ],
 )
-def test_a_file_that_was_changed_is_held_against_its_source(fault, named, llama, tmp_path):
+def test_a_changed_file_differs_from_its_source(fault, named, llama, tmp_path):
     out = exported(llama, tmp_path / "out")
     metadata, tensors = read_gguf(out / FILE)
     fault(tensors, metadata)
@@ -351,7 +351,7 @@ def test_a_truncated_file_is_named(llama, tmp_path):
             read_gguf(out / FILE)
 
 
-def test_without_the_package_it_is_said_how_to_get_it(llama, tmp_path, monkeypatch):
+def test_without_the_package_the_message_names_the_command_that_installs_it(llama, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(CheckpointError, match=r"pip install 'drafttrain\[gguf\]'"):
         exported(llama, tmp_path / "out")

@@ -18,7 +18,7 @@ from tests.conftest import byte_tokenizer
 from tests.export import folders
 
 
-def test_eagle3_is_told_the_blocks_whose_outputs_it_reads(source, target_config):
+def test_eagle3_gets_the_blocks_whose_outputs_it_reads(source, target_config):
     made = converted("openvino", source("eagle3"), target_config)
     assert made.config["eagle_aux_hidden_state_layer_ids"] == [1, 2, 3]
     assert made.config["hidden_layers_list"] == [0, 1, 2]
@@ -65,7 +65,7 @@ def narrow_target(tensors, config) -> None:
         ({}, folders.alter_rope_theta, "rope_theta is 500.0"),
     ],
 )
-def test_what_openvino_would_compute_otherwise_is_refused_by_name(settings, fault, named, source, target_config):
+def test_what_openvino_would_compute_differently_is_refused_by_name(settings, fault, named, source, target_config):
     folder = source("eagle3", **settings)
     if fault:
         folders.damage(folder, fault)
@@ -74,7 +74,7 @@ def test_what_openvino_would_compute_otherwise_is_refused_by_name(settings, faul
 
 
 @pytest.mark.parametrize("kind", ["medusa", "eagle", "kangaroo"])
-def test_other_kinds_have_no_place_in_it(kind, source, target_config):
+def test_other_kinds_are_refused(kind, source, target_config):
     with pytest.raises(CheckpointError, match=f"openvino cannot hold drafter.kind {kind}"):
         converted("openvino", source(kind), target_config)
 

@@ -1,4 +1,4 @@
-"""A drafter whose vocabulary is padded otherwise than its target's."""
+"""A drafter whose vocabulary is padded differently from its target's."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +25,6 @@ def test_a_plain_lm_gets_the_rows_of_its_target(
     assert theirs.get_input_embeddings().weight.shape[0] == rows
     logits_BTV, padded_BTV = ours(TOKENS_BT).logits, theirs(TOKENS_BT).logits
     assert padded_BTV.shape[-1] == rows
-    kept = min(rows, 320)
-    torch.testing.assert_close(padded_BTV[..., :kept], logits_BTV[..., :kept])
-    assert not padded_BTV[..., kept:].any()
+    common = min(rows, 320)
+    torch.testing.assert_close(padded_BTV[..., :common], logits_BTV[..., :common])
+    assert not padded_BTV[..., common:].any()

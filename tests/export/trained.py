@@ -1,4 +1,4 @@
-"""A drafter that has learned by heart what its target writes after some prompts: often right, and not always."""
+"""A drafter that has memorized the target's outputs for some prompts: it is often right, but not always."""
 
 from __future__ import annotations
 

@@ -29,10 +29,10 @@ def test_the_kernel_of_a_gpu_has_the_outputs_and_gradients_of_plain_products(tra
         given = [x.to(dtype) for x in (query, keys, values)]
         # In a rehearsal on a CPU the operators have numbers of ours.
         with flash_numbers():
-            attended, normaliser = kernel.forward(*given, documents, 0.3)
+            attended, normalizer = kernel.forward(*given, documents, 0.3)
             # As of a softmax that has more in it than these columns.
-            normaliser, attended = normaliser + 0.5, (attended * 0.6).to(dtype)
-            gradients = kernel.backward(gradient.to(dtype), *given, attended, normaliser, documents, 0.3)
-        found.append([attended, normaliser, *gradients])
+            normalizer, attended = normalizer + 0.5, (attended * 0.6).to(dtype)
+            gradients = kernel.backward(gradient.to(dtype), *given, attended, normalizer, documents, 0.3)
+        found.append([attended, normalizer, *gradients])
     for ours_, theirs in zip(*found, strict=True):
         assert (ours_.double() - theirs.double()).norm() <= 0.02 * theirs.double().norm()

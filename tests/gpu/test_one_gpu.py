@@ -17,7 +17,7 @@ from drafttrain.eval.length.tree import TreeSettings
 from drafttrain.eval.proposers.none import NoDraft
 from drafttrain.pipeline.data import write_texts as write_data
 from drafttrain.pipeline.drafter_run import DrafterRun
-from drafttrain.pipeline.evaluating import evaluated
+from drafttrain.pipeline.evaluating import evaluate_folders
 from drafttrain.target_model import Target, TargetSettings
 from tests.cuda.kinds import KINDS
 from tests.cuda.models import PROMPTS, engine, new_drafter
@@ -69,7 +69,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     assert losses(rows(tmp_path / "stopped")) == pytest.approx(whole, rel=1e-2)
     run.export_best()
     folders = {"drafter": run.folder.drafter, "start": run.folder.start}
-    result = evaluated(folders, run.target, made.eval, dropped=[])
+    result = evaluate_folders(folders, run.target, made.eval, dropped=[])
     assert result.temperatures[0].drafters["drafter"].block_efficiency.value >= 1
 
 

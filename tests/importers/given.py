@@ -1,4 +1,4 @@
-"""Folders as other projects write them, name by name, for a target of width 32 with 257 tokens; random, and no tensor without effect.
+"""Folders in the layouts of other projects, for a target of width 32 with 257 tokens; random, and every tensor has an effect.
 
 V = the target's vocabulary, R = the drafter's
 """
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from drafttrain.target_model import Target
 
 WIDTH, INNER, VOCABULARY, ROWS = 32, 48, 257, 100
 TAPS = [1, 2, 3]
@@ -56,8 +58,8 @@ def layer(prefix: str, *, reads: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def said_ids(*, seed: int = 4) -> Tensor:
-    """Return the ids that the drafter can say, rising."""
+def drafter_ids(*, seed: int = 4) -> Tensor:
+    """Return the target ids in the drafter's vocabulary, in rising order."""
     return torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(seed))[:ROWS].sort().values
 
 
@@ -73,7 +75,7 @@ def eagle3_tensors(prefix: str = "midlayer.") -> dict[str, Tensor]:
             "lm_head.weight": (ROWS, WIDTH),
         }
     )
-    ids_R = said_ids()
+    ids_R = drafter_ids()
     t2d_V = torch.zeros(VOCABULARY, dtype=torch.bool)
     t2d_V[ids_R] = True
     return {**tensors, "d2t": ids_R - torch.arange(ROWS), "t2d": t2d_V}
@@ -98,7 +100,7 @@ def specforge_config() -> dict[str, Any]:
 
 
 def modelopt_config() -> dict[str, Any]:
-    """Return a configuration whose taps count the outputs of blocks, with all that ModelOpt's exports say of the layer."""
+    """Return a configuration whose taps count the outputs of blocks, with all fields that ModelOpt's exports have on the layer."""
     config = eagle3_config(
         eagle_config={
             "eagle_aux_hidden_state_layer_ids": [0, 1, 2],
@@ -189,7 +191,18 @@ def held(folder: Path) -> dict[str, Tensor]:
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    """Tell whether two files hold the same tensors under the same names."""
+    """Return whether two files hold the same tensors under the same names."""
     return left.keys() == right.keys() and all(
         left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
     )
+
+
+def made(layout: str, target: Target) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a sound file and configuration of a layout."""
+    return {
+        "eagle3": lambda: (eagle3_tensors(), eagle3_config()),
+        "speculators": lambda: (eagle3_tensors("layers.0."), speculators_config(target.name)),
+        "eagle": lambda: (eagle_tensors(), {"architectures": ["EagleLlamaForCausalLM"], **LLAMA}),
+        "medusa": lambda: (medusa_tensors(), medusa_config(target.name)),
+        "vllm medusa": lambda: (vllm_medusa_tensors(), vllm_medusa_config()),
+    }[layout]()

@@ -1,4 +1,4 @@
-"""Folders that other projects' own code wrote: imported, decoding as the target does, exported; or refused in one line."""
+"""Folders that other projects' code wrote: imported, decoded losslessly and exported, or refused in one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from drafttrain.target_model import Target, TargetSettings
 from tests.importers.decoding import drafted_and_plain
 
 HERE = ("gguf", "hf", "sglang", "speculators", "vllm")
-"""Formats that are written without an engine."""
+"""Formats that need no engine to be written."""
 
 REFUSED = {
     ("sp_nbf", "sglang"): "norm_before_residual is true: SGLang 0.5.23 has no such variant",
@@ -23,7 +23,7 @@ REFUSED = {
     ("sa_eagle1_bias", "vllm"): "vLLM 0.32.0 silently drops them",
     ("gemma2_draft", "gguf"): "model_type is 'gemma2': only llama, qwen2, qwen3 can be written as GGUF",
 }
-"""What a format has no place for, by the effect."""
+"""Parts of a folder that a format cannot hold, by their effect."""
 
 KINDS = {
     "spd_nearest": "eagle3",

@@ -1,4 +1,4 @@
-"""A field of somebody else's config.json is refused where it has an effect that our layer has not, and only there."""
+"""A field of a foreign config.json is refused if and only if it has an effect that drafttrain's layer does not support."""
 
 from __future__ import annotations
 
@@ -70,33 +70,33 @@ def test_a_field_without_effect_changes_nothing(layout, more, target, tmp_path):
 
 @pytest.mark.parametrize("model_type", ["qwen2", "phi3", "mixtral", "llama4_text"])
 @pytest.mark.parametrize("layout", ["eagle3", "eagle"])
-def test_a_raw_model_type_has_no_effect_where_the_architecture_names_the_layer(layout, model_type, target, tmp_path):
+def test_model_type_has_no_effect_if_the_architecture_names_the_layer(layout, model_type, target, tmp_path):
     assert imported(layout, target, tmp_path, {"model_type": model_type}).files.config["model_type"] == "llama"
 
 
 EFFECTS: list[tuple[dict[str, Any], str]] = [
     (
         {"sliding_window": 16, "layer_types": ["sliding_attention"]},
-        "layer_types says that it is used: the layer would attend",
+        "layer_types enables it: the layer would attend",
     ),
     (
         {"sliding_window": 16, "layer_types": ["sliding_attention"], "use_sliding_window": False},
-        "layer_types says that it is used",
+        "layer_types enables it",
     ),
-    ({"sliding_window": 16, "use_sliding_window": True}, "use_sliding_window says that it is used"),
-    ({"layer_types": ["linear_attention"]}, "the layer's attention would be of another kind"),
+    ({"sliding_window": 16, "use_sliding_window": True}, "use_sliding_window enables it"),
+    ({"layer_types": ["linear_attention"]}, "the layer would have another kind of attention"),
     ({"layer_types": "full_attention"}, "layer_types must be a list of names"),
     ({"attention_bias": True}, "projections would have biases"),
     ({"mlp_bias": True}, "the feed-forward block would have biases"),
-    ({"partial_rotary_factor": 0.5}, "only a part of each head would be rotated"),
+    ({"partial_rotary_factor": 0.5}, "only part of each head would be rotated"),
     (
         {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}},
-        "a part of each head",
+        "part of each head",
     ),
-    ({"hidden_act": "gelu"}, "activation would be another one"),
+    ({"hidden_act": "gelu"}, "the layer would have another activation"),
     ({"is_causal": False}, "would look ahead"),
     ({"logit_scale": 0.5}, "logits would be scaled"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "quantized weights are not read"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantized weights are not supported"),
 ]
 
 
@@ -115,7 +115,7 @@ def added(prefix: str, *names: str) -> dict[str, torch.Tensor]:
     return {prefix + name: torch.ones(2) for name in names}
 
 
-# (fields, tensors by the layer's prefix, what the one line says)
+# (fields, tensors by the layer's prefix, what its one line contains)
 FORMS: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
     ({"attention_bias": True}, ("self_attn.q_proj.bias", "self_attn.o_proj.bias"), "projections would have biases"),
     (
@@ -149,7 +149,7 @@ def test_further_layers_are_one_line(fields, target, tmp_path):
     with pytest.raises(CheckpointError) as caught:
         imported("speculators", target, tmp_path, fields, **more)
     (line,) = str(caught.value).splitlines()[1:]
-    assert line.endswith("further layers are not read")
+    assert line.endswith("further layers are not supported")
 
 
 def test_a_layer_of_qwen3_is_refused_by_its_effect(target, tmp_path):
@@ -157,29 +157,29 @@ def test_a_layer_of_qwen3_is_refused_by_its_effect(target, tmp_path):
     with pytest.raises(CheckpointError) as caught:
         imported("speculators", target, tmp_path, {"model_type": "qwen3"}, **norms)
     (line,) = str(caught.value).splitlines()[1:]
-    assert "model_type is 'qwen3', only 'llama' is read here: queries and keys would be normed in each head" in line
+    assert "model_type is 'qwen3', must be 'llama': queries and keys would be normed in each head" in line
 
 
 def test_unknown_fields_are_named_in_one_note(target, tmp_path):
     made = imported("eagle3", target, tmp_path, {"some_new_field": 1, "another": {"a": [1]}})
-    assert "config.json: not read, unknown here: some_new_field, another" in made.notes
+    assert "config.json: unknown fields, not read: some_new_field, another" in made.notes
 
 
-def test_positions_that_are_left_out_are_the_targets(target, tmp_path):
+def test_missing_positions_are_the_targets(target, tmp_path):
     """vLLM stops drafting at the drafter's positions."""
     made = imported("eagle3", target, tmp_path, {"max_position_embeddings": None})
     assert made.files.config["max_position_embeddings"] == 512
-    assert any("max_position_embeddings is left out: taken as 512, the target's" in note for note in made.notes)
+    assert any("max_position_embeddings is missing: set to 512, the target's" in note for note in made.notes)
 
 
 @pytest.mark.parametrize(
     ("value", "words"), [(True, "fed back after the final norm"), (False, "fed back before the final norm")]
 )
-def test_the_import_tells_what_specforge_means_by_norm_output(value, words, target, tmp_path):
+def test_the_import_reports_what_specforge_means_by_norm_output(value, words, target, tmp_path):
     made = imported("eagle3", target, tmp_path, {"norm_output": value})
     (note,) = (note for note in made.notes if "norm_output" in note)
     assert words in note
-    assert "as vLLM 0.32.0 and SGLang 0.5.23 read it. For SpecForge 0.2.0 it says" in note
+    assert "as in vLLM 0.32.0 and SGLang 0.5.23. In SpecForge 0.2.0 it means" in note
 
 
 def test_the_scale_of_the_targets_own_head_is_read(save_llama, tmp_path):
@@ -203,7 +203,7 @@ def test_the_draft_length_of_a_speculators_folder_is_kept(target, tmp_path):
     assert made.files.config["drafttrain"]["num_steps"] == 7
 
 
-# (tensor that is added or field, what the one line says)
+# (tensor that is added or field, what its one line contains)
 KINDS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (
         {},
@@ -220,7 +220,7 @@ KINDS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("tensors", "fields", "what"), KINDS)
-def test_a_kind_that_is_not_read_is_one_line_that_says_what_it_is(tensors, fields, what, target, tmp_path):
+def test_an_unsupported_kind_is_one_line_that_names_it(tensors, fields, what, target, tmp_path):
     folder = given.write(tmp_path / "theirs", given.eagle3_tensors() | tensors, given.eagle3_config(**fields))
     with pytest.raises(CheckpointError) as caught:
         import_folder(folder, tmp_path / "out", target=target.name)
@@ -229,7 +229,7 @@ def test_a_kind_that_is_not_read_is_one_line_that_says_what_it_is(tensors, field
     assert line.endswith("which is not supported yet")
 
 
-def test_many_tensors_of_one_sort_are_one_line(target, tmp_path):
+def test_many_tensors_of_one_pattern_are_one_line(target, tmp_path):
     more = {f"midlayer.odd.{k}.{part}.weight": torch.zeros(2, 2) for k in range(40) for part in ("up", "down")}
     folder = given.write(tmp_path / "theirs", given.eagle3_tensors() | more, given.eagle3_config())
     with pytest.raises(CheckpointError) as caught:
@@ -240,17 +240,17 @@ def test_many_tensors_of_one_sort_are_one_line(target, tmp_path):
 
 
 def test_heads_are_as_many_as_the_file_holds(target, tmp_path):
-    """The authors' published configurations say 2 beside 5, and their own loader says so too."""
+    """The authors' published configurations have 2 where the file has 5, and so has their own loader."""
     config = given.medusa_config(target.name, heads=2)
     given.write(tmp_path / "theirs", given.medusa_tensors(heads=5), config, file="medusa_lm_head.pt")
     made = import_folder(tmp_path / "theirs", tmp_path / "out")
     assert made.files.config["num_heads"] == 5
-    assert "config.json: medusa_num_heads is 2, medusa_lm_head.pt holds 5 heads: all are taken" in made.notes
+    assert "config.json: medusa_num_heads is 2, medusa_lm_head.pt holds 5 heads: all are imported" in made.notes
     assert given.held(tmp_path / "out")["lm_heads.4.weight"].shape == (257, 32)
 
 
 @pytest.mark.parametrize("prefix", ["", "medusa_head.", "model.medusa_heads."])
-def test_blocks_alone_are_read_by_the_targets_own_head(prefix, target, tmp_path):
+def test_blocks_without_output_matrices_get_the_targets_head(prefix, target, tmp_path):
     tensors = {prefix + name: tensor for name, tensor in given.medusa_tensors().items() if "linear" in name}
     config = given.medusa_config(target.name) | {"version": "2"}
     import_folder(given.write(tmp_path / "theirs", tensors, config), tmp_path / "out")
@@ -271,6 +271,6 @@ def test_heads_inside_a_whole_model_are_one_line(target, tmp_path):
     heads = {f"medusa_head.{name}": tensor for name, tensor in given.medusa_tensors().items()}
     model = {name: tensor.clone() for name, tensor in target.model.state_dict().items()}
     folder = given.write(tmp_path / "theirs", model | heads, given.medusa_config(target.name))
-    with pytest.raises(CheckpointError, match=r"holds \d+ tensors of a whole model beside the heads") as caught:
+    with pytest.raises(CheckpointError, match=r"holds \d+ tensors of a whole model besides the heads") as caught:
         import_folder(folder, tmp_path / "out")
     assert len(str(caught.value).splitlines()) == 2

@@ -1,4 +1,4 @@
-"""Every layout, as its makers write it: read, exported and read again it holds the same tensors, and decodes as the target does."""
+"""Every layout with its makers' names: imported, exported and imported again, it has the same tensors and decodes losslessly."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ EXPORTED = [
 
 
 @pytest.mark.parametrize(("kind", "format"), EXPORTED)
-def test_what_is_exported_is_imported_as_the_drafter_that_it_was(kind, format, target, tmp_path):
+def test_an_exported_drafter_is_imported_unchanged(kind, format, target, tmp_path):
     source = folders.save(folders.drafter_of(kind, target), tmp_path / "source", target)
     target_config = read_target_config(Path(target.name), name=target.name)
     export_as(format, source, tmp_path / "out", target_config=target_config)
@@ -156,13 +156,13 @@ def test_what_is_exported_is_imported_as_the_drafter_that_it_was(kind, format, t
     assert about is not None
     assert (about.kind, about.target, about.target_fingerprint) == (kind, target.name, target.fingerprint)
     batch, _ = packed(target, read_drafter(source, target), (9,), width=9)
-    laws = []
+    logits = []
     for folder in (source, tmp_path / "again"):
         drafter = read_drafter(folder, target)
         with torch.no_grad():
             drafted = drafter(batch)
-            laws.append(drafted.head(drafted.states_BTD[1].flatten(0, 1), 1))
-    assert torch.equal(*laws)
+            logits.append(drafted.head(drafted.states_BTD[1].flatten(0, 1), 1))
+    assert torch.equal(*logits)
 
 
 def plain_eagle3(
@@ -217,7 +217,7 @@ def plain_eagle3(
         "eagle3 with norm_before_fc inside",
     ],
 )
-def test_the_law_of_an_imported_eagle3_is_that_of_its_file(name, target, tmp_path):
+def test_an_imported_eagle3_computes_the_distributions_of_its_file(name, target, tmp_path):
     """Holds names, taps (of both numberings), rotary base, norm order and the map of the vocabulary."""
     layout = LAYOUTS[name]
     source = given.write(tmp_path / "theirs", layout.tensors(), layout.config(target.name), file=layout.file)
@@ -232,16 +232,16 @@ def test_the_law_of_an_imported_eagle3_is_that_of_its_file(name, target, tmp_pat
     before_residual = layout.config(target.name).get("norm_before_residual", False)
     wanted_TR = plain_eagle3(ours(layout), target, tokens, norm_before_residual=before_residual)
     assert torch.allclose(law_TR, wanted_TR, atol=1e-4)
-    assert torch.equal(drafter.vocabulary, given.said_ids())
+    assert torch.equal(drafter.vocabulary, given.drafter_ids())
 
 
-def test_norm_before_residual_that_speculators_leaves_out_is_true_and_the_note_names_who_reads_it_how(target, tmp_path):
+def test_a_missing_norm_before_residual_is_true_and_the_note_names_how_others_read_it(target, tmp_path):
     source = given.write(tmp_path / "theirs", given.eagle3_tensors("layers.0."), given.speculators_config(target.name))
     made = import_folder(source, tmp_path / "drafter")
     assert made.files.config["norm_before_residual"] is True
     (note,) = (note for note in made.notes if "norm_before_residual" in note)
     assert "as vLLM 0.32.0 does" in note
-    assert "speculators 0.9.0 takes it as false" in note
+    assert "speculators 0.9.0 assumes false" in note
 
 
 def test_the_bias_of_fc_is_added_and_exported_where_it_is_used(target, tmp_path):
@@ -267,7 +267,7 @@ def test_the_bias_of_fc_is_added_and_exported_where_it_is_used(target, tmp_path)
     ):
         export_as("vllm", tmp_path / "drafter", tmp_path / "vllm", target_config=target_config)
     (line,) = engine_of("vllm").misread(tmp_path / "drafter", "eagle")
-    assert "fc has a bias: vLLM 0.32.0 drops it silently" in line
+    assert "fc has a bias: vLLM 0.32.0 silently drops it" in line
     assert not engine_of("vllm").misread(tmp_path / "none", "eagle")
 
 
@@ -284,7 +284,7 @@ def test_a_drafter_with_a_bias_in_fc_is_trained_on_with_it(target, tmp_path):
     assert given.same(given.held(tmp_path / "again"), given.held(tmp_path / "drafter"))
 
 
-def test_a_plain_causal_lm_is_kept_as_it_is(target, tmp_path):
+def test_a_plain_causal_lm_is_not_changed(target, tmp_path):
     model = random_llama(seed=5, num_layers=1)
     model.save_pretrained(tmp_path / "theirs")
     byte_tokenizer().save_pretrained(tmp_path / "theirs")
@@ -296,7 +296,7 @@ def test_a_plain_causal_lm_is_kept_as_it_is(target, tmp_path):
         assert torch.equal(drafter.model(tokens).logits, model(tokens).logits)
 
 
-def test_blocks_without_biases_and_a_shared_head_say_the_same(target, tmp_path):
+def test_added_zero_biases_and_copies_of_a_shared_head_change_no_output(target, tmp_path):
     tensors = given.vllm_medusa_tensors(bias=False)
     heads = {name: tensor for name, tensor in tensors.items() if not name.startswith(("lm_heads.1", "lm_heads.2"))}
     config = given.vllm_medusa_config(medusa_fc_bias=False, original_lm_head=True)
@@ -334,7 +334,7 @@ def test_weights_keep_their_type(target, tmp_path):
     assert json.loads((tmp_path / "drafter" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_a_head_that_is_tied_may_be_there_twice_if_it_is_the_same(target, tmp_path):
+def test_a_tied_head_may_be_in_the_file_if_it_is_equal(target, tmp_path):
     model = random_llama(seed=5, num_layers=1)
     model.save_pretrained(tmp_path / "theirs")
     byte_tokenizer().save_pretrained(tmp_path / "theirs")
@@ -347,6 +347,6 @@ def test_a_head_that_is_tied_may_be_there_twice_if_it_is_the_same(target, tmp_pa
     given.write(
         tmp_path / "theirs", tensors | {"lm_head.weight": head + 1}, config | {"auto_map": {"AutoModel": "m.M"}}
     )
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight: is not model\.embed_tokens\.weight") as caught:
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: differs from model\.embed_tokens\.weight") as caught:
         import_folder(tmp_path / "theirs", tmp_path / "drafter", target=target.name)
-    assert caught.match("auto_map names code that comes with the folder")
+    assert caught.match("auto_map names code in the folder")

@@ -293,7 +293,7 @@ def test_a_rollback_while_a_candidate_is_judged_is_respected(tmp_path, tiny_targ
 def test_a_learner_refuses_a_folder_that_another_stage_uses(tmp_path, monkeypatch):
     monkeypatch.setattr("drafttrain.pipeline.folder.WAIT_SECONDS", 0.1)
     with (
-        RunFolder(tmp_path / "run").taken(),
+        RunFolder(tmp_path / "run").locked(),
         pytest.raises(DrafttrainError, match="another run is using this folder"),
     ):
         learn_online(load_recipe("online"), tmp_path / "run")

@@ -112,7 +112,7 @@ def test_fit_goes_all_the_way_and_a_second_time_does_nothing(recipe, tmp_path, c
     assert capfd.readouterr().err.count("done before, skipped") == 3
     with pytest.raises(RecipeError, match="another recipe"):
         fit(load_recipe(recipe, ["seed=1"]), folder)
-    # A folder that an earlier version made, before a key existed, goes on.
+    # A folder that an earlier version made, before a key existed, is continued.
     held = (folder / "recipe.yaml").read_text()
     (folder / "recipe.yaml").write_text(held.replace("  pretrain: null\n", ""))
     fit(loaded, folder)
@@ -191,11 +191,11 @@ def test_two_runs_do_not_work_in_one_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "WAIT_SECONDS", 0.3)
     folder = run_folder.RunFolder(tmp_path / "run")
     with (
-        folder.taken(),
+        folder.locked(),
         pytest.raises(DrafttrainError, match=f"another run is using this folder.*process {os.getpid()} on"),
     ):
-        folder.taken().__enter__()
-    with folder.taken():
+        folder.locked().__enter__()
+    with folder.locked():
         pass
 
 

@@ -119,7 +119,7 @@ def test_the_evaluation_starts_when_the_training_has_let_go_of_its_target(
     write_texts(run)
     run.train()
     assert len(target_layers_in_memory()) == before + 3
-    monkeypatch.setattr(judging, "evaluated_elsewhere", look)
+    monkeypatch.setattr(judging, "evaluate_in_new_process", look)
     with pytest.raises(Looked, match=f"^{before}$"):
         judging.export_and_judge(run)
 
@@ -130,7 +130,7 @@ def test_a_text_that_was_not_stored_is_refused(recipe: Path, tmp_path: Path) -> 
     training_data(run)
     target = run.validation.target
     tokens_BT = torch.arange(1, 7)[None]
-    with pytest.raises(DataError, match="none of the 1 validation texts"):
+    with pytest.raises(DataError, match="not one of the 1 stored validation texts"):
         target.read(tokens_BT, torch.arange(6)[None], run.drafter.needs())
     with pytest.raises(CheckpointError, match="is not loaded"):
         run.target.read(tokens_BT, torch.arange(6)[None], run.drafter.needs())
@@ -141,7 +141,7 @@ def test_a_text_that_was_not_stored_is_refused(recipe: Path, tmp_path: Path) -> 
     [
         ([ABSENT, "data.cache=none"], "absent: nothing of the target is stored with data.cache none"),
         ([ABSENT, "data.cache=none", "loss={kind: ce}"], None),
-        ([ABSENT, "drafter={kind: causal_lm, init: target}"], "absent: drafter.init: target cuts the drafter out of"),
+        ([ABSENT, "drafter={kind: causal_lm, init: target}"], "absent: drafter.init: target cuts the drafter from"),
         ([ABSENT, "drafter={kind: medusa, joint: {}}"], "absent: drafter.joint: adapters are trained inside"),
         (
             ["train.target_placement=sharded", "drafter={kind: medusa, joint: {}}", "data.cache=none"],

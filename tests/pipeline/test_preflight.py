@@ -104,7 +104,7 @@ def test_a_special_token_behind_the_rows_is_a_note(place: Path, capsys: pytest.C
             ["drafter={kind: causal_lm, init: target, num_layers: 3}"],
             "drafter.num_layers must be 1..2 for target, got 3",
         ),
-        (["export.to=[gguf]"], "export.to: gguf: target: tokenizer.json: no merges"),
+        (["export.to=[gguf]"], "export.to: gguf: target: tokenizer.json: has no merges"),
         (["target.model=nowhere/at/all"], "nowhere/at/all: no such folder"),
         (["data.sources.0.path=other.jsonl"], "data.sources.0: other.jsonl: no such file"),
         (["eval.prompts=other.jsonl"], "eval.prompts: other.jsonl: no such file"),

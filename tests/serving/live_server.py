@@ -1,4 +1,4 @@
-"""A small server on loopback that decodes with a drafter by drafttrain's engine, as vLLM does, and counts it in vLLM's own names."""
+"""A small server on loopback that decodes with a drafter in drafttrain's engine and counts like vLLM, under vLLM's names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from drafttrain.serving.reference import count_rounds, decode
 from drafttrain.target_model import Target
 
 ENGINES = ("0", "1")
-"""Two label sets, as two engines behind one address have."""
+"""Two label sets, as of two engines behind one address."""
 
 
 @dataclass
@@ -23,7 +23,7 @@ class DecodingServer:
 
     Args:
         drafter: None: it speculates not at all, and has no counters of that.
-        root: Where its model is from, as it says.
+        root: The `root` of its model in /v1/models.
         others: Requests of somebody else, of 7 tokens each, that are served together with each of ours.
         late: Pages of /metrics that an answer is counted after.
     """
@@ -92,8 +92,8 @@ class DecodingServer:
             self.drafts.labels(engine).inc(served.num_drafts)
             self.draft_tokens.labels(engine).inc(served.num_draft_tokens)
             self.accepted.labels(engine).inc(served.num_accepted)
-            for position, kept in enumerate(served.accepted_at):
-                self.accepted_at.labels(engine, str(position)).inc(kept)
+            for position, accepted in enumerate(served.accepted_at):
+                self.accepted_at.labels(engine, str(position)).inc(accepted)
             if number in self.others:
                 self.tokens.labels(ENGINES[0]).inc(7)
                 self.drafts.labels(ENGINES[0]).inc(7)

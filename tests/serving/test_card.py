@@ -49,7 +49,7 @@ def comparison(**changes: Any) -> dict[str, Any]:
     return same | changes
 
 
-def test_the_card_shows_both_columns_and_replaces_what_it_said_before():
+def test_the_card_shows_both_columns_and_replaces_the_earlier_comparison():
     card = f"# A\n\n## Use\n\nuse it\n\n{ORIGIN}\n\nhere\n"
     failed = with_engines(card, [comparison(verdict="failed", problems=["it drafts differently"])])
     assert "Problem: it drafts differently" in failed
@@ -75,7 +75,7 @@ def test_a_command_in_the_card_drafts_no_more_than_there_are_heads(deepest, want
     assert f'"num_speculative_tokens": {wanted}' in card
 
 
-def test_the_card_of_a_format_says_which_of_the_folders_it_is(evaluated, tmp_path):
+def test_the_card_of_a_format_names_its_placeholder(evaluated, tmp_path):
     folder = evaluated("eagle3")
     result = result_of("eagle3", deepest=None)
     (folder / "README.md").write_text(model_card("name", result, drafter="drafter", recipe="", command=""))

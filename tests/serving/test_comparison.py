@@ -1,4 +1,4 @@
-"""The comparison with an engine: it counts as engines count, passes on the same drafter, and tells a damaged one apart."""
+"""The comparison with an engine: it counts as engines count, passes on the same drafter, and fails on a damaged one."""
 
 from __future__ import annotations
 
@@ -66,24 +66,26 @@ def counted_by_hand(
         drafted = list(tokens)
         for _ in range(count):
             drafted.append(next_token(drafter, drafted))
-        kept = 0
-        while kept < count and next_token(target, tokens) == drafted[len(tokens)]:
+        accepted = 0
+        while accepted < count and next_token(target, tokens) == drafted[len(tokens)]:
             if drafted[len(tokens)] in conventions.end_tokens:
                 # It counts as the token that was not drafted.
                 break
             tokens.append(drafted[len(tokens)])
-            kept += 1
+            accepted += 1
         tokens.append(next_token(target, tokens))
         if count:
-            rounds.append((count, kept))
+            rounds.append((count, accepted))
     text = tokens[len(prompt) :][:new_tokens]
     ended = [place for place, token in enumerate(text) if token in conventions.end_tokens]
-    accepted_at = [sum(kept >= i for _, kept in rounds) for i in range(1, max((n for n, _ in rounds), default=0) + 1)]
+    accepted_at = [
+        sum(accepted >= i for _, accepted in rounds) for i in range(1, max((n for n, _ in rounds), default=0) + 1)
+    ]
     return DecodedPrompt(
         text[: ended[0] + 1] if ended else text,
         len(rounds),
         sum(count for count, _ in rounds),
-        sum(kept for _, kept in rounds),
+        sum(accepted for _, accepted in rounds),
         accepted_at,
     )
 
@@ -113,7 +115,7 @@ def test_rounds_are_counted_as_an_engine_counts_them(conventions, target, prompt
         assert sum(one.num_accepted + one.num_drafts + 1 for one in ours) > sum(len(one.tokens) for one in ours)
 
 
-def test_of_its_one_likeliest_token_a_drafter_samples_the_greedy_chain(target, prompts, tmp_path):
+def test_with_top_k_1_a_drafter_samples_the_greedy_chain(target, prompts, tmp_path):
     drafter = read_drafter(likely(target, tmp_path / "drafter"), target)
 
     def drafted(proposer: Any, sampling: Sampling) -> list[int]:
@@ -128,7 +130,7 @@ def test_of_its_one_likeliest_token_a_drafter_samples_the_greedy_chain(target, p
     assert drafted(drafter.proposer(target), Sampling(1.0)) != greedy
 
 
-def test_texts_that_ended_before_any_draft_are_no_part_of_the_difference(sides, target, prompts, job):
+def test_texts_that_ended_before_any_draft_do_not_count_in_the_difference(sides, target, prompts, job):
     ended = DecodedPrompt(sides.sampled[0].tokens[:1])
     short = replace(sides, sampled=[ended, *sides.sampled[1:]])
     found = compared(short, sides, target, prompts, job)

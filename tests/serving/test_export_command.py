@@ -12,13 +12,13 @@ def test_a_format_is_written_beside_the_folder_and_arguments_are_checked(evaluat
     done = CliRunner().invoke(app, ["export", str(folder), "--to", "vllm"])
     assert done.exit_code == 0, done.stderr
     assert (folder.with_name("drafter.vllm") / "model.safetensors").exists()
-    for words, said in (
+    for words, message in (
         (["--verify"], "add --to FORMAT"),
         (["--to", "vllm", "--to", "hf", "--out", "x"], "--out takes one format"),
     ):
         refused = CliRunner().invoke(app, ["export", str(folder), *words])
         assert refused.exit_code == 2
-        assert said in refused.stderr
+        assert message in refused.stderr
     unknown = CliRunner().invoke(app, ["export", str(folder), "--to", "vlm"])
     assert "unknown export format 'vlm'. Did you mean 'vllm'?" in unknown.stderr
 

@@ -1,4 +1,4 @@
-"""A live server's counters beside the promise: a real server on loopback that decodes with our engine and counts as vLLM does."""
+"""A live server's counters and the promise: a real server on loopback that decodes with our engine and counts as vLLM does."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def server_of(target: Target, folder: Path, **changes: Any) -> DecodingServer:
     return DecodingServer(target, **own | changes)
 
 
-def test_the_counters_of_a_server_are_set_beside_the_promise(target, drafter, tmp_path):
+def test_the_counters_of_a_server_are_compared_with_the_promise(target, drafter, tmp_path):
     # Counted only after the answer, as it may happen.
     server = server_of(target, drafter, late=2)
     stdout, stderr = asked(server, drafter, "--require", "--out", tmp_path)
-    told = json.loads((tmp_path / "server.json").read_text())
-    (row,) = told["temperatures"]
+    report = json.loads((tmp_path / "server.json").read_text())
+    (row,) = report["temperatures"]
     # The same, decoded here without a server.
     prompts = read_prompts(str(drafter.parent / "prompts.jsonl"), target.tokenizer, prompt_tokens=None)
     result = json.loads((drafter / "eval.json").read_text())
@@ -102,7 +102,7 @@ def test_the_counters_of_a_server_are_set_beside_the_promise(target, drafter, tm
     assert "the promise is kept: block efficiency" in stderr
 
 
-def test_another_length_is_held_against_the_replay_and_an_unknown_one_against_nothing(target, drafter, tmp_path):
+def test_another_length_is_compared_with_the_replay_and_an_unknown_one_with_nothing(target, drafter, tmp_path):
     asked(server_of(target, drafter, num_draft_tokens=2), drafter, "--out", tmp_path)
     (row,) = json.loads((tmp_path / "server.json").read_text())["temperatures"]
     assert row["promise"]["measured"] == "replay"
@@ -121,7 +121,7 @@ def test_a_server_with_a_worse_drafter_does_not_keep_the_promise(target, drafter
     assert "temperature 0: the promise is not kept" in stderr
 
 
-def test_what_others_were_served_meanwhile_is_left_out(target, drafter, tmp_path):
+def test_prompts_that_overlap_with_other_clients_are_left_out(target, drafter, tmp_path):
     _, stderr = asked(server_of(target, drafter, others=[1, 2]), drafter, "--out", tmp_path)
     assert "2 more prompts are not counted: the server answered other requests meanwhile" in stderr
     (row,) = json.loads((tmp_path / "server.json").read_text())["temperatures"]
@@ -133,7 +133,7 @@ def test_what_others_were_served_meanwhile_is_left_out(target, drafter, tmp_path
     assert "also served other clients all the time" in stderr
 
 
-def test_a_server_that_cannot_tell_says_why_in_one_line(target, drafter, save_llama, tmp_path):
+def test_a_server_without_usable_counters_is_refused_in_one_line(target, drafter, save_llama, tmp_path):
     _, stderr = asked(server_of(target, drafter, drafter=None), drafter, code=1)
     assert "the server decodes without a drafter" in stderr
     other = str(save_llama(seed=5))
@@ -150,11 +150,11 @@ def test_a_server_that_cannot_tell_says_why_in_one_line(target, drafter, save_ll
 
 
 SILENT = "http://127.0.0.1:9"
-"""An address where nobody listens."""
+"""An address without a server."""
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--engine", "sglang", SILENT], "its server has no counters of draft tokens. Engines with counters: vllm"),
         (["--engine", "vlm", SILENT], "Engines with counters: vllm"),
@@ -166,10 +166,10 @@ SILENT = "http://127.0.0.1:9"
         (["host:8000"], "must begin with http:// or https://"),
     ],
 )
-def test_arguments_that_mean_nothing_are_refused(words, said):
+def test_arguments_that_mean_nothing_are_refused(words, message):
     done = CliRunner().invoke(app, ["check-server", *words])
     assert done.exit_code == 2
-    assert said in done.stderr
+    assert message in done.stderr
     assert "secret" not in done.stderr
 
 

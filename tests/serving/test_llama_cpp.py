@@ -1,4 +1,4 @@
-"""What llama.cpp is asked: a target that is written once, tokens that end texts by their names, weights in the type that is compared."""
+"""Requests to llama.cpp: a target that is converted once, tokens that end texts by their names, weights in the compared type."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_target_is_written_once_for_its_weights_and_type(engine, target):
 
 
 def test_texts_end_where_llama_cpp_ends_them(engine, tmp_path):
-    """By the two ids of the configuration, and by names that it knows whatever the configuration says."""
+    """By the two ids in the configuration, and by token texts that it knows, whatever the configuration has."""
     tokenizer = merging_tokenizer()
     tokenizer.add_tokens(["<|im_end|>", "<|not_an_end|>"], special_tokens=True)
     target = saved(MODELS["llama"](), tmp_path / "target", tokenizer)
@@ -82,7 +82,7 @@ def test_the_worker_widens_weights_and_changes_nothing_else(target, tmp_path):
     assert _in_type(str(file), "bfloat16", "not written") == str(file)
 
 
-def test_counters_of_a_prompt_are_what_the_server_has_more_than_before():
+def test_counters_of_a_prompt_are_the_increase_of_the_servers():
     before = {"num_drafts": 3, "num_draft_tokens": 9, "num_accepted": 2, "accepted_at": []}
     after = {"num_drafts": 5, "num_draft_tokens": 14, "num_accepted": 4, "accepted_at": [3, 1, 0]}
     assert _difference(before, after) == {
@@ -93,7 +93,7 @@ def test_counters_of_a_prompt_are_what_the_server_has_more_than_before():
     }
 
 
-def test_serve_config_wants_the_format_that_the_engine_reads_and_finds_it_beside(engine, target, tmp_path):
+def test_serve_config_needs_the_engines_format_and_finds_it_beside_the_drafter(engine, target, tmp_path):
     drafter = Path(shutil.copytree(target, tmp_path / "drafter"))
     evaluation({1: 1.5, 3: 2.5}, length=3, cost=0.1).write(drafter / "eval.json")
     words = ["serve-config", str(drafter), "--engine", "llama.cpp", "--target", "some/target"]
@@ -109,7 +109,7 @@ def test_serve_config_wants_the_format_that_the_engine_reads_and_finds_it_beside
     )
 
 
-def test_a_local_target_is_named_as_the_file_that_is_written_of_it(engine, target, tmp_path):
+def test_a_local_target_is_named_by_its_converted_file(engine, target, tmp_path):
     drafter = Path(shutil.copytree(target, tmp_path / "drafter"))
     evaluation({1: 1.5, 3: 2.5}, length=3, cost=0.1).write(drafter / "eval.json")
     exported(drafter, tmp_path / "drafter.gguf")

@@ -65,7 +65,7 @@ def test_serve_config_refuses_a_path_that_vllm_takes_for_another_kind(kind, word
     assert not done.stdout
 
 
-def test_serve_config_hands_vllm_no_folder_whose_taps_it_would_misread(evaluated):
+def test_serve_config_gives_vllm_no_folder_whose_taps_it_would_misread(evaluated):
     folder = evaluated("eagle3")
     exported = CliRunner().invoke(app, ["export", str(folder), "--to", "sglang"])
     assert exported.exit_code == 0, exported.stderr

@@ -1,4 +1,4 @@
-"""Hugging Face's assisted generation beside the evaluator: the same tokens and counts, seen from outside of `generate`."""
+"""Hugging Face's assisted generation and the evaluator: the same tokens and counts, observed from outside of `generate`."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def compared(theirs: Side, ours: Side, target, prompts, job):
     return compare(theirs, ours, target, prompts, job, num_draft_tokens=NUM_DRAFT_TOKENS, **names)
 
 
-def test_generate_writes_the_same_and_counts_the_same(theirs, ours, target, prompts, job):
+def test_generate_and_the_evaluator_agree_in_tokens_and_counts(theirs, ours, target, prompts, job):
     found = compared(theirs, ours, target, prompts, job)
     assert found.problems == ()
     assert found.greedy["engine"] == found.greedy["evaluator"]
@@ -91,7 +91,7 @@ def test_a_damaged_drafter_changes_the_counts(theirs, ours, target, prompts, job
     assert "drafts differently from the evaluator" in found.problems[0]
 
 
-def test_rounds_that_do_not_add_up_are_no_counters():
+def test_rounds_that_do_not_add_up_are_refused():
     rounds = Rounds(prompt_length=2)
     for length in (5, 4):
         rounds.before_forward(None, (), {"input_ids": torch.zeros(1, length)})
@@ -107,7 +107,7 @@ def test_rounds_that_do_not_add_up_are_no_counters():
         rounds.counters([7, 8])
 
 
-def test_kinds_that_generate_does_not_know_are_refused_with_the_engines_that_run_them():
+def test_other_kinds_are_refused_with_the_engines_that_run_them():
     with pytest.raises(
         CheckpointError, match=r"transformers runs no drafter of kind medusa, only causal_lm\. Engines for medusa: vllm"
     ):

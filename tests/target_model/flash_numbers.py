@@ -17,12 +17,12 @@ def wide(states: Tensor) -> Tensor:
 
 
 def causal(query_MHd: Tensor, keys_CGd: Tensor, bounds: tuple[Tensor, Tensor], scale: float) -> Tensor:
-    """Return scores_HMC of queries at the last columns of each document, -inf across documents and behind the query."""
+    """Return scores_HMC of queries at the last columns of each document, -inf across documents and after the query."""
     numbers, places = [], []
     for states, starts in zip((query_MHd, keys_CGd), bounds, strict=True):
         slots, ends = torch.arange(len(states)), starts[1:].long()
         numbers.append(torch.bucketize(slots, ends, right=True))
-        # From the end, which both have in common.
+        # Aligned at the end, which queries and columns share.
         places.append(ends[numbers[-1]] - slots)
     allowed_MC = (numbers[0][:, None] == numbers[1]) & (places[0][:, None] <= places[1])
     keys_CHd = keys_CGd.repeat_interleave(query_MHd.shape[1] // keys_CGd.shape[1], dim=1)
@@ -31,7 +31,7 @@ def causal(query_MHd: Tensor, keys_CGd: Tensor, bounds: tuple[Tensor, Tensor], s
 
 @contextmanager
 def flash_numbers() -> Iterator[list[tuple[int, ...]]]:
-    """Let the operators run on the CPU; yield the shapes of the queries that they were given."""
+    """Run the operators on the CPU within this context; yield the shapes of their queries."""
     calls: list[tuple[int, ...]] = []
 
     def forward(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, debug, *, scale):  # type: ignore[no-untyped-def]
@@ -46,7 +46,7 @@ def flash_numbers() -> Iterator[list[tuple[int, ...]]]:
         return attended.to(given), scores_HNN.logsumexp(dim=-1), torch.empty(0), torch.empty(0), torch.empty(0)
 
     def backward(grad, query, key, value, out, lse, cum_seq_q, cum_seq_k, *rest, scale):  # type: ignore[no-untyped-def]
-        # The formula of the kernel: weights from the normaliser that is given, their drift from the output that is given.
+        # The kernel's formula: weights from the given normalizer, their drift from the given output.
         heads, groups, given = query.shape[1], key.shape[1], query.dtype
         grad, query, key, value, out = (wide(x) for x in (grad, query, key, value, out))
         weights_HNN = (causal(query, key, (cum_seq_q, cum_seq_k), scale) - lse[:, :, None]).exp()

@@ -1,4 +1,4 @@
-"""A model runs with an attention that it has; a message names our setting."""
+"""A model runs with an attention that it supports; messages name the setting of the recipe."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tests.eval.decoding import decode, greedy
 
 @pytest.fixture(scope="module")
 def gemma2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of a Gemma 2, which transformers runs with eager attention alone."""
+    """A folder of a Gemma 2, which transformers runs only with eager attention."""
     folder = tmp_path_factory.mktemp("gemma2")
     torch.manual_seed(0)
     config = Gemma2Config(
@@ -45,7 +45,7 @@ def gemma2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.skipif(Gemma2ForCausalLM._supports_sdpa, reason="this transformers runs Gemma 2 with sdpa")
 @pytest.mark.parametrize("load", [Target.load, AbsentTarget.load], ids=["whole", "absent"])
-def test_an_attention_that_a_target_does_not_have_is_refused_with_one_that_it_has(load: Any, gemma2: Path) -> None:
+def test_an_unsupported_attention_is_refused_naming_one_that_works(load: Any, gemma2: Path) -> None:
     with pytest.raises(CheckpointError, match=r"does not support attention 'sdpa' here: set target.attention: eager$"):
         load(TargetSettings(model=str(gemma2)))
 

@@ -1,4 +1,4 @@
-"""Documents of one row do not see each other, whatever the architecture."""
+"""Documents of one row do not attend to each other, for every architecture."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import transformers
 
 from drafttrain.core.batches import PackedDocuments
 from drafttrain.target_model import documents
-from drafttrain.target_model.documents import document_states, takes_mask, tells_documents_apart
+from drafttrain.target_model.documents import document_states, separates_documents, takes_mask
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 MODELS = {
@@ -42,16 +42,16 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("told", [False, True])
-def test_packed_documents_have_the_states_that_they_have_alone(name, dtype, told):
+@pytest.mark.parametrize("given", [False, True])
+def test_packed_documents_have_the_states_of_single_ones(name, dtype, given):
     config, apart = MODELS[name]
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval().to(dtype)
-    assert tells_documents_apart(model) == apart
+    assert separates_documents(model) == apart
     documents = [torch.randint(2, 64, (size,)) for size in (5, 3, 4, 6)]
     tokens_BT = torch.stack([torch.cat(documents[:2]), torch.cat([documents[2], documents[3][:4]])])
     positions_BT = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 0, 1, 2, 3]])
-    known = PackedDocuments.of(positions_BT) if told else None
+    known = PackedDocuments.of(positions_BT) if given else None
     with torch.no_grad():
         final_BTD, hidden = document_states(model, tokens_BT, positions_BT, hidden=(1,), documents=known)
         places = [(0, 0, documents[0]), (0, 5, documents[1]), (1, 0, documents[2]), (1, 4, documents[3][:4])]
@@ -64,7 +64,7 @@ def test_packed_documents_have_the_states_that_they_have_alone(name, dtype, told
 
 
 @pytest.mark.parametrize(("name", "takes"), [("llama", True), ("gpt2", True), ("mistral", False), ("gemma2", False)])
-def test_a_model_that_looks_at_everything_takes_our_mask_for_the_one_that_it_makes(name, takes, monkeypatch):
+def test_a_model_with_full_attention_accepts_our_mask(name, takes, monkeypatch):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(MODELS[name][0]).eval()
     assert takes_mask(model) == takes
@@ -96,9 +96,9 @@ def test_a_model_that_looks_at_everything_takes_our_mask_for_the_one_that_it_mak
         (torch.distributed.DistBackendError("a peer is gone"), True, True),
     ],
 )
-def test_what_is_no_fault_of_the_mask_is_not_taken_for_one(error, masked_only, raised, monkeypatch):
+def test_errors_with_another_cause_are_not_blamed_on_the_mask(error, masked_only, raised, monkeypatch):
     model = transformers.AutoModelForCausalLM.from_config(MODELS["llama"][0]).eval()
-    assert tells_documents_apart(model)
+    assert separates_documents(model)
     final = documents._final
 
     def failing(model, tokens_BT, positions_BT, mask_B1TT=None):

@@ -1,4 +1,4 @@
-"""Ends of text: files of a target that name different ones."""
+"""End tokens of a target whose files name different ones."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ SaveLlama = Callable[..., Path]
 
 
 def named(folder: Path, file: str, **fields: Any) -> Path:
-    """Change fields of a JSON file of a folder; None takes one away."""
+    """Change fields of a JSON file in a folder; None removes a field."""
     path = folder / file
     held = json.loads(path.read_text()) | fields
     path.write_text(json.dumps({key: value for key, value in held.items() if value is not None}))
@@ -33,11 +33,11 @@ def named(folder: Path, file: str, **fields: Any) -> Path:
         (None, 6, {0, 6}),
         ([5, 7], 6, {0, 5, 6, 7}),
         ([0], [0], {0}),
-        # What LlamaConfig fills in where nobody names an end is 2; named, it is one.
+        # LlamaConfig's default end token is 2. It counts only if the file names it.
         (5, 2, {0, 2, 5}),
     ],
 )
-def test_a_text_ends_at_the_ends_of_all_places(
+def test_a_text_ends_at_the_end_tokens_of_all_places(
     save_llama: SaveLlama, generation: Any, configuration: Any, ends: set[int]
 ) -> None:
     folder = save_llama(num_layers=1)
@@ -52,7 +52,7 @@ def test_without_a_generation_config_the_configuration_names_the_ends(save_llama
     assert set(Target.load(TargetSettings(model=str(folder))).eos_token_ids) == {0, 9}
 
 
-def test_a_tokenizer_without_an_end_takes_none_away(save_llama: SaveLlama) -> None:
+def test_a_tokenizer_without_an_end_token_removes_none(save_llama: SaveLlama) -> None:
     folder = named(save_llama(num_layers=1), "tokenizer_config.json", eos_token=None)
     target = Target.load(TargetSettings(model=str(folder)))
     assert target.tokenizer.eos_token_id is None
@@ -84,7 +84,7 @@ def test_the_target_stops_writing_at_the_end_that_only_the_tokenizer_names(save_
     assert new == [0]
 
 
-def test_a_report_whose_files_name_different_ends(shared_folder: Path) -> None:
+def test_a_target_whose_files_name_different_end_tokens(shared_folder: Path) -> None:
     """Labels of generated texts end at `<|im_end|>`, which the generation config does not name."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

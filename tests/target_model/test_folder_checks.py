@@ -1,4 +1,4 @@
-"""Folders of other sorts where a model belongs: each is refused in one sentence that says what it is."""
+"""Folders that are not a causal LM are refused in one sentence that says what they are."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PACKAGE = {"gptq": "gptqmodel", "awq": "gptqmodel", "compressed-tensors": "compr
 
 
 def folder_with(folder: Path, **files: Any) -> Path:
-    """Write files, by name with __ for the point; a dict as JSON."""
+    """Write files, given by name with __ for the dot; a dict is written as JSON."""
     folder.mkdir()
     for name, content in files.items():
         text = json.dumps(content) if isinstance(content, dict) else content
@@ -120,7 +120,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_a_folder_of_another_sort_is_one_sentence(tmp_path: Path, kind: str) -> None:
+def test_another_kind_of_folder_is_refused_in_one_sentence(tmp_path: Path, kind: str) -> None:
     make, sentence = REFUSED[kind]
     folder = make(tmp_path / "given")
     with pytest.raises(CheckpointError) as refused:
@@ -132,7 +132,7 @@ def test_a_folder_of_another_sort_is_one_sentence(tmp_path: Path, kind: str) -> 
 
 
 @pytest.mark.parametrize("method", QUANTIZED)
-def test_quantized_weights_without_their_package_are_one_sentence(tmp_path: Path, method: str) -> None:
+def test_quantized_weights_without_their_package_are_refused_in_one_sentence(tmp_path: Path, method: str) -> None:
     if importlib.util.find_spec(PACKAGE.get(method, method)):
         pytest.skip(f"{method} can be loaded here")
     folder = llama_with(tmp_path / "given", quantization_config={"quant_method": method, **QUANTIZED[method]})
@@ -142,14 +142,14 @@ def test_quantized_weights_without_their_package_are_one_sentence(tmp_path: Path
     assert len(str(refused.value)) < 500
 
 
-def test_a_file_where_a_folder_belongs_says_so(tmp_path: Path) -> None:
+def test_a_file_instead_of_a_folder_is_refused(tmp_path: Path) -> None:
     for name, sentence in (("model.gguf", "is a GGUF file"), ("model.safetensors", "is a file")):
         (tmp_path / name).write_text("")
         with pytest.raises(CheckpointError, match=sentence):
             resolve_folder(str(tmp_path / name))
 
 
-def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path) -> None:
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     LlamaConfig(**SMALL).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"no tokenizer here \(no tokenizer\.json\)"):
         load_tokenizer(tmp_path)

@@ -1,4 +1,4 @@
-"""A frozen target computes in the type of its weights, under the autocast of a training too; a drafter in training does not."""
+"""A frozen target ignores the training's autocast; a drafter in training does not."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def target_of(dtype: torch.dtype) -> Target:
 
 
 def known(target: Target) -> list[Tensor]:
-    """Return all that a target gives: read states and logits, rows, and the head's product."""
+    """Return all outputs of a target: states, logits, rows, and the head's product."""
     seen = target.read(TOKENS_BT, POSITIONS_BT, NEEDS)
     assert seen.final_BTD is not None
     assert seen.logits_BTV is not None
@@ -73,7 +73,7 @@ def test_a_drafter_in_training_stays_under_autocast() -> None:
 
 
 def test_a_target_with_adapters_that_add_nothing_is_itself_under_autocast() -> None:
-    """Medusa-2 compares the two: rounded differently, an adapter would be trained on rounding."""
+    """Medusa-2 compares the two: with different rounding, the adapter would be trained on rounding errors."""
     target = target_of(torch.float32)
     settings = MedusaSettings(num_heads=1, joint=JointSettings())
     drafter = Medusa.create(settings, target=target, tokenizer=target.tokenizer)

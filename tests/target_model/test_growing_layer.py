@@ -1,4 +1,4 @@
-"""The cache that grows in place holds what one that is joined anew each time holds, and copies it seldom."""
+"""The growing cache has the contents of one that is concatenated at every step, with few copies."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def states(columns: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(3, 2, columns, 4), torch.randn(3, 2, columns, 4)
 
 
-def test_a_growing_layer_holds_what_a_joined_one_holds() -> None:
+def test_a_growing_layer_equals_a_concatenated_one() -> None:
     growing, joined = GrowingLayer(), DynamicLayer()
     for columns in (5, 1, 70, 1, 200, 1):
         new = states(columns)
         for ours, theirs in zip(growing.update(*new), joined.update(*new), strict=True):
             assert torch.equal(ours, theirs)
-        # Roll back by one, and write over what is forgotten.
+        # Roll back by one, and overwrite the dropped column.
         growing.show(growing.keys.shape[2] - 1)
         joined.crop(-1)
     assert growing.get_seq_length() == joined.get_seq_length()
 
 
-def test_a_growing_layer_copies_seldom_and_leaves_little_empty() -> None:
+def test_a_growing_layer_copies_rarely_and_wastes_little_memory() -> None:
     layer = GrowingLayer()
     layer.update(*states(300))
     places, most_empty = set(), 0
@@ -45,15 +45,15 @@ def test_a_growing_layer_copies_seldom_and_leaves_little_empty() -> None:
     assert most_empty < COLUMNS_AT_ONCE
 
 
-def test_what_was_never_written_cannot_spoil_a_softmax() -> None:
-    """It is masked, but 0 times a NaN is a NaN."""
+def test_unwritten_columns_cannot_turn_a_softmax_into_nan() -> None:
+    """They are masked, but 0 times NaN is NaN."""
     layer = GrowingLayer()
     layer.update(*states(3))
     assert not layer._taken[0][:, :, 3:].any()
     assert not layer._taken[1][:, :, 3:].any()
 
 
-def test_sequences_and_columns_are_chosen_in_one_copy() -> None:
+def test_sequences_and_columns_are_selected_in_one_copy() -> None:
     layer = GrowingLayer()
     keys, values = states(6)
     layer.update(keys, values)
@@ -87,7 +87,7 @@ def calls_of(num_texts: int, *, new: int, temperature: float) -> dict[str, int]:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_step_of_generation_reads_the_device_once_whatever_the_batch(temperature: float) -> None:
-    """Its calls do not grow with the texts; a token more joins no cache anew."""
+    """The calls do not grow with the texts; one more token does not copy the cache."""
     few, many = (calls_of(count, new=8, temperature=temperature) for count in (2, 12))
     longer = calls_of(12, new=9, temperature=temperature)
     for name, count in many.items():
@@ -97,7 +97,7 @@ def test_a_step_of_generation_reads_the_device_once_whatever_the_batch(temperatu
 
 
 def test_a_kept_cache_is_no_larger_than_its_text() -> None:
-    """After rounds of which little was kept, the columns in use are those of the longest text."""
+    """After rounds with few accepted tokens, the used columns are those of the longest text."""
     lm = CachedLM(random_llama(num_layers=1, hidden_size=16), name="t")
     lm.begin([[1, 2, 3], [4]])
     for _ in range(30):

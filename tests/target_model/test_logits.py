@@ -1,4 +1,4 @@
-"""What is computed of the final state is what the model itself computes of it, or the model is refused."""
+"""Logits computed from the final state equal the model's own, or the model is refused."""
 
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def target_of(model: Any) -> Target:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_training_reads_the_logits_that_decoding_has(name: str) -> None:
+def test_training_and_decoding_have_the_same_logits(name: str) -> None:
     model = model_of(name)
     tokens_BT = torch.randint(1, 257, (2, 9))
     target, positions_BT = target_of(model), torch.arange(9).expand(2, 9)
@@ -76,7 +76,7 @@ def test_training_reads_the_logits_that_decoding_has(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["hyperclovax", "granite", "cohere", "gemma2"])
-def test_heads_that_equal_the_targets_own_are_accepted_as_it_is(name: str) -> None:
+def test_heads_equal_to_the_targets_own_are_always_accepted(name: str) -> None:
     target = target_of(model_of(name))
     medusa = Medusa.create(MedusaSettings(num_heads=1), target=target, tokenizer=target.tokenizer)
     tokens_BT = torch.randint(1, 257, (1, 9))
@@ -86,7 +86,7 @@ def test_heads_that_equal_the_targets_own_are_accepted_as_it_is(name: str) -> No
 
 
 class Bent(transformers.LlamaForCausalLM):
-    """A model whose logits nobody here knows how to make."""
+    """A model that computes its logits in an unknown way."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
@@ -94,7 +94,7 @@ class Bent(transformers.LlamaForCausalLM):
         return output
 
 
-def test_logits_that_are_made_in_an_unknown_way_are_refused_by_name() -> None:
+def test_logits_computed_in_an_unknown_way_are_refused_by_name() -> None:
     target = target_of(Bent(random_llama().config))
     text = Text("a", [1, 2], [3, 4])
     drafter = Medusa.create(MedusaSettings(num_heads=1), target=target, tokenizer=target.tokenizer)

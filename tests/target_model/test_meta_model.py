@@ -1,4 +1,4 @@
-"""What stands around a target's blocks is read alone, and is what a loaded target has there."""
+"""Tensors that are loaded one by one equal those of a fully loaded target."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 0,
 }
 CONFIGS = {
-    # Its embedding multiplies by a number that is computed and not stored, its head is the embedding.
+    # Its embedding multiplies by a computed buffer that is not stored; its head is tied to the embedding.
     "gemma3": Gemma3TextConfig(**SMALL, head_dim=16),
-    # Its files may leave the trunk's prefix out, and it has learnt positions.
+    # Its files may leave the trunk's prefix out, and it has learned positions.
     "gpt2": GPT2Config(vocab_size=257, n_embd=32, n_layer=2, n_head=2, n_positions=64),
     # Its head has another name in the files.
     "gpt_neox": GPTNeoXConfig(**SMALL),
@@ -52,7 +52,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 @torch.no_grad()
-def test_the_outer_parts_are_those_of_the_loaded_target_and_the_blocks_have_no_weights(folder: Path) -> None:
+def test_outer_modules_equal_the_loaded_targets_and_blocks_have_no_weights(folder: Path) -> None:
     settings = TargetSettings(model=str(folder))
     random_before = torch.get_rng_state()
     outer = AbsentTarget.load(settings)
@@ -71,7 +71,7 @@ def test_the_outer_parts_are_those_of_the_loaded_target_and_the_blocks_have_no_w
 
 
 @torch.no_grad()
-def test_a_skeleton_that_is_filled_is_the_model(folder: Path) -> None:
+def test_a_meta_model_with_all_its_tensors_is_the_model(folder: Path) -> None:
     settings = TargetSettings(model=str(folder))
     model = bare_model(settings)
     load_tensors(model, stored_tensors(model), TensorFiles(folder), device=torch.device("cpu"))
@@ -81,7 +81,7 @@ def test_a_skeleton_that_is_filled_is_the_model(folder: Path) -> None:
     torch.testing.assert_close(model(tokens_BT).logits, whole.model(tokens_BT).logits, rtol=0, atol=0)
 
 
-def test_a_type_of_its_own_and_generation_settings_are_taken_over(tiny_folder: Path) -> None:
+def test_the_type_and_the_generation_settings_are_used(tiny_folder: Path) -> None:
     settings = TargetSettings(model=str(tiny_folder), dtype="bfloat16", attention="eager")
     outer, whole = outer_model(settings), Target.load(settings).model
     assert {p.dtype for p in outer.parameters()} == {torch.bfloat16}
@@ -89,7 +89,7 @@ def test_a_type_of_its_own_and_generation_settings_are_taken_over(tiny_folder: P
     assert outer.generation_config.to_dict() == whole.generation_config.to_dict()
 
 
-def test_weights_under_other_names_are_refused_naming_one(tiny_folder: Path, tmp_path: Path) -> None:
+def test_weights_with_unknown_names_are_refused_naming_one(tiny_folder: Path, tmp_path: Path) -> None:
     cpu = torch.device("cpu")
     model = meta_model(tiny_folder, dtype="float32", attention="sdpa", trust_remote_code=False, device=cpu)
     with pytest.raises(

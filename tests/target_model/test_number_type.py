@@ -1,4 +1,4 @@
-"""The type of a target whose settings leave it open: decided by device, size and files, none of which is read whole."""
+"""The type of a target with dtype auto: it depends on device, size and files, and reads only headers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BYTES = {"F32": 4, "I32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1}
 
 
 def write_header(folder: Path, tensors: dict[str, tuple[str, list[int]]], **config: Any) -> Path:
-    """Write a model folder whose file of weights has these sizes, and holes in place of numbers."""
+    """Write a model folder whose weights file has these shapes and is sparse, without any numbers."""
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
     header, end = {}, 0
     for name, (kind, shape) in tensors.items():
@@ -41,14 +41,12 @@ def write_header(folder: Path, tensors: dict[str, tuple[str, list[int]]], **conf
         ("BF16", [1000, 1000], "float32"),
     ],
 )
-def test_a_large_target_is_held_in_a_half_type_on_a_gpu(
-    tmp_path: Path, kind: str, shape: list[int], expected: str
-) -> None:
+def test_a_large_target_has_a_16_bit_type_on_a_gpu(tmp_path: Path, kind: str, shape: list[int], expected: str) -> None:
     folder = write_header(tmp_path, {"model.weight": (kind, shape), "model.norm.weight": ("F32", [1, 8])})
     assert type_on_gpu(folder) == expected
 
 
-def test_a_quantized_target_is_held_in_the_half_type_of_its_scales(tmp_path: Path) -> None:
+def test_a_quantized_target_has_the_16_bit_type_of_its_scales(tmp_path: Path) -> None:
     tensors = {"model.qweight": ("I32", [100, 100]), "model.scales": ("F16", [10, 100])}
     folder = write_header(tmp_path, tensors, quantization_config={"quant_method": "gptq"})
     assert type_on_gpu(folder) == "float16"

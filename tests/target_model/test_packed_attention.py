@@ -1,4 +1,4 @@
-"""Attention of packed rows is one softmax over columns and own keys, whatever kernel attends the columns."""
+"""Attention of packed rows equals one softmax over columns and own keys, for every kernel."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def states(num_own: int, dtype: torch.dtype, *, documents: Tensor = DOCUMENTS) -
 
 
 def dense(documents: Tensor, query: Tensor, keys: Tensor, values: Tensor, *own: Tensor) -> Tensor:
-    """Return attended_BHTd by the scores of all columns and own keys side by side."""
+    """Return attended_BHTd from one softmax over the scores of all columns and own keys."""
     keys, values, *own = (x.repeat_interleave(HEADS // GROUPS, dim=1) for x in (keys, values, *own))  # type: ignore[assignment]
     length = documents.shape[1]
     allowed = (documents[:, :, None] == documents[:, None]) & torch.ones(length, length, dtype=torch.bool).tril()
@@ -67,7 +67,7 @@ def positions_of(documents: Tensor) -> Tensor:
 
 
 def apart(documents: Tensor) -> PackedDocuments:
-    """Return where the documents of rows of document numbers lie."""
+    """Return where the documents are, from rows of document numbers."""
     return PackedDocuments.of(positions_of(documents))
 
 
@@ -84,8 +84,8 @@ def with_gradients(attend: Any, inputs: list[Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_queries_at_the_last_columns_have_the_outputs_and_gradients_of_the_whole(kernel, dtype):
-    """Slots 3..7 of the first document, the single token, one slot of a whole row, none of the padding and of the last ones."""
+def test_queries_at_the_last_columns_have_the_outputs_and_gradients_of_all_queries(kernel, dtype):
+    """Slots 3..7 of the first document, the single token, one slot of a full row, none of padding or the last ones."""
     trained = torch.tensor([3, 7, 9 + 17, 37 + 30])
     slots = ReadSlots.of(trained, positions_of(DOCUMENTS))
     read = torch.tensor([*range(3, 8), 26, 67])
@@ -108,7 +108,7 @@ def test_queries_at_the_last_columns_have_the_outputs_and_gradients_of_the_whole
         torch.testing.assert_close(ours_.double(), theirs, rtol=0, atol=atol)
 
 
-def test_a_scale_of_its_own_is_taken(kernel):
+def test_a_given_scale_is_used(kernel):
     query, *rest = states(1, torch.float64)
     columns = Columns(rest[0], rest[1], apart(DOCUMENTS))
     found = with_gradients(
@@ -121,7 +121,7 @@ def test_a_scale_of_its_own_is_taken(kernel):
 
 @pytest.mark.parametrize("num_own", [0, 1, 3])
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_outputs_and_gradients_are_those_of_all_scores_side_by_side(kernel, num_own, dtype, atol):
+def test_outputs_and_gradients_equal_those_of_one_plain_softmax(kernel, num_own, dtype, atol):
     wanted = with_gradients(dense, states(num_own, torch.float64))
     found = with_gradients(ours, states(num_own, dtype))
     for name, ours_, theirs in zip(("attended", "query", "keys", "values", *"kvkvkv"), found, wanted, strict=False):
@@ -136,7 +136,7 @@ def test_the_kernels_agree_in_16_bits_up_to_rounding(kernel):
         assert (found.double() - theirs).norm() < 0.02 * theirs.norm()
 
 
-def test_autocast_changes_nothing_of_it(kernel):
+def test_autocast_changes_nothing(kernel):
     plain = with_gradients(ours, states(2, torch.float32))
     with torch.autocast("cpu", torch.bfloat16):
         cast = with_gradients(ours, states(2, torch.float32))
@@ -144,12 +144,12 @@ def test_autocast_changes_nothing_of_it(kernel):
         assert torch.equal(found, theirs)
 
 
-def test_control_the_normaliser_of_the_columns_alone_gives_other_gradients(kernel, monkeypatch):
+def test_control_the_normalizer_of_the_columns_alone_gives_other_gradients(kernel, monkeypatch):
     backward = kernel.backward
 
-    def of_columns(gradient, query, keys, values, attended, normaliser, documents, scale):  # type: ignore[no-untyped-def]
-        attended, normaliser = kernel.forward(query, keys, values, documents, scale)
-        return backward(gradient, query, keys, values, attended, normaliser, documents, scale)
+    def of_columns(gradient, query, keys, values, attended, normalizer, documents, scale):  # type: ignore[no-untyped-def]
+        attended, normalizer = kernel.forward(query, keys, values, documents, scale)
+        return backward(gradient, query, keys, values, attended, normalizer, documents, scale)
 
     monkeypatch.setattr(kernel, "backward", staticmethod(of_columns))
     _, _, *found = with_gradients(ours, states(1, torch.float64))
@@ -158,7 +158,7 @@ def test_control_the_normaliser_of_the_columns_alone_gives_other_gradients(kerne
     assert (keys, values, own_key, own_value) == (False, False, True, True)
 
 
-def test_control_documents_that_see_each_other_give_other_outputs(kernel):
+def test_control_documents_that_attend_to_each_other_give_other_outputs(kernel):
     inputs = states(1, torch.float64)
     own, joined = ours(DOCUMENTS, *inputs), ours(torch.zeros_like(DOCUMENTS), *inputs)
     same = (own - joined).abs().amax(dim=(1, 3)) < 1e-9
@@ -166,7 +166,7 @@ def test_control_documents_that_see_each_other_give_other_outputs(kernel):
     assert torch.equal(same, first)
 
 
-def test_what_is_kept_for_the_backward_pass_grows_with_the_slots_not_with_their_square(kernel):
+def test_memory_for_the_backward_pass_is_linear_in_the_slots(kernel):
     def kept(length: int) -> int:
         documents = torch.zeros(1, length, dtype=torch.long)
         inputs = states(2, torch.float32, documents=documents)
@@ -184,7 +184,7 @@ def test_what_is_kept_for_the_backward_pass_grows_with_the_slots_not_with_their_
     assert kept(128) == 2 * kept(64)
 
 
-def test_documents_of_every_order_and_length_lie_where_they_are():
+def test_documents_of_any_order_and_length_are_found():
     for lengths in itertools.product((1, 2, 5), repeat=3):
         row = torch.repeat_interleave(torch.tensor([7, 3, 9]), torch.tensor(lengths))
         documents = torch.stack([row, row.flip(0)])

@@ -1,4 +1,4 @@
-"""A model whose attention reads documents one by one gives the states that they have alone, without a mask."""
+"""Flash attention that reads documents one by one gives the states of single documents, without a mask."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.integrations import sdpa_attention
 
 from drafttrain.core.batches import PackedDocuments
 from drafttrain.target_model import packed_forward
-from drafttrain.target_model.documents import document_states, probe, reads_packed, tells_documents_apart
+from drafttrain.target_model.documents import document_states, probe, reads_packed, separates_documents
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2}
@@ -21,7 +21,7 @@ MODELS = {
     "qwen3": (transformers.Qwen3Config(**LLAMA, head_dim=8), True),
     "granite": (transformers.GraniteConfig(**LLAMA, attention_multiplier=0.7), True),
     "gpt2": (transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4), True),
-    # A window, tokens that each head attends to besides, positions that do not keep documents apart.
+    # A window, extra tokens that each head attends to, positions that do not separate documents.
     "mistral": (transformers.MistralConfig(**LLAMA, sliding_window=4), False),
     "gemma3": (transformers.Gemma3TextConfig(**LLAMA, head_dim=8, sliding_window=4), False),
     "bloom": (transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4), False),
@@ -30,7 +30,7 @@ MODELS = {
 
 @pytest.fixture(autouse=True)
 def flash_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read packed on the CPU too, by its own kernel."""
+    """Use the kernel on the CPU too."""
     monkeypatch.setattr(packed_forward, "flash_on_cuda", lambda *_: True)
 
 
@@ -50,7 +50,7 @@ def rows() -> tuple[list[Tensor], Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_packed_documents_have_the_states_that_they_have_alone(name: str) -> None:
+def test_packed_documents_have_the_states_of_single_ones(name: str) -> None:
     model, (texts, tokens, positions) = model_of(name), rows()
     assert reads_packed(model) == MODELS[name][1]
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_packed_documents_have_the_states_that_they_have_alone(name: str) -> Non
             torch.testing.assert_close(hidden[1][row, span], alone.hidden_states[1][0], rtol=0, atol=1e-5)
 
 
-def test_neither_a_mask_nor_repeated_heads_and_the_attention_of_before_afterwards(monkeypatch) -> None:
+def test_no_mask_no_repeated_heads_and_the_attention_is_restored(monkeypatch) -> None:
     model, (_, tokens, positions) = model_of("llama"), rows()
     probe(model)
     assert reads_packed(model)
@@ -78,20 +78,20 @@ def test_neither_a_mask_nor_repeated_heads_and_the_attention_of_before_afterward
 
 
 def test_a_forward_with_gradients_is_read_with_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint computes blocks again in the backward pass, when the model's attention is that of before."""
+    """Activation checkpointing recomputes blocks in the backward pass, after the attention was restored."""
     model, (_, tokens, positions) = model_of("llama"), rows()
     assert reads_packed(model)
     monkeypatch.setattr(packed_forward, "Columns", lambda *_: pytest.fail("read packed"))
     document_states(model, tokens, positions)[0].sum().backward()
 
 
-def test_an_attention_that_the_user_chose_stays() -> None:
+def test_the_users_attention_is_kept() -> None:
     model = transformers.AutoModelForCausalLM.from_config(MODELS["llama"][0], attn_implementation="eager").eval()
     assert not reads_packed(model)
 
 
-def test_control_a_model_that_does_not_hand_its_attention_over_is_read_as_before(monkeypatch) -> None:
+def test_control_a_model_with_its_own_attention_code_gets_a_mask(monkeypatch) -> None:
     model = model_of("llama")
     monkeypatch.setattr(packed_forward, "_configs", lambda _: [])
-    assert tells_documents_apart(model)
+    assert separates_documents(model)
     assert not reads_packed(model)

@@ -1,4 +1,4 @@
-"""Sequences of different lengths that end at different times: each is written as it would be alone."""
+"""Sequences of different lengths that end at different times equal sequences decoded alone."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from drafttrain.target_model.cached_lm import CachedLM
 from tests.conftest import byte_tokenizer, random_llama
 
 
-def test_texts_of_ragged_prompts_that_end_at_different_times_are_those_written_alone():
+def test_texts_of_a_ragged_batch_equal_those_generated_alone():
     model = random_llama(hidden_size=16).double()
     target = Target(model, byte_tokenizer(), name="t", fingerprint="")
     tasks = [Task(str(i), list(range(1 + i, 3 + 4 * i)), Sampling()) for i in range(5)]
     alone = [continuations([task], target, max_new_tokens=24, seed=0)[0] for task in tasks]
-    # Two of the texts end early, at a token of theirs that no other text holds so soon.
+    # Two of the texts end early, at a token that no other text contains so early.
     model.generation_config.eos_token_id = [alone[0][5], alone[3][2]]
     target = Target(model, byte_tokenizer(), name="t", fingerprint="")
     ended = [continuations([task], target, max_new_tokens=24, seed=0)[0] for task in tasks]

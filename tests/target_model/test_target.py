@@ -61,7 +61,7 @@ def test_a_tap_outside_the_model_is_refused(tiny_target: Target) -> None:
         tiny_target.read(tokens_BT, torch.arange(3)[None], TargetNeeds(hidden=(9,)))
 
 
-def test_the_fingerprint_sees_one_changed_weight(save_llama, tmp_path: Path) -> None:
+def test_one_changed_weight_changes_the_fingerprint(save_llama, tmp_path: Path) -> None:
     folder = save_llama(seed=3)
     before = fingerprint_of(folder)
     assert fingerprint_of(folder) == before
@@ -132,7 +132,7 @@ def test_a_broken_tokenizer_is_named(save_llama, content: str) -> None:
         load_tokenizer(folder)
 
 
-def test_text_past_the_position_embeddings_is_refused(tiny_target: Target) -> None:
+def test_text_beyond_the_position_embeddings_is_refused(tiny_target: Target) -> None:
     gpt2 = AutoModelForCausalLM.from_config(ARCHITECTURES["gpt2"]).eval()
     target = Target(gpt2, tiny_target.tokenizer, name="gpt2", fingerprint="")
     target.check_length(64, what="a prompt")
@@ -146,7 +146,7 @@ def test_text_past_the_position_embeddings_is_refused(tiny_target: Target) -> No
     tiny_target.check_length(1 << 20, what="rotary positions have no end")
 
 
-def test_the_target_is_frozen_and_says_where_it_ends(tiny_folder: Path) -> None:
+def test_the_target_is_frozen_and_has_end_tokens(tiny_folder: Path) -> None:
     target = Target.load(TargetSettings(model=str(tiny_folder)))
     assert not any(parameter.requires_grad for parameter in target.model.parameters())
     assert target.eos_token_ids == (0,)

@@ -1,4 +1,4 @@
-"""One call over a tree says of every node what reading its path alone says, on the architectures whose masks differ."""
+"""One call over a tree gives every node the logits of its path read alone, for architectures with different masks."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def path_of(node: int, parents: list[int]) -> list[int]:
 
 
 def error(model: Any, text: list[int], seen: Any, parents: list[int], tokens: list[int]) -> float:
-    """Return the largest difference, over nodes, of logits and final state from those of the node's path read alone."""
+    """Return the largest difference of a node's logits and final state from those of its path read alone."""
     worst = 0.0
     for node in range(len(tokens)):
         alone = model(torch.tensor([[*text, *(tokens[i] for i in path_of(node, parents))]]), output_hidden_states=True)
@@ -70,14 +70,14 @@ def error(model: Any, text: list[int], seen: Any, parents: list[int], tokens: li
 
 @pytest.mark.parametrize("name", list(architectures()))
 @torch.no_grad()
-def test_a_node_sees_its_path_alone_also_after_the_cache_was_gathered(name):
+def test_a_node_attends_only_to_its_path_even_after_a_gather(name):
     model = build(name)
     lm = CachedLM(model, name=name)
     lm.begin([text[:-1] for text in PROMPTS])
     texts = [list(text) for text in PROMPTS]
-    kept = [[0, 1, 3, 6], [0, 2, 5, 7]]  # nodes of root + tree: paths that are no beginnings of the call
+    kept = [[0, 1, 3, 6], [0, 2, 5, 7]]  # nodes of root + tree: paths that are not prefixes of the call
     for _ in range(3):
-        # Node 0 is the root, the last committed token; the tree hangs under it.
+        # Node 0 is the root, the last committed token; the tree is below it.
         parents = [-1, *(parent + 1 for parent in TREE)]
         nodes = [[text[-1], *TOKENS] for text in texts]
         needs = TargetNeeds(logits=True, final=True)
@@ -91,7 +91,7 @@ def test_a_node_sees_its_path_alone_also_after_the_cache_was_gathered(name):
 
 
 @torch.no_grad()
-def test_control_a_tree_read_as_a_chain_says_something_else():
+def test_control_a_tree_read_as_a_chain_gives_other_logits():
     model = build("llama")
     lm = CachedLM(model, name="llama")
     lm.begin([PROMPTS[0]])

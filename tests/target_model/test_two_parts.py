@@ -18,7 +18,7 @@ from drafttrain.target_model.block_range import block_range
 from drafttrain.target_model.cached_lm import CachedLM
 from tests.target_model.test_target import ARCHITECTURES, SMALL
 
-# Gemma 2 alternates layers with and without a sliding window: a block must keep its number when others rest.
+# Gemma 2 alternates layers with and without a sliding window: a block must keep its number when others are skipped.
 MODELS = ARCHITECTURES | {
     "gemma2": Gemma2Config(**SMALL, intermediate_size=48, num_key_value_heads=1, head_dim=16, sliding_window=32)
 }
@@ -32,7 +32,7 @@ def random_model(name: str) -> Any:
 
 
 def one_by_one(lm: CachedLM, nodes: list[list[int]]) -> list[LayerState]:
-    """Let the first blocks read the nodes as a drafter does: one a call, shorter chains left out."""
+    """Run the first blocks over the nodes like a drafter: one node per call, without chains that have ended."""
     rows: list[list[torch.Tensor]] = [[] for _ in nodes]
     for place in range(max(map(len, nodes))):
         states = lm.run_first_blocks([chain[place : place + 1] for chain in nodes])
@@ -45,7 +45,7 @@ def one_by_one(lm: CachedLM, nodes: list[list[int]]) -> list[LayerState]:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("layer", [1, 2])
 def test_verifying_from_stored_states_gives_the_logits_of_a_whole_call(name, layer):
-    """Ragged and alone, and again after a partial acceptance; hidden states that pass by are the same too."""
+    """In a ragged batch and alone, also after a partial acceptance. Hidden states on the way are equal too."""
     model = random_model(name)
     for prompts, nodes in [(PROMPTS, NODES), (PROMPTS[:1], NODES[:1])]:
         parts, whole = CachedLM(model, name="target"), CachedLM(model, name="target")
@@ -69,7 +69,7 @@ def test_verifying_from_stored_states_gives_the_logits_of_a_whole_call(name, lay
 
 
 def same_caches(parts: CachedLM, whole: CachedLM) -> None:
-    """All layers of both hold the same keys and values of the same tokens."""
+    """All layers of both have the same keys and values for the same tokens."""
     for ours, theirs in zip(parts.cache.hf.layers, whole.cache.hf.layers, strict=True):
         assert ours.keys.shape == theirs.keys.shape
         for row, length in enumerate(whole.lengths):
@@ -92,7 +92,7 @@ def test_sequences_can_be_dropped_between_rounds():
 
 
 def test_the_bytes_of_two_parts_are_those_of_one_call():
-    """The embedding's rows are looked up in both; nothing else is read twice."""
+    """Both parts look up embedding rows; nothing else is read twice."""
     model = random_model("llama")
     events: list[ForwardEvent] = []
     lm = CachedLM(model, name="target", listener=events.append)
@@ -112,7 +112,7 @@ def test_the_bytes_of_two_parts_are_those_of_one_call():
     assert prefill.bytes_read == 3 * (block + 5 * cached) + 5 * embedding_row + 32 * 8
 
 
-def test_blocks_outside_the_range_rest_and_come_back():
+def test_blocks_outside_the_range_are_skipped_and_restored():
     model = random_model("llama")
     before = [module.__dict__.get("forward") for module in (*blocks(model), final_norm(model))]
     tokens_BT = torch.tensor([[1, 2, 3]])
@@ -137,7 +137,7 @@ def test_a_model_that_cannot_be_run_in_two_parts_is_refused(monkeypatch):
         CheckpointError, match=r"BloomForCausalLM cannot be run in two parts at block 1: .*position_ids"
     ):
         CachedLM(bloom, name="target").split_at(1)
-    # The control of the trial itself: states that get lost between the parts are noticed.
+    # Control of the check itself: states lost between the parts are noticed.
     monkeypatch.setattr(cached_lm, "_stacked", lambda rows, width: rows and torch.stack(list(rows)) * 0.9)
     with pytest.raises(CheckpointError, match="gives other logits when it is run in two parts"):
         CachedLM(random_model("llama"), name="target").split_at(1)

@@ -1,4 +1,4 @@
-"""The digest of weights in memory: one weight that changes is seen, wherever it is; where the weights are is not."""
+"""The digest of weights in memory changes with every weight, and not with the memory layout."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int6
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("place", [0, 5, 10])
-def test_one_changed_number_is_seen(dtype: torch.dtype, place: int) -> None:
+def test_one_changed_number_changes_the_digest(dtype: torch.dtype, place: int) -> None:
     numbers_N = torch.zeros(11, dtype=dtype)
     before = digest_of(module(weight=numbers_N.clone()))
     numbers_N[place] = 1
@@ -45,13 +45,13 @@ def test_one_changed_number_is_seen(dtype: torch.dtype, place: int) -> None:
         lambda x: torch.cat([x, x.new_zeros(1)]),
     ],
 )
-def test_order_last_bits_shape_type_and_size_are_seen(change: Callable[[Tensor], Tensor]) -> None:
+def test_order_last_bits_shape_type_and_size_change_the_digest(change: Callable[[Tensor], Tensor]) -> None:
     numbers_N = torch.arange(8.0)
     assert digest_of(module(weight=change(numbers_N))) != digest_of(module(weight=numbers_N))
     assert digest_of(module(other=numbers_N)) != digest_of(module(weight=numbers_N))
 
 
-def test_where_numbers_lie_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_layout_does_not_change_the_digest(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers_NM = torch.randn(7, 5).bfloat16()
     held_X = torch.zeros(36).bfloat16()
     held_X[1:] = numbers_NM.flatten()
@@ -62,7 +62,7 @@ def test_where_numbers_lie_does_not_count(monkeypatch: pytest.MonkeyPatch) -> No
     assert digest_of(module(weight=numbers_NM)) == expected
 
 
-def test_a_tensor_without_memory_adds_its_name() -> None:
+def test_a_tensor_on_the_meta_device_adds_only_its_name() -> None:
     nothing = torch.ones(3, device="meta")
     assert digest_of(module(weight=nothing)) == digest_of(module(weight=nothing[:1]))
     assert digest_of(module(weight=nothing)) != digest_of(module(other=nothing))

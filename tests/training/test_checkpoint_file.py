@@ -166,7 +166,7 @@ def test_a_disk_that_takes_nothing_any_more_is_given_up_and_a_slow_one_is_not(
     event = held_back(monkeypatch)
     stalled = CheckpointFile(stall_seconds=0.2)
     stalled.write({"weight": torch.zeros(4)}, folder / "stalled.ckpt")
-    with pytest.raises(DrafttrainError, match=r"stalled\.ckpt: the disk took nothing for 0\.2 s"):
+    with pytest.raises(DrafttrainError, match=r"stalled\.ckpt: the disk accepted no data for 0\.2 s"):
         stalled.finished()
     event.set()
 

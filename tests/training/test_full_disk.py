@@ -51,7 +51,7 @@ def test_a_run_that_is_told_to_goes_on_without_its_checkpoint(
     run(tmp_path / "full", steps=9, drafter=OnASmallDisk, on_full_disk="continue")
     kept = sorted(path.name for path in (tmp_path / "full" / "checkpoints").iterdir())
     assert kept == ["step-00000003.ckpt", "step-00000009.ckpt"]
-    assert "Going on without it" in capfd.readouterr().err
+    assert "Continuing without it" in capfd.readouterr().err
     assert curve(tmp_path / "full") == run(tmp_path / "whole", steps=9)
 
 

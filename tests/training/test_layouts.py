@@ -151,8 +151,8 @@ def test_a_deepspeed_file_takes_the_place_of_the_keys(plain: dict[str, list[floa
 @pytest.mark.parametrize(
     ("content", "settings", "expected"),
     [
-        ({"train_batch_size": 4}, {}, "train_batch_size: the recipe says this, in train.batch_size"),
-        ({"bf16": {"enabled": True}, "optimizer": {}}, {}, "optimizer: the recipe says this, in train.optimizer"),
+        ({"train_batch_size": 4}, {}, "train_batch_size: the recipe sets this, in train.batch_size"),
+        ({"bf16": {"enabled": True}, "optimizer": {}}, {}, "optimizer: the recipe sets this, in train.optimizer"),
         ({"zero_optimization": {"stage": 7}}, {}, "7 is none of 0, 1, 2, 3"),
         ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, {}, "checkpoints would hold others"),
         ({}, {"stage": 3}, "takes the place of stage"),

@@ -6,6 +6,8 @@ import typer
 
 from drafttrain.cli.app import Debug, exit_codes
 from drafttrain.core.console import say, table
+from drafttrain.environments.environment import install as install_environment
+from drafttrain.environments.known import environments_of
 
 app = typer.Typer(help="Install and list the serving engines that verify an export.", no_args_is_help=True)
 
@@ -17,9 +19,6 @@ def install(
 ) -> None:
     """Install a serving engine into an environment of its own, in the user's cache."""
     with exit_codes(debug=debug):
-        from drafttrain.environments.environment import install as install_environment
-        from drafttrain.environments.known import environments_of
-
         for environment in environments_of(names):
             say(f"{environment.name}: ready in {install_environment(environment)}")
 

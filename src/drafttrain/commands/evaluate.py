@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from drafttrain.checkpoint import read_about
-from drafttrain.commands.made_models import with_models_made
+from drafttrain.commands.fit import fit
+from drafttrain.commands.made_models import with_made_models
 from drafttrain.commands.named_drafters import folders_of
 from drafttrain.config.load import load_sections
 from drafttrain.config.recipe import Recipe
@@ -16,7 +17,7 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.eval.report import write_report
 from drafttrain.eval.result import Result
 from drafttrain.eval.table import show
-from drafttrain.pipeline.evaluating import evaluated, with_inputs
+from drafttrain.pipeline.evaluating import evaluate_folders, with_inputs
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.pipeline.inputs import inputs_of, is_evaluated_on, target_inputs
 from drafttrain.pipeline.judging import command_line
@@ -30,10 +31,10 @@ def evaluate_recipe(recipe: Recipe, folder: Path) -> Result:
     """Evaluate the exported files of a run, compared with its start, and write eval.json."""
     here, kind = RunFolder(folder), kind_of_run(recipe)
     here.exported(kind.what)
-    held = here.held()
+    held = here.stored_recipe()
     if held is None:
         raise CheckpointError(f"{folder}: no exported {kind.what} here yet. Run drafttrain fit first")
-    recipe = with_models_made(recipe, folder.parent)
+    recipe = with_made_models(recipe, folder.parent, fit=fit)
     check_parts(recipe, data=False)
     # The files were exported with the settings of the run, so a change of the export settings does not matter here.
     run = kind(replace(recipe, export=held.export), folder, quiet=True, evaluates_only=True)
@@ -68,7 +69,7 @@ def evaluate_drafters(
     of_target = replace(of_target, model=target) if target else of_target
     check_drafters(of_target, [str(one) for one in folders])
     loaded = Target.load(of_target)
-    result = evaluated(dict(zip(names, folders, strict=True)), loaded, settings, dropped=())
+    result = evaluate_folders(dict(zip(names, folders, strict=True)), loaded, settings, dropped=())
     result = with_inputs(result, target_inputs(replace(of_target, model=loaded.name), settings.prompts))
     show(result)
     if out is None and not Path(drafters[0]).is_dir():

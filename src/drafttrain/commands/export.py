@@ -7,18 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from drafttrain.checkpoint import read_about
-from drafttrain.commands.made_models import checked_and_made, with_models_made
+from drafttrain.commands.fit import fit
+from drafttrain.commands.made_models import checked_with_made_models, with_made_models
 from drafttrain.commands.named_drafters import folders_of
 from drafttrain.config.load import load_sections
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.errors import CheckpointError, DrafttrainError
 from drafttrain.data_gen.contamination import read_contamination
+from drafttrain.pipeline.auto_types import resolve_auto_types
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.pipeline.judging import export_and_judge
 from drafttrain.pipeline.kinds import kind_of_run
 from drafttrain.pipeline.run import quiet_libraries
 from drafttrain.pipeline.serving import ServedWith, check_engines, with_formats, write_and_verify
-from drafttrain.pipeline.settled import settled
 
 
 def export_run(recipe: Recipe, folder: Path) -> None:
@@ -29,16 +30,16 @@ def export_run(recipe: Recipe, folder: Path) -> None:
     if not RunFolder(folder).has_weights():
         raise DrafttrainError(f"{folder}: nothing is trained here yet. Run drafttrain fit first")
     check_engines(recipe.export, recipe.drafter.kind if recipe.drafter else None, where=folder)
-    recipe = checked_and_made(recipe, folder)
+    recipe = checked_with_made_models(recipe, folder, fit=fit)
     run = kind_of_run(recipe)(recipe, folder)
-    run.folder.drop_figures()
+    run.folder.remove_results()
     export_and_judge(run)
 
 
 def convert_run(recipe: Recipe, folder: Path, formats: Sequence[str], *, verify: bool, out: Path | None) -> None:
     """Write the exported drafter of a run in further formats; with `verify`, compare them with serving engines."""
     here = RunFolder(folder)
-    recipe = settled(with_models_made(recipe, folder.parent), here.held())
+    recipe = resolve_auto_types(with_made_models(recipe, folder.parent, fit=fit), here.stored_recipe())
     source = here.exported("drafter")
     served_with = ServedWith(
         target=recipe.target,

@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from drafttrain.commands.made_models import checked_and_made
+from drafttrain.commands.made_models import checked_with_made_models
 from drafttrain.commands.online import learn_online
-from drafttrain.commands.processes import all_processes
+from drafttrain.commands.processes import joined_processes
 from drafttrain.config.recipe import Recipe
 from drafttrain.distributed.world import is_first
 from drafttrain.pipeline.data import check_writer, write_texts
@@ -32,14 +32,14 @@ def fit(recipe: Recipe, folder: Path, *, above: Sequence[str] = ()) -> None:
     check_engines(recipe.export, recipe.drafter.kind if recipe.drafter else None, where=folder)
     check_writer(recipe, RunFolder(folder).data / "generated")
     with contextlib.ExitStack() as held:
-        with all_processes(recipe, folder, held):
-            made = checked_and_made(recipe, folder, above=above)
+        with joined_processes(recipe, folder, held):
+            made = checked_with_made_models(recipe, folder, fit=fit, above=above)
             run = kind_of_run(made)(made, folder, placement=recipe.train.target_placement)
             if is_first() and not run.folder.train_done.exists():
                 # They are of an export before the end of the training. After a kill they would pass for those of its end.
-                run.folder.drop_figures()
+                run.folder.remove_results()
             write_texts(run)
             run.train()
         if is_first():
-            run.leave_the_others()
+            run.continue_alone()
             export_and_judge(run)

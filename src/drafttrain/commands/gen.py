@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from drafttrain.commands.made_models import checked_and_made
-from drafttrain.commands.processes import all_processes
+from drafttrain.commands.fit import fit
+from drafttrain.commands.made_models import checked_with_made_models
+from drafttrain.commands.processes import joined_processes
 from drafttrain.config.recipe import Recipe
 from drafttrain.pipeline.data import check_writer, write_texts
 from drafttrain.pipeline.folder import RunFolder
@@ -16,8 +17,8 @@ from drafttrain.pipeline.kinds import kind_of_run
 def gen(recipe: Recipe, folder: Path) -> None:
     """Generate, encode, label and cache the data of a recipe; several processes share the work."""
     check_writer(recipe, RunFolder(folder).data / "generated")
-    with contextlib.ExitStack() as held, all_processes(recipe, folder, held):
-        made = checked_and_made(recipe, folder)
+    with contextlib.ExitStack() as held, joined_processes(recipe, folder, held):
+        made = checked_with_made_models(recipe, folder, fit=fit)
         run = kind_of_run(made)(made, folder, placement=recipe.train.target_placement)
         write_texts(run)
         run.prepare()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from drafttrain.config.load import load_recipe
@@ -19,19 +19,17 @@ from drafttrain.pipeline.preflight import check_parts
 from drafttrain.pipeline.run import quiet_libraries
 
 
-def with_models_made(recipe: Recipe, runs: Path, *, above: Sequence[str] = ()) -> Recipe:
+def with_made_models(recipe: Recipe, runs: Path, *, fit: Callable[..., None], above: Sequence[str] = ()) -> Recipe:
     """Run the recipes that a recipe names, and return the recipe with the folders of their models.
 
     Args:
         runs: Folder of their run folders.
+        fit: The command that runs a recipe in a folder.
         above: Recipes that need the model of this one.
 
     Raises:
         RecipeError: A recipe needs its own model.
     """
-    # fit imports this file and the trainer; an evaluation and an export run without either.
-    from drafttrain.commands.fit import fit
-
     recipe = copy.deepcopy(recipe)
     for settings, key in made_by_recipes(recipe):
         name = getattr(settings, key).removeprefix(MADE_BY)
@@ -46,12 +44,14 @@ def with_models_made(recipe: Recipe, runs: Path, *, above: Sequence[str] = ()) -
     return recipe
 
 
-def checked_and_made(recipe: Recipe, folder: Path, *, above: Sequence[str] = ()) -> Recipe:
+def checked_with_made_models(
+    recipe: Recipe, folder: Path, *, fit: Callable[..., None], above: Sequence[str] = ()
+) -> Recipe:
     """Check the parts of a recipe, run the recipes that it names, and check again with their models; return the recipe with them."""
     check_run_parts(recipe, folder)
     if not list(made_by_recipes(recipe)):
         return recipe
-    made = with_models_made(recipe, folder.parent, above=above)
+    made = with_made_models(recipe, folder.parent, fit=fit, above=above)
     check_run_parts(made, folder)
     return made
 

@@ -22,7 +22,7 @@ def learn_online(recipe: Recipe, folder: Path, *, once: bool = False) -> None:
     """Learn from serving logs and publish better versions: once, or until the process is stopped."""
     if recipe.online is None:
         raise RecipeError(recipe.name, ["online: missing. This recipe does not learn online: run drafttrain fit"])
-    with RunFolder(folder).taken():
+    with RunFolder(folder).locked():
         clear_leftovers(folder)
         check_run_parts(recipe, folder)
         run = DrafterRun(recipe, folder)
@@ -42,7 +42,7 @@ def rollback(folder: Path, *, route: str | None = None) -> None:
     if (route or "") not in routes:
         known = ", ".join(name for name in routes if name)
         raise RecipeError("arguments", [f"this run has several drafters: give one of {known} after the folder"])
-    held = RunFolder(folder).held()
+    held = RunFolder(folder).stored_recipe()
     settings = held.online if held is not None and held.online is not None else None
     hook = settings.on_publish if settings else []
     timeout = settings.hook_timeout_seconds if settings else 60.0

@@ -20,7 +20,7 @@ from drafttrain.training.preflight import check_processes
 
 
 @contextlib.contextmanager
-def all_processes(recipe: Recipe, folder: Path, held: contextlib.ExitStack) -> Iterator[None]:
+def joined_processes(recipe: Recipe, folder: Path, held: contextlib.ExitStack) -> Iterator[None]:
     """Join the processes that a launcher started, and check that they can work together.
 
     Args:
@@ -37,7 +37,7 @@ def all_processes(recipe: Recipe, folder: Path, held: contextlib.ExitStack) -> I
             check_processes(recipe.name, dump_recipe(recipe), folder, settings)
         with first_before_others("it locks the run folder and removes leftovers of a killed run"):
             if is_first():
-                held.enter_context(RunFolder(folder).taken())
+                held.enter_context(RunFolder(folder).locked())
                 clear_leftovers(folder)
         yield
 

@@ -219,13 +219,13 @@ class Checker:
                     break
                 at = child
             known = key.partition(".")[0] in {field.name for field in dataclasses.fields(made)}
-            told = sentence if not path else f"{path}.{sentence}" if known else f"{path}: {sentence}"
-            self.problems.append(Problem(at.where, told))
+            text = sentence if not path else f"{path}.{sentence}" if known else f"{path}: {sentence}"
+            self.problems.append(Problem(at.where, text))
 
     def _unknown_keys(
         self, given: Mapping[str, Node], fields: Mapping[str, Field], *, path: str, replaced: Mapping[str, str]
     ) -> None:
-        """Refuse keys that are none; one that was a key before is told what took its place."""
+        """Refuse unknown keys; for a key of an older version, name the key that replaced it."""
         for key, child in given.items():
             if key in replaced:
                 self.refuse(child, _join(path, key), f"this key was replaced by {replaced[key]}")

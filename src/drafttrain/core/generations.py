@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from drafttrain.core.device_time import Span
+from drafttrain.core.device_time import Span
 
 
 @dataclass(frozen=True)

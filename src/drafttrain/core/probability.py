@@ -24,12 +24,12 @@ def sampling_probs(logits_NV: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_k and sampling.top_k < probs_NV.shape[-1]:
         kept = torch.zeros_like(probs_NV, dtype=torch.bool)
         kept.scatter_(-1, probs_NV.topk(sampling.top_k, dim=-1).indices, True)
-        probs_NV = normalised(probs_NV.masked_fill(~kept, 0.0))
+        probs_NV = normalized(probs_NV.masked_fill(~kept, 0.0))
     if sampling.top_p < 1.0:
         sorted_NV, order_NV = probs_NV.sort(dim=-1, descending=True, stable=True)
         before_NV = sorted_NV.cumsum(dim=-1) - sorted_NV
         sorted_NV = sorted_NV.masked_fill(before_NV >= sampling.top_p, 0.0)
-        probs_NV = normalised(torch.zeros_like(probs_NV).scatter_(-1, order_NV, sorted_NV))
+        probs_NV = normalized(torch.zeros_like(probs_NV).scatter_(-1, order_NV, sorted_NV))
     return probs_NV
 
 
@@ -41,7 +41,7 @@ def without_padding(logits_NV: Tensor, *, num_tokens: int) -> Tensor:
     return logits_NV.masked_fill(padding_V, -torch.inf)
 
 
-def normalised(mass_NV: Tensor) -> Tensor:
+def normalized(mass_NV: Tensor) -> Tensor:
     """Return rows divided by their sums."""
     return mass_NV / mass_NV.sum(dim=-1, keepdim=True)
 

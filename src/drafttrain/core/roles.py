@@ -69,7 +69,7 @@ class DraftsInTarget(Protocol):
 class DraftsWithOwnCache(Protocol):
     """A proposer with its own language model, which may not be able to read several sequences at once."""
 
-    def why_alone(self, longest: int) -> str | None:
+    def why_one_at_a_time(self, longest: int) -> str | None:
         """Return why sequences of up to `longest` tokens must be read one at a time; None: they can be batched."""
         ...
 

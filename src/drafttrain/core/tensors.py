@@ -101,7 +101,8 @@ def check_number_types(folder: Path) -> None:
         ]
         if wrong:
             raise CheckpointError(
-                f"{path}: {len(wrong)} weights of integers or complex numbers, and config.json has no quantization_config: {', '.join(wrong[:5])}"
+                f"{path}: {len(wrong)} weights of integers or complex numbers, and config.json has no quantization_config: "
+                f"{', '.join(wrong[:5])}"
             )
 
 

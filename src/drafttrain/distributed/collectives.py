@@ -146,7 +146,7 @@ def at_step(step: int) -> None:
         _joined.step = step
 
 
-def say_world() -> None:
+def report_world() -> None:
     """Log how many processes and hosts there are."""
     if _joined is not None:
         hosts = list(dict.fromkeys(shared(socket.gethostname())))

@@ -17,8 +17,8 @@ BEAT_SECONDS = 1.0
 CUT_SECONDS = 0.5
 """How much later than its store connection a dead process's lifeline may close."""
 LEAVE_SECONDS = 12.0
-"""How long a process that cannot continue gets to end by itself, and how long rank 0's store waits for the others to leave."""
-STORE_GONE = "the first host, whose store holds the run together, cannot be reached"
+"""How long a process that cannot continue may take to end by itself, and how long the store waits for others to leave."""
+STORE_GONE = "the first host, which has the run's store, cannot be reached"
 
 
 class PeerError(DrafttrainError):
@@ -96,7 +96,7 @@ class Heartbeat:
                 heard[rank] = (beat, time.monotonic())
 
     def _gone(self, cut: list[int]) -> str:
-        """Return who died, as rank 0 saw it and tells the others; a process that left in order did not die."""
+        """Return who died, as published by rank 0; a process that left in order did not die."""
         for rank in cut:
             if not self._store.check([f"left/{rank}"]):
                 self._store.set("gone", str(rank))

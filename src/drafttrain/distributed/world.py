@@ -1,4 +1,4 @@
-"""Which process this is, and of how many, as the launcher's environment variables say."""
+"""Which process this is, and of how many, from the launcher's environment variables."""
 
 from __future__ import annotations
 

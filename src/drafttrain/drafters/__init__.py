@@ -1,4 +1,4 @@
-"""Drafters, one folder a kind: the trainable module and its proposer. Parts that several kinds use stand beside the folders."""
+"""Drafters, one folder per kind: the trainable module and its proposer. Shared parts are next to the folders."""
 
 from drafttrain.drafters.drafter import Drafter, drafters
 

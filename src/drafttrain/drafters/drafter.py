@@ -67,7 +67,7 @@ class Drafter(nn.Module, ABC):
     def rows_asked(self) -> Sequence[RowsAsked]:
         """Return which rows training reads: first those of the loss, then those of the drafter's own forward.
 
-        These rows are found on the host before a batch is sent to a device. Finding others makes the host wait for the device.
+        These rows are found on the host before a batch is sent to a device. Finding others makes the host wait.
         """
         return [RowsAsked((1,), self.lag)]
 
@@ -113,7 +113,7 @@ class Drafter(nn.Module, ABC):
         """Return the target that the exported drafter drafts for: the given one, or a copy with trained adapters."""
         return target
 
-    def standing_on(self, target: Target) -> AbstractContextManager[None]:
+    def adapting(self, target: Target) -> AbstractContextManager[None]:
         """Within this context, `target` has the adapters of the drafter in training, if there are any."""
         return nullcontext()
 

@@ -116,9 +116,9 @@ class Engine:
     def _why_alone(self, prompts: Sequence[Prompt]) -> str | None:
         """Return why these prompts cannot be decoded together; None: they can."""
         longest = max(len(prompt.tokens) for prompt in prompts) + self.max_new_tokens
-        if why := self._lm.why_alone(longest):
+        if why := self._lm.why_one_at_a_time(longest):
             return f"target: {why}"
-        if isinstance(self.proposer, DraftsWithOwnCache) and (why := self.proposer.why_alone(longest)):
+        if isinstance(self.proposer, DraftsWithOwnCache) and (why := self.proposer.why_one_at_a_time(longest)):
             return f"drafter: {why}"
         return None
 

@@ -1,4 +1,4 @@
-"""Importers: one file a layout. A layout turns a folder that somebody else trained into a drafter folder, or says all that hinders it."""
+"""Importers: a file for each layout. A layout converts a folder trained elsewhere to a drafter folder, or lists all problems."""
 
 from __future__ import annotations
 
@@ -21,54 +21,54 @@ importers = Registry("layout", "drafttrain.importers")
 
 @dataclass(frozen=True)
 class Given:
-    """A folder that somebody else made, in memory."""
+    """A folder trained elsewhere, in memory."""
 
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     files: Mapping[str, str]
-    """The file that each tensor is in."""
+    """The file of each tensor."""
     notes: Sequence[str] = ()
 
     @property
     def architectures(self) -> set[str]:
-        """The classes that config.json names."""
+        """The classes named in config.json."""
         named = self.config.get("architectures")
         return {one for one in named if isinstance(one, str)} if isinstance(named, list) else set()
 
     @property
     def weights(self) -> str:
-        """The names of the files of weights, for a message on a tensor that is in none of them."""
+        """The names of the weight files, for messages about missing tensors."""
         return ", ".join(sorted(set(self.files.values())))
 
 
 @dataclass
 class Imported:
-    """What a layout makes of a folder."""
+    """The result of converting a folder."""
 
     files: DrafterFiles
     problems: list[str] = field(default_factory=list)
-    """What must be mended first; the files are worth nothing while there is one."""
+    """What must be fixed first; with any problem the files are unusable."""
     notes: list[str] = field(default_factory=list)
-    """What was filled in, dropped or renumbered, in words."""
+    """What was filled in, dropped or renumbered, for the user."""
 
 
 class Importer(ABC):
     """One layout."""
 
     holds: ClassVar[str]
-    """The kind of drafter that it holds."""
+    """The kind of drafter."""
     known_by: ClassVar[str]
-    """What tells it from the others, for the message that nothing did."""
+    """How it is recognised, for the message that a folder has no known layout."""
 
     @abstractmethod
     def recognises(self, given: Given) -> bool:
-        """Tell whether a folder is of this layout; at most one may."""
+        """Return whether a folder has this layout; at most one layout may return True."""
 
     @abstractmethod
     def target_of(self, given: Given) -> str | None:
-        """Return the target that the folder itself names."""
+        """Return the target that the folder names; None: it names none."""
 
     @abstractmethod
     def convert(self, given: Given, target: TargetFiles) -> Imported:
-        """Return the drafter's files under our names, with every problem of the folder."""
+        """Return the drafter's files under drafttrain's names, with all problems of the folder."""

@@ -27,25 +27,25 @@ class CausalLMLayout:
 
 @importers.register("causal_lm", CausalLMLayout)
 class CausalLMImporter(Importer):
-    """Whatever `AutoModelForCausalLM` builds without code that comes with the folder; kept as it is."""
+    """Any model that `AutoModelForCausalLM` builds without code from the folder; it is not changed."""
 
     holds: ClassVar[str] = "causal_lm"
-    known_by: ClassVar[str] = "a model_type of transformers in config.json, and none of the others' marks"
+    known_by: ClassVar[str] = "a model_type of transformers in config.json, and no mark of another layout"
 
     def recognises(self, given: Given) -> bool:
-        """Tell by a model type that no other layout explains."""
+        """Return whether config.json has a model type, and no other layout recognises the folder."""
         others = [importers.entry(name).component() for name in importers.names() if name != "causal_lm"]
         return bool(given.config.get("model_type")) and not any(other.recognises(given) for other in others)
 
     def target_of(self, given: Given) -> str | None:
-        """Return nothing: such a model is of nobody."""
+        """Return None: a plain model names no target."""
         return None
 
     def convert(self, given: Given, target: TargetFiles) -> Imported:
-        """Return the files as they are, without tied tensors that are there twice."""
+        """Return the files unchanged, without the copies of tied tensors."""
         found, notes = [], []
         if "auto_map" in given.config:
-            found.append("config.json: auto_map names code that comes with the folder: it is not run here")
+            found.append("config.json: auto_map names code in the folder, which is not run")
         shapes, wrong = _shapes(given.config)
         rows = given.config.get("vocab_size")
         if isinstance(rows, int) and (problem := rows_problem(rows, target.num_tokens)):
@@ -53,7 +53,7 @@ class CausalLMImporter(Importer):
         elif isinstance(rows, int) and rows != target.size("vocab_size"):
             notes.append(
                 f"config.json: vocab_size is {rows}, the target {target.name} has {target.size('vocab_size')}: the same "
-                "tokens with other padding; vLLM refuses that"
+                "tokens with different padding, which vLLM refuses"
             )
         if wrong:
             return Imported(DrafterFiles("causal_lm", given.config, {}), [*found, *wrong], notes)
@@ -61,10 +61,10 @@ class CausalLMImporter(Importer):
         if HEAD in given.tensors and HEAD not in shapes and EMBEDDING in given.tensors:
             if torch.equal(given.tensors[HEAD], given.tensors[EMBEDDING]):
                 given = without(given, [HEAD])
-                notes.append(f"{HEAD}: left out, it is tied to {EMBEDDING}")
+                notes.append(f"{HEAD}: dropped, it is tied to {EMBEDDING}")
             else:
                 found.append(
-                    f"{given.files[HEAD]}: {HEAD}: is not {EMBEDDING}, though tie_word_embeddings in config.json is true"
+                    f"{given.files[HEAD]}: {HEAD}: differs from {EMBEDDING}, but tie_word_embeddings in config.json is true"
                 )
                 given = without(given, [HEAD])
         tensors, named = renamed(given, shapes, ours=str, theirs=str)
@@ -72,9 +72,9 @@ class CausalLMImporter(Importer):
 
 
 def _shapes(config: Mapping[str, Any]) -> tuple[Shapes, list[str]]:
-    """Return (names and shapes of the model that config.json describes, problems)."""
+    """Return (names and shapes of the tensors of the model in config.json, problems)."""
     try:
         return LAYOUTS["causal_lm"][0](config), []
     except Exception as error:  # each architecture checks its configuration in its own way
-        said = " ".join(str(error).split())[:300]
-        return {}, [f"config.json: transformers builds no causal LM from it: {type(error).__name__}: {said}"]
+        message = " ".join(str(error).split())[:300]
+        return {}, [f"config.json: transformers cannot build a causal LM from it: {type(error).__name__}: {message}"]

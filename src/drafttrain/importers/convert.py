@@ -1,4 +1,4 @@
-"""From a folder that somebody else trained to a drafter folder of ours: recognised, renamed, checked, written, read back."""
+"""Convert a folder trained elsewhere to a drafter folder: recognise, rename, check, write, read back."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from drafttrain.export.layout import layout_problems
 from drafttrain.importers import Given, Imported, Importer, importers
 from drafttrain.importers.reading import read_given
 from drafttrain.importers.target import TargetFiles
-from drafttrain.importers.unread import why_unread
+from drafttrain.importers.unsupported import why_unsupported
 from drafttrain.target_model.tokenizer import check_same_tokenizer, load_tokenizer, num_ids, tokenizer_fingerprint
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
-KEPT = ("generation_config.json", TREE, ADAPTER)
-"""What lies beside configuration and weights and a drafter folder of ours reads too: without its adapter, Medusa-2 is another drafter."""
+COPIED = ("generation_config.json", TREE, ADAPTER)
+"""Further files that a drafter folder reads; without its adapter, Medusa-2 is another drafter."""
 
 
 def import_folder(source: Path, out: Path, *, target: str | None = None) -> Imported:
-    """Write the drafter folder of a folder that somebody else trained; return what was made, with what was changed on the way.
+    """Write the drafter folder of a folder trained elsewhere; return the files, with notes on what was changed.
 
     Args:
-        target: What it was made for; None: what the folder itself says.
+        target: The target that it was made for; None: the one that the folder names.
 
     Raises:
-        CheckpointError: With everything that hinders it.
+        CheckpointError: Lists all problems.
     """
     _check_place(source, out)
     if not source.is_dir():
@@ -47,7 +47,7 @@ def import_folder(source: Path, out: Path, *, target: str | None = None) -> Impo
     about = read_about(source)
     named = target or (about.target if about else None) or layout.target_of(given)
     if not named:
-        raise CheckpointError(f"{source}: does not say which target it was made for: give --target")
+        raise CheckpointError(f"{source}: names no target: give --target")
     stand = TargetFiles.named(named)
     made = converted(given, layout, stand)
     with folder_beside(out) as temporary:
@@ -58,7 +58,7 @@ def import_folder(source: Path, out: Path, *, target: str | None = None) -> Impo
         )
         dtype = next(str(t.dtype).removeprefix("torch.") for t in made.files.tensors.values() if t.is_floating_point())
         write_json(temporary / "config.json", {**made.files.config, "dtype": dtype})
-        for name in KEPT:
+        for name in COPIED:
             if (source / name).exists():
                 copy = shutil.copytree if (source / name).is_dir() else shutil.copyfile
                 copy(source / name, temporary / name)
@@ -84,28 +84,28 @@ def layout_of(given: Given) -> Importer:
     """Return the layout of a folder.
 
     Raises:
-        CheckpointError: It is of none that is known, or one of ours already.
+        CheckpointError: It has no known layout, or is a drafter folder already.
     """
     if "drafttrain" in given.config:
         raise CheckpointError(
-            f"{given.folder}: is a drafter folder of ours already: train on with drafter.checkpoint, or evaluate it"
+            f"{given.folder}: is already a drafter folder: continue training with drafter.checkpoint, or evaluate it"
         )
-    if unread := why_unread(given):
-        raise CheckpointError(f"{given.folder}: {unread}")
+    if reason := why_unsupported(given):
+        raise CheckpointError(f"{given.folder}: {reason}")
     layouts: dict[str, Importer] = {name: importers.entry(name).component() for name in importers.names()}
     able = [name for name, layout in layouts.items() if layout.recognises(given)]
     if len(able) == 1:
         return layouts[able[0]]
     known = [f"{name}: {layout.known_by}" for name, layout in layouts.items()]
-    said = f"is of {' and '.join(able)}" if able else "is of no layout that is read here"
-    raise CheckpointError("\n  ".join([f"{given.folder}: {said}. Layouts are told by:", *known]))
+    what = f"has the marks of {' and '.join(able)}" if able else "has no known layout"
+    raise CheckpointError("\n  ".join([f"{given.folder}: {what}. Layouts are recognised by:", *known]))
 
 
 def converted(given: Given, layout: Importer, target: TargetFiles) -> Imported:
     """Return the drafter's files.
 
     Raises:
-        CheckpointError: With every problem of the folder, each with its file and key.
+        CheckpointError: Lists all problems of the folder, each with its file and key.
     """
     made = layout.convert(given, target)
     problems = list(dict.fromkeys([*_tokenizer_problems(given, layout, target), *made.problems]))
@@ -114,17 +114,17 @@ def converted(given: Given, layout: Importer, target: TargetFiles) -> Imported:
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise CheckpointError(
-            "\n  ".join([f"{given.folder}: not imported for {target.name}: {count}", *on_one_screen(problems)])
+            "\n  ".join([f"{given.folder}: cannot be imported for {target.name}: {count}", *on_one_screen(problems)])
         )
     made.notes[:0] = given.notes
     about = read_about(given.folder)
     if about is not None and about.target_fingerprint not in ("", target.fingerprint):
-        made.notes.append(f"was trained for {about.target} with other weights than {target.name}")
+        made.notes.append(f"was trained for {about.target}, whose weights differ from {target.name}")
     return made
 
 
 def _tokenizer_problems(given: Given, layout: Importer, target: TargetFiles) -> list[str]:
-    """Return how the tokenizer beside the weights differs from the target's; only a model of its own must have one."""
+    """Return how the folder's tokenizer differs from the target's; only a causal LM must have one."""
     if layout.holds != "causal_lm" and not any((given.folder / name).is_file() for name in TOKENIZERS):
         return []
     try:
@@ -135,11 +135,11 @@ def _tokenizer_problems(given: Given, layout: Importer, target: TargetFiles) -> 
 
 
 def _check_place(source: Path, out: Path) -> None:
-    """Refuse to write over what is no drafter folder."""
+    """Check that nothing but a drafter folder would be overwritten."""
     if out.resolve() == source.resolve() or out.resolve() in source.resolve().parents:
-        raise CheckpointError(f"{out}: is or holds the folder that is imported: give another --out")
+        raise CheckpointError(f"{out}: is, or contains, the folder to import: give another --out")
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / ABOUT).is_file())):
-        raise CheckpointError(f"{out}: exists, and is no drafter folder: give another --out")
+        raise CheckpointError(f"{out}: exists and is no drafter folder: give another --out")
 
 
 def _read_back(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""EAGLE-1: one layer without an input norm over (embedding, feature), read by the target's own head."""
+"""EAGLE-1: one layer without an input norm over (embedding, feature), with the target's head."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from drafttrain.importers.target import TargetFiles
 
 ARCHITECTURES = ("EagleLlamaForCausalLM", "LlamaForCausalLMEagle", "EAGLEModel")
 WRAPPER = ("model", "model_type", "truncated_vocab_size", FC_BIAS, "method", "num_lookahead_tokens")
-"""Fields of the first level where `model` holds the layer's."""
+"""Fields of the first level if `model` holds those of the layer."""
 
 BIAS = "fc.bias"
 
@@ -30,7 +30,7 @@ class EagleLayout:
 
 @importers.register("eagle", EagleLayout)
 class EagleImporter(Importer):
-    """The authors' names; the head and the embedding are the target's. fc may have a bias, as the authors' has unless told otherwise.
+    """The authors' names; the head and the embedding are the target's. fc may have a bias, which is the authors' default.
 
     Source: Li et al. 2024, EAGLE, arXiv 2401.15077.
     """
@@ -39,7 +39,7 @@ class EagleImporter(Importer):
     known_by: ClassVar[str] = f"architectures {' or '.join(ARCHITECTURES)}, model_type eagle, or a tensor fc.weight"
 
     def recognises(self, given: Given) -> bool:
-        """Tell by the architecture, or an fc that no other layout explains."""
+        """Return whether the architecture is EAGLE's, or there is an fc and no other layout recognises the folder."""
         others = [importers.entry(name).component() for name in ("eagle3", "speculators", "medusa")]
         if any(other.recognises(given) for other in others):
             return False
@@ -47,7 +47,7 @@ class EagleImporter(Importer):
         return bool(named) or given.config.get("model_type") == "eagle" or "fc.weight" in unwrapped(given).tensors
 
     def target_of(self, given: Given) -> str | None:
-        """Return nothing: the layout has no place for it."""
+        """Return None: the layout has no field for it."""
         return None
 
     def convert(self, given: Given, target: TargetFiles) -> Imported:
@@ -55,30 +55,30 @@ class EagleImporter(Importer):
         given = unwrapped(given)
         config, found, notes = _flat(given.config)
         if config.get("logit_scale") == scale_of(target.config):
-            # The target's own head is read, with its scale.
+            # The drafter reads the target's head, which applies this scale.
             found = [line for line in found if "logit_scale" not in line]
         given, others = without_other_forms(given, found)
         found += others
-        fields, wrong, said = layer_fields(config, target)
-        found, notes = [*found, *wrong], [*notes, *said]
+        fields, wrong, more = layer_fields(config, target)
+        found, notes = [*found, *wrong], [*notes, *more]
         if not fields:
             return Imported(DrafterFiles("eagle", {}, {}), found, notes)
         own = own_defaults()
         config = {"architectures": ["LlamaForCausalLM"], **fields, "drafttrain": own}
         shared = {"embed_tokens.weight": target.embedding, "lm_head.weight": target.head}
-        given, wrong, said = without_copies(given, shared, target)
-        given, turned = without_angles(given, fields)
+        given, wrong, more = without_copies(given, shared, target)
+        given, angles = without_angles(given, fields)
         if BIAS in given.tensors and not given.tensors[BIAS].any():
-            given, said = without(given, [BIAS]), [*said, f"{BIAS}: left out, it is zero"]
+            given, more = without(given, [BIAS]), [*more, f"{BIAS}: dropped, it is zero"]
         elif BIAS in given.tensors:
             config[FC_BIAS] = True
         tensors, named = renamed(given, LAYOUTS["eagle"][0](config), ours=str, theirs=str)
         files = DrafterFiles("eagle", config, tensors)
-        return Imported(files, [*found, *wrong, *turned, *named], [*notes, *said])
+        return Imported(files, [*found, *wrong, *angles, *named], [*notes, *more])
 
 
 def _flat(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
-    """Return (the layer's fields, problems, notes), of a configuration with or without vLLM's wrapper."""
+    """Return (the layer's fields, problems, notes) of a configuration with or without vLLM's wrapper."""
     inner = config.get("model")
     if inner is None:
         own = ("bias", "tie_word_embeddings", "final_logit_softcapping", *WRAPPER[2:])
@@ -87,12 +87,12 @@ def _flat(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[st
     if not isinstance(inner, Mapping):
         return {}, [f"config.json: model must be a mapping, got {inner!r}"], []
     found, notes = unknown_fields(config, known=(*WRAPPER, "tie_word_embeddings", "vocab_size", "hidden_size"))
-    wrong, said = layer_problems(inner, own=("bias", "tie_word_embeddings"), prefix="model.")
-    return dict(inner), [*found, *wrong, *_vocabulary_cut(config, inner)], [*notes, *said]
+    wrong, more = layer_problems(inner, own=("bias", "tie_word_embeddings"), prefix="model.")
+    return dict(inner), [*found, *wrong, *_vocabulary_cut(config, inner)], [*notes, *more]
 
 
 def _vocabulary_cut(config: Mapping[str, Any], layer: Mapping[str, Any]) -> list[str]:
     cut, whole = config.get("truncated_vocab_size"), layer.get("vocab_size")
     if cut in (None, whole):
         return []
-    return [f"config.json: truncated_vocab_size is {cut}, only null or vocab_size ({whole}) is read here"]
+    return [f"config.json: truncated_vocab_size is {cut}, must be null or vocab_size ({whole})"]

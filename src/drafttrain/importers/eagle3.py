@@ -38,10 +38,10 @@ NESTED_ONLY: dict[str, bool | int] = {
     "use_mtp_layernorm": False,
     "parallel_draft_step": 1,
 }
-"""Fields of ModelOpt's exports of which our layer has one form; left out or null means the same."""
+"""Fields of ModelOpt's exports, and the one value that drafttrain's layer supports; null or a missing field means this value."""
 
 OF_NESTED = (TAPS, "norm_before_fc", *NESTED_ONLY, "next_layer_regular", "parallel_draft_heads_num_layers")
-"""The last two say something of further layers and of parallel drafting alone."""
+"""The last two concern further layers and parallel drafting only."""
 
 HEAD = "lm_head.weight"
 
@@ -55,8 +55,8 @@ class Eagle3Layout:
 class Eagle3Importer(Importer):
     """The names of formats that vLLM, SGLang and TensorRT-LLM read.
 
-    Tap i on the first level of config.json is the state entering block i, as here; in `eagle_config` (ModelOpt, SpecForge, SGLang) it
-    is the block whose output is read, one less. d2t holds offsets, target id - draft id; some files hold the ids themselves.
+    Tap i on the first level of config.json is the state entering block i, as in drafttrain; in `eagle_config` (ModelOpt, SpecForge,
+    SGLang) it is the block whose output is read, one less. d2t holds offsets, target id - draft id; some files hold target ids instead.
 
     Source: Li et al. 2025, EAGLE-3, arXiv 2503.01840.
     """
@@ -67,7 +67,7 @@ class Eagle3Importer(Importer):
     )
 
     def recognises(self, given: Given) -> bool:
-        """Tell by the architecture, or the second norm of the layer's inputs."""
+        """Return whether the architecture or the names of the tensors are EAGLE-3's."""
         if "speculators_model_type" in given.config:
             return False
         names = unwrapped(given).tensors
@@ -75,7 +75,7 @@ class Eagle3Importer(Importer):
         return bool(named) or any(n.startswith(OURS) or n == f"{THEIRS}hidden_norm.weight" for n in names)
 
     def target_of(self, given: Given) -> str | None:
-        """Return nothing: the layout has no place for it."""
+        """Return None: the layout has no field for it."""
         return None
 
     def convert(self, given: Given, target: TargetFiles) -> Imported:
@@ -86,17 +86,17 @@ class Eagle3Importer(Importer):
             return Imported(DrafterFiles("eagle3", {}, {}), [problem])
         given = unwrapped(given)
         found, unread = layer_problems(given.config, own=OWN)
-        wrong, said = unknown_fields(nested, known=OF_NESTED, prefix=f"{NESTED}.")
-        found, unread = [*found, *wrong], [*unread, *said]
+        wrong, more = unknown_fields(nested, known=OF_NESTED, prefix=f"{NESTED}.")
+        found, unread = [*found, *wrong], [*unread, *more]
         found += [
-            f"config.json: {NESTED}.{key} is {nested[key]!r}, only {value!r} is read here: another layer would be computed"
+            f"config.json: {NESTED}.{key} is {nested[key]!r}, must be {value!r}: the layer would be another one"
             for key, value in NESTED_ONLY.items()
             if nested.get(key) not in (None, value)
         ]
         given, others = without_other_forms(given, found)
         found += others
         taps, wrong, notes = taps_read(given.config, target)
-        # vLLM and SGLang read the nested field first.
+        # For vLLM and SGLang the nested field has precedence.
         config = {**given.config}
         if "norm_before_fc" in nested:
             config["norm_before_fc"] = nested["norm_before_fc"]
@@ -106,49 +106,53 @@ class Eagle3Importer(Importer):
 
 
 def _norm_output_notes(given: Given) -> list[str]:
-    """Return what engines mean by `norm_output` and what SpecForge does, unless the folder is an export of ours."""
+    """Return how engines read `norm_output` and how SpecForge does, unless drafttrain exported the folder."""
     value = given.config.get("norm_output")
     if not isinstance(value, bool) or (given.folder / ABOUT).exists():
         return []
     if value:
-        engines, specforge, then = "after", "the head reads a normed state, as always here", "write false"
+        engines, specforge, then = (
+            "after",
+            "the head reads a normed state, as in every drafttrain drafter",
+            "write false",
+        )
     else:
         engines, specforge, then = (
             "before",
             "the head reads a state without a norm",
-            "no engine computes what was trained",
+            "no engine computes this drafter",
         )
     return [
-        f"config.json: norm_output is {str(value).lower()}: the state is fed back {engines} the final norm, as vLLM {VLLM} and SGLang "
-        f"{SGLANG} read it. For SpecForge 0.2.0 it says that {specforge}, and the state is always fed back before the norm: if "
-        f"SpecForge trained this, {then}"
+        f"config.json: norm_output is {str(value).lower()}: the state is fed back {engines} the final norm, as in vLLM {VLLM} and SGLang "
+        f"{SGLANG}. In SpecForge 0.2.0 it means that {specforge}, and the state is always fed back before the norm. If "
+        f"SpecForge trained this drafter, {then}"
     ]
 
 
 def eagle3_files(given: Given, target: TargetFiles, *, taps: list[int]) -> Imported:
-    """Return the files of a drafter whose taps are known, from a configuration of one level."""
+    """Return the files of a drafter with these taps, from a configuration of one level."""
     fields, found, notes = layer_fields(given.config, target)
     if not fields:
         return Imported(DrafterFiles("eagle3", {}, {}), found, notes)
     config = {"architectures": [ARCHITECTURES[0]], **fields, **_own_fields(given, found), TAPS: taps}
-    given, wrong, said = without_copies(given, {"embed_tokens.weight": target.embedding}, target)
-    given, turned = without_angles(given, fields)
+    given, wrong, dropped = without_copies(given, {"embed_tokens.weight": target.embedding}, target)
+    given, angles = without_angles(given, fields)
     given, mapped, more = _with_map(given, config)
     prefix = THEIRS if sum(name.startswith(THEIRS) for name in given.tensors) > len(given.tensors) / 2 else OURS
     tensors, named = renamed(
         given, LAYOUTS["eagle3"][0](config), ours=prefixed(THEIRS, OURS), theirs=prefixed(OURS, prefix)
     )
     files = DrafterFiles("eagle3", config, tensors)
-    return Imported(files, [*found, *wrong, *turned, *mapped, *named], [*notes, *said, *more])
+    return Imported(files, [*found, *wrong, *angles, *mapped, *named], [*notes, *dropped, *more])
 
 
 def prefixed(old: str, new: str) -> Callable[[str], str]:
-    """Return the function that puts one beginning in place of another."""
+    """Return a function that replaces one prefix by another."""
     return lambda name: new + name.removeprefix(old) if name.startswith(old) else name
 
 
 def taps_read(config: Mapping[str, Any], target: TargetFiles) -> tuple[list[int], list[str], list[str]]:
-    """Return (the blocks whose incoming states are read, problems, notes)."""
+    """Return (taps as blocks whose incoming states are read, problems, notes)."""
     inner = config.get(NESTED)
     first, nested = config.get(TAPS), inner.get(TAPS) if isinstance(inner, Mapping) else None
     num_layers = target.size("num_hidden_layers")
@@ -157,38 +161,36 @@ def taps_read(config: Mapping[str, Any], target: TargetFiles) -> tuple[list[int]
         if given is not None and not (isinstance(given, list) and all(type(tap) is int for tap in given)):
             return fallback, [f"config.json: {key} must be a list of whole numbers, got {given!r}"], []
     if first and nested and first != [tap + 1 for tap in nested]:
-        said = (
-            f"config.json: {TAPS} is {first}, {NESTED}.{TAPS} {nested}: the second must be one less, it counts outputs"
-        )
-        return first, [said], []
+        problem = f"config.json: {TAPS} is {first}, {NESTED}.{TAPS} {nested}: each tap in the second must be one less, because it counts outputs"
+        return first, [problem], []
     notes = []
     if first:
         taps, key = first, TAPS
     elif nested:
         taps, key = [tap + 1 for tap in nested], f"{NESTED}.{TAPS}"
         notes = [
-            f"taps {nested} of {NESTED} are the blocks whose output is read: here they are {taps}, the blocks they enter"
+            f"taps {nested} of {NESTED} are blocks whose output is read; they become {taps}, the blocks that the states enter"
         ]
     else:
-        taps, key = fallback, f"{TAPS} (left out)"
-        notes = [f"config.json: {TAPS} is left out: taken as {taps}, as EAGLE-3 does"]
+        taps, key = fallback, f"{TAPS} (missing)"
+        notes = [f"config.json: {TAPS} is missing: set to {taps}, as in EAGLE-3"]
     try:
         return taps_of(num_layers, taps), [], notes
     except CheckpointError:
         return (
             taps,
             [
-                f"config.json: {key}: taps {taps}, as states entering blocks, must be three different ones in rising order, of "
-                f"0..{num_layers - 1} for the target {target.name}"
+                f"config.json: {key}: taps {taps}, as states entering blocks, must be three different numbers of "
+                f"0..{num_layers - 1} in rising order for the target {target.name}"
             ],
             notes,
         )
 
 
 def _own_fields(given: Given, found: list[str]) -> dict[str, Any]:
-    """Return the fields of the kind; what is wrong is added to `found`.
+    """Return the fields of the kind; problems are added to `found`.
 
-    A configuration that was made from a target's may say that its head is tied, beside a head of its own in the file: loaders take that.
+    A configuration that was made from a target's may have tie_word_embeddings although the file has a head: loaders read the head.
     """
     config = given.config
     for key in (*VARIANTS, "tie_word_embeddings"):
@@ -197,13 +199,13 @@ def _own_fields(given: Given, found: list[str]) -> dict[str, Any]:
             found.append(f"config.json: {key} must be true or false, got {value!r}")
     if config.get("tie_word_embeddings") is True and HEAD not in given.tensors:
         found.append(
-            f"config.json: tie_word_embeddings is true, and there is no {HEAD}: the head of this layout is its own"
+            f"config.json: tie_word_embeddings is true, but there is no {HEAD}: a drafter of this layout has its own head"
         )
     width, rows = config["hidden_size"], config.get("draft_vocab_size")
     found += size_problems(config, ["draft_vocab_size"], may_lack=["draft_vocab_size"])
     if config.get("target_hidden_size") not in (None, width):
         found.append(
-            f"config.json: target_hidden_size is {config['target_hidden_size']}, only hidden_size ({width}) is read here"
+            f"config.json: target_hidden_size is {config['target_hidden_size']}, must be hidden_size ({width})"
         )
     settings = Eagle3Settings(num_steps=_draft_length(config) or Eagle3Settings().num_steps)
     return {
@@ -215,7 +217,7 @@ def _own_fields(given: Given, found: list[str]) -> dict[str, Any]:
 
 
 def _draft_length(config: Mapping[str, Any]) -> int | None:
-    """Return the draft tokens that a speculators folder asks for; None: it does not say."""
+    """Return the draft length in a speculators folder; None: it has none."""
     try:
         length = config["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
     except (KeyError, IndexError, TypeError):
@@ -228,7 +230,7 @@ def _with_map(given: Given, config: Mapping[str, Any]) -> tuple[Given, list[str]
     d2t_R, t2d_V = given.tensors.get("d2t"), given.tensors.get("t2d")
     rows, size = config["draft_vocab_size"], config["vocab_size"]
     if d2t_R is None:
-        return given, [], []  # the shapes say whether one is missing
+        return given, [], []  # renamed() reports a missing d2t
     wrong = [
         f"{given.files[name]}: {name}: is {tensor.dtype}, must be {wanted}"
         for name, tensor, wanted in (("d2t", d2t_R, "int64"), ("t2d", t2d_V, "bool"))
@@ -245,45 +247,45 @@ def _with_map(given: Given, config: Mapping[str, Any]) -> tuple[Given, list[str]
         if offsets_R.any():
             return (
                 given,
-                [f"{given.files['d2t']}: d2t: renumbers a whole vocabulary of {size}: no place for it here"],
+                [f"{given.files['d2t']}: d2t: permutes the whole vocabulary of {size} tokens, which is not supported"],
                 [],
             )
-        return replace(given, tensors=rest), [], [*notes, "d2t, t2d: left out, the vocabulary is the target's"]
-    said_V = torch.zeros(size, dtype=torch.bool)
-    said_V[offsets_R + torch.arange(rows)] = True
+        return replace(given, tensors=rest), [], [*notes, "d2t, t2d: dropped, the vocabulary is the target's"]
+    mask_V = torch.zeros(size, dtype=torch.bool)
+    mask_V[offsets_R + torch.arange(rows)] = True
     if t2d_V is None:
-        notes.append("t2d: missing, made from d2t")
+        notes.append("t2d: missing, computed from d2t")
         given = replace(given, files={**given.files, "t2d": given.files["d2t"]})
-    return replace(given, tensors={**rest, "d2t": offsets_R, "t2d": said_V}), [], notes
+    return replace(given, tensors={**rest, "d2t": offsets_R, "t2d": mask_V}), [], notes
 
 
 def offsets(d2t_R: Tensor, t2d_V: Tensor | None, *, size: int) -> tuple[Tensor, list[str], list[str]]:
-    """Return (target id - draft id of every token, problems, notes), of a d2t that holds these, or the target's ids.
+    """Return (target id - draft id of every token, problems, notes) of a d2t that holds these offsets or the target's ids.
 
-    Which of the two it is, t2d tells. Without t2d only one of them may be possible.
+    t2d decides which of the two it holds. Without t2d, only one of them may be possible.
     """
     own_R = torch.arange(len(d2t_R))
     if t2d_V is None:
         valid = {name: _is_map(ids_R, size) for name, ids_R in (("offsets", d2t_R + own_R), ("ids", d2t_R))}
         if all(valid.values()):
-            return d2t_R, ["d2t: may be offsets or ids, both are possible: give t2d, which tells"], []
+            return d2t_R, ["d2t: may hold offsets or ids, both are possible: add t2d, which decides"], []
         as_ids = valid["ids"]
         problems = (
             []
             if any(valid.values())
-            else [f"d2t: gives, as offsets or as ids, ids that come twice or are not in 0..{size - 1}"]
+            else [f"d2t: both as offsets and as ids, it has ids that occur twice or are not in 0..{size - 1}"]
         )
     else:
         if not bool(((t2d_V == 0) | (t2d_V == 1)).all()):
-            return d2t_R, ["t2d: must be true (or 1) for every id that the drafter can say, false for the others"], []
+            return d2t_R, ["t2d: must be true (or 1) for every id that the drafter can propose, else false (or 0)"], []
         problems = vocabulary_problems(d2t_R, t2d_V.bool())
         as_ids = bool(problems) and not vocabulary_problems(d2t_R - own_R, t2d_V.bool())
     if as_ids:
-        return d2t_R - own_R, [], ["d2t: holds the target's ids: written as offsets, target id - draft id"]
+        return d2t_R - own_R, [], ["d2t: holds the target's ids; written as offsets, target id - draft id"]
     return d2t_R, problems, []
 
 
 def _is_map(ids_R: Tensor, size: int) -> bool:
-    """Tell whether these can be ids of the target, each once."""
+    """Return whether these are different ids of the target."""
     inside = bool(((ids_R >= 0) & (ids_R < size)).all())
     return inside and len(ids_R.unique()) == len(ids_R)

@@ -1,4 +1,4 @@
-"""config.json of somebody else's one-layer drafter: what each field may say, what a field left out means, and none that is unknown."""
+"""config.json of a one-layer drafter trained elsewhere: allowed values, defaults of missing fields, and unknown fields."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ SILENT = (
     *("chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type", "pretraining_tp"),
     *("model_type", "target_model_type", "decoder_sparse_step", "max_sequence_length"),
 )
-"""Fields that have no effect on what the layer computes, and are common enough that it need not be reported.
+"""Fields that have no effect on what the layer computes, and are too common to report.
 
-`model_type` has one in the speculators format alone: elsewhere the architecture says that the layer is Llama's.
+`model_type` has an effect in the speculators format only: in others the architecture means that the layer is Llama's.
 """
 
 WINDOW = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
-"""Fields that together say whether the layer attends to the whole text."""
+"""Fields that together decide whether the layer attends to the whole text."""
 
-FURTHER = "further layers are not read"
+FURTHER = "further layers are not supported"
 ATTENTION_BIAS = "the attention's projections would have biases"
 MLP_BIAS = "the feed-forward block would have biases"
-HEAD_NORMS = "queries and keys would be normed in each head, as Qwen3's are"
+HEAD_NORMS = "queries and keys would be normed in each head, as in Qwen3"
 FORMS = {
     FURTHER: re.compile(r"^layers\.[1-9]\d*\.|^additional_layers\."),
     ATTENTION_BIAS: re.compile(r"self_attn\.\w+\.bias$"),
@@ -43,25 +43,25 @@ FORMS = {
     HEAD_NORMS: re.compile(r"self_attn\.[qk]_norm\."),
     "the feed-forward block would be a mixture of experts": re.compile(r"mlp\.(experts|gate|shared_experts?)\."),
 }
-"""Forms of the layer that are not read here, and the tensors that only they have."""
+"""Forms of the layer that are not supported, and the tensors that only they have."""
 
 ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "num_hidden_layers": ((1,), FURTHER),
-    "hidden_act": (("silu",), "the layer's activation would be another one"),
+    "hidden_act": (("silu",), "the layer would have another activation"),
     "attention_bias": ((False,), ATTENTION_BIAS),
-    "bias": ((False,), "engines take it for biases of the attention and of fc"),
+    "bias": ((False,), "engines read it as biases of the attention and of fc"),
     "mlp_bias": ((False,), MLP_BIAS),
     "qkv_bias": ((False,), ATTENTION_BIAS),
-    "partial_rotary_factor": ((1,), "only a part of each head would be rotated"),
+    "partial_rotary_factor": ((1,), "only part of each head would be rotated"),
     "rope_is_neox_style": ((True,), "other pairs of coordinates would be rotated"),
     "is_causal": ((True,), "the attention would look ahead"),
     "logit_scale": ((1,), "the drafter's logits would be scaled"),
-    "use_aux_norm": ((False,), "it is SGLang's older name of fc_norm: write that"),
+    "use_aux_norm": ((False,), "it is SGLang's older name of fc_norm: use fc_norm"),
     "num_aux_hidden_states": ((3,), "another number of the target's states would be read"),
-    "quantization_config": (({},), "quantized weights are not read"),
-    "compression_config": (({},), "quantized weights are not read"),
+    "quantization_config": (({},), "quantized weights are not supported"),
+    "compression_config": (({},), "quantized weights are not supported"),
 }
-"""Fields that have an effect: what of them is read, and what another value would do; null is the same as left out."""
+"""Fields that have an effect: the supported values, and the effect of others; null is the same as a missing field."""
 
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 OTHERS = (
@@ -74,7 +74,7 @@ OF_ROPE = (
     *("beta_slow", "mscale", "mscale_all_dim", "truncate", "low_freq_factor", "high_freq_factor"),
     "partial_rotary_factor",
 )
-"""Fields of rope_parameters, or of rope_scaling."""
+"""Supported fields of rope_parameters or rope_scaling."""
 
 ROPE_ONLY: dict[str, tuple[Any, ...]] = {
     "alpha": (),
@@ -83,30 +83,30 @@ ROPE_ONLY: dict[str, tuple[Any, ...]] = {
     "apply_yarn_scaling": (True,),
     "use_fope": (False,),
 }
-"""Fields of a scaling that vLLM 0.32.0 reads beside these, and the values that have no effect."""
+"""Further fields of a scaling that vLLM 0.32.0 reads, and their values without effect."""
 
 MROPE = ("mrope_section", "mrope_interleaved")
-"""How the positions of images are turned along three axes; in text all three are the same."""
+"""Fields of rotations along three axes for images; in text all three positions are equal."""
 
 DEFAULT_THETA, DEFAULT_EPS = 10000.0, 1e-6
-"""What LlamaConfig takes where a file is silent."""
+"""LlamaConfig's defaults."""
 
 TYPO = 0.85
-"""Likeness from which an unknown field is taken for a known one that is missing."""
+"""Similarity from which an unknown field counts as a misspelling of a missing one."""
 
-TENSORS_UNSEEN = "the tensors were not looked at"
+TENSORS_UNSEEN = "the tensors were not checked"
 
 
 def layer_problems(config: Mapping[str, Any], *, own: Iterable[str], prefix: str = "") -> tuple[list[str], list[str]]:
-    """Return (problems, notes): a field whose value has an effect that our layer has not is a problem, an unknown one a note.
+    """Return (problems, notes): a value that drafttrain's layer does not support is a problem, an unknown field a note.
 
     Args:
-        own: Fields of the drafter's kind beside those of its layer.
-        prefix: Where in config.json.
+        own: Fields of the kind of drafter, besides those of its layer.
+        prefix: Place of the fields in config.json.
     """
     own = tuple(own)
     other = [
-        f"config.json: {prefix}{key} is {shown(config[key])}, only {' or '.join(map(repr, (*allowed, None)))} is read here: {effect}"
+        f"config.json: {prefix}{key} is {shown(config[key])}, must be {' or '.join(map(repr, (*allowed, None)))}: {effect}"
         for key, (allowed, effect) in ONLY.items()
         if key not in own and config.get(key) is not None and config[key] not in allowed
     ]
@@ -115,10 +115,10 @@ def layer_problems(config: Mapping[str, Any], *, own: Iterable[str], prefix: str
 
 
 def without_other_forms(given: Given, found: Iterable[str]) -> tuple[Given, list[str]]:
-    """Return (the folder without the tensors of layers of other forms, one problem a form).
+    """Return (the folder without tensors of unsupported forms, a problem for each form).
 
     Args:
-        found: Problems of the fields: a form that one of them names already needs no second line.
+        found: Problems of the fields; a form that they name already gets no second line.
     """
     found, problems = list(found), []
     for effect, pattern in FORMS.items():
@@ -131,9 +131,9 @@ def without_other_forms(given: Given, found: Iterable[str]) -> tuple[Given, list
 
 
 def unknown_fields(config: Mapping[str, Any], *, known: Iterable[str], prefix: str = "") -> tuple[list[str], list[str]]:
-    """Return (problems, notes) of the fields that are not known here.
+    """Return (problems, notes) of unknown fields.
 
-    One that looks like a known field that is missing is a problem. Others are no reason to refuse: they are reported as not read.
+    A likely misspelling of a missing field is a problem. Others are only reported as not read.
     """
     known = list(known)
     found, unread = [], []
@@ -142,23 +142,23 @@ def unknown_fields(config: Mapping[str, Any], *, known: Iterable[str], prefix: s
             continue
         near = difflib.get_close_matches(key, [name for name in known if name not in config], n=1, cutoff=TYPO)
         if near and config[key] is not None:
-            found.append(f"config.json: {prefix}{key} is {shown(config[key])}: unknown field, is it {near[0]}?")
+            found.append(f"config.json: {prefix}{key} is {shown(config[key])}: unknown field. Did you mean {near[0]}?")
         else:
             unread.append(f"{prefix}{key}")
-    return found, [f"config.json: not read, unknown here: {listed(unread)}"] if unread else []
+    return found, [f"config.json: unknown fields, not read: {listed(unread)}"] if unread else []
 
 
 def _window_problems(config: Mapping[str, Any], prefix: str) -> list[str]:
-    """Return that the layer attends to a part of the text, if it does.
+    """Return that the layer attends to a part of the text only, if it does.
 
-    `layer_types` decides where it is given, its first entry being the drafter's layer. Without it, loaders of Llama's layer read no
-    window; one that the file says it uses is not passed over, unless max_window_layers says that it begins at a later layer.
+    If `layer_types` is there, its first entry decides. Without it, loaders of Llama's layer ignore the window, but a folder with
+    use_sliding_window is refused, unless max_window_layers starts the window at a later layer.
     """
     kinds, window, used, first = (config.get(key) for key in WINDOW)
     if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
         return [f"config.json: {prefix}layer_types must be a list of names, got {shown(kinds)}"]
     if kinds and kinds[0] not in ("full_attention", "sliding_attention"):
-        return [f"config.json: {prefix}layer_types is {shown(kinds)}: the layer's attention would be of another kind"]
+        return [f"config.json: {prefix}layer_types is {shown(kinds)}: the layer would have another kind of attention"]
     later = _is_size(first)
     slides = kinds[0] == "sliding_attention" if kinds else bool(used) and not later
     if not slides or window is None:
@@ -168,13 +168,13 @@ def _window_problems(config: Mapping[str, Any], prefix: str) -> list[str]:
         return []
     by = "layer_types" if kinds else "use_sliding_window"
     return [
-        f"config.json: {prefix}sliding_window is {shown(window)}, and {by} says that it is used: the layer would attend to so many "
-        "tokens alone"
+        f"config.json: {prefix}sliding_window is {shown(window)}, and {by} enables it: the layer would attend to the "
+        "last tokens only"
     ]
 
 
 def layer_fields(config: Mapping[str, Any], target: TargetFiles) -> tuple[dict[str, Any], list[str], list[str]]:
-    """Return (the fields of one layer as we write them, problems, notes); no fields where a size is none."""
+    """Return (the fields of one layer under drafttrain's names, problems, notes); no fields if a size is missing or wrong."""
     found = size_problems(config, SIZES, may_lack=("num_key_value_heads", "head_dim"))
     if found:
         return {}, [*found, f"{TENSORS_UNSEEN}: their shapes follow from these fields"], []
@@ -187,9 +187,9 @@ def layer_fields(config: Mapping[str, Any], target: TargetFiles) -> tuple[dict[s
         found.append(f"config.json: rms_norm_eps must be a number above 0, got {shown(eps)}")
     if positions is None:
         positions = target.num_positions or UNLIMITED_POSITIONS
-        notes.append(f"config.json: max_position_embeddings is left out: taken as {positions}, the target's")
+        notes.append(f"config.json: max_position_embeddings is missing: set to {positions}, the target's")
     if eps is None:
-        notes.append(f"config.json: rms_norm_eps is left out: taken as {DEFAULT_EPS}, as Llama's loaders do")
+        notes.append(f"config.json: rms_norm_eps is missing: set to {DEFAULT_EPS}, Llama's default")
     width, heads = config["hidden_size"], config["num_attention_heads"]
     groups = config.get("num_key_value_heads") or heads
     if heads % groups:
@@ -207,11 +207,11 @@ def layer_fields(config: Mapping[str, Any], target: TargetFiles) -> tuple[dict[s
         rope=rope,
     )
     fields["vocab_size"] = config["vocab_size"]
-    return fields, found or _angle_problems(fields), notes
+    return fields, found or _rotation_problems(fields), notes
 
 
 def size_problems(config: Mapping[str, Any], keys: Iterable[str], *, may_lack: Iterable[str] = ()) -> list[str]:
-    """Return one line for every key that is no whole number of 1 or more."""
+    """Return a line for every key that is not a whole number of 1 or more."""
     return [
         f"config.json: {key} must be a whole number of 1 or more, {f'got {shown(config[key])}' if key in config else 'it is missing'}"
         for key in keys
@@ -230,17 +230,17 @@ def _is_positive(value: Any) -> TypeGuard[float]:
 
 
 def target_problems(sizes: Mapping[str, Any], target: TargetFiles) -> list[str]:
-    """Return where the sizes that features and tokens have are not the target's."""
+    """Return sizes of features and tokens that differ from the target's."""
     return [
         f"config.json: {key} is {sizes[key]}, the target {target.name} has {target.size(key)}: "
-        "it was made for another target, give that one as --target"
+        "it was made for another target: give that one as --target"
         for key in ("hidden_size", "vocab_size")
         if isinstance(sizes.get(key), int) and sizes[key] != target.size(key)
     ]
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
-    """Return what turns the positions: of rope_parameters, or of the two fields of before transformers 5."""
+    """Return (the rotation of positions, problems, notes), from rope_parameters or from the two fields before transformers 5."""
     new, theta, scaling = (config.get(key) for key in ("rope_parameters", "rope_theta", "rope_scaling"))
     plain = {"rope_type": "default", "rope_theta": DEFAULT_THETA}
     wrong = [
@@ -259,17 +259,15 @@ def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[st
     if rope["rope_type"] == "mrope":
         rope["rope_type"] = "default"
     rope.setdefault("rope_theta", theta if theta is not None else DEFAULT_THETA)
-    silent = theta is None and "rope_theta" not in given
-    notes = (
-        [f"config.json: rope_theta is left out: taken as {DEFAULT_THETA:g}, as Llama's loaders do"] if silent else []
-    )
+    missing = theta is None and "rope_theta" not in given
+    notes = [f"config.json: rope_theta is missing: set to {DEFAULT_THETA:g}, Llama's default"] if missing else []
     if any(key in MROPE for key in given) or kind == "mrope":
-        notes.append("config.json: positions of images along three axes (mrope): left out, drafters here read text")
+        notes.append("config.json: positions of images along three axes (mrope): dropped, drafters read text")
     if unread := [key for key in given if key not in (*OF_ROPE, *ROPE_ONLY, *MROPE)]:
-        notes.append(f"config.json: not read, unknown here: {listed([f'rope_parameters.{key}' for key in unread])}")
+        notes.append(f"config.json: unknown fields, not read: {listed([f'rope_parameters.{key}' for key in unread])}")
     found = rope_problems({**config, "rope_parameters": new})
     found += [
-        f"config.json: rope_parameters.{key} is {shown(given[key])}: the positions would be scaled in another way"
+        f"config.json: rope_parameters.{key} is {shown(given[key])}: the positions would be scaled differently"
         for key, allowed in ROPE_ONLY.items()
         if rope["rope_type"] != "default" and given.get(key) is not None and given[key] not in allowed
     ]
@@ -279,7 +277,7 @@ def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[st
         if inside != trained:
             found.append(
                 f"config.json: original_max_position_embeddings is {trained}, in rope_parameters it is {inside}: "
-                "readers take the one or the other"
+                "loaders read one or the other"
             )
     allowed = ("default", *ROPE_SCALINGS)
     if not _is_positive(rope["rope_theta"]):
@@ -288,21 +286,21 @@ def _rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[st
         found.append(f"config.json: rope_type is {shown(rope['rope_type'])}, allowed: {', '.join(allowed)}")
     elif rope.get("partial_rotary_factor", 1) != 1:
         found.append(
-            f"config.json: partial_rotary_factor is {rope['partial_rotary_factor']}, only 1 is read here: only a part of each head would be rotated"
+            f"config.json: partial_rotary_factor is {rope['partial_rotary_factor']}, must be 1: only part of each head would be rotated"
         )
     return (plain if found else rope), found, notes
 
 
-def _angle_problems(fields: dict[str, Any]) -> list[str]:
-    """Return why the angles of positions cannot be computed: a scaling that lacks a number."""
+def _rotation_problems(fields: dict[str, Any]) -> list[str]:
+    """Return why the rotation of positions cannot be computed, such as a missing number of its scaling."""
     kind = fields["rope_parameters"]["rope_type"]
     if fields["head_dim"] % 2:
-        return [f"config.json: head_dim must be even, got {fields['head_dim']}: positions turn pairs of coordinates"]
+        return [f"config.json: head_dim must be even, got {fields['head_dim']}: positions rotate pairs of coordinates"]
     try:
         frequencies = Rotary(llama_config(fields)).frequencies
     except Exception as error:  # transformers checks the fields of each scaling in its own way
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        return [f"config.json: the positions cannot be scaled as rope_type {kind!r} says: {said}"]
+        message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return [f"config.json: the positions cannot be scaled by rope_type {kind!r}: {message}"]
     if not bool((frequencies.isfinite() & (frequencies > 0)).all()):
-        return [f"config.json: the positions cannot be scaled as rope_type {kind!r} says: a frequency is not above 0"]
+        return [f"config.json: the positions cannot be scaled by rope_type {kind!r}: a frequency is not above 0"]
     return []

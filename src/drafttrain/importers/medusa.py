@@ -1,4 +1,4 @@
-"""Medusa, as its authors write it (`{head}.{block}.linear.weight`, in .pt or safetensors) and as vLLM does (`blocks`, `lm_heads`).
+"""Medusa with the authors' names (`{head}.{block}.linear.weight`, in .pt or safetensors) or vLLM's (`blocks`, `lm_heads`).
 
 V = vocabulary, D = hidden, K = heads
 """
@@ -21,12 +21,12 @@ from drafttrain.importers.naming import Rename, renamed
 from drafttrain.importers.target import TargetFiles
 
 SIZES = {"num_heads": "medusa_num_heads", "num_hidden_layers": "medusa_num_layers"}
-"""vLLM's name and the authors'."""
+"""vLLM's names, and the authors'."""
 
 NUM_SIZES = 4
-HEADS_ALONE = ("blocks.", "lm_heads.", "lm_head.")
+HEAD_PREFIXES = ("blocks.", "lm_heads.", "lm_head.")
 MANY = 8
-"""More unknown tensors than this are those of a model, not a mistake in the heads."""
+"""More unknown tensors than this belong to a whole model, not to wrong heads."""
 
 KNOWN = (
     *("model_type", "hidden_size", "vocab_size", *SIZES, *SIZES.values(), "medusa_fc_bias", "base_model_name_or_path"),
@@ -43,7 +43,7 @@ KNOWN = (
 )
 BLOCK, HEAD = re.compile(r"(\d+)\.(\d+)\.linear\.(weight|bias)"), re.compile(r"(\d+)\.(\d+)\.weight")
 INSIDE = re.compile(r"(?:model\.)?medusa_heads?\.(\d+\..+)")
-"""The name of a head's tensor in the file of a whole model."""
+"""Name of a head's tensor in the file of a whole model."""
 
 OUR_BLOCK, OUR_HEAD = re.compile(r"blocks\.(\d+)\.layers\.(\d+)\.(\w+)"), re.compile(r"lm_heads\.(\d+)\.weight")
 
@@ -55,10 +55,10 @@ class MedusaLayout:
 
 @importers.register("medusa", MedusaLayout)
 class MedusaImporter(Importer):
-    """Heads of residual blocks, as many as the file holds: published configurations of the authors say 2 beside 5.
+    """Heads of residual blocks. The file decides their number: published configurations of the authors say 2 where files hold 5.
 
-    Blocks without biases get zeros, which have the same effect; a head that all share is copied to each, and so is the target's where
-    the file holds blocks alone (the authors' version "2").
+    Blocks without biases get zeros, which have the same effect. An output matrix that all heads share is copied to each, and so is
+    the target's if the file holds blocks only (the authors' version "2").
 
     Source: Cai et al. 2024, Medusa, arXiv 2401.10774.
     """
@@ -67,12 +67,12 @@ class MedusaImporter(Importer):
     known_by: ClassVar[str] = "model_type medusa or medusa_num_heads in config.json, or a file medusa_lm_head.*"
 
     def recognises(self, given: Given) -> bool:
-        """Tell by the configuration or the name of the file."""
+        """Return whether the configuration or the name of the weight file is Medusa's."""
         named = "MedusaModel" in given.architectures or given.config.get("model_type") == "medusa"
         return named or "medusa_num_heads" in given.config or given.weights.startswith("medusa_lm_head.")
 
     def target_of(self, given: Given) -> str | None:
-        """Return the model that it was trained on."""
+        """Return the model that the heads were trained on."""
         name = given.config.get("base_model_name_or_path")
         return name if isinstance(name, str) and name else None
 
@@ -83,10 +83,10 @@ class MedusaImporter(Importer):
         sizes, found, notes = _sizes(given, target, authors=authors)
         wrong, unread = unknown_fields(given.config, known=KNOWN)
         found, notes = [*found, *wrong, *_refused(given.config, sizes)], [*notes, *unread]
-        others = [name for name in given.tensors if not name.startswith(HEADS_ALONE) and not name[0].isdigit()]
+        others = [name for name in given.tensors if not name.startswith(HEAD_PREFIXES) and not name[0].isdigit()]
         if authors and len(others) > MANY:
             found.append(
-                f"{given.weights}: holds {len(others)} tensors of a whole model beside the heads: give the heads alone"
+                f"{given.weights}: holds {len(others)} tensors of a whole model besides the heads: give a file of the heads only"
             )
             return Imported(DrafterFiles("medusa", {}, {}), found, notes)
         if len(sizes) < NUM_SIZES or not all(isinstance(value, int) for value in sizes.values()):
@@ -102,7 +102,7 @@ class MedusaImporter(Importer):
         ours, theirs = _names(sizes["num_hidden_layers"]) if authors else (str, str)
         shapes, heads = LAYOUTS["medusa"][0](config), None
         if given.config.get("original_lm_head") is True:
-            shapes = _first_head_alone(shapes)
+            shapes = _first_head_only(shapes)
         elif not any(ours(name).startswith("lm_heads.") for name in given.tensors):
             shapes, heads = (
                 {name: shape for name, shape in shapes.items() if not name.startswith("lm_heads.")},
@@ -116,7 +116,7 @@ class MedusaImporter(Importer):
         tensors, more = _with_all_heads(tensors, heads, count=sizes["num_heads"])
         notes += more
         if not biased:
-            notes.append("the blocks have no biases: zeros are written, which have the same effect")
+            notes.append("the blocks have no biases: zeros are added, which have the same effect")
             tensors |= {
                 name.replace(".weight", ".bias"): torch.zeros(tensor.shape[0], dtype=tensor.dtype)
                 for name, tensor in tensors.items()
@@ -127,7 +127,7 @@ class MedusaImporter(Importer):
 
 
 def _unwrapped(given: Given) -> Given:
-    """Return the heads alone: as part of a whole model their names begin with `medusa_head.`, and `lm_head` is the shared one."""
+    """Return the folder with the heads' own names; in the file of a whole model they begin with `medusa_head.`."""
     inside = {name: match[1] for name in given.tensors if (match := INSIDE.fullmatch(name))}
     if not inside:
         return given
@@ -135,46 +135,49 @@ def _unwrapped(given: Given) -> Given:
     return replace(given, tensors=tensors, files={inside.get(name, name): file for name, file in given.files.items()})
 
 
-def _first_head_alone(shapes: Shapes) -> Shapes:
+def _first_head_only(shapes: Shapes) -> Shapes:
     return {name: shape for name, shape in shapes.items() if not name.startswith("lm_heads.") or ".0." in name}
 
 
 def _without_heads_problems(given: Given, target: TargetFiles) -> list[str]:
-    """Return why blocks alone cannot be read with the target's own head."""
+    """Return why a file of blocks only cannot be completed with the target's head."""
     if given.config.get("version") not in (2, "2"):
         return [
-            f"{given.weights}: blocks alone, without output matrices, and config.json: version is {given.config.get('version')!r}: "
-            'only with version "2" the target\'s own head is meant'
+            f"{given.weights}: blocks without output matrices, and config.json: version is {given.config.get('version')!r}: "
+            'only version "2" uses the target\'s head'
         ]
     if target.head is None:
-        return [f"{given.weights}: blocks alone: {target.name} has no output matrix under a name that is known here"]
+        return [f"{given.weights}: blocks without output matrices, and {target.name} has none under a known name"]
     return []
 
 
 def _with_all_heads(
     tensors: dict[str, Tensor], heads_VD: Tensor | None, *, count: int
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return (the tensors with an output matrix a head, notes), of a file with fewer."""
+    """Return (the tensors with an output matrix for each head, notes)."""
     names = [f"lm_heads.{number}.weight" for number in range(count)]
     if all(name in tensors for name in names):
         return tensors, []
-    shared_VD, note = tensors.get(names[0]), "original_lm_head: the head that all share is copied to each"
+    shared_VD, note = (
+        tensors.get(names[0]),
+        "original_lm_head: the output matrix that all heads share is copied to each",
+    )
     if shared_VD is None:
-        assert heads_VD is not None, "refused before"
+        assert heads_VD is not None, "_without_heads_problems checks it"
         shared_VD = heads_VD.to(next(iter(tensors.values())).dtype)
-        note = 'version "2": blocks alone, the target\'s own head is copied to each'
+        note = 'version "2": the target\'s output matrix is copied to each head'
     return {**tensors, **{name: shared_VD.clone() for name in names}}, [note]
 
 
 def _sizes(given: Given, target: TargetFiles, *, authors: bool) -> tuple[dict[str, Any], list[str], list[str]]:
-    """Return (hidden size, vocabulary, heads and blocks, problems, notes): of heads and blocks the file decides."""
+    """Return (hidden size, vocabulary size, numbers of heads and blocks; problems; notes). The tensors decide the numbers."""
     sizes: dict[str, Any] = {}
     config, found, notes = given.config, [], []
     for key in ("hidden_size", "vocab_size"):
         sizes[key] = config.get(key)
         if sizes[key] is None:
             sizes[key] = target.size(key)
-            notes.append(f"config.json: {key} is left out: taken as {sizes[key]}, the target's")
+            notes.append(f"config.json: {key} is missing: set to {sizes[key]}, the target's")
     places = [match for name in given.tensors if (match := (BLOCK if authors else OUR_BLOCK).fullmatch(name))]
     held = {
         "num_heads": len({match[1] for match in places}),
@@ -189,7 +192,9 @@ def _sizes(given: Given, target: TargetFiles, *, authors: bool) -> tuple[dict[st
         fewer = key == "num_heads"
         for name, value in stated.items():
             if fewer and value != held[key] and _is_fewer(value, held[key]):
-                notes.append(f"config.json: {name} is {value}, {given.weights} holds {held[key]} heads: all are taken")
+                notes.append(
+                    f"config.json: {name} is {value}, {given.weights} holds {held[key]} heads: all are imported"
+                )
             elif value != held[key]:
                 what = "heads" if fewer else "blocks a head"
                 found.append(f"config.json: {name} is {value!r}, {given.weights} holds {held[key]} {what}")
@@ -202,10 +207,10 @@ def _is_fewer(value: Any, held: int) -> bool:
 
 
 def _refused(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[str]:
-    """Return the fields of which our heads have one form."""
-    # vLLM's loader takes any field with both words in its name for the number of heads.
+    """Return the fields with values that drafttrain's heads do not support."""
+    # vLLM's loader reads any field with both words in its name as the number of heads.
     found = [
-        f"config.json: {key} is {config[key]!r}: vLLM takes it for the number of heads: leave it out"
+        f"config.json: {key} is {config[key]!r}: vLLM reads it as the number of heads: remove it"
         for key in config
         if "num" in key and "heads" in key and key not in ("num_heads", "medusa_num_heads") and "num_heads" in config
     ]
@@ -214,25 +219,25 @@ def _refused(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[str]:
             found.append(f"config.json: {key} must be true or false, got {config[key]!r}")
     if config.get("truncated_vocab_size") not in (None, sizes["vocab_size"]):
         found.append(
-            f"config.json: truncated_vocab_size is {config['truncated_vocab_size']}, only null or vocab_size "
-            f"({sizes['vocab_size']}) is read here"
+            f"config.json: truncated_vocab_size is {config['truncated_vocab_size']}, must be null or vocab_size "
+            f"({sizes['vocab_size']})"
         )
     return found
 
 
 def _biased(given: Given, *, authors: bool) -> tuple[bool, list[str]]:
-    """Return (whether the blocks have biases, problems): the file tells; vLLM's field must say the same."""
-    said, held = given.config.get("medusa_fc_bias"), any(name.endswith(".bias") for name in given.tensors)
-    if held and not said and not (said is None and authors):
+    """Return (whether the blocks have biases, problems): the tensors decide, and vLLM's field must agree."""
+    stated, held = given.config.get("medusa_fc_bias"), any(name.endswith(".bias") for name in given.tensors)
+    if held and not stated and not (stated is None and authors):
         return True, [
-            "config.json: medusa_fc_bias is not true, and the file holds biases: vLLM 0.32.0 drops them silently; "
-            "write true if they were trained"
+            "config.json: medusa_fc_bias is not true, but the file holds biases: vLLM 0.32.0 silently drops them; "
+            "set it to true if they were trained"
         ]
-    return held or bool(said), []
+    return held or bool(stated), []
 
 
 def _names(num_layers: int) -> tuple[Rename, Rename]:
-    """Return (our name of one of the authors', theirs of one of ours)."""
+    """Return functions from the authors' names to drafttrain's, and back."""
 
     def ours(name: str) -> str:
         if block := BLOCK.fullmatch(name):

@@ -1,4 +1,4 @@
-"""Tensors of somebody else's file under our names: every one is known, there once, and of the shape that config.json gives."""
+"""Rename the tensors of a foreign file to drafttrain's names; each must be known, unique and of the shape in config.json."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from drafttrain.export.layout import Shapes
 from drafttrain.importers import Given
 
 WHOLE_NUMBERS = ("d2t", "t2d")
-"""Tensors that are no weights."""
+"""Tensors that are not weights."""
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Types of weights; others are quantized."""
 
 WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|draft_model|eagle_module|model)\.)+")
-"""What distributed training, compilation and the makers' own models put before the names of a drafter."""
+"""Prefixes that distributed training, compilation and wrapping models put before the names of a drafter."""
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
@@ -28,12 +28,12 @@ Rename = Callable[[str], str]
 
 
 def renamed(given: Given, shapes: Shapes, *, ours: Rename, theirs: Rename) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors under our names, and what is wrong with them.
+    """Return (the tensors under drafttrain's names, problems).
 
     Args:
-        shapes: What must be there, by our names.
-        ours: Our name of one of the file's; unknown ones stay what they are.
-        theirs: The file's name of one of ours, for the messages.
+        shapes: The shapes of all required tensors, by drafttrain's names.
+        ours: From a name of the file to drafttrain's; unknown names are returned unchanged.
+        theirs: From drafttrain's name to the file's, for messages.
     """
     tensors: dict[str, Tensor] = {}
     found, unknown = [], []
@@ -43,7 +43,7 @@ def renamed(given: Given, shapes: Shapes, *, ours: Rename, theirs: Rename) -> tu
         if own not in shapes:
             unknown.append(name)
         elif own in tensors:
-            found.append(f"{where}: is the same as {came_from[own]}: one of them must go")
+            found.append(f"{where}: is the same tensor as {came_from[own]}: remove one of them")
         else:
             tensors[own], came_from[own] = tensor, name
             if tuple(tensor.shape) != shapes[own]:
@@ -57,7 +57,7 @@ def renamed(given: Given, shapes: Shapes, *, ours: Rename, theirs: Rename) -> tu
         found.append(
             f"{given.files[names[0]]}: {pattern}: this layout has no such tensor"
             + (f" ({len(names)} of them)" if len(names) > 1 else "")
-            + (f"; is it {near[0]}?" if near else "")
+            + (f". Did you mean {near[0]}?" if near else "")
         )
     if unknown:
         found.append(f"allowed with this config.json: {listed(list(_patterns(map(theirs, shapes))))}")
@@ -65,9 +65,9 @@ def renamed(given: Given, shapes: Shapes, *, ours: Rename, theirs: Rename) -> tu
 
 
 def unwrapped(given: Given) -> Given:
-    """Return the folder with the tensors named as the drafter's own modules, without what trainers wrap around them.
+    """Return the folder with the names of the drafter's own modules, without the prefixes of wrappers.
 
-    Where a shorter name is another tensor's too, all names stay what they are.
+    If two tensors would get the same name, no name is changed.
     """
     own = {name: WRAPPERS.sub("", name) for name in given.tensors}
     if len(set(own.values())) < len(own) or all(name == short for name, short in own.items()):
@@ -95,12 +95,12 @@ def _grouped(missing: dict[str, tuple[int, ...]]) -> list[str]:
 
 
 def without(given: Given, names: Iterable[str]) -> Given:
-    """Return the folder without these tensors, which were accounted for."""
+    """Return the folder without these tensors."""
     gone = set(names)
     return replace(given, tensors={name: tensor for name, tensor in given.tensors.items() if name not in gone})
 
 
 def listed(names: list[str]) -> str:
-    """Return names in a row, the first 40 of them."""
+    """Return a list of names for a message, at most 40 of them."""
     shown = names[:40]
     return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")

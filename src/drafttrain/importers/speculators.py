@@ -1,4 +1,4 @@
-"""The format of the speculators library: EAGLE-3 with a config.json of two levels and the target's name inside."""
+"""The format of the speculators library: EAGLE-3 with a config.json of two levels, which names the target."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FIRST_LEVEL = (
     "speculators_config",
     LAYER,
     *(key for key in OWN if key != "eagle_config"),
-    # Of the library itself, of Hugging Face, and of how it trained: embeddings that it changed are told by their values.
+    # Fields of the library, of Hugging Face, and of its training; a trained embedding is recognised by its values.
     *("has_no_defaults_at_init", "embed_requires_grad", "enable_sp_ulysses"),
 )
 
@@ -40,11 +40,11 @@ class SpeculatorsImporter(Importer):
     known_by: ClassVar[str] = "speculators_model_type in config.json"
 
     def recognises(self, given: Given) -> bool:
-        """Tell by the field that every such folder has."""
+        """Return whether config.json has the field that all such folders have."""
         return "speculators_model_type" in given.config
 
     def target_of(self, given: Given) -> str | None:
-        """Return the verifier."""
+        """Return the verifier, which is the library's name for the target."""
         try:
             name = given.config["speculators_config"]["verifier"]["name_or_path"]
         except (KeyError, TypeError):
@@ -57,29 +57,27 @@ class SpeculatorsImporter(Importer):
         given = unwrapped(given)
         found, notes = unknown_fields(given.config, known=FIRST_LEVEL)
         if kind != "eagle3":
-            found.append(f"config.json: speculators_model_type is {kind!r}, only 'eagle3' is read here")
+            found.append(f"config.json: speculators_model_type is {kind!r}, must be 'eagle3'")
         if not isinstance(layer, Mapping):
             found.append(f"config.json: {LAYER} must be a mapping, got {layer!r}")
         if kind != "eagle3" or not isinstance(layer, Mapping):
             return Imported(DrafterFiles("eagle3", {}, {}), found)
-        # What the verifier ties says nothing of the drafter, whose own field is on the first level.
+        # This field describes the verifier; the drafter's own is on the first level.
         layer = {key: value for key, value in layer.items() if key != "tie_word_embeddings"}
-        wrong, said = layer_problems(layer, own=(), prefix=f"{LAYER}.")
-        found, notes = [*found, *wrong], [*notes, *said]
+        wrong, more = layer_problems(layer, own=(), prefix=f"{LAYER}.")
+        found, notes = [*found, *wrong], [*notes, *more]
         if layer.get("model_type") not in (None, "llama"):
             effect = HEAD_NORMS if layer["model_type"] == "qwen3" else "the layer would be that model's"
-            found.append(
-                f"config.json: {LAYER}.model_type is {layer['model_type']!r}, only 'llama' is read here: {effect}"
-            )
+            found.append(f"config.json: {LAYER}.model_type is {layer['model_type']!r}, must be 'llama': {effect}")
         given, others = without_other_forms(given, found)
         found += others
         flat: dict[str, Any] = {**layer, **{key: given.config[key] for key in FIRST_LEVEL if key in given.config}}
         if flat.get("norm_before_residual") is None:
             flat["norm_before_residual"] = True
             notes.append(
-                f"config.json: norm_before_residual is left out: taken as true, as vLLM {VLLM} does in this format; "
-                f"speculators {VERSION} takes it as false"
+                f"config.json: norm_before_residual is missing: set to true, as vLLM {VLLM} does in this format; "
+                f"speculators {VERSION} assumes false"
             )
-        taps, wrong, said = taps_read(flat, target)
+        taps, wrong, more = taps_read(flat, target)
         made = eagle3_files(replace(given, config=flat), target, taps=taps)
-        return Imported(made.files, [*found, *wrong, *made.problems], [*notes, *said, *made.notes])
+        return Imported(made.files, [*found, *wrong, *made.problems], [*notes, *more, *made.notes])

@@ -1,4 +1,4 @@
-"""The target that an imported drafter is for: configuration, tokenizer, and single tensors, without loading the model."""
+"""The target of an imported drafter: configuration, tokenizer and single tensors, without loading the model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TargetFiles:
 
     @classmethod
     def named(cls, name: str) -> TargetFiles:
-        """Return the target of a name: a folder, a hub id, builtin:target."""
+        """Return the target by its name: a folder, a hub id or builtin:target."""
         return cls(name, resolve_folder(name))
 
     @cached_property
@@ -38,21 +38,21 @@ class TargetFiles:
         """Return a number of config.json.
 
         Raises:
-            CheckpointError: It is not there.
+            CheckpointError: It is missing or not an integer.
         """
-        value = self.config.get(self._called(key))
+        value = self.config.get(self._own_name(key))
         if not isinstance(value, int):
             raise CheckpointError(f"{self.folder / 'config.json'}: {key} must be a whole number, got {value!r}")
         return value
 
     @property
     def num_positions(self) -> int | None:
-        """Positions that config.json names; None: no end is named."""
-        value = self.config.get(self._called("max_position_embeddings"))
+        """Maximum number of positions in config.json; None: it has no limit."""
+        value = self.config.get(self._own_name("max_position_embeddings"))
         return value if isinstance(value, int) else None
 
-    def _called(self, key: str) -> str:
-        """Return the name that the architecture has for a field; GPT-2's hidden_size is n_embd."""
+    def _own_name(self, key: str) -> str:
+        """Return the architecture's name for a field; GPT-2's hidden_size is n_embd."""
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
         kind = str(self.config.get("model_type"))
@@ -66,7 +66,7 @@ class TargetFiles:
 
     @property
     def num_tokens(self) -> int:
-        """Ids that the tokenizer can produce and the model has rows for."""
+        """Number of ids that the tokenizer can produce and the model has rows for."""
         return min(self.size("vocab_size"), num_ids(self.tokenizer))
 
     @cached_property
@@ -76,12 +76,12 @@ class TargetFiles:
 
     @cached_property
     def embedding(self) -> Tensor | None:
-        """The embedding; None where it goes by a name that is not known here."""
+        """The embedding; None if it has no known name."""
         return embedding_of(self.folder)
 
     @cached_property
     def head(self) -> Tensor | None:
-        """The output matrix; the embedding where they are tied, which a configuration may leave to its architecture to say."""
+        """The output matrix; the embedding if they are tied, which some configurations leave to the default of the architecture."""
         tied = self.config.get("tie_word_embeddings")
         own = None if tied else head_of(self.folder)
         return self.embedding if own is None and tied is not False else own

@@ -24,7 +24,7 @@ from drafttrain.export.drafter import CalibrationTexts, DrafterExporter
 from drafttrain.losses import Loss, losses
 from drafttrain.losses.ce import CrossEntropy
 from drafttrain.pipeline.data import contaminated_prompts, own_batches, training_data
-from drafttrain.pipeline.evaluating import evaluated
+from drafttrain.pipeline.evaluating import evaluate_folders
 from drafttrain.pipeline.run import Run
 from drafttrain.pipeline.validation import Validation
 from drafttrain.serving.card import model_card
@@ -56,7 +56,7 @@ class DrafterRun(Run):
         data = training_data(self)
         if self.has_target():
             _ = self.target, self.validation.target
-            self.target.rest()
+            self.target.release()
         drafter, loss = self.start(data), self.loss()
         reads_target = loss.needs_target or drafter.needs() != TargetNeeds()
         self._trained(
@@ -70,7 +70,7 @@ class DrafterRun(Run):
             folder=self.folder.train,
         )
         if is_first():
-            self.folder.drop_figures()
+            self.folder.remove_results()
 
     def start(self, data: TrainingData) -> Drafter:
         """Return the drafter as distillation finds it, pretrained or not, and export it as the run's start."""
@@ -171,7 +171,7 @@ class DrafterRun(Run):
         if self.folder.start.exists():
             folders["start"] = self.folder.start
         settings = self.recipe.eval
-        return evaluated(folders, self.target, settings, dropped=contaminated_prompts(self, settings.prompts))
+        return evaluate_folders(folders, self.target, settings, dropped=contaminated_prompts(self, settings.prompts))
 
     def card(self, result: Result, *, command: str) -> str:
         """Return the README of the drafter folder."""

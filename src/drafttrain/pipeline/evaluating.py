@@ -22,7 +22,7 @@ from drafttrain.pipeline.run import Run
 from drafttrain.target_model import Target
 
 
-def evaluated_elsewhere(run: Run) -> Result:
+def evaluate_in_new_process(run: Run) -> Result:
     """Evaluate in a new process, which reads only the exported files and never imports the trainer."""
     command = [sys.executable, "-m", "drafttrain", "eval", str(run.folder.path)]
     # A plugin that this process can import, the new one can import too.
@@ -43,7 +43,8 @@ def evaluated_elsewhere(run: Run) -> Result:
     return read_result(run.folder.eval)
 
 
-def evaluated(folders: Mapping[str, Path], target: Target, settings: Any, *, dropped: Sequence[str]) -> Result:
+def evaluate_folders(folders: Mapping[str, Path], target: Target, settings: Any, *, dropped: Sequence[str]) -> Result:
+    """Evaluate drafter folders on the prompts of the settings, without the contaminated ones."""
     prompts = read_prompts(
         settings.prompts,
         target.tokenizer,
@@ -62,6 +63,7 @@ def with_inputs(result: Result, inputs: Inputs) -> Result:
 
 
 def check_lengths(target: Target, prompts: Sequence[Prompt], settings: EvalSettings) -> None:
+    """Refuse prompts that with eval.max_new_tokens exceed the positions of the target."""
     longest = max(len(prompt.tokens) for prompt in prompts)
     target.check_length(
         longest + settings.max_new_tokens, what=f"the longest prompt ({longest} tokens) and eval.max_new_tokens"

@@ -57,7 +57,7 @@ class RunFolder:
         self.report = path / "report.html"
 
     @contextlib.contextmanager
-    def taken(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Lock the folder against other runs for the block; a killed process releases the lock.
 
         Raises:
@@ -102,12 +102,12 @@ class RunFolder:
         pretrained = (self.pretrain / "train.json").exists() or any((self.pretrain / "checkpoints").glob("step-*.ckpt"))
         return self.has_weights() or pretrained or (self.path / "online").exists()
 
-    def drop_figures(self) -> None:
+    def remove_results(self) -> None:
         """Remove an evaluation of other weights or settings; it is made again."""
         for path in (self.eval, self.report):
             path.unlink(missing_ok=True)
 
-    def held(self) -> Recipe | None:
+    def stored_recipe(self) -> Recipe | None:
         """Return the recipe of the run in this folder; None if there is none.
 
         Raises:
@@ -126,29 +126,29 @@ class RunFolder:
             RecipeError: The folder holds a run of another recipe, or of the same recipe with other file contents. The message
                 shows the differences.
         """
-        held = self.held()
+        held = self.stored_recipe()
         if held is not None:
             self._check_same_training(held, recipe)
             if not quiet:
                 say(f"{self.path}: continuing")
-            self._drop_stale(held, recipe)
+            self._remove_stale_results(held, recipe)
         self._check_inputs(recipe, evaluates_only=evaluates_only)
         write_text(self.recipe, dump_recipe(recipe))
         self._note_provenance()
 
     def _check_same_training(self, held: Recipe, recipe: Recipe) -> None:
-        before, now = (_trained_by(one, done=self.train_done.exists()).splitlines() for one in (held, recipe))
+        before, now = (_training_settings(one, done=self.train_done.exists()).splitlines() for one in (held, recipe))
         changes = difflib.unified_diff(before, now, lineterm="", n=0)
         shown = [line for line in changes if line[:1] in "+-" and line[:3] not in ("+++", "---")]
         if shown:
             advice = "give the run another name (name=...) or remove the folder"
             raise RecipeError(str(self.path), [f"this folder holds a run of another recipe: {advice}", *shown])
 
-    def _drop_stale(self, held: Recipe, recipe: Recipe) -> None:
+    def _remove_stale_results(self, held: Recipe, recipe: Recipe) -> None:
         """Remove results of settings that differ from the recipe's; their stages run again."""
         if held.eval != recipe.eval or replace(held.export, require={}) != replace(recipe.export, require={}):
             say(f"{self.path}: eval or export has changed: its results are made again")
-            self.drop_figures()
+            self.remove_results()
         if any(getattr(held.eval, name) != getattr(recipe.eval, name) for name in PROMPT_SETTINGS):
             self.contamination.unlink(missing_ok=True)
 
@@ -178,7 +178,7 @@ class RunFolder:
         if changed:
             words = ", ".join(dict.fromkeys(changed.values()))
             say(f"{self.path}: {words}: changed since this run read it: its results are made again")
-            self.drop_figures()
+            self.remove_results()
             self.contamination.unlink(missing_ok=True)
         if trained_on:
             relabelled = any(key.startswith(inputs.LABELS) for key in trained_on)
@@ -213,7 +213,7 @@ def exported_in(given: Path) -> Path:
     raise CheckpointError(f"{given}: neither a drafter folder nor a run with an exported drafter")
 
 
-def _trained_by(recipe: Recipe, *, done: bool) -> str:
+def _training_settings(recipe: Recipe, *, done: bool) -> str:
     """Return the part of a recipe that the weights depend on; until the training is done, this includes eval and export."""
     recipe = replace(recipe, name="", train=recipe.train.without_layout())
     if done:

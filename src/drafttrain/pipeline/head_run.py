@@ -20,7 +20,7 @@ from drafttrain.eval.result import Result
 from drafttrain.export.head import export_head, head_card
 from drafttrain.heads.token_head import MadeFor, TokenHead, heads
 from drafttrain.pipeline.data import contaminated_prompts, training_data
-from drafttrain.pipeline.evaluating import evaluated
+from drafttrain.pipeline.evaluating import evaluate_folders
 from drafttrain.pipeline.run import Run
 from drafttrain.target_model.device import pick_device
 from drafttrain.target_model.folders import fingerprint_of, resolve_folder
@@ -105,7 +105,7 @@ class HeadRun(Run):
     def evaluate(self) -> Result:
         """Evaluate the frozen drafter under the head's decisions, and the head on held-out draft tokens."""
         recipe, exported = self.recipe, self.folder.exported(self.what)
-        result = evaluated(
+        result = evaluate_folders(
             {"drafter": resolve_folder(recipe.head.drafter)},
             self.target,
             with_own_head(recipe.eval, str(exported)),

@@ -16,10 +16,10 @@ from drafttrain.eval.gate import shortfalls
 from drafttrain.eval.report import write_report
 from drafttrain.eval.result import current_result
 from drafttrain.eval.table import show
-from drafttrain.pipeline.evaluating import evaluated_elsewhere
+from drafttrain.pipeline.evaluating import evaluate_in_new_process
 from drafttrain.pipeline.formats import folder_as, formats_of
 from drafttrain.pipeline.run import Run
-from drafttrain.pipeline.serving import served_by_engines, write_engine_card
+from drafttrain.pipeline.serving import verified_in_engines, write_engine_card
 
 
 def export_and_judge(run: Run) -> None:
@@ -42,7 +42,7 @@ def export_and_judge(run: Run) -> None:
             return
         # The evaluation loads a target of its own: two would have to fit the device.
         run.release()
-        result = evaluated_elsewhere(run)
+        result = evaluate_in_new_process(run)
     if done.best is not None:
         say(
             f"exported: step {done.best_step} ({done.best_by.replace('_', ' ')} {done.best:.3f} on held-out data); "
@@ -54,7 +54,7 @@ def export_and_judge(run: Run) -> None:
         # An earlier export was rejected; this one is judged now.
         shutil.rmtree(rejected, ignore_errors=True)
     short = shortfalls(result, recipe.export.require, drafter="drafter")
-    comparisons = served_by_engines(run, exported if exported.exists() else rejected)
+    comparisons = verified_in_engines(run, exported if exported.exists() else rejected)
     short += [f"{one['engine']} ({one['format']}): {problem}" for one in comparisons for problem in one["problems"]]
     kept, other = (rejected, exported) if short else (exported, rejected)
     formats = formats_of(recipe.export)

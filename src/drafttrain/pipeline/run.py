@@ -25,8 +25,8 @@ from drafttrain.data_gen.training_data import TrainingData
 from drafttrain.distributed.collectives import first_before_others
 from drafttrain.distributed.world import is_first
 from drafttrain.eval.result import Result
+from drafttrain.pipeline.auto_types import resolve_auto_types
 from drafttrain.pipeline.folder import RunFolder
-from drafttrain.pipeline.settled import settled
 from drafttrain.target_model import Target
 from drafttrain.target_model.absent_target import AbsentTarget
 from drafttrain.target_model.tokenizer import load_target_tokenizer, num_ids
@@ -57,8 +57,8 @@ class Run(ABC):
         self.placement = placement
         self.folder = RunFolder(folder)
         with first_before_others("it opens the run folder"):
-            # The others read the settings that the first process settled.
-            recipe = settled(recipe, self.folder.held())
+            # The others read the number types that the first process chose.
+            recipe = resolve_auto_types(recipe, self.folder.stored_recipe())
             if is_first():
                 self.folder.open(recipe, quiet=quiet, evaluates_only=evaluates_only)
         self.recipe = recipe
@@ -161,7 +161,7 @@ class Run(ABC):
         """Ids that target, drafter and tokenizer share."""
         return self.target.num_tokens if self.has_target() else num_ids(self.tokenizer)
 
-    def leave_the_others(self) -> None:
+    def continue_alone(self) -> None:
         """Continue in this process alone: a target that is spread over all processes cannot be run any more."""
         if self.placement == "sharded":
             self.placement = "absent"

@@ -208,7 +208,7 @@ def write_and_verify(source: Path, served_with: ServedWith, *, out: Path | None)
         raise GateError("a serving engine differs from the evaluator:\n" + "\n".join(f"  {line}" for line in failed))
 
 
-def served_by_engines(run: Run, source: Path) -> list[dict[str, Any]]:
+def verified_in_engines(run: Run, source: Path) -> list[dict[str, Any]]:
     """Write the further formats of a run's drafter and verify them in engines; finished work is skipped."""
     settings, done = run.recipe.export, source / ENGINES
     if not settings.to and not settings.verify:

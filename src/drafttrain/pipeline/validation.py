@@ -97,7 +97,7 @@ class Validation:
         lengths = sorted({*settings.replay_lengths, length})
 
         def estimate(drafter: Any) -> dict[str, Any]:
-            with drafter.standing_on(target):
+            with drafter.adapting(target):
                 rows = replay_rows(target, drafter, texts, self.sampling, num_depths=max(lengths))
             by_length = {k: tokens / sum(expected_rounds(r, k) for r in rows) for k in lengths}
             alpha = sum(float(r.acceptance_T.sum()) for r in rows) / tokens

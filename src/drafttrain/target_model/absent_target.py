@@ -74,14 +74,14 @@ class AbsentTarget(Target):
         return cls(settings, model, load_target_tokenizer(settings), fingerprint=fingerprint)
 
     @contextmanager
-    def at_work(self) -> Iterator[Target]:
-        """Yield the whole target. It stays in memory until `rest`."""
+    def for_own_share(self) -> Iterator[Target]:
+        """Yield the whole target. It stays in memory until `release`."""
         if self._whole is None:
             say(f"{self.name}: loaded with its blocks, to compute outputs that are not cached yet")
             self._whole = Target.load(self._settings)
         yield self._whole
 
-    def rest(self) -> None:
+    def release(self) -> None:
         """Release the whole target."""
         if self._whole is None:
             return

@@ -67,7 +67,7 @@ class CachedLM:
         """Tokens in the cache by sequence, including pending ones."""
         return self.cache.lengths
 
-    def why_alone(self, longest: int) -> str | None:
+    def why_one_at_a_time(self, longest: int) -> str | None:
         """Return why sequences of up to `longest` tokens are read one at a time, and without trees; None: no such limit."""
         attention = self._config._attn_implementation
         if attention not in MASKED_ATTENTION:
@@ -108,7 +108,7 @@ class CachedLM:
         self.cache = RaggedCache(len(prompts))
         if self.split is not None:
             self._first_cache = RaggedCache(len(prompts), layers=slice(self.split))
-            self.cache = RaggedCache(len(prompts), layers=slice(self.split, None), beside=self._first_cache.hf)
+            self.cache = RaggedCache(len(prompts), layers=slice(self.split, None), after=self._first_cache.hf)
         seen = self.forward(prompts, needs=needs or TargetNeeds(), prefill=True)
         for cache in self._caches():
             cache.commit()
@@ -312,7 +312,7 @@ class CachedLM:
 
     def _check_mask(self, columns: int) -> None:
         """Refuse trees and ragged batches if the model does not accept custom masks."""
-        if why := self.why_alone(columns):
+        if why := self.why_one_at_a_time(columns):
             raise CheckpointError(f"{self.name}: {why}: decode one sequence at a time, in chains")
 
     def _event(
@@ -362,7 +362,7 @@ class _WeightBytes:
         self.body = sum(w.numel() * w.element_size() for w in parameters - set(embeddings) - head)
 
     def of_blocks(self, running: range, *, rest: bool) -> int:
-        """Return the bytes of these blocks; with `rest` also of everything else outside embedding and head."""
+        """Return the bytes of these blocks; with `release` also of everything else outside embedding and head."""
         return sum(self._by_block[index] for index in running) + (self.body - sum(self._by_block) if rest else 0)
 
     @cached_property

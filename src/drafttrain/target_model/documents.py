@@ -27,7 +27,7 @@ from drafttrain.target_model.packed_forward import NotPlain, may_be_read_packed,
 PROBE_TOKENS = 4
 """Tokens of each document in a probe."""
 
-_apart: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_separated: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _packed: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _masked: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -51,7 +51,7 @@ def document_states(
     """
     with no_autocast_if_frozen(model.get_output_embeddings().weight):
         probe(model)
-        if tells_documents_apart(model):
+        if separates_documents(model):
             with (
                 taps(model, TargetNeeds(hidden=hidden)) as seen,
                 _attention(model, positions_BT, documents) as by_kernel,
@@ -77,14 +77,14 @@ def probe(model: Any) -> None:
         CheckpointError: Logits computed from its final states differ from the model's own (`check_logits`).
     """
     check_logits(model)
-    tells_documents_apart(model)
+    separates_documents(model)
     reads_packed(model)
     takes_mask(model)
 
 
 def as_read(model: Any, values_BT: Tensor, positions_BT: Tensor) -> Tensor:
     """Return values of tokens in the layout in which `document_states` gives the tokens to this model; 0 at padding."""
-    if tells_documents_apart(model):
+    if separates_documents(model):
         return values_BT
     document_R, column_R = _own_rows(positions_BT)
     values_LS = values_BT.new_zeros(int(document_R.max()) + 1, int(column_R.max()) + 1)
@@ -97,17 +97,17 @@ def _own_rows(positions_BT: Tensor) -> tuple[Tensor, Tensor]:
     return (positions_BT == 0).flatten().cumsum(0) - 1, positions_BT.flatten()
 
 
-def tells_documents_apart(model: Any) -> bool:
+def separates_documents(model: Any) -> bool:
     """Return whether restarting positions separate this model's documents. Probed once per model, on two short ones."""
-    if model not in _apart:
-        _apart[model] = _takes_positions(model) and _try(model)
-    return _apart[model]
+    if model not in _separated:
+        _separated[model] = _takes_positions(model) and _probe_positions(model)
+    return _separated[model]
 
 
 def reads_packed(model: Any) -> bool:
     """Return whether flash attention can read this model's documents one by one. Probed once per model."""
     if model not in _packed:
-        _packed[model] = may_be_read_packed(model) and tells_documents_apart(model) and _try_packed(model)
+        _packed[model] = may_be_read_packed(model) and separates_documents(model) and _probe_kernel(model)
     return _packed[model]
 
 
@@ -143,12 +143,12 @@ def takes_mask(model: Any) -> bool:
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         everywhere = kinds == {"full_attention"} and getattr(config, "sliding_window", None) is None
         plain = model.config._attn_implementation == "sdpa"
-        _masked[model] = everywhere and plain and tells_documents_apart(model) and _try_mask(model)
+        _masked[model] = everywhere and plain and separates_documents(model) and _probe_mask(model)
     return _masked[model]
 
 
 @torch.no_grad()
-def _try_mask(model: Any) -> bool:
+def _probe_mask(model: Any) -> bool:
     try:
         states_2SD = _second_documents(model, masked=True)
     except (torch.OutOfMemoryError, torch.distributed.DistError):
@@ -158,11 +158,11 @@ def _try_mask(model: Any) -> bool:
         # or process, also occurs without a mask: this forward raises it.
         _second_documents(model)
         return False
-    return _alike(states_2SD, _second_documents(model))
+    return _close(states_2SD, _second_documents(model))
 
 
 @torch.no_grad()
-def _try_packed(model: Any) -> bool:
+def _probe_kernel(model: Any) -> bool:
     plain_2SD = _second_documents(model)
     documents = PackedDocuments.of(torch.arange(PROBE_TOKENS, device=plain_2SD.device).repeat(2, 2))
     try:
@@ -170,12 +170,12 @@ def _try_packed(model: Any) -> bool:
             states_2SD = _second_documents(model)
     except NotPlain:
         return False
-    return through_every_block(model, calls) and _alike(*states_2SD) and _alike(states_2SD, plain_2SD, up_to=0.05)
+    return through_every_block(model, calls) and _close(*states_2SD) and _close(states_2SD, plain_2SD, tolerance=0.05)
 
 
 @torch.no_grad()
-def _try(model: Any) -> bool:
-    return _alike(*_second_documents(model))
+def _probe_positions(model: Any) -> bool:
+    return _close(*_second_documents(model))
 
 
 def _second_documents(model: Any, *, masked: bool = False) -> Tensor:
@@ -198,8 +198,8 @@ def _second_documents(model: Any, *, masked: bool = False) -> Tensor:
         model.train(was_training)
 
 
-def _alike(one: Tensor, other: Tensor, *, up_to: float = 1e-4) -> bool:
-    return float((one - other).norm()) <= up_to * float(one.norm())
+def _close(one: Tensor, other: Tensor, *, tolerance: float = 1e-4) -> bool:
+    return float((one - other).norm()) <= tolerance * float(one.norm())
 
 
 def _final(model: Any, tokens_BT: Tensor, positions_BT: Tensor | None, mask_B1TT: Tensor | None = None) -> Tensor:

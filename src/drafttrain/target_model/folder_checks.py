@@ -1,4 +1,4 @@
-"""Checks that a folder contains a causal LM. If not, one sentence says what it contains and what to give instead.
+"""Checks that a folder contains a causal LM. If not, one sentence names what it contains and what to give instead.
 
 Only file names and configurations are read, so it takes no longer for 100 GB.
 """

@@ -66,7 +66,7 @@ class LiveRows:
 
 
 def head_of(model: Any) -> Head:
-    """Return the model's head: in parts for the losses, or as a function if it is not a plain matrix (quantized, adapted)."""
+    """Return the model's head for the losses: in parts if it is a plain matrix, else (quantized, adapted) as a function."""
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         return lambda states_ND, depth: head_logits(model, states_ND.to(model.dtype))
@@ -124,9 +124,10 @@ def check_logits(model: Any) -> None:
     if difference > TOLERANCE.get(model.dtype, max(TOLERANCE.values())):
         known = ", ".join((*DIVIDED_BY, *MULTIPLIED_BY, *CAPPED_AT))
         raise CheckpointError(
-            f"{model.config.name_or_path or 'model'}: {type(model).__name__} computes its logits in an unknown way: they differ "
-            f"by {difference:.1%} of the largest one from its output matrix applied to its final state with {known}. Training and "
-            "alpha would use another distribution than decoding, so this model can be decoded, but not trained for or replayed"
+            f"{model.config.name_or_path or 'model'}: {type(model).__name__} computes its logits in an unknown way: they "
+            f"differ by {difference:.1%} of the largest one from its output matrix applied to its final state with {known}. "
+            "Training and alpha would use another distribution than decoding, so this model can be decoded, but not trained "
+            "for or replayed"
         )
     _compared.add(model)
 

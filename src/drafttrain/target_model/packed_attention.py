@@ -61,32 +61,32 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         with _given_types(query_NHd):
             kernel = kernel_for(query_NHd)
-            attended_NHd, normaliser_NH = kernel.forward(query_NHd, keys_NGd, values_NGd, documents, scale)
+            attended_NHd, normalizer_NH = kernel.forward(query_NHd, keys_NGd, values_NGd, documents, scale)
             scores = [scale * inner(query_NHd, _to_heads(key, query_NHd)) for key in own[::2]]
             if own:
-                of_columns_NH = normaliser_NH
-                normaliser_NH = torch.stack([of_columns_NH, *scores]).logsumexp(dim=0)
-                whole_NHd = attended_NHd * (of_columns_NH - normaliser_NH).exp()[..., None]
+                of_columns_NH = normalizer_NH
+                normalizer_NH = torch.stack([of_columns_NH, *scores]).logsumexp(dim=0)
+                whole_NHd = attended_NHd * (of_columns_NH - normalizer_NH).exp()[..., None]
                 for score_NH, value in zip(scores, own[1::2], strict=True):
-                    whole_NHd += (score_NH - normaliser_NH).exp()[..., None] * _to_heads(value, query_NHd)
+                    whole_NHd += (score_NH - normalizer_NH).exp()[..., None] * _to_heads(value, query_NHd)
                 attended_NHd = whole_NHd.to(query_NHd.dtype)
         ctx.documents, ctx.scale, ctx.kernel, ctx.num_own = documents, scale, kernel, len(scores)
-        ctx.save_for_backward(query_NHd, keys_NGd, values_NGd, attended_NHd, normaliser_NH, *scores, *own)
+        ctx.save_for_backward(query_NHd, keys_NGd, values_NGd, attended_NHd, normalizer_NH, *scores, *own)
         return attended_NHd
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_NHd: Tensor) -> tuple[Tensor | None, ...]:
-        query_NHd, keys_NGd, values_NGd, attended_NHd, normaliser_NH, *rest = ctx.saved_tensors
+        query_NHd, keys_NGd, values_NGd, attended_NHd, normalizer_NH, *rest = ctx.saved_tensors
         scores, own = rest[: ctx.num_own], rest[ctx.num_own :]
         with _given_types(query_NHd):
             in_query_NHd, in_keys, in_values = ctx.kernel.backward(
-                gradient_NHd, query_NHd, keys_NGd, values_NGd, attended_NHd, normaliser_NH, ctx.documents, ctx.scale
+                gradient_NHd, query_NHd, keys_NGd, values_NGd, attended_NHd, normalizer_NH, ctx.documents, ctx.scale
             )
             drift_NH = inner(gradient_NHd, attended_NHd)
             in_own = []
             for score_NH, key, value in zip(scores, own[::2], own[1::2], strict=True):
-                weight_NH = (score_NH - normaliser_NH).exp()
+                weight_NH = (score_NH - normalizer_NH).exp()
                 moved_NH = weight_NH * (inner(gradient_NHd, _to_heads(value, query_NHd)) - drift_NH)
                 in_score_NH1 = (ctx.scale * moved_NH)[..., None]
                 in_query_NHd = in_query_NHd + in_score_NH1 * _to_heads(key, query_NHd)

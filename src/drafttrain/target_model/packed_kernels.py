@@ -36,7 +36,7 @@ class Kernel(Protocol):
     def forward(
         query_NHd: Tensor, keys_NGd: Tensor, values_NGd: Tensor, documents: PackedDocuments, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """Return (attended_NHd, normaliser_NH): the second is the logsumexp of the scores, in float32 or wider."""
+        """Return (attended_NHd, normalizer_NH): the second is the logsumexp of the scores, in float32 or wider."""
         ...
 
     @staticmethod
@@ -46,7 +46,7 @@ class Kernel(Protocol):
         keys_NGd: Tensor,
         values_NGd: Tensor,
         attended_NHd: Tensor,
-        normaliser_NH: Tensor,
+        normalizer_NH: Tensor,
         documents: PackedDocuments,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,8 +79,8 @@ class FlashOnCUDA:
     def forward(
         query_NHd: Tensor, keys_NGd: Tensor, values_NGd: Tensor, documents: PackedDocuments, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """Return (attended_NHd, normaliser_NH)."""
-        attended_NHd, normaliser_HN, *_ = torch.ops.aten._flash_attention_forward(
+        """Return (attended_NHd, normalizer_NH)."""
+        attended_NHd, normalizer_HN, *_ = torch.ops.aten._flash_attention_forward(
             query_NHd,
             keys_NGd,
             values_NGd,
@@ -93,7 +93,7 @@ class FlashOnCUDA:
             return_debug_mask=False,
             scale=scale,
         )
-        return attended_NHd, normaliser_HN.T
+        return attended_NHd, normalizer_HN.T
 
     @staticmethod
     def backward(
@@ -102,7 +102,7 @@ class FlashOnCUDA:
         keys_NGd: Tensor,
         values_NGd: Tensor,
         attended_NHd: Tensor,
-        normaliser_NH: Tensor,
+        normalizer_NH: Tensor,
         documents: PackedDocuments,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,7 +113,7 @@ class FlashOnCUDA:
             keys_NGd,
             values_NGd,
             attended_NHd,
-            normaliser_NH.T.contiguous(),
+            normalizer_NH.T.contiguous(),
             cum_seq_q=documents.query_bounds,
             cum_seq_k=documents.bounds,
             max_q=documents.longest,
@@ -135,18 +135,18 @@ class FlashOnCPU:
     def forward(
         query_NHd: Tensor, keys_NGd: Tensor, values_NGd: Tensor, documents: PackedDocuments, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """Return (attended_NHd, normaliser_NH)."""
+        """Return (attended_NHd, normalizer_NH)."""
         attended_NHd = torch.empty_like(query_NHd)
-        normaliser_NH = query_NHd.new_empty(query_NHd.shape[:2], dtype=wide_type(query_NHd))
+        normalizer_NH = query_NHd.new_empty(query_NHd.shape[:2], dtype=wide_type(query_NHd))
         for own, seen in documents.slices:
-            attended_1HMd, normaliser_1HM = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            attended_1HMd, normalizer_1HM = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 _one(query_NHd[own]),
                 _one(keys_NGd[seen]),
                 _one(values_NGd[seen]),
                 **_causal(query_NHd, own, seen, scale),
             )
-            attended_NHd[own], normaliser_NH[own] = attended_1HMd[0].transpose(0, 1), normaliser_1HM[0].T
-        return attended_NHd, normaliser_NH
+            attended_NHd[own], normalizer_NH[own] = attended_1HMd[0].transpose(0, 1), normalizer_1HM[0].T
+        return attended_NHd, normalizer_NH
 
     @staticmethod
     def backward(
@@ -155,7 +155,7 @@ class FlashOnCPU:
         keys_NGd: Tensor,
         values_NGd: Tensor,
         attended_NHd: Tensor,
-        normaliser_NH: Tensor,
+        normalizer_NH: Tensor,
         documents: PackedDocuments,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,7 +168,7 @@ class FlashOnCPU:
                 _one(keys_NGd[seen]),
                 _one(values_NGd[seen]),
                 _one(attended_NHd[own]),
-                normaliser_NH[own].T[None],
+                normalizer_NH[own].T[None],
                 dropout_p=0.0,
                 **_causal(query_NHd, own, seen, scale),
             )
@@ -198,9 +198,9 @@ class Pieces:
     def forward(
         query_NHd: Tensor, keys_NGd: Tensor, values_NGd: Tensor, documents: PackedDocuments, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """Return (attended_NHd, normaliser_NH)."""
+        """Return (attended_NHd, normalizer_NH)."""
         attended_NHd = torch.empty_like(query_NHd)
-        normaliser_NH1 = query_NHd.new_empty(*query_NHd.shape[:2], 1, dtype=wide_type(query_NHd))
+        normalizer_NH1 = query_NHd.new_empty(*query_NHd.shape[:2], 1, dtype=wide_type(query_NHd))
         groups = keys_NGd.shape[1]
         behind_QC = _behind(documents, query_NHd, groups)
         for own, seen in _pieces(documents):
@@ -210,8 +210,8 @@ class Pieces:
             sum_GQ1 = weights_GQC.sum(dim=-1, keepdim=True)
             mixed_GQd = weights_GQC.to(values_NGd.dtype) @ values_NGd[seen].transpose(0, 1)
             _write(attended_NHd[own], mixed_GQd / sum_GQ1)
-            _write(normaliser_NH1[own], highest_GQ1 + sum_GQ1.log())
-        return attended_NHd, normaliser_NH1[..., 0]
+            _write(normalizer_NH1[own], highest_GQ1 + sum_GQ1.log())
+        return attended_NHd, normalizer_NH1[..., 0]
 
     @staticmethod
     def backward(
@@ -220,22 +220,22 @@ class Pieces:
         keys_NGd: Tensor,
         values_NGd: Tensor,
         attended_NHd: Tensor,
-        normaliser_NH: Tensor,
+        normalizer_NH: Tensor,
         documents: PackedDocuments,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of query, keys and values."""
-        drift_NH1, normaliser_NH1 = inner(gradient_NHd, attended_NHd)[..., None], normaliser_NH[..., None]
+        drift_NH1, normalizer_NH1 = inner(gradient_NHd, attended_NHd)[..., None], normalizer_NH[..., None]
         in_query = torch.empty_like(query_NHd)
         in_keys, in_values = (torch.zeros_like(states, dtype=wide_type(states)) for states in (keys_NGd, values_NGd))
         groups = keys_NGd.shape[1]
         behind_QC = _behind(documents, query_NHd, groups)
         for own, seen in _pieces(documents):
-            query_GQd, gradient_GQd, normaliser_GQ1, drift_GQ1 = (
-                _by_group(states[own], groups) for states in (query_NHd, gradient_NHd, normaliser_NH1, drift_NH1)
+            query_GQd, gradient_GQd, normalizer_GQ1, drift_GQ1 = (
+                _by_group(states[own], groups) for states in (query_NHd, gradient_NHd, normalizer_NH1, drift_NH1)
             )
             keys_GCd, values_GCd = keys_NGd[seen].transpose(0, 1), values_NGd[seen].transpose(0, 1)
-            weights_GQC = _scores(query_GQd, keys_GCd, behind_QC, scale).sub_(normaliser_GQ1).exp_()
+            weights_GQC = _scores(query_GQd, keys_GCd, behind_QC, scale).sub_(normalizer_GQ1).exp_()
             in_values[seen] += (weights_GQC.to(values_GCd.dtype).mT @ gradient_GQd).transpose(0, 1)
             moved_GQC = (gradient_GQd @ values_GCd.mT).to(weights_GQC.dtype).sub_(drift_GQ1)
             in_scores_GQC = moved_GQC.mul_(weights_GQC).to(query_NHd.dtype)

@@ -48,11 +48,11 @@ class RaggedCache:
 
     Args:
         layers: The layers it manages, if a model's blocks do not all read their tokens in the same calls.
-        beside: The Hugging Face cache with the layers before those.
+        after: The Hugging Face cache with the layers before those.
     """
 
-    def __init__(self, num_sequences: int, *, layers: slice = slice(None), beside: GrowingCache | None = None) -> None:
-        self.hf: GrowingCache = GrowingCache() if beside is None else _LayersFrom(layers.start, beside)
+    def __init__(self, num_sequences: int, *, layers: slice = slice(None), after: GrowingCache | None = None) -> None:
+        self.hf: GrowingCache = GrowingCache() if after is None else _LayersFrom(layers.start, after)
         self._managed = layers
         self.lengths = [0] * num_sequences
         """Cached tokens by sequence, including pending ones."""
@@ -174,7 +174,8 @@ class RaggedCache:
         for layer in self._layers():
             if layer.keys.ndim != 4 or layer.keys.shape[2] != width or layer.values.shape[2] != width:
                 raise CheckpointError(
-                    f"a {type(layer).__name__} does not store one key and value per token: this model's cache cannot be rolled back"
+                    f"a {type(layer).__name__} does not store one key and value per token: this model's cache cannot be "
+                    "rolled back"
                 )
 
 

@@ -32,7 +32,7 @@ from drafttrain.target_model.weights_digest import weights_digest
 class Target:
     """A frozen causal LM with its tokenizer and the fingerprints of both."""
 
-    spread: ClassVar[bool] = False
+    sharded: ClassVar[bool] = False
     """Its weights are sharded over the processes, which must all run it together."""
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str, fingerprint: str) -> None:
@@ -131,15 +131,15 @@ class Target:
         return LiveRows(self.model, seen.final_BTD)
 
     @contextmanager
-    def at_work(self) -> Iterator[Target]:
+    def for_own_share(self) -> Iterator[Target]:
         """Yield a target that this process can run on its own share of the work, however much the others have.
 
         Every process of the run must enter the context, even one without a share.
         """
         yield self
 
-    def rest(self) -> None:
-        """Release what only `at_work` needs, before training."""
+    def release(self) -> None:
+        """Release what only `for_own_share` needs, before training."""
 
     def weights_digest(self) -> str:
         """Return the digest of the weights in memory, to check that they stayed frozen."""

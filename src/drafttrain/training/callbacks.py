@@ -1,4 +1,4 @@
-"""What happens at the ends of optimizer steps: the base of all that acts there, the progress bar, the frozen target."""
+"""Callbacks at the end of optimizer steps: their base class, the progress bar, the check of the frozen target."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from drafttrain.training.step_module import StepModule
 
 
 class StepEnd(Callback):
-    """A callback that acts once an optimizer step, after its last micro-batch."""
+    """A callback that runs once for each optimizer step, after its last micro-batch."""
 
     phase: ClassVar[str] = "other"
-    """What its time is counted as."""
+    """The phase of `StepClock` that its time counts as."""
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        """Find the ends of optimizer steps."""
+        """Call `on_step_end` after the last micro-batch of an optimizer step."""
         if trainer.fit_loop.epoch_loop._should_accumulate():
             return
         assert isinstance(module, StepModule)
@@ -31,11 +31,11 @@ class StepEnd(Callback):
         module.clock.enter("other")
 
     def on_step_end(self, trainer: Trainer, module: StepModule, step: int) -> None:
-        """Act after `step` optimizer steps."""
+        """Run after `step` optimizer steps."""
 
 
 class Progress(StepEnd):
-    """A bar with steps, loss, tokens a second and the time left; log lines where the output is no terminal."""
+    """A progress bar with steps, tokens per second and the remaining time; log lines if the output is not a terminal."""
 
     def __init__(self, settings: TrainSettings) -> None:
         self.settings = settings
@@ -44,25 +44,25 @@ class Progress(StepEnd):
         self._began = 0.0
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Open the bar at the step that the run continues from."""
+        """Open the bar at the step from which the run continues."""
         self._bar = self._stack.enter_context(progress("training", total=self.settings.max_steps, unit="steps"))
         self._bar.advance(trainer.global_step)
         self._began = time.perf_counter()
 
     def on_step_end(self, trainer: Trainer, module: StepModule, step: int) -> None:
-        """Move the bar."""
+        """Advance the bar."""
         tokens = module.tokens * trainer.world_size  # As if all processes had as many: only a display.
         per_second = tokens / max(1e-9, time.perf_counter() - self._began)
         self._bar.note(f"{per_second:,.0f} tokens/s")
         self._bar.advance(1)
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        """Close the bar as one that did not reach its end; that it cannot be said must not hide why."""
+        """Close the bar as unfinished. An output that cannot be written must not hide the error."""
         with suppress(OSError):
             self._stack.__exit__(type(exception), exception, exception.__traceback__)
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        """Close the bar however the training ended."""
+        """Close the bar."""
         self._stack.close()
 
 
@@ -74,6 +74,6 @@ class FrozenTarget(Callback):
         self.before = target.weights_digest()
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Compare."""
+        """Compare the digests."""
         if self.target.weights_digest() != self.before:
             raise DrafttrainError("the target's weights changed during training: they must stay frozen")

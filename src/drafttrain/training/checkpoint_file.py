@@ -1,4 +1,4 @@
-"""Checkpoints as one file each, written by a thread while training continues."""
+"""A checkpoint is one file, written by a thread while training continues."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import Tensor
 from drafttrain.core.errors import DrafttrainError
 
 PIECE_BYTES = 64 * 2**20
-"""After as many the disk has to confirm what it got, so that a slow disk can be told from one that has stopped."""
+"""Bytes after which the disk must confirm the data (fsync), to distinguish a slow disk from a stalled one."""
 
 
 class CheckpointFile(CheckpointIO):
-    """Writes one checkpoint at a time, beside its place, and renames it when the disk has it.
+    """Writes one checkpoint at a time under a temporary name, and renames it when it is on the disk.
 
     Lightning's AsyncCheckpointIO clones on the device, queues any number of checkpoints, and reports an error at a later save.
 
@@ -30,7 +30,7 @@ class CheckpointFile(CheckpointIO):
 
     def __init__(self, *, stall_seconds: float, written: Callable[[], None] = lambda: None) -> None:
         self.copies = True
-        """Whether `save_checkpoint` copies first; without, nothing may change the tensors until it is `finished`."""
+        """Whether `save_checkpoint` copies first. If not, the tensors must not change until it is `finished`."""
         self._stall_seconds = stall_seconds
         self._written = written
         self._path = Path()
@@ -39,11 +39,11 @@ class CheckpointFile(CheckpointIO):
         self._num_bytes = 0
 
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
-        """Begin to write it; the last one must be finished."""
+        """Start to write a checkpoint; the previous one must be finished."""
         self.write(on_host(checkpoint) if self.copies else checkpoint, path)
 
     def write(self, checkpoint: Any, path: Any) -> None:
-        """Begin to write a checkpoint whose tensors nobody else has."""
+        """Start to write a checkpoint whose tensors are not shared."""
         assert self._thread is None, "the checkpoint before this one is finished first"
         self._path, self._num_bytes = Path(path), 0
         self._thread = threading.Thread(target=self._run, args=(checkpoint,), name="checkpoint", daemon=True)
@@ -51,11 +51,11 @@ class CheckpointFile(CheckpointIO):
 
     @property
     def failed(self) -> bool:
-        """Whether the checkpoint that was begun could not be written, as far as is known."""
+        """Whether writing the current checkpoint has failed so far."""
         return self._failure is not None
 
     def finished(self) -> Exception | None:
-        """Wait until the checkpoint that was begun is on the disk; return why it is not.
+        """Wait until the current checkpoint is on the disk; return the error if it could not be written.
 
         Raises:
             DrafttrainError: The disk takes nothing any more.
@@ -67,18 +67,18 @@ class CheckpointFile(CheckpointIO):
             if thread.is_alive() and self._num_bytes == before:
                 self._thread = None
                 raise DrafttrainError(
-                    f"{self._path}: the disk took nothing for {self._stall_seconds:g} s (train.timeout_seconds), after "
+                    f"{self._path}: the disk accepted no data for {self._stall_seconds:g} s (train.timeout_seconds), after "
                     f"{before / 1e9:.2f} GB of this checkpoint"
                 )
         failure, self._failure, self._thread = self._failure, None, None
         return failure
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
-        """Read it on the CPU."""
+        """Read a checkpoint to the CPU."""
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Remove it."""
+        """Remove a checkpoint."""
         Path(path).unlink(missing_ok=True)
 
     def _run(self, checkpoint: Any) -> None:
@@ -88,7 +88,7 @@ class CheckpointFile(CheckpointIO):
                 _save(checkpoint, _Confirmed(file, self._count))
             os.replace(temporary, self._path)
             self._written()
-        except Exception as error:  # returned to the training, which knows what to do
+        except Exception as error:  # returned to the training, which handles it
             temporary.unlink(missing_ok=True)
             self._failure = error
 
@@ -97,7 +97,7 @@ class CheckpointFile(CheckpointIO):
 
 
 class _Confirmed:
-    """A file that the disk confirms piece by piece, not only the system's cache."""
+    """A file that is flushed to the disk piece by piece, not only to the system's cache."""
 
     def __init__(self, file: Any, count: Callable[[int], None]) -> None:
         self._file = file
@@ -105,7 +105,7 @@ class _Confirmed:
         self._unconfirmed = 0
 
     def write(self, data: Any) -> int:
-        """Write all of it."""
+        """Write all bytes."""
         whole = memoryview(data)
         for start in range(0, len(whole), PIECE_BYTES):
             piece = whole[start : start + PIECE_BYTES]
@@ -116,7 +116,7 @@ class _Confirmed:
         return len(whole)
 
     def flush(self) -> None:
-        """Have the disk confirm what was written."""
+        """Flush the written bytes to the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._count(self._unconfirmed)
@@ -127,7 +127,7 @@ def _save(checkpoint: Any, file: Any) -> None:
     try:
         torch.save(checkpoint, file)
     except RuntimeError as error:
-        # torch's writer goes on after the file's error and stumbles over its own count of bytes.
+        # torch's writer continues after the file's error, and then fails on its own byte count.
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
@@ -135,7 +135,7 @@ def _save(checkpoint: Any, file: Any) -> None:
 
 
 def on_host(value: Any) -> Any:
-    """Return a copy of a checkpoint in host memory; tensors that are one stay one, as tied weights are."""
+    """Return a copy of a checkpoint in host memory; shared tensors (tied weights) stay shared."""
     return _copied(value, {})
 
 

@@ -1,4 +1,4 @@
-"""What a training can continue from: checkpoints every N steps and when it is asked to stop."""
+"""Checkpoints that a training resumes from: every N steps, and when it is asked to stop."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ UNREADABLE = (
     *(zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError),
     *(RuntimeError, EOFError, ValueError, KeyError),
 )
-"""What readers raise of a file whose content is none of a checkpoint."""
+"""Errors that readers raise for a file that is not a checkpoint."""
 
 
 class Checkpoints(StepEnd):
-    """Saves what a resume needs every N steps, keeps the last two, and stops with a checkpoint when asked to by a signal."""
+    """Saves a checkpoint every N steps, keeps the last two, and on a signal saves one and stops."""
 
     phase = "checkpoint"
     KEPT = 2
@@ -52,11 +52,11 @@ class Checkpoints(StepEnd):
         """The step whose checkpoint is being written; the same on all processes."""
         self._asked_to_stop = False
         self._heard_before: Callable[[], list[float]] = lambda: [0, 0]
-        """How many processes had been asked to stop, and how many had failed to write, by the end of the step before."""
+        """How many processes were asked to stop and how many failed to write, as of the end of the previous step."""
 
     @contextmanager
     def taking_requests(self) -> Iterator[None]:
-        """Answer SIGTERM and SIGINT in place of the command line, before the first step and after the last one too.
+        """Handle SIGTERM and SIGINT in place of the command line, also before the first step and after the last one.
 
         Raises:
             Interrupted: It was asked to stop where there was no step to end.
@@ -67,7 +67,7 @@ class Checkpoints(StepEnd):
             yield
             self.settle()
         except SystemExit:
-            # Lightning's own answer to SIGTERM, until its handler is replaced.
+            # Lightning's own handler of SIGTERM, until it is replaced.
             if not self._asked_to_stop:
                 raise
         finally:
@@ -82,7 +82,7 @@ class Checkpoints(StepEnd):
             signal.signal(number, self._ask)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Take the signals back from Lightning, which would leave in the middle of a step."""
+        """Replace Lightning's signal handlers, which would stop in the middle of a step."""
         self._take_signals()
 
     def _ask(self, *_: Any) -> None:
@@ -90,7 +90,7 @@ class Checkpoints(StepEnd):
         say("asked to stop: finishing this step and saving")
 
     def on_step_end(self, trainer: Trainer, module: StepModule, step: int) -> None:
-        """Save, and stop if that was asked of any process."""
+        """Save, and stop if any process was asked to."""
         at_step(step)
         stops, failed = self._heard(step)
         if failed:
@@ -102,19 +102,19 @@ class Checkpoints(StepEnd):
             raise Interrupted(f"stopped at step {step} of {self.settings.max_steps}: run the same command to continue")
 
     def _heard(self, step: int) -> tuple[bool, bool]:
-        """Return whether any process was asked to stop, and whether a checkpoint could not be written; the same on all of them.
+        """Return whether any process was asked to stop, and whether a checkpoint could not be written; the same on all processes.
 
         Several processes hear of each other one step later, so that none waits; at the last step there is no later one.
         """
-        told = sums_later([self._asked_to_stop, self.file.failed])
+        answers = sums_later([self._asked_to_stop, self.file.failed])
         stops, failed = self._heard_before()
-        self._heard_before = told
+        self._heard_before = answers
         if world().size == 1 or step == self.settings.max_steps:
-            stops, failed = told()
+            stops, failed = answers()
         return stops > 0, failed > 0
 
     def save(self, trainer: Trainer, step: int) -> None:
-        """Begin to write one checkpoint, after the last one is on the disk; training continues meanwhile."""
+        """Start to write one checkpoint, once the previous one is on the disk; training continues meanwhile."""
         self.settle()
         self._under_way = step
         trainer.save_checkpoint(self._path(step))
@@ -122,7 +122,7 @@ class Checkpoints(StepEnd):
             self.settle()
 
     def settle(self) -> None:
-        """Wait until the checkpoint under way is on the disk, for as long as the disk takes; all processes must call it.
+        """Wait until the checkpoint that is being written is on the disk; all processes must call it.
 
         The others wait through the store, not in a collective, which would end after `train.timeout_seconds`.
 
@@ -139,7 +139,7 @@ class Checkpoints(StepEnd):
         could_be_written(what, failure, settings=self.settings, instead=self._before())
 
     def _finish_alone(self) -> None:
-        """Let a checkpoint that is under way be whole where the training ends by an error, which nothing may hide."""
+        """Finish the checkpoint that is being written when the training ends with an error, and never hide that error."""
         try:
             error = self.file.finished()
         except DrafttrainError as stalled:
@@ -148,7 +148,7 @@ class Checkpoints(StepEnd):
             say(f"a checkpoint could not be written: {error}; {self._before()}")
 
     def _no_room(self, error: Exception, what: str) -> OSError:
-        """Return an error that says that the disk is full.
+        """Return the error if it means that the disk is full.
 
         Raises:
             DrafttrainError: It is another error of the disk.
@@ -174,7 +174,7 @@ class Checkpoints(StepEnd):
 
 
 def save_trained(module: StepModule, folder: Path) -> None:
-    """Write the trained weights as a folder, whole or not at all, from the first process; all must call it."""
+    """Write the trained weights as a folder atomically, from the first process; all processes must call it."""
     with whole(module.trained.parameters()):
         if is_first():
             with folder_beside(folder) as temporary:
@@ -182,7 +182,7 @@ def save_trained(module: StepModule, folder: Path) -> None:
 
 
 def newest_checkpoint_for_all(folder: Path) -> Path | None:
-    """Return the checkpoint that every process continues from: the first one looks which can be read."""
+    """Return the checkpoint that every process resumes from: the first process finds one that can be read."""
     with first_before_others("it looks for the newest checkpoint"):
         found = newest_checkpoint(folder) if is_first() else None
     name = shared(None if found is None else found.name)[0]
@@ -190,7 +190,7 @@ def newest_checkpoint_for_all(folder: Path) -> Path | None:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint that is as it was written; damaged ones are set aside and named."""
+    """Return the newest undamaged checkpoint; damaged ones are quarantined and reported."""
     for path in sorted(folder.glob("step-*.ckpt"), reverse=True):
         if damage := _damage(path):
             say(f"{path} is damaged ({damage}): falling back to the checkpoint before it")
@@ -201,7 +201,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def _damage(path: Path) -> str:
-    """Return what is wrong with a checkpoint; empty: every part of it is as it was written, and torch can read it.
+    """Return what is wrong with a checkpoint; empty if its checksums match and torch can read it.
 
     Raises:
         OSError: It cannot be read for another reason than its content or its disk.
@@ -209,7 +209,7 @@ def _damage(path: Path) -> str:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            # torch does not look whether the numbers are those that were written.
+            # torch does not verify the checksums.
             if changed := archive.testzip():
                 return f"{changed} is not what was written"
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -225,7 +225,7 @@ def _damage(path: Path) -> str:
 
 
 def weights_of_checkpoint(path: Path) -> tuple[int, dict[str, torch.Tensor]]:
-    """Return the step of a checkpoint and the weights of what it trains, whatever layout wrote it."""
+    """Return the step and the trained weights of a checkpoint from any layout."""
     stored = torch.load(path, map_location="cpu", weights_only=True)
     prefix = "trained."
     weights = {

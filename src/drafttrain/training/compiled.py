@@ -1,4 +1,4 @@
-"""A drafter's and a loss's arithmetic under torch.compile, in training steps only: what is validated and decoded stays as it is.
+"""torch.compile for the drafter and the loss, in training steps only: validation and decoding run uncompiled.
 
 N = rows, V = vocabulary
 """
@@ -18,13 +18,15 @@ from drafttrain.losses import Loss
 
 BACKEND = "inductor"
 SHAPES = 64
-"""Shapes of one function that are compiled before it is left as it is."""
+"""Shapes of a function that are compiled before torch falls back to running it uncompiled."""
 
 Function = Callable[..., Any]
 
 
 def compile_step(drafter: Drafter, loss: Loss) -> None:
-    """Compile what `Drafter.compile_with` names, and the loss of a row. Names of weights, files and resumes stay the same.
+    """Compile the functions that `Drafter.compile_with` lists, and the loss of a row.
+
+    Weights keep their names, so checkpoints and resumes are unaffected.
 
     A size that changes from step to step becomes a symbol; rows are padded to few widths (`pipeline.data`), as on a GPU.
 
@@ -50,7 +52,7 @@ def compile_step(drafter: Drafter, loss: Loss) -> None:
 
 
 def _compiled_loss(per_row: Callable[[LossRows], Mapping[str, Tensor]]) -> Callable[[LossRows], Mapping[str, Tensor]]:
-    """Return the loss of rows as a compiled function of tensors: their number differs from piece to piece, so it is a symbol."""
+    """Return the loss of rows as a compiled function of tensors; the number of rows is symbolic, because it varies."""
 
     def of_tensors(
         drafter_logits_NV: Tensor, target_logits_NV: Tensor | None, tokens_N: Tensor, seed_N: Tensor, normalised: bool
@@ -72,7 +74,7 @@ def _compiled_loss(per_row: Callable[[LossRows], Mapping[str, Tensor]]) -> Calla
 
 
 def why_no_compiler(device: torch.device) -> str | None:
-    """Return why nothing can be compiled for a device; None: it can."""
+    """Return why torch.compile cannot run on a device; None: it can."""
     if device.type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
@@ -89,4 +91,4 @@ def why_no_compiler(device: torch.device) -> str | None:
 
 def _check_compiler(device: torch.device) -> None:
     if reason := why_no_compiler(device):
-        raise DrafttrainError(f"train.compile: {reason}: install one, or leave train.compile out")
+        raise DrafttrainError(f"train.compile: {reason}. Install one, or leave out train.compile")

@@ -1,4 +1,4 @@
-"""Settings of DeepSpeed and the configuration that they make; imports neither lightning nor deepspeed."""
+"""Settings of DeepSpeed and the configuration made from them; imports neither lightning nor deepspeed."""
 
 from __future__ import annotations
 
@@ -23,23 +23,25 @@ OWNED = {
     "torch_autocast": "train.precision",
     "checkpoint": "train.checkpoint_every_steps",
 }
-"""Keys of a DeepSpeed file that the recipe says, and where."""
+"""Keys of a DeepSpeed file that the recipe sets, and where."""
 
 
 @dataclass
 class DeepSpeedSettings:
-    """How training state is spread over processes; an empty section is ZeRO-2."""
+    """How training state is partitioned over processes; an empty section is ZeRO-2."""
 
     stage: Literal[0, 1, 2, 3] = setting(
-        2, help="ZeRO: 0 spreads nothing, 1 optimizer states, 2 gradients too, 3 weights too."
+        2, help="ZeRO: 0 partitions nothing, 1 optimizer states, 2 also gradients, 3 also weights."
     )
     offload_optimizer: Literal["none", "cpu", "nvme"] = setting(
-        "none", help="Where optimizer states live; cpu and nvme build an operator the first time (minutes)."
+        "none", help="Where optimizer states are stored; cpu and nvme build an operator the first time (minutes)."
     )
-    offload_parameters: Literal["none", "cpu", "nvme"] = setting("none", help="Where weights live; needs stage 3.")
-    nvme_path: str | None = setting(None, help="Folder on a fast disk for what is offloaded to nvme.")
+    offload_parameters: Literal["none", "cpu", "nvme"] = setting(
+        "none", help="Where weights are stored; needs stage 3."
+    )
+    nvme_path: str | None = setting(None, help="Folder on a fast disk for offloading to nvme.")
     config: str | None = setting(
-        None, help="A DeepSpeed JSON file in place of the keys above; what the recipe says stays out of it."
+        None, help="A DeepSpeed JSON file in place of the keys above; it must not hold keys that the recipe sets."
     )
 
     def check(self) -> list[str]:
@@ -54,11 +56,13 @@ class DeepSpeedSettings:
         nvme = "nvme" in (self.offload_optimizer, self.offload_parameters)
         if nvme and self.nvme_path is None:
             problems.append("nvme_path: null, but something is offloaded to nvme: name a folder on that disk")
-        if self.config is not None and self._spoken():
-            problems.append(f"config: {self.config} takes the place of {', '.join(self._spoken())}: leave them out")
+        if self.config is not None and self._changed_keys():
+            problems.append(
+                f"config: {self.config} takes the place of {', '.join(self._changed_keys())}: leave them out"
+            )
         return [*problems, *self._file_problems()]
 
-    def _spoken(self) -> list[str]:
+    def _changed_keys(self) -> list[str]:
         default = DeepSpeedSettings()
         names = ("stage", "offload_optimizer", "offload_parameters", "nvme_path")
         return [name for name in names if getattr(self, name) != getattr(default, name)]
@@ -73,11 +77,11 @@ class DeepSpeedSettings:
             return
         for key, ours in OWNED.items():
             if key in content:
-                yield f"config: {self.config}: {key}: the recipe says this, in {ours}: take it out of the file"
+                yield f"config: {self.config}: {key}: the recipe sets this, in {ours}: remove it from the file"
         if _zero_of(content).get("round_robin_gradients"):
             yield (
-                f"config: {self.config}: zero_optimization.round_robin_gradients: with it DeepSpeed tells wrongly where a parameter is, and "
-                "checkpoints would hold others in its place: take it out of the file"
+                f"config: {self.config}: zero_optimization.round_robin_gradients: with it DeepSpeed reports wrong places of parameters, and "
+                "checkpoints would hold others in their place: remove it from the file"
             )
         stage = _zero_of(content).get("stage", 0)
         if stage not in (0, 1, 2, 3):
@@ -85,7 +89,7 @@ class DeepSpeedSettings:
 
     @property
     def zero_stage(self) -> int:
-        """The stage, also that of a file."""
+        """The stage, from the file if there is one."""
         return self.stage if self.config is None else int(_zero_of(read_config(self.config)).get("stage", 0))
 
     @property
@@ -96,7 +100,7 @@ class DeepSpeedSettings:
         return _zero_of(read_config(self.config)).get("offload_optimizer", {}).get("device", "none") != "none"
 
     def configuration(self) -> dict[str, Any]:
-        """Return DeepSpeed's own configuration, without what the recipe says elsewhere."""
+        """Return DeepSpeed's own configuration, without keys that the recipe sets elsewhere."""
         if self.config is not None:
             return {"zero_allow_untested_optimizer": True, "steps_per_print": None} | read_config(self.config)
         zero: dict[str, Any] = {"stage": self.stage}
@@ -114,7 +118,7 @@ def read_config(path: str) -> dict[str, Any]:
     """Return the content of a DeepSpeed JSON file.
 
     Raises:
-        RecipeError: It cannot be read, or holds no object.
+        RecipeError: It cannot be read, or is not an object.
     """
     try:
         content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))

@@ -83,11 +83,11 @@ class DistillModule(StepModule):
         return replace(batch, target=seen.to(batch.tokens_BT.device), target_rows=rows)
 
     def _read_by_any(self, reads: bool) -> bool:
-        """Tell whether this process runs the target; one that is spread out is run by all where one process needs it."""
-        if self.target is None or not self.target.spread:
+        """Return whether this process runs the target; all processes run a sharded target if one of them needs it."""
+        if self.target is None or not self.target.sharded:
             return reads
         return sums_over_processes([reads])[0] > 0
 
     def end_of_step(self) -> None:
-        """Let the loss roll what it carries from step to step."""
+        """Let the loss update the state that it carries from step to step."""
         self.loss.end_of_step()

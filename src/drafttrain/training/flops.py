@@ -33,7 +33,7 @@ def _of_target(
             target.model, shape, gradients=0, num_blocks=None if whole else max(needs.hidden, default=0)
         )
     if head or drafter.compares_with_target:
-        # Once for each position, for all who read it: the nearest label has them all.
+        # Once for each position: the depth with the nearest label covers all positions.
         shift = min(asked.lag + min(asked.depths) for asked in drafter.rows_asked())
         yield matrix(head_parameters(target.model), shape.rows(shift), gradients=0)
 

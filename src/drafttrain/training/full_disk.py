@@ -1,4 +1,4 @@
-"""What is done where the disk has no room for what a training keeps."""
+"""How a training handles a full disk."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from drafttrain.distributed.collectives import shared
 from drafttrain.training.settings import TrainSettings
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""No space left, quota used up, larger than files may be."""
+"""No space left, quota exceeded, file too large."""
 
 
 def only_full(error: OSError) -> OSError:
-    """Return an error that says that the disk is full; raise any other.
+    """Return the error if it means that the disk is full; raise any other.
 
-    Writers of other languages give no number, but its text.
+    Native writers pass on the text of the error without its number.
     """
     if error.errno in FULL or any(os.strerror(number) in str(error) for number in FULL):
         return error
@@ -25,21 +25,21 @@ def only_full(error: OSError) -> OSError:
 
 
 def could_be_written(what: str, failure: OSError | None, *, settings: TrainSettings, instead: str) -> bool:
-    """Tell all processes whether the first one could write; it alone knows.
+    """Return on all processes whether the first one could write.
 
     Args:
-        instead: What there is in its place.
+        instead: What is still there, for the message.
 
     Raises:
-        DrafttrainError: It could not, and the recipe does not say to go on.
+        DrafttrainError: It could not, and train.on_full_disk is stop.
     """
     reason = shared(None if failure is None else failure.strerror or str(failure))[0]
     if reason is None:
         return True
-    said = f"no room for {what} ({reason}); {instead}"
+    problem = f"no room for {what} ({reason}); {instead}"
     if settings.on_full_disk == "continue":
-        say(f"{said}. Going on without it (train.on_full_disk: continue)")
+        say(f"{problem}. Continuing without it (train.on_full_disk: continue)")
         return False
     raise DrafttrainError(
-        f"{said}. Make room and run the same command to continue, or let the run go on with train.on_full_disk=continue"
+        f"{problem}. Make room and run the same command to continue, or continue without it with train.on_full_disk=continue"
     )

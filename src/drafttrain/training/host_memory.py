@@ -1,4 +1,4 @@
-"""How much memory this machine, or the container that the process is in, has left."""
+"""Free memory of this machine, or of the container that the process runs in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ CONTAINER = Path("/sys/fs/cgroup")
 
 
 def free_host_bytes(memory: Path = MEMORY, container: Path = CONTAINER) -> int | None:
-    """Return how many bytes can still be allocated on the host; None: the system does not tell."""
+    """Return how many bytes can still be allocated on the host; None: not known."""
     known = [free for free in (_of_machine(memory), _of_container(container)) if free is not None]
     return min(known, default=None)
 
@@ -24,7 +24,7 @@ def _of_machine(memory: Path) -> int | None:
 
 
 def _of_container(container: Path) -> int | None:
-    """Return what the container's limit leaves; files that are only cached there can give way."""
+    """Return the bytes below the container's limit; its file cache counts as free."""
     try:
         limit = (container / "memory.max").read_text(encoding="utf-8").strip()
         used = int((container / "memory.current").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Micro-batches made while the device computes: a thread packs the next optimizer step, a side stream copies the next micro-batch."""
+"""Micro-batches, prepared while the device computes: a thread packs the next optimizer step, a side stream copies the next micro-batch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 class Steps:
-    """Micro-batches from a step on; `of_step` is a pure function, so a resume needs one integer.
+    """The micro-batches from one step on; `of_step` is a pure function, so a resume needs one integer.
 
-    While the micro-batches of one step are read, a thread makes those of the next. Its errors are raised where they are asked for.
+    While the micro-batches of one step are read, a thread makes those of the next. Its errors are raised in the reader.
 
     Args:
         of_step: Called in the thread: it reads files, and no model.
@@ -55,7 +55,7 @@ class Steps:
         return [self.prepared(batch) for batch in self.of_step(step)]
 
     def close(self) -> None:
-        """End the thread, after what it is doing: training may stop before the last step."""
+        """End the thread after its current step: training may stop before the last step."""
         for reader in self._readers:
             reader.close()
 
@@ -77,24 +77,24 @@ class SideStream:
         self._stream = torch.cuda.Stream(device)
 
     def pinned(self, batch: Any) -> Any:
-        """Return a micro-batch in memory that the GPU copies from without the host."""
-        # Each thread begins on the first GPU, and would take memory there.
+        """Return a micro-batch in pinned memory."""
+        # A thread starts on the first GPU, and would allocate memory there.
         with torch.cuda.device(self.device):
             return batch.each(lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor)
 
     def send(self, batch: Any) -> Sent:
-        """Begin to copy."""
+        """Start to copy a micro-batch."""
         with torch.cuda.stream(self._stream):
             moved = batch.each(lambda tensor: tensor.to(self.device, non_blocking=True))
         return Sent(moved, self._stream.record_event())
 
     def received(self, sent: Sent) -> Any:
-        """Return the micro-batch: what the GPU is asked to do from now on waits for it, the host does not."""
+        """Return the micro-batch. Later work of the GPU waits for the copy; the host does not."""
         current = torch.cuda.current_stream(self.device)
         current.wait_event(sent.arrived)
 
         def used_by_current(tensor: Tensor) -> Tensor:
-            # Its memory is the side stream's, which would write there again as soon as nobody holds the tensor.
+            # The memory belongs to the side stream, which would reuse it as soon as the tensor is freed.
             tensor.record_stream(current)
             return tensor
 
@@ -102,7 +102,7 @@ class SideStream:
 
 
 class StepData(LightningDataModule):
-    """The micro-batches of a training: Lightning asks for the loader after a checkpoint was restored.
+    """The micro-batches of a training. Lightning builds the loader after a checkpoint was restored.
 
     Args:
         planned: What the host finds out about a micro-batch before it is sent.
@@ -117,7 +117,7 @@ class StepData(LightningDataModule):
         self._side: SideStream | None = None
 
     def train_dataloader(self) -> Steps:
-        """Return the micro-batches from the step on that training stands at."""
+        """Return the micro-batches from the current step on."""
         assert self.trainer is not None
         device = self.trainer.strategy.root_device
         self._side = SideStream(device) if device.type == "cuda" else None
@@ -126,7 +126,7 @@ class StepData(LightningDataModule):
             start=self.trainer.global_step,
             stop=self._stop,
             prepared=self._prepared,
-            # Lightning asks for one micro-batch more than it trains on: that one is copied meanwhile.
+            # Lightning fetches one micro-batch ahead, which is copied meanwhile.
             sent=self._side.send if self._side else lambda batch: batch,
         )
         return self._steps
@@ -142,6 +142,6 @@ class StepData(LightningDataModule):
         return batch if device.type == "cpu" else batch.to(device)
 
     def close(self) -> None:
-        """Let no thread outlive the training."""
+        """End the loader's thread."""
         if self._steps is not None:
             self._steps.close()

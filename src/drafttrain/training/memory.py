@@ -1,4 +1,4 @@
-"""A training that does not fit into the memory: what to change, and by how much."""
+"""A training that runs out of memory: which settings to change, and how much memory that saves."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from drafttrain.training.settings import TrainSettings
 from drafttrain.training.step_module import StepModule
 
 OF_CPU = "can't allocate memory"
-"""What torch's CPU allocator says; on CUDA there is a class of its own."""
+"""The message of torch's CPU allocator; CUDA raises its own error class."""
 
 
 @contextmanager
 def advice_on_memory(module: StepModule) -> Iterator[None]:
-    """Turn torch's word that memory is used up into what a user can change.
+    """Turn torch's out-of-memory error into a list of settings to change.
 
     Raises:
-        DrafttrainError: With the changes in the order of what they cost.
+        DrafttrainError: With the changes, the cheapest first.
     """
     try:
         yield
@@ -64,17 +64,17 @@ def _for_steps(module: StepModule, device: torch.device) -> list[str]:
         )
     if not settings.activation_checkpointing:
         changes.append(
-            "train.activation_checkpointing=true: the drafter's activations are computed again, not kept; slower steps"
+            "train.activation_checkpointing=true: the drafter's activations are computed again, not stored; slower steps"
         )
     if isinstance(module, DistillModule):
-        changes.append("data.cache, where it is none: the target is not run in a step, so it needs no activations")
+        changes.append("data.cache, if it is none: the target is not run in a step, so it needs no activations")
         changes += _for_target(module, settings, processes)
     changes += _for_states(module, settings, device, processes)
-    return [*changes, "data.max_length: activations shrink with it; this changes what is trained"]
+    return [*changes, "data.max_length: activations shrink with it; this changes the training data"]
 
 
 def _for_target(module: DistillModule, settings: TrainSettings, processes: int) -> list[str]:
-    """Return what makes room where the target's blocks are."""
+    """Return the changes that free the memory of the target's blocks."""
     if module.target is None or settings.target_placement != "replicated":
         return []
     size = weight_bytes(blocks(module.target.model)) / 1e9
@@ -87,7 +87,7 @@ def _for_target(module: DistillModule, settings: TrainSettings, processes: int) 
 
 
 def _for_states(module: StepModule, settings: TrainSettings, device: torch.device, processes: int) -> list[str]:
-    """Return what moves or spreads the optimizer's two moments of float32, and the gradients."""
+    """Return the changes that move or partition gradients and the optimizer's two moments in float32."""
     if settings.optimizer != "adamw":
         return []
     trained = sum(p.numel() for p in module.trained.parameters() if p.requires_grad)

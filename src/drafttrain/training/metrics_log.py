@@ -1,4 +1,4 @@
-"""The curve of a training: metrics.csv, and the same rows for loggers."""
+"""The training curve: metrics.csv, and the same rows for loggers."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ COLUMNS = (
     "step_flops",
     "mfu",
 )
-"""Of metrics.csv, before one `validation_` column for each figure that is measured on held-out data."""
+"""Columns of metrics.csv; a `validation_` column for each figure on held-out data follows."""
 
 TIMES = ("seconds", "step_ms", *(f"{phase}_ms" for phase in PHASES), "mfu")
-"""Columns that differ between two runs that train the same."""
+"""Columns that differ between two identical runs."""
 
 
 class MetricsLog(StepEnd):
-    """Writes metrics.csv (flushed row by row, cut back to the step of a resume) and passes the same rows to loggers."""
+    """Writes metrics.csv (flushed row by row, truncated to the step of a resume) and passes the same rows to loggers."""
 
     def __init__(self, path: Path, *, settings: TrainSettings, validation: Validation | None) -> None:
         self.path = path
@@ -55,9 +55,9 @@ class MetricsLog(StepEnd):
         figures = validation.held_out.figures if validation else ("alpha", "block_efficiency")
         self.columns = [*COLUMNS, *(f"validation_{name}" for name in figures)]
         self._unwritten: list[dict[str, Any]] = []
-        """Rows that a full disk did not take."""
+        """Rows that could not be written to a full disk."""
         self._last_row: int | None = 0
-        """The step of the last row; None: the checkpoint that was resumed from does not say."""
+        """The step of the last row; None: not stored in the checkpoint of the resume."""
         self._tokens = 0
         """Tokens that all processes have read, those before a resume included."""
         self._own_tokens = self._own_counted = 0
@@ -66,16 +66,16 @@ class MetricsLog(StepEnd):
         self._began = time.perf_counter()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Open the file; after a resume, forget rows of steps that are taken again."""
+        """Open the file; after a resume, drop the rows of steps that run again."""
         self._began = time.perf_counter()
         if self._last_row is None:
-            # An older version wrote the checkpoint; it counted no operations, so those of the next row begin here.
+            # An older version wrote the checkpoint without operations, so those of the next row start here.
             self._last_row = trainer.global_step
         if not trainer.is_global_zero:
             return
         rows = []
         if self.path.exists():
-            # A row without its end was being written when the run was killed.
+            # A row without a newline was being written when the run was killed.
             whole, _, _ = self.path.read_text(encoding="utf-8").rpartition("\n")
             rows = [row for row in csv.DictReader(io.StringIO(whole)) if int(row["step"]) <= trainer.global_step]
         with written_beside(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
@@ -86,17 +86,17 @@ class MetricsLog(StepEnd):
             self._write(trainer, 0, {})
 
     def _count_all(self) -> None:
-        """Add what all processes read since the last call; all must call it."""
+        """Add the tokens that all processes read since the last call; all must call it."""
         self._tokens += round(sums_over_processes([self._own_tokens - self._own_counted])[0])
         self._own_counted = self._own_tokens
 
     def state_dict(self) -> dict[str, Any]:
-        """Carry what was counted through a resume, also between two rows; all processes ask for it."""
+        """Return the counts for a checkpoint, also between two rows; all processes call it."""
         self._count_all()
         return {"tokens": self._tokens, "seconds": self._seconds, "last_row": self._last_row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what was counted."""
+        """Restore the counts."""
         self._tokens, self._seconds_before = state_dict["tokens"], state_dict["seconds"]
         self._last_row = state_dict.get("last_row")
 
@@ -135,11 +135,11 @@ class MetricsLog(StepEnd):
     def _explained(
         self, times: dict[str, float], flops: float, module: StepModule, *, step: int, timed: int
     ) -> dict[str, str]:
-        """Return what a step took and computed: means over the steps since the last row, and over the processes.
+        """Return the times and operations of a step: means over the steps since the last row and over the processes.
 
         Args:
-            times: Seconds of each phase, of all processes together.
-            timed: The steps that they are of: after a resume those of this run alone.
+            times: Seconds of each phase, summed over all processes.
+            timed: Number of steps in these times: after a resume only those of this run.
         """
         steps = max(1, step - (self._last_row or 0))
         row = {"step_flops": str(round(flops / steps))}
@@ -174,7 +174,7 @@ class MetricsLog(StepEnd):
             logger.log_metrics(numbers, step)
 
     def _append(self, row: dict[str, Any]) -> None:
-        """Write a row, and those that had no room before it; a file that cannot take them stays as it was."""
+        """Append a row, with earlier rows that had no room. A file that cannot be extended stays unchanged."""
         self._unwritten.append(row)
         before = self.path.stat().st_size
         try:
@@ -185,8 +185,8 @@ class MetricsLog(StepEnd):
             os.truncate(self.path, before)
             if self.settings.on_full_disk == "stop":
                 raise DrafttrainError(
-                    f"{self.path}: {failure.strerror}. Make room and run the same command to continue, or let the run go on "
-                    "with train.on_full_disk=continue"
+                    f"{self.path}: {failure.strerror}. Make room and run the same command to continue, or continue without "
+                    "it with train.on_full_disk=continue"
                 ) from error
             say(f"{self.path}: {failure.strerror}: {len(self._unwritten)} rows wait for room")
             return

@@ -1,4 +1,4 @@
-"""The optimizer that works where offloaded states live, and the operator that it needs built first."""
+"""The optimizer for offloaded states, and the operator that must be built for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from drafttrain.core.console import say
 from drafttrain.core.errors import DrafttrainError
 
 STALE_SECONDS = 1800.0
-"""A build that has written nothing for as long is no build any more."""
+"""A build that has written nothing for this long is dead."""
 
 
 def cpu_adam(groups: Iterable[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
@@ -41,10 +41,10 @@ def build_folder(name: str) -> Path:
 
 
 def refuse_stale_lock(folder: Path) -> None:
-    """Refuse to wait for a build that nobody is at.
+    """Refuse to wait for a dead build.
 
     Raises:
-        DrafttrainError: Naming the lock.
+        DrafttrainError: The lock is old; the message names it.
     """
     lock = folder / "lock"
     if not lock.exists():
@@ -56,4 +56,4 @@ def refuse_stale_lock(folder: Path) -> None:
             f"{lock}: the lock of a build that wrote nothing for {quiet / 60:.0f} minutes: one that was killed. "
             "If no build is running, remove this file and start again."
         )
-    say(f"{lock}: another process builds this operator, waiting for it")
+    say(f"{lock}: another process builds this operator. Waiting for it")

@@ -17,32 +17,32 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 @dataclass(frozen=True)
 class Share:
-    """What one process has of a matrix in a flat parameter, into which ZeRO puts the parameters of a group one after the other."""
+    """The part of a matrix that one process holds in ZeRO's flat parameter, which concatenates the parameters of a group."""
 
     shape: torch.Size
-    """Of the matrix."""
+    """Shape of the matrix."""
     first: int
-    """The first entry that is here; entries are counted row by row."""
+    """The first entry on this process; entries are counted row by row."""
     count: int
-    """Entries that are here; 0: none."""
+    """Number of entries on this process; may be 0."""
     at: int
-    """Where they begin in the flat parameter."""
+    """Offset of these entries in the flat parameter."""
     group: Any
-    """The processes that have the matrix together."""
+    """The process group that holds the matrix."""
 
     def gathered(self, flat: Tensor) -> Tensor:
-        """Return the whole matrix of what flat tensors like the parameter hold; all processes of the group must call it."""
+        """Return the whole matrix, gathered from tensors like the flat parameter; all processes of the group must call it."""
         whole = flat.new_zeros(self.shape.numel())
         self.of(whole).copy_(self.within(flat))
         torch.distributed.all_reduce(whole, group=self.group)
         return whole.view(self.shape)
 
     def of(self, whole: Tensor) -> Tensor:
-        """Return the entries of the matrix that are here."""
+        """Return this process's entries of the matrix."""
         return whole.flatten().narrow(0, self.first, self.count)
 
     def within(self, flat: Tensor) -> Tensor:
-        """Return their place in a tensor like the flat parameter."""
+        """Return these entries in a tensor like the flat parameter."""
         return flat.narrow(0, self.at, self.count)
 
 
@@ -76,7 +76,7 @@ class MuonAdamW(torch.optim.Optimizer):
         }
         super().__init__(groups, defaults)
         self.shares: dict[Tensor, Sequence[Share]] = {}
-        """Of flat parameters: all matrices of their group, in one order on all processes."""
+        """For each flat parameter, all matrices of its group, in the same order on all processes."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -149,7 +149,7 @@ def build_optimizer(
     """Return the optimizer for the trainable parameters: matrices decay, vectors do not.
 
     Args:
-        lr_factor: What `lr` is multiplied by for the parameter of a name.
+        lr_factor: Factor on `lr` for the parameter of a name.
     """
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     tables = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
@@ -182,7 +182,7 @@ def _by_rate(
     lr: float,
     lr_factor: Callable[[str], float],
 ) -> list[dict[str, Any]]:
-    """Split groups into parts of one learning rate each; empty ones are left out."""
+    """Split groups by learning rate; empty groups are left out."""
     factors = {id(parameter): lr_factor(name) for name, parameter in named}
     parts = [
         group | {"params": [p for p in group["params"] if factors[id(p)] == factor], "lr": lr * factor}

@@ -1,4 +1,4 @@
-"""What a device can compute in a second at most, which the utilization (MFU) of a training is measured by."""
+"""Peak operations per second of a device, against which a training's utilization (MFU) is measured."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ sheets, without sparsity: theirs often double the figure for it."""
 
 
 NOT_WHOLE = {"laptop", "mig", "max"}
-"""Words of devices that are slower than the name beside them says: a part of it (MIG), or with less power."""
+"""Name parts of devices that are slower than the full device: a slice of it (MIG), or with less power."""
 
 
 def peak_tflops(name: str) -> float | None:
-    """Return what a device of this name can do at most; None: it is not in the table."""
+    """Return the peak of a device by name; None: it is not in the table."""
     words = set(name.lower().replace("-", " ").split())
     words |= {word.rstrip("0123456789") for word in words if word.startswith("sxm")}
     if words & NOT_WHOLE:

@@ -11,7 +11,7 @@ from drafttrain.target_model import Target
 from drafttrain.training.settings import TrainSettings
 
 SLOWER_THAN_TF32, SLOWER_THAN_BFLOAT16 = 7, 15
-"""How much longer a float32 product takes without TF32, by the peak rates of an H100: 67, 495 and 989 TFLOP/s."""
+"""How many times longer a float32 product takes without TF32, by the peak rates of an H100: 67, 495 and 989 TFLOP/s."""
 
 
 def training_autocast(settings: TrainSettings, device: torch.device) -> torch.autocast:
@@ -21,11 +21,11 @@ def training_autocast(settings: TrainSettings, device: torch.device) -> torch.au
 
 @contextmanager
 def float32_products(settings: TrainSettings, device: torch.device) -> Iterator[None]:
-    """Multiply float32 matrices inside the block as `train.tf32` says; on other devices than CUDA that changes nothing."""
+    """Multiply float32 matrices inside the block as set by `train.tf32`; has an effect only on CUDA."""
     if device.type != "cuda":
         yield
         return
-    # The names that Lightning reads too; torch refuses a mixture of these and of `fp32_precision`.
+    # Lightning reads these names too; torch refuses to mix them with `fp32_precision`.
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32 is not False
     try:
@@ -35,7 +35,7 @@ def float32_products(settings: TrainSettings, device: torch.device) -> Iterator[
 
 
 def note_on_float32(settings: TrainSettings, device: torch.device, target: Target | None) -> str | None:
-    """Return what a user should know of float32 on a GPU; None: nothing is multiplied in it."""
+    """Return a note on float32 on a GPU; None: nothing is multiplied in float32."""
     chosen = {"train.precision: fp32": settings.precision == "fp32"}
     chosen["target.dtype: float32"] = target is not None and target.model.dtype == torch.float32
     keys: Sequence[str] = [key for key, there in chosen.items() if there]

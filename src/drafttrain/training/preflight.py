@@ -1,4 +1,4 @@
-"""What must be so before several processes train together; it takes seconds and names rank and host."""
+"""Checks before several processes train together. They take seconds and report rank and host."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ import drafttrain
 from drafttrain.core.console import say
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.core.files import write_text
-from drafttrain.distributed.collectives import agree, first_before_others, say_world, shared
+from drafttrain.distributed.collectives import agree, first_before_others, report_world, shared
 from drafttrain.distributed.world import is_first, world
 from drafttrain.training.host_memory import free_host_bytes
 from drafttrain.training.settings import TrainSettings
 
 PACKAGES = ("torch", "lightning", "deepspeed", "transformers", "peft", "numpy")
 BYTES_A_PARAMETER = 12
-"""Of a checkpoint: a float32 weight and Adam's two moments."""
+"""Bytes of a checkpoint per parameter: a float32 weight and Adam's two moments."""
 CHECKPOINTS = 3
-"""On disk at once: the two that are kept and the one that is written."""
+"""Checkpoints on the disk at once: two are kept while one is written."""
 
 
 REPORTED_BYTES = 10**9
 
 
 def check_processes(name: str, recipe: str, folder: Path, settings: TrainSettings) -> None:
-    """Require the same versions, code and recipe everywhere, and a folder that all see.
+    """Require the same versions, code and recipe on all processes, and a shared folder.
 
     Raises:
-        DrafttrainError: Processes differ; each that does is named with its host.
+        DrafttrainError: Processes differ; each one that differs is named with its host.
     """
     here = world()
-    say_world()
+    report_world()
     agree("the number of processes", here.size)
     versions = [f"{package} {metadata.version(package)}" for package in PACKAGES]
     agree("the versions of the packages", ", ".join(versions))
@@ -49,18 +49,18 @@ def check_processes(name: str, recipe: str, folder: Path, settings: TrainSetting
 
 
 def say_shares(section: str, settings: TrainSettings, *, world_size: int) -> None:
-    """Report how a step is divided, and how many processes have nothing to read in it."""
+    """Log how a step is divided, and how many processes have no records in it."""
     count, most = settings.num_micro_batches(world_size), settings.largest_micro_batch(world_size)
     idle = max(0, world_size - settings.batch_size)
     nothing = f"; {idle} processes have none" if idle else ""
     say(
-        f"{section}: {settings.batch_size} records a step, at most {most} a process at once, "
+        f"{section}: {settings.batch_size} records per step, at most {most} per process at once, "
         f"{count} micro-batch{'es' if count > 1 else ''}{nothing}"
     )
 
 
 def _check_folder(folder: Path) -> None:
-    """Require that all processes see the folder that the first one writes."""
+    """Require that all processes see the files of the first one."""
     mark = folder / ".same_folder"
     token = str(shared(uuid.uuid4().hex)[0])
     with first_before_others("it marks the run folder"):
@@ -73,16 +73,16 @@ def _check_folder(folder: Path) -> None:
     blind = [who for sees, who in answers if not sees]
     if blind:
         raise DrafttrainError(
-            f"{folder.absolute()}: {', '.join(blind)} cannot see what rank 0 writes here: put runs on a disk that all hosts "
+            f"{folder.absolute()}: {', '.join(blind)} cannot see the files of rank 0 here. Put runs on a disk that all hosts "
             "share (--runs DIR)"
         )
 
 
 def check_disk(folder: Path, *, num_trained: int) -> None:
-    """Require room for the checkpoints of a run, beside those that it has kept already.
+    """Require room for the checkpoints of a run, in addition to those that it has already.
 
     Raises:
-        DrafttrainError: Naming what is needed and what is free.
+        DrafttrainError: With the bytes that are needed and free.
     """
     there = min(CHECKPOINTS - 1, len(list(folder.glob("step-*.ckpt"))))
     needed = num_trained * BYTES_A_PARAMETER * (CHECKPOINTS - there)

@@ -22,7 +22,7 @@ class Profile(StepEnd):
         self._profiler: Any = None
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begin with the first micro-batch of the first step."""
+        """Start at the first micro-batch of the first step."""
         if not trainer.is_global_zero or self._profiler is not None:
             return
         assert isinstance(module, StepModule)
@@ -37,7 +37,7 @@ class Profile(StepEnd):
             self._finish(module)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Write what there is when training ends before."""
+        """Write the trace so far if training ends earlier."""
         if self._profiler is not None:
             assert isinstance(module, StepModule)
             self._finish(module)

@@ -1,4 +1,4 @@
-"""What a training leaves: which weights are the best, and those of which steps are kept. Imports neither lightning nor deepspeed."""
+"""The result of a training: its best weights, and the steps whose weights are kept. Imports neither lightning nor deepspeed."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where the best weights are and when they were reached."""
+    """Where the best weights are, and at which step they were reached."""
 
     drafter: str
-    """The folder of the weights, in that of the training."""
+    """Folder of the weights, relative to that of the training."""
     best_step: int
     last_step: int
     best_by: str = ""
-    """The figure that picked the best step."""
+    """The figure that selected the best step."""
     best: float | None = None
     """That figure on held-out data; None when the recipe asks for no validation."""
     last: float | None = None
 
 
 def kept_steps(folder: Path) -> list[dict[str, Any]]:
-    """Return the figures of the steps whose weights are kept in the folder of a training, the best first."""
+    """Return the figures of the steps whose weights are kept, best first."""
     path = folder / "best.json"
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     return [figures for figures in kept if folder_of_step(folder, figures["step"]).exists()]
 
 
 def folder_of_step(folder: Path, step: int) -> Path:
-    """Return where the weights of a step are kept."""
+    """Return the folder of a step's weights."""
     return folder / "best" / f"step-{step:08d}"

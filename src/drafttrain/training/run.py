@@ -1,4 +1,4 @@
-"""One training: from a drafter at its start to the best weights in a folder."""
+"""One training: from an initialised drafter or head to a folder with the best weights."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _fit(
     if note := note_on_float32(settings, device, frozen[0].target if frozen else None):
         say(note)
     wait_for_all("they begin to train")
-    # What a loader hands out is in evaluation mode.
+    # Drafters and heads are loaded in evaluation mode.
     module.trained.train()
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,7 @@ def _fit(
             default_root_dir=str(folder),
         )
         trainer.strategy.checkpoint_io = saver.file
-        # Before every micro-batch Lightning would ask the first process whether it got a signal, and wait: `saver` takes them.
+        # Before every micro-batch Lightning would broadcast whether a signal came, and wait: `saver` handles signals instead.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         newest = newest_checkpoint_for_all(checkpoints)
         if newest:
@@ -161,13 +161,13 @@ def _fit(
 
 
 def placement(device: torch.device, settings: TrainSettings) -> dict[str, Any]:
-    """Return what Lightning must be told so that it trains where the drafter is, and its target with it.
+    """Return Lightning's arguments for training on the device of the drafter and its target.
 
     Several processes, or a recipe with a section `train.deepspeed`, train under DeepSpeed.
     """
     here = world()
     alone = here.size == 1
-    # Each process has the device of its local rank, of all that the processes of a machine see or of its own alone.
+    # Each process has the device of its local rank, whether it sees all devices of the machine or only its own.
     visible = torch.cuda.device_count() if device.type == "cuda" else here.local_size
     own = [device.index or 0] if alone else list(range(min(here.local_size, visible)))
     placed = {
@@ -218,7 +218,7 @@ def _loggers(settings: TrainSettings, folder: Path) -> list[Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what Lightning says of itself; our own lines say what a user needs."""
+    """Silence Lightning's own log lines."""
     log = logging.getLogger("lightning.pytorch")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -12,10 +12,10 @@ from drafttrain.training.deepspeed_settings import DeepSpeedSettings
 
 @dataclass
 class PretrainSettings:
-    """Phase 1 of Direct Alignment: cross-entropy on the plain sources, all but what the target writes."""
+    """Phase 1 of Direct Alignment: cross-entropy on the plain sources, without the target's own texts."""
 
     max_steps: int = setting(1500, help="Optimizer steps.", ge=1)
-    batch_size: int = setting(32, help="Records an optimizer step.", ge=1)
+    batch_size: int = setting(32, help="Records per optimizer step.", ge=1)
     lr: float = setting(1e-3, help="Peak learning rate.", gt=0)
     schedule: Literal["cosine", "wsd", "constant"] = setting("wsd", help="As train.schedule.")
     warmup_steps: int = setting(50, help="Steps of linear warm-up.", ge=0)
@@ -42,17 +42,18 @@ class TrainSettings:
     """How the drafter is trained."""
 
     pretrain: PretrainSettings | None = setting(
-        None, help="Pretrain the drafter on the plain sources first; what it leaves out is as below. null: do not."
+        None,
+        help="Pretrain the drafter on the plain sources first; other settings are those of train. null: no pretraining.",
     )
 
     max_steps: int = setting(1000, help="Optimizer steps.", ge=1)
     batch_size: int = setting(
-        32, help="Records (for a head, labelled tokens) an optimizer step, over all devices and micro-batches.", ge=1
+        32, help="Records (for a head, labelled tokens) per optimizer step, over all devices and micro-batches.", ge=1
     )
     records_per_device: int | None = setting(
         None,
-        help="The most records of one micro-batch on one device; a step has as few micro-batches as hold train.batch_size, and "
-        "its result does not depend on them. null: a device's whole share of a step is one micro-batch, whatever memory it takes.",
+        help="Largest number of records in one micro-batch on one device. A step has the fewest micro-batches that hold train.batch_size; "
+        "its result does not depend on them. null: a device's share of a step is one micro-batch.",
         ge=1,
     )
     optimizer: Literal["adamw", "muon", "sgd"] = setting(
@@ -71,16 +72,16 @@ class TrainSettings:
     clip_norm: float = setting(1.0, help="Gradients are clipped to this norm; 0: not clipped.", ge=0)
     precision: Literal["auto", "fp32", "bf16-mixed"] = setting(
         "auto",
-        help="fp32, or bf16-mixed: autocast, fp32 weights. auto: bf16-mixed for a drafter on CUDA, else fp32. A run keeps what it "
-        "began with.",
+        help="fp32, or bf16-mixed: autocast, fp32 weights. auto: bf16-mixed for a drafter on CUDA, else fp32. A run keeps the value "
+        "that it started with.",
     )
     tf32: bool | None = setting(
         None,
-        help="Training on CUDA multiplies float32 matrices in TF32: 10 bits of their mantissa, some 7 times as fast. The evaluation "
-        "never does. null: true; a run keeps what it began with.",
+        help="Multiply float32 matrices in TF32 in training on CUDA: a mantissa of 10 bits, about 7 times as fast. The evaluation "
+        "never uses TF32. null: true; a run keeps the value that it started with.",
     )
     loss_chunk_rows: int | None = setting(
-        None, help="Rows of logits that exist at once; null: what fits into 256 MiB, on a CPU 24 MiB.", ge=1
+        None, help="Rows of logits that exist at once; null: as many as fit into 256 MiB, on a CPU 24 MiB.", ge=1
     )
     log_every_steps: int = setting(
         10,
@@ -89,61 +90,61 @@ class TrainSettings:
     )
     profile_steps: list[int] | None = setting(
         None,
-        help="First and last step that torch.profiler traces into the run folder, as in [20, 22]; null: none.",
+        help="First and last step to trace with torch.profiler, for example [20, 22]; null: none.",
         ge=1,
     )
     peak_tflops: float | None = setting(
         None,
-        help="Dense 16-bit TFLOP/s of one device, by which metrics.csv gives the utilization (mfu); null: by the GPU's name.",
+        help="Dense 16-bit TFLOP/s of one device, for the utilization (mfu) in metrics.csv; null: from the GPU's name.",
         gt=0,
     )
     eval_every_steps: int = setting(
         100, help="Steps between two estimates of block efficiency on held-out prompts; 0: never.", ge=0
     )
     keep_best: int = setting(
-        1, help="How many of the validated steps keep their weights, the best first; the best is exported.", ge=1
+        1, help="Number of best validated steps whose weights are kept; the best one is exported.", ge=1
     )
-    eval_prompts: int = setting(32, help="Held-out prompts of these estimates.", ge=1)
-    checkpoint_every_steps: int = setting(200, help="Steps between two checkpoints to resume from.", ge=1)
+    eval_prompts: int = setting(32, help="Held-out prompts for these estimates.", ge=1)
+    checkpoint_every_steps: int = setting(200, help="Steps between two checkpoints.", ge=1)
     loggers: list[str] = setting(
         ["csv", "tensorboard"], help="Any of csv, tensorboard, wandb, mlflow (the last two must be installed)."
     )
     activation_checkpointing: bool = setting(
-        False, help="Compute the drafter's activations again in the backward pass instead of keeping them."
+        False, help="Compute the drafter's activations again in the backward pass instead of storing them."
     )
     compile: bool = setting(
         False,
-        help="Compile the drafter and the loss with torch.compile: quicker steps behind some minutes; the result is the same.",
+        help="Compile the drafter and the loss with torch.compile: faster steps after some minutes of compiling; the result is the same.",
     )
     num_threads: int | None = setting(None, help="CPU threads of torch; null: torch's own choice.", ge=1)
     devices: int | None = setting(
-        None, help="Processes that fit starts on this machine, one a device; null: one a CUDA device, or one.", ge=1
+        None, help="Processes to start on this machine, one per device; null: one per CUDA device, or one.", ge=1
     )
     device: str = setting(
-        "auto", help="Device of the drafter, in one process: cpu, cuda, cuda:1 ...; auto: that of the target."
+        "auto", help="Device of the drafter with one process: cpu, cuda, cuda:1 ...; auto: that of the target."
     )
     deepspeed: DeepSpeedSettings | None = setting(
         None,
-        help="Train under DeepSpeed, as in {stage: 2}; null: only where there are several processes, with stage 0.",
+        help="Train under DeepSpeed, for example {stage: 2}; null: only with several processes, with stage 0.",
     )
     target_placement: Literal["replicated", "sharded", "absent"] = setting(
         "replicated",
-        help="Where the target's weights are: replicated: whole in every process; sharded: its blocks spread over the "
-        "processes by ZeRO-3; absent: not loaded once data.cache holds what is read of it. The result does not depend on it.",
+        help="The target's weights. replicated: whole on every process; sharded: its blocks are partitioned over the "
+        "processes by ZeRO-3; absent: not loaded once data.cache stores its outputs. The result does not depend on it.",
     )
-    timeout_seconds: float = setting(
-        600.0, help="How long a process waits for the others before the run ends with an error.", gt=0
-    )
+    timeout_seconds: float = setting(600.0, help="Time that a process waits for the others before the run fails.", gt=0)
     max_skipped_steps: int = setting(
-        10, help="Steps in a row whose gradient is not finite, all skipped, before the run ends with an error.", ge=0
+        10,
+        help="Number of successive steps with a gradient that is not finite, all skipped, before the run fails.",
+        ge=0,
     )
 
     on_full_disk: Literal["stop", "continue"] = setting(
         "stop",
-        help="Where the disk has no room for a checkpoint or the best weights: stop, or continue with what was kept before.",
+        help="If the disk has no room for a checkpoint or the best weights: stop, or continue with the previous ones.",
     )
     max_restarts: int = setting(
-        0, help="How often the processes that train.devices starts are started again after one of them died.", ge=0
+        0, help="How often the processes of train.devices are restarted after one of them died.", ge=0
     )
 
     LOGGERS: ClassVar[tuple[str, ...]] = ("csv", "tensorboard", "wandb", "mlflow")
@@ -152,27 +153,27 @@ class TrainSettings:
     }
 
     def largest_micro_batch(self, world_size: int) -> int:
-        """Return how many records a device reads at once at most."""
+        """Return the largest number of records that a device reads at once."""
         own = -(-self.batch_size // world_size)
         return -(-own // self.num_micro_batches(world_size))
 
     def num_micro_batches(self, world_size: int) -> int:
-        """Return how many micro-batches an optimizer step has on each of so many devices."""
+        """Return how many micro-batches an optimizer step has on each device."""
         return num_micro_batches(self.batch_size, records_per_device=self.records_per_device, world_size=world_size)
 
     def on(self, device_type: str, *, head: bool = False) -> "TrainSettings":
-        """Return a copy in which `precision` is what auto means on a kind of device, for a drafter or a head."""
+        """Return a copy in which `precision: auto` is resolved for a kind of device, for a drafter or a head."""
         if self.precision != "auto":
             return self
         return replace(self, precision="bf16-mixed" if device_type == "cuda" and not head else "fp32")
 
     @property
     def zero_stage(self) -> int:
-        """The ZeRO stage; 0 also without DeepSpeed."""
+        """The ZeRO stage; 0 without DeepSpeed."""
         return 0 if self.deepspeed is None else self.deepspeed.zero_stage
 
     def without_layout(self) -> "TrainSettings":
-        """Return a copy without what decides where a step is computed and who hears of it: the trained weights depend on none."""
+        """Return a copy without the settings of layout and logging, on which the trained weights do not depend."""
         return replace(
             self,
             records_per_device=None,
@@ -213,10 +214,10 @@ class TrainSettings:
             problems.append(f"device: {self.device} is one device, for {self.devices} processes: leave it at auto")
         if self.compile and self.zero_stage == 3:
             problems.append(
-                "compile: does not work where weights are spread over processes (deepspeed stage 3): use stage 0, 1 or 2"
+                "compile: does not work with weights that are partitioned over processes (deepspeed stage 3): use stage 0, 1 or 2"
             )
         if self.deepspeed is not None and self.deepspeed.offloads and self.optimizer != "adamw":
-            problems.append(f"optimizer: {self.optimizer} does not work on offloaded states: use adamw")
+            problems.append(f"optimizer: {self.optimizer} does not work with offloaded states: use adamw")
         for name in self.loggers:
             if name not in self.LOGGERS:
                 problems.append(f"loggers: unknown logger {name!r}. Available: {', '.join(self.LOGGERS)}")
@@ -225,7 +226,7 @@ class TrainSettings:
         return problems
 
     def smoke(self) -> "TrainSettings":
-        """Return a copy that takes some 20 steps and passes through everything."""
+        """Return a copy that takes at most 20 steps and runs every part of training."""
         return replace(
             self,
             max_steps=min(self.max_steps, 20),

@@ -1,4 +1,4 @@
-"""A target whose blocks are spread over the processes by ZeRO-3: each holds its share, and a block is whole only while it runs."""
+"""A target whose blocks are partitioned over the processes by ZeRO-3: a block is gathered only while it runs."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ CONFIG = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1
 
 
 class ShardedTarget(Target):
-    """Embedding, final norm and head are whole in every process, as drafters use them; of each block a process holds its share.
+    """Embedding, final norm and head are whole on every process, because drafters use them; each block is partitioned.
 
-    A forward gathers one block after the other, so all processes must run it equally often. Where each has work of its own,
-    `at_work` lets those that are done take part until the last one is.
+    A forward gathers one block after the other, so all processes must run it equally often. If the processes have different work,
+    `for_own_share` keeps those that are done running it until the last one is done.
     """
 
-    spread: ClassVar[bool] = True
+    sharded: ClassVar[bool] = True
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str, fingerprint: str) -> None:
         super().__init__(model, tokenizer, name=name, fingerprint=fingerprint)
@@ -47,7 +47,7 @@ class ShardedTarget(Target):
 
     @classmethod
     def load(cls, settings: TargetSettings) -> ShardedTarget:
-        """Read a target block by block and keep this process's share; no process ever holds more than one whole block.
+        """Read a target block by block and keep this process's partition; no process holds more than one whole block.
 
         Raises:
             CheckpointError: Its files name weights otherwise than the model does.
@@ -74,8 +74,8 @@ class ShardedTarget(Target):
             _any(True, self.device)
 
     @contextmanager
-    def at_work(self) -> Iterator[Target]:
-        """Yield the target; on leaving, run it with the others for as long as one of them needs it."""
+    def for_own_share(self) -> Iterator[Target]:
+        """Yield the target; on exit, keep running it with the other processes until none needs it."""
         self._in_rounds = True
         try:
             yield self
@@ -91,7 +91,7 @@ class ShardedTarget(Target):
         self._in_rounds = True
 
     def weights_digest(self) -> str:
-        """Return the digest of the whole weights, the same as of a target in one piece; all processes must call it."""
+        """Return the digest of the whole weights, the same as for an unsharded target; all processes must call it."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict(keep_vars=True).items()):
             with whole([tensor]):
@@ -100,7 +100,7 @@ class ShardedTarget(Target):
 
 
 def _gather_around(block: nn.Module) -> None:
-    """Have a block's weights whole from just before its forward until just after it."""
+    """Gather a block's weights just before its forward, and release them just after."""
     gathered = []
 
     def before(*_: Any) -> None:
@@ -116,7 +116,7 @@ def _gather_around(block: nn.Module) -> None:
 
 
 def _any(flag: bool, device: torch.device) -> bool:
-    """Tell whether a process says yes: one small collective."""
+    """Return whether any process passes True: one small collective."""
     count = torch.tensor([int(flag)], device=device)
     torch.distributed.all_reduce(count)
     return bool(count)
@@ -126,6 +126,6 @@ def _refuse_mixed_types(model: Any, settings: TargetSettings) -> None:
     kept = {*(model._keep_in_fp32_modules_strict or ()), *(model._keep_in_fp32_modules or ())}
     if kept and model.dtype in (torch.bfloat16, torch.float16):
         raise CheckpointError(
-            f"{settings.model}: {', '.join(sorted(kept))} stay in float32 in {type(model).__name__}, which a target that is spread "
-            "out does not do: use train.target_placement: replicated"
+            f"{settings.model}: {', '.join(sorted(kept))} stay in float32 in {type(model).__name__}, which a sharded target does "
+            "not support: use train.target_placement: replicated"
         )

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, without waiting for the device."""
+"""Time of each phase of a step, measured without waiting for the device."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 PHASES = ("fetch", "target", "forward", "backward", "optimizer", "validation", "checkpoint", "other")
-"""What a step consists of, in the order of a step."""
+"""The phases of a step, in order."""
 
 PENDING = 512
-"""Moments that wait to be read before those that the device has passed are."""
+"""Unread events on CUDA; when there are more, those that the device has passed are read."""
 
 
 class StepClock:
-    """Adds up the time of each phase. At every moment one phase runs: entering the next ends it.
+    """Sums the time of each phase. One phase runs at any time: entering the next ends it.
 
     On CUDA a moment is an event in the stream, so a time is how long the device was busy with a phase or waited in it, and it is
     read when the device has passed it. On a CPU a moment is the clock's.
@@ -24,9 +24,9 @@ class StepClock:
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)
-        """Since the last `read`."""
+        """Seconds of each phase since the last `read`."""
         self.steps = 0
-        """Steps that ended since then."""
+        """Steps that ended since the last `read`."""
         self.label = False
         """Mark the phases for a profiler."""
         self._on_device = False
@@ -36,15 +36,15 @@ class StepClock:
         self._range: Any = None
 
     def begin(self, device: torch.device) -> None:
-        """Start to measure where a device trains; the time until the first batch is there is `fetch`."""
-        # A build of torch without CUDA has no events.
+        """Start to measure on a device; the time until the first batch arrives is `fetch`."""
+        # torch without CUDA has no events.
         self._on_device = device.type == "cuda" and torch.backends.cuda.is_built()
         self._pending.clear()
         self._last = None
         self.enter("fetch")
 
     def enter(self, phase: str) -> None:
-        """End the phase that runs and begin this one."""
+        """End the current phase and start this one."""
         assert phase in PHASES, phase
         moment = self._now()
         if self._last is not None:
@@ -62,7 +62,7 @@ class StepClock:
         self.steps += 1
 
     def read(self) -> dict[str, float]:
-        """Return the seconds of each phase since the last time, and begin anew. On CUDA this waits for the device."""
+        """Return the seconds of each phase since the last call, and reset them. On CUDA this waits for the device."""
         if self._last is not None:
             self.enter(self._last[0])
         if self._pending:
@@ -87,7 +87,7 @@ class StepClock:
             self._fold()
 
     def _fold(self) -> None:
-        """Read the times that the device has passed, and use their events again."""
+        """Read the events that the device has passed, and reuse them."""
         while self._pending and self._pending[0][2].query():
             phase, began, ended = self._pending.popleft()
             self.seconds[phase] += began.elapsed_time(ended) / 1000

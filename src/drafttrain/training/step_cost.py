@@ -1,4 +1,4 @@
-"""What one micro-batch of a training costs at its real sizes: counted on tensors that have shapes and no numbers.
+"""Operations and memory of one micro-batch at its real sizes, counted on tensors without data.
 
 It runs the project's own target, drafter and loss, forward and backward, under PyTorch's fake tensors, so that an 8 B model needs
 neither memory nor a GPU. Times are not measured: operations are.
@@ -36,12 +36,12 @@ from drafttrain.target_model.packed_forward import packed
 from drafttrain.training.flops import distill_flops
 
 ADAMW_BYTES = 8
-"""Of a trained parameter: two moments in float32."""
+"""Bytes per trained parameter: two moments in float32."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a step runs, built of tensors without numbers."""
+    """The parts of a training step, made of tensors without data."""
 
     drafter: Drafter
     loss: Loss
@@ -53,28 +53,28 @@ class Trained:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Operations and memory of one micro-batch, and what lies in memory throughout."""
+    """Operations and memory of one micro-batch, and the memory of weights and optimizer."""
 
     positions: int
     executed: int
     """Floating-point operations of the matrix products that are run."""
     needed: int
-    """Those that the arithmetic asks for (`train.flops`)."""
+    """Operations that the arithmetic needs (`training.flops`)."""
     kept: int
-    """Bytes that the drafter's forward keeps for its backward pass, autocast's copies of weights included."""
+    """Bytes that the drafter's forward stores for its backward pass, autocast's copies of weights included."""
     peak: int
-    """Bytes at once at most, beyond weights and the optimizer's moments: activations, gradients, logits."""
+    """Peak bytes beyond weights and the optimizer's moments: activations, gradients, logits."""
     target_bytes: int
     trained_bytes: int
     """Weights and AdamW's moments."""
 
     @property
     def memory(self) -> int:
-        """Bytes at once at most. A GPU's context and what its allocator cannot use, 1 to 2 GB, come on top."""
+        """Peak bytes. A GPU's context and the allocator's fragmentation, 1 to 2 GB, come on top."""
         return self.target_bytes + self.trained_bytes + self.peak
 
     def seconds(self, *, peak_flops: float, utilisation: float) -> float:
-        """Return the time of the micro-batch on a device of so many operations a second, of which it uses a share for what is needed."""
+        """Return the time of the micro-batch on a device with this peak and this utilisation by needed operations."""
         return self.needed / (peak_flops * utilisation)
 
 
@@ -82,7 +82,7 @@ def step_cost(build: Callable[[], Trained], *, rows: int, width: int, prompt: in
     """Count one micro-batch of full rows, one document each.
 
     Args:
-        build: Called where every tensor that is made has no numbers.
+        build: Called in a mode in which new tensors have no data.
         prompt: First tokens of each document that are not trained.
         mixed: Train under bf16 autocast.
     """
@@ -90,7 +90,7 @@ def step_cost(build: Callable[[], Trained], *, rows: int, width: int, prompt: in
     batch, _ = pack(records, width=width, weight_of_step=1.0)
     with FakeTensorMode(allow_non_fake_inputs=True):
         made = build()
-    # Outside of it: what is computed of weights and states has no numbers, where rows begin and end has.
+    # Outside of that mode: results of weights and states have no data, but the bounds of rows must have some.
     batch = with_plan(made.drafter, made.loss, batch)
     drafter = made.drafter.train()
     weights = [*drafter.parameters(), *drafter.buffers()]
@@ -121,9 +121,9 @@ def _step(made: Trained, batch: DraftBatch, *, mixed: bool, own: Sequence[Tensor
 
     def drafted(batch: DraftBatch) -> DraftOutput:
         with _kept(own) as kept:
-            made_of_it: DraftOutput = made.drafter(batch)
+            output: DraftOutput = made.drafter(batch)
         sizes.update(kept)
-        return made_of_it
+        return output
 
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         seen = _read(made.target, batch, _needs(made))
@@ -138,7 +138,7 @@ def _step(made: Trained, batch: DraftBatch, *, mixed: bool, own: Sequence[Tensor
 
 @torch.no_grad()
 def _read(target: Target, batch: DraftBatch, needs: TargetNeeds) -> TargetOutput:
-    """Read as `Target.read`, without trying first what the model is like: that takes numbers."""
+    """Read like `Target.read`, without probing the model first, which needs data."""
     assert batch.plan is not None
     with (
         torch.autocast("cpu", enabled=False),
@@ -154,7 +154,7 @@ def _read(target: Target, batch: DraftBatch, needs: TargetNeeds) -> TargetOutput
 
 @contextmanager
 def _kept(own: Sequence[Tensor]) -> Iterator[dict[int, int]]:
-    """Yield what a forward keeps for its backward pass: the bytes of each memory, those of the weights themselves left out."""
+    """Yield the bytes of each storage that a forward keeps for its backward pass, without the weights."""
     weights = {tensor.untyped_storage()._cdata for tensor in own}
     held: list[Tensor] = []
     sizes: dict[int, int] = {}
@@ -163,7 +163,7 @@ def _kept(own: Sequence[Tensor]) -> Iterator[dict[int, int]]:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
             sizes[storage._cdata] = storage.nbytes()
-            # Held, so that no other memory gets its number.
+            # Held, so that its id is not reused.
             held.append(tensor)
         return tensor
 
@@ -173,7 +173,7 @@ def _kept(own: Sequence[Tensor]) -> Iterator[dict[int, int]]:
 
 
 class Counted(TorchDispatchMode):
-    """Counts the operations of all matrix products, and the bytes of all memory that is made, until it is let go of."""
+    """Counts the operations of all matrix products, and the bytes of all storages from allocation to release."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,13 +214,13 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 
 
 def _forward(query: Any, keys: Any, values: Any, *_: Any, **__: Any) -> int:
-    """Count the products of queries at the last columns, each of which sees up to its own place."""
+    """Count the products of queries at the last columns; each attends to columns up to its own."""
     pairs = query[0] * (query[2] * keys[2] - query[2] * (query[2] - 1) // 2)
     return attention(query[1] * query[3], pairs, gradients=0).flops
 
 
 def _backward(gradient: Any, query: Any, keys: Any, values: Any, *_: Any, **__: Any) -> int:
-    """Count the gradients' products, and the scores that are computed again."""
+    """Count the products of the gradients, and the recomputed scores."""
     return _forward(query, keys, values) * 5 // 2
 
 
@@ -231,4 +231,4 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(_forward),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(_backward),
 }
-"""Torch's own, those that it lacks, and the kernels that stand for CUDA's here: as those, they skip what lies behind a query."""
+"""Torch's formulas, missing ones, and CPU attention kernels counted like CUDA's: without columns after a query."""

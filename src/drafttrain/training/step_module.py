@@ -24,7 +24,7 @@ from drafttrain.training.strategy import ZeroStrategy
 
 
 class StepModule(LightningModule):
-    """What all trainings share: counts, clipping, optimizer and schedule.
+    """Base of all training modules: sums for the log, clipping, optimizer and schedule.
 
     Args:
         trained: The drafter or head; `save(folder)` writes it.
@@ -35,24 +35,24 @@ class StepModule(LightningModule):
         self.trained = trained
         self.settings = settings.on(next(trained.parameters()).device.type, head=isinstance(trained, TokenHead))
         self.sums_4 = torch.zeros(4, dtype=torch.float64)
-        """Sums since the last log: loss, its positions; acceptance, its positions, of the steps that measure it."""
+        """Sums since the last row: loss, its positions; acceptance rate, its positions (only steps that measure it)."""
         self.lr = 0.0
         """Learning rate of the last step."""
         self.grad_norm = 0.0
         self.skipped = 0
-        """Steps skipped in all, because their gradient was not finite."""
+        """All steps that were skipped because their gradient was not finite."""
         self.groups: list[dict[str, Any]] = []
-        """The optimizer's groups as it was built with."""
+        """The parameter groups that the optimizer was built with."""
         self.clock = StepClock()
         self.tokens = 0
-        """Tokens that this process has read in this run, padding left out."""
+        """Tokens that this process has read in this run, without padding."""
         self._flops = 0
         self._uncounted: list[Callable[[], int]] = []
         self._in_a_row = 0
         self.strict_loading = False
 
     def on_train_start(self) -> None:
-        """Start the clock where the weights are."""
+        """Start the clock on the device of the weights."""
         self.clock.begin(self.device)
 
     @property
@@ -72,20 +72,20 @@ class StepModule(LightningModule):
         self._uncounted.append(count)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Leave the phase that waits for a batch, and count its tokens."""
+        """End the phase that waits for a batch, and count its tokens."""
         self.tokens += batch.num_tokens
         self.clock.enter("target")
 
     def on_before_backward(self, loss: Tensor) -> None:
-        """Leave the forward pass."""
+        """Start the backward phase."""
         self.clock.enter("backward")
 
     def on_after_backward(self) -> None:
-        """Leave the backward pass."""
+        """Start the optimizer phase."""
         self.clock.enter("optimizer")
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Wait for the next batch."""
+        """Start the phase that waits for a batch."""
         self.clock.enter("fetch")
 
     def scaled(self, total: Tensor, batch: DraftBatch | HeadBatch) -> Tensor:
@@ -100,23 +100,23 @@ class StepModule(LightningModule):
         return share * (1 + 0 * total.detach())
 
     def planned(self, batch: Any) -> Any:
-        """Return a micro-batch with what the host can find out about it, before it is sent to the device."""
+        """Return a micro-batch with its plan, which the host computes before the batch is sent to the device."""
         return batch
 
     def count(self, *parts: Tensor | float) -> None:
-        """Add to the sums, from the first on; they stay where the loss is until somebody reads them."""
+        """Add to the sums in order; they stay on the loss's device until they are read."""
         self.sums_4 = self.sums_4.to(self.device)
         for number, part in enumerate(parts):
             self.sums_4[number].add_(part.detach() if isinstance(part, Tensor) else part)
 
     def writes_a_row(self) -> bool:
-        """Tell whether metrics.csv gets a row after this step."""
+        """Return whether metrics.csv gets a row after this step."""
         step, settings = self.global_step + 1, self.settings
         grids = (settings.log_every_steps, settings.eval_every_steps)
         return step == settings.max_steps or any(every and step % every == 0 for every in grids)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Carry the sums of steps that are not logged yet, of all processes, through a resume."""
+        """Store the sums of steps that are not logged yet, of all processes."""
         *sums, flops = sums_over_processes([*self.sums_4.tolist(), self.flops])
         checkpoint["sums_4"], checkpoint["flops"] = torch.tensor(sums, dtype=torch.float64), flops
         checkpoint["skipped"] = [self.skipped, self._in_a_row]
@@ -124,22 +124,22 @@ class StepModule(LightningModule):
         checkpoint["state_dict"] = {n: value for n, value in checkpoint["state_dict"].items() if n not in frozen}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up those sums, on the first process, and look that no trained weight is missing.
+        """Restore the sums on the first process, and check that no trained weight is missing.
 
         Raises:
             CheckpointError: Naming the weights that are.
         """
         trained = {n for n, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
         if missing := sorted(trained - checkpoint["state_dict"].keys()):
-            raise CheckpointError(f"a checkpoint lacks {len(missing)} trained weights: {', '.join(missing[:5])}")
+            raise CheckpointError(f"the checkpoint lacks {len(missing)} trained weights: {', '.join(missing[:5])}")
         if self.trainer.is_global_zero:
             self.sums_4 = checkpoint["sums_4"].clone()
             self.flops = round(checkpoint.get("flops", 0))
         self.skipped, self._in_a_row = checkpoint["skipped"]
-        self._count_micro_batches_anew(checkpoint)
+        self._recount_micro_batches(checkpoint)
 
-    def _count_micro_batches_anew(self, checkpoint: dict[str, Any]) -> None:
-        """Count the steps so far in this run's micro-batches: Lightning ends a step where their number is a multiple of its own."""
+    def _recount_micro_batches(self, checkpoint: dict[str, Any]) -> None:
+        """Convert the step count to this run's micro-batches: Lightning ends a step where their number is a multiple of the accumulation."""
         done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["total"], progress["current"]):
@@ -147,7 +147,7 @@ class StepModule(LightningModule):
             counts.update({name: count + shift for name, count in counts.items()})
 
     def stepped(self, norm: float, *, skipped: bool) -> None:
-        """Note the norm of a step's gradient, and give up when too many in a row could not be used.
+        """Record the gradient norm of a step, and stop after too many skipped steps in a row.
 
         Raises:
             DrafttrainError: There were more than `train.max_skipped_steps` of them.
@@ -167,10 +167,10 @@ class StepModule(LightningModule):
         say(f"step {step}: the gradient is not finite, the step is skipped ({self.skipped} so far)")
 
     def end_of_step(self) -> None:
-        """Act after an optimizer step, before anything is written or saved."""
+        """Run after an optimizer step, before anything is logged or saved."""
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step; DeepSpeed is asked after every micro-batch and knows itself which one is the last."""
+        """Take an optimizer step. DeepSpeed is called after every micro-batch and knows which one is the last."""
         self.lr = self.trainer.optimizers[0].param_groups[0]["lr"]
         super().optimizer_step(*args, **kwargs)
         if not self.trainer.fit_loop.epoch_loop._should_accumulate():
@@ -183,7 +183,7 @@ class StepModule(LightningModule):
         gradient_clip_val: float | int | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm over all trained parameters; a step whose norm is no number changes nothing.
+        """Clip by the norm over all trained parameters; a step whose norm is not finite changes nothing.
 
         Under DeepSpeed the engine does this.
         """

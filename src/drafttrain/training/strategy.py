@@ -1,4 +1,4 @@
-"""DeepSpeed under Lightning: one strategy for GPUs and, over gloo, for CPUs, with what the two get wrong together mended."""
+"""DeepSpeed under Lightning: one strategy for GPUs and, over gloo, for CPUs, with fixes where the two do not fit together."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from drafttrain.training.checkpoint_file import CheckpointFile, on_host
 from drafttrain.training.settings import TrainSettings
 from drafttrain.training.zero_state import give_shares, load_optimizer_state, load_weights, optimizer_state, weights
 
-# DeepSpeed calls torch's collectives by their old names.
+# DeepSpeed calls torch's collectives by their deprecated names.
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 
 class ZeroStrategy(DeepSpeedStrategy):
-    """DeepSpeed's engine and ZeRO optimizers, on any device; checkpoints are the ones of a run without DeepSpeed."""
+    """DeepSpeed's engine and ZeRO optimizers, on any device; checkpoints have the format of a run without DeepSpeed."""
 
     def __init__(self, settings: TrainSettings, *, device: torch.device, here: World) -> None:
         config: dict[str, Any] = (
             settings.deepspeed.configuration() if settings.deepspeed else {"zero_allow_untested_optimizer": True}
         )
-        # Stage 0 has no ZeRO optimizer that would clip and skip: ZeroPrecision does.
+        # Stage 0 has no ZeRO optimizer to clip and skip, so ZeroPrecision does.
         clip_norm = settings.clip_norm if settings.zero_stage else 0.0
         config |= {"gradient_clipping": clip_norm, "train_micro_batch_size_per_gpu": 1}
         if settings.precision == "bf16-mixed":
-            # Lightning's own bf16-mixed would make the weights bf16 too.
+            # Lightning's bf16-mixed would convert the weights to bf16 too.
             config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
         super().__init__(
             config=config,
@@ -51,19 +51,19 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     @property
     def root_device(self) -> torch.device:
-        """The device of this process; DeepSpeed wants a number, also on a CPU."""
+        """The device of this process. DeepSpeed needs an index, even on a CPU."""
         device = super().root_device
         return torch.device("cpu", 0) if device.type == "cpu" else device
 
     def setup_environment(self) -> None:
-        """Do what the base class does on CUDA, on a CPU too."""
+        """Set up the device as the base class does on CUDA, also on a CPU."""
         if not isinstance(self.accelerator, CPUAccelerator):
             super().setup_environment()
             return
         super(DeepSpeedStrategy, self).setup_environment()
 
     def setup_distributed(self) -> None:
-        """Join the other processes; on a CPU without building an operator that training never calls."""
+        """Join the other processes; on a CPU do not build an operator that training never calls."""
         if self.root_device.type != "cpu":
             super().setup_distributed()
             return
@@ -73,7 +73,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         self._init_deepspeed_distributed()
 
     def _init_deepspeed_distributed(self) -> None:
-        """Join as the base class does, but alone without a port: one that is free now may be taken when it is listened on."""
+        """Join as the base class does. A single process uses no port: a free one could be taken before it listens."""
         if self.world_size == 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group(
                 self._get_process_group_backend(),
@@ -85,7 +85,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         super()._init_deepspeed_distributed()
 
     def init_deepspeed(self) -> None:
-        """Make the engine; Muon learns what it holds, and no group, also none of DeepSpeed's own, waits longer than the recipe says."""
+        """Build the engine, register Muon's matrices, and set the recipe's timeout on all process groups, DeepSpeed's included."""
         super().init_deepspeed()
         module: Any = self.lightning_module
         give_shares(self.deepspeed_engine, module.groups)
@@ -93,7 +93,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         _bound_waits(self._timeout)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write one file that fits every layout, from the first process; all take part in gathering it."""
+        """Write one file that every layout can load, from the first process; all processes gather it."""
         module: Any = self.lightning_module
         own = {
             "state_dict": weights(module, keep=self.is_global_zero),
@@ -104,12 +104,12 @@ class ZeroStrategy(DeepSpeedStrategy):
             self.checkpoint_io.write(on_host({**checkpoint, **dict.fromkeys(own)}) | own, filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read that file on every process."""
+        """Read the checkpoint on every process."""
         stored: dict[str, Any] = self.checkpoint_io.load_checkpoint(checkpoint_path)
         return stored
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Put the weights where the engine has them."""
+        """Load the weights into the engine."""
         load_weights(self.deepspeed_engine, checkpoint["state_dict"])
 
     @property
@@ -118,7 +118,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         return True
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Put the optimizer's state where the engine has it."""
+        """Load the optimizer's state into the engine."""
         module: Any = self.lightning_module
         load_optimizer_state(self.deepspeed_engine, module.groups, checkpoint["optimizer_states"][0])
 
@@ -131,11 +131,11 @@ class ZeroPrecision(DeepSpeedPrecision):
         self._clip_norm = clip_norm or float("inf")
 
     def convert_input(self, data: Any) -> Any:
-        """Leave a batch as it is: the drafter says itself in which type it computes."""
+        """Return the batch unchanged: the drafter chooses its own types."""
         return data
 
     def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        """Run backward; Lightning has divided the loss by the accumulation already."""
+        """Run the backward pass; Lightning has already divided the loss by the accumulation."""
         model.trainer.model.backward(tensor, *args, scale_wrt_gas=False, **kwargs)
 
     def optimizer_step(  # type: ignore[override]
@@ -153,7 +153,7 @@ class ZeroPrecision(DeepSpeedPrecision):
             norm = float(nn.utils.clip_grad_norm_(engine.module.parameters(), self._clip_norm))
             skipped = not norm < float("inf")
             if skipped:
-                # An optimizer leaves parameters without a gradient as they are.
+                # An optimizer does not change parameters without a gradient.
                 engine.zero_grad()
         before = engine.skipped_steps
         result = engine.step(**kwargs)
@@ -165,7 +165,7 @@ class ZeroPrecision(DeepSpeedPrecision):
 
 
 class Launched(ClusterEnvironment):
-    """The processes as the launcher numbered them: Lightning starts none itself."""
+    """The processes as numbered by the launcher: Lightning starts none itself."""
 
     def __init__(self, here: World) -> None:
         super().__init__()
@@ -180,12 +180,12 @@ class Launched(ClusterEnvironment):
 
     @property
     def main_port(self) -> int:
-        """Port of the first process; a process that is alone listens on none."""
+        """Port of the first process; a single process does not listen."""
         return int(os.environ.get("MASTER_PORT", 0))
 
     @staticmethod
     def detect() -> bool:
-        """Say no: it is always given by hand."""
+        """Return False: this environment is always passed explicitly."""
         return False
 
     def world_size(self) -> int:
@@ -193,14 +193,14 @@ class Launched(ClusterEnvironment):
         return self._here.size
 
     def set_world_size(self, size: int) -> None:
-        """Ignore it: the launcher has said it."""
+        """Ignore it: the launcher has set it."""
 
     def global_rank(self) -> int:
         """Return the number of this process."""
         return self._here.rank
 
     def set_global_rank(self, rank: int) -> None:
-        """Ignore it: the launcher has said it."""
+        """Ignore it: the launcher has set it."""
 
     def local_rank(self) -> int:
         """Return the number of this process on its machine."""
@@ -212,7 +212,7 @@ class Launched(ClusterEnvironment):
 
 
 def _bound_waits(timeout: timedelta) -> None:
-    """Give every process group the same timeout; DeepSpeed clones the first one with half an hour."""
+    """Set the timeout of every process group; DeepSpeed clones the first group with a timeout of half an hour."""
     from torch.distributed import distributed_c10d as c10d
 
     for group in list(c10d._world.pg_map):
@@ -220,7 +220,7 @@ def _bound_waits(timeout: timedelta) -> None:
 
 
 def join_deepspeed() -> None:
-    """Let DeepSpeed use the processes that have joined, before there is a trainer."""
+    """Initialize DeepSpeed on the processes that have joined, before a trainer exists."""
     import deepspeed
 
     if not torch.cuda.is_available():
@@ -230,7 +230,7 @@ def join_deepspeed() -> None:
 
 
 def _without_shared_memory_operator() -> None:
-    """Keep DeepSpeed from building an operator that training never calls."""
+    """Prevent DeepSpeed from building an operator that training never calls."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -238,7 +238,7 @@ def _without_shared_memory_operator() -> None:
 
 @contextlib.contextmanager
 def whole(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Have the weights whole on every process inside the block, also those that ZeRO-3 spread out; all must enter."""
+    """Gather the weights on every process inside the block if ZeRO-3 partitions them; all processes must enter."""
     spread = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not spread:
         yield

@@ -1,4 +1,4 @@
-"""Figures on held-out data every N steps, and the weights of the best of them."""
+"""Figures on held-out data every N steps, and the weights of the best steps."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from drafttrain.training.strategy import whole
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What is measured of the weights on held-out data."""
+    """Which figures are measured on held-out data."""
 
     estimate: Callable[[Any], Mapping[str, Any]]
     """From a drafter or head in evaluation mode to its figures by name, and `message`: the line that is logged."""
     figures: tuple[str, ...] = ("alpha", "block_efficiency")
     best_by: str = "block_efficiency"
-    """The figure that picks the best step: the larger, the better."""
+    """The figure that selects the best step; larger is better."""
 
 
 class Validation(StepEnd):
-    """Every N steps: figures on held-out data; the weights of the best steps are kept as folders.
+    """Every N steps: figures on held-out data. The weights of the best steps are kept as folders.
 
     What is kept stands in `best.json`, the best first, and in `best/step-<N>/`.
     """
@@ -50,25 +50,25 @@ class Validation(StepEnd):
         self.settings = settings
         self.folder = folder
         self.latest: Mapping[str, Any] = {}
-        """What was measured at the step that just ended; empty: nothing was."""
+        """The figures measured at the step that just ended; empty: none were."""
         self.last: dict[str, Any] = {}
         self.kept: list[dict[str, Any]] = []
-        """The figures of the steps whose weights are kept, the best first."""
+        """The figures of the steps whose weights are kept, best first."""
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        """Take up what is kept, also of steps after the checkpoint that the run continues from."""
+        """Load the kept steps, including those after the checkpoint that the run resumes from."""
         self.kept = shared(kept_steps(self.folder) if trainer.is_global_zero else None)[0]
         if trainer.is_global_zero:
             self._drop_others(self.kept)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Measure the start, so that a run that made it worse exports the start."""
+        """Measure the start, so that the start is exported if training made it worse."""
         if trainer.global_step == 0:
             assert isinstance(module, StepModule)
             self.on_step_end(trainer, module, 0)
 
     def on_step_end(self, trainer: Trainer, module: StepModule, step: int) -> None:
-        """Estimate, and keep the weights if they are among the best so far."""
+        """Measure, and keep the weights if they are among the best so far."""
         self.latest = {}
         every = self.settings.eval_every_steps
         if not every or (step % every and step != self.settings.max_steps):
@@ -78,20 +78,20 @@ class Validation(StepEnd):
         with torch.no_grad(), whole(module.trained.parameters()), training_autocast(self.settings, device):
             self.latest = dict(self.held_out.estimate(module.trained), step=step)
         module.trained.train()
-        # One process decides for all: what follows gathers weights, and figures may differ in their last bit between hosts.
+        # One process decides for all: saving gathers weights, and figures may differ in the last bit between hosts.
         figure = self.held_out.best_by
         self.last = {"step": step} | {name: self.latest[name] for name in self.held_out.figures}
         self.last[figure] = shared(float(self.latest[figure]))[0]
         others = [one for one in self.kept if one["step"] != step]
         new = len(others) == len(self.kept) and math.isfinite(self.last[figure])
-        # Of equal ones the earlier.
+        # Ties go to the earlier step.
         ranked = sorted([*others, self.last], key=lambda one: -one[figure])[: self.settings.keep_best]
         if new and self.last in ranked and self._keep(module, step, ranked):
             self.kept = ranked
         say(f"step {step}: {self.latest['message']}")
 
     def _keep(self, module: StepModule, step: int, ranked: list[dict[str, Any]]) -> bool:
-        """Write the weights, from the first process; tell whether the disk had room for them."""
+        """Write the weights from the first process; return whether the disk had room."""
         failure = None
         path = folder_of_step(self.folder, step)
         try:
@@ -108,16 +108,16 @@ class Validation(StepEnd):
         )
 
     def _drop_others(self, kept: list[dict[str, Any]]) -> None:
-        """Remove the weights of other steps, also those that a killed run wrote and no longer, or not yet, called the best."""
+        """Remove the weights of other steps, including those that a killed run left behind."""
         for other in set((self.folder / "best").glob("step-*")) - {
             folder_of_step(self.folder, o["step"]) for o in kept
         }:
             shutil.rmtree(other, ignore_errors=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Carry what was last through a resume; what is best stands on the disk."""
+        """Store the last figures in checkpoints; the best are on the disk."""
         return {"last": dict(self.last)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what was last."""
+        """Restore the last figures."""
         self.last = dict(state_dict["last"])

@@ -1,4 +1,4 @@
-"""What DeepSpeed spread over processes, whole again by name, and back: so that one checkpoint fits every layout.
+"""State that DeepSpeed partitions, gathered by name and back, so that one checkpoint fits every layout.
 
 A run's checkpoint is the same file whatever ZeRO stage and however many processes wrote it: weights by name, and the
 optimizer's state dict as torch itself would write it. It costs a gather at each save, of 12 bytes a trained parameter on the
@@ -18,7 +18,7 @@ from drafttrain.training.optimizer import MuonAdamW, Share
 
 
 def optimizer_state(engine: Any, groups: Sequence[Mapping[str, Any]], *, keep: bool) -> dict[str, Any]:
-    """Return the optimizer's state dict as it would be without ZeRO, in tensors of its own; every process must call it.
+    """Return a copy of the optimizer's state dict as it would be without ZeRO; every process must call it.
 
     Args:
         engine: DeepSpeed's engine.
@@ -38,7 +38,7 @@ def optimizer_state(engine: Any, groups: Sequence[Mapping[str, Any]], *, keep: b
         for parameter in group["params"]:
             number = sum(len(g["params"]) for g in numbered) + len(numbers)
             numbers.append(number)
-            # A count of steps each: an optimizer that is loaded from this counts in place.
+            # One step count for each parameter: an optimizer that loads this state counts in place.
             whole = {
                 key: torch.tensor(float(value)) if key == "step" else _get(parameter, key)
                 for key, value in example.items()
@@ -50,7 +50,7 @@ def optimizer_state(engine: Any, groups: Sequence[Mapping[str, Any]], *, keep: b
 
 
 def load_optimizer_state(engine: Any, groups: Sequence[Mapping[str, Any]], stored: Mapping[str, Any]) -> None:
-    """Spread a whole state dict over the processes as the engine needs it; every process must call it."""
+    """Partition a whole state dict over the processes for the engine; every process must call it."""
     zero = engine.optimizer
     if not engine.zero_optimization():
         zero.load_state_dict(stored)
@@ -78,7 +78,7 @@ def load_optimizer_state(engine: Any, groups: Sequence[Mapping[str, Any]], store
 
 
 def give_shares(engine: Any, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Tell Muon what its flat parameters hold of which matrices."""
+    """Register with Muon which parts of which matrices its flat parameters hold."""
     zero = engine.optimizer
     if not engine.zero_optimization() or not isinstance(zero.optimizer, MuonAdamW):
         return
@@ -91,7 +91,7 @@ def give_shares(engine: Any, groups: Sequence[Mapping[str, Any]]) -> None:
 
 
 def load_weights(engine: Any, stored: Mapping[str, Tensor]) -> None:
-    """Put whole weights and buffers into the engine's module and its master copies; every process must call it."""
+    """Load whole weights and buffers into the engine's module and its master copies; every process must call it."""
     module: nn.Module = engine.module
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if name not in stored:
@@ -113,7 +113,7 @@ def load_weights(engine: Any, stored: Mapping[str, Tensor]) -> None:
 
 
 def weights(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """Return trained weights and buffers by name, whole, on the CPU; every process must call it."""
+    """Return whole trained weights and buffers by name, on the CPU; every process must call it."""
     found: dict[str, Tensor] = {}
     by_id: dict[int, Tensor] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -121,7 +121,7 @@ def weights(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
             continue
         if id(parameter) not in by_id:
             value = _get(parameter, None) if hasattr(parameter, "ds_id") else parameter.data
-            # Tied weights stay one tensor, in the file too.
+            # Tied weights stay one tensor, also in the file.
             by_id[id(parameter)] = value.detach().to("cpu", copy=True) if keep else value.new_empty(0)
         found[name] = by_id[id(parameter)]
     if not keep:
@@ -131,9 +131,9 @@ def weights(module: nn.Module, *, keep: bool) -> dict[str, Tensor]:
 
 
 def _link(zero: Any) -> None:
-    """Let every parameter find its part of the optimizer's state.
+    """Initialize the state that maps each parameter to its part of the optimizer's state.
 
-    ZeRO-1 and 2 do so by themselves after the first step of the first group, when the others have no state yet.
+    ZeRO-1 and 2 do this themselves after the first step of the first group, when other groups have no state yet.
     """
     if hasattr(zero, "_hp_optimizer_states_linked"):
         zero._hp_optimizer_states_linked = False
@@ -141,9 +141,9 @@ def _link(zero: Any) -> None:
 
 
 def _as_step(inner: torch.optim.Optimizer, step: Any, *, like: Tensor) -> Any:
-    """Return a count of steps in the form that the optimizer keeps.
+    """Return a step count in the form that the optimizer stores.
 
-    DeepSpeed's own optimizers keep a number. A fused step reads the count on the device of the parameter `like`.
+    DeepSpeed's own optimizers store a number. A fused step reads the count on the device of the parameter `like`.
     """
     if type(inner).__module__.startswith("deepspeed."):
         return int(step)
@@ -152,7 +152,7 @@ def _as_step(inner: torch.optim.Optimizer, step: Any, *, like: Tensor) -> Any:
 
 
 def _flat_parts(zero: Any) -> list[list[Tensor]]:
-    """Return the flat parameters of each group: one, or with ZeRO-3 as many as it cut the group into."""
+    """Return the flat parameters of each group: one, or with ZeRO-3 one for each sub-group."""
     parts = getattr(zero, "single_partition_of_fp32_groups", None)
     if parts is not None:
         return [[part] for part in parts]
@@ -163,7 +163,7 @@ def _flat_parts(zero: Any) -> list[list[Tensor]]:
 
 
 def _is_in(zero: Any, parameter: Any, flat: Tensor) -> bool:
-    """Tell whether a parameter of a group is, or would be, in one of the group's flat ones."""
+    """Return whether a parameter belongs to one of its group's flat parameters."""
     if not hasattr(parameter, "ds_id"):
         return True
     number, _, _ = zero.grad_position[zero.get_param_id(parameter)]
@@ -171,7 +171,7 @@ def _is_in(zero: Any, parameter: Any, flat: Tensor) -> bool:
 
 
 def _share(zero: Any, parameter: Any) -> Share:
-    """Return what this process has of a parameter in the optimizer's flat one."""
+    """Return this process's part of a parameter in the optimizer's flat parameter."""
     if hasattr(parameter, "ds_id"):
         _, at, _ = zero.grad_position[zero.get_param_id(parameter)]
         first, count = _own_range(parameter)
@@ -215,14 +215,14 @@ def _set(parameter: Any, value: Tensor, key: str | None) -> None:
 
 
 def _own_part(parameter: Any, value: Tensor) -> Tensor:
-    """Return the part of a whole tensor that ZeRO-3 keeps here; the last one is padded."""
+    """Return ZeRO-3's part of a whole tensor on this process; the last part is padded."""
     first, count = _own_range(parameter)
     own = value.flatten().narrow(0, first, count)
     return torch.nn.functional.pad(own, (0, int(parameter.partition_numel()) - count))
 
 
 def _own_range(parameter: Any) -> tuple[int, int]:
-    """Return the first entry that ZeRO-3 keeps here of a parameter, and how many it keeps."""
+    """Return the first entry of a parameter that ZeRO-3 stores on this process, and how many it stores."""
     size, numel = int(parameter.partition_numel()), int(parameter.ds_numel)
     first = min(torch.distributed.get_rank(parameter.ds_process_group) * size, numel)
     return first, min(size, numel - first)

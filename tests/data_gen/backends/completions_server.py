@@ -19,7 +19,7 @@ from drafttrain.data_gen.backends.builtin import continuations
 from drafttrain.target_model import Target
 
 Fault = Callable[[web.Request, dict[str, Any]], Any]
-"""What is answered in place of the right answer."""
+"""A faulty answer."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ class CompletionsServer:
     key: str | None = None
     asked: list[dict[str, Any]] = field(default_factory=list)
     answered: Counter[tuple[int, ...]] = field(default_factory=Counter)
-    """Texts that went out, by prompt; control requests of one token left out."""
+    """Texts that were sent, by prompt, without control requests of one token."""
     most_at_once: int = 0
     _now: int = 0
     _site: Any = None
@@ -64,7 +64,7 @@ class CompletionsServer:
         try:
             await asyncio.sleep(0)
             if self.dies_after is not None and self.answered.total() >= self.dies_after:
-                # As a process that is killed: nobody listens any more, and open connections are reset.
+                # Like a killed process: the port is closed, and open connections are reset.
                 self._site.close()
                 request.transport.abort()
                 return web.Response()
@@ -72,7 +72,7 @@ class CompletionsServer:
                 answer = fault(request, self._answer(asked))
                 return await answer if asyncio.iscoroutine(answer) else answer
             response = web.json_response(self._answer(asked))
-            # On its way before it counts, so that it arrives also where the server dies of the next request.
+            # Sent before it is counted, so that it arrives even if the next request kills the server.
             await response.prepare(request)
             await response.write_eof()
             if asked["max_tokens"] > 1:
@@ -109,7 +109,7 @@ def status(code: int, *, retry_after: str | None = None) -> Fault:
 
 
 def truncated(request: web.Request, answer: dict[str, Any]) -> web.Response:
-    """A body that ends in the middle, and says that it is whole."""
+    """A body that is cut off, with the Content-Length of the part."""
     return web.Response(text=json.dumps(answer)[:-20], content_type="application/json")
 
 
@@ -121,7 +121,7 @@ def reset(request: web.Request, answer: dict[str, Any]) -> web.Response:
 
 
 async def late(request: web.Request, answer: dict[str, Any]) -> web.Response:
-    """An answer that comes when nobody waits any more, whenever that is."""
+    """An answer that comes after the client has given up."""
     while request.transport is not None and not request.transport.is_closing():
         await asyncio.sleep(0.01)
     return web.json_response(answer)

@@ -10,7 +10,7 @@ __version__ = "0"
 
 @dataclass
 class SamplingParams:
-    """What vLLM is asked for."""
+    """Stands in for SamplingParams."""
 
     temperature: float
     top_p: float

@@ -36,7 +36,7 @@ from tests.data_gen.backends.completions_server import (
 
 NUM_RECORDS = 10
 LATE_SECONDS = 2.5
-"""What a right answer may take where another one never comes: hundreds of times what it takes."""
+"""Time limit in tests where some answers never come: hundreds of times what a right one takes."""
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def settings(tmp_path):
 
 @pytest.fixture
 def builtin(settings, tiny_target, tmp_path):
-    """What the built-in backend writes, by file."""
+    """The shards of the built-in backend, by file."""
     return shards(generate(settings, tiny_target, tmp_path / "builtin", seed=0, max_length=64))
 
 
@@ -80,7 +80,7 @@ def served(settings: GenerateSettings, server: CompletionsServer, folder: Path, 
 
 def test_greedy_shards_are_byte_for_byte_those_of_the_built_in_backend(settings, tiny_target, tmp_path, builtin):
     async def with_another(request: Any, answer: dict[str, Any]) -> Any:
-        """Wait until another request is here too."""
+        """Wait until another request has arrived."""
         until = time.monotonic() + 30
         while server.most_at_once < 2 and time.monotonic() < until:
             await asyncio.sleep(0.001)
@@ -104,7 +104,7 @@ def test_greedy_shards_are_byte_for_byte_those_of_the_built_in_backend(settings,
         served(settings, other, folder)
 
 
-def test_text_alone_gives_the_same_records_where_its_tokens_are_sure(tmp_path):
+def test_text_alone_gives_the_same_records_if_its_tokens_are_certain(tmp_path):
     target = Target.load(TargetSettings(model="builtin:target"))
     (tmp_path / "text.txt").write_text("Once upon a time there was a small brown dog. He liked to run and play. " * 8)
     settings = GenerateSettings(
@@ -135,7 +135,7 @@ def test_text_alone_gives_the_same_records_where_its_tokens_are_sure(tmp_path):
 
 def test_ambiguous_text_gets_its_tokens_from_the_text_of_each(tmp_path):
     target = Target.load(TargetSettings(model="builtin:target"))
-    # As many tokens as `is`, `en`, and no others of the tokenizer's own choice: the text alone is read as `ise`, `n`.
+    # As many tokens as `is`, `en`, which the tokenizer would not choose: the text alone is read as `ise`, `n`.
     first, second = (target.tokenizer(word, add_special_tokens=False).input_ids for word in ("is", "en"))
     written = [*first, *second]
     text = target.tokenizer.decode(written)
@@ -168,7 +168,7 @@ def test_ambiguous_text_gets_its_tokens_from_the_text_of_each(tmp_path):
     [status(429), status(500), status(503), truncated, reset, late, changed(finish_reason="error")],
     ids=["429", "500", "503", "truncated", "reset", "late", "finish_error"],
 )
-def test_what_fails_for_a_moment_is_asked_again_and_counted(settings, tiny_target, tmp_path, builtin, fault):
+def test_temporary_failures_are_repeated_and_counted(settings, tiny_target, tmp_path, builtin, fault):
     server = CompletionsServer(tiny_target, lambda number, asked: fault if number in (0, 5) else None)
     folder = served(settings, server, tmp_path / "g", timeout_seconds=LATE_SECONDS if fault is late else 60.0)
     assert shards(folder) == builtin
@@ -220,7 +220,7 @@ def test_a_server_that_is_killed_loses_nothing_and_nothing_is_written_twice(
 ):
     first = CompletionsServer(tiny_target, dies_after=dies_after)
     with pytest.raises(DataError, match="the same command continues"):
-        # What was sent before the server died arrives while the others wait to ask again.
+        # Answers sent before the server died arrive while the others wait to retry.
         served(settings, first, tmp_path / "g", retries=1, backoff_seconds=0.5)
     assert not (tmp_path / "g" / "manifest.json").exists()
     kept = len(records(shards(tmp_path / "g"))) + len(entries(tmp_path / "g", "answers-*"))
@@ -228,11 +228,11 @@ def test_a_server_that_is_killed_loses_nothing_and_nothing_is_written_twice(
     assert kept == first.answered.total() == dies_after
     for path in (tmp_path / "g").glob("answers-*"):
         with path.open("a") as file:
-            file.write('{"place":3,"id":"cut o')  # As a run leaves it that is killed in this line.
+            file.write('{"place":3,"id":"cut o')  # A run was killed while writing this line.
     second = CompletionsServer(tiny_target)
     assert shards(served(settings, second, tmp_path / "g")) == builtin
     assert set((first.answered + second.answered).values()) == {1}
-    # As after a kill between a shard and the manifest.
+    # The run was killed between a shard and the manifest.
     (tmp_path / "g" / "manifest.json").unlink()
     (tmp_path / "g" / "answers-00001.jsonl").write_text('{"place":0,"id":"an answer","tokens":[1],"account":{}}\n')
     assert shards(served(settings, CompletionsServer(tiny_target), tmp_path / "g")) == builtin
@@ -253,7 +253,7 @@ def test_a_server_that_asks_for_time_gets_it(settings, tiny_target, tmp_path, bu
         served(settings, server, tmp_path / "h", longest_wait_seconds=60.0)
 
 
-def test_what_is_wrong_for_every_text_ends_the_run(settings, tiny_target, tmp_path):
+def test_a_failure_of_every_text_stops_the_run(settings, tiny_target, tmp_path):
     with pytest.raises(DataError, match=r"serves no model 'elsewhere'\. Available: served"):
         served(settings, CompletionsServer(tiny_target), tmp_path / "model", model="elsewhere")
     with pytest.raises(DataError, match=r"none of the 4 texts of shard 0 can be used\. The first one: http_422"):
@@ -265,8 +265,8 @@ def test_what_is_wrong_for_every_text_ends_the_run(settings, tiny_target, tmp_pa
     assert not list(tmp_path.glob("*/manifest.json"))
 
 
-def test_a_later_shard_of_which_nothing_can_be_used_ends_no_run_whoever_wrote_the_first(tiny_target, tmp_path):
-    """One of several processes has no first shard: what it does must not depend on whether another one has stored it yet."""
+def test_a_later_unusable_shard_does_not_stop_a_run(tiny_target, tmp_path):
+    """One of several processes has no first shard: its outcome must not depend on whether another one has stored it yet."""
     tasks = [Task(f"t{i}", [5 + i, 6, 7], Sampling()) for i in range(2)]
     server = CompletionsServer(tiny_target, lambda number, asked: status(422))
     with serving(server) as url, progress("", total=4, unit="texts") as bar:
@@ -278,7 +278,7 @@ def test_a_later_shard_of_which_nothing_can_be_used_ends_no_run_whoever_wrote_th
             list(backend.write({0: tasks}, bar))
 
 
-def test_the_key_is_sent_and_is_in_no_message_and_no_file(settings, tiny_target, tmp_path, builtin, monkeypatch):
+def test_the_key_is_sent_and_appears_in_no_message_or_file(settings, tiny_target, tmp_path, builtin, monkeypatch):
     monkeypatch.setenv("SERVER_KEY", "sesame-1234")
     with pytest.raises(DataError, match="answers 401") as refused:
         served(settings, CompletionsServer(tiny_target, key="x"), tmp_path / "g", api_key_variable="SERVER_KEY")
@@ -307,7 +307,7 @@ def test_sampled_texts_are_reported_as_not_reproducible(settings, tiny_target, t
 @pytest.mark.parametrize(
     "url", ["127.0.0.1:8000", "http://me:secret@host/v1", "http://host/v1?key=secret", "me:secret@host"]
 )
-def test_an_address_that_is_none_or_holds_a_key_is_refused(url):
+def test_an_invalid_address_or_one_with_a_key_is_refused(url):
     (problem,) = OpenAISettings(base_url=url, model="m").check()
     assert "secret" not in problem
     assert not OpenAISettings(base_url="http://host:8000/v1", model="m").check()

@@ -41,7 +41,7 @@ def target(tiny_folder: Path) -> Target:
 
 
 def generated(tmp_path: Path, target: Target, server: CompletionsServer, *, processes: int) -> tuple[Path, str]:
-    """Run `drafttrain gen` under torchrun against the server; return the folder of the texts and what was said."""
+    """Run `drafttrain gen` under torchrun against the server; return the folder of the texts and its output."""
     lines = [json.dumps({"id": str(i), "text": f"dog {i:02}"}) for i in range(NUM_RECORDS)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
     recipe = tmp_path / f"{processes}.yaml"
@@ -62,7 +62,7 @@ def generated(tmp_path: Path, target: Target, server: CompletionsServer, *, proc
 
 
 @pytest.mark.processes
-def test_two_processes_ask_a_server_for_the_records_of_one_and_for_each_once(tmp_path: Path, target: Target) -> None:
+def test_two_processes_request_the_same_records_as_one_and_each_once(tmp_path: Path, target: Target) -> None:
     def fault(number: int, request: Mapping[str, Any]) -> Fault | None:
         return status(400) if target.tokenizer.decode(request["prompt"]) in ("dog 04", "dog 09") else None
 

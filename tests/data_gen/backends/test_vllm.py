@@ -22,13 +22,13 @@ from drafttrain.target_model import Target
 
 @pytest.fixture
 def stub(monkeypatch, tmp_path) -> Stub:
-    """The environment of vLLM for CPUs: a Python of its own whose vLLM is stub_vllm.py."""
+    """The environment of vLLM for CPUs: its own Python whose vLLM is stub_vllm.py."""
     monkeypatch.setenv("DRAFTTRAIN_ENGINES", str(tmp_path / "engines"))
     return Stub(tmp_path, monkeypatch)
 
 
 class Stub:
-    """An environment that is installed, and what its engine was asked."""
+    """An installed environment, and the requests to its engine."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
@@ -72,7 +72,7 @@ def shards(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("dies_after", [0, 2])
-def test_an_engine_that_dies_is_asked_for_the_rest_only(settings, stub, tiny_target, tmp_path, dies_after):
+def test_after_an_engine_dies_only_the_rest_is_requested(settings, stub, tiny_target, tmp_path, dies_after):
     settings = replace(settings, backend=VllmSettings())
     arguments = {"seed": 0, "max_length": 64}
     whole = shards(generate(settings, tiny_target, tmp_path / "whole", **arguments))
@@ -100,12 +100,12 @@ def test_records_hold_the_tokens_of_the_engine(settings, stub, tiny_target, tmp_
         assert record["loss_mask"] == [0] * 10 + [1] * 6
 
 
-def test_a_folder_that_holds_another_model_by_now_is_refused(settings, tiny_target, tmp_path):
+def test_a_folder_that_now_holds_another_model_is_refused(settings, tiny_target, tmp_path):
     other = Target(tiny_target.model, tiny_target.tokenizer, name=tiny_target.name, fingerprint="another")
     settings = replace(settings, backend=VllmSettings())
-    with pytest.raises(DataError, match="is not the target that is loaded"):
+    with pytest.raises(DataError, match="differs from the loaded target"):
         generate(settings, other, tmp_path / "g", seed=0, max_length=64)
 
 
-def test_a_target_on_a_gpu_asks_the_build_for_gpus() -> None:
+def test_a_target_on_a_gpu_uses_the_environment_for_gpus() -> None:
     assert [environment_on(device) for device in ("cpu", "cuda")] == [VLLM_CPU, VLLM_CUDA]

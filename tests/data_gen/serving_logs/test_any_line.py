@@ -22,7 +22,7 @@ from tests.data_gen.serving_logs.log_lines import chat, chat_encoder, completion
 ENCODER = chat_encoder(max_length=64)
 GOOD = completion("good", "line")
 
-# ---------------------------------------------------------------- named lines that once ended a reader
+# ---------------------------------------------------------------- named lines that once stopped a reader
 
 EMPTY = {"request": {"prompt": ""}, "response": {"choices": [{"index": 0, "text": "answer"}]}}
 CRASHES = {
@@ -60,7 +60,7 @@ def append(folder: Path, *lines: bytes) -> None:
 
 
 def check_passed_over(folder: Path, line: bytes) -> str:
-    """Return the kind of reason against a line between two good ones, which are read."""
+    """Return the kind of reason for a line between two good ones, which are read."""
     good = [json.dumps(GOOD | {"id": name}).encode() for name in ("before", "after")]
     good[1] = good[1].replace(b"good", b"other")
     append(folder, good[0], line, good[1])
@@ -78,7 +78,7 @@ def check_passed_over(folder: Path, line: bytes) -> str:
 
 
 @pytest.mark.parametrize("name", CRASHES)
-def test_a_line_that_ended_a_reader_is_passed_over(tmp_path, name):
+def test_a_line_that_once_stopped_a_reader_is_quarantined(tmp_path, name):
     line, kind = CRASHES[name]
     found = check_passed_over(tmp_path, json.dumps(line).encode())
     assert found == kind or (kind is None and found != "unreadable")
@@ -86,7 +86,7 @@ def test_a_line_that_ended_a_reader_is_passed_over(tmp_path, name):
 
 @pytest.mark.parametrize("name", VLLM)
 @pytest.mark.parametrize("of_prompt", [True, False])
-def test_token_ids_of_vllm_that_are_none_are_passed_over(tmp_path, name, of_prompt):
+def test_invalid_token_ids_of_vllm_are_quarantined(tmp_path, name, of_prompt):
     asked, answered = (VLLM[name], "[5]") if of_prompt else ("[5]", VLLM[name])
     lines = (
         f"INFO Received request r: prompt: 'p', params: x, prompt_token_ids: {asked}, lora: None",
@@ -99,7 +99,7 @@ def test_token_ids_of_vllm_that_are_none_are_passed_over(tmp_path, name, of_prom
     assert reader.num_lines == 2
 
 
-def test_an_empty_prompt_is_what_the_tokenizer_makes_of_it(tmp_path, tiny_tokenizer_with_start):
+def test_an_empty_prompt_has_the_start_tokens_of_the_tokenizer(tmp_path, tiny_tokenizer_with_start):
     start = tiny_tokenizer_with_start
     records, kinds = read(write(tmp_path / "a.jsonl", [EMPTY]), encoder=start)
     assert kinds == []
@@ -172,7 +172,7 @@ def _tokens() -> dict[str, Any]:
 
 
 def _dialects() -> list[dict[str, Any]]:
-    """Return a line of each dialect with all that is read of it."""
+    """Return a line of each dialect with every field that is read."""
     chat_rows = [{"token": "o", "logprob": -0.1, "top_logprobs": [{"token": "k", "logprob": -3.0, "bytes": [107]}]}]
     full = chat("why", "ok", choice={"logprobs": {"content": chat_rows}, "stop_reason": None})
     full["request"] |= {"user": "u", "tools": [], "stop": ["x"], "chat_template_kwargs": {"enable_thinking": False}}
@@ -225,7 +225,7 @@ PLACES = [[place for place in _places(line) if place] for line in DIALECTS]
 
 @st.composite
 def json_lines(draw: st.DrawFn) -> bytes:
-    """Return a line of a dialect of which up to three places hold something else, are gone, or have another name."""
+    """Return a line of a dialect with up to three places changed, removed or renamed."""
     number = draw(st.integers(0, len(DIALECTS) - 1))
     line = copy.deepcopy(DIALECTS[number])
     for place in draw(st.lists(st.sampled_from(PLACES[number]), max_size=3)):
@@ -243,7 +243,7 @@ def json_lines(draw: st.DrawFn) -> bytes:
                         draw(st.sampled_from(["messages", "prompt", "completion", "choices", "response", "event"]))
                     ] = gone
         except (TypeError, KeyError, IndexError, AttributeError):
-            continue  # An earlier change took this place away.
+            continue  # An earlier change removed this place.
     return json.dumps(line, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
 
 
@@ -313,7 +313,7 @@ def check_any_line(folder: Path, cases: int) -> None:
         written = folder / "taken" / f"quarantine-{before:08d}.jsonl"
         reasons = [json.loads(entry)["reason"] for entry in written.open()] if written.exists() else []
         assert all(reason.partition(": ")[2] for reason in reasons)
-        # The guard is the last resort: a form that a dialect meets has a reason of its own.
+        # The guard is the last resort: known malformed lines have their own reasons.
         assert not any(reason.startswith("unreadable") for reason in reasons), reasons
 
     every_line()
@@ -329,7 +329,7 @@ def test_ten_thousand_lines_are_used_or_quarantined_with_their_reasons(tmp_path)
     check_any_line(tmp_path, 10_000)
 
 
-def test_gen_reads_on_behind_any_of_these_lines(tmp_path):
+def test_gen_continues_after_any_of_these_lines(tmp_path):
     path = write(tmp_path / "log.jsonl", [*(line for line, _ in CRASHES.values()), GOOD])
     found = ServingLogsSettings(path=str(path), near_duplicates=None)
     data = prepare(

@@ -19,7 +19,7 @@ def whole(record) -> str:
     return chat_encoder().tokenizer.decode(record.tokens)
 
 
-def test_text_is_retokenised_through_the_template_and_the_answer_with_its_end_is_the_label(tmp_path):
+def test_text_is_tokenized_through_the_template_and_the_answer_with_its_end_is_the_label(tmp_path):
     (record,), kinds = read(write(tmp_path / "a.jsonl", [chat("Why?", "Because.")]))
     assert (whole(record), labels(record), kinds) == (
         "<user>Why?<|end|><assistant>Because.<|end|>",
@@ -31,7 +31,7 @@ def test_text_is_retokenised_through_the_template_and_the_answer_with_its_end_is
     assert labels(record) == "Because."
 
 
-def test_counts_of_the_server_decide_whether_the_text_was_retokenised_as_it_was_served(tmp_path):
+def test_counts_of_the_server_show_whether_the_text_has_the_served_tokens(tmp_path):
     prompt = len(ids("<user>Why?")) + 1 + len(ids("<assistant>"))
 
     def kinds(prompt_tokens: int, completion_tokens: int) -> list[str]:
@@ -42,7 +42,7 @@ def test_counts_of_the_server_decide_whether_the_text_was_retokenised_as_it_was_
     assert kinds(prompt, 2) == kinds(prompt, 5) == kinds(prompt + 1, 4) == ["retokenised"]
 
 
-def test_logged_ids_are_taken_as_they_are_unless_they_spell_other_text(tmp_path):
+def test_logged_ids_are_used_unless_they_decode_to_other_text(tmp_path):
     served = completion("Once", " upon", prompt_token_ids=ids("Once"), token_ids=[*ids(" upon"), 0])
     (record,), _ = read(write(tmp_path / "a.jsonl", [served]))
     assert (record.tokens, sum(record.loss_mask)) == ([*ids("Once upon"), 0], 6)
@@ -54,7 +54,7 @@ def test_logged_ids_are_taken_as_they_are_unless_they_spell_other_text(tmp_path)
         assert read(write(tmp_path / "a.jsonl", [completion("Once", " upon", **wrong)]))[1] == ["wrong_tokenizer"]
 
 
-def test_every_choice_is_an_exchange_and_chunks_are_the_whole_answer(tmp_path):
+def test_every_choice_is_an_exchange_and_chunks_are_merged(tmp_path):
     line = completion("a", "b")
     line["response"]["choices"].append({"index": 1, "text": "c", "finish_reason": "length"})
     records, _ = read(write(tmp_path / "a.jsonl", [line]))
@@ -72,7 +72,7 @@ def test_every_choice_is_an_exchange_and_chunks_are_the_whole_answer(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["chat", "completion"])
-def test_top_k_rows_are_the_law_at_the_labels(tmp_path, form):
+def test_top_k_rows_are_the_distribution_at_the_labels(tmp_path, form):
     tokens = ids("ok")
     rows = [{token: -0.1, 7: -3.0} for token in tokens]
     named = [{f"token_id:{token}": value for token, value in row.items()} for row in rows]
@@ -137,7 +137,7 @@ def test_vllm_joins_request_and_answer_by_id_in_both_of_its_forms(tmp_path):
     assert kinds == ["not_a_record", "no_request", "not_a_record"]
 
 
-def test_sglang_writes_all_of_a_request_when_it_is_finished(tmp_path):
+def test_sglang_logs_a_request_when_it_is_finished(tmp_path):
     asked = {"rid": "r", "text": "Two", "input_ids": ids("Two"), "sampling_params": {"temperature": 0.0}}
     triples = [[-0.2, token, None] for token in ids(" more")]
     about = {
@@ -186,7 +186,7 @@ def test_an_incomplete_prompt_is_quarantined_unless_its_ids_are_logged(tmp_path)
     assert whole(records[0]) == "any pictureA"
 
 
-def test_gzip_and_rotation_are_read_oldest_first_and_a_damaged_file_says_so(tmp_path):
+def test_gzip_and_rotated_files_are_read_oldest_first_and_a_damaged_one_is_quarantined(tmp_path):
     write(tmp_path / "log.jsonl", [completion("3", "c")])
     write(tmp_path / "log.jsonl.1", [completion("2", "b")])
     packed = gzip.compress((json.dumps(completion("1", "a")) + "\n").encode())
@@ -205,7 +205,7 @@ def test_answers_of_other_models_are_quarantined_by_name_or_by_the_first_one(tmp
     assert ([whole(record) for record in records], kinds) == (["1a"], ["wrong_model"])
 
 
-def test_what_stands_beside_the_turns_of_a_dump_is_read_or_quarantines_it(tmp_path):
+def test_keys_beside_the_turns_of_a_dump_are_read_or_quarantine_it(tmp_path):
     def turns(asked):
         return [{"role": "user", "content": asked}, {"role": "assistant", "content": "a"}]
 

@@ -1,4 +1,4 @@
-"""Redaction by a table: what is private is caught, code and chat stay as they are; and whatever a text holds, it costs time by its length."""
+"""Redaction by a table: private content is caught, code and chat stay unchanged, and time is linear in the length of any text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.data_gen.serving_logs.private_cases import INNOCENT, SECRETS, cases
 
 
 def missed(lines: list[str]) -> list[str]:
-    """Return the lines of which the secret is still there."""
+    """Return the lines that still hold their secret."""
     found = []
     for line in lines:
         (secret,) = re.findall("«(.*?)»", line, re.DOTALL)
@@ -42,7 +42,7 @@ def test_at_most_5_percent_of_the_innocent_lines_are_changed():
     assert len(changed(innocent)) <= 0.05 * len(innocent), changed(innocent)
 
 
-def test_what_stands_around_a_secret_stays():
+def test_text_around_a_secret_stays():
     text = "def f():\n    password = 'hunter2!x'\n    return connect(password)  # ask bob@mail.example\n"
     expected = "def f():\n    password = '[key]'\n    return connect(password)  # ask [e-mail]\n"
     assert without_personal(text) == expected
@@ -71,11 +71,11 @@ def test_a_long_text_of_anything_costs_seconds_a_megabyte_at_most(piece):
     text = piece * (40_000 // len(piece))
     began = time.process_time()
     without_personal(text)
-    # About 0.05 s; what is quadratic in the length takes minutes, as did headers of keys without an end.
+    # About 0.05 s; a quadratic search takes minutes, as headers of keys without an end once did.
     assert time.process_time() - began < 5
 
 
-def test_numbers_of_a_text_that_are_judged_by_the_library_are_bounded(monkeypatch):
+def test_the_library_checks_a_bounded_number_of_candidates(monkeypatch):
     parsed = []
     parse = phonenumbers.parse
     monkeypatch.setattr(phonenumbers, "parse", lambda *given: parsed.append(given) or parse(*given))
@@ -91,6 +91,6 @@ PIECES = st.sampled_from(
 
 @settings(max_examples=100)
 @given(st.lists(st.one_of(PIECES, st.text(max_size=8)), max_size=5))
-def test_any_text_is_redacted_once_and_for_all(pieces):
+def test_redaction_of_any_text_is_idempotent(pieces):
     once = without_personal("".join(pieces))
     assert without_personal(once) == once

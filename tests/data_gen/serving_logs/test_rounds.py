@@ -1,4 +1,4 @@
-"""What a stack logged of its speculation: the refused positions, or the reason why it cannot be what happened."""
+"""Logged rounds of speculation: the rejected positions, or the reason why the rounds are impossible."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def line(**speculative: Any) -> dict[str, Any]:
     return completion("p", ANSWER, token_ids=ids(ANSWER), speculative=speculative)
 
 
-def test_a_round_that_lost_a_draft_token_is_refused_at_the_token_that_replaced_it(tmp_path):
-    # a (no draft), bcd + e (all kept), f (all refused), gh and past the end.
+def test_a_rejected_draft_token_is_marked_at_the_token_that_replaced_it(tmp_path):
+    # a (no draft), bcd + e (all accepted), f (all rejected), gh and past the end.
     logged = line(drafted=[0, 3, 3, 3], accepted=[0, 3, 0, 2])
     (record,), kinds = read(write(tmp_path / "a.jsonl", [logged]))
     assert (list(record.refused), kinds) == ([1 + 5], [])
-    # The ids of draft tokens say the same, where they are logged.
+    # Logged ids of draft tokens give the same result.
     drafted = [[], ids("bcd"), ids("xyz"), ids("ghi")]
     (record,), _ = read(write(tmp_path / "a.jsonl", [line(drafted=drafted, accepted=[0, 3, 0, 3])]))
     assert list(record.refused) == [1 + 5]
@@ -34,13 +34,13 @@ def test_a_round_that_lost_a_draft_token_is_refused_at_the_token_that_replaced_i
     assert record.refused is None, "not known"
 
 
-def test_vllm_tells_the_rounds_of_a_request_without_that_of_its_first_token(tmp_path):
+def test_vllm_logs_no_round_for_the_first_token(tmp_path):
     speculation = {"per_step_drafted": [3, 3, 3], "per_step_accepted": [3, 0, 2], "num_spec_tokens": 3}
     logged = completion("p", ANSWER, token_ids=ids(ANSWER))
     logged["response"]["metrics"] = {"speculative_decoding": speculation}
     (record,), _ = read(write(tmp_path / "a.jsonl", [logged]))
     assert list(record.refused) == [1 + 5]
-    # In a stream they come with the last chunk, which has no choice.
+    # A stream has them in the last chunk, which has no choice.
     chunks = [logged["response"] | {"metrics": None}, {"choices": [], "metrics": {"speculative_decoding": speculation}}]
     (record,), _ = read(write(tmp_path / "a.jsonl", [logged | {"response": chunks}]))
     assert list(record.refused) == [1 + 5]
@@ -51,7 +51,7 @@ def test_vllm_tells_the_rounds_of_a_request_without_that_of_its_first_token(tmp_
     assert read(write(tmp_path / "a.jsonl", [logged]))[0][0].refused is None, "a summary has no rounds"
 
 
-def test_chunks_bring_a_round_each_and_a_record_that_is_cut_keeps_what_is_in_it(tmp_path):
+def test_each_chunk_has_a_round_and_a_cut_record_keeps_the_rejections_inside_it(tmp_path):
     pieces = [("a", 0, 0), ("bc", 3, 1), ("defg", 3, 3), ("h", 3, 0)]
     chunks = [
         {"choices": [{"index": 0, "text": text, "speculative": {"drafted": [count], "accepted": [kept]}}]}

@@ -27,7 +27,7 @@ def with_distribution(rng: random.Random) -> dict:
 
 
 def places(value, path=()):
-    """Yield where every part of a value is."""
+    """Yield the place of every part of a value."""
     yield path
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, part in inside:
@@ -35,7 +35,7 @@ def places(value, path=()):
 
 
 def hostile(rng: random.Random) -> bytes:
-    """Return a line that was good before something was done to it."""
+    """Return a good line after one mutation."""
     good = rng.choice([with_distribution, lambda r: chat(f"q{r.random()}", f"a{r.random()}")])(rng)
     junk = [
         None, True, -1, 10**30, 1e308, float("nan"), float("-inf"), "", "\x00", "\ud800", "x" * rng.choice([10, 5000, 300_000]),
@@ -106,11 +106,11 @@ def test_ten_thousand_hostile_lines_are_used_or_quarantined_within_bounded_memor
     account(tmp_path, 10_000)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    # Twenty times the longest line, over what the records themselves and the table of near duplicates take.
+    # Twenty times the longest line, beyond the records and the table of near duplicates.
     assert peak < 150 * 2**20
 
 
-def test_a_line_that_is_longer_than_allowed_is_never_held(tmp_path):
+def test_a_line_over_the_limit_is_never_held_in_memory(tmp_path):
     path = tmp_path / "a.jsonl"
     with path.open("wb") as file:
         for _ in range(64):
@@ -126,7 +126,7 @@ def test_a_line_that_is_longer_than_allowed_is_never_held(tmp_path):
     assert peak < 16 * 2**20
 
 
-def test_requests_that_are_never_answered_are_given_up_before_they_fill_the_memory(tmp_path, monkeypatch):
+def test_unanswered_requests_are_forgotten_before_they_fill_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("drafttrain.data_gen.serving_logs.vllm.MAX_WAITING_BYTES", 4 * 2**20)
     path = tmp_path / "a.log"
     with path.open("w") as file:
@@ -140,7 +140,7 @@ def test_requests_that_are_never_answered_are_given_up_before_they_fill_the_memo
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert (records, kinds) == ([], [])
-    # What one line takes while it is read, and the requests that wait: all of them would take 60.
+    # One line while it is read, and the waiting requests; all requests would take 60.
     assert peak < 25 * 2**20
 
 
@@ -170,7 +170,7 @@ def fails(text: str) -> str:
 
 
 @pytest.mark.parametrize("name", SECRETS)
-def test_what_must_be_hidden_reaches_no_file_and_no_record(tmp_path, name):
+def test_private_content_reaches_no_file_and_no_record(tmp_path, name):
     secret = SECRETS[name]
     asked, answered = completion(f"I am {secret}.", " Hello."), completion("Who?", f" It is {secret}. Bye.")
     served = completion("Who now?", f" It is {secret}. Bye.", token_ids=ids(f" It is {secret}. Bye."))
@@ -191,7 +191,7 @@ def test_what_must_be_hidden_reaches_no_file_and_no_record(tmp_path, name):
     texts = [tokenizer.decode(record.tokens) for record in data.stores[0]]
     label = {"own": "[name]"}.get(name, f"[{name}]")
     assert texts[0] == f"I am {label}. Hello."
-    assert texts[1] == "Who? It is "  # What follows a placeholder was not written after one.
+    assert texts[1] == "Who? It is "  # The target did not write the rest after a placeholder.
     assert texts[2] == "Who now? It is "
     assert len(texts) == 5
     assert data.stores[0].meta["set_aside_by"] == {"redacted": 1, "wrong_type": 1}
@@ -276,7 +276,7 @@ def test_duplicates_exact_and_near_are_quarantined_and_a_common_system_prompt_ma
     assert read(path, encoder=encoder, remembered=1)[1] == ["duplicate", "near_duplicate"]
 
 
-def test_an_exchange_that_gave_no_record_hides_no_better_one(tmp_path):
+def test_an_exchange_without_a_record_makes_no_later_one_a_duplicate(tmp_path):
     wrong = completion("a", "b") | {}
     wrong["response"] |= {"usage": {"prompt_tokens": 99, "completion_tokens": 1}}
     records, kinds = read(write(tmp_path / "a.jsonl", [wrong, completion("a", "b")]))

@@ -1,4 +1,4 @@
-"""What tests of serving engines share: the embedded target, its prompts, and drafters that have learned some of its texts by heart."""
+"""Fixtures for tests of engines: the embedded target, its prompts, and drafters that have memorized some of its texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this project states of engines is read again in their sources, in the release that the statement names: make test-serving."""
+"""Our statements about engines, checked in the source of the named releases. Needs vLLM's environment: make test-serving."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def fields_read(path: Path) -> set[str]:
 
 
 def fc_biases(path: Path) -> list[str | None]:
-    """Return what a file says of the bias of each `fc`; None: nothing."""
+    """Return the argument `bias` of each `fc` in a file; None: it has none."""
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if (
@@ -77,7 +77,7 @@ def test_sglang_reads_every_variant_of_eagle3_but_those_that_are_refused(sglang_
 
 
 def test_sglang_has_a_bias_in_the_fc_of_eagle(sglang_models):
-    """torch's Linear has one unless told otherwise."""
+    """torch's Linear has a bias by default."""
     assert fc_biases(sglang_models / "llama_eagle.py") == [None]
 
 
@@ -89,7 +89,7 @@ def test_vllm_has_no_bias_in_the_fc_of_eagle(vllm_models):
     assert fc_biases(vllm_models / "llama_eagle.py") == ["False"]
 
 
-def test_vllm_takes_the_window_of_layer_types_alone(vllm_models):
+def test_vllm_reads_the_window_of_layer_types_only(vllm_models):
     read = fields_read(vllm_models / "llama.py")
     assert "layer_types" in read
     assert not {"use_sliding_window", "max_window_layers"} & read

@@ -56,8 +56,8 @@ def test_the_counters_of_a_vllm_server_are_those_of_the_evaluator_and_the_promis
     prompts = read_prompts("builtin:test", target.tokenizer, prompt_tokens=PROMPT_TOKENS, limit=PROMPTS)
     options = ["--speculative-config", json.dumps(speculative), "--per-request-spec-decode-metrics", "detailed"]
     with vllm_server(tmp_path / "log", options) as url:
-        code, said, row = evaluated(url, drafter, "--require")
-        assert code == 0, said
+        code, stderr, row = evaluated(url, drafter, "--require")
+        assert code == 0, stderr
         check_logged_rounds(url, drafter, target, prompts, tmp_path / "answers.jsonl")
         shared_code, shared_said, shared = busy(url, drafter)
     result = json.loads((drafter / "eval.json").read_text())
@@ -79,15 +79,15 @@ def test_the_counters_of_a_vllm_server_are_those_of_the_evaluator_and_the_promis
         name: sum(getattr(one, name) for one in ours) for name in names
     }
     assert (row["verdict"], row["num_prompts"], row["num_prompts_shared"]) == ("kept", PROMPTS, 0)
-    assert "the promise is kept" in said
-    # What others were served meanwhile is told from ours.
+    assert "the promise is kept" in stderr
+    # Requests of other clients are recognised.
     assert (shared_code == 1 and "also served other clients all the time" in shared_said) or shared[
         "num_prompts_shared"
     ] > 0
 
 
 def check_logged_rounds(url: str, drafter: Path, target: Target, prompts: Sequence[Prompt], log: Path) -> None:
-    """Require that the refused positions that vLLM's answers tell are those of the evaluator's rounds."""
+    """Require that the refused positions in vLLM's answers are those of the evaluator's rounds."""
     with log.open("w") as file:
         for prompt in prompts:
             request = {"model": str(resolve_folder(TARGET)), "prompt": list(prompt.tokens), "max_tokens": NEW_TOKENS}

@@ -1,4 +1,4 @@
-"""llama.cpp loads what is exported as GGUF and does with it what the embedded evaluator does. Needs its environment: make test-serving."""
+"""llama.cpp loads GGUF exports and decodes like the embedded evaluator. Needs its environment: make test-serving."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ TARGET, DRAFTER = "builtin:target", "builtin:drafter"
 NUM_DRAFT_TOKENS = 4
 NEW_TOKENS = 32
 WHOLE = SIZES | {"vocab_size": len(merging_tokenizer())}
-"""Without padding, which a random model draws, and llama.cpp takes for tokens."""
+"""A size without padding rows: a random model would sample them, and llama.cpp treats them as tokens."""
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[ServingEngine]:
-    """The engine; that it is not installed is an error here, not a reason to pass. The targets of these tests are not kept."""
+    """The engine; if it is not installed, the tests fail. The converted targets of these tests are deleted."""
     llama_cpp = engine_of("llama.cpp")
     check_installed(llama_cpp.environment)
     targets = root() / TARGETS
@@ -90,9 +90,7 @@ def turned(tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("fault", [unpermuted, turned])
-def test_damage_that_llama_cpp_loads_in_silence_shows_in_its_counters(
-    fault, engine, exported, target, prompts, tmp_path
-):
+def test_damage_that_llama_cpp_silently_loads_shows_in_its_counters(fault, engine, exported, target, prompts, tmp_path):
     damaged = Path(shutil.copytree(exported, tmp_path / "damaged"))
     metadata, tensors = read_gguf(damaged / FILE)
     fault(tensors, metadata)

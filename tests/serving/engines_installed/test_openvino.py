@@ -1,4 +1,4 @@
-"""OpenVINO GenAI loads what is exported and does with it what the embedded evaluator does. Needs its environment: make test-serving."""
+"""OpenVINO GenAI loads exports and decodes like the embedded evaluator. Needs its environment: make test-serving."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.serving
 TARGET = "builtin:target"
 NUM_DRAFT_TOKENS = 3
 PLACES = (0, 1, 3, 5, 7, 9)
-"""Of the embedded target's blocks in one of ten layers."""
+"""Tapped blocks of the embedded target, grown to ten layers."""
 
 DEEP = """
 name: deep
@@ -46,14 +46,14 @@ loss: {{kind: ce}}
 data: {{max_length: 128, overlap_ngram: 0, sources: [{{kind: stdlib, split: held_out}}]}}
 train: {{max_steps: 30, batch_size: 8, lr: 6e-3, warmup_steps: 0, eval_every_steps: 0}}
 """
-"""Trains a target from a start: all its parameters, on plain text."""
+"""Train all parameters of a target on plain text."""
 
 GRAPH, WEIGHTS = "openvino_model.xml", "openvino_model.bin"
 
 
 @pytest.fixture(scope="module")
 def engine() -> ServingEngine:
-    """The engine; that it is not installed is an error here, not a reason to pass."""
+    """The engine; if it is not installed, the tests fail."""
     openvino = engine_of("openvino")
     check_installed(openvino.environment)
     return openvino
@@ -188,7 +188,7 @@ def test_a_truncated_file_is_named(exported, learned, target_config, tmp_path):
         check_exported("openvino", learned("causal_lm"), folder, target_config=target_config)
 
 
-def test_without_the_note_openvino_refuses_a_target_of_few_layers(engine, exported, job, tmp_path):
+def test_without_the_taps_openvino_refuses_a_target_of_few_layers(engine, exported, job, tmp_path):
     """Why the taps are written into the graph: else it picks blocks itself, and only of ten or more."""
     folder = Path(shutil.copytree(exported("eagle3"), tmp_path / "out"))
     forget_taps(folder)
@@ -245,7 +245,7 @@ def test_the_brief_training_leaves_no_block_idle(grown, deep, prompts):
     assert [name for name in states[0] if torch.equal(states[0][name], states[1][name])] == []
 
 
-def test_of_ten_layers_openvino_picks_the_blocks_that_the_note_names(engine, deep, prompts, tmp_path):
+def test_from_ten_layers_on_openvino_chooses_the_blocks_that_we_name(engine, deep, prompts, tmp_path):
     """Its own choice is [3, 6, 8] as the drafter's config counts them: with and without the note, the evaluator's counts."""
     target = Target.load(TargetSettings(model=str(deep)))
     drafter = folders.drafter_of("eagle3", target, scale=0.05, taps=[3, 6, 8], **SETTINGS["eagle3"])

@@ -1,4 +1,4 @@
-"""The speculators library loads what is exported in its format, and computes what our layer does: make test-serving."""
+"""The speculators library loads exports in its format and computes the same logits. Needs its environment: make test-serving."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LENGTH = 128
 
 @pytest.fixture(scope="module")
 def library() -> SpeculatorsLibrary:
-    """The library; that it is not installed is an error here, not a reason to pass."""
+    """The library; if it is not installed, the tests fail."""
     check_installed(SPECULATORS)
     return SpeculatorsLibrary()
 
@@ -98,7 +98,7 @@ def test_control_another_embedding_is_seen(library, target, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sp_nbf", "spd_nearest", "sf_qwen25"])
-def test_what_it_wrote_comes_back_the_same(name, library, shared_folder, tmp_path):
+def test_a_folder_of_the_library_is_exported_again_unchanged(name, library, shared_folder, tmp_path):
     """Imported, exported again and loaded by the library that wrote it (sf_qwen25: SpecForge's)."""
     folder = shared_folder / "cases" / "checkpoints"
     # An embedding in the type of the file, as the exported one is.

@@ -1,4 +1,4 @@
-"""Hugging Face's assisted generation proves an export of the command line, in a process of its own: make test-serving."""
+"""Hugging Face's assisted generation verifies an export of the command line, in its own process: make test-serving."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from drafttrain.target_model.folders import resolve_folder
 pytestmark = pytest.mark.serving
 
 
-def test_the_shipped_drafter_is_kept_token_for_token_and_count_for_count(tmp_path):
+def test_the_embedded_drafter_gives_the_same_tokens_and_counts(tmp_path):
     source = Path(shutil.copytree(resolve_folder("builtin:drafter"), tmp_path / "drafter"))
     words = ["export", str(source), "--target", "builtin:target", "--to", "hf", "--verify"]
     words += ["export.verify=[transformers]", "export.verify_prompts=8", "export.verify_tokens=48"]

@@ -1,4 +1,4 @@
-"""vLLM loads what is exported and does with it what the embedded evaluator does. Needs its environment: make test-serving."""
+"""vLLM loads exports and decodes like the embedded evaluator. Needs its environment: make test-serving."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NUM_DRAFT_TOKENS = 3
 
 @pytest.fixture(scope="module")
 def engine() -> ServingEngine:
-    """The engine; that it is not installed is an error here, not a reason to pass."""
+    """The engine; if it is not installed, the tests fail."""
     vllm = engine_of("vllm")
     check_installed(vllm.environment)
     return vllm
@@ -75,14 +75,14 @@ def test_each_kind_gives_the_same_tokens_and_the_same_counts(kind, format, draft
     assert found.same_target.exact
     theirs, ours = found.greedy["engine"], found.greedy["evaluator"]
     assert theirs == ours
-    # Something is proven only where drafts are kept, lost, and kept beyond the first.
+    # The comparison is meaningful only if drafts are accepted, rejected, and accepted beyond the first.
     assert 0 < theirs.accepted_at[1] < theirs.accepted_at[0] < theirs.num_drafts
 
 
 @pytest.mark.parametrize(
     "fault", [folders.drop_hidden_norm, folders.alter_rope_everywhere, folders.swap_columns, folders.shift_d2t]
 )
-def test_damage_that_vllm_loads_in_silence_shows_in_its_counters(fault, served, learned, tmp_path):
+def test_damage_that_vllm_silently_loads_shows_in_its_counters(fault, served, learned, tmp_path):
     """Behind the checks of names and values, which catch these too, the comparison is a second net."""
     exported = tmp_path / "out"
     export_as(

@@ -99,7 +99,7 @@ def test_a_vllm_server_writes_the_same_greedy_records(target, written, server, m
     check_same(records(written("builtin")), written("server", backend=backend))
     with pytest.raises(DataError, match="serves no model"):
         written("other", backend=replace(backend, model="other"))
-    # Text alone does not say which tokens were written: other ones, as many, spell some of these texts too.
+    # Text does not determine its tokens: some of these texts have other spellings with as many tokens.
     folder = written("plain", backend=replace(backend, extensions=False))
     ours, plain = records(written("builtin")), records(folder)
     greedy = [id for id, one in plain.items() if one["sampling"]["temperature"] == 0]

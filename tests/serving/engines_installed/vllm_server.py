@@ -1,4 +1,4 @@
-"""`vllm serve` with the embedded target on a free port of loopback, for the length of a block."""
+"""`vllm serve` with the embedded target on a free port of loopback, as a context manager."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Builtin:
         """Yield the outcomes of each shard."""
         if not any_of(bool(shards)):
             return
-        with self.plan.target.at_work() as target:
+        with self.plan.target.for_own_share() as target:
             for number, shard in shards.items():
                 yield number, self._written(shard, target, bar)
 
@@ -75,7 +75,7 @@ def continuations(tasks: Sequence[Task], target: Target, *, max_new_tokens: int,
     sampling = tasks[0].sampling
     lm = CachedLM(target.model, name="target")
     lengths = {len(task.prompt) for task in tasks}
-    if len(lengths) > 1 and (why := lm.why_alone(max(lengths) + max_new_tokens)):
+    if len(lengths) > 1 and (why := lm.why_one_at_a_time(max(lengths) + max_new_tokens)):
         say_once(f"{target.name}: its texts are generated one at a time: {why}")
         alone = (continuations([task], target, max_new_tokens=max_new_tokens, seed=seed) for task in tasks)
         return [text for (text,) in alone]

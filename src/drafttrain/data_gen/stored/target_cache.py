@@ -246,7 +246,7 @@ def build_cache(
     tokens = [sum(size_of[i] for i in shard) for shard in shards]
     if any_of(bool(own)):
         bar_of = progress("caching target outputs", total=sum(tokens[n] for n in own), unit="tokens")
-        with target.at_work() as live, bar_of as bar:
+        with target.for_own_share() as live, bar_of as bar:
             for number in own:
                 rows = _rows([store[i].tokens for i in shards[number]], live, wanted)
                 for name, path in paths[number].items():

@@ -42,7 +42,7 @@ def cached_continuations(
     stored = shared(_stored(path, about) if is_first() else None)[0]
     if stored is not None:
         return list(stored)
-    with target.at_work() as live:
+    with target.for_own_share() as live:
         # Every process generates all of them: they are few, and a sharded target needs every process.
         texts = continuations(tasks, live, max_new_tokens=max_new_tokens, seed=seed)
     with first_before_others("it stores the validation texts"):

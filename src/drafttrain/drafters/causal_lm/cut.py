@@ -56,8 +56,8 @@ def cut_from(model: Any, *, num_layers: int, width: int | None) -> Any:
         problems = [" ".join(str(error).split())[:300]]
     if problems:
         raise CheckpointError(
-            f"drafter.init: target: blocks {', '.join(map(str, kept))} of {type(model).__name__} do not work as a model of their own: "
-            f"{'; '.join(problems[:3])}. Use init: scratch or checkpoint, or another num_layers"
+            f"drafter.init: target: blocks {', '.join(map(str, kept))} of {type(model).__name__} do not work as a model of "
+            f"their own: {'; '.join(problems[:3])}. Use init: scratch or checkpoint, or another num_layers"
         )
     return fresh.requires_grad_(True)
 

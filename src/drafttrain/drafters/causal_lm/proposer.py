@@ -50,9 +50,9 @@ class ChainProposer:
         self._pending: list[int] = []
         """By sequence: how many committed tokens the last `propose` read. What it read after them are draft tokens."""
 
-    def why_alone(self, longest: int) -> str | None:
+    def why_one_at_a_time(self, longest: int) -> str | None:
         """Return why sequences of up to `longest` tokens must be drafted one at a time; None: they can be batched."""
-        return self._lm.why_alone(longest)
+        return self._lm.why_one_at_a_time(longest)
 
     def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
         """Read the prompts without their last tokens."""

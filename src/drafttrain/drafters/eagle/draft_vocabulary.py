@@ -15,7 +15,8 @@ def vocabulary_problems(d2t_R: torch.Tensor, t2d_V: torch.Tensor) -> list[str]:
     ids_R = d2t_R + torch.arange(len(d2t_R))
     if len(d2t_R) and (int(ids_R.min()) < 0 or int(ids_R.max()) >= len(t2d_V)):
         return [
-            f"d2t: gives ids {int(ids_R.min())}..{int(ids_R.max())}, must be in 0..{len(t2d_V) - 1}: offsets, target id - draft id"
+            f"d2t: gives ids {int(ids_R.min())}..{int(ids_R.max())}, must be in 0..{len(t2d_V) - 1}: "
+            "offsets, target id - draft id"
         ]
     named_V = torch.zeros(len(t2d_V), dtype=torch.bool)
     named_V[ids_R] = True

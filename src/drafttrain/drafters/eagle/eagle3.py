@@ -1,4 +1,4 @@
-"""EAGLE-3: one decoder layer over the target's states at three depths, trained on its own rollouts; its vocabulary may be smaller.
+"""EAGLE-3: one decoder layer over the target's states at three depths, trained on its own rollouts.
 
 B = sequences, T = positions, V = the target's vocabulary, R = the drafter's, D = hidden, F = 3 D, N = rows
 """

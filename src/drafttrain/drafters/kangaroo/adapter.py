@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from drafttrain.core.errors import CheckpointError
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Maps an adapter's (query_BHTd, keys_BHTd, values_BHTd) to attended_BHTd; it knows which positions a query may attend to."""
+"""Maps (query_BHTd, keys_BHTd, values_BHTd) to attended_BHTd; it knows which positions a query may attend to."""
 
 
 class Adapter(nn.Module):

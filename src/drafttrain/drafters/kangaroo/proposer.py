@@ -1,6 +1,7 @@
 """Drafting with the target's own first blocks: they run once per token, and the target continues from their states.
 
-B = sequences, N = new rows of one call, C = cached rows, D = hidden, H = heads, d = width of a head, V = vocabulary, R = rows of q
+B = sequences, N = new rows of one call, C = cached rows, D = hidden, H = heads, d = width of a head, V = vocabulary,
+R = rows of q
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class JointSettings:
     """
 
     lora: LoraSettings = setting(LoraSettings(), help="The adapters.")
-    head_coefficient: float = setting(0.2, help="Factor on the heads' loss beside the KL of the target.", gt=0)
+    head_coefficient: float = setting(0.2, help="Weight of the heads' loss next to the target's KL.", gt=0)
     head_warmup_steps: int = setting(
         0, help="Steps over which this factor rises from 0 as sin(pi/2 step/steps); 0: constant.", ge=0
     )
@@ -159,7 +159,8 @@ class Medusa(Drafter):
             made = cls.load(checkpoint_folder(settings.checkpoint, target, kind=cls.kind), target, "float32").train()
             if made.adapter_folder is not None:
                 raise CheckpointError(
-                    f"drafter.checkpoint: {made.adapter_folder}: training cannot continue from heads on an adapted target (Medusa-2)"
+                    f"drafter.checkpoint: {made.adapter_folder}: training cannot continue from heads on an adapted target "
+                    "(Medusa-2)"
                 )
             made.decay, made.draft, made.paths = settings.decay, settings.draft, None
         if settings.joint is not None:
@@ -285,7 +286,7 @@ class Medusa(Drafter):
         """Return the target with the adapters that were exported with the heads."""
         return target if self.adapter_folder is None else merged(target, self.adapter_folder)
 
-    def standing_on(self, target: Target) -> AbstractContextManager[None]:
+    def adapting(self, target: Target) -> AbstractContextManager[None]:
         """Within this context the target has the adapters in training."""
         return nullcontext() if self.adapter is None else self.adapter.applied(target.model)
 

@@ -1,4 +1,4 @@
-"""Folders of kinds that are known but not read here: one sentence that says what they are, in place of a line for every tensor."""
+"""Folders of known but unsupported kinds: one sentence that names the kind, instead of a line for every tensor."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ KINDS = {
     "peagle": "a P-EAGLE drafter",
 }
 KINDS |= {"mtp": "layers of multi-token prediction", "xpress": "an XPress drafter"}
-"""By speculators' name."""
+"""Kinds by their names in speculators."""
 
 QUANTIZED = re.compile(r"\.(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|g_idx|absmax|quant_map)$")
 
 
-def why_unread(given: Given) -> str | None:
-    """Return what a folder is if it is of a kind that is not read here, with the field or tensor that tells; None: it may be read."""
+def why_unsupported(given: Given) -> str | None:
+    """Return which unsupported kind a folder is, with the field or tensor that shows it; None: it may be supported."""
     given = unwrapped(given)
-    for tells, what in MARKS.items():
-        if (mark := tells(given)) is not None:
+    for find, what in MARKS.items():
+        if (mark := find(given)) is not None:
             return f"{mark}: {what}, which is not supported yet"
     kind = given.config.get(SPECULATORS)
     if kind in (None, "eagle3"):
         return None
-    what = KINDS.get(kind, "a drafter of an unknown kind") if isinstance(kind, str) else "no name of a kind"
+    what = KINDS.get(kind, "a drafter of an unknown kind") if isinstance(kind, str) else "not the name of a kind"
     return (
-        f"config.json: {SPECULATORS} is {kind!r}: {what}, which is not supported yet; of this format, 'eagle3' is read"
+        f"config.json: {SPECULATORS} is {kind!r}: {what}, which is not supported yet; in this format only 'eagle3' is"
     )
 
 
 def _tensor(pattern: str) -> Callable[[Given], str | None]:
-    """Return what finds a tensor by its name."""
+    """Return a function that finds a tensor by its name."""
     form = re.compile(pattern)
 
     def find(given: Given) -> str | None:
@@ -48,7 +48,7 @@ def _tensor(pattern: str) -> Callable[[Given], str | None]:
 
 
 def _architecture(pattern: str) -> Callable[[Given], str | None]:
-    """Return what finds a class by its name in config.json."""
+    """Return a function that finds a class by its name in config.json."""
     form = re.compile(pattern)
 
     def find(given: Given) -> str | None:
@@ -60,7 +60,7 @@ def _architecture(pattern: str) -> Callable[[Given], str | None]:
 
 
 def _field(key: str) -> Callable[[Given], str | None]:
-    """Return what finds a field of config.json that is given and not null."""
+    """Return a function that finds a field of config.json that is not null."""
     return lambda given: None if given.config.get(key) is None else f"config.json: {key}"
 
 
@@ -79,4 +79,4 @@ MARKS: Mapping[Callable[[Given], str | None], str] = {
     _tensor(r"\.lora_[AB]\."): "a LoRA adapter (merge it into its model first)",
     _tensor(r"^token_map$"): "Medusa heads over a part of the vocabulary",
 }
-"""What tells a kind, and what it is."""
+"""The mark of a kind, and the kind."""

@@ -11,7 +11,7 @@ from drafttrain.target_model.device import kind_of_device
 from drafttrain.target_model.number_type import number_type
 
 
-def settled(recipe: Recipe, held: Recipe | None) -> Recipe:
+def resolve_auto_types(recipe: Recipe, held: Recipe | None) -> Recipe:
     """Return a recipe with `target.dtype`, `train.precision` and `train.tf32` decided.
 
     A run that continues keeps the types that it started with, even on another kind of device.

@@ -1,4 +1,4 @@
-"""What a recipe leaves to the machine is settled once a run, stands in its folder, and stays when it goes on elsewhere."""
+"""Number types that a recipe leaves to the machine are decided once, stored, and kept when the run continues elsewhere."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import RecipeError
+from drafttrain.pipeline.auto_types import resolve_auto_types
 from drafttrain.pipeline.drafter_run import DrafterRun
-from drafttrain.pipeline.settled import settled
 from drafttrain.target_model import Target
 from drafttrain.training.precision import float32_products, note_on_float32
 from drafttrain.training.settings import TrainSettings
@@ -26,7 +26,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def types_of(name: str, *overrides: str) -> tuple[str, str]:
-    recipe = settled(load_recipe(name, list(overrides)), None)
+    recipe = resolve_auto_types(load_recipe(name, list(overrides)), None)
     return recipe.target.dtype, recipe.train.precision
 
 
