@@ -94,3 +94,15 @@ def test_a_folder_of_today_is_read_as_it_stands(tmp_path: Path, capfd: pytest.Ca
     with pytest.raises(RecipeError):
         load_recipe(str(tmp_path))
     assert "older" not in capfd.readouterr().err
+
+
+def test_a_source_of_logs_is_read_with_its_older_key(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        "name: logs\nseed: 0\ndata:\n  sources:\n    - kind: serving_logs\n      path: builtin:serving_log\n      law: false\n"
+        "drafter: {kind: causal_lm}\nloss: {kind: ce}\n"
+    )
+    assert load_recipe(str(tmp_path)).data.sources[0].logprobs is False
+    mine = tmp_path / "mine.yaml"
+    mine.write_text((tmp_path / "recipe.yaml").read_text())
+    with pytest.raises(RecipeError, match=r"law: unknown key"):
+        load_recipe(str(mine))

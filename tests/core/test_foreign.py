@@ -103,7 +103,7 @@ def test_a_pipe_instead_of_a_file_does_not_hang(folder, name, tiny_target):
             read()
 
 
-def test_all_problems_are_reported_together(folder):
+def test_several_faults_are_reported_together(folder):
     (folder / "tokenizer_config.json").write_text("[]")
     changed(folder, model_type=1, hidden_size=1 << 40)
     with pytest.raises(CheckpointError) as caught:

@@ -220,7 +220,7 @@ def test_marks_that_match_no_text_are_refused(frozen, tmp_path):
         Marked(MarkedSettings(path=write_marked(tmp_path / "m.jsonl", *wrong)), frozen)
     marked = Marked(MarkedSettings(path=write_marked(tmp_path / "m.jsonl", *ITEMS)), frozen)
     (record,) = Encoder(frozen.target.tokenizer, 64).records(ITEMS[0] | {"completion": "three"}, id="")
-    with pytest.raises(DataError, match="its completion is not what"):
+    with pytest.raises(DataError, match="its completion differs from"):
         marked.label([record])
     with pytest.raises(DataError, match="no line has id 'z'"):
         marked.label([Record("z", [1, 2], [False, True])])
@@ -263,10 +263,10 @@ def test_a_judge_is_not_trained_where_one_label_is_rare(frozen, tmp_path, clean)
 
     if clean == 19:
         assert 0.3 < float(labelled().train.labels_N.mean()) < 0.7
-        with pytest.raises(DataError, match=r"data.annotate.min_share asks for 49% of both"):
+        with pytest.raises(DataError, match=r"data.annotate.min_share requires 49% of both"):
             labelled(min_share=0.49)
     else:
         share = f"{clean / 40:.1%} of the draft tokens are good enough to accept and {1 - clean / 40:.1%} are not"
-        with pytest.raises(DataError, match=f"{share}; data.annotate.min_share asks for 10% of both"):
+        with pytest.raises(DataError, match=f"{share}; data.annotate.min_share requires 10% of both"):
             labelled()
         labelled(min_share=0.0)

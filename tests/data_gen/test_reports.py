@@ -69,7 +69,7 @@ RIGHT = {
         turn("user", "add\n1 2") + answer("3"),
         turn("user", "q") + answer("r"),
         "q[[r<|im_end|>]]",
-        "prompt: no completion is beside it",
+        "prompt: has no completion",
         turn("user", "q") + answer("a"),
         "no known form",
         "q[[c<|im_end|>]]",

@@ -113,7 +113,7 @@ def test_a_file_of_prompts_is_read_like_a_source(tmp_path):
         read_prompts(str(path), byte_tokenizer(), prompt_tokens=4)
     lines = str(caught.value).splitlines()
     assert [line.split(":")[0] for line in lines[1:]] == ["  line 1", "  line 2", "  line 3"]
-    assert "5000 is no id" in lines[1]
+    assert "5000 is not an id" in lines[1]
     assert "not JSON" in lines[3]
 
 

@@ -1,4 +1,4 @@
-"""A law of which only some tokens are named: what it must equal, and what it must not depend on."""
+"""A distribution of which only some tokens are known: what its losses equal, and what they do not depend on."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def loss_and_gradient(name: str, given: LossRows, leaf: torch.Tensor) -> tuple[t
 
 
 @pytest.mark.parametrize("name", POINTWISE)
-def test_where_all_tokens_are_named_the_loss_and_its_gradient_are_those_of_the_whole_law(name):
+def test_with_all_tokens_known_the_loss_and_its_gradient_are_those_of_the_whole_distribution(name):
     given = rows()
     whole = loss_and_gradient(name, given, given.drafter_logits_NV)
     named = loss_and_gradient(name, in_buckets(given, top(given, V, pad=2)), given.drafter_logits_NV)

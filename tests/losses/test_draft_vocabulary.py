@@ -43,7 +43,7 @@ def measured(settings: Any, vocabulary: Tensor | None = SOME, *, chunk: int | No
     }
 
 
-def test_the_loss_sees_the_targets_law_renormalised_on_the_vocabulary():
+def test_the_loss_sees_the_targets_distribution_renormalised_on_the_vocabulary():
     found = measured(ForwardKLSettings())
     p, q = found["target"][:, SOME], found["drafter"]
     p = p / p.sum(-1, keepdim=True)
@@ -138,7 +138,7 @@ def test_a_micro_batch_of_which_nothing_can_be_learned_still_has_a_backward_pass
     assert not drafter.head_DV.grad.any()
 
 
-def test_a_depth_that_cannot_be_said_ends_its_block():
+def test_a_depth_that_cannot_be_learned_ends_its_block():
     loss = losses.build(losses.entry("block_acceptance").settings())
     a = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5])
     zeros = torch.zeros(5, dtype=torch.long)

@@ -154,7 +154,7 @@ def test_class_weighting_moves_the_optimum_away_from_the_probability():
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "tvd", "neg_log_acceptance", "lk_hybrid"])
-def test_equal_laws_cost_nothing(name):
+def test_equal_distributions_have_no_loss(name):
     given = rows()
     same = LossRows(
         given.target_logits_NV.clone().requires_grad_(True), given.target_logits_NV, given.tokens_N, given.seed_N
@@ -165,7 +165,7 @@ def test_equal_laws_cost_nothing(name):
         assert gradient(loss_N, same).abs().max() < 1e-6
 
 
-def test_losses_stay_finite_where_laws_do_not_overlap():
+def test_losses_stay_finite_where_distributions_do_not_overlap():
     given = rows(dtype=torch.float32)
     far = torch.full((5, V), -60.0)
     far[:, 0] = 60
@@ -244,7 +244,7 @@ class ToyOfParts(Toy):
 
 
 class ToyTarget:
-    """The target's law by the token before."""
+    """The target's distribution by the previous token."""
 
     def __init__(self, batch: DraftBatch) -> None:
         generator = torch.Generator().manual_seed(4)

@@ -60,7 +60,7 @@ def test_planned_rows_are_those_that_are_found(depths: tuple[int, ...], lag: int
         assert torch.equal(other.drafter_N, align(replace(drafted, lag=1 - lag), batch).drafter_N)
 
 
-def test_a_plan_goes_where_its_batch_goes_and_what_two_hold_goes_once(tiny_target: Target) -> None:
+def test_a_plan_moves_with_its_batch_and_a_shared_tensor_moves_once(tiny_target: Target) -> None:
     batch = batch_of(0)
     seen = TargetOutput(final_BTD=torch.randn(*batch.tokens_BT.shape, 32))
     batch = replace(batch, target=seen, target_rows=tiny_target.rows_of(seen))

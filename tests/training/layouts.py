@@ -106,7 +106,7 @@ def run(
         drafter: The class, where `kind` is causal_lm.
         of_kind: Settings of another kind.
         target_folder: Where the target is read from, spread over the processes or not; None: it is made in memory.
-        logged: The batches of the first process know the target's law already, those of the others do not.
+        logged: Only the batches of the first process have the target's distribution.
         unlike_rows: The rows are those of `unlike`.
         deepspeed_file: Takes the place of `stage`.
     """
@@ -192,7 +192,7 @@ def held_numbers() -> int:
 
 
 def with_distribution(step: int, *, target: Target, of_step: Any) -> list[DraftBatch]:
-    """Return the micro-batches of a step with the target's law, as a log of its serving has it."""
+    """Return the micro-batches of a step with the target's distribution, as serving logs store it."""
     batches = []
     for batch in of_step(step):
         seen = target.read(batch.tokens_BT, batch.positions_BT, TargetNeeds(final=True))

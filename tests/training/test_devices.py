@@ -1,4 +1,4 @@
-"""Which device a process takes, and where what it trains goes: machines of several devices, told without one."""
+"""Which device a process takes, and where its models go: machines with several devices, simulated."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_several_processes_of_one_machine_train_on_its_cpus(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("tasks", "node", "expected"), [("4(x2)", 0, 4), ("4(x2),2", 2, 2), ("3", 1, 3), ("2,1(x3)", 3, 1), ("8(x2)", 1, 8)]
 )
-def test_slurm_says_how_many_processes_each_machine_has(
+def test_slurm_sets_how_many_processes_each_machine_has(
     monkeypatch: pytest.MonkeyPatch, tasks: str, node: int, expected: int
 ) -> None:
     rank_of_four(monkeypatch, 0, launcher="srun")

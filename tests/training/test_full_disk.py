@@ -1,4 +1,4 @@
-"""A disk that fills up while a training saves: what was kept before stays, the run says so, and stops or goes on as told."""
+"""A disk that fills up while a training saves: earlier files stay, the run reports it, and stops or continues as set."""
 
 import json
 import math
@@ -44,7 +44,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_stops(
     assert curve(tmp_path / "full") == run(tmp_path / "whole", stage=stage, steps=9)
 
 
-def test_a_run_that_is_told_to_goes_on_without_its_checkpoint(
+def test_a_run_continues_without_its_checkpoint_if_the_recipe_allows_it(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     OnASmallDisk.limits = dict.fromkeys((3, 4, 5), NO_CHECKPOINT)
@@ -70,7 +70,7 @@ def test_a_line_that_had_no_room_ends_nothing_and_is_there_when_there_is_some(
 
 
 def test_rows_that_had_no_room_are_written_when_there_is_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # As on a machine so slow that every step is told: what is told has no room either.
+    # As on a slow machine that logs every step: the log has no room either.
     monkeypatch.setattr(console, "PLAIN_LINE_SECONDS", 0.0)
     OnASmallDisk.limits = dict.fromkeys((3, 4), 300)
     run(tmp_path / "full", steps=8, drafter=OnASmallDisk, on_full_disk="continue", checkpoint_every_steps=100)

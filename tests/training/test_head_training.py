@@ -26,7 +26,7 @@ SETTINGS = TrainSettings(
 
 
 def rows(count: int, *, seed: int) -> HeadRows:
-    """Return rows whose label is told by the first feature."""
+    """Return rows whose label follows from the first feature."""
     features_ND = torch.randn(count, 8, generator=torch.Generator().manual_seed(seed))
     return HeadRows(features_ND, (2 * features_ND[:, 0]).sigmoid())
 

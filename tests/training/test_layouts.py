@@ -178,7 +178,7 @@ def test_a_deepspeed_file_is_checked_against_the_recipe(
         ({"stage": 2, "offload_optimizer": "nvme", "nvme_path": "x"}, "nvme needs stage 3"),
     ],
 )
-def test_what_a_stage_does_not_allow_is_said_by_the_recipe(settings: dict[str, Any], expected: str) -> None:
+def test_the_recipe_check_reports_what_a_stage_does_not_allow(settings: dict[str, Any], expected: str) -> None:
     problems = DeepSpeedSettings(**settings).check()
     assert any(expected in problem for problem in problems), problems
 
@@ -246,7 +246,7 @@ def test_a_step_has_one_sum_of_gradients_and_one_of_the_hosts(two: Layouts) -> N
 
 
 @pytest.mark.processes
-def test_a_run_goes_on_under_another_stage_and_world_size(two: Layouts, tmp_path: Path) -> None:
+def test_a_run_resumes_under_another_stage_and_world_size(two: Layouts, tmp_path: Path) -> None:
     life, _ = two[-1]
     run(life, stage=1, steps=9)
     # The newest one is damaged: both processes go back to the one before.
@@ -259,7 +259,7 @@ def test_a_run_goes_on_under_another_stage_and_world_size(two: Layouts, tmp_path
 
 
 @pytest.mark.processes
-def test_a_run_with_muon_goes_on_under_another_stage_and_world_size(two: Layouts, tmp_path: Path) -> None:
+def test_a_run_with_muon_resumes_under_another_stage_and_world_size(two: Layouts, tmp_path: Path) -> None:
     life, _ = two[-2]
     run(life, stage=1, steps=6, optimizer="muon")
     run(life, steps=9, optimizer="muon")

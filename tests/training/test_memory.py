@@ -22,7 +22,7 @@ class Large(CausalLMDrafter):
 
 
 @pytest.mark.parametrize("stage", [None, 2])
-def test_a_step_that_needs_too_much_memory_says_what_to_change(tmp_path: Path, stage: int | None) -> None:
+def test_a_step_that_needs_too_much_memory_reports_what_to_change(tmp_path: Path, stage: int | None) -> None:
     with pytest.raises(DrafttrainError) as caught:
         run(tmp_path, drafter=Large, records_per_device=4, stage=stage)
     said = str(caught.value)
@@ -34,7 +34,7 @@ def test_a_step_that_needs_too_much_memory_says_what_to_change(tmp_path: Path, s
     assert "train.target_placement=absent, with a data.cache: 0.00 GB" in said
 
 
-def test_a_batch_of_single_records_is_not_told_to_read_fewer(tmp_path: Path) -> None:
+def test_a_batch_of_single_records_gets_no_advice_to_read_fewer(tmp_path: Path) -> None:
     with pytest.raises(DrafttrainError) as caught:
         run(tmp_path, drafter=Large, records_per_device=1, activation_checkpointing=True)
     assert "train.records_per_device" not in str(caught.value)

@@ -25,7 +25,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "eagle": {"num_steps": 2, "feature_noise": 0.0, "feature_weight": 0.0},
     "eagle3": {"num_steps": 2},
 }
-"""That use modules of their target in training; Medusa's heads and a causal LM take states or the law alone."""
+"""Kinds that use modules of their target in training; Medusa's heads and a causal LM read only states or the distribution."""
 
 
 def elsewhere(target: Target) -> Target:
@@ -71,7 +71,7 @@ def test_a_draft_vocabulary_takes_its_rows_of_the_head_where_they_are() -> None:
         drafter._start_head()
 
 
-def test_the_law_of_rows_comes_to_where_they_are_asked_for() -> None:
+def test_the_distribution_of_rows_moves_to_the_device_of_the_request() -> None:
     target = elsewhere(Target(random_llama(), byte_tokenizer(), name="tiny", fingerprint=""))
     rows = target.rows_of(TargetOutput(final_BTD=torch.ones(2, 9, 32, device="meta")))
     with pytest.raises(NotImplementedError, match=THERE_AND_BACK):

@@ -148,7 +148,7 @@ def test_a_checkpoint_whose_bytes_have_changed_falls_back_to_the_one_before(tmp_
         assert newest_checkpoint(tmp_path) == tmp_path / "step-00000001.ckpt"
 
 
-def test_a_checkpoint_that_cannot_be_read_now_is_not_set_aside(tmp_path: Path) -> None:
+def test_a_checkpoint_that_cannot_be_read_now_is_not_quarantined(tmp_path: Path) -> None:
     (tmp_path / "step-00000001.ckpt").mkdir()
     with pytest.raises(IsADirectoryError):
         newest_checkpoint(tmp_path)

@@ -254,7 +254,7 @@ def recipe_problems() -> Callable[..., str]:
 
 
 def test_what_explains_a_step_may_change_between_two_runs():
-    """A run goes on when it is asked for a trace."""
+    """A run continues when it is asked for a trace."""
     asked = TrainSettings(profile_steps=[1, 2], peak_tflops=3.0)
     assert asked.without_layout() == TrainSettings().without_layout()
 

@@ -86,7 +86,7 @@ def test_operations_are_those_that_are_needed(counted: Any) -> None:
     assert cost.needed <= cost.executed <= 1.1 * cost.needed
 
 
-def test_memory_is_what_the_header_of_the_recipe_says(counted: Any) -> None:
+def test_memory_is_the_figure_in_the_header_of_the_recipe(counted: Any) -> None:
     """Of 29 layers more the target's own weights, 0.44 GB each, are all that comes on top."""
     cost, _ = counted
     assert cost.trained_bytes == pytest.approx(424_689_664 * 12, rel=1e-3)

@@ -14,9 +14,10 @@ def translate_to_current(root: Node) -> list[str]:
     its keys have their current meaning.
     """
     train, target = _section(root, "train"), _section(root, "target")
+    notes = _logged_distributions(_section(root, "data"))
     if "accumulation" not in train:
-        return []
-    notes = [TRANSLATED[key](train) for key in list(train) if key in TRANSLATED]
+        return notes
+    notes += [TRANSLATED[key](train) for key in list(train) if key in TRANSLATED]
     if "tf32" not in train:
         # Older versions never used TF32.
         notes.append(_put(train, "tf32", Node(False, "", text="false"), before="no train.tf32", path="train"))
@@ -28,6 +29,21 @@ def translate_to_current(root: Node) -> list[str]:
             )
         )
     return notes
+
+
+def _logged_distributions(data: dict[str, Node]) -> list[str]:
+    """Translate the key that tells a source of serving logs whether to train on their log-probabilities."""
+    sources = data["sources"].value if "sources" in data else None
+    notes = []
+    for number, source in enumerate(sources if isinstance(sources, list) else []):
+        if isinstance(source.value, dict) and (node := source.value.pop(LOGGED_DISTRIBUTION, None)) is not None:
+            path = f"data.sources.{number}"
+            notes.append(_put(source.value, "logprobs", node, before=f"{path}.{LOGGED_DISTRIBUTION}", path=path))
+    return notes
+
+
+LOGGED_DISTRIBUTION = "law"
+"""The older name of `logprobs`."""
 
 
 def _accumulation(train: dict[str, Node]) -> str:

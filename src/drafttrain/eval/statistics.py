@@ -98,9 +98,9 @@ def share_interval(part: ArrayLike, whole: ArrayLike) -> Interval:
     """Return the share sum(part) / sum(whole) over prompts.
 
     Where all prompts succeed, their spread is 0 although the share is not known exactly. Wilson's interval uses the largest
-    spread that a share can have: it is exact where prompts succeed or fail, and wide where they succeed in part.
+    spread that a share can have: it is right where prompts succeed or fail, and wide where they succeed in part.
 
-    Source: Wilson 1927, Probable Inference, the Law of Succession, and Statistical Inference, JASA 22.
+    Source: Wilson 1927, Probable Inference, JASA 22(158), for the score interval.
     """
     parts_P, wholes_P = np.asarray(part, dtype=float), np.asarray(whole, dtype=float)
     value, count = float(parts_P.sum() / wholes_P.sum()), len(parts_P)

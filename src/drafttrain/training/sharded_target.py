@@ -50,7 +50,7 @@ class ShardedTarget(Target):
         """Read a target block by block and keep this process's partition; no process holds more than one whole block.
 
         Raises:
-            CheckpointError: Its files name weights otherwise than the model does.
+            CheckpointError: Its files use other weight names than the model.
         """
         import deepspeed
 

@@ -258,7 +258,7 @@ def test_a_failure_of_every_text_stops_the_run(settings, tiny_target, tmp_path):
         served(settings, CompletionsServer(tiny_target), tmp_path / "model", model="elsewhere")
     with pytest.raises(DataError, match=r"none of the 4 texts of shard 0 can be used\. The first one: http_422"):
         served(settings, CompletionsServer(tiny_target, lambda number, asked: status(422)), tmp_path / "all")
-    with pytest.raises(DataError, match="answers 404"):
+    with pytest.raises(DataError, match="status 404"):
         served(settings, CompletionsServer(tiny_target, lambda number, asked: status(404)), tmp_path / "address")
     with pytest.raises(DataError, match="the environment variable NO_SUCH_KEY is not set"):
         served(settings, CompletionsServer(tiny_target), tmp_path / "none", api_key_variable="NO_SUCH_KEY")
@@ -280,7 +280,7 @@ def test_a_later_unusable_shard_does_not_stop_a_run(tiny_target, tmp_path):
 
 def test_the_key_is_sent_and_appears_in_no_message_or_file(settings, tiny_target, tmp_path, builtin, monkeypatch):
     monkeypatch.setenv("SERVER_KEY", "sesame-1234")
-    with pytest.raises(DataError, match="answers 401") as refused:
+    with pytest.raises(DataError, match="status 401") as refused:
         served(settings, CompletionsServer(tiny_target, key="x"), tmp_path / "g", api_key_variable="SERVER_KEY")
     assert "sesame" not in str(refused.value)
     server = CompletionsServer(tiny_target, key="sesame-1234")

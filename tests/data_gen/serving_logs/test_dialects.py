@@ -99,7 +99,7 @@ def test_top_k_rows_are_the_distribution_at_the_labels(tmp_path, form):
     ]
     assert [sorted(row) for row in found] == [sorted(row) for row in rows]
     assert np.isclose(found[0][tokens[0]], -0.1)
-    assert read(tmp_path / "a.jsonl", law=False)[0][0].logged is None
+    assert read(tmp_path / "a.jsonl", logprobs=False)[0][0].logged is None
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ class LogReader:
 
     def _encoded_by(self, encoder: Encoder) -> ExchangeEncoder:
         if self._encoder is None:
-            self._encoder = ExchangeEncoder(encoder, self._redact, logprobs=self.settings.law)
+            self._encoder = ExchangeEncoder(encoder, self._redact, logprobs=self.settings.logprobs)
         return self._encoder
 
     def _parsed(self, data: bytes, *, id: str) -> list[Exchange]:

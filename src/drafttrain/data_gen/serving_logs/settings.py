@@ -23,7 +23,7 @@ class ServingLogsSettings(WeightedSettings):
         None,
         help="Name under which the target is served; answers of other models are quarantined. null: the model of the first answer.",
     )
-    law: bool = setting(
+    logprobs: bool = setting(
         True,
         help="Train on logged top-k log-probabilities where available (the target's, at temperature 1) instead of running the "
         "target. Their tail is one bucket.",
