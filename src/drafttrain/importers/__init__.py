@@ -6,15 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
+
+from torch import Tensor
 
 from drafttrain.core.registry import Registry
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from drafttrain.export.drafter_files import DrafterFiles
-    from drafttrain.importers.target import TargetFiles
+from drafttrain.export.drafter_files import DrafterFiles
+from drafttrain.importers.target import TargetFiles
 
 importers = Registry("layout", "drafttrain.importers")
 
