@@ -57,7 +57,7 @@ words:
 	  "laws?|un?told|anew|hands? out|otherwise than|mended|optimiser" src docs recipes README.md CHANGELOG.md | grep -viE 'law of (large numbers|succession)|"law"'
 
 docs: $(INSTALLED)
-	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
