@@ -156,9 +156,9 @@ def test_only_needed_arrays_are_read(text, tiny_target):
     assert set(cache.stored(record, 3, ["final", "tail"])) == {"final", "tail"}
     text_T = data.stores[0][record].tokens
     tokens_BT, positions_BT = torch.tensor(text_T)[None], torch.arange(len(text_T))[None]
-    told = CachedTarget(tiny_target, [*([] for _ in range(record)), text_T], cache)
+    stored = CachedTarget(tiny_target, [*([] for _ in range(record)), text_T], cache)
     seen, live = (
-        one.read(tokens_BT, positions_BT, TargetNeeds(hidden=(1,), final=True)) for one in (told, tiny_target)
+        one.read(tokens_BT, positions_BT, TargetNeeds(hidden=(1,), final=True)) for one in (stored, tiny_target)
     )
     torch.testing.assert_close(seen.hidden_BTD[1], live.hidden_BTD[1], rtol=1e-5, atol=1e-5)
 

@@ -262,10 +262,10 @@ def test_a_source_that_loses_more_than_its_share_stops_with_the_reasons_counted(
     path.write_text("".join(json.dumps(line) + "\n" for line in [*[good] * 7, bad, worse, bad]))
     with pytest.raises(DataError, match=r"3 of 10 items are quarantined \(30\.0%\); max_lost_share .* 5\.0%") as error:
         prepared(path, tmp_path / "a")
-    told = str(error.value).splitlines()
-    assert [line.split()[:2] for line in told[1:]] == [["2", "x"], ["1", "x"]]
-    assert f"{path}:8: unknown key 'odd'" in told[1]
-    assert f"{path}:9: messages.0: unknown role 'mage'" in told[2]
+    lines = str(error.value).splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [["2", "x"], ["1", "x"]]
+    assert f"{path}:8: unknown key 'odd'" in lines[1]
+    assert f"{path}:9: messages.0: unknown role 'mage'" in lines[2]
     kept = prepared(path, tmp_path / "b", max_lost_share=0.3)
     assert (len(kept.stores[0]), kept.stores[0].meta["items"], kept.stores[0].meta["set_aside"]) == (7, 10, 3)
     with pytest.raises(DataError, match="3 of 10 items"):  # and a store that was made when more was allowed
