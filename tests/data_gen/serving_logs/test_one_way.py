@@ -13,6 +13,7 @@ from drafttrain.core.texts import Record
 from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.serving_logs.duplicates import Mark
 from drafttrain.data_gen.serving_logs.settings import ServingLogsSettings
+from drafttrain.data_gen.sources import content_of
 from drafttrain.recorder.intake import Intake, Served, served_as_json
 from tests.data_gen.serving_logs.log_lines import chat, chat_encoder, completion, ids, read, write
 
@@ -119,3 +120,10 @@ def test_a_last_line_that_is_still_written_is_in_neither(tmp_path):
         file.write('{"request": ')
     assert once(path)[1] == followed(path, tmp_path / "taken")[1] == []
     assert len(once(path)[0]) == 1
+
+
+def test_a_renamed_setting_keeps_the_content_of_older_stores():
+    """Else the intake of an older online run would refuse to continue, and older stores would be encoded again."""
+    content = content_of(ServingLogsSettings(path="logs", logprobs=False))
+    assert content["law"] is False
+    assert "logprobs" not in content

@@ -139,12 +139,17 @@ def stamps(paths: Sequence[Path]) -> list[list[Any]]:
     return [[path.name, path.stat().st_size, text_digest(path)] for path in paths]
 
 
+FIRST_NAMES = {"logprobs": "law"}
+"""First names of settings that were renamed."""
+
+
 def content_of(settings: Any) -> dict[str, Any]:
     """Return the settings of a source that its items depend on.
 
-    Settings at their defaults are left out, so that stores written before a setting existed stay valid.
+    Settings at their defaults are left out, and renamed ones keep their first name, so that stores and cursors of older
+    versions stay valid.
     """
-    mapping = component_mapping(settings)
+    mapping = {FIRST_NAMES.get(key, key): value for key, value in component_mapping(settings).items()}
     mapping.pop("max_lost_share", None)
     unset: dict[str, Any] = {"max_items": None, "rename": {}, "roles": {}, "ignore_keys": []}
     return {key: value for key, value in mapping.items() if key not in unset or value != unset[key]}
