@@ -227,11 +227,20 @@ def test_sections_can_be_made_of_overrides_alone():
     target, train = load_sections(["target", "train"], ["train.lr=1e-4", "train.max_steps=30"])
     assert (train.lr, train.max_steps) == (1e-4, 30)
     assert target == TargetSettings()
-    with pytest.raises(RecipeError, match=r"seed: only target\.key=value and train\.key=value can be given here"):
+    with pytest.raises(RecipeError, match=r"seed: only these can be given here: target\.key=value, train\.key=value"):
         load_sections(["target", "train"], ["seed=3"])
 
 
-def test_a_plugin_that_fails_is_told_like_other_problems(tmp_path, monkeypatch):
+def test_sections_alone_import_plugins_too(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "noted_plugin.py").write_text("")
+    load_sections(["eval"], ["plugins=[noted_plugin]"])
+    assert "noted_plugin" in sys.modules
+    with pytest.raises(RecipeError, match="plugins: cannot import 'no_such_plugin'"):
+        load_sections(["eval"], ["plugins=[no_such_plugin]"])
+
+
+def test_a_plugin_that_fails_is_reported_like_other_problems(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "no_python.py").write_text("def (:")
     (tmp_path / "no_luck.py").write_text("1 / 0")

@@ -30,7 +30,7 @@ def evaluate(
         typer.Argument(
             metavar="RECIPE | DRAFTER [DRAFTER] [SECTION.KEY=VALUE]...",
             help="A recipe or its run folder; or one drafter (a folder, a hub id, builtin:drafter), or two to compare "
-            "pairwise. Overrides of drafters: eval.key=value and target.key=value.",
+            "pairwise. Overrides of drafters: eval.key=value, target.key=value, plugins=[module].",
             show_default=False,
         ),
     ] = None,

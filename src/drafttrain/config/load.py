@@ -73,15 +73,19 @@ def read_recipe(text: str, overrides: Sequence[str] = (), *, source: str, of_run
 def load_sections(sections: Sequence[str], overrides: Sequence[str], *, source: str = "arguments") -> list[Any]:
     """Return sections built from defaults and overrides (`eval.temperatures=[1]`), without a recipe.
 
+    `plugins=[my_lab.hydra]` imports plugins first, as in a recipe.
+
     Raises:
         RecipeError: With every problem of the overrides.
     """
     root = Node({}, "")
     problems = [problem for override in overrides for problem in apply_override(root, override)]
-    allowed = " and ".join(f"{section}.key=value" for section in sections)
+    problems += _import_plugins(root)
+    root.value.pop("plugins", None)
+    allowed = ", ".join([*(f"{section}.key=value" for section in sections), "plugins=[module]"])
     for name, child in root.value.items():
         if name not in sections:
-            problems.append(Problem(child.where, f"{name}: only {allowed} can be given here"))
+            problems.append(Problem(child.where, f"{name}: only these can be given here: {allowed}"))
     empty = Node({}, "")
     wanted = fields_of(Recipe)
     return [
