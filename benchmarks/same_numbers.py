@@ -53,7 +53,7 @@ RECIPES: dict[str, tuple[list[str], str]] = {
 CONTROLS = (("lr: 6e-3", "lr: 6.01e-3", "metrics tensors exports"), ("seed: 0", "seed: 1", "metrics data tensors eval"))
 """In the recipe tiny_eagle3: a value, another one, and the kinds of things that must then differ."""
 KINDS = ("run", "metrics", "data", "tensors", "eval", "tables", "exports", "json")
-LOOSE = ("metrics", "eval", "json")
+LOOSE = ("metrics", "eval", "json", "tables")
 """Here a key that only one side has is a note (of metrics: that only AFTER has), and so is a JSON file that only AFTER has."""
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ TIMES = ["at", "date", "seconds", "prefill_seconds", "draft_seconds", "verify_se
 TIMES += ["target_ms", "forward_ms", "backward_ms", "optimizer_ms", "validation_ms", "checkpoint_ms"]
 SPEEDS = ["tokens/s", "speed-up", "tokens_per_second", "speedup", "speed"]
 SPEEDS += ["plain_tokens_per_second", "transformers_generate_tokens_per_second"]
-MACHINE = ["provenance", "user", "inode", "states"]
-"""Each run hashes `user` with a salt of its own; `inode` and `states` name the log file of the checkout."""
+MACHINE = ["provenance", "user", "inode", "states", "name_or_path"]
+"""Each run hashes `user` with a salt of its own; `inode`, `states` and `name_or_path` name files of the checkout."""
 IGNORED = {*TIMES, *SPEEDS, *MACHINE}
 """Columns of metrics.csv and of printed tables, and keys of JSON, that are not compared."""
 Names = dict[str, str | None]
@@ -83,18 +84,26 @@ def read(path: Path) -> Any:
     return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
 
 
-def tables(stdout: str) -> list[dict[str, str]]:
-    """Return the rows of printed tables by column; a line of dashes tells where the columns are."""
-    rows: list[dict[str, str]] = []
+def tables(stdout: str) -> dict[str, dict[str, str]]:
+    """Return the rows of printed tables by their first cells; a row that two tables share has the columns of both.
+
+    A line of dashes shows where the columns are; a table ends where a line does not keep them apart.
+    """
+    rows: dict[str, dict[str, str]] = {}
     spans: dict[str, slice] = {}
     lines = stdout.splitlines()
     for above, line in zip(["", *lines], lines, strict=False):
         if re.fullmatch("-+( +-+)*", line):
             spans = {above[slice(*one.span())].strip(): slice(*one.span()) for one in re.finditer("-+", line)}
-            rows = rows[:-1]
-        else:
-            rows.append({name: line[span].strip() for name, span in spans.items()})
-    return [row for row in rows if row]
+            continue
+        gaps = [line[one.stop : other.start] for one, other in pairwise(spans.values())]
+        if not line.strip() or any(gap.strip() for gap in gaps):
+            spans = {}
+        if spans:
+            row = {name: line[span].strip() for name, span in spans.items()}
+            key = " ".join(row[name] for name in ("temperature", "drafter") if name in row) or next(iter(row.values()))
+            rows.setdefault(key, {}).update(row)
+    return rows
 
 
 def clean(found: Any, names: Names) -> Any:
