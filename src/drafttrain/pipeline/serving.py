@@ -29,7 +29,6 @@ from drafttrain.pipeline.formats import (
     write_formats,
 )
 from drafttrain.pipeline.run import Run, quiet_libraries
-from drafttrain.pipeline.validation import draft_length
 from drafttrain.serving.card import in_format, with_engines
 from drafttrain.serving.comparison import compare_with_engine, plain_output
 from drafttrain.serving.engines import Job, engine_of, engines
@@ -118,7 +117,7 @@ def _verified_in(
         dropped=served_with.dropped,
         limit=served_with.export.verify_prompts,
     )
-    depth = draft_length(served_with.eval)
+    depth = served_with.eval.length.chain_length
     num_draft_tokens = min(depth, drafter.deepest or depth)
     new_tokens = served_with.export.verify_tokens
     longest = max(len(prompt.tokens) for prompt in prompts) + new_tokens + 2 * num_draft_tokens
