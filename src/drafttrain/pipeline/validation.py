@@ -68,9 +68,9 @@ class Validation:
 
     @functools.cached_property
     def target(self) -> Target:
-        """The target itself where it is whole, else its stored outputs on the validation texts.
+        """The target itself if it is replicated, else its stored outputs on the validation texts.
 
-        A target that is not whole is run by all processes together: each must have asked once before one asks alone.
+        All processes together run a sharded target: each must have read this once before one reads it alone.
         """
         run, data = self._run, self._run.recipe.data
         if run.placement == "replicated":
