@@ -106,3 +106,14 @@ def test_a_source_of_logs_is_read_with_its_older_key(tmp_path: Path) -> None:
     mine.write_text((tmp_path / "recipe.yaml").read_text())
     with pytest.raises(RecipeError, match=r"law: unknown key"):
         load_recipe(str(mine))
+
+
+def test_prompts_from_logs_are_read_with_the_older_key_too(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        "name: logs\nseed: 0\ntarget: {model: builtin:target}\ndata:\n  generate:\n"
+        "    prompts: {kind: serving_logs, path: builtin:serving_log, law: false}\n"
+        "  sources: [{kind: generated}]\ndrafter: {kind: causal_lm}\nloss: {kind: ce}\n"
+    )
+    recipe = load_recipe(str(tmp_path))
+    assert recipe.data.generate is not None
+    assert recipe.data.generate.prompts.logprobs is False

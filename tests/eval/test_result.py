@@ -108,6 +108,17 @@ def test_an_evaluation_of_an_earlier_version_had_one_length_and_no_number_of_pro
     assert found.alpha.num_prompts is None
 
 
+def test_an_evaluation_that_did_not_compare_the_baselines_texts_is_read(whole, tmp_path):
+    content = whole.json() | {"format": 2}
+    for part in content["temperatures"]:
+        for name in ("transformers_generate_equal", "transformers_generate_comparable"):
+            part["plain"].get("same_prompts", {}).pop(name, None)
+    (tmp_path / "eval.json").write_text(json.dumps(content))
+    found = read_result(tmp_path / "eval.json")
+    assert [part.plain.same_prompts for part in found.temperatures] == [None, None]
+    assert found.temperatures[0].drafters["drafter"].block_efficiency.value > 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -108,6 +108,17 @@ def test_a_hook_that_did_not_run_because_of_a_kill_runs_at_the_next_start(tmp_pa
     assert output.read_text().split() == ["0000", "0001"]
 
 
+def test_a_hook_that_an_older_version_ran_does_not_run_again(tmp_path):
+    output = tmp_path / "output"
+    hook = [sys.executable, "-c", f"open({str(output)!r}, 'a').write('ran ')"]
+    versions = Versions(tmp_path / "drafters", hook=hook)
+    publish_first(versions, start(tmp_path))
+    history = versions.folder / "history.jsonl"
+    history.write_text(history.read_text().replace('"hook_ran"', '"told"'))
+    versions.repair()
+    assert output.read_text() == "ran "
+
+
 def test_an_interrupted_removal_leaves_no_version(tmp_path, monkeypatch):
     versions = Versions(tmp_path / "drafters", keep=2)
     publish_first(versions, start(tmp_path))

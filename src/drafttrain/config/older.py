@@ -34,10 +34,15 @@ def translate_to_current(root: Node) -> list[str]:
 def _logged_distributions(data: dict[str, Node]) -> list[str]:
     """Translate the key that tells a source of serving logs whether to train on their log-probabilities."""
     sources = data["sources"].value if "sources" in data else None
+    places = {
+        f"data.sources.{number}": node for number, node in enumerate(sources if isinstance(sources, list) else [])
+    }
+    generate = data["generate"].value if "generate" in data else None
+    if isinstance(generate, dict) and "prompts" in generate:
+        places["data.generate.prompts"] = generate["prompts"]
     notes = []
-    for number, source in enumerate(sources if isinstance(sources, list) else []):
+    for path, source in places.items():
         if isinstance(source.value, dict) and (node := source.value.pop(LOGGED_DISTRIBUTION, None)) is not None:
-            path = f"data.sources.{number}"
             notes.append(_put(source.value, "logprobs", node, before=f"{path}.{LOGGED_DISTRIBUTION}", path=path))
     return notes
 

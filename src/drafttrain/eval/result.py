@@ -280,8 +280,13 @@ def current_result(path: Path) -> Result | None:
 
 
 def _completed(content: dict[str, Any]) -> dict[str, Any]:
-    """Add what evaluations of earlier versions did not store of each drafter: they had one length and one rule."""
+    """Add what evaluations of earlier versions did not store of each drafter: they had one length and one rule.
+
+    Baselines whose texts were not compared are left out.
+    """
     for part in content["temperatures"]:
+        if "transformers_generate_equal" not in part["plain"].get("same_prompts", {}):
+            part["plain"].pop("same_prompts", None)
         for figures in part["drafters"].values():
             figures.setdefault("length", content["settings"]["length"])
             figures.setdefault("exactness", content["exactness"])

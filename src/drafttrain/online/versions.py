@@ -28,8 +28,8 @@ SWITCHES = ("published", "rolled_back")
 """Events after which `current` names another version."""
 SHOWN_BYTES = 200
 """Length of the error output of a failed hook in the history."""
-HOOK_EVENTS = ("hook_ran", "hook_failed")
-"""Events after which the hook does not have to run again for the same version."""
+HOOK_EVENTS = ("hook_ran", "hook_failed", "told")
+"""Events after which the hook does not have to run again for the same version; older versions wrote "told" for hook_ran."""
 
 
 class Versions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,11 +47,12 @@ def _lengths(result: Result, *, most: int | None) -> list[DraftLength]:
     figures = arms[0]
     drafted = figures.vllm.num_draft_tokens / figures.vllm.num_drafts
     cost = (figures.vllm.mean_acceptance_length / figures.mbsu - 1) / drafted
-    return [
+    lengths = [
         DraftLength(int(key), replayed.value, replayed.value / (1 + cost * int(key)))
         for key, replayed in figures.replay.items()
         if most is None or int(key) <= most
     ]
+    return [one for one in lengths if not math.isnan(one.mbsu)]
 
 
 def read_evaluation(folder: Path) -> Result:
