@@ -30,8 +30,8 @@ from drafttrain.target_model.anatomy import blocks, final_norm
 from drafttrain.target_model.logits import head_logits
 from tests.conftest import byte_tokenizer, random_llama
 from tests.eval.decoding import PROMPTS, chi_square, decode, greedy
-from tests.squares import Squares
 from tests.target_model.test_target import ARCHITECTURES
+from tests.training.squares import Squares
 
 EXIT = 2
 

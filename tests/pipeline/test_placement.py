@@ -21,7 +21,7 @@ from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.target_model.anatomy import blocks
 from tests.conftest import random_llama
 from tests.distributed.test_two_processes import RECIPE, command
-from tests.kills import rows
+from tests.training.kills import rows
 
 KINDS = {
     "causal_lm": "{kind: causal_lm, num_layers: 1, hidden_size: 16, num_heads: 1}",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kills import Life, differences, uninterrupted, write_recipe
+from tests.training.kills import Life, differences, uninterrupted, write_recipe
 
 LAYOUTS = {"one process": [], "two processes, ZeRO-2": ["train.devices=2", "train.deepspeed.stage=2"]}
 STAGES = ("gen", "cache", "step", "save", "export")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import waiting_loss
-from tests.kills import Life, differences, kill, uninterrupted, write_recipe
+from tests.training import waiting_loss
+from tests.training.kills import Life, differences, kill, uninterrupted, write_recipe
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
 

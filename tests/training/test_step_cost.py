@@ -17,7 +17,7 @@ from drafttrain.losses import losses
 from drafttrain.target_model import Target
 from drafttrain.target_model.packed_attention import Columns
 from drafttrain.training.step_cost import Counted, StepCost, Trained, step_cost
-from tests.squares import Squares
+from tests.training.squares import Squares
 
 ROWS, WIDTH = 2, 2048
 

@@ -32,7 +32,7 @@ from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.target_model import Target
 from drafttrain.training.metrics_log import COLUMNS, TIMES
 from drafttrain.training.result import folder_of_step
-from tests import waiting_loss
+from tests.training import waiting_loss
 
 RECIPE = """
 name: tiny
