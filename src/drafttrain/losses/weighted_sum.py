@@ -47,7 +47,7 @@ class WeightedSumSettings:
         if not self.terms:
             return ["terms: at least one is needed"]
         lengths = sorted(self.block_lengths())
-        return [f"terms: block_length {lengths}: one sum cuts its blocks once"] if len(lengths) > 1 else []
+        return [f"terms: block_length must be the same in all terms, got {lengths}"] if len(lengths) > 1 else []
 
     def block_lengths(self) -> set[int]:
         """Return the block lengths of all terms, those of nested sums included."""
