@@ -195,7 +195,7 @@ def test_a_sum_cuts_its_blocks_once():
         return WeightedSumSettings(terms=[Term(loss=BlockAcceptanceSettings(block_length=n)) for n in lengths])
 
     assert blocks(3, 3).check() == []
-    assert blocks(5, 3).check() == ["terms: block_length [3, 5]: one sum cuts its blocks once"]
+    assert blocks(5, 3).check() == ["terms: block_length must be the same in all terms, got [3, 5]"]
     assert WeightedSumSettings(terms=[*blocks(3).terms, Term(loss=blocks(4))]).check() != []
 
 

@@ -183,7 +183,7 @@ def _key(access: ServerAccess) -> str | None:
         return None
     key = os.environ.get(variable, "").strip()
     if not key:
-        raise DataError(f"--api-key-variable: the environment has no {variable}")
+        raise DataError(f"--api-key-variable: the environment variable {variable} is not set")
     return key
 
 

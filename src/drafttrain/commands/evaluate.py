@@ -61,7 +61,7 @@ def evaluate_drafters(
     if target is None and not any(override.startswith("target.model=") for override in overrides):
         about = read_about(folders[0])
         if about is None:
-            raise CheckpointError(f"{drafters[0]}: it does not name its target: give --target")
+            raise CheckpointError(f"{drafters[0]}: no target is named in it. Give --target MODEL")
         target = about.target
     names = ["A", "B"] if len(folders) == 2 else ["drafter"]
     for letter, drafter in zip(names, drafters, strict=True):

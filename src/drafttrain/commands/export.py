@@ -71,7 +71,7 @@ def convert_drafter(
     about = read_about(source)
     target = target or (about.target if about else None)
     if not target and not any(override.startswith("target.model=") for override in overrides):
-        raise CheckpointError(f"{drafter}: it does not name its target: give --target")
+        raise CheckpointError(f"{drafter}: no target is named in it. Give --target MODEL")
     served_with = ServedWith(
         target=replace(of_target, model=target) if target else of_target,
         eval=of_eval,

@@ -29,7 +29,7 @@ def serve_command(folder: Path, engine: str, *, target: str | None) -> str:
     about = read_about(folder)
     target = target or (about.target if about else None)
     if not target:
-        raise CheckpointError(f"{folder}: it does not name its target: give --target")
+        raise CheckpointError(f"{folder}: no target is named in it. Give --target MODEL")
     serving, kind = engine_of(engine), kind_of(folder)
     serving.check_kind(folder, kind)
     readable = _readable(folder, serving.formats, engine)

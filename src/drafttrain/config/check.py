@@ -148,7 +148,7 @@ class Checker:
         return self._scalar(hint, node, path=path, bounds=bounds)
 
     def _one_of(self, hints: Sequence[Any], node: Node, *, path: str, bounds: Mapping[str, Any]) -> Any:
-        """Return the value as the first type that it has the form of."""
+        """Return the value as the first of the types whose form it has."""
         for hint in hints:
             if _has_form(hint, node):
                 return self._value(hint, node, path=path, bounds=bounds)

@@ -245,7 +245,7 @@ class ReadSlots(_Moved):
 
     @classmethod
     def of(cls, trained_R: Tensor, positions_BT: Tensor) -> ReadSlots:
-        """Return the slots that the trained ones need, which are flat positions; one slot if there are none."""
+        """Return the slots that the trained positions need; one slot if nothing is trained. Positions are flat."""
         start_N = positions_BT.flatten() == 0
         if not len(trained_R):
             # A process without records runs the same modules as the others, on the smallest input.

@@ -72,7 +72,7 @@ class TargetRows(Protocol):
 
 @dataclass(frozen=True)
 class NamedRows:
-    """Rows of a distribution of which the probabilities of K tokens are known."""
+    """Rows of a distribution, with known probabilities for K tokens each."""
 
     ids_NK: Tensor
     """-1 where a row has fewer tokens."""
@@ -87,7 +87,7 @@ class NamedRows:
 
 @runtime_checkable
 class NamedTargetRows(Protocol):
-    """A distribution of which only some tokens are known, as serving logs store it."""
+    """A distribution with known probabilities for some tokens only, as serving logs store it."""
 
     def named(self, index_N: Tensor) -> NamedRows:
         """Return what is known about the distribution of the token AFTER each flat position b * T + t."""

@@ -70,7 +70,7 @@ def read_items(
         if len(lost.kinds) > 1:
             say(f"{name}: " + ", ".join(f"{kind} {n:,}" for kind, n in lost.kinds.most_common(KINDS_SHOWN)))
     if not found:
-        raise DataError(f"{name}: nothing is left of 0 items")
+        raise DataError(f"{name}: it has no items")
 
 
 class Lost:

@@ -20,7 +20,7 @@ REFUSALS = (RecipeError.exit_code, GateError.exit_code)
 def processes_wanted(settings: Any) -> int:
     """Return how many processes a training needs, if no launcher started it.
 
-    A head is small and online learning is one process: both get several only if `train.devices` says so.
+    A head is small and online learning is one process: both get several only if `train.devices` asks for them.
 
     Args:
         settings: The recipe: its `train`, `head` and `online` and, for the device of the target, `target`.

@@ -43,7 +43,7 @@ def read_prompts(
     """Return the prompts of a file.
 
     Args:
-        prompt_tokens: Plain text is cut to so many tokens.
+        prompt_tokens: Plain text is cut to this many tokens.
         dropped: Ids of contaminated prompts, which are left out.
         limit: Most prompts that are returned.
 

@@ -23,7 +23,7 @@ class EvalSettings:
     validation_prompts: str = setting(
         "builtin:validation", help="Prompts that the best step is chosen on; never the test prompts."
     )
-    prompt_tokens: int | None = setting(48, help="Plain text is cut to so many tokens; null: not cut.", ge=1)
+    prompt_tokens: int | None = setting(48, help="Plain text is cut to this many tokens; null: not cut.", ge=1)
     num_prompts: int | None = setting(None, help="Number of prompts, from the first on; null: all.", ge=1)
     max_new_tokens: int = setting(128, help="Most new tokens per prompt.", ge=1)
     temperatures: list[float] = setting([0.0, 1.0], help="Temperatures, each evaluated separately; 0 is greedy.", ge=0)

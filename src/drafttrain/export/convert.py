@@ -47,7 +47,7 @@ def export_as(name: str, source: Path, folder: Path, *, target_config: Mapping[s
 
 
 def check_exported(name: str, source: Path, folder: Path, *, target_config: Mapping[str, Any]) -> None:
-    """Check that the files of a format are what its drafter folder converts to.
+    """Check that the files of a format equal a new conversion of its drafter folder.
 
     Raises:
         CheckpointError: Lists every tensor and field that differs.

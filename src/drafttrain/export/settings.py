@@ -23,7 +23,8 @@ class ExportSettings:
     )
     require: dict[str, Any] = setting(
         {},
-        help="The gate: the lowest block_efficiency (greedy, at eval.num_draft_tokens), alpha or mbsu to accept; parity: true.",
+        help="The gate: the lowest block_efficiency, alpha, mbsu, speedup or gain_over_start that is accepted, at temperature 0 if it is "
+        "evaluated; parity: true.",
     )
 
     to: list[str] = setting(
@@ -32,11 +33,11 @@ class ExportSettings:
     )
     verify: list[str] = setting(
         [],
-        help="Serving engines that must decode the export exactly as the evaluator does: vllm, llama.cpp, openvino "
-        "(drafttrain engines install vllm), transformers.",
+        help="Serving engines that must decode the export exactly as the evaluator does: vllm, llama.cpp or openvino "
+        "(install with: drafttrain engines install NAME), or transformers.",
     )
     verify_prompts: int = setting(8, help="Prompts of eval.prompts that an engine decodes.", ge=1)
-    verify_tokens: int = setting(64, help="New tokens of each.", ge=2)
+    verify_tokens: int = setting(64, help="New tokens for each of these prompts.", ge=2)
 
     KEYS: ClassVar[tuple[str, ...]] = ("block_efficiency", "alpha", "mbsu", "speedup", "gain_over_start", "parity")
 

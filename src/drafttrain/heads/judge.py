@@ -37,7 +37,7 @@ class JudgeSettings(HeadSettings):
     )
     recall: float = setting(
         0.95,
-        help="Share of the held-out tokens that matter which the threshold must reject.",
+        help="Share of the held-out tokens with label 0 that the threshold must reject.",
         gt=0,
         le=1,
     )
@@ -89,7 +89,7 @@ class JudgeHead(TokenHead):
 
 
 def threshold_of_recall(predicted_N: Tensor, labels_N: Tensor, *, recall: float) -> float:
-    """Return the lowest threshold that rejects this share of the tokens that matter.
+    """Return the lowest threshold that rejects this share of the tokens with label 0.
 
     It is halfway between the last token that must be rejected and the next prediction above it.
     """

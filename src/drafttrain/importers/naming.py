@@ -78,7 +78,7 @@ def unwrapped(given: Given) -> Given:
 
 
 def _patterns(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return names by what they have in common but for numbers: `layers.*.mlp.up_proj.weight`."""
+    """Return names by their pattern, with `*` for numbers: `layers.*.mlp.up_proj.weight`."""
     found: dict[str, list[str]] = {}
     for name in names:
         found.setdefault(NUMBER.sub("*", name), []).append(name)

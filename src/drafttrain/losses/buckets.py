@@ -1,4 +1,4 @@
-"""A distribution of which only some tokens are known: each of these is an event, and all other tokens together are one.
+"""A distribution with known probabilities for some tokens only: each of these is an event, all other tokens together are one.
 
 N = rows, V = vocabulary, K = known tokens, E = events: the known tokens and the tail
 """

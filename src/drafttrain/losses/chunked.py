@@ -23,7 +23,7 @@ from drafttrain.losses.pieces import (
     Part,
     RowValues,
     TargetPiece,
-    nothing_of,
+    connected_zero,
     piece_size,
     pieces,
     target_of,
@@ -74,7 +74,7 @@ def row_losses(
         for depth in rows.counts:
             if (part := parts.get(depth)) is None:
                 if spread:
-                    run = partial(checkpoint, nothing_of, use_reentrant=False) if again else nothing_of
+                    run = partial(checkpoint, connected_zero, use_reentrant=False) if again else connected_zero
                     untrained.append(run(drafted, depth))
                 continue
             states_ND = drafted.states_BTD[part.depth].flatten(0, 1)[rows.drafter_N[part.rows]]
@@ -84,7 +84,7 @@ def row_losses(
             learnable_N = values.learnable(part, target)
             found[part.rows.start] = made if learnable_N is None else made | {LEARNABLE: learnable_N}
     if not spread:
-        untrained = [nothing_of(drafted, depth) for depth, rows_there in rows.counts.items() if not rows_there]
+        untrained = [connected_zero(drafted, depth) for depth, rows_there in rows.counts.items() if not rows_there]
     if not found:
         return torch.stack(untrained)[:0], None
     names = next(iter(found.values()))

@@ -274,7 +274,7 @@ def target_of(terms: Sequence[RowValues], piece: Piece) -> TargetPiece | None:
     return reading[0].target_at(terms[piece.term].rows.target_N[piece.positions]) if reading else None
 
 
-def nothing_of(drafted: DraftOutput, depth: int) -> Tensor:
+def connected_zero(drafted: DraftOutput, depth: int) -> Tensor:
     """Return a zero whose backward pass goes through the states and the head of a depth without trained rows here.
 
     Every rank must run the same backward pass.

@@ -18,7 +18,7 @@ class Term:
     """One loss of a sum."""
 
     loss: Any = setting(help="A loss, by kind.", registry=losses)
-    weight: float = setting(1.0, help="Factor on it, until `until_step` where the weight changes.")
+    weight: float = setting(1.0, help="Factor on the loss; with `final_weight`, the factor at the first step.")
     final_weight: float | None = setting(None, help="Factor at `until_step` and after; null: it does not change.")
     until_step: int = setting(0, help="Optimizer steps over which the weight moves linearly to final_weight.", ge=0)
 
@@ -47,7 +47,7 @@ class WeightedSumSettings:
         if not self.terms:
             return ["terms: at least one is needed"]
         lengths = sorted(self.block_lengths())
-        return [f"terms: block_length {lengths}: one sum cuts its blocks once"] if len(lengths) > 1 else []
+        return [f"terms: block_length must be the same in all terms, got {lengths}"] if len(lengths) > 1 else []
 
     def block_lengths(self) -> set[int]:
         """Return the block lengths of all terms, those of nested sums included."""

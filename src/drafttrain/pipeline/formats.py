@@ -28,7 +28,6 @@ def formats_of(settings: ExportSettings) -> list[str]:
 
     The drafter folder itself is the format `hf`; engines that read it need no other.
     """
-
     formats = list(dict.fromkeys(settings.to))
     for name in settings.verify:
         readable = engine_of(name).formats
@@ -38,7 +37,7 @@ def formats_of(settings: ExportSettings) -> list[str]:
 
 
 def target_config_of(target: TargetSettings) -> dict[str, Any]:
-
+    """Return the configuration of a target, with the name that files for engines give it."""
     return read_target_config(
         resolve_folder(target.model or "", revision=target.revision), name=name_for_engines(target)
     )
@@ -46,7 +45,6 @@ def target_config_of(target: TargetSettings) -> dict[str, Any]:
 
 def name_for_engines(target: TargetSettings) -> str:
     """Return the name of the target in files for engines: a builtin target by its folder, which engines can load."""
-
     name = target.model or ""
     return str(resolve_folder(name)) if name.startswith(BUILTIN) else name
 
@@ -59,7 +57,6 @@ def write_formats(
     Args:
         out: Folder of a single format.
     """
-
     target_config = target_config_of(target)
     folders = {format: out or folder_as(source, format) for format in formats_of(settings)}
     for format in folders:
@@ -73,7 +70,6 @@ def write_formats(
 
 def formats_are_current(source: Path, formats: Sequence[str], target: TargetSettings) -> bool:
     """Return whether every format exists and matches the drafter folder."""
-
     target_config = target_config_of(target)
     try:
         for format in formats:

@@ -41,7 +41,7 @@ class HeadRun(Run):
         data, recipe = training_data(self), self.recipe
         with first_before_others("it labels draft tokens"):
             drafter = read_drafter(resolve_folder(recipe.head.drafter), self.target).eval().requires_grad_(False)
-            frozen = Frozen(self.target, drafter, recipe.seed, layer=getattr(recipe.head, "layer", -1))
+            frozen = Frozen(self.target, drafter, recipe.seed, layer=recipe.head.layer)
             return annotate(recipe.data.annotate, data, frozen, self.folder.labelled)
 
     def train(self) -> None:

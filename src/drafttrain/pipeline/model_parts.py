@@ -58,7 +58,6 @@ class ModelParts:
         Raises:
             CheckpointError: transformers cannot read the configuration.
         """
-
         try:
             config: Any = AutoConfig.from_pretrained(str(self.folder), trust_remote_code=self._trust)
         except Exception as error:  # whatever the configuration's class raises for its fields
@@ -88,17 +87,11 @@ class ModelParts:
     @property
     def learnt_positions(self) -> int | None:
         """Number of learned position embeddings; None if positions are computed, or if the model cannot be built."""
-
         try:
             with torch.device("meta"):
                 model: Any = AutoModelForCausalLM.from_config(self.config, trust_remote_code=self._trust)
-        except (
-            ImportError,
-            OSError,
-            ValueError,
-            KeyError,
-            RuntimeError,
-        ):  # the stage that loads the model reports the reason
+        except (ImportError, OSError, ValueError, KeyError, RuntimeError):
+            # The stage that loads the model reports the reason.
             return None
         return position_limit(model)
 

@@ -10,7 +10,6 @@ from drafttrain.online.loop import OnlineRun
 from drafttrain.online.report import write_online_report
 from drafttrain.online.route import OnlineSetup
 from drafttrain.pipeline.folder import RunFolder
-from drafttrain.pipeline.validation import draft_length
 from drafttrain.recorder.intake import Intake
 from drafttrain.target_model import Target
 
@@ -30,7 +29,7 @@ def online_run(recipe: Recipe, folder: RunFolder, target: Target) -> OnlineRun:
         train=recipe.train,
         loss=lambda: losses.build(recipe.loss),
         max_length=recipe.data.max_length,
-        num_draft_tokens=draft_length(recipe.eval),
+        num_draft_tokens=recipe.eval.length.chain_length,
         dtype=recipe.export.dtype,
         seed=recipe.seed,
     )

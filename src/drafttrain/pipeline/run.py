@@ -76,7 +76,7 @@ class Run(ABC):
 
     @abstractmethod
     def export(self, done: TrainResult) -> None:
-        """Write the exported folder from what the training left."""
+        """Write the exported folder from the weights of the training."""
 
     @abstractmethod
     def evaluate(self) -> Result:
@@ -98,13 +98,13 @@ class Run(ABC):
         """Cache the target's outputs on the training data, where the recipe asks for it."""
 
     def export_best(self) -> TrainResult:
-        """Export the best weights of the training; return what the training gave."""
+        """Export the best weights of the training, and return its result."""
         done = self.training_result()
         self.export(done)
         return done
 
     def training_result(self) -> TrainResult:
-        """Return what the training gave; with `export.step`, or before the training has ended, of a step that it has weights of.
+        """Return the result of the training; with `export.step` that step, and before the training has ended the best step so far.
 
         Raises:
             DrafttrainError: There are no such weights.

@@ -29,7 +29,6 @@ from drafttrain.pipeline.formats import (
     write_formats,
 )
 from drafttrain.pipeline.run import Run, quiet_libraries
-from drafttrain.pipeline.validation import draft_length
 from drafttrain.serving.card import in_format, with_engines
 from drafttrain.serving.comparison import compare_with_engine, plain_output
 from drafttrain.serving.engines import Job, engine_of, engines
@@ -64,7 +63,6 @@ def check_engines(settings: ExportSettings, kind: str | None, *, where: Path) ->
         CheckpointError: Naming the engines that run this kind.
         EngineError: Naming the command that installs one.
     """
-
     for name in settings.verify:
         if kind is not None:
             engine_of(name).check_kind(where, kind)
@@ -82,7 +80,6 @@ def verified(
         source: The drafter folder that the formats were made from; the evaluator reads it.
         target: The target, if it is loaded already.
     """
-
     if not served_with.export.verify:
         return []
     target = target or Target.load(served_with.target)
@@ -100,7 +97,6 @@ def write_engine_card(
     folder: Path, source: Path, comparisons: Sequence[dict[str, Any]], *, format: str = DRAFTER_FORMAT
 ) -> None:
     """Write the card of a folder in a format: the source's card with the comparisons of engines."""
-
     card = source / "README.md"
     text = card.read_text(encoding="utf-8") if card.exists() else f"# {source.name}\n"
     if format != DRAFTER_FORMAT:
@@ -111,7 +107,6 @@ def write_engine_card(
 def _verified_in(
     name: str, source: Path, folders: dict[str, Path], served_with: ServedWith, target: Target
 ) -> Iterator[dict[str, Any]]:
-
     engine = engine_of(name)
     drafter = read_drafter(source, target)
     engine.check_kind(source, drafter.kind)
@@ -122,7 +117,7 @@ def _verified_in(
         dropped=served_with.dropped,
         limit=served_with.export.verify_prompts,
     )
-    depth = draft_length(served_with.eval)
+    depth = served_with.eval.length.chain_length
     num_draft_tokens = min(depth, drafter.deepest or depth)
     new_tokens = served_with.export.verify_tokens
     longest = max(len(prompt.tokens) for prompt in prompts) + new_tokens + 2 * num_draft_tokens
@@ -162,7 +157,6 @@ def _verified_in(
 @contextmanager
 def served_folder(settings: TargetSettings, standing: Target, target: Target) -> Iterator[Path]:
     """Yield the folder of the target that an engine loads: the target's own, or one with the drafter's adapters merged in."""
-
     if standing is target:
         yield resolve_folder(settings.model or "", revision=settings.revision)
         return
@@ -180,7 +174,6 @@ def with_formats(settings: ExportSettings, formats: Sequence[str], kind: str, *,
     Raises:
         CheckpointError: No engine can verify a format.
     """
-
     for format in formats:
         exporter_of(format)
     able = [name for name in settings.verify or engines.names() if kind in engine_of(name).methods]
@@ -194,7 +187,11 @@ def with_formats(settings: ExportSettings, formats: Sequence[str], kind: str, *,
 
 
 def write_and_verify(source: Path, served_with: ServedWith, *, out: Path | None) -> None:
+    """Write the formats of the settings, let their engines verify them, and write the cards.
 
+    Raises:
+        GateError: An engine differs from the evaluator.
+    """
     quiet_libraries()
     check_engines(served_with.export, kind_of(source), where=source)
     folders = write_formats(source, served_with.export, served_with.target, out=out)

@@ -17,7 +17,6 @@ from drafttrain.data_gen.stored.validation_target import cached_continuations, c
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.repetition import tokens_before_repetition
 from drafttrain.eval.replay import Text, expected_rounds, replay_rows
-from drafttrain.eval.settings import EvalSettings
 from drafttrain.pipeline.data import contaminated_prompts
 from drafttrain.pipeline.evaluating import check_lengths
 from drafttrain.pipeline.run import Run
@@ -69,9 +68,9 @@ class Validation:
 
     @functools.cached_property
     def target(self) -> Target:
-        """The target itself where it is whole, else its stored outputs on the validation texts.
+        """The target itself if it is replicated, else its stored outputs on the validation texts.
 
-        A target that is not whole is run by all processes together: each must have asked once before one asks alone.
+        All processes together run a sharded target: each must have read this once before one reads it alone.
         """
         run, data = self._run, self._run.recipe.data
         if run.placement == "replicated":
@@ -93,7 +92,7 @@ class Validation:
         """Return the function that estimates a drafter's block efficiency by replay on the validation texts."""
         settings, texts, target = self._run.recipe.eval, self.texts, self.target
         tokens = sum(len(text.new) for text in texts)
-        length = draft_length(settings)
+        length = settings.length.chain_length
         lengths = sorted({*settings.replay_lengths, length})
 
         def estimate(drafter: Any) -> dict[str, Any]:
@@ -109,9 +108,3 @@ class Validation:
             }
 
         return estimate
-
-
-def draft_length(settings: EvalSettings) -> int:
-    """Return how many draft tokens a round has under the evaluation's length policy, or its depth where it drafts a tree."""
-    length: int = getattr(settings.length, "depth", getattr(settings.length, "num_draft_tokens", 5))
-    return length

@@ -120,7 +120,7 @@ def _folder(engine: ServingEngine) -> str:
 
 
 def in_format(card: str, format: str) -> str:
-    """Return the card of a folder in another format, which says which folder of the commands it is."""
+    """Return the card for a folder in another format. It names the placeholder that stands for the folder in the commands."""
     before, use, after = card.partition(USE)
     return f"{before}{use}This folder is DRAFTER.{format}. {after}" if use else card
 

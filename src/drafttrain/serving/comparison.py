@@ -1,4 +1,4 @@
-"""Does a serving engine do with the exported files what the evaluator does with ours? Token for token, count for count."""
+"""Compares a serving engine on the exported files with the evaluator on the drafter folder: token for token, count for count."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from drafttrain.target_model import Target
 
 @dataclass(frozen=True)
 class Comparison:
-    """An engine beside the evaluator."""
+    """An engine compared with the evaluator."""
 
     engine: str
     version: str

@@ -27,7 +27,7 @@ def tolerance_of(dtype: torch.dtype) -> float:
 
 
 def lossless_problems(found: Parity, engine: str, tolerance: float) -> list[str]:
-    """Return that the engine's output with the drafter is not its output without, unless rounding explains it."""
+    """Return a problem if the engine's output with the drafter differs from its output without, unless rounding explains it."""
     by_rounding = tolerance > 0 and all(one.near_tie for one in found.divergences)
     if found.exact or by_rounding:
         return []
@@ -35,7 +35,7 @@ def lossless_problems(found: Parity, engine: str, tolerance: float) -> list[str]
 
 
 def target_problems(found: Parity, engine: str) -> list[str]:
-    """Return that the engine's target writes a different text from the evaluator's, near ties apart."""
+    """Return a problem if the engine's target writes another text than the evaluator's, except at near ties."""
     if all(one.near_tie for one in found.divergences):
         return []
     return [f"the output of {engine} without a drafter differs from that of the evaluator's target: {found}"]
@@ -48,7 +48,7 @@ def count_problems(
     engine: str,
     tolerance: float,
 ) -> list[str]:
-    """Return whether the greedy counters differ: the sums, or without tolerance the first prompt that differs.
+    """Return a problem if the greedy counters differ: in their sums, or without tolerance in any prompt.
 
     Args:
         both: By side, `engine` and `evaluator`.
@@ -86,7 +86,7 @@ def sampling_problems(
     text_p_value: float,
     engine: str,
 ) -> list[str]:
-    """Return whether acceptance or text at temperature > 0 differs from the evaluator's beyond chance.
+    """Return the problems if acceptance or text at temperature > 0 differs from the evaluator's beyond chance.
 
     Args:
         likelihoods: Mean log-likelihood of each text under the target: the engine's texts, then the evaluator's.

@@ -60,8 +60,8 @@ def decode(
 ) -> list[Generation]:
     """Decode prompts one by one as an engine does: the target's first token, then rounds of K draft tokens.
 
-    Outputs run past `max_new_tokens` where the engine drafts past the end; `count_rounds` cuts them. The start of a round counts
-    from behind the first token where that comes alone.
+    Outputs run past `max_new_tokens` where the engine drafts past the end; `count_rounds` cuts them. Where the first
+    token comes alone, the start of a round is counted after it.
     """
     lengths = {"num_draft_tokens": num_draft_tokens}
     alone = int(conventions.first_token_alone)

@@ -40,7 +40,7 @@ def block_range(model: Any, running: range, *, entering_BND: Tensor | None = Non
 
 @contextlib.contextmanager
 def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Within this context these modules have other forwards."""
+    """Replace the forwards of these modules within the context."""
     # Libraries that place a model on devices set a `forward` on the instance: it is restored.
     before = {module: module.__dict__.get("forward") for module in forwards}
     try:

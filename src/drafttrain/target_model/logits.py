@@ -146,7 +146,7 @@ def _difference(model: Any, states_BTD: Tensor, own_BTV: Tensor) -> float:
 
 @contextlib.contextmanager
 def _final_states(model: Any, states_BTD: Tensor) -> Iterator[None]:
-    """Within this context the model's final states are these, whatever tokens it reads."""
+    """Replace the model's final states within the context, whatever tokens it reads."""
     given = _TrunkOutput([states_BTD])
     with replaced_forwards({module: lambda *_, **__: given for module in (trunk(model), stack_holder(model))}):
         yield

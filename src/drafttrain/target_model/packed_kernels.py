@@ -178,7 +178,10 @@ class FlashOnCPU:
 
 
 def _causal(query_NHd: Tensor, own: slice, seen: slice, scale: float) -> dict[str, Any]:
-    """Return the arguments by which the kernel aligns queries with the last columns: by itself it knows only squares."""
+    """Return the arguments that make the kernel align queries with the last columns.
+
+    Its own causal mask is right only for as many queries as columns.
+    """
     queries, columns = own.stop - own.start, seen.stop - seen.start
     if queries == columns:
         return {"is_causal": True, "scale": scale}

@@ -31,7 +31,7 @@ class ShardedTarget(Target):
     """Embedding, final norm and head are whole on every process, because drafters use them; each block is partitioned.
 
     A forward gathers one block after the other, so all processes must run it equally often. If the processes have different work,
-    `for_own_share` keeps those that are done running it until the last one is done.
+    `for_own_share` lets those that have finished run it along until the last one has finished.
     """
 
     sharded: ClassVar[bool] = True

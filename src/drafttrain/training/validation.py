@@ -40,7 +40,7 @@ class HeldOut:
 class Validation(StepEnd):
     """Every N steps: figures on held-out data. The weights of the best steps are kept as folders.
 
-    What is kept stands in `best.json`, the best first, and in `best/step-<N>/`.
+    `best.json` lists these steps, the best first; `best/step-<N>/` holds the weights.
     """
 
     phase = "validation"

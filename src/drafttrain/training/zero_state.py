@@ -1,8 +1,8 @@
 """State that DeepSpeed partitions, gathered by name and back, so that one checkpoint fits every layout.
 
 A run's checkpoint is the same file whatever ZeRO stage and however many processes wrote it: weights by name, and the
-optimizer's state dict as torch itself would write it. It costs a gather at each save, of 12 bytes a trained parameter on the
-first process; what it buys is a resume, or an export, under any other layout, also on a machine without DeepSpeed.
+optimizer's state dict as torch itself would write it. So a run can be resumed or exported under any other layout, also on a
+machine without DeepSpeed. Each save gathers 12 bytes per trained parameter on the first process.
 """
 
 from __future__ import annotations

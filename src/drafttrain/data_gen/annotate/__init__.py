@@ -37,7 +37,7 @@ class JudgeLabelSettings(AnnotateSettings):
 
     min_share: float = setting(
         0.1,
-        help="Each label must have at least this share of the tokens: a judge of one class learns nothing.",
+        help="Each label must have at least this share of the tokens: a judge learns nothing from one class alone.",
         ge=0,
         lt=0.5,
     )

@@ -1,6 +1,6 @@
 """The base of EAGLE-1 and EAGLE-3: the rollout that both are trained by, embedding, proposer and folder.
 
-B = sequences, T = positions, D = hidden, F = width of what is read of the target, X = width of what the layer's projections read,
+B = sequences, T = positions, D = hidden, F = width of the target features, X = input width of the layer's projections,
 C, M: see `core.batches`, H = heads, d = width of a head
 """
 

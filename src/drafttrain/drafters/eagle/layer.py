@@ -1,7 +1,7 @@
 """The one decoder layer of an EAGLE drafter: a Llama layer whose projections may read more than the residual stream.
 
 B = sequences, T = positions (N = those of one call), C = keys (columns), H = heads, G = key-value heads,
-d = width of a head, D = hidden, X = width of what the projections read
+d = width of a head, D = hidden, X = input width of the projections
 """
 
 from __future__ import annotations

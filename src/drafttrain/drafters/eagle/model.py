@@ -1,7 +1,7 @@
 """What a rollout and a proposer need from an EAGLE drafter.
 
-B = sequences, T = positions, D = hidden, F = width of what is read of the target, R = the drafter's vocabulary,
-X = width of what the layer's projections read
+B = sequences, T = positions, D = hidden, F = width of the target features, R = the drafter's vocabulary,
+X = input width of the layer's projections
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The proposer of EAGLE drafters: chains and dynamic trees for a list of sequences.
 
-B = sequences, N = slots or draft tokens of one call (the longest sequence's), F = width of what is read of the target,
+B = sequences, N = slots or draft tokens of one call (the longest sequence's), F = width of the target features,
 D = hidden, R = the drafter's vocabulary, C = columns of the cache
 """
 

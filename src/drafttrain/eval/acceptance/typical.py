@@ -30,7 +30,7 @@ class TypicalSettings:
 
 @acceptance_rules.register("typical", TypicalSettings)
 class Typical:
-    """Accepts the longest path of which every token passes, then draws a token from the target's distribution.
+    """Accepts the longest path on which every token passes, then draws a token from the target's distribution.
 
     Of equally long paths the likeliest is accepted. At temperature 0 only the greedy token passes: greedy decoding.
 

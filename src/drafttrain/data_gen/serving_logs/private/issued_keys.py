@@ -99,11 +99,6 @@ def find(text: str) -> Iterator[Span]:
             yield Span(match.start(), match.end(), "key")
 
 
-def is_issued(word: str) -> bool:
-    """Return whether a whole word is a key of a known form."""
-    return any(span.start == 0 and span.stop == len(word) for span in _in_word(word, 0, len(word)))
-
-
 def _in_word(text: str, start: int, stop: int) -> Iterator[Span]:
     for match in FORM.finditer(text, start, stop):
         if match["fixed"] or has_random_run(match[0], length=10) or is_high_entropy(SEPARATORS.sub("", match[0])):
