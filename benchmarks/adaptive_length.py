@@ -1,12 +1,12 @@
-"""Adaptive draft lengths by an acceptance head against the best fixed length of a grid, paired over prompts.
+"""Compares adaptive draft lengths by an acceptance head with the best fixed length of a grid, paired over prompts.
 
     drafttrain fit tiny_acceptance
     python benchmarks/adaptive_length.py runs/tiny_acceptance/head --target builtin:target --drafter builtin:drafter
 
-Settings of both sides (the length of the grid; the threshold) are chosen on the first half of the prompts, the figures are of
-the second half. Tokens a cost: tokens / (target calls + c x draft tokens), c the cost of a draft token in target calls, all of
-a round that is not the verifying call; so the
-figure does not depend on how busy the machine is. Greedy, lossless.
+Settings of both sides (the fixed length and the threshold) are chosen on the first half of the prompts. The figures are measured
+on the second half. Tokens per cost are tokens / (target calls + c x draft tokens). c is the cost of a draft token in target calls
+and covers everything in a round except the verifying call. So the figure does not depend on how busy the machine is. Decoding is
+greedy and lossless.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def tokens_and_cost(found: Sequence[Generation], c: float) -> tuple[list[float],
 
 
 def per_cost(found: Sequence[Generation], c: float) -> float:
-    """Return tokens a cost."""
+    """Return tokens per cost."""
     tokens, costs = tokens_and_cost(found, c)
     return sum(tokens) / sum(costs)
 
@@ -110,5 +110,5 @@ if __name__ == "__main__":
                     str(ratio_difference(own, fixed)),
                 ]
             )
-    columns = ["c", "lengths", "block efficiency", "tokens a cost", "less the best fixed length's, paired"]
+    columns = ["c", "lengths", "block efficiency", "tokens per cost", "minus the best fixed length, paired"]
     table(rows, columns=columns, title=f"{chosen.target}, {chosen.drafter}; {len(prompts) - half} prompts, greedy")

@@ -1,7 +1,8 @@
-"""A training step under train.compile against the same step without, in turns, on this machine.
+"""Compares a training step under train.compile with the same step without it, in turns, on this machine.
 
-Forward, loss, backward and optimizer step of a recipe's drafter on its own target, of rows of random tokens of the recipe's full length.
-The target is read once, before: it is not compiled. Times of a turn are of some steps; the compilation is timed apart.
+A step is forward, loss, backward and optimizer step of a recipe's drafter on its own target, on rows of random tokens of the
+recipe's full length. The target runs once, before the steps, and is not compiled. A turn is several steps. The compilation is timed
+separately.
 
     python benchmarks/compiled.py --recipe tiny_eagle3
 """
@@ -63,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="tiny_eagle3")
     parser.add_argument("--pairs", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=2, help="steps a turn")
+    parser.add_argument("--steps", type=int, default=2, help="steps per turn")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()

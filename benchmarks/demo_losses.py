@@ -1,7 +1,7 @@
-"""TVD++ against cross-entropy from the same start, on the same records, for as many steps, both learning rates tuned on one grid.
+"""Compares TVD++ with cross-entropy: same start, records and number of steps, both learning rates tuned on one grid.
 
-Every arm is the demo with another loss and learning rate. Of each loss the rate is taken whose drafter has the highest block
-efficiency by replay on the validation prompts at temperature 1; the two are compared on the test prompts, paired.
+Every arm is the demo with another loss and learning rate. For each loss the rate is chosen whose drafter has the highest block
+efficiency by replay on the validation prompts at temperature 1. The two chosen drafters are compared in pairs on the test prompts.
 
     python benchmarks/demo_losses.py runs/demo_losses
 """
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
-    parser.add_argument("--prompts", type=int, default=None, help="the first so many; all when left out")
+    parser.add_argument("--prompts", type=int, default=None, help="number of test prompts; default: all")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def arm(arguments: Any, loss: str, rate: float) -> tuple[TrainResult, Path]:
-    """Train one arm, or take up what an earlier call trained; return what the training gave and the folder of the exported best step."""
+    """Train one arm, or load it from an earlier call; return its training result and the folder of the exported best step."""
     changes = [f"loss.kind={loss}", f"train.lr={rate:g}", "eval.temperatures=[1.0]", f"name={loss}-{rate:g}"]
     recipe = load_recipe(arguments.recipe, [*arguments.overrides, *changes])
     folder = arguments.folder / recipe.name

@@ -1,14 +1,15 @@
-"""EAGLE-3 beside the library speculators: positions trained a CPU second, and block efficiency, on the same texts and states.
+"""Compares EAGLE-3 with the library speculators on the same texts and states: trained positions per CPU second, block efficiency.
 
-Both train on what stories260K writes, with its states stored beforehand, in float32, for as many epochs, with Muon and their KL
-loss over three steps of rollout; each side has a grid of learning rates, and speculators one of packed lengths too, as its cost a
-position depends on it. Each side's best by block efficiency on the validation prompts is decoded once on the test prompts, by the same
-evaluator (speculators' checkpoint goes through `drafttrain import`). The trainings of both sides take turns.
+Both train on texts that stories260K generates, with its states stored before training, in float32, for the same number of epochs,
+with Muon and their KL loss over three steps of rollout. Each side has a grid of learning rates. speculators also has a grid of packed
+lengths, because its cost per position depends on them. The best arm of each side by block efficiency on the validation prompts is
+decoded once on the test prompts, by the same evaluator (speculators' checkpoint goes through `drafttrain import`). The training runs
+of both sides alternate.
 
     drafttrain engines install speculators
     python benchmarks/eagle3_peer.py MODEL OUT
 
-MODEL is a folder of stories260K. What is done already is taken up when the command is given again.
+MODEL is a folder of stories260K. If the command is run again, finished parts are loaded.
 """
 
 import argparse
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[6e-3, 2e-2, 4e-2, 8e-2])
     parser.add_argument("--their-rates", type=float, nargs="+", default=[5e-4, 2e-3, 6e-3])
     parser.add_argument("--their-lengths", type=int, nargs="+", default=[512, 1024, 2048])
-    parser.add_argument("--batch", type=int, default=16, help="our records an optimizer step")
+    parser.add_argument("--batch", type=int, default=16, help="our records per optimizer step")
     parser.add_argument("--loss", default="forward_kl")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -78,12 +79,14 @@ def main() -> None:
         for name, arm in arms(arguments, rate, theirs):
             done[name] = arm | validated(arguments, shared, name, Path(arm["drafter"]))
             speed = positions * arguments.epochs / arm["seconds"]
-            print(f"{name}: {speed:,.0f} positions a CPU second, validation {done[name]['validation']:.3f}", flush=True)
+            print(
+                f"{name}: {speed:,.0f} positions per CPU second, validation {done[name]['validation']:.3f}", flush=True
+            )
     print(table(arguments, shared, done, positions))
 
 
 def run_of(arguments: argparse.Namespace, rate: float, folder: Path) -> DrafterRun:
-    """Return a run of this project with one learning rate; the one that only writes the texts has always the same recipe."""
+    """Return a run of this project with one learning rate; the run that only writes the texts always has the same recipe."""
     batch = arguments.batch
     if folder.name == "texts":
         rate, batch = 6e-3, 16
@@ -109,7 +112,7 @@ def run_of(arguments: argparse.Namespace, rate: float, folder: Path) -> DrafterR
 
 
 def write_for_them(arguments: argparse.Namespace, run: DrafterRun) -> int:
-    """Write the records of the training, with their states, for speculators; return how many positions one epoch has."""
+    """Write the training records with their states for speculators; return the number of positions in an epoch."""
     records = [store[i] for store in training_data(run).stores for i in range(len(store))]
     folder = arguments.out / "theirs"
     if not (folder / "data" / "dataset").exists():
@@ -132,7 +135,7 @@ def write_for_them(arguments: argparse.Namespace, run: DrafterRun) -> int:
 def arms(
     arguments: argparse.Namespace, rate: float | None, theirs: tuple[int, float] | None
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Train one arm of each side, or take up what it left; return their names with CPU seconds and folders."""
+    """Train one arm of each side, or load the trained one; return their names with CPU seconds and folders."""
     found = []
     if rate is not None:
         name = f"ours-{arguments.batch}-{rate:g}"
@@ -146,7 +149,7 @@ def arms(
 
 
 def ours(arguments: argparse.Namespace, rate: float) -> None:
-    """Train one arm in this process, which has done nothing else; write its CPU seconds."""
+    """Train one arm in this process, which runs nothing else; write its CPU seconds."""
     run = run_of(arguments, rate, arguments.out / f"ours-{arguments.batch}-{rate:g}")
     training_data(run)
     began = cpu_seconds()
@@ -205,7 +208,7 @@ def taps_of(arguments: argparse.Namespace) -> list[int]:
 
 
 def ask(arguments: argparse.Namespace, what: str, request: Any, **more: Any) -> None:
-    """Let the environment of speculators do one thing."""
+    """Run one request in the environment of speculators."""
     file = arguments.out / "request.json"
     write_json(file, {what: request, "threads": THREADS, **more})
     worker = Path(__file__).with_name("eagle3_peer_worker.py")
@@ -238,7 +241,7 @@ def decoded(run: DrafterRun, drafters: dict[str, Path], file: str, temperatures:
 
 
 def table(arguments: argparse.Namespace, shared: DrafterRun, done: dict[str, dict[str, Any]], positions: int) -> str:
-    """Return both sides' best, held against each other on the test prompts, and the speeds of all arms."""
+    """Return the best arm of each side, compared on the test prompts, and the speeds of all arms."""
     best = {}
     for side in ("ours", "speculators"):
         own = {name: arm for name, arm in done.items() if name.startswith(side)}
@@ -247,28 +250,28 @@ def table(arguments: argparse.Namespace, shared: DrafterRun, done: dict[str, dic
         shared, {name: Path(done[name]["drafter"]) for name in best.values()}, shared.recipe.eval.prompts, [0.0, 1.0]
     )
     work = positions * arguments.epochs
-    lines = ["| arm | optimizer steps | positions a CPU second | validation |", "|---|---|---|---|"]
+    lines = ["| arm | optimizer steps | positions per CPU second | validation |", "|---|---|---|---|"]
     lines += [
         f"| {name} | {arm['steps']} | {work / arm['seconds']:,.0f} | {arm['validation']:.3f} |"
         for name, arm in done.items()
     ]
-    lines += ["", "| temperature | ours | speculators | ours less speculators, paired |", "|---|---|---|---|"]
+    lines += ["", "| temperature | ours | speculators | ours - speculators, paired |", "|---|---|---|---|"]
     for part in result.temperatures:
         values = [part.drafters[name].block_efficiency.text() for name in best.values()]
         (gain,) = part.comparisons.values()
         lines.append(f"| {part.temperature:g} | {' | '.join(values)} | {gain.block_efficiency.text()} |")
     mine = [arm["seconds"] for name, arm in done.items() if name.startswith("ours")]
     length = best["speculators"].split("-")[1]
-    for said, prefix in (("its best arm's length", f"speculators-{length}-"), ("all its arms", "speculators-")):
+    for which, prefix in (("its best arm's length", f"speculators-{length}-"), ("all its arms", "speculators-")):
         theirs = [arm["seconds"] for name, arm in done.items() if name.startswith(prefix)]
         count = min(len(mine), len(theirs))
         found = ratio_of_ratios(([work] * count, mine[:count]), ([work] * count, theirs[:count]))
-        lines.append(f"\nPositions a CPU second, ours / speculators ({said}): {found.text()}")
+        lines.append(f"\nPositions per CPU second, ours / speculators ({which}): {found.text()}")
     fastest = min((arm["seconds"], name) for name, arm in done.items() if name.startswith("speculators"))
     chosen = done[best["ours"]]["seconds"]
     lines.append(f"\nOur best arm / its fastest arm ({fastest[1]}): {fastest[0] / chosen:.2f}")
     lines.append(
-        f"\n{positions:,} trained positions an epoch, {arguments.epochs} epochs, {processor()}, {THREADS} thread, commit {commit()}"
+        f"\n{positions:,} trained positions per epoch, {arguments.epochs} epochs, {processor()}, {THREADS} thread, commit {commit()}"
     )
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """The part of eagle3_peer.py that runs in the environment of speculators: its own `train` command, on a CPU.
 
-Its trainer puts everything on the device number `local_rank` and waits for an accelerator; told that the rank is "cpu" and that
-there is nothing to wait for, it trains on the CPU, otherwise unchanged.
+Its trainer puts everything on the device number `local_rank` and waits for an accelerator. Two functions are replaced: the rank
+is "cpu" and the wait does nothing. So it trains on the CPU, otherwise unchanged.
 """
 
 import json
@@ -14,7 +14,7 @@ import torch
 
 
 def main() -> None:
-    """Do what the request says: write the dataset, or train."""
+    """Carry out the request: write the dataset, or train."""
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(request["threads"])
     answer = prepare(**request["prepare"]) if "prepare" in request else train(request["train"], request["seconds_to"])
@@ -22,7 +22,7 @@ def main() -> None:
 
 
 def prepare(records: str, model: str, data: str, taps: list[int]) -> dict[str, Any]:
-    """Write texts and hidden states as its offline generation does: the states that enter the tapped blocks, and the last, before its norm."""
+    """Write texts and hidden states as its offline generation does: inputs of the tapped blocks, and the last state before its norm."""
     from datasets import Dataset
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
@@ -58,7 +58,7 @@ def prepare(records: str, model: str, data: str, taps: list[int]) -> dict[str, A
 
 
 def train(arguments: list[str], seconds_to: str) -> dict[str, Any]:
-    """Run its command; the CPU seconds are those of the loop over epochs, with its loader and its checkpoints."""
+    """Run its command; the CPU seconds are those of the loop over epochs, including its loader and its checkpoints."""
     import speculators.train.trainer as trainer
     from speculators.train.cli import main as command
     from speculators.train.config import TrainConfig

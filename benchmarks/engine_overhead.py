@@ -1,7 +1,8 @@
-"""What the evaluator's loop costs beyond the forwards that it must do, with Hugging Face's assisted generation beside it.
+"""Measures the overhead of the evaluator's loop over its forward passes, compared with Hugging Face's assisted generation.
 
-The bare forwards are the loop's own calls (models, tokens, cache lengths), made again with plain transformers caches that are
-cropped, and nothing else: no draws, no verdicts, no bookkeeping. Loop, bare forwards and Hugging Face take turns, prompt by prompt.
+The bare forward passes are the loop's own calls (models, tokens, cache lengths), repeated with plain transformers caches that are
+cropped. They include no sampling, no verification and no bookkeeping. Loop, bare forward passes and Hugging Face take turns, prompt
+by prompt.
 """
 
 import argparse
@@ -65,16 +66,16 @@ def main() -> None:
             times["hf"].append(hf_seconds)
     ones = [1.0] * len(times["bare"])
     print(f"{len(ones)} prompts, 64 new tokens, K = 5, greedy, 1 thread, {processor()}, commit {commit()}\n")
-    print("| over the bare forwards | ratio [95 % interval] |\n|---|---|")
+    print("| time / time of the bare forward passes | ratio [95 % interval] |\n|---|---|")
     for name, label in (("loop", "the evaluator's loop"), ("hf", "transformers generate(assistant_model=...)")):
         ratio = ratio_of_ratios((times[name], ones), (times["bare"], ones))
         print(f"| {label} | {ratio} |")
-    print("\nA loop without any overhead would beat Hugging Face's by the second ratio: its ceiling.")
+    print("\nThe second ratio is the speed-up over Hugging Face's loop that a loop without any overhead would reach.")
 
 
 @torch.no_grad()
 def bare(events: list, models: dict) -> float:  # type: ignore[type-arg]
-    """Return the seconds of the same forwards alone."""
+    """Return the seconds of the same forward passes alone."""
     caches = {name: DynamicCache() for name in models}
     began = time.perf_counter()
     for event in events:

@@ -1,8 +1,8 @@
-"""Which exit layer? One adapter for each, the same texts, steps and prompts; one table.
+"""Compares exit layers of Kangaroo in one table: one adapter for each layer, with the same texts, steps and prompts.
 
     python benchmarks/exit_layers.py recipes/tiny_kangaroo.yaml --layers 1,2,3 [train.max_steps=100 ...]
 
-Each layer is a run of its own under --runs (continued when the command is given again); what the target writes is written once.
+Each layer has its own run under --runs. If the command is run again, the runs are resumed. The target generates its texts once.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def table(results: dict[int, Result]) -> str:
         f"{some.num_prompts} prompts, {length}, 95 % intervals over prompts, "
         f"{some.drafters['drafter'].parameters:,} parameters trained for each layer",
         "",
-        "| temperature | exit layer | block efficiency | over the raw exit, paired | alpha | MBSU |",
+        "| temperature | exit layer | block efficiency | gain over the raw exit, paired | alpha | MBSU |",
         "|---|---|---|---|---|---|",
     ]
     for number, part in enumerate(some.temperatures):

@@ -1,7 +1,7 @@
-"""Tokens a CPU second of the built-in generation backend, against another checkout of drafttrain.
+"""Compares tokens per CPU second of the built-in generation backend with another checkout of drafttrain.
 
-Each checkout runs in a process of its own, one batch at a time, in turns whose order alternates; the ratio has its interval over
-the batches. Both must write the same texts, token for token.
+Each checkout runs in its own process, one batch at a time, in turns whose order alternates. The interval of the ratio is over the
+batches. Both must write the same texts, token for token.
 
     git worktree add ../before COMMIT
     python benchmarks/generation.py --before ../before
@@ -52,7 +52,9 @@ def compare(arguments: argparse.Namespace) -> None:
         found = {}
         for name in list(workers)[:: 1 if number % 2 else -1]:
             found[name] = ask(workers[name], number)
-        assert found["before"]["texts"] == found["after"]["texts"], f"batch {number}: other texts"
+        assert found["before"]["texts"] == found["after"]["texts"], (
+            f"batch {number}: the checkouts wrote different texts"
+        )
         if number:  # the first batch warms up
             tokens.append(found["after"]["tokens"])
             for name in workers:
@@ -64,7 +66,7 @@ def compare(arguments: argparse.Namespace) -> None:
     rates = [sum(tokens) / sum(seconds[name]) for name in workers]
     print(f"{processor()}, {THREADS} thread, commit {commit()}\n")
     print(
-        "| model | batch | new tokens at most | temperature | before, tokens a CPU second | after, tokens a CPU second | ratio [95 % interval] |"
+        "| model | batch | max new tokens | temperature | before, tokens per CPU second | after, tokens per CPU second | ratio [95 % interval] |"
     )
     print("|---|---|---|---|---|---|---|")
     print(
@@ -81,14 +83,14 @@ def start(root: Path) -> Any:
 
 
 def ask(worker: Any, number: int) -> dict[str, Any]:
-    """Have a batch written."""
+    """Request a batch from a worker and return its answer."""
     print(number, file=worker.stdin, flush=True)
     answer: dict[str, Any] = json.loads(worker.stdout.readline())
     return answer
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """Write the batch of each number that is asked for."""
+    """Write the batch of each requested number."""
     import torch
 
     from drafttrain.core.texts import Sampling
@@ -110,7 +112,7 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 def target_of(name: str) -> Any:
-    """Return the demo's target, or one of SmolLM2-135M's shape; of the latter a text ends at one token in 150."""
+    """Return the demo's target, or one of SmolLM2-135M's shape, whose texts end at one token in 150."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -132,7 +134,7 @@ def target_of(name: str) -> Any:
     )
     model = LlamaForCausalLM(config)
     target = Target(model, demo.tokenizer, name=name, fingerprint="")
-    # Its head is random, so all of its ids are drawn.
+    # Its head is random, so any of its ids can be sampled.
     type(target).num_tokens = property(lambda self: self.vocab_size)  # type: ignore[assignment, method-assign]
     return target
 

@@ -1,12 +1,12 @@
-"""Steps of the shipped recipes on this machine's GPUs: tokens a second, where the time goes, utilization, memory.
+"""Measures steps of the shipped recipes on this machine's GPUs: tokens per second, time by part, utilization, memory.
 
-Each recipe trains as `fit` trains it (same module, loader and optimizer, its own loss, precision and micro-batch) on rows of its full
-length, of random tokens, with random weights of the real sizes that are made on the device: nothing is fetched. One GPU, and where
-there are several, the recipes of ZeRO over all of them under stages 1-3. Each case is a process of its own.
+Each recipe trains as `fit` trains it (same module, loader and optimizer, its own loss, precision and micro-batch) on full-length rows
+of random tokens. The weights are random, have the real sizes and are made on the device, so nothing is downloaded. Each recipe runs on
+one GPU. If there are several GPUs, the ZeRO recipes also run on all of them under stages 1-3. Each case has its own process.
 
-    make gpu-check                                           the tests for GPUs, then this
-    python benchmarks/gpu.py                                 this alone; writes benchmarks/gpu.md
-    python benchmarks/gpu.py --device cpu --tiny --out x.md  a rehearsal of the script itself, without a GPU
+    make gpu-check                                           run the tests for GPUs, then this script
+    python benchmarks/gpu.py                                 run only this script; it writes benchmarks/gpu.md
+    python benchmarks/gpu.py --device cpu --tiny --out x.md  rehearse the script without a GPU
 """
 
 from __future__ import annotations
@@ -86,31 +86,31 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured in a process, or in several, of its own."""
+    """One measurement, made in its own process or processes."""
 
     recipe: str
     gpus: int = 1
     stage: int | None = None
-    """Of ZeRO; None: without DeepSpeed."""
+    """Stage of ZeRO; None: without DeepSpeed."""
     device: str = "cuda"
     tiny: bool = False
-    """The same code on shapes that a CPU takes: no measurement."""
+    """Run the same code on shapes that fit a CPU. This measures nothing."""
     warm_steps: int = 5
     steps: int = 20
 
     @property
     def name(self) -> str:
-        """What it is called in lines and files."""
+        """Its name in log lines and files."""
         return self.recipe if self.stage is None else f"{self.recipe} on {self.gpus} GPUs, ZeRO {self.stage}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what this machine can, and write the table; return 1 where a case failed."""
+    """Measure all cases that this machine supports and write the table; return 1 if a case failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal, with --tiny and --out"
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only a rehearsal; needs --tiny and --out"
     )
-    parser.add_argument("--tiny", action="store_true", help="shapes that a CPU takes: nothing is measured")
+    parser.add_argument("--tiny", action="store_true", help="use shapes that fit a CPU; nothing is measured")
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each case")
     parser.add_argument("--recipes", nargs="*", default=RECIPES, choices=RECIPES, metavar="RECIPE")
     parser.add_argument("--out", type=Path, default=OUT)
@@ -123,11 +123,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             given.result.with_suffix(f".{world().rank}").write_text(json.dumps(result))
         return 0
     if given.device == "cpu" and (not given.tiny or given.out == OUT):
-        parser.error("a CPU can only rehearse: --device cpu needs --tiny and an --out of its own")
+        parser.error("a CPU can only rehearse: --device cpu needs --tiny and an --out other than the table")
     if given.steps < 1:
-        parser.error(f"--steps: at least 1, got {given.steps}")
+        parser.error(f"--steps must be at least 1, got {given.steps}")
     if list(given.recipes) != list(RECIPES) and given.out == OUT:
-        parser.error(f"some recipes alone would take the place of the whole table in {OUT.name}: give --out")
+        parser.error(f"a table of some recipes would replace the whole table in {OUT.name}. Pass --out.")
     if given.device == "cuda" and not torch.cuda.is_available():
         print("No GPU here (torch.cuda.is_available() is false): nothing was measured.")
         if not given.out.exists():
@@ -143,14 +143,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in (replace(case, **shared) for case in cases):
         print(f"{case.name} ...", flush=True)
         results.append((case, in_processes(case)))
-        # After each case: what was measured stays when a later one brings the machine down.
+        # Written after each case, so that results survive if a later case crashes the machine.
         given.out.write_text(table(results), encoding="utf-8")
     print(table(results))
     return int(any("failed" in result for _, result in results))
 
 
 def in_processes(case: Case) -> dict[str, Any]:
-    """Return what a case measured: its figures, or `failed` and why."""
+    """Return the figures of a case, or `failed` with the reason."""
     command = [sys.executable]
     if case.gpus > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.gpus)]
@@ -169,7 +169,7 @@ def in_processes(case: Case) -> dict[str, Any]:
 
 
 def measured(case: Case) -> dict[str, Any]:
-    """Train a few steps as `fit` does; return the figures of those behind the warm-up."""
+    """Train a few steps as `fit` does; return the figures of the steps after the warm-up."""
     device = pick_device("auto") if case.device == "cuda" else torch.device("cpu")
     recipe = tiny(load_recipe(case.recipe)) if case.tiny else load_recipe(case.recipe)
     target = random_target(recipe, device)
@@ -210,7 +210,7 @@ def measured(case: Case) -> dict[str, Any]:
 
 
 def figures_of(rows: Sequence[dict[str, str]]) -> dict[str, Any]:
-    """Return the means of the rows behind the first one, which has the warm-up."""
+    """Return the means over all rows except the first, which holds the warm-up."""
     kept = rows[1:]
     names = [name for name in kept[0] if name.endswith("_ms")]
     figures: dict[str, Any] = {name: sum(float(row[name]) for row in kept) / len(kept) for name in names}
@@ -224,7 +224,7 @@ def figures_of(rows: Sequence[dict[str, str]]) -> dict[str, Any]:
 
 
 def tiny(recipe: Recipe) -> Recipe:
-    """Return a recipe of few and short rows."""
+    """Return the recipe with few and short rows."""
     drafter = recipe.drafter
     if getattr(drafter, "draft_vocab_size", None):
         drafter = replace(drafter, draft_vocab_size=64)
@@ -237,7 +237,7 @@ def tiny(recipe: Recipe) -> Recipe:
 
 
 def random_model(name: str, device: torch.device, dtype: torch.dtype, *, small: bool) -> Any:
-    """Return a model of these sizes with random weights, made where it is used."""
+    """Return a model of these sizes with random weights, made on its device."""
     kind, sizes = MODELS[name]
     config = kind(**sizes | (SMALL if small else {}))
     torch.manual_seed(0)
@@ -261,7 +261,7 @@ def random_target(recipe: Recipe, device: torch.device) -> Target:
 
 
 def random_drafter(recipe: Recipe, target: Target, device: torch.device) -> Any:
-    """Return the drafter of a recipe at its start, in float32; one that the recipe reads is made at random."""
+    """Return a recipe's drafter before training, in float32; a drafter that the recipe would load gets random weights."""
     torch.manual_seed(0)
     if recipe.drafter.kind == "causal_lm":
         return CausalLMDrafter(random_model(recipe.drafter.checkpoint, device, torch.float32, small=is_tiny(recipe)))
@@ -270,7 +270,7 @@ def random_drafter(recipe: Recipe, target: Target, device: torch.device) -> Any:
 
 
 def full_rows(settings: TrainSettings, *, length: int, vocab_size: int) -> Callable[[int], list[DraftBatch]]:
-    """Return the micro-batches of a step on this process: rows of random tokens without padding, trained but for an eighth."""
+    """Return this process's micro-batches of a step: rows of random tokens without padding; the first eighth is not trained."""
     here, count, prompt = world(), settings.batch_size, length // 8
     mask = [False] * prompt + [True] * (length - prompt)
     shares = own_shares(
@@ -292,18 +292,20 @@ def full_rows(settings: TrainSettings, *, length: int, vocab_size: int) -> Calla
 
 COLUMNS = (
     *("recipe", "GPUs", "ZeRO", "records at once", "tokens/s", "step ms", "fetch", "target", "forward", "backward"),
-    *("optimizer", "needed TFLOP a step", "MFU", "GB allocated", "GB reserved"),
+    *("optimizer", "needed TFLOP per step", "MFU", "GB allocated", "GB reserved"),
 )
 HEAD = "# Steps of the shipped recipes on GPUs\n\n"
 HOW = (
-    "Rows of the recipe's full length without padding, random tokens and weights of the real sizes, as `fit` trains them. Times are\n"
-    "milliseconds of a step on the device; MFU: operations that the step needs, by the device's dense 16-bit peak (`docs/metrics.md`).\n"
-    "GB: the most of any process. `make gpu-check` makes this table; `docs/gpu.md` says what to look at.\n\n"
+    "Each row trains as `fit` does, with random weights of the real sizes, on random tokens in rows of\n"
+    "the recipe's full length without padding. Times are milliseconds per step on the device. MFU is\n"
+    "the operations that the step needs, divided by the device's dense 16-bit peak (`docs/metrics.md`).\n"
+    "GB is the highest of any process. `make gpu-check` makes this table; `docs/gpu.md` explains what\n"
+    "to look at.\n\n"
 )
 
 
 def not_measured() -> str:
-    """Return the table of a project that no GPU has seen."""
+    """Return the page for a project that was never measured on a GPU."""
     rows = "\n".join(f"| {name} |" + " not measured |" * (len(COLUMNS) - 1) for name in RECIPES)
     goal = f"Goal: MFU of {GOAL['recipe']} on one {GOAL['device']} at least {GOAL['mfu']:.0%}: not measured.\n"
     return f"{HEAD}Not measured: no GPU was at hand.\n\n{HOW}{head_of_table()}{rows}\n\n{goal}"
@@ -314,10 +316,10 @@ def head_of_table() -> str:
 
 
 def table(results: Sequence[tuple[Case, dict[str, Any]]]) -> str:
-    """Return the page: machine, versions, commit, one row a case, and the goal."""
+    """Return the page: machine, versions, commit, one row per case, and the goal."""
     case = results[0][0]
     lines = [row_of(case, result) for case, result in results]
-    what = f"Measured over {case.steps} steps behind {case.warm_steps} of warm-up."
+    what = f"Measured over {case.steps} steps after {case.warm_steps} of warm-up."
     if case.tiny or case.device == "cpu":
         what = "A REHEARSAL of the script with tiny shapes: NOT MEASURED."
     return f"{HEAD}{what}\n\n{machine(case.device)}\n{HOW}{head_of_table()}" + "\n".join(lines) + "\n" + goal(results)
@@ -330,7 +332,7 @@ def row_of(case: Case, result: dict[str, Any]) -> str:
     if "failed" in result:
         return f"{head} failed: {result['failed'].replace('|', '/')} |" + " |" * (len(COLUMNS) - 4)
     times = [result[name] for name in ("step_ms", "fetch_ms", "target_ms", "forward_ms", "backward_ms", "optimizer_ms")]
-    mfu = "peak not known" if result["mfu"] is None else f"{result['mfu']:.1%}"
+    mfu = "peak unknown" if result["mfu"] is None else f"{result['mfu']:.1%}"
     cells = [
         *(str(result["micro_batch"]), f"{result['tokens_per_second']:,.0f}", *(f"{value:,.1f}" for value in times)),
         *(f"{result['step_tflop']:,.1f}", mfu, f"{result['allocated_gb']:.1f}", f"{result['reserved_gb']:.1f}"),
@@ -339,7 +341,7 @@ def row_of(case: Case, result: dict[str, Any]) -> str:
 
 
 def machine(device: str) -> str:
-    """Return date, commit, devices, driver and versions, a line each."""
+    """Return date, commit, devices, driver and versions, one per line."""
     versions = {name: version(name) for name in ("torch", "transformers", "lightning", "deepspeed")}
     facts = [f"date {datetime.now(UTC):%Y-%m-%d}, commit {commit() or 'unknown'}", f"processor: {processor()}"]
     if device == "cuda":
@@ -352,7 +354,7 @@ def machine(device: str) -> str:
 
 
 def driver() -> str:
-    """Return the version of NVIDIA's driver; '?' where its tool cannot be run."""
+    """Return the version of NVIDIA's driver, or '?' if its tool cannot be run."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -362,14 +364,14 @@ def driver() -> str:
 
 
 def goal(results: Sequence[tuple[Case, dict[str, Any]]]) -> str:
-    """Return whether the goal is met, where it was measured."""
+    """Return the line on the goal: met, missed or not measured."""
     of_goal = [result for case, result in results if case.recipe == GOAL["recipe"] and case.gpus == 1]
     measured = of_goal and of_goal[0].get("mfu") is not None and results[0][0].device == "cuda"
-    said = "not measured"
+    verdict = "not measured"
     if measured and torch.cuda.get_device_name(0) == GOAL["device"]:
         mfu = of_goal[0]["mfu"]
-        said = f"{'met' if mfu >= GOAL['mfu'] else 'MISSED'}, {mfu:.1%}"
-    return f"\nGoal: MFU of {GOAL['recipe']} on one {GOAL['device']} at least {GOAL['mfu']:.0%}: {said}.\n"
+        verdict = f"{'met' if mfu >= GOAL['mfu'] else 'MISSED'}, {mfu:.1%}"
+    return f"\nGoal: MFU of {GOAL['recipe']} on one {GOAL['device']} at least {GOAL['mfu']:.0%}: {verdict}.\n"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Do the intervals cover? Simulated evaluations whose true figures are known, by number of prompts.
+"""Tests whether the intervals cover the true figures, in simulated evaluations, by number of prompts.
 
     python benchmarks/interval_coverage.py
 
-Of each figure 600 evaluations, and 6,000 in brackets; the prompts are drawn by tests/eval/simulated.py: acceptance rates differ from
-prompt to prompt, texts are 4 to 64 tokens long, drafts are kept token by token, and two drafters are better on different prompts.
+Each figure has 600 evaluations, and 6,000 for the share in brackets. tests/eval/simulated.py draws the prompts: acceptance rates
+differ from prompt to prompt, texts are 4 to 64 tokens long, drafts are accepted token by token, and of two drafters each is better on
+other prompts.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def main() -> None:
     for name, figure in {**FIGURES, **EQUALS, **SHARES}.items():
         truth = figure.truth(np.random.default_rng(99), num_prompts=300_000)
         print(row(name, figure, lambda one, truth=truth: one.low <= truth <= one.high))
-    print("\n| p < 0.05 though both are equal | " + " | ".join(f"{count} prompts" for count in PROMPTS) + " |")
+    print("\n| p < 0.05 although both are equal | " + " | ".join(f"{count} prompts" for count in PROMPTS) + " |")
     print("|---|" + "---|" * len(PROMPTS))
     for name, figure in EQUALS.items():
         print(row(name, figure, lambda one: one.p_value < 0.05))  # type: ignore[attr-defined]
@@ -45,7 +46,7 @@ def main() -> None:
 
 
 def row(name: str, figure: Figure, holds: Callable[[Interval], bool]) -> str:
-    """Return how often something holds of the estimates of a figure, by number of prompts."""
+    """Return how often a condition holds for the estimates of a figure, by number of prompts."""
     cells = []
     for num_prompts in PROMPTS:
         shares = []
@@ -58,7 +59,7 @@ def row(name: str, figure: Figure, holds: Callable[[Interval], bool]) -> str:
 
 
 def alarms(num_requests: int) -> float:
-    """Return how often drift is seen between requests of the same traffic, in percent."""
+    """Return how often drift is detected between requests of the same traffic, in percent."""
     count = EVALUATIONS[0]
     ((tokens, rounds),) = block_efficiency(np.random.default_rng(num_requests), 2 * count * num_requests)
     both = np.stack([tokens, rounds], axis=1).reshape(count, 2, num_requests, 2)

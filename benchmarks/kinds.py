@@ -1,12 +1,12 @@
-"""Every kind of drafter on one target at equal training tokens: one table, and their order.
+"""Compares all kinds of drafter on one target at equal training tokens: one table, and their order.
 
-All arms read the same records in the same order, for as many steps. Each kind goes up one grid of learning rates for as long as
-that helps, by block efficiency in greedy replay on the validation prompts; the best is taken. The test prompts
-are decoded once, at the end, with that drafter and with the same drafter untrained.
+All arms read the same records in the same order, for the same number of steps. Each kind goes up one grid of learning rates as long
+as block efficiency in greedy replay on the validation prompts improves. The best rate is chosen. The test prompts are decoded once, at
+the end, with that drafter and with the same drafter untrained.
 
     python benchmarks/kinds.py runs/kinds [section.key=value ...] [--recipe demo] [--kinds medusa eagle3 ...]
 
-Each arm is a run of its own; what is done already is taken up when the command is given again.
+Each arm has its own run. If the command is run again, finished parts are loaded.
 """
 
 import argparse
@@ -42,7 +42,7 @@ EQUAL = (
     "eval.num_prompts=32",
     "eval.max_new_tokens=64",
 )
-"""What all arms share, whatever the recipe says."""
+"""Settings that all arms share. They replace those of the recipe."""
 
 KINDS = {
     "causal_lm": ("drafter={kind: causal_lm, init: checkpoint, checkpoint: 'builtin:drafter'}", "loss.kind=tvdpp"),
@@ -53,18 +53,18 @@ KINDS = {
     "eagle3": ("drafter={kind: eagle3, num_steps: 3, draft_vocab_size: 1024}", "loss.kind=lk_hybrid"),
     "medusa2": ("drafter={kind: medusa, joint: {head_lr_multiplier: 4}}", "loss.kind=ce"),
 }
-"""What each kind changes in the recipe; the loss is that of its own recipe. Overrides of the command line come after."""
+"""Changes of the recipe for each kind; the loss is that of its own recipe. Overrides from the command line come after."""
 
 FIRST_RATE = {"kangaroo": 6e-3, "eagle": 6e-3, "eagle3": 2e-2}
-"""Where the grid of a kind begins: these three are known to want a high rate (recipes/tiny_eagle3.yaml)."""
+"""First rate of the grid of a kind: these three are known to need a high rate (recipes/tiny_eagle3.yaml)."""
 
 ENOUGH = 0.01
-"""Gain in block efficiency on the validation prompts for which a kind goes on to the next rate."""
+"""Gain in block efficiency on the validation prompts that is needed to try the next rate."""
 
 TOGETHER = 16
 """Test prompts decoded together; every prompt has its own random numbers."""
 
-OF_CACHE = "drafts in a cache that holds one path"
+OF_CACHE = "its draft cache holds one path"
 NO_TREE = {"causal_lm": OF_CACHE, "causal_lm_fresh": OF_CACHE, "kangaroo": f"{OF_CACHE}, the target's own"}
 """Why a kind drafts chains only."""
 
@@ -75,7 +75,7 @@ def main() -> None:
     """Train every arm, evaluate the best of each kind, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--recipe", default="demo", help="gives target, data, training and prompts")
+    parser.add_argument("--recipe", default="demo", help="recipe of target, data, training and prompts")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 6e-3, 2e-2, 6e-2])
     parser.add_argument("--threads", type=int, default=2)
@@ -97,16 +97,16 @@ def main() -> None:
 
 
 def changes(arguments: argparse.Namespace, kind: str) -> list[str]:
-    """Return what a kind's arms change in the recipe."""
+    """Return the overrides of a kind's arms."""
     given = [one.removeprefix(f"{kind}:") for one in arguments.overrides]
     return [*EQUAL, *KINDS[kind], *(one for one in given if ":" not in one.split("=")[0])]
 
 
 def best_of(arguments: argparse.Namespace, kind: str, shared: DrafterRun) -> tuple[DrafterRun, float]:
-    """Train a kind with rates of the grid, upwards for as long as that helps; return the best run and its rate.
+    """Train a kind with rates of the grid, upwards as long as that helps; return the best run and its rate.
 
     Args:
-        shared: Has the target, and what it writes after the validation prompts: the same for all arms.
+        shared: Holds the target and its texts for the validation prompts, which are the same for all arms.
     """
     runs: dict[float, DrafterRun] = {}
     found: dict[float, float] = {}
@@ -128,7 +128,7 @@ def best_of(arguments: argparse.Namespace, kind: str, shared: DrafterRun) -> tup
 
 
 def trained(arguments: argparse.Namespace, kind: str, rate: float, shared: DrafterRun) -> DrafterRun:
-    """Return the trained run of one arm. The rate is that of what is added: Medusa-2's adapters learn at a quarter of it."""
+    """Return the trained run of one arm. The rate applies to the added modules: Medusa-2's adapters learn at a quarter of it."""
     own = [f"train.lr={rate / 4 if kind == 'medusa2' else rate:g}", f"name={kind}-{rate:g}"]
     recipe = load_recipe(arguments.recipe, [*changes(arguments, kind), *own])
     data = (arguments.out / kind / "data").resolve()
@@ -155,7 +155,7 @@ class Tested:
 
 
 def tested(folder: Path, kind: str, run: DrafterRun, rate: float) -> Tested:
-    """Return the figures on the test prompts, decoded once and kept."""
+    """Return the figures on the test prompts, which are decoded once and stored."""
     file, more, wanted = folder / "eval.json", folder / "arm.json", run.recipe.eval
     if file.exists() and more.exists():
         return Tested(read_result(file), **json.loads(more.read_text(encoding="utf-8")))
@@ -174,7 +174,7 @@ def tested(folder: Path, kind: str, run: DrafterRun, rate: float) -> Tested:
         wanted, num_prompts=None, speed_prompts=0, temperatures=[0.0, 1.0], also=also, batch_size=TOGETHER
     )
     result = evaluate({kind: run.folder.drafter, "start": run.folder.start}, run.target, prompts, settings)
-    # Bytes are those of one sequence decoded alone; a round's depend on its draft length, hardly on which text it is.
+    # Bytes are those of one sequence decoded alone. A round's bytes depend on its draft length, hardly on the text.
     alone = replace(settings, batch_size=1, temperatures=[0.0])
     (part,) = evaluate({kind: run.folder.drafter}, run.target, validation[:2], alone).temperatures
     mbsu = {arm: figures.mbsu * figures.target_calls_per_token for arm, figures in part.drafters.items()}
@@ -210,7 +210,7 @@ def table(results: dict[str, Tested]) -> str:
 
 
 def order(results: dict[str, Tested]) -> str:
-    """Return the kinds from the best chain to the worst, each less the next one on the same prompts."""
+    """Return the kinds from the best chain to the worst, each with its difference to the one above on the same prompts."""
     lines = []
     for number, temperature in enumerate((0.0, 1.0)):
         figures = {kind: one.result.temperatures[number].drafters[kind] for kind, one in results.items()}

@@ -1,4 +1,4 @@
-"""How far the loss curve of each layout is from one process without DeepSpeed: `python benchmarks/layouts.py`, from the root."""
+"""Compares the loss curve of each layout with one process without DeepSpeed: `python benchmarks/layouts.py`, from the root."""
 
 import subprocess
 import sys
@@ -33,7 +33,7 @@ def main() -> None:
     ]
     of_two = [(folder / f"two-{number}", layout) for number, layout in enumerate(layouts)]
     in_processes(of_two)
-    print("| optimizer | records a device | ZeRO | one process | two processes |\n|---|---|---|---|---|")
+    print("| optimizer | records per device | ZeRO | one process | two processes |\n|---|---|---|---|---|")
     for number, layout in enumerate(layouts):
         reference = plain[layout["optimizer"]]
         one = distance(run(folder / f"one-{number}", **layout), reference)
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def distance(losses: list[float], reference: list[float]) -> float:
-    """Return the largest difference at any step."""
+    """Return the largest difference of a step's loss."""
     return max(abs(a - b) for a, b in zip(losses, reference, strict=True))
 
 

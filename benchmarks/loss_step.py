@@ -1,4 +1,4 @@
-"""Training steps of EAGLE-3 before and after a change: two checkouts in two processes, a turn of each by turns.
+"""Compares training steps of EAGLE-3 before and after a change: two checkouts run in two processes and take turns.
 
     git worktree add ../before 1e0117c
     python benchmarks/loss_step.py ../before
@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 def main() -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("before", type=Path, help="a checkout of the commit to compare with")
+    parser.add_argument("before", type=Path, help="checkout of the commit to compare with")
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
     arguments = parser.parse_args()
@@ -42,7 +42,7 @@ def main() -> None:
             found = measured(arguments.before, case, stored=stored, pairs=arguments.pairs)
             print(row(case, stored, found), flush=True)
             shares.append((case, stored, found))
-    print("\nCPU milliseconds of a step, before -> after:\n")
+    print("\nCPU milliseconds per step, before -> after:\n")
     print(
         "| case | target | reading the target | drafter | loss | backward | optimizer |\n|---|---|---|---|---|---|---|"
     )
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def measured(before: Path, case: str, *, stored: bool, pairs: int) -> list[list[dict[str, Any]]]:
-    """Return the turns of both sides; the first pair, which warms up, is left out of the times but not of the losses."""
+    """Return the turns of both sides. Times leave out the first pair, which warms up; losses include it."""
     sides = [_start(folder, case, stored) for folder in (before, HERE.parent)]
     turns: list[list[dict[str, Any]]] = [[], []]
     for pair in range(pairs + 1):

@@ -1,6 +1,6 @@
-"""One side of loss_step.py: whole training steps of EAGLE-3, with whichever drafttrain is on PYTHONPATH.
+"""Runs one side of loss_step.py: whole training steps of EAGLE-3, with the drafttrain that is on PYTHONPATH.
 
-Prints a line of JSON for each line on standard input: seconds of a turn, by part of the step, and the losses.
+For each line on standard input it prints a line of JSON: the seconds of a turn, also by part of the step, and the losses.
 """
 
 import argparse
@@ -32,7 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "smol_8192": {"of_kind": {"draft_vocab_size": 8192}, "records": 2, "length": 256, "prompt": 48},
     "smol_whole": {"of_kind": {}, "records": 2, "length": 256, "prompt": 48},
 }
-"""Settings of the drafter, records of a step, their tokens, and how many of these are no labels."""
+"""Settings of the drafter, records per step, tokens per record, and how many of them are not labels."""
 
 SMOL = {
     "vocab_size": 49_152,
@@ -51,7 +51,7 @@ class Random(Target):
 
     @property
     def num_tokens(self) -> int:
-        """All ids of its head."""
+        """Number of ids of its head."""
         return self.vocab_size
 
 
@@ -67,12 +67,12 @@ def target_of(case: str) -> Target:
 
 
 def main() -> None:
-    """Take a turn of steps for each line that is read."""
+    """Run a turn of steps for each line that is read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", choices=CASES)
-    parser.add_argument("--steps", type=int, default=1, help="steps a turn")
+    parser.add_argument("--steps", type=int, default=1, help="steps per turn")
     parser.add_argument(
-        "--stored", action="store_true", help="the target's states are stored (data.cache): it is not run"
+        "--stored", action="store_true", help="read the target's states from a store (data.cache) instead of running it"
     )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 class Step:
-    """Optimizer steps of one drafter, each on other texts."""
+    """Optimizer steps of one drafter, each on different texts."""
 
     def __init__(self, case: str, *, stored: bool) -> None:
         self.shape = CASES[case]
@@ -122,7 +122,7 @@ class Step:
         return self.target.read(batch.tokens_BT, batch.positions_BT, needs)
 
     def __call__(self, parts: dict[str, float]) -> float:
-        """Take a step, add the CPU seconds of its parts up, and return its loss."""
+        """Take a step, add its CPU seconds to `parts`, and return its loss."""
         batch = self._batch()
         marks = [time.process_time()]
         seen = self.seen or self._read(batch)

@@ -1,17 +1,17 @@
-"""A stream of which a part is nonsense: what is promoted from it, and what an unguarded learner makes of it, on clean traffic.
+"""Measures, on clean traffic, what is promoted from a stream that is partly nonsense, and what an unguarded learner learns from it.
 
     python benchmarks/online_poison.py runs/poison [--kinds random shuffled ...] [--losses ce forward_kl] [--share 0.3]
 
-Clean requests are the assertions of the shipped log. A part of the stream is exchanged for the same prompts with answers that the target
-did not write to them; the learner and its gate see this one stream, and nothing else. Block efficiency is by greedy replay on clean
-requests that are in no stream. Each stream is a run of its own; what is done already is taken up when the command is given again.
+Clean requests are the assertions of the shipped log. In a part of the stream the answers are replaced by ones that the target did not
+write to these prompts. The learner and its gate see only this stream. Block efficiency is measured by greedy replay on clean requests
+that are in no stream. Each stream has its own run. If the command is run again, finished runs are loaded.
 
-promoted  what the product serves at the end: implausible answers set aside, candidates held against the current drafter
+promoted  the drafter that is served at the end: implausible answers are ignored, candidates are compared with the current drafter
 filtered  the drafter in training of the same run, as it would be served without a gate
-unguarded the control: the learner used by itself on every request of the stream, with neither filter nor gate
+unguarded the control: the learner by itself on every request of the stream, with neither filter nor gate
 
-A second table holds each drafter against the one that learned in the same way from the same stream unpoisoned, and says how well the
-nonsense itself was learned: nats a token that a drafter gives to the forged answers.
+A second table compares each drafter with the one that learned in the same way from the stream without poison. It also shows how well
+the nonsense itself was learned: the negative log-likelihood, in nats per token, that a drafter gives to the forged answers.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from drafttrain.recorder.intake import Served
 from drafttrain.target_model import Target
 
 STREAM, TESTED = 180, 60
-"""Requests of the stream, and clean ones that are tested on."""
+"""Requests of the stream, and clean requests of the test."""
 NUM_DRAFT_TOKENS = 5
 SETTINGS = [
     "online.every_requests=30",
@@ -58,7 +58,7 @@ SETTINGS = [
     "online.restart_after=1000",
     "eval.length={kind: fixed, num_draft_tokens: 5}",
 ]
-"""Learning never starts again, so that the drafter in training is what a run without a gate would serve."""
+"""Learning never restarts, so the drafter in training is the one that a run without a gate would serve."""
 
 LEARNERS = ("promoted", "filtered", "unguarded")
 
@@ -93,9 +93,9 @@ FORGED: dict[str, Forge] = {
     "swapped": swapped,
     "stuck": stuck,
 }
-"""Random ids; one token again and again; the answer's tokens in another order; the answer to another prompt; one answer to all prompts."""
+"""Random ids; one token repeated; the answer's tokens in another order; the answer to another prompt; one answer to all prompts."""
 KINDS = [*FORGED, "other_model", "mixed"]
-"""other_model: drawn by the drafter at temperature 1; mixed: each of the others in turn."""
+"""other_model: sampled from the drafter at temperature 1; mixed: each of the others in turn."""
 
 
 def main() -> None:
@@ -107,12 +107,12 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print("| nonsense | set aside | surprise: least | median | most |\n|---|---|---|---|---|")
+    print("| nonsense | implausible | surprise: least | median | most |\n|---|---|---|---|---|")
     print(
-        "\n".join(set_aside(arguments.out, ["none", *(kind for kind in KINDS if kind != "mixed")], arguments.share)),
+        "\n".join(filter_rows(arguments.out, ["none", *(kind for kind in KINDS if kind != "mixed")], arguments.share)),
         "\n",
     )
-    print(f"| loss | nonsense | set aside | published | {' | '.join(LEARNERS)} |\n|---|---|---|---|---|---|---|")
+    print(f"| loss | nonsense | implausible | published | {' | '.join(LEARNERS)} |\n|---|---|---|---|---|---|---|")
     results = {}
     for loss in arguments.losses:
         for kind in arguments.kinds:
@@ -125,13 +125,13 @@ def main() -> None:
         if kind != "none" and (loss, "none") in results:
             print(cost_row(loss, kind, found, results[loss, "none"]))
     print(
-        f"\nblock efficiency on {TESTED} clean requests: value, and difference to the drafter that the run started with, paired over "
+        f"\nblock efficiency on {TESTED} clean requests: value, and difference from the drafter that the run started with, paired over "
         f"requests; {STREAM} requests, {arguments.share:.0%} of them nonsense; {datetime.date.today()}, commit {commit()}, {processor()}"
     )
 
 
 def learned(out: Path, kind: str, loss: str, share: float) -> dict[str, Any]:
-    """Learn from a stream with the guards and without them, once, and return what came of it on clean requests."""
+    """Learn once from a stream, with the guards and without them; return the results on clean requests."""
     done = out / "learned.json"
     if done.exists():
         found: dict[str, Any] = json.loads(done.read_text())
@@ -168,7 +168,7 @@ def learned(out: Path, kind: str, loss: str, share: float) -> dict[str, Any]:
 
 
 def unguarded(run: DrafterRun, requests: Sequence[Served]) -> Drafter:
-    """Return the start drafter after the same steps on all requests, whoever wrote the answers; nothing is held out."""
+    """Return the start drafter after the same steps on all requests, forged or not; nothing is held out."""
     recipe = run.recipe
     online = recipe.online
     learner = Learner(
@@ -190,18 +190,18 @@ def unguarded(run: DrafterRun, requests: Sequence[Served]) -> Drafter:
 
 @torch.no_grad()
 def nats(target: Target, drafter: Drafter, records: Sequence[Record]) -> float | None:
-    """Return what a token of these answers costs a drafter, in nats; None: there are none."""
+    """Return a drafter's negative log-likelihood of these answers in nats per token, or None if there are none."""
     costs = []
     for record in records:
         tokens = torch.tensor([record.tokens])
         log_p_TV = drafter.model(tokens).logits[0, :-1, : target.num_tokens].double().log_softmax(-1)
-        said_T = log_p_TV.gather(1, tokens[0, 1:, None])[:, 0]
-        costs.append(-said_T[torch.tensor(record.loss_mask[1:])])
+        label_log_p_T = log_p_TV.gather(1, tokens[0, 1:, None])[:, 0]
+        costs.append(-label_log_p_T[torch.tensor(record.loss_mask[1:])])
     return float(torch.cat(costs).mean()) if costs else None
 
 
-def set_aside(out: Path, kinds: Sequence[str], share: float) -> list[str]:
-    """Return the rows of what the filter makes of each kind: this needs no learning."""
+def filter_rows(out: Path, kinds: Sequence[str], share: float) -> list[str]:
+    """Return a row per kind: how many answers the filter finds implausible. This needs no learning."""
     recipe = load_recipe("online", [*SETTINGS, f"data.sources.0.path={out / 'logs'}"])
     run = DrafterRun(recipe, out / "filter", quiet=True)
     lines, rows = shipped("assertions")[:STREAM], []
@@ -209,16 +209,16 @@ def set_aside(out: Path, kinds: Sequence[str], share: float) -> list[str]:
         stream, forged = poisoned(run.target, run, lines, kind, share)
         chosen = sorted(forged) or range(len(stream))
         found = sorted(surprise(run.target, [record_of(stream[number]) for number in chosen]))
-        aside = sum(value > recipe.online.implausible for value in found)
+        implausible = sum(value > recipe.online.implausible for value in found)
         middle, end = found[len(found) // 2], found[-1]
-        rows.append(f"| {kind} | {aside} of {len(found)} | {found[0]:.1f} | {middle:.1f} | {end:.1f} |")
+        rows.append(f"| {kind} | {implausible} of {len(found)} | {found[0]:.1f} | {middle:.1f} | {end:.1f} |")
     return rows
 
 
 def poisoned(
     target: Target, run: DrafterRun, lines: Sequence[dict[str, Any]], kind: str, share: float
 ) -> tuple[list[dict[str, Any]], set[int]]:
-    """Return the stream, lines in their order, a part of them with forged answers; and which."""
+    """Return the stream with its lines in order, a part of them with forged answers, and the numbers of those lines."""
     draws = random.Random(kind)
     forged = set(draws.sample(range(len(lines)), round(share * len(lines)))) if kind != "none" else set()
     answers = [ids_of(line)[1] for line in lines]
@@ -239,7 +239,7 @@ def poisoned(
 
 
 def drawn(run: DrafterRun, target: Target, prompt: list[int], count: int, number: int) -> list[list[int]]:
-    """Return what the drafter writes by itself at temperature 1."""
+    """Return a text that the drafter alone samples at temperature 1."""
     model = run.drafter.model
     torch.manual_seed(number)
     tokens = model.generate(
@@ -249,13 +249,13 @@ def drawn(run: DrafterRun, target: Target, prompt: list[int], count: int, number
 
 
 def ids_of(line: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """Return the prompt's and the answer's ids of a line."""
+    """Return the ids of a line's prompt and answer."""
     choice = line["response"]["choices"][0]
     return choice["prompt_token_ids"], choice["token_ids"]
 
 
 def with_answer(target: Target, line: dict[str, Any], answer: list[int]) -> dict[str, Any]:
-    """Return a line with another answer, its text and ids of one mind."""
+    """Return a line with another answer, whose text and ids agree."""
     choice = line["response"]["choices"][0]
     text = target.tokenizer.decode(answer, skip_special_tokens=True)
     choice = choice | {"token_ids": answer, "text": text, "finish_reason": "length"}
@@ -297,7 +297,7 @@ def counts_of(found: dict[str, Any], which: str) -> tuple[tuple[float, ...], tup
 
 
 def difference(ours: tuple[tuple[float, ...], ...], theirs: tuple[tuple[float, ...], ...]) -> str:
-    """Return by how much one block efficiency is above another, paired."""
+    """Return the paired difference of two block efficiencies."""
     return str(ratio_difference(ours, theirs))
 
 

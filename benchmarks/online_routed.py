@@ -1,11 +1,11 @@
-"""Two routed drafters against one shared one of the same size, on a stream in which two kinds of traffic alternate.
+"""Compares two routed drafters with one shared drafter of the same size, on a stream in which two kinds of traffic alternate.
 
     python benchmarks/online_routed.py OUT
 
 The stream is the shipped log (assertions, tables), one request of each kind in turn, with the target's 20 best log-probabilities.
-Every arm is a run of the online loop over all of it, without the gate: what was learned is exported and compared. Rates are chosen by block
-efficiency of greedy replay on validation requests, one rate an arm; the test requests are read once, at the end.
-What is done already is taken up when the command is given again.
+Every arm is a run of the online loop over the whole stream, without the gate. The learned drafters are exported and compared. The
+learning rate of each arm is chosen by block efficiency of greedy replay on validation requests. The test requests are read once, at the
+end. If the command is run again, finished parts are loaded.
 """
 
 import argparse
@@ -77,21 +77,21 @@ ARMS = {
     "half the batch": Arm("tag", EVERY // 2, 8),
     "twice the tokens": Arm("tag", EVERY // 2, 16),
 }
-"""What the three routed arms are called says how a route differs from the shared drafter; the first two spend as many tokens as it."""
+"""A routed arm is named by how a route differs from the shared drafter. The first two use as many tokens as the shared one."""
 SIZES = {"two layers": None, "one layer": 64}
-"""builtin:drafter as it is, or its first layer with so many feed-forward neurons."""
+"""builtin:drafter as it is, or its first layer with this many feed-forward neurons."""
 BUDGETS = {"one layer": [4, 24], "two layers": [4]}
-"""Optimizer steps an update, by size."""
+"""Optimizer steps per update, by size."""
 Counts = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training."""
+    """One training run."""
 
     size: str
     steps: int
-    """An update."""
+    """Per update."""
     arm: str
     rate: float
     seed: int = 0
@@ -130,17 +130,17 @@ class Bench:
                 self._write_start(size)
 
     def _write_stream(self) -> None:
-        """Write the shipped log with its kinds in turn, and what the target says of every token."""
+        """Write the shipped log, its kinds in turn, with the target's log-probabilities of every token."""
         (self.out / "logs").mkdir(exist_ok=True)
         lines = [line for pair in zip(*(shipped(kind) for kind in KINDS), strict=True) for line in pair]
         with (self.out / "logs" / "stream.jsonl").open("w", encoding="utf-8") as file:
             for line in lines:
                 (choice,) = line["response"]["choices"]
                 prompt, answer = choice["prompt_token_ids"], choice["token_ids"]
-                choice["logprobs"] = {"content": self._law(prompt, answer)}
+                choice["logprobs"] = {"content": self._log_probabilities(prompt, answer)}
                 file.write(json.dumps(line) + "\n")
 
-    def _law(self, prompt: list[int], answer: list[int]) -> list[dict[str, object]]:
+    def _log_probabilities(self, prompt: list[int], answer: list[int]) -> list[dict[str, object]]:
         record = Record("", [*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
         batch, _ = pack([record], width=len(record.tokens), weight_of_step=1.0)
         with torch.no_grad():
@@ -174,7 +174,7 @@ class Bench:
         write_json(self.out / "held_out.json", sides)
 
     def start(self, size: str) -> Path:
-        """Return the folder of the drafter that everything of this size starts with."""
+        """Return the folder of the drafter that all arms of this size start with."""
         return self.out / "start" / size.replace(" ", "_")
 
     def _write_start(self, size: str) -> None:
@@ -185,7 +185,7 @@ class Bench:
         self.export(drafter, self.start(size))
 
     def export(self, drafter: CausalLMDrafter, folder: Path) -> None:
-        """Write a drafter as serving stacks load it."""
+        """Write a drafter in the form that serving stacks load."""
         weights = folder.with_name(folder.name + ".weights")
         drafter.save(weights)
         target = self.target
@@ -194,7 +194,7 @@ class Bench:
         shutil.rmtree(weights)
 
     def learned(self, cell: Cell) -> dict[str, Path]:
-        """Return the exported drafters of an arm by route, trained if they are not there yet."""
+        """Return the exported drafters of an arm by route; train them first if they do not exist."""
         folder = self.out / "cells" / cell.name
         if not (folder / "done.json").exists():
             shutil.rmtree(folder, ignore_errors=True)
@@ -217,7 +217,7 @@ class Bench:
             every_requests=arm.every,
             steps=cell.steps,
             held_out=0.25,
-            # More than there are: no candidate, no test for drift.
+            # More than there are requests: no candidate, no test for drift.
             window=4096,
             min_held_out=4096,
             implausible=None,
@@ -239,7 +239,7 @@ class Bench:
         return OnlineRun(setup, intake, folder, start=self.start(cell.size))
 
     def counts(self, folder: Path, records: Sequence[Record]) -> Counts:
-        """Return tokens and rounds of each request with the drafter of a folder."""
+        """Return tokens and rounds of each request with the drafter in a folder."""
         drafter = read_drafter(folder, self.target)
         return request_counts(self.target, drafter, records, Sampling(), num_draft_tokens=K)
 
@@ -255,7 +255,7 @@ class Bench:
         return float(json.loads(file.read_text(encoding="utf-8"))["block_efficiency"])
 
     def best_rate(self, size: str, steps: int, arm: str, rates: Sequence[float]) -> float:
-        """Return the best rate of the grid; where it is at an end, the grid goes on there."""
+        """Return the best rate of the grid; if it is at an end, the grid is extended there."""
         found = {rate: self.validated(Cell(size, steps, arm, rate)) for rate in rates}
         while len(found) < len(rates) + 2:
             best = max(found, key=lambda rate: found[rate])
@@ -266,7 +266,7 @@ class Bench:
         return max(found, key=lambda rate: found[rate])
 
     def classifier(self, examples: int) -> Router:
-        """Return the small text classifier after the first requests of the stream."""
+        """Return the small text classifier, trained on the first requests of the stream."""
         router = Router(RouterSettings(kind="classifier", routes=list(KINDS)))
         with (self.out / "logs" / "stream.jsonl").open(encoding="utf-8") as file:
             for text in itertools.islice(file, examples):
@@ -303,9 +303,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 9e-3])
-    parser.add_argument("--steps", type=int, nargs="+", default=[4, 24], help="budgets that are looked at")
+    parser.add_argument("--steps", type=int, nargs="+", default=[4, 24], help="optimizer steps per update to try")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0], help="of the batches; rates are chosen with seed 0"
+        "--seeds", type=int, nargs="+", default=[0], help="seeds of the batches; rates are chosen with seed 0"
     )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -319,14 +319,14 @@ def main() -> None:
         rates = {arm: bench.best_rate(size, steps, arm, arguments.rates) for arm in ARMS}
         for seed in arguments.seeds:
             cells = {arm: Cell(size, steps, arm, rates[arm], seed) for arm in ARMS}
-            print(f"\n{size}, {steps} steps an update, seed {seed}\n\n{table(bench, cells, router)}", flush=True)
+            print(f"\n{size}, {steps} steps per update, seed {seed}\n\n{table(bench, cells, router)}", flush=True)
     print(f"\n{len(bench.test)} test requests, {datetime.date.today()}, commit {commit()}, {processor()}")
 
 
 def accuracy(router: Router, records: Sequence[Record]) -> str:
-    """Return how many requests the classifier routes as they are tagged."""
+    """Return how many requests the classifier routes by their tag."""
     right = sum(router.route_of_prompt(prompt_of(one)) == one.domain for one in records)
-    return f"classifier after {router.examples} tagged requests: {right} of {len(records)} held-out ones are routed as they are tagged"
+    return f"classifier after {router.examples} tagged requests: {right} of {len(records)} held-out ones are routed by their tag"
 
 
 def prompt_of(record: Record) -> list[int]:
@@ -335,13 +335,13 @@ def prompt_of(record: Record) -> list[int]:
 
 
 HEADER = (
-    "| arm | rate | updates, all | trained tokens, all | block efficiency | less shared, paired | assertions | less shared | tables "
-    "| less shared | by the classifier | on the other route |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
+    "| arm | rate | updates, all | trained tokens, all | block efficiency | minus shared, paired | assertions | minus shared | tables "
+    "| minus shared | by the classifier | on the other route |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
 def table(bench: Bench, cells: dict[str, Cell], router: Router) -> str:
-    """Return block efficiency of the arms on the test requests, each less the shared drafter on the same ones."""
+    """Return block efficiency of the arms on the test requests, and the difference from the shared drafter on the same ones."""
     test = bench.test
     tags = [one.domain for one in test]
     classified = [router.route_of_prompt(prompt_of(one)) for one in test]
@@ -366,7 +366,7 @@ def table(bench: Bench, cells: dict[str, Cell], router: Router) -> str:
 
 
 def figures(counts: Counts, shared: Counts, tags: Sequence[str]) -> str:
-    """Return block efficiency and what it is more than the shared drafter's: of all requests, then by kind."""
+    """Return block efficiency and its difference from the shared drafter's: of all requests, then by kind."""
     cells = [interval(counts), difference(counts, shared)]
     for kind in KINDS:
         own, others = (kept(some, tags, kind) for some in (counts, shared))

@@ -1,9 +1,9 @@
-"""A drafter that follows its traffic: server, recorder and learner are three processes, and the traffic changes in the middle.
+"""Measures a drafter that follows its traffic: three processes serve, record and learn, and the traffic changes in the middle.
 
-`python benchmarks/online_switch.py OUT`, from the root. The server decodes the embedded target with the drafter that `current` names at
-each request; requests are the prompts of the shipped log, one after another at a fixed pace; `drafttrain record` stands before it and
-`drafttrain online` learns beside, of the logs alone. Block efficiency is of the server's own rounds. OUT/requests.csv has every request,
-OUT/memory.csv what the learner held, OUT/online_switch.png the picture.
+Run `python benchmarks/online_switch.py OUT` from the root. The server decodes the embedded target with the drafter that `current` names
+at each request. Requests are the prompts of the shipped log, one after another at a fixed pace. `drafttrain record` is the proxy in
+front of the server, and `drafttrain online run` learns from the logs alone. Block efficiency is counted from the server's own rounds.
+OUT/requests.csv has every request, OUT/memory.csv the learner's memory and disk, OUT/online_switch.png the picture.
 """
 
 import argparse
@@ -34,9 +34,9 @@ from recorder import started
 
 MAX_TOKENS = 48
 COMPARED = 48
-"""Last requests of each kind that versions are compared on."""
+"""Number of last requests of each kind on which versions are compared."""
 WINDOW = 24
-"""Requests that a point of the picture is over."""
+"""Number of requests in a point of the picture."""
 Counts = list[tuple[int, int]]
 
 
@@ -44,10 +44,10 @@ def main() -> None:
     """Serve, learn, print the table, draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--requests", type=int, default=240, help="of each kind")
-    parser.add_argument("--seconds", type=float, default=2.0, help="between two requests")
+    parser.add_argument("--requests", type=int, default=240, help="requests of each kind")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds between two requests")
     parser.add_argument(
-        "--stop-after", type=int, default=320, help="requests after which the learner is stopped and started again"
+        "--stop-after", type=int, default=320, help="stop and restart the learner after this many requests"
     )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -55,7 +55,7 @@ def main() -> None:
     kinds = [shipped(kind)[: arguments.requests] for kind in ("assertions", "tables")]
     prompts = [line["request"]["prompt"] for lines in kinds for line in lines]
     server = TargetServer(target, arguments.out / "online" / "drafters")
-    said = asyncio.run(serve(server, prompts, arguments))
+    texts = asyncio.run(serve(server, prompts, arguments))
     answered = server.answered
     with (arguments.out / "requests.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -65,15 +65,15 @@ def main() -> None:
     own = own_texts(target, [one.generation for one in answered])
     equal = sum(
         list(map(int, one.generation.tokens)) == ids and text == target.tokenizer.decode(ids, skip_special_tokens=True)
-        for one, ids, text in zip(answered, own, said, strict=True)
+        for one, ids, text in zip(answered, own, texts, strict=True)
     )
     report(arguments, server, equal=equal)
     draw(arguments.out / "online_switch.png", answered, switch=arguments.requests)
 
 
 async def serve(server: TargetServer, prompts: list[str], arguments: argparse.Namespace) -> list[str]:
-    """Serve the prompts through the recorder while the learner learns; return what the client read."""
-    out, said = arguments.out, []
+    """Serve the prompts through the recorder while the learner learns; return the texts that the client read."""
+    out, texts = arguments.out, []
     (out / "logs").mkdir(parents=True)
     learner = Learner(out)
     async with served(server.app()) as upstream, aiohttp.ClientSession() as session:
@@ -83,7 +83,7 @@ async def serve(server: TargetServer, prompts: list[str], arguments: argparse.Na
             await asyncio.sleep(0.2)
         for number, prompt in enumerate(prompts):
             due = time.monotonic() + arguments.seconds
-            said.append(await ask(session, address, prompt, stream=number % 2 == 1, max_tokens=MAX_TOKENS))
+            texts.append(await ask(session, address, prompt, stream=number % 2 == 1, max_tokens=MAX_TOKENS))
             if number + 1 == arguments.stop_after:
                 await asyncio.to_thread(learner.stop)
                 learner.start()
@@ -92,17 +92,17 @@ async def serve(server: TargetServer, prompts: list[str], arguments: argparse.Na
             await asyncio.sleep(max(0.0, due - time.monotonic()))
         async with session.get(address + "/_recorder") as answer:
             print(f"recorder: {await answer.text()}", file=sys.stderr)
-        # What the learner does with the last requests changes none of them.
+        # Whatever the learner does after the last request changes no answer.
         learner.look(len(prompts))
         await asyncio.to_thread(learner.stop)
         recorder.terminate()
         recorder.wait()
     learner.memory.close()
-    return said
+    return texts
 
 
 class Learner:
-    """`drafttrain online`, and what it holds."""
+    """The process of `drafttrain online run`, and its memory and disk."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -112,21 +112,21 @@ class Learner:
         self.start()
 
     def start(self) -> None:
-        """Start it, or go on."""
+        """Start the learner, or resume it."""
         words = ["online", "run", "online", f"data.sources.0.path={self.out / 'logs'}", "--runs", str(self.out)]
         with (self.out / "learner.log").open("a") as log:
             command = [sys.executable, "-m", "drafttrain", *words]
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
     def stop(self) -> None:
-        """Tell it to stop, as a system does."""
+        """Stop the learner by SIGTERM, as a system does."""
         began = time.monotonic()
         self.process.send_signal(signal.SIGTERM)
         code = self.process.wait()
         print(f"learner: exit code {code}, {time.monotonic() - began:.1f} s after SIGTERM", file=sys.stderr)
 
     def look(self, request: int) -> None:
-        """Write down its memory and its folder."""
+        """Write a row with its memory and the size of its folder."""
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         files = [path for path in (self.out / "online").rglob("*") if path.is_file()]
         sizes = {path: path.stat().st_size for path in files if path.exists()}
@@ -138,7 +138,7 @@ class Learner:
 
 
 def report(arguments: argparse.Namespace, server: TargetServer, *, equal: int) -> None:
-    """Print what the requests say."""
+    """Print the table and the comparisons."""
     answered, half = server.answered, arguments.requests
     before, after = answered[:half], answered[half:]
     at_switch = after[0].version
@@ -170,7 +170,7 @@ def report(arguments: argparse.Namespace, server: TargetServer, *, equal: int) -
 
 
 def spells(answered: list[Answered], half: int) -> list[tuple[int, int, str]]:
-    """Return (start, stop, version) of the stretches that one version served of one kind."""
+    """Return (start, stop, version) of each stretch in which one version served one kind."""
     starts = [i for i, one in enumerate(answered) if i in (0, half) or one.version != answered[i - 1].version]
     return [(a, b, answered[a].version) for a, b in zip(starts, [*starts[1:], len(answered)], strict=True)]
 

@@ -1,10 +1,10 @@
-"""What the recorder adds to a token: 50 streams of a paced server, 20 ms a token, with and without the recorder before it.
+"""Measures the latency per token that the recorder adds: 50 streams of a paced server, 20 ms per token.
 
-Server, recorder and clients are three processes. The server writes into every event when it was sent; what a client reads off its
-clock when the event is there, less that, is the time of a token. Rounds go to the server, to it once more, through a relay that passes
-bytes on and does nothing else, and through the recorder, in an order drawn for each turn. The second round to the server says what is
-noise, the relay what any process in between costs here. What is added is the difference of the percentiles of all tokens; its
-interval is that of the mean, over turns, of the same difference within a turn; the last rows are medians over turns.
+Server, recorder and clients are three processes. The server writes the time of sending into every event. The latency of a token is the
+client's time of arrival minus that time. In each turn there are four rounds, in random order: to the server, to the server again,
+through a relay that only passes bytes on, and through the recorder. The second round to the server shows the noise. The relay shows the
+cost of any process in between. The added latency is the difference of the percentiles of all tokens. Its interval is that of the mean,
+over turns, of the same difference within a turn. The last rows are medians over turns.
 """
 
 import argparse
@@ -31,16 +31,19 @@ WAYS = ["direct", "direct again", "relay", "recorder"]
 
 
 def main() -> None:
-    """Measure and print the table, or be the server."""
+    """Measure and print the table, or run as the server or the relay."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--serve", action="store_true", help="be the paced server")
-    parser.add_argument("--relay", metavar="PORT", type=int, help="be the relay before this port")
+    parser.add_argument("--serve", action="store_true", help="run as the paced server")
+    parser.add_argument("--relay", metavar="PORT", type=int, help="run as the relay in front of this port")
     parser.add_argument("--streams", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=100)
     parser.add_argument("--milliseconds", type=float, default=20.0)
-    parser.add_argument("--turns", type=int, default=20, help="rounds of each kind")
+    parser.add_argument("--turns", type=int, default=20, help="number of turns, each with a round of each kind")
     parser.add_argument(
-        "--logprobs", type=int, default=0, help="the recorder asks for so many, and takes them out again"
+        "--logprobs",
+        type=int,
+        default=0,
+        help="number of log-probabilities that the recorder requests and removes from the answers",
     )
     arguments = parser.parse_args()
     if arguments.serve:
@@ -52,7 +55,7 @@ def main() -> None:
 
 
 async def serve(pause: float) -> None:
-    """Be a server that writes a token every `pause` seconds to each of its streams."""
+    """Serve; write a token every `pause` seconds to each stream."""
 
     async def answer(request: web.Request) -> web.StreamResponse:
         asked = await request.json()
@@ -88,7 +91,7 @@ async def serve(pause: float) -> None:
 
 
 async def relay(port: int) -> None:
-    """Be a process that passes bytes on in both directions."""
+    """Pass bytes on in both directions."""
 
     async def passed(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError):
@@ -133,7 +136,7 @@ async def measure(arguments: argparse.Namespace) -> None:
 
 
 def started(command: list[str]) -> tuple[subprocess.Popen, str]:  # type: ignore[type-arg]
-    """Start a process and return it with the address that it says it listens on."""
+    """Start a process; return it with the address it listens on, read from its first line."""
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     line = process.stderr.readline()
@@ -166,7 +169,7 @@ async def a_round(session: aiohttp.ClientSession, address: str, arguments: argpa
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return the processor time that a process has used."""
+    """Return the processor seconds that a process has used."""
     with open(f"/proc/{pid}/stat", encoding="ascii") as file:
         fields = file.read().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -177,11 +180,11 @@ def report(arguments: argparse.Namespace, milliseconds: dict, busy: float, statu
     by_way = {name: np.stack(rounds) for name, rounds in milliseconds.items()}
     direct = by_way[WAYS[0]]
     print(
-        f"{arguments.streams} streams, {arguments.milliseconds:g} ms a token, {arguments.tokens} tokens a stream, {len(direct)} rounds each; "
+        f"{arguments.streams} streams, {arguments.milliseconds:g} ms per token, {arguments.tokens} tokens per stream, {len(direct)} rounds each; "
         f"{os.cpu_count()} cores of {processor()}, load {os.getloadavg()[1]:.1f}; {datetime.date.today()}, commit {commit()}\n"
     )
     compared = [*((name, "direct") for name in WAYS[1:]), ("recorder", "relay")]
-    print(f"| ms a token | direct | {' | '.join(f'{one} - {other}' for one, other in compared)} |")
+    print(f"| ms per token | direct | {' | '.join(f'{one} - {other}' for one, other in compared)} |")
     print("|---|---|" + "---|" * len(compared))
     for percent in (50, 90, 99):
         of_all = {name: np.percentile(rounds, percent) for name, rounds in by_way.items()}
@@ -193,13 +196,13 @@ def report(arguments: argparse.Namespace, milliseconds: dict, busy: float, statu
         cells = [ratio_difference((of_round[one], ones), (of_round[other], ones)).text() for one, other in compared]
         print(f"| p{percent} of a round, mean | {of_round[WAYS[0]].mean():.2f} | {' | '.join(cells)} |")
     for percent in (50, 99):
-        # A machine that others use stalls a round now and then, by more than anything that is measured here.
+        # A shared machine sometimes stalls a round for longer than any latency that is measured here.
         of_round = {name: np.percentile(rounds, percent, axis=1) for name, rounds in by_way.items()}
         cells = [f"{np.median(of_round[one] - of_round[other]):.2f}" for one, other in compared]
         print(f"| p{percent} of a round, median | {np.median(of_round[WAYS[0]]):.2f} | {' | '.join(cells)} |")
     tokens = by_way["recorder"].size
     print(
-        f"\nThe recorder used {1e6 * busy / tokens:.0f} µs of processor time a token; {status['written']} records written, "
+        f"\nThe recorder used {1e6 * busy / tokens:.0f} µs of processor time per token; {status['written']} records written, "
         f"dropped: {status['dropped'] or 0}."
     )
 

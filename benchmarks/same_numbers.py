@@ -1,17 +1,17 @@
-"""Do two checkouts of this project give the same numbers? For a change of the code that must change none.
+"""Tests whether two checkouts of this project give the same numbers, for a change of the code that must change none.
 
 Each recipe is fitted with `--smoke` and exported in both checkouts, one process after the other, in work folders with the same
-relative paths. Then everything that is no time, speed or provenance is compared exactly: rows of metrics, records and stored arrays,
-tensors, evaluations, printed tables, exported formats and the other JSON files. A file that lies elsewhere with the same content has
-moved and is equal. Checkpoints (.ckpt, .pt), recipe.yaml, reports and cards are not read. The outputs of BEFORE are kept in the work
+relative paths. Then everything except times, speeds and provenance is compared exactly: rows of metrics, records and stored arrays,
+tensors, evaluations, printed tables, exported formats and the other JSON files. A file with the same content at another path has moved
+and counts as equal. Checkpoints (.ckpt, .pt), recipe.yaml, reports and cards are not read. The outputs of BEFORE are stored in the work
 folder under its commit, unless its files are changed. The exit code is 1 if anything differs.
 
     git worktree add ../before 1e0117c
     python benchmarks/same_numbers.py ../before . --work /tmp/same_numbers
     python benchmarks/same_numbers.py ../before . --work /tmp/same_numbers --control
 
-With `--control` the script must find a difference: AFTER is compared with copies of itself in each of which one value of
-`tiny_eagle3` is another. The exit code is then 1 if a difference is missed.
+With `--control` the script must find differences: AFTER is compared with copies of itself. In each copy one value of `tiny_eagle3` is
+changed. The exit code is then 1 if a difference is missed.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ RECIPES: dict[str, tuple[list[str], str]] = {
     "eagle3_llama3.1_8b": ([*REAL, "drafter.draft_vocab_size=512"], "vllm speculators sglang"),
     "eagle3_qwen3_8b": ([*REAL, "drafter.draft_vocab_size=512"], "vllm speculators sglang"),
 }
-"""What is overridden in each recipe, and the formats that its drafter is exported to."""
+"""Overrides of each recipe, and the formats to which its drafter is exported."""
 CONTROLS = (("lr: 6e-3", "lr: 6.01e-3", "metrics tensors exports"), ("seed: 0", "seed: 1", "metrics data tensors eval"))
-"""In the recipe tiny_eagle3: a value, another one, and the kinds of things that must then differ."""
+"""In the recipe tiny_eagle3: a value, its replacement, and the kinds of outputs that must then differ."""
 KINDS = ("run", "metrics", "data", "tensors", "eval", "tables", "exports", "json")
 LOOSE = ("metrics", "eval", "json", "tables")
 """Here a key that only one side has is a note (of metrics: that only AFTER has), and so is a JSON file that only AFTER has."""
@@ -60,8 +60,8 @@ LOOSE = ("metrics", "eval", "json", "tables")
 def main() -> None:
     """Run and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("before", type=Path, help="a checkout")
-    parser.add_argument("after", type=Path, help="another one")
+    parser.add_argument("before", type=Path, help="checkout before the change")
+    parser.add_argument("after", type=Path, help="checkout after the change")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES, metavar="RECIPE")
     parser.add_argument("--work", type=Path, default=Path("same_numbers"), help="folder of the outputs")
     parser.add_argument("--control", action="store_true", help="compare AFTER with copies that must differ")
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def control(checkout: Path, work: Path) -> bool:
-    """Change one value at a time in a copy of a checkout; return whether a difference was missed that it must make."""
+    """Change one value at a time in a copy of a checkout; return whether a difference was missed."""
     recipe, missed, copy = "tiny_eagle3", False, work / "planted"
     right = outputs(checkout, recipe, kept(checkout, work))
     for old, new, kinds in CONTROLS:
@@ -87,7 +87,7 @@ def control(checkout: Path, work: Path) -> bool:
             shutil.copytree(checkout / part, copy / part, symlinks=True)
         file = copy / "recipes" / f"{recipe}.yaml"
         text = file.read_text(encoding="utf-8")
-        assert f"{old}\n" in text, f"{file} does not say {old}"
+        assert f"{old}\n" in text, f"{file} does not contain {old}"
         file.write_text(text.replace(f"{old}\n", f"{new}\n"), encoding="utf-8")
         print(f"planted in {recipe}: {old} -> {new}")
         silent = set(kinds.split()) - compared(recipe, right, outputs(copy, recipe, work / "control"))
@@ -97,14 +97,14 @@ def control(checkout: Path, work: Path) -> bool:
 
 
 def kept(checkout: Path, work: Path) -> Path:
-    """Return the folder for the outputs of a checkout: named by its commit, unless its files are changed."""
+    """Return the folder for the outputs of a checkout; its name has the commit, unless its files are changed."""
     words = ["rev-parse --short=12 HEAD", "status --porcelain"]
     git = [subprocess.run(["git", *one.split()], cwd=checkout, capture_output=True, text=True).stdout for one in words]
     return work / (f"before-{git[0].strip()}" if git[0] and not git[1] else "before")
 
 
 def outputs(checkout: Path, recipe: str, side: Path) -> Path:
-    """Fit a recipe in a checkout, and export what it made; return the work folder, which may be of an earlier call."""
+    """Fit a recipe in a checkout and export its drafter; return the work folder, which may be from an earlier call."""
     folder, log = side / recipe, side / recipe / "log.json"
     overrides, formats = RECIPES[recipe]
     commands = [["fit", recipe, "--smoke", *overrides]]
@@ -129,12 +129,12 @@ def outputs(checkout: Path, recipe: str, side: Path) -> Path:
 
 
 def compared(recipe: str, before: Path, after: Path) -> set[str]:
-    """Print a line a kind of thing; return the kinds that differ."""
+    """Print a line per kind of output; return the kinds that differ."""
     sides, wrong = (contents(before, RENAMED, RENAMED_PATHS), contents(after, {}, {})), set()
     for kind in KINDS:
         one, other = ({path: found for (k, path), found in side.items() if k == kind} for side in sides)
         moved = match_moved(one, other)
-        notes: list[str] = []  # on one side only, which is no difference there
+        notes: list[str] = []  # on one side only, which is not a difference for these kinds
         found: list[str] = []
         for path in sorted({*one, *other}):
             loose = kind in LOOSE and path in other and (path in one or kind == "json")

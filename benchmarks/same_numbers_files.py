@@ -1,4 +1,4 @@
-"""What `same_numbers.py` compares: the files of a work folder, read without what no two runs have in common, and their differences."""
+"""Reads the files that `same_numbers.py` compares, without values that differ in every run, and finds their differences."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Names = dict[str, str | None]
 RENAMED: Names = {}
 """Column or key of BEFORE -> its name in AFTER; None: AFTER leaves it out on purpose."""
 RENAMED_PATHS: Names = {}
-"""The same for files and folders, each part of a path by itself."""
+"""The same for files and folders, for each part of a path separately."""
 SUFFIXES = {
     ".safetensors": "tensors",
     ".csv": "metrics",
@@ -37,11 +37,11 @@ SUFFIXES = {
     ".npy": "data",
     ".gguf": "data",
 }
-"""The kind of thing that a file is; files with other endings are not read."""
+"""Kind of output by file ending; files with other endings are not read."""
 
 
 class Absent:
-    """What a name stands for on the side that does not have it."""
+    """The value of a name on the side that does not have it."""
 
     def __str__(self) -> str:
         return "(absent)"
@@ -51,7 +51,7 @@ ABSENT = Absent()
 
 
 def contents(folder: Path, names: Names, paths: Names) -> dict[tuple[str, str], Any]:
-    """Return what is compared of a work folder, by kind and relative path, under its new names."""
+    """Return the contents of a work folder that are compared, by kind and relative path, under their new names."""
     found: dict[tuple[str, str], Any] = {}
     for one in json.loads((folder / "log.json").read_text(encoding="utf-8")):
         words = " ".join(one["command"])
@@ -107,7 +107,7 @@ def tables(stdout: str) -> dict[str, dict[str, str]]:
 
 
 def clean(found: Any, names: Names) -> Any:
-    """Return content without what is ignored, its keys by their new names."""
+    """Return content without the ignored keys, under the new names of the others."""
     if isinstance(found, list):
         return [clean(one, names) for one in found]
     if not isinstance(found, dict):
@@ -137,7 +137,7 @@ def differences(a: Any, b: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
 
 
 def match_moved(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Give files of `one` the path at which `other` has the same content; return what moved."""
+    """Give files of `one` the path at which `other` has the same content; return the moves."""
     new: dict[tuple[str, str], list[str]] = {}
     for path in sorted({*other} - {*one}):
         new.setdefault((Path(path).suffix, _digest(other[path])), []).append(path)

@@ -1,10 +1,11 @@
-"""What a serving engine keeps of a drafter, beside what the embedded evaluator keeps: greedy chains, 32 prompts of 128 tokens.
+"""Compares acceptance in a serving engine with the embedded evaluator: greedy chains, 32 prompts of 128 tokens.
 
-python benchmarks/serving.py runs/tiny_eagle3/drafter runs/tiny_eagle/drafter runs/tiny_medusa/drafter
-python benchmarks/serving.py runs/demo/drafter --format gguf
-python benchmarks/serving.py runs/demo/drafter --format hf --engine transformers
+    python benchmarks/serving.py runs/tiny_eagle3/drafter runs/tiny_eagle/drafter runs/tiny_medusa/drafter
+    python benchmarks/serving.py runs/demo/drafter --format gguf
+    python benchmarks/serving.py runs/demo/drafter --format hf --engine transformers
 
-Writes DRAFTER.FORMAT, asks the engines that read it (drafttrain engines install vllm llama.cpp openvino), and prints the rows of `serving.md`.
+It writes DRAFTER.FORMAT, runs the engines that read it (drafttrain engines install vllm llama.cpp openvino), and prints the rows of
+`serving.md`.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from drafttrain.core.errors import GateError
 
 
 def main() -> None:
-    """Ask, and print a table."""
+    """Run the engines and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("drafters", nargs="+", type=Path)
     parser.add_argument("--target", default="builtin:target")
     parser.add_argument("--format", default="vllm")
-    parser.add_argument("--engine", help="this one alone, of those that read the format")
+    parser.add_argument("--engine", help="run only this engine of those that read the format")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=128)
     arguments = parser.parse_args()
@@ -50,7 +51,7 @@ def row(folder: Path, one: dict) -> str:
     sides = [one["greedy"]["engine"], one["greedy"]["evaluator"]]
     keys = ("num_drafts", "num_draft_tokens", "num_accepted", "accepted_at")
     counts = [" / ".join(dict.fromkeys(str(side[key]) for side in sides)) for key in keys]
-    sampled = ["not asked", "", "", ""]
+    sampled = ["not run", "", "", ""]
     if part := one["sampled"]:
         figures = [f"{part[side]['block_efficiency']:.3f}" for side in ("engine", "evaluator")]
         sampled = [one["draft"], *figures, f"{part['p_value']:.2f}"]

@@ -1,9 +1,10 @@
-"""Writes the serving log that comes with drafttrain: the embedded target's traffic, of which the kind changes in the middle.
+"""Writes the serving log that comes with drafttrain: traffic of the embedded target, whose kind changes in the middle.
 
-python benchmarks/serving_log.py src/drafttrain/builtin/serving_log/log.jsonl
+    python benchmarks/serving_log.py src/drafttrain/builtin/serving_log/log.jsonl
 
-First it is asked to go on with assertions of the standard library's tests, then with tables of its encodings. Neither was in what
-target and drafter were trained on, and each is narrow: there is something to learn that the other does not teach.
+The first prompts ask for continuations of assertions from the standard library's tests, the later ones for continuations of tables from
+its encodings. Target and drafter were trained on neither. Each kind is narrow, so a drafter can learn something from it that the other
+does not teach.
 """
 
 import json
@@ -19,16 +20,16 @@ from drafttrain.data_gen.backends.builtin import continuations
 from drafttrain.target_model import Target, TargetSettings
 
 NUM_REQUESTS = 240
-"""Of each kind."""
+"""Requests of each kind."""
 NUM_USERS = 20
 PROMPT_TOKENS = 32
 NEW_TOKENS = 48
 KINDS = {"assertions": ("test", "test_*.py", "self.assert"), "tables": ("encodings", "*.py", " -> ")}
-"""Folder of the standard library, its files, and what is in the line that a prompt begins with."""
+"""Folder in the standard library, its files, and a string that the first line of a prompt contains."""
 
 
 def prompts(target: Target, kind: str) -> Iterator[Task]:
-    """Yield prompts of a kind, each another text: the first tokens from a line on, files in turn."""
+    """Yield prompts of a kind, all different: the first tokens from a line on, taken from the files in turn."""
     folder, pattern, mark = KINDS[kind]
     draws = random.Random(kind)
     places = []

@@ -1,8 +1,8 @@
-"""A training step of a recipe in two checkouts of this project, in turns: what changes to the code are worth, and that losses stay.
+"""Compares a recipe's training step in two checkouts of this project, in turns: the time of a step, and whether losses stay equal.
 
-Both train the same start on the same texts: of random tokens, as long as the recipe's, the first 48 of each a prompt. The time is
-the processor time of one thread, between ends of optimizer steps, so that what else runs on the machine counts little. The ratio's
-interval is a bootstrap over pairs of turns.
+Both train the same start on the same texts. The texts are random tokens, as long as the recipe's; the first 48 of each are a prompt.
+The time is the processor time of one thread between the ends of optimizer steps, so other work on the machine matters little. The
+ratio's interval is a bootstrap over pairs of turns.
 
     git worktree add /tmp/before 1e0117c
     python benchmarks/step_before.py /tmp/before --recipe tiny_eagle3
@@ -33,10 +33,10 @@ SKIPPED = 2
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("before", type=Path, help="another checkout")
+    parser.add_argument("before", type=Path, help="checkout to compare with")
     parser.add_argument("--recipe", default="tiny_eagle3")
     parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=8, help="steps a turn")
+    parser.add_argument("--steps", type=int, default=8, help="steps per turn")
     parser.add_argument("--turn", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.turn:
@@ -56,7 +56,7 @@ def main() -> None:
     before, after = (statistics.median(column) for column in zip(*seconds, strict=True))
     worst = max(abs(a - b) / abs(b) for a, b in zip(losses["after"], losses["before"], strict=True))
     print(
-        "| recipe | before, s a step | after, s a step | before / after [95 %] | largest difference of a step's loss |"
+        "| recipe | before, s per step | after, s per step | before / after [95 %] | largest difference of a step's loss |"
     )
     print("|---|---|---|---|---|")
     print(
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def ratio(pairs: list[tuple[float, float]]) -> float:
-    """Return the sum of the times before over that after."""
+    """Return the sum of the times before divided by the sum after."""
     return sum(before for before, _ in pairs) / sum(after for _, after in pairs)
 
 
@@ -77,7 +77,7 @@ def interval(pairs: list[tuple[float, float]]) -> tuple[float, float]:
 
 
 def in_checkout(root: Path, arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Return a turn with the code of a checkout."""
+    """Return the result of a turn with the code of a checkout."""
     environment = {**os.environ, "PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, str(root), "--turn"]
     command += ["--recipe", arguments.recipe, "--steps", str(arguments.steps)]
@@ -134,10 +134,10 @@ def turn(name: str, num_steps: int) -> dict[str, list[float]]:
             folder=Path(folder),
         )
         with (Path(folder) / "metrics.csv").open(newline="") as file:
-            told = [float(row["loss"]) for row in csv.DictReader(file) if row.get("loss")]
+            logged = [float(row["loss"]) for row in csv.DictReader(file) if row.get("loss")]
     hook.remove()
     each = [later - earlier for earlier, later in pairwise(ends)]
-    return {"seconds": each[SKIPPED:], "losses": told}
+    return {"seconds": each[SKIPPED:], "losses": logged}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What a step of training a drafter for 8 B models costs, counted at their real sizes with tensors that have no numbers. No GPU is needed.
+"""Counts the cost of a training step for drafters of 8 B models, at real sizes, with tensors that hold no numbers. It needs no GPU.
 
-Memory is what tensors take at once: weights, AdamW's moments, gradients, activations, logits. A GPU's context and what its
-allocator cannot use come on top, some 2 GB. Operations are counted; the time is computed from those that are needed, at a
+Memory is the peak of all tensors together: weights, AdamW's moments, gradients, activations, logits. A GPU's context and the memory
+that its allocator cannot use take some 2 GB more. Operations are counted. The time is computed from the operations needed, at a
 utilization that is assumed and not measured.
 
     python benchmarks/step_cost.py            writes benchmarks/step_cost.md
@@ -29,11 +29,11 @@ from drafttrain.training.step_cost import StepCost, Trained, step_cost
 
 OUT = Path(__file__).with_suffix(".md")
 RECIPES = ("eagle3_llama3.1_8b", "eagle3_qwen3_8b", "medusa_llama3.1_8b", "kangaroo_llama3.1_8b")
-"""A drafter that is a language model reads its files while it is made, so it is not among these."""
+"""A drafter that is a language model reads its files when it is created, so it is not included."""
 PEAK_FLOPS = 989e12
-"""Of an H100 or H200 in bf16, dense."""
+"""Peak of an H100 or H200 in bf16, dense."""
 UTILIZATION = 0.4
-"""Assumed."""
+"""Assumed, not measured."""
 
 HEADS: dict[str, Any] = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -57,12 +57,12 @@ class Sized(Target):
 
     @property
     def num_tokens(self) -> int:
-        """Rows of the head."""
+        """Number of rows of the head."""
         return self.vocab_size
 
 
 def trained(recipe: Recipe) -> Trained:
-    """Return what the recipe trains."""
+    """Return the drafter, loss and target that the recipe trains with."""
     assert recipe.target.model is not None
     config = CONFIGS[recipe.target.model]()
     dtype = getattr(torch, recipe.target.dtype)
@@ -75,7 +75,7 @@ def trained(recipe: Recipe) -> Trained:
 
 
 def cost_of(name: str, *, prompt: int = 0) -> tuple[Recipe, StepCost]:
-    """Return a recipe and what a micro-batch of its full rows costs."""
+    """Return a recipe and the cost of a micro-batch of full rows."""
     recipe = load_recipe(name)
     cost = step_cost(
         lambda: trained(recipe),
@@ -117,20 +117,20 @@ def main() -> None:
         *(
             "target GB",
             "weights and AdamW GB",
-            "kept by the drafter's forward GB",
+            "saved by the drafter's forward GB",
             "peak beyond weights GB",
-            "in all GB",
+            "total GB",
         ),
-        *("needed GFLOP a position", "executed / needed", "s a step", "hours"),
+        *("needed GFLOP per position", "executed / needed", "s per step", "hours"),
     )
     lines = [
         "# What a step of training a drafter for 8 B models costs",
         "",
         f"{datetime.now(UTC):%Y-%m-%d}, commit {commit()}, torch {torch.__version__}, Python {platform.python_version()}.",
-        "Counted with tensors that have no numbers, at the real sizes, every row full and every token",
-        "trained; nothing ran on a GPU.",
-        f"Times are computed: operations needed, on one GPU of {PEAK_FLOPS / 1e12:.0f} TFLOP/s, at a utilization of {UTILIZATION:.0%} that is",
-        "assumed, not measured. Some 2 GB of a GPU's context and allocator come on top of the memory.",
+        "Counted with tensors that hold no numbers, at the real sizes, with every row full and every token",
+        "trained. Nothing ran on a GPU.",
+        f"Times are computed from the operations needed, on one GPU of {PEAK_FLOPS / 1e12:.0f} TFLOP/s, at a utilization of",
+        f"{UTILIZATION:.0%} that is assumed, not measured. The context and allocator of a GPU take some 2 GB more.",
         "",
         f"| {' | '.join(head)} |",
         f"|{'---|' * len(head)}",

@@ -1,8 +1,8 @@
-"""What a step of `fit` costs beyond the arithmetic that it must do: the trainer against a bare PyTorch loop, in turns.
+"""Measures the overhead of a step of `fit` over its arithmetic: the trainer against a bare PyTorch loop, in turns.
 
 Both train the same start on the same batches with the same loss and the same optimizer. The bare loop has its batches ready
-and nothing else around it: no trainer, no packing, no logs, no acceptance rate. A turn is a few steps of one of them; its time
-is read between the calls that ask for the next step's batch.
+and nothing else around it: no trainer, no packing, no logs, no acceptance rate. A turn is a few steps of one of them. Its time
+is measured between the calls that request the next step's batch.
 
     python benchmarks/step_overhead.py runs/demo
 """
@@ -37,10 +37,10 @@ from drafttrain.training.run import train
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run folder; its data are made if they are missing")
+    parser.add_argument("run", type=Path, help="run folder; its data are generated if they are missing")
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--pairs", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=6, help="timed steps a turn")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps per turn")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -1,9 +1,10 @@
-"""A target nobody here trained: stories260K with a drafter of at most 50,000 parameters and at most three minutes of training.
+"""Trains a drafter for a target from elsewhere, stories260K: at most 50,000 parameters and three minutes of training.
 
-Stories that the target opens (24 tokens, temperature 1) are split by number: most for training, 64 for validation, 64 for the
-test. The target writes on from the training openings at the menu of temperatures; the drafter is trained from scratch on that.
+The target generates openings of stories (24 tokens, temperature 1). They are split by number: most for training, 64 for validation,
+64 for the test. The target continues the training openings at the menu of temperatures, and the drafter is trained from scratch on
+these texts.
 
-All kinds on this target: with --stages and nothing after it, then kinds.py --recipe OUT/stories260k.yaml.
+To compare all kinds on this target, pass --stages with nothing after it, then run kinds.py --recipe OUT/stories260k.yaml.
 """
 
 import argparse
@@ -25,7 +26,7 @@ OPENING, TEST = 24, 64
 
 
 def main() -> None:
-    """Write openings and a recipe, run the stages apart, print what each took."""
+    """Write openings and a recipe, run the stages one by one, print the seconds of each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="folder of stories260K")
     parser.add_argument("out", type=Path)
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--loss", default="forward_kl")
     parser.add_argument(
-        "--stages", nargs="*", default=["gen", "fit"], help="none: openings and recipe alone, for kinds.py"
+        "--stages", nargs="*", default=["gen", "fit"], help="no stage: write only openings and recipe, for kinds.py"
     )
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""How good the embedded target is: held-out cross-entropy, and how long greedy outputs go before they repeat themselves."""
+"""Measures the embedded target: held-out cross-entropy, and the length of greedy outputs before they repeat themselves."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", default="builtin:target")
     parser.add_argument("--tokenizer", default=None)
-    parser.add_argument("--show", type=int, default=0, help="outputs to print")
+    parser.add_argument("--show", type=int, default=0, help="number of outputs to print")
     arguments = parser.parse_args()
     target = Target.load(TargetSettings(model=arguments.target, tokenizer=arguments.tokenizer))
     tokenizer = target.tokenizer
@@ -27,7 +27,7 @@ def main() -> None:
     new = outputs[:, prompts.shape[1] :].tolist()
     lengths = [tokens_before_repetition(row) for row in new]
     reached = sum(length >= 64 for length in lengths)
-    print(f"held-out cross-entropy {held_out_cross_entropy(target):.4f} nats a token")
+    print(f"held-out cross-entropy {held_out_cross_entropy(target):.4f} nats per token")
     print(
         f"{reached} of {len(lengths)} greedy outputs reach 64 tokens before a 12-gram repeats; lengths {sorted(lengths)}"
     )
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def held_out_cross_entropy(target: Target, *, rows: int = 64, length: int = 256) -> float:
-    """Return nats a token over the first rows of the held-out side."""
+    """Return the cross-entropy in nats per token over the first rows of the held-out side."""
     ids: list[int] = []
     for _, text in documents("held_out"):
         ids += [target.tokenizer.eos_token_id, *target.tokenizer(text).input_ids]

@@ -1,7 +1,7 @@
-"""Writes what the addition task needs: its tokenizer (words apart by spaces) and its prompts, held-out problems.
+"""Writes the tokenizer (words separated by spaces) and the prompts (held-out problems) of the addition task.
 
-`addition` is for choosing settings by, `addition_test` for what is reported: no problem is in both. What is then left of the
-held-out side is in no file and has never been decoded.
+`addition` is for choosing settings, `addition_test` for reported figures. No problem is in both. The other held-out problems are
+in no file and have never been decoded.
 """
 
 import json
@@ -29,7 +29,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def held_out_problems(*, num_records: int, seed: int) -> dict[str, dict[str, Any]]:
-    """Return problems of the held-out side with their answers, each once, by their text."""
+    """Return held-out problems with their answers, each once, by their text."""
     source = Addition(AdditionSettings(num_records=num_records, num_digits=2, split="held_out", seed=seed))
     values = {item.value["prompt"]: item.value for item in source.items()}
     return {text: {key: value[key] for key in ("id", "prompt", "answer", "chat")} for text, value in values.items()}

@@ -1,4 +1,4 @@
-"""Cut the built-in prompt sets out of the held-out modules: the first 48 tokens of passages that begin at a line."""
+"""Cuts the built-in prompt sets out of the held-out modules: the first 48 tokens of passages that begin at a line."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ SETS = {"validation": 64, "test": 128}
 
 
 def main(tokenizer_folder: Path, folder: Path) -> None:
-    """Write one JSONL a set; a module serves one set only."""
+    """Write one JSONL file per set; a module serves only one set."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     modules = sorted({name.split("/")[0] for name, _ in documents("held_out")} - {"topic"})
     for_validation = set(modules[::3])

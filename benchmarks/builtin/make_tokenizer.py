@@ -1,4 +1,4 @@
-"""Make the embedded target's tokenizer: byte-level BPE of 4096 tokens over the train side of the standard library."""
+"""Makes the embedded target's tokenizer: byte-level BPE of 4096 tokens over the train side of the standard library."""
 
 import sys
 from pathlib import Path

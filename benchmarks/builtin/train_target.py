@@ -1,7 +1,7 @@
-"""First phase of the embedded target: next-token cross-entropy on the train side of the standard library's text.
+"""Trains the embedded target, first phase: next-token cross-entropy on the train side of the standard library's text.
 
-Rows of 256 tokens, 16 a step, Muon on matrices and AdamW on the rest, warm-up, then stable, then a linear decay over the last
-35 % of the time given. The second phase is `unlikelihood.py`; `check_target.py` gives the figures.
+A step has 16 rows of 256 tokens. The optimizer is Muon on matrices and AdamW on the rest. The learning rate warms up, stays constant,
+and decays linearly over the last 35 % of the time given. The second phase is `unlikelihood.py`. `check_target.py` prints the figures.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main() -> None:
     print(f"{model.num_parameters()} parameters, {len(ids)} tokens", flush=True)
     while (spent := (time.time() - began) / arguments.seconds) < 1:
         if len(order) < ROWS:
-            # Every epoch cuts the rows elsewhere, so that no two epochs are the same.
+            # Every epoch cuts the rows at other places, so that no two epochs are equal.
             generator = stream(0, "target", step)
             offset = int(torch.randint(LENGTH, (1,), generator=generator))
             rows = tokens[offset : offset + (len(tokens) - offset) // LENGTH * LENGTH].view(-1, LENGTH)

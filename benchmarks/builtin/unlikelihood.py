@@ -1,8 +1,8 @@
-"""Second phase of the embedded target: sequence-level unlikelihood, so that its greedy text does not loop.
+"""Trains the embedded target, second phase: sequence-level unlikelihood, so that its greedy text does not loop.
 
-A target that loops flatters every drafter. A model of 3 M parameters loops: here it writes greedy continuations of training
-text, and the chance of each token that completes a repeated n-gram of its own output is pushed down, mixed with ordinary
-cross-entropy on the text so that nothing else is forgotten. Only train-side text is used.
+A target that loops flatters every drafter, and a model of 3 M parameters loops. Here the model writes greedy continuations of training
+text. The loss lowers the probability of each token that completes a repeated n-gram of its own output. It is mixed with ordinary
+cross-entropy on the text, so that nothing else is forgotten. Only train-side text is used.
 
 Source: Welleck et al. 2019, Neural Text Generation with Unlikelihood Training, arXiv 1908.04319, 5.2.
 """

@@ -95,7 +95,7 @@ def test_every_shipped_kind_has_parts_that_are_compiled():
     ("recipe", "overrides", "said"),
     [
         ("tiny_acceptance", [], "a head has no part to compile"),
-        ("online", [], "online learning has no part that is compiled"),
+        ("online", [], "online learning has no part to compile"),
         ("demo", ["train.deepspeed={stage: 3}"], "use stage 0, 1 or 2"),
     ],
 )

@@ -89,5 +89,5 @@ def test_one_process_has_nothing_to_spread_a_target_over(command: str, tmp_path:
     words = [command, "demo", "--runs", str(tmp_path), "train.target_placement=sharded"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == RecipeError.exit_code
-    assert "train.target_placement: sharded: there is one process" in result.stderr
+    assert "train.target_placement: sharded: one process cannot shard a target" in result.stderr
     assert not any(tmp_path.iterdir())

@@ -240,7 +240,7 @@ def test_steps_to_trace_that_do_not_exist_are_refused(steps, recipe_problems):
 
 @pytest.mark.parametrize("override", ["train.profile_steps=[1, 2]", "train.peak_tflops=100"])
 def test_online_learning_refuses_what_it_would_ignore(override, recipe_problems):
-    assert "neither traced nor timed" in recipe_problems(override, recipe="online")
+    assert "neither profiled nor timed" in recipe_problems(override, recipe="online")
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Text that every machine with Python has: the standard library's own source and documentation, split by module.
 
-A top-level module is either train or held out, by the hash of its name: the split is the same on every machine, and a module
-that a later Python adds moves no other.
+A top-level module is wholly train or wholly held out, by the hash of its name, so the split is the same on every machine and
+a module that a later Python adds falls on one side without moving another.
 """
 
 import hashlib
@@ -33,10 +33,10 @@ LEFT_OUT = frozenset(
         "this.py",
     }
 )
-"""Tests, tables, generated files, and files outside the library."""
+"""Tests, tables, generated files, and what is not the library."""
 
 HELD_OUT_SHARE = 20
-"""One in this many modules is held out."""
+"""One module in this many is held out."""
 
 
 def split_of(module: str) -> Split:
