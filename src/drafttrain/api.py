@@ -13,11 +13,11 @@ from typing import Any
 from drafttrain.checkpoint import read_drafter
 from drafttrain.commands.fit import fit
 from drafttrain.config.load import load_recipe
+from drafttrain.core.errors import RecipeError
 from drafttrain.drafters import Drafter
-from drafttrain.eval.evaluate import evaluate as evaluate_folders
-from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.result import Result
 from drafttrain.eval.settings import EvalSettings
+from drafttrain.pipeline.evaluating import evaluate_folders
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.pipeline.run import quiet_libraries
 from drafttrain.target_model import Target, TargetSettings
@@ -62,11 +62,18 @@ def evaluate(
 
     Returns:
         The content of `eval.json`. `drafttrain.eval.table.show(result)` prints its tables.
+
+    Raises:
+        RecipeError: Settings that contradict each other.
+        DataError: A file of prompts that cannot be read, or prompts that are too long for the target.
     """
     folders = drafters if isinstance(drafters, Mapping) else {"drafter": drafters}
     wanted = EvalSettings(prompts=prompts, **settings)
-    read = read_prompts(prompts, target.tokenizer, prompt_tokens=wanted.prompt_tokens, limit=wanted.num_prompts)
-    return evaluate_folders({name: resolve_folder(str(one)) for name, one in folders.items()}, target, read, wanted)
+    if problems := wanted.check():
+        raise RecipeError("arguments", problems)
+    return evaluate_folders(
+        {name: resolve_folder(str(one)) for name, one in folders.items()}, target, wanted, dropped=()
+    )
 
 
 def train(
@@ -88,7 +95,7 @@ def train(
         smoke: Shrink the recipe to 20 steps through every stage.
 
     Returns:
-        The folder of the exported drafter, or of the exported head.
+        The folder of the exported drafter or head; of a recipe with `online`, the version that is served.
 
     Raises:
         RecipeError: Every problem of the recipe at once.
@@ -100,4 +107,6 @@ def train(
     loaded = load_recipe(str(recipe), words, smoke=smoke)
     run = Path(folder) if folder is not None else Path("runs") / loaded.name
     fit(loaded, run)
+    if loaded.online is not None:
+        return run / "drafters" / "current"
     return RunFolder(run).head if loaded.head is not None else RunFolder(run).drafter
