@@ -20,12 +20,12 @@ TIMES = ["at", "date", "seconds", "prefill_seconds", "draft_seconds", "verify_se
 TIMES += ["target_ms", "forward_ms", "backward_ms", "optimizer_ms", "validation_ms", "checkpoint_ms"]
 SPEEDS = ["tokens/s", "speed-up", "tokens_per_second", "speedup", "speed"]
 SPEEDS += ["plain_tokens_per_second", "transformers_generate_tokens_per_second"]
-MACHINE = ["provenance", "user", "inode", "states", "name_or_path"]
-"""Each run hashes `user` with a salt of its own; `inode`, `states` and `name_or_path` name files of the checkout."""
+MACHINE = ["provenance", "reason", "user", "inode", "states", "name_or_path"]
+"""`reason` is a sentence. Each run hashes `user` with a salt of its own; `inode`, `states` and `name_or_path` name files of the checkout."""
 IGNORED = {*TIMES, *SPEEDS, *MACHINE}
 """Columns of metrics.csv and of printed tables, and keys of JSON, that are not compared."""
 Names = dict[str, str | None]
-RENAMED: Names = {}
+RENAMED: Names = {"lane": "route", "law": "distribution"}
 """Column or key of BEFORE -> its name in AFTER; None: AFTER leaves it out on purpose."""
 RENAMED_PATHS: Names = {}
 """The same for files and folders, for each part of a path separately."""
