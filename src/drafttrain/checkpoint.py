@@ -75,7 +75,9 @@ def read_drafter(folder: Path, target: Target, *, dtype: str | None = None) -> D
         _check_target(folder, about, target)
     kind = about.kind if about else "causal_lm"
     if kind not in drafters.names():
-        raise CheckpointError(f"{folder}: {drafters.unknown(kind)}")
+        raise CheckpointError(
+            f"{folder}: {drafters.unknown(kind)}. If a plugin has this kind, give its run folder, whose recipe names the plugin"
+        )
     component: Any = drafters.entry(kind).component
     drafter: Drafter = component.load(folder, target, dtype or str(target.model.dtype).removeprefix("torch."))
     if about is not None:

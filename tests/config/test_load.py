@@ -1,8 +1,10 @@
 """The real recipe: every bundled file loads, dumps to an equal one, shrinks, and fits its schema."""
 
 import copy
+import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -308,3 +310,9 @@ def test_any_text_survives_being_dumped(text):
     again = yaml.safe_load(dump_recipe(recipe, comments=True))
     assert again["target"]["model"] == text
     assert again["plugins"] == [text, text]
+
+
+def test_the_recipe_of_the_readme_is_valid():
+    page = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    assert read_recipe(text, source="README.md").name == "eagle3_qwen3_8b"

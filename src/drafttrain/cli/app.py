@@ -42,7 +42,7 @@ RecipeOrFolder = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[SECTION.KEY=VALUE]...",
+        metavar="SECTION.KEY=VALUE",
         help="Values that replace those of the recipe: train.lr=3e-4 data.sources.0.path=logs.jsonl",
         show_default=False,
     ),

@@ -37,7 +37,7 @@ def status(run: Run, debug: Debug = False) -> None:
 def rollback(
     run: Run,
     route: Annotated[
-        str | None, typer.Argument(metavar="[ROUTE]", help="The drafter, where several are routed.", show_default=False)
+        str | None, typer.Argument(metavar="ROUTE", help="The drafter, where several are routed.", show_default=False)
     ] = None,
     debug: Debug = False,
 ) -> None:

@@ -36,7 +36,7 @@ def copy(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The name of a bundled recipe.", show_default=False)],
     to: Annotated[
         Path | None,
-        typer.Argument(metavar="[FILE]", help="The copy. Default: RECIPE.yaml in this folder.", show_default=False),
+        typer.Argument(metavar="FILE", help="The copy. Default: RECIPE.yaml in this folder.", show_default=False),
     ] = None,
     debug: Debug = False,
 ) -> None:

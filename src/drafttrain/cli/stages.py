@@ -71,7 +71,7 @@ def export(
         typer.Option(
             "--to",
             metavar="FORMAT",
-            help="Write this format beside the drafter folder: vllm, speculators, sglang, gguf, openvino.",
+            help="Write this format beside the drafter folder: hf, vllm, speculators, sglang, gguf, openvino.",
         ),
     ] = None,
     verify: Annotated[

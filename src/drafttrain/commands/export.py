@@ -69,12 +69,13 @@ def convert_drafter(
     of_target, of_eval, of_export = load_sections(["target", "eval", "export"], overrides)
     (source,) = folders_of([drafter])
     about = read_about(source)
+    export = with_formats(of_export, formats, about.kind if about else "causal_lm", verify=verify)
     target = target or (about.target if about else None)
     if not target and not any(override.startswith("target.model=") for override in overrides):
         raise CheckpointError(f"{drafter}: no target is named in it. Give --target MODEL")
     served_with = ServedWith(
         target=replace(of_target, model=target) if target else of_target,
         eval=of_eval,
-        export=with_formats(of_export, formats, about.kind if about else "causal_lm", verify=verify),
+        export=export,
     )
     write_and_verify(source, served_with, out=out)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from drafttrain.checkpoint import read_about
 from drafttrain.core.console import say
-from drafttrain.core.errors import CheckpointError
+from drafttrain.core.errors import CheckpointError, RecipeError
 from drafttrain.export.convert import exporter_of
 from drafttrain.export.folder import kind_of, read_files
 from drafttrain.pipeline.folder import exported_in
@@ -24,7 +24,7 @@ def serve_command(folder: Path, engine: str, *, target: str | None) -> str:
         target: Name of the target; None: the drafter's own.
     """
     if engine not in engines.names():
-        raise CheckpointError(engines.unknown(engine))
+        raise RecipeError("arguments", [engines.unknown(engine)])
     folder = exported_in(folder)
     about = read_about(folder)
     target = target or (about.target if about else None)

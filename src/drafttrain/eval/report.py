@@ -113,7 +113,7 @@ def _times(axes: Sequence[Any], rows: Sequence[Mapping[str, str]]) -> None:
     others = [float(row["step_ms"]) - sum(parts) for row, *parts in zip(timed, *heights, strict=True)]
     axes[0].stackplot(steps, *heights, others, labels=[*PHASES, "other"], colors=[*PHASES.values(), "#e6e6e6"])
     axes[0].set(xlabel="step", ylabel="milliseconds", title="time of a step", ylim=(0, None))
-    axes[0].legend(fontsize=7, frameon=False, ncol=2)
+    axes[0].legend(fontsize=7, framealpha=0.9, ncol=2)
     used = [(step, float(row["mfu"])) for step, row in zip(steps, timed, strict=True) if row.get("mfu")]
     if used:
         axes[1].plot(*zip(*used, strict=True), color="#1f6f8b")

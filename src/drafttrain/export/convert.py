@@ -87,7 +87,7 @@ def converted(name: str, source: Path, target_config: Mapping[str, Any]) -> Draf
         raise CheckpointError(
             f"{source}: {name} cannot hold drafter.kind {files.kind}, only {', '.join(exporter.reads)}. "
             + f"Formats for {files.kind}: "
-            + ", ".join(f"{other} (read by {_readers(other, files.kind)})" for other in able)
+            + (", ".join(f"{other} (read by {_readers(other, files.kind)})" for other in able) or "none")
         )
     files = with_rows_of(files, target_config)
     found = exporter.refusals(files, target_config)
