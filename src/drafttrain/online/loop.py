@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from drafttrain.core.console import say
+from drafttrain.core.console import say, say_once
 from drafttrain.core.files import write_text, written_beside
 from drafttrain.online.route import OnlineSetup, Route
 from drafttrain.online.router import Router
@@ -99,6 +99,7 @@ class OnlineRun:
             if self._updates() > updates:
                 after_update()
             if not taken:
+                say_once("all log lines are read; waiting for new ones (Ctrl-C stops, the same command continues)")
                 time.sleep(self.setup.online.poll_seconds)
 
     def _updates(self) -> int:
