@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
-QUICK = tests/test_architecture.py tests/config tests/core tests/losses tests/eval
+QUICK = tests/test_architecture.py tests/config/test_load.py tests/losses tests/eval
 
 .PHONY: demo quick test docs words test-processes test-cuda test-full test-serving test-serving-kinds gpu-check check format install clean
 
