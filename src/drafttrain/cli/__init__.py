@@ -5,7 +5,7 @@ Commands import their work inside the function: `drafttrain --help` and a wrong 
 
 import sys
 
-from drafttrain.cli import chat, check_server, engines, evaluate, formats, online, recipes, record, stages
+from drafttrain.cli import chat, check_server, engines, evaluate, formats, online, recipes, record, stages, target
 from drafttrain.cli.app import app
 
 __all__ = ["app", "main"]
@@ -15,6 +15,7 @@ for group in (stages, evaluate, chat, formats, check_server, record):
 app.add_typer(online.app, name="online")
 app.add_typer(recipes.app, name="recipe")
 app.add_typer(engines.app, name="engines")
+app.add_typer(target.app, name="target")
 
 
 def main() -> None:

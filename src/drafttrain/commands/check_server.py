@@ -29,7 +29,7 @@ from drafttrain.serving.draft_length import read_evaluation
 from drafttrain.serving.engines import CounterNames, engine_of, engines
 from drafttrain.serving.live_server import PATIENCE, LiveFigures, LiveServer, served_model
 from drafttrain.serving.promise import TOLERANCE, promise_of
-from drafttrain.target_model.folders import BUILTIN, resolve_folder
+from drafttrain.target_model.folders import resolve_folder, stands_for_folder
 from drafttrain.target_model.tokenizer import load_target_tokenizer
 
 SERVER = "server.json"
@@ -152,7 +152,7 @@ async def _served(
     settings: EvalSettings,
     result: Result | None,
 ) -> tuple[list[LiveFigures], str]:
-    if target.startswith(BUILTIN):
+    if stands_for_folder(target):
         target = str(resolve_folder(target))
     base_url = access.url.rstrip("/").removesuffix("/v1") + "/v1"
     async with Completions(base_url, _key(access), PATIENCE) as completions:
