@@ -6,6 +6,7 @@ B = sequences, T = positions, R = B * T, N = rows, V = vocabulary, D = hidden, K
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,9 +27,12 @@ from drafttrain.data_gen.packing import pack
 from drafttrain.distributed.collectives import any_of, first_before_others, own_share, wait_for_all
 from drafttrain.distributed.world import is_first
 from drafttrain.target_model import Target
-from drafttrain.target_model.logits import LiveRows, head_logits
+from drafttrain.target_model.logits import LiveRows, SummedRows, head_logits
 
 TOKENS_A_SHARD = 16_384
+
+SUMS = ("likeliest", "log_total")
+"""Arrays that `target_sums` adds to stored final states."""
 
 
 @dataclass(frozen=True)
@@ -95,17 +99,48 @@ class RowCache:
     def __init__(self, folder: Path, target: Target, wanted: Wanted) -> None:
         about = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
         self.wanted = wanted
+        self._folder = folder
         self._model = target.model
         self._num_tokens: int = about["num_tokens"]
         self._starts: dict[int, int] = {int(record): start for record, start in about["starts"].items()}
         self._shard_starts = [int(start) for start in about["shard_starts"]]
+        with_sums = "final" in about["arrays"] and all(self.has_sums(i) for i in range(self.num_shards))
+        self._sums = SUMS if with_sums else ()
         self._shards = [
             {
-                name: np.load(folder / f"{name}-{i:05d}.npy", mmap_mode="r", allow_pickle=False)
-                for name in about["arrays"]
+                name: np.load(self.path(name, i), mmap_mode="r", allow_pickle=False)
+                for name in (*about["arrays"], *self._sums)
             }
-            for i in range(len(self._shard_starts))
+            for i in range(self.num_shards)
         ]
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards."""
+        return len(self._shard_starts)
+
+    def path(self, name: str, shard: int) -> Path:
+        """Return the file of an array of a shard."""
+        return self._folder / f"{name}-{shard:05d}.npy"
+
+    def has_sums(self, shard: int) -> bool:
+        """Return whether the sums over the target's vocabulary are stored for a shard."""
+        return all(self.path(name, shard).exists() for name in SUMS)
+
+    def records_of(self, shard: int) -> list[int]:
+        """Return the records of a shard in the order of their rows."""
+        ends = [*self._shard_starts[1:], math.inf]
+        in_order = sorted(self._starts, key=self._starts.__getitem__)
+        return [record for record in in_order if self._shard_starts[shard] <= self._starts[record] < ends[shard]]
+
+    def final(self, shard: int) -> Tensor:
+        """Return final_ND of a shard."""
+        return _as_tensor(np.array(self._shards[shard]["final"]), self.wanted.dtype)
+
+    @property
+    def batch_arrays(self) -> list[str]:
+        """Names of the arrays that a batch carries."""
+        return [*self.wanted.arrays, *(self._sums if self.wanted.distribution == "states" else ())]
 
     def has(self, record: int) -> bool:
         """Return whether the record's rows are stored."""
@@ -129,6 +164,9 @@ class RowCache:
 
     def target_rows(self, arrays: Mapping[str, Tensor]) -> TargetRows:
         """Return the distribution at every position of a batch: computed by the target's head from final states, or stored itself."""
+        if self.wanted.distribution == "states" and self._sums:
+            sums = {f"{name}_BT": arrays[name] for name in SUMS}
+            return SummedRows(self._model, arrays["final"], **sums, num_tokens=self._num_tokens)
         if self.wanted.distribution == "states":
             return LiveRows(self._model, arrays["final"])
         flat = {name: array.flatten(0, 1) for name, array in arrays.items()}
@@ -187,7 +225,7 @@ def with_stored(
     """
     cache = members[0][0]
     wanted = cache.wanted
-    arrays = {name: _laid_out(name, batch.tokens_BT.shape, places, members) for name in wanted.arrays}
+    arrays = {name: _laid_out(name, batch.tokens_BT.shape, places, members) for name in cache.batch_arrays}
     target = TargetOutput(
         hidden_BTD={index: arrays[f"hidden_{index}"] for index in wanted.states.hidden},
         final_BTD=arrays["final"] if wanted.states.final else None,
