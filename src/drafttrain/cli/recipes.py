@@ -58,21 +58,16 @@ def check(
 ) -> None:
     """Check recipes without loading a model: ok, or every problem with its line."""
     with exit_codes(debug=debug):
-        from drafttrain.config.load import load_recipe
-        from drafttrain.pipeline.preflight import check_parts
+        from drafttrain.commands.check_recipes import checked_recipes
 
         recipes, overrides = names_and_overrides(what)
         if not recipes:
             raise RecipeError("arguments", ["give a recipe before the values that replace its own"])
-        wrong = 0
-        for recipe in recipes:
-            try:
-                check_parts(load_recipe(recipe, overrides), fetch=False, data=False)
-                typer.echo(f"{recipe}: ok")
-            except RecipeError as error:
-                wrong += 1
-                complain(str(error))
-        if wrong:
+        checked = dict[str, str | None]()
+        for recipe, problems in checked_recipes(recipes, overrides):
+            checked[recipe] = problems
+            typer.echo(f"{recipe}: ok") if problems is None else complain(problems)
+        if any(checked.values()):
             raise typer.Exit(RecipeError.exit_code)
 
 
