@@ -9,6 +9,7 @@ import torch
 
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import RecipeError
+from drafttrain.pipeline import auto_types
 from drafttrain.pipeline.auto_types import resolve_auto_types
 from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.target_model import Target
@@ -32,7 +33,9 @@ def types_of(name: str, *overrides: str) -> tuple[str, str]:
 
 def test_on_a_cpu_all_is_float32() -> None:
     assert types_of("tiny_eagle3") == types_of("tiny_acceptance") == ("float32", "fp32")
-    assert types_of("tiny_eagle3", "target.model=/not/here") == ("float32", "fp32"), "no folder is looked at"
+    assert types_of("tiny_eagle3", "target.model=/not/here") == ("float32", "fp32"), (
+        "the stage that loads it reports that it is missing"
+    )
     assert types_of("tiny_eagle3", "target.dtype=bfloat16", "train.precision=bf16-mixed") == ("bfloat16", "bf16-mixed")
 
 
@@ -69,6 +72,18 @@ def test_a_run_goes_on_in_the_types_that_it_began_in(
     assert "continues as it started: train.precision: fp32 (auto would be bf16-mixed here)" in capfd.readouterr().err
     with pytest.raises(RecipeError, match=r"(?s)another recipe.*precision: bf16-mixed"):
         DrafterRun(load_recipe("tiny_eagle3", ["train.precision=bf16-mixed"]), tmp_path)
+
+
+def test_a_run_on_a_cpu_keeps_the_measured_type_and_does_not_measure_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = iter(["bfloat16"])
+    monkeypatch.setattr(auto_types, "number_type", lambda target: next(measured))
+    recipe = load_recipe("tiny_eagle3", ["target.device=cpu"])
+    for _ in range(2):
+        assert DrafterRun(recipe, tmp_path).recipe.target.dtype == "bfloat16"
+    with pytest.raises(StopIteration):
+        DrafterRun(recipe, tmp_path / "another")
 
 
 @pytest.mark.parametrize("allowed", [True, False])

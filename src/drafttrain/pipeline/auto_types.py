@@ -21,7 +21,7 @@ def resolve_auto_types(recipe: Recipe, held: Recipe | None) -> Recipe:
     """
     device_type = kind_of_device(recipe.target.device if recipe.train.device == "auto" else recipe.train.device)
     here = {
-        "target.dtype": number_type(recipe.target),
+        "target.dtype": _target_type(recipe, held),
         "train.precision": recipe.train.on(device_type, head=recipe.head is not None).precision,
     }
     began = {} if held is None else {"target.dtype": held.target.dtype, "train.precision": held.train.precision}
@@ -40,6 +40,13 @@ def resolve_auto_types(recipe: Recipe, held: Recipe | None) -> Recipe:
         target=replace(recipe.target, dtype=chosen["target.dtype"]),
         train=replace(recipe.train, precision=chosen["train.precision"], tf32=tf32),
     )
+
+
+def _target_type(recipe: Recipe, held: Recipe | None) -> str:
+    """Return the type for this machine; a CPU does not measure again what the run has stored."""
+    if held is not None and _left_open(recipe, "target.dtype") and kind_of_device(recipe.target.device) == "cpu":
+        return held.target.dtype
+    return number_type(recipe.target)
 
 
 def _left_open(recipe: Recipe, key: str) -> bool:

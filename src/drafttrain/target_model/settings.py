@@ -14,14 +14,16 @@ class TargetSettings:
 
     model: str | None = setting(
         "builtin:target",
-        help="A local folder, a hub id, builtin:target, or recipe:NAME for that recipe's model; null: only a tokenizer.",
+        help="A local folder, a GGUF file, a hub id, builtin:target, known:smollm2, or recipe:NAME for that recipe's model; null: "
+        "only a tokenizer.",
     )
-    tokenizer: str | None = setting(None, help="Folder or hub id of the tokenizer; null: the model's own.")
+    tokenizer: str | None = setting(None, help="Folder, GGUF file or hub id of the tokenizer; null: the model's own.")
     revision: str | None = setting(None, help="Branch, tag or commit of a hub id.")
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64", "stored"] = setting(
         "auto",
         help="Type of the target's weights in memory. auto: on CUDA, above a billion weights, the 16-bit type of its files, "
-        "or bfloat16; else float32. stored: as in its files. A resumed run keeps its first type.",
+        "or bfloat16; on a CPU, above 50 million weights, bfloat16 where a measurement at start finds it faster; else "
+        "float32. stored: as in its files. A resumed run keeps its first type.",
     )
     device: str = setting("auto", help="cpu, cuda, cuda:1 ...; auto: cuda if available.")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = setting(
