@@ -70,7 +70,9 @@ def test_a_run_goes_on_in_the_types_that_it_began_in(
     capfd.readouterr()
     assert DrafterRun(recipe, tmp_path).recipe.train.precision == "fp32"
     assert "continues as it started: train.precision: fp32 (auto would be bf16-mixed here)" in capfd.readouterr().err
-    with pytest.raises(RecipeError, match=r"(?s)another recipe.*precision: bf16-mixed"):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-1.ckpt").touch()
+    with pytest.raises(RecipeError, match=r"(?s)another recipe.*precision: fp32 there, bf16-mixed here"):
         DrafterRun(load_recipe("tiny_eagle3", ["train.precision=bf16-mixed"]), tmp_path)
 
 
