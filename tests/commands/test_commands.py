@@ -336,7 +336,9 @@ EMBEDDED_TEXT = ["eval.prompts=builtin:test", "eval.validation_prompts=builtin:v
 
 def smoked(name: str) -> object:
     """The kinds of these recipes are smoked by the tiny ones; the whole path of each is left to the long tests."""
-    long = (name.endswith("_8b") and not name.startswith("kd_")) or name.startswith("smollm2_") or name == "tiny_medusa2"
+    long = (
+        (name.endswith("_8b") and not name.startswith("kd_")) or name.startswith("smollm2_") or name == "tiny_medusa2"
+    )
     return pytest.param(name, marks=[pytest.mark.slow] if long else [])
 
 
