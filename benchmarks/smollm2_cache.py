@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--target", required=True, help="Folder of the target.")
     parser.add_argument("--prompts", default="builtin:test", help="JSON lines.")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--texts", type=int, default=32, help="Texts of a part.")
+    parser.add_argument("--texts", type=int, default=128, help="Texts of a part; of few texts more is padding.")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--shape", type=int, nargs=2, default=(8, 128), help="Rows and tokens of a bare forward pass.")
     parser.add_argument("--threads", type=int, default=1)
