@@ -49,7 +49,7 @@ def evaluate(folders: Mapping[str, Path], target: Target, prompts: Sequence[Prom
     temperatures = [_at_temperature(t, drafters, targets, prompts, settings) for t in settings.temperatures]
     return Result(
         format=FORMAT,
-        target=EvaluatedTarget(target.name, target.fingerprint),
+        target=EvaluatedTarget(target.name, target.fingerprint, str(target.model.dtype).removeprefix("torch.")),
         drafters={name: _evaluated(folders[name], drafters[name], targets[name]) for name in folders},
         settings=settings.as_dict(),
         num_prompts=len(prompts),

@@ -15,7 +15,7 @@ from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError, DataError, RecipeError
 from drafttrain.core.foreign import check_folder, read_json
 from drafttrain.data_gen.sources import Versioned, sources
-from drafttrain.eval.prompts import prompt_file
+from drafttrain.eval.prompts import BUILTIN, prompt_file
 from drafttrain.export import exporters
 from drafttrain.export.layout import text_config
 from drafttrain.pipeline.model_parts import ModelParts, NotHere, target_parts
@@ -115,8 +115,9 @@ def _of_target(target: ModelParts, recipe: Recipe) -> Iterator[str]:
     yield from _sizes(target, recipe)
     yield from _positions(target, recipe)
     yield from _formats(target, recipe)
-    if note := _window(target.config, recipe):
-        say(f"{target.key}: {note}")
+    for note in (_window(target.config, recipe), _prompts_of_another_kind(target, recipe)):
+        if note:
+            say(f"{target.key}: {note}")
 
 
 def _reads_tokenizer(parts: ModelParts) -> Iterator[str]:
@@ -188,6 +189,18 @@ def _window(config: Any, recipe: Recipe) -> str | None:
     if not isinstance(window, int) or not slides or window > longest:
         return None
     return f"the target has a sliding window of {window} and data.max_length is {longest}: longer texts are decoded one at a time"
+
+
+def _prompts_of_another_kind(target: ModelParts, recipe: Recipe) -> str | None:
+    """Return a note where a chat target is validated or evaluated on the built-in prompts, which are Python source text."""
+    prompts = {"eval.prompts": recipe.eval.prompts, "eval.validation_prompts": recipe.eval.validation_prompts}
+    builtin = [key for key, name in prompts.items() if name.startswith(BUILTIN)]
+    if not builtin or target.name.startswith(BUILTIN) or not getattr(target.tokenizer, "chat_template", None):
+        return None
+    return (
+        f"WARNING: {target.name} is a chat model, and the prompts of {' and '.join(builtin)} are Python source text: figures on "
+        "them say little about chats. Name files of held-out prompts of the kind that it will serve"
+    )
 
 
 def _of_start(drafter: ModelParts, target: ModelParts, recipe: Recipe) -> Iterator[str]:
