@@ -30,7 +30,7 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.export.convert import check_exported, converted, export_as
 from drafttrain.export.gguf import permuted
 from drafttrain.export.gguf_file import FILE, read_gguf, write_gguf
-from drafttrain.export.gguf_tokenizer import CONTRACTIONS, REST, SPLITTINGS
+from drafttrain.target_model.gguf_splitting import CONTRACTIONS, REST, SPLITTINGS
 from tests.conftest import byte_tokenizer, random_llama
 
 VOCABULARY = 270

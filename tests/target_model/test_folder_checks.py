@@ -143,7 +143,7 @@ def test_quantized_weights_without_their_package_are_refused_in_one_sentence(tmp
 
 
 def test_a_file_instead_of_a_folder_is_refused(tmp_path: Path) -> None:
-    for name, sentence in (("model.gguf", "is a GGUF file"), ("model.safetensors", "is a file")):
+    for name, sentence in (("model.gguf", "is not a GGUF file"), ("model.safetensors", "is a file")):
         (tmp_path / name).write_text("")
         with pytest.raises(CheckpointError, match=sentence):
             resolve_folder(str(tmp_path / name))

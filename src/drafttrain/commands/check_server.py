@@ -29,7 +29,7 @@ from drafttrain.serving.draft_length import read_evaluation
 from drafttrain.serving.engines import CounterNames, engine_of, engines
 from drafttrain.serving.live_server import PATIENCE, LiveFigures, LiveServer, served_model
 from drafttrain.serving.promise import TOLERANCE, promise_of
-from drafttrain.target_model.folders import BUILTIN, resolve_folder
+from drafttrain.target_model.folders import resolve_folder, stands_for_folder
 from drafttrain.target_model.tokenizer import load_target_tokenizer
 
 SERVER = "server.json"
@@ -128,7 +128,8 @@ def _taken_over(result: Result | None) -> list[str]:
 def _prompts(of_target: Any, settings: EvalSettings, result: Result | None) -> list[Prompt]:
     """Return the prompts; if they are the evaluation's own set, only those that it used."""
     prompts = read_prompts(settings.prompts, load_target_tokenizer(of_target), prompt_tokens=settings.prompt_tokens)
-    if result is not None and all(getattr(settings, name) == result.settings[name] for name in TAKEN_OVER[:2]):
+    given = settings.as_dict()
+    if result is not None and all(given[name] == result.settings[name] for name in TAKEN_OVER[:2]):
         used = _counted(result, temperature=None)
         prompts = [prompt for prompt in prompts if prompt.id in used]
     return prompts[: settings.num_prompts]
@@ -152,7 +153,7 @@ async def _served(
     settings: EvalSettings,
     result: Result | None,
 ) -> tuple[list[LiveFigures], str]:
-    if target.startswith(BUILTIN):
+    if stands_for_folder(target):
         target = str(resolve_folder(target))
     base_url = access.url.rstrip("/").removesuffix("/v1") + "/v1"
     async with Completions(base_url, _key(access), PATIENCE) as completions:

@@ -14,7 +14,7 @@ from drafttrain.pipeline.folder import exported_in
 from drafttrain.pipeline.formats import folder_as
 from drafttrain.serving.draft_length import best_length, read_evaluation
 from drafttrain.serving.engines import Use, engine_of, engines
-from drafttrain.target_model.folders import BUILTIN, resolve_folder
+from drafttrain.target_model.folders import resolve_folder, stands_for_folder
 
 
 def serve_command(folder: Path, engine: str, *, target: str | None) -> str:
@@ -35,7 +35,7 @@ def serve_command(folder: Path, engine: str, *, target: str | None) -> str:
     readable = _readable(folder, serving.formats, engine)
     if found := serving.misread(readable, kind):
         raise CheckpointError("\n  ".join([f"{engine} cannot run {readable}:", *found]))
-    if target.startswith(BUILTIN) or Path(target).is_dir():
+    if stands_for_folder(target) or Path(target).is_dir():
         target = str(serving.target_as(resolve_folder(target)).resolve())
     best = best_length(
         read_evaluation(folder), most=read_files(folder).config.get("num_heads") if kind == "medusa" else None

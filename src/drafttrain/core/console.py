@@ -98,7 +98,8 @@ class _PlainProgress(Progress):
 
     def __init__(self, description: str, total: int | None, unit: str) -> None:
         super().__init__(description, total, unit)
-        self._last_line = time.monotonic()
+        # The first line comes after half the interval: nobody waits longer for a sign of life.
+        self._last_line = time.monotonic() - PLAIN_LINE_SECONDS / 2
 
     def _show(self) -> None:
         if time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS:

@@ -12,13 +12,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from drafttrain.core.files import sha256_of, write_json
+from drafttrain.core.files import sha256_of, user_cache, write_json
 
 WHOLE_BYTES = 64 << 20
 BLOCK_BYTES = 4096
@@ -90,8 +89,7 @@ def _cached(path: Path, how: str, digest_of: Callable[[Path], str]) -> str:
 
 
 def _cache_file() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "drafttrain" / "digests.json"
+    return user_cache() / "digests.json"
 
 
 def _held() -> dict[str, Any]:

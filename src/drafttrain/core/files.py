@@ -120,6 +120,12 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def user_cache() -> Path:
+    """Return drafttrain's folder in the user's cache: `$XDG_CACHE_HOME/drafttrain`, by default `~/.cache/drafttrain`."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "drafttrain"
+
+
 def sha256_of(path: Path) -> str:
     """Return the hex digest of a file's bytes."""
     digest = hashlib.sha256()

@@ -16,7 +16,7 @@ from typing import Any
 
 from drafttrain.core.console import say
 from drafttrain.core.errors import DrafttrainError
-from drafttrain.core.files import write_json
+from drafttrain.core.files import user_cache, write_json
 from drafttrain.distributed.world import for_own_program
 
 ROOT_VARIABLE = "DRAFTTRAIN_ENGINES"
@@ -52,8 +52,7 @@ def root() -> Path:
     """Return the folder of all environments."""
     if given := os.environ.get(ROOT_VARIABLE):
         return Path(given).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "drafttrain" / "engines"
+    return user_cache() / "engines"
 
 
 def folder_of(environment: Environment) -> Path:

@@ -69,6 +69,13 @@ class Arm:
         )
         return cls(name, engine, ledger, length, target, drafter)
 
+    def warm_up(self, prompts: Sequence[Prompt]) -> None:
+        """Decode the first prompt, and calibrate a length policy that weighs tokens against time."""
+        self.engine.generate(prompts[:1])
+        if isinstance(self.engine.policy, CostAware):
+            self.engine.policy.calibrate(self.engine.generate(prompts[:CALIBRATION_PROMPTS]))
+        self.ledger.events.clear()
+
     def tokens_and_seconds(self) -> tuple[list[int], list[float]]:
         """Return new tokens and time of each prompt."""
         return [len(one.tokens) for one in self.generations], [one.seconds for one in self.generations]
@@ -87,10 +94,7 @@ def decode(
     """
     by_generate = prompts[:generate] if settings.batch_size == 1 else []
     for arm in arms:
-        arm.engine.generate(prompts[:1])
-        if isinstance(arm.engine.policy, CostAware):
-            arm.engine.policy.calibrate(arm.engine.generate(prompts[:CALIBRATION_PROMPTS]))
-        arm.ledger.events.clear()
+        arm.warm_up(prompts)
     for prompt in by_generate[:1]:
         transformers_generate(prompt, arms[0].target, max_new_tokens=settings.max_new_tokens)
     generated: list[Generation] = []

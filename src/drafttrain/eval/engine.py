@@ -5,7 +5,7 @@ N = nodes, V = vocabulary, D = hidden
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -30,6 +30,9 @@ from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.target_model import Target
 from drafttrain.target_model.cached_lm import CachedLM
+
+RoundListener = Callable[[Context, Round], None]
+"""Is called after every round of a sequence; the context contains the tokens of that round."""
 
 
 @dataclass
@@ -92,11 +95,15 @@ class Engine:
         self._clock = _Clock(self._lm.device)
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Prompt]) -> list[Generation]:
-        """Decode prompts together, or one at a time where a model cannot batch them; return the outputs in order."""
+    def generate(self, prompts: Sequence[Prompt], *, on_round: RoundListener | None = None) -> list[Generation]:
+        """Decode prompts together, or one at a time where a model cannot batch them; return the outputs in order.
+
+        Args:
+            on_round: Called after every round of every sequence. If it raises, the decoding ends there.
+        """
         if len(prompts) > 1 and (why := self._why_alone(prompts)):
             say_once(f"prompts are decoded one at a time: {why}")
-            return [generation for prompt in prompts for generation in self.generate([prompt])]
+            return [generation for prompt in prompts for generation in self.generate([prompt], on_round=on_round)]
         sequences = [self._sequence(prompt) for prompt in prompts]
         self._clock = _Clock(self._lm.device)
         with self._clock.phase("prefill_seconds", sequences):
@@ -105,6 +112,9 @@ class Engine:
         live = sequences
         while live:
             self._round(live)
+            if on_round is not None:
+                for sequence in live:
+                    on_round(sequence.context, sequence.rounds[-1])
             ongoing = [row for row, sequence in enumerate(live) if not sequence.ended]
             if len(ongoing) < len(live):
                 live = [live[row] for row in ongoing]

@@ -70,7 +70,7 @@ def drafter_figures(
         target_calls_per_token=whole.num_rounds / whole.num_tokens,
         discarded_draft_tokens_per_token=(whole.num_draft_tokens - whole.num_accepted) / whole.num_tokens,
         tokens_per_second=ratio_interval(*arm.tokens_and_seconds()),
-        speedup=_speedup(arm, baseline),
+        speedup=speedup(arm, baseline),
         seconds=_seconds(arm.generations),
         vllm=_vllm_figures(whole),
         domains=_domains(counts),
@@ -86,7 +86,8 @@ def drafter_figures(
     )
 
 
-def _speedup(arm: Arm, baseline: Baseline) -> Speedup:
+def speedup(arm: Arm, baseline: Baseline) -> Speedup:
+    """Return the tokens per second of an arm over those of its baseline, on the prompts that both decoded."""
     tokens, seconds = arm.tokens_and_seconds()
     same = len(baseline.tokens)
     found = ratio_of_ratios((tokens[:same], seconds[:same]), (baseline.tokens, baseline.seconds))

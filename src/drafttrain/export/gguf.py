@@ -1,6 +1,6 @@
 """Export as GGUF, the file of llama.cpp: Llama and Qwen drafters with their tokenizer. Tried with llama.cpp b11549.
 
-V = vocabulary, D = hidden, Q = rows of a head's projection, F = frequencies of a rotation
+V = vocabulary, D = hidden, Q = rows of a head's projection
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from drafttrain.export.folder import kind_of, read_files
 from drafttrain.export.gguf_file import FILE, read_gguf, write_gguf
 from drafttrain.export.gguf_tokenizer import GgufTokenizer
 from drafttrain.export.layout import layout_problems
+from drafttrain.target_model.gguf_config import FREQUENCIES, llama3_factors
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,6 @@ IN_LAYER = {
     "mlp.down_proj": "ffn_down",
 }
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-FREQUENCIES = "rope_freqs.weight"
 
 FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -273,15 +273,9 @@ def _frequencies(config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     if config["rope_parameters"].get("rope_type") != "llama3":
         return {}
     from transformers import AutoConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     own = dict(config)
-    made = AutoConfig.for_model(own.pop("model_type"), **own)
-    scaled_F, _ = ROPE_INIT_FUNCTIONS["llama3"](made, torch.device("cpu"))
-    size = _head_size(config)
-    steps_F = torch.arange(0, size, 2, dtype=torch.int64).float() / size
-    plain_F = 1.0 / config["rope_parameters"]["rope_theta"] ** steps_F
-    return {FREQUENCIES: plain_F / scaled_F}
+    return {FREQUENCIES: llama3_factors(AutoConfig.for_model(own.pop("model_type"), **own))}
 
 
 def _head_size(config: Mapping[str, Any]) -> int:

@@ -13,25 +13,13 @@ import numpy as np
 import torch
 
 from drafttrain.core.errors import CheckpointError
+from drafttrain.target_model.gguf_checks import package
 
 FILE = "model.gguf"
 """Name of the file in an exported folder."""
 
 VERSION = "GGUF."
 """Prefix of the keys that the reader itself adds to the metadata."""
-
-
-def package() -> Any:
-    """Return the package `gguf`.
-
-    Raises:
-        CheckpointError: It is not installed.
-    """
-    try:
-        import gguf
-    except ImportError as error:
-        raise CheckpointError("GGUF needs the package gguf: pip install 'drafttrain[gguf]'") from error
-    return gguf
 
 
 def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from drafttrain.core.errors import CheckpointError
+from drafttrain.target_model.gguf_splitting import SPLITTINGS, Splitting, steps_of
 from drafttrain.target_model.tokenizer import load_tokenizer
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -21,28 +21,6 @@ TOKENS = "tokenizer.ggml.tokens"
 
 NORMAL_FORM = "NFC"
 """Unicode form to which Qwen's tokenizer converts text and llama.cpp does not; most text is in this form already."""
-
-Step = tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Splitting:
-    """A way to split text before BPE, under llama.cpp's name for it."""
-
-    name: str
-    ignore_merges: bool = False
-    """A piece of text that is a token becomes that token without merges."""
-
-
-BYTES, WORDS = ("ByteLevel", False), ("ByteLevel", True)
-CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPLITTINGS: dict[tuple[Step, ...], Splitting] = {
-    (WORDS,): Splitting("gpt-2"),
-    (("Digits", True), WORDS): Splitting("smollm"),
-    (("Split", CONTRACTIONS + r"\p{N}" + REST), BYTES): Splitting("qwen2"),
-    (("Split", CONTRACTIONS + r"\p{N}{1,3}" + REST), BYTES): Splitting("llama-bpe", ignore_merges=True),
-}
 
 
 class GgufTokenizer:
@@ -146,10 +124,10 @@ class GgufTokenizer:
 
     @property
     def _splitting(self) -> Splitting:
-        return SPLITTINGS[tuple(_steps(self._json.get("pre_tokenizer")))]
+        return SPLITTINGS[tuple(steps_of(self._json.get("pre_tokenizer")))]
 
     def _splitting_problems(self) -> list[str]:
-        steps = tuple(_steps(self._json.get("pre_tokenizer")))
+        steps = tuple(steps_of(self._json.get("pre_tokenizer")))
         if steps not in SPLITTINGS:
             known = ", ".join(sorted(one.name for one in SPLITTINGS.values()))
             return [
@@ -183,24 +161,6 @@ class GgufTokenizer:
         for ids, key in zip(self._surrounding, ("bos_token_id", "eos_token_id"), strict=True):
             if ids and ids != _ids_of(config.get(key))[:1]:
                 yield f"tokenizer.json: adds {ids} to texts, but {key} in config.json is {config.get(key)}: llama.cpp adds the latter"
-
-
-def _steps(node: Mapping[str, Any] | None) -> Iterator[Step]:
-    """Yield the steps of a pre-tokenizer in tokenizer.json."""
-    if node is None:
-        return
-    kind = node["type"]
-    if kind == "Sequence":
-        for part in node["pretokenizers"]:
-            yield from _steps(part)
-    elif kind == "ByteLevel" and not node.get("add_prefix_space"):
-        yield kind, node.get("use_regex", True)
-    elif kind == "Digits":
-        yield kind, node.get("individual_digits", False)
-    elif kind == "Split" and node.get("behavior") == "Isolated" and not node.get("invert"):
-        yield kind, node["pattern"].get("Regex")
-    else:
-        yield tuple(node.items())
 
 
 def _pair(merge: Any) -> list[str]:

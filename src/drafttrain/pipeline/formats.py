@@ -11,7 +11,7 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.export.convert import check_exported, converted, export_as, read_target_config
 from drafttrain.export.settings import ExportSettings
 from drafttrain.serving.engines import engine_of
-from drafttrain.target_model.folders import BUILTIN, resolve_folder
+from drafttrain.target_model.folders import resolve_folder, stands_for_folder
 from drafttrain.target_model.settings import TargetSettings
 
 DRAFTER_FORMAT = "hf"
@@ -44,9 +44,9 @@ def target_config_of(target: TargetSettings) -> dict[str, Any]:
 
 
 def name_for_engines(target: TargetSettings) -> str:
-    """Return the name of the target in files for engines: a builtin target by its folder, which engines can load."""
+    """Return the name of the target in files for engines: a builtin or known one, and a GGUF file, by the folder that engines can load."""
     name = target.model or ""
-    return str(resolve_folder(name)) if name.startswith(BUILTIN) else name
+    return str(resolve_folder(name)) if stands_for_folder(name) else name
 
 
 def write_formats(

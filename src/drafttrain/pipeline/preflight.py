@@ -15,7 +15,7 @@ from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError, DataError, RecipeError
 from drafttrain.core.foreign import check_folder, read_json
 from drafttrain.data_gen.sources import Versioned, sources
-from drafttrain.eval.prompts import BUILTIN, prompt_file
+from drafttrain.eval.prompts import BUILTIN, files_of, prompt_file
 from drafttrain.export import exporters
 from drafttrain.export.layout import text_config
 from drafttrain.pipeline.model_parts import ModelParts, NotHere, target_parts
@@ -24,6 +24,8 @@ from drafttrain.target_model.folder_checks import check_model_files
 from drafttrain.target_model.tokenizer import check_same_tokenizer
 
 FIRST_SHOWN = 3
+PYTHON_TEXT = ("builtin:test", "builtin:validation")
+"""Built-in prompts of source code."""
 
 
 def check_parts(recipe: Recipe, *, fetch: bool = True, data: bool = True) -> None:
@@ -115,6 +117,7 @@ def _of_target(target: ModelParts, recipe: Recipe) -> Iterator[str]:
     yield from _sizes(target, recipe)
     yield from _positions(target, recipe)
     yield from _formats(target, recipe)
+    yield from _questions(target, recipe)
     for note in (_window(target.config, recipe), _prompts_of_another_kind(target, recipe)):
         if note:
             say(f"{target.key}: {note}")
@@ -181,6 +184,15 @@ def _formats(target: ModelParts, recipe: Recipe) -> Iterator[str]:
         yield from (f"export.to: {name}: {target.name}: {problem}" for problem in found)
 
 
+def _questions(target: ModelParts, recipe: Recipe) -> Iterator[str]:
+    """Yield the sources of prompts that need a chat template, if the target has none."""
+    if recipe.data.generate is None or target.tokenizer.chat_template:
+        return
+    for key, source in recipe.data.generate.prompt_sources().items():
+        if source.kind == "magpie" and source.path is None:
+            yield f"{target.name} has no chat template, so it cannot write the questions of {key} (magpie)"
+
+
 def _window(config: Any, recipe: Recipe) -> str | None:
     """Return a note on the cost of the target's sliding window; None if it has none that matters."""
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
@@ -192,14 +204,14 @@ def _window(config: Any, recipe: Recipe) -> str | None:
 
 
 def _prompts_of_another_kind(target: ModelParts, recipe: Recipe) -> str | None:
-    """Return a note where a chat target is validated or evaluated on the built-in prompts, which are Python source text."""
+    """Return a note where a chat target is validated or evaluated on Python source text."""
     prompts = {"eval.prompts": recipe.eval.prompts, "eval.validation_prompts": recipe.eval.validation_prompts}
-    builtin = [key for key, name in prompts.items() if name.startswith(BUILTIN)]
-    if not builtin or target.name.startswith(BUILTIN) or not getattr(target.tokenizer, "chat_template", None):
+    of_code = [key for key, files in prompts.items() if any(one.path in PYTHON_TEXT for one in files_of(files))]
+    if not of_code or target.name.startswith(BUILTIN) or not getattr(target.tokenizer, "chat_template", None):
         return None
     return (
-        f"WARNING: {target.name} is a chat model, and the prompts of {' and '.join(builtin)} are Python source text: figures on "
-        "them say little about chats. Name files of held-out prompts of the kind that it will serve"
+        f"WARNING: {target.name} is a chat model, and the prompts of {' and '.join(of_code)} are Python source text: figures "
+        "on them say little about chats. Choose builtin:chat and builtin:chat_validation, or held-out prompts of your own"
     )
 
 
@@ -232,7 +244,7 @@ def _of_texts(recipe: Recipe) -> Iterator[str]:
     """Yield the text files that do not exist."""
     places = {f"data.sources.{number}": source for number, source in enumerate(recipe.data.sources)}
     if recipe.data.generate is not None:
-        places["data.generate.prompts"] = recipe.data.generate.prompts
+        places |= recipe.data.generate.prompt_sources()
     for key, settings in places.items():
         if settings.kind in ("hub", "serving_logs") or getattr(settings, "path", None) is None:
             continue
@@ -243,7 +255,8 @@ def _of_texts(recipe: Recipe) -> Iterator[str]:
         except (DataError, OSError) as error:
             yield f"{key}: {error}"
     for key in ("prompts", "validation_prompts"):
-        try:
-            prompt_file(getattr(recipe.eval, key))
-        except DataError as error:
-            yield f"eval.{key}: {error}"
+        for file in files_of(getattr(recipe.eval, key)):
+            try:
+                prompt_file(file.path)
+            except DataError as error:
+                yield f"eval.{key}: {error}"

@@ -9,10 +9,11 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from drafttrain.core.console import progress
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.texts import Sampling
 from drafttrain.data_gen.backends import Task
-from drafttrain.data_gen.backends.builtin import continuations
+from drafttrain.data_gen.backends.builtin import TokenCount, continuations
 from drafttrain.data_gen.stored.validation_target import cached_continuations, cached_target
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.repetition import tokens_before_repetition
@@ -61,10 +62,19 @@ class Validation:
 
     def _written(self, tasks: list[Task]) -> list[list[int]]:
         run = self._run
-        limits = {"max_new_tokens": run.recipe.eval.max_new_tokens, "seed": run.recipe.seed}
-        if run.placement == "replicated":
-            return continuations(tasks, run.target, **limits)
-        return cached_continuations(run.folder.validation / "texts.json", tasks, run.target, **limits)
+        new = run.recipe.eval.max_new_tokens
+        with progress("writing validation texts", total=len(tasks), unit="texts") as bar:
+            limits: Any = {
+                "max_new_tokens": new,
+                "seed": run.recipe.seed,
+                "written": TokenCount(bar, max_new_tokens=new),
+            }
+            if run.placement == "replicated":
+                texts = continuations(tasks, run.target, **limits)
+            else:
+                texts = cached_continuations(run.folder.validation / "texts.json", tasks, run.target, **limits)
+            bar.advance(len(texts))
+        return texts
 
     @functools.cached_property
     def target(self) -> Target:

@@ -53,9 +53,7 @@ def no_folder(name: str) -> str | None:
     path = Path(os.path.expanduser(name))  # an unknown user leaves the name as it is
     if path.is_dir() or not path.exists():
         return None
-    if path.suffix == ".gguf":
-        return "is a GGUF file for llama.cpp: give the folder with config.json and *.safetensors that it was made from"
-    return "is a file: give the folder with config.json and *.safetensors"
+    return "is a file: give the folder with config.json and *.safetensors, or a GGUF file"
 
 
 def in_one_line(error: BaseException) -> str:
@@ -77,10 +75,8 @@ def _no_configuration(folder: Path, names: list[str]) -> str | None:
         return _adapter(folder)
     if "model_index.json" in names:
         return "is a pipeline of diffusers (model_index.json), not a language model"
-    if any(name.endswith(".gguf") for name in names):
-        return (
-            "contains GGUF files for llama.cpp: give the folder with config.json and *.safetensors they were made from"
-        )
+    if files := [name for name in names if name.endswith(".gguf")]:
+        return f"contains GGUF files: give one of them ({folder / files[0]}), or the folder with config.json and *.safetensors"
     if "params.json" in names or any(name.endswith((".pth", ".nemo", ".distcp")) for name in names):
         return "is not in Hugging Face's layout (no config.json): convert it first"
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

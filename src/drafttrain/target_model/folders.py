@@ -10,14 +10,23 @@ from pathlib import Path
 from drafttrain.core import digests
 from drafttrain.core.errors import CheckpointError
 from drafttrain.target_model.folder_checks import check_model_files, no_folder
+from drafttrain.target_model.gguf_folder import SUFFIX, folder_of_gguf
+from drafttrain.target_model.known_targets import KNOWN, fetch, fetched_file, known_target
 
 BUILTIN = "builtin:"
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py")
 """Files that are fetched from a hub model."""
 
 
+def stands_for_folder(name: str) -> bool:
+    """Return whether a name is short for a local folder elsewhere: of a builtin or known model, or of a GGUF file."""
+    return name.startswith((BUILTIN, KNOWN)) or name.endswith(SUFFIX)
+
+
 def resolve_folder(name: str, *, revision: str | None = None) -> Path:
-    """Return the local folder of a builtin name, a path, or a hub id (which is fetched).
+    """Return the local folder of a builtin name, a path, or a known name or hub id (which are fetched).
+
+    The folder of a GGUF file is made when it is first needed.
 
     Raises:
         CheckpointError: There is no such folder, and no such id on the hub or in its cache.
@@ -28,11 +37,17 @@ def resolve_folder(name: str, *, revision: str | None = None) -> Path:
             return folder
         known = sorted(f"{BUILTIN}{path.name}" for path in folder.parent.glob("*") if path.is_dir())
         raise CheckpointError(f"{name}: no such builtin. Available: {', '.join(known) or 'none'}")
+    if name.startswith(KNOWN):
+        return folder_of_gguf(fetch(known_target(name.removeprefix(KNOWN))))
     folder = Path(os.path.expanduser(name))  # an unknown user leaves the name as it is
     if folder.is_dir():
         return folder
+    if folder.suffix == SUFFIX and folder.is_file():
+        return folder_of_gguf(folder)
     if reason := no_folder(name):
         raise CheckpointError(f"{name}: {reason}")
+    if folder.suffix == SUFFIX:
+        raise CheckpointError(f"{name}: no such file")
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise CheckpointError(f"{name}: no such folder (a hub id has the form owner/name)")
     from huggingface_hub import snapshot_download
@@ -52,12 +67,14 @@ def resolve_folder(name: str, *, revision: str | None = None) -> Path:
 
 
 def cached_folder(name: str, *, revision: str | None = None) -> Path | None:
-    """Return the local folder of a name without access to the hub; None: a hub id that is not in the local cache.
+    """Return the local folder of a name without fetching anything; None: a hub id or known name that is not on this machine.
 
     Raises:
         CheckpointError: There is no such folder, and the name is not a hub id.
     """
-    local = name.startswith((BUILTIN, ".", "/", "~")) or name.count("/") != 1 or Path(name).exists()
+    if name.startswith(KNOWN) and not fetched_file(known_target(name.removeprefix(KNOWN))).exists():
+        return None
+    local = stands_for_folder(name) or name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).exists()
     if local:
         return resolve_folder(name)
     from huggingface_hub import snapshot_download

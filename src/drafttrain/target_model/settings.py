@@ -14,9 +14,10 @@ class TargetSettings:
 
     model: str | None = setting(
         "builtin:target",
-        help="A local folder, a hub id, builtin:target, or recipe:NAME for that recipe's model; null: only a tokenizer.",
+        help="A local folder, a GGUF file, a hub id, builtin:target, known:smollm2, or recipe:NAME for that recipe's model; null: "
+        "only a tokenizer.",
     )
-    tokenizer: str | None = setting(None, help="Folder or hub id of the tokenizer; null: the model's own.")
+    tokenizer: str | None = setting(None, help="Folder, GGUF file or hub id of the tokenizer; null: the model's own.")
     revision: str | None = setting(None, help="Branch, tag or commit of a hub id.")
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64", "stored"] = setting(
         "auto",

@@ -80,9 +80,9 @@ class Target:
         """Rows of the target's head, including padding."""
         return int(self.model.get_output_embeddings().weight.shape[0])
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
-        """Ids that the tokenizer can produce; ids from here to `vocab_size` are padding."""
+        """Ids that the tokenizer can produce; ids from here to `vocab_size` are padding. Counting reads the whole vocabulary."""
         return min(self.vocab_size, num_ids(self.tokenizer))
 
     @cached_property

@@ -11,6 +11,7 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.foreign import check_folder
 from drafttrain.target_model.folder_checks import in_one_line
 from drafttrain.target_model.folders import resolve_folder
+from drafttrain.target_model.gguf_folder import no_tokenizer_in
 from drafttrain.target_model.settings import TargetSettings
 
 TOKENIZER_FILES = (
@@ -43,6 +44,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     check_folder(folder)
+    if reason := no_tokenizer_in(folder):
+        raise CheckpointError(reason)
     if not tokenizer_files(folder):
         raise CheckpointError(
             f"{folder}: no tokenizer here (no tokenizer.json): give its folder (for a target: target.tokenizer)"

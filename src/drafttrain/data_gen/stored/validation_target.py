@@ -6,7 +6,7 @@ B = sequences, T = positions, D = hidden
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,13 @@ from drafttrain.target_model import Target
 
 
 def cached_continuations(
-    path: Path, tasks: Sequence[Task], target: Target, *, max_new_tokens: int, seed: int
+    path: Path,
+    tasks: Sequence[Task],
+    target: Target,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    written: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """Return the target's continuation of each prompt; for the same target and prompts it is generated once and stored in `path`."""
     about = {
@@ -44,7 +50,7 @@ def cached_continuations(
         return list(stored)
     with target.for_own_share() as live:
         # Every process generates all of them: they are few, and a sharded target needs every process.
-        texts = continuations(tasks, live, max_new_tokens=max_new_tokens, seed=seed)
+        texts = continuations(tasks, live, max_new_tokens=max_new_tokens, seed=seed, written=written)
     with first_before_others("it stores the validation texts"):
         if is_first():
             write_json(path, {"about": about, "texts": texts})

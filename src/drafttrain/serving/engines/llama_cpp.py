@@ -22,6 +22,7 @@ from drafttrain.export.gguf_file import FILE
 from drafttrain.export.gguf_tokenizer import END, SECOND_END, TOKENS, GgufTokenizer
 from drafttrain.serving.engines import Conventions, DecodedPrompt, Job, ServingEngine, Use, engines
 from drafttrain.target_model.folders import fingerprint_of
+from drafttrain.target_model.gguf_folder import gguf_file_of
 
 ENDS = frozenset(
     [
@@ -91,11 +92,16 @@ class LlamaCppEngine(ServingEngine):
         return Conventions(drafts_past_end=False, end_tokens=frozenset(ends), draft_top_k=DRAFT_TOP_K)
 
     def target_as(self, folder: Path, dtype: str | None = None) -> Path:
-        """Return the target as a GGUF file beside the environments; each version of the weights, tokenizer and type is converted once.
+        """Return the target as a GGUF file: the one that it was made from, or one beside the environments.
+
+        Each version of the weights, tokenizer and type is converted once. With a type, the file that the target was made from
+        does not serve: llama.cpp would compute with its quantized weights.
 
         Raises:
             CheckpointError: The target cannot be written as GGUF.
         """
+        if dtype is None and (file := gguf_file_of(folder)) is not None:
+            return file
         parts = [fingerprint_of(folder), sha256_of(folder / "tokenizer.json"), str(dtype)]
         key = hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
         path = root() / TARGETS / f"{key}.gguf"

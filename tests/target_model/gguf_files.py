@@ -1,0 +1,56 @@
+"""GGUF files of tiny models, for tests: exact, quantized, and with any change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+
+from drafttrain.export.gguf import write_model
+from drafttrain.export.gguf_file import read_gguf, write_gguf
+
+Change = Callable[[dict[str, Any], dict[str, torch.Tensor]], None]
+"""Changes the settings and the tensors of a file in place."""
+
+
+def gguf_of(folder: Path, path: Path, change: Change | None = None) -> Path:
+    """Write the model of a folder as a GGUF file, changed."""
+    write_model(folder, path)
+    if change is not None:
+        settings, tensors = read_gguf(path)
+        change(settings, tensors)
+        write_gguf(path, settings, tensors)
+    return path
+
+
+def quantized(source: Path, path: Path, kind: str) -> dict[str, torch.Tensor]:
+    """Write a file with its matrices in a type of llama.cpp; return the values that they stand for, by GGUF's names."""
+    settings, tensors = read_gguf(source)
+    stored_as, values = gguf.GGMLQuantizationType[kind], dict[str, torch.Tensor]()
+
+    class Writer(gguf.GGUFWriter):
+        """Writes matrices in the type."""
+
+        def add_tensor(self, name: str, tensor: Any, *args: Any, **kwargs: Any) -> None:
+            if tensor.ndim > 1:
+                blocks = gguf.quantize(tensor, stored_as)
+                values[name] = torch.from_numpy(np.array(gguf.dequantize(blocks, stored_as)))
+                super().add_tensor(name, blocks, raw_dtype=stored_as)
+            else:
+                super().add_tensor(name, tensor)
+
+    writer = Writer(path, settings.pop("general.architecture"))
+    adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in settings.items():
+        adders.get(type(value), writer.add_array)(key, value)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return values
