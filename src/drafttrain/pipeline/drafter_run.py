@@ -171,7 +171,13 @@ class DrafterRun(Run):
         folders = {"drafter": self.folder.exported(self.what)}
         if settings.start and self.folder.start.exists():
             folders["start"] = self.folder.start
-        return evaluate_folders(folders, self.target, settings, dropped=contaminated_prompts(self, settings.prompts))
+        return evaluate_folders(
+            folders,
+            self.target,
+            settings,
+            dropped=contaminated_prompts(self, settings.prompts),
+            unfinished=self.folder.unfinished,
+        )
 
     def card(self, result: Result, *, command: str) -> str:
         """Return the README of the drafter folder."""
