@@ -17,7 +17,7 @@ from drafttrain.core.errors import CheckpointError, DataError, RecipeError
 from drafttrain.core.foreign import check_folder, read_json
 from drafttrain.data_gen.sources import Versioned, sources
 from drafttrain.data_gen.sources.generated import Generated
-from drafttrain.eval.prompts import files_of, prompt_file
+from drafttrain.eval.prompts import BUILTIN, files_of, prompt_file
 from drafttrain.export import exporters
 from drafttrain.export.layout import text_config
 from drafttrain.pipeline.model_parts import ModelParts, NotHere, target_parts
@@ -27,6 +27,8 @@ from drafttrain.target_model.folders import fingerprint_of
 from drafttrain.target_model.tokenizer import check_same_tokenizer, tokenizer_fingerprint
 
 FIRST_SHOWN = 3
+PYTHON_TEXT = ("builtin:test", "builtin:validation")
+"""Built-in prompts of source code."""
 
 
 def check_parts(recipe: Recipe, *, fetch: bool = True, data: bool = True) -> None:
@@ -120,8 +122,9 @@ def _of_target(target: ModelParts, recipe: Recipe) -> Iterator[str]:
     yield from _formats(target, recipe)
     yield from _questions(target, recipe)
     yield from _writers(target, recipe)
-    if note := _window(target.config, recipe):
-        say(f"{target.key}: {note}")
+    for note in (_window(target.config, recipe), _prompts_of_another_kind(target, recipe)):
+        if note:
+            say(f"{target.key}: {note}")
 
 
 def _reads_tokenizer(parts: ModelParts) -> Iterator[str]:
@@ -219,6 +222,18 @@ def _window(config: Any, recipe: Recipe) -> str | None:
     if not isinstance(window, int) or not slides or window > longest:
         return None
     return f"the target has a sliding window of {window} and data.max_length is {longest}: longer texts are decoded one at a time"
+
+
+def _prompts_of_another_kind(target: ModelParts, recipe: Recipe) -> str | None:
+    """Return a note where a chat target is validated or evaluated on Python source text."""
+    prompts = {"eval.prompts": recipe.eval.prompts, "eval.validation_prompts": recipe.eval.validation_prompts}
+    of_code = [key for key, files in prompts.items() if any(one.path in PYTHON_TEXT for one in files_of(files))]
+    if not of_code or target.name.startswith(BUILTIN) or not getattr(target.tokenizer, "chat_template", None):
+        return None
+    return (
+        f"WARNING: {target.name} is a chat model, and the prompts of {' and '.join(of_code)} are Python source text: figures "
+        "on them say little about chats. Choose builtin:chat and builtin:chat_validation, or held-out prompts of your own"
+    )
 
 
 def _of_start(drafter: ModelParts, target: ModelParts, recipe: Recipe) -> Iterator[str]:
