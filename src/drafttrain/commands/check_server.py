@@ -128,7 +128,8 @@ def _taken_over(result: Result | None) -> list[str]:
 def _prompts(of_target: Any, settings: EvalSettings, result: Result | None) -> list[Prompt]:
     """Return the prompts; if they are the evaluation's own set, only those that it used."""
     prompts = read_prompts(settings.prompts, load_target_tokenizer(of_target), prompt_tokens=settings.prompt_tokens)
-    if result is not None and all(getattr(settings, name) == result.settings[name] for name in TAKEN_OVER[:2]):
+    given = settings.as_dict()
+    if result is not None and all(given[name] == result.settings[name] for name in TAKEN_OVER[:2]):
         used = _counted(result, temperature=None)
         prompts = [prompt for prompt in prompts if prompt.id in used]
     return prompts[: settings.num_prompts]

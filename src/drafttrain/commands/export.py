@@ -14,6 +14,7 @@ from drafttrain.config.load import load_sections
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.errors import CheckpointError, DrafttrainError
 from drafttrain.data_gen.contamination import read_contamination
+from drafttrain.eval.prompts import name_of
 from drafttrain.pipeline.auto_types import resolve_auto_types
 from drafttrain.pipeline.folder import RunFolder
 from drafttrain.pipeline.judging import export_and_judge
@@ -45,7 +46,7 @@ def convert_run(recipe: Recipe, folder: Path, formats: Sequence[str], *, verify:
         target=recipe.target,
         eval=recipe.eval,
         export=with_formats(recipe.export, formats, recipe.drafter.kind, verify=verify),
-        dropped=read_contamination(here.contamination, prompts=recipe.eval.prompts),
+        dropped=read_contamination(here.contamination, prompts=name_of(recipe.eval.prompts)),
     )
     write_and_verify(source, served_with, out=out)
 

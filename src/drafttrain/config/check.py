@@ -92,7 +92,7 @@ class Checker:
 
     def _components(self, field: Field, node: Node, *, path: str) -> Any:
         assert field.registry is not None
-        if not field.is_list:
+        if not field.is_list and not (field.may_be_list and isinstance(node.value, list)):
             return self._component(field.registry, node, path=path, default=field.default)
         if not isinstance(node.value, list):
             return self._wrong(node, path, "a list of mappings, each with its kind")

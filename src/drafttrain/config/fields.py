@@ -42,6 +42,11 @@ class Field(NamedTuple):
         return unless is not None and (unless not in given or given[unless].value is None)
 
     @property
+    def may_be_list(self) -> bool:
+        """Whether the value is one component or a list of them."""
+        return bool(self.metadata.get("or_list"))
+
+    @property
     def is_list(self) -> bool:
         """Whether the value is a list."""
         return typing.get_origin(self.hint) is list or self.hint is list or isinstance(self.default, list)
@@ -54,7 +59,7 @@ def fields_of(settings: type) -> dict[str, Field]:
     for field in dataclasses.fields(settings):
         if field.init:
             default = field.default if field.default_factory is MISSING else field.default_factory()
-            hint, nullable = _without_none(hints[field.name])
+            hint, nullable = _without_none(field.metadata.get("accepts") or hints[field.name])
             fields[field.name] = Field(field.name, hint, nullable or default is None, field.metadata, default)
     return fields
 

@@ -41,7 +41,8 @@ def _settings(settings: type, definitions: dict[str, Any], *, kind: str | None =
 def _field(field: Field, definitions: dict[str, Any]) -> dict[str, Any]:
     if field.registry is not None:
         value = _component(field.registry, definitions)
-        value = {"type": "array", "items": value} if field.is_list else value
+        listed = {"type": "array", "items": value}
+        value = listed if field.is_list else {"anyOf": [value, listed]} if field.may_be_list else value
     else:
         value = _type(field.hint, field.metadata, definitions)
     if field.nullable:

@@ -17,6 +17,8 @@ def setting(
     lt: float | None = None,
     registry: Registry | None = None,
     unless: str | None = None,
+    accepts: Any = None,
+    or_list: bool = False,
 ) -> Any:
     """Return a dataclass field with metadata. Recipes are checked against it, and `recipe show` prints it.
 
@@ -26,9 +28,12 @@ def setting(
         ge, gt, le, lt: The range of a number (of every number of a list).
         registry: The value is a component: a mapping with `kind` and that kind's own settings.
             A list type means a list of such mappings.
+        accepts: The type that a recipe is checked against, where it is a choice that an annotation cannot express.
+        or_list: The value may also be a list of components.
         unless: The recipe must give a value even if there is a default, unless it gives this other key of the section.
     """
-    metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt, "registry": registry, "unless": unless}
+    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
+    metadata = {"help": help, **bounds, "registry": registry, "unless": unless, "accepts": accepts, "or_list": or_list}
     if default is MISSING:
         return field(metadata=metadata)
     if isinstance(default, list | dict) or is_dataclass(default) or registry is not None:

@@ -107,9 +107,17 @@ class ChatTemplate:
 
     @cached_property
     def around(self) -> tuple[list[int], list[int]]:
-        """Ids that the template puts before and after every question; none without a template."""
+        """Ids that the template puts before and after every question, its generation prompt included; none without a template."""
+        return self._around(asks=True)
+
+    @cached_property
+    def around_question(self) -> tuple[list[int], list[int]]:
+        """Ids that the template puts before a question, and after it to end the user's turn; none without a template."""
+        return self._around(asks=False)
+
+    def _around(self, *, asks: bool) -> tuple[list[int], list[int]]:
         try:
-            one, other = (self.prompt(_question(word)) for word in ("a", "Z"))
+            one, other = (self.ids(self.text(_question(word), asks=asks)) for word in ("a", "Z"))
         except BadItem:
             return [], []
         before, after = common_start(one, other), common_start(one[::-1], other[::-1])

@@ -22,8 +22,8 @@ from drafttrain.target_model.tokenizer import num_ids
 
 TOKENS = ("tokens", "input_ids")
 UNTEMPLATED = (
-    "text under 'prompt' is read without the tokenizer's chat template; \"chat\": true in the record, or the text under "
-    "'question', makes it a chat"
+    "text under 'prompt' is read without the tokenizer's chat template; chat: true of the source or in the record, or the "
+    "text under 'question', makes it a chat"
 )
 
 
@@ -55,9 +55,7 @@ class Encoder:
 
     def reading_as(self, settings: Any) -> Encoder:
         """Return an encoder for the records of a source with these settings."""
-        names = ("rename", "roles", "ignore_keys")
-        reading = Reading(**{name: getattr(settings, name) for name in names if hasattr(settings, name)})
-        return replace(self, reading=reading, notes=Counter())
+        return replace(self, reading=Reading.of(settings), notes=Counter())
 
     def report(self, name: str) -> None:
         """Print the notes on how records were read."""
@@ -113,6 +111,10 @@ class Encoder:
     def frame(self) -> tuple[list[int], list[int]]:
         """Return the ids that the chat template puts before and after every prompt; none without a template."""
         return self.template.around
+
+    def decoded(self, tokens: Sequence[int]) -> str:
+        """Return the text of ids, special tokens included."""
+        return str(self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
 
     def text(self, text: Any) -> list[int]:
         """Return the ids of text as a server reads it: with the tokenizer's special tokens, even if the text has them already."""

@@ -6,7 +6,7 @@ Any other key may change what the target reads in an unknown way: the record is 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from drafttrain.data_gen.bad_item import BadItem
@@ -56,6 +56,18 @@ class Reading:
     rename: Mapping[str, str] = field(default_factory=dict)
     roles: Mapping[str, str] = field(default_factory=dict)
     ignore_keys: Sequence[str] = ()
+    chat: bool | None = None
+    """Whether text under `prompt` is a user's message, in records that do not say it."""
+
+    @classmethod
+    def of(cls, settings: Any) -> Reading:
+        """Return how the settings of a source or of a file of prompts read records; those without such settings: as they are."""
+        return cls(**{one.name: getattr(settings, one.name) for one in fields(cls) if hasattr(settings, one.name)})
+
+    def renamed(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a record with the keys that are known here."""
+        kept = {key: part for key, part in value.items() if key not in self.rename.values()}
+        return kept | {new: value[old] for new, old in self.rename.items() if old in value}
 
     def without_ignored(self, value: Mapping[str, Any]) -> dict[str, Any]:
         """Return a mapping without ignored keys and nulls."""
@@ -68,15 +80,15 @@ def form_of(value: Mapping[str, Any], reading: Reading) -> tuple[str, dict[str, 
     Raises:
         BadItem: It has no known form, or two, or an unknown key.
     """
-    renamed = {key: part for key, part in value.items() if key not in reading.rename.values()}
-    renamed |= {new: value[old] for new, old in reading.rename.items() if old in value}
-    found = reading.without_ignored(renamed)
+    found = reading.without_ignored(reading.renamed(value))
     forms = [form for form in FORMS if not _is_empty(found.get(form, ""))] or [form for form in FORMS if form in found]
     if "messages" in forms and _repeats(found.get("prompt"), found["messages"]):
         forms.remove("prompt")
         del found["prompt"]
     if not forms:
-        raise BadItem(f"no known form: has none of {', '.join(FORMS)}; its keys: {_listed(found)}")
+        missing = [old for old in reading.rename.values() if old not in value]
+        lacks = f"; rename names {', '.join(map(repr, missing))}, which it lacks" if missing else ""
+        raise BadItem(f"no known form: has none of {', '.join(FORMS)}; its keys: {_listed(found)}{lacks}")
     if len(forms) > 1:
         raise BadItem(
             f"{' and '.join(forms)}: more than one text in one record; name those not to be read in ignore_keys of the source"
@@ -86,6 +98,8 @@ def form_of(value: Mapping[str, Any], reading: Reading) -> tuple[str, dict[str, 
         known = key == form or key in FORMS[form] or is_metadata(key)
         if not known and not _is_empty(part):
             raise BadItem(unknown(key))
+    if form == "prompt" and reading.chat is not None and isinstance(found[form], str):
+        found.setdefault("chat", reading.chat)
     return form, found
 
 

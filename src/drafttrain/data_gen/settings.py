@@ -9,6 +9,7 @@ from drafttrain.data_gen.backends import backends
 from drafttrain.data_gen.backends.builtin import BuiltinSettings
 from drafttrain.data_gen.sources import sources
 
+PROMPTS = "data.generate.prompts"
 LARGEST_SHARE = 10_000
 """Largest ratio of two weights; a period of the order must hold a record of each source."""
 
@@ -17,7 +18,9 @@ LARGEST_SHARE = 10_000
 class GenerateSettings:
     """Texts that the target generates, and their prompts."""
 
-    prompts: Any = setting(help="A source of prompts, by kind.", registry=sources)
+    prompts: Any = setting(
+        help="A source of prompts by kind, or a list of them, drawn from by weight.", registry=sources, or_list=True
+    )
     prompt_tokens: int | None = setting(
         48, help="Plain text is cut into prompts of this many tokens; chats keep their turns. null: a whole text.", ge=1
     )
@@ -40,7 +43,16 @@ class GenerateSettings:
 
     def check(self) -> list[str]:
         """Return problems between fields."""
-        return [] if self.temperatures else ["temperatures: at least one is needed"]
+        problems = [] if self.temperatures else ["temperatures: at least one is needed"]
+        if not any(getattr(source, "weight", 1.0) for source in self.prompt_sources().values()):
+            problems.append("prompts: at least one source with a weight above 0 is needed")
+        return problems
+
+    def prompt_sources(self) -> dict[str, Any]:
+        """Return the sources of prompts by their keys in a recipe."""
+        if isinstance(self.prompts, list):
+            return {f"{PROMPTS}.{number}": source for number, source in enumerate(self.prompts)}
+        return {PROMPTS: self.prompts}
 
     def smoke(self) -> "GenerateSettings":
         """Return a copy that generates a few short texts."""
@@ -99,7 +111,10 @@ class DataSettings:
             problems.append("generate: a source of kind generated needs this section")
         if self.generate is not None and "generated" not in kinds:
             problems.append("sources: no source reads the texts of data.generate; add {kind: generated}")
-        if self.generate is not None and getattr(self.generate.prompts, "kind", "") == "generated":
+        if "magpie" in kinds:
+            problems.append(f"sources: questions of magpie have no answers: name it in {PROMPTS}")
+        asked = self.generate.prompt_sources().values() if self.generate is not None else ()
+        if any(getattr(source, "kind", "") == "generated" for source in asked):
             problems.append("generate.prompts: generated texts cannot be their own prompts")
         weights = [getattr(source, "weight", 1.0) for source in self.sources]
         used = [weight for weight in weights if weight > 0]

@@ -10,18 +10,22 @@ from drafttrain.eval.acceptance import acceptance_rules
 from drafttrain.eval.acceptance.lossless import LosslessSettings
 from drafttrain.eval.length import length_policies
 from drafttrain.eval.length.fixed import FixedLengthSettings
+from drafttrain.eval.prompts import Prompts
 
 
 @dataclass
 class EvalSettings:
     """How exported drafters are evaluated."""
 
-    prompts: str = setting(
+    prompts: Any = setting(
         "builtin:test",
-        help="JSON lines with text, messages, prompt or tokens, and optionally id and domain; or builtin:test.",
+        help="A file of prompts (docs/data.md), builtin:test (Python source text), or a list of files, each with its domain.",
+        accepts=Prompts,
     )
-    validation_prompts: str = setting(
-        "builtin:validation", help="Prompts that the best step is chosen on; never the test prompts."
+    validation_prompts: Any = setting(
+        "builtin:validation",
+        help="Prompts that the best step is chosen on, as a file or a list of files; never the test prompts.",
+        accepts=Prompts,
     )
     prompt_tokens: int | None = setting(48, help="Plain text is cut to this many tokens; null: not cut.", ge=1)
     num_prompts: int | None = setting(None, help="Number of prompts, from the first on; null: all.", ge=1)
@@ -63,6 +67,8 @@ class EvalSettings:
     def check(self) -> list[str]:
         """Return problems that involve several fields."""
         problems = [] if self.temperatures else ["temperatures: at least one is needed"]
+        lists = {name: getattr(self, name) for name in ("prompts", "validation_prompts")}
+        problems += [f"{name}: at least one file is needed" for name, files in lists.items() if not files]
         labels = [length_label(length) for length in (self.length, *self.also)]
         for label in dict.fromkeys(label for label in labels if labels.count(label) > 1):
             problems.append(f"also: {label} occurs twice (eval.length counts)")

@@ -16,7 +16,7 @@ from drafttrain.data_gen.training_data import TrainingData, generate_texts, note
 from drafttrain.distributed.collectives import first_before_others
 from drafttrain.distributed.world import world
 from drafttrain.environments.environment import is_installed
-from drafttrain.eval.prompts import read_prompts
+from drafttrain.eval.prompts import Prompts, name_of, read_prompts
 from drafttrain.pipeline.model_parts import target_parts
 from drafttrain.pipeline.run import Run
 from drafttrain.target_model.device import kind_of_device
@@ -99,19 +99,19 @@ def _check_rows(data: TrainingData, *, num_rows: int, tokenizer: Any) -> None:
 def _note_contamination(run: Run, data: TrainingData) -> None:
     wanted = run.recipe.eval
     prompts = {
-        (file, prompt.id): prompt.tokens
-        for file in dict.fromkeys([wanted.prompts, wanted.validation_prompts])
-        for prompt in read_prompts(file, run.tokenizer, prompt_tokens=wanted.prompt_tokens)
+        (name_of(files), prompt.id): prompt.tokens
+        for files in (wanted.prompts, wanted.validation_prompts)
+        for prompt in read_prompts(files, run.tokenizer, prompt_tokens=wanted.prompt_tokens)
     }
     note_contamination(data, prompts, run.folder.contamination)
 
 
-def contaminated_prompts(run: Run, file: str) -> list[str]:
-    """Return the ids of a file's prompts that the training text contains; a file that is new to the run is compared now."""
+def contaminated_prompts(run: Run, prompts: Prompts) -> list[str]:
+    """Return the ids of those prompts that the training text contains; prompts that are new to the run are compared now."""
     path = run.folder.contamination
     if not path.exists() and run.folder.data.exists():
         _note_contamination(run, _prepared(run))
-    return read_contamination(path, prompts=file)
+    return read_contamination(path, prompts=name_of(prompts))
 
 
 def own_batches(data: Any, settings: Any, *, device: Any) -> Callable[[int], list[Any]]:

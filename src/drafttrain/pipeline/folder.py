@@ -170,9 +170,12 @@ class RunFolder:
         if self._began():
             self._refuse(trained_on, "since the training here read it")
         elif (self.data / "generated" / "plan.json").exists():
-            written_from = {inputs.GENERATED_FROM, *inputs.OF_TARGET}
             self._refuse(
-                {key: words for key, words in trained_on.items() if key in written_from},
+                {
+                    key: words
+                    for key, words in trained_on.items()
+                    if key in inputs.OF_TARGET or key.startswith(inputs.GENERATED_FROM)
+                },
                 "since texts were generated from it",
             )
         if changed:

@@ -13,7 +13,7 @@ from drafttrain.config.recipe import Recipe, components_of
 from drafttrain.core.digests import files_digest, text_digest
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.data_gen.sources import Versioned, sources
-from drafttrain.eval.prompts import prompt_file
+from drafttrain.eval.prompts import Prompts, files_of, name_of, prompt_file
 from drafttrain.target_model.folders import fingerprint_of, resolve_folder
 from drafttrain.target_model.settings import TargetSettings
 from drafttrain.target_model.tokenizer import tokenizer_files, tokenizer_folder
@@ -49,7 +49,7 @@ def is_evaluated_on(key: str) -> bool:
     return key in (*OF_TARGET, PROMPTS) or key.startswith((HEAD, CHECKER))
 
 
-def target_inputs(settings: TargetSettings, prompts: str) -> Inputs:
+def target_inputs(settings: TargetSettings, prompts: Prompts) -> Inputs:
     """Return the inputs of an evaluation without a recipe, except its drafters."""
     readers = [*_of_target(settings), _of_prompts(PROMPTS, prompts)]
     return {key: {"path": path, "digest": _digest(digest)} for key, path, digest in readers if path}
@@ -97,7 +97,7 @@ def _readers(recipe: Recipe) -> Iterator[Reader]:
         for number, source in enumerate(recipe.data.sources):
             yield _of_source(f"data.sources.{number}", source)
     if recipe.data.generate is not None:
-        yield _of_source(GENERATED_FROM, recipe.data.generate.prompts)
+        yield from (_of_source(key, source) for key, source in recipe.data.generate.prompt_sources().items())
     yield _of_folder("drafter.checkpoint", getattr(recipe.drafter, "checkpoint", None))
     yield _of_folder(f"{HEAD}drafter", getattr(recipe.head, "drafter", None))
     for number, head in enumerate(_heads(recipe.eval)):
@@ -145,8 +145,12 @@ def _of_file(key: str, path: str | None) -> Reader:
     return key, path, lambda: text_digest(Path(str(path)).expanduser())
 
 
-def _of_prompts(key: str, name: str) -> Reader:
-    return key, name, lambda: text_digest(prompt_file(name))
+def _of_prompts(key: str, prompts: Prompts) -> Reader:
+    def digest() -> Any:
+        found = [[file.path, text_digest(prompt_file(file.path))] for file in files_of(prompts)]
+        return found[0][1] if isinstance(prompts, str) else found
+
+    return key, name_of(prompts), digest
 
 
 def _heads(settings: Any) -> Iterator[str]:

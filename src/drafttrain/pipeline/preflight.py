@@ -15,7 +15,7 @@ from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError, DataError, RecipeError
 from drafttrain.core.foreign import check_folder, read_json
 from drafttrain.data_gen.sources import Versioned, sources
-from drafttrain.eval.prompts import prompt_file
+from drafttrain.eval.prompts import files_of, prompt_file
 from drafttrain.export import exporters
 from drafttrain.export.layout import text_config
 from drafttrain.pipeline.model_parts import ModelParts, NotHere, target_parts
@@ -115,6 +115,7 @@ def _of_target(target: ModelParts, recipe: Recipe) -> Iterator[str]:
     yield from _sizes(target, recipe)
     yield from _positions(target, recipe)
     yield from _formats(target, recipe)
+    yield from _questions(target, recipe)
     if note := _window(target.config, recipe):
         say(f"{target.key}: {note}")
 
@@ -180,6 +181,15 @@ def _formats(target: ModelParts, recipe: Recipe) -> Iterator[str]:
         yield from (f"export.to: {name}: {target.name}: {problem}" for problem in found)
 
 
+def _questions(target: ModelParts, recipe: Recipe) -> Iterator[str]:
+    """Yield the sources of prompts that need a chat template, if the target has none."""
+    if recipe.data.generate is None or target.tokenizer.chat_template:
+        return
+    for key, source in recipe.data.generate.prompt_sources().items():
+        if source.kind == "magpie" and source.path is None:
+            yield f"{target.name} has no chat template, so it cannot write the questions of {key} (magpie)"
+
+
 def _window(config: Any, recipe: Recipe) -> str | None:
     """Return a note on the cost of the target's sliding window; None if it has none that matters."""
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
@@ -219,7 +229,7 @@ def _of_texts(recipe: Recipe) -> Iterator[str]:
     """Yield the text files that do not exist."""
     places = {f"data.sources.{number}": source for number, source in enumerate(recipe.data.sources)}
     if recipe.data.generate is not None:
-        places["data.generate.prompts"] = recipe.data.generate.prompts
+        places |= recipe.data.generate.prompt_sources()
     for key, settings in places.items():
         if settings.kind in ("hub", "serving_logs") or getattr(settings, "path", None) is None:
             continue
@@ -230,7 +240,8 @@ def _of_texts(recipe: Recipe) -> Iterator[str]:
         except (DataError, OSError) as error:
             yield f"{key}: {error}"
     for key in ("prompts", "validation_prompts"):
-        try:
-            prompt_file(getattr(recipe.eval, key))
-        except DataError as error:
-            yield f"eval.{key}: {error}"
+        for file in files_of(getattr(recipe.eval, key)):
+            try:
+                prompt_file(file.path)
+            except DataError as error:
+                yield f"eval.{key}: {error}"

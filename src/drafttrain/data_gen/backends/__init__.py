@@ -50,6 +50,16 @@ class Plan:
     batch_size: int
     seed: int
 
+    def about(self) -> dict[str, Any]:
+        """Return what every text depends on."""
+        return {
+            "target": self.target.name,
+            "target_fingerprint": self.target.fingerprint,
+            "tokenizer_fingerprint": self.target.tokenizer_fingerprint,
+            "seed": self.seed,
+            "dtype": str(self.target.model.dtype).removeprefix("torch."),
+        }
+
 
 class Backend(Protocol):
     """Generates texts shard by shard."""

@@ -41,8 +41,8 @@ class WeightedSettings:
 
 
 @dataclass(kw_only=True)
-class RecordSettings(WeightedSettings):
-    """Settings of all sources of records; docs/data.md lists the keys of a record."""
+class RecordForm:
+    """How the records of files are read; docs/data.md lists the keys of a record."""
 
     rename: dict[str, str] = setting(
         {}, help="Known key: the name that the records use for it, such as {text: content}."
@@ -54,6 +54,10 @@ class RecordSettings(WeightedSettings):
     ignore_keys: list[str] = setting(
         [],
         help="Keys of records and of turns that the target does not read; any other unknown key quarantines the record.",
+    )
+    chat: bool | None = setting(
+        None,
+        help="Whether text under `prompt` is a user's message, read through the chat template; null: as each record says, else no.",
     )
 
     def check(self) -> list[str]:
@@ -68,6 +72,11 @@ class RecordSettings(WeightedSettings):
             for word, role in self.roles.items()
             if role not in ROLES
         ]
+
+
+@dataclass(kw_only=True)
+class RecordSettings(RecordForm, WeightedSettings):
+    """Settings of all sources of records; docs/data.md lists the keys of a record."""
 
 
 @dataclass(frozen=True)
@@ -151,5 +160,5 @@ def content_of(settings: Any) -> dict[str, Any]:
     """
     mapping = {FIRST_NAMES.get(key, key): value for key, value in component_mapping(settings).items()}
     mapping.pop("max_lost_share", None)
-    unset: dict[str, Any] = {"max_items": None, "rename": {}, "roles": {}, "ignore_keys": []}
+    unset: dict[str, Any] = {"max_items": None, "rename": {}, "roles": {}, "ignore_keys": [], "chat": None}
     return {key: value for key, value in mapping.items() if key not in unset or value != unset[key]}

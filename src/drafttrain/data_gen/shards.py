@@ -1,0 +1,162 @@
+"""Texts of a backend in shards: a shard is complete or absent, so that a killed run continues.
+
+The built-in backend writes the same bytes however often the run is killed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from drafttrain.core.console import progress, say
+from drafttrain.core.errors import DataError
+from drafttrain.core.files import sha256_of, write_json, write_text
+from drafttrain.data_gen.backends import Backend, Outcome, Task
+from drafttrain.distributed.collectives import first_before_others, own_share, wait_for_all
+from drafttrain.distributed.world import is_first
+from drafttrain.target_model import Target
+
+Tasks = tuple[list[Task], dict[str, Any]]
+"""The texts to write, and facts about them for the manifest."""
+
+
+def write_shards(
+    folder: Path,
+    tasks: Callable[[], Tasks],
+    *,
+    about: dict[str, Any],
+    backend: Backend,
+    target: Target,
+    size: int,
+    what: str,
+) -> Path:
+    """Write the missing shards, then the manifest; return the folder. Several processes divide the shards.
+
+    The plan fixes which texts are decoded together, because padding moves logits by rounding: a shard depends on the recipe,
+    never on where an earlier run was killed.
+
+    Args:
+        tasks: Returns the texts to write; not called when they are all written.
+        about: What the texts depend on.
+        size: Texts of a shard.
+        what: Name of the stage on its progress bar.
+
+    Raises:
+        DataError: The folder holds shards of another plan, target or tokenizer; or the backend cannot continue.
+    """
+    manifest = folder / "manifest.json"
+    plan_file = folder / "plan.json"
+    if plan_file.exists() and json.loads(plan_file.read_text(encoding="utf-8")) != json.loads(json.dumps(about)):
+        raise DataError(f"{folder}: holds shards of another plan; remove the folder or give the run another name")
+    if manifest.exists():
+        return folder
+    write_json(plan_file, about)
+    planned, facts = tasks()
+    shards = [planned[start : start + size] for start in range(0, len(planned), size)]
+    missing = [number for number in range(len(shards)) if not _shard(folder, number).exists()]
+    own = {number: shards[number] for number in own_share(missing)}
+    with progress(what, total=sum(map(len, own.values())), unit="texts") as bar:
+        for number, outcomes in backend.write(own, bar):
+            _store(folder, number, own[number], outcomes, target)
+    wait_for_all("texts are generated")
+    with first_before_others("it writes the manifest"):
+        if is_first():
+            for left in folder.glob("answers-*.jsonl"):
+                # The run was killed between storing a shard and removing the answers it was made of.
+                left.unlink()
+            write_json(manifest, _manifest(about | facts, folder, shards, backend.reproducible()))
+    return folder
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05d}.jsonl"
+
+
+def _accounts(folder: Path, number: int) -> Path:
+    return folder / f"accounts-{number:05d}.jsonl"
+
+
+def _store(folder: Path, number: int, shard: Sequence[Task], outcomes: Sequence[Outcome], target: Target) -> None:
+    """Write a shard; before it the accounts of its texts, and the quarantined texts with their reasons."""
+    pairs = list(zip(shard, outcomes, strict=True))
+    accounts = [{"id": task.id} | _account(outcome) for task, outcome in pairs if outcome.account]
+    refused = [
+        {"where": task.id, "reason": outcome.reason, "item": {"tokens": list(task.prompt)}}
+        for task, outcome in pairs
+        if outcome.tokens is None
+    ]
+    for name, entries in ((_accounts(folder, number), accounts), (folder / f"quarantine-{number:05d}.jsonl", refused)):
+        name.unlink(missing_ok=True)
+        if entries:
+            write_text(name, "".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in entries))
+    lines = [_line(task, outcome.tokens, target) for task, outcome in pairs if outcome.tokens is not None]
+    write_text(_shard(folder, number), "".join(lines))
+
+
+def _account(outcome: Outcome) -> dict[str, Any]:
+    tokens = None if outcome.tokens is None else len(outcome.tokens)
+    return {"tokens": tokens, **outcome.account} | ({"reason": outcome.reason} if outcome.reason else {})
+
+
+def _line(task: Task, new: Sequence[int], target: Target) -> str:
+    record = {
+        "id": task.id,
+        "tokens": [*task.prompt, *new],
+        "loss_mask": [0] * len(task.prompt) + [1] * len(new),
+        "sampling": asdict(task.sampling),
+        "drawn_by": target.fingerprint,
+    }
+    return json.dumps(record, separators=(",", ":")) + "\n"
+
+
+def _manifest(
+    about: dict[str, Any], folder: Path, shards: Sequence[Sequence[Task]], reproducible: dict[str, Any]
+) -> dict[str, Any]:
+    entries = []
+    accounts = []
+    for number in range(len(shards)):
+        path = _shard(folder, number)
+        lines = path.read_text(encoding="utf-8").splitlines()
+        entries.append({"file": path.name, "records": len(lines), "sha256": sha256_of(path)})
+        if _accounts(folder, number).exists():
+            lines = _accounts(folder, number).read_text(encoding="utf-8").splitlines()
+            accounts += [json.loads(line) for line in lines]
+    whole = about | {"shards": entries}
+    if reproducible:
+        whole["reproducible"] = reproducible
+    if accounts:
+        whole["accounts"] = _sum(accounts)
+        say(f"generated: {_in_words(whole['accounts'])}")
+        if inferred := whole["accounts"]["ids"].get("text"):
+            say(
+                f"{inferred:,} texts came without token ids: their tokens decode to the text and their number is right, but some "
+                "texts may be split differently (data.generate.backend.logprobs asks for each token's text)"
+            )
+    return whole
+
+
+def _sum(accounts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "texts": sum(one["tokens"] is not None for one in accounts),
+        "tokens": sum(one["tokens"] or 0 for one in accounts),
+        "retries": sum(one.get("retries", 0) for one in accounts),
+        "finish": _counts(one["finish"] for one in accounts if one["tokens"] is not None),
+        "ids": _counts(one["ids"] for one in accounts if one["tokens"] is not None),
+        "set_aside": _counts(str(one["reason"]).partition(":")[0] for one in accounts if "reason" in one),
+    }
+
+
+def _counts(words: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(words).items()))
+
+
+def _in_words(total: dict[str, Any]) -> str:
+    quarantined = ", ".join(f"{kind} {count:,}" for kind, count in total["set_aside"].items())
+    return (
+        f"{total['texts']:,} texts, {total['tokens']:,} tokens, {total['retries']:,} requests repeated; "
+        f"quarantined: {quarantined or 'none'}"
+    )
