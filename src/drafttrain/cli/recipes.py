@@ -6,7 +6,16 @@ from typing import Annotated
 
 import typer
 
-from drafttrain.cli.app import Debug, Overrides, RecipeOrFolder, Smoke, exit_codes, names_and_overrides
+from drafttrain.cli.app import (
+    RUNS,
+    Debug,
+    Overrides,
+    RecipeOrFolder,
+    Smoke,
+    exit_codes,
+    names_and_overrides,
+    recipe_and_run_folder,
+)
 from drafttrain.config.bundled import bundled_folder, bundled_recipes, copy_recipe
 from drafttrain.core.console import complain, say, table
 from drafttrain.core.errors import RecipeError
@@ -26,9 +35,9 @@ def show(recipe: RecipeOrFolder, overrides: Overrides = None, smoke: Smoke = Fal
     """Print a recipe with every default visible and every key explained."""
     with exit_codes(debug=debug):
         from drafttrain.config.dump import dump_recipe
-        from drafttrain.config.load import load_recipe
 
-        typer.echo(dump_recipe(load_recipe(recipe, overrides or [], smoke=smoke), comments=True), nl=False)
+        loaded, _ = recipe_and_run_folder(recipe, overrides, smoke=smoke, runs=RUNS)
+        typer.echo(dump_recipe(loaded, comments=True), nl=False)
 
 
 @app.command()
