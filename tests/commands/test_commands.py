@@ -366,11 +366,15 @@ EMBEDDED = [
     "train.precision=fp32",
 ]
 """A recipe for a real target, on the embedded one."""
+EMBEDDED_TEXT = ["eval.prompts=builtin:test", "eval.validation_prompts=builtin:validation"]
+"""Prompts for a target without a chat template."""
 
 
 def smoked(name: str) -> object:
     """The kinds of these recipes are smoked by the tiny ones; the whole path of each is left to the long tests."""
-    long = (name.endswith("_8b") and not name.startswith("kd_")) or name == "tiny_medusa2"
+    long = (
+        (name.endswith("_8b") and not name.startswith("kd_")) or name.startswith("smollm2_") or name == "tiny_medusa2"
+    )
     return pytest.param(name, marks=[pytest.mark.slow] if long else [])
 
 
@@ -391,6 +395,7 @@ def test_every_recipe_runs_with_smoke(name, tmp_path):
         "medusa_llama3.1_8b": EMBEDDED,
         "eagle3_llama3.1_8b": [*EMBEDDED, "drafter.draft_vocab_size=512"],
         "eagle3_qwen3_8b": [*EMBEDDED, "drafter.draft_vocab_size=512"],
+        "smollm2_eagle3": [*EMBEDDED, *EMBEDDED_TEXT, "drafter.draft_vocab_size=512"],
     }
     short = [] if name == "demo" else ["eval.max_new_tokens=8", "eval.temperatures=[0]", "train.max_steps=10"]
     short += ["train.warmup_steps=5"] if short else []

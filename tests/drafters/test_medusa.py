@@ -17,7 +17,8 @@ from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Prompt, Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters.medusa.folder import TREE
-from drafttrain.drafters.medusa.module import Medusa, MedusaSettings
+from drafttrain.drafters.medusa.module import Medusa
+from drafttrain.drafters.medusa.settings import MedusaSettings
 from drafttrain.drafters.medusa.static_tree import best_paths
 from drafttrain.eval.ledger import Ledger
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
@@ -112,6 +113,35 @@ def test_every_head_starts_equal_to_the_targets_head_bit_for_bit(tiny_target: Ta
     with torch.no_grad():  # the control: a bias that is not zero
         medusa.blocks[0].layers[0].bias.fill_(1e-2)  # type: ignore[index,union-attr]
     assert not torch.equal(medusa(batch).logits_BTV(1), seen.logits_BTV)
+
+
+def label_counts() -> torch.Tensor:
+    """Return counts by which the 40 most frequent of 257 tokens are spread over the vocabulary."""
+    return torch.arange(V) * 101 % V
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_heads_with_a_draft_vocabulary_start_as_the_targets_rows_of_it(tiny_target: Target, shared: bool):
+    medusa = create(tiny_target, num_heads=2, draft_vocab_size=40, shared_head=shared)
+    medusa.fit_vocabulary(label_counts)
+    assert medusa.token_map is not None
+    assert medusa.token_map.tolist() == sorted(label_counts().argsort(descending=True)[:40].tolist())
+    assert medusa.token_map.tolist() != list(range(40))
+    tokens_BT, positions_BT = torch.randint(1, V, (2, 12)), torch.arange(12).expand(2, 12)
+    seen = tiny_target.read(tokens_BT, positions_BT, TargetNeeds(logits=True, final=True))
+    batch = DraftBatch(tokens_BT, tokens_BT > 0, positions_BT, torch.zeros(2, 12).long(), 1.0, target=seen)
+    drafted = medusa(batch)
+    assert drafted.vocabulary is medusa.token_map
+    assert seen.logits_BTV is not None
+    for depth in (1, 2):
+        torch.testing.assert_close(drafted.logits_BTV(depth), seen.logits_BTV[..., medusa.token_map])
+    matrices = 1 if shared else 2
+    assert sum(p.numel() for p in medusa.parameters()) == 2 * (D * D + D) + matrices * 40 * D
+
+
+def test_a_draft_vocabulary_larger_than_the_tokenizer_is_refused(target: Target):
+    with pytest.raises(CheckpointError, match=r"drafter\.draft_vocab_size must be 1\.\.\d+ for this target, got 999"):
+        create(target, draft_vocab_size=999)
 
 
 @pytest.mark.parametrize(("heads", "layers"), [(1, 1), (3, 1), (2, 3)])
@@ -232,6 +262,7 @@ def small_medusa(**settings: Any) -> tuple[Any, Medusa]:
     target = small_target()
     torch.manual_seed(1)
     medusa = create(target, num_heads=2, **settings).double()
+    medusa.fit_vocabulary(lambda: torch.arange(target.vocab_size) % 3)
     with torch.no_grad():
         for parameter in medusa.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -239,9 +270,10 @@ def small_medusa(**settings: Any) -> tuple[Any, Medusa]:
     return target, medusa
 
 
+@pytest.mark.parametrize("cut", [{}, {"draft_vocab_size": 5, "shared_head": True}])
 @pytest.mark.parametrize("draft", ["sampled", "greedy", "tree"])
-def test_the_output_has_the_targets_distribution(draft: str):
-    target, medusa = small_medusa(draft="greedy" if draft == "greedy" else "sampled")
+def test_the_output_has_the_targets_distribution(draft: str, cut: dict[str, Any]):
+    target, medusa = small_medusa(draft="greedy" if draft == "greedy" else "sampled", **cut)
     policy = TreeLength(TreeSettings(num_draft_tokens=5, depth=2, width=2)) if draft == "tree" else None
     assert chi_square(target.model, medusa.proposer(target), 1.0, samples=1500, policy=policy) > 1e-3
 
@@ -270,6 +302,63 @@ def test_one_call_per_round_reads_only_the_heads_it_uses(target: Target, trained
 
 
 # ---------------------------------------------------------------- calibration and files
+
+
+@pytest.fixture(scope="module")
+def trained_cut(target: Target) -> Medusa:
+    """Heads with a draft vocabulary, trained on the target's texts: they lack some of its tokens."""
+    texts = texts_of(target, 48, seed=1)
+    tokens = torch.tensor([token for text in texts for token in text.new])
+    medusa = create(target, num_heads=3, draft_vocab_size=len(tokens.unique()) // 2, shared_head=True).double()
+    medusa.fit_vocabulary(lambda: tokens.bincount(minlength=V))
+    batch = batch_of(texts)
+    seen = target.read(batch.tokens_BT, batch.positions_BT, medusa.needs())
+    train(medusa, replace(batch, target=seen), steps=40)
+    return medusa.eval()
+
+
+def test_tokens_that_heads_lack_are_misses_of_the_calibration_and_train_nothing(target: Target, trained_cut: Medusa):
+    batch = batch_of(texts_of(target, 8, seed=9, new=12))
+    found = trained_cut.calibrate(target, [batch])[TREE]
+    drafted = trained_cut._drafted(target.read(batch.tokens_BT, batch.positions_BT, trained_cut.needs()).final_BTD)
+    rows = align(drafted, batch)
+    loss_N, _ = row_losses(CrossEntropy(CrossEntropySettings()), drafted, rows, batch, vocab_size=V)
+    known_N = torch.isin(rows.tokens_N, trained_cut.token_map)
+    assert 0.2 < known_N.double().mean() < 1
+    assert ((loss_N > 0) == known_N).all()
+    first = 0
+    for head, count in enumerate(rows.counts.values()):
+        logits_NR = drafted.logits_BTV(head + 1).flatten(0, 1)[rows.drafter_N[first : first + count]]
+        guesses_N = trained_cut.token_map[logits_NR.argmax(-1)]
+        assert found["accuracy"][head][0] == pytest.approx(
+            (guesses_N == rows.tokens_N[first : first + count]).double().mean()
+        )
+        first += count
+    assert found["accuracy"][0][0] > 0.1
+
+
+@pytest.mark.parametrize("policy", [CHAIN, TREE_POLICY])
+def test_with_a_draft_vocabulary_the_output_is_the_targets_own(target: Target, trained_cut: Medusa, policy: Any):
+    trained_cut.paths = best_paths([[0.5, 0.3, 0.1]] * 3, 12)
+    found = decode(target, trained_cut.proposer(target), policy=policy, new=24)
+    assert [g.tokens for g in found] == [greedy(target, prompt, 24) for prompt in PROMPTS]
+    assert any(one.num_accepted for g in found for one in g.rounds)
+
+
+def test_a_folder_with_a_draft_vocabulary_reads_back(target: Target, trained_cut: Medusa, tmp_path: Path):
+    trained_cut.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert trained_cut.token_map is not None
+    assert (config["truncated_vocab_size"], config["original_lm_head"]) == (len(trained_cut.token_map), True)
+    read = Medusa.load(tmp_path, target)
+    for name, tensor in trained_cut.state_dict().items():
+        assert torch.equal(read.state_dict()[name], tensor)
+    with torch.no_grad():  # the control: a map that gives one id twice
+        trained_cut.token_map[0] = trained_cut.token_map[1]
+    (tmp_path / "damaged").mkdir()
+    trained_cut.save(tmp_path / "damaged")
+    with pytest.raises(CheckpointError, match="token_map: gives some ids twice"):
+        Medusa.load(tmp_path / "damaged", target)
 
 
 def test_calibration_counts_what_a_plain_loop_counts(target: Target, trained: Medusa):
@@ -338,6 +427,8 @@ def test_a_folder_without_a_tree_drafts_chains_and_refuses_trees(target: Target,
         ({"medusa_fc_bias": False}, "medusa_fc_bias"),
         ({"num_heads": 2}, "num_heads is 2, the weights have 3"),
         ({"num_hidden_layers": None}, "no num_hidden_layers"),
+        ({"truncated_vocab_size": 999}, r"truncated_vocab_size must be 1\.\.vocab_size"),
+        ({"truncated_vocab_size": 9}, "token_map: missing"),
     ],
 )
 def test_a_folder_that_does_not_fit_is_refused(target: Target, folder: Path, change: dict[str, Any], message: str):

@@ -19,7 +19,8 @@ from drafttrain.core.texts import Prompt, Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters.medusa.folder import ADAPTER
 from drafttrain.drafters.medusa.lora import LoraAdapter, LoraSettings, LowRank, merged
-from drafttrain.drafters.medusa.module import JointSettings, Medusa, MedusaSettings
+from drafttrain.drafters.medusa.module import Medusa
+from drafttrain.drafters.medusa.settings import JointSettings, MedusaSettings
 from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.losses.align import align

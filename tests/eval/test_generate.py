@@ -11,7 +11,8 @@ from transformers import GenerationConfig, LogitsProcessorList, SuppressTokensLo
 from drafttrain.checkpoint import About, write_about
 from drafttrain.core.generations import Generation
 from drafttrain.core.texts import Prompt
-from drafttrain.drafters.medusa.module import Medusa, MedusaSettings
+from drafttrain.drafters.medusa.module import Medusa
+from drafttrain.drafters.medusa.settings import MedusaSettings
 from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.generate import generate
 from drafttrain.eval.proposers.none import NoDraft

@@ -15,7 +15,8 @@ import pytest
 from drafttrain.checkpoint import About, write_about
 from drafttrain.core.console import say, table
 from drafttrain.core.printable import printable
-from drafttrain.drafters.medusa.module import Medusa, MedusaSettings
+from drafttrain.drafters.medusa.module import Medusa
+from drafttrain.drafters.medusa.settings import MedusaSettings
 from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.page import label, picture
 from drafttrain.eval.report import PHASES, write_report

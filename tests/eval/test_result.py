@@ -15,7 +15,8 @@ import torch
 
 from drafttrain.checkpoint import About, write_about
 from drafttrain.core.errors import CheckpointError
-from drafttrain.drafters.medusa.module import Medusa, MedusaSettings
+from drafttrain.drafters.medusa.module import Medusa
+from drafttrain.drafters.medusa.settings import MedusaSettings
 from drafttrain.eval.acceptance.lenience import LenienceSettings
 from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.head_figures import head_figures

@@ -112,6 +112,20 @@ FAULTS = [
 ]
 
 
+def test_vllm_holds_heads_over_a_part_of_the_vocabulary_only_if_they_share_a_matrix(source, target_config):
+    folder = source("medusa", draft_vocab_size=100, shared_head=True)
+    made = converted("vllm", folder, target_config)
+    assert (made.config["truncated_vocab_size"], made.config["original_lm_head"]) == (100, True)
+    folders.damage(folder, lambda tensors, _: tensors["token_map"].fill_(3))
+    with pytest.raises(CheckpointError, match="token_map: gives some ids twice"):
+        converted("vllm", folder, target_config)
+
+
+def test_vllm_is_not_given_separate_heads_over_a_part_of_the_vocabulary(source, target_config):
+    with pytest.raises(CheckpointError, match=r"lm_heads: 100 of 257 tokens, a matrix for each head: vLLM 0\.32\.0"):
+        converted("vllm", source("medusa", draft_vocab_size=100), target_config)
+
+
 @pytest.mark.parametrize(("kind", "fault", "named"), FAULTS)
 def test_a_folder_that_vllm_would_misread_is_not_exported(kind, fault, named, source, target_config):
     folder = source(kind)

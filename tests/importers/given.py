@@ -165,6 +165,22 @@ def vllm_medusa_tensors(*, heads: int = 3, layers: int = 2, bias: bool = True) -
     return made
 
 
+def cut_medusa_tensors(*, whole: bool = False) -> dict[str, Tensor]:
+    """Return heads that share one output matrix over a part of the vocabulary.
+
+    Args:
+        whole: The matrix has all rows, of which vLLM's loader takes those of the map.
+    """
+    ids_R, tensors = drafter_ids(), vllm_medusa_tensors()
+    shared = tensors["lm_heads.0.weight"]
+    blocks = {name: tensor for name, tensor in tensors.items() if name.startswith("blocks.")}
+    return {**blocks, "lm_heads.0.weight": shared if whole else shared[ids_R], "token_map": ids_R}
+
+
+def cut_medusa_config() -> dict[str, Any]:
+    return vllm_medusa_config(truncated_vocab_size=ROWS, original_lm_head=True)
+
+
 def medusa_config(target: str, *, heads: int = 3, layers: int = 2) -> dict[str, Any]:
     return {"medusa_num_heads": heads, "medusa_num_layers": layers, "base_model_name_or_path": target}
 
@@ -205,4 +221,5 @@ def made(layout: str, target: Target) -> tuple[dict[str, Tensor], dict[str, Any]
         "eagle": lambda: (eagle_tensors(), {"architectures": ["EagleLlamaForCausalLM"], **LLAMA}),
         "medusa": lambda: (medusa_tensors(), medusa_config(target.name)),
         "vllm medusa": lambda: (vllm_medusa_tensors(), vllm_medusa_config()),
+        "cut medusa": lambda: (cut_medusa_tensors(), cut_medusa_config()),
     }[layout]()

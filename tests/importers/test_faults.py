@@ -230,9 +230,34 @@ FAULTS: list[tuple[str, Any, list[str]]] = [
     (
         "vllm medusa",
         lambda t, c, _: t.update({"token_map": torch.arange(257)}),
-        ["token_map: Medusa heads over a part of the vocabulary, which is not supported yet"],
+        ["token_map: this layout has no such tensor"],
     ),
-    ("vllm medusa", lambda t, c, _: c.update(truncated_vocab_size=100), ["truncated_vocab_size is 100, must be null"]),
+    (
+        "vllm medusa",
+        lambda t, c, _: c.update(truncated_vocab_size=100),
+        [r"token_map: missing, must be of shape \[100\]"],
+    ),
+    (
+        "vllm medusa",
+        lambda t, c, _: c.update(truncated_vocab_size=300),
+        [r"truncated_vocab_size must be 1\.\.vocab_size \(257\)"],
+    ),
+    (
+        "cut medusa",
+        lambda t, c, _: t["token_map"].add_(200),
+        [r"token_map: gives ids 20\d\.\.4\d\d, must be in 0\.\.256"],
+    ),
+    ("cut medusa", lambda t, c, _: t["token_map"][1:].fill_(5), ["token_map: gives some ids twice"]),
+    (
+        "cut medusa",
+        lambda t, c, _: t.update(token_map=t["token_map"].int()),
+        [r"token_map: is torch\.int32, must be int64"],
+    ),
+    (
+        "cut medusa",
+        lambda t, c, _: c.pop("original_lm_head"),
+        [r"lm_heads\.\*\.weight: missing|lm_heads\.1\.weight: missing"],
+    ),
 ]
 
 
@@ -248,7 +273,7 @@ def test_what_is_not_supported_is_named(layout, damage, named, target, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("layout", ["eagle3", "speculators", "eagle", "medusa", "vllm medusa"])
+@pytest.mark.parametrize("layout", ["eagle3", "speculators", "eagle", "medusa", "vllm medusa", "cut medusa"])
 def test_an_undamaged_folder_is_imported(layout, target, tmp_path):
     """The control of the faults above."""
     import_folder(given.write(tmp_path / "theirs", *given.made(layout, target)), tmp_path / "out", target=target.name)

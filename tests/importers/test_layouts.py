@@ -16,7 +16,7 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import drafters
-from drafttrain.drafters.medusa.module import JointSettings
+from drafttrain.drafters.medusa.settings import JointSettings
 from drafttrain.export.convert import export_as, read_target_config
 from drafttrain.importers.convert import import_folder
 from drafttrain.serving.engines import engine_of
@@ -99,6 +99,7 @@ LAYOUTS = {
     "medusa .pt": Layout(given.medusa_tensors, given.medusa_config, ("vllm",), "medusa_lm_head.pt"),
     "medusa safetensors": Layout(given.medusa_tensors, given.medusa_config, ("vllm",), "medusa_lm_head.safetensors"),
     "medusa vLLM": Layout(given.vllm_medusa_tensors, lambda _: given.vllm_medusa_config(), ("vllm",)),
+    "medusa token_map": Layout(given.cut_medusa_tensors, lambda _: given.cut_medusa_config(), ("vllm",)),
 }
 
 
@@ -296,7 +297,14 @@ def test_a_plain_causal_lm_is_not_changed(target, tmp_path):
         assert torch.equal(drafter.model(tokens).logits, model(tokens).logits)
 
 
-def test_added_zero_biases_and_copies_of_a_shared_head_change_no_output(target, tmp_path):
+def test_matrices_of_all_rows_are_cut_to_the_token_map(target, tmp_path):
+    theirs = given.write(tmp_path / "theirs", given.cut_medusa_tensors(whole=True), given.cut_medusa_config())
+    made = import_folder(theirs, tmp_path / "drafter", target=target.name)
+    assert "lm_heads.0.weight: cut to the 100 rows of token_map" in made.notes
+    assert given.same(given.held(tmp_path / "drafter"), given.cut_medusa_tensors())
+
+
+def test_added_zero_biases_and_a_shared_head_change_no_output(target, tmp_path):
     tensors = given.vllm_medusa_tensors(bias=False)
     heads = {name: tensor for name, tensor in tensors.items() if not name.startswith(("lm_heads.1", "lm_heads.2"))}
     config = given.vllm_medusa_config(medusa_fc_bias=False, original_lm_head=True)

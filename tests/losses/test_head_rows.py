@@ -15,7 +15,8 @@ from drafttrain.core.target_rows import TargetNeeds, TargetRows
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import drafters
 from drafttrain.drafters.medusa.lora import LoraSettings
-from drafttrain.drafters.medusa.module import JointSettings, Medusa, MedusaSettings
+from drafttrain.drafters.medusa.module import Medusa
+from drafttrain.drafters.medusa.settings import JointSettings, MedusaSettings
 from drafttrain.losses import Loss, losses
 from drafttrain.losses.align import align
 from drafttrain.losses.step import drafted_loss

@@ -14,7 +14,7 @@ from drafttrain.cli import app
 from drafttrain.config.bundled import bundled_recipes
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import CheckpointError, RecipeError
-from drafttrain.drafters.medusa.module import JointSettings
+from drafttrain.drafters.medusa.settings import JointSettings
 from drafttrain.environments.environment import EngineError
 from drafttrain.export.settings import ExportSettings
 from drafttrain.pipeline.data import check_writer

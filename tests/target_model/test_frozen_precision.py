@@ -13,7 +13,8 @@ from torch import Tensor
 from drafttrain.core.batches import DraftBatch
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.drafters.causal_lm.module import CausalLMDrafter
-from drafttrain.drafters.medusa.module import JointSettings, Medusa, MedusaSettings
+from drafttrain.drafters.medusa.module import Medusa
+from drafttrain.drafters.medusa.settings import JointSettings, MedusaSettings
 from drafttrain.target_model import Target
 from drafttrain.target_model.documents import document_states
 from drafttrain.target_model.logits import head_logits

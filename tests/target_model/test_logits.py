@@ -11,7 +11,8 @@ from torch import nn
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.texts import Sampling
-from drafttrain.drafters.medusa.module import Medusa, MedusaSettings
+from drafttrain.drafters.medusa.module import Medusa
+from drafttrain.drafters.medusa.settings import MedusaSettings
 from drafttrain.eval.replay import Text, replay_rows
 from drafttrain.target_model import Target, TargetSettings
 from drafttrain.target_model.absent_target import AbsentTarget

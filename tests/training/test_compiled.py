@@ -15,7 +15,7 @@ from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import DrafttrainError, RecipeError
 from drafttrain.drafters import Drafter, drafters
 from drafttrain.drafters.medusa.lora import LoraSettings
-from drafttrain.drafters.medusa.module import JointSettings
+from drafttrain.drafters.medusa.settings import JointSettings
 from drafttrain.pipeline.data import FEW_WIDTHS, own_batches
 from drafttrain.training import compiled
 from drafttrain.training.settings import TrainSettings

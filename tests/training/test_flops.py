@@ -20,7 +20,7 @@ from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import drafters
-from drafttrain.drafters.medusa.module import JointSettings
+from drafttrain.drafters.medusa.settings import JointSettings
 from drafttrain.losses import losses
 from drafttrain.losses.align import planned
 from drafttrain.target_model import Target

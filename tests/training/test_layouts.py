@@ -19,7 +19,7 @@ from drafttrain.core.errors import DrafttrainError
 from drafttrain.distributed.world import without_launcher
 from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.drafters.medusa.lora import LoraSettings
-from drafttrain.drafters.medusa.module import JointSettings
+from drafttrain.drafters.medusa.settings import JointSettings
 from drafttrain.training import strategy
 from drafttrain.training.deepspeed_settings import DeepSpeedSettings
 from drafttrain.training.optimizer import Share

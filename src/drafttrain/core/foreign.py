@@ -48,7 +48,9 @@ LARGEST = {
     **dict.fromkeys(("medusa_num_heads", "medusa_num_layers", "num_heads", "num_draft_tokens", "n_head"), 4096),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_local_experts", "num_experts"), 1 << 16),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "head_dim", "lora_rank", "r"), 1 << 20),
-    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "vocab_size", "draft_vocab_size"), 1 << 26),
+    **dict.fromkeys(
+        ("intermediate_size", "n_inner", "ffn_dim", "vocab_size", "draft_vocab_size", "truncated_vocab_size"), 1 << 26
+    ),
     **dict.fromkeys(("max_position_embeddings", "n_positions"), 1 << 31),
 }
 """Limits of sizes by which memory is allocated before any weight is read; each is far above all known values."""

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from drafttrain.core.texts import Sampling
 
+ARGMAX_BLOCK = 64
+"""Most vocabularies have a multiple of this many tokens."""
+
 
 def sampling_probs(logits_NV: Tensor, sampling: Sampling) -> Tensor:
     """Return the distribution a token is drawn from: temperature, then top-k, then top-p.
@@ -31,6 +34,25 @@ def sampling_probs(logits_NV: Tensor, sampling: Sampling) -> Tensor:
         sorted_NV = sorted_NV.masked_fill(before_NV >= sampling.top_p, 0.0)
         probs_NV = normalized(torch.zeros_like(probs_NV).scatter_(-1, order_NV, sorted_NV))
     return probs_NV
+
+
+def likeliest(logits_NV: Tensor) -> Tensor:
+    """Return tokens_N, the likeliest token of each row, the first of equal ones.
+
+    PyTorch's argmax over wide rows is slow on a CPU: in bfloat16 it takes as long as a large model's head. Its maximum is not, so
+    the block of the maximum is found first.
+    """
+    if logits_NV.device.type != "cpu" or logits_NV.shape[-1] % ARGMAX_BLOCK:
+        return logits_NV.argmax(dim=-1)
+    blocks_NBb = logits_NV.unflatten(-1, (-1, ARGMAX_BLOCK))
+    block_N = blocks_NBb.amax(dim=-1).argmax(dim=-1)
+    rows_N = torch.arange(len(logits_NV))
+    return block_N * ARGMAX_BLOCK + blocks_NBb[rows_N, block_N].argmax(dim=-1)
+
+
+def log_total(logits_NV: Tensor) -> Tensor:
+    """Return the logarithm of the sum of exp(logit) of each row, float32 or wider."""
+    return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)).logsumexp(dim=-1)
 
 
 def without_padding(logits_NV: Tensor, *, num_tokens: int) -> Tensor:

@@ -85,6 +85,31 @@ class NamedRows:
         return (1 - self.log_probs_NK.double().exp().sum(dim=-1)).clamp_min(0).to(self.log_probs_NK.dtype)
 
 
+@dataclass(frozen=True)
+class PartOfRows:
+    """Rows of a distribution over a part of the vocabulary, and what is known about all tokens."""
+
+    logits_NR: Tensor
+    likeliest_N: Tensor
+    """The likeliest token of the whole row."""
+    log_total_N: Tensor
+    """Logarithm of the sum over all tokens of exp(logit)."""
+
+
+@runtime_checkable
+class PartialTargetRows(Protocol):
+    """A distribution whose logits can be computed for some tokens only."""
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens that `log_total_N` sums over: ids below this number."""
+        ...
+
+    def of_tokens(self, index_N: Tensor, ids_R: Tensor) -> PartOfRows:
+        """Return the logits of some tokens AFTER each flat position b * T + t."""
+        ...
+
+
 @runtime_checkable
 class NamedTargetRows(Protocol):
     """A distribution with known probabilities for some tokens only, as serving logs store it."""

@@ -40,9 +40,21 @@ class DraftVocabulary:
         """Return the target's id of each row's argmax among the tokens that can be drafted."""
         return self.ids_R.to(logits_NW.device)[self.logits(logits_NW).argmax(dim=-1)]
 
+    def ids(self, drafted: Sequence[int]) -> list[int]:
+        """Return the target's ids of tokens that are given by their place among those that can be drafted."""
+        ids: list[int] = self.ids_R[list(drafted)].tolist()
+        return ids
+
+    def best(self, logits_NW: Tensor, *, count: int) -> Tensor:
+        """Return the target's ids of each row's `count` likeliest tokens that can be drafted, best first."""
+        return self.ids_R.to(logits_NW.device)[self.logits(logits_NW).topk(count, dim=-1).indices]
+
     def probs(self, logits_NW: Tensor, sampling: Sampling, *, size: int) -> Tensor:
         """Return probs_NV, each row's drafting distribution over the target's `size` ids."""
-        probs_NR = sampling_probs(self.logits(logits_NW), sampling)
+        return self.over_target(sampling_probs(self.logits(logits_NW), sampling), size=size)
+
+    def over_target(self, probs_NR: Tensor, *, size: int) -> Tensor:
+        """Return distributions over the tokens that can be drafted as distributions over the target's `size` ids."""
         return over_target_vocabulary(probs_NR, self.ids_R[: probs_NR.shape[-1]].to(probs_NR.device), size=size)
 
     def places(self, *, size: int) -> Tensor:

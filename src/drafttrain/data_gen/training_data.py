@@ -25,6 +25,7 @@ from drafttrain.data_gen.sources import Source, Versioned, content_of, sources
 from drafttrain.data_gen.stored.logged_distribution import with_logged
 from drafttrain.data_gen.stored.records import Store, open_store
 from drafttrain.data_gen.stored.target_cache import RowCache, Wanted, build_cache, with_stored
+from drafttrain.data_gen.stored.target_sums import add_sums
 from drafttrain.target_model import Target
 
 
@@ -193,12 +194,20 @@ def prepare(
 
 
 def attach_cache(
-    data: TrainingData, folder: Path, target: Target, *, num_records: int, distribution: bool = True, needs: TargetNeeds
+    data: TrainingData,
+    folder: Path,
+    target: Target,
+    *,
+    num_records: int,
+    distribution: bool = True,
+    own_vocabulary: bool = False,
+    needs: TargetNeeds,
 ) -> None:
     """Cache target outputs on the records that training will read, so that batches carry them.
 
     Args:
         distribution: The loss compares with the target's distribution.
+        own_vocabulary: The drafter has a smaller vocabulary: sums over all tokens are stored, so that a step computes only its logits.
         needs: Target outputs that the drafter reads; no others are stored.
     """
     settings = data.settings
@@ -210,14 +219,11 @@ def attach_cache(
     wanted = Wanted(settings.cache if distribution else None, needs, settings.cache_top_k, settings.cache_dtype)
     for number, records in enumerate(data.visited(num_records=num_records)):
         if records:
-            data.caches[number] = build_cache(
-                folder / f"{number}-cache",
-                data.stores[number],
-                records,
-                target,
-                wanted=wanted,
-                max_gb=settings.max_cache_gb,
-            )
+            place, store = folder / f"{number}-cache", data.stores[number]
+            cache = build_cache(place, store, records, target, wanted=wanted, max_gb=settings.max_cache_gb)
+            if own_vocabulary and wanted.distribution == "states":
+                add_sums(cache, store, target)
+            data.caches[number] = RowCache(place, target, wanted)
 
 
 def note_contamination(data: TrainingData, prompts: Mapping[Key, Sequence[int]], path: Path) -> list[Key]:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
@@ -53,6 +53,11 @@ class Drafter(nn.Module, ABC):
     @property
     def deepest(self) -> int | None:
         """The most draft tokens per round; None: no limit, it continues from its own tokens."""
+        return None
+
+    @property
+    def vocabulary(self) -> Tensor | None:
+        """The target's id of each token in the drafter's own vocabulary; None: the vocabularies are the same."""
         return None
 
     @property

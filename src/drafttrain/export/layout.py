@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from drafttrain.core.printable import shown
+from drafttrain.drafters.draft_vocabulary import token_map_problems, vocabulary_problems
 from drafttrain.drafters.eagle import eagle1, eagle3
 from drafttrain.drafters.eagle.config_problems import config_problems
-from drafttrain.drafters.eagle.draft_vocabulary import vocabulary_problems
 from drafttrain.drafters.eagle.eagle1 import FC_BIAS
 from drafttrain.export.drafter_files import DrafterFiles
 
@@ -165,10 +165,11 @@ def _eagle3_shapes(config: Mapping[str, Any]) -> Shapes:
 
 
 def _medusa_shapes(config: Mapping[str, Any]) -> Shapes:
-    width = config["hidden_size"]
-    shapes: Shapes = {}
+    width, rows = config["hidden_size"], config.get("truncated_vocab_size") or config["vocab_size"]
+    shapes: Shapes = {} if rows == config["vocab_size"] else {"token_map": (rows,)}
     for head in range(config["num_heads"]):
-        shapes[f"lm_heads.{head}.weight"] = (config["vocab_size"], width)
+        if head == 0 or not config.get("original_lm_head"):
+            shapes[f"lm_heads.{head}.weight"] = (rows, width)
         for layer in range(config["num_hidden_layers"]):
             shapes[f"blocks.{head}.layers.{layer}.weight"] = (width, width)
             if config.get("medusa_fc_bias"):
@@ -221,9 +222,12 @@ def _eagle3_problems(files: DrafterFiles) -> list[str]:
 
 
 def _medusa_problems(files: DrafterFiles) -> list[str]:
-    """Return the keys that loaders mistake for the number of heads."""
+    """Return the keys that loaders mistake for the number of heads, and the problems of the map to the target's vocabulary."""
     wrong = [key for key in files.config if "num" in key and "heads" in key and key != "num_heads"]
-    return [f"config.json: {key}: loaders mistake it for num_heads: leave it out" for key in wrong]
+    found = [f"config.json: {key}: loaders mistake it for num_heads: leave it out" for key in wrong]
+    if "token_map" in files.tensors:
+        found += token_map_problems(files.tensors["token_map"], vocab_size=files.config["vocab_size"])
+    return found
 
 
 LAYOUTS: dict[str, tuple[Callable[[Mapping[str, Any]], Shapes], Callable[[DrafterFiles], list[str]]]] = {

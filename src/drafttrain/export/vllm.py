@@ -40,8 +40,8 @@ class VllmExporter(Exporter):
     readers = "vLLM"
 
     def refusals(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
-        """Return the bias of the drafter's fc, which vLLM's fc lacks."""
-        return fc_bias_problems(source)
+        """Return the bias of the drafter's fc, which vLLM's fc lacks, and separate heads over a part of the vocabulary."""
+        return [*fc_bias_problems(source), *separate_heads_problems(source)]
 
     def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
         """Return the files without drafttrain's own fields; the layout is vLLM's already.
@@ -62,7 +62,7 @@ class VllmExporter(Exporter):
 
     def problems(self, files: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
         """Return what vLLM would refuse or drop."""
-        found = [*fc_bias_problems(files), *layout_problems(files, target_config)]
+        found = [*self.refusals(files, target_config), *layout_problems(files, target_config)]
         if files.kind == "medusa" and not files.config.get("medusa_fc_bias"):
             found.append("config.json: medusa_fc_bias is not true: vLLM silently drops the biases of the blocks")
         return found
@@ -80,4 +80,16 @@ def fc_bias_problems(files: DrafterFiles) -> list[str]:
     return [
         f"fc.bias: {int((bias_D != 0).sum())} of {bias_D.numel()} values are not zero: vLLM {VLLM_RELEASE} silently drops them "
         "and drafts worse; SGLang uses them (--to sglang)"
+    ]
+
+
+def separate_heads_problems(files: DrafterFiles) -> list[str]:
+    """Return that vLLM refuses output matrices of some rows, one a head: it compares each with the target's vocabulary."""
+    rows, size = files.config.get("truncated_vocab_size"), files.config.get("vocab_size")
+    if files.kind != "medusa" or rows in (None, size) or files.config.get("original_lm_head"):
+        return []
+    return [
+        f"lm_heads: {rows} of {size} tokens, a matrix for each head: vLLM {VLLM_RELEASE} loads "
+        "a part of the vocabulary only if the heads share one matrix: train with drafter.shared_head: true, or without "
+        "drafter.draft_vocab_size"
     ]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from drafttrain.checkpoint import ABOUT
 from drafttrain.core.errors import CheckpointError
-from drafttrain.drafters.eagle.draft_vocabulary import vocabulary_problems
+from drafttrain.drafters.draft_vocabulary import vocabulary_problems
 from drafttrain.drafters.eagle.eagle3 import Eagle3Settings, taps_of
 from drafttrain.environments.known import VLLM_RELEASE as VLLM
 from drafttrain.export.drafter_files import DrafterFiles

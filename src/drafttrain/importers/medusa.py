@@ -1,6 +1,6 @@
 """Medusa with the authors' names (`{head}.{block}.linear.weight`, in .pt or safetensors) or vLLM's (`blocks`, `lm_heads`).
 
-V = vocabulary, D = hidden, K = heads
+V = the target's vocabulary, R = the heads', D = hidden
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
+from drafttrain.core.printable import shown
+from drafttrain.drafters.draft_vocabulary import token_map_problems
 from drafttrain.export.drafter_files import DrafterFiles
-from drafttrain.export.layout import LAYOUTS, Shapes
+from drafttrain.export.layout import LAYOUTS
 from drafttrain.importers import Given, Imported, Importer, importers
 from drafttrain.importers.fields import TENSORS_UNSEEN, size_problems, target_problems, unknown_fields
 from drafttrain.importers.naming import Rename, renamed
@@ -22,6 +23,12 @@ from drafttrain.importers.target import TargetFiles
 
 SIZES = {"num_heads": "medusa_num_heads", "num_hidden_layers": "medusa_num_layers"}
 """vLLM's names, and the authors'."""
+
+SHARED_HEAD = "lm_heads.0.weight"
+"""The output matrix of all heads, if config.json has original_lm_head: true."""
+
+TOKEN_MAP = "token_map"
+"""The target's id of each token of the heads."""
 
 NUM_SIZES = 4
 HEAD_PREFIXES = ("blocks.", "lm_heads.", "lm_head.")
@@ -57,8 +64,8 @@ class MedusaLayout:
 class MedusaImporter(Importer):
     """Heads of residual blocks. The file decides their number: published configurations of the authors say 2 where files hold 5.
 
-    Blocks without biases get zeros, which have the same effect. An output matrix that all heads share is copied to each, and so is
-    the target's if the file holds blocks only (the authors' version "2").
+    Blocks without biases get zeros, which have the same effect. If the file holds blocks only (the authors' version "2"), all heads
+    share the target's output matrix.
 
     Source: Cai et al. 2024, Medusa, arXiv 2401.10774.
     """
@@ -93,28 +100,27 @@ class MedusaImporter(Importer):
             found.append(f"{TENSORS_UNSEEN}: their shapes follow from these fields")
             return Imported(DrafterFiles("medusa", {}, {}), found, notes)
         biased, wrong = _biased(given, authors=authors)
-        config = {
-            "architectures": ["MedusaModel"],
-            "model_type": "medusa",
-            **sizes,
-            "medusa_fc_bias": biased,
-        }
         ours, theirs = _names(sizes["num_hidden_layers"]) if authors else (str, str)
-        shapes, heads = LAYOUTS["medusa"][0](config), None
-        if given.config.get("original_lm_head") is True:
-            shapes = _first_head_only(shapes)
-        elif not any(ours(name).startswith("lm_heads.") for name in given.tensors):
-            shapes, heads = (
-                {name: shape for name, shape in shapes.items() if not name.startswith("lm_heads.")},
-                target.head,
-            )
+        blocks_only = not any(ours(name).startswith("lm_heads.") for name in given.tensors)
+        config = {"architectures": ["MedusaModel"], "model_type": "medusa", **sizes, "medusa_fc_bias": biased}
+        if given.config.get("truncated_vocab_size") not in (None, sizes["vocab_size"]):
+            config["truncated_vocab_size"] = given.config["truncated_vocab_size"]
+        if blocks_only or given.config.get("original_lm_head") is True:
+            config["original_lm_head"] = True
+        shapes = LAYOUTS["medusa"][0](config)
+        if blocks_only:
+            del shapes[SHARED_HEAD]
             wrong += _without_heads_problems(given, target)
+        given, cut = _cut_to_token_map(given, config)
         tensors, named = renamed(given, shapes, ours=ours, theirs=theirs)
         found += [*wrong, *named]
         if found:
             return Imported(DrafterFiles("medusa", config, tensors), found, notes)
-        tensors, more = _with_all_heads(tensors, heads, count=sizes["num_heads"])
-        notes += more
+        notes += cut
+        if blocks_only:
+            assert target.head is not None, "_without_heads_problems checks it"
+            tensors[SHARED_HEAD] = target.head.to(next(iter(tensors.values())).dtype)
+            notes.append('version "2": all heads share the target\'s output matrix')
         if not biased:
             notes.append("the blocks have no biases: zeros are added, which have the same effect")
             tensors |= {
@@ -135,10 +141,6 @@ def _unwrapped(given: Given) -> Given:
     return replace(given, tensors=tensors, files={inside.get(name, name): file for name, file in given.files.items()})
 
 
-def _first_head_only(shapes: Shapes) -> Shapes:
-    return {name: shape for name, shape in shapes.items() if not name.startswith("lm_heads.") or ".0." in name}
-
-
 def _without_heads_problems(given: Given, target: TargetFiles) -> list[str]:
     """Return why a file of blocks only cannot be completed with the target's head."""
     if given.config.get("version") not in (2, "2"):
@@ -151,22 +153,18 @@ def _without_heads_problems(given: Given, target: TargetFiles) -> list[str]:
     return []
 
 
-def _with_all_heads(
-    tensors: dict[str, Tensor], heads_VD: Tensor | None, *, count: int
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Return (the tensors with an output matrix for each head, notes)."""
-    names = [f"lm_heads.{number}.weight" for number in range(count)]
-    if all(name in tensors for name in names):
-        return tensors, []
-    shared_VD, note = (
-        tensors.get(names[0]),
-        "original_lm_head: the output matrix that all heads share is copied to each",
-    )
-    if shared_VD is None:
-        assert heads_VD is not None, "_without_heads_problems checks it"
-        shared_VD = heads_VD.to(next(iter(tensors.values())).dtype)
-        note = 'version "2": the target\'s output matrix is copied to each head'
-    return {**tensors, **{name: shared_VD.clone() for name in names}}, [note]
+def _cut_to_token_map(given: Given, config: Mapping[str, Any]) -> tuple[Given, list[str]]:
+    """Return the folder with the rows of its own vocabulary only (vLLM's loader also accepts matrices of all rows), and notes."""
+    ids_R, rows = given.tensors.get(TOKEN_MAP), config.get("truncated_vocab_size")
+    if rows is None or ids_R is None or token_map_problems(ids_R, vocab_size=config["vocab_size"]):
+        return given, []
+    whole = [
+        name
+        for name, tensor in given.tensors.items()
+        if name.startswith("lm_head") and len(tensor) == config["vocab_size"]
+    ]
+    tensors = {name: tensor[ids_R] if name in whole else tensor for name, tensor in given.tensors.items()}
+    return replace(given, tensors=tensors), [f"{name}: cut to the {rows} rows of token_map" for name in whole]
 
 
 def _sizes(given: Given, target: TargetFiles, *, authors: bool) -> tuple[dict[str, Any], list[str], list[str]]:
@@ -217,11 +215,9 @@ def _refused(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> list[str]:
     for key in ("medusa_fc_bias", "original_lm_head"):
         if config.get(key) not in (None, True, False):
             found.append(f"config.json: {key} must be true or false, got {config[key]!r}")
-    if config.get("truncated_vocab_size") not in (None, sizes["vocab_size"]):
-        found.append(
-            f"config.json: truncated_vocab_size is {config['truncated_vocab_size']}, must be null or vocab_size "
-            f"({sizes['vocab_size']})"
-        )
+    rows, size = config.get("truncated_vocab_size"), sizes["vocab_size"]
+    if rows is not None and not (type(rows) is int and type(size) is int and 1 <= rows <= size):
+        found.append(f"config.json: truncated_vocab_size must be 1..vocab_size ({size}) or null, got {shown(rows)}")
     return found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from drafttrain.export.layout import Shapes
 from drafttrain.importers import Given
 
-WHOLE_NUMBERS = ("d2t", "t2d")
+WHOLE_NUMBERS = ("d2t", "t2d", "token_map")
 """Tensors that are not weights."""
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

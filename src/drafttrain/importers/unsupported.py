@@ -77,6 +77,5 @@ MARKS: Mapping[Callable[[Given], str | None], str] = {
     _field("hydra_num_heads"): "Hydra heads",
     _tensor(QUANTIZED.pattern): "quantized weights",
     _tensor(r"\.lora_[AB]\."): "a LoRA adapter (merge it into its model first)",
-    _tensor(r"^token_map$"): "Medusa heads over a part of the vocabulary",
 }
 """The mark of a kind, and the kind."""

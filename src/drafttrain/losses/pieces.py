@@ -14,7 +14,15 @@ from torch import Tensor
 
 from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.loss_rows import LossRows
-from drafttrain.core.target_rows import AlignedRows, NamedRows, NamedTargetRows, RowIndex
+from drafttrain.core.probability import likeliest, log_total
+from drafttrain.core.target_rows import (
+    AlignedRows,
+    NamedRows,
+    NamedTargetRows,
+    PartialTargetRows,
+    PartOfRows,
+    RowIndex,
+)
 from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.losses import Loss
 from drafttrain.losses.buckets import in_buckets, known_acceptance
@@ -167,9 +175,17 @@ class RowValues:
     @property
     def columns(self) -> int:
         """The width of the widest logits."""
-        if self._target is None and self._vocabulary_R is not None:
+        if self._vocabulary_R is not None and (self._target is None or self._partial is not None):
             return len(self._vocabulary_R)
         return self.vocab_size
+
+    @property
+    def _partial(self) -> PartialTargetRows | None:
+        """The target's rows, if they can be computed for the drafter's own vocabulary only."""
+        rows = self._target
+        if self._vocabulary_R is None or not isinstance(rows, PartialTargetRows):
+            return None
+        return rows if rows.num_tokens == self.vocab_size else None
 
     @property
     def reads_target(self) -> bool:
@@ -185,15 +201,18 @@ class RowValues:
     def target_at(self, positions_U: Tensor) -> TargetPiece:
         """Return the target's rows at the positions of a piece: the one place where its head runs for a loss."""
         assert self._target is not None
-        logits_UV = self._target.at(positions_U)[:, : self.vocab_size]
         if self._vocabulary_R is None or self._draft_id_V is None:
-            return TargetPiece(positions_U, logits_UV, None, None)
-        logits_UR = logits_UV[:, self._vocabulary_R]
-        log_mass_U = None
-        if self.measured:
-            wide = torch.promote_types(logits_UV.dtype, torch.float32)
-            log_mass_U = logits_UR.to(wide).logsumexp(dim=-1) - logits_UV.to(wide).logsumexp(dim=-1)
-        return TargetPiece(positions_U, logits_UR, self._draft_id_V[logits_UV.argmax(dim=-1)] >= 0, log_mass_U)
+            return TargetPiece(positions_U, self._target.at(positions_U)[:, : self.vocab_size], None, None)
+        if self._partial is not None:
+            seen = self._partial.of_tokens(positions_U, self._vocabulary_R)
+        else:
+            seen = self._part_of(self._target.at(positions_U)[:, : self.vocab_size], self._vocabulary_R)
+        log_mass_U = log_total(seen.logits_NR) - seen.log_total_N if self.measured else None
+        return TargetPiece(positions_U, seen.logits_NR, self._draft_id_V[seen.likeliest_N] >= 0, log_mass_U)
+
+    def _part_of(self, logits_UV: Tensor, ids_R: Tensor) -> PartOfRows:
+        total_U = log_total(logits_UV) if self.measured else torch.empty(0)
+        return PartOfRows(logits_UV[:, ids_R], likeliest(logits_UV), total_U)
 
     def learnable(self, part: Part, target: TargetPiece | None) -> Tensor | None:
         """Return which rows a drafter with its own vocabulary can learn; None: all.

@@ -199,6 +199,7 @@ class DrafterRun(Run):
             self.target,
             num_records=recipe.train.max_steps * recipe.train.batch_size,
             distribution=self.loss().needs_target,
+            own_vocabulary=self.drafter.vocabulary is not None,
             needs=self.drafter.needs(),
         )
 

@@ -13,10 +13,12 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from drafttrain.core.batches import Head
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.linear_head import LinearHead, no_autocast_if_frozen
+from drafttrain.core.target_rows import PartOfRows
 from drafttrain.target_model.anatomy import stack_holder, trunk
 from drafttrain.target_model.block_range import replaced_forwards
 
@@ -45,6 +47,19 @@ def head_logits(model: Any, states_ND: Tensor) -> Tensor:
         return finished_logits(model.config.get_text_config(), logits_NV)
 
 
+def head_logits_of(model: Any, states_ND: Tensor, ids_R: Tensor) -> Tensor:
+    """Return logits_NR, the columns `ids_R` of `head_logits`; a plain output matrix multiplies only these rows."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or hasattr(head.weight, "ds_id"):
+        return head_logits(model, states_ND)[:, ids_R]
+    device = head.weight.device
+    own_R = ids_R.to(device)
+    bias_R = None if head.bias is None else head.bias[own_R]
+    with no_autocast_if_frozen(head.weight):
+        logits_NR = linear(states_ND.to(device), head.weight[own_R], bias_R).to(states_ND.device)
+        return finished_logits(model.config.get_text_config(), logits_NR)
+
+
 class LiveRows:
     """The target's distribution from its final states. The head runs only on the requested rows."""
 
@@ -56,13 +71,54 @@ class LiveRows:
         """Return a copy with changed tensors: moved, pinned."""
         return LiveRows(self._model, change(self._final_BTD))
 
+    @torch.no_grad()
     def at(self, index_N: Tensor) -> Tensor:
         """Return logits_NV of the token after each flat position."""
-        with torch.no_grad():
-            final_RD = self._final_BTD.flatten(0, 1)
-            final_ND = final_RD.index_select(0, index_N.to(final_RD.device))
-            # Cached states may have another type than the head.
-            return head_logits(self._model, final_ND.to(self._model.dtype)).to(index_N.device)
+        return head_logits(self._model, self._states(index_N)).to(index_N.device)
+
+    def _states(self, index_N: Tensor) -> Tensor:
+        # Cached states may have another type than the head.
+        return _rows_at(self._final_BTD, index_N).to(self._model.dtype)
+
+
+class SummedRows(LiveRows):
+    """Final states with what the head says about all tokens: the logits of some tokens can be computed alone.
+
+    Args:
+        likeliest_BT: The likeliest token after each position.
+        log_total_BT: Logarithm of the sum of exp(logit) over the ids below `num_tokens`.
+    """
+
+    def __init__(
+        self, model: Any, final_BTD: Tensor, *, likeliest_BT: Tensor, log_total_BT: Tensor, num_tokens: int
+    ) -> None:
+        super().__init__(model, final_BTD)
+        self._likeliest_BT = likeliest_BT
+        self._log_total_BT = log_total_BT
+        self.num_tokens = num_tokens
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> SummedRows:
+        """Return a copy with changed tensors: moved, pinned."""
+        return SummedRows(
+            self._model,
+            change(self._final_BTD),
+            likeliest_BT=change(self._likeliest_BT),
+            log_total_BT=change(self._log_total_BT),
+            num_tokens=self.num_tokens,
+        )
+
+    @torch.no_grad()
+    def of_tokens(self, index_N: Tensor, ids_R: Tensor) -> PartOfRows:
+        """Return the logits of some tokens after each flat position."""
+        return PartOfRows(
+            logits_NR=head_logits_of(self._model, self._states(index_N), ids_R).to(index_N.device),
+            likeliest_N=_rows_at(self._likeliest_BT, index_N).to(index_N),
+            log_total_N=_rows_at(self._log_total_BT, index_N).to(index_N.device),
+        )
+
+
+def _rows_at(values_BT: Tensor, index_N: Tensor) -> Tensor:
+    return values_BT.flatten(0, 1).index_select(0, index_N.to(values_BT.device))
 
 
 def head_of(model: Any) -> Head:

@@ -37,10 +37,9 @@ UNREADABLE = (
 
 
 class Checkpoints(StepEnd):
-    """Saves a checkpoint every N steps, keeps the last two, and on a signal saves one and stops."""
+    """Saves a checkpoint every N steps, keeps the last ones, and on a signal saves one and stops."""
 
     phase = "checkpoint"
-    KEPT = 2
 
     def __init__(self, folder: Path, *, settings: TrainSettings, copies: bool = True) -> None:
         self.folder = folder
@@ -169,7 +168,7 @@ class Checkpoints(StepEnd):
         return f"the one before it, {before[-1].name}, is untouched" if before else "there is none before it"
 
     def _drop_others(self) -> None:
-        for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.KEPT]:
+        for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.settings.keep_checkpoints]:
             old.unlink()
 
 

@@ -21,11 +21,7 @@ from drafttrain.training.settings import TrainSettings
 PACKAGES = ("torch", "lightning", "deepspeed", "transformers", "peft", "numpy")
 BYTES_A_PARAMETER = 12
 """Bytes of a checkpoint per parameter: a float32 weight and Adam's two moments."""
-CHECKPOINTS = 3
-"""Checkpoints on the disk at once: two are kept while one is written."""
-
-
-REPORTED_BYTES = 10**9
+REPORTED_BYTES = 10**8
 
 
 def check_processes(name: str, recipe: str, folder: Path, settings: TrainSettings) -> None:
@@ -78,19 +74,28 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def check_disk(folder: Path, *, num_trained: int) -> None:
-    """Require room for the checkpoints of a run, in addition to those that it has already.
+def check_disk(folder: Path, *, num_trained: int, keep: int) -> None:
+    """Require room for the checkpoints of a run, in addition to those that it has already, and report their size.
+
+    Args:
+        keep: Checkpoints that are kept. While the next one is written, there is one more.
 
     Raises:
         DrafttrainError: With the bytes that are needed and free.
     """
-    there = min(CHECKPOINTS - 1, len(list(folder.glob("step-*.ckpt"))))
-    needed = num_trained * BYTES_A_PARAMETER * (CHECKPOINTS - there)
+    there = min(keep, len(list(folder.glob("step-*.ckpt"))))
+    size = num_trained * BYTES_A_PARAMETER
+    needed = size * (keep + 1 - there)
     free = shutil.disk_usage(folder).free
+    if size >= REPORTED_BYTES:
+        say(
+            f"checkpoints: up to {size / 1e9:.1f} GB each (trained weights and their optimizer's state), the last {keep} "
+            "are kept (train.keep_checkpoints)"
+        )
     if free < needed:
         raise DrafttrainError(
             f"{folder}: checkpoints of {num_trained:,} trained parameters need {needed / 1e9:.2f} GB "
-            f"({CHECKPOINTS} at once, {there} are there), {free / 1e9:.2f} GB are free: make room, or put runs elsewhere (--runs DIR)"
+            f"({keep + 1} at once, {there} are there), {free / 1e9:.2f} GB are free: make room, or put runs elsewhere (--runs DIR)"
         )
 
 
@@ -104,8 +109,6 @@ def has_room_for_a_copy(num_trained: int) -> bool:
             "training waits while one is written"
         )
         return False
-    if size >= REPORTED_BYTES:
-        say(f"checkpoints: {size / 1e9:.1f} GB each, written from a copy in host memory while training continues")
     return True
 
 

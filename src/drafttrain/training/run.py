@@ -116,7 +116,7 @@ def _fit(
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     num_trained = sum(p.numel() for p in module.trained.parameters() if p.requires_grad)
-    check_disk(checkpoints, num_trained=num_trained)
+    check_disk(checkpoints, num_trained=num_trained, keep=settings.keep_checkpoints)
     validation = (
         Validation(held_out, settings=settings, folder=folder) if held_out and settings.eval_every_steps else None
     )

@@ -106,6 +106,9 @@ class TrainSettings:
     )
     eval_prompts: int = setting(32, help="Held-out prompts for these estimates.", ge=1)
     checkpoint_every_steps: int = setting(200, help="Steps between two checkpoints.", ge=1)
+    keep_checkpoints: int = setting(
+        2, help="Number of last checkpoints that are kept: up to 12 bytes a trained parameter each.", ge=1
+    )
     loggers: list[str] = setting(
         ["csv", "tensorboard"], help="Any of csv, tensorboard, wandb, mlflow (the last two must be installed)."
     )
@@ -188,6 +191,7 @@ class TrainSettings:
             compile=False,
             loggers=[],
             keep_best=1,
+            keep_checkpoints=2,
             on_full_disk="stop",
             max_restarts=0,
         )

@@ -51,13 +51,17 @@ def plain(engine, job) -> Sequence[DecodedPrompt]:
 
 @pytest.fixture(scope="module")
 def learned(target, prompts, tmp_path_factory):
-    """A function that returns the folder of a drafter that has learned half of the texts by heart: of a kind, with variants after it."""
+    """A function that returns the folder of a drafter that has learned half of the texts by heart.
+
+    Its argument is a kind, then settings: `name` for true, `name=number`.
+    """
     made: dict[str, Path] = {}
 
     def folder(words: str) -> Path:
         if words not in made:
             kind, *variants = words.split()
-            settings = SETTINGS[kind] | dict.fromkeys(variants, True)
+            given = (variant.partition("=") for variant in variants)
+            settings = SETTINGS[kind] | {name: int(value) if value else True for name, _, value in given}
             drafter = folders.drafter_of(kind, target, scale=0.05, **settings)
             learn(drafter, target, prompts[: len(prompts) // 2], steps=STEPS, new_tokens=NEW_TOKENS, lr=3e-3)
             # A path without the words that vLLM takes for a method.

@@ -6,6 +6,7 @@ B = sequences, T = positions, R = B * T, N = rows, V = vocabulary, D = hidden, K
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,14 +22,16 @@ from drafttrain.core.errors import DataError
 from drafttrain.core.files import write_json, written_beside
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput, TargetRows
 from drafttrain.core.texts import Record
-from drafttrain.data_gen.groups import groups_in_order
-from drafttrain.data_gen.packing import pack
+from drafttrain.data_gen.groups import TOKENS_STORED, TOKENS_STORED_ON_CPU, groups, groups_in_order
 from drafttrain.distributed.collectives import any_of, first_before_others, own_share, wait_for_all
 from drafttrain.distributed.world import is_first
 from drafttrain.target_model import Target
-from drafttrain.target_model.logits import LiveRows, head_logits
+from drafttrain.target_model.logits import LiveRows, SummedRows, head_logits
 
 TOKENS_A_SHARD = 16_384
+
+SUMS = ("likeliest", "log_total")
+"""Arrays that `target_sums` adds to stored final states."""
 
 
 @dataclass(frozen=True)
@@ -95,17 +98,48 @@ class RowCache:
     def __init__(self, folder: Path, target: Target, wanted: Wanted) -> None:
         about = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
         self.wanted = wanted
+        self._folder = folder
         self._model = target.model
         self._num_tokens: int = about["num_tokens"]
         self._starts: dict[int, int] = {int(record): start for record, start in about["starts"].items()}
         self._shard_starts = [int(start) for start in about["shard_starts"]]
+        with_sums = "final" in about["arrays"] and all(self.has_sums(i) for i in range(self.num_shards))
+        self._sums = SUMS if with_sums else ()
         self._shards = [
             {
-                name: np.load(folder / f"{name}-{i:05d}.npy", mmap_mode="r", allow_pickle=False)
-                for name in about["arrays"]
+                name: np.load(self.path(name, i), mmap_mode="r", allow_pickle=False)
+                for name in (*about["arrays"], *self._sums)
             }
-            for i in range(len(self._shard_starts))
+            for i in range(self.num_shards)
         ]
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards."""
+        return len(self._shard_starts)
+
+    def path(self, name: str, shard: int) -> Path:
+        """Return the file of an array of a shard."""
+        return self._folder / f"{name}-{shard:05d}.npy"
+
+    def has_sums(self, shard: int) -> bool:
+        """Return whether the sums over the target's vocabulary are stored for a shard."""
+        return all(self.path(name, shard).exists() for name in SUMS)
+
+    def records_of(self, shard: int) -> list[int]:
+        """Return the records of a shard in the order of their rows."""
+        ends = [*self._shard_starts[1:], math.inf]
+        in_order = sorted(self._starts, key=self._starts.__getitem__)
+        return [record for record in in_order if self._shard_starts[shard] <= self._starts[record] < ends[shard]]
+
+    def final(self, shard: int) -> Tensor:
+        """Return final_ND of a shard."""
+        return _as_tensor(np.array(self._shards[shard]["final"]), self.wanted.dtype)
+
+    @property
+    def batch_arrays(self) -> list[str]:
+        """Names of the arrays that a batch carries."""
+        return [*self.wanted.arrays, *(self._sums if self.wanted.distribution == "states" else ())]
 
     def has(self, record: int) -> bool:
         """Return whether the record's rows are stored."""
@@ -129,6 +163,9 @@ class RowCache:
 
     def target_rows(self, arrays: Mapping[str, Tensor]) -> TargetRows:
         """Return the distribution at every position of a batch: computed by the target's head from final states, or stored itself."""
+        if self.wanted.distribution == "states" and self._sums:
+            sums = {f"{name}_BT": arrays[name] for name in SUMS}
+            return SummedRows(self._model, arrays["final"], **sums, num_tokens=self._num_tokens)
         if self.wanted.distribution == "states":
             return LiveRows(self._model, arrays["final"])
         flat = {name: array.flatten(0, 1) for name, array in arrays.items()}
@@ -187,7 +224,7 @@ def with_stored(
     """
     cache = members[0][0]
     wanted = cache.wanted
-    arrays = {name: _laid_out(name, batch.tokens_BT.shape, places, members) for name in wanted.arrays}
+    arrays = {name: _laid_out(name, batch.tokens_BT.shape, places, members) for name in cache.batch_arrays}
     target = TargetOutput(
         hidden_BTD={index: arrays[f"hidden_{index}"] for index in wanted.states.hidden},
         final_BTD=arrays["final"] if wanted.states.final else None,
@@ -248,11 +285,10 @@ def build_cache(
         bar_of = progress("caching target outputs", total=sum(tokens[n] for n in own), unit="tokens")
         with target.for_own_share() as live, bar_of as bar:
             for number in own:
-                rows = _rows([store[i].tokens for i in shards[number]], live, wanted)
+                rows = _rows([store[i].tokens for i in shards[number]], live, wanted, read=bar.advance)
                 for name, path in paths[number].items():
                     with written_beside(path) as temporary, temporary.open("wb") as file:
                         np.save(file, rows[name])
-                bar.advance(tokens[number])
     wait_for_all("the cache is written")
     starts = dict(zip(map(int, records), np.cumsum([0, *sizes])[:-1].tolist(), strict=True))
     shard_starts = [starts[int(shard[0])] for shard in shards]
@@ -283,21 +319,33 @@ def _shards(records: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def _rows(texts: Sequence[Sequence[int]], target: Target, wanted: Wanted) -> dict[str, Any]:
-    """Return the arrays of some records, joined."""
-    made: dict[str, list[Any]] = {}
-    for numbers in groups_in_order([len(text) for text in texts]):
+def _rows(
+    texts: Sequence[Sequence[int]], target: Target, wanted: Wanted, *, read: Callable[[int], None]
+) -> dict[str, Any]:
+    """Return the arrays of some records, joined in their order.
+
+    Texts of similar lengths are read together, each in a row of its own: a plain causal mask is right, and little is padding.
+
+    Args:
+        read: Called after every call of the target with the number of tokens that it read.
+    """
+    made: list[dict[str, Any]] = [{}] * len(texts)
+    needs = wanted.states | TargetNeeds(final=wanted.final or wanted.distribution is not None)
+    tokens = TOKENS_STORED_ON_CPU if target.device.type == "cpu" else TOKENS_STORED
+    for numbers in groups([len(text) for text in texts], tokens=tokens):
         group = [texts[i] for i in numbers]
-        width = max(map(len, group))
-        records = [Record("", text, [True] * len(text)) for text in group]
-        packed, places = pack(records, width=width, weight_of_step=1.0)
-        needs = wanted.states | TargetNeeds(final=wanted.final or wanted.distribution is not None)
-        seen = target.read(packed.tokens_BT, packed.positions_BT, needs)
-        for (row, column), text in zip(places, group, strict=True):
-            span = (row, slice(column, column + len(text)))
-            for name, array in _arrays(seen, span, target, wanted).items():
-                made.setdefault(name, []).append(array)
-    return {name: np.concatenate(arrays) for name, arrays in made.items()}
+        seen = target.read(*_side_by_side(group), needs)
+        for row, (number, text) in enumerate(zip(numbers, group, strict=True)):
+            made[number] = _arrays(seen, (row, slice(len(text))), target, wanted)
+        read(sum(map(len, group)))
+    return {name: np.concatenate([arrays[name] for arrays in made]) for name in wanted.arrays}
+
+
+def _side_by_side(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return (tokens_BT, positions_BT), a text a row. Positions count on in the padding: it needs no mask."""
+    width = max(map(len, texts))
+    tokens_BT = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts])
+    return tokens_BT, torch.arange(width).expand_as(tokens_BT)
 
 
 def _arrays(seen: TargetOutput, span: tuple[int, slice], target: Target, wanted: Wanted) -> dict[str, Any]:

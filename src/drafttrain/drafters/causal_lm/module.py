@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from drafttrain.core.batches import DraftBatch, DraftOutput
@@ -20,6 +21,7 @@ from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
 from drafttrain.drafters import Drafter, drafters
 from drafttrain.drafters.causal_lm.cut import cut_from
+from drafttrain.drafters.causal_lm.projected import projected
 from drafttrain.drafters.causal_lm.proposer import ChainProposer
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import blocks
@@ -52,6 +54,11 @@ class CausalLMSettings:
     )
     num_heads: int = setting(3, help="scratch: attention heads; serving engines want hidden/heads of 32 or more.", ge=1)
     num_kv_heads: int | None = setting(None, help="scratch: key-value heads; null: as many as heads.", ge=1)
+    embedding_init: Literal["random", "target"] = setting(
+        "random",
+        help="scratch: the embedding, which is the head too: random, or the target's head rows, projected to hidden_size.",
+    )
+    freeze_embedding: bool = setting(False, help="Leave embedding and head as they start.")
     draft: Literal["sampled", "greedy"] = setting(
         "sampled", help="At temperature > 0: draft by sampling, or by argmax as vLLM does (then the node is FIXED)."
     )
@@ -65,6 +72,8 @@ class CausalLMSettings:
             problems.append(f"checkpoint: is not used with init {self.init!r}; set init: checkpoint")
         if self.init == "scratch" and self.hidden_size % self.num_heads:
             problems.append(f"num_heads: {self.num_heads} does not divide hidden_size {self.hidden_size}")
+        if self.init != "scratch" and self.embedding_init != "random":
+            problems.append(f"embedding_init: is not used with init {self.init!r}, which has an embedding of its own")
         if self.num_kv_heads and self.num_heads % self.num_kv_heads:
             problems.append(f"num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}")
         return problems
@@ -113,6 +122,8 @@ class CausalLMDrafter(Drafter):
                 num_positions=max_positions(target.model.config) if target else None,
                 tokenizer=tokenizer,
             )
+            if settings.embedding_init == "target":
+                model.get_input_embeddings().weight.data.copy_(_head_rows(target, width=settings.hidden_size))
         elif settings.init == "target":
             if target is None:
                 raise CheckpointError(
@@ -124,6 +135,9 @@ class CausalLMDrafter(Drafter):
             folder = resolve_folder(settings.checkpoint)
             check_same_tokenizer(tokenizer, load_tokenizer(folder), drafter=settings.checkpoint)
             model = load_causal_lm(folder, attention=drafter_attention(target and target.model))
+        if settings.freeze_embedding:
+            for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+                part.requires_grad_(False)
         return cls(model, draft=settings.draft)
 
     def compile_with(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -147,7 +161,8 @@ class CausalLMDrafter(Drafter):
     def products(self, shape: BatchShape) -> Iterator[Products]:
         """Yield the products of all blocks, and of the head for each trained label."""
         yield from trunk_products(self.model, shape, gradients=2)
-        yield matrix(head_parameters(self.model), shape.rows(1), gradients=2)
+        trained = self.model.get_output_embeddings().weight.requires_grad
+        yield matrix(head_parameters(self.model), shape.rows(1), gradients=2 if trained else 1)
 
     def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
         """Return the chain proposer over this model."""
@@ -172,6 +187,12 @@ class CausalLMDrafter(Drafter):
         if problem := rows_problem(int(model.get_input_embeddings().weight.shape[0]), target.num_tokens):
             raise CheckpointError(f"{folder}/config.json: {problem}")
         return cls(model)
+
+
+def _head_rows(target: Target | None, *, width: int) -> Tensor:
+    if target is None:
+        raise CheckpointError("drafter.embedding_init is 'target' but target.model is null: there is no target")
+    return projected(target.model.get_output_embeddings().weight, width)
 
 
 def rows_problem(rows: int, num_tokens: int) -> str | None:

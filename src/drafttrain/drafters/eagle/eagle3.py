@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from drafttrain.core.batches import DraftBatch, DraftOutput
-from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
 from drafttrain.core.linear_head import LinearHead
@@ -22,12 +21,13 @@ from drafttrain.core.settings import setting
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.weights import weight_bytes
 from drafttrain.drafters import drafters
-from drafttrain.drafters.eagle.draft_vocabulary import vocabulary_problems
+from drafttrain.drafters.draft_vocabulary import SIZE_HELP, most_frequent, size_for, vocabulary_problems
 from drafttrain.drafters.eagle.drafter import EagleDrafter, rollout
 from drafttrain.drafters.eagle.folder import load_weights, read_config
 from drafttrain.drafters.eagle.layer import EagleLayer, Norm, compute_dtype
 from drafttrain.drafters.eagle.layer_config import layer_config, llama_config
 from drafttrain.drafters.eagle.target_parts import TargetParts
+from drafttrain.drafters.few_rows import product_with
 from drafttrain.drafters.warm_start import CHECKPOINT_HELP, checkpoint_folder, settings_fixed_by_checkpoint
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import blocks
@@ -52,9 +52,7 @@ class Eagle3Settings:
         "late one.",
         ge=0,
     )
-    draft_vocab_size: int | None = setting(
-        None, help="Size of the drafter's vocabulary: the most frequent labels of the data; null: all tokens.", ge=1
-    )
+    draft_vocab_size: int | None = setting(None, help=SIZE_HELP, ge=1)
     num_steps: int = setting(5, help="Draft tokens rolled out at every position in training.", ge=1)
     step_decay: float = setting(0.8, help="Factor on the loss from one of these steps to the next.", gt=0, le=1)
     num_heads: int | None = setting(None, help="Attention heads; null: the target's.", ge=1)
@@ -151,11 +149,6 @@ class Eagle3Drafter(EagleDrafter):
             made = cls.load(checkpoint_folder(settings.checkpoint, target, kind=cls.kind), target).trained_as(own)
             made._keeps_vocabulary = True
             return made
-        size = settings.draft_vocab_size or target.vocab_size
-        if size > target.num_tokens and size != target.vocab_size:
-            raise CheckpointError(
-                f"drafter.draft_vocab_size must be 1..{target.num_tokens} for this target, got {size}"
-            )
         config = {
             "architectures": ["LlamaForCausalLMEagle3"],
             **layer_config(
@@ -164,7 +157,7 @@ class Eagle3Drafter(EagleDrafter):
                 num_kv_heads=settings.num_kv_heads,
                 intermediate_size=settings.intermediate_size,
             ),
-            "draft_vocab_size": size,
+            "draft_vocab_size": size_for(target, settings.draft_vocab_size),
             "target_hidden_size": int(target.model.config.get_text_config().hidden_size),
             "eagle_aux_hidden_state_layer_ids": taps_of(len(blocks(target.model)), settings.taps),
             "norm_before_fc": settings.norm_before_fc,
@@ -181,15 +174,10 @@ class Eagle3Drafter(EagleDrafter):
         """Choose the most frequent labels, ties by lower id. A drafter loaded from a checkpoint keeps its vocabulary."""
         if self.d2t is None or self.t2d is None or self._keeps_vocabulary:
             return
-        counts = torch.as_tensor(label_counts())[: len(self.t2d)]
-        counts_V = torch.zeros(len(self.t2d), dtype=torch.float64)
-        counts_V[: len(counts)] = counts
-        vocabulary_R = counts_V.sort(descending=True, stable=True).indices[: len(self.d2t)].sort().values
-        self.d2t.copy_(vocabulary_R - torch.arange(len(vocabulary_R)))
-        self.t2d.zero_()[vocabulary_R] = True
+        ids_R = most_frequent(label_counts(), size=len(self.d2t), vocab_size=len(self.t2d))
+        self.d2t.copy_(ids_R - torch.arange(len(ids_R)))
+        self.t2d.zero_()[ids_R] = True
         self._start_head()
-        share = float(counts_V[vocabulary_R].sum() / counts_V.sum())
-        say(f"draft vocabulary: {len(self.d2t):,} of {len(self.t2d):,} tokens, {share:.2%} of the labels")
 
     @torch.no_grad()
     def _start_head(self) -> None:
@@ -269,6 +257,11 @@ class Eagle3Drafter(EagleDrafter):
         """Return logits_NR."""
         logits_NR: Tensor = self.lm_head(self.norm(states_ND))
         return logits_NR
+
+    def decoding_head(self) -> Callable[[Tensor], Tensor]:
+        """Return `head`, with its weights prepared for few rows."""
+        product = product_with([self.lm_head])
+        return lambda states_ND: product(self.norm(states_ND))
 
     def weight_bytes(self) -> tuple[int, int, int, int]:
         """Return the bytes of (the fusion, the layer, the head with its norm, one embedding row)."""

@@ -1,6 +1,6 @@
 """How often each guess of each Medusa head is right on held-out text, and the tree that follows from it.
 
-V = vocabulary, D = hidden, K = heads, R = ranks of a head's guesses, N = rows
+V = tokens that a head can draft, D = hidden, K = heads, R = ranks of a head's guesses, N = rows
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.batches import DraftBatch, DraftOutput, Head
+from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.drafters.medusa.static_tree import best_paths, non_increasing
 from drafttrain.losses.align import align
 
@@ -21,20 +22,19 @@ ROWS_AT_ONCE = 2048
 
 
 def calibrated_tree(
-    drafts: Iterable[tuple[DraftBatch, DraftOutput]], head: Head, *, num_heads: int, num_tokens: int
+    drafts: Iterable[tuple[DraftBatch, DraftOutput]], head: Head, *, num_heads: int, vocabulary: DraftVocabulary
 ) -> dict[str, Any]:
     """Return the table of accuracies by head and rank, and the best tree for it, as `medusa_tree.json` stores them.
 
     Args:
         drafts: Batches of held-out text, each with the states of all heads.
-        num_tokens: Ids that the tokenizer can produce; the other rows of the heads are padding.
+        vocabulary: Of all heads. A label that they cannot draft counts as a miss of every guess.
     """
-    hits_KR = torch.zeros(num_heads, min(CALIBRATED_RANKS, num_tokens), dtype=torch.long)
+    hits_KR = torch.zeros(num_heads, min(CALIBRATED_RANKS, len(vocabulary.ids_R)), dtype=torch.long)
     counts_K = torch.zeros(num_heads, dtype=torch.long)
     for batch, drafted in drafts:
         for depth, states_ND, labels_N in _rows(batch, drafted):
-            logits_NV = head(states_ND, depth)[:, :num_tokens]
-            guesses_NR = logits_NV.topk(hits_KR.shape[1], dim=-1).indices
+            guesses_NR = vocabulary.best(head(states_ND, depth), count=hits_KR.shape[1])
             hits_KR[depth - 1] += (guesses_NR == labels_N[:, None]).sum(0).cpu()
             counts_K[depth - 1] += len(labels_N)
     accuracy_KR = (hits_KR / counts_K.clamp_min(1)[:, None]).tolist()

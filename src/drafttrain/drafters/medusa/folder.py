@@ -33,6 +33,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         count = len({match[1] for name in held if (match := re.match(pattern, name))})
         if config[key] != count:
             raise CheckpointError(f"{folder / 'config.json'}: {key} is {config[key]!r:.60}, the weights have {count}")
+    rows, size = config.get("truncated_vocab_size"), config["vocab_size"]
+    if rows is not None and not (type(rows) is int and type(size) is int and 1 <= rows <= size):
+        raise CheckpointError(
+            f"{folder / 'config.json'}: truncated_vocab_size must be 1..vocab_size ({size!r:.60}) or null, got {rows!r:.60}"
+        )
     if not config["medusa_fc_bias"]:
         raise CheckpointError(
             f"{folder / 'config.json'}: medusa_fc_bias is false: heads without biases are not supported"

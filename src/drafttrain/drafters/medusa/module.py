@@ -1,16 +1,15 @@
 """Medusa: heads on the target's final state; each one predicts one token further ahead.
 
-B = sequences, T = positions, V = vocabulary, D = hidden, K = heads, R = ranks, M = sequences that draft, N = rows
+B = sequences, T = positions, V = the target's vocabulary, R = the heads' vocabulary, D = hidden, K = heads, N = rows
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import save_file
@@ -22,17 +21,19 @@ from drafttrain.core.files import write_json
 from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
 from drafttrain.core.linear_head import LinearHead
 from drafttrain.core.roles import ForwardListener, Proposer
-from drafttrain.core.settings import setting
 from drafttrain.core.target_rows import RowsAsked, TargetNeeds
 from drafttrain.core.tensors import load_into
+from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.drafters import Drafter, drafters
+from drafttrain.drafters.draft_vocabulary import most_frequent, size_for, token_map_problems
 from drafttrain.drafters.medusa.blocks import ResidualBlocks, uninitialized_linear
 from drafttrain.drafters.medusa.calibration import calibrated_tree
 from drafttrain.drafters.medusa.folder import ADAPTER, TREE, read_config, read_tree
-from drafttrain.drafters.medusa.lora import LoraAdapter, LoraSettings, merged
+from drafttrain.drafters.medusa.lora import LoraAdapter, merged
 from drafttrain.drafters.medusa.proposer import MedusaProposer
+from drafttrain.drafters.medusa.settings import JointSettings, MedusaSettings
 from drafttrain.drafters.medusa.static_tree import Path as TreePath
-from drafttrain.drafters.warm_start import CHECKPOINT_HELP, checkpoint_folder, settings_fixed_by_checkpoint
+from drafttrain.drafters.warm_start import checkpoint_folder
 from drafttrain.losses.forward_kl import ForwardKL, ForwardKLSettings
 from drafttrain.target_model import Target
 from drafttrain.target_model.documents import as_read, document_states
@@ -40,56 +41,12 @@ from drafttrain.target_model.logits import LiveRows, finished_logits, finisher, 
 from drafttrain.target_model.matrix_products import head_parameters, trunk_products
 
 
-@dataclass
-class JointSettings:
-    """Medusa-2: low-rank adapters on the target are trained together with the heads.
-
-    A KL divergence from the same network without adapters preserves the target's own distribution.
-    """
-
-    lora: LoraSettings = setting(LoraSettings(), help="The adapters.")
-    head_coefficient: float = setting(0.2, help="Weight of the heads' loss next to the target's KL.", gt=0)
-    head_warmup_steps: int = setting(
-        0, help="Steps over which this factor rises from 0 as sin(pi/2 step/steps); 0: constant.", ge=0
-    )
-    head_lr_multiplier: float = setting(
-        4.0, help="The heads learn at train.lr times this, the adapters at train.lr.", gt=0
-    )
-
-    def coefficient(self, step: int) -> float:
-        """Return the factor on the heads' loss at an optimizer step, from 0."""
-        if step >= self.head_warmup_steps:
-            return self.head_coefficient
-        return self.head_coefficient * math.sin(math.pi / 2 * step / self.head_warmup_steps)
-
-
-@dataclass
-class MedusaSettings:
-    """Heads on the target's final hidden state."""
-
-    checkpoint: str | None = setting(None, help=CHECKPOINT_HELP)
-    num_heads: int = setting(4, help="Heads; head k predicts the token k places after the root.", ge=1)
-    num_layers: int = setting(1, help="Residual blocks per head.", ge=1)
-    decay: float = setting(0.8, help="The loss of head k has weight decay^k.", gt=0, le=1)
-    draft: Literal["sampled", "greedy"] = setting(
-        "sampled", help="Chains at temperature > 0: a draw from each head, or each head's argmax as vLLM drafts."
-    )
-    joint: JointSettings | None = setting(
-        None,
-        help="Medusa-2: adapters on the target, trained with the heads; null: Medusa-1, the target stays as it is.",
-    )
-
-    def check(self) -> list[str]:
-        """Return what is wrong across fields."""
-        return settings_fixed_by_checkpoint(self, ("num_heads", "num_layers"))
-
-
 @drafters.register("medusa", MedusaSettings)
 class Medusa(Drafter):
     """K heads, each with residual blocks and an output matrix. Lag 1; depth d is the number of the head.
 
-    Blocks start as the identity (weight and bias zero) and output matrices as copies of the target's head, so every head
-    starts equal to the target's. No head shares its blocks with another.
+    Blocks start as the identity (weight and bias zero) and output matrices as copies of the target's head, or of its rows of
+    the draft vocabulary. So every head starts equal to the target's. No head shares its blocks with another.
 
     Source: Cai et al. 2024, Medusa, arXiv 2401.10774, 2.1.
     """
@@ -111,6 +68,8 @@ class Medusa(Drafter):
         hidden_size: int,
         vocab_size: int,
         target_config: Any,
+        draft_vocab_size: int | None = None,
+        shared_head: bool = False,
         decay: float = 1.0,
         draft: str = "sampled",
         paths: list[TreePath] | None = None,
@@ -118,14 +77,20 @@ class Medusa(Drafter):
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(ResidualBlocks(hidden_size, num_layers, device=device) for _ in range(num_heads))
+        num_rows = draft_vocab_size or vocab_size
         # The caller writes these matrices. Drawing them first, on the CPU, takes minutes for a large vocabulary.
         self.lm_heads = nn.ModuleList(
-            uninitialized_linear(hidden_size, vocab_size, bias=False, device=device) for _ in range(num_heads)
+            uninitialized_linear(hidden_size, num_rows, bias=False, device=device)
+            for _ in range(1 if shared_head else num_heads)
         )
+        self.token_map: Tensor | None
+        """ids_R, the target's id of each token of the heads; None: the vocabularies are the same."""
+        self.register_buffer("token_map", None if num_rows == vocab_size else torch.arange(num_rows, device=device))
         self.num_heads = num_heads
         self.num_layers = num_layers
         self.hidden_size = hidden_size
         self.vocab_size = vocab_size
+        self.shared_head = shared_head
         self.decay = decay
         self.draft = draft
         self.joint: JointSettings | None = None
@@ -137,6 +102,7 @@ class Medusa(Drafter):
         """The calibrated tree, best nodes first; None: only chains can be drafted."""
         self._target_config = target_config
         self._target: Target | None = None
+        self._keeps_vocabulary = False
 
     @classmethod
     def why_whole_target(cls, settings: MedusaSettings) -> str | None:
@@ -155,6 +121,7 @@ class Medusa(Drafter):
             )
         if settings.checkpoint is None:
             made = cls._like_head(head.weight, settings, target)
+            made._target = target
         else:
             made = cls.load(checkpoint_folder(settings.checkpoint, target, kind=cls.kind), target, "float32").train()
             if made.adapter_folder is not None:
@@ -163,6 +130,7 @@ class Medusa(Drafter):
                     "(Medusa-2)"
                 )
             made.decay, made.draft, made.paths = settings.decay, settings.draft, None
+            made._keeps_vocabulary = True
         if settings.joint is not None:
             made.joint = settings.joint
             made.adapter = LoraAdapter(settings.joint.lora, target.model)
@@ -171,7 +139,7 @@ class Medusa(Drafter):
 
     @classmethod
     def _like_head(cls, weight_VD: Tensor, settings: MedusaSettings, target: Target) -> Medusa:
-        """Return heads whose output matrices are copies of this weight."""
+        """Return heads whose output matrices are copies of this weight, or of its first rows."""
         vocab_size, hidden_size = weight_VD.shape
         made = cls(
             num_heads=settings.num_heads,
@@ -179,14 +147,29 @@ class Medusa(Drafter):
             hidden_size=hidden_size,
             vocab_size=vocab_size,
             target_config=target.model.config.get_text_config(),
+            draft_vocab_size=size_for(target, settings.draft_vocab_size),
+            shared_head=settings.shared_head,
             decay=settings.decay,
             draft=settings.draft,
             device=weight_VD.device,
         )
-        with torch.no_grad():
-            for parameter in made.lm_heads.parameters():
-                parameter.copy_(weight_VD)
+        made._start_heads(weight_VD)
         return made
+
+    @torch.no_grad()
+    def _start_heads(self, weight_VD: Tensor) -> None:
+        """Copy the target's head, or its rows of this vocabulary, to every output matrix."""
+        rows_RD = weight_VD if self.token_map is None else weight_VD[self.token_map.to(weight_VD.device)]
+        for parameter in self.lm_heads.parameters():
+            parameter.copy_(rows_RD)
+
+    def fit_vocabulary(self, label_counts: Callable[[], Any]) -> None:
+        """Choose the most frequent labels, ties by lower id. Heads loaded from a checkpoint keep their vocabulary."""
+        if self.token_map is None or self._keeps_vocabulary:
+            return
+        assert self._target is not None, "create sets it"
+        self.token_map.copy_(most_frequent(label_counts(), size=len(self.token_map), vocab_size=self.vocab_size))
+        self._start_heads(self._target.model.get_output_embeddings().weight)
 
     @property
     def deepest(self) -> int:
@@ -222,7 +205,7 @@ class Medusa(Drafter):
 
     def _drafted(self, final_BTD: Tensor) -> DraftOutput:
         states_BTD = {depth: self.states(final_BTD, depth) for depth in range(1, self.num_heads + 1)}
-        return DraftOutput(states_BTD, self._head, self.lag)
+        return DraftOutput(states_BTD, self._head, self.lag, vocabulary=self.token_map)
 
     def _adapted(self, batch: DraftBatch) -> Tensor:
         """Return the final states of the target with its adapters; gradients reach the adapters."""
@@ -248,7 +231,10 @@ class Medusa(Drafter):
 
     @property
     def _head(self) -> LinearHead:
-        return LinearHead(lambda depth: self.lm_heads[depth - 1], after=finisher(self._target_config))
+        return LinearHead(self._output_matrix, after=finisher(self._target_config))
+
+    def _output_matrix(self, depth: int) -> nn.Module:
+        return self.lm_heads[0 if self.shared_head else depth - 1]
 
     def states(self, final_ND: Tensor, depth: int) -> Tensor:
         """Return the output of a head's residual blocks on the target's states."""
@@ -256,8 +242,8 @@ class Medusa(Drafter):
         return states
 
     def head(self, states_ND: Tensor, depth: int) -> Tensor:
-        """Return the logits of a head, with the scale or soft cap of the target."""
-        return finished_logits(self._target_config, self.lm_heads[depth - 1](states_ND))
+        """Return logits_NR of a head, with the scale or soft cap of the target."""
+        return finished_logits(self._target_config, self._output_matrix(depth)(states_ND))
 
     def compile_with(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Compile the residual blocks of each head."""
@@ -271,7 +257,7 @@ class Medusa(Drafter):
             for number in range(self.num_layers):
                 # The input of the first block needs a gradient only if the target has adapters in training.
                 yield matrix(self.hidden_size**2, shape.positions, gradients=2 if joint or number else 1)
-            yield matrix(parameters_of(self.lm_heads[depth - 1]), shape.rows(depth + self.lag), gradients=2)
+            yield matrix(parameters_of(self._output_matrix(depth)), shape.rows(depth + self.lag), gradients=2)
         if joint:
             assert self._target is not None
             yield from trunk_products(self._target.model, shape, gradients=1)
@@ -298,7 +284,8 @@ class Medusa(Drafter):
     def calibrate(self, target: Target, batches: Iterable[DraftBatch]) -> Mapping[str, Any]:
         """Return the file of the tree, from how often each guess of each head is right on held-out text."""
         drafts = ((batch, self._drafted(_final(target, batch))) for batch in batches)
-        return {TREE: calibrated_tree(drafts, self.head, num_heads=self.num_heads, num_tokens=target.num_tokens)}
+        vocabulary = DraftVocabulary(self.token_map, num_tokens=target.num_tokens)
+        return {TREE: calibrated_tree(drafts, self.head, num_heads=self.num_heads, vocabulary=vocabulary)}
 
     def save(self, folder: Path) -> None:
         """Write the layout of vLLM's `method: medusa`."""
@@ -312,6 +299,10 @@ class Medusa(Drafter):
             "medusa_fc_bias": True,
             "drafttrain_draft": self.draft,
         }
+        if self.token_map is not None:
+            config["truncated_vocab_size"] = len(self.token_map)
+        if self.shared_head:
+            config["original_lm_head"] = True
         write_json(folder / "config.json", config)
         tensors = {
             name: tensor.detach().contiguous().cpu()
@@ -346,6 +337,8 @@ class Medusa(Drafter):
             hidden_size=config["hidden_size"],
             vocab_size=config["vocab_size"],
             target_config=target.model.config.get_text_config(),
+            draft_vocab_size=config.get("truncated_vocab_size"),
+            shared_head=config.get("original_lm_head", False),
             draft=config.get("drafttrain_draft", "sampled"),
             paths=read_tree(folder),
             device=target.device,
@@ -355,6 +348,9 @@ class Medusa(Drafter):
         kind = dtype or target.model.dtype
         made.to(target.device, getattr(torch, kind) if isinstance(kind, str) else kind)
         load_into(made, folder / "model.safetensors")
+        ids_R = made.token_map
+        if ids_R is not None and (problems := token_map_problems(ids_R.cpu(), vocab_size=made.vocab_size)):
+            raise CheckpointError(f"{folder / 'model.safetensors'}: {problems[0]}")
         return made.eval()
 
 

@@ -1,6 +1,6 @@
 """Medusa's proposer: one call of the heads per round, on the target's state before the root, gives a chain or a tree.
 
-V = vocabulary, D = hidden, M = sequences that draft, R = ranks
+V = the target's vocabulary, R = tokens that can be drafted, D = hidden, K = heads, M = sequences that draft
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from drafttrain.core.device_time import Span
 from drafttrain.core.errors import CheckpointError
@@ -31,6 +30,7 @@ from drafttrain.core.proposals import (
 from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Sampling
+from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.drafters.medusa.static_tree import Path, within
 
 
@@ -43,13 +43,14 @@ class MedusaHeads(Protocol):
     paths: list[Path] | None
     blocks: nn.ModuleList
     lm_heads: nn.ModuleList
+    token_map: Tensor | None
 
     def states(self, final_ND: Tensor, depth: int) -> Tensor:
         """Return the states that a head's output matrix reads."""
         ...
 
     def head(self, states_ND: Tensor, depth: int) -> Tensor:
-        """Return logits_NV of a head."""
+        """Return logits_NW of a head."""
         ...
 
 
@@ -60,14 +61,14 @@ class MedusaProposer:
     best guesses of each head along the calibrated paths (FIXED).
 
     Args:
-        num_tokens: Ids that the tokenizer can produce; the other rows of the heads are padding and get no probability.
+        num_tokens: Ids that the tokenizer can produce; rows of the heads for others are padding and get no probability.
     """
 
     needs = TargetNeeds(final=True)
 
     def __init__(self, heads: MedusaHeads, *, num_tokens: int, listener: ForwardListener | None = None) -> None:
         self._heads = heads
-        self._num_tokens = num_tokens
+        self._vocabulary = DraftVocabulary(heads.token_map, num_tokens=num_tokens)
         self._listener = listener
         self._contexts: list[Context] = []
         self._states: list[Tensor | None] = []
@@ -93,8 +94,8 @@ class MedusaProposer:
             root = context.tokens[-1]
             logits_by_head = logits.get(sequence, [])
             depth = 0
-            for logits_V in logits_by_head:
-                answer = more(DraftStep(sequence, depth + 1, logits_V))
+            for logits_R in logits_by_head:
+                answer = more(DraftStep(sequence, depth + 1, logits_R))
                 depth += bool(answer)
                 if answer is not True:
                     break
@@ -128,11 +129,11 @@ class MedusaProposer:
         span = Span(next(self._heads.blocks.parameters()).device)
         final_MD = torch.stack([state for i, state in enumerate(self._states) if i in depths and state is not None])
         by_head = [
-            self._heads.head(self._heads.states(final_MD, depth), depth)[:, : self._num_tokens]
+            self._vocabulary.logits(self._heads.head(self._heads.states(final_MD, depth), depth))
             for depth in range(1, deepest + 1)
         ]
         found = {
-            sequence: [logits_MV[row] for logits_MV in by_head[:depth]]
+            sequence: [logits_MR[row] for logits_MR in by_head[:depth]]
             for row, (sequence, depth) in enumerate(depths.items())
         }
         if self._listener is not None:
@@ -143,11 +144,14 @@ class MedusaProposer:
         self, root: int, logits_by_head: list[Tensor], sampling: Sampling, generator: torch.Generator
     ) -> Proposal:
         if sampling.temperature == 0 or self._heads.draft == "greedy" or not logits_by_head:
-            return fixed_chain(root, torch.stack(logits_by_head).argmax(dim=-1).tolist() if logits_by_head else [])
-        q_rows_RV = sampling_probs(torch.stack(logits_by_head), sampling)
-        tokens = draw_each(q_rows_RV, [generator] * len(logits_by_head))
-        padding = self._heads.vocab_size - q_rows_RV.shape[1]
-        return chain([root, *tokens], kind=NodeKind.SAMPLED, q_rows_RV=pad(q_rows_RV, (0, padding)))
+            return fixed_chain(
+                root, self._vocabulary.likeliest(torch.stack(logits_by_head)).tolist() if logits_by_head else []
+            )
+        probs_KR = sampling_probs(torch.stack(logits_by_head), sampling)
+        drawn = draw_each(probs_KR, [generator] * len(logits_by_head))
+        tokens = self._vocabulary.ids(drawn)
+        q_rows_KV = self._vocabulary.over_target(probs_KR, size=self._heads.vocab_size)
+        return chain([root, *tokens], kind=NodeKind.SAMPLED, q_rows_RV=q_rows_KV)
 
     def _tree(self, root: int, logits_by_head: list[Tensor], budget: Budget) -> Proposal:
         if self._heads.paths is None:
@@ -157,7 +161,7 @@ class MedusaProposer:
             )
         paths = within(self._heads.paths, nodes=budget.nodes, depth=len(logits_by_head), width=budget.width)
         guesses = (
-            torch.stack(logits_by_head).topk(min(budget.width, len(logits_by_head[0])), dim=-1).indices.tolist()
+            self._vocabulary.best(torch.stack(logits_by_head), count=min(budget.width, len(logits_by_head[0]))).tolist()
             if logits_by_head
             else []
         )
