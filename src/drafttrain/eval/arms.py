@@ -83,13 +83,18 @@ class Arm:
 
 
 def decode(
-    arms: Sequence[Arm], prompts: Sequence[Prompt], settings: EvalSettings, *, generate: int, unfinished: Unfinished
+    arms: Sequence[Arm],
+    prompts: Sequence[Prompt],
+    settings: EvalSettings,
+    *,
+    generate: int,
+    unfinished: Unfinished | None = None,
 ) -> list[Generation]:
     """Decode every prompt with every arm, in turns whose order alternates.
 
     Args:
         generate: Number of prompts that transformers' generate decodes too, if they are decoded one at a time.
-        unfinished: Groups of prompts that an interrupted evaluation decoded.
+        unfinished: Groups of prompts that an interrupted evaluation decoded; None: nothing is stored.
 
     Returns:
         The outputs of transformers' generate with the target of the first arm.
@@ -100,15 +105,16 @@ def decode(
     for prompt in by_generate[:1]:
         transformers_generate(prompt, arms[0].target, max_new_tokens=settings.max_new_tokens)
     generated: list[Generation] = []
+    stored = unfinished or Unfinished(None, {})
     groups = [prompts[i : i + settings.batch_size] for i in range(0, len(prompts), settings.batch_size)]
     temperature = arms[0].engine.sampling.temperature
     with progress(f"decoding at temperature {temperature:g}", total=len(prompts), unit="prompts") as bar:
         for number, group in enumerate(groups):
-            found = unfinished.read(temperature, number)
+            found = stored.read(temperature, number)
             if found is None:
                 order = arms if number % 2 == 0 else list(reversed(arms))
                 found = _decode_group(arms, order, group, by_generate[number : number + 1], settings)
-                unfinished.store(temperature, number, found)
+                stored.store(temperature, number, found)
             for arm, decoded in zip(arms, found.arms, strict=True):
                 arm.generations += decoded.generations
                 arm.ledger.events += [event.forward_event() for event in decoded.events]
