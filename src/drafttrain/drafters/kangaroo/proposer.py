@@ -22,8 +22,8 @@ from drafttrain.core.proposals import Budget, Context, DraftStep, LayerState, Mo
 from drafttrain.core.roles import FirstBlocks, ForwardListener
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Sampling
+from drafttrain.drafters.few_rows import head_product
 from drafttrain.drafters.next_tokens import next_tokens
-from drafttrain.target_model.logits import head_logits
 from drafttrain.target_model.ragged_cache import RaggedCache
 
 
@@ -187,6 +187,7 @@ class _CachedAdapter:
     def __init__(self, adapter: Any, model: Any, *, listener: ForwardListener | None) -> None:
         self._module = adapter
         self._model = model
+        self._head = head_product(model)
         self._listener = listener
         self._device = next(adapter.parameters()).device
         self._bytes = sum(p.numel() * p.element_size() for p in adapter.parameters())
@@ -241,7 +242,7 @@ class _CachedAdapter:
         if head:
             chosen = [sequence for sequence, size in enumerate(sizes) if size]
             last_ND = states_BND[chosen, [sizes[sequence] - 1 for sequence in chosen]].to(self._model.dtype)
-            logits_NV = head_logits(self._model, last_ND)
+            logits_NV = self._head(last_ND)
             for row, sequence in enumerate(chosen):
                 found[sequence] = (last_ND[row], logits_NV[row])
         self._report(sizes, context=context, head=head, span=span)
