@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from drafttrain.core.console import say
 from drafttrain.core.texts import Prompt
 from drafttrain.drafters import Drafter
 from drafttrain.environments.environment import ask
@@ -143,7 +144,10 @@ def _timed_in_turns(
 ) -> tuple[list[list[DecodedPrompt]], list[list[DecodedPrompt]]]:
     """Return what processes with the drafter and processes without decoded."""
     runs: dict[bool, list[list[DecodedPrompt]]] = {True: [], False: []}
-    for drafts in [True, False] * num_pairs:
+    for number, drafts in enumerate([True, False] * num_pairs):
+        say(
+            f"{engine.name}: timing process {number + 1} of {2 * num_pairs}, {'with' if drafts else 'without'} the drafter"
+        )
         request = engine.request(job, use if drafts else None)
         (greedy,) = engine.decoded(ask(engine.environment, engine.worker, request))
         runs[drafts].append(greedy)
