@@ -33,7 +33,7 @@ def test_the_embedded_drafter_gives_the_same_tokens_and_counts(tmp_path):
     assert 0 < theirs["accepted_at"][1] < theirs["accepted_at"][0] < theirs["num_drafts"]
     assert comparison["sampled"]["text_p_value"] > 0.01
     speed = comparison["speed"]
-    assert speed["num_equal"] == speed["num_prompts"] == 8
+    assert speed["texts"]["num_equal"] == speed["num_prompts"] == 8
     assert speed["engine"]["block_efficiency"] > 1
     for side in ("engine", "evaluator"):
         assert speed[side]["with_drafter"] / speed[side]["without_drafter"] == pytest.approx(
