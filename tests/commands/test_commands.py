@@ -22,6 +22,7 @@ from drafttrain.cli.app import recipe_and_run_folder
 from drafttrain.commands.evaluate import evaluate_recipe
 from drafttrain.commands.export import export_run
 from drafttrain.commands.fit import fit
+from drafttrain.commands.gen import gen
 from drafttrain.config.bundled import bundled_recipes
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import DrafttrainError, GateError, RecipeError
@@ -182,9 +183,44 @@ def test_while_it_trains_a_run_keeps_to_its_evaluation(recipe, tmp_path):
     loaded = load_recipe(recipe)
     DrafterRun(loaded, tmp_path / "run")
     DrafterRun(load_recipe(recipe, ["name=other", "export.require.alpha=0.1", "train.loggers=[]"]), tmp_path / "run")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "run" / "checkpoints" / "step-1.ckpt").touch()
     for changed in ("eval.max_new_tokens=9", "export.dtype=bfloat16"):
-        with pytest.raises(RecipeError, match="another recipe"):
+        with pytest.raises(RecipeError, match="another recipe") as caught:
             DrafterRun(load_recipe(recipe, [changed]), tmp_path / "run")
+        (problem,) = caught.value.problems
+        assert problem.startswith(changed.partition("=")[0])
+
+
+def test_until_a_run_trains_its_recipe_may_change_and_its_texts_stay(recipe, tmp_path, capfd, save_llama):
+    folder = tmp_path / "run"
+    asks = f"{{prompts: {{kind: text, path: {tmp_path / 'text.txt'}}}, prompt_tokens: 6, num_records: 4, max_new_tokens: 6}}"
+    texts = [f"data.generate={asks}", "data.sources=[{kind: generated}]", "data.overlap_ngram=0"]
+    gen(load_recipe(recipe, texts), folder)
+    shards = {path.name: path.stat().st_mtime_ns for path in (folder / "data" / "generated").iterdir()}
+    assert shards
+    (folder / "start").mkdir()
+    changed = load_recipe(recipe, [*texts, "train.lr=0.0123", "eval.max_new_tokens=9"])
+    capfd.readouterr()
+    gen(changed, folder)
+    said = " ".join(capfd.readouterr().err.split())
+    assert "nothing is trained here yet" in said
+    assert "0.0123 here" in said
+    assert {path.name: path.stat().st_mtime_ns for path in (folder / "data" / "generated").iterdir()} == shards
+    assert not (folder / "start").exists()
+    assert load_recipe(str(folder)).train.lr == 0.0123
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "step-1.ckpt").touch()
+    with pytest.raises(RecipeError, match=r"kind: generated, path: .*: 2 problems") as caught:
+        gen(load_recipe(recipe, [*texts, "train.lr=0.2", "seed=1", "eval.max_new_tokens=9"]), folder)
+    assert list(caught.value.problems) == ["seed: 0 there, 1 here", "train.lr: 0.0123 there, 0.2 here"]
+
+    reads = f"data.sources=[{{kind: generated, path: {folder / 'data' / 'generated'}}}]"
+    gen(load_recipe(recipe, [reads, "name=other"]), tmp_path / "other")
+    assert not (tmp_path / "other" / "data" / "generated").exists()
+    assert json.loads((tmp_path / "other" / "data" / "0-generated" / "meta.json").read_text())["records"] == 4
+    with pytest.raises(RecipeError, match=r"data.sources.0: .* was written by .*tiny_target.*, whose target has"):
+        gen(load_recipe(recipe, [reads, f"target.model={save_llama(seed=7)}"]), tmp_path / "wrong")
 
 
 def test_two_runs_do_not_work_in_one_folder(tmp_path, monkeypatch):
@@ -336,7 +372,9 @@ EMBEDDED_TEXT = ["eval.prompts=builtin:test", "eval.validation_prompts=builtin:v
 
 def smoked(name: str) -> object:
     """The kinds of these recipes are smoked by the tiny ones; the whole path of each is left to the long tests."""
-    long = (name.endswith("_8b") and not name.startswith("kd_")) or name.startswith("smollm2_") or name == "tiny_medusa2"
+    long = (
+        (name.endswith("_8b") and not name.startswith("kd_")) or name.startswith("smollm2_") or name == "tiny_medusa2"
+    )
     return pytest.param(name, marks=[pytest.mark.slow] if long else [])
 
 

@@ -59,7 +59,9 @@ def test_a_run_goes_on_by_its_folder_and_by_its_recipe(folder: Path, capfd: pyte
     again = DrafterRun(load_recipe("tiny_eagle3"), folder)
     assert again.recipe == recipe, "and once more, now that the folder is written as today"
     assert "older version" not in capfd.readouterr().err
-    with pytest.raises(RecipeError, match=r"(?s)another recipe.*tf32: true"):
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    (folder / "checkpoints" / "step-1.ckpt").touch()
+    with pytest.raises(RecipeError, match=r"(?s)another recipe.*tf32: false there, true here"):
         DrafterRun(load_recipe("tiny_eagle3", ["train.tf32=true"]), folder)
 
 

@@ -17,7 +17,7 @@ from drafttrain.core.errors import DataError
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.sources.text import TextSettings
-from drafttrain.data_gen.stored.target_cache import _as_array, _as_tensor
+from drafttrain.data_gen.stored.target_cache import Wanted, _as_array, _as_tensor, _rows
 from drafttrain.data_gen.stored.validation_target import CachedTarget
 from drafttrain.data_gen.training_data import TrainingData, attach_cache, prepare
 from drafttrain.drafters.kangaroo.module import KangarooDrafter, KangarooSettings
@@ -26,6 +26,7 @@ from drafttrain.losses.forward_kl import ForwardKLSettings
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import trunk
 from drafttrain.target_model.documents import takes_mask
+from tests.conftest import byte_tokenizer, random_llama
 
 NEEDS = TargetNeeds(hidden=(0, 1), final=True)
 
@@ -241,3 +242,24 @@ def test_a_cache_whose_plan_an_earlier_version_wrote_is_kept(text, tiny_target):
     assert times == {path: path.stat().st_mtime_ns for path in folder.glob("*.npy")}
     cached(text, tiny_target, NEEDS, cache="full")
     assert list(folder.glob("logits-*.npy"))
+
+
+def test_the_rows_of_a_text_do_not_depend_on_the_texts_that_are_read_with_it():
+    model = random_llama(hidden_size=16).double()
+    target = Target(model, byte_tokenizer(), name="t", fingerprint="")
+    texts = [[1, 2, 3], list(range(40, 60)), [7], list(range(90, 101)), [4, 5]]
+    wanted = Wanted(distribution="full", states=TargetNeeds(hidden=(1,), final=True), top_k=0, dtype="float32")
+    counts: list[int] = []
+    rows = _rows(texts, target, wanted, read=counts.append)
+    assert sum(counts) == sum(map(len, texts)), "every token is reported, padding is not"
+    begin = 0
+    for text in texts:
+        with torch.no_grad():
+            alone = model(torch.tensor([text]), output_hidden_states=True)
+        span = slice(begin, begin := begin + len(text))
+        for name, state in (
+            ("logits", alone.logits),
+            ("hidden_1", alone.hidden_states[1]),
+            ("final", alone.hidden_states[-1]),
+        ):
+            np.testing.assert_allclose(rows[name][span], state[0].float().numpy(), rtol=0, atol=1e-6)

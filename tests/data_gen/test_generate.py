@@ -67,8 +67,33 @@ def test_every_record_states_its_sampling(settings, tiny_target, tmp_path):
     assert manifest["target_fingerprint"] == tiny_target.fingerprint
     assert manifest["seed"] == 0
     assert sum(shard["records"] for shard in manifest["shards"]) == 20
-    with pytest.raises(DataError, match="another plan"):
-        generate(settings, tiny_target, folder, seed=1, max_length=64)
+
+
+def test_texts_are_found_by_what_they_depend_on(settings, tiny_target, tmp_path, capfd):
+    first = contents(generate(settings, tiny_target, tmp_path / "g", seed=0, max_length=64))
+    other = contents(generate(settings, tiny_target, tmp_path / "g", seed=1, max_length=64))
+    assert other != first
+    (kept,) = tmp_path.glob("g-*")
+    assert contents(kept) == first
+    assert f"they are kept as {kept.name}" in " ".join(capfd.readouterr().err.split())
+    dates = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
+    again = generate(settings, tiny_target, tmp_path / "g", seed=0, max_length=64)
+    assert contents(again) == first
+    assert {path.name: path.stat().st_mtime_ns for path in again.iterdir()} == dates, "nothing is written again"
+    assert "written before" in capfd.readouterr().err
+    (back,) = tmp_path.glob("g-*")
+    assert contents(back) == other
+
+
+def test_a_try_that_wrote_no_text_leaves_no_trace(settings, tiny_target, tmp_path):
+    settings.prompts = JSONLSettings(path=str(tmp_path / "p.jsonl"))
+    (tmp_path / "p.jsonl").write_text('{"odd": 1}')
+    with pytest.raises(DataError, match="nothing is left"):
+        generate(settings, tiny_target, tmp_path / "g", seed=0, max_length=64)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "say"}')
+    folder = generate(settings, tiny_target, tmp_path / "g", seed=1, max_length=64)
+    assert len(contents(folder)) == 3
+    assert not list(tmp_path.glob("g-*"))
 
 
 @pytest.mark.parametrize("num_prompts", [3, 4, 5])

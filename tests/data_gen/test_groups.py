@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from drafttrain.data_gen.groups import TOKENS_IN_ORDER, groups, groups_in_order
+from drafttrain.data_gen.groups import TOKENS_STORED, TOKENS_STORED_ON_CPU, groups, groups_in_order
 
 
 @pytest.mark.parametrize("tokens", [1, 100, 16_384])
@@ -26,4 +26,6 @@ def test_texts_of_like_length_are_read_together_the_longest_first() -> None:
 def test_groups_in_order_are_consecutive_and_bounded_by_the_tokens_of_their_texts() -> None:
     assert groups_in_order([3, 7, 1, 20, 10, 1], tokens=10) == [[0, 1], [2], [3], [4], [5]]
     assert groups_in_order([], tokens=10) == []
-    assert TOKENS_IN_ORDER == 4096, "another number moves the logits of caches by rounding"
+    assert (TOKENS_STORED, TOKENS_STORED_ON_CPU) == (4096, 1024), (
+        "another number moves the logits of caches by rounding"
+    )

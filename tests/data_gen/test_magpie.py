@@ -38,16 +38,16 @@ def settings(*prompts, **more) -> GenerateSettings:
 
 def asked(target: Target, folder, *, number: int = 48):
     wanted = MagpieSettings(number=number, max_tokens=40)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True, parents=True)
     return list(_prompts("data.generate.prompts", wanted, settings(wanted), target, folder, seed=0, length=400))
 
 
 def written(folder):
-    return {path.name: path.read_bytes() for path in sorted((folder / "prompts").glob("shard-*"))}
+    return {path.name: path.read_bytes() for path in sorted(folder.with_name("prompts").glob("shard-*"))}
 
 
 def test_every_prompt_is_a_question_in_the_targets_template(chat_target, tmp_path):
-    found = asked(chat_target, tmp_path)
+    found = asked(chat_target, tmp_path / "g")
     assert 0 < len(found) < 48
     texts = [chat_target.tokenizer.decode(tokens) for _, tokens in found]
     assert all(
@@ -56,13 +56,13 @@ def test_every_prompt_is_a_question_in_the_targets_template(chat_target, tmp_pat
     )
     assert all(one.count("<|im_end|>") == 1 for one in texts)
     assert len(set(texts)) == len(texts)
-    reasons = [json.loads(line)["reason"] for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "g" / "quarantine.jsonl").read_text().splitlines()]
     assert len(reasons) == 48 - len(found)
     assert any(reason.startswith("unfinished") for reason in reasons)
 
 
 def test_a_killed_run_goes_on_with_the_same_questions(chat_target, tmp_path, monkeypatch):
-    whole = asked(chat_target, tmp_path / "whole")
+    whole = asked(chat_target, tmp_path / "whole" / "g")
     store, stored = shards._store, []
 
     def dies(folder, number, *more):
@@ -74,10 +74,10 @@ def test_a_killed_run_goes_on_with_the_same_questions(chat_target, tmp_path, mon
     with monkeypatch.context() as patch:
         patch.setattr(shards, "_store", dies)
         with pytest.raises(KeyboardInterrupt):
-            asked(chat_target, tmp_path / "killed")
-    assert len(written(tmp_path / "killed")) == 1
-    assert asked(chat_target, tmp_path / "killed") == whole
-    assert written(tmp_path / "killed") == written(tmp_path / "whole")
+            asked(chat_target, tmp_path / "killed" / "g")
+    assert len(written(tmp_path / "killed" / "g")) == 1
+    assert asked(chat_target, tmp_path / "killed" / "g") == whole
+    assert written(tmp_path / "killed" / "g") == written(tmp_path / "whole" / "g")
 
 
 def test_questions_and_files_are_mixed_by_weight(chat_target, tmp_path):
@@ -87,10 +87,11 @@ def test_questions_and_files_are_mixed_by_weight(chat_target, tmp_path):
     folder = generate(asks, chat_target, tmp_path / "g", seed=0, max_length=400)
     ids = [json.loads(line)["id"] for path in sorted(folder.glob("shard-*")) for line in path.read_text().splitlines()]
     assert [sum(id.startswith(kind) for id in ids) for kind in ("magpie:", "file:")] == [3, 9]
-    assert (folder / "prompts.0" / "manifest.json").exists()
-    assert generate(asks, chat_target, folder, seed=0, max_length=400) == folder
-    with pytest.raises(DataError, match="another plan"):
-        generate(asks, chat_target, folder, seed=1, max_length=400)
+    questions = tmp_path / "prompts.0" / "shard-00000.jsonl"
+    date = questions.stat().st_mtime_ns
+    asks.num_records = 4
+    generate(asks, chat_target, folder, seed=0, max_length=400)
+    assert questions.stat().st_mtime_ns == date, "fewer answers need no new questions"
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_what_is_no_question_is_quarantined(text, reason):
 
 def test_a_target_without_a_chat_template_is_refused(tiny_target, tmp_path):
     with pytest.raises(DataError, match=r"no chat template.*magpie"):
-        asked(tiny_target, tmp_path)
+        asked(tiny_target, tmp_path / "g")
 
 
 def test_questions_are_no_training_text():

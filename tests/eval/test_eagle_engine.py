@@ -198,8 +198,8 @@ def test_the_cache_holds_the_slots_of_the_committed_text_made_of_true_features(t
                 seen = target.read(text[:, :-1], positions, drafter.needs())
                 inputs, _ = drafter.entering(drafter.embed(text[:, 1:]), drafter.fused(drafter.features(seen)))
                 _, key, value = drafter.layer.project(inputs, positions)
-                for ours, theirs in zip(self._cache._committed, (key, value), strict=True):
-                    torch.testing.assert_close(ours[row, :, :length], theirs[0], rtol=0, atol=1e-11)
+                for ours, theirs in zip(self._cache._columns.first(length), (key, value), strict=True):
+                    torch.testing.assert_close(ours[row], theirs[0], rtol=0, atol=1e-11)
                 checked += 1
             return proposals
 
@@ -220,8 +220,8 @@ def test_every_forward_of_the_drafter_is_in_the_ledger(target):
         module.register_forward_hook(lambda *_, name=name: calls.__setitem__(name, calls[name] + 1))
         for name, module in (
             ("fc", drafter.fc),
-            ("layer", drafter.midlayer.self_attn.q_proj),
-            ("head", drafter.lm_head),
+            ("layer", drafter.midlayer.post_attention_layernorm),
+            ("head", drafter.norm),
         )
     ]
     (generation,) = decode(target, drafter, policy, prompts=PROMPTS[2:], listener=ledger.append)

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from drafttrain.config.load import load_recipe
+from drafttrain.core import console
 from drafttrain.core.errors import RecipeError
 from drafttrain.pipeline import auto_types
 from drafttrain.pipeline.auto_types import resolve_auto_types
 from drafttrain.pipeline.drafter_run import DrafterRun
-from drafttrain.target_model import Target
+from drafttrain.target_model import Target, number_type
 from drafttrain.training.precision import float32_products, note_on_float32
 from drafttrain.training.settings import TrainSettings
 
@@ -70,7 +71,9 @@ def test_a_run_goes_on_in_the_types_that_it_began_in(
     capfd.readouterr()
     assert DrafterRun(recipe, tmp_path).recipe.train.precision == "fp32"
     assert "continues as it started: train.precision: fp32 (auto would be bf16-mixed here)" in capfd.readouterr().err
-    with pytest.raises(RecipeError, match=r"(?s)another recipe.*precision: bf16-mixed"):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-1.ckpt").touch()
+    with pytest.raises(RecipeError, match=r"(?s)another recipe.*precision: fp32 there, bf16-mixed here"):
         DrafterRun(load_recipe("tiny_eagle3", ["train.precision=bf16-mixed"]), tmp_path)
 
 
@@ -84,6 +87,28 @@ def test_a_run_on_a_cpu_keeps_the_measured_type_and_does_not_measure_again(
         assert DrafterRun(recipe, tmp_path).recipe.target.dtype == "bfloat16"
     with pytest.raises(StopIteration):
         DrafterRun(recipe, tmp_path / "another")
+
+
+@pytest.mark.parametrize(("speedup", "precision"), [(2.7, "bf16-mixed"), (1.1, "fp32")])
+def test_on_a_cpu_a_drafter_of_a_bfloat16_target_trains_in_what_was_measured_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    speedup: float,
+    precision: str,
+) -> None:
+    asked: list[tuple[int, ...]] = []
+    console.say_once.cache_clear()
+    monkeypatch.setattr(number_type, "bfloat16_speedup", lambda *sizes: asked.append(sizes[2]) or speedup)
+    recipe = load_recipe("tiny_eagle3", ["target.device=cpu", "target.dtype=bfloat16"])
+    for _ in range(2):
+        assert DrafterRun(recipe, tmp_path).recipe.train.precision == precision
+    assert asked == [(256,)]
+    assert f"train.precision: {precision}: with 256 rows" in " ".join(capfd.readouterr().err.split())
+    assert types_of("tiny_eagle3", "target.dtype=bfloat16", "train.precision=fp32") == ("bfloat16", "fp32")
+    assert types_of("tiny_eagle3") == ("float32", "fp32"), "a float32 target measures nothing"
+    assert types_of("tiny_acceptance", "target.dtype=bfloat16") == ("bfloat16", "fp32"), "nor does a head"
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("allowed", [True, False])

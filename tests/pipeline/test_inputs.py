@@ -144,7 +144,7 @@ def test_before_the_training_what_was_made_of_other_content_is_made_again(place:
 def test_texts_that_the_target_wrote_keep_to_their_prompts_and_target(place: Path) -> None:
     run = opened(place)
     (run.data / "generated").mkdir(parents=True)
-    (run.data / "generated" / "plan.json").write_text("{}")
+    (run.data / "generated" / "shard-00000.jsonl").write_text("{}")
     edit(place / "data.jsonl")
     opened(place)
     edit(place / "asked.jsonl")

@@ -12,6 +12,7 @@ import torch
 
 from drafttrain.export.gguf import write_model
 from drafttrain.export.gguf_file import read_gguf, write_gguf
+from drafttrain.export.gguf_tokenizer import GgufTokenizer
 
 Change = Callable[[dict[str, Any], dict[str, torch.Tensor]], None]
 """Changes the settings and the tensors of a file in place."""
@@ -24,6 +25,24 @@ def gguf_of(folder: Path, path: Path, change: Change | None = None) -> Path:
         settings, tensors = read_gguf(path)
         change(settings, tensors)
         write_gguf(path, settings, tensors)
+    return path
+
+
+def named_by_llama_cpp(model: Any, folder: Path, path: Path, settings: dict[str, Any]) -> Path:
+    """Write a model that only its names distinguish from its file, with the names of the package `gguf`.
+
+    Args:
+        folder: Its folder, for the tokenizer.
+        settings: Those of the architecture, with `general.architecture`.
+    """
+    names = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    name_map = gguf.get_tensor_name_map(names[settings["general.architecture"]], model.config.num_hidden_layers)
+    tokenizer = GgufTokenizer(folder, vocab_size=model.config.vocab_size).fields(model.config.to_dict())
+    tensors = {
+        name_map.get_name(name, try_suffixes=(".weight", ".bias")): value.detach().float()
+        for name, value in model.named_parameters()
+    }
+    write_gguf(path, settings | tokenizer, tensors)
     return path
 
 

@@ -10,12 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedTokenizerFast,
+    StableLmConfig,
+    StableLmForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
+)
 from typer.testing import CliRunner
 
 from drafttrain.cli import app
 from drafttrain.core.errors import CheckpointError
 from drafttrain.export.gguf import permuted
+from drafttrain.serving.engines import engine_of
 from drafttrain.target_model import Target, TargetSettings
 from drafttrain.target_model.folders import fingerprint_of, resolve_folder
 from drafttrain.target_model.gguf_checks import readable_header
@@ -23,7 +34,7 @@ from drafttrain.target_model.gguf_folder import MADE_FROM, gguf_file_of
 from drafttrain.target_model.gguf_header import read_header
 from drafttrain.target_model.tokenizer import load_tokenizer
 from tests.export.test_gguf import MODELS, SIZES, merging_tokenizer, saved
-from tests.target_model.gguf_files import Change, gguf_of, quantized
+from tests.target_model.gguf_files import Change, gguf_of, named_by_llama_cpp, quantized
 
 TEXTS = ("abc 12ab", "\n\n1. one\n\n2.  22", "x  12 <|end|>hello", "  12")
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -76,6 +87,68 @@ def test_a_file_gives_the_model_that_was_written(name: str, tmp_path: Path) -> N
     assert (second.name, gguf_file_of(made)) == (str(path), path)
 
 
+def settings_of(name: str, **own: Any) -> dict[str, Any]:
+    """Return the settings in a file of a model with `SIZES`."""
+    epsilon = "layer_norm_epsilon" if name in ("starcoder2", "stablelm") else "layer_norm_rms_epsilon"
+    held = {
+        **{"context_length": 128, "block_count": 2, "feed_forward_length": 48, "embedding_length": 32},
+        **{"attention.head_count": 4, "attention.head_count_kv": 2, f"attention.{epsilon}": 1e-5, "vocab_size": 270},
+        **{key.replace("__", "."): value for key, value in own.items()},
+    }
+    return {"general.architecture": name} | {f"{name}.{key}": value for key, value in held.items()}
+
+
+def starcoder2() -> Any:
+    rope = {"rope_theta": 999999.0, "rope_type": "default"}
+    return Starcoder2ForCausalLM(Starcoder2Config(**SIZES, norm_epsilon=1e-5, rope_parameters=rope))
+
+
+FURTHER: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "starcoder2": (starcoder2, {"rope__freq_base": 999999.0}),
+    "phi3": (lambda: Phi3ForCausalLM(Phi3Config(**SIZES, pad_token_id=0)), {"rope__dimension_count": 8}),
+    "stablelm": (
+        lambda: StableLmForCausalLM(StableLmConfig(**SIZES, partial_rotary_factor=0.25)),
+        {"rope__dimension_count": 2, "use_parallel_residual": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_further_architectures_load_from_files_with_the_names_of_llama_cpp(name: str, tmp_path: Path) -> None:
+    made, own = FURTHER[name]
+    model = made()
+    source = saved(model, tmp_path / "source")
+    path = named_by_llama_cpp(model, source, tmp_path / "model.gguf", settings_of(name, **own))
+    assert torch.allclose(logits(source), logits(path), atol=1e-5)
+    if name == "starcoder2":  # control: transformers alone leaves the base of its rotation at another default
+        other = settings_of(name, **(own | {"rope__freq_base": 10000.0}))
+        assert not torch.allclose(
+            logits(source), logits(named_by_llama_cpp(model, source, tmp_path / "o.gguf", other)), atol=1e-3
+        )
+
+
+@pytest.mark.slow
+def test_a_second_architecture_goes_the_whole_way_from_its_file(tmp_path: Path) -> None:
+    model = starcoder2()
+    path = named_by_llama_cpp(
+        model,
+        saved(model, tmp_path / "source"),
+        tmp_path / "model.gguf",
+        settings_of("starcoder2", rope__freq_base=999999.0),
+    )
+    words = ["fit", "tiny_eagle3", "--smoke", "--runs", str(tmp_path), f"target.model={path}"]
+    words += [
+        "drafter.draft_vocab_size=128",
+        "drafter.taps=[1]",
+        "data.max_length=96",
+        "data.generate.max_new_tokens=24",
+    ]
+    done = CliRunner().invoke(app, [*words, "eval.max_new_tokens=16"])
+    assert done.exit_code == 0, done.stderr
+    result = json.loads(next(tmp_path.glob("*/eval.json")).read_text())
+    assert result["target"]["name"] == str(path)
+
+
 def test_control_rows_in_the_order_of_hugging_face_give_another_model(tmp_path: Path) -> None:
     source = saved(MODELS["llama"](), tmp_path / "source")
 
@@ -118,6 +191,7 @@ def test_the_folder_is_made_once_and_follows_the_file(tmp_path: Path, capsys: py
     moved = path.rename(tmp_path / "moved" / "model.gguf")
     assert resolve_folder(str(moved)) == made
     assert gguf_file_of(made) == moved
+    assert engine_of("llama.cpp").target_as(made) == moved
     assert capsys.readouterr().err == ""
     gguf_of(source, moved, lambda settings, tensors: tensors["output_norm.weight"].mul_(2))
     assert fingerprint_of(resolve_folder(str(moved))) != first
@@ -222,7 +296,9 @@ def test_types_that_cannot_be_dequantized_are_refused(tmp_path: Path) -> None:
 def test_the_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = gguf_of(saved(MODELS["llama"](), tmp_path / "source"), tmp_path / "model.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(CheckpointError, match=r"pip install 'drafttrain\[gguf\]'"):
+    with pytest.raises(
+        CheckpointError, match=r"model.gguf: GGUF needs the package gguf: pip install 'drafttrain\[gguf\]'"
+    ):
         resolve_folder(str(path))
 
 

@@ -70,5 +70,5 @@ def test_without_a_registry_the_hub_id_is_named(registry: Path) -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(CheckpointError, match=r"known:smolm: no such target\. Did you mean 'smollm2'\. Known: smollm2"):
+    with pytest.raises(CheckpointError, match=r"known:smolm: no such target\. Did you mean 'smollm2'\? Known: smollm2"):
         resolve_folder("known:smolm")

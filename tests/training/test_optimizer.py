@@ -94,3 +94,21 @@ def test_a_fused_step_that_is_resumed_counts_where_its_parameters_are(fused: boo
     optimizer.defaults["fused"] = fused
     step = _as_step(optimizer, 7, like=parameter)
     assert (step.device.type, step.dtype) == (device, torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(48, 96), (96, 48)])
+def test_muon_in_bf16_mixed_multiplies_in_bfloat16_and_its_update_is_the_same_but_for_rounding(
+    shape: tuple[int, int],
+) -> None:
+    torch.manual_seed(0)
+    updates = {}
+    for precision in ("fp32", "bf16-mixed"):
+        layer = torch.nn.Linear(*shape, bias=False)
+        torch.nn.init.zeros_(layer.weight)
+        layer.weight.grad = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(1))
+        build_optimizer(layer, TrainSettings(optimizer="muon", precision=precision)).step()
+        updates[precision] = layer.weight.detach()
+    exact, rounded = updates["fp32"], updates["bf16-mixed"]
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(exact, rounded)
+    assert (exact - rounded).norm() < 0.05 * exact.norm()

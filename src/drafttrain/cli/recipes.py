@@ -6,7 +6,16 @@ from typing import Annotated
 
 import typer
 
-from drafttrain.cli.app import Debug, Overrides, RecipeOrFolder, Smoke, exit_codes, names_and_overrides
+from drafttrain.cli.app import (
+    RUNS,
+    Debug,
+    Overrides,
+    RecipeOrFolder,
+    Smoke,
+    exit_codes,
+    names_and_overrides,
+    recipe_and_run_folder,
+)
 from drafttrain.config.bundled import bundled_folder, bundled_recipes, copy_recipe
 from drafttrain.core.console import complain, say, table
 from drafttrain.core.errors import RecipeError
@@ -26,9 +35,9 @@ def show(recipe: RecipeOrFolder, overrides: Overrides = None, smoke: Smoke = Fal
     """Print a recipe with every default visible and every key explained."""
     with exit_codes(debug=debug):
         from drafttrain.config.dump import dump_recipe
-        from drafttrain.config.load import load_recipe
 
-        typer.echo(dump_recipe(load_recipe(recipe, overrides or [], smoke=smoke), comments=True), nl=False)
+        loaded, _ = recipe_and_run_folder(recipe, overrides, smoke=smoke, runs=RUNS)
+        typer.echo(dump_recipe(loaded, comments=True), nl=False)
 
 
 @app.command()
@@ -58,21 +67,16 @@ def check(
 ) -> None:
     """Check recipes without loading a model: ok, or every problem with its line."""
     with exit_codes(debug=debug):
-        from drafttrain.config.load import load_recipe
-        from drafttrain.pipeline.preflight import check_parts
+        from drafttrain.commands.check_recipes import checked_recipes
 
         recipes, overrides = names_and_overrides(what)
         if not recipes:
             raise RecipeError("arguments", ["give a recipe before the values that replace its own"])
-        wrong = 0
-        for recipe in recipes:
-            try:
-                check_parts(load_recipe(recipe, overrides), fetch=False, data=False)
-                typer.echo(f"{recipe}: ok")
-            except RecipeError as error:
-                wrong += 1
-                complain(str(error))
-        if wrong:
+        checked = dict[str, str | None]()
+        for recipe, problems in checked_recipes(recipes, overrides):
+            checked[recipe] = problems
+            typer.echo(f"{recipe}: ok") if problems is None else complain(problems)
+        if any(checked.values()):
             raise typer.Exit(RecipeError.exit_code)
 
 

@@ -52,7 +52,8 @@ class Opened:
         temperature = self.settings.temperatures[0]
         sampling = "greedy" if temperature == 0 else f"temperature {temperature:g}"
         device = self.target.device.type
-        where = f"{torch.get_num_threads()} threads" if device == "cpu" else device
+        count = torch.get_num_threads()
+        where = f"{count} thread{'s' if count > 1 else ''}" if device == "cpu" else device
         return f"{sampling}, {str(self.target.model.dtype).removeprefix('torch.')}, {where}"
 
 
@@ -155,8 +156,8 @@ def measure_speed(opened: Opened, questions: Sequence[str], *, system: str | Non
 def verdict(speed: Speed, *, setting: str) -> str:
     """Return the line that a measurement ends with."""
     text = (
-        f"speed-up {speed.speedup.text()}: {speed.with_drafter:.0f} tokens/s with the drafter, "
-        f"{speed.without_drafter:.0f} without ({setting})"
+        f"speed-up {speed.speedup.text()}: {_rate(speed.with_drafter)} tokens/s with the drafter, "
+        f"{_rate(speed.without_drafter)} without ({setting})"
     )
     return text if speed.parity is None else f"{text}, outputs identical {speed.parity.short().removeprefix('exact ')}"
 
@@ -197,9 +198,14 @@ def _summary(one: Generation) -> str:
     drafted = sum(part.num_accepted for part in one.rounds)
     count = len(one.tokens)
     return (
-        f"{count} tokens in {one.seconds:.1f} s: {count / one.seconds:.0f} tokens/s, {tokens_a_round([one]):.2f} a target call, "
+        f"{count} tokens in {one.seconds:.1f} s: {_rate(count / one.seconds)} tokens/s, {tokens_a_round([one]):.2f} a target call, "
         f"{drafted / count:.0%} accepted draft tokens"
     )
+
+
+def _rate(per_second: float) -> str:
+    """Return tokens per second with two digits at least."""
+    return number(per_second, 0 if per_second >= 10 else 1)
 
 
 def _typed() -> Iterator[str]:

@@ -23,6 +23,31 @@ def dump_recipe(recipe: Recipe, *, comments: bool = False) -> str:
     return "".join(f"{line}\n" for line in _with_gaps(lines))
 
 
+def differences(before: Recipe, now: Recipe) -> list[str]:
+    """Return a line for each key whose value differs."""
+    held, wanted = (dict(_leaves(plain(one))) for one in (before, now))
+    keys = [key for key in {**held, **wanted} if held.get(key, ABSENT) != wanted.get(key, ABSENT)]
+    return [f"{key}: {_shown(held, key)} there, {_shown(wanted, key)} here" for key in keys]
+
+
+ABSENT = object()
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (key, value) of everything that is no mapping and no list of mappings."""
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        value = {str(number): item for number, item in enumerate(value)}
+    if not isinstance(value, dict) or not value:
+        yield path, value
+        return
+    for name, part in value.items():
+        yield from _leaves(part, f"{path}.{name}" if path else name)
+
+
+def _shown(values: dict[str, Any], key: str) -> str:
+    return _flow(values[key]) if key in values else "absent"
+
+
 def plain(value: Any) -> Any:
     """Return settings as mappings, lists and scalars, with `kind` first if there is one."""
     if isinstance(value, list | tuple):

@@ -23,7 +23,8 @@ def sampling_probs(logits_NV: Tensor, sampling: Sampling) -> Tensor:
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     if sampling.temperature == 0:
         return torch.zeros_like(logits_NV).scatter_(-1, logits_NV.argmax(-1, keepdim=True), 1.0)
-    probs_NV = torch.softmax(logits_NV / sampling.temperature, dim=-1)
+    # A division by 1 would copy the rows.
+    probs_NV = torch.softmax(logits_NV if sampling.temperature == 1 else logits_NV / sampling.temperature, dim=-1)
     if sampling.top_k and sampling.top_k < probs_NV.shape[-1]:
         kept = torch.zeros_like(probs_NV, dtype=torch.bool)
         kept.scatter_(-1, probs_NV.topk(sampling.top_k, dim=-1).indices, True)

@@ -5,13 +5,19 @@ N = rows, V = the target's ids, R = tokens that can be drafted, W = width of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from drafttrain.core.probability import over_target_vocabulary, sampling_probs
 from drafttrain.core.texts import Sampling
+
+
+def share_of_tokens(texts: Iterable[Sequence[int]], vocabulary_R: Tensor) -> float:
+    """Return the share of the tokens of texts that a draft vocabulary holds; nan without tokens."""
+    tokens_N = torch.tensor([token for text in texts for token in text])
+    return float(torch.isin(tokens_N, vocabulary_R.cpu()).double().mean())
 
 
 class DraftVocabulary:

@@ -31,8 +31,10 @@ def generate(
 ) -> Path:
     """Write the texts of `data.generate` that are missing; return their folder. Several processes divide the work.
 
+    Texts of other settings, of another target or seed, are kept beside the folder.
+
     Raises:
-        DataError: The folder holds texts of another plan, target or tokenizer; or the backend cannot continue.
+        DataError: The backend cannot continue.
     """
     plan = Plan(
         target=target,
@@ -101,7 +103,7 @@ def _prompts(
 ) -> Iterator[tuple[str, list[int]]]:
     """Yield (id, tokens) of the prompts of one source; bad ones are quarantined."""
     if chosen.kind == "magpie" and chosen.path is None:
-        chosen = write_questions(chosen, settings, target, folder / key.replace(PROMPTS, "prompts"), seed=seed)
+        chosen = write_questions(chosen, settings, target, folder.with_name(key.replace(PROMPTS, "prompts")), seed=seed)
     encoder = Encoder(target.tokenizer, length).reading_as(chosen)
     source: Source = sources.build(chosen)
     yield from read_items(

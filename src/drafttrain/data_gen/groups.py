@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 TOKENS_AT_ONCE = 16_384
 """Tokens of one call of a model that keeps no cache of them, padding included: 8 texts of 2,048 tokens."""
-TOKENS_IN_ORDER = 4096
-"""Tokens of one call whose outputs are stored. Another number moves stored logits by rounding."""
+TOKENS_STORED = 4096
+"""Tokens of one call, padding included, whose outputs are stored. Another number moves stored logits by rounding."""
+TOKENS_STORED_ON_CPU = 1024
+"""The same on a CPU: activations of fewer tokens stay in its caches, which is a quarter faster."""
 
 
 def groups(lengths: Sequence[int], *, tokens: int = TOKENS_AT_ONCE) -> list[list[int]]:
@@ -26,7 +28,7 @@ def groups(lengths: Sequence[int], *, tokens: int = TOKENS_AT_ONCE) -> list[list
     return found
 
 
-def groups_in_order(lengths: Sequence[int], *, tokens: int = TOKENS_IN_ORDER) -> list[list[int]]:
+def groups_in_order(lengths: Sequence[int], *, tokens: int) -> list[list[int]]:
     """Return groups of consecutive text numbers, so that outputs can be stored in the order of the texts.
 
     Args:

@@ -107,9 +107,10 @@ class DataSettings:
         """Return problems between fields."""
         problems = [] if self.sources else ["sources: at least one is needed"]
         kinds = [getattr(source, "kind", "") for source in self.sources]
-        if "generated" in kinds and self.generate is None:
-            problems.append("generate: a source of kind generated needs this section")
-        if self.generate is not None and "generated" not in kinds:
+        own = any(kind == "generated" and one.path is None for kind, one in zip(kinds, self.sources, strict=True))
+        if own and self.generate is None:
+            problems.append("generate: a source of kind generated without a path needs this section")
+        if self.generate is not None and not own:
             problems.append("sources: no source reads the texts of data.generate; add {kind: generated}")
         if "magpie" in kinds:
             problems.append(f"sources: questions of magpie have no answers: name it in {PROMPTS}")

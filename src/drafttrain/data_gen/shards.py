@@ -5,7 +5,9 @@ The built-in backend writes the same bytes however often the run is killed.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -13,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from drafttrain.core.console import progress, say
-from drafttrain.core.errors import DataError
 from drafttrain.core.files import sha256_of, write_json, write_text
 from drafttrain.data_gen.backends import Backend, Outcome, Task
 from drafttrain.distributed.collectives import first_before_others, own_share, wait_for_all
@@ -46,15 +47,14 @@ def write_shards(
         what: Name of the stage on its progress bar.
 
     Raises:
-        DataError: The folder holds shards of another plan, target or tokenizer; or the backend cannot continue.
+        DataError: The backend cannot continue.
     """
+    with first_before_others("it finds the texts of this plan"):
+        if is_first():
+            _find(folder, json.loads(json.dumps(about)))
     manifest = folder / "manifest.json"
-    plan_file = folder / "plan.json"
-    if plan_file.exists() and json.loads(plan_file.read_text(encoding="utf-8")) != json.loads(json.dumps(about)):
-        raise DataError(f"{folder}: holds shards of another plan; remove the folder or give the run another name")
     if manifest.exists():
         return folder
-    write_json(plan_file, about)
     planned, facts = tasks()
     shards = [planned[start : start + size] for start in range(0, len(planned), size)]
     missing = [number for number in range(len(shards)) if not _shard(folder, number).exists()]
@@ -70,6 +70,35 @@ def write_shards(
                 left.unlink()
             write_json(manifest, _manifest(about | facts, folder, shards, backend.reproducible()))
     return folder
+
+
+def _find(folder: Path, about: dict[str, Any]) -> None:
+    """Bring texts of this plan back into the folder; texts of another plan move beside it, and stay."""
+    held = _plan(folder)
+    if held is not None and held != about and any(folder.glob("shard-*")):
+        apart = _beside(folder, held)
+        folder.rename(apart)
+        say(f"{folder}: its texts depend on settings that have changed: they are kept as {apart.name}")
+    if _plan(folder) != about and (earlier := _beside(folder, about)).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        earlier.rename(folder)
+        say(f"{folder}: texts of these settings were written before: {earlier.name}")
+    if _plan(folder) != about:
+        if held is not None:
+            # No shard is complete here: an earlier try did not get that far.
+            shutil.rmtree(folder, ignore_errors=True)
+        write_json(folder / "plan.json", about)
+
+
+def _plan(folder: Path) -> Any:
+    plan = folder / "plan.json"
+    return json.loads(plan.read_text(encoding="utf-8")) if plan.exists() else None
+
+
+def _beside(folder: Path, about: dict[str, Any]) -> Path:
+    """Return where texts of a plan are kept while the folder has those of another one."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    return folder.with_name(f"{folder.name}-{digest[:8]}")
 
 
 def _shard(folder: Path, number: int) -> Path:

@@ -26,9 +26,10 @@ def next_tokens(
     """
     if not logits:
         return [], []
-    logits_NV = torch.stack(list(logits))
+    logits_NV = logits[0][None] if len(logits) == 1 else torch.stack(list(logits))
     if fixed:
-        likeliest: list[int] = logits_NV.argmax(dim=-1).tolist()
+        # Not `argmax`, whose kernel for bfloat16 takes several times as long. Both return the first of equal maxima.
+        likeliest: list[int] = logits_NV.max(dim=-1).indices.tolist()
         return likeliest, [None] * len(likeliest)
     probs_NV = sampling_probs(logits_NV, sampling)
     return draw_each(probs_NV, generators), list(probs_NV)

@@ -8,6 +8,7 @@ from drafttrain.core.generations import Generation
 from drafttrain.core.proposals import Exactness
 from drafttrain.core.registry import component_mapping
 from drafttrain.core.texts import Prompt, Sampling
+from drafttrain.core.vocabulary import share_of_tokens
 from drafttrain.data_gen.checkers import checkers
 from drafttrain.eval.arms import Arm, Baseline, tokens_per_second, writes_same_text
 from drafttrain.eval.interval import Interval
@@ -73,6 +74,7 @@ def drafter_figures(
         seconds=_seconds(arm.generations),
         vllm=_vllm_figures(whole),
         domains=_domains(counts),
+        draft_vocabulary_share=_draft_vocabulary_share(arm),
         prompts=counts,
         samples=[_sample(one, arm.target) for one in arm.generations[:NUM_SAMPLES]],
         alpha=alpha,
@@ -175,6 +177,12 @@ def compare(first: Sequence[PromptCounts], second: Sequence[PromptCounts]) -> Pa
 def relative_speed(arm: Arm, other: Arm) -> Interval:
     """Return the tokens per second of an arm over those of another, on the same prompts, in turns."""
     return ratio_of_ratios(arm.tokens_and_seconds(), other.tokens_and_seconds()).interval()
+
+
+def _draft_vocabulary_share(arm: Arm) -> float | None:
+    """Return the share of the output that the drafter's vocabulary holds; None: it has the target's."""
+    vocabulary = getattr(arm.drafter, "vocabulary", None)
+    return None if vocabulary is None else share_of_tokens([one.tokens for one in arm.generations], vocabulary)
 
 
 def _domains(counts: Sequence[PromptCounts]) -> dict[str, float]:

@@ -145,6 +145,7 @@ class DrafterFigures:
     alpha: Interval
     replay: Mapping[str, Interval]
     exactness: str
+    draft_vocabulary_share: float | None = None
     task: TaskScore | None = None
     agreement: Agreement | None = None
     parity: Parity | None = None

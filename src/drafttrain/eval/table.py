@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from drafttrain.core.console import say, table
@@ -27,6 +28,8 @@ def show(result: Result) -> None:
     rows = [row for part in result.temperatures for row in _timed_rows(part)]
     where = f"{THIS_MACHINE} ({machine.processor}, {machine.cpus} CPUs)"
     table(rows, columns=TIMED_COLUMNS, title=f"\n{where}: {THIS_MACHINE_CAPTION}")
+    for part in result.temperatures:
+        _show_domains(part)
     for name, drafter in result.drafters.items():
         if drafter.target != result.target.name:
             say(f"note: {name} decodes with {drafter.target}: its parity and its speed-up are against that target")
@@ -37,6 +40,22 @@ def show(result: Result) -> None:
         _show_baselines(part.plain)
     if result.head is not None:
         _show_head(result.head)
+
+
+def by_domain(part: AtTemperature) -> list[list[str]]:
+    """Return a row for each domain: its name, its prompts, and the block efficiency of every drafter; empty with one domain."""
+    first, *_ = part.drafters.values()
+    prompts = Counter(prompt.domain for prompt in first.prompts)
+    return [
+        [domain, str(prompts[domain]), *(number(figures.domains[domain]) for figures in part.drafters.values())]
+        for domain in first.domains
+    ]
+
+
+def _show_domains(part: AtTemperature) -> None:
+    if rows := by_domain(part):
+        title = f"\nBlock efficiency by domain at temperature {part.temperature:g}"
+        table(rows, columns=["domain", "prompts", *part.drafters], title=title)
 
 
 def in_words(component: Mapping[str, object]) -> str:

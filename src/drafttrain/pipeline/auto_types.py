@@ -8,7 +8,7 @@ from typing import Any
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say
 from drafttrain.target_model.device import kind_of_device
-from drafttrain.target_model.number_type import number_type
+from drafttrain.target_model.number_type import number_type, trains_in_bfloat16
 
 
 def resolve_auto_types(recipe: Recipe, held: Recipe | None) -> Recipe:
@@ -20,10 +20,8 @@ def resolve_auto_types(recipe: Recipe, held: Recipe | None) -> Recipe:
         held: The recipe of the run in the folder, if there is one.
     """
     device_type = kind_of_device(recipe.target.device if recipe.train.device == "auto" else recipe.train.device)
-    here = {
-        "target.dtype": _target_type(recipe, held),
-        "train.precision": recipe.train.on(device_type, head=recipe.head is not None).precision,
-    }
+    dtype = _target_type(recipe, held)
+    here = {"target.dtype": dtype, "train.precision": _precision(recipe, held, dtype=dtype, device_type=device_type)}
     began = {} if held is None else {"target.dtype": held.target.dtype, "train.precision": held.train.precision}
     chosen: dict[str, Any] = here | {key: began[key] for key in began if _left_open(recipe, key)}
     if (tf32 := recipe.train.tf32) is None:
@@ -47,6 +45,21 @@ def _target_type(recipe: Recipe, held: Recipe | None) -> str:
     if held is not None and _left_open(recipe, "target.dtype") and kind_of_device(recipe.target.device) == "cpu":
         return held.target.dtype
     return number_type(recipe.target)
+
+
+def _precision(recipe: Recipe, held: Recipe | None, *, dtype: str, device_type: str) -> str:
+    """Return the precision of the training; a CPU measures only for a drafter whose target is in bfloat16, and only once a run."""
+    by_device = recipe.train.on(device_type, head=recipe.head is not None).precision
+    if (
+        device_type != "cpu"
+        or dtype != "bfloat16"
+        or recipe.head is not None
+        or not _left_open(recipe, "train.precision")
+    ):
+        return by_device
+    if held is not None:
+        return held.train.precision
+    return "bf16-mixed" if trains_in_bfloat16(recipe.target) else by_device
 
 
 def _left_open(recipe: Recipe, key: str) -> bool:

@@ -15,6 +15,7 @@ from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError, DataError, DrafttrainError
 from drafttrain.core.files import folder_beside
 from drafttrain.core.target_rows import TargetNeeds
+from drafttrain.core.vocabulary import share_of_tokens
 from drafttrain.data_gen.training_data import TrainingData, attach_cache
 from drafttrain.distributed.collectives import first_before_others, shared, wait_for_all
 from drafttrain.distributed.world import is_first
@@ -76,12 +77,20 @@ class DrafterRun(Run):
         """Return the drafter as distillation finds it, pretrained or not, and export it as the run's start."""
         if self.recipe.train.pretrain is None:
             self.drafter.fit_vocabulary(data.label_counts)
+            self._report_vocabulary()
             with first_before_others("it writes the drafter's start"):
                 self.write_start()
             return self.drafter
         if not all(shared(self.folder.start.exists())):
             self._pretrain(data.plain())
         return self.new_drafter(replace(self.recipe.drafter, init="checkpoint", checkpoint=str(self.folder.start)))
+
+    def _report_vocabulary(self) -> None:
+        """Print the share of the validation texts that a vocabulary chosen on training text can draft."""
+        vocabulary = getattr(self.drafter, "vocabulary", None)
+        if vocabulary is not None and self.has_target():
+            share = share_of_tokens([text.new for text in self.validation.texts], vocabulary)
+            say(f"draft vocabulary: {share:.2%} of the target's tokens on the validation prompts")
 
     def write_start(self, *, steps: int = 0) -> None:
         """Export the drafter in memory as the run's start, unless there is one."""

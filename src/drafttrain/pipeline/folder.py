@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from drafttrain.checkpoint import ABOUT
-from drafttrain.config.dump import dump_recipe
+from drafttrain.config.dump import differences, dump_recipe
 from drafttrain.config.load import load_recipe
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say
@@ -26,6 +25,7 @@ from drafttrain.core.provenance import provenance
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.export.settings import ExportSettings
 from drafttrain.pipeline import inputs
+from drafttrain.training.settings import TrainSettings
 
 PROMPT_SETTINGS = ("prompts", "validation_prompts", "prompt_tokens")
 """Settings of the evaluation that decide which of its prompts are contaminated."""
@@ -137,12 +137,25 @@ class RunFolder:
         self._note_provenance()
 
     def _check_same_training(self, held: Recipe, recipe: Recipe) -> None:
-        before, now = (_training_settings(one, done=self.train_done.exists()).splitlines() for one in (held, recipe))
-        changes = difflib.unified_diff(before, now, lineterm="", n=0)
-        shown = [line for line in changes if line[:1] in "+-" and line[:3] not in ("+++", "---")]
-        if shown:
-            advice = "give the run another name (name=...) or remove the folder"
-            raise RecipeError(str(self.path), [f"this folder holds a run of another recipe: {advice}", *shown])
+        """Refuse a change of what the weights depend on; before the training begins, make again what depends on it."""
+        changes = differences(*(_training_settings(one, done=self.train_done.exists()) for one in (held, recipe)))
+        if not changes:
+            return
+        if self._began():
+            raise RecipeError(f"{self.path}: holds a run of another recipe: {self._advice(recipe)}", changes)
+        say(f"{self.path}: nothing is trained here yet, so the recipe may change: {'; '.join(changes)}")
+        self.contamination.unlink(missing_ok=True)
+        shutil.rmtree(self.start, ignore_errors=True)
+        if _labelling(held) != _labelling(recipe):
+            shutil.rmtree(self.labelled, ignore_errors=True)
+
+    def _advice(self, recipe: Recipe) -> str:
+        """Return how to run another recipe, and how it can use the texts of this one."""
+        texts = self.data / "generated"
+        advice = "give this one another name (name=...) or remove the folder"
+        if recipe.data.generate is None or not (texts / "manifest.json").exists():
+            return advice
+        return f"{advice}; to use its texts again, read them with {{kind: generated, path: {texts}}} and data.generate: null"
 
     def _remove_stale_results(self, held: Recipe, recipe: Recipe) -> None:
         """Remove results of settings that differ from the recipe's; their stages run again."""
@@ -169,7 +182,7 @@ class RunFolder:
         }
         if self._began():
             self._refuse(trained_on, "since the training here read it")
-        elif (self.data / "generated" / "plan.json").exists():
+        elif any((self.data / "generated").glob("shard-*")):
             self._refuse(
                 {
                     key: words
@@ -216,9 +229,14 @@ def exported_in(given: Path) -> Path:
     raise CheckpointError(f"{given}: neither a drafter folder nor a run with an exported drafter")
 
 
-def _training_settings(recipe: Recipe, *, done: bool) -> str:
+def _labelling(recipe: Recipe) -> Recipe:
+    """Return the part of a recipe that labels of draft tokens depend on."""
+    return replace(recipe, name="", train=TrainSettings(), eval=EvalSettings(), export=ExportSettings())
+
+
+def _training_settings(recipe: Recipe, *, done: bool) -> Recipe:
     """Return the part of a recipe that the weights depend on; until the training is done, this includes eval and export."""
     recipe = replace(recipe, name="", train=recipe.train.without_layout())
     if done:
-        return dump_recipe(replace(recipe, eval=EvalSettings(), export=ExportSettings()))
-    return dump_recipe(replace(recipe, export=replace(recipe.export, require={}, step=None)))
+        return replace(recipe, eval=EvalSettings(), export=ExportSettings())
+    return replace(recipe, export=replace(recipe.export, require={}, step=None))

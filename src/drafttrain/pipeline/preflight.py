@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from drafttrain.config.made_by import MADE_BY
@@ -15,13 +16,15 @@ from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError, DataError, RecipeError
 from drafttrain.core.foreign import check_folder, read_json
 from drafttrain.data_gen.sources import Versioned, sources
+from drafttrain.data_gen.sources.generated import Generated
 from drafttrain.eval.prompts import files_of, prompt_file
 from drafttrain.export import exporters
 from drafttrain.export.layout import text_config
 from drafttrain.pipeline.model_parts import ModelParts, NotHere, target_parts
 from drafttrain.target_model.end_tokens import end_of_text_id
 from drafttrain.target_model.folder_checks import check_model_files
-from drafttrain.target_model.tokenizer import check_same_tokenizer
+from drafttrain.target_model.folders import fingerprint_of
+from drafttrain.target_model.tokenizer import check_same_tokenizer, tokenizer_fingerprint
 
 FIRST_SHOWN = 3
 
@@ -103,7 +106,7 @@ def _problems_under(key: str, problems: Callable[[], Iterator[str]]) -> Iterator
     except NotHere as model:
         if not str(model).startswith(MADE_BY):
             say(f"{key}: {model} is not on this machine, so it is not checked")
-    except CheckpointError as error:
+    except (CheckpointError, DataError) as error:
         yield f"{key}: {error}"
     except OSError as error:
         yield f"{key}: {str(error.filename or '')[:200]}: {error.strerror or error}"
@@ -116,6 +119,7 @@ def _of_target(target: ModelParts, recipe: Recipe) -> Iterator[str]:
     yield from _positions(target, recipe)
     yield from _formats(target, recipe)
     yield from _questions(target, recipe)
+    yield from _writers(target, recipe)
     if note := _window(target.config, recipe):
         say(f"{target.key}: {note}")
 
@@ -188,6 +192,23 @@ def _questions(target: ModelParts, recipe: Recipe) -> Iterator[str]:
     for key, source in recipe.data.generate.prompt_sources().items():
         if source.kind == "magpie" and source.path is None:
             yield f"{target.name} has no chat template, so it cannot write the questions of {key} (magpie)"
+
+
+def _writers(target: ModelParts, recipe: Recipe) -> Iterator[str]:
+    """Yield the folders of generated texts that another target or tokenizer wrote."""
+    for number, source in enumerate(recipe.data.sources):
+        if source.kind != "generated" or source.path is None or not Path(source.path).expanduser().exists():
+            continue
+        manifest = Generated(source).manifest()
+        here = {"target": fingerprint_of(target.folder), "tokenizer": tokenizer_fingerprint(target.tokenizer)}
+        for what, fingerprint in here.items():
+            if manifest.get(f"{what}_fingerprint") != fingerprint:
+                yield (
+                    f"data.sources.{number}: {source.path} was written by {manifest.get('target')}, whose {what} has the fingerprint "
+                    f"{manifest.get(f'{what}_fingerprint')}; that of {target.name} is {fingerprint}. Let this target write texts "
+                    "(data.generate)"
+                )
+                break
 
 
 def _window(config: Any, recipe: Recipe) -> str | None:

@@ -14,6 +14,7 @@ from drafttrain.eval.table import (
     CARRIES_OVER,
     CARRIES_OVER_CAPTION,
     THIS_MACHINE_CAPTION,
+    by_domain,
     in_words,
 )
 from drafttrain.export.markdown import block, code, plain
@@ -81,7 +82,7 @@ tokens; the target decides. It is not a chat model by itself.
 
 {result.num_prompts} prompts, {length}, 95 % intervals over prompts; measured on these files with the embedded evaluator.
 {parity_line}
-
+{_by_domain(result, drafter)}
 On {made.machine.processor}: {THIS_MACHINE_CAPTION}.
 
 | temperature | tokens/s | speed-up | baseline | prompts |
@@ -96,6 +97,24 @@ On {made.machine.processor}: {THIS_MACHINE_CAPTION}.
 
 {block(recipe, "yaml")}
 """
+
+
+def _by_domain(result: Result, drafter: str) -> str:
+    """Return what the outputs show beyond the totals: the share of the draft vocabulary, and a table by domain."""
+    greedy = result.greedy_or_first
+    lines = []
+    if (share := greedy.drafters[drafter].draft_vocabulary_share) is not None:
+        lines += [f"The draft vocabulary holds {share:.2%} of the tokens of these outputs."]
+    place = list(greedy.drafters).index(drafter)
+    rows = [f"| {plain(row[0])} | {row[1]} | {row[2 + place]} |" for row in by_domain(greedy)]
+    if rows:
+        lines += [
+            "",
+            f"| domain, temperature {greedy.temperature:g} | prompts | block efficiency |",
+            "|---|---|---|",
+            *rows,
+        ]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _use(result: Result, drafter: str) -> str:

@@ -20,6 +20,20 @@ def drafter_attention(target_model: Any | None) -> str | None:
     return "eager" if eager else None
 
 
+def faster_with_mask(model: Any) -> bool:
+    """Return whether reading one token of each sequence is faster with a mask that allows everything.
+
+    So it is on a CPU where query heads share keys and values: with a mask, transformers attends with all of these query heads at
+    once, without one PyTorch's kernel reads keys and values again for each of them.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    heads = getattr(config, "num_attention_heads", 1)
+    shared = (getattr(config, "num_key_value_heads", None) or heads) < heads
+    plain = kinds == {"full_attention"} and config._attn_implementation == "sdpa"
+    return shared and plain and next(model.parameters()).device.type == "cpu"
+
+
 def refuse_attention(folder: Path, attention: str | None, *, trust_remote_code: bool) -> None:
     """Refuse an attention that the model of a folder does not support, or that needs a missing package.
 

@@ -16,7 +16,7 @@ PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 INSTEAD = "give the model's folder or hub id"
 
 
-def readable_header(path: Path, *, texts: tuple[str, ...] = ()) -> GgufHeader:
+def readable_header(path: Path) -> GgufHeader:
     """Return the header of a file that can be read here.
 
     Raises:
@@ -27,7 +27,11 @@ def readable_header(path: Path, *, texts: tuple[str, ...] = ()) -> GgufHeader:
             f"{path}: is part {int(part[1])} of {int(part[2])} of a split model: merge the parts with llama.cpp's "
             "llama-gguf-split --merge FIRST_PART OUT.gguf, and give OUT.gguf"
         )
-    header = read_header(path, texts=texts)
+    header = read_header(path)
+    try:
+        package()
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     if reason := _not_a_model(header) or _unreadable_types(header) or _truncated(header):
         raise CheckpointError(f"{path}: {reason}")
     return header

@@ -25,6 +25,9 @@ FREQUENCIES = "rope_freqs.weight"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """The scaling of every Llama 3 model but for its factor."""
 
+GEMMA_27B = (46, 62)
+"""Blocks of Gemma 2 and 3 with 27 billion weights."""
+
 ROPE = ("rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length")
 HARMLESS = (
     *("vocab_size", "rope.dimension_count", "attention.key_length", "attention.value_length", "rope.scaling.finetuned"),
@@ -73,6 +76,8 @@ def _complete(config: Any, header: GgufHeader) -> None:
     names = {tensor.name for tensor in header.tensors}
     if (size := header.own("attention.key_length")) is not None and hasattr(config, "head_dim"):
         config.head_dim = size
+    if hasattr(config, "query_pre_attn_scalar"):
+        config.query_pre_attn_scalar = _gemma_scale(config)
     for field, tensor in (("attention_bias", "blk.0.attn_q.bias"), ("mlp_bias", "blk.0.ffn_gate.bias")):
         if hasattr(config, field):
             setattr(config, field, tensor in names)
@@ -82,6 +87,13 @@ def _complete(config: Any, header: GgufHeader) -> None:
         config.rope_parameters = {**rope, **({"rope_theta": theta} if theta else {}), **_scaling(header)}
     if FREQUENCIES in names:
         _set_llama3(config, header)
+
+
+def _gemma_scale(config: Any) -> int:
+    """Return the square of the divisor of Gemma's attention scores, which the file does not have: llama.cpp knows it by size."""
+    if config.num_hidden_layers in GEMMA_27B:
+        return int(config.hidden_size // config.num_attention_heads)
+    return int(config.head_dim)
 
 
 def _scaling(header: GgufHeader) -> dict[str, Any]:

@@ -59,6 +59,8 @@ def folder_of_gguf(path: Path) -> Path:
         header = readable_header(path)
         with _alone(folder):
             if not (folder / MADE_FROM).exists():
+                for left in folder.parent.glob(f".{folder.name}.*.part"):
+                    shutil.rmtree(left, ignore_errors=True)
                 _make(header, folder, digest)
     if gguf_file_of(folder) != path.resolve():
         write_json(folder / MADE_FROM, {**read_json(folder / MADE_FROM), "file": str(path.resolve())})

@@ -1,10 +1,9 @@
-"""Header of a GGUF file: its settings, and where its tensors are. No tensor is read, and lists of texts are only counted."""
+"""Header of a GGUF file: its settings, and where its tensors are. No tensor is read, and lists of texts are counted."""
 
 from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -63,11 +62,8 @@ class GgufHeader:
         return self.settings.get(f"{self.architecture}.{key}")
 
 
-def read_header(path: Path, *, texts: Collection[str] = ()) -> GgufHeader:
+def read_header(path: Path) -> GgufHeader:
     """Return the header of a file.
-
-    Args:
-        texts: Keys of the lists of texts to read; of others, the number of texts is returned.
 
     Raises:
         CheckpointError: It is not a GGUF file, or ends within its header.
@@ -78,7 +74,7 @@ def read_header(path: Path, *, texts: Collection[str] = ()) -> GgufHeader:
             raise CheckpointError(f"{path}: is not a GGUF file (it does not start with the letters GGUF)")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             try:
-                return _Reader(path, content, texts).header()
+                return _Reader(path, content).header()
             except struct.error as error:
                 raise CheckpointError(
                     f"{path}: is truncated: it ends within its header, after {size:,} bytes. Fetch it again"
@@ -94,10 +90,9 @@ class _Reader:
 
     single: ClassVar[dict[int, struct.Struct]] = {kind: struct.Struct(f"<{one}") for kind, one in NUMBERS.items()}
 
-    def __init__(self, path: Path, content: mmap.mmap, texts: Collection[str]) -> None:
+    def __init__(self, path: Path, content: mmap.mmap) -> None:
         self._path = path
         self._content = content
-        self._texts = texts
         self._at = len(MAGIC)
 
     def header(self) -> GgufHeader:
@@ -128,7 +123,7 @@ class _Reader:
 
     def _setting(self) -> tuple[str, Any]:
         key, kind = self._text(), self._number(4)
-        return key, self._list(key) if kind == LIST else self._value(kind)
+        return key, self._list() if kind == LIST else self._value(kind)
 
     def _value(self, kind: int) -> Any:
         if kind == TEXT:
@@ -137,14 +132,13 @@ class _Reader:
             raise CheckpointError(f"{self._path}: is damaged: its header has a value of type {kind}. Fetch it again")
         return self._number(kind)
 
-    def _list(self, key: str) -> Any:
+    def _list(self) -> Any:
+        """Return the numbers of a list, or how many texts it has."""
         kind, count = self._number(4), self._number(10)
         if kind in NUMBERS:
             values = struct.unpack_from(f"<{count}{NUMBERS[kind]}", self._content, self._at)
             self._at += count * self.single[kind].size
             return list(values)
-        if key in self._texts:
-            return [self._value(kind) for _ in range(count)]
         for _ in range(count):
             self._value(kind)
         return count

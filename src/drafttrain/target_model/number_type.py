@@ -11,7 +11,7 @@ from drafttrain.core.foreign import read_json
 from drafttrain.core.tensors import elements_by_type
 from drafttrain.target_model.device import kind_of_device
 from drafttrain.target_model.folders import resolve_folder
-from drafttrain.target_model.product_speed import bfloat16_speedup
+from drafttrain.target_model.product_speed import TRAINED_ROWS, bfloat16_speedup
 from drafttrain.target_model.settings import TargetSettings
 
 MANY = 1_000_000_000
@@ -59,15 +59,37 @@ def type_on_cpu(folder: Path) -> str:
     config = _configuration(folder)
     if sum(elements_by_type(folder).values()) <= MANY_ON_CPU or _quantized(config):
         return "float32"
-    text = config.get("text_config") or config
-    width = int(text.get("hidden_size") or text.get("n_embd") or text.get("d_model") or 1024)
-    faster = bfloat16_speedup(width, int(text.get("intermediate_size") or 4 * width))
+    faster = bfloat16_speedup(*_product_sizes(config))
     chosen = "bfloat16" if faster >= FASTER else "float32"
     say_once(
         f"target in {chosen}: bfloat16 products are {faster:.1f} times as fast as float32 ones on this processor; "
         "set target.dtype to choose"
     )
     return chosen
+
+
+def trains_in_bfloat16(settings: TargetSettings) -> bool:
+    """Return whether products of the target's sizes with the many rows of a training step are faster in bfloat16 on this CPU."""
+    if settings.model is None:
+        return False
+    try:
+        config = _configuration(resolve_folder(settings.model, revision=settings.revision))
+    except CheckpointError:
+        return False  # the stage that loads the target reports what is wrong
+    faster = bfloat16_speedup(*_product_sizes(config), TRAINED_ROWS)
+    chosen = "bf16-mixed" if faster >= FASTER else "fp32"
+    say_once(
+        f"train.precision: {chosen}: with {TRAINED_ROWS[0]} rows, bfloat16 products are {faster:.1f} times as fast as float32 "
+        "ones on this processor; set train.precision to choose"
+    )
+    return faster >= FASTER
+
+
+def _product_sizes(config: dict[str, Any]) -> tuple[int, int]:
+    """Return (hidden size, feed-forward width)."""
+    text = config.get("text_config") or config
+    width = int(text.get("hidden_size") or text.get("n_embd") or text.get("d_model") or 1024)
+    return width, int(text.get("intermediate_size") or 4 * width)
 
 
 def _configuration(folder: Path) -> dict[str, Any]:

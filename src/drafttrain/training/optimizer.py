@@ -65,6 +65,7 @@ class MuonAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         momentum: float = 0.95,
+        orthogonalised_in: torch.dtype | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -74,6 +75,7 @@ class MuonAdamW(torch.optim.Optimizer):
             "momentum": momentum,
             "muon": False,
         }
+        self._orthogonalised_in = orthogonalised_in
         super().__init__(groups, defaults)
         self.shares: dict[Tensor, Sequence[Share]] = {}
         """For each flat parameter, all matrices of its group, in the same order on all processes."""
@@ -103,13 +105,16 @@ class MuonAdamW(torch.optim.Optimizer):
         state["momentum"].lerp_(gradient, 1 - group["momentum"])
         nesterov = gradient.lerp(state["momentum"], group["momentum"])
         if parameter not in self.shares:
-            return _of_matrix(nesterov)
+            return self._of_matrix(nesterov)
         update = torch.zeros_like(nesterov)
         for share in self.shares[parameter]:
             whole = share.gathered(nesterov)
             if share.count:
-                share.within(update).copy_(share.of(_of_matrix(whole)))
+                share.within(update).copy_(share.of(self._of_matrix(whole)))
         return update
+
+    def _of_matrix(self, momentum: Tensor) -> Tensor:
+        return orthogonalised(momentum, self._orthogonalised_in).mul_(0.2 * math.sqrt(max(momentum.shape)))
 
     def _adamw_update(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         state = self.state[parameter]
@@ -128,19 +133,19 @@ class MuonAdamW(torch.optim.Optimizer):
         return (state["exp_avg"] / (1 - beta1**step)).div_(scale)
 
 
-def _of_matrix(momentum: Tensor) -> Tensor:
-    return orthogonalised(momentum).mul_(0.2 * math.sqrt(max(momentum.shape)))
+def orthogonalised(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the matrix with its singular values driven to about one by five Newton-Schulz steps.
 
-
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """Return the matrix with its singular values driven to about one by five Newton-Schulz steps."""
+    Args:
+        dtype: Type of the products; None: the matrix's.
+    """
     a, b, c = NEWTON_SCHULZ
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = wide / (wide.norm() + 1e-7)
+    x = (wide / (wide.norm() + 1e-7)).to(dtype or matrix.dtype)
     for _ in range(5):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if matrix.shape[0] > matrix.shape[1] else x).contiguous()
+    return (x.T if matrix.shape[0] > matrix.shape[1] else x).to(matrix.dtype).contiguous()
 
 
 def build_optimizer(
@@ -166,7 +171,11 @@ def build_optimizer(
             {"params": vectors, "weight_decay": 0.0},
         ]
         chosen = _by_rate(groups, named, settings.lr, lr_factor)
-        return MuonAdamW(chosen, lr=settings.lr, betas=betas, weight_decay=settings.weight_decay)
+        # As its authors do: the products are made for bfloat16, and cost up to a fifth of a step in float32 on a CPU.
+        products = torch.bfloat16 if settings.precision == "bf16-mixed" else None
+        return MuonAdamW(
+            chosen, lr=settings.lr, betas=betas, weight_decay=settings.weight_decay, orthogonalised_in=products
+        )
     groups = [{"params": matrices + edges}, {"params": vectors, "weight_decay": 0.0}]
     chosen = _by_rate(groups, named, settings.lr, lr_factor)
     if settings.deepspeed is not None and settings.deepspeed.offloads:

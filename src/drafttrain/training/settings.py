@@ -72,8 +72,8 @@ class TrainSettings:
     clip_norm: float = setting(1.0, help="Gradients are clipped to this norm; 0: not clipped.", ge=0)
     precision: Literal["auto", "fp32", "bf16-mixed"] = setting(
         "auto",
-        help="fp32, or bf16-mixed: autocast, fp32 weights. auto: bf16-mixed for a drafter on CUDA, else fp32. A run keeps the value "
-        "that it started with.",
+        help="fp32, or bf16-mixed: autocast, fp32 weights. auto: bf16-mixed for a drafter on CUDA, and on a CPU if the target "
+        "is in bfloat16 and such products are measured to be faster; else fp32. A run keeps the value that it started with.",
     )
     tf32: bool | None = setting(
         None,

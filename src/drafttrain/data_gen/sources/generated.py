@@ -1,6 +1,5 @@
 """Texts that the target generated, for this run or another one."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from drafttrain.core.errors import DataError
 from drafttrain.core.files import sha256_of
+from drafttrain.core.foreign import read_json
 from drafttrain.core.settings import setting
 from drafttrain.data_gen.sources import Item, WeightedSettings, sources
 from drafttrain.data_gen.sources.jsonl import lines
@@ -17,7 +17,9 @@ from drafttrain.data_gen.sources.jsonl import lines
 class GeneratedSettings(WeightedSettings):
     """Texts that the target generates by data.generate, before the sources are read."""
 
-    path: str | None = setting(None, help="Folder of shards; null: this run's.")
+    path: str | None = setting(
+        None, help="Folder of texts that another run finished, such as runs/NAME/data/generated; null: this run's."
+    )
 
 
 @sources.register("generated", GeneratedSettings)
@@ -34,16 +36,25 @@ class Generated:
             for number, item in lines(path):
                 yield replace(item, where=f"{path}:{number}")
 
+    def manifest(self) -> dict[str, Any]:
+        """Return the description of the texts: who wrote them, and the shards with their hashes.
+
+        Raises:
+            DataError: The texts are not complete.
+        """
+        manifest = self._folder() / "manifest.json"
+        if not manifest.exists():
+            raise DataError(f"{self._folder()}: has no manifest.json: not a complete folder of shards")
+        content: dict[str, Any] = read_json(manifest)
+        return content
+
     def version(self) -> Any:
         """Return the shards with their hashes, as the manifest lists them.
 
         Raises:
             DataError: A shard differs from the manifest.
         """
-        manifest = self._folder() / "manifest.json"
-        if not manifest.exists():
-            raise DataError(f"{self._folder()}: has no manifest.json: not a complete folder of shards")
-        shards = json.loads(manifest.read_text(encoding="utf-8"))["shards"]
+        shards = self.manifest()["shards"]
         for shard in shards:
             path = self._folder() / shard["file"]
             if not path.exists() or sha256_of(path) != shard["sha256"]:
@@ -55,4 +66,4 @@ class Generated:
     def _folder(self) -> Path:
         if self.settings.path is None:
             raise DataError("source generated: the shards of this run are not generated yet: run drafttrain gen")
-        return Path(self.settings.path)
+        return Path(self.settings.path).expanduser()

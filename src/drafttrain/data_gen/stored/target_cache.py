@@ -22,8 +22,7 @@ from drafttrain.core.errors import DataError
 from drafttrain.core.files import write_json, written_beside
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput, TargetRows
 from drafttrain.core.texts import Record
-from drafttrain.data_gen.groups import groups_in_order
-from drafttrain.data_gen.packing import pack
+from drafttrain.data_gen.groups import TOKENS_STORED, TOKENS_STORED_ON_CPU, groups, groups_in_order
 from drafttrain.distributed.collectives import any_of, first_before_others, own_share, wait_for_all
 from drafttrain.distributed.world import is_first
 from drafttrain.target_model import Target
@@ -286,11 +285,10 @@ def build_cache(
         bar_of = progress("caching target outputs", total=sum(tokens[n] for n in own), unit="tokens")
         with target.for_own_share() as live, bar_of as bar:
             for number in own:
-                rows = _rows([store[i].tokens for i in shards[number]], live, wanted)
+                rows = _rows([store[i].tokens for i in shards[number]], live, wanted, read=bar.advance)
                 for name, path in paths[number].items():
                     with written_beside(path) as temporary, temporary.open("wb") as file:
                         np.save(file, rows[name])
-                bar.advance(tokens[number])
     wait_for_all("the cache is written")
     starts = dict(zip(map(int, records), np.cumsum([0, *sizes])[:-1].tolist(), strict=True))
     shard_starts = [starts[int(shard[0])] for shard in shards]
@@ -321,21 +319,33 @@ def _shards(records: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def _rows(texts: Sequence[Sequence[int]], target: Target, wanted: Wanted) -> dict[str, Any]:
-    """Return the arrays of some records, joined."""
-    made: dict[str, list[Any]] = {}
-    for numbers in groups_in_order([len(text) for text in texts]):
+def _rows(
+    texts: Sequence[Sequence[int]], target: Target, wanted: Wanted, *, read: Callable[[int], None]
+) -> dict[str, Any]:
+    """Return the arrays of some records, joined in their order.
+
+    Texts of similar lengths are read together, each in a row of its own: a plain causal mask is right, and little is padding.
+
+    Args:
+        read: Called after every call of the target with the number of tokens that it read.
+    """
+    made: list[dict[str, Any]] = [{}] * len(texts)
+    needs = wanted.states | TargetNeeds(final=wanted.final or wanted.distribution is not None)
+    tokens = TOKENS_STORED_ON_CPU if target.device.type == "cpu" else TOKENS_STORED
+    for numbers in groups([len(text) for text in texts], tokens=tokens):
         group = [texts[i] for i in numbers]
-        width = max(map(len, group))
-        records = [Record("", text, [True] * len(text)) for text in group]
-        packed, places = pack(records, width=width, weight_of_step=1.0)
-        needs = wanted.states | TargetNeeds(final=wanted.final or wanted.distribution is not None)
-        seen = target.read(packed.tokens_BT, packed.positions_BT, needs)
-        for (row, column), text in zip(places, group, strict=True):
-            span = (row, slice(column, column + len(text)))
-            for name, array in _arrays(seen, span, target, wanted).items():
-                made.setdefault(name, []).append(array)
-    return {name: np.concatenate(arrays) for name, arrays in made.items()}
+        seen = target.read(*_side_by_side(group), needs)
+        for row, (number, text) in enumerate(zip(numbers, group, strict=True)):
+            made[number] = _arrays(seen, (row, slice(len(text))), target, wanted)
+        read(sum(map(len, group)))
+    return {name: np.concatenate([arrays[name] for arrays in made]) for name in wanted.arrays}
+
+
+def _side_by_side(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return (tokens_BT, positions_BT), a text a row. Positions count on in the padding: it needs no mask."""
+    width = max(map(len, texts))
+    tokens_BT = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts])
+    return tokens_BT, torch.arange(width).expand_as(tokens_BT)
 
 
 def _arrays(seen: TargetOutput, span: tuple[int, slice], target: Target, wanted: Wanted) -> dict[str, Any]:

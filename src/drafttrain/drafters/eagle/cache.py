@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+
+from drafttrain.drafters.keys_and_values import KeysAndValues
 
 
 class EagleCache:
@@ -19,56 +20,54 @@ class EagleCache:
     def __init__(self, num_sequences: int) -> None:
         self.lengths = [0] * num_sequences
         """Committed slots by sequence; each sequence fills the columns from the left."""
-        self._committed: list[Tensor] = []
-        """[keys_BGCd, values_BGCd]; empty before the first call."""
-        self._drafts: list[Tensor] = []
-        """[keys_BGPd, values_BGPd]; empty while nothing is drafted."""
+        self.num_draft_columns = 0
+        """Columns of draft tokens, including padding. They follow the longest sequence."""
+        self._columns = KeysAndValues()
 
     @property
-    def num_draft_columns(self) -> int:
-        """Columns of draft tokens, including padding."""
-        return self._drafts[0].shape[2] if self._drafts else 0
+    def width(self) -> int:
+        """Columns of committed slots, including padding."""
+        return max(self.lengths, default=0)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every sequence fills all committed columns."""
+        return min(self.lengths, default=0) == self.width
 
     def commit(self, key_BGNd: Tensor, value_BGNd: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Append the first `size` new slots of every sequence; return all columns."""
-        new = [key_BGNd, value_BGNd]
-        if not self._committed:
-            self._committed = [states.new_zeros(*states.shape[:2], 0, states.shape[3]) for states in new]
-        width = max(length + size for length, size in zip(self.lengths, sizes, strict=True))
-        grown = [pad(old, (0, 0, 0, max(0, width - old.shape[2]))) for old in self._committed]
-        for row, (length, size) in enumerate(zip(self.lengths, sizes, strict=True)):
-            for columns, states in zip(grown, new, strict=True):
-                columns[row, :, length : length + size] = states[row, :, :size]
-        self._committed = grown
-        self.lengths = [length + size for length, size in zip(self.lengths, sizes, strict=True)]
-        return grown[0], grown[1]
+        starts = self.lengths
+        self.lengths = [length + size for length, size in zip(starts, sizes, strict=True)]
+        self._columns.reserve(self.width, like=(key_BGNd, value_BGNd))
+        for row, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+            if size:
+                new = (states[row : row + 1, :, :size] for states in (key_BGNd, value_BGNd))
+                self._columns.write(start, *new, row=row)
+        return self._columns.first(self.width)
 
     def add_drafts(self, key_BGNd: Tensor, value_BGNd: Tensor) -> tuple[Tensor, Tensor]:
         """Append the draft tokens of one call; return all columns, committed ones first."""
-        new = [key_BGNd, value_BGNd]
-        old = self._drafts or [states[:, :, :0] for states in new]
-        self._drafts = [torch.cat(pair, dim=2) for pair in zip(old, new, strict=True)]
-        keys, values = (torch.cat(pair, dim=2) for pair in zip(self._committed, self._drafts, strict=True))
-        return keys, values
+        first = self.width + self.num_draft_columns
+        self.num_draft_columns += key_BGNd.shape[2]
+        self._columns.reserve(self.width + self.num_draft_columns, like=(key_BGNd, value_BGNd))
+        self._columns.write(first, key_BGNd, value_BGNd)
+        return self._columns.first(self.width + self.num_draft_columns)
 
     def forget_drafts(self) -> None:
         """Drop all draft tokens."""
-        self._drafts = []
+        self.num_draft_columns = 0
 
     def committed_before(self, starts: Sequence[int], *, width: int) -> Tensor:
         """Return allowed_BNC: for each of `width` slots from `starts` on, the columns up to and including the slot."""
-        columns = self._committed[0].shape[2] if self._committed else 0
         last_BN = torch.tensor(list(starts))[:, None] + torch.arange(width)
-        return torch.arange(columns) <= last_BN[:, :, None]
+        return torch.arange(self.width) <= last_BN[:, :, None]
 
     def select(self, sequences: Sequence[int]) -> None:
         """Keep only these sequences, in this order."""
-        assert not self._drafts, "drop the draft tokens before the sequences"
+        assert not self.num_draft_columns, "drop the draft tokens before the sequences"
         self.lengths = [self.lengths[i] for i in sequences]
-        width = max(self.lengths, default=0)
-        rows_B = torch.tensor(list(sequences), dtype=torch.long)
-        self._committed = [states[rows_B.to(states.device), :, :width] for states in self._committed]
+        self._columns.select(sequences, width=self.width)
 
     def bytes_per_slot(self) -> int:
         """Return the bytes of one slot of one sequence; 0 before the first call."""
-        return sum(states.shape[1] * states.shape[3] * states.element_size() for states in self._committed)
+        return self._columns.bytes_per_column()

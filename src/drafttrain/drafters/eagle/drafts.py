@@ -124,18 +124,16 @@ class DraftTree:
         """Add the children of frontier nodes that the length policy allows, and choose the next frontier."""
         tree, row_of = self._tree, {node: row for row, node in enumerate(self._tree.frontier)}
         logits_FR = logits_FR[:, : len(self._vocabulary_R)]
+        rows = logits_FR.unbind()
+        states = states_FD.unbind()
         expand = [
-            bool(
-                self._more(DraftStep(self._sequence, tree.depth + 1, logits_FR[row], states_FD[row], self._token(node)))
-            )
+            bool(self._more(DraftStep(self._sequence, tree.depth + 1, rows[row], states[row], self._token(node))))
             for node, row in row_of.items()
         ]
         wide = torch.promote_types(logits_FR.dtype, torch.float32)
         tree.grow(logits_FR.log_softmax(dim=-1, dtype=wide), expand)
         self.frontier = [
-            DraftNode(
-                self._token(node), tree.depth, self._read[tree.parents[node]], states_FD[row_of[tree.parents[node]]]
-            )
+            DraftNode(self._token(node), tree.depth, self._read[tree.parents[node]], states[row_of[tree.parents[node]]])
             for node in tree.frontier
         ]
         self._read |= {node: len(self._read) - 1 + place for place, node in enumerate(tree.frontier)}

@@ -5,7 +5,7 @@ B = sequences, T = positions, V = vocabulary, D = hidden, N = rows
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -193,6 +193,10 @@ class Eagle1Drafter(EagleDrafter):
     def head(self, states_ND: Tensor, depth: int) -> Tensor:
         """Return logits_NV from the target's head, without another norm."""
         return self._parts.head(states_ND)
+
+    def decoding_head(self) -> Callable[[Tensor], Tensor]:
+        """Return `head`."""
+        return self._parts.head
 
     def weight_bytes(self) -> tuple[int, int, int, int]:
         """Return the bytes of (no fusion, the layer with fc, the target's head, one embedding row)."""

@@ -27,6 +27,7 @@ from drafttrain.drafters.eagle.folder import load_weights, read_config
 from drafttrain.drafters.eagle.layer import EagleLayer, Norm, compute_dtype
 from drafttrain.drafters.eagle.layer_config import layer_config, llama_config
 from drafttrain.drafters.eagle.target_parts import TargetParts
+from drafttrain.drafters.few_rows import product_with
 from drafttrain.drafters.warm_start import CHECKPOINT_HELP, checkpoint_folder, settings_fixed_by_checkpoint
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import blocks
@@ -256,6 +257,11 @@ class Eagle3Drafter(EagleDrafter):
         """Return logits_NR."""
         logits_NR: Tensor = self.lm_head(self.norm(states_ND))
         return logits_NR
+
+    def decoding_head(self) -> Callable[[Tensor], Tensor]:
+        """Return `head`, with its weights prepared for few rows."""
+        product = product_with([self.lm_head])
+        return lambda states_ND: product(self.norm(states_ND))
 
     def weight_bytes(self) -> tuple[int, int, int, int]:
         """Return the bytes of (the fusion, the layer, the head with its norm, one embedding row)."""

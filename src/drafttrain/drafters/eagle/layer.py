@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import rms_norm, silu
 
 from drafttrain.core.flops import Products, RolloutShape, attention, matrix, parameters_of
 
@@ -32,6 +32,11 @@ class EagleLayer(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=config.initializer_range)
+
+    @property
+    def rotary(self) -> Rotary:
+        """The angles of positions."""
+        return self._rotary
 
     def project(self, inputs_BTX: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (query_BHTd, key_BGTd, value_BGTd), rotated to their positions."""
@@ -108,7 +113,7 @@ class Norm(nn.RMSNorm):
         """Return normed states of the same type."""
         weight_D = self.weight.to(states.dtype)
         with torch.autocast(states.device.type, enabled=False):
-            if states.is_cuda:
+            if states.is_cuda or not torch.is_grad_enabled():
                 return rms_norm(states, self.normalized_shape, weight_D, self.eps)
             normed: Tensor = _Normed.apply(states, weight_D, self.eps)
         return normed
@@ -154,6 +159,11 @@ class Rotary:
         frequencies: Tensor = self._embedding.inv_freq
         return frequencies
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the angle of a position is the same in every call; `dynamic` scaling depends on the longest text."""
+        return self._embedding.rope_type != "dynamic"
+
     def __call__(self, positions_BT: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return (cos_BTd, sin_BTd) in the type of `like`."""
         cos_BTd, sin_BTd = self._embedding.to(like.device)(like, positions_BT)
@@ -176,14 +186,3 @@ def rotated(states_BHTd: Tensor, cos_BTd: Tensor, sin_BTd: Tensor) -> Tensor:
     left, right = states_BHTd.chunk(2, dim=-1)
     quarter_turn_BHTd = torch.cat([-right, left], dim=-1)
     return states_BHTd * cos_BTd[:, None] + quarter_turn_BHTd * sin_BTd[:, None]
-
-
-def attend(query_BHTd: Tensor, keys_BGCd: Tensor, values_BGCd: Tensor, allowed_BTC: Tensor) -> Tensor:
-    """Return attended_BHTd.
-
-    Args:
-        allowed_BTC: The columns that each query may attend to, at least one.
-    """
-    return scaled_dot_product_attention(
-        query_BHTd, keys_BGCd, values_BGCd, attn_mask=allowed_BTC[:, None], enable_gqa=True
-    )

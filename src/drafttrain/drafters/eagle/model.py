@@ -6,6 +6,7 @@ X = input width of the layer's projections
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -58,6 +59,10 @@ class EagleModel(Protocol):
 
     def head(self, states_ND: Tensor, depth: int) -> Tensor:
         """Return logits_NR from the layer's states."""
+        ...
+
+    def decoding_head(self) -> Callable[[Tensor], Tensor]:
+        """Return `head` as decoding calls it, with its weights prepared once."""
         ...
 
     def weight_bytes(self) -> tuple[int, int, int, int]:

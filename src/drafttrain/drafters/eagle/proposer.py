@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from drafttrain.core.device_time import Span
 from drafttrain.core.generations import ForwardEvent
@@ -19,8 +20,8 @@ from drafttrain.core.target_rows import TargetOutput
 from drafttrain.core.texts import Sampling
 from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.drafters.eagle.cache import EagleCache
-from drafttrain.drafters.eagle.drafts import Draft, DraftChain, DraftNode, DraftTree, grow_chains
-from drafttrain.drafters.eagle.layer import attend
+from drafttrain.drafters.eagle.decoding import DecodingEagle
+from drafttrain.drafters.eagle.drafts import Draft, DraftChain, DraftTree, grow_chains
 from drafttrain.drafters.eagle.model import EagleModel
 
 
@@ -59,7 +60,7 @@ class EagleProposer:
         self._greedy = greedy
         self._sampling = Sampling()
         self._contexts: list[Context] = []
-        self._cache = EagleCache(0)
+        self._layer = DecodingEagle(model, device=device)
         self._unread: list[list[Tensor]] = []
         """By sequence, features_NF of committed slots that are not cached yet, in pieces."""
 
@@ -67,7 +68,7 @@ class EagleProposer:
     def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
         """Read all slots of the prompts except the last."""
         self._contexts = list(contexts)
-        self._cache = EagleCache(len(contexts))
+        self._layer.begin(len(contexts))
         self._unread = [[] for _ in contexts]
         self._store_features(seen, [len(context.tokens) - 1 for context in contexts])
         sizes = [max(0, _count(pieces) - 1) for pieces in self._unread]
@@ -94,10 +95,9 @@ class EagleProposer:
         if drafts:
             self._sampling = sampling
             self._grow_from_features(drafts)
-            ancestors: dict[int, list[list[int]]] = {number: [] for number in drafts}
             while any(draft.frontier for draft in drafts.values()):
-                self._grow_from_drafts(drafts, ancestors)
-            self._cache.forget_drafts()
+                self._grow_from_drafts(drafts)
+            self._layer.forget_drafts()
         return [
             drafts[number].proposal() if number in drafts else fixed_chain(context.tokens[-1], [])
             for number, context in enumerate(self._contexts)
@@ -111,7 +111,7 @@ class EagleProposer:
         """Keep only these sequences."""
         self._contexts = [self._contexts[i] for i in keep]
         self._unread = [self._unread[i] for i in keep]
-        self._cache.select(keep)
+        self._layer.drop(keep)
 
     def _draft(
         self,
@@ -141,21 +141,20 @@ class EagleProposer:
         states_BND = self._read(sizes)
         numbers = list(drafts)
         last_BD = self._rows(states_BND, [(number, sizes[number] - 1) for number in numbers])
-        logits_BR = self._model.head(last_BD, 1)
+        logits_BR = self._layer.head(last_BD)
         self._report(sizes, context=context, fused=True, head=True, prefill=False, span=span)
         self._grow(list(drafts.values()), [1] * len(drafts), logits_BR, last_BD)
 
-    def _grow_from_drafts(self, drafts: dict[int, Draft], ancestors: dict[int, list[list[int]]]) -> None:
+    def _grow_from_drafts(self, drafts: dict[int, Draft]) -> None:
         """Read the frontiers of all drafts in one call."""
         span = Span(self._device)
         frontiers = [drafts[number].frontier if number in drafts else [] for number in range(len(self._contexts))]
         sizes = [len(frontier) for frontier in frontiers]
-        context = self._cached(sizes) + sum(len(ancestors[number]) for number in drafts if sizes[number])
-        states_BND = self._read_drafts(frontiers, ancestors)
+        context = self._cached(sizes) + self._layer.num_drafts(sizes)
+        states_BND = self._layer.read_drafts(frontiers)
         rows = [(number, node) for number, size in enumerate(sizes) for node in range(size)]
         states_FD = self._rows(states_BND, rows)
-        depth = max(frontier[0].depth for frontier in frontiers if frontier) + 1
-        logits_FR = self._model.head(states_FD, depth)
+        logits_FR = self._layer.head(states_FD)
         self._report(sizes, context=context, fused=False, head=True, prefill=False, span=span)
         growing = [number for number, size in enumerate(sizes) if size]
         self._grow([drafts[number] for number in growing], [sizes[number] for number in growing], logits_FR, states_FD)
@@ -190,71 +189,38 @@ class EagleProposer:
         )
 
     def _rows(self, states_BND: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
-        """Return the rows at (sequence, node), with one copy of the index to the device."""
+        """Return the rows at (sequence, node): a slice if they are consecutive, else with one copy of the index."""
         width = states_BND.shape[1]
-        index_F = torch.tensor([number * width + node for number, node in places]).to(states_BND.device)
-        return states_BND.flatten(0, 1).index_select(0, index_F)
+        flat = [number * width + node for number, node in places]
+        if flat[-1] - flat[0] == len(flat) - 1:
+            return states_BND.flatten(0, 1)[flat[0] : flat[-1] + 1]
+        return states_BND.flatten(0, 1).index_select(0, torch.tensor(flat).to(states_BND.device))
 
     def _read(self, sizes: Sequence[int]) -> Tensor:
         """Read the first unread slots of every sequence into the cache; return states_BND."""
-        width = max(sizes)
-        starts = list(self._cache.lengths)
-        template = next(piece for pieces in self._unread for piece in pieces)
-        features_BNF = template.new_zeros(len(sizes), width, template.shape[-1])
-        tokens_BN = torch.zeros(len(sizes), width, dtype=torch.long)
-        for row, (start, size) in enumerate(zip(starts, sizes, strict=True)):
-            if size:
-                whole_NF = torch.cat(self._unread[row])
-                features_BNF[row, :size] = whole_NF[:size]
-                tokens_BN[row, :size] = torch.tensor(self._contexts[row].tokens[start + 1 : start + 1 + size])
+        features = [torch.cat(pieces) if size else None for pieces, size in zip(self._unread, sizes, strict=True)]
+        tokens = [
+            context.tokens[start + 1 : start + 1 + size]
+            for context, start, size in zip(self._contexts, self._cache.lengths, sizes, strict=True)
+        ]
+        for row, (whole_NF, size) in enumerate(zip(features, sizes, strict=True)):
+            if whole_NF is not None:
                 self._unread[row] = [whole_NF[size:]] if len(whole_NF) > size else []
-        positions_BN = torch.tensor(starts)[:, None] + torch.arange(width)
-        tokens_BN, positions_BN = torch.stack([tokens_BN, positions_BN]).to(self._device)
-        hidden_BND = self._model.fused(features_BNF)
-        inputs_BNX, residual_BND = self._model.entering(self._model.embed(tokens_BN), hidden_BND)
-        query, key, value = self._model.layer.project(inputs_BNX, positions_BN)
-        columns = self._cache.commit(key, value, sizes)
-        allowed_BNC = self._cache.committed_before(starts, width=width).to(self._device)
-        return self._model.layer.finish(attend(query, *columns, allowed_BNC), residual_BND)
-
-    def _read_drafts(self, frontiers: Sequence[Sequence[DraftNode]], ancestors: dict[int, list[list[int]]]) -> Tensor:
-        """Read draft tokens after the committed slots, each attending to its own path; return states_BND.
-
-        Args:
-            ancestors: By sequence and node in the order of reading, the draft columns of its path, including its own.
-        """
-        width, lengths = max(map(len, frontiers)), self._cache.lengths
-        example_D = next(node.state_D for frontier in frontiers for node in frontier)
-        hidden_BND = example_D.new_zeros(len(frontiers), width, len(example_D))
-        tokens_BN = torch.zeros(len(frontiers), width, dtype=torch.long)
-        positions_BN = torch.zeros(len(frontiers), width, dtype=torch.long)
-        first = self._cache.num_draft_columns
-        path_BNP = torch.zeros(len(frontiers), width, first + width, dtype=torch.bool)
-        for row, frontier in enumerate(frontiers):
-            before = list(ancestors.get(row, ()))
-            for place, node in enumerate(frontier):
-                hidden_BND[row, place] = node.state_D
-                tokens_BN[row, place] = node.token
-                positions_BN[row, place] = lengths[row] - 1 + node.depth
-                path = [*(before[node.parent] if node.parent >= 0 else ()), first + place]
-                path_BNP[row, place, path] = True
-                ancestors[row].append(path)
-        tokens_BN, positions_BN = torch.stack([tokens_BN, positions_BN]).to(self._device)
-        hidden_BND = self._model.fed_back(hidden_BND)
-        inputs_BNX, residual_BND = self._model.entering(self._model.embed(tokens_BN), hidden_BND)
-        query, key, value = self._model.layer.project(inputs_BNX, positions_BN)
-        columns = self._cache.add_drafts(key, value)
-        text_BNC = self._cache.committed_before([length - 1 for length in lengths], width=1).expand(-1, width, -1)
-        # Padding attends to the first draft column, because a softmax needs at least one. Nobody reads its output.
-        path_BNP[..., 0] |= ~path_BNP.any(dim=-1)
-        allowed_BNC = torch.cat([text_BNC, path_BNP], dim=-1).to(self._device)
-        return self._model.layer.finish(attend(query, *columns, allowed_BNC), residual_BND)
+        some = next(whole_NF for whole_NF in features if whole_NF is not None)
+        first = [
+            some[:0] if whole_NF is None else whole_NF[:size] for whole_NF, size in zip(features, sizes, strict=True)
+        ]
+        return self._layer.read_slots(tokens, pad_sequence(first, batch_first=True))
 
     def _store_features(self, seen: Sequence[TargetOutput], sizes: Sequence[int]) -> None:
         """Append the features of the first `size` tokens of every sequence to the unread ones."""
         for pieces, output, size in zip(self._unread, seen, sizes, strict=True):
             if size:
                 pieces.append(self._model.features(output)[0, :size])
+
+    @property
+    def _cache(self) -> EagleCache:
+        return self._layer.cache
 
     def _cached(self, sizes: Sequence[int]) -> int:
         """Return the committed slots of the sequences that a call reads."""
