@@ -36,10 +36,14 @@ def product_with(linears: Sequence[nn.Module]) -> Product:
     return lambda inputs: linear(inputs, weight_YX, bias_Y)
 
 
-def head_product(model: Any) -> Product:
-    """Return the target's `head_logits` as a function of states_ND, with packed weights where that helps."""
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or not _can_pack(head.weight):
+def head_product(model: Any, head: nn.Linear) -> Product:
+    """Return the target's `head_logits` as a function of states_ND, with packed weights where that helps.
+
+    Args:
+        head: The target's output matrix, or a copy of some of its rows.
+    """
+    whole = head is model.get_output_embeddings()
+    if whole and (type(head) is not nn.Linear or not _can_pack(head.weight)):
         return partial(head_logits, model)
     product, config = product_with([head]), model.config.get_text_config()
     return lambda states_ND: finished_logits(config, product(states_ND.to(head.weight.dtype)))
