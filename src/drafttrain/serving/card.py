@@ -14,7 +14,7 @@ from drafttrain.eval.table import (
     CARRIES_OVER,
     CARRIES_OVER_CAPTION,
     THIS_MACHINE_CAPTION,
-    by_domain,
+    domain_rows,
     in_words,
 )
 from drafttrain.export.markdown import block, code, plain
@@ -106,7 +106,7 @@ def _by_domain(result: Result, drafter: str) -> str:
     if (share := greedy.drafters[drafter].draft_vocabulary_share) is not None:
         lines += [f"The draft vocabulary holds {share:.2%} of the tokens of these outputs."]
     place = list(greedy.drafters).index(drafter)
-    rows = [f"| {plain(row[0])} | {row[1]} | {row[2 + place]} |" for row in by_domain(greedy)]
+    rows = [f"| {plain(row[0])} | {row[1]} | {row[2 + place]} |" for row in domain_rows(greedy)]
     if rows:
         lines += [
             "",

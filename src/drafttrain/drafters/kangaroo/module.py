@@ -29,6 +29,7 @@ from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.core.weights import weight_bytes
 from drafttrain.drafters import Drafter, drafters
 from drafttrain.drafters.draft_vocabulary import SIZE_HELP, most_frequent, size_for, token_map_problems
+from drafttrain.drafters.few_rows import head_product
 from drafttrain.drafters.kangaroo.adapter import Adapter
 from drafttrain.drafters.kangaroo.proposer import KangarooProposer
 from drafttrain.target_model import Target
@@ -180,7 +181,7 @@ No serving engine loads an adapter after a target's first layers yet; these figu
         """Return the proposer, which uses the target's own cache."""
         return KangarooProposer(
             self.adapter,
-            self._head,
+            head_product(target.model, None if self.vocabulary is None else self._rows[0]),
             head_bytes=weight_bytes(*self._rows),
             dtype=target.model.dtype,
             exit_layer=self.exit_layer,

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from drafttrain.core.batches import Head
 from drafttrain.core.device_time import Span
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.generations import ForwardEvent
@@ -24,6 +23,7 @@ from drafttrain.core.roles import FirstBlocks, ForwardListener
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Sampling
 from drafttrain.core.vocabulary import DraftVocabulary
+from drafttrain.drafters.few_rows import Product
 from drafttrain.drafters.next_tokens import next_tokens
 from drafttrain.target_model.ragged_cache import RaggedCache
 
@@ -59,7 +59,7 @@ class KangarooProposer:
     def __init__(
         self,
         adapter: Any,
-        head: Head,
+        head: Product,
         *,
         head_bytes: int,
         dtype: torch.dtype,
@@ -191,7 +191,7 @@ class _CachedAdapter:
     """The adapter with its own key-value cache, followed by the head."""
 
     def __init__(
-        self, adapter: Any, head: Head, *, head_bytes: int, dtype: torch.dtype, listener: ForwardListener | None
+        self, adapter: Any, head: Product, *, head_bytes: int, dtype: torch.dtype, listener: ForwardListener | None
     ) -> None:
         self._module = adapter
         self._head = head
@@ -250,7 +250,7 @@ class _CachedAdapter:
         if head:
             chosen = [sequence for sequence, size in enumerate(sizes) if size]
             last_ND = states_BND[chosen, [sizes[sequence] - 1 for sequence in chosen]].to(self._dtype)
-            logits_NR = self._head(last_ND, 1)
+            logits_NR = self._head(last_ND)
             for row, sequence in enumerate(chosen):
                 found[sequence] = (last_ND[row], logits_NR[row])
         self._report(sizes, context=context, head=head, span=span)
