@@ -181,7 +181,7 @@ No serving engine loads an adapter after a target's first layers yet; these figu
         """Return the proposer, which uses the target's own cache."""
         return KangarooProposer(
             self.adapter,
-            head_product(target.model, self._rows[0]),
+            head_product(target.model, None if self.vocabulary is None else self._rows[0]),
             head_bytes=weight_bytes(*self._rows),
             dtype=target.model.dtype,
             exit_layer=self.exit_layer,
