@@ -29,15 +29,25 @@ from drafttrain.eval.result import (
 )
 from drafttrain.eval.settings import EvalSettings, length_label
 from drafttrain.eval.typed_json import from_json
+from drafttrain.eval.unfinished import Unfinished, made_with
 from drafttrain.heads.folder import check_made_for
 from drafttrain.target_model import Target
 
 
-def evaluate(folders: Mapping[str, Path], target: Target, prompts: Sequence[Prompt], settings: EvalSettings) -> Result:
+def evaluate(
+    folders: Mapping[str, Path],
+    target: Target,
+    prompts: Sequence[Prompt],
+    settings: EvalSettings,
+    *,
+    unfinished: Path | None = None,
+) -> Result:
     """Evaluate drafter folders, which are read from disk here.
 
     Args:
         folders: Drafters by name; the first one is judged, the others are compared with it, paired over prompts.
+        unfinished: Folder in which outputs are stored until the end, so that an interrupted evaluation continues; None: they
+            are not stored.
     """
     prompts = list(prompts)[: settings.num_prompts]
     if settings.resamples is not None:
@@ -46,10 +56,12 @@ def evaluate(folders: Mapping[str, Path], target: Target, prompts: Sequence[Prom
     drafters = {name: read_drafter(folder, target) for name, folder in folders.items()}
     targets = {name: drafter.adapted(target) for name, drafter in drafters.items()}
     began = time.perf_counter()
-    temperatures = [_at_temperature(t, drafters, targets, prompts, settings) for t in settings.temperatures]
+    stored = Unfinished(unfinished, made_with(folders, target, prompts, settings) if unfinished else {})
+    temperatures = [_at_temperature(t, drafters, targets, prompts, settings, stored) for t in settings.temperatures]
+    stored.remove()
     return Result(
         format=FORMAT,
-        target=EvaluatedTarget(target.name, target.fingerprint),
+        target=EvaluatedTarget(target.name, target.fingerprint, str(target.model.dtype).removeprefix("torch.")),
         drafters={name: _evaluated(folders[name], drafters[name], targets[name]) for name in folders},
         settings=settings.as_dict(),
         num_prompts=len(prompts),
@@ -74,6 +86,7 @@ def _at_temperature(
     targets: Mapping[str, Target],
     prompts: Sequence[Prompt],
     settings: EvalSettings,
+    stored: Unfinished,
 ) -> AtTemperature:
     greedy = temperature == 0
     sampling = Sampling() if greedy else Sampling(temperature, settings.top_p, settings.top_k)
@@ -84,7 +97,13 @@ def _at_temperature(
     by_length = list(_arms_by_length(drafters, targets, sampling, settings))
     arms = [arm for group in by_length for arm in group]
     plain = plains[id(arms[0].target)]
-    generated = decode([*plains.values(), *arms], prompts, settings, generate=settings.speed_prompts if greedy else 0)
+    generated = decode(
+        [*plains.values(), *arms],
+        prompts,
+        settings,
+        generate=settings.speed_prompts if greedy else 0,
+        unfinished=stored,
+    )
     # transformers' generate decodes with the first drafter's target.
     baselines = {key: faster_baseline(one, generated if one is plain else []) for key, one in plains.items()}
     figures = {

@@ -21,6 +21,7 @@ from drafttrain.eval.result import (
     PairedComparison,
     Piece,
     PlainFigures,
+    RoundTimes,
     SamePrompts,
     Sample,
     Seconds,
@@ -83,6 +84,7 @@ def drafter_figures(
         task=None if settings.checker is None else _task_score(arm, plain, prompts, settings),
         agreement=agreement(plain.generations, arm.generations) if greedy and lossy else None,
         parity=parity(plain.generations, arm.generations, arm.target) if greedy and not lossy else None,
+        round=_round_times(arm),
     )
 
 
@@ -100,6 +102,19 @@ def _seconds(generations: Sequence[Generation]) -> Seconds:
         draft_seconds=sum(one.draft_seconds for one in generations),
         verify_seconds=sum(one.verify_seconds for one in generations),
         seconds=sum(one.seconds for one in generations),
+    )
+
+
+def _round_times(arm: Arm) -> RoundTimes:
+    """Return the time of a mean round by part: what its phases took, and how much of that were forwards."""
+    ledger = arm.ledger
+    target = sum(event.seconds for event in ledger.rounds("target"))
+    others = sum(event.seconds for event in ledger.rounds()) - target
+    drafting = sum(one.draft_seconds for one in arm.generations)
+    verifying = sum(one.verify_seconds for one in arm.generations)
+    per_round = 1000 / ledger.calls("target")
+    return RoundTimes(
+        target * per_round, others * per_round, (drafting - others) * per_round, (verifying - target) * per_round
     )
 
 
@@ -151,6 +166,7 @@ def plain_figures(plain: Arm, generated: Sequence[Generation]) -> PlainFigures:
         target_calls=plain.ledger.calls("target"),
         tokens_per_second=tokens_per_second(plain.generations),
         same_prompts=_same_prompts(plain, generated) if generated else None,
+        round=_round_times(plain),
     )
 
 
@@ -185,12 +201,16 @@ def _draft_vocabulary_share(arm: Arm) -> float | None:
     return None if vocabulary is None else share_of_tokens([one.tokens for one in arm.generations], vocabulary)
 
 
-def _domains(counts: Sequence[PromptCounts]) -> dict[str, float]:
+def _domains(counts: Sequence[PromptCounts]) -> dict[str, Interval]:
     """Return block efficiency by domain; empty where there is one domain only."""
     names = sorted({c.domain for c in counts})
     if len(names) < 2:
         return {}
-    return {name: totals_of([c for c in counts if c.domain == name]).block_efficiency for name in names}
+    by_domain = {name: [c for c in counts if c.domain == name] for name in names}
+    return {
+        name: ratio_interval([c.num_tokens for c in found], [c.num_rounds for c in found])
+        for name, found in by_domain.items()
+    }
 
 
 def _sample(one: Generation, target: Target) -> Sample:

@@ -33,6 +33,10 @@ class EvalSettings:
     temperatures: list[float] = setting([0.0, 1.0], help="Temperatures, each evaluated separately; 0 is greedy.", ge=0)
     top_p: float = setting(1.0, help="Nucleus (top-p) of target and drafter at temperature > 0.", gt=0, le=1)
     top_k: int = setting(0, help="Most likely tokens that are sampled from at temperature > 0; 0: all.", ge=0)
+    start: bool = setting(
+        True,
+        help="Evaluate the drafter's start too, for gain_over_start. Its acceptance is low, so it takes as long as plain decoding.",
+    )
     length: Any = setting(FixedLengthSettings(), help="How many tokens to draft, by kind.", registry=length_policies)
     also: list[Any] = setting(
         [],

@@ -13,6 +13,7 @@ from drafttrain.eval.figures import speedup
 from drafttrain.eval.parity import Parity, parity
 from drafttrain.eval.result import Speedup
 from drafttrain.eval.settings import EvalSettings
+from drafttrain.eval.unfinished import Unfinished
 from drafttrain.target_model import Target
 
 
@@ -50,7 +51,9 @@ def measure(drafter: Drafter, target: Target, prompts: Sequence[Prompt], setting
         for name, one in (("plain", None), ("drafter", drafter))
     )
     greedy = sampling.temperature == 0
-    generated = decode([plain, drafted], prompts, settings, generate=len(prompts) if greedy else 0)
+    generated = decode(
+        [plain, drafted], prompts, settings, generate=len(prompts) if greedy else 0, unfinished=Unfinished(None, {})
+    )
     return Speed(
         speedup=speedup(drafted, faster_baseline(plain, generated)),
         with_drafter=tokens_per_second(drafted.generations),
