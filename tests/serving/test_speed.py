@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from drafttrain.eval.parity import Parity
 from drafttrain.eval.result import Speedup
 from drafttrain.eval.speed import Speed
 from drafttrain.serving.card import ORIGIN, with_engines
@@ -18,6 +19,7 @@ from tests.serving.test_card import comparison
 
 EVALUATOR = Speed(Speedup(1.6, 1.5, 1.7, 8, baseline="plain decoding"), 40.0, 25.0, None, 2.0, None)
 NUM_PROMPTS = 8
+EQUAL = Parity(True, NUM_PROMPTS, NUM_PROMPTS, 0, 0, [], "exact: 8 of 8 outputs equal")
 
 
 def run(seconds: float, *, num_accepted: int = 0, waits: float = 0.5) -> list[DecodedPrompt]:
@@ -36,14 +38,14 @@ def run(seconds: float, *, num_accepted: int = 0, waits: float = 0.5) -> list[De
 
 
 def test_the_speed_up_is_tokens_over_seconds_of_all_processes():
-    found = compared([run(1.0, num_accepted=5), run(3.0, num_accepted=5)], [run(4.0), run(4.0)], EVALUATOR, 3)
+    found = compared([run(1.0, num_accepted=5), run(3.0, num_accepted=5)], [run(4.0), run(4.0)], EVALUATOR, EQUAL, 3)
     assert found.of_cpu.value == pytest.approx(2.0)
     assert found.after_prompt.value == pytest.approx(2.0)
     assert found.engine.speedup.value < found.after_prompt.value
     assert found.engine.speedup.value == pytest.approx(found.engine.with_drafter / found.engine.without_drafter)
     assert found.engine.block_efficiency == 2.0
-    assert (found.num_pairs, found.num_prompts, found.num_equal) == (2, NUM_PROMPTS, NUM_PROMPTS)
-    slower = compared([run(1.0, num_accepted=5), run(3.5, num_accepted=5)], [run(4.0), run(4.0)], EVALUATOR, 3)
+    assert (found.num_pairs, found.num_prompts) == (2, NUM_PROMPTS)
+    slower = compared([run(1.0, num_accepted=5), run(3.5, num_accepted=5)], [run(4.0), run(4.0)], EVALUATOR, EQUAL, 3)
     assert slower.engine.speedup.value < found.engine.speedup.value
 
 
@@ -53,11 +55,12 @@ def test_a_text_is_timed_up_to_the_token_that_ends_it(text, length):
 
 
 def test_the_card_and_the_engine_file_show_both_speeds():
-    found = compared([run(1.0, num_accepted=5)], [run(2.0)], EVALUATOR, 3)
+    found = compared([run(1.0, num_accepted=5)], [run(2.0)], EVALUATOR, EQUAL, 3)
     stored = json.loads(json.dumps(found.json()))
     card = with_engines(f"# A\n\n{ORIGIN}\n", [comparison(speed=stored)])
     assert f"| greedy tokens/s with the drafter | {found.engine.with_drafter:.1f} | 40.0 |" in card
     assert f"| speed-up | {found.engine.speedup.text()} | 1.60 [1.50, 1.70] |" in card
+    assert "without it wrote: exact: 8 of 8 outputs equal." in card
     assert "tokens/s with the drafter" not in with_engines(card, [comparison()])
 
 

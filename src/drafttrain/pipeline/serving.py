@@ -166,7 +166,7 @@ def _verified_in(
                     standing,
                     prompts,
                     served_with.eval,
-                    texts=[one.tokens for one in plain],
+                    outputs=[one.tokens for one in plain],
                     num_pairs=pairs,
                 )
                 say(f"{name} ({format}): {speed}")

@@ -212,5 +212,6 @@ def _speed_lines(speed: Mapping[str, Any] | None) -> list[str]:
         "",
         f"Speeds: {speed['num_prompts']} prompts, one at a time, each up to the end of its text; the engine by its own clock, in "
         f"processes with the drafter and without in turns ({speed['num_pairs']} of each). Its speed-up after the prompt is "
-        f"{interval_of(speed['after_prompt']).text()}, in CPU seconds {interval_of(speed['of_cpu']).text()}.",
+        f"{interval_of(speed['after_prompt']).text()}, in CPU seconds {interval_of(speed['of_cpu']).text()}. "
+        f"With the drafter and without it wrote: {speed['texts']['text']}.",
     ]

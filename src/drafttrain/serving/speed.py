@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 
+from drafttrain.core.console import say
 from drafttrain.core.texts import Prompt
 from drafttrain.drafters import Drafter
 from drafttrain.environments.environment import ask
 from drafttrain.eval.interval import Interval
 from drafttrain.eval.length.fixed import FixedLengthSettings
+from drafttrain.eval.parity import Parity, parity
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.eval.speed import Speed, measure
 from drafttrain.eval.statistics import ratio_of_ratios
+from drafttrain.serving.comparison import generations
 from drafttrain.serving.engines import DecodedPrompt, Job, ServingEngine, Use
 from drafttrain.serving.sides import sum_counts
 from drafttrain.target_model import Target
@@ -45,16 +48,16 @@ class EngineSpeed:
     """Speed-up of the engine in CPU seconds of its process."""
     num_pairs: int
     num_prompts: int
-    num_equal: int
-    """Texts that the timed processes wrote alike with the drafter and without."""
+    texts: Parity
+    """Of the timed processes: the output with the drafter against that without."""
 
     def __str__(self) -> str:
         ours, theirs = self.evaluator, self.engine
         return (
             f"{theirs.with_drafter:.1f} tokens/s with the drafter, {theirs.without_drafter:.1f} without, "
             f"speed-up {theirs.speedup.text()} ({self.num_pairs} processes each, threads: {theirs.num_threads}); "
-            f"after the prompt {self.after_prompt.text()}, in CPU seconds {self.of_cpu.text()}; texts equal: "
-            f"{self.num_equal}/{self.num_prompts}; the evaluator {ours.with_drafter:.1f} and {ours.without_drafter:.1f}, "
+            f"after the prompt {self.after_prompt.text()}, in CPU seconds {self.of_cpu.text()}; texts "
+            f"{self.texts.short()}; the evaluator {ours.with_drafter:.1f} and {ours.without_drafter:.1f}, "
             f"speed-up {ours.speedup.text()}"
         )
 
@@ -72,7 +75,7 @@ def measure_speed(
     prompts: Sequence[Prompt],
     settings: EvalSettings,
     *,
-    texts: Sequence[Sequence[int]],
+    outputs: Sequence[Sequence[int]],
     num_pairs: int,
 ) -> EngineSpeed:
     """Time an engine with a drafter and without in turns, each time in a new process, then the evaluator.
@@ -80,12 +83,12 @@ def measure_speed(
     Args:
         target: The target that the drafter drafts for: with its adapters.
         settings: Of the evaluator; draft length, tokens and temperature are those of the engine.
-        texts: What the target writes; its end is the end of what is timed.
+        outputs: What the target writes; where a text ends, the engine is asked for no more.
 
     Raises:
         EngineError: The engine is not installed, or failed.
     """
-    lengths = [text_length(text, target.eos_token_ids) for text in texts]
+    lengths = [text_length(text, target.eos_token_ids) for text in outputs]
     job = replace(job, temperatures=[0.0], lengths=lengths, as_served=True)
     with_drafter, alone = _timed_in_turns(engine, job, use, num_pairs)
     same = replace(
@@ -95,13 +98,15 @@ def measure_speed(
         temperatures=[0.0],
         batch_size=1,
     )
-    return compared(with_drafter, alone, measure(drafter, target, prompts, same), use.num_draft_tokens)
+    texts = parity(generations(prompts, alone[0]), generations(prompts, with_drafter[0]), target)
+    return compared(with_drafter, alone, measure(drafter, target, prompts, same), texts, use.num_draft_tokens)
 
 
 def compared(
     with_drafter: Sequence[Sequence[DecodedPrompt]],
     alone: Sequence[Sequence[DecodedPrompt]],
     evaluator: Speed,
+    texts: Parity,
     num_draft_tokens: int,
 ) -> EngineSpeed:
     """Return the speeds of an engine's processes and of the evaluator.
@@ -129,7 +134,7 @@ def compared(
         of_cpu=_speedup(drafted, plain, lambda one: one.cpu_seconds),
         num_pairs=len(with_drafter),
         num_prompts=len(plain),
-        num_equal=sum(list(a.tokens) == list(b.tokens) for a, b in zip(drafted, plain, strict=True)),
+        texts=texts,
     )
 
 
@@ -143,7 +148,10 @@ def _timed_in_turns(
 ) -> tuple[list[list[DecodedPrompt]], list[list[DecodedPrompt]]]:
     """Return what processes with the drafter and processes without decoded."""
     runs: dict[bool, list[list[DecodedPrompt]]] = {True: [], False: []}
-    for drafts in [True, False] * num_pairs:
+    for number, drafts in enumerate([True, False] * num_pairs):
+        say(
+            f"{engine.name}: timing process {number + 1} of {2 * num_pairs}, {'with' if drafts else 'without'} the drafter"
+        )
         request = engine.request(job, use if drafts else None)
         (greedy,) = engine.decoded(ask(engine.environment, engine.worker, request))
         runs[drafts].append(greedy)
