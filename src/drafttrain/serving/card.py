@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from drafttrain.drafters import drafters
-from drafttrain.eval.interval import number, p_value
+from drafttrain.eval.interval import interval_of, number, p_value
 from drafttrain.eval.result import Result
 from drafttrain.eval.table import (
     CARRIES_OVER,
@@ -209,6 +209,32 @@ def _comparison(one: Mapping[str, Any]) -> str:
         "",
         f"| | {one['engine']} | embedded evaluator |",
         "|---|---|---|",
-        *("| " + " | ".join(row) + " |" for row in rows),
+        *("| " + " | ".join(row) + " |" for row in [*rows, *_speed_rows(one.get("speed"))]),
+        *_speed_lines(one.get("speed")),
     ]
     return "\n".join(lines)
+
+
+def _speed_rows(speed: Mapping[str, Any] | None) -> list[list[str]]:
+    """Return the rows with the speeds of both sides; none if they were not measured."""
+    if speed is None:
+        return []
+    sides = [speed[side] for side in ("engine", "evaluator")]
+    return [
+        ["greedy tokens/s without the drafter", *(number(side["without_drafter"], 1) for side in sides)],
+        ["greedy tokens/s with the drafter", *(number(side["with_drafter"], 1) for side in sides)],
+        ["speed-up", *(interval_of(side["speedup"]).text() for side in sides)],
+        ["threads", *(str(side["num_threads"]) for side in sides)],
+    ]
+
+
+def _speed_lines(speed: Mapping[str, Any] | None) -> list[str]:
+    """Return how the speeds were measured."""
+    if speed is None:
+        return []
+    return [
+        "",
+        f"Speeds: {speed['num_prompts']} prompts, one at a time, each up to the end of its text; the engine by its own clock, in "
+        f"processes with the drafter and without in turns ({speed['num_pairs']} of each). Its speed-up after the prompt is "
+        f"{interval_of(speed['after_prompt']).text()}, in CPU seconds {interval_of(speed['of_cpu']).text()}.",
+    ]
