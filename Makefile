@@ -5,10 +5,16 @@ BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 QUICK = tests/test_architecture.py tests/config/test_load.py tests/losses tests/eval
 
-.PHONY: demo quick test docs words test-processes test-cuda test-full test-serving test-serving-kinds gpu-check check format install clean
+.PHONY: demo demo-chat quick test docs words test-processes test-cuda test-full test-serving test-serving-kinds gpu-check check format install clean
 
 demo: $(INSTALLED)
 	$(BIN)/drafttrain fit recipes/demo.yaml
+
+# A real chat model on this machine: three streamed answers with the accepted draft tokens marked, then the speed-up.
+demo-chat: $(INSTALLED)
+	$(BIN)/drafttrain chat builtin:smollm2_eagle3 --max-new-tokens 160 "Why is the sky blue?" \
+	  "Write a Python function that counts the vowels of a word." "Give me three tips for learning a language."
+	$(BIN)/drafttrain chat builtin:smollm2_eagle3 --measure
 
 # Under a minute, before a push: the losses, the evaluator's identities, recipes, the architecture.
 quick: $(INSTALLED)

@@ -267,3 +267,9 @@ def test_formats_and_engines_that_cannot_take_the_kind_are_refused_before_anythi
     assert load_recipe("tiny_medusa", ["export.to=[vllm]", "export.verify=[vllm]"]).export.verify == ["vllm"]
     with pytest.raises(RecipeError, match="no serving engine loads a head"):
         load_recipe("tiny_acceptance", ["export.to=[vllm]"])
+
+
+def test_the_gain_over_a_start_that_is_not_evaluated_cannot_be_required():
+    with pytest.raises(RecipeError, match=r"export.require.gain_over_start: the start is not evaluated"):
+        load_recipe("tiny_medusa", ["eval.start=false"])
+    assert not load_recipe("tiny_eagle3", ["eval.start=false"]).eval.start

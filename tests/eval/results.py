@@ -64,7 +64,7 @@ def result(
     drafters = drafters if drafters is not None else {"drafter": figures()}
     return Result(
         format=FORMAT,
-        target=EvaluatedTarget("the/target", "0"),
+        target=EvaluatedTarget("the/target", "0", "float32"),
         drafters={name: about or EvaluatedDrafter(name, "medusa", 1, None, None, "the/target") for name in drafters},
         settings={"length": {"kind": "fixed", "num_draft_tokens": 5}},
         num_prompts=2,

@@ -13,7 +13,9 @@ from drafttrain.eval.metrics import counts_of, mbsu, totals_of
 from drafttrain.eval.parity import Parity
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.replay import ReplayRows, expected_rounds
+from drafttrain.eval.result import read_result
 from drafttrain.eval.statistics import ratio_difference, ratio_interval
+from drafttrain.eval.table import domain_rows
 from tests.conftest import byte_tokenizer
 from tests.eval import results
 
@@ -92,7 +94,7 @@ def test_the_gate_reports_by_how_much_a_figure_is_short():
     figures = results.figures(
         block_efficiency=Interval(1.9, 1.8, 2.0, 64),
         mbsu=1.1,
-        parity=Parity(False, 64, 63, [], "63 of 64 outputs equal"),
+        parity=Parity(False, 64, 63, 0, 1, [], "63 of 64 outputs equal"),
     )
     require = {"block_efficiency": 2.0, "mbsu": 1.0, "parity": True, "gain_over_start": 0.1}
     assert shortfalls(results.result({"d": figures}), require, drafter="d") == [
@@ -129,3 +131,33 @@ def test_all_bad_prompts_are_reported_at_once(tmp_path):
     assert byte_tokenizer().decode(list(prompt.tokens)) == "abcd"
     with pytest.raises(DataError, match="no prompt is left of 1"):
         read_prompts(str(path), byte_tokenizer(), prompt_tokens=4, dropped=["a"])
+
+
+def test_the_table_of_domains_has_a_row_for_each_domain_and_a_column_for_each_arm():
+    few, many = Interval(1.5, 1.2, 1.8, 3), Interval(2.0, 1.9, 2.1, 8)
+    arms = {name: results.figures(domains={"code": few, "math": many}) for name in ("drafter", "start")}
+    (part,) = results.result(arms).temperatures
+    assert domain_rows(part) == [
+        ["code", "3", *["1.50 [1.20, 1.80]*"] * 2],
+        ["math", "8", *["2.00 [1.90, 2.10]"] * 2],
+    ]
+    assert domain_rows(results.result().temperatures[0]) == []
+
+
+def test_an_older_result_is_read_with_what_it_lacks(tmp_path):
+    older = results.result({"d": results.figures(parity=Parity(False, 2, 1, 0, 0, [], "1 of 2"))}).json()
+    del older["target"]["dtype"]
+    found = older["temperatures"][0]["drafters"]["d"]
+    found["domains"] = {"code": 1.5}
+    found["parity"] = {
+        "exact": False,
+        "num_prompts": 2,
+        "num_equal": 1,
+        "text": "1 of 2",
+        "divergences": [
+            {"id": "a", "position": 1, "plain_token": 1, "drafted_token": 2, "logit_gap": -0.1, "near_tie": True}
+        ],
+    }
+    (tmp_path / "eval.json").write_text(json.dumps(older | {"format": 3}))
+    read = read_result(tmp_path / "eval.json").temperatures[0].drafters["d"]
+    assert (read.domains["code"].value, read.parity.num_near_ties, read.parity.lossless) == (1.5, 1, True)

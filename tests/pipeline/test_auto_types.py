@@ -80,12 +80,12 @@ def test_a_run_goes_on_in_the_types_that_it_began_in(
 def test_a_run_on_a_cpu_keeps_the_measured_type_and_does_not_measure_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured = iter(["bfloat16"])
-    monkeypatch.setattr(auto_types, "number_type", lambda target: next(measured))
+    measured = ["bfloat16"]
+    monkeypatch.setattr(auto_types, "number_type", lambda target: measured.pop())
     recipe = load_recipe("tiny_eagle3", ["target.device=cpu"])
     for _ in range(2):
         assert DrafterRun(recipe, tmp_path).recipe.target.dtype == "bfloat16"
-    with pytest.raises(StopIteration):
+    with pytest.raises(IndexError):
         DrafterRun(recipe, tmp_path / "another")
 
 

@@ -98,9 +98,9 @@ def settings_of(name: str, **own: Any) -> dict[str, Any]:
     return {"general.architecture": name} | {f"{name}.{key}": value for key, value in held.items()}
 
 
-def starcoder2() -> Any:
+def starcoder2(**own: Any) -> Any:
     rope = {"rope_theta": 999999.0, "rope_type": "default"}
-    return Starcoder2ForCausalLM(Starcoder2Config(**SIZES, norm_epsilon=1e-5, rope_parameters=rope))
+    return Starcoder2ForCausalLM(Starcoder2Config(**SIZES | own, norm_epsilon=1e-5, rope_parameters=rope))
 
 
 FURTHER: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
@@ -129,21 +129,15 @@ def test_further_architectures_load_from_files_with_the_names_of_llama_cpp(name:
 
 @pytest.mark.slow
 def test_a_second_architecture_goes_the_whole_way_from_its_file(tmp_path: Path) -> None:
-    model = starcoder2()
+    model = starcoder2(num_hidden_layers=4, max_position_embeddings=512)
     path = named_by_llama_cpp(
         model,
         saved(model, tmp_path / "source"),
         tmp_path / "model.gguf",
-        settings_of("starcoder2", rope__freq_base=999999.0),
+        settings_of("starcoder2", rope__freq_base=999999.0, block_count=4, context_length=512),
     )
     words = ["fit", "tiny_eagle3", "--smoke", "--runs", str(tmp_path), f"target.model={path}"]
-    words += [
-        "drafter.draft_vocab_size=128",
-        "drafter.taps=[1]",
-        "data.max_length=96",
-        "data.generate.max_new_tokens=24",
-    ]
-    done = CliRunner().invoke(app, [*words, "eval.max_new_tokens=16"])
+    done = CliRunner().invoke(app, [*words, "drafter.draft_vocab_size=128", "eval.max_new_tokens=16"])
     assert done.exit_code == 0, done.stderr
     result = json.loads(next(tmp_path.glob("*/eval.json")).read_text())
     assert result["target"]["name"] == str(path)

@@ -69,13 +69,15 @@ def evaluate_drafters(
     of_target = replace(of_target, model=target) if target else of_target
     check_drafters(of_target, [str(one) for one in folders])
     loaded = Target.load(of_target)
-    result = evaluate_folders(dict(zip(names, folders, strict=True)), loaded, settings, dropped=())
+    out = out or (folders[0] if Path(drafters[0]).is_dir() else None)
+    unfinished = out / "eval.unfinished" if out else None
+    named = dict(zip(names, folders, strict=True))
+    result = evaluate_folders(named, loaded, settings, dropped=(), unfinished=unfinished)
     result = with_inputs(result, target_inputs(replace(of_target, model=loaded.name), settings.prompts))
     show(result)
-    if out is None and not Path(drafters[0]).is_dir():
+    if out is None:
         say("eval.json and report.html: not written: give --out DIR")
         return
-    out = out or folders[0]
     result.write(out / "eval.json")
     write_report(out / "report.html", result, title=folders[0].name, metrics=None, command=command_line())
     say(f"written: {out / 'eval.json'}, {out / 'report.html'}")

@@ -36,7 +36,7 @@ def serve_command(folder: Path, engine: str, *, target: str | None) -> str:
     if found := serving.misread(readable, kind):
         raise CheckpointError("\n  ".join([f"{engine} cannot run {readable}:", *found]))
     if stands_for_folder(target) or Path(target).is_dir():
-        target = str(serving.target_as(resolve_folder(target)))
+        target = str(serving.target_as(resolve_folder(target)).resolve())
     best = best_length(
         read_evaluation(folder), most=read_files(folder).config.get("num_heads") if kind == "medusa" else None
     )

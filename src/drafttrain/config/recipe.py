@@ -83,6 +83,8 @@ class Recipe:
         if self.train.device != "auto":
             problems += self._own_device()
         problems += self._numbered_devices()
+        if "gain_over_start" in self.export.require and not self.eval.start:
+            problems.append("export.require.gain_over_start: the start is not evaluated with eval.start: false")
         if self.train.compile and (self.online is not None or not getattr(_component(self.drafter), "compiles", False)):
             what = f"drafter {self.drafter.kind}" if self.drafter is not None else "a head"
             what = "online learning" if self.online is not None else what

@@ -6,10 +6,14 @@ X = inputs, Y = outputs of all weights together
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+
+from drafttrain.target_model.logits import finished_logits, head_logits
 
 Product = Callable[[Tensor], Tensor]
 
@@ -30,6 +34,24 @@ def product_with(linears: Sequence[nn.Module]) -> Product:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight_YX, 1)
         return lambda inputs: torch.ops.mkldnn._linear_pointwise(inputs, packed, bias_Y, "none", [], "")
     return lambda inputs: linear(inputs, weight_YX, bias_Y)
+
+
+def head_product(model: Any, rows: nn.Linear | None = None) -> Product:
+    """Return the target's `head_logits` as a function of states_ND, with packed weights where that helps.
+
+    Args:
+        rows: Some rows of the head, whose logits alone are computed.
+    """
+    head = model.get_output_embeddings() if rows is None else rows
+    if rows is None and (type(head) is not nn.Linear or not _can_pack(head.weight)):
+        return partial(head_logits, model)
+    product, config, weight = product_with([head]), model.config.get_text_config(), head.weight
+
+    def logits(states_ND: Tensor) -> Tensor:
+        logits_NR = product(states_ND.to(weight.device, weight.dtype)).to(states_ND.device)
+        return finished_logits(config, logits_NR)
+
+    return logits
 
 
 def _parameter(layer: nn.Module, name: str) -> Tensor:

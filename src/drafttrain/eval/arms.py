@@ -17,17 +17,22 @@ from drafttrain.eval.generate import generate as transformers_generate
 from drafttrain.eval.ledger import Ledger
 from drafttrain.eval.length import length_policies
 from drafttrain.eval.parity import parity
-from drafttrain.eval.proposers.none import NoDraft
+from drafttrain.eval.proposers import TrainingFree
 from drafttrain.eval.settings import EvalSettings
+from drafttrain.eval.unfinished import DecodedByArm, DecodedGroup, Event, Unfinished
 from drafttrain.target_model import Target
 
 CALIBRATION_PROMPTS = 2
 """Decoded once more after the warm-up, for a length policy that weighs tokens against time."""
 
 
+Source = Drafter | TrainingFree
+"""Makes the proposer of an arm."""
+
+
 @dataclass
 class Arm:
-    """One way of decoding the same prompts: plain, or with one drafter."""
+    """One way of decoding the same prompts: plain, or with one drafter or training-free proposer."""
 
     name: str
     engine: Engine
@@ -36,30 +41,25 @@ class Arm:
     """Settings of its length policy."""
     target: Target
     """The given target, or the drafter's own: with the adapters that it was exported with."""
-    drafter: Drafter | None = None
+    source: Source
     generations: list[Generation] = field(default_factory=list)
 
     @classmethod
     def create(
         cls,
         name: str,
-        drafter: Drafter | None,
+        source: Source,
         target: Target,
         sampling: Sampling,
         settings: EvalSettings,
         *,
         length: Any,
     ) -> Arm:
-        """Return an arm that has not decoded yet.
-
-        Args:
-            drafter: None: plain decoding.
-        """
+        """Return an arm that has not decoded yet."""
         ledger = Ledger()
-        proposer = NoDraft() if drafter is None else drafter.proposer(target, ledger.append)
         engine = Engine(
             target,
-            proposer,
+            source.proposer(target, ledger.append),
             rule=acceptance_rules.build(settings.rule),
             policy=length_policies.build(length),
             sampling=sampling,
@@ -67,7 +67,7 @@ class Arm:
             seed=settings.seed,
             listener=ledger.append,
         )
-        return cls(name, engine, ledger, length, target, drafter)
+        return cls(name, engine, ledger, length, target, source)
 
     def warm_up(self, prompts: Sequence[Prompt]) -> None:
         """Decode the first prompt, and calibrate a length policy that weighs tokens against time."""
@@ -82,12 +82,18 @@ class Arm:
 
 
 def decode(
-    arms: Sequence[Arm], prompts: Sequence[Prompt], settings: EvalSettings, *, generate: int
+    arms: Sequence[Arm],
+    prompts: Sequence[Prompt],
+    settings: EvalSettings,
+    *,
+    generate: int,
+    unfinished: Unfinished | None = None,
 ) -> list[Generation]:
     """Decode every prompt with every arm, in turns whose order alternates.
 
     Args:
         generate: Number of prompts that transformers' generate decodes too, if they are decoded one at a time.
+        unfinished: Groups of prompts that an interrupted evaluation decoded; None: nothing is stored.
 
     Returns:
         The outputs of transformers' generate with the target of the first arm.
@@ -98,16 +104,42 @@ def decode(
     for prompt in by_generate[:1]:
         transformers_generate(prompt, arms[0].target, max_new_tokens=settings.max_new_tokens)
     generated: list[Generation] = []
+    stored = unfinished or Unfinished(None, {})
     groups = [prompts[i : i + settings.batch_size] for i in range(0, len(prompts), settings.batch_size)]
     temperature = arms[0].engine.sampling.temperature
     with progress(f"decoding at temperature {temperature:g}", total=len(prompts), unit="prompts") as bar:
         for number, group in enumerate(groups):
-            for arm in arms if number % 2 == 0 else reversed(arms):
-                arm.generations += arm.engine.generate(group)
-            for prompt in by_generate[number : number + 1]:
-                generated.append(transformers_generate(prompt, arms[0].target, max_new_tokens=settings.max_new_tokens))
+            found = stored.read(temperature, number)
+            if found is None:
+                order = arms if number % 2 == 0 else list(reversed(arms))
+                found = _decode_group(arms, order, group, by_generate[number : number + 1], settings)
+                stored.store(temperature, number, found)
+            for arm, decoded in zip(arms, found.arms, strict=True):
+                arm.generations += decoded.generations
+                arm.ledger.events += [event.forward_event() for event in decoded.events]
+            generated += found.generated
             bar.advance(len(group))
     return generated
+
+
+def _decode_group(
+    arms: Sequence[Arm],
+    order: Sequence[Arm],
+    group: Sequence[Prompt],
+    by_generate: Sequence[Prompt],
+    settings: EvalSettings,
+) -> DecodedGroup:
+    """Decode a group of prompts with every arm in this order, then by transformers' generate."""
+    decoded = {}
+    for arm in order:
+        before = len(arm.ledger.events)
+        generations = arm.engine.generate(group)
+        decoded[id(arm)] = DecodedByArm(generations, [Event.of(event) for event in arm.ledger.events[before:]])
+        del arm.ledger.events[before:]
+    generated = [
+        transformers_generate(prompt, arms[0].target, max_new_tokens=settings.max_new_tokens) for prompt in by_generate
+    ]
+    return DecodedGroup([decoded[id(arm)] for arm in arms], generated)
 
 
 @dataclass(frozen=True)
@@ -137,8 +169,7 @@ def faster_baseline(plain: Arm, generated: Sequence[Generation]) -> Baseline:
 
 def writes_same_text(plain: Arm, generated: Sequence[Generation]) -> bool:
     """Return whether transformers' generate writes the same text as plain decoding; near ties are not counted."""
-    found = parity(plain.generations[: len(generated)], generated, plain.target)
-    return all(one.near_tie for one in found.divergences)
+    return parity(plain.generations[: len(generated)], generated, plain.target).lossless
 
 
 def tokens_per_second(generations: Sequence[Generation]) -> float:

@@ -28,7 +28,7 @@ def shortfalls(result: Result, require: Mapping[str, float], *, drafter: str) ->
 def _parity_shortfall(figures: DrafterFigures) -> list[str]:
     if figures.parity is None:
         return ["parity: not measured: eval.temperatures has no 0, or the rule is lossy"]
-    return [] if figures.parity.exact else [f"parity: {figures.parity.text}"]
+    return [] if figures.parity.lossless else [f"parity: {figures.parity.text}"]
 
 
 def _value(name: str, figures: DrafterFigures, part: AtTemperature, *, drafter: str) -> tuple[float, list[str]]:

@@ -1,4 +1,11 @@
-"""Greedy parity: whether outputs equal the target's own, token for token; where they differ, and how close the choice was."""
+"""Greedy parity: whether outputs equal the target's own, token for token; where they differ, whether rounding explains it.
+
+A call of one token and a call of several compute the same logits with different rounding. Where two tokens are nearly tied,
+plain decoding and verification may choose differently, and all later text differs. So only the first difference of an output
+says anything: the text before it is the same.
+
+V = vocabulary
+"""
 
 from __future__ import annotations
 
@@ -7,12 +14,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from drafttrain.core.generations import Generation
 from drafttrain.target_model import Target
+from drafttrain.target_model.cached_lm import CachedLM
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Logit gaps below which two tokens are tied at this precision, relative to the largest logit."""
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+"""What rounding explains: a difference of two logits up to this share of the largest logit, by type of the target."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +34,11 @@ class Divergence:
     plain_token: int
     drafted_token: int
     logit_gap: float
-    """The target's logit of the plain token minus that of the other one, after the same text."""
+    """Difference of the two tokens' logits after the same text: the larger one of the plain and the verifying path."""
+    rounding: float
+    """The largest difference that rounding explains here."""
     near_tie: bool
-    """The gap is within the rounding of the target's precision."""
+    """Rounding explains the difference."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,10 @@ class Parity:
     """All outputs are equal, token for token."""
     num_prompts: int
     num_equal: int
+    num_near_ties: int
+    """Outputs whose first difference is explained by rounding."""
+    num_unexplained: int
+    """Outputs whose first difference is not: decoding is not lossless."""
     divergences: Sequence[Divergence]
     text: str
     """Summary in one line."""
@@ -45,10 +60,19 @@ class Parity:
     def __str__(self) -> str:
         return self.text
 
+    @property
+    def lossless(self) -> bool:
+        """Whether all outputs are equal, except for differences that rounding explains."""
+        return self.num_unexplained == 0
+
     def short(self) -> str:
-        """Return the share of equal outputs for a table cell, and whether the others are near ties."""
-        share = f"{self.num_equal}/{self.num_prompts}"
-        return f"exact {share}" if self.exact else f"{share}, {_cause(self.divergences)}"
+        """Return the counts for a table cell."""
+        if self.exact:
+            return f"exact {self.num_equal}/{self.num_prompts}"
+        return (
+            f"identical {self.num_equal}/{self.num_prompts}, near ties {self.num_near_ties}/{self.num_prompts}, "
+            f"unexplained {self.num_unexplained}"
+        )
 
     def json(self) -> dict[str, Any]:
         """Return the content as JSON files hold it."""
@@ -62,26 +86,33 @@ def parity(plain: Sequence[Generation], drafted: Sequence[Generation], target: T
         for ours, theirs in zip(drafted, plain, strict=True)
         if (divergence := _first_difference(theirs, ours, target)) is not None
     ]
-    equal = len(plain) - len(found)
-    return Parity(not found, len(plain), equal, found, _in_words(len(plain), found))
+    near = sum(one.near_tie for one in found)
+    text = _in_words(len(plain), found, str(target.model.dtype).removeprefix("torch."))
+    return Parity(not found, len(plain), len(plain) - len(found), near, len(found) - near, found, text)
 
 
-def _cause(divergences: Sequence[Divergence]) -> str:
-    return "near ties" if all(one.near_tie for one in divergences) else "NOT LOSSLESS"
-
-
-def _in_words(num_prompts: int, divergences: Sequence[Divergence]) -> str:
+def _in_words(num_prompts: int, divergences: Sequence[Divergence], dtype: str) -> str:
     equal = num_prompts - len(divergences)
     if not divergences:
         return f"exact: {equal} of {num_prompts} outputs equal, token for token"
-    worst = max(divergences, key=lambda one: abs(one.logit_gap))
-    return (
-        f"{equal} of {num_prompts} outputs equal; {_cause(divergences)}: largest logit gap {worst.logit_gap:.2g} "
-        f"at token {worst.position} of {worst.id}"
-    )
+    parts = [f"{equal} of {num_prompts} outputs equal"]
+    near = [one for one in divergences if one.near_tie]
+    unexplained = [one for one in divergences if not one.near_tie]
+    if near:
+        worst = max(near, key=lambda one: one.logit_gap)
+        parts.append(
+            f"{len(near)} differ first at a near tie: the two logits are at most {worst.logit_gap:.2g} apart, and "
+            f"rounding in {dtype} explains up to {worst.rounding:.2g}"
+        )
+    if unexplained:
+        worst = max(unexplained, key=lambda one: one.logit_gap)
+        parts.append(
+            f"NOT LOSSLESS: {len(unexplained)} unexplained: at token {worst.position} of {worst.id} the two logits are "
+            f"{worst.logit_gap:.2g} apart, and rounding in {dtype} explains up to {worst.rounding:.2g}"
+        )
+    return "; ".join(parts)
 
 
-@torch.no_grad()
 def _first_difference(plain: Generation, drafted: Generation, target: Target) -> Divergence | None:
     assert plain.id == drafted.id
     if list(plain.tokens) == list(drafted.tokens):
@@ -89,10 +120,27 @@ def _first_difference(plain: Generation, drafted: Generation, target: Target) ->
     pairs = zip(plain.tokens, drafted.tokens, strict=False)
     position = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(plain.tokens), len(drafted.tokens)))
     if position >= len(plain.tokens) or position >= len(drafted.tokens):
-        return Divergence(plain.id, position, -1, -1, float("inf"), False)
+        return Divergence(plain.id, position, -1, -1, float("inf"), 0.0, False)
     text = [*plain.prompt_tokens, *plain.tokens[:position]]
-    logits_V = target.model(torch.tensor([text], device=target.device)).logits[0, -1]
+    # One token a call, as plain decoding reads it; and as many as the call had read that verified this token.
+    paths = [_logits_after(text, target, together=count) for count in (1, _read_together(drafted, position, len(text)))]
     ours, theirs = plain.tokens[position], drafted.tokens[position]
-    gap = float(logits_V[ours] - logits_V[theirs])
-    tolerance = TOLERANCE[target.model.dtype] * float(logits_V.abs().max())
-    return Divergence(plain.id, position, ours, theirs, gap, abs(gap) <= tolerance)
+    gap = max(abs(float(logits_V[ours] - logits_V[theirs])) for logits_V in paths)
+    rounding = TOLERANCE[target.model.dtype] * max(float(logits_V.abs().max()) for logits_V in paths)
+    return Divergence(plain.id, position, ours, theirs, gap, rounding, gap <= rounding)
+
+
+def _read_together(drafted: Generation, position: int, num_tokens: int) -> int:
+    """Return how many tokens of the text before a position the call read that verified it: all, where rounds are not known."""
+    start = max((one.start for one in drafted.rounds if one.start <= position), default=None)
+    return num_tokens if start is None else position - start + 1
+
+
+def _logits_after(text: Sequence[int], target: Target, *, together: int) -> Tensor:
+    """Return logits_V after a text whose last `together` tokens are read in one call."""
+    lm = CachedLM(target.model, name="target")
+    lm.begin([text[: len(text) - together]])
+    (seen,) = lm.forward([text[len(text) - together :]])
+    assert seen.logits_BTV is not None
+    logits_V = seen.logits_BTV[0, -1]
+    return logits_V.to(torch.promote_types(logits_V.dtype, torch.float32))

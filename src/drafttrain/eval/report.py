@@ -12,8 +12,20 @@ from typing import Any
 from drafttrain.core.files import write_text
 from drafttrain.eval.interval import number, p_value
 from drafttrain.eval.page import label, page, picture
-from drafttrain.eval.result import DrafterFigures, HeadFigures, Result
-from drafttrain.eval.table import CARRIES_OVER_CAPTION, THIS_MACHINE_CAPTION, baseline_speeds, in_words, parity_cell
+from drafttrain.eval.result import AtTemperature, DrafterFigures, HeadFigures, Result
+from drafttrain.eval.table import (
+    CARRIES_OVER_CAPTION,
+    ROUND_CAPTION,
+    ROUND_COLUMNS,
+    THIS_MACHINE_CAPTION,
+    baseline_speeds,
+    domain_caption,
+    domain_rows,
+    in_words,
+    parity_cell,
+    round_rows,
+    target_in_words,
+)
 
 
 def write_report(path: Path, result: Result, *, title: str, metrics: Path | None, command: str) -> None:
@@ -35,6 +47,12 @@ def write_report(path: Path, result: Result, *, title: str, metrics: Path | None
         parity_cell=parity_cell,
         baseline_speeds=baseline_speeds,
         in_words=in_words,
+        round_caption=ROUND_CAPTION,
+        round_columns=ROUND_COLUMNS,
+        round_rows=round_rows,
+        domain_caption=domain_caption,
+        domain_rows=domain_rows,
+        target_in_words=target_in_words,
     )
     write_text(path, html)
 
@@ -60,6 +78,11 @@ def _plots_of_result(result: Result) -> list[Plot]:
     caption = "By replay on the emitted text, with 95 % intervals over prompts; points: measured by decoding."
     drawing = picture(lambda axes: _lengths(axes, result), columns=1)
     plots.append(("Block efficiency against draft length", caption, drawing))
+    part = result.greedy_or_first
+    if any(figures.domains for figures in part.drafters.values()):
+        caption = f"Tokens per target call, temperature {part.temperature:g}, with 95 % intervals over prompts."
+        drawing = picture(lambda axes: _domains(axes, part), columns=1)
+        plots.append(("Accepted length by domain", caption, drawing))
     if (head := result.head) is not None:
         caption = "Mean label by prediction on held-out draft tokens; a calibrated head is on the diagonal."
         plots.append(("Reliability of the head", caption, picture(lambda axes: _reliability(axes, head), columns=1)))
@@ -142,6 +165,18 @@ def _positions(axes: Sequence[Any], result: Result) -> None:
     axes[0].legend(fontsize=8, frameon=False)
 
 
+def _domains(axes: Sequence[Any], part: AtTemperature) -> None:
+    for order, (name, figures) in enumerate(part.drafters.items()):
+        values = list(figures.domains.values())
+        places = [place + 0.6 * order / len(part.drafters) for place in range(len(values))]
+        reach = [[v.value - v.low for v in values], [v.high - v.value for v in values]]
+        axes[0].errorbar([v.value for v in values], places, xerr=reach, fmt="o", ms=4, lw=1, label=label(name))
+    names = [label(name) for name in next(iter(part.drafters.values())).domains]
+    axes[0].set(xlabel="block efficiency", yticks=range(len(names)), yticklabels=names)
+    axes[0].invert_yaxis()
+    axes[0].legend(fontsize=8, frameon=False)
+
+
 def _reliability(axes: Sequence[Any], head: HeadFigures) -> None:
     axes[0].plot([0, 1], [0, 1], ":", color="#888")
     for name, figures in head.held_out.items():
@@ -157,6 +192,9 @@ def _lengths(axes: Sequence[Any], result: Result) -> None:
     for name, figures in _arms(result):
         if figures.length != main:
             continue  # replay is about chains: further lengths of a drafter would draw the same line again
+        measured = ([main["num_draft_tokens"]], [figures.block_efficiency.value]) if main["kind"] == "fixed" else None
+        if figures.proposer is not None and measured is not None:
+            axes[0].plot(*measured, "s", label=name)  # it cannot be replayed
         if not figures.replay:
             continue  # a lossy rule's text cannot be replayed
         lengths, values = [int(k) for k in figures.replay], list(figures.replay.values())
@@ -164,8 +202,8 @@ def _lengths(axes: Sequence[Any], result: Result) -> None:
         if not any(math.isnan(v.low) for v in values):  # one prompt has no interval
             lows, highs = [v.low for v in values], [v.high for v in values]
             axes[0].fill_between(lengths, lows, highs, color=line.get_color(), alpha=0.15, lw=0)
-        if main["kind"] == "fixed":
-            axes[0].plot(main["num_draft_tokens"], figures.block_efficiency.value, "o", color=line.get_color())
+        if measured is not None:
+            axes[0].plot(*measured, "o", color=line.get_color())
     axes[0].set(xlabel="draft tokens per round", ylabel="block efficiency")
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(fontsize=8, frameon=False)

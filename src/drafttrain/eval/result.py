@@ -23,7 +23,7 @@ from drafttrain.eval.quality import Agreement, TaskScore
 from drafttrain.eval.typed_json import from_json, to_json
 from drafttrain.heads.token_head import MadeFor
 
-FORMAT = 3
+FORMAT = 4
 """Version of eval.json."""
 LOSSY = "lossy"
 
@@ -34,6 +34,8 @@ class EvaluatedTarget:
 
     name: str
     fingerprint: str
+    dtype: str
+    """Type of its weights in memory."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class PlainFigures:
     tokens_per_second: float
     same_prompts: SamePrompts | None = None
     """None: transformers' generate was not measured."""
+    round: RoundTimes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,25 @@ class Seconds:
     draft_seconds: float
     verify_seconds: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class RoundTimes:
+    """Where the time of a mean round goes; prefill excluded."""
+
+    target_ms: float
+    """Forwards of the target."""
+    drafter_ms: float
+    """Forwards of the drafter; 0 without one."""
+    drafting_ms: float
+    """The rest of drafting: choosing draft tokens, the drafter's cache, Python."""
+    verifying_ms: float
+    """The rest of verification: probabilities, the acceptance rule, the target's cache, Python."""
+
+    @property
+    def total_ms(self) -> float:
+        """The whole round."""
+        return self.target_ms + self.drafter_ms + self.drafting_ms + self.verifying_ms
 
 
 @dataclass(frozen=True)
@@ -122,7 +144,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class DrafterFigures:
-    """All figures of one drafter at one temperature and one draft length."""
+    """All figures of one drafter, or training-free proposer, at one temperature and one draft length."""
 
     length: Mapping[str, Any]
     block_efficiency: Interval
@@ -139,16 +161,21 @@ class DrafterFigures:
     speedup: Speedup
     seconds: Seconds
     vllm: VllmFigures
-    domains: Mapping[str, float]
+    domains: Mapping[str, Interval]
+    """Block efficiency by domain of the prompts; empty where there is one domain only."""
     prompts: Sequence[PromptCounts]
     samples: Sequence[Sample]
-    alpha: Interval
     replay: Mapping[str, Interval]
     exactness: str
+    alpha: Interval | None = None
+    """None: a training-free proposer, which has no distribution."""
+    proposer: Mapping[str, Any] | None = None
+    """Kind and settings of a training-free proposer; None: a drafter."""
     draft_vocabulary_share: float | None = None
     task: TaskScore | None = None
     agreement: Agreement | None = None
     parity: Parity | None = None
+    round: RoundTimes | None = None
 
     @property
     def lossy(self) -> bool:
@@ -163,7 +190,7 @@ class PairedComparison:
     block_efficiency: Interval
     p_value: float
     speed: Interval | None = None
-    """Tokens per second of the first over those of the second; only between draft lengths of one drafter."""
+    """Tokens per second of the first over those of the second; None: two drafters."""
 
 
 @dataclass(frozen=True)
@@ -281,14 +308,28 @@ def current_result(path: Path) -> Result | None:
 
 
 def _completed(content: dict[str, Any]) -> dict[str, Any]:
-    """Add what evaluations of earlier versions did not store of each drafter: they had one length and one rule.
+    """Add what evaluations of earlier versions did not store.
 
-    Baselines whose texts were not compared are left out.
+    They had one length and one rule, and domains without intervals. Baselines whose texts were not compared are left out.
     """
+    content.get("target", {}).setdefault("dtype", "")
     for part in content["temperatures"]:
         if "transformers_generate_equal" not in part["plain"].get("same_prompts", {}):
             part["plain"].pop("same_prompts", None)
         for figures in part["drafters"].values():
             figures.setdefault("length", content["settings"]["length"])
             figures.setdefault("exactness", content["exactness"])
+            if content.get("format", FORMAT) < FORMAT:
+                _complete_older(figures)
     return content
+
+
+def _complete_older(figures: dict[str, Any]) -> None:
+    """Add intervals of domains, and which differences of greedy outputs are near ties."""
+    unknown = {"low": None, "high": None, "num_prompts": 0}
+    figures["domains"] = {name: {"value": value, **unknown} for name, value in figures["domains"].items()}
+    if (parity := figures.get("parity")) is not None:
+        near = sum(one["near_tie"] for one in parity["divergences"])
+        parity |= {"num_near_ties": near, "num_unexplained": len(parity["divergences"]) - near}
+        for one in parity["divergences"]:
+            one["rounding"] = None

@@ -11,6 +11,8 @@ from drafttrain.eval.acceptance.lossless import LosslessSettings
 from drafttrain.eval.length import length_policies
 from drafttrain.eval.length.fixed import FixedLengthSettings
 from drafttrain.eval.prompts import Prompts
+from drafttrain.eval.proposers import TrainingFree, proposers
+from drafttrain.eval.proposers.none import PLAIN
 
 
 @dataclass
@@ -33,11 +35,20 @@ class EvalSettings:
     temperatures: list[float] = setting([0.0, 1.0], help="Temperatures, each evaluated separately; 0 is greedy.", ge=0)
     top_p: float = setting(1.0, help="Nucleus (top-p) of target and drafter at temperature > 0.", gt=0, le=1)
     top_k: int = setting(0, help="Most likely tokens that are sampled from at temperature > 0; 0: all.", ge=0)
+    start: bool = setting(
+        True,
+        help="Evaluate the drafter's start too, for gain_over_start. Its acceptance is low, so it takes as long as plain decoding.",
+    )
     length: Any = setting(FixedLengthSettings(), help="How many tokens to draft, by kind.", registry=length_policies)
     also: list[Any] = setting(
         [],
         help="Further draft lengths; each drafter is evaluated with each of them, as `drafter (tree 24)`.",
         registry=length_policies,
+    )
+    beside: list[Any] = setting(
+        [],
+        help="Proposers that need no training, evaluated beside the drafter and compared with it, by kind: `{kind: ngram}`.",
+        registry=proposers,
     )
     rule: Any = setting(LosslessSettings(), help="Which draft tokens are accepted, by kind.", registry=acceptance_rules)
     checker: Any = setting(
@@ -72,6 +83,10 @@ class EvalSettings:
         labels = [length_label(length) for length in (self.length, *self.also)]
         for label in dict.fromkeys(label for label in labels if labels.count(label) > 1):
             problems.append(f"also: {label} occurs twice (eval.length counts)")
+        beside = [TrainingFree(one).label for one in self.beside]
+        problems += [f"beside: {one} occurs twice" for one in dict.fromkeys(beside) if beside.count(one) > 1]
+        if PLAIN.label in beside:
+            problems.append(f"beside: {PLAIN.label} is plain decoding, which every evaluation has")
         return problems
 
     def as_dict(self) -> dict[str, Any]:
@@ -80,6 +95,7 @@ class EvalSettings:
             "rule": component_mapping(self.rule),
             "length": component_mapping(self.length),
             "also": [component_mapping(length) for length in self.also],
+            "beside": [component_mapping(proposer) for proposer in self.beside],
             "checker": component_mapping(self.checker) if self.checker else None,
         }
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 
 from drafttrain.core.console import say, table
-from drafttrain.eval.interval import number, p_value
+from drafttrain.eval.interval import RELIABLE_PROMPTS, Interval, number, p_value
 from drafttrain.eval.result import AtTemperature, DrafterFigures, HeadFigures, PlainFigures, Result
 
 CARRIES_OVER = "What carries over to a GPU"
@@ -14,22 +13,27 @@ CARRIES_OVER_CAPTION = "counts of tokens, calls and bytes, the same on any machi
 THIS_MACHINE = "On this machine"
 THIS_MACHINE_CAPTION = "measured times; speed-up is over the baseline on the same prompts"
 COUNTED_COLUMNS = ("temperature", "drafter", "block efficiency", "alpha", "draft acc. rate", "MBSU", "greedy parity")
+ROUND_CAPTION = (
+    "Milliseconds of a mean round on this machine: forwards of target and drafter, and the rest of each phase"
+)
+ROUND_COLUMNS = ("temperature", "drafter", "round", "target", "drafter's", "rest of drafting", "rest of verification")
 TIMED_COLUMNS = ("temperature", "drafter", "tokens/s", "speed-up", "baseline")
 
 
 def show(result: Result) -> None:
     """Print the two tables, then what needs a sentence: differences, lossy rules, comparisons, heads."""
     length, machine = in_words(result.settings["length"]), result.provenance.machine
-    about = (
-        f"{result.num_prompts} prompts, target {result.target.name}; {length}; brackets: 95 % intervals over prompts"
-    )
+    about = f"{result.num_prompts} prompts, target {target_in_words(result)}; {length}; brackets: 95 % intervals over prompts"
     rows = [_counted_row(part, *arm) for part in result.temperatures for arm in part.drafters.items()]
     table(rows, columns=COUNTED_COLUMNS, title=f"\n{CARRIES_OVER}: {CARRIES_OVER_CAPTION}\n{about}")
     rows = [row for part in result.temperatures for row in _timed_rows(part)]
     where = f"{THIS_MACHINE} ({machine.processor}, {machine.cpus} CPUs)"
     table(rows, columns=TIMED_COLUMNS, title=f"\n{where}: {THIS_MACHINE_CAPTION}")
+    rows = [row for part in result.temperatures for row in round_rows(part)]
+    table(rows, columns=ROUND_COLUMNS, title=f"\n{ROUND_CAPTION}")
     for part in result.temperatures:
-        _show_domains(part)
+        if rows := domain_rows(part):
+            table(rows, columns=("domain", "prompts", *part.drafters), title=f"\n{domain_caption(part)}")
     for name, drafter in result.drafters.items():
         if drafter.target != result.target.name:
             say(f"note: {name} decodes with {drafter.target}: its parity and its speed-up are against that target")
@@ -42,20 +46,9 @@ def show(result: Result) -> None:
         _show_head(result.head)
 
 
-def by_domain(part: AtTemperature) -> list[list[str]]:
-    """Return a row for each domain: its name, its prompts, and the block efficiency of every drafter; empty with one domain."""
-    first, *_ = part.drafters.values()
-    prompts = Counter(prompt.domain for prompt in first.prompts)
-    return [
-        [domain, str(prompts[domain]), *(number(figures.domains[domain]) for figures in part.drafters.values())]
-        for domain in first.domains
-    ]
-
-
-def _show_domains(part: AtTemperature) -> None:
-    if rows := by_domain(part):
-        title = f"\nBlock efficiency by domain at temperature {part.temperature:g}"
-        table(rows, columns=["domain", "prompts", *part.drafters], title=title)
+def target_in_words(result: Result) -> str:
+    """Return the name of the target, with the type of its weights where it is known."""
+    return f"{result.target.name} in {result.target.dtype}" if result.target.dtype else result.target.name
 
 
 def in_words(component: Mapping[str, object]) -> str:
@@ -63,9 +56,49 @@ def in_words(component: Mapping[str, object]) -> str:
     return ", ".join(f"{key} {value}" for key, value in component.items())
 
 
+def alpha_cell(figures: DrafterFigures) -> str:
+    """Return alpha; `-` for a training-free proposer, which has no distribution."""
+    return "-" if figures.alpha is None else figures.alpha.text()
+
+
 def parity_cell(figures: DrafterFigures) -> str:
     """Return the greedy parity of a drafter; `-` where it is not defined: sampled text, or a lossy rule."""
     return "-" if figures.parity is None else figures.parity.short()
+
+
+def round_rows(part: AtTemperature) -> list[list[str]]:
+    """Return the times of a mean round by part: of plain decoding, then of every drafter; none in older results."""
+    times = {"plain decoding": part.plain.round, **{name: one.round for name, one in part.drafters.items()}}
+    return [
+        [
+            f"{part.temperature:g}",
+            name,
+            *(number(ms, 1) for ms in (one.total_ms, one.target_ms, one.drafter_ms, one.drafting_ms, one.verifying_ms)),
+        ]
+        for name, one in times.items()
+        if one is not None
+    ]
+
+
+def domain_caption(part: AtTemperature) -> str:
+    """Return the title of the table of domains."""
+    note = f"; *: fewer than {RELIABLE_PROMPTS} prompts, the interval is not reliable"
+    return f"Block efficiency by domain of the prompts, temperature {part.temperature:g}{note}"
+
+
+def domain_rows(part: AtTemperature) -> list[list[str]]:
+    """Return a row for each domain: its prompts, and the block efficiency of every drafter; none where there is one domain."""
+    by_drafter = [figures.domains for figures in part.drafters.values()]
+    return [
+        [name or "(none)", str(found.num_prompts), *(_with_mark(domains[name]) for domains in by_drafter)]
+        for name, found in by_drafter[0].items()
+    ]
+
+
+def _with_mark(found: Interval) -> str:
+    """Return a value with its bounds, and a mark instead of the note on their reliability."""
+    mark = "*" if found.num_prompts is not None and found.num_prompts < RELIABLE_PROMPTS else ""
+    return " ".join([number(found.value), found.bounds()[0]]) + mark
 
 
 def _counted_row(part: AtTemperature, name: str, figures: DrafterFigures) -> list[str]:
@@ -73,7 +106,7 @@ def _counted_row(part: AtTemperature, name: str, figures: DrafterFigures) -> lis
         f"{part.temperature:g}",
         name + (" (LOSSY)" if figures.lossy else ""),
         figures.block_efficiency.text(),
-        figures.alpha.text(),
+        alpha_cell(figures),
         number(figures.draft_acceptance_rate),
         number(figures.mbsu),
         parity_cell(figures),

@@ -110,4 +110,4 @@ def greedy_parity(
         )
         outputs.append([engine.generate([prompt])[0] for prompt in prompts])
     found = parity(outputs[0], outputs[1], target)
-    return str(found), all(one.near_tie for one in found.divergences)
+    return str(found), found.lossless

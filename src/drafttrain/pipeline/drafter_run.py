@@ -176,11 +176,17 @@ class DrafterRun(Run):
 
     def evaluate(self) -> Result:
         """Evaluate the exported drafter beside the run's own start."""
-        folders = {"drafter": self.folder.exported(self.what)}
-        if self.folder.start.exists():
-            folders["start"] = self.folder.start
         settings = self.recipe.eval
-        return evaluate_folders(folders, self.target, settings, dropped=contaminated_prompts(self, settings.prompts))
+        folders = {"drafter": self.folder.exported(self.what)}
+        if settings.start and self.folder.start.exists():
+            folders["start"] = self.folder.start
+        return evaluate_folders(
+            folders,
+            self.target,
+            settings,
+            dropped=contaminated_prompts(self, settings.prompts),
+            unfinished=self.folder.unfinished,
+        )
 
     def card(self, result: Result, *, command: str) -> str:
         """Return the README of the drafter folder."""

@@ -43,8 +43,19 @@ def evaluate_in_new_process(run: Run) -> Result:
     return read_result(run.folder.eval)
 
 
-def evaluate_folders(folders: Mapping[str, Path], target: Target, settings: Any, *, dropped: Sequence[str]) -> Result:
-    """Evaluate drafter folders on the prompts of the settings, without the contaminated ones."""
+def evaluate_folders(
+    folders: Mapping[str, Path],
+    target: Target,
+    settings: Any,
+    *,
+    dropped: Sequence[str],
+    unfinished: Path | None = None,
+) -> Result:
+    """Evaluate drafter folders on the prompts of the settings, without the contaminated ones.
+
+    Args:
+        unfinished: Folder in which outputs are stored until the evaluation has ended.
+    """
     prompts = read_prompts(
         settings.prompts,
         target.tokenizer,
@@ -53,7 +64,7 @@ def evaluate_folders(folders: Mapping[str, Path], target: Target, settings: Any,
         limit=settings.num_prompts,
     )
     check_lengths(target, prompts, settings)
-    result = evaluate(folders, target, prompts, replace(settings, num_prompts=None))
+    result = evaluate(folders, target, prompts, replace(settings, num_prompts=None), unfinished=unfinished)
     return replace(result, prompts_dropped_for_overlap=len(dropped))
 
 

@@ -50,6 +50,7 @@ class RunFolder:
         self.train = path
         self.train_done = path / "train.json"
         self.start = path / "start"
+        self.unfinished = path / "eval.unfinished"
         self.labelled = self.data / "labelled"
         self.drafter = path / "drafter"
         self.head = path / "head"

@@ -110,6 +110,7 @@ class HeadRun(Run):
             self.target,
             with_own_head(recipe.eval, str(exported)),
             dropped=contaminated_prompts(self, recipe.eval.prompts),
+            unfinished=self.folder.unfinished,
         )
         held_out = LabelledTokens(self.folder.labelled).held_out
         figures = head_figures(exported, self.folder.start, held_out, kind=recipe.head.kind)

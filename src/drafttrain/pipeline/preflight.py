@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from drafttrain.checkpoint import read_about
 from drafttrain.config.made_by import MADE_BY
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say
@@ -17,16 +18,18 @@ from drafttrain.core.errors import CheckpointError, DataError, RecipeError
 from drafttrain.core.foreign import check_folder, read_json
 from drafttrain.data_gen.sources import Versioned, sources
 from drafttrain.data_gen.sources.generated import Generated
-from drafttrain.eval.prompts import files_of, prompt_file
+from drafttrain.eval.prompts import BUILTIN, files_of, prompt_file
 from drafttrain.export import exporters
 from drafttrain.export.layout import text_config
 from drafttrain.pipeline.model_parts import ModelParts, NotHere, target_parts
 from drafttrain.target_model.end_tokens import end_of_text_id
 from drafttrain.target_model.folder_checks import check_model_files
 from drafttrain.target_model.folders import fingerprint_of
-from drafttrain.target_model.tokenizer import check_same_tokenizer, tokenizer_fingerprint
+from drafttrain.target_model.tokenizer import check_same_tokenizer, tokenizer_files, tokenizer_fingerprint
 
 FIRST_SHOWN = 3
+PYTHON_TEXT = ("builtin:test", "builtin:validation")
+"""Built-in prompts of source code."""
 
 
 def check_parts(recipe: Recipe, *, fetch: bool = True, data: bool = True) -> None:
@@ -120,8 +123,9 @@ def _of_target(target: ModelParts, recipe: Recipe) -> Iterator[str]:
     yield from _formats(target, recipe)
     yield from _questions(target, recipe)
     yield from _writers(target, recipe)
-    if note := _window(target.config, recipe):
-        say(f"{target.key}: {note}")
+    for note in (_window(target.config, recipe), _prompts_of_another_kind(target, recipe)):
+        if note:
+            say(f"{target.key}: {note}")
 
 
 def _reads_tokenizer(parts: ModelParts) -> Iterator[str]:
@@ -221,6 +225,18 @@ def _window(config: Any, recipe: Recipe) -> str | None:
     return f"the target has a sliding window of {window} and data.max_length is {longest}: longer texts are decoded one at a time"
 
 
+def _prompts_of_another_kind(target: ModelParts, recipe: Recipe) -> str | None:
+    """Return a note where a chat target is validated or evaluated on Python source text."""
+    prompts = {"eval.prompts": recipe.eval.prompts, "eval.validation_prompts": recipe.eval.validation_prompts}
+    of_code = [key for key, files in prompts.items() if any(one.path in PYTHON_TEXT for one in files_of(files))]
+    if not of_code or target.name.startswith(BUILTIN) or not getattr(target.tokenizer, "chat_template", None):
+        return None
+    return (
+        f"WARNING: {target.name} is a chat model, and the prompts of {' and '.join(of_code)} are Python source text: figures "
+        "on them say little about chats. Choose builtin:chat and builtin:chat_validation, or held-out prompts of your own"
+    )
+
+
 def _of_start(drafter: ModelParts, target: ModelParts, recipe: Recipe) -> Iterator[str]:
     """Yield why training cannot start from a drafter folder."""
     if recipe.drafter.kind == "causal_lm":
@@ -239,7 +255,10 @@ def _of_start(drafter: ModelParts, target: ModelParts, recipe: Recipe) -> Iterat
 
 def _same_tokenizer(drafter: ModelParts, target: ModelParts) -> Iterator[str]:
     check_model_files(drafter.folder)
-    check_same_tokenizer(target.tokenizer, drafter.tokenizer, drafter=drafter.name)
+    about = read_about(drafter.folder)
+    # A folder without tokenizer files has only the digest, which loading checks.
+    if about is None or tokenizer_files(drafter.folder):
+        check_same_tokenizer(target.tokenizer, drafter.tokenizer, drafter=drafter.name)
     rows = text_config(read_json(drafter.folder / "config.json")).get("vocab_size")
     ids = target.num_ids if target.key == "target.tokenizer" else min(target.num_ids, target.num_rows)
     if isinstance(rows, int) and rows < ids:

@@ -46,7 +46,7 @@ def package() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise CheckpointError("GGUF needs the package gguf: pip install 'drafttrain[gguf]'") from error
+        raise CheckpointError("GGUF needs the package gguf: pip install gguf") from error
     return gguf
 
 

@@ -34,10 +34,9 @@ def number_type(settings: TargetSettings) -> str:
     if kind_of_device(settings.device) == "cuda":
         return type_on_gpu(resolve_folder(settings.model, revision=settings.revision))
     try:
-        folder = resolve_folder(settings.model, revision=settings.revision)
+        return type_on_cpu(resolve_folder(settings.model, revision=settings.revision))
     except CheckpointError:
         return "float32"  # the stage that loads the target reports what is wrong
-    return type_on_cpu(folder)
 
 
 def type_on_gpu(folder: Path) -> str:
