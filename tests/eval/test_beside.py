@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,9 +24,12 @@ from drafttrain.eval.length.fixed import FixedLengthSettings
 from drafttrain.eval.proposers import TrainingFree
 from drafttrain.eval.proposers.ngram import NgramIndex, NgramSettings
 from drafttrain.eval.proposers.none import NoDraftSettings
-from drafttrain.eval.result import Result
+from drafttrain.eval.report import write_report
+from drafttrain.eval.result import Result, read_result
 from drafttrain.eval.settings import EvalSettings
+from drafttrain.eval.table import show
 from drafttrain.serving.card import model_card
+from drafttrain.serving.draft_length import best_length
 from drafttrain.target_model import Target
 from tests.conftest import byte_tokenizer, random_llama
 from tests.eval.decoding import PROMPTS
@@ -94,6 +99,28 @@ def test_it_is_compared_with_the_drafter_paired_over_prompts_and_in_speed(result
     assert compared.speed is not None
     shorter = " (fixed 2)"
     assert f"drafter{shorter} - ngram{shorter}" in part.comparisons
+
+
+def test_tables_page_card_and_file_have_it(result, tmp_path, capsys):
+    result.write(tmp_path / "eval.json")
+    read = read_result(tmp_path / "eval.json").temperatures[0].drafters["ngram"]
+    assert (read.alpha, read.proposer) == (None, {"kind": "ngram", "max_ngram": 3, "min_ngram": 1})
+    show(result)
+    printed = capsys.readouterr()
+    shown = printed.out + printed.err
+    (counted,) = [line for line in shown.splitlines() if re.search(r"\bngram  +\S+ \[.*exact 3/3", line)]
+    assert re.search(r"\]( \(not reliable, n = 3\))? +- ", counted), "it has no alpha"
+    assert "drafter - ngram: block efficiency" in shown
+    write_report(tmp_path / "report.html", result, title="T", metrics=None, command="")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert len(re.findall(r"<td>ngram<td>", page)) == 3, "counts, times, rounds"
+    drawn = [base64.b64decode(one).decode() for one in re.findall(r"svg\+xml;base64,([^\"]+)", page)]
+    assert all("ngram, temperature 0" in one for one in drawn[:2])
+    (part,) = result.temperatures
+    card = model_card("N", result, drafter="drafter", recipe="", command="")
+    assert f"| 0 | ngram | {part.drafters['ngram'].block_efficiency.text()} |" in card
+    assert "| 0 | ngram (fixed" not in card, "the card is about one length"
+    assert best_length(result).num_draft_tokens in (1, 2), "by the drafter's replay"
 
 
 def test_without_one_the_card_has_no_such_table(target, folder, settings):
