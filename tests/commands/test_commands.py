@@ -396,6 +396,9 @@ def test_every_recipe_runs_with_smoke(name, tmp_path):
         "eagle3_llama3.1_8b": [*EMBEDDED, "drafter.draft_vocab_size=512"],
         "eagle3_qwen3_8b": [*EMBEDDED, "drafter.draft_vocab_size=512"],
         "smollm2_eagle3": [*EMBEDDED, *EMBEDDED_TEXT, "drafter.draft_vocab_size=512"],
+        "smollm2_medusa": [*EMBEDDED, *EMBEDDED_TEXT, "drafter.draft_vocab_size=512"],
+        "smollm2_kangaroo": [*EMBEDDED, *EMBEDDED_TEXT, "drafter.draft_vocab_size=512", "export.dtype=float32"],
+        "smollm2_draft": [*EMBEDDED, *EMBEDDED_TEXT, "drafter.hidden_size=64", "drafter.num_heads=2"],
     }
     short = [] if name == "demo" else ["eval.max_new_tokens=8", "eval.temperatures=[0]", "train.max_steps=10"]
     short += ["train.warmup_steps=5"] if short else []

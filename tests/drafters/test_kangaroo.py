@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -349,6 +350,59 @@ def test_a_batch_equals_each_sequence_alone(target, draft):
         assert [g.rounds for g in together] == [g.rounds for g in alone]
 
 
+def with_vocabulary(target: Target, size: int, **settings: Any) -> KangarooDrafter:
+    """Return a drafter of the most frequent tokens, which are spread over the target's."""
+    drafter = made(target, draft_vocab_size=size, **settings)
+    drafter.fit_vocabulary(lambda: torch.arange(target.vocab_size) * 101 % target.vocab_size)
+    return drafter
+
+
+def test_a_draft_vocabulary_uses_the_heads_rows_of_its_tokens(target):
+    whole, cut = made(target, noise=0.1), with_vocabulary(target, 60, noise=0.1)
+    assert cut.vocabulary is not None
+    assert cut.vocabulary.tolist() != list(range(60))
+    batch = batch_of([[3, 1, 4, 1, 5, 9, 2, 6]])
+    seen = target.read(batch.tokens_BT, batch.positions_BT, cut.needs())
+    drafted = cut(replace(batch, target=seen))
+    assert drafted.vocabulary is cut.vocabulary
+    with torch.no_grad():
+        wanted = logits_of(whole, target, batch)[..., cut.vocabulary]
+        torch.testing.assert_close(drafted.logits_BTV(1), wanted)
+    assert sum(p.numel() for p in cut.parameters()) == sum(p.numel() for p in whole.parameters())
+
+
+@pytest.mark.parametrize("draft", ["sampled", "greedy"])
+def test_with_a_draft_vocabulary_greedy_output_is_the_targets_own(idle_target, draft):
+    """The target's last blocks do nothing: the drafter errs only where the target's token is not in its vocabulary."""
+    drafter = with_vocabulary(idle_target, 128, draft=draft)
+    ledger = Ledger()
+    found = decode(idle_target, drafter.proposer(idle_target, ledger.append), new=24, stop_tokens=())
+    assert [g.tokens for g in found] == [greedy(idle_target, prompt, 24) for prompt in PROMPTS]
+    known = set(drafter.vocabulary.tolist())  # type: ignore[union-attr]
+    outcomes = set()
+    for g in found:
+        for one in g.rounds:
+            wanted = g.tokens[one.start : one.start + one.num_draft_tokens]
+            right = next((place for place, token in enumerate(wanted) if token not in known), len(wanted))
+            assert one.num_accepted == right
+            outcomes.add(right < one.num_draft_tokens)
+    assert outcomes == {True, False}
+
+
+def test_a_folder_with_a_draft_vocabulary_reads_back(target, tmp_path):
+    drafter = with_vocabulary(target, 60, noise=0.1)
+    drafter.save(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["draft_vocab_size"] == 60
+    read = KangarooDrafter.load(tmp_path, target)
+    batch = batch_of([[3, 1, 4, 1, 5]])
+    assert torch.equal(logits_of(read, target, batch), logits_of(drafter, target, batch))
+    assert drafter.vocabulary is not None
+    drafter.vocabulary[0] = drafter.vocabulary[1]
+    drafter.save(tmp_path)
+    with pytest.raises(CheckpointError, match="token_map: gives some ids twice"):
+        KangarooDrafter.load(tmp_path, target)
+
+
 def test_a_prompt_of_one_token_and_an_end_inside_a_block(idle_target):
     proposer = made(idle_target).proposer(idle_target)
     for prompt in (Prompt("one", [7]), PROMPTS[0]):
@@ -471,6 +525,12 @@ def small() -> Target:
 
 
 STOP = Confidence(ConfidenceSettings(threshold=0.235, min_tokens=0, max_tokens=2))
+
+
+def test_with_a_draft_vocabulary_the_output_has_the_targets_distribution(small):
+    proposer = with_vocabulary(small, 4, noise=0.1).proposer(small)
+    policy = FixedLength(FixedLengthSettings(2))
+    assert chi_square(small.model, proposer, 1.0, policy=policy, samples=1500) > 1e-3
 
 
 @pytest.mark.parametrize("draft", ["sampled", "greedy"])

@@ -11,6 +11,7 @@ import torch
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.proposals import Exactness, NodeKind, chain, fixed_chain
 from drafttrain.core.random import stream
+from drafttrain.core.target_probs import TargetProbs
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.drafters.causal_lm.proposer import ChainProposer
 from drafttrain.eval.acceptance.judge import Judge, JudgeRuleSettings
@@ -68,11 +69,16 @@ def test_it_accepts_what_the_lossless_rule_accepts_of_the_same_draft_and_more(he
             else chain(tokens, kind=NodeKind.SAMPLED, q_rows_RV=drafter_RV)
         )
         hidden_ND = torch.randn(6, 32, generator=generator)
-        lossless, _ = Lossless()(proposal, target_NV, None, stream(0, number))
-        kept, _ = judge(proposal, target_NV, hidden_ND, stream(0, number))
+        lossless, _ = Lossless()(proposal, TargetProbs.of(target_NV), None, stream(0, number))
+        kept, _ = judge(proposal, TargetProbs.of(target_NV), hidden_ND, stream(0, number))
         assert kept[: len(lossless)] == lossless
         longer += len(kept) > len(lossless)
-        by_delta.append([len(rule(head, d)(proposal, target_NV, hidden_ND, stream(0, number))[0]) for d in (0.2, 0.8)])
+        by_delta.append(
+            [
+                len(rule(head, d)(proposal, TargetProbs.of(target_NV), hidden_ND, stream(0, number))[0])
+                for d in (0.2, 0.8)
+            ]
+        )
     assert longer > 20
     assert sum(low for low, _ in by_delta) > sum(high for _, high in by_delta)
 
@@ -83,7 +89,7 @@ def test_only_tokens_that_the_judge_passes_are_accepted_against_the_target(head)
     good_N = (judge.head.probability(hidden_ND) > 0.5).tolist()
     target_NV = torch.zeros(4, 6)
     target_NV[:, 5] = 1.0  # never a draft token
-    path, token = judge(fixed_chain(0, [1, 2, 3]), target_NV, hidden_ND, stream(0))
+    path, token = judge(fixed_chain(0, [1, 2, 3]), TargetProbs.of(target_NV), hidden_ND, stream(0))
     passed = next((i for i in range(1, 4) if not good_N[i]), 4)
     assert path == list(range(passed))
     assert token == 5

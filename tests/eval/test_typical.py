@@ -9,6 +9,7 @@ import torch
 
 from drafttrain.core.probability import sampling_probs
 from drafttrain.core.proposals import Exactness, Proposal, fixed_chain, fixed_tree
+from drafttrain.core.target_probs import TargetProbs
 from drafttrain.core.texts import Sampling
 from drafttrain.drafters.causal_lm.proposer import ChainProposer
 from drafttrain.eval.acceptance.lossless import Lossless
@@ -39,8 +40,8 @@ def random_tree(seed: int, vocabulary: int = 5) -> tuple[Proposal, torch.Tensor]
 def test_at_temperature_zero_it_is_the_greedy_rule(seed):
     tree, logits_NV = random_tree(seed)
     probs_NV = sampling_probs(logits_NV, Sampling())
-    found = Typical(TypicalSettings(epsilon=0.999, delta=50))(tree, probs_NV, None, generator())
-    assert found == Lossless()(tree, probs_NV, None, generator())
+    found = Typical(TypicalSettings(epsilon=0.999, delta=50))(tree, TargetProbs.of(probs_NV), None, generator())
+    assert found == Lossless()(tree, TargetProbs.of(probs_NV), None, generator())
 
 
 def test_a_lower_epsilon_or_delta_never_accepts_less():
@@ -51,7 +52,7 @@ def test_a_lower_epsilon_or_delta_never_accepts_less():
         probs_NV = logits_NV.softmax(-1)
 
         def kept(epsilon: float, delta: float, tree: Proposal = tree, probs_NV: torch.Tensor = probs_NV) -> int:
-            return len(Typical(TypicalSettings(epsilon, delta))(tree, probs_NV, None, generator())[0])
+            return len(Typical(TypicalSettings(epsilon, delta))(tree, TargetProbs.of(probs_NV), None, generator())[0])
 
         for lengths in ([kept(e, 0.5) for e in grid], [kept(0.5, d) for d in grid]):
             assert lengths == sorted(lengths)
@@ -68,10 +69,10 @@ def test_the_threshold_by_hand_and_the_longest_path():
     # Both children of the root pass; only the less likely one has a child that passes.
     tree = fixed_tree(9, [(0, 0), (1, 0), (2, 1), (3, 2)])
     probs_NV = torch.tensor([[0.6, 0.4, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0], [0, 0, 1, 0]]).double()
-    assert Typical(settings)(tree, probs_NV, None, generator()) == ([0, 2, 4], 2)
+    assert Typical(settings)(tree, TargetProbs.of(probs_NV), None, generator()) == ([0, 2, 4], 2)
     # Of equally long paths, the likelier.
-    assert Typical(settings)(fixed_tree(9, [(1, 0), (0, 0)]), probs_NV, None, generator())[0] == [0, 2]
-    assert Typical(settings)(fixed_chain(9, [2]), probs_NV, None, generator())[0] == [0]
+    assert Typical(settings)(fixed_tree(9, [(1, 0), (0, 0)]), TargetProbs.of(probs_NV), None, generator())[0] == [0, 2]
+    assert Typical(settings)(fixed_chain(9, [2]), TargetProbs.of(probs_NV), None, generator())[0] == [0]
 
 
 def test_it_is_lossy_and_labelled_so():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.proposals import DrawMode, NodeKind, Proposal, chain, fixed_chain
+from drafttrain.core.target_probs import TargetProbs
 from drafttrain.eval import verification
 from drafttrain.eval.acceptance.lenience import lenient
 from drafttrain.eval.verification import walk
@@ -82,7 +83,7 @@ def emitted_distribution(
             rows.append(q[level][tuple(drafted)])
             drafted.append(script.draw(rows[-1]))
         make = propose or (lambda d, r: chain([0, *d], kind=NodeKind.SAMPLED, q_rows_RV=torch.stack(r)))
-        target = torch.stack([p[level][tuple(drafted[:level])] for level in range(depth + 1)])
+        target = TargetProbs.of(torch.stack([p[level][tuple(drafted[:level])] for level in range(depth + 1)]))
         path, token = walk(make(drafted, rows), target, script, **options)  # type: ignore[arg-type]
         tokens = [*drafted[: len(path) - 1], token]
         while len(tokens) < 2:
@@ -131,7 +132,7 @@ def test_a_fixed_chain_has_the_targets_distribution(seed):
     target = [p[0], p[1][fixed[0]], p[2][fixed[0], fixed[1]]]
 
     def run(script: Script) -> tuple[int, ...]:
-        path, token = walk(fixed_chain(0, fixed), torch.stack(target), script)
+        path, token = walk(fixed_chain(0, fixed), TargetProbs.of(torch.stack(target)), script)
         tokens = [*fixed[: len(path) - 1], token]
         while len(tokens) < 2:
             tokens.append(script.draw(p[len(tokens)][tuple(tokens)]))
@@ -167,7 +168,7 @@ def test_siblings_have_the_targets_distribution(draw, mixed):
                 q_row_N=torch.tensor([0, -1, -1, -1]),
                 draw=draw,
             )
-            path, token = walk(proposal, p.expand(4, 4), script)
+            path, token = walk(proposal, TargetProbs.of(p.expand(4, 4)), script)
             return (tokens[path[1] - 1] if len(path) > 1 else token,)
 
         found = outcomes(run)
@@ -214,7 +215,7 @@ def test_a_smaller_epsilon_accepts_more():
         found = outcomes(
             lambda s: (
                 len(walk(chain([0, d := s.draw(q[0])], kind=NodeKind.SAMPLED, q_rows_RV=q[0][None]),
-                         torch.stack([p[0], p[1][d]]), s, credit=lenient("linear", epsilon))[0]) - 1,
+                         TargetProbs.of(torch.stack([p[0], p[1][d]])), s, credit=lenient("linear", epsilon))[0]) - 1,
             )
         )  # fmt: skip
         return found[(1,)]

@@ -112,18 +112,22 @@ FAULTS = [
 ]
 
 
-def test_vllm_holds_heads_over_a_part_of_the_vocabulary_only_if_they_share_a_matrix(source, target_config):
-    folder = source("medusa", draft_vocab_size=100, shared_head=True)
-    made = converted("vllm", folder, target_config)
-    assert (made.config["truncated_vocab_size"], made.config["original_lm_head"]) == (100, True)
-    folders.damage(folder, lambda tensors, _: tensors["token_map"].fill_(3))
-    with pytest.raises(CheckpointError, match="token_map: gives some ids twice"):
-        converted("vllm", folder, target_config)
-
-
-def test_vllm_is_not_given_separate_heads_over_a_part_of_the_vocabulary(source, target_config):
-    with pytest.raises(CheckpointError, match=r"lm_heads: 100 of 257 tokens, a matrix for each head: vLLM 0\.32\.0"):
-        converted("vllm", source("medusa", draft_vocab_size=100), target_config)
+@pytest.mark.parametrize("shared", [False, True])
+def test_for_vllm_heads_over_a_part_of_the_vocabulary_have_all_rows_and_draft_the_same(shared, source, target_config):
+    folder = source("medusa", draft_vocab_size=100, shared_head=shared)
+    held, made = load_file(folder / "model.safetensors"), converted("vllm", folder, target_config)
+    ids_R = held["token_map"]
+    states_ND = torch.randn(500, 32)
+    for head in range(1 if shared else 3):
+        rows_RD, rows_VD = held[f"lm_heads.{head}.weight"], made.tensors[f"lm_heads.{head}.weight"]
+        assert rows_VD.shape == (257, 32)
+        assert torch.equal((states_ND @ rows_VD.T).argmax(-1), ids_R[(states_ND @ rows_RD.T).argmax(-1)])
+    assert "token_map" not in made.tensors
+    assert "truncated_vocab_size" not in made.config
+    assert "cannot load token_map" in made.notes[0]
+    # The control: rows of zeros win wherever all logits are negative.
+    zeros_VD = torch.zeros(257, 32).index_copy(0, ids_R, held["lm_heads.0.weight"] - 1)
+    assert not torch.isin((states_ND @ zeros_VD.T).argmax(-1), ids_R).all()
 
 
 @pytest.mark.parametrize(("kind", "fault", "named"), FAULTS)

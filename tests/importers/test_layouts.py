@@ -99,7 +99,7 @@ LAYOUTS = {
     "medusa .pt": Layout(given.medusa_tensors, given.medusa_config, ("vllm",), "medusa_lm_head.pt"),
     "medusa safetensors": Layout(given.medusa_tensors, given.medusa_config, ("vllm",), "medusa_lm_head.safetensors"),
     "medusa vLLM": Layout(given.vllm_medusa_tensors, lambda _: given.vllm_medusa_config(), ("vllm",)),
-    "medusa token_map": Layout(given.cut_medusa_tensors, lambda _: given.cut_medusa_config(), ("vllm",)),
+    "medusa token_map": Layout(given.cut_medusa_tensors, lambda _: given.cut_medusa_config(), ()),
 }
 
 

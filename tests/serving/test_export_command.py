@@ -15,6 +15,7 @@ def test_a_format_is_written_beside_the_folder_and_arguments_are_checked(evaluat
     for words, message in (
         (["--verify"], "add --to FORMAT"),
         (["--to", "vllm", "--to", "hf", "--out", "x"], "--out takes one format"),
+        (["--to", "vllm", "--speed"], "add --verify"),
     ):
         refused = CliRunner().invoke(app, ["export", str(folder), *words])
         assert refused.exit_code == 2

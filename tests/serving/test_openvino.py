@@ -47,5 +47,6 @@ def test_the_request_is_always_greedy(tmp_path, monkeypatch):
         "num_draft_tokens": 3,
         "dtype": "float32",
         "prompts": [[1, 2]],
-        "max_tokens": 8,
+        "max_tokens": [8],
+        "warm_up": False,
     }

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from drafttrain.target_model.attention import faster_with_mask
 from drafttrain.target_model.cached_lm import CachedLM
+from drafttrain.target_model.grouped_attention import reads_keys_once
 
 EXACT = 1e-12
 TREE = [-1, 0, 0, 1, 2, 2]
@@ -62,7 +62,7 @@ def play(lm: CachedLM, prompts: list[list[int]], paths: list[list[int]]) -> floa
 @pytest.mark.parametrize("shared", [1, 2, 4])
 def test_every_round_equals_a_fresh_prefill(prompts, shared):
     model = grouped(shared=shared)
-    assert faster_with_mask(model) == (shared < 4)
+    assert reads_keys_once(model) == (shared < 4)
     assert play(CachedLM(model, name="t"), prompts, PATHS) < EXACT
 
 
@@ -73,20 +73,3 @@ def test_control_another_path_than_the_text_is_seen():
     lm.keep([[0, 1, 3]])
     text = [*EQUAL[0], 50, 62, 65, 20]  # of nodes 0, 2 and 5
     assert error(lm.model, [text], list(lm.step([20]))) > 1e-3
-
-
-@pytest.mark.parametrize("shared", [2, 4])
-def test_one_token_is_read_with_a_mask_only_where_heads_are_shared(monkeypatch, shared):
-    model = grouped(shared=shared)
-    masks: list[Any] = []
-    forward = model.model.forward
-
-    def seen(*arguments: Any, **named: Any) -> Any:
-        masks.append(named["attention_mask"])
-        return forward(*arguments, **named)
-
-    monkeypatch.setattr(model.model, "forward", seen)
-    lm = CachedLM(model, name="t")
-    lm.begin(EQUAL)
-    lm.step([1, 2, 3, 4])
-    assert [mask is None for mask in masks] == [True, shared == 4]

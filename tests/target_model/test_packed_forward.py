@@ -92,6 +92,6 @@ def test_the_users_attention_is_kept() -> None:
 
 def test_control_a_model_with_its_own_attention_code_gets_a_mask(monkeypatch) -> None:
     model = model_of("llama")
-    monkeypatch.setattr(packed_forward, "_configs", lambda _: [])
+    monkeypatch.setattr(packed_forward, "given_attention", lambda _: [])
     assert separates_documents(model)
     assert not reads_packed(model)

@@ -78,6 +78,12 @@ def export(
         bool,
         typer.Option("--verify", help="Decode with an engine that reads the format; compare its tokens and counters."),
     ] = False,
+    speed: Annotated[
+        bool,
+        typer.Option(
+            "--speed", help="With --verify: also measure the engine's tokens/s with the drafter and without, in turns."
+        ),
+    ] = False,
     target: Target = None,
     out: Annotated[
         Path | None,
@@ -92,15 +98,15 @@ def export(
     """Export a trained run, evaluate the files and check them against the gate; with --to, write a further format."""
     with exit_codes(debug=debug):
         only_first_process()
-        _check_export(what, to or [], verify=verify, target=target, out=out)
+        _check_export(what, to or [], verify=verify, speed=speed, target=target, out=out)
         from drafttrain.commands.export import convert_drafter, convert_run, export_run
 
         if to and not is_recipe(what):
-            convert_drafter(what, to, overrides or [], target=target, verify=verify, out=out)
+            convert_drafter(what, to, overrides or [], target=target, verify=verify, speed=speed, out=out)
             return
         loaded, run_folder = recipe_and_run_folder(what, overrides, smoke=smoke, runs=runs)
         if to:
-            convert_run(loaded, run_folder, to, verify=verify, out=out)
+            convert_run(loaded, run_folder, to, verify=verify, speed=speed, out=out)
         else:
             export_run(loaded, run_folder)
 
@@ -111,10 +117,12 @@ def _start_processes(recipe: "Recipe") -> None:
         raise typer.Exit(relaunch(count, max_restarts=recipe.train.max_restarts))
 
 
-def _check_export(what: str, to: list[str], *, verify: bool, target: str | None, out: Path | None) -> None:
+def _check_export(what: str, to: list[str], *, verify: bool, speed: bool, target: str | None, out: Path | None) -> None:
     problems = []
     if not to and (verify or target or out):
         problems.append("--verify, --target and --out are for a format: add --to FORMAT")
+    if speed and not verify:
+        problems.append("--speed measures the engines that --verify runs: add --verify")
     if to and out and len(to) > 1:
         problems.append("--out takes one format: use --to once")
     if is_recipe(what) and target:

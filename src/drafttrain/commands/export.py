@@ -37,15 +37,17 @@ def export_run(recipe: Recipe, folder: Path) -> None:
     export_and_judge(run)
 
 
-def convert_run(recipe: Recipe, folder: Path, formats: Sequence[str], *, verify: bool, out: Path | None) -> None:
-    """Write the exported drafter of a run in further formats; with `verify`, compare them with serving engines."""
+def convert_run(
+    recipe: Recipe, folder: Path, formats: Sequence[str], *, verify: bool, speed: bool, out: Path | None
+) -> None:
+    """Write the exported drafter of a run in further formats; compare them with engines, and measure these, if asked to."""
     here = RunFolder(folder)
     recipe = resolve_auto_types(with_made_models(recipe, folder.parent, fit=fit), here.stored_recipe())
     source = here.exported("drafter")
     served_with = ServedWith(
         target=recipe.target,
         eval=recipe.eval,
-        export=with_formats(recipe.export, formats, recipe.drafter.kind, verify=verify),
+        export=with_formats(recipe.export, formats, recipe.drafter.kind, verify=verify, speed=speed),
         dropped=read_contamination(here.contamination, prompts=name_of(recipe.eval.prompts)),
     )
     write_and_verify(source, served_with, out=out)
@@ -58,9 +60,10 @@ def convert_drafter(
     *,
     target: str | None,
     verify: bool,
+    speed: bool,
     out: Path | None,
 ) -> None:
-    """Write a drafter folder in further formats; with `verify`, compare them with serving engines.
+    """Write a drafter folder in further formats; compare them with engines, and measure these, if asked to.
 
     Args:
         overrides: Overrides of the sections target, eval and export.
@@ -70,7 +73,7 @@ def convert_drafter(
     of_target, of_eval, of_export = load_sections(["target", "eval", "export"], overrides)
     (source,) = folders_of([drafter])
     about = read_about(source)
-    export = with_formats(of_export, formats, about.kind if about else "causal_lm", verify=verify)
+    export = with_formats(of_export, formats, about.kind if about else "causal_lm", verify=verify, speed=speed)
     target = target or (about.target if about else None)
     if not target and not any(override.startswith("target.model=") for override in overrides):
         raise CheckpointError(f"{drafter}: no target is named in it. Give --target MODEL")

@@ -89,9 +89,19 @@ def residual(target_probs_V: Tensor, drafter_probs_V: Tensor) -> Tensor:
 
     If p equals q a rejection has probability 0; then p is returned.
     """
-    excess_V = (target_probs_V - drafter_probs_V).clamp_min(0.0)
-    total = excess_V.sum()
-    return torch.where(total <= torch.finfo(excess_V.dtype).tiny, target_probs_V, excess_V / total)
+    return _normalized_or((target_probs_V - drafter_probs_V).clamp_min(0.0), target_probs_V)
+
+
+def residual_without(probs_V: Tensor, token: int) -> Tensor:
+    """Return the residual after the rejection of a token that was certain to be drafted: the others, normalized."""
+    excess_V = probs_V.clone()
+    excess_V[token] = 0.0
+    return _normalized_or(excess_V, probs_V)
+
+
+def _normalized_or(mass_V: Tensor, otherwise_V: Tensor) -> Tensor:
+    total = mass_V.sum()
+    return torch.where(total <= torch.finfo(mass_V.dtype).tiny, otherwise_V, mass_V / total)
 
 
 def draw(probs_V: Tensor, generator: torch.Generator | None) -> int:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from drafttrain.core.target_probs import TargetProbs
+
 
 class Proposer(Protocol):
     """A drafter, or a training-free method, at inference. It owns its cache and drafts for a list of sequences."""
@@ -87,7 +89,7 @@ class AcceptanceRule(Protocol):
     def __call__(
         self,
         proposal: Proposal,
-        target_probs_NV: Tensor,
+        target_probs: TargetProbs,
         node_hidden_ND: Tensor | None,
         generator: torch.Generator,
     ) -> tuple[list[int], int]:

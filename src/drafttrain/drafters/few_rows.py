@@ -36,13 +36,22 @@ def product_with(linears: Sequence[nn.Module]) -> Product:
     return lambda inputs: linear(inputs, weight_YX, bias_Y)
 
 
-def head_product(model: Any) -> Product:
-    """Return the target's `head_logits` as a function of states_ND, with packed weights where that helps."""
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or not _can_pack(head.weight):
+def head_product(model: Any, rows: nn.Linear | None = None) -> Product:
+    """Return the target's `head_logits` as a function of states_ND, with packed weights where that helps.
+
+    Args:
+        rows: Some rows of the head, whose logits alone are computed.
+    """
+    head = model.get_output_embeddings() if rows is None else rows
+    if rows is None and (type(head) is not nn.Linear or not _can_pack(head.weight)):
         return partial(head_logits, model)
-    product, config = product_with([head]), model.config.get_text_config()
-    return lambda states_ND: finished_logits(config, product(states_ND.to(head.weight.dtype)))
+    product, config, weight = product_with([head]), model.config.get_text_config(), head.weight
+
+    def logits(states_ND: Tensor) -> Tensor:
+        logits_NR = product(states_ND.to(weight.device, weight.dtype)).to(states_ND.device)
+        return finished_logits(config, logits_NR)
+
+    return logits
 
 
 def _parameter(layer: nn.Module, name: str) -> Tensor:

@@ -15,7 +15,6 @@ from torch import Tensor
 from drafttrain.core.console import say_once
 from drafttrain.core.device_time import Span
 from drafttrain.core.generations import Generation, Round
-from drafttrain.core.probability import sampling_probs, without_padding
 from drafttrain.core.proposals import Budget, Context, Proposal, Verdict
 from drafttrain.core.random import stream
 from drafttrain.core.roles import (
@@ -26,6 +25,7 @@ from drafttrain.core.roles import (
     LengthPolicy,
     Proposer,
 )
+from drafttrain.core.target_probs import TargetProbs
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.target_model import Target
@@ -163,10 +163,9 @@ class Engine:
 
     def _verdict(self, sequence: _Sequence, proposal: Proposal, output: TargetOutput) -> Verdict:
         assert output.logits_BTV is not None
-        logits_NV = without_padding(output.logits_BTV[0], num_tokens=self._num_tokens)
-        target_probs_NV = sampling_probs(logits_NV, self.sampling)
+        target_probs = TargetProbs(output.logits_BTV[0], self.sampling, num_tokens=self._num_tokens)
         path, token = self.rule(
-            proposal, target_probs_NV, _state_for_rule(self.rule.needs, output), sequence.verdict_stream
+            proposal, target_probs, _state_for_rule(self.rule.needs, output), sequence.verdict_stream
         )
         drafted = proposal.tokens_N.tolist()
         tokens = [*(drafted[node] for node in path[1:]), token]

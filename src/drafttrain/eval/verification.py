@@ -12,8 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from drafttrain.core.probability import draw, residual
+from drafttrain.core.probability import draw, residual, residual_without
 from drafttrain.core.proposals import DrawMode, NodeKind, Proposal
+from drafttrain.core.target_probs import TargetProbs
 
 FIXED = NodeKind.FIXED.value
 
@@ -45,7 +46,7 @@ class RandomDecisions:
 
 def walk(
     proposal: Proposal,
-    target_probs_NV: Tensor,
+    target_probs: TargetProbs,
     decisions: Decisions,
     *,
     credit: Callable[[float], float] | None = None,
@@ -60,7 +61,7 @@ def walk(
 
     Args:
         proposal: The tree.
-        target_probs_NV: The target's distribution after every node, with temperature, top-k and top-p applied.
+        target_probs: The target's distribution after every node, with temperature, top-k and top-p applied.
         decisions: Source of random decisions.
         credit: Lossy: test credit(p(x)) instead of p(x). The residual is still that of p.
         overrule: Lossy: called for the children of a node in draw order when all were rejected; the first True is accepted.
@@ -70,19 +71,20 @@ def walk(
     """
     tokens, kinds = proposal.tokens_N.tolist(), proposal.kinds_N.tolist()
     children = _children(proposal)
-    probs = TokenProbs(proposal, target_probs_NV)
+    probs = TokenProbs(proposal, target_probs)
     path = [0]
     while True:
         group = children[path[-1]]
-        target_V = target_probs_NV[path[-1]]
         if credit is None and all(kinds[child] == FIXED for child in group):
-            token = decisions.draw(target_V)
+            only = target_probs.only_token(path[-1])
+            token = decisions.draw(target_probs.row(path[-1])) if only is None else only
             match = next((child for child in group if tokens[child] == token), None)
             match = _overruled(group, overrule) if match is None else match
             if match is None:
                 return path, token
             path.append(match)
             continue
+        target_V = target_probs.row(path[-1])
         drafter_V = _distribution_of_children(proposal, path[-1])
         for child in group:
             drawn_from_V = drafter_V if kinds[child] != FIXED else None
@@ -94,9 +96,12 @@ def walk(
             if decisions.accept(_ratio(target, drafter, credit)):
                 path.append(child)
                 break
-            target_V = residual(target_V, _one_hot(target_V, tokens[child]) if drawn_from_V is None else drawn_from_V)
-            if drawn_from_V is not None and proposal.draw is DrawMode.WITHOUT_REPLACEMENT:
-                drafter_V = residual(drawn_from_V, _one_hot(drawn_from_V, tokens[child]))
+            if drawn_from_V is None:
+                target_V = residual_without(target_V, tokens[child])
+                continue
+            target_V = residual(target_V, drawn_from_V)
+            if proposal.draw is DrawMode.WITHOUT_REPLACEMENT:
+                drafter_V = residual_without(drawn_from_V, tokens[child])
         else:
             accepted = _overruled(group, overrule)
             if accepted is None:
@@ -126,25 +131,33 @@ def _distribution_of_children(proposal: Proposal, node: int) -> Tensor | None:
 
 
 class TokenProbs:
-    """Probabilities of the draft tokens before any rejection, copied from the device for all nodes at the first use."""
+    """Probabilities of the draft tokens before any rejection. Those of a GPU are copied for all nodes at the first use."""
 
-    def __init__(self, proposal: Proposal, target_probs_NV: Tensor) -> None:
+    def __init__(self, proposal: Proposal, target_probs: TargetProbs) -> None:
         self._proposal = proposal
-        self._target_probs_NV = target_probs_NV
+        self._target_probs = target_probs
         self._found: list[list[float]] | None = None
 
     def of(self, node: int) -> tuple[float, float]:
         """Return (p(x), q(x)) of a node's token x; q is 1 where the node is FIXED."""
+        if self._target_probs.computed_NV is None:
+            return self._of_one(node)
         if self._found is None:
-            self._found = self._read()
+            self._found = self._read(self._target_probs.computed_NV)
         return self._found[0][node], self._found[1][node]
 
-    def _read(self) -> list[list[float]]:
-        one, device = self._proposal, self._target_probs_NV.device
+    def _of_one(self, node: int) -> tuple[float, float]:
+        one, parent, token = self._proposal, int(self._proposal.parents_N[node]), int(self._proposal.tokens_N[node])
+        drafter_V = None if int(one.kinds_N[node]) == FIXED else _distribution_of_children(one, parent)
+        target = float(self._target_probs.row(parent)[token])
+        return target, 1.0 if drafter_V is None else float(drafter_V[token])
+
+    def _read(self, target_probs_NV: Tensor) -> list[list[float]]:
+        one, device = self._proposal, target_probs_NV.device
         parents_N, tokens_N = one.parents_N[1:], one.tokens_N[1:]
         rows_N = torch.zeros_like(parents_N) if one.q_row_N is None else one.q_row_N[parents_N].clamp_min(0)
         parents_N, tokens_N, rows_N = torch.stack([parents_N, tokens_N, rows_N]).to(device)
-        target_N = self._target_probs_NV[parents_N, tokens_N].double()
+        target_N = target_probs_NV[parents_N, tokens_N].double()
         drafter_N = torch.ones_like(target_N)
         if one.q_rows_RV is not None:
             drafter_N = one.q_rows_RV[rows_N, tokens_N].double()
@@ -158,9 +171,3 @@ def _ratio(target: float, drafter: float, credit: Callable[[float], float] | Non
     """Return p(x) / q(x), not clamped to 1."""
     # A token of probability 0 cannot have been drawn; rejecting it keeps the distribution exact.
     return (target if credit is None else credit(target)) / drafter if drafter > 0 else 0.0
-
-
-def _one_hot(like_V: Tensor, token: int) -> Tensor:
-    one_V = torch.zeros_like(like_V)
-    one_V[token] = 1.0
-    return one_V

@@ -38,6 +38,11 @@ class ExportSettings:
     )
     verify_prompts: int = setting(8, help="Prompts of eval.prompts that an engine decodes.", ge=1)
     verify_tokens: int = setting(64, help="New tokens for each of these prompts.", ge=2)
+    speed_pairs: int = setting(
+        0,
+        help="Measure the engine's tokens/s on these prompts, in this many pairs of processes, with the drafter and without; 0: not.",
+        ge=0,
+    )
 
     KEYS: ClassVar[tuple[str, ...]] = ("block_efficiency", "alpha", "mbsu", "speedup", "gain_over_start", "parity")
 
@@ -62,4 +67,5 @@ class ExportSettings:
             require={k: v for k, v in self.require.items() if k == "parity"},
             verify_prompts=min(self.verify_prompts, 2),
             verify_tokens=min(self.verify_tokens, 16),
+            speed_pairs=min(self.speed_pairs, 1),
         )

@@ -40,29 +40,31 @@ class VllmExporter(Exporter):
     readers = "vLLM"
 
     def refusals(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
-        """Return the bias of the drafter's fc, which vLLM's fc lacks, and separate heads over a part of the vocabulary."""
-        return [*fc_bias_problems(source), *separate_heads_problems(source)]
+        """Return the bias of the drafter's fc, which vLLM's fc lacks."""
+        return fc_bias_problems(source)
 
     def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
-        """Return the files without drafttrain's own fields; the layout is vLLM's already.
+        """Return the files without drafttrain's own fields; the layout is vLLM's already, but for Medusa's vocabulary.
 
         Drafters on the target's final state get its logit scale, which vLLM reads from their own configuration.
         """
+        source = over_all_tokens(source)
         config = {key: value for key, value in source.config.items() if not key.startswith("drafttrain")}
         if source.kind not in ON_FINAL_STATE:
             return replace(source, config=config)
-        notes: tuple[str, ...] = ()
+        notes = source.notes
         if (scale := scale_of(target_config)) != 1:
             config["logit_scale"] = scale
         if cap := cap_of(target_config):
             notes = (
+                *notes,
                 f"the target's soft cap of {cap:g} on logits cannot be applied by vLLM {VLLM_RELEASE}: sampled drafts are drawn without it",
             )
         return replace(source, config=config, notes=notes)
 
     def problems(self, files: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
         """Return what vLLM would refuse or drop."""
-        found = [*self.refusals(files, target_config), *layout_problems(files, target_config)]
+        found = [*fc_bias_problems(files), *layout_problems(files, target_config)]
         if files.kind == "medusa" and not files.config.get("medusa_fc_bias"):
             found.append("config.json: medusa_fc_bias is not true: vLLM silently drops the biases of the blocks")
         return found
@@ -83,13 +85,21 @@ def fc_bias_problems(files: DrafterFiles) -> list[str]:
     ]
 
 
-def separate_heads_problems(files: DrafterFiles) -> list[str]:
-    """Return that vLLM refuses output matrices of some rows, one a head: it compares each with the target's vocabulary."""
-    rows, size = files.config.get("truncated_vocab_size"), files.config.get("vocab_size")
-    if files.kind != "medusa" or rows in (None, size) or files.config.get("original_lm_head"):
-        return []
-    return [
-        f"lm_heads: {rows} of {size} tokens, a matrix for each head: vLLM {VLLM_RELEASE} loads "
-        "a part of the vocabulary only if the heads share one matrix: train with drafter.shared_head: true, or without "
-        "drafter.draft_vocab_size"
-    ]
+def over_all_tokens(files: DrafterFiles) -> DrafterFiles:
+    """Return Medusa's files with a row for every token of the target; heads without a vocabulary of their own have that.
+
+    vLLM reads `token_map`, but stops because it did not load it as a weight. The row of a token that the heads lack is the mean
+    of their rows: its logit is the mean of all others, so it is never the likeliest, and vLLM drafts the likeliest only.
+    """
+    ids_R = files.tensors.get("token_map")
+    if files.kind != "medusa" or ids_R is None:
+        return files
+    size = files.config["vocab_size"]
+    tensors = {name: tensor for name, tensor in files.tensors.items() if name != "token_map"}
+    for name, rows_RD in tensors.items():
+        if name.startswith("lm_heads."):
+            tensors[name] = rows_RD.float().mean(dim=0).to(rows_RD.dtype).repeat(size, 1)
+            tensors[name][ids_R] = rows_RD
+    config = {key: value for key, value in files.config.items() if key != "truncated_vocab_size"}
+    note = f"vLLM {VLLM_RELEASE} cannot load token_map: the heads have all {size} rows there, those of other tokens never win"
+    return replace(files, config=config, tensors=tensors, notes=(*files.notes, note))

@@ -31,14 +31,18 @@ from drafttrain.pipeline.formats import (
 from drafttrain.pipeline.run import Run, quiet_libraries
 from drafttrain.serving.card import in_format, with_engines
 from drafttrain.serving.comparison import compare_with_engine, plain_output
-from drafttrain.serving.engines import Job, engine_of, engines
+from drafttrain.serving.engines import Job, Use, engine_of, engines
 from drafttrain.serving.problems import SAMPLED_TEMPERATURE
+from drafttrain.serving.speed import measure_speed
 from drafttrain.target_model import Target
 from drafttrain.target_model.folders import resolve_folder
 from drafttrain.target_model.settings import TargetSettings
 
 ENGINES = "engine.json"
 """In a drafter folder: how serving engines compared with the evaluator."""
+
+SPEED_PAIRS = 2
+"""Of `--speed`, unless export.speed_pairs is set."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,23 @@ def _verified_in(
                 plain=plain,
             )
             say(f"{name} ({format}): {comparison}")
-            yield {"format": format, **comparison.json()}
+            done = {"format": format, **comparison.json()}
+            if pairs := served_with.export.speed_pairs:
+                use = Use(str(folder.resolve()), drafter.kind, num_draft_tokens, drafter.draft)
+                speed = measure_speed(
+                    engine,
+                    job,
+                    use,
+                    drafter,
+                    standing,
+                    prompts,
+                    served_with.eval,
+                    outputs=[one.tokens for one in plain],
+                    num_pairs=pairs,
+                )
+                say(f"{name} ({format}): {speed}")
+                done["speed"] = speed.json()
+            yield done
 
 
 @contextmanager
@@ -166,10 +186,12 @@ def served_folder(settings: TargetSettings, standing: Target, target: Target) ->
         yield Path(temporary)
 
 
-def with_formats(settings: ExportSettings, formats: Sequence[str], kind: str, *, verify: bool) -> ExportSettings:
+def with_formats(
+    settings: ExportSettings, formats: Sequence[str], kind: str, *, verify: bool, speed: bool = False
+) -> ExportSettings:
     """Return export settings for these formats alone; with `verify`, with every engine that reads one and runs this kind.
 
-    If the settings name engines, only those are considered.
+    If the settings name engines, only those are considered. With `speed`, engines are measured.
 
     Raises:
         CheckpointError: No engine can verify a format.
@@ -183,7 +205,8 @@ def with_formats(settings: ExportSettings, formats: Sequence[str], kind: str, *,
         raise CheckpointError(
             f"--verify: no engine here runs {kind} and reads {', '.join(unread)}. Engines: {', '.join(engines.names())}"
         )
-    return replace(settings, to=list(formats), verify=proving)
+    pairs = settings.speed_pairs or (SPEED_PAIRS if speed else 0)
+    return replace(settings, to=list(formats), verify=proving, speed_pairs=pairs)
 
 
 def write_and_verify(source: Path, served_with: ServedWith, *, out: Path | None) -> None:

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from drafttrain.drafters import drafters
-from drafttrain.eval.interval import number, p_value
+from drafttrain.eval.interval import interval_of, number, p_value
 from drafttrain.eval.result import Result
 from drafttrain.eval.table import (
     CARRIES_OVER,
     CARRIES_OVER_CAPTION,
     THIS_MACHINE_CAPTION,
+    alpha_cell,
     domain_rows,
     in_words,
 )
@@ -47,7 +48,7 @@ def model_card(name: str, result: Result, *, drafter: str, recipe: str, command:
     for part in result.temperatures:
         figures, temperature = part.drafters[drafter], f"{part.temperature:g}{lossy}"
         rows.append(
-            f"| {temperature} | {figures.block_efficiency.text()} | {figures.alpha.text()} "
+            f"| {temperature} | {figures.block_efficiency.text()} | {alpha_cell(figures)} "
             f"| {number(figures.draft_acceptance_rate)} | {number(figures.mbsu)} |"
         )
         speed = figures.speedup
@@ -89,7 +90,7 @@ On {made.machine.processor}: {THIS_MACHINE_CAPTION}.
 |---|---|---|---|---|
 {nl.join(times)}
 
-{USE}{_use(result, drafter)}
+{_beside(result, drafter)}{USE}{_use(result, drafter)}
 
 {ORIGIN}
 
@@ -115,6 +116,29 @@ def _by_domain(result: Result, drafter: str) -> str:
             *rows,
         ]
     return "".join(f"{line}\n" for line in lines)
+
+
+def _beside(result: Result, drafter: str) -> str:
+    """Return a table of the training-free proposers at the same draft length; empty where none was evaluated."""
+    rows = []
+    for part in result.temperatures:
+        length = part.drafters[drafter].length
+        for name, figures in part.drafters.items():
+            if figures.proposer is not None and figures.length == length:
+                compared = part.comparisons[f"{drafter} - {name}"]
+                rows.append(
+                    f"| {part.temperature:g} | {plain(name)} | {figures.block_efficiency.text()} | {figures.speedup.text()} "
+                    f"| {compared.block_efficiency.text()} ({p_value(compared.p_value)}) |"
+                )
+    lines = [
+        "Beside it, on the same prompts at the same draft length, proposers that need no training:",
+        "",
+        "| temperature | proposer | block efficiency | speed-up | block efficiency of this drafter, minus it |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
+    return "".join(f"{line}\n" for line in lines) if rows else ""
 
 
 def _use(result: Result, drafter: str) -> str:
@@ -185,6 +209,33 @@ def _comparison(one: Mapping[str, Any]) -> str:
         "",
         f"| | {one['engine']} | embedded evaluator |",
         "|---|---|---|",
-        *("| " + " | ".join(row) + " |" for row in rows),
+        *("| " + " | ".join(row) + " |" for row in [*rows, *_speed_rows(one.get("speed"))]),
+        *_speed_lines(one.get("speed")),
     ]
     return "\n".join(lines)
+
+
+def _speed_rows(speed: Mapping[str, Any] | None) -> list[list[str]]:
+    """Return the rows with the speeds of both sides; none if they were not measured."""
+    if speed is None:
+        return []
+    sides = [speed[side] for side in ("engine", "evaluator")]
+    return [
+        ["greedy tokens/s without the drafter", *(number(side["without_drafter"], 1) for side in sides)],
+        ["greedy tokens/s with the drafter", *(number(side["with_drafter"], 1) for side in sides)],
+        ["speed-up", *(interval_of(side["speedup"]).text() for side in sides)],
+        ["threads", *(str(side["num_threads"]) for side in sides)],
+    ]
+
+
+def _speed_lines(speed: Mapping[str, Any] | None) -> list[str]:
+    """Return how the speeds were measured."""
+    if speed is None:
+        return []
+    return [
+        "",
+        f"Speeds: {speed['num_prompts']} prompts, one at a time, each up to the end of its text; the engine by its own clock, in "
+        f"processes with the drafter and without in turns ({speed['num_pairs']} of each). Its speed-up after the prompt is "
+        f"{interval_of(speed['after_prompt']).text()}, in CPU seconds {interval_of(speed['of_cpu']).text()}. "
+        f"With the drafter and without it wrote: {speed['texts']['text']}.",
+    ]

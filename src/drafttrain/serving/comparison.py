@@ -168,8 +168,8 @@ def compare(
     Args:
         engine: Its name, for messages.
     """
-    lossless = parity(_generations(prompts, theirs.plain), _generations(prompts, theirs.greedy), target)
-    same_target = parity(_generations(prompts, ours.plain), _generations(prompts, theirs.plain), target)
+    lossless = parity(generations(prompts, theirs.plain), generations(prompts, theirs.greedy), target)
+    same_target = parity(generations(prompts, ours.plain), generations(prompts, theirs.plain), target)
     apart = {one.id for one in (*lossless.divergences, *same_target.divergences)}
     comparable = [number for number, prompt in enumerate(prompts) if prompt.id not in apart]
     greedy = {"engine": theirs.greedy, "evaluator": ours.greedy}
@@ -211,7 +211,8 @@ def compare(
     )
 
 
-def _generations(prompts: Sequence[Prompt], decoded: Sequence[DecodedPrompt]) -> list[Generation]:
+def generations(prompts: Sequence[Prompt], decoded: Sequence[DecodedPrompt]) -> list[Generation]:
+    """Return outputs as `parity` takes them."""
     return [
         Generation(prompt.id, prompt.domain, prompt.tokens, list(one.tokens), [], 0.0, 0.0, 0.0, 0.0)
         for prompt, one in zip(prompts, decoded, strict=True)

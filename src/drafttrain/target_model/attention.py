@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +22,23 @@ def drafter_attention(target_model: Any | None) -> str | None:
     return "eager" if eager else None
 
 
-def faster_with_mask(model: Any) -> bool:
-    """Return whether reading one token of each sequence is faster with a mask that allows everything.
+def given_attention(model: Any) -> list[tuple[Any, str]]:
+    """Return each configuration of the model and its modules, with the attention that it names."""
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    found = {id(config): config for config in configs if hasattr(config, "_attn_implementation")}
+    return [(config, config._attn_implementation) for config in found.values()]
 
-    So it is on a CPU where query heads share keys and values: with a mask, transformers attends with all of these query heads at
-    once, without one PyTorch's kernel reads keys and values again for each of them.
-    """
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    heads = getattr(config, "num_attention_heads", 1)
-    shared = (getattr(config, "num_key_value_heads", None) or heads) < heads
-    plain = kinds == {"full_attention"} and config._attn_implementation == "sdpa"
-    return shared and plain and next(model.parameters()).device.type == "cpu"
+
+@contextmanager
+def replaced_attention(given: Sequence[tuple[Any, str]], name: str) -> Iterator[None]:
+    """Within this context these configurations name another attention; afterwards the given one."""
+    try:
+        for config, _ in given:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, before in given:
+            config._attn_implementation = before
 
 
 def refuse_attention(folder: Path, attention: str | None, *, trust_remote_code: bool) -> None:

@@ -21,8 +21,8 @@ from drafttrain.core.proposals import LayerState
 from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.target_model.anatomy import taps, trunk
-from drafttrain.target_model.attention import faster_with_mask
 from drafttrain.target_model.block_range import block_range
+from drafttrain.target_model.grouped_attention import GroupedAttention
 from drafttrain.target_model.positions import position_limit
 from drafttrain.target_model.ragged_cache import RaggedCache, Tree, is_chain
 from drafttrain.target_model.weight_bytes import WeightBytes
@@ -54,7 +54,7 @@ class CachedLM:
         _refuse_states_that_cannot_roll_back(model, name=name)
         self._trunk = trunk(model)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        self._masks_one_token = self._takes_positions and self._window is None and faster_with_mask(model)
+        self._attention = GroupedAttention(model)
         self._position_limit = position_limit(model)
         self._weights = WeightBytes(model)
         self._num_layers = int(self._config.num_hidden_layers)
@@ -260,6 +260,7 @@ class CachedLM:
         whole = len(running) == self._num_layers
         with (
             tapped as seen,
+            self._attention(),
             nullcontext() if whole else block_range(self.model, running, entering_BND=_stacked(entering, width)),
         ):
             output = (self.model if needs.logits else self._trunk)(**arguments)
@@ -311,8 +312,7 @@ class CachedLM:
         """Return the additive mask; None: the model's own causal mask is right."""
         allowed_BNC = cache.allowed(trees, width=width)
         if allowed_BNC is None:
-            open_B1NC = torch.zeros(1, 1, 1, cache.columns + 1, dtype=self.model.dtype, device=self.device)
-            return open_B1NC if width == 1 and self._masks_one_token else None
+            return None
         self._check_mask(allowed_BNC.shape[-1])
         dtype, allowed_BNC = self.model.dtype, allowed_BNC.to(self.device)
         mask_BNC = torch.zeros(allowed_BNC.shape, dtype=dtype, device=self.device)

@@ -129,6 +129,25 @@ def head_of(model: Any) -> Head:
     return LinearHead(lambda depth: head, after=finisher(model.config.get_text_config()))
 
 
+def rows_of_head(model: Any, ids_R: Tensor) -> nn.Linear:
+    """Return a frozen copy of the output matrix's rows for these tokens.
+
+    Raises:
+        CheckpointError: The head is no plain matrix.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise CheckpointError(
+            f"drafter.draft_vocab_size: this target's head is a {type(head).__name__}, not a plain matrix whose rows can be "
+            "used: leave it null"
+        )
+    ids_R = ids_R.to(head.weight.device)
+    rows = nn.Linear(head.in_features, len(ids_R), bias=head.bias is not None, device="meta")
+    for name, weight in list(head.named_parameters()):
+        setattr(rows, name, nn.Parameter(weight.detach()[ids_R], requires_grad=False))
+    return rows
+
+
 def finisher(config: Any) -> Callable[[Tensor], Tensor] | None:
     """Return the scale or soft cap of the architecture as a function; None: it has none."""
     names = (*DIVIDED_BY, *MULTIPLIED_BY, *CAPPED_AT)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from drafttrain.core.batches import PackedDocuments
 from drafttrain.target_model.anatomy import blocks
+from drafttrain.target_model.attention import given_attention, replaced_attention
 from drafttrain.target_model.packed_attention import Columns
 from drafttrain.target_model.packed_kernels import flash_on_cuda
 
@@ -58,16 +59,12 @@ def packed(model: Any, documents: PackedDocuments) -> Iterator[list[int]]:
         NotPlain: In a forward, if the attention is not a plain causal softmax.
     """
     _register()
-    given = {id(config): (config, config._attn_implementation) for config in _configs(model)}
     calls: list[int] = []
     resets = _documents, _documents.set(documents), _calls, _calls.set(calls)
     try:
-        for config, _ in given.values():
-            config._attn_implementation = NAME
-        yield calls
+        with replaced_attention(given_attention(model), NAME):
+            yield calls
     finally:
-        for config, name in given.values():
-            config._attn_implementation = name
         resets[0].reset(resets[1])
         resets[2].reset(resets[3])
 
@@ -75,13 +72,6 @@ def packed(model: Any, documents: PackedDocuments) -> Iterator[list[int]]:
 def through_every_block(model: Any, calls: list[int]) -> bool:
     """Return whether the attention was called once for each block."""
     return len(calls) == len(blocks(model))
-
-
-def _configs(model: Any) -> Iterator[Any]:
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if hasattr(config, "_attn_implementation"):
-            yield config
 
 
 def _register() -> None:

@@ -17,8 +17,13 @@ pytestmark = pytest.mark.serving
 
 def test_the_embedded_drafter_gives_the_same_tokens_and_counts(tmp_path):
     source = Path(shutil.copytree(resolve_folder("builtin:drafter"), tmp_path / "drafter"))
-    words = ["export", str(source), "--target", "builtin:target", "--to", "hf", "--verify"]
-    words += ["export.verify=[transformers]", "export.verify_prompts=8", "export.verify_tokens=48"]
+    words = ["export", str(source), "--target", "builtin:target", "--to", "hf", "--verify", "--speed"]
+    words += [
+        "export.verify=[transformers]",
+        "export.verify_prompts=8",
+        "export.verify_tokens=48",
+        "export.speed_pairs=1",
+    ]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.stderr
     assert "transformers (hf): passed" in done.stderr
@@ -27,3 +32,11 @@ def test_the_embedded_drafter_gives_the_same_tokens_and_counts(tmp_path):
     assert theirs == ours
     assert 0 < theirs["accepted_at"][1] < theirs["accepted_at"][0] < theirs["num_drafts"]
     assert comparison["sampled"]["text_p_value"] > 0.01
+    speed = comparison["speed"]
+    assert speed["texts"]["num_equal"] == speed["num_prompts"] == 8
+    assert speed["engine"]["block_efficiency"] > 1
+    for side in ("engine", "evaluator"):
+        assert speed[side]["with_drafter"] / speed[side]["without_drafter"] == pytest.approx(
+            speed[side]["speedup"]["value"]
+        )
+    assert "| greedy tokens/s with the drafter |" in (source / "README.md").read_text()

@@ -58,7 +58,7 @@ def served(engine, target, prompts, job, plain, learned):
     [
         ("causal_lm", "vllm", "sampled"),
         ("medusa", "vllm", "greedy"),
-        ("medusa shared_head draft_vocab_size=3072", "vllm", "greedy"),
+        ("medusa draft_vocab_size=3072", "vllm", "greedy"),
         ("eagle", "vllm", "sampled"),
         ("eagle3", "vllm", "sampled"),
         ("eagle3", "speculators", "greedy"),

@@ -23,9 +23,18 @@ class Adapter(nn.Module):
 
     Args:
         last_norm: The target's final norm; `norm` starts as a copy of it.
+        draft_vocab_size: Tokens that can be drafted, whose ids `token_map` holds; None: all.
     """
 
-    def __init__(self, last_norm: nn.Module, width: int, *, num_heads: int, rope_theta: float) -> None:
+    def __init__(
+        self,
+        last_norm: nn.Module,
+        width: int,
+        *,
+        num_heads: int,
+        rope_theta: float,
+        draft_vocab_size: int | None = None,
+    ) -> None:
         super().__init__()
         if width % (2 * num_heads):
             raise CheckpointError(
@@ -36,6 +45,8 @@ class Adapter(nn.Module):
         self.rope_theta = rope_theta
         self.layers = nn.ModuleList([AttentionBlock(width, num_heads=num_heads, rope_theta=rope_theta)])
         self.norm = _trainable_copy(last_norm)
+        self.token_map: Tensor | None
+        self.register_buffer("token_map", None if draft_vocab_size is None else torch.arange(draft_vocab_size))
 
     @property
     def blocks(self) -> list[AttentionBlock]:

@@ -1,6 +1,6 @@
 """Kangaroo: the target's first blocks, then an adapter of one attention block and two norms, then the target's own head.
 
-B = sequences, T = positions, D = hidden, H = heads, d = width of a head, N = rows, V = vocabulary
+B = sequences, T = positions, D = hidden, H = heads, d = width of a head, N = rows, V = the target's vocabulary, R = the drafter's
 """
 
 from __future__ import annotations
@@ -8,27 +8,33 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from drafttrain.core.batches import DraftBatch, DraftOutput, PackedDocuments
+from drafttrain.core.batches import DraftBatch, DraftOutput, Head, PackedDocuments
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.flops import BatchShape, Products, attention, matrix, parameters_of
 from drafttrain.core.foreign import read_json
+from drafttrain.core.linear_head import LinearHead
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.settings import setting
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.tensors import load_into
+from drafttrain.core.vocabulary import DraftVocabulary
+from drafttrain.core.weights import weight_bytes
 from drafttrain.drafters import Drafter, drafters
+from drafttrain.drafters.draft_vocabulary import SIZE_HELP, most_frequent, size_for, token_map_problems
+from drafttrain.drafters.few_rows import head_product
 from drafttrain.drafters.kangaroo.adapter import Adapter
 from drafttrain.drafters.kangaroo.proposer import KangarooProposer
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import blocks, final_norm
-from drafttrain.target_model.logits import head_of
+from drafttrain.target_model.logits import finisher, head_of, rows_of_head
 from drafttrain.target_model.matrix_products import head_parameters
 from drafttrain.target_model.packed_attention import Columns
 
@@ -41,6 +47,7 @@ class KangarooSettings:
 
     exit_layer: int = setting(2, help="Target blocks before the adapter: from 1 to one less than the target has.", ge=1)
     num_heads: int | None = setting(None, help="Attention heads of the adapter; null: as many as the target.", ge=1)
+    draft_vocab_size: int | None = setting(None, help=f"{SIZE_HELP} Drafting uses the head's rows for these.", ge=1)
     draft: Literal["sampled", "greedy"] = setting(
         "sampled", help="At temperature > 0: draft by sampling, or by argmax (then nodes are FIXED)."
     )
@@ -66,7 +73,16 @@ No serving engine loads an adapter after a target's first layers yet; these figu
 
     drafttrain eval DRAFTER --target TARGET"""
 
-    def __init__(self, target: Target, *, exit_layer: int, num_heads: int, rope_theta: float, draft: str) -> None:
+    def __init__(
+        self,
+        target: Target,
+        *,
+        exit_layer: int,
+        num_heads: int,
+        rope_theta: float,
+        draft: str,
+        draft_vocab_size: int | None = None,
+    ) -> None:
         super().__init__()
         total = len(blocks(target.model))
         if not 1 <= exit_layer < total:
@@ -75,7 +91,13 @@ No serving engine loads an adapter after a target's first layers yet; these figu
             )
         self.exit_layer = exit_layer
         self.draft = draft
-        self.adapter = Adapter(final_norm(target.model), _width(target), num_heads=num_heads, rope_theta=rope_theta)
+        self.adapter = Adapter(
+            final_norm(target.model),
+            _width(target),
+            num_heads=num_heads,
+            rope_theta=rope_theta,
+            draft_vocab_size=draft_vocab_size,
+        )
         self._model = (target.model,)
         self._fingerprint = target.fingerprint
 
@@ -94,8 +116,35 @@ No serving engine loads an adapter after a target's first layers yet; these figu
             num_heads=settings.num_heads or int(config.num_attention_heads),
             rope_theta=float(rope.get("rope_theta", 10_000.0)),
             draft=settings.draft,
+            draft_vocab_size=settings.draft_vocab_size and size_for(target, settings.draft_vocab_size),
         )
         return drafter.double() if target.model.dtype == torch.float64 else drafter
+
+    def fit_vocabulary(self, label_counts: Callable[[], Any]) -> None:
+        """Choose the most frequent labels, ties by lower id."""
+        if self.vocabulary is not None:
+            (model,) = self._model
+            vocab_size = len(model.get_output_embeddings().weight)
+            self.vocabulary.copy_(most_frequent(label_counts(), size=len(self.vocabulary), vocab_size=vocab_size))
+            self.__dict__.pop("_rows", None)
+
+    @property
+    def vocabulary(self) -> Tensor | None:
+        """The target's id of each token that can be drafted; None: all tokens can."""
+        return self.adapter.token_map
+
+    @cached_property
+    def _rows(self) -> tuple[nn.Linear]:
+        """The target's output matrix, or a copy of its rows that are drafted from; in a tuple, so that it is no submodule."""
+        (model,) = self._model
+        return (model.get_output_embeddings() if self.vocabulary is None else rows_of_head(model, self.vocabulary),)
+
+    @property
+    def _head(self) -> Head:
+        (model,) = self._model
+        if self.vocabulary is None:
+            return head_of(model)
+        return LinearHead(lambda _: self._rows[0], after=finisher(model.config.get_text_config()))
 
     def needs(self) -> TargetNeeds:
         """Return the state that enters the exit layer."""
@@ -111,7 +160,7 @@ No serving engine loads an adapter after a target's first layers yet; these figu
             return Columns(keys_BHTd, values_BHTd, documents).attend(query_BHTd)
 
         states_BTD = self.adapter(exit_BTD, batch.positions_BT, in_its_document)
-        return DraftOutput({1: states_BTD}, head_of(*self._model), self.lag)
+        return DraftOutput({1: states_BTD}, self._head, self.lag, vocabulary=self.vocabulary)
 
     def compile_with(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Compile the adapter except for its attention, which is a kernel already."""
@@ -123,26 +172,32 @@ No serving engine loads an adapter after a target's first layers yet; these figu
     def products(self, shape: BatchShape) -> Iterator[Products]:
         """Yield the products of the adapter, and of the target's frozen head for each trained label."""
         (model,) = self._model
+        rows = head_parameters(model) if self.vocabulary is None else parameters_of(*self._rows)
         yield matrix(parameters_of(self.adapter), shape.positions, gradients=2)
         yield attention(self.adapter.width, shape.pairs, gradients=2)
-        yield matrix(head_parameters(model), shape.rows(1), gradients=1)
+        yield matrix(rows, shape.rows(1), gradients=1)
 
     def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
         """Return the proposer, which uses the target's own cache."""
         return KangarooProposer(
             self.adapter,
-            target.model,
+            head_product(target.model, None if self.vocabulary is None else self._rows[0]),
+            head_bytes=weight_bytes(*self._rows),
+            dtype=target.model.dtype,
             exit_layer=self.exit_layer,
-            num_tokens=target.num_tokens,
+            vocabulary=DraftVocabulary(self.vocabulary, num_tokens=target.num_tokens),
+            vocab_size=target.vocab_size,
             listener=listener,
             draft=self.draft,
         )
 
     def save(self, folder: Path) -> None:
-        """Write the adapter only."""
+        """Write the adapter, and the map of its vocabulary if it has one."""
         adapter = self.adapter
         values = (self.exit_layer, adapter.width, adapter.num_heads, adapter.rope_theta, self.draft, self._fingerprint)
         config = {"model_type": self.kind} | dict(zip(CONFIG_KEYS, values, strict=True))
+        if self.vocabulary is not None:
+            config["draft_vocab_size"] = len(self.vocabulary)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tensors = {name: tensor.contiguous() for name, tensor in self.adapter.state_dict().items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -167,15 +222,24 @@ No serving engine loads an adapter after a target's first layers yet; these figu
                 f"{folder}: trained on a target with fingerprint {config['target_fingerprint']}, "
                 f"{target.name} has {target.fingerprint}. Train an adapter for this target, or use the one it was made for."
             )
+        rows = config.get("draft_vocab_size")
+        if rows is not None and not (type(rows) is int and 1 <= rows <= target.vocab_size):
+            raise CheckpointError(
+                f"{folder / 'config.json'}: draft_vocab_size must be 1..{target.vocab_size} or null, got {rows!r:.60}"
+            )
         drafter = cls(
             target,
             exit_layer=config["exit_layer"],
             num_heads=config["num_attention_heads"],
             rope_theta=config["rope_theta"],
             draft=config["draft"],
+            draft_vocab_size=rows,
         )
         drafter.to(target.device, getattr(torch, dtype) if dtype else target.model.dtype)
         load_into(drafter.adapter, folder / "model.safetensors")
+        ids_R = drafter.vocabulary
+        if ids_R is not None and (problems := token_map_problems(ids_R.cpu(), vocab_size=target.vocab_size)):
+            raise CheckpointError(f"{folder / 'model.safetensors'}: {problems[0]}")
         return drafter.eval()
 
 

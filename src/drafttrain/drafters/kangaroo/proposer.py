@@ -1,7 +1,7 @@
 """Drafting with the target's own first blocks: they run once per token, and the target continues from their states.
 
-B = sequences, N = new rows of one call, C = cached rows, D = hidden, H = heads, d = width of a head, V = vocabulary,
-R = rows of q
+B = sequences, N = new rows of one call, C = cached rows, D = hidden, H = heads, d = width of a head,
+V = the target's vocabulary, R = tokens that can be drafted, K = draft tokens
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from drafttrain.core.device_time import Span
 from drafttrain.core.errors import CheckpointError
@@ -22,7 +22,8 @@ from drafttrain.core.proposals import Budget, Context, DraftStep, LayerState, Mo
 from drafttrain.core.roles import FirstBlocks, ForwardListener
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Sampling
-from drafttrain.drafters.few_rows import head_product
+from drafttrain.core.vocabulary import DraftVocabulary
+from drafttrain.drafters.few_rows import Product
 from drafttrain.drafters.next_tokens import next_tokens
 from drafttrain.target_model.ragged_cache import RaggedCache
 
@@ -48,26 +49,31 @@ class KangarooProposer:
 
     Args:
         adapter: Maps states that enter the exit layer to states that the head reads.
-        model: The target, for its head.
-        num_tokens: Ids that the tokenizer can produce; the other rows of the head are padding and get no probability.
+        head: The target's, or its rows of the drafter's vocabulary.
+        head_bytes: Of its weights.
+        dtype: Of the states that it reads.
+        vocab_size: Rows of the target's own head.
         draft: `sampled`, or `greedy`: FIXED nodes at every temperature.
     """
 
     def __init__(
         self,
         adapter: Any,
-        model: Any,
+        head: Product,
         *,
+        head_bytes: int,
+        dtype: torch.dtype,
         exit_layer: int,
-        num_tokens: int,
+        vocabulary: DraftVocabulary,
+        vocab_size: int,
         listener: ForwardListener | None = None,
         draft: str = "sampled",
     ) -> None:
         self.needs = TargetNeeds(hidden=(exit_layer,))
         self._exit_layer = exit_layer
-        self._adapter = _CachedAdapter(adapter, model, listener=listener)
-        self._width = int(model.get_output_embeddings().weight.shape[0])
-        self._shared = min(self._width, num_tokens)
+        self._adapter = _CachedAdapter(adapter, head, head_bytes=head_bytes, dtype=dtype, listener=listener)
+        self._vocabulary = vocabulary
+        self._vocab_size = vocab_size
         self._greedy = draft == "greedy"
         self._fixed = self._greedy
         self._blocks: FirstBlocks | None = None
@@ -136,19 +142,19 @@ class KangarooProposer:
         for sequence, found in enumerate(self._adapter.read(inputs)):
             if found is None:
                 continue
-            state_D, logits_V = found[0], found[1][: self._shared]
+            state_D, logits_R = found[0], self._vocabulary.logits(found[1])
             draft = self._chains[sequence]
-            answer = more(DraftStep(sequence, depth, logits_V, state_D, draft.tokens[-1]))
+            answer = more(DraftStep(sequence, depth, logits_R, state_D, draft.tokens[-1]))
             draft.ended = answer is not True
             if answer:
-                asked[sequence] = logits_V
+                asked[sequence] = logits_R
         drawn, drawn_from = next_tokens(
             list(asked.values()), sampling, [generators[i] for i in asked], fixed=self._fixed
         )
-        for sequence, token, q_V in zip(asked, drawn, drawn_from, strict=True):
+        for sequence, token, q_R in zip(asked, self._vocabulary.ids(drawn), drawn_from, strict=True):
             tokens[sequence] = [token]
-            if q_V is not None:
-                self._chains[sequence].q_rows.append(q_V)
+            if q_R is not None:
+                self._chains[sequence].q_rows.append(q_R)
         return tokens
 
     def _first_blocks(self, tokens: Sequence[Sequence[int]]) -> list[Any]:
@@ -161,8 +167,8 @@ class KangarooProposer:
         if self._fixed or not one.q_rows:
             proposal = chain(one.tokens, kind=NodeKind.FIXED)
         else:
-            q_rows_RV = pad(torch.stack(one.q_rows), (0, self._width - self._shared))
-            proposal = chain(one.tokens, kind=NodeKind.SAMPLED, q_rows_RV=q_rows_RV)
+            q_rows_KV = self._vocabulary.over_target(torch.stack(one.q_rows), size=self._vocab_size)
+            proposal = chain(one.tokens, kind=NodeKind.SAMPLED, q_rows_RV=q_rows_KV)
         return replace(proposal, resume=LayerState(self._exit_layer, torch.stack(one.states)))
 
     def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
@@ -182,16 +188,18 @@ class KangarooProposer:
 
 
 class _CachedAdapter:
-    """The adapter with its own key-value cache, followed by the target's head."""
+    """The adapter with its own key-value cache, followed by the head."""
 
-    def __init__(self, adapter: Any, model: Any, *, listener: ForwardListener | None) -> None:
+    def __init__(
+        self, adapter: Any, head: Product, *, head_bytes: int, dtype: torch.dtype, listener: ForwardListener | None
+    ) -> None:
         self._module = adapter
-        self._model = model
-        self._head = head_product(model)
+        self._head = head
+        self._dtype = dtype
         self._listener = listener
         self._device = next(adapter.parameters()).device
         self._bytes = sum(p.numel() * p.element_size() for p in adapter.parameters())
-        self._head_bytes = sum(p.numel() * p.element_size() for p in model.get_output_embeddings().parameters())
+        self._head_bytes = head_bytes
         self._cache = RaggedCache(0)
 
     @property
@@ -241,10 +249,10 @@ class _CachedAdapter:
         found: list[tuple[Tensor, Tensor] | None] = [None] * len(rows)
         if head:
             chosen = [sequence for sequence, size in enumerate(sizes) if size]
-            last_ND = states_BND[chosen, [sizes[sequence] - 1 for sequence in chosen]].to(self._model.dtype)
-            logits_NV = self._head(last_ND)
+            last_ND = states_BND[chosen, [sizes[sequence] - 1 for sequence in chosen]].to(self._dtype)
+            logits_NR = self._head(last_ND)
             for row, sequence in enumerate(chosen):
-                found[sequence] = (last_ND[row], logits_NV[row])
+                found[sequence] = (last_ND[row], logits_NR[row])
         self._report(sizes, context=context, head=head, span=span)
         return found
 
@@ -254,7 +262,7 @@ class _CachedAdapter:
         return scaled_dot_product_attention(query_BHNd, keys_BHCd, values_BHCd, attn_mask=allowed_BNC[:, None])
 
     def _report(self, sizes: Sequence[int], *, context: int, head: bool, span: Span) -> None:
-        """Report the call to the listener: the adapter's weights, its cache, and the head it shares with the target."""
+        """Report the call to the listener: the adapter's weights, its cache, and the head."""
         if self._listener is None:
             return
         num_tokens = sum(sizes)

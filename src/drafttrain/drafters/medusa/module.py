@@ -177,6 +177,11 @@ class Medusa(Drafter):
         """One draft token per head."""
         return self.num_heads
 
+    @property
+    def vocabulary(self) -> Tensor | None:
+        """The target's id of each token in the heads' vocabulary; None: the vocabularies are the same."""
+        return self.token_map
+
     def needs(self) -> TargetNeeds:
         """Return what the heads read: the state after the final norm."""
         return TargetNeeds(final=True)
@@ -206,7 +211,7 @@ class Medusa(Drafter):
 
     def _drafted(self, final_BTD: Tensor) -> DraftOutput:
         states_BTD = {depth: self.states(final_BTD, depth) for depth in range(1, self.num_heads + 1)}
-        return DraftOutput(states_BTD, self._head, self.lag, vocabulary=self.token_map)
+        return DraftOutput(states_BTD, self._head, self.lag, vocabulary=self.vocabulary)
 
     def _adapted(self, batch: DraftBatch) -> Tensor:
         """Return the final states of the target with its adapters; gradients reach the adapters."""

@@ -45,7 +45,7 @@ class MedusaSettings:
     draft_vocab_size: int | None = setting(None, help=SIZE_HELP, ge=1)
     shared_head: bool = setting(
         False,
-        help="All heads share one output matrix; vLLM loads heads with a draft vocabulary only so.",
+        help="All heads share one output matrix.",
     )
     decay: float = setting(0.8, help="The loss of head k has weight decay^k.", gt=0, le=1)
     draft: Literal["sampled", "greedy"] = setting(

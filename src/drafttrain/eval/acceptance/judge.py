@@ -16,6 +16,7 @@ from torch import Tensor
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.proposals import Exactness, Proposal
 from drafttrain.core.settings import setting
+from drafttrain.core.target_probs import TargetProbs
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.eval.acceptance import acceptance_rules
 from drafttrain.eval.verification import RandomDecisions, walk
@@ -65,7 +66,7 @@ class Judge:
 
     @torch.no_grad()
     def __call__(
-        self, proposal: Proposal, target_probs_NV: Tensor, node_hidden_ND: Tensor | None, generator: torch.Generator
+        self, proposal: Proposal, target_probs: TargetProbs, node_hidden_ND: Tensor | None, generator: torch.Generator
     ) -> tuple[list[int], int]:
         assert node_hidden_ND is not None, "the engine passes the layer that `needs` names"
         if node_hidden_ND.shape[-1] != self.head.hidden_size:
@@ -78,7 +79,7 @@ class Judge:
         # A probability can be rounded to exactly 0; at delta 0 such a token is accepted too.
         return walk(
             proposal,
-            target_probs_NV,
+            target_probs,
             RandomDecisions(generator),
             overrule=lambda node: delta == 0 or good_N[node] > delta,
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from drafttrain.core.proposals import Exactness, Proposal
 from drafttrain.core.settings import setting
+from drafttrain.core.target_probs import TargetProbs
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.eval.acceptance import acceptance_rules
 from drafttrain.eval.verification import RandomDecisions, walk
@@ -41,10 +42,10 @@ class Lenience:
         self.settings = settings or LenienceSettings()
 
     def __call__(
-        self, proposal: Proposal, target_probs_NV: Tensor, node_hidden_ND: Tensor | None, generator: torch.Generator
+        self, proposal: Proposal, target_probs: TargetProbs, node_hidden_ND: Tensor | None, generator: torch.Generator
     ) -> tuple[list[int], int]:
         credit = None if self.settings.epsilon == 1 else lenient(self.settings.form, self.settings.epsilon)
-        return walk(proposal, target_probs_NV, RandomDecisions(generator), credit=credit)
+        return walk(proposal, target_probs, RandomDecisions(generator), credit=credit)
 
 
 def lenient(form: str, epsilon: float) -> Callable[[float], float]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.proposals import Exactness, Proposal
+from drafttrain.core.target_probs import TargetProbs
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.eval.acceptance import acceptance_rules
 from drafttrain.eval.verification import RandomDecisions, walk
@@ -31,6 +32,6 @@ class Lossless:
         self.settings = settings or LosslessSettings()
 
     def __call__(
-        self, proposal: Proposal, target_probs_NV: Tensor, node_hidden_ND: Tensor | None, generator: torch.Generator
+        self, proposal: Proposal, target_probs: TargetProbs, node_hidden_ND: Tensor | None, generator: torch.Generator
     ) -> tuple[list[int], int]:
-        return walk(proposal, target_probs_NV, RandomDecisions(generator))
+        return walk(proposal, target_probs, RandomDecisions(generator))

@@ -13,6 +13,7 @@ from torch import Tensor
 from drafttrain.core.probability import draw
 from drafttrain.core.proposals import Exactness, Proposal
 from drafttrain.core.settings import setting
+from drafttrain.core.target_probs import TargetProbs
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.eval.acceptance import acceptance_rules
 from drafttrain.eval.verification import TokenProbs
@@ -44,11 +45,11 @@ class Typical:
         self.settings = settings or TypicalSettings()
 
     def __call__(
-        self, proposal: Proposal, target_probs_NV: Tensor, node_hidden_ND: Tensor | None, generator: torch.Generator
+        self, proposal: Proposal, target_probs: TargetProbs, node_hidden_ND: Tensor | None, generator: torch.Generator
     ) -> tuple[list[int], int]:
-        threshold_N = self.thresholds(target_probs_NV).tolist()
+        threshold_N = self.thresholds(target_probs.whole()).tolist()
         parents = proposal.parents_N.tolist()
-        probs = TokenProbs(proposal, target_probs_NV)
+        probs = TokenProbs(proposal, target_probs)
         # By accepted node: its depth and the log-probability of its path.
         accepted = {0: (0, 0.0)}
         for node in range(1, len(parents)):
@@ -59,7 +60,7 @@ class Typical:
         path = [max(accepted, key=lambda node: accepted[node])]
         while path[0]:
             path.insert(0, parents[path[0]])
-        return path, draw(target_probs_NV[path[-1]], generator)
+        return path, draw(target_probs.row(path[-1]), generator)
 
     def thresholds(self, target_probs_NV: Tensor) -> Tensor:
         """Return the threshold of a token's probability, by row."""

@@ -28,6 +28,12 @@ class DecodedPrompt:
     num_accepted: int = 0
     accepted_at: Sequence[int] = ()
     """Number of rounds that accepted at least i draft tokens, i = 1, 2, ..."""
+    seconds: float = 0.0
+    """By the engine's own clock, from the request to its last token."""
+    prompt_seconds: float = 0.0
+    """Of these, those up to the first token."""
+    cpu_seconds: float = 0.0
+    """Time of all threads of its process meanwhile; on a shared machine it depends less on other work."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,15 @@ class Job:
     dtype: str
     max_length: int
     """Of prompt and output in tokens, drafts past the end included."""
+    lengths: Sequence[int] = ()
+    """New tokens by prompt; empty: `max_new_tokens` of each."""
+    as_served: bool = False
+    """For its speed: after a warm-up prompt, and with the very file of the target if the engine reads it."""
+
+    @property
+    def new_tokens(self) -> list[int]:
+        """Number of new tokens of each prompt."""
+        return list(self.lengths) or [self.max_new_tokens] * len(self.prompts)
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,9 @@ ENDS = frozenset(
 TARGETS = "llama.cpp-targets"
 """Folder of converted targets, beside the environments."""
 
+CACHE_DTYPE = "float16"
+"""Its default type of keys and values."""
+
 DRAFT_TOP_K = 10
 """Of its probabilistic drafting; seen in its source and in its counters."""
 
@@ -113,15 +116,18 @@ class LlamaCppEngine(ServingEngine):
 
     def request(self, job: Job, use: Use | None) -> dict[str, Any]:
         """Return the request that llama_cpp_worker.py describes."""
+        shipped = job.as_served and gguf_file_of(job.target) is not None
         return {
-            "target": str(self.target_as(job.target, job.dtype)),
+            "target": str(self.target_as(job.target, None if shipped else job.dtype)),
             "drafter": None if use is None else str(Path(use.folder) / FILE),
             "num_draft_tokens": 0 if use is None else use.num_draft_tokens,
             "draft": "probabilistic" if use is not None and use.draft == "sampled" else "greedy",
-            "dtype": job.dtype,
+            "dtype": CACHE_DTYPE if shipped else job.dtype,
             "context": job.max_length,
             "prompts": [list(prompt) for prompt in job.prompts],
-            "runs": [{"temperature": t, "max_tokens": job.max_new_tokens, "seed": 0} for t in job.temperatures],
+            "max_tokens": job.new_tokens,
+            "warm_up": job.as_served,
+            "runs": [{"temperature": t, "seed": 0} for t in job.temperatures],
             "texts": [],
         }
 

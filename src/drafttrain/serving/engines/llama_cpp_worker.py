@@ -8,17 +8,21 @@ The request:
     dtype               type of keys, values and weights; weights in another type are widened first
     context             number of tokens of prompt and output
     prompts             lists of token ids, decoded one by one so that counters belong to one prompt
-    runs                [{temperature, max_tokens, seed}], each over all prompts
+    max_tokens          new tokens of each prompt
+    warm_up             decode the first prompt once more before
+    runs                [{temperature, seed}], each over all prompts
     texts               texts to tokenize, special tokens included
 
-The answer: `version`; for every run its `prompts`, each with `tokens` and the counters of speculation; `tokenized`. Or `error`.
+The answer: `version`; for every run its `prompts`, each with `tokens`, the counters of speculation, and its times; `tokenized`. Or `error`.
 """
 
 import http.client
 import json
+import os
+import time
 from typing import Any
 
-THREADS = 1
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 """With more threads small models are slower, and sums may come out in another order."""
 
 TIMEOUT_SECONDS = 3600
@@ -38,7 +42,10 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
 
     server = xllamacpp.Server(_parameters(xllamacpp, request))
     address = server.listening_address.removeprefix("http://")
-    runs = [_run(address, request["prompts"], **run) for run in request["runs"]]
+    prompts = list(zip(request["prompts"], request["max_tokens"], strict=True))
+    if request["warm_up"]:
+        _run(address, prompts[:1], temperature=0.0, seed=0)
+    runs = [_run(address, prompts, **run) for run in request["runs"]]
     tokenized = [_tokenized(address, text) for text in request["texts"]]
     return {"version": xllamacpp.__version__, "runs": runs, "tokenized": tokenized}
 
@@ -88,10 +95,10 @@ def _in_type(path: str, dtype: str, wider: str) -> str:
     return wider
 
 
-def _run(address: str, prompts: list[list[int]], *, temperature: float, max_tokens: int, seed: int) -> dict[str, Any]:
+def _run(address: str, prompts: list[tuple[list[int], int]], *, temperature: float, seed: int) -> dict[str, Any]:
     decoded = []
-    for number, prompt in enumerate(prompts):
-        before = _counters(address)
+    for number, (prompt, max_tokens) in enumerate(prompts):
+        before, cpu = _counters(address), time.process_time()
         text = _asked(
             address,
             "/completion",
@@ -106,8 +113,16 @@ def _run(address: str, prompts: list[list[int]], *, temperature: float, max_toke
                 "cache_prompt": False,
             },
         )
-        decoded.append({"tokens": json.loads(text)["tokens"], **_difference(before, _counters(address))})
+        answer, cpu = json.loads(text), time.process_time() - cpu
+        counted = _difference(before, _counters(address))
+        decoded.append({"tokens": answer["tokens"], **counted, **_times(answer["timings"]), "cpu_seconds": cpu})
     return {"temperature": temperature, "prompts": decoded}
+
+
+def _times(timings: dict[str, float]) -> dict[str, float]:
+    """Return the times of a request as the server reports them."""
+    prompt, written = timings["prompt_ms"] / 1000, timings["predicted_ms"] / 1000
+    return {"seconds": prompt + written, "prompt_seconds": prompt}
 
 
 def _tokenized(address: str, text: str) -> list[int]:

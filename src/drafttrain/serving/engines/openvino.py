@@ -68,7 +68,8 @@ class OpenVinoEngine(ServingEngine):
             "num_draft_tokens": 0 if use is None else use.num_draft_tokens,
             "dtype": job.dtype,
             "prompts": [list(prompt) for prompt in job.prompts],
-            "max_tokens": job.max_new_tokens,
+            "max_tokens": job.new_tokens,
+            "warm_up": job.as_served,
         }
 
     def decoded(self, answer: Mapping[str, Any]) -> list[list[DecodedPrompt]]:

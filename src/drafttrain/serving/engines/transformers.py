@@ -46,7 +46,9 @@ class TransformersEngine(ServingEngine):
             "num_draft_tokens": 0 if use is None else use.num_draft_tokens,
             "dtype": job.dtype,
             "prompts": [list(prompt) for prompt in job.prompts],
-            "runs": [{"temperature": t, "max_tokens": job.max_new_tokens, "seed": 0} for t in job.temperatures],
+            "max_tokens": job.new_tokens,
+            "warm_up": job.as_served,
+            "runs": [{"temperature": t, "seed": 0} for t in job.temperatures],
         }
 
     def decoded(self, answer: Mapping[str, Any]) -> list[list[DecodedPrompt]]:

@@ -6,13 +6,16 @@ The request:
     num_draft_tokens     draft tokens of a round
     dtype
     prompts              lists of token ids, decoded one by one: assisted generation takes no batch
-    runs                 [{temperature, max_tokens, seed}], each over all prompts
+    max_tokens           new tokens of each prompt
+    warm_up              decode the first prompt once more before
+    runs                 [{temperature, seed}], each over all prompts
 
-The answer: `version`, and for every run its `prompts`, each with `tokens` and the counters of speculation; or `error`. `generate` has
+The answer: `version`, and for every run its `prompts`, each with `tokens`, the counters of speculation, and its times; or `error`. `generate` has
 no counters: drafts are the tokens that each forward of the target reads after the text, accepted tokens those that the streamer gets.
 """
 
 import os
+import time
 from typing import Any
 
 SETTINGS = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -25,7 +28,7 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
     import transformers
 
     # With more threads small models are slower.
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     target = _loaded(transformers, request["target"], request["dtype"])
     assistant = None
     if request["assistant"]:
@@ -33,7 +36,10 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
         assistant.generation_config.num_assistant_tokens = request["num_draft_tokens"]
         assistant.generation_config.num_assistant_tokens_schedule = "constant"
         assistant.generation_config.assistant_confidence_threshold = 0.0
-    runs = [_run(torch, transformers, target, assistant, request["prompts"], **run) for run in request["runs"]]
+    prompts = list(zip(request["prompts"], request["max_tokens"], strict=True))
+    if request["warm_up"]:
+        _run(torch, transformers, target, assistant, prompts[:1], temperature=0.0, seed=0)
+    runs = [_run(torch, transformers, target, assistant, prompts, **run) for run in request["runs"]]
     return {"version": transformers.__version__, "runs": runs}
 
 
@@ -49,29 +55,33 @@ def _run(
     transformers: Any,
     target: Any,
     assistant: Any,
-    prompts: list[list[int]],
+    prompts: list[tuple[list[int], int]],
     *,
     temperature: float,
-    max_tokens: int,
     seed: int,
 ) -> dict[str, Any]:
     # The default top_k would sample from the 50 likeliest tokens only.
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-    config = transformers.GenerationConfig(
-        max_new_tokens=max_tokens, pad_token_id=0, **{"do_sample": False, **sampling}
-    )
     decoded = []
-    for number, prompt in enumerate(prompts):
+    for number, (prompt, max_tokens) in enumerate(prompts):
+        config = transformers.GenerationConfig(
+            max_new_tokens=max_tokens, pad_token_id=0, **{"do_sample": False, **sampling}
+        )
         torch.manual_seed(seed + number)
         rounds = Rounds(len(prompt))
         hook = target.register_forward_pre_hook(rounds.before_forward, with_kwargs=True)
         speculation = {} if assistant is None else {"assistant_model": assistant, "streamer": rounds}
         ids = torch.tensor([prompt])
+        began, cpu = time.monotonic(), time.process_time()
         with torch.no_grad():
             output = target.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, **speculation)
+        ended, cpu = time.monotonic(), time.process_time() - cpu
         hook.remove()
         tokens = output[0, len(prompt) :].tolist()
-        decoded.append({"tokens": tokens, **(rounds.counters(tokens) if assistant is not None else {})})
+        # The second forward begins when the first token is known.
+        first = [*rounds.began, ended][1]
+        times = {"seconds": ended - began, "prompt_seconds": first - began, "cpu_seconds": cpu}
+        decoded.append({"tokens": tokens, **(rounds.counters(tokens) if assistant is not None else {}), **times})
     return {"temperature": temperature, "prompts": decoded}
 
 
@@ -81,11 +91,13 @@ class Rounds:
     def __init__(self, prompt_length: int) -> None:
         self.drafted: list[int] = []
         self.accepted: list[list[int]] = []
+        self.began: list[float] = []
         self._prompt_length = prompt_length
         self._begun = False
 
     def before_forward(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """Record how many tokens are read beyond those already in the text: the prompt at first, later the last token."""
+        """Record when a forward begins, and how many tokens it reads beyond the text: the prompt at first, later the last token."""
+        self.began.append(time.monotonic())
         known = 1 if self.drafted else self._prompt_length
         self.drafted.append(int(kwargs["input_ids"].shape[1]) - known)
 

@@ -6,13 +6,16 @@ The request:
     speculative_config   argument of `vllm.LLM`; null: the target alone
     dtype, max_model_len
     prompts              lists of token ids, decoded one by one so that counters belong to one prompt
-    runs                 [{temperature, max_tokens, seed}], each over all prompts
+    max_tokens           new tokens of each prompt
+    warm_up              decode the first prompt once more before
+    runs                 [{temperature, seed}], each over all prompts
 
 The answer: `version`, `repaired` (bugs of the engine that were patched for this run, in words), and for every run its `prompts`,
-each with `tokens` and the counters of speculation; or `error`.
+each with `tokens`, the counters of speculation, and its times; or `error`.
 """
 
 import os
+import time
 from typing import Any
 
 SETTINGS = {
@@ -51,7 +54,10 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
     )
     # The CPU kernels are registered when the engine is built.
     repaired = _repaired()
-    runs = [_run(llm, vllm, request["prompts"], **run) for run in request["runs"]]
+    prompts = list(zip(request["prompts"], request["max_tokens"], strict=True))
+    if request["warm_up"]:
+        _run(llm, vllm, prompts[:1], temperature=0.0, seed=0)
+    runs = [_run(llm, vllm, prompts, **run) for run in request["runs"]]
     return {"version": vllm.__version__, "repaired": repaired, "runs": runs}
 
 
@@ -75,18 +81,25 @@ def _repaired() -> list[str]:
     return ["expand_batch_to_tokens (temperatures of draft tokens were uninitialized memory)"]
 
 
-def _run(
-    llm: Any, vllm: Any, prompts: list[list[int]], *, temperature: float, max_tokens: int, seed: int
-) -> dict[str, Any]:
+def _run(llm: Any, vllm: Any, prompts: list[tuple[list[int], int]], *, temperature: float, seed: int) -> dict[str, Any]:
     decoded = []
-    for number, prompt in enumerate(prompts):
+    for number, (prompt, max_tokens) in enumerate(prompts):
         sampling = vllm.SamplingParams(
             temperature=temperature, max_tokens=max_tokens, ignore_eos=True, seed=seed + number if temperature else None
         )
-        before = _counters(llm)
+        before, cpu = _counters(llm), time.process_time()
         (output,) = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
-        decoded.append({"tokens": list(output.outputs[0].token_ids), **_difference(before, _counters(llm))})
+        times = {**_times(output.metrics), "cpu_seconds": time.process_time() - cpu}
+        decoded.append({"tokens": list(output.outputs[0].token_ids), **_difference(before, _counters(llm)), **times})
     return {"temperature": temperature, "prompts": decoded}
+
+
+def _times(metrics: Any) -> dict[str, float]:
+    """Return the times of a request by the clock of the engine's core."""
+    return {
+        "seconds": metrics.last_token_ts - metrics.queued_ts,
+        "prompt_seconds": metrics.first_token_ts - metrics.queued_ts,
+    }
 
 
 def _counters(llm: Any) -> dict[str, Any]:
