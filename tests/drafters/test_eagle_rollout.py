@@ -120,6 +120,40 @@ def test_training_computes_only_what_trained_rows_need(target, kind, settings, p
     assert seen == [(16 - first[0]) + (8 - first[1])] * steps
 
 
+@pytest.fixture
+def few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Round the numbers of columns and queries up to multiples of 16, as a CPU in bfloat16 rounds larger ones."""
+    monkeypatch.setattr("drafttrain.drafters.eagle.drafter.is_compiled_by_size", lambda *_: True)
+    monkeypatch.setattr("drafttrain.core.batches.few_sizes", lambda count: -(-count // 16) * 16)
+
+
+@pytest.mark.parametrize(("kind", "settings"), [KINDS[1], ("eagle", {"num_steps": 3, "feature_noise": 0.0})])
+@pytest.mark.parametrize("texts", ["masked", "whole"])
+@pytest.mark.usefixtures("few_sizes")
+def test_slots_of_padding_change_no_state_and_no_gradient(target, kind, settings, texts):
+    drafter = eagle_drafter(kind, target, **settings)
+    batch = masked(target, drafter) if texts == "masked" else packed(target, drafter, LENGTHS, width=22)[0]
+    whole = trained_states(drafter.eval(), batch)
+    seen: list[int] = []
+    drafter.layer.mlp.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+    for ours, theirs in zip(trained_states(drafter.train(), batch), whole, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+    assert seen == [seen[0]] * drafter.own["num_steps"]
+    assert seen[0] % 16 == 0
+
+
+@pytest.mark.usefixtures("few_sizes")
+def test_control_padding_that_is_read_changes_a_state(target, monkeypatch):
+    drafter = eagle_drafter("eagle3", target, num_steps=4)
+    batch = masked(target, drafter)
+    whole, _ = trained_states(drafter.eval(), batch)
+    padded = ReadSlots.padded
+    monkeypatch.setattr(ReadSlots, "padded", lambda self, count: replace(padded(self, count), num_padding=0))
+    read, _ = trained_states(drafter.train(), batch)
+    assert max(float((a - b).detach().abs().max()) for a, b in zip(read, whole, strict=True)) > 0.01
+
+
 def test_control_slots_that_start_one_too_late_are_not_enough(target, monkeypatch):
     drafter = eagle_drafter("eagle3", target, num_steps=3)
     batch = masked(target, drafter)

@@ -18,6 +18,7 @@ from drafttrain.eval.ledger import Ledger
 from drafttrain.eval.length.fixed import FixedLength
 from drafttrain.eval.length.tree import TreeLength, TreeSettings
 from drafttrain.eval.proposers.ngram import Ngram
+from drafttrain.eval.proposers.none import PLAIN
 from drafttrain.eval.result import Piece
 from drafttrain.target_model import Target
 from tests.conftest import byte_tokenizer, random_llama
@@ -62,7 +63,7 @@ def engine_of(target: Target, proposer: Any, **options: Any) -> Engine:
 
 def conversation(target: Target, **options: Any) -> Conversation:
     engine = engine_of(target, nearly_right(target), **options)
-    return Conversation(Arm("chat", engine, Ledger(), None, target))
+    return Conversation(Arm("chat", engine, Ledger(), None, target, PLAIN))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

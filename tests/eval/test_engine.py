@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from drafttrain.core.texts import Prompt, Sampling
+from drafttrain.drafters.causal_lm.decoding import DecodingLM
 from drafttrain.drafters.causal_lm.module import CausalLMDrafter
 from drafttrain.drafters.causal_lm.proposer import ChainProposer
 from drafttrain.eval.acceptance.lenience import Lenience, LenienceSettings
@@ -95,21 +96,24 @@ def test_caches_hold_the_committed_text_after_every_round(target):
     checked = 0
     original = engine._round
 
-    def check(lm: Any, model: Any, live: Any) -> int:
+    def check(lm: Any, layers: Any, model: Any, live: Any) -> int:
         for row, sequence in enumerate(live):
             length = lm.lengths[row]
             text = torch.tensor([sequence.context.tokens[:length]])
             fresh = model(text, use_cache=True).past_key_values
-            for ours, theirs in zip(lm.cache.hf.layers, fresh.layers, strict=True):
-                torch.testing.assert_close(ours.keys[row : row + 1, :, :length], theirs.keys, rtol=0, atol=1e-12)
-                torch.testing.assert_close(ours.values[row : row + 1, :, :length], theirs.values, rtol=0, atol=1e-12)
+            for (keys, values), theirs in zip(layers, fresh.layers, strict=True):
+                torch.testing.assert_close(keys[row : row + 1, :, :length], theirs.keys, rtol=0, atol=1e-12)
+                torch.testing.assert_close(values[row : row + 1, :, :length], theirs.values, rtol=0, atol=1e-12)
         return len(live)
 
     def watched(live: Any) -> None:
         nonlocal checked
         original(live)
-        checked += check(engine._lm, target.model, live)
-        check(proposer._lm, drafter, live)
+        of_target = [(layer.keys, layer.values) for layer in engine._lm.cache.hf.layers]
+        checked += check(engine._lm, of_target, target.model, live)
+        assert isinstance(proposer._lm, DecodingLM)
+        of_drafter = [layer.columns.first(max(proposer._lm.lengths)) for layer in proposer._lm._layers]
+        check(proposer._lm, of_drafter, drafter, live)
 
     engine._round = watched  # type: ignore[method-assign]
     engine.generate(PROMPTS)

@@ -16,7 +16,7 @@ from drafttrain.core.errors import DrafttrainError, RecipeError
 from drafttrain.drafters import Drafter, drafters
 from drafttrain.drafters.medusa.lora import LoraSettings
 from drafttrain.drafters.medusa.settings import JointSettings
-from drafttrain.pipeline.data import FEW_WIDTHS, own_batches
+from drafttrain.pipeline.data import FEW_WIDTHS, FEW_WIDTHS_IN_HALF, own_batches
 from drafttrain.training import compiled
 from drafttrain.training.settings import TrainSettings
 from tests.training.layouts import run
@@ -114,9 +114,9 @@ def test_without_a_compiler_there_is_one_sentence(monkeypatch, tmp_path):
 def test_rows_of_a_compiled_training_have_few_widths():
     asked: list[int] = []
     data = SimpleNamespace(of_step=lambda step, **keywords: asked.append(keywords["multiple"]))
-    for settings in (TrainSettings(), TrainSettings(compile=True)):
+    for settings in (TrainSettings(), TrainSettings(compile=True), TrainSettings(precision="bf16-mixed")):
         own_batches(data, settings, device=torch.device("cpu"))(0)
-    assert asked == [1, FEW_WIDTHS]
+    assert asked == [1, FEW_WIDTHS, FEW_WIDTHS_IN_HALF]
 
 
 def test_a_run_may_be_compiled_from_one_day_to_the_next():

@@ -14,6 +14,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
+from drafttrain.core.few_sizes import few_sizes
 from drafttrain.core.flops import EARLY, BatchShape
 from drafttrain.core.target_rows import AlignedRows, RowsAsked, StoredTargetRows, TargetOutput, TargetRows
 
@@ -210,6 +211,13 @@ class PackedDocuments(_Moved):
         bounds = torch.cat([starts, starts.new_tensor([positions_BT.numel()])]).int()
         return cls(bounds, bounds, longest=positions_BT.shape[1])
 
+    def and_one(self, *, columns: int, queries: int) -> PackedDocuments:
+        """Return these documents and another one after them."""
+        bounds, query_bounds = (
+            torch.cat([old, old[-1:] + more]) for old, more in ((self.bounds, columns), (self.query_bounds, queries))
+        )
+        return PackedDocuments(bounds, query_bounds, longest=max(self.longest, columns))
+
     def __post_init__(self) -> None:
         if self.on_host is None and self.bounds.device.type == "cpu":
             object.__setattr__(self, "on_host", self._slices())
@@ -233,6 +241,8 @@ class ReadSlots(_Moved):
     query_M: Tensor | None
     """Index of every query among the columns; None: all columns are queries."""
     documents: PackedDocuments
+    num_padding: int = 0
+    """Queries at the end that nothing reads."""
 
     def each(self, change: Callable[[Tensor], Tensor]) -> ReadSlots:
         """Return a copy with changed tensors."""
@@ -267,6 +277,26 @@ class ReadSlots(_Moved):
         )
         return cls(seen_N.nonzero()[:, 0], looks_C.nonzero()[:, 0], documents)
 
+    def padded(self, num_slots: int) -> ReadSlots:
+        """Return these slots and a document of padding, so that the numbers of columns and of queries are few sizes.
+
+        Args:
+            num_slots: Slots of the batch, B * T.
+        """
+        bounds = self.documents.bounds
+        column_C = torch.arange(num_slots, device=bounds.device) if self.column_C is None else self.column_C
+        query_M = torch.arange(len(column_C), device=bounds.device) if self.query_M is None else self.query_M
+        more_queries = few_sizes(len(query_M) + 1) - len(query_M)
+        # A document has at least as many columns as queries.
+        more_columns = few_sizes(len(column_C) + more_queries) - len(column_C)
+        new_M = torch.arange(more_columns - more_queries, more_columns, device=bounds.device) + len(column_C)
+        return ReadSlots(
+            torch.cat([column_C, column_C.new_zeros(more_columns)]),
+            torch.cat([query_M, new_M]),
+            self.documents.and_one(columns=more_columns, queries=more_queries),
+            num_padding=more_queries,
+        )
+
     def columns(self, values_BT: Tensor) -> Tensor:
         """Return the values at the columns as one row, values_1C."""
         values_N = values_BT.flatten(0, 1)
@@ -282,7 +312,8 @@ class ReadSlots(_Moved):
             return values_1M[0].unflatten(0, like_BT.shape)
         slot_M = self.column_C if self.query_M is None else self.column_C[self.query_M]
         values_N = values_1M.new_zeros(like_BT.numel(), *values_1M.shape[2:])
-        return values_N.index_copy(0, slot_M, values_1M[0]).unflatten(0, like_BT.shape)
+        read = len(slot_M) - self.num_padding
+        return values_N.index_copy(0, slot_M[:read], values_1M[0, :read]).unflatten(0, like_BT.shape)
 
 
 def _bounds(sizes_L: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class DecodingAttention:
     """The projections of an attention block.
 
     Args:
-        projections: A module with q_proj, k_proj, v_proj and o_proj.
+        projections: A module with q_proj, k_proj, v_proj and o_proj. It may have q_norm and k_norm, as Qwen3 has.
     """
 
     def __init__(self, projections: Any, *, head_dim: int) -> None:
@@ -37,12 +37,16 @@ class DecodingAttention:
         queries, keys, _ = (linear.out_features // head_dim for linear in linears)
         self._heads = [queries + keys, keys]
         self._rotated = [queries, keys]
+        self._norms = [projections.q_norm, projections.k_norm] if hasattr(projections, "q_norm") else []
         self._enter, self._leave = product_with(linears), product_with([projections.o_proj])
 
     def project(self, inputs_BNX: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
         """Return (query_BHNd, key_BGNd, value_BGNd), the first two rotated."""
         heads_BNHd = self._enter(inputs_BNX).unflatten(-1, (-1, self._head_dim))
         rotary_BNHd, value_BNGd = heads_BNHd.split(self._heads, dim=2)
+        if self._norms:
+            parts = rotary_BNHd.split(self._rotated, dim=2)
+            rotary_BNHd = torch.cat([norm(part) for norm, part in zip(self._norms, parts, strict=True)], dim=2)
         query_BNHd, key_BNGd = turned(rotary_BNHd, turn).split(self._rotated, dim=2)
         return query_BNHd.transpose(1, 2), key_BNGd.transpose(1, 2), value_BNGd.transpose(1, 2)
 

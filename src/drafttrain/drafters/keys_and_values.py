@@ -42,6 +42,12 @@ class KeysAndValues:
             place = states if row is None else states.narrow(0, row, 1)
             place.narrow(2, start, columns.shape[2]).copy_(columns)
 
+    def write_at(self, columns_BN: Tensor, *new: Tensor) -> None:
+        """Write [keys_BGNd, values_BGNd] to these columns of each sequence."""
+        rows_B1 = torch.arange(len(columns_BN), device=columns_BN.device)[:, None]
+        for states, columns in zip(self._states, new, strict=True):
+            states.transpose(1, 2)[rows_B1, columns_BN] = columns.transpose(1, 2)
+
     def first(self, columns: int) -> tuple[Tensor, Tensor]:
         """Return (keys_BGCd, values_BGCd) of the first columns."""
         keys, values = self._states

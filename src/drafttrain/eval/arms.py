@@ -17,7 +17,7 @@ from drafttrain.eval.generate import generate as transformers_generate
 from drafttrain.eval.ledger import Ledger
 from drafttrain.eval.length import length_policies
 from drafttrain.eval.parity import parity
-from drafttrain.eval.proposers.none import NoDraft
+from drafttrain.eval.proposers import TrainingFree
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.eval.unfinished import DecodedByArm, DecodedGroup, Event, Unfinished
 from drafttrain.target_model import Target
@@ -26,9 +26,13 @@ CALIBRATION_PROMPTS = 2
 """Decoded once more after the warm-up, for a length policy that weighs tokens against time."""
 
 
+Source = Drafter | TrainingFree
+"""Makes the proposer of an arm."""
+
+
 @dataclass
 class Arm:
-    """One way of decoding the same prompts: plain, or with one drafter."""
+    """One way of decoding the same prompts: plain, or with one drafter or training-free proposer."""
 
     name: str
     engine: Engine
@@ -37,30 +41,25 @@ class Arm:
     """Settings of its length policy."""
     target: Target
     """The given target, or the drafter's own: with the adapters that it was exported with."""
-    drafter: Drafter | None = None
+    source: Source
     generations: list[Generation] = field(default_factory=list)
 
     @classmethod
     def create(
         cls,
         name: str,
-        drafter: Drafter | None,
+        source: Source,
         target: Target,
         sampling: Sampling,
         settings: EvalSettings,
         *,
         length: Any,
     ) -> Arm:
-        """Return an arm that has not decoded yet.
-
-        Args:
-            drafter: None: plain decoding.
-        """
+        """Return an arm that has not decoded yet."""
         ledger = Ledger()
-        proposer = NoDraft() if drafter is None else drafter.proposer(target, ledger.append)
         engine = Engine(
             target,
-            proposer,
+            source.proposer(target, ledger.append),
             rule=acceptance_rules.build(settings.rule),
             policy=length_policies.build(length),
             sampling=sampling,
@@ -68,7 +67,7 @@ class Arm:
             seed=settings.seed,
             listener=ledger.append,
         )
-        return cls(name, engine, ledger, length, target, drafter)
+        return cls(name, engine, ledger, length, target, source)
 
     def warm_up(self, prompts: Sequence[Prompt]) -> None:
         """Decode the first prompt, and calibrate a length policy that weighs tokens against time."""

@@ -16,8 +16,10 @@ from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.drafters import Drafter
 from drafttrain.eval.acceptance import acceptance_rules
 from drafttrain.eval.acceptance.lossless import LosslessSettings
-from drafttrain.eval.arms import Arm, decode, faster_baseline
+from drafttrain.eval.arms import Arm, Source, decode, faster_baseline
 from drafttrain.eval.figures import compare, drafter_figures, plain_figures, prompt_counts, relative_speed
+from drafttrain.eval.proposers import TrainingFree
+from drafttrain.eval.proposers.none import PLAIN
 from drafttrain.eval.result import (
     FORMAT,
     AtTemperature,
@@ -42,7 +44,7 @@ def evaluate(
     *,
     unfinished: Path | None = None,
 ) -> Result:
-    """Evaluate drafter folders, which are read from disk here.
+    """Evaluate drafter folders, which are read from disk here, and the training-free proposers of the settings.
 
     Args:
         folders: Drafters by name; the first one is judged, the others are compared with it, paired over prompts.
@@ -55,9 +57,11 @@ def evaluate(
     _check_heads(folders, target, settings)
     drafters = {name: read_drafter(folder, target) for name, folder in folders.items()}
     targets = {name: drafter.adapted(target) for name, drafter in drafters.items()}
+    beside = _beside(folders, settings)
+    sources, arms_targets = drafters | beside, targets | dict.fromkeys(beside, target)
     began = time.perf_counter()
     stored = Unfinished(unfinished, made_with(folders, target, prompts, settings) if unfinished else {})
-    temperatures = [_at_temperature(t, drafters, targets, prompts, settings, stored) for t in settings.temperatures]
+    temperatures = [_at_temperature(t, sources, arms_targets, prompts, settings, stored) for t in settings.temperatures]
     stored.remove()
     return Result(
         format=FORMAT,
@@ -80,9 +84,17 @@ def _check_heads(folders: Mapping[str, Path], target: Target, settings: EvalSett
                 check_made_for(Path(part.head), target=target, drafter=folder)
 
 
+def _beside(folders: Mapping[str, Path], settings: EvalSettings) -> dict[str, TrainingFree]:
+    """Return the proposers of eval.beside by name."""
+    beside = {one.label: one for one in map(TrainingFree, settings.beside)}
+    if both := folders.keys() & beside.keys():
+        raise ValueError(f"eval.beside: {', '.join(sorted(both))} is also the name of a drafter: rename the drafter")
+    return beside
+
+
 def _at_temperature(
     temperature: float,
-    drafters: Mapping[str, Drafter],
+    sources: Mapping[str, Source],
     targets: Mapping[str, Target],
     prompts: Sequence[Prompt],
     settings: EvalSettings,
@@ -90,11 +102,11 @@ def _at_temperature(
 ) -> AtTemperature:
     greedy = temperature == 0
     sampling = Sampling() if greedy else Sampling(temperature, settings.top_p, settings.top_k)
-    # One plain arm for each target: a drafter is compared with the plain decoding of its own.
+    # One plain arm for each target: an arm is compared with the plain decoding of its own.
     plains = {
-        id(one): Arm.create("plain", None, one, sampling, settings, length=settings.length) for one in targets.values()
+        id(one): Arm.create("plain", PLAIN, one, sampling, settings, length=settings.length) for one in targets.values()
     }
-    by_length = list(_arms_by_length(drafters, targets, sampling, settings))
+    by_length = list(_arms_by_length(sources, targets, sampling, settings))
     arms = [arm for group in by_length for arm in group]
     plain = plains[id(arms[0].target)]
     generated = decode(
@@ -114,35 +126,37 @@ def _at_temperature(
 
 
 def _arms_by_length(
-    drafters: Mapping[str, Drafter], targets: Mapping[str, Target], sampling: Sampling, settings: EvalSettings
+    sources: Mapping[str, Source], targets: Mapping[str, Target], sampling: Sampling, settings: EvalSettings
 ) -> Iterator[list[Arm]]:
-    """Yield the arms of all drafters at each draft length; for a lossy rule also the first drafter without loss."""
+    """Yield the arms of all sources at each draft length; for a lossy rule also the first drafter without loss."""
     lengths = [(settings.length, ""), *((one, f" ({length_label(one)})") for one in settings.also)]
     for length, suffix in lengths:
         yield [
-            Arm.create(name + suffix, drafter, targets[name], sampling, settings, length=length)
-            for name, drafter in drafters.items()
+            Arm.create(name + suffix, source, targets[name], sampling, settings, length=length)
+            for name, source in sources.items()
         ]
     if acceptance_rules.build(settings.rule).exactness is Exactness.LOSSY:
         # A lossy figure is reported beside that of the lossless rule, on the same prompts at the same length.
         lossless = replace(settings, rule=LosslessSettings())
-        name, drafter = next(iter(drafters.items()))
+        name, source = next(iter(sources.items()))
         label = f"{name} (lossless)"
-        yield [Arm.create(label, drafter, targets[name], sampling, lossless, length=settings.length)]
+        yield [Arm.create(label, source, targets[name], sampling, lossless, length=settings.length)]
 
 
 def _comparisons(by_length: Sequence[Sequence[Arm]], settings: EvalSettings) -> dict[str, PairedComparison]:
-    """Compare drafters at the same length, then the first drafter with itself at further lengths."""
-    found = {
-        f"{first.name} - {other.name}": compare(prompt_counts(first, settings), prompt_counts(other, settings))
-        for first, *others in by_length
-        for other in others
-    }
+    """Compare the first drafter with the others at the same length, then with itself at further lengths."""
     judged, *at_other_lengths = [group[0] for group in by_length]
-    for other in at_other_lengths:
-        difference = compare(prompt_counts(judged, settings), prompt_counts(other, settings))
-        found[f"{judged.name} - {other.name}"] = replace(difference, speed=relative_speed(judged, other))
-    return found
+    pairs = [(first, other) for first, *others in by_length for other in others]
+    pairs += [(judged, other) for other in at_other_lengths]
+    return {f"{first.name} - {other.name}": _comparison(first, other, settings) for first, other in pairs}
+
+
+def _comparison(first: Arm, other: Arm, settings: EvalSettings) -> PairedComparison:
+    """Compare two arms; also their speed, except between two drafters."""
+    difference = compare(prompt_counts(first, settings), prompt_counts(other, settings))
+    if first.source is not other.source and isinstance(other.source, Drafter):
+        return difference
+    return replace(difference, speed=relative_speed(first, other))
 
 
 def _evaluated(folder: Path, drafter: Drafter, target: Target) -> EvaluatedDrafter:

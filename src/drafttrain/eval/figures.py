@@ -10,10 +10,12 @@ from drafttrain.core.registry import component_mapping
 from drafttrain.core.texts import Prompt, Sampling
 from drafttrain.core.vocabulary import share_of_tokens
 from drafttrain.data_gen.checkers import checkers
+from drafttrain.drafters import Drafter
 from drafttrain.eval.arms import Arm, Baseline, tokens_per_second, writes_same_text
 from drafttrain.eval.interval import Interval
 from drafttrain.eval.metrics import PromptCounts, Totals, counts_of, histogram, mbsu, totals_of
 from drafttrain.eval.parity import parity
+from drafttrain.eval.proposers import TrainingFree
 from drafttrain.eval.quality import TaskScore, agreement, solved, task_score
 from drafttrain.eval.replay import Text, expected_rounds, replay_rows
 from drafttrain.eval.result import (
@@ -53,6 +55,7 @@ def drafter_figures(
     ledger, lossy = arm.ledger, arm.engine.rule.exactness is Exactness.LOSSY
     greedy = sampling.temperature == 0
     alpha, replay = _replayed(arm, counts, sampling, settings)
+    source = arm.source
     return DrafterFigures(
         length=component_mapping(arm.length),
         block_efficiency=ratio_interval([c.num_tokens for c in counts], [c.num_rounds for c in counts]),
@@ -78,9 +81,10 @@ def drafter_figures(
         draft_vocabulary_share=_draft_vocabulary_share(arm),
         prompts=counts,
         samples=[_sample(one, arm.target) for one in arm.generations[:NUM_SAMPLES]],
-        alpha=alpha,
         replay=replay,
         exactness=arm.engine.rule.exactness.value,
+        alpha=alpha,
+        proposer=component_mapping(source.settings) if isinstance(source, TrainingFree) else None,
         task=None if settings.checker is None else _task_score(arm, plain, prompts, settings),
         agreement=agreement(plain.generations, arm.generations) if greedy and lossy else None,
         parity=parity(plain.generations, arm.generations, arm.target) if greedy and not lossy else None,
@@ -131,14 +135,18 @@ def _vllm_figures(whole: Totals) -> VllmFigures:
 
 def _replayed(
     arm: Arm, counts: Sequence[PromptCounts], sampling: Sampling, settings: EvalSettings
-) -> tuple[Interval, dict[str, Interval]]:
-    """Return the acceptance rate, and block efficiency by draft length, by replay on the emitted text."""
-    assert arm.drafter is not None
+) -> tuple[Interval | None, dict[str, Interval]]:
+    """Return the acceptance rate, and block efficiency by draft length, by replay on the emitted text.
+
+    A training-free proposer has no distribution: it has neither.
+    """
+    if not isinstance(arm.source, Drafter):
+        return None, {}
     texts = [
         Text(one.id, list(one.prompt_tokens), list(one.tokens[: count.num_tokens]))
         for one, count in zip(arm.generations, counts, strict=True)
     ]
-    rows = replay_rows(arm.target, arm.drafter, texts, sampling, num_depths=max(settings.replay_lengths, default=0))
+    rows = replay_rows(arm.target, arm.source, texts, sampling, num_depths=max(settings.replay_lengths, default=0))
     tokens = [len(text.new) for text in texts]
     alpha = ratio_interval([r.acceptance_T.sum() for r in rows], tokens)
     if arm.engine.rule.exactness is Exactness.LOSSY:
@@ -197,7 +205,7 @@ def relative_speed(arm: Arm, other: Arm) -> Interval:
 
 def _draft_vocabulary_share(arm: Arm) -> float | None:
     """Return the share of the output that the drafter's vocabulary holds; None: it has the target's."""
-    vocabulary = getattr(arm.drafter, "vocabulary", None)
+    vocabulary = getattr(arm.source, "vocabulary", None)
     return None if vocabulary is None else share_of_tokens([one.tokens for one in arm.generations], vocabulary)
 
 

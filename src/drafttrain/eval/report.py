@@ -192,6 +192,9 @@ def _lengths(axes: Sequence[Any], result: Result) -> None:
     for name, figures in _arms(result):
         if figures.length != main:
             continue  # replay is about chains: further lengths of a drafter would draw the same line again
+        measured = ([main["num_draft_tokens"]], [figures.block_efficiency.value]) if main["kind"] == "fixed" else None
+        if figures.proposer is not None and measured is not None:
+            axes[0].plot(*measured, "s", label=name)  # it cannot be replayed
         if not figures.replay:
             continue  # a lossy rule's text cannot be replayed
         lengths, values = [int(k) for k in figures.replay], list(figures.replay.values())
@@ -199,8 +202,8 @@ def _lengths(axes: Sequence[Any], result: Result) -> None:
         if not any(math.isnan(v.low) for v in values):  # one prompt has no interval
             lows, highs = [v.low for v in values], [v.high for v in values]
             axes[0].fill_between(lengths, lows, highs, color=line.get_color(), alpha=0.15, lw=0)
-        if main["kind"] == "fixed":
-            axes[0].plot(main["num_draft_tokens"], figures.block_efficiency.value, "o", color=line.get_color())
+        if measured is not None:
+            axes[0].plot(*measured, "o", color=line.get_color())
     axes[0].set(xlabel="draft tokens per round", ylabel="block efficiency")
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(fontsize=8, frameon=False)

@@ -144,7 +144,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class DrafterFigures:
-    """All figures of one drafter at one temperature and one draft length."""
+    """All figures of one drafter, or training-free proposer, at one temperature and one draft length."""
 
     length: Mapping[str, Any]
     block_efficiency: Interval
@@ -165,9 +165,12 @@ class DrafterFigures:
     """Block efficiency by domain of the prompts; empty where there is one domain only."""
     prompts: Sequence[PromptCounts]
     samples: Sequence[Sample]
-    alpha: Interval
     replay: Mapping[str, Interval]
     exactness: str
+    alpha: Interval | None = None
+    """None: a training-free proposer, which has no distribution."""
+    proposer: Mapping[str, Any] | None = None
+    """Kind and settings of a training-free proposer; None: a drafter."""
     draft_vocabulary_share: float | None = None
     task: TaskScore | None = None
     agreement: Agreement | None = None
@@ -187,7 +190,7 @@ class PairedComparison:
     block_efficiency: Interval
     p_value: float
     speed: Interval | None = None
-    """Tokens per second of the first over those of the second; only between draft lengths of one drafter."""
+    """Tokens per second of the first over those of the second; None: two drafters."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from drafttrain.eval.acceptance.lossless import LosslessSettings
 from drafttrain.eval.length import length_policies
 from drafttrain.eval.length.fixed import FixedLengthSettings
 from drafttrain.eval.prompts import Prompts
+from drafttrain.eval.proposers import TrainingFree, proposers
+from drafttrain.eval.proposers.none import PLAIN
 
 
 @dataclass
@@ -42,6 +44,11 @@ class EvalSettings:
         [],
         help="Further draft lengths; each drafter is evaluated with each of them, as `drafter (tree 24)`.",
         registry=length_policies,
+    )
+    beside: list[Any] = setting(
+        [],
+        help="Proposers that need no training, evaluated beside the drafter and compared with it, by kind: `{kind: ngram}`.",
+        registry=proposers,
     )
     rule: Any = setting(LosslessSettings(), help="Which draft tokens are accepted, by kind.", registry=acceptance_rules)
     checker: Any = setting(
@@ -76,6 +83,10 @@ class EvalSettings:
         labels = [length_label(length) for length in (self.length, *self.also)]
         for label in dict.fromkeys(label for label in labels if labels.count(label) > 1):
             problems.append(f"also: {label} occurs twice (eval.length counts)")
+        beside = [TrainingFree(one).label for one in self.beside]
+        problems += [f"beside: {one} occurs twice" for one in dict.fromkeys(beside) if beside.count(one) > 1]
+        if PLAIN.label in beside:
+            problems.append(f"beside: {PLAIN.label} is plain decoding, which every evaluation has")
         return problems
 
     def as_dict(self) -> dict[str, Any]:
@@ -84,6 +95,7 @@ class EvalSettings:
             "rule": component_mapping(self.rule),
             "length": component_mapping(self.length),
             "also": [component_mapping(length) for length in self.also],
+            "beside": [component_mapping(proposer) for proposer in self.beside],
             "checker": component_mapping(self.checker) if self.checker else None,
         }
 

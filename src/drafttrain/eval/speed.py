@@ -11,6 +11,7 @@ from drafttrain.drafters import Drafter
 from drafttrain.eval.arms import Arm, decode, faster_baseline, tokens_per_second
 from drafttrain.eval.figures import speedup
 from drafttrain.eval.parity import Parity, parity
+from drafttrain.eval.proposers.none import PLAIN
 from drafttrain.eval.result import Speedup
 from drafttrain.eval.settings import EvalSettings
 from drafttrain.eval.unfinished import Unfinished
@@ -48,7 +49,7 @@ def measure(drafter: Drafter, target: Target, prompts: Sequence[Prompt], setting
     sampling = Sampling(settings.temperatures[0])
     plain, drafted = (
         Arm.create(name, one, target, sampling, settings, length=settings.length)
-        for name, one in (("plain", None), ("drafter", drafter))
+        for name, one in (("plain", PLAIN), ("drafter", drafter))
     )
     greedy = sampling.temperature == 0
     generated = decode(

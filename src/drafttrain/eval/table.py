@@ -56,6 +56,11 @@ def in_words(component: Mapping[str, object]) -> str:
     return ", ".join(f"{key} {value}" for key, value in component.items())
 
 
+def alpha_cell(figures: DrafterFigures) -> str:
+    """Return alpha; `-` for a training-free proposer, which has no distribution."""
+    return "-" if figures.alpha is None else figures.alpha.text()
+
+
 def parity_cell(figures: DrafterFigures) -> str:
     """Return the greedy parity of a drafter; `-` where it is not defined: sampled text, or a lossy rule."""
     return "-" if figures.parity is None else figures.parity.short()
@@ -101,7 +106,7 @@ def _counted_row(part: AtTemperature, name: str, figures: DrafterFigures) -> lis
         f"{part.temperature:g}",
         name + (" (LOSSY)" if figures.lossy else ""),
         figures.block_efficiency.text(),
-        figures.alpha.text(),
+        alpha_cell(figures),
         number(figures.draft_acceptance_rate),
         number(figures.mbsu),
         parity_cell(figures),

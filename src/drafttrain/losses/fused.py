@@ -3,7 +3,7 @@
 The idea is that of fused linear cross-entropies (Hsu et al. 2024, Liger Kernel, arXiv 2410.10989, 3.2), for any loss, drafter
 vocabulary and number of depths: nothing as wide as the vocabulary is stored for the backward pass, which only scales.
 
-N = rows, n = rows of a part, R = positions of the batch, V = vocabulary, D = hidden
+N = rows, n = rows of a part, P = these with padding, R = positions of the batch, V = vocabulary, D = hidden
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from drafttrain.core.batches import DraftOutput
+from drafttrain.core.few_sizes import in_few_sizes
 from drafttrain.core.linear_head import LinearHead
 from drafttrain.losses.pieces import ACCEPTANCE, Part, Piece, RowValues, TargetPiece, target_of
 
@@ -112,7 +113,8 @@ class _Logits:
 
     states_nD: Tensor
     entering_nD: Tensor
-    multiplied_nD: Tensor
+    multiplied_PD: Tensor
+    """With rows of padding."""
     logits_nV: Tensor
 
 
@@ -211,11 +213,11 @@ class _Work:
                 entering_nD = self.head.entering(states_nD.requires_grad_())
         layer = self.head.linear(part.depth)
         matrix_VD = self._matrix(layer.weight)
-        multiplied_nD = entering_nD.detach().to(matrix_VD.dtype)
+        multiplied_PD = in_few_sizes(entering_nD.detach().to(matrix_VD.dtype))
         bias_V = None if layer.bias is None else layer.bias.detach()[: len(matrix_VD)].to(matrix_VD.dtype)
         with torch.autocast(states_RD.device.type, enabled=False):
-            logits_nV = linear(multiplied_nD, matrix_VD, bias_V)
-        return _Logits(states_nD, entering_nD, multiplied_nD, logits_nV)
+            logits_nV = linear(multiplied_PD, matrix_VD, bias_V)[: len(states_nD)]
+        return _Logits(states_nD, entering_nD, multiplied_PD, logits_nV)
 
     def _matrix(self, weight_VD: Tensor) -> Tensor:
         """Return the matrix rows of the shared ids, in autocast's type; a frozen matrix keeps its own type."""
@@ -236,17 +238,18 @@ class _Work:
     def _pull(self, part: Part, made: _Logits, total: Tensor, logits_nV: Tensor) -> None:
         """Add the gradient of a part's total to the gradients of states and weights."""
         (gradient_nV,) = torch.autograd.grad(total, logits_nV)
+        gradient_PV = in_few_sizes(gradient_nV)
         layer = self.head.linear(part.depth)
         if self._needs(id(layer.weight)):
             gradient_VD = self._gradient(id(layer.weight))[: self.values.vocab_size]
-            _add_product(gradient_VD, gradient_nV.t(), made.multiplied_nD)
+            _add_product(gradient_VD, gradient_PV.t(), made.multiplied_PD)
         if layer.bias is not None and self._needs(id(layer.bias)):
             self._gradient(id(layer.bias))[: self.values.vocab_size].add_(
                 gradient_nV.sum(dim=0, dtype=layer.bias.dtype)
             )
         matrix_VD = self._matrix(layer.weight)
         with torch.autocast(matrix_VD.device.type, enabled=False):
-            gradient_nD = gradient_nV @ matrix_VD
+            gradient_nD = (gradient_PV @ matrix_VD)[: len(gradient_nV)]
         self._pull_states(part, made, gradient_nD.to(made.entering_nD.dtype))
 
     def _pull_states(self, part: Part, made: _Logits, gradient_nD: Tensor) -> None:

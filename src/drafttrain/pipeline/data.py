@@ -25,6 +25,9 @@ from drafttrain.target_model.tokenizer import tokenizer_files, tokenizer_folder
 FEW_WIDTHS = 128
 """On a GPU, and when compiled, row widths are rounded up to this multiple: kernels are chosen by shape, so few shapes should occur."""
 
+FEW_WIDTHS_IN_HALF = 32
+"""The same on a CPU in bfloat16, which compiles code for every number of rows (`core.few_sizes`)."""
+
 
 def write_texts(run: Run) -> None:
     """Let the target write the texts of `data.generate`; texts that exist are skipped."""
@@ -116,12 +119,16 @@ def contaminated_prompts(run: Run, prompts: Prompts) -> list[str]:
 
 def own_batches(data: Any, settings: Any, *, device: Any) -> Callable[[int], list[Any]]:
     """Return the function from a step to the micro-batches of this process, for training on a device."""
-    here = world()
+    here, multiple = world(), 1
+    if settings.compile or device.type == "cuda":
+        multiple = FEW_WIDTHS
+    elif settings.precision == "bf16-mixed":
+        multiple = FEW_WIDTHS_IN_HALF
     return partial(
         data.of_step,
         batch_size=settings.batch_size,
         records_per_device=settings.records_per_device,
         rank=here.rank,
         world_size=here.size,
-        multiple=FEW_WIDTHS if settings.compile or device.type == "cuda" else 1,
+        multiple=multiple,
     )

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import os
 from abc import ABC, abstractmethod
@@ -21,6 +20,7 @@ from drafttrain.config.dump import dump_recipe
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.console import say
 from drafttrain.core.errors import DrafttrainError
+from drafttrain.core.memory import return_memory
 from drafttrain.data_gen.training_data import TrainingData
 from drafttrain.distributed.collectives import first_before_others
 from drafttrain.distributed.world import is_first
@@ -168,11 +168,9 @@ class Run(ABC):
             self.release()
 
     def release(self) -> None:
-        """Release the loaded models and the memory of their device; they are loaded again when they are asked for."""
+        """Release the loaded models, and return the memory of this process and its device; they are loaded again when they are asked for."""
         self.__dict__.pop("target", None)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        return_memory()
 
 
 def quiet_libraries() -> None:

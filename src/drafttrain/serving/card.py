@@ -14,6 +14,7 @@ from drafttrain.eval.table import (
     CARRIES_OVER,
     CARRIES_OVER_CAPTION,
     THIS_MACHINE_CAPTION,
+    alpha_cell,
     domain_rows,
     in_words,
 )
@@ -47,7 +48,7 @@ def model_card(name: str, result: Result, *, drafter: str, recipe: str, command:
     for part in result.temperatures:
         figures, temperature = part.drafters[drafter], f"{part.temperature:g}{lossy}"
         rows.append(
-            f"| {temperature} | {figures.block_efficiency.text()} | {figures.alpha.text()} "
+            f"| {temperature} | {figures.block_efficiency.text()} | {alpha_cell(figures)} "
             f"| {number(figures.draft_acceptance_rate)} | {number(figures.mbsu)} |"
         )
         speed = figures.speedup
@@ -89,7 +90,7 @@ On {made.machine.processor}: {THIS_MACHINE_CAPTION}.
 |---|---|---|---|---|
 {nl.join(times)}
 
-{USE}{_use(result, drafter)}
+{_beside(result, drafter)}{USE}{_use(result, drafter)}
 
 {ORIGIN}
 
@@ -115,6 +116,29 @@ def _by_domain(result: Result, drafter: str) -> str:
             *rows,
         ]
     return "".join(f"{line}\n" for line in lines)
+
+
+def _beside(result: Result, drafter: str) -> str:
+    """Return a table of the training-free proposers at the same draft length; empty where none was evaluated."""
+    rows = []
+    for part in result.temperatures:
+        length = part.drafters[drafter].length
+        for name, figures in part.drafters.items():
+            if figures.proposer is not None and figures.length == length:
+                compared = part.comparisons[f"{drafter} - {name}"]
+                rows.append(
+                    f"| {part.temperature:g} | {plain(name)} | {figures.block_efficiency.text()} | {figures.speedup.text()} "
+                    f"| {compared.block_efficiency.text()} ({p_value(compared.p_value)}) |"
+                )
+    lines = [
+        "Beside it, on the same prompts at the same draft length, proposers that need no training:",
+        "",
+        "| temperature | proposer | block efficiency | speed-up | block efficiency of this drafter, minus it |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
+    return "".join(f"{line}\n" for line in lines) if rows else ""
 
 
 def _use(result: Result, drafter: str) -> str:

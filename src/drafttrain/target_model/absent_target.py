@@ -5,18 +5,17 @@ B = sequences, T = positions
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from drafttrain.core.batches import PackedDocuments
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError
+from drafttrain.core.memory import return_memory
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.tensors import TensorFiles
 from drafttrain.target_model.device import pick_device
@@ -87,9 +86,7 @@ class AbsentTarget(Target):
             return
         say(f"{self.name}: blocks released, training reads cached outputs")
         self._whole = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        return_memory()
 
     def read(
         self,

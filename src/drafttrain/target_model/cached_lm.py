@@ -8,11 +8,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from drafttrain.core.device_time import Span
@@ -21,11 +20,12 @@ from drafttrain.core.generations import ForwardEvent
 from drafttrain.core.proposals import LayerState
 from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
-from drafttrain.target_model.anatomy import blocks, taps, trunk
+from drafttrain.target_model.anatomy import taps, trunk
 from drafttrain.target_model.block_range import block_range
 from drafttrain.target_model.grouped_attention import GroupedAttention
 from drafttrain.target_model.positions import position_limit
 from drafttrain.target_model.ragged_cache import RaggedCache, Tree, is_chain
+from drafttrain.target_model.weight_bytes import WeightBytes
 
 FULL_ATTENTION = ("full_attention", "attention")
 SLIDING_ATTENTION = ("sliding_attention", "chunked_attention", "local_attention")
@@ -56,7 +56,7 @@ class CachedLM:
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._attention = GroupedAttention(model)
         self._position_limit = position_limit(model)
-        self._weights = _WeightBytes(model)
+        self._weights = WeightBytes(model)
         self._num_layers = int(self._config.num_hidden_layers)
         self.split: int | None = None
         self.cache = RaggedCache(0)
@@ -68,6 +68,11 @@ class CachedLM:
     def lengths(self) -> list[int]:
         """Tokens in the cache by sequence, including pending ones."""
         return self.cache.lengths
+
+    @property
+    def kept(self) -> list[int]:
+        """Tokens in the cache by sequence at the last `keep`."""
+        return self.cache.kept
 
     def why_one_at_a_time(self, longest: int) -> str | None:
         """Return why sequences of up to `longest` tokens are read one at a time, and without trees; None: no such limit."""
@@ -335,10 +340,8 @@ class CachedLM:
         )
 
     def _bytes_read(self, num_tokens: int, context: int, *, running: range, head: bool) -> int:
-        body = self._weights.body
-        if len(running) < self._num_layers:
-            body = self._weights.of_blocks(running, rest=running.stop == self._num_layers)
-        weights = body + self._weights.row * num_tokens + (self._weights.head if head else 0)
+        blocks = None if len(running) == self._num_layers else running
+        weights = self._weights.read(num_tokens, head=head, blocks=blocks)
         state = sum(cache.bytes_per_token() for cache in self._caches_of(running))
         return weights + state * (context + num_tokens)
 
@@ -346,31 +349,6 @@ class CachedLM:
 def _stacked(rows: Sequence[Tensor] | None, width: int) -> Tensor | None:
     """Return the rows of all sequences as a padded batch."""
     return None if rows is None else torch.stack([pad(row_ND, (0, 0, 0, width - len(row_ND))) for row_ND in rows])
-
-
-class _WeightBytes:
-    """Bytes of weights that a call reads: the whole body, one embedding row per token, and the head if it runs.
-
-    A tied embedding counts as rows on input and as the whole head on output. All experts of a mixture count.
-    """
-
-    def __init__(self, model: Any) -> None:
-        embeddings = {m.weight: m for m in model.modules() if isinstance(m, nn.Embedding)}
-        head_module = model.get_output_embeddings()
-        head = set() if head_module is None else set(head_module.parameters())
-        parameters = set(model.parameters())
-        self._model = model
-        self.row = sum(w.shape[1] * w.element_size() for w in embeddings)
-        self.head = sum(w.numel() * w.element_size() for w in head)
-        self.body = sum(w.numel() * w.element_size() for w in parameters - set(embeddings) - head)
-
-    def of_blocks(self, running: range, *, rest: bool) -> int:
-        """Return the bytes of these blocks; with `release` also of everything else outside embedding and head."""
-        return sum(self._by_block[index] for index in running) + (self.body - sum(self._by_block) if rest else 0)
-
-    @cached_property
-    def _by_block(self) -> list[int]:
-        return [sum(w.numel() * w.element_size() for w in set(block.parameters())) for block in blocks(self._model)]
 
 
 def _window(config: Any, *, name: str) -> int | None:

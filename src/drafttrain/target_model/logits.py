@@ -1,6 +1,6 @@
 """Computes logits from the final state as the model itself does, and checks that once per model.
 
-B = sequences, T = positions, V = vocabulary, D = hidden, N = rows
+B = sequences, T = positions, V = vocabulary, D = hidden, N = rows, P = rows with padding
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 
 from drafttrain.core.batches import Head
 from drafttrain.core.errors import CheckpointError
+from drafttrain.core.few_sizes import in_few_sizes
 from drafttrain.core.linear_head import LinearHead, no_autocast_if_frozen
 from drafttrain.core.target_rows import PartOfRows
 from drafttrain.target_model.anatomy import stack_holder, trunk
@@ -74,11 +75,12 @@ class LiveRows:
     @torch.no_grad()
     def at(self, index_N: Tensor) -> Tensor:
         """Return logits_NV of the token after each flat position."""
-        return head_logits(self._model, self._states(index_N)).to(index_N.device)
+        return head_logits(self._model, self._states(index_N))[: len(index_N)].to(index_N.device)
 
     def _states(self, index_N: Tensor) -> Tensor:
+        """Return states_PD, with rows of padding."""
         # Cached states may have another type than the head.
-        return _rows_at(self._final_BTD, index_N).to(self._model.dtype)
+        return in_few_sizes(_rows_at(self._final_BTD, index_N).to(self._model.dtype))
 
 
 class SummedRows(LiveRows):
@@ -111,7 +113,7 @@ class SummedRows(LiveRows):
     def of_tokens(self, index_N: Tensor, ids_R: Tensor) -> PartOfRows:
         """Return the logits of some tokens after each flat position."""
         return PartOfRows(
-            logits_NR=head_logits_of(self._model, self._states(index_N), ids_R).to(index_N.device),
+            logits_NR=head_logits_of(self._model, self._states(index_N), ids_R)[: len(index_N)].to(index_N.device),
             likeliest_N=_rows_at(self._likeliest_BT, index_N).to(index_N),
             log_total_N=_rows_at(self._log_total_BT, index_N).to(index_N.device),
         )

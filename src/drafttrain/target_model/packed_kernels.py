@@ -159,7 +159,15 @@ class FlashOnCPU:
         documents: PackedDocuments,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of query, keys and values."""
+        """Return the gradients of query, keys and values.
+
+        They are computed in float32 or wider: in half types code is compiled for every length of a document and never freed,
+        and it takes longer.
+        """
+        types = (query_NHd.dtype, keys_NGd.dtype, values_NGd.dtype)
+        gradient_NHd, query_NHd, keys_NGd, values_NGd, attended_NHd = (
+            states.to(wide_type(states)) for states in (gradient_NHd, query_NHd, keys_NGd, values_NGd, attended_NHd)
+        )
         found = (torch.empty_like(query_NHd), torch.empty_like(keys_NGd), torch.empty_like(values_NGd))
         for own, seen in documents.slices:
             gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -174,7 +182,8 @@ class FlashOnCPU:
             )
             for whole, part, place in zip(found, gradients, (own, seen, seen), strict=True):
                 whole[place] = part[0].transpose(0, 1)
-        return found
+        in_query, in_keys, in_values = (whole.to(dtype) for whole, dtype in zip(found, types, strict=True))
+        return in_query, in_keys, in_values
 
 
 def _causal(query_NHd: Tensor, own: slice, seen: slice, scale: float) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 With these two numbers a row a training step computes only the logits of the drafter's own vocabulary.
 
-N = rows, D = hidden
+N = rows, P = rows with padding, D = hidden
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.console import progress
+from drafttrain.core.few_sizes import in_few_sizes
 from drafttrain.core.files import written_beside
 from drafttrain.core.probability import likeliest, log_total
 from drafttrain.data_gen.stored.target_cache import SUMS, RowCache, Texts
@@ -54,8 +55,8 @@ def _next_is_label(cache: RowCache, store: Texts, shard: int) -> Any:
 def _sums(final_ND: Tensor, labels_N: Any, target: Target) -> dict[str, Any]:
     likeliest_N, log_total_N = np.full(len(labels_N), -1, np.int32), np.full(len(labels_N), np.nan, np.float32)
     for index_n in _in_parts(labels_N.nonzero()[0]):
-        states_nD = final_ND[torch.from_numpy(index_n)].to(target.device, target.model.dtype)
-        logits_nV = head_logits(target.model, states_nD)[:, : target.num_tokens]
+        states_PD = in_few_sizes(final_ND[torch.from_numpy(index_n)].to(target.device, target.model.dtype))
+        logits_nV = head_logits(target.model, states_PD)[: len(index_n), : target.num_tokens]
         likeliest_N[index_n] = likeliest(logits_nV).int().cpu().numpy()
         log_total_N[index_n] = log_total(logits_nV).float().cpu().numpy()
     return {"likeliest": likeliest_N, "log_total": log_total_N}

@@ -16,9 +16,9 @@ from drafttrain.core.proposals import Budget, Context, DraftStep, More, NodeKind
 from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Sampling
+from drafttrain.drafters.causal_lm.decoding import decoding_lm
 from drafttrain.drafters.dynamic_tree import DynamicTree
 from drafttrain.drafters.next_tokens import next_tokens
-from drafttrain.target_model.cached_lm import CachedLM
 
 
 class ChainProposer:
@@ -41,7 +41,7 @@ class ChainProposer:
         listener: ForwardListener | None = None,
         draft: str = "sampled",
     ) -> None:
-        self._lm = CachedLM(model, name="drafter", listener=listener)
+        self._lm = decoding_lm(model, listener=listener)
         self._width = target_vocab_size
         rows = int(model.get_output_embeddings().weight.shape[0])
         self._shared = min(rows, target_vocab_size, num_tokens or target_vocab_size)
@@ -140,8 +140,7 @@ class ChainProposer:
 
     def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
         """Keep committed tokens in the cache: those read before drafting, and the accepted draft tokens."""
-        cache = self._lm.cache
-        read = [length - kept for length, kept in zip(cache.lengths, cache.kept, strict=True)]
+        read = [length - kept for length, kept in zip(self._lm.lengths, self._lm.kept, strict=True)]
         if any(read):
             self._lm.keep(
                 [

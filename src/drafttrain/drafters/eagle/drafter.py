@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self, cast
 from torch import Tensor, nn
 
 from drafttrain.core.batches import DraftBatch, ReadSlots
+from drafttrain.core.few_sizes import is_compiled_by_size
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.target_rows import RowsAsked
 from drafttrain.drafters import Drafter
@@ -47,7 +48,11 @@ class EagleDrafter(Drafter):
 
     def slots(self, batch: DraftBatch, *, num_steps: int) -> ReadSlots:
         """Return the slots whose states are read: in training those of the trained rows, else all."""
-        return read_slots(batch, self._rows_of(num_steps)) if self.training else ReadSlots.all(batch.positions_BT)
+        if not self.training:
+            return ReadSlots.all(batch.positions_BT)
+        slots = read_slots(batch, self._rows_of(num_steps))
+        by_size = is_compiled_by_size(self.fc.weight.device, compute_dtype(self.fc.weight))
+        return slots.padded(batch.tokens_BT.numel()) if by_size else slots
 
     def _rows_of(self, num_steps: int) -> RowsAsked:
         return RowsAsked(tuple(range(1, num_steps + 1)), self.lag)

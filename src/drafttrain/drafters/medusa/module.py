@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from safetensors.torch import save_file
@@ -28,6 +28,7 @@ from drafttrain.drafters import Drafter, drafters
 from drafttrain.drafters.draft_vocabulary import most_frequent, size_for, token_map_problems
 from drafttrain.drafters.medusa.blocks import ResidualBlocks, uninitialized_linear
 from drafttrain.drafters.medusa.calibration import calibrated_tree
+from drafttrain.drafters.medusa.decoding import DecodingHeads
 from drafttrain.drafters.medusa.folder import ADAPTER, TREE, read_config, read_tree
 from drafttrain.drafters.medusa.lora import LoraAdapter, merged
 from drafttrain.drafters.medusa.proposer import MedusaProposer
@@ -249,6 +250,11 @@ class Medusa(Drafter):
     def head(self, states_ND: Tensor, depth: int) -> Tensor:
         """Return logits_NR of a head, with the scale or soft cap of the target."""
         return finished_logits(self._target_config, self._output_matrix(depth)(states_ND))
+
+    def decoding_heads(self) -> DecodingHeads:
+        """Return `states` and `head` of all heads as decoding calls them, with their weights prepared once."""
+        blocks = cast("list[ResidualBlocks]", list(self.blocks))
+        return DecodingHeads(blocks, list(self.lm_heads), after=finisher(self._target_config))
 
     def compile_with(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Compile the residual blocks of each head."""

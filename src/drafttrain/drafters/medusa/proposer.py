@@ -31,6 +31,7 @@ from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Sampling
 from drafttrain.core.vocabulary import DraftVocabulary
+from drafttrain.drafters.medusa.decoding import DecodingHeads
 from drafttrain.drafters.medusa.static_tree import Path, within
 
 
@@ -45,12 +46,8 @@ class MedusaHeads(Protocol):
     lm_heads: nn.ModuleList
     token_map: Tensor | None
 
-    def states(self, final_ND: Tensor, depth: int) -> Tensor:
-        """Return the states that a head's output matrix reads."""
-        ...
-
-    def head(self, states_ND: Tensor, depth: int) -> Tensor:
-        """Return logits_NW of a head."""
+    def decoding_heads(self) -> DecodingHeads:
+        """Return the heads as decoding calls them."""
         ...
 
 
@@ -68,6 +65,7 @@ class MedusaProposer:
 
     def __init__(self, heads: MedusaHeads, *, num_tokens: int, listener: ForwardListener | None = None) -> None:
         self._heads = heads
+        self._decoding = heads.decoding_heads()
         self._vocabulary = DraftVocabulary(heads.token_map, num_tokens=num_tokens)
         self._listener = listener
         self._contexts: list[Context] = []
@@ -128,10 +126,7 @@ class MedusaProposer:
         deepest = max(depths.values())
         span = Span(next(self._heads.blocks.parameters()).device)
         final_MD = torch.stack([state for i, state in enumerate(self._states) if i in depths and state is not None])
-        by_head = [
-            self._vocabulary.logits(self._heads.head(self._heads.states(final_MD, depth), depth))
-            for depth in range(1, deepest + 1)
-        ]
+        by_head = [self._vocabulary.logits(logits_MW) for logits_MW in self._decoding(final_MD, deepest)]
         found = {
             sequence: [logits_MR[row] for logits_MR in by_head[:depth]]
             for row, (sequence, depth) in enumerate(depths.items())

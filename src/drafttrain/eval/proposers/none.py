@@ -8,7 +8,7 @@ import torch
 from drafttrain.core.proposals import Budget, Context, DraftStep, More, Proposal, Verdict, fixed_chain
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Sampling
-from drafttrain.eval.proposers import proposers
+from drafttrain.eval.proposers import TrainingFree, proposers
 
 
 @dataclass
@@ -42,3 +42,7 @@ class NoDraft:
 
     def drop(self, keep: Sequence[int]) -> None:
         self._contexts = [self._contexts[i] for i in keep]
+
+
+PLAIN = TrainingFree(NoDraftSettings())
+"""Plain decoding, where a drafter could be."""

@@ -1,0 +1,243 @@
+"""A plain Llama as decoding runs it: the layers on plain tensors, with their caches.
+
+B = sequences, N = new tokens of one call (the longest sequence's), C = columns of the cache, D = hidden
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, rms_norm
+
+from drafttrain.core.device_time import Span
+from drafttrain.core.generations import ForwardEvent
+from drafttrain.core.roles import ForwardListener
+from drafttrain.core.target_rows import TargetNeeds, TargetOutput
+from drafttrain.drafters.decoding_layer import DecodingAttention, DecodingSwiGLU, Turn, TurnTable, attend
+from drafttrain.drafters.few_rows import product_with
+from drafttrain.drafters.keys_and_values import KeysAndValues
+from drafttrain.target_model.cached_lm import CachedLM
+from drafttrain.target_model.ragged_cache import Tree, ancestors, depths
+from drafttrain.target_model.weight_bytes import WeightBytes
+
+PLAIN_MODELS = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+FIXED_ANGLES = ("default", "linear", "yarn", "llama3")
+"""Rope types whose angles are the same in every call."""
+MOST_WEIGHTS = 1 << 29
+"""Weights are stored a second time. In a larger model the framework's own time matters less than that memory."""
+
+
+def decoding_lm(model: Any, *, listener: ForwardListener | None = None) -> DecodingLM | CachedLM:
+    """Return the drafter on plain tensors, or as transformers runs it."""
+    made = DecodingLM if is_plain(model) else CachedLM
+    return made(model, name="drafter", listener=listener)
+
+
+def is_plain(model: Any) -> bool:
+    """Return whether a model is what `DecodingLM` computes: a small Llama with unchanged modules on one device."""
+    config = model.config
+    return (
+        type(model).__name__ in PLAIN_MODELS
+        and config._attn_implementation == "sdpa"
+        and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        and config.hidden_act == "silu"
+        and model.model.rotary_emb.rope_type in FIXED_ANGLES
+        and all(_is_unchanged(module) for module in model.modules())
+        and len({(weight.device, weight.dtype) for weight in model.parameters()}) == 1
+        and sum(weight.numel() for weight in model.parameters()) <= MOST_WEIGHTS
+    )
+
+
+def _is_unchanged(module: nn.Module) -> bool:
+    """Return whether a module is transformers' or PyTorch's own: not quantized, adapted, compiled or with a hook."""
+    own = type(module).__module__.startswith(("torch.nn.modules.", "transformers.models.", "transformers.activations"))
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return own and not hooked and "forward" not in module.__dict__
+
+
+class DecodingLM:
+    """A causal LM and the cache of the sequences that it reads, like `CachedLM`, for chains that are kept from the left.
+
+    Weights are prepared once: later changes of the model do not reach it. Every sequence fills its columns from the left, also
+    with pending tokens, so a rejected token is forgotten by its number alone. What is right of them is overwritten later.
+
+    Args:
+        model: A model that `is_plain`.
+    """
+
+    def __init__(self, model: Any, *, name: str, listener: ForwardListener | None = None) -> None:
+        trunk = model.model
+        self.name = name
+        self.device = next(model.parameters()).device
+        self.lengths: list[int] = []
+        """Tokens in the cache by sequence, including pending ones."""
+        self.kept: list[int] = []
+        """Tokens in the cache by sequence at the last `keep`."""
+        self._listener = listener
+        self._embedding_VD = trunk.embed_tokens.weight.detach()
+        self._layers = [_Layer(layer) for layer in trunk.layers]
+        self._norm = _norm(trunk.norm)
+        self._head = product_with([model.lm_head])
+        self._turns = TurnTable(lambda positions_BN, like: trunk.rotary_emb(like, positions_BN))
+        self._weights = WeightBytes(model)
+
+    def why_one_at_a_time(self, longest: int) -> str | None:
+        """Return None: sequences of any length can be batched."""
+        return None
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Empty the cache and read these prompts in one call. Prompts may be empty."""
+        self.lengths = [0] * len(prompts)
+        for layer in self._layers:
+            layer.columns = KeysAndValues()
+        self.forward(prompts, needs=TargetNeeds(), prefill=True)
+        self.kept = list(self.lengths)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        tokens: Sequence[Sequence[int]],
+        *,
+        parents: Sequence[Tree] | None = None,
+        needs: TargetNeeds | None = None,
+        prefill: bool = False,
+    ) -> list[TargetOutput]:
+        """Read new tokens of every sequence; return the requested outputs of each, as a batch of one.
+
+        Args:
+            tokens: Nodes by sequence; may be empty for some.
+            parents: The tree of each sequence (see `Tree`); None: all are chains.
+            needs: What to return, of logits and final states; by default logits.
+            prefill: The call reads prompts (reported to the listener).
+        """
+        needs = needs or TargetNeeds(logits=True)
+        sizes = [len(nodes) for nodes in tokens]
+        if not any(sizes):
+            return [TargetOutput() for _ in tokens]
+        span = Span(self.device)
+        context = sum(length for length, size in zip(self.lengths, sizes, strict=True) if size)
+        final_BND = self._states(tokens, parents, width=max(sizes), wanted=needs.logits or needs.final)
+        logits_BNV = self._head(final_BND) if needs.logits else None
+        self.lengths = [length + size for length, size in zip(self.lengths, sizes, strict=True)]
+        if self._listener is not None:
+            self._listener(self._event(sizes, context, head=needs.logits, prefill=prefill, span=span.end()))
+        return [
+            TargetOutput(
+                logits_BTV=None if logits_BNV is None else logits_BNV[row : row + 1, :size],
+                final_BTD=final_BND[row : row + 1, :size] if needs.final else None,
+            )
+            for row, size in enumerate(sizes)
+        ]
+
+    def keep(self, nodes: Sequence[Sequence[int]]) -> None:
+        """Keep these of each sequence's pending tokens (the first ones, in order), and drop the others."""
+        assert all(list(chosen) == list(range(len(chosen))) for chosen in nodes)
+        self.lengths = [kept + len(chosen) for kept, chosen in zip(self.kept, nodes, strict=True)]
+        self.kept = list(self.lengths)
+
+    def drop(self, keep: Sequence[int]) -> None:
+        """Keep only these sequences, in this order. The others are finished."""
+        assert self.lengths == self.kept, "keep or drop the pending tokens before sequences are dropped"
+        self.lengths = [self.lengths[i] for i in keep]
+        self.kept = list(self.lengths)
+        for layer in self._layers:
+            layer.columns.select(keep, width=max(self.lengths, default=0))
+
+    def _states(
+        self, tokens: Sequence[Sequence[int]], parents: Sequence[Tree] | None, *, width: int, wanted: bool
+    ) -> Tensor:
+        """Return final_BND, and write the columns of these tokens."""
+        starts, end = self.lengths, max(self.lengths) + width
+        columns = [list(range(start, start + width)) for start in starts]
+        positions = columns if parents is None else _positions(starts, parents, width=width)
+        padded = [[*nodes, *[0] * (width - len(nodes))] for nodes in tokens]
+        tokens_BN, positions_BN, columns_BN = torch.tensor([padded, positions, columns]).to(self.device)
+        allowed_BNC = self._allowed(parents, width=width)
+        if allowed_BNC is not None:
+            allowed_BNC = allowed_BNC.to(self.device)
+        together = min(starts) == max(starts)
+
+        def store(layer: KeysAndValues, key_BGNd: Tensor, value_BGNd: Tensor) -> tuple[Tensor, Tensor]:
+            layer.reserve(end, like=(key_BGNd, value_BGNd))
+            if together:
+                layer.write(starts[0], key_BGNd, value_BGNd)
+            else:
+                layer.write_at(columns_BN, key_BGNd, value_BGNd)
+            return layer.first(end)
+
+        stream_BND = embedding(tokens_BN, self._embedding_VD)
+        turn = self._turns.at(positions_BN, last=end - 1, like=stream_BND)
+        for layer in self._layers:
+            stream_BND = layer(stream_BND, turn, store, allowed_BNC)
+        return self._norm(stream_BND) if wanted else stream_BND
+
+    def _allowed(self, parents: Sequence[Tree] | None, *, width: int) -> Tensor | None:
+        """Return the columns that each node may attend to; None: all of them."""
+        starts = self.lengths
+        if width == 1 and min(starts) == max(starts):
+            return None
+        last_BN = torch.tensor(starts)[:, None] + torch.arange(width)
+        allowed_BNC = torch.arange(max(starts) + width) <= last_BN[:, :, None]
+        for row, tree in enumerate(parents or ()):
+            start, size = starts[row], len(tree)
+            allowed_BNC[row, :size, start : start + size] = ancestors(tree)
+        return allowed_BNC
+
+    def _event(self, sizes: Sequence[int], context: int, *, head: bool, prefill: bool, span: Span) -> ForwardEvent:
+        num_tokens, num_sequences = sum(sizes), sum(size > 0 for size in sizes)
+        column = sum(layer.columns.bytes_per_column() for layer in self._layers)
+        return ForwardEvent(
+            model=self.name,
+            num_tokens=num_tokens,
+            context=context,
+            num_sequences=num_sequences,
+            num_layers=len(self._layers),
+            bytes_read=self._weights.read(num_tokens, head=head) + column * (context + num_tokens),
+            span=span,
+            prefill=prefill,
+            plain_bytes=self._weights.read(num_sequences, head=True) + column * (context + num_sequences),
+        )
+
+
+class _Layer:
+    """A decoder layer and its keys and values."""
+
+    def __init__(self, layer: Any) -> None:
+        self.columns = KeysAndValues()
+        self._attention = DecodingAttention(layer.self_attn, head_dim=layer.self_attn.head_dim)
+        self._mlp = DecodingSwiGLU(layer.mlp)
+        self._first, self._second = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
+
+    def __call__(
+        self,
+        stream_BND: Tensor,
+        turn: Turn,
+        store: Callable[[KeysAndValues, Tensor, Tensor], tuple[Tensor, Tensor]],
+        allowed_BNC: Tensor | None,
+    ) -> Tensor:
+        """Return the residual stream after the layer.
+
+        Args:
+            store: Writes new keys and values; returns those of all columns.
+        """
+        query, key, value = self._attention.project(self._first(stream_BND), turn)
+        keys, values = store(self.columns, key, value)
+        stream_BND = stream_BND + self._attention.output(attend(query, keys, values, allowed_BNC))
+        return stream_BND + self._mlp(self._second(stream_BND))
+
+
+def _norm(module: Any) -> Callable[[Tensor], Tensor]:
+    """Return transformers' RMS norm as a function: in float32 for every type, and rounded before the weight."""
+    weight_D, eps = module.weight.detach(), module.variance_epsilon
+    return lambda states: weight_D * rms_norm(states.float(), weight_D.shape, None, eps).to(states.dtype)
+
+
+def _positions(starts: Sequence[int], trees: Sequence[Tree], *, width: int) -> list[list[int]]:
+    """Return the position of every node; the start for padding."""
+    return [
+        [start + depth for depth in [*depths(tree), *[0] * (width - len(tree))]]
+        for start, tree in zip(starts, trees, strict=True)
+    ]
