@@ -11,15 +11,12 @@ The request:
 
 The answer: `version`, and `prompts`, each with `tokens`, the counters of speculation, and its times; or `error`. OpenVINO reports the number of
 tokens of every step, and totals of draft and accepted tokens; the totals leave out a last round whose drafts were all accepted. The
-counters come from the steps, and must add up to the totals.
+counters come from the steps, and must add up to the totals; drafted tokens are those of the totals.
 """
 
 import os
 import time
 from typing import Any
-
-FIRST_TOKENS = 8
-"""Tokens of prompt and output of the first request."""
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
@@ -44,15 +41,13 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
         drafter["draft_model"] = openvino_genai.draft_model(request["drafter"], "CPU", **properties)
     pipeline = openvino_genai.LLMPipeline(request["target"], "CPU", scheduler_config=scheduler, **drafter, **properties)
     prompts = list(zip(request["prompts"], request["max_tokens"], strict=True))
-    # A long first request drafts worse than the same request later, and its totals do not add up; after a short one all agree.
-    _generated(pipeline, prompts[0][0][:FIRST_TOKENS], FIRST_TOKENS, request["num_draft_tokens"])
     if request["warm_up"]:
         _decoded(pipeline, *prompts[0], request["num_draft_tokens"])
     decoded = [_decoded(pipeline, *prompt, request["num_draft_tokens"]) for prompt in prompts]
     return {"version": openvino_genai.__version__, "prompts": decoded}
 
 
-def _generated(pipeline: Any, prompt: list[int], max_tokens: int, num_draft_tokens: int) -> Any:
+def _decoded(pipeline: Any, prompt: list[int], max_tokens: int, num_draft_tokens: int) -> dict[str, Any]:
     import numpy
     import openvino
     import openvino_genai
@@ -61,12 +56,8 @@ def _generated(pipeline: Any, prompt: list[int], max_tokens: int, num_draft_toke
     config.max_new_tokens, config.ignore_eos, config.do_sample = max_tokens, True, False
     if num_draft_tokens:
         config.num_assistant_tokens = num_draft_tokens
-    return pipeline.generate(openvino.Tensor(numpy.array([prompt], dtype=numpy.int64)), config)
-
-
-def _decoded(pipeline: Any, prompt: list[int], max_tokens: int, num_draft_tokens: int) -> dict[str, Any]:
     cpu = time.process_time()
-    result = _generated(pipeline, prompt, max_tokens, num_draft_tokens)
+    result = pipeline.generate(openvino.Tensor(numpy.array([prompt], dtype=numpy.int64)), config)
     cpu = time.process_time() - cpu
     tokens = [int(token) for token in result.tokens[0]]
     decoded = {"tokens": tokens, **_times(result.perf_metrics), "cpu_seconds": cpu}
@@ -103,14 +94,16 @@ def counters(steps: list[int], totals: tuple[int, int], num_draft_tokens: int, m
         written += size
     drafted, accepted = (sum(one[i] for one in rounds) for i in (0, 1))
     uncounted = rounds[-1] if rounds and rounds[-1][0] == rounds[-1][1] else (0, 0)
-    if steps[0] != 1 or written != max_tokens or (drafted - uncounted[0], accepted - uncounted[1]) != totals:
+    # In bfloat16 a round may draft a token less than asked; what was drafted is then known from the totals only.
+    fits = drafted - uncounted[0] >= totals[0] and accepted - uncounted[1] == totals[1]
+    if steps[0] != 1 or written != max_tokens or not fits:
         raise RuntimeError(
             f"the steps have {steps} tokens: {accepted} of {drafted} drafts accepted; OpenVINO reports {totals[1]} of {totals[0]}"
         )
     rounds = [one for one in rounds if one[0]]
     return {
         "num_drafts": len(rounds),
-        "num_draft_tokens": drafted,
+        "num_draft_tokens": totals[0] + uncounted[0],
         "num_accepted": accepted,
         "accepted_at": [sum(count >= i for _, count in rounds) for i in range(1, num_draft_tokens + 1)],
     }
