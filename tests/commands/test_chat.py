@@ -126,11 +126,13 @@ def test_measure_ends_with_the_speed_up_and_its_interval(folders):
 
 
 def test_the_last_line_says_how_outputs_differ():
-    gap = Divergence("a", 3, 1, 2, 0.01, True)
-    speed = Speed(Speedup(1.93, 1.71, 2.14, 12, baseline=""), 77.2, 38.0, 40.0, 2.5, Parity(False, 12, 11, [gap], ""))
+    gap = Divergence("a", 3, 1, 2, 0.01, 0.5, True)
+    speed = Speed(
+        Speedup(1.93, 1.71, 2.14, 12, baseline=""), 77.2, 38.0, 40.0, 2.5, Parity(False, 12, 11, 1, 0, [gap], "")
+    )
     assert command.verdict(speed, setting="12 prompts") == (
         "speed-up 1.93 [1.71, 2.14]: 77 tokens/s with the drafter, 40 without (12 prompts), "
-        "outputs identical 11/12, near ties"
+        "outputs identical 11/12, near ties 1/12, unexplained 0"
     )
     slow = replace(speed, parity=None, with_drafter=2.895)
     assert command.verdict(slow, setting="x").endswith("2.9 tokens/s with the drafter, 1.5 without (x)")
@@ -171,6 +173,15 @@ def typed(monkeypatch, folders) -> Callable[..., None]:
 
 
 def test_ctrl_c_stops_an_answer_and_the_prompt_returns(typed, monkeypatch, capsys):
+    # A process in the background ignores the signal.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        _stop_an_answer(typed, monkeypatch, capsys)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _stop_an_answer(typed, monkeypatch, capsys) -> None:
     typed("why?", "/quit")
     whole = capsys.readouterr().out
     original, count = MarkedOutput.write, 0

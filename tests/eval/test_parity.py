@@ -27,7 +27,7 @@ class AcceptsTheFirst(Lossless):
     def __call__(self, proposal: Any, target_probs_NV: Any, node_hidden_ND: Any, generator: Any) -> Any:
         path, token = super().__call__(proposal, target_probs_NV, node_hidden_ND, generator)
         if len(path) == 1 and proposal.num_draft_tokens:
-            return [0, 1], int(target_probs_NV[1].argmax())
+            return [0, 1], int(target_probs_NV.row(1).argmax())
         return path, token
 
 

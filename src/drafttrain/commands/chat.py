@@ -159,7 +159,9 @@ def verdict(speed: Speed, *, setting: str) -> str:
         f"speed-up {speed.speedup.text()}: {_rate(speed.with_drafter)} tokens/s with the drafter, "
         f"{_rate(speed.without_drafter)} without ({setting})"
     )
-    return text if speed.parity is None else f"{text}, outputs identical {speed.parity.short().removeprefix('exact ')}"
+    if speed.parity is None:
+        return text
+    return f"{text}, outputs identical {speed.parity.short().removeprefix('exact ').removeprefix('identical ')}"
 
 
 def _speeds(speed: Speed, opened: Opened) -> list[list[str]]:
