@@ -31,6 +31,13 @@ class DraftVocabulary:
 
     def __init__(self, own_R: Tensor | None, *, num_tokens: int) -> None:
         self.ids_R = torch.arange(num_tokens) if own_R is None else own_R
+        self._copies = {self.ids_R.device: self.ids_R}
+
+    def _on(self, device: torch.device) -> Tensor:
+        """Return the ids on a device, where they are copied once."""
+        if device not in self._copies:
+            self._copies[device] = self.ids_R.to(device)
+        return self._copies[device]
 
     def logits(self, logits_NW: Tensor) -> Tensor:
         """Return the logits_NR of the tokens that can be drafted."""
@@ -38,7 +45,7 @@ class DraftVocabulary:
 
     def likeliest(self, logits_NW: Tensor) -> Tensor:
         """Return the target's id of each row's argmax among the tokens that can be drafted."""
-        return self.ids_R.to(logits_NW.device)[self.logits(logits_NW).argmax(dim=-1)]
+        return self._on(logits_NW.device)[self.logits(logits_NW).argmax(dim=-1)]
 
     def ids(self, drafted: Sequence[int]) -> list[int]:
         """Return the target's ids of tokens that are given by their place among those that can be drafted."""
@@ -47,7 +54,7 @@ class DraftVocabulary:
 
     def best(self, logits_NW: Tensor, *, count: int) -> Tensor:
         """Return the target's ids of each row's `count` likeliest tokens that can be drafted, best first."""
-        return self.ids_R.to(logits_NW.device)[self.logits(logits_NW).topk(count, dim=-1).indices]
+        return self._on(logits_NW.device)[self.logits(logits_NW).topk(count, dim=-1).indices]
 
     def probs(self, logits_NW: Tensor, sampling: Sampling, *, size: int) -> Tensor:
         """Return probs_NV, each row's drafting distribution over the target's `size` ids."""
@@ -55,7 +62,7 @@ class DraftVocabulary:
 
     def over_target(self, probs_NR: Tensor, *, size: int) -> Tensor:
         """Return distributions over the tokens that can be drafted as distributions over the target's `size` ids."""
-        return over_target_vocabulary(probs_NR, self.ids_R[: probs_NR.shape[-1]].to(probs_NR.device), size=size)
+        return over_target_vocabulary(probs_NR, self._on(probs_NR.device)[: probs_NR.shape[-1]], size=size)
 
     def places(self, *, size: int) -> Tensor:
         """Return, by target id, the drafter's id; -1 if it cannot draft the token."""
