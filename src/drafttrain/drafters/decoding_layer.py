@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from drafttrain.drafters.few_rows import product_with
+from drafttrain.target_model.grouped_attention import attend_in_groups
 
 FEW_QUERIES = 32
 """Up to this many queries, the heads that share keys are read as more queries of one head."""
@@ -131,6 +132,4 @@ def attend(query_BHNd: Tensor, keys_BGCd: Tensor, values_BGCd: Tensor, allowed_B
     # Otherwise PyTorch copies the keys for each of the heads that share them, in every call.
     if allowed_B1NC is not None and queries > 1:
         allowed_B1NC = allowed_B1NC.repeat(1, 1, shared, 1)
-    folded_BGQd = query_BHNd.reshape(len(query_BHNd), groups, shared * queries, -1)
-    attended_BGQd = scaled_dot_product_attention(folded_BGQd, keys_BGCd, values_BGCd, attn_mask=allowed_B1NC)
-    return attended_BGQd.view(len(query_BHNd), groups * shared, queries, -1)
+    return attend_in_groups(query_BHNd, keys_BGCd, values_BGCd, allowed_B1NC)

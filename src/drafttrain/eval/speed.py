@@ -14,7 +14,6 @@ from drafttrain.eval.parity import Parity, parity
 from drafttrain.eval.proposers.none import PLAIN
 from drafttrain.eval.result import Speedup
 from drafttrain.eval.settings import EvalSettings
-from drafttrain.eval.unfinished import Unfinished
 from drafttrain.target_model import Target
 
 
@@ -52,9 +51,7 @@ def measure(drafter: Drafter, target: Target, prompts: Sequence[Prompt], setting
         for name, one in (("plain", PLAIN), ("drafter", drafter))
     )
     greedy = sampling.temperature == 0
-    generated = decode(
-        [plain, drafted], prompts, settings, generate=len(prompts) if greedy else 0, unfinished=Unfinished(None, {})
-    )
+    generated = decode([plain, drafted], prompts, settings, generate=len(prompts) if greedy else 0)
     return Speed(
         speedup=speedup(drafted, faster_baseline(plain, generated)),
         with_drafter=tokens_per_second(drafted.generations),

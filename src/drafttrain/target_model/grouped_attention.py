@@ -88,13 +88,28 @@ def _attention(
             query_BHNd, keys_BGCd, values_BGCd, attn_mask=attention_mask, scale=scale, enable_gqa=True
         )
     else:
-        rows_BGRd = query_BHNd.unflatten(1, (groups, -1)).flatten(2, 3)
         mask_B1RC = None if attention_mask is None else _tiles(attention_mask, heads // groups)
-        attended_BGRd = scaled_dot_product_attention(
-            rows_BGRd, keys_BGCd, values_BGCd, attn_mask=mask_B1RC, scale=scale
-        )
-        attended_BHNd = attended_BGRd.unflatten(2, (-1, num_new)).flatten(1, 2)
+        attended_BHNd = attend_in_groups(query_BHNd, keys_BGCd, values_BGCd, mask_B1RC, scale=scale)
     return attended_BHNd.transpose(1, 2).contiguous(), None
+
+
+def attend_in_groups(
+    query_BHNd: Tensor,
+    keys_BGCd: Tensor,
+    values_BGCd: Tensor,
+    mask_B1RC: Tensor | None,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """Return attended_BHNd, with the query heads that share keys as further query rows of one head.
+
+    Args:
+        mask_B1RC: A row for each query of every head of a group, or one row for all; None: all columns.
+    """
+    groups, num_new = keys_BGCd.shape[1], query_BHNd.shape[2]
+    rows_BGRd = query_BHNd.unflatten(1, (groups, -1)).flatten(2, 3)
+    attended_BGRd = scaled_dot_product_attention(rows_BGRd, keys_BGCd, values_BGCd, attn_mask=mask_B1RC, scale=scale)
+    return attended_BGRd.unflatten(2, (-1, num_new)).flatten(1, 2)
 
 
 def _tiles(mask_B1NC: Tensor, count: int) -> Tensor:
