@@ -6,15 +6,13 @@ rows of equal length. Both read one part of the texts in turns, whose order alte
     python benchmarks/smollm2_cache.py --target FOLDER --prompts gsm8k.jsonl
 """
 
-import argparse
 import itertools
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from smollm2_target import loaded, parser, timed
 
 from drafttrain.core.console import stderr
 from drafttrain.core.provenance import commit, processor
@@ -22,22 +20,17 @@ from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.data_gen.stored.validation_target import cached_target
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.statistics import ratio_of_ratios
-from drafttrain.target_model import Target, TargetSettings
+from drafttrain.target_model import Target
 
 
 def main() -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", required=True, help="Folder of the target.")
-    parser.add_argument("--prompts", default="builtin:test", help="JSON lines.")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--texts", type=int, default=128, help="Texts of a part; of few texts more is padding.")
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--shape", type=int, nargs=2, default=(8, 128), help="Rows and tokens of a bare forward pass.")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    target = Target.load(TargetSettings(model=arguments.target, dtype=arguments.dtype, device="cpu"))
+    options = parser(__doc__)
+    options.add_argument("--texts", type=int, default=128, help="Texts of a part; of few texts more is padding.")
+    options.add_argument("--pairs", type=int, default=5)
+    options.add_argument("--shape", type=int, nargs=2, default=(8, 128), help="Rows and tokens of a bare forward pass.")
+    arguments = options.parse_args()
+    target = loaded(arguments)
     found = read_prompts(
         arguments.prompts, target.tokenizer, prompt_tokens=64, limit=4 + arguments.pairs * arguments.texts
     )
@@ -81,13 +74,6 @@ def forwards(target: Target, texts: Sequence[list[int]], shape: tuple[int, int])
     for tokens_BT in [*whole.split(rows), joined[whole.numel() :][None]]:
         if tokens_BT.numel():
             target.model.model(input_ids=tokens_BT, use_cache=False)
-
-
-def timed(run: Callable[[], Any]) -> float:
-    """Return the CPU seconds of a call."""
-    began = time.process_time()
-    run()
-    return time.process_time() - began
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ ends at its end token: transformers decodes ended rows until the last text of th
     python benchmarks/smollm2_gen.py --target FOLDER --prompts gsm8k.jsonl
 """
 
-import argparse
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from smollm2_target import loaded, parser
 
 from drafttrain.core.console import stderr
 from drafttrain.core.provenance import commit, processor
@@ -20,23 +20,18 @@ from drafttrain.data_gen.backends import Task
 from drafttrain.data_gen.backends.builtin import continuations
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.statistics import ratio_of_ratios
-from drafttrain.target_model import Target, TargetSettings
+from drafttrain.target_model import Target
 
 
 def main() -> None:
     """Measure and print a row of the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", required=True, help="Folder of the target.")
-    parser.add_argument("--prompts", default="builtin:test", help="JSON lines.")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--fixed", action="store_true", help="No text ends before --max-new-tokens.")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    target = Target.load(TargetSettings(model=arguments.target, dtype=arguments.dtype, device="cpu"))
+    options = parser(__doc__)
+    options.add_argument("--batch-size", type=int, default=16)
+    options.add_argument("--max-new-tokens", type=int, default=64)
+    options.add_argument("--pairs", type=int, default=5)
+    options.add_argument("--fixed", action="store_true", help="No text ends before --max-new-tokens.")
+    arguments = options.parse_args()
+    target = loaded(arguments)
     if arguments.fixed:
         target.__dict__["eos_token_ids"] = ()
     size, new = arguments.batch_size, arguments.max_new_tokens

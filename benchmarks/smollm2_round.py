@@ -8,12 +8,11 @@ interval is over the prompts.
     python benchmarks/smollm2_round.py --target FOLDER --prompts gsm8k.jsonl
 """
 
-import argparse
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from smollm2_target import loaded, parser, timed
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -31,7 +30,7 @@ from drafttrain.eval.length.fixed import FixedLength
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.proposers.none import NoDraft
 from drafttrain.eval.statistics import ratio_of_ratios
-from drafttrain.target_model import Target, TargetSettings
+from drafttrain.target_model import Target
 
 TREE = (0, 0, 0, 2, 2, 1, 3, 5, 5, 4, 7, 8)
 """Parents of the nodes 1 to 12."""
@@ -42,16 +41,11 @@ FILLER = 7
 
 def main() -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", required=True, help="Folder of the target.")
-    parser.add_argument("--prompts", default="builtin:test", help="JSON lines.")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--num-prompts", type=int, default=8)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    target = Target.load(TargetSettings(model=arguments.target, dtype=arguments.dtype, device="cpu"))
+    options = parser(__doc__)
+    options.add_argument("--num-prompts", type=int, default=8)
+    options.add_argument("--max-new-tokens", type=int, default=64)
+    arguments = options.parse_args()
+    target = loaded(arguments)
     prompts = read_prompts(arguments.prompts, target.tokenizer, prompt_tokens=64, limit=arguments.num_prompts + 1)
     print(f"{processor()}, {arguments.threads} threads, {arguments.dtype}, commit {commit()}\n")
     print(
@@ -147,13 +141,6 @@ def forwards(model: Any, calls: Sequence[tuple[ForwardEvent, Tensor | None]]) ->
         tokens_1N = torch.full((1, event.num_tokens), FILLER)
         reads = model.model if event.prefill else model
         reads(input_ids=tokens_1N, attention_mask=mask_11NC, past_key_values=cache, use_cache=True)
-
-
-def timed(run: Callable[[], Any]) -> float:
-    """Return the CPU seconds of a call."""
-    began = time.process_time()
-    run()
-    return time.process_time() - began
 
 
 if __name__ == "__main__":
