@@ -13,7 +13,8 @@ from drafttrain.eval.speed import Speed
 from drafttrain.serving.card import ORIGIN, with_engines
 from drafttrain.serving.engines import DecodedPrompt, Job, Use, engine_of
 from drafttrain.serving.engines.transformers_worker import answer_to
-from drafttrain.serving.speed import compared, text_length
+from drafttrain.serving.reference import up_to_end
+from drafttrain.serving.speed import compared
 from drafttrain.target_model.gguf_folder import MADE_FROM
 from tests.serving.test_card import comparison
 
@@ -51,7 +52,7 @@ def test_the_speed_up_is_tokens_over_seconds_of_all_processes():
 
 @pytest.mark.parametrize(("text", "length"), [([5, 6, 2, 7], 3), ([5, 6, 7], 3), ([2], 1), ([], 0)])
 def test_a_text_is_timed_up_to_the_token_that_ends_it(text, length):
-    assert text_length(text, [2, 3]) == length
+    assert len(up_to_end(text, frozenset([2, 3]))) == length
 
 
 def test_the_card_and_the_engine_file_show_both_speeds():

@@ -44,7 +44,7 @@ def evaluator_side(
         outputs = decode(target, drafter, prompts, Sampling(temperature), conventions=conventions, **lengths)
         runs.append([count_rounds(one, max_new_tokens=job.max_new_tokens, conventions=conventions) for one in outputs])
     alone = _engine(target, NoDraft(), Sampling(), max_new_tokens=job.max_new_tokens, num_draft_tokens=1)
-    plain = [DecodedPrompt(_up_to_end(one.tokens, conventions.end_tokens)) for one in alone.generate(prompts)]
+    plain = [DecodedPrompt(up_to_end(one.tokens, conventions.end_tokens)) for one in alone.generate(prompts)]
     return Side(plain, *runs)
 
 
@@ -85,7 +85,7 @@ def count_rounds(
     generation: Generation, *, max_new_tokens: int, conventions: Conventions = VLLM_CONVENTIONS
 ) -> DecodedPrompt:
     """Return an output of `decode` up to its end, with the counters of the rounds that started before it."""
-    tokens = _up_to_end(generation.tokens[:max_new_tokens], conventions.end_tokens)
+    tokens = up_to_end(generation.tokens[:max_new_tokens], conventions.end_tokens)
     begun = int(conventions.first_token_alone)
     rounds = [one for one in generation.rounds if one.num_draft_tokens and begun + one.start < len(tokens)]
     # The last token of a round is the target's own: an engine that counts written tokens only cannot accept it.
@@ -139,7 +139,7 @@ def _engine(
     )
 
 
-def _up_to_end(tokens: Sequence[int], end_tokens: frozenset[int]) -> list[int]:
+def up_to_end(tokens: Sequence[int], end_tokens: frozenset[int]) -> list[int]:
     """Return a text up to the first token that ends one, that token included."""
     end = next((place for place, token in enumerate(tokens) if token in end_tokens), len(tokens))
     return list(tokens[: end + 1])

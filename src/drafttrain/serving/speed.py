@@ -21,6 +21,7 @@ from drafttrain.eval.speed import Speed, measure
 from drafttrain.eval.statistics import ratio_of_ratios
 from drafttrain.serving.comparison import generations
 from drafttrain.serving.engines import DecodedPrompt, Job, ServingEngine, Use
+from drafttrain.serving.reference import up_to_end
 from drafttrain.serving.sides import sum_counts
 from drafttrain.target_model import Target
 
@@ -88,7 +89,8 @@ def measure_speed(
     Raises:
         EngineError: The engine is not installed, or failed.
     """
-    lengths = [text_length(text, target.eos_token_ids) for text in outputs]
+    ends = frozenset(target.eos_token_ids)
+    lengths = [len(up_to_end(text, ends)) for text in outputs]
     job = replace(job, temperatures=[0.0], lengths=lengths, as_served=True)
     with_drafter, alone = _timed_in_turns(engine, job, use, num_pairs)
     same = replace(
@@ -136,11 +138,6 @@ def compared(
         num_prompts=len(plain),
         texts=texts,
     )
-
-
-def text_length(text: Sequence[int], end_tokens: Sequence[int]) -> int:
-    """Return the number of tokens up to the first one that ends a text, that token included."""
-    return next((place for place, token in enumerate(text, start=1) if token in end_tokens), len(text))
 
 
 def _timed_in_turns(
