@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.batches import PackedDocuments
+from drafttrain.core.few_sizes import few_sizes
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,12 @@ class Blocks:
         """Return a block at every slot of a batch of this shape."""
         slots_N = torch.arange(like_BT.numel())
         return cls.of(slots_N.to(like_BT.device), documents, on_host=slots_N)
+
+    def padded(self, documents: PackedDocuments) -> Blocks:
+        """Return these blocks and the last one several times more, so that their number is one of few. Nothing reads those."""
+        more = few_sizes(self.count) - self.count
+        slots_A, on_host = (torch.cat([slots, slots[-1:].expand(more)]) for slots in (self.slots_A, self.on_host))
+        return Blocks.of(slots_A, documents, on_host=on_host)
 
     @property
     def count(self) -> int:

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from drafttrain.core.batches import DraftBatch, DraftOutput, PackedDocuments
 from drafttrain.core.errors import CheckpointError
+from drafttrain.core.few_sizes import is_compiled_by_size
 from drafttrain.core.flops import BatchShape, Products, attention, matrix, parameters_of
 from drafttrain.core.roles import ForwardListener, Proposer
-from drafttrain.core.target_rows import RowsAsked
+from drafttrain.core.target_rows import RowChoice, RowsAsked
 from drafttrain.drafters import Drafter
 from drafttrain.drafters.dflash.attention import attend_blocks
 from drafttrain.drafters.dflash.backbone import Backbone
@@ -31,8 +32,11 @@ from drafttrain.drafters.dflash.own_head import WithHead
 from drafttrain.drafters.dflash.proposer import BlockProposer
 from drafttrain.drafters.dflash.settings import OWN, BlockSettings
 from drafttrain.drafters.eagle.folder import load_weights, save_folder
+from drafttrain.drafters.eagle.layer import compute_dtype
 from drafttrain.drafters.eagle.target_parts import TargetParts
 from drafttrain.drafters.warm_start import checkpoint_folder
+from drafttrain.losses.align import rows_of
+from drafttrain.losses.row_choice import Anchors
 from drafttrain.target_model import Target
 
 BLOCKS_AT_ONCE = 1024
@@ -95,8 +99,8 @@ class BlockDrafter(Backbone, WithHead, Drafter):
         return len(self.layers)
 
     def rows_asked(self) -> Sequence[RowsAsked]:
-        """Return the rows of every depth."""
-        return [RowsAsked(tuple(range(1, self.num_depths + 1)), self.lag)]
+        """Return the rows of every depth, of the roots that are drawn in each document."""
+        return [RowsAsked(tuple(range(1, self.num_depths + 1)), self.lag, choice=Anchors(self.own["anchors"]))]
 
     def forward(self, batch: DraftBatch) -> DraftOutput:
         """Return the states of every depth: in training of blocks at the chosen roots, else of a block at every slot."""
@@ -114,7 +118,15 @@ class BlockDrafter(Backbone, WithHead, Drafter):
     def blocks(self, batch: DraftBatch) -> Blocks:
         """Return the blocks of a forward."""
         documents = batch.packed_documents or PackedDocuments.of(batch.positions_BT)
-        return Blocks.every(batch.tokens_BT, documents)
+        if not self.training:
+            return Blocks.every(batch.tokens_BT, documents)
+        rows = rows_of(batch, self.rows_asked()[0])
+        assert rows.slots_A is not None, "the choice is one of roots"
+        # With lag 0, the target's position of a root's first label is the root itself.
+        on_host = rows.targets_on_host[: rows.counts[1]] if rows.counts[1] else torch.zeros(1, dtype=torch.long)
+        blocks = Blocks.of(rows.slots_A, documents, on_host=on_host)
+        by_size = is_compiled_by_size(self.fc.weight.device, compute_dtype(self.fc.weight))
+        return blocks.padded(documents) if by_size else blocks
 
     def _hidden(self, batch: DraftBatch, blocks: Blocks, context: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Return hidden_AKD, the states that predict."""
@@ -141,13 +153,20 @@ class BlockDrafter(Backbone, WithHead, Drafter):
             self.lag,
             depth_weights=self.depth_weights,
             vocabulary=self.vocabulary,
+            choice=self.choice,
         )
 
     def by_depth(self, states_AKD: Tensor, batch: DraftBatch) -> dict[int, Tensor]:
-        """Return states of each depth, with one row for every slot of the batch or for every chosen root."""
+        """Return the states of each depth: in training states_1AD of the chosen roots, else states_BTD of every slot."""
         depths = min(batch.num_depths or self.num_depths, self.num_depths)
+        shape = (1, -1) if self.training else batch.tokens_BT.shape
         rows = states_AKD.unbind(1)[:depths]
-        return {depth: rows_AD.unflatten(0, batch.tokens_BT.shape) for depth, rows_AD in enumerate(rows, start=1)}
+        return {depth: rows_AD.unflatten(0, shape) for depth, rows_AD in enumerate(rows, start=1)}
+
+    @property
+    def choice(self) -> RowChoice | None:
+        """The choice of the rows that a forward computes; None: all."""
+        return self.rows_asked()[0].choice if self.training else None
 
     @property
     def depth_weights(self) -> dict[int, float]:
