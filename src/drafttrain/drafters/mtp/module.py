@@ -242,13 +242,13 @@ def target_files(target: Target) -> TensorFiles:
     Raises:
         CheckpointError: The target was not loaded from a folder.
     """
-    folder = Path(str(target.model.config.get_text_config()._name_or_path))
-    if not str(folder) or not folder.is_dir():
+    name = str(target.model.config.get_text_config()._name_or_path)
+    if not name or not Path(name).is_dir():
         raise CheckpointError(
             f"drafter.init: the next-token-prediction layer is read from the target's folder, but {target.name} was not loaded "
             "from one: set drafter.init: random"
         )
-    return TensorFiles(folder)
+    return TensorFiles(Path(name))
 
 
 def field_problems(config: Mapping[str, Any]) -> list[str]:
