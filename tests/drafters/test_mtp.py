@@ -228,9 +228,13 @@ def test_each_detail_of_a_layout_changes_the_logits(field, target):
 
 def test_layouts_are_run_as_their_engines_run_them(mimo, deepseek):
     assert (MIMO.feature, MIMO.fed_back, MIMO.hidden_first, MIMO.zero_first) == ("before_norm", "after_norm", True, True)
-    assert (DEEPSEEK.feature, DEEPSEEK.fed_back, DEEPSEEK.hidden_first) == ("after_norm", "before_norm", False)
-    other = layout_named("deepseek", "transformers")
-    assert (other.feature, other.fed_back, other.zero_first) == ("after_norm", "after_norm", False)
+    assert (DEEPSEEK.feature, DEEPSEEK.fed_back, DEEPSEEK.hidden_first, DEEPSEEK.zero_first) == (
+        "after_norm",
+        "after_norm",
+        False,
+        True,
+    )
+    assert layout_named("deepseek", "transformers") == replace(DEEPSEEK, zero_first=False)
     # The state before the final norm, and the one after it.
     for target, final in ((mimo, False), (deepseek, True)):
         assert made(target).needs().final == final

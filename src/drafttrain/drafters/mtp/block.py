@@ -11,7 +11,7 @@ from typing import Any
 from drafttrain.core.errors import CheckpointError
 from drafttrain.drafters.eagle.layer import EagleLayer, Norm
 from drafttrain.drafters.eagle.layer_config import ROPE_SCALINGS, layer_config, llama_config
-from drafttrain.drafters.mtp.latent import LatentLayer, has_latent_attention
+from drafttrain.drafters.mtp.latent import LatentLayer, has_latent_attention, latent_fields, latent_shapes
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import blocks
 
@@ -38,6 +38,8 @@ def block_config(target: Target) -> dict[str, Any]:
         raise CheckpointError(f"drafter.kind mtp: {target.name}: {reason}")
     fields = layer_config(target, num_heads=None, num_kv_heads=None, intermediate_size=None)
     attention = getattr(blocks(target.model)[-1], "self_attn", None)
+    if has_latent_attention(config):
+        return fields | {"model_type": "mtp", "qkv_bias": False, "qk_norm": False, "latent": latent_fields(target.model)}
     return fields | {
         "model_type": "mtp",
         "qkv_bias": getattr(getattr(attention, "q_proj", None), "bias", None) is not None,
@@ -54,6 +56,32 @@ def new_block(fields: Mapping[str, Any], target: Target) -> Block:
     if has_latent_attention(target.model.config.get_text_config()):
         return LatentLayer(target.model)
     return PlainLayer(llama_config(dict(fields)), qkv_bias=fields["qkv_bias"], qk_norm=fields["qk_norm"])
+
+
+def block_shapes(fields: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of the layer by name.
+
+    Args:
+        fields: What `block_config` returned.
+    """
+    if latent := fields.get("latent"):
+        return latent_shapes(fields, latent)
+    width, inner, size = fields["hidden_size"], fields["intermediate_size"], fields["head_dim"]
+    rows = {"q": fields["num_attention_heads"] * size} | dict.fromkeys("kv", fields["num_key_value_heads"] * size)
+    shapes: dict[str, tuple[int, ...]] = {
+        **{f"self_attn.{name}_proj.weight": (count, width) for name, count in rows.items()},
+        "self_attn.o_proj.weight": (width, rows["q"]),
+        "mlp.gate_proj.weight": (inner, width),
+        "mlp.up_proj.weight": (inner, width),
+        "mlp.down_proj.weight": (width, inner),
+        "input_layernorm.weight": (width,),
+        "post_attention_layernorm.weight": (width,),
+    }
+    if fields["qkv_bias"]:
+        shapes |= {f"self_attn.{name}_proj.bias": (count,) for name, count in rows.items()}
+    if fields["qk_norm"]:
+        shapes |= {f"self_attn.{name}_norm.weight": (size,) for name in "qk"}
+    return shapes
 
 
 def _unsupported(config: Any) -> str | None:

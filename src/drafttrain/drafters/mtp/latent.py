@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -144,6 +144,65 @@ class LatentRotary:
         pairs = (states_BHTr[..., 0::2], states_BHTr[..., 1::2]) if self._interleaved else states_BHTr.chunk(2, dim=-1)
         first, second = pairs
         return torch.cat([first * cos_B1Th - second * sin_B1Th, second * cos_B1Th + first * sin_B1Th], dim=-1)
+
+
+ATTENTION_FIELDS = (
+    *("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"),
+    *("attention_bias",),
+)
+EXPERT_FIELDS = ("n_routed_experts", "n_shared_experts", "moe_intermediate_size")
+
+
+def latent_fields(model: Any) -> dict[str, Any]:
+    """Return the sizes of the target's last block; those of experts are null if it is dense."""
+    config = model.config.get_text_config()
+    sparse = hasattr(blocks(model)[-1].mlp, "experts")
+    return {name: getattr(config, name) for name in ATTENTION_FIELDS} | {
+        name: getattr(config, name) if sparse else None for name in EXPERT_FIELDS
+    }
+
+
+def latent_shapes(fields: Mapping[str, Any], latent: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of the layer by name.
+
+    Args:
+        fields: The sizes that all layers have.
+        latent: What `latent_fields` returned.
+    """
+    width, heads = fields["hidden_size"], fields["num_attention_heads"]
+    turned, plain, value = (latent[f"{name}_head_dim"] for name in ("qk_rope", "qk_nope", "v"))
+    into, latent_width = latent["q_lora_rank"], latent["kv_lora_rank"]
+    queries = heads * (turned + plain)
+    matrices = {
+        "kv_a_proj_with_mqa": (latent_width + turned, width),
+        "kv_b_proj": (heads * (plain + value), latent_width),
+        "o_proj": (width, heads * value),
+    }
+    matrices |= {"q_proj": (queries, width)} if into is None else {"q_a_proj": (into, width), "q_b_proj": (queries, into)}
+    shapes: dict[str, tuple[int, ...]] = {f"self_attn.{name}.weight": shape for name, shape in matrices.items()}
+    norms = {"kv_a": latent_width} | ({} if into is None else {"q_a": into})
+    shapes |= {f"self_attn.{name}_layernorm.weight": (size,) for name, size in norms.items()}
+    if latent["attention_bias"]:
+        biased = [name for name in ("q_a_proj", "kv_a_proj_with_mqa", "o_proj") if name in matrices]
+        shapes |= {f"self_attn.{name}.bias": matrices[name][:1] for name in biased}
+    shapes |= {f"{name}_layernorm.weight": (width,) for name in ("input", "post_attention")}
+    return shapes | _feed_forward_shapes(fields, latent)
+
+
+def _feed_forward_shapes(fields: Mapping[str, Any], latent: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    width, experts, small = fields["hidden_size"], latent["n_routed_experts"], latent["moe_intermediate_size"]
+    prefix, inner = ("mlp.", fields["intermediate_size"])
+    shapes: dict[str, tuple[int, ...]] = {}
+    if experts is not None:
+        prefix, inner = "mlp.shared_experts.", small * latent["n_shared_experts"]
+        shapes = {
+            "mlp.gate.weight": (experts, width),
+            "mlp.gate.e_score_correction_bias": (experts,),
+            "mlp.experts.gate_up_proj": (experts, 2 * small, width),
+            "mlp.experts.down_proj": (experts, width, small),
+        }
+    outer = {"gate_proj": (inner, width), "up_proj": (inner, width), "down_proj": (width, inner)}
+    return shapes | {f"{prefix}{name}.weight": shape for name, shape in outer.items()}
 
 
 def _use_own_norms(module: nn.Module) -> None:

@@ -88,7 +88,7 @@ DEEPSEEK = Layout(
     after_blocks=True,
     hidden_first=False,
     feature="after_norm",
-    fed_back="before_norm",
+    fed_back="after_norm",
     zero_first=True,
     copies=("embed_tokens.weight", "shared_head.head.weight"),
 )
@@ -111,8 +111,8 @@ def layout_named(name: str, engine: Engine) -> Layout:
         return layout
     if layout is not DEEPSEEK:
         raise CheckpointError(f"drafter.engine: transformers does not run the {name} layout: only vllm does")
-    # transformers 5.23.0, modeling_layers.MtpLayer: the state is normed before it is returned, and no embedding is zeroed.
-    return replace(layout, fed_back="after_norm", zero_first=False)
+    # transformers 5.23.0, modeling_layers.MtpLayer: the same, except that no embedding is zeroed.
+    return replace(layout, zero_first=False)
 
 
 def layout_in(names: Iterable[str], num_blocks: int, *, where: str) -> Layout:

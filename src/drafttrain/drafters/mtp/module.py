@@ -25,9 +25,9 @@ from drafttrain.drafters.eagle.drafter import EagleDrafter, rollout
 from drafttrain.drafters.eagle.folder import load_weights, read_config
 from drafttrain.drafters.eagle.layer import Norm, compute_dtype
 from drafttrain.drafters.eagle.target_parts import TargetParts
-from drafttrain.drafters.mtp.block import Block, block_config, new_block
+from drafttrain.drafters.mtp.block import Block, block_config, block_shapes, new_block
 from drafttrain.drafters.mtp.files import read_layer
-from drafttrain.drafters.mtp.layouts import LAYOUTS, layout_in, layout_named
+from drafttrain.drafters.mtp.layouts import BLOCK, LAYOUTS, layout_in, layout_named
 from drafttrain.drafters.warm_start import CHECKPOINT_HELP, checkpoint_folder, settings_fixed_by_checkpoint
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import blocks
@@ -49,8 +49,8 @@ class MtpSettings:
     )
     engine: Literal["vllm", "transformers"] = setting(
         "vllm",
-        help="The engine that will run it. With the deepseek layout, vllm feeds back the state before the last norm and zeroes "
-        "the first embedding; transformers feeds back the state after it.",
+        help="The engine that will run it: with the deepseek layout, vllm zeroes the embedding at position 0, transformers does "
+        "not.",
     )
     num_steps: int = setting(3, help="Draft tokens rolled out at every position in training.", ge=1)
     step_decay: float = setting(0.6, help="Factor on the loss from one of these steps to the next.", gt=0, le=1)
@@ -261,3 +261,11 @@ def field_problems(config: Mapping[str, Any]) -> list[str]:
         for name, values in allowed.items()
         if config.get(name) not in values
     ]
+
+
+def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a drafter with this config.json, by name."""
+    width = config["hidden_size"]
+    outside = {f"{name}.weight": (width,) for name in ("embedding_norm", "hidden_norm", "norm")}
+    block = {f"{BLOCK}{name}": shape for name, shape in block_shapes(config).items()}
+    return {"fc.weight": (width, 2 * width), **outside, **block}
