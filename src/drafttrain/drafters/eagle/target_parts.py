@@ -9,6 +9,7 @@ from torch import Tensor
 
 from drafttrain.core.batches import Head
 from drafttrain.core.weights import weight_bytes
+from drafttrain.drafters.few_rows import Product, head_product
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import final_norm
 from drafttrain.target_model.logits import head_logits, head_of
@@ -36,6 +37,10 @@ class TargetParts:
     def linear_head(self) -> Head:
         """The head as losses use it: in parts if it is a plain matrix."""
         return head_of(self._model)
+
+    def decoding_head(self) -> Product:
+        """Return `head`, with its weights prepared for few rows."""
+        return head_product(self._model)
 
     def head_rows(self, ids_R: Tensor) -> Tensor:
         """Return the head's rows for these token ids."""
