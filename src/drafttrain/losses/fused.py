@@ -155,6 +155,8 @@ class _Work:
             accepted_n = named.pop(ACCEPTANCE, None)
             index = self.values.rows.index.part(part.rows)
             loss_n = self.values.combined(named, index, self.values.learnable(part, target)) * self.factors[part.depth]
+            if (scale_N := self.values.rows.scale_N) is not None:
+                loss_n = loss_n * scale_N[part.rows]
             total = loss_n.sum()
         self._pull(part, made, total, logits_nV)
         accepted = {} if accepted_n is None else {ACCEPTANCE: accepted_n}
@@ -169,8 +171,7 @@ class _Work:
         with torch.enable_grad():
             leaves = {name: value_N.requires_grad_() for name, value_N in self._found.items()}
             loss_N = values.combined(leaves, values.rows.index, self._learnable.get("rows"))
-            weights_N = values.weights_N(self.factors)
-            loss_N = loss_N if weights_N is None else loss_N * weights_N
+            loss_N = values.weighted(loss_N, self.factors)
             known = torch.autograd.grad(loss_N.sum(), list(leaves.values()), allow_unused=True)
         self._slopes = dict(zip(leaves, known, strict=True))
         self._found = {"loss": loss_N.detach()} | accepted
