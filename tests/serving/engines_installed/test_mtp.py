@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from drafttrain.environments.environment import check_installed
 from drafttrain.export.convert import export_as, read_target_config
 from drafttrain.serving.comparison import Comparison, compare_with_engine
 from drafttrain.serving.engines import Job, ServingEngine, engine_of
+from drafttrain.serving.reference import evaluator_side
+from drafttrain.serving.sides import sum_counts
 from drafttrain.target_model import Target
 from tests.drafters.mtp_models import loaded, mimo_folder, with_config
 from tests.export import folders
@@ -60,22 +63,21 @@ def learned(target, prompts, tmp_path_factory) -> Path:
     return folders.save(drafter, tmp_path_factory.mktemp("learned") / "drafter", target)
 
 
-def served(
-    engine: ServingEngine, exported: Path, source: Path, target: Target, prompts: list[Prompt], **changes: Any
-) -> Comparison:
-    folder = Path(target.model.config._name_or_path)
-    job = Job(folder, [p.tokens for p in prompts], NEW_TOKENS, [0.0, 1.0], "float32", 128)
-    drafter = read_drafter(source, target)
-    drafter.config.update(changes)
-    return compare_with_engine(
-        engine, exported, drafter, target, prompts, job, num_draft_tokens=NUM_DRAFT_TOKENS
-    )
+@pytest.fixture(scope="module")
+def job(target_folder, prompts) -> Job:
+    return Job(target_folder, [prompt.tokens for prompt in prompts], NEW_TOKENS, [0.0, 1.0], "float32", 128)
 
 
-def test_vllm_gives_the_same_tokens_and_the_same_counts(engine, learned, target, target_folder, prompts, tmp_path):
-    exported = tmp_path / "out"
+@pytest.fixture(scope="module")
+def found(engine, learned, target, target_folder, prompts, job, tmp_path_factory) -> Comparison:
+    """vLLM on the stitched checkpoint, compared with the evaluator on the drafter folder."""
+    exported = tmp_path_factory.mktemp("stitched") / "out"
     export_as("checkpoint", learned, exported, target_config=read_target_config(target_folder, name="target"))
-    found = served(engine, exported, learned, target, prompts)
+    drafter = read_drafter(learned, target)
+    return compare_with_engine(engine, exported, drafter, target, prompts, job, num_draft_tokens=NUM_DRAFT_TOKENS)
+
+
+def test_vllm_gives_the_same_tokens_and_the_same_counts(found):
     assert found.problems == ()
     assert found.lossless.exact
     assert found.same_target.exact
@@ -83,17 +85,17 @@ def test_vllm_gives_the_same_tokens_and_the_same_counts(engine, learned, target,
     assert theirs == ours
     # The comparison is meaningful only if drafts are accepted, rejected, and accepted beyond the first.
     assert 0 < theirs.accepted_at[1] < theirs.accepted_at[0] < theirs.num_drafts
-    print(theirs)
 
 
 @pytest.mark.parametrize(
     "wrong", [{"hidden_first": False}, {"feature": "after_norm"}, {"fed_back": "before_norm"}, {"zero_first": False}]
 )
-def test_control_every_other_detail_of_the_layout_counts_differently(
-    wrong, engine, learned, target, target_folder, prompts, tmp_path
+def test_control_with_any_other_detail_of_the_layout_the_evaluator_counts_differently(
+    wrong, found, learned, target, prompts, job
 ):
-    exported = tmp_path / "out"
-    export_as("checkpoint", learned, exported, target_config=read_target_config(target_folder, name="target"))
-    found = served(engine, exported, learned, target, prompts, **wrong)
-    assert found.lossless.exact
-    assert found.greedy["engine"] != found.greedy["evaluator"]
+    drafter = read_drafter(learned, target)
+    drafter.config.update(wrong)
+    side = evaluator_side(
+        target, drafter, prompts, replace(job, temperatures=[0.0, 0.0]), num_draft_tokens=NUM_DRAFT_TOKENS
+    )
+    assert sum_counts(side.greedy, NUM_DRAFT_TOKENS) != found.greedy["engine"]
