@@ -69,8 +69,11 @@ PLAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def test_every_loss_of_the_target_has_a_plain_formula_here():
-    parts = {name: losses.entry(name).component for name in losses.names() if name != "sum"}
-    own = {name for name, part in parts.items() if part.needs_target and part.__module__.startswith("drafttrain.")}
+    parts = {name: losses.entry(name).component for name in losses.names()}
+    # A loss that holds others needs a target if they do.
+    own = {
+        name for name, part in parts.items() if part.needs_target is True and part.__module__.startswith("drafttrain.")
+    }
     assert own == set(PLAIN)
 
 
@@ -148,6 +151,7 @@ def gradients(
     vocabulary: Tensor | None,
     chunk: int | None = None,
     mixed: bool = False,
+    frozen: bool = False,
     **model: Any,
 ) -> dict[str, Tensor]:
     """Return the loss of a batch and the gradients of all weights."""
@@ -155,6 +159,7 @@ def gradients(
     toy = ToyTarget(batch)
     batch = replace(batch, target_rows=FloatTarget(toy.rows_NV) if mixed else toy)
     drafter, loss = Model(vocabulary=vocabulary, **model), losses.build(settings)
+    drafter.linears.requires_grad_(not frozen)
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         drafted = drafter(batch)
         if not fused:
@@ -175,13 +180,36 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], **tolerance: f
 
 
 @EVERY
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 @pytest.mark.parametrize("vocabulary", [None, SOME], ids=["whole", "some"])
-def test_fused_losses_are_the_plain_ones(settings, vocabulary):
+def test_fused_losses_are_the_plain_ones(settings, vocabulary, frozen):
     """Of every loss: total, rows, acceptance, and the gradients of states, matrices, biases and the norm, in any pieces."""
-    plain = gradients(settings, fused=False, vocabulary=vocabulary)
+    given = {"vocabulary": vocabulary, "frozen": frozen}
+    plain = gradients(settings, fused=False, **given)
     assert plain["norm.weight"].abs().max() > 0
+    assert (plain["linears.0.weight"] is None) == frozen
     for chunk in (None, 3):
-        assert_same(gradients(settings, fused=True, vocabulary=vocabulary, chunk=chunk), plain, rtol=1e-9, atol=1e-11)
+        assert_same(gradients(settings, fused=True, chunk=chunk, **given), plain, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["block_acceptance", "d_pace", "tvdpp"])
+def test_control_a_gradient_through_a_frozen_head_without_the_factors_of_its_rows_is_seen(kind, monkeypatch):
+    from drafttrain.losses import fused
+
+    settings = losses.entry(kind).settings()
+    plain = gradients(settings, fused=False, vocabulary=None, frozen=True)
+    original = fused._Work.combine
+
+    def forgetful(self: Any) -> None:
+        held, self._unscaled = self._unscaled, []
+        original(self)
+        self._unscaled = held
+        for part, entering, derivatives_nD in held:
+            self._pull_states(part, entering, sum(derivatives_nD.values()))
+
+    monkeypatch.setattr(fused._Work, "combine", forgetful)
+    with pytest.raises(AssertionError):
+        assert_same(gradients(settings, fused=True, vocabulary=None, frozen=True), plain, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["lk_hybrid", "tvdpp"])

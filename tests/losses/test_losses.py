@@ -21,7 +21,10 @@ from drafttrain.losses.align import align
 from drafttrain.losses.block_acceptance import BlockAcceptanceSettings
 from drafttrain.losses.ce import CrossEntropySettings
 from drafttrain.losses.chunked import row_losses
+from drafttrain.losses.d_pace import DPaceSettings
 from drafttrain.losses.jsd import JSDSettings
+from drafttrain.losses.lk_hybrid import LKHybridSettings
+from drafttrain.losses.neg_log_acceptance import NegLogAcceptanceSettings
 from drafttrain.losses.step import drafted_loss, share_of_step
 from drafttrain.losses.tvdpp import TVDPPSettings
 from drafttrain.losses.weighted_sum import Term, WeightedSumSettings
@@ -41,9 +44,13 @@ def settings_of(name: str) -> Any:
 
 
 VARIANTS = [(name, settings_of(name)) for name in losses.names()] + [
-    (f"tvdpp-{estimator}-{scope}", TVDPPSettings(estimator=estimator, scope=scope, num_samples=4))
-    for estimator in ("exact", "sampled")
-    for scope in ("position", "sequence", "batch")
+    ("d_pace-lk_hybrid", DPaceSettings(loss=LKHybridSettings())),
+    ("d_pace-acceptance", DPaceSettings(loss=NegLogAcceptanceSettings(), chance="acceptance", smoothing=0.0)),
+    *(
+        (f"tvdpp-{estimator}-{scope}", TVDPPSettings(estimator=estimator, scope=scope, num_samples=4))
+        for estimator in ("exact", "sampled")
+        for scope in ("position", "sequence", "batch")
+    ),
 ]
 EVERY = pytest.mark.parametrize("settings", [s for _, s in VARIANTS], ids=[name for name, _ in VARIANTS])
 
@@ -197,6 +204,24 @@ def test_a_sum_cuts_its_blocks_once():
     assert blocks(3, 3).check() == []
     assert blocks(5, 3).check() == ["terms: block_length must be the same in all terms, got [3, 5]"]
     assert WeightedSumSettings(terms=[*blocks(3).terms, Term(loss=blocks(4))]).check() != []
+
+
+def test_a_weight_waits_for_its_first_step():
+    """From `from_step` to `until_step` linearly; equal: at once."""
+
+    def at(term: Term, *steps: int) -> list[float]:
+        assert term.check() == []
+        return [term.at(step) for step in steps]
+
+    ce = CrossEntropySettings()
+    moves = Term(loss=ce, weight=1.0, final_weight=0.0, from_step=10, until_step=20)
+    assert at(moves, 0, 9, 10, 15, 20, 99) == [1.0, 1.0, 1.0, 0.5, 0.0, 0.0]
+    jumps = Term(loss=ce, weight=0.0, final_weight=2.0, from_step=10, until_step=10)
+    assert at(jumps, 0, 9, 10, 11) == [0.0, 0.0, 2.0, 2.0]
+    assert Term(loss=ce, final_weight=0.0, from_step=5, until_step=4).check() == [
+        "from_step: at most until_step 4, got 5"
+    ]
+    assert Term(loss=ce, from_step=5).check() == ["from_step: is not used without final_weight"]
 
 
 def test_weights_of_a_sum_follow_their_schedule():

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from drafttrain.core.few_sizes import few_sizes
 from drafttrain.core.flops import EARLY, BatchShape
-from drafttrain.core.target_rows import AlignedRows, RowsAsked, StoredTargetRows, TargetOutput, TargetRows
+from drafttrain.core.target_rows import (
+    AlignedRows,
+    RowChoice,
+    RowsAsked,
+    StoredTargetRows,
+    TargetOutput,
+    TargetRows,
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,8 @@ class Head(Protocol):
 class DraftOutput:
     """What a drafter computes for a batch: for each depth d = 1..K, states whose row t predicts token t + d + lag.
 
-    States, not logits: a pointwise loss runs the head in chunks, so that the logits of all rows never exist at once.
+    States, not logits: a pointwise loss runs the head in chunks, so that the logits of all rows never exist at once. With a
+    choice of roots, states_1AD are those of the chosen roots, in the order of `losses.align.chosen_slots`.
     """
 
     states_BTD: Mapping[int, Tensor]
@@ -127,6 +135,8 @@ class DraftOutput:
     vocabulary: Tensor | None = None
     """The target's id of each of the drafter's tokens, ascending; None: the vocabularies are the same."""
     beside: Beside | None = None
+    choice: RowChoice | None = None
+    """The rows that are trained; None: all."""
 
     def logits_BTV(self, depth: int) -> Tensor:
         """Return the logits of one depth at all positions."""

@@ -79,6 +79,17 @@ class LossRows:
         return self.with_slope(kl_divergence(p_NV, self.log_p_NV, self.fixed_log_q_NV), lambda: -p_NV)
 
     @cached_property
+    def cross_entropy_N(self) -> Tensor:
+        """-log q(label) of each row, nats, 0 where the vocabulary lacks the label; differentiable in the drafter's logits."""
+        log_q_NV = self.fixed_log_q_NV
+        known_N1 = (self.tokens_N >= 0)[:, None]
+        label_N1 = self.tokens_N.clamp_min(0)[:, None]
+        value_N = torch.where(known_N1, -log_q_NV.gather(1, label_N1), 0.0)[:, 0]
+        return self.with_slope(
+            value_N, lambda: torch.zeros_like(log_q_NV).scatter_(1, label_N1, -known_N1.to(log_q_NV.dtype))
+        )
+
+    @cached_property
     def _in_one_kernel(self) -> tuple[Tensor, Tensor] | None:
         """Divergence and acceptance rate from one Triton kernel; None where no kernel exists for these rows."""
         if not has_kernel(self.drafter_logits_NV):

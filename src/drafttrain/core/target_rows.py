@@ -157,6 +157,32 @@ class RowIndex:
         return self.each(lambda tensor: tensor[chosen])
 
 
+class RowChoice(Protocol):
+    """Which rows a drafter trains, if it does not train all of them. Equal choices are equal keys."""
+
+    def chosen(self, trained: Mapping[int, Tensor], document_R: Tensor, seed_R: Tensor) -> ChosenRows:
+        """Choose rows.
+
+        Args:
+            trained: By depth, trained_R: whether the row of each flat slot b * T + t has a label that is trained.
+            document_R: As `DraftBatch.documents_BT`.
+            seed_R: A seed for each slot, another one in every step.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ChosenRows:
+    """The rows that a step trains."""
+
+    trained: Mapping[int, Tensor]
+    """By depth, trained_R."""
+    scale_R: Tensor | None = None
+    """Factor on the loss of the rows of each slot; None: 1."""
+    roots_only: bool = False
+    """The drafter computes states only at slots with chosen rows, not at all of them."""
+
+
 @dataclass(frozen=True)
 class RowsAsked:
     """Which rows of a batch are requested: what `losses.align` needs to know about a drafter and a loss."""
@@ -164,7 +190,13 @@ class RowsAsked:
     depths: tuple[int, ...]
     lag: int
     block_length: int = 1
-    """Rows of a drafter of depth 1 that form one block."""
+    """Rows of a drafter of depth 1 that form one block; 1 for all other drafters."""
+    choice: RowChoice | None = None
+    """None: all rows whose label is trained."""
+
+    def __post_init__(self) -> None:
+        if len(self.depths) > 1 or self.choice is not None:
+            object.__setattr__(self, "block_length", 1)
 
 
 @dataclass(frozen=True)
@@ -172,7 +204,7 @@ class AlignedRows:
     """The N trained rows of a batch, depth by depth: where the drafter, the target and the label of each are."""
 
     drafter_N: Tensor
-    """Flat position b * T + t of the drafter's state."""
+    """Index of the drafter's state among those of its depth: the flat position b * T + t; with `slots_A`, an index into it."""
     target_N: Tensor
     """Flat position of the target's state that predicts the same token."""
     tokens_N: Tensor
@@ -182,8 +214,16 @@ class AlignedRows:
     index: RowIndex
     counts: Mapping[int, int]
     """Number of rows of each depth, in the order of the rows."""
+    read_U: Tensor
+    """Every flat position in `target_N` once, ascending."""
     targets_on_host: Tensor
     """`target_N` on the CPU, wherever the batch is: pieces are planned from it without waiting for the device."""
+    read_on_host: Tensor
+    """`read_U` on the CPU."""
+    slots_A: Tensor | None = None
+    """Flat slots of the roots that the drafter computes, ascending, at least one; None: all slots."""
+    scale_N: Tensor | None = None
+    """Factor on each row's loss; None: 1."""
 
     def each(self, change: Callable[[Tensor], Tensor]) -> AlignedRows:
         """Return a copy with changed tensors: moved, pinned."""
@@ -194,4 +234,7 @@ class AlignedRows:
             tokens_N=change(self.tokens_N),
             seed_N=change(self.seed_N),
             index=self.index.each(change),
+            read_U=change(self.read_U),
+            slots_A=None if self.slots_A is None else change(self.slots_A),
+            scale_N=None if self.scale_N is None else change(self.scale_N),
         )

@@ -91,8 +91,7 @@ def row_losses(
     joined = {name: torch.cat([found[start][name] for start in sorted(found)]) for name in names}
     acceptance_N, learnable_N = joined.pop(ACCEPTANCE, None), joined.pop(LEARNABLE, None)
     loss_N = values.combined(joined, rows.index, learnable_N)
-    weights_N = values.weights_N(drafted.depth_weights)
-    return (loss_N if weights_N is None else loss_N * weights_N) + sum(untrained), acceptance_N
+    return values.weighted(loss_N, drafted.depth_weights) + sum(untrained), acceptance_N
 
 
 def _of_states(

@@ -87,7 +87,7 @@ class _Fused(torch.autograd.Function):
 def _run(works: Sequence[_Work], planned: Sequence[Piece]) -> None:
     """Let each term read its parts of every piece. The target's rows of a piece are computed once for all terms."""
     values = [work.values for work in works]
-    twice = any(not work.at_once for work in works)
+    twice = any(not work.reads_once for work in works)
     targets: list[TargetPiece | None] = []
     kept_bytes = 0
     for piece in planned:
@@ -101,18 +101,25 @@ def _run(works: Sequence[_Work], planned: Sequence[Piece]) -> None:
     for work in works:
         work.combine()
     for piece, kept in zip(planned, targets, strict=False):
-        parts = [part for part in piece.parts if not works[part.term].at_once]
+        parts = [part for part in piece.parts if not works[part.term].reads_once]
         target = (kept or target_of(values, piece)) if parts else None
         for part in parts:
             works[part.term].pull(part, target)
 
 
 @dataclass(frozen=True)
-class _Logits:
-    """Logits of a part, and the tensors that their gradient is propagated to."""
+class _Entering:
+    """What enters the matrix for a part, and the states that it is computed from."""
 
     states_nD: Tensor
     entering_nD: Tensor
+
+
+@dataclass(frozen=True)
+class _Logits:
+    """Logits of a part, and the tensors that their gradient is propagated to."""
+
+    entering: _Entering
     multiplied_PD: Tensor
     """With rows of padding."""
     logits_nV: Tensor
@@ -135,18 +142,33 @@ class _Work:
         self.gradients: list[Tensor | None] = [None] * len(self.inputs)
         self._cast: dict[int, Tensor] = {}
         self._kept: dict[int, _Logits] = {}
+        self._unscaled: list[tuple[Part, _Entering, dict[str, Tensor]]] = []
+        """Of each part: the derivatives of its named values in what enters a frozen matrix."""
         self._found: dict[str, Tensor] = {}
         """The named values of all rows; for a pointwise loss the loss is one of them."""
         self._learnable: dict[str, Tensor] = {}
         self._slopes: dict[str, Tensor | None] = {}
         """The derivative of the total in each value."""
 
+    @property
+    def reads_once(self) -> bool:
+        """Whether logits are needed only once.
+
+        A row's gradient is that of its values times factors, which a loss of dependent rows knows only after all rows. A row of
+        the states' gradient is multiplied afterwards; a matrix's gradient is a sum over rows, so a trained matrix reads twice.
+        """
+        return self.at_once or not any(
+            self._needs(id(weight))
+            for depth in self.states_RD
+            for weight in (self.head.linear(depth).weight, self.head.linear(depth).bias)
+            if weight is not None
+        )
+
     def read(self, part: Part, target: TargetPiece | None) -> None:
         """Compute the values of a part; for a pointwise loss also its gradients."""
         made = self._logits(part)
         if not self.at_once:
-            self._keep(part, made)
-            self._note(self._found, part, self._values(part, target, made)[1])
+            self._note(self._found, part, self._dependent(part, target, made))
             if (learnable_n := self.values.learnable(part, target)) is not None:
                 self._note(self._learnable, part, {"rows": learnable_n})
             return
@@ -155,10 +177,27 @@ class _Work:
             accepted_n = named.pop(ACCEPTANCE, None)
             index = self.values.rows.index.part(part.rows)
             loss_n = self.values.combined(named, index, self.values.learnable(part, target)) * self.factors[part.depth]
+            if (scale_N := self.values.rows.scale_N) is not None:
+                loss_n = loss_n * scale_N[part.rows]
             total = loss_n.sum()
         self._pull(part, made, total, logits_nV)
         accepted = {} if accepted_n is None else {ACCEPTANCE: accepted_n}
         self._note(self._found, part, {"loss": loss_n.detach()} | accepted)
+
+    def _dependent(self, part: Part, target: TargetPiece | None, made: _Logits) -> dict[str, Tensor]:
+        """Return the values of a part whose gradients are computed when those of all rows are known."""
+        if not self.reads_once:
+            self._keep(part, made)
+            return self._values(part, target, made)[1]
+        with torch.enable_grad():
+            logits_nV, named = self._values(part, target, made)
+            sums = {name: value_n.sum() for name, value_n in named.items() if value_n.requires_grad}
+        derivatives_nD = {}
+        for name, total in sums.items():
+            (gradient_nV,) = torch.autograd.grad(total, logits_nV, retain_graph=True)
+            derivatives_nD[name] = self._entering_gradient(part, made, in_few_sizes(gradient_nV))
+        self._unscaled.append((part, made.entering, derivatives_nD))
+        return named
 
     def combine(self) -> None:
         """Compute the loss from the values of all rows, unless the loss is pointwise."""
@@ -169,12 +208,19 @@ class _Work:
         with torch.enable_grad():
             leaves = {name: value_N.requires_grad_() for name, value_N in self._found.items()}
             loss_N = values.combined(leaves, values.rows.index, self._learnable.get("rows"))
-            weights_N = values.weights_N(self.factors)
-            loss_N = loss_N if weights_N is None else loss_N * weights_N
+            loss_N = values.weighted(loss_N, self.factors)
             known = torch.autograd.grad(loss_N.sum(), list(leaves.values()), allow_unused=True)
         self._slopes = dict(zip(leaves, known, strict=True))
         self._found = {"loss": loss_N.detach()} | accepted
         values.measured = False
+        for part, entering, derivatives_nD in self._unscaled:
+            scaled_nD = [
+                derivative_nD * slope_N[part.rows, None].to(derivative_nD.dtype)
+                for name, derivative_nD in derivatives_nD.items()
+                if (slope_N := self._slopes[name]) is not None
+            ]
+            if scaled_nD:
+                self._pull_states(part, entering, torch.stack(scaled_nD).sum(dim=0))
 
     def pull(self, part: Part, target: TargetPiece | None) -> None:
         """Compute the gradients of a part from the derivatives of the total in its values."""
@@ -217,7 +263,7 @@ class _Work:
         bias_V = None if layer.bias is None else layer.bias.detach()[: len(matrix_VD)].to(matrix_VD.dtype)
         with torch.autocast(states_RD.device.type, enabled=False):
             logits_nV = linear(multiplied_PD, matrix_VD, bias_V)[: len(states_nD)]
-        return _Logits(states_nD, entering_nD, multiplied_PD, logits_nV)
+        return _Logits(_Entering(states_nD, entering_nD), multiplied_PD, logits_nV)
 
     def _matrix(self, weight_VD: Tensor) -> Tensor:
         """Return the matrix rows of the shared ids, in autocast's type; a frozen matrix keeps its own type."""
@@ -247,17 +293,22 @@ class _Work:
             self._gradient(id(layer.bias))[: self.values.vocab_size].add_(
                 gradient_nV.sum(dim=0, dtype=layer.bias.dtype)
             )
-        matrix_VD = self._matrix(layer.weight)
-        with torch.autocast(matrix_VD.device.type, enabled=False):
-            gradient_nD = (gradient_PV @ matrix_VD)[: len(gradient_nV)]
-        self._pull_states(part, made, gradient_nD.to(made.entering_nD.dtype))
+        self._pull_states(part, made.entering, self._entering_gradient(part, made, gradient_PV))
 
-    def _pull_states(self, part: Part, made: _Logits, gradient_nD: Tensor) -> None:
+    def _entering_gradient(self, part: Part, made: _Logits, gradient_PV: Tensor) -> Tensor:
+        """Return the gradient of the matrix's input."""
+        matrix_VD = self._matrix(self.head.linear(part.depth).weight)
+        with torch.autocast(matrix_VD.device.type, enabled=False):
+            gradient_PD = gradient_PV @ matrix_VD
+        entering_nD = made.entering.entering_nD
+        return gradient_PD[: len(entering_nD)].to(entering_nD.dtype)
+
+    def _pull_states(self, part: Part, entering: _Entering, gradient_nD: Tensor) -> None:
         """Propagate the gradient of the matrix's input to the layers before it and to the states."""
         if self.head.before is not None:
             weights = [weight for weight in self.head.before.parameters() if self._needs(id(weight))]
             gradient_nD, *others = torch.autograd.grad(
-                made.entering_nD, [made.states_nD, *weights], gradient_nD, allow_unused=True
+                entering.entering_nD, [entering.states_nD, *weights], gradient_nD, allow_unused=True
             )
             for weight, gradient in zip(weights, others, strict=True):
                 if gradient is not None:

@@ -52,7 +52,7 @@ class Piece:
     """A span of target positions, and the rows of each depth whose token is predicted at one of them."""
 
     positions: slice
-    """A slice of the rows of the term's first depth, which has all positions."""
+    """Which of the positions that the term's rows read (`AlignedRows.read_U`)."""
     parts: tuple[Part, ...]
     term: int = 0
 
@@ -63,26 +63,22 @@ NO_ROWS = Piece(slice(0, 0), ())
 def pieces(terms: Sequence[AlignedRows], size: int) -> list[Piece]:
     """Return the rows of all terms in pieces of at most `size` positions of the target.
 
-    A token that one depth drafts is also drafted by all lower depths, from later roots, and the rows of a depth are sorted by
-    position. So the lowest depth has all positions, and a span of it is a span of every depth. The depth with the most rows is
-    taken, over all terms: the positions of several terms are nested in the same way.
+    One term reads all positions that any term reads. The rows of a depth are sorted by position, so a span of positions is a
+    span of every depth.
     """
     found = _Depths.of(terms)
-    if not found:
-        return []
-    all_of_them = max(found, key=lambda one: one.count)
-    borders = range(all_of_them.start, all_of_them.start + all_of_them.count, size)
-    edges = terms[all_of_them.term].targets_on_host[torch.tensor(list(borders), dtype=torch.long)]
+    whole = max(range(len(terms)), key=lambda term: len(terms[term].read_on_host))
+    read_U = terms[whole].read_on_host
+    edges = read_U[::size].contiguous()
     ends = {one: _places(one.targets(terms), edges) for one in found}
     made = []
-    for number, border in enumerate(borders):
+    for number, border in enumerate(range(0, len(read_U), size)):
         parts = []
         for one in found:
             low, high = (one.start + place for place in ends[one][number : number + 2])
             if low < high:
                 parts.append(Part(one.depth, slice(low, high), one.term))
-        stop = min(border + size, all_of_them.start + all_of_them.count)
-        made.append(Piece(slice(border, stop), tuple(parts), all_of_them.term))
+        made.append(Piece(slice(border, border + size), tuple(parts), whole))
     return made
 
 
@@ -245,14 +241,17 @@ class RowValues:
             loss_N = self.loss.combine(named, replace(index, learnable_N=learnable_N)).float()
         return loss_N if learnable_N is None else torch.where(learnable_N, loss_N, 0.0)
 
-    def weights_N(self, factors: Mapping[int, float]) -> Tensor | None:
-        """Return the factor on every row's loss, which depends on its depth; None: all are 1."""
-        if all(factors.get(depth, 1.0) == 1.0 for depth in self.rows.counts):
-            return None
-        device = self.rows.tokens_N.device
-        return torch.cat(
-            [torch.full((count,), factors.get(depth, 1.0), device=device) for depth, count in self.rows.counts.items()]
-        )
+    def weighted(self, loss_N: Tensor, factors: Mapping[int, float]) -> Tensor:
+        """Return the loss of all rows times their factors.
+
+        Args:
+            factors: Of depths; 1 for others.
+        """
+        if any(factors.get(depth, 1.0) != 1.0 for depth in self.rows.counts):
+            device, counts = loss_N.device, self.rows.counts
+            of_depth = [torch.full((count,), factors.get(depth, 1.0), device=device) for depth, count in counts.items()]
+            loss_N = loss_N * torch.cat(of_depth)
+        return loss_N if self.rows.scale_N is None else loss_N * self.rows.scale_N
 
     def _loss_rows(
         self, part: Part, target: TargetPiece | None, drafter_logits_NR: Tensor
@@ -290,7 +289,7 @@ class RowValues:
 def target_of(terms: Sequence[RowValues], piece: Piece) -> TargetPiece | None:
     """Return the target's rows of a piece, for all terms that read them; None: no term needs whole rows."""
     reading = [values for values in terms if values.reads_target]
-    return reading[0].target_at(terms[piece.term].rows.target_N[piece.positions]) if reading else None
+    return reading[0].target_at(terms[piece.term].rows.read_U[piece.positions]) if reading else None
 
 
 def connected_zero(drafted: DraftOutput, depth: int) -> Tensor:

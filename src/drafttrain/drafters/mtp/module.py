@@ -212,7 +212,7 @@ class MtpDrafter(EagleDrafter):
 
     def decoding_head(self) -> Callable[[Tensor], Tensor]:
         """Return `head`, with the weights of the target's head prepared for few rows."""
-        product = self._parts.head_product()
+        product = self._parts.decoding_head()
         return lambda states_ND: product(self.norm(states_ND))
 
     def weight_bytes(self) -> tuple[int, int, int, int]:
