@@ -82,10 +82,11 @@ def test_nothing_is_written_where_one_format_has_no_place_for_the_kind(settings,
 
 
 def test_an_engine_brings_the_format_that_it_reads():
-    assert formats_of(ExportSettings(to=["sglang"], verify=["vllm"])) == ["sglang", "vllm"]
-    assert formats_of(ExportSettings(to=["speculators"], verify=["vllm"])) == ["speculators"]
-    assert formats_of(ExportSettings(verify=["openvino", "transformers"])) == ["openvino"]
-    assert formats_of(ExportSettings(to=["hf"], verify=["transformers"])) == ["hf"]
+    assert formats_of(ExportSettings(to=["sglang"], verify=["vllm"]), "eagle3") == ["sglang", "vllm"]
+    assert formats_of(ExportSettings(to=["speculators"], verify=["vllm"]), "eagle3") == ["speculators"]
+    assert formats_of(ExportSettings(verify=["openvino", "transformers"]), "causal_lm") == ["openvino"]
+    assert formats_of(ExportSettings(to=["hf"], verify=["transformers"]), "causal_lm") == ["hf"]
+    assert formats_of(ExportSettings(verify=["vllm"]), "mtp") == ["checkpoint"]
 
 
 def test_a_format_is_proven_in_the_engines_that_read_it_and_run_the_kind():

@@ -32,7 +32,7 @@ def serve_command(folder: Path, engine: str, *, target: str | None) -> str:
         raise CheckpointError(f"{folder}: no target is named in it. Give --target MODEL")
     serving, kind = engine_of(engine), kind_of(folder)
     serving.check_kind(folder, kind)
-    readable = _readable(folder, serving.formats, engine)
+    readable = _readable(folder, serving.formats_for(kind), engine)
     if found := serving.misread(readable, kind):
         raise CheckpointError("\n  ".join([f"{engine} cannot run {readable}:", *found]))
     if stands_for_folder(target) or Path(target).is_dir():

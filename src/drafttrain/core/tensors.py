@@ -45,7 +45,19 @@ def load_into(module: nn.Module, path: Path) -> None:
         CheckpointError: A tensor is missing, has another shape, or is an integer; or there is an unknown tensor, which
             engines would ignore silently.
     """
-    stored, wanted = read_tensors(path), module.state_dict()
+    load_named(module, read_tensors(path), where=str(path))
+
+
+def load_named(module: nn.Module, stored: Mapping[str, Tensor], *, where: str) -> None:
+    """Copy tensors into a module with exactly the same names, shapes and kinds of number.
+
+    Args:
+        where: What they were read from, for the error.
+
+    Raises:
+        CheckpointError: As for `load_into`.
+    """
+    wanted = module.state_dict()
     problems = [f"{name}: missing" for name in wanted if name not in stored]
     problems += [f"{name}: unknown" for name in stored if name not in wanted]
     for name, ours in wanted.items():
@@ -57,7 +69,7 @@ def load_into(module: nn.Module, path: Path) -> None:
         elif theirs.is_floating_point() != ours.is_floating_point():
             problems.append(f"{name}: {theirs.dtype}, must be {ours.dtype}")
     if problems:
-        raise CheckpointError(f"{path}: {len(problems)} tensors are wrong: {'; '.join(problems[:5])}")
+        raise CheckpointError(f"{where}: {len(problems)} tensors are wrong: {'; '.join(problems[:5])}")
     module.load_state_dict(stored)
 
 

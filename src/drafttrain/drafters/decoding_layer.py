@@ -38,7 +38,8 @@ class DecodingAttention:
         queries, keys, _ = (linear.out_features // head_dim for linear in linears)
         self._heads = [queries + keys, keys]
         self._rotated = [queries, keys]
-        self._norms = [projections.q_norm, projections.k_norm] if hasattr(projections, "q_norm") else []
+        has_norms = getattr(projections, "q_norm", None) is not None
+        self._norms = [projections.q_norm, projections.k_norm] if has_norms else []
         self._enter, self._leave = product_with(linears), product_with([projections.o_proj])
 
     def project(self, inputs_BNX: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:

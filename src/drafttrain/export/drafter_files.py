@@ -20,4 +20,4 @@ class DrafterFiles:
     notes: tuple[str, ...] = field(default=())
     """What a format changed, in words."""
     folder: Path | None = field(default=None, compare=False)
-    """The folder that they were read from, which holds the tokenizer."""
+    """The folder that they were read from, which holds the tokenizer; of a part of a checkpoint, the folder of the rest."""

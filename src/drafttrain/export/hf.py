@@ -39,8 +39,9 @@ class HuggingFaceExporter(Exporter):
         "eagle": "EagleLlamaForCausalLM",
         "eagle3": "LlamaForCausalLMEagle3",
         "kangaroo": "drafttrain",
+        "mtp": "drafttrain",
     }
-    readers = "transformers (causal_lm), vLLM and SGLang (all but kangaroo), drafttrain"
+    readers = "transformers (causal_lm), vLLM and SGLang (all but kangaroo and mtp), drafttrain"
 
     def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
         """Return the files unchanged."""

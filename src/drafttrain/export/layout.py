@@ -15,9 +15,10 @@ from drafttrain.drafters.draft_vocabulary import token_map_problems, vocabulary_
 from drafttrain.drafters.eagle import eagle1, eagle3
 from drafttrain.drafters.eagle.config_problems import config_problems
 from drafttrain.drafters.eagle.eagle1 import FC_BIAS
+from drafttrain.drafters.mtp import module as mtp
 from drafttrain.export.drafter_files import DrafterFiles
 
-OWN_FIELDS = {"eagle": eagle1.own_defaults, "eagle3": eagle3.own_defaults}
+OWN_FIELDS = {"eagle": eagle1.own_defaults, "eagle3": eagle3.own_defaults, "mtp": mtp.own_defaults}
 """The settings that the folders of these kinds store."""
 
 Shapes = dict[str, tuple[int, ...]]
@@ -235,4 +236,5 @@ LAYOUTS: dict[str, tuple[Callable[[Mapping[str, Any]], Shapes], Callable[[Drafte
     "medusa": (_medusa_shapes, _medusa_problems),
     "eagle": (_eagle_shapes, _no_problems),
     "eagle3": (_eagle3_shapes, _eagle3_problems),
+    "mtp": (mtp.tensor_shapes, lambda files: mtp.field_problems(files.config)),
 }

@@ -9,6 +9,7 @@ from typing import Any
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError
 from drafttrain.export.convert import check_exported, converted, export_as, read_target_config
+from drafttrain.export.folder import kind_of
 from drafttrain.export.settings import ExportSettings
 from drafttrain.serving.engines import engine_of
 from drafttrain.target_model.folders import resolve_folder, stands_for_folder
@@ -23,15 +24,18 @@ def folder_as(source: Path, name: str) -> Path:
     return source.with_name(f"{source.name}.{name}")
 
 
-def formats_of(settings: ExportSettings) -> list[str]:
+def formats_of(settings: ExportSettings, kind: str | None) -> list[str]:
     """Return the formats to write: those of `export.to`, and one for each engine that reads none of these.
 
     The drafter folder itself is the format `hf`; engines that read it need no other.
+
+    Args:
+        kind: Kind of the drafter; None: not known.
     """
     formats = list(dict.fromkeys(settings.to))
     for name in settings.verify:
-        readable = engine_of(name).formats
-        if not set(readable) & set(formats) and readable[0] != DRAFTER_FORMAT:
+        readable = engine_of(name).formats_for(kind)
+        if readable and not set(readable) & set(formats) and readable[0] != DRAFTER_FORMAT:
             formats.append(readable[0])
     return formats
 
@@ -58,7 +62,7 @@ def write_formats(
         out: Folder of a single format.
     """
     target_config = target_config_of(target)
-    folders = {format: out or folder_as(source, format) for format in formats_of(settings)}
+    folders = {format: out or folder_as(source, format) for format in formats_of(settings, kind_of(source))}
     for format in folders:
         # If one format cannot be written, none is.
         converted(format, source, target_config)

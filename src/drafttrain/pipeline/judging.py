@@ -57,7 +57,7 @@ def export_and_judge(run: Run) -> None:
     comparisons = verified_in_engines(run, exported if exported.exists() else rejected)
     short += [f"{one['engine']} ({one['format']}): {problem}" for one in comparisons for problem in one["problems"]]
     kept, other = (rejected, exported) if short else (exported, rejected)
-    formats = formats_of(recipe.export)
+    formats = formats_of(recipe.export, getattr(recipe.drafter, "kind", None))
     if other.exists():
         _move(other, kept, formats)
     write_text(kept / "README.md", run.card(result, command=command))

@@ -13,6 +13,7 @@ from drafttrain.config.made_by import MADE_BY
 from drafttrain.core.errors import CheckpointError
 from drafttrain.target_model.folder_checks import check_causal_lm, in_one_line
 from drafttrain.target_model.folders import cached_folder, resolve_folder
+from drafttrain.target_model.mimo import register_mimo
 from drafttrain.target_model.positions import position_limit
 from drafttrain.target_model.tokenizer import load_tokenizer, num_ids
 
@@ -58,6 +59,7 @@ class ModelParts:
         Raises:
             CheckpointError: transformers cannot read the configuration.
         """
+        register_mimo()
         try:
             config: Any = AutoConfig.from_pretrained(str(self.folder), trust_remote_code=self._trust)
         except Exception as error:  # whatever the configuration's class raises for its fields

@@ -71,7 +71,7 @@ def check_engines(settings: ExportSettings, kind: str | None, *, where: Path) ->
         if kind is not None:
             engine_of(name).check_kind(where, kind)
         check_installed(engine_of(name).environment)
-    for writer in filter(None, (exporter_of(format).environment for format in formats_of(settings))):
+    for writer in filter(None, (exporter_of(format).environment for format in formats_of(settings, kind))):
         check_installed(writer)
 
 
@@ -199,8 +199,8 @@ def with_formats(
     for format in formats:
         exporter_of(format)
     able = [name for name in settings.verify or engines.names() if kind in engine_of(name).methods]
-    proving = [name for name in able if set(engine_of(name).formats) & set(formats)] if verify else []
-    unread = [f for f in formats if verify and not any(f in engine_of(name).formats for name in proving)]
+    proving = [name for name in able if set(engine_of(name).formats_for(kind)) & set(formats)] if verify else []
+    unread = [f for f in formats if verify and not any(f in engine_of(name).formats_for(kind) for name in proving)]
     if unread:
         raise CheckpointError(
             f"--verify: no engine here runs {kind} and reads {', '.join(unread)}. Engines: {', '.join(engines.names())}"
@@ -233,7 +233,7 @@ def verified_in_engines(run: Run, source: Path) -> list[dict[str, Any]]:
     settings, done = run.recipe.export, source / ENGINES
     if not settings.to and not settings.verify:
         return []
-    formats = formats_of(settings)
+    formats = formats_of(settings, kind_of(source))
     if formats and formats_are_current(source, formats, run.recipe.target) and (done.exists() or not settings.verify):
         say("further formats: done before, skipped")
         return json.loads(done.read_text(encoding="utf-8")) if settings.verify else []

@@ -150,16 +150,17 @@ def _use(result: Result, drafter: str) -> str:
     blocks = [PLACEHOLDERS]
     for engine in map(engine_of, engines.names()):
         if kind in engine.methods:
-            use = Use(_folder(engine), kind, num_draft_tokens, engine.draft(kind, wanted))
+            use = Use(_folder(engine, kind), kind, num_draft_tokens, engine.draft(kind, wanted))
             # Without text between them, two blocks of code would be one.
             blocks += [f"{engine.name}:", textwrap.indent(engine.command("TARGET", use), "    ")]
     component: Any = drafters.entry(kind).component
     return "\n\n".join([*blocks, component.serving])
 
 
-def _folder(engine: ServingEngine) -> str:
+def _folder(engine: ServingEngine, kind: str) -> str:
     """Return the placeholder for the folder that an engine loads; `PLACEHOLDERS` explains it."""
-    return "DRAFTER" if "hf" in engine.formats else f"DRAFTER.{engine.formats[0]}"
+    formats = engine.formats_for(kind)
+    return "DRAFTER" if "hf" in formats else f"DRAFTER.{formats[0]}"
 
 
 def in_format(card: str, format: str) -> str:

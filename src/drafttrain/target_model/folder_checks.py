@@ -14,6 +14,7 @@ from typing import Any
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.foreign import check_folder, read_json
 from drafttrain.core.printable import shown
+from drafttrain.target_model.mimo import MIMO, register_mimo
 
 INDEX = "model.safetensors.index.json"
 MERGE = (
@@ -133,6 +134,9 @@ def _other_architecture(config: Mapping[str, Any], *, trust_remote_code: bool) -
     kind = config.get("model_type")
     listed = config.get("architectures") or [kind]
     name = str(listed[0])
+    if kind == MIMO:
+        # Its own code is not needed.
+        return register_mimo()
     if "AutoModelForCausalLM" in (config.get("auto_map") or {}):
         if trust_remote_code or kind in CAUSAL:
             return None

@@ -123,12 +123,17 @@ def _rows_at(values_BT: Tensor, index_N: Tensor) -> Tensor:
     return values_BT.flatten(0, 1).index_select(0, index_N.to(values_BT.device))
 
 
-def head_of(model: Any) -> Head:
-    """Return the model's head for the losses: in parts if it is a plain matrix, else (quantized, adapted) as a function."""
+def head_of(model: Any, *, before: nn.Module | None = None) -> Head:
+    """Return the model's head for the losses: in parts if it is a plain matrix, else (quantized, adapted) as a function.
+
+    Args:
+        before: A layer that the states pass through first.
+    """
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
-        return lambda states_ND, depth: head_logits(model, states_ND.to(model.dtype))
-    return LinearHead(lambda depth: head, after=finisher(model.config.get_text_config()))
+        entering = before or nn.Identity()
+        return lambda states_ND, depth: head_logits(model, entering(states_ND).to(model.dtype))
+    return LinearHead(lambda depth: head, before=before, after=finisher(model.config.get_text_config()))
 
 
 def rows_of_head(model: Any, ids_R: Tensor) -> nn.Linear:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from drafttrain.drafters.decoding_layer import DecodingAttention, DecodingSwiGLU, TurnTable, attend
+from drafttrain.drafters.decoding_layer import attend
 from drafttrain.drafters.eagle.cache import EagleCache
 from drafttrain.drafters.eagle.drafts import DraftNode
 from drafttrain.drafters.eagle.model import EagleModel
@@ -24,14 +24,11 @@ class DecodingEagle:
     """The layer and the head, with weights prepared once: later changes of the model do not reach it."""
 
     def __init__(self, model: EagleModel, *, device: torch.device) -> None:
-        layer = model.layer
         self.head: Callable[[Tensor], Tensor] = model.decoding_head()
         self.cache = EagleCache(0)
         self._model = model
         self._device = device
-        self._attention = DecodingAttention(layer.self_attn, head_dim=layer.self_attn.head_dim)
-        self._norm, self._mlp = layer.post_attention_layernorm, DecodingSwiGLU(layer.mlp)
-        self._turns = TurnTable(layer.rotary, fixed=layer.rotary.is_fixed)
+        self._layer = model.layer.decoding()
         self._paths: list[list[Path]] = []
         """By sequence, the paths of its draft tokens in the order of reading."""
 
@@ -109,14 +106,13 @@ class DecodingEagle:
         # One copy to the device for both.
         placed = [[_padded(one, width) for one in tokens], [list(one) for one in positions]]
         tokens_BN, positions_BN = torch.tensor(placed).to(self._device)
-        inputs_BNX, residual_BND = self._model.entering(self._model.embed(tokens_BN), hidden_BND)
-        turn = self._turns.at(positions_BN, last=max(map(max, positions)), like=inputs_BNX)
-        query, key, value = self._attention.project(inputs_BNX, turn)
+        embedded_BND = self._model.embed_at(tokens_BN, positions_BN)
+        inputs_BNX, residual_BND = self._model.entering(embedded_BND, hidden_BND)
+        query, key, value = self._layer.project(inputs_BNX, positions_BN, last=max(map(max, positions)))
         keys, values = store(key, value)
         allowed_BNC = allowed()
         attended = attend(query, keys, values, None if allowed_BNC is None else allowed_BNC.to(self._device))
-        stream_BND = residual_BND + self._attention.output(attended)
-        return stream_BND + self._mlp(self._norm(stream_BND))
+        return self._layer.finish(attended, residual_BND)
 
     def _path_mask(self, paths: Sequence[Sequence[Path]], width: int) -> Tensor | None:
         """Return allowed_BNC: the committed slots of each sequence, and the path of each of its new draft tokens."""

@@ -42,6 +42,10 @@ class EagleDrafter(Drafter):
         """Return embedded_BTD."""
         return self._parts.embed(tokens_BT, dtype=compute_dtype(self.fc.weight))
 
+    def embed_at(self, tokens_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        """Return embedded_BTD, which most kinds read alike at every position."""
+        return self.embed(tokens_BT)
+
     def rows_asked(self) -> list[RowsAsked]:
         """Return the rows of every step of the rollout."""
         return [self._rows_of(self.own["num_steps"])]
@@ -71,7 +75,7 @@ class EagleDrafter(Drafter):
             num_tokens=target.num_tokens,
             device=target.device,
             listener=listener,
-            greedy=self.draft == "greedy",
+            draft=self.draft,
         )
 
     def trained_as(self, own: dict[str, Any]) -> Self:
@@ -86,7 +90,13 @@ class EagleDrafter(Drafter):
 
 
 def rollout(
-    model: EagleModel, batch: DraftBatch, features_BTF: Tensor, *, num_steps: int, slots: ReadSlots
+    model: EagleModel,
+    batch: DraftBatch,
+    features_BTF: Tensor,
+    *,
+    num_steps: int,
+    slots: ReadSlots,
+    drafted: Callable[[Tensor, int], Tensor] | None = None,
 ) -> dict[int, Tensor]:
     """Return the layer's states of depths 1..num_steps at the slots that are read; 0 elsewhere.
 
@@ -96,10 +106,13 @@ def rollout(
     slot. It attends to the keys of step 0 up to its slot, within its document, and to the keys of later steps at its own
     slot only: exactly the cache of a chain of k draft tokens after slot t.
 
+    Args:
+        drafted: Returns tokens_1M from states_1MD of a depth. From step 1 on they are embedded in place of the data's.
+
     Source: Li et al. 2025, EAGLE-3, arXiv 2503.01840, 3.2.
     """
     positions_1C, hidden_1CD = slots.columns(batch.positions_BT), model.fused(slots.columns(features_BTF))
-    inputs_1CX, residual_1CD = model.entering(model.embed(_ahead(batch, slots, 1)), hidden_1CD)
+    inputs_1CX, residual_1CD = model.entering(model.embed_at(_ahead(batch, slots, 1), positions_1C), hidden_1CD)
     columns = Columns(*model.layer.keys_and_values(inputs_1CX, positions_1C), slots.documents)
     # From here on the layer computes only the slots that are read.
     inputs_1MX, residual_1MD, positions_1M = map(slots.queries, (inputs_1CX, residual_1CD, positions_1C))
@@ -108,7 +121,9 @@ def rollout(
     for step in range(num_steps):
         if step:
             hidden_1MD = model.fed_back(states[step])
-            embedded_1MD = model.embed(slots.queries(_ahead(batch, slots, step + 1)))
+            of_data_1M = slots.queries(_ahead(batch, slots, step + 1))
+            tokens_1M = of_data_1M if drafted is None else drafted(states[step], step)
+            embedded_1MD = model.embed_at(tokens_1M, positions_1M + step)
             inputs_1MX, residual_1MD = model.entering(embedded_1MD, hidden_1MD)
             own.append(model.layer.keys_and_values(inputs_1MX, positions_1M + step))
         query_1HMd = model.layer.queries(inputs_1MX, positions_1M + step)

@@ -1,7 +1,7 @@
 """The one decoder layer of an EAGLE drafter: a Llama layer whose projections may read more than the residual stream.
 
 B = sequences, T = positions (N = those of one call), C = keys (columns), H = heads, G = key-value heads,
-d = width of a head, D = hidden, X = input width of the projections
+d = width of a head, D = hidden, X = input width of the projections, Y = output width of a projection
 """
 
 from __future__ import annotations
@@ -15,17 +15,22 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import rms_norm, silu
 
 from drafttrain.core.flops import Products, RolloutShape, attention, matrix, parameters_of
+from drafttrain.drafters.decoding_layer import DecodingAttention, DecodingSwiGLU, TurnTable
 
 
 class EagleLayer(nn.Module):
-    """Rotary attention with grouped keys, then a SwiGLU block; no bias anywhere.
+    """Rotary attention with grouped keys, then a SwiGLU block.
 
-    The norms before the projections differ between EAGLE-1 and EAGLE-3, so they are not here.
+    The norms before the projections differ between the kinds of drafters, so they are not here.
+
+    Args:
+        qkv_bias: Queries, keys and values have a bias, as in Qwen2.
+        qk_norm: Queries and keys are normed by head, as in Qwen3.
     """
 
-    def __init__(self, config: Any, *, input_size: int) -> None:
+    def __init__(self, config: Any, *, input_size: int, qkv_bias: bool = False, qk_norm: bool = False) -> None:
         super().__init__()
-        self.self_attn = Projections(config, input_size=input_size)
+        self.self_attn = Projections(config, input_size=input_size, qkv_bias=qkv_bias, qk_norm=qk_norm)
         self.post_attention_layernorm = Norm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config)
         self._rotary = Rotary(config)
@@ -44,13 +49,18 @@ class EagleLayer(nn.Module):
 
     def queries(self, inputs_BTX: Tensor, positions_BT: Tensor) -> Tensor:
         """Return query_BHTd."""
-        return self._rotary.rotate(self.self_attn.split(self.self_attn.q_proj(inputs_BTX)), positions_BT)
+        query_BHTd = self.self_attn.split(self.self_attn.q_proj(inputs_BTX))
+        if self.self_attn.q_norm is not None:
+            query_BHTd = self.self_attn.q_norm(query_BHTd)
+        return self._rotary.rotate(query_BHTd, positions_BT)
 
     def keys_and_values(self, inputs_BTX: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Return (key_BGTd, value_BGTd)."""
         key, value = (
             self.self_attn.split(linear(inputs_BTX)) for linear in (self.self_attn.k_proj, self.self_attn.v_proj)
         )
+        if self.self_attn.k_norm is not None:
+            key = self.self_attn.k_norm(key)
         return self._rotary.rotate(key, positions_BT), value
 
     def products(self, shape: RolloutShape, *, num_keys: int) -> Iterator[Products]:
@@ -69,18 +79,46 @@ class EagleLayer(nn.Module):
         stream_BTD = residual_BTD + self.self_attn.o_proj(attended_BHTd.transpose(1, 2).flatten(2))
         return stream_BTD + self.mlp(self.post_attention_layernorm(stream_BTD))
 
+    def decoding(self) -> DecodingEagleLayer:
+        """Return the layer as decoding runs it, with its weights prepared once."""
+        return DecodingEagleLayer(self)
+
+
+class DecodingEagleLayer:
+    """An `EagleLayer` on plain tensors: later changes of the layer do not reach it."""
+
+    def __init__(self, layer: EagleLayer) -> None:
+        self._attention = DecodingAttention(layer.self_attn, head_dim=layer.self_attn.head_dim)
+        self._norm, self._mlp = layer.post_attention_layernorm, DecodingSwiGLU(layer.mlp)
+        self._turns = TurnTable(layer.rotary, fixed=layer.rotary.is_fixed)
+
+    def project(self, inputs_BNX: Tensor, positions_BN: Tensor, *, last: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (query_BHNd, key_BGNd, value_BGNd), rotated to their positions.
+
+        Args:
+            last: The largest position.
+        """
+        return self._attention.project(inputs_BNX, self._turns.at(positions_BN, last=last, like=inputs_BNX))
+
+    def finish(self, attended_BHNd: Tensor, residual_BND: Tensor) -> Tensor:
+        """Return the residual stream after the layer."""
+        stream_BND = residual_BND + self._attention.output(attended_BHNd)
+        return stream_BND + self._mlp(self._norm(stream_BND))
+
 
 class Projections(nn.Module):
     """Query, key, value and output projections."""
 
-    def __init__(self, config: Any, *, input_size: int) -> None:
+    def __init__(self, config: Any, *, input_size: int, qkv_bias: bool = False, qk_norm: bool = False) -> None:
         super().__init__()
         self.head_dim: int = config.head_dim
         queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(input_size, queries, bias=False)
-        self.k_proj = nn.Linear(input_size, keys, bias=False)
-        self.v_proj = nn.Linear(input_size, keys, bias=False)
+        self.q_proj = nn.Linear(input_size, queries, bias=qkv_bias)
+        self.k_proj = nn.Linear(input_size, keys, bias=qkv_bias)
+        self.v_proj = nn.Linear(input_size, keys, bias=qkv_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_norm = Norm(self.head_dim, eps=config.rms_norm_eps) if qk_norm else None
+        self.k_norm = Norm(self.head_dim, eps=config.rms_norm_eps) if qk_norm else None
 
     def split(self, projected_BTY: Tensor) -> Tensor:
         """Return heads_BHTd."""

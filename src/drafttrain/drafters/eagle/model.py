@@ -1,7 +1,7 @@
-"""What a rollout and a proposer need from an EAGLE drafter.
+"""What a rollout and a proposer need from a drafter that reads features of the target and then its own states.
 
 B = sequences, T = positions, D = hidden, F = width of the target features, R = the drafter's vocabulary,
-X = input width of the layer's projections
+X = input width of the layer's projections, H = heads, G = key-value heads, d = width of a head
 """
 
 from __future__ import annotations
@@ -12,7 +12,38 @@ from typing import Protocol
 from torch import Tensor
 
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
-from drafttrain.drafters.eagle.layer import EagleLayer
+
+
+class DecodingLayer(Protocol):
+    """A decoder layer as decoding runs it, around the attention."""
+
+    def project(self, inputs_BTX: Tensor, positions_BT: Tensor, *, last: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (query_BHTd, key_BGTd, value_BGTd); `last` is the largest position."""
+        ...
+
+    def finish(self, attended_BHTd: Tensor, residual_BTD: Tensor) -> Tensor:
+        """Return the residual stream after the layer."""
+        ...
+
+
+class DraftLayer(Protocol):
+    """A decoder layer as a rollout runs it, around the attention. All heads of keys and values are as wide as the queries'."""
+
+    def queries(self, inputs_BTX: Tensor, positions_BT: Tensor) -> Tensor:
+        """Return query_BHTd."""
+        ...
+
+    def keys_and_values(self, inputs_BTX: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (key_BGTd, value_BGTd)."""
+        ...
+
+    def finish(self, attended_BHTd: Tensor, residual_BTD: Tensor) -> Tensor:
+        """Return the residual stream after the layer."""
+        ...
+
+    def decoding(self) -> DecodingLayer:
+        """Return the layer as decoding runs it, with its weights prepared once."""
+        ...
 
 
 class EagleModel(Protocol):
@@ -24,7 +55,7 @@ class EagleModel(Protocol):
     """
 
     @property
-    def layer(self) -> EagleLayer:
+    def layer(self) -> DraftLayer:
         """The decoder layer."""
         ...
 
@@ -45,8 +76,8 @@ class EagleModel(Protocol):
         """Return the features as hidden_BTD, in the width of the layer."""
         ...
 
-    def embed(self, tokens_BT: Tensor) -> Tensor:
-        """Return embedded_BTD from the target's own embedding."""
+    def embed_at(self, tokens_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        """Return embedded_BTD from the target's own embedding, for slots at these positions."""
         ...
 
     def entering(self, embedded_BTD: Tensor, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,11 @@
-"""The parts of the target that an EAGLE drafter uses without training them: embedding, head, final norm."""
+"""The parts of the target that a drafter uses without training them: embedding, head, final norm."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from drafttrain.core.batches import Head
 from drafttrain.core.weights import weight_bytes
@@ -38,9 +38,14 @@ class TargetParts:
         """The head as losses use it: in parts if it is a plain matrix."""
         return head_of(self._model)
 
+    def linear_head_after(self, norm: nn.Module) -> Head:
+        """Return the head of states that pass through a trained norm first."""
+        return head_of(self._model, before=norm)
+
     def decoding_head(self) -> Product:
         """Return `head`, with its weights prepared for few rows."""
-        return head_product(self._model)
+        product, dtype = head_product(self._model), self._model.get_output_embeddings().weight.dtype
+        return lambda states_ND: product(states_ND.to(dtype))
 
     def head_rows(self, ids_R: Tensor) -> Tensor:
         """Return the head's rows for these token ids."""

@@ -12,6 +12,7 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.registry import Registry
 from drafttrain.environments.environment import Environment, is_installed, python_of
 from drafttrain.environments.known import environments_of
+from drafttrain.export.convert import exporter_of
 
 engines = Registry("serving engine", "drafttrain.serving.engines")
 libraries = Registry("library", "drafttrain.serving.engines")
@@ -114,6 +115,12 @@ class Loader(ABC):
     def name(self) -> str:
         """Its name, which is that of its environment."""
         return self.environment.name
+
+    def formats_for(self, kind: str | None) -> tuple[str, ...]:
+        """Return the formats in which it loads this kind of drafter; the first is the one to use. None: any kind."""
+        if kind is None:
+            return self.formats
+        return tuple(name for name in self.formats if exporter_of(name).reads.get(kind, "drafttrain") != "drafttrain")
 
 
 class ServingEngine(Loader):

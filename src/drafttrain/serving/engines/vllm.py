@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from drafttrain.core.foreign import read_json
 from drafttrain.drafters.eagle.eagle1 import FC_BIAS
 from drafttrain.environments.known import VLLM_CPU, VLLM_RELEASE
+from drafttrain.export.checkpoint import CheckpointExporter
 from drafttrain.export.layout import text_config
 from drafttrain.export.vllm import VllmExporter
 from drafttrain.serving.engines import CounterNames, DecodedPrompt, Job, ServingEngine, Use, engines
@@ -34,8 +35,8 @@ class VllmEngine(ServingEngine):
 
     environment = VLLM_CPU
     worker = Path(__file__).with_name("vllm_worker.py")
-    formats = ("vllm", "hf", "speculators")
-    methods: ClassVar[Mapping[str, str]] = VllmExporter.reads
+    formats = ("vllm", "hf", "speculators", "checkpoint")
+    methods: ClassVar[Mapping[str, str]] = {**VllmExporter.reads, **CheckpointExporter.reads}
     counters: ClassVar[CounterNames | None] = CounterNames(
         num_drafts="vllm:spec_decode_num_drafts_total",
         num_draft_tokens="vllm:spec_decode_num_draft_tokens_total",
@@ -94,6 +95,9 @@ class VllmEngine(ServingEngine):
     def command(self, target: str, use: Use) -> str:
         """Return `vllm serve ...`."""
         speculative = shlex.quote(json.dumps(self._speculative(use)))
+        if use.kind in CheckpointExporter.reads:
+            # The folder is the target's checkpoint, and holds the layer.
+            target = use.folder
         return f"vllm serve {shlex.quote(target)} --speculative-config {speculative}"
 
     def _speculative(self, use: Use) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Next-token-prediction layers of a target, trained on their own rollouts."""
