@@ -39,6 +39,7 @@ class HuggingFaceExporter(Exporter):
         "eagle": "EagleLlamaForCausalLM",
         "eagle3": "LlamaForCausalLMEagle3",
         "kangaroo": "drafttrain",
+        "dflash": "DFlashDraftModel",
         "mtp": "drafttrain",
     }
     readers = "transformers (causal_lm), vLLM and SGLang (all but kangaroo and mtp), drafttrain"

@@ -63,6 +63,9 @@ def served(engine, target, prompts, job, plain, learned):
         ("eagle3", "vllm", "sampled"),
         ("eagle3", "speculators", "greedy"),
         ("eagle3 norm_before_fc", "vllm", "sampled"),
+        ("dflash", "vllm", "greedy"),
+        ("dflash causal", "vllm", "greedy"),
+        ("dflash draft_vocab_size=3072", "vllm", "greedy"),
     ],
 )
 def test_each_kind_gives_the_same_tokens_and_the_same_counts(kind, format, draft, served, learned, tmp_path):
