@@ -45,6 +45,18 @@ KINDS: dict[str, Kind] = {
     "eagle": Kind({"kind": "eagle", "num_steps": 2}),
     "eagle3": Kind({"kind": "eagle3", "num_steps": 2}, {"kind": "lk_hybrid"}, {"cache": "states"}),
     "eagle3_cut": Kind({"kind": "eagle3", "num_steps": 2, "draft_vocab_size": 128}, {"kind": "lk_hybrid"}),
+    "dflash": Kind(
+        {
+            **{"kind": "dflash", "num_layers": 1, "taps": [1], "block_size": 4, "anchors": 4, "mask_token_id": 0},
+            **{"head_dim": 16},
+        }
+    ),
+    "jetspec": Kind(
+        {
+            **{"kind": "dflash", "num_layers": 1, "block_size": 4, "anchors": 4, "mask_token_id": 0, "causal": True},
+            **{"sample_from_anchor": True, "draft_vocab_size": 128},
+        }
+    ),
 }
 KINDS |= {
     name: Kind({"kind": name})

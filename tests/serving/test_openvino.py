@@ -25,13 +25,17 @@ def test_rounds_are_counted_by_what_the_steps_gave():
     # A last round with all of its drafts accepted is missing in the totals.
     last = {"num_drafts": 3, "num_draft_tokens": 9, "num_accepted": 5, "accepted_at": [2, 2, 1]}
     assert counters([1, 3, 1, 4], (6, 2), 3, 9) == last
-    # A round that drafted a token less than asked.
-    assert counters([1, 3, 1, 4, 1], (8, 5), 3, 10) == counted | {"num_draft_tokens": 8}
 
 
 @pytest.mark.parametrize(
     ("steps", "totals", "max_tokens"),
-    [([1, 3, 1, 4, 1], (9, 4), 10), ([1, 3, 1, 4, 1], (10, 5), 10), ([1, 3], (3, 2), 9), ([2, 3, 4], (6, 5), 9)],
+    [
+        ([1, 3, 1, 4, 1], (9, 4), 10),
+        ([1, 3, 1, 4, 1], (8, 5), 10),
+        ([1, 3, 1, 4, 1], (10, 5), 10),
+        ([1, 3], (3, 2), 9),
+        ([2, 3, 4], (6, 5), 9),
+    ],
 )
 def test_steps_that_do_not_add_up_are_refused(steps, totals, max_tokens):
     with pytest.raises(RuntimeError, match="the steps have"):

@@ -28,18 +28,22 @@ def gguf_of(folder: Path, path: Path, change: Change | None = None) -> Path:
     return path
 
 
-def named_by_llama_cpp(model: Any, folder: Path, path: Path, settings: dict[str, Any]) -> Path:
-    """Write a model that only its names distinguish from its file, with the names of the package `gguf`.
+def named_by_llama_cpp(
+    model: Any, folder: Path, path: Path, settings: dict[str, Any], *, added_to_norms: float = 0.0
+) -> Path:
+    """Write a model that only its names and norms distinguish from its file, with the names of the package `gguf`.
 
     Args:
         folder: Its folder, for the tokenizer.
         settings: Those of the architecture, with `general.architecture`.
+        added_to_norms: llama.cpp stores the weights of Gemma's norms plus 1.
     """
     names = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     name_map = gguf.get_tensor_name_map(names[settings["general.architecture"]], model.config.num_hidden_layers)
     tokenizer = GgufTokenizer(folder, vocab_size=model.config.vocab_size).fields(model.config.to_dict())
     tensors = {
         name_map.get_name(name, try_suffixes=(".weight", ".bias")): value.detach().float()
+        + (added_to_norms if name.endswith("norm.weight") else 0.0)
         for name, value in model.named_parameters()
     }
     write_gguf(path, settings | tokenizer, tensors)

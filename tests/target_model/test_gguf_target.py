@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Phi3Config,
@@ -125,6 +127,46 @@ def test_further_architectures_load_from_files_with_the_names_of_llama_cpp(name:
         assert not torch.allclose(
             logits(source), logits(named_by_llama_cpp(model, source, tmp_path / "o.gguf", other)), atol=1e-3
         )
+
+
+def gemma3(**own: Any) -> Any:
+    """Return a Gemma 3 whose layers with a window rotate differently from the sixth, whose positions are scaled."""
+    rope = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 500000.0},
+    }
+    sizes = SIZES | {"num_hidden_layers": 6, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes | own, rope_parameters=rope))
+    for name, value in model.named_parameters():
+        if name.endswith("norm.weight"):
+            torch.nn.init.normal_(value, std=0.3)
+    return model
+
+
+GEMMA3 = {
+    **{"block_count": 6, "attention__key_length": 16, "attention__value_length": 16, "attention__sliding_window": 8},
+    **{"rope__freq_base": 500000.0, "rope__freq_base_swa": 5000.0},
+    **{"rope__scaling__type": "linear", "rope__scaling__factor": 8.0},
+    "attention__layer_norm_rms_epsilon": 1e-6,
+}
+
+
+def test_gemma3_rotates_its_types_of_layers_differently(tmp_path: Path) -> None:
+    model = gemma3()
+    source = saved(model, tmp_path / "source")
+
+    def differs(added_to_norms: float = 1.0, **changed: Any) -> bool:
+        settings = settings_of("gemma3", **{k: v for k, v in (GEMMA3 | changed).items() if v is not None})
+        path = named_by_llama_cpp(model, source, tmp_path / "m.gguf", settings, added_to_norms=added_to_norms)
+        return not torch.allclose(logits(source), logits(path), atol=1e-4)
+
+    assert not differs()
+    # Controls: each part counts in these logits.
+    assert differs(rope__freq_base_swa=None)
+    assert differs(rope__freq_base=None)
+    assert differs(rope__scaling__factor=4.0)
+    assert differs(attention__sliding_window=16)
+    assert differs(added_to_norms=0.0)
 
 
 @pytest.mark.slow

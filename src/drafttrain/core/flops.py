@@ -47,6 +47,35 @@ class BatchShape:
             pairs=sum((end * (end + 1) - start * (start + 1)) // 2 for start, end in ends),
         )
 
+    def blocks(self, per_document: int) -> BlocksShape:
+        """Return what blocks at random roots compute, with lag 0: the expected numbers, if all labels between first and last count.
+
+        Args:
+            per_document: Roots drawn in a document, without replacement, among the tokens before its labels.
+        """
+        drawn = [(first, last, min(per_document, last - first + 1)) for first, last in self.spans]
+        return BlocksShape(
+            roots=sum(count for *_, count in drawn) or 1,
+            pairs=round(sum(count * ((first + last) / 2 - 1) for first, last, count in drawn)),
+            drawn=tuple((last - first + 1, count) for first, last, count in drawn),
+        )
+
+
+@dataclass(frozen=True)
+class BlocksShape:
+    """How much of a micro-batch blocks at chosen roots compute."""
+
+    roots: int
+    """Roots of all documents."""
+    pairs: int
+    """Pairs of a root and a token before it in its document."""
+    drawn: tuple[tuple[int, int], ...]
+    """By document, its labels and its roots."""
+
+    def rows(self, depth: int) -> int:
+        """Return the expected number of roots that have this many labels after them."""
+        return round(sum(count * max(0, labels - depth + 1) / labels for labels, count in self.drawn))
+
 
 @dataclass(frozen=True)
 class RolloutShape:

@@ -29,6 +29,8 @@ class LossRows:
     """The label: the token that the data has there; -1 where the drafter's vocabulary lacks it."""
     seed_N: Tensor | None = None
     """A number of the row, the same in every micro-batch, for losses that draw random numbers."""
+    confidence_N: Tensor | None = None
+    """The drafter's prediction whether its token is accepted, a logit; None: it predicts none."""
     target_is_normalised: bool = False
     """`target_logits_NV` are log-probabilities, float32 or wider."""
 
@@ -77,6 +79,17 @@ class LossRows:
             return self._in_one_kernel[0]
         p_NV = self.p_NV
         return self.with_slope(kl_divergence(p_NV, self.log_p_NV, self.fixed_log_q_NV), lambda: -p_NV)
+
+    @cached_property
+    def cross_entropy_N(self) -> Tensor:
+        """-log q(label) of each row, nats, 0 where the vocabulary lacks the label; differentiable in the drafter's logits."""
+        log_q_NV = self.fixed_log_q_NV
+        known_N1 = (self.tokens_N >= 0)[:, None]
+        label_N1 = self.tokens_N.clamp_min(0)[:, None]
+        value_N = torch.where(known_N1, -log_q_NV.gather(1, label_N1), 0.0)[:, 0]
+        return self.with_slope(
+            value_N, lambda: torch.zeros_like(log_q_NV).scatter_(1, label_N1, -known_N1.to(log_q_NV.dtype))
+        )
 
     @cached_property
     def _in_one_kernel(self) -> tuple[Tensor, Tensor] | None:

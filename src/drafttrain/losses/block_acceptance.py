@@ -10,10 +10,7 @@ from drafttrain.core.loss_rows import LossRows
 from drafttrain.core.settings import setting
 from drafttrain.core.target_rows import RowIndex
 from drafttrain.losses import Loss, losses
-from drafttrain.losses.groups import groups
-
-_BEYOND = 1 << 40
-"""Larger than any depth."""
+from drafttrain.losses.blocks import Blocks
 
 
 @dataclass
@@ -47,21 +44,12 @@ class BlockAcceptance(Loss):
     def combine(self, values: Mapping[str, Tensor], index: RowIndex) -> Tensor:
         """Return the expected rejected share of each row's block."""
         acceptance_N = values["acceptance"]
-        counted_N = torch.ones_like(acceptance_N)
-        if index.learnable_N is not None:
-            counted_N = index.learnable_N.to(acceptance_N.dtype)
-        block_N = groups(index.block_N)
-        length_B = torch.zeros_like(acceptance_N).index_add(0, block_N, counted_N)
-        # Columns count from the first depth that can be learned. A missing depth has acceptance rate 0, so every product with it is 0.
-        depth_N = torch.where(counted_N > 0, index.depth_N, _BEYOND)
-        first_B = torch.full_like(depth_N, _BEYOND).scatter_reduce(0, block_N, depth_N, "amin")
-        column_N = (index.depth_N - first_B[block_N]).clamp_min(0)
-        columns = index.deepest or int(index.depth_N.max())
-        rate_S = acceptance_N.new_zeros(len(acceptance_N) * columns)
-        rate_S = rate_S.index_add(0, block_N * columns + column_N, acceptance_N * counted_N)
+        blocks = Blocks.of(index)
+        length_B = blocks.table(torch.ones_like(acceptance_N)).sum(dim=1)
         passed_B = torch.ones_like(acceptance_N)
-        kept_B = torch.zeros_like(acceptance_N)
-        for rate_B in rate_S.view(-1, columns).unbind(dim=1):
+        accepted_B = torch.zeros_like(acceptance_N)
+        # A product with a hole is 0: what follows is never reached.
+        for rate_B in blocks.table(acceptance_N).unbind(dim=1):
             passed_B = passed_B * rate_B
-            kept_B = kept_B + passed_B
-        return (1 - kept_B / length_B.clamp_min(1))[block_N]
+            accepted_B = accepted_B + passed_B
+        return (1 - accepted_B / length_B.clamp_min(1))[blocks.block_N]

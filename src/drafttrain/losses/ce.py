@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from drafttrain.core.loss_rows import LossRows
 from drafttrain.losses import Loss, losses
@@ -27,4 +26,4 @@ class CrossEntropy(Loss):
 
     def per_row(self, rows: LossRows) -> Mapping[str, Tensor]:
         """Return the negative log-probability of each label."""
-        return {"loss": cross_entropy(rows.drafter_logits_NV.float(), rows.tokens_N, ignore_index=-1, reduction="none")}
+        return {"loss": rows.cross_entropy_N}

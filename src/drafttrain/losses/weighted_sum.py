@@ -18,21 +18,29 @@ class Term:
     """One loss of a sum."""
 
     loss: Any = setting(help="A loss, by kind.", registry=losses)
-    weight: float = setting(1.0, help="Factor on the loss; with `final_weight`, the factor at the first step.")
+    weight: float = setting(1.0, help="Factor on the loss; with `final_weight`, the factor up to `from_step`.")
     final_weight: float | None = setting(None, help="Factor at `until_step` and after; null: it does not change.")
-    until_step: int = setting(0, help="Optimizer steps over which the weight moves linearly to final_weight.", ge=0)
+    from_step: int = setting(0, help="Optimizer step from which the weight moves linearly to final_weight.", ge=0)
+    until_step: int = setting(
+        0, help="Optimizer step at which the weight has moved to final_weight; equal to from_step: at once.", ge=0
+    )
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
-        if self.until_step and self.final_weight is None:
-            return ["until_step: is not used without final_weight"]
+        if self.final_weight is None:
+            set_to = {"from_step": self.from_step, "until_step": self.until_step}
+            return [f"{name}: is not used without final_weight" for name, step in set_to.items() if step]
+        if self.from_step > self.until_step:
+            return [f"from_step: at most until_step {self.until_step}, got {self.from_step}"]
         return []
 
     def at(self, step: int) -> float:
         """Return the weight at an optimizer step, from 0."""
-        if self.final_weight is None:
+        if self.final_weight is None or step < self.from_step:
             return self.weight
-        share = min(1.0, step / self.until_step) if self.until_step else 1.0
+        if step >= self.until_step:
+            return self.final_weight
+        share = (step - self.from_step) / (self.until_step - self.from_step)
         return self.weight + share * (self.final_weight - self.weight)
 
 

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from drafttrain.core.texts import Prompt
+from drafttrain.eval.interval import p_value
 from drafttrain.eval.parity import Parity
+from drafttrain.eval.statistics import ratio_difference
 from drafttrain.serving.engines import DecodedPrompt
 from drafttrain.serving.sides import Counts
 
@@ -19,6 +21,9 @@ TOLERANCE = {torch.float32: 0.0}
 """Relative difference of the counters that is allowed at temperature 0, by type; types without an entry get OTHER_TOLERANCE."""
 
 OTHER_TOLERANCE = 0.02
+
+WIDEST = 0.1
+"""Where rounding changes drafts: half the interval of that difference, above which the prompts are too few to say anything."""
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
@@ -47,27 +52,18 @@ def count_problems(
     engine: str,
     tolerance: float,
 ) -> list[str]:
-    """Return a problem if the greedy counters differ: in their sums, or without tolerance in any prompt.
+    """Return a problem if the greedy counters differ: beyond tolerance and chance, or without tolerance in any prompt.
 
     Args:
         both: By side, `engine` and `evaluator`.
-        comparable: Places of the prompts on which all outputs agree.
+        comparable: Places of the prompts on which both sides write the same text with the drafter.
     """
     if not any(both["evaluator"][i].num_drafts for i in comparable):
-        return [f"{engine}: no prompt is left whose counters can be compared"]
+        return [f"{engine}: no prompt is left whose counters can be compared: {_differing(prompts, comparable)}"]
     if not any(both["engine"][i].num_drafts for i in comparable):
         return [f"{engine} did not draft: its counters are zero"]
     if tolerance:
-        efficiencies = [
-            1 + sum(side[i].num_accepted for i in comparable) / sum(side[i].num_drafts for i in comparable)
-            for side in both.values()
-        ]
-        if abs(efficiencies[0] / efficiencies[1] - 1) <= tolerance:
-            return []
-        return [
-            f"{engine}: block efficiency {efficiencies[0]:.3f}, evaluator {efficiencies[1]:.3f}: "
-            f"they differ by more than {tolerance:.0%}"
-        ]
+        return _difference_problems(both, prompts, comparable, engine, tolerance)
     wrong = [i for i in comparable if _counters(both["engine"][i]) != _counters(both["evaluator"][i])]
     if not wrong:
         return []
@@ -78,9 +74,46 @@ def count_problems(
     ]
 
 
+def _difference_problems(
+    both: Mapping[str, Sequence[DecodedPrompt]],
+    prompts: Sequence[Prompt],
+    comparable: Sequence[int],
+    engine: str,
+    tolerance: float,
+) -> list[str]:
+    """Return a problem if block efficiency differs, or if too little is equal to say so.
+
+    On equal text rounding still changes drafts at near ties of the drafter, in both directions.
+    """
+    sums = [
+        ([side[i].num_accepted for i in comparable], [side[i].num_drafts for i in comparable]) for side in both.values()
+    ]
+    theirs, ours = (1 + sum(accepted) / sum(drafts) for accepted, drafts in sums)
+    if abs(theirs / ours - 1) <= tolerance:
+        return []
+    found = ratio_difference(*sums)
+    known = f"{engine}: block efficiency {theirs:.3f}, evaluator {ours:.3f}"
+    where = f"on the {len(comparable)} of {len(prompts)} prompts with equal texts"
+    if found.p_value < LOWEST_P_VALUE:
+        return [
+            f"{known}: they differ by more than {tolerance:.0%} and more than by chance ({p_value(found.p_value)}) {where}"
+        ]
+    if not (found.high - found.low) / 2 <= WIDEST * ours:
+        return [f"{known}: {where} a difference cannot be told from chance: {_differing(prompts, comparable)}"]
+    return []
+
+
+def _differing(prompts: Sequence[Prompt], comparable: Sequence[int]) -> str:
+    """Return how many texts differ, and what to do."""
+    return (
+        f"{len(prompts) - len(comparable)} of {len(prompts)} texts differ. Raise export.verify_prompts, lower "
+        "export.verify_tokens, or compare exactly with target.dtype=float32"
+    )
+
+
 def sampling_problems(
     sums: Mapping[str, Counts],
-    p_value: float,
+    accepted_p_value: float,
     likelihoods: Sequence[Sequence[float]],
     text_p_value: float,
     engine: str,
@@ -93,10 +126,10 @@ def sampling_problems(
     found = []
     if sums["evaluator"].num_drafts and not sums["engine"].num_drafts:
         found.append(f"at temperature {SAMPLED_TEMPERATURE:g} {engine} did not draft: its counters are zero")
-    if p_value < LOWEST_P_VALUE:
+    if accepted_p_value < LOWEST_P_VALUE:
         found.append(
             f"at temperature {SAMPLED_TEMPERATURE:g} {engine} accepts differently from the evaluator: block efficiency "
-            f"{sums['engine'].block_efficiency:.3f}, evaluator {sums['evaluator'].block_efficiency:.3f}, p = {p_value:.2g}"
+            f"{sums['engine'].block_efficiency:.3f}, evaluator {sums['evaluator'].block_efficiency:.3f}, p = {accepted_p_value:.2g}"
         )
     if text_p_value < LOWEST_P_VALUE:
         means = [sum(values) / len(values) for values in likelihoods]

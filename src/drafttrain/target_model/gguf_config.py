@@ -28,7 +28,13 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positio
 GEMMA_27B = (46, 62)
 """Blocks of Gemma 2 and 3 with 27 billion weights."""
 
-ROPE = ("rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length")
+WHOLE, WINDOWED = "full_attention", "sliding_attention"
+"""Types of layers, as transformers names them. Gemma 3 rotates each differently, and scales only the positions of the first."""
+
+ROPE = {
+    WHOLE: ("rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"),
+    WINDOWED: ("rope.freq_base_swa",),
+}
 HARMLESS = (
     *("vocab_size", "rope.dimension_count", "attention.key_length", "attention.value_length", "rope.scaling.finetuned"),
     *(
@@ -81,12 +87,20 @@ def _complete(config: Any, header: GgufHeader) -> None:
     for field, tensor in (("attention_bias", "blk.0.attn_q.bias"), ("mlp_bias", "blk.0.ffn_gate.bias")):
         if hasattr(config, field):
             setattr(config, field, tensor in names)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if "rope_theta" in rope:
-        theta = header.own("rope.freq_base")
-        config.rope_parameters = {**rope, **({"rope_theta": theta} if theta else {}), **_scaling(header)}
+    if rope := _rope_of(config, WHOLE):
+        rope.update({"rope_theta": header.own("rope.freq_base") or rope["rope_theta"], **_scaling(header)})
+    if windowed := _rope_of(config, WINDOWED):
+        windowed["rope_theta"] = header.own("rope.freq_base_swa") or windowed["rope_theta"]
     if FREQUENCIES in names:
         _set_llama3(config, header)
+
+
+def _rope_of(config: Any, layers: str) -> dict[str, Any]:
+    """Return the rotation of a type of layers; a model with one rotation has it for those that see the whole text."""
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    if "rope_theta" in rope:
+        return rope if layers == WHOLE else {}
+    return rope.get(layers) or {}
 
 
 def _gemma_scale(config: Any) -> int:
@@ -136,7 +150,7 @@ def _own_settings(header: GgufHeader) -> list[str]:
 
 def _is_read(key: str, header: GgufHeader, config: Any) -> bool:
     """Return whether a setting is in the configuration."""
-    if key in HARMLESS or (key in ROPE and "rope_theta" in (getattr(config, "rope_parameters", None) or {})):
+    if key in HARMLESS or any(key in keys and _rope_of(config, layers) for layers, keys in ROPE.items()):
         return True
     read = read_by_transformers()
     if any(read.get(name, {}).get(key) is not None for name in (*names_of(header.architecture), config.model_type)):

@@ -6,6 +6,8 @@ import copy
 import json
 import re
 import shutil
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from drafttrain.core.texts import Prompt
 from drafttrain.environments.environment import EngineError, ask, check_installed
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.export.convert import check_exported, export_as, read_target_config
+from drafttrain.export.openvino_graph import write_graph
 from drafttrain.serving.comparison import Comparison, compare_with_engine, plain_output
 from drafttrain.serving.engines import Job, ServingEngine, Use, engine_of
 from drafttrain.target_model import Target, TargetSettings
@@ -48,6 +51,7 @@ train: {{max_steps: 30, batch_size: 8, lr: 6e-3, warmup_steps: 0, eval_every_ste
 """
 """Train all parameters of a target on plain text."""
 
+UNTIMED = {"seconds": 0.0, "prompt_seconds": 0.0, "cpu_seconds": 0.0}
 GRAPH, WEIGHTS = "openvino_model.xml", "openvino_model.bin"
 
 
@@ -106,6 +110,21 @@ def test_each_kind_gives_the_same_tokens_and_the_same_counts(kind, served, expor
     assert theirs == ours
     assert 0 < theirs.accepted_at[1] < theirs.accepted_at[0] < theirs.num_drafts
     assert found.json()["sampled"] is None
+
+
+def test_a_drafted_end_token_ends_no_round(engine, job, plain, exported, tmp_path):
+    """The counters do not depend on which tokens the model ends texts with: otherwise OpenVINO drafts less than asked."""
+    source = Path(shutil.copytree(resolve_folder(TARGET), tmp_path / "source"))
+    written = Counter(token for one in plain for token in one.tokens)
+    ends = {"eos_token_id": [token for token, _ in written.most_common(20)]}
+    (source / "generation_config.json").write_text(json.dumps(ends))
+    write_graph(source, tmp_path / "target")
+    use = Use(str(exported("causal_lm")), "causal_lm", NUM_DRAFT_TOKENS, "greedy")
+    request = engine.request(replace(job, temperatures=[0.0]), use)
+    asked = [request, request | {"target": str(tmp_path / "target")}]
+    answers = [engine.decoded(ask(engine.environment, engine.worker, one))[0] for one in asked]
+    usual, ending = ([replace(one, **UNTIMED) for one in answer] for answer in answers)
+    assert ending == usual
 
 
 def change_graph(folder: Path, taps: str) -> None:

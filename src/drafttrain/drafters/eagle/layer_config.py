@@ -14,7 +14,12 @@ ROPE_SCALINGS = ("linear", "dynamic", "yarn", "llama3")
 
 
 def layer_config(
-    target: Target, *, num_heads: int | None, num_kv_heads: int | None, intermediate_size: int | None
+    target: Target,
+    *,
+    num_heads: int | None,
+    num_kv_heads: int | None,
+    intermediate_size: int | None,
+    head_dim: int | None = None,
 ) -> dict[str, Any]:
     """Return the fields of LlamaConfig for one layer on this target. Width and unset sizes are the target's.
 
@@ -24,9 +29,9 @@ def layer_config(
     config = target.model.config.get_text_config()
     hidden_size = int(config.hidden_size)
     heads = num_heads or int(config.num_attention_heads)
-    if num_heads and hidden_size % num_heads:
+    if num_heads and not head_dim and hidden_size % num_heads:
         raise CheckpointError(f"drafter.num_heads: {num_heads} does not divide the target's width {hidden_size}")
-    own = None if num_heads else getattr(config, "head_dim", None)
+    own = head_dim or (None if num_heads else getattr(config, "head_dim", None))
     kv_heads = num_kv_heads or (heads if num_heads else getattr(config, "num_key_value_heads", None) or heads)
     if heads % kv_heads:
         raise CheckpointError(f"drafter.num_kv_heads: {kv_heads} does not divide {heads} heads")

@@ -42,8 +42,8 @@ class TargetParts:
         """Return the head of states that pass through a trained norm first."""
         return head_of(self._model, before=norm)
 
-    def head_product(self) -> Product:
-        """Return `head` with its weights prepared for few rows."""
+    def decoding_head(self) -> Product:
+        """Return `head`, with its weights prepared for few rows."""
         product, dtype = head_product(self._model), self._model.get_output_embeddings().weight.dtype
         return lambda states_ND: product(states_ND.to(dtype))
 

@@ -11,12 +11,15 @@ The request:
 
 The answer: `version`, and `prompts`, each with `tokens`, the counters of speculation, and its times; or `error`. OpenVINO reports the number of
 tokens of every step, and totals of draft and accepted tokens; the totals leave out a last round whose drafts were all accepted. The
-counters come from the steps, and must add up to the totals; drafted tokens are those of the totals.
+counters come from the steps, and must add up to the totals.
 """
 
 import os
 import time
 from typing import Any
+
+NO_TOKEN = 2**31 - 1
+"""An id that no model has."""
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
@@ -54,6 +57,8 @@ def _decoded(pipeline: Any, prompt: list[int], max_tokens: int, num_draft_tokens
 
     config = openvino_genai.GenerationConfig()
     config.max_new_tokens, config.ignore_eos, config.do_sample = max_tokens, True, False
+    # With ignore_eos a round still ends when the drafter drafts one of the model's end tokens, which are used if none are given.
+    config.eos_token_id, config.stop_token_ids = NO_TOKEN, {NO_TOKEN}
     if num_draft_tokens:
         config.num_assistant_tokens = num_draft_tokens
     cpu = time.process_time()
@@ -94,8 +99,7 @@ def counters(steps: list[int], totals: tuple[int, int], num_draft_tokens: int, m
         written += size
     drafted, accepted = (sum(one[i] for one in rounds) for i in (0, 1))
     uncounted = rounds[-1] if rounds and rounds[-1][0] == rounds[-1][1] else (0, 0)
-    # In bfloat16 a round may draft a token less than asked; what was drafted is then known from the totals only.
-    fits = drafted - uncounted[0] >= totals[0] and accepted - uncounted[1] == totals[1]
+    fits = (drafted - uncounted[0], accepted - uncounted[1]) == totals
     if steps[0] != 1 or written != max_tokens or not fits:
         raise RuntimeError(
             f"the steps have {steps} tokens: {accepted} of {drafted} drafts accepted; OpenVINO reports {totals[1]} of {totals[0]}"
@@ -103,7 +107,7 @@ def counters(steps: list[int], totals: tuple[int, int], num_draft_tokens: int, m
     rounds = [one for one in rounds if one[0]]
     return {
         "num_drafts": len(rounds),
-        "num_draft_tokens": totals[0] + uncounted[0],
+        "num_draft_tokens": drafted,
         "num_accepted": accepted,
         "accepted_at": [sum(count >= i for _, count in rounds) for i in range(1, num_draft_tokens + 1)],
     }

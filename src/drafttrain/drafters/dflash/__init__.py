@@ -1,0 +1,1 @@
+"""Block drafters: DFlash, its causal form JetSpec, and the parts that other block kinds share."""
