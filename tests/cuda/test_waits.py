@@ -48,6 +48,7 @@ CHAIN = {
     "eagle": Ceiling(6, 15),
     "eagle3": Ceiling(6, 15),
     "eagle3_cut": Ceiling(6, 15),
+    "mtp": Ceiling(6, 15),
 }
 """A round of two sequences with four draft tokens each."""
 
@@ -58,6 +59,7 @@ TREE = {
     "eagle": Ceiling(8, 12),
     "eagle3": Ceiling(8, 12),
     "eagle3_cut": Ceiling(8, 12),
+    "mtp": Ceiling(8, 12),
 }
 """A round of two sequences with trees of twelve nodes in three levels."""
 
