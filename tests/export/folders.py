@@ -19,6 +19,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "medusa": {"num_heads": 3},
     "eagle": {},
     "eagle3": {"draft_vocab_size": 100},
+    "mtp": {"init": "random"},
     "kangaroo": {"exit_layer": 1},
 }
 
