@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from drafttrain.core import vocabulary
 from drafttrain.core.proposals import Budget, Context, DraftStep, Verdict
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.texts import Prompt, Record, Sampling
 from drafttrain.data_gen.packing import pack
-from drafttrain.drafters.eagle import drafts as eagle_drafts
 from drafttrain.drafters.eagle.proposer import EagleProposer
 from drafttrain.eval.acceptance.lossless import Lossless
 from drafttrain.eval.engine import Engine
@@ -270,7 +270,7 @@ def distribution_of(target: Any, drafter: Any, temperature: float, *, policy: An
 def test_control_a_distribution_that_is_not_scattered_changes_the_output(small, monkeypatch):
     """The rows of q stay in the order of the drafter's own ids."""
     monkeypatch.setattr(
-        eagle_drafts,
+        vocabulary,
         "over_target_vocabulary",
         lambda probs, vocabulary, *, size: torch.nn.functional.pad(probs, (0, size - len(vocabulary))),
     )
@@ -280,11 +280,11 @@ def test_control_a_distribution_that_is_not_scattered_changes_the_output(small, 
 
 def test_control_a_distribution_with_mass_on_missing_tokens_changes_the_output(small, monkeypatch):
     """The rows of q are normalized as if the missing tokens could be drawn."""
-    scatter = eagle_drafts.over_target_vocabulary
+    scatter = vocabulary.over_target_vocabulary
 
     def spread(probs: Any, vocabulary: Any, *, size: int) -> Any:
         return 0.6 * scatter(probs, vocabulary, size=size) + 0.4 / size
 
-    monkeypatch.setattr(eagle_drafts, "over_target_vocabulary", spread)
+    monkeypatch.setattr(vocabulary, "over_target_vocabulary", spread)
     target, drafter = small
     assert distribution_of(target, drafter, 1.0, samples=800) < 1e-3

@@ -150,9 +150,9 @@ def test_control_a_cache_rolled_back_by_one_too_few_changes_the_distribution(sma
 
 
 def test_control_a_greedy_draft_treated_as_sampled_changes_the_distribution(small, monkeypatch):
-    from drafttrain.drafters import next_tokens
+    from drafttrain.drafters import chain_draft
 
-    monkeypatch.setattr(next_tokens, "draw_each", lambda probs_NV, generators: probs_NV.argmax(dim=-1).tolist())
+    monkeypatch.setattr(chain_draft, "draw_each", lambda probs_NV, generators: probs_NV.argmax(dim=-1).tolist())
     model, drafter = small
     assert chi_square(model, ChainProposer(drafter, target_vocab_size=8), 1.0) < 1e-3
 

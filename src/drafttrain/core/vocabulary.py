@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from drafttrain.core.probability import over_target_vocabulary, sampling_probs
 from drafttrain.core.texts import Sampling
@@ -31,6 +32,7 @@ class DraftVocabulary:
 
     def __init__(self, own_R: Tensor | None, *, num_tokens: int) -> None:
         self.ids_R = torch.arange(num_tokens) if own_R is None else own_R
+        self._is_targets = own_R is None
         self._copies = {self.ids_R.device: self.ids_R}
 
     def _on(self, device: torch.device) -> Tensor:
@@ -49,7 +51,9 @@ class DraftVocabulary:
 
     def ids(self, drafted: Sequence[int]) -> list[int]:
         """Return the target's ids of tokens that are given by their place among those that can be drafted."""
-        ids: list[int] = self.ids_R[list(drafted)].tolist()
+        if self._is_targets:
+            return list(drafted)
+        ids: list[int] = self._on(torch.device("cpu"))[list(drafted)].tolist()
         return ids
 
     def best(self, logits_NW: Tensor, *, count: int) -> Tensor:
@@ -62,6 +66,8 @@ class DraftVocabulary:
 
     def over_target(self, probs_NR: Tensor, *, size: int) -> Tensor:
         """Return distributions over the tokens that can be drafted as distributions over the target's `size` ids."""
+        if self._is_targets:
+            return pad(probs_NR, (0, size - probs_NR.shape[-1]))
         return over_target_vocabulary(probs_NR, self._on(probs_NR.device)[: probs_NR.shape[-1]], size=size)
 
     def places(self, *, size: int) -> Tensor:

@@ -1,6 +1,6 @@
 """The proposer of the independent drafter: a causal LM that drafts chains token by token, or trees level by level.
 
-V = vocabulary, R = rows of q
+B = a batch of one, T = tokens of a call, M = nodes of the frontier, V = vocabulary, D = hidden
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from drafttrain.core.proposals import Budget, Context, DraftStep, More, NodeKind, Proposal, Verdict, chain
+from drafttrain.core.proposals import Budget, Context, DraftStep, More, Proposal, Verdict
 from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Sampling
+from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.drafters.causal_lm.decoding import decoding_lm
+from drafttrain.drafters.chain_draft import ChainDraft
 from drafttrain.drafters.dynamic_tree import DynamicTree
-from drafttrain.drafters.next_tokens import next_tokens
 
 
 class ChainProposer:
@@ -42,10 +42,11 @@ class ChainProposer:
         draft: str = "sampled",
     ) -> None:
         self._lm = decoding_lm(model, listener=listener)
-        self._width = target_vocab_size
         rows = int(model.get_output_embeddings().weight.shape[0])
-        self._shared = min(rows, target_vocab_size, num_tokens or target_vocab_size)
-        self._greedy = draft == "greedy"
+        self._vocabulary = DraftVocabulary(
+            None, num_tokens=min(rows, target_vocab_size, num_tokens or target_vocab_size)
+        )
+        self._draft = ChainDraft(self._vocabulary, target_vocab_size, draft)
         self._contexts: list[Context] = []
         self._pending: list[int] = []
         """By sequence: how many committed tokens the last `propose` read. What it read after them are draft tokens."""
@@ -69,38 +70,20 @@ class ChainProposer:
         """Return one chain per sequence, or one tree if the budgets are wider than 1."""
         if any(budget.width > 1 for budget in budgets):
             return self._trees(budgets, more)
-        fixed = self._greedy or sampling.temperature == 0
-        drafted = [[context.tokens[-1]] for context in self._contexts]
-        q_rows: list[list[Tensor]] = [[] for _ in self._contexts]
+        chains = self._draft.begin(self._contexts, budgets, sampling, generators, more)
         # Committed tokens that the cache lacks: the root, and the last draft token if the whole chain was accepted.
-        inputs = [
-            context.tokens[length:] if budget.nodes else []
-            for context, length, budget in zip(self._contexts, self._lm.lengths, budgets, strict=True)
-        ]
+        inputs = chains.where_growing(self._unread())
         self._pending = [len(tokens) for tokens in inputs]
         needs = TargetNeeds(logits=True, final=any(budget.states for budget in budgets))
-        for depth in range(1, max((budget.nodes for budget in budgets), default=0) + 1):
-            seen = self._lm.forward(inputs, needs=needs) if any(inputs) else []
-            inputs = [[] for _ in inputs]
-            asked: dict[int, tuple[Tensor, bool | More]] = {}
-            for sequence, output in enumerate(seen):
-                if output.logits_BTV is None or not output.logits_BTV.shape[1]:
-                    continue
-                logits_V = output.logits_BTV[0, -1, : self._shared]
-                state_D = None if output.final_BTD is None else output.final_BTD[0, -1]
-                answer = more(DraftStep(sequence, depth, logits_V, state_D, drafted[sequence][-1]))
-                if answer:
-                    asked[sequence] = logits_V, answer
-            tokens, drawn_from = next_tokens(
-                [logits_V for logits_V, _ in asked.values()], sampling, [generators[i] for i in asked], fixed=fixed
-            )
-            for (sequence, (_, answer)), token, q_V in zip(asked.items(), tokens, drawn_from, strict=True):
-                drafted[sequence].append(token)
-                if q_V is not None:
-                    q_rows[sequence].append(q_V)
-                if depth < budgets[sequence].nodes and answer is not More.LAST:
-                    inputs[sequence] = [token]
-        return [self._proposal(tokens, rows, fixed) for tokens, rows in zip(drafted, q_rows, strict=True)]
+        while chains.growing:
+            seen = self._lm.forward(inputs, needs=needs)
+            chains.extend(*_last(seen, chains.growing))
+            inputs = chains.inputs
+        return chains.proposals()
+
+    def _unread(self) -> list[list[int]]:
+        """Return, by sequence, the committed tokens that the cache lacks."""
+        return [context.tokens[length:] for context, length in zip(self._contexts, self._lm.lengths, strict=True)]
 
     def _trees(self, budgets: Sequence[Budget], more: Callable[[DraftStep], bool | More]) -> list[Proposal]:
         """Return one FIXED tree per sequence, with one call per level.
@@ -109,10 +92,7 @@ class ChainProposer:
         tree again, and only committed text stays in the cache.
         """
         trees = [DynamicTree(c.tokens[-1], budget) for c, budget in zip(self._contexts, budgets, strict=True)]
-        inputs = [
-            context.tokens[length:] if tree.frontier else []
-            for context, length, tree in zip(self._contexts, self._lm.lengths, trees, strict=True)
-        ]
+        inputs = [tokens if tree.frontier else [] for tokens, tree in zip(self._unread(), trees, strict=True)]
         if not any(inputs):
             return [tree.proposal() for tree in trees]
         seen = self._lm.forward(inputs)
@@ -122,7 +102,7 @@ class ChainProposer:
         while True:
             for sequence, (tree, output) in enumerate(zip(trees, seen, strict=True)):
                 if tree.frontier:
-                    _grow(tree, output, rows[sequence], sequence, more, shared=self._shared)
+                    _grow(tree, output, rows[sequence], sequence, more, vocabulary=self._vocabulary)
             if not any(tree.frontier for tree in trees):
                 return [tree.proposal() for tree in trees]
             rows = [[node - 1 for node in tree.frontier] for tree in trees]
@@ -131,12 +111,6 @@ class ChainProposer:
                 parents=[[max(p - 1, -1) for p in tree.parents[1:]] if tree.frontier else [] for tree in trees],
             )
             self._lm.keep([[] for _ in trees])
-
-    def _proposal(self, tokens: list[int], q_rows: list[Tensor], fixed: bool) -> Proposal:
-        if fixed or not q_rows:
-            return chain(tokens, kind=NodeKind.FIXED)
-        q_rows_RV = pad(torch.stack(q_rows), (0, self._width - self._shared))
-        return chain(tokens, kind=NodeKind.SAMPLED, q_rows_RV=q_rows_RV)
 
     def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
         """Keep committed tokens in the cache: those read before drafting, and the accepted draft tokens."""
@@ -155,6 +129,14 @@ class ChainProposer:
         self._lm.drop(keep)
 
 
+def _last(seen: Sequence[TargetOutput], growing: Sequence[int]) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Return logits_1V after the last token of each growing sequence, and its states_1D if the call returned states."""
+    outputs = [seen[sequence] for sequence in growing]
+    logits = [output.logits_BTV[0, -1:] for output in outputs if output.logits_BTV is not None]
+    states = [output.final_BTD[0, -1:] for output in outputs if output.final_BTD is not None]
+    return logits, states or None
+
+
 def _grow(
     tree: DynamicTree,
     output: TargetOutput,
@@ -162,13 +144,13 @@ def _grow(
     sequence: int,
     more: Callable[[DraftStep], bool | More],
     *,
-    shared: int,
+    vocabulary: DraftVocabulary,
 ) -> None:
     """Add the children of a tree's frontier, whose logits are these rows of a call."""
     assert output.logits_BTV is not None
     # A contiguous range needs no index on the device.
     together = rows == list(range(rows[0], rows[0] + len(rows)))
-    logits_MV = output.logits_BTV[0, slice(rows[0], rows[-1] + 1) if together else rows, :shared]
+    logits_MV = vocabulary.logits(output.logits_BTV[0, slice(rows[0], rows[-1] + 1) if together else rows])
     expand = [
         bool(more(DraftStep(sequence, tree.depth + 1, logits_V, token=tree.tokens[node])))
         for node, logits_V in zip(tree.frontier, logits_MV, strict=True)

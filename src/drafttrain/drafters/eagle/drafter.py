@@ -75,7 +75,7 @@ class EagleDrafter(Drafter):
             num_tokens=target.num_tokens,
             device=target.device,
             listener=listener,
-            greedy=self.draft == "greedy",
+            draft=self.draft,
         )
 
     def trained_as(self, own: dict[str, Any]) -> Self:

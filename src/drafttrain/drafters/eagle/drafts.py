@@ -1,24 +1,18 @@
-"""The draft of one sequence in one round: a chain, or EAGLE-2's dynamic tree.
-
-Both take the drafter's distribution after each frontier node, and return which nodes to read next.
+"""EAGLE-2's dynamic tree of one sequence, and the draft tokens that the layer reads next, of a tree or a chain.
 
 R = the drafter's vocabulary, F = nodes of the frontier, D = hidden
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from drafttrain.core.probability import over_target_vocabulary
-from drafttrain.core.proposals import Budget, DraftStep, More, NodeKind, Proposal, chain
-from drafttrain.core.texts import Sampling
+from drafttrain.core.proposals import Budget, DraftStep, More, Proposal
 from drafttrain.drafters.dynamic_tree import DynamicTree
-from drafttrain.drafters.next_tokens import next_tokens
 
 
 @dataclass(frozen=True)
@@ -31,70 +25,6 @@ class DraftNode:
     """Number of its parent in the order in which the draft's nodes were read; -1: the committed text."""
     state_D: Tensor
     """The layer's state that the token was drafted from."""
-
-
-class Draft(Protocol):
-    """One sequence's draft of a round."""
-
-    frontier: list[DraftNode]
-    """Nodes to read next; empty: the draft is complete."""
-
-    def proposal(self) -> Proposal:
-        """Return the draft."""
-        ...
-
-
-class DraftChain:
-    """A chain: each token is drawn from the drafter's distribution, or is its argmax."""
-
-    def __init__(
-        self,
-        root: int,
-        budget: Budget,
-        *,
-        sequence: int,
-        vocabulary_R: Tensor,
-        vocab_size: int,
-        generator: torch.Generator,
-        more: Callable[[DraftStep], bool | More],
-    ) -> None:
-        self.generator = generator
-        self.frontier: list[DraftNode] = []
-        self._tokens = [root]
-        self._q_rows: list[Tensor] = []
-        self._limit = min(budget.nodes, budget.depth)
-        self._sequence = sequence
-        self._vocabulary_R = vocabulary_R
-        self._vocab_size = vocab_size
-        self._more = more
-
-    def wants(self, logits_R: Tensor, state_D: Tensor) -> bool:
-        """Return whether the length policy wants a token from this distribution. If so, call `take`."""
-        self.frontier = []
-        self._state_D = state_D
-        self._answer = self._more(DraftStep(self._sequence, len(self._tokens), logits_R, state_D, self._tokens[-1]))
-        return bool(self._answer)
-
-    def take(self, token: int, q_R: Tensor | None) -> None:
-        """Draft a token.
-
-        Args:
-            token: The target's id.
-            q_R: The distribution it was drawn from; None: it is the argmax.
-        """
-        depth = len(self._tokens)
-        self._tokens.append(token)
-        if q_R is not None:
-            self._q_rows.append(q_R)
-        if depth < self._limit and self._answer is not More.LAST:
-            self.frontier = [DraftNode(token, depth, depth - 2, self._state_D)]
-
-    def proposal(self) -> Proposal:
-        """Return the chain. Drawn tokens carry their distributions over the target's vocabulary."""
-        if not self._q_rows:
-            return chain(self._tokens, kind=NodeKind.FIXED)
-        q_rows_RV = over_target_vocabulary(torch.stack(self._q_rows), self._vocabulary_R, size=self._vocab_size)
-        return chain(self._tokens, kind=NodeKind.SAMPLED, q_rows_RV=q_rows_RV)
 
 
 class DraftTree:
@@ -113,6 +43,7 @@ class DraftTree:
         more: Callable[[DraftStep], bool | More],
     ) -> None:
         self.frontier: list[DraftNode] = []
+        """Nodes to read next; empty: the tree is complete."""
         self._tree = DynamicTree(root, budget)
         self._sequence = sequence
         self._vocabulary_R = vocabulary_R
@@ -148,35 +79,3 @@ class DraftTree:
         """Return the target's id of a node's token."""
         token = self._tree.tokens[node]
         return token if node == 0 else int(self._vocabulary_R[token])
-
-
-def grow_chains(
-    chains: Sequence[DraftChain],
-    logits_NR: Tensor,
-    states_ND: Tensor,
-    *,
-    ids: Sequence[int],
-    sampling: Sampling,
-    greedy: bool,
-) -> None:
-    """Draft one more token in every chain whose length policy wants one. The device is read once.
-
-    Args:
-        logits_NR: Of each chain, after its last token.
-        ids: The target's id of each of the drafter's tokens.
-        greedy: Take the argmax at every temperature.
-    """
-    logits_NR = logits_NR[:, : len(ids)]
-    wanting = [
-        (draft, logits_R)
-        for draft, logits_R, state_D in zip(chains, logits_NR, states_ND, strict=True)
-        if draft.wants(logits_R, state_D)
-    ]
-    places, q_rows = next_tokens(
-        [logits_R for _, logits_R in wanting],
-        sampling,
-        [draft.generator for draft, _ in wanting],
-        fixed=greedy or sampling.temperature == 0,
-    )
-    for (draft, _), place, q_R in zip(wanting, places, q_rows, strict=True):
-        draft.take(ids[place], q_R)

@@ -1,12 +1,13 @@
 """The proposer of EAGLE drafters: chains and dynamic trees for a list of sequences.
 
-B = sequences, N = slots or draft tokens of one call (the longest sequence's), F = width of the target features,
-D = hidden, R = the drafter's vocabulary, C = columns of the cache
+B = sequences, N = slots or draft tokens of one call (the longest sequence's, or of all), F = width of the target
+features, or rows of a tree's frontiers, D = hidden, R = the drafter's vocabulary, C = columns of the cache
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -19,9 +20,10 @@ from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetOutput
 from drafttrain.core.texts import Sampling
 from drafttrain.core.vocabulary import DraftVocabulary
+from drafttrain.drafters.chain_draft import ChainDraft, Chains
 from drafttrain.drafters.eagle.cache import EagleCache
 from drafttrain.drafters.eagle.decoding import DecodingEagle
-from drafttrain.drafters.eagle.drafts import Draft, DraftChain, DraftTree, grow_chains
+from drafttrain.drafters.eagle.drafts import DraftNode, DraftTree
 from drafttrain.drafters.eagle.model import EagleModel
 
 
@@ -34,7 +36,7 @@ class EagleProposer:
     Args:
         vocab_size: Width of the rows of q.
         num_tokens: Ids that the tokenizer can produce; the others get no probability.
-        greedy: Chains are FIXED at every temperature: the argmax, as some engines draft.
+        draft: `sampled`, or `greedy`: chains are FIXED at every temperature, as some engines draft.
     """
 
     def __init__(
@@ -45,20 +47,16 @@ class EagleProposer:
         num_tokens: int,
         device: torch.device,
         listener: ForwardListener | None = None,
-        greedy: bool = False,
+        draft: str = "sampled",
     ) -> None:
         self.needs = model.needs()
         self._model = model
-        self._vocab_size = vocab_size
         self._device = device
-        # On the host for looking up ids, on the device for mapping distributions to the target's ids.
-        self._vocabulary_R = DraftVocabulary(model.vocabulary, num_tokens=num_tokens).ids_R.cpu()
-        self._ids = self._vocabulary_R.tolist()
-        self._vocabulary_on_device_R = self._vocabulary_R.to(device)
+        vocabulary = DraftVocabulary(model.vocabulary, num_tokens=num_tokens)
+        self._draft = ChainDraft(vocabulary, vocab_size, draft)
+        self._vocabulary_R = vocabulary.ids_R.cpu()
         self._bytes = model.weight_bytes()
         self._listener = listener
-        self._greedy = greedy
-        self._sampling = Sampling()
         self._contexts: list[Context] = []
         self._layer = DecodingEagle(model, device=device)
         self._unread: list[list[Tensor]] = []
@@ -71,7 +69,7 @@ class EagleProposer:
         self._layer.begin(len(contexts))
         self._unread = [[] for _ in contexts]
         self._store_features(seen, [len(context.tokens) - 1 for context in contexts])
-        sizes = [max(0, _count(pieces) - 1) for pieces in self._unread]
+        sizes = [max(0, _num_rows(pieces) - 1) for pieces in self._unread]
         if any(sizes):
             span = Span(self._device)
             context = self._cached(sizes)
@@ -86,22 +84,61 @@ class EagleProposer:
         generators: Sequence[torch.Generator],
         more: Callable[[DraftStep], bool | More],
     ) -> list[Proposal]:
-        """Return one chain per sequence, or one tree if its budget is wider than 1."""
-        drafts: dict[int, Draft] = {}
-        for number, (budget, pieces) in enumerate(zip(budgets, self._unread, strict=True)):
-            # After a prompt of one token there are no features yet.
-            if budget.nodes > 0 and budget.depth > 0 and pieces:
-                drafts[number] = self._draft(number, budget, generators[number], more)
-        if drafts:
-            self._sampling = sampling
-            self._grow_from_features(drafts)
-            while any(draft.frontier for draft in drafts.values()):
-                self._grow_from_drafts(drafts)
-            self._layer.forget_drafts()
+        """Return one chain per sequence, or one tree if the budgets are wider than 1."""
+        # After a prompt of one token there are no features yet.
+        budgets = [budget if pieces else budget.within(0) for budget, pieces in zip(budgets, self._unread, strict=True)]
+        if any(budget.width > 1 for budget in budgets):
+            proposals = self._trees(budgets, more)
+        else:
+            proposals = self._chains(self._draft.begin(self._contexts, budgets, sampling, generators, more))
+        self._layer.forget_drafts()
+        return proposals
+
+    def _chains(self, chains: Chains) -> list[Proposal]:
+        """Return one chain per sequence; each call of the layer gives all of them one more token."""
+        frontiers: list[list[DraftNode]] = []
+        for depth in count(1):
+            growing = chains.growing
+            if not growing:
+                break
+            logits_NR, states_ND = self._read_next(growing, frontiers)
+            chains.extend(logits_NR[:, None], states_ND[:, None])
+            state_of = dict(zip(growing, states_ND.unbind(), strict=True))
+            frontiers = [
+                [DraftNode(token, depth, depth - 2, state_of[number]) for token in tokens]
+                for number, tokens in enumerate(chains.inputs)
+            ]
+        return chains.proposals()
+
+    def _trees(self, budgets: Sequence[Budget], more: Callable[[DraftStep], bool | More]) -> list[Proposal]:
+        """Return one tree per sequence, which grows a level in each call of the layer."""
+        roots = [context.tokens[-1] for context in self._contexts]
+        trees = {
+            number: DraftTree(root, budget, sequence=number, vocabulary_R=self._vocabulary_R, more=more)
+            for number, (root, budget) in enumerate(zip(roots, budgets, strict=True))
+            if budget.nodes
+        }
+        growing, frontiers = list(trees), []
+        while growing:
+            logits_FR, states_FD = self._read_next(growing, frontiers)
+            # Before the first level the row of the root is all there is.
+            sizes = [max(1, len(trees[number].frontier)) for number in growing]
+            for number, *rows in zip(growing, logits_FR.split(sizes), states_FD.split(sizes), strict=True):
+                trees[number].grow(*rows)
+            growing = [number for number in growing if trees[number].frontier]
+            frontiers = [trees[number].frontier if number in growing else [] for number in range(len(roots))]
         return [
-            drafts[number].proposal() if number in drafts else fixed_chain(context.tokens[-1], [])
-            for number, context in enumerate(self._contexts)
+            trees[number].proposal() if number in trees else fixed_chain(root, []) for number, root in enumerate(roots)
         ]
+
+    def _read_next(self, growing: Sequence[int], frontiers: Sequence[Sequence[DraftNode]]) -> tuple[Tensor, Tensor]:
+        """Return (logits_NR, states_ND) after each frontier node of each sequence.
+
+        Args:
+            growing: The sequences that draft.
+            frontiers: By sequence, the draft tokens to read; empty at the start of a round: the committed text is read.
+        """
+        return self._read_drafts(frontiers) if frontiers else self._read_text(growing)
 
     def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
         """Store the target's features of the accepted path. The draft tokens have left the cache already."""
@@ -113,80 +150,29 @@ class EagleProposer:
         self._unread = [self._unread[i] for i in keep]
         self._layer.drop(keep)
 
-    def _draft(
-        self,
-        number: int,
-        budget: Budget,
-        generator: torch.Generator,
-        more: Callable[[DraftStep], bool | More],
-    ) -> Draft:
-        root = self._contexts[number].tokens[-1]
-        if budget.width > 1:
-            return DraftTree(root, budget, sequence=number, vocabulary_R=self._vocabulary_R, more=more)
-        return DraftChain(
-            root,
-            budget,
-            sequence=number,
-            vocabulary_R=self._vocabulary_on_device_R,
-            vocab_size=self._vocab_size,
-            generator=generator,
-            more=more,
-        )
-
-    def _grow_from_features(self, drafts: dict[int, Draft]) -> None:
-        """Read the committed slots that are not cached yet; the state of the last one gives the first draft token."""
+    def _read_text(self, growing: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Read the committed slots that are not cached yet; return (logits_NR, states_ND) of each sequence's last one."""
         span = Span(self._device)
-        sizes = [_count(pieces) if number in drafts else 0 for number, pieces in enumerate(self._unread)]
+        sizes = [_num_rows(pieces) if number in growing else 0 for number, pieces in enumerate(self._unread)]
         context = self._cached(sizes)
         states_BND = self._read(sizes)
-        numbers = list(drafts)
-        last_BD = self._rows(states_BND, [(number, sizes[number] - 1) for number in numbers])
-        logits_BR = self._layer.head(last_BD)
+        last_ND = self._rows(states_BND, [(number, sizes[number] - 1) for number in growing])
+        logits_NR = self._layer.head(last_ND)
         self._report(sizes, context=context, fused=True, head=True, prefill=False, span=span)
-        self._grow(list(drafts.values()), [1] * len(drafts), logits_BR, last_BD)
+        return logits_NR, last_ND
 
-    def _grow_from_drafts(self, drafts: dict[int, Draft]) -> None:
-        """Read the frontiers of all drafts in one call."""
+    def _read_drafts(self, frontiers: Sequence[Sequence[DraftNode]]) -> tuple[Tensor, Tensor]:
+        """Read the frontiers of all drafts in one call; return (logits_NR, states_ND) after each node."""
         span = Span(self._device)
-        frontiers = [drafts[number].frontier if number in drafts else [] for number in range(len(self._contexts))]
         sizes = [len(frontier) for frontier in frontiers]
         context = self._cached(sizes) + self._layer.num_drafts(sizes)
         states_BND = self._layer.read_drafts(frontiers)
-        rows = [(number, node) for number, size in enumerate(sizes) for node in range(size)]
-        states_FD = self._rows(states_BND, rows)
-        logits_FR = self._layer.head(states_FD)
-        self._report(sizes, context=context, fused=False, head=True, prefill=False, span=span)
-        growing = [number for number, size in enumerate(sizes) if size]
-        self._grow([drafts[number] for number in growing], [sizes[number] for number in growing], logits_FR, states_FD)
-
-    def _grow(self, drafts: Sequence[Draft], sizes: Sequence[int], logits_FR: Tensor, states_FD: Tensor) -> None:
-        """Extend these drafts after their frontiers.
-
-        Args:
-            sizes: Rows of each draft in `logits_FR` and `states_FD`, in order.
-        """
-        chains = []
-        first = 0
-        for draft, size in zip(drafts, sizes, strict=True):
-            if isinstance(draft, DraftTree):
-                draft.grow(logits_FR[first : first + size], states_FD[first : first + size])
-            else:
-                assert isinstance(draft, DraftChain)
-                chains.append((draft, first))
-            first += size
-        if not chains:
-            return
-        if len(chains) < len(logits_FR):
-            index_N = torch.tensor([row for _, row in chains]).to(logits_FR.device)
-            logits_FR, states_FD = logits_FR[index_N], states_FD[index_N]
-        grow_chains(
-            [chain for chain, _ in chains],
-            logits_FR,
-            states_FD,
-            ids=self._ids,
-            sampling=self._sampling,
-            greedy=self._greedy,
+        states_ND = self._rows(
+            states_BND, [(number, node) for number, size in enumerate(sizes) for node in range(size)]
         )
+        logits_NR = self._layer.head(states_ND)
+        self._report(sizes, context=context, fused=False, head=True, prefill=False, span=span)
+        return logits_NR, states_ND
 
     def _rows(self, states_BND: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
         """Return the rows at (sequence, node): a slice if they are consecutive, else with one copy of the index."""
@@ -249,5 +235,5 @@ class EagleProposer:
         )
 
 
-def _count(pieces: Sequence[Tensor]) -> int:
+def _num_rows(pieces: Sequence[Tensor]) -> int:
     return sum(len(piece) for piece in pieces)

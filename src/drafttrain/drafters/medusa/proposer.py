@@ -14,23 +14,12 @@ from torch import Tensor, nn
 from drafttrain.core.device_time import Span
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.generations import ForwardEvent
-from drafttrain.core.probability import draw_each, sampling_probs
-from drafttrain.core.proposals import (
-    Budget,
-    Context,
-    DraftStep,
-    More,
-    NodeKind,
-    Proposal,
-    Verdict,
-    chain,
-    fixed_chain,
-    fixed_tree,
-)
+from drafttrain.core.proposals import Budget, Context, DraftStep, More, Proposal, Verdict, fixed_tree
 from drafttrain.core.roles import ForwardListener
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Sampling
 from drafttrain.core.vocabulary import DraftVocabulary
+from drafttrain.drafters.chain_draft import ChainDraft
 from drafttrain.drafters.medusa.decoding import DecodingHeads
 from drafttrain.drafters.medusa.static_tree import Path, within
 
@@ -67,6 +56,7 @@ class MedusaProposer:
         self._heads = heads
         self._decoding = heads.decoding_heads()
         self._vocabulary = DraftVocabulary(heads.token_map, num_tokens=num_tokens)
+        self._draft = ChainDraft(self._vocabulary, heads.vocab_size, heads.draft)
         self._listener = listener
         self._contexts: list[Context] = []
         self._states: list[Tensor | None] = []
@@ -86,24 +76,19 @@ class MedusaProposer:
         more: Callable[[DraftStep], bool | More],
     ) -> list[Proposal]:
         """Return one chain or tree per sequence."""
+        # Before the first token of a text there is no state to draft from.
+        budgets = [
+            budget.within(0 if state is None else self._heads.num_heads)
+            for budget, state in zip(budgets, self._states, strict=True)
+        ]
         logits = self._logits(budgets)
-        made = []
-        for sequence, (context, budget) in enumerate(zip(self._contexts, budgets, strict=True)):
-            root = context.tokens[-1]
-            logits_by_head = logits.get(sequence, [])
-            depth = 0
-            for logits_R in logits_by_head:
-                answer = more(DraftStep(sequence, depth + 1, logits_R))
-                depth += bool(answer)
-                if answer is not True:
-                    break
-            if budget.width > 1:
-                made.append(self._tree(root, logits_by_head[:depth], budget))
-            else:
-                made.append(
-                    self._chain(root, logits_by_head[: min(depth, budget.nodes)], sampling, generators[sequence])
-                )
-        return made
+        if any(budget.width > 1 for budget in budgets):
+            return [
+                self._tree(sequence, logits.get(sequence, []), budget, more) for sequence, budget in enumerate(budgets)
+            ]
+        chains = self._draft.begin(self._contexts, budgets, sampling, generators, more)
+        chains.extend([torch.stack(logits[sequence]) for sequence in chains.growing])
+        return chains.proposals()
 
     def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
         """Store the state of the last accepted node: the target's token after it is the next root."""
@@ -116,11 +101,7 @@ class MedusaProposer:
 
     def _logits(self, budgets: Sequence[Budget]) -> dict[int, list[Tensor]]:
         """Return, by sequence that drafts, the logits of every head within its budget."""
-        depths = {
-            sequence: min(budget.depth, self._heads.num_heads)
-            for sequence, (budget, state) in enumerate(zip(budgets, self._states, strict=True))
-            if state is not None and budget.nodes
-        }
+        depths = {sequence: budget.depth for sequence, budget in enumerate(budgets) if budget.nodes}
         if not depths:
             return {}
         deepest = max(depths.values())
@@ -135,25 +116,15 @@ class MedusaProposer:
             self._listener(self._event(len(depths), deepest, span.end()))
         return found
 
-    def _chain(
-        self, root: int, logits_by_head: list[Tensor], sampling: Sampling, generator: torch.Generator
+    def _tree(
+        self, sequence: int, logits_by_head: list[Tensor], budget: Budget, more: Callable[[DraftStep], bool | More]
     ) -> Proposal:
-        if sampling.temperature == 0 or self._heads.draft == "greedy" or not logits_by_head:
-            return fixed_chain(
-                root, self._vocabulary.likeliest(torch.stack(logits_by_head)).tolist() if logits_by_head else []
-            )
-        probs_KR = sampling_probs(torch.stack(logits_by_head), sampling)
-        drawn = draw_each(probs_KR, [generator] * len(logits_by_head))
-        tokens = self._vocabulary.ids(drawn)
-        q_rows_KV = self._vocabulary.over_target(probs_KR, size=self._heads.vocab_size)
-        return chain([root, *tokens], kind=NodeKind.SAMPLED, q_rows_RV=q_rows_KV)
-
-    def _tree(self, root: int, logits_by_head: list[Tensor], budget: Budget) -> Proposal:
         if self._heads.paths is None:
             raise CheckpointError(
                 "these Medusa heads have no medusa_tree.json, so they draft chains only: use eval.length of kind fixed, "
                 "or heads that drafttrain exported"
             )
+        logits_by_head = logits_by_head[: _wanted(sequence, logits_by_head, more)]
         paths = within(self._heads.paths, nodes=budget.nodes, depth=len(logits_by_head), width=budget.width)
         guesses = (
             self._vocabulary.best(torch.stack(logits_by_head), count=min(budget.width, len(logits_by_head[0]))).tolist()
@@ -161,6 +132,7 @@ class MedusaProposer:
             else []
         )
         place: dict[Path, int] = {(): 0} | {path: number for number, path in enumerate(paths, start=1)}
+        root = self._contexts[sequence].tokens[-1]
         return fixed_tree(root, [(guesses[len(path) - 1][path[-1]], place[path[:-1]]) for path in paths])
 
     def _event(self, num_sequences: int, depth: int, span: Span) -> ForwardEvent:
@@ -174,6 +146,15 @@ class MedusaProposer:
             bytes_read=sum(w.numel() * w.element_size() for w in weights),
             span=span,
         )
+
+
+def _wanted(sequence: int, logits_by_head: Sequence[Tensor], more: Callable[[DraftStep], bool | More]) -> int:
+    """Return how many levels of a tree the length policy wants."""
+    for level, logits_R in enumerate(logits_by_head, start=1):
+        answer = more(DraftStep(sequence, level, logits_R))
+        if answer is not True:
+            return level if answer else level - 1
+    return len(logits_by_head)
 
 
 def _last(output: TargetOutput) -> Tensor | None:
