@@ -65,23 +65,25 @@ class DroppedDepths:
     ratio: float = 0.7
     least: float = 0.2
 
-    def sizes(self, count_L: Tensor, depth: int) -> Tensor:
-        """Return most_L, the most rows that documents of `count_L` rows have at a depth."""
-        if depth == 1:
-            return count_L
-        share = max(self.ratio ** (depth - 1), self.least)
-        return ((count_L - depth + 1).clamp_min(0).double() * share).long()
+    def most(self, rows: int, depth: int) -> int:
+        """Return the most rows that a document has at a depth.
+
+        Args:
+            rows: Its rows of depth 1.
+        """
+        return int(max(0, rows - depth + 1) * max(self.ratio ** (depth - 1), self.least))
 
     def chosen(self, trained: Mapping[int, Tensor], document_R: Tensor, seed_R: Tensor) -> ChosenRows:
         """Choose the rows. The draw of a row depends on its step, document and position only."""
         first, *further = sorted(trained)
         _, number_R = document_R.unique(return_inverse=True)
-        count_L = number_R[trained[first]].bincount(minlength=int(number_R.max()) + 1)
+        counts = number_R[trained[first]].bincount(minlength=int(number_R.max()) + 1).tolist()
         of_depth = {first: trained[first]}
         for depth in further:
             pool_C = (of_depth[depth - 1] & trained[depth]).nonzero()[:, 0]
             # The same numbers at every depth: the smallest of a pool are a uniform draw from it, and so are those of them.
-            kept_C = _drawn(number_R[pool_C], seed_R[pool_C], self.sizes(count_L, depth))
+            most_L = torch.tensor([self.most(rows, depth) for rows in counts], device=pool_C.device)
+            kept_C = _drawn(number_R[pool_C], seed_R[pool_C], most_L)
             of_depth[depth] = torch.zeros_like(trained[depth]).index_put((pool_C,), kept_C)
         return ChosenRows(of_depth, states="rows")
 
