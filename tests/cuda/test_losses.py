@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from drafttrain.losses import fused, losses
+from drafttrain.losses import head_products, losses
 from drafttrain.losses.align import align
 from drafttrain.losses.chunked import row_losses
 from drafttrain.losses.step import drafted_loss
@@ -59,7 +59,8 @@ def test_autocast_does_not_change_a_loss(name: str, chunk_rows: int | None, targ
         rows = align(drafted, batch, block_length=getattr(loss, "block_length", 1))
         # The states and the head are those of float32: only what the loss itself computes is under autocast.
         with torch.autocast("cuda", torch.bfloat16, enabled=enabled):
-            drafted = replace(drafted, head=in_float32(drafted.head))
+            scores_BT = drafted.states_BTD[1].float().mean(dim=-1)
+            drafted = replace(drafted, head=in_float32(drafted.head), confidence_BT={1: scores_BT})
             loss_N, _ = row_losses(loss, drafted, rows, batch, vocab_size=257, chunk_rows=chunk_rows)
         loss_N.sum().backward()
         loss.end_of_step()
@@ -85,7 +86,7 @@ def test_the_gradient_of_a_trained_head_is_added_up_in_float32(
     as_promised: bool, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that it does not matter in how many pieces; products that bfloat16 rounds before they are added differ."""
-    monkeypatch.setattr(fused, "ADDS_IN_FLOAT32", as_promised)
+    monkeypatch.setattr(head_products, "ADDS_IN_FLOAT32", as_promised)
     drafter = new_drafter("medusa", target)
     batch = with_target(target, drafter)
     found = []

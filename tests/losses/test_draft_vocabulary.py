@@ -134,6 +134,9 @@ def test_a_micro_batch_of_which_nothing_can_be_learned_still_has_a_backward_pass
     )
     assert len(loss_N) == 3
     loss_N.sum().backward()
+    if settings.kind == "confidence":  # of the prediction alone; the head has a gradient beside it in a sum
+        assert not drafter.table_VD.grad.any()
+        return
     assert drafter.head_DV.grad is not None
     assert not drafter.head_DV.grad.any()
 

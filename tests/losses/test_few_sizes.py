@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from drafttrain.core import few_sizes
-from drafttrain.losses import fused, losses
+from drafttrain.losses import head_products, losses
 from tests.losses.test_fused import SOME, assert_same, gradients
 
 
@@ -23,7 +23,7 @@ def test_a_size_is_at_most_a_sixteenth_larger_and_there_are_few():
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Round all numbers of rows up to a multiple of 7; return the rows of the head's products."""
     found: list[int] = []
-    linear = fused.linear
+    linear = head_products.linear
 
     def watched(rows: Any, *others: Any) -> Any:
         found.append(len(rows))
@@ -31,7 +31,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(few_sizes, "is_compiled_by_size", lambda *_: True)
     monkeypatch.setattr(few_sizes, "few_sizes", lambda count: -(-count // 7) * 7)
-    monkeypatch.setattr(fused, "linear", watched)
+    monkeypatch.setattr(head_products, "linear", watched)
     return found
 
 

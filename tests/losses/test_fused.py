@@ -7,6 +7,7 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import pytest
@@ -20,8 +21,14 @@ from drafttrain.core.loss_rows import LossRows
 from drafttrain.data_gen.packing import pack
 from drafttrain.losses import Loss, losses
 from drafttrain.losses.align import align
+from drafttrain.losses.block_acceptance import BlockAcceptanceSettings
+from drafttrain.losses.ce import CrossEntropySettings
 from drafttrain.losses.chunked import row_losses
+from drafttrain.losses.confidence import ConfidenceSettings
+from drafttrain.losses.head_products import RowGradients
 from drafttrain.losses.step import drafted_loss
+from drafttrain.losses.tvd import TVDSettings
+from drafttrain.losses.weighted_sum import Term, WeightedSumSettings
 from drafttrain.target_model.logits import head_logits, head_of
 from tests.conftest import random_llama
 from tests.losses.test_losses import EVERY, FloatTarget, ToyTarget, V, index, records, rows
@@ -56,6 +63,12 @@ def tvdpp(log_p: Tensor, log_q: Tensor) -> Tensor:
     return -(q * advantage * log_q).sum(-1)
 
 
+def confidence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    predicted = (log_q[:, 0] - log_q[:, 1]).sigmoid()
+    rate = overlap(log_p, log_q).detach()
+    return -rate * predicted.log() - (1 - rate) * (1 - predicted).log()
+
+
 PLAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "forward_kl": kl,
     "reverse_kl": lambda log_p, log_q: kl(log_q, log_p),
@@ -65,6 +78,7 @@ PLAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "neg_log_acceptance": lambda log_p, log_q: -overlap(log_p, log_q).log(),
     "lk_hybrid": hybrid,
     "tvdpp": tvdpp,
+    "confidence": confidence,
 }
 
 
@@ -84,6 +98,7 @@ def test_values_and_gradients_are_those_of_autograd_on_the_plain_formula(name, e
     if equal:  # the first rows meet the target exactly, where a minimum has two answers
         with torch.no_grad():
             given.drafter_logits_NV[:4] = given.target_logits_NV[:4]
+        given = replace(given, confidence_N=given.drafter_logits_NV[:, 0] - given.drafter_logits_NV[:, 1])
     if equal and name == "tvdpp":
         pytest.skip("its reward is p > q, which rounding decides where both are equal")
     loss = losses.build(losses.entry(name).settings())
@@ -125,7 +140,9 @@ def test_a_row_is_free_once_its_loss_is():
 class Model(nn.Module):
     """A drafter of tables: three depths, a norm before the output matrix, a bias, a soft cap behind it."""
 
-    def __init__(self, *, vocabulary: Tensor | None, dtype: torch.dtype = torch.float64, depths: int = 3) -> None:
+    def __init__(
+        self, *, vocabulary: Tensor | None, dtype: torch.dtype = torch.float64, depths: int = 3, added: bool = False
+    ) -> None:
         super().__init__()
         torch.manual_seed(8)
         self.vocabulary = vocabulary
@@ -133,6 +150,8 @@ class Model(nn.Module):
         self.tables = nn.ParameterList(torch.randn(V, WIDTH) for _ in range(depths))
         self.norm = nn.RMSNorm(WIDTH)
         self.linears = nn.ModuleList(nn.Linear(WIDTH, columns) for _ in range(2))
+        self.predicts = nn.Linear(WIDTH, 1)
+        self.added = nn.Linear(2, columns, bias=False) if added else None
         self.to(dtype)
 
     def linear(self, depth: int) -> nn.Module:
@@ -140,8 +159,21 @@ class Model(nn.Module):
 
     def forward(self, batch: DraftBatch) -> DraftOutput:
         states = {depth: table[batch.tokens_BT] for depth, table in enumerate(self.tables, start=1)}
-        head = LinearHead(self.linear, before=self.norm, after=lambda logits: 3 * torch.tanh(2 * logits / 3))
-        return DraftOutput(states, head, lag=1, depth_weights={1: 1.0, 2: 0.5, 3: 0.25}, vocabulary=self.vocabulary)
+        scores = {depth: self.predicts(state)[..., 0] for depth, state in states.items()}
+        if self.added is not None:
+            states = {depth: torch.cat([state, state[..., 1:3].tanh()], dim=-1) for depth, state in states.items()}
+        return DraftOutput(
+            states,
+            LinearHead(self.linear, before=self.norm, after=self.after, added=self.added),
+            lag=1,
+            depth_weights={1: 1.0, 2: 0.5, 3: 0.25},
+            vocabulary=self.vocabulary,
+            confidence_BT=scores,
+        )
+
+    @staticmethod
+    def after(logits: Tensor) -> Tensor:
+        return 3 * torch.tanh(2 * logits / 3)
 
 
 def gradients(
@@ -184,12 +216,44 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], **tolerance: f
 @pytest.mark.parametrize("vocabulary", [None, SOME], ids=["whole", "some"])
 def test_fused_losses_are_the_plain_ones(settings, vocabulary, frozen):
     """Of every loss: total, rows, acceptance, and the gradients of states, matrices, biases and the norm, in any pieces."""
+    if settings.kind == "confidence":
+        pytest.skip("it trains no logits; the sum of the paper, below, contains it")
     given = {"vocabulary": vocabulary, "frozen": frozen}
     plain = gradients(settings, fused=False, **given)
     assert plain["norm.weight"].abs().max() > 0
     assert (plain["linears.0.weight"] is None) == frozen
     for chunk in (None, 3):
         assert_same(gradients(settings, fused=True, chunk=chunk, **given), plain, rtol=1e-9, atol=1e-11)
+
+
+PAPER = WeightedSumSettings(
+    terms=[
+        Term(loss=CrossEntropySettings(), weight=0.1),
+        Term(loss=TVDSettings(), weight=1.8),
+        Term(loss=ConfidenceSettings()),
+    ]
+)
+
+
+@pytest.mark.parametrize("capped", [True, False])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("settings", [PAPER, BlockAcceptanceSettings()], ids=["paper", "block"])
+def test_a_second_matrix_adds_to_the_logits_after_the_cap(settings, frozen, capped, monkeypatch):
+    """As a Markov head adds its bias: values, and the gradients of both matrices, of states and of the prediction."""
+    if not capped:
+        monkeypatch.setattr(Model, "after", None)
+    given = {"vocabulary": None, "frozen": frozen, "added": True}
+    plain = gradients(settings, fused=False, **given)
+    assert plain["added.weight"].abs().max() > 0
+    for chunk in (None, 3):
+        assert_same(gradients(settings, fused=True, chunk=chunk, **given), plain, rtol=1e-9, atol=1e-11)
+    model = Model(vocabulary=None, added=True)
+    state_14 = torch.randn(1, WIDTH, dtype=torch.float64)
+    extra_12 = torch.randn(1, 2, dtype=torch.float64)
+    head = model(pack(records(), width=12, weight_of_step=1.0)[0]).head
+    own = model.linear(1)(model.norm(state_14))
+    wanted = (Model.after(own) if capped else own) + extra_12 @ model.added.weight.t()
+    torch.testing.assert_close(head(torch.cat([state_14, extra_12], dim=1), 1), wanted)
 
 
 @pytest.mark.parametrize("kind", ["block_acceptance", "d_pace", "tvdpp"])
@@ -204,8 +268,8 @@ def test_control_a_gradient_through_a_frozen_head_without_the_factors_of_its_row
         held, self._unscaled = self._unscaled, []
         original(self)
         self._unscaled = held
-        for part, entering, derivatives_nD in held:
-            self._pull_states(part, entering, sum(derivatives_nD.values()))
+        for _, entering, gradients in held:
+            self._products.pull_rows(entering, reduce(RowGradients.plus, gradients.values()))
 
     monkeypatch.setattr(fused._Work, "combine", forgetful)
     with pytest.raises(AssertionError):
@@ -236,7 +300,7 @@ def test_under_autocast_fused_losses_multiply_in_bfloat16_as_plain_ones_do(setti
     fused = gradients(settings, fused=True, vocabulary=SOME, mixed=True, dtype=torch.float32)
     torch.testing.assert_close(fused["loss_N"], plain["loss_N"])
     for name, value in fused.items():
-        if value is not None:
+        if value is not None and plain[name] is not None:
             assert value.dtype == torch.float32
             assert (value - plain[name]).norm() <= 0.04 * plain[name].norm(), name
 

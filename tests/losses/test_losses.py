@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.batches import DraftBatch, DraftOutput
+from drafttrain.core.errors import CheckpointError
 from drafttrain.core.linear_head import LinearHead
 from drafttrain.core.loss_rows import LossRows
 from drafttrain.core.probability import acceptance_rate
@@ -59,7 +60,13 @@ def rows(*, count: int = 5, seed: int = 0, dtype: torch.dtype = torch.float64) -
     generator = torch.Generator().manual_seed(seed)
     drafter = torch.randn(count, V, generator=generator, dtype=dtype, requires_grad=True)
     target = 2 * torch.randn(count, V, generator=generator, dtype=dtype)
-    return LossRows(drafter, target, torch.arange(count) % V, seed_N=torch.arange(count) * 64 + 1)
+    return LossRows(
+        drafter,
+        target,
+        torch.arange(count) % V,
+        seed_N=torch.arange(count) * 64 + 1,
+        confidence_N=drafter[:, 0] - drafter[:, 1],
+    )
 
 
 def index(count: int = 5, step: int = 0) -> RowIndex:
@@ -197,6 +204,28 @@ def test_block_acceptance_is_the_expected_length_and_its_gradient_the_products()
     torch.testing.assert_close(loss.combine({"acceptance": a[order]}, shuffled), expected.expand(3))
 
 
+def test_the_confidence_is_trained_towards_the_acceptance_rate_which_has_no_gradient():
+    given = rows(count=4)
+    score_N = torch.tensor([-1.0, 0.0, 2.0, 0.5], dtype=torch.float64, requires_grad=True)
+    with_score = LossRows(given.drafter_logits_NV, given.target_logits_NV, given.tokens_N, confidence_N=score_N)
+    loss_N = value("confidence", with_score)
+    c_N, a_N = score_N.sigmoid(), given.acceptance_N.detach()
+    torch.testing.assert_close(loss_N, -a_N * c_N.log() - (1 - a_N) * (1 - c_N).log(), rtol=1e-12, atol=0)
+    (of_score_N,) = torch.autograd.grad(loss_N.sum(), score_N)
+    torch.testing.assert_close(of_score_N, c_N - a_N, rtol=0, atol=1e-12)
+    assert not loss_N.grad_fn or all(
+        found is None
+        for found in torch.autograd.grad(
+            value("confidence", with_score).sum(), given.drafter_logits_NV, allow_unused=True
+        )
+    )
+    # The control: with a live acceptance rate the drafter would be trained to be predictable.
+    live_N = -given.acceptance_N * c_N.log() - (1 - given.acceptance_N) * (1 - c_N).log()
+    assert gradient(live_N, given).abs().max() > 1e-2
+    with pytest.raises(CheckpointError, match="this drafter has none"):
+        value("confidence", LossRows(given.drafter_logits_NV, given.target_logits_NV, given.tokens_N))
+
+
 def test_a_sum_cuts_its_blocks_once():
     def blocks(*lengths: int) -> WeightedSumSettings:
         return WeightedSumSettings(terms=[Term(loss=BlockAcceptanceSettings(block_length=n)) for n in lengths])
@@ -246,7 +275,18 @@ class Toy(torch.nn.Module):
         self.head_DV = torch.nn.Parameter(torch.randn(4, V, generator=generator, dtype=torch.float64))
 
     def forward(self, batch: DraftBatch) -> DraftOutput:
-        return DraftOutput({1: self.table_VD[batch.tokens_BT]}, self.head, lag=0, vocabulary=self.vocabulary)
+        states_BTD = self.table_VD[batch.tokens_BT]
+        return DraftOutput(
+            {1: states_BTD},
+            self.split_head,
+            lag=0,
+            vocabulary=self.vocabulary,
+            confidence_BT={1: states_BTD.sum(dim=-1)},
+        )
+
+    @property
+    def split_head(self) -> Any:
+        return self.head
 
     def head(self, states_ND: Tensor, depth: int) -> Tensor:
         head_DR = self.head_DV if self.vocabulary is None else self.head_DV[:, self.vocabulary]
@@ -263,9 +303,9 @@ class ToyOfParts(Toy):
         with torch.no_grad():
             self.linear.weight.copy_(head_DR.t())
 
-    def forward(self, batch: DraftBatch) -> DraftOutput:
-        head = LinearHead(lambda _: self.linear)
-        return DraftOutput({1: self.table_VD[batch.tokens_BT]}, head, lag=0, vocabulary=self.vocabulary)
+    @property
+    def split_head(self) -> Any:
+        return LinearHead(lambda _: self.linear)
 
 
 class ToyTarget:
@@ -363,7 +403,8 @@ def test_losses_are_computed_in_float32_whatever_autocast_does(settings):
     logits_BTV = (
         3 * torch.randn(*batch.tokens_BT.shape, V, generator=torch.Generator().manual_seed(6))
     ).requires_grad_()
-    drafted = DraftOutput({1: logits_BTV}, lambda states_ND, _: states_ND, lag=0)
+    scores = {1: logits_BTV.mean(dim=-1)}
+    drafted = DraftOutput({1: logits_BTV}, lambda states_ND, _: states_ND, lag=0, confidence_BT=scores)
     made = []
     for mixed in (False, True):
         loss = losses.build(settings)
@@ -371,7 +412,7 @@ def test_losses_are_computed_in_float32_whatever_autocast_does(settings):
             aligned = align(drafted, batch, block_length=getattr(loss, "block_length", 1))
             loss_N, _ = row_losses(loss, drafted, aligned, batch, vocab_size=V)
         assert loss_N.dtype == torch.float32
-        made.append((loss_N.detach(), torch.autograd.grad(loss_N.sum(), logits_BTV)[0]))
+        made.append((loss_N.detach(), torch.autograd.grad(loss_N.sum(), logits_BTV, retain_graph=True)[0]))
     assert torch.equal(made[0][0], made[1][0])
     assert torch.equal(made[0][1], made[1][1])
 

@@ -135,6 +135,8 @@ class DraftOutput:
     vocabulary: Tensor | None = None
     """The target's id of each of the drafter's tokens, ascending; None: the vocabularies are the same."""
     beside: Beside | None = None
+    confidence_BT: Mapping[int, Tensor] = field(default_factory=dict)
+    """For each depth, the logit of the predicted chance that the token drafted from each state is accepted; empty: no prediction."""
     choice: RowChoice | None = None
     """The rows that are trained; None: all."""
 

@@ -1,8 +1,8 @@
-"""A head in parts: the layers before its output matrix, the matrix, and the architecture's scale or soft cap.
+"""A head in parts: the layers before its output matrix, the matrix, the architecture's scale or soft cap, and a second matrix.
 
 A loss that knows the parts computes their gradients while a few rows of logits exist, and never needs the logits of all rows.
 
-N = rows, V = vocabulary, D = hidden
+N = rows, V = vocabulary, D = hidden, r = columns of the second matrix
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ class LinearHead:
         linear: Returns the `nn.Linear` of a depth.
         before: The layers that the states pass through first.
         after: Elementwise scale or soft cap of the logits.
+        added: A layer without bias for the last columns of the states, whose product is added to the logits at the end.
     """
 
     def __init__(
@@ -30,10 +31,12 @@ class LinearHead:
         *,
         before: nn.Module | None = None,
         after: Callable[[Tensor], Tensor] | None = None,
+        added: nn.Linear | None = None,
     ) -> None:
         self.linear = linear
         self.before = before
         self.after = after
+        self.added = added
 
     def __call__(self, states_ND: Tensor, depth: int) -> Tensor:
         """Return logits_NV on the device of the states, even if the matrix is on another device.
@@ -41,21 +44,34 @@ class LinearHead:
         A frozen matrix multiplies in its own type, as the target's head does when the target reads and decodes.
         """
         linear = self.linear(depth)
-        entering_ND = self.entering(states_ND).to(linear.weight.device, linear.weight.dtype)
+        own_ND, added_Nr = self.split(states_ND)
+        entering_ND = self.entering(own_ND).to(linear.weight.device, linear.weight.dtype)
         with no_autocast_if_frozen(linear.weight):
             logits_NV: Tensor = linear(entering_ND).to(states_ND.device)
-        return logits_NV if self.after is None else self.after(logits_NV)
+        logits_NV = logits_NV if self.after is None else self.after(logits_NV)
+        return logits_NV if self.added is None else logits_NV + self.added(added_Nr)
+
+    def split(self, states_ND: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the columns of (the output matrix, the added one)."""
+        if self.added is None:
+            return states_ND, None
+        own_ND, added_Nr = states_ND.tensor_split([states_ND.shape[-1] - self.added.in_features], dim=-1)
+        return own_ND, added_Nr
 
     def entering(self, states_ND: Tensor) -> Tensor:
         """Return the input of the matrix."""
         entering_ND: Tensor = states_ND if self.before is None else self.before(states_ND)
         return entering_ND
 
-    def parameters(self, depth: int) -> list[Tensor]:
-        """Return all weights of a depth: the matrix, its bias, then those of the layers before it."""
+    def matrices(self, depth: int) -> list[Tensor]:
+        """Return the weights that make logits of a depth: the matrix, its bias, the added matrix."""
         linear = self.linear(depth)
         own = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
-        return own + ([] if self.before is None else list(self.before.parameters()))
+        return own if self.added is None else [*own, self.added.weight]
+
+    def parameters(self, depth: int) -> list[Tensor]:
+        """Return all weights of a depth, those of the layers before the matrix last."""
+        return self.matrices(depth) + ([] if self.before is None else list(self.before.parameters()))
 
 
 def no_autocast_if_frozen(weight: Tensor) -> AbstractContextManager[object]:

@@ -29,6 +29,8 @@ class LossRows:
     """The label: the token that the data has there; -1 where the drafter's vocabulary lacks it."""
     seed_N: Tensor | None = None
     """A number of the row, the same in every micro-batch, for losses that draw random numbers."""
+    confidence_N: Tensor | None = None
+    """The drafter's prediction whether its token is accepted, a logit; None: it predicts none."""
     target_is_normalised: bool = False
     """`target_logits_NV` are log-probabilities, float32 or wider."""
 

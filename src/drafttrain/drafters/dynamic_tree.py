@@ -5,6 +5,8 @@ M = nodes of the frontier, V = vocabulary
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -45,11 +47,23 @@ class DynamicTree:
         best = log_q_MV.topk(width, dim=-1)
         # One read of the device for both; float64 holds scores and ids exactly.
         scores, tokens = torch.stack([best.values.double(), best.indices.double()]).tolist()
-        first = len(self.tokens)
+        self.add_level(tokens, scores, expand)
+
+    def add_level(
+        self, tokens: Sequence[Sequence[float]], scores: Sequence[Sequence[float]], expand: list[bool] | None = None
+    ) -> None:
+        """Add the children of the frontier, which are known on the host.
+
+        Args:
+            tokens: Of each frontier node, its likeliest children, best first.
+            scores: Their log-probabilities.
+            expand: Which frontier nodes get children; None: all.
+        """
+        first, width = len(self.tokens), self.budget.width
         for row, node in enumerate(self.frontier):
             if expand is not None and not expand[row]:
                 continue
-            for token, log_q in zip(tokens[row], scores[row], strict=True):
+            for token, log_q in zip(tokens[row][:width], scores[row], strict=False):
                 self.tokens.append(int(token))
                 self.parents.append(node)
                 self._scores.append(self._scores[node] + log_q)

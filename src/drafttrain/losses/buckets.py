@@ -39,6 +39,7 @@ def in_buckets(rows: LossRows, named: NamedRows) -> LossRows:
         target_logits_NV=torch.cat([log_p_NK, tail_p_N[:, None]], dim=1),
         tokens_N=labels_N,
         seed_N=rows.seed_N,
+        confidence_N=rows.confidence_N,
     )
 
 

@@ -78,13 +78,17 @@ def row_losses(
                     untrained.append(run(drafted, depth))
                 continue
             states_ND = drafted.states_BTD[part.depth].flatten(0, 1)[rows.drafter_N[part.rows]]
+            scores_BT = drafted.confidence_BT.get(part.depth)
+            scores_N = None if scores_BT is None else scores_BT.flatten()[rows.drafter_N[part.rows]]
             # A copy: the log-probabilities that the backward pass computes again are not stored.
-            arguments = (states_ND, part, target and replace(target), drafted, values)
+            arguments = (states_ND, scores_N, part, target and replace(target), drafted, values)
             made = checkpoint(_of_states, *arguments, use_reentrant=False) if again else _of_states(*arguments)
             learnable_N = values.learnable(part, target)
             found[part.rows.start] = made if learnable_N is None else made | {LEARNABLE: learnable_N}
+    # Whatever the loss reads, each rank runs the same backward pass.
+    untrained += [0.0 * scores_BT.float().sum() for scores_BT in drafted.confidence_BT.values()]
     if not spread:
-        untrained = [connected_zero(drafted, depth) for depth, rows_there in rows.counts.items() if not rows_there]
+        untrained += [connected_zero(drafted, depth) for depth, rows_there in rows.counts.items() if not rows_there]
     if not found:
         return torch.stack(untrained)[:0], None
     names = next(iter(found.values()))
@@ -95,7 +99,12 @@ def row_losses(
 
 
 def _of_states(
-    states_ND: Tensor, part: Part, target: TargetPiece | None, drafted: DraftOutput, values: RowValues
+    states_ND: Tensor,
+    scores_N: Tensor | None,
+    part: Part,
+    target: TargetPiece | None,
+    drafted: DraftOutput,
+    values: RowValues,
 ) -> dict[str, Tensor]:
     """Return the named values of a part's rows. Their logits exist only inside this function."""
-    return values.of(part, target, drafted.head(states_ND, part.depth)[:, : values.vocab_size])
+    return values.of(part, target, drafted.head(states_ND, part.depth)[:, : values.vocab_size], scores_N)

@@ -222,13 +222,19 @@ class RowValues:
         assert target.learnable_U is not None
         return self._at(part, target, target.learnable_U)
 
-    def of(self, part: Part, target: TargetPiece | None, drafter_logits_NR: Tensor) -> dict[str, Tensor]:
+    def of(
+        self,
+        part: Part,
+        target: TargetPiece | None,
+        drafter_logits_NR: Tensor,
+        confidence_N: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Return the named values of some rows, with their acceptance rate where it is measured.
 
         Losses are computed without autocast, which would sum products of probabilities in bfloat16.
         """
         with torch.autocast(drafter_logits_NR.device.type, enabled=False):
-            rows, named = self._loss_rows(part, target, drafter_logits_NR)
+            rows, named = self._loss_rows(part, target, drafter_logits_NR, confidence_N)
             values = dict(self.loss.per_row(rows))
             if self._target is not None and self.measured:
                 with torch.no_grad():
@@ -254,7 +260,7 @@ class RowValues:
         return loss_N if self.rows.scale_N is None else loss_N * self.rows.scale_N
 
     def _loss_rows(
-        self, part: Part, target: TargetPiece | None, drafter_logits_NR: Tensor
+        self, part: Part, target: TargetPiece | None, drafter_logits_NR: Tensor, confidence_N: Tensor | None
     ) -> tuple[LossRows, NamedRows | None]:
         rows = self.rows
         log_p_NR = self._at(part, target, target.log_p_UR) if target is not None and self.reads_target else None
@@ -263,6 +269,7 @@ class RowValues:
             target_logits_NV=log_p_NR,
             tokens_N=self.labels_N[part.rows],
             seed_N=rows.seed_N[part.rows],
+            confidence_N=confidence_N,
             target_is_normalised=True,
         )
         if not self._named:

@@ -36,10 +36,13 @@ class ContextCache:
         for layer, (keys_SGNd, values_SGNd) in zip(self._layers, context, strict=True):
             layer.commit(keys_SGNd, values_SGNd, sizes)
 
-    def attend(self, num_slots: int, *, causal: bool, device: torch.device) -> list[Attend]:
-        """Return, by layer, how the slots of a block attend: to the context and to each other."""
-        allowed_SBC = self._allowed(num_slots, causal=causal)
-        allowed_SBC = None if allowed_SBC is None else allowed_SBC.to(device)
+    def attend(self, lengths_S: Tensor, num_slots: int, *, causal: bool) -> list[Attend]:
+        """Return, by layer, how the slots of a block attend: to the context and to each other.
+
+        Args:
+            lengths_S: `lengths`, on the device.
+        """
+        allowed_SBC = self._allowed(lengths_S, num_slots, causal=causal)
 
         def of(layer: EagleCache) -> Attend:
             def attended(query_SHBd: Tensor, key_SGBd: Tensor, value_SGBd: Tensor) -> Tensor:
@@ -51,17 +54,16 @@ class ContextCache:
 
         return [of(layer) for layer in self._layers]
 
-    def _allowed(self, num_slots: int, *, causal: bool) -> Tensor | None:
+    def _allowed(self, lengths_S: Tensor, num_slots: int, *, causal: bool) -> Tensor | None:
         """Return allowed_SBC; None: every slot attends to all columns."""
         first = self._layers[0]
         if first.is_full and not causal:
             return None
-        context_SBC = first.committed_before([length - 1 for length in first.lengths], width=1).expand(
-            -1, num_slots, -1
-        )
-        own_BB = torch.ones(num_slots, num_slots, dtype=torch.bool)
+        context_SC = torch.arange(first.width, device=lengths_S.device) < lengths_S[:, None]
+        own_BB = torch.ones(num_slots, num_slots, dtype=torch.bool, device=lengths_S.device)
         own_BB = own_BB.tril() if causal else own_BB
-        return torch.cat([context_SBC, own_BB.expand(len(first.lengths), -1, -1)], dim=-1)
+        parts = (context_SC[:, None].expand(-1, num_slots, -1), own_BB.expand(len(lengths_S), -1, -1))
+        return torch.cat(parts, dim=-1)
 
     def select(self, sequences: Sequence[int]) -> None:
         """Keep only these sequences, in this order."""

@@ -23,7 +23,7 @@ from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.drafters.chain_draft import ChainDraft, Chains
 from drafttrain.drafters.dflash.cache import ContextCache
 from drafttrain.drafters.dflash.layer import Attend
-from drafttrain.drafters.eagle.drafts import DraftTree
+from drafttrain.drafters.dflash.trees import slot_trees
 from drafttrain.drafters.few_rows import Product
 
 
@@ -139,7 +139,8 @@ class BlockProposer:
         states_SKD = self._block_states()[:, : max(budget.depth for budget in budgets)]
         self._report(num_read, blocks=len(budgets), span=span)
         if any(budget.width > 1 for budget in budgets):
-            return self._trees(states_SKD, budgets, more)
+            logits_SKR = self._vocabulary.logits(self._head(states_SKD))
+            return slot_trees(self._contexts, budgets, logits_SKR, states_SKD, vocabulary=self._vocabulary, more=more)
         self.extend(chains, states_SKD)
         return chains.proposals()
 
@@ -175,9 +176,10 @@ class BlockProposer:
             return 0
         some = next(piece for pieces in self._unread for piece in pieces)
         rows = [torch.cat(pieces) if pieces else some[:0] for pieces in self._unread]
-        starts = torch.tensor(self._cache.lengths)[:, None] + torch.arange(max(sizes))
         features_SNF = pad_sequence(rows, batch_first=True)
-        self._cache.append(self._model.context(features_SNF, starts.to(self._device)), sizes)
+        starts_S = torch.tensor(self._cache.lengths).to(self._device)
+        positions_SN = starts_S[:, None] + torch.arange(max(sizes), device=self._device)
+        self._cache.append(self._model.context(features_SNF, positions_SN), sizes)
         self._unread = [[] for _ in self._unread]
         return sum(sizes)
 
@@ -187,25 +189,8 @@ class BlockProposer:
         assert lengths == [len(context.tokens) - 1 for context in self._contexts], "the context ends before the root"
         # One copy to the device for both.
         roots_S, positions_S = torch.tensor([[one.tokens[-1] for one in self._contexts], lengths]).to(self._device)
-        attend = self._cache.attend(self._model.block_size, causal=self._model.causal, device=self._device)
+        attend = self._cache.attend(positions_S, self._model.block_size, causal=self._model.causal)
         return self._model.predicting(self._model.block_states(roots_S, positions_S, attend))
-
-    def _trees(
-        self, states_SKD: Tensor, budgets: Sequence[Budget], more: Callable[[DraftStep], bool | More]
-    ) -> list[Proposal]:
-        logits_SKR = self._head(states_SKD)
-        made = []
-        for number, (context, budget) in enumerate(zip(self._contexts, budgets, strict=True)):
-            tree = DraftTree(
-                context.tokens[-1], budget, sequence=number, vocabulary_R=self._vocabulary.ids_R.cpu(), more=more
-            )
-            for place in range(budget.depth if budget.nodes else 0):
-                # All nodes of a level have the same distribution.
-                width = len(tree.frontier) if place else 1
-                if width:
-                    tree.grow(logits_SKR[number, place].expand(width, -1), states_SKD[number, place].expand(width, -1))
-            made.append(tree.proposal())
-        return made
 
     def _store_features(self, seen: Sequence[TargetOutput], sizes: Sequence[int]) -> None:
         """Append the features of the first `size` tokens of every sequence to the unread ones."""

@@ -117,7 +117,8 @@ class EagleProposer:
             for number, (root, budget) in enumerate(zip(roots, budgets, strict=True))
             if budget.nodes
         }
-        growing, frontiers = list(trees), []
+        growing = list(trees)
+        frontiers: list[list[DraftNode]] = []
         while growing:
             logits_FR, states_FD = self._read_next(growing, frontiers)
             # Before the first level the row of the root is all there is.

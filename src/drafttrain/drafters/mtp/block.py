@@ -36,12 +36,13 @@ def block_config(target: Target) -> dict[str, Any]:
     config = target.model.config.get_text_config()
     if reason := _unsupported(config):
         raise CheckpointError(f"drafter.kind mtp: {target.name}: {reason}")
-    fields = layer_config(target, num_heads=None, num_kv_heads=None, intermediate_size=None)
+    whole = layer_config(target, num_heads=None, num_kv_heads=None, intermediate_size=None) | {"model_type": "mtp"}
+    # No engine reads this file, so the older forms of `rope_parameters` are not needed.
+    fields = {name: value for name, value in whole.items() if name not in ("rope_theta", "rope_scaling")}
     attention = getattr(blocks(target.model)[-1], "self_attn", None)
     if has_latent_attention(config):
-        return fields | {"model_type": "mtp", "qkv_bias": False, "qk_norm": False, "latent": latent_fields(target.model)}
+        return fields | {"qkv_bias": False, "qk_norm": False, "latent": latent_fields(target.model)}
     return fields | {
-        "model_type": "mtp",
         "qkv_bias": getattr(getattr(attention, "q_proj", None), "bias", None) is not None,
         "qk_norm": getattr(attention, "q_norm", None) is not None,
     }

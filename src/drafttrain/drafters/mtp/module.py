@@ -27,7 +27,7 @@ from drafttrain.drafters.eagle.layer import Norm, compute_dtype
 from drafttrain.drafters.eagle.target_parts import TargetParts
 from drafttrain.drafters.mtp.block import Block, block_config, block_shapes, new_block
 from drafttrain.drafters.mtp.files import read_layer
-from drafttrain.drafters.mtp.layouts import BLOCK, LAYOUTS, layout_in, layout_named
+from drafttrain.drafters.mtp.layouts import BLOCK, LAYOUTS, Layout, layout_in, layout_named
 from drafttrain.drafters.warm_start import CHECKPOINT_HELP, checkpoint_folder, settings_fixed_by_checkpoint
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import blocks
@@ -125,18 +125,13 @@ class MtpDrafter(EagleDrafter):
         own = {name: getattr(settings, name) for name in OWN}
         if settings.checkpoint is not None:
             return cls.load(checkpoint_folder(settings.checkpoint, target, kind=cls.kind), target).trained_as(own)
-        config = block_config(target)
-        files = None if settings.init == "random" else target_files(target)
-        if files is None:
-            name = settings.layout or "deepseek"
-        else:
-            name = layout_in(files.names(), len(blocks(target.model)), where=str(files.folder)).name
-        layout = layout_named(name, settings.engine)
-        config |= {"layout": name, **{field: getattr(layout, field) for field in RUN_AS}, "drafttrain": own}
-        drafter = cls(config, target)
-        if files is not None:
-            tensors = read_layer(files, layout, len(blocks(target.model)))
-            load_named(drafter, tensors, where=str(files.folder))
+        if settings.init == "random":
+            layout = layout_named(settings.layout or "deepseek", settings.engine)
+            return cls(new_config(target, layout, own=own), target)
+        files, num_blocks = target_files(target), len(blocks(target.model))
+        layout = layout_named(layout_in(files.names(), num_blocks, where=str(files.folder)).name, settings.engine)
+        drafter = cls(new_config(target, layout, own=own), target)
+        load_named(drafter, read_layer(files, layout, num_blocks), where=str(files.folder))
         return drafter
 
     def needs(self) -> TargetNeeds:
@@ -234,6 +229,16 @@ class MtpDrafter(EagleDrafter):
         drafter = cls(config, target)
         load_weights(folder, drafter, dtype=dtype or "float32")
         return drafter.eval().to(target.device)
+
+
+def new_config(target: Target, layout: Layout, *, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return config.json of a layer for this target.
+
+    Raises:
+        CheckpointError: The target's blocks are of a kind that is not supported.
+    """
+    run_as = {field: getattr(layout, field) for field in RUN_AS}
+    return {**block_config(target), "layout": layout.name, **run_as, "drafttrain": dict(own)}
 
 
 def target_files(target: Target) -> TensorFiles:
