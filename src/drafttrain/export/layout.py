@@ -210,6 +210,12 @@ def _eagle3_problems(files: DrafterFiles) -> list[str]:
     """Return the problems of the taps and of the map from the drafter's vocabulary to the target's."""
     taps = list(files.config["eagle_aux_hidden_state_layer_ids"] or ())
     found = []
+    number = files.config.get(eagle3.NUM_TAPS)
+    if number != len(taps) and (number is not None or len(taps) != 3):
+        found.append(
+            f"config.json: {eagle3.NUM_TAPS} is {shown(number)}, must be {len(taps)}, the number of taps: loaders make fc for it, "
+            "or for three if it is missing"
+        )
     if any(type(tap) is not int for tap in taps):
         return [f"config.json: eagle_aux_hidden_state_layer_ids must be a list of whole numbers, got {shown(taps)}"]
     if taps != sorted(set(taps)):

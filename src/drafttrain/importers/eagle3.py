@@ -14,8 +14,9 @@ from torch import Tensor
 
 from drafttrain.checkpoint import ABOUT
 from drafttrain.core.errors import CheckpointError
+from drafttrain.core.printable import shown
 from drafttrain.drafters.draft_vocabulary import vocabulary_problems
-from drafttrain.drafters.eagle.eagle3 import Eagle3Settings, taps_of
+from drafttrain.drafters.eagle.eagle3 import NUM_TAPS, Eagle3Settings, taps_of
 from drafttrain.environments.known import VLLM_RELEASE as VLLM
 from drafttrain.export.drafter_files import DrafterFiles
 from drafttrain.export.layout import LAYOUTS
@@ -30,7 +31,7 @@ ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
 OURS, THEIRS = "midlayer.", "layers.0."
 TAPS, NESTED = "eagle_aux_hidden_state_layer_ids", "eagle_config"
 VARIANTS = ("norm_before_fc", "fc_norm", "norm_output", "norm_before_residual")
-OWN = ("draft_vocab_size", "target_hidden_size", "tie_word_embeddings", TAPS, NESTED, *VARIANTS)
+OWN = ("draft_vocab_size", "target_hidden_size", "tie_word_embeddings", TAPS, NUM_TAPS, NESTED, *VARIANTS)
 NESTED_ONLY: dict[str, bool | int] = {
     "use_aux_hidden_state": True,
     "use_input_layernorm_in_first_layer": True,
@@ -134,7 +135,17 @@ def eagle3_files(given: Given, target: TargetFiles, *, taps: list[int]) -> Impor
     fields, found, notes = layer_fields(given.config, target)
     if not fields:
         return Imported(DrafterFiles("eagle3", {}, {}), found, notes)
-    config = {"architectures": [ARCHITECTURES[0]], **fields, **_own_fields(given, found), TAPS: taps}
+    config = {
+        "architectures": [ARCHITECTURES[0]],
+        **fields,
+        **_own_fields(given, found),
+        TAPS: taps,
+        NUM_TAPS: len(taps),
+    }
+    if given.config.get(NUM_TAPS) not in (None, len(taps)):
+        found.append(
+            f"config.json: {NUM_TAPS} is {shown(given.config[NUM_TAPS])}, but the states of {len(taps)} blocks are read: {taps}"
+        )
     given, wrong, dropped = without_copies(given, {"embed_tokens.weight": target.embedding}, target)
     given, angles = without_angles(given, fields)
     given, mapped, more = _with_map(given, config)
@@ -180,7 +191,7 @@ def taps_read(config: Mapping[str, Any], target: TargetFiles) -> tuple[list[int]
         return (
             taps,
             [
-                f"config.json: {key}: taps {taps}, as states entering blocks, must be three different numbers of "
+                f"config.json: {key}: taps {taps}, as states entering blocks, must be one or more different numbers of "
                 f"0..{num_layers - 1} in rising order for the target {target.name}"
             ],
             notes,

@@ -57,7 +57,6 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "is_causal": ((True,), "the attention would look ahead"),
     "logit_scale": ((1,), "the drafter's logits would be scaled"),
     "use_aux_norm": ((False,), "it is SGLang's older name of fc_norm: use fc_norm"),
-    "num_aux_hidden_states": ((3,), "another number of the target's states would be read"),
     "quantization_config": (({},), "quantized weights are not supported"),
     "compression_config": (({},), "quantized weights are not supported"),
 }

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from drafttrain.drafters.eagle.eagle3 import NUM_TAPS
 from drafttrain.environments.known import VLLM_RELEASE as VLLM
 from drafttrain.export.drafter_files import DrafterFiles
 from drafttrain.export.speculators import VERSION
@@ -64,7 +65,7 @@ class SpeculatorsImporter(Importer):
             return Imported(DrafterFiles("eagle3", {}, {}), found)
         # This field describes the verifier; the drafter's own is on the first level.
         layer = {key: value for key, value in layer.items() if key != "tie_word_embeddings"}
-        wrong, more = layer_problems(layer, own=(), prefix=f"{LAYER}.")
+        wrong, more = layer_problems(layer, own=(NUM_TAPS,), prefix=f"{LAYER}.")
         found, notes = [*found, *wrong], [*notes, *more]
         if layer.get("model_type") not in (None, "llama"):
             effect = HEAD_NORMS if layer["model_type"] == "qwen3" else "the layer would be that model's"

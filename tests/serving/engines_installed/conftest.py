@@ -28,6 +28,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+def value_of(text: str) -> bool | int | list[int]:
+    """Return the value of a setting that is written after its name."""
+    if not text:
+        return True
+    numbers = [int(word) for word in text.split(",") if word]
+    return numbers if "," in text else numbers[0]
+
+
 @pytest.fixture(scope="module")
 def target() -> Target:
     return Target.load(TargetSettings(model=TARGET))
@@ -53,7 +61,7 @@ def plain(engine, job) -> Sequence[DecodedPrompt]:
 def learned(target, prompts, tmp_path_factory):
     """A function that returns the folder of a drafter that has learned half of the texts by heart.
 
-    Its argument is a kind, then settings: `name` for true, `name=number`.
+    Its argument is a kind, then settings: `name` for true, `name=number`, `name=number,number` for a list.
     """
     made: dict[str, Path] = {}
 
@@ -61,7 +69,7 @@ def learned(target, prompts, tmp_path_factory):
         if words not in made:
             kind, *variants = words.split()
             given = (variant.partition("=") for variant in variants)
-            settings = SETTINGS[kind] | {name: int(value) if value else True for name, _, value in given}
+            settings = SETTINGS[kind] | {name: value_of(text) for name, _, text in given}
             drafter = folders.drafter_of(kind, target, scale=0.05, **settings)
             learn(drafter, target, prompts[: len(prompts) // 2], steps=STEPS, new_tokens=NEW_TOKENS, lr=3e-3)
             # A path without the words that vLLM takes for a method.

@@ -1,6 +1,6 @@
-"""EAGLE-3: one decoder layer over the target's states at three depths, trained on its own rollouts.
+"""EAGLE-3 and 3.1: one decoder layer over the target's states at several depths, trained on its own rollouts.
 
-B = sequences, T = positions, V = the target's vocabulary, R = the drafter's, D = hidden, F = 3 D, N = rows
+B = sequences, T = positions, V = the target's vocabulary, R = the drafter's, D = hidden, F = D for each tap, N = rows
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from drafttrain.drafters.warm_start import CHECKPOINT_HELP, checkpoint_folder, s
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import blocks
 
-NUM_TAPS = 3
+NUM_TAPS = "num_aux_hidden_states"
+"""The field of config.json from which engines take the number of tapped states. Without it they assume three."""
 
 FIXED_BY_CHECKPOINT = (
     *("taps", "draft_vocab_size", "num_heads", "num_kv_heads", "intermediate_size"),
@@ -48,8 +49,8 @@ class FusionSettings:
     checkpoint: str | None = setting(None, help=CHECKPOINT_HELP)
     taps: list[int] | None = setting(
         None,
-        help="Three blocks of 0..layers - 1, in rising order, whose input states are read; null: an early, the middle and a "
-        "late one.",
+        help="Blocks of 0..layers - 1, any number, in rising order, whose input states are read; null: an early, the middle and "
+        "a late one.",
         ge=0,
     )
     draft_vocab_size: int | None = setting(None, help=SIZE_HELP, ge=1)
@@ -59,7 +60,7 @@ class FusionSettings:
     head_init: Literal["target", "random"] = setting(
         "target", help="Initial head and final norm: the target's (the head's rows of the draft vocabulary), or random."
     )
-    norm_before_fc: bool = setting(False, help="Apply one norm to the three concatenated states before fc.")
+    norm_before_fc: bool = setting(False, help="Apply one norm to the concatenated states before fc.")
     fc_norm: bool = setting(False, help="Apply a norm to each tapped state before fc (EAGLE-3.1).")
     norm_before_residual: bool = setting(
         False, help="The residual stream starts from the normed fused state, not from the fused state."
@@ -69,8 +70,8 @@ class FusionSettings:
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
         problems = settings_fixed_by_checkpoint(self, self.fixed)
-        if self.taps is not None and (len(self.taps) != NUM_TAPS or sorted(set(self.taps)) != self.taps):
-            problems.append(f"taps: three different blocks in rising order are needed, got {self.taps}")
+        if self.taps is not None and (not self.taps or sorted(set(self.taps)) != self.taps):
+            problems.append(f"taps: must be one or more different blocks in rising order, got {self.taps}")
         if self.num_heads and self.num_kv_heads and self.num_heads % self.num_kv_heads:
             problems.append(f"num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}")
         return problems
@@ -135,8 +136,8 @@ class Eagle3Drafter(EagleDrafter):
         self._parts = parts
         self._keeps_vocabulary = False
         layer, width, eps = llama_config(config), config["hidden_size"], config["rms_norm_eps"]
-        self.input_norm = Norm(NUM_TAPS * width, eps=eps) if config.get("norm_before_fc") else None
-        self.fc = nn.Linear(NUM_TAPS * width, width, bias=False)
+        self.input_norm = Norm(len(self.taps) * width, eps=eps) if config.get("norm_before_fc") else None
+        self.fc = nn.Linear(len(self.taps) * width, width, bias=False)
         self.midlayer = MidLayer(layer)
         self.norm = Norm(width, eps=eps)
         self.lm_head = nn.Linear(width, config["draft_vocab_size"], bias=False)
@@ -187,7 +188,7 @@ class Eagle3Drafter(EagleDrafter):
         self.norm.weight.copy_(self._parts.final_gain())
 
     def needs(self) -> TargetNeeds:
-        """Return the three taps."""
+        """Return the tapped states."""
         return TargetNeeds(hidden=self.taps)
 
     def forward(self, batch: DraftBatch) -> DraftOutput:
@@ -232,7 +233,7 @@ class Eagle3Drafter(EagleDrafter):
         if self.input_norm is not None:
             features_BTF = self.input_norm(features_BTF)
         if self.fc_norm is not None:
-            pieces = features_BTF.chunk(NUM_TAPS, dim=-1)
+            pieces = features_BTF.chunk(len(self.taps), dim=-1)
             features_BTF = torch.cat([norm(piece) for norm, piece in zip(self.fc_norm, pieces, strict=True)], dim=-1)
         hidden_BTD: Tensor = self.fc(features_BTF)
         return hidden_BTD
@@ -289,6 +290,7 @@ class Eagle3Drafter(EagleDrafter):
 
 def fusion_config(settings: FusionSettings, target: Target) -> dict[str, Any]:
     """Return the fields of config.json of a new drafter with one layer. Width and unset sizes are the target's."""
+    taps = taps_of(len(blocks(target.model)), settings.taps)
     return {
         "architectures": ["LlamaForCausalLMEagle3"],
         **layer_config(
@@ -299,7 +301,8 @@ def fusion_config(settings: FusionSettings, target: Target) -> dict[str, Any]:
         ),
         "draft_vocab_size": size_for(target, settings.draft_vocab_size),
         "target_hidden_size": int(target.model.config.get_text_config().hidden_size),
-        "eagle_aux_hidden_state_layer_ids": taps_of(len(blocks(target.model)), settings.taps),
+        "eagle_aux_hidden_state_layer_ids": taps,
+        NUM_TAPS: len(taps),
         "norm_before_fc": settings.norm_before_fc,
         "fc_norm": settings.fc_norm,
         "norm_before_residual": settings.norm_before_residual,
@@ -307,25 +310,26 @@ def fusion_config(settings: FusionSettings, target: Target) -> dict[str, Any]:
 
 
 def taps_of(num_layers: int, given: Sequence[int] | None = None) -> list[int]:
-    """Return the three blocks whose input states are read: those given, or an early, the middle and a late one.
+    """Return the blocks whose input states are read: those given, or an early, the middle and a late one.
 
     With ten layers or more the defaults are EAGLE-3's: 2, half, and three before the end.
 
     Raises:
-        CheckpointError: The target has too few layers, or the taps are out of range or not in rising order.
+        CheckpointError: The taps are none, out of range or not in rising order, or the target has too few layers for the defaults.
     """
-    if num_layers < NUM_TAPS:
-        raise CheckpointError(
-            f"drafter.kind eagle3 needs a target of at least {NUM_TAPS} layers, this one has {num_layers}"
-        )
     if given is not None:
         taps = list(given)
-        if len(taps) != NUM_TAPS or sorted(set(taps)) != taps or not 0 <= taps[0] <= taps[-1] < num_layers:
+        if not taps or sorted(set(taps)) != taps or not 0 <= taps[0] <= taps[-1] < num_layers:
             raise CheckpointError(
-                f"drafter.taps must be three different blocks in rising order, of 0..{num_layers - 1} for this target "
+                f"drafter.taps must be one or more different blocks in rising order, of 0..{num_layers - 1} for this target "
                 f"({num_layers} layers), got {taps}"
             )
         return taps
+    if num_layers < 3:
+        raise CheckpointError(
+            f"drafter.kind eagle3 taps three blocks unless drafter.taps names others, and this target has {num_layers} layers: "
+            "set drafter.taps"
+        )
     if num_layers >= 10:
         return [2, num_layers // 2, num_layers - 3]
-    return [int(num_layers > NUM_TAPS), num_layers // 2, num_layers - 1]
+    return [int(num_layers > 3), num_layers // 2, num_layers - 1]
