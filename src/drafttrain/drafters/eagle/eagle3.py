@@ -5,7 +5,7 @@ B = sequences, T = positions, V = the target's vocabulary, R = the drafter's, D 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -79,7 +79,7 @@ class FusionSettings:
 
 @dataclass
 class Eagle3Settings(FusionSettings):
-    """One layer over the target's hidden states of three depths, trained on its own rollouts (EAGLE-3)."""
+    """One layer over the target's hidden states of several depths, trained on its own rollouts (EAGLE-3)."""
 
     num_steps: int = setting(5, help="Draft tokens rolled out at every position in training.", ge=1)
     step_decay: float = setting(0.8, help="Factor on the loss from one of these steps to the next.", gt=0, le=1)
@@ -269,10 +269,17 @@ class Eagle3Drafter(EagleDrafter):
         return weight_bytes(*fusion), weight_bytes(self.midlayer), head, self._parts.embedding_row_bytes
 
     @classmethod
+    def field_problems(cls, config: Mapping[str, Any]) -> list[str]:
+        """Return one line for every wrong field of config.json that a kind has beyond EAGLE-3's."""
+        return []
+
+    @classmethod
     def load(cls, folder: Path, target: Target, dtype: Any = None) -> Self:
         """Read the folder that `save` wrote; refuse a target with other sizes."""
         defaults = cls.settings_class()
         config = read_config(folder, target, own={name: getattr(defaults, name) for name in cls.own_names})
+        if problems := cls.field_problems(config):
+            raise CheckpointError("\n  ".join([f"{folder}: this drafter cannot be loaded", *problems]))
         config |= {
             "eagle_aux_hidden_state_layer_ids": taps_of(
                 len(blocks(target.model)), config.get("eagle_aux_hidden_state_layer_ids")

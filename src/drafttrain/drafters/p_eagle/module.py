@@ -6,7 +6,7 @@ F = width of the target features, R = the drafter's vocabulary, G = key-value he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar, Self, cast
@@ -27,7 +27,7 @@ from drafttrain.drafters.eagle.layer import EagleLayer, compute_dtype
 from drafttrain.drafters.eagle.layer_config import llama_config
 from drafttrain.drafters.eagle.target_parts import TargetParts
 from drafttrain.drafters.p_eagle.proposer import PEagleProposer
-from drafttrain.drafters.p_eagle.settings import OWN, PEagleSettings
+from drafttrain.drafters.p_eagle.settings import OWN, PEagleSettings, field_problems
 from drafttrain.drafters.p_eagle.slots import MaskSlots
 from drafttrain.drafters.p_eagle.stack import DeepLayer, Entered, mask_slots, real_rows, run_layer
 from drafttrain.losses.align import chosen_rows
@@ -77,6 +77,11 @@ class PEagleDrafter(Eagle3Drafter):
             "num_hidden_layers": settings.num_layers,
             "mask_token_id": mask_token_of(target, settings.mask_token_id),
         }
+
+    @classmethod
+    def field_problems(cls, config: Mapping[str, Any]) -> list[str]:
+        """Return one line for a wrong number of layers, or a wrong mask token."""
+        return field_problems(config)
 
     @property
     def num_depths(self) -> int:

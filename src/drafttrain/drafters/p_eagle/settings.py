@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+from drafttrain.core.printable import shown
 from drafttrain.core.settings import setting
 from drafttrain.drafters.eagle.eagle3 import FIXED_BY_CHECKPOINT, FusionSettings
 
@@ -15,6 +17,17 @@ OWN = ("num_depths", "depth_ratio", "depth_least", "head_init", "draft")
 def own_defaults() -> dict[str, Any]:
     """Return the defaults of the settings that are stored in the drafter folder."""
     return {name: getattr(PEagleSettings(), name) for name in OWN}
+
+
+def field_problems(config: Mapping[str, Any]) -> list[str]:
+    """Return one line for every wrong field of config.json that P-EAGLE has beyond EAGLE-3's."""
+    found = []
+    layers, mask, size = (config.get(key) for key in ("num_hidden_layers", "mask_token_id", "vocab_size"))
+    if type(layers) is not int or not 1 <= layers <= 4096:
+        found.append(f"config.json: num_hidden_layers must be a whole number of 1..4096, got {shown(layers)}")
+    if type(mask) is not int or mask < 0 or (type(size) is int and mask >= size):
+        found.append(f"config.json: mask_token_id must be an id of the target's vocabulary ({size}), got {shown(mask)}")
+    return found
 
 
 @dataclass
