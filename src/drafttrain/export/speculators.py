@@ -1,4 +1,4 @@
-"""Export in the `speculators` format: EAGLE-3 with the name and embedding of its target, which `vllm serve FOLDER` serves unchanged.
+"""Export in the `speculators` format: EAGLE-3 and P-EAGLE with the name and embedding of the target. `vllm serve FOLDER` serves them.
 
 Written after the source of speculators 0.9.0, which loads it, and of vLLM 0.32.0, which reads the format.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from drafttrain.environments.known import VLLM_RELEASE
 from drafttrain.export import FOLDER, Exporter, exporters
 from drafttrain.export.drafter_files import DrafterFiles
 from drafttrain.export.folder import read_config
@@ -30,13 +31,18 @@ OWN_KEYS = (
 )
 """Fields of the drafter; the others describe its layer."""
 
+ARCHITECTURES = {"eagle3": "Eagle3DraftModel", "p_eagle": "PEagleSpeculator"}
+DRAFT_LENGTH = {"eagle3": "num_steps", "p_eagle": "num_depths"}
+"""The setting of training that tells how many tokens to draft."""
+
+MASK = "mask_token_id"
 EMBEDDING = "embed_tokens.weight"
 VERSION = "0.9.0"
 
 
 @dataclass
 class SpeculatorsFormat:
-    """EAGLE-3 as the speculators library writes it."""
+    """EAGLE-3 and P-EAGLE as the speculators library writes them."""
 
 
 @exporters.register("speculators", SpeculatorsFormat)
@@ -48,7 +54,7 @@ class SpeculatorsExporter(Exporter):
     memory if it is missing.
     """
 
-    reads: ClassVar[Mapping[str, str]] = {"eagle3": "eagle3"}
+    reads: ClassVar[Mapping[str, str]] = {"eagle3": "eagle3", "p_eagle": "peagle"}
     readers = "vLLM, speculators"
 
     def refusals(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
@@ -57,6 +63,11 @@ class SpeculatorsExporter(Exporter):
         if source.config.get("norm_before_fc") and source.config.get("fc_norm"):
             found.append(
                 f"config.json: norm_before_fc and fc_norm are both true: speculators {VERSION} accepts only one of them"
+            )
+        if source.kind == "p_eagle" and source.config.get("fc_norm"):
+            found.append(
+                f"config.json: fc_norm is true: vLLM {VLLM_RELEASE} drops the fc_norm of P-EAGLE in this format and drafts worse; in its "
+                "own format it reads it (--to vllm)"
             )
         folder = target_config.get(FOLDER)
         if folder is None or embedding_of(Path(folder)) is None:
@@ -67,29 +78,30 @@ class SpeculatorsExporter(Exporter):
 
     def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
         """Return the tensors under this format's names with the target's embedding, and the fields on two levels."""
-        given = source.config
+        given, kind = source.config, self.reads[source.kind]
         layer = {
             key: value
             for key, value in given.items()
-            if key not in (*OWN_KEYS, "architectures", "dtype") and not key.startswith("drafttrain")
+            if key not in (*OWN_KEYS, MASK, "architectures", "dtype") and not key.startswith("drafttrain")
         }
         config = {
-            "architectures": ["Eagle3DraftModel"],
-            "speculators_model_type": "eagle3",
+            "architectures": [ARCHITECTURES[source.kind]],
+            "speculators_model_type": kind,
             "speculators_version": VERSION,
             **{key: given.get(key) for key in OWN_KEYS},
             **{key: bool(given.get(key)) for key in OWN_KEYS if "norm" in key},
+            **({MASK: given[MASK]} if MASK in given else {}),
             "tie_word_embeddings": False,
             "dtype": given.get("dtype", "float32"),
             "transformer_layer_config": layer,
             "speculators_config": {
-                "algorithm": "eagle3",
+                "algorithm": kind,
                 "default_proposal_method": "greedy",
                 "proposal_methods": [
                     {
                         "proposal_type": "greedy",
                         # vLLM drafts this many tokens unless its command line gives another number.
-                        "speculative_tokens": given["drafttrain"]["num_steps"],
+                        "speculative_tokens": given["drafttrain"][DRAFT_LENGTH[source.kind]],
                         "verifier_accept_k": 1,
                         "accept_tolerance": 0.0,
                     }
