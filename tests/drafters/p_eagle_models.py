@@ -41,21 +41,15 @@ def plain_logits(drafter: Any, target: Target, tokens: list[int], row: int, *, s
     embedded = [drafter.embed(torch.tensor([[tokens[t + 1] if ahead == 0 else MASK]]))[0, 0] for t, ahead in slots]
     positions = [t + shift * ahead for t, ahead in slots]
     entered = [drafter.entering(e.view(1, 1, -1), h.view(1, 1, -1)) for e, h in zip(embedded, hidden, strict=True)]
-    for number in range(drafter.config["num_hidden_layers"]):
-        layer = drafter.midlayer if number == 0 else drafter.layers[str(number)]
-        if number:
-            entered = [(layer.input_layernorm(state), state) for state in stream]
+    layers = [drafter.midlayer, *drafter.layers.values()]
+    for number, layer in enumerate(layers, start=1):
         made = [
             layer.project(inputs, torch.tensor([[position]]))
             for (inputs, _), position in zip(entered, positions, strict=True)
         ]
         stream = []
         for own, ((t, ahead), (query, _, _), (_, residual)) in enumerate(zip(slots, made, entered, strict=True)):
-            allowed = [
-                other
-                for other, (j, e) in enumerate(slots)
-                if (e == 0 and j <= t) or (j == t and e <= ahead)
-            ]
+            allowed = [other for other, (j, e) in enumerate(slots) if (e == 0 and j <= t) or (j == t and e <= ahead)]
             assert own in allowed
             keys = torch.cat([made[other][1] for other in allowed], dim=2)
             values = torch.cat([made[other][2] for other in allowed], dim=2)
@@ -65,5 +59,7 @@ def plain_logits(drafter: Any, target: Target, tokens: list[int], row: int, *, s
                 scores = keys[0, head // shared] @ query[0, head, 0] / math.sqrt(query.shape[-1])
                 heads.append(scores.softmax(0) @ values[0, head // shared])
             stream.append(layer.finish(torch.stack(heads)[None, :, None], residual))
+        if number < len(layers):
+            entered = [(layers[number].input_layernorm(state), state) for state in stream]
     states_KD = torch.cat(stream[row:])[:, 0]
     return drafter.head(states_KD, 1)

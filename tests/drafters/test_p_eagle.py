@@ -244,7 +244,7 @@ def test_the_products_are_those_of_the_modules(target):
     entry = sum(
         module.weight.numel()
         for name, module in drafter.named_modules()
-        if name == "fc" or name.startswith("midlayer.self_attn.") and name[-6] in "qkv"
+        if name == "fc" or (name.startswith("midlayer.self_attn.") and name[-6] in "qkv")
     )
     of_head = [drafter.lm_head.weight.numel() * rows for rows in (26, 17 + 11 + 7)]
     matrices = sum(products[i].multiplications for i in (0, 1, 4))

@@ -179,6 +179,8 @@ def _p_eagle_shapes(config: Mapping[str, Any]) -> Shapes:
             **_layer_shapes(config, prefix=prefix, input_size=width),
             f"{prefix}input_layernorm.weight": (width,),
         }
+    if config.get(p_eagle.OWN_EMBEDDING):
+        shapes["embed_tokens.weight"] = (config["vocab_size"], width)
     return shapes | {"mask_hidden": (1, 1, shapes["fc.weight"][1])}
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from drafttrain.drafters.p_eagle.settings import OWN_EMBEDDING
 from drafttrain.environments.known import VLLM_RELEASE
 from drafttrain.export import FOLDER, Exporter, exporters
 from drafttrain.export.drafter_files import DrafterFiles
@@ -35,7 +36,9 @@ ARCHITECTURES = {"eagle3": "Eagle3DraftModel", "p_eagle": "PEagleSpeculator"}
 DRAFT_LENGTH = {"eagle3": "num_steps", "p_eagle": "num_depths"}
 """The setting of training that tells how many tokens to draft."""
 
-MASK = "mask_token_id"
+P_EAGLE_KEYS = ("mask_token_id", OWN_EMBEDDING)
+"""Fields that P-EAGLE has besides."""
+
 EMBEDDING = "embed_tokens.weight"
 VERSION = "0.9.0"
 
@@ -70,6 +73,8 @@ class SpeculatorsExporter(Exporter):
                 "own format it reads it (--to vllm)"
             )
         folder = target_config.get(FOLDER)
+        if EMBEDDING in source.tensors:
+            return found
         if folder is None or embedding_of(Path(folder)) is None:
             found.append(
                 f"{EMBEDDING}: must be written, but the target in {folder} has no embedding under a known name"
@@ -82,7 +87,7 @@ class SpeculatorsExporter(Exporter):
         layer = {
             key: value
             for key, value in given.items()
-            if key not in (*OWN_KEYS, MASK, "architectures", "dtype") and not key.startswith("drafttrain")
+            if key not in (*OWN_KEYS, *P_EAGLE_KEYS, "architectures", "dtype") and not key.startswith("drafttrain")
         }
         config = {
             "architectures": [ARCHITECTURES[source.kind]],
@@ -90,7 +95,7 @@ class SpeculatorsExporter(Exporter):
             "speculators_version": VERSION,
             **{key: given.get(key) for key in OWN_KEYS},
             **{key: bool(given.get(key)) for key in OWN_KEYS if "norm" in key},
-            **({MASK: given[MASK]} if MASK in given else {}),
+            **{key: given[key] for key in P_EAGLE_KEYS if key in given},
             "tie_word_embeddings": False,
             "dtype": given.get("dtype", "float32"),
             "transformer_layer_config": layer,
@@ -113,9 +118,10 @@ class SpeculatorsExporter(Exporter):
             },
         }
         tensors = {name.replace(THERE, HERE): tensor for name, tensor in source.tensors.items()}
-        embedding_VD = embedding_of(Path(target_config[FOLDER]))
-        assert embedding_VD is not None, "refusals() checks it"
-        tensors[EMBEDDING] = embedding_VD.to(source.tensors["fc.weight"].dtype)
+        if EMBEDDING not in tensors:
+            embedding_VD = embedding_of(Path(target_config[FOLDER]))
+            assert embedding_VD is not None, "refusals() checks it"
+            tensors[EMBEDDING] = embedding_VD.to(source.tensors["fc.weight"].dtype)
         return replace(source, config=config, tensors=tensors)
 
     def problems(self, files: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
@@ -133,7 +139,8 @@ class SpeculatorsExporter(Exporter):
             found.append(f"{EMBEDDING}: missing: speculators computes with uninitialized memory instead")
         elif list(files.tensors[EMBEDDING].shape) != shape:
             found.append(f"{EMBEDDING}: shape {list(files.tensors[EMBEDDING].shape)}, must be {shape}")
-        official = {name.replace(HERE, THERE): tensor for name, tensor in files.tensors.items() if name != EMBEDDING}
+        kept = files.tensors.keys() - ({EMBEDDING} if not files.config.get(OWN_EMBEDDING) else set())
+        official = {name.replace(HERE, THERE): files.tensors[name] for name in kept}
         same = layout_problems(replace(files, config=flat, tensors=official), target_config)
         return found + [line.replace(THERE, HERE) for line in same]
 

@@ -161,7 +161,7 @@ class Eagle3Drafter(EagleDrafter):
             made._keeps_vocabulary = True
             return made
         drafter = cls({**cls.new_config(settings, target), "drafttrain": own}, TargetParts(target))
-        drafter._start_head()
+        drafter.start_weights()
         return drafter
 
     @classmethod
@@ -176,6 +176,10 @@ class Eagle3Drafter(EagleDrafter):
         ids_R = most_frequent(label_counts(), size=len(self.d2t), vocab_size=len(self.t2d))
         self.d2t.copy_(ids_R - torch.arange(len(ids_R)))
         self.t2d.zero_()[ids_R] = True
+        self._start_head()
+
+    def start_weights(self) -> None:
+        """Copy what training starts from."""
         self._start_head()
 
     @torch.no_grad()

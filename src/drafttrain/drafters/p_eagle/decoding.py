@@ -7,6 +7,7 @@ cache, D = hidden, X = input width of a layer's projections
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Protocol
 
 import torch
@@ -25,6 +26,11 @@ class PEagleModel(EagleModel, Protocol):
     @property
     def each_layer(self) -> list[EagleLayer]:
         """The layers, in order."""
+        ...
+
+    @property
+    def deep_layers(self) -> list[DeepLayer]:
+        """The layers after the first."""
         ...
 
     @property
@@ -47,7 +53,8 @@ class DecodingPEagle:
         self.head: Callable[[Tensor], Tensor] = model.decoding_head()
         self._model = model
         self._device = device
-        self._layers = [(layer.decoding(), _entering(layer)) for layer in model.each_layer]
+        self._layers = [layer.decoding() for layer in model.each_layer]
+        self._deep = model.deep_layers
         self._mask: Entered = model.mask_entering(device)
         self._caches: list[EagleCache] = []
 
@@ -94,8 +101,7 @@ class DecodingPEagle:
         entered = self._entered(tokens_BP[:, :width], positions_BP[:, :width], features_BNF, num_masks)
         last = max(map(max, positions))
         allowed_BPC: Tensor | None = None
-        for number, ((layer, entering), cache) in enumerate(zip(self._layers, self._caches, strict=True)):
-            entered = entering(stream_BPD) if number else entered
+        for number, (layer, following, cache) in enumerate(zip_longest(self._layers, self._deep, self._caches)):
             query, key, value = layer.project(entered[0], positions_BP, last=last)
             columns = cache.commit(key[:, :, :width], value[:, :, :width], sizes)
             if num_masks:
@@ -104,6 +110,8 @@ class DecodingPEagle:
             if not number:
                 allowed_BPC = self._allowed(starts, width=width, num_masks=num_masks)
             stream_BPD = layer.finish(attend(query, *columns, allowed_BPC), entered[1])
+            if following is not None:
+                entered = following.entering(stream_BPD)
         return stream_BPD
 
     def _entered(self, tokens_BN: Tensor, positions_BN: Tensor, features_BNF: Tensor, num_masks: int) -> Entered:
@@ -129,9 +137,3 @@ class DecodingPEagle:
             masks_BSC = torch.cat([text_BSC, own_SS.expand(len(starts), -1, -1)], dim=-1)
             real_BNC = torch.cat([torch.nn.functional.pad(real_BNC, (0, num_masks)), masks_BSC], dim=1)
         return real_BNC.to(self._device)
-
-
-def _entering(layer: EagleLayer) -> Callable[[Tensor], Entered]:
-    """Return how the stream enters a layer after the first."""
-    return layer.entering if isinstance(layer, DeepLayer) else lambda stream_BPD: (stream_BPD, stream_BPD)
-

@@ -7,8 +7,7 @@ F = width of the target features, R = the drafter's vocabulary, G = key-value he
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -27,7 +26,7 @@ from drafttrain.drafters.eagle.layer import EagleLayer, compute_dtype
 from drafttrain.drafters.eagle.layer_config import llama_config
 from drafttrain.drafters.eagle.target_parts import TargetParts
 from drafttrain.drafters.p_eagle.proposer import PEagleProposer
-from drafttrain.drafters.p_eagle.settings import OWN, PEagleSettings, field_problems
+from drafttrain.drafters.p_eagle.settings import OWN, OWN_EMBEDDING, PEagleSettings, field_problems
 from drafttrain.drafters.p_eagle.slots import MaskSlots
 from drafttrain.drafters.p_eagle.stack import DeepLayer, Entered, mask_slots, real_rows, run_layer
 from drafttrain.losses.align import chosen_rows
@@ -64,6 +63,8 @@ class PEagleDrafter(Eagle3Drafter):
         sizes = llama_config(config)
         # Named as engines name them; the first layer is `midlayer`.
         self.layers = nn.ModuleDict({str(i): DeepLayer(sizes) for i in range(1, config["num_hidden_layers"])})
+        own = config.get(OWN_EMBEDDING)
+        self.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"]) if own else None
         self.mask_hidden = nn.Parameter(torch.randn(1, 1, self.fc.in_features), requires_grad=self.num_depths > 1)
         self.mask_token_id: int = config["mask_token_id"]
         self._recomputes_layers = False
@@ -76,7 +77,24 @@ class PEagleDrafter(Eagle3Drafter):
             "norm_output": False,
             "num_hidden_layers": settings.num_layers,
             "mask_token_id": mask_token_of(target, settings.mask_token_id),
+            OWN_EMBEDDING: settings.train_embedding,
         }
+
+    def start_weights(self) -> None:
+        """Copy the target's head, its final norm and, for an own embedding, its embedding."""
+        super().start_weights()
+        if self.embed_tokens is not None:
+            # As the target computes it: some scale their rows.
+            weight_VD = self.embed_tokens.weight
+            every_1V = torch.arange(len(weight_VD), device=weight_VD.device)[None]
+            weight_VD.data.copy_(super().embed(every_1V)[0])
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """Return embedded_BTD."""
+        if self.embed_tokens is None:
+            return super().embed(tokens_BT)
+        embedded_BTD: Tensor = self.embed_tokens(tokens_BT)
+        return embedded_BTD.to(compute_dtype(self.fc.weight))
 
     @classmethod
     def field_problems(cls, config: Mapping[str, Any]) -> list[str]:
@@ -96,7 +114,12 @@ class PEagleDrafter(Eagle3Drafter):
     @property
     def each_layer(self) -> list[EagleLayer]:
         """The layers, in order."""
-        return [self.midlayer, *cast("list[DeepLayer]", list(self.layers.values()))]
+        return [self.midlayer, *self.deep_layers]
+
+    @property
+    def deep_layers(self) -> list[DeepLayer]:
+        """The layers after the first."""
+        return cast("list[DeepLayer]", list(self.layers.values()))
 
     def rows_asked(self) -> list[RowsAsked]:
         """Return the rows of depth 1, and fewer of each further depth."""
@@ -156,20 +179,22 @@ class PEagleDrafter(Eagle3Drafter):
         entered = self.entering(self.embed_at(ahead_1N, positions_1N), self.fused(features_1NF))
         attend = real_rows(documents)
         context: list[KeysAndValues] = []
-        for layer in self.each_layer:
-            entered = layer.entering(stream_1ND) if isinstance(layer, DeepLayer) else entered
+        for layer, following in zip_longest(self.each_layer, self.deep_layers):
             stream_1ND, *states = run_layer(layer, entered, positions_1N, attend, recompute=self._recomputes_layers)
             context.append((states[0], states[1]))
+            if following is not None:
+                entered = following.entering(stream_1ND)
         return stream_1ND[0], context
 
     def _mask_slots(self, batch: DraftBatch, slots: MaskSlots, context: Sequence[KeysAndValues]) -> Tensor:
         """Return stream_MD of mask slots after the last layer."""
         positions_1M = (slots.rows.at(batch.positions_BT) + slots.ahead_M)[None]
         entered = self.mask_entering(batch.tokens_BT.device)
-        for layer, of_layer in zip(self.each_layer, context, strict=True):
-            entered = layer.entering(stream_1MD) if isinstance(layer, DeepLayer) else entered
+        for layer, following, of_layer in zip_longest(self.each_layer, self.deep_layers, context):
             attend = mask_slots(slots, *of_layer)
             stream_1MD, *_ = run_layer(layer, entered, positions_1M, attend, recompute=self._recomputes_layers)
+            if following is not None:
+                entered = following.entering(stream_1MD)
         return stream_1MD[0]
 
     def mask_entering(self, device: torch.device) -> Entered:
@@ -233,6 +258,8 @@ class PEagleDrafter(Eagle3Drafter):
     def weight_bytes(self) -> tuple[int, int, int, int]:
         """Return the bytes of (the fusion, the layers, the head with its norm, one embedding row)."""
         fusion, _, head, row = super().weight_bytes()
+        if self.embed_tokens is not None:
+            row = self.embed_tokens.weight.shape[1] * self.embed_tokens.weight.element_size()
         return fusion, weight_bytes(*self.each_layer), head, row
 
 

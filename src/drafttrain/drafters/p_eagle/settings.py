@@ -13,6 +13,9 @@ from drafttrain.drafters.eagle.eagle3 import FIXED_BY_CHECKPOINT, FusionSettings
 OWN = ("num_depths", "depth_ratio", "depth_least", "head_init", "draft")
 """Settings that are stored in the drafter folder."""
 
+OWN_EMBEDDING = "embed_requires_grad"
+"""The field of config.json that tells that the drafter has an embedding of its own, named as in speculators."""
+
 
 def own_defaults() -> dict[str, Any]:
     """Return the defaults of the settings that are stored in the drafter folder."""
@@ -27,6 +30,8 @@ def field_problems(config: Mapping[str, Any]) -> list[str]:
         found.append(f"config.json: num_hidden_layers must be a whole number of 1..4096, got {shown(layers)}")
     if type(mask) is not int or mask < 0 or (type(size) is int and mask >= size):
         found.append(f"config.json: mask_token_id must be an id of the target's vocabulary ({size}), got {shown(mask)}")
+    if type(config.get(OWN_EMBEDDING, False)) is not bool:
+        found.append(f"config.json: {OWN_EMBEDDING} must be true or false, got {shown(config[OWN_EMBEDDING])}")
     return found
 
 
@@ -43,12 +48,15 @@ class PEagleSettings(FusionSettings):
     mask_token_id: int | None = setting(
         None, help="The token that the mask slots embed; null: an id of the target's vocabulary that no text has.", ge=0
     )
+    train_embedding: bool = setting(
+        False, help="Train an own embedding, which starts as the target's; false: read the target's."
+    )
     draft: Literal["greedy"] = setting(
         "greedy",
         help="At every temperature the chain is the argmax of each slot, and its tokens are FIXED: slots do not know each "
         "other's tokens, so drawing each of them gives incoherent text.",
     )
-    fixed: ClassVar[tuple[str, ...]] = (*FIXED_BY_CHECKPOINT, "num_layers", "mask_token_id")
+    fixed: ClassVar[tuple[str, ...]] = (*FIXED_BY_CHECKPOINT, "num_layers", "mask_token_id", "train_embedding")
 
     def smoke(self) -> PEagleSettings:
         """Return a copy with few layers and depths, enough for a test. A checkpoint fixes the layers."""

@@ -71,7 +71,7 @@ class MaskSlots:
         """Return the mask slots of all depths of the rows from flat slot `first` to before `last`."""
         on_host = torch.arange(first, last)
         rows_N = on_host.to(device)
-        return cls.of({depth: (rows_N, on_host) for depth in range(2, num_depths + 1)}, documents)
+        return cls.of(dict.fromkeys(range(2, num_depths + 1), (rows_N, on_host)), documents)
 
 
 def _sorted(rows: Mapping[int, Tensor], deepest: int) -> tuple[Tensor, Tensor, Tensor]:
