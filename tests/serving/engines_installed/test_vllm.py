@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 
 from drafttrain.checkpoint import read_drafter
 from drafttrain.cli import app
-from drafttrain.core.errors import EngineError
-from drafttrain.environments.environment import check_installed
+from drafttrain.environments.environment import EngineError, check_installed
 from drafttrain.export.convert import export_as, read_target_config
 from drafttrain.serving.comparison import Comparison, compare_with_engine
 from drafttrain.serving.engines import ServingEngine, engine_of
@@ -108,9 +107,7 @@ def test_damage_that_vllm_silently_loads_shows_in_its_counters(fault, served, le
 @pytest.mark.parametrize("fault", [folders.swap_feature_norms, folders.feed_back_before_norm])
 def test_a_wrong_norm_of_eagle31_shows_in_vllms_counters(fault, served, learned, tmp_path):
     exported = tmp_path / "out"
-    export_as(
-        "vllm", learned(EAGLE31), exported, target_config=read_target_config(resolve_folder(TARGET), name=TARGET)
-    )
+    export_as("vllm", learned(EAGLE31), exported, target_config=read_target_config(resolve_folder(TARGET), name=TARGET))
     folders.damage(exported, fault)
     found = served(EAGLE31, exported)
     assert found.lossless.exact
@@ -121,9 +118,7 @@ def test_a_wrong_norm_of_eagle31_shows_in_vllms_counters(fault, served, learned,
 def test_without_the_number_of_taps_vllm_does_not_load_other_than_three(kind, format, served, learned, tmp_path):
     """Why num_aux_hidden_states is written: vLLM makes its fc for three states."""
     exported = tmp_path / "out"
-    export_as(
-        format, learned(kind), exported, target_config=read_target_config(resolve_folder(TARGET), name=TARGET)
-    )
+    export_as(format, learned(kind), exported, target_config=read_target_config(resolve_folder(TARGET), name=TARGET))
     folders.damage(exported, folders.drop_number_of_taps)
     with pytest.raises(EngineError):
         served(kind, exported, draft="greedy")
