@@ -69,6 +69,9 @@ def served(engine, target, prompts, job, plain, learned):
         (f"{EAGLE31} norm_before_residual", "speculators", "greedy"),
         ("eagle3 taps=1,4", "vllm", "greedy"),
         (FOUR_TAPS, "speculators", "greedy"),
+        ("p_eagle", "vllm", "greedy"),
+        ("p_eagle norm_before_residual", "speculators", "greedy"),
+        ("p_eagle fc_norm taps=1,4", "vllm", "greedy"),
     ],
 )
 def test_each_kind_gives_the_same_tokens_and_the_same_counts(kind, format, draft, served, learned, tmp_path):
