@@ -27,6 +27,7 @@ class VllmFormat:
 class VllmExporter(Exporter):
     """The layouts of Hugging Face and of the papers' authors, as vLLM reads them.
 
+    P-EAGLE is EAGLE-3 to vLLM, with `parallel_drafting` in the speculative configuration, which no file can set.
     Tap i of EAGLE-3 is the state entering block i, in drafttrain and in vLLM. DFlash has z-lab's layout, whose ids are of blocks
     whose output is read; vLLM adds 1. What vLLM silently drops is refused: a bias of fc,
     biases of Medusa's blocks unless medusa_fc_bias is true, the order of the taps (it sorts them), a missing norm or d2t.
@@ -38,6 +39,7 @@ class VllmExporter(Exporter):
         "eagle": "eagle",
         "eagle3": "eagle3",
         "dflash": "dflash",
+        "p_eagle": "eagle3",
     }
     readers = "vLLM"
 

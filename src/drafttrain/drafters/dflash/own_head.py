@@ -35,9 +35,9 @@ class WithHead(nn.Module):
         """Create the head of a configuration; without `draft_vocab_size` it is the target's."""
         rows, size = config.get("draft_vocab_size"), config["vocab_size"]
         self.lm_head = None if rows is None else nn.Linear(config["hidden_size"], rows, bias=False)
-        same = rows is None or rows == size
-        self.register_buffer("d2t", None if same else torch.zeros(int(rows), dtype=torch.long))
-        self.register_buffer("t2d", None if same else torch.arange(size) < int(rows))
+        part = 0 if rows is None or rows == size else int(rows)
+        self.register_buffer("d2t", torch.zeros(part, dtype=torch.long) if part else None)
+        self.register_buffer("t2d", torch.arange(size) < part if part else None)
 
     @torch.no_grad()
     def start_head(self) -> None:
