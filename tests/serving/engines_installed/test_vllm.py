@@ -68,6 +68,7 @@ def served(engine, target, prompts, job, plain, learned):
         ("dflash", "vllm", "greedy"),
         ("dflash causal", "vllm", "greedy"),
         ("dflash draft_vocab_size=3072", "vllm", "greedy"),
+        ("dflash", "speculators", "greedy"),
         (EAGLE31, "vllm", "sampled"),
         (f"{EAGLE31} norm_before_residual", "speculators", "greedy"),
         ("eagle3 taps=1,4", "vllm", "greedy"),
