@@ -143,6 +143,7 @@ EXPORTED = [
     *((kind, "vllm") for kind in ("eagle3", "eagle", "medusa", "causal_lm")),
     *((kind, "sglang") for kind in ("eagle3", "eagle", "causal_lm")),
     ("eagle3", "speculators"),
+    *(("dflash", format) for format in ("vllm", "speculators", "transformers")),
 ]
 
 
