@@ -28,7 +28,14 @@ from drafttrain.target_model import Target
 from drafttrain.training.step_cost import StepCost, Trained, step_cost
 
 OUT = Path(__file__).with_suffix(".md")
-RECIPES = ("eagle3_llama3.1_8b", "eagle3_qwen3_8b", "eagle3_1_qwen3_8b", "medusa_llama3.1_8b", "kangaroo_llama3.1_8b")
+RECIPES = (
+    "eagle3_llama3.1_8b",
+    "eagle3_qwen3_8b",
+    "eagle3_1_qwen3_8b",
+    "medusa_llama3.1_8b",
+    "kangaroo_llama3.1_8b",
+    "dflash_qwen3_8b",
+)
 """A drafter that is a language model reads its files when it is created, so it is not included."""
 PEAK_FLOPS = 989e12
 """Peak of an H100 or H200 in bf16, dense."""
@@ -52,6 +59,12 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 """The sizes of the models that the recipes name."""
 
 
+class NoTokenizer:
+    """A tokenizer without tokens that begin, end or pad texts."""
+
+    bos_token_id = eos_token_id = pad_token_id = None
+
+
 class Sized(Target):
     """A target without a tokenizer: every id is a token."""
 
@@ -67,8 +80,10 @@ def trained(recipe: Recipe) -> Trained:
     config = CONFIGS[recipe.target.model]()
     dtype = getattr(torch, recipe.target.dtype)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    target = Sized(model, None, name=recipe.target.model, fingerprint="")
-    drafter = drafters.entry(recipe.drafter.kind).component.create(recipe.drafter, target=target, tokenizer=None)
+    target = Sized(model, NoTokenizer(), name=recipe.target.model, fingerprint="")
+    drafter = drafters.entry(recipe.drafter.kind).component.create(
+        recipe.drafter, target=target, tokenizer=target.tokenizer
+    )
     return Trained(
         drafter, losses.build(recipe.loss), target, target.vocab_size, chunk_rows=recipe.train.loss_chunk_rows
     )
