@@ -24,7 +24,7 @@ from drafttrain.core.flops import BatchShape, Products, attention, matrix, param
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.target_rows import RowChoice, RowsAsked
 from drafttrain.drafters import Drafter
-from drafttrain.drafters.dflash.attention import attend_blocks
+from drafttrain.drafters.dflash.attention import attend_blocks, later_slots
 from drafttrain.drafters.dflash.backbone import Backbone
 from drafttrain.drafters.dflash.blocks import Blocks
 from drafttrain.drafters.dflash.config import new_config, read_block_config
@@ -88,6 +88,11 @@ class BlockDrafter(Backbone, WithHead, Drafter):
         """Return further fields of config.json that a kind needs."""
         return {}
 
+    @classmethod
+    def problems_of(cls, config: Mapping[str, Any]) -> list[str]:
+        """Return one line for every wrong field of config.json that only this kind has."""
+        return []
+
     @property
     def deepest(self) -> int:
         """One draft token per slot that predicts."""
@@ -131,8 +136,10 @@ class BlockDrafter(Backbone, WithHead, Drafter):
     def _hidden(self, batch: DraftBatch, blocks: Blocks, context: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Return hidden_AKD, the states that predict."""
 
+        hidden_ABO = later_slots(blocks, self.block_size) if self.causal else None
+
         def attend(of_layer: tuple[Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return attend_blocks(query, (key, value), of_layer, blocks, causal=self.causal)
+            return attend_blocks(query, (key, value), of_layer, blocks, hidden_ABO=hidden_ABO)
 
         states_ABD = self.block_states(
             blocks.at(batch.tokens_BT),
@@ -213,7 +220,8 @@ class BlockDrafter(Backbone, WithHead, Drafter):
     def load(cls, folder: Path, target: Target, dtype: Any = None) -> Self:
         """Read the folder that `save` wrote; refuse a target with other sizes."""
         defaults = cls.settings_class()
-        config = read_block_config(folder, target, own={name: getattr(defaults, name) for name in cls.own_names})
+        own = {name: getattr(defaults, name) for name in cls.own_names}
+        config = read_block_config(folder, target, own=own, problems_of=cls.problems_of)
         drafter = cls(config, TargetParts(target))
         load_weights(folder, drafter, dtype=dtype or "float32")
         drafter.check_vocabulary(f"{folder}/model.safetensors")
