@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from dataclasses import replace
 from typing import Any
 
 import torch
