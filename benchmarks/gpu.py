@@ -49,7 +49,14 @@ from drafttrain.training.run import train
 from drafttrain.training.settings import TrainSettings
 
 OUT = Path(__file__).with_suffix(".md")
-RECIPES = ("kd_qwen3_8b_0.6b", "medusa_llama3.1_8b", "kangaroo_llama3.1_8b", "eagle3_llama3.1_8b", "eagle3_qwen3_8b")
+RECIPES = (
+    "kd_qwen3_8b_0.6b",
+    "medusa_llama3.1_8b",
+    "kangaroo_llama3.1_8b",
+    "eagle3_llama3.1_8b",
+    "eagle3_qwen3_8b",
+    "eagle3_1_qwen3_8b",
+)
 UNDER_ZERO = ("kd_qwen3_8b_0.6b", "eagle3_llama3.1_8b")
 GOAL = {"recipe": "eagle3_llama3.1_8b", "device": "NVIDIA H200", "mfu": 0.43}
 

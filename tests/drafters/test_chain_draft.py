@@ -99,7 +99,8 @@ def test_logits_that_are_known_at_once_give_the_chains_of_logits_one_by_one() ->
         assert [len(tokens) for tokens in chains.drafted] == [1, 1, 1]
     for one, other in zip(at_once, chains.proposals(), strict=True):
         assert one.tokens_N.tolist() == other.tokens_N.tolist()
-        assert one.q_rows_RV is not None and same(one.q_rows_RV, other.q_rows_RV)
+        assert one.q_rows_RV is not None
+        assert same(one.q_rows_RV, other.q_rows_RV)
 
 
 def test_the_policy_is_asked_before_every_token_and_sees_no_token_that_is_not_drafted() -> None:

@@ -12,7 +12,7 @@ import torch
 from drafttrain.core.batches import PackedDocuments
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.drafters.dflash import attention
-from drafttrain.drafters.dflash.attention import attend_blocks
+from drafttrain.drafters.dflash.attention import attend_blocks, later_slots
 from drafttrain.drafters.dflash.blocks import Blocks
 from drafttrain.drafters.dflash.config import layer_ids, taps_of
 from tests.drafters.block_models import SETTINGS, block_drafter, block_target, normed, plain_block, plain_logits
@@ -85,7 +85,8 @@ def test_scores_are_those_of_a_mask_built_by_hand(causal, monkeypatch):
     query = torch.randn(len(roots), heads, size, width, dtype=torch.float64, requires_grad=True)
     own = [torch.randn(len(roots), groups, size, width, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     context = [torch.randn(groups, total, width, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    made = attend_blocks(query, (own[0], own[1]), (context[0], context[1]), blocks, causal=causal)
+    hidden = later_slots(blocks, size) if causal else None
+    made = attend_blocks(query, (own[0], own[1]), (context[0], context[1]), blocks, hidden_ABO=hidden)
 
     document = (positions.flatten() == 0).cumsum(0)
     allowed = torch.zeros(len(roots), size, total + len(roots) * size, dtype=torch.bool)

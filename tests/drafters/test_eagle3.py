@@ -47,24 +47,27 @@ def test_taps_of_known_depths():
     assert taps_of(6, [0, 2, 5]) == [0, 2, 5]
 
 
-@pytest.mark.parametrize("taps", [[1, 1, 2], [0, 1, 4], [2, 1, 3], [1, 2], [-1, 1, 2]])
+@pytest.mark.parametrize("taps", [[], [1, 1, 2], [0, 1, 4], [2, 1, 3], [4], [-1, 1, 2]])
 def test_equal_or_impossible_taps_are_refused(target, taps):
-    with pytest.raises(CheckpointError, match=r"drafter.taps must be three different blocks .* 0\.\.3"):
+    with pytest.raises(CheckpointError, match=r"drafter.taps must be one or more different blocks .* 0\.\.3"):
         Eagle3Drafter.create(Eagle3Settings(taps=taps), target=target, tokenizer=None)
 
 
 def test_a_recipe_with_equal_taps_is_refused_and_so_is_a_shallow_target():
-    assert "three different" in Eagle3Settings(taps=[1, 1, 2]).check()[0]
-    with pytest.raises(CheckpointError, match="at least 3 layers, this one has 2"):
+    assert "one or more different blocks" in Eagle3Settings(taps=[1, 1, 2]).check()[0]
+    assert "one or more different blocks" in Eagle3Settings(taps=[]).check()[0]
+    assert Eagle3Settings(taps=[0, 1, 2, 5]).check() == []
+    with pytest.raises(CheckpointError, match=r"this target has 2 layers: set drafter\.taps"):
         Eagle3Drafter.create(Eagle3Settings(), target=eagle_target(num_layers=2), tokenizer=None)
 
 
-def test_only_the_taps_are_read_and_every_tap_matters(target):
-    drafter = eagle_drafter("eagle3", target, taps=[0, 2, 3])
+@pytest.mark.parametrize("taps", [[0, 2, 3], [1], [0, 3], [0, 1, 2, 3]], ids=str)
+def test_only_the_taps_are_read_and_every_tap_matters(target, taps):
+    drafter = eagle_drafter("eagle3", target, taps=taps)
     batch, _ = packed(target, drafter, (8,), width=8)
-    assert set(batch.target.hidden_BTD) == {0, 2, 3}
+    assert set(batch.target.hidden_BTD) == set(taps)
     before = drafter(batch).states_BTD[1]
-    for tap in (0, 2, 3):
+    for tap in taps:
         hidden = dict(batch.target.hidden_BTD)
         hidden[tap] = hidden[tap] + 1
         changed = drafter(replace(batch, target=replace(batch.target, hidden_BTD=hidden))).states_BTD[1]
@@ -73,11 +76,13 @@ def test_only_the_taps_are_read_and_every_tap_matters(target):
 
 @pytest.mark.parametrize("size", [None, 40])
 @pytest.mark.parametrize("norm", [None, "fc_norm", "norm_before_fc"])
-def test_the_number_of_parameters_follows_the_formula(target, size, norm):
+@pytest.mark.parametrize("taps", [[0, 1, 3], [2], [0, 1, 2, 3]], ids=str)
+def test_the_number_of_parameters_follows_the_formula(target, size, norm, taps):
     more = {} if norm is None else {norm: True}
-    drafter = eagle_drafter("eagle3", target, draft_vocab_size=size, intermediate_size=48, **more)
+    drafter = eagle_drafter("eagle3", target, draft_vocab_size=size, intermediate_size=48, taps=taps, **more)
+    f = len(taps)
     d, q, kv, i, v = 32, 32, 16, 48, size or 257
-    wanted = 3 * d * d + 2 * d * (q + 2 * kv) + q * d + 3 * d * i + v * d + 4 * d + 3 * d * (norm is not None)
+    wanted = f * d * d + 2 * d * (q + 2 * kv) + q * d + 3 * d * i + v * d + 4 * d + f * d * (norm is not None)
     assert sum(p.numel() for p in drafter.parameters()) == wanted
 
 

@@ -22,7 +22,7 @@ LENGTHS = (9, 7, 12)
 KINDS = [
     ("eagle3", {}),
     ("eagle3", {"fc_norm": True, "norm_output": True, "norm_before_residual": True}),
-    ("eagle3", {"norm_before_fc": True}),
+    ("eagle3", {"norm_before_fc": True, "taps": [0, 3]}),
     ("eagle", {}),
 ]
 

@@ -19,6 +19,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "medusa": {"num_heads": 3},
     "eagle": {},
     "eagle3": {"draft_vocab_size": 100},
+    "mtp": {"init": "random"},
+    "p_eagle": {"draft_vocab_size": 100, "num_layers": 2, "num_depths": 3, "mask_token_id": 1},
     "kangaroo": {"exit_layer": 1},
 }
 
@@ -71,6 +73,21 @@ def swap_columns(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> No
     """What comes of taps that are written in another order than they were trained in."""
     early, middle, late = tensors["fc.weight"].chunk(3, dim=1)
     tensors["fc.weight"] = torch.cat([middle, early, late], dim=1)
+
+
+def swap_feature_norms(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    first, second = "fc_norm.0.weight", "fc_norm.1.weight"
+    tensors[first], tensors[second] = tensors[second], tensors[first]
+
+
+def feed_back_before_norm(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    config["norm_output"] = False
+
+
+def drop_number_of_taps(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    """Of both levels of the speculators format."""
+    config.pop("num_aux_hidden_states", None)
+    config.get("transformer_layer_config", {}).pop("num_aux_hidden_states", None)
 
 
 def shift_d2t(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:

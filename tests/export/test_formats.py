@@ -201,6 +201,35 @@ def test_experts_have_the_names_of_files(target_config, tmp_path):
         converted("vllm", tmp_path, target_config)
 
 
+TWO, FOUR = {"taps": [1, 3], "fc_norm": True}, {"taps": [0, 1, 2, 3], "norm_before_fc": True}
+
+
+@pytest.mark.parametrize("format", ["hf", "vllm", "speculators"])
+@pytest.mark.parametrize("settings", [TWO, FOUR], ids=["two", "four"])
+def test_any_number_of_taps_is_written_with_the_field_that_engines_read(format, settings, source, target_config):
+    made = converted(format, source("eagle3", **settings), target_config)
+    fields = made.config.get("transformer_layer_config", made.config)
+    assert fields["num_aux_hidden_states"] == len(settings["taps"])
+    assert made.config["eagle_aux_hidden_state_layer_ids"] == settings["taps"]
+
+
+def test_sglang_reads_any_number_of_taps_but_the_embedding(source, target_config):
+    made = converted("sglang", source("eagle3", **TWO), target_config)
+    assert made.config["num_aux_hidden_states"] == 2
+    assert made.config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 2]
+
+
+@pytest.mark.parametrize("format", ["vllm", "speculators"])
+@pytest.mark.parametrize(("settings", "exported"), [({}, True), (TWO, False)], ids=["three", "two"])
+def test_without_the_number_of_taps_only_three_are_exported(format, settings, exported, source, target_config):
+    folder = folders.damage(source("eagle3", **settings), folders.drop_number_of_taps)
+    if exported:
+        converted(format, folder, target_config)
+        return
+    with pytest.raises(CheckpointError, match="num_aux_hidden_states is None, must be 2"):
+        converted(format, folder, target_config)
+
+
 def test_sglang_has_no_state_before_the_first_block(source, target_config):
     folder = source("eagle3", taps=[0, 1, 3])
     converted("vllm", folder, target_config)

@@ -104,6 +104,12 @@ FAULTS: list[tuple[str, Any, list[str]]] = [
         lambda t, c, _: c.update(eagle_aux_hidden_state_layer_ids=[1, 2, 4]),
         [r"of 0\.\.3 in rising order for the target"],
     ),
+    ("eagle3", lambda t, c, _: c.update(eagle_aux_hidden_state_layer_ids=[1, 2]), [r"fc\.weight: shape"]),
+    (
+        "eagle3",
+        lambda t, c, _: c.update(num_aux_hidden_states=2),
+        [r"num_aux_hidden_states is 2, but the states of 3 blocks are read: \[1, 2, 3\]"],
+    ),
     ("eagle3", lambda t, c, _: c.pop("eagle_aux_hidden_state_layer_ids"), [r"\(missing\): taps \[2, 2, 1\]"]),
     (
         "eagle3",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -179,8 +179,8 @@ class ChosenRows:
     """By depth, trained_R."""
     scale_R: Tensor | None = None
     """Factor on the loss of the rows of each slot; None: 1."""
-    roots_only: bool = False
-    """The drafter computes states only at slots with chosen rows, not at all of them."""
+    states: Literal["slots", "roots", "rows"] = "slots"
+    """Which states of a depth the drafter computes: of all slots; of all slots with a row of any depth; of the rows of this depth."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,8 @@ class AlignedRows:
     """The N trained rows of a batch, depth by depth: where the drafter, the target and the label of each are."""
 
     drafter_N: Tensor
-    """Index of the drafter's state among those of its depth: the flat position b * T + t; with `slots_A`, an index into it."""
+    """Index of the drafter's state among those of its depth: the flat position b * T + t; with a choice of rows, see
+    `ChosenRows.states`."""
     target_N: Tensor
     """Flat position of the target's state that predicts the same token."""
     tokens_N: Tensor
@@ -221,7 +222,7 @@ class AlignedRows:
     read_on_host: Tensor
     """`read_U` on the CPU."""
     slots_A: Tensor | None = None
-    """Flat slots of the roots that the drafter computes, ascending, at least one; None: all slots."""
+    """With states of roots: the flat slots that the drafter computes, ascending, at least one."""
     scale_N: Tensor | None = None
     """Factor on each row's loss; None: 1."""
 

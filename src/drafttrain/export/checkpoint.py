@@ -91,7 +91,9 @@ class CheckpointExporter(Exporter):
         check_folder(folder)
         layout, files = _layout_of(folder), TensorFiles(folder)
         names = stored_names(files, layout, _num_blocks(folder)).values()
-        return DrafterFiles(kind_of(folder), read_config(folder), {name: files.read(name) for name in names}, folder=folder)
+        return DrafterFiles(
+            kind_of(folder), read_config(folder), {name: files.read(name) for name in names}, folder=folder
+        )
 
     def holds(self, folder: Path) -> bool:
         """Return whether this is a model folder with such a layer, and drafttrain.json beside it."""

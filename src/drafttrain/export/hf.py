@@ -38,6 +38,7 @@ class HuggingFaceExporter(Exporter):
         "medusa": "MedusaModel",
         "eagle": "EagleLlamaForCausalLM",
         "eagle3": "LlamaForCausalLMEagle3",
+        "p_eagle": "LlamaForCausalLMEagle3",
         "kangaroo": "drafttrain",
         "mtp": "drafttrain",
     }

@@ -16,9 +16,15 @@ from drafttrain.drafters.eagle import eagle1, eagle3
 from drafttrain.drafters.eagle.config_problems import config_problems
 from drafttrain.drafters.eagle.eagle1 import FC_BIAS
 from drafttrain.drafters.mtp import module as mtp
+from drafttrain.drafters.p_eagle import settings as p_eagle
 from drafttrain.export.drafter_files import DrafterFiles
 
-OWN_FIELDS = {"eagle": eagle1.own_defaults, "eagle3": eagle3.own_defaults, "mtp": mtp.own_defaults}
+OWN_FIELDS = {
+    "eagle": eagle1.own_defaults,
+    "eagle3": eagle3.own_defaults,
+    "mtp": mtp.own_defaults,
+    "p_eagle": p_eagle.own_defaults,
+}
 """The settings that the folders of these kinds store."""
 
 Shapes = dict[str, tuple[int, ...]]
@@ -165,6 +171,19 @@ def _eagle3_shapes(config: Mapping[str, Any]) -> Shapes:
     return shapes
 
 
+def _p_eagle_shapes(config: Mapping[str, Any]) -> Shapes:
+    width, shapes = config["hidden_size"], _eagle3_shapes(config)
+    for number in range(1, config["num_hidden_layers"]):
+        prefix = f"layers.{number}."
+        shapes |= {
+            **_layer_shapes(config, prefix=prefix, input_size=width),
+            f"{prefix}input_layernorm.weight": (width,),
+        }
+    if config.get(p_eagle.OWN_EMBEDDING):
+        shapes["embed_tokens.weight"] = (config["vocab_size"], width)
+    return shapes | {"mask_hidden": (1, 1, shapes["fc.weight"][1])}
+
+
 def _medusa_shapes(config: Mapping[str, Any]) -> Shapes:
     width, rows = config["hidden_size"], config.get("truncated_vocab_size") or config["vocab_size"]
     shapes: Shapes = {} if rows == config["vocab_size"] else {"token_map": (rows,)}
@@ -210,6 +229,12 @@ def _eagle3_problems(files: DrafterFiles) -> list[str]:
     """Return the problems of the taps and of the map from the drafter's vocabulary to the target's."""
     taps = list(files.config["eagle_aux_hidden_state_layer_ids"] or ())
     found = []
+    number = files.config.get(eagle3.NUM_TAPS)
+    if number != len(taps) and (number is not None or len(taps) != 3):
+        found.append(
+            f"config.json: {eagle3.NUM_TAPS} is {shown(number)}, must be {len(taps)}, the number of taps: loaders make fc for it, "
+            "or for three if it is missing"
+        )
     if any(type(tap) is not int for tap in taps):
         return [f"config.json: eagle_aux_hidden_state_layer_ids must be a list of whole numbers, got {shown(taps)}"]
     if taps != sorted(set(taps)):
@@ -236,5 +261,6 @@ LAYOUTS: dict[str, tuple[Callable[[Mapping[str, Any]], Shapes], Callable[[Drafte
     "medusa": (_medusa_shapes, _medusa_problems),
     "eagle": (_eagle_shapes, _no_problems),
     "eagle3": (_eagle3_shapes, _eagle3_problems),
+    "p_eagle": (_p_eagle_shapes, lambda files: [*_eagle3_problems(files), *p_eagle.field_problems(files.config)]),
     "mtp": (mtp.tensor_shapes, lambda files: mtp.field_problems(files.config)),
 }

@@ -1,4 +1,4 @@
-"""Export in the `speculators` format: EAGLE-3 with the name and embedding of its target, which `vllm serve FOLDER` serves unchanged.
+"""Export in the `speculators` format: EAGLE-3 and P-EAGLE with the name and embedding of the target. `vllm serve FOLDER` serves them.
 
 Written after the source of speculators 0.9.0, which loads it, and of vLLM 0.32.0, which reads the format.
 """
@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from drafttrain.drafters.p_eagle.settings import OWN_EMBEDDING
+from drafttrain.environments.known import VLLM_RELEASE
 from drafttrain.export import FOLDER, Exporter, exporters
 from drafttrain.export.drafter_files import DrafterFiles
 from drafttrain.export.folder import read_config
@@ -30,13 +32,20 @@ OWN_KEYS = (
 )
 """Fields of the drafter; the others describe its layer."""
 
+ARCHITECTURES = {"eagle3": "Eagle3DraftModel", "p_eagle": "PEagleSpeculator"}
+DRAFT_LENGTH = {"eagle3": "num_steps", "p_eagle": "num_depths"}
+"""The setting of training that tells how many tokens to draft."""
+
+P_EAGLE_KEYS = ("mask_token_id", OWN_EMBEDDING)
+"""Fields that P-EAGLE has besides."""
+
 EMBEDDING = "embed_tokens.weight"
 VERSION = "0.9.0"
 
 
 @dataclass
 class SpeculatorsFormat:
-    """EAGLE-3 as the speculators library writes it."""
+    """EAGLE-3 and P-EAGLE as the speculators library writes them."""
 
 
 @exporters.register("speculators", SpeculatorsFormat)
@@ -48,7 +57,7 @@ class SpeculatorsExporter(Exporter):
     memory if it is missing.
     """
 
-    reads: ClassVar[Mapping[str, str]] = {"eagle3": "eagle3"}
+    reads: ClassVar[Mapping[str, str]] = {"eagle3": "eagle3", "p_eagle": "peagle"}
     readers = "vLLM, speculators"
 
     def refusals(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
@@ -58,7 +67,14 @@ class SpeculatorsExporter(Exporter):
             found.append(
                 f"config.json: norm_before_fc and fc_norm are both true: speculators {VERSION} accepts only one of them"
             )
+        if source.kind == "p_eagle" and source.config.get("fc_norm"):
+            found.append(
+                f"config.json: fc_norm is true: vLLM {VLLM_RELEASE} drops the fc_norm of P-EAGLE in this format and drafts worse; in its "
+                "own format it reads it (--to vllm)"
+            )
         folder = target_config.get(FOLDER)
+        if EMBEDDING in source.tensors:
+            return found
         if folder is None or embedding_of(Path(folder)) is None:
             found.append(
                 f"{EMBEDDING}: must be written, but the target in {folder} has no embedding under a known name"
@@ -67,29 +83,30 @@ class SpeculatorsExporter(Exporter):
 
     def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
         """Return the tensors under this format's names with the target's embedding, and the fields on two levels."""
-        given = source.config
+        given, kind = source.config, self.reads[source.kind]
         layer = {
             key: value
             for key, value in given.items()
-            if key not in (*OWN_KEYS, "architectures", "dtype") and not key.startswith("drafttrain")
+            if key not in (*OWN_KEYS, *P_EAGLE_KEYS, "architectures", "dtype") and not key.startswith("drafttrain")
         }
         config = {
-            "architectures": ["Eagle3DraftModel"],
-            "speculators_model_type": "eagle3",
+            "architectures": [ARCHITECTURES[source.kind]],
+            "speculators_model_type": kind,
             "speculators_version": VERSION,
             **{key: given.get(key) for key in OWN_KEYS},
             **{key: bool(given.get(key)) for key in OWN_KEYS if "norm" in key},
+            **{key: given[key] for key in P_EAGLE_KEYS if key in given},
             "tie_word_embeddings": False,
             "dtype": given.get("dtype", "float32"),
             "transformer_layer_config": layer,
             "speculators_config": {
-                "algorithm": "eagle3",
+                "algorithm": kind,
                 "default_proposal_method": "greedy",
                 "proposal_methods": [
                     {
                         "proposal_type": "greedy",
                         # vLLM drafts this many tokens unless its command line gives another number.
-                        "speculative_tokens": given["drafttrain"]["num_steps"],
+                        "speculative_tokens": given["drafttrain"][DRAFT_LENGTH[source.kind]],
                         "verifier_accept_k": 1,
                         "accept_tolerance": 0.0,
                     }
@@ -101,9 +118,10 @@ class SpeculatorsExporter(Exporter):
             },
         }
         tensors = {name.replace(THERE, HERE): tensor for name, tensor in source.tensors.items()}
-        embedding_VD = embedding_of(Path(target_config[FOLDER]))
-        assert embedding_VD is not None, "refusals() checks it"
-        tensors[EMBEDDING] = embedding_VD.to(source.tensors["fc.weight"].dtype)
+        if EMBEDDING not in tensors:
+            embedding_VD = embedding_of(Path(target_config[FOLDER]))
+            assert embedding_VD is not None, "refusals() checks it"
+            tensors[EMBEDDING] = embedding_VD.to(source.tensors["fc.weight"].dtype)
         return replace(source, config=config, tensors=tensors)
 
     def problems(self, files: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
@@ -121,7 +139,8 @@ class SpeculatorsExporter(Exporter):
             found.append(f"{EMBEDDING}: missing: speculators computes with uninitialized memory instead")
         elif list(files.tensors[EMBEDDING].shape) != shape:
             found.append(f"{EMBEDDING}: shape {list(files.tensors[EMBEDDING].shape)}, must be {shape}")
-        official = {name.replace(HERE, THERE): tensor for name, tensor in files.tensors.items() if name != EMBEDDING}
+        kept = files.tensors.keys() - ({EMBEDDING} if not files.config.get(OWN_EMBEDDING) else set())
+        official = {name.replace(HERE, THERE): files.tensors[name] for name in kept}
         same = layout_problems(replace(files, config=flat, tensors=official), target_config)
         return found + [line.replace(THERE, HERE) for line in same]
 

@@ -27,6 +27,7 @@ class VllmFormat:
 class VllmExporter(Exporter):
     """The layouts of Hugging Face and of the papers' authors, as vLLM reads them.
 
+    P-EAGLE is EAGLE-3 to vLLM, with `parallel_drafting` in the speculative configuration, which no file can set.
     Tap i of EAGLE-3 is the state entering block i, in drafttrain and in vLLM. What vLLM silently drops is refused: a bias of fc,
     biases of Medusa's blocks unless medusa_fc_bias is true, the order of the taps (it sorts them), a missing norm or d2t.
     """
@@ -36,6 +37,7 @@ class VllmExporter(Exporter):
         "medusa": "medusa",
         "eagle": "eagle",
         "eagle3": "eagle3",
+        "p_eagle": "eagle3",
     }
     readers = "vLLM"
 

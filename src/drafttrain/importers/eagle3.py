@@ -14,8 +14,10 @@ from torch import Tensor
 
 from drafttrain.checkpoint import ABOUT
 from drafttrain.core.errors import CheckpointError
+from drafttrain.core.printable import shown
 from drafttrain.drafters.draft_vocabulary import vocabulary_problems
-from drafttrain.drafters.eagle.eagle3 import Eagle3Settings, taps_of
+from drafttrain.drafters.eagle import eagle3
+from drafttrain.drafters.eagle.eagle3 import NUM_TAPS, Eagle3Settings, taps_of
 from drafttrain.environments.known import VLLM_RELEASE as VLLM
 from drafttrain.export.drafter_files import DrafterFiles
 from drafttrain.export.layout import LAYOUTS
@@ -30,7 +32,7 @@ ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
 OURS, THEIRS = "midlayer.", "layers.0."
 TAPS, NESTED = "eagle_aux_hidden_state_layer_ids", "eagle_config"
 VARIANTS = ("norm_before_fc", "fc_norm", "norm_output", "norm_before_residual")
-OWN = ("draft_vocab_size", "target_hidden_size", "tie_word_embeddings", TAPS, NESTED, *VARIANTS)
+OWN = ("draft_vocab_size", "target_hidden_size", "tie_word_embeddings", TAPS, NUM_TAPS, NESTED, *VARIANTS)
 NESTED_ONLY: dict[str, bool | int] = {
     "use_aux_hidden_state": True,
     "use_input_layernorm_in_first_layer": True,
@@ -44,6 +46,9 @@ OF_NESTED = (TAPS, "norm_before_fc", *NESTED_ONLY, "next_layer_regular", "parall
 """The last two concern further layers and parallel drafting only."""
 
 HEAD = "lm_head.weight"
+MASK_HIDDEN = "mask_hidden"
+P_EAGLES = {"PEagleSpeculator", "PEagleDraftModel", "PeagleLlamaForCausalLM"}
+"""Architectures of its parallel form, which has a tensor of this name."""
 
 
 @dataclass
@@ -62,6 +67,7 @@ class Eagle3Importer(Importer):
     """
 
     holds: ClassVar[str] = "eagle3"
+    fields: ClassVar[tuple[str, ...]] = OWN
     known_by: ClassVar[str] = (
         f"architectures {' or '.join(ARCHITECTURES)}, or tensors midlayer.* or layers.0.hidden_norm"
     )
@@ -71,6 +77,8 @@ class Eagle3Importer(Importer):
         if "speculators_model_type" in given.config:
             return False
         names = unwrapped(given).tensors
+        if P_EAGLES & given.architectures or MASK_HIDDEN in names:
+            return False
         named = given.architectures & set(ARCHITECTURES)
         return bool(named) or any(n.startswith(OURS) or n == f"{THEIRS}hidden_norm.weight" for n in names)
 
@@ -83,9 +91,9 @@ class Eagle3Importer(Importer):
         nested = given.config.get(NESTED) or {}
         if not isinstance(nested, Mapping):
             problem = f"config.json: {NESTED} must be a mapping, got {nested!r}"
-            return Imported(DrafterFiles("eagle3", {}, {}), [problem])
+            return Imported(DrafterFiles(self.holds, {}, {}), [problem])
         given = unwrapped(given)
-        found, unread = layer_problems(given.config, own=OWN)
+        found, unread = layer_problems(given.config, own=self.fields)
         wrong, more = unknown_fields(nested, known=OF_NESTED, prefix=f"{NESTED}.")
         found, unread = [*found, *wrong], [*unread, *more]
         found += [
@@ -93,16 +101,24 @@ class Eagle3Importer(Importer):
             for key, value in NESTED_ONLY.items()
             if nested.get(key) not in (None, value)
         ]
-        given, others = without_other_forms(given, found)
+        given, others = without_other_forms(given, found, several_layers=self.holds == "p_eagle")
         found += others
         taps, wrong, notes = taps_read(given.config, target)
         # For vLLM and SGLang the nested field has precedence.
         config = {**given.config}
         if "norm_before_fc" in nested:
             config["norm_before_fc"] = nested["norm_before_fc"]
-        made = eagle3_files(replace(given, config=config), target, taps=taps)
-        notes += _norm_output_notes(given)
+        made = self.files(replace(given, config=config), target, taps=taps)
+        notes += self.norm_output_notes(given)
         return Imported(made.files, [*found, *wrong, *made.problems], [*unread, *notes, *made.notes])
+
+    def files(self, given: Given, target: TargetFiles, *, taps: list[int]) -> Imported:
+        """Return the files of a drafter with these taps, from a configuration of one level."""
+        return eagle3_files(given, target, taps=taps)
+
+    def norm_output_notes(self, given: Given) -> list[str]:
+        """Return what the field `norm_output` means."""
+        return _norm_output_notes(given)
 
 
 def _norm_output_notes(given: Given) -> list[str]:
@@ -131,19 +147,44 @@ def _norm_output_notes(given: Given) -> list[str]:
 
 def eagle3_files(given: Given, target: TargetFiles, *, taps: list[int]) -> Imported:
     """Return the files of a drafter with these taps, from a configuration of one level."""
+    length = draft_length(given.config)
+    settings = Eagle3Settings() if length is None else Eagle3Settings(num_steps=length)
+    own = {"drafttrain": {name: getattr(settings, name) for name in eagle3.OWN}}
+    given, wrong, dropped = without_copies(given, {"embed_tokens.weight": target.embedding}, target)
+    made = files_of("eagle3", given, target, taps=taps, own=own)
+    return replace(made, problems=[*made.problems, *wrong], notes=[*made.notes, *dropped])
+
+
+def files_of(kind: str, given: Given, target: TargetFiles, *, taps: list[int], own: Mapping[str, Any]) -> Imported:
+    """Return the files of EAGLE-3 or of its parallel form, whose embedding is the target's unless they have one.
+
+    Args:
+        own: Fields of the kind that differ from EAGLE-3's.
+    """
     fields, found, notes = layer_fields(given.config, target)
     if not fields:
-        return Imported(DrafterFiles("eagle3", {}, {}), found, notes)
-    config = {"architectures": [ARCHITECTURES[0]], **fields, **_own_fields(given, found), TAPS: taps}
-    given, wrong, dropped = without_copies(given, {"embed_tokens.weight": target.embedding}, target)
+        return Imported(DrafterFiles(kind, {}, {}), found, notes)
+    config = {
+        "architectures": [ARCHITECTURES[0]],
+        **fields,
+        **_own_fields(given, found),
+        TAPS: taps,
+        NUM_TAPS: len(taps),
+        **own,
+    }
+    if given.config.get(NUM_TAPS) not in (None, len(taps)):
+        found.append(
+            f"config.json: {NUM_TAPS} is {shown(given.config[NUM_TAPS])}, but the states of {len(taps)} blocks are read: {taps}"
+        )
     given, angles = without_angles(given, fields)
     given, mapped, more = _with_map(given, config)
-    prefix = THEIRS if sum(name.startswith(THEIRS) for name in given.tensors) > len(given.tensors) / 2 else OURS
+    of_first = [name for name in given.tensors if name.startswith((OURS, THEIRS))]
+    prefix = THEIRS if sum(name.startswith(THEIRS) for name in of_first) > len(of_first) / 2 else OURS
     tensors, named = renamed(
-        given, LAYOUTS["eagle3"][0](config), ours=prefixed(THEIRS, OURS), theirs=prefixed(OURS, prefix)
+        given, LAYOUTS[kind][0](config), ours=prefixed(THEIRS, OURS), theirs=prefixed(OURS, prefix)
     )
-    files = DrafterFiles("eagle3", config, tensors)
-    return Imported(files, [*found, *wrong, *angles, *mapped, *named], [*notes, *dropped, *more])
+    files = DrafterFiles(kind, config, tensors)
+    return Imported(files, [*found, *angles, *mapped, *named], [*notes, *more])
 
 
 def prefixed(old: str, new: str) -> Callable[[str], str]:
@@ -180,7 +221,7 @@ def taps_read(config: Mapping[str, Any], target: TargetFiles) -> tuple[list[int]
         return (
             taps,
             [
-                f"config.json: {key}: taps {taps}, as states entering blocks, must be three different numbers of "
+                f"config.json: {key}: taps {taps}, as states entering blocks, must be one or more different numbers of "
                 f"0..{num_layers - 1} in rising order for the target {target.name}"
             ],
             notes,
@@ -207,16 +248,14 @@ def _own_fields(given: Given, found: list[str]) -> dict[str, Any]:
         found.append(
             f"config.json: target_hidden_size is {config['target_hidden_size']}, must be hidden_size ({width})"
         )
-    settings = Eagle3Settings(num_steps=_draft_length(config) or Eagle3Settings().num_steps)
     return {
         "draft_vocab_size": rows if isinstance(rows, int) else config["vocab_size"],
         "target_hidden_size": width,
         **{key: config.get(key) is True for key in VARIANTS},
-        "drafttrain": {name: getattr(settings, name) for name in ("num_steps", "step_decay", "head_init", "draft")},
     }
 
 
-def _draft_length(config: Mapping[str, Any]) -> int | None:
+def draft_length(config: Mapping[str, Any]) -> int | None:
     """Return the draft length in a speculators folder; None: it has none."""
     try:
         length = config["speculators_config"]["proposal_methods"][0]["speculative_tokens"]

@@ -57,7 +57,6 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "is_causal": ((True,), "the attention would look ahead"),
     "logit_scale": ((1,), "the drafter's logits would be scaled"),
     "use_aux_norm": ((False,), "it is SGLang's older name of fc_norm: use fc_norm"),
-    "num_aux_hidden_states": ((3,), "another number of the target's states would be read"),
     "quantization_config": (({},), "quantized weights are not supported"),
     "compression_config": (({},), "quantized weights are not supported"),
 }
@@ -114,14 +113,17 @@ def layer_problems(config: Mapping[str, Any], *, own: Iterable[str], prefix: str
     return [*other, *_window_problems(config, prefix), *found], notes
 
 
-def without_other_forms(given: Given, found: Iterable[str]) -> tuple[Given, list[str]]:
+def without_other_forms(given: Given, found: Iterable[str], *, several_layers: bool = False) -> tuple[Given, list[str]]:
     """Return (the folder without tensors of unsupported forms, a problem for each form).
 
     Args:
         found: Problems of the fields; a form that they name already gets no second line.
+        several_layers: Layers after the first are supported.
     """
     found, problems = list(found), []
     for effect, pattern in FORMS.items():
+        if several_layers and effect == FURTHER:
+            continue
         names = [name for name in given.tensors if pattern.search(name)]
         if names and not any(line.endswith(effect) for line in found):
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -1,4 +1,4 @@
-"""The format of the speculators library: EAGLE-3 with a config.json of two levels, which names the target."""
+"""The format of the speculators library: EAGLE-3 and P-EAGLE with a config.json of two levels, which names the target."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from drafttrain.drafters.eagle.eagle3 import NUM_TAPS
 from drafttrain.environments.known import VLLM_RELEASE as VLLM
 from drafttrain.export.drafter_files import DrafterFiles
 from drafttrain.export.speculators import VERSION
 from drafttrain.importers import Given, Imported, Importer, importers
-from drafttrain.importers.eagle3 import OWN, eagle3_files, taps_read
+from drafttrain.importers.eagle3 import eagle3_files, taps_read
 from drafttrain.importers.fields import HEAD_NORMS, layer_problems, unknown_fields, without_other_forms
 from drafttrain.importers.naming import unwrapped
+from drafttrain.importers.p_eagle import OWN as P_EAGLE_OWN
+from drafttrain.importers.p_eagle import p_eagle_files
 from drafttrain.importers.target import TargetFiles
 
 LAYER = "transformer_layer_config"
@@ -21,15 +24,19 @@ FIRST_LEVEL = (
     "speculators_version",
     "speculators_config",
     LAYER,
-    *(key for key in OWN if key != "eagle_config"),
+    *(key for key in P_EAGLE_OWN if key != "eagle_config"),
     # Fields of the library, of Hugging Face, and of its training; a trained embedding is recognised by its values.
     *("has_no_defaults_at_init", "embed_requires_grad", "enable_sp_ulysses"),
 )
 
 
+KINDS = ("eagle3", "peagle")
+"""The kinds that are read, by their names in the library."""
+
+
 @dataclass
 class SpeculatorsLayout:
-    """EAGLE-3 of the speculators library."""
+    """EAGLE-3 and P-EAGLE of the speculators library."""
 
 
 @importers.register("speculators", SpeculatorsLayout)
@@ -56,28 +63,33 @@ class SpeculatorsImporter(Importer):
         kind, layer = given.config["speculators_model_type"], given.config.get(LAYER)
         given = unwrapped(given)
         found, notes = unknown_fields(given.config, known=FIRST_LEVEL)
-        if kind != "eagle3":
-            found.append(f"config.json: speculators_model_type is {kind!r}, must be 'eagle3'")
+        if kind not in KINDS:
+            found.append(f"config.json: speculators_model_type is {kind!r}, must be one of {', '.join(KINDS)}")
         if not isinstance(layer, Mapping):
             found.append(f"config.json: {LAYER} must be a mapping, got {layer!r}")
-        if kind != "eagle3" or not isinstance(layer, Mapping):
+        if kind not in KINDS or not isinstance(layer, Mapping):
             return Imported(DrafterFiles("eagle3", {}, {}), found)
+        parallel = kind == "peagle"
         # This field describes the verifier; the drafter's own is on the first level.
         layer = {key: value for key, value in layer.items() if key != "tie_word_embeddings"}
-        wrong, more = layer_problems(layer, own=(), prefix=f"{LAYER}.")
+        wrong, more = layer_problems(
+            layer, own=(NUM_TAPS, *(["num_hidden_layers"] if parallel else [])), prefix=f"{LAYER}."
+        )
         found, notes = [*found, *wrong], [*notes, *more]
         if layer.get("model_type") not in (None, "llama"):
             effect = HEAD_NORMS if layer["model_type"] == "qwen3" else "the layer would be that model's"
             found.append(f"config.json: {LAYER}.model_type is {layer['model_type']!r}, must be 'llama': {effect}")
-        given, others = without_other_forms(given, found)
+        given, others = without_other_forms(given, found, several_layers=parallel)
         found += others
         flat: dict[str, Any] = {**layer, **{key: given.config[key] for key in FIRST_LEVEL if key in given.config}}
         if flat.get("norm_before_residual") is None:
-            flat["norm_before_residual"] = True
-            notes.append(
-                f"config.json: norm_before_residual is missing: set to true, as vLLM {VLLM} does in this format; "
-                f"speculators {VERSION} assumes false"
-            )
+            flat["norm_before_residual"] = not parallel
+            if not parallel:
+                notes.append(
+                    f"config.json: norm_before_residual is missing: set to true, as vLLM {VLLM} does in this format; "
+                    f"speculators {VERSION} assumes false"
+                )
         taps, wrong, more = taps_read(flat, target)
-        made = eagle3_files(replace(given, config=flat), target, taps=taps)
+        files = p_eagle_files if parallel else eagle3_files
+        made = files(replace(given, config=flat), target, taps=taps)
         return Imported(made.files, [*found, *wrong, *made.problems], [*notes, *more, *made.notes])

@@ -13,7 +13,6 @@ KINDS = {
     "dflash": "a DFlash drafter",
     "dflash2": "a DFlash2 drafter",
     "dspark": "a DSpark drafter",
-    "peagle": "a P-EAGLE drafter",
 }
 KINDS |= {"mtp": "layers of multi-token prediction", "xpress": "an XPress drafter"}
 """Kinds by their names in speculators."""
@@ -28,12 +27,10 @@ def why_unsupported(given: Given) -> str | None:
         if (mark := find(given)) is not None:
             return f"{mark}: {what}, which is not supported yet"
     kind = given.config.get(SPECULATORS)
-    if kind in (None, "eagle3"):
+    if kind in (None, "eagle3", "peagle"):
         return None
     what = KINDS.get(kind, "a drafter of an unknown kind") if isinstance(kind, str) else "not the name of a kind"
-    return (
-        f"config.json: {SPECULATORS} is {kind!r}: {what}, which is not supported yet; in this format only 'eagle3' is"
-    )
+    return f"config.json: {SPECULATORS} is {kind!r}: {what}, which is not supported yet; in this format only 'eagle3' and 'peagle' are"
 
 
 def _tensor(pattern: str) -> Callable[[Given], str | None]:
@@ -69,8 +66,6 @@ MARKS: Mapping[Callable[[Given], str | None], str] = {
     _field("dflash_config"): "a DFlash drafter",
     _architecture("DSpark"): "a DSpark drafter",
     _tensor(r"^markov_head\."): "a DSpark drafter",
-    _architecture("PEagle|Peagle"): "a P-EAGLE drafter",
-    _tensor(r"^mask_hidden$"): "a P-EAGLE drafter",
     _architecture("MLPSpeculator"): "an MLP speculator",
     _architecture("LSTMSpeculator"): "an LSTM speculator",
     _architecture("MTP"): "layers of multi-token prediction",

@@ -6,7 +6,7 @@ U = positions of the target that rows read
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -40,6 +40,18 @@ def chosen_slots(batch: DraftBatch, asked: RowsAsked) -> Tensor:
     slots_A = rows_of(batch, asked).slots_A
     assert slots_A is not None, "the choice is one of roots"
     return slots_A
+
+
+def chosen_rows(batch: DraftBatch, asked: RowsAsked) -> dict[int, tuple[Tensor, Tensor]]:
+    """Return, by depth, the flat slots b * T + t of the rows: on the device of the batch, and on the CPU."""
+    rows = rows_of(batch, asked)
+    counts = list(rows.counts.values())
+    parts = zip(rows.target_N.split(counts), rows.targets_on_host.split(counts), strict=True)
+    # Row t of depth d reads the target at position t + d + lag - 1.
+    return {
+        depth: (target_n - (depth + asked.lag - 1), on_host - (depth + asked.lag - 1))
+        for depth, (target_n, on_host) in zip(rows.counts, parts, strict=True)
+    }
 
 
 def read_slots(batch: DraftBatch, asked: RowsAsked) -> ReadSlots:
@@ -76,14 +88,14 @@ def _rows(batch: DraftBatch, asked: RowsAsked) -> AlignedRows:
     depth_N = torch.cat([torch.full_like(found_n, depth) for depth, found_n in roots.items()])
     label_N = root_N + depth_N + asked.lag
     target_N = label_N - 1
-    slots_A = _slots(root_N) if chosen.roots_only else None
+    slots_A = _slots(root_N) if chosen.states == "roots" else None
     # Without a choice, a position that one depth reads is read by all lower depths.
     read_U = target_N[: len(roots[asked.depths[0]])] if asked.choice is None else target_N.unique()
     sequence_N = batch.documents_BT.flatten()[label_N]
     position_N = batch.positions_BT.flatten()[label_N]
     seed_N = (batch.step * 1_000_003 + sequence_N) * (1 << 26) + position_N * 64 + depth_N
     return AlignedRows(
-        drafter_N=root_N if slots_A is None else torch.searchsorted(slots_A, root_N),
+        drafter_N=_places(root_N, roots, slots_A, chosen),
         target_N=target_N,
         tokens_N=batch.tokens_BT.flatten()[label_N],
         seed_N=seed_N,
@@ -95,6 +107,13 @@ def _rows(batch: DraftBatch, asked: RowsAsked) -> AlignedRows:
         slots_A=slots_A,
         scale_N=None if chosen.scale_R is None else chosen.scale_R[root_N],
     )
+
+
+def _places(root_N: Tensor, roots: Mapping[int, Tensor], slots_A: Tensor | None, chosen: ChosenRows) -> Tensor:
+    """Return the place of each row's state among those that the drafter computes of its depth."""
+    if chosen.states == "rows":
+        return torch.cat([torch.arange(len(found_n), device=root_N.device) for found_n in roots.values()])
+    return root_N if slots_A is None else torch.searchsorted(slots_A, root_N)
 
 
 def _slots(root_N: Tensor) -> Tensor:

@@ -25,7 +25,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "medusa": {"num_heads": 4, "num_layers": 2},
     "eagle": {"num_steps": 3, "feature_noise": 0.0},
     "eagle3": {"draft_vocab_size": 3072, "num_steps": 3},
+    "p_eagle": {"draft_vocab_size": 3072, "num_layers": 2, "num_depths": 3, "mask_token_id": 1},
 }
+
+
+def value_of(text: str) -> bool | int | list[int]:
+    """Return the value of a setting that is written after its name."""
+    if not text:
+        return True
+    numbers = [int(word) for word in text.split(",") if word]
+    return numbers if "," in text else numbers[0]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +62,7 @@ def plain(engine, job) -> Sequence[DecodedPrompt]:
 def learned(target, prompts, tmp_path_factory):
     """A function that returns the folder of a drafter that has learned half of the texts by heart.
 
-    Its argument is a kind, then settings: `name` for true, `name=number`.
+    Its argument is a kind, then settings: `name` for true, `name=number`, `name=number,number` for a list.
     """
     made: dict[str, Path] = {}
 
@@ -61,7 +70,7 @@ def learned(target, prompts, tmp_path_factory):
         if words not in made:
             kind, *variants = words.split()
             given = (variant.partition("=") for variant in variants)
-            settings = SETTINGS[kind] | {name: int(value) if value else True for name, _, value in given}
+            settings = SETTINGS[kind] | {name: value_of(text) for name, _, text in given}
             drafter = folders.drafter_of(kind, target, scale=0.05, **settings)
             learn(drafter, target, prompts[: len(prompts) // 2], steps=STEPS, new_tokens=NEW_TOKENS, lr=3e-3)
             # A path without the words that vLLM takes for a method.

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from drafttrain.checkpoint import read_drafter
 from drafttrain.cli import app
-from drafttrain.environments.environment import check_installed
+from drafttrain.environments.environment import EngineError, check_installed
 from drafttrain.export.convert import export_as, read_target_config
 from drafttrain.serving.comparison import Comparison, compare_with_engine
 from drafttrain.serving.engines import ServingEngine, engine_of
@@ -22,6 +22,8 @@ pytestmark = pytest.mark.serving
 
 TARGET = "builtin:target"
 NUM_DRAFT_TOKENS = 3
+EAGLE31 = "eagle3 fc_norm norm_output"
+FOUR_TAPS = f"{EAGLE31} taps=0,2,3,5"
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,13 @@ def served(engine, target, prompts, job, plain, learned):
         ("eagle3", "vllm", "sampled"),
         ("eagle3", "speculators", "greedy"),
         ("eagle3 norm_before_fc", "vllm", "sampled"),
+        (EAGLE31, "vllm", "sampled"),
+        (f"{EAGLE31} norm_before_residual", "speculators", "greedy"),
+        ("eagle3 taps=1,4", "vllm", "greedy"),
+        (FOUR_TAPS, "speculators", "greedy"),
+        ("p_eagle", "vllm", "greedy"),
+        ("p_eagle norm_before_residual", "speculators", "greedy"),
+        ("p_eagle fc_norm taps=1,4", "vllm", "greedy"),
     ],
 )
 def test_each_kind_gives_the_same_tokens_and_the_same_counts(kind, format, draft, served, learned, tmp_path):
@@ -93,6 +102,26 @@ def test_damage_that_vllm_silently_loads_shows_in_its_counters(fault, served, le
     found = served("eagle3", exported)
     assert found.lossless.exact
     assert "drafts differently from the evaluator" in found.problems[0]
+
+
+@pytest.mark.parametrize("fault", [folders.swap_feature_norms, folders.feed_back_before_norm])
+def test_a_wrong_norm_of_eagle31_shows_in_vllms_counters(fault, served, learned, tmp_path):
+    exported = tmp_path / "out"
+    export_as("vllm", learned(EAGLE31), exported, target_config=read_target_config(resolve_folder(TARGET), name=TARGET))
+    folders.damage(exported, fault)
+    found = served(EAGLE31, exported)
+    assert found.lossless.exact
+    assert "drafts differently from the evaluator" in found.problems[0]
+
+
+@pytest.mark.parametrize(("kind", "format"), [("eagle3 taps=1,4", "vllm"), (FOUR_TAPS, "speculators")])
+def test_without_the_number_of_taps_vllm_does_not_load_other_than_three(kind, format, served, learned, tmp_path):
+    """Why num_aux_hidden_states is written: vLLM makes its fc for three states."""
+    exported = tmp_path / "out"
+    export_as(format, learned(kind), exported, target_config=read_target_config(resolve_folder(TARGET), name=TARGET))
+    folders.damage(exported, folders.drop_number_of_taps)
+    with pytest.raises(EngineError):
+        served(kind, exported, draft="greedy")
 
 
 def test_a_bias_that_vllm_drops_changes_nothing_there(served, learned, tmp_path):

@@ -4,7 +4,7 @@ Keys and values of the context are those of the whole batch, once. Scores exist 
 backward pass; nothing as large as slots times context is stored between the two.
 
 A = blocks, n = blocks of a piece, B = slots of a block, N = slots of the batch, C = columns of a piece, H = heads,
-G = key-value heads, d = width of a head, R = query rows of a block for one key-value head, B H / G
+G = key-value heads, d = width of a head, R = query rows of a block for one key-value head, B H / G, O = keys of a block's own
 """
 
 from __future__ import annotations
@@ -31,30 +31,36 @@ def attend_blocks(
     context: tuple[Tensor, Tensor],
     blocks: Blocks,
     *,
-    causal: bool,
+    hidden_ABO: Tensor | None = None,
 ) -> Tensor:
     """Return attended_AHBd.
 
     Args:
-        own: (key_AGBd, value_AGBd) of the blocks' own slots.
+        own: (key_AGOd, value_AGOd), which only their block attends to.
         context: (keys_GNd, values_GNd) of all slots of the batch.
-        causal: A slot attends only to the slots of its block up to its own.
+        hidden_ABO: The own keys that a slot does not attend to; None: it attends to all.
     """
-    attended_AHBd: Tensor = _BlockAttention.apply(blocks, causal, query_AHBd, *own, *context)
+    attended_AHBd: Tensor = _BlockAttention.apply(blocks, hidden_ABO, query_AHBd, *own, *context)
     return attended_AHBd
+
+
+def later_slots(blocks: Blocks, size: int) -> Tensor:
+    """Return hidden_ABB of causal blocks: the slots after each one's own."""
+    hidden_BB = torch.ones(size, size, dtype=torch.bool, device=blocks.slots_A.device).triu(1)
+    return hidden_BB.expand(blocks.count, -1, -1)
 
 
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, blocks: Blocks, causal: bool, query_AHBd: Tensor, *states: Tensor) -> Tensor:
-        ctx.blocks, ctx.causal = blocks, causal
+    def forward(ctx: Any, blocks: Blocks, hidden_ABO: Tensor | None, query_AHBd: Tensor, *states: Tensor) -> Tensor:
+        ctx.blocks, ctx.hidden_ABO = blocks, hidden_ABO
         ctx.save_for_backward(query_AHBd, *states)
         own_key, own_value, keys_GNd, values_GNd = states
         attended_AHBd = torch.empty_like(query_AHBd)
         with torch.autocast(query_AHBd.device.type, enabled=False):
-            for here, seen in _pieces(blocks, query_AHBd):
+            for here, seen in _pieces(blocks, query_AHBd, own_key):
                 parts = (query_AHBd[here], own_key[here], own_value[here], keys_GNd[:, seen], values_GNd[:, seen])
-                attended_AHBd[here] = _attended(*parts, slots_n=blocks.slots_A[here] - seen.start, causal=causal)
+                attended_AHBd[here] = _attended(*parts, **_masks(blocks, hidden_ABO, here, seen))
         return attended_AHBd
 
     @staticmethod
@@ -64,12 +70,11 @@ class _BlockAttention(torch.autograd.Function):
         found = [torch.empty_like(states) for states in given[:3]]
         found += [torch.zeros_like(states, dtype=wide_type(states)) for states in given[3:]]
         with torch.autocast(gradient_AHBd.device.type, enabled=False):
-            for here, seen in _pieces(blocks, given[0]):
+            for here, seen in _pieces(blocks, given[0], given[1]):
                 places = [here, here, here, (slice(None), seen), (slice(None), seen)]
                 parts = [states[place].detach().requires_grad_() for states, place in zip(given, places, strict=True)]
                 with torch.enable_grad():
-                    slots_n = blocks.slots_A[here] - seen.start
-                    made = _attended(*parts, slots_n=slots_n, causal=ctx.causal)
+                    made = _attended(*parts, **_masks(blocks, ctx.hidden_ABO, here, seen))
                 for whole, place, part in zip(
                     found, places, torch.autograd.grad(made, parts, gradient_AHBd[here]), strict=True
                 ):
@@ -81,24 +86,32 @@ class _BlockAttention(torch.autograd.Function):
         return None, None, *(whole.to(states.dtype) for whole, states in zip(found, given, strict=True))
 
 
-def _pieces(blocks: Blocks, query_AHBd: Tensor) -> list[tuple[slice, slice]]:
+def _masks(blocks: Blocks, hidden_ABO: Tensor | None, here: slice, seen: slice) -> dict[str, Tensor | None]:
+    """Return the arguments of `_attended` that say which keys a piece attends to."""
+    return {
+        "slots_n": blocks.slots_A[here] - seen.start,
+        "hidden_nBO": None if hidden_ABO is None else hidden_ABO[here],
+    }
+
+
+def _pieces(blocks: Blocks, query_AHBd: Tensor, own_key_AGOd: Tensor) -> list[tuple[slice, slice]]:
     """Return (blocks, columns) of pieces whose scores are few enough to exist at once."""
     _, heads, size, _ = query_AHBd.shape
     limit = CPU_SCORES if query_AHBd.device.type == "cpu" else SCORES
     longest = max((span.columns.stop - span.columns.start for span in blocks.spans), default=0)
-    at_once = max(1, limit // (heads * size * (longest + size)))
+    at_once = max(1, limit // (heads * size * (longest + own_key_AGOd.shape[2])))
     return [(piece.blocks, piece.columns) for piece in blocks.pieces(at_once)]
 
 
 def _attended(
     query_nHBd: Tensor,
-    own_key_nGBd: Tensor,
-    own_value_nGBd: Tensor,
+    own_key_nGOd: Tensor,
+    own_value_nGOd: Tensor,
     keys_GCd: Tensor,
     values_GCd: Tensor,
     *,
     slots_n: Tensor,
-    causal: bool,
+    hidden_nBO: Tensor | None,
 ) -> Tensor:
     """Return attended_nHBd of a piece.
 
@@ -109,22 +122,19 @@ def _attended(
     rows_GnRd = query_nHBd.unflatten(1, (groups, -1)).transpose(0, 1).flatten(2, 3)
     count = rows_GnRd.shape[1]
     context_GnRC = (rows_GnRd.flatten(1, 2) @ keys_GCd.mT).unflatten(1, (count, -1))
-    own_GnRB = rows_GnRd @ own_key_nGBd.transpose(0, 1).mT
-    scores_GnRY = torch.cat([context_GnRC, own_GnRB], dim=-1).to(wide_type(query_nHBd)) / math.sqrt(width)
+    own_GnRO = rows_GnRd @ own_key_nGOd.transpose(0, 1).mT
+    scores_GnRY = torch.cat([context_GnRC, own_GnRO], dim=-1).to(wide_type(query_nHBd)) / math.sqrt(width)
     hidden_n1C = torch.arange(columns, device=slots_n.device) >= slots_n[:, None, None]
-    hidden_nRY = torch.cat(
-        [hidden_n1C.expand(-1, own_GnRB.shape[2], -1), _later_slots(own_GnRB, causal=causal)], dim=-1
-    )
+    hidden_nRO = _of_rows(hidden_nBO, own_GnRO)
+    hidden_nRY = torch.cat([hidden_n1C.expand(-1, own_GnRO.shape[2], -1), hidden_nRO], dim=-1)
     weights_GnRY = scores_GnRY.masked_fill(hidden_nRY, -torch.inf).softmax(dim=-1).to(values_GCd.dtype)
     of_context_GnRd = (weights_GnRY[..., :columns].flatten(1, 2) @ values_GCd).unflatten(1, (count, -1))
-    attended_GnRd = of_context_GnRd + weights_GnRY[..., columns:] @ own_value_nGBd.transpose(0, 1)
+    attended_GnRd = of_context_GnRd + weights_GnRY[..., columns:] @ own_value_nGOd.transpose(0, 1)
     return attended_GnRd.unflatten(2, (-1, query_nHBd.shape[2])).transpose(0, 1).flatten(1, 2)
 
 
-def _later_slots(own_GnRB: Tensor, *, causal: bool) -> Tensor:
-    """Return hidden_nRB: with a causal block, the slots after each row's own."""
-    _, count, rows, size = own_GnRB.shape
-    hidden_BB = torch.ones(size, size, dtype=torch.bool, device=own_GnRB.device).triu(1) if causal else None
-    if hidden_BB is None:
-        return torch.zeros(count, rows, size, dtype=torch.bool, device=own_GnRB.device)
-    return hidden_BB.repeat(rows // size, 1).expand(count, -1, -1)
+def _of_rows(hidden_nBO: Tensor | None, own_GnRO: Tensor) -> Tensor:
+    """Return hidden_nRO: the mask of the slots, once for every query head of a group."""
+    if hidden_nBO is None:
+        return torch.zeros(own_GnRO.shape[1:], dtype=torch.bool, device=own_GnRO.device)
+    return hidden_nBO.repeat(1, own_GnRO.shape[2] // hidden_nBO.shape[1], 1)

@@ -24,7 +24,7 @@ from drafttrain.core.flops import BatchShape, Products, attention, matrix, param
 from drafttrain.core.roles import ForwardListener, Proposer
 from drafttrain.core.target_rows import RowChoice, RowsAsked
 from drafttrain.drafters import Drafter
-from drafttrain.drafters.dflash.attention import attend_blocks
+from drafttrain.drafters.dflash.attention import attend_blocks, later_slots
 from drafttrain.drafters.dflash.backbone import Backbone
 from drafttrain.drafters.dflash.blocks import Blocks
 from drafttrain.drafters.dflash.config import new_config, read_block_config
@@ -136,8 +136,10 @@ class BlockDrafter(Backbone, WithHead, Drafter):
     def _hidden(self, batch: DraftBatch, blocks: Blocks, context: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Return hidden_AKD, the states that predict."""
 
+        hidden_ABO = later_slots(blocks, self.block_size) if self.causal else None
+
         def attend(of_layer: tuple[Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return attend_blocks(query, (key, value), of_layer, blocks, causal=self.causal)
+            return attend_blocks(query, (key, value), of_layer, blocks, hidden_ABO=hidden_ABO)
 
         states_ABD = self.block_states(
             blocks.at(batch.tokens_BT),

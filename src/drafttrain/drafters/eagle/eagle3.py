@@ -1,14 +1,14 @@
-"""EAGLE-3: one decoder layer over the target's states at three depths, trained on its own rollouts.
+"""EAGLE-3 and 3.1: one decoder layer over the target's states at several depths, trained on its own rollouts.
 
-B = sequences, T = positions, V = the target's vocabulary, R = the drafter's, D = hidden, F = 3 D, N = rows
+B = sequences, T = positions, V = the target's vocabulary, R = the drafter's, D = hidden, F = D for each tap, N = rows
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -32,54 +32,63 @@ from drafttrain.drafters.warm_start import CHECKPOINT_HELP, checkpoint_folder, s
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import blocks
 
-NUM_TAPS = 3
+NUM_TAPS = "num_aux_hidden_states"
+"""The field of config.json from which engines take the number of tapped states. Without it they assume three."""
 
 FIXED_BY_CHECKPOINT = (
     *("taps", "draft_vocab_size", "num_heads", "num_kv_heads", "intermediate_size"),
-    *("head_init", "norm_before_fc", "fc_norm", "norm_output", "norm_before_residual"),
+    *("head_init", "norm_before_fc", "fc_norm", "norm_before_residual"),
 )
 """Settings that the checkpoint to start from fixes."""
 
 
 @dataclass
-class Eagle3Settings:
-    """One layer over the target's hidden states of three depths, trained on its own rollouts (EAGLE-3)."""
+class FusionSettings:
+    """A layer over the target's hidden states of several depths: what EAGLE-3 and its parallel form share."""
 
     checkpoint: str | None = setting(None, help=CHECKPOINT_HELP)
     taps: list[int] | None = setting(
         None,
-        help="Three blocks of 0..layers - 1, in rising order, whose input states are read; null: an early, the middle and a "
-        "late one.",
+        help="Blocks of 0..layers - 1, any number, in rising order, whose input states are read; null: an early, the middle and "
+        "a late one.",
         ge=0,
     )
     draft_vocab_size: int | None = setting(None, help=SIZE_HELP, ge=1)
-    num_steps: int = setting(5, help="Draft tokens rolled out at every position in training.", ge=1)
-    step_decay: float = setting(0.8, help="Factor on the loss from one of these steps to the next.", gt=0, le=1)
     num_heads: int | None = setting(None, help="Attention heads; null: the target's.", ge=1)
     num_kv_heads: int | None = setting(None, help="Key-value heads; null: the target's.", ge=1)
     intermediate_size: int | None = setting(None, help="Feed-forward width; null: the target's.", ge=1)
     head_init: Literal["target", "random"] = setting(
         "target", help="Initial head and final norm: the target's (the head's rows of the draft vocabulary), or random."
     )
-    norm_before_fc: bool = setting(False, help="Apply one norm to the three concatenated states before fc.")
+    norm_before_fc: bool = setting(False, help="Apply one norm to the concatenated states before fc.")
     fc_norm: bool = setting(False, help="Apply a norm to each tapped state before fc (EAGLE-3.1).")
-    norm_output: bool = setting(False, help="Feed back the state after the final norm (EAGLE-3.1), not before it.")
     norm_before_residual: bool = setting(
         False, help="The residual stream starts from the normed fused state, not from the fused state."
     )
+    fixed: ClassVar[tuple[str, ...]] = FIXED_BY_CHECKPOINT
+
+    def check(self) -> list[str]:
+        """Return what is wrong across fields."""
+        problems = settings_fixed_by_checkpoint(self, self.fixed)
+        if self.taps is not None and (not self.taps or sorted(set(self.taps)) != self.taps):
+            problems.append(f"taps: must be one or more different blocks in rising order, got {self.taps}")
+        if self.num_heads and self.num_kv_heads and self.num_heads % self.num_kv_heads:
+            problems.append(f"num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}")
+        return problems
+
+
+@dataclass
+class Eagle3Settings(FusionSettings):
+    """One layer over the target's hidden states of several depths, trained on its own rollouts (EAGLE-3)."""
+
+    num_steps: int = setting(5, help="Draft tokens rolled out at every position in training.", ge=1)
+    step_decay: float = setting(0.8, help="Factor on the loss from one of these steps to the next.", gt=0, le=1)
+    norm_output: bool = setting(False, help="Feed back the state after the final norm (EAGLE-3.1), not before it.")
     draft: Literal["sampled", "greedy"] = setting(
         "sampled",
         help="Chains at temperature > 0: draft by sampling, or by argmax as vLLM does (then nodes are FIXED).",
     )
-
-    def check(self) -> list[str]:
-        """Return what is wrong across fields."""
-        problems = settings_fixed_by_checkpoint(self, FIXED_BY_CHECKPOINT)
-        if self.taps is not None and (len(self.taps) != NUM_TAPS or sorted(set(self.taps)) != self.taps):
-            problems.append(f"taps: three different blocks in rising order are needed, got {self.taps}")
-        if self.num_heads and self.num_kv_heads and self.num_heads % self.num_kv_heads:
-            problems.append(f"num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}")
-        return problems
+    fixed: ClassVar[tuple[str, ...]] = (*FIXED_BY_CHECKPOINT, "norm_output")
 
     def smoke(self) -> Eagle3Settings:
         """Return a copy with few rollout steps, enough for a test."""
@@ -112,6 +121,8 @@ class Eagle3Drafter(EagleDrafter):
     """
 
     kind = "eagle3"
+    own_names: ClassVar[tuple[str, ...]] = OWN
+    settings_class: ClassVar[type[FusionSettings]] = Eagle3Settings
     lag = 1
     needs_target = True
     serving: ClassVar[str] = "It drafts trees in the embedded evaluator only."
@@ -125,8 +136,8 @@ class Eagle3Drafter(EagleDrafter):
         self._parts = parts
         self._keeps_vocabulary = False
         layer, width, eps = llama_config(config), config["hidden_size"], config["rms_norm_eps"]
-        self.input_norm = Norm(NUM_TAPS * width, eps=eps) if config.get("norm_before_fc") else None
-        self.fc = nn.Linear(NUM_TAPS * width, width, bias=False)
+        self.input_norm = Norm(len(self.taps) * width, eps=eps) if config.get("norm_before_fc") else None
+        self.fc = nn.Linear(len(self.taps) * width, width, bias=False)
         self.midlayer = MidLayer(layer)
         self.norm = Norm(width, eps=eps)
         self.lm_head = nn.Linear(width, config["draft_vocab_size"], bias=False)
@@ -140,35 +151,23 @@ class Eagle3Drafter(EagleDrafter):
         self.register_buffer("t2d", None if same else torch.arange(config["vocab_size"]) < config["draft_vocab_size"])
 
     @classmethod
-    def create(cls, settings: Eagle3Settings, *, target: Target | None, tokenizer: Any) -> Eagle3Drafter:
+    def create(cls, settings: FusionSettings, *, target: Target | None, tokenizer: Any) -> Self:
         """Return the drafter as training starts from it. Its vocabulary is the first ids until `fit_vocabulary` runs."""
         if target is None:
-            raise CheckpointError("drafter.kind eagle3 reads the target's hidden states, but target.model is null")
-        own = {name: getattr(settings, name) for name in OWN}
+            raise CheckpointError(f"drafter.kind {cls.kind} reads the target's hidden states, but target.model is null")
+        own = {name: getattr(settings, name) for name in cls.own_names}
         if settings.checkpoint is not None:
             made = cls.load(checkpoint_folder(settings.checkpoint, target, kind=cls.kind), target).trained_as(own)
             made._keeps_vocabulary = True
             return made
-        config = {
-            "architectures": ["LlamaForCausalLMEagle3"],
-            **layer_config(
-                target,
-                num_heads=settings.num_heads,
-                num_kv_heads=settings.num_kv_heads,
-                intermediate_size=settings.intermediate_size,
-            ),
-            "draft_vocab_size": size_for(target, settings.draft_vocab_size),
-            "target_hidden_size": int(target.model.config.get_text_config().hidden_size),
-            "eagle_aux_hidden_state_layer_ids": taps_of(len(blocks(target.model)), settings.taps),
-            "norm_before_fc": settings.norm_before_fc,
-            "fc_norm": settings.fc_norm,
-            "norm_output": settings.norm_output,
-            "norm_before_residual": settings.norm_before_residual,
-            "drafttrain": own,
-        }
-        drafter = cls(config, TargetParts(target))
-        drafter._start_head()
+        drafter = cls({**cls.new_config(settings, target), "drafttrain": own}, TargetParts(target))
+        drafter.start_weights()
         return drafter
+
+    @classmethod
+    def new_config(cls, settings: Any, target: Target) -> dict[str, Any]:
+        """Return the fields of config.json of a new drafter, which engines read."""
+        return {**fusion_config(settings, target), "norm_output": settings.norm_output}
 
     def fit_vocabulary(self, label_counts: Callable[[], Any]) -> None:
         """Choose the most frequent labels, ties by lower id. A drafter loaded from a checkpoint keeps its vocabulary."""
@@ -177,6 +176,10 @@ class Eagle3Drafter(EagleDrafter):
         ids_R = most_frequent(label_counts(), size=len(self.d2t), vocab_size=len(self.t2d))
         self.d2t.copy_(ids_R - torch.arange(len(ids_R)))
         self.t2d.zero_()[ids_R] = True
+        self._start_head()
+
+    def start_weights(self) -> None:
+        """Copy what training starts from."""
         self._start_head()
 
     @torch.no_grad()
@@ -189,7 +192,7 @@ class Eagle3Drafter(EagleDrafter):
         self.norm.weight.copy_(self._parts.final_gain())
 
     def needs(self) -> TargetNeeds:
-        """Return the three taps."""
+        """Return the tapped states."""
         return TargetNeeds(hidden=self.taps)
 
     def forward(self, batch: DraftBatch) -> DraftOutput:
@@ -234,7 +237,7 @@ class Eagle3Drafter(EagleDrafter):
         if self.input_norm is not None:
             features_BTF = self.input_norm(features_BTF)
         if self.fc_norm is not None:
-            pieces = features_BTF.chunk(NUM_TAPS, dim=-1)
+            pieces = features_BTF.chunk(len(self.taps), dim=-1)
             features_BTF = torch.cat([norm(piece) for norm, piece in zip(self.fc_norm, pieces, strict=True)], dim=-1)
         hidden_BTD: Tensor = self.fc(features_BTF)
         return hidden_BTD
@@ -270,9 +273,17 @@ class Eagle3Drafter(EagleDrafter):
         return weight_bytes(*fusion), weight_bytes(self.midlayer), head, self._parts.embedding_row_bytes
 
     @classmethod
-    def load(cls, folder: Path, target: Target, dtype: Any = None) -> Eagle3Drafter:
+    def field_problems(cls, config: Mapping[str, Any]) -> list[str]:
+        """Return one line for every wrong field of config.json that a kind has beyond EAGLE-3's."""
+        return []
+
+    @classmethod
+    def load(cls, folder: Path, target: Target, dtype: Any = None) -> Self:
         """Read the folder that `save` wrote; refuse a target with other sizes."""
-        config = read_config(folder, target, own=own_defaults())
+        defaults = cls.settings_class()
+        config = read_config(folder, target, own={name: getattr(defaults, name) for name in cls.own_names})
+        if problems := cls.field_problems(config):
+            raise CheckpointError("\n  ".join([f"{folder}: this drafter cannot be loaded", *problems]))
         config |= {
             "eagle_aux_hidden_state_layer_ids": taps_of(
                 len(blocks(target.model)), config.get("eagle_aux_hidden_state_layer_ids")
@@ -288,26 +299,48 @@ class Eagle3Drafter(EagleDrafter):
         return drafter.eval().to(target.device)
 
 
+def fusion_config(settings: FusionSettings, target: Target) -> dict[str, Any]:
+    """Return the fields of config.json of a new drafter with one layer. Width and unset sizes are the target's."""
+    taps = taps_of(len(blocks(target.model)), settings.taps)
+    return {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        **layer_config(
+            target,
+            num_heads=settings.num_heads,
+            num_kv_heads=settings.num_kv_heads,
+            intermediate_size=settings.intermediate_size,
+        ),
+        "draft_vocab_size": size_for(target, settings.draft_vocab_size),
+        "target_hidden_size": int(target.model.config.get_text_config().hidden_size),
+        "eagle_aux_hidden_state_layer_ids": taps,
+        NUM_TAPS: len(taps),
+        "norm_before_fc": settings.norm_before_fc,
+        "fc_norm": settings.fc_norm,
+        "norm_before_residual": settings.norm_before_residual,
+    }
+
+
 def taps_of(num_layers: int, given: Sequence[int] | None = None) -> list[int]:
-    """Return the three blocks whose input states are read: those given, or an early, the middle and a late one.
+    """Return the blocks whose input states are read: those given, or an early, the middle and a late one.
 
     With ten layers or more the defaults are EAGLE-3's: 2, half, and three before the end.
 
     Raises:
-        CheckpointError: The target has too few layers, or the taps are out of range or not in rising order.
+        CheckpointError: The taps are none, out of range or not in rising order, or the target has too few layers for the defaults.
     """
-    if num_layers < NUM_TAPS:
-        raise CheckpointError(
-            f"drafter.kind eagle3 needs a target of at least {NUM_TAPS} layers, this one has {num_layers}"
-        )
     if given is not None:
         taps = list(given)
-        if len(taps) != NUM_TAPS or sorted(set(taps)) != taps or not 0 <= taps[0] <= taps[-1] < num_layers:
+        if not taps or sorted(set(taps)) != taps or not 0 <= taps[0] <= taps[-1] < num_layers:
             raise CheckpointError(
-                f"drafter.taps must be three different blocks in rising order, of 0..{num_layers - 1} for this target "
+                f"drafter.taps must be one or more different blocks in rising order, of 0..{num_layers - 1} for this target "
                 f"({num_layers} layers), got {taps}"
             )
         return taps
+    if num_layers < 3:
+        raise CheckpointError(
+            f"drafter.kind eagle3 taps three blocks unless drafter.taps names others, and this target has {num_layers} layers: "
+            "set drafter.taps"
+        )
     if num_layers >= 10:
         return [2, num_layers // 2, num_layers - 3]
-    return [int(num_layers > NUM_TAPS), num_layers // 2, num_layers - 1]
+    return [int(num_layers > 3), num_layers // 2, num_layers - 1]

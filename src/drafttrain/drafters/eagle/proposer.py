@@ -11,7 +11,6 @@ from itertools import count
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from drafttrain.core.device_time import Span
 from drafttrain.core.generations import ForwardEvent
@@ -25,6 +24,7 @@ from drafttrain.drafters.eagle.cache import EagleCache
 from drafttrain.drafters.eagle.decoding import DecodingEagle
 from drafttrain.drafters.eagle.drafts import DraftNode, DraftTree
 from drafttrain.drafters.eagle.model import EagleModel
+from drafttrain.drafters.eagle.unread import UnreadText
 
 
 class EagleProposer:
@@ -59,17 +59,15 @@ class EagleProposer:
         self._listener = listener
         self._contexts: list[Context] = []
         self._layer = DecodingEagle(model, device=device)
-        self._unread: list[list[Tensor]] = []
-        """By sequence, features_NF of committed slots that are not cached yet, in pieces."""
+        self._unread = UnreadText(model.features)
 
     @torch.no_grad()
     def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
         """Read all slots of the prompts except the last."""
         self._contexts = list(contexts)
         self._layer.begin(len(contexts))
-        self._unread = [[] for _ in contexts]
-        self._store_features(seen, [len(context.tokens) - 1 for context in contexts])
-        sizes = [max(0, _num_rows(pieces) - 1) for pieces in self._unread]
+        self._unread.begin(contexts, seen)
+        sizes = [max(0, size - 1) for size in self._unread.sizes]
         if any(sizes):
             span = Span(self._device)
             context = self._cached(sizes)
@@ -86,7 +84,8 @@ class EagleProposer:
     ) -> list[Proposal]:
         """Return one chain per sequence, or one tree if the budgets are wider than 1."""
         # After a prompt of one token there are no features yet.
-        budgets = [budget if pieces else budget.within(0) for budget, pieces in zip(budgets, self._unread, strict=True)]
+        sizes = self._unread.sizes
+        budgets = [budget if size else budget.within(0) for budget, size in zip(budgets, sizes, strict=True)]
         if any(budget.width > 1 for budget in budgets):
             proposals = self._trees(budgets, more)
         else:
@@ -143,18 +142,18 @@ class EagleProposer:
 
     def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
         """Store the target's features of the accepted path. The draft tokens have left the cache already."""
-        self._store_features(seen, [len(verdict.path) for verdict in verdicts])
+        self._unread.add(seen, [len(verdict.path) for verdict in verdicts])
 
     def drop(self, keep: Sequence[int]) -> None:
         """Keep only these sequences."""
         self._contexts = [self._contexts[i] for i in keep]
-        self._unread = [self._unread[i] for i in keep]
+        self._unread.drop(keep)
         self._layer.drop(keep)
 
     def _read_text(self, growing: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Read the committed slots that are not cached yet; return (logits_NR, states_ND) of each sequence's last one."""
         span = Span(self._device)
-        sizes = [_num_rows(pieces) if number in growing else 0 for number, pieces in enumerate(self._unread)]
+        sizes = [size if number in growing else 0 for number, size in enumerate(self._unread.sizes)]
         context = self._cached(sizes)
         states_BND = self._read(sizes)
         last_ND = self._rows(states_BND, [(number, sizes[number] - 1) for number in growing])
@@ -185,25 +184,7 @@ class EagleProposer:
 
     def _read(self, sizes: Sequence[int]) -> Tensor:
         """Read the first unread slots of every sequence into the cache; return states_BND."""
-        features = [torch.cat(pieces) if size else None for pieces, size in zip(self._unread, sizes, strict=True)]
-        tokens = [
-            context.tokens[start + 1 : start + 1 + size]
-            for context, start, size in zip(self._contexts, self._cache.lengths, sizes, strict=True)
-        ]
-        for row, (whole_NF, size) in enumerate(zip(features, sizes, strict=True)):
-            if whole_NF is not None:
-                self._unread[row] = [whole_NF[size:]] if len(whole_NF) > size else []
-        some = next(whole_NF for whole_NF in features if whole_NF is not None)
-        first = [
-            some[:0] if whole_NF is None else whole_NF[:size] for whole_NF, size in zip(features, sizes, strict=True)
-        ]
-        return self._layer.read_slots(tokens, pad_sequence(first, batch_first=True))
-
-    def _store_features(self, seen: Sequence[TargetOutput], sizes: Sequence[int]) -> None:
-        """Append the features of the first `size` tokens of every sequence to the unread ones."""
-        for pieces, output, size in zip(self._unread, seen, sizes, strict=True):
-            if size:
-                pieces.append(self._model.features(output)[0, :size])
+        return self._layer.read_slots(*self._unread.take(self._contexts, starts=self._cache.lengths, sizes=sizes))
 
     @property
     def _cache(self) -> EagleCache:
@@ -234,7 +215,3 @@ class EagleProposer:
                 prefill=prefill,
             )
         )
-
-
-def _num_rows(pieces: Sequence[Tensor]) -> int:
-    return sum(len(piece) for piece in pieces)

@@ -178,7 +178,9 @@ def latent_shapes(fields: Mapping[str, Any], latent: Mapping[str, Any]) -> dict[
         "kv_b_proj": (heads * (plain + value), latent_width),
         "o_proj": (width, heads * value),
     }
-    matrices |= {"q_proj": (queries, width)} if into is None else {"q_a_proj": (into, width), "q_b_proj": (queries, into)}
+    matrices |= (
+        {"q_proj": (queries, width)} if into is None else {"q_a_proj": (into, width), "q_b_proj": (queries, into)}
+    )
     shapes: dict[str, tuple[int, ...]] = {f"self_attn.{name}.weight": shape for name, shape in matrices.items()}
     norms = {"kv_a": latent_width} | ({} if into is None else {"q_a": into})
     shapes |= {f"self_attn.{name}_layernorm.weight": (size,) for name, size in norms.items()}

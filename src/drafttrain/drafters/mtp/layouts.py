@@ -128,7 +128,9 @@ def layout_in(names: Iterable[str], num_blocks: int, *, where: str) -> Layout:
     if not found:
         for key, what in UNSUPPORTED.items():
             if key in held:
-                raise CheckpointError(f"{where}: its next-token-prediction layer has the {what} layout ({key}): not supported")
+                raise CheckpointError(
+                    f"{where}: its next-token-prediction layer has the {what} layout ({key}): not supported"
+                )
         looked_for = " and ".join(f"{key} ({name})" for name, key in first.items())
         raise CheckpointError(
             f"{where}: no next-token-prediction layer in its files: looked for {looked_for}. Give a target that has one, or "

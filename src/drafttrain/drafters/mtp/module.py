@@ -42,7 +42,8 @@ class MtpSettings:
 
     checkpoint: str | None = setting(None, help=CHECKPOINT_HELP.replace("from scratch", "`init` says from what"))
     init: Literal["target", "random"] = setting(
-        "target", help="Start from the layer in the target's checkpoint, or from random weights in the sizes of its blocks."
+        "target",
+        help="Start from the layer in the target's checkpoint, or from random weights in the sizes of its blocks.",
     )
     layout: Literal["mimo", "deepseek"] | None = setting(
         None, help="How a random layer is stored and run; null: the target's own layout, or deepseek if it has none."

@@ -47,8 +47,8 @@ class VllmEngine(ServingEngine):
     )
 
     def draft(self, kind: str, wanted: str) -> str:
-        """Return `greedy` for Medusa, whose heads vLLM never samples from; other kinds draft both ways."""
-        return "greedy" if kind == "medusa" else wanted
+        """Return `greedy` for kinds whose draft tokens do not depend on each other; other kinds draft both ways."""
+        return "greedy" if kind in ("medusa", "p_eagle") else wanted
 
     def request(self, job: Job, use: Use | None) -> dict[str, Any]:
         """Return the request that vllm_worker.py describes."""
@@ -89,7 +89,7 @@ class VllmEngine(ServingEngine):
         return dropped + [
             f"{drafter}: vLLM takes a drafter with {word!r} in its path for {other}: rename the folder"
             for word, other in MISLEADING_WORDS.items()
-            if word in path and kind not in ("eagle", "eagle3")
+            if word in path and self.methods[kind] not in ("eagle", "eagle3")
         ]
 
     def command(self, target: str, use: Use) -> str:
@@ -107,6 +107,7 @@ class VllmEngine(ServingEngine):
             "model": use.folder,
             "num_speculative_tokens": use.num_draft_tokens,
             **sampled,
+            **({"parallel_drafting": True} if use.kind == "p_eagle" else {}),
         }
 
 

@@ -1,0 +1,137 @@
+"""The proposer of P-EAGLE: one pass a round over the newly accepted tokens and the mask slots after them.
+
+B = sequences, N = committed slots of one call, S = mask slots of a sequence, G = sequences that draft, K = draft tokens, D = hidden
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.device_time import Span
+from drafttrain.core.errors import CheckpointError
+from drafttrain.core.generations import ForwardEvent
+from drafttrain.core.proposals import Budget, Context, DraftStep, More, Proposal, Verdict
+from drafttrain.core.roles import ForwardListener
+from drafttrain.core.target_rows import TargetOutput
+from drafttrain.core.texts import Sampling
+from drafttrain.core.vocabulary import DraftVocabulary
+from drafttrain.drafters.chain_draft import ChainDraft
+from drafttrain.drafters.eagle.unread import UnreadText
+from drafttrain.drafters.p_eagle.decoding import DecodingPEagle, PEagleModel
+
+
+class PEagleProposer:
+    """Drafts chains. The last committed slot gives the first draft token, the mask slots after it give the others.
+
+    Args:
+        vocab_size: Width of the rows of q.
+        num_tokens: Ids that the tokenizer can produce; the others get no probability.
+        draft: `greedy`: chains are FIXED at every temperature.
+    """
+
+    def __init__(
+        self,
+        model: PEagleModel,
+        *,
+        vocab_size: int,
+        num_tokens: int,
+        device: torch.device,
+        listener: ForwardListener | None = None,
+        draft: str = "greedy",
+    ) -> None:
+        self.needs = model.needs()
+        self._num_depths = model.num_depths
+        self._device = device
+        self._draft = ChainDraft(DraftVocabulary(model.vocabulary, num_tokens=num_tokens), vocab_size, draft)
+        self._bytes = model.weight_bytes()
+        self._listener = listener
+        self._contexts: list[Context] = []
+        self._layers = DecodingPEagle(model, device=device)
+        self._unread = UnreadText(model.features)
+
+    @torch.no_grad()
+    def begin(self, contexts: Sequence[Context], seen: Sequence[TargetOutput]) -> None:
+        """Read all slots of the prompts except the last."""
+        self._contexts = list(contexts)
+        self._layers.begin(len(contexts))
+        self._unread.begin(contexts, seen)
+        sizes = [max(0, size - 1) for size in self._unread.sizes]
+        if any(sizes):
+            span = Span(self._device)
+            self._read(sizes, num_masks=0)
+            self._report(sizes, num_masks=0, span=span, prefill=True)
+
+    @torch.no_grad()
+    def propose(
+        self,
+        budgets: Sequence[Budget],
+        sampling: Sampling,
+        generators: Sequence[torch.Generator],
+        more: Callable[[DraftStep], bool | More],
+    ) -> list[Proposal]:
+        """Return one chain per sequence."""
+        if any(budget.width > 1 for budget in budgets):
+            raise CheckpointError("a drafter of kind p_eagle drafts chains only: use a length policy of width 1")
+        # After a prompt of one token there are no features yet.
+        budgets = [
+            budget.within(self._num_depths if size else 0)
+            for budget, size in zip(budgets, self._unread.sizes, strict=True)
+        ]
+        chains = self._draft.begin(self._contexts, budgets, sampling, generators, more)
+        if growing := chains.growing:
+            states_GKD = self._pass(growing, num_masks=max(min(one.nodes, one.depth) for one in budgets) - 1)
+            chains.extend(self._layers.head(states_GKD), states_GKD)
+        return chains.proposals()
+
+    def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
+        """Store the target's features of the accepted path. The mask slots have left the cache already."""
+        self._unread.add(seen, [len(verdict.path) for verdict in verdicts])
+
+    def drop(self, keep: Sequence[int]) -> None:
+        """Keep only these sequences."""
+        self._contexts = [self._contexts[i] for i in keep]
+        self._unread.drop(keep)
+        self._layers.drop(keep)
+
+    def _pass(self, growing: Sequence[int], *, num_masks: int) -> Tensor:
+        """Read the unread slots of these sequences and mask slots after them; return states_GKD, which predict the next tokens."""
+        span = Span(self._device)
+        sizes = [size if number in growing else 0 for number, size in enumerate(self._unread.sizes)]
+        states_BPD = self._read(sizes, num_masks=num_masks)
+        width = states_BPD.shape[1]
+        places = [
+            [number * width + place for place in (sizes[number] - 1, *range(width - num_masks, width))]
+            for number in growing
+        ]
+        flat_ND = states_BPD.flatten(0, 1).index_select(0, torch.tensor(places).flatten().to(self._device))
+        self._report(sizes, num_masks=num_masks, span=span)
+        return flat_ND.unflatten(0, (len(growing), -1))
+
+    def _read(self, sizes: Sequence[int], *, num_masks: int) -> Tensor:
+        tokens, features_BNF = self._unread.take(self._contexts, starts=self._layers.lengths, sizes=sizes)
+        return self._layers.read(tokens, features_BNF, num_masks=num_masks)
+
+    def _report(self, sizes: Sequence[int], *, num_masks: int, span: Span, prefill: bool = False) -> None:
+        """Report one pass to the listener. The head runs in a round, not over a prompt."""
+        if self._listener is None:
+            return
+        fusion, layers, head, row = self._bytes
+        num_read, num_sequences = sum(sizes), sum(size > 0 for size in sizes)
+        context = sum(length for length, size in zip(self._layers.lengths, sizes, strict=True) if size) - num_read
+        num_tokens = num_read + num_masks * num_sequences
+        weights = fusion + layers + (0 if prefill else head) + row * num_read
+        self._listener(
+            ForwardEvent(
+                model="drafter",
+                num_tokens=num_tokens,
+                context=context,
+                num_sequences=num_sequences,
+                num_layers=self._layers.num_layers,
+                bytes_read=weights + self._layers.bytes_per_slot() * (context + num_tokens),
+                span=span.end(),
+                prefill=prefill,
+            )
+        )
