@@ -40,6 +40,7 @@ class HuggingFaceExporter(Exporter):
         "eagle3": "LlamaForCausalLMEagle3",
         "p_eagle": "LlamaForCausalLMEagle3",
         "kangaroo": "drafttrain",
+        "dflash": "DFlashDraftModel",
         "mtp": "drafttrain",
     }
     readers = "transformers (causal_lm), vLLM and SGLang (all but kangaroo and mtp), drafttrain"
