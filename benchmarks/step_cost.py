@@ -31,7 +31,7 @@ from drafttrain.training.step_cost import StepCost, Trained, step_cost
 OUT = Path(__file__).with_suffix(".md")
 RECIPES = (
     *("eagle3_llama3.1_8b", "eagle3_qwen3_8b", "eagle3_1_qwen3_8b"),
-    *("medusa_llama3.1_8b", "kangaroo_llama3.1_8b", "mtp_mimo_7b"),
+    *("medusa_llama3.1_8b", "kangaroo_llama3.1_8b", "mtp_mimo_7b", "dspark_qwen3_8b"),
 )
 """A drafter that is a language model reads its files when it is created, so it is not included."""
 PEAK_FLOPS = 989e12
@@ -74,6 +74,11 @@ class Sized(Target):
     def num_tokens(self) -> int:
         """Number of rows of the head."""
         return self.vocab_size
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """None are known."""
+        return ()
 
 
 def trained(recipe: Recipe) -> Trained:
