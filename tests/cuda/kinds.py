@@ -45,6 +45,11 @@ KINDS: dict[str, Kind] = {
     "eagle": Kind({"kind": "eagle", "num_steps": 2}),
     "eagle3": Kind({"kind": "eagle3", "num_steps": 2}, {"kind": "lk_hybrid"}, {"cache": "states"}),
     "eagle3_cut": Kind({"kind": "eagle3", "num_steps": 2, "draft_vocab_size": 128}, {"kind": "lk_hybrid"}),
+    "mtp": Kind(
+        {"kind": "mtp", "init": "random", "layout": "mimo", "num_steps": 2, "feed": "own"},
+        {"kind": "lk_hybrid"},
+        {"cache": "states"},
+    ),
     "dflash": Kind(
         {
             **{"kind": "dflash", "num_layers": 1, "taps": [1], "block_size": 4, "anchors": 4, "mask_token_id": 0},

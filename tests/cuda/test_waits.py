@@ -48,6 +48,9 @@ CHAIN = {
     "eagle": Ceiling(6, 15),
     "eagle3": Ceiling(6, 15),
     "eagle3_cut": Ceiling(6, 15),
+    "dflash": Ceiling(3, 5),
+    "jetspec": Ceiling(3.3, 5),
+    "mtp": Ceiling(6, 15),
 }
 """A round of two sequences with four draft tokens each."""
 
@@ -58,6 +61,9 @@ TREE = {
     "eagle": Ceiling(8, 12),
     "eagle3": Ceiling(8, 12),
     "eagle3_cut": Ceiling(8, 12),
+    "dflash": Ceiling(3, 5),
+    "jetspec": Ceiling(3.3, 5),
+    "mtp": Ceiling(8, 12),
 }
 """A round of two sequences with trees of twelve nodes in three levels."""
 

@@ -16,6 +16,7 @@ from drafttrain.core.errors import CheckpointError
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Prompt, Record
 from drafttrain.data_gen.packing import pack
+from drafttrain.drafters import chain_draft
 from drafttrain.drafters.medusa.folder import TREE
 from drafttrain.drafters.medusa.module import Medusa
 from drafttrain.drafters.medusa.settings import MedusaSettings
@@ -279,14 +280,12 @@ def test_the_output_has_the_targets_distribution(draft: str, cut: dict[str, Any]
 
 
 def test_control_the_distribution_of_another_head_changes_the_output(monkeypatch):
-    from drafttrain.drafters.medusa import proposer as medusa_proposer
+    honest = chain_draft.chain
 
-    honest = medusa_proposer.chain
-    monkeypatch.setattr(
-        medusa_proposer,
-        "chain",
-        lambda tokens, *, kind, q_rows_RV: honest(tokens, kind=kind, q_rows_RV=q_rows_RV.flip(0)),
-    )
+    def swapped(tokens: list[int], *, kind: Any, q_rows_RV: Any = None) -> Any:
+        return honest(tokens, kind=kind, q_rows_RV=None if q_rows_RV is None else q_rows_RV.flip(0))
+
+    monkeypatch.setattr(chain_draft, "chain", swapped)
     target, medusa = small_medusa()
     assert chi_square(target.model, medusa.proposer(target), 1.0, samples=1500) < 1e-3
 

@@ -66,9 +66,7 @@ def our_logits(drafter: Any, target: Target, tokens: list[int]) -> Tensor:
     text, at = torch.tensor([tokens]), torch.arange(len(tokens))[None]
     with torch.no_grad():
         seen = target.read(text, at, drafter.needs())
-        inputs, residual = drafter.entering(
-            drafter.embed_at(text[:, 1:], at[:, :-1]), drafter.features(seen)[:, :-1]
-        )
+        inputs, residual = drafter.entering(drafter.embed_at(text[:, 1:], at[:, :-1]), drafter.features(seen)[:, :-1])
         keys, values = drafter.layer.keys_and_values(inputs, at[:, :-1])
         query = drafter.layer.queries(inputs, at[:, :-1])
         later = torch.full((len(tokens) - 1, len(tokens) - 1), -torch.inf).triu(1)

@@ -19,6 +19,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "medusa": {"num_heads": 3},
     "eagle": {},
     "eagle3": {"draft_vocab_size": 100},
+    "mtp": {"init": "random"},
     "p_eagle": {"draft_vocab_size": 100, "num_layers": 2, "num_depths": 3, "mask_token_id": 1},
     "kangaroo": {"exit_layer": 1},
 }

@@ -44,7 +44,9 @@ def test_an_untrained_layer_gives_the_same_checkpoint_bit_for_bit(layout, tmp_pa
     after = stitched(drafter_folder(target, tmp_path / "drafter"), target, tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads((target / "config.json").read_text())
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads(
+        (target / "config.json").read_text()
+    )
 
 
 @pytest.mark.parametrize("layout", MAKERS)
@@ -72,7 +74,10 @@ def test_files_without_a_replaced_tensor_are_links_and_configurations_are_copies
     tensors = load_file(target / "model.safetensors")
     layer = {name: tensor for name, tensor in tensors.items() if ".mtp_layers." in name}
     (target / "model.safetensors").unlink()
-    parts = {"model-00001-of-00002.safetensors": tensors.keys() - layer.keys(), "model-00002-of-00002.safetensors": layer}
+    parts = {
+        "model-00001-of-00002.safetensors": tensors.keys() - layer.keys(),
+        "model-00002-of-00002.safetensors": layer,
+    }
     for file, names in parts.items():
         save_file({name: tensors[name] for name in names}, target / file, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": {name: file for file, names in parts.items() for name in names}}

@@ -31,6 +31,7 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("kangaroo", {"exit_layer": 2}),
     ("eagle", {"num_steps": 3}),
     ("eagle3", {"num_steps": 3}),
+    ("mtp", {"init": "random"}),
     ("eagle3", {"num_steps": 3, "draft_vocab_size": 100}),
 ]
 EVERY_KIND = pytest.mark.parametrize(

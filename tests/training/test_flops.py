@@ -122,6 +122,7 @@ EXACT = [
     ("eagle", "ce", {"num_steps": 3}),
     ("eagle3", "forward_kl", {"num_steps": 1, "draft_vocab_size": 120}),
     ("eagle3", "forward_kl", {"num_steps": 1, "fc_norm": True}),
+    ("mtp", "ce", {"init": "random", "num_steps": 2}),
 ]
 
 

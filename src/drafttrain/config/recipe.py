@@ -82,6 +82,7 @@ class Recipe:
             problems += self._placement()
         if self.train.device != "auto":
             problems += self._own_device()
+        problems += self._confidence()
         problems += self._numbered_devices()
         if "gain_over_start" in self.export.require and not self.eval.start:
             problems.append("export.require.gain_over_start: the start is not evaluated with eval.start: false")
@@ -95,6 +96,17 @@ class Recipe:
                 f"train.activation_checkpointing: {what} has no stack of layers whose activations could be recomputed"
             )
         return problems
+
+    def _confidence(self) -> Iterator[str]:
+        """Yield a loss or a length policy that reads a prediction of the drafter which does not exist."""
+        made_of = _component(self.drafter)
+        if made_of is None or made_of.predicts_confidence(self.drafter):
+            return
+        kind = self.drafter.kind
+        if any(settings.kind == "confidence" for settings in components_of(self.loss)):
+            yield f"loss: confidence trains a prediction of acceptance, which drafter.kind {kind} with these settings has not"
+        if getattr(self.eval.length, "kind", "") == "predicted_acceptance":
+            yield f"eval.length: predicted_acceptance reads a prediction that drafter.kind {kind} with these settings has not"
 
     def _exports(self) -> Iterator[str]:
         """Yield the formats and engines that do not support what this recipe trains."""

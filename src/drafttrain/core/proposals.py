@@ -84,6 +84,8 @@ class DraftStep:
     """The drafter's last hidden state at the newest token of the branch."""
     token: int | None = None
     """The newest token of the branch: at depth 1 the root, then a draft token."""
+    confidence: Tensor | None = None
+    """The logit of the chance that the next draft token is accepted, as the drafter predicts it before the token is drawn."""
 
     @cached_property
     def q_row_V(self) -> Tensor:

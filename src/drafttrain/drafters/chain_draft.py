@@ -86,28 +86,36 @@ class Chains:
         """Return, by sequence, these rows of a growing chain, or none."""
         return [own if one.grows else [] for own, one in zip(rows, self._chains, strict=True)]
 
-    def extend(self, logits: Tensor | Sequence[Tensor], states: Tensor | Sequence[Tensor] | None = None) -> None:
+    def extend(
+        self,
+        logits: Tensor | Sequence[Tensor],
+        states: Tensor | Sequence[Tensor] | None = None,
+        confidence: Tensor | None = None,
+    ) -> None:
         """Draft the next tokens of the growing chains. The device is read once for all.
 
         Args:
             logits: logits_KW of each growing chain, of its next K tokens. K is 1 where each distribution depends on the token
                 before it. Chains of which one call gives all tokens are drafted by one call of this.
             states: states_KD that the logits were computed from, for a length policy that reads them.
+            confidence: confidence_K, the logits of the predicted acceptance of these tokens.
         """
         wanted: list[tuple[_Chain, Tensor]] = []
         for row, one in enumerate([one for one in self._chains if one.grows]):
             states_KD = None if states is None else states[row]
+            scores_K = None if confidence is None else confidence[row]
             for place, logits_R in enumerate(self._vocabulary.logits(logits[row])):
-                if one.grows and self._wants(one, logits_R, None if states_KD is None else states_KD[place]):
+                state_D, score = (None if values is None else values[place] for values in (states_KD, scores_K))
+                if one.grows and self._wants(one, logits_R, state_D, score):
                     wanted.append((one, logits_R))
         self._draw(wanted)
 
-    def _wants(self, one: _Chain, logits_R: Tensor, state_D: Tensor | None) -> bool:
+    def _wants(self, one: _Chain, logits_R: Tensor, state_D: Tensor | None, score: Tensor | None) -> bool:
         """Return whether the length policy wants a token from this distribution."""
         # Tokens of one call are drawn together, once the policy was asked for each: at the second the first is unknown.
         token = one.tokens[-1] if one.asked == len(one.tokens) - 1 else None
         one.asked += 1
-        answer = self._more(DraftStep(one.sequence, one.asked, logits_R, state_D, token))
+        answer = self._more(DraftStep(one.sequence, one.asked, logits_R, state_D, token, score))
         one.ended = answer is not True
         return bool(answer)
 

@@ -50,6 +50,11 @@ class Drafter(nn.Module, ABC):
         """Return why these settings need the target's blocks themselves; None: the target's outputs are enough."""
         return None
 
+    @classmethod
+    def predicts_confidence(cls, settings: Any) -> bool:
+        """Return whether a drafter with these settings predicts its own acceptance: `DraftOutput.confidence_BT`."""
+        return False
+
     @property
     def deepest(self) -> int | None:
         """The most draft tokens per round; None: no limit, it continues from its own tokens."""

@@ -31,7 +31,9 @@ class MtpImporter(Importer):
     """The layer alone becomes the drafter folder; the other tensors of the checkpoint are the target's."""
 
     holds: ClassVar[str] = "mtp"
-    known_by: ClassVar[str] = "tensors model.mtp_layers.0.input_proj.weight, or model.layers.N.eh_proj.weight after N layers"
+    known_by: ClassVar[str] = (
+        "tensors model.mtp_layers.0.input_proj.weight, or model.layers.N.eh_proj.weight after N layers"
+    )
 
     def recognises(self, given: Given) -> bool:
         """Return whether the checkpoint has such a layer."""
@@ -52,8 +54,12 @@ class MtpImporter(Importer):
             return Imported(DrafterFiles(self.holds, {}, {}), [str(error)])
         prefix = layout.prefix_for(num_blocks)
         stored = {name.removeprefix(prefix): name for name in given.tensors if name.startswith(prefix)}
-        own = own_tensors({short: given.tensors[name] for short, name in stored.items() if short not in layout.copies}, layout)
-        layer = replace(given, tensors=own, files={name: given.files[_stored_name(name, stored, layout)] for name in own})
+        own = own_tensors(
+            {short: given.tensors[name] for short, name in stored.items() if short not in layout.copies}, layout
+        )
+        layer = replace(
+            given, tensors=own, files={name: given.files[_stored_name(name, stored, layout)] for name in own}
+        )
         tensors, problems = renamed(layer, FILE_LAYOUTS[self.holds][0](config), ours=str, theirs=layout.stored)
         return Imported(DrafterFiles(self.holds, config, tensors), problems)
 

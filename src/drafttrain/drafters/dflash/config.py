@@ -5,7 +5,7 @@ The fields are those of z-lab's DFlash checkpoints, and `drafttrain`, which engi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,17 +86,24 @@ def taps_of(num_target_layers: int, num_layers: int, given: Sequence[int] | None
     return sorted({max(0, min(output + 1, num_target_layers - 1)) for output in outputs})
 
 
-def read_block_config(folder: Path, target: Target, *, own: Mapping[str, Any]) -> dict[str, Any]:
+def read_block_config(
+    folder: Path,
+    target: Target,
+    *,
+    own: Mapping[str, Any],
+    problems_of: Callable[[Mapping[str, Any]], list[str]],
+) -> dict[str, Any]:
     """Return config.json of a drafter folder that fits this target.
 
     Args:
         own: Defaults of the settings that the folder stores.
+        problems_of: Checks the fields that only this kind has.
 
     Raises:
         CheckpointError: It has other sizes, or it is not a drafter folder of this project.
     """
     config = read_config(folder, target, own=own)
-    if found := block_problems(config, num_target_layers=len(blocks(target.model))):
+    if found := [*block_problems(config, num_target_layers=len(blocks(target.model))), *problems_of(config)]:
         lines = [f"{folder}: this drafter cannot be loaded", *(f"config.json: {line}" for line in found)]
         raise CheckpointError("\n  ".join(lines))
     return config

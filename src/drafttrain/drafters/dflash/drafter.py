@@ -88,6 +88,11 @@ class BlockDrafter(Backbone, WithHead, Drafter):
         """Return further fields of config.json that a kind needs."""
         return {}
 
+    @classmethod
+    def problems_of(cls, config: Mapping[str, Any]) -> list[str]:
+        """Return one line for every wrong field of config.json that only this kind has."""
+        return []
+
     @property
     def deepest(self) -> int:
         """One draft token per slot that predicts."""
@@ -215,7 +220,8 @@ class BlockDrafter(Backbone, WithHead, Drafter):
     def load(cls, folder: Path, target: Target, dtype: Any = None) -> Self:
         """Read the folder that `save` wrote; refuse a target with other sizes."""
         defaults = cls.settings_class()
-        config = read_block_config(folder, target, own={name: getattr(defaults, name) for name in cls.own_names})
+        own = {name: getattr(defaults, name) for name in cls.own_names}
+        config = read_block_config(folder, target, own=own, problems_of=cls.problems_of)
         drafter = cls(config, TargetParts(target))
         load_weights(folder, drafter, dtype=dtype or "float32")
         drafter.check_vocabulary(f"{folder}/model.safetensors")

@@ -25,10 +25,11 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 class BlockAttention(Projections):
     """The projections, with a norm of each head of queries and keys."""
 
+    q_norm: Norm
+    k_norm: Norm
+
     def __init__(self, config: Any) -> None:
-        super().__init__(config, input_size=config.hidden_size)
-        self.q_norm = Norm(self.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = Norm(self.head_dim, eps=config.rms_norm_eps)
+        super().__init__(config, input_size=config.hidden_size, qk_norm=True)
 
     def queries(self, inputs_ABD: Tensor, turn: Turn) -> Tensor:
         """Return query_AHBd."""

@@ -139,8 +139,7 @@ class BlockProposer:
         states_SKD = self._block_states()[:, : max(budget.depth for budget in budgets)]
         self._report(num_read, blocks=len(budgets), span=span)
         if any(budget.width > 1 for budget in budgets):
-            logits_SKR = self._vocabulary.logits(self._head(states_SKD))
-            return slot_trees(self._contexts, budgets, logits_SKR, states_SKD, vocabulary=self._vocabulary, more=more)
+            return self.trees(budgets, states_SKD, more)
         self.extend(chains, states_SKD)
         return chains.proposals()
 
@@ -151,6 +150,13 @@ class BlockProposer:
         """
         states_MKD = self.of_growing(chains, states_SKD)
         chains.extend(self._head(states_MKD), states_MKD)
+
+    def trees(
+        self, budgets: Sequence[Budget], states_SKD: Tensor, more: Callable[[DraftStep], bool | More]
+    ) -> list[Proposal]:
+        """Return the tree of each sequence from the states of its block."""
+        logits_SKR = self._vocabulary.logits(self._head(states_SKD))
+        return slot_trees(self._contexts, budgets, logits_SKR, states_SKD, vocabulary=self._vocabulary, more=more)
 
     def of_growing(self, chains: Chains, values_S: Tensor) -> Tensor:
         """Return the rows of the sequences whose chains grow."""

@@ -66,9 +66,7 @@ class GatedMarkovHead(MarkovHead):
     """f_s = sigmoid(G [h_s ; e] + b) * e, e = W1[token before]: the slot decides how much of the bigram counts."""
 
     def __init__(self, *, vocab_size: int, draft_vocab_size: int, hidden_size: int, rank: int) -> None:
-        super().__init__(
-            vocab_size=vocab_size, draft_vocab_size=draft_vocab_size, hidden_size=hidden_size, rank=rank
-        )
+        super().__init__(vocab_size=vocab_size, draft_vocab_size=draft_vocab_size, hidden_size=hidden_size, rank=rank)
         self.gate_proj = _projection(hidden_size + rank, rank)
 
     def step(self, hidden_AD: Tensor, embedded_Ar: Tensor, state_Ar: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,9 +81,7 @@ class RecurrentMarkovHead(MarkovHead):
     recurrent = True
 
     def __init__(self, *, vocab_size: int, draft_vocab_size: int, hidden_size: int, rank: int) -> None:
-        super().__init__(
-            vocab_size=vocab_size, draft_vocab_size=draft_vocab_size, hidden_size=hidden_size, rank=rank
-        )
+        super().__init__(vocab_size=vocab_size, draft_vocab_size=draft_vocab_size, hidden_size=hidden_size, rank=rank)
         self.joint_proj = _projection(2 * rank + hidden_size, 3 * rank)
 
     def step(self, hidden_AD: Tensor, embedded_Ar: Tensor, state_Ar: Tensor) -> tuple[Tensor, Tensor]:

@@ -103,5 +103,7 @@ def _unsupported(config: Any) -> str | None:
         if value not in allowed
     ]
     if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
-        wrong.append(f"model_type {config.model_type}: its layers have experts, which are supported with latent attention only")
+        wrong.append(
+            f"model_type {config.model_type}: its layers have experts, which are supported with latent attention only"
+        )
     return "; ".join(wrong) or None

@@ -57,7 +57,7 @@ def _decoded(pipeline: Any, prompt: list[int], max_tokens: int, num_draft_tokens
 
     config = openvino_genai.GenerationConfig()
     config.max_new_tokens, config.ignore_eos, config.do_sample = max_tokens, True, False
-    # With ignore_eos a round still ends when the drafter drafts one of the model's end tokens, which are used if none are given.
+    # With ignore_eos a round still ends when the drafter drafts an end token: its own, if none is given here.
     config.eos_token_id, config.stop_token_ids = NO_TOKEN, {NO_TOKEN}
     if num_draft_tokens:
         config.num_assistant_tokens = num_draft_tokens

@@ -1,0 +1,168 @@
+"""DSpark: the block of DFlash, a Markov head that joins its tokens, and a head that predicts which of them are accepted.
+
+A = blocks, K = draft tokens of a block, D = hidden, r = rank, N = rows, W = width of the drafter's head
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from drafttrain.core.batches import DraftBatch, DraftOutput, Head
+from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
+from drafttrain.core.linear_head import LinearHead
+from drafttrain.core.printable import shown
+from drafttrain.core.settings import setting
+from drafttrain.core.weights import weight_bytes
+from drafttrain.drafters import drafters
+from drafttrain.drafters.dflash.blocks import Blocks
+from drafttrain.drafters.dflash.drafter import BlockDrafter
+from drafttrain.drafters.dflash.settings import BlockSettings
+from drafttrain.drafters.dspark.markov import MARKOV_HEADS, ConfidenceHead
+from drafttrain.drafters.dspark.proposer import DSparkProposer
+from drafttrain.drafters.eagle.target_parts import TargetParts
+from drafttrain.drafters.warm_start import settings_fixed_by_checkpoint
+
+FIELDS = {
+    "markov_rank": "markov_rank",
+    "markov_head": "markov_head_type",
+    "confidence_head": "enable_confidence_head",
+    "confidence_with_markov": "confidence_head_with_markov",
+}
+"""Settings that fix the architecture, and their names in config.json, which are DeepSpec's."""
+
+
+@dataclass
+class DSparkSettings(BlockSettings):
+    """A block in one pass, then a walk in which each token depends on the one before it (DSpark)."""
+
+    block_size: int = setting(
+        7, help="Slots of a block: the root and its mask tokens. Inference uses the same number.", ge=1
+    )
+    gamma: float = setting(4.0, help="The loss of depth d has weight exp(-(d - 1) / gamma).", gt=0)
+    sample_from_anchor: bool = setting(
+        True,
+        help="Slot s predicts token s + 1 after the root, so the root's slot predicts too; false: slot s predicts token s.",
+    )
+    markov_rank: int = setting(256, help="Rank of the bias by the token before.", ge=1)
+    markov_head: Literal["vanilla", "gated", "rnn"] = setting(
+        "vanilla",
+        help="vanilla: the bias depends on the token before; gated: each slot weighs it; rnn: it depends on all tokens of the "
+        "block before. vLLM loads vanilla only.",
+    )
+    confidence_head: bool = setting(
+        True, help="Predict the chance that each draft token is accepted. Train it with the loss `confidence`."
+    )
+    confidence_with_markov: bool = setting(True, help="The prediction reads the token before, too.")
+    draft: Literal["sampled", "greedy"] = setting(
+        "sampled", help="At temperature > 0: draft by sampling, or by argmax. At 0 both are the same."
+    )
+
+    def check(self) -> list[str]:
+        """Return what is wrong across fields."""
+        return [*super().check(), *settings_fixed_by_checkpoint(self, FIELDS)]
+
+
+@drafters.register("dspark", DSparkSettings)
+class DSpark(BlockDrafter):
+    """logits of slot s = head(h_s) + W2 f_s, where f_s is made from the token before the one that slot s predicts.
+
+    States of a depth are [h_s ; f_s], so the head is one linear map. In training the token before is the text's.
+
+    Source: DSpark, DeepSeek-AI 2026, DeepSpec repository, DSpark_paper.pdf.
+    """
+
+    kind = "dspark"
+    settings_class = DSparkSettings
+    architecture = "Qwen3DSparkModel"
+    proposer_class = DSparkProposer
+    serving: ClassVar[str] = (
+        "vLLM's model runner V2 has a class for it (vanilla Markov head), which runs on GPUs only. It was not run by this project."
+    )
+
+    def __init__(self, config: dict[str, Any], parts: TargetParts) -> None:
+        super().__init__(config, parts)
+        width, rank = config["hidden_size"], config["markov_rank"]
+        self.markov_head = MARKOV_HEADS[config["markov_head_type"]](
+            vocab_size=config["vocab_size"],
+            draft_vocab_size=config.get("draft_vocab_size") or config["vocab_size"],
+            hidden_size=width,
+            rank=rank,
+        )
+        self.confidence_head: ConfidenceHead | None = None
+        if config["enable_confidence_head"]:
+            self.confidence_head = ConfidenceHead(
+                hidden_size=width, rank=rank if config["confidence_head_with_markov"] else 0
+            )
+
+    @classmethod
+    def fields(cls, settings: Any) -> Mapping[str, Any]:
+        """Return the fields of the heads."""
+        return {field: getattr(settings, name) for name, field in FIELDS.items()}
+
+    @classmethod
+    def predicts_confidence(cls, settings: Any) -> bool:
+        """Return whether it has a confidence head."""
+        return bool(settings.confidence_head)
+
+    @classmethod
+    def problems_of(cls, config: Mapping[str, Any]) -> list[str]:
+        """Return one line for every wrong field of the heads."""
+        found = []
+        rank, head = config.get("markov_rank"), config.get("markov_head_type")
+        if type(rank) is not int or not 1 <= rank <= 65536:
+            found.append(f"markov_rank must be a whole number of 1..65536, got {shown(rank)}")
+        if head not in MARKOV_HEADS:
+            found.append(f"markov_head_type must be one of {', '.join(MARKOV_HEADS)}, got {shown(head)}")
+        return found + [
+            f"{name} must be true or false, got {shown(config.get(name))}"
+            for name in ("enable_confidence_head", "confidence_head_with_markov")
+            if type(config.get(name)) is not bool
+        ]
+
+    def drafted(self, hidden_AKD: Tensor, blocks: Blocks, batch: DraftBatch) -> DraftOutput:
+        """Return the states [h_s ; f_s] of every depth, and the predicted acceptance."""
+        places = range(hidden_AKD.shape[1])
+        before_AK = torch.stack([blocks.at(batch.tokens_BT, places=place) for place in places], dim=1)
+        embedded_AKr = self.markov_head.embed(before_AK).to(hidden_AKD.dtype)
+        factors_AKr = self.markov_head.factors(hidden_AKD, embedded_AKr).to(hidden_AKD.dtype)
+        made = super().drafted(torch.cat([hidden_AKD, factors_AKr], dim=-1), blocks, batch)
+        if self.confidence_head is None:
+            return made
+        scores_AK = self.confidence_head(hidden_AKD, embedded_AKr)
+        return replace(made, confidence_BT=self.by_depth(scores_AK, batch))
+
+    @property
+    def head(self) -> Head:
+        """The head as losses use it, for states [h_s ; f_s]."""
+        base, added = super().head, self.markov_head.markov_w2
+        if isinstance(base, LinearHead):
+            return LinearHead(base.linear, before=base.before, after=base.after, added=added)
+
+        def logits(states_ND: Tensor, depth: int) -> Tensor:
+            own_ND, factors_Nr = states_ND.tensor_split([states_ND.shape[-1] - added.in_features], dim=-1)
+            logits_NW: Tensor = base(own_ND, depth) + added(factors_Nr)
+            return logits_NW
+
+        return logits
+
+    def products(self, shape: BatchShape) -> Iterator[Products]:
+        """Yield the products of the block, and of the heads on it."""
+        yield from super().products(shape)
+        blocks = shape.blocks(self.own["anchors"])
+        inner = sum(parameters_of(part) for name, part in self.markov_head.named_children() if name.endswith("proj"))
+        inner += 0 if self.confidence_head is None else parameters_of(self.confidence_head)
+        for depth in range(1, self.num_depths + 1):
+            yield matrix(parameters_of(self.markov_head.markov_w2), blocks.rows(depth), gradients=2)
+            yield matrix(inner, blocks.roots, gradients=2)
+
+    def weight_bytes(self) -> tuple[int, int, int, int]:
+        """Return the bytes of (weights of the context, of a block, of the head and the walk, one embedding row)."""
+        of_context, of_block, of_head, row = super().weight_bytes()
+        step = [part for name, part in self.markov_head.named_children() if name != "markov_w1"]
+        step += [] if self.confidence_head is None else [self.confidence_head]
+        return of_context, of_block, of_head + self.num_depths * weight_bytes(*step), row
