@@ -24,13 +24,14 @@ from drafttrain.config.load import load_recipe
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.provenance import commit
 from drafttrain.drafters import drafters
+from drafttrain.drafters.dflash import attention
 from drafttrain.losses import losses
 from drafttrain.target_model import Target
 from drafttrain.training.step_cost import StepCost, Trained, step_cost
 
 OUT = Path(__file__).with_suffix(".md")
 RECIPES = (
-    *("eagle3_llama3.1_8b", "eagle3_qwen3_8b", "eagle3_1_qwen3_8b"),
+    *("eagle3_llama3.1_8b", "eagle3_qwen3_8b", "eagle3_1_qwen3_8b", "p_eagle_qwen3_8b"),
     *("medusa_llama3.1_8b", "kangaroo_llama3.1_8b", "mtp_mimo_7b", "dspark_qwen3_8b"),
 )
 """A drafter that is a language model reads its files when it is created, so it is not included."""
@@ -76,8 +77,8 @@ class Sized(Target):
         return self.vocab_size
 
     @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """None are known."""
+    def eos_token_ids(self) -> tuple[int, ...]:  # type: ignore[override]
+        """No token ends a text."""
         return ()
 
 
@@ -98,6 +99,8 @@ def trained(recipe: Recipe) -> Trained:
 def cost_of(name: str, *, prompt: int = 0) -> tuple[Recipe, StepCost]:
     """Return a recipe and the cost of a micro-batch of full rows."""
     recipe = load_recipe(name)
+    # The scores of a piece on a GPU, of which there are fewer.
+    attention.CPU_SCORES = attention.SCORES
     cost = step_cost(
         lambda: trained(recipe),
         rows=recipe.train.records_per_device,
