@@ -14,6 +14,8 @@ from drafttrain.core.printable import shown
 from drafttrain.drafters.dflash.config import block_problems
 from drafttrain.drafters.dflash.dflash import DFlash
 from drafttrain.drafters.draft_vocabulary import token_map_problems, vocabulary_problems
+from drafttrain.drafters.dspark.dspark import DSpark
+from drafttrain.drafters.dspark.markov import head_shapes
 from drafttrain.drafters.eagle import eagle1, eagle3
 from drafttrain.drafters.eagle.config_problems import config_problems
 from drafttrain.drafters.eagle.eagle1 import FC_BIAS
@@ -26,6 +28,7 @@ OWN_FIELDS = {
     "eagle3": eagle3.own_defaults,
     "mtp": mtp.own_defaults,
     "dflash": DFlash.own_defaults,
+    "dspark": DSpark.own_defaults,
     "p_eagle": p_eagle.own_defaults,
 }
 """The settings that the folders of these kinds store."""
@@ -275,6 +278,10 @@ def _dflash_problems(files: DrafterFiles) -> list[str]:
     return found
 
 
+def _dspark_shapes(config: Mapping[str, Any]) -> Shapes:
+    return {**dflash_shapes(config), **head_shapes(config)}
+
+
 def _medusa_problems(files: DrafterFiles) -> list[str]:
     """Return the keys that loaders mistake for the number of heads, and the problems of the map to the target's vocabulary."""
     wrong = [key for key in files.config if "num" in key and "heads" in key and key != "num_heads"]
@@ -290,6 +297,7 @@ LAYOUTS: dict[str, tuple[Callable[[Mapping[str, Any]], Shapes], Callable[[Drafte
     "eagle": (_eagle_shapes, _no_problems),
     "eagle3": (_eagle3_shapes, _eagle3_problems),
     "dflash": (dflash_shapes, _dflash_problems),
+    "dspark": (_dspark_shapes, lambda files: [*_dflash_problems(files), *DSpark.problems_of(files.config)]),
     "p_eagle": (_p_eagle_shapes, lambda files: [*_eagle3_problems(files), *p_eagle.field_problems(files.config)]),
     "mtp": (mtp.tensor_shapes, lambda files: mtp.field_problems(files.config)),
 }
