@@ -50,6 +50,8 @@ CHAIN = {
     "eagle3_cut": Ceiling(6, 15),
     "dflash": Ceiling(3, 5),
     "jetspec": Ceiling(3.3, 5),
+    "p_eagle": Ceiling(3, 4),
+    "p_eagle_own": Ceiling(3, 4),
     "mtp": Ceiling(6, 15),
 }
 """A round of two sequences with four draft tokens each."""
@@ -63,6 +65,8 @@ TREE = {
     "eagle3_cut": Ceiling(8, 12),
     "dflash": Ceiling(3, 5),
     "jetspec": Ceiling(3.3, 5),
+    "p_eagle": Ceiling(3, 4),
+    "p_eagle_own": Ceiling(3, 4),
     "mtp": Ceiling(8, 12),
 }
 """A round of two sequences with trees of twelve nodes in three levels."""
