@@ -40,9 +40,11 @@ class HuggingFaceExporter(Exporter):
         "eagle3": "LlamaForCausalLMEagle3",
         "p_eagle": "LlamaForCausalLMEagle3",
         "kangaroo": "drafttrain",
+        "dflash": "DFlashDraftModel",
+        "dspark": "drafttrain",
         "mtp": "drafttrain",
     }
-    readers = "transformers (causal_lm), vLLM and SGLang (all but kangaroo and mtp), drafttrain"
+    readers = "transformers (causal_lm), vLLM and SGLang (all but kangaroo, mtp and dspark), drafttrain"
 
     def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
         """Return the files unchanged."""
