@@ -49,7 +49,7 @@ CHAIN = {
     "eagle3": Ceiling(6, 15),
     "eagle3_cut": Ceiling(6, 15),
     "dflash": Ceiling(3, 5),
-    "dspark": Ceiling(3, 5),
+    "dspark": Ceiling(6.5, 9.7),
     "jetspec": Ceiling(3.3, 5),
     "mtp": Ceiling(6, 15),
 }
@@ -63,7 +63,7 @@ TREE = {
     "eagle3": Ceiling(8, 12),
     "eagle3_cut": Ceiling(8, 12),
     "dflash": Ceiling(3, 5),
-    "dspark": Ceiling(3, 5),
+    "dspark": Ceiling(6.5, 9.7),
     "jetspec": Ceiling(3.3, 5),
     "mtp": Ceiling(8, 12),
 }
