@@ -70,6 +70,13 @@ KINDS: dict[str, Kind] = {
             ],
         },
     ),
+    "p_eagle": Kind({"kind": "p_eagle", "num_layers": 2, "num_depths": 3, "mask_token_id": 0}),
+    "p_eagle_own": Kind(
+        {
+            **{"kind": "p_eagle", "num_layers": 1, "num_depths": 3, "mask_token_id": 0, "draft_vocab_size": 128},
+            **{"train_embedding": True, "fc_norm": True},
+        }
+    ),
     "jetspec": Kind(
         {
             **{"kind": "dflash", "num_layers": 1, "block_size": 4, "anchors": 4, "mask_token_id": 0, "causal": True},
