@@ -157,6 +157,7 @@ EXPORTED = [
     *((kind, "sglang") for kind in ("eagle3", "eagle", "causal_lm")),
     *(("eagle3", "speculators"), ("p_eagle", "speculators"), ("p_eagle", "vllm")),
     *(("dflash", format) for format in ("vllm", "speculators", "transformers")),
+    ("dspark", "deepspec"),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
+from drafttrain.drafters.dspark.dspark import DSpark
 from drafttrain.importers import Given
 from drafttrain.importers.naming import unwrapped
 
@@ -62,11 +63,16 @@ def _field(key: str) -> Callable[[Given], str | None]:
     return lambda given: None if given.config.get(key) is None else f"config.json: {key}"
 
 
+def _markov_head_elsewhere(given: Given) -> str | None:
+    """Return a tensor of a Markov head in a folder that is not DeepSpec's."""
+    return None if DSpark.architecture in given.architectures else _tensor(r"^markov_head\.")(given)
+
+
 MARKS: Mapping[Callable[[Given], str | None], str] = {
     _architecture("DFlash2"): "a DFlash2 drafter",
-    _architecture("DSpark"): "a DSpark drafter",
+    _architecture(rf"^(?!{DSpark.architecture}$).*DSpark"): "a DSpark drafter of another layout",
     _architecture("Domino"): "a Domino drafter",
-    _tensor(r"^markov_head\."): "a DSpark drafter",
+    _markov_head_elsewhere: "a DSpark drafter of another layout",
     _architecture("MLPSpeculator"): "an MLP speculator",
     _architecture("LSTMSpeculator"): "an LSTM speculator",
     _architecture("MTP"): "layers of multi-token prediction",
