@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
+from drafttrain.drafters.dspark.dspark import DSpark
 from drafttrain.importers import Given
 from drafttrain.importers.naming import unwrapped
 
 SPECULATORS = "speculators_model_type"
+READ = ("eagle3", "peagle", "dflash")
+"""The kinds of that format that are supported."""
 KINDS = {
-    "dflash": "a DFlash drafter",
     "dflash2": "a DFlash2 drafter",
     "dspark": "a DSpark drafter",
 }
@@ -27,10 +29,10 @@ def why_unsupported(given: Given) -> str | None:
         if (mark := find(given)) is not None:
             return f"{mark}: {what}, which is not supported yet"
     kind = given.config.get(SPECULATORS)
-    if kind in (None, "eagle3", "peagle"):
+    if kind in (None, *READ):
         return None
     what = KINDS.get(kind, "a drafter of an unknown kind") if isinstance(kind, str) else "not the name of a kind"
-    return f"config.json: {SPECULATORS} is {kind!r}: {what}, which is not supported yet; in this format only 'eagle3' and 'peagle' are"
+    return f"config.json: {SPECULATORS} is {kind!r}: {what}, which is not supported yet; in this format only {', '.join(map(repr, READ))} are"
 
 
 def _tensor(pattern: str) -> Callable[[Given], str | None]:
@@ -61,11 +63,16 @@ def _field(key: str) -> Callable[[Given], str | None]:
     return lambda given: None if given.config.get(key) is None else f"config.json: {key}"
 
 
+def _markov_head_elsewhere(given: Given) -> str | None:
+    """Return a tensor of a Markov head in a folder that is not DeepSpec's."""
+    return None if DSpark.architecture in given.architectures else _tensor(r"^markov_head\.")(given)
+
+
 MARKS: Mapping[Callable[[Given], str | None], str] = {
-    _architecture("DFlash"): "a DFlash drafter",
-    _field("dflash_config"): "a DFlash drafter",
-    _architecture("DSpark"): "a DSpark drafter",
-    _tensor(r"^markov_head\."): "a DSpark drafter",
+    _architecture("DFlash2"): "a DFlash2 drafter",
+    _architecture(rf"^(?!{DSpark.architecture}$).*DSpark"): "a DSpark drafter of another layout",
+    _architecture("Domino"): "a Domino drafter",
+    _markov_head_elsewhere: "a DSpark drafter of another layout",
     _architecture("MLPSpeculator"): "an MLP speculator",
     _architecture("LSTMSpeculator"): "an LSTM speculator",
     _architecture("MTP"): "layers of multi-token prediction",

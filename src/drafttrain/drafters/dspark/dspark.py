@@ -5,9 +5,10 @@ A = blocks, K = draft tokens of a block, D = hidden, r = rank, N = rows, W = wid
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -22,10 +23,12 @@ from drafttrain.drafters import drafters
 from drafttrain.drafters.dflash.blocks import Blocks
 from drafttrain.drafters.dflash.drafter import BlockDrafter
 from drafttrain.drafters.dflash.settings import BlockSettings
+from drafttrain.drafters.dspark.calibration import FILE, calibrated_temperatures, predictions, read_temperatures
 from drafttrain.drafters.dspark.markov import MARKOV_HEADS, ConfidenceHead
 from drafttrain.drafters.dspark.proposer import DSparkProposer
 from drafttrain.drafters.eagle.target_parts import TargetParts
 from drafttrain.drafters.warm_start import settings_fixed_by_checkpoint
+from drafttrain.target_model import Target
 
 FIELDS = {
     "markov_rank": "markov_rank",
@@ -93,6 +96,8 @@ class DSpark(BlockDrafter):
             hidden_size=width,
             rank=rank,
         )
+        self.temperatures = [1.0] * self.num_depths
+        """By slot, what a predicted logit is divided by in decoding."""
         self.confidence_head: ConfidenceHead | None = None
         if config["enable_confidence_head"]:
             self.confidence_head = ConfidenceHead(
@@ -159,6 +164,20 @@ class DSpark(BlockDrafter):
         for depth in range(1, self.num_depths + 1):
             yield matrix(parameters_of(self.markov_head.markov_w2), blocks.rows(depth), gradients=2)
             yield matrix(inner, blocks.roots, gradients=2)
+
+    def calibrate(self, target: Target, batches: Iterable[DraftBatch]) -> Mapping[str, Any]:
+        """Return the file of the temperatures of the predictions."""
+        if self.confidence_head is None:
+            return {}
+        self.eval()
+        return {FILE: {"temperatures": calibrated_temperatures(*predictions(self, target, batches))}}
+
+    @classmethod
+    def load(cls, folder: Path, target: Target, dtype: Any = None) -> Self:
+        """Read the folder that `save` wrote, and the calibrated temperatures if it has any."""
+        drafter = super().load(folder, target, dtype)
+        drafter.temperatures = read_temperatures(folder, count=drafter.num_depths)
+        return drafter
 
     def weight_bytes(self) -> tuple[int, int, int, int]:
         """Return the bytes of (weights of the context, of a block, of the head and the walk, one embedding row)."""

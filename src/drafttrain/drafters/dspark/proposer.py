@@ -26,6 +26,7 @@ class WalkedModel(BlockModel, Protocol):
 
     markov_head: MarkovHead
     confidence_head: ConfidenceHead | None
+    temperatures: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class _Slot:
     states_MD: Tensor
     """[h ; f], as in training."""
     confidence_M: Tensor | None
+    """Logits of the predicted acceptance, calibrated."""
     state_Mr: Tensor
     """The recurrent state after the slot."""
 
@@ -51,6 +53,7 @@ class DSparkProposer(BlockProposer):
         super().__init__(model, **settings)
         self._markov = model.markov_head
         self._confidence = model.confidence_head
+        self._temperatures = model.temperatures
         self._bias = product_with([self._markov.markov_w2])
 
     def extend(self, chains: Chains, states_SKD: Tensor) -> None:
@@ -61,7 +64,7 @@ class DSparkProposer(BlockProposer):
         state_Mr = self._markov.start(hidden_MKD[:, 0])
         for place in range(hidden_MKD.shape[1]):
             tokens_M = torch.tensor(chains.newest).to(self._device)
-            slot = self._slot(hidden_MKD[:, place], base_MKW[:, place], tokens_M, state_Mr)
+            slot = self._slot(place, hidden_MKD[:, place], base_MKW[:, place], tokens_M, state_Mr)
             scores_M1 = None if slot.confidence_M is None else slot.confidence_M[:, None]
             chains.extend(slot.logits_MW[:, None], slot.states_MD[:, None], scores_M1)
             state_Mr = slot.state_Mr
@@ -89,6 +92,7 @@ class DSparkProposer(BlockProposer):
                 self._device
             )
             slot = self._slot(
+                place,
                 states_SKD[:, place].index_select(0, rows_M),
                 base_SKW[:, place].index_select(0, rows_M),
                 tokens_M,
@@ -135,10 +139,12 @@ class DSparkProposer(BlockProposer):
                     [bool(more(step)) for step in steps],
                 )
 
-    def _slot(self, hidden_MD: Tensor, base_MW: Tensor, tokens_M: Tensor, state_Mr: Tensor) -> _Slot:
+    def _slot(self, place: int, hidden_MD: Tensor, base_MW: Tensor, tokens_M: Tensor, state_Mr: Tensor) -> _Slot:
         embedded_Mr = self._markov.embed(tokens_M).to(hidden_MD.dtype)
         factors_Mr, state_Mr = self._markov.step(hidden_MD, embedded_Mr, state_Mr)
-        confidence_M = None if self._confidence is None else self._confidence(hidden_MD, embedded_Mr)
+        confidence_M = None
+        if self._confidence is not None:
+            confidence_M = self._confidence(hidden_MD, embedded_Mr) / self._temperatures[place]
         return _Slot(
             logits_MW=base_MW + self._bias(factors_Mr),
             states_MD=torch.cat([hidden_MD, factors_Mr], dim=-1),
