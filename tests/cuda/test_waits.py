@@ -51,6 +51,8 @@ CHAIN = {
     "dflash": Ceiling(3, 5),
     "dspark": Ceiling(6.5, 9.7),
     "jetspec": Ceiling(3.3, 5),
+    "p_eagle": Ceiling(3, 4),
+    "p_eagle_own": Ceiling(3, 4),
     "mtp": Ceiling(6, 15),
 }
 """A round of two sequences with four draft tokens each."""
@@ -65,6 +67,8 @@ TREE = {
     "dflash": Ceiling(3, 5),
     "dspark": Ceiling(6.5, 9.7),
     "jetspec": Ceiling(3.3, 5),
+    "p_eagle": Ceiling(3, 4),
+    "p_eagle_own": Ceiling(3, 4),
     "mtp": Ceiling(8, 12),
 }
 """A round of two sequences with trees of twelve nodes in three levels."""
