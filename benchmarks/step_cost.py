@@ -28,7 +28,14 @@ from drafttrain.target_model import Target
 from drafttrain.training.step_cost import StepCost, Trained, step_cost
 
 OUT = Path(__file__).with_suffix(".md")
-RECIPES = ("eagle3_llama3.1_8b", "eagle3_qwen3_8b", "eagle3_1_qwen3_8b", "medusa_llama3.1_8b", "kangaroo_llama3.1_8b")
+RECIPES = (
+    "eagle3_llama3.1_8b",
+    "eagle3_qwen3_8b",
+    "eagle3_1_qwen3_8b",
+    "medusa_llama3.1_8b",
+    "kangaroo_llama3.1_8b",
+    "domino_qwen3_8b",
+)
 """A drafter that is a language model reads its files when it is created, so it is not included."""
 PEAK_FLOPS = 989e12
 """Peak of an H100 or H200 in bf16, dense."""
@@ -59,6 +66,11 @@ class Sized(Target):
     def num_tokens(self) -> int:
         """Number of rows of the head."""
         return self.vocab_size
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """None are known."""
+        return ()
 
 
 def trained(recipe: Recipe) -> Trained:

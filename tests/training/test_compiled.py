@@ -30,6 +30,14 @@ KINDS: list[tuple[str, dict[str, Any], str]] = [
     ("eagle3", {"num_steps": 3, "draft_vocab_size": 100}, "lk_hybrid"),
     ("mtp", {"init": "random", "num_steps": 2}, "forward_kl"),
     ("dflash", {"num_layers": 2, "taps": [1], "block_size": 4, "anchors": 8, "mask_token_id": 0}, "ce"),
+    (
+        "domino",
+        {
+            **{"num_layers": 2, "taps": [1], "block_size": 4, "anchors": 8, "mask_token_id": 0},
+            **{"gru_hidden_dim": 8, "emb_dim": 4},
+        },
+        "ce",
+    ),
 ]
 
 

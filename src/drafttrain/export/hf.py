@@ -41,8 +41,9 @@ class HuggingFaceExporter(Exporter):
         "p_eagle": "LlamaForCausalLMEagle3",
         "kangaroo": "drafttrain",
         "mtp": "drafttrain",
+        "domino": "DominoDraftModel",
     }
-    readers = "transformers (causal_lm), vLLM and SGLang (all but kangaroo and mtp), drafttrain"
+    readers = "transformers (causal_lm), vLLM and SGLang (all but kangaroo, mtp and domino), drafttrain"
 
     def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
         """Return the files unchanged."""

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from drafttrain.core.printable import shown
+from drafttrain.drafters.dflash.config import block_problems
+from drafttrain.drafters.domino import domino
 from drafttrain.drafters.draft_vocabulary import token_map_problems, vocabulary_problems
 from drafttrain.drafters.eagle import eagle1, eagle3
 from drafttrain.drafters.eagle.config_problems import config_problems
@@ -24,6 +26,7 @@ OWN_FIELDS = {
     "eagle3": eagle3.own_defaults,
     "mtp": mtp.own_defaults,
     "p_eagle": p_eagle.own_defaults,
+    "domino": domino.Domino.own_defaults,
 }
 """The settings that the folders of these kinds store."""
 
@@ -247,6 +250,13 @@ def _eagle3_problems(files: DrafterFiles) -> list[str]:
     return found
 
 
+def _domino_problems(files: DrafterFiles) -> list[str]:
+    """Return the problems of the block, of the correction, and of the map from the drafter's vocabulary to the target's."""
+    found = [*block_problems(files.config), *domino.field_problems(files.config)]
+    maps = vocabulary_problems(files.tensors["d2t"], files.tensors["t2d"]) if "d2t" in files.tensors else []
+    return [*(f"config.json: {problem}" for problem in found), *maps]
+
+
 def _medusa_problems(files: DrafterFiles) -> list[str]:
     """Return the keys that loaders mistake for the number of heads, and the problems of the map to the target's vocabulary."""
     wrong = [key for key in files.config if "num" in key and "heads" in key and key != "num_heads"]
@@ -262,5 +272,6 @@ LAYOUTS: dict[str, tuple[Callable[[Mapping[str, Any]], Shapes], Callable[[Drafte
     "eagle": (_eagle_shapes, _no_problems),
     "eagle3": (_eagle3_shapes, _eagle3_problems),
     "p_eagle": (_p_eagle_shapes, lambda files: [*_eagle3_problems(files), *p_eagle.field_problems(files.config)]),
+    "domino": (domino.tensor_shapes, _domino_problems),
     "mtp": (mtp.tensor_shapes, lambda files: mtp.field_problems(files.config)),
 }

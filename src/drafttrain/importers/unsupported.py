@@ -6,11 +6,13 @@ import re
 from collections.abc import Callable, Mapping
 
 from drafttrain.importers import Given
+from drafttrain.importers.domino import is_domino
 from drafttrain.importers.naming import unwrapped
 
 SPECULATORS = "speculators_model_type"
+DFLASH = "a DFlash drafter"
 KINDS = {
-    "dflash": "a DFlash drafter",
+    "dflash": DFLASH,
     "dflash2": "a DFlash2 drafter",
     "dspark": "a DSpark drafter",
 }
@@ -24,6 +26,8 @@ def why_unsupported(given: Given) -> str | None:
     """Return which unsupported kind a folder is, with the field or tensor that shows it; None: it may be supported."""
     given = unwrapped(given)
     for find, what in MARKS.items():
+        if what == DFLASH and is_domino(given):
+            continue
         if (mark := find(given)) is not None:
             return f"{mark}: {what}, which is not supported yet"
     kind = given.config.get(SPECULATORS)
@@ -62,8 +66,8 @@ def _field(key: str) -> Callable[[Given], str | None]:
 
 
 MARKS: Mapping[Callable[[Given], str | None], str] = {
-    _architecture("DFlash"): "a DFlash drafter",
-    _field("dflash_config"): "a DFlash drafter",
+    _architecture("DFlash"): DFLASH,
+    _field("dflash_config"): DFLASH,
     _architecture("DSpark"): "a DSpark drafter",
     _tensor(r"^markov_head\."): "a DSpark drafter",
     _architecture("MLPSpeculator"): "an MLP speculator",

@@ -79,13 +79,25 @@ class BlockDrafter(Backbone, WithHead, Drafter):
             **cls.fields(settings),
             "drafttrain": own,
         }
+        config["dflash_config"] |= cls.block_fields(settings)
         made = cls(config, TargetParts(target))
         made.start_head()
         return made
 
     @classmethod
+    def own_defaults(cls) -> dict[str, Any]:
+        """Return the defaults of the settings that are stored in the drafter folder."""
+        defaults = cls.settings_class()
+        return {name: getattr(defaults, name) for name in cls.own_names}
+
+    @classmethod
     def fields(cls, settings: Any) -> Mapping[str, Any]:
         """Return further fields of config.json that a kind needs."""
+        return {}
+
+    @classmethod
+    def block_fields(cls, settings: Any) -> Mapping[str, Any]:
+        """Return further fields of its `dflash_config` that a kind needs."""
         return {}
 
     @classmethod
@@ -219,9 +231,7 @@ class BlockDrafter(Backbone, WithHead, Drafter):
     @classmethod
     def load(cls, folder: Path, target: Target, dtype: Any = None) -> Self:
         """Read the folder that `save` wrote; refuse a target with other sizes."""
-        defaults = cls.settings_class()
-        own = {name: getattr(defaults, name) for name in cls.own_names}
-        config = read_block_config(folder, target, own=own, problems_of=cls.problems_of)
+        config = read_block_config(folder, target, own=cls.own_defaults(), problems_of=cls.problems_of)
         drafter = cls(config, TargetParts(target))
         load_weights(folder, drafter, dtype=dtype or "float32")
         drafter.check_vocabulary(f"{folder}/model.safetensors")
