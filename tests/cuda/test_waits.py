@@ -50,6 +50,7 @@ CHAIN = {
     "eagle3_cut": Ceiling(6, 15),
     "dflash": Ceiling(3, 5),
     "jetspec": Ceiling(3.3, 5),
+    "domino": Ceiling(6, 15),
     "mtp": Ceiling(6, 15),
 }
 """A round of two sequences with four draft tokens each."""
@@ -63,6 +64,7 @@ TREE = {
     "eagle3_cut": Ceiling(8, 12),
     "dflash": Ceiling(3, 5),
     "jetspec": Ceiling(3.3, 5),
+    "domino": Ceiling(6, 12),
     "mtp": Ceiling(8, 12),
 }
 """A round of two sequences with trees of twelve nodes in three levels."""

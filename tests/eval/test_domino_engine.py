@@ -179,6 +179,8 @@ def test_control_other_rows_than_those_drawn_from_change_the_output(small):
             return [self.misstated(one) for one in super().propose(*arguments)]
 
         def misstated(self, one: Proposal) -> Proposal:
+            if one.q_rows_RV is None:
+                return one
             rows_RV: Tensor = one.q_rows_RV**4
             rows_RV = rows_RV / rows_RV.sum(dim=-1, keepdim=True)
             return chain(one.tokens_N.tolist(), kind=NodeKind.SAMPLED, q_rows_RV=rows_RV)

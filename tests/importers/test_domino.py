@@ -91,10 +91,12 @@ def test_an_imported_drafter_has_the_tensors_and_the_convention_of_the_file(targ
 
 
 def test_missing_fields_are_filled_in_as_specforge_reads_them(target, tmp_path):
-    source = written(tmp_path / "theirs", shift_label=None, pure_draft_prefix_len=None, target_layer_ids=None)
+    # Of four blocks and two drafter layers, z-lab's choice is the output of block 1, twice.
+    fc = given.drawn({"fc.weight": (32, 32)})
+    source = written(tmp_path / "theirs", fc, shift_label=None, pure_draft_prefix_len=None, target_layer_ids=None)
     made = import_folder(source, tmp_path / "out", target=target.name)
     block = made.files.config["dflash_config"]
-    assert (block["shift_label"], block["pure_draft_prefix_len"], block["target_layer_ids"]) == (False, 0, [0, 1])
+    assert (block["shift_label"], block["pure_draft_prefix_len"], block["target_layer_ids"]) == (False, 0, [1])
     assert len([note for note in made.notes if "is missing: set to" in note and "dflash_config" in note]) == 3
 
 
