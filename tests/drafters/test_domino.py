@@ -207,7 +207,7 @@ def test_the_loss_is_the_published_mixture(target, step):
     corrected_TKV, base_TKV = (
         all_logits(target, each.eval(), tokens) for each in (drafter, dflash_of(target, drafter))
     )
-    sums = []
+    sums: list[Any] = []
     for logits_TKV in (corrected_TKV, base_TKV):
         sums.append(
             sum(

@@ -92,14 +92,14 @@ class Watching(FixedLength):
         return super().more(step)
 
 
-def drafted(target: Target, drafter: Any, sampling: Sampling, policy: Any, proposer: Any = None) -> Proposal:
+def drafted(target: Target, drafter: Any, sampling: Sampling, policy: Any, more: Any = None) -> Proposal:
     """Return the proposal after four tokens."""
     tokens = [3, 4, 5, 6]
-    context, proposer = Context("a", tokens, 4), proposer or drafter.proposer(target)
+    context, proposer = Context("a", tokens, 4), drafter.proposer(target)
     proposer.begin([context], [target.read(torch.tensor([tokens[:3]]), torch.arange(3)[None], drafter.needs())])
     generators = [torch.Generator().manual_seed(1)]
-    (made,) = proposer.propose([policy.budget(context)], sampling, generators, policy.more)
-    return made
+    made: list[Proposal] = proposer.propose([policy.budget(context)], sampling, generators, more or policy.more)
+    return made[0]
 
 
 @pytest.mark.parametrize("shift_label", [True, False])
@@ -113,6 +113,7 @@ def test_the_walk_has_the_logits_of_training_and_hands_over_its_rows(target, shi
     assert len(found_KV) == drafter.num_depths
     torch.testing.assert_close(found_KV, wanted_KV, rtol=0, atol=1e-10)
     assert set(made.kinds_N[1:].tolist()) == {NodeKind.SAMPLED.value}
+    assert made.q_rows_RV is not None
     torch.testing.assert_close(made.q_rows_RV, (found_KV / 0.7).softmax(-1))
     # The control: after another first draft token, later rows differ.
     other = all_logits(target, drafter, [*tokens[:4], (tokens[4] + 1) % 250, *tokens[5:], 0, 0])[3]
@@ -123,8 +124,7 @@ def test_the_children_of_a_node_depend_on_all_its_tokens(target):
     """In a tree, the second level has the rows of chains with their tokens."""
     drafter, policy = trained_briefly(target, True), Tree(12, 3, 3)
     steps: list[DraftStep] = []
-    policy.more = lambda step: steps.append(step) or True
-    drafted(target, drafter, Sampling(), policy)
+    drafted(target, drafter, Sampling(), policy, lambda step: steps.append(step) or True)
     second = [step for step in steps if step.depth == 2]
     assert len({step.token for step in second}) == 3
     for step in second:

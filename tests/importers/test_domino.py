@@ -37,7 +37,12 @@ def target(save_llama) -> Target:
 
 def tensors() -> dict[str, Tensor]:
     """Return the tensors of a published file of two layers."""
-    width, shapes = given.WIDTH, {"fc.weight": (32, 64), "hidden_norm.weight": (32,), "norm.weight": (32,)}
+    width = given.WIDTH
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc.weight": (32, 2 * width),
+        "hidden_norm.weight": (32,),
+        "norm.weight": (32,),
+    }
     for number in range(2):
         shapes |= given.layer(f"layers.{number}.", reads=width)
         shapes |= {f"layers.{number}.input_layernorm.weight": (width,)}

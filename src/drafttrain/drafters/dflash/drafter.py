@@ -73,7 +73,7 @@ class BlockDrafter(Backbone, WithHead, Drafter):
             made.config["drafttrain"] = made.own = own
             made.draft, made._keeps_vocabulary = own["draft"], True
             return made.train()
-        config = {
+        config: dict[str, Any] = {
             "architectures": [cls.architecture],
             **new_config(settings, target),
             **cls.fields(settings),

@@ -58,12 +58,10 @@ class PrefixGru(nn.Module):
 
 def correction(*, hidden_size: int, state_size: int, rank: int, num_tokens: int) -> nn.Sequential:
     """Return the layers of W_b SiLU(W_a [h ; s]). W_b is zero at first, so that training starts from the slots' own logits."""
-    layers = nn.Sequential(
-        nn.Linear(hidden_size + state_size, rank, bias=False), nn.SiLU(), nn.Linear(rank, num_tokens, bias=False)
-    )
-    nn.init.normal_(layers[0].weight, std=STD)
-    nn.init.zeros_(layers[2].weight)
-    return layers
+    into, out = nn.Linear(hidden_size + state_size, rank, bias=False), nn.Linear(rank, num_tokens, bias=False)
+    nn.init.normal_(into.weight, std=STD)
+    nn.init.zeros_(out.weight)
+    return nn.Sequential(into, nn.SiLU(), out)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The proposer of DSpark: the walk, with the predicted acceptance of each token before it is drawn.
 
-M = chains that grow (or nodes of all trees' frontiers), D = hidden, r = rank
+M = chains that grow (or nodes of all trees' frontiers), D = hidden, e = rank
 """
 
 from __future__ import annotations
@@ -26,6 +26,6 @@ class DSparkProposer(WalkProposer):
         super().__init__(model, **settings)
         self._confidence = model.confidence_head
 
-    def confidence(self, hidden_MD: Tensor, embedded_Mr: Tensor) -> Tensor | None:
+    def confidence(self, hidden_MD: Tensor, embedded_Me: Tensor) -> Tensor | None:
         """Return confidence_M of a slot's tokens."""
-        return None if self._confidence is None else self._confidence(hidden_MD, embedded_Mr)
+        return None if self._confidence is None else self._confidence(hidden_MD, embedded_Me)
