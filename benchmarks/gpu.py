@@ -56,6 +56,7 @@ RECIPES = (
     "eagle3_llama3.1_8b",
     "eagle3_qwen3_8b",
     "eagle3_1_qwen3_8b",
+    "p_eagle_qwen3_8b",
 )
 UNDER_ZERO = ("kd_qwen3_8b_0.6b", "eagle3_llama3.1_8b")
 GOAL = {"recipe": "eagle3_llama3.1_8b", "device": "NVIDIA H200", "mfu": 0.43}

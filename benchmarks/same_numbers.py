@@ -48,6 +48,7 @@ RECIPES: dict[str, tuple[list[str], str]] = {
     "medusa_llama3.1_8b": (REAL, "vllm"),
     "eagle3_llama3.1_8b": ([*REAL, "drafter.draft_vocab_size=512"], "vllm speculators sglang"),
     "eagle3_1_qwen3_8b": ([*REAL, "drafter.draft_vocab_size=512"], "vllm speculators sglang"),
+    "p_eagle_qwen3_8b": ([*REAL, "drafter.draft_vocab_size=512", "drafter.mask_token_id=1"], "vllm speculators"),
     "eagle3_qwen3_8b": ([*REAL, "drafter.draft_vocab_size=512"], "vllm speculators sglang"),
 }
 """Overrides of each recipe, and the formats to which its drafter is exported."""

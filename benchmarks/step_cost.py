@@ -12,29 +12,27 @@ from __future__ import annotations
 import argparse
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from drafttrain.config.load import load_recipe
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.provenance import commit
 from drafttrain.drafters import drafters
+from drafttrain.drafters.dflash import attention
 from drafttrain.losses import losses
 from drafttrain.target_model import Target
 from drafttrain.training.step_cost import StepCost, Trained, step_cost
 
 OUT = Path(__file__).with_suffix(".md")
 RECIPES = (
-    "eagle3_llama3.1_8b",
-    "eagle3_qwen3_8b",
-    "eagle3_1_qwen3_8b",
-    "medusa_llama3.1_8b",
-    "kangaroo_llama3.1_8b",
-    "domino_qwen3_8b",
+    *("eagle3_llama3.1_8b", "eagle3_qwen3_8b", "eagle3_1_qwen3_8b", "p_eagle_qwen3_8b"),
+    *("medusa_llama3.1_8b", "kangaroo_llama3.1_8b", "mtp_mimo_7b", "dspark_qwen3_8b", "domino_qwen3_8b"),
 )
 """A drafter that is a language model reads its files when it is created, so it is not included."""
 PEAK_FLOPS = 989e12
@@ -55,8 +53,19 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "Qwen/Qwen3-8B": lambda: Qwen3Config(
         **HEADS, vocab_size=151936, intermediate_size=12288, num_hidden_layers=36, max_position_embeddings=40960
     ),
+    "XiaomiMiMo/MiMo-7B-RL": lambda: Qwen2Config(
+        **{name: size for name, size in HEADS.items() if name != "head_dim"},
+        vocab_size=151680,
+        intermediate_size=11008,
+        num_hidden_layers=36,
+        max_position_embeddings=32768,
+        tie_word_embeddings=False,
+    ),
 }
 """The sizes of the models that the recipes name."""
+
+WITHOUT_FILES: dict[str, dict[str, Any]] = {"mtp": {"init": "random", "layout": "mimo"}}
+"""Settings with which a kind needs no file of its target."""
 
 
 class Sized(Target):
@@ -68,8 +77,8 @@ class Sized(Target):
         return self.vocab_size
 
     @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """None are known."""
+    def eos_token_ids(self) -> tuple[int, ...]:  # type: ignore[override]
+        """No token ends a text."""
         return ()
 
 
@@ -80,7 +89,8 @@ def trained(recipe: Recipe) -> Trained:
     dtype = getattr(torch, recipe.target.dtype)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     target = Sized(model, None, name=recipe.target.model, fingerprint="")
-    drafter = drafters.entry(recipe.drafter.kind).component.create(recipe.drafter, target=target, tokenizer=None)
+    settings = replace(recipe.drafter, **WITHOUT_FILES.get(recipe.drafter.kind, {}))
+    drafter = drafters.entry(recipe.drafter.kind).component.create(settings, target=target, tokenizer=None)
     return Trained(
         drafter, losses.build(recipe.loss), target, target.vocab_size, chunk_rows=recipe.train.loss_chunk_rows
     )
@@ -89,6 +99,8 @@ def trained(recipe: Recipe) -> Trained:
 def cost_of(name: str, *, prompt: int = 0) -> tuple[Recipe, StepCost]:
     """Return a recipe and the cost of a micro-batch of full rows."""
     recipe = load_recipe(name)
+    # The scores of a piece on a GPU, of which there are fewer.
+    attention.CPU_SCORES = attention.SCORES
     cost = step_cost(
         lambda: trained(recipe),
         rows=recipe.train.records_per_device,

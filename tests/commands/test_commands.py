@@ -373,7 +373,9 @@ EMBEDDED_TEXT = ["eval.prompts=builtin:test", "eval.validation_prompts=builtin:v
 def smoked(name: str) -> object:
     """The kinds of these recipes are smoked by the tiny ones; the whole path of each is left to the long tests."""
     long = (
-        (name.endswith("_8b") and not name.startswith("kd_")) or name.startswith("smollm2_") or name == "tiny_medusa2"
+        (name.endswith(("_8b", "_7b")) and not name.startswith("kd_"))
+        or name.startswith("smollm2_")
+        or name == "tiny_medusa2"
     )
     return pytest.param(name, marks=[pytest.mark.slow] if long else [])
 
@@ -395,8 +397,10 @@ def test_every_recipe_runs_with_smoke(name, tmp_path):
         "medusa_llama3.1_8b": EMBEDDED,
         "eagle3_llama3.1_8b": [*EMBEDDED, "drafter.draft_vocab_size=512"],
         "eagle3_qwen3_8b": [*EMBEDDED, "drafter.draft_vocab_size=512"],
+        "mtp_mimo_7b": [*EMBEDDED, "drafter.init=random", "export.to=[]"],
         "eagle3_1_qwen3_8b": [*EMBEDDED, "drafter.draft_vocab_size=512"],
         "domino_qwen3_8b": [*EMBEDDED, "drafter.mask_token_id=1"],
+        "p_eagle_qwen3_8b": [*EMBEDDED, "drafter.draft_vocab_size=512", "drafter.mask_token_id=1"],
         "smollm2_eagle3": [*EMBEDDED, *EMBEDDED_TEXT, "drafter.draft_vocab_size=512"],
         "smollm2_medusa": [*EMBEDDED, *EMBEDDED_TEXT, "drafter.draft_vocab_size=512"],
         "smollm2_kangaroo": [*EMBEDDED, *EMBEDDED_TEXT, "drafter.draft_vocab_size=512", "export.dtype=float32"],

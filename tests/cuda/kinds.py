@@ -56,6 +56,27 @@ KINDS: dict[str, Kind] = {
             **{"head_dim": 16},
         }
     ),
+    "dspark": Kind(
+        {
+            **{"kind": "dspark", "num_layers": 1, "taps": [1], "block_size": 4, "anchors": 4, "mask_token_id": 0},
+            **{"head_dim": 16, "markov_rank": 8, "markov_head": "rnn"},
+        },
+        {
+            "kind": "sum",
+            "terms": [
+                {"loss": {"kind": "ce"}, "weight": 0.1},
+                {"loss": {"kind": "tvd"}, "weight": 1.8},
+                {"loss": {"kind": "confidence"}},
+            ],
+        },
+    ),
+    "p_eagle": Kind({"kind": "p_eagle", "num_layers": 2, "num_depths": 3, "mask_token_id": 0}),
+    "p_eagle_own": Kind(
+        {
+            **{"kind": "p_eagle", "num_layers": 1, "num_depths": 3, "mask_token_id": 0, "draft_vocab_size": 128},
+            **{"train_embedding": True, "fc_norm": True},
+        }
+    ),
     "jetspec": Kind(
         {
             **{"kind": "dflash", "num_layers": 1, "block_size": 4, "anchors": 4, "mask_token_id": 0, "causal": True},

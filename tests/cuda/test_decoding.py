@@ -69,7 +69,8 @@ def test_every_kind_but_kangaroo_drafts_trees(name: str, target: Target, drafter
 @pytest.mark.parametrize("name", length_policies.names())
 def test_every_length_policy(name: str, target: Target, drafter_of: Any, heads_of: dict[str, str]) -> None:
     length = of_registry(length_policies, heads_of, "acceptance", name)
-    decode(target, drafter_of("causal_lm"), length=length, sampling=Sampling() if name == "tree" else SAMPLED)
+    kind = "dspark" if name == "predicted_acceptance" else "causal_lm"
+    decode(target, drafter_of(kind), length=length, sampling=Sampling() if name == "tree" else SAMPLED)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

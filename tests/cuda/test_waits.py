@@ -49,8 +49,9 @@ CHAIN = {
     "eagle3": Ceiling(6, 15),
     "eagle3_cut": Ceiling(6, 15),
     "dflash": Ceiling(3, 5),
+    "dspark": Ceiling(3, 5),
     "jetspec": Ceiling(3.3, 5),
-    "domino": Ceiling(6, 15),
+    "domino": Ceiling(6.5, 10),
     "mtp": Ceiling(6, 15),
 }
 """A round of two sequences with four draft tokens each."""
@@ -63,6 +64,7 @@ TREE = {
     "eagle3": Ceiling(8, 12),
     "eagle3_cut": Ceiling(8, 12),
     "dflash": Ceiling(3, 5),
+    "dspark": Ceiling(3, 5),
     "jetspec": Ceiling(3.3, 5),
     "domino": Ceiling(6, 12),
     "mtp": Ceiling(8, 12),

@@ -23,6 +23,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "p_eagle": {"draft_vocab_size": 100, "num_layers": 2, "num_depths": 3, "mask_token_id": 1},
     "kangaroo": {"exit_layer": 1},
     "domino": {"num_layers": 2, "block_size": 4, "gru_hidden_dim": 8, "emb_dim": 6, "mask_token_id": 1},
+    "dspark": {"num_layers": 2, "taps": [1, 3], "block_size": 3, "mask_token_id": 1, "markov_rank": 6},
+    "dflash": {"num_layers": 2, "taps": [1, 3], "block_size": 4, "mask_token_id": 1},
 }
 
 
@@ -51,7 +53,9 @@ def save(drafter: Any, folder: Path, target: Target) -> Path:
     folder.mkdir(parents=True)
     drafter.save(folder)
     target.tokenizer.save_pretrained(folder)
-    about = About(drafter.kind, target.name, "", target.tokenizer_fingerprint, target.num_tokens, 0)
+    about = About(
+        drafter.kind, target.name, "", target.tokenizer_fingerprint, target.num_tokens, 0, draft=drafter.draft
+    )
     write_about(folder, about)
     return folder
 

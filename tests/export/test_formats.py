@@ -16,7 +16,7 @@ from drafttrain.export.convert import check_exported, converted, export_as, expo
 from tests.conftest import byte_tokenizer
 from tests.export import folders
 
-KINDS = ("causal_lm", "medusa", "eagle", "eagle3")
+KINDS = ("causal_lm", "medusa", "eagle", "eagle3", "p_eagle")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -55,6 +55,35 @@ def test_speculators_writes_every_field_that_it_has_a_default_for_and_the_embedd
     assert "layers.0.hidden_norm.weight" in tensors
     assert torch.equal(tensors["embed_tokens.weight"], target.model.get_input_embeddings().weight)
     assert not [name for name in tensors if name.startswith("midlayer.")]
+
+
+def test_speculators_holds_p_eagle_under_its_names(source, tmp_path, target_config):
+    folder = source("p_eagle")
+    export_as("speculators", folder, tmp_path / "out", target_config=target_config)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["speculators_model_type"], config["architectures"]) == ("peagle", ["PEagleSpeculator"])
+    assert (config["mask_token_id"], config["norm_before_residual"]) == (1, False)
+    assert config["transformer_layer_config"]["num_hidden_layers"] == 2
+    assert config["transformer_layer_config"]["num_aux_hidden_states"] == 3
+    assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 3
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert {"layers.0.hidden_norm.weight", "layers.1.input_layernorm.weight", "mask_hidden"} < tensors.keys()
+
+
+def test_norms_that_vllm_drops_of_p_eagle_in_the_speculators_format_are_refused(source, tmp_path, target_config):
+    folder = source("p_eagle", fc_norm=True)
+    with pytest.raises(CheckpointError, match=r"fc_norm is true: vLLM 0\.32\.0 drops"):
+        export_as("speculators", folder, tmp_path / "out", target_config=target_config)
+    export_as("vllm", folder, tmp_path / "vllm", target_config=target_config)
+    assert "fc_norm.0.weight" in load_file(tmp_path / "vllm" / "model.safetensors")
+
+
+def test_a_p_eagle_folder_without_its_mask_vector_is_named(source, tmp_path, target_config):
+    folder, out = source("p_eagle"), tmp_path / "out"
+    export_as("vllm", folder, out, target_config=target_config)
+    folders.damage(out, lambda tensors, _: tensors.pop("mask_hidden"))
+    held = exporter_of("vllm").problems(exporter_of("vllm").read(out), target_config)
+    assert held == ["mask_hidden: missing: loaders silently leave it at its initial values"]
 
 
 def test_a_speculators_folder_without_an_embedding_is_named(source, tmp_path, target_config):

@@ -139,6 +139,32 @@ def speculators_config(target: str) -> dict[str, Any]:
     }
 
 
+def p_eagle_tensors(prefix: str = "midlayer.", *, embedding: bool = False) -> dict[str, Tensor]:
+    """Return EAGLE-3's file with a second layer and the vector of the mask slots."""
+    more: dict[str, tuple[int, ...]] = {
+        **layer("layers.1.", reads=WIDTH),
+        "layers.1.input_layernorm.weight": (WIDTH,),
+        "mask_hidden": (1, 1, 3 * WIDTH),
+        **({"embed_tokens.weight": (VOCABULARY, WIDTH)} if embedding else {}),
+    }
+    return {**eagle3_tensors(prefix), **drawn(more, seed=6)}
+
+
+def p_eagle_config(**more: Any) -> dict[str, Any]:
+    return eagle3_config(num_hidden_layers=2, pard_token=VOCABULARY - 1, **more)
+
+
+def speculators_p_eagle_config(target: str) -> dict[str, Any]:
+    config = speculators_config(target)
+    config["transformer_layer_config"]["num_hidden_layers"] = 2
+    return config | {
+        "architectures": ["PEagleSpeculator"],
+        "speculators_model_type": "peagle",
+        "embed_requires_grad": True,
+        "mask_token_id": VOCABULARY - 1,
+    }
+
+
 def eagle_tensors() -> dict[str, Tensor]:
     return drawn({"fc.weight": (WIDTH, 2 * WIDTH), **layer("layers.0.", reads=WIDTH)})
 

@@ -210,8 +210,6 @@ KINDS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         {"architectures": ["DFlashDraftModel"], "dflash_config": {"target_layer_ids": [1]}},
         "names DFlashDraftModel: a DFlash",
     ),
-    ({}, {"architectures": ["PEagleDraftModel"], "num_hidden_layers": 4}, "names PEagleDraftModel: a P-EAGLE drafter"),
-    ({"mask_hidden": torch.zeros(1, 1, 96)}, {}, "mask_hidden: a P-EAGLE drafter"),
     ({"markov_head.markov_w1.weight": torch.zeros(2, 2)}, {}, r"markov_w1.weight: a DSpark drafter"),
     ({"midlayer.mlp.up_proj.qweight": torch.zeros(2, 2)}, {}, "qweight: quantized weights"),
     ({"midlayer.mlp.up_proj.lora_A.weight": torch.zeros(2, 2)}, {}, "a LoRA adapter"),

@@ -80,6 +80,19 @@ LAYOUTS = {
         ("vllm",),
         renames=("module.model.", ""),
     ),
+    "p_eagle": Layout(given.p_eagle_tensors, lambda _: given.p_eagle_config(), ("vllm", "speculators")),
+    "p_eagle with its own embedding": Layout(
+        lambda: given.p_eagle_tensors("layers.0.", embedding=True),
+        lambda _: given.p_eagle_config(architectures=["PEagleDraftModel"]),
+        ("vllm", "speculators"),
+        renames=("layers.0.", "midlayer."),
+    ),
+    "p_eagle speculators": Layout(
+        lambda: given.p_eagle_tensors("layers.0.", embedding=True),
+        given.speculators_p_eagle_config,
+        ("speculators",),
+        renames=("layers.0.", "midlayer."),
+    ),
     "eagle": Layout(
         given.eagle_tensors,
         lambda _: {"architectures": ["EagleLlamaForCausalLM"], "model_type": "llama", **given.LLAMA, "bias": False},
@@ -142,7 +155,7 @@ def test_an_imported_drafter_decodes_as_the_target_does(name, target, tmp_path):
 EXPORTED = [
     *((kind, "vllm") for kind in ("eagle3", "eagle", "medusa", "causal_lm")),
     *((kind, "sglang") for kind in ("eagle3", "eagle", "causal_lm")),
-    ("eagle3", "speculators"),
+    *(("eagle3", "speculators"), ("p_eagle", "speculators"), ("p_eagle", "vllm")),
 ]
 
 
@@ -243,6 +256,29 @@ def test_a_missing_norm_before_residual_is_true_and_the_note_names_how_others_re
     (note,) = (note for note in made.notes if "norm_before_residual" in note)
     assert "as vLLM 0.32.0 does" in note
     assert "speculators 0.9.0 assumes false" in note
+
+
+def test_a_p_eagle_folder_tells_its_mask_token_layers_and_draft_length(target, tmp_path):
+    layout = LAYOUTS["p_eagle speculators"]
+    source = given.write(tmp_path / "theirs", layout.tensors(), layout.config(target.name))
+    config = import_folder(source, tmp_path / "drafter").files.config
+    assert (config["num_hidden_layers"], config["mask_token_id"], config["embed_requires_grad"]) == (2, 256, True)
+    assert config["norm_before_residual"] is False
+    assert config["drafttrain"]["num_depths"] == 5
+    plain = given.write(tmp_path / "plain", given.p_eagle_tensors(), given.p_eagle_config())
+    made = import_folder(plain, tmp_path / "plain_drafter", target=target.name)
+    assert made.files.config["drafttrain"]["num_depths"] == 8
+    assert [note for note in made.notes if "how many tokens it was trained to draft" in note]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"pard_token": None}, "mask_token_id must be an id"), ({"num_hidden_layers": 3}, r"layers\.2\.")],
+)
+def test_a_wrong_p_eagle_folder_is_named(change, named, target, tmp_path):
+    source = given.write(tmp_path / "theirs", given.p_eagle_tensors(), given.p_eagle_config() | change)
+    with pytest.raises(CheckpointError, match=named):
+        import_folder(source, tmp_path / "drafter", target=target.name)
 
 
 def test_the_bias_of_fc_is_added_and_exported_where_it_is_used(target, tmp_path):

@@ -25,6 +25,16 @@ def test_serve_config_prints_a_command_with_the_best_length(evaluated):
     assert "block efficiency 2.50, memory-bound speed-up 1.92" in done.stderr
 
 
+def test_vllm_is_told_that_p_eagle_drafts_in_parallel(evaluated):
+    """No file can tell it, and without it vLLM would draft one token after the other with weights trained for one pass."""
+    folder = evaluated("p_eagle")
+    done = CliRunner().invoke(app, ["serve-config", str(folder), "--target", "the/target"])
+    assert done.exit_code == 0, done.stderr
+    quoted = done.stdout.strip().partition(" --speculative-config ")[2]
+    wanted = {"method": "eagle3", "model": str(folder), "num_speculative_tokens": 3, "parallel_drafting": True}
+    assert json.loads(quoted.strip("'")) == wanted
+
+
 def served(folder: Path, *words: str) -> Any:
     return CliRunner().invoke(app, ["serve-config", str(folder), "--target", "the/target", *words])
 

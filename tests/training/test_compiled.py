@@ -28,6 +28,7 @@ KINDS: list[tuple[str, dict[str, Any], str]] = [
     ("medusa", {"num_heads": 2, "joint": JointSettings(lora=LoraSettings(rank=2, dropout=0.0))}, "ce"),
     ("eagle", {"num_steps": 2, "feature_noise": 0.0}, "lk_hybrid"),
     ("eagle3", {"num_steps": 3, "draft_vocab_size": 100}, "lk_hybrid"),
+    ("p_eagle", {"num_layers": 2, "num_depths": 3, "mask_token_id": 0}, "forward_kl"),
     ("mtp", {"init": "random", "num_steps": 2}, "forward_kl"),
     ("dflash", {"num_layers": 2, "taps": [1], "block_size": 4, "anchors": 8, "mask_token_id": 0}, "ce"),
     (
@@ -38,6 +39,7 @@ KINDS: list[tuple[str, dict[str, Any], str]] = [
         },
         "ce",
     ),
+    ("dspark", {"num_layers": 2, "taps": [1], "block_size": 4, "anchors": 8, "mask_token_id": 0}, "tvd"),
 ]
 
 

@@ -40,10 +40,12 @@ class HuggingFaceExporter(Exporter):
         "eagle3": "LlamaForCausalLMEagle3",
         "p_eagle": "LlamaForCausalLMEagle3",
         "kangaroo": "drafttrain",
+        "dflash": "DFlashDraftModel",
+        "dspark": "drafttrain",
         "mtp": "drafttrain",
         "domino": "DominoDraftModel",
     }
-    readers = "transformers (causal_lm), vLLM and SGLang (all but kangaroo, mtp and domino), drafttrain"
+    readers = "transformers (causal_lm), vLLM and SGLang (all but kangaroo, mtp, dspark and domino), drafttrain"
 
     def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
         """Return the files unchanged."""

@@ -12,8 +12,11 @@ import torch
 
 from drafttrain.core.printable import shown
 from drafttrain.drafters.dflash.config import block_problems
+from drafttrain.drafters.dflash.dflash import DFlash
 from drafttrain.drafters.domino import domino
 from drafttrain.drafters.draft_vocabulary import token_map_problems, vocabulary_problems
+from drafttrain.drafters.dspark.dspark import DSpark
+from drafttrain.drafters.dspark.markov import head_shapes
 from drafttrain.drafters.eagle import eagle1, eagle3
 from drafttrain.drafters.eagle.config_problems import config_problems
 from drafttrain.drafters.eagle.eagle1 import FC_BIAS
@@ -25,6 +28,8 @@ OWN_FIELDS = {
     "eagle": eagle1.own_defaults,
     "eagle3": eagle3.own_defaults,
     "mtp": mtp.own_defaults,
+    "dflash": DFlash.own_defaults,
+    "dspark": DSpark.own_defaults,
     "p_eagle": p_eagle.own_defaults,
     "domino": domino.Domino.own_defaults,
 }
@@ -174,6 +179,23 @@ def _eagle3_shapes(config: Mapping[str, Any]) -> Shapes:
     return shapes
 
 
+def dflash_shapes(config: Mapping[str, Any]) -> Shapes:
+    """Return the shapes of a block drafter, under z-lab's names; with a head of its own, also those of the head."""
+    width, size, rows = config["hidden_size"], config["head_dim"], config.get("draft_vocab_size")
+    taps = len(config["dflash_config"]["target_layer_ids"])
+    shapes: Shapes = {"fc.weight": (width, taps * width), "hidden_norm.weight": (width,), "norm.weight": (width,)}
+    for number in range(config["num_hidden_layers"]):
+        prefix = f"layers.{number}."
+        shapes |= {f"{prefix}self_attn.{name}_norm.weight": (size,) for name in "qk"}
+        shapes |= {f"{prefix}input_layernorm.weight": (width,)}
+        shapes |= _layer_shapes(config, prefix=prefix, input_size=width)
+    if rows is not None:
+        shapes["lm_head.weight"] = (rows, width)
+        if rows != config["vocab_size"]:
+            shapes |= {"d2t": (rows,), "t2d": (config["vocab_size"],)}
+    return shapes
+
+
 def _p_eagle_shapes(config: Mapping[str, Any]) -> Shapes:
     width, shapes = config["hidden_size"], _eagle3_shapes(config)
     for number in range(1, config["num_hidden_layers"]):
@@ -250,11 +272,20 @@ def _eagle3_problems(files: DrafterFiles) -> list[str]:
     return found
 
 
-def _domino_problems(files: DrafterFiles) -> list[str]:
-    """Return the problems of the block, of the correction, and of the map from the drafter's vocabulary to the target's."""
-    found = [*block_problems(files.config), *domino.field_problems(files.config)]
-    maps = vocabulary_problems(files.tensors["d2t"], files.tensors["t2d"]) if "d2t" in files.tensors else []
-    return [*(f"config.json: {problem}" for problem in found), *maps]
+def _dflash_problems(files: DrafterFiles) -> list[str]:
+    """Return the problems of the block, and of the map from the drafter's vocabulary to the target's."""
+    found = [f"config.json: {problem}" for problem in block_problems(files.config)]
+    if "d2t" in files.tensors and "t2d" in files.tensors:
+        found += vocabulary_problems(files.tensors["d2t"], files.tensors["t2d"])
+    return found
+
+
+def _dspark_shapes(config: Mapping[str, Any]) -> Shapes:
+    return {**dflash_shapes(config), **head_shapes(config)}
+
+
+def _domino_shapes(config: Mapping[str, Any]) -> Shapes:
+    return {**dflash_shapes(config), **domino.head_shapes(config)}
 
 
 def _medusa_problems(files: DrafterFiles) -> list[str]:
@@ -271,7 +302,9 @@ LAYOUTS: dict[str, tuple[Callable[[Mapping[str, Any]], Shapes], Callable[[Drafte
     "medusa": (_medusa_shapes, _medusa_problems),
     "eagle": (_eagle_shapes, _no_problems),
     "eagle3": (_eagle3_shapes, _eagle3_problems),
+    "dflash": (dflash_shapes, _dflash_problems),
+    "dspark": (_dspark_shapes, lambda files: [*_dflash_problems(files), *DSpark.problems_of(files.config)]),
     "p_eagle": (_p_eagle_shapes, lambda files: [*_eagle3_problems(files), *p_eagle.field_problems(files.config)]),
-    "domino": (domino.tensor_shapes, _domino_problems),
+    "domino": (_domino_shapes, lambda files: [*_dflash_problems(files), *domino.field_problems(files.config)]),
     "mtp": (mtp.tensor_shapes, lambda files: mtp.field_problems(files.config)),
 }

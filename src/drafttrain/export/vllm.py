@@ -1,4 +1,4 @@
-"""Export for vLLM: what its draft_model, medusa, eagle and eagle3 methods load. Written after the source of 0.32.0 and tried with it."""
+"""Export for vLLM: what its draft_model, medusa, eagle, eagle3 and dflash methods load. Written after the source of 0.32.0 and tried with it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class VllmExporter(Exporter):
     """The layouts of Hugging Face and of the papers' authors, as vLLM reads them.
 
     P-EAGLE is EAGLE-3 to vLLM, with `parallel_drafting` in the speculative configuration, which no file can set.
-    Tap i of EAGLE-3 is the state entering block i, in drafttrain and in vLLM. What vLLM silently drops is refused: a bias of fc,
+    Tap i of EAGLE-3 is the state entering block i, in drafttrain and in vLLM. DFlash has z-lab's layout, whose ids are of blocks
+    whose output is read; vLLM adds 1. What vLLM silently drops is refused: a bias of fc,
     biases of Medusa's blocks unless medusa_fc_bias is true, the order of the taps (it sorts them), a missing norm or d2t.
     """
 
@@ -37,13 +38,14 @@ class VllmExporter(Exporter):
         "medusa": "medusa",
         "eagle": "eagle",
         "eagle3": "eagle3",
+        "dflash": "dflash",
         "p_eagle": "eagle3",
     }
     readers = "vLLM"
 
     def refusals(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
-        """Return the bias of the drafter's fc, which vLLM's fc lacks."""
-        return fc_bias_problems(source)
+        """Return what vLLM lacks: a bias of fc, a root's slot that predicts."""
+        return [*fc_bias_problems(source), *anchor_problems(source)]
 
     def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
         """Return the files without drafttrain's own fields; the layout is vLLM's already, but for Medusa's vocabulary.
@@ -52,7 +54,9 @@ class VllmExporter(Exporter):
         """
         source = over_all_tokens(source)
         config = {key: value for key, value in source.config.items() if not key.startswith("drafttrain")}
-        if source.kind not in ON_FINAL_STATE:
+        if source.kind not in ON_FINAL_STATE and not (
+            source.kind == "dflash" and "lm_head.weight" not in source.tensors
+        ):
             return replace(source, config=config)
         notes = source.notes
         if (scale := scale_of(target_config)) != 1:
@@ -66,7 +70,7 @@ class VllmExporter(Exporter):
 
     def problems(self, files: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
         """Return what vLLM would refuse or drop."""
-        found = [*fc_bias_problems(files), *layout_problems(files, target_config)]
+        found = [*self.refusals(files, target_config), *layout_problems(files, target_config)]
         if files.kind == "medusa" and not files.config.get("medusa_fc_bias"):
             found.append("config.json: medusa_fc_bias is not true: vLLM silently drops the biases of the blocks")
         return found
@@ -84,6 +88,16 @@ def fc_bias_problems(files: DrafterFiles) -> list[str]:
     return [
         f"fc.bias: {int((bias_D != 0).sum())} of {bias_D.numel()} values are not zero: vLLM {VLLM_RELEASE} silently drops them "
         "and drafts worse; SGLang uses them (--to sglang)"
+    ]
+
+
+def anchor_problems(files: DrafterFiles) -> list[str]:
+    """Return that a DFlash drafter whose root's slot predicts cannot be loaded, if this is one."""
+    if files.kind != "dflash" or not files.config.get("sample_from_anchor"):
+        return []
+    return [
+        f"config.json: sample_from_anchor is true: vLLM {VLLM_RELEASE} and transformers read slot s as a guess of token s, so all "
+        "drafts would be one place off: train with drafter.sample_from_anchor=false"
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -71,8 +70,8 @@ def _first_keys(num_blocks: int) -> set[str]:
 def _stored_name(own: str, stored: dict[str, str], layout: Layout) -> str:
     """Return the full name of a tensor in the checkpoint, or of the first of those that it was made of."""
     short = layout.stored(own)
-    beginnings: Iterable[str] = (name for name in stored if name.startswith(short.rpartition(".")[0]))
-    return stored.get(short) or stored[next(beginnings)]
+    parts = [name for name in stored if name.startswith(short.rpartition(".")[0])]
+    return stored.get(short) or stored[parts[0]]
 
 
 def _without_weights(files: TargetFiles) -> Target:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from drafttrain.drafters.eagle.eagle3 import NUM_TAPS
 from drafttrain.environments.known import VLLM_RELEASE as VLLM
 from drafttrain.export.drafter_files import DrafterFiles
-from drafttrain.export.speculators import VERSION
+from drafttrain.export.speculators_kinds import VERSION
 from drafttrain.importers import Given, Imported, Importer, importers
 from drafttrain.importers.eagle3 import eagle3_files, taps_read
 from drafttrain.importers.fields import HEAD_NORMS, layer_problems, unknown_fields, without_other_forms

@@ -136,7 +136,8 @@ def _other_architecture(config: Mapping[str, Any], *, trust_remote_code: bool) -
     name = str(listed[0])
     if kind == MIMO:
         # Its own code is not needed.
-        return register_mimo()
+        register_mimo()
+        return None
     if "AutoModelForCausalLM" in (config.get("auto_map") or {}):
         if trust_remote_code or kind in CAUSAL:
             return None

@@ -25,7 +25,7 @@ def register_mimo() -> None:
 
     class MiMoForCausalLM(Qwen2ForCausalLM):
         config_class = MiMoConfig
-        _keys_to_ignore_on_load_unexpected = (r"model\.mtp_layers\..*",)
+        _keys_to_ignore_on_load_unexpected = [r"model\.mtp_layers\..*"]  # noqa: RUF012
 
     AutoConfig.register(MIMO, MiMoConfig)
     AutoModelForCausalLM.register(MiMoConfig, MiMoForCausalLM)

@@ -25,6 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "medusa": {"num_heads": 4, "num_layers": 2},
     "eagle": {"num_steps": 3, "feature_noise": 0.0},
     "eagle3": {"draft_vocab_size": 3072, "num_steps": 3},
+    "dflash": {"num_layers": 2, "taps": [1, 3, 5], "block_size": 4, "anchors": 64, "mask_token_id": 1},
     "p_eagle": {"draft_vocab_size": 3072, "num_layers": 2, "num_depths": 3, "mask_token_id": 1},
 }
 

@@ -87,10 +87,8 @@ def test_vllm_gives_the_same_tokens_and_the_same_counts(found):
     assert 0 < theirs.accepted_at[1] < theirs.accepted_at[0] < theirs.num_drafts
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"hidden_first": False}, {"feature": "after_norm"}, {"fed_back": "before_norm"}, {"zero_first": False}]
-)
-def test_control_with_any_other_detail_of_the_layout_the_evaluator_counts_differently(
+@pytest.mark.parametrize("wrong", [{"hidden_first": False}, {"feature": "after_norm"}])
+def test_control_with_another_detail_of_the_layout_the_evaluator_counts_differently(
     wrong, found, learned, target, prompts, job
 ):
     drafter = read_drafter(learned, target)

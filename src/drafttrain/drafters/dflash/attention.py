@@ -67,23 +67,22 @@ class _BlockAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient_AHBd: Tensor) -> tuple[Tensor | None, ...]:
         given, blocks = ctx.saved_tensors, ctx.blocks
-        found = [torch.empty_like(states) for states in given[:3]]
-        found += [torch.zeros_like(states, dtype=wide_type(states)) for states in given[3:]]
+        of_blocks = [torch.empty_like(states) for states in given[:3]]
+        of_context = [torch.zeros_like(states, dtype=wide_type(states)) for states in given[3:]]
         with torch.autocast(gradient_AHBd.device.type, enabled=False):
             for here, seen in _pieces(blocks, given[0], given[1]):
-                places = [here, here, here, (slice(None), seen), (slice(None), seen)]
-                parts = [states[place].detach().requires_grad_() for states, place in zip(given, places, strict=True)]
+                pieces = [*(states[here] for states in given[:3]), *(states[:, seen] for states in given[3:])]
+                parts = [piece.detach().requires_grad_() for piece in pieces]
                 with torch.enable_grad():
                     made = _attended(*parts, **_masks(blocks, ctx.hidden_ABO, here, seen))
-                for whole, place, part in zip(
-                    found, places, torch.autograd.grad(made, parts, gradient_AHBd[here]), strict=True
-                ):
-                    if isinstance(place, slice):
-                        whole[place] = part
-                    else:
-                        # A column is read by the blocks of several pieces.
-                        whole[place] += part
-        return None, None, *(whole.to(states.dtype) for whole, states in zip(found, given, strict=True))
+                found = torch.autograd.grad(made, parts, gradient_AHBd[here])
+                for whole, part in zip(of_blocks, found[:3], strict=True):
+                    whole[here] = part
+                for whole, part in zip(of_context, found[3:], strict=True):
+                    # A column is read by the blocks of several pieces.
+                    whole[:, seen] += part
+        of_all = zip([*of_blocks, *of_context], given, strict=True)
+        return None, None, *(whole.to(states.dtype) for whole, states in of_all)
 
 
 def _masks(blocks: Blocks, hidden_ABO: Tensor | None, here: slice, seen: slice) -> dict[str, Tensor | None]:

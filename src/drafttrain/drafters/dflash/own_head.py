@@ -34,10 +34,10 @@ class WithHead(nn.Module):
     def add_head(self, config: dict[str, Any]) -> None:
         """Create the head of a configuration; without `draft_vocab_size` it is the target's."""
         rows, size = config.get("draft_vocab_size"), config["vocab_size"]
-        part = rows is not None and rows != size
         self.lm_head = None if rows is None else nn.Linear(config["hidden_size"], rows, bias=False)
-        self.register_buffer("d2t", torch.zeros(rows, dtype=torch.long) if part else None)
-        self.register_buffer("t2d", torch.arange(size) < rows if part else None)
+        part = 0 if rows is None or rows == size else int(rows)
+        self.register_buffer("d2t", torch.zeros(part, dtype=torch.long) if part else None)
+        self.register_buffer("t2d", torch.arange(size) < part if part else None)
 
     @torch.no_grad()
     def start_head(self) -> None:

@@ -17,7 +17,6 @@ from drafttrain.core.printable import shown
 from drafttrain.core.settings import setting
 from drafttrain.drafters import drafters
 from drafttrain.drafters.dflash.settings import OWN, BlockSettings
-from drafttrain.drafters.dflash.tensor_shapes import block_shapes
 from drafttrain.drafters.dflash.walk import Walk
 from drafttrain.drafters.dflash.walked import WalkedDrafter
 from drafttrain.drafters.domino.prefix import PrefixGru, PrefixWalk, correction
@@ -178,12 +177,11 @@ def field_problems(config: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all tensors of a checkpoint with this config.json."""
+def head_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of the walk, by name, for the fields of config.json."""
     width, of_block = config["hidden_size"], config["dflash_config"]
     state, rank = of_block["gru_hidden_dim"], of_block["emb_dim"]
     return {
-        **block_shapes(config),
         "prefix_gru.weight_ih_l0": (3 * state, width),
         "prefix_gru.weight_hh_l0": (3 * state, state),
         "embed_proj.0.weight": (rank, width + state),

@@ -5,7 +5,8 @@ A = blocks, S = sequences, K = draft tokens of a block, D = hidden, r = rank, V 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +122,26 @@ class ConfidenceHead(nn.Module):
         seen = torch.cat([hidden_AKD, embedded_AKr], dim=-1) if self.rank else hidden_AKD
         scores: Tensor = self.proj(seen)
         return scores[..., 0]
+
+
+def head_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the heads' tensors, by name, for the fields of config.json."""
+    vocab, width, rank = config["vocab_size"], config["hidden_size"], config["markov_rank"]
+    with torch.device("meta"):
+        heads = nn.ModuleDict(
+            {
+                "markov_head": MARKOV_HEADS[config["markov_head_type"]](
+                    vocab_size=vocab,
+                    draft_vocab_size=config.get("draft_vocab_size") or vocab,
+                    hidden_size=width,
+                    rank=rank,
+                )
+            }
+        )
+        if config["enable_confidence_head"]:
+            with_markov = config["confidence_head_with_markov"]
+            heads["confidence_head"] = ConfidenceHead(hidden_size=width, rank=rank if with_markov else 0)
+    return {name: tuple(tensor.shape) for name, tensor in heads.state_dict().items()}
 
 
 def _projection(inputs: int, outputs: int) -> nn.Linear:

@@ -211,7 +211,8 @@ def _use_own_norms(module: nn.Module) -> None:
     """Replace every RMS norm by `Norm`, which computes in float32 or wider."""
     for name, child in list(module.named_children()):
         if "norm" in name:
-            setattr(module, name, Norm(child.weight.shape[0], eps=cast(Any, child).variance_epsilon))
+            norm = cast(Any, child)
+            setattr(module, name, Norm(norm.weight.shape[0], eps=norm.variance_epsilon))
         else:
             _use_own_norms(child)
 

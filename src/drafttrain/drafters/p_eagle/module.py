@@ -56,7 +56,6 @@ class PEagleDrafter(Eagle3Drafter):
     settings_class = PEagleSettings
     recomputes = True
     reads_slots: ClassVar[bool] = False
-    serving: ClassVar[str] = "It drafts chains of at most as many tokens as it was trained for."
 
     def __init__(self, config: dict[str, Any], parts: TargetParts) -> None:
         super().__init__(config, parts)
@@ -245,7 +244,7 @@ class PEagleDrafter(Eagle3Drafter):
             layer.__dict__["finish"] = compiled(layer.finish)
 
     def proposer(self, target: Target, listener: ForwardListener | None = None) -> Proposer:
-        """Return the proposer of chains."""
+        """Return the proposer of chains and trees."""
         return PEagleProposer(
             self,
             vocab_size=target.vocab_size,

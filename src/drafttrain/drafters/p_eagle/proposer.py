@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.device_time import Span
-from drafttrain.core.errors import CheckpointError
 from drafttrain.core.generations import ForwardEvent
 from drafttrain.core.proposals import Budget, Context, DraftStep, More, Proposal, Verdict
 from drafttrain.core.roles import ForwardListener
@@ -19,12 +18,13 @@ from drafttrain.core.target_rows import TargetOutput
 from drafttrain.core.texts import Sampling
 from drafttrain.core.vocabulary import DraftVocabulary
 from drafttrain.drafters.chain_draft import ChainDraft
+from drafttrain.drafters.dflash.trees import slot_trees
 from drafttrain.drafters.eagle.unread import UnreadText
 from drafttrain.drafters.p_eagle.decoding import DecodingPEagle, PEagleModel
 
 
 class PEagleProposer:
-    """Drafts chains. The last committed slot gives the first draft token, the mask slots after it give the others.
+    """Drafts chains and trees. The last committed slot gives the first draft token, the mask slots after it give the others.
 
     Args:
         vocab_size: Width of the rows of q.
@@ -72,19 +72,36 @@ class PEagleProposer:
         generators: Sequence[torch.Generator],
         more: Callable[[DraftStep], bool | More],
     ) -> list[Proposal]:
-        """Return one chain per sequence."""
-        if any(budget.width > 1 for budget in budgets):
-            raise CheckpointError("a drafter of kind p_eagle drafts chains only: use a length policy of width 1")
+        """Return one chain per sequence, or one tree of the slots' best tokens if its budget is wider than 1."""
         # After a prompt of one token there are no features yet.
         budgets = [
             budget.within(self._num_depths if size else 0)
             for budget, size in zip(budgets, self._unread.sizes, strict=True)
         ]
         chains = self._draft.begin(self._contexts, budgets, sampling, generators, more)
-        if growing := chains.growing:
-            states_GKD = self._pass(growing, num_masks=max(min(one.nodes, one.depth) for one in budgets) - 1)
-            chains.extend(self._layers.head(states_GKD), states_GKD)
+        if not (growing := chains.growing):
+            return chains.proposals()
+        states_GKD = self._pass(growing, num_masks=max(min(one.nodes, one.depth) for one in budgets) - 1)
+        if any(budget.width > 1 for budget in budgets):
+            return self._trees(growing, budgets, states_GKD, more)
+        chains.extend(self._layers.head(states_GKD), states_GKD)
         return chains.proposals()
+
+    def _trees(
+        self,
+        growing: Sequence[int],
+        budgets: Sequence[Budget],
+        states_GKD: Tensor,
+        more: Callable[[DraftStep], bool | More],
+    ) -> list[Proposal]:
+        """Return the tree of each sequence; of one that does not draft, the root."""
+        if len(growing) < len(budgets):
+            # Nothing reads the rows of the others.
+            rows_B = [growing.index(number) if number in growing else 0 for number in range(len(budgets))]
+            states_GKD = states_GKD.index_select(0, torch.tensor(rows_B).to(self._device))
+        vocabulary = self._draft.vocabulary
+        logits_BKR = vocabulary.logits(self._layers.head(states_GKD))
+        return slot_trees(self._contexts, budgets, logits_BKR, states_GKD, vocabulary=vocabulary, more=more)
 
     def observe(self, verdicts: Sequence[Verdict], seen: Sequence[TargetOutput]) -> None:
         """Store the target's features of the accepted path. The mask slots have left the cache already."""

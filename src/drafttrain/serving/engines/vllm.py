@@ -89,7 +89,7 @@ class VllmEngine(ServingEngine):
         return dropped + [
             f"{drafter}: vLLM takes a drafter with {word!r} in its path for {other}: rename the folder"
             for word, other in MISLEADING_WORDS.items()
-            if word in path and self.methods[kind] not in ("eagle", "eagle3")
+            if word in path and self.methods[kind] not in ("eagle", "eagle3", "dflash")
         ]
 
     def command(self, target: str, use: Use) -> str:
