@@ -49,7 +49,7 @@ CHAIN = {
     "eagle3": Ceiling(6, 15),
     "eagle3_cut": Ceiling(6, 15),
     "dflash": Ceiling(3, 5),
-    "dspark": Ceiling(3, 5),
+    "dspark": Ceiling(6.5, 10),
     "jetspec": Ceiling(3.3, 5),
     "domino": Ceiling(6.5, 10),
     "mtp": Ceiling(6, 15),
@@ -64,9 +64,9 @@ TREE = {
     "eagle3": Ceiling(8, 12),
     "eagle3_cut": Ceiling(8, 12),
     "dflash": Ceiling(3, 5),
-    "dspark": Ceiling(3, 5),
+    "dspark": Ceiling(5.5, 8.5),
     "jetspec": Ceiling(3.3, 5),
-    "domino": Ceiling(6, 12),
+    "domino": Ceiling(5.5, 8.5),
     "mtp": Ceiling(8, 12),
 }
 """A round of two sequences with trees of twelve nodes in three levels."""
