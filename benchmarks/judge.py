@@ -16,11 +16,11 @@ import torch
 
 from drafttrain.checkpoint import read_drafter
 from drafttrain.config.load import load_recipe
+from drafttrain.core.calibration import auc, ece
 from drafttrain.core.console import table
 from drafttrain.core.texts import Record
 from drafttrain.data_gen.annotate import Frozen, annotators
 from drafttrain.data_gen.stored.labelled_tokens import LabelledTokens
-from drafttrain.eval.calibration import auc, ece
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.heads.folder import load_head
 from drafttrain.heads.rows import HeadRows

@@ -32,7 +32,8 @@ from drafttrain.training.step_cost import StepCost, Trained, step_cost
 OUT = Path(__file__).with_suffix(".md")
 RECIPES = (
     *("eagle3_llama3.1_8b", "eagle3_qwen3_8b", "eagle3_1_qwen3_8b", "p_eagle_qwen3_8b"),
-    *("medusa_llama3.1_8b", "kangaroo_llama3.1_8b", "mtp_mimo_7b", "dspark_qwen3_8b", "domino_qwen3_8b"),
+    *("medusa_llama3.1_8b", "kangaroo_llama3.1_8b", "mtp_mimo_7b", "dflash_qwen3_8b", "dspark_qwen3_8b"),
+    "domino_qwen3_8b",
 )
 """A drafter that is a language model reads its files when it is created, so it is not included."""
 PEAK_FLOPS = 989e12
@@ -68,6 +69,12 @@ WITHOUT_FILES: dict[str, dict[str, Any]] = {"mtp": {"init": "random", "layout": 
 """Settings with which a kind needs no file of its target."""
 
 
+class NoTokenizer:
+    """A tokenizer without tokens that begin, end or pad texts."""
+
+    bos_token_id = eos_token_id = pad_token_id = None
+
+
 class Sized(Target):
     """A target without a tokenizer: every id is a token."""
 
@@ -88,9 +95,9 @@ def trained(recipe: Recipe) -> Trained:
     config = CONFIGS[recipe.target.model]()
     dtype = getattr(torch, recipe.target.dtype)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    target = Sized(model, None, name=recipe.target.model, fingerprint="")
+    target = Sized(model, NoTokenizer(), name=recipe.target.model, fingerprint="")
     settings = replace(recipe.drafter, **WITHOUT_FILES.get(recipe.drafter.kind, {}))
-    drafter = drafters.entry(recipe.drafter.kind).component.create(settings, target=target, tokenizer=None)
+    drafter = drafters.entry(recipe.drafter.kind).component.create(settings, target=target, tokenizer=target.tokenizer)
     return Trained(
         drafter, losses.build(recipe.loss), target, target.vocab_size, chunk_rows=recipe.train.loss_chunk_rows
     )

@@ -49,8 +49,10 @@ CHAIN = {
     "eagle3": Ceiling(6, 15),
     "eagle3_cut": Ceiling(6, 15),
     "dflash": Ceiling(3, 5),
-    "dspark": Ceiling(6.5, 10),
+    "dspark": Ceiling(6.5, 9.7),
     "jetspec": Ceiling(3.3, 5),
+    "p_eagle": Ceiling(3, 4),
+    "p_eagle_own": Ceiling(3, 4),
     "domino": Ceiling(6.5, 10),
     "mtp": Ceiling(6, 15),
 }
@@ -64,8 +66,10 @@ TREE = {
     "eagle3": Ceiling(8, 12),
     "eagle3_cut": Ceiling(8, 12),
     "dflash": Ceiling(3, 5),
-    "dspark": Ceiling(5.5, 8.5),
+    "dspark": Ceiling(6.5, 9.7),
     "jetspec": Ceiling(3.3, 5),
+    "p_eagle": Ceiling(3, 4),
+    "p_eagle_own": Ceiling(3, 4),
     "domino": Ceiling(5.5, 8.5),
     "mtp": Ceiling(8, 12),
 }

@@ -16,7 +16,7 @@ from drafttrain.export.convert import check_exported, converted, export_as, expo
 from tests.conftest import byte_tokenizer
 from tests.export import folders
 
-KINDS = ("causal_lm", "medusa", "eagle", "eagle3", "p_eagle")
+KINDS = ("causal_lm", "medusa", "eagle", "eagle3", "p_eagle", "dflash")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from drafttrain.eval.calibration import auc
+from drafttrain.core.calibration import auc
 from drafttrain.heads.folder import load_head
 from drafttrain.heads.judge import JudgeHead, JudgeSettings, threshold_of_recall
 from drafttrain.heads.rows import HeadRows

@@ -14,13 +14,14 @@ from drafttrain.importers.convert import import_folder
 from drafttrain.target_model import Target, TargetSettings
 from tests.importers.decoding import drafted_and_plain
 
-HERE = ("gguf", "hf", "sglang", "speculators", "vllm")
+HERE = ("gguf", "hf", "sglang", "speculators", "transformers", "vllm")
 """Formats that need no engine to be written."""
 
 REFUSED = {
     ("sp_nbf", "sglang"): "norm_before_residual is true: SGLang 0.5.23 has no such variant",
     ("spd_nearest", "sglang"): "norm_before_residual is true: SGLang 0.5.23 has no such variant",
     ("sa_eagle1_bias", "vllm"): "vLLM 0.32.0 silently drops them",
+    ("sp_dflash", "transformers"): "the generator computes logits with the target's head only",
     ("gemma2_draft", "gguf"): "model_type is 'gemma2': only llama, qwen2, qwen3 can be written as GGUF",
 }
 """Parts of a folder that a format cannot hold, by their effect."""
@@ -33,6 +34,7 @@ KINDS = {
     "md_1_says2": "medusa",
     "md_v2": "medusa",
     "gemma2_draft": "causal_lm",
+    "sp_dflash": "dflash",
 }
 
 
@@ -71,16 +73,15 @@ def test_a_folder_is_imported_decodes_as_its_target_and_is_exported(name, cases,
             check_exported(format, tmp_path / "drafter", tmp_path / format, target_config=target_config)
 
 
-def test_a_dflash_drafter_is_refused_in_one_line(cases, targets, tmp_path):
-    with pytest.raises(CheckpointError, match="'dflash': a DFlash drafter, which is not supported yet") as caught:
-        import_folder(cases / "sp_dflash", tmp_path / "drafter", target=targets["llama"].name)
-    assert len(str(caught.value).splitlines()) == 1
+def test_a_flag_that_makes_vllm_causal_is_dropped_and_reported(cases, targets, tmp_path):
+    made = import_folder(cases / "sp_dflash", tmp_path / "drafter", target=targets["llama"].name)
+    assert made.files.config["dflash_config"] == {"mask_token_id": 2, "target_layer_ids": [1, 4, 6], "causal": False}
+    assert any("sliding_window_non_causal is false: dropped" in note for note in made.notes)
 
 
 def test_every_folder_is_accounted_for(cases):
     assert {path.name for path in cases.iterdir()} == {
         *KINDS,
-        "sp_dflash",
         "gemma2_draft",
         "target_llama",
         "target_gemma2",

@@ -156,6 +156,8 @@ EXPORTED = [
     *((kind, "vllm") for kind in ("eagle3", "eagle", "medusa", "causal_lm")),
     *((kind, "sglang") for kind in ("eagle3", "eagle", "causal_lm")),
     *(("eagle3", "speculators"), ("p_eagle", "speculators"), ("p_eagle", "vllm")),
+    *(("dflash", format) for format in ("vllm", "speculators", "transformers")),
+    ("dspark", "deepspec"),
 ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from drafttrain.eval.calibration import calibration
+from drafttrain.core.calibration import calibration
 from drafttrain.eval.result import HeadFigures
 from drafttrain.heads import TokenHead
 from drafttrain.heads.folder import load_head

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from drafttrain.checkpoint import About
+from drafttrain.core.calibration import Calibration
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.files import write_json
 from drafttrain.core.foreign import read_json
-from drafttrain.eval.calibration import Calibration
 from drafttrain.eval.interval import Interval
 from drafttrain.eval.metrics import PromptCounts
 from drafttrain.eval.parity import Parity

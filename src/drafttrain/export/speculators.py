@@ -28,7 +28,7 @@ class SpeculatorsFormat:
 class SpeculatorsExporter(Exporter):
     """A config.json of two levels, without a `model_type` on the first.
 
-    The embedding is the target's: speculators reads it from the file, and computes with uninitialized memory if it is missing.
+    The embedding that it writes is the target's.
     """
 
     reads: ClassVar[Mapping[str, str]] = {ours: kind.name for ours, kind in KINDS.items()}
@@ -36,9 +36,10 @@ class SpeculatorsExporter(Exporter):
 
     def refusals(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
         """Return what the library refuses, and an embedding that cannot be found."""
-        found = KINDS[source.kind].refusals(source, target_config)
+        kind = KINDS[source.kind]
+        found = kind.refusals(source, target_config)
         folder = target_config.get(FOLDER)
-        if EMBEDDING in source.tensors:
+        if EMBEDDING in source.tensors or not kind.has_embedding:
             return found
         if folder is None or embedding_of(Path(folder)) is None:
             found.append(
@@ -81,7 +82,7 @@ class SpeculatorsExporter(Exporter):
             },
         }
         tensors = kind.tensors(source, target_config)
-        if EMBEDDING not in tensors:
+        if EMBEDDING not in tensors and kind.has_embedding:
             embedding_VD = embedding_of(Path(target_config[FOLDER]))
             assert embedding_VD is not None, "refusals() checks it"
             tensors[EMBEDDING] = embedding_VD.to(source.tensors["fc.weight"].dtype)
@@ -98,9 +99,9 @@ class SpeculatorsExporter(Exporter):
         found += kind.field_problems(files.config)
         flat = {**files.config["transformer_layer_config"], **files.config}
         shape = [flat.get("vocab_size"), flat.get("hidden_size")]
-        if EMBEDDING not in files.tensors:
+        if EMBEDDING not in files.tensors and kind.has_embedding:
             found.append(f"{EMBEDDING}: missing: speculators computes with uninitialized memory instead")
-        elif list(files.tensors[EMBEDDING].shape) != shape:
+        elif EMBEDDING in files.tensors and list(files.tensors[EMBEDDING].shape) != shape:
             found.append(f"{EMBEDDING}: shape {list(files.tensors[EMBEDDING].shape)}, must be {shape}")
         kept = files.tensors.keys() - ({EMBEDDING} if not files.config.get(OWN_EMBEDDING) else set())
         rest = {name: files.tensors[name] for name in kept}

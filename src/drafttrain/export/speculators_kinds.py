@@ -27,6 +27,8 @@ class SpeculatorsKind(Protocol):
     name: ClassVar[str]
     """The format's name of the kind."""
     architecture: ClassVar[str]
+    has_embedding: ClassVar[bool]
+    """The library reads the embedding from the file, and computes with uninitialized memory if it is missing."""
     own_keys: ClassVar[tuple[str, ...]]
     """Fields of the drafter in drafttrain's config.json; the others describe its layers."""
 
@@ -68,6 +70,7 @@ class Eagle3:
 
     name: ClassVar[str] = "eagle3"
     architecture: ClassVar[str] = "Eagle3DraftModel"
+    has_embedding: ClassVar[bool] = True
     own_keys: ClassVar[tuple[str, ...]] = (
         *("draft_vocab_size", "target_hidden_size", "eagle_aux_hidden_state_layer_ids"),
         *("norm_before_fc", "fc_norm", "norm_output", "norm_before_residual"),
@@ -146,6 +149,7 @@ class DFlash:
 
     name: ClassVar[str] = "dflash"
     architecture: ClassVar[str] = "DFlashDraftModel"
+    has_embedding: ClassVar[bool] = False
     own_keys: ClassVar[tuple[str, ...]] = (
         *("draft_vocab_size", "block_size", "dflash_config", "sample_from_anchor", "num_target_layers"),
     )

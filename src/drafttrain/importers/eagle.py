@@ -40,9 +40,8 @@ class EagleImporter(Importer):
 
     def recognises(self, given: Given) -> bool:
         """Return whether the architecture is EAGLE's, or there is an fc and no other layout recognises the folder."""
-        others = [
-            importers.entry(name).component() for name in ("eagle3", "p_eagle", "speculators", "medusa", "domino")
-        ]
+        kinds = ("eagle3", "p_eagle", "speculators", "medusa", "dflash", "dspark", "domino")
+        others = [importers.entry(name).component() for name in kinds]
         if any(other.recognises(given) for other in others):
             return False
         named = given.architectures & set(ARCHITECTURES)

@@ -24,7 +24,14 @@ from drafttrain.export.layout import LAYOUTS
 from drafttrain.export.sglang import READ_IN as SGLANG
 from drafttrain.importers import Given, Imported, Importer, importers
 from drafttrain.importers.copies import without_angles, without_copies
-from drafttrain.importers.fields import layer_fields, layer_problems, size_problems, unknown_fields, without_other_forms
+from drafttrain.importers.fields import (
+    FURTHER,
+    layer_fields,
+    layer_problems,
+    size_problems,
+    unknown_fields,
+    without_other_forms,
+)
 from drafttrain.importers.naming import renamed, unwrapped
 from drafttrain.importers.target import TargetFiles
 
@@ -101,7 +108,7 @@ class Eagle3Importer(Importer):
             for key, value in NESTED_ONLY.items()
             if nested.get(key) not in (None, value)
         ]
-        given, others = without_other_forms(given, found, several_layers=self.holds == "p_eagle")
+        given, others = without_other_forms(given, found, allowed=(FURTHER,) if self.holds == "p_eagle" else ())
         found += others
         taps, wrong, notes = taps_read(given.config, target)
         # For vLLM and SGLang the nested field has precedence.
@@ -177,7 +184,7 @@ def files_of(kind: str, given: Given, target: TargetFiles, *, taps: list[int], o
             f"config.json: {NUM_TAPS} is {shown(given.config[NUM_TAPS])}, but the states of {len(taps)} blocks are read: {taps}"
         )
     given, angles = without_angles(given, fields)
-    given, mapped, more = _with_map(given, config)
+    given, mapped, more = with_map(given, config)
     of_first = [name for name in given.tensors if name.startswith((OURS, THEIRS))]
     prefix = THEIRS if sum(name.startswith(THEIRS) for name in of_first) > len(of_first) / 2 else OURS
     tensors, named = renamed(
@@ -264,7 +271,7 @@ def draft_length(config: Mapping[str, Any]) -> int | None:
     return length if type(length) is int and length >= 1 else None
 
 
-def _with_map(given: Given, config: Mapping[str, Any]) -> tuple[Given, list[str], list[str]]:
+def with_map(given: Given, config: Mapping[str, Any]) -> tuple[Given, list[str], list[str]]:
     """Return (the folder with d2t as offsets and t2d as booleans, problems, notes)."""
     d2t_R, t2d_V = given.tensors.get("d2t"), given.tensors.get("t2d")
     rows, size = config["draft_vocab_size"], config["vocab_size"]

@@ -113,16 +113,16 @@ def layer_problems(config: Mapping[str, Any], *, own: Iterable[str], prefix: str
     return [*other, *_window_problems(config, prefix), *found], notes
 
 
-def without_other_forms(given: Given, found: Iterable[str], *, several_layers: bool = False) -> tuple[Given, list[str]]:
+def without_other_forms(given: Given, found: Iterable[str], *, allowed: Iterable[str] = ()) -> tuple[Given, list[str]]:
     """Return (the folder without tensors of unsupported forms, a problem for each form).
 
     Args:
         found: Problems of the fields; a form that they name already gets no second line.
-        several_layers: Layers after the first are supported.
+        allowed: Forms that are supported.
     """
-    found, problems = list(found), []
+    found, problems, allowed = list(found), [], set(allowed)
     for effect, pattern in FORMS.items():
-        if several_layers and effect == FURTHER:
+        if effect in allowed:
             continue
         names = [name for name in given.tensors if pattern.search(name)]
         if names and not any(line.endswith(effect) for line in found):

@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
+from drafttrain.drafters.dspark.dspark import DSpark
 from drafttrain.importers import Given
 from drafttrain.importers.domino import is_domino
 from drafttrain.importers.naming import unwrapped
 
 SPECULATORS = "speculators_model_type"
-DFLASH = "a DFlash drafter"
+READ = ("eagle3", "peagle", "dflash")
+"""The kinds of that format that are supported."""
 KINDS = {
-    "dflash": DFLASH,
     "dflash2": "a DFlash2 drafter",
     "dspark": "a DSpark drafter",
 }
@@ -26,15 +27,13 @@ def why_unsupported(given: Given) -> str | None:
     """Return which unsupported kind a folder is, with the field or tensor that shows it; None: it may be supported."""
     given = unwrapped(given)
     for find, what in MARKS.items():
-        if what == DFLASH and is_domino(given):
-            continue
         if (mark := find(given)) is not None:
             return f"{mark}: {what}, which is not supported yet"
     kind = given.config.get(SPECULATORS)
-    if kind in (None, "eagle3", "peagle"):
+    if kind in (None, *READ):
         return None
     what = KINDS.get(kind, "a drafter of an unknown kind") if isinstance(kind, str) else "not the name of a kind"
-    return f"config.json: {SPECULATORS} is {kind!r}: {what}, which is not supported yet; in this format only 'eagle3' and 'peagle' are"
+    return f"config.json: {SPECULATORS} is {kind!r}: {what}, which is not supported yet; in this format only {', '.join(map(repr, READ))} are"
 
 
 def _tensor(pattern: str) -> Callable[[Given], str | None]:
@@ -65,11 +64,21 @@ def _field(key: str) -> Callable[[Given], str | None]:
     return lambda given: None if given.config.get(key) is None else f"config.json: {key}"
 
 
+def _markov_head_elsewhere(given: Given) -> str | None:
+    """Return a tensor of a Markov head in a folder that is not DeepSpec's."""
+    return None if DSpark.architecture in given.architectures else _tensor(r"^markov_head\.")(given)
+
+
+def _domino_elsewhere(given: Given) -> str | None:
+    """Return an architecture of Domino in a folder without its projector in `dflash_config`."""
+    return None if is_domino(given) else _architecture("Domino")(given)
+
+
 MARKS: Mapping[Callable[[Given], str | None], str] = {
-    _architecture("DFlash"): DFLASH,
-    _field("dflash_config"): DFLASH,
-    _architecture("DSpark"): "a DSpark drafter",
-    _tensor(r"^markov_head\."): "a DSpark drafter",
+    _architecture("DFlash2"): "a DFlash2 drafter",
+    _architecture(rf"^(?!{DSpark.architecture}$).*DSpark"): "a DSpark drafter of another layout",
+    _domino_elsewhere: "a Domino drafter of another layout",
+    _markov_head_elsewhere: "a DSpark drafter of another layout",
     _architecture("MLPSpeculator"): "an MLP speculator",
     _architecture("LSTMSpeculator"): "an LSTM speculator",
     _architecture("MTP"): "layers of multi-token prediction",

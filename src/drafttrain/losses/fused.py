@@ -8,7 +8,7 @@ N = rows, n = rows of a part, R = positions of the batch, V = vocabulary, D = hi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import Any
@@ -116,10 +116,10 @@ class _Work:
         self.factors = {depth: drafted.depth_weights.get(depth, 1.0) for depth in drafted.states_BTD}
         self._states_RD = {depth: states.flatten(0, 1) for depth, states in drafted.states_BTD.items()}
         self._confidence_R = {depth: scores.flatten() for depth, scores in drafted.confidence_BT.items()}
-        weights = {id(weight): weight for depth in self._states_RD for weight in head.parameters(depth)}
-        states = {("states", depth): states for depth, states in self._states_RD.items()}
-        scores = {("confidence", depth): scores for depth, scores in self._confidence_R.items()}
-        self.inputs = Inputs({**states, **scores, **weights})
+        named: dict[Hashable, Tensor] = {("states", depth): states for depth, states in self._states_RD.items()}
+        named |= {("confidence", depth): scores for depth, scores in self._confidence_R.items()}
+        named |= {id(weight): weight for depth in self._states_RD for weight in head.parameters(depth)}
+        self.inputs = Inputs(named)
         self._products = HeadProducts(head, self.inputs, vocab_size=values.vocab_size)
         self._kept: dict[int, Made] = {}
         self._unscaled: list[tuple[Part, Entering, dict[str, RowGradients]]] = []

@@ -54,7 +54,7 @@ class WalkProposer(BlockProposer):
         self._walk = model.walk
         self._added = product_with([self._walk.added])
 
-    def confidence(self, hidden_MD: Tensor, embedded_Me: Tensor) -> Tensor | None:
+    def confidence(self, place: int, hidden_MD: Tensor, embedded_Me: Tensor) -> Tensor | None:
         """Return confidence_M, the logits of the predicted acceptance of a slot's tokens; None: the kind predicts none."""
         return None
 
@@ -147,6 +147,6 @@ class WalkProposer(BlockProposer):
         return _Slot(
             logits_MW=base_MW + self._added(factors_Mf),
             states_MD=torch.cat([hidden_MD, factors_Mf], dim=-1),
-            confidence_M=self.confidence(hidden_MD, embedded_Me),
+            confidence_M=self.confidence(place, hidden_MD, embedded_Me),
             state_Ms=state_Ms,
         )

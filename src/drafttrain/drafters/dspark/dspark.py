@@ -5,9 +5,10 @@ A = blocks, K = draft tokens of a block, D = hidden, e = rank
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
@@ -19,10 +20,12 @@ from drafttrain.drafters import drafters
 from drafttrain.drafters.dflash.settings import BlockSettings
 from drafttrain.drafters.dflash.walk import Walk
 from drafttrain.drafters.dflash.walked import WalkedDrafter
+from drafttrain.drafters.dspark.calibration import FILE, calibrated_temperatures, predictions, read_temperatures
 from drafttrain.drafters.dspark.markov import MARKOV_HEADS, ConfidenceHead
 from drafttrain.drafters.dspark.proposer import DSparkProposer
 from drafttrain.drafters.eagle.target_parts import TargetParts
 from drafttrain.drafters.warm_start import settings_fixed_by_checkpoint
+from drafttrain.target_model import Target
 
 FIELDS = {
     "markov_rank": "markov_rank",
@@ -88,6 +91,8 @@ class DSpark(WalkedDrafter):
             hidden_size=width,
             rank=rank,
         )
+        self.temperatures = [1.0] * self.num_depths
+        """By slot, what a predicted logit is divided by in decoding."""
         self.confidence_head: ConfidenceHead | None = None
         if config["enable_confidence_head"]:
             self.confidence_head = ConfidenceHead(
@@ -142,3 +147,17 @@ class DSpark(WalkedDrafter):
         inner = sum(parameters_of(part) for name, part in self.markov_head.named_children() if name.endswith("proj"))
         inner += 0 if self.confidence_head is None else parameters_of(self.confidence_head)
         yield matrix(inner, self.num_depths * shape.blocks(self.own["anchors"]).roots, gradients=2)
+
+    def calibrate(self, target: Target, batches: Iterable[DraftBatch]) -> Mapping[str, Any]:
+        """Return the file of the temperatures of the predictions."""
+        if self.confidence_head is None:
+            return {}
+        self.eval()
+        return {FILE: {"temperatures": calibrated_temperatures(*predictions(self, target, batches))}}
+
+    @classmethod
+    def load(cls, folder: Path, target: Target, dtype: Any = None) -> Self:
+        """Read the folder that `save` wrote, and the calibrated temperatures if it has any."""
+        drafter = super().load(folder, target, dtype)
+        drafter.temperatures = read_temperatures(folder, count=drafter.num_depths)
+        return drafter

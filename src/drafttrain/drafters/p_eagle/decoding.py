@@ -1,6 +1,6 @@
 """P-EAGLE as decoding runs it: all layers on plain tensors, each with its cache.
 
-B = sequences, N = committed slots of one call (the longest sequence's), S = mask slots of a sequence, P = N + S, C = columns of the
+B = sequences, N = committed slots of one call (the longest sequence's), S = mask slots of a sequence, P = N + S, K = S + 1, C = columns of the
 cache, D = hidden, X = input width of a layer's projections
 """
 
@@ -82,7 +82,10 @@ class DecodingPEagle:
         return sum(cache.bytes_per_slot() for cache in self._caches)
 
     def read(self, tokens: Sequence[Sequence[int]], features_BNF: Tensor, *, num_masks: int) -> Tensor:
-        """Read the next committed slots of every sequence into the caches, and mask slots after them; return states_BPD.
+        """Read the next committed slots of every sequence into the caches, and mask slots after them.
+
+        Returns:
+            states_BKD of the last of these committed slots, and of the mask slots.
 
         Args:
             tokens: By sequence, the token after each slot; may be empty for some.
@@ -96,8 +99,9 @@ class DecodingPEagle:
             for start, end in zip(starts, ends, strict=True)
         ]
         padded = [[*one, *[0] * (width + num_masks - len(one))] for one in tokens]
-        # One copy to the device for both.
-        tokens_BP, positions_BP = torch.tensor([padded, positions]).to(self._device)
+        predicting = [[max(0, size - 1), *range(width, width + num_masks), *[0] * (width - 1)] for size in sizes]
+        # One copy to the device for all three.
+        tokens_BP, positions_BP, places_BP = torch.tensor([padded, positions, predicting]).to(self._device)
         entered = self._entered(tokens_BP[:, :width], positions_BP[:, :width], features_BNF, num_masks)
         last = max(map(max, positions))
         allowed_BPC: Tensor | None = None
@@ -108,11 +112,12 @@ class DecodingPEagle:
                 columns = cache.add_drafts(key[:, :, width:], value[:, :, width:])
                 cache.forget_drafts()
             if not number:
-                allowed_BPC = self._allowed(starts, width=width, num_masks=num_masks)
+                allowed_BPC = self._allowed(positions_BP, num_masks=num_masks)
             stream_BPD = layer.finish(attend(query, *columns, allowed_BPC), entered[1])
             if following is not None:
                 entered = following.entering(stream_BPD)
-        return stream_BPD
+        places_BK1 = places_BP[:, : num_masks + 1, None]
+        return stream_BPD.gather(1, places_BK1.expand(-1, -1, stream_BPD.shape[-1]))
 
     def _entered(self, tokens_BN: Tensor, positions_BN: Tensor, features_BNF: Tensor, num_masks: int) -> Entered:
         real = self._model.entering(self._model.embed_at(tokens_BN, positions_BN), self._model.fused(features_BNF))
@@ -124,16 +129,17 @@ class DecodingPEagle:
         )
         return inputs_BPX, residual_BPD
 
-    def _allowed(self, starts: Sequence[int], *, width: int, num_masks: int) -> Tensor | None:
+    def _allowed(self, positions_BP: Tensor, *, num_masks: int) -> Tensor | None:
         """Return allowed_BPC: of committed slots the columns up to them, of mask slots all of the text and the mask slots up to them."""
-        cache = self._caches[0]
-        if width + num_masks == 1 and cache.is_full:
+        cache, width = self._caches[0], positions_BP.shape[1] - num_masks
+        if positions_BP.shape[1] == 1 and cache.is_full:
             return None
-        real_BNC = cache.committed_before(starts, width=width)
-        if num_masks:
-            text_B1C = cache.committed_before([length - 1 for length in cache.lengths], width=1)
-            text_BSC = text_B1C.expand(-1, num_masks, -1)
-            own_SS = torch.ones(num_masks, num_masks, dtype=torch.bool).tril()
-            masks_BSC = torch.cat([text_BSC, own_SS.expand(len(starts), -1, -1)], dim=-1)
-            real_BNC = torch.cat([torch.nn.functional.pad(real_BNC, (0, num_masks)), masks_BSC], dim=1)
-        return real_BNC.to(self._device)
+        # The column of a committed slot is its position. The first mask slot stands where the text ends.
+        columns_C = torch.arange(cache.width, device=positions_BP.device)
+        real_BNC = columns_C <= positions_BP[:, :width, None]
+        if not num_masks:
+            return real_BNC
+        text_BSC = (columns_C < positions_BP[:, width, None, None]).expand(-1, num_masks, -1)
+        own_SS = torch.ones(num_masks, num_masks, dtype=torch.bool, device=positions_BP.device).tril()
+        masks_BSC = torch.cat([text_BSC, own_SS.expand(len(positions_BP), -1, -1)], dim=-1)
+        return torch.cat([torch.nn.functional.pad(real_BNC, (0, num_masks)), masks_BSC], dim=1)

@@ -117,15 +117,11 @@ class PEagleProposer:
         """Read the unread slots of these sequences and mask slots after them; return states_GKD, which predict the next tokens."""
         span = Span(self._device)
         sizes = [size if number in growing else 0 for number, size in enumerate(self._unread.sizes)]
-        states_BPD = self._read(sizes, num_masks=num_masks)
-        width = states_BPD.shape[1]
-        places = [
-            [number * width + place for place in (sizes[number] - 1, *range(width - num_masks, width))]
-            for number in growing
-        ]
-        flat_ND = states_BPD.flatten(0, 1).index_select(0, torch.tensor(places).flatten().to(self._device))
+        states_BKD = self._read(sizes, num_masks=num_masks)
         self._report(sizes, num_masks=num_masks, span=span)
-        return flat_ND.unflatten(0, (len(growing), -1))
+        if len(growing) == len(states_BKD):
+            return states_BKD
+        return states_BKD.index_select(0, torch.tensor(growing).to(self._device))
 
     def _read(self, sizes: Sequence[int], *, num_masks: int) -> Tensor:
         tokens, features_BNF = self._unread.take(self._contexts, starts=self._layers.lengths, sizes=sizes)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from drafttrain.eval.calibration import auc, brier, calibration, ece, log_likelihood, reliability
+from drafttrain.core.calibration import auc, brier, calibration, ece, log_likelihood, reliability
 
 
 def test_ece_by_hand():
