@@ -83,6 +83,13 @@ KINDS: dict[str, Kind] = {
             **{"sample_from_anchor": True, "draft_vocab_size": 128},
         }
     ),
+    "domino": Kind(
+        {
+            **{"kind": "domino", "num_layers": 1, "block_size": 4, "anchors": 4, "mask_token_id": 0},
+            **{"head_dim": 16, "gru_hidden_dim": 16, "emb_dim": 8},
+        },
+        {"kind": "ce"},
+    ),
 }
 KINDS |= {
     name: Kind({"kind": name})

@@ -53,6 +53,7 @@ CHAIN = {
     "jetspec": Ceiling(3.3, 5),
     "p_eagle": Ceiling(3, 4),
     "p_eagle_own": Ceiling(3, 4),
+    "domino": Ceiling(6.5, 10),
     "mtp": Ceiling(6, 15),
 }
 """A round of two sequences with four draft tokens each."""
@@ -69,6 +70,7 @@ TREE = {
     "jetspec": Ceiling(3.3, 5),
     "p_eagle": Ceiling(3, 4),
     "p_eagle_own": Ceiling(3, 4),
+    "domino": Ceiling(5.5, 8.5),
     "mtp": Ceiling(8, 12),
 }
 """A round of two sequences with trees of twelve nodes in three levels."""

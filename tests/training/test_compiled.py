@@ -31,6 +31,14 @@ KINDS: list[tuple[str, dict[str, Any], str]] = [
     ("p_eagle", {"num_layers": 2, "num_depths": 3, "mask_token_id": 0}, "forward_kl"),
     ("mtp", {"init": "random", "num_steps": 2}, "forward_kl"),
     ("dflash", {"num_layers": 2, "taps": [1], "block_size": 4, "anchors": 8, "mask_token_id": 0}, "ce"),
+    (
+        "domino",
+        {
+            **{"num_layers": 2, "taps": [1], "block_size": 4, "anchors": 8, "mask_token_id": 0},
+            **{"gru_hidden_dim": 8, "emb_dim": 4},
+        },
+        "ce",
+    ),
     ("dspark", {"num_layers": 2, "taps": [1], "block_size": 4, "anchors": 8, "mask_token_id": 0}, "tvd"),
 ]
 

@@ -62,6 +62,8 @@ class DraftBatch:
     """Trained positions of all micro-batches of this optimizer step on all ranks."""
     step: int = 0
     """Optimizer step, from 0."""
+    num_steps: int = 0
+    """Optimizer steps of the whole training, also after a resume; 0: not known, or it has no end."""
     record_ids: Sequence[str] = ()
     """Ids of the records, indexed by their number in `documents_BT` minus the smallest one."""
     target: TargetOutput | None = None
@@ -155,7 +157,8 @@ class Beside:
     drafted: DraftOutput
     loss: Any
     """A `losses.Loss`."""
-    target_rows: TargetRows
+    target_rows: TargetRows | None
+    """None: the loss reads none."""
 
 
 def shape_of(batch: DraftBatch) -> BatchShape:

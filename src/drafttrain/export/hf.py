@@ -43,8 +43,9 @@ class HuggingFaceExporter(Exporter):
         "dflash": "DFlashDraftModel",
         "dspark": "drafttrain",
         "mtp": "drafttrain",
+        "domino": "DominoDraftModel",
     }
-    readers = "transformers (causal_lm), vLLM and SGLang (all but kangaroo, mtp and dspark), drafttrain"
+    readers = "transformers (causal_lm), vLLM and SGLang (all but kangaroo, mtp, dspark and domino), drafttrain"
 
     def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
         """Return the files unchanged."""

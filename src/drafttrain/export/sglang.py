@@ -1,4 +1,4 @@
-"""Export for SGLang: EAGLE-3 with its own numbering of taps, EAGLE-1, standalone drafters. Written after the source of 0.5.23, never loaded here."""
+"""Export for SGLang: EAGLE-3 with its own numbering of taps, EAGLE-1, Domino, standalone drafters. After the source of 0.5.23, never loaded here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BIAS = "fc.bias"
 
 @dataclass
 class SglangFormat:
-    """What SGLang's EAGLE, EAGLE3 and STANDALONE load."""
+    """What SGLang's EAGLE, EAGLE3, DFLASH (Domino) and STANDALONE load."""
 
 
 @exporters.register("sglang", SglangFormat)
@@ -35,8 +35,17 @@ class SglangExporter(Exporter):
     EAGLE-1's fc has a bias in SGLang: the drafter's own, or zeros, because SGLang leaves a missing bias at random values.
     """
 
-    reads: ClassVar[Mapping[str, str]] = {"causal_lm": "STANDALONE", "eagle": "EAGLE", "eagle3": "EAGLE3"}
+    reads: ClassVar[Mapping[str, str]] = {
+        "causal_lm": "STANDALONE",
+        "eagle": "EAGLE",
+        "eagle3": "EAGLE3",
+        "domino": "DFLASH",
+    }
     readers = "SGLang (from its source, not tried)"
+
+    def refusals(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
+        """Return what SGLang's Domino lacks."""
+        return _domino_problems(source)
 
     def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
         """Return the files with SGLang's numbering of taps, and the fields that it reads."""
@@ -47,6 +56,8 @@ class SglangExporter(Exporter):
                 # SGLang caps logits by the drafter's own configuration; it reads no scale.
                 config["final_logit_softcapping"] = cap
             return _with_bias(replace(source, config=config | {"architectures": ["LlamaForCausalLMEagle"]}))
+        if source.kind == "domino":
+            return replace(source, config=config, notes=(f"SGLang drafts {config['block_size'] - 1} tokens a round",))
         if source.kind != "eagle3":
             return replace(source, config=config)
         ours = config.pop("eagle_aux_hidden_state_layer_ids")
@@ -57,6 +68,8 @@ class SglangExporter(Exporter):
 
     def problems(self, files: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
         """Return what SGLang would ignore."""
+        if files.kind == "domino":
+            return [*_domino_problems(files), *layout_problems(files, target_config)]
         if files.kind == "eagle":
             return layout_problems(replace(files, config={**files.config, FC_BIAS: True}), target_config)
         if files.kind != "eagle3":
@@ -80,6 +93,21 @@ class SglangExporter(Exporter):
             for key in IGNORED
             if files.config.get(key)
         ]
+
+
+def _domino_problems(files: DrafterFiles) -> list[str]:
+    """Return the variants of Domino that SGLang refuses."""
+    if files.kind != "domino":
+        return []
+    found, length = [], files.config["dflash_config"].get("pure_draft_prefix_len")
+    if length != 1:
+        found.append(f"config.json: dflash_config.pure_draft_prefix_len is {length}: SGLang {READ_IN} supports 1 only")
+    if files.config.get("draft_vocab_size") is not None:
+        found.append(
+            f"config.json: draft_vocab_size is {files.config['draft_vocab_size']}: SGLang {READ_IN} runs Domino with the "
+            "target's vocabulary and head only: train with drafter.draft_vocab_size=null"
+        )
+    return found
 
 
 def _with_bias(files: DrafterFiles) -> DrafterFiles:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from drafttrain.drafters.dspark.dspark import DSpark
 from drafttrain.importers import Given
+from drafttrain.importers.domino import is_domino
 from drafttrain.importers.naming import unwrapped
 
 SPECULATORS = "speculators_model_type"
@@ -68,10 +69,15 @@ def _markov_head_elsewhere(given: Given) -> str | None:
     return None if DSpark.architecture in given.architectures else _tensor(r"^markov_head\.")(given)
 
 
+def _domino_elsewhere(given: Given) -> str | None:
+    """Return an architecture of Domino in a folder without its projector in `dflash_config`."""
+    return None if is_domino(given) else _architecture("Domino")(given)
+
+
 MARKS: Mapping[Callable[[Given], str | None], str] = {
     _architecture("DFlash2"): "a DFlash2 drafter",
     _architecture(rf"^(?!{DSpark.architecture}$).*DSpark"): "a DSpark drafter of another layout",
-    _architecture("Domino"): "a Domino drafter",
+    _domino_elsewhere: "a Domino drafter of another layout",
     _markov_head_elsewhere: "a DSpark drafter of another layout",
     _architecture("MLPSpeculator"): "an MLP speculator",
     _architecture("LSTMSpeculator"): "an LSTM speculator",

@@ -59,8 +59,8 @@ class DistillModule(StepModule):
         return self.scaled(made.total, batch)
 
     def planned(self, batch: DraftBatch) -> DraftBatch:
-        """Return a micro-batch with the rows that the loss and the drafter will ask for."""
-        return with_plan(self.trained, self.loss, batch)
+        """Return a micro-batch with the length of the training, and the rows that the loss and the drafter will ask for."""
+        return with_plan(self.trained, self.loss, replace(batch, num_steps=self.settings.max_steps))
 
     def _with_target(self, batch: DraftBatch) -> DraftBatch:
         needs = self.trained.needs()

@@ -91,7 +91,8 @@ def step_cost(build: Callable[[], Trained], *, rows: int, width: int, prompt: in
     with FakeTensorMode(allow_non_fake_inputs=True):
         made = build()
     # Outside of that mode: results of weights and states have no data, but the bounds of rows must have some.
-    batch = with_plan(made.drafter, made.loss, batch)
+    # The first of two steps, in which a loss that is trained beside the drafts for a part of the steps has its weight.
+    batch = with_plan(made.drafter, made.loss, replace(batch, num_steps=2))
     drafter = made.drafter.train()
     weights = [*drafter.parameters(), *drafter.buffers()]
     frozen = [*made.target.model.parameters(), *made.target.model.buffers()]

@@ -73,12 +73,13 @@ class BlockDrafter(Backbone, WithHead, Drafter):
             made.config["drafttrain"] = made.own = own
             made.draft, made._keeps_vocabulary = own["draft"], True
             return made.train()
-        config = {
+        config: dict[str, Any] = {
             "architectures": [cls.architecture],
             **new_config(settings, target),
             **cls.fields(settings),
             "drafttrain": own,
         }
+        config["dflash_config"] |= cls.block_fields(settings)
         made = cls(config, TargetParts(target))
         made.start_head()
         return made
@@ -92,6 +93,11 @@ class BlockDrafter(Backbone, WithHead, Drafter):
     @classmethod
     def fields(cls, settings: Any) -> Mapping[str, Any]:
         """Return further fields of config.json that a kind needs."""
+        return {}
+
+    @classmethod
+    def block_fields(cls, settings: Any) -> Mapping[str, Any]:
+        """Return further fields of its `dflash_config` that a kind needs."""
         return {}
 
     @classmethod

@@ -1,28 +1,25 @@
 """DSpark: the block of DFlash, a Markov head that joins its tokens, and a head that predicts which of them are accepted.
 
-A = blocks, K = draft tokens of a block, D = hidden, r = rank, N = rows, W = width of the drafter's head
+A = blocks, K = draft tokens of a block, D = hidden, e = rank
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from drafttrain.core.batches import DraftBatch, DraftOutput, Head
+from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
-from drafttrain.core.linear_head import LinearHead
 from drafttrain.core.printable import shown
 from drafttrain.core.settings import setting
-from drafttrain.core.weights import weight_bytes
 from drafttrain.drafters import drafters
-from drafttrain.drafters.dflash.blocks import Blocks
-from drafttrain.drafters.dflash.drafter import BlockDrafter
 from drafttrain.drafters.dflash.settings import BlockSettings
+from drafttrain.drafters.dflash.walk import Walk
+from drafttrain.drafters.dflash.walked import WalkedDrafter
 from drafttrain.drafters.dspark.calibration import FILE, calibrated_temperatures, predictions, read_temperatures
 from drafttrain.drafters.dspark.markov import MARKOV_HEADS, ConfidenceHead
 from drafttrain.drafters.dspark.proposer import DSparkProposer
@@ -71,10 +68,8 @@ class DSparkSettings(BlockSettings):
 
 
 @drafters.register("dspark", DSparkSettings)
-class DSpark(BlockDrafter):
+class DSpark(WalkedDrafter):
     """logits of slot s = head(h_s) + W2 f_s, where f_s is made from the token before the one that slot s predicts.
-
-    States of a depth are [h_s ; f_s], so the head is one linear map. In training the token before is the text's.
 
     Source: DSpark, DeepSeek-AI 2026, DeepSpec repository, DSpark_paper.pdf.
     """
@@ -129,41 +124,29 @@ class DSpark(BlockDrafter):
             if type(config.get(name)) is not bool
         ]
 
-    def drafted(self, hidden_AKD: Tensor, blocks: Blocks, batch: DraftBatch) -> DraftOutput:
-        """Return the states [h_s ; f_s] of every depth, and the predicted acceptance."""
-        places = range(hidden_AKD.shape[1])
-        before_AK = torch.stack([blocks.at(batch.tokens_BT, places=place) for place in places], dim=1)
-        embedded_AKr = self.markov_head.embed(before_AK).to(hidden_AKD.dtype)
-        factors_AKr = self.markov_head.factors(hidden_AKD, embedded_AKr).to(hidden_AKD.dtype)
-        made = super().drafted(torch.cat([hidden_AKD, factors_AKr], dim=-1), blocks, batch)
-        if self.confidence_head is None:
-            return made
-        scores_AK = self.confidence_head(hidden_AKD, embedded_AKr)
-        return replace(made, confidence_BT=self.by_depth(scores_AK, batch))
+    @property
+    def walk(self) -> Walk:
+        """The Markov head."""
+        return self.markov_head
 
     @property
-    def head(self) -> Head:
-        """The head as losses use it, for states [h_s ; f_s]."""
-        base, added = super().head, self.markov_head.markov_w2
-        if isinstance(base, LinearHead):
-            return LinearHead(base.linear, before=base.before, after=base.after, added=added)
+    def step_modules(self) -> Sequence[nn.Module]:
+        """The parts of the heads but W1, of which a step reads a row."""
+        step = [part for name, part in self.markov_head.named_children() if name != "markov_w1"]
+        return step if self.confidence_head is None else [*step, self.confidence_head]
 
-        def logits(states_ND: Tensor, depth: int) -> Tensor:
-            own_ND, factors_Nr = states_ND.tensor_split([states_ND.shape[-1] - added.in_features], dim=-1)
-            logits_NW: Tensor = base(own_ND, depth) + added(factors_Nr)
-            return logits_NW
-
-        return logits
+    def completed(self, made: DraftOutput, hidden_AKD: Tensor, embedded_AKe: Tensor, batch: DraftBatch) -> DraftOutput:
+        """Return the output with the predicted acceptance."""
+        if self.confidence_head is None:
+            return made
+        return replace(made, confidence_BT=self.by_depth(self.confidence_head(hidden_AKD, embedded_AKe), batch))
 
     def products(self, shape: BatchShape) -> Iterator[Products]:
         """Yield the products of the block, and of the heads on it."""
         yield from super().products(shape)
-        blocks = shape.blocks(self.own["anchors"])
         inner = sum(parameters_of(part) for name, part in self.markov_head.named_children() if name.endswith("proj"))
         inner += 0 if self.confidence_head is None else parameters_of(self.confidence_head)
-        for depth in range(1, self.num_depths + 1):
-            yield matrix(parameters_of(self.markov_head.markov_w2), blocks.rows(depth), gradients=2)
-            yield matrix(inner, blocks.roots, gradients=2)
+        yield matrix(inner, self.num_depths * shape.blocks(self.own["anchors"]).roots, gradients=2)
 
     def calibrate(self, target: Target, batches: Iterable[DraftBatch]) -> Mapping[str, Any]:
         """Return the file of the temperatures of the predictions."""
@@ -178,10 +161,3 @@ class DSpark(BlockDrafter):
         drafter = super().load(folder, target, dtype)
         drafter.temperatures = read_temperatures(folder, count=drafter.num_depths)
         return drafter
-
-    def weight_bytes(self) -> tuple[int, int, int, int]:
-        """Return the bytes of (weights of the context, of a block, of the head and the walk, one embedding row)."""
-        of_context, of_block, of_head, row = super().weight_bytes()
-        step = [part for name, part in self.markov_head.named_children() if name != "markov_w1"]
-        step += [] if self.confidence_head is None else [self.confidence_head]
-        return of_context, of_block, of_head + self.num_depths * weight_bytes(*step), row

@@ -34,19 +34,25 @@ class MarkovHead(nn.Module):
         nn.init.normal_(self.markov_w1.weight, std=STD)
         nn.init.zeros_(self.markov_w2.weight)
 
-    def embed(self, tokens: Tensor) -> Tensor:
+    @property
+    def added(self) -> nn.Linear:
+        """W2."""
+        return self.markov_w2
+
+    def embed(self, tokens: Tensor, *, dtype: torch.dtype) -> Tensor:
         """Return W1 of tokens, given as the target's ids."""
         embedded: Tensor = self.markov_w1(tokens)
-        return embedded
+        return embedded.to(dtype)
 
     def start(self, hidden_AD: Tensor) -> Tensor:
         """Return state_Ar before the first token of a block."""
         return hidden_AD.new_zeros(len(hidden_AD), self.rank)
 
-    def step(self, hidden_AD: Tensor, embedded_Ar: Tensor, state_Ar: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, place: int, hidden_AD: Tensor, embedded_Ar: Tensor, state_Ar: Tensor) -> tuple[Tensor, Tensor]:
         """Return (factor_Ar, state_Ar) of a slot: what W2 multiplies, and the state after it.
 
         Args:
+            place: The slot's number, which has no effect.
             hidden_AD: The slot's state, after the final norm.
             embedded_Ar: W1 of the token before the one that the slot predicts.
         """
@@ -55,10 +61,12 @@ class MarkovHead(nn.Module):
     def factors(self, hidden_AKD: Tensor, embedded_AKr: Tensor) -> Tensor:
         """Return factor_AKr of all slots, whose tokens before are known: the same numbers as from slot to slot."""
         if not self.recurrent:
-            return self.step(hidden_AKD, embedded_AKr, embedded_AKr)[0]
+            return self.step(0, hidden_AKD, embedded_AKr, embedded_AKr)[0]
         state_Ar, found = self.start(hidden_AKD[:, 0]), []
-        for hidden_AD, embedded_Ar in zip(hidden_AKD.unbind(1), embedded_AKr.unbind(1), strict=True):
-            factor_Ar, state_Ar = self.step(hidden_AD, embedded_Ar, state_Ar)
+        for place, (hidden_AD, embedded_Ar) in enumerate(
+            zip(hidden_AKD.unbind(1), embedded_AKr.unbind(1), strict=True)
+        ):
+            factor_Ar, state_Ar = self.step(place, hidden_AD, embedded_Ar, state_Ar)
             found.append(factor_Ar)
         return torch.stack(found, dim=1)
 
@@ -70,7 +78,7 @@ class GatedMarkovHead(MarkovHead):
         super().__init__(vocab_size=vocab_size, draft_vocab_size=draft_vocab_size, hidden_size=hidden_size, rank=rank)
         self.gate_proj = _projection(hidden_size + rank, rank)
 
-    def step(self, hidden_AD: Tensor, embedded_Ar: Tensor, state_Ar: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, place: int, hidden_AD: Tensor, embedded_Ar: Tensor, state_Ar: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gated embedding."""
         gate_Ar: Tensor = self.gate_proj(torch.cat([hidden_AD, embedded_Ar], dim=-1))
         return gate_Ar.sigmoid() * embedded_Ar, state_Ar
@@ -85,7 +93,7 @@ class RecurrentMarkovHead(MarkovHead):
         super().__init__(vocab_size=vocab_size, draft_vocab_size=draft_vocab_size, hidden_size=hidden_size, rank=rank)
         self.joint_proj = _projection(2 * rank + hidden_size, 3 * rank)
 
-    def step(self, hidden_AD: Tensor, embedded_Ar: Tensor, state_Ar: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, place: int, hidden_AD: Tensor, embedded_Ar: Tensor, state_Ar: Tensor) -> tuple[Tensor, Tensor]:
         """Return the output and the new state."""
         joint_Aj: Tensor = self.joint_proj(torch.cat([state_Ar, embedded_Ar, hidden_AD], dim=-1))
         gate_Ar, candidate_Ar, output_Ar = joint_Aj.chunk(3, dim=-1)
