@@ -60,7 +60,7 @@ class _BlockAttention(torch.autograd.Function):
         with torch.autocast(query_AHBd.device.type, enabled=False):
             for here, seen in _pieces(blocks, query_AHBd, own_key):
                 parts = (query_AHBd[here], own_key[here], own_value[here], keys_GNd[:, seen], values_GNd[:, seen])
-                attended_AHBd[here] = _attended(*parts, **_masks(blocks, hidden_ABO, here, seen))
+                attended_AHBd[here] = _attended(*parts, masks=_masks(blocks, hidden_ABO, here, seen))
         return attended_AHBd
 
     @staticmethod
@@ -74,7 +74,7 @@ class _BlockAttention(torch.autograd.Function):
                 pieces = [*(states[here] for states in given[:3]), *(states[:, seen] for states in given[3:])]
                 parts = [piece.detach().requires_grad_() for piece in pieces]
                 with torch.enable_grad():
-                    made = _attended(*parts, **_masks(blocks, ctx.hidden_ABO, here, seen))
+                    made = _attended(*parts, masks=_masks(blocks, ctx.hidden_ABO, here, seen))
                 found = torch.autograd.grad(made, parts, gradient_AHBd[here])
                 for whole, part in zip(of_blocks, found[:3], strict=True):
                     whole[here] = part
@@ -85,12 +85,13 @@ class _BlockAttention(torch.autograd.Function):
         return None, None, *(whole.to(states.dtype) for whole, states in of_all)
 
 
-def _masks(blocks: Blocks, hidden_ABO: Tensor | None, here: slice, seen: slice) -> dict[str, Any]:
-    """Return the arguments of `_attended` that say which keys a piece attends to."""
-    return {
-        "slots_n": blocks.slots_A[here] - seen.start,
-        "hidden_nBO": None if hidden_ABO is None else hidden_ABO[here],
-    }
+Masks = tuple[Tensor, Tensor | None]
+"""(slots_n, hidden_nBO): the columns that each block's context has; the own keys that a slot does not attend to, None: no key."""
+
+
+def _masks(blocks: Blocks, hidden_ABO: Tensor | None, here: slice, seen: slice) -> Masks:
+    """Return the masks of a piece."""
+    return blocks.slots_A[here] - seen.start, None if hidden_ABO is None else hidden_ABO[here]
 
 
 def _pieces(blocks: Blocks, query_AHBd: Tensor, own_key_AGOd: Tensor) -> list[tuple[slice, slice]]:
@@ -109,14 +110,10 @@ def _attended(
     keys_GCd: Tensor,
     values_GCd: Tensor,
     *,
-    slots_n: Tensor,
-    hidden_nBO: Tensor | None,
+    masks: Masks,
 ) -> Tensor:
-    """Return attended_nHBd of a piece.
-
-    Args:
-        slots_n: Number of columns that each block's context has.
-    """
+    """Return attended_nHBd of a piece."""
+    slots_n, hidden_nBO = masks
     groups, columns, width = keys_GCd.shape
     rows_GnRd = query_nHBd.unflatten(1, (groups, -1)).transpose(0, 1).flatten(2, 3)
     count = rows_GnRd.shape[1]
