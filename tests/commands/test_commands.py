@@ -401,6 +401,7 @@ def test_every_recipe_runs_with_smoke(name, tmp_path):
         "eagle3_1_qwen3_8b": [*EMBEDDED, "drafter.draft_vocab_size=512"],
         "domino_qwen3_8b": [*EMBEDDED, "drafter.mask_token_id=1"],
         "p_eagle_qwen3_8b": [*EMBEDDED, "drafter.draft_vocab_size=512", "drafter.mask_token_id=1"],
+        "dflash_qwen3_8b": [*EMBEDDED, "drafter.mask_token_id=1"],
         "smollm2_eagle3": [*EMBEDDED, *EMBEDDED_TEXT, "drafter.draft_vocab_size=512"],
         "smollm2_medusa": [*EMBEDDED, *EMBEDDED_TEXT, "drafter.draft_vocab_size=512"],
         "smollm2_kangaroo": [*EMBEDDED, *EMBEDDED_TEXT, "drafter.draft_vocab_size=512", "export.dtype=float32"],

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from drafttrain.config.load import load_recipe
 from drafttrain.core.batches import DraftBatch
-from drafttrain.core.errors import CheckpointError
+from drafttrain.core.errors import CheckpointError, RecipeError
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import pack
@@ -296,3 +297,14 @@ def test_without_a_confidence_head_there_is_no_prediction(target):
 def test_a_checkpoint_fixes_its_heads():
     problems = DSparkSettings(checkpoint="x", markov_rank=3, markov_head="rnn").check()
     assert problems == [f"{name}: the checkpoint fixes it: leave it out" for name in ("markov_rank", "markov_head")]
+
+
+def test_a_recipe_that_reads_a_missing_prediction_is_refused():
+    loss = "loss={kind: sum, terms: [{loss: {kind: tvd}}, {loss: {kind: confidence}}]}"
+    length = "eval.length={kind: predicted_acceptance}"
+    assert load_recipe("tiny_dspark", [length]).drafter.kind == "dspark"
+    for recipe, more in (("tiny_dspark", ["drafter.confidence_head=false"]), ("tiny_eagle3", [loss])):
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(recipe, [*more, length])
+        found = [problem for problem in caught.value.problems if "a prediction of acceptance" in problem]
+        assert len(found) == 2, caught.value.problems

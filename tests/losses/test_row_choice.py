@@ -13,9 +13,9 @@ from drafttrain.core.target_rows import RowsAsked
 from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.losses import losses
-from drafttrain.losses.align import align, chosen_slots, planned, rows_of
+from drafttrain.losses.align import align, chosen_rows, chosen_slots, planned, rows_of
 from drafttrain.losses.fused import can_be_fused
-from drafttrain.losses.row_choice import Anchors
+from drafttrain.losses.row_choice import Anchors, DroppedDepths
 from drafttrain.losses.step import drafted_loss
 from tests.losses.test_losses import FloatTarget, V
 
@@ -183,3 +183,76 @@ def test_the_plan_has_the_rows_of_the_choice():
     moved = ready.each(lambda tensor: tensor.clone())
     for name in ("slots_A", "scale_N", "read_U", "drafter_N"):
         assert torch.equal(getattr(moved.plan.rows[asked], name), getattr(ready.plan.rows[asked], name))
+
+
+EIGHT = tuple(range(1, 9))
+LONG = ["." * 10 + "x" * 42, "." * 8 + "x" * 7, "x" * 3, "." * 5]
+
+
+def long_batch(*, step: int = 0, width: int = 80, chosen: tuple[int, ...] = (0, 1, 2, 3)) -> DraftBatch:
+    texts = [Record(str(number), [1] * len(mask), [c == "x" for c in mask]) for number, mask in enumerate(LONG)]
+    batch, _ = pack([texts[i] for i in chosen], width=width, first_document=chosen[0], weight_of_step=1.0)
+    return replace(batch, step=step)
+
+
+def kept_rows(
+    batch: DraftBatch, choice: DroppedDepths, depths: tuple[int, ...] = EIGHT
+) -> dict[int, set[tuple[int, int]]]:
+    """By depth, (document, position) of the rows."""
+    rows = chosen_rows(batch, RowsAsked(depths, 1, choice=choice))
+    where = list(zip(batch.documents_BT.flatten().tolist(), batch.positions_BT.flatten().tolist(), strict=True))
+    for rows_n, on_host in rows.values():
+        assert torch.equal(rows_n, on_host)
+    return {depth: {where[row] for row in rows_n.tolist()} for depth, (rows_n, _) in rows.items()}
+
+
+def test_depths_have_the_published_sizes_and_are_nested_in_each_document():
+    """40 rows of depth 1 give 27, 18, 12, 8, 7, 6 and 6 of the further ones; a row of a depth has all depths before it."""
+    choice = DroppedDepths()
+    assert [choice.most(40, depth) for depth in range(2, 9)] == [27, 18, 12, 8, 7, 6, 6]
+    for step in range(4):
+        batch = long_batch(step=step)
+        kept = kept_rows(batch, choice)
+        for document, (mask, places) in enumerate(zip(LONG, (10, 8, 0, 5), strict=True)):
+            rows = {depth: {place for number, place in found if number == document} for depth, found in kept.items()}
+            every = set(range(max(0, places - 2), len(mask) - 2)) if "x" in mask else set()
+            assert rows[1] == every
+            for depth in range(2, 9):
+                assert rows[depth] <= rows[depth - 1]
+                last = len(mask) - 1 - depth - 1
+                assert all(place <= last for place in rows[depth])
+                # The pool may be smaller than the size: rows near the end have no label so far ahead.
+                pool = {place for place in rows[depth - 1] if place <= last}
+                assert len(rows[depth]) == min(len(pool), choice.most(len(every), depth))
+
+
+def test_the_draw_of_depths_depends_on_step_and_document_only():
+    choice = DroppedDepths()
+    whole = kept_rows(long_batch(width=80), choice)
+    assert whole == kept_rows(long_batch(width=53), choice)
+    alone = kept_rows(long_batch(width=53, chosen=(1,)), choice)
+    assert {depth: {one for one in found if one[0] == 1} for depth, found in whole.items()} == alone
+    assert len({frozenset(kept_rows(long_batch(step=step), choice)[3]) for step in range(5)}) == 5
+
+
+def test_every_row_is_kept_as_often_as_the_others():
+    """Also at depth 3, whose rows are drawn from those of depth 2. The control: the first rows instead of a draw."""
+    choice, counts = DroppedDepths(), torch.zeros(50)
+    for step in range(400):
+        for document, place in kept_rows(long_batch(step=step, chosen=(0,)), choice, (1, 2, 3))[3]:
+            assert document == 0
+            counts[place] += 1
+    rows = counts[8:48]  # from the first row to the last whose label of depth 3 is in the text
+    expected = rows.sum() / len(rows)
+    assert float(((rows - expected) ** 2 / expected).sum()) < 80
+    first = torch.zeros(40).index_fill(0, torch.arange(int(rows.sum()) // 400), 400.0)
+    assert float(((first - expected) ** 2 / expected).sum()) > 1000
+
+
+def test_states_of_kept_rows_lie_in_the_order_of_the_rows():
+    batch = long_batch()
+    rows = rows_of(batch, RowsAsked(EIGHT, 1, choice=DroppedDepths()))
+    places = rows.drafter_N.split(list(rows.counts.values()))
+    assert all(torch.equal(place_n, torch.arange(len(place_n))) for place_n in places)
+    assert rows.scale_N is None
+    assert rows.slots_A is None

@@ -99,14 +99,14 @@ class Recipe:
 
     def _confidence(self) -> Iterator[str]:
         """Yield a loss or a length policy that reads a prediction of the drafter which does not exist."""
+        readers = {
+            "loss: confidence trains": any(one.kind == "confidence" for one in components_of(self.loss)),
+            "eval.length: predicted_acceptance reads": getattr(self.eval.length, "kind", "") == "predicted_acceptance",
+        }
         made_of = _component(self.drafter)
-        if made_of is None or made_of.predicts_confidence(self.drafter):
-            return
-        kind = self.drafter.kind
-        if any(settings.kind == "confidence" for settings in components_of(self.loss)):
-            yield f"loss: confidence trains a prediction of acceptance, which drafter.kind {kind} with these settings has not"
-        if getattr(self.eval.length, "kind", "") == "predicted_acceptance":
-            yield f"eval.length: predicted_acceptance reads a prediction that drafter.kind {kind} with these settings has not"
+        if made_of is not None and any(readers.values()) and not made_of.predicts_confidence(self.drafter):
+            has_none = f"a prediction of acceptance, and drafter.kind {self.drafter.kind} with these settings has none"
+            yield from (f"{what} {has_none}" for what, is_there in readers.items() if is_there)
 
     def _exports(self) -> Iterator[str]:
         """Yield the formats and engines that do not support what this recipe trains."""

@@ -85,7 +85,7 @@ class _BlockAttention(torch.autograd.Function):
         return None, None, *(whole.to(states.dtype) for whole, states in of_all)
 
 
-def _masks(blocks: Blocks, hidden_ABO: Tensor | None, here: slice, seen: slice) -> dict[str, Tensor | None]:
+def _masks(blocks: Blocks, hidden_ABO: Tensor | None, here: slice, seen: slice) -> dict[str, Any]:
     """Return the arguments of `_attended` that say which keys a piece attends to."""
     return {
         "slots_n": blocks.slots_A[here] - seen.start,

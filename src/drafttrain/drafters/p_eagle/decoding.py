@@ -107,13 +107,13 @@ class DecodingPEagle:
         allowed_BPC: Tensor | None = None
         for number, (layer, following, cache) in enumerate(zip_longest(self._layers, self._deep, self._caches)):
             query, key, value = layer.project(entered[0], positions_BP, last=last)
-            columns = cache.commit(key[:, :, :width], value[:, :, :width], sizes)
+            keys, values = cache.commit(key[:, :, :width], value[:, :, :width], sizes)
             if num_masks:
-                columns = cache.add_drafts(key[:, :, width:], value[:, :, width:])
+                keys, values = cache.add_drafts(key[:, :, width:], value[:, :, width:])
                 cache.forget_drafts()
             if not number:
                 allowed_BPC = self._allowed(positions_BP, num_masks=num_masks)
-            stream_BPD = layer.finish(attend(query, *columns, allowed_BPC), entered[1])
+            stream_BPD = layer.finish(attend(query, keys, values, allowed_BPC), entered[1])
             if following is not None:
                 entered = following.entering(stream_BPD)
         places_BK1 = places_BP[:, : num_masks + 1, None]

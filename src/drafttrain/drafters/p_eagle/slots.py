@@ -47,7 +47,11 @@ class MaskSlots:
         deepest = max(rows)
         if not any(len(on_host) for _, on_host in rows.values()):
             # A process without trained rows runs the same modules as the others, on the smallest input.
-            rows = {depth: tuple(part.new_zeros(int(depth == 2)) for part in parts) for depth, parts in rows.items()}
+            few_rows = {depth: int(depth == 2) for depth in rows}
+            rows = {
+                depth: (parts[0].new_zeros(few_rows[depth]), parts[1].new_zeros(few_rows[depth]))
+                for depth, parts in rows.items()
+            }
         order_M, row_M, ahead_M = _sorted({depth: parts[0] for depth, parts in rows.items()}, deepest)
         _, on_host, _ = _sorted({depth: parts[1] for depth, parts in rows.items()}, deepest)
         place_M = torch.arange(len(row_M), device=row_M.device)

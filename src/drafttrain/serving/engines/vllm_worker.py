@@ -53,7 +53,7 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
         seed=0,
     )
     # The CPU kernels are registered when the engine is built.
-    repaired = _repaired()
+    repaired = [*_repaired_temperatures(), *_repaired_context_norm()]
     prompts = list(zip(request["prompts"], request["max_tokens"], strict=True))
     if request["warm_up"]:
         _run(llm, vllm, prompts[:1], temperature=0.0, seed=0)
@@ -61,8 +61,8 @@ def answer_to(request: dict[str, Any]) -> dict[str, Any]:
     return {"version": vllm.__version__, "repaired": repaired, "runs": runs}
 
 
-def _repaired() -> list[str]:
-    """Patch a bug of the engine's CPU build if this build has it; return what was patched.
+def _repaired_temperatures() -> list[str]:
+    """Patch the temperatures of draft tokens if this build has the bug; return what was patched.
 
     0.32.0 gives a copy of the result's buffer to the kernel that repeats each request's temperature for its draft tokens, and so
     divides logits by uninitialized memory: with speculation and a temperature above 0 its text is not the target's.
@@ -79,6 +79,33 @@ def _repaired() -> list[str]:
         return []
     rejection_sampler.expand_batch_to_tokens = expanded
     return ["expand_batch_to_tokens (temperatures of draft tokens were uninitialized memory)"]
+
+
+def _repaired_context_norm() -> list[str]:
+    """Patch the norm of DFlash's context keys if this build has the bug; return what was patched.
+
+    0.32.0 norms the keys of all layers in one call, with one row of weights for each layer. Its CPU kernel reads the first row for
+    all of them, so a drafter of several layers drafts with other keys than it was trained with.
+    """
+    import torch
+    from vllm import _custom_ops as ops
+    from vllm.model_executor.models.qwen3_dflash import DFlashQwen3Model
+
+    def normed(model: Any, all_k: Any) -> Any:
+        # In a buffer of its own per layer: the kernel writes to contiguous memory only.
+        layers = []
+        for layer_k, weight in zip(all_k, model._k_norm_weights, strict=True):
+            layers.append(torch.empty_like(layer_k))
+            ops.rms_norm(layers[-1], layer_k.contiguous(), weight, model._rms_norm_eps)
+        return torch.stack(layers)
+
+    example, weights = torch.ones(2, 1, 1, 32), torch.tensor([1.0, 2.0])[:, None].expand(2, 32).contiguous()
+    found = torch.empty_like(example)
+    ops.rms_norm(found, example, weights, 1e-6)
+    if torch.allclose(found[1], 2 * found[0]):
+        return []
+    DFlashQwen3Model._normalize_context_k = normed
+    return ["DFlashQwen3Model._normalize_context_k (context keys of all layers had the first layer's k_norm)"]
 
 
 def _run(llm: Any, vllm: Any, prompts: list[tuple[list[int], int]], *, temperature: float, seed: int) -> dict[str, Any]:
