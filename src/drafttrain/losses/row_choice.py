@@ -17,7 +17,7 @@ from drafttrain.losses.random_rows import uniform
 
 @dataclass(frozen=True)
 class Anchors:
-    """Some roots of each document, drawn anew in every step; each with its whole block.
+    """Some roots of each document, drawn again in every step; each with its whole block.
 
     A root may be wherever its first label is trained. Its block ends before the first label that is not: a draft token after
     it could never be accepted first. Rows are weighted by possible roots / chosen roots of their document, so that the sum is an

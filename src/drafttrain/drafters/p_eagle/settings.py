@@ -42,7 +42,7 @@ class PEagleSettings(FusionSettings):
     num_layers: int = setting(4, help="Decoder layers; the first one also reads the embedding.", ge=1)
     num_depths: int = setting(8, help="Draft tokens of one pass. Draft as many when serving.", ge=1)
     depth_ratio: float = setting(
-        0.7, help="In training, share of a depth's rows that the next depth has, drawn anew in every step.", gt=0, le=1
+        0.7, help="In training, share of a depth's rows that the next depth has, drawn again in every step.", gt=0, le=1
     )
     depth_least: float = setting(0.2, help="The least share of all rows that a depth is given.", ge=0, le=1)
     mask_token_id: int | None = setting(
