@@ -47,6 +47,8 @@ def one_by_one(lm: CachedLM, nodes: list[list[int]]) -> list[LayerState]:
 def test_verifying_from_stored_states_gives_the_logits_of_a_whole_call(name, layer):
     """In a ragged batch and alone, also after a partial acceptance. Hidden states on the way are equal too."""
     model = random_model(name)
+    # Gemma 2's attention has its softmax in float32, whose rounding depends on the processor.
+    atol = 1e-5 if name == "gemma2" else 1e-12
     for prompts, nodes in [(PROMPTS, NODES), (PROMPTS[:1], NODES[:1])]:
         parts, whole = CachedLM(model, name="target"), CachedLM(model, name="target")
         parts.split_at(layer)
@@ -57,24 +59,24 @@ def test_verifying_from_stored_states_gives_the_logits_of_a_whole_call(name, lay
             ours = parts.forward(nodes, needs=needs, resume=one_by_one(parts, nodes))
             theirs = whole.forward(nodes, needs=needs)
             for a, b in zip(ours, theirs, strict=True):
-                assert torch.allclose(a.logits_BTV, b.logits_BTV, rtol=0, atol=1e-12)
-                assert torch.allclose(a.final_BTD, b.final_BTD, rtol=0, atol=1e-12)
+                assert torch.allclose(a.logits_BTV, b.logits_BTV, rtol=0, atol=atol)
+                assert torch.allclose(a.final_BTD, b.final_BTD, rtol=0, atol=atol)
                 for index in (layer, 3):
-                    assert torch.allclose(a.hidden_BTD[index], b.hidden_BTD[index], rtol=0, atol=1e-12)
+                    assert torch.allclose(a.hidden_BTD[index], b.hidden_BTD[index], rtol=0, atol=atol)
             kept = accepted[: len(prompts)] if len(prompts) > 1 else [[0]]
             for lm in (parts, whole):
                 lm.keep(kept)
             assert parts.lengths == whole.lengths
-            same_caches(parts, whole)
+            same_caches(parts, whole, atol=atol)
 
 
-def same_caches(parts: CachedLM, whole: CachedLM) -> None:
+def same_caches(parts: CachedLM, whole: CachedLM, *, atol: float = 1e-12) -> None:
     """All layers of both have the same keys and values for the same tokens."""
     for ours, theirs in zip(parts.cache.hf.layers, whole.cache.hf.layers, strict=True):
         assert ours.keys.shape == theirs.keys.shape
         for row, length in enumerate(whole.lengths):
-            assert torch.allclose(ours.keys[row, :, :length], theirs.keys[row, :, :length], rtol=0, atol=1e-12)
-            assert torch.allclose(ours.values[row, :, :length], theirs.values[row, :, :length], rtol=0, atol=1e-12)
+            assert torch.allclose(ours.keys[row, :, :length], theirs.keys[row, :, :length], rtol=0, atol=atol)
+            assert torch.allclose(ours.values[row, :, :length], theirs.values[row, :, :length], rtol=0, atol=atol)
 
 
 def test_sequences_can_be_dropped_between_rounds():

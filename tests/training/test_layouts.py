@@ -107,8 +107,10 @@ def test_one_process_listens_on_no_port(tmp_path: Path) -> None:
     ],
 )
 def test_every_kind_with_its_weights_spread_out(tmp_path: Path, kind: str, of_kind: dict[str, Any]) -> None:
-    alone = run(tmp_path / "plain", kind=kind, of_kind=of_kind)
-    spread = run(tmp_path / "zero", kind=kind, of_kind=of_kind, stage=3, records_per_device=4)
+    # AdamW's first steps have the size of the rate, whatever the gradient: where it is all rounding, they would differ.
+    settings: dict[str, Any] = {"kind": kind, "of_kind": of_kind, "optimizer": "sgd"}
+    alone = run(tmp_path / "plain", **settings)
+    spread = run(tmp_path / "zero", **settings, stage=3, records_per_device=4)
     assert spread == pytest.approx(alone, **CLOSE)
 
 
