@@ -21,13 +21,14 @@ from drafttrain.core.settings import setting
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.weights import weight_bytes
 from drafttrain.drafters import drafters
-from drafttrain.drafters.draft_vocabulary import SIZE_HELP, most_frequent, size_for, vocabulary_problems
+from drafttrain.drafters.draft_vocabulary import SIZE_HELP, size_for
 from drafttrain.drafters.eagle.drafter import EagleDrafter, rollout
 from drafttrain.drafters.eagle.folder import load_weights, read_config
 from drafttrain.drafters.eagle.layer import EagleLayer, Norm, compute_dtype
 from drafttrain.drafters.eagle.layer_config import layer_config, llama_config
 from drafttrain.drafters.eagle.target_parts import TargetParts
 from drafttrain.drafters.few_rows import product_with
+from drafttrain.drafters.own_vocabulary import OwnVocabulary
 from drafttrain.drafters.warm_start import CHECKPOINT_HELP, checkpoint_folder, settings_fixed_by_checkpoint
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import blocks
@@ -114,7 +115,7 @@ def own_defaults() -> dict[str, Any]:
 
 
 @drafters.register("eagle3", Eagle3Settings)
-class Eagle3Drafter(EagleDrafter):
+class Eagle3Drafter(OwnVocabulary, EagleDrafter):
     """Row t of depth d predicts token t + d + 1 (lag 1), from features up to token t and tokens up to t + d.
 
     Source: Li et al. 2025, EAGLE-3, arXiv 2503.01840.
@@ -134,7 +135,6 @@ class Eagle3Drafter(EagleDrafter):
         self.draft = self.own["draft"]
         self.taps: tuple[int, ...] = tuple(config["eagle_aux_hidden_state_layer_ids"])
         self._parts = parts
-        self._keeps_vocabulary = False
         layer, width, eps = llama_config(config), config["hidden_size"], config["rms_norm_eps"]
         self.input_norm = Norm(len(self.taps) * width, eps=eps) if config.get("norm_before_fc") else None
         self.fc = nn.Linear(len(self.taps) * width, width, bias=False)
@@ -144,11 +144,7 @@ class Eagle3Drafter(EagleDrafter):
         for linear in (self.fc, self.lm_head):
             nn.init.normal_(linear.weight, std=layer.initializer_range)
         self.fc_norm = nn.ModuleList(Norm(width, eps=eps) for _ in self.taps) if config["fc_norm"] else None
-        self.d2t: Tensor | None
-        self.t2d: Tensor | None
-        same = config["draft_vocab_size"] == config["vocab_size"]
-        self.register_buffer("d2t", None if same else torch.zeros(config["draft_vocab_size"], dtype=torch.long))
-        self.register_buffer("t2d", None if same else torch.arange(config["vocab_size"]) < config["draft_vocab_size"])
+        self.add_vocabulary(config)
 
     @classmethod
     def create(cls, settings: FusionSettings, *, target: Target | None, tokenizer: Any) -> Self:
@@ -169,21 +165,12 @@ class Eagle3Drafter(EagleDrafter):
         """Return the fields of config.json of a new drafter, which engines read."""
         return {**fusion_config(settings, target), "norm_output": settings.norm_output}
 
-    def fit_vocabulary(self, label_counts: Callable[[], Any]) -> None:
-        """Choose the most frequent labels, ties by lower id. A drafter loaded from a checkpoint keeps its vocabulary."""
-        if self.d2t is None or self.t2d is None or self._keeps_vocabulary:
-            return
-        ids_R = most_frequent(label_counts(), size=len(self.d2t), vocab_size=len(self.t2d))
-        self.d2t.copy_(ids_R - torch.arange(len(ids_R)))
-        self.t2d.zero_()[ids_R] = True
-        self._start_head()
-
     def start_weights(self) -> None:
         """Copy what training starts from."""
-        self._start_head()
+        self.start_head()
 
     @torch.no_grad()
-    def _start_head(self) -> None:
+    def start_head(self) -> None:
         """Copy the target's head (the rows of this vocabulary) and its final norm."""
         if self.own["head_init"] == "random":
             return
@@ -220,11 +207,6 @@ class Eagle3Drafter(EagleDrafter):
     def layer(self) -> EagleLayer:
         """The decoder layer."""
         return self.midlayer
-
-    @property
-    def vocabulary(self) -> Tensor | None:
-        """The target's id of each token in the drafter's vocabulary; None: the vocabularies are the same."""
-        return None if self.d2t is None else torch.arange(len(self.d2t), device=self.d2t.device) + self.d2t
 
     def features(self, seen: TargetOutput) -> Tensor:
         """Return features_BTF: the tapped states, concatenated."""
@@ -292,10 +274,7 @@ class Eagle3Drafter(EagleDrafter):
         }
         drafter = cls(config, TargetParts(target))
         load_weights(folder, drafter, dtype=dtype or "float32")
-        maps = (drafter.d2t, drafter.t2d)
-        problems = [] if maps[0] is None or maps[1] is None else vocabulary_problems(maps[0], maps[1])
-        if problems:
-            raise CheckpointError(f"{folder}/model.safetensors: {problems[0]}")
+        drafter.check_vocabulary(f"{folder}/model.safetensors")
         return drafter.eval().to(target.device)
 
 
