@@ -68,7 +68,7 @@ def test_a_draft_vocabulary_takes_its_rows_of_the_head_where_they_are() -> None:
     settings = Eagle3Settings(draft_vocab_size=40)
     drafter = Eagle3Drafter.create(settings, target=target, tokenizer=target.tokenizer).to("meta")
     with pytest.raises(NotImplementedError, match=THERE_AND_BACK):
-        drafter._start_head()
+        drafter.start_head()
 
 
 def test_the_distribution_of_rows_moves_to_the_device_of_the_request() -> None:
