@@ -54,7 +54,7 @@ class Anchors:
 class DroppedDepths:
     """Fewer rows at each further depth: conditional drop-on-depth.
 
-    Depth 1 has all rows. Of a document with n of them, depth d + 1 has at most int((n - d) max(ratio^d, least)), drawn anew in every
+    Depth 1 has all rows. Of a document with n of them, depth d + 1 has at most int((n - d) max(ratio^d, least)), drawn again in every
     step among the rows that depth d has and whose label is trained. So each row has its first depths, up to some one.
 
     Every row counts the same: a loss is the sum over the rows of all depths.
