@@ -146,7 +146,7 @@ class Seed:
             if not link.exists():
                 link.symlink_to(place.resolve())
         run = DrafterRun(recipe, folder, quiet=True)
-        run.target, run.validation_texts = self.shared.target, self.shared.validation_texts
+        run.target, run.validation.texts = self.shared.target, self.shared.validation.texts
         began = time.perf_counter()
         run.train()
         done = run.export_best()
