@@ -124,7 +124,7 @@ class Seed:
     @classmethod
     def written(cls, arguments: argparse.Namespace, number: int) -> "Seed":
         """Return a seed after its texts were generated."""
-        base = load_recipe(arguments.recipe, [*changes(arguments, "causal_lm"), "data.cache=none", f"seed={number}"])
+        base = load_recipe(arguments.recipe, [*changes(arguments, "medusa"), "data.cache=none", f"seed={number}"])
         texts = arguments.out / f"seed-{number}" / "texts"
         gen(base, texts)
         return cls(arguments, number, DrafterRun(base, texts, quiet=True))
