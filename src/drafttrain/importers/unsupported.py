@@ -11,13 +11,13 @@ from drafttrain.importers.domino import is_domino
 from drafttrain.importers.naming import unwrapped
 
 SPECULATORS = "speculators_model_type"
-READ = ("eagle3", "peagle", "dflash")
+READ = ("eagle3", "peagle", "dflash", "dspark")
 """The kinds of that format that are supported."""
 KINDS = {
     "dflash2": "a DFlash2 drafter",
-    "dspark": "a DSpark drafter",
+    "mtp": "layers of multi-token prediction",
+    "xpress": "an XPress drafter",
 }
-KINDS |= {"mtp": "layers of multi-token prediction", "xpress": "an XPress drafter"}
 """Kinds by their names in speculators."""
 
 QUANTIZED = re.compile(r"\.(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|g_idx|absmax|quant_map)$")
@@ -65,8 +65,9 @@ def _field(key: str) -> Callable[[Given], str | None]:
 
 
 def _markov_head_elsewhere(given: Given) -> str | None:
-    """Return a tensor of a Markov head in a folder that is not DeepSpec's."""
-    return None if DSpark.architecture in given.architectures else _tensor(r"^markov_head\.")(given)
+    """Return a tensor of a Markov head in a folder that is neither DeepSpec's nor speculators'."""
+    known = DSpark.architecture in given.architectures or given.config.get(SPECULATORS) == "dspark"
+    return None if known else _tensor(r"^markov_head\.")(given)
 
 
 def _domino_elsewhere(given: Given) -> str | None:
