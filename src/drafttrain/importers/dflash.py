@@ -25,6 +25,7 @@ from drafttrain.importers.fields import (
 )
 from drafttrain.importers.naming import renamed, unwrapped, without
 from drafttrain.importers.target import TargetFiles
+from drafttrain.importers.xpress import is_xpress
 
 NESTED = "dflash_config"
 ARCHITECTURES = ("DFlashDraftModel", "Qwen3DFlashDraftModel", "MuseGlimmerAssistantModel")
@@ -63,7 +64,7 @@ class DFlashImporter(Importer):
 
     def recognises(self, given: Given) -> bool:
         """Return whether config.json names DFlash."""
-        if "speculators_model_type" in given.config or is_domino(given):
+        if "speculators_model_type" in given.config or is_domino(given) or is_xpress(given):
             return False
         return NESTED in given.config or bool(given.architectures & set(ARCHITECTURES))
 
