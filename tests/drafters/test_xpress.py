@@ -202,8 +202,8 @@ def test_as_many_passes_as_tokens_are_the_draft_from_left_to_right(target):
     drafter_full.xpress_head.mix = FullMix(RANK, K + 1).double()
     drafter_full.load_state_dict(drafter.state_dict())
     restless = 0
-    for root in range(2, 14):
-        tokens = text(seed=root)
+    for seed in range(6):
+        tokens = text(5, seed=seed)
         states_BD = states_at(target, drafter, tokens, 3)
         found = own_passes(drafter, target, states_BD, tokens[3], count=K + 2)
         assert found == plain_passes(drafter, target, states_BD, tokens[3], count=K + 2)
@@ -216,7 +216,7 @@ def test_as_many_passes_as_tokens_are_the_draft_from_left_to_right(target):
         *_, last, more = own_passes(drafter_full, target, states_BD, tokens[3], count=K + 1)
         restless += last != more
     # The controls: one pass is not enough, nor are as many passes of a head that looks ahead.
-    assert right_of_pass[1] < right_of_pass[2] < 12 * K
+    assert right_of_pass[1] < right_of_pass[2] < 6 * K
     assert restless
 
 
@@ -282,17 +282,16 @@ def step(drafter: Any, batch: DraftBatch) -> Tensor:
     return batch_loss(drafter.train(), losses.build(CrossEntropySettings()), batch, vocab_size=257).total
 
 
-@pytest.mark.parametrize(("own_weight", "base_weight"), [(0.3, 0.6), (0.0, 0.0), (0.0, 0.5), (2.0, 0.0)])
-def test_the_loss_is_the_published_mixture(target, own_weight, base_weight):
-    drafter = made(target, gamma=3.0, anchors=64, own_weight=own_weight, base_weight=base_weight)
-    tokens = text(9)
-    of = terms(drafter, target, tokens)
-    total = float(step(drafter, batch_of(target, drafter, tokens)).detach())
-    assert total == pytest.approx(of["text"] + own_weight * of["own"] + base_weight * of["base"], rel=1e-5)
+def test_the_loss_is_the_published_mixture(target):
+    tokens = text(7)
+    of = terms(made(target, gamma=3.0), target, tokens)
+    for own_weight, base_weight in ((0.3, 0.6), (0.0, 0.0), (0.0, 0.5), (2.0, 0.0)):
+        drafter = made(target, gamma=3.0, anchors=64, own_weight=own_weight, base_weight=base_weight)
+        total = float(step(drafter, batch_of(target, drafter, tokens)).detach())
+        assert total == pytest.approx(of["text"] + own_weight * of["own"] + base_weight * of["base"], rel=1e-5)
+        assert drafter.eval()(batch_of(target, drafter, tokens)).beside == ()
     # The controls: the terms are not the same.
     assert min(abs(of[a] - of[b]) for a, b in (("text", "own"), ("own", "base"), ("text", "base"))) > 1
-    drafter.eval()
-    assert drafter(batch_of(target, drafter, tokens)).beside == ()
 
 
 def test_the_gradient_of_drafted_tokens_is_that_of_the_same_tokens_given(target):
