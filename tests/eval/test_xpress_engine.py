@@ -169,7 +169,7 @@ def small() -> Any:
 
 
 def distribution_of(target: Target, proposer: Any) -> float:
-    return chi_square(target.model, proposer, 1.0, samples=1200, target=target)
+    return chi_square(target.model, proposer, 1.0, samples=800, target=target)
 
 
 def test_the_output_has_the_targets_distribution(small):
