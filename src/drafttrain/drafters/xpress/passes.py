@@ -67,7 +67,7 @@ def passes(
         hidden_AKE: Of `RefinerHead.packed`.
         root_Ar: w1 of the root of each block.
     """
-    factors_AKr = None
+    factors_AKr: Tensor | None = None
     while True:
         tokens_AK = candidates.tokens(factors_AKr)
         yield factors_AKr, tokens_AK
