@@ -39,6 +39,14 @@ KINDS: list[tuple[str, dict[str, Any], str]] = [
         },
         "ce",
     ),
+    (
+        "xpress",
+        {
+            **{"num_layers": 2, "taps": [1], "block_size": 4, "anchors": 8, "mask_token_id": 0},
+            **{"rank": 8, "mlp_hidden": 16},
+        },
+        "ce",
+    ),
     ("dspark", {"num_layers": 2, "taps": [1], "block_size": 4, "anchors": 8, "mask_token_id": 0}, "tvd"),
 ]
 

@@ -22,6 +22,7 @@ from drafttrain.drafters.eagle.config_problems import config_problems
 from drafttrain.drafters.eagle.eagle1 import FC_BIAS
 from drafttrain.drafters.mtp import module as mtp
 from drafttrain.drafters.p_eagle import settings as p_eagle
+from drafttrain.drafters.xpress import xpress
 from drafttrain.export.drafter_files import DrafterFiles
 
 OWN_FIELDS = {
@@ -32,6 +33,7 @@ OWN_FIELDS = {
     "dspark": DSpark.own_defaults,
     "p_eagle": p_eagle.own_defaults,
     "domino": domino.Domino.own_defaults,
+    "xpress": xpress.XPress.own_defaults,
 }
 """The settings that the folders of these kinds store."""
 
@@ -288,6 +290,10 @@ def _domino_shapes(config: Mapping[str, Any]) -> Shapes:
     return {**dflash_shapes(config), **domino.head_shapes(config)}
 
 
+def _xpress_shapes(config: Mapping[str, Any]) -> Shapes:
+    return {**dflash_shapes(config), **xpress.head_shapes(config)}
+
+
 def _medusa_problems(files: DrafterFiles) -> list[str]:
     """Return the keys that loaders mistake for the number of heads, and the problems of the map to the target's vocabulary."""
     wrong = [key for key in files.config if "num" in key and "heads" in key and key != "num_heads"]
@@ -306,5 +312,6 @@ LAYOUTS: dict[str, tuple[Callable[[Mapping[str, Any]], Shapes], Callable[[Drafte
     "dspark": (_dspark_shapes, lambda files: [*_dflash_problems(files), *DSpark.problems_of(files.config)]),
     "p_eagle": (_p_eagle_shapes, lambda files: [*_eagle3_problems(files), *p_eagle.field_problems(files.config)]),
     "domino": (_domino_shapes, lambda files: [*_dflash_problems(files), *domino.field_problems(files.config)]),
+    "xpress": (_xpress_shapes, lambda files: [*_dflash_problems(files), *xpress.field_problems(files.config)]),
     "mtp": (mtp.tensor_shapes, lambda files: mtp.field_problems(files.config)),
 }

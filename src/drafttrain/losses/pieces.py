@@ -45,7 +45,7 @@ class Part:
     rows: slice
     """Which of the N rows of their term."""
     term: int = 0
-    """0: the drafts; else the term that is trained beside them."""
+    """0: the drafts; else a term that is trained beside them."""
 
 
 @dataclass(frozen=True)

@@ -39,13 +39,22 @@ class WalkedDrafter(BlockDrafter):
     def step_modules(self) -> Sequence[nn.Module]:
         """The modules whose weights every step of the walk reads."""
 
+    @property
+    def num_steps(self) -> int:
+        """Steps of the walk in a round."""
+        return self.num_depths
+
+    def head_states(self, hidden_AKE: Tensor) -> Tensor:
+        """Return states_AKD, the part of `predicting` that the block's own head reads: all of it, unless a kind packs more."""
+        return hidden_AKE
+
     def drafted(self, hidden_AKD: Tensor, blocks: Blocks, batch: DraftBatch) -> DraftOutput:
         """Return the states [h ; f] of every depth, and what else the kind trains."""
         places = range(hidden_AKD.shape[1])
         before_AK = torch.stack([blocks.at(batch.tokens_BT, places=place) for place in places], dim=1)
         embedded_AKe = self.walk.embed(before_AK, dtype=hidden_AKD.dtype)
         factors_AKf = self.walk.factors(hidden_AKD, embedded_AKe).to(hidden_AKD.dtype)
-        made = super().drafted(torch.cat([hidden_AKD, factors_AKf], dim=-1), blocks, batch)
+        made = super().drafted(torch.cat([self.head_states(hidden_AKD), factors_AKf], dim=-1), blocks, batch)
         return self.completed(made, hidden_AKD, embedded_AKe, batch)
 
     def completed(self, made: DraftOutput, hidden_AKD: Tensor, embedded_AKe: Tensor, batch: DraftBatch) -> DraftOutput:
@@ -81,4 +90,4 @@ class WalkedDrafter(BlockDrafter):
     def weight_bytes(self) -> tuple[int, int, int, int]:
         """Return the bytes of (weights of the context, of a block, of the head and the walk, one embedding row)."""
         of_context, of_block, of_head, row = super().weight_bytes()
-        return of_context, of_block, of_head + self.num_depths * weight_bytes(*self.step_modules), row
+        return of_context, of_block, of_head + self.num_steps * weight_bytes(*self.step_modules), row

@@ -130,7 +130,7 @@ class Domino(WalkedDrafter):
             {depth: part * weight for depth, weight in made.depth_weights.items()} for part in (share, 1 - share)
         )
         states = replace(made, states_BTD=self.by_depth(hidden_AKD, batch), head=self.base_head, depth_weights=base)
-        return replace(made, depth_weights=corrected, beside=Beside(states, CrossEntropy(), batch.target_rows))
+        return replace(made, depth_weights=corrected, beside=(Beside(states, CrossEntropy(), batch.target_rows),))
 
     def base_share(self, batch: DraftBatch) -> float:
         """Return the weight of the base logits' loss at the step of a batch: 1 at the first step, 0 at the end of the decay."""
