@@ -198,8 +198,7 @@ def test_a_token_moves_the_next_slot_only(target):
 def test_the_loss_is_the_slots_own_and_that_of_the_selector_where_it_can_select(target):
     """Both with weights exp(-(d - 1) / gamma), from the definitions; and the count of labels that are candidates."""
     drafter, tokens = made(target, gamma=3.0, anchors=64, selector_top_k=100, selector_loss_weight=0.5), text()
-    base_TKV = base_logits(target, drafter, tokens)
-    selected_TKV = all_logits(target, drafter, tokens)
+    base_TKV, selected_TKV = (of(target, drafter, tokens).detach() for of in (base_logits, all_logits))
     own, chosen, found, count = 0.0, 0.0, 0, 0
     for root in range(len(tokens) - 1):
         for place in range(min(3, len(tokens) - 1 - root)):
@@ -242,9 +241,7 @@ def test_published_sizes():
     """Qwen3-8B with five layers: what the convolutions and the selector add."""
     with torch.device("meta"):
         conv = DynamicConvolution(width=4096, taps=2, group_size=16)
-        selector = CandidateSelector(
-            vocab_size=151936, draft_vocab_size=151936, hidden_size=4096, rank=256, top_k=16
-        )
+        selector = CandidateSelector(vocab_size=151936, draft_vocab_size=151936, hidden_size=4096, rank=256, top_k=16)
     count = [sum(weight.numel() for weight in part.parameters()) for part in (conv, selector)]
     assert (2 * 5 * count[0], count[1]) == (42_106_880, 78_839_808)
 

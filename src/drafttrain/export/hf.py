@@ -44,8 +44,11 @@ class HuggingFaceExporter(Exporter):
         "dspark": "drafttrain",
         "mtp": "drafttrain",
         "domino": "DominoDraftModel",
+        "dflash2": "drafttrain",
     }
-    readers = "transformers (causal_lm), vLLM and SGLang (all but kangaroo, mtp, dspark and domino), drafttrain"
+    readers = (
+        "transformers (causal_lm), vLLM and SGLang (all but kangaroo, mtp, dspark, domino and dflash2), drafttrain"
+    )
 
     def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
         """Return the files unchanged."""

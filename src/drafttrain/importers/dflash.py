@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -28,6 +28,7 @@ from drafttrain.importers.target import TargetFiles
 
 NESTED = "dflash_config"
 ARCHITECTURES = ("DFlashDraftModel", "Qwen3DFlashDraftModel", "MuseGlimmerAssistantModel")
+DFLASH2 = ("DFlash2DraftModel", "Qwen3DFlash2DraftModel")
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 OWN = (
     *(NESTED, "block_size", "num_target_layers", "draft_vocab_size", "target_hidden_size", "sample_from_anchor"),
@@ -44,6 +45,11 @@ OF_NESTED = (
 NESTED_ONLY: dict[str, Any] = {"use_aux_hidden_state": True, "projector_type": "dflash"}
 """Fields of the nested section, and the one value that is supported; null or a missing field means it."""
 MASK_FILE = "mask_embedding.pt"
+
+
+def is_dflash2(given: Given) -> bool:
+    """Return whether config.json names DFlash2's class, which has further tensors."""
+    return bool(given.architectures & set(DFLASH2))
 
 
 @dataclass
@@ -63,7 +69,7 @@ class DFlashImporter(Importer):
 
     def recognises(self, given: Given) -> bool:
         """Return whether config.json names DFlash."""
-        if "speculators_model_type" in given.config or is_domino(given):
+        if "speculators_model_type" in given.config or is_domino(given) or is_dflash2(given):
             return False
         return NESTED in given.config or bool(given.architectures & set(ARCHITECTURES))
 
@@ -78,12 +84,7 @@ class DFlashImporter(Importer):
             return Imported(
                 DrafterFiles("dflash", {}, {}), [f"config.json: {NESTED} must be a mapping, got {shown(nested)}"]
             )
-        found, notes = unknown_fields(nested, known=OF_NESTED, prefix=f"{NESTED}.")
-        found += [
-            f"config.json: {NESTED}.{key} is {shown(nested[key])}, must be {only!r}: it would be another kind of drafter"
-            for key, only in NESTED_ONLY.items()
-            if nested.get(key) not in (None, only)
-        ]
+        found, notes = nested_problems(nested)
         if (given.folder / MASK_FILE).exists():
             found.append(
                 f"{MASK_FILE}: mask slots with a vector of their own are not supported: they embed mask_token_id"
@@ -99,6 +100,21 @@ class DFlashImporter(Importer):
             )
         made = dflash_files(given, target)
         return Imported(made.files, [*found, *wrong, *made.problems], [*notes, *more, *made.notes])
+
+
+def nested_problems(nested: Mapping[str, Any], *, further: Iterable[str] = ()) -> tuple[list[str], list[str]]:
+    """Return (problems, notes) of the fields of the nested section.
+
+    Args:
+        further: Fields that a kind has besides DFlash's.
+    """
+    found, notes = unknown_fields(nested, known=[*OF_NESTED, *further], prefix=f"{NESTED}.")
+    found += [
+        f"config.json: {NESTED}.{key} is {shown(nested[key])}, must be {only!r}: it would be another kind of drafter"
+        for key, only in NESTED_ONLY.items()
+        if nested.get(key) not in (None, only)
+    ]
+    return found, notes
 
 
 def dflash_files(given: Given, target: TargetFiles) -> Imported:

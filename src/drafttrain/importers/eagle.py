@@ -40,7 +40,7 @@ class EagleImporter(Importer):
 
     def recognises(self, given: Given) -> bool:
         """Return whether the architecture is EAGLE's, or there is an fc and no other layout recognises the folder."""
-        kinds = ("eagle3", "p_eagle", "speculators", "medusa", "dflash", "dspark", "domino")
+        kinds = ("eagle3", "p_eagle", "speculators", "medusa", "dflash", "dspark", "domino", "dflash2")
         others = [importers.entry(name).component() for name in kinds]
         if any(other.recognises(given) for other in others):
             return False
