@@ -57,17 +57,13 @@ class DynamicConvolution(nn.Module):
         """
         states_ABgc = states_ABD.unflatten(-1, (self.groups, -1))
         base_ogc = self.base_kernel[side].unflatten(-1, (self.groups, -1))
-        terms = [
-            (base_gc + delta_ABg[..., None]) * _later(states_ABgc, places)
-            for places, (base_gc, delta_ABg) in enumerate(zip(base_ogc, delta_ABog.unbind(2), strict=True))
-        ]
+        terms = []
+        for places, (base_gc, delta_ABg) in enumerate(zip(base_ogc, delta_ABog.unbind(2), strict=True)):
+            read_ABgc = states_ABgc[:, : states_ABgc.shape[1] - places]
+            # Two products, so that the backward pass stores nothing as large as the states but the states themselves.
+            term_ABgc = base_gc * read_ABgc + delta_ABg[:, places:, :, None] * read_ABgc
+            terms.append(pad(term_ABgc, (0, 0, 0, 0, places, 0)))
         return cast(Tensor, sum(terms[1:], start=terms[0])).flatten(-2)
-
-
-def _later(states_ABgc: Tensor, places: int) -> Tensor:
-    """Return the states moved to later slots of their block, with 0 in the first ones."""
-    kept = states_ABgc.shape[1] - places
-    return pad(states_ABgc[:, :kept], (0, 0, 0, 0, places, 0))
 
 
 class ConvolvedLayer(BlockLayer):
