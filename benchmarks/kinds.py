@@ -1,17 +1,20 @@
 """Compares all kinds of drafter on one target at equal training tokens: one table, and their order.
 
-All arms read the same records in the same order, for the same number of steps. Each kind goes up one grid of learning rates as long
-as block efficiency in greedy replay on the validation prompts improves. The best rate is chosen. The test prompts are decoded once, at
-the end, with that drafter and with the same drafter untrained.
+All arms of a seed read the same records in the same order, for the same number of steps. On the first seed each kind goes up one grid
+of learning rates as long as block efficiency in greedy replay on the validation prompts improves. The best rate is chosen, and the
+other seeds, which have texts of their own, train at it. The test prompts are decoded once, at the end; the first seed decodes them
+with the same drafter untrained as well.
 
-    python benchmarks/kinds.py runs/kinds [section.key=value ...] [--recipe demo] [--kinds medusa eagle3 ...]
+    python benchmarks/kinds.py runs/kinds [section.key=value ...] [--recipe demo] [--kinds medusa eagle3 ...] [--seeds 0 1 2]
 
-Each arm has its own run. If the command is run again, finished parts are loaded.
+Each arm has its own run. If the command is run again, finished parts are loaded. So several processes may share the work: each takes
+some of the kinds, after one with `--kinds` alone has written the texts, and a last one prints the table of all.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,9 +28,11 @@ from drafttrain.core.provenance import commit, processor
 from drafttrain.eval.evaluate import evaluate
 from drafttrain.eval.figures import compare
 from drafttrain.eval.length.tree import TreeSettings
+from drafttrain.eval.metrics import PromptCounts
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.result import Result, read_result
 from drafttrain.eval.settings import length_label
+from drafttrain.eval.statistics import ratio_interval
 from drafttrain.pipeline.data import contaminated_prompts
 from drafttrain.pipeline.drafter_run import DrafterRun
 
@@ -44,6 +49,11 @@ EQUAL = (
 )
 """Settings that all arms share. They replace those of the recipe."""
 
+OF_BLOCK = "num_layers: 2, taps: [1, 3, 5], gamma: 4.0, anchors: 64, mask_token_id: 1"
+"""What block kinds share: the settings of recipes/tiny_dflash.yaml. The blocks below draft five tokens, as the chains of the others."""
+
+DISTANCE = "loss={kind: sum, terms: [{loss: {kind: ce}, weight: 0.1}, {loss: {kind: tvd}, weight: 1.8}, {loss: {kind: confidence}}]}"
+
 KINDS = {
     "causal_lm": ("drafter={kind: causal_lm, init: checkpoint, checkpoint: 'builtin:drafter'}", "loss.kind=tvdpp"),
     "causal_lm_fresh": ("drafter={kind: causal_lm}", "loss.kind=tvdpp"),
@@ -51,6 +61,11 @@ KINDS = {
     "kangaroo": ("drafter={kind: kangaroo}", "loss.kind=forward_kl"),
     "eagle": ("drafter={kind: eagle}", "loss.kind=forward_kl"),
     "eagle3": ("drafter={kind: eagle3, num_steps: 3, draft_vocab_size: 1024}", "loss.kind=lk_hybrid"),
+    "p_eagle": ("drafter={kind: p_eagle, num_layers: 2, num_depths: 5, mask_token_id: 1}", "loss.kind=forward_kl"),
+    "dflash": (f"drafter={{kind: dflash, block_size: 6, {OF_BLOCK}}}", "loss.kind=forward_kl"),
+    "jetspec": (f"drafter={{kind: dflash, causal: true, block_size: 6, {OF_BLOCK}}}", "loss.kind=forward_kl"),
+    "dspark": (f"drafter={{kind: dspark, block_size: 5, markov_rank: 32, {OF_BLOCK}}}", DISTANCE),
+    "domino": (f"drafter={{kind: domino, block_size: 5, gru_hidden_dim: 64, emb_dim: 32, {OF_BLOCK}}}", "loss.kind=ce"),
     "medusa2": ("drafter={kind: medusa, joint: {head_lr_multiplier: 4}}", "loss.kind=ce"),
 }
 """Changes of the recipe for each kind; the loss is that of its own recipe. Overrides from the command line come after."""
@@ -76,24 +91,71 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--recipe", default="demo", help="recipe of target, data, training and prompts")
-    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument(
+        "--kinds", nargs="*", choices=list(KINDS), default=list(KINDS), help="none: only write the texts"
+    )
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 6e-3, 2e-2, 6e-2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the first one chooses the rate")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--validation-only", action="store_true", help="stop before the test prompts")
     parser.add_argument("overrides", nargs="*", help="section.key=value for all kinds, kind:section.key=value for one")
     arguments = parser.parse_intermixed_args()
     torch.set_num_threads(arguments.threads)
-    base = load_recipe(arguments.recipe, [*changes(arguments, "causal_lm"), "data.cache=none"])
-    gen(base, arguments.out / "texts")
-    shared = DrafterRun(base, arguments.out / "texts", quiet=True)
-    best = {kind: best_of(arguments, kind, shared) for kind in arguments.kinds}
-    if arguments.validation_only:
+    seeds = [Seed.written(arguments, seed) for seed in arguments.seeds]
+    rates = {kind: best_rate(seeds[0], kind) for kind in arguments.kinds}
+    if arguments.validation_only or not rates:
         return
-    results = {kind: tested(arguments.out / kind, kind, *best[kind]) for kind in arguments.kinds}
+    results = {kind: [tested(seed, kind, rate) for seed in seeds] for kind, rate in rates.items()}
     print(table(results))
     print(order(results))
-    some = next(iter(results.values()))
-    print(f"\n{some['num_prompts']} test prompts, {processor()}, commit {commit()}")
+    some = results[arguments.kinds[0]][0].result
+    print(f"\n{some.num_prompts} test prompts, seeds {arguments.seeds}, {processor()}, commit {commit()}")
+
+
+@dataclass(frozen=True)
+class Seed:
+    """One repetition of the whole comparison: its texts, its order of records, its starts."""
+
+    arguments: argparse.Namespace
+    number: int
+    shared: DrafterRun
+    """Holds the target and its texts for the validation prompts, which are the same for all arms."""
+
+    @classmethod
+    def written(cls, arguments: argparse.Namespace, number: int) -> "Seed":
+        """Return a seed after its texts were generated."""
+        base = load_recipe(arguments.recipe, [*changes(arguments, "medusa"), "data.cache=none", f"seed={number}"])
+        texts = arguments.out / f"seed-{number}" / "texts"
+        gen(base, texts)
+        return cls(arguments, number, DrafterRun(base, texts, quiet=True))
+
+    @property
+    def folder(self) -> Path:
+        """Return the folder that holds the texts and one folder a kind."""
+        return self.arguments.out / f"seed-{self.number}"
+
+    def trained(self, kind: str, rate: float) -> DrafterRun:
+        """Return the trained run of one arm. The rate applies to the added modules: Medusa-2's adapters learn at a quarter of it."""
+        own = [f"train.lr={rate / 4 if kind == 'medusa2' else rate:g}", f"name={kind}-{rate:g}", f"seed={self.number}"]
+        recipe = load_recipe(self.arguments.recipe, [*changes(self.arguments, kind), *own])
+        data = (self.folder / kind / "data").resolve()
+        folder = self.folder / kind / f"{rate:g}"
+        texts = self.folder / "texts" / "data" / "generated"
+        for link, place in ((data / "generated", texts), (folder / "data", data)):
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.exists():
+                link.symlink_to(place.resolve())
+        run = DrafterRun(recipe, folder, quiet=True)
+        run.target, run.validation.texts = self.shared.target, self.shared.validation.texts
+        began = time.perf_counter()
+        run.train()
+        done = run.export_best()
+        print(
+            f"{kind}, rate {rate:g}, seed {self.number}: validation {done.best:.3f} at step {done.best_step}, "
+            f"{time.perf_counter() - began:.0f} s",
+            flush=True,
+        )
+        return run
 
 
 def changes(arguments: argparse.Namespace, kind: str) -> list[str]:
@@ -102,45 +164,15 @@ def changes(arguments: argparse.Namespace, kind: str) -> list[str]:
     return [*EQUAL, *KINDS[kind], *(one for one in given if ":" not in one.split("=")[0])]
 
 
-def best_of(arguments: argparse.Namespace, kind: str, shared: DrafterRun) -> tuple[DrafterRun, float]:
-    """Train a kind with rates of the grid, upwards as long as that helps; return the best run and its rate.
-
-    Args:
-        shared: Holds the target and its texts for the validation prompts, which are the same for all arms.
-    """
-    runs: dict[float, DrafterRun] = {}
+def best_rate(seed: Seed, kind: str) -> float:
+    """Train a kind with rates of the grid, upwards as long as that helps; return the best."""
     found: dict[float, float] = {}
-    for rate in (one for one in arguments.rates if one >= FIRST_RATE.get(kind, 0.0)):
-        began = time.perf_counter()
-        run = runs[rate] = trained(arguments, kind, rate, shared)
-        done = run.export_best()
-        found[rate] = done.best
-        print(
-            f"{kind}, rate {rate:g}: validation {found[rate]:.3f} at step {done.best_step}, "
-            f"{time.perf_counter() - began:.0f} s",
-            flush=True,
-        )
+    for rate in (one for one in seed.arguments.rates if one >= FIRST_RATE.get(kind, 0.0)):
+        found[rate] = seed.trained(kind, rate).export_best().best
         if len(found) > 1 and found[rate] < max(value for one, value in found.items() if one != rate) + ENOUGH:
             break
-    rate = max(found, key=lambda one: found[one])
-    write_json(arguments.out / kind / "rates.json", {f"{one:g}": value for one, value in found.items()})
-    return runs[rate], rate
-
-
-def trained(arguments: argparse.Namespace, kind: str, rate: float, shared: DrafterRun) -> DrafterRun:
-    """Return the trained run of one arm. The rate applies to the added modules: Medusa-2's adapters learn at a quarter of it."""
-    own = [f"train.lr={rate / 4 if kind == 'medusa2' else rate:g}", f"name={kind}-{rate:g}"]
-    recipe = load_recipe(arguments.recipe, [*changes(arguments, kind), *own])
-    data = (arguments.out / kind / "data").resolve()
-    folder = arguments.out / kind / f"{rate:g}"
-    for link, place in ((data / "generated", arguments.out / "texts" / "data" / "generated"), (folder / "data", data)):
-        link.parent.mkdir(parents=True, exist_ok=True)
-        if not link.exists():
-            link.symlink_to(place.resolve())
-    run = DrafterRun(recipe, folder, quiet=True)
-    run.target, run.validation_texts = shared.target, shared.validation_texts
-    run.train()
-    return run
+    write_json(seed.folder / kind / "rates.json", {f"{one:g}": value for one, value in found.items()})
+    return max(found, key=lambda one: found[one])
 
 
 @dataclass(frozen=True)
@@ -154,8 +186,9 @@ class Tested:
     trained_parameters: int
 
 
-def tested(folder: Path, kind: str, run: DrafterRun, rate: float) -> Tested:
+def tested(seed: Seed, kind: str, rate: float) -> Tested:
     """Return the figures on the test prompts, which are decoded once and stored."""
+    folder, run = seed.folder / kind, seed.trained(kind, rate)
     file, more, wanted = folder / "eval.json", folder / "arm.json", run.recipe.eval
     if file.exists() and more.exists():
         return Tested(read_result(file), **json.loads(more.read_text(encoding="utf-8")))
@@ -173,7 +206,10 @@ def tested(folder: Path, kind: str, run: DrafterRun, rate: float) -> Tested:
     settings = replace(
         wanted, num_prompts=None, speed_prompts=0, temperatures=[0.0, 1.0], also=also, batch_size=TOGETHER
     )
-    result = evaluate({kind: run.folder.drafter, "start": run.folder.start}, run.target, prompts, settings)
+    arms = {kind: run.folder.drafter}
+    if seed.number == seed.arguments.seeds[0]:
+        arms["start"] = run.folder.start
+    result = evaluate(arms, run.target, prompts, settings)
     # Bytes are those of one sequence decoded alone. A round's bytes depend on its draft length, hardly on the text.
     alone = replace(settings, batch_size=1, temperatures=[0.0])
     (part,) = evaluate({kind: run.folder.drafter}, run.target, validation[:2], alone).temperatures
@@ -181,44 +217,64 @@ def tested(folder: Path, kind: str, run: DrafterRun, rate: float) -> Tested:
     count = sum(p.numel() for p in run.drafter.parameters() if p.requires_grad)
     result.write(file)
     write_json(more, {"mbsu_by_token_a_round": mbsu, "rate": rate, "trained_parameters": count})
-    print(f"{kind}: evaluated in {result.seconds:.0f} s", flush=True)
+    print(f"{kind}, seed {seed.number}: evaluated in {result.seconds:.0f} s", flush=True)
     return Tested(result, mbsu, rate, count)
 
 
-def table(results: dict[str, Tested]) -> str:
-    """Return the figures by kind, draft and temperature."""
+def over_seeds(repetitions: Sequence[Tested], number: int, arm: str) -> list[PromptCounts]:
+    """Return the counts of every prompt, summed over the seeds: a prompt's seeds depend on each other.
+
+    Args:
+        number: Of the temperature.
+    """
+    by_seed = [one.result.temperatures[number].drafters[arm].prompts for one in repetitions]
+    return [
+        replace(same[0], num_tokens=sum(one.num_tokens for one in same), num_rounds=sum(one.num_rounds for one in same))
+        for same in zip(*by_seed, strict=True)
+    ]
+
+
+def table(results: dict[str, list[Tested]]) -> str:
+    """Return the figures by kind, draft and temperature, over all seeds."""
     lines = [
-        "| kind | trained parameters | rate | draft | temperature | block efficiency | its start | gain, paired | MBSU | parity |",
+        "| kind | trained parameters | rate | draft | temperature | block efficiency | by seed | its start | MBSU | parity |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     tree = f" ({length_label(TREE)})"
-    for kind, one in results.items():
+    for kind, repetitions in results.items():
+        first = repetitions[0]
         for draft, suffix in (("chain", ""), ("tree", tree)):
             if suffix and kind in NO_TREE:
                 lines.append(f"| `{kind}` | | | no tree | | {NO_TREE[kind]} | | | | |")
                 continue
-            for part in one.result.temperatures:
-                head = f"| `{kind}` | {one.trained_parameters:,} | {one.rate:g} | {draft} | {part.temperature:g} |"
-                figures, start = part.drafters[kind + suffix], part.drafters["start" + suffix]
-                mbsu = one.mbsu_by_token_a_round[kind + suffix] * figures.block_efficiency.value
-                gain = part.comparisons[f"{kind}{suffix} - start{suffix}"].block_efficiency
+            for number, part in enumerate(first.result.temperatures):
+                found = [one.result.temperatures[number].drafters[kind + suffix] for one in repetitions]
+                counts = over_seeds(repetitions, number, kind + suffix)
+                pooled = ratio_interval([one.num_tokens for one in counts], [one.num_rounds for one in counts])
                 lines.append(
-                    f"{head} {figures.block_efficiency.text()} | {start.block_efficiency.value:.2f} "
-                    f"| {gain.text()} | {mbsu:.2f} | {figures.parity or ''} |"
+                    f"| `{kind}` | {first.trained_parameters:,} | {first.rate:g} | {draft} | {part.temperature:g} "
+                    f"| {pooled.text()} | {', '.join(f'{one.block_efficiency.value:.2f}' for one in found)} "
+                    f"| {part.drafters['start' + suffix].block_efficiency.value:.2f} "
+                    f"| {first.mbsu_by_token_a_round[kind + suffix] * pooled.value:.2f} "
+                    f"| {' / '.join(str(one.parity) for one in found if one.parity)} |"
                 )
     return "\n".join(lines)
 
 
-def order(results: dict[str, Tested]) -> str:
+def order(results: dict[str, list[Tested]]) -> str:
     """Return the kinds from the best chain to the worst, each with its difference to the one above on the same prompts."""
     lines = []
     for number, temperature in enumerate((0.0, 1.0)):
-        figures = {kind: one.result.temperatures[number].drafters[kind] for kind, one in results.items()}
-        ranked = sorted(figures, key=lambda kind: -figures[kind].block_efficiency.value)
-        parts = [f"{ranked[0]} {figures[ranked[0]].block_efficiency.value:.2f}"]
+        counts = {kind: over_seeds(repetitions, number, kind) for kind, repetitions in results.items()}
+        values = {
+            kind: sum(one.num_tokens for one in found) / sum(one.num_rounds for one in found)
+            for kind, found in counts.items()
+        }
+        ranked = sorted(values, key=lambda kind: -values[kind])
+        parts = [f"{ranked[0]} {values[ranked[0]]:.2f}"]
         for above, kind in pairwise(ranked):
-            found = compare(figures[above].prompts, figures[kind].prompts).block_efficiency
-            parts.append(f"{kind} {figures[kind].block_efficiency.value:.2f} (below by {found.text()})")
+            found = compare(counts[above], counts[kind]).block_efficiency
+            parts.append(f"{kind} {values[kind]:.2f} (below by {found.text()})")
         lines.append(f"\nOrder of the chains at temperature {temperature:g}: {', '.join(parts)}.")
     return "\n".join(lines)
 
