@@ -52,12 +52,12 @@ class DFlash2Importer(Importer):
         wrong, more = layer_problems(given.config, own=OWN)
         found, notes = [*found, *wrong], [*notes, *more]
         further = {name for name in given.tensors if any(part in name for part in FURTHER)}
-        sizes = {where["block_size"] for where in (given.config, nested) if where.get("block_size") is not None}
-        if len(sizes) != 1:
+        sizes = [where["block_size"] for where in (given.config, nested) if where.get("block_size") is not None]
+        size = sizes[0] if sizes else None
+        if not sizes or sizes[-1] != size:
             found.append(
-                f"config.json: block_size, on the first level or in {NESTED}, must be one number, got {shown(sorted(sizes))}"
+                f"config.json: block_size, on the first level or in {NESTED}, must be one number, got {shown(sizes)}"
             )
-        size = min(sizes, default=None)
         block = dflash_files(replace(without(given, further), config={**given.config, "block_size": size}), target)
         found, notes = [*found, *block.problems], [*notes, *block.notes]
         config = _with_own_fields(block.files.config, nested)

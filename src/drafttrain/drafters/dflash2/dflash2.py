@@ -182,11 +182,8 @@ def field_problems(config: Mapping[str, Any]) -> list[str]:
     ]
     if found:
         return found
-    taps, group, width, size = (
-        *(given[key] for key in FIELDS[:2]),
-        config.get("hidden_size"),
-        config.get("block_size"),
-    )
+    taps, group = given["conv_kernel_size"], given["conv_group_size"]
+    width, size = config.get("hidden_size"), config.get("block_size")
     if type(size) is int and taps > size:
         found.append(f"dflash_config.conv_kernel_size must be at most block_size, {size}, got {taps}")
     if type(width) is int and width % group:
