@@ -90,6 +90,13 @@ KINDS: dict[str, Kind] = {
         },
         {"kind": "ce"},
     ),
+    "dflash2": Kind(
+        {
+            **{"kind": "dflash2", "num_layers": 1, "block_size": 4, "anchors": 4, "mask_token_id": 0},
+            **{"head_dim": 16, "selector_rank": 8, "selector_top_k": 4},
+        },
+        {"kind": "ce"},
+    ),
     "domino": Kind(
         {
             **{"kind": "domino", "num_layers": 1, "block_size": 4, "anchors": 4, "mask_token_id": 0},

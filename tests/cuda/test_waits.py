@@ -55,6 +55,7 @@ CHAIN = {
     "p_eagle_own": Ceiling(3, 4),
     "domino": Ceiling(6.5, 10),
     "xpress": Ceiling(3.3, 6),
+    "dflash2": Ceiling(6.5, 9.7),
     "mtp": Ceiling(6, 15),
 }
 """A round of two sequences with four draft tokens each."""
@@ -73,6 +74,7 @@ TREE = {
     "p_eagle_own": Ceiling(3, 4),
     "domino": Ceiling(5.5, 8.5),
     "xpress": Ceiling(6.5, 9.7),
+    "dflash2": Ceiling(6.5, 9.7),
     "mtp": Ceiling(8, 12),
 }
 """A round of two sequences with trees of twelve nodes in three levels."""

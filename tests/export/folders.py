@@ -25,6 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "domino": {"num_layers": 2, "block_size": 4, "gru_hidden_dim": 8, "emb_dim": 6, "mask_token_id": 1},
     "xpress": {"num_layers": 2, "taps": [1, 3], "block_size": 4, "mask_token_id": 1, "rank": 6, "mlp_hidden": 8},
     "dspark": {"num_layers": 2, "taps": [1, 3], "block_size": 3, "mask_token_id": 1, "markov_rank": 6},
+    "dflash2": {"num_layers": 2, "block_size": 4, "selector_rank": 6, "selector_top_k": 5, "mask_token_id": 1},
     "dflash": {"num_layers": 2, "taps": [1, 3], "block_size": 4, "mask_token_id": 1},
 }
 

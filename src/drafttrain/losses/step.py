@@ -5,8 +5,8 @@ N = rows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +31,8 @@ class BatchLoss:
     """float32, without gradient."""
     acceptance_N: Tensor | None
     """Without gradient; None when there is no target or it is not measured."""
+    figures: Mapping[str, tuple[Tensor, int]] = field(default_factory=dict)
+    """Further figures of the loss that is trained beside the drafts: (sum over rows, rows) by name."""
 
 
 class AsksRows(Protocol):
@@ -67,6 +69,8 @@ def batch_loss(
     drafted = drafter(batch)
     rows = align(drafted, batch, block_length=loss.block_length)
     made = drafted_loss(loss, drafted, rows, batch, vocab_size=vocab_size, chunk_rows=chunk_rows, measured=measured)
+    if drafted.beside is not None:
+        made = replace(made, figures=drafted.beside.loss.figures())
     return made if drafted.extra_loss is None else replace(made, total=made.total + drafted.extra_loss)
 
 

@@ -16,9 +16,8 @@ from torch import Tensor
 from drafttrain.core.proposals import Budget, DraftStep, More, Proposal
 from drafttrain.drafters.chain_draft import Chains
 from drafttrain.drafters.dflash.proposer import BlockModel, BlockProposer
-from drafttrain.drafters.dflash.walk import Walk
+from drafttrain.drafters.dflash.walk import Correction, Walk
 from drafttrain.drafters.dynamic_tree import DynamicTree
-from drafttrain.drafters.few_rows import product_with
 
 
 class WalkedModel(BlockModel, Protocol):
@@ -31,6 +30,10 @@ class WalkedModel(BlockModel, Protocol):
 
     def head_states(self, hidden: Tensor) -> Tensor:
         """Return the part of the states that the head reads."""
+        ...
+
+    def correction(self) -> Correction:
+        """Return how the factors change the logits, with its weights prepared once."""
         ...
 
 
@@ -57,7 +60,7 @@ class WalkProposer(BlockProposer):
         super().__init__(model, **settings)
         self._walk = model.walk
         self._head_states = model.head_states
-        self._added = product_with([self._walk.added])
+        self._corrected = model.correction()
 
     def confidence(self, place: int, hidden_MD: Tensor, embedded_Me: Tensor) -> Tensor | None:
         """Return confidence_M, the logits of the predicted acceptance of a slot's tokens; None: the kind predicts none."""
@@ -150,7 +153,7 @@ class WalkProposer(BlockProposer):
         embedded_Me = self._walk.embed(tokens_M, dtype=hidden_MD.dtype)
         factors_Mf, state_Ms = self._walk.step(place, hidden_MD, embedded_Me, state_Ms)
         return _Slot(
-            logits_MW=base_MW + self._added(factors_Mf),
+            logits_MW=self._corrected(base_MW, factors_Mf),
             states_MD=torch.cat([self._head_states(hidden_MD), factors_Mf], dim=-1),
             confidence_M=self.confidence(place, hidden_MD, embedded_Me),
             state_Ms=state_Ms,

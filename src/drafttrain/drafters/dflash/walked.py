@@ -20,12 +20,13 @@ from drafttrain.core.weights import weight_bytes
 from drafttrain.drafters.dflash.blocks import Blocks
 from drafttrain.drafters.dflash.drafter import BlockDrafter
 from drafttrain.drafters.dflash.proposer import BlockProposer
-from drafttrain.drafters.dflash.walk import Walk
+from drafttrain.drafters.dflash.walk import AddingWalk, Correction, Walk
 from drafttrain.drafters.dflash.walk_proposer import WalkProposer
+from drafttrain.drafters.few_rows import product_with
 
 
 class WalkedDrafter(BlockDrafter):
-    """States of a depth are [h ; f], so the head is one linear map. In training the tokens before are the text's."""
+    """States of a depth are [h ; f], so that one head makes their logits. In training the tokens before are the text's."""
 
     proposer_class: ClassVar[type[BlockProposer]] = WalkProposer
 
@@ -66,6 +67,29 @@ class WalkedDrafter(BlockDrafter):
         """The head without the walk, for states h."""
         return super().head
 
+    @abstractmethod
+    def correction(self) -> Correction:
+        """Return how the factors change the logits in decoding, with its weights prepared for few rows."""
+
+    def weight_bytes(self) -> tuple[int, int, int, int]:
+        """Return the bytes of (weights of the context, of a block, of the head and the walk, one embedding row)."""
+        of_context, of_block, of_head, row = super().weight_bytes()
+        return of_context, of_block, of_head + self.num_steps * weight_bytes(*self.step_modules), row
+
+
+class AddingDrafter(WalkedDrafter):
+    """The factors of a slot, times a matrix, are added to its logits."""
+
+    @property
+    @abstractmethod
+    def walk(self) -> AddingWalk:
+        """The walk over the slots."""
+
+    def correction(self) -> Correction:
+        """Return the sum."""
+        added = product_with([self.walk.added])
+        return lambda base_AW, factor_Af: base_AW + added(factor_Af)
+
     @property
     def head(self) -> Head:
         """The head as losses use it, for states [h ; f]."""
@@ -86,8 +110,3 @@ class WalkedDrafter(BlockDrafter):
         blocks = shape.blocks(self.own["anchors"])
         for depth in range(1, self.num_depths + 1):
             yield matrix(parameters_of(self.walk.added), blocks.rows(depth), gradients=2)
-
-    def weight_bytes(self) -> tuple[int, int, int, int]:
-        """Return the bytes of (weights of the context, of a block, of the head and the walk, one embedding row)."""
-        of_context, of_block, of_head, row = super().weight_bytes()
-        return of_context, of_block, of_head + self.num_steps * weight_bytes(*self.step_modules), row

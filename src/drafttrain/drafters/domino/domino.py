@@ -17,8 +17,8 @@ from drafttrain.core.printable import shown
 from drafttrain.core.settings import setting
 from drafttrain.drafters import drafters
 from drafttrain.drafters.dflash.settings import OWN, BlockSettings
-from drafttrain.drafters.dflash.walk import Walk
-from drafttrain.drafters.dflash.walked import WalkedDrafter
+from drafttrain.drafters.dflash.walk import AddingWalk
+from drafttrain.drafters.dflash.walked import AddingDrafter
 from drafttrain.drafters.domino.prefix import PrefixGru, PrefixWalk, correction
 from drafttrain.drafters.eagle.target_parts import TargetParts
 from drafttrain.drafters.warm_start import settings_fixed_by_checkpoint
@@ -74,7 +74,7 @@ class DominoSettings(BlockSettings):
 
 
 @drafters.register("domino", DominoSettings)
-class Domino(WalkedDrafter):
+class Domino(AddingDrafter):
     """logits of slot k = head(h_k) + W_b SiLU(W_a [h_k ; s_k]), s_k a recurrent state of the block's tokens before.
 
     The loss of a step is (1 - c) loss(corrected logits) + c cross-entropy(base logits). c falls from 1 at the first step to 0, so
@@ -112,7 +112,7 @@ class Domino(WalkedDrafter):
         return field_problems(config)
 
     @property
-    def walk(self) -> Walk:
+    def walk(self) -> AddingWalk:
         """The recurrent state and the correction."""
         return PrefixWalk(self.prefix_gru, self.embed_proj, self._parts, self.config["dflash_config"][PREFIX])
 

@@ -22,7 +22,7 @@ from drafttrain.distributed.collectives import shared
 from drafttrain.drafters import drafters
 from drafttrain.drafters.dflash.proposer import BlockProposer
 from drafttrain.drafters.dflash.settings import OWN, BlockSettings
-from drafttrain.drafters.dflash.walked import WalkedDrafter
+from drafttrain.drafters.dflash.walked import AddingDrafter
 from drafttrain.drafters.eagle.target_parts import TargetParts
 from drafttrain.drafters.warm_start import settings_fixed_by_checkpoint
 from drafttrain.drafters.xpress.passes import Candidates, before, passes
@@ -82,7 +82,7 @@ class XPressSettings(BlockSettings):
 
 
 @drafters.register("xpress", XPressSettings)
-class XPress(WalkedDrafter):
+class XPress(AddingDrafter):
     """logits of slot k = head(h_k) + w2 x_k, where x_k is made from all slots' states and the tokens before (`RefinerHead`).
 
     The loss of a step is that of the logits after the text's tokens, as of every walk; plus `own_weight` times the mean loss of
