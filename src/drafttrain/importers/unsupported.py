@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from drafttrain.drafters.dspark.dspark import DSpark
 from drafttrain.importers import Given
-from drafttrain.importers.dflash import is_dflash2
+from drafttrain.importers.dflash2 import ARCHITECTURES as DFLASH2
 from drafttrain.importers.domino import is_domino
 from drafttrain.importers.naming import unwrapped
 
@@ -76,13 +76,8 @@ def _domino_elsewhere(given: Given) -> str | None:
     return None if is_domino(given) else _architecture("Domino")(given)
 
 
-def _dflash2_elsewhere(given: Given) -> str | None:
-    """Return an architecture of DFlash2 that the layout does not have."""
-    return None if is_dflash2(given) else _architecture("DFlash2")(given)
-
-
 MARKS: Mapping[Callable[[Given], str | None], str] = {
-    _dflash2_elsewhere: "a DFlash2 drafter of another layout",
+    _architecture(rf"^(?!({'|'.join(DFLASH2)})$).*DFlash2"): "a DFlash2 drafter of another layout",
     _architecture(rf"^(?!{DSpark.architecture}$).*DSpark"): "a DSpark drafter of another layout",
     _domino_elsewhere: "a Domino drafter of another layout",
     _markov_head_elsewhere: "a DSpark drafter of another layout",

@@ -69,8 +69,8 @@ def batch_loss(
     drafted = drafter(batch)
     rows = align(drafted, batch, block_length=loss.block_length)
     made = drafted_loss(loss, drafted, rows, batch, vocab_size=vocab_size, chunk_rows=chunk_rows, measured=measured)
-    if drafted.beside is not None:
-        made = replace(made, figures=drafted.beside.loss.figures())
+    figures = {name: value for beside in drafted.beside if beside.loss for name, value in beside.loss.figures().items()}
+    made = replace(made, figures=figures)
     return made if drafted.extra_loss is None else replace(made, total=made.total + drafted.extra_loss)
 
 

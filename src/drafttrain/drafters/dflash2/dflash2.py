@@ -143,7 +143,7 @@ class DFlash2(WalkedDrafter):
         weight = self.own["selector_loss_weight"]
         weights = {depth: weight * of_depth for depth, of_depth in made.depth_weights.items()}
         selected = Beside(replace(made, depth_weights=weights), CandidateCrossEntropy(), None)
-        return replace(made, states_BTD=self.by_depth(hidden_AKD, batch), head=self.base_head, beside=selected)
+        return replace(made, states_BTD=self.by_depth(hidden_AKD, batch), head=self.base_head, beside=(selected,))
 
     def products(self, shape: BatchShape) -> Iterator[Products]:
         """Yield the products of the block and of the slots' own loss, and those of the selector's loss."""

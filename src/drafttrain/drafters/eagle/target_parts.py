@@ -22,8 +22,6 @@ class TargetParts:
     def __init__(self, target: Target) -> None:
         self._target, self._model = target, target.model
         self._embedding: Any = target.model.get_input_embeddings()
-        self.num_tokens = target.num_tokens
-        """Ids that the tokenizer can produce; later rows of the head are padding."""
 
     def embed(self, tokens_BT: Tensor, *, dtype: torch.dtype) -> Tensor:
         """Return embedded_BTD."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from drafttrain.drafters.chain_draft import Chains
 from drafttrain.drafters.dflash.walk_proposer import WalkedModel, WalkProposer
+from drafttrain.drafters.few_rows import product_with
 from drafttrain.drafters.xpress.passes import Candidates, passes
 from drafttrain.drafters.xpress.refiner import RefinerHead
 
@@ -39,6 +40,7 @@ class XPressProposer(WalkProposer):
     def __init__(self, model: XPressModel, **settings: Any) -> None:
         super().__init__(model, **settings)
         self._refiner = model.xpress_head
+        self._added = product_with([self._refiner.w2])
         self._num_passes, self._num_candidates = model.num_passes, model.num_candidates
 
     def extend(self, chains: Chains, states_SKE: Tensor) -> None:

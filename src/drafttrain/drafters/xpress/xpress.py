@@ -182,7 +182,7 @@ class XPress(AddingDrafter):
 
     def _parts_of(self, hidden_AKE: Tensor, root_Ar: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return the blocks in parts whose logits exist at once."""
-        count = max(1, PIECE_BYTES // (4 * self.num_depths * self.xpress_head.w2.out_features))
+        count = max(1, PIECE_BYTES.on(hidden_AKE.device) // (4 * self.num_depths * self.xpress_head.w2.out_features))
         parts = list(zip(hidden_AKE.split(count), root_Ar.split(count), strict=True))
         if hasattr(self.xpress_head.w2.weight, "ds_id"):
             # ZeRO-3 gathers weights at every call: all ranks must make the same calls.
