@@ -16,6 +16,7 @@ from torch.nn.functional import silu
 
 from drafttrain.core.batches import DraftBatch
 from drafttrain.core.errors import CheckpointError
+from drafttrain.core.piece_size import PieceSize
 from drafttrain.drafters.xpress import xpress
 from drafttrain.drafters.xpress.passes import Candidates, passes
 from drafttrain.drafters.xpress.refiner import CausalMix, RefinerHead
@@ -318,7 +319,7 @@ def test_drafted_tokens_do_not_depend_on_the_parts_of_a_step(target, monkeypatch
     drafter, tokens = made(target, anchors=64), text()
     batch = batch_of(target, drafter, tokens, text(9, seed=4))
     whole = step(drafter, batch)
-    monkeypatch.setattr(xpress, "PIECE_BYTES", 4 * 257 * K * 3)
+    monkeypatch.setattr(xpress, "PIECE_BYTES", PieceSize(on_cpu=4 * 257 * K * 3, elsewhere=1))
     hidden, root = torch.zeros(7, K, 32 + RANK).double(), torch.zeros(7, RANK).double()
     assert len(drafter._parts_of(hidden, root)) == 3
     torch.testing.assert_close(step(drafter, batch), whole)
