@@ -120,7 +120,8 @@ def test_a_token_across_the_end_of_a_prompt_is_trained_differently_by_others(tmp
     (item,) = checked(tmp_path, tokenizer, chat(USER, ANSWER | {"content": "ab"}))
     (finding,) = item.findings
     assert finding.kind == "rendering"
-    assert "'\\nab" in finding.what and "by the tokenizer's apply_chat_template" in finding.what
+    assert "'\\nab" in finding.what
+    assert "by the tokenizer's apply_chat_template" in finding.what
     assert kinds_of(checked(tmp_path, tokenizer, chat(USER, ANSWER))) == set()
 
 
@@ -131,7 +132,8 @@ async def served(tokenizer: Any, items: Sequence[ReadItem], encoder: Encoder) ->
         asked = await request.json()
         for turn in asked["messages"]:
             for call in turn.get("tool_calls", []):
-                assert call["id"] and isinstance(call["function"]["arguments"], str)
+                assert call["id"]
+                assert isinstance(call["function"]["arguments"], str)
                 call["function"]["arguments"] = json.loads(call["function"]["arguments"])
         if any("refused" in turn["content"] for turn in asked["messages"]):
             return web.json_response({"error": "too long"}, status=400)
@@ -169,12 +171,15 @@ CHATS = [
 def test_a_server_with_the_same_template_agrees_and_others_are_named(tmp_path):
     encoder = Encoder(chat_tokenizer(RICH), 4000)
     items = checked(tmp_path, encoder.tokenizer, *CHATS, max_length=4000)
-    assert len(items) == 3 and kinds_of(items) == set()
+    assert len(items) == 3
+    assert kinds_of(items) == set()
     assert asyncio.run(served(chat_tokenizer(RICH), items, encoder)) == []
     other = asyncio.run(served(chat_tokenizer("{{ bos_token }}" + RICH), items, encoder))
     assert [(one.kind, "'<s>" in one.what) for one in other] == [("server", True)] * 3
     # A server whose generation prompt alone differs.
-    asks = asyncio.run(served(chat_tokenizer(RICH.replace("assistant\n{% endif", "assistant\n<think>{% endif")), items, encoder))
+    asks = asyncio.run(
+        served(chat_tokenizer(RICH.replace("assistant\n{% endif", "assistant\n<think>{% endif")), items, encoder)
+    )
     assert ["the server, prompt" in one.what for one in asks] == [True] * 3
     refused = checked(tmp_path, encoder.tokenizer, chat(USER | {"content": "refused"}, ANSWER))
     (finding,) = asyncio.run(served(chat_tokenizer(RICH), refused, encoder))

@@ -48,8 +48,7 @@ def inspect_data(recipe: Recipe, folder: Path, *, number: int, skip: int, html: 
         for item in islice(checker.items(max_items=most), skip, skip + number):
             notes = "; ".join(f"{finding.kind}: {finding.what}" for finding in item.findings)
             for record in item.records:
-                labels = sum(record.loss_mask)
-                line = f"{name}  {item.where}  {len(record.tokens)} tokens, {labels} labels"
+                line = f"{name}  {item.where}  {len(record.tokens)} tokens, {sum(record.loss_mask[1:])} trained"
                 _show(record, f"{line}  {notes}".rstrip(), checker.encoder, shown)
             if item.reason:
                 say(f"{name}  {item.where}: {notes}")
@@ -123,9 +122,10 @@ def _show(record: Record, line: str, encoder: Encoder, shown: MarkedPage | Marke
         shown.head(line)
     else:
         shown.write(f"{line}\n")
-    for text, first, tokens in token_texts(encoder.tokenizer, record.tokens, record.loss_mask):
-        ids = ", ".join(map(str, tokens))
-        shown.write(text, marked=bool(record.loss_mask[first]), about=f"token {first}: {ids}")
+    # The first token has nothing before it and is not trained.
+    mask = [False, *record.loss_mask[1:]]
+    for text, first, tokens in token_texts(encoder.tokenizer, record.tokens, mask):
+        shown.write(text, marked=mask[first], about=f"token {first}: {', '.join(map(str, tokens))}")
     if isinstance(shown, MarkedOutput):
         shown.write("\n\n")
 
