@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from drafttrain.cli import app
 from tests.data_gen.chats import GENERATION, chat_tokenizer
+from tests.data_gen.four_templates import TEMPLATES
 
 GOOD = {"messages": [{"role": "user", "content": "q <b>"}, {"role": "assistant", "content": "naïve 😀"}]}
 OTHER = {
@@ -37,9 +38,8 @@ def run(command: str, folder: Path, tokenizer: Path, values: list[Any], *options
 def test_inspect_marks_trained_tokens_and_gives_reasons(tmp_path, tokenizer_folder):
     done = run("inspect", tmp_path, tokenizer_folder, [GOOD, BAD, OTHER])
     assert done.exit_code == 0, done.output
-    assert "<|im_start|>user\nq <b><|im_end|>\n<|im_start|>assistant\n‹" in done.stdout
-    # Pieces of one label flag are marked one by one; their marks touch.
-    assert "naïve 😀<|im_end|>\n" in done.stdout.replace("›‹", "").replace("›", "").replace("‹", "")
+    asked = "<|im_start|>user\nq <b><|im_end|>\n<|im_start|>assistant\n"
+    assert f"{asked}‹naïve 😀<|im_end|>›\n" in done.stdout
     assert "d.jsonl:2: quarantined: messages.0: unknown role 'mage'" in done.stderr
     assert "unfinished: finish_reason is 'length'" in done.stdout
     assert not (tmp_path / "runs").exists()
@@ -64,7 +64,7 @@ def test_check_exits_with_three_and_writes_its_findings(tmp_path, tokenizer_fold
     found = tmp_path / "found.jsonl"
     done = run("check", tmp_path, tokenizer_folder, [GOOD, BAD, OTHER, GOOD], "--out", str(found))
     assert done.exit_code == 3, done.output
-    assert "3 of 4 items with findings" in done.stderr
+    assert "3 of 4 items have faults" in done.stderr
     listed = [json.loads(line) for line in found.read_text(encoding="utf-8").splitlines()]
     assert [(one["kind"], one["where"].rpartition(":")[2]) for one in listed] == [
         ("quarantined", "2"),
@@ -74,6 +74,15 @@ def test_check_exits_with_three_and_writes_its_findings(tmp_path, tokenizer_fold
     assert all(f"{one['where']}: {one['what']}" in done.stdout for one in listed)
     clean = run("check", tmp_path, tokenizer_folder, [GOOD])
     assert (clean.exit_code, "1 items: nothing found" in clean.stderr) == (0, True)
+
+
+def test_what_only_other_programs_do_differently_is_shown_and_no_fault(tmp_path):
+    thinking = TEMPLATES["thinking"]
+    thinking.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    twice = {"messages": [*GOOD["messages"], *OTHER["messages"]], "chat_template_kwargs": thinking.arguments}
+    done = run("check", tmp_path, tmp_path / "tokenizer", [twice])
+    assert (done.exit_code, "1 items: no faults" in done.stderr) == (0, True)
+    assert "rewrites earlier turns: 2 records instead of one" in done.stdout
 
 
 def test_a_server_that_is_not_there_is_an_error_of_one_line(tmp_path, tokenizer_folder):

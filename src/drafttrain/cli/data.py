@@ -67,7 +67,7 @@ def check(
     runs: Runs = RUNS,
     debug: Debug = False,
 ) -> None:
-    """Find faults of masks, templates and answers, duplicates, and other tokenizations. Exits with 3 if there are any."""
+    """Find faults of masks, templates and answers, duplicates, and other tokenizations. Exits with 3 if there are faults."""
     with exit_codes(debug=debug):
         loaded, run_folder = recipe_and_run_folder(recipe, overrides, smoke=smoke, runs=runs)
         _commands().check_data(

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 from drafttrain.config.recipe import Recipe
@@ -18,7 +18,7 @@ from drafttrain.core.marked_page import MarkedPage
 from drafttrain.core.marked_text import MarkedOutput
 from drafttrain.core.texts import Record
 from drafttrain.data_gen.chat import Chat
-from drafttrain.data_gen.data_check import KINDS, Checker, Finding
+from drafttrain.data_gen.data_check import KINDS, NOTES, Checker, Finding
 from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.openai_client import Completions, key_from
 from drafttrain.data_gen.served_ids import served_differences
@@ -66,7 +66,7 @@ def check_data(
     api_key_variable: str | None,
     out: Path | None,
 ) -> None:
-    """Check every item of every source, print what was found by kind, and stop with an error if there is any.
+    """Check every item of every source, print what was found by kind, and stop with an error if there are faults.
 
     Args:
         folder: The run folder; texts that the run generated are in it.
@@ -74,7 +74,7 @@ def check_data(
         out: Write every finding here, one JSON object a line.
 
     Raises:
-        GateError: Something was found.
+        GateError: Some items have faults; what only other programs would do differently is none.
     """
     found, num_items = list[Finding](), 0
     for name, checker, most in _checkers(recipe, folder):
@@ -104,7 +104,9 @@ def check_data(
         if kind in counts
     ]
     table(rows, columns=["found", "items", "first", "what to do"])
-    raise GateError(f"{recipe.name}: {len({one.where for one in found}):,} of {num_items:,} items with findings")
+    if faulty := {one.where for one in found if one.kind not in NOTES}:
+        raise GateError(f"{recipe.name}: {len(faulty):,} of {num_items:,} items have faults")
+    say(f"{num_items:,} items: no faults")
 
 
 def _checkers(recipe: Recipe, folder: Path) -> Iterator[tuple[str, Checker, int | None]]:
@@ -118,16 +120,18 @@ def _checkers(recipe: Recipe, folder: Path) -> Iterator[tuple[str, Checker, int 
 
 
 def _show(record: Record, line: str, encoder: Encoder, shown: MarkedPage | MarkedOutput) -> None:
-    if isinstance(shown, MarkedPage):
-        shown.head(line)
-    else:
-        shown.write(f"{line}\n")
     # The first token has nothing before it and is not trained.
     mask = [False, *record.loss_mask[1:]]
-    for text, first, tokens in token_texts(encoder.tokenizer, record.tokens, mask):
-        shown.write(text, marked=mask[first], about=f"token {first}: {', '.join(map(str, tokens))}")
-    if isinstance(shown, MarkedOutput):
-        shown.write("\n\n")
+    pieces = token_texts(encoder.tokenizer, record.tokens, mask)
+    if isinstance(shown, MarkedPage):
+        shown.head(line)
+        for text, first, tokens in pieces:
+            shown.write(text, marked=mask[first], about=f"token {first}: {', '.join(map(str, tokens))}")
+        return
+    shown.write(f"{line}\n")
+    for is_label, run in groupby(pieces, key=lambda piece: mask[piece[1]]):
+        shown.write("".join(text for text, _, _ in run), marked=is_label)
+    shown.write("\n\n")
 
 
 async def _served(

@@ -40,8 +40,8 @@ class MarkedOutput:
         self._out = Console(highlight=False)
         self.marks = self._fitting() if marks else NONE
 
-    def write(self, text: str, *, marked: bool = False, about: str = "") -> None:
-        """Write text at once, not only at the end of a line; `about` is for pages, and not shown here."""
+    def write(self, text: str, *, marked: bool = False) -> None:
+        """Write text at once, not only at the end of a line."""
         shown = printable(text, encoding=self._out.encoding)
         self._out.file.write(self.marks.around(shown) if marked else shown)
         self._out.file.flush()

@@ -41,6 +41,8 @@ KINDS = {
     "server": "serve the same tokenizer and template; the drafter would see other tokens than it was trained on",
 }
 """By kind of finding: what to do."""
+NOTES = ("marks", "rewritten", "rendering")
+"""Kinds that are no fault of the trained labels: other programs would train differently on the item."""
 Found = tuple[str, str]
 """A kind of finding and a sentence."""
 LENGTH = ("length", "max_tokens", "max_output_tokens")
@@ -143,9 +145,11 @@ class Checker:
             yield "rewritten", f"the chat template rewrites earlier turns: {len(parts)} records instead of one"
         for part in parts:
             yield from self._of_length(part.mask())
-        texts = [str(turn["content"]) for number, turn in enumerate(chat.turns) if chat.is_answer(number)]
         places = [(part.tokens, begin, trained) for part in parts for begin, _, trained in part.answers]
-        for text, (tokens, begin, trained) in zip(texts, places, strict=False):
+        texts = [str(turn["content"]) for turn in chat.turns if turn["role"] == "assistant"]
+        # Parts may leave out an answer that opens the chat.
+        texts = texts[len(texts) - len(places) :]
+        for text, (tokens, begin, trained) in zip(texts, places, strict=True):
             opened, closed = (
                 sum(mark.startswith("</") is end for mark in THOUGHT_MARKS.findall(text)) for end in (False, True)
             )
