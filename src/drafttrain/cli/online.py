@@ -1,6 +1,7 @@
 """`online`: learning from serving logs."""
 
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -19,18 +20,14 @@ def run(
     """Learn from serving logs as they grow, until it is stopped. Run again, it continues."""
     with exit_codes(debug=debug):
         loaded, run_folder = recipe_and_run_folder(recipe, overrides, smoke=smoke, runs=runs)
-        from drafttrain.commands.online import learn_online
-
-        learn_online(loaded, run_folder)
+        _commands().learn_online(loaded, run_folder)
 
 
 @app.command()
 def status(run: Run, debug: Debug = False) -> None:
     """Print the versions, requests and block efficiency of an online run."""
     with exit_codes(debug=debug):
-        from drafttrain.commands.online import show_status
-
-        show_status(run)
+        _commands().show_status(run)
 
 
 @app.command()
@@ -43,6 +40,11 @@ def rollback(
 ) -> None:
     """Serve the version before the current one again."""
     with exit_codes(debug=debug):
-        from drafttrain.commands.online import rollback
+        _commands().rollback(run, route=route)
 
-        rollback(run, route=route)
+
+def _commands() -> ModuleType:
+    # At the head of the file this would load torch for `drafttrain --help`.
+    from drafttrain.commands import online
+
+    return online

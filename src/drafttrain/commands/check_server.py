@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -14,11 +13,11 @@ from typing import Any
 from drafttrain.checkpoint import About, read_about
 from drafttrain.config.load import load_sections
 from drafttrain.core.console import say, table
-from drafttrain.core.errors import DataError, GateError, RecipeError
+from drafttrain.core.errors import GateError, RecipeError
 from drafttrain.core.files import write_json
 from drafttrain.core.provenance import provenance
 from drafttrain.core.texts import Prompt, Sampling
-from drafttrain.data_gen.openai_client import Completions
+from drafttrain.data_gen.openai_client import Completions, key_from
 from drafttrain.eval.interval import interval_of, number
 from drafttrain.eval.prompts import read_prompts
 from drafttrain.eval.result import Result
@@ -155,8 +154,9 @@ async def _served(
 ) -> tuple[list[LiveFigures], str]:
     if stands_for_folder(target):
         target = str(resolve_folder(target))
+    key = key_from(access.api_key_variable, named_by="--api-key-variable")
     base_url = access.url.rstrip("/").removesuffix("/v1") + "/v1"
-    async with Completions(base_url, _key(access), PATIENCE) as completions:
+    async with Completions(base_url, key, PATIENCE) as completions:
         cards = await completions.models()
         if access.model is None:
             fingerprint = about.target_fingerprint if about else ""
@@ -176,16 +176,6 @@ async def _served(
             lengths = {prompt.id: max(2, min(most, counted.get(prompt.id, most))) for prompt in prompts}
             figures.append(await server.figures(prompts, sampling, max_new_tokens=lengths))
     return figures, model
-
-
-def _key(access: ServerAccess) -> str | None:
-    variable = access.api_key_variable
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise DataError(f"--api-key-variable: the environment variable {variable} is not set")
-    return key
 
 
 def _judged(figures: LiveFigures, settings: EvalSettings, result: Result | None) -> dict[str, Any]:

@@ -8,6 +8,10 @@ class BadItem(Exception):
     """Why an item gives no record; the item is quarantined."""
 
 
+class NoLabel(BadItem):
+    """An item is read, and none of its tokens would be trained."""
+
+
 @contextmanager
 def foreign(what: str) -> Iterator[None]:
     """Turn any exception of foreign code (a template, a tokenizer) into a reason of one line.

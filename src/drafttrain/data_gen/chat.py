@@ -47,11 +47,13 @@ def chat_of(form: str, value: Mapping[str, Any], reading: Reading) -> Chat:
         raise BadItem("system: two system prompts that differ")
     if system and not first:
         turns = [({"role": "system", "content": system[0]}, False), *turns]
+    last = max((number for number, (turn, _) in enumerate(turns) if turn["role"] == "assistant"), default=0)
+    own = _mapping(json_of(value.get("chat_template_kwargs") or {}, "chat_template_kwargs"))
     return Chat(
         [turn for turn, _ in turns],
-        [trained for _, trained in turns],
+        [trained and (reading.answers == "all" or number == last) for number, (_, trained) in enumerate(turns)],
         inputs=_inputs(value),
-        arguments=_mapping(json_of(value.get("chat_template_kwargs") or {}, "chat_template_kwargs")),
+        arguments={**reading.chat_template_kwargs, **own},
     )
 
 

@@ -101,6 +101,14 @@ class ChatTemplate:
         """
         return str(self._apply(chat, tokenize=False, add_generation_prompt=asks))
 
+    def tokenized(self, chat: Chat, *, asks: bool = False) -> list[int]:
+        """Return the ids of a chat by the tokenizer's own `apply_chat_template`, as other programs use it.
+
+        Raises:
+            BadItem: As `text`.
+        """
+        return list(self._apply(chat, tokenize=True, return_dict=True, add_generation_prompt=asks)["input_ids"])
+
     def ids(self, text: str) -> list[int]:
         """Return the ids of a chat's text, without special tokens of the tokenizer."""
         return plain_ids(self.tokenizer, text)
@@ -206,7 +214,8 @@ class ChatTemplate:
         if len(parts) != 1 or (marked := self._marked(chat)) is None:
             return
         tokens, mask_T = marked
-        first = parts[0].answers[0][0]
+        # An answer that opens a chat is no label here, whatever the marks say.
+        first = parts[0].answers[0][0] if chat.turns[0]["role"] == "assistant" else 0
         if tokens != parts[0].tokens or mask_T[first:] != parts[0].mask(all_answers=True)[first:]:
             self.notes[DISAGREE] += 1
 
@@ -244,7 +253,7 @@ class ChatTemplate:
         return [
             {
                 read if read and key in REASONING and key not in source else key: value
-                for key, value in (_with_text(turn) if calls_in_text else turn).items()
+                for key, value in (with_text(turn) if calls_in_text else turn).items()
             }
             for turn in chat.turns
         ]
@@ -316,7 +325,7 @@ def _check_thoughts(content: str, answer: str, count: int) -> None:
             )
 
 
-def _with_text(turn: dict[str, Any]) -> dict[str, Any]:
+def with_text(turn: dict[str, Any]) -> dict[str, Any]:
     """Return a turn with the arguments of its calls as JSON text, as in OpenAI's API."""
     if "tool_calls" not in turn:
         return turn

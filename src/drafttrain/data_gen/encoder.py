@@ -10,7 +10,7 @@ from typing import Any
 
 from drafttrain.core.console import say
 from drafttrain.core.texts import Record
-from drafttrain.data_gen.bad_item import BadItem
+from drafttrain.data_gen.bad_item import BadItem, NoLabel
 from drafttrain.data_gen.chat import Chat, answer_key, chat_of, prompt_is_chat
 from drafttrain.data_gen.chat_template import ChatTemplate
 from drafttrain.data_gen.plain_ids import continuation_ids
@@ -21,6 +21,7 @@ from drafttrain.data_gen.turns import text_of, unicode_text
 from drafttrain.target_model.tokenizer import num_ids
 
 TOKENS = ("tokens", "input_ids")
+PLAIN = ("text", *TOKENS)
 UNTEMPLATED = (
     "text under 'prompt' is read without the tokenizer's chat template; chat: true of the source or in the record, or the "
     "text under 'question', makes it a chat"
@@ -72,21 +73,31 @@ class Encoder:
         id, domain = _id(value, id), str(value.get("domain", ""))
         if form == "text":
             return self._windows(value["text"], id=id, domain=domain)
-        if form in TOKENS:
-            parts = [token_row(form, value, num_ids=self.size)]
-        elif form == "prompt" and not prompt_is_chat(value):
-            parts = [self._completion(value)]
-        else:
-            parts = [(part.tokens, part.mask()) for part in self.template.parts(chat_of(form, value, self.reading))]
+        rows = self.rows(form, value)
         records = [
-            Record(id if len(parts) == 1 else f"{id}@{i}", tokens[: self.max_length], mask, domain=domain)
-            for i, (tokens, whole_mask) in enumerate(parts)
+            Record(id if len(rows) == 1 else f"{id}@{i}", tokens[: self.max_length], mask, domain=domain)
+            for i, (tokens, whole_mask) in enumerate(rows)
             for mask in [whole_mask[: self.max_length]]
             if any(mask[1:])
         ]
         if not records:
-            raise BadItem(f"no token of the first {self.max_length} is a label (part of a trained answer)")
+            raise NoLabel(f"no token of the first {self.max_length} is a label (part of a trained answer)")
         return records
+
+    def rows(self, form: str, value: Mapping[str, Any]) -> list[tuple[list[int], list[bool]]]:
+        """Return (ids, whether each is a label) of the texts of an item that is not plain text, before they are cut.
+
+        Args:
+            form: The form of the record and its keys, as `form_of` returns them.
+
+        Raises:
+            BadItem: The item cannot be read.
+        """
+        if form in TOKENS:
+            return [token_row(form, value, num_ids=self.size)]
+        if not is_chat(form, value):
+            return [self._completion(value)]
+        return [(part.tokens, part.mask()) for part in self.template.parts(chat_of(form, value, self.reading))]
 
     def prompts(self, value: Mapping[str, Any], *, id: str, prompt_tokens: int | None) -> list[tuple[str, list[int]]]:
         """Return (id, tokens) of the prompts of an item: a chat up to its last answer, text in pieces.
@@ -98,7 +109,7 @@ class Encoder:
         id = _id(value, id)
         tokens = self._prompt(form, value)
         prompts = [(id, tokens)]
-        if prompt_tokens is not None and form in ("text", *TOKENS):
+        if prompt_tokens is not None and form in PLAIN:
             pieces = [tokens[start : start + prompt_tokens] for start in range(0, len(tokens), prompt_tokens)]
             prompts = [(f"{id}@{i * prompt_tokens}", p) for i, p in enumerate(pieces) if len(p) == prompt_tokens]
             if not prompts:
@@ -181,6 +192,11 @@ class Encoder:
         after = self.raw.ended(continuation_ids(self.tokenizer, text_of(value[key], key)))
         stop = self.raw.end_of(after) or len(after)
         return before + after, [False] * len(before) + [True] * stop + [False] * (len(after) - stop)
+
+
+def is_chat(form: str, value: Mapping[str, Any]) -> bool:
+    """Return whether a record is read through the chat template."""
+    return form not in PLAIN and (form != "prompt" or prompt_is_chat(value))
 
 
 def _id(value: Mapping[str, Any], default: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,6 +64,23 @@ class Patience:
     longest_wait_seconds: float
     """A server that asks for a longer wait stops the run."""
     timeout_seconds: float
+
+
+def key_from(variable: str | None, *, named_by: str) -> str | None:
+    """Return the key in an environment variable; None if none is named.
+
+    Args:
+        named_by: The setting or option that names the variable, for the message.
+
+    Raises:
+        DataError: The variable is not set.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise DataError(f"{named_by}: the environment variable {variable} is not set")
+    return key
 
 
 class Completions:
@@ -130,6 +148,19 @@ class Completions:
         try:
             return (await self._body("GET", url, None)).decode("utf-8", "replace")
         except (_Again, NotAnswered) as reason:
+            raise ServerGone(f"{url}: no answer ({reason})") from reason
+
+    async def post(self, path: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the JSON object that a page of the server outside the protocol answers, such as vLLM's /tokenize.
+
+        Raises:
+            NotAnswered: It refuses this request.
+            ServerGone: It does not answer, or has no such page.
+        """
+        url = self.base_url.removesuffix("/v1") + path
+        try:
+            return _mapping(await self._body("POST", url, request))
+        except _Again as reason:
             raise ServerGone(f"{url}: no answer ({reason})") from reason
 
     async def complete(self, request: Mapping[str, Any]) -> tuple[dict[str, Any], int]:

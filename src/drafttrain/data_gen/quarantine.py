@@ -48,11 +48,7 @@ def read_items(
     ):
         for item in islice(source.items(), max_items):
             try:
-                if item.problem:
-                    raise BadItem(item.problem)
-                # A reason must not repeat the content of a private item.
-                with guard() if item.private else nullcontext():
-                    values = read(item)
+                values = read_item(item, read)
             except BadItem as reason:
                 values = []
                 lost.add(item.where, str(reason))
@@ -71,6 +67,18 @@ def read_items(
             say(f"{name}: " + ", ".join(f"{kind} {n:,}" for kind, n in lost.kinds.most_common(KINDS_SHOWN)))
     if not found:
         raise DataError(f"{name}: it has no items")
+
+
+def read_item(item: Item, read: Callable[[Item], Sequence[T]]) -> Sequence[T]:
+    """Return what `read` returns for an item.
+
+    Raises:
+        BadItem: It is refused. The reason does not repeat the content of a private item.
+    """
+    if item.problem:
+        raise BadItem(item.problem)
+    with guard() if item.private else nullcontext():
+        return read(item)
 
 
 class Lost:

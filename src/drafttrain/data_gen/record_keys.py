@@ -58,6 +58,10 @@ class Reading:
     ignore_keys: Sequence[str] = ()
     chat: bool | None = None
     """Whether text under `prompt` is a user's message, in records that do not say it."""
+    answers: str = "all"
+    """Which answers of a chat are labels: all, or only the last."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template, unless the record gives its own."""
 
     @classmethod
     def of(cls, settings: Any) -> Reading:
@@ -65,7 +69,9 @@ class Reading:
         return cls(**{one.name: getattr(settings, one.name) for one in fields(cls) if hasattr(settings, one.name)})
 
     def renamed(self, value: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a record with the keys that are known here."""
+        """Return a record with the keys that are known here; `data.messages` is the key messages inside the mapping data."""
+        for old in self.rename.values():
+            value = _opened(value, old)
         kept = {key: part for key, part in value.items() if key not in self.rename.values()}
         return kept | {new: value[old] for new, old in self.rename.items() if old in value}
 
@@ -87,8 +93,9 @@ def form_of(value: Mapping[str, Any], reading: Reading) -> tuple[str, dict[str, 
         del found["prompt"]
     if not forms:
         missing = [old for old in reading.rename.values() if old not in value]
+        batch = "; source kind openai_batch reads outputs of batch jobs" if "custom_id" in found else ""
         lacks = f"; rename names {', '.join(map(repr, missing))}, which it lacks" if missing else ""
-        raise BadItem(f"no known form: has none of {', '.join(FORMS)}; its keys: {_listed(found)}{lacks}")
+        raise BadItem(f"no known form: has none of {', '.join(FORMS)}; its keys: {_listed(found)}{lacks}{batch}")
     if len(forms) > 1:
         raise BadItem(
             f"{' and '.join(forms)}: more than one text in one record; name those not to be read in ignore_keys of the source"
@@ -105,13 +112,24 @@ def form_of(value: Mapping[str, Any], reading: Reading) -> tuple[str, dict[str, 
 
 def is_metadata(key: str) -> bool:
     """Return whether no target reads a key."""
-    return key in METADATA or key.startswith("_")
+    name = key.rpartition(".")[2]
+    return name in METADATA or name.startswith("_")
 
 
 def unknown(key: str, where: str = "") -> str:
     """Return the message about an unknown key."""
     place = f" of {where}" if where else ""
     return f"unknown key {key!r}{place}: it may change what the target reads; if it does not, name it in ignore_keys of the source"
+
+
+def _opened(value: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    """Return a record with the keys of the mappings on a path at its top, as `data.messages`: each is read or refused by name."""
+    for place in [place for place, letter in enumerate(path) if letter == "."]:
+        inner = value.get(path[:place])
+        if path not in value and isinstance(inner, Mapping):
+            value = {key: part for key, part in value.items() if key != path[:place]}
+            value |= {f"{path[:place]}.{key}": part for key, part in inner.items()}
+    return value
 
 
 def _repeats(prompt: Any, messages: Any) -> bool:

@@ -156,6 +156,14 @@ def generate_texts(
         )
 
 
+def source_of(chosen: Any, folder: Path) -> Source:
+    """Return the source of these settings; texts that the run generates itself are in its data folder."""
+    if chosen.kind == "generated" and chosen.path is None:
+        chosen = replace(chosen, path=str(folder / "generated"))
+    source: Source = sources.build(chosen)
+    return source
+
+
 def prepare(
     settings: DataSettings,
     folder: Path,
@@ -171,9 +179,7 @@ def prepare(
         content = content_of(chosen)
         content.pop("weight")
         about = {"source": content, "max_length": settings.max_length, "tokenizer": tokenizer_fingerprint}
-        if chosen.kind == "generated" and chosen.path is None:
-            chosen = replace(chosen, path=str(folder / "generated"))
-        source: Source = sources.build(chosen)
+        source = source_of(chosen, folder)
         if isinstance(source, Versioned):
             about["version"] = source.version()
         store = open_store(

@@ -43,9 +43,15 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 def read_turns(turns: Any, key: str, reading: Reading) -> list[tuple[dict[str, Any], bool]]:
     """Return each turn as input of a template, and whether it is a trained answer.
 
+    Args:
+        turns: A list of turns; JSON text of one; or a mapping of keys to lists of equal length, as tables store turns.
+
     Raises:
         BadItem: A turn has an unknown role or key, or no text.
     """
+    turns = json_of(turns, key)
+    if isinstance(turns, Mapping):
+        turns = _by_turn(turns, key)
     if not isinstance(turns, list) or not turns:
         raise BadItem(f"{key}: must be a list of turns")
     return [_turn(turn, f"{key}.{number}", reading) for number, turn in enumerate(turns)]
@@ -59,6 +65,12 @@ def user(content: Any, key: str) -> tuple[dict[str, Any], bool]:
 def assistant(content: Any, key: str) -> tuple[dict[str, Any], bool]:
     """Return a trained answer."""
     return {"role": "assistant", "content": text_of(content, key)}, True
+
+
+def _by_turn(columns: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    if any(not isinstance(column, list) for column in columns.values()) or len({*map(len, columns.values())}) != 1:
+        raise BadItem(f"{key}: a mapping must hold lists of equal length, one value a turn")
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _turn(turn: Any, key: str, reading: Reading) -> tuple[dict[str, Any], bool]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +20,7 @@ from drafttrain.core.random import stream_seed
 from drafttrain.core.settings import setting
 from drafttrain.data_gen.backends import NOT_REPRODUCIBLE, Outcome, Plan, Task, backends, unusable
 from drafttrain.data_gen.encoder import Encoder
-from drafttrain.data_gen.openai_client import Completions, NotAnswered, Patience
+from drafttrain.data_gen.openai_client import Completions, NotAnswered, Patience, key_from
 from drafttrain.data_gen.serving_logs.encoding import ExchangeEncoder
 from drafttrain.data_gen.serving_logs.exchange import Refused
 from drafttrain.data_gen.serving_logs.openai import exchanges
@@ -111,20 +110,11 @@ class OpenAI:
         Raises:
             DataError: The server is gone, refuses all requests, or serves another model; received answers are kept.
         """
-        key = self._key()
+        key = key_from(self.settings.api_key_variable, named_by="data.generate.backend.api_key_variable")
         for number, shard in shards.items():
             kept = _kept_file(self.plan.folder, number)
             yield number, asyncio.run(self._written(number, shard, kept, key, bar))
             kept.unlink(missing_ok=True)
-
-    def _key(self) -> str | None:
-        variable = self.settings.api_key_variable
-        if variable is None:
-            return None
-        key = os.environ.get(variable, "").strip()
-        if not key:
-            raise DataError(f"data.generate.backend.api_key_variable: the environment variable {variable} is not set")
-        return key
 
     async def _written(
         self, number: int, shard: Sequence[Task], kept_file: Path, key: str | None, bar: Progress

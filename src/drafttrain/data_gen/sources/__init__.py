@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
 
 from drafttrain.core.digests import text_digest
 from drafttrain.core.registry import Registry, component_mapping
@@ -59,6 +59,9 @@ class RecordForm:
         None,
         help="Whether text under `prompt` is a user's message, read through the chat template; null: as each record says, else no.",
     )
+    chat_template_kwargs: dict[str, Any] = setting(
+        {}, help="Arguments of the chat template, such as {enable_thinking: false}; a record's own replace them."
+    )
 
     def check(self) -> list[str]:
         """Return problems between fields."""
@@ -77,6 +80,10 @@ class RecordForm:
 @dataclass(kw_only=True)
 class RecordSettings(RecordForm, WeightedSettings):
     """Settings of all sources of records; docs/data.md lists the keys of a record."""
+
+    answers: Literal["all", "last"] = setting(
+        "all", help="Which answers of a chat are labels: all, or only the last; the others are read."
+    )
 
 
 @dataclass(frozen=True)
@@ -161,4 +168,5 @@ def content_of(settings: Any) -> dict[str, Any]:
     mapping = {FIRST_NAMES.get(key, key): value for key, value in component_mapping(settings).items()}
     mapping.pop("max_lost_share", None)
     unset: dict[str, Any] = {"max_items": None, "rename": {}, "roles": {}, "ignore_keys": [], "chat": None}
+    unset |= {"chat_template_kwargs": {}, "answers": "all"}
     return {key: value for key, value in mapping.items() if key not in unset or value != unset[key]}

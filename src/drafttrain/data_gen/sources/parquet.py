@@ -36,7 +36,11 @@ class Parquet:
                 raise DataError(f"{path}: not a Parquet file: {error}") from error
             number = 0
             for batch in file.iter_batches():
-                for row in batch.to_pylist():
+                try:
+                    rows = batch.to_pylist(maps_as_pydicts="strict")
+                except KeyError as error:
+                    raise DataError(f"{path}: from row {number}: a map holds a key twice: {error}") from error
+                for row in rows:
                     yield Item(f"{path}:{number}", without_nulls(row))
                     number += 1
 

@@ -95,6 +95,17 @@ def open_store(
     return Store(folder)
 
 
+def records_of(item: Item, source: Source, encoder: Encoder) -> list[Record]:
+    """Return the records of an item.
+
+    Raises:
+        BadItem: It gives none.
+    """
+    if isinstance(source, RecordSource):
+        return source.records(item, encoder)
+    return encoder.records(item.value, id=content_name(item.value))
+
+
 def _name(about: dict[str, Any]) -> str:
     return f"source {about['source']['kind']}"
 
@@ -108,10 +119,7 @@ def _encode(folder: Path, source: Source, encoder: Encoder, *, about: dict[str, 
 
     def read(item: Item) -> list[Record]:
         nonlocal read_well
-        if isinstance(source, RecordSource):
-            records = source.records(item, encoder)
-        else:
-            records = encoder.records(item.value, id=content_name(item.value))
+        records = records_of(item, source, encoder)
         read_well += 1
         return records
 
