@@ -4,7 +4,8 @@ Memory is the peak of all tensors together: weights, AdamW's moments, gradients,
 that its allocator cannot use take some 2 GB more. Operations are counted. The time is computed from the operations needed, at a
 utilization that is assumed and not measured.
 
-    python benchmarks/step_cost.py            writes benchmarks/step_cost.md
+    python benchmarks/step_cost.py                     writes benchmarks/step_cost.md
+    python benchmarks/step_cost.py dflash_qwen3_8b     prints the line of a recipe
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from drafttrain.config.load import load_recipe
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.provenance import commit
 from drafttrain.drafters import drafters
-from drafttrain.drafters.dflash import attention
 from drafttrain.losses import losses
 from drafttrain.target_model import Target
 from drafttrain.training.step_cost import StepCost, Trained, step_cost
@@ -106,8 +106,6 @@ def trained(recipe: Recipe) -> Trained:
 def cost_of(name: str, *, prompt: int = 0) -> tuple[Recipe, StepCost]:
     """Return a recipe and the cost of a micro-batch of full rows."""
     recipe = load_recipe(name)
-    # The scores of a piece on a GPU, of which there are fewer.
-    attention.CPU_SCORES = attention.SCORES
     cost = step_cost(
         lambda: trained(recipe),
         rows=recipe.train.records_per_device,
@@ -140,8 +138,12 @@ def row(name: str) -> str:
 def main() -> None:
     """Count and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="*", help="Print the lines of these alone.")
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
+    if arguments.recipes:
+        print(*map(row, arguments.recipes), sep="\n")
+        return
     head = (
         "recipe",
         "micro-batch",

@@ -27,7 +27,7 @@ from drafttrain.drafters import drafters
 from drafttrain.eval.statistics import ratio_of_ratios
 from drafttrain.losses import losses
 from drafttrain.losses.align import align
-from drafttrain.losses.pieces import CPU_PIECE_BYTES
+from drafttrain.losses.pieces import PIECE_BYTES
 from drafttrain.pipeline.data import training_data
 from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.training.optimizer import build_optimizer, learning_rate_scale
@@ -103,7 +103,7 @@ def bare(
     """Return the seconds of the last steps of a plain loop."""
     optimizer = build_optimizer(drafter, settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_scale(step, settings))
-    piece = CPU_PIECE_BYTES // (4 * vocab_size)
+    piece = PIECE_BYTES.on_cpu // (4 * vocab_size)
     drafter.train()
     began = 0.0
     for step, batches in enumerate(ready):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from drafttrain.core.batches import PackedDocuments
+from drafttrain.core.piece_size import PieceSize
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.drafters.dflash import attention
 from drafttrain.drafters.dflash.attention import attend_blocks, later_slots
@@ -75,7 +76,7 @@ def test_control_the_roots_own_feature_in_the_context_breaks_the_identity(target
 @pytest.mark.parametrize("causal", [False, True])
 def test_scores_are_those_of_a_mask_built_by_hand(causal, monkeypatch):
     """The sentence of the paper, as four loops: context before the root, in its document; the block's own slots."""
-    monkeypatch.setattr(attention, "CPU_SCORES", 500)  # several pieces
+    monkeypatch.setattr(attention, "SCORES", PieceSize(500, 500))  # several pieces
     torch.manual_seed(0)
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 4, 5, 0, 1]])
     documents = PackedDocuments.of(positions)

@@ -57,7 +57,9 @@ def test_a_recipe_with_equal_taps_is_refused_and_so_is_a_shallow_target():
     assert "one or more different blocks" in Eagle3Settings(taps=[1, 1, 2]).check()[0]
     assert "one or more different blocks" in Eagle3Settings(taps=[]).check()[0]
     assert Eagle3Settings(taps=[0, 1, 2, 5]).check() == []
-    with pytest.raises(CheckpointError, match=r"this target has 2 layers: set drafter\.taps"):
+    with pytest.raises(
+        CheckpointError, match=r"drafter\.taps is null, .* this target has 2 layers: name one or more of 0\.\.1"
+    ):
         Eagle3Drafter.create(Eagle3Settings(), target=eagle_target(num_layers=2), tokenizer=None)
 
 

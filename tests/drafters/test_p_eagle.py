@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from drafttrain.core.errors import CheckpointError
+from drafttrain.core.piece_size import PieceSize
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import as_padding, pack
@@ -135,7 +136,7 @@ def gradients(drafter: Any, total: torch.Tensor) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("plan", [False, True])
 def test_training_computes_the_kept_slots_only(target, plan, monkeypatch):
     """Their states are those of a forward over all slots, in several pieces of attention."""
-    monkeypatch.setattr("drafttrain.drafters.dflash.attention.CPU_SCORES", 500)
+    monkeypatch.setattr("drafttrain.drafters.dflash.attention.SCORES", PieceSize(500, 500))
     drafter = p_eagle(target)
     batch = batch_of(target, drafter, [0, 1, 2])
     with torch.no_grad():

@@ -243,6 +243,7 @@ def made(layout: str, target: Target) -> tuple[dict[str, Tensor], dict[str, Any]
     """Return a sound file and configuration of a layout."""
     return {
         "eagle3": lambda: (eagle3_tensors(), eagle3_config()),
+        "p_eagle": lambda: (p_eagle_tensors(), p_eagle_config()),
         "speculators": lambda: (eagle3_tensors("layers.0."), speculators_config(target.name)),
         "eagle": lambda: (eagle_tensors(), {"architectures": ["EagleLlamaForCausalLM"], **LLAMA}),
         "medusa": lambda: (medusa_tensors(), medusa_config(target.name)),

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from drafttrain.core.errors import CheckpointError
-from drafttrain.importers import importers
-from drafttrain.importers.convert import import_folder
-from drafttrain.importers.reading import read_pickle
+from drafttrain.core.registry import Entry
+from drafttrain.importers import Claim, Given, importers
+from drafttrain.importers.convert import import_folder, layout_of
+from drafttrain.importers.medusa import MedusaImporter
+from drafttrain.importers.reading import read_given, read_pickle
 from drafttrain.target_model import Target, TargetSettings
 from tests.importers import given
 
@@ -72,6 +74,25 @@ def test_a_folder_of_no_layout_gets_a_list_of_their_marks(target, tmp_path):
     with pytest.raises(CheckpointError) as caught:
         import_folder(folder, tmp_path / "out", target=target.name)
     assert all(f"{name}: " in str(caught.value) for name in importers.names())
+
+
+@pytest.mark.parametrize("claim", list(Claim))
+@pytest.mark.parametrize("layout", ["eagle", "eagle3", "p_eagle", "speculators"])
+def test_a_new_layout_is_preferred_by_its_own_claim_alone(layout, claim, target, tmp_path, monkeypatch):
+    class New(MedusaImporter):
+        def recognises(self, given: Given) -> bool:
+            return True
+
+    New.claim = claim
+    theirs = given.made(layout, target)
+    one = read_given(given.write(tmp_path / "theirs", *theirs))
+    known = layout_of(one)
+    monkeypatch.setitem(importers._entries, "new", Entry("new", New, object))
+    if claim == known.claim:
+        with pytest.raises(CheckpointError, match=rf"has the marks of {layout} and new|new and {layout}"):
+            layout_of(one)
+    else:
+        assert isinstance(layout_of(one), New if claim > known.claim else type(known))
 
 
 def test_only_a_drafter_folder_is_overwritten(target, tmp_path):

@@ -27,15 +27,19 @@ class Sized(Target):
     def num_tokens(self) -> int:
         return self.vocab_size
 
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:  # type: ignore[override]
+        return ()
 
-def build(name: str = "eagle3_llama3.1_8b", *, num_layers: int = 3, **settings: Any) -> Trained:
+
+def build(name: str = "eagle3_llama3.1_8b", *, blocks: int = 3, **of_drafter: Any) -> Trained:
     """Return what a recipe for Llama-3.1-8B trains, on a target of fewer layers of the same sizes."""
     recipe = load_recipe(name)
     config = LlamaConfig(
         vocab_size=128256,
         hidden_size=4096,
         intermediate_size=14336,
-        num_hidden_layers=num_layers,
+        num_hidden_layers=blocks,
         num_attention_heads=32,
         num_key_value_heads=8,
         max_position_embeddings=131072,
@@ -43,7 +47,7 @@ def build(name: str = "eagle3_llama3.1_8b", *, num_layers: int = 3, **settings: 
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     target = Sized(model, None, name="", fingerprint="")
     component: Any = drafters.entry(recipe.drafter.kind).component
-    drafter = component.create(replace(recipe.drafter, **settings), target=target, tokenizer=None)
+    drafter = component.create(replace(recipe.drafter, **of_drafter), target=target, tokenizer=None)
     return Trained(
         drafter, losses.build(recipe.loss), target, target.vocab_size, chunk_rows=recipe.train.loss_chunk_rows
     )
@@ -104,6 +108,15 @@ def test_other_kinds_run_what_is_needed_and_take_what_their_headers_say(name, pa
     assert cost.needed <= cost.executed <= 1.01 * cost.needed
     assert cost.trained_bytes == 12 * parameters
     assert cost.memory + 29 * 2 * 218_112_000 == pytest.approx(memory, rel=0.01)
+
+
+def test_pieces_are_those_of_the_device_whose_cost_is_counted() -> None:
+    """A GPU has larger pieces of scores, which exist at once, and fewer of them, each up to the columns of its last block."""
+    sizes: dict[str, Any] = {"num_layers": 1, "taps": [1], "anchors": 64, "mask_token_id": 0}
+    made = lambda: build("dflash_qwen3_8b", **sizes)  # noqa: E731
+    gpu, cpu = (step_cost(made, rows=1, width=512, device_type=device) for device in ("cuda", "cpu"))
+    assert gpu.peak > cpu.peak
+    assert cpu.needed == gpu.needed <= cpu.executed < gpu.executed
 
 
 def test_prompts_are_neither_needed_nor_run() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -51,9 +52,26 @@ class Imported:
     """What was filled in, dropped or renumbered, for the user."""
 
 
+class Claim(IntEnum):
+    """How much the mark of a layout says. A folder can have several marks; the one that says most decides."""
+
+    MODEL = 0
+    """A model of transformers, which may be any drafter."""
+    PART = 1
+    """A tensor that other kinds have too."""
+    KIND = 2
+    """A kind of drafter."""
+    VARIANT = 3
+    """A kind whose folders have the mark of the kind that it extends too."""
+    FORMAT = 4
+    """A format of several kinds, whose tensors have the names of other layouts."""
+
+
 class Importer(ABC):
     """One layout."""
 
+    claim: ClassVar[Claim] = Claim.KIND
+    """How much its mark says."""
     holds: ClassVar[str]
     """The kind of drafter."""
     known_by: ClassVar[str]
@@ -61,7 +79,7 @@ class Importer(ABC):
 
     @abstractmethod
     def recognises(self, given: Given) -> bool:
-        """Return whether a folder has this layout; at most one layout may return True."""
+        """Return whether a folder has the mark of this layout."""
 
     @abstractmethod
     def target_of(self, given: Given) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from drafttrain.drafters.causal_lm.module import rows_problem
 from drafttrain.export.drafter_files import DrafterFiles
 from drafttrain.export.layout import LAYOUTS, Shapes
-from drafttrain.importers import Given, Imported, Importer, importers
+from drafttrain.importers import Claim, Given, Imported, Importer, importers
 from drafttrain.importers.copies import ANGLES
 from drafttrain.importers.naming import renamed, without
 from drafttrain.importers.target import TargetFiles
@@ -30,12 +30,12 @@ class CausalLMImporter(Importer):
     """Any model that `AutoModelForCausalLM` builds without code from the folder; it is not changed."""
 
     holds: ClassVar[str] = "causal_lm"
+    claim = Claim.MODEL
     known_by: ClassVar[str] = "a model_type of transformers in config.json, and no mark of another layout"
 
     def recognises(self, given: Given) -> bool:
-        """Return whether config.json has a model type, and no other layout recognises the folder."""
-        others = [importers.entry(name).component() for name in importers.names() if name != "causal_lm"]
-        return bool(given.config.get("model_type")) and not any(other.recognises(given) for other in others)
+        """Return whether config.json has a model type."""
+        return bool(given.config.get("model_type"))
 
     def target_of(self, given: Given) -> str | None:
         """Return None: a plain model names no target."""

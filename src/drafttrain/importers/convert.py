@@ -84,7 +84,7 @@ def layout_of(given: Given) -> Importer:
     """Return the layout of a folder.
 
     Raises:
-        CheckpointError: It has no known layout, or is a drafter folder already.
+        CheckpointError: It has no known layout or the marks of several, or is a drafter folder already.
     """
     if "drafttrain" in given.config:
         raise CheckpointError(
@@ -93,7 +93,8 @@ def layout_of(given: Given) -> Importer:
     if reason := why_unsupported(given):
         raise CheckpointError(f"{given.folder}: {reason}")
     layouts: dict[str, Importer] = {name: importers.entry(name).component() for name in importers.names()}
-    able = [name for name, layout in layouts.items() if layout.recognises(given)]
+    found = {name: layout.claim for name, layout in layouts.items() if layout.recognises(given)}
+    able = [name for name, claim in found.items() if claim == max(found.values())]
     if len(able) == 1:
         return layouts[able[0]]
     known = [f"{name}: {layout.known_by}" for name, layout in layouts.items()]

@@ -13,7 +13,6 @@ from drafttrain.export.layout import LAYOUTS
 from drafttrain.export.transformers import MODEL_TYPE, RENAMED
 from drafttrain.importers import Given, Imported, Importer, importers
 from drafttrain.importers.copies import without_angles, without_copies
-from drafttrain.importers.domino import is_domino
 from drafttrain.importers.eagle3 import with_map
 from drafttrain.importers.fields import (
     FURTHER,
@@ -63,8 +62,6 @@ class DFlashImporter(Importer):
 
     def recognises(self, given: Given) -> bool:
         """Return whether config.json names DFlash."""
-        if "speculators_model_type" in given.config or is_domino(given):
-            return False
         return NESTED in given.config or bool(given.architectures & set(ARCHITECTURES))
 
     def target_of(self, given: Given) -> str | None:

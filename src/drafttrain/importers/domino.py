@@ -10,7 +10,7 @@ from drafttrain.drafters.dflash.config import block_problems, layer_ids, taps_of
 from drafttrain.drafters.domino.domino import PREFIX, PROJECTOR, SIZES, Domino, field_problems
 from drafttrain.export.drafter_files import DrafterFiles
 from drafttrain.export.layout import LAYOUTS
-from drafttrain.importers import Given, Imported, Importer, importers
+from drafttrain.importers import Claim, Given, Imported, Importer, importers
 from drafttrain.importers.copies import without_angles, without_copies
 from drafttrain.importers.fields import layer_fields, layer_problems, size_problems
 from drafttrain.importers.naming import renamed, unwrapped
@@ -43,6 +43,7 @@ class DominoImporter(Importer):
     """
 
     holds: ClassVar[str] = "domino"
+    claim = Claim.VARIANT
     known_by: ClassVar[str] = f"{BLOCK}.projector_type {PROJECTOR} in config.json"
 
     def recognises(self, given: Given) -> bool:

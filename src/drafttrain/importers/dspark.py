@@ -36,7 +36,7 @@ class DSparkImporter(Importer):
 
     def recognises(self, given: Given) -> bool:
         """Return whether config.json names DeepSpec's class."""
-        return DSpark.architecture in given.architectures and "speculators_model_type" not in given.config
+        return DSpark.architecture in given.architectures
 
     def target_of(self, given: Given) -> str | None:
         """Return None: the layout has no field for it."""

@@ -10,7 +10,7 @@ from drafttrain.drafters.eagle.eagle1 import FC_BIAS, own_defaults
 from drafttrain.export.drafter_files import DrafterFiles
 from drafttrain.export.layout import LAYOUTS
 from drafttrain.export.target_logits import scale_of
-from drafttrain.importers import Given, Imported, Importer, importers
+from drafttrain.importers import Claim, Given, Imported, Importer, importers
 from drafttrain.importers.copies import without_angles, without_copies
 from drafttrain.importers.fields import layer_fields, layer_problems, unknown_fields, without_other_forms
 from drafttrain.importers.naming import renamed, unwrapped, without
@@ -36,14 +36,11 @@ class EagleImporter(Importer):
     """
 
     holds: ClassVar[str] = "eagle"
+    claim = Claim.PART
     known_by: ClassVar[str] = f"architectures {' or '.join(ARCHITECTURES)}, model_type eagle, or a tensor fc.weight"
 
     def recognises(self, given: Given) -> bool:
-        """Return whether the architecture is EAGLE's, or there is an fc and no other layout recognises the folder."""
-        kinds = ("eagle3", "p_eagle", "speculators", "medusa", "dflash", "dspark", "domino")
-        others = [importers.entry(name).component() for name in kinds]
-        if any(other.recognises(given) for other in others):
-            return False
+        """Return whether the architecture is EAGLE's, or there is an fc."""
         named = given.architectures & set(ARCHITECTURES)
         return bool(named) or given.config.get("model_type") == "eagle" or "fc.weight" in unwrapped(given).tensors
 

@@ -53,9 +53,6 @@ OF_NESTED = (TAPS, "norm_before_fc", *NESTED_ONLY, "next_layer_regular", "parall
 """The last two concern further layers and parallel drafting only."""
 
 HEAD = "lm_head.weight"
-MASK_HIDDEN = "mask_hidden"
-P_EAGLES = {"PEagleSpeculator", "PEagleDraftModel", "PeagleLlamaForCausalLM"}
-"""Architectures of its parallel form, which has a tensor of this name."""
 
 
 @dataclass
@@ -81,12 +78,7 @@ class Eagle3Importer(Importer):
 
     def recognises(self, given: Given) -> bool:
         """Return whether the architecture or the names of the tensors are EAGLE-3's."""
-        if "speculators_model_type" in given.config:
-            return False
-        names = unwrapped(given).tensors
-        if P_EAGLES & given.architectures or MASK_HIDDEN in names:
-            return False
-        named = given.architectures & set(ARCHITECTURES)
+        named, names = given.architectures & set(ARCHITECTURES), unwrapped(given).tensors
         return bool(named) or any(n.startswith(OURS) or n == f"{THEIRS}hidden_norm.weight" for n in names)
 
     def target_of(self, given: Given) -> str | None:

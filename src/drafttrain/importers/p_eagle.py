@@ -15,21 +15,18 @@ from drafttrain.core.printable import shown
 from drafttrain.drafters.p_eagle.settings import OWN as SETTINGS
 from drafttrain.drafters.p_eagle.settings import OWN_EMBEDDING, PEagleSettings, field_problems
 from drafttrain.export.drafter_files import DrafterFiles
-from drafttrain.importers import Given, Imported, importers
+from drafttrain.importers import Claim, Given, Imported, importers
 from drafttrain.importers.copies import without_copies
-from drafttrain.importers.eagle3 import (
-    MASK_HIDDEN,
-    P_EAGLES,
-    Eagle3Importer,
-    draft_length,
-    files_of,
-)
 from drafttrain.importers.eagle3 import OWN as OF_EAGLE3
+from drafttrain.importers.eagle3 import Eagle3Importer, draft_length, files_of
 from drafttrain.importers.naming import unwrapped
 from drafttrain.importers.target import TargetFiles
 
 MASKS = ("mask_token_id", "pard_token", "ptd_token_id")
 """The fields that vLLM takes the mask token from, the first one first."""
+
+MASK_HIDDEN = "mask_hidden"
+P_EAGLES = {"PEagleSpeculator", "PEagleDraftModel", "PeagleLlamaForCausalLM"}
 
 OWN = (*OF_EAGLE3, *MASKS, OWN_EMBEDDING, "num_hidden_layers")
 EMBEDDING = "embed_tokens.weight"
@@ -45,13 +42,12 @@ class PEagleImporter(Eagle3Importer):
     """EAGLE-3's names, layers.1 and further ones, and mask_hidden. An embedding that differs from the target's is kept."""
 
     holds: ClassVar[str] = "p_eagle"
+    claim = Claim.VARIANT
     fields: ClassVar[tuple[str, ...]] = OWN
     known_by: ClassVar[str] = f"architectures {' or '.join(sorted(P_EAGLES))}, or a tensor {MASK_HIDDEN}"
 
     def recognises(self, given: Given) -> bool:
         """Return whether the architecture or a tensor is P-EAGLE's."""
-        if "speculators_model_type" in given.config:
-            return False
         return bool(given.architectures & P_EAGLES) or MASK_HIDDEN in unwrapped(given).tensors
 
     def files(self, given: Given, target: TargetFiles, *, taps: list[int]) -> Imported:

@@ -11,7 +11,7 @@ from drafttrain.drafters.eagle.eagle3 import NUM_TAPS
 from drafttrain.environments.known import VLLM_RELEASE as VLLM
 from drafttrain.export.drafter_files import DrafterFiles
 from drafttrain.export.speculators_kinds import VERSION
-from drafttrain.importers import Given, Imported, Importer, importers
+from drafttrain.importers import Claim, Given, Imported, Importer, importers
 from drafttrain.importers.dflash import dflash_files
 from drafttrain.importers.eagle3 import eagle3_files, taps_read
 from drafttrain.importers.fields import FURTHER, HEAD_NORMS, layer_problems, unknown_fields, without_other_forms
@@ -44,6 +44,7 @@ class SpeculatorsImporter(Importer):
     """The tensors of EAGLE-3 under `layers.0.`. Tap i is the state entering block i."""
 
     holds: ClassVar[str] = "eagle3"
+    claim = Claim.FORMAT
     known_by: ClassVar[str] = "speculators_model_type in config.json"
 
     def recognises(self, given: Given) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.loss_rows import LossRows
+from drafttrain.core.piece_size import PieceSize
 from drafttrain.core.probability import likeliest, log_total
 from drafttrain.core.target_rows import (
     AlignedRows,
@@ -29,11 +30,11 @@ from drafttrain.losses.buckets import in_buckets, known_acceptance
 
 ACCEPTANCE = "acceptance rate"
 
-PIECE_BYTES = 256 * 2**20
-"""Logits of the target that exist at once."""
+PIECE_BYTES = PieceSize(on_cpu=24 * 2**20, elsewhere=256 * 2**20)
+"""Logits of the target that exist at once.
 
-CPU_PIECE_BYTES = 24 * 2**20
-"""On a CPU larger tensors do not fit its caches and are mapped again each time: elementwise arithmetic takes four times as long."""
+On a CPU larger tensors do not fit its caches and are mapped again each time: elementwise arithmetic takes four times as long.
+"""
 
 
 @dataclass(frozen=True)
@@ -309,5 +310,4 @@ def connected_zero(drafted: DraftOutput, depth: int) -> Tensor:
 
 def piece_size(rows: AlignedRows, *, columns: int, chunk_rows: int | None) -> int:
     """Return the positions of a piece."""
-    limit = CPU_PIECE_BYTES if rows.tokens_N.device.type == "cpu" else PIECE_BYTES
-    return chunk_rows or max(1, limit // (4 * columns))
+    return chunk_rows or max(1, PIECE_BYTES.on(rows.tokens_N.device) // (4 * columns))

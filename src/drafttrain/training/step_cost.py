@@ -23,12 +23,12 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.flops import attention
+from drafttrain.core.piece_size import counted_for
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Record
 from drafttrain.data_gen.packing import pack
 from drafttrain.drafters import Drafter
 from drafttrain.losses import Loss
-from drafttrain.losses.pieces import PIECE_BYTES
 from drafttrain.losses.step import batch_loss, with_plan
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import taps, trunk
@@ -78,13 +78,22 @@ class StepCost:
         return self.needed / (peak_flops * utilisation)
 
 
-def step_cost(build: Callable[[], Trained], *, rows: int, width: int, prompt: int = 0, mixed: bool = True) -> StepCost:
+def step_cost(
+    build: Callable[[], Trained],
+    *,
+    rows: int,
+    width: int,
+    prompt: int = 0,
+    mixed: bool = True,
+    device_type: str = "cuda",
+) -> StepCost:
     """Count one micro-batch of full rows, one document each.
 
     Args:
         build: Called in a mode in which new tensors have no data.
         prompt: First tokens of each document that are not trained.
         mixed: Train under bf16 autocast.
+        device_type: The device whose cost is counted; it decides how much exists at once.
     """
     records = [Record(str(row), [1] * width, [False] * prompt + [True] * (width - prompt)) for row in range(rows)]
     batch, _ = pack(records, width=width, weight_of_step=1.0)
@@ -96,7 +105,7 @@ def step_cost(build: Callable[[], Trained], *, rows: int, width: int, prompt: in
     drafter = made.drafter.train()
     weights = [*drafter.parameters(), *drafter.buffers()]
     frozen = [*made.target.model.parameters(), *made.target.model.buffers()]
-    with Counted() as counted:
+    with Counted() as counted, counted_for(device_type):
         kept = _step(made, batch, mixed=mixed, own=weights)
     trained = [p for p in drafter.parameters() if p.requires_grad]
     return StepCost(
@@ -130,9 +139,7 @@ def _step(made: Trained, batch: DraftBatch, *, mixed: bool, own: Sequence[Tensor
         seen = _read(made.target, batch, _needs(made))
         rows = made.target.rows_of(seen) if made.loss.needs_target else None
         batch = replace(batch, target=seen, target_rows=rows)
-        # As large as on a GPU, which these tensors are not on.
-        chunk_rows = made.chunk_rows or PIECE_BYTES // (4 * made.vocab_size)
-        loss = batch_loss(drafted, made.loss, batch, vocab_size=made.vocab_size, chunk_rows=chunk_rows)
+        loss = batch_loss(drafted, made.loss, batch, vocab_size=made.vocab_size, chunk_rows=made.chunk_rows)
     loss.total.backward()
     return sum(sizes.values())
 

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from drafttrain.core.piece_size import PieceSize
 from drafttrain.drafters.dflash.blocks import Blocks
 from drafttrain.target_model.packed_kernels import wide_type
 
-CPU_SCORES = 1 << 21
-"""Scores of a piece on a CPU, whose caches hold no more: 8 MB in float32."""
-SCORES = 1 << 26
-"""Scores of a piece on a GPU: 256 MB in float32."""
+SCORES = PieceSize(on_cpu=1 << 21, elsewhere=1 << 26)
+"""Scores of a piece: 8 MB in float32 on a CPU, 256 MB elsewhere."""
 
 
 def attend_blocks(
@@ -97,9 +96,8 @@ def _masks(blocks: Blocks, hidden_ABO: Tensor | None, here: slice, seen: slice) 
 def _pieces(blocks: Blocks, query_AHBd: Tensor, own_key_AGOd: Tensor) -> list[tuple[slice, slice]]:
     """Return (blocks, columns) of pieces whose scores are few enough to exist at once."""
     _, heads, size, _ = query_AHBd.shape
-    limit = CPU_SCORES if query_AHBd.device.type == "cpu" else SCORES
     longest = max((span.columns.stop - span.columns.start for span in blocks.spans), default=0)
-    at_once = max(1, limit // (heads * size * (longest + own_key_AGOd.shape[2])))
+    at_once = max(1, SCORES.on(query_AHBd.device) // (heads * size * (longest + own_key_AGOd.shape[2])))
     return [(piece.blocks, piece.columns) for piece in blocks.pieces(at_once)]
 
 

@@ -317,8 +317,8 @@ def taps_of(num_layers: int, given: Sequence[int] | None = None) -> list[int]:
         return taps
     if num_layers < 3:
         raise CheckpointError(
-            f"drafter.kind eagle3 taps three blocks unless drafter.taps names others, and this target has {num_layers} layers: "
-            "set drafter.taps"
+            f"drafter.taps is null, which needs three blocks, and this target has {num_layers} "
+            f"layer{'s' if num_layers > 1 else ''}: name one or more of 0..{num_layers - 1}"
         )
     if num_layers >= 10:
         return [2, num_layers // 2, num_layers - 3]
