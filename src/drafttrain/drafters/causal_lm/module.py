@@ -33,6 +33,7 @@ from drafttrain.target_model.loading import load_causal_lm
 from drafttrain.target_model.logits import head_of
 from drafttrain.target_model.matrix_products import head_parameters, trunk_products
 from drafttrain.target_model.positions import UNLIMITED_POSITIONS, max_positions
+from drafttrain.target_model.sized_target import read_sizes, sized_model
 from drafttrain.target_model.tokenizer import check_same_tokenizer, load_tokenizer, num_ids
 
 
@@ -135,6 +136,18 @@ class CausalLMDrafter(Drafter):
             folder = resolve_folder(settings.checkpoint)
             check_same_tokenizer(tokenizer, load_tokenizer(folder), drafter=settings.checkpoint)
             model = load_causal_lm(folder, attention=drafter_attention(target and target.model))
+        return cls._of(model, settings)
+
+    @classmethod
+    def sized(cls, settings: CausalLMSettings, *, target: Target, tokenizer: Any) -> CausalLMDrafter:
+        """Return the drafter; of a checkpoint only config.json is read."""
+        if settings.checkpoint is None:
+            return cls.create(settings, target=target, tokenizer=tokenizer)
+        config, _ = read_sizes(settings.checkpoint)
+        return cls._of(sized_model(config, "float32", attention=drafter_attention(target.model)), settings)
+
+    @classmethod
+    def _of(cls, model: Any, settings: CausalLMSettings) -> CausalLMDrafter:
         if settings.freeze_embedding:
             for part in (model.get_input_embeddings(), model.get_output_embeddings()):
                 part.requires_grad_(False)
