@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._C._profiler import _ExtraFields_Allocation
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from drafttrain.config.load import load_recipe
 from drafttrain.config.recipe import Recipe
@@ -30,8 +34,6 @@ from drafttrain.training.optimizer import build_optimizer
 from tests.cli.test_cli import call
 
 SMALL = ["data.max_length=96", "train.batch_size=8", "train.records_per_device=4", "data.cache=none"]
-RECIPES = {"tiny_eagle3": "muon", "tiny_medusa": "adamw", "tiny_dflash": "muon"}
-"""Each with the optimizer that it is planned with."""
 
 
 def recipe_of(name: str, *overrides: str) -> Recipe:
@@ -58,14 +60,56 @@ def size_of(tensors: Any) -> int:
     return sum({one.data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
 
 
-def allocated(profiled: Any) -> tuple[int, int]:
-    """Return (most, last) of the bytes that torch's allocator handed to what was profiled, less what it got back."""
-    events = [one for one in profiled.profiler.kineto_results.events() if one.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda one: one.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most, now
+class Global:
+    """In place of torch's tracker of modules, whose hooks autograd refuses inside the loss: all counts are global."""
+
+    parents = ("Global",)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def flops_of(run: Callable[[], None]) -> int:
+    """Return what torch counts, with the products in place that it knows no formula of."""
+    aten, in_place = torch.ops.aten, {}
+    for one, like in ((aten.addmm_, aten.addmm), (aten.baddbmm_, aten.baddbmm)):
+        in_place[one] = partial(flop_registry[like])
+        # It is wrapped already.
+        in_place[one]._get_raw = True
+    counter = FlopCounterMode(display=False, custom_mapping=in_place)
+    counter.mod_tracker = Global()
+    with counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+def allocations(profiled: profile) -> list[tuple[int, int]]:
+    """Return (address, bytes) of what torch's allocator gave to the profiled code, and negative ones of what it got back."""
+    found, left = [], list(profiled.profiler.kineto_results.experimental_event_tree())
+    while left:
+        event = left.pop()
+        left += event.children
+        if isinstance(event.extra_fields, _ExtraFields_Allocation):
+            found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    return [(place, size) for _, place, size in sorted(found)]
+
+
+def most(sizes: Iterable[int]) -> int:
+    """Return the most bytes that were there at once."""
+    return max(accumulate(sizes))
+
+
+def given_back(made: list[tuple[int, int]]) -> list[int]:
+    """Return the sizes of what was given back before the end: not those of results."""
+    open_at: dict[int, int] = {}
+    sizes = [0] * len(made)
+    for number, (place, size) in enumerate(made):
+        if size > 0:
+            open_at[place] = number
+        elif (first := open_at.pop(place, None)) is not None:
+            sizes[first], sizes[number] = made[first][1], size
+    return sizes
 
 
 def measured(recipe: Recipe) -> Measured:
@@ -79,7 +123,7 @@ def measured(recipe: Recipe) -> Measured:
     settings: dict[str, Any] = {"vocab_size": target.num_tokens, "chunk_rows": recipe.train.loss_chunk_rows}
     own = {one.untyped_storage().data_ptr() for one in [*drafter.parameters(), *drafter.buffers()]}
     kept: dict[int, Any] = {}
-    in_loss: list[Any] = []
+    in_loss: list[int] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -101,15 +145,15 @@ def measured(recipe: Recipe) -> Measured:
         output = component.forward(drafter, batch)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             held = batch_loss(lambda _: output, loss, batch, **settings)
-            del held
-        in_loss.append(profiled)
+        # What is left are the gradients of states and head.
+        in_loss.append(most(given_back(allocations(profiled))))
+        del held
         return output
 
     micro_batch(drafted)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         micro_batch(drafter)
-    with FlopCounterMode(display=False) as flops:
-        micro_batch(drafter)
+    executed = flops_of(lambda: micro_batch(drafter))
     micro_batch(measured_draft)
     optimizer = build_optimizer(drafter, recipe.train)
     optimizer.step()
@@ -124,10 +168,10 @@ def measured(recipe: Recipe) -> Measured:
         gradient_bytes=gradients,
         optimizer_bytes=sum(one.numel() * one.element_size() for one in state),
         kept=sum(storage.nbytes() for storage in kept.values()),
-        logits=allocated(in_loss[0])[0],
+        logits=in_loss[0],
         # The gradients were there before.
-        peak=allocated(profiled)[0] + gradients,
-        executed=flops.get_total_flops(),
+        peak=most(size for _, size in allocations(profiled)) + gradients,
+        executed=executed,
     )
 
 
@@ -136,19 +180,31 @@ def eagle() -> Plan:
     return plan_of(recipe_of("tiny_eagle"), Gpu("h100"))
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_plan_is_what_a_real_step_takes(name: str) -> None:
-    recipe = recipe_of(name, f"train.optimizer={RECIPES[name]}")
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [
+        ("tiny_eagle3", "muon"),
+        ("tiny_medusa", "adamw"),
+        pytest.param("tiny_dflash", "muon", marks=pytest.mark.slow),
+    ],
+)
+def test_a_plan_is_what_a_real_step_takes(name: str, optimizer: str) -> None:
+    recipe = recipe_of(name, f"train.optimizer={optimizer}")
     cost, real = plan_of(recipe, None).cost, measured(recipe)
     for exact in ("trained", "frozen", "target_bytes", "drafter_bytes", "gradient_bytes", "optimizer_bytes"):
         assert getattr(cost, exact) == getattr(real, exact), exact
-    assert cost.kept == pytest.approx(real.kept, rel=0.15)
-    assert cost.peak == pytest.approx(real.peak, rel=0.15)
+    for near in ("kept", "logits", "peak"):
+        assert getattr(cost, near) == pytest.approx(getattr(real, near), rel=0.15), near
     assert cost.executed == pytest.approx(real.executed, rel=0.1)
-    # The control: a plan of rows that are half as long.
-    shorter = plan_of(recipe_of(name, "data.max_length=48"), None).cost
-    assert shorter.kept != pytest.approx(real.kept, rel=0.15)
-    assert shorter.executed != pytest.approx(real.executed, rel=0.1)
+
+
+def test_control_a_step_of_another_length_is_not_what_was_planned() -> None:
+    planned, real = (
+        plan_of(recipe_of("tiny_medusa"), None).cost,
+        measured(recipe_of("tiny_medusa", "data.max_length=72")),
+    )
+    for near in ("kept", "logits", "executed"):
+        assert getattr(planned, near) != pytest.approx(getattr(real, near), rel=0.15), near
 
 
 def test_of_a_target_only_its_config_is_read(tmp_path: Path, eagle: Plan) -> None:

@@ -26,7 +26,7 @@ from drafttrain.drafters.causal_lm.proposer import ChainProposer
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import blocks
 from drafttrain.target_model.attention import drafter_attention
-from drafttrain.target_model.documents import document_states
+from drafttrain.target_model.documents import assume_plain, document_states
 from drafttrain.target_model.end_tokens import end_of_text_id
 from drafttrain.target_model.folders import resolve_folder
 from drafttrain.target_model.loading import load_causal_lm
@@ -142,9 +142,12 @@ class CausalLMDrafter(Drafter):
     def sized(cls, settings: CausalLMSettings, *, target: Target, tokenizer: Any) -> CausalLMDrafter:
         """Return the drafter; of a checkpoint only config.json is read."""
         if settings.checkpoint is None:
-            return cls.create(settings, target=target, tokenizer=tokenizer)
-        config, _ = read_sizes(settings.checkpoint)
-        return cls._of(sized_model(config, "float32", attention=drafter_attention(target.model)), settings)
+            drafter = cls.create(settings, target=target, tokenizer=tokenizer)
+        else:
+            config, _ = read_sizes(settings.checkpoint)
+            drafter = cls._of(sized_model(config, "float32", attention=drafter_attention(target.model)), settings)
+        assume_plain(drafter.model)
+        return drafter
 
     @classmethod
     def _of(cls, model: Any, settings: CausalLMSettings) -> CausalLMDrafter:
