@@ -71,6 +71,8 @@ def _work(plan: Plan) -> Iterator[list[str]]:
     yield ["cache on disk (GB), at most", _gb(plan.cache_bytes), FORMULA]
     yield ["tokens a step, at most", f"{plan.tokens_per_step:,}", FORMULA]
     yield ["steps", f"{settings.max_steps:,}", "recipe"]
+    if settings.pretrain is not None:
+        yield ["steps of train.pretrain before them", f"{settings.pretrain.max_steps:,}", "not counted"]
     if plan.steps_per_epoch is None:
         yield ["steps an epoch", "not known: --records", ""]
     else:

@@ -61,7 +61,7 @@ def config_folder(name: str, *, revision: str | None = None) -> Path:
         CheckpointError: There is no such folder, or it has no config.json.
     """
     folder = (
-        _fetched(name, ("config.json",), revision=revision)
+        _fetched(name, ("config.json",), revision=revision, instead="; a folder with its config.json alone is enough")
         if _may_be_on_hub(name)
         else cached_folder(name, revision=revision)
     )
@@ -72,8 +72,12 @@ def config_folder(name: str, *, revision: str | None = None) -> Path:
     return folder
 
 
-def _fetched(name: str, patterns: Sequence[str], *, revision: str | None) -> Path:
-    """Return the folder of a hub id with the files of these patterns."""
+def _fetched(name: str, patterns: Sequence[str], *, revision: str | None, instead: str = "") -> Path:
+    """Return the folder of a hub id with the files of these patterns.
+
+    Args:
+        instead: What to give where the hub cannot be reached, for the error.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -86,7 +90,7 @@ def _fetched(name: str, patterns: Sequence[str], *, revision: str | None) -> Pat
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
-            f"{name}: not a local folder, and fetching it from the hub failed ({type(error).__name__})"
+            f"{name}: not a local folder, and fetching it from the hub failed ({type(error).__name__}){instead}"
         ) from error
 
 

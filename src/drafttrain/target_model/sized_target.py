@@ -14,6 +14,7 @@ import torch
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.foreign import check_folder
+from drafttrain.target_model.documents import assume_plain
 from drafttrain.target_model.folder_checks import in_one_line
 from drafttrain.target_model.folders import config_folder
 from drafttrain.target_model.mimo import register_mimo
@@ -53,7 +54,9 @@ class SizedTarget(Target):
             dtype = (stored if stored in HALF_TYPES.values() else "bfloat16") if halved else "float32"
         has_tokenizer = settings.tokenizer is None and tokenizer_files(folder)
         tokenizer = load_tokenizer(folder, trust_remote_code=trust) if has_tokenizer else NoTokenizer()
-        return cls(build(dtype), tokenizer, name=settings.model, fingerprint="")
+        model = build(dtype)
+        assume_plain(model)
+        return cls(model, tokenizer, name=settings.model, fingerprint="")
 
     @cached_property
     def num_tokens(self) -> int:
