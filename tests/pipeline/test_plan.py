@@ -258,9 +258,12 @@ def test_zero_spreads_what_its_stages_spread(eagle: Plan) -> None:
 
 def test_what_does_not_fit_is_answered_with_what_helps(eagle: Plan) -> None:
     assert eagle.changes() == []
-    large = replace(eagle, cost=replace(eagle.cost, peak=90 * 10**9))
+    large = replace(eagle, cost=replace(eagle.cost, peak=90 * 10**9, logits=3 * 10**9))
     changes = large.changes()
     assert changes[0].startswith("train.records_per_device=2 (now 4)")
+    assert "up to 3.00 GB at once" in changes[1]
+    # EAGLE-1 has no activations that could be computed again.
+    assert not any("activation_checkpointing" in change for change in changes)
     assert "h200" in changes[-1]
     assert "h100" not in changes[-1].split(": ")[1].split(", ")
 

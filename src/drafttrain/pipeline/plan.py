@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import Any, cast
 
 from drafttrain.config.made_by import MADE_BY
 from drafttrain.config.recipe import Recipe
@@ -114,13 +114,18 @@ class Plan:
         """Return what to change if it does not fit on the GPU; empty: it fits, or it is for a CPU."""
         if self.gpu is None or self.gpu.holds(self.memory):
             return []
-        runs = self.recipe.data.cache == "none"
+        runs, component = (
+            self.recipe.data.cache == "none",
+            cast(Any, drafters.entry(self.recipe.drafter.kind).component),
+        )
         found = what_helps(
             self.settings,
             processes=self.processes,
             trained=self.cost.trained,
+            recomputes=component.recomputes,
             blocks_bytes=self.cost.blocks_bytes if runs else None,
             device_type="cuda",
+            logits_bytes=self.cost.logits,
         )
         larger = [name for name in MEMORY_AND_BANDWIDTH if Gpu(name).holds(self.memory)]
         needed = f"a GPU of {(self.memory + RESERVED_BYTES) / 1e9:.0f} GB or more"

@@ -60,6 +60,7 @@ def _for_steps(module: StepModule, device: torch.device) -> list[str]:
         module.settings,
         processes=world().size,
         trained=sum(p.numel() for p in module.trained.parameters() if p.requires_grad),
+        recomputes=getattr(module.trained, "recomputes", False),
         blocks_bytes=blocks_bytes,
         device_type=device.type,
     )

@@ -6,15 +6,27 @@ from collections.abc import Iterator
 
 from drafttrain.training.settings import TrainSettings
 
+MANY_BYTES = 10**9
+"""Logits from here on are worth a change."""
+
 
 def what_helps(
-    settings: TrainSettings, *, processes: int, trained: int, blocks_bytes: int | None, device_type: str
+    settings: TrainSettings,
+    *,
+    processes: int,
+    trained: int,
+    recomputes: bool,
+    blocks_bytes: int | None,
+    device_type: str,
+    logits_bytes: int = 0,
 ) -> list[str]:
     """Return the changes that reduce the memory of a step, one a line, the cheapest first.
 
     Args:
         trained: Number of trained parameters.
+        recomputes: What is trained can compute its activations again.
         blocks_bytes: Bytes of the blocks of a target that is run in a step; 0: none is run; None: the training never runs one.
+        logits_bytes: What the loss holds at once, if it is known.
     """
     changes = []
     now = settings.largest_micro_batch(processes)
@@ -24,7 +36,12 @@ def what_helps(
             f"train.records_per_device={then} (now {now}): {then} of a step's records at once in place of {now}, "
             f"{then / now:.0%} of the activations and logits; the result is the same"
         )
-    if not settings.activation_checkpointing:
+    if logits_bytes >= MANY_BYTES:
+        rows = "by size" if settings.loss_chunk_rows is None else settings.loss_chunk_rows
+        changes.append(
+            f"train.loss_chunk_rows, fewer (now {rows}): the loss holds up to {logits_bytes / 1e9:.2f} GB at once"
+        )
+    if recomputes and not settings.activation_checkpointing:
         changes.append(
             "train.activation_checkpointing=true: the drafter's activations are computed again, not stored; slower steps"
         )
