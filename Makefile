@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 demo-chat: $(INSTALLED)
 	$(BIN)/drafttrain chat builtin:smollm2_eagle3 --max-new-tokens 160 "Why is the sky blue?" \
 	  "Write a Python function that counts the vowels of a word." "Give me three tips for learning a language."
-	$(BIN)/drafttrain chat builtin:smollm2_eagle3 --measure
+	$(BIN)/drafttrain chat builtin:smollm2_eagle3 --measure --within 120
 
 # Under a minute, before a push: the losses, the evaluator's identities, recipes, the architecture.
 quick: $(INSTALLED)

@@ -66,6 +66,11 @@ KINDS = {
     "jetspec": (f"drafter={{kind: dflash, causal: true, block_size: 6, {OF_BLOCK}}}", "loss.kind=forward_kl"),
     "dspark": (f"drafter={{kind: dspark, block_size: 5, markov_rank: 32, {OF_BLOCK}}}", DISTANCE),
     "domino": (f"drafter={{kind: domino, block_size: 5, gru_hidden_dim: 64, emb_dim: 32, {OF_BLOCK}}}", "loss.kind=ce"),
+    "xpress": (
+        f"drafter={{kind: xpress, block_size: 6, rank: 32, mlp_hidden: 64, num_passes: 5, {OF_BLOCK}}}",
+        "loss.kind=ce",
+    ),
+    "dflash2": (f"drafter={{kind: dflash2, block_size: 6, selector_rank: 32, {OF_BLOCK}}}", "loss.kind=ce"),
     "medusa2": ("drafter={kind: medusa, joint: {head_lr_multiplier: 4}}", "loss.kind=ce"),
 }
 """Changes of the recipe for each kind; the loss is that of its own recipe. Overrides from the command line come after."""

@@ -29,7 +29,7 @@ OUT = Path(__file__).with_suffix(".md")
 RECIPES = (
     *("eagle3_llama3.1_8b", "eagle3_qwen3_8b", "eagle3_1_qwen3_8b", "p_eagle_qwen3_8b"),
     *("medusa_llama3.1_8b", "kangaroo_llama3.1_8b", "mtp_mimo_7b", "dflash_qwen3_8b", "dspark_qwen3_8b"),
-    *("domino_qwen3_8b", "kd_qwen3_8b_0.6b"),
+    *("domino_qwen3_8b", "dflash2_qwen3_8b", "xpress_qwen3_8b", "kd_qwen3_8b_0.6b"),
 )
 GPU = Gpu("h100")
 

@@ -125,6 +125,13 @@ def test_measure_ends_with_the_speed_up_and_its_interval(folders):
     assert all(name in stdout for name in ("plain decoding, same engine", "transformers' generate", "with the drafter"))
 
 
+def test_a_measurement_ends_after_the_question_in_which_its_time_is_over(folders):
+    questions = [f"{number}?" for number in range(6)]
+    for within, count in (("0", 4), ("1e9", 6)):
+        stdout, _ = call(folders, "--measure", "--within", within, *questions)
+        assert f"({count} prompts, " in stdout.splitlines()[-1]
+
+
 def test_the_last_line_says_how_outputs_differ():
     gap = Divergence("a", 3, 1, 2, 0.01, 0.5, True)
     speed = Speed(

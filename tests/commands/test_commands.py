@@ -375,7 +375,7 @@ def smoked(name: str) -> object:
     long = (
         (name.endswith(("_8b", "_7b")) and not name.startswith("kd_"))
         or name.startswith("smollm2_")
-        or name in {"tiny_medusa2", "tiny_domino"}
+        or name in {"tiny_medusa2", "tiny_domino", "tiny_dflash2", "tiny_xpress"}
     )
     return pytest.param(name, marks=[pytest.mark.slow] if long else [])
 
@@ -400,6 +400,8 @@ def test_every_recipe_runs_with_smoke(name, tmp_path):
         "mtp_mimo_7b": [*EMBEDDED, "drafter.init=random", "export.to=[]"],
         "eagle3_1_qwen3_8b": [*EMBEDDED, "drafter.draft_vocab_size=512"],
         "domino_qwen3_8b": [*EMBEDDED, "drafter.mask_token_id=1"],
+        "xpress_qwen3_8b": [*EMBEDDED, "drafter.mask_token_id=1"],
+        "dflash2_qwen3_8b": [*EMBEDDED, "drafter.mask_token_id=1"],
         "p_eagle_qwen3_8b": [*EMBEDDED, "drafter.draft_vocab_size=512", "drafter.mask_token_id=1"],
         "dflash_qwen3_8b": [*EMBEDDED, "drafter.mask_token_id=1"],
         "smollm2_eagle3": [*EMBEDDED, *EMBEDDED_TEXT, "drafter.draft_vocab_size=512"],

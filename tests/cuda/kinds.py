@@ -83,6 +83,20 @@ KINDS: dict[str, Kind] = {
             **{"sample_from_anchor": True, "draft_vocab_size": 128},
         }
     ),
+    "xpress": Kind(
+        {
+            **{"kind": "xpress", "num_layers": 1, "block_size": 4, "anchors": 4, "mask_token_id": 0},
+            **{"head_dim": 16, "rank": 8, "mlp_hidden": 16, "num_candidates": 16},
+        },
+        {"kind": "ce"},
+    ),
+    "dflash2": Kind(
+        {
+            **{"kind": "dflash2", "num_layers": 1, "block_size": 4, "anchors": 4, "mask_token_id": 0},
+            **{"head_dim": 16, "selector_rank": 8, "selector_top_k": 4},
+        },
+        {"kind": "ce"},
+    ),
     "domino": Kind(
         {
             **{"kind": "domino", "num_layers": 1, "block_size": 4, "anchors": 4, "mask_token_id": 0},

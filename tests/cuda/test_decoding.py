@@ -69,7 +69,7 @@ def test_every_kind_but_kangaroo_drafts_trees(name: str, target: Target, drafter
 @pytest.mark.parametrize("name", length_policies.names())
 def test_every_length_policy(name: str, target: Target, drafter_of: Any, heads_of: dict[str, str]) -> None:
     length = of_registry(length_policies, heads_of, "acceptance", name)
-    kind = "dspark" if name == "predicted_acceptance" else "causal_lm"
+    kind = "dspark" if length.reads_confidence else "causal_lm"
     decode(target, drafter_of(kind), length=length, sampling=Sampling() if name == "tree" else SAMPLED)
 
 

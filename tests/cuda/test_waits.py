@@ -54,6 +54,8 @@ CHAIN = {
     "p_eagle": Ceiling(3, 4),
     "p_eagle_own": Ceiling(3, 4),
     "domino": Ceiling(6.5, 10),
+    "xpress": Ceiling(3.3, 6),
+    "dflash2": Ceiling(6.5, 9.7),
     "mtp": Ceiling(6, 15),
 }
 """A round of two sequences with four draft tokens each."""
@@ -71,6 +73,8 @@ TREE = {
     "p_eagle": Ceiling(3, 4),
     "p_eagle_own": Ceiling(3, 4),
     "domino": Ceiling(5.5, 8.5),
+    "xpress": Ceiling(6.5, 9.7),
+    "dflash2": Ceiling(6.5, 9.7),
     "mtp": Ceiling(8, 12),
 }
 """A round of two sequences with trees of twelve nodes in three levels."""

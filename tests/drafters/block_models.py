@@ -46,14 +46,53 @@ def turned(head_d: Tensor, position: int, theta: float = 10000.0) -> Tensor:
     return turned_d
 
 
+def plain_convolution(
+    states_BD: Tensor, base_oD: Tensor, projection: Tensor, normed_BD: Tensor, *, side: int, neighbour: int = -1
+) -> Tensor:
+    """Return a side of DFlash2's convolution over the slots of a block, channel by channel.
+
+    Args:
+        projection: Of [side, tap, group] from a slot's normed input.
+        neighbour: Where tap 1 reads; +1 is the wrong variant.
+    """
+    size, width = states_BD.shape
+    taps = len(base_oD)
+    groups = len(projection) // (2 * taps)
+    found = torch.zeros_like(states_BD)
+    for slot in range(size):
+        delta = (projection @ normed_BD[slot]).view(2, taps, groups)
+        for tap in range(taps):
+            read = slot + neighbour * tap
+            if not 0 <= read < size:
+                continue
+            for channel in range(width):
+                kernel = base_oD[tap, channel] + delta[side, tap, channel // (width // groups)]
+                found[slot, channel] += kernel * states_BD[read, channel]
+    return found
+
+
 def plain_block(
-    drafter: Any, features_CF: Tensor, root: int, *, block_size: int | None = None, norm_context: bool = False
+    drafter: Any,
+    features_CF: Tensor,
+    root: int,
+    *,
+    block_size: int | None = None,
+    norm_context: bool = False,
+    neighbour: int = -1,
 ) -> Tensor:
     """Return states_BD of a block whose root follows these features, after the final norm.
 
     Args:
         norm_context: The wrong variant: the context passes through the layer's input norm.
+        neighbour: Where DFlash2's convolutions read; +1 is the wrong variant.
     """
+
+    def convolved(name: str, states_BD: Tensor, normed_BD: Tensor, side: int) -> Tensor:
+        if f"{name}_conv.base_kernel" not in of_layer:
+            return states_BD
+        base, projection = (of_layer[f"{name}_conv.{part}"] for part in ("base_kernel", "kernel_projection"))
+        return plain_convolution(states_BD, base[side], projection, normed_BD, side=side, neighbour=neighbour)
+
     weights, size = drafter.state_dict(), block_size or drafter.block_size
     eps, width = drafter.config["rms_norm_eps"], drafter.config["head_dim"]
     position = len(features_CF)
@@ -66,7 +105,8 @@ def plain_block(
             for name, weight in weights.items()
             if name.startswith(f"layers.{number}.")
         }
-        entering_BD = normed(stream_BD, of_layer["input_layernorm"], eps)
+        normed_BD = normed(stream_BD, of_layer["input_layernorm"], eps)
+        entering_BD = convolved("attention", normed_BD, normed_BD, 0)
         before_CD = normed(context_CD, of_layer["input_layernorm"], eps) if norm_context else context_CD
         reading_XD = torch.cat([before_CD, entering_BD])
         attended = []
@@ -86,10 +126,12 @@ def plain_block(
                     values.append(of_layer["self_attn.v_proj"][theirs] @ reading_XD[column])
                 heads.append(torch.stack(scores).softmax(0) @ torch.stack(values))
             attended.append(of_layer["self_attn.o_proj"] @ torch.cat(heads))
-        stream_BD = stream_BD + torch.stack(attended)
-        inner_BD = normed(stream_BD, of_layer["post_attention_layernorm"], eps)
+        stream_BD = stream_BD + convolved("attention", torch.stack(attended), normed_BD, 1)
+        normed_BD = normed(stream_BD, of_layer["post_attention_layernorm"], eps)
+        inner_BD = convolved("mlp", normed_BD, normed_BD, 0)
         gate, up, down = (of_layer[f"mlp.{name}_proj"] for name in ("gate", "up", "down"))
-        stream_BD = stream_BD + (silu(inner_BD @ gate.T) * (inner_BD @ up.T)) @ down.T
+        added_BD = (silu(inner_BD @ gate.T) * (inner_BD @ up.T)) @ down.T
+        stream_BD = stream_BD + convolved("mlp", added_BD, normed_BD, 1)
     return normed(stream_BD, weights["norm.weight"], eps)
 
 

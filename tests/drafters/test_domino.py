@@ -237,7 +237,7 @@ def test_the_share_of_the_base_logits_falls_from_one_to_zero(target):
     # An endless training, and validation.
     assert drafter.base_share(at_step(batch, 0, 0)) == 0.0
     assert drafter.eval().base_share(at_step(batch, 0, 10)) == 0.0
-    assert drafter(at_step(batch, 0, 10)).beside is None
+    assert drafter(at_step(batch, 0, 10)).beside == ()
 
 
 def test_a_training_tells_its_drafter_how_many_steps_it_has(target):

@@ -50,8 +50,7 @@ def read(target: Target, medusa: Medusa, *, seed: int = 1) -> DraftBatch:
 
 def targets_loss(drafted: DraftOutput, batch: DraftBatch) -> float:
     """Return the loss that is trained next to the heads."""
-    beside = drafted.beside
-    assert beside is not None
+    (beside,) = drafted.beside
     batch = replace(batch, target_rows=beside.target_rows)
     rows = align(beside.drafted, batch)
     return float(drafted_loss(beside.loss, beside.drafted, rows, batch, vocab_size=V).total.detach())
@@ -62,7 +61,7 @@ def train(medusa: Medusa, batch: DraftBatch, *, steps: int) -> None:
     for step in range(steps):
         drafted = medusa(replace(batch, step=step))
         loss = CrossEntropy(CrossEntropySettings())
-        assert drafted.beside is not None
+        assert drafted.beside
         optimizer.zero_grad()
         made = drafted_loss(loss, drafted, align(drafted, batch), batch, vocab_size=V)
         (made.total / batch.weight_of_step).backward()

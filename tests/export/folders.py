@@ -23,7 +23,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "p_eagle": {"draft_vocab_size": 100, "num_layers": 2, "num_depths": 3, "mask_token_id": 1},
     "kangaroo": {"exit_layer": 1},
     "domino": {"num_layers": 2, "block_size": 4, "gru_hidden_dim": 8, "emb_dim": 6, "mask_token_id": 1},
+    "xpress": {"num_layers": 2, "taps": [1, 3], "block_size": 4, "mask_token_id": 1, "rank": 6, "mlp_hidden": 8},
     "dspark": {"num_layers": 2, "taps": [1, 3], "block_size": 3, "mask_token_id": 1, "markov_rank": 6},
+    "dflash2": {"num_layers": 2, "block_size": 4, "selector_rank": 6, "selector_top_k": 5, "mask_token_id": 1},
     "dflash": {"num_layers": 2, "taps": [1, 3], "block_size": 4, "mask_token_id": 1},
 }
 

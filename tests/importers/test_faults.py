@@ -178,8 +178,8 @@ FAULTS: list[tuple[str, Any, list[str]]] = [
     ),
     (
         "speculators",
-        lambda t, c, _: c.update(speculators_model_type="dspark"),
-        ["is 'dspark': a DSpark drafter, which is not supported yet"],
+        lambda t, c, _: c.update(speculators_model_type="xpress"),
+        ["is 'xpress': an XPress drafter, which is not supported yet"],
     ),
     (
         "speculators",

@@ -205,7 +205,7 @@ def test_the_draft_length_of_a_speculators_folder_is_kept(target, tmp_path):
 
 # (tensor that is added or field, what its one line contains)
 KINDS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-    ({}, {"architectures": ["DFlash2DraftModel"]}, "names DFlash2DraftModel: a DFlash2 drafter"),
+    ({}, {"architectures": ["DFlash2BeamDraftModel"]}, "names DFlash2BeamDraftModel: a DFlash2 drafter"),
     ({}, {"architectures": ["DominoDraftModel"]}, "names DominoDraftModel: a Domino drafter"),
     ({"markov_head.markov_w1.weight": torch.zeros(2, 2)}, {}, r"markov_w1.weight: a DSpark drafter"),
     ({"midlayer.mlp.up_proj.qweight": torch.zeros(2, 2)}, {}, "qweight: quantized weights"),

@@ -157,7 +157,7 @@ EXPORTED = [
     *((kind, "sglang") for kind in ("eagle3", "eagle", "causal_lm")),
     *(("eagle3", "speculators"), ("p_eagle", "speculators"), ("p_eagle", "vllm")),
     *(("dflash", format) for format in ("vllm", "speculators", "transformers")),
-    ("dspark", "deepspec"),
+    *(("dspark", format) for format in ("deepspec", "speculators")),
 ]
 
 
@@ -179,6 +179,20 @@ def test_an_exported_drafter_is_imported_unchanged(kind, format, target, tmp_pat
             drafted = drafter(batch)
             logits.append(drafted.head(drafted.states_BTD[1].flatten(0, 1), 1))
     assert torch.equal(*logits)
+
+
+def test_missing_fields_of_dsparks_heads_are_the_librarys_values(target, tmp_path):
+    source = folders.save(folders.drafter_of("dspark", target), tmp_path / "source", target)
+    target_config = read_target_config(Path(target.name), name=target.name)
+    export_as("speculators", source, tmp_path / "out", target_config=target_config)
+    held = json.loads((tmp_path / "out" / "config.json").read_text())
+    left_out = ("sample_from_anchor", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov")
+    folders.damage(tmp_path / "out", lambda _, config: [config.pop(key) for key in left_out])
+    made = import_folder(tmp_path / "out", tmp_path / "again")
+    assert given.same(given.held(tmp_path / "again"), given.held(source))
+    for key in left_out:
+        assert made.files.config[key] == held[key]
+        assert f"config.json: {key} is missing: set to {held[key]!r}, as speculators 0.9.0 does" in made.notes
 
 
 def plain_eagle3(

@@ -139,7 +139,7 @@ def test_of_medusa_2_the_targets_head_runs_once_a_position_for_its_own_loss_and_
     rows = align(drafted, batch, block_length=getattr(loss, "block_length", 1))
     with Products([target.model.get_output_embeddings().weight]) as products:
         drafted_loss(loss, drafted, rows, batch, vocab_size=257, chunk_rows=chunk).total.backward()
-    positions = align(drafted.beside.drafted, batch).target_N
+    positions = align(drafted.beside[0].drafted, batch).target_N
     assert len(positions) > rows.counts[1]
     assert torch.cat(asked).tolist() == positions.tolist()
     # And once with the adapters on.
@@ -153,13 +153,13 @@ def test_of_medusa_2_the_total_is_that_of_both_losses_alone(name, chunk):
     found = []
     for together, cached in ((True, False), (True, True), (False, False)):
         _, medusa, drafted, batch = joint(cached=cached)
-        loss, beside = loss_called(name), drafted.beside
+        loss, (beside,) = loss_called(name), drafted.beside
         rows = align(drafted, batch, block_length=getattr(loss, "block_length", 1))
         if together:
             made = drafted_loss(loss, drafted, rows, batch, vocab_size=257, chunk_rows=chunk)
             total = made.total
         else:
-            made = drafted_loss(loss, replace(drafted, beside=None), rows, batch, vocab_size=257)
+            made = drafted_loss(loss, replace(drafted, beside=()), rows, batch, vocab_size=257)
             own_batch = replace(batch, target_rows=beside.target_rows)
             own = drafted_loss(beside.loss, beside.drafted, align(beside.drafted, batch), own_batch, vocab_size=257)
             assert own.total > 1e-3

@@ -39,6 +39,22 @@ KINDS: list[tuple[str, dict[str, Any], str]] = [
         },
         "ce",
     ),
+    (
+        "xpress",
+        {
+            **{"num_layers": 2, "taps": [1], "block_size": 4, "anchors": 8, "mask_token_id": 0},
+            **{"rank": 8, "mlp_hidden": 16},
+        },
+        "ce",
+    ),
+    (
+        "dflash2",
+        {
+            **{"num_layers": 2, "taps": [1], "block_size": 4, "anchors": 8, "mask_token_id": 0},
+            **{"selector_rank": 4, "selector_top_k": 40},
+        },
+        "ce",
+    ),
     ("dspark", {"num_layers": 2, "taps": [1], "block_size": 4, "anchors": 8, "mask_token_id": 0}, "tvd"),
 ]
 

@@ -17,6 +17,7 @@ from drafttrain.data_gen.packing import pack
 from drafttrain.losses import losses
 from drafttrain.losses.align import align
 from drafttrain.losses.chunked import row_losses
+from drafttrain.losses.step import batch_loss
 from drafttrain.target_model import Target
 from drafttrain.training.run import train
 from drafttrain.training.settings import TrainSettings
@@ -115,3 +116,22 @@ def test_steps_without_a_position_have_no_loss(target, tmp_path):
     )
     with (tmp_path / "metrics.csv").open(newline="") as file:
         assert [row["loss"] for row in csv.DictReader(file)] == [""]
+
+
+def test_a_figure_that_a_drafter_measures_has_a_column(target, tmp_path):
+    """The share of labels among the candidates, of the step of the row alone; other kinds have no such column."""
+    settings = {"block_size": 3, "anchors": 64, "mask_token_id": 0, "num_layers": 1, "selector_top_k": 90}
+    drafter = eagle_drafter("dflash2", target, **settings).float().train()
+    expected = []
+    for step in (0, 1):
+        (batch,) = of_step(step)
+        seen = target.read(batch.tokens_BT, batch.positions_BT, drafter.needs() | TargetNeeds(final=True))
+        batch = replace(batch, target=seen, target_rows=target.rows_of(seen))
+        loss = losses.build(losses.entry("forward_kl").settings())
+        total, count = batch_loss(drafter, loss, batch, vocab_size=257).figures["candidate_recall"]
+        expected.append(float(total) / count)
+    assert expected[0] != expected[1]
+    (row,) = rows(tmp_path / "a", drafter, target, max_steps=2, log_every_steps=2, lr=1e-12)
+    assert float(row["candidate_recall"]) == pytest.approx(expected[1])
+    (row,) = rows(tmp_path / "b", eagle_drafter("eagle", target).float(), target, max_steps=1)
+    assert "candidate_recall" not in row

@@ -77,6 +77,16 @@ def chat(
             help="Only measure the speed with and without the drafter, on PROMPTs or 12 built-in questions.",
         ),
     ] = False,
+    within: Annotated[
+        float | None,
+        typer.Option(
+            "--within",
+            metavar="SECONDS",
+            min=0,
+            help="With --measure: begin no further question after this time, once there are four. Default: all questions.",
+            show_default=False,
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Chat with a target whose answers a drafter speeds up; accepted draft tokens are coloured."""
@@ -97,7 +107,7 @@ def chat(
             ),
         )
         if measure:
-            command.measure_speed(opened, prompts or [], system=system)
+            command.measure_speed(opened, prompts or [], system=system, within_seconds=within)
         elif prompts:
             command.answer(opened, prompts, system=system, marks=marks)
         else:

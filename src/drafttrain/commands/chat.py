@@ -136,11 +136,14 @@ def interactive(opened: Opened, *, system: str | None, marks: bool) -> None:
             complain(str(error))
 
 
-def measure_speed(opened: Opened, questions: Sequence[str], *, system: str | None) -> None:
+def measure_speed(
+    opened: Opened, questions: Sequence[str], *, system: str | None, within_seconds: float | None = None
+) -> None:
     """Print a table of speeds and one line with the speed-up.
 
     Args:
         questions: Each a chat of its own; none: the built-in ones.
+        within_seconds: As of `eval.speed.measure`.
     """
     target = opened.target
     if questions:
@@ -148,9 +151,9 @@ def measure_speed(opened: Opened, questions: Sequence[str], *, system: str | Non
         prompts = [replace(one, id=str(place)) for place, one in enumerate(chats)]
     else:
         prompts = read_prompts(QUESTIONS, target.tokenizer, prompt_tokens=None)
-    found = measure(opened.drafter, target, prompts, opened.settings)
+    found = measure(opened.drafter, target, prompts, opened.settings, within_seconds=within_seconds)
     table(_speeds(found, opened), columns=("decoding", "tokens/s", "tokens a target call"))
-    print(verdict(found, setting=f"{len(prompts)} prompts, {opened.setting}"))
+    print(verdict(found, setting=f"{found.speedup.num_prompts} prompts, {opened.setting}"))
 
 
 def verdict(speed: Speed, *, setting: str) -> str:

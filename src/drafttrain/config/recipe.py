@@ -99,9 +99,10 @@ class Recipe:
 
     def _confidence(self) -> Iterator[str]:
         """Yield a loss or a length policy that reads a prediction of the drafter which does not exist."""
+        length = self.eval.length
         readers = {
             "loss: confidence trains": any(one.kind == "confidence" for one in components_of(self.loss)),
-            "eval.length: predicted_acceptance reads": getattr(self.eval.length, "kind", "") == "predicted_acceptance",
+            f"eval.length: {getattr(length, 'kind', '')} reads": getattr(length, "reads_confidence", False),
         }
         made_of = _component(self.drafter)
         if made_of is not None and any(readers.values()) and not made_of.predicts_confidence(self.drafter):

@@ -136,7 +136,7 @@ class DraftOutput:
     """A loss that the drafter computes itself: a sum over trained positions, added to the sum of loss_N."""
     vocabulary: Tensor | None = None
     """The target's id of each of the drafter's tokens, ascending; None: the vocabularies are the same."""
-    beside: Beside | None = None
+    beside: tuple[Beside, ...] = ()
     confidence_BT: Mapping[int, Tensor] = field(default_factory=dict)
     """For each depth, the logit of the predicted chance that the token drafted from each state is accepted; empty: no prediction."""
     choice: RowChoice | None = None
@@ -149,14 +149,14 @@ class DraftOutput:
 
 @dataclass(frozen=True)
 class Beside:
-    """States that are trained beside a drafter's drafts with their own loss, whose sum over rows is added to the step's loss.
+    """States that are trained beside a drafter's drafts, with a loss whose sum over rows is added to the step's loss.
 
-    If the drafts are compared with the same rows of the target, its head runs once for both.
+    If the drafts are compared with the same rows of the target, its head runs once for all.
     """
 
     drafted: DraftOutput
     loss: Any
-    """A `losses.Loss`."""
+    """A `losses.Loss`; None: that of the drafts."""
     target_rows: TargetRows | None
     """None: the loss reads none."""
 

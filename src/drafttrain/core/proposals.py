@@ -125,6 +125,15 @@ class Proposal:
         """Draft tokens: all nodes except the root."""
         return len(self.tokens_N) - 1
 
+    def first(self, count: int) -> Proposal:
+        """Return a chain with its first `count` draft tokens only."""
+        if count == self.num_draft_tokens:
+            return self
+        assert self.resume is None, "its states would have to be cut too"
+        kind = NodeKind.FIXED if self.q_rows_RV is None or count == 0 else NodeKind.SAMPLED
+        rows_RV = None if self.q_rows_RV is None else self.q_rows_RV[:count]
+        return chain(self.tokens_N[: count + 1].tolist(), kind=kind, q_rows_RV=rows_RV)
+
 
 def chain(tokens: Sequence[int], *, kind: NodeKind, q_rows_RV: Tensor | None = None) -> Proposal:
     """Return a chain: the root, then the draft tokens.

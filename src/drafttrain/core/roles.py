@@ -114,6 +114,18 @@ class LengthPolicy(Protocol):
 
 
 @runtime_checkable
+class SchedulesBatch(Protocol):
+    """A length policy that decides for all sequences of a round together, once their chains are drawn, what is verified.
+
+    Whether a token is verified must not depend on it, nor on a later token of its chain, whose distribution depends on it.
+    """
+
+    def schedule(self, num_sequences: int) -> Sequence[int]:
+        """Return the number of draft tokens of each sequence that are verified, at most those that it drafted."""
+        ...
+
+
+@runtime_checkable
 class CostAware(Protocol):
     """A length policy that weighs tokens against time. It is calibrated on a few outputs before the measured ones."""
 

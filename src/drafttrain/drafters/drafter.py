@@ -37,6 +37,8 @@ class Drafter(nn.Module, ABC):
     """In training, its forward computes only the positions that the rows of its loss need."""
     draft: str = "sampled"
     """At temperature > 0: `sampled` draws from its distribution; `greedy` takes the argmax, as some engines draft."""
+    figures: ClassVar[tuple[str, ...]] = ()
+    """Further columns of metrics.csv: means over rows that the loss beside its drafts measures in training."""
     serving: ClassVar[str] = "No serving engine loads this kind: decode with `drafttrain eval DRAFTER`."
     """What its model card says about serving, next to the commands of the engines that run this kind."""
 

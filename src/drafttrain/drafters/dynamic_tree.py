@@ -5,6 +5,7 @@ M = nodes of the frontier, V = vocabulary
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -55,7 +56,7 @@ class DynamicTree:
         """Add the children of the frontier, which are known on the host.
 
         Args:
-            tokens: Of each frontier node, its likeliest children, best first.
+            tokens: Of each frontier node, its likeliest children, best first. Those without probability are left out.
             scores: Their log-probabilities.
             expand: Which frontier nodes get children; None: all.
         """
@@ -64,6 +65,8 @@ class DynamicTree:
             if expand is not None and not expand[row]:
                 continue
             for token, log_q in zip(tokens[row][:width], scores[row], strict=False):
+                if log_q == -math.inf:
+                    break
                 self.tokens.append(int(token))
                 self.parents.append(node)
                 self._scores.append(self._scores[node] + log_q)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,6 +82,10 @@ class Arm:
         return [len(one.tokens) for one in self.generations], [one.seconds for one in self.generations]
 
 
+LEAST_GROUPS = 4
+"""Groups of prompts that are decoded however long they take: an interval needs several."""
+
+
 def decode(
     arms: Sequence[Arm],
     prompts: Sequence[Prompt],
@@ -88,12 +93,14 @@ def decode(
     *,
     generate: int,
     unfinished: Unfinished | None = None,
+    within_seconds: float | None = None,
 ) -> list[Generation]:
     """Decode every prompt with every arm, in turns whose order alternates.
 
     Args:
         generate: Number of prompts that transformers' generate decodes too, if they are decoded one at a time.
         unfinished: Groups of prompts that an interrupted evaluation decoded; None: nothing is stored.
+        within_seconds: Begin no further group after this time, warm-up not counted, once there are `LEAST_GROUPS`.
 
     Returns:
         The outputs of transformers' generate with the target of the first arm.
@@ -107,8 +114,12 @@ def decode(
     stored = unfinished or Unfinished(None, {})
     groups = [prompts[i : i + settings.batch_size] for i in range(0, len(prompts), settings.batch_size)]
     temperature = arms[0].engine.sampling.temperature
+    began = time.monotonic()
     with progress(f"decoding at temperature {temperature:g}", total=len(prompts), unit="prompts") as bar:
         for number, group in enumerate(groups):
+            late = within_seconds is not None and time.monotonic() - began > within_seconds
+            if late and number >= LEAST_GROUPS:
+                break
             found = stored.read(temperature, number)
             if found is None:
                 order = arms if number % 2 == 0 else list(reversed(arms))

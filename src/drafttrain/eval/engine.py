@@ -24,6 +24,7 @@ from drafttrain.core.roles import (
     ForwardListener,
     LengthPolicy,
     Proposer,
+    SchedulesBatch,
 )
 from drafttrain.core.target_probs import TargetProbs
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
@@ -140,6 +141,9 @@ class Engine:
                 [sequence.draft_stream for sequence in live],
                 self.policy.more,
             )
+            if isinstance(self.policy, SchedulesBatch):
+                counts = self.policy.schedule(len(live))
+                proposals = [one.first(count) for one, count in zip(proposals, counts, strict=True)]
         with self._clock.phase("verify_seconds", live):
             nodes = [proposal.tokens_N.tolist() for proposal in proposals]
             trees = [proposal.parents_N.tolist() for proposal in proposals]

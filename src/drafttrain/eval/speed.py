@@ -38,12 +38,20 @@ class Speed:
         return self.with_drafter / self.speedup.value
 
 
-def measure(drafter: Drafter, target: Target, prompts: Sequence[Prompt], settings: EvalSettings) -> Speed:
-    """Decode every prompt with the drafter and without, in turns, after a warm-up.
+def measure(
+    drafter: Drafter,
+    target: Target,
+    prompts: Sequence[Prompt],
+    settings: EvalSettings,
+    *,
+    within_seconds: float | None = None,
+) -> Speed:
+    """Decode the prompts with the drafter and without, in turns, after a warm-up.
 
     Args:
         target: The target that the drafter drafts for: with its adapters.
         settings: Their first temperature counts. Prompts are decoded one at a time.
+        within_seconds: Begin no further prompt after this time, once there are four; None: decode all.
     """
     sampling = Sampling(settings.temperatures[0])
     plain, drafted = (
@@ -51,7 +59,13 @@ def measure(drafter: Drafter, target: Target, prompts: Sequence[Prompt], setting
         for name, one in (("plain", PLAIN), ("drafter", drafter))
     )
     greedy = sampling.temperature == 0
-    generated = decode([plain, drafted], prompts, settings, generate=len(prompts) if greedy else 0)
+    generated = decode(
+        [plain, drafted],
+        prompts,
+        settings,
+        generate=len(prompts) if greedy else 0,
+        within_seconds=within_seconds,
+    )
     return Speed(
         speedup=speedup(drafted, faster_baseline(plain, generated)),
         with_drafter=tokens_per_second(drafted.generations),

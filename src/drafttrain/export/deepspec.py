@@ -75,9 +75,7 @@ class DeepSpecExporter(Exporter):
         theirs = {EMBEDDING: embedding_VD, HEAD: embedding_VD if head_VD is None else head_VD}
         dtype = source.tensors["fc.weight"].dtype
         tensors = {**{name: tensor.to(dtype).clone() for name, tensor in theirs.items()}, **source.tensors}
-        notes = source.notes
-        if given["markov_head_type"] != "vanilla":
-            notes = (*notes, f"markov_head_type is {given['markov_head_type']}: vLLM builds the vanilla head only")
+        notes = (*source.notes, *vanilla_notes(given))
         if "d2t" in tensors:
             notes = (*notes, "DeepSpec itself has no draft vocabulary: vLLM reads d2t")
         return replace(source, config=config, tensors=tensors, notes=notes)
@@ -100,6 +98,12 @@ class DeepSpecExporter(Exporter):
     def holds(self, folder: Path) -> bool:
         """Return whether config.json has DeepSpec's fields on one level."""
         return super().holds(folder) and ARCHITECTURE in _architectures(read_config(folder)) and _is_flat(folder)
+
+
+def vanilla_notes(config: Mapping[str, Any]) -> list[str]:
+    """Return that vLLM lacks a Markov head of this type, if it does."""
+    head = config["markov_head_type"]
+    return [] if head == "vanilla" else [f"markov_head_type is {head}: vLLM builds the vanilla head only"]
 
 
 def as_dspark(files: DrafterFiles) -> DrafterFiles:

@@ -44,8 +44,10 @@ class HuggingFaceExporter(Exporter):
         "dspark": "drafttrain",
         "mtp": "drafttrain",
         "domino": "DominoDraftModel",
+        "dflash2": "drafttrain",
+        "xpress": "Qwen3XPressModel",
     }
-    readers = "transformers (causal_lm), vLLM and SGLang (all but kangaroo, mtp, dspark and domino), drafttrain"
+    readers = "transformers (causal_lm), vLLM and SGLang (all but kangaroo, mtp, dspark, domino, dflash2 and xpress), drafttrain"
 
     def convert(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> DrafterFiles:
         """Return the files unchanged."""

@@ -13,6 +13,7 @@ import torch
 from drafttrain.core.printable import shown
 from drafttrain.drafters.dflash.config import block_problems
 from drafttrain.drafters.dflash.dflash import DFlash
+from drafttrain.drafters.dflash2 import dflash2
 from drafttrain.drafters.domino import domino
 from drafttrain.drafters.draft_vocabulary import token_map_problems, vocabulary_problems
 from drafttrain.drafters.dspark.dspark import DSpark
@@ -22,6 +23,7 @@ from drafttrain.drafters.eagle.config_problems import config_problems
 from drafttrain.drafters.eagle.eagle1 import FC_BIAS
 from drafttrain.drafters.mtp import module as mtp
 from drafttrain.drafters.p_eagle import settings as p_eagle
+from drafttrain.drafters.xpress import xpress
 from drafttrain.export.drafter_files import DrafterFiles
 
 OWN_FIELDS = {
@@ -32,6 +34,8 @@ OWN_FIELDS = {
     "dspark": DSpark.own_defaults,
     "p_eagle": p_eagle.own_defaults,
     "domino": domino.Domino.own_defaults,
+    "xpress": xpress.XPress.own_defaults,
+    "dflash2": dflash2.DFlash2.own_defaults,
 }
 """The settings that the folders of these kinds store."""
 
@@ -288,6 +292,14 @@ def _domino_shapes(config: Mapping[str, Any]) -> Shapes:
     return {**dflash_shapes(config), **domino.head_shapes(config)}
 
 
+def _xpress_shapes(config: Mapping[str, Any]) -> Shapes:
+    return {**dflash_shapes(config), **xpress.head_shapes(config)}
+
+
+def _dflash2_shapes(config: Mapping[str, Any]) -> Shapes:
+    return {**dflash_shapes(config), **dflash2.further_shapes(config)}
+
+
 def _medusa_problems(files: DrafterFiles) -> list[str]:
     """Return the keys that loaders mistake for the number of heads, and the problems of the map to the target's vocabulary."""
     wrong = [key for key in files.config if "num" in key and "heads" in key and key != "num_heads"]
@@ -306,5 +318,7 @@ LAYOUTS: dict[str, tuple[Callable[[Mapping[str, Any]], Shapes], Callable[[Drafte
     "dspark": (_dspark_shapes, lambda files: [*_dflash_problems(files), *DSpark.problems_of(files.config)]),
     "p_eagle": (_p_eagle_shapes, lambda files: [*_eagle3_problems(files), *p_eagle.field_problems(files.config)]),
     "domino": (_domino_shapes, lambda files: [*_dflash_problems(files), *domino.field_problems(files.config)]),
+    "xpress": (_xpress_shapes, lambda files: [*_dflash_problems(files), *xpress.field_problems(files.config)]),
+    "dflash2": (_dflash2_shapes, lambda files: [*_dflash_problems(files), *dflash2.field_problems(files.config)]),
     "mtp": (mtp.tensor_shapes, lambda files: mtp.field_problems(files.config)),
 }

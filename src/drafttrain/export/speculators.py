@@ -21,7 +21,7 @@ from drafttrain.export.target_weights import embedding_of
 
 @dataclass
 class SpeculatorsFormat:
-    """EAGLE-3, P-EAGLE and DFlash as the speculators library writes them."""
+    """EAGLE-3, P-EAGLE, DFlash and DSpark as the speculators library writes them."""
 
 
 @exporters.register("speculators", SpeculatorsFormat)
@@ -86,7 +86,7 @@ class SpeculatorsExporter(Exporter):
             embedding_VD = embedding_of(Path(target_config[FOLDER]))
             assert embedding_VD is not None, "refusals() checks it"
             tensors[EMBEDDING] = embedding_VD.to(source.tensors["fc.weight"].dtype)
-        return replace(source, config=config, tensors=tensors)
+        return replace(source, config=config, tensors=tensors, notes=(*source.notes, *kind.notes(given)))
 
     def problems(self, files: DrafterFiles, target_config: Mapping[str, Any]) -> list[str]:
         """Return what vLLM or the library would refuse or drop."""

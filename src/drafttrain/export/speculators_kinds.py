@@ -10,9 +10,11 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from drafttrain.drafters.dflash.config import layer_ids, taps_in
+from drafttrain.drafters.dspark.dspark import FIELDS
 from drafttrain.drafters.p_eagle.settings import OWN_EMBEDDING
 from drafttrain.environments.known import VLLM_RELEASE
 from drafttrain.export import FOLDER
+from drafttrain.export.deepspec import vanilla_notes
 from drafttrain.export.drafter_files import DrafterFiles
 from drafttrain.export.target_weights import embedding_of, head_of
 from drafttrain.export.vllm import anchor_problems
@@ -46,6 +48,10 @@ class SpeculatorsKind(Protocol):
 
     def tensors(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the tensors under the format's names, without the embedding."""
+        ...
+
+    def notes(self, config: Mapping[str, Any]) -> list[str]:
+        """Return what some readers do not have, for the user."""
         ...
 
     def field_problems(self, config: Mapping[str, Any]) -> list[str]:
@@ -99,6 +105,10 @@ class Eagle3:
     def tensors(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the tensors with the format's prefix."""
         return {name.replace(self.there, self.here): tensor for name, tensor in source.tensors.items()}
+
+    def notes(self, config: Mapping[str, Any]) -> list[str]:
+        """Return nothing."""
+        return []
 
     def field_problems(self, config: Mapping[str, Any]) -> list[str]:
         """Return that norm_before_residual is missing."""
@@ -175,9 +185,9 @@ class DFlash:
         }
 
     def num_draft_tokens(self, config: Mapping[str, Any]) -> int:
-        """Return the mask tokens of a block."""
+        """Return the slots of a block that predict: the mask tokens, and the root's if it predicts too."""
         size: int = config["block_size"]
-        return size - 1
+        return size if config.get("sample_from_anchor") else size - 1
 
     def tensors(self, source: DrafterFiles, target_config: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the tensors with a head."""
@@ -186,6 +196,10 @@ class DFlash:
         head_VD = _target_head(target_config)
         assert head_VD is not None, "refusals() checks it"
         return {**source.tensors, HEAD: head_VD.to(source.tensors["fc.weight"].dtype)}
+
+    def notes(self, config: Mapping[str, Any]) -> list[str]:
+        """Return nothing."""
+        return []
 
     def field_problems(self, config: Mapping[str, Any]) -> list[str]:
         """Return a field that makes vLLM's attention causal."""
@@ -204,7 +218,36 @@ class DFlash:
         return replace(files, config={**given, "dflash_config": nested}), "", ""
 
 
-KINDS: Mapping[str, SpeculatorsKind] = {"eagle3": Eagle3(), "p_eagle": PEagle(), "dflash": DFlash()}
+class DSparkBlock(DFlash):
+    """DFlash's tensors, and the heads under our own names, which are DeepSpec's.
+
+    sample_from_anchor is always written: without it, vLLM 0.32.0 assumes false in this format, and speculators true.
+    """
+
+    name: ClassVar[str] = "dspark"
+    architecture: ClassVar[str] = "DSparkDraftModel"
+    own_keys: ClassVar[tuple[str, ...]] = (*DFlash.own_keys, *FIELDS.values())
+
+    def fields(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return DFlash's fields and those of the heads."""
+        return super().fields(config) | {key: config[key] for key in FIELDS.values()}
+
+    def notes(self, config: Mapping[str, Any]) -> list[str]:
+        """Return that vLLM lacks this Markov head."""
+        return vanilla_notes(config)
+
+    def field_problems(self, config: Mapping[str, Any]) -> list[str]:
+        """Return a field that makes vLLM's attention causal, and missing fields that readers fill in differently."""
+        missing = [key for key in ("sample_from_anchor", *FIELDS.values()) if config.get(key) is None]
+        return [*super().field_problems(config), *(f"config.json: {key} is missing" for key in missing)]
+
+
+KINDS: Mapping[str, SpeculatorsKind] = {
+    "eagle3": Eagle3(),
+    "p_eagle": PEagle(),
+    "dflash": DFlash(),
+    "dspark": DSparkBlock(),
+}
 
 
 def _target_head(target_config: Mapping[str, Any]) -> Tensor | None:

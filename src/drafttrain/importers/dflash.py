@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -75,12 +75,7 @@ class DFlashImporter(Importer):
             return Imported(
                 DrafterFiles("dflash", {}, {}), [f"config.json: {NESTED} must be a mapping, got {shown(nested)}"]
             )
-        found, notes = unknown_fields(nested, known=OF_NESTED, prefix=f"{NESTED}.")
-        found += [
-            f"config.json: {NESTED}.{key} is {shown(nested[key])}, must be {only!r}: it would be another kind of drafter"
-            for key, only in NESTED_ONLY.items()
-            if nested.get(key) not in (None, only)
-        ]
+        found, notes = nested_problems(nested)
         if (given.folder / MASK_FILE).exists():
             found.append(
                 f"{MASK_FILE}: mask slots with a vector of their own are not supported: they embed mask_token_id"
@@ -96,6 +91,21 @@ class DFlashImporter(Importer):
             )
         made = dflash_files(given, target)
         return Imported(made.files, [*found, *wrong, *made.problems], [*notes, *more, *made.notes])
+
+
+def nested_problems(nested: Mapping[str, Any], *, further: Iterable[str] = ()) -> tuple[list[str], list[str]]:
+    """Return (problems, notes) of the fields of the nested section.
+
+    Args:
+        further: Fields that a kind has besides DFlash's.
+    """
+    found, notes = unknown_fields(nested, known=[*OF_NESTED, *further], prefix=f"{NESTED}.")
+    found += [
+        f"config.json: {NESTED}.{key} is {shown(nested[key])}, must be {only!r}: it would be another kind of drafter"
+        for key, only in NESTED_ONLY.items()
+        if nested.get(key) not in (None, only)
+    ]
+    return found, notes
 
 
 def dflash_files(given: Given, target: TargetFiles) -> Imported:

@@ -45,17 +45,22 @@ class DSparkImporter(Importer):
     def convert(self, given: Given, target: TargetFiles) -> Imported:
         """Return the drafter's files."""
         found, notes = layer_problems(given.config, own=OWN)
-        given = unwrapped(given)
-        heads = {name for name in given.tensors if name.startswith(HEADS)}
-        block = dflash_files(without(given, heads), target)
-        found, notes = [*found, *block.problems], [*notes, *block.notes]
-        config = {**block.files.config, **_own_fields(given)}
-        found += [f"config.json: {line}" for line in DSpark.problems_of(config)]
-        if found:
-            return Imported(DrafterFiles(self.holds, config, {}), found, notes)
-        only_heads = replace(given, tensors={name: given.tensors[name] for name in given.tensors if name in heads})
-        tensors, wrong = renamed(only_heads, head_shapes(config), ours=str, theirs=str)
-        return Imported(DrafterFiles(self.holds, config, {**block.files.tensors, **tensors}), wrong, notes)
+        made = dspark_files(unwrapped(given), target)
+        return Imported(made.files, [*found, *made.problems], [*notes, *made.notes])
+
+
+def dspark_files(given: Given, target: TargetFiles) -> Imported:
+    """Return the files of a drafter from a configuration of one level, with DeepSpec's fields of the heads."""
+    heads = {name for name in given.tensors if name.startswith(HEADS)}
+    block = dflash_files(without(given, heads), target)
+    found = list(block.problems)
+    config = {**block.files.config, **_own_fields(given)}
+    found += [f"config.json: {line}" for line in DSpark.problems_of(config)]
+    if found:
+        return Imported(DrafterFiles(DSpark.kind, config, {}), found, block.notes)
+    only_heads = replace(given, tensors={name: given.tensors[name] for name in given.tensors if name in heads})
+    tensors, wrong = renamed(only_heads, head_shapes(config), ours=str, theirs=str)
+    return Imported(DrafterFiles(DSpark.kind, config, {**block.files.tensors, **tensors}), wrong, block.notes)
 
 
 def _own_fields(given: Given) -> dict[str, Any]:

@@ -1,18 +1,20 @@
-"""The format of the speculators library: EAGLE-3, P-EAGLE and DFlash with a config.json of two levels, which names the target."""
+"""The format of the speculators library: several kinds with a config.json of two levels, which names the target."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from drafttrain.drafters.dflash.config import layer_ids
+from drafttrain.drafters.dspark.dspark import FIELDS
 from drafttrain.drafters.eagle.eagle3 import NUM_TAPS
 from drafttrain.environments.known import VLLM_RELEASE as VLLM
 from drafttrain.export.drafter_files import DrafterFiles
 from drafttrain.export.speculators_kinds import VERSION
 from drafttrain.importers import Claim, Given, Imported, Importer, importers
 from drafttrain.importers.dflash import dflash_files
+from drafttrain.importers.dspark import dspark_files
 from drafttrain.importers.eagle3 import eagle3_files, taps_read
 from drafttrain.importers.fields import FURTHER, HEAD_NORMS, layer_problems, unknown_fields, without_other_forms
 from drafttrain.importers.naming import unwrapped
@@ -29,6 +31,7 @@ FIRST_LEVEL = (
     LAYER,
     *(key for key in P_EAGLE_OWN if key != "eagle_config"),
     *("aux_hidden_state_layer_ids", "block_size", "sample_from_anchor", "sliding_window_non_causal"),
+    *FIELDS.values(),
     # Fields of the library, of Hugging Face, and of its training; a trained embedding is recognised by its values.
     *("has_no_defaults_at_init", "embed_requires_grad", "enable_sp_ulysses"),
 )
@@ -36,7 +39,7 @@ FIRST_LEVEL = (
 
 @dataclass
 class SpeculatorsLayout:
-    """EAGLE-3, P-EAGLE and DFlash of the speculators library."""
+    """EAGLE-3, P-EAGLE, DFlash and DSpark of the speculators library."""
 
 
 @importers.register("speculators", SpeculatorsLayout)
@@ -72,7 +75,7 @@ class SpeculatorsImporter(Importer):
             return Imported(DrafterFiles("eagle3", {}, {}), found)
         # This field describes the verifier; the drafter's own is on the first level.
         layer = {key: value for key, value in layer.items() if key != "tie_word_embeddings"}
-        files_of = _dflash if kind == "dflash" else _eagle3
+        files_of = _block if kind in BLOCKS else _eagle3
         made = files_of(given, layer, target)
         return Imported(made.files, [*found, *made.problems], [*notes, *made.notes])
 
@@ -106,8 +109,8 @@ def _eagle3(given: Given, layer: Mapping[str, Any], target: TargetFiles) -> Impo
     return Imported(made.files, [*found, *others, *wrong, *made.problems], [*notes, *more, *made.notes])
 
 
-def _dflash(given: Given, layer: Mapping[str, Any], target: TargetFiles) -> Imported:
-    """Return the files of DFlash.
+def _block(given: Given, layer: Mapping[str, Any], target: TargetFiles) -> Imported:
+    """Return the files of DFlash or DSpark.
 
     sliding_window_non_causal concerns sliding layers, of which there are none, but vLLM 0.32.0 runs every layer causally if it is
     false (vllm#56692); the library trained these layers with attention to the whole block.
@@ -118,12 +121,34 @@ def _dflash(given: Given, layer: Mapping[str, Any], target: TargetFiles) -> Impo
     taps = given.config.get("aux_hidden_state_layer_ids")
     if not isinstance(taps, list) or any(type(tap) is not int for tap in taps):
         found.append(f"config.json: aux_hidden_state_layer_ids must be a list of whole numbers, got {taps!r}")
-        return Imported(DrafterFiles("dflash", {}, {}), found, notes)
+        return Imported(DrafterFiles(given.config["speculators_model_type"], {}, {}), found, notes)
     if given.config.get("sliding_window_non_causal") is False:
         notes.append(
             f"config.json: sliding_window_non_causal is false: dropped, no layer slides; vLLM {VLLM} makes these layers causal for it, "
             "and drafts worse than they were trained to"
         )
     nested = {"mask_token_id": given.config.get("mask_token_id"), "target_layer_ids": layer_ids(taps), "causal": False}
-    made = dflash_files(replace(given, config={**_flat(given, layer), "dflash_config": nested}), target)
+    files_of, assumed = BLOCKS[given.config["speculators_model_type"]]
+    flat = {**_flat(given, layer), "dflash_config": nested}
+    for key, value in assumed.items():
+        if flat.get(key) is None:
+            flat[key] = value
+            notes.append(f"config.json: {key} is missing: set to {value!r}, as speculators {VERSION} does")
+    made = files_of(replace(given, config=flat), target)
     return Imported(made.files, [*found, *made.problems], [*notes, *made.notes])
+
+
+BLOCKS: Mapping[str, tuple[Callable[[Given, TargetFiles], Imported], Mapping[str, Any]]] = {
+    "dflash": (dflash_files, {}),
+    "dspark": (
+        dspark_files,
+        {
+            "sample_from_anchor": True,
+            "markov_rank": 256,
+            "markov_head_type": "vanilla",
+            "enable_confidence_head": True,
+            "confidence_head_with_markov": True,
+        },
+    ),
+}
+"""By the format's name of a kind, what returns its files, and the library's values of missing fields."""

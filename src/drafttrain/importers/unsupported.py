@@ -7,17 +7,18 @@ from collections.abc import Callable, Mapping
 
 from drafttrain.drafters.dspark.dspark import DSpark
 from drafttrain.importers import Given
+from drafttrain.importers.dflash2 import ARCHITECTURES as DFLASH2
 from drafttrain.importers.domino import is_domino
 from drafttrain.importers.naming import unwrapped
 
 SPECULATORS = "speculators_model_type"
-READ = ("eagle3", "peagle", "dflash")
+READ = ("eagle3", "peagle", "dflash", "dspark")
 """The kinds of that format that are supported."""
 KINDS = {
     "dflash2": "a DFlash2 drafter",
-    "dspark": "a DSpark drafter",
+    "mtp": "layers of multi-token prediction",
+    "xpress": "an XPress drafter",
 }
-KINDS |= {"mtp": "layers of multi-token prediction", "xpress": "an XPress drafter"}
 """Kinds by their names in speculators."""
 
 QUANTIZED = re.compile(r"\.(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|g_idx|absmax|quant_map)$")
@@ -65,8 +66,9 @@ def _field(key: str) -> Callable[[Given], str | None]:
 
 
 def _markov_head_elsewhere(given: Given) -> str | None:
-    """Return a tensor of a Markov head in a folder that is not DeepSpec's."""
-    return None if DSpark.architecture in given.architectures else _tensor(r"^markov_head\.")(given)
+    """Return a tensor of a Markov head in a folder that is neither DeepSpec's nor speculators'."""
+    known = DSpark.architecture in given.architectures or given.config.get(SPECULATORS) == "dspark"
+    return None if known else _tensor(r"^markov_head\.")(given)
 
 
 def _domino_elsewhere(given: Given) -> str | None:
@@ -75,7 +77,7 @@ def _domino_elsewhere(given: Given) -> str | None:
 
 
 MARKS: Mapping[Callable[[Given], str | None], str] = {
-    _architecture("DFlash2"): "a DFlash2 drafter",
+    _architecture(rf"^(?!({'|'.join(DFLASH2)})$).*DFlash2"): "a DFlash2 drafter of another layout",
     _architecture(rf"^(?!{DSpark.architecture}$).*DSpark"): "a DSpark drafter of another layout",
     _domino_elsewhere: "a Domino drafter of another layout",
     _markov_head_elsewhere: "a DSpark drafter of another layout",

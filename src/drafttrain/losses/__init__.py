@@ -44,5 +44,12 @@ class Loss(nn.Module, ABC):
         """
         return values["loss"]
 
+    def figures(self) -> Mapping[str, tuple[Tensor, int]]:
+        """Return further figures of the rows that `combine` saw last: (sum over rows, rows) by name.
+
+        A loss that is trained beside a drafter's drafts has them in the log, if the drafter names them.
+        """
+        return {}
+
     def end_of_step(self) -> None:
         """Update the carried state from the micro-batches of an optimizer step."""

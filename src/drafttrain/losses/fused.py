@@ -54,7 +54,7 @@ def fused_loss(terms: Sequence[tuple[RowValues, DraftOutput]], planned: Sequence
     """Return the loss of the planned pieces. Its gradient is computed here, for one backward pass.
 
     Args:
-        terms: The drafts with their loss; then the term trained beside them, which is only part of the total.
+        terms: The drafts with their loss; then the terms trained beside them, which are only part of the total.
     """
     works = [_Work(values, drafted) for values, drafted in terms]
     given = [tensor for work in works for tensor in work.inputs.tensors]

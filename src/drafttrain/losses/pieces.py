@@ -5,6 +5,7 @@ N = rows, U = target positions of a piece, V = the target's vocabulary, R = the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -45,7 +46,7 @@ class Part:
     rows: slice
     """Which of the N rows of their term."""
     term: int = 0
-    """0: the drafts; else the term that is trained beside them."""
+    """0: the drafts; else a term that is trained beside them."""
 
 
 @dataclass(frozen=True)
@@ -305,7 +306,9 @@ def connected_zero(drafted: DraftOutput, depth: int) -> Tensor:
 
     Every rank must run the same backward pass.
     """
-    return 0.0 * drafted.head(drafted.states_BTD[depth].flatten(0, 1)[:1], depth).float().sum()
+    logits_1R = drafted.head(drafted.states_BTD[depth].flatten(0, 1)[:1], depth).float()
+    # Tokens that a head excludes have logits of -inf.
+    return 0.0 * logits_1R.nan_to_num(nan=math.nan, neginf=0.0).sum()
 
 
 def piece_size(rows: AlignedRows, *, columns: int, chunk_rows: int | None) -> int:

@@ -5,8 +5,8 @@ N = rows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +31,8 @@ class BatchLoss:
     """float32, without gradient."""
     acceptance_N: Tensor | None
     """Without gradient; None when there is no target or it is not measured."""
+    figures: Mapping[str, tuple[Tensor, int]] = field(default_factory=dict)
+    """Further figures of the loss that is trained beside the drafts: (sum over rows, rows) by name."""
 
 
 class AsksRows(Protocol):
@@ -67,6 +69,8 @@ def batch_loss(
     drafted = drafter(batch)
     rows = align(drafted, batch, block_length=loss.block_length)
     made = drafted_loss(loss, drafted, rows, batch, vocab_size=vocab_size, chunk_rows=chunk_rows, measured=measured)
+    figures = {name: value for beside in drafted.beside if beside.loss for name, value in beside.loss.figures().items()}
+    made = replace(made, figures=figures)
     return made if drafted.extra_loss is None else replace(made, total=made.total + drafted.extra_loss)
 
 
@@ -87,7 +91,7 @@ def drafted_loss(
     chunk_rows: int | None = None,
     measured: bool = True,
 ) -> BatchLoss:
-    """Return the loss of drafted states: its sum over rows, and the sum of the loss that the drafter trains beside its drafts.
+    """Return the loss of drafted states: its sum over rows, and the sums of the losses that the drafter trains beside its drafts.
 
     The gradient is computed while a piece of logits exists, where the weights of the drafter's head are known and on this process.
     Otherwise the head runs again in the backward pass.
@@ -95,15 +99,19 @@ def drafted_loss(
     sizes: dict[str, Any] = {"vocab_size": vocab_size, "chunk_rows": chunk_rows}
     values = RowValues(loss, drafted, rows, batch, vocab_size=vocab_size, measured=measured)
     terms = [(values, drafted)]
-    if (beside := drafted.beside) is not None:
-        its_rows, its_batch = align(beside.drafted, batch), replace(batch, target_rows=beside.target_rows)
-        its = RowValues(beside.loss, beside.drafted, its_rows, its_batch, vocab_size=vocab_size, measured=False)
-        terms.append((its, beside.drafted))
-        together = torch.is_grad_enabled() and all(can_be_fused(each) for _, each in terms)
-        if not together or not values.can_share_target(its):
-            alone = drafted_loss(loss, replace(drafted, beside=None), rows, batch, **sizes, measured=measured)
-            added = drafted_loss(beside.loss, beside.drafted, its_rows, its_batch, **sizes, measured=False)
-            return replace(alone, total=alone.total + added.total)
+    beside = [(one.loss or loss, one.drafted, replace(batch, target_rows=one.target_rows)) for one in drafted.beside]
+    for its_loss, its_drafted, its_batch in beside:
+        its_rows = align(its_drafted, its_batch, block_length=its_loss.block_length)
+        its = RowValues(its_loss, its_drafted, its_rows, its_batch, vocab_size=vocab_size, measured=False)
+        terms.append((its, its_drafted))
+    together = torch.is_grad_enabled() and all(can_be_fused(each) for _, each in terms)
+    if beside and not (together and all(values.can_share_target(its) for its, _ in terms)):
+        alone = drafted_loss(loss, replace(drafted, beside=()), rows, batch, **sizes, measured=measured)
+        added = [
+            drafted_loss(its_loss, its_drafted, its.rows, its_batch, **sizes, measured=False)
+            for (its_loss, its_drafted, its_batch), (its, _) in zip(beside, terms[1:], strict=True)
+        ]
+        return replace(alone, total=sum([one.total for one in added], alone.total))
     if not can_be_fused(drafted) or not torch.is_grad_enabled():
         loss_N, acceptance_N = row_losses(loss, drafted, rows, batch, **sizes, measured=measured)
         return BatchLoss(loss_N.sum(), loss_N.detach(), acceptance_N)

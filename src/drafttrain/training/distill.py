@@ -5,6 +5,7 @@ B = sequences, T = positions, N = trained positions
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -54,6 +55,8 @@ class DistillModule(StepModule):
             chunk_rows=self.settings.loss_chunk_rows,
             measured=self.writes_a_row(),
         )
+        if self.writes_a_row():
+            self.count_figures(made.figures)
         acceptance = () if made.acceptance_N is None else (made.acceptance_N.sum(), len(made.acceptance_N))
         self.count(made.total, len(made.loss_N), *acceptance)
         return self.scaled(made.total, batch)
@@ -87,6 +90,11 @@ class DistillModule(StepModule):
         if self.target is None or not self.target.sharded:
             return reads
         return sums_over_processes([reads])[0] > 0
+
+    @property
+    def figure_names(self) -> Sequence[str]:
+        """Those that the drafter names."""
+        return self.trained.figures
 
     def end_of_step(self) -> None:
         """Let the loss update the state that it carries from step to step."""

@@ -54,6 +54,7 @@ class MetricsLog(StepEnd):
         self.validation = validation
         figures = validation.held_out.figures if validation else ("alpha", "block_efficiency")
         self.columns = [*COLUMNS, *(f"validation_{name}" for name in figures)]
+        """The further figures of the module follow, once it is known."""
         self._unwritten: list[dict[str, Any]] = []
         """Rows that could not be written to a full disk."""
         self._last_row: int | None = 0
@@ -73,6 +74,8 @@ class MetricsLog(StepEnd):
             self._last_row = trainer.global_step
         if not trainer.is_global_zero:
             return
+        assert isinstance(module, StepModule)
+        self.columns += [name for name in module.figure_names if name not in self.columns]
         rows = []
         if self.path.exists():
             # A row without a newline was being written when the run was killed.
@@ -112,8 +115,10 @@ class MetricsLog(StepEnd):
             return
         self._count_all()
         steps, seconds = module.clock.steps, module.clock.read()
-        own = [*module.sums_4.tolist(), module.flops, *seconds.values()]
-        loss, count, acceptance, measured, flops, *times = sums_over_processes(own)
+        further = module.take_figures()
+        own = [*further, *module.sums_4.tolist(), module.flops, *seconds.values()]
+        sums = sums_over_processes(own)
+        further, (loss, count, acceptance, measured, flops, *times) = sums[: len(further)], sums[len(further) :]
         module.sums_4.zero_()
         module.flops = 0
         rate = acceptance / measured if measured else float("nan")
@@ -127,6 +132,10 @@ class MetricsLog(StepEnd):
                 "lr": repr(module.lr),
                 "grad_norm": repr(module.grad_norm),
                 "skipped_steps": str(module.skipped),
+                **{
+                    name: repr(total / rows) if rows else ""
+                    for name, total, rows in zip(module.figure_names, further[::2], further[1::2], strict=True)
+                },
                 **self._explained(dict(zip(seconds, times, strict=True)), flops, module, step=step, timed=steps),
             },
         )

@@ -158,7 +158,7 @@ def build_optimizer(
     """
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     tables = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
-    heads = {id(parameter) for name, parameter in named if "head" in name}
+    heads = {id(parameter) for name, parameter in named if "head" in name or name.endswith("codebook")}
     matrices = [p for _, p in named if p.ndim == 2 and id(p) not in tables | heads]
     edges = [p for _, p in named if p.ndim >= 2 and not any(p is matrix for matrix in matrices)]
     vectors = [p for _, p in named if p.ndim < 2]

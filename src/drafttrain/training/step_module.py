@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class StepModule(LightningModule):
         self.settings = settings.on(next(trained.parameters()).device.type, head=isinstance(trained, TokenHead))
         self.sums_4 = torch.zeros(4, dtype=torch.float64)
         """Sums since the last row: loss, its positions; acceptance rate, its positions (only steps that measure it)."""
+        self.figures: dict[str, Tensor] = {}
+        """(sum, rows) of each further figure at the step of the next row."""
         self.lr = 0.0
         """Learning rate of the last step."""
         self.grad_norm = 0.0
@@ -108,6 +110,23 @@ class StepModule(LightningModule):
         self.sums_4 = self.sums_4.to(self.device)
         for number, part in enumerate(parts):
             self.sums_4[number].add_(part.detach() if isinstance(part, Tensor) else part)
+
+    @property
+    def figure_names(self) -> Sequence[str]:
+        """Further columns of metrics.csv."""
+        return ()
+
+    def count_figures(self, figures: Mapping[str, tuple[Tensor, int]]) -> None:
+        """Add a micro-batch's (sum over rows, rows) of each figure."""
+        for name, (total, rows) in figures.items():
+            own_2 = torch.stack([total.detach().double(), total.new_tensor(rows, dtype=torch.float64)])
+            self.figures[name] = own_2 + self.figures.get(name, 0.0)
+
+    def take_figures(self) -> list[float]:
+        """Return the sum and the rows of every named figure since the last call."""
+        found = [self.figures.get(name, torch.zeros(2)).tolist() for name in self.figure_names]
+        self.figures.clear()
+        return [number for pair in found for number in pair]
 
     def writes_a_row(self) -> bool:
         """Return whether metrics.csv gets a row after this step."""

@@ -9,7 +9,7 @@ vocabulary, G = key-value heads, d = width of a head
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,6 @@ class Backbone(nn.Module):
     Source: DFlash, arXiv 2602.06036.
     """
 
-    layer_class: ClassVar[type[BlockLayer]] = BlockLayer
-
     def __init__(self, config: dict[str, Any], parts: TargetParts) -> None:
         super().__init__()
         self.config = config
@@ -48,8 +46,16 @@ class Backbone(nn.Module):
         self.fc = nn.Linear(len(self.taps) * width, width, bias=False)
         nn.init.normal_(self.fc.weight, std=sizes.initializer_range)
         self.hidden_norm = Norm(width, eps=eps)
-        self.layers = nn.ModuleList(self.layer_class(sizes) for _ in range(config["num_hidden_layers"]))
+        self.layers = nn.ModuleList(self.new_layer(sizes) for _ in range(config["num_hidden_layers"]))
         self.norm = Norm(width, eps=eps)
+
+    def new_layer(self, sizes: Any) -> BlockLayer:
+        """Return an untrained layer. A kind may have layers of its own.
+
+        Args:
+            sizes: `LlamaConfig` of the layer.
+        """
+        return BlockLayer(sizes)
 
     @property
     def num_depths(self) -> int:

@@ -1,6 +1,6 @@
 """The base of block drafters: training on blocks at chosen roots, the proposer, and the folder.
 
-A kind changes what it needs to: `layer_class` and its `through` (what enters and leaves a sublayer), `drafted` (the states, head
+A kind changes what it needs to: `new_layer` and its `through` (what enters and leaves a sublayer), `drafted` (the states, head
 and further losses of training), `proposer_class` and its `extend` (how the tokens of a chain depend on each other).
 
 A = blocks, B = slots of a block, K = draft tokens of a block, T = positions, N = slots of all rows, D = hidden

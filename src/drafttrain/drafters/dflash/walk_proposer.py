@@ -16,9 +16,8 @@ from torch import Tensor
 from drafttrain.core.proposals import Budget, DraftStep, More, Proposal
 from drafttrain.drafters.chain_draft import Chains
 from drafttrain.drafters.dflash.proposer import BlockModel, BlockProposer
-from drafttrain.drafters.dflash.walk import Walk
+from drafttrain.drafters.dflash.walk import Correction, Walk
 from drafttrain.drafters.dynamic_tree import DynamicTree
-from drafttrain.drafters.few_rows import product_with
 
 
 class WalkedModel(BlockModel, Protocol):
@@ -27,6 +26,14 @@ class WalkedModel(BlockModel, Protocol):
     @property
     def walk(self) -> Walk:
         """The walk over the slots."""
+        ...
+
+    def head_states(self, hidden: Tensor) -> Tensor:
+        """Return the part of the states that the head reads."""
+        ...
+
+    def correction(self) -> Correction:
+        """Return how the factors change the logits, with its weights prepared once."""
         ...
 
 
@@ -52,7 +59,8 @@ class WalkProposer(BlockProposer):
     def __init__(self, model: WalkedModel, **settings: Any) -> None:
         super().__init__(model, **settings)
         self._walk = model.walk
-        self._added = product_with([self._walk.added])
+        self._head_states = model.head_states
+        self._corrected = model.correction()
 
     def confidence(self, place: int, hidden_MD: Tensor, embedded_Me: Tensor) -> Tensor | None:
         """Return confidence_M, the logits of the predicted acceptance of a slot's tokens; None: the kind predicts none."""
@@ -62,7 +70,7 @@ class WalkProposer(BlockProposer):
         """Draft the chains from left to right."""
         alive = chains.growing
         hidden_MKD = self.of_growing(chains, states_SKD)
-        base_MKW = self._head(hidden_MKD)
+        base_MKW = self._head(self._head_states(hidden_MKD))
         state_Ms = self._walk.start(hidden_MKD[:, 0])
         for place in range(hidden_MKD.shape[1]):
             tokens_M = torch.tensor(chains.newest).to(self._device)
@@ -83,7 +91,7 @@ class WalkProposer(BlockProposer):
         self, budgets: Sequence[Budget], states_SKD: Tensor, more: Callable[[DraftStep], bool | More]
     ) -> list[Proposal]:
         """Return a tree for each sequence, as EAGLE-2 grows it: the children of a node depend on its token."""
-        base_SKW = self._head(states_SKD)
+        base_SKW = self._head(self._head_states(states_SKD))
         trees = [DynamicTree(one.tokens[-1], budget) for one, budget in zip(self._contexts, budgets, strict=True)]
         states = [{0: row_s} for row_s in self._walk.start(states_SKD[:, 0]).unbind()]
         for place in range(states_SKD.shape[1]):
@@ -145,8 +153,8 @@ class WalkProposer(BlockProposer):
         embedded_Me = self._walk.embed(tokens_M, dtype=hidden_MD.dtype)
         factors_Mf, state_Ms = self._walk.step(place, hidden_MD, embedded_Me, state_Ms)
         return _Slot(
-            logits_MW=base_MW + self._added(factors_Mf),
-            states_MD=torch.cat([hidden_MD, factors_Mf], dim=-1),
+            logits_MW=self._corrected(base_MW, factors_Mf),
+            states_MD=torch.cat([self._head_states(hidden_MD), factors_Mf], dim=-1),
             confidence_M=self.confidence(place, hidden_MD, embedded_Me),
             state_Ms=state_Ms,
         )

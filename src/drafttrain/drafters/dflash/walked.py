@@ -20,12 +20,13 @@ from drafttrain.core.weights import weight_bytes
 from drafttrain.drafters.dflash.blocks import Blocks
 from drafttrain.drafters.dflash.drafter import BlockDrafter
 from drafttrain.drafters.dflash.proposer import BlockProposer
-from drafttrain.drafters.dflash.walk import Walk
+from drafttrain.drafters.dflash.walk import AddingWalk, Correction, Walk
 from drafttrain.drafters.dflash.walk_proposer import WalkProposer
+from drafttrain.drafters.few_rows import product_with
 
 
 class WalkedDrafter(BlockDrafter):
-    """States of a depth are [h ; f], so the head is one linear map. In training the tokens before are the text's."""
+    """States of a depth are [h ; f], so that one head makes their logits. In training the tokens before are the text's."""
 
     proposer_class: ClassVar[type[BlockProposer]] = WalkProposer
 
@@ -39,13 +40,22 @@ class WalkedDrafter(BlockDrafter):
     def step_modules(self) -> Sequence[nn.Module]:
         """The modules whose weights every step of the walk reads."""
 
+    @property
+    def num_steps(self) -> int:
+        """Steps of the walk in a round."""
+        return self.num_depths
+
+    def head_states(self, hidden_AKE: Tensor) -> Tensor:
+        """Return states_AKD, the part of `predicting` that the block's own head reads: all of it, unless a kind packs more."""
+        return hidden_AKE
+
     def drafted(self, hidden_AKD: Tensor, blocks: Blocks, batch: DraftBatch) -> DraftOutput:
         """Return the states [h ; f] of every depth, and what else the kind trains."""
         places = range(hidden_AKD.shape[1])
         before_AK = torch.stack([blocks.at(batch.tokens_BT, places=place) for place in places], dim=1)
         embedded_AKe = self.walk.embed(before_AK, dtype=hidden_AKD.dtype)
         factors_AKf = self.walk.factors(hidden_AKD, embedded_AKe).to(hidden_AKD.dtype)
-        made = super().drafted(torch.cat([hidden_AKD, factors_AKf], dim=-1), blocks, batch)
+        made = super().drafted(torch.cat([self.head_states(hidden_AKD), factors_AKf], dim=-1), blocks, batch)
         return self.completed(made, hidden_AKD, embedded_AKe, batch)
 
     def completed(self, made: DraftOutput, hidden_AKD: Tensor, embedded_AKe: Tensor, batch: DraftBatch) -> DraftOutput:
@@ -56,6 +66,29 @@ class WalkedDrafter(BlockDrafter):
     def base_head(self) -> Head:
         """The head without the walk, for states h."""
         return super().head
+
+    @abstractmethod
+    def correction(self) -> Correction:
+        """Return how the factors change the logits in decoding, with its weights prepared for few rows."""
+
+    def weight_bytes(self) -> tuple[int, int, int, int]:
+        """Return the bytes of (weights of the context, of a block, of the head and the walk, one embedding row)."""
+        of_context, of_block, of_head, row = super().weight_bytes()
+        return of_context, of_block, of_head + self.num_steps * weight_bytes(*self.step_modules), row
+
+
+class AddingDrafter(WalkedDrafter):
+    """The factors of a slot, times a matrix, are added to its logits."""
+
+    @property
+    @abstractmethod
+    def walk(self) -> AddingWalk:
+        """The walk over the slots."""
+
+    def correction(self) -> Correction:
+        """Return the sum."""
+        added = product_with([self.walk.added])
+        return lambda base_AW, factor_Af: base_AW + added(factor_Af)
 
     @property
     def head(self) -> Head:
@@ -77,8 +110,3 @@ class WalkedDrafter(BlockDrafter):
         blocks = shape.blocks(self.own["anchors"])
         for depth in range(1, self.num_depths + 1):
             yield matrix(parameters_of(self.walk.added), blocks.rows(depth), gradients=2)
-
-    def weight_bytes(self) -> tuple[int, int, int, int]:
-        """Return the bytes of (weights of the context, of a block, of the head and the walk, one embedding row)."""
-        of_context, of_block, of_head, row = super().weight_bytes()
-        return of_context, of_block, of_head + self.num_depths * weight_bytes(*self.step_modules), row

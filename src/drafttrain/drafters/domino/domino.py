@@ -17,8 +17,8 @@ from drafttrain.core.printable import shown
 from drafttrain.core.settings import setting
 from drafttrain.drafters import drafters
 from drafttrain.drafters.dflash.settings import OWN, BlockSettings
-from drafttrain.drafters.dflash.walk import Walk
-from drafttrain.drafters.dflash.walked import WalkedDrafter
+from drafttrain.drafters.dflash.walk import AddingWalk
+from drafttrain.drafters.dflash.walked import AddingDrafter
 from drafttrain.drafters.domino.prefix import PrefixGru, PrefixWalk, correction
 from drafttrain.drafters.eagle.target_parts import TargetParts
 from drafttrain.drafters.warm_start import settings_fixed_by_checkpoint
@@ -74,7 +74,7 @@ class DominoSettings(BlockSettings):
 
 
 @drafters.register("domino", DominoSettings)
-class Domino(WalkedDrafter):
+class Domino(AddingDrafter):
     """logits of slot k = head(h_k) + W_b SiLU(W_a [h_k ; s_k]), s_k a recurrent state of the block's tokens before.
 
     The loss of a step is (1 - c) loss(corrected logits) + c cross-entropy(base logits). c falls from 1 at the first step to 0, so
@@ -112,7 +112,7 @@ class Domino(WalkedDrafter):
         return field_problems(config)
 
     @property
-    def walk(self) -> Walk:
+    def walk(self) -> AddingWalk:
         """The recurrent state and the correction."""
         return PrefixWalk(self.prefix_gru, self.embed_proj, self._parts, self.config["dflash_config"][PREFIX])
 
@@ -130,7 +130,7 @@ class Domino(WalkedDrafter):
             {depth: part * weight for depth, weight in made.depth_weights.items()} for part in (share, 1 - share)
         )
         states = replace(made, states_BTD=self.by_depth(hidden_AKD, batch), head=self.base_head, depth_weights=base)
-        return replace(made, depth_weights=corrected, beside=Beside(states, CrossEntropy(), batch.target_rows))
+        return replace(made, depth_weights=corrected, beside=(Beside(states, CrossEntropy(), batch.target_rows),))
 
     def base_share(self, batch: DraftBatch) -> float:
         """Return the weight of the base logits' loss at the step of a batch: 1 at the first step, 0 at the end of the decay."""

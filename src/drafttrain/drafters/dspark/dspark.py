@@ -18,8 +18,8 @@ from drafttrain.core.printable import shown
 from drafttrain.core.settings import setting
 from drafttrain.drafters import drafters
 from drafttrain.drafters.dflash.settings import BlockSettings
-from drafttrain.drafters.dflash.walk import Walk
-from drafttrain.drafters.dflash.walked import WalkedDrafter
+from drafttrain.drafters.dflash.walk import AddingWalk
+from drafttrain.drafters.dflash.walked import AddingDrafter
 from drafttrain.drafters.dspark.calibration import FILE, calibrated_temperatures, predictions, read_temperatures
 from drafttrain.drafters.dspark.markov import MARKOV_HEADS, ConfidenceHead
 from drafttrain.drafters.dspark.proposer import DSparkProposer
@@ -68,7 +68,7 @@ class DSparkSettings(BlockSettings):
 
 
 @drafters.register("dspark", DSparkSettings)
-class DSpark(WalkedDrafter):
+class DSpark(AddingDrafter):
     """logits of slot s = head(h_s) + W2 f_s, where f_s is made from the token before the one that slot s predicts.
 
     Source: DSpark, DeepSeek-AI 2026, DeepSpec repository, DSpark_paper.pdf.
@@ -125,7 +125,7 @@ class DSpark(WalkedDrafter):
         ]
 
     @property
-    def walk(self) -> Walk:
+    def walk(self) -> AddingWalk:
         """The Markov head."""
         return self.markov_head
 

@@ -20,7 +20,7 @@ class TargetParts:
     """The target's embedding and head. Not a module, so neither is trained or saved with the drafter."""
 
     def __init__(self, target: Target) -> None:
-        self._model = target.model
+        self._target, self._model = target, target.model
         self._embedding: Any = target.model.get_input_embeddings()
 
     def embed(self, tokens_BT: Tensor, *, dtype: torch.dtype) -> Tensor:
@@ -32,6 +32,11 @@ class TargetParts:
     def head(self, states_ND: Tensor) -> Tensor:
         """Return logits_NV, differentiable in the states."""
         return head_logits(self._model, states_ND.to(self._model.get_output_embeddings().weight.dtype))
+
+    @property
+    def num_tokens(self) -> int:
+        """Ids that the target's tokenizer can produce; the head may have more rows."""
+        return self._target.num_tokens
 
     @property
     def linear_head(self) -> Head:

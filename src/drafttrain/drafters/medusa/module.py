@@ -200,12 +200,13 @@ class Medusa(Drafter):
         """Return, for every head, the states that its output matrix reads."""
         final_BTD = batch.target.final_BTD if batch.target is not None else None
         assert final_BTD is not None, "the module reads the target first"
-        factor, beside = 1.0, None
+        factor = 1.0
+        beside: tuple[Beside, ...] = ()
         if self.adapter is not None and not self.adapter.on:
             final_BTD = self._adapted(batch)
         if self.joint is not None and self.training:
             factor = self.joint.coefficient(batch.step)
-            beside = self._of_target(final_BTD, batch)
+            beside = (self._of_target(final_BTD, batch),)
         weights = {depth: factor * self.decay**depth for depth in range(1, self.num_heads + 1)}
         return replace(self._drafted(final_BTD), depth_weights=weights, beside=beside)
 

@@ -1,9 +1,11 @@
 """Stop drafting where the drafter itself predicts that its next token is rejected."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.proposals import Budget, Context, DraftStep, Verdict
@@ -24,6 +26,7 @@ class PredictedAcceptanceSettings(LengthSettings):
     )
     min_tokens: int = setting(1, help="Draft tokens per round at least.", ge=0)
     max_tokens: int = setting(16, help="Draft tokens per round at most.", ge=1)
+    reads_confidence: ClassVar[bool] = True
 
     def check(self) -> list[str]:
         """Return what is wrong across fields."""
@@ -48,7 +51,7 @@ class PredictedAcceptance:
         return Budget(nodes=self.settings.max_tokens, depth=self.settings.max_tokens)
 
     def more(self, step: DraftStep) -> bool:
-        chance = self._chance(step)
+        (chance,) = chances_of([predicted(step)])
         if self.settings.of == "prefix":
             chance *= 1.0 if step.depth == 1 else self._passed[step.sequence]
             self._passed[step.sequence] = chance
@@ -57,10 +60,19 @@ class PredictedAcceptance:
     def observe(self, verdict: Verdict) -> None:
         pass
 
-    @staticmethod
-    def _chance(step: DraftStep) -> float:
-        if step.confidence is None:
-            raise CheckpointError(
-                "eval.length: predicted_acceptance needs a drafter with a confidence head, and this one has none"
-            )
-        return float(torch.sigmoid(step.confidence.float()))
+
+def predicted(step: DraftStep) -> Tensor:
+    """Return the logit of the predicted acceptance of the next draft token.
+
+    Raises:
+        CheckpointError: The drafter predicts none.
+    """
+    if step.confidence is None:
+        raise CheckpointError("eval.length: this policy needs a drafter with a confidence head, and this one has none")
+    return step.confidence
+
+
+def chances_of(scores: Sequence[Tensor]) -> list[float]:
+    """Return the chances with these logits. The device is read once."""
+    chances: list[float] = torch.stack(list(scores)).float().sigmoid().tolist() if scores else []
+    return chances
