@@ -17,8 +17,9 @@ from drafttrain.core.errors import DataError
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.sources.text import TextSettings
-from drafttrain.data_gen.stored.target_cache import Wanted, _as_array, _as_tensor, _rows
+from drafttrain.data_gen.stored.target_cache import _as_array, _as_tensor, _rows
 from drafttrain.data_gen.stored.validation_target import CachedTarget
+from drafttrain.data_gen.stored.wanted import Wanted
 from drafttrain.data_gen.training_data import TrainingData, attach_cache, prepare
 from drafttrain.drafters.kangaroo.module import KangarooDrafter, KangarooSettings
 from drafttrain.losses import losses

@@ -5,12 +5,25 @@ Commands import their work inside the function: `drafttrain --help` and a wrong 
 
 import sys
 
-from drafttrain.cli import chat, check_server, data, engines, evaluate, formats, online, recipes, record, stages, target
+from drafttrain.cli import (
+    chat,
+    check_server,
+    data,
+    engines,
+    evaluate,
+    formats,
+    online,
+    plan,
+    recipes,
+    record,
+    stages,
+    target,
+)
 from drafttrain.cli.app import app
 
 __all__ = ["app", "main"]
 
-for group in (stages, evaluate, chat, formats, check_server, record):
+for group in (stages, plan, evaluate, chat, formats, check_server, record):
     group.add_to(app)
 app.add_typer(data.app, name="data")
 app.add_typer(online.app, name="online")

@@ -24,8 +24,9 @@ from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.sources import Source, Versioned, content_of, sources
 from drafttrain.data_gen.stored.logged_distribution import with_logged
 from drafttrain.data_gen.stored.records import Store, open_store
-from drafttrain.data_gen.stored.target_cache import RowCache, Wanted, build_cache, with_stored
+from drafttrain.data_gen.stored.target_cache import RowCache, build_cache, with_stored
 from drafttrain.data_gen.stored.target_sums import add_sums
+from drafttrain.data_gen.stored.wanted import Wanted
 from drafttrain.target_model import Target
 
 
@@ -220,9 +221,9 @@ def attach_cache(
     if settings.cache == "none":
         return
     distribution = distribution and not data.has_logged_distribution(num_records=num_records)
-    if not distribution and needs == TargetNeeds():
+    wanted = Wanted.of(settings, distribution=distribution, needs=needs)
+    if wanted is None:
         return
-    wanted = Wanted(settings.cache if distribution else None, needs, settings.cache_top_k, settings.cache_dtype)
     for number, records in enumerate(data.visited(num_records=num_records)):
         if records:
             place, store = folder / f"{number}-cache", data.stores[number]

@@ -48,6 +48,11 @@ class Drafter(nn.Module, ABC):
         """Return the drafter as training starts from it."""
 
     @classmethod
+    def sized(cls, settings: Any, *, target: Target, tokenizer: Any) -> Drafter:
+        """Return a drafter of the sizes that `create` gives it, reading no weights: they are made where tensors have no data."""
+        return cls.create(settings, target=target, tokenizer=tokenizer)
+
+    @classmethod
     def why_whole_target(cls, settings: Any) -> str | None:
         """Return why these settings need the target's blocks themselves; None: the target's outputs are enough."""
         return None

@@ -37,6 +37,25 @@ def stack_holder(model: Any) -> nn.Module:
     return next(module for module in trunk(model).modules() if any(child is stack for child in module.children()))
 
 
+def are_alike(stack: nn.ModuleList) -> bool:
+    """Return whether all blocks have weights of the same names and shapes, and the same kind of attention."""
+    shapes = {tuple((name, tuple(p.shape)) for name, p in block.named_parameters()) for block in stack}
+    kinds = {getattr(part, "sliding_window", None) for block in stack for part in block.children()}
+    return len(shapes) == 1 and len(kinds) == 1
+
+
+@contextlib.contextmanager
+def only_first_block(model: Any) -> Iterator[int]:
+    """Within this context the model has its first block alone; yield how many it has otherwise."""
+    stack, holder = blocks(model), stack_holder(model)
+    name = next(name for name, child in holder.named_children() if child is stack)
+    setattr(holder, name, stack[:1])
+    try:
+        yield len(stack)
+    finally:
+        setattr(holder, name, stack)
+
+
 def final_norm(model: Any) -> nn.Module:
     """Return the norm between the last block and the head."""
     return _first(trunk(model), NORM_PATHS, model, "a final norm")

@@ -21,7 +21,7 @@ from drafttrain.core.batches import PackedDocuments
 from drafttrain.core.linear_head import no_autocast_if_frozen
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.target_model.anatomy import taps, trunk
-from drafttrain.target_model.logits import check_logits
+from drafttrain.target_model.logits import assume_compared, check_logits
 from drafttrain.target_model.packed_forward import NotPlain, may_be_read_packed, packed, through_every_block
 
 PROBE_TOKENS = 4
@@ -80,6 +80,13 @@ def probe(model: Any) -> None:
     separates_documents(model)
     reads_packed(model)
     takes_mask(model)
+
+
+def assume_plain(model: Any) -> None:
+    """Assume what a probe finds of common models, for one whose weights have no data: nothing can be compared."""
+    assume_compared(model)
+    _separated[model] = _masked[model] = True
+    _packed[model] = False
 
 
 def as_read(model: Any, values_BT: Tensor, positions_BT: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -50,6 +51,33 @@ def resolve_folder(name: str, *, revision: str | None = None) -> Path:
         raise CheckpointError(f"{name}: no such file")
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise CheckpointError(f"{name}: no such folder (a hub id has the form owner/name)")
+    return _fetched(name, HUB_PATTERNS, revision=revision)
+
+
+def config_folder(name: str, *, revision: str | None = None) -> Path:
+    """Return the local folder of a name. Of a hub id only config.json is fetched.
+
+    Raises:
+        CheckpointError: There is no such folder, or it has no config.json.
+    """
+    folder = (
+        _fetched(name, ("config.json",), revision=revision, instead="; a folder with its config.json alone is enough")
+        if _may_be_on_hub(name)
+        else cached_folder(name, revision=revision)
+    )
+    if folder is None:
+        raise CheckpointError(f"{name}: not on this machine yet: drafttrain target fetch {name.removeprefix(KNOWN)}")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: no config.json here: not a model folder")
+    return folder
+
+
+def _fetched(name: str, patterns: Sequence[str], *, revision: str | None, instead: str = "") -> Path:
+    """Return the folder of a hub id with the files of these patterns.
+
+    Args:
+        instead: What to give where the hub cannot be reached, for the error.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -59,11 +87,17 @@ def resolve_folder(name: str, *, revision: str | None = None) -> Path:
     )
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_PATTERNS)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
-            f"{name}: not a local folder, and fetching it from the hub failed ({type(error).__name__})"
+            f"{name}: not a local folder, and fetching it from the hub failed ({type(error).__name__}){instead}"
         ) from error
+
+
+def _may_be_on_hub(name: str) -> bool:
+    """Return whether a name may be a hub id: it is not short for a folder, and not a path."""
+    local = stands_for_folder(name) or name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).exists()
+    return not local
 
 
 def cached_folder(name: str, *, revision: str | None = None) -> Path | None:
@@ -74,8 +108,7 @@ def cached_folder(name: str, *, revision: str | None = None) -> Path | None:
     """
     if name.startswith(KNOWN) and not fetched_file(known_target(name.removeprefix(KNOWN))).exists():
         return None
-    local = stands_for_folder(name) or name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).exists()
-    if local:
+    if not _may_be_on_hub(name):
         return resolve_folder(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -183,6 +183,21 @@ def build_optimizer(
     if settings.optimizer == "sgd":
         return torch.optim.SGD(chosen, lr=settings.lr, weight_decay=settings.weight_decay)
     return torch.optim.AdamW(chosen, lr=settings.lr, betas=betas, weight_decay=settings.weight_decay, fused=True)
+
+
+def state_bytes(module: nn.Module, settings: TrainSettings) -> int:
+    """Return the bytes of the optimizer's state after its first step: two moments in the type of each parameter and a count of steps
+    (AdamW), one moment (Muon), or none (SGD).
+    """
+    # Where the state is offloaded it has the same size, and its optimizer would have to be compiled.
+    optimizer = build_optimizer(module, replace(settings, deepspeed=None))
+    if isinstance(optimizer, torch.optim.SGD):
+        return 0
+    moments = 0
+    for group in optimizer.param_groups:
+        muon = group.get("muon", False)
+        moments += sum(p.numel() * p.element_size() * (1 if muon else 2) + (0 if muon else 4) for p in group["params"])
+    return moments
 
 
 def _by_rate(

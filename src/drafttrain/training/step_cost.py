@@ -9,9 +9,9 @@ B = sequences, T = positions
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,17 +26,18 @@ from drafttrain.core.flops import attention
 from drafttrain.core.piece_size import counted_for
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Record
+from drafttrain.core.weights import weight_bytes
 from drafttrain.data_gen.packing import pack
+from drafttrain.data_gen.stored.wanted import Wanted, with_arrays
 from drafttrain.drafters import Drafter
 from drafttrain.losses import Loss
 from drafttrain.losses.step import batch_loss, with_plan
 from drafttrain.target_model import Target
-from drafttrain.target_model.anatomy import taps, trunk
-from drafttrain.target_model.packed_forward import packed
+from drafttrain.target_model.anatomy import are_alike, blocks, only_first_block, taps, trunk
+from drafttrain.target_model.packed_forward import NotPlain, packed
 from drafttrain.training.flops import distill_flops
-
-ADAMW_BYTES = 8
-"""Bytes per trained parameter: two moments in float32."""
+from drafttrain.training.optimizer import state_bytes
+from drafttrain.training.settings import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -47,26 +48,52 @@ class Trained:
     loss: Loss
     target: Target
     vocab_size: int
-    chunk_rows: int | None = None
-    """As `train.loss_chunk_rows`."""
+    settings: TrainSettings = field(default_factory=TrainSettings)
+    stored: Wanted | None = None
+    """Outputs of the target that batches bring, so that it is not run."""
+
+    def stored_arrays(self, *shape: int) -> dict[str, Tensor]:
+        """Return what batches bring for tokens in this shape."""
+        if self.stored is None:
+            return {}
+        summed = self.drafter.vocabulary is not None and self.stored.distribution == "states"
+        return self.stored.empty(shape, self.target, summed=summed)
+
+    def bytes_stored(self) -> int:
+        """Return the bytes that are stored for a token."""
+        return sum(array.nbytes for array in self.stored_arrays().values())
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Operations and memory of one micro-batch, and the memory of weights and optimizer."""
+    """Operations and memory of one micro-batch, and the memory of weights and optimizer, in bytes."""
 
     positions: int
     executed: int
     """Floating-point operations of the matrix products that are run."""
     needed: int
     """Operations that the arithmetic needs (`training.flops`)."""
-    kept: int
-    """Bytes that the drafter's forward stores for its backward pass, autocast's copies of weights included."""
-    peak: int
-    """Peak bytes beyond weights and the optimizer's moments: activations, gradients, logits."""
+    trained: int
+    """Parameters that are trained."""
+    frozen: int
+    """Parameters of the target, and those of the drafter that are not trained."""
     target_bytes: int
-    trained_bytes: int
-    """Weights and AdamW's moments."""
+    blocks_bytes: int
+    """Of these, those of the target's blocks."""
+    drafter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    kept: int
+    """What the drafter's forward stores for its backward pass, autocast's copies of weights included."""
+    logits: int
+    """Tensors of the loss that have a number for each token of a vocabulary, at most."""
+    peak: int
+    """Peak beyond weights and the optimizer's state: activations, gradients, logits."""
+
+    @property
+    def trained_bytes(self) -> int:
+        """Weights of the drafter and the optimizer's state."""
+        return self.drafter_bytes + self.optimizer_bytes
 
     @property
     def memory(self) -> int:
@@ -84,7 +111,7 @@ def step_cost(
     rows: int,
     width: int,
     prompt: int = 0,
-    mixed: bool = True,
+    accumulates: bool = False,
     device_type: str = "cuda",
 ) -> StepCost:
     """Count one micro-batch of full rows, one document each.
@@ -92,72 +119,132 @@ def step_cost(
     Args:
         build: Called in a mode in which new tensors have no data.
         prompt: First tokens of each document that are not trained.
-        mixed: Train under bf16 autocast.
-        device_type: The device whose cost is counted; it decides how much exists at once.
+        accumulates: The gradients of earlier micro-batches of the step are there.
+        device_type: The device whose cost is counted; it decides how much exists at once, and `precision: auto`.
     """
     records = [Record(str(row), [1] * width, [False] * prompt + [True] * (width - prompt)) for row in range(rows)]
     batch, _ = pack(records, width=width, weight_of_step=1.0)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True) as without_data:
         made = build()
     # Outside of that mode: results of weights and states have no data, but the bounds of rows must have some.
     # The first of two steps, in which a loss that is trained beside the drafts for a part of the steps has its weight.
     batch = with_plan(made.drafter, made.loss, replace(batch, num_steps=2))
     drafter = made.drafter.train()
-    weights = [*drafter.parameters(), *drafter.buffers()]
-    frozen = [*made.target.model.parameters(), *made.target.model.buffers()]
-    with Counted() as counted, counted_for(device_type):
-        kept = _step(made, batch, mixed=mixed, own=weights)
+    if made.settings.activation_checkpointing:
+        drafter.recompute_activations()
     trained = [p for p in drafter.parameters() if p.requires_grad]
+    frozen = [*made.target.model.parameters(), *(p for p in drafter.parameters() if not p.requires_grad)]
+    outputs = made.target.model.get_output_embeddings()
+    widths = {made.vocab_size, int(outputs.weight.shape[0])}
+    if drafter.vocabulary is not None:
+        widths.add(len(drafter.vocabulary))
+    with Counted(widths) as counted, counted_for(device_type):
+        if accumulates:
+            for parameter in trained:
+                parameter.grad = torch.zeros_like(parameter)
+        kept = _step(made, batch, counted, without_data, mixed=_mixed(made.settings, device_type))
     return StepCost(
         positions=rows * width,
         executed=counted.flops,
-        needed=distill_flops(
-            drafter, made.target, batch.shape, reads=_needs(made) != TargetNeeds(), head=made.loss.needs_target
-        ),
+        needed=distill_flops(drafter, made.target, batch.shape, reads=_reads(made), head=_runs_head(made)),
+        trained=sum(p.numel() for p in trained),
+        frozen=sum({id(p): p.numel() for p in frozen}.values()),
+        target_bytes=_bytes([*made.target.model.parameters(), *made.target.model.buffers()]),
+        blocks_bytes=weight_bytes(blocks(made.target.model)),
+        drafter_bytes=_bytes([*drafter.parameters(), *drafter.buffers()]),
+        gradient_bytes=_bytes([p.grad for p in trained if p.grad is not None]),
+        optimizer_bytes=state_bytes(drafter, made.settings),
         kept=kept,
+        logits=counted.most_wide,
         peak=counted.peak,
-        target_bytes=_bytes(frozen),
-        trained_bytes=_bytes(weights) + ADAMW_BYTES * sum(p.numel() for p in trained),
     )
+
+
+def _mixed(settings: TrainSettings, device_type: str) -> bool:
+    return settings.on(device_type).precision == "bf16-mixed"
 
 
 def _needs(made: Trained) -> TargetNeeds:
     return made.drafter.needs() | TargetNeeds(final=made.loss.needs_target)
 
 
-def _step(made: Trained, batch: DraftBatch, *, mixed: bool, own: Sequence[Tensor]) -> int:
+def _reads(made: Trained) -> bool:
+    return made.stored is None and _needs(made) != TargetNeeds()
+
+
+def _runs_head(made: Trained) -> bool:
+    """Return whether the target's head computes its distribution, from states of this step or stored ones."""
+    return made.loss.needs_target and (made.stored is None or made.stored.distribution == "states")
+
+
+def _step(made: Trained, batch: DraftBatch, counted: Counted, without_data: FakeTensorMode, *, mixed: bool) -> int:
     """Take the step; return the bytes that the drafter's forward keeps."""
+    own = [*made.drafter.parameters(), *made.drafter.buffers()]
     sizes: dict[int, int] = {}
 
     def drafted(batch: DraftBatch) -> DraftOutput:
         with _kept(own) as kept:
             output: DraftOutput = made.drafter(batch)
         sizes.update(kept)
+        # From here on a tensor as wide as a vocabulary holds logits, or what the loss makes of them.
+        counted.in_loss = True
         return output
 
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-        seen = _read(made.target, batch, _needs(made))
-        rows = made.target.rows_of(seen) if made.loss.needs_target else None
-        batch = replace(batch, target=seen, target_rows=rows)
-        loss = batch_loss(drafted, made.loss, batch, vocab_size=made.vocab_size, chunk_rows=made.chunk_rows)
+        if made.stored is None:
+            seen = _read(made.target, batch, _needs(made), counted)
+            rows = made.target.rows_of(seen) if made.loss.needs_target else None
+            batch = replace(batch, target=seen, target_rows=rows)
+        else:
+            with without_data:
+                arrays = made.stored_arrays(*batch.tokens_BT.shape)
+            batch = with_arrays(batch, arrays, made.stored, made.target.model, num_tokens=made.vocab_size)
+        loss = batch_loss(
+            drafted, made.loss, batch, vocab_size=made.vocab_size, chunk_rows=made.settings.loss_chunk_rows
+        )
+    counted.in_loss = False
     loss.total.backward()
     return sum(sizes.values())
 
 
 @torch.no_grad()
-def _read(target: Target, batch: DraftBatch, needs: TargetNeeds) -> TargetOutput:
-    """Read like `Target.read`, without probing the model first, which needs data."""
+def _read(target: Target, batch: DraftBatch, needs: TargetNeeds, counted: Counted) -> TargetOutput:
+    """Read like `Target.read`, without probing the model first, which needs data.
+
+    Of blocks that are alike the first alone is run, and its operations are counted as often as there are blocks.
+    """
+    if needs == TargetNeeds():
+        return TargetOutput()
+    model, before = target.model, counted.flops
+    if not are_alike(blocks(model)):
+        return _outputs(model, batch, needs)
+    width = model.get_input_embeddings().embedding_dim
+    weight = next(model.parameters())
+    # They are there while the last block runs.
+    hidden_BTD = {index: weight.new_empty(*batch.tokens_BT.shape, width) for index in needs.hidden}
+    with only_first_block(model) as times:
+        seen = _outputs(model, batch, TargetNeeds(final=True))
+    counted.flops += (times - 1) * (counted.flops - before)
+    return replace(seen, hidden_BTD=hidden_BTD)
+
+
+def _outputs(model: Any, batch: DraftBatch, needs: TargetNeeds) -> TargetOutput:
     assert batch.plan is not None
-    with (
-        torch.autocast("cpu", enabled=False),
-        taps(target.model, needs) as seen,
-        packed(target.model, batch.plan.documents),
-    ):
-        final_BTD = trunk(target.model)(
-            input_ids=batch.tokens_BT, position_ids=batch.positions_BT, attention_mask=None, use_cache=False
-        ).last_hidden_state
-    hidden_BTD = {int(index): state for index, state in seen.items() if index != "final"}
-    return TargetOutput(logits_BTV=None, hidden_BTD=hidden_BTD, final_BTD=final_BTD)
+
+    def read() -> TargetOutput:
+        with torch.autocast("cpu", enabled=False), taps(model, needs) as seen:
+            final_BTD = trunk(model)(
+                input_ids=batch.tokens_BT, position_ids=batch.positions_BT, attention_mask=None, use_cache=False
+            ).last_hidden_state
+        hidden_BTD = {int(index): state for index, state in seen.items() if index != "final"}
+        return TargetOutput(logits_BTV=None, hidden_BTD=hidden_BTD, final_BTD=final_BTD)
+
+    try:
+        with packed(model, batch.plan.documents):
+            return read()
+    except NotPlain:
+        # An attention of its own: counted as the model's own code runs it, with one document a row.
+        return read()
 
 
 @contextmanager
@@ -183,11 +270,16 @@ def _kept(own: Sequence[Tensor]) -> Iterator[dict[int, int]]:
 class Counted(TorchDispatchMode):
     """Counts the operations of all matrix products, and the bytes of all storages from allocation to release."""
 
-    def __init__(self) -> None:
+    def __init__(self, widths: Collection[int] = ()) -> None:
         super().__init__()
         self.flops = 0
         self.now = 0
         self.peak = 0
+        self.in_loss = False
+        self.most_wide = 0
+        """Bytes of the tensors of the loss that are as wide as one of `widths`, at most."""
+        self._wide = 0
+        self._widths = widths
         self._known: set[int] = set()
 
     def __torch_dispatch__(
@@ -200,21 +292,24 @@ class Counted(TorchDispatchMode):
             self.flops += int(formula(*args, **(kwargs or {}), out_val=result))
         for one in tree_leaves(result):
             if isinstance(one, Tensor) and one.untyped_storage()._cdata not in given:
-                self._note(one.untyped_storage())
+                self._note(one.untyped_storage(), wide=self.in_loss and one.ndim > 1 and one.shape[-1] in self._widths)
         return result
 
-    def _note(self, storage: Any) -> None:
+    def _note(self, storage: Any, *, wide: bool) -> None:
         number, size = storage._cdata, storage.nbytes()
         if number in self._known:
             return
         self._known.add(number)
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, number, size)
+        self._wide += size if wide else 0
+        self.most_wide = max(self.most_wide, self._wide)
+        weakref.finalize(storage, self._gone, number, size, wide=wide)
 
-    def _gone(self, number: int, size: int) -> None:
+    def _gone(self, number: int, size: int, *, wide: bool) -> None:
         self._known.discard(number)
         self.now -= size
+        self._wide -= size if wide else 0
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,54 +20,16 @@ from drafttrain.core.batches import DraftBatch
 from drafttrain.core.console import progress, say
 from drafttrain.core.errors import DataError
 from drafttrain.core.files import write_json, written_beside
-from drafttrain.core.target_rows import TargetNeeds, TargetOutput, TargetRows
+from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Record
 from drafttrain.data_gen.groups import TOKENS_STORED, TOKENS_STORED_ON_CPU, groups, groups_in_order
+from drafttrain.data_gen.stored.wanted import SUMS, Wanted, with_arrays
 from drafttrain.distributed.collectives import any_of, first_before_others, own_share, wait_for_all
 from drafttrain.distributed.world import is_first
 from drafttrain.target_model import Target
-from drafttrain.target_model.logits import LiveRows, SummedRows, head_logits
+from drafttrain.target_model.logits import head_logits
 
 TOKENS_A_SHARD = 16_384
-
-SUMS = ("likeliest", "log_total")
-"""Arrays that `target_sums` adds to stored final states."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Which target outputs are stored."""
-
-    distribution: Literal["states", "full", "top_k"] | None
-    """How the target's distribution is stored; None: it is not needed."""
-    states: TargetNeeds
-    """Hidden states that are stored unchanged."""
-    top_k: int
-    dtype: Literal["float32", "bfloat16", "float16"]
-    """Type of stored states."""
-
-    @property
-    def final(self) -> bool:
-        """Whether the final state is stored: for itself, or because the distribution is computed from it."""
-        return self.states.final or self.distribution == "states"
-
-    @property
-    def arrays(self) -> list[str]:
-        """Names of the stored arrays."""
-        rows = {"full": ["logits"], "top_k": ["ids", "log_probs", "tail"]}.get(self.distribution or "", [])
-        return [*rows, *(f"hidden_{index}" for index in self.states.hidden), *(["final"] if self.final else [])]
-
-    def bytes_a_row(self, target: Target) -> int:
-        """Return the bytes stored for one token."""
-        rows = {"full": 4 * target.num_tokens, "top_k": 8 * min(self.top_k, target.num_tokens) + 4}
-        width = int(target.model.get_output_embeddings().weight.shape[1])
-        size: int = getattr(torch, self.dtype).itemsize
-        return rows.get(self.distribution or "", 0) + size * width * (len(self.states.hidden) + self.final)
-
-    def __str__(self) -> str:
-        distribution = [f"distribution ({self.distribution})"] if self.distribution else []
-        hidden = [f"hidden state {index}" for index in self.states.hidden]
-        return ", ".join([*distribution, *hidden, *(["final state"] if self.final else [])])
 
 
 class Texts(Protocol):
@@ -161,54 +123,9 @@ class RowCache:
         begin = start - self._shard_starts[shard]
         return self._shards[shard][name][begin : begin + count]
 
-    def target_rows(self, arrays: Mapping[str, Tensor]) -> TargetRows:
-        """Return the distribution at every position of a batch: computed by the target's head from final states, or stored itself."""
-        if self.wanted.distribution == "states" and self._sums:
-            sums = {f"{name}_BT": arrays[name] for name in SUMS}
-            return SummedRows(self._model, arrays["final"], **sums, num_tokens=self._num_tokens)
-        if self.wanted.distribution == "states":
-            return LiveRows(self._model, arrays["final"])
-        flat = {name: array.flatten(0, 1) for name, array in arrays.items()}
-        if self.wanted.distribution == "full":
-            return FullRows(flat["logits"])
-        return TopRows(flat["ids"], flat["log_probs"], flat["tail"], num_tokens=self._num_tokens)
-
-
-@dataclass(frozen=True)
-class FullRows:
-    """Stored logits of the target at every position."""
-
-    logits_RV: Tensor
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> FullRows:
-        """Return a copy with `change` applied to every tensor."""
-        return FullRows(change(self.logits_RV))
-
-    def at(self, index_N: Tensor) -> Tensor:
-        """Return logits_NV of the token after each flat position."""
-        return self.logits_RV[index_N]
-
-
-@dataclass(frozen=True)
-class TopRows:
-    """The largest log-probabilities of the target at every position; the rest is spread evenly over the other tokens."""
-
-    ids_RK: Tensor
-    log_probs_RK: Tensor
-    tail_R: Tensor
-    num_tokens: int
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> TopRows:
-        """Return a copy with `change` applied to every tensor."""
-        return TopRows(change(self.ids_RK), change(self.log_probs_RK), change(self.tail_R), self.num_tokens)
-
-    def at(self, index_N: Tensor) -> Tensor:
-        """Return log-probabilities of the token after each flat position."""
-        ids_NK = self.ids_RK[index_N].long()
-        others = self.num_tokens - ids_NK.shape[1]
-        tail_N = self.tail_R[index_N].clamp_min(1e-30)
-        fill_NV = (tail_N / max(1, others)).log()[:, None].expand(-1, self.num_tokens)
-        return fill_NV.scatter(1, ids_NK, self.log_probs_RK[index_N])
+    def with_arrays(self, batch: DraftBatch, arrays: Mapping[str, Tensor]) -> DraftBatch:
+        """Return a batch with these arrays, laid out like it, as the target's outputs."""
+        return with_arrays(batch, arrays, self.wanted, self._model, num_tokens=self._num_tokens)
 
 
 def with_stored(
@@ -223,15 +140,8 @@ def with_stored(
         members: For each record its cache, its number there, and its number of tokens; all caches store the same outputs.
     """
     cache = members[0][0]
-    wanted = cache.wanted
     arrays = {name: _laid_out(name, batch.tokens_BT.shape, places, members) for name in cache.batch_arrays}
-    target = TargetOutput(
-        hidden_BTD={index: arrays[f"hidden_{index}"] for index in wanted.states.hidden},
-        final_BTD=arrays["final"] if wanted.states.final else None,
-    )
-    return replace(
-        batch, target=target, target_rows=cache.target_rows(arrays) if wanted.distribution else batch.target_rows
-    )
+    return cache.with_arrays(batch, arrays)
 
 
 def _laid_out(

@@ -22,7 +22,8 @@ from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.texts import Record
 from drafttrain.data_gen.backends import Task
 from drafttrain.data_gen.backends.builtin import continuations
-from drafttrain.data_gen.stored.target_cache import RowCache, Wanted, build_cache
+from drafttrain.data_gen.stored.target_cache import RowCache, build_cache
+from drafttrain.data_gen.stored.wanted import Wanted
 from drafttrain.distributed.collectives import first_before_others, shared
 from drafttrain.distributed.world import is_first
 from drafttrain.target_model import Target

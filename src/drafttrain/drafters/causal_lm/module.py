@@ -26,13 +26,14 @@ from drafttrain.drafters.causal_lm.proposer import ChainProposer
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import blocks
 from drafttrain.target_model.attention import drafter_attention
-from drafttrain.target_model.documents import document_states
+from drafttrain.target_model.documents import assume_plain, document_states
 from drafttrain.target_model.end_tokens import end_of_text_id
 from drafttrain.target_model.folders import resolve_folder
 from drafttrain.target_model.loading import load_causal_lm
 from drafttrain.target_model.logits import head_of
 from drafttrain.target_model.matrix_products import head_parameters, trunk_products
 from drafttrain.target_model.positions import UNLIMITED_POSITIONS, max_positions
+from drafttrain.target_model.sized_target import read_sizes, sized_model
 from drafttrain.target_model.tokenizer import check_same_tokenizer, load_tokenizer, num_ids
 
 
@@ -135,6 +136,21 @@ class CausalLMDrafter(Drafter):
             folder = resolve_folder(settings.checkpoint)
             check_same_tokenizer(tokenizer, load_tokenizer(folder), drafter=settings.checkpoint)
             model = load_causal_lm(folder, attention=drafter_attention(target and target.model))
+        return cls._of(model, settings)
+
+    @classmethod
+    def sized(cls, settings: CausalLMSettings, *, target: Target, tokenizer: Any) -> CausalLMDrafter:
+        """Return the drafter; of a checkpoint only config.json is read."""
+        if settings.checkpoint is None:
+            drafter = cls.create(settings, target=target, tokenizer=tokenizer)
+        else:
+            config, _ = read_sizes(settings.checkpoint)
+            drafter = cls._of(sized_model(config, "float32", attention=drafter_attention(target.model)), settings)
+        assume_plain(drafter.model)
+        return drafter
+
+    @classmethod
+    def _of(cls, model: Any, settings: CausalLMSettings) -> CausalLMDrafter:
         if settings.freeze_embedding:
             for part in (model.get_input_embeddings(), model.get_output_embeddings()):
                 part.requires_grad_(False)

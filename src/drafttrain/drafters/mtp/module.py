@@ -20,7 +20,7 @@ from drafttrain.core.settings import setting
 from drafttrain.core.target_rows import TargetNeeds, TargetOutput
 from drafttrain.core.tensors import TensorFiles, load_named
 from drafttrain.core.weights import weight_bytes
-from drafttrain.drafters import drafters
+from drafttrain.drafters import Drafter, drafters
 from drafttrain.drafters.eagle.drafter import EagleDrafter, rollout
 from drafttrain.drafters.eagle.folder import load_weights, read_config
 from drafttrain.drafters.eagle.layer import Norm, compute_dtype
@@ -31,6 +31,7 @@ from drafttrain.drafters.mtp.layouts import BLOCK, LAYOUTS, Layout, layout_in, l
 from drafttrain.drafters.warm_start import CHECKPOINT_HELP, checkpoint_folder, settings_fixed_by_checkpoint
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import blocks
+from drafttrain.target_model.mimo import MIMO
 
 ROWS_AT_ONCE = 1024
 """Rows whose logits exist at the same time when the drafter's own tokens are chosen."""
@@ -134,6 +135,13 @@ class MtpDrafter(EagleDrafter):
         drafter = cls(new_config(target, layout, own=own), target)
         load_named(drafter, read_layer(files, layout, num_blocks), where=str(files.folder))
         return drafter
+
+    @classmethod
+    def sized(cls, settings: MtpSettings, *, target: Target, tokenizer: Any) -> Drafter:
+        """Return a layer of the sizes of the target's blocks."""
+        layout: Any = settings.layout or ("mimo" if target.model.config.model_type == MIMO else "deepseek")
+        random = replace(settings, checkpoint=None, init="random", layout=layout)
+        return cls.create(random, target=target, tokenizer=tokenizer)
 
     def needs(self) -> TargetNeeds:
         """Return the target's last state, before or after its final norm."""

@@ -1,0 +1,94 @@
+"""drafttrain plan: what a recipe costs, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from drafttrain.config.recipe import Recipe
+from drafttrain.core.console import complain, table
+from drafttrain.core.errors import RecipeError
+from drafttrain.pipeline.plan import Plan, plan_of
+from drafttrain.pipeline.run import quiet_libraries
+from drafttrain.training.gpus import MEMORY_AND_BANDWIDTH, RESERVED_BYTES, gpu_named
+
+EXACT, COUNTED, FORMULA = "exact", "counted", "formula"
+CPU = "cpu"
+
+
+def print_plan(recipe: Recipe, *, gpu: str, utilization: float, records: int | None) -> None:
+    """Print the cost of a recipe's training; if it does not fit, what to change.
+
+    Args:
+        gpu: A name of the table, or `cpu`.
+        utilization: Share of its peak, above 0 and at most 1.
+        records: Records of an epoch; None: as the recipe gives them.
+
+    Raises:
+        RecipeError: An argument is wrong, or the recipe cannot be planned.
+    """
+    chosen, problems = gpu_named(gpu), []
+    if chosen is None and gpu != CPU:
+        problems.append(f"--gpu: unknown GPU {gpu!r}. Available: {', '.join(MEMORY_AND_BANDWIDTH)}, {CPU}")
+    if not 0 < utilization <= 1:
+        problems.append(f"--mfu: must be above 0 and at most 1, got {utilization:g}")
+    if problems:
+        raise RecipeError("arguments", problems)
+    quiet_libraries()
+    made = plan_of(recipe, chosen, utilization=utilization, records=records)
+    table(list(_parameters(made)), columns=["parameters", "number", "how"])
+    table(list(_memory(made)), columns=["on a device", "GB", "how"], title="\nMemory")
+    table(list(_work(made)), columns=["training", "", "how"], title="\nWork")
+    if changes := made.changes():
+        assert chosen is not None
+        lacking = (made.memory + RESERVED_BYTES - chosen.memory_bytes) / 1e9
+        head = f"does not fit: {lacking:.1f} GB more than {chosen.name} has. What helps, the cheapest first:"
+        complain("\n  ".join([head, *changes]))
+
+
+def _parameters(plan: Plan) -> Iterator[list[str]]:
+    yield ["trained", f"{plan.cost.trained:,}", EXACT]
+    yield ["frozen", f"{plan.cost.frozen:,}", EXACT]
+
+
+def _memory(plan: Plan) -> Iterator[list[str]]:
+    cost, settings = plan.cost, plan.settings
+    batch = f"{settings.largest_micro_batch(plan.processes)} x {plan.recipe.data.max_length} tokens"
+    yield ["weights of the target", _gb(plan.held("target_bytes")), EXACT]
+    yield ["weights of the drafter", _gb(plan.held("drafter_bytes")), EXACT]
+    yield ["gradients", _gb(plan.held("gradient_bytes")), EXACT]
+    yield [f"state of {settings.optimizer}", _gb(plan.held("optimizer_bytes")), EXACT]
+    yield [f"activations that the drafter keeps of {batch}", _gb(cost.kept), COUNTED]
+    yield ["logits of the loss, at most", _gb(cost.logits), COUNTED]
+    yield ["all together at the peak of a step", _gb(plan.memory), COUNTED]
+    if plan.gpu is not None:
+        yield ["CUDA's context and fragmentation, about", _gb(RESERVED_BYTES), "assumed"]
+        yield [f"memory of {plan.gpu.name}", _gb(plan.gpu.memory_bytes), "data sheet"]
+
+
+def _work(plan: Plan) -> Iterator[list[str]]:
+    cost, settings = plan.cost, plan.settings
+    executed = plan.flops_per_step * cost.executed / cost.needed
+    yield ["cache on disk (GB), at most", _gb(plan.cache_bytes), FORMULA]
+    yield ["tokens a step, at most", f"{plan.tokens_per_step:,}", FORMULA]
+    yield ["steps", f"{settings.max_steps:,}", "recipe"]
+    if settings.pretrain is not None:
+        yield ["steps of train.pretrain before them", f"{settings.pretrain.max_steps:,}", "not counted"]
+    if plan.steps_per_epoch is None:
+        yield ["steps an epoch", "not known: --records", ""]
+    else:
+        yield ["steps an epoch", f"{plan.steps_per_epoch:,}", FORMULA]
+        yield ["epochs", f"{settings.max_steps / plan.steps_per_epoch:.2f}", FORMULA]
+    yield ["TFLOP a step that are needed", f"{plan.flops_per_step / 1e12:,.4g}", FORMULA]
+    yield ["TFLOP a step that are run", f"{executed / 1e12:,.4g}", COUNTED]
+    if plan.gpu is None or plan.step_seconds is None:
+        return
+    devices = f"{plan.processes} x {plan.gpu.name}" if plan.processes > 1 else plan.gpu.name
+    rate = f"{plan.gpu.peak_flops / 1e12:,.0f} TFLOP/s, {plan.gpu.bandwidth / 1e9:,.0f} GB/s"
+    yield [f"seconds a step on {devices}", f"{plan.step_seconds:,.3g}", f"formula: {plan.utilization:.0%} of {rate}"]
+    yield ["hours", f"{plan.hours:,.2f}", "without texts, cache, validation and evaluation"]
+
+
+def _gb(num_bytes: float) -> str:
+    """Return GB of 10^9 bytes; small sizes with the digits that they need."""
+    size = num_bytes / 1e9
+    return f"{size:.1f}" if size >= 10 or size == 0 else f"{size:.3g}"
