@@ -261,7 +261,7 @@ def table(results: dict[str, list[Tested]]) -> str:
                     f"| {pooled.text()} | {', '.join(f'{one.block_efficiency.value:.2f}' for one in found)} "
                     f"| {part.drafters['start' + suffix].block_efficiency.value:.2f} "
                     f"| {first.mbsu_by_token_a_round[kind + suffix] * pooled.value:.2f} "
-                    f"| {' / '.join(str(one.parity) for one in found if one.parity)} |"
+                    f"| {' / '.join(dict.fromkeys(one.parity.short() for one in found if one.parity))} |"
                 )
     return "\n".join(lines)
 
