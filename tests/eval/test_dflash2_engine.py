@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,14 +12,9 @@ from torch import Tensor
 
 from drafttrain.core.probability import normalized, residual
 from drafttrain.core.proposals import DraftStep, NodeKind
-from drafttrain.core.target_rows import TargetNeeds
-from drafttrain.core.texts import Record, Sampling
-from drafttrain.data_gen.packing import pack
+from drafttrain.core.texts import Sampling
 from drafttrain.eval import verification
 from drafttrain.eval.ledger import Ledger
-from drafttrain.losses import losses
-from drafttrain.losses.ce import CrossEntropySettings
-from drafttrain.losses.step import batch_loss
 from drafttrain.target_model import Target
 from tests.drafters.block_models import block_drafter, block_target
 from tests.drafters.test_dspark import all_logits
@@ -33,6 +27,7 @@ from tests.eval.test_domino_engine import (
     decoded,
     distribution_of,
     drafted,
+    fitted,
     written,
 )
 from tests.eval.test_eagle_engine import Tree
@@ -49,19 +44,10 @@ def target() -> Any:
 @functools.cache
 def trained_briefly(target: Target) -> Any:
     """Return a drafter that is often right: trained briefly on the target's text after the prompts."""
-    drafter = block_drafter(target, "dflash2", **DFLASH2, anchors=64).train()
+    drafter = block_drafter(target, "dflash2", **DFLASH2, anchors=64)
     torch.nn.init.normal_(drafter.candidate_selector.predecessor_codebook, std=0.5)
     torch.nn.init.normal_(drafter.candidate_selector.successor_codebook, std=0.5)
-    optimizer = torch.optim.Adam(drafter.parameters(), lr=1e-2)
-    texts = [[*prompt.tokens, *new] for prompt, new in zip(PROMPTS, written(target), strict=True)]
-    batch, _ = pack([Record("", text, [True] * len(text)) for text in texts], width=40, weight_of_step=1.0)
-    seen = target.read(batch.tokens_BT, batch.positions_BT, drafter.needs() | TargetNeeds(final=True))
-    for _ in range(30):
-        optimizer.zero_grad()
-        here = replace(batch, target=seen)
-        batch_loss(drafter, losses.build(CrossEntropySettings()), here, vocab_size=257).total.backward()
-        optimizer.step()
-    return drafter.eval()
+    return fitted(target, drafter, num_steps=30)
 
 
 @pytest.mark.parametrize("policy", [CHAIN, TREE])

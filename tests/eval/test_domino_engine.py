@@ -51,14 +51,19 @@ def trained_briefly(target: Target, shift_label: bool, vocabulary: int | None = 
     settings = DOMINO | {"sample_from_anchor": shift_label, "draft_vocab_size": vocabulary, "anchors": 64}
     drafter = block_drafter(target, "domino", **settings)
     drafter.fit_vocabulary(lambda: np.bincount([token for text in written(target) for token in text], minlength=257))
+    return fitted(target, drafter, num_steps=30)
+
+
+def fitted(target: Target, drafter: Any, *, num_steps: int) -> Any:
+    """Return a drafter after cross-entropy on the target's text after the prompts."""
     drafter.train()
     optimizer = torch.optim.Adam(drafter.parameters(), lr=1e-2)
     texts = [[*prompt.tokens, *new] for prompt, new in zip(PROMPTS, written(target), strict=True)]
     batch, _ = pack([Record("", text, [True] * len(text)) for text in texts], width=40, weight_of_step=1.0)
     seen = target.read(batch.tokens_BT, batch.positions_BT, drafter.needs() | TargetNeeds(final=True))
-    for step in range(30):
+    for step in range(num_steps):
         optimizer.zero_grad()
-        here = replace(batch, target=seen, step=step, num_steps=30)
+        here = replace(batch, target=seen, step=step, num_steps=num_steps)
         batch_loss(drafter, losses.build(CrossEntropySettings()), here, vocab_size=257).total.backward()
         optimizer.step()
     return drafter.eval()

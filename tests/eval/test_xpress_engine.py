@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,22 +10,17 @@ import torch
 from torch import Tensor
 
 from drafttrain.core.proposals import DraftStep, NodeKind, Proposal, chain
-from drafttrain.core.target_rows import TargetNeeds
-from drafttrain.core.texts import Record, Sampling
-from drafttrain.data_gen.packing import pack
+from drafttrain.core.texts import Sampling
 from drafttrain.drafters.xpress.proposer import XPressProposer
 from drafttrain.eval.ledger import Ledger
 from drafttrain.eval.length.fixed import FixedLength, FixedLengthSettings
-from drafttrain.losses import losses
 from drafttrain.losses.align import chosen_slots
-from drafttrain.losses.ce import CrossEntropySettings
-from drafttrain.losses.step import batch_loss
 from drafttrain.target_model import Target
 from tests.drafters.block_models import block_drafter, block_target
 from tests.drafters.test_dspark import all_logits, batch_of
 from tests.drafters.test_xpress import made
 from tests.eval.decoding import chi_square
-from tests.eval.test_domino_engine import NEW, PROMPTS, Watching, decoded, drafted, written
+from tests.eval.test_domino_engine import NEW, PROMPTS, Watching, decoded, drafted, fitted, written
 from tests.eval.test_eagle_engine import Tree
 
 XPRESS: dict[str, Any] = {"rank": 6, "mlp_hidden": 8, "block_size": 5}
@@ -41,17 +35,7 @@ def target() -> Any:
 @functools.cache
 def trained_briefly(target: Target) -> Any:
     """Return a drafter that is often right: trained briefly on the target's text after the prompts."""
-    drafter = block_drafter(target, "xpress", **XPRESS, anchors=64).train()
-    optimizer = torch.optim.Adam(drafter.parameters(), lr=1e-2)
-    texts = [[*prompt.tokens, *new] for prompt, new in zip(PROMPTS, written(target), strict=True)]
-    batch, _ = pack([Record("", text, [True] * len(text)) for text in texts], width=40, weight_of_step=1.0)
-    seen = target.read(batch.tokens_BT, batch.positions_BT, drafter.needs() | TargetNeeds(final=True))
-    for number in range(25):
-        optimizer.zero_grad()
-        here = replace(batch, target=seen, step=number, num_steps=25)
-        batch_loss(drafter, losses.build(CrossEntropySettings()), here, vocab_size=257).total.backward()
-        optimizer.step()
-    return drafter.eval()
+    return fitted(target, block_drafter(target, "xpress", **XPRESS, anchors=64), num_steps=25)
 
 
 def restless(target: Target, *, num_passes: int, num_candidates: int = 0) -> Any:

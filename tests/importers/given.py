@@ -45,6 +45,20 @@ def drawn(shapes: dict[str, tuple[int, ...]], *, seed: int = 3) -> dict[str, Ten
     }
 
 
+def block() -> dict[str, tuple[int, ...]]:
+    """Return the shapes of z-lab's block of two layers, which reads two states."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc.weight": (32, 2 * WIDTH),
+        "hidden_norm.weight": (32,),
+        "norm.weight": (32,),
+    }
+    for number in range(2):
+        shapes |= layer(f"layers.{number}.", reads=WIDTH)
+        shapes |= {f"layers.{number}.input_layernorm.weight": (WIDTH,)}
+        shapes |= {f"layers.{number}.self_attn.{name}_norm.weight": (16,) for name in "qk"}
+    return shapes
+
+
 def layer(prefix: str, *, reads: int) -> dict[str, tuple[int, ...]]:
     return {
         f"{prefix}self_attn.q_proj.weight": (32, reads),

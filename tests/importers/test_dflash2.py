@@ -34,18 +34,13 @@ def target(save_llama) -> Target:
 def tensors() -> dict[str, Tensor]:
     """Return the tensors of a published file of two layers."""
     width = given.WIDTH
-    shapes: dict[str, tuple[int, ...]] = {
-        "fc.weight": (32, 2 * width),
-        "hidden_norm.weight": (32,),
-        "norm.weight": (32,),
+    shapes = given.block() | {
         "candidate_selector.predecessor_codebook": (given.VOCABULARY, 6),
         "candidate_selector.successor_codebook": (given.VOCABULARY, 6),
         "candidate_selector.hidden_projection.weight": (6, width),
     }
     for number in range(2):
         prefix = f"layers.{number}."
-        shapes |= given.layer(prefix, reads=width) | {f"{prefix}input_layernorm.weight": (width,)}
-        shapes |= {f"{prefix}self_attn.{name}_norm.weight": (16,) for name in "qk"}
         for part in ("attention_conv", "mlp_conv"):
             shapes[f"{prefix}{part}.base_kernel"] = (2, 2, width)
             shapes[f"{prefix}{part}.kernel_projection.weight"] = (2 * 2 * 4, width)

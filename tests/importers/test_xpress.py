@@ -36,16 +36,7 @@ def target(save_llama) -> Target:
 def tensors() -> dict[str, Tensor]:
     """Return the tensors of a published file of two layers."""
     width = given.WIDTH
-    shapes: dict[str, tuple[int, ...]] = {
-        "fc.weight": (32, 2 * width),
-        "hidden_norm.weight": (32,),
-        "norm.weight": (32,),
-    }
-    for number in range(2):
-        shapes |= given.layer(f"layers.{number}.", reads=width)
-        shapes |= {f"layers.{number}.input_layernorm.weight": (width,)}
-        shapes |= {f"layers.{number}.self_attn.{name}_norm.weight": (16,) for name in "qk"}
-    shapes |= {
+    shapes = given.block() | {
         "xpress_head.w1.weight": (given.VOCABULARY, 6),
         "xpress_head.down_h.weight": (6, width),
         "xpress_head.down_g.weight": (6, width),

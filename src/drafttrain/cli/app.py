@@ -56,6 +56,15 @@ Target = Annotated[
         show_default=False,
     ),
 ]
+KeyVariable = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key-variable",
+        metavar="NAME",
+        help="Environment variable that holds the server's key.",
+        show_default=False,
+    ),
+]
 Smoke = Annotated[bool, typer.Option("--smoke", help="Shrink the recipe to 20 steps through every stage.")]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder of the run folders.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from drafttrain.cli.app import Debug, Target, exit_codes, names_and_overrides, only_first_process
+from drafttrain.cli.app import Debug, KeyVariable, Target, exit_codes, names_and_overrides, only_first_process
 from drafttrain.core.errors import RecipeError
 
 
@@ -34,15 +34,7 @@ def check_server(
             show_default=False,
         ),
     ] = None,
-    api_key_variable: Annotated[
-        str | None,
-        typer.Option(
-            "--api-key-variable",
-            metavar="NAME",
-            help="Environment variable that holds the server's key.",
-            show_default=False,
-        ),
-    ] = None,
+    api_key_variable: KeyVariable = None,
     target: Target = None,
     out: Annotated[
         Path | None,

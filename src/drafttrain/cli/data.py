@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from drafttrain.cli.app import RUNS, Debug, Overrides, RecipeOrFolder, Runs, Smoke, exit_codes, recipe_and_run_folder
+from drafttrain.cli.app import (
+    RUNS,
+    Debug,
+    KeyVariable,
+    Overrides,
+    RecipeOrFolder,
+    Runs,
+    Smoke,
+    exit_codes,
+    recipe_and_run_folder,
+)
 
 app = typer.Typer(help="Look at the records of a recipe, and find their faults.", no_args_is_help=True)
 
@@ -50,15 +60,7 @@ def check(
         str | None,
         typer.Option("--model", metavar="NAME", help="The target as the server calls it.", show_default=False),
     ] = None,
-    api_key_variable: Annotated[
-        str | None,
-        typer.Option(
-            "--api-key-variable",
-            metavar="NAME",
-            help="Environment variable that holds the server's key.",
-            show_default=False,
-        ),
-    ] = None,
+    api_key_variable: KeyVariable = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="FILE", help="Write every finding here as JSON lines.", show_default=False),

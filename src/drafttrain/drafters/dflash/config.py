@@ -5,7 +5,7 @@ The fields are those of z-lab's DFlash checkpoints, and `drafttrain`, which engi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +150,12 @@ def _own_problems(config: Mapping[str, Any], num_target_layers: int | None) -> l
     if type(given.get("causal", False)) is not bool:
         found.append(f"dflash_config.causal must be true or false, got {shown(given['causal'])}")
     return found
+
+
+def section_sizes(section: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """Return one line for every size in `dflash_config` that is no whole number of 1 or more."""
+    return [
+        f"dflash_config.{key} must be a whole number of 1..65536, got {shown(section.get(key))}"
+        for key in keys
+        if type(section.get(key)) is not int or not 1 <= section[key] <= 65536
+    ]

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from drafttrain.core.batches import Beside, DraftBatch, DraftOutput, Head
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
-from drafttrain.core.printable import shown
 from drafttrain.core.settings import setting
 from drafttrain.drafters import drafters
+from drafttrain.drafters.dflash.config import section_sizes
 from drafttrain.drafters.dflash.layer import BlockLayer
 from drafttrain.drafters.dflash.settings import OWN, BlockSettings
 from drafttrain.drafters.dflash.walk import Correction, Walk
@@ -175,11 +175,7 @@ def field_problems(config: Mapping[str, Any]) -> list[str]:
     if not isinstance(given, Mapping):
         # The checks of the block's own fields name it.
         return []
-    found = [
-        f"dflash_config.{key} must be a whole number of 1..65536, got {shown(given.get(key))}"
-        for key in FIELDS
-        if type(given.get(key)) is not int or not 1 <= given[key] <= 65536
-    ]
+    found = section_sizes(given, FIELDS)
     if found:
         return found
     taps, group = given["conv_kernel_size"], given["conv_group_size"]

@@ -16,6 +16,7 @@ from drafttrain.core.flops import BatchShape, Products, matrix, parameters_of
 from drafttrain.core.printable import shown
 from drafttrain.core.settings import setting
 from drafttrain.drafters import drafters
+from drafttrain.drafters.dflash.config import section_sizes
 from drafttrain.drafters.dflash.settings import OWN, BlockSettings
 from drafttrain.drafters.dflash.walk import AddingWalk
 from drafttrain.drafters.dflash.walked import AddingDrafter
@@ -157,11 +158,7 @@ def field_problems(config: Mapping[str, Any]) -> list[str]:
     if not isinstance(given, Mapping):
         # The checks of the block's own fields name it.
         return []
-    found = [
-        f"dflash_config.{key} must be a whole number of 1..65536, got {shown(given.get(key))}"
-        for key in SIZES
-        if type(given.get(key)) is not int or not 1 <= given[key] <= 65536
-    ]
+    found = section_sizes(given, SIZES)
     if given.get("projector_type") != PROJECTOR:
         found.append(f"dflash_config.projector_type must be {PROJECTOR!r}, got {shown(given.get('projector_type'))}")
     first, size = bool(config.get("sample_from_anchor")), config.get("block_size")
