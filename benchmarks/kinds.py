@@ -139,8 +139,11 @@ class Seed:
         """Return the folder that holds the texts and one folder a kind."""
         return self.arguments.out / f"seed-{self.number}"
 
-    def trained(self, kind: str, rate: float) -> DrafterRun:
-        """Return the trained run of one arm. The rate applies to the added modules: Medusa-2's adapters learn at a quarter of it."""
+    def trained(self, kind: str, rate: float) -> tuple[DrafterRun, float]:
+        """Return the trained run of one arm, and its best block efficiency on the validation prompts.
+
+        The rate applies to the added modules: Medusa-2's adapters learn at a quarter of it.
+        """
         own = [f"train.lr={rate / 4 if kind == 'medusa2' else rate:g}", f"name={kind}-{rate:g}", f"seed={self.number}"]
         recipe = load_recipe(self.arguments.recipe, [*changes(self.arguments, kind), *own])
         data = (self.folder / kind / "data").resolve()
@@ -160,7 +163,7 @@ class Seed:
             f"{time.perf_counter() - began:.0f} s",
             flush=True,
         )
-        return run
+        return run, done.best
 
 
 def changes(arguments: argparse.Namespace, kind: str) -> list[str]:
@@ -173,7 +176,7 @@ def best_rate(seed: Seed, kind: str) -> float:
     """Train a kind with rates of the grid, upwards as long as that helps; return the best."""
     found: dict[float, float] = {}
     for rate in (one for one in seed.arguments.rates if one >= FIRST_RATE.get(kind, 0.0)):
-        found[rate] = seed.trained(kind, rate).export_best().best
+        _, found[rate] = seed.trained(kind, rate)
         if len(found) > 1 and found[rate] < max(value for one, value in found.items() if one != rate) + ENOUGH:
             break
     write_json(seed.folder / kind / "rates.json", {f"{one:g}": value for one, value in found.items()})
@@ -193,7 +196,7 @@ class Tested:
 
 def tested(seed: Seed, kind: str, rate: float) -> Tested:
     """Return the figures on the test prompts, which are decoded once and stored."""
-    folder, run = seed.folder / kind, seed.trained(kind, rate)
+    folder, (run, _) = seed.folder / kind, seed.trained(kind, rate)
     file, more, wanted = folder / "eval.json", folder / "arm.json", run.recipe.eval
     if file.exists() and more.exists():
         return Tested(read_result(file), **json.loads(more.read_text(encoding="utf-8")))
