@@ -32,7 +32,13 @@ from drafttrain.losses.buckets import in_buckets, known_acceptance
 ACCEPTANCE = "acceptance rate"
 
 PIECE_BYTES = PieceSize(on_cpu=24 * 2**20, elsewhere=256 * 2**20)
-"""Logits of the target that exist at once.
+"""Logits of the target that exist at once."""
+
+LEAST_ROWS = PieceSize(on_cpu=256, elsewhere=1)
+"""Rows of a piece however wide they are: a CPU copies the whole matrix for each product, so a product of few rows is slow."""
+
+BAND_BYTES = PieceSize(on_cpu=2 * 2**20, elsewhere=256 * 2**20)
+"""Logits that the arithmetic of a loss reads at once.
 
 On a CPU larger tensors do not fit its caches and are mapped again each time: elementwise arithmetic takes four times as long.
 """
@@ -127,9 +133,14 @@ class TargetPiece:
 
     @cached_property
     def log_p_UR(self) -> Tensor:
-        """Its log-probabilities, renormalised on the drafter's vocabulary."""
-        wide = torch.promote_types(self.logits_UR.dtype, torch.float32)
-        return self.logits_UR.to(wide).log_softmax(dim=-1)
+        """Its log-probabilities, renormalised on the drafter's vocabulary; in the place of the logits where those are as wide."""
+        logits_UR = self.logits_UR.to(torch.promote_types(self.logits_UR.dtype, torch.float32))
+        parts = bands(logits_UR)
+        if len(parts) == 1:
+            return logits_UR.log_softmax(dim=-1)
+        for rows in parts:
+            logits_UR[rows] = logits_UR[rows].log_softmax(dim=-1)
+        return logits_UR
 
 
 class RowValues:
@@ -313,4 +324,12 @@ def connected_zero(drafted: DraftOutput, depth: int) -> Tensor:
 
 def piece_size(rows: AlignedRows, *, columns: int, chunk_rows: int | None) -> int:
     """Return the positions of a piece."""
-    return chunk_rows or max(1, PIECE_BYTES.on(rows.tokens_N.device) // (4 * columns))
+    device = rows.tokens_N.device
+    return chunk_rows or max(LEAST_ROWS.on(device), PIECE_BYTES.on(device) // (4 * columns))
+
+
+def bands(logits_nV: Tensor) -> list[slice]:
+    """Return spans of rows that the arithmetic of a loss reads at once; one where there are no rows."""
+    count, columns = logits_nV.shape
+    size = max(1, BAND_BYTES.on(logits_nV.device) // (4 * columns))
+    return [slice(start, min(start + size, count)) for start in range(0, max(count, 1), size)]
