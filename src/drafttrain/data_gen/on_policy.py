@@ -113,11 +113,13 @@ class OnPolicyData:
         """Log what the draws add to a step."""
         asked = self.settings
         texts = asked.fraction * batch_size * asked.every_steps
-        when = "in every step" if asked.every_steps == 1 else f"for {asked.every_steps} steps at once"
-        writers = " and the ".join(name for name, _ in self._writers())
+        when = "in every step" if asked.every_steps == 1 else f"every {asked.every_steps} steps"
+        writers = " and ".join(
+            f"the current {name}" if name == DRAFTER else f"the {name}" for name, _ in self._writers()
+        )
         say(
-            f"on-policy: the {writers} of the moment write the answers of {texts:g} records {when}: up to {asked.max_new_tokens} forwards "
-            f"of one token each for every {asked.batch_size} answers; column draw_ms of metrics.csv has the time"
+            f"on-policy: {when} {writers} draw the answers of {texts:g} records: up to {asked.max_new_tokens} forwards of one "
+            f"token for each {asked.batch_size} of them; column draw_ms of metrics.csv has their time"
         )
 
     def _record(self, position: int) -> Record:
