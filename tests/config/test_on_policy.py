@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from drafttrain.config.load import read_recipe
+from drafttrain.config.load import load_recipe, read_recipe
 from drafttrain.config.smoke import shrink
 from drafttrain.core.errors import RecipeError
 
@@ -67,3 +69,11 @@ def test_what_cannot_work_is_refused_with_its_reason(case: str) -> None:
 def test_all_reasons_are_named_at_once() -> None:
     found = problems("loss={kind: ce}", "data.cache=states", "train.deepspeed={stage: 3}")
     assert len([problem for problem in found if "data.on_policy" in problem]) == 3
+
+
+@pytest.mark.parametrize("arm", ["fraction=0", "drafter_share=0", "fraction=0.5", "drafter_share=0.5", "temperature=0"])
+def test_every_arm_of_the_benchmark_is_a_recipe(arm: str) -> None:
+    base = Path(__file__).parents[2] / "benchmarks" / "distillspec.yaml"
+    for loss in ("forward_kl", "reverse_kl", "jsd", "tvd", "tvdpp"):
+        load_recipe(base, [f"data.on_policy.{arm}", f"loss.kind={loss}"])
+    load_recipe(base, ["drafter.init=scratch", "drafter.checkpoint=null", "loss.kind=ce", "data.on_policy.fraction=0"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,12 @@ import torch
 
 from drafttrain.core.batches import DraftBatch
 from drafttrain.core.probability import sampling_probs
-from drafttrain.core.texts import Record, Sampling
+from drafttrain.core.target_rows import TargetNeeds
+from drafttrain.core.texts import Sampling
 from drafttrain.data_gen.decoding import continued
 from drafttrain.data_gen.on_policy import OnPolicyData
 from drafttrain.data_gen.settings import OnPolicySettings
-from drafttrain.data_gen.training_data import TrainingData
+from drafttrain.data_gen.training_data import TrainingData, attach_cache
 from drafttrain.target_model import Target
 from drafttrain.target_model.cached_lm import CachedLM
 from tests.conftest import random_llama
@@ -202,31 +202,20 @@ def test_ids_of_only_one_of_the_models_are_never_drawn(data: TrainingData, tiny_
     assert max(continued([[5, 6]], [lm], num_tokens=300, **limits)[0]) >= 257
 
 
-def test_no_file_is_read_or_written_for_a_drawn_record(
-    data: TrainingData, tiny_target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_no_cache_is_read_or_written_for_a_drawn_record(
+    data: TrainingData, tiny_target: Target, tmp_path: Path
 ) -> None:
-    class ACache:
-        """Says that it has every record, and fails when it is read."""
-
-        def has(self, record: int) -> bool:
-            return True
-
-        def __getattr__(self, name: str) -> Any:
-            raise AssertionError(f"a cache was asked for {name}")
-
-    made = drawing(data, tiny_target)
+    data.settings.cache = "full"
+    attach_cache(data, tmp_path / "cache", tiny_target, num_records=3 * BATCH, needs=TargetNeeds())
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    opened: list[str] = []
-    opens = builtins.open
-    monkeypatch.setattr(
-        builtins, "open", lambda path, *rest, **named: [opened.append(str(path)), opens(path, *rest, **named)][1]
-    )
-    data.caches = [ACache(), ACache()]  # type: ignore[list-item]
-    every_batch(made, world_size=1, records_per_device=None)
-    assert not opened
+    made = drawing(data, tiny_target)
+    for _ in range(2):
+        (drawn,) = every_batch(made, world_size=1, records_per_device=None)
+        assert drawn.target is None
+        assert drawn.target_rows is None
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    with pytest.raises(AssertionError, match="a cache was asked for"):
-        every_batch(data, world_size=1, records_per_device=None)
+    (fixed,) = every_batch(data, world_size=1, records_per_device=None)
+    assert fixed.target_rows is not None, "control: the records that were not drawn are cached"
 
 
 def test_answers_of_several_steps_survive_a_checkpoint(data: TrainingData, tiny_target: Target) -> None:
@@ -244,8 +233,3 @@ def test_a_drafter_with_dropout_switched_on_draws_nothing(data: TrainingData, ti
     made.drafter.train()
     with pytest.raises(AssertionError, match="dropout"):
         answers(made)
-
-
-def test_records_of_the_data_name_no_version(data: TrainingData) -> None:
-    assert {record.drawn_by for store in data.stores for record in (store[i] for i in range(len(store)))} == {""}
-    assert Record("a", [1], [True]).drawn_by == ""
