@@ -375,7 +375,7 @@ def smoked(name: str) -> object:
     long = (
         (name.endswith(("_8b", "_7b")) and not name.startswith("kd_"))
         or name.startswith("smollm2_")
-        or name in {"tiny_medusa2", "tiny_domino", "tiny_dflash2", "tiny_xpress"}
+        or name in {"tiny_medusa2", "tiny_domino", "tiny_dflash2", "tiny_xpress", "tiny_distillspec_greedy"}
     )
     return pytest.param(name, marks=[pytest.mark.slow] if long else [])
 

@@ -80,6 +80,8 @@ class Recipe:
             problems += self._online()
         if self.train.target_placement != "replicated":
             problems += self._placement()
+        if self.data.on_policy is not None and self.data.on_policy.fraction > 0:
+            problems += self._on_policy()
         if self.train.device != "auto":
             problems += self._own_device()
         problems += self._confidence()
@@ -176,6 +178,40 @@ class Recipe:
                 yield f"{key}: shards are on the processes' own devices: leave target.device at auto, got {self.target.device}"
         elif self.data.cache == "none" and (made_of is None or made_of.needs_target or self._loss_needs_target()):
             yield f"{key}: nothing of the target is stored with data.cache none: choose states, full or top_k"
+
+    def _on_policy(self) -> Iterator[str]:
+        """Yield what cannot be trained on answers of the drafter in training."""
+        if self.head is not None:
+            yield "data.on_policy: a head is trained on labelled draft tokens, not on answers: leave the section out"
+            return
+        if self.online is not None:
+            yield "data.on_policy: online learning reads the text that was served: leave the section out"
+        made_of = _component(self.drafter)
+        if made_of is not None and not made_of.writes_text:
+            able = [name for name in drafters.names() if _registered(drafters, name).writes_text]
+            yield (
+                f"data.on_policy: drafter.kind {self.drafter.kind} drafts from the target's hidden states, so it writes no text "
+                f"without the target; only {', '.join(able)} can"
+            )
+        if self.target.model is None:
+            yield "data.on_policy: the answers are trained towards the target's distribution, but target.model is null"
+        for settings in components_of(self.loss):
+            if settings.kind in losses.names() and _registered(losses, settings.kind).needs_target is False:
+                yield (
+                    f"data.on_policy: loss {settings.kind} trains the labels themselves, which are the drafter's own draws here: use a "
+                    "loss that compares with the target, such as forward_kl"
+                )
+        if self.data.cache != "none":
+            yield f"data.on_policy: no target output of an answer exists before it is drawn: data.cache must be none, got {self.data.cache}"
+        if self.train.target_placement != "replicated":
+            yield (
+                "data.on_policy: the target runs in every step, whole in every process: train.target_placement must be replicated, got "
+                f"{self.train.target_placement}"
+            )
+        if self.train.zero_stage == 3:
+            yield "data.on_policy: a drafter whose weights are partitioned over processes writes no text: use train.deepspeed.stage 0, 1 or 2"
+        if self.train.compile:
+            yield "data.on_policy: the layers that train.compile makes read no cache of keys and values: leave it out"
 
     def _own_device(self) -> Iterator[str]:
         """Yield what must be on the device of its target."""

@@ -66,6 +66,8 @@ class DraftBatch:
     """Optimizer steps of the whole training, also after a resume; 0: not known, or it has no end."""
     record_ids: Sequence[str] = ()
     """Ids of the records, indexed by their number in `documents_BT` minus the smallest one."""
+    drawn_tokens: Sequence[int] = ()
+    """Labels of each record that the drafter in training wrote, indexed likewise; 0: the record is as the data has it."""
     target: TargetOutput | None = None
     target_rows: TargetRows | None = None
     num_depths: int = 0
@@ -111,6 +113,18 @@ class DraftBatch:
     def to(self, device: Any) -> DraftBatch:
         """Return the batch on `device`."""
         return self.each(lambda tensor: tensor.to(device))
+
+
+@dataclass(frozen=True)
+class Late:
+    """A micro-batch that is made when its step begins, because it depends on the weights at that step."""
+
+    of_step: Callable[[], Sequence[DraftBatch]]
+    number: int
+
+    def made(self) -> DraftBatch:
+        """Return the micro-batch."""
+        return self.of_step()[self.number]
 
 
 class Head(Protocol):

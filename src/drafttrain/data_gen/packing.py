@@ -75,6 +75,7 @@ def pack(
         weight_of_step=weight_of_step,
         step=step,
         record_ids=[record.id for record in records],
+        drawn_tokens=[sum(record.loss_mask) if record.drawn_by else 0 for record in records],
     )
     return batch, places
 
@@ -83,4 +84,4 @@ def as_padding(batch: DraftBatch) -> DraftBatch:
     """Return a batch of the same shape in which no position is trained or counted."""
     nowhere_BT = torch.full_like(batch.documents_BT, -1)
     untrained_BT = torch.zeros_like(batch.loss_mask_BT)
-    return replace(batch, documents_BT=nowhere_BT, loss_mask_BT=untrained_BT, record_ids=())
+    return replace(batch, documents_BT=nowhere_BT, loss_mask_BT=untrained_BT, record_ids=(), drawn_tokens=())

@@ -35,6 +35,8 @@ class Drafter(nn.Module, ABC):
     """`compile_with` replaces parts of it."""
     reads_slots: ClassVar[bool] = False
     """In training, its forward computes only the positions that the rows of its loss need."""
+    writes_text: ClassVar[bool] = False
+    """It reads nothing of the target, so that its `language_model` continues any text, also during training."""
     draft: str = "sampled"
     """At temperature > 0: `sampled` draws from its distribution; `greedy` takes the argmax, as some engines draft."""
     figures: ClassVar[tuple[str, ...]] = ()
@@ -76,6 +78,11 @@ class Drafter(nn.Module, ABC):
     def compares_with_target(self) -> bool:
         """Training reads the target's distribution, even if the loss does not."""
         return False
+
+    @property
+    def language_model(self) -> Any:
+        """The Hugging Face causal LM that writes text."""
+        raise NotImplementedError(f"{self.kind}: writes_text is False")
 
     def needs(self) -> TargetNeeds:
         """Return what this drafter reads from the target in training. The loss adds its own needs."""

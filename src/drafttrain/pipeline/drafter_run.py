@@ -16,6 +16,7 @@ from drafttrain.core.errors import CheckpointError, DataError, DrafttrainError
 from drafttrain.core.files import folder_beside
 from drafttrain.core.target_rows import TargetNeeds
 from drafttrain.core.vocabulary import share_of_tokens
+from drafttrain.data_gen.on_policy import OnPolicyData
 from drafttrain.data_gen.training_data import TrainingData, attach_cache
 from drafttrain.distributed.collectives import first_before_others, shared, wait_for_all
 from drafttrain.distributed.world import is_first
@@ -64,7 +65,7 @@ class DrafterRun(Run):
             "training",
             drafter,
             loss,
-            data,
+            self._drawing(data, drafter) or data,
             self.recipe.train,
             target=self.target if self.has_target() and reads_target else None,
             estimator=self.validation.estimator if self.has_target() else None,
@@ -72,6 +73,22 @@ class DrafterRun(Run):
         )
         if is_first():
             self.folder.remove_results()
+
+    def _drawing(self, data: TrainingData, drafter: Drafter) -> OnPolicyData | None:
+        """Return the data with answers of the drafter in training; None: the recipe asks for none."""
+        settings, train = self.recipe.data.on_policy, self.recipe.train
+        if settings is None or not settings.fraction:
+            return None
+        drawing = OnPolicyData(
+            data,
+            settings,
+            drafter=drafter.language_model,
+            target=self.target,
+            num_steps=train.max_steps,
+            seed=self.recipe.seed,
+        )
+        drawing.say_cost(batch_size=train.batch_size)
+        return drawing
 
     def start(self, data: TrainingData) -> Drafter:
         """Return the drafter as distillation finds it, pretrained or not, and export it as the run's start."""
@@ -110,7 +127,7 @@ class DrafterRun(Run):
         what: str,
         drafter: Drafter,
         loss: Loss,
-        data: TrainingData,
+        data: TrainingData | OnPolicyData,
         settings: TrainSettings,
         *,
         target: Target | None = None,
@@ -131,6 +148,7 @@ class DrafterRun(Run):
             settings=settings,
             vocab_size=self.num_tokens,
             folder=folder,
+            drawing=data if isinstance(data, OnPolicyData) else None,
         )
 
     def export(self, done: TrainResult) -> None:

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from drafttrain.core.batches import DraftBatch
+from drafttrain.core.batches import DraftBatch, Late
 from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError, DrafttrainError
 from drafttrain.distributed.collectives import sums_over_processes
@@ -103,6 +103,13 @@ class StepModule(LightningModule):
 
     def planned(self, batch: Any) -> Any:
         """Return a micro-batch with its plan, which the host computes before the batch is sent to the device."""
+        return batch
+
+    def made(self, late: Late) -> Any:
+        """Return a micro-batch that depends on the current weights."""
+        self.clock.enter("draw")
+        batch = late.made()
+        self.clock.enter("fetch")
         return batch
 
     def count(self, *parts: Tensor | float) -> None:

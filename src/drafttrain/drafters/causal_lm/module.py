@@ -91,6 +91,7 @@ class CausalLMDrafter(Drafter):
     lag = 0
     recomputes = True
     compiles = True
+    writes_text = True
     serving: ClassVar[str] = "Any engine that drafts with a separate language model of the same tokenizer can load it."
 
     def __init__(self, model: Any, *, draft: str = "sampled") -> None:
@@ -107,6 +108,11 @@ class CausalLMDrafter(Drafter):
         super().train(mode)
         self.model.eval()
         return self
+
+    @property
+    def language_model(self) -> Any:
+        """The model itself."""
+        return self.model
 
     @classmethod
     def why_whole_target(cls, settings: CausalLMSettings) -> str | None:
