@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from drafttrain.config.dump import differences, dump_recipe
+from drafttrain.config.dump import differences, dump_recipe, plain
 from drafttrain.config.grid import Arm, Grid, read_grid
 from drafttrain.config.load import load_recipe
 from drafttrain.config.made_by import made_by_recipes
@@ -199,13 +200,13 @@ def _check(runs: Sequence[Run], first: Recipe, found: Problems) -> None:
     equal = dict[str, Run]()
     for run in runs:
         found.note(run.arm, _not_comparable(run.recipe, first))
-        earlier = equal.setdefault(dump_recipe(replace(run.recipe, name="")), run)
+        earlier = equal.setdefault(json.dumps(plain(replace(run.recipe, name=""))), run)
         if earlier is not run:
             found.note(run.arm, [f"has the same settings as {earlier.arm.name}"])
         data = not RunFolder(run.folder).train_done.exists()
         # The checks do not read what is left out here, so arms that differ in that alone are checked once.
-        parts = dump_recipe(replace(run.recipe, name="", seed=0, loss=first.loss, train=TrainSettings()))
-        if (key := f"{data} {parts}") not in checked:
+        parts = plain(replace(run.recipe, name="", seed=0, loss=first.loss, train=TrainSettings()))
+        if (key := json.dumps([data, parts])) not in checked:
             checked[key] = list(problems_of(run.recipe, fetch=False, data=data))
         found.note(run.arm, [*checked[key], *_other_training(run)])
 
@@ -253,11 +254,13 @@ def _run_all(planned: Sweep, fit: Fit) -> dict[str, str]:
     Runs that read the same cache follow each other: a data folder holds one cache.
     """
     total, failed, took = len(planned.runs), dict[str, str](), list[float]()
-    waiting = [(number, run) for number, run in enumerate(planned.runs, 1) if not _is_finished(run)]
+    groups = dict[str, list[tuple[int, Run]]]()
+    for number, run in enumerate(planned.runs, 1):
+        if not _is_finished(run):
+            groups.setdefault(cached_together(run.recipe), []).append((number, run))
+    waiting = [one for group in groups.values() for one in group]
     if len(waiting) < total:
         say(f"{planned.folder}: {total - len(waiting)} of {total} runs are finished")
-    groups = list(dict.fromkeys(cached_together(run.recipe) for _, run in waiting))
-    waiting.sort(key=lambda one: groups.index(cached_together(one[1].recipe)))
     for done, (number, run) in enumerate(waiting):
         left = f"; about {duration(sum(took) / len(took) * (len(waiting) - done))} left" if took else ""
         say(f"run {number} of {total}: {run}{left}")

@@ -6,11 +6,12 @@ Texts that the target writes are shared by all runs whose texts are equal, also 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
 
-from drafttrain.config.dump import dump_recipe
+from drafttrain.config.dump import plain
 from drafttrain.config.recipe import Recipe
 from drafttrain.core.files import clear_leftovers
 from drafttrain.data_gen.settings import DataSettings
@@ -69,14 +70,15 @@ def _without_training(recipe: Recipe) -> Recipe:
 
 
 def _digest(recipe: Recipe) -> str:
-    return hashlib.sha256(dump_recipe(recipe).encode("utf-8", "backslashreplace")).hexdigest()[:10]
+    return hashlib.sha256(json.dumps(plain(recipe)).encode()).hexdigest()[:10]
 
 
 def _link(place: Path, to: Path) -> None:
     """Make `place` a link to a folder, relative, so that both can move together."""
     to.mkdir(parents=True, exist_ok=True)
     place.parent.mkdir(parents=True, exist_ok=True)
-    if place.is_dir() and not place.is_symlink():
-        return
-    place.unlink(missing_ok=True)
-    place.symlink_to(os.path.relpath(to, place.parent), target_is_directory=True)
+    link = os.path.relpath(to, place.parent)
+    if place.is_symlink() and os.readlink(place) != link:
+        place.unlink()
+    if not place.exists():
+        place.symlink_to(link, target_is_directory=True)
