@@ -76,9 +76,9 @@ def fit_in_new_process(recipe: Recipe, folder: Path) -> None:
     environment = without_launcher(os.environ) | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     process = subprocess.Popen(command, env=environment, text=True, errors="backslashreplace", **pipes)
+    assert process.stdout is not None
     message: list[str] = []
     try:
-        assert process.stdout is not None
         for line in process.stdout:
             sys.stderr.write(line)
             # A message is one line; what belongs to it is indented.
@@ -86,7 +86,8 @@ def fit_in_new_process(recipe: Recipe, folder: Path) -> None:
         code = process.wait()
     except BaseException:
         process.terminate()
-        process.communicate()
+        sys.stderr.writelines(process.stdout)
+        process.wait()
         raise
     if code == Interrupted.exit_code:
         raise Interrupted(f"{recipe.name}: stopped: run the same command to continue")
