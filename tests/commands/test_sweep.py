@@ -145,9 +145,12 @@ def finished_runs(folder: Path, rates: dict[str, float]) -> dict[str, list[Finis
     return runs
 
 
-@pytest.mark.parametrize(("best", "edge"), [("1e-3", "lowest"), ("2e-3", None), ("3e-3", "highest")])
-def test_a_best_rate_at_the_edge_of_the_grid_is_reported(tmp_path, best, edge):
-    rates = {"1e-3": 2.1, "3e-3": 2.2, "2e-3": 2.3} | {best: 2.4}
+@pytest.mark.parametrize(
+    ("best", "figure", "edge"),
+    [("1e-3", 2.4, "lowest"), ("2e-3", 2.4, None), ("3e-3", 2.4, "highest"), ("3e-3", 2.3, None)],
+)
+def test_one_best_rate_at_the_edge_of_the_grid_is_reported(tmp_path, best, figure, edge):
+    rates = {"1e-3": 2.1, "3e-3": 2.2, "2e-3": 2.3} | {best: figure}
     found = sweep_result(
         finished_runs(tmp_path, rates),
         settings={rate: {"lr": rate} for rate in rates},

@@ -288,8 +288,9 @@ def _rates_at_the_edge(arms: Sequence[ArmFigures], rate: str, values: Sequence[s
     ranked = sorted(values, key=float)
     edges = {ranked[0]: "lowest", ranked[-1]: "highest"}
     for others, group in groups.items():
-        best = max(group, key=chosen_by).settings[rate]
-        if best in edges:
+        highest = max(map(chosen_by, group))
+        best, *equal = [arm.settings[rate] for arm in group if chosen_by(arm) == highest]
+        if best in edges and not equal:
             yield (
                 f"{', '.join([*others, ''])}{rate}={best} is best and the {edges[best]} of the grid: a better one may lie beyond it"
             )
