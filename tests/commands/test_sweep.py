@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from drafttrain.commands.sweep import sweep
+from drafttrain.commands.sweep import fit_in_new_process, sweep
 from drafttrain.config.dump import dump_recipe
 from drafttrain.config.load import load_recipe
 from drafttrain.config.recipe import Recipe
@@ -333,6 +333,16 @@ train: {{max_steps: 4, batch_size: 2, warmup_steps: 1, eval_every_steps: 2, eval
 eval: {{num_prompts: 2, max_new_tokens: 8, prompt_tokens: 6, speed_prompts: 1, start: false, temperatures: [0],
        prompts: {prompts}, validation_prompts: {prompts}}}
 """
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_the_error_of_a_run_is_the_last_message_of_its_process(tmp_path, capfd):
+    recipe = load_recipe("demo", ["data.sources.1={kind: text, path: none.txt}", "name=arm"])
+    with pytest.raises(DrafttrainError) as raised:
+        fit_in_new_process(recipe, tmp_path / "arm")
+    assert str(raised.value).startswith("arm: 1 problem\n  data.sources.1: none.txt")
+    assert "data.sources.1: none.txt" in capfd.readouterr().err
 
 
 @pytest.mark.slow
