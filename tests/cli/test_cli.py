@@ -52,7 +52,9 @@ def test_help_is_there_within_a_second_of_processor_time():
     assert b"Exit codes" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["fit", "gen", "plan", "export", "eval", "recipe", "engines", "serve-config"])
+@pytest.mark.parametrize(
+    "command", ["fit", "gen", "plan", "sweep", "export", "eval", "recipe", "engines", "serve-config"]
+)
 def test_every_command_explains_itself(command):
     assert "Usage" in call(command, "--help")[0]
 
