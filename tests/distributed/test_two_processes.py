@@ -130,6 +130,7 @@ def test_a_request_to_stop_reaches_all_processes_and_the_same_command_continues(
 
 
 @pytest.mark.processes
+@pytest.mark.usefixtures("evaluated_here")
 def test_an_unfinished_training_is_exported_from_its_checkpoint(recipe: Path, tmp_path: Path) -> None:
     loaded, folder = load_recipe(recipe, ["train.eval_every_steps=0"]), tmp_path / "run"
     fit(loaded, folder)
@@ -148,6 +149,7 @@ def test_an_unfinished_training_is_exported_from_its_checkpoint(recipe: Path, tm
         export_run(loaded, tmp_path / "empty")
 
 
+@pytest.mark.usefixtures("evaluated_here")
 def test_a_checkpoint_of_adapters_does_not_contain_the_target(tiny_folder: Path, recipe: Path, tmp_path: Path) -> None:
     text = recipe.read_text().replace(
         "{kind: causal_lm, num_layers: 1, hidden_size: 32, num_heads: 1}",
