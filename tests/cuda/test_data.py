@@ -20,7 +20,8 @@ from drafttrain.data_gen.backends.builtin import continuations
 from drafttrain.data_gen.checkers import checkers
 from drafttrain.data_gen.packing import pack
 from drafttrain.data_gen.settings import DataSettings
-from drafttrain.data_gen.stored.target_cache import build_cache, with_stored
+from drafttrain.data_gen.stored.cache_writer import build_cache
+from drafttrain.data_gen.stored.target_cache import with_stored
 from drafttrain.data_gen.stored.validation_target import _Texts, cached_target
 from drafttrain.data_gen.stored.wanted import Wanted
 from drafttrain.target_model import Target
