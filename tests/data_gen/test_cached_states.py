@@ -181,14 +181,14 @@ def test_another_need_rebuilds_the_cache(text, tiny_target):
     assert not np.array_equal(files(text)["hidden_1"], before)
 
 
-def curve(text: Path, target: Target, *, cache: str) -> tuple[list[float], int]:
+def curve(text: Path, target: Target, *, cache: str, **cached_as: Any) -> tuple[list[float], int]:
     """Train a Kangaroo adapter for some steps; return its losses and how often the target was run."""
     from drafttrain.training.run import train
     from drafttrain.training.settings import TrainSettings
 
     torch.manual_seed(0)
     drafter = KangarooDrafter.create(KangarooSettings(exit_layer=1), target=target, tokenizer=None)
-    data = cached(text, target, drafter.needs(), folder=cache, cache=cache)
+    data = cached(text, target, drafter.needs(), folder=cache, cache=cache, **cached_as)
     runs = 0
 
     def count(*_: Any) -> None:
