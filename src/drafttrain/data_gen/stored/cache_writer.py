@@ -190,9 +190,8 @@ def _states(
     if wanted.final:
         assert seen.final_BTD is not None
         joined_ND = torch.cat([seen.final_BTD[span] for span in spans])
-        exact_of = target if wanted.distribution == "states" else None
-        stored_NS = states_as(wanted.dtype, joined_ND, final_of=exact_of)
-        if exact_of is not None and len(joined_ND):
+        stored_NS = states_as(wanted.dtype, joined_ND, final_of=target)
+        if wanted.distribution in (None, "states"):
             cost = Cost.measured(joined_ND, stored_NS, target)
         found["final"] = split_rows(as_array(stored_NS), lengths)
     return found, cost

@@ -33,7 +33,7 @@ class Piece:
 
 
 class RowLayout:
-    """The rows that are stored with each record, and in which shard.
+    """The rows that are stored with each record, and in which shard. `shards` are the records that rows are stored with.
 
     Args:
         sizes: Tokens of each record, in the order of their rows.
@@ -46,16 +46,18 @@ class RowLayout:
         self._before: dict[int, list[Piece]] = {}
         for record, (other, count) in shared.items():
             self._before[record] = _cut(self.pieces(other), count)
-        records = list(self.sizes)
-        own = [self.sizes[record] - self.skipped(record) for record in records]
-        self.num_rows = sum(own)
-        self.shards = [[records[i] for i in group] for group in groups_in_order(own, tokens=TOKENS_A_SHARD)]
+        own = {record: size - self.skipped(record) for record, size in self.sizes.items()}
+        self.num_rows = sum(own.values())
+        # All rows of a copy, or of the beginning of another record, are stored with others: the target need not read it.
+        records = [record for record, count in own.items() if count]
+        grouped = groups_in_order([own[record] for record in records], tokens=TOKENS_A_SHARD)
+        self.shards = [[records[i] for i in group] for group in grouped]
         self._place: dict[int, tuple[int, int]] = {}
         for number, shard in enumerate(self.shards):
             begin = 0
             for record in shard:
                 self._place[record] = number, begin
-                begin += self.sizes[record] - self.skipped(record)
+                begin += own[record]
 
     def skipped(self, record: int) -> int:
         """Return how many of a record's first rows are stored with others."""

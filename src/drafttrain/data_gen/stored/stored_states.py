@@ -28,7 +28,7 @@ def states_as(dtype: str, states_ND: Tensor, *, final_of: Target | None = None) 
     """Return states in the type that is stored.
 
     Args:
-        final_of: The target whose final states they are, if its distribution is computed from them.
+        final_of: The target whose final states they are; its distribution may be computed from them.
 
     Raises:
         DataError: A state overflows the type.
