@@ -231,6 +231,8 @@ def test_a_cache_replaces_the_target(eagle: Plan) -> None:
     # EAGLE reads the final state, from which the distribution is computed too.
     width = 4 * Target.load(eagle.recipe.target).model.config.hidden_size
     assert cached.cache_bytes == 480 * 96 * width
+    in_bytes = plan_of(recipe_of("tiny_eagle", "data.cache=states", "data.cache_dtype=int8"), eagle.gpu, records=480)
+    assert in_bytes.cache_bytes == 480 * 96 * (width // 4 + 2 * width // 4 // 32)
     assert cached.cost.executed < eagle.cost.executed
     assert cached.cost.kept == eagle.cost.kept
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
+from drafttrain.core.eight_bit import as_states
 from drafttrain.core.few_sizes import few_sizes
 from drafttrain.core.flops import EARLY, BatchShape
 from drafttrain.core.target_rows import (
@@ -109,6 +110,10 @@ class DraftBatch:
             target=self.target and self.target.each(change),
             target_rows=rows.each(change) if isinstance(rows, StoredTargetRows) else rows,
         )
+
+    def restored(self) -> DraftBatch:
+        """Return the batch with the target's states as floating-point numbers; a cache may bring them in eight bits."""
+        return replace(self, target=self.target and self.target.each(as_states))
 
     def to(self, device: Any) -> DraftBatch:
         """Return the batch on `device`."""

@@ -22,9 +22,10 @@ from drafttrain.data_gen.packing import as_padding, pack
 from drafttrain.data_gen.sampler import Sampler, own_shares
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.sources import Source, Versioned, content_of, sources
+from drafttrain.data_gen.stored.cache_writer import build_cache
 from drafttrain.data_gen.stored.logged_distribution import with_logged
 from drafttrain.data_gen.stored.records import Store, open_store
-from drafttrain.data_gen.stored.target_cache import RowCache, build_cache, with_stored
+from drafttrain.data_gen.stored.target_cache import RowCache, with_stored
 from drafttrain.data_gen.stored.target_sums import add_sums
 from drafttrain.data_gen.stored.wanted import Wanted
 from drafttrain.target_model import Target

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from drafttrain.core.batches import Head
+from drafttrain.core.eight_bit import as_states
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.few_sizes import in_few_sizes
 from drafttrain.core.linear_head import LinearHead, no_autocast_if_frozen
@@ -80,7 +81,7 @@ class LiveRows:
     def _states(self, index_N: Tensor) -> Tensor:
         """Return states_PD, with rows of padding."""
         # Cached states may have another type than the head.
-        return in_few_sizes(_rows_at(self._final_BTD, index_N).to(self._model.dtype))
+        return in_few_sizes(as_states(_rows_at(self._final_BTD, index_N)).to(self._model.dtype))
 
 
 class SummedRows(LiveRows):

@@ -58,7 +58,7 @@ class DistillModule(StepModule):
 
     def training_step(self, batch: DraftBatch, batch_idx: int) -> Tensor:
         """Return the loss of a micro-batch, scaled so that the gradients of a step add up to the mean over its positions."""
-        batch = self._with_target(batch)
+        batch = self._with_target(batch.restored())
         self.clock.enter("forward")
         made = batch_loss(
             self.trained,

@@ -202,7 +202,7 @@ def _step(made: Trained, batch: DraftBatch, counted: Counted, without_data: Fake
         else:
             with without_data:
                 arrays = made.stored_arrays(*batch.tokens_BT.shape)
-            batch = with_arrays(batch, arrays, made.stored, made.target.model, num_tokens=made.vocab_size)
+            batch = with_arrays(batch, arrays, made.stored, made.target.model, num_tokens=made.vocab_size).restored()
         loss = batch_loss(
             drafted, made.loss, batch, vocab_size=made.vocab_size, chunk_rows=made.settings.loss_chunk_rows
         )
