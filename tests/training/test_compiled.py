@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from drafttrain.config.load import load_recipe
 from drafttrain.core.errors import DrafttrainError, RecipeError
 from drafttrain.drafters import Drafter, drafters
-from drafttrain.drafters.medusa.lora import LoraSettings
+from drafttrain.drafters.lora import LoraSettings
 from drafttrain.drafters.medusa.settings import JointSettings
 from drafttrain.pipeline.data import FEW_WIDTHS, FEW_WIDTHS_IN_HALF, own_batches
 from drafttrain.training import compiled

@@ -230,7 +230,7 @@ class DrafterRun(Run):
         torch.manual_seed(recipe.seed)
         target = self.target if self.has_target() else None
         entry = cast(Any, drafters.entry(settings.kind).component)
-        drafter: Drafter = entry.create(settings, target=target, tokenizer=self.tokenizer)
+        drafter: Drafter = entry.for_training(settings, target=target, tokenizer=self.tokenizer)
         if recipe.train.device != "auto":
             return drafter.to(pick_device(recipe.train.device))
         return drafter.to(target.device if target is not None else pick_device(recipe.target.device))

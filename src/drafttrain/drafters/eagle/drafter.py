@@ -34,6 +34,7 @@ class EagleDrafter(Drafter):
     own: dict[str, Any]
     """Settings of training and drafting, stored in config.json under `drafttrain`; engines ignore them."""
     compiles = True
+    adapted_in = ("fc", "layers", "midlayer", "block")
     reads_slots: ClassVar[bool] = True
     fc: nn.Linear
     _parts: TargetParts
