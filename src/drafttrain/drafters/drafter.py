@@ -32,7 +32,7 @@ class Drafter(nn.Module, ABC):
     needs_target: ClassVar[bool] = False
     """It is created from its target and cannot be trained without one."""
     recomputes: ClassVar[bool] = False
-    """`recompute_activations` can trade time for memory: it has a stack of layers."""
+    """Its forward reads `recomputing`: it has layers or steps whose activations can be computed again."""
     adapted_in: ClassVar[tuple[str, ...]] = ()
     """The parts whose linear layers can have adapters: a forward calls each of these layers as a module."""
     compiles: ClassVar[bool] = False
@@ -50,6 +50,8 @@ class Drafter(nn.Module, ABC):
         super().__init__()
         self.lora: LoraAdapter | None = None
         """The adapters in training beside the drafter's own layers; None: the weights themselves are trained."""
+        self.recomputing = False
+        """The forward stores the inputs of its parts only (`recomputing.run_part`)."""
 
     @classmethod
     @abstractmethod
@@ -191,7 +193,9 @@ class Drafter(nn.Module, ABC):
 
     def recompute_activations(self) -> None:
         """From now on, recompute activations in the backward pass instead of storing them."""
-        raise NotImplementedError(f"{self.kind}: recomputes is False")
+        if not self.recomputes:
+            raise NotImplementedError(f"{self.kind}: recomputes is False")
+        self.recomputing = True
 
     def compile_with(self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Replace the most expensive functions of a training step by compiled ones. Weights keep their names."""

@@ -168,6 +168,7 @@ class CausalLMDrafter(Drafter):
 
     def recompute_activations(self) -> None:
         """Store only the input of each layer."""
+        super().recompute_activations()
         # Hugging Face's own switch acts only in training mode, which the model is never in.
         for block in blocks(self.model):
             block.__dict__["forward"] = partial(checkpoint, block.forward, use_reentrant=False)

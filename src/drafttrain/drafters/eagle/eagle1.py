@@ -143,7 +143,8 @@ class Eagle1Drafter(EagleDrafter):
                 hidden_BTD
             )
         num_steps = batch.num_depths or self.own["num_steps"]
-        states = rollout(self, batch, hidden_BTD, num_steps=num_steps, slots=self.slots(batch, num_steps=num_steps))
+        slots = self.slots(batch, num_steps=num_steps)
+        states = rollout(self, batch, hidden_BTD, num_steps=num_steps, slots=slots, recompute=self.recomputing)
         decay = {depth: self.own["step_decay"] ** (depth - 1) for depth in states}
         weights = {depth: self.own["loss_weight"] * factor for depth, factor in decay.items()}
         drafted = DraftOutput(states, self._parts.linear_head, self.lag, depth_weights=weights)

@@ -189,7 +189,9 @@ class Eagle3Drafter(OwnVocabulary, EagleDrafter):
         assert batch.target is not None, "the trainer reads what `needs` returns"
         num_steps = batch.num_depths or self.own["num_steps"]
         slots = self.slots(batch, num_steps=num_steps)
-        states = rollout(self, batch, self.features(batch.target), num_steps=num_steps, slots=slots)
+        states = rollout(
+            self, batch, self.features(batch.target), num_steps=num_steps, slots=slots, recompute=self.recomputing
+        )
         weights = {depth: self.own["step_decay"] ** (depth - 1) for depth in states}
         return DraftOutput(states, self._head, self.lag, depth_weights=weights, vocabulary=self.vocabulary)
 

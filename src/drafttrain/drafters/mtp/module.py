@@ -159,7 +159,9 @@ class MtpDrafter(EagleDrafter):
         slots = self.slots(batch, num_steps=num_steps)
         drafted = self._likeliest if self.training and self.own["feed"] == "own" else None
         features_BTD = self.features(batch.target)
-        states = rollout(self, batch, features_BTD, num_steps=num_steps, slots=slots, drafted=drafted)
+        states = rollout(
+            self, batch, features_BTD, num_steps=num_steps, slots=slots, drafted=drafted, recompute=self.recomputing
+        )
         weights = {depth: self.own["step_decay"] ** (depth - 1) for depth in states}
         return DraftOutput(states, self._head, self.lag, depth_weights=weights)
 
