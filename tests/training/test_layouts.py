@@ -20,7 +20,7 @@ from drafttrain.core.batches import DraftBatch, DraftOutput
 from drafttrain.core.errors import DrafttrainError
 from drafttrain.distributed.world import without_launcher
 from drafttrain.drafters.causal_lm.module import CausalLMDrafter
-from drafttrain.drafters.medusa.lora import LoraSettings
+from drafttrain.drafters.lora import LoraSettings
 from drafttrain.drafters.medusa.settings import JointSettings
 from drafttrain.training import strategy
 from drafttrain.training.deepspeed_settings import DeepSpeedSettings

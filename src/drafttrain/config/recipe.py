@@ -88,6 +88,7 @@ class Recipe:
         problems += self._numbered_devices()
         if "gain_over_start" in self.export.require and not self.eval.start:
             problems.append("export.require.gain_over_start: the start is not evaluated with eval.start: false")
+        problems += self._adapters()
         if self.train.compile and (self.online is not None or not getattr(_component(self.drafter), "compiles", False)):
             what = f"drafter {self.drafter.kind}" if self.drafter is not None else "a head"
             what = "online learning" if self.online is not None else what
@@ -98,6 +99,15 @@ class Recipe:
                 f"train.activation_checkpointing: {what} has no stack of layers whose activations could be recomputed"
             )
         return problems
+
+    def _adapters(self) -> Iterator[str]:
+        """Yield what cannot be trained with adapters beside the drafter's weights."""
+        if getattr(self.drafter, "lora", None) is None:
+            return
+        if self.train.pretrain is not None:
+            yield "train.pretrain: it trains all weights, drafter.lora none of them: pretrain in a recipe of its own, and start from its folder"
+        if self.online is not None:
+            yield "drafter.lora: online learning starts from exported weights and trains all of them: leave it out"
 
     def _confidence(self) -> Iterator[str]:
         """Yield a loss or a length policy that reads a prediction of the drafter which does not exist."""

@@ -18,7 +18,7 @@ from drafttrain.data_gen.chat_template import common_start
 from drafttrain.data_gen.contamination import Key, contaminated, write_contamination
 from drafttrain.data_gen.encoder import Encoder
 from drafttrain.data_gen.generate import generate
-from drafttrain.data_gen.packing import as_padding, pack
+from drafttrain.data_gen.packing import as_padding, pack, plan, row_length
 from drafttrain.data_gen.sampler import Sampler, own_shares
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.sources import Source, Versioned, content_of, sources
@@ -29,6 +29,9 @@ from drafttrain.data_gen.stored.target_cache import RowCache, with_stored
 from drafttrain.data_gen.stored.target_sums import add_sums
 from drafttrain.data_gen.stored.wanted import Wanted
 from drafttrain.target_model import Target
+
+STEPS_LOOKED_AT = 32
+"""Steps whose padding is counted before training; some milliseconds."""
 
 
 class TrainingData:
@@ -87,6 +90,26 @@ class TrainingData:
             batch = self._micro_batch(members, drawn, weight=weight, step=step, multiple=multiple)
             batches.append(batch if share else as_padding(batch))
         return batches
+
+    def filled(
+        self, *, batch_size: int, records_per_device: int | None, world_size: int, multiple: int
+    ) -> tuple[float, float]:
+        """Return the share of the rows' places that hold tokens: as records are packed, and with one record a row.
+
+        Of the first `STEPS_LOOKED_AT` steps, on the first process.
+        """
+        width, tokens, packed, single = self.settings.max_length, 0, 0, 0
+        for step in range(STEPS_LOOKED_AT):
+            places = [self.sampler.at(step * batch_size + i) for i in range(batch_size)]
+            lengths = [self.stores[source].length(record) for source, record in places]
+            for share in own_shares(lengths, records_per_device=records_per_device, world_size=world_size):
+                own = [lengths[number] for number in share]
+                if own:
+                    rows, alone = plan(own, width=width), [[number] for number in range(len(own))]
+                    tokens += sum(own)
+                    packed += len(rows) * row_length(own, rows, width=width, multiple=multiple)
+                    single += len(alone) * row_length(own, alone, width=width, multiple=multiple)
+        return tokens / packed, tokens / single
 
     def _micro_batch(
         self,

@@ -25,7 +25,7 @@ from drafttrain.eval.result import Result
 from drafttrain.export.drafter import CalibrationTexts, DrafterExporter
 from drafttrain.losses import Loss, losses
 from drafttrain.losses.ce import CrossEntropy
-from drafttrain.pipeline.data import contaminated_prompts, own_batches, training_data
+from drafttrain.pipeline.data import contaminated_prompts, own_batches, say_how_full, training_data
 from drafttrain.pipeline.evaluating import evaluate_folders
 from drafttrain.pipeline.run import Run
 from drafttrain.pipeline.validation import Validation
@@ -138,12 +138,14 @@ class DrafterRun(Run):
         from drafttrain.training.run import train
 
         parameters = sum(p.numel() for p in drafter.parameters() if p.requires_grad)
+        device = next(drafter.parameters()).device
         say(f"{what} {parameters:,} parameters for {settings.max_steps:,} steps")
+        say_how_full(data, settings, device=device)
         return train(
             drafter,
             loss,
             target=target,
-            of_step=own_batches(data, settings, device=next(drafter.parameters()).device),
+            of_step=own_batches(data, settings, device=device),
             estimate=estimator() if estimator else None,
             settings=settings,
             vocab_size=self.num_tokens,
@@ -248,7 +250,7 @@ class DrafterRun(Run):
         torch.manual_seed(recipe.seed)
         target = self.target if self.has_target() else None
         entry = cast(Any, drafters.entry(settings.kind).component)
-        drafter: Drafter = entry.create(settings, target=target, tokenizer=self.tokenizer)
+        drafter: Drafter = entry.for_training(settings, target=target, tokenizer=self.tokenizer)
         if recipe.train.device != "auto":
             return drafter.to(pick_device(recipe.train.device))
         return drafter.to(target.device if target is not None else pick_device(recipe.target.device))

@@ -203,7 +203,7 @@ def sized_parts(recipe: Recipe, *, device_type: str) -> Trained:
     """
     target = SizedTarget.of(recipe.target, device_type=device_type)
     component: Any = drafters.entry(recipe.drafter.kind).component
-    drafter = component.sized(recipe.drafter, target=target, tokenizer=target.tokenizer)
+    drafter = component.for_training(recipe.drafter, target=target, tokenizer=target.tokenizer, sized=True)
     loss = losses.build(recipe.loss)
     stored = Wanted.of(recipe.data, distribution=loss.needs_target, needs=drafter.needs())
     if stored is not None and (reason := drafter.why_not_cached()):

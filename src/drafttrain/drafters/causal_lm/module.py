@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from drafttrain.core.batches import DraftBatch, DraftOutput
@@ -23,10 +23,11 @@ from drafttrain.drafters import Drafter, drafters
 from drafttrain.drafters.causal_lm.cut import cut_from
 from drafttrain.drafters.causal_lm.projected import projected
 from drafttrain.drafters.causal_lm.proposer import ChainProposer
+from drafttrain.drafters.lora import LORA_HELP, LoraSettings, linears_in, lora_problems
 from drafttrain.target_model import Target
 from drafttrain.target_model.anatomy import blocks
 from drafttrain.target_model.attention import drafter_attention
-from drafttrain.target_model.documents import assume_plain, document_states
+from drafttrain.target_model.documents import as_read, assume_plain, document_states, probe
 from drafttrain.target_model.end_tokens import end_of_text_id
 from drafttrain.target_model.folders import resolve_folder
 from drafttrain.target_model.loading import load_causal_lm
@@ -60,6 +61,7 @@ class CausalLMSettings:
         help="scratch: the embedding, which is the head too: random, or the target's head rows, projected to hidden_size.",
     )
     freeze_embedding: bool = setting(False, help="Leave embedding and head as they start.")
+    lora: LoraSettings | None = setting(None, help=LORA_HELP)
     draft: Literal["sampled", "greedy"] = setting(
         "sampled", help="At temperature > 0: draft by sampling, or by argmax as vLLM does (then the node is FIXED)."
     )
@@ -77,7 +79,10 @@ class CausalLMSettings:
             problems.append(f"embedding_init: is not used with init {self.init!r}, which has an embedding of its own")
         if self.num_kv_heads and self.num_heads % self.num_kv_heads:
             problems.append(f"num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}")
-        return problems
+        if self.lora is not None and self.freeze_embedding:
+            problems.append("freeze_embedding: with lora all weights are frozen: leave it out")
+        starts_from = None if self.init == "scratch" else self.init
+        return problems + lora_problems(self.lora, starts_from=starts_from, has_dropout=True)
 
 
 @drafters.register("causal_lm", CausalLMSettings)
@@ -169,12 +174,23 @@ class CausalLMDrafter(Drafter):
 
     def recompute_activations(self) -> None:
         """Store only the input of each layer."""
+        super().recompute_activations()
         # Hugging Face's own switch acts only in training mode, which the model is never in.
         for block in blocks(self.model):
             block.__dict__["forward"] = partial(checkpoint, block.forward, use_reentrant=False)
 
+    def adaptable(self) -> dict[str, nn.Linear]:
+        """Return the linear layers of the model but for its head, which the loss multiplies by itself."""
+        head = self.model.get_output_embeddings()
+        return {name: layer for name, layer in linears_in(self).items() if layer is not head}
+
     def forward(self, batch: DraftBatch) -> DraftOutput:
         """Return the states of depth 1."""
+        if self.lora is not None:
+            # Its forwards read other tokens than the batch's.
+            probe(self.model)
+            drops = self.training and self.lora.settings.dropout
+            self.lora.draw(as_read(self.model, batch.seed_BT, batch.positions_BT) if drops else None)
         states_BTD, _ = document_states(
             self.model, batch.tokens_BT, batch.positions_BT, documents=batch.packed_documents
         )
