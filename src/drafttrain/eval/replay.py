@@ -115,6 +115,10 @@ def _replay_batch(
                 vocabulary=drafted.vocabulary,
                 any_text=any_text,
             )
+        if drafted.readable_BT is not None:
+            # Of a drafter with its own tokenizer: decoding would draft there too, from a text that it reads differently.
+            there = drafted.readable_BT.flatten()[rows.drafter_N[first : first + count]].cpu().numpy()
+            accepted, rate = accepted * there, rate * there
         place_N = rows.index.sequence_N[first : first + count].cpu().numpy()
         for number in range(len(texts)):
             by_depth.setdefault(number, []).append(np.stack([accepted[place_N == number], rate[place_N == number]]))
