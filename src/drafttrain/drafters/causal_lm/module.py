@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from drafttrain.core.batches import DraftBatch, DraftOutput
-from drafttrain.core.console import say
 from drafttrain.core.errors import CheckpointError
 from drafttrain.core.flops import BatchShape, Products, matrix
 from drafttrain.core.roles import ForwardListener, Proposer
@@ -144,7 +143,6 @@ class CausalLMDrafter(Drafter):
                 name=f"drafter.tokenizer {settings.tokenizer}",
             )
             other.check()
-            say(f"drafter.tokenizer: {other}")
         if settings.init == "scratch":
             model = from_scratch(
                 settings,
@@ -163,7 +161,9 @@ class CausalLMDrafter(Drafter):
         else:
             assert settings.checkpoint is not None
             folder = resolve_folder(settings.checkpoint)
-            check_same_tokenizer(own, load_tokenizer(folder), drafter=settings.checkpoint)
+            check_same_tokenizer(
+                own, load_tokenizer(folder), drafter=settings.checkpoint, whose="target" if other is None else "recipe"
+            )
             model = load_causal_lm(folder, attention=drafter_attention(target and target.model))
         return cls._of(model, settings, other)
 
