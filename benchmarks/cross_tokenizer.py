@@ -12,11 +12,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from drafttrain.checkpoint import read_drafter
+from drafttrain.core.texts import Sampling
+from drafttrain.data_gen.backends import Task
+from drafttrain.data_gen.backends.builtin import continuations
 from drafttrain.target_model import Target, TargetSettings
+from drafttrain.target_model.folders import resolve_folder
+from drafttrain.target_model.other_tokenizer import OtherTokenizer
+from drafttrain.target_model.tokenizer import load_tokenizer, num_ids
 
 TOKENIZERS = {"target's": None, "builtin": "builtin:target", "smollm2": "known:smollm2", "bytes": "bytes"}
 
@@ -27,10 +35,16 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="OUT of stories260k.py")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=128, help="new tokens of a prompt")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--bounds", action="store_true", help="only what the shared tokens hold: nothing is trained")
     parser.add_argument("--tokenizers", nargs="+", choices=TOKENIZERS, default=list(TOKENIZERS))
     arguments = parser.parse_args()
     bytes_folder = arguments.out / "bytes"
     byte_tokenizer().save_pretrained(bytes_folder)
+    if arguments.bounds:
+        bounds(arguments, str(bytes_folder))
+        return
     print("| tokenizer | shared | temperature | block efficiency | alpha | at most | parity | MBSU | speed-up | fit |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name in arguments.tokenizers:
@@ -38,6 +52,36 @@ def main() -> None:
         folder = fit(arguments, name, str(bytes_folder) if name == "bytes" else TOKENIZERS[name])
         for row in rows(name, folder, seconds=time.perf_counter() - began):
             print("| " + " | ".join(row) + " |", flush=True)
+
+
+@torch.no_grad()
+def bounds(arguments: argparse.Namespace, bytes_folder: str) -> None:
+    """Print the target's probability of the shared tokens, over the texts that it writes after the test prompts at temperature 1."""
+    target = Target.load(TargetSettings(model=the_target(arguments.out)))
+    prompts = [json.loads(line)["tokens"] for line in (arguments.out / "test.jsonl").read_text().splitlines()]
+    tasks = [Task(str(n), tokens, Sampling(1.0)) for n, tokens in enumerate(prompts[: arguments.prompts])]
+    texts = continuations(tasks, target, max_new_tokens=arguments.tokens, seed=0)
+    rows = []
+    for task, new in zip(tasks, texts, strict=True):
+        logits_TV = target.model(torch.tensor([[*task.prompt, *new]])).logits[0, len(task.prompt) - 1 : -1]
+        rows.append(logits_TV.double().softmax(-1))
+    probs_NV = torch.cat(rows)
+    greedy_N = probs_NV.argmax(-1)
+    print(f"{len(probs_NV):,} tokens of {len(tasks)} texts")
+    print("| tokenizer | its tokens | shared | alpha at most, temperature 1 | likeliest token is shared |")
+    print("|---|---|---|---|---|")
+    for name in arguments.tokenizers:
+        if (place := bytes_folder if name == "bytes" else TOKENIZERS[name]) is None:
+            continue
+        own = load_tokenizer(resolve_folder(place))
+        ids_R = OtherTokenizer(target.tokenizer, own, target_rows=target.vocab_size).target_R
+        mass, likeliest = float(probs_NV[:, ids_R].sum(-1).mean()), float(torch.isin(greedy_N, ids_R).double().mean())
+        print(f"| {name} | {num_ids(own):,} | {len(ids_R)} | {mass:.3f} | {likeliest:.3f} |")
+
+
+def the_target(out: Path) -> str:
+    """Return the target of the recipe."""
+    return str(yaml.safe_load((out / "stories260k.yaml").read_text())["target"]["model"])
 
 
 def fit(arguments: argparse.Namespace, name: str, tokenizer: str | None) -> Path:
@@ -50,7 +94,11 @@ def fit(arguments: argparse.Namespace, name: str, tokenizer: str | None) -> Path
         "data.generate=null",
         f"data.sources={json.dumps([texts])}",
         f"train.max_steps={arguments.steps}",
+        f"train.eval_every_steps={arguments.steps}",
+        f"train.batch_size={arguments.batch}",
+        "train.eval_prompts=16",
         f"eval.num_prompts={arguments.prompts}",
+        f"eval.max_new_tokens={arguments.tokens}",
         "eval.temperatures=[0.0, 1.0]",
         "eval.start=false",
         "export.require={parity: true}",
@@ -92,7 +140,7 @@ def interval(found: dict[str, float]) -> str:
 
 def shared(folder: Path) -> str:
     """Return the number of shared tokens."""
-    target = Target.load(TargetSettings(model=json.loads((folder / "eval.json").read_text())["target"]["name"]))
+    target = Target.load(TargetSettings(model=the_target(folder.parent)))
     vocabulary = read_drafter(folder / "drafter", target).vocabulary
     return "all" if vocabulary is None else str(len(vocabulary))
 
