@@ -126,6 +126,11 @@ class Recipe:
         if self.head is not None:
             yield "export.to, export.verify: no serving engine loads a head: leave them out"
             return
+        if getattr(self.drafter, "tokenizer", None) is not None:
+            formats = [f"to: {name}" for name in self.export.to if name != "hf"]
+            for key in (*formats, *(f"verify: {name}" for name in self.export.verify)):
+                yield f"export.{key} does not support a drafter with drafter.tokenizer: engines pass it the target's token ids"
+            return
         kind = getattr(self.drafter, "kind", "")
         places = {
             f"to: {name}": _registered(exporters, name).reads for name in self.export.to if name in exporters.names()
@@ -153,6 +158,8 @@ class Recipe:
         """Yield settings that online learning does not support, or would ignore."""
         if self.head is not None:
             yield "online: only a drafter learns online, not a head"
+        if getattr(self.drafter, "tokenizer", None) is not None:
+            yield "online: a drafter with drafter.tokenizer does not learn online"
         if self.target.model is None:
             yield "online: candidates are compared with the target, but target.model is null"
         if [getattr(source, "kind", "") for source in self.data.sources] != ["serving_logs"]:
@@ -203,6 +210,8 @@ class Recipe:
                 f"data.on_policy: drafter.kind {self.drafter.kind} drafts from the target's hidden states, so it writes no text "
                 f"without the target; only {', '.join(able)} can"
             )
+        if getattr(self.drafter, "tokenizer", None) is not None:
+            yield "data.on_policy: a drafter with its own tokenizer writes no tokens of the target: leave drafter.tokenizer or the section out"
         if self.target.model is None:
             yield "data.on_policy: the answers are trained towards the target's distribution, but target.model is null"
         for settings in components_of(self.loss):

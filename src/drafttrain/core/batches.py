@@ -48,6 +48,33 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class OwnText:
+    """The documents of a batch in the tokens of a drafter with its own tokenizer, packed in the same rows.
+
+    S = positions of its rows
+    """
+
+    tokens_BS: Tensor
+    positions_BS: Tensor
+    """They restart at 0 with each document; padding is a document too."""
+    slot_BT: Tensor
+    """By position of the target: the flat slot b * S + s after which the drafter has read exactly the same text; 0 where none is."""
+    readable_BT: Tensor
+    """Whether there is one."""
+    documents: PackedDocuments
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> OwnText:
+        """Return a copy with changed tensors: moved, pinned."""
+        return OwnText(
+            change(self.tokens_BS),
+            change(self.positions_BS),
+            change(self.slot_BT),
+            change(self.readable_BT),
+            self.documents.each(change),
+        )
+
+
+@dataclass(frozen=True)
 class DraftBatch:
     """A micro-batch of packed records.
 
@@ -75,6 +102,8 @@ class DraftBatch:
     """Depths to compute, for a drafter that can roll out any number; 0: as many as it trains."""
     plan: Plan | None = None
     """Made from exactly these tokens, masks and documents (`losses.align.planned`)."""
+    own: OwnText | None = None
+    """Of a drafter with its own tokenizer (`Drafter.with_own_text`)."""
 
     @property
     def shape(self) -> BatchShape:
@@ -107,6 +136,7 @@ class DraftBatch:
             positions_BT=change(self.positions_BT),
             documents_BT=change(self.documents_BT),
             plan=plan and plan.each(change),
+            own=self.own and self.own.each(change),
             target=self.target and self.target.each(change),
             target_rows=rows.each(change) if isinstance(rows, StoredTargetRows) else rows,
         )
@@ -160,6 +190,8 @@ class DraftOutput:
     """For each depth, the logit of the predicted chance that the token drafted from each state is accepted; empty: no prediction."""
     choice: RowChoice | None = None
     """The rows that are trained; None: all."""
+    readable_BT: Tensor | None = None
+    """Where there is a state: elsewhere the drafter drafts nothing, rows are not learned, and acceptance is 0. None: everywhere."""
 
     def logits_BTV(self, depth: int) -> Tensor:
         """Return the logits of one depth at all positions."""

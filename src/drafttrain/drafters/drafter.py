@@ -131,6 +131,10 @@ class Drafter(nn.Module, ABC):
             label_counts: Computes how often each token id is a label in training.
         """
 
+    def with_own_text(self, batch: DraftBatch) -> DraftBatch:
+        """Return a batch with its text in the drafter's own tokens, if these differ from the target's. Call it on the host."""
+        return batch
+
     @abstractmethod
     def forward(self, batch: DraftBatch) -> DraftOutput:
         """Return the states of every depth."""

@@ -166,6 +166,8 @@ class RowValues:
         self.vocab_size = vocab_size
         self.measured = measured
         self._vocabulary_R = drafted.vocabulary
+        readable_BT = drafted.readable_BT
+        self._readable_N = None if readable_BT is None else readable_BT.flatten()[rows.drafter_N]
         self._target = batch.target_rows if loss.needs_target else None
         assert self._target is not None or not loss.needs_target, "the module reads the target before the loss"
         self._named = isinstance(self._target, NamedTargetRows) and drafted.vocabulary is None
@@ -226,14 +228,17 @@ class RowValues:
     def learnable(self, part: Part, target: TargetPiece | None) -> Tensor | None:
         """Return which rows a drafter with its own vocabulary can learn; None: all.
 
-        A row can be learned if the target's likeliest token is in the vocabulary; without a target, if the label is.
+        A row can be learned if the target's likeliest token is in the vocabulary; without a target, if the label is. With its own
+        tokenizer the drafter must have read the text before it, too.
         """
         if self._vocabulary_R is None:
             return None
         if target is None or not self.reads_target:
-            return self.labels_N[part.rows] >= 0
-        assert target.learnable_U is not None
-        return self._at(part, target, target.learnable_U)
+            drafted_N = self.labels_N[part.rows] >= 0
+        else:
+            assert target.learnable_U is not None
+            drafted_N = self._at(part, target, target.learnable_U)
+        return drafted_N if self._readable_N is None else drafted_N & self._readable_N[part.rows]
 
     def of(
         self,
@@ -251,7 +256,8 @@ class RowValues:
             values = dict(self.loss.per_row(rows))
             if self._target is not None and self.measured:
                 with torch.no_grad():
-                    values[ACCEPTANCE] = known_acceptance(rows) if named else self._acceptance(part, target, rows)
+                    rate_N = known_acceptance(rows) if named else self._acceptance(part, target, rows)
+                    values[ACCEPTANCE] = rate_N if self._readable_N is None else rate_N * self._readable_N[part.rows]
         return values
 
     def combined(self, named: Mapping[str, Tensor], index: RowIndex, learnable_N: Tensor | None) -> Tensor:

@@ -107,7 +107,9 @@ class DrafterRun(Run):
         vocabulary = getattr(self.drafter, "vocabulary", None)
         if vocabulary is not None and self.has_target():
             share = share_of_tokens([text.new for text in self.validation.texts], vocabulary)
-            say(f"draft vocabulary: {share:.2%} of the target's tokens on the validation prompts")
+            say(
+                f"draft vocabulary: {len(vocabulary):,} tokens, {share:.2%} of the target's tokens on the validation prompts"
+            )
 
     def write_start(self, *, steps: int = 0) -> None:
         """Export the drafter in memory as the run's start, unless there is one."""

@@ -137,6 +137,32 @@ def head_of(model: Any, *, before: nn.Module | None = None) -> Head:
     return LinearHead(lambda depth: head, before=before, after=finisher(model.config.get_text_config()))
 
 
+def some_rows(head: Head, ids_R: Tensor) -> Head:
+    """Return the head of some tokens, whose gradient reaches the whole head. A plain matrix multiplies only these rows."""
+    if not isinstance(head, LinearHead) or head.added is not None or hasattr(head.linear(1).weight, "ds_id"):
+        return lambda states_ND, depth: head(states_ND, depth)[:, ids_R]
+    chosen: dict[int, Any] = {}
+
+    def rows(depth: int) -> Any:
+        if depth not in chosen:
+            whole = head.linear(depth)
+            chosen[depth] = _Rows(whole.weight[ids_R], None if whole.bias is None else whole.bias[ids_R])
+        return chosen[depth]
+
+    return LinearHead(rows, before=head.before, after=head.after)
+
+
+class _Rows:
+    """An output matrix that is computed from another, as `LinearHead` uses it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = weight
+        self.bias = bias
+
+    def __call__(self, states_ND: Tensor) -> Tensor:
+        return linear(states_ND, self.weight, self.bias)
+
+
 def rows_of_head(model: Any, ids_R: Tensor) -> nn.Linear:
     """Return a frozen copy of the output matrix's rows for these tokens.
 
