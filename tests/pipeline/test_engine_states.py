@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from drafttrain.commands.gen import gen
@@ -17,57 +17,60 @@ from drafttrain.core.errors import RecipeError
 from drafttrain.pipeline.data import check_data_engines
 from drafttrain.pipeline.drafter_run import DrafterRun
 from drafttrain.target_model.anatomy import blocks
-from drafttrain.training.result import kept_steps
+from drafttrain.training.result import folder_of_step, kept_steps
 from tests.data_gen.states.plain_source import registered
 from tests.training.kills import rows
 
 RECIPE = """
 name: eagle
 target: {{model: {target}, dtype: float32}}
-drafter: {{kind: eagle3, num_steps: 2, draft_vocab_size: 40}}
+drafter: {{kind: eagle3, num_steps: 2, draft_vocab_size: null}}
 loss: {{kind: forward_kl}}
 data: {{max_length: 24, cache: states, overlap_ngram: 0, sources: [{{kind: text, path: {text}}}]}}
-train: {{max_steps: 4, batch_size: 4, warmup_steps: 1, log_every_steps: 1, eval_every_steps: 2, eval_prompts: 2, loggers: [csv],
+train: {{max_steps: {steps}, batch_size: 4, warmup_steps: 1, log_every_steps: 1, eval_every_steps: 2, eval_prompts: 2, keep_best: 3, lr: 0.01, loggers: [csv],
         target_placement: absent}}
 eval: {{num_prompts: 2, max_new_tokens: 6, prompt_tokens: 6, prompts: {prompts}, validation_prompts: {prompts}}}
 """
 ENGINE = "data.states={kind: plain}"
+STEPS = 4
 LIVE = "data.cache=none"
+
+
+def written_recipe(folder: Path, target: Path) -> Path:
+    """Write a recipe with its texts and prompts, and return its path."""
+    lines = [json.dumps({"id": str(i), "text": f"prompt number {i} is here"}) for i in range(4)]
+    (folder / "prompts.jsonl").write_text("\n".join(lines))
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog, and then it sleeps; " * 20)
+    files = {"prompts": folder / "prompts.jsonl", "text": folder / "text.txt"}
+    (folder / "eagle.yaml").write_text(RECIPE.format(target=target, steps=STEPS, **files))
+    return folder / "eagle.yaml"
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory, save_llama: Any) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("recipe")
-    lines = [json.dumps({"id": str(i), "text": f"prompt number {i} is here"}) for i in range(4)]
-    (folder / "prompts.jsonl").write_text("\n".join(lines))
-    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog, and then it sleeps; " * 20)
-    path = folder / "eagle.yaml"
-    target = save_llama(num_layers=4)
-    path.write_text(RECIPE.format(target=target, prompts=folder / "prompts.jsonl", text=folder / "text.txt"))
     with registered():
-        yield path
+        yield written_recipe(tmp_path_factory.mktemp("recipe"), save_llama(num_layers=4))
 
 
 def trained(recipe: Path, folder: Path, *overrides: str) -> DrafterRun:
-    """Train a drafter and export it."""
-    loaded = load_recipe(recipe, list(overrides))
-    run = DrafterRun(loaded, folder, placement="absent")
+    """Train a drafter, without the evaluation that needs a target."""
+    run = DrafterRun(load_recipe(recipe, list(overrides)), folder, placement="absent")
     run.train()
-    run.export_best()
     return run
 
 
 def check_equal(one: Path, other: Path) -> None:
     """Require equal losses, figures and weights, up to rounding."""
     curves = [[float(row["loss"]) for row in rows(folder) if row["loss"]] for folder in (one, other)]
-    assert curves[0] == pytest.approx(curves[1], abs=1e-4)
-    assert len({round(loss, 3) for loss in curves[0]}) == 4, "the steps differ by more than that"
-    best = [kept_steps(folder / "train")[0]["block_efficiency"] for folder in (one, other)]
-    assert best[0] == pytest.approx(best[1], abs=1e-3)
-    for file in (one / "drafter").glob("*.safetensors"):
-        ours, theirs = load_file(file), load_file(other / "drafter" / file.name)
-        for name, tensor in ours.items():
-            assert float((tensor.float() - theirs[name].float()).norm()) <= 1e-2 * float(tensor.float().norm()), name
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert min(abs(a - b) for a, b in itertools.pairwise(curves[0])) > 1e-2, "steps differ by more than that"
+    figures = [{kept["step"]: kept["alpha"] for kept in kept_steps(folder)} for folder in (one, other)]
+    assert len(figures[0]) == 3
+    # Greedy acceptance of 12 tokens; one may be a near tie.
+    assert figures[0] == pytest.approx(figures[1], abs=0.1)
+    last = [load_file(folder_of_step(folder, STEPS) / "model.safetensors") for folder in (one, other)]
+    for name, tensor in last[0].items():
+        assert float((tensor - last[1][name]).norm()) <= 1e-3 * float(tensor.norm()), name
 
 
 def test_a_drafter_trained_on_states_of_another_process_is_that_of_the_target(recipe: Path, tmp_path: Path) -> None:

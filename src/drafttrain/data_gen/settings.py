@@ -98,8 +98,8 @@ class DataSettings:
     )
     states: Any = setting(
         BuiltinStates(),
-        help="What computes the target's outputs for the cache, and for each step without one, by kind: builtin (drafttrain), or vllm (in "
-        "its own environment; needs train.target_placement: absent).",
+        help="What computes the target's outputs for the cache, and for each step without one, by kind: builtin (drafttrain), vllm (in "
+        "its own environment) or vllm_server (a running one); the last two need train.target_placement: absent.",
         registry=states,
     )
     max_cache_gb: float = setting(

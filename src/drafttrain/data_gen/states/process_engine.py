@@ -9,15 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
 from drafttrain.core.console import say
-from drafttrain.core.errors import DataError
 from drafttrain.data_gen.states import TextStates
+from drafttrain.data_gen.states.states_file import states_of_file
 from drafttrain.environments.conversation import Conversation
 from drafttrain.environments.environment import Environment
-from drafttrain.target_model.folder_checks import in_one_line
 
 
 class ProcessEngine:
@@ -70,25 +66,3 @@ class ProcessEngine:
             needs = {"layers": list(self._layers), "max_model_len": self._max_length + 1}
             self._process = Conversation(self._environment, self._worker, {**self._request, **needs})
         return self._process
-
-
-def states_of_file(path: Path, text: Sequence[int], columns: Sequence[int], *, next_token: int) -> TextStates:
-    """Return some layers of the file that an engine wrote for a text, and remove the file.
-
-    Args:
-        columns: Which of the file's layers.
-
-    Raises:
-        DataError: The file is of another text, or has other contents.
-    """
-    try:
-        tensors = load_file(path)
-        tokens, states_TLD = tensors["token_ids"].tolist(), tensors["hidden_states"][:, list(columns)]
-    except (OSError, SafetensorError, KeyError, IndexError) as error:
-        raise DataError(f"data.states: {path}: no states of a text: {in_one_line(error)}") from error
-    if tokens != list(text):
-        raise DataError(
-            f"data.states: {path}: states of other tokens than were sent: {tokens[:8]}..., not {list(text)[:8]}..."
-        )
-    path.unlink()
-    return TextStates(states_TLD, next_token)

@@ -5,19 +5,17 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from drafttrain.core.console import Progress
-from drafttrain.core.errors import DataError
 from drafttrain.core.settings import setting
-from drafttrain.data_gen.backends import Plan, Task
+from drafttrain.data_gen.backends import Task
 from drafttrain.data_gen.backends.vllm import Vllm, VllmSettings, environment_on
 from drafttrain.data_gen.states import states
 from drafttrain.data_gen.states.engine_target import EngineTarget
+from drafttrain.data_gen.states.engine_texts import continued_by
 from drafttrain.data_gen.states.process_engine import ProcessEngine
 from drafttrain.target_model import Target
 from drafttrain.target_model.absent_target import AbsentTarget, target_folder
@@ -73,20 +71,14 @@ class VllmSource:
         seed: int,
         written: Callable[[int], None] | None = None,
     ) -> list[list[int]]:
-        """Return the target's continuations by vLLM, in another process than the states.
-
-        Raises:
-            DataError: vLLM returned something else than a whole text.
-        """
+        """Return the target's continuations by vLLM, in another process than the states."""
         settings = VllmSettings(dtype=self.settings.dtype, memory_gb=self.settings.memory_gb)
-        with tempfile.TemporaryDirectory(prefix="drafttrain-") as folder:
-            plan = Plan(target, Path(folder), max_new_tokens, self.settings.batch_size, seed)
-            ((_, outcomes),) = Vllm(settings, plan).write({0: tasks}, Progress("", None, "texts"))
-        found = []
-        for task, outcome in zip(tasks, outcomes, strict=True):
-            if outcome.tokens is None:
-                raise DataError(f"data.states: vLLM's text of prompt {task.id} cannot be used: {outcome.reason}")
-            found.append(list(outcome.tokens))
-        if written is not None:
-            written(sum(map(len, found)))
-        return found
+        return continued_by(
+            lambda plan: Vllm(settings, plan),
+            tasks,
+            target,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            batch_size=self.settings.batch_size,
+            written=written,
+        )
