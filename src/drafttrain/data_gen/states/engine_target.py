@@ -77,9 +77,12 @@ class EngineTarget(AbsentTarget):
         for row, begin, text in places:
             read_BTLD[row, begin : begin + len(text)] = states[text]
         by_layer = {layer: read_BTLD[:, :, place].to(self.device) for place, layer in enumerate(layers)}
-        final_BTD = final_norm(self.model)(by_layer[last]) if top else None
+        final_BTD = logits_BTV = None
+        if top:
+            final_BTD = final_norm(self.model)(by_layer[last])
+            logits_BTV = head_logits(self.model, final_BTD) if needs.logits else None
         return TargetOutput(
-            logits_BTV=head_logits(self.model, final_BTD) if needs.logits else None,
+            logits_BTV=logits_BTV,
             hidden_BTD={index: by_layer[index % (last + 1)] for index in needs.hidden},
             final_BTD=final_BTD if needs.final else None,
         )
