@@ -72,7 +72,9 @@ def test_a_failed_request_is_reported_and_the_next_one_answered(tmp_path: Path) 
         ("import os, sys; print('gone', file=sys.stderr); os._exit(4)", r"exit code 4 and no answer:\ngone"),
     ],
 )
-def test_a_worker_that_does_not_start_leaves_nothing(code: str, message: str, tmp_path: Path, monkeypatch) -> None:
+def test_a_worker_that_does_not_start_leaves_nothing(
+    code: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     path = worker(tmp_path, code)
     with pytest.raises(EngineError, match=message):
@@ -90,7 +92,9 @@ def test_it_ends_with_its_object(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
-def test_an_environment_that_is_not_installed_names_the_command_that_installs_it(tmp_path: Path, monkeypatch) -> None:
+def test_an_environment_that_is_not_installed_names_the_command_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DRAFTTRAIN_ENGINES", str(tmp_path / "engines"))
     with pytest.raises(EngineError, match="Run: drafttrain engines install vllm"):
         Conversation(VLLM_CPU, worker(tmp_path, COUNTING), {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,21 @@ import torch
 
 from drafttrain.core.errors import DataError
 from drafttrain.core.target_rows import TargetNeeds
+from drafttrain.core.texts import Record
+from drafttrain.data_gen.packing import pack
 from drafttrain.data_gen.settings import DataSettings
 from drafttrain.data_gen.sources.text import TextSettings
 from drafttrain.data_gen.states import TextStates
 from drafttrain.data_gen.states.builtin import BuiltinSource, BuiltinStates
 from drafttrain.data_gen.states.engine_target import EngineTarget
 from drafttrain.data_gen.training_data import attach_cache, prepare
+from drafttrain.drafters import drafters
+from drafttrain.losses import losses
+from drafttrain.losses.forward_kl import ForwardKLSettings
 from drafttrain.target_model import Target, TargetSettings
 from drafttrain.target_model.absent_target import AbsentTarget
+from drafttrain.training.distill import DistillModule
+from drafttrain.training.settings import TrainSettings
 from tests.data_gen.states.plain_source import PlainSource, PlainStates
 
 NEEDS = TargetNeeds(hidden=(0, 1, 2, 3), final=True, logits=True)
@@ -124,6 +132,67 @@ def test_the_engine_stays_only_for_a_training_that_reads_it(folder):
         engine = Written()
         EngineTarget(AbsentTarget.load(settings), settings, engine, while_training=while_training).release()
         assert engine.closed == closed
+
+
+class Own:
+    """An engine that reads a loaded target, and notes the calls."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self.began = threading.Event()
+        self.texts: list[list[Any]] = []
+
+    def read(self, texts, layers):
+        """Yield the states of each text."""
+        self.texts.append(list(texts))
+        self.began.set()
+        for text in texts:
+            tokens_BT, positions_BT = torch.tensor([text]), torch.arange(len(text))[None]
+            seen = self._target.read(tokens_BT, positions_BT, TargetNeeds(hidden=tuple(layers), logits=True))
+            states_TLD = torch.stack([seen.hidden_BTD[layer][0] for layer in layers], dim=1)
+            yield TextStates(states_TLD, int(seen.logits_BTV[0, -1].argmax()))
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+@pytest.fixture
+def own(ours, folder):
+    """An engine and the target that it reads for."""
+    settings, engine = TargetSettings(model=str(folder)), Own(ours)
+    return engine, EngineTarget(AbsentTarget.load(settings), settings, engine, while_training=True)
+
+
+def test_a_batch_is_read_ahead_once_and_any_other_when_it_is_asked_for(ours, own):
+    engine, target = own
+    needs = TargetNeeds(hidden=(1,), final=True)
+    live = ours.read(TOKENS_BT, POSITIONS_BT, needs)
+    target.read_ahead(TOKENS_BT, POSITIONS_BT, needs)
+    assert engine.began.wait(60), "before anybody reads"
+    read = target.read(TOKENS_BT, POSITIONS_BT, needs)
+    torch.testing.assert_close(read.final_BTD, live.final_BTD, rtol=1e-4, atol=1e-4)
+    assert len(engine.texts) == 1
+    for tokens_BT, other in ((TOKENS_BT, needs), (TOKENS_BT, TargetNeeds(hidden=(2,))), (TOKENS_BT + 1, needs)):
+        target.read_ahead(TOKENS_BT, POSITIONS_BT, TargetNeeds(hidden=(1,)))
+        target.read(tokens_BT, POSITIONS_BT, other)
+    assert len(engine.texts) == 7
+
+
+def test_a_training_reads_the_micro_batches_of_the_next_step_ahead(own):
+    engine, target = own
+    entry = drafters.entry("eagle3")
+    drafter = entry.component.create(entry.settings(num_steps=1), target=target, tokenizer=target.tokenizer)
+    loss, settings = losses.build(ForwardKLSettings()), TrainSettings()
+    module = DistillModule(drafter, loss, target=target, settings=settings, vocab_size=target.num_tokens)
+    records = [Record(str(n), list(range(n, n + 9)), [True] * 9) for n in (1, 30)]
+    batch, _ = pack(records, width=20, weight_of_step=1.0)
+    planned = module.planned(batch)
+    assert engine.began.wait(60)
+    read = module._with_target(planned)
+    assert len(engine.texts) == 1, "and not again in the step"
+    assert read.target.has(drafter.needs())
+    assert module.planned(read).target is read.target
+    assert not target._ahead, "a micro-batch that has all is not read"
 
 
 @pytest.mark.parametrize(("cache", "dtype"), [("states", "float32"), ("states", "bfloat16"), ("top_k", "float32")])

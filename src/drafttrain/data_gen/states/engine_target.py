@@ -5,8 +5,12 @@ B = sequences, T = positions, L = layers, D = hidden, N = texts
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +28,11 @@ from drafttrain.target_model.target import Target
 AGREEMENT = 0.5
 """Least share of texts whose next token must be the same by the engine and by the head here; rounding moves near ties."""
 
+MOST_AHEAD = 64
+"""Micro-batches that are read ahead at most; older ones were not asked for."""
+
+Text = tuple[int, ...]
+
 
 class EngineTarget(AbsentTarget):
     """Embedding, final norm and head are here; an engine returns the residual streams.
@@ -39,6 +48,10 @@ class EngineTarget(AbsentTarget):
         self._engine = engine
         self._while_training = while_training
         self._compared = False
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="states")
+        # The loader's thread reads ahead, the training's thread reads.
+        self._lock = Lock()
+        self._ahead: dict[tuple[Any, ...], Future[dict[Text, Tensor]]] = {}
 
     @contextmanager
     def for_own_share(self) -> Iterator[Target]:
@@ -49,6 +62,14 @@ class EngineTarget(AbsentTarget):
         """Release the engine, unless the training reads it."""
         if not self._while_training:
             self._engine.close()
+
+    def read_ahead(self, tokens_BT: Tensor, positions_BT: Tensor, needs: TargetNeeds) -> None:
+        """Let the engine read a batch while this process does something else, such as the step before it."""
+        asked = _Asked(_documents(tokens_BT, positions_BT), self._layers(needs))
+        with self._lock:
+            while len(self._ahead) >= MOST_AHEAD:
+                self._ahead.pop(next(iter(self._ahead))).cancel()
+            self._ahead[asked.key] = self._reader.submit(self._states, asked)
 
     @torch.no_grad()
     def read(
@@ -65,20 +86,20 @@ class EngineTarget(AbsentTarget):
             DataError: The engine computed other shapes than were requested, or its states do not belong to this head.
         """
         del documents
-        last = len(blocks(self.model))
-        top = needs.final or needs.logits
-        layers = sorted({index % (last + 1) for index in needs.hidden} | ({last} if top else set()))
+        layers, last = self._layers(needs), len(blocks(self.model))
         if not layers:
             return TargetOutput()
-        places = _documents(tokens_BT, positions_BT)
-        states = self._states(list(dict.fromkeys(text for *_, text in places)), layers)
+        asked = _Asked(_documents(tokens_BT, positions_BT), layers)
+        with self._lock:
+            read = self._ahead.pop(asked.key, None)
+        states = (read or self._reader.submit(self._states, asked)).result()
         width = int(self.model.get_output_embeddings().weight.shape[1])
         read_BTLD = torch.zeros(*tokens_BT.shape, len(layers), width, dtype=self.model.dtype)
-        for row, begin, text in places:
+        for row, begin, text in asked.places:
             read_BTLD[row, begin : begin + len(text)] = states[text]
         by_layer = {layer: read_BTLD[:, :, place].to(self.device) for place, layer in enumerate(layers)}
         final_BTD = logits_BTV = None
-        if top:
+        if needs.final or needs.logits:
             final_BTD = final_norm(self.model)(by_layer[last])
             logits_BTV = head_logits(self.model, final_BTD) if needs.logits else None
         return TargetOutput(
@@ -87,13 +108,21 @@ class EngineTarget(AbsentTarget):
             final_BTD=final_BTD if needs.final else None,
         )
 
-    def _states(self, texts: Sequence[tuple[int, ...]], layers: Sequence[int]) -> dict[tuple[int, ...], Tensor]:
-        """Return layers_TLD of each text.
+    def _layers(self, needs: TargetNeeds) -> tuple[int, ...]:
+        """Return the states to request, ascending; the last one gives the final state."""
+        last = len(blocks(self.model))
+        top = {last} if needs.final or needs.logits else set()
+        return tuple(sorted({index % (last + 1) for index in needs.hidden} | top))
+
+    @torch.no_grad()
+    def _states(self, asked: _Asked) -> dict[Text, Tensor]:
+        """Return layers_TLD of each text. Runs in the reader's thread, which alone talks to the engine.
 
         Raises:
             DataError: See `read`.
         """
-        found, tops, tokens = {}, [], []
+        texts, layers = list(dict.fromkeys(text for *_, text in asked.places)), asked.layers
+        found, tops, tokens = dict[Text, Tensor](), [], []
         width = int(self.model.get_output_embeddings().weight.shape[1])
         for text, states in zip(texts, self._engine.read(texts, layers), strict=True):
             shape = (len(text), len(layers), width)
@@ -126,7 +155,21 @@ class EngineTarget(AbsentTarget):
         self._compared = True
 
 
-def _documents(tokens_BT: Tensor, positions_BT: Tensor) -> list[tuple[int, int, tuple[int, ...]]]:
+@dataclass(frozen=True)
+class _Asked:
+    """What is requested for a batch."""
+
+    places: list[tuple[int, int, Text]]
+    """Row, first column and tokens of each document."""
+    layers: tuple[int, ...]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for equal requests."""
+        return (self.layers, *self.places)
+
+
+def _documents(tokens_BT: Tensor, positions_BT: Tensor) -> list[tuple[int, int, Text]]:
     """Return row, first column and tokens of each document."""
     found = []
     for row, (tokens, positions) in enumerate(zip(tokens_BT.tolist(), positions_BT.tolist(), strict=True)):
