@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +36,10 @@ class VllmStates:
     )
     batch_size: int = setting(64, help="Texts read together.", ge=1)
     tensor_parallel_size: int = setting(1, help="GPUs that share the target's weights.", ge=1)
+
+    def smoke(self) -> VllmStates:
+        """Return a copy that needs little memory."""
+        return replace(self, memory_gb=min(self.memory_gb, 1.0), batch_size=min(self.batch_size, 16))
 
 
 @states.register("vllm", VllmStates)
